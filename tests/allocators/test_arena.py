@@ -26,8 +26,8 @@ class RowHolder:
         return len(move.rename(self.rows))
 
 
-def taken(queue):
-    """Take the plan that is due, and return its transfers."""
+def take_transfers(queue):
+    """Take the step plan, mark it as carried out and return its transfers."""
     plan = queue.take()
     plan.done()
     return plan.transfers
@@ -144,7 +144,7 @@ class ArenaMachine(RuleBasedStateMachine):
     def step(self):
         """Apply moves, copies and writes to the memory, then check its contents."""
         memory, size = self.memory, self.arena.slab_rows
-        for move in taken(self.moves):
+        for move in take_transfers(self.moves):
             assert not set(move.src) & set(move.dst)
             assert len(set(move.dst)) == len(move.dst) == len(move.src)
             assert set((move.src // size).tolist()) <= {move.slab}
@@ -224,11 +224,11 @@ def test_the_emptiest_slab_is_moved_into_the_fullest_slabs():
     moves = StepQueue()
     arena.holders[moves] = None
     assert arena.slots.allocate() == emptied
-    (move,) = taken(moves)
+    (move,) = take_transfers(moves)
     assert move.slab == emptied and len(move.src) == 3
     assert (move.dst // 10).tolist() == [fullest, next_full, next_full]
     assert arena.num_moves == 1 and arena.num_moved_rows == 3
-    assert not taken(moves) and moves.num_transfers == 0
+    assert not take_transfers(moves) and moves.num_transfers == 0
     arena.check()
 
 
@@ -287,8 +287,8 @@ def test_moves_are_taken_once_and_in_order():
     for move in made:
         assert moves.rows_moved(move) == 0
     assert moves.num_transfers == 3
-    assert [move.slab for move in taken(moves)] == [3, 1, 2]
-    assert not taken(moves) and moves.num_transfers == 0
+    assert [move.slab for move in take_transfers(moves)] == [3, 1, 2]
+    assert not take_transfers(moves) and moves.num_transfers == 0
 
 
 def test_a_slab_has_whole_pages_and_fits_one_state():
@@ -391,4 +391,4 @@ def test_a_move_calls_only_leases_with_rows_in_its_slab():
     steps.open(later)
     assert steps.rows_moved(make_move(0, 10, {5: 300})) == 1
     assert later.num_calls == 0, "a new lease reused the entry of an ended one"
-    assert len(taken(steps)) == 4 and not steps.take()
+    assert len(take_transfers(steps)) == 4 and not steps.take()

@@ -1,4 +1,4 @@
-"""One request's life on a cache, for tests: match, lock, touch, allocate, insert, give back."""
+"""Helpers that serve requests on a cache: match, lock, touch, allocate, insert and free."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hybridcache.tokens import Tokens
 
 
 def carried_out(cache: PrefixCache) -> StepPlan:
-    """The plan that is due, as a cache without tensors carries it out."""
+    """Take the step plan, mark it as carried out and return it. Nothing is copied."""
     plan = cache.take_step()
     plan.done()
     return plan
 
 
 def ids(*parts: str | range | Sequence[int]) -> Tokens:
-    """A prompt from words (a letter a token) and ranges."""
+    """Return a prompt made of strings (one token per letter) and ranges."""
     flat: list[int] = []
     for part in parts:
         flat += [ord(letter) for letter in part] if isinstance(part, str) else list(part)
@@ -29,7 +29,7 @@ def ids(*parts: str | range | Sequence[int]) -> Tokens:
 
 
 def hybrid(num_kv_tokens: int = 1000, num_slots: int = 10, **options: object) -> HybridRadixCache:
-    """A small hybrid cache with a grid of 1 and LRU unless told otherwise."""
+    """Build a small hybrid cache, by default with a grid of 1 and LRU."""
     config = CacheConfig(
         num_kv_tokens=num_kv_tokens,
         num_slots=num_slots,
@@ -47,16 +47,16 @@ def publish(
     namespace: Hashable = None,
     match: PrefixMatch | None = None,
 ) -> InsertResult:
-    """Insert ``tokens`` with checkpoints at ``positions``; what the cache hands back is freed."""
+    """Insert ``tokens`` with checkpoints at ``positions``; free duplicates and rejected slots."""
     cached_len = 0 if match is None else match.cached_len
     new = cache.allocate_kv(len(tokens) - cached_len)
-    assert new is not None, "no KV rows to be had"
-    known = cache.gather(None if match is None else match.node)
-    rows = np.concatenate([known, new])
+    assert new is not None, "no KV rows available"
+    cached = cache.gather(None if match is None else match.node)
+    rows = np.concatenate([cached, new])
     saved = []
     for position in positions:
         slot = cache.allocate_slot()
-        assert slot is not None, "no slot to be had"
+        assert slot is not None, "no slot available"
         saved.append((position, slot))
     result = cache.insert(tokens, rows[: len(tokens)], saved, namespace, cached_len)
     cache.free_kv(result.duplicates)
@@ -72,25 +72,25 @@ def serve(
     positions: Iterable[int] = (),
     namespace: Hashable = None,
 ) -> PrefixMatch:
-    """A whole request; returns what it found. Invariants and conservation are checked after it."""
+    """Serve a whole request and return its match. Checks the invariants afterwards."""
     match = cache.match(tokens, namespace)
-    receipt = cache.lock(match.node)
+    handle = cache.lock(match.node)
     cache.touch(match)
     publish(cache, tokens, positions, namespace, match)
-    cache.unlock(receipt)
+    cache.unlock(handle)
     assert match.cached_len + sum(match.losses) == len(tokens)
     cache.check()
     return match
 
 
 def traffic(seed: int, num_requests: int, longest: int = 200) -> Iterator[Tokens]:
-    """Prompts that share beginnings of many lengths."""
+    """Yield prompts that share prefixes of many lengths."""
     rng = np.random.default_rng(seed)
     seen = [np.empty(0, np.int32)]
     for _ in range(num_requests):
         before = seen[rng.integers(len(seen))]
-        kept = before[: rng.integers(len(before) + 1)]
-        tokens = np.concatenate([kept, rng.integers(0, 3, rng.integers(1, 60), np.int32)])
+        prefix = before[: rng.integers(len(before) + 1)]
+        tokens = np.concatenate([prefix, rng.integers(0, 3, rng.integers(1, 60), np.int32)])
         tokens = tokens[:longest]
         seen.append(tokens)
         yield tokens

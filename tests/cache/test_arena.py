@@ -1,4 +1,4 @@
-"""A cache on an arena, by hand: snapshots, events, and leases that follow their rows."""
+"""Cache on an arena: snapshots, events, and leases whose rows move."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def arena_cache(kind: str = "hybrid", num_rows: int = 200, state_rows: int = 24,
 
 
 def serve(cache, tokens: Tokens, stateful: bool = True, held_tokens: int = 0) -> int:
-    """One request by its lease, prompt and answer; what it reused."""
+    """Serve a prompt and its answer with a lease. Returns the reused length, or -1 if refused."""
     prompt_len = len(tokens) - 4
     request = LeaseRequest(tokens[:prompt_len], stateful=stateful)
     lease = Lease.begin(cache, parse_placement("backoff,end"), request)
@@ -51,15 +51,17 @@ def serve(cache, tokens: Tokens, stateful: bool = True, held_tokens: int = 0) ->
 def prompts(seed: int, num_requests: int) -> list[Tokens]:
     rng = np.random.default_rng(seed)
     systems = [rng.integers(0, 50, 20, dtype=np.int32) for _ in range(3)]
-    said = [rng.integers(0, 50, 40, dtype=np.int32) for _ in range(4)]
+    questions = [rng.integers(0, 50, 40, dtype=np.int32) for _ in range(4)]
     return [
-        np.concatenate((systems[rng.integers(3)], said[rng.integers(4)][: rng.integers(8, 40)]))
+        np.concatenate(
+            (systems[rng.integers(3)], questions[rng.integers(4)][: rng.integers(8, 40)])
+        )
         for _ in range(num_requests)
     ]
 
 
-def test_a_loaded_arena_goes_on_like_the_saved_one(tmp_path):
-    # A snapshot does not keep what a policy has learnt: LRU learns nothing.
+def test_a_loaded_arena_continues_like_the_saved_one(tmp_path):
+    # Snapshots do not contain learned policy state, so use LRU, which has none.
     cache, loaded = arena_cache(eviction="lru"), arena_cache(eviction="lru")
     for tokens in prompts(1, 60):
         serve(cache, tokens)
@@ -72,7 +74,7 @@ def test_a_loaded_arena_goes_on_like_the_saved_one(tmp_path):
     assert loaded.arena.num_moves > 0
 
 
-def test_a_snapshot_whose_slots_lie_in_its_rows_is_refused(tmp_path):
+def test_a_snapshot_whose_slots_overlap_its_rows_is_refused(tmp_path):
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=GRID))
     for tokens in prompts(1, 4):
         serve(cache, tokens)
@@ -86,17 +88,17 @@ def test_a_snapshot_whose_slots_lie_in_its_rows_is_refused(tmp_path):
     assert loaded.allocate_slot() is not None
 
 
-def test_events_are_those_of_a_budget():
-    """Rows are no part of events: moves are invisible to who subscribes."""
+def test_an_arena_sends_the_same_events_as_a_budget():
+    """Events contain no rows, so subscribers do not see moves."""
     arena = arena_cache()
     shape = {"total_bytes": arena.arena.capacity, "state_bytes": 24, "grid": GRID}
     budget = build_prefix_cache(CacheConfig(**shape))
-    told = [[], []]
-    for cache, events in zip((arena, budget), told, strict=True):
+    recorded = [[], []]
+    for cache, events in zip((arena, budget), recorded, strict=True):
         cache.subscribe(EventStream(events.append))
         for tokens in prompts(1, 90):
             serve(cache, tokens)
-    assert told[0] == told[1] and len(told[0]) > 50
+    assert recorded[0] == recorded[1] and len(recorded[0]) > 50
     assert arena.arena.num_moves > 0
 
 
@@ -107,7 +109,7 @@ def test_an_attention_only_cache_has_an_arena_without_slabs():
     assert cache.arena.num_moves == 0
 
 
-def test_without_a_cache_leases_still_follow_moves():
+def test_leases_without_a_prefix_cache_follow_moves():
     cache = arena_cache("none", num_rows=60, state_rows=15)
     first, second = (
         Lease.begin(
@@ -132,21 +134,21 @@ def test_without_a_cache_leases_still_follow_moves():
     changed = np.flatnonzero(second.kv_indices != held)
     assert (write.table_row, write.start) == (1, changed[0])
     assert write.kv_indices.tolist() == second.kv_indices[changed[0] : changed[-1] + 1].tolist()
-    under = {row // cache.arena.slab_rows for row in second.kv_indices.tolist()}
-    assert under.isdisjoint(slots)
+    row_slabs = {row // cache.arena.slab_rows for row in second.kv_indices.tolist()}
+    assert row_slabs.isdisjoint(slots)
     cache.check(held_tokens=15, held_slots=3)
     second.abort()
     cache.check(held_tokens=0, held_slots=3)
 
 
-def test_a_lease_that_has_read_its_rows_follows_them():
+def test_a_lease_follows_moves_of_cached_rows():
     cache = arena_cache(num_rows=240, state_rows=20)
     tokens, other = prompts(5, 2)[0][:10], prompts(6, 1)[0][:10]
-    apart = [cache.allocate_kv(11)]
+    gaps = [cache.allocate_kv(11)]
     serve(cache, tokens, held_tokens=11)
-    apart.append(cache.allocate_kv(11))
+    gaps.append(cache.allocate_kv(11))
     serve(cache, other, held_tokens=22)
-    for rows in apart:
+    for rows in gaps:
         cache.free_kv(rows)
     carried_out(cache)
     lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens, table_row=7))
@@ -160,17 +162,17 @@ def test_a_lease_that_has_read_its_rows_follows_them():
     slots = []
     while cache.arena.num_moves == 0:
         slots.append(cache.allocate_slot())
-        assert slots[-1] is not None, "nothing moved: this test shows nothing"
+        assert slots[-1] is not None, "no row moved, so this test proves nothing"
     assert lease.kv_indices.tolist() == cache.gather(lease.match.node).tolist() != before.tolist()
     changed = np.flatnonzero(lease.kv_indices != before)
     [(row, start, rows)] = carried_out(cache).row_writes
     assert (row, start, start + len(rows)) == (7, changed[0], changed[-1] + 1)
     cache.check(held_tokens=0, held_slots=1 + len(slots))
     lease.abort()
-    assert cache.steps.num_leases == 0, "a lease that ended is notified no more"
+    assert cache.steps.num_leases == 0, "an ended lease is still notified of moves"
 
 
-def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
+def test_a_lease_claims_held_rows_and_rewrites_all_moved_rows():
     cache, tokens = arena_cache(num_rows=120, state_rows=15), np.arange(20, dtype=np.int32)
     request = LeaseRequest(tokens, stateful=False, table_row=0)
     lease = Lease.begin(cache, parse_placement("none"), request)
@@ -181,7 +183,7 @@ def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
     slabs = lease.kv_indices // 15
     assert slabs.tolist() == [0] * 5 + [1] * 15
     rows, claimed = np.empty(0, np.int32), []
-    for slab in (0, 1):  # told to the lease alone: it is not used after this
+    for slab in (0, 1):  # only the lease is notified, so the cache is not used afterwards
         new_rows = np.arange(15 * slab + 60, 15 * slab + 75, dtype=np.int32)
         claimed.append(cache.steps.rows_moved(Move(slab, rows, rows, new_rows)))
     assert claimed == [0, 8]
@@ -190,7 +192,7 @@ def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
     assert (lease.kv_indices // 15 == slabs + 4).all()
 
 
-def test_words_for_memory():
+def test_invalid_memory_options_raise():
     weights = {"kv_bytes_per_token": 2, "state_bytes": 5}
     with pytest.raises(ValueError, match="unknown memory 'ram'; known: arena, budget"):
         CacheConfig(total_bytes=10, memory="ram", **weights)

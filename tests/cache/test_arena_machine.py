@@ -1,5 +1,7 @@
-"""Leases on an arena: what a request reads is what was written for its tokens, whatever moved in
-between; and every decision is that of a budget of bytes in which a state weighs its slab."""
+"""State machine: leases on an arena read what was written for their tokens, despite moves.
+
+Each decision must equal that of a budget cache in which a state has the size of its slab.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,13 @@ ENDS = ("finish", "finish", "preempt", "abort")
 
 
 def content(tokens: Tokens, length: int) -> int:
-    """What a KV row at ``length - 1``, or a state at ``length``, holds: a number for the prefix."""
+    """Return the content of a KV row at ``length - 1`` or a state at ``length``: a prefix hash."""
     return hash(tokens[:length].tobytes()) & (2**62 - 1)
 
 
 @dataclass(eq=False)
 class Running:
-    """A request with its lease on the arena, its twin's on the budget, and its row of a request
-    table."""
+    """Request with a lease on the arena, a twin lease on the budget, and a request table row."""
 
     tokens: Tokens
     prompt_len: int
@@ -48,17 +49,19 @@ class Running:
     table: np.ndarray
     table_row: int
     computed_len: int
-    """Published, or about to be once its step is committed."""
+    """Length that is published, or will be when its step is committed."""
     launched_len: int
     extended_len: int
     exports: tuple[tuple[int, int], ...] = ()
     launched: list[int] = field(default_factory=list)
-    """Ends of steps that are in flight."""
+    """End positions of the steps in flight."""
 
 
 class ArenaLeaseMachine(RuleBasedStateMachine):
-    """Schedule, launch and commit in any order that an engine with overlap could have, over a
-    memory of one number a row."""
+    """Schedule, launch and commit in any order that an engine with overlap can have.
+
+    The memory has one number per row.
+    """
 
     eviction = "lru"
 
@@ -88,7 +91,7 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
                 **shape,
             )
         )
-        # A policy weighs items by what the config says of a state: make that the same for both.
+        # Policies weigh items by the configured state size: make it the same for both.
         residency = self.cache._residency
         residency.item_bytes = self.twin._residency.item_bytes
         self.num_begun = 0
@@ -99,37 +102,37 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
         self.placements = parse_placement(PLACEMENT), parse_placement(PLACEMENT)
 
     @rule(seed=st.integers(0, 10**6), num_operations=st.integers(1, 60))
-    def much(self, seed, num_operations):
-        """What a short list of drawn operations seldom does: fill the memory, and go on."""
+    def many_operations(self, seed, num_operations):
+        """Run many random operations, so that the memory fills up. Short examples rarely do."""
         rng = random.Random(seed)
         for _ in range(num_operations):
-            dice, which = rng.random(), rng.randrange(3)
+            dice, number = rng.random(), rng.randrange(3)
             if dice < 0.15:
-                self.begin(which, rng.randrange(3), rng.randint(1, 24))
+                self.begin(number, rng.randrange(3), rng.randint(1, 24))
             elif dice < 0.45:
-                self.schedule(which, rng.randint(1, 20))
+                self.schedule(number, rng.randint(1, 20))
             elif dice < 0.7:
                 self.launch()
             elif dice < 0.9:
-                self.commit(which)
+                self.commit(number)
             elif dice < 0.98:
-                self.end(which, rng.choice(ENDS))
+                self.end(number, rng.choice(ENDS))
             else:
                 self.evict(rng.randint(0, 30), rng.randrange(2))
-            self.holds()
+            self.invariants_hold()
 
-    @rule(which=st.integers(0, 1), said=st.integers(0, 2), length=st.integers(1, 24))
-    def begin(self, which, said, length):
+    @rule(number=st.integers(0, 1), seed=st.integers(0, 2), length=st.integers(1, 24))
+    def begin(self, number, seed, length):
         if len(self.running) >= 3:
             return
-        rng = np.random.default_rng(said)
-        system = self.systems[which % 2]
+        rng = np.random.default_rng(seed)
+        system = self.systems[number % 2]
         tokens = np.concatenate((system, rng.integers(0, 50, 40, dtype=np.int32)))
         prompt_len = min(len(system) + length, len(tokens) - 8)
         self.num_begun += 1
-        request = LeaseRequest(tokens[:prompt_len], table_row=self.num_begun)
-        lease = Lease.begin(self.cache, self.placements[0], request)
-        twin = Lease.begin(self.twin, self.placements[1], request)
+        lease_request = LeaseRequest(tokens[:prompt_len], table_row=self.num_begun)
+        lease = Lease.begin(self.cache, self.placements[0], lease_request)
+        twin = Lease.begin(self.twin, self.placements[1], lease_request)
         assert (lease is None) == (twin is None)
         if lease is None:
             return
@@ -142,36 +145,43 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
             Running(tokens, prompt_len, lease, twin, table, row, start, start, start)
         )
 
-    def one(self, which):
-        return self.running[which % len(self.running)] if self.running else None
+    def pick(self, number):
+        """Return a running request, or None if there is none."""
+        return self.running[number % len(self.running)] if self.running else None
 
-    @rule(which=st.integers(0, 2), size=st.integers(1, 20))
-    def schedule(self, which, size):
-        """Rows and checkpoint slots for the next piece of one request."""
-        one = self.one(which)
-        if one is None or one.extended_len > one.launched_len:
+    @rule(number=st.integers(0, 2), size=st.integers(1, 20))
+    def schedule(self, number, size):
+        """Allocate rows and checkpoint slots for the next chunk of a request."""
+        request = self.pick(number)
+        if request is None or request.extended_len > request.launched_len:
             return
-        start = one.launched_len
-        limit = one.prompt_len if start < one.prompt_len else min(start + 1, len(one.tokens))
+        start = request.launched_len
+        limit = (
+            request.prompt_len
+            if start < request.prompt_len
+            else min(start + 1, len(request.tokens))
+        )
         end = min(start + size, limit)
-        if end < one.prompt_len:
+        if end < request.prompt_len:
             end = max(start + 1, end // GRID * GRID) if end // GRID * GRID > start else end
         if end <= start:
             return
-        extended = one.lease.extend(end)
-        assert extended == one.twin.extend(end)
+        extended = request.lease.extend(end)
+        assert extended == request.twin.extend(end)
         if not extended:
             return
-        one.exports = one.lease.take_checkpoint_slots(start, end)
-        positions = [position for position, _ in one.exports]
-        assert positions == [position for position, _ in one.twin.take_checkpoint_slots(start, end)]
-        one.extended_len = end
+        request.exports = request.lease.take_checkpoint_slots(start, end)
+        positions = [position for position, _ in request.exports]
+        assert positions == [
+            position for position, _ in request.twin.take_checkpoint_slots(start, end)
+        ]
+        request.extended_len = end
 
     @rule()
     def launch(self):
-        """Carry out a step plan in its order, then read and write as a step does."""
+        """Apply the step plan in order, then read and write like a step."""
         memory, size = self.memory, self.arena.slab_rows
-        tables = {one.table_row: one.table for one in self.running}
+        tables = {request.table_row: request.table for request in self.running}
         carried_out(self.twin)
         plan = self.cache.take_step()
         for move in plan.transfers:
@@ -185,58 +195,58 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
                 checkpoint * size : (checkpoint + 1) * size
             ]
         plan.done()
-        for one in self.running:
-            start, end = one.launched_len, one.extended_len
+        for request in self.running:
+            start, end = request.launched_len, request.extended_len
             if start == end:
                 continue
-            tokens, rows, own = one.tokens, one.table, one.lease.state_slot
+            tokens, rows, own = request.tokens, request.table, request.lease.state_slot
             expected = [content(tokens, position + 1) for position in range(start)]
-            assert memory[rows[:start]].tolist() == expected, "a request reads what is not its own"
+            assert memory[rows[:start]].tolist() == expected, "a request reads rows of other tokens"
             if start:
                 assert set(memory[own * size : (own + 1) * size]) == {content(tokens, start)}
             for position in range(start, end):
                 memory[rows[position]] = content(tokens, position + 1)
             memory[own * size : (own + 1) * size] = content(tokens, end)
-            for position, slot in one.exports:
+            for position, slot in request.exports:
                 memory[slot * size : (slot + 1) * size] = content(tokens, position)
-            one.exports = ()
-            one.launched_len = end
-            one.launched.append(end)
+            request.exports = ()
+            request.launched_len = end
+            request.launched.append(end)
 
-    @rule(which=st.integers(0, 2))
-    def commit(self, which):
-        """The oldest step of one request is known to be done: publish it."""
-        one = self.one(which)
-        if one is None or not one.launched:
+    @rule(number=st.integers(0, 2))
+    def commit(self, number):
+        """Publish the oldest launched step of a request."""
+        request = self.pick(number)
+        if request is None or not request.launched:
             return
-        one.computed_len = one.launched.pop(0)
-        changed = one.lease.publish(one.tokens, one.computed_len)
-        assert changed == one.twin.publish(one.tokens, one.computed_len)
+        request.computed_len = request.launched.pop(0)
+        changed = request.lease.publish(request.tokens, request.computed_len)
+        assert changed == request.twin.publish(request.tokens, request.computed_len)
 
-    @rule(which=st.integers(0, 2), how=st.sampled_from(ENDS))
-    def end(self, which, how):
-        one = self.one(which)
-        if one is None:
+    @rule(number=st.integers(0, 2), how=st.sampled_from(ENDS))
+    def end(self, number, how):
+        request = self.pick(number)
+        if request is None:
             return
-        self.running.remove(one)
-        is_still = one.computed_len == one.extended_len
-        for lease in (one.lease, one.twin):
-            if how == "abort" or not is_still:
+        self.running.remove(request)
+        is_idle = request.computed_len == request.extended_len
+        for lease in (request.lease, request.twin):
+            if how == "abort" or not is_idle:
                 lease.abort()
             elif how == "finish":
-                lease.finish(one.tokens, one.computed_len)
+                lease.finish(request.tokens, request.computed_len)
             else:
-                lease.preempt(one.tokens, one.computed_len)
+                lease.preempt(request.tokens, request.computed_len)
 
     @rule(num_tokens=st.integers(0, 30), num_slots=st.integers(0, 2))
     def evict(self, num_tokens, num_slots):
         assert self.cache.evict(num_tokens, num_slots) == self.twin.evict(num_tokens, num_slots)
 
     @invariant()
-    def holds(self):
+    def invariants_hold(self):
         if not hasattr(self, "cache"):
             return
-        leases = [one.lease for one in self.running]
+        leases = [request.lease for request in self.running]
         held = sum(lease.held_tokens for lease in leases), sum(le.held_slots for le in leases)
         self.cache.check(*held)
         self.twin.check(*held)
@@ -250,12 +260,12 @@ class EveryPolicyArenaMachine(ArenaLeaseMachine):
 
 
 @pytest.mark.parametrize("machine", [ArenaLeaseMachine, EveryPolicyArenaMachine])
-def test_what_is_read_is_what_was_written(machine):
+def test_leases_read_the_rows_and_states_written_for_their_tokens(machine):
     run_state_machine_as_test(machine, settings=at_least(60))
 
 
 def arena_twins(rng: random.Random) -> Twins:
-    """A small arena under any shape of cache."""
+    """Build a small random arena cache with its plain twin."""
     page_size, grid = rng.choice((1, 2, 4)), rng.choice((1, 4))
     unit = max(page_size, grid)
     return Twins(
@@ -275,20 +285,21 @@ def arena_twins(rng: random.Random) -> Twins:
 
 
 def serve_twins(twins: Twins, rng: random.Random, num_operations: int) -> None:
-    """Requests that begin, publish in parts, end; rows and slots that are held; evictions."""
+    """Run random operations: begin, publish and end requests, hold rows and slots, and free
+    them."""
     unit, step = max(twins.config.page_size, twins.config.grid), twins.cache._step
     for _ in range(num_operations):
         dice = rng.random()
-        one = rng.choice(twins.requests) if twins.requests else None
+        request = rng.choice(twins.requests) if twins.requests else None
         if dice < 0.3 and len(twins.requests) < 3:
             blocks = [rng.randrange(3) for _ in range(rng.randint(1, 5))]
             twins.begin(np.repeat(np.array(blocks, np.int32), unit), rng.choice((None, "tenant")))
-        elif dice < 0.65 and one is not None:
-            length = rng.randint(one.published_len, len(one.tokens))
+        elif dice < 0.65 and request is not None:
+            length = rng.randint(request.published_len, len(request.tokens))
             positions = {rng.randint(0, length // step) * step for _ in range(rng.randint(0, 2))}
-            twins.publish(one, length, sorted(positions), rng.random() < 0.5)
-        elif dice < 0.85 and one is not None:
-            twins.end(one)
+            twins.publish(request, length, sorted(positions), rng.random() < 0.5)
+        elif dice < 0.85 and request is not None:
+            twins.end(request)
         elif dice < 0.89:
             rows = twins.allocate_kv(rng.randint(1, 3) * twins.config.page_size)
             if rows is not None:
@@ -304,10 +315,10 @@ def serve_twins(twins: Twins, rng: random.Random, num_operations: int) -> None:
 
 @pytest.mark.full("0", "1", "2", "3")
 @pytest.mark.parametrize("seed", range(12))
-def test_a_full_arena_does_what_its_plain_twin_does(seed):
+def test_a_full_arena_agrees_with_its_plain_twin(seed):
     rng, num_moves = random.Random(seed), 0
     for _ in range(3):
         twins = arena_twins(rng)
         serve_twins(twins, rng, num_operations=120)
         num_moves += twins.arena(twins.cache).num_moves
-    assert num_moves > 0, "nothing moved: this test shows nothing"
+    assert num_moves > 0, "no row moved, so this test proves nothing"

@@ -1,4 +1,4 @@
-"""A prefix that is brought into a cache: who holds what, and what may happen meanwhile."""
+"""Arrival of a prefix from another engine: held rows, publication, abort and moves."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.cache.test_lease import begin, make_cache, prefill, tokens
 
 
 def check(cache, *holders) -> None:
-    cache.check(sum(one.held_tokens for one in holders), sum(one.held_slots for one in holders))
+    cache.check(sum(h.held_tokens for h in holders), sum(h.held_slots for h in holders))
 
 
-def test_what_arrives_is_hit_as_if_it_had_been_computed() -> None:
+def test_a_published_arrival_is_hit_like_a_computed_prefix() -> None:
     cache, prompt = make_cache(), tokens(200)
     arrival = Arrival.begin(cache, prompt[:192], stateful=True)
     assert arrival is not None and (arrival.start, arrival.end) == (0, 192)
@@ -31,8 +31,8 @@ def test_what_arrives_is_hit_as_if_it_had_been_computed() -> None:
     assert cache.stats.total.requests == 0
 
 
-def test_only_what_is_missing_is_claimed_and_what_is_there_stays() -> None:
-    """KV without a state counts: the state alone comes for it."""
+def test_an_arrival_reserves_only_missing_rows_and_locks_the_rest() -> None:
+    """KV without a state counts as present; then only the state is transferred."""
     cache, prompt = make_cache(kv_tokens=512, slots=4), tokens(400)
     lease = begin(cache, prompt[:150], "none")
     prefill(lease, prompt[:150])
@@ -51,7 +51,7 @@ def test_only_what_is_missing_is_claimed_and_what_is_there_stays() -> None:
     assert cache.match(prompt).cached_len == 320
 
 
-def test_what_was_computed_meanwhile_is_kept_and_the_arrival_is_freed() -> None:
+def test_a_prefix_computed_during_an_arrival_is_kept() -> None:
     cache, prompt = make_cache(), tokens(200)
     arrival = Arrival.begin(cache, prompt[:192], stateful=True)
     assert arrival is not None
@@ -64,7 +64,7 @@ def test_what_was_computed_meanwhile_is_kept_and_the_arrival_is_freed() -> None:
     assert cache.match(prompt).checkpoint == slot and cache.cached_tokens == 200
 
 
-def test_given_up_or_refused_it_leaves_nothing() -> None:
+def test_an_aborted_or_refused_arrival_frees_everything() -> None:
     cache, prompt = make_cache(kv_tokens=256, slots=2), tokens(512)
     arrival = Arrival.begin(cache, prompt[:192], stateful=True)
     assert arrival is not None
@@ -82,9 +82,7 @@ def test_given_up_or_refused_it_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["hybrid", "radix"])
 @pytest.mark.parametrize("eviction", sorted(EVICTION))
-def test_an_arrival_that_is_given_up_changes_no_order_of_eviction(kind: str, eviction: str) -> None:
-    """Three prompts, a part of the oldest is expected and given up: evicting goes on as before."""
-
+def test_an_aborted_arrival_does_not_change_the_eviction_order(kind: str, eviction: str) -> None:
     def survivors(aborted_len: int) -> list[list[int]]:
         stateful = kind == "hybrid"
         sizes = {"num_kv_tokens": 600, "num_slots": 8, "grid": 10}
@@ -112,7 +110,7 @@ def test_an_arrival_that_is_given_up_changes_no_order_of_eviction(kind: str, evi
 
     untouched = survivors(0)
     assert len(untouched) == 3 and survivors(100) == untouched
-    if kind == "hybrid":  # without states a part of an edge is an item of its own
+    if kind == "hybrid":  # without states, a part of an edge is a separate item
         assert survivors(50) == untouched
 
 
@@ -130,8 +128,8 @@ def test_an_attention_only_cache_takes_no_slot(page_size: int) -> None:
     assert cache.match(prompt).cached_len == 320
 
 
-def test_rows_that_move_are_renamed() -> None:
-    """An arena empties the slab under an arrival for somebody's state."""
+def test_rows_of_an_arrival_follow_moves() -> None:
+    """An arena empties the slab that holds an arrival's rows to make room for a state."""
     cache = build_prefix_cache(
         CacheConfig(
             memory="arena", total_bytes=8 * 40, kv_bytes_per_token=1, state_bytes=40, grid=8
@@ -148,7 +146,7 @@ def test_rows_that_move_are_renamed() -> None:
     while (slot := cache.allocate_slot()) is not None:
         slots.append(slot)
     moves = cache.take_step().transfers
-    assert moves, "nothing moved"
+    assert moves, "no row moved"
     for move in moves:
         contents[move.dst] = contents[move.src]
     assert np.array_equal(contents[second.rows], before)

@@ -1,4 +1,4 @@
-"""``check`` recomputes every structure: each lie that is told here to one of them is found."""
+"""``check`` recomputes every structure and finds each corruption that these tests introduce."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 from hybridcache.policies.registry import EVICTION
 from tests.cache.serving import hybrid, ids, publish
 
-TELLING = ("lru", "fifo", "hyperbolic", "hybridcache.policies.eviction.scored:FIFO")
-"""One of each base that can tell what it holds."""
+LISTING = ("lru", "fifo", "hyperbolic", "hybridcache.policies.eviction.scored:FIFO")
+"""One policy of each base class that can list its candidates."""
 
 
 def filled(**options):
-    """Two leaves under a fork, and a checkpoint above them."""
+    """Build a cache with two leaves under a fork and a checkpoint above them."""
     cache = hybrid(**options)
     publish(cache, ids("abcde"), [2, 5])
     publish(cache, ids("abX"), [3])
@@ -24,11 +24,11 @@ def leaf_of(cache):
     return cache.match(ids("abcdef")).node
 
 
-@pytest.mark.parametrize("tiers", [False, True])
-@pytest.mark.parametrize("eviction", TELLING)
-def test_what_the_policy_forgot_and_what_it_should_not_know(eviction, tiers):
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("eviction", LISTING)
+def test_check_finds_missing_and_extra_candidates(eviction, classes):
     for item_of in (lambda node: node.kv, lambda node: node.checkpoint):
-        cache = filled(eviction=eviction, dead_first=tiers, demote_superseded=tiers)
+        cache = filled(eviction=eviction, dead_first=classes, demote_superseded=classes)
         policy, item = cache._residency.policy, item_of(leaf_of(cache))
         policy.discard(item, evicted=False)
         with pytest.raises(AssertionError, match="lacks"):
@@ -42,16 +42,16 @@ def test_what_the_policy_forgot_and_what_it_should_not_know(eviction, tiers):
 
 
 @pytest.mark.parametrize("eviction", list(EVICTION))
-def test_no_policy_is_accused_of_what_it_holds(eviction):
+def test_check_passes_for_every_policy_with_locked_nodes(eviction):
     cache = filled(eviction=eviction)
-    receipt = cache.lock(leaf_of(cache))
+    handle = cache.lock(leaf_of(cache))
     cache.evict(num_tokens=100, num_slots=100)
     cache.check(held_tokens=0, held_slots=0)
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_what_was_gathered_is_what_stands_on_the_path():
+def test_check_finds_gathered_rows_that_differ_from_the_path():
     cache = filled()
     cache.gather(leaf_of(cache))
     cache.check()
@@ -61,7 +61,7 @@ def test_what_was_gathered_is_what_stands_on_the_path():
         cache.check()
 
 
-def test_what_is_withheld_is_locked_and_there():
+def test_check_finds_withheld_items_that_are_unlocked_or_gone():
     cache = filled()
     leaf = leaf_of(cache)
     cache._residency.policy.discard(leaf.kv, evicted=False)
@@ -73,7 +73,7 @@ def test_what_is_withheld_is_locked_and_there():
     cache = filled()
     leaf = leaf_of(cache)
     inner, gone = leaf.parent, leaf.parent.checkpoint
-    receipt = cache.lock(leaf)
+    handle = cache.lock(leaf)
     cache.evict(num_slots=10)
     assert inner.checkpoint is None
     cache.lock(inner)
@@ -81,5 +81,5 @@ def test_what_is_withheld_is_locked_and_there():
     with pytest.raises(AssertionError, match="withheld but gone"):
         cache.check()
     cache._residency.withheld.discard(gone)
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.check()

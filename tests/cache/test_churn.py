@@ -1,5 +1,5 @@
-"""Random traffic over every kind of cache, page size and budget: nothing leaks, every prompt token
-is accounted for."""
+"""Random traffic on every kind of cache, page size and pool: nothing leaks, and hits and losses add
+up to the prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POOLS = {
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
 @pytest.mark.parametrize("pools", POOLS)
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_random_traffic_leaks_nothing(prefix_cache, pools, page_size):
+def test_random_traffic_leaks_no_rows_and_no_slots(prefix_cache, pools, page_size):
     cache = build_prefix_cache(
         CacheConfig(
             prefix_cache=prefix_cache,
@@ -38,7 +38,7 @@ def test_random_traffic_leaks_nothing(prefix_cache, pools, page_size):
         )
         match = cache.match(tokens)
         assert match.cached_len + sum(match.losses) == length
-        receipt = cache.lock(match.node)
+        handle = cache.lock(match.node)
         cache.touch(match)
         rows = cache.gather(match.node)
         assert len(rows) == match.cached_len
@@ -59,7 +59,7 @@ def test_random_traffic_leaks_nothing(prefix_cache, pools, page_size):
         for slot in result.rejected_slots:
             cache.free_slot(slot)
         assert len(cache.gather(result.node)) == result.inserted_len
-        cache.unlock(receipt)
+        cache.unlock(handle)
         if step % 20 == 0:
             cache.check(held_tokens=0, held_slots=0)
     cache.reset()

@@ -1,5 +1,4 @@
-"""What followed a path before: against every text that the cache was ever given, and nothing is
-changed by asking."""
+"""Continuations of a prompt, compared with all texts that the cache has seen."""
 
 from __future__ import annotations
 
@@ -36,39 +35,39 @@ def insert(cache: PrefixCache, tokens: list[int], namespace: str | None = None) 
 
 
 @given(
-    told=texts,
-    asked=st.lists(st.integers(0, 2), max_size=10),
+    inserted=texts,
+    prompt=st.lists(st.integers(0, 2), max_size=10),
     kind=st.sampled_from(["hybrid", "radix"]),
     page_size=st.sampled_from([1, 2, 4]),
     max_tokens=st.integers(1, 9),
     evicted=st.booleans(),
 )
-def test_it_is_how_some_text_went_on(
-    told: list[list[int]],
-    asked: list[int],
+def test_a_continuation_follows_an_inserted_text_and_changes_nothing(
+    inserted: list[list[int]],
+    prompt: list[int],
     kind: str,
     page_size: int,
     max_tokens: int,
     evicted: bool,
 ) -> None:
     cache = make(kind, page_size)
-    for tokens in told:
+    for tokens in inserted:
         insert(cache, tokens)
     if evicted:
         cache.evict(num_tokens=7)
-    ids, before = np.array(asked, np.int32), cache.render("text")
+    ids, before = np.array(prompt, np.int32), cache.render("text")
     found = cache.continuation(ids, max_tokens).tolist()
     assert cache.render("text") == before
-    whole = [tokens[: len(tokens) - len(tokens) % page_size] for tokens in told]
-    longer = [t for t in whole if t[: len(asked)] == asked and len(t) > len(asked)]
+    whole = [tokens[: len(tokens) - len(tokens) % page_size] for tokens in inserted]
+    longer = [t for t in whole if t[: len(prompt)] == prompt and len(t) > len(prompt)]
     assert bool(found) == bool(longer)
-    assert not found or any(t[len(asked) :][: len(found)] == found for t in longer)
+    assert not found or any(t[len(prompt) :][: len(found)] == found for t in longer)
     if found and len(found) < max_tokens:
-        assert asked + found in whole
+        assert prompt + found in whole
     cache.check(held_tokens=0)
 
 
-def test_of_several_the_one_used_last_is_followed() -> None:
+def test_the_most_recently_used_continuation_is_chosen() -> None:
     cache = make("radix", 1)
     insert(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     insert(cache, [1, 2, 30, 40, 50, 60])
@@ -78,7 +77,7 @@ def test_of_several_the_one_used_last_is_followed() -> None:
     assert cache.continuation(ids, 2).tolist() == [3, 4]
 
 
-def test_a_resident_text_is_followed_before_an_evicted_one() -> None:
+def test_a_resident_continuation_is_preferred_to_an_evicted_one() -> None:
     cache = make("radix", 1)
     insert(cache, [1, 2, 3])
     insert(cache, [1, 2, 30])
@@ -89,21 +88,21 @@ def test_a_resident_text_is_followed_before_an_evicted_one() -> None:
     assert cache.continuation(ids[:2], 1).tolist() == [3]
 
 
-def test_of_many_texts_the_newest_are_compared_and_a_whole_page_finds_any() -> None:
+def test_at_most_max_branches_are_compared_newest_first() -> None:
     cache = make("radix", 1)
     texts = [[1, number, 1000 + number, 7] for number in range(MAX_BRANCHES + 6)]
     for tokens in texts:
         insert(cache, tokens)
     cache.touch(cache.match(np.array([*texts[0], 0], np.int32)))
-    begin = np.array([1], np.int32)
-    assert cache.continuation(begin, 3).tolist() == texts[-1][1:]
+    start = np.array([1], np.int32)
+    assert cache.continuation(start, 3).tolist() == texts[-1][1:]
     cache.evict(num_tokens=400)
     assert cache.cached_tokens == 0
-    for tokens in texts:
+    for tokens in texts:  # the second token selects the branch
         assert cache.continuation(np.array(tokens[:2], np.int32), 2).tolist() == tokens[2:]
 
 
-def test_a_namespace_sees_its_own_and_a_locked_node_begins_in_the_middle() -> None:
+def test_a_continuation_stays_in_its_namespace_or_starts_at_a_node() -> None:
     cache = make("hybrid", 1)
     insert(cache, list(range(12)), "a")
     ids = np.arange(6, dtype=np.int32)
@@ -111,11 +110,11 @@ def test_a_namespace_sees_its_own_and_a_locked_node_begins_in_the_middle() -> No
     assert cache.continuation(ids, 3, "a").tolist() == [6, 7, 8]
     node = cache.insert(ids[:4], cache.allocate_kv(4), (), "a").node
     assert node.end == 4
-    assert cache.continuation(ids, 3, "nobody's", node).tolist() == [6, 7, 8]
+    assert cache.continuation(ids, 3, "unknown", node).tolist() == [6, 7, 8]
     assert cache.continuation(ids[:2], 3, "a", node).tolist() == [2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "none"])
-def test_an_empty_cache_knows_nothing(kind: str) -> None:
+def test_an_empty_cache_returns_no_continuation(kind: str) -> None:
     cache = make(kind, 1)
     assert cache.continuation(np.arange(3, dtype=np.int32), 5).tolist() == []

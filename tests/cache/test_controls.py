@@ -1,5 +1,4 @@
-"""The controls of the hybrid cache, an attention-only tree and no cache; and configs that make no
-sense."""
+"""Attention-only cache and null cache, and validation of the configuration."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def test_an_attention_only_cache_resumes_anywhere_on_grid_and_page():
         assert sum(match.losses) + cached == len(prompt)
 
 
-def test_an_attention_only_cache_takes_no_states():
+def test_an_attention_only_cache_rejects_states():
     cache = build_prefix_cache(
         CacheConfig(prefix_cache="radix", num_kv_tokens=100, num_slots=1, grid=1)
     )
@@ -34,21 +33,21 @@ def test_an_attention_only_cache_takes_no_states():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_an_attention_only_lock_holds_what_is_used_inside_an_edge_and_no_more():
+def test_an_attention_only_lock_protects_only_the_used_part_of_an_edge():
     cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=1))
     publish(cache, ids("abcdef"))
     match = cache.match(ids("abcX"))
-    receipt = cache.lock(match.node)
+    handle = cache.lock(match.node)
     rows = cache.gather(match.node)
     assert cache.evict(num_tokens=6).num_tokens == 3
     new = cache.allocate_kv(1)
     result = cache.insert(ids("abcX"), np.concatenate([rows, new]), owned_from=3, after=match.node)
     assert cache.gather(result.node).tolist() == [*rows.tolist(), *new.tolist()]
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.check(held_tokens=0)
 
 
-def test_no_cache_keeps_nothing():
+def test_a_null_cache_stores_nothing():
     cache = build_prefix_cache(
         CacheConfig(prefix_cache="none", num_kv_tokens=100, num_slots=2, grid=1)
     )
@@ -59,7 +58,7 @@ def test_no_cache_keeps_nothing():
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"prefix_cache": "magic", "num_kv_tokens": 8}, "known: hybrid, radix, none"),
         ({"eviction": "magic", "num_kv_tokens": 8, "num_slots": 1}, "unknown eviction"),
@@ -86,8 +85,8 @@ def test_no_cache_keeps_nothing():
         ({"total_bytes": 8, "state_bytes": 0}, "at least 1"),
     ],
 )
-def test_a_config_that_makes_no_sense_says_why(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_an_invalid_config_raises_an_explanation(options, message):
+    with pytest.raises(ValueError, match=message):
         CacheConfig(**options)
 
 
@@ -110,16 +109,16 @@ def test_sizes_are_integers(name: str) -> None:
         ({"num_kv_tokens": 1000, "prefix_cache": "radix"}, (1, 0)),
     ],
 )
-def test_two_pools_of_unknown_sizes_weigh_the_same(options, weights):
-    """A policy that compares bytes needs a weight of a state, also where none was given."""
+def test_default_item_bytes_make_both_pools_weigh_the_same(options, weights):
+    """Policies that compare bytes need the size of a state, also if none is configured."""
     assert CacheConfig(**options).item_bytes == weights
 
 
-def test_a_budget_for_more_rows_than_can_be_numbered_is_refused():
+def test_a_budget_with_more_rows_than_int32_raises():
     with pytest.raises(ValueError, match="int32"):
         build_prefix_cache(CacheConfig(total_bytes=1 << 60, state_bytes=2))
 
 
-def test_a_cache_without_states_makes_no_slots():
+def test_an_attention_only_budget_has_no_slots():
     cache = build_prefix_cache(CacheConfig(prefix_cache="radix", total_bytes=4096))
     assert cache.allocate_slot() is None and len(cache.allocate_kv(4096)) == 4096

@@ -1,4 +1,4 @@
-"""The examples in docstrings and in the package's page are true."""
+"""Doctests of all modules and of the package's README."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_the_code(name: str) -> None:
+def test_doctests_of_modules(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted and not result.failed
 
 
-def test_examples_in_the_readme() -> None:
+def test_doctests_of_the_readme() -> None:
     readme = Path(hybridcache.__file__).parent / "README.md"
     result = doctest.testfile(str(readme), module_relative=False)
     assert result.attempted > 10 and not result.failed

@@ -1,4 +1,4 @@
-"""What goes, in what order, and what stays: one behaviour a test."""
+"""Eviction order of the hybrid cache, one behaviour per test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_an_empty_cache_has_nothing_to_evict():
     assert hybrid().evict(num_tokens=5, num_slots=5) == (0, 0)
 
 
-def test_everything_unlocked_can_go():
+def test_all_unlocked_items_can_be_evicted():
     cache = hybrid()
     for prompt in ("one", "two", "three", "two four"):
         publish(cache, ids(prompt), [len(prompt)])
@@ -25,7 +25,7 @@ def test_everything_unlocked_can_go():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_the_least_recently_used_goes_first():
+def test_the_least_recently_used_leaf_is_evicted_first():
     cache = hybrid()
     for prompt in ("one", "two", "six"):
         serve(cache, ids(prompt), [3])
@@ -37,7 +37,7 @@ def test_the_least_recently_used_goes_first():
     assert cache.match(ids("one!")).cached_len == 3
 
 
-def test_leaves_go_before_what_they_share():
+def test_leaves_are_evicted_before_shared_prefixes():
     cache = hybrid()
     serve(cache, ids("system", "one"), [6, 9])
     serve(cache, ids("system", "two"), [9])
@@ -48,22 +48,24 @@ def test_leaves_go_before_what_they_share():
     assert cache.match(ids("system", "one")).cached_len == 6
 
 
-def test_recency_is_handed_up_when_a_child_goes():
+def test_a_parent_inherits_the_recency_of_its_evicted_child():
     cache = hybrid()
     serve(cache, ids("old"), [3])
     serve(cache, ids("old", "young"), [8])
     serve(cache, ids("xther"), [5])
     cache.touch(cache.match(ids("old", "young", "!")))
-    receipt = cache.lock(cache.match(ids("xther!")).node)
+    handle = cache.lock(cache.match(ids("xther!")).node)
     cache.evict(num_tokens=1)
-    cache.unlock(receipt)
+    cache.unlock(handle)
     assert cache.match(ids("old", "young", "!")).kv_match_len == 3
     cache.evict(num_tokens=1)
-    assert cache.match(ids("xther!")).kv_match_len == 0, "older than the last use through 'old'"
+    assert cache.match(ids("xther!")).kv_match_len == 0, (
+        "'xther' is older than the last use of 'old' through its child"
+    )
     assert cache.match(ids("old!")).cached_len == 3
 
 
-def test_a_use_counts_for_what_became_a_leaf_by_an_eviction():
+def test_a_use_counts_for_a_node_that_became_a_leaf():
     cache = hybrid()
     serve(cache, ids("old", "leaf"), [3, 7])
     serve(cache, ids("xther"), [5])
@@ -75,7 +77,7 @@ def test_a_use_counts_for_what_became_a_leaf_by_an_eviction():
     assert cache.match(ids("old!")).cached_len == 3
 
 
-def test_the_least_recently_used_checkpoint_goes_first():
+def test_the_least_recently_used_checkpoint_is_evicted_first():
     cache = hybrid()
     for prompt in ("one", "two", "six"):
         serve(cache, ids(prompt), [3])
@@ -85,7 +87,7 @@ def test_the_least_recently_used_checkpoint_goes_first():
     assert cache.match(ids("one!")).cached_len == 3
 
 
-def test_kv_that_a_later_checkpoint_revived_is_not_dead_any_more():
+def test_kv_with_a_new_checkpoint_is_no_longer_unreachable():
     cache = hybrid()
     serve(cache, ids("alive"), [5])
     serve(cache, ids("later"))
@@ -95,18 +97,18 @@ def test_kv_that_a_later_checkpoint_revived_is_not_dead_any_more():
     assert cache.match(ids("later!")).cached_len == 5
 
 
-def test_a_locked_node_without_a_state_outlives_what_is_below_it():
+def test_a_locked_node_without_a_state_outlives_its_children():
     cache = hybrid()
-    receipt = cache.lock(publish(cache, ids("ab")).node)
+    handle = cache.lock(publish(cache, ids("ab")).node)
     publish(cache, ids("abcd"), [4])
     assert cache.evict(num_tokens=10) == (2, 1)
     assert cache.match(ids("abX")).kv_match_len == 2
-    cache.unlock(receipt)
+    cache.unlock(handle)
     assert cache.evict(num_tokens=10) == (2, 0)
 
 
 @pytest.mark.parametrize("eviction", ["lru", "slru"])
-def test_kv_that_nothing_can_resume_from_goes_first(eviction):
+def test_unreachable_kv_is_evicted_first(eviction):
     cache = hybrid(eviction=eviction)
     serve(cache, ids("alive"), [5])
     serve(cache, ids("dead!"))
@@ -116,14 +118,14 @@ def test_kv_that_nothing_can_resume_from_goes_first(eviction):
     assert cache.match(ids("alive!")).cached_len == 5
 
 
-def test_the_tail_below_the_deepest_checkpoint_goes_first_and_alone():
+def test_only_the_tail_after_the_deepest_checkpoint_is_evicted_first():
     cache = hybrid()
     serve(cache, ids("aabb"), [2])
     assert cache.evict(num_tokens=1) == (2, 0)
     assert cache.match(ids("aabb")).cached_len == 2
 
 
-def test_without_dead_first_recency_alone_decides():
+def test_without_dead_first_only_recency_decides():
     cache = hybrid(dead_first=False)
     serve(cache, ids("alive"), [5])
     serve(cache, ids("dead!"))
@@ -132,7 +134,7 @@ def test_without_dead_first_recency_alone_decides():
 
 
 @pytest.mark.parametrize("eviction", ["lru", "slru"])
-def test_a_superseded_checkpoint_goes_before_an_older_one_that_is_not(eviction):
+def test_a_superseded_checkpoint_is_evicted_before_an_older_one(eviction):
     cache = hybrid(eviction=eviction)
     serve(cache, ids("older"), [5])
     serve(cache, ids("chat"), [4])
@@ -143,22 +145,22 @@ def test_a_superseded_checkpoint_goes_before_an_older_one_that_is_not(eviction):
     assert cache.match(ids("chatchat!")).cached_len == 8
 
 
-def test_a_locked_checkpoint_that_was_passed_over_can_be_superseded_and_freed_again():
+def test_a_skipped_locked_checkpoint_can_be_evicted_after_unlocking():
     cache = hybrid()
     serve(cache, ids("chat"), [4])
     node = cache.match(ids("chat!")).node
-    receipt = cache.lock(node)
+    handle = cache.lock(node)
     assert cache.evict(num_slots=1).num_slots == 0
     serve(cache, ids("chat", "chat"), [8])
     assert node.checkpoint.superseded
     cache.check(held_tokens=0, held_slots=0)
-    cache.unlock(receipt)
+    cache.unlock(handle)
     assert cache.evict(num_slots=1).num_slots == 1
     assert cache.match(ids("chatchat!")).cached_len == 8
     assert node.checkpoint is None
 
 
-def test_uses_of_a_leaf_that_goes_are_its_parents():
+def test_a_parent_inherits_the_uses_of_an_evicted_leaf():
     cache = hybrid()
     serve(cache, ids("chat"), [4])
     serve(cache, ids("chat", "more"), [8])
@@ -170,14 +172,14 @@ def test_uses_of_a_leaf_that_goes_are_its_parents():
     assert parent.kv.uses == before + 3
 
 
-def test_a_superseded_checkpoint_is_demoted_not_deleted():
+def test_a_superseded_checkpoint_is_demoted_but_not_deleted():
     cache = hybrid()
     serve(cache, ids("chat"), [4])
     serve(cache, ids("chat", "chat"), [8])
     assert cache.match(ids("chat", "X")).cached_len == 4
 
 
-def test_without_demotion_recency_alone_decides():
+def test_without_demotion_only_recency_decides():
     cache = hybrid(demote_superseded=False)
     serve(cache, ids("older"), [5])
     serve(cache, ids("chat"), [4])
@@ -187,7 +189,7 @@ def test_without_demotion_recency_alone_decides():
     assert cache.match(ids("chatX")).cached_len == 4
 
 
-def test_a_fork_lifts_the_demotion_and_its_end_restores_it():
+def test_a_fork_removes_the_demotion_and_its_eviction_restores_it():
     cache = hybrid()
     serve(cache, ids("chat"), [4])
     serve(cache, ids("chat", "one"), [7])
@@ -201,18 +203,18 @@ def test_a_fork_lifts_the_demotion_and_its_end_restores_it():
     assert not checkpoint.superseded
 
 
-def test_a_hit_refreshes_only_the_checkpoint_it_consumed():
+def test_a_hit_refreshes_only_the_checkpoint_it_resumes_from():
     cache = hybrid(demote_superseded=False)
     serve(cache, ids("ab"), [2])
     serve(cache, ids("ab", "cd"), [4])
     serve(cache, ids("other"), [5])
     cache.touch(cache.match(ids("abcd!")))
     cache.evict(num_slots=1)
-    assert cache.match(ids("abX")).cached_len == 0, "used long before 'other'"
+    assert cache.match(ids("abX")).cached_len == 0, "'ab' was used long before 'other'"
     assert cache.match(ids("other!")).cached_len == 5
 
 
-def test_an_insert_refreshes_no_checkpoint_that_it_merely_passes():
+def test_an_insert_does_not_refresh_checkpoints_on_its_path():
     cache = hybrid()
     for prompt in ("ab", "xy"):
         serve(cache, ids(prompt), [2])
@@ -223,7 +225,9 @@ def test_an_insert_refreshes_no_checkpoint_that_it_merely_passes():
     assert (passed.last_used, passed.uses) == before
     cache.evict(num_slots=1)
     assert cache.match(ids("xy!")).cached_len == 2
-    assert cache.match(ids("ab!")).cached_len == 0, "the older one, whoever wrote past it since"
+    assert cache.match(ids("ab!")).cached_len == 0, (
+        "'ab' is older; the later inserts must not count as uses"
+    )
 
 
 def test_a_chat_with_more_turns_than_slots_keeps_its_latest_turns():
@@ -231,14 +235,14 @@ def test_a_chat_with_more_turns_than_slots_keeps_its_latest_turns():
     chat = ids(range(100 * turn))
     for end in range(turn, len(chat) + 1, turn):
         match = serve(cache, chat[:end], [end])
-        assert match.cached_len == end - turn, "each turn goes on from the one before"
+        assert match.cached_len == end - turn, "a turn does not resume from the previous one"
     assert cache.num_checkpoints == 48 and cache.stats.evicted_slots == 52
-    assert cache.cached_tokens == len(chat), "only states went"
+    assert cache.cached_tokens == len(chat), "KV was evicted too"
     for end in range(turn, len(chat), turn):
         edited = cache.match(ids(chat[:end].tolist(), "!"))
-        kept = end > len(chat) - 48 * turn
-        assert edited.cached_len == (end if kept else 0)
-        assert edited.losses.checkpoint_evicted == (0 if kept else end)
+        is_kept = end > len(chat) - 48 * turn
+        assert edited.cached_len == (end if is_kept else 0)
+        assert edited.losses.checkpoint_evicted == (0 if is_kept else end)
 
 
 def test_evicting_an_inner_checkpoint_leaves_a_tombstone():
@@ -252,7 +256,7 @@ def test_evicting_an_inner_checkpoint_leaves_a_tombstone():
     assert cache.match(ids("abcd!")).cached_len == 4
 
 
-def test_a_tombstone_is_filled_by_a_later_pass():
+def test_a_tombstone_gets_a_new_checkpoint_from_a_later_request():
     cache = hybrid()
     serve(cache, ids("ab"), [2])
     serve(cache, ids("ab", "cd"), [4])
@@ -263,7 +267,7 @@ def test_a_tombstone_is_filled_by_a_later_pass():
     assert match.cached_len == 2 and match.missed is None
 
 
-def test_evicting_the_last_checkpoint_under_a_leaf_frees_the_tail_with_it():
+def test_evicting_the_last_checkpoint_of_a_leaf_frees_its_tail():
     cache = hybrid()
     serve(cache, ids("ab"), [2])
     serve(cache, ids("ab", "cdef"), [6])
@@ -273,7 +277,7 @@ def test_evicting_the_last_checkpoint_under_a_leaf_frees_the_tail_with_it():
     assert cache.match(ids("zz!")).cached_len == 2
 
 
-def test_the_cascade_stops_at_a_checkpoint_a_fork_and_a_lock():
+def test_a_cascading_eviction_stops_at_checkpoints_forks_and_locks():
     for stop in ("checkpoint", "fork", "lock"):
         cache = hybrid()
         serve(cache, ids("ab"), [2])
@@ -281,10 +285,10 @@ def test_the_cascade_stops_at_a_checkpoint_a_fork_and_a_lock():
         serve(cache, ids("ab", "cd", "ef"), [6])
         if stop == "fork":
             serve(cache, ids("ab", "cd", "XY"), [6])
-        receipt = cache.lock(cache.match(ids("abcd!")).node)
+        handle = cache.lock(cache.match(ids("abcd!")).node)
         cache.evict(num_slots=1)
         if stop != "lock":
-            cache.unlock(receipt)
+            cache.unlock(handle)
         leaf = cache.match(ids("abcdef!"))
         assert leaf.cached_len == 6
         cache._residency._drop_leaf(leaf.node)
@@ -292,7 +296,7 @@ def test_the_cascade_stops_at_a_checkpoint_a_fork_and_a_lock():
         assert cache.match(ids("abcdef!")).kv_match_len == 4
 
 
-def test_a_chain_of_tombstones_goes_with_its_leaf():
+def test_a_chain_of_tombstones_is_evicted_with_its_leaf():
     cache = hybrid(num_slots=20)
     for length in range(2, 22, 2):
         serve(cache, ids(range(length)), [length])
@@ -302,7 +306,7 @@ def test_a_chain_of_tombstones_goes_with_its_leaf():
     assert cache.num_checkpoints == 0
 
 
-def test_eviction_says_exactly_what_the_pools_got_back():
+def test_eviction_reports_exactly_the_freed_rows_and_slots():
     cache = hybrid()
     for prompt in ("system one", "system two", "other"):
         serve(cache, ids(prompt), [7, len(prompt)] if len(prompt) > 7 else [5])
@@ -314,7 +318,7 @@ def test_eviction_says_exactly_what_the_pools_got_back():
         rows, slots = cache._pages.num_free, cache._slots.num_free
 
 
-def test_a_prompt_comes_back_after_everything_was_evicted():
+def test_a_prompt_can_be_cached_again_after_full_eviction():
     cache = hybrid()
     serve(cache, ids("hello"), [5])
     cache.evict(num_tokens=100)

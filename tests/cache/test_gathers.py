@@ -1,4 +1,4 @@
-"""Which of the rows gathered lately are kept."""
+"""Cache of recently gathered rows."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ import numpy as np
 from hybridcache.radix.rows import GatherCache
 
 ROWS = np.arange(10_000, dtype=np.int32)
-TWO = 25_000
-"""Rows that two answers fit in, with their heads, and a third does not."""
+LIMIT_OF_TWO = 25_000
+"""Limit in rows that two results with their overhead fit in, and a third does not."""
 
 
 def segment() -> Any:
-    """Stands for one: only its identity matters here."""
+    """Return a placeholder of a KV segment. Only its identity matters."""
     return object()
 
 
-def kept(gathers: GatherCache, *known: Any) -> list[bool]:
-    return [gathers.get(one) is not None for one in known]
+def are_cached(gathers: GatherCache, *segments: Any) -> list[bool]:
+    return [gathers.get(segment) is not None for segment in segments]
 
 
-def test_the_oldest_answers_go_until_the_rest_fits() -> None:
-    gathers, known = GatherCache(), []
+def test_the_oldest_results_are_dropped_until_the_rest_fits() -> None:
+    gathers, segments = GatherCache(), []
     for _ in range(6):
-        known.append(segment())
-        gathers.keep(known[-1], ROWS, None, TWO)
-        assert kept(gathers, *known) == [False] * (len(known) - 2) + [True] * min(2, len(known))
+        segments.append(segment())
+        gathers.keep(segments[-1], ROWS, None, LIMIT_OF_TWO)
+        assert are_cached(gathers, *segments) == [False] * (len(segments) - 2) + [True] * min(
+            2, len(segments)
+        )
 
 
-def test_the_newest_answer_stays_however_long_it_is() -> None:
-    gathers, known = GatherCache(), [segment() for _ in range(2)]
-    for one in known:
-        gathers.keep(one, ROWS, None, 100)
-    assert kept(gathers, *known) == [False, True]
+def test_the_newest_result_is_cached_whatever_its_length() -> None:
+    gathers, segments = GatherCache(), [segment() for _ in range(2)]
+    for each in segments:
+        gathers.keep(each, ROWS, None, 100)
+    assert are_cached(gathers, *segments) == [False, True]
 
 
-def test_an_answer_that_was_extended_goes_before_an_older_one() -> None:
+def test_an_extended_result_is_dropped_before_an_older_one() -> None:
     gathers = GatherCache()
-    older, begun, goes_on = known = [segment() for _ in range(3)]
-    gathers.keep(older, ROWS, None, TWO)
-    gathers.keep(begun, ROWS, None, TWO)
-    gathers.keep(goes_on, ROWS, begun, TWO)
-    assert kept(gathers, *known) == [True, False, True]
+    older, start, extension = segments = [segment() for _ in range(3)]
+    gathers.keep(older, ROWS, None, LIMIT_OF_TWO)
+    gathers.keep(start, ROWS, None, LIMIT_OF_TWO)
+    gathers.keep(extension, ROWS, start, LIMIT_OF_TWO)
+    assert are_cached(gathers, *segments) == [True, False, True]

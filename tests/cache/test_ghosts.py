@@ -1,4 +1,4 @@
-"""What is remembered of prefixes whose KV is gone."""
+"""Ghosts: tokens of evicted KV that the cache remembers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.cache.serving import (
 )
 
 
-def test_a_ghost_is_no_hit_but_remembers_how_deep_the_tokens_were_seen():
+def test_a_ghost_gives_no_hit_but_a_seen_len():
     cache = hybrid()
     serve(cache, ids("hello world"), [5, 11])
     cache.evict(num_tokens=100)
@@ -22,7 +22,7 @@ def test_a_ghost_is_no_hit_but_remembers_how_deep_the_tokens_were_seen():
     assert cache.ghost_tokens == 11
 
 
-def test_a_ghost_tells_which_checkpoint_would_have_been_used():
+def test_a_ghost_identifies_the_missed_checkpoint():
     cache = hybrid()
     serve(cache, ids("hello world"), [5, 11])
     cache.evict(num_tokens=100)
@@ -34,7 +34,7 @@ def test_a_ghost_tells_which_checkpoint_would_have_been_used():
     assert (usage.missed, usage.missed_tokens) == (1, 11)
 
 
-def test_of_two_evicted_checkpoints_the_deeper_one_was_missed():
+def test_the_deepest_evicted_checkpoint_counts_as_missed():
     cache = hybrid()
     serve(cache, ids("abcdefgh"), [2, 4, 8])
     serve(cache, ids("abcdX"), [5])
@@ -44,25 +44,25 @@ def test_of_two_evicted_checkpoints_the_deeper_one_was_missed():
     cache.evict(num_slots=10)
     match = cache.match(ids("abcdefgh!"))
     assert (match.cached_len, match.kv_match_len, match.seen_len) == (2, 4, 8)
-    assert match.losses.checkpoint_evicted == 2, "a tombstone stands at 4"
+    assert match.losses.checkpoint_evicted == 2, "the tombstone at 4 ends the loss"
     assert match.missed.position == 8
     assert len(locks) == 2
 
 
-def test_the_policy_hears_of_what_was_missed_once_a_request():
-    cache, told = hybrid(), []
-    cache._residency.policy.on_ghost_hit = told.append
+def test_the_policy_gets_one_ghost_hit_per_request():
+    cache, ghost_hits = hybrid(), []
+    cache._residency.policy.on_ghost_hit = ghost_hits.append
     serve(cache, ids("hello"), [4])
     cache.touch(cache.match(ids("hello")))
-    assert told == []
+    assert ghost_hits == []
     cache.evict(num_tokens=10)
     match = cache.match(ids("hello"))
-    assert told == []
+    assert ghost_hits == []
     cache.touch(match)
-    assert told == [match.missed] and match.missed.position == 4
+    assert ghost_hits == [match.missed] and match.missed.position == 4
 
 
-def test_a_ghost_that_comes_again_is_resident_again():
+def test_a_ghost_becomes_resident_when_its_tokens_are_inserted():
     cache = hybrid()
     serve(cache, ids("hello world"), [11])
     cache.evict(num_tokens=100)
@@ -73,7 +73,7 @@ def test_a_ghost_that_comes_again_is_resident_again():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_ghosts_are_bounded_and_the_oldest_are_forgotten_first():
+def test_the_oldest_ghosts_are_dropped_first():
     cache = hybrid(ghost_bytes=2 * (640 + 4 * 5))
     for prompt in ("first", "other", "third"):
         serve(cache, ids(prompt), [5])
@@ -85,22 +85,22 @@ def test_ghosts_are_bounded_and_the_oldest_are_forgotten_first():
 
 
 @pytest.mark.parametrize("ghost_bytes", [0, 1000])
-def test_ghosts_never_exceed_their_bytes(ghost_bytes):
+def test_ghosts_never_exceed_their_byte_limit(ghost_bytes):
     cache = hybrid(ghost_bytes=ghost_bytes)
     for number in range(100):
         serve(cache, ids([number], "x" * number), [number + 1])
         assert cache._residency.ghosts.num_bytes <= ghost_bytes
 
 
-def test_a_match_says_whether_others_went_on_elsewhere():
+def test_a_match_reports_whether_other_prompts_fork_at_its_end():
     cache = hybrid(num_kv_tokens=64, ghost_bytes=1 << 20)
     publish(cache, ids(range(20)), [10])
 
     def forks(length):
         return cache.match(ids(range(length), [99] * 3)).forks
 
-    assert forks(5) and forks(10), "inside an edge; where a checkpoint split it"
-    assert not forks(20), "all that was seen ends there"
+    assert forks(5) and forks(10), "no fork inside an edge or where a checkpoint split it"
+    assert not forks(20), "a fork at the end of all seen tokens"
     cache.evict(num_tokens=64)
     assert cache.match(ids(range(20))).kv_match_len == 0
-    assert forks(5) and forks(10) and not forks(20), "ghosts say so too"
+    assert forks(5) and forks(10) and not forks(20), "forks of ghosts differ"

@@ -1,5 +1,4 @@
-"""What a policy is shown of an item is true: its bytes are those that eviction frees, its position
-and span those of the path."""
+"""Item attributes that policies see: size, position, span, uses and times."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ TOKEN_BYTES, STATE_BYTES = 3, 1000
 
 
 class NextVictim(EvictionPolicy):
-    """A policy that gives up what it is told to."""
+    """Policy whose next victim is set by the test."""
 
     def __init__(self) -> None:
         self.next: Item | None = None
@@ -54,24 +53,24 @@ def used_bytes(cache):
 @pytest.mark.full("0-hybrid", "1-radix")
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
 @pytest.mark.parametrize("seed", range(4))
-def test_size_is_what_eviction_frees(prefix_cache, seed):
+def test_item_size_equals_the_bytes_that_eviction_frees(prefix_cache, seed):
     cache = cache_of(prefix_cache, seed, 80)
     residency, rng = cache._residency, random.Random(seed)
     residency.policy = policy = NextVictim()
-    receipts = [cache.lock(node) for node in rng.sample(list(cache._tree.nodes()), 5)]
+    handles = [cache.lock(node) for node in rng.sample(list(cache._tree.nodes()), 5)]
     while candidates := [item for item in residency.candidates() if not item.node.locks]:
         policy.next = rng.choice(candidates)
         expected, before = policy.next.size_bytes, used_bytes(cache)
         residency.evict_one(None)
         assert before - used_bytes(cache) == expected
-    for receipt in receipts:
-        cache.unlock(receipt)
+    for handle in handles:
+        cache.unlock(handle)
     cache.check(held_tokens=0, held_slots=0)
 
 
 @pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(4))
-def test_position_span_and_lineage_are_those_of_the_path(seed):
+def test_position_span_and_above_match_the_path(seed):
     cache = cache_of("hybrid", seed, 80)
     cache.evict(num_slots=20)
     items = [
@@ -94,7 +93,7 @@ def test_position_span_and_lineage_are_those_of_the_path(seed):
         assert item.dead == dead
 
 
-def test_uses_and_times_are_counted():
+def test_uses_and_last_used_are_updated():
     cache = cache_of("hybrid", 0, 0)
     for tokens in traffic(1, 20):
         serve(cache, tokens, [len(tokens) // 4 * 4] if len(tokens) >= 4 else ())

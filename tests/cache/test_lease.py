@@ -1,4 +1,4 @@
-"""One lease at a time on a real cache: who holds what after each verb."""
+"""Leases on a real cache: held rows and slots after each call, and refusal of wrong calls."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ def tokens(length: int, first: int = 0) -> Tokens:
     return np.arange(first, first + length, dtype=np.int32)
 
 
-def begin(cache: PrefixCache, prompt: Tokens, words: str = "backoff", **options: object) -> Lease:
-    lease = Lease.begin(cache, parse_placement(words), LeaseRequest(prompt, **options))
+def begin(
+    cache: PrefixCache, prompt: Tokens, placement: str = "backoff", **options: object
+) -> Lease:
+    lease = Lease.begin(cache, parse_placement(placement), LeaseRequest(prompt, **options))
     assert lease is not None
     return lease
 
 
 def prefill(lease: Lease, prompt: Tokens, end: int | None = None) -> tuple[tuple[int, int], ...]:
-    """Extend, export and publish up to ``end``: what the engine does around one prefill chunk."""
+    """Extend, take checkpoint slots and publish up to ``end``, like the engine's prefill chunk."""
     end = len(prompt) if end is None else end
     assert lease.extend(end)
     exports = lease.take_checkpoint_slots(lease.published_len, end)
@@ -48,7 +50,7 @@ def check(cache: PrefixCache, *leases: Lease) -> None:
     cache.check(sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases))
 
 
-def test_a_finished_prompt_is_hit_at_its_checkpoint() -> None:
+def test_a_finished_prompt_is_reused_up_to_its_checkpoint() -> None:
     cache, prompt = make_cache(), tokens(200)
     lease = begin(cache, prompt)
     assert (lease.cached_len, lease.restore) == (0, None)
@@ -66,7 +68,7 @@ def test_a_finished_prompt_is_hit_at_its_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-def test_duplicates_are_swapped_for_the_trees_rows(page_size: int) -> None:
+def test_duplicate_rows_are_replaced_by_rows_of_the_tree(page_size: int) -> None:
     cache, prompt = make_cache(page_size=page_size), tokens(200)
     first, second = begin(cache, prompt), begin(cache, prompt)
     assert first.extend(200) and second.extend(200)
@@ -80,22 +82,22 @@ def test_duplicates_are_swapped_for_the_trees_rows(page_size: int) -> None:
     check(cache)
 
 
-def test_rows_stay_known_when_an_answer_outgrows_its_array() -> None:
+def test_cached_rows_survive_growth_of_the_row_array() -> None:
     cache, history = make_cache(kv_tokens=2048), tokens(1000)
     first = begin(cache, history[:200])
     prefill(first, history[:200])
     first.finish(history[:200], 200)
     lease = begin(cache, history[:200])
     assert lease.cached_len == 192
-    known = lease.kv_indices.copy()
+    cached = lease.kv_indices.copy()
     assert lease.extend(1000)
-    assert lease.kv_indices[:192].tolist() == known.tolist()
+    assert lease.kv_indices[:192].tolist() == cached.tolist()
     assert len(set(lease.kv_indices.tolist())) == 1000
     lease.abort()
     check(cache)
 
 
-def test_only_what_is_computed_is_published() -> None:
+def test_an_aborted_lease_publishes_only_committed_chunks() -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt)
     prefill(lease, prompt, 128)
@@ -109,7 +111,7 @@ def test_only_what_is_computed_is_published() -> None:
 
 
 @pytest.mark.parametrize("end", ["finish", "preempt"])
-def test_a_checkpoint_that_was_not_computed_is_not_published(end: str) -> None:
+def test_a_checkpoint_past_the_computed_length_is_not_published(end: str) -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt)
     prefill(lease, prompt, 100)
@@ -119,23 +121,23 @@ def test_a_checkpoint_that_was_not_computed_is_not_published(end: str) -> None:
     assert (cache.num_checkpoints, cache.match(prompt).kv_match_len) == (0, 100)
 
 
-def test_a_lease_resumes_on_a_copy_and_never_holds_the_checkpoint() -> None:
+def test_a_lease_copies_the_checkpoint_into_its_own_slot() -> None:
     cache, prompt = make_cache(slots=3), tokens(200)
     first = begin(cache, prompt)
     [(_, checkpoint)] = prefill(first, prompt)
     first.finish(prompt, 200)
-    one, other = begin(cache, prompt), begin(cache, prompt)
-    assert one.restore == (checkpoint, one.state_slot)
-    assert other.restore == (checkpoint, other.state_slot)
-    assert len({checkpoint, one.state_slot, other.state_slot}) == 3
-    check(cache, one, other)
+    second, third = begin(cache, prompt), begin(cache, prompt)
+    assert second.restore == (checkpoint, second.state_slot)
+    assert third.restore == (checkpoint, third.state_slot)
+    assert len({checkpoint, second.state_slot, third.state_slot}) == 3
+    check(cache, second, third)
     assert Lease.begin(cache, parse_placement("none"), LeaseRequest(prompt)) is None
-    one.abort()
-    other.abort()
+    second.abort()
+    third.abort()
     check(cache)
 
 
-def test_where_the_checkpoint_is_the_only_slot_the_request_starts_without_it() -> None:
+def test_a_request_may_evict_its_own_checkpoint_to_get_a_slot() -> None:
     cache, prompt = make_cache(slots=2), tokens(200)
     first = begin(cache, prompt)
     prefill(first, prompt)
@@ -153,12 +155,12 @@ def test_a_position_without_a_slot_is_skipped() -> None:
     lease = begin(cache, prompt, "every:64")
     assert lease.extend(300)
     assert lease.planned == (64, 128, 192, 256)
-    assert lease.take_checkpoint_slots(0, 300) == ((256, 1),)  # the deepest is most wanted
+    assert lease.take_checkpoint_slots(0, 300) == ((256, 1),)  # the deepest has priority
     lease.finish(prompt, 300)
     check(cache)
 
 
-def test_the_own_slot_is_donated_where_the_state_sits_on_a_wanted_position() -> None:
+def test_the_state_slot_is_donated_at_a_planned_position() -> None:
     cache, prompt = make_cache(slots=1), tokens(128)
     lease = begin(cache, prompt, "prompt")
     own = lease.state_slot
@@ -171,7 +173,9 @@ def test_the_own_slot_is_donated_where_the_state_sits_on_a_wanted_position() -> 
 
 
 @pytest.mark.parametrize("computed_len, cached_len", [(128, 128), (150, 0)])
-def test_preemption_donates_on_any_grid_position(computed_len: int, cached_len: int) -> None:
+def test_preemption_donates_the_state_slot_at_a_grid_position(
+    computed_len: int, cached_len: int
+) -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt, "none")
     prefill(lease, prompt, computed_len)
@@ -189,7 +193,7 @@ def decode(lease: Lease, history: Tokens, start: int) -> list[tuple[int, int]]:
     return exports
 
 
-def test_in_decode_one_checkpoint_rolls() -> None:
+def test_decode_keeps_one_rolling_checkpoint() -> None:
     cache, history = make_cache(), tokens(340)
     prompt = history[:100]
     lease = begin(cache, prompt, "end")
@@ -205,9 +209,9 @@ def test_in_decode_one_checkpoint_rolls() -> None:
 
 
 @pytest.mark.parametrize("unwritten", [True, False])
-def test_a_rolling_checkpoint_that_was_guessed_past_is_taken_back(unwritten: bool) -> None:
-    """A step computes beyond the grid, and only tokens before it count. The slot is free if it had
-    no checkpoint before, or if the step may have overwritten that one."""
+def test_roll_back_removes_a_rolling_checkpoint_of_rejected_drafts(unwritten: bool) -> None:
+    """A step computes drafts past a grid position, but only tokens before it are accepted. The slot
+    is freed if it had no checkpoint before, or if the step may have overwritten that one."""
     cache, history = make_cache(), tokens(340)
     lease = begin(cache, history[:100], "end")
     prefill(lease, history[:100])
@@ -217,7 +221,7 @@ def test_a_rolling_checkpoint_that_was_guessed_past_is_taken_back(unwritten: boo
     lease.roll_back(127, unwritten)
     check(cache, lease)
     assert lease.held_slots == num_held
-    assert lease.reserve_checkpoint_slots(127, 130, 5) == 0  # and the step is not made
+    assert lease.reserve_checkpoint_slots(127, 130, 5) == 0  # the step is not launched
     ((position, slot),) = lease.take_checkpoint_slots(127, 131)
     lease.roll_back(129, unwritten)
     assert (position, lease.held_slots) == (128, num_held + 1)
@@ -231,11 +235,9 @@ def test_a_rolling_checkpoint_that_was_guessed_past_is_taken_back(unwritten: boo
 
 @pytest.mark.parametrize("unwritten", [True, False])
 @pytest.mark.parametrize("end", ["finish", "preempt", "publish"])
-def test_drafts_never_leave_a_checkpoint_with_the_state_of_another_position(
-    unwritten: bool, end: str
-) -> None:
-    """An engine that writes checkpoints while it computes calls ``roll_back`` alone. One that
-    writes them after acceptance says ``unwritten``. Both may only find states that fit."""
+def test_checkpoints_after_rejected_drafts_have_the_right_state(unwritten: bool, end: str) -> None:
+    """Check both kinds of engines: those that write checkpoints during the step, and those that
+    write them after acceptance (``unwritten``)."""
     rng, cache = np.random.default_rng(5), make_cache(grid=8, slots=20)
     placement, contents = parse_placement("end,backoff"), dict[int, bytes]()
     num_resumed = num_rolled_back = 0
@@ -253,13 +255,13 @@ def test_drafts_never_leave_a_checkpoint_with_the_state_of_another_position(
             to = prompt_len if at < prompt_len else at + drafted
             at_next = min(to, at + accepted) if at >= prompt_len else to
             assert lease.extend(to)
-            guessed = history.copy()
-            guessed[at_next:] ^= 1
+            computed = history.copy()
+            computed[at_next:] ^= 1
             saves = lease.take_checkpoint_slots(at, to)
             carried_out(cache)
             for position, slot in saves:
                 if position <= at_next or not unwritten:
-                    contents[slot] = guessed[:position].tobytes()
+                    contents[slot] = computed[:position].tobytes()
             num_rolled_back += at_next < to
             lease.roll_back(at_next, unwritten)
             at = at_next
@@ -272,7 +274,7 @@ def test_drafts_never_leave_a_checkpoint_with_the_state_of_another_position(
     assert num_resumed > 10 and num_rolled_back > 10
 
 
-def test_in_exact_mode_nothing_past_the_prompt_is_published() -> None:
+def test_exact_mode_publishes_only_the_prompt() -> None:
     cache, history = make_cache(), tokens(340)
     prompt = history[:100]
     lease = begin(cache, prompt, "end,backoff", exact=True)
@@ -283,7 +285,7 @@ def test_in_exact_mode_nothing_past_the_prompt_is_published() -> None:
     assert cache.match(history).kv_match_len == 100
 
 
-def test_without_reuse_nothing_is_read_and_nothing_counted() -> None:
+def test_a_lease_without_reuse_is_not_counted() -> None:
     cache, prompt = make_cache(), tokens(200)
     first = begin(cache, prompt)
     prefill(first, prompt)
@@ -296,50 +298,50 @@ def test_without_reuse_nothing_is_read_and_nothing_counted() -> None:
     check(cache, lease)
 
 
-def test_a_lease_that_gets_no_kv_is_counted_when_it_gets_some() -> None:
+def test_a_request_is_counted_only_when_it_gets_rows() -> None:
     cache = make_cache(kv_tokens=128)
-    hog = begin(cache, tokens(100, first=900))
-    assert hog.extend(100)
+    filler = begin(cache, tokens(100, first=900))
+    assert filler.extend(100)
     prompt = tokens(60)
     for _ in range(3):
         lease = begin(cache, prompt)
         assert not lease.extend(60)
         lease.abort()
-    hog.abort()
+    filler.abort()
     lease = begin(cache, prompt)
     assert lease.extend(60)
     assert cache.stats.total.requests == 2
     check(cache, lease)
 
 
-class Counting(PlacementPolicy):
-    """A placement that learns: it is notified once of each request that is computed."""
+class CountingPlacement(PlacementPolicy):
+    """Placement policy that counts the calls of ``on_prefill``."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.num_prefills = 0
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         return []
 
     def on_prefill(self, prefill: Prefill) -> None:
-        self.asked += 1
+        self.num_prefills += 1
 
 
-def test_a_placement_is_notified_once_however_often_a_request_was_refused() -> None:
-    cache, placement = make_cache(kv_tokens=128), Counting()
-    hog = begin(cache, tokens(100, first=900))
-    assert hog.extend(100)
+def test_a_placement_policy_is_notified_once_despite_refusals() -> None:
+    cache, placement = make_cache(kv_tokens=128), CountingPlacement()
+    filler = begin(cache, tokens(100, first=900))
+    assert filler.extend(100)
     for _ in range(3):
         lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
         assert not lease.extend(60)
         lease.abort()
-    hog.abort()
+    filler.abort()
     lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
     assert lease.extend(30) and lease.extend(60)
-    assert placement.asked == 1
+    assert placement.num_prefills == 1
 
 
-def test_attention_only_takes_no_slot() -> None:
+def test_an_attention_only_lease_takes_no_slot() -> None:
     cache, prompt = make_cache("radix", slots=0), tokens(200)
     first = begin(cache, prompt, "every:64,end", stateful=False)
     prefill(first, prompt)
@@ -351,7 +353,7 @@ def test_attention_only_takes_no_slot() -> None:
     check(cache, lease)
 
 
-def test_with_a_null_cache_everything_is_freed() -> None:
+def test_a_lease_on_a_null_cache_frees_everything() -> None:
     cache, prompt = make_cache("none"), tokens(200)
     lease = begin(cache, prompt, "every:64")
     prefill(lease, prompt)
@@ -362,7 +364,7 @@ def test_with_a_null_cache_everything_is_freed() -> None:
     assert (cache.free_tokens, cache.free_slots) == (1024, 8)
 
 
-def test_a_position_another_request_wants_is_saved_too() -> None:
+def test_a_position_planned_by_another_request_is_saved() -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt, "none")
     assert lease.extend(300)
@@ -373,8 +375,9 @@ def test_a_position_another_request_wants_is_saved_too() -> None:
     assert [position for position, _ in prefill(lease, prompt)] == [128]
 
 
-def test_a_position_that_has_its_slot_is_not_planned_again() -> None:
-    """Its lease waits, with slots reserved, for a slab to be emptied; meanwhile a follower asks."""
+def test_a_position_with_a_reserved_slot_is_not_planned_again() -> None:
+    """A lease can wait with reserved slots for a slab to be emptied. Meanwhile another request may
+    plan the same positions."""
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt, "every:64")
     assert lease.extend(300)
@@ -387,7 +390,7 @@ def test_a_position_that_has_its_slot_is_not_planned_again() -> None:
     check(cache)
 
 
-def test_a_log_replays_on_a_fresh_cache_to_the_same_decisions() -> None:
+def test_a_replayed_log_makes_the_same_decisions() -> None:
     placement = parse_placement("branch,backoff,end")
 
     def serve(log: LeaseLog, cache: PrefixCache) -> None:
@@ -417,32 +420,32 @@ def test_a_log_replays_on_a_fresh_cache_to_the_same_decisions() -> None:
     assert smaller.events[-1] != log.events[len(smaller.events) - 1]
 
 
-class Resumed(PlacementPolicy):
-    """Saves nothing, and remembers what it was told."""
+class RecordingPlacement(PlacementPolicy):
+    """Placement policy that saves nothing and records the prefills."""
 
     def __init__(self) -> None:
-        self.told: list[Prefill] = []
+        self.prefills: list[Prefill] = []
 
     def plan(self, prefill: Prefill) -> tuple[Placed, ...]:
-        self.told.append(prefill)
+        self.prefills.append(prefill)
         return ()
 
 
-def test_what_is_not_resumed_from_is_no_checkpoint_that_was() -> None:
-    """``reuse=False``, and a request whose checkpoint's slot was the only one to be had."""
+def test_resumed_is_none_if_the_lease_does_not_resume() -> None:
+    """Two cases: ``reuse=False``, and a request that took the slot of its checkpoint."""
     cache, prompt = make_cache(slots=2), tokens(200)
     lease = begin(cache, prompt)
     prefill(lease, prompt)
     lease.finish(prompt, 200)
     unread = begin(cache, prompt, reuse=False)
     assert unread.match.cached_len == 0 and unread.match.resumed is None
-    rule = Resumed()
-    alone = Lease.begin(cache, rule, LeaseRequest(prompt))
-    assert alone is not None and alone.match.losses.refused == 192
-    assert alone.match.resumed is None
-    assert alone.extend(200) and rule.told[0].resumed is None
+    placement = RecordingPlacement()
+    refused = Lease.begin(cache, placement, LeaseRequest(prompt))
+    assert refused is not None and refused.match.losses.refused == 192
+    assert refused.match.resumed is None
+    assert refused.extend(200) and placement.prefills[0].resumed is None
     unread.abort()
-    alone.abort()
+    refused.abort()
     check(cache)
 
 
@@ -450,6 +453,7 @@ def test_what_is_not_resumed_from_is_no_checkpoint_that_was() -> None:
 
 
 def ended(how: str) -> tuple[PrefixCache, Lease, Tokens]:
+    """Return a cache with an ended lease, and its prompt."""
     cache, prompt = make_cache(grid=8), tokens(40)
     lease = begin(cache, prompt)
     prefill(lease, prompt)
@@ -458,7 +462,7 @@ def ended(how: str) -> tuple[PrefixCache, Lease, Tokens]:
 
 
 @pytest.mark.parametrize("how", ["finish", "preempt", "abort"])
-def test_a_lease_that_has_ended_refuses_every_call_and_changes_nothing(how: str) -> None:
+def test_an_ended_lease_refuses_every_call(how: str) -> None:
     cache, lease, prompt = ended(how)
     after = cache.render(), cache.free_tokens, cache.free_slots
     calls: dict[str, Any] = {
@@ -494,9 +498,9 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "numbers", "sentence"), LENGTHS)
-def test_a_length_that_a_lease_cannot_have_is_refused_and_the_lease_goes_on(
-    call: str, numbers: tuple[int, ...], sentence: str
+@pytest.mark.parametrize(("call", "numbers", "message"), LENGTHS)
+def test_an_invalid_length_is_refused_and_the_lease_stays_usable(
+    call: str, numbers: tuple[int, ...], message: str
 ) -> None:
     cache, prompt = make_cache(grid=8), tokens(40)
     lease = begin(cache, prompt, "every:8")
@@ -504,7 +508,7 @@ def test_a_length_that_a_lease_cannot_have_is_refused_and_the_lease_goes_on(
     saves = lease.take_checkpoint_slots(0, 20)
     lease.publish(prompt, 10)
     arguments = numbers if len(numbers) > 1 or call == "roll_back" else (prompt, *numbers)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         getattr(lease, call)(*arguments)
     check(cache, lease)
     lease.finish(prompt, 20)
@@ -514,9 +518,7 @@ def test_a_length_that_a_lease_cannot_have_is_refused_and_the_lease_goes_on(
 
 @pytest.mark.parametrize("bad", [tokens(10), list(range(20)), np.arange(20)], ids=str)
 @pytest.mark.parametrize("call", ["publish", "finish", "preempt"])
-def test_tokens_that_are_not_all_tokens_are_refused_before_a_checkpoint_is_lost(
-    call: str, bad: Any
-) -> None:
+def test_incomplete_tokens_are_refused_without_losing_a_checkpoint(call: str, bad: Any) -> None:
     cache, prompt = make_cache(grid=8), tokens(20)
     lease = begin(cache, prompt)
     assert lease.extend(20) and lease.take_checkpoint_slots(0, 20)
@@ -528,7 +530,7 @@ def test_tokens_that_are_not_all_tokens_are_refused_before_a_checkpoint_is_lost(
     check(cache)
 
 
-def test_arguments_of_begin_that_would_fail_later_are_refused_at_once() -> None:
+def test_begin_refuses_invalid_arguments_immediately() -> None:
     cache, placement, request = make_cache(), parse_placement("backoff"), LeaseRequest(tokens(9))
     refused: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         (("backoff", request), TypeError, "got 'backoff'.. Build it once, .* parse_placement"),
@@ -538,16 +540,16 @@ def test_arguments_of_begin_that_would_fail_later_are_refused_at_once() -> None:
         ((placement, LeaseRequest(tokens(0))), ValueError, "at least one token"),
         ((placement, LeaseRequest([1, 2])), ValueError, "int32"),  # type: ignore[arg-type]
     ]
-    sentence = "boundaries must be positions from 0 on, ascending"
+    message = "boundaries must be positions from 0 on, ascending"
     for wrong in ((4, 2), (-1,), [3, 2]):
-        refused.append(((placement, request._replace(boundaries=wrong)), ValueError, sentence))
+        refused.append(((placement, request._replace(boundaries=wrong)), ValueError, message))
     for wrong in (5, {1}, (2.5,), "ab"):
         refused.append(((placement, request._replace(boundaries=wrong)), TypeError, "boundaries"))
     for field in ("table_row", "own_slot"):
         bad = request._replace(**{field: "a"})
         refused.append(((placement, bad), TypeError, f"{field} must be an integer .got 'a'"))
-    for arguments, kind, sentence in refused:
-        with pytest.raises(kind, match=sentence):
+    for arguments, kind, message in refused:
+        with pytest.raises(kind, match=message):
             Lease.begin(cache, *arguments)
     with pytest.raises(TypeError, match=r"build_prefix_cache \(got CacheConfig\)"):
         Lease.begin(CacheConfig(num_kv_tokens=9, num_slots=1), placement, request)  # type: ignore
@@ -568,7 +570,7 @@ WITHOUT_SLOTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", WITHOUT_SLOTS, ids=str)
-def test_a_request_that_could_never_begin_is_refused_with_the_remedy(options: Any) -> None:
+def test_a_stateful_request_on_a_cache_without_slots_raises_a_remedy(options: Any) -> None:
     cache, prompt = build_prefix_cache(CacheConfig(**options)), tokens(20)
     with pytest.raises(ValueError, match=r"num_slots, or pass LeaseRequest\(stateful=False\)"):
         begin(cache, prompt)
@@ -581,7 +583,7 @@ def test_a_request_that_could_never_begin_is_refused_with_the_remedy(options: An
 
 
 @pytest.mark.parametrize("call", ["publish", "finish", "preempt"])
-def test_tokens_of_another_request_are_refused_and_the_lease_goes_on(call: str) -> None:
+def test_tokens_of_another_request_are_refused(call: str) -> None:
     cache, prompt, answer = make_cache(grid=8), tokens(20), tokens(4, 50)
     lease = begin(cache, prompt)
     prefill(lease, prompt, 10)
@@ -603,7 +605,7 @@ def test_tokens_of_another_request_are_refused_and_the_lease_goes_on(call: str) 
     check(cache)
 
 
-def test_the_rows_of_a_lease_are_for_reading() -> None:
+def test_the_rows_of_a_lease_are_read_only() -> None:
     cache, prompt = make_cache(), tokens(200)
     for _ in range(2):
         lease = begin(cache, prompt)
@@ -614,10 +616,10 @@ def test_the_rows_of_a_lease_are_for_reading() -> None:
     check(cache)
 
 
-def test_a_request_that_resumes_is_counted_once() -> None:
+def test_a_preempted_and_resumed_request_is_counted_once() -> None:
     cache, prompt = make_cache(grid=8), tokens(40)
     is_counted = False
-    for extends in (False, True, False, True, True):  # one that was preempted without rows, too
+    for extends in (False, True, False, True, True):  # also preempted without rows
         lease = begin(cache, prompt, resumes=is_counted)
         assert not extends or lease.extend(40)
         carried_out(cache)
@@ -630,7 +632,7 @@ def test_a_request_that_resumes_is_counted_once() -> None:
     assert "requests=2" in repr(cache.stats) and "cached_tokens=24" in repr(cache.stats)
 
 
-def test_a_lease_and_a_cache_show_their_lengths() -> None:
+def test_repr_of_lease_and_cache_shows_their_lengths() -> None:
     cache, prompt = make_cache(grid=8), tokens(40)
     lease = begin(cache, prompt)
     prefill(lease, prompt)
@@ -641,8 +643,8 @@ def test_a_lease_and_a_cache_show_their_lengths() -> None:
     assert repr(cache).startswith("HybridRadixCache(cached_tokens=40, free_tokens=984, num_check")
 
 
-class Noted:
-    """Tensors that note the work they are given, in order."""
+class RecordingMemory:
+    """Memory that records the work of a step plan in order."""
 
     def __init__(self, *missing: str) -> None:
         self.work: list[str] = []
@@ -650,8 +652,8 @@ class Noted:
             setattr(self, name, lambda *_, name=name: self.work.append(name))
 
 
-def due_plan(cache: PrefixCache, prompt: Tokens) -> Lease:
-    """A request that resumes, with rows to write."""
+def begin_resumed(cache: PrefixCache, prompt: Tokens) -> Lease:
+    """Begin a request that resumes and has rows to write."""
     first = begin(cache, prompt)
     prefill(first, prompt)
     first.finish(prompt, len(prompt))
@@ -662,35 +664,37 @@ def test_a_plan_is_carried_out_in_order_and_once() -> None:
     row = np.zeros(1, np.int32)
     transfers = Move(0, row, row, row), Copy("kv", "device", row, "host", row, 1), Drop("disk", row)
     plan = StepPlan((*transfers, *transfers[:1]), (RowWrite(0, 0, row),), ((1, 2), (3, 4)))
-    noted = Noted()
-    plan.carry_out(noted)
-    assert noted.work == ["move", "copy", "move", "write_row", "restore", "restore"]
+    memory = RecordingMemory()
+    plan.carry_out(memory)
+    assert memory.work == ["move", "copy", "move", "write_row", "restore", "restore"]
     for missing in ("move", "copy", "write_row", "restore"):
-        lacking = Noted(missing)
-        with pytest.raises(TypeError, match=f"needs a method '{missing}', which Noted does not"):
+        lacking = RecordingMemory(missing)
+        with pytest.raises(
+            TypeError, match=f"needs a method '{missing}', which RecordingMemory does not"
+        ):
             plan.carry_out(lacking)
-        assert lacking.work == [], "nothing is done by halves"
+        assert lacking.work == [], "a part of the plan was applied"
     cache, prompt = make_cache(), tokens(200)
-    lease = due_plan(cache, prompt)
+    lease = begin_resumed(cache, prompt)
     plan = cache.take_step()
-    plan.carry_out(noted)
-    for again in (plan.done, lambda: plan.carry_out(noted)):
+    plan.carry_out(memory)
+    for again in (plan.done, lambda: plan.carry_out(memory)):
         with pytest.raises(RuntimeError, match=r"carried out before: .* cache.take_step"):
             again()
     lease.abort()
     empty = cache.take_step()
     assert not empty
     empty.done()
-    empty.done()  # an empty plan has no work that could be done twice
+    empty.done()  # an empty plan may be completed twice
 
 
 @pytest.mark.parametrize("end", ["publish", "finish", "preempt"])
 @pytest.mark.parametrize("how", ["never taken", "taken only", "taken too early"])
-def test_a_plan_that_was_left_out_is_noticed(end: str, how: str) -> None:
+def test_publishing_without_carrying_out_the_plan_raises(end: str, how: str) -> None:
     cache, prompt = make_cache(), tokens(200)
     if how == "taken too early":
         carried_out(cache)
-    lease = due_plan(cache, prompt)
+    lease = begin_resumed(cache, prompt)
     assert lease.restore is not None and lease.extend(200)
     if how == "taken only":
         assert cache.take_step().restores == (lease.restore,)
@@ -698,21 +702,21 @@ def test_a_plan_that_was_left_out_is_noticed(end: str, how: str) -> None:
             cache.take_step()
     with pytest.raises(RuntimeError, match="up to 200 were computed before the step plan of their"):
         getattr(lease, end)(prompt, 200)
-    assert lease.published_len == 192, "nothing is changed"
+    assert lease.published_len == 192, "a refused call published tokens"
     lease.publish(prompt, 192)  # nothing computed
     lease.abort()
     cache.reset()
-    assert not cache.take_step(), "a reset forgets the plan"
+    assert not cache.take_step(), "a reset did not drop the plan"
     check(cache)
 
 
-def test_a_request_of_the_next_step_is_no_fault_of_the_one_before() -> None:
-    """An engine that works one step ahead publishes a step while the plan of the next one grows."""
+def test_a_step_can_be_published_while_the_next_plan_is_pending() -> None:
+    """An engine with overlapped steps publishes a step while the next plan is being built."""
     cache, prompt = make_cache(), tokens(200)
     before = begin(cache, tokens(128, first=900))
     assert before.extend(100)
     carried_out(cache)
-    after = due_plan(cache, prompt)
+    after = begin_resumed(cache, prompt)
     assert after.extend(200) and before.extend(128) and cache.steps.num_restores
     before.publish(tokens(128, first=900), 100)
     with pytest.raises(RuntimeError, match="up to 128 were computed before"):
@@ -723,10 +727,10 @@ def test_a_request_of_the_next_step_is_no_fault_of_the_one_before() -> None:
     check(cache)
 
 
-def test_a_plan_that_fails_half_way_is_not_carried_out() -> None:
+def test_a_plan_that_fails_midway_does_not_count_as_carried_out() -> None:
     cache, prompt = make_cache(), tokens(200)
-    lease = due_plan(cache, prompt)
-    failing = Noted()
+    lease = begin_resumed(cache, prompt)
+    failing = RecordingMemory()
     failing.restore = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         cache.take_step().carry_out(failing)

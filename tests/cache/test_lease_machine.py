@@ -1,6 +1,9 @@
-"""Leases with everything around them: tiers, short pools, a learned placement, a router that reads
-events, arrivals, drafts, preemptions and aborts. Nothing is lost, every prompt token has one cause,
-and every planned checkpoint is either saved or dropped."""
+"""State machine: leases with tiers, short pools, a learned placement policy, a router that reads
+events, arrivals, drafts, preemptions and aborts.
+
+No row or slot leaks, every computed prompt token has one loss cause, and every planned checkpoint
+is either saved or dropped.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +53,12 @@ OWN_LABELS = ("decode", "preempt")
 """Labels of checkpoints that a lease saves without a plan."""
 
 
-class Mine(Survival):
-    """A policy of the user's own."""
+class CustomPolicy(Survival):
+    """Eviction policy defined outside the package."""
 
 
 class PerToken:
-    """A second for four tokens."""
+    """Compute time of 0.25 s per token."""
 
     def seconds(self, start: int, end: int) -> float:
         return max(end - start, 0) / 4
@@ -63,19 +66,19 @@ class PerToken:
 
 @dataclass
 class Rate:
-    """Loading saves time if a byte takes less than this."""
+    """Exchange rule with a fixed time per loaded byte."""
 
-    seconds_a_byte: float
+    seconds_per_byte: float
 
     def seconds_saved(self, cached_len, position, prompt_len, num_bytes):
-        return (position - cached_len) / 4 - self.seconds_a_byte * sum(num_bytes.values())
+        return (position - cached_len) / 4 - self.seconds_per_byte * sum(num_bytes.values())
 
 
 class Ledger(Placement):
-    """A placement that notes what it planned and what became of it."""
+    """Placement policy that records planned, saved and dropped checkpoints."""
 
-    def __init__(self, words: str) -> None:
-        inner = parse_placement(words)
+    def __init__(self, spec: str) -> None:
+        inner = parse_placement(spec)
         super().__init__(inner.rules, inner.cap)
         self.planned: dict[int, str] = {}
         self.prefills = 0
@@ -102,7 +105,7 @@ class Ledger(Placement):
 
 @dataclass(eq=False)
 class Running:
-    """A request with its lease, and the checkpoints that the lease planned."""
+    """Request with its lease and the checkpoints that the lease planned."""
 
     id: int
     tokens: Tokens
@@ -112,13 +115,13 @@ class Running:
     is_counted: bool = False
     planned: Counter[Placed] = field(default_factory=Counter)
     settled: Counter[Placed] = field(default_factory=Counter)
-    """Planned checkpoints of which the placement has heard."""
-    given_from: int | None = None
+    """Planned checkpoints that were reported to the placement policy as saved or dropped."""
+    needs_plan_from: int | None = None
     """First position with rows, slots or a state that the next plan makes valid."""
 
 
 class Tensors:
-    """Counts the work that a step plan gives it."""
+    """Counter of the work that a step plan passes to its memory."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -137,10 +140,10 @@ class Tensors:
 
 
 class LeaseMachine(RuleBasedStateMachine):
-    """Any order of verbs that an engine could have."""
+    """Calls of leases in any order that an engine can have."""
 
-    @initialize(seed=st.integers(0, 10**6), words=st.sampled_from(PLACEMENTS))
-    def make(self, seed, words):
+    @initialize(seed=st.integers(0, 10**6), placement=st.sampled_from(PLACEMENTS))
+    def make(self, seed, placement):
         rng = random.Random(seed)
         page_size, grid = rng.choice([(1, 1), (1, 4), (2, 4), (4, 4)])
         self.step = step = max(page_size, grid)
@@ -161,14 +164,14 @@ class LeaseMachine(RuleBasedStateMachine):
             state_bytes=state_bytes,
             page_size=page_size,
             grid=grid,
-            eviction=rng.choice(["lru", "survival", "survival", Mine, "lfu"]),
+            eviction=rng.choice(["lru", "survival", "survival", CustomPolicy, "lfu"]),
             ghost_bytes=rng.choice([0, 4000, 1 << 20]),
             **sizes,
         )
         self.cache = build_prefix_cache(config)
-        self.ledger = Ledger(words)
+        self.ledger = Ledger(placement)
         self.own_slots = 1000 if rng.random() < 0.3 else None
-        self.outbox, self.router = Outbox(self.cache), self._router(config, words)
+        self.outbox, self.router = Outbox(self.cache), self._router(config, placement)
         self.running: list[Running] = []
         self.tensors = Tensors()
         self.arrivals: list[Arrival] = []
@@ -176,7 +179,7 @@ class LeaseMachine(RuleBasedStateMachine):
         draw = np.random.default_rng(seed)
         self.stems = [draw.integers(0, 9, 40 * step, dtype=np.int32) for _ in range(2)]
 
-    def _router(self, config: CacheConfig, words: str) -> CheckpointSeconds:
+    def _router(self, config: CacheConfig, placement: str) -> CheckpointSeconds:
         spec = ReplicaSpec(
             PerToken(),
             page_size=config.page_size,
@@ -184,43 +187,43 @@ class LeaseMachine(RuleBasedStateMachine):
             kv_bytes=ROW_BYTES,
             state_bytes=config.state_bytes,
             stateful=self.is_hybrid,
-            placement=parse_placement(words),
+            placement=parse_placement(placement),
         )
         router = CheckpointSeconds(spec)
         router.joined(0, 0.0)
         return router
 
     @rule(seed=st.integers(0, 10**6), num_operations=st.integers(1, 40))
-    def much(self, seed, num_operations):
-        """Fill the memory, and go on: a short list of drawn operations seldom does."""
+    def many_operations(self, seed, num_operations):
+        """Run many random operations, so that the memory fills up. Short examples rarely do."""
         rng = random.Random(seed)
         for _ in range(num_operations):
-            dice, which = rng.random(), rng.randrange(4)
+            dice, number = rng.random(), rng.randrange(4)
             if dice < 0.2:
                 self.begin(rng.randrange(10**6))
             elif dice < 0.5:
-                self.prefill(which, rng.randint(1, 24))
+                self.prefill(number, rng.randint(1, 24))
             elif dice < 0.7:
-                self.decode(which, rng.randint(1, 6), rng.randint(1, 6), rng.random() < 0.5)
+                self.decode(number, rng.randint(1, 6), rng.randint(1, 6), rng.random() < 0.5)
             elif dice < 0.75:
-                self.plan(which, rng.randrange(60))
+                self.plan(number, rng.randrange(60))
             elif dice < 0.88:
-                self.end(which, rng.choice(ENDS))
+                self.end(number, rng.choice(ENDS))
             elif dice < 0.94:
                 self.arrive(rng.randrange(10**6), rng.randrange(3))
             else:
                 self.evict(rng.randint(0, 20), rng.randrange(2))
-            self.holds()
+            self.invariants_hold()
 
     def text(self, rng: random.Random) -> Tokens:
-        """A prompt that shares a beginning with others, and an answer."""
-        kept = rng.randint(0, 6) * self.step + rng.choice([0, 0, rng.randint(0, self.step)])
+        """Return a prompt that shares a prefix with others, followed by an answer."""
+        shared_len = rng.randint(0, 6) * self.step + rng.choice([0, 0, rng.randint(0, self.step)])
         fresh = np.random.default_rng(rng.randrange(40)).integers(0, 9, 30, dtype=np.int32)
-        return np.concatenate([rng.choice(self.stems)[:kept], fresh])
+        return np.concatenate([rng.choice(self.stems)[:shared_len], fresh])
 
     @rule(seed=st.integers(0, 10**6))
     def begin(self, seed):
-        """Route a request, and give it a lease."""
+        """Route a request and begin its lease."""
         if len(self.running) >= 4:
             return
         rng = random.Random(seed)
@@ -235,7 +238,7 @@ class LeaseMachine(RuleBasedStateMachine):
         forecast = self.router.forecast(routed, 0, 0)
         assert self.router.forecast(routed, 0, 0) == forecast
         self.router.route(routed, float(self.num_requests))
-        asked = LeaseRequest(
+        lease_request = LeaseRequest(
             tokens[:prompt_len],
             namespace,
             boundaries,
@@ -247,78 +250,84 @@ class LeaseMachine(RuleBasedStateMachine):
             table_row=rng.choice([None, self.num_requests]),
         )
         exchange = rng.choice([None, Rate(0.0), Rate(0.05), Rate(9.0)])
-        lease = Lease.begin(self.cache, self.ledger, asked, exchange)
+        lease = Lease.begin(self.cache, self.ledger, lease_request, exchange)
         assert not self.ledger.saved and not self.ledger.dropped
         if lease is None:
             self.router.ended(self.num_requests, float(self.num_requests))
             return
         assert sum(lease.losses) + lease.cached_len == prompt_len and min(lease.losses) >= 0
-        assert asked.reuse or not lease.cached_len
+        assert lease_request.reuse or not lease.cached_len
         loadable_len = lease.match.loadable[-1].position if lease.match.loadable else 0
         reached_len = lease.cached_len + lease.losses.refused  # a refused state can be offloaded
         assert lease.losses.not_fetched == max(loadable_len - reached_len, 0)
-        assert asked.reuse or not (lease.losses.not_fetched or lease.match.loadable)
+        assert lease_request.reuse or not (lease.losses.not_fetched or lease.match.loadable)
         start = lease.cached_len
-        one = Running(self.num_requests, tokens, prompt_len, lease, start, given_from=start)
-        self.running.append(one)
+        request = Running(
+            self.num_requests, tokens, prompt_len, lease, start, needs_plan_from=start
+        )
+        self.running.append(request)
 
-    def one(self, which: int) -> Running | None:
-        return self.running[which % len(self.running)] if self.running else None
+    def pick(self, number: int) -> Running | None:
+        """Return a running request, or None if there is none."""
+        return self.running[number % len(self.running)] if self.running else None
 
-    def extend(self, one: Running, to_len: int) -> bool:
-        """Rows for ``one``; the first that succeed make it count."""
+    def extend(self, request: Running, to_len: int) -> bool:
+        """Extend the lease of ``request``. The first successful call counts the request."""
         prefills = self.ledger.prefills
         requests = self.cache.stats.total.requests
-        before_len = one.lease.extended_len
-        extended = one.lease.extend(to_len)
-        if one.lease.extended_len > before_len and one.given_from is None:
-            one.given_from = before_len
-        counts = extended and to_len > one.lease.cached_len and not one.is_counted
+        before_len = request.lease.extended_len
+        extended = request.lease.extend(to_len)
+        if request.lease.extended_len > before_len and request.needs_plan_from is None:
+            request.needs_plan_from = before_len
+        counts = extended and to_len > request.lease.cached_len and not request.is_counted
         assert self.ledger.prefills - prefills == int(counts and self.is_hybrid)
         assert self.cache.stats.total.requests - requests in (0, int(counts))
         if counts:
-            one.is_counted = True
+            request.is_counted = True
             if self.is_hybrid:
-                asked = {position for position, _ in one.planned}
+                planned = {position for position, _ in request.planned}
                 wanted = [Placed(*placed) for placed in self.ledger.planned.items()]
-                one.planned.update(placed for placed in wanted if placed.position not in asked)
-                assert one.lease.planned == tuple(sorted(at for at, _ in one.planned))
+                request.planned.update(
+                    placed for placed in wanted if placed.position not in planned
+                )
+                assert request.lease.planned == tuple(sorted(at for at, _ in request.planned))
         return extended
 
-    def take_slots(self, one: Running, start: int, end: int) -> None:
-        """Slots for the checkpoints in a piece."""
-        if one.lease.take_checkpoint_slots(start, end):
-            one.given_from = start if one.given_from is None else min(start, one.given_from)
+    def take_slots(self, request: Running, start: int, end: int) -> None:
+        """Take the slots of the checkpoints in a chunk."""
+        if request.lease.take_checkpoint_slots(start, end):
+            request.needs_plan_from = (
+                start if request.needs_plan_from is None else min(start, request.needs_plan_from)
+            )
 
-    def settle(self, one: Running, inserted: int) -> None:
-        """What the placement heard of is what the cache took, and what it did not."""
+    def settle(self, request: Running, inserted: int) -> None:
+        """Check that the policy was notified of each checkpoint that the cache took."""
         saved, dropped = self.ledger.saved, self.ledger.dropped
         assert len(saved) == self.cache.stats.inserted_slots - inserted
         self.num_saved += len(saved)
-        one.settled.update(
+        request.settled.update(
             placed for placed in (*saved, *dropped) if placed.label not in OWN_LABELS
         )
         saved.clear()
         dropped.clear()
 
-    def carry_out(self, one: Running, to_len: int, how: int) -> None:
-        """Carry out the step plan. Before it, each way to leave it out is refused, if work is
-        due."""
+    def carry_out(self, request: Running, to_len: int, how: int) -> None:
+        """Carry out the step plan, and check that it cannot be omitted, taken or applied twice."""
         steps = self.cache.steps
         is_due = bool(steps.num_transfers or steps.num_restores or steps.due_row_writes())
-        given = one.given_from is not None and one.given_from < to_len
-        if how == 1 and is_due and given:
-            self.refuses(one, to_len)
+        needs_plan = request.needs_plan_from is not None and request.needs_plan_from < to_len
+        if how == 1 and is_due and needs_plan:
+            self.assert_refuses(request, to_len)
         plan = self.cache.take_step()
         assert bool(plan) == is_due
         if how == 2 and plan:
-            if given:
-                self.refuses(one, to_len)
+            if needs_plan:
+                self.assert_refuses(request, to_len)
             with pytest.raises(RuntimeError, match="taken but not carried out"):
                 self.cache.take_step()
         plan.carry_out(self.tensors)
         for other in self.running:
-            other.given_from = None
+            other.needs_plan_from = None
         if how == 3 and plan:
             with pytest.raises(RuntimeError, match="carried out before"):
                 plan.carry_out(self.tensors)
@@ -329,91 +338,93 @@ class LeaseMachine(RuleBasedStateMachine):
         assert counts["move"] + counts["copy"] == len(plan.transfers) - num_drops
         counts.clear()
 
-    def refuses(self, one: Running, to_len: int) -> None:
-        """Nothing computed without its plan is published."""
-        before = one.lease.published_len, self.cache.cached_tokens
-        for verb in (one.lease.publish, one.lease.finish, one.lease.preempt):
+    def assert_refuses(self, request: Running, to_len: int) -> None:
+        """Check that nothing computed without its plan can be published."""
+        before = request.lease.published_len, self.cache.cached_tokens
+        for call in (request.lease.publish, request.lease.finish, request.lease.preempt):
             with pytest.raises(RuntimeError, match="abort this lease"):
-                verb(one.tokens, to_len)
-        assert (one.lease.published_len, self.cache.cached_tokens) == before
+                call(request.tokens, to_len)
+        assert (request.lease.published_len, self.cache.cached_tokens) == before
 
-    @rule(which=st.integers(0, 3), size=st.integers(1, 24))
-    def prefill(self, which, size):
-        """Compute and publish a piece of a prompt."""
-        one = self.one(which)
-        if one is None or one.computed_len >= one.prompt_len:
+    @rule(number=st.integers(0, 3), size=st.integers(1, 24))
+    def prefill(self, number, size):
+        """Compute and publish a chunk of a prompt."""
+        request = self.pick(number)
+        if request is None or request.computed_len >= request.prompt_len:
             return
-        start, end = one.computed_len, min(one.computed_len + size, one.prompt_len)
-        if not self.extend(one, end):
+        start, end = request.computed_len, min(request.computed_len + size, request.prompt_len)
+        if not self.extend(request, end):
             return
         if size % 3 == 0:
-            one.lease.reserve_checkpoint_slots(start, end, 1)
-        self.take_slots(one, start, end)
+            request.lease.reserve_checkpoint_slots(start, end, 1)
+        self.take_slots(request, start, end)
         inserted = self.cache.stats.inserted_slots
-        self.carry_out(one, end, size % 4)
-        one.lease.publish(one.tokens, end)
-        self.settle(one, inserted)
-        one.computed_len = end
-        if end == one.prompt_len:
-            self.router.prefilled(one.id, float(self.num_requests))
-            self.outbox.cover(one.id)
+        self.carry_out(request, end, size % 4)
+        request.lease.publish(request.tokens, end)
+        self.settle(request, inserted)
+        request.computed_len = end
+        if end == request.prompt_len:
+            self.router.prefilled(request.id, float(self.num_requests))
+            self.outbox.cover(request.id)
 
     @rule(
-        which=st.integers(0, 3),
+        number=st.integers(0, 3),
         drafted=st.integers(1, 6),
         accepted=st.integers(1, 6),
         unwritten=st.booleans(),
     )
-    def decode(self, which, drafted, accepted, unwritten):
-        """A step of several tokens, of which the first few are right."""
-        one = self.one(which)
-        if one is None or one.computed_len < one.prompt_len:
+    def decode(self, number, drafted, accepted, unwritten):
+        """Compute a step of several draft tokens and accept the first ones."""
+        request = self.pick(number)
+        if request is None or request.computed_len < request.prompt_len:
             return
-        start = one.computed_len
-        end = min(start + drafted, len(one.tokens))
-        if end == start or not self.extend(one, end):
+        start = request.computed_len
+        end = min(start + drafted, len(request.tokens))
+        if end == start or not self.extend(request, end):
             return
-        self.take_slots(one, start, end)
-        one.computed_len = min(start + accepted, end)
-        one.lease.roll_back(one.computed_len, unwritten)
-        self.carry_out(one, one.computed_len, drafted % 4)
+        self.take_slots(request, start, end)
+        request.computed_len = min(start + accepted, end)
+        request.lease.roll_back(request.computed_len, unwritten)
+        self.carry_out(request, request.computed_len, drafted % 4)
         if accepted == 3:
             inserted = self.cache.stats.inserted_slots
-            one.lease.publish(one.tokens, one.computed_len)
-            self.settle(one, inserted)
+            request.lease.publish(request.tokens, request.computed_len)
+            self.settle(request, inserted)
 
-    @rule(which=st.integers(0, 3), position=st.integers(1, 60))
-    def plan(self, which, position):
-        """Another request wants a checkpoint of this one."""
-        one = self.one(which)
-        if one is None or not self.is_hybrid or one.computed_len >= one.prompt_len:
+    @rule(number=st.integers(0, 3), position=st.integers(1, 60))
+    def plan(self, number, position):
+        """Plan a checkpoint on behalf of another request."""
+        request = self.pick(number)
+        if request is None or not self.is_hybrid or request.computed_len >= request.prompt_len:
             return
-        before = one.lease.planned
-        one.lease.plan_checkpoint(position, "asked")
-        added = set(one.lease.planned) - set(before)
+        before = request.lease.planned
+        request.lease.plan_checkpoint(position, "requested")
+        added = set(request.lease.planned) - set(before)
         assert added <= {position - position % self.step}
-        one.planned.update(Placed(floored, "asked") for floored in added)
+        request.planned.update(Placed(floored, "requested") for floored in added)
 
-    @rule(which=st.integers(0, 3), how=st.sampled_from(ENDS))
-    def end(self, which, how):
-        one = self.one(which)
-        if one is None:
+    @rule(number=st.integers(0, 3), how=st.sampled_from(ENDS))
+    def end(self, number, how):
+        request = self.pick(number)
+        if request is None:
             return
-        self.running.remove(one)
+        self.running.remove(request)
         inserted = self.cache.stats.inserted_slots
         if how == "abort":
-            one.lease.abort()
+            request.lease.abort()
         elif how == "finish":
-            one.lease.finish(one.tokens, one.computed_len)
+            request.lease.finish(request.tokens, request.computed_len)
         else:
-            one.lease.preempt(one.tokens, one.computed_len)
-        self.settle(one, inserted)
-        assert one.settled == one.planned, "neither saved nor dropped, or both"
-        self.router.ended(one.id, float(self.num_requests))
+            request.lease.preempt(request.tokens, request.computed_len)
+        self.settle(request, inserted)
+        assert request.settled == request.planned, (
+            "a planned checkpoint was not reported exactly once"
+        )
+        self.router.ended(request.id, float(self.num_requests))
 
     @rule(seed=st.integers(0, 10**6), how=st.integers(0, 2))
     def arrive(self, seed, how):
-        """A prefix is brought from elsewhere."""
+        """Begin, publish or abort an arrival of a prefix from another engine."""
         rng = random.Random(seed)
         if how and self.arrivals:
             arrival = self.arrivals.pop(seed % len(self.arrivals))
@@ -432,7 +443,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule()
     def deliver(self):
-        """The router reads what happened."""
+        """Deliver all pending event batches to the router."""
         self.outbox.flush()
         for batch in self.outbox.since(self.num_batches):
             self.router.on_events(0, *batch)
@@ -442,10 +453,10 @@ class LeaseMachine(RuleBasedStateMachine):
         self.router.check()
 
     @invariant()
-    def holds(self):
+    def invariants_hold(self):
         if not hasattr(self, "cache"):
             return
-        holders = [*(one.lease for one in self.running), *self.arrivals]
+        holders = [*(request.lease for request in self.running), *self.arrivals]
         self.cache.check(
             sum(holder.held_tokens for holder in holders),
             sum(holder.held_slots for holder in holders),
@@ -461,7 +472,7 @@ class LeaseMachine(RuleBasedStateMachine):
             self.end(0, "abort")
         while self.arrivals:
             self.arrivals.pop().abort()
-        self.holds()
+        self.invariants_hold()
         self.deliver()
         usage = self.cache.stats.total
         lost = usage.never_seen + usage.kv_evicted + usage.checkpoint_evicted
@@ -469,7 +480,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert usage.prompt_tokens == usage.cached_tokens + lost
 
 
-def test_nothing_is_lost_between_leases_and_what_is_around_them():
-    # Not shrunk: ``much`` is a seed and a length, so smaller draws are not simpler runs.
+def test_leases_leak_nothing_and_account_for_every_token():
+    # No shrinking: ``many_operations`` takes a seed, so smaller draws are not simpler runs.
     phases = (Phase.explicit, Phase.reuse, Phase.generate)
     run_state_machine_as_test(LeaseMachine, settings=settings(at_least(40), phases=phases))

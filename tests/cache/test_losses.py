@@ -1,4 +1,4 @@
-"""Every prompt token is a hit or a loss with one cause, and the counters say how many of each."""
+"""Losses: every prompt token is a hit or has one loss cause, and the counters add them up."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.cache.serving import (
 )
 
 
-def test_tokens_nobody_brought_before():
+def test_unseen_tokens_count_as_never_seen():
     assert hybrid().match(ids("hello")).losses == Losses(5, 0, 0, 0, 0)
 
 
-def test_tokens_whose_kv_was_evicted():
+def test_tokens_with_evicted_kv_count_as_kv_evicted():
     cache = hybrid()
     serve(cache, ids("hello"), [5])
     cache.evict(num_tokens=5)
     assert cache.match(ids("hello!!")).losses == Losses(2, 5, 0, 0, 0)
 
 
-def test_tokens_whose_checkpoint_was_evicted():
+def test_tokens_with_an_evicted_checkpoint_count_as_checkpoint_evicted():
     cache = hybrid()
     serve(cache, ids("abcd"), [2, 4])
     serve(cache, ids("abcd", "ef"), [6])
@@ -36,7 +36,7 @@ def test_tokens_whose_checkpoint_was_evicted():
     assert match.missed.position == 4
 
 
-def test_tokens_past_the_last_evicted_checkpoint_were_never_checkpointed():
+def test_tokens_past_the_last_evicted_checkpoint_count_separately():
     cache = hybrid()
     serve(cache, ids("abcd"), [2])
     serve(cache, ids("abcd", "ef"), [6])
@@ -44,33 +44,33 @@ def test_tokens_past_the_last_evicted_checkpoint_were_never_checkpointed():
     assert cache.match(ids("abcdX")).losses == Losses(1, 0, 2, 2, 0)
 
 
-def test_tokens_that_no_checkpoint_was_saved_at():
+def test_tokens_without_a_checkpoint_count_as_never_checkpointed():
     cache = hybrid()
     serve(cache, ids("abcd"), [2])
     assert cache.match(ids("abcdX")).losses == Losses(1, 0, 0, 2, 0)
 
 
-def test_tokens_between_the_grid_and_the_end():
+def test_tokens_past_the_last_grid_position_count_as_below_grid():
     cache = hybrid(grid=4)
     serve(cache, ids("abcdefghij"), [4, 8])
     match = cache.match(ids("abcdefghij"))
     assert match.cached_len == 8 and match.losses == Losses(0, 0, 0, 0, 2)
 
 
-def test_the_last_token_is_below_the_grid():
+def test_the_last_token_counts_as_below_grid():
     cache = hybrid()
     serve(cache, ids("abcd"), [3, 4])
     match = cache.match(ids("abcd"))
     assert match.cached_len == 3 and match.losses == Losses(0, 0, 0, 0, 1)
 
 
-def test_a_prompt_shorter_than_the_grid_is_below_it():
+def test_a_prompt_shorter_than_the_grid_counts_as_below_grid():
     cache = hybrid(grid=64)
     serve(cache, ids("hello"))
     assert cache.match(ids("hello")).losses == Losses(0, 0, 0, 0, 5)
 
 
-def test_tokens_that_memory_was_refused_for_are_what_the_caller_says():
+def test_touch_counts_the_refused_tokens_of_a_changed_match():
     cache = hybrid()
     serve(cache, ids("hello"), [5])
     match = cache.match(ids("hello!"))
@@ -81,9 +81,9 @@ def test_tokens_that_memory_was_refused_for_are_what_the_caller_says():
     assert cache.stats.total.refused == 5
 
 
-def test_a_refused_checkpoint_is_not_a_missed_one():
-    """The deeper checkpoint was evicted, the shallower one refused: only the tokens between them
-    were missed."""
+def test_a_refused_checkpoint_does_not_count_as_missed():
+    """The deeper checkpoint was evicted and the shallower one refused, so only the tokens between
+    them were missed."""
     cache = hybrid(demote_superseded=False, eviction="lru")
     serve(cache, ids("abcd"), [2, 4])
     cache.touch(cache.match(ids("abX")))
@@ -95,8 +95,8 @@ def test_a_refused_checkpoint_is_not_a_missed_one():
     assert (cache.stats.total.missed_tokens, cache.stats.total.refused) == (2, 2)
 
 
-def test_each_token_has_one_cause_wherever_the_request_resumes():
-    """Every split of a prompt of ten tokens, every refusal and every load."""
+def test_each_token_has_one_loss_cause_for_every_resume_position():
+    """Check every split of a prompt of ten tokens, every refusal and every load."""
     for cached_len in range(9):
         rest = 10 - cached_len
         for seen in range(rest + 1):
@@ -105,11 +105,11 @@ def test_each_token_has_one_cause_wherever_the_request_resumes():
                 found = PrefixMatch(10, cached_len, 0, 0, None, losses, None, None)
                 for resumed_len in range(10):
                     for loadable_len in range(10):
-                        what = losses_of(found, resumed_len, loadable_len)
-                        assert sum(what) + resumed_len == 10 and min(what) >= 0
-                        assert what.refused == max(cached_len - resumed_len, 0)
+                        actual = losses_of(found, resumed_len, loadable_len)
+                        assert sum(actual) + resumed_len == 10 and min(actual) >= 0
+                        assert actual.refused == max(cached_len - resumed_len, 0)
                         deepest = max(cached_len, resumed_len)
-                        assert what.not_fetched == max(loadable_len - deepest, 0)
+                        assert actual.not_fetched == max(loadable_len - deepest, 0)
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -145,7 +145,7 @@ def test_hits_and_losses_always_sum_to_the_prompt(prefix_cache, page_size, grid)
     assert total.requests == 150 == sum(u.requests for u in cache.stats.by_namespace.values())
 
 
-def test_namespaces_are_counted_apart():
+def test_namespaces_are_counted_separately():
     cache = hybrid()
     serve(cache, ids("hello"), [4], namespace="a")
     serve(cache, ids("hello"), [4], namespace="a")
@@ -156,7 +156,7 @@ def test_namespaces_are_counted_apart():
     assert cache.stats.token_hit_rate == 4 / 15
 
 
-def test_namespaces_without_end_are_folded_together():
+def test_namespaces_past_the_limit_are_counted_together():
     cache = hybrid(num_kv_tokens=10)
     for number in range(MAX_NAMESPACES + 100):
         cache.touch(cache.match(ids("hello"), number))
@@ -165,7 +165,7 @@ def test_namespaces_without_end_are_folded_together():
     assert cache.stats.folded.requests == 100
 
 
-def test_a_namespace_in_use_is_counted_apart_whoever_else_comes():
+def test_a_namespace_in_use_keeps_its_own_counters():
     cache = hybrid(num_kv_tokens=10)
     for number in range(2 * MAX_NAMESPACES):
         cache.touch(cache.match(ids("hello"), "hot"))
@@ -174,7 +174,7 @@ def test_a_namespace_in_use_is_counted_apart_whoever_else_comes():
     assert cache.stats.total.requests == 4 * MAX_NAMESPACES
 
 
-def test_the_counters_of_what_came_and_went_agree_with_the_pools():
+def test_inserted_minus_evicted_equals_the_cached_amount():
     cache = hybrid(num_kv_tokens=300, num_slots=4)
     for tokens in traffic(5, 60):
         serve(cache, tokens, [len(tokens)])

@@ -1,5 +1,4 @@
-"""State machines: the hybrid cache does what its plain twin does, whatever happens in whatever
-order."""
+"""State machines: the hybrid cache agrees with its plain twin under any order of operations."""
 
 from __future__ import annotations
 
@@ -25,9 +24,8 @@ TOP_ID = 2**31 - 1
 
 
 @st.composite
-def configs(draw: st.DrawFn, words: tuple[str, ...]) -> CacheConfig:
-    """Small caches of every shape: pools of a few pages and slots, so that something must go all
-    the time."""
+def configs(draw: st.DrawFn, evictions: tuple[str, ...]) -> CacheConfig:
+    """Draw configurations of small caches, so that evictions are frequent."""
     page_size = draw(st.sampled_from([1, 16, 64, 256]))
     grid = draw(st.sampled_from([1, 16, 64, 256]))
     unit = max(page_size, grid)
@@ -48,7 +46,7 @@ def configs(draw: st.DrawFn, words: tuple[str, ...]) -> CacheConfig:
     return CacheConfig(
         page_size=page_size,
         grid=grid,
-        eviction=draw(st.sampled_from(words)),
+        eviction=draw(st.sampled_from(evictions)),
         dead_first=draw(st.booleans()),
         demote_superseded=draw(st.booleans()),
         ghost_bytes=draw(st.sampled_from([0, 2000, 1 << 20])),
@@ -57,26 +55,26 @@ def configs(draw: st.DrawFn, words: tuple[str, ...]) -> CacheConfig:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """One rule a verb of a request's life, in any order, and what else may happen between."""
+    """One rule for each operation of a request, of a caller that holds memory, and of eviction."""
 
-    words: tuple[str, ...] = ("lru",)
+    evictions: tuple[str, ...] = ("lru",)
 
     @initialize(data=st.data())
     def make(self, data: st.DataObject) -> None:
-        self.twins = Twins(data.draw(configs(self.words)))
+        self.twins = Twins(data.draw(configs(self.evictions)))
         config = self.twins.config
         self.unit = max(config.page_size, config.grid)
         self.seen: list[np.ndarray] = [np.empty(0, np.int32)]
 
     def draw_prompt(self, data: st.DataObject) -> np.ndarray:
-        """Something seen before, cut anywhere, and something after it: blocks of one id, so that
-        prompts share much."""
+        """Draw a prefix of an earlier prompt followed by blocks of equal ids, so that prompts share
+        long prefixes."""
         before = self.seen[data.draw(st.integers(0, len(self.seen) - 1))]
-        kept = before[: data.draw(st.integers(0, len(before)))]
+        prefix = before[: data.draw(st.integers(0, len(before)))]
         blocks = data.draw(st.lists(st.sampled_from([0, 1, TOP_ID]), max_size=4))
         size = data.draw(st.sampled_from([1, 3, self.unit, self.unit + 1]))
         after = np.repeat(np.array(blocks, np.int32), size)
-        prompt = np.concatenate([kept, after])
+        prompt = np.concatenate([prefix, after])
         assume(0 < len(prompt) <= 12 * self.unit)
         self.seen.append(prompt)
         return prompt
@@ -114,7 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.twins.end(data.draw(st.sampled_from(self.twins.requests)))
 
     @rule(data=st.data(), namespace=NAMESPACES)
-    def look(self, data: st.DataObject, namespace: object) -> None:
+    def match(self, data: st.DataObject, namespace: object) -> None:
         self.twins.match(self.draw_prompt(data), namespace)
 
     @rule(tokens=st.integers(0, 200), slots=st.integers(0, 3))
@@ -146,7 +144,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.twins.reset()
 
     @invariant()
-    def holds(self) -> None:
+    def invariants_hold(self) -> None:
         if hasattr(self, "twins"):
             self.twins.check()
 
@@ -164,17 +162,17 @@ class CacheMachine(RuleBasedStateMachine):
 
 def at_least(num_examples: int) -> settings:
     """Return the profile's settings with at least that many examples (fewer in `make test`)."""
-    asked = selection.num_examples(num_examples)
-    return settings(max_examples=max(asked, settings().max_examples))
+    minimum = selection.num_examples(num_examples)
+    return settings(max_examples=max(minimum, settings().max_examples))
 
 
-def test_lru_does_what_the_plain_twin_does():
+def test_the_cache_with_lru_agrees_with_its_plain_twin():
     run_state_machine_as_test(CacheMachine, settings=at_least(120))
 
 
 class EveryPolicyMachine(CacheMachine):
-    words = tuple(EVICTION)
+    evictions = tuple(EVICTION)
 
 
-def test_every_policy_chooses_only_what_may_go():
+def test_the_cache_with_every_policy_agrees_with_its_plain_twin():
     run_state_machine_as_test(EveryPolicyMachine, settings=at_least(60))

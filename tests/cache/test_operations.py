@@ -1,5 +1,7 @@
-"""What operations cost, counted in steps from node to node, not in time: it must not grow with what
-others brought."""
+"""Cost of cache operations, counted in visited nodes, and the memory that they leave behind.
+
+The cost of a request must not grow with the cached data of other requests.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ STEP = 16
 
 
 class Steps:
-    """Reads of ``RadixNode.parent`` and ``children`` so far: a walk up or down makes one at each
-    node at least."""
+    """Count of reads of ``RadixNode.parent`` and ``children``. A walk makes at least one per
+    node."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -42,25 +44,24 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
 
 
 def chain(num_states: int, **options: object) -> HybridRadixCache:
-    """One path of ``num_states`` nodes, a checkpoint at the end of each; its end stays locked."""
+    """Build a path of ``num_states`` nodes with a checkpoint each, and lock its end."""
     cache = hybrid(num_states * STEP + 100, num_states + 4, **options)
     prompt = ids(range(num_states * STEP))
     rows = cache.allocate_kv(len(prompt))
     assert rows is not None
-    node, receipt = None, cache.lock(None)
+    node, handle = None, cache.lock(None)
     for end in range(STEP, len(prompt) + 1, STEP):
         slot = cache.allocate_slot()
         assert slot is not None
         node = cache.insert(
             prompt[:end], rows[:end], [(end, slot)], None, end - STEP, (), node
         ).node
-        cache.unlock(receipt)
-        receipt = cache.lock(node)
+        cache.unlock(handle)
+        handle = cache.lock(node)
     return cache
 
 
-def test_many_checkpoints_at_once_cost_as_many_steps_each_as_few(steps: Steps) -> None:
-    """Whether their nodes grow with them or are split off what is there."""
+def test_the_cost_per_inserted_checkpoint_is_constant(steps: Steps) -> None:
 
     def count(num: int, published_before: bool) -> int:
         cache = hybrid(num * STEP + 100, num + 4)
@@ -82,8 +83,7 @@ def test_many_checkpoints_at_once_cost_as_many_steps_each_as_few(steps: Steps) -
 
 
 def fork_churn(cache: HybridRadixCache) -> None:
-    """Short prompts that leave the chain at its first checkpoint, each evicted before the next one
-    comes."""
+    """Insert and evict short prompts that fork from the chain at its first checkpoint."""
     publish(cache, ids(range(STEP)), [STEP])
     for index in range(20):
         publish(cache, ids(range(STEP), [10**6 + index]), [STEP + 1])
@@ -91,15 +91,16 @@ def fork_churn(cache: HybridRadixCache) -> None:
 
 
 def state_churn(cache: HybridRadixCache) -> None:
-    """The beginning of the chain asked for again and again, its state saved and evicted each
-    time."""
+    """Insert the start of the chain repeatedly. Its state is saved and evicted each time."""
     for _ in range(20):
         publish(cache, ids(range(2 * STEP)), [2 * STEP])
         cache.evict(num_slots=1)
 
 
 @pytest.mark.parametrize("eviction", ["lru", "fifo", "random", "coverage", "survival"])
-def test_evicting_a_checkpoint_costs_the_same_at_any_depth(steps: Steps, eviction: str) -> None:
+def test_the_cost_of_evicting_a_checkpoint_is_independent_of_depth(
+    steps: Steps, eviction: str
+) -> None:
     per_item = []
     for num_states in (100, 800):
         cache = chain(num_states, eviction=eviction)
@@ -111,7 +112,7 @@ def test_evicting_a_checkpoint_costs_the_same_at_any_depth(steps: Steps, evictio
 
 
 @pytest.mark.parametrize("churn", [fork_churn, state_churn])
-def test_a_short_request_costs_the_same_above_any_chain_of_tombstones(steps: Steps, churn) -> None:
+def test_the_cost_of_a_short_request_ignores_tombstones_after_it(steps: Steps, churn) -> None:
     counts = []
     for num_states in (100, 800):
         cache = chain(num_states)
@@ -123,9 +124,9 @@ def test_a_short_request_costs_the_same_above_any_chain_of_tombstones(steps: Ste
     assert counts[1] <= 1.2 * counts[0]
 
 
-def crowded(num_live: int, num_nodes: int) -> HybridRadixCache:
-    """``num_live`` locked paths of ``num_nodes`` nodes below one shared head of as many, and free
-    rows for no more."""
+def with_locked_paths(num_live: int, num_nodes: int) -> HybridRadixCache:
+    """Build ``num_live`` locked paths of ``num_nodes`` nodes under a shared path of the same
+    length. The pool is full."""
     length = num_nodes * STEP
     cache = hybrid(length * (num_live + 1) + 40, 4)
     publish(cache, ids(range(length)), [length])
@@ -133,22 +134,22 @@ def crowded(num_live: int, num_nodes: int) -> HybridRadixCache:
         base = 10**6 * (index + 1)
         prompt = np.concatenate([ids(range(length)), ids(range(base, base + length))])
         match = cache.match(prompt)
-        receipt = cache.lock(match.node)
+        handle = cache.lock(match.node)
         new = cache.allocate_kv(length)
         assert new is not None
         rows = np.concatenate([cache.gather(match.node), new])
         node = match.node
         for end in range(length + STEP, 2 * length + 1, STEP):
             node = cache.insert(prompt[:end], rows[:end], owned_from=end - STEP, after=node).node
-            cache.unlock(receipt)
-            receipt = cache.lock(node)
+            cache.unlock(handle)
+            handle = cache.lock(node)
     return cache
 
 
-def test_an_allocation_beside_locks_follows_only_what_changed(steps: Steps) -> None:
+def test_the_cost_of_an_allocation_ignores_unchanged_locked_paths(steps: Steps) -> None:
     counts = []
     for num_live, num_nodes in ((2, 20), (2, 160), (16, 20)):
-        cache = crowded(num_live, num_nodes)
+        cache = with_locked_paths(num_live, num_nodes)
         assert cache.allocate_kv(10**6) is None
         steps.count = 0
         for index in range(20):
@@ -159,8 +160,8 @@ def test_an_allocation_beside_locks_follows_only_what_changed(steps: Steps) -> N
     assert max(counts) <= 1.2 * counts[0]
 
 
-def test_locks_that_come_and_go_between_allocations_leave_nothing_to_follow(steps: Steps) -> None:
-    cache = crowded(2, 100)
+def test_released_locks_add_no_cost_to_the_next_allocation(steps: Steps) -> None:
+    cache = with_locked_paths(2, 100)
     assert cache.allocate_kv(10**6) is None
     match = cache.match(ids(range(100 * STEP), [7]))
     steps.count = 0
@@ -179,12 +180,12 @@ POOLS = {
         70,
     ),
 }
-"""A pool's size, what is left beside 80 locked tokens with two states, and beside 40 with one."""
+"""Pool sizes, free tokens with 80 locked tokens and two states, and with 40 tokens and one."""
 
 
 @pytest.mark.parametrize("pools", POOLS)
-def test_what_locks_leave_is_exact_after_splits_and_evictions(pools: str) -> None:
-    budget, free_before, free_at_last = POOLS[pools]
+def test_memory_left_by_locks_is_exact_after_splits_and_evictions(pools: str) -> None:
+    budget, free_before, free_after = POOLS[pools]
     cache = hybrid(**budget)
     tail = publish(cache, ids(range(60)), [60])
     fork = publish(cache, ids(range(20), range(100, 120)), [40])
@@ -194,40 +195,40 @@ def test_what_locks_leave_is_exact_after_splits_and_evictions(pools: str) -> Non
     cache.unlock(first)
     assert cache.evict(num_tokens=100).num_tokens == 5 + 40
     cache.check()
-    assert cache.allocate_kv(free_at_last + 1) is None
-    rows = cache.allocate_kv(free_at_last)
+    assert cache.allocate_kv(free_after + 1) is None
+    rows = cache.allocate_kv(free_after)
     assert rows is not None
     cache.unlock(second)
-    cache.check(held_tokens=free_at_last, held_slots=0)
+    cache.check(held_tokens=free_after, held_slots=0)
     cache.free_kv(rows)
     assert cache.allocate_kv(100) is not None
     cache.check()
 
 
-def test_what_changes_under_a_lock_after_it_was_counted() -> None:
+def test_a_checkpoint_added_under_a_lock_counts_as_locked() -> None:
     budget, _, _ = POOLS["shared"]
     cache = hybrid(**budget)
-    receipt = cache.lock(publish(cache, ids(range(40))).node)
+    handle = cache.lock(publish(cache, ids(range(40))).node)
     assert cache.allocate_kv(81) is None
     publish(cache, ids(range(40)), [40])
     cache.check()
     assert cache.allocate_kv(71) is None
-    cache.unlock(receipt)
+    cache.unlock(handle)
     assert cache.allocate_kv(121) is None
     cache.check()
     assert cache.allocate_kv(120) is not None
     cache.check()
 
 
-def num_alive() -> int:
-    return sum(type(thing) is RadixNode for thing in gc.get_objects())
+def num_nodes_alive() -> int:
+    return sum(type(item) is RadixNode for item in gc.get_objects())
 
 
-def test_what_was_gathered_is_forgotten_with_its_node() -> None:
+def test_gathered_rows_are_freed_with_their_node() -> None:
     cache = hybrid(20_000, 2000, ghost_bytes=0)
     resident = cache.lock(publish(cache, ids(range(10_000)), [10_000]).node)
     gc.collect()
-    alive_before = num_alive()
+    alive_before = num_nodes_alive()
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for index in range(1500):
@@ -238,16 +239,16 @@ def test_what_was_gathered_is_forgotten_with_its_node() -> None:
     del result
     gc.collect()
     taken = tracemalloc.get_traced_memory()[0] - before
-    alive = num_alive() - alive_before
+    alive = num_nodes_alive() - alive_before
     tracemalloc.stop()
     assert cache.num_nodes == 1
-    assert taken < 4 * cache.cached_tokens + 300 * 1024, f"{taken} bytes beside one path"
-    assert alive < 400, f"{alive} more nodes alive, none in the tree"
+    assert taken < 4 * cache.cached_tokens + 300 * 1024, f"{taken} bytes for one path"
+    assert alive < 400, f"{alive} more nodes are alive outside the tree"
     cache.check()
     cache.unlock(resident)
 
 
-def test_what_was_gathered_is_weighed_with_its_heads() -> None:
+def test_the_number_of_gathered_arrays_is_limited() -> None:
     cache = hybrid(8000, 1000)
     for index in range(selection.num_examples(800)):
         result = publish(cache, ids(range(10 * index, 10 * index + 10)), [10])
@@ -259,7 +260,7 @@ def test_what_was_gathered_is_weighed_with_its_heads() -> None:
 
 @pytest.mark.full("lru")
 @pytest.mark.parametrize("eviction", ["lru", "coverage", "lfu"])
-def test_tokens_and_rows_go_though_a_queue_still_lists_their_node(eviction: str) -> None:
+def test_tokens_and_rows_are_freed_while_a_queue_lists_their_node(eviction: str) -> None:
     cache = hybrid(400_000, 200, ghost_bytes=0, eviction=eviction)
     prompts = [ids(range(2000 * index, 2000 * index + 2000)) for index in range(80)]
     gc.collect()
@@ -276,17 +277,17 @@ def test_tokens_and_rows_go_though_a_queue_still_lists_their_node(eviction: str)
     assert taken < 80 * 2048, f"{taken} bytes in an empty cache"
 
 
-def test_nothing_gathered_outlives_a_reset() -> None:
+def test_reset_drops_all_gathered_rows() -> None:
     cache = hybrid(1000)
-    receipt = cache.lock(publish(cache, ids(range(500)), [500]).node)
-    cache.gather(receipt.node)
+    handle = cache.lock(publish(cache, ids(range(500)), [500]).node)
+    cache.gather(handle.node)
     cache.reset()
     assert len(cache._residency.gathered) == 0
     cache.check()
-    assert len(cache.gather(receipt.node)) == 500
+    assert len(cache.gather(handle.node)) == 500
 
 
-def test_a_lock_is_a_context_manager_and_is_returned_once():
+def test_a_lock_is_a_context_manager_and_is_released_once():
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
     result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
     with pytest.raises(KeyError), cache.lock(result.node):
@@ -296,7 +297,7 @@ def test_a_lock_is_a_context_manager_and_is_returned_once():
     with cache.lock(result.node) as handle:
         cache.unlock(handle)
         other = cache.lock(result.node)
-    assert cache.protected() == (10, 0), "leaving the block returned another one's lock"
+    assert cache.protected() == (10, 0), "leaving the block released another lock"
     cache.unlock(cache.lock_of(result.node))
     other.node = None
     assert cache.protected() == (0, 0)
@@ -305,7 +306,7 @@ def test_a_lock_is_a_context_manager_and_is_returned_once():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_nodes_come_after_their_parents_and_name_every_row():
+def test_iter_nodes_yields_parents_first_and_every_row():
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=2))
     for tail in range(3):
         tokens = np.array([1, 2, 3, 4, 10 + tail, 20], np.int32)
@@ -323,7 +324,7 @@ def test_nodes_come_after_their_parents_and_name_every_row():
     assert len(seen) == cache.num_nodes and [root.key for root in cache.roots()] == [None]
 
 
-def test_make_room_evicts_no_more_than_it_must():
+def test_make_room_evicts_no_more_than_needed():
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=20, num_slots=1, grid=2))
     cache.insert(np.arange(8, dtype=np.int32), cache.allocate_kv(8), [(8, cache.allocate_slot())])
     assert cache.make_room(num_tokens=12) and cache.cached_tokens == 8

@@ -1,4 +1,4 @@
-"""State machine: the attention-only cache against a set of resident prefixes."""
+"""State machine: the attention-only cache, compared with a mirror of its events."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hybridcache.export.mirror import Mirror
 
 
 class RadixMachine(RuleBasedStateMachine):
-    """Requests that begin, publish whole and end; the model hears only of segments that come and
-    go."""
+    """Requests that begin, publish their prompt and end. The mirror sees only stored and removed
+    segments."""
 
     @initialize(
         page_size=st.sampled_from([1, 16]),
@@ -35,14 +35,16 @@ class RadixMachine(RuleBasedStateMachine):
         self.mirror = Mirror(page_size, kv_grid=self.cache.grid)
         self.cache.subscribe(EventStream(self.mirror.apply))
         self.running = []
-        self.known_rows = {}
+        self.expected_rows = {}
 
     def prompt(self, blocks, cut):
         return np.repeat(np.array(blocks, np.int32), 5)[: 5 * len(blocks) - cut]
 
     def pages(self, tokens, end):
-        """What decides the row of token ``end - 1``: the tokens up to the end of its page, which is
-        shared whole or not at all."""
+        """Return the key of the row of token ``end - 1``: all tokens up to the end of its page.
+
+        Pages are only shared as a whole.
+        """
         return end, tuple(tokens[: -(-end // self.page_size) * self.page_size].tolist())
 
     @rule(blocks=st.lists(st.integers(0, 2), min_size=1, max_size=12), cut=st.integers(0, 4))
@@ -55,22 +57,22 @@ class RadixMachine(RuleBasedStateMachine):
         assert match.kv_match_len == kv_match_len
         assert match.cached_len == reachable - reachable % self.step
         assert match.cached_len + sum(match.losses) == len(tokens)
-        receipt = self.cache.lock(match.node)
+        handle = self.cache.lock(match.node)
         self.cache.touch(match)
         rows = self.cache.gather(match.node)
         for end in range(1, match.cached_len + 1):
-            assert self.known_rows[self.pages(tokens, end)] == rows[end - 1]
+            assert self.expected_rows[self.pages(tokens, end)] == rows[end - 1]
         new = self.cache.allocate_kv(len(tokens) - match.cached_len)
         if new is None:
-            self.cache.unlock(receipt)
+            self.cache.unlock(handle)
         else:
-            self.running.append((tokens, match, receipt, np.concatenate((rows, new))))
+            self.running.append((tokens, match, handle, np.concatenate((rows, new))))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), publishes=st.booleans(), from_node=st.booleans())
     def end(self, data, publishes, from_node):
         index = data.draw(st.integers(0, len(self.running) - 1))
-        tokens, match, receipt, rows = self.running.pop(index)
+        tokens, match, handle, rows = self.running.pop(index)
         published = match.cached_len
         if publishes:
             result = self.cache.insert(
@@ -82,8 +84,8 @@ class RadixMachine(RuleBasedStateMachine):
             self.cache.free_kv(result.duplicates)
             published = max(published, result.inserted_len)
             for end, row in enumerate(self.cache.gather(result.node).tolist(), 1):
-                self.known_rows[self.pages(tokens, end)] = row
-        self.cache.unlock(receipt)
+                self.expected_rows[self.pages(tokens, end)] = row
+        self.cache.unlock(handle)
         self.cache.free_kv(rows[published:])
 
     @rule(num_tokens=st.integers(0, 40))
@@ -93,7 +95,7 @@ class RadixMachine(RuleBasedStateMachine):
         assert eviction.num_tokens == self.cache.free_tokens - free
 
     @invariant()
-    def nothing_is_lost(self):
+    def invariants_hold(self):
         if hasattr(self, "cache"):
             held = sum(len(rows) - match.cached_len for _, match, _, rows in self.running)
             self.cache.check(held_tokens=held, held_slots=0)

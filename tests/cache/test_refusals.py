@@ -1,4 +1,4 @@
-"""What a caller gets wrong is refused in one sentence, and the cache is as it was before."""
+"""Wrong arguments raise a clear error and leave the cache unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybridcache.export.mirror import Mirror, segments_of
 from tests.cache.serving import hybrid, ids, publish
 from tests.cache.twins import VictimLog
 
-NO_IDS = (
+INVALID_IDS = (
     [1, 2, 3, 4],
     np.arange(4, dtype=np.int64),
     np.arange(4, dtype=np.float32),
@@ -30,9 +30,9 @@ def attention_only(**options):
 
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
 @pytest.mark.parametrize(
-    "bad", NO_IDS, ids=["list", "int64", "float32", "two axes", "scalar", "big-endian"]
+    "bad", INVALID_IDS, ids=["list", "int64", "float32", "two axes", "scalar", "big-endian"]
 )
-def test_ids_and_rows_that_are_not_int32_are_refused_by_every_cache(prefix_cache, bad):
+def test_ids_and_rows_that_are_not_int32_raise_in_every_cache(prefix_cache, bad):
     cache = build_prefix_cache(
         CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, num_slots=2, grid=1)
     )
@@ -49,14 +49,14 @@ def test_ids_and_rows_that_are_not_int32_are_refused_by_every_cache(prefix_cache
     cache.check(held_tokens=4, held_slots=0)
 
 
-def test_ids_of_a_type_that_only_looks_different_are_taken():
+def test_strided_native_int32_ids_are_accepted():
     cache = hybrid()
     publish(cache, ids("abcd"), [4])
     prompt = ids("a-b-c-d-e-")[::2].view(np.dtype("=i4").newbyteorder("="))
     assert cache.match(prompt).cached_len == 4
 
 
-def test_negative_ids_are_ids_like_others():
+def test_negative_ids_are_valid():
     cache = hybrid()
     publish(cache, ids([-1, -2, -3, -4]), [4])
     publish(cache, ids([-1, -2, -7]), [3])
@@ -65,7 +65,7 @@ def test_negative_ids_are_ids_like_others():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_a_namespace_that_is_no_plain_value_is_refused():
+def test_a_float_namespace_raises():
     cache = hybrid()
     rows = cache.allocate_kv(2)
     with pytest.raises(ValueError, match="namespace nan is a float; use None"):
@@ -75,7 +75,7 @@ def test_a_namespace_that_is_no_plain_value_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("positions", "slots", "labels", "sentence"),
+    ("positions", "slots", "labels", "message"),
     [
         ((2, 4), (0, 1), ["end"], "got 1 for 2 checkpoints"),
         ((2,), (0,), ["end", "branch"], "got 2 for 1 checkpoints"),
@@ -88,15 +88,13 @@ def test_a_namespace_that_is_no_plain_value_is_refused():
         ((2, 4), (0, 0), (), "have the same slot"),
     ],
 )
-def test_malformed_checkpoints_are_refused_before_anything_changes(
-    positions, slots, labels, sentence
-):
+def test_malformed_checkpoints_raise_before_anything_changes(positions, slots, labels, message):
     cache = hybrid()
     publish(cache, ids("abX"))
     before = cache.render()
     rows = cache.allocate_kv(5)
     cache.allocate_slot(), cache.allocate_slot()
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         cache.insert(ids("abcde"), rows, list(zip(positions, slots, strict=True)), labels=labels)
     assert cache.render() == before
     cache.check(held_tokens=5, held_slots=2)
@@ -104,7 +102,7 @@ def test_malformed_checkpoints_are_refused_before_anything_changes(
     assert cache.cached_tokens == 0
 
 
-def test_an_attention_only_cache_looks_at_checkpoints_before_it_inserts():
+def test_an_attention_only_cache_checks_checkpoints_before_inserting():
     cache = attention_only()
     with pytest.raises(TypeError):
         cache.insert(ids("abc"), cache.allocate_kv(3), [3])
@@ -112,7 +110,7 @@ def test_an_attention_only_cache_looks_at_checkpoints_before_it_inserts():
 
 
 @pytest.mark.parametrize("owned_from", [-2, 6])
-def test_an_owned_part_that_is_no_part_of_the_prompt_is_refused(owned_from):
+def test_owned_from_outside_the_prompt_raises(owned_from):
     cache = hybrid()
     publish(cache, ids("abcdefgh"), [8])
     rows = cache.allocate_kv(5)
@@ -122,7 +120,7 @@ def test_an_owned_part_that_is_no_part_of_the_prompt_is_refused(owned_from):
 
 
 @pytest.mark.parametrize("make", [hybrid, attention_only])
-def test_what_was_evicted_can_neither_be_locked_nor_continued(make):
+def test_evicted_nodes_can_neither_be_locked_nor_extended(make):
     cache = make()
     publish(cache, ids("abcde"), [5] if make is hybrid else [])
     match = cache.match(ids("abcdef"))
@@ -135,41 +133,41 @@ def test_what_was_evicted_can_neither_be_locked_nor_continued(make):
     cache.check(held_tokens=6, held_slots=0)
 
 
-def test_a_walk_begins_at_no_node_that_is_not_locked():
+def test_insert_after_an_unlocked_node_raises():
     cache = hybrid()
     publish(cache, ids("abcde"), [5])
     match = cache.match(ids("abcdef"))
     rows = np.concatenate([cache.gather(match.node), cache.allocate_kv(1)])
     with pytest.raises(ValueError, match="not locked"):
         cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
-    receipt = cache.lock(match.node)
+    handle = cache.lock(match.node)
     assert cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node).inserted_len == 6
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_a_receipt_of_another_cache_is_refused_and_stays_good():
+def test_a_lock_handle_of_another_cache_is_refused_and_stays_valid():
     cache, other = hybrid(), hybrid()
     for each in (cache, other):
         publish(each, ids("abcde"), [5])
-    receipt = cache.lock(cache.match(ids("abcdef")).node)
+    handle = cache.lock(cache.match(ids("abcdef")).node)
     with pytest.raises(ValueError, match="another cache"):
-        other.unlock(receipt)
+        other.unlock(handle)
     assert cache.evict(num_tokens=5).num_tokens == 0
-    cache.unlock(receipt)
+    cache.unlock(handle)
     assert cache.evict(num_tokens=5).num_tokens == 5
     cache.check(held_tokens=0, held_slots=0)
     other.check(held_tokens=0, held_slots=0)
 
 
-CHANGES = [name for name in vars(Listener) if not name.startswith("_")]
+EVENTS = [name for name in vars(Listener) if not name.startswith("_")]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_listener_that_raises_is_told_no_more_and_breaks_nothing(change, caplog):
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_listener_that_raises_is_unsubscribed_and_breaks_nothing(event, caplog):
     class Broken(VictimLog):
         def __getattribute__(self, name):
-            if name == change:
+            if name == event:
                 raise OSError("the socket is closed")
             return super().__getattribute__(name)
 
@@ -190,7 +188,7 @@ def test_a_listener_that_raises_is_told_no_more_and_breaks_nothing(change, caplo
         cache.unsubscribe(broken)
 
 
-def test_a_listener_that_raises_while_it_is_introduced_is_not_subscribed():
+def test_a_listener_that_raises_in_subscribe_is_not_subscribed():
     def closed(_):
         raise OSError("the socket is closed")
 
@@ -203,11 +201,11 @@ def test_a_listener_that_raises_while_it_is_introduced_is_not_subscribed():
 
 
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
-def test_nodes_and_handles_that_are_not_of_this_cache_are_refused(prefix_cache):
+def test_nodes_of_another_cache_and_invalid_handles_are_refused(prefix_cache):
     config = CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, num_slots=2, grid=2)
     cache, other = build_prefix_cache(config), build_prefix_cache(config)
-    for one in (cache, other):
-        publish(one, ids("abcdefgh"), [4])
+    for each in (cache, other):
+        publish(each, ids("abcdefgh"), [4])
     node = other.match(ids("abcde")).node
     with pytest.raises(ValueError, match="belongs to another cache"):
         cache.lock(node)
@@ -216,13 +214,13 @@ def test_nodes_and_handles_that_are_not_of_this_cache_are_refused(prefix_cache):
     with other.lock(node):
         other.evict(10, 10)
         assert other.match(ids("abcde")).cached_len == 4
-    for one in (cache, other):
-        one.check(held_tokens=0, held_slots=0)
+    for each in (cache, other):
+        each.check(held_tokens=0, held_slots=0)
 
 
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
-def test_a_whole_prompt_is_protected_by_the_node_of_a_longer_match(prefix_cache):
-    """``match`` never returns the last token of its argument, so the prompt itself has no node."""
+def test_a_whole_prompt_is_protected_by_locking_a_longer_match(prefix_cache):
+    """``match`` never reuses the last token of its argument, so the prompt itself has no node."""
     cache = build_prefix_cache(
         CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, num_slots=2, grid=4)
     )
@@ -246,6 +244,6 @@ class Unordered(Oldest):
     orders_classes = False
 
 
-def test_a_cache_is_shown_with_the_name_of_its_policy():
+def test_repr_of_a_cache_ends_with_the_name_of_its_policy():
     for policy, name in ((Oldest, ":Oldest"), (Unordered(), "Unordered()"), ("lru", "LRU")):
         assert repr(hybrid(eviction=policy)).endswith(f"{name})")

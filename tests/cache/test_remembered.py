@@ -1,4 +1,4 @@
-"""What a cache remembers over a restart: it decides as if it had never stopped."""
+"""Warm state: a restarted cache makes the same decisions as one that was never stopped."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ TRACES = {"agent": agent().head(160), "chat": chat().head(240)}
 REQUESTS = {name: list(trace) for name, trace in TRACES.items()}
 
 
-class Chosen(Listener):
-    """What went, in order."""
+class VictimLog(Listener):
+    """Listener that records the victims in order."""
 
     def __init__(self):
         self.items = []
@@ -58,7 +58,7 @@ class Chosen(Listener):
 
 
 def make(trace, gib=1.0, disk_gib=8.0, **options):
-    """Everything in one budget, where the order of what is free decides nothing."""
+    """Build a simulated target with one byte budget. The order of free rows is then irrelevant."""
     settings = {"policy": "survival", "checkpoints": "adaptive", "memory": "budget"} | options
     config = RunConfig(
         GEOMETRY, int(gib * GIB), disk_bytes=int(disk_gib * GIB), disk_bytes_per_s=1e12, **settings
@@ -69,8 +69,8 @@ def make(trace, gib=1.0, disk_gib=8.0, **options):
 
 
 def serve(target, requests):
-    """What each request resumed at, and what was evicted meanwhile."""
-    chosen, hits = Chosen(), []
+    """Serve the requests. Returns hits and losses, victims, and the number of copied rows."""
+    chosen, hits = VictimLog(), []
     target.cache.subscribe(chosen)
     for request in requests:
         served = target.begin(request)
@@ -83,7 +83,10 @@ def serve(target, requests):
 
 
 def restarted(target, fresh, has_room=False):
-    """``fresh`` with what ``target`` remembers and has on disk."""
+    """Load the warm state and the offloaded states of ``target`` into ``fresh``.
+
+    Returns the names of the policies that could not be restored.
+    """
     rules = target.placement.rules
     memory = unpack(pack(write_memory(target.cache, rules)))
     memory.recall_tree(fresh.cache)
@@ -99,8 +102,7 @@ def restarted(target, fresh, has_room=False):
 
 
 def empty_the_device(target):
-    """All that a restart takes away: what was there goes a tier down, as it does whenever there is
-    no room."""
+    """Evict everything from the device to the tiers, as a restart does."""
     target.cache.evict(1 << 40, 1 << 40)
     target.cache.offload.copied_rows.clear()
 
@@ -108,24 +110,26 @@ def empty_the_device(target):
 @pytest.mark.full("0.6-agent")
 @pytest.mark.parametrize("name", TRACES)
 @pytest.mark.parametrize("gib", [0.6, 2.0])
-def test_a_run_that_is_cut_in_two_decides_as_one_that_never_stopped(name, gib):
+def test_a_restarted_run_decides_like_an_uninterrupted_run(name, gib):
     trace = TRACES[name]
     requests = REQUESTS[name]
     half = len(requests) // 2
-    whole, forgetful = make(trace, gib, 4 * gib), make(trace, gib, 4 * gib)
+    whole, without_state = make(trace, gib, 4 * gib), make(trace, gib, 4 * gib)
     serve(whole, requests[:half])
     empty_the_device(whole)
     cut = make(trace, gib, 4 * gib)
     assert restarted(whole, cut, has_room=True) == []
     expected = serve(whole, requests[half:])
-    assert expected[1], "something was evicted"
+    assert expected[1], "nothing was evicted"
     assert serve(cut, requests[half:]) == expected
-    assert serve(forgetful, requests[half:]) != expected, "the past decides something"
+    assert serve(without_state, requests[half:]) != expected, (
+        "the warm state has no effect on decisions"
+    )
     cut.cache.check(0, 0)
 
 
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
-def test_a_cache_without_tiers_that_is_cut_in_two_decides_as_one_that_never_stopped(prefix_cache):
+def test_a_restarted_cache_without_tiers_decides_like_an_uninterrupted_one(prefix_cache):
     config = CacheConfig(
         prefix_cache=prefix_cache,
         total_bytes=60_000,
@@ -139,13 +143,15 @@ def test_a_cache_without_tiers_that_is_cut_in_two_decides_as_one_that_never_stop
     def make():
         return build_prefix_cache(config), parse_placement("adaptive")
 
-    def serve(cache, placement, some):
-        hits, chosen = [], Chosen()
+    def serve(cache, placement, requests):
+        hits, chosen = [], VictimLog()
         cache.subscribe(chosen)
-        for one in some:
-            tokens = one.tokens[:9000]
-            asked = LeaseRequest(tokens, one.namespace, stateful=prefix_cache == "hybrid")
-            lease = Lease.begin(cache, placement, asked)
+        for request in requests:
+            tokens = request.tokens[:9000]
+            lease_request = LeaseRequest(
+                tokens, request.namespace, stateful=prefix_cache == "hybrid"
+            )
+            lease = Lease.begin(cache, placement, lease_request)
             assert lease.extend(len(tokens))
             lease.take_checkpoint_slots(lease.cached_len, len(tokens))
             cache.take_step().done()
@@ -154,34 +160,36 @@ def test_a_cache_without_tiers_that_is_cut_in_two_decides_as_one_that_never_stop
         cache.unsubscribe(chosen)
         return hits, chosen.items
 
-    whole, forgetful, cut = make(), make(), make()
+    whole, without_state, cut = make(), make(), make()
     serve(*whole, requests[:half])
     whole[0].evict(1 << 40, 1 << 40)
     memory = unpack(pack(write_memory(whole[0], whole[1].rules)))
     memory.recall_tree(cut[0])
     assert memory.recall_policies(cut[0], cut[1].rules) == []
     expected = serve(*whole, requests[half:])
-    assert expected[1], "something was evicted"
+    assert expected[1], "nothing was evicted"
     assert serve(*cut, requests[half:]) == expected
-    assert serve(*forgetful, requests[half:]) != expected, "the past decides something"
+    assert serve(*without_state, requests[half:]) != expected, (
+        "the warm state has no effect on decisions"
+    )
     cut[0].check(0, 0)
 
 
-def test_what_was_on_the_device_is_remembered_as_evicted():
+def test_after_a_restart_device_prefixes_are_known_as_evicted():
     trace = TRACES["agent"]
     target, fresh = make(trace), make(trace)
     serve(target, list(trace))
     assert restarted(target, fresh) == []
     fresh.cache.check(0, 0)
-    known = {path_of(node)[1].tobytes() for node in target.cache._tree.nodes()}
-    assert {path_of(node)[1].tobytes() for node in fresh.cache._tree.nodes()} == known
+    paths = {path_of(node)[1].tobytes() for node in target.cache._tree.nodes()}
+    assert {path_of(node)[1].tobytes() for node in fresh.cache._tree.nodes()} == paths
     prompt = next(r for r in list(trace) if target.cache.match(r.tokens, r.namespace).cached_len)
     match = fresh.cache.match(prompt.tokens, prompt.namespace)
     assert match.losses.never_seen == 0 and match.missed is not None
     assert fresh.cache._residency.now == target.cache._residency.now
 
 
-def test_what_is_remembered_is_bounded_and_the_latest():
+def test_the_warm_state_has_the_latest_prefixes_within_the_ghost_limit():
     trace = TRACES["chat"]
     target, fresh = make(trace), make(trace)
     serve(target, list(trace))
@@ -197,7 +205,7 @@ def test_what_is_remembered_is_bounded_and_the_latest():
 
 @pytest.mark.full("lru", "class-age")
 @pytest.mark.parametrize("eviction", ["lru", "w-tinylfu", "arc", "class-age", "lhd"])
-def test_a_policy_without_a_memory_costs_nothing(eviction):
+def test_policies_without_learned_state_write_nothing(eviction):
     trace = TRACES["agent"]
     target = make(trace, policy=eviction, checkpoints="branch,end")
     serve(target, list(trace)[:60])
@@ -207,7 +215,7 @@ def test_a_policy_without_a_memory_costs_nothing(eviction):
     assert restarted(target, fresh) == []
 
 
-def test_a_memory_of_other_words_is_left_and_named():
+def test_state_of_other_policies_is_ignored_and_reported():
     trace = TRACES["agent"]
     target = make(trace)
     serve(target, list(trace))
@@ -217,7 +225,7 @@ def test_a_memory_of_other_words_is_left_and_named():
     fresh.cache.check(0, 0)
 
 
-def test_a_file_is_whole_or_refused_whatever_byte_it_ends_at_and_whatever_is_flipped():
+def test_a_truncated_or_corrupted_file_is_refused():
     trace = TRACES["agent"]
     target = make(trace)
     serve(target, list(trace)[:20])
@@ -245,7 +253,7 @@ def test_a_file_is_whole_or_refused_whatever_byte_it_ends_at_and_whatever_is_fli
         {"form": "hybridcache memory 2"},
     ],
 )
-def test_what_no_cache_has_written_changes_none(change):
+def test_malformed_data_is_refused_and_changes_nothing(change):
     trace = TRACES["agent"]
     target, fresh = make(trace), make(trace)
     serve(target, list(trace)[:20])
@@ -256,13 +264,13 @@ def test_what_no_cache_has_written_changes_none(change):
     fresh.cache.check(0, 0)
 
 
-def test_what_is_written_can_be_read_however_much_is_remembered(monkeypatch):
-    """Past the limit the oldest is left out, and in the end the policies' memory too."""
+def test_the_warm_state_stays_within_its_size_limit_and_is_readable(monkeypatch):
+    """Past the limit the oldest nodes are left out, and finally the policies' state too."""
     trace = TRACES["chat"]
     target = make(trace)
     serve(target, list(trace))
     whole = len(write_memory(target.cache, target.placement.rules))
-    known = []
+    restored = []
     for limit in (whole, whole // 2, whole // 20, 1000):
         monkeypatch.setattr("hybridcache.export.warm_state.MAX_BYTES", limit)
         body = write_memory(target.cache, target.placement.rules)
@@ -270,16 +278,17 @@ def test_what_is_written_can_be_read_however_much_is_remembered(monkeypatch):
         fresh = make(trace)
         unpack(pack(body)).recall_tree(fresh.cache)
         last = list(trace)[-1]
-        known.append((fresh.cache.num_nodes, fresh.cache.match(last.tokens).seen_len > 0))
+        restored.append((fresh.cache.num_nodes, fresh.cache.match(last.tokens).seen_len > 0))
         fresh.cache.check(0, 0)
-    assert known == sorted(known, reverse=True) and known[1][1] and known[-1] == (0, False)
+    assert restored == sorted(restored, reverse=True)
+    assert restored[1][1] and restored[-1] == (0, False)
     with pytest.raises(ValueError, match="unpacks to more than 1,000 bytes"):
         unpack(pack(b" " * 1001))
 
 
 @pytest.mark.full
-def test_damaged_data_is_refused_where_python_drops_assertions():
-    """Run with ``python -O``: nodes without tokens, tokens that are no ids, another namespace."""
+def test_damaged_data_is_refused_without_assertions():
+    """Run with ``python -O``: nodes without tokens, tokens of type float, a float namespace."""
     script = """
 import json, sys
 from tests.cache.test_remembered import TRACES, make, pack, serve, unpack, write_memory
@@ -297,7 +306,7 @@ for change in (
     except ValueError as error:
         if "damaged" in str(error) and not fresh.cache.num_nodes:
             continue
-    sys.exit(f"{list(change)} was taken")
+    sys.exit(f"{list(change)} was accepted")
 try:
     unpack(pack(json.dumps(body).encode())).recall_tree(target.cache)
 except ValueError as error:
@@ -309,7 +318,7 @@ sys.exit("a cache that is not empty was changed")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_node_that_stands_twice_is_refused():
+def test_a_duplicate_node_is_refused():
     trace = TRACES["agent"]
     target, fresh = make(trace), make(trace)
     serve(target, list(trace)[:20])
@@ -340,26 +349,26 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_plain_values_come_back(value):
+def test_plain_values_survive_a_round_trip(value):
     plain = json.loads(json.dumps(Writer().write(value)))
     again = Reader(lambda _: None).read(plain)
     assert again == value
     assert isinstance(value, set) or "{" in repr(value) or repr(again) == repr(value)
 
 
-def test_tables_generators_and_shared_objects_come_back():
-    regret = Survival(seed=5)
+def test_tables_generators_and_shared_objects_survive_a_round_trip():
+    survival = Survival(seed=5)
     for turn in range(9):
-        row = regret.hazards.row((("a", True), turn % 3))
-        regret.hazards.close(regret.hazards.open(row, turn), turn + 2, used=turn % 2 == 0)
-    regret.hazards.refresh(20)
-    again = Reader(lambda _: None).read(json.loads(json.dumps(Writer().write(regret))))
+        row = survival.hazards.row((("a", True), turn % 3))
+        survival.hazards.close(survival.hazards.open(row, turn), turn + 2, used=turn % 2 == 0)
+    survival.hazards.refresh(20)
+    again = Reader(lambda _: None).read(json.loads(json.dumps(Writer().write(survival))))
     fresh = Survival()
     load_state(fresh, again)
     fresh.hazards.check()
-    assert np.array_equal(fresh.hazards.index, regret.hazards.index)
-    assert fresh.hazards._open == regret.hazards._open
-    assert fresh._random.random() == regret._random.random()
+    assert np.array_equal(fresh.hazards.index, survival.hazards.index)
+    assert fresh.hazards._open == survival.hazards._open
+    assert fresh._random.random() == survival._random.random()
     learned = Adaptive()
     twice = Reader(lambda _: None).read(Writer().write([learned, learned]))
     assert twice[0] is twice[1] and isinstance(twice[0], Adaptive)
@@ -368,7 +377,7 @@ def test_tables_generators_and_shared_objects_come_back():
 @pytest.mark.parametrize(
     "value", [object(), OrderedDict.fromkeys, random.random, [defaultdict(int), memoryview(b"")]]
 )
-def test_what_is_no_plain_data_is_not_written(value):
+def test_values_that_are_not_plain_data_cannot_be_written(value):
     with pytest.raises(Unfit):
         Writer().write(value)
 
@@ -381,12 +390,12 @@ def test_what_is_no_plain_data_is_not_written(value):
         {"object": 0, "class": "hybridcache.config:CacheConfig", "fields": {}},
     ],
 )
-def test_no_class_but_the_policies_own_is_made(plain):
+def test_only_classes_of_policies_are_instantiated(plain):
     with pytest.raises(Unfit):
         Reader(lambda _: None).read(plain)
 
 
-def test_a_policy_with_other_attributes_takes_nothing_over():
+def test_state_with_other_attributes_or_layouts_is_refused():
     other = Adaptive()
     other.another = 3
     own = Adaptive()
@@ -398,7 +407,7 @@ def test_a_policy_with_other_attributes_takes_nothing_over():
         load_state(Survival(), wide)
 
 
-def test_the_head_is_what_the_page_says():
+def test_the_file_header_matches_the_documented_format():
     data = pack(b"{}")
     magic, size, crc = HEAD.unpack_from(data)
     assert (magic, size, crc) == (b"HCMEMRY1", len(data) - 24, zlib.crc32(data[24:]))

@@ -1,4 +1,4 @@
-"""Allocation makes room, or is refused and evicts nothing."""
+"""Allocation evicts what it needs, or is refused and evicts nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.cache.serving import (
 )
 
 
-def test_allocation_evicts_what_it_needs_and_no_more():
+def test_an_allocation_evicts_no_more_than_it_needs():
     cache = hybrid(num_kv_tokens=20)
     for prompt in ("aaaaa", "bbbbb", "ccccc", "ddddd"):
         serve(cache, ids(prompt), [5])
@@ -19,7 +19,7 @@ def test_allocation_evicts_what_it_needs_and_no_more():
     assert cache.match(ids("ccccc!")).cached_len == 5
 
 
-def test_slots_are_evicted_for_slots():
+def test_allocating_a_slot_evicts_a_checkpoint():
     cache = hybrid(num_slots=2)
     serve(cache, ids("one"), [3])
     serve(cache, ids("two"), [3])
@@ -32,35 +32,35 @@ def test_a_refused_allocation_evicts_nothing():
     cache = hybrid(num_kv_tokens=20, num_slots=3)
     serve(cache, ids("aaaaa"), [5])
     serve(cache, ids("bbbbb"), [5])
-    receipt = cache.lock(cache.match(ids("aaaaa!")).node)
+    handle = cache.lock(cache.match(ids("aaaaa!")).node)
     held = cache.allocate_kv(8)
-    assert cache.allocate_kv(8) is None, "2 free and 5 evictable are not 8"
+    assert cache.allocate_kv(8) is None, "2 free and 5 evictable rows cannot give 8"
     assert cache.match(ids("bbbbb!")).cached_len == 5
     assert cache.stats.refusals == 1
     assert len(cache.allocate_kv(7)) == 7
     assert cache.match(ids("bbbbb!")).cached_len == 0
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.free_kv(held)
 
 
-def test_no_slot_is_a_refusal_not_a_crash():
+def test_allocate_slot_returns_none_if_all_slots_are_locked():
     cache = hybrid(num_slots=1)
     serve(cache, ids("one"), [3])
-    receipt = cache.lock(cache.match(ids("one!")).node)
+    handle = cache.lock(cache.match(ids("one!")).node)
     assert cache.allocate_slot() is None
-    cache.unlock(receipt)
+    cache.unlock(handle)
     assert cache.allocate_slot() is not None
 
 
-def test_reset_drops_all_but_what_is_locked():
+def test_reset_drops_everything_that_is_not_locked():
     cache = hybrid()
     serve(cache, ids("one"), [3])
     serve(cache, ids("two"), [3])
-    receipt = cache.lock(cache.match(ids("one!")).node)
+    handle = cache.lock(cache.match(ids("one!")).node)
     cache.reset()
     assert cache.match(ids("one!")).cached_len == 3
     assert cache.match(ids("two!")).seen_len == 0
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.reset()
     assert cache.num_nodes == 0
 
@@ -72,7 +72,7 @@ def shared(**options):
     return build_prefix_cache(config)
 
 
-def test_states_make_room_for_kv_and_kv_for_states():
+def test_states_are_evicted_for_kv_and_kv_for_states():
     cache = shared()
     serve(cache, ids("aa"), [2])
     serve(cache, ids("bb"), [2])
@@ -87,7 +87,7 @@ def test_states_make_room_for_kv_and_kv_for_states():
     assert cache.cached_tokens == 0
 
 
-def test_one_budget_gives_up_the_older_of_both_kinds():
+def test_a_budget_evicts_the_older_item_of_both_kinds():
     cache = shared(total_bytes=64, dead_first=False)
     serve(cache, ids("aa"))
     serve(cache, ids("bb"), [2])
@@ -106,13 +106,13 @@ def test_the_budget_is_never_exceeded_and_refusals_evict_nothing():
     cache.check(held_tokens=0, held_slots=5)
 
 
-def test_a_checkpoint_under_a_lock_is_not_counted_as_room():
+def test_locked_checkpoints_do_not_count_as_evictable():
     cache = shared()
     serve(cache, ids("aa"), [2])
     serve(cache, ids("bb"), [2])
-    receipt = cache.lock(cache.match(ids("aa!")).node)
-    all_but_the_locked = cache._pages.budget.total_bytes - 2 * 2 - 20
-    assert cache.allocate_kv(all_but_the_locked // 2 + 1) is None
-    assert cache.match(ids("bb!")).cached_len == 2, "a refusal evicts nothing"
-    assert cache.allocate_kv(all_but_the_locked // 2) is not None
-    cache.unlock(receipt)
+    handle = cache.lock(cache.match(ids("aa!")).node)
+    unlocked_bytes = cache._pages.budget.total_bytes - 2 * 2 - 20
+    assert cache.allocate_kv(unlocked_bytes // 2 + 1) is None
+    assert cache.match(ids("bb!")).cached_len == 2, "a refused allocation evicted something"
+    assert cache.allocate_kv(unlocked_bytes // 2) is not None
+    cache.unlock(handle)

@@ -1,4 +1,4 @@
-"""What the hybrid cache does, one behaviour a test, in plain words."""
+"""Behaviour of the hybrid cache at its public methods, one case per test."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def test_a_prompt_resumes_from_the_checkpoint_of_an_earlier_one():
     assert cache.gather(match.node).tolist() == cache.gather(result.node).tolist()
 
 
-def test_an_empty_cache_has_nothing():
+def test_an_empty_cache_returns_no_match():
     match = hybrid().match(ids("hello"))
     assert match.cached_len == 0 and match.checkpoint is None
     assert match.losses.never_seen == 5
     assert len(hybrid().gather(match.node)) == 0
 
 
-def test_an_empty_prompt_is_no_special_case():
+def test_an_empty_prompt_can_be_matched_and_inserted():
     cache = hybrid()
     serve(cache, ids("hello"), [5])
     match = cache.match(ids())
@@ -38,7 +38,7 @@ def test_an_empty_prompt_is_no_special_case():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_kv_without_a_checkpoint_gives_nothing_to_resume_from():
+def test_kv_without_a_checkpoint_is_not_reusable():
     cache = hybrid()
     publish(cache, ids("hello"))
     match = cache.match(ids("hello", "!"))
@@ -46,14 +46,14 @@ def test_kv_without_a_checkpoint_gives_nothing_to_resume_from():
     assert match.losses.never_checkpointed == 5
 
 
-def test_at_least_one_token_is_left_to_compute():
+def test_the_last_token_is_never_reused():
     cache = hybrid()
     publish(cache, ids("hello"), [4, 5])
     assert cache.match(ids("hello")).cached_len == 4
     assert cache.match(ids("hello!")).cached_len == 5
 
 
-def test_a_match_changes_nothing():
+def test_match_changes_nothing():
     cache = hybrid()
     publish(cache, ids("hello world"), [5, 11])
     before = cache.render()
@@ -72,7 +72,7 @@ def test_the_deepest_of_several_checkpoints_is_used():
     assert cache.match(ids("abX")).cached_len == 2
 
 
-def test_token_ids_up_to_the_largest_are_told_apart():
+def test_token_ids_up_to_the_largest_are_distinguished():
     cache = hybrid()
     top = 2**31 - 1
     publish(cache, ids([top, 0, top]), [3])
@@ -81,7 +81,7 @@ def test_token_ids_up_to_the_largest_are_told_apart():
     assert cache.match(ids([0, 0])).kv_match_len == 0
 
 
-def test_ids_of_another_type_are_refused_before_anything_changes():
+def test_ids_of_another_type_raise_before_anything_changes():
     cache = hybrid()
     with pytest.raises(ValueError, match="int32"):
         cache.insert(np.arange(4, dtype=np.int64), np.arange(4, dtype=np.int32))
@@ -104,14 +104,14 @@ def test_a_split_leaves_checkpoint_and_lock_with_the_lower_node():
     cache = hybrid()
     serve(cache, ids("abcdef"), [6])
     match = cache.match(ids("abcdefg"))
-    receipt = cache.lock(match.node)
+    handle = cache.lock(match.node)
     before = cache.gather(match.node).tolist()
     publish(cache, ids("abcX"))
     assert match.node.end == 6 and match.node.locks == 1
     assert match.node.checkpoint.slot == match.checkpoint
     assert cache.gather(match.node).tolist() == before
     assert cache.match(ids("abcdefg")).cached_len == 6
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.check(held_tokens=0, held_slots=0)
 
 
@@ -135,7 +135,7 @@ def test_a_fork_at_a_checkpoint_splits_nothing():
     assert cache.num_nodes == 3
 
 
-def test_many_branches_keep_apart():
+def test_branches_of_one_node_are_independent():
     cache = hybrid(num_slots=30)
     for branch in range(10):
         serve(cache, ids("root", [branch], "leaf"), [4, 9])
@@ -152,7 +152,7 @@ def test_a_checkpoint_inside_an_edge_splits_it():
     assert cache.match(ids("abcdef")).cached_len == 3
 
 
-def test_a_prompt_that_ends_inside_an_edge_gets_a_node_of_its_own():
+def test_a_prompt_that_ends_inside_an_edge_splits_it():
     cache = hybrid()
     publish(cache, ids("abcdef"), [6])
     result = publish(cache, ids("abc"))
@@ -160,7 +160,7 @@ def test_a_prompt_that_ends_inside_an_edge_gets_a_node_of_its_own():
     assert len(cache.gather(result.node)) == 3
 
 
-def test_duplicates_are_handed_back_and_the_trees_rows_stay():
+def test_duplicate_rows_are_returned_and_the_tree_keeps_its_rows():
     cache = hybrid()
     first = publish(cache, ids("hello"))
     rows = cache.allocate_kv(7)
@@ -172,7 +172,7 @@ def test_duplicates_are_handed_back_and_the_trees_rows_stay():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_what_the_caller_does_with_its_array_later_is_nothing_to_the_cache():
+def test_the_cache_copies_the_arrays_of_the_caller():
     cache = hybrid()
     rows, tokens = cache.allocate_kv(5), ids("hello")
     given = rows.copy()
@@ -182,19 +182,19 @@ def test_what_the_caller_does_with_its_array_later_is_nothing_to_the_cache():
     assert cache.match(ids("hello!")).kv_match_len == 5
 
 
-def test_rows_that_were_the_trees_already_are_no_duplicates():
+def test_rows_before_owned_from_are_not_returned_as_duplicates():
     cache = hybrid()
     publish(cache, ids("hello"), [5])
     match = cache.match(ids("hello", "!!"))
-    receipt = cache.lock(match.node)
+    handle = cache.lock(match.node)
     rows = np.concatenate([cache.gather(match.node), cache.allocate_kv(2)])
     result = cache.insert(ids("hello", "!!"), rows, owned_from=match.cached_len)
     assert len(result.duplicates) == 0
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_a_walk_can_begin_at_the_locked_node():
+def test_insert_can_start_at_a_locked_node():
     cache = hybrid()
     publish(cache, ids("hello"), [5])
     match = cache.match(ids("hello", "!!"))
@@ -206,14 +206,14 @@ def test_a_walk_can_begin_at_the_locked_node():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_rows_said_to_be_the_trees_that_are_not_there_are_refused():
+def test_insert_raises_if_the_tree_lacks_rows_before_owned_from():
     cache = hybrid()
     with pytest.raises(ValueError, match="keep a lock"):
         cache.insert(ids("hello"), cache.allocate_kv(5), owned_from=3)
     assert cache.num_nodes == 0 and not cache._tree.roots
 
 
-def test_a_second_state_for_the_same_prefix_is_handed_back():
+def test_a_second_state_for_the_same_prefix_is_rejected():
     cache = hybrid()
     publish(cache, ids("hello"), [5])
     kept = cache.match(ids("hello!")).checkpoint
@@ -223,7 +223,7 @@ def test_a_second_state_for_the_same_prefix_is_handed_back():
     assert cache.match(ids("hello!")).checkpoint == kept
 
 
-def test_states_off_the_grid_or_past_the_end_are_handed_back():
+def test_states_off_the_grid_or_past_the_end_are_rejected():
     cache = hybrid(grid=4)
     slots = [cache.allocate_slot() for _ in range(5)]
     offered = list(zip((0, 3, 4, 8, 12), slots, strict=True))
@@ -232,7 +232,7 @@ def test_states_off_the_grid_or_past_the_end_are_handed_back():
     assert cache.match(ids("abcdefghij")).cached_len == 8
 
 
-def test_tokens_past_the_last_whole_page_stay_the_callers():
+def test_tokens_past_the_last_whole_page_are_not_inserted():
     cache = hybrid(num_kv_tokens=64, page_size=4)
     rows = cache.allocate_kv(6)
     assert len(rows) == 8
@@ -243,7 +243,7 @@ def test_tokens_past_the_last_whole_page_stay_the_callers():
     cache.check(held_tokens=0)
 
 
-def test_prompts_part_at_page_boundaries():
+def test_prompts_fork_only_at_page_boundaries():
     cache = hybrid(num_kv_tokens=64, page_size=4, grid=4)
     publish(cache, ids("aaaabbbbcccc"), [12])
     assert cache.match(ids("aaaabbXbcccc")).kv_match_len == 4
@@ -255,7 +255,7 @@ def test_prompts_part_at_page_boundaries():
 
 @pytest.mark.parametrize("page_size", [1, 16, 64, 256])
 @pytest.mark.parametrize("grid", [1, 16, 64, 256])
-def test_checkpoints_stand_at_multiples_of_grid_and_page(page_size, grid):
+def test_checkpoints_are_accepted_at_multiples_of_grid_and_page(page_size, grid):
     step = max(page_size, grid)
     cache = hybrid(num_kv_tokens=8 * 256, page_size=page_size, grid=grid)
     prompt = ids(range(2 * step + 1))
@@ -266,7 +266,7 @@ def test_checkpoints_stand_at_multiples_of_grid_and_page(page_size, grid):
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_namespaces_share_nothing():
+def test_namespaces_do_not_share_prefixes():
     cache = hybrid()
     publish(cache, ids("hello"), [5], namespace="a")
     assert cache.match(ids("hello!"), "a").cached_len == 5
@@ -274,7 +274,7 @@ def test_namespaces_share_nothing():
         assert cache.match(ids("hello!"), other).losses.never_seen == 6
 
 
-def test_a_namespace_leaves_no_trace_when_its_last_token_is_gone():
+def test_the_root_of_an_empty_namespace_is_removed():
     cache = hybrid(ghost_bytes=0)
     for number in range(50):
         publish(cache, ids("hello"), [5], namespace=("salt", number))
@@ -282,22 +282,22 @@ def test_a_namespace_leaves_no_trace_when_its_last_token_is_gone():
     assert not cache._tree.roots and cache.num_nodes == 0
 
 
-def test_what_is_locked_stays_and_so_does_all_above_it():
+def test_a_locked_node_and_its_ancestors_are_not_evicted():
     cache = hybrid()
     publish(cache, ids("ab"), [2])
     publish(cache, ids("abcd"), [4])
     publish(cache, ids("abcdef"), [6])
-    receipt = cache.lock(cache.match(ids("abcdX")).node)
+    handle = cache.lock(cache.match(ids("abcdX")).node)
     cache.evict(num_tokens=100, num_slots=100)
     match = cache.match(ids("abcdX"))
     assert match.cached_len == 4 and match.checkpoint is not None
     assert cache.match(ids("abcdef!")).kv_match_len == 4
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.evict(num_tokens=100)
     assert cache.match(ids("abcdX")).kv_match_len == 0
 
 
-def test_a_lock_is_counted_and_each_receipt_opens_once():
+def test_locks_are_counted_and_each_handle_unlocks_once():
     cache = hybrid()
     publish(cache, ids("hello"), [5])
     node = cache.match(ids("hello!")).node
@@ -309,25 +309,25 @@ def test_a_lock_is_counted_and_each_receipt_opens_once():
     assert cache.evict(num_tokens=5).num_tokens == 5
 
 
-def test_locked_branches_are_passed_over_for_others():
+def test_eviction_skips_locked_branches():
     cache = hybrid()
     publish(cache, ids("sys", "a"), [4])
     publish(cache, ids("sys", "b"), [4])
-    receipt = cache.lock(cache.match(ids("sys", "a", "!")).node)
+    handle = cache.lock(cache.match(ids("sys", "a", "!")).node)
     assert cache.evict(num_tokens=1).num_tokens == 1
     assert cache.match(ids("sys", "b", "!")).kv_match_len == 3
     assert cache.match(ids("sys", "a", "!")).cached_len == 4
-    cache.unlock(receipt)
+    cache.unlock(handle)
 
 
-def test_nothing_cached_can_be_locked_too():
+def test_the_node_of_a_miss_can_be_locked():
     cache = hybrid()
     match = cache.match(ids("hello"))
     cache.unlock(cache.lock(match.node))
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_many_misses_leave_no_count_behind():
+def test_locks_of_misses_leave_no_lock_counts():
     cache = hybrid()
     publish(cache, ids("hello"), [5])
     for _ in range(50):
@@ -339,22 +339,22 @@ def test_many_misses_leave_no_count_behind():
 def test_a_chain_of_2000_nodes_and_100000_tokens():
     cache = hybrid(num_kv_tokens=110_000, num_slots=2001)
     tokens = ids(range(100_000))
-    node, receipt = None, None
+    node, handle = None, None
     rows = cache.allocate_kv(100_000)
     for end in range(50, 100_001, 50):
         slot = cache.allocate_slot()
         result = cache.insert(
             tokens[:end], rows[:end], [(end, slot)], owned_from=end - 50, after=node
         )
-        fresh = cache.lock(result.node)
-        if receipt is not None:
-            cache.unlock(receipt)
-        node, receipt = result.node, fresh
+        next_handle = cache.lock(result.node)
+        if handle is not None:
+            cache.unlock(handle)
+        node, handle = result.node, next_handle
     assert cache.num_nodes == 2000
     match = cache.match(ids(range(100_000), [7]))
     assert match.cached_len == 100_000
     assert cache.gather(match.node).tolist() == rows.tolist()
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.check(held_tokens=0, held_slots=0)
     publish(cache, ids(range(51_000), [7]), [51_001])
     cache.evict(num_slots=1500)

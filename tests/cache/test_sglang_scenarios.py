@@ -1,39 +1,36 @@
-"""Sixteen behaviours of SGLang's tree for hybrid models (0.5.23), and ours beside each. Read from
-its code and its tests.
+"""Sixteen behaviours of SGLang's tree for hybrid models (0.5.23), compared with this cache.
 
-| # | behaviour | SGLang | here | | |---|---|---|---|---| | 1 | an empty tree | hits nothing | the
-same | equal | | 2 | a state at 3, then at 7 of one path | the longer prompt hits 7, the shorter 3 |
-the same | equal | | 3 | the same prompt again, state at its end only | 0: one token must be
-computed, and only its end has a state | the same; the
-      default placement also saves a state before the end | equal |
-| 4 | a prompt that leaves inside a node | the state stays at the node's end, the fork hits nothing
-| the same, and the fork's
-      tokens are named: never checkpointed | equal |
-| 5 | ... but a match splits the node | the tree changes with every look | a match changes nothing |
-better | | 6 | where to save a state for a fork | floor(shared / grid) * grid | the placement word
-``branch``, the same position | equal | | 7 | the same state twice | the first stays, the caller
-keeps its own | the same | equal | | 8 | an inner state is evicted | its KV stays, the state below
-still hits | the same | equal | | 9 | a tombstone's state comes again | it is refilled | the same |
-equal | | 10 | the last state of a leaf is evicted | leaf and KV go, KV above that nothing can use
-may stay | that goes too | better | | 11 | a locked node | neither its state nor KV above it goes;
-asking for more frees what can go | the same | equal | | 12 | whose recency counts | the state that
-was resumed from, not the path's | the same | equal | | 13 | two states on a path, one slot is
-wanted, then a fork | the oldest use goes, the leaf with its KV: a fork at 8 hits 8, the
-      whole path 8 | the superseded state goes first: the fork hits 0, the whole path 12.
-      ``demote_superseded=False``: 8 and 8 | mixed |
-| 14 | most states on a path | ``--mamba-max-states-per-path`` | a placement's ``cap:N``; the tree
-has none, so more hits for
-      more slots | other |
-| 15 | KV is evicted leaf by leaf | least recently used first; a whole leaf | the same | equal | |
-16 | a state off the grid | is kept where the request ended | is refused: kernels resume on the grid
-alone, which is what makes
-      a hit exact | other |
+They were read from its code and its tests. "Same" means that both behave alike.
 
-13 stays as it is: no order was found that keeps the fork and costs no hit. Without the tier
-(``demote_superseded=False``) chats lose a fifth where memory is short (``chat`` at 4 GiB, LRU:
-298,944 tokens hit instead of 372,864), since there the deepest state is the one that is asked for;
-sessions of agents gain 1 to 2 %. A fork that was published is superseded no more, and one that was
-seen gets a state of its own by the word ``branch``.
+1. An empty tree has no hits. Same.
+2. A path has states at 3 and 7: the longer prompt hits 7, the shorter one 3. Same.
+3. A repeated prompt with a state only at its end hits 0, because one token must be computed. Same;
+   the default placement policy also saves a state before the end.
+4. A prompt forks inside a node: the state stays at the end of the node and the fork has no hit.
+   Same; here the tokens of the fork are reported as never checkpointed.
+5. SGLang splits the node when it matches. Here a match changes nothing.
+6. The state for a fork is saved at floor(shared / grid) * grid. Same, by the placement ``branch``.
+7. A second state at one position: the first stays, the caller keeps the second. Same.
+8. An inner state is evicted: its KV stays, and the deeper state can still be hit. Same.
+9. A tombstone gets a new state when one is inserted there. Same.
+10. The last state of a leaf is evicted: the leaf goes with its KV. In SGLang, unreachable KV above
+    it may stay; here it is evicted too.
+11. Neither the state nor the KV of locked nodes is evicted; a larger demand frees the rest. Same.
+12. Only the resumed state counts as used, not the other states on its path. Same.
+13. A path has two states, and one slot is needed, then a prompt forks. SGLang evicts the least
+    recently used state, and with a leaf its KV: a fork at 8 hits 8, the whole path 8. Here the
+    superseded state is evicted first: the fork hits 0, the whole path 12. With
+    ``demote_superseded=False``, both hit 8.
+14. SGLang limits the states of a path with ``--mamba-max-states-per-path``. Here the placement
+    policy does so (``cap:N``); the tree has no limit.
+15. KV is evicted by whole leaves, least recently used first. Same.
+16. SGLang keeps a state off the grid, at the end of a request. Here it is rejected: kernels resume
+    only on the grid, so that hits are exact.
+
+Case 13 stays as it is: no order was found that keeps the fork and loses no hits. Without the
+demotion, chats lose a fifth of their hits if memory is short (``chat`` at 4 GiB, LRU: 298,944
+tokens hit instead of 372,864), because the deepest state is the one that is needed. Agent sessions
+gain 1 to 2 %. A published fork is no longer superseded, and ``branch`` saves a state for it.
 """
 
 from __future__ import annotations
@@ -48,11 +45,11 @@ PATH = ids(range(1, 13))
 
 
 def hit(cache, *tokens):
-    """As SGLang counts: with a token more, since the last one of a prompt is always computed."""
+    """Return the hit length with one more token, because the last one is always computed."""
     return cache.match(ids(*tokens, [99])).cached_len
 
 
-def test_1_an_empty_tree_hits_nothing():
+def test_1_an_empty_tree_has_no_hits():
     assert hit(hybrid(), range(5)) == 0
 
 
@@ -73,7 +70,7 @@ def test_3_the_same_prompt_again_needs_a_state_before_its_end():
     assert 11 in {place.position for place in placed}
 
 
-def test_4_and_5_a_fork_inside_a_node_finds_no_state_and_a_look_changes_nothing():
+def test_4_and_5_a_fork_inside_a_node_has_no_hit_and_changes_nothing():
     cache = hybrid()
     publish(cache, PATH, [12])
     before = cache.render()
@@ -82,11 +79,11 @@ def test_4_and_5_a_fork_inside_a_node_finds_no_state_and_a_look_changes_nothing(
     assert match.losses.never_checkpointed == 8
     assert cache.render() == before and cache.num_nodes == 1
     publish(cache, ids(PATH[:8], [50, 51]))
-    assert hit(cache, PATH) == 12, "the state stayed at the end of its node"
+    assert hit(cache, PATH) == 12, "the state is no longer at the end of its node"
     assert cache.num_nodes == 3
 
 
-def test_6_the_state_for_a_fork_is_on_the_grid_below_it():
+def test_6_branch_saves_a_state_at_the_grid_position_before_a_fork():
     for grid, shared, expected in ((3, 4, 3), (6, 9, 6), (4, 3, None), (64, 256 + 1, 256)):
         prefill = Prefill(300, 0, shared, shared, (), grid)
         places = parse_placement("branch").plan(prefill)
@@ -94,7 +91,7 @@ def test_6_the_state_for_a_fork_is_on_the_grid_below_it():
         assert [position for position in floored if position] == ([expected] if expected else [])
 
 
-def test_6_three_requests_with_one_beginning_hit_nothing_nothing_256():
+def test_6_the_third_request_with_a_common_prefix_hits():
     cache = hybrid(2000, 10, grid=64)
     found = []
     for tail in range(3):
@@ -104,7 +101,7 @@ def test_6_three_requests_with_one_beginning_hit_nothing_nothing_256():
     assert found == [0, 0, 256]
 
 
-def test_7_a_second_state_at_one_place_stays_the_callers():
+def test_7_a_second_state_at_one_position_is_rejected():
     cache = hybrid()
     publish(cache, PATH[:8], [8])
     first = cache.match(PATH).checkpoint
@@ -115,7 +112,7 @@ def test_7_a_second_state_at_one_place_stays_the_callers():
     assert cache.match(PATH).checkpoint == first
 
 
-def test_8_and_9_an_inner_state_leaves_a_tombstone_that_can_be_filled_again():
+def test_8_and_9_a_tombstone_can_get_a_new_state():
     cache = hybrid()
     publish(cache, PATH[:8], [8])
     publish(cache, PATH, [12])
@@ -125,7 +122,7 @@ def test_8_and_9_an_inner_state_leaves_a_tombstone_that_can_be_filled_again():
     assert (hit(cache, PATH[:8]), hit(cache, PATH)) == (8, 12)
 
 
-def test_10_kv_that_nothing_can_resume_from_goes_with_the_last_state():
+def test_10_unreachable_kv_is_evicted_with_the_last_state():
     cache = hybrid()
     publish(cache, PATH[:8], [8])
     publish(cache, PATH, [12])
@@ -134,21 +131,21 @@ def test_10_kv_that_nothing_can_resume_from_goes_with_the_last_state():
     assert cache.cached_tokens == 0
 
 
-def test_11_what_is_locked_stays_and_the_rest_goes():
+def test_11_locked_nodes_stay_and_the_rest_is_evicted():
     cache = hybrid()
     publish(cache, PATH[:8], [8])
     publish(cache, PATH, [12])
     publish(cache, ids([70, 71, 72]), [3])
-    receipt = cache.lock(cache.match(PATH).node)
+    handle = cache.lock(cache.match(PATH).node)
     evicted = cache.evict(num_tokens=1000, num_slots=10)
     assert hit(cache, PATH[:8]) == 8 and hit(cache, [70, 71, 72]) == 0
     assert evicted.num_tokens == 3 + 4 and evicted.num_slots == 2
-    cache.unlock(receipt)
+    cache.unlock(handle)
     cache.evict(num_tokens=1000, num_slots=10)
     assert cache.cached_tokens == 0
 
 
-def test_12_only_the_state_that_was_resumed_from_is_young_again():
+def test_12_only_the_resumed_state_counts_as_used():
     cache = hybrid(demote_superseded=False)
     publish(cache, PATH[:4], [4])
     cache.touch(cache.match(ids([1])))
@@ -160,7 +157,7 @@ def test_12_only_the_state_that_was_resumed_from_is_young_again():
     assert (hit(cache, PATH[:4]), hit(cache, PATH[:8]), hit(cache, [70, 71, 72])) == (0, 8, 3)
 
 
-def test_13_a_superseded_state_goes_first_unless_told_otherwise():
+def test_13_superseded_states_are_evicted_first_if_demoted():
     hits = {}
     for demotes in (True, False):
         cache = hybrid(demote_superseded=demotes)
@@ -169,19 +166,19 @@ def test_13_a_superseded_state_goes_first_unless_told_otherwise():
         serve(cache, ids(PATH[:8], [60]), [])
         cache.evict(num_slots=1)
         hits[demotes] = hit(cache, PATH[:8], [50]), hit(cache, PATH)
-    fresh = {}
+    after_publish = {}
     for demotes in (True, False):
         cache = hybrid(demote_superseded=demotes)
         publish(cache, PATH[:8], [8])
         publish(cache, PATH, [12])
         cache.touch(cache.match(ids(PATH[:8], [60])))
         cache.evict(num_slots=1)
-        fresh[demotes] = hit(cache, PATH[:8], [50]), hit(cache, PATH)
-    assert fresh == {True: (0, 12), False: (8, 8)}
-    assert hits[True][0] == 8, "a fork that was published is no superseded state any more"
+        after_publish[demotes] = hit(cache, PATH[:8], [50]), hit(cache, PATH)
+    assert after_publish == {True: (0, 12), False: (8, 8)}
+    assert hits[True][0] == 8, "a published fork is still superseded"
 
 
-def test_14_a_cap_of_states_is_the_placements_and_not_the_trees():
+def test_14_the_number_of_states_is_capped_by_the_placement_policy():
     cache = hybrid()
     publish(cache, PATH, [3, 6, 9, 12])
     assert cache.num_checkpoints == 4
@@ -189,7 +186,7 @@ def test_14_a_cap_of_states_is_the_placements_and_not_the_trees():
     assert len(list(parse_placement("cap:1,boundary,end").plan(prefill))) == 1
 
 
-def test_15_kv_goes_a_leaf_at_a_time_the_oldest_use_first():
+def test_15_kv_is_evicted_by_leaf_in_lru_order():
     cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=1))
     for number, tokens in enumerate((PATH[:4], ids(PATH[:4], [20, 21]), ids(PATH[:4], [30, 31]))):
         serve_radix(cache, tokens, number)
@@ -204,13 +201,13 @@ def serve_radix(cache, tokens, number):
     rows = np.concatenate(
         [cache.gather(match.node), cache.allocate_kv(len(tokens) - match.cached_len)]
     )
-    receipt = cache.lock(match.node)
+    handle = cache.lock(match.node)
     result = cache.insert(tokens, rows[: len(tokens)], owned_from=match.cached_len)
     cache.free_kv(result.duplicates)
-    cache.unlock(receipt)
+    cache.unlock(handle)
 
 
-def test_16_a_state_off_the_grid_is_refused():
+def test_16_a_state_off_the_grid_is_rejected():
     cache = hybrid(grid=4, page_size=2)
     tokens = ids(range(22))
     rows, slot = cache.allocate_kv(22), cache.allocate_slot()

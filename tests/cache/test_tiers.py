@@ -1,4 +1,4 @@
-"""Tiers below the device: what goes where, what comes back, and what is refused."""
+"""Tiers: offloading, loading, adoption, victims, and refused configurations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cache.tiers import TieredMemory
 
 
 def churn(seed: int, num_requests: int, eviction: str = "lru") -> Counter[tuple[str, str, str]]:
-    """Traffic over a device, a host and a disk of a few nodes each; what was copied how often."""
+    """Serve random traffic on small device, host and disk tiers. Returns the number of copies."""
     rng = np.random.default_rng(seed)
     config = CacheConfig(
         total_bytes=int(rng.integers(40, 120)),
@@ -35,73 +35,75 @@ def churn(seed: int, num_requests: int, eviction: str = "lru") -> Counter[tuple[
     step, seen = memory.cache._step, [np.empty(0, np.int32)]
     for _ in range(num_requests):
         before = seen[rng.integers(max(0, len(seen) - 12), len(seen))]
-        kept = before[: rng.integers(len(before) + 1) if rng.random() < 0.4 else len(before)]
-        tokens = np.concatenate([kept, rng.integers(0, 2, rng.integers(1, 8), np.int32)])[:24]
+        prefix = before[: rng.integers(len(before) + 1) if rng.random() < 0.4 else len(before)]
+        tokens = np.concatenate([prefix, rng.integers(0, 2, rng.integers(1, 8), np.int32)])[:24]
         seen.append(tokens)
-        places = {len(tokens) // step * step, int(rng.integers(0, len(tokens))) // step * step}
-        memory.serve(tokens, None, sorted(places - {0}), int(rng.integers(0, 3)))
+        positions = {len(tokens) // step * step, int(rng.integers(0, len(tokens))) // step * step}
+        memory.serve(tokens, None, sorted(positions - {0}), int(rng.integers(0, 3)))
         memory.check()
-    return Counter((order.kind, order.src_tier, order.dst_tier) for order in memory.copied)
+    return Counter((copy.kind, copy.src_tier, copy.dst_tier) for copy in memory.copied)
 
 
 @pytest.mark.parametrize("eviction", ["lru", "survival"])
-def test_a_stream_of_requests_keeps_every_byte_in_its_place(eviction: str):
+def test_random_traffic_keeps_the_contents_of_all_tiers_correct(eviction: str):
     copied: Counter[tuple[str, str, str]] = Counter()
     for seed in range(4):
         copied += churn(seed, 40, eviction)
-    ways = {("device", "host"), ("host", "disk"), ("host", "device"), ("disk", "device")}
-    assert set(copied) >= {(kind, *way) for kind in ("kv", "checkpoint") for way in ways}
+    directions = {("device", "host"), ("host", "disk"), ("host", "device"), ("disk", "device")}
+    assert set(copied) >= {(kind, *pair) for kind in ("kv", "checkpoint") for pair in directions}
 
 
 def tiered(**options: object) -> TieredRadixCache:
-    """Ten tokens of KV and two states on the device, and twice that on the host."""
+    """Build a cache with 20 tokens of KV and two states on the device, and 160 bytes on the
+    host."""
     sizes = {"num_kv_tokens": 20, "num_slots": 2, "host_bytes": 160}
-    given = {"kv_bytes_per_token": 2, "state_bytes": 10, "grid": 1}
-    cache = build_prefix_cache(CacheConfig(**(sizes | given | options)))
+    item_sizes = {"kv_bytes_per_token": 2, "state_bytes": 10, "grid": 1}
+    cache = build_prefix_cache(CacheConfig(**(sizes | item_sizes | options)))
     assert isinstance(cache, TieredRadixCache)
     return cache
 
 
-def lower(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[int, ...]]]:
-    return [(one.position, one.rows) for one in cache.match(tokens).loadable]
+def loadable(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[int, ...]]]:
+    """Return position and rows of each loadable prefix of ``tokens``."""
+    return [(found.position, found.rows) for found in cache.match(tokens).loadable]
 
 
-def test_without_lower_tiers_nothing_is_lower():
+def test_a_cache_without_tiers_offloads_nothing():
     config = CacheConfig(num_kv_tokens=20, num_slots=2, grid=1, state_bytes=10)
     cache = build_prefix_cache(config)
     serve(cache, ids("abcd"), [4])
     assert cache.offload is None and cache.match(ids("abcd")).loadable == ()
 
 
-def test_what_leaves_the_device_lies_on_the_host_state_and_kv():
+def test_evicted_state_and_kv_are_offloaded_to_the_host():
     cache = tiered()
     serve(cache, ids("abcd"), [4])
     cache.evict(num_tokens=4)
-    assert lower(cache, ids("abcdX")) == [(4, (4 + 5,))]
-    assert lower(cache, ids("abcX")) == []
+    assert loadable(cache, ids("abcdX")) == [(4, (4 + 5,))]
+    assert loadable(cache, ids("abcX")) == []
 
 
-def test_kv_that_no_state_needs_is_not_kept():
+def test_kv_without_a_dependent_state_is_not_offloaded():
     cache = tiered()
     serve(cache, ids("abcd"), [2])
     cache.evict(num_tokens=1)
-    assert [order.kind for order in carried_out(cache).transfers] == []
+    assert [copy.kind for copy in carried_out(cache).transfers] == []
     assert cache.match(ids("abcd")).kv_match_len == 2
     cache.evict(num_tokens=1)
-    assert [order.kind for order in carried_out(cache).transfers] == ["checkpoint", "kv"]
+    assert [copy.kind for copy in carried_out(cache).transfers] == ["checkpoint", "kv"]
 
 
-def test_a_tombstone_is_resumed_by_its_state_alone():
+def test_fetching_for_a_tombstone_loads_only_its_state():
     cache = tiered(num_slots=1)
     serve(cache, ids("abcd"), [2])
     cache.evict(num_slots=1)
-    assert lower(cache, ids("abX")) == [(2, (5,))]
+    assert loadable(cache, ids("abX")) == [(2, (5,))]
     assert cache.fetch(cache.match(ids("abX")).loadable[0])
     assert cache.match(ids("abX")).cached_len == 2
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_what_is_computed_anew_leaves_the_host():
+def test_recomputed_data_is_removed_from_the_host():
     cache = tiered()
     serve(cache, ids("abcd"), [4])
     cache.evict(num_tokens=4)
@@ -110,19 +112,19 @@ def test_what_is_computed_anew_leaves_the_host():
     assert all(tier.pages.num_taken == 0 for tier in cache.offload.tiers)
 
 
-def test_a_fetch_that_finds_no_room_changes_nothing():
+def test_a_failed_fetch_changes_nothing():
     cache = tiered(num_slots=1)
     serve(cache, ids("abcd"), [4])
     cache.evict(num_tokens=4)
     slot = cache.allocate_slot()
-    before = lower(cache, ids("abcdX"))
+    before = loadable(cache, ids("abcdX"))
     assert not cache.fetch(cache.match(ids("abcdX")).loadable[0])
-    assert slot is not None and lower(cache, ids("abcdX")) == before
+    assert slot is not None and loadable(cache, ids("abcdX")) == before
     cache.check(held_tokens=0, held_slots=1)
 
 
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "lhd", "survival"])
-def test_a_use_through_a_tier_is_one_use_as_on_the_device(eviction: str):
+def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
     cache = tiered(eviction=eviction)
     serve(cache, ids("abcd"), [4])
     for uses in range(1, 5):
@@ -134,7 +136,7 @@ def test_a_use_through_a_tier_is_one_use_as_on_the_device(eviction: str):
         assert match.node.checkpoint.uses == uses
 
 
-def test_a_state_that_finds_no_room_was_not_used():
+def test_a_failed_fetch_does_not_count_as_a_use():
     cache = tiered(num_slots=1)
     serve(cache, ids("abcd"), [4])
     cache.evict(num_tokens=4)
@@ -144,7 +146,7 @@ def test_a_state_that_finds_no_room_was_not_used():
     assert match.loadable[0].node.offloaded.state.uses == 0
 
 
-def test_making_room_for_a_fetch_spares_the_path_that_it_hangs_on():
+def test_making_room_for_a_fetch_does_not_evict_its_own_path():
     cache = tiered(num_kv_tokens=6, num_slots=2)
     serve(cache, ids("abcd"), [2, 4])
     cache.evict(num_tokens=2)
@@ -155,20 +157,20 @@ def test_making_room_for_a_fetch_spares_the_path_that_it_hangs_on():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_the_host_lets_its_own_policy_s_victim_go_and_the_disk_takes_it():
+def test_victims_of_the_host_policy_move_to_the_disk():
     cache = tiered(host_bytes=2 * 9, disk_bytes=200)
     for prompt in ("abcd", "efgh"):
         serve(cache, ids(prompt), [4])
     cache.evict(num_tokens=8)
     assert cache.match(ids("abcdX")).loadable[0].rows == (0, 9)
     assert cache.match(ids("efghX")).loadable[0].rows == (9, 0)
-    written = [order for order in carried_out(cache).transfers if getattr(order, "path", None)]
-    assert {order.kind for order in written} == {"kv", "checkpoint"}
-    assert all(order.path[1].tolist() == ids("abcd").tolist() for order in written)
+    written = [copy for copy in carried_out(cache).transfers if getattr(copy, "path", None)]
+    assert {copy.kind for copy in written} == {"kv", "checkpoint"}
+    assert all(copy.path[1].tolist() == ids("abcd").tolist() for copy in written)
 
 
-def test_what_the_host_would_let_go_first_is_not_let_in():
-    """A superseded state goes first in every tier, the newcomer among them."""
+def test_an_item_that_the_host_would_evict_first_is_not_offloaded():
+    """Superseded states are evicted first in every tier, also if they are new there."""
     cache = tiered(num_slots=3, host_bytes=2 * 9)
     serve(cache, ids("wxyz"), [4])
     cache.evict(num_tokens=4)
@@ -176,31 +178,31 @@ def test_what_the_host_would_let_go_first_is_not_let_in():
     carried_out(cache)
     cache.evict(num_slots=1)
     assert not cache.steps.num_transfers
-    assert lower(cache, ids("abX")) == [] and lower(cache, ids("wxyzX"))
+    assert loadable(cache, ids("abX")) == [] and loadable(cache, ids("wxyzX"))
 
 
 class Rate:
-    """A fetch rule of the test's own."""
+    """Exchange rule with a fixed time per loaded byte, and a second per token."""
 
-    def __init__(self, seconds_a_byte: float) -> None:
-        self.seconds_a_byte = seconds_a_byte
+    def __init__(self, seconds_per_byte: float) -> None:
+        self.seconds_per_byte = seconds_per_byte
 
     def seconds_saved(self, cached_len, position, prompt_len, num_bytes):
-        return position - cached_len - self.seconds_a_byte * sum(num_bytes.values())
+        return position - cached_len - self.seconds_per_byte * sum(num_bytes.values())
 
 
 @pytest.mark.parametrize(
     ("rate", "cached_len", "not_fetched"), [(0.01, 4, 0), (0.19, 4, 0), (1.0, 0, 4), (None, 0, 4)]
 )
-def test_a_lease_fetches_what_saves_time_and_says_what_it_left(
+def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
     rate: float | None, cached_len: int, not_fetched: int
 ):
     cache = tiered()
     serve(cache, ids("abcd"), [2, 4])
     cache.evict(num_tokens=4, num_slots=2)
-    asked = LeaseRequest(ids("abcdX"))
+    request = LeaseRequest(ids("abcdX"))
     rule = None if rate is None else Rate(rate)
-    lease = Lease.begin(cache, parse_placement("end"), asked, rule)
+    lease = Lease.begin(cache, parse_placement("end"), request, rule)
     assert lease is not None and lease.cached_len == cached_len
     assert lease.losses.not_fetched == not_fetched
     assert lease.cached_len + sum(lease.losses) == 5
@@ -209,7 +211,8 @@ def test_a_lease_fetches_what_saves_time_and_says_what_it_left(
 
 
 def without_a_free_slot(num_slots: int = 2) -> TieredRadixCache:
-    """One checkpoint on the device at 2, a deeper one on the host at 4; other slots are held."""
+    """Build a cache with a checkpoint on the device at 2, one on the host at 4, and all other slots
+    held."""
     cache = tiered(num_slots=num_slots, demote_superseded=False, eviction="lru")
     serve(cache, ids("abcd"), [2, 4])
     cache.touch(cache.match(ids("abX")))
@@ -217,14 +220,14 @@ def without_a_free_slot(num_slots: int = 2) -> TieredRadixCache:
     while cache.free_slots:
         cache.allocate_slot()
     match = cache.match(ids("abcdX"))
-    assert match.cached_len == 2 and [one.position for one in match.loadable] == [4]
+    assert match.cached_len == 2 and [found.position for found in match.loadable] == [4]
     return cache
 
 
 @pytest.mark.parametrize("rate", [0.01, 1.0, None])
-def test_a_refusal_and_a_load_that_failed_are_counted_once_each(rate: float | None):
-    """The request takes the slot of the checkpoint that it found, so nothing can be loaded into
-    it: two tokens were refused, two not fetched."""
+def test_refused_and_not_fetched_tokens_are_counted_separately(rate: float | None):
+    """The request takes the slot of the checkpoint that it found, so no slot is left for a load:
+    two tokens are refused, two not fetched."""
     cache = without_a_free_slot()
     rule = None if rate is None else Rate(rate)
     lease = Lease.begin(cache, parse_placement("end"), LeaseRequest(ids("abcdX")), rule)
@@ -235,49 +238,47 @@ def test_a_refusal_and_a_load_that_failed_are_counted_once_each(rate: float | No
     cache.check(held_tokens=0, held_slots=1)
 
 
-def test_a_request_that_reuses_nothing_was_not_short_of_a_load():
-    """Its causes are those of the match: tokens that the host has are no failed load."""
+def test_a_request_without_reuse_has_no_not_fetched_tokens():
     cache = tiered(host_bytes=400)
     serve(cache, ids("abcdefgh"), [8])
     cache.evict(num_slots=1)
     found = cache.match(ids("abcdefghX"))
     assert [at.position for at in found.loadable] == [8]
-    asked = LeaseRequest(ids("abcdefghX"), reuse=False)
-    lease = Lease.begin(cache, parse_placement("none"), asked)
+    request = LeaseRequest(ids("abcdefghX"), reuse=False)
+    lease = Lease.begin(cache, parse_placement("none"), request)
     assert lease.match.loadable == () and lease.losses == found.losses
     lease.abort()
 
 
-def test_the_checkpoint_that_made_room_can_be_loaded_again():
-    """It went to the host when the request took its slot, and is offered with what else lies
-    there."""
+def test_a_checkpoint_evicted_by_its_own_request_is_loadable():
+    """The checkpoint is offloaded to the host when the request takes its slot."""
     cache = without_a_free_slot(num_slots=3)
     cache.free_slot(2)
     serve(cache, ids("xy"), [2])
-    receipt = cache.lock(cache.match(ids("xyX")).node)
+    handle = cache.lock(cache.match(ids("xyX")).node)
     offered: list[tuple[int, int]] = []
 
-    class Noting(Rate):
+    class RecordingRate(Rate):
         def seconds_saved(self, cached_len, position, prompt_len, num_bytes):
             offered.append((cached_len, position))
             return 0.0
 
-    lease = Lease.begin(cache, parse_placement("end"), LeaseRequest(ids("abcdX")), Noting(0))
+    lease = Lease.begin(cache, parse_placement("end"), LeaseRequest(ids("abcdX")), RecordingRate(0))
     assert lease is not None and lease.cached_len == 0
     assert offered == [(0, 2), (0, 4)]
     assert (lease.losses.refused, lease.losses.not_fetched, sum(lease.losses)) == (2, 2, 5)
     lease.abort()
-    cache.unlock(receipt)
+    cache.unlock(handle)
 
 
 class Linear:
-    """A second for four tokens."""
+    """Compute time of 0.25 s per token."""
 
     def seconds(self, start: int, end: int) -> float:
         return (end - start) / 4
 
 
-def test_one_exchange_rate_seconds_of_copy_against_seconds_of_prefill():
+def test_exchange_subtracts_copy_time_from_saved_prefill_time():
     exchange = Exchange(Linear(), {"host": 100.0, "disk": 10.0}, {"disk": 0.5})
     assert exchange.seconds_saved(0, 8, 12, {"host": 100, "disk": 0}) == 1.0
     assert exchange.seconds_saved(4, 8, 12, {"host": 100, "disk": 0}) == 0.0
@@ -290,7 +291,7 @@ def test_one_exchange_rate_seconds_of_copy_against_seconds_of_prefill():
         Exchange(Linear(), {"host": 1.0}).copy_seconds({"host": 3, "disk": 4, "far": 0})
 
 
-def test_what_an_earlier_process_left_is_adopted_and_fetched():
+def test_states_of_an_earlier_process_are_adopted_and_fetched():
     memory = TieredMemory(
         CacheConfig(
             num_kv_tokens=20,
@@ -305,8 +306,8 @@ def test_what_an_earlier_process_left_is_adopted_and_fetched():
     memory.adopt(ids("abcdef"), None, "disk")
     memory.adopt(ids("abxy"), None, "disk")
     memory.check()
-    assert lower(memory.cache, ids("abcdefX")) == [(4, (9,)), (6, (11,))]
-    assert lower(memory.cache, ids("abxyX")) == [(4, (9,))]
+    assert loadable(memory.cache, ids("abcdefX")) == [(4, (9,)), (6, (11,))]
+    assert loadable(memory.cache, ids("abxyX")) == [(4, (9,))]
     memory.serve(ids("abcdefX"), None, [], 1)
     memory.check()
     assert memory.cache.match(ids("abcdefX")).cached_len == 6
@@ -317,25 +318,25 @@ def test_what_an_earlier_process_left_is_adopted_and_fetched():
         memory.cache.adopt(ids("abc"), None, "disk")
 
 
-def test_a_fetch_that_finds_no_room_leaves_kv_where_something_needs_it():
-    """Making room for a state on disk drives a deeper one from the host. When the fetch fails for
-    want of rows, the KV above goes down after it instead of staying on the host for nothing."""
+def test_kv_follows_its_state_to_the_disk_when_a_fetch_fails():
+    """Making room for a state moves a deeper one from the host to the disk. If the fetch then fails
+    for lack of rows, the KV above must follow instead of staying on the host."""
     cache = tiered(host_bytes=2 * 13, disk_bytes=400, eviction="lru")
     serve(cache, ids("abcdefgh"), [4, 8])
     cache.evict(num_tokens=8, num_slots=2)
     near, far = cache.match(ids("abcdefghX")).loadable
-    assert (near.rows, far.rows) == ((4, 5), (13, 0)), "the shallow state is on disk"
+    assert (near.rows, far.rows) == ((4, 5), (13, 0)), "the shallow state is not on disk"
     serve(cache, ids("xy"), [2])
     held = cache.allocate_kv(17)
     assert held is not None and cache.allocate_slot() is not None
     assert not cache.fetch(near)
     cache.check(held_tokens=17, held_slots=1)
     near, far = cache.match(ids("abcdefghX")).loadable
-    assert (near.rows, far.rows) == ((0, 9), (0, 13)), "all of the path is on disk now"
+    assert (near.rows, far.rows) == ((0, 9), (0, 13)), "a part of the path is not on disk"
 
 
-def test_what_hangs_on_a_node_that_came_back_to_the_device_is_adopted():
-    """The node's KV was on disk before; a part of it below is there still."""
+def test_a_prefix_under_a_reloaded_node_can_be_adopted():
+    """The node's KV was loaded from the disk; that of its child is still there."""
     cache = tiered(host_bytes=2 * 9, disk_bytes=400)
     serve(cache, ids("abcd"), [2, 4])
     cache.evict(num_tokens=4)
@@ -343,15 +344,15 @@ def test_what_hangs_on_a_node_that_came_back_to_the_device_is_adopted():
         serve(cache, ids(other), [4])
     cache.evict(num_tokens=8)
     near, _ = cache.match(ids("abcdX")).loadable
-    assert near.rows[0] == 0 < near.rows[1], "on disk"
+    assert near.rows[0] == 0 < near.rows[1], "not on disk"
     assert cache.fetch(near) and cache.match(ids("abcdX")).cached_len == 2
-    assert cache.fetch(cache.match(ids("ijklX")).loadable[0]), "the host is empty now"
+    assert cache.fetch(cache.match(ids("ijklX")).loadable[0]), "the fetch from the host failed"
     taken = cache.adopt(ids("abxy"), None, "host")
     assert taken is not None and taken[0] == 2
 
 
-def test_a_state_is_adopted_on_kv_that_was_on_disk_before_it_was_fetched():
-    """KV on the device refuses nothing in the host tier, wherever it was before."""
+def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():
+    """KV on the device must not prevent adoption into the host tier, wherever it was before."""
     memory = TieredMemory(
         CacheConfig(
             num_kv_tokens=20,
@@ -366,14 +367,14 @@ def test_a_state_is_adopted_on_kv_that_was_on_disk_before_it_was_fetched():
     memory.adopt(ids("ab"), None, "disk")
     memory.adopt(ids("abcd"), None, "disk")
     memory.serve(ids("abX"), None, [], 0)
-    assert memory.cache.match(ids("abX")).cached_len == 2, "and 'abcd' is on disk still"
+    assert memory.cache.match(ids("abX")).cached_len == 2  # 'abcd' is still on disk
     memory.adopt(ids("abxy"), None, "host")
     memory.check()
-    assert lower(memory.cache, ids("abxyX")) == [(4, (7, 0))]
+    assert loadable(memory.cache, ids("abxyX")) == [(4, (7, 0))]
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("options", "message"),
     [
         ({"host_bytes": 5}, "host_bytes must hold at least one state"),
         ({"prefix_cache": "radix"}, "host_bytes needs a hybrid cache"),
@@ -383,17 +384,17 @@ def test_a_state_is_adopted_on_kv_that_was_on_disk_before_it_was_fetched():
         ),
     ],
 )
-def test_tiers_that_can_not_be_are_refused(options: dict[str, object], why: str):
-    with pytest.raises(ValueError, match=why):
+def test_invalid_tier_options_raise(options: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
         tiered(**options)
 
 
-def test_a_state_is_superseded_below_only_as_long_as_something_supersedes_it():
-    """A deeper state that went for good supersedes nothing: what lies above it is worth its own."""
+def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
+    """Dropping the deeper state ends the demotion of the shallower one; so does a fork."""
     cache = tiered(num_slots=4, num_kv_tokens=40, host_bytes=2 * (4 + 5 + 5))
     serve(cache, ids("abcd"), [2, 4])
     cache.evict(num_tokens=4, num_slots=2)
-    (shallow, deep) = (one.node.offloaded.state for one in cache.match(ids("abcdX")).loadable)
+    (shallow, deep) = (found.node.offloaded.state for found in cache.match(ids("abcdX")).loadable)
     assert (shallow.superseded, deep.superseded) == (True, False)
     cache.offload.drop_state(deep.node)
     assert cache.offload._victim(0) is shallow and not shallow.superseded

@@ -1,4 +1,4 @@
-"""A state machine for a cache with tiers: whatever happens, every byte is where the tree says."""
+"""State machine of a cache with tiers: the contents of all tiers match the tree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMESPACES = st.sampled_from([None, "tenant"])
 
 @st.composite
 def configs(draw: st.DrawFn) -> CacheConfig:
-    """A device of a few pages, and tiers of a few more."""
+    """Draw configurations with a device and tiers of a few pages."""
     page_size, grid = draw(st.sampled_from([(1, 1), (1, 4), (2, 4), (4, 2)]))
     unit = max(page_size, grid)
     state_bytes = draw(st.sampled_from([2, 5, 16])) * unit
@@ -61,10 +61,10 @@ class TieredMachine(RuleBasedStateMachine):
 
     def draw_prompt(self, data: st.DataObject) -> np.ndarray:
         before = self.seen[data.draw(st.integers(0, len(self.seen) - 1))]
-        kept = before[: data.draw(st.integers(0, len(before)))]
+        prefix = before[: data.draw(st.integers(0, len(before)))]
         blocks = data.draw(st.lists(st.sampled_from([0, 1]), max_size=3))
         after = np.repeat(np.array(blocks, np.int32), data.draw(st.sampled_from([1, self.step])))
-        prompt = np.concatenate([kept, after])
+        prompt = np.concatenate([prefix, after])
         assume(0 < len(prompt) <= 8 * self.step)
         self.seen.append(prompt)
         return prompt
@@ -72,8 +72,8 @@ class TieredMachine(RuleBasedStateMachine):
     @rule(data=st.data(), namespace=NAMESPACES, fetch=st.integers(0, 2))
     def serve(self, data: st.DataObject, namespace: object, fetch: int) -> None:
         prompt = self.draw_prompt(data)
-        places = st.integers(1, max(len(prompt) // self.step, 1))
-        wanted = data.draw(st.sets(places, max_size=2))
+        steps = st.integers(1, max(len(prompt) // self.step, 1))
+        wanted = data.draw(st.sets(steps, max_size=2))
         self.memory.serve(prompt, namespace, sorted(self.step * at for at in wanted), fetch)
 
     @rule(tokens=st.integers(0, 40), slots=st.integers(0, 2))
@@ -90,8 +90,8 @@ class TieredMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), every=st.integers(1, 5))
     def lose(self, data: st.DataObject, every: int) -> None:
-        """Some rows of a tier cannot be read any more."""
-        self.memory.carry_out()
+        """Lose some rows of a tier, as if they cannot be read."""
+        self.memory.apply_transfers()
         tier = data.draw(st.sampled_from(self.memory.cache.offload.names))
         self.memory.lose(tier, every)
 
@@ -100,7 +100,7 @@ class TieredMachine(RuleBasedStateMachine):
         self.memory.cache.reset()
 
     @invariant()
-    def holds(self) -> None:
+    def invariants_hold(self) -> None:
         if hasattr(self, "memory"):
             self.memory.check()
 
@@ -111,5 +111,5 @@ class TieredMachine(RuleBasedStateMachine):
             assert self.memory.cache.num_nodes == 0
 
 
-def test_every_byte_is_where_the_tree_says():
+def test_the_contents_of_all_tiers_match_the_tree():
     run_state_machine_as_test(TieredMachine, settings=at_least(60))

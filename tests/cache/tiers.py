@@ -1,8 +1,7 @@
-"""Plain memory for a cache with tiers: it carries out the orders, and looks at every byte.
+"""Reference memory of a tiered cache: it applies the transfers and checks all contents.
 
-A row of the device holds (namespace, prefix) of the token whose KV it is, a slot that of its
-state, and so do the rows below. Whatever the tree says, the right thing must be found there once
-all orders are carried out, one after the other.
+Each device row stores (namespace, prefix) of its token, each slot that of its state, and the rows
+of the tiers likewise. After all transfers are applied in order, the contents must match the tree.
 """
 
 from __future__ import annotations
@@ -24,56 +23,59 @@ Content = tuple[Hashable, tuple[int, ...]]
 
 
 class TieredMemory:
-    """A cache and its bytes."""
+    """Cache with the contents of its rows and slots."""
 
     def __init__(self, config: CacheConfig) -> None:
         cache = build_prefix_cache(config)
         assert isinstance(cache, TieredRadixCache)
         self.cache = cache
-        self.rows: dict[str, dict[int, Any]] = {word: {} for word in (DEVICE, *cache.offload.names)}
+        self.rows: dict[str, dict[int, Any]] = {tier: {} for tier in (DEVICE, *cache.offload.names)}
         self.slots: dict[int, Any] = {}
         self.held_rows = 0
         self.copied: list[Copy] = []
 
-    def carry_out(self) -> None:
-        """All orders so far."""
+    def apply_transfers(self) -> None:
+        """Apply all pending transfers of the cache."""
         plan = self.cache.take_step()
-        for order in plan.transfers:
-            if isinstance(order, Move):
+        for transfer in plan.transfers:
+            if isinstance(transfer, Move):
                 device = self.rows[DEVICE]
-                moved = [device.get(row) for row in order.src.tolist()]
-                device.update(zip(order.dst.tolist(), moved, strict=True))
-            elif isinstance(order, Drop):
-                for row in order.rows.tolist():
-                    del self.rows[order.tier][row]
+                moved = [device.get(row) for row in transfer.src.tolist()]
+                device.update(zip(transfer.dst.tolist(), moved, strict=True))
+            elif isinstance(transfer, Drop):
+                for row in transfer.rows.tolist():
+                    del self.rows[transfer.tier][row]
             else:
-                self._copy(order)
+                self._copy(transfer)
         plan.done()
 
-    def _copy(self, order: Copy) -> None:
-        self.copied.append(order)
-        if order.kind == "kv":
-            found = [self.rows[order.src_tier].get(row) for row in order.src.tolist()]
-        elif order.src_tier == DEVICE:
-            found = [(self.slots[order.src.item()], piece) for piece in range(self.state_rows)]
+    def _copy(self, copy: Copy) -> None:
+        self.copied.append(copy)
+        if copy.kind == "kv":
+            found = [self.rows[copy.src_tier].get(row) for row in copy.src.tolist()]
+        elif copy.src_tier == DEVICE:
+            found = [(self.slots[copy.src.item()], piece) for piece in range(self.state_rows)]
         else:
-            found = [self.rows[order.src_tier][row] for row in order.src.tolist()]
-        if order.kind == "checkpoint" and order.dst_tier == DEVICE:
-            content = {whole for whole, _ in found}
+            found = [self.rows[copy.src_tier][row] for row in copy.src.tolist()]
+        if copy.kind == "checkpoint" and copy.dst_tier == DEVICE:
+            content = {owner for owner, _ in found}
             assert [piece for _, piece in found] == list(range(self.state_rows))
-            assert len(content) == 1, "a state was put together of several"
-            self.slots[order.dst.item()] = content.pop()
+            assert len(content) == 1, "a state was assembled from several states"
+            self.slots[copy.dst.item()] = content.pop()
         else:
-            self.rows[order.dst_tier].update(zip(order.dst.tolist(), found, strict=True))
-        if order.path is not None:
-            assert len(order.path[1]) == order.position
+            self.rows[copy.dst_tier].update(zip(copy.dst.tolist(), found, strict=True))
+        if copy.path is not None:
+            assert len(copy.path[1]) == copy.position
 
     @property
     def state_rows(self) -> int:
         return self.cache.offload.state_rows
 
     def serve(self, tokens: Tokens, namespace: Hashable, positions: list[int], fetch: int) -> None:
-        """One request. ``fetch``: which of what lies below it fetches; past the last: none."""
+        """Serve one request.
+
+        ``fetch`` is the index of the loadable prefix to load; nothing is loaded past the last.
+        """
         cache = self.cache
         match = cache.match(tokens, namespace)
         self.compare(match, tokens, namespace)
@@ -82,7 +84,7 @@ class TieredMemory:
             if cache.fetch(wanted):
                 match = cache.match(tokens, namespace)
                 assert match.cached_len == wanted.position
-        receipt = cache.lock(match.node)
+        handle = cache.lock(match.node)
         cache.touch(match)
         slots = []
         for position in positions:
@@ -90,19 +92,18 @@ class TieredMemory:
             if slot is not None:
                 slots.append((position, slot))
         new = cache.allocate_kv(len(tokens) - match.cached_len)
-        self.carry_out()
+        self.apply_transfers()
         if match.node is not None:
             slot = match.checkpoint
             assert slot is not None and self.slots[slot] == self.prefix(tokens, match, namespace)
         if new is None:
-            cache.unlock(receipt)
+            cache.unlock(handle)
             for _, slot in slots:
                 cache.free_slot(slot)
             return
         ids = tuple(tokens.tolist())
-        for place, row in enumerate(new.tolist()):
-            known = ids[: match.cached_len + place + 1]
-            self.rows[DEVICE][row] = namespace, known
+        for position, row in enumerate(new.tolist(), match.cached_len):
+            self.rows[DEVICE][row] = namespace, ids[: position + 1]
         for position, slot in slots:
             self.slots[slot] = namespace, ids[:position]
         rows = np.concatenate([cache.gather(match.node), new])
@@ -111,15 +112,18 @@ class TieredMemory:
         cache.free_kv(rows[max(result.inserted_len, match.cached_len) :])
         for slot in result.rejected_slots:
             cache.free_slot(slot)
-        cache.unlock(receipt)
+        cache.unlock(handle)
 
     def prefix(self, tokens: Tokens, match: PrefixMatch, namespace: Hashable) -> Content:
-        """What the state that ``match`` resumes from is of."""
+        """Return the expected content of the state that ``match`` resumes from."""
         return namespace, tuple(tokens[: match.cached_len].tolist())
 
     def compare(self, match: PrefixMatch, tokens: Tokens, namespace: Hashable) -> None:
-        """``match.loadable`` by its definition: positions whose state is somewhere, and the KV of
-        every token before."""
+        """Compare ``match.loadable`` with its definition.
+
+        A position is loadable if its state is in a tier and the KV of every token before it is on
+        the device or in a tier.
+        """
         whole = tuple(tokens.tolist())
         has_kv, has_state = {0}, set()
         for node in self.cache._tree.nodes():
@@ -132,31 +136,33 @@ class TieredMemory:
                 continue
             if node.kv is not None or (entry is not None and entry.kv is not None):
                 has_kv.update(range(node.start + 1, shared + 1))
-            is_there = entry is not None and entry.state is not None
-            if shared == len(prefix) and is_there:
+            is_offloaded = entry is not None and entry.state is not None
+            if shared == len(prefix) and is_offloaded:
                 has_state.add(shared)
-        due = [
+        expected = [
             position
             for position in sorted(has_state)
             if match.cached_len < position < len(whole) and has_kv.issuperset(range(position + 1))
         ]
-        assert [one.position for one in match.loadable] == due
+        assert [loadable.position for loadable in match.loadable] == expected
 
     def adopt(self, tokens: Tokens, namespace: Hashable, tier: str) -> None:
-        """As if an earlier process had left it there."""
+        """Add a prefix to ``tier``, as if an earlier process had left it there."""
         taken = self.cache.adopt(tokens, namespace, tier)
-        self.carry_out()
+        self.apply_transfers()
         if taken is not None:
             start, kv_rows, state_rows = taken
             ids = tuple(tokens.tolist())
-            for place, row in enumerate(kv_rows.tolist()):
-                self.rows[tier][row] = namespace, ids[: start + place + 1]
+            for position, row in enumerate(kv_rows.tolist(), start):
+                self.rows[tier][row] = namespace, ids[: position + 1]
             for piece, row in enumerate(state_rows.tolist()):
                 self.rows[tier][row] = (namespace, ids), piece
 
     def lose(self, tier: str, every: int) -> None:
-        """Forget what lies in one row of ``every`` so many of ``tier``. Nothing else goes but what
-        cannot be resumed without it."""
+        """Lose one in ``every`` rows of ``tier``.
+
+        Check that exactly the states that depend on a lost row are dropped.
+        """
         number = self.cache.offload.names.index(tier)
 
         def is_lost(rows: Indices) -> bool:
@@ -167,27 +173,27 @@ class TieredMemory:
             for node in self.cache._tree.nodes():
                 entry = node.offloaded
                 if entry is not None and entry.state is not None:
-                    kept = found[id(node)] = [entry.state.rows] * (entry.state.tier == number)
+                    rows = found[id(node)] = [entry.state.rows] * (entry.state.tier == number)
                     above: RadixNode | None = node
                     while above is not None and above.kv is None and above.offloaded is not None:
                         if above.offloaded.kv is not None and above.offloaded.kv_tier == number:
-                            kept.append(above.offloaded.kv)
+                            rows.append(above.offloaded.kv)
                         above = above.parent
             return found
 
         before = stored()
         self.cache.drop_lost(tier, is_lost)
         after = stored()
-        whole = {node for node, rows in before.items() if not any(map(is_lost, rows))}
-        assert set(after) == whole, "states that can be resumed, and no others, are left"
+        intact = {node for node, rows in before.items() if not any(map(is_lost, rows))}
+        assert set(after) == intact, "the remaining states are not those without lost rows"
         for node in self.cache._tree.nodes():
             entry = node.offloaded
             if entry is not None and entry.kv is not None and entry.kv_tier == number:
                 assert not is_lost(entry.kv)
 
     def check(self) -> None:
-        """The tree's invariants, and the bytes behind every number."""
-        self.carry_out()
+        """Check the tree's invariants and the contents of all rows and slots."""
+        self.apply_transfers()
         self.cache.check(held_tokens=0, held_slots=0)
         for node in self.cache._tree.nodes():
             self._check_node(node)

@@ -1,5 +1,5 @@
-"""A clever cache and its plain twin, driven together: every verb is done on both and must give the
-same answer."""
+"""The cache and its plain twin, driven together: each operation must give the same result on
+both."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.plain_cache import PlainCache, Victim
 
 
 class CandidateLedger(EvictionPolicy):
-    """An eviction policy that passes everything on and keeps book: nothing is added or discarded
+    """Eviction policy that forwards all calls and checks that no item is added or discarded
     twice."""
 
     def __init__(self, inner: EvictionPolicy) -> None:
         self.inner = inner
         self.held: set[Any] = set()
-        self.told: list[Item] = []
-        """What was missed, as it was told."""
+        self.ghost_hits: list[Item] = []
+        """Items passed to ``on_ghost_hit``."""
 
     def add(self, item: Item) -> None:
         assert item not in self.held, f"{item} added twice"
@@ -42,11 +42,11 @@ class CandidateLedger(EvictionPolicy):
         self.inner.discard(item, evicted)
 
     def touch(self, item: Item) -> None:
-        assert item in self.held, f"{item} touched but no candidate"
+        assert item in self.held, f"{item} touched but is not a candidate"
         self.inner.touch(item)
 
     def on_ghost_hit(self, item: Item) -> None:
-        self.told.append(item)
+        self.ghost_hits.append(item)
         self.inner.on_ghost_hit(item)
 
     def on_ghost_hit_above(self, item: Item) -> None:
@@ -57,12 +57,12 @@ class CandidateLedger(EvictionPolicy):
 
     def victim(self, kind: Kind | None) -> Item | None:
         item = self.inner.victim(kind)
-        assert item is None or item in self.held, f"{item} is no candidate"
+        assert item is None or item in self.held, f"{item} is not a candidate"
         return item
 
 
 class VictimLog:
-    """A listener that remembers what was chosen to go."""
+    """Listener that records the chosen victims."""
 
     def __init__(self) -> None:
         self.chosen_items: list[Victim] = []
@@ -78,7 +78,7 @@ class VictimLog:
 
 
 def prefix_of(node: RadixNode) -> tuple[Hashable, tuple[int, ...]]:
-    """(namespace, the tokens from the root to ``node``'s end)."""
+    """Return (namespace, tokens from the root to the end of ``node``)."""
     ids: list[int] = []
     while node.parent is not None:
         ids = node.tokens.tolist() + ids
@@ -88,21 +88,21 @@ def prefix_of(node: RadixNode) -> tuple[Hashable, tuple[int, ...]]:
 
 @dataclass(eq=False)
 class Request:
-    """A request in flight on both caches, and what it holds."""
+    """Request in flight on both caches, with the rows and locks that it holds."""
 
     tokens: Tokens
     namespace: Hashable
     match: PrefixMatch
-    receipt: Any
+    handle: Any
     node: Any
     piece: Any
     rows: np.ndarray
     published_len: int
 
 
-class Hands:
-    """What the caller of both twins holds, in both arenas. The clever one's moves come first: they
-    rename."""
+class HeldRows:
+    """Rows held by the caller of both twins. Moves of the cache's arena come first and rename
+    them."""
 
     def __init__(self, twins: Twins) -> None:
         self.twins = twins
@@ -116,8 +116,8 @@ class Hands:
         return held
 
 
-class OtherHands(Hands):
-    """The same rows in the plain twin's arena: the same move has renamed them already."""
+class PlainHeldRows(HeldRows):
+    """The same rows in the plain twin's arena. The same move has renamed them already."""
 
     def rows_moved(self, move: Move) -> int:
         twins = self.twins
@@ -128,7 +128,7 @@ class OtherHands(Hands):
 
 
 class Twins:
-    """Both caches. Each verb asserts that they agree."""
+    """The cache and its plain twin. Each operation asserts that both agree."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
@@ -141,23 +141,23 @@ class Twins:
         self.cache.subscribe(self.log)
         other = build_prefix_cache(config)
         assert isinstance(other, HybridRadixCache)
-        ranks_itself = make_eviction(config.eviction)().orders_classes
+        orders_classes = make_eviction(config.eviction)().orders_classes
         self.plain = PlainCache(
             other._pages,
             other._slots,
             grid=config.grid,
             ghost_bytes=config.ghost_bytes,
-            dead_first=config.dead_first and not ranks_itself,
-            demote_superseded=config.demote_superseded and not ranks_itself,
+            dead_first=config.dead_first and not orders_classes,
+            demote_superseded=config.demote_superseded and not orders_classes,
         )
         self.held_slots: list[int] = []
         self.held_rows: list[np.ndarray] = []
         self.requests: list[Request] = []
         self.moves: list[Move] = []
-        """Made by the clever one, and not by the plain one yet."""
+        """Moves of the cache that the plain twin has not repeated yet."""
         if config.memory == "arena":
-            self.arena(self.cache).holders[Hands(self)] = None
-            self.arena(other).holders[OtherHands(self)] = None
+            self.arena(self.cache).holders[HeldRows(self)] = None
+            self.arena(other).holders[PlainHeldRows(self)] = None
 
     @staticmethod
     def arena(cache: HybridRadixCache) -> ArenaAllocator:
@@ -165,8 +165,7 @@ class Twins:
         return cache.arena
 
     def _follow(self) -> None:
-        """Give the twin what the clever one has just chosen, unless its order is LRU's, which it
-        finds itself."""
+        """Pass the cache's last victims to the plain twin. It finds those of LRU itself."""
         if self.config.eviction != "lru":
             done = len(self.plain.chosen)
             self.plain.script = self.log.chosen_items[done:]
@@ -228,37 +227,37 @@ class Twins:
         self._agree_on_victims()
 
     def begin(self, tokens: Tokens, namespace: Hashable) -> Request | None:
-        """Match, lock, touch, and hold rows for the rest; None: refused, nothing held."""
+        """Match, lock, touch and allocate rows for the rest. None if refused; nothing is held."""
         match = self.match(tokens, namespace)
-        receipt = self.cache.lock(match.node)
+        handle = self.cache.lock(match.node)
         piece = None
         if match.cached_len:
             piece = self.plain.piece_at(tokens, match.cached_len, namespace)
             piece.locks += 1
-        self.ledger.told.clear()
+        self.ledger.ghost_hits.clear()
         self.cache.touch(match)
-        assert self.ledger.told == ([] if match.missed is None else [match.missed])
+        assert self.ledger.ghost_hits == ([] if match.missed is None else [match.missed])
         self.plain.touch(tokens, match.cached_len, namespace)
         new = self.allocate_kv(len(tokens) - match.cached_len)
         if new is None:
-            self._unlock(receipt, piece)
+            self._unlock(handle, piece)
             return None
         rows = np.concatenate([self.cache.gather(match.node), new])
         request = Request(
-            tokens, namespace, match, receipt, match.node, piece, rows, match.cached_len
+            tokens, namespace, match, handle, match.node, piece, rows, match.cached_len
         )
         self.requests.append(request)
         return request
 
-    def _unlock(self, receipt: Any, piece: Any) -> None:
-        self.cache.unlock(receipt)
-        self.cache.unlock(receipt)
+    def _unlock(self, handle: Any, piece: Any) -> None:
+        self.cache.unlock(handle)
+        self.cache.unlock(handle)
         if piece is not None:
             piece.locks -= 1
 
     def publish(self, request: Request, length: int, positions: list[int], from_node: bool) -> None:
-        """Insert the first ``length`` tokens with checkpoints at ``positions``, and move the lock
-        there."""
+        """Insert the first ``length`` tokens with checkpoints at ``positions``, and lock their
+        end."""
         length = max(length, request.published_len)
         saved = [(position, self.allocate_slot()) for position in positions]
         offered = [(position, slot) for position, slot in saved if slot is not None]
@@ -282,13 +281,13 @@ class Twins:
                 self.free_slot(slot)
             else:
                 self.held_slots.remove(slot)
-        receipt = self.cache.lock(result.node)
+        handle = self.cache.lock(result.node)
         piece = None
         if result.inserted_len:
             piece = self.plain.piece_at(tokens, result.inserted_len, namespace)
             piece.locks += 1
-        self._unlock(request.receipt, request.piece)
-        request.receipt, request.piece, request.node = receipt, piece, result.node
+        self._unlock(request.handle, request.piece)
+        request.handle, request.piece, request.node = handle, piece, result.node
         self.free_kv(result.duplicates)
         rows = self.cache.gather(result.node)
         assert rows.tolist() == self.plain.gather(tokens, result.inserted_len, namespace)
@@ -296,16 +295,17 @@ class Twins:
         request.published_len = result.inserted_len
 
     def end(self, request: Request) -> None:
-        """Give everything back that was not published."""
+        """Unlock, and free all rows that were not published."""
         self.requests.remove(request)
-        self._unlock(request.receipt, request.piece)
+        self._unlock(request.handle, request.piece)
         self.free_kv(request.rows[request.published_len :])
 
     def check(self) -> None:
-        """Invariants of the clever one, conservation, and the policy's book."""
+        """Check the cache's invariants, the number of held rows and slots, and the policy's
+        items."""
         held = sum(len(request.rows) - request.published_len for request in self.requests)
         held += sum(map(len, self.held_rows))
         self.cache.check(held_tokens=held, held_slots=len(self.held_slots))
-        assert not self.moves, "the plain twin did not make a move"
+        assert not self.moves, "the plain twin did not repeat a move"
         residency = self.cache._residency
         assert self.ledger.held == set(residency.candidates())

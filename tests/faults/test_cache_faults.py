@@ -1,4 +1,4 @@
-"""Faults of the cache, its allocators, leases, tiers, policies and events: a check notices each."""
+"""Injected faults of the cache, allocators, leases, tiers, policies, events and routing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.cache.test_arena_machine import ArenaLeaseMachine, arena_twins, serve
 from tests.cache.test_machine import CacheMachine
 from tests.cache.test_tiers_machine import TieredMachine
 from tests.export.test_events_machine import EventsMachine
-from tests.faults.injection import Check, Fault, Faults, Patch, assert_noticed, machine
+from tests.faults.injection import Check, Fault, Faults, Patch, assert_detected, machine
 from tests.policies import test_regret, textbook
 from tests.policies.items import Shelf
 from tests.routing.test_outbox_machine import OutboxMachine
@@ -42,54 +42,54 @@ TIERS = machine(TieredMachine)
 
 
 def arena() -> None:
-    """Random requests on small arenas, next to the plain cache."""
+    """Serve random requests on small arenas and compare with the plain cache."""
     for seed in range(20):
         rng = random.Random(seed)
         serve_twins(arena_twins(rng), rng, num_operations=100)
 
 
 def leases() -> None:
-    """Random pieces of work of a few leases on a small arena."""
+    """Run random operations of a few leases on a small arena."""
     for seed in range(12):
-        served = ArenaLeaseMachine()
-        served.make(page_size=1, state_rows=4, num_rows=60, seed=seed % 10)
-        served.much(seed, 120)
+        state_machine = ArenaLeaseMachine()
+        state_machine.make(page_size=1, state_rows=4, num_rows=60, seed=seed % 10)
+        state_machine.many_operations(seed, 120)
 
 
-# --- The cache's verbs --------------------------------------------------------------------------
+# --- Methods of the cache -----------------------------------------------------------------------
 
 
-@FAULTS.noticed_by(arena)
-def a_lock_protects_nothing(patch: Patch) -> None:
+@FAULTS.detected_by(arena)
+def a_lock_does_not_protect(patch: Patch) -> None:
     @patch(HybridRadixCache, "lock")
     def lock(original: Any, self: Any, node: Any) -> Any:
-        receipt = original(self, node)
-        self.unlock(receipt)
-        return receipt
+        handle = original(self, node)
+        self.unlock(handle)
+        return handle
 
 
-@FAULTS.noticed_by(CACHE)
-def a_lock_is_never_given_back(patch: Patch) -> None:
+@FAULTS.detected_by(CACHE)
+def a_lock_is_never_released(patch: Patch) -> None:
     @patch(HybridRadixCache, "unlock")
-    def unlock(original: Any, self: Any, receipt: Any) -> None:
+    def unlock(original: Any, self: Any, handle: Any) -> None:
         pass
 
 
-@FAULTS.noticed_by(CACHE)
-def a_match_reads_every_namespace_as_one(patch: Patch) -> None:
+@FAULTS.detected_by(CACHE)
+def a_match_ignores_the_namespace(patch: Patch) -> None:
     @patch(HybridRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         return original(self, tokens)
 
 
-@FAULTS.noticed_by(CACHE)
-def a_checkpoint_at_the_very_end_of_a_prompt_is_resumed_from(patch: Patch) -> None:
+@FAULTS.detected_by(CACHE)
+def a_request_resumes_at_the_very_end_of_its_prompt(patch: Patch) -> None:
     @patch(HybridRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         return original(self, np.append(tokens, np.int32(5)), namespace)
 
 
-@FAULTS.noticed_by(test_scenarios.test_a_match_changes_nothing)
+@FAULTS.detected_by(test_scenarios.test_match_changes_nothing)
 def a_match_counts_as_a_use(patch: Patch) -> None:
     @patch(HybridRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
@@ -98,7 +98,7 @@ def a_match_counts_as_a_use(patch: Patch) -> None:
         return found
 
 
-@FAULTS.noticed_by(CACHE)
+@FAULTS.detected_by(CACHE)
 def evicted_prefixes_are_reported_as_never_seen(patch: Patch) -> None:
     @patch(HybridRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
@@ -108,30 +108,30 @@ def evicted_prefixes_are_reported_as_never_seen(patch: Patch) -> None:
         return found._replace(losses=seen)
 
 
-@FAULTS.noticed_by(CACHE)
-def ghosts_are_not_read(patch: Patch) -> None:
+@FAULTS.detected_by(CACHE)
+def a_match_ignores_ghosts(patch: Patch) -> None:
     @patch(HybridRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         found = original(self, tokens, namespace)
         return found._replace(seen_len=found.kv_match_len, missed=None)
 
 
-@FAULTS.noticed_by(arena)
+@FAULTS.detected_by(arena)
 def a_use_is_not_counted(patch: Patch) -> None:
     @patch(HybridRadixCache, "touch")
     def touch(original: Any, self: Any, match: Any) -> None:
         pass
 
 
-@FAULTS.noticed_by(arena)
-def a_policy_is_not_told_of_misses(patch: Patch) -> None:
+@FAULTS.detected_by(arena)
+def a_policy_is_not_notified_of_misses(patch: Patch) -> None:
     @patch(HybridRadixCache, "touch")
     def touch(original: Any, self: Any, match: Any) -> None:
         original(self, match._replace(missed=None))
 
 
-@FAULTS.noticed_by(CACHE)
-def checkpoints_are_dropped_in_silence(patch: Patch) -> None:
+@FAULTS.detected_by(CACHE)
+def an_insert_drops_all_checkpoints(patch: Patch) -> None:
     @patch(HybridRadixCache, "insert")
     def insert(
         original: Any, self: Any, tokens: Any, rows: Any, saved: Any = (), *rest: Any, **more: Any
@@ -139,7 +139,7 @@ def checkpoints_are_dropped_in_silence(patch: Patch) -> None:
         return original(self, tokens, rows, (), *rest, **more)
 
 
-@FAULTS.noticed_by(CACHE)
+@FAULTS.detected_by(CACHE)
 def a_checkpoint_is_stored_one_step_too_early(patch: Patch) -> None:
     @patch(HybridRadixCache, "insert")
     def insert(
@@ -152,30 +152,30 @@ def a_checkpoint_is_stored_one_step_too_early(patch: Patch) -> None:
         return original(self, tokens, rows, early, *rest, **more)
 
 
-@FAULTS.noticed_by(arena)
-def duplicate_rows_are_not_handed_back(patch: Patch) -> None:
+@FAULTS.detected_by(arena)
+def duplicate_rows_are_not_returned(patch: Patch) -> None:
     @patch(HybridRadixCache, "insert")
     def insert(original: Any, self: Any, *args: Any, **more: Any) -> Any:
         result = original(self, *args, **more)
         return result._replace(duplicates=result.duplicates[:0])
 
 
-@FAULTS.noticed_by(arena)
-def rejected_slots_are_not_handed_back(patch: Patch) -> None:
+@FAULTS.detected_by(arena)
+def rejected_slots_are_not_returned(patch: Patch) -> None:
     @patch(HybridRadixCache, "insert")
     def insert(original: Any, self: Any, *args: Any, **more: Any) -> Any:
         return original(self, *args, **more)._replace(rejected_slots=())
 
 
-@FAULTS.noticed_by(CACHE)
-def an_eviction_takes_more_than_it_was_asked_for(patch: Patch) -> None:
+@FAULTS.detected_by(CACHE)
+def an_eviction_frees_more_than_requested(patch: Patch) -> None:
     @patch(HybridRadixCache, "evict")
     def evict(original: Any, self: Any, num_tokens: int = 0, num_slots: int = 0) -> Any:
         return original(self, num_tokens + self.page_size, num_slots)
 
 
-@FAULTS.noticed_by(arena)
-def a_refused_allocation_evicts_all_the_same(patch: Patch) -> None:
+@FAULTS.detected_by(arena)
+def a_refused_allocation_evicts(patch: Patch) -> None:
     @patch(HybridRadixCache, "allocate_kv")
     def allocate_kv(original: Any, self: Any, num_tokens: int) -> Any:
         rows = original(self, num_tokens)
@@ -184,22 +184,22 @@ def a_refused_allocation_evicts_all_the_same(patch: Patch) -> None:
         return rows
 
 
-@FAULTS.noticed_by(CACHE)
+@FAULTS.detected_by(CACHE)
 def rows_of_a_path_are_gathered_in_reverse(patch: Patch) -> None:
     @patch(HybridRadixCache, "gather")
     def gather(original: Any, self: Any, node: Any) -> Any:
         return original(self, node)[::-1]
 
 
-@FAULTS.noticed_by(CACHE)
-def a_reset_drops_nothing(patch: Patch) -> None:
+@FAULTS.detected_by(CACHE)
+def a_reset_does_nothing(patch: Patch) -> None:
     @patch(HybridRadixCache, "reset")
     def reset(original: Any, self: Any) -> None:
         pass
 
 
-@FAULTS.noticed_by(CACHE)
-def lru_chooses_the_item_that_it_was_given_last(patch: Patch) -> None:
+@FAULTS.detected_by(CACHE)
+def lru_evicts_the_newest_item(patch: Patch) -> None:
     last: list[Any] = []
 
     @patch(EVICTION["lru"], "add")
@@ -216,15 +216,15 @@ def lru_chooses_the_item_that_it_was_given_last(patch: Patch) -> None:
 # --- Allocators ---------------------------------------------------------------------------------
 
 
-@FAULTS.noticed_by(machine(AllocatorMachine))
-def the_last_page_given_back_is_lost(patch: Patch) -> None:
+@FAULTS.detected_by(machine(AllocatorMachine))
+def the_last_freed_page_is_lost(patch: Patch) -> None:
     @patch(PageAllocator, "free")
     def free(original: Any, self: Any, rows: Any) -> None:
         original(self, rows[: max(0, len(rows) - self.page_size)])
 
 
-@FAULTS.noticed_by(machine(AllocatorMachine))
-def a_page_is_handed_out_twice(patch: Patch) -> None:
+@FAULTS.detected_by(machine(AllocatorMachine))
+def a_page_is_allocated_twice(patch: Patch) -> None:
     @patch(PageAllocator, "allocate")
     def allocate(original: Any, self: Any, num_tokens: int) -> Any:
         rows = original(self, num_tokens)
@@ -233,37 +233,37 @@ def a_page_is_handed_out_twice(patch: Patch) -> None:
         return rows
 
 
-@FAULTS.noticed_by(machine(AllocatorMachine))
-def a_slot_given_back_is_lost(patch: Patch) -> None:
+@FAULTS.detected_by(machine(AllocatorMachine))
+def a_freed_slot_is_lost(patch: Patch) -> None:
     @patch(SlotAllocator, "free")
     def free(original: Any, self: Any, slot: int) -> None:
         pass
 
 
-@FAULTS.noticed_by(machine(AllocatorMachine))
-def bytes_given_back_are_not_free(patch: Patch) -> None:
+@FAULTS.detected_by(machine(AllocatorMachine))
+def freed_bytes_are_not_returned_to_the_budget(patch: Patch) -> None:
     @patch(ByteBudget, "give_back")
     def give_back(original: Any, self: Any, num_bytes: int) -> None:
         original(self, num_bytes - 1)
 
 
-@FAULTS.noticed_by(machine(ArenaMachine))
+@FAULTS.detected_by(machine(ArenaMachine))
 def moved_rows_keep_their_old_numbers(patch: Patch) -> None:
     @patch(Move, "rename")
     def rename(original: Any, self: Any, rows: Any) -> Any:
         return original(self, rows.copy())
 
 
-@FAULTS.noticed_by(test_arena.test_moves_are_taken_once_and_in_order)
-def moves_are_made_in_reverse(patch: Patch) -> None:
+@FAULTS.detected_by(test_arena.test_moves_are_taken_once_and_in_order)
+def moves_are_taken_in_reverse_order(patch: Patch) -> None:
     @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
         plan = original(self)
         return replace(plan, transfers=plan.transfers[::-1])
 
 
-@FAULTS.noticed_by(machine(ArenaMachine))
-def moves_are_made_twice(patch: Patch) -> None:
+@FAULTS.detected_by(machine(ArenaMachine))
+def moves_are_taken_twice(patch: Patch) -> None:
     @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
         plan = original(self)
@@ -272,8 +272,8 @@ def moves_are_made_twice(patch: Patch) -> None:
         return plan
 
 
-@FAULTS.noticed_by(arena)
-def rows_that_the_tree_moved_are_gathered_from_where_they_were(patch: Patch) -> None:
+@FAULTS.detected_by(arena)
+def moved_rows_are_gathered_from_their_old_place(patch: Patch) -> None:
     last: dict[int, Any] = {}
 
     @patch(HybridRadixCache, "gather")
@@ -284,50 +284,50 @@ def rows_that_the_tree_moved_are_gathered_from_where_they_were(patch: Patch) -> 
 # --- Leases -------------------------------------------------------------------------------------
 
 
-@FAULTS.noticed_by(leases)
-def a_lease_does_not_tell_which_rows_have_moved(patch: Patch) -> None:
+@FAULTS.detected_by(leases)
+def a_lease_does_not_report_moved_rows(patch: Patch) -> None:
     @patch(Lease, "row_write")
     def row_write(original: Any, self: Any) -> None:
         return None
 
 
-@FAULTS.noticed_by(leases)
-def moves_pass_by_leases_whose_new_rows_are_not_noted(patch: Patch) -> None:
+@FAULTS.detected_by(leases)
+def new_rows_of_a_lease_do_not_follow_moves(patch: Patch) -> None:
     @patch(StepQueue, "rows_added")
     def rows_added(original: Any, self: Any, lease: Any, start: int) -> None:
         pass
 
 
-@FAULTS.noticed_by(leases)
-def a_lease_does_not_tell_that_its_rows_are_the_trees_now(patch: Patch) -> None:
+@FAULTS.detected_by(leases)
+def a_lease_does_not_report_replaced_duplicates(patch: Patch) -> None:
     @patch(LeaseRows, "publish")
     def publish(original: Any, self: Any, to_len: int, num_duplicates: int) -> None:
         original(self, to_len, 0)
 
 
-@FAULTS.noticed_by(leases)
-def an_aborted_lease_keeps_what_it_holds(patch: Patch) -> None:
+@FAULTS.detected_by(leases)
+def an_aborted_lease_keeps_its_memory(patch: Patch) -> None:
     @patch(Lease, "abort")
     def abort(original: Any, self: Any) -> None:
         pass
 
 
-@FAULTS.noticed_by(leases)
-def a_state_is_resumed_from_without_a_copy(patch: Patch) -> None:
+@FAULTS.detected_by(leases)
+def a_state_is_not_copied_before_resuming(patch: Patch) -> None:
     @patch(StepQueue, "restore")
     def restore(original: Any, self: Any, lease: Any, src: int, dst: int) -> None:
         pass
 
 
-@FAULTS.noticed_by(leases)
-def a_checkpoint_is_published_that_was_never_written(patch: Patch) -> None:
+@FAULTS.detected_by(leases)
+def an_unwritten_checkpoint_is_published(patch: Patch) -> None:
     @patch(Lease, "take_checkpoint_slots")
     def take_checkpoint_slots(original: Any, self: Any, start: int, end: int) -> Any:
         return original(self, start, end)[:0]
 
 
-@FAULTS.noticed_by(leases)
-def a_request_publishes_what_it_has_not_computed(patch: Patch) -> None:
+@FAULTS.detected_by(leases)
+def a_request_publishes_tokens_that_are_not_computed(patch: Patch) -> None:
     @patch(Lease, "publish")
     def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
         return original(self, tokens, min(computed_len + 4, len(tokens), self.extended_len))
@@ -336,33 +336,31 @@ def a_request_publishes_what_it_has_not_computed(patch: Patch) -> None:
 # --- Tiers --------------------------------------------------------------------------------------
 
 
-@FAULTS.noticed_by(TIERS)
-def a_fetch_says_that_it_was_made(patch: Patch) -> None:
+@FAULTS.detected_by(TIERS)
+def a_fetch_reports_success_without_copying(patch: Patch) -> None:
     @patch(TieredRadixCache, "fetch")
     def fetch(original: Any, self: Any, resumable: Any) -> bool:
         return True
 
 
-@FAULTS.noticed_by(TIERS)
-def copies_between_tiers_are_made_in_reverse(patch: Patch) -> None:
+@FAULTS.detected_by(TIERS)
+def copies_between_tiers_are_reversed(patch: Patch) -> None:
     @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
         plan = original(self)
         return replace(plan, transfers=plan.transfers[::-1])
 
 
-@FAULTS.noticed_by(TIERS)
-def the_last_copy_between_tiers_is_not_made(patch: Patch) -> None:
+@FAULTS.detected_by(TIERS)
+def the_last_copy_between_tiers_is_missing(patch: Patch) -> None:
     @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
         plan = original(self)
         return replace(plan, transfers=plan.transfers[:-1])
 
 
-@FAULTS.noticed_by(
-    test_tiers.test_a_state_is_superseded_below_only_as_long_as_something_supersedes_it
-)
-def a_match_offers_the_nearest_offloaded_state_alone(patch: Patch) -> None:
+@FAULTS.detected_by(test_tiers.test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists)
+def a_match_offers_only_the_first_offloaded_state(patch: Patch) -> None:
     @patch(TieredRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         found = original(self, tokens, namespace)
@@ -372,16 +370,16 @@ def a_match_offers_the_nearest_offloaded_state_alone(patch: Patch) -> None:
 # --- Policies -----------------------------------------------------------------------------------
 
 
-def shelf(word: str) -> Check:
-    """Return the check that compares a policy with its paper's pseudocode."""
+def shelf(name: str) -> Check:
+    """Return the check that compares a policy with the pseudocode of its paper."""
 
     def check() -> None:
-        rng, plain = random.Random(0), PLAIN[word]
+        rng, plain = random.Random(0), PLAIN[name]
         for _ in range(300):
             pages, capacity = "".join(rng.choices("abcdef", k=60)), rng.randint(1, 6)
-            assert Shelf(EVICTION[word](), capacity).ask(pages).gone == plain(pages, capacity)
+            assert Shelf(EVICTION[name](), capacity).ask(pages).gone == plain(pages, capacity)
 
-    check.__name__ = f"{word} against its paper"
+    check.__name__ = f"{name} compared with its paper"
     return check
 
 
@@ -389,27 +387,27 @@ PLAIN: dict[str, Any] = {"lfu": textbook.lfu_da, "clock": textbook.clock, "arc":
 LFU, CLOCK, ARC = map(shelf, PLAIN)
 
 
-def uses_are_not_seen(word: str, patch: Patch) -> None:
-    @patch(EVICTION[word], "touch")
+def ignore_uses(name: str, patch: Patch) -> None:
+    @patch(EVICTION[name], "touch")
     def touch(original: Any, self: Any, item: Any) -> None:
         pass
 
 
-def misses_are_not_seen(word: str, patch: Patch) -> None:
-    @patch(EVICTION[word], "on_ghost_hit")
+def ignore_ghost_hits(name: str, patch: Patch) -> None:
+    @patch(EVICTION[name], "on_ghost_hit")
     def on_ghost_hit(original: Any, self: Any, item: Any) -> None:
         pass
 
 
-FAULTS["lfu does not see uses"] = Fault(partial(uses_are_not_seen, "lfu"), LFU)
-FAULTS["clock does not see uses"] = Fault(partial(uses_are_not_seen, "clock"), CLOCK)
-FAULTS["arc does not learn from ghosts"] = Fault(partial(misses_are_not_seen, "arc"), ARC)
+FAULTS["lfu ignores uses"] = Fault(partial(ignore_uses, "lfu"), LFU)
+FAULTS["clock ignores uses"] = Fault(partial(ignore_uses, "clock"), CLOCK)
+FAULTS["arc ignores ghost hits"] = Fault(partial(ignore_ghost_hits, "arc"), ARC)
 
 
-@FAULTS.noticed_by(
+@FAULTS.detected_by(
     test_regret.test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_one
 )
-def ghosts_above_the_missed_one_teach_nothing(patch: Patch) -> None:
+def survival_ignores_ghosts_above_the_missed_one(patch: Patch) -> None:
     @patch(Survival, "on_ghost_hit_above")
     def on_ghost_hit_above(original: Any, self: Any, item: Any) -> None:
         pass
@@ -418,48 +416,48 @@ def ghosts_above_the_missed_one_teach_nothing(patch: Patch) -> None:
 # --- Events and routing -------------------------------------------------------------------------
 
 
-@FAULTS.noticed_by(machine(EventsMachine))
-def followers_are_not_told_of_evicted_checkpoints(patch: Patch) -> None:
+@FAULTS.detected_by(machine(EventsMachine))
+def subscribers_are_not_notified_of_evicted_checkpoints(patch: Patch) -> None:
     @patch(EventStream, "checkpoint_removed")
     def checkpoint_removed(original: Any, self: Any, node: Any) -> None:
         pass
 
 
-@FAULTS.noticed_by(machine(EventsMachine))
-def followers_are_not_told_of_splits(patch: Patch) -> None:
+@FAULTS.detected_by(machine(EventsMachine))
+def subscribers_are_not_notified_of_splits(patch: Patch) -> None:
     @patch(EventStream, "kv_split")
     def kv_split(original: Any, self: Any, upper: Any, lower: Any) -> None:
         pass
 
 
-@FAULTS.noticed_by(machine(OutboxMachine))
-def the_oldest_missing_batch_is_not_sent_again(patch: Patch) -> None:
+@FAULTS.detected_by(machine(OutboxMachine))
+def the_oldest_missing_batch_is_not_resent(patch: Patch) -> None:
     @patch(Outbox, "since")
     def since(original: Any, self: Any, sequence: int) -> Any:
         return original(self, sequence + 1) or []
 
 
-@FAULTS.noticed_by(machine(TextTreeMachine))
-def texts_of_a_replica_that_left_are_kept(patch: Patch) -> None:
+@FAULTS.detected_by(machine(TextTreeMachine))
+def prompts_of_a_removed_replica_are_kept(patch: Patch) -> None:
     @patch(TextTree, "forget")
     def forget(original: Any, self: Any, replica: Any) -> None:
         pass
 
 
-DEAR = {
-    "an eviction takes more than it was asked for",
+SLOW = {
+    "an eviction frees more than requested",
     "a checkpoint is stored one step too early",
     "evicted prefixes are reported as never seen",
-    "ghosts are not read",
+    "a match ignores ghosts",
 }
-"""Faults that only a long run notices."""
+"""Faults that only a long run detects."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in DEAR)) for name in FAULTS]
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in SLOW)) for name in FAULTS]
 )
-def test_a_fault_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_noticed(FAULTS[name], monkeypatch)
+def test_a_fault_is_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_detected(FAULTS[name], monkeypatch)
 
 
 @pytest.mark.full
