@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -123,33 +122,39 @@ def as_message(events: Sequence[Event]) -> dict[str, Any]:
 
 
 class MarkSearch:
-    """Finds the first of some marks. Text that may be the beginning of a mark is held back.
+    """Finds the first of some marks, such as stop strings, in a text that arrives in pieces. Text
+    that may be the beginning of a mark is held back.
 
     >>> search = MarkSearch("</think>")
     >>> search.push("so </th"), search.push("en </think> x")
     (('so ', None, ''), ('</then ', '</think>', ' x'))
     """
 
-    __slots__ = ("_heads", "_held", "_longest", "_pattern")
+    __slots__ = ("_held", "_marks")
 
     def __init__(self, *marks: str) -> None:
-        """``marks``: no mark is the beginning of another."""
-        self._pattern = re.compile("|".join(map(re.escape, marks)))
-        self._heads = frozenset(mark[:end] for mark in marks for end in range(1, len(mark)))
-        self._longest = max(map(len, marks))
+        """``marks``: one or more."""
+        self._marks = tuple(map(_Mark, marks))
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None, str]:
         """Return (text before the mark or certainly without one, the mark if found, the text after
-        it). O(len(text))."""
+        it). O(len(text)) per mark, over an answer."""
+        found = [
+            (start, len(mark.text))
+            for mark in self._marks
+            if (start := mark.read(text)) is not None
+        ]
+        num_before = len(self._held)
         text = self._held + text
-        found = self._pattern.search(text)
         if found:
             self._held = ""
-            return text[: found.start()], found.group(), text[found.end() :]
-        longest = min(len(text), self._longest - 1)
-        size = next((n for n in range(longest, 0, -1) if text[-n:] in self._heads), 0)
-        cut = len(text) - size
+            for mark in self._marks:
+                mark.matched = 0
+            start, size = min(found)
+            start += num_before
+            return text[:start], text[start : start + size], text[start + size :]
+        cut = len(text) - max(mark.matched for mark in self._marks)
         self._held = text[cut:]
         return text[:cut], None, ""
 
@@ -157,6 +162,58 @@ class MarkSearch:
         """Return the text held back, after the end of the text."""
         held, self._held = self._held, ""
         return held
+
+
+class _Mark:
+    """Search for one mark in a text that arrives in pieces (Knuth, Morris, Pratt).
+
+    ``borders[i]`` is the length of the longest proper prefix of ``text[: i + 1]`` that is also its
+    suffix: the position at which to continue after a mismatch. It is computed as far as the text
+    was ever matched.
+    """
+
+    __slots__ = ("borders", "matched", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.borders = [0]
+        self.matched = 0
+        """Length of the longest suffix of the text read so far that is a proper prefix of
+        ``text``."""
+
+    def read(self, new: str) -> int | None:
+        """Return the start of the mark relative to the start of ``new``, or None if it is
+        not complete.
+
+        Negative if it starts in an earlier piece. O(len(new)), amortised.
+        """
+        text = self.text
+        at = 0
+        while at < len(new):
+            if not self.matched:
+                at = new.find(text[0], at)
+                if at < 0:
+                    return None
+            while self.matched and new[at] != text[self.matched]:
+                self.matched = self._border(self.matched)
+            if new[at] == text[self.matched]:
+                self.matched += 1
+            at += 1
+            if self.matched == len(text):
+                return at - len(text)
+        return None
+
+    def _border(self, length: int) -> int:
+        """Return the length of the longest proper prefix of ``text[:length]`` that is also its
+        suffix."""
+        text, borders = self.text, self.borders
+        while len(borders) < length:
+            border = borders[-1]
+            letter = text[len(borders)]
+            while border and text[border] != letter:
+                border = borders[border - 1]
+            borders.append(border + (text[border] == letter))
+        return borders[length - 1]
 
 
 class Space:

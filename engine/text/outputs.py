@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
+from engine.text.answers import MarkSearch
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
@@ -171,7 +172,7 @@ class TextStream:
     Text that may be the beginning of a stop string is held back, so that no text is ever retracted.
     """
 
-    __slots__ = ("_decoder", "_held", "_keeps_stop", "_stops")
+    __slots__ = ("_decoder", "_keeps_stop", "_search")
 
     def __init__(
         self, decoder: StreamDecoder, stop: Sequence[str] = (), keeps_stop: bool = False
@@ -179,8 +180,7 @@ class TextStream:
         """``keeps_stop``: the text is cut after the stop string instead."""
         self._decoder = decoder
         self._keeps_stop = keeps_stop
-        self._stops = tuple(map(_Stop, stop))
-        self._held = ""
+        self._search = MarkSearch(*stop) if stop else None
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """Return (the text that is certain now, True if a stop string was found).
@@ -188,80 +188,19 @@ class TextStream:
         Without ``may_stop`` no stop string is found. O(new text) per stop string, over an answer.
         """
         new = self._decoder.push(token_id)
-        return self._read(new) if self._stops and may_stop else (new, False)
+        return self._read(new, self._search) if self._search and may_stop else (new, False)
 
     def flush(self) -> tuple[str, bool]:
         """Return (the text held back, True if it contains a stop string), after the last token."""
-        text, stopped = self._read(self._decoder.flush())
-        if not stopped:
-            text, self._held = text + self._held, ""
-        return text, stopped
+        new = self._decoder.flush()
+        if self._search is None:
+            return new, False
+        text, stopped = self._read(new, self._search)
+        return (text, True) if stopped else (text + self._search.flush(), False)
 
-    def _read(self, new: str) -> tuple[str, bool]:
-        found = [
-            (start, len(stop.text)) for stop in self._stops if (start := stop.read(new)) is not None
-        ]
-        num_before = len(self._held)
-        text = self._held + new
-        if found:
-            self._held = ""
-            start, length = min(found)
-            return text[: num_before + start + length * self._keeps_stop], True
-        cut = len(text) - max((stop.matched for stop in self._stops), default=0)
-        self._held = text[cut:]
-        return text[:cut], False
-
-
-class _Stop:
-    """Search for one stop string in a text that arrives in pieces (Knuth, Morris, Pratt).
-
-    ``borders[i]`` is the length of the longest proper prefix of ``text[: i + 1]`` that is also its
-    suffix: the position at which to continue after a mismatch. It is computed as far as the text
-    was ever matched.
-    """
-
-    __slots__ = ("borders", "matched", "text")
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.borders = [0]
-        self.matched = 0
-        """Length of the longest suffix of the text read so far that is a proper prefix of
-        ``text``."""
-
-    def read(self, new: str) -> int | None:
-        """Return the start of the stop string relative to the start of ``new``, or None if it is
-        not complete.
-
-        Negative if it starts in an earlier piece. O(len(new)), amortised.
-        """
-        text = self.text
-        at = 0
-        while at < len(new):
-            if not self.matched:
-                at = new.find(text[0], at)
-                if at < 0:
-                    return None
-            while self.matched and new[at] != text[self.matched]:
-                self.matched = self._border(self.matched)
-            if new[at] == text[self.matched]:
-                self.matched += 1
-            at += 1
-            if self.matched == len(text):
-                return at - len(text)
-        return None
-
-    def _border(self, length: int) -> int:
-        """Return the length of the longest proper prefix of ``text[:length]`` that is also its
-        suffix."""
-        text, borders = self.text, self.borders
-        while len(borders) < length:
-            border = borders[-1]
-            letter = text[len(borders)]
-            while border and text[border] != letter:
-                border = borders[border - 1]
-            borders.append(border + (text[border] == letter))
-        return borders[length - 1]
+    def _read(self, new: str, search: MarkSearch) -> tuple[str, bool]:
+        text, stop, _ = search.push(new)
+        return text + (stop or "") * self._keeps_stop, stop is not None
 
 
 class OutputDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.outputs import TextStream, _Stop
+from engine.text.answers import _Mark
+from engine.text.outputs import TextStream
 from engine.text.tokenizer import ByteTokenizer
 
 letters = st.text("abé", max_size=40)
@@ -72,7 +73,7 @@ def test_looking_for_a_stop_string_is_linear() -> None:
         def __getitem__(self, at: object) -> Letter:
             return Letter(str.__getitem__(self, at))
 
-    stop = _Stop("a" * 500 + "b")
+    stop = _Mark("a" * 500 + "b")
     for _ in range(20):
         assert stop.read(Text("a" * 500 + "c")) is None
     assert num_compared < 3 * 20 * 501
