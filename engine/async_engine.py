@@ -31,7 +31,7 @@ from engine.errors import (
     RequestError,
     StepFailed,
 )
-from engine.interfaces import EngineCore, EngineWatch, Losable, RunnerLost
+from engine.interfaces import EngineCore, Losable, RunnerLost
 from engine.plugins import cache_watch
 from engine.requests.grammar import Grammar
 from engine.requests.spec import Prompt, RequestSpec, SamplingParams
@@ -313,7 +313,7 @@ class Answers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._watches: dict[int, EngineWatch] = {}
+        self._watches: dict[int, Any] = {}
         self._numbers = itertools.count()
 
     def answer(self, what: Question, *arguments: Any) -> Any:
@@ -336,7 +336,8 @@ class Answers:
 
 
 class Watching:
-    """View of one engine for an event loop; see ``EngineWatch``. Raises EngineStopped."""
+    """View of one engine for an event loop; see ``observe.cache_watch.Watch``. Raises
+    EngineStopped."""
 
     def __init__(self, ask: Callable[..., Awaitable[Any]], number: int) -> None:
         self._ask, self._number = ask, number

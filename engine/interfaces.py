@@ -191,26 +191,6 @@ class EngineCore(Protocol):
     def close(self) -> None: ...
 
 
-class EngineWatch(Protocol):
-    """View of one engine for the live page. Called in the engine's thread, between two steps."""
-
-    def take(self) -> list[Any]:
-        """Return the changes since the last call."""
-        ...
-
-    def whole(self) -> dict[str, Any]:
-        """Return the state as of the last ``take``."""
-        ...
-
-    def node(self, id_: int) -> dict[str, Any] | None:
-        """Return details of one node; None if it is not resident."""
-        ...
-
-    def close(self) -> None:
-        """End the view."""
-        ...
-
-
 class Plugin(StepHooks):
     """One optional capability of one engine. Every method does nothing unless it is overridden.
 

@@ -174,7 +174,7 @@ def strict_call_grammar(
 
 
 def cache_watch(engine: Any) -> Any:
-    """Return a new ``EngineWatch`` of ``engine``. Called in the engine's thread. Raises
+    """Return a new ``Watch`` of ``engine``. Called in the engine's thread. Raises
     ValueError if its tree is too large to show."""
     return _find("observe", "cache_watch", "Watch")(engine)
 
