@@ -6,7 +6,10 @@ The flags of the command line and their help are derived from the fields.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
+import typing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -54,13 +57,71 @@ class ConfigError(ValueError):
     """Error for a setting that cannot work. The message is one sentence with a remedy."""
 
 
+class Limits(NamedTuple):
+    """Allowed values of a number."""
+
+    words: str
+    """Allowed values, to follow "must be"."""
+    least: float
+    most: float = math.inf
+    is_whole: bool = False
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ConfigError unless ``value`` is allowed."""
+        kind = int if self.is_whole else (int, float)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kind)
+            or not self.least <= value <= self.most
+            or value == math.inf
+        ):
+            raise ConfigError(f"{name} must be {self.words} (got {value!r}).")
+
+
+ABOVE_0 = math.ulp(0)
+"""Smallest positive number."""
+COUNT = Limits("an integer of 1 or more", 1, is_whole=True)
+GIB_SIZE = Limits("a positive number of GiB", ABOVE_0, 2**20)
+MIB_SIZE = Limits("a number of MiB of 0 or more", 0, 2**30)
+SECONDS = Limits("a number of seconds above 0, at most 1e6", ABOVE_0, 1e6)
+SHARE = Limits("above 0 and at most 1", ABOVE_0, 1)
+SEED = Limits("an integer from 0 to 2**63 - 1", 0, 2**63 - 1, is_whole=True)
+BUDGET = Limits(f"at least {TILE}, which is one tile of the kernels", TILE, is_whole=True)
+
+
 def setting(default: T, help: str, **metadata: Any) -> T:
     """Return a field with its help, typed as its default so that mypy reads the annotation.
 
-    ``is_flag=False`` leaves it off the command line. ``is_common=True`` moves it to the most used
-    flags.
+    ``limits`` are the ``Limits`` of its value. ``is_flag=False`` leaves it off the command line.
+    ``is_common=True`` moves it to the most used flags.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def check_fields(settings: Any) -> None:
+    """Raise ConfigError unless every field has a word of its ``Literal``, and a number in its
+    limits. None is allowed where it is the default."""
+    words = _words(settings.__class__)
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        if value is None and field.default is None:
+            continue
+        if name in words and value not in words[name]:
+            allowed = [*(("none",) if field.default is None else ()), *words[name]]
+            raise ConfigError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
+        limits: Limits | None = field.metadata.get("limits")
+        if limits is not None:
+            limits.check(name, value)
+
+
+@functools.cache
+def _words(kind: type) -> dict[str, tuple[str, ...]]:
+    """Return the words of each field that is annotated with a ``Literal``."""
+    hints = typing.get_type_hints(kind).items()
+    parts = ((name, part) for name, hint in hints for part in (hint, *typing.get_args(hint)))
+    return {
+        name: typing.get_args(part) for name, part in parts if typing.get_origin(part) is Literal
+    }
 
 
 class DraftSizes(NamedTuple):
@@ -74,12 +135,15 @@ class DraftSizes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PluginConfig:
-    """Settings of one plugin. A subclass checks its own values when it is made."""
+    """Settings of one plugin. Their words and limits are checked when it is made."""
 
     plugin: ClassVar[str]
     """Name of the plugin's folder."""
     title: ClassVar[str]
     """Title of the plugin's flags in the help."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def is_used(self) -> bool:
@@ -157,7 +221,9 @@ class EngineConfig(Settings):
         "auto", "auto: read the weights; dummy: seeded random weights for any config.json"
     )
     load_workers: int | None = setting(
-        None, "threads that read weights; by default one for every two cores, at most 16"
+        None,
+        "threads that read weights; by default one for every two cores, at most 16",
+        limits=COUNT,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "number format of weights and KV; auto: that of the model"
@@ -194,7 +260,7 @@ class EngineConfig(Settings):
         "sampling parameters of a request that sets none; model: those of its "
         "generation_config.json",
     )
-    seed: int = setting(0, "seed of dummy weights, and of requests without a seed")
+    seed: int = setting(0, "seed of dummy weights, and of requests without a seed", limits=SEED)
 
     prefix_cache: Literal["hybrid", "radix", "none"] = setting(
         "hybrid", "hybrid: KV and state checkpoints; radix: only KV, for attention-only models"
@@ -212,8 +278,9 @@ class EngineConfig(Settings):
         TILE,
         "checkpoint positions are multiples of this number of tokens: a multiple of 64, or, for "
         "short prompts, 32 or 16 with kernels that support such tiles",
+        limits=COUNT,
     )
-    page_size: int = setting(1, "KV allocation unit, tokens")
+    page_size: int = setting(1, "KV allocation unit, tokens", limits=COUNT)
     exact: bool = setting(
         False,
         "reuse only tokens that a prefill computed, so that a hit does not change the logits",
@@ -224,24 +291,32 @@ class EngineConfig(Settings):
         "memory for KV and states together, one arena, GiB; by default a quarter of the free "
         "memory, at most 4 GiB, on a CPU, and elsewhere 90 % of the memory that weights, graphs "
         "and the largest step leave",
+        limits=GIB_SIZE,
     )
     kv_gib: float | None = setting(
         None,
         "memory for KV only, GiB: two pools in place of the arena, for comparisons",
         is_flag=False,
+        limits=GIB_SIZE,
     )
     state_gib: float | None = setting(
-        None, "memory for states only, GiB: two pools, as with kv_gib", is_flag=False
+        None,
+        "memory for states only, GiB: two pools, as with kv_gib",
+        is_flag=False,
+        limits=GIB_SIZE,
     )
     max_model_len: int | None = setting(
-        None, "maximum number of tokens of prompt and answer; by default that of the model"
+        None,
+        "maximum number of tokens of prompt and answer; by default that of the model",
+        limits=COUNT,
     )
 
-    max_running: int = setting(16, "requests computed at the same time")
+    max_running: int = setting(16, "requests computed at the same time", limits=COUNT)
     token_budget: int | None = setting(
         None,
         "tokens computed per step, including decoded ones; at least 64 are for prompts, regardless "
         "of the number of decoding requests; by default 1024 on a CPU, 8192 elsewhere",
+        limits=BUDGET,
     )
     admission: str = setting(
         "sessions",
@@ -253,8 +328,9 @@ class EngineConfig(Settings):
         None,
         "maximum share of running requests and memory that one tenant may use while "
         "another tenant waits, 0 to 1; by default there is no limit",
+        limits=SHARE,
     )
-    max_queue: int = setting(1024, "requests that may wait; further ones are refused")
+    max_queue: int = setting(1024, "requests that may wait; further ones are refused", limits=COUNT)
     overlap: Literal["auto", "on", "off"] = setting(
         "auto",
         "prepare the next step while the device computes this one, except for steps with drafts; "
@@ -315,35 +391,16 @@ class EngineConfig(Settings):
         return next((one.kept_folder for one in self.plugins if one.kept_folder), None)
 
     def __post_init__(self) -> None:
-        for name in ("grid", "page_size", "max_running", "max_queue"):
-            check_positive_int(name, getattr(self, name))
-        if self.load_workers is not None:
-            check_positive_int("load_workers", self.load_workers)
-        budget = self.token_budget
-        if budget is not None and (not isinstance(budget, int) or budget < TILE):
-            raise ConfigError(
-                f"token_budget must be at least {TILE}, which is one tile of the kernels, not "
-                f"{budget}."
-            )
-        if self.max_share is not None and not 0 < self.max_share <= 1:
-            raise ConfigError(f"max_share must be above 0 and at most 1 (got {self.max_share}).")
+        check_fields(self)
         if self.grid % TILE and self.grid not in SMALL_TILES:
             small = " or ".join(map(str, SMALL_TILES))
             raise ConfigError(f"grid must be {small} or a multiple of {TILE}, not {self.grid}.")
-        if self.max_model_len is not None:
-            check_positive_int("max_model_len", self.max_model_len)
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be between 0 and 2**63 - 1, not {self.seed}.")
-        for name in ("kv_gib", "state_gib", "cache_gib"):
-            check_gib(name, getattr(self, name))
         if self.cache_gib is not None and (self.kv_gib is not None or self.state_gib is not None):
             raise ConfigError("set cache_gib only, or kv_gib and state_gib, not both.")
         try:
             CheckpointFormat.parse(self.checkpoint_dtype)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        for name, words in _WORDS.items():
-            check_word(name, getattr(self, name), words)
         if self.model == "":
             raise ConfigError("model must name a directory; omit it for the built-in one.")
         places = self.checkpoints
@@ -367,49 +424,6 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Only on Linux.
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-_WORDS: dict[str, tuple[str | None, ...]] = {
-    "load_format": ("auto", "dummy"),
-    "sampling_defaults": ("model", "none"),
-    "state_dtype": ("float32", "bfloat16"),
-    "quantization": (None, "int8", "fp8"),
-    "graphs": ("auto", "off", "decode", "all"),
-    "prefix_cache": ("hybrid", "radix", "none"),
-    "overlap": ("auto", "on", "off"),
-}
-"""Allowed words of settings. ``dtype`` is checked by the model."""
-
-
-def check_positive_int(name: str, value: object) -> None:
-    """Raise ConfigError unless ``value`` is an integer of 1 or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be an integer of 1 or more, not {value!r}.")
-
-
-def check_gib(name: str, size: object) -> None:
-    """Raise ConfigError unless ``size`` is None or a positive number of GiB."""
-    if size is not None and not (isinstance(size, int | float) and 0 < size < 2**20):
-        raise ConfigError(f"{name} must be a positive number of GiB, not {size}.")
-
-
-def check_word(name: str, value: object, words: tuple[str | None, ...]) -> None:
-    """Raise ConfigError unless ``value`` is one of ``words``."""
-    if value not in words:
-        allowed = ", ".join("none" if word is None else word for word in words)
-        raise ConfigError(f"{name} must be one of {allowed}, not {value!r}.")
-
-
-def check_mib(name: str, size: float) -> None:
-    """Raise ConfigError unless ``size`` is a number of MiB of 0 or more."""
-    if not 0 <= size < 2**30:
-        raise ConfigError(f"{name} must be a number of MiB of 0 or more, not {size}.")
-
-
-def check_seconds(name: str, value: float) -> None:
-    """Raise ConfigError unless ``value`` is a positive time in seconds."""
-    if not 0 < value < 1e6:
-        raise ConfigError(f"{name} must be above 0 and below 1e6 seconds, not {value}.")
 
 
 def check_no_foreign_kernels() -> None:

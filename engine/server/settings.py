@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import re
 import socket
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.config import Settings, setting
+from engine.config import (
+    ABOVE_0,
+    COUNT,
+    SECONDS,
+    ConfigError,
+    Limits,
+    Settings,
+    check_fields,
+    setting,
+)
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Name of the environment variable with an API key."""
 MAX_STOPS = 64
 """Maximum number that the engine supports."""
-COUNTS = (
-    "max_values",
-    "max_names",
-    "max_prompt_ids",
-    "max_detokenize_ids",
-    "max_messages",
-    "max_parts",
-    "max_stops",
-    "max_stop_chars",
-)
-"""Settings that are counts."""
-
-
+PORT = Limits("a port from 0 to 65535", 0, 65535, is_whole=True)
+BODY_MIB = Limits("a finite number of MiB above 0", ABOVE_0)
+STOPS = Limits(f"an integer from 1 to {MAX_STOPS}", 1, MAX_STOPS, is_whole=True)
+DRAIN = Limits("a finite number of seconds, 0 or more", 0)
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
 """An origin in the form that browsers send and compare: in lower case, with nothing after the port.
 The origin of a file is ``null``."""
@@ -49,7 +48,7 @@ class ServerConfig(Settings):
     """
 
     host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(8000, "port to listen on; 0 chooses a free one")
+    port: int = setting(8000, "port to listen on; 0 chooses a free one", limits=PORT)
     log_requests: bool | None = setting(
         None,
         "write one line per request: method, path, status, tokens of the prompt, cached tokens, "
@@ -61,39 +60,50 @@ class ServerConfig(Settings):
     served_model_name: str | None = setting(
         None, "model name for clients; by default the name of the model directory"
     )
-    max_body_mib: float = setting(4.0, "maximum size of a request body, MiB")
-    body_timeout_s: float = setting(60.0, "seconds that a request body may take to arrive")
+    max_body_mib: float = setting(4.0, "maximum size of a request body, MiB", limits=BODY_MIB)
+    body_timeout_s: float = setting(
+        60.0, "seconds that a request body may take to arrive", limits=SECONDS
+    )
     header_timeout_s: float = setting(
         10.0,
         "seconds that the headers of a request may take to arrive, from the start "
         "of the connection or the end of the previous answer",
+        limits=SECONDS,
     )
     max_connections: int | None = setting(
         None,
         "connections that may be open at once; at the limit, idle ones are closed; "
         "by default as many as the system's limit of open files allows (ulimit -n)",
+        limits=COUNT,
     )
     max_values: int = setting(
         300_000,
         "values in the JSON of one body, counted by its commas, for bodies that may have token ids",
+        limits=COUNT,
     )
     max_names: int = setting(
         65_536,
         "names, lists and objects of one body, counted by its colons and brackets; "
         "for a chat also values, counted by its commas, and the arguments of its calls",
+        limits=COUNT,
     )
     max_prompt_ids: int = setting(
-        300_000, "token ids in the prompts of one body, and in an answer of /tokenize"
+        300_000, "token ids in the prompts of one body, and in an answer of /tokenize", limits=COUNT
     )
-    max_detokenize_ids: int = setting(262_144, "token ids in one request to /detokenize")
-    max_messages: int = setting(4096, "messages in one chat")
-    max_parts: int = setting(4096, "text parts in all messages of one chat")
-    max_stops: int = setting(MAX_STOPS, "stop strings, and stop token ids, in one request")
-    max_stop_chars: int = setting(1024, "characters in one stop string")
+    max_detokenize_ids: int = setting(
+        262_144, "token ids in one request to /detokenize", limits=COUNT
+    )
+    max_messages: int = setting(4096, "messages in one chat", limits=COUNT)
+    max_parts: int = setting(4096, "text parts in all messages of one chat", limits=COUNT)
+    max_stops: int = setting(
+        MAX_STOPS, "stop strings, and stop token ids, in one request", limits=STOPS
+    )
+    max_stop_chars: int = setting(1024, "characters in one stop string", limits=COUNT)
     default_max_tokens: int | None = setting(
         None,
         "maximum tokens of an answer to a chat without a limit; by default as many as "
         "the context permits",
+        limits=COUNT,
     )
     special_in_content: bool = setting(
         False,
@@ -122,38 +132,19 @@ class ServerConfig(Settings):
         "http://host:port, or *; by default only the server's own",
     )
     drain_s: float = setting(
-        30.0, "after SIGTERM, seconds that running requests may take to finish"
+        30.0, "after SIGTERM, seconds that running requests may take to finish", limits=DRAIN
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.host:
-            raise ValueError("--host must not be empty; 0.0.0.0 is all addresses of this machine.")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port {self.port} is not a port: choose one from 0 to 65535.")
-        if not 0 < self.max_body_mib < math.inf:
-            raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
-        for name in ("body_timeout_s", "header_timeout_s"):
-            if not 0 < (seconds := getattr(self, name)) < math.inf:
-                raise ValueError(f"{flag(name)} {seconds:g} must be finite and above 0.")
-        if self.max_connections is not None and self.max_connections < 1:
-            raise ValueError(f"--max-connections {self.max_connections} must be 1 or more.")
+            raise ConfigError("--host must not be empty; 0.0.0.0 is all addresses of this machine.")
         for origin in self.cors_origin:
             if not ORIGIN.fullmatch(origin):
-                raise ValueError(
+                raise ConfigError(
                     f"--cors-origin {origin!r} is not an origin: write it as https://host or "
                     "https://host:port, in lower case, without a path, or * for all."
                 )
-        if self.default_max_tokens is not None and self.default_max_tokens < 1:
-            raise ValueError(f"--default-max-tokens {self.default_max_tokens} must be 1 or more.")
-        for name in COUNTS:
-            if (count := getattr(self, name)) < 1:
-                raise ValueError(f"{flag(name)} {count} must be 1 or more.")
-        if self.max_stops > MAX_STOPS:
-            raise ValueError(
-                f"--max-stops {self.max_stops} is more than {MAX_STOPS}, the maximum of the engine."
-            )
-        if not 0 <= self.drain_s < math.inf:
-            raise ValueError(f"--drain-s {self.drain_s:g} must be finite and not negative.")
         self._keep_used()
 
 

@@ -176,7 +176,7 @@ async def _submit(engine: AsyncEngine) -> None:
 @pytest.mark.parametrize(
     "settings, error, sentence",
     [
-        ({"tp": 0}, ConfigError, "tp must be an integer of 1 or more, not 0"),
+        ({"tp": 0}, ConfigError, "tp must be an integer of 1 or more"),
         ({"tp": 2, "draft": "mtp"}, ConfigError, "--tp does not support the multi-token head"),
         ({"tp": 2, "graphs": "all"}, ConfigError, "--tp does not support graphs"),
         ({"tp": 2, "device": "cuda:0"}, ConfigError, "remove the number of cuda:0"),

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from engine.config import PluginConfig, check_mib, setting
+from engine.config import MIB_SIZE, PluginConfig, check_fields, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,16 @@ class DiagnosticsConfig(PluginConfig):
         64.0,
         "memory for sampled tokens of answers, which replace an answer that a "
         "client sends back, MiB; with 0 such answers are tokenized again",
+        limits=MIB_SIZE,
     )
     explain_mib: float = setting(
         64.0,
         "memory for earlier requests, to explain why a later one missed the cache, MiB",
+        limits=MIB_SIZE,
     )
 
     def __post_init__(self) -> None:
-        check_mib("replay_mib", self.replay_mib)
-        check_mib("explain_mib", self.explain_mib)
-        if self.volatile not in ("move", "drop"):
-            raise ValueError(f"--volatile must be move or drop, not {self.volatile!r}.")
+        check_fields(self)
         _ = self.pattern
 
     @property

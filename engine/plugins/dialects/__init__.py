@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import PluginConfig, check_mib, setting
+from engine.config import MIB_SIZE, PluginConfig, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,5 @@ class DialectsConfig(PluginConfig):
     responses_mib: float = setting(
         64.0,
         "memory for responses that a later request can continue (/v1/responses), MiB",
+        limits=MIB_SIZE,
     )
-
-    def __post_init__(self) -> None:
-        check_mib("responses_mib", self.responses_mib)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from engine.config import (
+    COUNT,
+    SECONDS,
     ConfigError,
     EngineConfig,
     PluginConfig,
-    check_positive_int,
-    check_seconds,
-    check_word,
+    check_fields,
     setting,
 )
 
@@ -34,15 +34,18 @@ class DisaggregationConfig(PluginConfig):
     )
     prefill: tuple[str, ...] = setting((), "with role decode: HOST:PORT of every prefill engine")
     fetch_above: int = setting(
-        256, "with role decode: prompts with fewer tokens that are not cached are computed here"
+        256,
+        "with role decode: prompts with fewer tokens that are not cached are computed here",
+        limits=COUNT,
     )
     transfer_timeout_s: float = setting(
         10.0,
         "with a role: seconds without a message after which the other engine is considered gone",
+        limits=SECONDS,
     )
 
     def __post_init__(self) -> None:
-        check_word("role", self.role, (None, "prefill", "decode"))
+        check_fields(self)
         needed = {"prefill": "transfer_at", "decode": "prefill"}
         for role, name in needed.items():
             if (self.role == role) != bool(getattr(self, name)):
@@ -50,8 +53,6 @@ class DisaggregationConfig(PluginConfig):
                 raise ConfigError(
                     f"--role {role} and {flag} HOST:PORT require each other: set both."
                 )
-        check_positive_int("fetch_above", self.fetch_above)
-        check_seconds("transfer_timeout_s", self.transfer_timeout_s)
         if not isinstance(self.prefill, tuple):
             raise ConfigError("prefill must be a tuple of addresses.")
         _ = self.addresses

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import PluginConfig, check_seconds, setting
+from engine.config import SECONDS, PluginConfig, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,5 @@ class GuidedConfig(PluginConfig):
         10.0,
         "seconds of background work for the grammar of one request, without 5 ms for each token "
         "of the answer; after them the request fails",
+        limits=SECONDS,
     )
-
-    def __post_init__(self) -> None:
-        check_seconds("grammar_budget_s", self.grammar_budget_s)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import PluginConfig, setting
+from engine.config import COUNT, ConfigError, PluginConfig, check_fields, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +17,13 @@ class ReplicasConfig(PluginConfig):
     title: ClassVar[str] = "replicas"
 
     replicas: int = setting(
-        1, "number of engines on Ray Serve, with one core each, behind one router"
+        1, "number of engines on Ray Serve, with one core each, behind one router", limits=COUNT
     )
     max_replicas: int | None = setting(
         None,
         "maximum number of engines on Ray Serve under load; one that is no longer needed finishes "
         "its requests and ends; by default always --replicas",
+        limits=COUNT,
     )
     ray: str | None = setting(
         None,
@@ -36,14 +37,13 @@ class ReplicasConfig(PluginConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ValueError(f"--replicas {self.replicas} must be 1 or more.")
+        check_fields(self)
         if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(
+            raise ConfigError(
                 f"--max-replicas {self.max_replicas} must not be below --replicas {self.replicas}."
             )
         if not self.is_used and (self.ray, self.router) != (None, "checkpoint"):
-            raise ValueError("--router and --ray need --replicas (2 or more) or --max-replicas.")
+            raise ConfigError("--router and --ray need --replicas (2 or more) or --max-replicas.")
 
     @property
     def is_used(self) -> bool:

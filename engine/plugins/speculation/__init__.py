@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ConfigError, DraftSizes, PluginConfig, check_mib, setting
+from engine.config import (
+    MIB_SIZE,
+    ConfigError,
+    DraftSizes,
+    PluginConfig,
+    check_fields,
+    setting,
+)
 
 DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 """Drafter -> (default, maximum) number of tokens drafted for a sequence in one step."""
@@ -28,10 +35,11 @@ class SpeculationConfig(PluginConfig):
         64.0,
         "with draft tree: host memory for the index of running and ended texts, 24 to 48 "
         "bytes per token, MiB; without a place in it, drafts of a text come from the cache only",
+        limits=MIB_SIZE,
     )
 
     def __post_init__(self) -> None:
-        check_mib("draft_index_mib", self.draft_index_mib)
+        check_fields(self)
         _ = self.drafters
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ConfigError, EngineConfig, PluginConfig, check_positive_int, setting
+from engine.config import COUNT, ConfigError, EngineConfig, PluginConfig, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +19,8 @@ class TensorParallelConfig(PluginConfig):
         1,
         "processes that compute the model together, each a part of every layer, and each on its "
         "own device if there are several",
+        limits=COUNT,
     )
-
-    def __post_init__(self) -> None:
-        check_positive_int("tp", self.tp)
 
     @property
     def num_ranks(self) -> int:

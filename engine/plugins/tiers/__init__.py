@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ConfigError, PluginConfig, check_gib, setting
+from engine.config import GIB_SIZE, ConfigError, PluginConfig, check_fields, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class TierConfig(PluginConfig):
         None,
         "host memory for entries that are evicted from the device, GiB; by default they are lost, "
         "or stay on disk (--state-dir)",
+        limits=GIB_SIZE,
     )
     state_dir: str | None = setting(
         None,
@@ -27,7 +28,9 @@ class TierConfig(PluginConfig):
         is_common=True,
     )
     disk_gib: float | None = setting(
-        None, "maximum size of --state-dir, GiB; by default 2.5 times device and host memory"
+        None,
+        "maximum size of --state-dir, GiB; by default 2.5 times device and host memory",
+        limits=GIB_SIZE,
     )
 
     @property
@@ -36,8 +39,7 @@ class TierConfig(PluginConfig):
         return self.state_dir
 
     def __post_init__(self) -> None:
-        check_gib("host_gib", self.host_gib)
-        check_gib("disk_gib", self.disk_gib)
+        check_fields(self)
         if self.disk_gib is not None and self.state_dir is None:
             raise ConfigError("disk_gib requires state_dir.")
         if self.state_dir == "":

@@ -701,11 +701,11 @@ def test_openapi_page_describes_bodies(live: Live) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_messages": 0}, "--max-messages 0 must be 1 or more"),
-        ({"max_stops": 65}, "--max-stops 65 is more than 64"),
-        ({"body_timeout_s": 0}, "--body-timeout-s 0 must be finite and above 0"),
-        ({"header_timeout_s": -1}, "--header-timeout-s -1 must be finite and above 0"),
-        ({"max_connections": 0}, "--max-connections 0 must be 1 or more"),
+        ({"max_messages": 0}, r"max_messages must be an integer of 1 or more \(got 0\)"),
+        ({"max_stops": 65}, "max_stops must be an integer from 1 to 64"),
+        ({"body_timeout_s": 0}, "body_timeout_s must be a number of seconds above 0"),
+        ({"header_timeout_s": -1}, "header_timeout_s must be a number of seconds above 0"),
+        ({"max_connections": 0}, "max_connections must be an integer of 1 or more"),
     ],
 )
 def test_bad_limits_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -439,11 +439,11 @@ def test_idle_server_logs_its_stop(
 
 def test_bad_settings_are_refused() -> None:
     for settings, message in (
-        ({"port": 70000}, "is not a port"),
+        ({"port": 70000}, "port must be a port from 0 to 65535"),
         ({"host": ""}, "--host must not be empty"),
         ({"max_body_mib": 0}, "above 0"),
         ({"max_body_mib": float("inf")}, "finite"),
-        ({"drain_s": -1}, "negative"),
+        ({"drain_s": -1}, "0 or more"),
         ({"drain_s": float("inf")}, "finite"),
     ):
         with pytest.raises(ValueError, match=message):

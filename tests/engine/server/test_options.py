@@ -48,7 +48,7 @@ def test_default_limit_of_a_chat_is_that_of_the_server(
         assert answer["choices"][0]["finish_reason"] == "length"
     answer = live.post("/v1/responses", {"input": "x"}).json()
     assert answer["usage"]["output_tokens"] <= 7
-    with pytest.raises(ValueError, match="--default-max-tokens 0 must be 1 or more"):
+    with pytest.raises(ValueError, match="default_max_tokens must be an integer of 1 or more"):
         ServerConfig(default_max_tokens=0)
 
 
