@@ -1,14 +1,11 @@
-"""Environment, hypothesis profiles and the choice of tests, for all tests.
+"""Environment, hypothesis profiles and test selection for the whole suite.
 
-Triton reads `TRITON_INTERPRET` when it is first imported, which may be by transformers: without a
-GPU it must interpret. With `KERNELS_ON_DEVICE=1`, as `make gpu` sets it, nothing may be
-interpreted.
-
-OpenMP's threads sleep while they wait: two processes with two threads each on two cores would spend
-most of their time spinning.
-
-The hypothesis profile is `quick` in `make test` and `long` in `make test-all`; HYPOTHESIS_PROFILE
-names another one: `thorough` for hours, `mutate` to ask only whether a test fails.
+- Triton reads `TRITON_INTERPRET` when it is first imported, possibly by transformers. It must be 1
+  without a GPU, and must not be 1 with `KERNELS_ON_DEVICE=1` (set by `make gpu`).
+- Waiting OpenMP threads sleep. Otherwise two processes with two threads each on two cores would
+  spend most of their time spinning.
+- The hypothesis profile is `quick` in `make test` and `long` in `make test-all`. HYPOTHESIS_PROFILE
+  selects another: `thorough` runs for hours, `mutate` does not shrink failing examples.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ pytest_plugins = ["tests.forked"]
 if os.environ.get("KERNELS_ON_DEVICE") == "1":
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise pytest.UsageError(
-            "KERNELS_ON_DEVICE forbids what TRITON_INTERPRET asks for: unset one of the two."
+            "KERNELS_ON_DEVICE=1 and TRITON_INTERPRET=1 exclude each other: unset one of them."
         )
 elif not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ["TRITON_INTERPRET"] = "1"
@@ -40,7 +37,7 @@ elif not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd")):
 # Read once, when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Every HTTP client of a test would read all root certificates, 25 ms each: they share them.
+# All HTTP clients share one context: each would take 25 ms to read the root certificates.
 ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
@@ -70,17 +67,17 @@ settings.load_profile(
 )
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-"""Not every Python has a build of torch: without it runs what needs none."""
+"""False if torch has no build for this Python; then only tests that do not need torch run."""
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Pass over folders whose fixtures need torch where there is none."""
+    """Ignore folders with fixtures that need torch if torch is not installed."""
     return True if not HAS_TORCH and selection.has_torch_fixtures(collection_path) else None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[Any]:
-    """Skip test files that import torch where there is none."""
+    """Skip test files that import torch if torch is not installed."""
     report = yield
     if not HAS_TORCH and report.failed and "No module named 'torch'" in str(report.longrepr):
         report.outcome, report.longrepr = "skipped", (str(collector.path), 0, "needs torch")
@@ -89,18 +86,18 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
-    """Skip tests that need torch at last where there is none."""
+    """Skip tests that fail because they import torch, if torch is not installed."""
     report = yield
-    said = ("No module named 'torch'", "torch is not installed")
+    messages = ("No module named 'torch'", "torch is not installed")
     if not HAS_TORCH and report.failed:
-        shown = f"{report.longreprtext}{report.capstdout}{report.capstderr}"
-        if any(text in shown for text in said):
+        output = f"{report.longreprtext}{report.capstdout}{report.capstderr}"
+        if any(message in output for message in messages):
             report.outcome, report.longrepr = "skipped", (str(item.path), 0, "needs torch")
     return report
 
 
 def pytest_collection_finish() -> None:
-    """Exempt what is imported from garbage collection, and collect less often: 5 % of the time."""
+    """Exclude imported objects from garbage collection and collect less often (saves 5 %)."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -108,16 +105,16 @@ def pytest_collection_finish() -> None:
 
 LEFT_OUT = pytest.StashKey[int]()
 HASHES = pytest.StashKey[dict[str, str]]()
-REMEMBERED = "hybridcache/sources"
-"""Key of the cache of pytest: hashes of the sources that the last green run has tested."""
+SOURCES_KEY = "hybridcache/sources"
+"""Key in pytest's cache: hashes of the sources that the last green run tested."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what `make test-all` alone runs."""
+    """Deselect the tests that run only in `make test-all`."""
     is_all = selection.level() == "all"
-    known = config.cache.get(REMEMBERED, {}) if getattr(config, "cache", None) else {}
-    chosen = selection.Selection(known)
+    tested = config.cache.get(SOURCES_KEY, {}) if getattr(config, "cache", None) else {}
+    chosen = selection.Selection(tested)
     is_picked = any("::" in argument for argument in config.args)
     kept = items if is_picked else chosen.choose(items)
     for item in items if not is_all else ():
@@ -132,21 +129,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Remember the sources that were tested, if all went well and nothing was picked by hand."""
+    """Save the hashes of the tested sources, if all tests passed and none was picked by hand."""
     config = session.config
-    if hasattr(config, "workerinput"):  # of pytest-xdist: it does not know how the others fared
+    if hasattr(config, "workerinput"):  # a pytest-xdist worker has no results of other workers
         return
-    asked = (getattr(config.option, name, None) for name in ("keyword", "markexpr", "lf", "ff"))
-    picked = any(asked)
-    if exitstatus == 0 and not picked and getattr(config, "cache", None) is not None:
-        known = config.cache.get(REMEMBERED, {})
-        config.cache.set(REMEMBERED, known | config.stash.get(HASHES, {}))
+    filters = (getattr(config.option, name, None) for name in ("keyword", "markexpr", "lf", "ff"))
+    is_picked = any(filters)
+    if exitstatus == 0 and not is_picked and getattr(config, "cache", None) is not None:
+        tested = config.cache.get(SOURCES_KEY, {})
+        config.cache.set(SOURCES_KEY, tested | config.stash.get(HASHES, {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say in one line how much of the suite this was."""
+    """Print how many test cases were deselected."""
     left_out = config.stash.get(LEFT_OUT, 0)
     if left_out:
         terminalreporter.write_line(
-            f"A representative part of the suite; `make test-all` runs {left_out:,} cases more."
+            f"This was a representative part; `make test-all` runs {left_out:,} more cases."
         )

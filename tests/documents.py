@@ -1,22 +1,22 @@
-"""Documents as tests: read the code blocks of a Markdown page, run them, and check its links.
+"""Tests of Markdown pages: run the code blocks of a page and check its links.
 
-A page is run from top to bottom in an empty folder. The language of a block decides:
+The blocks of a page run from top to bottom in an empty folder, depending on their language:
 
-- ``python`` with prompts (``>>>``) is a doctest; its output must be the output shown.
-- ``python`` whose first line is a comment with a file name, as in ``# mine.py``, becomes that file.
-- other ``python`` is executed. All Python blocks of a page share one namespace.
-- ``console``: each line after ``$`` is a ``hybridcache`` or ``engine`` command, run in this
-  process; its output must be the output shown, where ``...`` stands for any text.
-- ``sh``: the flags of each ``hybridcache`` and ``engine`` command exist, as do the targets of
-  ``make``, the extras of ``pip install`` and the scripts of ``python``. A ``curl`` command to the
-  server of the pages is sent, as curl would send it; the answer must be 200.
+- ``python`` with prompts (``>>>``) is a doctest: its output must match the page.
+- ``python`` that starts with a comment such as ``# mine.py`` is written to that file.
+- Other ``python`` is executed. All Python blocks of a page share one namespace.
+- ``console``: each line after ``$`` is a ``hybridcache`` or ``engine`` command. It runs in this
+  process, and its output must match the page. ``...`` matches any text.
+- ``sh``: all flags of ``hybridcache`` and ``engine`` commands must exist, and so must targets of
+  ``make``, extras of ``pip install`` and scripts of ``python``. A ``curl`` command to the server of
+  the pages is sent as curl would send it, and must be answered with 200.
 
 A block may be indented, as in a list.
 
-An HTML comment on the line before a block changes that: ``<!-- file: NAME -->`` writes the block to
-a file, ``<!-- not run: REASON -->`` leaves it out.
+An HTML comment on the line before a block overrides this: ``<!-- file: NAME -->`` writes the block
+to a file, ``<!-- not run: REASON -->`` skips it.
 
-After a change that is meant to change figures, ``python -m tests.documents PAGE`` writes them.
+``python -m tests.documents PAGE`` updates the outputs of a page after an intended change.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hybridcache.lab.cli import main as hybridcache
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"engine": engine, "hybridcache": hybridcache}
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = "http://127.0.0.1:8000"
-"""Address of a server in the pages; tests replace it by that of a running one."""
+"""Server address in the pages. Tests replace it by the address of a running server."""
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 _FENCE = re.compile(
@@ -64,7 +64,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Yield the fenced blocks of ``page`` that name a language, in order."""
+    """Yield the fenced blocks of ``page`` that have a language, in order."""
     content = page.read_text()
     for found in _FENCE.finditer(content):
         line = content.count("\n", 0, found.start("text"))
@@ -73,7 +73,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def needs_server(page: Path) -> bool:
-    """Return whether a block that runs speaks to a server."""
+    """Return whether a block of ``page`` sends a request to a server."""
     return any(
         SERVER in block.text
         and not block.note
@@ -83,25 +83,28 @@ def needs_server(page: Path) -> bool:
 
 
 Corrections = list[tuple[str, str]]
-"""Pairs of an output that a page shows and the output that was seen."""
+"""Pairs of the output on a page and the actual output."""
 
 
 def run(
     page: Path, folder: Path, server: str | None = None, corrections: Corrections | None = None
 ) -> int:
-    """Run the blocks of ``page`` in ``folder``, which is the working directory and importable.
-    Return how many ran. Raises AssertionError, with page and line, for the first that fails; a
-    wrong output is added to ``corrections`` instead, if they are given."""
+    """Run the blocks of ``page`` and return how many ran.
+
+    ``folder`` is the working directory, and its modules are importable. Raises AssertionError, with
+    page and line, for the first block that fails. With ``corrections``, wrong outputs are added to
+    them instead.
+    """
     namespace: dict[str, Any] = {"__name__": "page"}
     num_run = 0
-    known = set(sys.modules)
+    modules_before = set(sys.modules)
     try:
         for block in blocks(page):
             where = f"{page.relative_to(ROOT)}, line {block.line + 1}"
             text = block.text if server is None else block.text.replace(SERVER, server)
             kind, _, value = block.note.partition(":")
             if kind == "not run":
-                assert value.strip(), f"{where}: a block that is not run needs a reason"
+                assert value.strip(), f"{where}: a block marked 'not run' needs a reason"
                 continue
             if corrections is not None and server is None and SERVER in text:
                 continue  # its output is not on the page
@@ -118,7 +121,7 @@ def run(
                 continue
             num_run += 1
     finally:
-        for name in set(sys.modules) - known:
+        for name in set(sys.modules) - modules_before:
             source = getattr(sys.modules[name], "__file__", None) or ""
             if source.startswith(str(folder)):
                 del sys.modules[name]
@@ -126,7 +129,7 @@ def run(
 
 
 class _Runner(doctest.DocTestRunner):
-    """Runner that collects outputs that differ from those shown."""
+    """Doctest runner that collects outputs that differ from the page."""
 
     def __init__(self) -> None:
         super().__init__(optionflags=OPTIONS)
@@ -168,11 +171,11 @@ def _run_console(text: str, where: str, corrections: Corrections | None) -> None
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, expected = part.replace("\\\n", " ").partition("\n")
         words = shlex.split(command, comments=True)
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown):
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout):
             code = COMMANDS[words[0]](words[1:])
-        got = shown.getvalue()
-        assert code == 0, f"{where}: {command} ended with {code}"
+        got = stdout.getvalue()
+        assert code == 0, f"{where}: {command} returned exit code {code}"
         if doctest.OutputChecker().check_output(expected, got, OPTIONS):
             continue
         assert corrections is not None, f"{where}: {command}\nexpected:\n{expected}\ngot:\n{got}"
@@ -180,21 +183,23 @@ def _run_console(text: str, where: str, corrections: Corrections | None) -> None
 
 
 def corrected(expected: str, got: str) -> str:
-    """Return ``got`` with as much of it left out as ``expected`` leaves out at its end and start.
-    Raises ValueError if ``expected`` leaves out text elsewhere."""
+    """Return ``got`` with the same ellipses at its start and end as ``expected``.
+
+    Raises ValueError if ``expected`` has an ellipsis elsewhere.
+    """
     shown, lines = expected.splitlines(), got.splitlines()
     tail = shown[-1:] == ["..."]
     head = shown[:1] == ["..."]
     kept = shown[head : len(shown) - tail]
     if any("..." in line for line in kept) or (head and tail and kept[0] not in lines):
-        raise ValueError(f"Correct this output by hand; it is now:\n{got}")
+        raise ValueError(f"Correct this output by hand. The new output is:\n{got}")
     first = 0 if not head else lines.index(kept[0]) if tail else len(lines) - len(kept)
     lines = lines[first : first + len(kept)] if head or tail else lines
     return "\n".join([*["..."] * head, *lines, *["..."] * tail]) + "\n"
 
 
 def update(page: Path) -> int:
-    """Write the outputs seen now into ``page``. Return how many changed."""
+    """Write the actual outputs into ``page``. Return how many changed."""
     corrections: Corrections = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         sys.path.insert(0, folder)
@@ -234,25 +239,29 @@ def _check_commands(text: str, where: str, server: str | None = None) -> None:
             name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
             assert (ROOT / name).exists(), f"{where}: there is no {name}"
         else:
-            assert words[0] in ("cd", "git", "ray", "export"), f"{where}: {words[0]}?"
+            supported = ("cd", "git", "ray", "export")
+            assert words[0] in supported, f"{where}: the command {words[0]!r} cannot be checked"
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """Yield the words of each command; a quoted word may have several lines."""
+    """Yield the words of each command. A quoted word may span several lines."""
     command = ""
     for line in text.replace("\\\n", " ").splitlines():
         command += line
         try:
             yield shlex.split(command, comments=True)
             command = ""
-        except ValueError:  # a quotation that is still open
+        except ValueError:  # the quotation continues on the next line
             command += "\n"
-    assert not command, f"a quotation is never closed: {command}"
+    assert not command, f"unclosed quotation: {command}"
 
 
 def _run_curl(words: list[str], where: str, server: str | None) -> None:
-    """Send the request of a ``curl`` command if it goes to ``server``; its options must be known
-    here in any case. As with curl, a body without a header for its type is a form."""
+    """Send the request of a ``curl`` command if its address is on ``server``.
+
+    Only a few options of curl are supported. As in curl, a body without a content type is sent as a
+    form.
+    """
     method, body, headers, urls = None, None, {}, []
     rest = iter(words)
     for word in rest:
@@ -264,7 +273,7 @@ def _run_curl(words: list[str], where: str, server: str | None) -> None:
         elif word == "-X":
             method = next(rest)
         elif word not in ("-s", "-N"):
-            assert not word.startswith("-"), f"{where}: an option of curl that is not known: {word}"
+            assert not word.startswith("-"), f"{where}: unsupported option of curl: {word}"
             urls.append(word)
     [url] = urls
     if server is None or not url.startswith(server):
@@ -277,15 +286,15 @@ def _run_curl(words: list[str], where: str, server: str | None) -> None:
 
 
 def _check_flags(words: list[str], where: str) -> None:
-    """Check that the flags of one command are among those that its ``--help`` shows."""
+    """Check that the ``--help`` of a command lists all of the flags."""
     flags = {word.partition("=")[0] for word in words if word.startswith("--")}
     depth = 3 if words[:2] == ["hybridcache", "trace"] else 2
     verb = [word for word in words[1:depth] if not word.startswith("--")]
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout), pytest.raises(SystemExit) as exited:
         COMMANDS[words[0]]([*verb, "--help"])
-    assert ended.value.code == 0, f"{where}: there is no {' '.join(words[:depth])}"
-    unknown = flags - set(re.findall(r"--[a-z0-9-]+", shown.getvalue()))
+    assert exited.value.code == 0, f"{where}: there is no {' '.join(words[:depth])}"
+    unknown = flags - set(re.findall(r"--[a-z0-9-]+", stdout.getvalue()))
     assert not unknown, f"{where}: {' '.join(words[:depth])} has no {', '.join(sorted(unknown))}"
 
 
@@ -308,8 +317,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """Return the links of ``page`` that lead to no file or heading of the repository, and the
-    paths in code font that name a missing file."""
+    """Return the links and the paths in code font with a missing file or heading as target."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     targets += re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
@@ -319,7 +327,7 @@ def broken_links(page: Path) -> list[str]:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if file.parent == ROOT / "docs" / "examples":  # copied there when the site is built
+        if file.parent == ROOT / "docs" / "examples":  # the site's build copies examples there
             file = ROOT / "examples" / file.name
         if not file.exists() or (anchor and anchor not in anchors(file)):
             broken.append(target)

@@ -1,9 +1,8 @@
-"""Share the tests of one run among processes that are forked after collection.
+"""Pytest plugin that distributes tests over processes forked after collection.
 
-``pytest --processes 3`` imports and collects once and forks then. pytest-xdist would do both in
-every process: 15 s of processor time each. A process takes one scope after another
-(`selection.scope_of`), so that a file's fixtures are built once, and sends its reports to the
-parent, which prints them.
+``pytest --processes 3`` imports and collects once, then forks. pytest-xdist would import and
+collect in every process, 15 s of CPU time each. A process runs one scope (`selection.scope_of`) at
+a time, so the fixtures of a file are built once. It sends its reports to the parent.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tests import selection
 
 FORK = multiprocessing.get_context("fork")
 PATIENCE_S = 10
-"""Time that processes have to finish their tests and fixtures when the run is interrupted."""
+"""Seconds in which processes must finish their tests and fixtures after an interrupt."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,25 +35,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="run the tests in N processes, which are forked after collection",
+        help="run the tests in N processes forked after collection",
     )
 
 
 def count(config: pytest.Config) -> int:
-    """Return the number of processes; 1 if the tests run in pytest's own."""
+    """Return the number of processes, or 1 if the tests run in the main process."""
     return 1 if config.getoption("usepdb") else config.getoption("processes")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let first run what must not end the run alone."""
+    """Sort long scopes to the front, so that no process runs one at the end while others idle."""
     if count(config) > 1:
         items.sort(key=selection.rank)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """Run all items. Left to pytest if one process is enough or collection failed."""
+    """Run all items. Return None, so that pytest runs them, for one process or failed
+    collection."""
     config = session.config
     if count(config) < 2 or session.testsfailed or config.option.collectonly:
         return None
@@ -63,12 +63,12 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 
 
 class _Run:
-    """A run in several processes, seen from the parent."""
+    """Parent's side of a run in several processes."""
 
     def __init__(self, session: pytest.Session) -> None:
         self.session = session
         self.stop = mmap.mmap(-1, 1)
-        """One byte in shared memory: 1 if processes must not begin another test."""
+        """One byte in shared memory: 1 if processes must not start another test."""
         scopes: dict[str, list[int]] = {}
         for number, item in enumerate(session.items):
             scopes.setdefault(selection.scope_of(item.nodeid), []).append(number)
@@ -105,7 +105,7 @@ class _Run:
         self.workers[ours] = _Worker(process)
 
     def _receive(self, connection: Connection) -> None:
-        """Handle one message of a process, or its end."""
+        """Process one message of a worker, or its exit."""
         worker = self.workers[connection]
         try:
             kind, content = connection.recv()
@@ -135,12 +135,13 @@ class _Run:
             self.stop[0] = 1
 
     def _replace(self, worker: _Worker) -> None:
-        """Fail the test that a process died in, or after, and run its other tests in a new one."""
+        """Report the last test of a dead process as failed, and run its other tests in a new
+        process."""
         if worker.assigned:
             worker.last = worker.assigned.popleft()
         item = self.session.items[worker.last]
-        said = f"The process of this test ended with exit code {worker.process.exitcode}."
-        report = pytest.TestReport(item.nodeid, item.location, {}, "failed", said, "call")
+        message = f"The process of this test ended with exit code {worker.process.exitcode}."
+        report = pytest.TestReport(item.nodeid, item.location, {}, "failed", message, "call")
         self.session.config.hook.pytest_runtest_logreport(report=report)
         if worker.assigned:
             self.waiting.appendleft(list(worker.assigned))
@@ -149,14 +150,14 @@ class _Run:
 
 
 class _Worker:
-    """A process, seen from the parent."""
+    """Parent's record of one process."""
 
     def __init__(self, process: Any) -> None:
         self.process = process
         self.assigned: deque[int] = deque()
-        """Numbers of the items that it has been given and has not reported, in their order."""
+        """Numbers of the assigned items without a report, in order."""
         self.last = 0
-        """Number of the item that it has reported last."""
+        """Number of the last reported item."""
 
 
 def _serve(
@@ -166,12 +167,12 @@ def _serve(
     stop: mmap.mmap,
     others: list[Connection],
 ) -> None:
-    """Run scopes until there are no more: the main function of a process."""
-    for other in others:  # so that the end of this process or of the parent is noticed
+    """Run scopes until none is left. Main function of a process."""
+    for other in others:  # an open copy would hide the exit of this process or of the parent
         other.close()
     config = session.config
     capture = config.pluginmanager.getplugin("capturemanager")
-    if capture is not None:  # files that are shared with the parent share its position, too
+    if capture is not None:  # files inherited from the parent share its file position
         capture.stop_global_capturing()
         capture.start_global_capturing()
         capture.suspend_global_capture()
@@ -206,7 +207,7 @@ def _numbers(connection: Connection) -> Iterator[int]:
 
 
 class _Sender:
-    """Plugin that sends to the parent what the terminal and other reporters must know."""
+    """Plugin that sends reports and warnings to the parent."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -226,9 +227,9 @@ class _Sender:
     ) -> None:
         if not self.is_registered:  # pytest repeats earlier warnings for a new plugin
             return
-        said = warning_message
+        warning = warning_message
         plain = warnings.WarningMessage(
-            str(said.message), said.category, said.filename, said.lineno
+            str(warning.message), warning.category, warning.filename, warning.lineno
         )
         content = {
             "warning_message": plain,

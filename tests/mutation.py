@@ -1,16 +1,16 @@
-"""Mutate the cache, the scheduler and the lease with mutmut; fail if an unlisted mutant survives.
+"""Mutation tests of the cache, the scheduler and the lease; fail if an unlisted mutant survives.
 
 python -m tests.mutation [FILE ...]      or `make mutate MUTANTS=FILE`
 
-mutmut changes one expression at a time, in a copy of the tree, and runs the tests that reach it.
-Each file has a copy of its own below ``out/mutation``, so that only its functions are slowed down
-by mutmut, and a run that is interrupted continues where it stopped. Delete a copy to start afresh.
+mutmut changes one expression at a time, in a copy of the repository, and runs the tests that
+execute it. Each file has a separate copy in ``out/mutation``, so that mutmut slows down only the
+functions of that file. An interrupted run continues in its copy; delete the copy to start again.
 
-Mutants that no test can tell from the original are listed in ``equivalent_mutants.txt``, by
-function and changed lines: a block of the function's name, the lines of the diff, and a reason. A
-change of one of these lines makes the entry void.
+Equivalent mutants, which no test can detect, are listed in ``equivalent_mutants.txt``. An entry is
+the name of the function, the lines of the diff, and a reason. It is void after a change of one of
+these lines.
 
-This module is also the plugin of pytest that stops a test of a mutant that does not end.
+This module is also a pytest plugin that stops tests of mutants that loop forever.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 
 
 class Group(NamedTuple):
-    """Files that are mutated, and the tests that must notice."""
+    """Files to mutate, and the tests that must detect the mutants."""
 
     mutated: tuple[str, ...]
     tests: tuple[str, ...]
@@ -75,7 +75,7 @@ GROUPS = {
             "tests/engine/test_fairness.py",
         ),
     ),
-    # A file's last group counts: these need no other tests, and take a minute instead of ten.
+    # A file's last group counts. These files need only one test file: a minute instead of ten.
     "near": Group(
         (
             "hybridcache/allocators/base.py",
@@ -86,9 +86,9 @@ GROUPS = {
     ),
 }
 NOT_MUTATED = ("*/radix/check.py",)
-"""Checks, which only tests call."""
+"""Checks that only tests call."""
 SLOW = ("test_remembered", "test_second_sighting", "gathered_is_weighed")
-"""Tests that find nothing here that others do not, in much more time."""
+"""Slow tests that detect no mutant that other tests do not detect."""
 CONFIG = """
 [tool.mutmut]
 source_paths = ["hybridcache", "engine"]
@@ -103,7 +103,7 @@ KILLED = ("killed", "timeout", "caught by type check", "segfault")
 
 
 class Mutant(NamedTuple):
-    """A change that the tests did not notice."""
+    """A change of the source that no test detected."""
 
     function: str
     changes: tuple[str, ...]
@@ -114,7 +114,7 @@ class Mutant(NamedTuple):
 
 
 def files_of(group: Group) -> list[str]:
-    """Return the files that are mutated, the smallest first."""
+    """Return the files to mutate, smallest first."""
     files = [file for pattern in group.mutated for file in ROOT.glob(pattern)]
     wanted = [file for file in files if file.suffix == ".py" and file.stem != "__init__"]
     names = [file.relative_to(ROOT) for file in sorted(wanted, key=lambda f: f.stat().st_size)]
@@ -122,7 +122,7 @@ def files_of(group: Group) -> list[str]:
 
 
 def prepare(file: str, tests: Sequence[str], work: Path) -> None:
-    """Copy the tree, with mutmut's settings, to ``work``; earlier results stay."""
+    """Copy the repository, with mutmut's settings, to ``work``. Keeps earlier results."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
@@ -140,7 +140,7 @@ def prepare(file: str, tests: Sequence[str], work: Path) -> None:
 
 
 def mutmut(work: Path, *arguments: str, **options: object) -> str:
-    """Run mutmut in the copy, and return what it printed."""
+    """Run mutmut in the copy and return its output."""
     environment = {"HYPOTHESIS_PROFILE": "mutate", "OMP_NUM_THREADS": "1"}
     paths = [Path(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     kept = os.pathsep.join(str(path.resolve()) for path in paths if path.resolve() != ROOT)
@@ -156,13 +156,13 @@ def mutmut(work: Path, *arguments: str, **options: object) -> str:
 
 
 def outcomes(work: Path) -> dict[str, str]:
-    """Return what became of each mutant, by mutmut's name for it."""
+    """Map the names of the mutants to their outcomes."""
     found = re.findall(r"^\s+(\S+): (.+)$", mutmut(work, "results", "--all", "true"), re.M)
     return {name: status for name, status in found if status != "not checked"}
 
 
 def mutant(work: Path, name: str) -> Mutant:
-    """Return a mutant by mutmut's name for it, which is a number in its function."""
+    """Return the mutant that mutmut calls ``name``."""
     shown = mutmut(work, "show", name).splitlines()
     changed = [line for line in shown if re.match(r"[-+](?![-+]{2} )", line)]
     function = re.sub(r"__mutmut_\d+$", "", name)
@@ -171,7 +171,7 @@ def mutant(work: Path, name: str) -> Mutant:
 
 
 def listed(text: str) -> Iterator[Mutant]:
-    """Yield the mutants of a list: blocks of a function, the diff and a reason."""
+    """Parse a list of mutants: blocks of a function name, a diff and a reason."""
     for block in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in block.splitlines() if line.strip()[:1] not in ("", "#")]
         if lines:
@@ -179,7 +179,7 @@ def listed(text: str) -> Iterator[Mutant]:
 
 
 def try_file(file: str, tests: Sequence[str], processes: int) -> int:
-    """Mutate one file; return how many mutants survive that are not listed."""
+    """Mutate one file. Return the number of survivors that are not listed."""
     work = ROOT / "out" / "mutation" / file.removesuffix(".py").replace("/", ".")
     prepare(file, tests, work)
     mutmut(work, "run", "--max-children", str(processes), capture_output=False)
@@ -194,7 +194,7 @@ def try_file(file: str, tests: Sequence[str], processes: int) -> int:
     num_equivalent = len(survivors) - len(unlisted)
     print(f"\n{file}: {len(found)} mutants: {shown}; {num_equivalent} are listed as equivalent.")
     if not found:
-        print("Nothing was tried: what mutmut printed above says why.")
+        print("No mutant was tried; see the output of mutmut above.")
         return 1
     return len(unlisted)
 
@@ -207,20 +207,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.files) - set(tests))
     if unknown:
-        parser.error(f"{', '.join(unknown)} is not mutated; these are: {', '.join(tests)}.")
+        parser.error(f"{', '.join(unknown)} cannot be mutated; choose from {', '.join(tests)}.")
     files = options.files or list(tests)
     unlisted = sum(try_file(file, tests[file], options.processes) for file in files)
     if unlisted:
-        print(f"{unlisted} mutants survive that {EQUIVALENT.name} does not list.")
+        print(f"{unlisted} mutants survive that are not listed in {EQUIVALENT.name}.")
     return 1 if unlisted else 0
 
 
 # --- The plugin ---------------------------------------------------------------------------------
 
 CPU_SECONDS = 5.0
-"""Least processor time that a test of a mutant may take."""
+"""Lower bound of the CPU time limit of a test with a mutant."""
 CPU_FACTOR = 5.0
-"""That many times its duration without a mutant, if that is more."""
+"""CPU time limit of a test with a mutant, as a multiple of its usual duration."""
 DURATIONS = pytest.StashKey[dict[str, float]]()
 
 
@@ -229,7 +229,7 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Read the durations that mutmut measured, if it has."""
+    """Read the durations measured by mutmut, if there are any."""
     stats = Path("mutmut-stats.json")
     known = json.loads(stats.read_text()) if stats.is_file() else {}
     config.stash[DURATIONS] = known.get("duration_by_test", {})
@@ -238,7 +238,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Limit the processor time of a test; elapsed time would depend on what else runs."""
+    """Limit the CPU time of a test. Wall time would depend on the load of the machine."""
     usual = item.config.stash[DURATIONS].get(item.nodeid)
     if usual is not None:
         signal.setitimer(signal.ITIMER_PROF, max(CPU_SECONDS, CPU_FACTOR * usual))

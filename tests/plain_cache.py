@@ -1,10 +1,8 @@
-"""PlainCache: the same cache as ``HybridRadixCache`` with LRU, as plainly as it can be written; its
-twin in tests.
+"""Reference implementation of ``HybridRadixCache`` with LRU, as plain as possible.
 
-No tree: a list of pieces, each of which knows its whole prefix. Every question is answered by
-looking at all of them, every use stamps its whole path, "superseded" and "may go" are worked out
-from their definitions each time. O(everything). The two must agree in every answer, every row and
-every slot.
+There is no tree, only a list of pieces with their whole prefixes. Every query scans the list, every
+use updates the whole path, and "superseded" and "evictable" are computed from their definitions.
+Both caches must agree in every result, row and slot.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ class Piece:
     prefix: Ids
     start: int
     rows: list[int] | None
-    """None: a ghost."""
+    """KV rows, or None if the piece is a ghost."""
     last_used: int
     serial: int
     uses: int = 0
@@ -57,13 +55,13 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """Position behind its last token."""
+        """Position after the last token."""
         return len(self.prefix)
 
 
 @dataclass(frozen=True)
 class PlainMatch:
-    """The part of a ``PrefixMatch`` that can be compared."""
+    """Comparable fields of a ``PrefixMatch``."""
 
     cached_len: int
     kv_match_len: int
@@ -71,11 +69,11 @@ class PlainMatch:
     slot: int | None
     losses: Losses
     missed_len: int
-    """Position of the evicted checkpoint that would have been used; 0: none."""
+    """Position of the deepest usable evicted checkpoint, or 0 if there is none."""
 
 
 class PlainCache:
-    """See the module. ``dead_first`` and ``demote_superseded`` as in ``CacheConfig``."""
+    """Reference cache. ``dead_first`` and ``demote_superseded`` as in ``CacheConfig``."""
 
     def __init__(
         self,
@@ -101,13 +99,12 @@ class PlainCache:
         self.now = 0
         self.num_items = 0
         self.chosen: list[Victim] = []
-        """Everything that was evicted, in order."""
+        """Evicted items, in order."""
         self.script: list[Victim] | None = None
-        """What to evict instead of LRU's choice: another policy's, each checked to be one that may
-        go."""
+        """Victims of another policy, which replace those of LRU. Each must be evictable."""
 
     def rows_moved(self, move: Move) -> int:
-        """A slab of the arena was emptied: look at every row of every piece."""
+        """Rename the rows of an emptied slab of the arena. Scans every row of every piece."""
         num_moved = 0
         new_rows = dict(zip(move.src.tolist(), move.dst.tolist(), strict=True))
         for piece in self.pieces:
@@ -119,7 +116,7 @@ class PlainCache:
         return num_moved
 
     def _shared(self, piece: Piece, ids: Ids) -> int:
-        """Leading tokens that ``piece``'s prefix and ``ids`` have in common, whole pages."""
+        """Return the length of the common prefix of ``piece`` and ``ids``, in whole pages."""
         length = 0
         for ours, theirs in zip(piece.prefix, ids, strict=False):
             if ours != theirs:
@@ -128,12 +125,12 @@ class PlainCache:
         return length - length % self.page_size
 
     def _path(self, ids: Ids, namespace: Hashable) -> list[Piece]:
-        """Pieces that ``ids`` has whole, from the root down."""
+        """Return the pieces that are prefixes of ``ids``, from the root down."""
         whole = [p for p in self.pieces if p.namespace == namespace and p.prefix == ids[: p.end]]
         return sorted(whole, key=lambda p: p.end)
 
     def _children(self, piece: Piece) -> list[Piece]:
-        """Resident pieces that begin where ``piece`` ends."""
+        """Return the resident pieces that continue ``piece``."""
         return [
             p
             for p in self.pieces
@@ -144,7 +141,7 @@ class PlainCache:
         ]
 
     def is_superseded(self, piece: Piece) -> bool:
-        """A deeper checkpoint stands on the unforked path below."""
+        """Return whether the unforked path below has a deeper checkpoint."""
         below = self._children(piece)
         while len(below) == 1:
             if below[0].state is not None:
@@ -153,7 +150,7 @@ class PlainCache:
         return False
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PlainMatch:
-        """As ``PrefixCache.match``, by looking at every piece. O(pieces * tokens)."""
+        """See ``PrefixCache.match``. Scans every piece: O(pieces * tokens)."""
         ids = tuple(tokens.tolist())
         n = len(ids)
         ours = [p for p in self.pieces if p.namespace == namespace]
@@ -178,7 +175,7 @@ class PlainCache:
         return PlainMatch(cached_len, kv_match_len, seen_len, slot, losses, max(lost, default=0))
 
     def gather(self, tokens: Tokens, length: int, namespace: Hashable) -> list[int]:
-        """Rows of the first ``length`` tokens, all resident."""
+        """Return the rows of the first ``length`` tokens, which must be resident."""
         ids = tuple(tokens[:length].tolist())
         rows: list[int] = []
         for piece in self._path(ids, namespace):
@@ -187,8 +184,8 @@ class PlainCache:
         return rows
 
     def touch(self, tokens: Tokens, cached_len: int, namespace: Hashable) -> None:
-        """A use of the first ``cached_len`` tokens: all KV on the path, and the one state at its
-        end."""
+        """Count a use of the first ``cached_len`` tokens: of all KV on the path and of the state at
+        its end."""
         self.now += 1
         path = self._path(tuple(tokens[:cached_len].tolist()), namespace)
         for piece in path:
@@ -199,7 +196,7 @@ class PlainCache:
             path[-1].state.uses += 1
 
     def piece_at(self, tokens: Tokens, length: int, namespace: Hashable) -> Piece:
-        """The piece that ends at ``tokens[:length]``."""
+        """Return the piece that ends at ``tokens[:length]``."""
         return self._path(tuple(tokens[:length].tolist()), namespace)[-1]
 
     def _serial(self) -> int:
@@ -207,7 +204,7 @@ class PlainCache:
         return self.num_items - 1
 
     def _cut(self, ids: Ids, namespace: Hashable) -> None:
-        """Make a piece end at ``ids`` if one goes through it."""
+        """Split the piece that contains the end of ``ids``, if there is one."""
         for piece in self.pieces:
             inside = piece.start < len(ids) < piece.end
             if inside and piece.namespace == namespace and piece.prefix[: len(ids)] == ids:
@@ -228,7 +225,7 @@ class PlainCache:
         namespace: Hashable,
         owned_from: int,
     ) -> tuple[list[int], set[int]]:
-        """(duplicates, rejected slots)."""
+        """Return (duplicate rows, rejected slots)."""
         n = len(tokens) - len(tokens) % self.page_size
         ids = tuple(tokens[:n].tolist())
         kv_match_len = min(self.match(tokens[:n], namespace).kv_match_len, n)
@@ -263,7 +260,7 @@ class PlainCache:
         return kv_indices[owned_from:kv_match_len].tolist(), rejected
 
     def candidates(self, kind: Kind | None) -> list[tuple[int, int, int, Kind, Piece]]:
-        """(tier, last use, serial, kind, piece) of everything that may go."""
+        """Return (priority class, last use, serial, kind, piece) of every evictable item."""
         found: list[tuple[int, int, int, Kind, Piece]] = []
         for piece in self.pieces:
             if piece.rows is None or piece.locks:
@@ -279,7 +276,8 @@ class PlainCache:
         return found
 
     def evict_one(self, kind: Kind | None) -> bool:
-        """Let the first in line go, or the next of ``script``; False if nothing may."""
+        """Evict the first candidate, or the next of ``script``. Return False if there is no
+        candidate."""
         candidates = self.candidates(kind)
         if not candidates:
             return False
@@ -287,28 +285,28 @@ class PlainCache:
         if self.script is not None:
             victim = self.script.pop(0)
             named = [c for c in candidates if (c[3], c[4].namespace, c[4].prefix) == victim]
-            assert named, f"{victim} may not go"
-            assert named[0][0] == first[0], f"{victim} is of tier {named[0][0]}, not {first[0]}"
+            assert named, f"{victim} is not evictable"
+            assert named[0][0] == first[0], f"{victim} is of class {named[0][0]}, not {first[0]}"
             first = named[0]
         self.chosen.append((first[3], first[4].namespace, first[4].prefix))
         self.drop(first[3], first[4])
         return True
 
     def _locked_path(self, piece: Piece) -> bool:
-        """``piece`` is locked, or a locked one is below it."""
+        """Return whether ``piece`` or a piece below it is locked."""
         return any(
             p.locks and p.namespace == piece.namespace and p.prefix[: piece.end] == piece.prefix
             for p in self.pieces
         )
 
     def _evictable(self) -> tuple[int, int]:
-        """(tokens, slots) that are under no lock."""
+        """Return the numbers of tokens and slots without a lock."""
         free = [p for p in self.pieces if p.rows is not None and not self._locked_path(p)]
         slots = sum(p.state is not None and not p.locks for p in self.pieces)
         return sum(p.end - p.start for p in free), slots
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """As ``PrefixCache.allocate_kv``: nothing is evicted where not enough could be."""
+        """See ``PrefixCache.allocate_kv``. Evicts nothing if not enough is evictable."""
         rows = self.pages.allocate(num_tokens)
         if rows is not None:
             return rows
@@ -327,7 +325,7 @@ class PlainCache:
         return self.pages.allocate(num_tokens)
 
     def allocate_slot(self) -> int | None:
-        """As ``PrefixCache.allocate_slot``: nothing is evicted where not enough could be."""
+        """See ``PrefixCache.allocate_slot``. Evicts nothing if not enough is evictable."""
         slot = self.slots.allocate()
         if slot is not None:
             return slot
@@ -343,7 +341,7 @@ class PlainCache:
         return self.slots.allocate()
 
     def evict(self, num_tokens: int, num_slots: int) -> tuple[int, int]:
-        """(tokens, slots) freed."""
+        """Return the numbers of tokens and slots freed."""
         rows, slots = self.pages.num_unused, self.slots.num_unused
         while self.pages.num_unused - rows < num_tokens and self.evict_one("kv"):
             pass
@@ -352,7 +350,7 @@ class PlainCache:
         return self.pages.num_unused - rows, self.slots.num_unused - slots
 
     def reset(self) -> None:
-        """Evict all that is not locked, and forget the ghosts."""
+        """Evict everything that is not locked, and delete the ghosts."""
         while self.evict_one(None):
             pass
         for ghost in self.ghosts:
@@ -360,7 +358,7 @@ class PlainCache:
         self.ghosts = []
 
     def drop(self, kind: Kind, piece: Piece) -> None:
-        """Let ``piece``'s checkpoint or KV go, and what can not stay without it."""
+        """Evict the checkpoint or the KV of ``piece``, and pieces that become unreachable."""
         if kind == "checkpoint" and self._children(piece):
             self._drop_state(piece)
         else:

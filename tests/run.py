@@ -1,10 +1,10 @@
-"""Run the suite in other ways than `make test`.
+"""Run all tests, the tests of a change, or the tests in difficult environments.
 
 python -m tests.run all [PART ...]          everything, part by part (`make test-all`)
-python -m tests.run changed [--base REV]    what a change can affect (`make test-changed`)
-python -m tests.run environments [NAME ...] the suite under awkward circumstances
+python -m tests.run changed [--base REV]    tests that a change can affect (`make test-changed`)
+python -m tests.run environments [NAME ...] the suite without a terminal, under load, ...
 
-Each part or environment writes its output to a file below ``out/`` and one line to the screen.
+Each part or environment writes its output to a file in ``out/`` and one line to the screen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.selection import ROOT, TOUCHY, closure, has_torch_fixtures
 PYTEST = (sys.executable, "-m", "pytest", "--processes", "2")
 OUT = ROOT / "out"
 LAST_LINES = 25
-"""Lines of a failed part that are shown."""
+"""Number of output lines to print of a failed part."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Part:
     command: Sequence[str | Path]
     env: dict[str, str] = field(default_factory=dict)
     missing: str | None = None
-    """Reason why it cannot run here; None if it can."""
+    """Reason why the part cannot run here, or None if it can."""
     cwd: Path = ROOT
 
 
 def run(parts: Sequence[Part], folder: Path) -> int:
-    """Run parts one after another; 0 if all passed."""
+    """Run parts one after another. Return 0 if all passed, else 1."""
     folder.mkdir(parents=True, exist_ok=True)
     failed, width = [], max(len(part.name) for part in parts)
     for number, part in enumerate(parts, 1):
@@ -91,7 +91,7 @@ def _last_line(lines: Sequence[str]) -> str:
 
 
 def test_parts() -> dict[str, list[Path]]:
-    """Return every test file once, by the folder that it lies in."""
+    """Return every test file once, grouped by folder."""
     found: dict[str, list[Path]] = {}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         folder = file.relative_to(ROOT / "tests").parent.as_posix()
@@ -100,7 +100,7 @@ def test_parts() -> dict[str, list[Path]]:
 
 
 def all_parts() -> list[Part]:
-    """Return everything that `make test-all` runs."""
+    """Return all parts of `make test-all`."""
     everything = {"HYBRIDCACHE_TESTS": "all"}
     parts = [
         Part(name, [*PYTEST, *(file.relative_to(ROOT) for file in files)], everything)
@@ -130,11 +130,11 @@ def all_parts() -> list[Part]:
 
 
 def run_all(names: Sequence[str]) -> int:
-    """Run all parts, or those whose name begins with one of ``names``."""
+    """Run all parts, or those with a name that begins with one of ``names``."""
     parts = [part for part in all_parts() if not names or part.name.startswith(tuple(names))]
     if not parts:
-        known = ", ".join(part.name for part in all_parts())
-        print(f"tests.run all: no part is called {', '.join(names)}; there are {known}.")
+        choices = ", ".join(part.name for part in all_parts())
+        print(f"tests.run all: no part matches {', '.join(names)}; choose from {choices}.")
         return 2
     return run(parts, OUT / "test-all")
 
@@ -148,13 +148,13 @@ def _git(*arguments: str) -> list[str]:
 
 
 def changed_files(base: str | None) -> list[str]:
-    """Return the files that differ from where this branch left ``base``, untracked ones included.
+    """Return the files that differ from the merge base with ``base``, untracked files included.
 
-    ``base`` is the remote's main branch, or main, by default; on main itself the commit before.
+    ``base`` is the remote's main branch or main by default, and the previous commit on main itself.
     """
     if base is None:
-        known = set(_git("for-each-ref", "--format=%(refname:short)", "refs"))
-        base = next((name for name in ("origin/main", "main") if name in known), "HEAD~1")
+        branches = set(_git("for-each-ref", "--format=%(refname:short)", "refs"))
+        base = next((name for name in ("origin/main", "main") if name in branches), "HEAD~1")
         if _git("rev-parse", base) == _git("rev-parse", "HEAD"):
             base = "HEAD~1"
     [fork] = _git("merge-base", base, "HEAD")
@@ -163,11 +163,11 @@ def changed_files(base: str | None) -> list[str]:
 
 
 def affected(changed: Sequence[str], tests: Sequence[Path] | None = None) -> list[Path]:
-    """Return the test files, of ``tests`` or of all, that changed files can affect, by imports.
+    """Return the test files, of ``tests`` or of all, that changed files can affect.
 
-    Tests of the whole project (those directly in ``tests/``) read files of any kind and always
-    count. Data (JSON, C++, JavaScript ...) affects whatever imports a module of its folder; a page
-    affects the tests that name it; the configuration of the tests affects all.
+    Python files affect the tests that import them. Data (JSON, C++, JavaScript ...) affects tests
+    that import a module of its folder. A page affects tests that name it. The configuration of the
+    tests affects all. Tests directly in ``tests/`` read files of any kind and are always returned.
     """
     if tests is None:
         tests = [file for files in test_parts().values() for file in files]
@@ -194,10 +194,10 @@ def run_changed(base: str | None) -> int:
     """Run the tests that a change can affect."""
     changed = changed_files(base)
     if not changed:
-        print("Nothing has changed.")
+        print("No file has changed.")
         return 0
     tests = affected(changed)
-    print(f"{len(changed)} files changed; {len(tests)} test files can be affected.", flush=True)
+    print(f"{len(changed)} files changed; {len(tests)} test files may be affected.", flush=True)
     command = [*PYTEST, *(str(test.relative_to(ROOT)) for test in tests)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
 
@@ -206,7 +206,7 @@ def run_changed(base: str | None) -> int:
 
 
 def touchy_tests() -> list[Path]:
-    """Return the test files that start processes, open sockets or write files of their own."""
+    """Return the test files that start processes, open sockets or write files."""
     found = []
     for files in test_parts().values():
         for file in files:
@@ -222,7 +222,7 @@ def _sh(script: str, command: Sequence[str | Path]) -> list[str]:
 
 
 def _needs(*programs: str, root: bool = False) -> str | None:
-    """Return what is missing to simulate an environment; None if nothing is."""
+    """Return a message about missing programs or rights, or None if nothing is missing."""
     missing = [program for program in programs if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} not found"
@@ -230,10 +230,10 @@ def _needs(*programs: str, root: bool = False) -> str | None:
 
 
 def as_nobody(command: Sequence[str | Path], folder: Path) -> list[str]:
-    """Return a command that runs as the user nobody, in a copy of the tree that is its own.
+    """Return a command that runs as the user nobody, in a copy of the repository in ``folder``.
 
-    Where a folder on the way to the interpreter is closed to others (``/root``), it is covered, in
-    a mount namespace of its own, by an empty one that shows what is needed alone.
+    If a parent folder of the interpreter is not accessible to other users (``/root``), a mount
+    namespace replaces it by a folder that contains only the interpreter.
     """
     for name in _git("ls-files", "--cached", "--others", "--exclude-standard"):
         if (ROOT / name).is_file():
@@ -257,7 +257,7 @@ def as_nobody(command: Sequence[str | Path], folder: Path) -> list[str]:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Keep ``count`` processes computing meanwhile."""
+    """Keep ``count`` processes busy during the context."""
     spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -268,7 +268,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def requirements_without_torch() -> list[str]:
-    """Return what the tests ask for, but for torch: not every Python has a build of it."""
+    """Return the requirements of the tests without torch, which not every Python has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     named = [*project["dependencies"], *extras["dev"]]
@@ -278,7 +278,7 @@ def requirements_without_torch() -> list[str]:
 
 
 def find_python(version: str) -> str | None:
-    """Return an interpreter of that version, on the PATH or of pyenv."""
+    """Return an interpreter of ``version`` from the PATH or pyenv, or None."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found = [shutil.which(f"python{version}"), *pyenv.glob(f"versions/{version}.*/bin/python")]
     runs = (p for p in found if p and not subprocess.run([p, "-V"], capture_output=True).returncode)
@@ -286,7 +286,7 @@ def find_python(version: str) -> str | None:
 
 
 def python_part(version: str, command: Sequence[str | Path]) -> Part:
-    """Return the suite under another Python, in an environment made for it, without torch."""
+    """Return the suite under another Python, in a new environment without torch."""
     name, python = f"Python {version}", find_python(version)
     if python is None:
         return Part(name, (), missing=f"python{version} not found")
@@ -305,7 +305,7 @@ def python_part(version: str, command: Sequence[str | Path]) -> Part:
 
 
 def environments(tests: Sequence[Path]) -> Iterator[Part]:
-    """Yield the suite in each environment; what it needs is there until the next is asked for."""
+    """Yield the suite in each environment. An environment exists until the next iteration."""
     command = [*PYTEST, "-p", "no:cacheprovider", *tests]
     home = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "TRITON_HOME": "/proc"}
     yield Part("SIGINT ignored", _sh("trap '' INT; exec \"$@\" < /dev/null", command))
@@ -347,7 +347,7 @@ def _on_tmpfs(command: Sequence[str | Path]) -> Part:
 
 
 def run_environments(names: Sequence[str], tests: Sequence[Path]) -> int:
-    """Run tests in each environment, or in those whose name begins with one of ``names``."""
+    """Run tests in each environment, or in those with a name that begins with one of ``names``."""
     codes = []
     for part in environments(tests):
         if not names or part.name.lower().startswith(tuple(name.lower() for name in names)):
@@ -367,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="tests: all of `make test`; default: those that start processes, use sockets or files",
+        help="files or folders (default: tests that start processes, use sockets or write files)",
     )
     options = parser.parse_args(arguments)
     runs: dict[str, Callable[[], int]] = {

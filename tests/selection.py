@@ -1,16 +1,15 @@
-"""Choose what `make test` runs: a representative part of the suite, the rest in `make test-all`.
+"""Selection of a representative part of the suite for `make test`; `make test-all` runs all.
 
-The level is "quick" unless the environment variable HYBRIDCACHE_TESTS is "all". At level "quick"
+The level is "quick" unless the environment variable HYBRIDCACHE_TESTS is "all". At level "quick":
 
-- tests marked ``full`` are left out, but for the cases that the mark names;
-- of a test with several parameters each value of each runs once, not every combination;
-- of the model families only REPRESENTATIVES run, and those that a changed file belongs to;
-- hypothesis draws fewer examples.
+- Tests marked ``full`` are skipped, except for the cases that the mark lists.
+- Of a test with several parameters, each value runs once, not every combination.
+- Of the model families, only REPRESENTATIVES and families with changed files run.
+- Hypothesis draws fewer examples.
 
-A test marked ``sources`` depends on certain folders alone. All of its cases run once those have
-changed since the last green run; the cache of pytest remembers a hash for each. A clone without
-that cache counts as unchanged. Cases that are named on the command line (``file::test``) always
-run.
+A test marked ``sources`` depends only on certain folders. All of its cases run if these have
+changed since the last green run. pytest's cache stores a hash for each; without an entry, the
+sources count as unchanged. Cases named on the command line (``file::test``) always run.
 """
 
 from __future__ import annotations
@@ -32,30 +31,30 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels", "experiments", "tests")
 REPRESENTATIVES = ("qwen3_next", "granite_moe_hybrid", "qwen3")
-"""Model families of `make test`: Gated DeltaNet with experts, Mamba-2, attention alone."""
+"""Model families of `make test`: Gated DeltaNet with experts, Mamba-2, pure attention."""
 SOURCES = {"tests/kernels/": ("kernels",)}
-"""Folders whose tests are all marked ``sources``, and what these depend on."""
+"""Folders in which all tests count as marked ``sources``, and the folders they depend on."""
 TOGETHER = ("tests/engine/numerics/", "tests/engine/server/")
-"""Folders whose tests share expensive session fixtures, so that one worker runs them all."""
+"""Folders with expensive session fixtures: one worker runs all of their tests."""
 QUICK_SHARE = 4
-"""Level "quick" draws one in so many of the examples that a test asks for."""
+"""Level "quick" draws the number of hypothesis examples divided by this."""
 
 
 def level() -> str:
     """Return "quick" or "all"."""
-    asked = os.environ.get("HYBRIDCACHE_TESTS", "quick")
-    if asked not in ("quick", "all"):
-        raise pytest.UsageError(f"HYBRIDCACHE_TESTS must be quick or all (got {asked!r}).")
-    return "all" if os.environ.get("KERNELS_ON_DEVICE") == "1" else asked
+    value = os.environ.get("HYBRIDCACHE_TESTS", "quick")
+    if value not in ("quick", "all"):
+        raise pytest.UsageError(f"HYBRIDCACHE_TESTS must be quick or all (got {value!r}).")
+    return "all" if os.environ.get("KERNELS_ON_DEVICE") == "1" else value
 
 
 def is_quick() -> bool:
     return level() == "quick"
 
 
-def num_examples(asked: int) -> int:
-    """Return how many of ``asked`` hypothesis examples this level draws."""
-    return asked if level() == "all" else max(2, asked // QUICK_SHARE)
+def num_examples(full_count: int) -> int:
+    """Return how many of ``full_count`` hypothesis examples this level draws."""
+    return full_count if level() == "all" else max(2, full_count // QUICK_SHARE)
 
 
 # --- Imports ------------------------------------------------------------------------------------
@@ -76,17 +75,17 @@ def _name_of(file: Path) -> str:
 
 
 class _Names(ast.NodeVisitor):
-    """Collector of the modules that a file names; imports for type checkers do not count."""
+    """Collector of the modules that a file names, without imports for type checkers."""
 
     def __init__(self, path: Path) -> None:
         self.modules: set[str] = set()
         self.searched: set[str] = set()
-        """Packages of which all modules may be imported."""
+        """Packages that the file searches for modules at run time."""
         self.bound: dict[str, str] = {}
-        """Imports for type checkers: name -> module that defines it."""
+        """Imported name -> module that defines it, imports for type checkers included."""
         self.files: set[Path] = set()
         self._package = path.relative_to(ROOT).parent.parts
-        # Not those of the suite's own machinery, which is directly in tests/ and names everything.
+        # Strings in the files directly in tests/ do not count: they mention every module.
         is_part = path.parent != ROOT / "tests"
         self._reads_strings = is_part and self._package[0] in ("tests", "experiments")
         self._typing = 0
@@ -152,14 +151,14 @@ def _names_in(path: Path) -> _Names:
 
 
 def modules_in(path: Path) -> set[str]:
-    """Return the dotted names that a Python file imports, lazily or not, but for type checkers."""
+    """Return the dotted names that a Python file imports at its start or lazily."""
     return _names_in(path).modules
 
 
 def _files_of(name: str, seen: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the file that a dotted name leads to, and that of each package around it.
+    """Yield the file of a dotted name, and the file of each package around it.
 
-    What a package offers lazily (``hybridcache.simulate``) leads to the module that defines it.
+    A lazy attribute of a package (``hybridcache.simulate``) is followed to its module.
     """
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
@@ -179,11 +178,11 @@ def _files_of(name: str, seen: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 @cache
 def imports(path: Path, discovered: bool = True) -> frozenset[Path]:
-    """Return the repository's files that a Python file imports, lazily or not.
+    """Return the files of the repository that a Python file imports, at its start or lazily.
 
-    In tests and experiments strings count too, because they start modules (``-m engine``) and patch
-    attributes by name. ``discovered``: with all modules below a package that is searched
-    (``iter_modules``) or imported by a computed name (``f"kernels.{word}.native"``).
+    Strings in tests and experiments count too: they start modules (``-m engine``) and patch
+    attributes by name. With ``discovered``, all modules of a package count if the file searches it
+    (``iter_modules``) or imports from it by a computed name (``f"kernels.{word}.native"``).
     """
     names = _names_in(path)
     modules, files = set(names.modules), set(names.files)
@@ -197,15 +196,15 @@ def imports(path: Path, discovered: bool = True) -> frozenset[Path]:
 
 
 def _fixtures_of(file: Path) -> Iterator[Path]:
-    """Yield the ``conftest.py`` of every folder that a test lies in."""
+    """Yield the ``conftest.py`` of every folder that contains the test."""
     for folder in file.relative_to(ROOT).parents:
         if (conftest := ROOT / folder / "conftest.py").is_file():
             yield conftest
 
 
 def closure(start: Path, within: Collection[str] = PACKAGES, discovered: bool = True) -> set[Path]:
-    """Return the files that a Python file imports, directly or not, itself included; through files
-    below the folders or files ``within`` alone."""
+    """Return ``start`` and the files that it imports, directly or indirectly, in the folders or
+    files ``within``."""
     found, waiting = {start}, [start]
     while waiting:
         file = waiting.pop()
@@ -227,7 +226,7 @@ def closure(start: Path, within: Collection[str] = PACKAGES, discovered: bool = 
 
 @cache
 def _versions() -> str:
-    """Return the versions of what compiles and runs kernels."""
+    """Return the versions of Python, torch and triton."""
     named = [f"python {platform.python_version()}"]
     for package in ("torch", "triton"):
         try:
@@ -243,8 +242,7 @@ def _content(path: Path) -> bytes:
 
 
 def hash_of(files: Iterable[Path]) -> str:
-    """Return a hash of files by name and content, and of the versions of torch, triton and
-    Python."""
+    """Return a hash of file names, contents, and the versions of Python, torch and triton."""
     whole = set(files)
     digest = hashlib.sha256(_versions().encode())
     for file in sorted(whole):
@@ -254,9 +252,9 @@ def hash_of(files: Iterable[Path]) -> str:
 
 @cache
 def sources_hash(start: Path, within: tuple[str, ...]) -> str:
-    """Return the hash of what ``start`` imports within those folders and the tests' helpers.
+    """Return the hash of the files in those folders that ``start`` imports, and of test helpers.
 
-    The folder of a kernel counts whole: C++ sources and tuned parameters are imported by nobody.
+    All files in the folder of a kernel count: C++ sources and tuned parameters are not imported.
     """
     helpers = start.relative_to(ROOT).parent.as_posix()
     files = {start}
@@ -270,7 +268,7 @@ def sources_hash(start: Path, within: tuple[str, ...]) -> str:
 
 
 def sources_of(item: pytest.Item) -> tuple[str, str] | None:
-    """Return (name, hash) of the sources that a test depends on; None if it declares none."""
+    """Return (name, hash) of the sources that a test depends on, or None if none are declared."""
     mark = item.get_closest_marker("sources")
     if mark is not None:
         start, folders = Path(mark.kwargs.get("of", item.path)), mark.args
@@ -303,7 +301,7 @@ FAMILY_SOURCES = (
 
 @cache
 def family_names() -> frozenset[str]:
-    """Return the names of all families: one file each."""
+    """Return the names of all families. Each has one file."""
     files = (ROOT / FAMILY_FOLDERS[-1]).glob("[a-z]*.py")
     return frozenset(file.stem for file in files)
 
@@ -316,7 +314,7 @@ def _family_files(name: str) -> set[Path]:
 
 @cache
 def family_hash(name: str) -> str:
-    """Return the hash of the files that a family needs and that no representative runs."""
+    """Return the hash of the files that a family needs and no representative needs."""
     shared = set().union(*map(_family_files, REPRESENTATIVES))
     return hash_of(_family_files(name) - shared)
 
@@ -325,34 +323,34 @@ def family_hash(name: str) -> str:
 
 
 def cover(cases: Sequence[Sequence[str]]) -> list[int]:
-    """Choose cases so that every value of every parameter is in one of them; their ranks.
+    """Return the indices of cases that together contain every value of every parameter.
 
     >>> product = [(a, b) for a in "xyz" for b in "12"]
-    >>> [product[rank] for rank in cover(product)]
+    >>> [product[index] for index in cover(product)]
     [('x', '1'), ('y', '2'), ('z', '1')]
     """
     values = [set(enumerate(case)) for case in cases]
     missing = set().union(*values)
     chosen = []
     while missing:
-        rank = max(range(len(cases)), key=lambda r: (len(missing & values[r]), -r))
-        chosen.append(rank)
-        missing -= values[rank]
+        index = max(range(len(cases)), key=lambda i: (len(missing & values[i]), -i))
+        chosen.append(index)
+        missing -= values[index]
     return sorted(chosen)
 
 
 def _parameters(item: Any) -> list[str]:
-    """Return the name of the item's value for each ``parametrize``."""
+    """Return the id of the item's value for each ``parametrize``."""
     return getattr(item.callspec, "_idlist", None) or [item.callspec.id]
 
 
 def _case(item: pytest.Item) -> str:
-    """Return the id of a case; "" of a test without parameters."""
+    """Return the id of a case, or "" if the test has no parameters."""
     return item.nodeid.partition("[")[2][:-1]
 
 
 def _refuse_unknown_ids(items: Sequence[pytest.Item]) -> None:
-    """Check that each id of a ``full`` mark is that of a case."""
+    """Raise UsageError if an id in a ``full`` mark does not match a case."""
     named: dict[str, set[str]] = {}
     for item in items:
         mark = item.get_closest_marker("full")
@@ -362,11 +360,13 @@ def _refuse_unknown_ids(items: Sequence[pytest.Item]) -> None:
     for function, unknown in named.items():
         if unknown:
             ids = ", ".join(map(repr, sorted(unknown)))
-            raise pytest.UsageError(f"{function} has no case with the id {ids}: see its mark full.")
+            raise pytest.UsageError(
+                f"{function} has no case with the id {ids}, which its mark 'full' lists."
+            )
 
 
 class Selection:
-    """What this run leaves out, and the hashes of what it tests."""
+    """Deselected items of this run, and hashes of the tested sources."""
 
     def __init__(self, known: dict[str, str]) -> None:
         self.known = known
@@ -379,7 +379,10 @@ class Selection:
         return name in self.known and self.known[name] != found
 
     def choose(self, items: Sequence[pytest.Item]) -> list[pytest.Item]:
-        """Return the items that run, in their order. UsageError: a mark names no case."""
+        """Return the items to run, in their order.
+
+        Raises UsageError if a mark lists a case that does not exist.
+        """
         _refuse_unknown_ids(items)
         kept: set[pytest.Item] = set()
         products: dict[str, list[pytest.Item]] = {}
@@ -387,18 +390,18 @@ class Selection:
             sources = sources_of(item)
             if sources is not None and self.is_changed(*sources):
                 kept.add(item)
-            elif self._wants(item):
+            elif self._is_selected(item):
                 if hasattr(item, "callspec"):
                     products.setdefault(item.nodeid.partition("[")[0], []).append(item)
                 else:
                     kept.add(item)
         for cases in products.values():
-            kept.update(cases[rank] for rank in cover([_parameters(case) for case in cases]))
+            kept.update(cases[index] for index in cover([_parameters(case) for case in cases]))
         self.left_out = [item for item in items if item not in kept]
         return [item for item in items if item in kept]
 
-    def _wants(self, item: pytest.Item) -> bool:
-        """Return whether the item is in no group that is left out."""
+    def _is_selected(self, item: pytest.Item) -> bool:
+        """Return whether neither the mark ``full`` nor the family of the item deselects it."""
         mark = item.get_closest_marker("full")
         if mark is not None and _case(item) not in mark.args:
             return False
@@ -409,7 +412,7 @@ class Selection:
 
     @staticmethod
     def _families(item: pytest.Item) -> list[str]:
-        """Return the families that a case is parametrized with; a variant counts as its family."""
+        """Return the families in the parameters of a case. Variants count as their family."""
         if not item.nodeid.startswith(FAMILY_FOLDERS[-1].rpartition("/")[0]):
             return []
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
@@ -423,14 +426,14 @@ _FEWER: set[int] = set()
 
 
 def draw_fewer(item: pytest.Item) -> None:
-    """Let a hypothesis test, or a state machine, draw as many examples as the level allows."""
+    """Reduce the examples of a hypothesis test or state machine to ``num_examples``."""
     profile = settings.get_current_profile_name()
     default = settings.get_profile(profile).max_examples
 
-    def fewer(asked: settings) -> settings:
-        if asked.max_examples == default:
-            return asked
-        return settings(asked, max_examples=num_examples(asked.max_examples))
+    def fewer(given: settings) -> settings:
+        if given.max_examples == default:
+            return given
+        return settings(given, max_examples=num_examples(given.max_examples))
 
     function: Any = getattr(item, "obj", None)
     function = getattr(function, "__func__", function)
@@ -439,14 +442,14 @@ def draw_fewer(item: pytest.Item) -> None:
         _FEWER.add(id(function))
         function._hypothesis_internal_use_settings = fewer(own)
     machine: Any = getattr(item, "cls", None)
-    asked = getattr(machine, "settings", None)
-    if isinstance(asked, settings) and id(machine) not in _FEWER:
+    given = getattr(machine, "settings", None)
+    if isinstance(given, settings) and id(machine) not in _FEWER:
         _FEWER.add(id(machine))
-        machine.settings = fewer(asked)
+        machine.settings = fewer(given)
 
 
 def has_torch_fixtures(path: Path) -> bool:
-    """Return whether the fixtures of a file or folder of tests need torch."""
+    """Return whether a fixture of a test file or folder needs torch."""
     folders = path.relative_to(ROOT).parents if path.is_relative_to(ROOT) else ()
     found = (ROOT / folder / "conftest.py" for folder in folders)
     conftests = [file for file in (*found, path / "conftest.py") if file.is_file()]
@@ -454,7 +457,7 @@ def has_torch_fixtures(path: Path) -> bool:
 
 
 def scope_of(nodeid: str) -> str:
-    """Return what a worker runs in one piece: a file, or a folder whose fixtures are expensive."""
+    """Return the unit that one worker runs: a file, or a folder with expensive fixtures."""
     path = nodeid.partition("::")[0]
     return next((folder for folder in TOGETHER if path.startswith(folder)), path)
 
@@ -463,7 +466,7 @@ TOUCHY = re.compile(
     r"^\s*(?:import|from) (?:subprocess|signal|socket|multiprocessing|tempfile|httpx|shutil)\b",
     re.M,
 )
-"""Imports of tests that start processes, open sockets or write files of their own."""
+"""Imports of tests that start processes, open sockets or write files."""
 
 
 @cache
@@ -472,6 +475,9 @@ def _file_rank(path: Path) -> int:
 
 
 def rank(item: pytest.Item) -> int:
-    """Return when an item runs, if several processes share the work: first folders that one of
-    them runs alone, then files that wait for processes and sockets, so that none ends the run."""
+    """Return the sort key of an item for a run in several processes.
+
+    Folders of ``TOGETHER`` come first, then files that wait for processes and sockets: a long scope
+    that starts last would delay the end of the run.
+    """
     return 0 if scope_of(item.nodeid).endswith("/") else _file_rank(item.path)

@@ -1,4 +1,5 @@
-"""The scripts under ``examples/`` run, verify themselves, and print what their pages show."""
+"""Tests of the scripts in ``examples/``: they run, verify themselves and print the documented
+output."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ two pools
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Make the examples importable, and forget them afterwards."""
+    """Make the examples importable, and unload them afterwards."""
     before = set(sys.modules)
     for name in ("policies", "."):
         monkeypatch.syspath_prepend(EXAMPLES / name)
@@ -41,18 +42,18 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
             del sys.modules[name]
 
 
-def test_the_minimal_engine_prints_what_its_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_minimal_engine_prints_the_output_on_its_page(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "04_minimal_engine.py"), run_name="__main__")
     shown = capsys.readouterr().out
     assert shown.startswith(MINIMAL_ENGINE)
     _, arena, tiers = (part.split("\n")[0] for part in shown.split("every KV row and ")[1:])
-    assert "'moves': " in arena and "'preemptions': " in arena, "the example shows nothing"
+    assert "'moves': " in arena and "'preemptions': " in arena, "no move or no preemption occurred"
     assert "'loads': " in tiers and "'offloads': " in tiers
 
 
 @pytest.mark.parametrize("kind", ["two pools", "arena", "host tier"])
 @pytest.mark.parametrize("wrong", ["kv", "state"])
-def test_the_minimal_engine_notices_wrong_bytes(
+def test_minimal_engine_detects_wrong_bytes(
     folder: pytest.MonkeyPatch, kind: str, wrong: str
 ) -> None:
     example = importlib.import_module("04_minimal_engine")
@@ -81,10 +82,11 @@ def test_the_minimal_engine_notices_wrong_bytes(
     ],
     ids=["pages", "pools and host", "arena and host"],
 )
-def test_the_minimal_engine_answers_right_in_any_memory(
+def test_minimal_engine_answers_correctly_with_any_memory_layout(
     folder: pytest.MonkeyPatch, sizes: dict[str, Any]
 ) -> None:
-    """It compares every answer with the model's alone, and checks the cache after every step."""
+    """The example itself compares every answer with an uncached run, and checks the cache after
+    each step."""
     example, rng = importlib.import_module("04_minimal_engine"), random.Random(4)
     engine = example.MinimalEngine(CacheConfig(**sizes, **example.SIZES))
     for num_prompts in (1, 12, 20):
@@ -100,7 +102,7 @@ def test_the_minimal_engine_answers_right_in_any_memory(
     assert bool(engine.counts["loads"]) == ("host_bytes" in sizes)
 
 
-def test_a_long_answer_of_the_minimal_engine_is_one_node(folder: pytest.MonkeyPatch) -> None:
+def test_minimal_engine_stores_a_long_answer_in_few_nodes(folder: pytest.MonkeyPatch) -> None:
     example = importlib.import_module("04_minimal_engine")
     engine = example.MinimalEngine(CacheConfig(num_kv_tokens=400, num_slots=4, **example.SIZES))
     one = engine.submit(list(range(16)), num_new=200)
@@ -119,7 +121,7 @@ def test_a_long_answer_of_the_minimal_engine_is_one_node(folder: pytest.MonkeyPa
     ],
     ids=str,
 )
-def test_the_minimal_engine_refuses_a_request_that_never_fits(
+def test_minimal_engine_rejects_a_request_that_never_fits(
     folder: pytest.MonkeyPatch, sizes: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
     example = importlib.import_module("04_minimal_engine")
@@ -129,13 +131,13 @@ def test_the_minimal_engine_refuses_a_request_that_never_fits(
 
 
 @pytest.mark.parametrize("name", ["02_own_policy:TokensPerByte", "second_chance:SecondChance"])
-def test_an_eviction_policy_of_the_examples_keeps_every_invariant(
+def test_example_eviction_policies_keep_the_invariants(
     folder: pytest.MonkeyPatch, name: str
 ) -> None:
     result = simulate("short?head=150", gib=0.5, policy=["lru", name], bound=False)
     assert [run.label for run in result.runs] == ["lru", name]
     assert all(run.evicted_checkpoints for run in result.runs)
-    assert len({run.cached_tokens for run in result.runs}) == 2, "it evicts as LRU does"
+    assert len({run.cached_tokens for run in result.runs}) == 2, "same evictions as LRU"
     module, _, cls = name.partition(":")
     policy = getattr(importlib.import_module(module), cls)
     cache = build_prefix_cache(
@@ -156,7 +158,7 @@ def test_an_eviction_policy_of_the_examples_keeps_every_invariant(
     assert cache.stats.evictions > 10
 
 
-def test_a_placement_policy_of_the_examples_learns(folder: pytest.MonkeyPatch) -> None:
+def test_example_placement_policy_learns_popular_lengths(folder: pytest.MonkeyPatch) -> None:
     cls = importlib.import_module("popular_length").PopularLength
     placement = cls()
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=40, grid=8))
@@ -180,18 +182,18 @@ def test_a_placement_policy_of_the_examples_learns(folder: pytest.MonkeyPatch) -
     other = rng.integers(100, 199, 64, dtype=np.int32)
     serve(other)
     assert serve(np.concatenate((other[:32], template))) == 32, "no checkpoint at a popular length"
-    words = "branch,end,popular_length:PopularLength"
-    [run] = simulate("short?head=40", gib=1, checkpoints=words, bound=False).runs
+    placements = "branch,end,popular_length:PopularLength"
+    [run] = simulate("short?head=40", gib=1, checkpoints=placements, bound=False).runs
     assert run.checkpoints_made
 
 
-def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     monkeypatch.setattr(matplotlib, "rcParams", matplotlib.rcParams.copy())
     matplotlib.use("Agg")
     cells = json.loads((EXAMPLES / "01_first_simulation.ipynb").read_text())["cells"]
     assert {cell["cell_type"] for cell in cells} == {"markdown", "code"}
-    assert not any(cell.get("outputs") for cell in cells), "outputs are made when the site is built"
+    assert not any(cell.get("outputs") for cell in cells), "remove outputs: the site generates them"
     namespace: dict[str, Any] = {}
     for cell in cells:
         if cell["cell_type"] == "code":
@@ -207,7 +209,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
     assert namespace["advice"].command.startswith("engine serve --model ORG/")
 
 
-def test_an_own_policy_is_compared_and_drawn(
+def test_custom_policy_example_prints_a_comparison_and_draws_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -217,7 +219,9 @@ def test_an_own_policy_is_compared_and_drawn(
     assert (tmp_path / "f.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_own_traces_are_read_and_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_custom_trace_example_reads_and_makes_traces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_example("03_own_trace.py")
     shown = capsys.readouterr().out
     assert "prompts, " in shown and "3 requests, 160 prompt tokens" in shown
@@ -228,7 +232,9 @@ def test_own_traces_are_read_and_made(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "mine, Qwen3-Next-80B-A3B: 2 requests, 14 prompt tokens" in capsys.readouterr().out
 
 
-def test_an_agent_reads_why_its_second_run_missed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_agent_example_explains_the_misses_of_the_second_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("torch")
     from engine import Engine, EngineConfig
     from experiments.system import served
@@ -239,12 +245,12 @@ def test_an_agent_reads_why_its_second_run_missed(capsys: pytest.CaptureFixture[
     turns = [line for line in lines if line.endswith(" reused")]
     assert len(turns) == 6
     reused = [int(line.rsplit(": ", 1)[1].split(" of ")[0]) for line in turns]
-    assert reused[0] == 0 and reused[2] > reused[1] > 0, "a later turn reuses no more"
-    assert reused[3] < reused[1], "a changed system message was reused whole"
+    assert reused[0] == 0 and reused[2] > reused[1] > 0, "reuse must grow from turn to turn"
+    assert reused[3] < reused[1], "a changed system message must not be reused whole"
     assert any("messages[0].content" in line for line in lines)
 
 
-def test_the_page_about_sglang_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sglang_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import documents
 
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,7 @@
-"""Import rules: packages and folders import in one direction, light imports stay light, and our
-package names do not break others.
+"""Import rules: packages import in one direction, light imports stay light, and our package
+names do not break other packages.
 
-Where code moves, MAY_IMPORT and SHARED are the two tables to update.
+When code moves, update the tables MAY_IMPORT and SHARED.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("hybridcache", "kernels", "engine", "experiments")
+PACKAGES = ("hybridcache", "kernels", "engine", "experiments")
 ALLOWED = {
     "hybridcache": {"hybridcache"},
     "kernels": {"kernels"},
@@ -29,22 +29,22 @@ ALLOWED = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forgets_trees() -> Iterator[None]:
-    """Drop the syntax trees at the end: garbage collection would visit them in every later test."""
+def clear_syntax_trees() -> Iterator[None]:
+    """Free the syntax trees at the end, which slow down garbage collection in later tests."""
     yield
     parsed.cache_clear()
 
 
 @cache
 def parsed(path: Path) -> ast.Module:
-    """Parse a file; what newer versions of Python warn of is an error."""
+    """Parse a file. Warnings of newer Python versions are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield a node and all statements in it. Their expressions, nine of ten nodes, are left out."""
+    """Yield a node and all statements in it, without expressions (nine of ten nodes)."""
     yield node
     for name in ("body", "orelse", "handlers", "finalbody", "cases"):
         found = getattr(node, name, ())
@@ -79,22 +79,23 @@ def imports_of(*folders: str) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_between_rooms_point_one_way(room: str) -> None:
-    assert files_of(room), f"{room} is empty"
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_allowed_packages(package: str) -> None:
+    assert files_of(package), f"{package} is empty"
     wrong = [
         (file, module)
-        for file, module in imports_of(room)
-        if module.split(".")[0] in ROOMS and module.split(".")[0] not in ALLOWED[room]
+        for file, module in imports_of(package)
+        if module.split(".")[0] in PACKAGES and module.split(".")[0] not in ALLOWED[package]
     ]
     assert wrong == []
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_version_of_python_compiles_every_file(room: str) -> None:
-    """3.12 warns of unknown escapes; 3.13 cannot compile docstrings that have no UTF-8."""
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_file_compiles_without_warnings(package: str) -> None:
+    """Python 3.12 warns of unknown escapes. 3.13 cannot compile docstrings that cannot be encoded
+    as UTF-8."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for file in files_of(room):
+    for file in files_of(package):
         for node in statements(parsed(file)):
             if isinstance(node, kinds):
                 (ast.get_docstring(node, clean=False) or "").encode()
@@ -152,16 +153,15 @@ MAY_IMPORT = {
     "engine/plugins/replicas": "async_engine build config engine errors hub interfaces requests "
     "schedule server text",
 }
-"""Folder or file -> what it may import of its own package besides itself; nothing else is
-allowed."""
+"""Folder or file -> other modules of the same package that it may import."""
 
 
-@pytest.mark.parametrize("here", MAY_IMPORT)
-def test_a_room_imports_only_what_it_is_allowed(here: str) -> None:
-    package, own, *_ = here.removesuffix(".py").split("/")
-    allowed = {own, *MAY_IMPORT[here].split()}
-    files = [ROOT / here] if here.endswith(".py") else files_of(here)
-    assert files and files[0].exists(), f"{here} is gone: remove or rename its row in MAY_IMPORT"
+@pytest.mark.parametrize("module_path", MAY_IMPORT)
+def test_module_imports_only_what_its_row_allows(module_path: str) -> None:
+    package, own, *_ = module_path.removesuffix(".py").split("/")
+    allowed = {own, *MAY_IMPORT[module_path].split()}
+    files = [ROOT / module_path] if module_path.endswith(".py") else files_of(module_path)
+    assert files and files[0].exists(), f"{module_path} is missing: update its row in MAY_IMPORT"
     wrong = [
         (str(file.relative_to(ROOT)), module)
         for file in files
@@ -171,16 +171,16 @@ def test_a_room_imports_only_what_it_is_allowed(here: str) -> None:
     assert wrong == []
 
 
-def test_every_room_of_the_cache_is_in_the_list() -> None:
-    listed = {Path(here).name for here in MAY_IMPORT if here.startswith("hybridcache/")}
+def test_every_module_of_hybridcache_has_a_row_in_MAY_IMPORT() -> None:
+    listed = {Path(path).name for path in MAY_IMPORT if path.startswith("hybridcache/")}
     files = files_of("hybridcache")
     found = {file.relative_to(ROOT / "hybridcache").parts[0] for file in files}
     missing = found - listed - {"__init__.py", "__main__.py"}
-    assert not missing, f"give {', '.join(sorted(missing))} a row in MAY_IMPORT"
+    assert not missing, f"add rows to MAY_IMPORT for {', '.join(sorted(missing))}"
 
 
-def test_the_engine_imports_neither_the_laboratory_nor_the_caches_state() -> None:
-    """Except what both commands share: names of packages, the parser, and handlers of signals."""
+def test_engine_imports_neither_lab_nor_residency() -> None:
+    """Except the code that both commands share: extras, argument parser and signal handlers."""
     shared = ("hybridcache.lab.extras", "hybridcache.lab.parser", "hybridcache.lab.signals")
     wrong = [
         (file, module)
@@ -191,14 +191,13 @@ def test_the_engine_imports_neither_the_laboratory_nor_the_caches_state() -> Non
 
 
 @pytest.mark.parametrize("package", ("hybridcache", "engine"))
-def test_modules_import_each_other_in_one_direction(package: str) -> None:
-    """Imports for type checkers count too."""
+def test_packages_have_no_import_cycles(package: str) -> None:
+    """Imports under TYPE_CHECKING count too."""
     files = files_of(package)
     dotted = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
-    if package == "engine":  # its packages' own imports count too
+    if package == "engine":  # imports in __init__.py count too
         dotted = {name.removesuffix(".__init__"): file for name, file in dotted.items()}
-    names = dotted
-    graph = {name: imported_modules(file) & names.keys() - {name} for name, file in names.items()}
+    graph = {name: imported_modules(file) & dotted.keys() - {name} for name, file in dotted.items()}
     try:
         tuple(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
@@ -206,7 +205,7 @@ def test_modules_import_each_other_in_one_direction(package: str) -> None:
 
 
 def plugins_named_in(path: Path) -> set[str]:
-    """Return the plugins that a file imports, also by a name in a string."""
+    """Return the plugins that a file imports or names in a string."""
     strings = {
         node.value
         for node in ast.walk(parsed(path))
@@ -216,8 +215,8 @@ def plugins_named_in(path: Path) -> set[str]:
     return {parts[2] for parts in names if parts[:2] == ["engine", "plugins"] and len(parts) > 2}
 
 
-def test_the_core_of_the_engine_imports_no_plugin() -> None:
-    """It asks the registry ``engine.plugins``, which loads a on its first use."""
+def test_engine_core_imports_no_plugin() -> None:
+    """The registry ``engine.plugins`` loads a plugin on its first use."""
     found = {
         str(file.relative_to(ROOT)): plugins
         for file in files_of("engine")
@@ -226,7 +225,7 @@ def test_the_core_of_the_engine_imports_no_plugin() -> None:
     assert found == {}
 
 
-def test_a_plugin_imports_no_other_plugin() -> None:
+def test_plugins_import_no_other_plugin() -> None:
     found = {
         str(file.relative_to(ROOT)): others
         for file in files_of("engine/plugins")
@@ -239,7 +238,7 @@ def plugin_of(file: Path) -> str:
     return file.relative_to(ROOT / "engine/plugins").parts[0]
 
 
-def test_imports_of_plugins_are_found() -> None:
+def test_plugins_named_in_finds_plugin_imports() -> None:
     assert plugins_named_in(ROOT / "engine/plugins/tiers/plugin.py") == {"tiers"}
     code = ROOT / "engine/plugins/tensor_parallel/worker_pool.py"
     assert plugins_named_in(code) == {"tensor_parallel"}
@@ -249,11 +248,11 @@ SHARED = {
     "engine.models": {"decoder"},
     "hybridcache.geometry.families": {"fields", "by_layer_types"},
 }
-"""Packages of families -> their modules that are not families."""
+"""Package of model families -> modules in it that are not families."""
 
 
 @pytest.mark.parametrize("families", SHARED)
-def test_a_family_is_a_file_that_nobody_names(families: str) -> None:
+def test_no_code_imports_a_model_family_by_name(families: str) -> None:
     folder = families.replace(".", "/")
     wrong = [
         (file, module)
@@ -266,11 +265,11 @@ def test_a_family_is_a_file_that_nobody_names(families: str) -> None:
 
 
 def test_hybridcache_never_imports_torch() -> None:
-    """Except in the plug-in that SGLang loads."""
-    guest = "hybridcache/export/sglang/"
+    """Except in the SGLang plugin."""
+    plugin = "hybridcache/export/sglang/"
     tops = ((file, module.split(".")[0]) for file, module in imports_of("hybridcache"))
     torch = [file for file, top in tops if top in ("torch", "sglang")]
-    assert torch and all(file.startswith(guest) for file in torch)
+    assert torch and all(file.startswith(plugin) for file in torch)
     heavy = (
         "('torch', 'matplotlib', 'scipy', 'triton', 'sglang', 'html', 'hybridcache.watch.drawing')"
     )
@@ -280,8 +279,8 @@ def test_hybridcache_never_imports_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_cache_and_the_core_of_the_laboratory_need_three_packages() -> None:
-    """Without extras of the distribution, a simulation and its table run."""
+def test_simulation_needs_only_three_packages() -> None:
+    """A simulation and its table run without any extra of the distribution."""
     code = """
 import importlib.abc, sys
 allowed = {"numpy", "sortedcontainers", "tqdm", "hybridcache"}
@@ -298,14 +297,14 @@ print(hybridcache.simulate("short?head=5", gib=[1.0], processes=1).table().count
     assert done.returncode == 0 and int(done.stdout) >= 1, done.stderr
 
 
-def test_kernels_is_a_docstring_and_nothing_else() -> None:
-    """A Hugging Face distribution has the same import name: ours must offer nothing."""
+def test_kernels_package_contains_only_a_docstring() -> None:
+    """A Hugging Face distribution has the same import name, so ours must define nothing."""
     body = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
     assert len(body) == 1 and isinstance(body[0], ast.Expr)
 
 
 @pytest.mark.full
-def test_a_transformers_model_class_imports_beside_our_kernels() -> None:
+def test_transformers_imports_with_our_kernels_package() -> None:
     assert importlib.util.find_spec("kernels") is not None
     code = "from transformers import Qwen3NextForCausalLM; print(Qwen3NextForCausalLM.__name__)"
     done = subprocess.run(
@@ -315,14 +314,14 @@ def test_a_transformers_model_class_imports_beside_our_kernels() -> None:
 
 
 ADAPTERS = ("hybridcache/export", "hybridcache/routing", "hybridcache/watch", "engine")
-OWN = ("self", "cls")
-OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
+SELF_NAMES = ("self", "cls")
+NAMED_TUPLE_METHODS = {"_asdict", "_fields", "_make", "_replace"}
 
 
 def private_accesses(tree: ast.AST) -> list[str]:
-    """Return every access to a private attribute of an object that is not ``self`` or ``cls``.
+    """Return every access to a private attribute of an object other than ``self`` and ``cls``.
 
-    An attribute that the same file defines on one of its own classes is its own business.
+    Attributes defined by a class of the same file are allowed.
     """
     nodes = list(ast.walk(tree))
     defined = {
@@ -330,7 +329,7 @@ def private_accesses(tree: ast.AST) -> list[str]:
         for node in nodes
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
-        and node.value.id in OWN
+        and node.value.id in SELF_NAMES
     }
     for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -343,12 +342,12 @@ def private_accesses(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")
         and not node.attr.startswith("__")
-        and not (isinstance(node.value, ast.Name) and node.value.id in OWN)
-        and node.attr not in defined | OF_NAMED_TUPLES
+        and not (isinstance(node.value, ast.Name) and node.value.id in SELF_NAMES)
+        and node.attr not in defined | NAMED_TUPLE_METHODS
     ]
 
 
-def test_private_accesses_are_found() -> None:
+def test_private_accesses_finds_private_attributes() -> None:
     source = "class A:\n    def f(self, other):\n        self._a = other._a\n        self._b._c()\n"
     assert private_accesses(ast.parse(source)) == ["line 4: self._b._c"]
     assert private_accesses(ast.parse("cache._residency.lock(node)")) == [
@@ -357,8 +356,8 @@ def test_private_accesses_are_found() -> None:
 
 
 @pytest.mark.parametrize("folder", ADAPTERS)
-def test_adapters_use_the_public_interface_of_the_cache(folder: str) -> None:
-    """The SGLang adapter, snapshots and the engine do nothing that a stranger could not do."""
+def test_adapters_use_only_public_names_of_the_cache(folder: str) -> None:
+    """The SGLang adapter, snapshots and the engine need no access that other users lack."""
     core = {"_residency", "_tree", "_pages", "_slots", "_gathered", "_step", "_rows", "_plan"}
     found = {
         str(file.relative_to(ROOT)): [
@@ -386,12 +385,12 @@ def asserts_in(node: ast.AST) -> list[int]:
     return [one.lineno for one in statements(node) if isinstance(one, ast.Assert)]
 
 
-def test_readers_of_outside_data_contain_no_assert() -> None:
-    """``python -O`` removes assert statements, so they validate nothing."""
+def test_readers_of_external_data_contain_no_assert() -> None:
+    """``python -O`` removes assert statements, so they must not validate input."""
     files = [*(ROOT / name for name in READERS), *files_of("hybridcache/lab/traces")]
     found = {str(file): lines for file in files if (lines := asserts_in(parsed(file)))}
     assert found == {}
-    for name in ("snapshot", "warm_state"):  # the writing half may state invariants of the tree
+    for name in ("snapshot", "warm_state"):  # functions that write may assert invariants
         reading = [
             node
             for node in statements(parsed(ROOT / "hybridcache/export" / f"{name}.py"))
@@ -402,7 +401,7 @@ def test_readers_of_outside_data_contain_no_assert() -> None:
         assert found == {}
 
 
-def test_the_public_names_are_few_and_explained() -> None:
+def test_public_names_are_few_and_have_docstrings() -> None:
     import hybridcache
 
     steps = {"StepMemory", "StepPlan", "Move", "Copy", "Drop", "RowWrite"}
@@ -414,7 +413,7 @@ def test_the_public_names_are_few_and_explained() -> None:
 
 
 @pytest.mark.full
-def test_deprecated_names_still_work_and_we_do_not_use_them() -> None:
+def test_deprecated_names_work_and_are_not_used() -> None:
     import hybridcache
 
     with pytest.warns(DeprecationWarning, match=r"import it from hybridcache\.lab\.generators"):
@@ -424,7 +423,7 @@ def test_deprecated_names_still_work_and_we_do_not_use_them() -> None:
         hybridcache.__getattr__("Nothing")
     used = {
         f"{file.relative_to(ROOT)}: {alias.name}"
-        for file in files_of(*ROOMS, "tests", "examples")
+        for file in files_of(*PACKAGES, "tests", "examples")
         for node in statements(parsed(file))
         if isinstance(node, ast.ImportFrom) and node.module == "hybridcache"
         for alias in node.names

@@ -41,7 +41,7 @@ def _requirements() -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built from a copy, without a network: as ``pip install .`` from a clone would."""
+    """Wheel built from a copy of the repository without network, as by ``pip install .``."""
     source = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__")
     for package in PACKAGES:
@@ -56,67 +56,66 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 @pytest.mark.full
-def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+def test_wheel_contains_exactly_the_packages_and_their_data(wheel: zipfile.ZipFile) -> None:
+    contents = {name for name in wheel.namelist() if ".dist-info/" not in name}
     wanted = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
     }
-    assert held == wanted
+    assert contents == wanted
     assert {
         "engine/text/chat_template.jinja",
         "hybridcache/py.typed",
         "hybridcache/geometry/presets.json",
-    } <= held
+    } <= contents
 
 
 @pytest.mark.full
-def test_the_wheel_gives_both_commands_and_its_licence(wheel: zipfile.ZipFile) -> None:
+def test_wheel_has_both_commands_and_the_licence(wheel: zipfile.ZipFile) -> None:
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
-    assert info.startswith("hybrid_radix_cache-"), "not a distribution called kernels"
+    assert info.startswith("hybrid_radix_cache-")
     entry_points = wheel.read(f"{info}/entry_points.txt").decode()
     assert "engine = engine.command.cli:main" in entry_points
     assert "hybridcache = hybridcache.lab.cli:main" in entry_points
-    described = message_from_bytes(wheel.read(f"{info}/METADATA"))
-    assert described["License-Expression"] == "Apache-2.0"
+    metadata = message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert metadata["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
     assert 'platform_system == "Linux"' in next(
-        line for line in described.get_all("Requires-Dist", []) if line.startswith("triton")
+        line for line in metadata.get_all("Requires-Dist", []) if line.startswith("triton")
     )
 
 
-def test_what_is_published_for_sglang_leaves_the_name_kernels_alone(tmp_path: Path) -> None:
-    """Its dependency of that name lives beside it; the engine is another distribution."""
+def test_published_cache_wheel_does_not_contain_kernels(tmp_path: Path) -> None:
+    """SGLang depends on another distribution with the import name ``kernels``."""
     cache = zipfile.ZipFile(wheels.build(CACHE_DISTRIBUTION, tmp_path))
-    held = {name.split("/")[0] for name in cache.namelist()}
-    assert held == {"hybridcache", f"hybrid_radix_cache-{VERSION}.dist-info"}
+    contents = {name.split("/")[0] for name in cache.namelist()}
+    assert contents == {"hybridcache", f"hybrid_radix_cache-{VERSION}.dist-info"}
     entry_points = cache.read(f"hybrid_radix_cache-{VERSION}.dist-info/entry_points.txt").decode()
     assert "[sglang.srt.plugins]\nhybridcache = hybridcache.export.sglang:plug_in" in entry_points
     assert "engine" not in entry_points
     metadata = message_from_bytes(cache.read(f"hybrid_radix_cache-{VERSION}.dist-info/METADATA"))
-    asked = metadata.get_all("Requires-Dist", [])
-    assert 'sglang==0.5.23; extra == "sglang"' in asked
-    assert [one for one in asked if one.endswith('extra == "engine"')] == [
+    required = metadata.get_all("Requires-Dist", [])
+    assert 'sglang==0.5.23; extra == "sglang"' in required
+    assert [one for one in required if one.endswith('extra == "engine"')] == [
         f'hybrid-radix-engine=={VERSION}; extra == "engine"'
     ]
 
 
-def test_the_engine_is_published_apart(tmp_path: Path) -> None:
+def test_published_engine_wheel_contains_engine_and_kernels(tmp_path: Path) -> None:
     engine = zipfile.ZipFile(wheels.build(ENGINE_DISTRIBUTION, tmp_path))
-    held = {name.split("/")[0] for name in engine.namelist()}
-    assert held == {"engine", "kernels", f"hybrid_radix_engine-{VERSION}.dist-info"}
+    contents = {name.split("/")[0] for name in engine.namelist()}
+    assert contents == {"engine", "kernels", f"hybrid_radix_engine-{VERSION}.dist-info"}
     metadata = message_from_bytes(engine.read(f"hybrid_radix_engine-{VERSION}.dist-info/METADATA"))
-    asked = metadata.get_all("Requires-Dist", [])
-    assert f"hybrid-radix-cache=={VERSION}" in asked and any(
-        one.startswith("torch") for one in asked
-    )
+    required = metadata.get_all("Requires-Dist", [])
+    assert f"hybrid-radix-cache=={VERSION}" in required
+    assert any(one.startswith("torch") for one in required)
 
 
 @pytest.mark.full
-def test_both_wheels_work_where_they_are_installed(tmp_path: Path) -> None:
-    """Next to the packages of this environment, and away from the clone."""
+def test_both_wheels_work_when_installed_together(tmp_path: Path) -> None:
+    """With the dependencies of this environment, outside the repository."""
     site = tmp_path / "site"
     both = [str(wheels.build(name, tmp_path)) for name in wheels.PACKAGES]
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
@@ -141,7 +140,7 @@ def test_both_wheels_work_where_they_are_installed(tmp_path: Path) -> None:
     assert VERSION in run("-m", "engine", "--version")
 
 
-def test_every_direct_dependency_is_pinned_within_its_range() -> None:
+def test_direct_dependencies_are_pinned_within_their_ranges() -> None:
     from packaging.requirements import Requirement
 
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -152,10 +151,9 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
         assert wanted[name].specifier.contains(version), f"{name}=={version}"
 
 
-def test_the_lock_has_every_direct_dependency_with_hashes() -> None:
-    """But torch and triton, whose build, and so hash, is the machine's; genuine conversations,
-    which nothing needs; SGLang and Ray, which nothing else asks for; and Sphinx, which builds the
-    site alone."""
+def test_lock_file_has_direct_dependencies_with_hashes() -> None:
+    """The lock file leaves out torch and triton, which have a different build (and hash) per
+    machine, the data set of conversations, SGLang, Ray, and the packages that build the site."""
     text = (ROOT / "requirements.lock").read_text()
     locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\$", text, re.M))
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -174,8 +172,8 @@ def _normalized(name: str) -> str:
     return name.replace("-", "_").lower()
 
 
-def test_extras_of_hints_are_those_of_the_project() -> None:
-    """Every package of an extra has a hint, and every hint names an extra that installs it."""
+def test_hinted_extras_match_the_extras_of_the_project() -> None:
+    """Every package of an extra has a hint, and the extra in every hint installs the package."""
     of_distribution = metadata.packages_distributions()
     declared = PROJECT["optional-dependencies"]
     assert set(EXTRAS) | set(OLD_EXTRAS) == set(declared) - {"all", "dev"}
@@ -189,11 +187,11 @@ def test_extras_of_hints_are_those_of_the_project() -> None:
             for package in packages
             for name in of_distribution.get(package, [package])
         }
-        # A package that is not installed here has no known distribution: its own name stands in.
+        # If a package is not installed here, its import name is used as that of the distribution.
         assert required == hinted, extra
 
 
-def test_a_hint_names_the_extra_of_the_caller() -> None:
+def test_hint_names_the_extra_of_the_calling_command() -> None:
     missing = ModuleNotFoundError("No module named 'jinja2'", name="jinja2.sandbox")
     assert how_to_install(missing).endswith(install_command("lab"))
     assert how_to_install(missing, "engine").endswith(install_command("engine"))
@@ -204,7 +202,7 @@ def test_a_hint_names_the_extra_of_the_caller() -> None:
 
 
 OTHERS = {"pytest", "pandas", "torch", "lm-eval[api]", "playwright", "schemathesis"}
-"""Requirements of other projects that a page or an error tells to install."""
+"""Requirements outside this project that pages or errors tell users to install."""
 HINT = re.compile(r"pip install (?:-[\w-]+ )*['\"`]?([A-Za-z.][\w.-]*(?:\[[^\]]*\])?)")
 NAME = re.compile(r"\b((?:hybridcache|hybrid-radix-\w+)\[[a-z][\w, -]*\])")
 
@@ -214,20 +212,20 @@ def _texts(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         return [text]
-    if "pip install" not in text and not NAME.search(text):  # to parse all takes two seconds
+    if "pip install" not in text and not NAME.search(text):  # parsing all takes two seconds
         return []
     constants = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
     return [node.value for node in constants if isinstance(node.value, str)]
 
 
 def hints(root: Path) -> dict[str, set[str]]:
-    """Map each file below ``root`` to the requirements that it tells a reader to install."""
+    """Map each file below ``root`` to the requirements in its install hints."""
     pages = [path for path in root.glob("*") if path.suffix in (".md", ".toml") and path.is_file()]
     folders = [root / name for name in (*PACKAGES, "experiments", "docs", "examples")]
     files = pages + [path for folder in folders for path in folder.rglob("*")]
     found: dict[str, set[str]] = {}
     for path in files:
-        # The two logs also tell of earlier names.
+        # The two logs mention earlier names.
         if path.suffix not in (".py", ".md", ".toml", ".html", ".js") or path.name in (
             "CHANGELOG.md",
             "LOG.md",
@@ -240,18 +238,18 @@ def hints(root: Path) -> dict[str, set[str]]:
     return found
 
 
-def _wrong(requirement: str) -> bool:
+def _is_wrong(requirement: str) -> bool:
     name, _, extras = requirement.removesuffix("]").partition("[")
-    extras_here = set(PROJECT["optional-dependencies"])
-    known = {".": extras_here, CACHE_DISTRIBUTION: extras_here, ENGINE_DISTRIBUTION: set()}
-    asked = {extra.strip() for extra in extras.split(",")} - {""}
-    return requirement not in OTHERS and (name not in known or not asked <= known[name])
+    declared = set(PROJECT["optional-dependencies"])
+    known = {".": declared, CACHE_DISTRIBUTION: declared, ENGINE_DISTRIBUTION: set()}
+    hinted = {extra.strip() for extra in extras.split(",")} - {""}
+    return requirement not in OTHERS and (name not in known or not hinted <= known[name])
 
 
-def test_every_install_hint_names_a_real_distribution_and_extra() -> None:
+def test_install_hints_name_existing_distributions_and_extras() -> None:
     found = hints(ROOT)
     assert {"README.md", "hybridcache/lab/extras.py"} <= set(found)
-    wrong = {file: sorted(filter(_wrong, named)) for file, named in found.items()}
+    wrong = {file: sorted(filter(_is_wrong, named)) for file, named in found.items()}
     assert {file: named for file, named in wrong.items() if named} == {}
 
 
@@ -265,21 +263,20 @@ def test_every_install_hint_names_a_real_distribution_and_extra() -> None:
         ("docs/a.md", "needs `hybridcache[top]`"),
     ],
 )
-def test_a_wrong_hint_is_found(tmp_path: Path, file: str, text: str) -> None:
+def test_wrong_install_hint_is_detected(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
-    assert any(map(_wrong, hints(tmp_path).get(file, set())))
+    assert any(map(_is_wrong, hints(tmp_path).get(file, set())))
 
 
-def test_the_project_is_named_as_its_hints_say() -> None:
+def test_project_name_matches_the_distribution_in_hints() -> None:
     assert PROJECT["name"] == CACHE_DISTRIBUTION
     assert set(wheels.PACKAGES) == {CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION}
     assert {package for packages in wheels.PACKAGES.values() for package in packages} == {*PACKAGES}
 
 
-def test_what_is_imported_is_declared() -> None:
-    """Top-level imports of the installed packages, lazy ones included, are dependencies of the
-    project or in an extra."""
+def test_imported_packages_are_declared_dependencies() -> None:
+    """Packages that our code imports, at the start or lazily, are dependencies or in an extra."""
     names = [re.split(r"[^\w.-]", name)[0] for name in _requirements()]
     declared = {name.replace("-", "_").lower() for name in names}
     imported = {
@@ -296,7 +293,8 @@ def test_what_is_imported_is_declared() -> None:
 
 
 def _make(folder: Path, target: str, pip: str) -> subprocess.CompletedProcess[str]:
-    """Run a ``target`` with a Python whose environments have ``pip`` and print three lines."""
+    """Run a make target with a fake Python: its environments contain the script ``pip``, and their
+    ``python`` prints three lines."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
         shutil.copy(ROOT / name, folder)
     (folder / "pip").write_text(f"#!/bin/sh\n{pip}\n")
@@ -312,7 +310,7 @@ def _make(folder: Path, target: str, pip: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_demo_prints_the_table_and_what_to_do_next(tmp_path: Path) -> None:
+def test_make_demo_prints_the_table_and_next_steps(tmp_path: Path) -> None:
     done = _make(tmp_path, "demo", "seq 1000; seq 1000 >&2")
     assert done.returncode == 0 and not done.stderr, done.stderr
     lines = done.stdout.splitlines()
@@ -322,13 +320,13 @@ def test_make_demo_prints_the_table_and_what_to_do_next(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_a_failed_installation_shows_the_end_of_its_log(tmp_path: Path) -> None:
+def test_failed_installation_prints_the_end_of_its_log(tmp_path: Path) -> None:
     done = _make(tmp_path, "demo", "seq 1000; echo no such package >&2; exit 1")
     assert done.returncode == 2 and "no such package" in done.stdout
     assert len(done.stdout.splitlines()) < 30 and not (tmp_path / ".venv/.installed").exists()
 
 
-def test_workflows_and_images_name_what_there_is() -> None:
+def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
     yaml = pytest.importorskip("yaml")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     paths = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -349,10 +347,10 @@ def test_workflows_and_images_name_what_there_is() -> None:
         text = (ROOT / name).read_text(encoding="utf-8")
         [copied] = re.findall(r"^COPY (.*) \./$", text, re.M)
         assert all((ROOT / one).exists() for one in copied.split())
-        [asked] = re.findall(r"'\.\[([\w,-]+)\]'", text)
-        assert set(asked.split(",")) <= set(EXTRAS)
+        [extras] = re.findall(r"'\.\[([\w,-]+)\]'", text)
+        assert set(extras.split(",")) <= set(EXTRAS)
 
 
-def test_the_version_is_the_same_everywhere() -> None:
+def test_citation_has_the_version_of_the_project() -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.findall(r"^version: (\S+)$", citation, re.M) == [VERSION]

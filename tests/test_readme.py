@@ -1,4 +1,5 @@
-"""README and documentation: the code runs, the links lead somewhere, the reference is complete."""
+"""Tests of README and documentation: code blocks run, links have targets, the reference is
+complete."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ PACKAGES = [
     for folder in ("engine", "hybridcache", "kernels")
     for path in sorted((ROOT / folder).rglob("README.md"))
 ]
-"""Pages of the packages, for readers of the code."""
+"""README files of the packages."""
 
 
 def name_of(page: Path) -> str:
@@ -52,7 +53,7 @@ def server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_the_code_blocks_run(
+def test_code_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,28 +63,28 @@ def test_the_code_blocks_run(
 
 
 @pytest.mark.parametrize("page", [*PAGES, *PACKAGES], ids=name_of)
-def test_the_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     assert documents.broken_links(page) == []
 
 
 @pytest.mark.parametrize("page", PACKAGES, ids=name_of)
-def test_the_commands_of_a_package_exist(page: Path) -> None:
+def test_commands_on_package_pages_exist(page: Path) -> None:
     for block in documents.blocks(page):
         if block.language == "sh":
             documents.check_command(block.text)
 
 
-def test_the_readme_is_short() -> None:
+def test_readme_is_short() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
 
 
 @pytest.mark.parametrize("page", PACKAGES, ids=name_of)
-def test_the_page_of_a_package_is_one_page(page: Path) -> None:
+def test_package_pages_are_short(page: Path) -> None:
     assert len(page.read_text().split()) <= 1000
 
 
-def test_the_policy_of_the_readme_is_simulated(tmp_path: Path) -> None:
+def test_readme_policy_can_be_simulated(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README.read_text(), re.DOTALL)
     (tmp_path / "mine.py").write_text(block)
     command = [sys.executable, "-m", "hybridcache", "simulate", "--trace", "short"]
@@ -94,11 +95,11 @@ def test_the_policy_of_the_readme_is_simulated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["hybridcache", "engine"])
-def test_a_command_runs_as_a_module(command: str) -> None:
-    shown = subprocess.run(
+def test_commands_run_as_modules(command: str) -> None:
+    done = subprocess.run(
         [sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True
     )
-    assert f"usage: {command}" in shown.stdout
+    assert f"usage: {command}" in done.stdout
 
 
 # --- The reference ------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def reference(name: str) -> str:
 
 
 def script_of_docs(name: str) -> ModuleType:
-    """Import a script of docs/, which Sphinx calls."""
+    """Import a script of docs/ that Sphinx calls."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -123,7 +124,7 @@ def generate() -> ModuleType:
     return script_of_docs("generate")
 
 
-def test_the_figure_of_a_match_is_what_the_pages_say(tmp_path: Path) -> None:
+def test_match_figure_has_the_values_on_the_pages(tmp_path: Path) -> None:
     figure = script_of_docs("match_figure")
     steps = figure.run()
     assert steps.cached_len + sum(steps.losses) == len(figure.THIRD)
@@ -135,7 +136,7 @@ def test_the_figure_of_a_match_is_what_the_pages_say(tmp_path: Path) -> None:
         assert "<svg" in file.read_text()
 
 
-def test_the_endpoints_are_those_of_the_server(server: str) -> None:
+def test_documented_endpoints_match_the_server(server: str) -> None:
     served = {
         f"{verb.upper()} {path}"
         for path, verbs in httpx.get(f"{server}/openapi.json").json()["paths"].items()
@@ -145,13 +146,13 @@ def test_the_endpoints_are_those_of_the_server(server: str) -> None:
     assert documented - {"GET /"} == served
 
 
-def test_the_metrics_are_those_of_the_server(server: str) -> None:
+def test_server_metrics_are_documented(server: str) -> None:
     lines = httpx.get(f"{server}/metrics").text
     served = set(re.findall(r"^# HELP (\w+?)(?:_total|_created)? ", lines, re.MULTILINE))
     assert served <= set(re.findall(r"`(engine_\w+)`", reference("metrics")))
 
 
-def test_the_generated_reference_has_every_option_policy_and_name(generate: ModuleType) -> None:
+def test_generated_reference_has_every_option_policy_and_name(generate: ModuleType) -> None:
     cli = generate.insert(reference("cli"))
     assert {"## engine serve", "## hybridcache trace stats"} <= set(cli.splitlines())
     for option in ("--cache-gib", "--admission", "--closed-loop", "--tokenizer", "--once"):
@@ -167,8 +168,8 @@ def test_the_generated_reference_has_every_option_policy_and_name(generate: Modu
     assert "<!-- generated" not in cli + policies + api
 
 
-def test_the_reference_has_every_paragraph_about_every_public_member(generate: ModuleType) -> None:
-    """A contract that only ``help`` shows is one that embedders break."""
+def test_reference_contains_the_docstrings_of_all_public_members(generate: ModuleType) -> None:
+    """Users break contracts that are documented only in the output of ``help``."""
     api = " ".join(generate.api().replace("\\", "").replace("&lt;", "<").split())
     missing = []
     for name in hybridcache.__all__:
@@ -180,7 +181,7 @@ def test_the_reference_has_every_paragraph_about_every_public_member(generate: M
             public = [one for one in public if not hasattr(PrefixCache, one.__name__)]
         for one in public:
             if one.__name__ in vars(RunningLease):
-                assert f"#### {name}.{one.__name__}" not in api, "internals of the cache are shown"
+                assert f"#### {name}.{one.__name__}" not in api, "the reference shows internals"
                 continue
             for paragraph in (inspect.getdoc(one) or "").split("\n\n"):
                 text = " ".join(paragraph.replace("``", "`").split())
@@ -191,9 +192,9 @@ def test_the_reference_has_every_paragraph_about_every_public_member(generate: M
         assert contract in api
 
 
-def test_the_reference_explains_every_attribute_and_every_type(generate: ModuleType) -> None:
+def test_reference_describes_every_attribute_and_type(generate: ModuleType) -> None:
     api = generate.api()
-    assert re.findall(r"^\| `.*\|  \|$", api, re.MULTILINE) == [], "attributes without a text"
+    assert re.findall(r"^\| `.*\|  \|$", api, re.MULTILINE) == [], "attributes without description"
     assert re.findall(r"^(#### .*)\n\n`.*`\n\n\n", api, re.MULTILINE) == []
     for row in ("state_slot", "match", "stats: CacheStats", "refusals", "times: PrefillTimes"):
         assert f"| `{row}` | " in api
@@ -202,13 +203,13 @@ def test_the_reference_explains_every_attribute_and_every_type(generate: ModuleT
     node = api.partition("### hybridcache.radix.tree.RadixNode\n")[2].partition("\n### ")[0]
     for row in ("kv", "checkpoint", "parent", "children", "locks", "end", "tokens: Tokens"):
         assert f"| `{row}` | " in node
-    assert "pins" not in node, "internals of the tree are shown"
+    assert "pins" not in node, "the reference shows internals"
 
 
 @pytest.mark.parametrize(
     "page", ["docs/tutorials/embed-the-cache.md", "README.md", "examples/04_minimal_engine.py"]
 )
-def test_an_embedder_needs_public_names_only(page: str) -> None:
+def test_embedding_pages_import_only_public_names(page: str) -> None:
     found = re.findall(
         r"^(?:>>> )?from (hybridcache\S*) import (\([^)]*\)|.*)", (ROOT / page).read_text(), re.M
     )
@@ -217,7 +218,7 @@ def test_an_embedder_needs_public_names_only(page: str) -> None:
     assert names <= {*hybridcache.__all__}
 
 
-def test_the_complete_example_is_shown_whole_and_can_be_downloaded() -> None:
+def test_embedding_tutorial_includes_the_whole_example() -> None:
     text = (ROOT / "docs/tutorials/embed-the-cache.md").read_text()
     for path in re.findall(r"\{download\}`[^<]*<(.*)>`", text):
         assert (ROOT / "docs/tutorials" / path).exists()
@@ -237,9 +238,9 @@ def test_the_complete_example_is_shown_whole_and_can_be_downloaded() -> None:
     ],
     ids=["readers", "generators", "metrics", "baselines", "routers"],
 )
-def test_every_name_is_in_the_reference(names: dict[str, object], page: str) -> None:
-    named = set(re.findall(r"`([\w-]+)`", reference(page)))
-    assert set(names) - named == set()
+def test_registered_names_are_in_the_reference(names: dict[str, object], page: str) -> None:
+    documented = set(re.findall(r"`([\w-]+)`", reference(page)))
+    assert set(names) - documented == set()
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
@@ -248,7 +249,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert pages - {"index"} == set(listed)
 
 
-# --- The checks themselves notice faults ---------------------------------------------------------
+# --- The checks detect faults --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         (f"```sh\ncurl --coffee {documents.SERVER}/health\n```\n", "--coffee"),
     ],
 )
-def test_a_wrong_block_is_noticed(
+def test_wrong_block_is_detected(
     text: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: str
 ) -> None:
     monkeypatch.setattr(documents, "blocks", _blocks_of(text, documents.blocks, tmp_path))
@@ -283,7 +284,7 @@ def _blocks_of(text, read, folder):  # type: ignore[no-untyped-def]
     return lambda _: read(page)
 
 
-def test_outputs_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_replaces_outdated_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "ROOT", tmp_path)
     page = tmp_path / "page.md"
     right = "```python\n>>> 1 + 1\n2\n>>> print('a\\nb\\nc')\na\nb\n...\n```\n"
@@ -295,7 +296,7 @@ def test_outputs_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         documents.corrected("a ... b\n", "a c\n")
 
 
-def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
+def test_broken_links_are_detected(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One\n[a](#one) [b](#two) [c](none.md) [d](page.md#one) `engine/none.py`\n")
     assert documents.broken_links(page) == ["#two", "none.md", "engine/none.py"]

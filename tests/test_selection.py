@@ -1,4 +1,4 @@
-"""The choice of tests for `make test`, `make test-changed` and `make test-all`."""
+"""Tests of the selection for `make test`, `make test-changed` and `make test-all`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = selection.ROOT
 
 
 def item(nodeid: str, ids: list[str] | None = None, **marks: tuple[Any, ...]) -> Any:
-    """Return what the selection looks at of a collected test."""
+    """Return a fake pytest item with the attributes that the selection reads."""
     name, _, case = nodeid.partition("[")
     made = SimpleNamespace(
         nodeid=nodeid,
         path=ROOT / name.partition("::")[0],
-        get_closest_marker=lambda word: (
-            SimpleNamespace(args=marks[word], kwargs={}) if word in marks else None
+        get_closest_marker=lambda mark: (
+            SimpleNamespace(args=marks[mark], kwargs={}) if mark in marks else None
         ),
     )
     if case:
@@ -49,27 +49,27 @@ def _hashable(one: Any) -> Any:
     return _Item(**vars(one))
 
 
-def test_its_examples_run() -> None:
+def test_doctests_pass() -> None:
     assert not doctest.testmod(selection).failed
 
 
-def test_of_a_product_each_value_runs_once() -> None:
+def test_each_value_of_several_parameters_runs_once() -> None:
     cases = [item(f"tests/lab/x.py::a[{a}-{b}]") for a in "xyz" for b in "12"]
     assert chosen(*cases, item("tests/lab/x.py::b")) == ["a[x-1]", "a[y-2]", "a[z-1]", "b"]
 
 
-def test_what_is_marked_full_is_left_out_but_for_the_named_cases() -> None:
+def test_only_the_named_cases_of_a_full_mark_run() -> None:
     cases = [item(f"tests/lab/x.py::a[{n}]", full=("2", "3")) for n in range(5)]
     assert chosen(*cases, item("tests/lab/x.py::b", full=())) == ["a[2]", "a[3]"]
 
 
-def test_a_mark_that_names_no_case_is_refused() -> None:
+def test_full_mark_with_unknown_case_is_rejected() -> None:
     cases = [item(f"tests/lab/x.py::a[{n}]", full=("2", "9")) for n in range(5)]
     with pytest.raises(pytest.UsageError, match="has no case with the id '9'"):
         chosen(*cases)
 
 
-def test_families_are_a_few_representatives() -> None:
+def test_only_representative_families_run() -> None:
     families = sorted(selection.family_names())
     assert set(selection.REPRESENTATIVES) < set(families)
     numerics = [item(f"tests/engine/numerics/x.py::a[{name}]") for name in families]
@@ -79,7 +79,7 @@ def test_families_are_a_few_representatives() -> None:
     assert len(chosen(*elsewhere)) == len(families)
 
 
-def test_a_family_whose_own_files_changed_runs_too() -> None:
+def test_family_with_changed_files_runs_too() -> None:
     known = {f"family {name}": selection.family_hash(name) for name in selection.family_names()}
     cases = [item(f"tests/engine/numerics/x.py::a[{name}]") for name in selection.family_names()]
     assert len(chosen(*cases, known=known)) == len(selection.REPRESENTATIVES)
@@ -87,13 +87,13 @@ def test_a_family_whose_own_files_changed_runs_too() -> None:
     assert "a[kimi_linear]" in chosen(*cases, known=known)
 
 
-def test_a_family_needs_its_layers_and_what_all_share_counts_for_none() -> None:
+def test_family_files_include_its_layers_but_not_shared_modules() -> None:
     shared = set().union(*map(selection._family_files, selection.REPRESENTATIVES))
     own = {file.stem for file in selection._family_files("kimi_linear") - shared}
     assert {"kimi_linear", "kda", "mla"} <= own and "decoder" not in own
 
 
-def test_a_change_selects_the_tests_that_import_it() -> None:
+def test_change_selects_the_tests_that_import_it() -> None:
     some = ("test_house.py", "cache/test_room.py", "engine/server/test_page.py")
     some += ("kernels/test_gdn.py", "lab/test_page.py")
     tests = [ROOT / "tests" / name for name in some]
@@ -110,30 +110,30 @@ def test_a_change_selects_the_tests_that_import_it() -> None:
     assert names("tests/cache/serving.py") == {"test_house.py", "cache/test_room.py"}
 
 
-def test_tests_of_changed_sources_run_whole_until_they_pass(tree: Path) -> None:
+def test_all_cases_run_after_a_change_of_their_sources(tree: Path) -> None:
     cases = [item(f"tests/kernels/test_a.py::a[{a}-{b}]") for a in "xy" for b in "12"]
     first = selection.Selection({})
     assert len(first.choose([_hashable(one) for one in cases])) == 2, "a clean clone"
     assert len(chosen(*cases, known=first.hashes)) == 2, "nothing changed"
     (tree / "kernels/one/native.cpp").write_text("2")
-    forget()
+    clear_caches()
     assert len(chosen(*cases, known=first.hashes)) == 4
     (tree / "kernels/one/native.cpp").write_text("1")
     (tree / "kernels/other/fused.py").write_text("x = 2")
-    forget()
+    clear_caches()
     assert len(chosen(*cases, known=first.hashes)) == 2, "another kernel"
 
 
-def forget() -> None:
-    """As a process that begins."""
-    for remembered in vars(selection).values():
-        if hasattr(remembered, "cache_clear"):
-            remembered.cache_clear()
+def clear_caches() -> None:
+    """Clear all function caches of the module, as in a new process."""
+    for function in vars(selection).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A small repository."""
+    """Small repository."""
     files = {
         "kernels/__init__.py": "",
         "kernels/one/__init__.py": "",
@@ -159,9 +159,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for module in (selection, run):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    forget()
+    clear_caches()
     yield tmp_path
-    forget()
+    clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,14 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("part/test_command.py", "engine/heavy.py", "engine/light.py"),
     ],
 )
-def test_imports_are_followed(tree: Path, test: str, needs: str, needs_not: str) -> None:
-    """Imports for type checkers are none; a name that a package offers lazily, a package that is
-    searched and a command's module are."""
+def test_closure_follows_imports(tree: Path, test: str, needs: str, needs_not: str) -> None:
+    """Lazy attributes of a package, searched packages and modules of commands count as imports;
+    imports under TYPE_CHECKING do not."""
     found = selection.closure(tree / "tests" / test)
     assert tree / needs in found and tree / needs_not not in found
 
 
-def test_every_test_file_is_in_one_part() -> None:
+def test_each_test_file_is_in_one_part() -> None:
     parts = [file for files in run.test_parts().values() for file in files]
     assert sorted(parts) == sorted((ROOT / "tests").rglob("test_*.py"))
     named = [part.name for part in run.all_parts()]
@@ -218,7 +218,7 @@ def test_after(): pass
 """
 
 
-def test_processes_report_all_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
+def test_forked_processes_report_all_and_are_replaced_if_they_die(tmp_path: Path) -> None:
     for name, text in (("test_a.py", SUITE), ("test_b.py", SUITE), ("test_c.py", DIES)):
         (tmp_path / name).write_text(text)
     (tmp_path / "pytest.ini").write_text("[pytest]")
@@ -238,7 +238,7 @@ def test_processes_report_all_and_one_that_dies_is_replaced(tmp_path: Path) -> N
     assert stopped.returncode == 1 and "stopping after 1 failures" in stopped.stdout
 
 
-def test_parts_are_run_and_failures_shown(
+def test_run_executes_parts_and_prints_failures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "ROOT", tmp_path)
@@ -255,15 +255,15 @@ def test_parts_are_run_and_failures_shown(
     assert "all passed" in capsys.readouterr().out
 
 
-def test_marks_name_folders_that_exist() -> None:
-    """A folder that moved would silence a mark."""
+def test_selection_tables_name_existing_folders() -> None:
+    """A moved folder would disable its entry."""
     for folders in selection.SOURCES.values():
         assert all((ROOT / folder).is_dir() for folder in folders)
     named = [*selection.SOURCES, *selection.TOGETHER, *selection.FAMILY_FOLDERS]
     assert [folder for folder in named if not (ROOT / folder).is_dir()] == []
 
 
-def test_a_wrong_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_level_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRIDCACHE_TESTS", "most")
     with pytest.raises(pytest.UsageError, match="must be quick or all"):
         selection.level()
@@ -273,7 +273,7 @@ def test_a_wrong_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selection.num_examples(40) == 40 // selection.QUICK_SHARE
 
 
-def test_what_is_mutated_and_the_tests_that_must_notice_exist() -> None:
+def test_mutation_groups_name_existing_files() -> None:
     for group in mutation.GROUPS.values():
         assert all(any(ROOT.glob(pattern)) for pattern in group.mutated), group.mutated
         assert "hybridcache/radix/check.py" not in mutation.files_of(group)
