@@ -1,4 +1,4 @@
-"""Records and files of traces, as tests of readers need them."""
+"""Trace records and files for tests of readers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 
 def lines(path: Path, *records: Any) -> Path:
+    """Write ``records`` as JSON lines to ``path``, and return it."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -29,26 +30,26 @@ def agent_request(when: float, length: int, *runs: Any) -> dict[str, Any]:
     return {"t": when, "type": "n", "in": length, "out": 64, "hash_ids": list(runs)}
 
 
-def _said(name: str, *turns: tuple[str, str]) -> dict[str, Any]:
-    return {"id": name, "conversations": [{"from": who, "value": said} for who, said in turns]}
+def _conversation(name: str, *turns: tuple[str, str]) -> dict[str, Any]:
+    return {"id": name, "conversations": [{"from": role, "value": text} for role, text in turns]}
 
 
 SEGMENTS = [
-    _said("x_0", ("human", "one"), ("gpt", "two")),
-    _said("x_1", ("gpt", "two"), ("human", "three"), ("gpt", "four")),
-    _said("y_0", ("human", "five"), ("bing", "six")),
+    _conversation("x_0", ("human", "one"), ("gpt", "two")),
+    _conversation("x_1", ("gpt", "two"), ("human", "three"), ("gpt", "four")),
+    _conversation("y_0", ("human", "five"), ("bing", "six")),
 ]
 
 
 def otel_span(start_ns: int, attributes: dict[str, Any], trace: str = "t") -> dict[str, Any]:
-    """As OTLP writes it; attributes that are no text as arrays, objects and numbers."""
+    """Return a span in OTLP's format. Attributes may be texts, arrays, objects and numbers."""
     listed = [{"key": name, "value": otel_value(value)} for name, value in attributes.items()]
     times = {"startTimeUnixNano": str(start_ns), "endTimeUnixNano": str(start_ns + 1)}
     return {"traceId": trace, "name": "chat m", **times, "attributes": listed}
 
 
 def otel_value(value: Any) -> dict[str, Any]:
-    """An ``AnyValue``."""
+    """Return the ``AnyValue`` of a value."""
     if isinstance(value, dict):
         pairs = [{"key": name, "value": otel_value(each)} for name, each in value.items()]
         return {"kvlistValue": {"values": pairs}}
@@ -58,10 +59,10 @@ def otel_value(value: Any) -> dict[str, Any]:
 
 
 def otel_batch(*spans: dict[str, Any]) -> dict[str, Any]:
-    """One export."""
+    """Return one exported batch of spans."""
     return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"spans": list(spans)}]}]}
 
 
 def otel_text(role: str, words: str) -> dict[str, Any]:
-    """A message of one part."""
+    """Return a message of one part."""
     return {"role": role, "parts": [{"type": "text", "content": words}]}

@@ -1,4 +1,4 @@
-"""Whatever stands in a file: it is read, or named by file and line, or counted."""
+"""Tests of faulty trace files: each record is read, reported with file and line, or counted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ from tests.lab.records import (
         ([1], "a JSON object was expected, not list"),
     ],
 )
-def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, record: Any, problem: str) -> None:
+def test_error_for_a_bad_line_names_file_and_line(
+    tmp_path: Path, record: Any, problem: str
+) -> None:
     path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, record, {"tokens": [2]})
     with pytest.raises(BadRecordError, match=rf"t\.jsonl, line 2: {problem}"):
         list(open_trace(f"jsonl:{path}"))
@@ -68,7 +70,7 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, record: Any, probl
     assert len(list(trace)) == 2 and trace.bad.count == 1
 
 
-def test_a_first_line_that_can_not_be_read_is_named_too(tmp_path: Path) -> None:
+def test_error_for_an_unreadable_first_line_names_it(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     for content, problem in (
         (b"hello\n", "t.jsonl, line 1: not JSON"),
@@ -93,7 +95,7 @@ def test_a_first_line_that_can_not_be_read_is_named_too(tmp_path: Path) -> None:
 LONG = "".join(f'{{"tokens": [{number}]}}\n' for number in range(40_000))
 
 
-def test_a_gzip_file_that_is_cut_gives_its_whole_lines_and_says_where_it_ends(
+def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "t.jsonl.gz"
@@ -112,7 +114,7 @@ def test_a_gzip_file_that_is_cut_gives_its_whole_lines_and_says_where_it_ends(
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("zipped", [False, True])
-def test_byte_order_marks_and_line_endings_do_not_matter(
+def test_byte_order_marks_and_line_endings_are_ignored(
     tmp_path: Path, ending: str, mark: str, zipped: bool
 ) -> None:
     path = tmp_path / "t"
@@ -164,20 +166,20 @@ GOOD: dict[str, dict[str, Any]] = {
         ],
     },
 }
-"""A good record of each format."""
+"""Valid record of each format."""
 WRONG = [None, True, -1, 1.5, float("nan"), 1 << 40, 1 << 70, "x", [1], [[2, 1], [3]], {"a": 1}]
 WRONG.append([[1, 1 << 40]])
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of everything inside a record."""
+    """Return the path of every value inside a record."""
     inside: Any = value.items() if isinstance(value, dict) else ()
     inside = enumerate(value) if isinstance(value, list) else inside
     return [each for key, part in inside for each in ((*path, key), *places(part, (*path, key)))]
 
 
 def replaced(value: Any, path: tuple[Any, ...], wrong: Any) -> Any:
-    """A copy with ``wrong`` at ``path``."""
+    """Return a copy with ``wrong`` at ``path``."""
     if not path:
         return wrong
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -186,21 +188,21 @@ def replaced(value: Any, path: tuple[Any, ...], wrong: Any) -> Any:
 
 
 @pytest.mark.full("http-log", "jsonl", "sharegpt", "taubench")
-@pytest.mark.parametrize("word", list(GOOD))
-def test_whatever_stands_in_a_record_it_is_read_or_named(word: str, tmp_path: Path) -> None:
-    """Every field of every format, with everything wrong in it: never another error, and the
-    neighbours are read."""
-    path, good = tmp_path / "t", GOOD[word]
-    spec = f"{word}:{path}"
-    if word in ("sharegpt", "taubench", "few-shot-questions", "http-log", "otel"):
-        spec += "?tokenizer=bytes" + "&shots=0" * (word == "few-shot-questions")
-    array = word in ("sharegpt", "taubench")
+@pytest.mark.parametrize("reader", list(GOOD))
+def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) -> None:
+    """Each wrong value is tried in each field. No other error is raised, and the records before and
+    after are read."""
+    path, good = tmp_path / "t", GOOD[reader]
+    spec = f"{reader}:{path}"
+    if reader in ("sharegpt", "taubench", "few-shot-questions", "http-log", "otel"):
+        spec += "?tokenizer=bytes" + "&shots=0" * (reader == "few-shot-questions")
+    array = reader in ("sharegpt", "taubench")
     changes = {"id": ("b_0", "c_0"), "timestamp": (0, 1 << 71), "ts": (0, 1 << 71)}
     before, after = good, good
     for name, (first, last) in changes.items():
         if name in good:
             before, after = replaced(before, (name,), first), replaced(after, (name,), last)
-    named = 0
+    num_reported = 0
     for place in places(good):
         for wrong in WRONG:
             records = [json.dumps(each) for each in (before, replaced(good, place, wrong), after)]
@@ -209,50 +211,51 @@ def test_whatever_stands_in_a_record_it_is_read_or_named(word: str, tmp_path: Pa
             count = sum(1 for _ in trace)
             assert count >= 2 and trace.bad.count <= 1
             if trace.bad.count:
-                named += 1
+                num_reported += 1
                 line = 3 if array else 2
                 with pytest.raises(BadRecordError, match=rf"/t, line {line}: [^\n]+$"):
                     list(open_trace(spec))
-    assert named > len(WRONG)
+    assert num_reported > len(WRONG)
 
 
 def out_of_order(folder: Path, times: Sequence[float]) -> Path:
-    """A file whose line ``k`` has the prompt ``[k]``."""
+    """Write a file with the prompt ``[k]`` on line ``k``."""
     records = ({"tokens": [k], "timestamp": when} for k, when in enumerate(times))
     return lines(folder / "t.jsonl", *records)
 
 
 def read_sorted(spec: str, *, skip_bad: bool = False) -> tuple[list[int], list[str], int]:
-    """(the first id of each request, warnings about order, bad records)."""
+    """Return (first id of each request, warnings about order, number of bad records)."""
     trace = open_trace(spec, skip_bad=skip_bad)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = list(trace)
     times = [request.timestamp_s for request in found]
     assert times == sorted(times)
-    said = [str(one.message) for one in caught if one.category is TraceOrderWarning]
-    return [int(request.tokens[0]) for request in found], said, trace.bad.count
+    messages = [str(one.message) for one in caught if one.category is TraceOrderWarning]
+    return [int(request.tokens[0]) for request in found], messages, trace.bad.count
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_small_disorder_is_sorted_with_one_warning(tmp_path: Path, seed: int) -> None:
-    """As in a log that is written when requests end. Those of one time keep their order."""
+    """A log that is written when requests end is disordered. Requests with the same time keep their
+    order."""
     choose = np.random.default_rng(seed)
     starts = np.sort(choose.integers(0, 60, 200))
     order = np.argsort(starts + choose.exponential(20, 200), kind="stable")
     times = starts[order].tolist()
-    found, said, _ = read_sorted(str(out_of_order(tmp_path, times)))
+    found, messages, _ = read_sorted(str(out_of_order(tmp_path, times)))
     assert found == sorted(range(200), key=lambda k: times[k])
     first = next(k for k in range(1, 200) if times[k] < times[k - 1])
-    [warning] = said
+    [warning] = messages
     assert f"t.jsonl: lines are not in order of time (the first is line {first + 1})" in warning
     assert read_sorted(str(out_of_order(tmp_path, sorted(times))))[1] == []
 
 
-def test_large_disorder_is_refused_by_its_line(
+def test_error_for_large_disorder_names_the_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request can be moved before as many others as are read ahead, and before no more."""
+    """A request can be moved back by at most the number of requests that are read ahead."""
     monkeypatch.setattr(base, "WINDOW", 5)
     late = [10 + k for k in range(5)]
     assert read_sorted(str(out_of_order(tmp_path, [*late, 3, 20])))[0] == [5, 0, 1, 2, 3, 4, 6]
@@ -262,13 +265,13 @@ def test_large_disorder_is_refused_by_its_line(
     ):
         read_sorted(str(path))
     assert read_sorted(str(path), skip_bad=True) == ([0, 1, 2, 3, 4, 5, 7], [], 1)
-    assert read_sorted(f"{path}?head=3")[0] == [0, 1, 2], "nobody asked for line 7"
+    assert read_sorted(f"{path}?head=3")[0] == [0, 1, 2], "line 7 is not read"
     monkeypatch.setattr(base, "WINDOW_IDS", 2)
     with pytest.raises(BadRecordError, match=r"line 4: .* sort the file by time"):
         read_sorted(str(out_of_order(tmp_path, [10, 11, 12, 3])))
 
 
-def test_a_bad_line_is_reported_behind_the_requests_above_it(tmp_path: Path) -> None:
+def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]}, {"tokens": []})
     requests = iter(open_trace(str(path)))
     assert [int(next(requests).tokens[0]) for _ in range(2)] == [1, 2]
@@ -277,55 +280,55 @@ def test_a_bad_line_is_reported_behind_the_requests_above_it(tmp_path: Path) -> 
     assert len(list(open_trace(f"{path}?head=2"))) == 2
 
 
-OWN: dict[str, Callable[[int], dict[str, Any]]] = {
+DISTINCT_FIELDS: dict[str, Callable[[int], dict[str, Any]]] = {
     "jsonl": lambda k: {"timestamp": 1 + k, "tokens": [k], "session": k},
     "mooncake": lambda k: {"timestamp": 1 + k, "hash_ids": [k, 8]},
     "bailian": lambda k: {"timestamp": 1 + k, "hash_ids": [k, 8], "chat_id": k},
     "token-ids": lambda k: {"ts": 1 + k, "input_tokens": [k], "session_id": k},
     "http-log": lambda k: {"timestamp": 1 + k, "request": {"prompt": f"hello {k}"}},
 }
-"""What the k-th request of a format has that others have not."""
+"""Fields of the k-th request of a format that differ from those of other requests."""
 
 
-@pytest.mark.parametrize("word", OWN)
-def test_every_format_with_times_is_sorted(tmp_path: Path, word: str) -> None:
-    """The same requests as of the file in order."""
-    records = [GOOD[word] | OWN[word](k) for k in range(6)]
-    tokenizer = "?tokenizer=bytes" * (word == "http-log")
-    spec = f"{word}:{lines(tmp_path / 'sorted', *records)}{tokenizer}"
+@pytest.mark.parametrize("reader", DISTINCT_FIELDS)
+def test_formats_with_times_are_sorted(tmp_path: Path, reader: str) -> None:
+    """A shuffled file gives the same requests as the ordered file."""
+    records = [GOOD[reader] | DISTINCT_FIELDS[reader](k) for k in range(6)]
+    tokenizer = "?tokenizer=bytes" * (reader == "http-log")
+    spec = f"{reader}:{lines(tmp_path / 'sorted', *records)}{tokenizer}"
     expected = [(one.timestamp_s, one.tokens.tolist()) for one in open_trace(spec)]
     assert len({tuple(tokens) for _, tokens in expected}) == 6
     shuffled = [records[place] for place in (2, 0, 1, 5, 4, 3)]
-    spec = f"{word}:{lines(tmp_path / 'shuffled', *shuffled)}{tokenizer}"
+    spec = f"{reader}:{lines(tmp_path / 'shuffled', *shuffled)}{tokenizer}"
     with pytest.warns(TraceOrderWarning):
         found = [(one.timestamp_s, one.tokens.tolist()) for one in open_trace(spec)]
     assert found == expected and found[0][0] >= 0
 
 
-def test_the_command_line_says_once_that_a_trace_was_sorted(
+def test_command_line_warns_once_about_disorder(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """However many processes read it."""
+    """The warning is not repeated by each process that reads the trace."""
     path = out_of_order(tmp_path, [5, 3, 9, 8])
-    asked = ["simulate", "--trace", str(path), "--gib", "1,2", "--policy", "lru"]
-    assert main([*asked, "--processes", "2"]) == 0
-    said = [line for line in capfd.readouterr().err.splitlines() if "order of time" in line]
-    assert len(said) == 1 and said[0].startswith(f"hybridcache: {path}: lines are not in order")
+    arguments = ["simulate", "--trace", str(path), "--gib", "1,2", "--policy", "lru"]
+    assert main([*arguments, "--processes", "2"]) == 0
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "order of time" in line]
+    assert line.startswith(f"hybridcache: {path}: lines are not in order")
 
 
-def test_token_ids_are_checked(tmp_path: Path) -> None:
+def test_token_ids_are_validated(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"prompt": [1, 2]}, {"prompt": [1, -3]})
     with pytest.raises(BadRecordError, match=r"t\.jsonl, line 2: an id is not a whole number in"):
         list(open_trace(str(path)))
 
 
-def test_half_a_character_and_a_time_of_too_many_digits_are_named(tmp_path: Path) -> None:
-    said = {"messages": [{"role": "user", "content": "\ud800"}]}
+def test_surrogates_and_invalid_numbers_are_reported(tmp_path: Path) -> None:
+    surrogate = {"messages": [{"role": "user", "content": "\ud800"}]}
     late = otel_span(1, {"gen_ai.input.messages": "[]"}) | {"startTimeUnixNano": "9" * 400}
     count = otel_span(1, {"gen_ai.input.messages": "[]"})
     count["attributes"].append({"key": "n", "value": {"intValue": "many"}})
     for record, problem in (
-        ({"timestamp": 0, "request": said}, "a text holds U\\+D800, half of a character"),
+        ({"timestamp": 0, "request": surrogate}, "a text holds U\\+D800, half of a character"),
         (otel_batch(late), "startTimeUnixNano is '9+\\.\\.\\., not a number of nanoseconds"),
         (otel_batch(count), "intValue is 'many', not a whole number"),
     ):

@@ -1,4 +1,4 @@
-"""The command line: what each command prints, and one sentence for what can not be done."""
+"""Tests of the command line: output of each command, and one-line errors."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, out, error
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(["--version"])
-    assert ended.value.code == 0
+    assert exited.value.code == 0
     assert capsys.readouterr().out == f"hybridcache {metadata.version(CACHE_DISTRIBUTION)}\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ("simulate --polciy lru", "--polciy, did you mean --policy? See `hybridcache simulate"),
         ("simulate --trace chat --polciy lru", "--polciy lru, did you mean --policy?"),
@@ -60,24 +60,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulat", "invalid choice: 'simulat'"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence(
-    capsys: pytest.CaptureFixture[str], arguments: str, sentence: str
+def test_wrong_flag_gives_one_line_with_a_suggestion(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         main(arguments.split())
-    assert ended.value.code == 2
+    assert exited.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert sentence in line
+    assert message in line
 
 
-def test_trace_stats(capsys: pytest.CaptureFixture[str]) -> None:
+def test_trace_stats_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "trace", "stats", SAMPLE)
     assert code == 0 and "ideal token hit rate 26.57 %" in out and "seen before, %" in out
     _, out, _ = run(capsys, "trace", "stats", SAMPLE, "--json")
     assert json.loads(out)["num_requests"] == 400
 
 
-def test_trace_convert_keeps_every_figure(
+def test_trace_convert_preserves_all_statistics(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     target = tmp_path / "t.jsonl"
@@ -92,7 +92,7 @@ def test_trace_convert_keeps_every_figure(
     assert records[0] == records[1]
 
 
-def test_simulate_prints_a_table_and_draws(
+def test_simulate_prints_a_table_and_writes_a_figure(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     figure, output = tmp_path / "f.png", tmp_path / "runs.jsonl"
@@ -105,15 +105,15 @@ def test_simulate_prints_a_table_and_draws(
     assert figure.stat().st_size > 10_000
     assert len(output.read_text().splitlines()) == 6
     again = run(capsys, *arguments)
-    assert again[1] == out, "a sweep that resumes says the same"
+    assert again[1] == out, "a resumed sweep must print the same"
 
 
-def test_closed_loop_prints_a_row_for_each_policy_and_rate_and_draws(
+def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     figure, output = tmp_path / "cliff.png", tmp_path / "runs.jsonl"
-    words = ["--trace", "short?head=40", "--gib", "1", "--rate", "1:4:2", "--seeds", "2"]
-    words += [
+    flags = ["--trace", "short?head=40", "--gib", "1", "--rate", "1:4:2", "--seeds", "2"]
+    flags += [
         "--admission",
         "oldest,live:4,sessions",
         "--max-share",
@@ -123,10 +123,10 @@ def test_closed_loop_prints_a_row_for_each_policy_and_rate_and_draws(
         "--output",
         str(output),
     ]
-    code, out, _ = run(capsys, "simulate", "--closed-loop", *words)
+    code, out, _ = run(capsys, "simulate", "--closed-loop", *flags)
     assert code == 0 and figure.stat().st_size > 10_000
     lines = [line.split(",")[0] for line in out.splitlines()]
-    assert [lines.count(word) for word in ("oldest", "live:4", "sessions")] == [2, 2, 2]
+    assert [lines.count(policy) for policy in ("oldest", "live:4", "sessions")] == [2, 2, 2]
     for title in ("hit, %", "p99", "goodput/s", "makespan, s", "oldest wait, s", "Jain"):
         assert title in out
     assert "40 requests in closed loop" in out and "step times: a roofline" in out
@@ -134,7 +134,7 @@ def test_closed_loop_prints_a_row_for_each_policy_and_rate_and_draws(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("flags", "message"),
     [
         (["--rate", "1:2:3"], "--rate is about sessions that wait for answers: add --closed-loop"),
         (["--closed-loop", "--rate", "0:2:3"], "rates above 0 are needed"),
@@ -143,15 +143,15 @@ def test_closed_loop_prints_a_row_for_each_policy_and_rate_and_draws(
         (["--closed-loop", "--max-share", "2"], "max_share must be above 0 and at most 1"),
     ],
 )
-def test_what_a_closed_loop_cannot_be_is_one_sentence(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+def test_invalid_closed_loop_options_give_one_line(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    code, out, error = run(capsys, "simulate", "--trace", "short?head=4", "--gib", "1", *words)
+    code, out, error = run(capsys, "simulate", "--trace", "short?head=4", "--gib", "1", *flags)
     assert code and not out and message in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["trace", "stats", "no-such-file"], "no-such-file"),
         (["simulate", "--trace", "chat", "--model", "qwen3.5"], "means several"),
@@ -235,14 +235,14 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
         ),
     ],
 )
-def test_what_can_not_be_done_is_one_sentence(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+def test_invalid_arguments_give_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     code, out, error = run(capsys, *arguments)
-    assert code == 2 and sentence in error and error.count("\n") == 1 and not out
+    assert code == 2 and message in error and error.count("\n") == 1 and not out
 
 
-def test_bad_records_are_counted_wherever_they_are_skipped(
+def test_skipped_bad_records_are_counted_by_every_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     trace = tmp_path / "t.jsonl"
@@ -256,13 +256,13 @@ def test_bad_records_are_counted_wherever_they_are_skipped(
         assert code == 2 and "no request in it: all 2 records are bad" in error
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_closed_output_pipe_is_not_an_error() -> None:
     command = f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2 | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stderr == ""
 
 
-def test_the_figure_is_there_whoever_stops_reading(tmp_path: Path) -> None:
+def test_figure_is_written_after_the_output_pipe_is_closed(tmp_path: Path) -> None:
     figure = tmp_path / "f.png"
     command = f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2"
     subprocess.run(f"{command} --figure {figure} | true", shell=True, check=True)
@@ -271,8 +271,10 @@ def test_the_figure_is_there_whoever_stops_reading(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def simulating(output: Path, processes: int) -> Iterator[subprocess.Popen[str]]:
-    """A long ``simulate`` that has written its first result, in a session of its own. SIGINT was
-    ignored when it started, as for ``command &`` and nohup."""
+    """Start a long ``simulate`` in a new process session, and wait for its first result.
+
+    It inherits an ignored SIGINT, as with ``command &`` and nohup.
+    """
     command = [sys.executable, "-m", "hybridcache", "simulate", "--trace"]
     command += ["conversations?live=8&head=400", "--gib", "0.5:8:60", "--output", str(output)]
     command += ["--processes", str(processes), "--no-bound"]
@@ -292,27 +294,27 @@ def simulating(output: Path, processes: int) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.full("1")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, processes: int) -> None:
+def test_interrupt_gives_one_line_that_names_the_results_file(
+    tmp_path: Path, processes: int
+) -> None:
     output = tmp_path / "runs.jsonl"
     with simulating(output, processes) as run_:
         os.killpg(run_.pid, signal.SIGINT)
         _, error = run_.communicate()
     assert run_.returncode == 130 and "Traceback" not in error
-    sentence = error.splitlines()[-1]
-    assert (
-        sentence.startswith("hybridcache: stopped; what was done is in") and str(output) in sentence
-    )
+    line = error.splitlines()[-1]
+    assert line.startswith("hybridcache: stopped; what was done is in") and str(output) in line
 
 
 @pytest.mark.full("SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_processes_end_with_the_command_that_started_them(tmp_path: Path, number: int) -> None:
+def test_worker_processes_end_with_the_command(tmp_path: Path, number: int) -> None:
     with simulating(tmp_path / "runs.jsonl", 2) as run_:
         run_.send_signal(number)
-        run_.communicate(timeout=30)  # Up to the end: no other process has its stderr open.
+        run_.communicate(timeout=30)  # Returns only if no process still has stderr open.
 
 
-def test_help_lists_the_words(
+def test_help_lists_all_policies_baselines_and_metrics(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "4000")
@@ -322,7 +324,9 @@ def test_help_lists_the_words(
     assert {*eviction_names(), *placement_names(), *BASELINES, *METRICS} <= set(words)
 
 
-def test_tables_name_the_machine_and_what_a_cause_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_notes_name_the_machine_and_the_loss_causes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     command = ["simulate", "--trace", "short?head=20", "--gib", "1", "--metric", "ttft-p50"]
     _, out, _ = run(capsys, *command, "--losses")
     assert "a roofline of 4 x H100 SXM: 494.5 TFLOP/s" in out
@@ -332,7 +336,7 @@ def test_tables_name_the_machine_and_what_a_cause_is(capsys: pytest.CaptureFixtu
     assert "as at Qwen3-Next's sizes, not this model's" in out and "H100" not in out
 
 
-def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
+def test_policy_module_in_the_working_directory_is_found(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from hybridcache.policies.eviction.scored import ScorePolicy\n\n\n"
         "class Shallow(ScorePolicy):\n"
@@ -351,7 +355,7 @@ def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_policy_is_run_again_if_it_or_a_module_that_it_imports_was_edited(tmp_path: Path) -> None:
+def test_edited_policy_or_imported_module_is_simulated_again(tmp_path: Path) -> None:
     text = (
         "from hybridcache.policies.eviction.scored import ScorePolicy\n"
         "from signs import factor\n\n\n"
@@ -376,7 +380,7 @@ def test_a_policy_is_run_again_if_it_or_a_module_that_it_imports_was_edited(tmp_
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
 
 
-RESULTS_TO = {
+COMMANDS_WITH_RESULTS = {
     "simulate": "simulate --trace TRACE --gib 1",
     "closed loop": "simulate --closed-loop --trace TRACE --gib 1 --rate 1 --admission oldest",
     "fleet": "simulate --replicas 2 --trace TRACE --gib 1",
@@ -385,8 +389,8 @@ RESULTS_TO = {
 }
 
 
-@pytest.mark.parametrize("command", RESULTS_TO.values(), ids=RESULTS_TO)
-def test_a_file_that_holds_no_results_is_never_written_to(
+@pytest.mark.parametrize("command", COMMANDS_WITH_RESULTS.values(), ids=COMMANDS_WITH_RESULTS)
+def test_output_never_overwrites_a_file_without_results(
     command: str,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -406,60 +410,62 @@ def test_a_file_that_holds_no_results_is_never_written_to(
         Path(name).write_text(text)
     for name in (*others, "trace.jsonl"):
         before = Path(name).read_bytes()
-        words = command.replace("TRACE", "trace.jsonl").split()
-        code, out, error = run(capsys, *words, "--output", name)
+        arguments = command.replace("TRACE", "trace.jsonl").split()
+        code, out, error = run(capsys, *arguments, "--output", name)
         assert code == 2 and name in error and not out
         assert Path(name).read_bytes() == before
-    for _ in range(2):  # new, and again
-        code, out, error = run(capsys, *words, "--output", "new.jsonl")
+    for _ in range(2):  # a new file, then an existing file with results
+        code, out, error = run(capsys, *arguments, "--output", "new.jsonl")
         assert code == 0 and Path("new.jsonl").read_text().count("\n") >= 1
 
 
-def test_runs_of_python_are_continued_by_the_command(
+def test_command_resumes_runs_written_from_python(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     lines = tmp_path / "runs.jsonl"
     simulate("short?head=20", gib=1, policy="lru").write_jsonl(lines)
-    words = ["simulate", "--trace", "short?head=20", "--gib", "1", "--output", str(lines)]
-    assert run(capsys, *words)[0] == 0
+    arguments = ["simulate", "--trace", "short?head=20", "--gib", "1", "--output", str(lines)]
+    assert run(capsys, *arguments)[0] == 0
 
 
-def test_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_optimum_prints_a_table_and_writes_lines(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     output = tmp_path / "o.jsonl"
     arguments = ["optimum", "--trace", "resend?head=45", "--gib", "2,4", "--method", "greedy"]
     code, out, _ = run(capsys, *arguments, "--output", str(output))
     assert code == 0 and "reached, %" in out
-    asked = ["optimum", "--trace", "short?head=45", "--gib", "0.3"]
-    whole = run(capsys, *asked, "--method", "greedy")[1]
-    assert run(capsys, *asked, "--counts-running")[1].split()[:-1] != whole.split()[:-1]
+    base = ["optimum", "--trace", "short?head=45", "--gib", "0.3"]
+    whole = run(capsys, *base, "--method", "greedy")[1]
+    assert run(capsys, *base, "--counts-running")[1].split()[:-1] != whole.split()[:-1]
     assert [json.loads(line)["method"] for line in output.read_text().splitlines()] == [
         "greedy"
     ] * 2
 
 
-def test_the_optimum_says_how_long_it_may_take(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["simulate", "--trace", "short?head=20", "--gib", "1,2,4"]
-    code, _, error = run(capsys, *words, "--optimum", "lp")
+def test_optimum_prints_its_time_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "--trace", "short?head=20", "--gib", "1,2,4"]
+    code, _, error = run(capsys, *arguments, "--optimum", "lp")
     assert code == 0 and error.startswith(
         "hybridcache: best plans: lp, at most about 3 min (60 s a"
     )
-    assert run(capsys, *words, "--optimum", "greedy")[2] == ""
+    assert run(capsys, *arguments, "--optimum", "greedy")[2] == ""
 
 
-def test_the_builtin_model_of_the_engine_is_a_model_here(
+def test_builtin_model_of_the_engine_can_be_simulated(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["simulate", "--trace", "short?head=20", "--gib", "0.01", "--model", "builtin"]
-    code, out, _ = run(capsys, *words)
+    arguments = ["simulate", "--trace", "short?head=20", "--gib", "0.01", "--model", "builtin"]
+    code, out, _ = run(capsys, *arguments)
     assert code == 0 and out.startswith("short, builtin: 20 requests")
-    code, out, _ = run(capsys, "advise", *words[1:])
+    code, out, _ = run(capsys, "advise", *arguments[1:])
     assert code == 0 and "engine serve --model builtin --cache-gib 0.01" in out
     monkeypatch.setattr("hybridcache.lab.simulation.simulate.find_spec", lambda _: None)
-    code, out, error = run(capsys, *words)
+    code, out, error = run(capsys, *arguments)
     assert code == 2 and "--model builtin is part of the engine, which is not installed" in error
 
 
-def test_share_of_the_optimum() -> None:
+def test_share_of_the_optimum_is_in_the_table() -> None:
     for argument, function in (("optimum", simulate), ("method", optimum)):
         with pytest.raises(ValueError, match=f"{argument} must be one of milp, lp, greedy"):
             function("short?head=60", gib=1, **{argument: "gredy"})
@@ -468,12 +474,12 @@ def test_share_of_the_optimum() -> None:
         assert run_.share_of_optimum is not None and run_.share_of_optimum > 0
     table = result.table("optimum")
     assert "% of best plan" in table and "greedy's, not the optimum" in table
-    assert "solver" not in table, "none ran"
+    assert "solver" not in table, "no solver ran"
     assert "best plan:" not in result.table("hit")
     assert "(with hindsight)" in result.table() and "(with hindsight)" not in result.table("flops")
 
 
-def test_advice_is_the_best_of_what_it_tried() -> None:
+def test_advice_is_the_best_of_the_tried_options() -> None:
     advice = advise(short(), gib=2, policy="lru")
     first = [a for a in advice.answers if a.question == "policy @ checkpoints"]
     best = max(first, key=lambda answer: answer.run.token_hit_rate)
@@ -485,15 +491,15 @@ def test_advice_is_the_best_of_what_it_tried() -> None:
     most = max(answer.run.token_hit_rate for answer in precise)
     assert advice.result.token_hit_rate >= most - WORTH
     for answer in precise[: [a.chosen for a in precise].index(True)]:
-        assert answer.run.token_hit_rate < most - WORTH, "a finer one would have done"
+        assert answer.run.token_hit_rate < most - WORTH, "an earlier option was good enough"
     text = advice.text()
     assert f"states in {advice.state_dtype}" in text
     assert advice.policy in text and "GiB for states" in text
     assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
 
 
-def test_times_that_tell_no_options_apart_are_explained_once() -> None:
-    """On an H100 the built-in model takes the constant part of the time whatever is reused."""
+def test_indistinguishable_times_are_explained_once() -> None:
+    """On an H100, all times of the built-in model are the constant part of the roofline."""
     text = advise("chat?head=30", gib=0.01, model="builtin").text()
     assert "TTFT 5.0 ms with every option: these prompts are short for the assumed machine" in text
     assert text.count("TTFT") == 1
@@ -502,9 +508,9 @@ def test_times_that_tell_no_options_apart_are_explained_once() -> None:
     assert "every option" not in text and text.count("TTFT P50") == 2
 
 
-def test_a_finer_grid_is_advised_where_it_gains() -> None:
-    asked = {"policy": "lru", "state_dtypes": ()}
-    advice = advise(open_trace("tree-of-thoughts?head=200"), gib=4, **asked)
+def test_finer_grid_is_advised_only_if_it_improves_hits() -> None:
+    options = {"policy": "lru", "state_dtypes": ()}
+    advice = advise(open_trace("tree-of-thoughts?head=200"), gib=4, **options)
     tried = {a.option: a for a in advice.answers if a.question == "grid of checkpoints"}
     assert list(tried) == ["64", "32", "16"]
     rates = {option: answer.run.token_hit_rate for option, answer in tried.items()}
@@ -512,13 +518,13 @@ def test_a_finer_grid_is_advised_where_it_gains() -> None:
     assert tried[str(advice.grid)].chosen and advice.grid < 64
     assert advice.result.token_hit_rate == rates[str(advice.grid)]
     assert f"grid {advice.grid}" in advice.text() and advice.as_record()["grid"] == advice.grid
-    long = advise(resend().head(20), gib=8, **asked)
+    long = advise(resend().head(20), gib=8, **options)
     assert long.grid == 64 and len([a for a in long.answers if a.question.startswith("grid")]) == 3
-    blocks = advise(open_trace(f"{SAMPLE}?head=20"), gib=40, **asked)
+    blocks = advise(open_trace(f"{SAMPLE}?head=20"), gib=40, **options)
     assert blocks.grid == 64 and all(not a.question.startswith("grid") for a in blocks.answers)
 
 
-def test_the_share_of_a_plan_says_how_far_the_optimum_can_be(tmp_path: Path) -> None:
+def test_optimum_table_states_the_gap_to_the_bound(tmp_path: Path) -> None:
     result = simulate("resend?head=45", gib=(2, 8), optimum="lp")
     table = result.table("optimum")
     [row] = [line for line in table.splitlines() if line.startswith("(no plan passes)")]
@@ -533,7 +539,7 @@ def test_the_share_of_a_plan_says_how_far_the_optimum_can_be(tmp_path: Path) -> 
     assert "100.0*" in table and "* above the plan" in table
 
 
-def test_a_plan_that_the_solver_did_not_better_is_the_greedys() -> None:
+def test_greedy_plan_is_kept_if_the_solver_finds_none_better() -> None:
     def plan_by(trace: Trace, method: Literal["greedy", "lp", "milp"]) -> str:
         found = best_plan(
             trace,
@@ -552,7 +558,7 @@ def test_a_plan_that_the_solver_did_not_better_is_the_greedys() -> None:
     assert plan_by(chat().head(50), "milp") == "milp"
 
 
-def test_only_what_the_engine_serves_is_advised_unless_more_is_asked_for(
+def test_advise_tries_only_state_dtypes_of_the_engine_by_default(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def tried(*more: str) -> list[str]:
@@ -568,7 +574,7 @@ def test_only_what_the_engine_serves_is_advised_unless_more_is_asked_for(
     assert code == 0 and "to serve: engine serve --model" in out
 
 
-def test_advice_for_a_model_without_states() -> None:
+def test_advice_for_a_model_without_states_gives_all_memory_to_kv() -> None:
     config = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -580,13 +586,13 @@ def test_advice_for_a_model_without_states() -> None:
     assert advice.kv_share == 1.0 and "0 GiB for states" in advice.text()
 
 
-@pytest.mark.parametrize("word", list(METRICS))
-def test_every_metric_has_a_table(word: str) -> None:
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_each_metric_has_a_table(metric: str) -> None:
     result = simulate("short?head=20", gib=(1, 2))
-    assert METRICS[word].title in result.table(word)
+    assert METRICS[metric].title in result.table(metric)
 
 
-def test_the_command_line_starts_without_the_heavy_libraries() -> None:
+def test_command_line_imports_no_heavy_libraries() -> None:
     code = (
         "import sys, hybridcache.lab.cli\n"
         "print([name for name in ('torch', 'matplotlib', 'scipy', 'transformers') if name in "
@@ -596,14 +602,14 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_optimum_stands_in_the_lines_and_its_price_in_the_table(
+def test_optimum_is_in_the_written_lines_and_its_price_in_the_table(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     trace, lines = "short?head=60", tmp_path / "runs.jsonl"
     figure = tmp_path / "f.png"
     sweep = ["simulate", "--trace", trace, "--gib", "0.5,4", "--output", str(lines)]
-    shown = ("--optimum", "lp", "--losses", "--bins", "--figure", str(figure))
-    code, out, _ = run(capsys, *sweep, *shown)
+    extra = ("--optimum", "lp", "--losses", "--bins", "--figure", str(figure))
+    code, out, _ = run(capsys, *sweep, *extra)
     assert code == 0 and "(no plan passes)" in out
     assert {path.name for path in tmp_path.glob("*.png")} == {"f.png", "f-losses.png", "f-bins.png"}
     records = [json.loads(line) for line in lines.read_text().splitlines()]
@@ -614,7 +620,7 @@ def test_the_optimum_stands_in_the_lines_and_its_price_in_the_table(
     main(sweep)
     capsys.readouterr()
     again = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert again == records, "what was known is kept, and nothing is run twice"
+    assert again == records, "existing results must be kept and not run again"
 
     found = tmp_path / "optimum.jsonl"
     priced = ["optimum", "--trace", trace, "--gib", "0.5,4", "--method", "lp"]

@@ -1,5 +1,5 @@
-"""Sessions in closed loop: the simulator, the rules that it shares with the engine, and policies
-that do whatever the contract allows."""
+"""Tests of closed-loop simulation: the simulator against the engine, and the shared planner with
+random admission policies."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ VOCABULARY = 320
 TIMES = LinearSteps()
 
 
-# --- the planner, with any policy -----------------------------------------------------------------
+# --- the planner, with a random policy ------------------------------------------------------------
 
 
-class AnyPolicy(AdmissionPolicy):
-    """Admits and withholds at random, and checks what it is told."""
+class RandomPolicy(AdmissionPolicy):
+    """Policy that admits and withholds at random, and checks its arguments."""
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
         self.seen: dict[WaitingRequest, int] = {}
-        """Admissions of each request that waits or runs."""
+        """Number of admissions of each waiting or running request."""
         self.wakes: float | None = None
         self.withheld: set[WaitingRequest] = set()
 
@@ -86,15 +86,15 @@ class AnyPolicy(AdmissionPolicy):
 
 
 class PlannerMachine(RuleBasedStateMachine):
-    """A planner with a random policy, and the world around it."""
+    """State machine of a planner with a random policy, the cache and a clock."""
 
     @initialize(
         seed=st.integers(0, 99),
-        word=st.sampled_from(("any", "any", *POLICIES)),
+        policy=st.sampled_from(("random", "random", *POLICIES)),
         num_rows=st.sampled_from([900, 1500, 4000]),
         max_running=st.sampled_from([1, 3, 6]),
     )
-    def begin(self, seed: int, word: str, num_rows: int, max_running: int) -> None:
+    def begin(self, seed: int, policy: str, num_rows: int, max_running: int) -> None:
         row, state, slab = 10, 600, 64
         memory = MemorySizes("arena", num_rows, num_rows // slab, row, state)
         cache = build_prefix_cache(
@@ -110,7 +110,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.now_s, self.memory = 0.0, memory
         placement = parse_placement("branch,boundary,backoff")
         self.manager = CacheManager(cache, placement, num_rows=max_running, stateful=True)
-        self.policy = AnyPolicy(seed) if word == "any" else make_admission(word)
+        self.policy = RandomPolicy(seed) if policy == "random" else make_admission(policy)
         self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
             self.manager,
             max_running=max_running,
@@ -122,7 +122,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.texts: list[np.ndarray] = []
         self.requests: list[SimulatedRequest] = []
         self.passes: dict[SimulatedRequest, int] = {}
-        self.num_asked = 0
+        self.num_submitted = 0
 
     @rule(
         seed=st.integers(0, 1000),
@@ -131,7 +131,7 @@ class PlannerMachine(RuleBasedStateMachine):
         base=st.integers(0, 5),
         tenant=st.sampled_from([None, "b"]),
     )
-    def ask(self, seed: int, length: int, answer: int, base: int, tenant: str | None) -> None:
+    def submit(self, seed: int, length: int, answer: int, base: int, tenant: str | None) -> None:
         fresh = np.random.default_rng(seed).integers(0, 50, length + answer, dtype=np.int32)
         before = self.texts[-1 - base] if base < len(self.texts) else fresh[:0]
         text = np.concatenate((before, fresh))
@@ -140,28 +140,28 @@ class PlannerMachine(RuleBasedStateMachine):
         request = SimulatedRequest(
             text,
             max(1, len(text) - answer),
-            self.num_asked,
+            self.num_submitted,
             0,
             namespace=tenant,
-            arrival=self.num_asked,
+            arrival=self.num_submitted,
             arrival_s=self.now_s,
             max_len=max(2, len(text)),
         )
-        self.num_asked += 1
+        self.num_submitted += 1
         self.requests.append(request)
         self.passes[request] = 0
         self.planner.add(request)
 
-    @rule(which=st.integers(0, 20))
-    def abort(self, which: int) -> None:
+    @rule(index=st.integers(0, 20))
+    def abort(self, index: int) -> None:
         if self.requests:
-            request = self.requests.pop(which % len(self.requests))
+            request = self.requests.pop(index % len(self.requests))
             self.planner.remove(request)
 
-    @rule(which=st.integers(0, 20))
-    def end_session(self, which: int) -> None:
+    @rule(index=st.integers(0, 20))
+    def end_session(self, index: int) -> None:
         if self.requests:
-            self.planner.end_session(self.requests[which % len(self.requests)].session)
+            self.planner.end_session(self.requests[index % len(self.requests)].session)
 
     @rule(count=st.integers(1, 12))
     def steps(self, count: int) -> None:
@@ -181,10 +181,10 @@ class PlannerMachine(RuleBasedStateMachine):
             if request not in admitted:
                 self.passes[request] += newer
                 assert request.num_passes >= self.passes[request]
-        if isinstance(self.policy, AnyPolicy) and self.policy.wakes and not held:
+        if isinstance(self.policy, RandomPolicy) and self.policy.wakes and not held:
             assert not set(admitted) & self.policy.withheld
         if waiting and not held and planner.wakes_at_s is None:
-            assert planner.num_running, "nothing runs though nothing is waited for"
+            assert planner.num_running, "no request runs although the policy set no wake-up time"
         self.now_s += 0.01
         order = sorted(ends.items(), key=lambda item: item[0].scheduled_len < item[0].prefill_len)
         tasks = [
@@ -211,7 +211,7 @@ class PlannerMachine(RuleBasedStateMachine):
             self.manager.cache.check(*self.manager.held())
 
     def teardown(self) -> None:
-        """Every request ends: nobody is withheld for ever."""
+        """Check that every request ends: no request is withheld for ever."""
         if not hasattr(self, "planner"):
             return
         for _ in range(20_000):
@@ -222,7 +222,7 @@ class PlannerMachine(RuleBasedStateMachine):
             self.step()
         assert not self.requests
         assert not self.planner.has_work()
-        if isinstance(self.policy, AnyPolicy):
+        if isinstance(self.policy, RandomPolicy):
             assert not self.policy.seen
 
 
@@ -234,7 +234,7 @@ TestPlanner = PlannerMachine.TestCase
 
 
 class VirtualRunner(OracleRunner):
-    """Takes the time that ``TIMES`` says, on a clock of its own."""
+    """Runner with a virtual clock, which ``TIMES`` advances."""
 
     now_s = 0.0
 
@@ -249,34 +249,34 @@ class VirtualRunner(OracleRunner):
         return logits
 
 
-Said = tuple[np.ndarray, int, float, str | None]
+Turn = tuple[np.ndarray, int, float, str | None]
 
 
-def script(rng: np.random.Generator, num_sessions: int) -> list[list[Said]]:
-    """Sessions of (new tokens, length of the answer, pause before, tenant)."""
+def script(rng: np.random.Generator, num_sessions: int) -> list[list[Turn]]:
+    """Return sessions of (new tokens, length of the answer, pause before it, tenant)."""
     heads = [rng.integers(0, VOCABULARY, 150, dtype=np.int32) for _ in range(2)]
     sessions = []
     for number in range(num_sessions):
-        turns: list[Said] = []
+        turns: list[Turn] = []
         for turn in range(int(rng.integers(1, 7))):
-            said = rng.integers(0, VOCABULARY, int(rng.integers(20, 400)), dtype=np.int32)
+            new_tokens = rng.integers(0, VOCABULARY, int(rng.integers(20, 400)), dtype=np.int32)
             if not turn:
-                said = np.concatenate((heads[number % 2], said))
+                new_tokens = np.concatenate((heads[number % 2], new_tokens))
             answer, pause_s = int(rng.integers(1, 90)), float(rng.exponential(1.0))
-            turns.append((said, answer, pause_s, None if number % 5 else "b"))
+            turns.append((new_tokens, answer, pause_s, None if number % 5 else "b"))
         sessions.append(turns)
     return sessions
 
 
-Line = tuple[int, int, int, float, int]
-"""(session, turn, cached tokens, time of the end, preemptions) of a request."""
+RequestResult = tuple[int, int, int, float, int]
+"""(session, turn, cached tokens, end time, preemptions) of a request."""
 
 
 def serve(
-    engine: Engine, sessions: list[list[Said]], rate: float, seed: int
-) -> tuple[list[Line], Trace, bool]:
-    """Drive ``engine`` by the virtual clock. Returns what happened, the trace of it, and whether
-    the policy withheld requests."""
+    engine: Engine, sessions: list[list[Turn]], rate: float, seed: int
+) -> tuple[list[RequestResult], Trace, bool]:
+    """Serve the sessions on the virtual clock. Return the results in order of their ends, the
+    trace, and whether the policy withheld requests."""
     withheld = 0.0
     runner: Any = engine.runner
     rng = np.random.default_rng(seed)
@@ -286,13 +286,13 @@ def serve(
     num_events, turns = len(events), [0] * len(sessions)
     texts: dict[int, np.ndarray] = {}
     live: dict[str, int] = {}
-    lines: list[Line] = []
-    asked: dict[tuple[int, int], TraceRequest] = {}
+    lines: list[RequestResult] = []
+    served: dict[tuple[int, int], TraceRequest] = {}
     while events or engine.has_work():
         while events and events[0][0] <= runner.now_s:
             _, _, i = heapq.heappop(events)
-            said, answer, _, tenant = sessions[i][turns[i]]
-            prompt = np.concatenate((texts.get(i, said[:0]), said))
+            new_tokens, answer, _, tenant = sessions[i][turns[i]]
+            prompt = np.concatenate((texts.get(i, new_tokens[:0]), new_tokens))
             rule = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=0.0)
             live[engine.submit(prompt, rule, namespace=tenant)] = i
         if not engine.has_work():
@@ -314,8 +314,8 @@ def serve(
             answered = np.asarray(output.token_ids, np.int32)
             lines.append((i, turns[i], output.cached_len, runner.now_s, output.num_preemptions))
             tenant, pause_s = sessions[i][turns[i]][3], sessions[i][turns[i]][2]
-            time_s = asked[i, turns[i] - 1].timestamp_s + pause_s if turns[i] else 0.0
-            asked[i, turns[i]] = TraceRequest(
+            time_s = served[i, turns[i] - 1].timestamp_s + pause_s if turns[i] else 0.0
+            served[i, turns[i]] = TraceRequest(
                 time_s, i, tenant, prompt, answered, stop_reason="length"
             )
             texts[i] = np.concatenate((prompt, answered))
@@ -324,11 +324,11 @@ def serve(
                 num_events += 1
                 when_s = runner.now_s + sessions[i][turns[i]][2]
                 heapq.heappush(events, (when_s, num_events, i))
-    ordered = tuple(asked[key] for key in sorted(asked))
+    ordered = tuple(served[key] for key in sorted(served))
     return lines, Trace("script", 1, ordered.__iter__), withheld > 0
 
 
-def lines_of(table: RequestTable) -> Iterator[Line]:
+def lines_of(table: RequestTable) -> Iterator[RequestResult]:
     return zip(
         table.session,
         table.turn,
@@ -358,11 +358,11 @@ def lines_of(table: RequestTable) -> Iterator[Line]:
         ("hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, -1.0, -0.5)", 2600, 4),
     ],
 )
-def test_simulator_and_engine_agree_on_every_admission_eviction_and_hit(
+def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(
     admission: str, num_rows: int, max_running: int
 ) -> None:
-    """The engine on the oracle runner, in virtual time, and the simulator serve the same requests:
-    they end in the same order, at the same times, with the same cached tokens and preemptions."""
+    """Both serve the same requests, the engine with the oracle runner and in virtual time. Requests
+    end in the same order, at the same times, with the same cached tokens and preemptions."""
     seed, rate = 3, 2.0
     sessions = script(np.random.default_rng(seed), 14)
     geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
@@ -407,7 +407,8 @@ def test_simulator_and_engine_agree_on_every_admission_eviction_and_hit(
 def small_load(
     num_sessions: int = 12, tenant_of_each: int = 0, turns: int = 6, pause_s: float = 0.2
 ) -> Trace:
-    """Sessions of 900 tokens and 60 more a turn; every ``tenant_of_each``-th is of tenant b."""
+    """Return sessions of 900 tokens and 60 more per turn. Tenant b has every
+    ``tenant_of_each``-th."""
     rng, requests = np.random.default_rng(7), []
     for session in range(num_sessions):
         text = rng.integers(0, 1000, 900, dtype=np.int32)
@@ -428,17 +429,15 @@ def small_run(num_sessions_that_fit: int) -> RunConfig:
 
 @pytest.mark.full("1.0-1.0")
 @pytest.mark.parametrize(("pause_s", "rate"), [(0.5, 1.0), (1.0, 1.0), (1.0, 0.5)])
-def test_a_fixed_limit_and_the_controller_keep_the_hits_that_oldest_first_loses(
-    pause_s: float, rate: float
-) -> None:
-    """A quarter of the sessions fits."""
+def test_session_limits_keep_hits_that_oldest_first_loses(pause_s: float, rate: float) -> None:
+    """A quarter of the sessions fits into the memory."""
     slow = LinearSteps(prefill_token_s=1 / 2000)
     trace = small_load(24, turns=15, pause_s=pause_s)
     oldest, fixed, gate = (
         run_closed_loop(
-            trace, small_run(6), ClosedLoop(slow, rate, admission=word, tells_ends=True)
+            trace, small_run(6), ClosedLoop(slow, rate, admission=policy, tells_ends=True)
         )
-        for word in ("oldest", "live:4", "sessions")
+        for policy in ("oldest", "live:4", "sessions")
     )
     assert {run.num_requests for run in (oldest, fixed, gate)} == {360}
     assert oldest.token_hit_rate < 0.3
@@ -449,16 +448,16 @@ def test_a_fixed_limit_and_the_controller_keep_the_hits_that_oldest_first_loses(
     assert gate.oldest_wait_s < gate.makespan_s
 
 
-def test_where_all_sessions_fit_the_controller_changes_nothing() -> None:
+def test_session_controller_changes_nothing_if_all_sessions_fit() -> None:
     tables = [
-        simulate_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 2.0, admission=word))
-        for word in ("oldest", "sessions")
+        simulate_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 2.0, admission=policy))
+        for policy in ("oldest", "sessions")
     ]
     assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
 
 
-class LooksAround(AdmissionPolicy):
-    """Oldest first, after looking up every waiting request twice."""
+class LooksUpAll(AdmissionPolicy):
+    """Oldest-first policy that looks up every waiting request twice."""
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         once = [load.cached_len(request) for request in waiting]
@@ -466,25 +465,25 @@ class LooksAround(AdmissionPolicy):
         return waiting
 
 
-def test_memory_in_which_nothing_fits_is_one_sentence() -> None:
+def test_memory_that_fits_no_request_raises_an_error() -> None:
     with pytest.raises(ValueError, match="no request fits in the memory"):
         closed_loop("short?head=20", gib=0.01, rate=4, admission="oldest", progress=False)
 
 
-def test_lookups_count_no_use_of_the_cache() -> None:
-    """Evictions and hits are the same."""
+def test_lookups_do_not_count_as_uses() -> None:
+    """Evictions and hits are the same with and without lookups."""
     slow = LinearSteps(prefill_token_s=1 / 2000)
     tables = [
         simulate_closed_loop(
             small_load(16), small_run(6), ClosedLoop(slow, 5.0, max_running=2, admission=admission)
         )
-        for admission in ("oldest", LooksAround)
+        for admission in ("oldest", LooksUpAll)
     ]
     assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
     assert tables[0].lost == tables[1].lost and sum(tables[0].lost) > 0
 
 
-def test_live_sessions_and_makespan_are_those_of_the_clock() -> None:
+def test_live_sessions_and_makespan_follow_the_clock() -> None:
     run = run_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 100.0))
     assert run.live_most == 12
     assert 1 < run.live_mean <= 12
@@ -494,7 +493,7 @@ def test_live_sessions_and_makespan_are_those_of_the_clock() -> None:
 
 
 def test_max_share_keeps_places_for_other_tenants() -> None:
-    """Tenant a sends three quarters of the sessions, which fill all places; b waits behind."""
+    """Sessions of tenant a fill all places, and requests of tenant b wait."""
     waits = {}
     for max_share in (None, 0.5):
         loop = ClosedLoop(TIMES, 1000.0, max_running=2, max_share=max_share)
@@ -518,7 +517,7 @@ def test_max_share_keeps_places_for_other_tenants() -> None:
         ({"token_budget": 10}, "token_budget at least 64"),
     ],
 )
-def test_loads_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_loads_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClosedLoop(TIMES, **{"rate": 1.0} | options)
 
@@ -526,27 +525,27 @@ def test_loads_that_cannot_be_are_refused(options: dict[str, Any], message: str)
 # --- many runs ------------------------------------------------------------------------------------
 
 
-def test_runs_in_closed_loop_are_rows_and_resume(tmp_path: Path) -> None:
-    kept = tmp_path / "runs.jsonl"
-    asked = {"gib": 1, "policy": ["lru", "fifo"], "rate": [2, 4], "seeds": 2, "admission": "oldest"}
-    result = closed_loop("short?head=20", **asked, resume_from=kept)
+def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    grid = {"gib": 1, "policy": ["lru", "fifo"], "rate": [2, 4], "seeds": 2, "admission": "oldest"}
+    result = closed_loop("short?head=20", **grid, resume_from=path)
     rows = result.to_dicts()
     assert [(row["label"], row["rate"], row["seed"]) for row in rows] == [
         (label, rate, seed) for label in ("lru", "fifo") for rate in (2, 4) for seed in (0, 1)
     ]
     assert all(0 < row["token_hit_rate"] < 1 and row["max_running"] == 16 for row in rows)
-    text = kept.read_text()
+    text = path.read_text()
     written = [json.loads(line) for line in text.splitlines()]
     assert [{name: line[name] for name in rows[0]} for line in written] == rows
-    assert closed_loop("short?head=20", **asked, resume_from=kept).to_dicts() == rows
-    assert kept.read_text() == text, "no run is repeated"
-    assert rows[0] == closed_loop("short?head=20", **asked | {"rate": 2}).to_dicts()[0]
+    assert closed_loop("short?head=20", **grid, resume_from=path).to_dicts() == rows
+    assert path.read_text() == text, "a resumed sweep must not repeat a run"
+    assert rows[0] == closed_loop("short?head=20", **grid | {"rate": 2}).to_dicts()[0]
     assert "\n" not in repr(result)
     titles = [axis.get_title() for axis in result.figure().axes]
     assert all("lru" in title for title in titles[:4]) and all("fifo" in t for t in titles[4:])
 
 
-def test_own_admission_policies_are_given_as_classes() -> None:
+def test_custom_admission_policy_is_given_as_a_class() -> None:
     result = closed_loop("short?head=20", gib=1, rate=4, admission=[Newest, "oldest"])
     assert [run.admission for run in result.runs] == [f"{__name__}:Newest", "oldest"]
     with pytest.raises(ValueError, match="seeds must be at least 1"):
@@ -554,14 +553,14 @@ def test_own_admission_policies_are_given_as_classes() -> None:
 
 
 class Newest(AdmissionPolicy):
-    """The newest request first."""
+    """Policy that admits the newest request first."""
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         return reversed(waiting)
 
 
 @pytest.mark.parametrize(("tenants", "worst"), [(("a",), "-"), (("a", "b"), "ab")])
-def test_the_worst_of_several_tenants_is_named(tenants: tuple[str, ...], worst: str) -> None:
+def test_worst_tenant_is_named_if_there_are_several(tenants: tuple[str, ...], worst: str) -> None:
     requests = [
         request._replace(namespace=tenant, session=f"{request.session}{tenant}")
         for request in small_load()

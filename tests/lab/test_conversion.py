@@ -1,5 +1,4 @@
-"""Traces in other tools' forms: what is written is read back with the same ideal hits, up to the
-size of a block."""
+"""Tests of trace conversion: a converted trace has the same ideal hits, up to the block size."""
 
 from __future__ import annotations
 
@@ -36,18 +35,20 @@ def trace_of(requests: Iterable[TraceRequest], unit: int = 1) -> Trace:
     return Trace("made", unit, tuple(requests).__iter__).kept()
 
 
-def shared_blocks(requests: Iterable[TraceRequest], block: int) -> int:
-    """Prompt tokens in leading blocks that an earlier prompt has too, its last one a block of its
-    own length; of each prompt all but the last token at most."""
+def count_shared_tokens(requests: Iterable[TraceRequest], block: int) -> int:
+    """Count the prompt tokens in leading blocks that an earlier prompt has too.
+
+    The last block of a prompt may be shorter. The last token of a prompt never counts.
+    """
     seen: set[tuple[Any, ...]] = set()
     total = 0
     for request in requests:
         prompt = request.tokens.tolist()
         ends = [*range(block, len(prompt), block), len(prompt)]
-        begun = [(request.namespace, *prompt[:end]) for end in ends]
-        known = [end for end, one in zip(ends, begun, strict=True) if one in seen]
+        prefixes = [(request.namespace, *prompt[:end]) for end in ends]
+        known = [end for end, prefix in zip(ends, prefixes, strict=True) if prefix in seen]
         total += min(max(known, default=0), len(prompt) - 1)
-        seen.update(begun)
+        seen.update(prefixes)
     return total
 
 
@@ -59,7 +60,7 @@ def shared_blocks(requests: Iterable[TraceRequest], block: int) -> int:
     ),
     st.integers(1, 4),
 )
-def test_prompts_as_hashes_against_a_set_of_prefixes(
+def test_mooncake_hashes_match_a_set_of_prefixes(
     prompts: list[tuple[list[int], str]], block: int
 ) -> None:
     nothing = np.zeros(0, np.int32)
@@ -74,29 +75,31 @@ def test_prompts_as_hashes_against_a_set_of_prefixes(
         assert length == len(request.tokens) and len(hashes) == -(-length // block)
         again.append(TraceRequest(0.0, 0, None, hashes, nothing, (), length % block or None))
     ideal = trace_stats(trace_of(again, block)).ideal_tokens
-    assert ideal == shared_blocks(requests, block)
+    assert ideal == count_shared_tokens(requests, block)
 
 
-@pytest.mark.parametrize("word", ["agent", "few-shot", "resend", "short"])
+@pytest.mark.parametrize("source", ["agent", "few-shot", "resend", "short"])
 @pytest.mark.parametrize("block", [1, 16])
-def test_a_synthetic_trace_keeps_its_ideal_hits_as_mooncakes(
-    word: str, block: int, tmp_path: Path
+def test_conversion_to_mooncake_preserves_ideal_hits_of_whole_blocks(
+    source: str, block: int, tmp_path: Path
 ) -> None:
-    trace = open_trace(f"{word}?head=30")
+    trace = open_trace(f"{source}?head=30")
     path = lines(tmp_path / "m.jsonl", *written(mooncake.write, trace, block))
     assert recognise(path) == "mooncake"
     stats = trace_stats(open_trace(f"mooncake:{path}?unit={block}"))
-    # Answers are not told, so what is counted is what prompts share with prompts.
-    mute = trace_stats(trace_of(request._replace(output=request.output[:0]) for request in trace))
-    assert stats.prompt_tokens == mute.prompt_tokens
-    whole_pages = mute.ideal_tokens if block == 1 else mute.ideal_by_page[block]
-    assert whole_pages <= stats.ideal_tokens <= mute.ideal_tokens
+    # Mooncake has no answer tokens, so hits are compared without answers.
+    prompts = trace_stats(
+        trace_of(request._replace(output=request.output[:0]) for request in trace)
+    )
+    assert stats.prompt_tokens == prompts.prompt_tokens
+    whole_pages = prompts.ideal_tokens if block == 1 else prompts.ideal_by_page[block]
+    assert whole_pages <= stats.ideal_tokens <= prompts.ideal_tokens
 
 
 @pytest.mark.full("few-shot", "chat")
-@pytest.mark.parametrize("word", ["chat", "agent", "branch", "few-shot"])
-def test_conversations_keep_every_ideal_hit_as_aiperfs_turns(word: str, tmp_path: Path) -> None:
-    trace = open_trace(f"{word}?head=40")
+@pytest.mark.parametrize("source", ["chat", "agent", "branch", "few-shot"])
+def test_conversion_to_aiperf_preserves_ideal_hits(source: str, tmp_path: Path) -> None:
+    trace = open_trace(f"{source}?head=40")
     path = lines(tmp_path / "a.jsonl", *written(aiperf.write, trace, 1))
     assert recognise(path) == "aiperf"
     before, after = trace_stats(trace), trace_stats(open_trace(f"{path}?block=1"))
@@ -105,12 +108,12 @@ def test_conversations_keep_every_ideal_hit_as_aiperfs_turns(word: str, tmp_path
     coarse = lines(tmp_path / "b.jsonl", *written(aiperf.write, trace, 64))
     found = trace_stats(open_trace(f"{coarse}?block=64"))
     assert found.prompt_tokens == before.prompt_tokens
-    # First turns share whole blocks only; what a session says later, it says again token by token.
+    # First turns share only whole blocks. Later turns of a session share every token.
     assert before.ideal_by_page[64] <= found.ideal_tokens <= before.ideal_tokens
 
 
-def test_a_hash_stands_for_one_text_of_one_length() -> None:
-    """AIPerf refuses a trace in which it does not."""
+def test_each_hash_has_one_length() -> None:
+    """AIPerf rejects traces that use one hash with two lengths."""
     for write in (mooncake.write, aiperf.write):
         lengths: dict[int, int] = {}
         for row in written(write, GENERATORS["short"](), 64):
@@ -120,22 +123,22 @@ def test_a_hash_stands_for_one_text_of_one_length() -> None:
         assert len(lengths) > 100
 
 
-def said(session: str, when: float, prompt: list[int], answer: list[int]) -> TraceRequest:
+def turn(session: str, when: float, prompt: list[int], answer: list[int]) -> TraceRequest:
     as_ids = (np.asarray(ids, np.int32) for ids in (prompt, answer))
     return TraceRequest(when, session, None, *as_ids)
 
 
-def test_what_goes_on_is_a_turn_and_what_does_not_begins_anew() -> None:
+def test_aiperf_turns_continue_a_session_or_start_a_new_one() -> None:
     unknown = FreshIds().take(2).tolist()
     rows = written(
         aiperf.write,
         trace_of(
             [
-                said("s", 1.0, [1, 2, 3], [4, 5]),
-                said("s", 3.5, [1, 2, 3, 4, 5, 6], [7]),  # goes on
-                said("s", 4.0, [1, 2, 3, 4, 5, 6, 9, 8], unknown),  # another answer stands there
-                said("s", 5.0, [1, 2, 3, 4, 5, 6, 9, 8, 0, 0, 0], []),  # two of it are the answer
-                said("s", 6.0, [1, 2, 3, 4, 5, 6, 9, 8, 0, 0, 0], []),  # nothing new
+                turn("s", 1.0, [1, 2, 3], [4, 5]),
+                turn("s", 3.5, [1, 2, 3, 4, 5, 6], [7]),  # continues the session
+                turn("s", 4.0, [1, 2, 3, 4, 5, 6, 9, 8], unknown),  # has another answer
+                turn("s", 5.0, [1, 2, 3, 4, 5, 6, 9, 8, 0, 0, 0], []),  # includes a 2-token answer
+                turn("s", 6.0, [1, 2, 3, 4, 5, 6, 9, 8, 0, 0, 0], []),  # has no new token
             ]
         ),
         2,
@@ -152,7 +155,7 @@ def test_what_goes_on_is_a_turn_and_what_does_not_begins_anew() -> None:
     assert rows[1]["hash_ids"] != rows[0]["hash_ids"][:1]
 
 
-def test_sessions_may_stand_one_after_the_other(tmp_path: Path) -> None:
+def test_aiperf_sessions_may_be_written_one_after_another(tmp_path: Path) -> None:
     def row(session: str, length: int, hashes: list[int], **when: int) -> dict[str, Any]:
         facts = {"session_id": session, "input_length": length, "output_length": 3}
         return facts | {"type": "mooncake_trace", "hash_ids": hashes} | when
@@ -171,23 +174,23 @@ def test_sessions_may_stand_one_after_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["coding_agent.jsonl.gz", "--to", "aiperf"], "an id of coding_agent stands for 64 tokens"),
         (["mooncake.jsonl.gz", "--to", "mooncake", "--block", "16"], "are not made of ids of 512"),
         (["mooncake.jsonl.gz", "--to", "mooncake", "--block", "0"], "blocks of 0 tokens are not"),
     ],
 )
-def test_what_can_not_be_written_is_one_sentence(
-    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_impossible_conversion_gives_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, *flags = arguments
     code = main(["trace", "convert", str(SAMPLES / name), str(tmp_path / "out"), *flags])
     out, error = capsys.readouterr()
-    assert code == 2 and sentence in error and error.count("\n") == 1 and not out
+    assert code == 2 and message in error and error.count("\n") == 1 and not out
 
 
-def test_hashes_of_hashes_are_the_same_trace(
+def test_mooncake_trace_converted_to_mooncake_is_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "m.jsonl"
@@ -198,7 +201,7 @@ def test_hashes_of_hashes_are_the_same_trace(
     assert (after.prompt_tokens, after.ideal_tokens) == (before.prompt_tokens, before.ideal_tokens)
 
 
-def test_a_trace_is_never_converted_onto_itself(
+def test_trace_is_never_overwritten_by_its_conversion(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     source = lines(tmp_path / "t.jsonl", {"tokens": [1, 2]}, {"tokens": [1, 3]})
@@ -207,13 +210,13 @@ def test_a_trace_is_never_converted_onto_itself(
     for name in (str(source), f"jsonl:{source}", f"{source}?head=1"):
         for target in ("t.jsonl", "link.jsonl"):
             assert main(["trace", "convert", name, str(tmp_path / target)]) == 2
-            shown = capsys.readouterr().err
-            assert "is the trace itself" in shown and shown.count("\n") == 1
+            error = capsys.readouterr().err
+            assert "is the trace itself" in error and error.count("\n") == 1
     assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize("to", ["jsonl", "mooncake", "aiperf"])
-def test_what_can_not_be_converted_whole_leaves_the_target_as_it_was(
+def test_failed_conversion_leaves_the_target_unchanged(
     to: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     source = lines(tmp_path / "t.jsonl", {"tokens": [1, 2]}, {"tokens": []})
@@ -225,8 +228,7 @@ def test_what_can_not_be_converted_whole_leaves_the_target_as_it_was(
         assert "t.jsonl, line 2: the prompt is empty" in capsys.readouterr().err
         command = ["trace", "convert", f"jsonl:{empty}", str(target), "--to", to]
         assert main([*command, "--skip-bad"]) == 2
-        shown = capsys.readouterr().err
-        assert "no request in it: all 2 records are bad" in shown
+        assert "no request in it: all 2 records are bad" in capsys.readouterr().err
     assert old.read_text() == "kept" and not new.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.jsonl", "old", "t.jsonl"]
     link = tmp_path / "link"
@@ -237,11 +239,12 @@ def test_what_can_not_be_converted_whole_leaves_the_target_as_it_was(
 
 
 @pytest.mark.parametrize("unit", [1, 16])
-def test_the_length_of_an_answer_outlives_every_form(
+def test_answer_lengths_survive_every_conversion(
     unit: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Of traces of blocks too, whose answers fill the prompt's last block first."""
-    asked = [(20, 10), (20, 12), (20, 13), (16, 16), (5, 40), (7, 1)]
+    """This includes traces of blocks, in which the answer begins in the last block of the
+    prompt."""
+    lengths = [(20, 10), (20, 12), (20, 13), (16, 16), (5, 40), (7, 1)]
     rows = [
         {
             "chat_id": number,
@@ -251,7 +254,7 @@ def test_the_length_of_an_answer_outlives_every_form(
             "output_length": answer,
             "hash_ids": list(range(100 * number, 100 * number - (-length // unit))),
         }
-        for number, (length, answer) in enumerate(asked)
+        for number, (length, answer) in enumerate(lengths)
     ]
     first = lines(tmp_path / "b.jsonl", *rows)
     own, other, again = (str(tmp_path / name) for name in ("own", "other", "again"))
@@ -265,14 +268,14 @@ def test_the_length_of_an_answer_outlives_every_form(
         assert trace_stats(open_trace(source)).output.mean == pytest.approx(92 / 6)
     capsys.readouterr()
     for path in (other, again):
-        told = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        assert [(row["input_length"], row["output_length"]) for row in told] == asked
+        found = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        assert [(row["input_length"], row["output_length"]) for row in found] == lengths
     before, after = (list(open_trace(spec)) for spec in (steps[0][0], own))
     for one, two in zip(before, after, strict=True):
-        assert np.array_equal(one.output, two.output), "what a cache holds is what it was"
+        assert np.array_equal(one.output, two.output), "the answer's ids must not change"
 
 
-def test_an_answers_length_that_its_ids_can_not_have_is_named(tmp_path: Path) -> None:
+def test_answer_length_must_match_the_number_of_ids(tmp_path: Path) -> None:
     head = {"format": "hybridcache", "version": 1, "unit": 4}
     for length, fits in ((0, False), (4, False), (5, True), (8, True), (12, True), (13, False)):
         row = {"tokens": [1], "output": [2, 3], "output_length": length}

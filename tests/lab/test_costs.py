@@ -1,5 +1,5 @@
-"""Model geometry: bytes against the published derivations, FLOPs against first principles, times
-against their tables."""
+"""Tests of model geometry: bytes against published values, FLOPs against first principles, times
+against tables."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_config_and_preset_agree() -> None:
     assert nested == from_config
 
 
-def test_active_parameters_are_what_the_name_says() -> None:
+def test_qwen3_next_parameter_counts_match_its_name() -> None:
     geometry = ModelGeometry.preset("qwen3-next")
     assert geometry.active_params == pytest.approx(3e9, rel=0.15)
     assert geometry.total_params == pytest.approx(80e9, rel=0.05)
 
 
-def test_letters_and_words_of_nemotron_mean_the_same() -> None:
+def test_nemotron_layer_letters_and_names_are_equivalent() -> None:
     config = {
         "hidden_size": 2688,
         "num_attention_heads": 32,
@@ -74,9 +74,9 @@ def test_letters_and_words_of_nemotron_mean_the_same() -> None:
         "num_hidden_layers": 52,
     }
     letters = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-    words = [{"M": "mamba", "E": "moe", "*": "attention"}[letter] for letter in letters]
+    names = [{"M": "mamba", "E": "moe", "*": "attention"}[letter] for letter in letters]
     by_letter = ModelGeometry.from_config(config | {"hybrid_override_pattern": letters})
-    assert ModelGeometry.from_config(config | {"layers_block_type": words}) == by_letter
+    assert ModelGeometry.from_config(config | {"layers_block_type": names}) == by_letter
     assert by_letter.state_bytes == ModelGeometry.preset("Nemotron-3-Nano").state_bytes
 
 
@@ -146,7 +146,7 @@ def test_configs_of_mamba_models_agree_with_their_presets(name: str) -> None:
     assert geometry.total_params == pytest.approx(preset.total_params, rel=0.3)
 
 
-def test_both_words_for_kimis_linear_layers_mean_the_same() -> None:
+def test_both_kimi_config_formats_are_equivalent() -> None:
     shared = {
         "model_type": "kimi_linear",
         "hidden_size": 2304,
@@ -187,18 +187,18 @@ def test_both_words_for_kimis_linear_layers_mean_the_same() -> None:
     ],
     ids=["qwen3_next", "granitemoehybrid", "nemotron_h"],
 )
-def test_unknown_layer_sort_is_named(config) -> None:
+def test_unknown_layer_type_is_named_in_the_error(config) -> None:
     with pytest.raises(ValueError, match="wormhole"):
         ModelGeometry.from_config(config)
 
 
-@pytest.mark.parametrize("word", ["qwen3.5", "no-such-model"])
-def test_ambiguous_or_unknown_preset_lists_the_names(word: str) -> None:
+@pytest.mark.parametrize("name", ["qwen3.5", "no-such-model"])
+def test_ambiguous_or_unknown_preset_lists_the_names(name: str) -> None:
     with pytest.raises(KeyError, match=r"Qwen3\.5-0\.8B"):
-        ModelGeometry.preset(word)
+        ModelGeometry.preset(name)
 
 
-def test_load_takes_a_directory_a_file_and_a_word(tmp_path) -> None:
+def test_load_accepts_a_directory_a_file_and_a_preset(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_NEXT))
     from_dir = ModelGeometry.load(str(tmp_path))
     assert from_dir == ModelGeometry.load(str(tmp_path / "config.json"))
@@ -208,7 +208,7 @@ def test_load_takes_a_directory_a_file_and_a_word(tmp_path) -> None:
     assert ModelGeometry.load(str(tmp_path / "next-80b.json")).name == "next-80b"
 
 
-def test_a_state_is_kept_in_the_presets_own_precision() -> None:
+def test_preset_has_its_own_state_dtype() -> None:
     paper = ModelGeometry.preset("marconi-7b")
     assert paper.state_dtype == "bfloat16" and paper.state_bytes == 24 * 1_116_160
     assert ModelGeometry.preset("marconi-7b", state_dtype="float32").recurrent_bytes == 2 * 25165824
@@ -243,14 +243,14 @@ def test_a_state_is_kept_in_the_presets_own_precision() -> None:
         ),
     ],
 )
-def test_a_config_that_is_none_is_named_with_its_file(tmp_path, text: str, problem: str) -> None:
+def test_error_for_an_invalid_config_names_the_file(tmp_path, text: str, problem: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"config\.json: {problem}"):
         ModelGeometry.load(str(path))
 
 
-def test_state_precision_is_a_tier() -> None:
+def test_state_bytes_depend_on_state_dtype() -> None:
     geometry = ModelGeometry.preset("qwen3-next")
     sizes = [geometry.with_state_dtype(dtype).state_bytes for dtype in ("float32", "bfloat16")]
     assert sizes == [77_266_944, 39_518_208]
@@ -266,7 +266,7 @@ def test_flops_are_additive_over_a_split_prefill() -> None:
     assert geometry.flops(0, 1) >= 2 * geometry.active_params
 
 
-def test_roofline_is_monotone_and_zero_for_nothing() -> None:
+def test_roofline_is_monotone_and_zero_for_no_tokens() -> None:
     times = Roofline(ModelGeometry.preset("qwen3-next"))
     assert times.seconds(900, 900) == 0.0
     ends = [times.seconds(0, end) for end in (1, 64, 1024, 8192, 65536)]
@@ -276,8 +276,8 @@ def test_roofline_is_monotone_and_zero_for_nothing() -> None:
 
 @pytest.mark.full("200000")
 @pytest.mark.parametrize("longest", [200_000, 10**8])
-def test_many_prefills_take_what_each_takes(longest: int) -> None:
-    """To the last bit, also where FLOPs outgrow 64 bits and past one piece."""
+def test_vectorized_prefill_times_match_single_times(longest: int) -> None:
+    """Results are equal to the last bit, also if FLOPs exceed 64 bits and beyond one chunk."""
     rng = np.random.default_rng(0)
     ends = rng.integers(0, longest, 40_000)
     starts = (ends * rng.uniform(0, 1.1, 40_000)).astype(np.int64)
@@ -293,7 +293,7 @@ def test_many_prefills_take_what_each_takes(longest: int) -> None:
     assert [*prefill_seconds(table, starts[:0], ends[:0])] == []
 
 
-def test_a_large_model_gets_the_devices_it_needs() -> None:
+def test_roofline_uses_enough_devices_for_the_model() -> None:
     assert Roofline.fitting(ModelGeometry.preset("qwen3-next")).devices == 4
     small = Roofline.fitting(ModelGeometry.preset("qwen3.5-0.8b"))
     assert small == Roofline(ModelGeometry.preset("qwen3.5-0.8b"))
@@ -321,14 +321,14 @@ def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
         ('{"starts": [0], "lengths": [1, 2], "table_s": [[1.0]]}', "table_s must have one row"),
     ],
 )
-def test_a_table_of_times_that_is_none_is_named(tmp_path, text: str, problem: str) -> None:
+def test_error_for_an_invalid_time_table_names_the_file(tmp_path, text: str, problem: str) -> None:
     path = tmp_path / "times.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"times\.json: {problem}"):
         MeasuredTimes.load(path)
 
 
-def test_a_precision_that_is_none_is_one_sentence() -> None:
+def test_unknown_dtype_is_rejected() -> None:
     for name in ("kv_dtype", "state_dtype", "conv_dtype"):
         with pytest.raises(ValueError, match=f"{name} must be one of float32"):
             ModelGeometry.preset("qwen3-next", **{name: "float8"})

@@ -1,4 +1,4 @@
-"""Download of published traces, from a server on the loopback interface."""
+"""Tests of trace downloads, from a server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CONTENT = (
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves ``CONTENT``, half of it, or an error, as the path says."""
+    """HTTP handler that serves ``CONTENT``, half of it, or an error, depending on the path."""
 
-    asked = 0
+    num_requests = 0
 
     def do_GET(self) -> None:
-        Handler.asked += 1
+        Handler.num_requests += 1
         if self.path.startswith("/none"):
             self.send_error(404)
             return
@@ -42,10 +42,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Address of a server; the cache folder is empty."""
+    """Address of a server. The cache folder is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    Handler.asked = 0
+    Handler.num_requests = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -53,24 +53,24 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def publish(monkeypatch: pytest.MonkeyPatch, address: str, sha256: str = "") -> None:
+def set_published_entry(monkeypatch: pytest.MonkeyPatch, address: str, sha256: str = "") -> None:
     entry = replace(fetch.PUBLISHED[NAME], address=address, sha256=sha256)
     monkeypatch.setitem(fetch.PUBLISHED, NAME, entry)
 
 
-def test_a_trace_is_fetched_once_and_opened_by_name(
+def test_trace_is_fetched_once_and_opened_by_name(
     address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    publish(monkeypatch, f"{address}/t.jsonl", hashlib.sha256(CONTENT).hexdigest())
+    set_published_entry(monkeypatch, f"{address}/t.jsonl", hashlib.sha256(CONTENT).hexdigest())
     with pytest.raises(FileNotFoundError, match=f"hybridcache trace fetch {NAME}"):
         open_trace(f"published:{NAME}")
     seen: list[tuple[int, int]] = []
     path = fetch.fetch(NAME, progress=lambda *at: seen.append(at))
     assert path.read_bytes() == CONTENT and seen[-1] == (len(CONTENT), len(CONTENT))
     assert main(["trace", "fetch", NAME]) == 0
-    shown = capsys.readouterr()
-    assert str(path) in shown.out and "licence Apache-2.0" in shown.out and not shown.err
-    assert Handler.asked == 1
+    printed = capsys.readouterr()
+    assert str(path) in printed.out and "licence Apache-2.0" in printed.out and not printed.err
+    assert Handler.num_requests == 1
     first, second = open_trace(f"published:{NAME}")
     assert first.num_tokens(512) == 700 and first.tokens[0] == second.tokens[0]
 
@@ -84,7 +84,7 @@ def test_a_trace_is_fetched_once_and_opened_by_name(
         ("t.jsonl", "0" * 64, "has the checksum"),
     ],
 )
-def test_a_failed_download_leaves_nothing(
+def test_failed_download_leaves_no_file(
     address: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -93,7 +93,7 @@ def test_a_failed_download_leaves_nothing(
     sha256: str,
     problem: str,
 ) -> None:
-    publish(monkeypatch, f"{address}/{place}", sha256)
+    set_published_entry(monkeypatch, f"{address}/{place}", sha256)
     assert main(["trace", "fetch", NAME]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"hybridcache: trace {NAME} was not fetched: ") and problem in error
@@ -101,19 +101,19 @@ def test_a_failed_download_leaves_nothing(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_an_unreachable_server_is_one_sentence(
+def test_unreachable_server_gives_an_error_message(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    publish(monkeypatch, "http://127.0.0.1:9/t.jsonl")
+    set_published_entry(monkeypatch, "http://127.0.0.1:9/t.jsonl")
     assert main(["trace", "fetch", NAME]) == 2
     assert "was not fetched" in capsys.readouterr().err
 
 
-def test_an_interrupt_leaves_nothing(
+def test_interrupted_download_leaves_no_file(
     address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    publish(monkeypatch, f"{address}/t.jsonl")
+    set_published_entry(monkeypatch, f"{address}/t.jsonl")
 
     def stop(*_: int) -> None:
         raise KeyboardInterrupt
@@ -123,11 +123,11 @@ def test_an_interrupt_leaves_nothing(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_the_list_names_every_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_without_a_name_lists_all_traces(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "fetch"]) == 0
-    shown = capsys.readouterr().out
+    out = capsys.readouterr().out
     for name, published in fetch.PUBLISHED.items():
-        assert f"{name} " in shown and published.licence in shown
+        assert f"{name} " in out and published.licence in out
         assert published.word in READERS and published.address.startswith("https://")
     assert main(["trace", "fetch", "mooncake"]) == 2
     assert "known: mooncake-conversation" in capsys.readouterr().err

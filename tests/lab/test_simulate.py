@@ -1,5 +1,5 @@
-"""The simulator: conservation, bounds, determinism, monotony, golden hit counts, and what its
-reports say."""
+"""Tests of the simulator: conservation, bounds, determinism, golden hit counts, reports and
+figures."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ SAMPLES = Path(__file__).parent / "samples"
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
 SERVING = Serving(Roofline(GEOMETRY))
 SMALL = replace(GEOMETRY, kv_bytes_per_token=10, recurrent_elements=0, conv_bytes=640)
-"""A state weighs as much as 64 tokens."""
+"""Model with a state as large as the KV of 64 tokens."""
 
 
 def random_requests(seed: int, count: int) -> list[TraceRequest]:
-    """Prompts of few distinct tokens from a small pool of beginnings, so that they overlap in every
-    way."""
+    """Return requests with few distinct tokens and a few common prefixes, so that they overlap in
+    many ways."""
     rng = np.random.default_rng(seed)
     stems = [rng.integers(0, 3, int(rng.integers(1, 400)), dtype=np.int32) for _ in range(4)]
     found = []
@@ -78,7 +78,7 @@ def random_requests(seed: int, count: int) -> list[TraceRequest]:
 @pytest.mark.parametrize("policy", sorted(EVICTION))
 @settings(max_examples=6)
 @given(st.integers(0, 10**6), st.integers(1_000, 30_000), st.sampled_from([None, 3]))
-def test_a_policy_conserves_and_never_beats_the_bound(
+def test_policy_conserves_tokens_and_stays_below_the_bound(
     policy: str, seed: int, budget: int, max_running: int | None
 ) -> None:
     requests = random_requests(seed, 40)
@@ -102,11 +102,11 @@ def test_a_policy_conserves_and_never_beats_the_bound(
 
 
 @pytest.mark.parametrize(("checkpoint_dtype", "num_own"), [("auto", 1), ("int8", 0)])
-def test_a_running_state_takes_a_slot_only_if_checkpoints_are_plain_states(
+def test_running_state_takes_a_slot_only_with_plain_checkpoints(
     checkpoint_dtype: str, num_own: int
 ) -> None:
-    """States of another format than checkpoints are outside of the cache's memory, as in the
-    engine."""
+    """As in the engine, running states in another format than checkpoints do not use the cache's
+    memory."""
     geometry = ModelGeometry.load("qwen3.5-0.8b", checkpoint_dtype=checkpoint_dtype)
     target = build_target(RunConfig(geometry, budget_bytes=1 << 30, checkpoints="none"), unit=1)
     assert isinstance(target, LeaseTarget)
@@ -118,7 +118,7 @@ def test_a_running_state_takes_a_slot_only_if_checkpoints_are_plain_states(
 
 
 @pytest.mark.parametrize("baseline", sorted(BASELINES))
-def test_a_peer_never_beats_the_bound_and_forgets_nothing_it_holds(baseline: str) -> None:
+def test_baseline_stays_below_the_bound_and_has_no_unknown_figures(baseline: str) -> None:
     trace = short()
     config = RunConfig(GEOMETRY, budget_bytes=200 << 20, baseline=baseline)
     target = build_target(config, unit=1)
@@ -132,11 +132,11 @@ def test_a_peer_never_beats_the_bound_and_forgets_nothing_it_holds(baseline: str
     assert result.losses is None and result.checkpoints_made is None
     record = result.as_record()
     for name in ("missed_requests", "missed_tokens", "missed_flops", "checkpoint_copies"):
-        assert record[name] is None, "what a peer does not tell is not 0"
+        assert record[name] is None, "an unknown figure must not be 0"
 
 
 @pytest.mark.parametrize("baseline", sorted(BASELINES))
-def test_peers_are_refused_for_a_model_without_states(baseline: str) -> None:
+def test_baselines_reject_a_model_without_states(baseline: str) -> None:
     config = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -150,9 +150,9 @@ def test_peers_are_refused_for_a_model_without_states(baseline: str) -> None:
 
 @given(st.integers(0, 10**6), st.integers(1_000, 20_000))
 @settings(max_examples=20)
-def test_more_memory_never_hurts_where_nothing_is_evicted(seed: int, budget: int) -> None:
-    """LRU over items of two kinds is no stack algorithm, so only the ends are certain: nothing, and
-    all of it."""
+def test_unlimited_memory_gives_the_most_hits(seed: int, budget: int) -> None:
+    """LRU over items of two kinds is not a stack algorithm. Only with unlimited memory is the
+    result certain."""
     requests = random_requests(seed, 40)
 
     def cached(size: int) -> int:
@@ -163,16 +163,16 @@ def test_more_memory_never_hurts_where_nothing_is_evicted(seed: int, budget: int
     assert cached(budget) <= everything == cached(20_000_000)
 
 
-def test_too_little_memory_is_no_error() -> None:
+def test_requests_that_do_not_fit_are_bypassed() -> None:
     result = simulate(short().head(20), model=SMALL, gib=300 * 10 / 2**30)
     [run] = result.runs
     assert run.bypassed > 0 and run.cached_tokens == 0
     assert run.losses is not None and run.losses.refused > 0
     [run] = simulate("short?head=20", gib=0.3, memory="pools", kv_share=0.9).runs
-    assert run.bypassed == run.requests and run.cached_tokens == 0, "no room for one state"
+    assert run.bypassed == run.requests and run.cached_tokens == 0, "no state fits"
 
 
-def test_taking_memory_in_the_engines_pieces_changes_little() -> None:
+def test_allocating_in_engine_steps_changes_hits_by_at_most_2_percent() -> None:
     config = RunConfig(ModelGeometry.preset("qwen3-next"), budget_bytes=8 << 30)
     hits = [
         sum(serve(build_target(variant, 1), chat().head(160), 1, SERVING).cached_tokens)
@@ -185,10 +185,10 @@ def comparable(run: RunResult) -> RunResult:
     return replace(run, control_us=0.0)
 
 
-def test_processes_change_nothing_and_a_sweep_resumes(tmp_path: Path) -> None:
+def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     jobs = [
         Job(RunConfig(GEOMETRY, budget_bytes=size << 20, policy=policy), SERVING)
-        for policy in ("lru", "tests.lab.test_simulate:Deepest")
+        for policy in ("lru", "tests.lab.test_simulate:DeepestFirst")
         for size in (20, 40, 80)
     ]
     path = tmp_path / "runs.jsonl"
@@ -204,7 +204,7 @@ def test_processes_change_nothing_and_a_sweep_resumes(tmp_path: Path) -> None:
     assert run_sweep(short(), jobs, resume_from=path) == both
 
 
-def test_figures_are_given_and_leave_the_backend_alone(tmp_path: Path) -> None:
+def test_figures_do_not_change_the_matplotlib_backend(tmp_path: Path) -> None:
     import matplotlib
     from matplotlib import pyplot
 
@@ -216,8 +216,8 @@ def test_figures_are_given_and_leave_the_backend_alone(tmp_path: Path) -> None:
     assert result.figure(tmp_path / "f.png") is not None and (tmp_path / "f.png").exists()
 
 
-def test_a_sweep_leaves_the_garbage_collector_as_it_was() -> None:
-    """Frozen objects may be deleted meanwhile, so their number may fall; freezing raises it."""
+def test_sweep_restores_the_garbage_collector() -> None:
+    """Freezing would raise the number of frozen objects. It may fall, because some are deleted."""
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
     seen = []
     run_sweep(
@@ -228,7 +228,7 @@ def test_a_sweep_leaves_the_garbage_collector_as_it_was() -> None:
     assert seen == [before] == [gc.get_threshold()] and gc.get_freeze_count() <= frozen
 
 
-def test_a_trace_file_that_changed_is_simulated_again(tmp_path: Path) -> None:
+def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
     path, trace = tmp_path / "runs.jsonl", tmp_path / "trace.jsonl"
     lines = [
         json.dumps({"timestamp": n, "session": n, "tokens": [*range(n, 200)], "output_length": 1})
@@ -243,12 +243,12 @@ def test_a_trace_file_that_changed_is_simulated_again(tmp_path: Path) -> None:
         return run.requests
 
     assert [requests(lines[:2], head) for head in ("", "?head=9", "", "?head=9")] == [2] * 4
-    assert len(path.read_text().splitlines()) == 2, "the same file again is not"
+    assert len(path.read_text().splitlines()) == 2, "an unchanged file must not be simulated again"
     assert [requests(lines, head) for head in ("", "?head=9")] == [3, 3]
 
 
-class Deepest(EvictionPolicy):
-    """A policy of one's own: the deepest candidate goes first."""
+class DeepestFirst(EvictionPolicy):
+    """Custom policy that evicts the deepest candidate first."""
 
     def __init__(self) -> None:
         self.items: list[object] = []
@@ -264,17 +264,17 @@ class Deepest(EvictionPolicy):
         return max(fitting, key=lambda item: (item.position, item.serial), default=None)
 
 
-def test_a_models_own_precision_is_kept_unless_another_is_asked_for() -> None:
+def test_state_dtype_of_the_model_is_the_default() -> None:
     halved = ModelGeometry.preset("qwen3-next", state_dtype="bfloat16")
-    for asked, found in ((None, "bfloat16"), ("int8", "int8")):
-        result = simulate("short?head=5", model=halved, gib=1, state_dtype=asked)
-        assert result.runs[0].config.state_dtype == found == result.geometry.state_dtype
+    for dtype, expected in ((None, "bfloat16"), ("int8", "int8")):
+        result = simulate("short?head=5", model=halved, gib=1, state_dtype=dtype)
+        assert result.runs[0].config.state_dtype == expected == result.geometry.state_dtype
 
 
-def test_every_result_says_how_memory_is_shared() -> None:
+def test_result_contains_the_memory_layout() -> None:
     runs = [
-        simulate("short?head=60", gib=2, bound=False, **words).runs[0]
-        for words in ({}, {"memory": "budget"}, {"memory": "pools", "kv_share": 0.5})
+        simulate("short?head=60", gib=2, bound=False, **options).runs[0]
+        for options in ({}, {"memory": "budget"}, {"memory": "pools", "kv_share": 0.5})
     ]
     assert [run.config.memory for run in runs] == ["arena", "budget", "pools"]
     assert [run.label for run in runs] == [
@@ -288,14 +288,14 @@ def test_every_result_says_how_memory_is_shared() -> None:
     assert peer.config.memory is None
     with pytest.raises(ValueError, match="give --kv-share between 0 and 1"):
         simulate("short?head=60", gib=2, memory="pools")
-    for words in ({"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
+    for options in ({"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
         with pytest.raises(ValueError, match="a share is of pools"):
-            simulate("short?head=60", gib=2, **words)
+            simulate("short?head=60", gib=2, **options)
     with pytest.raises(ValueError, match="none of arena, budget, pools"):
         simulate("short?head=60", gib=2, memory="ram")
 
 
-def test_pools_share_out_one_size() -> None:
+def test_kv_share_divides_the_budget_between_pools() -> None:
     config = RunConfig(SMALL, budget_bytes=100_000, memory="pools", kv_share=0.25)
     num_kv_tokens, num_slots = config.pools
     assert num_kv_tokens == 25_000 // SMALL.kv_bytes_per_token
@@ -304,18 +304,18 @@ def test_pools_share_out_one_size() -> None:
     assert half.pools == (50_000 // SMALL.kv_bytes_per_token, 50_000 // SMALL.state_bytes)
 
 
-def test_sizes_in_words() -> None:
+def test_sizes_are_parsed_from_text() -> None:
     assert len(sizes("2:200:15")) == 15 and sizes("2:200:15")[-1] == 200
     assert sizes("6,40") == (6, 40) and sizes(3) == (3.0,) and sizes([1, 2]) == (1.0, 2.0)
 
 
-def test_a_result_survives_json() -> None:
+def test_result_survives_json() -> None:
     result = simulate("short", gib=0.05, model="qwen3.5-0.8b")
     [run] = result.runs
     assert RunResult.from_record(json.loads(json.dumps(run.as_record()))) == run
 
 
-def test_the_figures_of_a_run_fit_together() -> None:
+def test_figures_of_a_run_are_consistent() -> None:
     [run] = simulate("chat", gib=8).runs
     assert run.losses is not None and run.bound_tokens is not None
     assert sum(run.losses) + run.cached_tokens == run.prompt_tokens
@@ -328,16 +328,16 @@ def test_the_figures_of_a_run_fit_together() -> None:
     assert run.ttft_s[5] <= run.ttft_s[50] <= run.ttft_s[99]
 
 
-def test_a_million_requests_need_eighty_megabytes() -> None:
+def test_log_needs_at_most_80_bytes_per_request() -> None:
     log = serve(build_target(RunConfig(GEOMETRY, budget_bytes=1 << 28), 1), short(), 1, SERVING)
-    held = [log.arrival_s, log.prompt_tokens, log.cached_tokens, log.missed_tokens, log.turns]
-    assert sum(column.itemsize for column in held) + 8 <= 80
+    columns = [log.arrival_s, log.prompt_tokens, log.cached_tokens, log.missed_tokens, log.turns]
+    assert sum(column.itemsize for column in columns) + 8 <= 80
 
 
-GOLDEN_PEERS = ["vllm", "sglang", "lightllm", "marconi"]
+GOLDEN_BASELINES = ["vllm", "sglang", "lightllm", "marconi"]
 
 
-def test_two_caches_never_share_a_row() -> None:
+def test_different_configurations_have_different_rows() -> None:
     coarse = simulate("short?head=40", gib=[1.0], bound=False)
     fine = simulate("short?head=40", gib=[1.0, 2.0], grid=1, bound=False)
     both = coarse.beside(fine)
@@ -361,7 +361,7 @@ def test_two_caches_never_share_a_row() -> None:
         simulate("short?head=9", gib=1, policy=["lru", "lru"])
 
 
-def test_a_result_says_what_it_is_of(tmp_path: Path) -> None:
+def test_result_contains_its_configuration(tmp_path: Path) -> None:
     options = {"gib": 1, "grid": 128, "page_size": 16, "servers": 2, "max_running": 3}
     result = simulate("short?seed=3&head=20", policy=["sieve", "survival"], **options)
     result.write_jsonl(tmp_path / "runs.jsonl")
@@ -380,7 +380,7 @@ def test_a_result_says_what_it_is_of(tmp_path: Path) -> None:
     assert "evicted: the policy's choice among all items: survival" in result.table()
 
 
-def test_traces_that_differ_have_different_names_in_full() -> None:
+def test_different_traces_have_different_full_names() -> None:
     specs = ("chat", "chat?seed=3", "chat?head=9", "chat?seed=3&head=9")
     assert len({open_trace(spec).full_name for spec in specs}) == 4
     assert {open_trace(spec).name for spec in specs} == {"chat"}
@@ -389,7 +389,7 @@ def test_traces_that_differ_have_different_names_in_full() -> None:
         assert open_trace(full_name).full_name == full_name
 
 
-def test_a_trace_that_can_not_be_sent_is_one_sentence(tmp_path: Path) -> None:
+def test_trace_that_cannot_be_pickled_is_rejected_with_processes(tmp_path: Path) -> None:
     own = Trace("mine", 1, lambda: iter(open_trace("short?head=9")))
     assert simulate(own, gib=1, bound=False).runs[0].requests == 9
     for option in ({"processes": 2}, {"resume_from": tmp_path / "runs.jsonl"}):
@@ -398,8 +398,8 @@ def test_a_trace_that_can_not_be_sent_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_script_without_a_main_guard_ends_with_one_sentence(tmp_path: Path) -> None:
-    """Its workers run it again. The trace is longer than the buffer of a pipe."""
+def test_script_without_main_guard_gets_a_clear_error(tmp_path: Path) -> None:
+    """The worker processes run the script again. The trace is longer than the buffer of a pipe."""
     script = tmp_path / "script.py"
     script.write_text(
         "from hybridcache import open_trace, simulate\n"
@@ -409,39 +409,39 @@ def test_a_script_without_a_main_guard_ends_with_one_sentence(tmp_path: Path) ->
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "put its calls below \"if __name__ == '__main__':\"" in done.stderr.splitlines()[-1]
-    assert done.stderr.count("Traceback") == 1, "only that of the script itself"
+    assert done.stderr.count("Traceback") == 1, "only the script may print a traceback"
 
 
 def _die(_trace: Trace, _job: int) -> int:
     os._exit(9)
 
 
-def test_a_killed_process_is_one_sentence() -> None:
+def test_killed_worker_process_gives_a_clear_error() -> None:
     place = Place(processes=2)
     with pytest.raises(ChildProcessError, match="lack of memory: use fewer processes"):
         run_grid(short(), [1, 2], _die, keys=(), read=dict, write=dict, place=place)
 
 
-def test_functions_of_the_laboratory_share_names_types_and_defaults() -> None:
-    named = inspect.signature(simulate).parameters
+def test_lab_functions_share_parameter_names_types_and_defaults() -> None:
+    shared = inspect.signature(simulate).parameters
     fields = {field.name: field for field in dataclasses.fields(Sweep)}
-    assert set(named) - {"trace"} == set(fields), "Sweep has the arguments of simulate"
+    assert set(shared) - {"trace"} == set(fields), "Sweep must have the arguments of simulate"
     for name, field in fields.items():
-        assert (named[name].default, named[name].annotation) == (field.default, field.type), name
+        assert (shared[name].default, shared[name].annotation) == (field.default, field.type), name
     for other in (optimum, advise, closed_loop):
         own = {"gib", "policy", "checkpoints"} if other is advise else set()
-        if other is closed_loop:  # the engine runs requests together, and one size is enough
+        if other is closed_loop:  # It takes one size, and always runs requests concurrently.
             own = {"gib", "max_running"}
         for name, parameter in inspect.signature(other).parameters.items():
             assert parameter.kind is not parameter.VAR_KEYWORD
-            if name in named and name not in own:
-                mine = named[name]
-                assert (mine.default, mine.annotation) == (parameter.default, parameter.annotation)
+            if name in shared and name not in own:
+                expected = shared[name].default, shared[name].annotation
+                assert (parameter.default, parameter.annotation) == expected
     with pytest.raises(TypeError, match="polcy"):
         simulate("short?head=9", polcy="lru")
 
 
-def test_the_optimum_takes_a_model_and_sizes() -> None:
+def test_optimum_accepts_a_model_and_sizes() -> None:
     found = optimum("resend?head=45", model="qwen3-next", gib=[2, 4], method="greedy")
     assert [plan.capacity_bytes for plan in found] == [2 << 30, 4 << 30] and len(found) == 2
     assert found[0].reached <= found[1].reached
@@ -454,13 +454,13 @@ def test_the_optimum_takes_a_model_and_sizes() -> None:
         (size, plan.reached) for size, plan in zip((2, 4), found, strict=True)
     ]
     [whole] = optimum("short?head=45", gib=0.3, method="greedy")
-    [beside] = optimum("short?head=45", gib=0.3, counts_running=True)
-    assert beside.method == "greedy" and beside.reached < whole.reached
+    [counted] = optimum("short?head=45", gib=0.3, counts_running=True)
+    assert counted.method == "greedy" and counted.reached < whole.reached
     [with_host] = optimum("resend?head=45", gib=1, host_gib=4, method="greedy")
     assert [tier.capacity_bytes for tier in with_host.lower] == [4 << 30]
 
 
-def test_progress_is_a_function_a_bar_or_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_a_function_or_disabled(capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int]] = []
     sweep = {"gib": [1, 2], "bound": False}
     simulate("short?head=9", **sweep, progress=lambda *at: seen.append(at))
@@ -469,19 +469,19 @@ def test_progress_is_a_function_a_bar_or_nothing(capfd: pytest.CaptureFixture[st
     simulate("short?head=9", **sweep, progress=False)
     optimum("short?head=9", gib=1, method="greedy")
     advise("short?head=20", gib=1, policy="lru", checkpoints="adaptive")
-    assert capfd.readouterr().err == "", "this is no terminal"
+    assert capfd.readouterr().err == "", "bars must appear only on a terminal"
 
 
-def test_a_peer_that_cannot_hit_says_so_in_the_table() -> None:
+def test_table_notes_baselines_that_cannot_hit() -> None:
     result = simulate("short?head=9", gib=1, baseline=["vllm", "marconi"])
     [note] = [line for line in result.table().splitlines() if "no hit is possible" in line]
     assert note.startswith("vllm (rebuilt): ") and "1,056 tokens" in note and "has 380" in note
     assert "no hit is possible" not in simulate("chat?head=9", gib=1, baseline="vllm").table()
 
 
-def test_advice_is_checked_on_requests_that_were_not_used_for_it() -> None:
-    asked = {"gib": 1, "policy": ["lru", "fifo"], "checkpoints": ["adaptive", "end"], "grids": ()}
-    advice = advise("short?head=60", **asked)
+def test_advice_is_checked_on_held_out_requests() -> None:
+    options = {"gib": 1, "policy": ["lru", "fifo"], "checkpoints": ["adaptive", "end"], "grids": ()}
+    advice = advise("short?head=60", **options)
     assert (advice.result.requests, advice.check.requests) == (30, 30)
     whole = simulate(
         "short?head=60",
@@ -495,24 +495,24 @@ def test_advice_is_checked_on_requests_that_were_not_used_for_it() -> None:
     assert advice.check.cached_tokens == whole.cached_tokens - half.cached_tokens
     error = 100 * (advice.check.token_hit_rate - half.token_hit_rate)
     assert f"the error of the forecast is {error:+.1f} points" in advice.text()
-    alone = advise("short?head=60", **asked, tune_share=1)
-    assert alone.check is None and "not checked" in alone.text()
-    assert alone.result.requests == 60
+    unchecked = advise("short?head=60", **options, tune_share=1)
+    assert unchecked.check is None and "not checked" in unchecked.text()
+    assert unchecked.result.requests == 60
     with pytest.raises(ValueError, match="tune_share must be above 0"):
         advise("short", gib=1, tune_share=0)
 
 
-def test_advice_ends_in_a_command_that_the_engine_takes(tmp_path: Path) -> None:
+def test_advice_contains_a_valid_engine_command(tmp_path: Path) -> None:
     from tests import documents  # needs the engine
 
     model = tmp_path / "my-model"
     model.mkdir()
     config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
-    for word, shown in (("qwen3-next", "ORG/Qwen3-Next-80B-A3B"), (str(model), str(model))):
-        advice = advise("short?head=20", model=word, gib=1, policy="lru", checkpoints="branch,end")
+    for name, printed in (("qwen3-next", "ORG/Qwen3-Next-80B-A3B"), (str(model), str(model))):
+        advice = advise("short?head=20", model=name, gib=1, policy="lru", checkpoints="branch,end")
         assert f"to serve: {advice.command}" in advice.text()
-        assert f"--model {shown} --cache-gib 1 --eviction lru" in advice.command
+        assert f"--model {printed} --cache-gib 1 --eviction lru" in advice.command
         documents.check_command(advice.command)
 
 
@@ -530,16 +530,21 @@ GOLDEN_TRACES = {
 
 
 def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
-    """Cached tokens of each competitor at each size: every eviction with rules that learn nothing,
-    and the default pair as ``survival @ adaptive``. Peers manage memory in their own way: they
-    stand next to the ideal budget."""
+    """Return the cached tokens of each competitor at each size.
+
+    Competitors are all eviction policies with static placement, and the default pair as
+    ``survival @ adaptive``. Baselines have their own memory management, so they run only once, with
+    ``budget``.
+    """
     spec, gib = GOLDEN_TRACES[trace]
-    kept = open_trace(spec).kept()
-    shared = {"gib": gib, "bound": False, "memory": memory}
-    peers = GOLDEN_PEERS if memory == "budget" else []
+    requests = open_trace(spec).kept()
+    options = {"gib": gib, "bound": False, "memory": memory}
+    baselines = GOLDEN_BASELINES if memory == "budget" else []
     static = "branch,boundary,backoff,end"
-    result = simulate(kept, policy=sorted(EVICTION), checkpoints=static, baseline=peers, **shared)
-    ours = simulate(kept, **shared)
+    result = simulate(
+        requests, policy=sorted(EVICTION), checkpoints=static, baseline=baselines, **options
+    )
+    ours = simulate(requests, **options)
     assert [run.config.policy for run in ours.runs] == ["survival"] * len(gib)
     hits = {
         label.removesuffix(" (budget)").removesuffix(f" @ {static}"): runs
@@ -554,9 +559,9 @@ def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
 @pytest.mark.full("chat-budget")
 @pytest.mark.parametrize("memory", list(GOLDEN_FILES))
 @pytest.mark.parametrize("trace", list(GOLDEN_TRACES))
-def test_golden_hit_counts(trace: str, memory: str) -> None:
-    """Pins policy, trace and size to the token. After a change that is meant, write them anew with
-    ``python -m tests.lab.test_simulate``."""
+def test_hit_counts_match_the_golden_files(trace: str, memory: str) -> None:
+    """Hits are exact for each policy, trace and size. After an intended change, rewrite the files
+    with ``python -m tests.lab.test_simulate``."""
     golden = json.loads(GOLDEN_FILES[memory].read_text())[trace]
     assert golden_hits(trace, memory) == golden
 
@@ -566,19 +571,19 @@ def small() -> SimulationResult:
     return simulate("short?head=30", gib=[1, 2], policy=["lru", "fifo"], baseline=["vllm"])
 
 
-def test_a_result_is_one_line_and_names_its_best_run(small: SimulationResult) -> None:
+def test_repr_of_a_result_is_one_line_with_its_best_run(small: SimulationResult) -> None:
     best = max(small.runs, key=lambda run: run.token_hit_rate)
-    for shown in (repr(small), str(small)):
-        assert "\n" not in shown and len(shown) < 200
-        assert "3 competitors, 2 sizes" in shown and "30 requests" in shown
-        assert f"{100 * best.token_hit_rate:.1f} %" in shown
+    for text in (repr(small), str(small)):
+        assert "\n" not in text and len(text) < 200
+        assert "3 competitors, 2 sizes" in text and "30 requests" in text
+        assert f"{100 * best.token_hit_rate:.1f} %" in text
     assert len(repr(best)) < 100 and best.label in repr(best)
     assert "no runs" in repr(replace(small, runs=()))
 
 
-def test_a_notebook_shows_every_rate(small: SimulationResult) -> None:
+def test_html_of_a_result_contains_every_rate(small: SimulationResult) -> None:
     html = small._repr_html_()
-    table = ElementTree.fromstring(html)  # every element is closed
+    table = ElementTree.fromstring(html)  # Raises an error if an element is not closed.
     rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
     assert [row[0] for row in rows[1:]] == [*small.by_label()]
     for row, runs in zip(rows[1:], small.by_label().values(), strict=True):
@@ -588,18 +593,18 @@ def test_a_notebook_shows_every_rate(small: SimulationResult) -> None:
     assert "<b>&<" not in replace(small, runs=(odd,))._repr_html_()
 
 
-def test_a_notebook_shows_the_tables_of_other_results() -> None:
-    shown = {"gib": 1, "model": "qwen3-next"}
+def test_html_of_other_results_contains_their_tables() -> None:
+    options = {"gib": 1, "model": "qwen3-next"}
     for result, text in (
-        (advise("short?head=20", **shown), "to serve: engine serve"),
-        (optimum("short?head=20", method="greedy", **shown), "reached, %"),
-        (closed_loop("short?head=20", rate=1, **shown), "goodput: requests a second"),
+        (advise("short?head=20", **options), "to serve: engine serve"),
+        (optimum("short?head=20", method="greedy", **options), "reached, %"),
+        (closed_loop("short?head=20", rate=1, **options), "goodput: requests a second"),
     ):
         html = result._repr_html_()
         assert text in "".join(ElementTree.fromstring(html).itertext())
 
 
-def test_the_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None:
+def test_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None:
     rows = small.to_dicts()
     assert len(rows) == len(small.runs) and len({frozenset(row) for row in rows}) == 1
     assert all(
@@ -618,7 +623,7 @@ def test_the_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> 
 
 
 @pytest.mark.parametrize("package", ["pandas", "polars"])
-def test_frames_come_from_packages_that_may_be_missing(
+def test_data_frames_need_an_optional_package(
     package: str, small: SimulationResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in = ModuleType(package)
@@ -631,17 +636,17 @@ def test_frames_come_from_packages_that_may_be_missing(
         convert()
 
 
-def test_checkpoints_in_fewer_bits_hold_more(tmp_path: Path) -> None:
-    """The format is part of a run's identity, so a file of one format's runs is not the other's."""
+def test_smaller_checkpoints_give_more_hits_and_are_separate_runs(tmp_path: Path) -> None:
+    """The format is part of a run's key, so runs of one format do not resume those of the other."""
     found = {
-        word: simulate(
+        dtype: simulate(
             "short",
             gib=1.0,
             bound=False,
-            checkpoint_dtype=word,
+            checkpoint_dtype=dtype,
             resume_from=tmp_path / "runs.jsonl",
         ).runs[0]
-        for word in ("auto", "int8")
+        for dtype in ("auto", "int8")
     }
     assert found["int8"].token_hit_rate > found["auto"].token_hit_rate
     assert [run.config.checkpoint_dtype for run in found.values()] == ["auto", "int8"]
@@ -650,7 +655,7 @@ def test_checkpoints_in_fewer_bits_hold_more(tmp_path: Path) -> None:
 # --- Plots --------------------------------------------------------------------------------------
 
 
-def test_plots_draw_on_the_axes_and_in_the_style_of_the_user(small: SimulationResult) -> None:
+def test_plots_use_the_axes_and_the_style_of_the_user(small: SimulationResult) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     from cycler import cycler
 
@@ -659,31 +664,31 @@ def test_plots_draw_on_the_axes_and_in_the_style_of_the_user(small: SimulationRe
         assert small.plot.capacity(left, labels="direct") is left
         assert small.plot.losses(right, gib=2) is right
     lines = {line.get_color(): line for line in left.get_lines() if line.get_marker() != "None"}
-    assert [*lines] == ["#112233", "#445566", "#778899"], "not the user's colours"
+    assert [*lines] == ["#112233", "#445566", "#778899"], "the user's colours must be used"
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 3
     widths = [line.get_linewidth() for line in lines.values()]
-    assert widths == sorted(widths, reverse=True), "a line hides the ones below"
+    assert widths == sorted(widths, reverse=True), "a line must not hide the lines under it"
     for line, runs in zip(lines.values(), small.by_label().values(), strict=True):
-        assert list(line.get_xdata()) == [1, 2], "a marker at each simulated size"
+        assert list(line.get_xdata()) == [1, 2], "each simulated size needs a marker"
         assert list(line.get_ydata()) == [100 * run.token_hit_rate for run in runs]
     heights = sorted(text.get_position()[1] for text in left.texts)
     assert {text.get_text().replace("\n", " ") for text in left.texts} == set(small.by_label())
     assert min(b - a for a, b in itertools.pairwise(heights)) > 0.02, "labels overlap"
-    named = left.get_legend_handles_labels()[1]
-    assert named == ["infinite cache"], "a line is named twice"
+    legend = left.get_legend_handles_labels()[1]
+    assert legend == ["infinite cache"], "directly labelled lines must not be in the legend"
     bars = {bar.get_label(): [part.get_width() for part in bar] for bar in right.containers}
     ours = [run for run in small.runs if run.losses is not None and run.gib == 2]
     assert bars["reused"] == [pytest.approx(100 * run.token_hit_rate) for run in ours]
     assert np.sum([*bars.values()], axis=0) == pytest.approx([100] * len(ours), abs=0.2)
-    peers = replace(small, runs=tuple(run for run in small.runs if run.config.baseline))
+    baselines = replace(small, runs=tuple(run for run in small.runs if run.config.baseline))
     with pytest.raises(ValueError, match="rebuilt peers do not record them"):
-        peers.plot.losses(right)
+        baselines.plot.losses(right)
     before = pyplot.get_fignums()
     assert small.plot.capacity(metric="ttft-p50").get_ylabel() == "TTFT P50, ms"
     assert len(pyplot.get_fignums()) == len(before) + 1
     pyplot.close("all")
     planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum="greedy")
-    assert len(planned.figure(metric="hit").axes) == 1, "the argument is honoured"
+    assert len(planned.figure(metric="hit").axes) == 1
     assert len(planned.figure().axes) == 2
     _, axis = pyplot.subplots(figsize=(3.3, 2.2), layout="constrained")
     planned.plot.capacity(axis, labels="direct")
@@ -692,12 +697,12 @@ def test_plots_draw_on_the_axes_and_in_the_style_of_the_user(small: SimulationRe
     assert not legend.overlaps(axis.get_window_extent()), "the legend covers data"
     for text in axis.get_legend().get_texts():
         box = text.get_window_extent()
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= axis.figure.bbox.x1, "it is cut off"
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= axis.figure.bbox.x1, "text is cut off"
     pyplot.close("all")
 
 
 def _is_inside(figure: Any) -> bool:
-    """Whether panels, legend and texts of a drawn figure are within it and apart."""
+    """Return whether panels, legend and texts are inside of the figure and do not overlap."""
     figure.draw_without_rendering()
     panels = [axis.get_tightbbox() for axis in figure.axes if axis.get_visible()]
     others = [one.get_window_extent() for one in (*figure.texts, *figure.legends)]
@@ -712,7 +717,7 @@ def _is_inside(figure: Any) -> bool:
 
 @pytest.mark.full("direct")
 @pytest.mark.parametrize("labels", ["legend", "direct"])
-def test_nothing_is_cut_off_in_a_column_of_a_paper(
+def test_figures_of_a_paper_column_are_not_cut_off(
     small: SimulationResult, labels: Literal["legend", "direct"]
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -746,7 +751,7 @@ def test_ticks_are_at_the_simulated_sizes(small: SimulationResult) -> None:
     assert ticks([2.0])[0] == [2.0]
 
 
-def test_names_titles_and_notes_of_figures_are_chosen(small: SimulationResult) -> None:
+def test_names_titles_and_notes_of_figures_are_options(small: SimulationResult) -> None:
     pytest.importorskip("matplotlib")
     chosen = replace(small, counted_by="qwen3.5")
     label = next(iter(small.by_label()))
@@ -756,13 +761,13 @@ def test_names_titles_and_notes_of_figures_are_chosen(small: SimulationResult) -
 
         return [text.get_text() for text in figure.findobj(Text)]
 
-    said = " ".join(texts(chosen.losses_figure()) + texts(chosen.figure()))
-    assert said.count(small.geometry.name) == 2, "the shared title is there once for each figure"
-    assert "Tokens counted by: qwen3.5." in " ".join(said.split())
+    shown = " ".join(texts(chosen.losses_figure()) + texts(chosen.figure()))
+    assert shown.count(small.geometry.name) == 2, "each figure must have one shared title"
+    assert "Tokens counted by: qwen3.5." in " ".join(shown.split())
     style = FigureStyle(names={label: "ours"}, titles=False, notes=False)
     for figure in (chosen.losses_figure(style=style), chosen.figure(style=style)):
-        said = " ".join(texts(figure))
-        assert "ours" in said and small.geometry.name not in said and "qwen3.5" not in said
+        shown = " ".join(texts(figure))
+        assert "ours" in shown and small.geometry.name not in shown and "qwen3.5" not in shown
     ours = small.plot.losses(gib=2, names={label: "ours"})
     assert "ours" in [text.get_text() for text in ours.get_yticklabels()]
     with pytest.raises(ValueError, match=f"no competitor is called 'mine'; there are {label}"):
@@ -784,12 +789,12 @@ def test_pdf_files_have_truetype_fonts(kind: str, small: SimulationResult, tmp_p
     figure = draw(path)
     assert b"Type3" not in path.read_bytes()
     figure.savefig(path)
-    assert b"Type3" not in path.read_bytes(), "saved again"
+    assert b"Type3" not in path.read_bytes(), "a second save must not use Type 3 fonts either"
 
 
 @pytest.mark.full("pdf")
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_figures_of_a_paper_have_its_size_and_fonts(tmp_path: Path, suffix: str) -> None:
+def test_figure_options_set_size_and_fonts(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"f.{suffix}"
     sweep = ["simulate", "--trace", "short?head=20", "--gib", "1,2", "--policy", "lru,fifo"]
@@ -807,15 +812,13 @@ def test_figures_of_a_paper_have_its_size_and_fonts(tmp_path: Path, suffix: str)
 
 
 @pytest.mark.parametrize("size", ["3", "3x", "ax2", "0x2", "3x-1"])
-def test_a_size_that_no_figure_has_is_refused(
-    size: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_figure_size_is_rejected(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--trace", "short?head=2", "--gib", "1", "--figure-size", size]) == 2
     assert "width and height in inches are needed" in capsys.readouterr().err
 
 
 if __name__ == "__main__":
-    # One trace a line, so that a change of one policy reads as such.
+    # One line per competitor, so that the diff of a change is easy to read.
     for memory, path in GOLDEN_FILES.items():
         rows = [
             f" {json.dumps(trace)}: {{\n"

@@ -1,5 +1,5 @@
-"""One trace through the real engine and through the simulator: the same hit for every request, the
-same evictions in the same order."""
+"""Tests that engine and simulator agree: the same hits for every request, and the same evictions in
+the same order."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from tests.cache.twins import VictimLog
 
 POLICIES = sorted(EVICTION)
 CHECKPOINTS = "branch,boundary,backoff,every:256,end"
-Fact = tuple[str, int, int]
+EvictionRecord = tuple[str, int, int]
 
 
 @pytest.fixture
-def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fact]]:
-    """Every eviction of every cache, as it happens: (kind, position, serial of the item)."""
-    found: list[Fact] = []
+def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EvictionRecord]]:
+    """Evictions of all caches in order: (kind, position, serial of the item)."""
+    found: list[EvictionRecord] = []
     make = Residency.__init__
 
     class Log(VictimLog):
@@ -57,16 +57,16 @@ def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fact]]:
 
 
 def prompts(seed: int, sessions: int, vocab: int) -> list[tuple[int, np.ndarray]]:
-    """(session, what a user adds to the session), turns interleaved; all sessions of one parity
-    start alike."""
+    """Return interleaved turns: (session, new tokens). Sessions with odd numbers share one prefix,
+    those with even numbers another."""
     rng = np.random.default_rng(seed)
     systems = [rng.integers(0, vocab, 150, dtype=np.int32) for _ in range(2)]
     turns: list[tuple[int, np.ndarray]] = []
     for turn in range(3):
         for session in rng.permutation(sessions).tolist():
-            said = rng.integers(0, vocab, int(rng.integers(20, 260)), dtype=np.int32)
+            added = rng.integers(0, vocab, int(rng.integers(20, 260)), dtype=np.int32)
             turns.append(
-                (session, np.concatenate((systems[session % 2], said)) if turn == 0 else said)
+                (session, np.concatenate((systems[session % 2], added)) if turn == 0 else added)
             )
     return turns
 
@@ -82,7 +82,7 @@ def engine_of(
 
 
 def run_config(policy: str, engine: Engine) -> RunConfig:
-    """The simulator's settings for ``engine``."""
+    """Return the simulator's settings for ``engine``."""
     memory = engine.runner.memory
     sizes = {"num_kv_tokens": memory.num_kv_tokens, "num_slots": memory.num_slots}
     return RunConfig(
@@ -96,14 +96,13 @@ def run_config(policy: str, engine: Engine) -> RunConfig:
 
 
 def serve_in_turn(engine: Engine, turns: Sequence[tuple[int, np.ndarray]]) -> list[TraceRequest]:
-    """One request after the other; what was served, as a trace with its cached lengths as
-    timestamps."""
+    """Serve requests one after another. Return them with their cached lengths as timestamps."""
     histories: dict[int, np.ndarray] = {}
     served = []
-    for session, said in turns:
-        prompt = np.concatenate((histories.get(session, said[:0]), said))
+    for session, added in turns:
+        prompt = np.concatenate((histories.get(session, added[:0]), added))
         sampling = SamplingParams(
-            max_tokens=int(said[0]) % 70 + 1, ignore_eos=True, temperature=0.0
+            max_tokens=int(added[0]) % 70 + 1, ignore_eos=True, temperature=0.0
         )
         [output] = engine.generate([prompt.tolist()], sampling)
         answer = np.asarray(output.token_ids, np.int32)
@@ -116,9 +115,10 @@ def serve_in_turn(engine: Engine, turns: Sequence[tuple[int, np.ndarray]]) -> li
     return served
 
 
-def same_in_the_simulator(
-    policy: str, engine: Engine, served: list[TraceRequest], evictions: list[Fact]
+def assert_simulator_agrees(
+    policy: str, engine: Engine, served: list[TraceRequest], evictions: list[EvictionRecord]
 ) -> None:
+    """Check that the simulator has the hits and evictions of the engine for the same requests."""
     by_engine = list(evictions)
     evictions.clear()
     config = run_config(policy, engine)
@@ -138,14 +138,16 @@ def same_in_the_simulator(
     ],
     ids=["pools", "arena"],
 )
-def test_in_turn_with_the_built_in_model(memory: dict[str, float], evictions: list[Fact]) -> None:
+def test_builtin_model_has_the_simulated_hits_and_evictions(
+    memory: dict[str, float], evictions: list[EvictionRecord]
+) -> None:
     engine = Engine(engine_config(token_budget=256, **memory))
     served = serve_in_turn(engine, prompts(seed=3, sessions=3, vocab=256))
-    same_in_the_simulator(DEFAULT_EVICTION, engine, served, evictions)
+    assert_simulator_agrees(DEFAULT_EVICTION, engine, served, evictions)
 
 
 def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
-    """Of a small model, whose states weigh as much as the KV of 105 tokens."""
+    """Return a runner for a small model, whose state is as large as the KV of 105 tokens."""
     geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
     return OracleRunner(num_rows, None, geometry=geometry, page_size=page_size)
 
@@ -166,14 +168,14 @@ def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
     [*((policy, CHECKPOINTS) for policy in POLICIES), (DEFAULT_EVICTION, DEFAULT_PLACEMENT)],
 )
 @pytest.mark.parametrize("memory", ["pools", "arena", "arena, pages of 16"])
-def test_in_turn_many_requests(
-    policy: str, checkpoints: str, memory: str, evictions: list[Fact]
+def test_sequential_requests_have_the_simulated_hits_and_evictions(
+    policy: str, checkpoints: str, memory: str, evictions: list[EvictionRecord]
 ) -> None:
     page_size = 16 if memory.endswith("16") else 1
     runner = OracleRunner(2000, 9) if memory == "pools" else arena_runner(3200, page_size)
     engine, _ = engine_of(policy, runner, OracleSampler(), checkpoints, page_size=page_size)
     served = serve_in_turn(engine, prompts(seed=4, sessions=8, vocab=320))
-    same_in_the_simulator(policy, engine, served, evictions)
+    assert_simulator_agrees(policy, engine, served, evictions)
     if memory != "pools":
         assert engine._cache.arena is not None and engine._cache.arena.num_moves > 1
 
@@ -186,18 +188,18 @@ def test_in_turn_many_requests(
     ],
 )
 @pytest.mark.parametrize("memory", ["pools", "arena"])
-def test_concurrent_requests_by_replaying_the_lease_log(
-    policy: str, checkpoints: str, memory: str, evictions: list[Fact]
+def test_replaying_the_lease_log_gives_the_same_hits_and_evictions(
+    policy: str, checkpoints: str, memory: str, evictions: list[EvictionRecord]
 ) -> None:
     runner = OracleRunner(3000, 24) if memory == "pools" else arena_runner(5000)
     engine, log = engine_of(policy, runner, OracleSampler(), checkpoints, max_running=5)
     histories: dict[int, np.ndarray] = {}
     for turn in range(3):
-        for session, said in prompts(seed=turn, sessions=14, vocab=320)[:14]:
-            prompt = np.concatenate((histories.get(session, said[:0]), said))[:900]
+        for session, added in prompts(seed=turn, sessions=14, vocab=320)[:14]:
+            prompt = np.concatenate((histories.get(session, added[:0]), added))[:900]
             histories[session] = prompt
             sampling = SamplingParams(
-                max_tokens=int(said[0]) % 60 + 1, ignore_eos=True, temperature=0.0
+                max_tokens=int(added[0]) % 60 + 1, ignore_eos=True, temperature=0.0
             )
             engine.submit(prompt.tolist(), sampling, boundaries=(150,))
         while engine.has_work():
@@ -213,7 +215,7 @@ def test_concurrent_requests_by_replaying_the_lease_log(
     assert evictions == by_engine
 
 
-def test_the_lease_gets_the_reason_why_an_answer_ended() -> None:
+def test_lease_log_contains_the_reason_why_an_answer_ended() -> None:
     engine, log = engine_of("survival", arena_runner(3200), OracleSampler(), DEFAULT_PLACEMENT)
     sampling = SamplingParams(max_tokens=70, ignore_eos=True, temperature=0.0)
     [output] = engine.generate([list(range(1, 60))], sampling)
@@ -230,7 +232,7 @@ def test_the_lease_gets_the_reason_why_an_answer_ended() -> None:
     assert labels == {"decode/end_turn", "decode/session_end"}, "the latest answer counts"
 
 
-def test_the_defaults_are_the_learned_pair_everywhere() -> None:
+def test_default_policies_are_the_same_everywhere() -> None:
     assert CacheConfig(num_kv_tokens=8, num_slots=1).eviction == DEFAULT_EVICTION == "survival"
     config = RunConfig(ModelGeometry.preset("qwen3-next"))
     assert (config.policy, config.checkpoints) == (DEFAULT_EVICTION, DEFAULT_PLACEMENT)

@@ -1,5 +1,4 @@
-"""Memory below the device in the laboratory: what it brings, what its copies cost, what it is
-worth."""
+"""Tests of simulated host and disk tiers: hits, copy times, and value in device memory."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ TRACE = agent().head(70)
 
 
 def run(**options: object) -> RunResult:
-    """One run with LRU and fixed positions, which leave to a tier what the device has no room
-    for."""
+    """Return one run with LRU and fixed checkpoint positions, so that tiers get what the device
+    evicts."""
     common = {"gib": 2, "times": SHARED, "bound": False, "policy": "lru"}
     (found,) = simulate(
         TRACE, **(common | {"checkpoints": "branch,boundary,backoff,end"} | options)
@@ -28,7 +27,7 @@ def run(**options: object) -> RunResult:
     return found
 
 
-def test_host_memory_saves_what_the_device_has_no_room_for():
+def test_host_memory_increases_hits_and_saved_time():
     alone, tiered, whole = run(), run(host_gib=8), run(gib=10)
     assert alone.seconds_saved < tiered.seconds_saved <= whole.seconds_saved * 1.001
     assert tiered.token_hit_rate > alone.token_hit_rate + 0.2
@@ -36,7 +35,7 @@ def test_host_memory_saves_what_the_device_has_no_room_for():
     assert sum(tiered.losses) + tiered.cached_tokens == tiered.prompt_tokens
 
 
-def test_what_is_copied_is_waited_for_at_the_bandwidth_of_every_device():
+def test_copy_time_follows_the_bandwidth_of_all_devices():
     tiered = run(host_gib=8, host_gb_s=10)
     assert tiered.tier_bytes is not None
     num_bytes = tiered.tier_bytes["host_to_device_bytes"]
@@ -44,20 +43,20 @@ def test_what_is_copied_is_waited_for_at_the_bandwidth_of_every_device():
     assert tiered.tier_bytes["device_to_host_bytes"] > 0
 
 
-def test_what_is_slower_than_computing_is_left_and_said():
+def test_loads_slower_than_computing_are_skipped_and_counted():
     alone, slow = run(), run(host_gib=8, host_gb_s=1e-4)
     assert slow.cached_tokens == alone.cached_tokens and slow.copy_seconds == 0
     assert slow.losses is not None and slow.losses.not_fetched > 0
     assert alone.losses is not None and alone.losses.not_fetched == 0
 
 
-def test_disk_takes_what_host_memory_has_no_room_for():
+def test_disk_stores_entries_that_do_not_fit_in_host_memory():
     host, both = run(host_gib=0.25), run(host_gib=0.25, disk_gib=8, disk_gb_s=100)
     assert both.seconds_saved > host.seconds_saved
     assert both.tier_bytes is not None and both.tier_bytes["host_to_disk_bytes"] > 0
 
 
-def test_a_record_says_which_tiers_there_were_and_who_had_none():
+def test_record_contains_the_tiers_of_each_run():
     result = simulate(TRACE, gib=2, host_gib=8, baseline="marconi", bound=False)
     ours, peer = result.runs
     assert (ours.config.host_gib, peer.config.host_gib) == (8, 0)
@@ -65,14 +64,14 @@ def test_a_record_says_which_tiers_there_were_and_who_had_none():
     assert RunResult.from_record(ours.as_record()) == ours
 
 
-def test_the_exchange_counts_in_the_trace_s_units():
+def test_exchange_uses_the_units_of_the_trace():
     exchange = Exchange(SHARED, {"host": 1e9}, unit=64)
     saved = exchange.seconds_saved(0, 10, 20, {"host": 1000})
     whole, rest = SHARED.seconds(0, 1280), SHARED.seconds(640, 1280)
     assert saved == pytest.approx(whole - rest - 20e-6 - 1e-6)
 
 
-def test_advice_says_what_a_tier_is_worth_on_the_device(monkeypatch: pytest.MonkeyPatch):
+def test_advice_states_the_value_of_a_tier_in_device_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hybridcache.lab.advise.NUM_SIZES", 4)
     advice = advise(TRACE.head(25), gib=1, policy="lru", state_dtypes=(), host_gib=4)
     assert advice.tiers is not None
@@ -81,7 +80,7 @@ def test_advice_says_what_a_tier_is_worth_on_the_device(monkeypatch: pytest.Monk
     assert advice.as_record()["tiers"] == advice.tiers.as_record()
 
 
-def test_the_command_line_takes_tiers_and_refuses_what_is_none(capsys: pytest.CaptureFixture[str]):
+def test_command_line_accepts_tiers_and_rejects_invalid_sizes(capsys: pytest.CaptureFixture[str]):
     command = ["simulate", "--trace", "short?head=20", "--gib", "0.3", "--host-gib"]
     assert main([*command, "1"]) == 0
     assert "survival + 1 GiB host" in capsys.readouterr().out
@@ -91,7 +90,7 @@ def test_the_command_line_takes_tiers_and_refuses_what_is_none(capsys: pytest.Ca
     assert "host_gib 0.001 is too little" in capsys.readouterr().err
 
 
-def test_too_little_is_refused_by_the_name_that_the_user_gave():
+def test_error_for_a_small_tier_names_the_argument():
     with pytest.raises(ValueError, match=r"^host_gib 0\.001 is too little for a single state"):
         run(host_gib=0.001)
     with pytest.raises(ValueError, match=r"^disk_gib 0\.01 is too little .* give more, or 0$"):

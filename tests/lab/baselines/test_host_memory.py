@@ -1,5 +1,5 @@
-"""Peers with host memory: what each is known for, books that balance, and request by request what
-SGLang's own tree does with its host pools."""
+"""Tests of rebuilt baselines with host memory: known behaviour, invariants, and per-request pool
+contents recorded with SGLang and vLLM."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RECORD: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "hicache_hits.json").read_text()
 )
 PLAIN = BaselineConfig(10**9, 1, 3072, host_bytes=1)
-"""A token's KV is one byte, a state 3,072."""
+"""Configuration with KV of one byte per token, and states of 3,072 bytes."""
 
 
 def begin(peer: Baseline, tokens: Tokens) -> PeerSession:
@@ -46,16 +46,16 @@ def begin(peer: Baseline, tokens: Tokens) -> PeerSession:
 
 
 def serve(peer: Baseline, tokens: Tokens, output: Tokens) -> tuple[int, int]:
-    """(tokens reused, bytes fetched)."""
+    """Return (reused tokens, loaded bytes)."""
     session = begin(peer, tokens)
     session.finish(output)
     peer.check()
     return session.cached_len, session.fetched_bytes
 
 
-@pytest.mark.parametrize("word", LOADS)
-def test_every_request_leaves_sglang_s_pools_as_sglang_does(word: str) -> None:
-    load, expected = LOADS[word], RECORD[word]
+@pytest.mark.parametrize("name", LOADS)
+def test_each_request_leaves_the_pools_as_in_sglang(name: str) -> None:
+    load, expected = LOADS[name], RECORD[name]
     peer = HicacheCache(
         PLAIN,
         num_kv_tokens=load.num_kv_tokens,
@@ -64,7 +64,7 @@ def test_every_request_leaves_sglang_s_pools_as_sglang_does(word: str) -> None:
         num_host_slots=expected["host_slots"],
     )
     served = []
-    for request in requests_of(word):
+    for request in requests_of(name):
         reused = replay(peer, request.tokens, request.output)
         free = peer.free_tokens, peer.free_slots, peer.free_host_tokens, peer.free_host_slots
         served.append((reused, *free))
@@ -79,27 +79,27 @@ def hicache(tokens: int, slots: int, host_tokens: int, host_slots: int) -> Hicac
     )  # fmt: skip
 
 
-def test_sglang_writes_all_to_host_memory_and_fetches_its_state_twice() -> None:
+def test_sglang_writes_everything_to_host_and_loads_the_state_twice() -> None:
     peer = hicache(1000, 2, 5000, 8)
     first, second = text(0, 500), text(1, 600)
     assert serve(peer, first, text(2, 10)) == (0, 0)
-    assert peer.spilled_bytes == 510 + 3072, "at once"
+    assert peer.spilled_bytes == 510 + 3072, "the copy must be made at once"
     assert serve(peer, second, text(3, 10)) == (0, 0)
     following = np.concatenate((first, text(2, 10), text(4, 20)))
     assert serve(peer, following, text(5, 10)) == (510, 510 + 2 * 3072)
-    assert peer.free_host_tokens == 5000 - 510 - 610 - 30, "the copy of what was fetched stays"
+    assert peer.free_host_tokens == 5000 - 510 - 610 - 30, "loaded entries must stay in host memory"
 
 
-def test_sglang_s_host_pool_below_the_device_s_keeps_nothing_more() -> None:
-    """What the device has too never makes room."""
+def test_sglang_host_pool_smaller_than_the_device_adds_nothing() -> None:
+    """Entries that are also on the device are never evicted from host memory."""
     peer = hicache(2000, 8, 1000, 8)
     for seed in range(3):
         serve(peer, text(seed, 600), text(9, 10))
-    assert peer.spilled_bytes == 610 + 3072, "of the first; the others have no copy"
+    assert peer.spilled_bytes == 610 + 3072, "only the first prompt must have a copy"
     assert (peer.free_host_tokens, peer.free_host_slots) == (390, 7)
 
 
-def test_sglang_splits_host_memory_as_the_device() -> None:
+def test_sglang_splits_host_memory_in_the_same_ratio_as_the_device() -> None:
     config = replace(QWEN3_NEXT, budget_bytes=4 * GIB, host_bytes=16 * GIB)
     peer = build_baseline("sglang", config)
     assert isinstance(peer, HicacheCache)
@@ -107,7 +107,7 @@ def test_sglang_splits_host_memory_as_the_device() -> None:
     assert peer.num_host_slots == pytest.approx(4 * peer.num_slots, rel=0.05)
 
 
-def test_vllm_stores_the_prompts_whole_blocks_and_their_states() -> None:
+def test_vllm_stores_whole_blocks_of_the_prompt_and_their_states() -> None:
     config = replace(QWEN3_NEXT, budget_bytes=GIB // 2, host_bytes=4 * GIB)
     peer = VllmCache(config)
     prompt, block = text(0, 5000), peer.block_bytes
@@ -116,14 +116,14 @@ def test_vllm_stores_the_prompts_whole_blocks_and_their_states() -> None:
     for seed in range(2, 6):
         serve(peer, text(seed, 9000), text(9, 2))
     assert serve(peer, prompt, text(9, 2)) == (4224, (4 + 3) * block)
-    assert serve(peer, prompt, text(9, 2)) == (4224, 0), "it is on the device now"
+    assert serve(peer, prompt, text(9, 2)) == (4224, 0), "the prefix is on the device now"
     for seed in range(12, 16):
         serve(peer, text(seed, 9000), text(9, 2))
     parting = np.concatenate((prompt[:3400], text(7, 300)))
-    assert serve(peer, parting, text(9, 2)) == (0, 0), "attention to 3,168, and no state there"
+    assert serve(peer, parting, text(9, 2)) == (0, 0), "attention matches to 3,168, without a state"
 
 
-def test_a_store_lets_go_of_the_oldest_request_s_tail_first() -> None:
+def test_store_evicts_the_end_of_the_oldest_request_first() -> None:
     store: ChunkStore[str] = ChunkStore(6)
     first, second = store.tick(), store.tick()
     assert store.offer({"a1": 1, "a2": 2, "a3": 3}, first)
@@ -132,12 +132,12 @@ def test_a_store_lets_go_of_the_oldest_request_s_tail_first() -> None:
     store.finish(("b1", "b2", "b3"))
     assert store.offer({"c1": 1, "a1": 1}, store.tick())
     assert [key in store for key in ("a1", "a2", "a3", "c1")] == [True, True, False, True]
-    assert not store.offer({f"d{n}": n for n in range(7)}, store.tick()), "more than it can hold"
+    assert not store.offer({f"d{n}": n for n in range(7)}, store.tick()), "larger than the store"
     assert len(store) == 6
     store.check()
 
 
-def test_an_offer_does_not_push_out_what_it_names() -> None:
+def test_offer_does_not_evict_its_own_chunks() -> None:
     store: ChunkStore[str] = ChunkStore(2)
     first, second = store.tick(), store.tick()
     assert store.offer({"a1": 1}, first) and store.offer({"b1": 1}, second)
@@ -146,7 +146,7 @@ def test_an_offer_does_not_push_out_what_it_names() -> None:
 
 
 @pytest.mark.parametrize("size", record_vllm_store.SIZES)
-def test_a_store_holds_what_vllm_s_does_after_every_request(size: int) -> None:
+def test_store_has_the_contents_of_vllm_after_each_request(size: int) -> None:
     store: ChunkStore[bytes] = ChunkStore(size)
     contents = []
     for request in record_vllm_store.random_requests():
@@ -182,28 +182,28 @@ def llama(gib: float = 4, host_gib: float = 16, **settings: int) -> LlamaServerC
 STATE, ROW = QWEN3_NEXT.state_bytes, QWEN3_NEXT.kv_bytes_per_token
 
 
-def test_llama_server_goes_on_from_a_slot_s_end_and_else_from_a_checkpoint() -> None:
+def test_llama_server_resumes_from_the_end_of_a_slot_or_a_checkpoint() -> None:
     peer, history, answer = llama(), text(0, 3000), text(1, 101)
     assert serve(peer, history, answer) == (0, 0)
     longer = np.concatenate((history, answer[:-1], text(2, 50)))
-    assert serve(peer, longer, text(3, 5)) == (3100, 0), "the last token was never computed"
-    assert serve(peer, longer, text(3, 5)) == (3146, STATE), "four tokens before the end"
+    assert serve(peer, longer, text(3, 5)) == (3100, 0), "the last token was not computed"
+    assert serve(peer, longer, text(3, 5)) == (3146, STATE), "the checkpoint is 4 before the end"
     other = np.concatenate((history, text(4, 400)))
     assert serve(peer, other, text(5, 5)) == (2996, STATE)
-    assert serve(peer, longer, text(3, 5)) == (2996, STATE), "those past the branch are gone"
+    assert serve(peer, longer, text(3, 5)) == (2996, STATE), "later checkpoints were deleted"
 
 
-def test_llama_server_saves_free_slots_to_host_memory_and_loads_them_whole() -> None:
+def test_llama_server_saves_idle_slots_to_host_and_loads_them_whole() -> None:
     peer, first, second = llama(), text(0, 3000), text(1, 2000)
     serve(peer, first, text(2, 11))
     serve(peer, second, text(3, 11))
     assert [len(one.tokens) for one in peer.cache] == [3010]
     following = np.concatenate((first, text(2, 11)[:-1], text(4, 30)))
     assert serve(peer, following, text(5, 2)) == (3010, 3010 * ROW + STATE)
-    assert [len(one.tokens) for one in peer.cache] == [2010], "what is loaded leaves the cache"
+    assert [len(one.tokens) for one in peer.cache] == [2010], "a loaded entry leaves the cache"
 
 
-def test_llama_server_forgets_the_oldest_text_first_and_counts_checkpoints() -> None:
+def test_llama_server_evicts_the_oldest_text_and_counts_checkpoints() -> None:
     peer = llama(host_gib=0.5)
     for seed in range(6):
         serve(peer, text(seed, 3000), text(9, 2))
@@ -211,10 +211,10 @@ def test_llama_server_forgets_the_oldest_text_first_and_counts_checkpoints() -> 
     assert serve(peer, text(0, 3000), text(9, 2)) == (0, 0)
     peer = llama(host_gib=0.1)
     serve(peer, text(0, 3000), text(9, 2))
-    assert peer.host_used == STATE, "one of two checkpoints had room"
+    assert peer.host_used == STATE, "only one of two checkpoints fits"
 
 
-def test_llama_server_thins_a_full_list_of_what_earlier_requests_left() -> None:
+def test_llama_server_thins_out_a_full_list_of_checkpoints() -> None:
     peer, history = llama(max_checkpoints=4), text(0, 1000)
     for turn in range(6):
         serve(peer, history, text(10 + turn, 2))
@@ -223,19 +223,19 @@ def test_llama_server_thins_a_full_list_of_what_earlier_requests_left() -> None:
     assert [at for at, _ in slot.text.checkpoints] == [484, 4005 - 516, 4005 - 4]
 
 
-def test_ollama_resumes_from_its_ring_even_where_the_text_goes_on() -> None:
+def test_ollama_resumes_only_from_its_ring_of_states() -> None:
     peer = OllamaCache(replace(QWEN3_NEXT, budget_bytes=8 * GIB))
     history, answer = text(0, 4000), text(1, 2001)
     assert serve(peer, history, answer) == (0, 0)
-    assert peer.slots[0].ring == [512, 2048, 3584, 4864], "passes of 512, 1,280 apart; then decode"
+    assert peer.slots[0].ring == [512, 2048, 3584, 4864], "at passes of 512, 1,280 apart or more"
     longer = np.concatenate((history, answer[:-1], text(2, 10)))
     assert serve(peer, longer, text(3, 2)) == (4864, 0)
     assert serve(peer, np.concatenate((history[:3000], text(4, 9))), text(5, 2)) == (2048, 0)
     assert serve(peer, text(6, 100), text(7, 2)) == (0, 0)
-    assert serve(peer, history, answer) == (0, 0), "one slot: another text takes it"
+    assert serve(peer, history, answer) == (0, 0), "the other text replaced it in the only slot"
 
 
-def test_only_peers_with_host_memory_are_given_any() -> None:
+def test_only_baselines_that_support_host_memory_get_it() -> None:
     result = simulate(
         "short?head=30", gib=1, host_gib=2, policy="lru", baseline=("sglang", "ollama"), bound=False
     )
@@ -254,12 +254,14 @@ SMALL = BaselineConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("word", sorted(HOST_TIERS))
+@pytest.mark.parametrize("baseline", sorted(HOST_TIERS))
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), concurrent=st.integers(1, 3), host=st.integers(1, 120_000))
-def test_books_balance_in_both_memories(word: str, seed: int, concurrent: int, host: int) -> None:
+def test_invariants_hold_in_both_memories(
+    baseline: str, seed: int, concurrent: int, host: int
+) -> None:
     rng = np.random.default_rng(seed)
-    peer = build_baseline(word, replace(SMALL, host_bytes=host))
+    peer = build_baseline(baseline, replace(SMALL, host_bytes=host))
     stems = [rng.integers(0, 50, 300, dtype=np.int32) for _ in range(3)]
     seen: list[Tokens] = []
     running: list[partial[None]] = []

@@ -1,5 +1,5 @@
-"""The rebuilt peers: what each is known for on prompts small enough to count by hand, and books
-that balance."""
+"""Tests of rebuilt baselines: known behaviour on prompts small enough to count by hand, and
+invariants."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hybridcache.lab.baselines.prefix_tree import new_root
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.generators import conversations
 from hybridcache.tokens import Tokens
-from tests.lab.baselines.prompts import QWEN3_NEXT, sightings, text
+from tests.lab.baselines.prompts import QWEN3_NEXT, repeated_hits, text
 
 SMALL = BaselineConfig(
     budget_bytes=40_000, kv_bytes_per_token=12, state_bytes=640, num_full_layers=1,
@@ -31,14 +31,16 @@ SMALL = BaselineConfig(
 
 def test_lightllm_has_one_state_at_the_last_whole_page() -> None:
     peer = LightllmCache(QWEN3_NEXT)
-    assert sightings(peer, text(0, 1500)) == [0] * 6
+    assert repeated_hits(peer, text(0, 1500)) == [0] * 6
     prompt = text(1, 1600)
     assert [replay(peer, prompt, text(2, 50)) for _ in range(2)] == [0, 1536]
-    assert replay(peer, prompt[:1536], text(2, 50)) == 0, "the last token is left out of the hash"
+    assert replay(peer, prompt[:1536], text(2, 50)) == 0, "the last token is not hashed"
 
 
-def test_lightllm_big_pages_share_on_the_second_sighting() -> None:
-    assert sightings(LightllmCache(QWEN3_NEXT, big_page=1024), text(0, 1500)) == [0] + [1024] * 5
+def test_lightllm_big_pages_are_reused_from_the_second_prompt() -> None:
+    assert (
+        repeated_hits(LightllmCache(QWEN3_NEXT, big_page=1024), text(0, 1500)) == [0] + [1024] * 5
+    )
 
 
 def test_lightllm_never_reuses_an_answer() -> None:
@@ -48,9 +50,9 @@ def test_lightllm_never_reuses_an_answer() -> None:
     assert replay(peer, np.concatenate((prompt, answer, text(2, 10))), text(3, 1)) == 576
 
 
-def test_lightllm_pays_for_its_states_where_they_are_counted() -> None:
-    """Room for two prompts of 512 tokens with 512 host states beside; for one where its state, and
-    that of the request that runs, take 1,000 rows each."""
+def test_lightllm_states_use_the_budget_only_if_counted() -> None:
+    """The budget fits two prompts of 512 tokens, or one if its state and the state of the running
+    request take 1,000 rows each."""
     config = BaselineConfig(budget_bytes=26_500, kv_bytes_per_token=10, state_bytes=10_000)
     first, second = (text(seed, 600) for seed in (0, 1))
     hits = {}
@@ -68,19 +70,19 @@ def sglang(**settings: object) -> SglangCache:
     return SglangCache(QWEN3_NEXT, **settings)  # type: ignore[arg-type]
 
 
-def test_sglang_pays_on_the_third_sighting_on_the_grid() -> None:
-    assert sightings(sglang(), text(0, 1500), 4) == [0, 0, 1472, 1472]
+def test_sglang_reuses_a_prefix_from_the_third_prompt_on_the_grid() -> None:
+    assert repeated_hits(sglang(), text(0, 1500), 4) == [0, 0, 1472, 1472]
 
 
-def test_sglang_branching_kit() -> None:
-    """A prefix of 257 tokens and a suffix each: its own test of branches sees 0, 0, 256 cached
-    tokens."""
-    assert sightings(sglang(), text(0, 257), 3) == [0, 0, 256]
+def test_sglang_gives_the_hits_of_its_own_branching_test() -> None:
+    """In SGLang's test of branches, prompts with a shared prefix of 257 tokens have 0, 0 and 256
+    cached tokens."""
+    assert repeated_hits(sglang(), text(0, 257), 3) == [0, 0, 256]
 
 
 def test_sglang_end_placement_never_reuses_a_system_prompt() -> None:
-    """Published: of 2,000 first turns 1,986 find the KV of their system prompt in the tree, and
-    none a state."""
+    """Published: of 2,000 first turns, 1,986 match the KV of their system prompt, but none has a
+    state."""
     peer = sglang(placement="end")
     root = peer.roots.setdefault(None, new_root())
     opened: set[object] = set()
@@ -95,7 +97,7 @@ def test_sglang_end_placement_never_reuses_a_system_prompt() -> None:
     assert (len(opened), matched) == (60, 60 - 16)
 
 
-def test_sglang_forgets_short_prompts_and_short_answers() -> None:
+def test_sglang_does_not_cache_short_prompts_and_short_answers() -> None:
     peer = sglang()
     assert [replay(peer, text(0, 60), text(1, 20)) for _ in range(3)] == [0, 0, 0]
     prompt, answer = text(2, 640), text(3, 100)
@@ -106,7 +108,7 @@ def test_sglang_forgets_short_prompts_and_short_answers() -> None:
     answer = text(6, 300)
     replay(peer, prompt, answer)
     following = np.concatenate((prompt, answer, text(7, 100)))
-    assert replay(peer, following, text(8, 1)) == 768, "one at a multiple of 256 was"
+    assert replay(peer, following, text(8, 1)) == 768, "decode crossed a multiple of 256"
 
 
 def test_sglang_evicting_a_leaf_state_takes_its_kv() -> None:
@@ -116,7 +118,7 @@ def test_sglang_evicting_a_leaf_state_takes_its_kv() -> None:
     replay(peer, second, text(3, 10))
     assert (peer.free_tokens, peer.free_slots) == (100_000 - 1020, 0)
     replay(peer, text(4, 500), text(5, 10))
-    assert peer.free_tokens == 100_000 - 1020, "the oldest leaf went with its state"
+    assert peer.free_tokens == 100_000 - 1020, "the oldest leaf must be evicted with its state"
     peer.check()
 
 
@@ -130,7 +132,7 @@ def test_sglang_cap_drops_the_shallowest_states_of_a_path() -> None:
     peer.check()
 
 
-def test_sglang_refuses_rather_than_overbooks() -> None:
+def test_sglang_rejects_requests_that_do_not_fit() -> None:
     peer = sglang(placement="end", num_kv_tokens=1000, num_slots=2)
     first = peer.begin(text(0, 600))
     assert first is not None
@@ -140,19 +142,19 @@ def test_sglang_refuses_rather_than_overbooks() -> None:
     assert peer.begin(text(1, 600)) is not None
 
 
-def test_an_unknown_peer_is_named() -> None:
+def test_unknown_baseline_is_rejected() -> None:
     with pytest.raises(ValueError, match="vllm"):
         build_baseline("vlmm", QWEN3_NEXT)
 
 
-@pytest.mark.parametrize("word", sorted(BASELINES))
+@pytest.mark.parametrize("baseline", sorted(BASELINES))
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), concurrent=st.integers(1, 3))
-def test_books_balance_and_hits_are_prefixes_seen_before(
-    word: str, seed: int, concurrent: int
+def test_invariants_hold_and_hits_are_prefixes_of_earlier_prompts(
+    baseline: str, seed: int, concurrent: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    peer = build_baseline(word, SMALL)
+    peer = build_baseline(baseline, SMALL)
     stems = [rng.integers(0, 50, 300, dtype=np.int32) for _ in range(3)]
     seen: list[Tokens] = []
     running = []

@@ -1,5 +1,5 @@
-"""vLLM rebuilt: known answers on single prompts, and request by request what vLLM 0.33 itself
-reuses."""
+"""Tests of the rebuilt vLLM: known results for single prompts, and per-request hits recorded with
+vLLM 0.33."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hybridcache.lab.generators import GENERATORS
 from tests.lab.baselines.prompts import (
     GIB,
     QWEN3_NEXT,
-    sightings,
+    repeated_hits,
     text,
 )
 
@@ -34,7 +34,7 @@ QWEN35_4B = BaselineConfig(
 
 @pytest.mark.full("few-shot", "branch", "resend", "short")
 @pytest.mark.parametrize("workload", RECORD)
-def test_every_request_reuses_what_vllm_reuses(workload: str) -> None:
+def test_each_request_reuses_as_many_tokens_as_in_vllm(workload: str) -> None:
     trace = list(GENERATORS[workload](seed=0))
     for cell, expected in RECORD[workload].items():
         name, _, size = cell.rpartition(", ")
@@ -54,7 +54,7 @@ def test_every_request_reuses_what_vllm_reuses(workload: str) -> None:
 
 
 @pytest.mark.parametrize(("config", "block"), [(QWEN3_NEXT, 1056), (BF16, 544), (QWEN35_4B, 528)])
-def test_an_attention_block_is_inflated_to_a_state(config: BaselineConfig, block: int) -> None:
+def test_attention_block_is_as_large_as_a_state(config: BaselineConfig, block: int) -> None:
     assert inflated_block_size(config) == block
     assert VllmCache(config).num_state_groups == 3
     assert inflated_block_size(config, match_unit=32) % 32 == 0
@@ -70,24 +70,24 @@ def test_an_attention_block_is_inflated_to_a_state(config: BaselineConfig, block
     ],
 )
 @pytest.mark.parametrize("match_unit", [None, 32])
-def test_a_fork_pays_on_the_third_sighting_in_blocks(
+def test_shared_prefix_is_reused_from_the_third_prompt_in_whole_blocks(
     prefix: int, expected: list[int], match_unit: int | None
 ) -> None:
-    assert sightings(VllmCache(QWEN3_NEXT, match_unit), text(0, prefix)) == expected
+    assert repeated_hits(VllmCache(QWEN3_NEXT, match_unit), text(0, prefix)) == expected
 
 
 @pytest.mark.parametrize(("length", "reused"), [(480, 0), (552, 528), (979, 528)])
-def test_a_prompt_sent_again_is_reused_up_to_its_last_block(length: int, reused: int) -> None:
+def test_repeated_prompt_is_reused_up_to_its_last_block(length: int, reused: int) -> None:
     peer = VllmCache(QWEN35_4B)
     assert [replay(peer, text(0, length), text(1, 20)) for _ in range(2)] == [0, reused]
 
 
-def test_a_match_unit_adds_a_chunk_a_state_and_copies() -> None:
+def test_match_unit_adds_a_chunk_a_state_and_copies() -> None:
     peer = VllmCache(QWEN3_NEXT, match_unit=32)
     session = peer.begin(text(0, 3300))
     assert session is not None
     assert session.num_chunks == 3, "3,168, then 128, then 4"
-    assert _held(peer) == 4 + 3, "attention and the running state: both others are the cache's"
+    assert _held(peer) == 4 + 3, "the request holds attention and the running state"
     session.finish(text(1, 1))
     cached = {block for block in peer.pool.free if block in peer.pool._keys_of}
     assert len(cached) == 4 + 6, "four attention blocks, two states of three groups"
@@ -98,7 +98,7 @@ def test_a_match_unit_adds_a_chunk_a_state_and_copies() -> None:
 
 
 @pytest.mark.parametrize(("length", "held"), [(12, 4), (3300, 10)])
-def test_what_a_running_request_pins(length: int, held: int) -> None:
+def test_running_request_holds_the_expected_blocks(length: int, held: int) -> None:
     peer = VllmCache(QWEN3_NEXT)
     session = peer.begin(text(0, length))
     assert session is not None
@@ -108,7 +108,7 @@ def test_what_a_running_request_pins(length: int, held: int) -> None:
     peer.check()
 
 
-def test_retention_is_told_in_whole_blocks() -> None:
+def test_retention_must_be_a_multiple_of_the_block() -> None:
     with pytest.raises(ValueError, match="multiple of the block, 1056"):
         VllmCache(QWEN3_NEXT, retention=1000)
     prompt = text(0, 20_000)
@@ -118,11 +118,11 @@ def test_retention_is_told_in_whole_blocks() -> None:
         assert replay(peer, prompt[:8000], text(2, 4)) == reused
 
 
-def test_the_null_block_is_never_used() -> None:
+def test_null_block_is_never_used() -> None:
     assert VllmCache(replace(QWEN3_NEXT, budget_bytes=6 * GIB)).pool.num_blocks == 248 - 1
 
 
-def test_the_pool_reuses_empty_blocks_first_and_content_in_the_order_it_was_let_go() -> None:
+def test_pool_reuses_empty_blocks_first_then_released_blocks_in_order() -> None:
     pool = BlockPool(4)
     first, second, third = (pool.allocate() for _ in range(3))
     pool.register(first, "a", 2)
@@ -135,7 +135,7 @@ def test_the_pool_reuses_empty_blocks_first_and_content_in_the_order_it_was_let_
     pool.check()
 
 
-def test_a_block_answers_to_its_whole_and_to_its_part() -> None:
+def test_block_is_found_by_its_whole_and_its_partial_key() -> None:
     pool = BlockPool(2)
     block = pool.allocate()
     pool.register(block, "part", 3)

@@ -1,5 +1,5 @@
-"""The plain twin of the optimum: every cache an all-knowing keeper could hold after every request,
-tried out."""
+"""Reference for the optimum: exhaustive search over the possible cache contents after each
+request."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from hybridcache.lab.optimum.plan import MemoryBudget
 
 Path = tuple[int, ...]
 Cache = frozenset[tuple[str, Path]]
-"""("kv", path): the KV of the last token of ``path``; ("state", path): a checkpoint right after
-it."""
+"""Items of a cache. ("kv", path) is the KV of the last token of ``path``, and ("state", path) a
+checkpoint after it."""
 
 
 def brute_force(
     requests: Sequence[tuple[Sequence[int], Sequence[int]]], budget: MemoryBudget, grid: int = 1
 ) -> int:
-    """Tokens that the best keeper skips, over requests (prompt, output). Exponential: a dozen
-    tokens at most."""
+    """Return the largest possible number of cached tokens over requests (prompt, output).
+
+    Exponential: use at most a dozen tokens.
+    """
     best: dict[Cache, int] = {frozenset(): 0}
     for prompt, output in requests:
         sequence = (*prompt, *output)
@@ -40,6 +42,7 @@ def brute_force(
 
 
 def usable_hits(cache: Cache, prefixes: list[Path], prompt_len: int) -> Iterator[int]:
+    """Yield the lengths from which the prompt can be resumed, 0 included."""
     yield 0
     for depth in range(1, prompt_len):
         if ("kv", prefixes[depth - 1]) not in cache:
@@ -49,7 +52,7 @@ def usable_hits(cache: Cache, prefixes: list[Path], prompt_len: int) -> Iterator
 
 
 def caches_of(available: set[tuple[str, Path]], budget: MemoryBudget) -> Iterator[Cache]:
-    """Every subset that fits, is closed under ancestors, and has KV under each checkpoint."""
+    """Yield every subset that fits, is closed under ancestors, and has KV at each checkpoint."""
     items = sorted(available)
     price = {"kv": budget.kv_bytes_per_token, "state": budget.state_bytes}
     for count in range(len(items) + 1):

@@ -1,4 +1,4 @@
-"""The optimum with tiers below the device: two capacities and a price of copies."""
+"""Tests of the optimum with host and disk tiers: capacities and copy prices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def alone() -> Optimum:
     return best(0.5)
 
 
-def test_where_copies_are_free_capacities_add_up(alone: Optimum):
+def test_capacities_of_tiers_add_up_if_copies_are_free(alone: Optimum):
     tiered, whole = best(0.5, (0.5, 0.0)), best(1.0)
     assert bound(tiered) == pytest.approx(bound(whole), abs=1e-6)
     assert bound(whole) > bound(alone) + 0.05
@@ -46,13 +46,13 @@ def test_where_copies_are_free_capacities_add_up(alone: Optimum):
     assert alone.reached < three.reached <= bound(whole) + 1e-9
 
 
-def test_where_a_copy_costs_more_than_computing_nothing_is_gained(alone: Optimum):
+def test_tier_with_expensive_copies_gains_nothing(alone: Optimum):
     tiered = best(0.5, (8.0, 1.0))
     assert bound(tiered) == pytest.approx(bound(alone), abs=1e-6)
     assert tiered.reached == alone.reached
 
 
-def test_a_price_between_lies_between(alone: Optimum):
+def test_cheaper_copies_give_higher_bounds(alone: Optimum):
     cheap, dear = best(0.5, (4.0, 1e-6)), best(0.5, (4.0, 1e-5))
     assert bound(alone) < bound(dear) < bound(cheap)
     for found in (cheap, dear):
@@ -60,7 +60,7 @@ def test_a_price_between_lies_between(alone: Optimum):
         assert found.reached < float(found.cached_tokens.sum()) / found.prompt_tokens
 
 
-def test_the_price_of_a_byte_is_its_time_in_tokens():
+def test_copy_price_of_a_byte_is_its_time_in_tokens():
     geometry = ModelGeometry.preset("qwen3-next")
     host, disk = lower_budgets(geometry, (1 << 30, 50e9), (1 << 40, 5e9))
     state_tokens = geometry.state_bytes * host.tokens_per_byte
@@ -69,7 +69,7 @@ def test_the_price_of_a_byte_is_its_time_in_tokens():
     assert lower_budgets(geometry, (0, 50e9)) == ()
 
 
-def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_command_line_writes_plans_with_tiers(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     output = tmp_path / "plans.jsonl"
     command = ["optimum", "--trace", "agent?head=20", "--gib", "0.5"]
     assert main([*command, "--host-gib", "4", "--output", str(output)]) == 0
@@ -78,6 +78,6 @@ def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str], tmp_path
     assert plan["lower"][0]["capacity_bytes"] == 4 * GIB and plan["method"] == "lp"
 
 
-def test_no_plan_with_tiers_is_improved_by_milp():
+def test_method_milp_rejects_tiers():
     with pytest.raises(ValueError, match="method milp does not support tiers"):
         best(0.5, (1.0, 0.0), method="milp")

@@ -1,5 +1,5 @@
-"""The optimum against brute force on tiny traces, its plans against their verifier, its bounds
-against each other."""
+"""Tests of the optimum: against brute force on tiny traces, plans against their verifier, and
+bounds against each other."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ pairs = st.lists(st.tuples(tokens, st.lists(st.integers(0, 1), max_size=1)), min
 @given(
     pairs=pairs, capacity=st.integers(1, 9), state=st.integers(1, 3), grid=st.sampled_from([1, 2])
 )
-def test_the_milp_equals_brute_force(
-    pairs: list[Pair], capacity: int, state: int, grid: int
-) -> None:
+def test_milp_equals_brute_force(pairs: list[Pair], capacity: int, state: int, grid: int) -> None:
     budget = MemoryBudget(capacity, 1, state)
     trie = build_trie(trace_of(pairs), grid=grid, placement="every")
     solution = Program(trie, budget).solve(integral=True, relative_gap=0.0)
@@ -56,7 +54,7 @@ def test_the_milp_equals_brute_force(
 @given(
     pairs=pairs, capacity=st.integers(1, 12), state=st.integers(1, 3), grid=st.sampled_from([1, 2])
 )
-def test_every_way_is_ordered_greedy_milp_lp_and_every_plan_is_real(
+def test_greedy_milp_and_lp_are_ordered_and_plans_are_feasible(
     pairs: list[Pair], capacity: int, state: int, grid: int
 ) -> None:
     budget = MemoryBudget(capacity, 1, state)
@@ -75,7 +73,7 @@ def test_every_way_is_ordered_greedy_milp_lp_and_every_plan_is_real(
 @given(
     pairs=pairs, capacity=st.integers(3, 60), state=st.integers(1, 3), grid=st.sampled_from([1, 2])
 )
-def test_a_plan_beside_running_requests_is_real_and_where_nothing_is_short_the_same(
+def test_counting_running_requests_changes_nothing_with_ample_memory(
     pairs: list[Pair], capacity: int, state: int, grid: int
 ) -> None:
     sizes = {"capacity_bytes": capacity, "kv_bytes_per_token": 1, "state_bytes": state}
@@ -86,24 +84,25 @@ def test_a_plan_beside_running_requests_is_real_and_where_nothing_is_short_the_s
         assert counted.reached == free.reached
 
 
-def test_a_running_request_takes_room_from_the_plan() -> None:
-    """The third prompt can resume at 3 only if 5 bytes stay next to the second one's 6."""
+def test_running_request_reduces_the_memory_of_the_plan() -> None:
+    """The third prompt can resume at 3 only if 5 bytes stay cached next to the 6 bytes of the
+    second."""
     first, other = [1, 2, 3, 9], [5, 6, 7, 8]
     trace = trace_of([(first, []), (other, []), (first, [])])
     for capacity, free, counted in ((5, 3, 3), (10, 3, 0), (11, 3, 3)):
         sizes = {"capacity_bytes": capacity, "kv_bytes_per_token": 1, "state_bytes": 2}
         best = best_plan(trace, **sizes, method="greedy")
-        beside = best_plan(trace, **sizes, method="greedy", counts_running=True)
+        with_running = best_plan(trace, **sizes, method="greedy", counts_running=True)
         assert best.cached_tokens.tolist() == [0, 0, free]
-        # with 5 bytes no request fits, so none is counted
-        assert beside.cached_tokens.tolist() == [0, 0, counted]
+        # With 5 bytes no request fits, so none is counted.
+        assert with_running.cached_tokens.tolist() == [0, 0, counted]
     with pytest.raises(ValueError, match="counts_running needs method greedy"):
         best_plan(trace, **sizes, counts_running=True)
 
 
-def test_a_worked_example_one_checkpoint_or_the_other() -> None:
-    """Two prompts of 4 and 3 tokens alternate and each comes twice; there is room for one's KV and
-    state only."""
+def test_optimum_of_a_worked_example() -> None:
+    """Two prompts of 4 and 3 tokens alternate, and each comes twice. The memory fits KV and state
+    of only one."""
     long, short = [1, 2, 3, 4, 9], [5, 6, 7, 9]
     pairs = [(long, []), (short, []), (long, []), (short, [])]
     budget_of_one = MemoryBudget(capacity_bytes=6, kv_bytes_per_token=1, state_bytes=2)
@@ -127,7 +126,7 @@ def test_unlimited_memory_reaches_the_infinite_cache() -> None:
     assert int(best.cached_tokens.sum()) == reused
 
 
-def test_more_bytes_never_save_less_and_the_price_is_zero_when_all_fits() -> None:
+def test_bound_grows_with_memory_and_price_falls_to_zero() -> None:
     trace = GENERATORS["few-shot"]().head(60)
     found = [
         best_plan(
@@ -157,7 +156,7 @@ def test_units_scale_bytes_and_tokens() -> None:
     assert units.reached == plain.reached == 4 / 8
 
 
-def test_bad_settings_are_one_sentence() -> None:
+def test_invalid_settings_are_rejected() -> None:
     with pytest.raises(ValueError, match="positive capacity"):
         best_plan(trace_of([([1], [])]), capacity_bytes=0, kv_bytes_per_token=1, state_bytes=1)
     with pytest.raises(ValueError, match="grid"):

@@ -1,5 +1,5 @@
-"""Fleets in the laboratory: what a fleet of one is, what must hold whatever the router, what late
-events and deaths do, and the command line."""
+"""Tests of simulated fleets: a fleet of one, properties of all routers, late events, failures, and
+the command line."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def cell(router: str, trace: Trace = SHORT, gib: float = 1.0, **fleet: object) -
 
 
 @pytest.mark.parametrize("router", [*ROUTERS, "oracle"])
-def test_a_fleet_of_one_is_the_cache_alone(router: str) -> None:
-    """Whatever the router: the same requests in the same order as in the concurrent mode."""
+def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
+    """With every router, requests have the hits and times of the simulator's concurrent mode."""
     one = cell(router, replicas=1, load=None)
     config = RunConfig(GEOMETRY, budget_bytes=1 << 30)
     log = serve(build_target(config, 1), SHORT, 1, Serving(TIMES, max_running=10_000))
@@ -50,30 +50,30 @@ def test_a_fleet_of_one_is_the_cache_alone(router: str) -> None:
     assert (one.imbalance, one.rerouted, one.broken) == (1.0, 0, 0)
 
 
-def test_routers_in_the_order_that_they_should_have() -> None:
-    rates = {word: cell(word, gib=3.0).token_hit_rate for word in (*ROUTERS, "oracle")}
+def test_routers_have_the_expected_order_of_hit_rates() -> None:
+    rates = {router: cell(router, gib=3.0).token_hit_rate for router in (*ROUTERS, "oracle")}
     assert rates["round_robin"] < rates["session"] < rates["checkpoint"] - 0.05
     assert rates["kv-seconds"] <= rates["checkpoint"] and rates["kv"] <= rates["checkpoint"]
     assert rates["text"] - 0.01 <= rates["checkpoint"]
 
 
-def test_perfect_news_promise_nothing_that_is_not_there() -> None:
-    """With memory enough that nothing goes between the choice and the start of the prefill."""
+def test_immediate_events_cause_no_overpromised_tokens() -> None:
+    """The memory is so large that nothing is evicted between routing and prefill."""
     result = cell("checkpoint", gib=20.0)
     assert result.overpromised_tokens == 0
     assert cell("kv-seconds", gib=20.0).overpromised_tokens > 0
 
 
-class Busiest(Router):
-    """A deliberately bad one."""
+class BusiestReplica(Router):
+    """Deliberately bad router, which chooses the busiest replica."""
 
     def choose(self, request, now):
         return Choice(max(self.loads, key=lambda each: self.loads[each].num_running))
 
 
-def test_a_bad_router_is_seen_to_be_bad() -> None:
-    word = "tests.lab.replicas.test_replicas:Busiest"
-    bad, good = cell(word, gib=3.0), cell("checkpoint", gib=3.0)
+def test_bad_router_gives_bad_figures() -> None:
+    name = "tests.lab.replicas.test_replicas:BusiestReplica"
+    bad, good = cell(name, gib=3.0), cell("checkpoint", gib=3.0)
     assert bad.imbalance > 2 > good.imbalance
     assert bad.ttft_mean_s > 3 * good.ttft_mean_s
 
@@ -87,23 +87,23 @@ def test_a_bad_router_is_seen_to_be_bad() -> None:
     ],
     ids=["late and failing", "perfect"],
 )
-def test_a_subclass_of_any_router_serves_as_the_router_does(
+def test_subclass_of_a_router_gives_the_same_results(
     router: str, fleet: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subclass = type("Unchanged", (ROUTERS[router],), {"__module__": __name__})
     monkeypatch.setattr(sys.modules[__name__], "Unchanged", subclass, raising=False)
-    mine = cell(f"{__name__}:Unchanged", **fleet).as_record()
-    theirs = cell(router, **fleet).as_record()
-    assert mine["fleet"].pop("router") != theirs["fleet"].pop("router")
-    assert mine == theirs and mine["cached_tokens"]
+    found = cell(f"{__name__}:Unchanged", **fleet).as_record()
+    expected = cell(router, **fleet).as_record()
+    assert found["fleet"].pop("router") != expected["fleet"].pop("router")
+    assert found == expected and found["cached_tokens"]
 
 
 @pytest.mark.parametrize("router", ["checkpoint", "text", "oracle", "session"])
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_every_request_is_served_once_whatever_dies(
+def test_each_request_is_served_once_despite_failures(
     router: str, replicas: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the books of router and fleet agree after every change."""
+    """The counts of router and fleet agree after every event."""
     checked = []
     push = _Fleet._push
 
@@ -128,25 +128,25 @@ def test_every_request_is_served_once_whatever_dies(
     assert 0 <= result.token_hit_rate < cell(router, replicas=replicas).token_hit_rate
 
 
-def test_first_tokens_come_in_order_at_a_replica_and_late_events_only_cost() -> None:
-    prompt, kept = cell("checkpoint", gib=3.0), cell("checkpoint", gib=3.0, delay_s=5.0)
-    assert kept.token_hit_rate <= prompt.token_hit_rate + 0.02
-    assert kept.token_hit_rate > cell("session", gib=3.0).token_hit_rate
+def test_late_events_reduce_hits_only_a_little() -> None:
+    immediate, late = cell("checkpoint", gib=3.0), cell("checkpoint", gib=3.0, delay_s=5.0)
+    assert late.token_hit_rate <= immediate.token_hit_rate + 0.02
+    assert late.token_hit_rate > cell("session", gib=3.0).token_hit_rate
 
 
-def lone(*at: float) -> Trace:
-    """One prompt of 128 tokens each time, by different people."""
+def equal_prompts(*at: float) -> Trace:
+    """Return a trace with the same prompt of 128 tokens at each time, in different sessions."""
     requests = [
         TraceRequest(
             when, number, None, np.arange(128, dtype=np.int32), np.arange(2, dtype=np.int32)
         )
         for number, when in enumerate(at)
     ]
-    return Trace("lone", 1, tuple(requests).__iter__)
+    return Trace("equal", 1, tuple(requests).__iter__)
 
 
 class Seconds:
-    """Ten seconds a cold prompt of 128."""
+    """Prefill times: ten seconds for 128 tokens."""
 
     def seconds(self, start: int, end: int) -> float:
         return 10.0 * (end - start) / 128
@@ -157,20 +157,23 @@ def fleet_log(trace: Trace, **fleet: object):
     return run_fleet(trace, job)
 
 
-def test_a_dead_replica_fails_over_before_the_first_token() -> None:
-    """It dies at 5 s, in the middle of the prefill; the next one begins anew, and the clock goes
-    on."""
-    result = fleet_log(lone(0.0, 10.0), replicas=1, failures=1, replaced_s=2.0, tpot_s=0.0)
+def test_request_is_rerouted_if_its_replica_dies_before_the_first_token() -> None:
+    """The replica dies at 5 s, during the prefill. Its replacement repeats the prefill, and TTFT
+    includes the lost time."""
+    result = fleet_log(equal_prompts(0.0, 10.0), replicas=1, failures=1, replaced_s=2.0, tpot_s=0.0)
     assert (result.rerouted, result.broken) == (1, 0)
-    assert result.ttft_s[99] == pytest.approx(17.0, abs=0.2)  # 5 lost, 2 alone, 10 of prefill
+    # 5 s are lost, 2 s pass until the replacement, the prefill takes 10 s.
+    assert result.ttft_s[99] == pytest.approx(17.0, abs=0.2)
 
 
-def test_past_the_first_token_it_is_broken_off() -> None:
-    result = fleet_log(lone(0.0, 30.0), replicas=1, failures=1, tpot_s=100.0, replaced_s=1.0)
+def test_request_is_broken_off_if_its_replica_dies_after_the_first_token() -> None:
+    result = fleet_log(
+        equal_prompts(0.0, 30.0), replicas=1, failures=1, tpot_s=100.0, replaced_s=1.0
+    )
     assert (result.requests, result.rerouted, result.broken) == (2, 0, 1)
 
 
-def test_a_load_makes_the_speed() -> None:
+def test_load_scales_the_prefill_times() -> None:
     span = Span.of(SHORT, 1, GEOMETRY)
     config = FleetConfig(replicas=4, load=0.5)
     times = times_of(config, span, GEOMETRY, TIMES)
@@ -179,7 +182,7 @@ def test_a_load_makes_the_speed() -> None:
     assert times_of(replace(config, load=None), span, GEOMETRY, TIMES) is TIMES
 
 
-def test_a_sweep_resumes_and_processes_change_nothing(tmp_path) -> None:
+def test_sweep_of_fleets_resumes(tmp_path) -> None:
     path = tmp_path / "runs.jsonl"
     jobs = fleet_jobs(RunConfig(GEOMETRY), FleetConfig(2), TIMES, ["session", "checkpoint"], [1.0])
     short = open_trace("short?head=30")
@@ -192,21 +195,23 @@ def test_a_sweep_resumes_and_processes_change_nothing(tmp_path) -> None:
     assert all(run.fleet.router in fleet_table(both) for run in both)
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+def test_command_prints_a_table_and_writes_lines(
+    capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
     path = tmp_path / "runs.jsonl"
     arguments = ["simulate", "--trace", "short?head=40", "--gib", "2", "--replicas", "3"]
     more = ["--router", "session,kv,checkpoint", "--load", "1", "--event-delay", "2"]
     assert main([*arguments, *more, "--failures", "1", "--output", str(path)]) == 0
-    shown = capsys.readouterr().out
-    assert "3 replicas of 2 GiB" in shown and "events 2 s late, 1 failures" in shown
-    rows = [line.split()[0] for line in shown.splitlines() if line[:1].isalpha()][2:]
+    out = capsys.readouterr().out
+    assert "3 replicas of 2 GiB" in out and "events 2 s late, 1 failures" in out
+    rows = [line.split()[0] for line in out.splitlines() if line[:1].isalpha()][2:]
     assert rows == ["session", "kv", "checkpoint"]
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["fleet"]["router"] for record in kept] == rows
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["fleet"]["router"] for record in records] == rows
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"),
+    ("more", "message"),
     [
         (["--router", "kv"], "--router is about several replicas"),
         (["--replicas", "0"], "--replicas must be at least 1"),
@@ -230,13 +235,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
         (["--replicas", "2", "--ray", "x", "--processes", "2"], "name one"),
     ],
 )
-def test_bad_input(more: Iterable[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_give_one_line(
+    more: Iterable[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["simulate", "--trace", "short?head=5", "--gib", "1", *more]) == 2
-    shown = capsys.readouterr().err
-    assert sentence in shown and shown.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_every_flag_is_passed_on_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fleets_use_or_reject_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[str] = set()
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -244,16 +251,16 @@ def test_every_flag_is_passed_on_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
             "__getattribute__",
             lambda self, name: read.add(name) or object.__getattribute__(self, name),
         )
-        asked = ["simulate", "--trace", "short?head=5", "--gib", "1", "--replicas", "2"]
-        options = _parser().parse_args(asked)
+        arguments = ["simulate", "--trace", "short?head=5", "--gib", "1", "--replicas", "2"]
+        options = _parser().parse_args(arguments)
         read.clear()
         assert simulate_fleets(options, lambda spec: opened(spec, options)) == 0
     flags = set(vars(options)) - {"run", "goes_on"}
     assert len(flags) > 30 and flags <= read
 
 
-def test_a_trace_without_time_has_no_load() -> None:
+def test_trace_without_duration_is_rejected() -> None:
     with pytest.raises(ValueError, match="come at once"):
-        cell("session", lone(1.0, 1.0))
+        cell("session", equal_prompts(1.0, 1.0))
     with pytest.raises(ValueError, match="no request"):
-        cell("session", lone())
+        cell("session", equal_prompts())

@@ -1,10 +1,9 @@
-"""Makes the samples beside it: seeded, made up, in the forms of traces that others publish. No line
-of them is anybody's.
+"""Generator of the sample traces in this folder: synthetic, seeded, in published formats.
 
     python -m tests.lab.samples.make
 
-Only the form is taken from elsewhere, and the rough size: lengths, turns and how much of a prompt
-was seen before are drawn.
+Only the format and the rough size follow published traces. Lengths, turns and shared prefixes are
+random, so the samples contain no data of real users.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ Record = dict[str, Any]
 
 
 def blocks_of_512(seed: int = 1, requests: int = 400) -> Iterator[Record]:
-    """As a chat service would log it: three in four requests begin alone, the others go on from one
-    of the latest fifty."""
+    """Yield requests of a chat service. One in four continues one of the latest fifty requests; the
+    others share only the system prompt."""
     draw = np.random.default_rng(seed)
     system, next_id = [0], 1
     recent: list[list[int]] = []
@@ -36,7 +35,7 @@ def blocks_of_512(seed: int = 1, requests: int = 400) -> Iterator[Record]:
         ids = [*before, *range(next_id, next_id + new)]
         next_id += new
         length = (len(ids) - 1) * 512 + int(draw.integers(1, 513))
-        # The last block is cut somewhere, so nobody goes on from it.
+        # The last block is partial, so no later request continues it.
         recent = [*recent, ids[:-1]][-50:] if len(ids) > 2 else recent
         yield {
             "timestamp": int(at_ms // 1000 * 1000),
@@ -47,8 +46,10 @@ def blocks_of_512(seed: int = 1, requests: int = 400) -> Iterator[Record]:
 
 
 def agent_sessions(seed: int = 2, sessions: int = 12) -> Iterator[Record]:
-    """Sessions of a coding agent: tools and system prompt of three kinds, then a history that
-    grows, shrinks once in a while (it was summed up) and twice has a subagent beside it."""
+    """Yield sessions of a coding agent, with three kinds of tools and system prompt.
+
+    Histories grow, and sometimes shrink because they are summarized. Two sessions have a subagent.
+    """
     draw = np.random.default_rng(seed)
     heads = [(9100, 2100), (10_800, 2300), (12_400, 2900)]
     for number in range(sessions):
@@ -78,7 +79,7 @@ def _requests(
     length, next_id, at_s = head + int(draw.lognormal(9, 1.5)), first_id, 0.0
     runs: list[list[int]] = []
     for turn in range(count):
-        if turn and draw.random() < 0.06:  # summed up: the head stays, the rest is new
+        if turn and draw.random() < 0.06:  # summarized: the head stays, the rest is new
             length = head + int(draw.integers(500, 6000))
             runs = [[first_id, first_id + head // 64 - 1]]
         held = sum(last - first + 1 for first, last in runs)
@@ -103,7 +104,7 @@ def _requests(
 
 
 def chats_by_length(seed: int = 3, chats: int = 120) -> Iterator[Record]:
-    """Chats without their text: one in ten opens with the same message as one before it."""
+    """Yield chats as lengths. One in ten has the first message of an earlier chat."""
     draw = np.random.default_rng(seed)
     openings: list[tuple[int, list[int]]] = []
     next_block = 0
@@ -133,7 +134,7 @@ SAMPLES = {
 
 
 def packed(records: Iterable[Record]) -> bytes:
-    """Lines of JSON, zipped; the same bytes every time."""
+    """Return the records as gzipped JSON lines, without a time stamp in the header."""
     lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
     return gzip.compress(lines.encode(), mtime=0)
 
