@@ -1,4 +1,4 @@
-"""Answers that changed are found and fail the script, and the task files ask what training drew."""
+"""Tests of the accuracy benchmark: comparison of answers, task files and questions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.training.harness import PROBLEMS, write_problems
 from experiments.training.tasks import TOOLS, tool_chat
 
 
-def test_only_answers_of_one_format_are_held_against_each_other() -> None:
+def test_only_answers_of_the_same_formats_are_compared() -> None:
     def outcome(*answers: str) -> Outcome:
         return Outcome({"t": 1.0}, {"t": answers})
 
@@ -29,7 +29,7 @@ def test_only_answers_of_one_format_are_held_against_each_other() -> None:
     assert [num_moved(same, setting) for setting in same] == [0, 0, 1]
 
 
-def test_every_format_is_asked_without_a_cache_first() -> None:
+def test_each_format_first_runs_without_a_cache() -> None:
     seen = set()
     for setting in accuracy.settings(quick=False):
         if (setting.weights, setting.states) not in seen:
@@ -41,7 +41,7 @@ def test_every_format_is_asked_without_a_cache_first() -> None:
     assert checkpoints == set(accuracy.CHECKPOINTS)
 
 
-def test_task_files(tmp_path: Path) -> None:
+def test_task_files_have_distinct_prompts_with_the_same_examples(tmp_path: Path) -> None:
     write_problems(tmp_path, 5)
     for name in PROBLEMS:
         text = (tmp_path / f"{name}.yaml").read_text()
@@ -53,20 +53,21 @@ def test_task_files(tmp_path: Path) -> None:
         assert all(row["prompt"].endswith("\nAnswer:") and int(row["answer"]) >= 0 for row in rows)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is here")
-def test_without_lm_eval_it_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_missing_lm_eval_gives_an_install_hint(capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy.main(["--quick"]) == 2
     assert "pip install 'lm-eval[api]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_questions_are_seeded_and_judged(kind: str) -> None:
-    asked = [question.prompt for question in questions(kind, 4)]
-    assert asked == [question.prompt for question in questions(kind, 4)] and len(set(asked)) == 4
+def test_questions_are_seeded_and_reject_wrong_answers(kind: str) -> None:
+    prompts = [question.prompt for question in questions(kind, 4)]
+    assert prompts == [question.prompt for question in questions(kind, 4)]
+    assert len(set(prompts)) == 4
     assert not any(question.is_correct("no") for question in questions(kind, 4))
 
 
-def test_a_look_up_and_a_call_are_right() -> None:
+def test_correct_look_up_and_tool_call_are_accepted() -> None:
     [question] = questions("look-ups in 8 rows", 1)
     key = question.prompt.rpartition("Look up: ")[2]
     [value] = re.findall(rf"^{key} (\d+)$", question.prompt, re.M)
@@ -76,7 +77,7 @@ def test_a_look_up_and_a_call_are_right() -> None:
     assert called("<tool_call>\n{}") is None
 
 
-def test_a_call_is_asked_for_in_the_form_it_was_trained_in() -> None:
+def test_tool_call_prompt_has_the_format_of_the_training() -> None:
     messages = tool_chat(random.Random(1))
-    asked = TEMPLATE.render(messages[:2], tools=TOOLS, add_generation_prompt=True)
-    assert TEMPLATE.render(messages, tools=TOOLS).startswith(asked + "<tool_call>")
+    prompt = TEMPLATE.render(messages[:2], tools=TOOLS, add_generation_prompt=True)
+    assert TEMPLATE.render(messages, tools=TOOLS).startswith(prompt + "<tool_call>")

@@ -1,4 +1,4 @@
-"""The audit says what is faulty, and passes in one sentence where it can not ask."""
+"""Tests of the dependency audit: reported vulnerabilities, and a clear result without network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FAULT = {"id": "CVE-1", "fix_versions": ["1.1", "2"], "aliases": [], "descriptio
 
 
 @pytest.mark.parametrize(
-    ("packages", "code", "words"),
+    ("packages", "code", "message"),
     [
         ([], 0, UNANSWERED),
         ([SKIPPED] * 3, 0, UNANSWERED),
@@ -22,7 +22,9 @@ FAULT = {"id": "CVE-1", "fix_versions": ["1.1", "2"], "aliases": [], "descriptio
         ([SOUND | {"vulns": [FAULT | {"fix_versions": []}]}], 1, "mended in no version yet"),
     ],
 )
-def test_what_the_audit_says(packages: list[dict[str, object]], code: int, words: str) -> None:
-    found, sentence = verdict({"dependencies": packages})
-    assert found == code and words in sentence
+def test_audit_reports_vulnerabilities(
+    packages: list[dict[str, object]], code: int, message: str
+) -> None:
+    found, text = verdict({"dependencies": packages})
+    assert found == code and message in text
     assert verdict({}) == (0, UNANSWERED)

@@ -1,4 +1,4 @@
-"""The kernel benchmark: every case runs dry, and what is wrong gets no time."""
+"""Tests of the kernel benchmark: all cases run without a GPU, and wrong kernels are not timed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MACHINE = Machine("a machine", copy_bytes_s=1e9, gemm_flops_s=1e12)
 
 
 class _Wall:
-    """A device module whose events read the wall clock."""
+    """Fake of a torch device module, with events that read the wall clock."""
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -55,7 +55,7 @@ def _case(ours: float, rival: float) -> Case:
     )
 
 
-def test_all_that_is_right_is_timed(clock: Clock) -> None:
+def test_correct_kernels_are_timed(clock: Clock) -> None:
     record = measure(_case(ours=1.001, rival=1.0), clock, MACHINE)
     assert record["is_right"]
     assert set(record["seconds"]) == {"ours", "rival"}
@@ -64,9 +64,10 @@ def test_all_that_is_right_is_timed(clock: Clock) -> None:
     assert "of the limit  rival" in row(record)
 
 
-def test_what_can_be_captured_is_replayed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device with graphs; a contender that waits for the device is called, and may be bound by
-    the host."""
+def test_kernels_that_can_be_captured_are_timed_as_graphs(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that cannot be captured is called directly, and may be limited by the host."""
     calls = {"replays": 0, "waits": 0}
 
     def waits() -> torch.Tensor:
@@ -103,20 +104,20 @@ def test_what_can_be_captured_is_replayed(clock: Clock, monkeypatch: pytest.Monk
     assert "HOST-BOUND" not in row(found)
 
 
-def test_a_wrong_kernel_gets_no_time(clock: Clock) -> None:
+def test_wrong_kernel_is_not_timed(clock: Clock) -> None:
     record = measure(_case(ours=1.5, rival=1.0), clock, MACHINE)
     assert not record["is_right"]
     assert set(record["seconds"]) == {"rival"}
     assert "WRONG (5.0e-01)" in row(record)
 
 
-def test_a_wrong_rival_gets_no_time(clock: Clock) -> None:
+def test_wrong_rival_is_not_timed(clock: Clock) -> None:
     record = measure(_case(ours=1.0, rival=0.0), clock, MACHINE)
     assert set(record["seconds"]) == {"ours"}
     assert "rival WRONG" in row(record)
 
 
-def test_a_rival_that_raises_is_reported(clock: Clock) -> None:
+def test_rival_that_raises_is_reported(clock: Clock) -> None:
     def absent() -> torch.Tensor:
         raise ValueError("no such thing\nand a traceback")
 
@@ -127,7 +128,7 @@ def test_a_rival_that_raises_is_reported(clock: Clock) -> None:
     assert "absent FAILED" in row(record)
 
 
-def test_a_rival_may_round_more(clock: Clock) -> None:
+def test_rival_may_have_a_larger_tolerance(clock: Clock) -> None:
     case = replace(_case(ours=1.0, rival=1.05), rival_tolerance=6e-2)
     assert set(measure(case, clock, MACHINE)["seconds"]) == {"ours", "rival"}
     case = replace(_case(ours=1.05, rival=1.05), rival_tolerance=6e-2)
@@ -135,11 +136,11 @@ def test_a_rival_may_round_more(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_no_number_is_no_result(value: float) -> None:
+def test_error_of_non_finite_values_is_infinite(value: float) -> None:
     assert error(torch.tensor([1.0, value]), torch.ones(2)) == float("inf")
 
 
-def test_without_a_device_nothing_is_measured() -> None:
+def test_nothing_is_timed_without_a_device() -> None:
     record = measure(_case(ours=1.0, rival=1.0), None, None)
     assert record["seconds"] == "not measured"
     assert row(record).endswith("not measured")
@@ -147,8 +148,7 @@ def test_without_a_device_nothing_is_measured() -> None:
 
 @pytest.mark.full
 @pytest.mark.sources("kernels")
-def test_every_case_runs_dry(tmp_path) -> None:
-    """And every rival that is installed is right."""
+def test_all_cases_and_installed_rivals_are_correct(tmp_path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "experiments.gpu.kernels", "--dry", "--out", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -165,9 +165,9 @@ def test_every_case_runs_dry(tmp_path) -> None:
 
 @pytest.mark.full
 @pytest.mark.sources("kernels")
-def test_candidates_are_right_dry(tmp_path) -> None:
-    """Of the kernels whose choices hang on the number of tokens: and no bit differs. Each folder's
-    by hand, with --tune."""
+def test_candidates_of_the_tuner_are_correct(tmp_path) -> None:
+    """Only kernels tuned by the number of tokens are run here; their results must be bit-identical.
+    Run the others by hand with --tune."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "experiments.gpu.kernels", "--tune", "--dry"]
     command += ["--kernels", "linear,state_copy", "--out", tmp_path]

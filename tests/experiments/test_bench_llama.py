@@ -1,5 +1,5 @@
-"""The benchmark beside llama.cpp without llama.cpp: it says so, and how weights would be handed
-over."""
+"""Tests of the comparison with llama.cpp that need no llama.cpp: the missing-build message and the
+conversion of weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = {
 }
 
 
-def test_it_says_where_llama_is_not_built(tmp_path, monkeypatch, capsys) -> None:
+def test_missing_llama_cpp_gives_a_message(tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "results.jsonl"
     arguments = ["bench_llama", "--llama", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -31,8 +31,8 @@ def test_it_says_where_llama_is_not_built(tmp_path, monkeypatch, capsys) -> None
 
 
 @pytest.mark.parametrize("layer", [0, 11])
-def test_tensors_as_llama_takes_them(tmp_path, layer) -> None:
-    """Value heads 0 1 | 2 3 of two key heads become 0 2 1 3, wherever they are counted."""
+def test_tensors_are_converted_to_the_layout_of_llama_cpp(tmp_path, layer) -> None:
+    """Value heads 0 1 | 2 3 of two key heads become 0 2 1 3 in every tensor."""
     prefix = f"model.layers.{layer}.linear_attn"
     save_file(
         {

@@ -1,5 +1,5 @@
-"""The load generator: its sums on made-up clocks, and whole sweeps against the oracle, in process
-and over HTTP."""
+"""Tests of the load generator: summaries of given times, and sweeps with the oracle runner, in
+process and over HTTP."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def url() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-def test_times_are_those_of_the_definitions() -> None:
-    """TPOT = (E2E - TTFT) / (n - 1); goodput counts requests within both targets; a hit rate is of
-    tokens."""
+def test_summary_follows_the_definitions() -> None:
+    """TPOT = (E2E - TTFT) / (n - 1). Goodput counts requests within both targets. The hit rate is
+    one of tokens."""
     answers = [
         Answer(1.0, (1.5, 1.6, 1.9), num_prompt=300, num_output=3, cached_len=100),
         Answer(2.0, (4.0,), num_prompt=100, num_output=1, cached_len=0),
@@ -76,7 +76,7 @@ def test_times_are_those_of_the_definitions() -> None:
     assert lax["goodput_per_s"] == 0.5
 
 
-def test_a_sweep_shows_what_the_cache_is_worth() -> None:
+def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
     jobs = random_jobs(6, 300, 5, shared=140)
     loads = [Load(concurrency=1), Load(concurrency=4), Load(per_s=200.0)]
     servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
@@ -84,13 +84,13 @@ def test_a_sweep_shows_what_the_cache_is_worth() -> None:
     assert [record["requests"] for record in records] == [6] * 6
     assert all(record["tpot_ms"]["p50"] >= 0 for record in records)
     assert all(record["token_hit_rate"] == 0 for record in records[3:])
-    # The second prompt finds the branch, the third and later ones hit 128 of the 140 shared tokens.
+    # The second prompt saves a state at the branch. Later ones hit 128 of the 140 shared tokens.
     total = sum(len(job[0].tokens) for job in jobs)
     assert records[0]["token_hit_rate"] == pytest.approx(4 * 128 / total)
     assert len(table(records).splitlines()) == 7
 
 
-def test_over_http_as_in_process(url: str) -> None:
+def test_http_client_reports_times_and_hits(url: str) -> None:
     async def run(client: HTTPClient) -> Run:
         await client.wait_until_ready(20)
         await client.reset_cache()
@@ -106,8 +106,9 @@ def test_over_http_as_in_process(url: str) -> None:
     assert sum(answer.cached_len for answer in answers) >= 64
 
 
-def test_turns_follow_each_other() -> None:
-    """A job's next prompt is not sent before the last is answered; jobs keep to their workers."""
+def test_turns_of_a_job_are_sequential() -> None:
+    """The next prompt of a job is sent after the answer to the previous one. Jobs run in
+    parallel."""
 
     class Slow:
         def __init__(self) -> None:
@@ -125,13 +126,15 @@ def test_turns_follow_each_other() -> None:
     run = asyncio.run(drive(client, jobs, Load(concurrency=2), seconds=10))
     assert len(run.answers) == 9
     for job in range(3):
-        mine = [entry for entry in client.log if entry[1] // 10 == job]
-        assert mine == [(word, 10 * job + turn) for turn in range(3) for word in ("begin", "end")]
+        entries = [entry for entry in client.log if entry[1] // 10 == job]
+        assert entries == [
+            (event, 10 * job + turn) for turn in range(3) for event in ("begin", "end")
+        ]
     begun_in_parallel = client.log[:2]
-    assert {word for word, _ in begun_in_parallel} == {"begin"}
+    assert {event for event, _ in begun_in_parallel} == {"begin"}
 
 
-def test_time_is_bounded_and_failures_are_told() -> None:
+def test_time_limit_and_errors_are_reported() -> None:
     class Stuck:
         async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
             if prompt.num_output == 2:
@@ -146,19 +149,19 @@ def test_time_is_bounded_and_failures_are_told() -> None:
     assert run.errors == ["ConnectError: refused"]
 
 
-def test_only_this_machine_is_loaded() -> None:
+def test_http_client_rejects_remote_addresses() -> None:
     with pytest.raises(ValueError, match="loopback"):
         HTTPClient("http://example.org:8000")
 
 
-def test_bad_settings_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_settings_give_an_error_message(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", "random", "--input", "100", "--shared", "90", "--in-process"]
     assert bench_serving.main(arguments) == 2
     assert capsys.readouterr().err.startswith("bench_serving: --shared must be less than half")
 
 
 @pytest.mark.parametrize("admission", overhead.ADMISSIONS)
-def test_every_admission_policy_is_timed(admission: str) -> None:
+def test_each_admission_policy_is_timed(admission: str) -> None:
     timed = overhead.ordering(admission, num_waiting=12, repeats=1)
     assert (timed["admission"], timed["waiting"]) == (admission, 12)
     assert min(timed["same_ms"], timed["changed_ms"]) >= 0

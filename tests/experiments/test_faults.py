@@ -1,4 +1,4 @@
-"""The quick ones of ``make faults``."""
+"""Quick cases of ``make faults``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from experiments.system.faults.files import damaged, full_disk
 
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
-def test_a_server_survives_killed_clients_and_a_step_without_memory() -> None:
+def test_server_survives_killed_clients_and_a_step_without_memory() -> None:
     names = ("killed clients", "out of memory in a step")
     records = list(live_faults(names))
     assert [record["fault"] for record in records] == list(names)
     assert all(record["memory"]["held"] == 0 < record["memory"]["free"] for record in records)
 
 
-def test_a_full_disk_leaves_the_last_snapshot(tmp_path: Path) -> None:
+def test_full_disk_leaves_the_last_snapshot(tmp_path: Path) -> None:
     full_disk(tmp_path)
 
 
-def test_damaged_snapshots_are_refused_or_sound(tmp_path: Path) -> None:
+def test_damaged_snapshots_are_rejected_or_load_correctly(tmp_path: Path) -> None:
     assert damaged(tmp_path, 24) >= 12

@@ -1,5 +1,5 @@
-"""The one command for a GPU: what it keeps of each part, what it does again, and what it says where
-there is none."""
+"""Tests of ``python -m experiments.gpu``: parts, their records and limits, and messages without a
+GPU."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ REPORT = """<testsuites><testsuite>
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Parts that are a line of Python each."""
+    """Parts of one line of Python each."""
     lines = {"kernels": "pass", "bench": "pass", "big": "raise SystemExit(3)"}
     monkeypatch.setattr(
         gpu,
         "PARTS",
         {
-            word: lambda out, dry, line=line: [sys.executable, "-c", line]
-            for word, line in lines.items()
+            name: lambda out, dry, line=line: [sys.executable, "-c", line]
+            for name, line in lines.items()
         },
     )
     monkeypatch.setattr(gpu, "code_hash", lambda: "0123456789ab")
@@ -50,7 +50,7 @@ def run(out: Path, *arguments: str) -> int:
     return gpu.main(["--dry", "--out", str(out), *arguments])
 
 
-def test_a_failed_part_fails_the_whole_and_the_others_run(
+def test_failed_part_fails_the_run_but_others_still_run(
     parts: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path) == 1
@@ -64,7 +64,7 @@ def test_a_failed_part_fails_the_whole_and_the_others_run(
     assert record["seconds"] >= 0
 
 
-def test_what_passed_with_this_code_is_not_done_again_what_failed_is(
+def test_only_failed_parts_run_again_with_the_same_code(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(tmp_path) == 1
@@ -74,12 +74,12 @@ def test_what_passed_with_this_code_is_not_done_again_what_failed_is(
     assert run(tmp_path, "--part", "bench") == 0
     assert (tmp_path / "bench.jsonl").exists()
     assert run(tmp_path, "--part", "bench", "--again") == 0
-    assert not (tmp_path / "bench.jsonl").exists()  # nothing old is taken up
+    assert not (tmp_path / "bench.jsonl").exists()  # Old records are deleted.
     monkeypatch.setattr(gpu, "code_hash", lambda: "ba9876543210")
     assert not gpu.is_done(tmp_path, "bench")
 
 
-def test_the_hash_is_of_the_code_and_not_of_git_or_results(
+def test_code_hash_covers_code_but_not_results_and_docs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
@@ -100,26 +100,26 @@ def test_the_hash_is_of_the_code_and_not_of_git_or_results(
     assert provenance.code_hash() == before
 
 
-def test_results_come_home_in_one_file(parts: dict[str, str], tmp_path: Path) -> None:
+def test_results_are_packed_into_one_archive(parts: dict[str, str], tmp_path: Path) -> None:
     archive = tmp_path / "away" / "gpu.tar.gz"
-    assert run(tmp_path / "here", "--tar", str(archive)) == 1  # a failed part's too
+    assert run(tmp_path / "here", "--tar", str(archive)) == 1  # includes that of a failed part
     with tarfile.open(archive) as found:
         assert {f"here/{part}.done.jsonl" for part in parts} < set(found.getnames())
 
 
 @pytest.mark.parametrize(("interpret", "forbidden"), [("1", True), ("", False)])
-def test_kernel_tests_for_a_device_are_never_interpreted(interpret: str, forbidden: bool) -> None:
-    """Nor where there is no file that a driver leaves in /dev."""
+def test_kernel_tests_on_a_device_reject_the_interpreter(interpret: str, forbidden: bool) -> None:
+    """This holds even if /dev has no file of a GPU driver."""
     environment = dict(os.environ) | {"KERNELS_ON_DEVICE": "1", "TRITON_INTERPRET": interpret}
     code = "import tests.conftest, os; print(os.environ['TRITON_INTERPRET'])"
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=gpu.ROOT
     )
-    assert ("KERNELS_ON_DEVICE forbids" in found.stderr) == forbidden
+    assert ("KERNELS_ON_DEVICE=1 and TRITON_INTERPRET=1 exclude" in found.stderr) == forbidden
     assert forbidden or found.stdout == "\n"
 
 
-def test_a_part_that_hangs_is_ended(
+def test_hanging_part_is_stopped(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gpu.LIMITS_S, "big", 0.3)
@@ -128,7 +128,7 @@ def test_a_part_that_hangs_is_ended(
 
 
 @pytest.mark.full
-def test_what_a_hanging_part_started_ends_with_it(
+def test_children_of_a_hanging_part_are_stopped(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gpu.LIMITS_S, "big", 0.5)
@@ -140,7 +140,7 @@ def test_what_a_hanging_part_started_ends_with_it(
     assert not beacon.exists()
 
 
-def test_a_bare_machine_is_told_what_the_tests_need(
+def test_missing_test_packages_give_an_install_hint(
     parts: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -152,7 +152,7 @@ def test_a_bare_machine_is_told_what_the_tests_need(
     assert run(tmp_path, "--part", "bench") == 0
 
 
-def test_reports_become_records(tmp_path: Path) -> None:
+def test_junit_reports_are_converted_to_records(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(REPORT)
     assert gpu.test_records(report) == [
@@ -161,7 +161,7 @@ def test_reports_become_records(tmp_path: Path) -> None:
     ]
 
 
-def test_without_a_gpu_it_says_what_to_do(
+def test_missing_gpu_gives_a_hint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
@@ -170,14 +170,14 @@ def test_without_a_gpu_it_says_what_to_do(
 
 
 @pytest.mark.parametrize("part", gpu.PARTS)
-def test_every_part_has_a_command(part: str, tmp_path: Path) -> None:
-    """Dry and in earnest they differ in one flag or in which tests they run."""
-    dry, earnest = (gpu.PARTS[part](tmp_path, is_dry) for is_dry in (True, False))
-    assert dry[:3] == earnest[:3]
-    assert dry != earnest
+def test_each_part_has_a_command(part: str, tmp_path: Path) -> None:
+    """The commands with and without --dry differ in one flag or in the selected tests."""
+    dry, real = (gpu.PARTS[part](tmp_path, is_dry) for is_dry in (True, False))
+    assert dry[:3] == real[:3]
+    assert dry != real
 
 
-def test_all_parts_together_take_25_minutes_at_most_and_each_under_8():
+def test_time_limits_of_parts_sum_to_at_most_25_minutes():
     assert gpu.LIMITS_S.keys() == gpu.PARTS.keys()
     assert sum(gpu.LIMITS_S.values()) <= 25 * 60 and max(gpu.LIMITS_S.values()) < 8 * 60
 
@@ -185,10 +185,10 @@ def test_all_parts_together_take_25_minutes_at_most_and_each_under_8():
 @pytest.mark.full
 @pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
-def test_speeds_are_taken_with_graphs_and_without(
+def test_speeds_are_measured_with_and_without_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device that computes nothing: every record of the parts that need a real one."""
+    """A stub device, which computes nothing, gives all records of the parts that need a GPU."""
     pytest.importorskip("triton")
     path = write_geometry(tmp_path, TINY)
     with stubbed(monkeypatch):
@@ -208,7 +208,7 @@ def test_speeds_are_taken_with_graphs_and_without(
 @pytest.mark.full
 @pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
-def test_steps_with_drafts_are_taken_with_a_graph_and_without(
+def test_draft_steps_are_measured_with_and_without_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
@@ -224,7 +224,7 @@ def test_steps_with_drafts_are_taken_with_a_graph_and_without(
 @pytest.mark.full
 @pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
-def test_what_this_code_has_measured_is_kept(
+def test_existing_records_of_the_same_code_are_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
@@ -239,18 +239,18 @@ def test_what_this_code_has_measured_is_kept(
         _, *second = gpu_serving.measure(path, False, gpu_serving.DRY, known)
     assert [r["measure"] for r in second] == [r["measure"] for r in first]
     assert [a == b for a, b in zip(second, first, strict=True)] == [
-        rank < 3 or rank >= len(first) - 3 for rank in range(len(first))
+        index < 3 or index >= len(first) - 3 for index in range(len(first))
     ]
 
 
 @pytest.mark.full
-def test_without_the_servers_packages_the_engine_itself_is_loaded(
+def test_load_test_uses_the_engine_directly_without_server_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_serving.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu_serving, "all_fused", str)  # interpreted, it would take long
+    monkeypatch.setattr(gpu_serving, "all_fused", str)  # slow in the interpreter
     runners: list[weakref.ref[ModelRunner]] = []
-    monkeypatch.setattr(gpu_serving, "Bench", watched(gpu_serving.Bench, runners))
+    monkeypatch.setattr(gpu_serving, "Bench", checks_release(gpu_serving.Bench, runners))
     path = write_geometry(tmp_path, TINY)
     write_tokenizer(tmp_path)
     records = gpu_serving.http(path, True, gpu_serving.DRY)
@@ -265,11 +265,10 @@ def test_without_the_servers_packages_the_engine_itself_is_loaded(
     }
 
 
-def watched(bench: type, runners: list[weakref.ref[ModelRunner]]) -> type:
-    """Of every bench, that the runner of the one before is dead when it begins, and its own when it
-    is closed."""
+def checks_release(bench: type, runners: list[weakref.ref[ModelRunner]]) -> type:
+    """Return a subclass of ``bench`` that checks that closed runners are garbage-collected."""
 
-    class Watched(bench):
+    class ChecksRelease(bench):
         def __init__(self, *args, **options) -> None:
             assert not any(runner() for runner in runners)
             super().__init__(*args, **options)
@@ -279,4 +278,4 @@ def watched(bench: type, runners: list[weakref.ref[ModelRunner]]) -> type:
             super().close()
             assert runners[-1]() is None
 
-    return Watched
+    return ChecksRelease

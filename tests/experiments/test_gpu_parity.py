@@ -1,5 +1,5 @@
-"""What counts as the same logits: in float32 nearly all of them, in bfloat16 what rounding
-explains."""
+"""Tests of the comparison of logits between GPU and CPU: strict in float32, within rounding errors
+in bfloat16."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def logits(path: str, dtype: str, tokens: list[int]) -> torch.Tensor:
     return feed.forward([(feed.place(tokens), 0, len(tokens))])[0].float()
 
 
-def test_rounding_passes_and_a_wrong_device_does_not(tmp_path: Path) -> None:
+def test_rounding_errors_pass_and_wrong_logits_fail(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, TINY | {"num_experts": 0})
     tokens = np.random.default_rng(0).integers(0, 256, 100).tolist()
     expected, rounded = (logits(path, dtype, tokens) for dtype in ("float32", "bfloat16"))
     assert compare(expected, expected)["passed"]
-    assert not compare(rounded, expected)["passed"]  # float32 is held strictly
+    assert not compare(rounded, expected)["passed"]  # Float32 has a strict tolerance.
     found = compare(rounded, expected, rounded)
     assert found["passed"] and 0 < found["relative_error"] < 0.1
     twice_as_far = expected + 2 * (rounded - expected)
@@ -35,8 +35,8 @@ def test_rounding_passes_and_a_wrong_device_does_not(tmp_path: Path) -> None:
     assert not compare(torch.full_like(expected, torch.nan), expected, rounded)["passed"]
 
 
-def test_bfloat16_is_held_against_the_cpus_own(tmp_path: Path, monkeypatch) -> None:
-    """On a device that is the CPU the error is the CPU's, and the bound half as much again."""
+def test_bound_of_bfloat16_is_relative_to_the_error_on_the_cpu(tmp_path: Path, monkeypatch) -> None:
+    """If the device is the CPU itself, its error is below the bound by exactly the factor."""
     make = gpu_parity.make_runner
     monkeypatch.setattr(
         gpu_parity, "make_runner", lambda path, dry, dtype, **_: make(path, dry, dtype, **PLAIN)

@@ -1,5 +1,4 @@
-"""The best plans that the studies share: worked out once, kept, and never taken for another
-trace's."""
+"""Tests of the optimal plans shared by the studies: computed once and stored per trace."""
 
 from __future__ import annotations
 
@@ -19,28 +18,28 @@ def _results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
 
 
-def test_a_plan_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = short().head(40)
     proven = hindsight.Hindsights(trace).at(1.0, QWEN3_NEXT, 64, proven=True)
     assert proven.bound is not None and 0 < proven.reached <= proven.bound + 1e-6
     calls: list[str] = []
-    monkeypatch.setattr(hindsight, "best_plan", lambda *_, **__: calls.append("worked out"))
+    monkeypatch.setattr(hindsight, "best_plan", lambda *_, **__: calls.append("computed"))
     again = hindsight.Hindsights(trace)
     assert again.at(1.0, QWEN3_NEXT, 64, proven=True) == proven
-    assert again.at(1.0, QWEN3_NEXT, 64) == proven, "with its bound it serves those who need none"
+    assert again.at(1.0, QWEN3_NEXT, 64) == proven, "a plan with a bound also serves without"
     assert not calls
 
 
-def test_another_trace_of_the_same_name_has_a_plan_of_its_own() -> None:
+def test_traces_with_the_same_name_have_separate_plans() -> None:
     first, other = short(seed=1).head(30), replace(short(seed=2).head(30), name=short().name)
     plans = [hindsight.Hindsights(trace).at(1.0, QWEN3_NEXT, 64) for trace in (first, other)]
     assert plans[0].trace == plans[1].trace and plans[0].content != plans[1].content
-    assert plans[0].bound is None, "the greedy alone proves nothing"
-    kept = provenance.read_json_lines(provenance.RESULTS / hindsight.NAME)[1]
-    assert len(kept) == 2
+    assert plans[0].bound is None, "a greedy plan has no bound"
+    records = provenance.read_json_lines(provenance.RESULTS / hindsight.NAME)[1]
+    assert len(records) == 2
 
 
-def test_fewer_points_are_a_subset() -> None:
+def test_fewer_points_are_a_subset_of_all_points() -> None:
     workload = Workload("short", "1:16:15")
     every = workload.sizes()
     assert len(every) == 15 and set(workload.sizes(8)) == set(every[::2])

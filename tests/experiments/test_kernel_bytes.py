@@ -1,5 +1,4 @@
-"""The bytes that the benchmark says ours moves are those of its loads and stores, counted while
-they are interpreted."""
+"""Test of the bytes in the kernel benchmark against loads and stores counted by the interpreter."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ FOLDERS = ("gdn", "norm", "state_copy")
 
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of every load and store, what is masked not counted."""
+    """Bytes of every load and store, without masked elements."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("counts in the interpreter")
+        pytest.skip("needs the Triton interpreter")
     from triton.runtime.interpreter import InterpreterBuilder
 
     interpreter.repair()
@@ -51,7 +50,7 @@ def cases() -> list[Case]:
     return [case for case in every if case.moved_bytes is not None]
 
 
-def test_each_byte_is_counted(moved) -> None:
+def test_declared_bytes_match_loads_and_stores(moved) -> None:
     names = []
     for case in cases():
         moved.clear()

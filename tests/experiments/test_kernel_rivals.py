@@ -1,5 +1,4 @@
-"""flash-linear-attention is called as it wants to be: its signatures as of fla-core 0.6.0, and its
-layouts."""
+"""Tests of the calls of flash-linear-attention: signatures of fla-core 0.6.0, and layouts."""
 
 from __future__ import annotations
 
@@ -53,15 +52,14 @@ SIGNATURES = {
     ),
     "fla.modules.activations.swiglu": "x, y",
 }
-"""Without what it only takes to warn of: an argument of another name must fail."""
+"""Signatures without ``**kwargs``, so that an argument of another name fails."""
 PAIRS = {"chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", "causal_conv1d"}
-"""Those that return an output and a state, whatever is asked for."""
+"""Functions that always return an output and a state."""
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What a stand-in for fla was called with; it answers with zeros of the shape that fla's would
-    have."""
+    """Arguments of the calls of a fake fla, which returns zeros of the right shape."""
     made: list[dict[str, Any]] = []
 
     def answer(name: str, arguments: dict[str, Any]) -> Any:
@@ -91,7 +89,7 @@ def heads(count: int, num_heads: int, size: int) -> torch.Tensor:
     return torch.randn(count, num_heads, size, dtype=torch.bfloat16)
 
 
-def test_prompts(calls) -> None:
+def test_prefill_passes_the_arguments_of_fla(calls) -> None:
     packed = Packed.from_lengths([5, 3])
     inputs = heads(8, 2, 16), heads(8, 2, 16), heads(8, 4, 32), torch.randn(8, 4), torch.randn(8, 4)
     rival = kernel_rivals.chunk_gdn(*inputs, packed, torch.zeros(2, 4, 16, 32))["fla"]
@@ -109,7 +107,7 @@ def test_prompts(calls) -> None:
     assert call["output_final_state"] and call["use_qk_l2norm_in_kernel"]
 
 
-def test_decoding(calls) -> None:
+def test_decode_passes_the_arguments_of_fla(calls) -> None:
     tokens = heads(3, 2, 16), heads(3, 2, 16), heads(3, 4, 32)
     inputs = torch.randn(3, 4), torch.randn(3, 4), torch.randn(4), torch.randn(4)
     rival = kernel_rivals.decode_gdn(*tokens, *inputs, torch.zeros(3, 4, 16, 32))["fla"]
@@ -121,7 +119,7 @@ def test_decoding(calls) -> None:
     assert call["use_gate_in_kernel"] and call["use_beta_sigmoid_in_kernel"]
 
 
-def test_the_others(calls) -> None:
+def test_other_kernels_pass_the_arguments_of_fla(calls) -> None:
     x, weight = torch.randn(8, 24), torch.randn(24)
     taps, packed = torch.randn(24, 4), Packed.from_lengths([8])
     rows = heads(8, 4, 16)
@@ -144,5 +142,5 @@ def test_the_others(calls) -> None:
     assert rotary["cos"].shape == (8, 4)
 
 
-def test_where_there_is_none_nothing_is_offered() -> None:
+def test_no_rival_is_returned_without_fla() -> None:
     assert kernel_rivals.silu_and_mul(torch.zeros(2), torch.zeros(2)) == {}

@@ -1,4 +1,4 @@
-"""The tuner takes what is right and faster, over all cases of a key."""
+"""Tests of the kernel tuner: it chooses the fastest correct candidate over all cases of a key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tunables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def case(kernel: str, key: tuple, results: dict[int, float], **options) -> Case:
-    """A case whose launcher's own parameter is 2, and which computes ``results`` with others."""
+    """Return a case that computes ``results[num_warps]``, with 2 as the default of num_warps."""
 
     def run() -> torch.Tensor:
         warps = tuning.tuned(kernel, *key).get("num_warps", 2)
@@ -48,7 +48,7 @@ def seconds_of(times: dict[int, float], kernel: str, key: tuple) -> Callable:
     return seconds
 
 
-def test_the_fastest_that_is_right() -> None:
+def test_fastest_correct_candidate_is_chosen() -> None:
     key = (64,)
     cases = [case(PLAIN, key, {1: 1.0, 2: 1.0, 4: 1.0001, 8: 1.5})]
     times = {1: 3.0, 2: 2.0, 4: 1.0, 8: 0.1}
@@ -58,7 +58,7 @@ def test_the_fastest_that_is_right() -> None:
     assert trial.best()[1] == pytest.approx(0.5, rel=0.05)
 
 
-def test_by_tokens_no_bit_may_change() -> None:
+def test_kernels_tuned_by_tokens_must_be_bit_identical() -> None:
     key = (64, 16)
     cases = [case(BY_TOKENS, key, {1: 1.0, 2: 1.0, 4: 1.0001, 8: None})]
     times = {1: 1.5, 2: 2.0, 4: 1.0, 8: 0.1}
@@ -67,7 +67,7 @@ def test_by_tokens_no_bit_may_change() -> None:
     assert table_of([trial]) == {(BY_TOKENS, key): {"num_warps": 1}}
 
 
-def test_one_choice_for_all_cases_of_a_key_and_none_for_a_little() -> None:
+def test_choice_must_be_correct_for_all_cases_and_clearly_faster() -> None:
     key = (64,)
     right = dict.fromkeys((1, 2, 4, 8), 1.0)
     small, large = case(PLAIN, key, right), case(PLAIN, key, right | {8: 7.0})
@@ -79,7 +79,7 @@ def test_one_choice_for_all_cases_of_a_key_and_none_for_a_little() -> None:
     assert trial.record()["chosen"] is None
 
 
-def test_states_are_brought_back_before_each_call() -> None:
+def test_case_is_reset_before_each_call() -> None:
     state = torch.ones(4)
 
     def run() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`make reproduce` on a tree of its own with two small parts; the declared parts; the page."""
+"""Tests of `make reproduce` in a small clone, of the declared parts, and of the results page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OUTPUT = "results/bench_simulate_default.jsonl"
 
 
 class Tree:
-    """A clone with one commit, in which parts run."""
+    """Small clone with one commit, in which parts run."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.results = root, root / "experiments" / "results"
@@ -74,7 +74,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     return made
 
 
-def test_a_part_runs_once_and_again_after_its_code_or_its_files_changed(
+def test_part_runs_again_only_after_a_change_of_code_or_outputs(
     tree: Tree, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = [tree.part()]
@@ -84,77 +84,78 @@ def test_a_part_runs_once_and_again_after_its_code_or_its_files_changed(
     assert record["commit"] and "+" not in record["commit"] and record["versions"]["numpy"]
     assert "about 1 min" in capsys.readouterr().out
     tree.commit()
-    assert reproduce.run(parts) == 0 and tree.runs == 1, "results may be committed"
+    assert reproduce.run(parts) == 0 and tree.runs == 1, "a commit of results is not a change"
     assert " done " in reproduce.listing(parts)
     (tree.root / "experiments" / OUTPUT).unlink()
-    assert reproduce.run(parts) == 0 and tree.runs == 2, "a file of it was gone"
+    assert reproduce.run(parts) == 0 and tree.runs == 2, "an output was deleted"
     (tree.root / "experiments" / "other.py").write_text("SEEDS = (1, 2)\n")
     tree.commit()
     assert reproduce.run(parts) == 0 and tree.runs == 3, "code has changed"
     (tree.root / "docs/results.md").write_text("as after other parts\n")
     assert reproduce.run(parts, again=True) == 0 and tree.runs == 4
     record = json.loads((tree.results / "reproduce.json").read_text())["tiny"]
-    assert "+" not in record["commit"], "the page is an output, too"
+    assert "+" not in record["commit"], "the page is an output too"
 
 
 @pytest.mark.parametrize("name", ["experiments/tiny_part.py", "experiments/new.py"])
-def test_a_dirty_tree_is_refused(name: str, tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dirty_tree_is_rejected(name: str, tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     with (tree.root / name).open("a") as file:
         file.write("# changed\n")
     assert reproduce.run([tree.part()]) == 2 and tree.runs == 0
     assert f"the tree is dirty; commit or remove: {name}" in capsys.readouterr().err
 
 
-def test_a_failed_part_does_not_end_the_others_and_is_due_again(
+def test_failed_part_does_not_stop_the_others_and_is_not_recorded(
     tree: Tree, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fails = tree.part(name="fails", command="experiments.no_such_part")
     absent = tree.part(name="absent", needs="out/nowhere", how="make nowhere")
-    mute = tree.part(name="mute", outputs=("results/never.jsonl",))
+    silent = tree.part(name="silent", outputs=("results/never.jsonl",))
     (tree.results / "old.jsonl").write_text("{}\n")
     old = tree.part(name="old", outputs=("results/old.jsonl",))
-    assert reproduce.run([fails, absent, mute, old, tree.part()]) == 1
+    assert reproduce.run([fails, absent, silent, old, tree.part()]) == 1
     assert "old" not in json.loads((tree.results / "reproduce.json").read_text())
-    shown = capsys.readouterr()
-    assert "fails failed: exit code 1" in shown.err and "failed: fails, mute, old;" in shown.err
-    assert "mute failed: it did not write results/never.jsonl" in shown.err
-    assert "absent: skipped, needs out/nowhere (make nowhere)" in shown.out
+    printed = capsys.readouterr()
+    assert "fails failed: exit code 1" in printed.err
+    assert "failed: fails, silent, old;" in printed.err
+    assert "silent failed: it did not write results/never.jsonl" in printed.err
+    assert "absent: skipped, needs out/nowhere (make nowhere)" in printed.out
     assert list(reproduce.read_record()) == ["tiny"]
 
 
-def test_outside_a_clone_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_runs_outside_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert reproduce.main(["--part", "stress"]) == 2
 
 
-def published(pages: Sequence[Path]) -> set[str]:
-    """Return result files and figures that pages name."""
+def named_results(pages: Sequence[Path]) -> set[str]:
+    """Return the result files and figures that pages mention."""
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     return set(re.findall(r"experiments/((?:results|figures)/[\w.]+\w)", text))
 
 
-def test_every_published_figure_is_made_by_a_part() -> None:
+def test_each_published_result_is_the_output_of_one_part() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     made = [name for part in reproduce.read_parts() for name in part.outputs]
-    assert len(made) == len(set(made)), "two parts write the same file"
-    named = published(pages)
+    assert len(made) == len(set(made)), "two parts must not write the same file"
+    named = named_results(pages)
     assert len(named) > 10 and named - set(made) - {"results/reproduce.json"} == set()
 
 
-def test_the_parts_exist_and_take_less_than_six_hours() -> None:
+def test_parts_exist_and_take_at_most_six_hours() -> None:
     parts = reproduce.read_parts()
     assert sum(part.minutes for part in parts) <= 360
     for part in parts:
         assert importlib.util.find_spec(part.command.split()[0]), part.name
 
 
-def test_the_page_of_results_is_the_generated_one() -> None:
+def test_results_page_is_up_to_date() -> None:
     """If this fails: python -m experiments.reproduce --page"""
     assert reproduce.PAGE.read_text(encoding="utf-8") == reproduce.page()
 
 
-def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+def test_readme_figures_match_the_results() -> None:
     speed = reproduce.records_of("bench_simulate_default.jsonl")
     chat = next(record for record in speed if (record["trace"], record["gib"]) == ("chat", 6))
     sessions = re.search(
@@ -187,7 +188,7 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
         assert figures in readme
 
 
-def test_every_committed_result_is_published() -> None:
+def test_each_committed_result_is_published() -> None:
     """Results that no part regenerates go stale. Others may stay if a page links to them."""
     names = ("experiments/results", "experiments/figures")
     listed = subprocess.run(
@@ -195,11 +196,13 @@ def test_every_committed_result_is_published() -> None:
     )
     if listed.returncode:
         pytest.skip("not a clone")
-    published = {f"experiments/{name}" for part in reproduce.read_parts() for name in part.outputs}
-    published |= {
+    named_results = {
+        f"experiments/{name}" for part in reproduce.read_parts() for name in part.outputs
+    }
+    named_results |= {
         "experiments/results/reproduce.json",
         "experiments/results/hindsight.jsonl",  # plans that the studies share
         "experiments/results/kernel_code.jsonl",  # kernels/README.md
     }
-    left = {name for name in listed.stdout.split() if (ROOT / name).exists()} - published
+    left = {name for name in listed.stdout.split() if (ROOT / name).exists()} - named_results
     assert not left, f"outputs of no part in experiments/parts.toml: {sorted(left)}"

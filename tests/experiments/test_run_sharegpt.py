@@ -1,4 +1,4 @@
-"""The cache-hit study on a few made-up conversations: what it writes, and what it never does."""
+"""Tests of the cache-hit study with a few synthetic conversations: results, and no text in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRET = "the private word of somebody"
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """ShareGPT's form, cut inside a record as the real file is."""
+    """File in ShareGPT's format, truncated inside of a record as the real file is."""
     records = [
         {
             "id": f"chat{number}_0",
@@ -51,7 +51,7 @@ def _check(record: dict[str, Any]) -> None:
     assert cached + sum(record["lost_tokens"].values()) == record["prompt_tokens"]
 
 
-def test_the_engine_with_and_without_the_cache(
+def test_engine_runs_with_and_without_the_cache(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (none, hybrid), figure = _run(data, "--concurrency", "2", "--cache-gib", "0.05")
@@ -61,7 +61,7 @@ def test_the_engine_with_and_without_the_cache(
     assert unsaid[0]["token_hit_rate"] < hybrid["token_hit_rate"]
     for record in (none, hybrid):
         _check(record)
-        assert record["requests"] == 9, "three turns of the three whole conversations"
+        assert record["requests"] == 9, "three complete conversations have three turns each"
         assert len(record["ttft_s"]) == 9 and min(record["ttft_s"]) > 0
     assert none["token_hit_rate"] == 0 < hybrid["token_hit_rate"]
     assert matplotlib.image.imread(figure).std() > 0
@@ -71,7 +71,7 @@ def test_the_engine_with_and_without_the_cache(
     assert SECRET not in printed.out + printed.err + written
 
 
-def test_the_cache_alone_over_budgets_and_placements(data: Path) -> None:
+def test_dry_run_covers_budgets_and_placements(data: Path) -> None:
     arguments = (
         "--dry",
         "--cache-gib",
@@ -97,9 +97,8 @@ def test_the_cache_alone_over_budgets_and_placements(data: Path) -> None:
     assert matplotlib.image.imread(figure).std() > 0
 
 
-def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
-    """On prompts whose answers share nothing with what follows, the engine and the cache alone
-    agree token for token."""
+def test_dry_run_has_the_hits_of_the_engine(data: Path) -> None:
+    """If later prompts do not repeat the answers, engine and dry run agree token for token."""
     from engine import EngineConfig
     from engine.plugins.inspect.command import load_geometry
     from experiments.benchmarks.replay import Setting, replay, replay_dry
@@ -117,7 +116,7 @@ def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
     assert hits[0] == hits[1] and any(cached_len for cached_len, _ in hits[0])
 
 
-def test_made_up_conversations_are_announced(
+def test_synthetic_conversations_are_announced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--dry", "--conversations", "3", "--out", str(tmp_path)]
@@ -126,11 +125,11 @@ def test_made_up_conversations_are_announced(
 
 
 @pytest.mark.full
-def test_made_up_conversations_have_the_lengths_that_were_measured() -> None:
-    """Medians over ShareGPT's first 2,000: 110 and 80 characters a question, 1,236 an answer, 3
-    questions."""
+def test_synthetic_conversations_have_realistic_lengths() -> None:
+    """Medians of ShareGPT's first 2,000: 110 characters in the first question, 80 in later ones,
+    1,236 in answers, and 3 questions."""
     made = list(synthetic_conversations(2000))
-    assert made == list(synthetic_conversations(2000)), "seeded"
+    assert made == list(synthetic_conversations(2000)), "the generator must be deterministic"
     questions = [[len(text) for role, text in c.turns if role == "user"] for c in made]
     answers = [len(text) for c in made for role, text in c.turns if role == "assistant"]
     assert 100 < np.median([lengths[0] for lengths in questions]) < 190
@@ -139,7 +138,7 @@ def test_made_up_conversations_have_the_lengths_that_were_measured() -> None:
     assert 2 <= np.median([len(lengths) for lengths in questions]) <= 5
 
 
-def test_genuine_conversations_are_asked_for_by_name(
+def test_real_conversations_need_an_explicit_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -149,7 +148,7 @@ def test_genuine_conversations_are_asked_for_by_name(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["--data", "/no/such/file"], "/no/such/file"),
         (["--cap", "3"], "Increase them"),
@@ -158,16 +157,16 @@ def test_genuine_conversations_are_asked_for_by_name(
         (["--checkpoints", "wherever"], "wherever"),
     ],
 )
-def test_wrong_input_is_one_sentence(
-    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_invalid_input_gives_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_sharegpt.main([*arguments, "--conversations", "2", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("run_sharegpt: ") and sentence in error
+    assert error.startswith("run_sharegpt: ") and message in error
 
 
 @pytest.mark.full
-def test_it_runs_by_its_path_from_anywhere(tmp_path: Path) -> None:
+def test_script_runs_by_its_path_from_any_folder(tmp_path: Path) -> None:
     script = Path(run_sharegpt.__file__)
     done = subprocess.run(
         [sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=tmp_path

@@ -1,5 +1,4 @@
-"""Every study runs from its command line, writes its records with their provenance, and draws its
-figure."""
+"""Tests of the studies: command lines, records with provenance, and figures."""
 
 from __future__ import annotations
 
@@ -22,7 +21,9 @@ STUDIES = ("capacity", "grid", "arena")
 
 @pytest.mark.full("capacity")
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_runs(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_study_writes_records_and_a_figure(
+    study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     monkeypatch.setattr(provenance, "FIGURES", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
@@ -50,7 +51,7 @@ def test_a_study_runs(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         )
 
 
-def test_hints_are_taken_away_and_nothing_else() -> None:
+def test_without_hints_removes_only_boundaries() -> None:
     split = Split("tiny", "qwen3-next", (1, 2), {"short": (1.0,)})
     records = hints.measure(split)
     assert len(records) == 2 * len(hints.PAIRS)
@@ -61,24 +62,24 @@ def test_hints_are_taken_away_and_nothing_else() -> None:
         assert other.boundaries == ()
         assert (other.tokens == one.tokens).all() and other.session == one.session
     gain = hints.gains(records)["lru, fixed rules"][1]
-    assert gain.mean > 0, "chats have a boundary in front of each turn"
+    assert gain.mean > 0, "hints must help, because each turn of a chat starts at a boundary"
 
 
-def test_a_workload_that_is_not_here_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_workload_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lab.WORKLOADS, "absent", lab.Workload("x", "1:2:2", is_file=True))
     monkeypatch.setattr("sys.argv", ["study", "--traces", "absent,short"])
     options = lab.arguments("A study.")
     assert list(lab.workloads(options)) == ["short"]
 
 
-def test_the_command_of_a_result_names_no_folder_of_its_maker(
+def test_command_of_a_result_contains_no_local_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.argv", ["study", "--resume", "/my/own", "--points", "2"])
     assert provenance.provenance()["command"] == "python study --points 2"
 
 
-def test_a_published_trace_is_found_in_any_folder_of_data(
+def test_published_trace_is_found_in_any_data_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "data", tmp_path / "shared"
@@ -93,16 +94,17 @@ def test_a_published_trace_is_found_in_any_folder_of_data(
     assert workload.is_available
 
 
-def test_runs_of_other_code_are_not_continued(
+def test_runs_of_other_code_are_not_resumed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """`make reproduce` at a new commit runs all cells; a stopped run at one commit goes on."""
+    """`make reproduce` runs all cells at a new commit, and resumes a stopped run of the same
+    commit."""
     fields = dataclasses.fields(admission.ClosedLoopRun)
     run = admission.ClosedLoopRun(**{field.name: 1 for field in fields})  # type: ignore[arg-type]
     path = tmp_path / "admission.jsonl"
     monkeypatch.setattr(admission, "RESULTS", path)
-    kept = json.dumps(dataclasses.asdict(run))
-    path.write_text(json.dumps({"code": admission.code_hash(admission.CODE)}) + f"\n{kept}\n")
+    line = json.dumps(dataclasses.asdict(run))
+    path.write_text(json.dumps({"code": admission.code_hash(admission.CODE)}) + f"\n{line}\n")
     assert admission.known_runs() == [run]
-    path.write_text(json.dumps({"code": "other"}) + f"\n{kept}\n")
+    path.write_text(json.dumps({"code": "other"}) + f"\n{line}\n")
     assert admission.known_runs() == []

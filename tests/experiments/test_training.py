@@ -1,4 +1,5 @@
-"""The training model is Qwen3-Next, the tasks' answers are right, and a run can be stopped."""
+"""Tests of training: the model matches Qwen3-Next, tasks have correct answers, and a stopped run
+resumes."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ TINY = train_builtin.CONFIG | {
 }
 
 
-def test_logits_are_those_of_qwen3_next(tmp_path: Path) -> None:
+def test_logits_match_those_of_qwen3_next(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Model(TINY)
     for name, weight in model.named_parameters():
@@ -43,7 +44,7 @@ def test_logits_are_those_of_qwen3_next(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_delta_rule_is_the_recurrence() -> None:
+def test_delta_rule_matches_the_recurrence() -> None:
     torch.manual_seed(1)
     batch, heads, length, key_dim, value_dim = 2, 3, 45, 8, 5
     query, key = torch.randn(2, batch, heads, length, key_dim)
@@ -64,8 +65,8 @@ def test_delta_rule_is_the_recurrence() -> None:
     )
 
 
-def test_a_deeper_logit_speaks_of_a_later_token() -> None:
-    """The head at depth d sees tokens up to d later, no further."""
+def test_head_at_depth_d_sees_only_d_later_tokens() -> None:
+    """A changed token changes the logits at depth d from d positions before it."""
     torch.manual_seed(2)
     model = Model(TINY)
     token_ids = torch.randint(0, 261, (1, 20))
@@ -78,7 +79,7 @@ def test_a_deeper_logit_speaks_of_a_later_token() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
-def test_word_problems_add_up(num_steps: int) -> None:
+def test_word_problems_have_correct_answers(num_steps: int) -> None:
     rng = random.Random(3)
     for _ in range(200):
         problem = tasks.word_problem(rng, num_steps)
@@ -93,7 +94,7 @@ def test_word_problems_add_up(num_steps: int) -> None:
         assert tasks.answer_of(problem.working) == problem.answer == int(steps[-1][3]) >= 0
 
 
-def test_samples_are_seeded_and_of_every_kind() -> None:
+def test_samples_are_seeded_and_of_all_kinds() -> None:
     template = ByteTokenizer().chat_template
     assert template is not None
 
@@ -107,7 +108,7 @@ def test_samples_are_seeded_and_of_every_kind() -> None:
         assert word in joined
 
 
-def test_answers_are_what_the_text_before_them_tells() -> None:
+def test_answers_follow_from_the_text_before_them() -> None:
     tokenizer, rng = ByteTokenizer(), random.Random(2)
     assert tokenizer.chat_template is not None
     answers = []
@@ -124,7 +125,7 @@ def test_answers_are_what_the_text_before_them_tells() -> None:
 
 
 @pytest.mark.full
-def test_what_a_task_draws_hardly_counts() -> None:
+def test_loss_weights_depend_on_the_kind_of_token() -> None:
     token_ids, weights = train_builtin.Data(8, 128, seed=0).batch(0)
     assert token_ids.shape == weights.shape
     assert set(weights.unique().tolist()) == set(
@@ -141,14 +142,14 @@ def test_what_a_task_draws_hardly_counts() -> None:
 
 
 @pytest.mark.full
-def test_held_out_sources_are_never_trained_on() -> None:
+def test_held_out_sources_are_not_in_the_training_data() -> None:
     trained = {text.partition("\n")[0] for text in corpus.sources(held_out=False)}
     held_out = {text.partition("\n")[0] for text in corpus.sources(held_out=True)}
     assert held_out and trained and not held_out & trained
 
 
 @pytest.mark.full
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_resumed_training_is_bit_identical(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(train_builtin, "CONFIG", TINY)
     data = train_builtin.Data(2, 64, seed=0)
 
@@ -165,9 +166,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, monkeypatch)
     assert torch.equal(run(tmp_path / "a.pt", False), run(tmp_path / "b.pt", True))
 
 
-def test_the_engine_drafts_what_the_training_model_chains(tmp_path: Path) -> None:
-    """Guesses chained three deep are the likeliest tokens of the depths it was trained at, where
-    the text goes on as guessed: in float32, after a prompt, after decodes and after a hit."""
+def test_engine_drafts_match_the_training_model(tmp_path: Path) -> None:
+    """Each draft of three tokens has the most likely tokens of the trained depths, if the text
+    continues with the draft. This holds after a prompt, after decode steps and after a hit."""
     torch.manual_seed(4)
     model = Model(TINY)
     for name, weight in model.named_parameters():
@@ -179,13 +180,13 @@ def test_the_engine_drafts_what_the_training_model_chains(tmp_path: Path) -> Non
     train_builtin.export(model, tmp_path, {}, TINY | {"dtype": "float32"})
     config = engine_config(model=str(tmp_path), device="cpu", cache_gib=0.02, draft="mtp:3")
     engine = Engine(config)
-    asked: list[tuple[list[int], list[int]]] = []
+    proposals: list[tuple[list[int], list[int]]] = []
     propose = HeadDrafter.propose
 
     def spy(self: HeadDrafter, wanted: Any) -> Any:
         found = propose(self, [(request, 3) for request, _ in wanted])
         for (request, _), tokens in zip(wanted, found, strict=True):
-            asked.append((request.tokens.tolist(), tokens.tolist()))
+            proposals.append((request.tokens.tolist(), tokens.tolist()))
         return [tokens[:most] for tokens, (_, most) in zip(found, wanted, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -196,9 +197,9 @@ def test_the_engine_drafts_what_the_training_model_chains(tmp_path: Path) -> Non
         params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
         outputs = [engine.generate([prompt], params)[0] for prompt in prompts]
     assert [output.cached_len for output in outputs] == [0, 0, 64]
-    assert len(asked) > 9
-    for tokens, guesses in asked:
+    assert len(proposals) > 9
+    for tokens, draft in proposals:
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens + guesses]), 3)
-        chained = [int(logits[d][0, len(tokens) - 2].argmax()) for d in (1, 2, 3)]
-        assert guesses == chained
+            logits = model(torch.tensor([tokens + draft]), 3)
+        expected = [int(logits[d][0, len(tokens) - 2].argmax()) for d in (1, 2, 3)]
+        assert draft == expected

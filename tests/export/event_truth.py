@@ -1,5 +1,4 @@
-"""What subscribers must know, read from the tree itself; and a subscriber to blocks that believes
-nothing unseen."""
+"""Expected contents of event streams, computed from the tree, and a checking block subscriber."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from hybridcache.hybrid import HybridRadixCache
 
 
 class BlockFollower:
-    """A sink for ``BlockEvents``: every hash is recomputed, nothing is stored twice, nothing goes
-    that was not there."""
+    """Sink for ``BlockEvents`` that checks every hash, and that no block is stored twice or removed
+    before it was stored."""
 
     def __init__(self) -> None:
         self.blocks: set[int] = set()
@@ -40,8 +39,10 @@ class BlockFollower:
 
 
 def blocks_of(cache: HybridRadixCache, block_size: int) -> tuple[set[int], set[tuple[int, int]]]:
-    """(hashes of all resident blocks, (position, hash) of all checkpoints), each hashed from the
-    root anew."""
+    """Return the hashes of all resident blocks, and (position, hash) of all checkpoints.
+
+    Each hash is computed from the root.
+    """
     blocks, states = set(), set()
     for node in cache._tree.nodes():
         if node.kv is None:

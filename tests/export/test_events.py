@@ -1,4 +1,4 @@
-"""Events: a subscriber that hears everything knows everything."""
+"""Tests of cache events: a subscriber can reconstruct the contents of the cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def play(cache, num_requests, seed=0, step=1):
 
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("form", ["json", "msgpack"])
-def test_a_mirror_equals_the_tree_and_answers_like_it(page_size, form):
+def test_mirror_equals_the_tree_and_gives_the_same_matches(page_size, form):
     if form == "msgpack":
         pytest.importorskip("msgpack")
     cache = hybrid(num_kv_tokens=960, page_size=page_size)
@@ -70,7 +70,7 @@ def test_a_mirror_equals_the_tree_and_answers_like_it(page_size, form):
     assert mirror.segments() == set()
 
 
-def test_a_late_subscriber_is_told_of_what_is_there():
+def test_late_subscriber_receives_the_current_contents():
     cache = hybrid()
     play(cache, 30)
     mirror = Mirror(page_size=1)
@@ -80,7 +80,7 @@ def test_a_late_subscriber_is_told_of_what_is_there():
     assert mirror.segments() == segments_of(cache._tree.nodes())
 
 
-def test_a_lost_event_is_noticed():
+def test_lost_event_is_detected():
     cache, sent = hybrid(), []
     cache.subscribe(EventStream(sent.append))
     serve(cache, ids("shared", "one"), [9])
@@ -95,7 +95,7 @@ def test_a_lost_event_is_noticed():
                 mirror.apply(event)
 
 
-def test_a_mirror_refuses_what_can_not_follow():
+def test_mirror_rejects_impossible_events():
     stored = KVStored(0, None, None, 0, (1, 2, 3))
     known = [stored, CheckpointStored(0, 3, ""), KVStored(1, 0, None, 3, (4,))]
     impossible = [
@@ -123,7 +123,7 @@ def test_a_mirror_refuses_what_can_not_follow():
         assert mirror.segments() == before
 
 
-def test_a_checkpoint_whose_end_was_not_told_is_noticed_when_its_kv_goes():
+def test_lost_checkpoint_removal_is_detected_when_its_kv_is_removed():
     cache, sent = hybrid(), []
     cache.subscribe(EventStream(sent.append))
     serve(cache, ids("abcd"), [2, 4])
@@ -135,7 +135,7 @@ def test_a_checkpoint_whose_end_was_not_told_is_noticed_when_its_kv_goes():
                 mirror.apply(event)
 
 
-def test_a_batch_lost_on_the_way_is_noticed_by_the_next_one():
+def test_lost_batch_is_detected_by_the_next_one():
     cache, batches, mirror = hybrid(), Batches(), Mirror(page_size=1)
     cache.subscribe(EventStream(batches))
     mirror.apply_batch(*decode(batches.take()))
@@ -146,13 +146,13 @@ def test_a_batch_lost_on_the_way_is_noticed_by_the_next_one():
     for _ in range(2):
         with pytest.raises(EventsLost, match="batch 2 of events arrived, but 1 was expected"):
             mirror.apply_batch(*late)
-    anew, follower = Batches(), Mirror(page_size=1)
-    cache.subscribe(EventStream(anew))
-    follower.apply_batch(*decode(anew.take()))
+    new_batches, follower = Batches(), Mirror(page_size=1)
+    cache.subscribe(EventStream(new_batches))
+    follower.apply_batch(*decode(new_batches.take()))
     assert follower.segments() == segments_of(cache._tree.nodes())
 
 
-def test_every_subscriber_is_told_until_it_leaves():
+def test_each_subscriber_receives_events_until_it_unsubscribes():
     cache, mirrors = hybrid(), [Mirror(page_size=1) for _ in range(3)]
     streams = [EventStream(mirror.apply) for mirror in mirrors]
     for number, stream in enumerate(streams):
@@ -173,7 +173,7 @@ def test_every_subscriber_is_told_until_it_leaves():
 
 
 @pytest.mark.parametrize("kind", ["none", "radix", "hybrid"])
-def test_every_cache_can_be_subscribed_to(kind):
+def test_each_kind_of_cache_accepts_subscribers(kind):
     cache = build_prefix_cache(CacheConfig(prefix_cache=kind, num_kv_tokens=100, num_slots=2))
     mirror = Mirror(page_size=1)
     stream = EventStream(mirror.apply)
@@ -184,7 +184,7 @@ def test_every_cache_can_be_subscribed_to(kind):
     cache.unsubscribe(stream)
 
 
-def test_a_segment_is_told_without_a_walk_to_the_root():
+def test_event_of_a_segment_needs_no_walk_to_the_root():
     cache, mirror = hybrid(num_kv_tokens=4000), Mirror(page_size=1)
     cache.subscribe(EventStream(mirror.apply))
     tokens, rows = ids(range(1000)), cache.allocate_kv(1000)
@@ -193,13 +193,13 @@ def test_a_segment_is_told_without_a_walk_to_the_root():
     node = cache.insert(
         tokens[:999], rows[:999], (), "tenant", 998, after=cache.lock(node).node
     ).node
-    root.key = "nobody looks here"
+    root.key = "must not be read"
     cache.insert(tokens, rows, (), "tenant", 999, after=cache.lock(node).node)
     root.key = "tenant"
     assert mirror.match(tokens, "tenant").kv_match_len == 1000
 
 
-def test_namespaces_that_look_alike_stay_apart_and_equal_ones_together():
+def test_namespaces_with_similar_text_are_different():
     cache, batches = hybrid(num_slots=20), Batches()
     cache.subscribe(EventStream(batches))
     tenants = [
@@ -231,7 +231,7 @@ def test_namespaces_that_look_alike_stay_apart_and_equal_ones_together():
 
 
 @pytest.mark.parametrize("namespace", ["x" * 10_000, "\ud800", 2**70, -(2**63), ("a", (1, None))])
-def test_both_encodings_carry_the_same_namespaces(namespace):
+def test_both_encodings_preserve_namespaces(namespace):
     pytest.importorskip("msgpack")
     cache, sent = hybrid(), []
     cache.subscribe(EventStream(sent.append))
@@ -241,7 +241,7 @@ def test_both_encodings_carry_the_same_namespaces(namespace):
 
 
 @pytest.mark.parametrize("event", [CheckpointStored(0, 1, "\ud800"), KVRemoved(2**70)])
-def test_both_encodings_refuse_what_one_can_not_carry(event):
+def test_both_encodings_reject_values_that_one_does_not_support(event):
     pytest.importorskip("msgpack")
     for form in ("json", "msgpack"):
         with pytest.raises(ValueError, match="cannot be encoded"):
@@ -267,7 +267,7 @@ def test_both_encodings_refuse_what_one_can_not_carry(event):
         b'[0,[["CheckpointStored",1,2,3]]]',
     ],
 )
-def test_what_is_no_batch_is_refused(batch):
+def test_invalid_batches_are_rejected(batch):
     pytest.importorskip("msgpack")
     for form in ("json", "msgpack"):
         with pytest.raises(ValueError, match="not a batch of events"):
@@ -287,7 +287,7 @@ def test_what_is_no_batch_is_refused(batch):
         CheckpointStored([1], 2, ""),
     ],
 )
-def test_a_mirror_refuses_what_no_stream_sends(event):
+def test_mirror_rejects_malformed_events(event):
     mirror = Mirror(page_size=2)
     with pytest.raises(EventsLost, match="was lost before"):
         mirror.apply_batch(0, [event])
@@ -295,36 +295,36 @@ def test_a_mirror_refuses_what_no_stream_sends(event):
 
 
 class Seven(IntEnum):
-    """A subclass of int."""
+    """Subclass of int."""
 
     ONE = 7
 
 
 @pytest.mark.parametrize("equals", [("a", np.str_("a")), (b"a", np.bytes_(b"a")), (7, Seven.ONE)])
-def test_a_mirror_finds_namespaces_that_are_equal_however_they_are_written(equals):
+def test_mirror_finds_equal_namespaces_of_different_types(equals):
     prompt = ids([1, 2, 3, 4])
     for stored in equals:
         cache, mirror = hybrid(), Mirror(page_size=1)
         cache.subscribe(EventStream(mirror.apply))
         serve(cache, prompt, [3], stored)
-        for asked in equals:
-            assert stored == asked
-            match = cache.match(prompt, asked)
-            assert mirror.match(prompt, asked) == (match.cached_len, match.kv_match_len) == (3, 4)
+        for equal in equals:
+            assert stored == equal
+            match = cache.match(prompt, equal)
+            assert mirror.match(prompt, equal) == (match.cached_len, match.kv_match_len) == (3, 4)
     assert len({write_namespace(equal) for equal in equals}) == 1
 
 
 @pytest.mark.parametrize("other", [True, 1.0, np.float64(1), np.int64(1), 1 + 0j, Decimal(1)])
 @pytest.mark.parametrize("wrap", [lambda one: one, lambda one: ("a", (one,))])
-def test_what_only_equals_a_namespace_is_refused_by_all_that_would_share_it(other, wrap):
-    """1 == True == 1.0: no verb may take one tenant's name for another's."""
+def test_values_that_only_compare_equal_to_a_namespace_are_rejected(other, wrap):
+    """Since 1 == True == 1.0, a method could otherwise confuse the namespaces of two tenants."""
     prompt, one, other = ids([1, 2, 3, 4]), wrap(1), wrap(other)
     assert one == other
     cache, mirror = hybrid(), Mirror(page_size=1)
     cache.subscribe(EventStream(mirror.apply))
     serve(cache, prompt, [3], one)
     rows = cache.allocate_kv(4)
-    for verb in (
+    for method in (
         lambda: cache.match(prompt, other),
         lambda: cache.continuation(prompt[:2], 2, other),
         lambda: cache.lock_kv(prompt, other),
@@ -332,11 +332,11 @@ def test_what_only_equals_a_namespace_is_refused_by_all_that_would_share_it(othe
         lambda: mirror.match(prompt, other),
     ):
         with pytest.raises(ValueError, match="use None, a str, bytes, an int, or a tuple of these"):
-            verb()
+            method()
     cache.check(held_tokens=4, held_slots=0)
 
 
-def test_unknown_forms_are_refused():
+def test_unknown_encodings_are_rejected():
     with pytest.raises(ValueError, match="json or msgpack"):
         encode(0, [], "xml")
     with pytest.raises(ValueError, match="json or msgpack"):
@@ -347,7 +347,7 @@ def test_unknown_forms_are_refused():
 
 @pytest.mark.full("16")
 @pytest.mark.parametrize("block_size", [1, 16, 64])
-def test_blocks_are_exactly_the_resident_prefixes_at_multiples_of_the_block(block_size):
+def test_blocks_are_the_resident_prefixes_at_multiples_of_the_block(block_size):
     cache, follower = hybrid(), BlockFollower()
     cache.subscribe(EventStream(BlockEvents(block_size, follower)))
     play(cache, 150)
@@ -355,21 +355,21 @@ def test_blocks_are_exactly_the_resident_prefixes_at_multiples_of_the_block(bloc
     assert follower.blocks and follower.states
 
 
-def test_a_block_in_which_two_prompts_part_only_later_is_told_once_and_goes_with_the_last():
+def test_shared_block_is_stored_once_and_removed_with_its_last_prompt():
     cache, follower = hybrid(page_size=64), BlockFollower()
     cache.subscribe(EventStream(BlockEvents(16, follower)))
     shared = range(100)
-    for word in ("one", "two"):
-        serve(cache, ids(shared, word * 40), [64, 128, 192])
+    for suffix in ("one", "two"):
+        serve(cache, ids(shared, suffix * 40), [64, 128, 192])
     assert (follower.blocks, follower.states) == blocks_of(cache, 16)
-    assert len(follower.blocks) == 12 + 6, "two whole chains of 12, of which 6 blocks are the same"
+    assert len(follower.blocks) == 12 + 6, "two chains of 12 blocks share 6"
     while cache.evict(num_tokens=1).num_tokens:
         assert (follower.blocks, follower.states) == blocks_of(cache, 16)
     assert not follower.blocks and not follower.states
 
 
-def test_a_mirror_of_an_attention_only_cache_answers_where_it_resumes() -> None:
-    """Cold it would look, were only checkpoints places to resume from."""
+def test_mirror_of_an_attention_only_cache_matches_at_the_grid() -> None:
+    """A mirror that resumed only from checkpoints would find nothing here."""
     cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=4))
     mirror = Mirror(page_size=1, kv_grid=4)
     cache.subscribe(EventStream(mirror.apply))

@@ -1,5 +1,4 @@
-"""State machine: whoever follows a cache by its events, or loads its snapshots, knows at every
-moment what it holds."""
+"""State machine: event subscribers and loaded snapshots always have the contents of the cache."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from tests.cache.serving import hybrid
 from tests.export.event_truth import BlockFollower, blocks_of
 
-KNOWN = st.integers(0, 1000)
-KEPT = st.integers(0, 20)
+INDEX = st.integers(0, 1000)
+PREFIX_LEN = st.integers(0, 20)
 SPACES = st.sampled_from((None, ("a", 1), "('a', 1)", 2**70, "\ud800"))
 MORE = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 
 
 class EventsMachine(RuleBasedStateMachine):
-    """One cache, its subscribers, and copies of it that come and go."""
+    """One cache, its subscribers, and copies made from snapshots."""
 
     @initialize(
         page_size=st.sampled_from([1, 3]),
@@ -51,7 +50,7 @@ class EventsMachine(RuleBasedStateMachine):
         self.watch()
 
     def watch(self):
-        """Subscribe everybody anew: what the cache holds comes first."""
+        """Create all subscribers. They first receive the current contents."""
         self.mirror, self.remote = (Mirror(self.options["page_size"]) for _ in range(2))
         self.batches, self.blocks = Batches(self.form), BlockFollower()
         sinks = (self.mirror.apply, self.batches, BlockEvents(4, self.blocks))
@@ -59,13 +58,16 @@ class EventsMachine(RuleBasedStateMachine):
         for stream in self.streams:
             self.cache.subscribe(stream)
 
-    @rule(begun=st.lists(st.tuples(KNOWN, KEPT, MORE), min_size=1, max_size=6), namespace=SPACES)
-    def requests(self, begun, namespace):
-        """Prompts that begin as earlier ones of their namespace did, and go on by themselves."""
+    @rule(
+        prompts=st.lists(st.tuples(INDEX, PREFIX_LEN, MORE), min_size=1, max_size=6),
+        namespace=SPACES,
+    )
+    def requests(self, prompts, namespace):
+        """Serve prompts that share a prefix with earlier ones of their namespace."""
         earlier = self.prompts.setdefault(namespace, [np.empty(0, np.int32)])
-        for known, kept, more in begun:
+        for index, prefix_len, more in prompts:
             tokens = np.concatenate(
-                [earlier[known % len(earlier)][:kept], np.array(more, np.int32)]
+                [earlier[index % len(earlier)][:prefix_len], np.array(more, np.int32)]
             )
             earlier.append(tokens)
             self.serve(tokens, namespace)
@@ -94,10 +96,10 @@ class EventsMachine(RuleBasedStateMachine):
                 self.cache.free_slot(slot)
         self.cache.unlock(receipt)
 
-    @rule(known=KNOWN, namespace=SPACES)
-    def lock(self, known, namespace):
+    @rule(index=INDEX, namespace=SPACES)
+    def lock(self, index, namespace):
         earlier = self.prompts.get(namespace, [np.empty(0, np.int32)])
-        match = self.cache.match(earlier[known % len(earlier)], namespace)
+        match = self.cache.match(earlier[index % len(earlier)], namespace)
         self.receipts.append(self.cache.lock(match.node))
 
     @precondition(lambda self: self.receipts)
@@ -116,19 +118,19 @@ class EventsMachine(RuleBasedStateMachine):
 
     @rule()
     def deliver(self):
-        """The wire brings what has gathered."""
+        """Deliver the collected batches."""
         self.remote.apply_batch(*decode(self.batches.take(), self.form))
         assert self.remote.segments() == segments_of(self.cache._tree.nodes())
 
     @rule()
-    def leave_and_come_again(self):
+    def resubscribe(self):
         for stream in self.streams:
             self.cache.unsubscribe(stream)
         self.watch()
 
     @rule(moves=st.booleans())
     def copy(self, moves):
-        """Save, load into a cache that is watched, and perhaps go on with the copy."""
+        """Save, load into a cache with subscribers, and continue with the copy if ``moves``."""
         path = self.folder / "saved"
         save_snapshot(self.cache, path)
         loaded, mirror, blocks = (
@@ -154,7 +156,7 @@ class EventsMachine(RuleBasedStateMachine):
             self.watch()
 
     @invariant()
-    def everybody_knows(self):
+    def subscribers_are_up_to_date(self):
         if hasattr(self, "cache"):
             self.cache.check(held_tokens=0, held_slots=0)
             assert self.mirror.segments() == segments_of(self.cache._tree.nodes())

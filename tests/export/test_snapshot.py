@@ -1,4 +1,4 @@
-"""Snapshots: a loaded cache is the saved one, and goes on like it."""
+"""Tests of snapshots: a loaded cache equals the saved one and continues in the same way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fill(cache, seed, num_requests, step):
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_a_loaded_cache_goes_on_exactly_like_the_saved_one(tmp_path, page_size):
+def test_loaded_cache_continues_exactly_as_the_saved_one(tmp_path, page_size):
     options = {"num_kv_tokens": 800, "page_size": page_size, "ghost_bytes": 20_000}
     cache, loaded = hybrid(**options), hybrid(**options)
     fill(cache, 1, 80, page_size)
@@ -43,7 +43,7 @@ def test_a_loaded_cache_goes_on_exactly_like_the_saved_one(tmp_path, page_size):
     assert sorted(loaded.render().splitlines()) == sorted(cache.render().splitlines())
 
 
-def test_an_empty_cache_can_be_saved(tmp_path):
+def test_empty_cache_can_be_saved(tmp_path):
     save_snapshot(hybrid(), tmp_path / "cache.npz")
     loaded = hybrid()
     load_snapshot(loaded, tmp_path / "cache.npz")
@@ -51,7 +51,7 @@ def test_an_empty_cache_can_be_saved(tmp_path):
     assert loaded.num_nodes == 0
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_snapshot_that_does_not_fit_is_rejected(tmp_path):
     cache = hybrid()
     serve(cache, ids("hello"), [5])
     save_snapshot(cache, tmp_path / "cache.npz")
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A snapshot with two namespaces, a fork, a tombstone and ghosts."""
+    """Path of a snapshot with several namespaces, a fork, a tombstone and ghosts."""
     cache = hybrid(page_size=2, ghost_bytes=10_000)
     serve(cache, ids("system", "hello!"), [6, 12])
     serve(cache, ids("system", "world!"), [12])
@@ -80,7 +80,7 @@ def saved(tmp_path):
     return tmp_path / "saved"
 
 
-def test_a_snapshot_is_loaded_from_the_very_path_it_was_saved_to(tmp_path, monkeypatch):
+def test_snapshot_path_is_used_without_a_suffix(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache, loaded = hybrid(), hybrid()
     serve(cache, ids("hello"), [5])
@@ -91,7 +91,7 @@ def test_a_snapshot_is_loaded_from_the_very_path_it_was_saved_to(tmp_path, monke
     assert loaded.render() == cache.render()
 
 
-def test_a_subscriber_is_told_of_all_that_is_loaded(saved):
+def test_subscriber_receives_events_of_a_load(saved):
     loaded = hybrid(page_size=2, ghost_bytes=10_000)
     mirror = Mirror(page_size=2)
     loaded.subscribe(EventStream(mirror.apply))
@@ -106,7 +106,7 @@ def test_a_subscriber_is_told_of_all_that_is_loaded(saved):
     assert mirror.segments() == set()
 
 
-def test_what_comes_less_what_goes_is_what_is_there_after_a_load(saved):
+def test_insertions_minus_evictions_equal_contents_after_a_load(saved):
     loaded = hybrid(page_size=2, ghost_bytes=10_000)
     load_snapshot(loaded, saved)
     for _ in range(2):
@@ -117,13 +117,13 @@ def test_what_comes_less_what_goes_is_what_is_there_after_a_load(saved):
     assert loaded.num_checkpoints > 0
 
 
-def test_a_cache_that_was_emptied_goes_on_counting_after_a_load(saved):
+def test_serials_and_times_continue_after_reset_and_load(saved):
     loaded = hybrid(page_size=2, ghost_bytes=10_000)
-    ids_told, mirror = [], Mirror(page_size=2)
-    loaded.subscribe(EventStream(lambda event: (ids_told.append(event), mirror.apply(event))))
+    events, mirror = [], Mirror(page_size=2)
+    loaded.subscribe(EventStream(lambda event: (events.append(event), mirror.apply(event))))
     serve(loaded, ids("before"), [6])
     loaded.reset()
-    before = {event.id for event in ids_told}
+    before = {event.id for event in events}
     now = loaded._residency.now
     load_snapshot(loaded, saved)
     loaded.check(held_tokens=0, held_slots=0)
@@ -133,7 +133,7 @@ def test_a_cache_that_was_emptied_goes_on_counting_after_a_load(saved):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"num_slots": 2}, "does not fit into this cache: 6 slots"),
         (
@@ -143,20 +143,20 @@ def test_a_cache_that_was_emptied_goes_on_counting_after_a_load(saved):
         ({"prefix_cache": "radix"}, "which this cache cannot store"),
     ],
 )
-def test_a_load_that_is_refused_takes_nothing(saved, options, words):
+def test_rejected_load_allocates_nothing(saved, options, message):
     config = {"num_kv_tokens": 1000, "num_slots": 10, "grid": 1, "page_size": 2}
     loaded = build_prefix_cache(CacheConfig(**(config | options)))
     mirror = Mirror(page_size=2)
     loaded.subscribe(EventStream(mirror.apply))
     free = loaded.free_tokens, loaded.free_slots
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_snapshot(loaded, saved)
     assert (loaded.free_tokens, loaded.free_slots) == free
     assert loaded.num_nodes == loaded.cached_tokens == 0 and mirror.segments() == set()
     loaded.check(held_tokens=0, held_slots=0)
 
 
-def test_what_is_no_snapshot_is_refused_in_one_sentence(tmp_path, saved):
+def test_file_that_is_not_a_snapshot_is_rejected(tmp_path, saved):
     text, array, archive, cut = (tmp_path / name for name in ("text", "a.npy", "b.npz", "cut"))
     text.write_text("a shopping list")
     np.save(array, np.arange(3))
@@ -170,6 +170,7 @@ def test_what_is_no_snapshot_is_refused_in_one_sentence(tmp_path, saved):
 
 
 def damaged(saved, change):
+    """Write a copy of the snapshot after ``change(header, arrays)``, and return its path."""
     with np.load(saved) as archive:
         arrays = {name: archive[name].copy() for name in archive.files}
     header = json.loads(str(arrays["header"]))
@@ -181,11 +182,12 @@ def damaged(saved, change):
 
 
 def put(name, index, value):
+    """Return a change for ``damaged`` that sets an item of an array."""
     return lambda header, arrays: arrays[name].__setitem__(index, value)
 
 
 @pytest.mark.parametrize("name", ["parent", "end", "tokens", "rows", "kv", "slot", "lost", "ghost"])
-def test_a_snapshot_that_lacks_an_array_or_a_part_of_one_is_refused(saved, name):
+def test_snapshot_with_an_incomplete_array_is_rejected(saved, name):
     with pytest.raises(ValueError, match=f"damaged snapshot: it lacks {name}"):
         load_snapshot(hybrid(page_size=2), damaged(saved, lambda _, arrays: arrays.pop(name)))
     shorter = damaged(saved, lambda _, arrays: arrays.update({name: arrays[name][:-1]}))
@@ -197,7 +199,7 @@ def test_a_snapshot_that_lacks_an_array_or_a_part_of_one_is_refused(saved, name)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda header, _: header.update(form="another"), "of this version"),
         (lambda header, _: header.pop("labels"), "labels"),
@@ -215,15 +217,15 @@ def test_a_snapshot_that_lacks_an_array_or_a_part_of_one_is_refused(saved, name)
         (put("ghost", slice(None), -1), "not in one order"),
     ],
 )
-def test_a_snapshot_that_contradicts_itself_is_refused(saved, change, words):
+def test_inconsistent_snapshot_is_rejected(saved, change, message):
     loaded = hybrid(page_size=2, ghost_bytes=10_000)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_snapshot(loaded, damaged(saved, change))
     assert loaded.num_nodes == 0
     loaded.check(held_tokens=0, held_slots=0)
 
 
-def test_two_children_that_begin_the_same_are_refused(saved):
+def test_children_with_equal_first_tokens_are_rejected(saved):
     def change(_, arrays):
         arrays["tokens"][:] = 7
 

@@ -1,5 +1,5 @@
-"""Snapshots from elsewhere: refused and the cache as it was, or loaded and sound. Never half, never
-more memory than allowed."""
+"""Tests of manipulated snapshots: a file is either rejected without any change of the cache, or
+loaded completely and consistently, within the memory limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.export.test_snapshot import damaged, put, saved  # noqa: F401
 
 @pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(8))
-def test_changed_files_are_refused_or_sound(seed):
+def test_changed_files_are_rejected_or_load_correctly(seed):
     outcomes = attack(1000 * seed, num_caches=3, num_files=30)
     assert outcomes["refused"] > 30 and sum(outcomes.values()) == 90
 
@@ -34,7 +34,7 @@ def lose_a_state_twice(header, arrays):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda header, _: header.pop("now"), "now"),
         (put_header(now="soon"), "now is soon"),
@@ -60,16 +60,16 @@ def lose_a_state_twice(header, arrays):
         (lambda _, a: a.update(tokens=a["tokens"].astype(np.int64) + 2**32), "tokens are not all"),
     ],
 )
-def test_what_no_cache_writes_is_refused(saved, change, words):  # noqa: F811
+def test_values_that_no_cache_writes_are_rejected(saved, change, message):  # noqa: F811
     loaded = hybrid(page_size=2, ghost_bytes=10_000)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_snapshot(loaded, damaged(saved, change))
     assert loaded.num_nodes == 0 and loaded._residency.now == 0
     loaded.check(held_tokens=0, held_slots=0)
 
 
 def archive_with(saved, path, **members):  # noqa: F811
-    """``saved`` with members, raw bytes of .npy files, put in the place of its own."""
+    """Write a copy of ``saved`` with members (raw bytes of .npy files) replaced or added."""
     with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for name in {*old.namelist(), *members}:
             new.writestr(name, members.get(name) or old.read(name))
@@ -81,23 +81,23 @@ def npy(array):
     return file.getvalue()
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(saved, monkeypatch):  # noqa: F811
+def test_decompression_bomb_is_rejected_before_it_is_unpacked(saved, monkeypatch):  # noqa: F811
     path = saved.parent / "bomb"
     archive_with(saved, path, **{"tokens.npy": npy(np.zeros(1 << 20, np.int64))})
     monkeypatch.setattr(snapshot_file, "MAX_BYTES", 1 << 20)
-    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("the file was unpacked"))
     with pytest.raises(ValueError, match="unpacks to more than 1,048,576 bytes"):
         snapshot_file.read_snapshot(path, 1 << 20)
 
 
-def test_an_array_nobody_asks_for_is_refused(saved):  # noqa: F811
+def test_unknown_array_is_rejected(saved):  # noqa: F811
     path = saved.parent / "more"
     archive_with(saved, path, **{"more.npy": npy(np.zeros(8))})
     with pytest.raises(ValueError, match="is not a cache snapshot"):
         load_snapshot(hybrid(page_size=2), path)
 
 
-def test_an_array_that_says_it_is_longer_is_not_allocated(saved):  # noqa: F811
+def test_array_with_a_false_length_is_not_allocated(saved):  # noqa: F811
     raw = npy(np.zeros(8, np.int64)).replace(b"(8,), }", b"(8" + b"0" * 9 + b",), }")
     raw = raw.replace(b" " * 9 + b"\n", b"\n")
     path = saved.parent / "long"
@@ -109,8 +109,8 @@ def test_an_array_that_says_it_is_longer_is_not_allocated(saved):  # noqa: F811
 @pytest.mark.parametrize(
     "eviction", ["arc", "class-age", "survival", "lhd", "w-tinylfu", "s3-fifo"]
 )
-def test_a_loaded_tombstone_can_be_missed_under_every_policy(tmp_path, eviction):
-    """A policy of this process has never seen it: it has no ``memo``."""
+def test_loaded_tombstone_can_be_missed_with_any_policy(tmp_path, eviction):
+    """The policy has not seen the tombstone before, so it has no ``memo``."""
 
     def make():
         config = CacheConfig(
@@ -130,13 +130,13 @@ def test_a_loaded_tombstone_can_be_missed_under_every_policy(tmp_path, eviction)
     loaded.check()
 
 
-def test_a_cache_that_keeps_nothing_says_so(tmp_path):
+def test_caches_without_tree_and_negative_tokens_cannot_be_saved(tmp_path):
     cache = build_prefix_cache(CacheConfig(prefix_cache="none", num_kv_tokens=100))
-    for verb in (save_snapshot, load_snapshot):
+    for function in (save_snapshot, load_snapshot):
         with pytest.raises(ValueError, match="NullCache has no tree"):
-            verb(cache, tmp_path / "saved")
-    below = hybrid()
-    serve(below, ids([-1, 5, 6]), [3])
+            function(cache, tmp_path / "saved")
+    negative = hybrid()
+    serve(negative, ids([-1, 5, 6]), [3])
     with pytest.raises(ValueError, match="a token below 0"):
-        save_snapshot(below, tmp_path / "saved")
+        save_snapshot(negative, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

@@ -1,5 +1,7 @@
-"""SGLang's published package, where it is installed, and a caller of its caches: theirs and ours. A
-test that imports this without it is skipped."""
+"""Caller of prefix caches inside SGLang: SGLang's own and ours.
+
+Tests that import this module are skipped if SGLang is not installed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ PATH = list(range(1, 13))
 
 
 class Caller:
-    """A cache and its pools, with the calls that a scheduler makes."""
+    """Cache and pools, with the calls that SGLang's scheduler makes."""
 
     def __init__(self, core: str, num_kv_tokens: int = 100, num_slots: int = 8, **pools):
         self.core = core
@@ -38,7 +40,7 @@ class Caller:
         self.slots = self.requests.mamba_allocator if num_slots else None
 
     def insert(self, tokens, owned: int = 0, extra_key=None):
-        """Publish ``tokens`` with rows and a state of the caller's."""
+        """Publish ``tokens`` with newly allocated rows and a state."""
         tokens = list(tokens)
         rows = self.rows.alloc(len(tokens))
         slot = None if self.slots is None else self.slots.alloc(1)
@@ -58,7 +60,7 @@ class Caller:
         return result
 
     def match(self, tokens, extra_key=None):
-        """(cached length, node): all of ``tokens`` may be reused."""
+        """Return (cached length, node). All of ``tokens`` may be reused."""
         key = RadixKey(array("q", tokens), extra_key)
         found = self.cache.match_prefix(MatchPrefixParams(key=key))
         return found.device_prefix_len, found.last_device_node
@@ -71,7 +73,7 @@ class Caller:
         return result.num_tokens_evicted, result.mamba_num_evicted
 
     def check(self):
-        """SGLang's invariant, of rows and of states, where no request holds any."""
+        """Check SGLang's invariant for rows and states, if no request holds any."""
         cache = self.cache
         cache.sanity_check()
         free = self.rows.available_size()

@@ -1,5 +1,5 @@
-"""SGLang on our cache: a request's life at the interface, what routers are told, how it is built,
-and its scheduler. ``make sglang`` installs it and runs these."""
+"""Tests of SGLang with our cache: requests at the interface, router events, construction, and the
+scheduler. ``make sglang`` installs SGLang and runs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.export.sglang.caller import CORES, PATH, Caller  # it skips, or makes SGLang importable
+from tests.export.sglang.caller import CORES, PATH, Caller  # skips, or makes SGLang importable
 
 # isort: split
 
@@ -39,7 +39,7 @@ def make_request(rid, tokens):
 
 
 def serve(caller, rid, tokens, output=(), track=None):
-    """A request's life at the interface; the tokens it was spared."""
+    """Run one request through the cache interface and return its cached length."""
     cache, req = caller.cache, make_request(rid, tokens)
     req.init_next_round_input(cache)
     hit, req.lock = req.prefix_len, cache.lock(req.last_node)
@@ -65,7 +65,7 @@ def serve(caller, rid, tokens, output=(), track=None):
 
 
 @pytest.mark.parametrize("core", ["hybridcache", "python"])
-def test_cache_unfinished_and_finished_req(core):
+def test_unfinished_and_finished_requests_are_cached(core):
     caller = Caller(core)
     assert serve(caller, "a", PATH, [20, 21, 22]) == 0
     assert serve(caller, "b", [*PATH, 50]) == 12, "the prompt's end"
@@ -75,21 +75,21 @@ def test_cache_unfinished_and_finished_req(core):
 
 
 @pytest.mark.parametrize("core", ["hybridcache", "python"])
-def test_the_branching_kit_three_prompts_with_one_beginning(core):
-    """Cached tokens 0, 0, 256: the fork gets its state when it is seen the second time."""
+def test_three_prompts_with_one_prefix_have_the_hits_of_sglangs_test(core):
+    """Cached tokens are 0, 0, 256: the second prompt saves a state at the fork."""
     caller = Caller(core, 4000, 20, extra_buffer=True)
-    spared = []
+    hits = []
     for tail in range(3):
         tokens = [*range(257), *[1000 + tail] * 100]
         req = make_request("probe", tokens)
         req.init_next_round_input(caller.cache, cow_mamba=False)
         track = req.mamba_branching_seqlen
-        spared.append(serve(caller, str(tail), tokens, track=track or 320))
-    assert spared == [0, 0, 256]
+        hits.append(serve(caller, str(tail), tokens, track=track or 320))
+    assert hits == [0, 0, 256]
     caller.check()
 
 
-def test_a_request_is_counted_once_however_often_it_was_matched():
+def test_request_is_counted_once_despite_repeated_matches():
     caller = Caller("hybridcache")
     serve(caller, "a", PATH)
     for rid in "bc":
@@ -103,7 +103,7 @@ def test_a_request_is_counted_once_however_often_it_was_matched():
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_an_attention_only_model_reuses_any_prefix(core):
+def test_attention_only_model_reuses_any_prefix(core):
     caller = Caller(core, num_slots=0)
     assert not caller.cache.supports_mamba()
     caller.insert(PATH)
@@ -118,15 +118,15 @@ def test_an_attention_only_model_reuses_any_prefix(core):
 
 
 def replayed(events):
-    """(stored, removed) block hashes, in order."""
+    """Return the block hashes of stored and of removed blocks, in order."""
     kinds: dict[type, list[int]] = {BlockStored: [], BlockRemoved: []}
     for event in events:
         kinds[type(event)] += event.block_hashes
     return kinds[BlockStored], kinds[BlockRemoved]
 
 
-def test_kv_events_name_the_same_blocks_as_theirs():
-    """A router that follows both knows the same prefixes, splits and removals included."""
+def test_kv_events_have_the_same_blocks_as_sglangs():
+    """Splits and removals give the same blocks too, so a router needs no change."""
     found = {}
     for core in ("hybridcache", "python"):
         caller = Caller(core, events=True)
@@ -142,8 +142,8 @@ def test_kv_events_name_the_same_blocks_as_theirs():
     assert found["hybridcache"] == found["python"] and len(found["python"]) == 16
 
 
-def test_pipeline_stages_weigh_alike(monkeypatch):
-    """Their layers differ, so each adds up what all of them hold."""
+def test_pipeline_stages_use_the_same_sizes(monkeypatch):
+    """Stages have different layers, so each uses the sum of the sizes of all stages."""
     caller = Caller("hybridcache")
     params = SimpleNamespace(
         token_to_kv_pool_allocator=caller.rows,
@@ -153,24 +153,24 @@ def test_pipeline_stages_weigh_alike(monkeypatch):
     )
     token, state = sizes_in_bytes(params, is_hybrid_ssm=True)
     assert token >= 2 * 4 * 2 and state / token > 2000
-    asked = []
+    groups = []
 
     def all_reduce(sizes, group):
-        asked.append(group)
+        groups.append(group)
         sizes += torch.tensor([100, 1000])
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     params.pp_size = 2
     assert sizes_in_bytes(params, is_hybrid_ssm=True) == (token + 100, state + 1000)
-    assert asked == ["stages"]
+    assert groups == ["stages"]
 
 
-def test_a_disabled_cache_is_sglangs_own(monkeypatch):
-    monkeypatch.setattr(build, "default_radix_cache_factory", lambda ctx: "theirs")
-    assert build.build_backend(SimpleNamespace(disable_radix_cache=True)) == "theirs"
+def test_disabled_radix_cache_uses_sglangs_own(monkeypatch):
+    monkeypatch.setattr(build, "default_radix_cache_factory", lambda ctx: "default")
+    assert build.build_backend(SimpleNamespace(disable_radix_cache=True)) == "default"
 
 
-def test_a_flush_tells_the_router():
+def test_reset_sends_an_event_to_the_router():
     caller = Caller("hybridcache", events=True)
     caller.insert(PATH)
     caller.cache.take_events()
@@ -179,7 +179,8 @@ def test_a_flush_tells_the_router():
 
 
 def soak(*arguments, hash_seed="0"):
-    """What ``soak_sglang`` served, in a process of its own: SGLang's settings are global."""
+    """Return the result of ``soak_sglang`` in a new process, because SGLang's settings are
+    global."""
     command = [sys.executable, "-m", "experiments.system.soak_sglang", "--no-record", *arguments]
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -190,13 +191,13 @@ def soak(*arguments, hash_seed="0"):
 @pytest.mark.parametrize(
     "strategy", ["no_buffer", "extra_buffer", "extra_buffer_lazy", "extra_buffer overlapped"]
 )
-def test_the_scheduler_serves_random_requests_under_pressure(strategy):
-    """Every prefix verified, both systems' invariants after every step."""
+def test_scheduler_serves_random_requests_under_memory_pressure(strategy):
+    """The soak verifies every prefix, and the invariants of both systems after every step."""
     served = soak("--requests", "60", "--strategy", strategy)
     assert served["requests"] + served["aborted"] == 60 and served["cached_tokens"] > 0
 
 
-def test_every_rank_decides_alike():
-    """Whatever order its process has for sets and hashes."""
+def test_decisions_do_not_depend_on_the_hash_seed():
+    """Ranks of tensor parallelism have different hash seeds and must make the same decisions."""
     arguments = ("--requests", "80", "--strategy", "extra_buffer", "--eviction", "regret")
     assert soak(*arguments, hash_seed="1") == soak(*arguments, hash_seed="2")

@@ -1,5 +1,5 @@
-"""The parts that need no SGLang: views of its allocators, keys, states, placement, losses,
-refusals."""
+"""Tests of the SGLang adapter with fakes: allocator views, keys, states, placement, losses and
+unsupported settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hybridcache.export.sglang.views import RowView, SlotView
 
 
 class FakeRows:
-    """As SGLang's token allocator: a tensor of free indices; 0 is padding."""
+    """Fake of SGLang's token allocator: a tensor of free indices. Row 0 is padding."""
 
     page_size, device = 1, "cpu"
 
@@ -60,7 +60,7 @@ class FakeRows:
 
 
 class FakeSlots(FakeRows):
-    """As its state allocator."""
+    """Fake of SGLang's state allocator."""
 
     @property
     def free_slots(self):
@@ -68,7 +68,7 @@ class FakeSlots(FakeRows):
 
 
 class FakePool:
-    """As its request pool: live slots, two tracking slots, and states that can be copied."""
+    """Fake of SGLang's request pool: live slots, two tracking slots, and copies of states."""
 
     mamba_ping_pong_track_buffer_size = 2
 
@@ -104,8 +104,8 @@ class FakePool:
                 self.mamba_allocator.free(buffer[index : index + 1])
 
 
-def world(num_rows=100, num_slots=8, extra_buffer=True):
-    """(cache, rows, slots, states) over fakes."""
+def fake_cache(num_rows=100, num_slots=8, extra_buffer=True):
+    """Return (cache, rows, slots, states) on top of fakes."""
     pool = FakePool(num_slots)
     rows = RowView(FakeRows(num_rows), 1, 8)
     slots = SlotView(pool.mamba_allocator, 64)
@@ -131,7 +131,7 @@ def publish(cache, tokens, with_state=True):
 
 
 def request(states, extra_buffer=True):
-    """A request that holds its slots."""
+    """Return a request that holds its slots."""
     take = states._pool.mamba_allocator.alloc
     kv = SimpleNamespace(
         mamba_pool_idx=take(1)[0],
@@ -147,22 +147,22 @@ def request(states, extra_buffer=True):
     return SimpleNamespace(kv=kv)
 
 
-def test_rows_are_theirs_and_go_back_in_one_call():
-    cache, rows, _, _ = world()
+def test_evicted_rows_are_returned_to_sglang_in_one_call():
+    cache, rows, _, _ = fake_cache()
     for start in range(0, 50, 10):
         publish(cache, range(start, start + 10))
     assert rows.num_taken == 50 and rows._theirs.available_size() == 50
     cache.check(held_tokens=0, held_slots=0)
     cache.evict(num_tokens=25)
-    assert (rows.num_free, rows._theirs.available_size()) == (80, 50), "owed until given back"
+    assert (rows.num_free, rows._theirs.available_size()) == (80, 50), "not yet returned"
     cache.check(held_tokens=0, held_slots=0)
     rows.give_back()
     assert (rows._theirs.available_size(), rows._theirs.num_frees) == (80, 1)
     assert 0 not in rows.free_rows().tolist(), "row 0 is SGLang's padding"
 
 
-def test_a_row_or_slot_that_is_free_twice_is_found():
-    _, rows, slots, _ = world()
+def test_row_or_slot_that_is_free_twice_is_detected():
+    _, rows, slots, _ = fake_cache()
     rows._theirs.free(torch.tensor([5]))
     with pytest.raises(AssertionError, match="twice"):
         rows.check()
@@ -171,41 +171,41 @@ def test_a_row_or_slot_that_is_free_twice_is_found():
         slots.check()
 
 
-def test_an_allocation_takes_what_is_owed_first():
-    cache, rows, _, _ = world(num_rows=20)
+def test_allocation_first_takes_evicted_rows():
+    cache, rows, _, _ = fake_cache(num_rows=20)
     publish(cache, range(20))
     cache.evict(num_tokens=20)
     assert rows._theirs.available_size() == 0 and len(rows.allocate(20)) == 20
     assert rows.allocate(1) is None
 
 
-def test_keys_keep_one_token_back():
+def test_prompt_of_a_key_has_one_token_after_its_limit():
     class Key(SimpleNamespace):
         def __len__(self):
             return min(self.limit, len(self.token_ids))
 
     key = Key(token_ids=array("q", [4, 5, 6]), limit=2)
-    assert prompt_of(key).tolist() == [4, 5, 6], "the prompt's own last token"
+    assert prompt_of(key).tolist() == [4, 5, 6], "the last token of the prompt follows the limit"
     key.limit = 3
     assert prompt_of(key).tolist() == [4, 5, 6, NO_TOKEN]
     key = Key(token_ids=array("q"), limit=0)
     assert prompt_of(key).tolist() == [NO_TOKEN]
 
 
-def test_an_id_that_does_not_fit_ends_what_is_cached():
+def test_token_id_beyond_int32_ends_the_cached_prefix():
     ids = array("q", [1, 2, 2**31, 4])
     assert tokens_of(ids, 4).tolist() == [1, 2]
     assert tokens_of(ids, 2).tolist() == [1, 2]
     assert tokens_of(array("q", [2**31 - 1]), 1).tolist() == [2**31 - 1]
 
 
-def test_adapters_and_salts_share_nothing():
+def test_adapters_and_salts_have_different_namespaces():
     names = [namespace_of(*pair) for pair in ((None, None), ("a", None), (None, "a"), ("", None))]
     assert names[0] is None and len(set(names)) == 4
 
 
-def waiting():
-    """A request that holds no slot yet."""
+def waiting_request():
+    """Return a request that does not hold a slot."""
     kv = SimpleNamespace(
         holds_mamba=False,
         mamba_pool_idx=None,
@@ -216,24 +216,24 @@ def waiting():
 
 
 def resume(cache, states, req, length=12):
-    """(what a prompt of ``length`` tokens found, what it resumes from)."""
+    """Return the match of a prompt of ``length`` tokens, and the match that it resumes from."""
     prompt = np.arange(length, dtype=np.int32)
     found = cache.match(prompt)
     return found, states.resume(cache, req, prompt, found)
 
 
-def test_a_hit_gets_a_slot_of_its_own_to_be_copied_to():
-    cache, _, _, states = world()
+def test_hit_gets_a_new_slot_as_target_of_the_copy():
+    cache, _, _, states = fake_cache()
     node = publish(cache, range(10))
-    req = waiting()
+    req = waiting_request()
     found, resumed = resume(cache, states, req)
     assert resumed is found and resumed.cached_len == 10
     assert int(req.kv.mamba_cow_src_index) == node.checkpoint.slot != int(req.kv.mamba_pool_idx)
     assert req.kv.mamba_needs_clear is False
 
 
-def test_a_request_with_a_slot_of_its_own_keeps_it():
-    cache, _, _, states = world()
+def test_request_with_a_slot_keeps_it():
+    cache, _, _, states = fake_cache()
     publish(cache, range(10))
     req = request(states)
     own = int(req.kv.mamba_pool_idx)
@@ -242,15 +242,15 @@ def test_a_request_with_a_slot_of_its_own_keeps_it():
 
 
 @pytest.mark.parametrize("shallower", [4, None])
-def test_without_a_free_slot_a_hit_resumes_from_the_next_shallower_checkpoint(shallower):
-    """All slots are in use, and the request takes that of the checkpoint it found. Another request
-    is reading the shallower one, so that one stays."""
-    cache, _, slots, states = world(num_slots=3, extra_buffer=False)
+def test_hit_without_free_slot_resumes_from_a_shallower_checkpoint(shallower):
+    """All slots are in use, so the request takes the slot of the matched checkpoint. The shallower
+    checkpoint stays, because another request has locked it."""
+    cache, _, slots, states = fake_cache(num_slots=3, extra_buffer=False)
     other = publish(cache, range(4)) if shallower else None
     receipt = cache.lock(other)
     publish(cache, range(10))
     held = [cache.allocate_slot() for _ in range(slots.num_free)]
-    req = waiting()
+    req = waiting_request()
     found, resumed = resume(cache, states, req)
     assert (found.cached_len, resumed.cached_len) == (10, shallower or 0)
     assert resumed.losses.refused == 10 - (shallower or 0)
@@ -265,34 +265,34 @@ def test_without_a_free_slot_a_hit_resumes_from_the_next_shallower_checkpoint(sh
     cache.check(held_tokens=0, held_slots=len(held) + len(live))
 
 
-def test_where_every_state_is_read_a_hit_starts_from_zero_and_takes_nothing():
-    cache, _, _, states = world(num_slots=1, extra_buffer=False)
+def test_hit_starts_from_zero_if_every_state_is_in_use():
+    cache, _, _, states = fake_cache(num_slots=1, extra_buffer=False)
     receipt = cache.lock(publish(cache, range(10)))
-    req = waiting()
+    req = waiting_request()
     found, resumed = resume(cache, states, req)
     assert (found.cached_len, resumed.cached_len, resumed.losses.refused) == (10, 0, 10)
     assert req.kv.mamba_pool_idx is None and cache.match(np.arange(12, dtype=np.int32)) == found
     cache.unlock(receipt)
 
 
-def test_where_every_state_is_locked_nothing_is_asserted_and_nothing_donated():
-    cache, _, _, states = world(num_slots=4)
+def test_no_state_is_donated_if_every_state_is_locked():
+    cache, _, _, states = fake_cache(num_slots=4)
     req = request(states)
     node = publish(cache, range(10))
     receipt = cache.lock(node)
     assert states.take_slot(cache) is None
     req.kv.mamba_last_track_seqlen = 64
     assert states.offer_running(cache, req, 70) is None
-    assert req.kv.mamba_last_track_seqlen == 64, "it can still be given when the request ends"
+    assert req.kv.mamba_last_track_seqlen == 64, "the state can still be offered at the end"
     cache.unlock(receipt)
-    assert states.offer_running(cache, req, 70).position == 64, "now one could be evicted"
+    assert states.offer_running(cache, req, 70).position == 64, "now a state can be evicted"
 
 
-def test_a_running_request_parts_with_the_tracked_slot_and_gets_another():
-    cache, _, _, states = world()
+def test_running_request_donates_its_tracked_slot_and_gets_another():
+    cache, _, _, states = fake_cache()
     req = request(states)
     tracked = int(req.kv.mamba_ping_pong_track_buffer[0])
-    assert states.offer_running(cache, req, 70) is None, "nothing tracked yet"
+    assert states.offer_running(cache, req, 70) is None, "no state is tracked yet"
     req.kv.mamba_last_track_seqlen = 64
     offer = states.offer_running(cache, req, 70)
     assert (offer.position, int(offer.slot)) == (64, tracked)
@@ -303,8 +303,8 @@ def test_a_running_request_parts_with_the_tracked_slot_and_gets_another():
     assert req.kv.mamba_last_track_seqlen is None
 
 
-def test_without_the_extra_buffer_the_live_state_is_copied():
-    cache, _, _, states = world(extra_buffer=False)
+def test_live_state_is_copied_without_the_extra_buffer():
+    cache, _, _, states = fake_cache(extra_buffer=False)
     req = request(states, extra_buffer=False)
     offer = states.offer_running(cache, req, 70)
     assert offer.position == 70
@@ -312,15 +312,15 @@ def test_without_the_extra_buffer_the_live_state_is_copied():
     last = states.offer_finished(req, 75)
     assert (last.position, int(last.slot)) == (75, int(req.kv.mamba_pool_idx))
     states._pool.mamba_pool.replayssm_write_pos = torch.full((9,), 3)
-    assert states.offer_finished(req, 75).position == 72, "the flushed part of it"
+    assert states.offer_finished(req, 75).position == 72, "3 tokens are not flushed yet"
 
 
 @pytest.mark.parametrize(
     ("latest", "before", "expected"),
     [(None, None, None), (128, None, (128, 0)), (192, 128, (128, 1)), (192, None, None)],
 )
-def test_a_finished_request_gives_the_deepest_state_that_its_key_can_name(latest, before, expected):
-    _, _, _, states = world()
+def test_finished_request_offers_its_deepest_usable_state(latest, before, expected):
+    _, _, _, states = fake_cache()
     req = request(states)
     req.kv.mamba_last_track_seqlen, req.kv.mamba_prev_track_seqlen = latest, before
     offer = states.offer_finished(req, 150)
@@ -328,8 +328,8 @@ def test_a_finished_request_gives_the_deepest_state_that_its_key_can_name(latest
 
 
 @pytest.mark.parametrize("taken", [True, False])
-def test_a_request_that_ends_gives_back_all_but_what_the_tree_took(taken):
-    _, _, _, states = world(num_slots=8)
+def test_finished_request_frees_all_slots_that_the_tree_did_not_take(taken):
+    _, _, _, states = fake_cache(num_slots=8)
     req = request(states)
     req.kv.mamba_last_track_seqlen = 64
     offer = states.offer_finished(req, 64)
@@ -342,21 +342,21 @@ def branch(cache, tokens, grid=4):
     return branch_position(prompt, cache.match(prompt), grid)
 
 
-def test_the_state_is_asked_for_at_a_fork_and_not_where_a_conversation_goes_on():
-    cache, *_ = world()
+def test_branch_position_is_at_forks_but_not_at_continuations():
+    cache, *_ = fake_cache()
     publish(cache, range(20))
-    assert branch(cache, [*range(11), 90, 91, 92, 93, 94]) == 8, "inside what was seen"
-    assert branch(cache, [*range(20), 90, 91, 92]) is None, "a state is there"
-    cache, *_ = world()
+    assert branch(cache, [*range(11), 90, 91, 92, 93, 94]) == 8, "fork inside of a node"
+    assert branch(cache, [*range(20), 90, 91, 92]) is None, "the node has a state"
+    cache, *_ = fake_cache()
     publish(cache, range(20), with_state=False)
-    assert branch(cache, [*range(20), 90, 91]) is None, "it goes on"
+    assert branch(cache, [*range(20), 90, 91]) is None, "the prompt continues a leaf"
     publish(cache, [*range(20), 70, 71], with_state=False)
-    assert branch(cache, [*range(20), 90, 91]) == 20, "another went on there"
+    assert branch(cache, [*range(20), 90, 91]) == 20, "another prompt continued there"
     assert branch(cache, [80, 81, 82]) is None
 
 
-def test_a_fork_is_known_after_its_kv_is_gone():
-    cache, *_ = world()
+def test_fork_is_found_after_its_kv_was_evicted():
+    cache, *_ = fake_cache()
     publish(cache, range(20))
     cache.evict(num_tokens=100)
     assert cache.match(np.arange(20, dtype=np.int32)).kv_match_len == 0
@@ -364,14 +364,14 @@ def test_a_fork_is_known_after_its_kv_is_gone():
     assert branch(cache, [*range(20), 90, 91, 92]) is None
 
 
-def test_a_branch_is_counted_from_where_the_request_resumes():
-    cache, *_ = world()
+def test_branch_position_is_relative_to_the_resumed_prefix():
+    cache, *_ = fake_cache()
     publish(cache, range(3))
     publish(cache, range(20))
-    assert branch(cache, [*range(12), 90, 91]) == 11, "3 and two grids: SGLang counts from there"
+    assert branch(cache, [*range(12), 90, 91]) == 11, "3 and two grid steps"
 
 
-def test_losses_below_the_grid_are_told_apart():
+def test_losses_below_the_grid_are_separate():
     losses = Losses(200, 0, 0, 74, 0)
     match = PrefixMatch(1274, 1000, 1074, 1074, 5, losses, None, None)
     assert on_grid(match, 64) == Losses(200, 0, 0, 24, 50)
@@ -383,7 +383,7 @@ def test_losses_below_the_grid_are_told_apart():
     )
 
 
-def test_a_request_is_counted_and_logged(caplog):
+def test_loss_meter_counts_and_logs_a_request(caplog):
     match = PrefixMatch(100, 60, 70, 70, 1, Losses(30, 0, 10, 0, 0), None, None)
     with caplog.at_level(logging.INFO, "hybridcache.sglang"):
         meter = LossMeter(64, {"tp_rank": 0}, logging.INFO)
@@ -396,7 +396,7 @@ def test_a_request_is_counted_and_logged(caplog):
 
 
 def settings(**changed):
-    """(ctx, memory, disagg, parallel) of a hybrid model, plainly served."""
+    """Return (ctx, memory, disagg, parallel) of a hybrid model with default settings."""
     values = {
         "is_hybrid_swa": False,
         "is_hybrid_ssm": True,
@@ -416,7 +416,7 @@ def settings(**changed):
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("changed", "message"),
     [
         ({"is_hybrid_swa": True}, "sliding windows"),
         ({"sliding_window_size": 128}, "sliding windows"),
@@ -430,19 +430,19 @@ def settings(**changed):
         ({"eviction_policy": "priority"}, "--radix-eviction-policy"),
     ],
 )
-def test_what_it_does_not_do_is_said_in_one_sentence(changed, named):
-    sentence = why_not(*settings(**changed))
-    assert sentence is not None and named in sentence and "\n" not in sentence
+def test_unsupported_settings_give_one_line(changed, message):
+    reason = why_not(*settings(**changed))
+    assert reason is not None and message in reason and "\n" not in reason
 
 
-def test_what_it_does_is_not_refused():
+def test_supported_settings_are_accepted():
     assert why_not(*settings()) is None
-    assert why_not(*settings(is_eagle=True)) is None, "a hybrid model keys single tokens"
+    assert why_not(*settings(is_eagle=True)) is None, "the keys of hybrid models are single tokens"
     assert why_not(*settings(is_hybrid_ssm=False, eviction_policy="regret")) is None
     assert why_not(*settings(eviction_policy="plain-lru")) is None
 
 
-def test_sglangs_default_eviction_stands_for_ours():
+def test_sglangs_default_eviction_means_our_default():
     assert eviction_name("lru") == CacheConfig(num_kv_tokens=8, num_slots=1).eviction == "survival"
     assert [eviction_name(name) for name in ("plain-lru", "lfu", "regret")] == [
         "lru",

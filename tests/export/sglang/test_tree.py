@@ -1,8 +1,7 @@
-"""The tree inside SGLang, theirs beside ours on the same calls. ``make sglang`` installs it and
-runs these.
+"""Tests of the prefix tree inside SGLang: SGLang's caches and ours with the same calls.
 
-Behaviours are those of SGLang's own unit tests of its radix cache, told anew: what a caller sees.
-``CORES`` run the same steps; where ours does other than theirs, the test says so by name.
+``make sglang`` installs SGLang and runs them. The cases follow SGLang's unit tests of its radix
+cache. All ``CORES`` run the same steps; tests of intended differences have names with "our".
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from array import array
 
 import pytest
 
-from tests.export.sglang.caller import CORES, PATH, Caller  # it skips, or makes SGLang importable
+from tests.export.sglang.caller import CORES, PATH, Caller  # skips, or makes SGLang importable
 
 # isort: split
 
@@ -48,7 +47,7 @@ def test_shared_prefix_split_keeps_the_state_below(caller):
     assert caller.hit(PATH[:8]) == 0
 
 
-def test_a_state_inserted_twice_stays_the_callers(caller):
+def test_state_inserted_twice_stays_with_the_caller(caller):
     caller.insert(PATH)
     free = caller.slots.available_size(), caller.rows.available_size()
     result = caller.insert(PATH)
@@ -56,7 +55,7 @@ def test_a_state_inserted_twice_stays_the_callers(caller):
     assert (caller.slots.available_size(), caller.rows.available_size()) == free
 
 
-def test_prev_prefix_len_keeps_the_trees_rows(caller):
+def test_prev_prefix_len_keeps_the_rows_of_the_tree(caller):
     caller.insert(PATH[:6])
     lock = caller.cache.lock(caller.match(PATH[:6])[1])
     before = caller.cache.path_device_indices(lock.node)
@@ -82,7 +81,7 @@ def test_evict_respects_lru_order(caller):
     assert [caller.hit(range(first, first + 10)) for first in (20, 40, 60)] == [10, 0, 10]
 
 
-def test_only_the_state_that_is_used_is_refreshed(caller):
+def test_only_the_used_state_is_refreshed(caller):
     caller.insert(PATH[:6])
     caller.insert(PATH)
     caller.insert([70, 71])
@@ -94,7 +93,7 @@ def test_only_the_state_that_is_used_is_refreshed(caller):
 def test_mamba_internal_tombstone_evict_and_refill(caller):
     caller.insert(PATH[:8])
     caller.insert(PATH)
-    assert caller.evict(0, 1) == (0, 1), "an inner state leaves its KV"
+    assert caller.evict(0, 1) == (0, 1), "the KV of an inner state must stay"
     assert (caller.hit(PATH[:8]), caller.hit(PATH)) == (0, 12)
     assert not caller.insert(PATH[:8]).mamba_exist
     assert caller.hit(PATH[:8]) == 8
@@ -134,7 +133,7 @@ def test_evict_locked_subtree_skipped(caller):
     caller.cache.unlock(lock)
 
 
-def test_a_lock_outlives_a_split_above_it(caller):
+def test_lock_survives_a_split_above_it(caller):
     caller.insert(PATH)
     lock = caller.cache.lock(caller.match(PATH)[1])
     caller.insert([*PATH[:5], 50])
@@ -161,13 +160,13 @@ def test_evict_reinsert_after_full_eviction(caller):
     assert caller.hit(PATH) == 12
 
 
-def test_extra_keys_share_nothing(caller):
+def test_different_extra_keys_share_nothing(caller):
     caller.insert(PATH, extra_key="a")
     assert caller.match(PATH)[0] == 0 and caller.match(PATH, "b")[0] == 0
     assert caller.match(PATH, "a")[0] == 12
 
 
-def test_reset_forgets_everything(caller):
+def test_reset_clears_the_cache(caller):
     caller.insert(PATH)
     caller.cache.reset()
     caller.rows.clear()
@@ -175,8 +174,8 @@ def test_reset_forgets_everything(caller):
     assert caller.hit(PATH) == 0 and caller.rows.available_size() == 100
 
 
-def test_random_calls_end_alike_in_what_can_be_reused(caller):
-    """Without evictions there is one right answer."""
+def test_random_calls_give_the_only_correct_hits(caller):
+    """Without evictions the hits are fully determined."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda high: int(torch.randint(high, (1,), generator=generator))  # noqa: E731
     caller = Caller(caller.core, 5000, 200)
@@ -190,7 +189,7 @@ def test_random_calls_end_alike_in_what_can_be_reused(caller):
     caller.check()
 
 
-def test_ours_a_look_changes_nothing_where_theirs_splits():
+def test_our_match_changes_nothing_but_sglangs_splits_nodes():
     caller = Caller("hybridcache")
     caller.insert(PATH)
     before = caller.cache.tree.render()
@@ -198,19 +197,19 @@ def test_ours_a_look_changes_nothing_where_theirs_splits():
     assert caller.cache.tree.render() == before
 
 
-def test_ours_kv_that_nothing_can_resume_from_goes_with_the_last_state():
-    left = {}
+def test_our_cache_evicts_unreachable_kv_with_the_last_state():
+    num_rows_used = {}
     for core in ("hybridcache", "rust"):
         caller = Caller(core)
         caller.insert([*PATH[:8], 50, 51, 52])
         caller.insert([*PATH[:8], 60])
         caller.evict(0, 2)
-        left[core] = caller.rows.size - caller.rows.available_size()
-    assert left == {"hybridcache": 0, "rust": 8}
+        num_rows_used[core] = caller.rows.size - caller.rows.available_size()
+    assert num_rows_used == {"hybridcache": 0, "rust": 8}
 
 
-def test_ours_a_superseded_state_goes_first():
-    """The tail of one conversation is worth more than another's middle."""
+def test_our_cache_evicts_superseded_states_first():
+    """The end of one conversation is worth more than the middle of another."""
     found = {}
     for core in ("hybridcache", "rust"):
         caller = Caller(core)
@@ -222,7 +221,7 @@ def test_ours_a_superseded_state_goes_first():
     assert found == {"hybridcache": (2, 0, 12), "rust": (0, 6, 12)}
 
 
-def test_a_waiting_prefix_can_be_refreshed():
+def test_prefix_of_a_waiting_request_can_be_refreshed():
     caller = Caller("hybridcache")
     for first in (20, 40):
         caller.insert(range(first, first + 10))
@@ -236,14 +235,14 @@ def test_dfs_weight_order_keeps_a_branch_together():
     caller = Caller("hybridcache")
     for tokens in (PATH[:4], [*PATH[:4], 50], [*PATH[:4], 60], [70, 71]):
         caller.insert(tokens)
-    asked = ([70, 71], [*PATH[:4], 50], PATH[:4], [*PATH[:4], 60], [99], [*PATH[:4], 50])
-    order = caller.cache.dfs_weight_order([caller.match(tokens)[1] for tokens in asked])
+    waiting = ([70, 71], [*PATH[:4], 50], PATH[:4], [*PATH[:4], 60], [99], [*PATH[:4], 50])
+    order = caller.cache.dfs_weight_order([caller.match(tokens)[1] for tokens in waiting])
     assert order == [1, 5, 3, 2, 0, 4]
 
 
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("num_slots", [0, 8])
-def test_pages_are_kept_whole(core, num_slots):
+def test_only_whole_pages_are_cached(core, num_slots):
     caller = Caller(core, num_slots=num_slots, page_size=4, extra_buffer=True)
     caller.insert(PATH)
     assert caller.hit(PATH, [50]) == 12 and caller.hit([1, 2, 3]) == 0
