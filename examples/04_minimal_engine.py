@@ -3,11 +3,11 @@
     python 04_minimal_engine.py
 
 The cache decides with integers: which KV row holds which token, which slot holds which state. The
-engine owns the memory. Each step it (1) asks every running request's lease for rows and checkpoint
-slots, preempting the youngest request if memory is short, (2) takes one StepPlan and carries it
-out, (3) computes, (4) publishes prompts. The toy model makes every byte checkable: a token's KV,
-and the state after it, is a number that depends on all tokens so far. ``compute`` therefore notices
-any row or state that is not the one the request needs.
+engine owns the memory. Each step it (1) takes rows and checkpoint slots from the lease of every
+running request, preempting the youngest request if memory is short, (2) takes one StepPlan and
+carries it out, (3) computes, (4) publishes prompts. The toy model makes every byte checkable: a
+token's KV, and the state after it, is a number that depends on all tokens so far. So ``compute``
+detects every wrong row and every wrong state.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ SIZES = {"grid": GRID, "kv_bytes_per_token": 8, "state_bytes": 8 * STATE_ROWS}
 
 
 def serve(engine: MinimalEngine, *prompts: list[int]) -> list[Request]:
-    """Serve ``prompts`` at the same time, and compare the answers with the model's alone."""
+    """Serve ``prompts`` at the same time, and compare the answers with those without a cache."""
     requests = [engine.submit(prompt, 5, len(SYSTEM)) for prompt in prompts]
     while engine.waiting or engine.running:
         engine.step()

@@ -229,8 +229,8 @@ def _needs(*programs: str, root: bool = False) -> str | None:
     return "needs root rights" if root and os.geteuid() != 0 else None
 
 
-def as_nobody(command: Sequence[str | Path], folder: Path) -> list[str]:
-    """Return a command that runs as the user nobody, in a copy of the repository in ``folder``.
+def without_root_rights(command: Sequence[str | Path], folder: Path) -> list[str]:
+    """Return a command that runs without root rights, in a copy of the repository in ``folder``.
 
     If a parent folder of the interpreter is not accessible to other users (``/root``), a mount
     namespace replaces it by a folder that contains only the interpreter.
@@ -326,8 +326,8 @@ def environments(tests: Sequence[Path]) -> Iterator[Part]:
         env = {"HOME": folder, "TMPDIR": folder, "PYTHONPATH": str(copy)}
         if missing is None:
             Path(folder).chmod(0o777)
-            nobody = as_nobody(command, copy)
-            yield Part("user without root rights", nobody, env, cwd=copy)
+            part = without_root_rights(command, copy)
+            yield Part("user without root rights", part, env, cwd=copy)
         elif os.geteuid() != 0:
             yield Part("user without root rights", command)
         else:

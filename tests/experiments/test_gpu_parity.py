@@ -36,7 +36,7 @@ def test_rounding_errors_pass_and_wrong_logits_fail(tmp_path: Path) -> None:
 
 
 def test_bound_of_bfloat16_is_relative_to_the_error_on_the_cpu(tmp_path: Path, monkeypatch) -> None:
-    """If the device is the CPU itself, its error is below the bound by exactly the factor."""
+    """With the CPU as device, the bound is exactly the factor times its error."""
     make = gpu_parity.make_runner
     monkeypatch.setattr(
         gpu_parity, "make_runner", lambda path, dry, dtype, **_: make(path, dry, dtype, **PLAIN)

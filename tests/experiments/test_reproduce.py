@@ -151,7 +151,7 @@ def test_parts_exist_and_take_at_most_six_hours() -> None:
 
 
 def test_results_page_is_up_to_date() -> None:
-    """If this fails: python -m experiments.reproduce --page"""
+    """Update it by ``python -m experiments.reproduce --page``."""
     assert reproduce.PAGE.read_text(encoding="utf-8") == reproduce.page()
 
 

@@ -98,7 +98,7 @@ def test_dry_run_covers_budgets_and_placements(data: Path) -> None:
 
 
 def test_dry_run_has_the_hits_of_the_engine(data: Path) -> None:
-    """If later prompts do not repeat the answers, engine and dry run agree token for token."""
+    """Engine and dry run agree token for token if later prompts do not repeat the answers."""
     from engine import EngineConfig
     from engine.plugins.inspect.command import load_geometry
     from experiments.benchmarks.replay import Setting, replay, replay_dry

@@ -147,7 +147,7 @@ def test_builtin_model_has_the_simulated_hits_and_evictions(
 
 
 def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
-    """Return a runner for a small model, whose state is as large as the KV of 105 tokens."""
+    """Return a runner for a small model with states as large as the KV of 105 tokens."""
     geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
     return OracleRunner(num_rows, None, geometry=geometry, page_size=page_size)
 

@@ -18,8 +18,8 @@ TRACE = agent().head(70)
 
 
 def run(**options: object) -> RunResult:
-    """Return one run with LRU and fixed checkpoint positions, so that tiers get what the device
-    evicts."""
+    """Return one run with LRU and fixed checkpoint positions, so that entries are evicted to the
+    tiers."""
     common = {"gib": 2, "times": SHARED, "bound": False, "policy": "lru"}
     (found,) = simulate(
         TRACE, **(common | {"checkpoints": "branch,boundary,backoff,end"} | options)
