@@ -1,42 +1,33 @@
 // Kimi Delta Attention token by token: see reference.decode_kda.
+#include "../decode.h"
 #include "../delta.h"
 
 struct Tokens {
     int64_t stride;  // elements between two tokens of query, key and value
     int64_t decay_stride, beta_stride;
-    int64_t rows, sequences, H, K, V;
+    int64_t rows, sequences, HV, K, V;
     float scale;
 };
 
-// cu_seqlens: null if every sequence has one token. The state after row r goes to step_slots[r].
 template <class T, class S>
 static void decode(
     const T* query, const T* key, const T* value, const T* a, const T* b, const float* A_log,
     const float* dt_bias, S* states, int64_t slot_stride, const int32_t* slots,
     const int32_t* step_slots, const int32_t* cu_seqlens, T* out, const Tokens& tokens,
     int threads) {
-    int64_t K = tokens.K, V = tokens.V, H = tokens.H;
-#pragma omp parallel for schedule(static) num_threads(threads_for(tokens.rows * H * K * V / 2, threads))
-    for (int64_t item = 0; item < tokens.sequences * H; item++) {
-        int64_t sequence = item / H, head = item % H;
-        int64_t row = cu_seqlens ? cu_seqlens[sequence] : sequence;
-        int64_t end = cu_seqlens ? cu_seqlens[sequence + 1] : sequence + 1;
+    int64_t K = tokens.K, V = tokens.V, HV = tokens.HV;
+    auto token = [&](int64_t row, int64_t head, const S* before, S* after) {
+        const T* from = a + row * tokens.decay_stride + head * K;
         float decay[MAX_KEY], rate = -expf(A_log[head]);
-        S* first = states + head * K * V;
-        const S* before = first + slots[sequence] * slot_stride;
-        for (; row < end; row++) {
-            S* after = first + step_slots[row] * slot_stride;
-            const T* from = a + row * tokens.decay_stride + head * K;
-            for (int64_t k = 0; k < K; k++)
-                decay[k] = expf(rate * softplus(widen(from[k]) + dt_bias[head * K + k]));
-            float beta = 1.0f / (1.0f + expf(-widen(b[row * tokens.beta_stride + head])));
-            int64_t at = row * tokens.stride;
-            recall_and_write<T, S, const float*>(
-                query + at + head * K, key + at + head * K, value + at + head * V, decay, beta,
-                tokens.scale, before, after, out + (row * H + head) * V, K, V);
-            before = after;
-        }
-    }
+        for (int64_t k = 0; k < K; k++)
+            decay[k] = expf(rate * softplus(widen(from[k]) + dt_bias[head * K + k]));
+        float beta = 1.0f / (1.0f + expf(-widen(b[row * tokens.beta_stride + head])));
+        int64_t at = row * tokens.stride, keys = at + head * K;
+        recall_and_write<T, S, const float*>(
+            query + keys, key + keys, value + at + head * V, decay, beta, tokens.scale, before,
+            after, out + (row * HV + head) * V, K, V);
+    };
+    each_token(states, slot_stride, slots, step_slots, cu_seqlens, tokens, threads, token);
 }
 
 #define DECODES(T, S, NAME)                                                                       \

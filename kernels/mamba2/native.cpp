@@ -1,5 +1,5 @@
 // Mamba-2 token by token: see reference.decode_mamba2. A head's state is read and written once.
-#include "../native.h"
+#include "../decode.h"
 
 constexpr int64_t MAX_KEY = 512;
 
@@ -28,7 +28,6 @@ static void advance(
         store(out + c * LANES, multiply_add(load(x + c * LANES), all(D), read[c]));
 }
 
-// cu_seqlens: null if every sequence has one token. The state after row r goes to step_slots[r].
 template <class T, class S>
 static void decode(
     const T* x, const T* B, const T* C, const T* dt, const float* A_log, const float* dt_bias,
@@ -36,37 +35,28 @@ static void decode(
     const int32_t* step_slots, const int32_t* cu_seqlens, T* out, const Tokens& tokens,
     int threads) {
     int64_t K = tokens.K, V = tokens.V, HV = tokens.HV, group = HV / tokens.H;
-#pragma omp parallel for schedule(static) num_threads(threads_for(tokens.rows * HV * K * V / 2, threads))
-    for (int64_t item = 0; item < tokens.sequences * HV; item++) {
-        int64_t sequence = item / HV, head = item % HV;
-        int64_t row = cu_seqlens ? cu_seqlens[sequence] : sequence;
-        int64_t end = cu_seqlens ? cu_seqlens[sequence + 1] : sequence + 1;
-        S* first = states + head * K * V;
-        const S* before = first + slots[sequence] * slot_stride;
-        for (; row < end; row++) {
-            S* after = first + step_slots[row] * slot_stride;
-            int64_t at = row * tokens.stride, keys = at + head / group * K;
-            float wide_B[MAX_KEY], wide_C[MAX_KEY];
-            for (int64_t k = 0; k < K; k++) wide_B[k] = widen(B[keys + k]);
-            for (int64_t k = 0; k < K; k++) wide_C[k] = widen(C[keys + k]);
-            float step = softplus(widen(dt[row * tokens.step_stride + head]) + dt_bias[head]);
-            step = step < tokens.shortest ? tokens.shortest : step;
-            step = step > tokens.longest ? tokens.longest : step;
-            float decay = expf(-expf(A_log[head]) * step);
-            const T* from = x + at + head * V;
-            T* to = out + (row * HV + head) * V;
-            int64_t v = 0;
-            for (; v + 4 * LANES <= V; v += 4 * LANES)
-                advance<T, S, 4>(
-                    before + v, after + v, V, K, wide_B, wide_C, decay, step, D[head], from + v,
-                    to + v);
-            for (; v < V; v += LANES)
-                advance<T, S, 1>(
-                    before + v, after + v, V, K, wide_B, wide_C, decay, step, D[head], from + v,
-                    to + v);
-            before = after;
-        }
-    }
+    auto token = [&](int64_t row, int64_t head, const S* before, S* after) {
+        int64_t at = row * tokens.stride, keys = at + head / group * K;
+        float wide_B[MAX_KEY], wide_C[MAX_KEY];
+        for (int64_t k = 0; k < K; k++) wide_B[k] = widen(B[keys + k]);
+        for (int64_t k = 0; k < K; k++) wide_C[k] = widen(C[keys + k]);
+        float step = softplus(widen(dt[row * tokens.step_stride + head]) + dt_bias[head]);
+        step = step < tokens.shortest ? tokens.shortest : step;
+        step = step > tokens.longest ? tokens.longest : step;
+        float decay = expf(-expf(A_log[head]) * step);
+        const T* from = x + at + head * V;
+        T* to = out + (row * HV + head) * V;
+        int64_t v = 0;
+        for (; v + 4 * LANES <= V; v += 4 * LANES)
+            advance<T, S, 4>(
+                before + v, after + v, V, K, wide_B, wide_C, decay, step, D[head], from + v,
+                to + v);
+        for (; v < V; v += LANES)
+            advance<T, S, 1>(
+                before + v, after + v, V, K, wide_B, wide_C, decay, step, D[head], from + v,
+                to + v);
+    };
+    each_token(states, slot_stride, slots, step_slots, cu_seqlens, tokens, threads, token);
 }
 
 #define DECODES(T, S, NAME)                                                                       \
