@@ -136,10 +136,11 @@ class RowWrite(NamedTuple):
 
 
 class StepMemory(Protocol):
-    """Owner of the tensors, for ``StepPlan.carry_out``. A method that no plan needs can be missing.
+    """Owner of the tensors, for ``StepPlan.carry_out``.
 
     Two pools need ``restore``. An arena adds ``move``, tiers add ``copy``, and requests with a
-    ``table_row`` add ``write_row``.
+    ``table_row`` add ``write_row``. A method that no plan needs can be missing. A class may derive
+    from this one, for type checkers: methods that it does not define count as missing.
     """
 
     def move(self, move: Move) -> None:
@@ -147,15 +148,17 @@ class StepMemory(Protocol):
         ...
 
     def copy(self, copy: Copy) -> None:
-        """Copy ``copy.src`` of ``copy.src_tier`` to ``copy.dst`` of ``copy.dst_tier``."""
+        """Copy ``copy.src`` of ``copy.src_tier`` to ``copy.dst`` of ``copy.dst_tier``, rows or one
+        state (``copy.kind``)."""
         ...
 
     def write_row(self, write: RowWrite) -> None:
-        """Write ``write.kv_indices`` into the request table."""
+        """Write ``write.kv_indices`` into row ``write.table_row``, from ``write.start`` on."""
         ...
 
     def restore(self, checkpoint: int, own: int) -> None:
-        """Copy the state in slot ``checkpoint`` to slot ``own``."""
+        """Copy the state in slot ``checkpoint`` to slot ``own``, which is ``own_slot`` if the
+        request has one."""
         ...
 
 
@@ -187,8 +190,8 @@ class StepPlan:
     restores: tuple[tuple[int, int], ...] = ()
     """(checkpoint slot, own slot) of each request that resumes. The first is a slot of the cache.
     So is the second, unless the request has an ``own_slot``: that one is in the caller's memory."""
-    _queue: StepQueue | None = field(default=None, repr=False, compare=False)
-    _number: int = field(default=0, repr=False, compare=False)
+    _queue: StepQueue | None = field(default=None, init=False, repr=False, compare=False)
+    _number: int = field(default=0, init=False, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         """True if any work is due."""
@@ -210,7 +213,9 @@ class StepPlan:
             ("write_row", self.row_writes),
             ("restore", self.restores),
         ):
-            if is_needed and not hasattr(memory, name):
+            method = getattr(memory, name, None)
+            is_own = getattr(method, "__func__", method) is not getattr(StepMemory, name)
+            if is_needed and not (is_own and callable(method)):
                 raise TypeError(
                     f"this step plan needs a method {name!r}, which {type(memory).__name__} does "
                     "not have: see hybridcache.StepMemory"
@@ -413,9 +418,9 @@ class StepQueue:
             tuple(self._transfers),
             self.due_row_writes(),
             tuple(self._restores.values()),
-            self,
-            self.num_taken,
         )
+        object.__setattr__(plan, "_queue", self)
+        object.__setattr__(plan, "_number", self.num_taken)
         for lease in self._changed:
             lease.row_write_taken()
         self._transfers, self.num_moves = [], 0

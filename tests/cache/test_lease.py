@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepPlan
+from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.lease_log import LeaseLog, replay
@@ -674,6 +674,12 @@ def test_a_plan_is_carried_out_in_order_and_once() -> None:
         ):
             plan.carry_out(lacking)
         assert lacking.work == [], "a part of the plan was applied"
+
+    class Derived(StepMemory):
+        """Inherits the protocol's empty methods."""
+
+    with pytest.raises(TypeError, match="needs a method 'move', which Derived does not have"):
+        plan.carry_out(Derived())
     cache, prompt = make_cache(), tokens(200)
     lease = begin_resumed(cache, prompt)
     plan = cache.take_step()

@@ -192,7 +192,8 @@ class PlannerMachine(RuleBasedStateMachine):
             for request, end in order
             if self.manager.take_checkpoint_slots(request, end) is not None
         ]
-        self.manager.take_step().done()
+        self.manager.take_step()
+        self.manager.step_done()
         for request, end in tasks:
             request.scheduled_len = end
         for request, end in tasks:

@@ -304,7 +304,8 @@ class _Run:
             for request, end in order
             if manager.take_checkpoint_slots(request, end) is not None
         ]
-        manager.take_step().done()
+        manager.take_step()
+        manager.step_done()
         if not tasks:
             self._idle()
             return
