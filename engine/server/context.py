@@ -362,8 +362,6 @@ class ServingContext:
                 f"'{param}' must be at most {most}, this model's context length (got {limit}): "
                 f"lower {param}.",
                 param=param,
-                for_anthropic=f"{param}: {limit} > {most}, which is the maximum allowed number of "
-                f"output tokens for {self.model_name}",
             )
 
     def answer_limit(self, num_tokens: int, limit: int | None) -> int | None:

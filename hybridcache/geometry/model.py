@@ -271,9 +271,7 @@ def preset_name(name: str) -> str:
     title = plain(name.rpartition("/")[2])
     near = [each for each in names if title and title.startswith(plain(each))]
     hint = f"; did you mean {max(near, key=len)!r}?" if near else ""
-    raise KeyError(
-        f"model {name!r} is neither the path of a config.json nor one of: {', '.join(names)}{hint}"
-    )
+    raise KeyError(f"model {name!r} is none of: {', '.join(names)}{hint}")
 
 
 def sizes_of_shape(shape: Shape) -> ModelSizes:

@@ -37,8 +37,11 @@ REASONS: dict[Finish | None, str] = {
 
 
 async def messages(context: ServingContext, request: Request, body: MessagesRequest) -> Response:
-    """Answer one request."""
-    context.check_limit(body.max_tokens, "max_tokens")
+    """Answer one request.
+
+    ``max_tokens`` may be more than the context. It is required, so clients send that of Anthropic's
+    models: Claude Code 32,000, pydantic-ai 16,384.
+    """
     size = len(await request.body())
     tenant = context.tenant_of(request, body.cache_salt)
     edited = await _edited(context, body, size, tenant)
