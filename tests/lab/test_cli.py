@@ -330,7 +330,7 @@ def test_table_notes_name_the_machine_and_the_loss_causes(
     command = ["simulate", "--trace", "short?head=20", "--gib", "1", "--metric", "ttft-p50"]
     _, out, _ = run(capsys, *command, "--losses")
     assert "a roofline of 4 x H100 SXM: 494.5 TFLOP/s" in out
-    assert "the first that holds on its path" in out and "as at Qwen3-Next's sizes" not in out
+    assert "under the first cause on its path" in out and "as at Qwen3-Next's sizes" not in out
     model = ["--model", "qwen3.5-0.8b", "--policy", "marconi:0.5", "--metric", "hit"]
     _, out, _ = run(capsys, *command[:-2], *model)
     assert "as at Qwen3-Next's sizes, not this model's" in out and "H100" not in out
