@@ -158,8 +158,8 @@ class FreshIds:
         self._next = (1 << 31) - 1
 
     def take(self, num_ids: int) -> Tokens:
-        """int32[num_ids], never taken before. ValueError for a negative number, OverflowError when
-        all are taken."""
+        """Return int32[num_ids], never taken before. Raises ValueError for a negative number, and
+        OverflowError when all are taken."""
         if num_ids < 0:
             raise ValueError(f"an answer cannot have {num_ids} ids")
         if self._next - num_ids < self.FLOOR:
@@ -168,6 +168,21 @@ class FreshIds:
         return np.arange(self._next + 1, self._next + 1 + num_ids, dtype=np.int32)
 
 
+class TextIds:
+    """Source of the ids of texts whose tokens are not known, for prompts. It counts up from 0."""
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+
+    def take(self, num_ids: int) -> Tokens:
+        """Return int32[num_ids], never taken before. Raises OverflowError when all are taken."""
+        first, self.num_taken = self.num_taken, self.num_taken + num_ids
+        if self.num_taken > FreshIds.FLOOR:
+            raise OverflowError("more than 2**30 tokens in one trace")
+        return np.arange(first, self.num_taken, dtype=np.int32)
+
+
 def units(num_tokens: int, unit: int) -> int:
-    """Tokens that ``num_tokens`` tokens take: whole ones and a last partial one."""
+    """Return the number of units of ``unit`` tokens that ``num_tokens`` tokens fill, the last one
+    in part."""
     return -(-num_tokens // unit)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, TextIO
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, Trace, TraceRequest, units
+from hybridcache.lab.trace import FreshIds, TextIds, Trace, TraceRequest, units
 from hybridcache.lab.traces.base import (
     FileReader,
     Record,
@@ -62,14 +62,14 @@ class _Turns:
 
     def __init__(self, block: int) -> None:
         self._block = block
-        self._next = 0
+        self._ids = TextIds()
         self._texts: dict[int, Tokens] = {}
         self._sessions: dict[str | int, tuple[float, Tokens]] = {}
 
     def parse(self, record: Record) -> list[TraceRequest]:
         """Return the request of the row. Raises ValueError or KeyError, without any other effect,
         if the row is invalid."""
-        name = key(record, "session_id") if "session_id" in record else f"row {self._next}"
+        name = key(record, "session_id") if "session_id" in record else f"row {self._ids.num_taken}"
         length, answer = whole(record, "input_length", 1), whole(record, "output_length")
         hashes = read_ids(record.get("hash_ids") or []).tolist()
         if hashes and len(hashes) != units(length, self._block):
@@ -80,23 +80,16 @@ class _Turns:
         begun_s, history = self._sessions.get(name, (0.0, np.zeros(0, np.int32)))
         when_s = seconds(record, "timestamp") / 1000 if "timestamp" in record else begun_s
         when_s += seconds(record, "delay") / 1000 if "delay" in record else 0.0
-        new = [self._text(one) for one in hashes] or [self._take(length)]
+        new = [self._text(one) for one in hashes] or [self._ids.take(length)]
         prompt = np.concatenate((history, np.concatenate(new)[:length]))
-        output = self._take(answer)
+        output = self._ids.take(answer)
         self._sessions[name] = (when_s, np.concatenate((prompt, output)))
         return [TraceRequest(when_s, name, None, prompt, output)]
 
     def _text(self, hash_id: int) -> Tokens:
         if hash_id not in self._texts:
-            self._texts[hash_id] = self._take(self._block)
+            self._texts[hash_id] = self._ids.take(self._block)
         return self._texts[hash_id]
-
-    def _take(self, num_ids: int) -> Tokens:
-        first = self._next
-        if first + num_ids > FreshIds.FLOOR:
-            raise OverflowError("more than 2**30 tokens in one trace")
-        self._next += num_ids
-        return np.arange(first, first + num_ids, dtype=np.int32)
 
 
 class _Open(NamedTuple):

@@ -357,6 +357,21 @@ def objects(record: Record, name: str) -> list[Record]:
     return value
 
 
+def decoded(value: Any) -> Any:
+    """Return ``value``, decoded if it is JSON text; other texts are unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def first_named(record: Record, names: Iterable[str]) -> str | None:
+    """Return the first of ``names`` with a value other than null in the record, or None."""
+    return next((name for name in names if record.get(name) is not None), None)
+
+
 def read_ids(values: Any) -> Tokens:
     """Return a JSON list of ids as int32[n]. Raises ValueError unless it is a flat list of whole
     numbers in [0, 2**31). O(n)."""

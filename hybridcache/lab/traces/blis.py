@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.trace import FreshIds, TextIds, TraceRequest
 from hybridcache.lab.traces.base import (
     COUNTS_ALONE,
     LONGEST,
@@ -70,7 +70,7 @@ class _Rows:
         self._accumulates = accumulates
         self._fresh, self._clock = FreshIds(), TraceClock()
         self._number = 0
-        self._next = 0
+        self._ids = TextIds()
         self._groups: dict[str, Tokens] = {}
         self._contexts: dict[str, Tokens] = {}
 
@@ -103,9 +103,9 @@ class _Rows:
         if not len(before) + own:
             raise ValueError("the prompt is empty")
         now = self._clock.at(number(row, "arrival_time_us") / 1e6)
-        prompt = np.concatenate((before, self._take(own)))
+        prompt = np.concatenate((before, self._ids.take(own)))
         # Later rounds repeat the answer, so its ids are the trace's own there.
-        answer = self._take(num_answer) if self._accumulates else self._fresh.take(num_answer)
+        answer = self._ids.take(num_answer) if self._accumulates else self._fresh.take(num_answer)
         if session:
             self._contexts[session] = np.concatenate((prompt, answer))
         boundaries = (len(before),) if len(before) else ()
@@ -117,16 +117,9 @@ class _Rows:
         """Return the first ``length`` ids of the group's text."""
         known = self._groups.get(group, np.zeros(0, np.int32))
         if len(known) < length:
-            known = np.concatenate((known, self._take(length - len(known))))
+            known = np.concatenate((known, self._ids.take(length - len(known))))
             self._groups[group] = known
         return known[:length]
-
-    def _take(self, num_ids: int) -> Tokens:
-        first = self._next
-        if first + num_ids > FreshIds.FLOOR:
-            raise OverflowError("more than 2**30 tokens in one trace")
-        self._next += num_ids
-        return np.arange(first, first + num_ids, dtype=np.int32)
 
 
 def _length(row: Record, name: str) -> int:

@@ -39,6 +39,8 @@ from hybridcache.lab.traces.base import (
     TraceClock,
     callers_level,
     csv_lines,
+    decoded,
+    first_named,
     in_order,
     json_lines,
     key,
@@ -116,7 +118,7 @@ class HttpLogReader(FileReader):
         except ValueError:
             return False
         asks = body is not None and ("messages" in body or isinstance(body.get("prompt"), str))
-        return asks and (body is not record or _first(record, TIMES) is not None)
+        return asks and (body is not record or first_named(record, TIMES) is not None)
 
     def __call__(self) -> Iterator[TraceRequest]:
         parser = _HttpLogParser(load_chat_text(self.tokenizer, self.template))
@@ -231,7 +233,7 @@ class _HttpLogParser:
         body = _body(record)
         if body is None or _failed(record) or not _asks_a_model(record, body):
             return
-        asked = self._asked(body, _object(_named(record, RESPONSES)))
+        asked = self._asked(body, decoded(_named(record, RESPONSES)))
         session = self._session(record, body)
         when_s = _time(record)
         if self._began_s is None:
@@ -243,7 +245,7 @@ class _HttpLogParser:
         """Return prompt, answer and boundaries as a request without session and time."""
         answer, length = answer_of(response)
         if answer is None and not length:
-            named = _first(body, LENGTHS)
+            named = first_named(body, LENGTHS)
             length = whole(body, named) if named else 0
         if "messages" in body:
             messages = objects(body, "messages")
@@ -286,7 +288,7 @@ def _from_row(
     line, row, used = numbered
     record: dict[str, Any] = {name: row[column] for name, column in used.items() if row[column]}
     if "messages" in record:
-        record["messages"] = _object(record["messages"])
+        record["messages"] = decoded(record["messages"])
     else:
         record.setdefault("prompt", "")
     for name in ("time", "length", "status"):
@@ -345,9 +347,9 @@ def _body(record: Record) -> Record | None:
     not an object."""
     found = record
     if not ("messages" in record or "prompt" in record):
-        inner = _object(_named(record, REQUESTS))
+        inner = decoded(_named(record, REQUESTS))
         while isinstance(inner, dict) and not ("messages" in inner or "prompt" in inner):
-            deeper = _object(_named(inner, REQUESTS))
+            deeper = decoded(_named(inner, REQUESTS))
             if deeper is None:
                 break
             inner = deeper
@@ -382,30 +384,15 @@ def _namespace(body: Record) -> str | None:
 
 
 def _time(record: Record) -> float | None:
-    name = _first(record, TIMES)
+    name = first_named(record, TIMES)
     if name is None:
         return None
     said = moment(record, name)
     return said / 1000 if said > 1e11 and not isinstance(record[name], str) else said
 
 
-def _object(value: Any) -> Any:
-    """Return ``value``, decoded if it is JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
-def _first(record: Record, names: Sequence[str]) -> str | None:
-    """Return the first of ``names`` with a value other than null in the record, or None."""
-    return next((name for name in names if record.get(name) is not None), None)
-
-
 def _named(record: Record, names: Sequence[str]) -> Any:
-    name = _first(record, names)
+    name = first_named(record, names)
     return None if name is None else record[name]
 
 

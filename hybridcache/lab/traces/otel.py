@@ -29,6 +29,7 @@ from hybridcache.lab.traces.base import (
     DAMAGED,
     FileReader,
     Record,
+    decoded,
     json_lines,
     objects,
     open_bytes,
@@ -179,8 +180,8 @@ def _asked(span: Record, chat: ChatText, fresh: FreshIds) -> TraceRequest:
         )
     prompt = plain_chat(
         _messages(facts, "gen_ai.input.messages"),
-        _structured(facts.get("gen_ai.system_instructions")),
-        _structured(facts.get("gen_ai.tool.definitions")),
+        decoded(facts.get("gen_ai.system_instructions")),
+        decoded(facts.get("gen_ai.tool.definitions")),
     )
     said = _messages(facts, "gen_ai.output.messages") if "gen_ai.output.messages" in facts else []
     asked = chat.turn(prompt, message_text(said[0]) if said else "", tools=True).request("")
@@ -192,14 +193,4 @@ def _asked(span: Record, chat: ChatText, fresh: FreshIds) -> TraceRequest:
 
 
 def _messages(facts: Record, name: str) -> list[Record]:
-    return objects({name: _structured(facts[name])}, name)
-
-
-def _structured(value: Any) -> Any:
-    """Return ``value``, decoded if it is JSON text; other texts are unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    return objects({name: decoded(facts[name])}, name)

@@ -15,7 +15,7 @@ The common names of each field are understood:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ from hybridcache.lab.traces.base import (
     FileReader,
     Record,
     TraceClock,
+    first_named,
     in_order,
     json_lines,
     key,
@@ -49,7 +50,7 @@ class TokenIdsReader(FileReader):
     @staticmethod
     def recognises(record: Record) -> bool:
         """Return whether the record has a list of ids under one of the prompt's names."""
-        name = _first(record, _PROMPT)
+        name = first_named(record, _PROMPT)
         return name is not None and isinstance(record[name], list)
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -58,24 +59,19 @@ class TokenIdsReader(FileReader):
 
         def parse(record: Record) -> Iterable[TraceRequest]:
             nonlocal number
-            name = _first(record, _PROMPT)
+            name = first_named(record, _PROMPT)
             prompt = read_ids(record[name] if name else [])
             if not len(prompt):
                 raise ValueError(f"no list of ids under any of {', '.join(_PROMPT)}")
-            answer, length = _first(record, _ANSWER), _first(record, _ANSWER_LEN)
+            answer, length = first_named(record, _ANSWER), first_named(record, _ANSWER_LEN)
             if answer is not None:
                 output = read_ids(record[answer])
             else:
                 output = fresh.take(whole(record, length) if length else 0)
-            when, session = _first(record, _TIME), _first(record, _SESSION)
+            when, session = first_named(record, _TIME), first_named(record, _SESSION)
             number += 1
             owner = key(record, session) if session else number
             now = clock.at(seconds(record, when) if when else None)
             yield TraceRequest(now, owner, None, prompt, output)
 
         return in_order(self.path, json_lines(self.path, self.bad), parse, self.bad)
-
-
-def _first(record: Record, names: Sequence[str]) -> str | None:
-    """Return the first of ``names`` with a value other than null in the record, or None."""
-    return next((name for name in names if record.get(name) is not None), None)
