@@ -169,7 +169,7 @@ class FreshIds:
 
 
 class TextIds:
-    """Source of the ids of texts whose tokens are not known, for prompts. It counts up from 0."""
+    """Source of ids for prompts of unknown tokens. It counts up from 0."""
 
     def __init__(self) -> None:
         self.num_taken = 0
