@@ -1,5 +1,7 @@
-"""Helpers for tests of speculation: engines with drafts on a small model with seeded weights, whose
-memory begins as NaN, and prompts for them."""
+"""Helpers for tests of speculation: prompts, and engines with drafts on a small model.
+
+The weights are seeded, and the memory begins as NaN.
+"""
 
 from __future__ import annotations
 

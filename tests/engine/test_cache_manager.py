@@ -80,8 +80,10 @@ def test_a_request_aborted_before_its_batch_leaves_no_copies() -> None:
 
 
 def compute_one_prompt_twice(manager: CacheManager, table: Table) -> Request:
-    """Compute the same prompt in two requests at the same time. Return the second, whose rows have
-    just been replaced by the first's."""
+    """Compute the same prompt in two requests at the same time. Return the second one.
+
+    Its rows have just been replaced by those of the first.
+    """
     requests = make_request(0), make_request(1)
     for request in requests:
         assert manager.begin(request) and manager.extend(request, 100)

@@ -268,7 +268,7 @@ class Settings:
     tidy: bool = True
     """Clean up afterwards."""
     limit: int | None = None
-    """Upper limit, unless ``kind``; None: no limit."""
+    """Upper limit, unless ``kind`` is set."""
 
 
 def test_flags_come_from_dataclasses() -> None:
@@ -286,7 +286,7 @@ def test_flags_come_from_dataclasses() -> None:
     for help in (
         "some 100% names (default: a,b)",
         "kind of thing (default: x)",
-        "upper limit, unless --kind; none: no limit",
+        "upper limit, unless --kind is set",
     ):
         assert help in re.sub(r"\s+", " ", text)
 
@@ -489,7 +489,7 @@ def test_commands_accept_sigint_when_their_shell_ignores_it(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_a_callback_ends_the_command(number: signal.Signals) -> None:
-    """Python discards what a handler raises while an object is deleted."""
+    """Guard against exceptions of a handler that Python discards while it deletes an object."""
     code = f"""
 import os, sys, time
 from hybridcache.lab.signals import end_by_exception

@@ -321,12 +321,12 @@ def test_a_role_stopped_during_a_transfer_finishes_it(servers: ServersToStop, st
         _wait_until_ready(one)
     body = {"prompt": "what is far away " * 400, "max_tokens": 3, "ignore_eos": True}
     with ThreadPoolExecutor() as pool:
-        asked = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=60)
+        answering = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=60)
         while "engine_running_requests 1.0" not in httpx.get(far + "/metrics").text:
-            assert not asked.done()
+            assert not answering.done()
             time.sleep(0.05)
         servers.stop(roles[stopped], TERM)
-        answer = asked.result().json()
+        answer = answering.result().json()
     assert answer["usage"]["completion_tokens"] == 3
     assert answer["usage"]["prompt_tokens_details"]["transferred"]["tokens"] > 6000
     servers.expect_end(roles[stopped], 0)

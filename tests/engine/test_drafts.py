@@ -1,6 +1,6 @@
 """Tests of speculation on a small real model, compared with one token per step.
 
-Tokens, bits of log-probabilities and cache contents are the same, whatever is drafted.
+Tokens, bits of log-probabilities and cache contents are the same for any drafts.
 
 Faults that other engines had or have where drafts meet a prefix cache of states, and the test that
 finds each here (n: numerics/test_verify.py, m: test_scheduler_machine.py, l: test_lease.py of the

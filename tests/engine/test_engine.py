@@ -172,7 +172,7 @@ def test_waiting_for_the_device_is_reported_apart_from_commit_time(
 
 
 def engine_short_of_kv(**settings: object) -> tuple[Engine, list[list[int]]]:
-    """Return an engine whose pool holds the prompts of its requests but not their answers."""
+    """Return an engine with room for the prompts of its requests but not for their answers."""
     engine = make_engine(kv_tokens=512, slots=12, token_budget=64, **settings)
     return engine, [ids(100, first=40 * i) for i in range(4)]
 

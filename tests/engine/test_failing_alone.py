@@ -41,7 +41,7 @@ class BrokenDecoder:
 
 
 class SometimesBroken(ByteTokenizer):
-    """Tokenizer whose decoders fail for the answers numbered in ``broken``."""
+    """Tokenizer with decoders that fail for the answers numbered in ``broken``."""
 
     def __init__(self, broken: dict[int, str]) -> None:
         super().__init__()

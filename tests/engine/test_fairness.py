@@ -1,5 +1,5 @@
-"""What a step's tokens are given to: short prompts do not wait for long ones, and nobody pays for
-it in steps."""
+"""Tests of how a step's tokens are shared: short prompts do not wait for long ones, and no step is
+left emptier."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hybridcache.scheduling.planner import TILES
 
 
 class Load:
-    """Requests that arrive at once; in which step each had its first and its last token."""
+    """Engine with requests that arrive at once, and the steps of their first and last tokens."""
 
     def __init__(self, token_budget: int, max_running: int = 16) -> None:
         config = EngineConfig(token_budget=token_budget, max_running=max_running, check=True)
@@ -28,10 +28,10 @@ class Load:
         self.prefilled: list[int] = []
         """Prompt tokens of each step."""
         self.tiles: list[int] = []
-        """Tiles they begin."""
+        """Number of tiles that the prompt tokens of each step begin."""
         forward = runner.forward
 
-        def noting(batch, drawn=()):
+        def spy(batch, drawn=()):
             assert batch.num_tokens <= config.most_step_tokens
             lengths = [len(s.token_ids) for s in batch.segments if not s.is_decode]
             self.prefilled.append(sum(lengths))
@@ -39,7 +39,7 @@ class Load:
             assert sum(s.num_logits for s in batch.segments if s.logits == "all") <= MAX_SCORED
             return forward(batch, drawn)
 
-        runner.forward = noting
+        runner.forward = spy
 
     def add(self, name: str, prompt: list[int], max_tokens: int = 4, **options: object) -> None:
         rule = SamplingParams(max_tokens=max_tokens)
@@ -61,7 +61,7 @@ def tokens(count: int, seed: int) -> list[int]:
 
 
 @pytest.mark.full
-def test_a_short_prompt_behind_forty_followers_of_a_long_one_waits_for_none_of_them() -> None:
+def test_a_short_prompt_does_not_wait_for_followers_of_a_long_one() -> None:
     load, long = Load(token_budget=1024), tokens(20_000, 0)
     load.add("leader", long)
     for i in range(40):
@@ -69,41 +69,41 @@ def test_a_short_prompt_behind_forty_followers_of_a_long_one_waits_for_none_of_t
     load.add("short", [1, 2, 3], max_tokens=1)
     load.run()
     assert load.first["short"] == 1
-    assert load.first["leader"] == 20  # as if it were alone, but for three tokens
+    assert load.first["leader"] == 20  # as without the others, except for three tokens
     assert all(o.cached_len >= 19_968 for n, o in load.outputs.items() if n[:3] == "fol")
 
 
-def test_a_short_prompt_that_comes_alone_passes_a_long_one_that_runs() -> None:
+def test_a_single_short_prompt_overtakes_a_running_long_one() -> None:
     load = Load(token_budget=256)
     load.add("long", tokens(4096, 0), max_tokens=1)
     load.step()
     load.add("short", tokens(50, 1), max_tokens=1)
     load.run()
     assert load.first["short"] == 2
-    assert load.prefilled[:2] == [256, 242]  # the long one's chunks end on the grid
+    assert load.prefilled[:2] == [256, 242]  # chunks of the long prompt end on the grid
 
 
-def test_what_short_prompts_leave_goes_to_the_long_ones_in_the_same_step() -> None:
+def test_long_prompts_get_the_tokens_that_short_ones_leave() -> None:
     load = Load(token_budget=1024)
     for i in range(3):
         load.add(f"long-{i}", tokens(4096, i), max_tokens=1)
     load.run()
     assert load.prefilled == [1024] * 12
-    assert [load.first[f"long-{i}"] for i in range(3)] == [4, 8, 12]  # one after the other
+    assert [load.first[f"long-{i}"] for i in range(3)] == [4, 8, 12]  # one at a time
 
 
-def test_short_prompts_take_no_more_than_their_share_of_a_step() -> None:
+def test_short_prompts_get_at_most_their_share_of_a_step() -> None:
     load = Load(token_budget=1024)
     load.add("long", tokens(8192, 0), max_tokens=1)
     for i in range(60):
         load.add(f"short-{i}", tokens(128, 1 + i), max_tokens=1)
     load.run()
-    assert load.first["long"] == 11  # at least three quarters of each step
+    assert load.first["long"] == 11  # it gets at least three quarters of each step
     assert sum(load.first[f"short-{i}"] <= 10 for i in range(60)) == 20  # two in each of its steps
 
 
-def test_a_short_prompt_passes_a_long_one_only_where_both_have_a_place_to_run() -> None:
-    """Else the long one would wait for the whole of the short one's answer."""
+def test_a_short_prompt_overtakes_only_if_both_may_run() -> None:
+    """Check that otherwise the long prompt would wait for the whole answer of the short one."""
     firsts = {}
     for max_running in (2, 3):
         load = Load(token_budget=256, max_running=max_running)
@@ -115,14 +115,14 @@ def test_a_short_prompt_passes_a_long_one_only_where_both_have_a_place_to_run() 
     assert firsts[2] == [4, 10, 11] and firsts[3] == [6, 11, 1]
 
 
-def test_prompts_whose_every_position_is_scored_are_scored_in_parts() -> None:
+def test_prompts_with_scores_are_scored_in_parts() -> None:
     load = Load(token_budget=4096)
     for i in range(3):
         load.add(f"scored-{i}", tokens(2500, i), max_tokens=1, prompt_logprobs=0)
     load.add("plain", tokens(6000, 9), max_tokens=1)
     load.run()
     assert all(len(load.outputs[f"scored-{i}"].prompt_logprobs) == 2500 for i in range(3))
-    assert load.first["plain"] == 2  # the rest of a step is for the others
+    assert load.first["plain"] == 2  # the other requests get the rest of a step
     assert load.prefilled[0] == 4096
 
 
@@ -133,11 +133,9 @@ def test_prompts_whose_every_position_is_scored_are_scored_in_parts() -> None:
 @example(sizes=[1, 1, 1, 1], token_budget=100)
 @settings(max_examples=60, deadline=None)
 @pytest.mark.timeout(300)
-def test_no_step_is_left_emptier_than_one_without_the_rule(
-    sizes: list[int], token_budget: int
-) -> None:
-    """As long as anybody waits, less than a tile of each step is unused, or as many tiles are begun
-    as may be."""
+def test_steps_are_full_while_requests_wait(sizes: list[int], token_budget: int) -> None:
+    """Check that, while requests wait, a step leaves less than a tile unused or begins all tiles it
+    may."""
     load = Load(token_budget)
     for i, size in enumerate(sizes):
         load.add(f"{i}", tokens(size, i), max_tokens=1)
@@ -150,8 +148,9 @@ def test_no_step_is_left_emptier_than_one_without_the_rule(
         assert is_full or not left, (load.prefilled, sizes)
 
 
-def test_a_hundred_short_ends_are_not_one_step() -> None:
-    """Each costs nearly half a tile, so whoever decodes would wait for fifty of them."""
+def test_a_step_takes_few_short_prompt_tails() -> None:
+    """Check the limit on prompt tails: each costs nearly half a tile, so decodes would wait for all
+    of them."""
     load, prompt = Load(token_budget=64, max_running=200), tokens(900, 0)
     load.add("decodes", tokens(10, 1), max_tokens=80)
     load.step()

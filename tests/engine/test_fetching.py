@@ -1,5 +1,5 @@
-"""Requests that wait for a prefix from elsewhere, on memory that proves its reads: the others run
-on, and whatever becomes of the fetch, answers stay."""
+"""Tests of requests that wait for a prefix from another engine: others run on, and answers are
+right whether the load succeeds or fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GREEDY = SamplingParams(max_tokens=5)
 
 
 class SlowFetch:
-    """Comes after some steps, or never."""
+    """Load that arrives after some steps, or never."""
 
     def __init__(self, fetcher: SlowFetcher, arrival: Arrival, request: Request) -> None:
         self.fetcher, self.arrival, self.request = fetcher, arrival, request
@@ -46,7 +46,8 @@ class SlowFetch:
 
 
 class SlowFetcher:
-    """Knows every prefix, ``delay`` steps away; every third is lost on its way if it ``fails``."""
+    """Fetcher that finds every prefix, after ``delay`` steps; every third load fails if
+    ``fails``."""
 
     def __init__(self, delay: int, fails: bool = False, most: int = 4) -> None:
         self.delay, self.fails, self.most = delay, fails, most
@@ -139,20 +140,20 @@ def test_a_request_waits_for_its_prefix_while_others_run() -> None:
     engine.check()
 
 
-def test_who_shares_what_is_on_its_way_waits_for_it_and_asks_for_the_rest_alone() -> None:
+def test_requests_wait_for_a_shared_load_and_load_only_the_rest() -> None:
     fetcher = SlowFetcher(delay=3)
     engine = make(fetcher)
     prompts = [pattern(0, 256) + pattern(k, 100) for k in (3, 4, 4)]
     begun: list[tuple[int, int]] = []
     begin = fetcher.begin
 
-    def noting(request: Request, match: PrefixMatch) -> SlowFetch | None:
+    def spy(request: Request, match: PrefixMatch) -> SlowFetch | None:
         fetch = begin(request, match)
         if fetch is not None:
             begun.append((fetch.arrival.start, fetch.end))
         return fetch
 
-    fetcher.begin = noting  # type: ignore[method-assign]
+    fetcher.begin = spy  # type: ignore[method-assign]
     outputs = engine.generate(prompts, GREEDY)
     assert begun == [(0, 320), (256, 320)]
     assert [output.cached_len for output in outputs] == [320, 320, 320]
@@ -160,8 +161,8 @@ def test_who_shares_what_is_on_its_way_waits_for_it_and_asks_for_the_rest_alone(
 
 @pytest.mark.parametrize("slab", [0, 40], ids=["pools", "arena"])
 @pytest.mark.parametrize("fails", [False, True], ids=["whole", "lossy"])
-def test_answers_stay_whatever_becomes_of_a_fetch(slab: int, fails: bool) -> None:
-    """In short memory, with requests that leave while theirs is on its way."""
+def test_answers_do_not_depend_on_the_result_of_a_load(slab: int, fails: bool) -> None:
+    """Run with little memory, and abort requests during their loads."""
     fetcher, rng = SlowFetcher(delay=4, fails=fails), np.random.default_rng(5)
     engine = make(fetcher, kv=900, slots=6, slab=slab, max_running=4)
     prompts = [
@@ -169,23 +170,23 @@ def test_answers_stay_whatever_becomes_of_a_fetch(slab: int, fails: bool) -> Non
         + pattern(10 + int(rng.integers(4)), int(rng.integers(1, 200)))
         for _ in range(60)
     ]
-    wanted, finals = {}, {}
+    prompt_of, finals = {}, {}
     while prompts or engine.has_work():
         if prompts and rng.random() < 0.5:
             prompt = prompts.pop()
-            wanted[engine.submit(prompt, GREEDY)] = prompt
+            prompt_of[engine.submit(prompt, GREEDY)] = prompt
         if rng.random() < 0.05 and fetcher.pending:
             name = fetcher.pending[0].request.request_id
-            del wanted[name]
+            del prompt_of[name]
             engine.abort(name)
         finals |= {output.request_id: output for output in engine.step() if output.is_finished}
     engine.check()
     assert fetcher.num_begun > 10 and not fetcher.pending
-    for name, prompt in wanted.items():
+    for name, prompt in prompt_of.items():
         assert finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
 
 
-def test_rows_that_nobody_can_trust_end_every_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_moves_cancel_every_load(monkeypatch: pytest.MonkeyPatch) -> None:
     fetcher = SlowFetcher(delay=1000)
     engine = make(fetcher)
     prompt = pattern(0, 300)
@@ -208,21 +209,21 @@ def test_rows_that_nobody_can_trust_end_every_fetch(monkeypatch: pytest.MonkeyPa
 NEVER = 10**9
 
 
-def last_outputs(engine: Engine, wanted: set[str]) -> dict[str, RequestOutput]:
-    """Step until all of ``wanted`` have finished, and return their last outputs."""
+def last_outputs(engine: Engine, request_ids: set[str]) -> dict[str, RequestOutput]:
+    """Step until all of ``request_ids`` have finished, and return their last outputs."""
     finals: dict[str, RequestOutput] = {}
     for _ in range(2000):
-        if wanted <= finals.keys():
+        if request_ids <= finals.keys():
             return finals
         finals |= {output.request_id: output for output in engine.step() if output.is_finished}
-    raise AssertionError(f"{wanted - finals.keys()} never finished")
+    raise AssertionError(f"{request_ids - finals.keys()} never finished")
 
 
 @pytest.mark.full("4-12")
 @pytest.mark.parametrize(("most", "num_long"), [(1, 1), (4, 4), (4, 12), (2, 300)])
-def test_full_load_slots_delay_no_request_that_loads_nothing(most: int, num_long: int) -> None:
-    """Short prompts come behind any number of long ones whose loads never end, and finish in the
-    steps in which they finish alone."""
+def test_full_load_slots_do_not_delay_requests_without_loads(most: int, num_long: int) -> None:
+    """Check that short prompts behind long ones with endless loads finish in the same steps as
+    without them."""
 
     def finished_in(num_long: int) -> list[int]:
         engine = make(SlowFetcher(delay=NEVER, most=most), kv=65536, slots=400, max_running=4)
@@ -239,7 +240,7 @@ def test_full_load_slots_delay_no_request_that_loads_nothing(most: int, num_long
         assert len(engine.requests) == num_long
         return [order[name] for name in short]
 
-    # Behind many new requests a step looks at no more than eight times as many as may run.
+    # With many new requests in front, a step examines at most eight times as many as may run.
     delay = num_long // (8 * 4)
     assert all(
         late <= alone + delay
@@ -247,7 +248,7 @@ def test_full_load_slots_delay_no_request_that_loads_nothing(most: int, num_long
     )
 
 
-def test_a_request_held_for_a_slot_loads_as_soon_as_one_is_free_the_oldest_first() -> None:
+def test_held_requests_load_oldest_first_as_slots_become_free() -> None:
     fetcher = SlowFetcher(delay=5, most=2)
     engine = make(fetcher)
     names = [engine.submit(pattern(10 + k, 200), GREEDY) for k in range(6)]
@@ -256,24 +257,25 @@ def test_a_request_held_for_a_slot_loads_as_soon_as_one_is_free_the_oldest_first
     assert {output.cached_len for output in finals.values()} == {192}
 
 
-def test_a_held_request_goes_on_when_the_one_it_waits_for_leaves() -> None:
+def test_a_held_request_loads_after_the_loading_one_was_aborted() -> None:
     fetcher = SlowFetcher(delay=NEVER, most=1)
     engine = make(fetcher)
-    loads = engine.submit(pattern(0, 300), GREEDY)
-    shares = engine.submit(pattern(0, 250) + pattern(1, 60), GREEDY)
+    loading = engine.submit(pattern(0, 300), GREEDY)
+    sharing = engine.submit(pattern(0, 250) + pattern(1, 60), GREEDY)
     other = engine.submit(pattern(2, 300), GREEDY)
     engine.step()
-    assert [fetch.request.request_id for fetch in fetcher.pending] == [loads]
-    engine.abort(loads)
+    assert [fetch.request.request_id for fetch in fetcher.pending] == [loading]
+    engine.abort(loading)
     engine.step()
-    assert [fetch.request.request_id for fetch in fetcher.pending] == [shares]
-    engine.abort(shares)
+    assert [fetch.request.request_id for fetch in fetcher.pending] == [sharing]
+    engine.abort(sharing)
     engine.step()
     assert [fetch.request.request_id for fetch in fetcher.pending] == [other]
 
 
 class FetchMachine(RuleBasedStateMachine):
-    """Loads against admission: any order of requests, steps, loads that end or fail, and aborts."""
+    """State machine of loads and admission: requests, steps, loads that end or fail, and aborts, in
+    any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,9 +284,9 @@ class FetchMachine(RuleBasedStateMachine):
         self.prompts: dict[str, list[int]] = {}
         self.finals: dict[str, RequestOutput] = {}
 
-    @rule(kind=st.integers(0, 2), shared=st.integers(0, 200), own=st.integers(1, 120))
-    def submit(self, kind: int, shared: int, own: int) -> None:
-        prompt = pattern(kind, shared) + pattern(20 + own % 3, own)
+    @rule(kind=st.integers(0, 2), shared=st.integers(0, 200), suffix=st.integers(1, 120))
+    def submit(self, kind: int, shared: int, suffix: int) -> None:
+        prompt = pattern(kind, shared) + pattern(20 + suffix % 3, suffix)
         self.prompts[self.engine.submit(prompt, GREEDY)] = prompt
 
     @rule(times=st.integers(1, 8))
@@ -312,8 +314,8 @@ class FetchMachine(RuleBasedStateMachine):
         del self.prompts[name]
 
     @rule()
-    def whoever_loads_nothing_finishes(self) -> None:
-        """Whatever is held: loads end in no step of this rule."""
+    def requests_without_loads_finish(self) -> None:
+        """Check that only requests with a load, or behind one, are left; no load ends meanwhile."""
         for _ in range(400):
             self.step(1)
             if not self.engine._scheduler.num_running:
@@ -330,7 +332,7 @@ class FetchMachine(RuleBasedStateMachine):
         assert not waiting or len(loading) > 0
 
     @invariant()
-    def books_balance(self) -> None:
+    def check_engine(self) -> None:
         self.engine.check()
         assert len(self.fetcher.pending) <= self.fetcher.most
 

@@ -1,4 +1,5 @@
-"""``--grid 16`` and ``32``: the whole engine with kernels that compute as few tokens at a time."""
+"""Tests of ``--grid 16`` and ``32``: the whole engine with kernels that compute tiles of that
+size."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from tests.engine.test_hits_change_nothing import (
     REPORT,
     SIDE_BY_SIDE,
     MakeEngine,
+    always_loads,  # noqa: F401
     assert_same,
     make_engine,  # noqa: F401
     prompts,
 )
-from tests.engine.test_tiers import always_fetches  # noqa: F401
 
 GRIDS = pytest.mark.parametrize("grid", [16, 32])
 
@@ -30,7 +31,7 @@ GRIDS = pytest.mark.parametrize("grid", [16, 32])
     [{"dtype": "float32"}, {"dtype": "bfloat16", "state_dtype": "bfloat16"}],
     ids=["float32", "bfloat16-states16"],
 )
-def test_hits_are_cold_runs_bit_for_bit(
+def test_hits_equal_cold_runs_bit_for_bit(
     make_engine: MakeEngine,  # noqa: F811
     model: dict[str, object],
     numbers: dict[str, str],
@@ -55,7 +56,7 @@ def test_hits_are_cold_runs_bit_for_bit(
 
 @pytest.mark.full("16")
 @GRIDS
-def test_a_short_prompt_hits(make_engine: MakeEngine, grid: int) -> None:  # noqa: F811
+def test_short_prompts_hit_on_a_fine_grid(make_engine: MakeEngine, grid: int) -> None:  # noqa: F811
     prompt = prompts()[0][:1] * 47
     for size, cached_len in ((grid, 46 // grid * grid), (64, 0)):
         engine = make_engine(grid=size)
@@ -63,8 +64,8 @@ def test_a_short_prompt_hits(make_engine: MakeEngine, grid: int) -> None:  # noq
         assert engine.generate([prompt], REPORT)[0].cached_len == cached_len
 
 
-def test_every_checkpoint_of_a_step_has_a_place(make_engine: MakeEngine) -> None:  # noqa: F811
-    """Where checkpoints are narrowed as they are saved: one for every tile of a step."""
+def test_every_checkpoint_of_a_step_has_a_staging_place(make_engine: MakeEngine) -> None:  # noqa: F811
+    """Check narrow checkpoints, which need one staging place for every tile of a step."""
     numbers = {"state_dtype": "bfloat16", "grid": 16, "dtype": "bfloat16"}
     expected = make_engine(**numbers, prefix_cache="none").generate(prompts(), REPORT)
     engine = make_engine(
@@ -78,16 +79,16 @@ def test_every_checkpoint_of_a_step_has_a_place(make_engine: MakeEngine) -> None
 
 
 @pytest.mark.full
-@pytest.mark.usefixtures("always_fetches")
-def test_a_folder_is_of_one_grid(make_engine: MakeEngine, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.usefixtures("always_loads")
+def test_a_state_folder_refuses_another_grid(make_engine: MakeEngine, tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "state"
     expected = make_engine(prefix_cache="none", grid=16).generate(prompts(), REPORT)
-    for known in (False, True):
+    for is_reopened in (False, True):
         engine = make_engine(exact=True, grid=16, state_dir=str(folder))
         outputs = [engine.generate([prompt], REPORT)[0] for prompt in prompts()]
         assert_same(outputs, expected)
         assert any(output.cached_len % 64 for output in outputs)
-        if known:
+        if is_reopened:
             assert engine.cache.offload is not None
             assert engine.cache.offload.copied_rows["disk", "device"] > 0
         engine.close()
@@ -102,15 +103,18 @@ def test_a_folder_is_of_one_grid(make_engine: MakeEngine, tmp_path: Path) -> Non
 
 
 @pytest.mark.full
-def test_two_ranks_have_one_grid() -> None:
+def test_two_ranks_use_the_same_grid() -> None:
     settings = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02, "grid": 16, "check": True}
-    asked = "A short prompt, once and again."
+    prompt = "A short prompt, once and again."
     params = SamplingParams(max_tokens=4, temperature=0, logprobs=2)
-    alone, shared = (Engine(engine_config(**settings, tp=tp)) for tp in (1, 2))
+    one_rank, two_ranks = (Engine(engine_config(**settings, tp=tp)) for tp in (1, 2))
     try:
-        runs = [[one.generate([asked], params)[0] for _ in range(2)] for one in (alone, shared)]
+        runs = [
+            [engine.generate([prompt], params)[0] for _ in range(2)]
+            for engine in (one_rank, two_ranks)
+        ]
     finally:
-        shared.runner.close()
+        two_ranks.runner.close()
     for cold, hit in runs:
         assert (cold.cached_len, hit.cached_len) == (0, (len(cold.prompt_token_ids) - 1) // 16 * 16)
         assert cold.logprobs == hit.logprobs

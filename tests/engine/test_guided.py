@@ -1,5 +1,5 @@
-"""Answers that follow a grammar: what comes out is what was asked for, whatever else the engine
-does meanwhile, and no token of anybody else's changes."""
+"""Tests of guided answers: they follow their grammar under all conditions, and other requests'
+tokens stay the same."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def engine() -> Engine:
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
-def test_an_answer_is_what_the_grammar_says(engine: Engine, name: str) -> None:
+def test_answers_match_their_grammar(engine: Engine, name: str) -> None:
     grammar, expected = GRAMMARS[name]
     for number in range(4):
         [output] = engine.generate([spec(grammar, f"{number}: ")])
@@ -104,7 +104,7 @@ def test_an_answer_is_what_the_grammar_says(engine: Engine, name: str) -> None:
         assert output.finish_reason == "stop" and output.error is None
 
 
-def test_an_answer_follows_a_json_schema(engine: Engine) -> None:
+def test_answers_follow_a_json_schema(engine: Engine) -> None:
     for number in range(4):
         [output] = engine.generate([spec(Grammar.of_schema(SCHEMA), str(number), max_tokens=900)])
         answer = json.loads(output.text)
@@ -128,7 +128,7 @@ def test_any_of_the_tools_may_be_called(engine: Engine) -> None:
     "{'exact': True, 'token_budget': 64}",
 )
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [
         {"draft": "tree:4"},
         {"draft": "mtp"},
@@ -139,30 +139,31 @@ def test_any_of_the_tools_may_be_called(engine: Engine) -> None:
     ],
     ids=str,
 )
-def test_whatever_else_happens_the_answers_are_the_same(
-    engine: Engine, how: dict[str, Any]
+def test_guided_answers_do_not_depend_on_engine_settings(
+    engine: Engine, settings: dict[str, Any]
 ) -> None:
-    """With drafts, steps that overlap, preemption and chunks; grammars and none side by side."""
+    """Compare with drafts, overlap, preemption and chunks; requests without a grammar are part of
+    each batch."""
     specs = [
-        spec(grammar, f"{name} " + "x" * 90, max_tokens=60, **more)
+        spec(grammar, f"{name} " + "x" * 90, max_tokens=60, **extra)
         for name, (grammar, _) in [*GRAMMARS.items(), ("none", (None, ""))]
-        for more in ({}, {"presence_penalty": 1.0}, {"min_tokens": 9})
+        for extra in ({}, {"presence_penalty": 1.0}, {"min_tokens": 9})
     ]
     expected = [output.token_ids for output in engine.generate(specs)]
-    other = oracle(**how)
+    other = oracle(**settings)
     for _ in range(2):
         assert [output.token_ids for output in other.generate(specs)] == expected
-    if "num_kv_tokens" in how:
+    if "num_kv_tokens" in settings:
         assert sum(output.num_preemptions for output in other.generate(specs)) > 0
 
 
 AMBIGUOUS = Grammar.of_text('start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | ')
-"""Its masks take longer with every token: 0.1 s after 150, in the background."""
+"""Grammar with masks that take longer with every token: 0.1 s after 150, in the background."""
 
 
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No grammar may be followed on the engine's thread."""
+    """Follow every grammar in the background, none on the engine's thread."""
     compile_ = Guides._compile
 
     def compile_costly(guides: Guides, grammar: Grammar) -> guide.Compiled:
@@ -175,7 +176,7 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.full("{}", "{'draft': 'tree:4'}", "{'asynchronous': True, 'overlap': 'on'}")
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [
         {},
         {"draft": "tree:4"},
@@ -185,22 +186,23 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_an_answer_followed_in_the_background_is_the_same(
-    engine: Engine, in_background: None, how: dict[str, Any]
+def test_masks_from_the_background_give_the_same_answers(
+    engine: Engine, in_background: None, settings: dict[str, Any]
 ) -> None:
     specs = [
-        spec(grammar, f"{name} " + "x" * 90, max_tokens=60, **more)
+        spec(grammar, f"{name} " + "x" * 90, max_tokens=60, **extra)
         for name, (grammar, _) in [*GRAMMARS.items(), ("none", (None, ""))]
-        for more in ({}, {"presence_penalty": 1.0})
+        for extra in ({}, {"presence_penalty": 1.0})
     ]
     expected = engine.generate(specs)
-    outputs = oracle(**how).generate(specs)
+    outputs = oracle(**settings).generate(specs)
     assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
     assert [o.finish_reason for o in outputs] == [o.finish_reason for o in expected]
 
 
-def test_the_model_draws_the_same_for_an_answer_in_the_background() -> None:
-    """From logits that were kept beyond their step, with a neighbour that goes on."""
+def test_a_model_draws_the_same_with_masks_from_the_background() -> None:
+    """Check that draws from logits kept beyond their step are the same, with another request
+    running."""
     config = EngineConfig(cache_gib=0.05, max_model_len=512, max_running=4, check=True)
     sampling = {"max_tokens": 20, "temperature": 1.0, "logprobs": 2, "seed": 3}
     specs = [spec(grammar, "abc", **sampling) for grammar in (Grammar.of_object(), None)]
@@ -214,19 +216,21 @@ def test_the_model_draws_the_same_for_an_answer_in_the_background() -> None:
 
 
 class RecordingLibrary:
-    """llguidance, with a note of each call of a matcher: (thread, limits of the matcher, name,
+    """llguidance with a record of each matcher call: (thread, limits of the matcher, name,
     tokens)."""
 
     def __init__(self, calls: list[tuple[int, int, str, int]]) -> None:
         library = pytest.importorskip("llguidance")
 
         class Matcher:
-            def __init__(self, *arguments: Any, limits: Any = None, inner: Any = None, **how: Any):
+            def __init__(
+                self, *arguments: Any, limits: Any = None, inner: Any = None, **options: Any
+            ):
                 self.limits = limits
-                self.note("compile", 0)
-                self.inner = inner or library.LLMatcher(*arguments, limits=limits, **how)
+                self.record("compile", 0)
+                self.inner = inner or library.LLMatcher(*arguments, limits=limits, **options)
 
-            def note(self, name: str, number: int) -> None:
+            def record(self, name: str, number: int) -> None:
                 most = 0 if self.limits is None else self.limits.step_max_items
                 calls.append((threading.get_ident(), most, name, number))
 
@@ -236,7 +240,7 @@ class RecordingLibrary:
             def __getattr__(self, name: str) -> Any:
                 def call(*arguments: Any) -> Any:
                     tokens = arguments[0] if name in ("consume_tokens", "validate_tokens") else ()
-                    self.note(name, len(tokens))
+                    self.record(name, len(tokens))
                     return getattr(self.inner, name)(*arguments)
 
                 return call
@@ -247,7 +251,7 @@ class RecordingLibrary:
 
             def consume_token_par(self, pairs: list[tuple[Matcher, int]]) -> Any:
                 for matcher, _ in pairs:
-                    matcher.note("consume_token_par", 1)
+                    matcher.record("consume_token_par", 1)
                 return self.inner.consume_token_par([(m.inner, token) for m, token in pairs])
 
         Matcher.grammar_from_regex = staticmethod(library.LLMatcher.grammar_from_regex)  # type: ignore[attr-defined]
@@ -256,39 +260,44 @@ class RecordingLibrary:
             setattr(self, name, getattr(library, name))
 
 
-@pytest.mark.full("how1")
-@pytest.mark.parametrize("how", [{}, {"draft": "tree:4"}, {"asynchronous": True, "overlap": "on"}])
-def test_the_engines_thread_makes_only_calls_that_are_bounded(
-    monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+@pytest.mark.full("settings1")
+@pytest.mark.parametrize(
+    "settings", [{}, {"draft": "tree:4"}, {"asynchronous": True, "overlap": "on"}]
+)
+def test_the_engine_thread_makes_only_bounded_calls(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    """It compiles nothing, replays no answer, and uses only matchers with the limits of a step,
-    whatever the grammar; and nobody else sits out a step."""
+    """Check that the engine's thread compiles nothing, replays no answer and uses only matchers
+    with step limits.
+
+    No request without a grammar is left out of a step.
+    """
     calls: list[tuple[int, int, str, int]] = []
     monkeypatch.setitem(sys.modules, "llguidance", RecordingLibrary(calls))  # type: ignore[arg-type]
-    engine = oracle(**how)
+    engine = oracle(**settings)
     engine.compile(AMBIGUOUS)
     other = engine.submit(spec(None, "other", max_tokens=400, ignore_eos=True))
     slow = {"max_tokens": 48, "min_tokens": 48}
     names = [engine.submit(spec(AMBIGUOUS, "Say: ", **slow)) for _ in range(2)]
     engine.step()
     calls.clear()
-    left = set(names)
+    unfinished = set(names)
     boxes = {name: engine._mailboxes.setdefault(name, deque()) for name in names}
-    while left:
+    while unfinished:
         outputs = {output.request_id: output for output in engine.step()}
-        left -= {name for name, output in outputs.items() if output.is_finished}
+        unfinished -= {name for name, output in outputs.items() if output.is_finished}
         if other in outputs and outputs[other].is_finished:
             other = engine.submit(spec(None, "other", max_tokens=400, ignore_eos=True))
-        elif not how:
-            assert other in outputs, "a stream without a grammar sat out a step"
+        elif not settings:
+            assert other in outputs, "a request without a grammar was left out of a step"
     assert [boxes[name][-1].finish_reason for name in names] == ["length", "length"]
-    here = [call for call in calls if call[0] == threading.get_ident()]
-    apart = [call for call in calls if call[0] != threading.get_ident()]
-    for _, most_items, name, number in here:
+    on_engine_thread = [call for call in calls if call[0] == threading.get_ident()]
+    in_background = [call for call in calls if call[0] != threading.get_ident()]
+    for _, most_items, name, number in on_engine_thread:
         assert name != "compile" or number == 0
         assert most_items <= library.STEP_LIMITS["step_max_items"]
         assert number <= 5, "an answer was replayed"
-    assert {most for _, most, name, _ in apart if name == "compute_bitmask"} == {
+    assert {most for _, most, name, _ in in_background if name == "compute_bitmask"} == {
         library.LIMITS["step_max_items"]
     }
 
@@ -308,15 +317,17 @@ SCRIPTS = (
 )
 
 
-class Stubborn(OracleSampler):
-    """Says the script that the request's seed stands for, byte for byte, as far as it may; where it
-    may not, the first letter that it may say."""
+class ScriptedSampler(OracleSampler):
+    """Sampler that follows the script chosen by the request's seed, byte for byte.
+
+    A forbidden byte is replaced by the first allowed token.
+    """
 
     def launch(self, logits: Any, requests: Any, rows: Any) -> Any:
         sampled = []
         for request in requests:
-            said = [*SCRIPTS[request.seed].encode(), 258]
-            token = said[min(request.draw, len(said) - 1)]
+            script = [*SCRIPTS[request.seed].encode(), 258]
+            token = script[min(request.draw, len(script) - 1)]
             mask = request.ruling.mask
             if mask is not None and not mask[token >> 3] >> (token & 7) & 1:
                 token = int(np.unpackbits(mask, bitorder="little").argmax())
@@ -325,7 +336,7 @@ class Stubborn(OracleSampler):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [
         {},
         {"draft": "tree:8"},
@@ -333,34 +344,34 @@ class Stubborn(OracleSampler):
         {"num_kv_tokens": 300, "prefix_cache": "none"},
         {"background": True},
         {"background": True, "asynchronous": True, "overlap": "on"},
-        {"breaks": True, "asynchronous": True, "overlap": "on"},
+        {"fails": True, "asynchronous": True, "overlap": "on"},
     ],
     ids=str,
 )
-def test_strict_calls_follow_their_grammar_from_their_mark_on(
-    request: pytest.FixtureRequest, how: dict[str, Any]
+def test_strict_calls_follow_their_grammar_after_the_mark(
+    request: pytest.FixtureRequest, settings: dict[str, Any]
 ) -> None:
-    """And nothing else does: reasoning, text and what only looks like a mark are free."""
-    how = dict(how)
-    if how.pop("background", False):
+    """Check that reasoning, text and near misses of a mark are not restricted."""
+    settings = dict(settings)
+    if settings.pop("background", False):
         request.getfixturevalue("in_background")
-    breaks = how.pop("breaks", False)
+    fails = settings.pop("fails", False)
     grammar = grammar_of_strict_calls(STRICT, may_think=True)
     specs = [spec(grammar, f"{seed}" * 40, seed=seed, max_tokens=200) for seed in range(4)]
-    engine = oracle(**how)
-    engine._sampler = Stubborn()
-    engine._hooks[0]._sampler = Stubborn()  # type: ignore[attr-defined]
+    engine = oracle(**settings)
+    engine._sampler = ScriptedSampler()
+    engine._hooks[0]._sampler = ScriptedSampler()  # type: ignore[attr-defined]
     texts: dict[int, str] = {}
     commit, num_steps = engine._commit, 0
 
-    def fails_at_times(in_flight: Any) -> Any:
+    def fail_at_times(in_flight: Any) -> Any:
         nonlocal num_steps
         num_steps += 1
-        if breaks and num_steps % 7 == 0:
+        if fails and num_steps % 7 == 0:
             raise MemoryError
         return commit(in_flight)
 
-    engine._commit = fails_at_times  # type: ignore[method-assign]
+    engine._commit = fail_at_times  # type: ignore[method-assign]
     for _ in range(2):
         names = [engine.submit(one) for one in specs]
         while engine.has_work():
@@ -382,8 +393,8 @@ def test_strict_calls_follow_their_grammar_from_their_mark_on(
     )
 
 
-def test_a_mark_ends_with_a_token() -> None:
-    """Of a vocabulary whose tokens would go on behind it, those are forbidden that would."""
+def test_no_token_continues_beyond_a_mark() -> None:
+    """Check that tokens which would continue beyond the mark are forbidden."""
     texts = [
         b"<",
         b"tool",
@@ -413,22 +424,22 @@ def test_a_mark_ends_with_a_token() -> None:
     assert Overshoots([b"<tool_call>"], plain, 3).mask(b"<tool_call") is None
 
 
-def test_a_budget_of_grammar_time_ends_its_request_alone(
+def test_an_exceeded_grammar_budget_ends_only_its_request(
     monkeypatch: pytest.MonkeyPatch, in_background: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(background, "SECONDS_PER_TOKEN", 0.0)
     engine = oracle(grammar_budget_s=1e-9)
     plain = spec(None, max_tokens=9, ignore_eos=True)
-    refused, kept = engine.generate([spec(GRAMMARS["regex"][0]), plain])
+    refused, other = engine.generate([spec(GRAMMARS["regex"][0]), plain])
     assert refused.finish_reason == "error" and refused.is_refused
     assert refused.error is not None and "budget of 1e-09 s" in refused.error
-    assert kept.finish_reason == "length" and kept.error is None
-    # A budget is a request's own, and a sane one is enough for all of them.
+    assert other.finish_reason == "length" and other.error is None
+    # Each request has its own budget, and the default is enough for all of these.
     again = oracle().generate([spec(GRAMMARS["regex"][0])] * 4)
     assert {output.finish_reason for output in again} == {"stop"}
 
 
-def test_time_in_which_other_processes_had_the_processor_is_not_charged(
+def test_only_cpu_time_is_charged_to_the_budget(
     monkeypatch: pytest.MonkeyPatch, in_background: None
 ) -> None:
     clock = itertools.count(0.0, 60.0)
@@ -446,14 +457,14 @@ def test_the_budget_grows_with_the_answer() -> None:
         budget.check(1.6, 100)
 
 
-def test_a_grammar_that_took_its_share_of_the_engines_time_leaves_its_thread() -> None:
+def test_a_slow_grammar_moves_to_the_background() -> None:
     guides = Guides(ByteTokenizer(), 320)
     grammar, answer = Grammar.of_regex("[a-c]{30}"), np.full(30, 97, np.int32)
     reference, other = guides.guide(grammar), guides.guide(grammar)
     expected = [reference.masks(answer[:end]) for end in range(20)]
     assert np.array_equal(other.masks(answer[:1]), expected[1])
     guides.shared.step_time.spend(60.0)
-    assert other.masks(answer[:2]) is None, "the engine's thread waits for no mask"
+    assert other.masks(answer[:2]) is None, "the engine's thread does not wait for a mask"
     for end in range(2, 20):
         while (masks := other.masks(answer[:end])) is None:
             guides.shared.news.wait(1.0)
@@ -464,21 +475,21 @@ def test_a_grammar_that_took_its_share_of_the_engines_time_leaves_its_thread() -
 
 
 def test_grammars_of_many_requests_share_few_threads(in_background: None) -> None:
-    """Each of them could delay the engine's thread, by losing its processor at a bad moment."""
-    most = max(1, num_cores() // 2)
+    """Limit the threads, because each can delay the engine's thread by taking its processor."""
+    max_threads = max(1, num_cores() // 2)
     engine, others = oracle(max_running=16), set(threading.enumerate())
     names = [engine.submit(spec(Grammar.of_regex(f"[a-c]{{{n}}}"))) for n in range(20, 36)]
     boxes = [engine._mailboxes.setdefault(name, deque()) for name in names]
-    seen = 0
+    most_running = 0
     while engine.has_work():
         engine.step()
         started = set(threading.enumerate()) - others
-        seen = max(seen, sum(one.name == "grammar" for one in started))
-    assert 1 <= seen <= most
+        most_running = max(most_running, sum(one.name == "grammar" for one in started))
+    assert 1 <= most_running <= max_threads
     assert {box[-1].finish_reason for box in boxes} == {"stop"}
 
 
-def test_works_of_grammars_run_in_turn_and_those_of_one_in_order() -> None:
+def test_grammars_take_turns_and_keep_their_own_order() -> None:
     threads, gate = background.GrammarThreads(2), threading.Event()
     grammars: list[Any] = [SimpleNamespace(works=deque(), is_active=False) for _ in range(6)]
     running: list[int] = []
@@ -498,13 +509,15 @@ def test_works_of_grammars_run_in_turn_and_those_of_one_in_order() -> None:
     while len(done) < 18:
         time.sleep(0.001)
     assert sorted(done) == [(grammar, number) for grammar in range(6) for number in range(3)]
-    assert [number for _, number in done].index(2) >= 8, "one had its last turn before others"
+    assert [number for _, number in done].index(2) >= 8, (
+        "one grammar ran all its work before others"
+    )
     for grammar in range(6):
         assert [number for one, number in done if one == grammar] == [0, 1, 2]
     threads.stop()
 
 
-def test_a_long_answer_gives_way_to_other_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_answer_yields_to_other_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "SLICE_S", 0.0)
     guides = Guides(ByteTokenizer(), 320)
     guides._threads, gate = background.GrammarThreads(1), threading.Event()
@@ -532,30 +545,30 @@ def test_a_long_answer_gives_way_to_other_grammars(monkeypatch: pytest.MonkeyPat
     assert place is not None and np.array_equal(place.mask, expected[0])
 
 
-@pytest.mark.parametrize("what", ["abort", "break", "preempt"])
-@pytest.mark.parametrize("how", [{}, {"asynchronous": True, "overlap": "on"}], ids=str)
-def test_a_request_that_waits_for_its_grammar_holds_up_nobody(
-    monkeypatch: pytest.MonkeyPatch, in_background: None, what: str, how: dict[str, Any]
+@pytest.mark.parametrize("event", ["abort", "interrupt", "preempt"])
+@pytest.mark.parametrize("settings", [{}, {"asynchronous": True, "overlap": "on"}], ids=str)
+def test_a_request_that_waits_for_its_mask_delays_no_other(
+    monkeypatch: pytest.MonkeyPatch, in_background: None, event: str, settings: dict[str, Any]
 ) -> None:
-    """It can be aborted, broken off and preempted while it does, and answers the same."""
+    """Abort, interrupt or preempt the waiting request, and check that its answer is the same."""
     grammar, _ = GRAMMARS["regex"]
     [whole] = oracle().generate([spec(grammar)])
     held: list[Any] = []
     monkeypatch.setattr(background.BackgroundGrammar, "submit", lambda _, work: held.append(work))
-    engine = oracle(**how)
+    engine = oracle(**settings)
     plain = engine.submit(spec(None, "other", max_tokens=200, ignore_eos=True))
     waiting = engine.submit(spec(grammar))
     box = engine._mailboxes.setdefault(waiting, deque())
     outputs = [output.request_id for _ in range(40) for output in engine.step()]
     assert outputs.count(plain) > 30 and waiting not in outputs and len(held) == 1
-    if what == "abort":
+    if event == "abort":
         engine.abort(waiting)
-    elif what == "break":
+    elif event == "interrupt":
         forward, engine.runner.forward = engine.runner.forward, None  # type: ignore[method-assign]
         with pytest.raises(TypeError):
             engine.step()
         engine.runner.forward = forward  # type: ignore[method-assign]
-    elif not how:
+    elif not settings:
         [request] = engine._scheduler.awaiting_draw
         engine._scheduler._preempt(request)
     while engine.has_work():
@@ -563,12 +576,12 @@ def test_a_request_that_waits_for_its_grammar_holds_up_nobody(
         while held:
             held.pop()()
     engine.check()
-    if what != "abort":
+    if event != "abort":
         assert box[-1].token_ids == whole.token_ids and box[-1].finish_reason == "stop"
 
 
-def test_the_vocabulary_is_built_once_and_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would stop every thread of the process for a second."""
+def test_the_vocabulary_is_built_once_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guard against a build in a request, which would stop every thread for a second."""
     engine = oracle()
     engine.prepare_grammars()
     monkeypatch.setattr(registry, "make_vocabulary", None)
@@ -577,21 +590,21 @@ def test_the_vocabulary_is_built_once_and_ahead(monkeypatch: pytest.MonkeyPatch)
     oracle().prepare_grammars()
 
 
-def test_drafts_that_the_grammar_forbids_are_cut(engine: Engine) -> None:
+def test_forbidden_drafts_are_cut(engine: Engine) -> None:
     other = oracle(draft="tree:8")
     grammar = Grammar.of_regex("[ab]{40}c")
     for _ in range(2):
         [output] = other.generate([spec(grammar)])
     assert output.drafts is not None and output.drafts.accepted.total() > 20
-    # What followed the same prompt without a grammar is no guess for one with it.
+    # The tokens that followed the prompt without a grammar are not drafted for a guided answer.
     other = oracle(draft="tree:8")
     other.generate([spec(None, max_tokens=40)])
     [output] = other.generate([spec(grammar)])
     assert output.text == engine.generate([spec(grammar)])[0].text
 
 
-def test_steps_that_overlap_still_do() -> None:
-    """Neither the guided request nor the others sit a step out for the mask."""
+def test_guided_requests_do_not_stop_the_overlap() -> None:
+    """Check that no request is left out of a step because of a mask."""
     steps: dict[bool, int] = {}
     for guided in (False, True):
         engine = oracle(asynchronous=True, overlap="on")
@@ -605,7 +618,7 @@ def test_steps_that_overlap_still_do() -> None:
     assert steps[True] == steps[False]
 
 
-def test_an_abort_and_a_broken_step_leave_the_next_answer_right(engine: Engine) -> None:
+def test_answers_are_right_after_an_abort_and_a_failed_step(engine: Engine) -> None:
     grammar, expected = GRAMMARS["regex"]
     other = oracle(asynchronous=True, overlap="on")
     whole = engine.generate([spec(grammar)])[0].text
@@ -624,7 +637,7 @@ def test_an_abort_and_a_broken_step_leave_the_next_answer_right(engine: Engine) 
     assert box[-1].text == whole and re.fullmatch(expected, whole)
 
 
-def test_a_guided_request_changes_nobody_elses_tokens() -> None:
+def test_guided_requests_do_not_change_the_tokens_of_others() -> None:
     engine = Engine(EngineConfig(cache_gib=0.05, max_model_len=512, max_running=4))
     plain = [
         SamplingParams(max_tokens=12, seed=seed, temperature=temperature, logprobs=2)
@@ -633,11 +646,11 @@ def test_a_guided_request_changes_nobody_elses_tokens() -> None:
     alone = engine.generate(["abc"] * 3, plain)
     guided = spec(Grammar.of_choices(["yes, of course"]), seed=1, logprobs=2)
     specs = [RequestSpec("abc", sampling) for sampling in plain]
-    *beside, answer = engine.generate([*specs, guided])
-    assert [o.token_ids for o in beside] == [o.token_ids for o in alone]
-    assert [o.logprobs for o in beside] == [o.logprobs for o in alone]
+    *others, answer = engine.generate([*specs, guided])
+    assert [o.token_ids for o in others] == [o.token_ids for o in alone]
+    assert [o.logprobs for o in others] == [o.logprobs for o in alone]
     assert answer.text == "yes, of course"
-    # The model's own view, before the mask: likely alternatives are there that it forbids.
+    # Log-probabilities are those before the mask, so forbidden tokens are among the alternatives.
     assert answer.logprobs is not None and all(s.logprob < 0 for s in answer.logprobs)
     assert any(best[0][0] != s.token_id for s in answer.logprobs if (best := s.top_logprobs))
 
@@ -684,14 +697,14 @@ def guides() -> Iterator[Guides]:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_grammar_that_can_not_be_served_is_one_sentence_soon(guides: Guides, name: str) -> None:
+def test_unusable_grammars_are_refused_quickly_in_one_sentence(guides: Guides, name: str) -> None:
     began = time.process_time()
     try:
         guides.compile(HOSTILE[name]())
     except GrammarError as error:
         assert "\n" not in str(error) and len(str(error)) > 20
     else:
-        # What is large and yet within the limits is served; each of its tokens soon, too.
+        # A large grammar within the limits is served, and each of its tokens is fast too.
         assert name == "many rules", name
     assert time.process_time() - began < 5
 
@@ -725,27 +738,27 @@ def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_grammar_that_is_wrong_is_said_to_be_where(guides: Guides, name: str) -> None:
-    made, message = WRONG[name]
+def test_errors_of_a_grammar_name_the_place(guides: Guides, name: str) -> None:
+    make, message = WRONG[name]
     with pytest.raises(GrammarError, match=message):
-        guides.compile(made())
+        guides.compile(make())
 
 
-def test_what_becomes_too_complex_in_an_answer_ends_it_alone(
+def test_a_grammar_that_becomes_too_complex_ends_only_its_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    other = oracle()
+    engine = oracle()
     grammar = Grammar.of_text('root ::= [b-d] [b-d] [b-d] "a"{1000000}')
-    refused, kept = other.generate([spec(grammar), spec(None, max_tokens=9, ignore_eos=True)])
+    refused, other = engine.generate([spec(grammar), spec(None, max_tokens=9, ignore_eos=True)])
     assert refused.finish_reason == "error" and refused.is_refused
     assert refused.error is not None and "too complex to follow" in refused.error
-    assert kept.finish_reason == "length" and kept.error is None and not kept.is_refused
+    assert other.finish_reason == "length" and other.error is None and not other.is_refused
     [record] = [record for record in caplog.records if record.levelname != "INFO"]
     assert record.exc_info is None and "\n" not in record.getMessage()
 
 
-def test_many_answers_together_reach_no_limit_that_one_does_not() -> None:
-    """Copies of a matcher share the states that they find: 2^18 of this grammar."""
+def test_limits_do_not_depend_on_the_number_of_answers() -> None:
+    """Guard against a limit reached by copies of a matcher, which share their states: 2^18 here."""
     guides = Guides(ByteTokenizer(), ByteTokenizer().vocab_size)
     grammar, draw = Grammar.of_regex("(a|b)*a(a|b){18}"), random.Random(1)
     for _ in range(120):
@@ -756,9 +769,9 @@ def test_many_answers_together_reach_no_limit_that_one_does_not() -> None:
             assert not guide.is_done(answer[:length])
 
 
-def test_between_the_parts_of_json_there_is_little_room(guides: Guides) -> None:
+def test_whitespace_in_json_is_limited(guides: Guides) -> None:
     grammar = Grammar.of_schema(SCHEMA)
-    read = ByteTokenizer().encode
+    encode = ByteTokenizer().encode
     for text, length in (
         ('{"name": "x",   ', 14),
         ('{"name" \n', 8),
@@ -768,12 +781,12 @@ def test_between_the_parts_of_json_there_is_little_room(guides: Guides) -> None:
         (json.dumps({"name": "x", "age": 1, "kind": "home"}), None),
         (json.dumps({"name": "x", "age": 1, "kind": "home"}, indent=4), None),
     ):
-        tokens = np.array(read(text), np.int32)
+        tokens = np.array(encode(text), np.int32)
         kept = guides.guide(grammar).cut(tokens[:0], tokens)
         assert len(kept) == (len(tokens) if length is None else length), text
 
 
-def test_without_the_library_a_sentence_says_what_to_install(
+def test_without_the_library_the_error_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
@@ -781,38 +794,39 @@ def test_without_the_library_a_sentence_says_what_to_install(
         Guides(ByteTokenizer(), 320).compile(Grammar.of_object())
 
 
-def test_a_mask_is_what_the_tokens_one_by_one_say(guides: Guides) -> None:
-    """Against trying every token; and what follows drafts against having taken them."""
+def test_masks_equal_a_trial_of_every_token(guides: Guides) -> None:
+    """Compare with a trial of every token, and masks after drafts with those after the same
+    tokens."""
     grammar = Grammar.of_regex("a[bc]{1,3}d?")
     guide = guides.guide(grammar)
     answer, drafts = np.array([97, 98], np.int32), np.array([99, 98, 100, 99], np.int32)
     kept = guide.cut(answer, drafts)
     assert kept.tolist() == [99, 98, 100]
     ending = np.array([99, 258, 258], np.int32)
-    assert guide.cut(answer, ending).tolist() == [99], "what ends an answer is sampled, not guessed"
+    assert guide.cut(answer, ending).tolist() == [99], "tokens that end an answer are not drafted"
     masks = guide.masks(answer, kept)
     for length, mask in enumerate(masks):
         text = bytes([*answer.tolist(), *kept.tolist()[:length]]).decode()
         allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little")[:320]).tolist()
-        longer = re.compile("a[bc]{1,3}d?")
-        expected = [c for c in range(128) if longer.fullmatch(text + chr(c))]
-        expected += [256, 258] if longer.fullmatch(text) else []
+        pattern = re.compile("a[bc]{1,3}d?")
+        expected = [c for c in range(128) if pattern.fullmatch(text + chr(c))]
+        expected += [256, 258] if pattern.fullmatch(text) else []
         assert allowed == expected
     fresh = guides.guide(grammar)
     assert np.array_equal(fresh.masks(answer, kept[:0])[0], masks[0])
     assert not guide.is_done(answer) and guide.is_done(np.array([97, 98, 100], np.int32))
 
 
-def test_reasoning_is_free_and_the_answer_behind_it_is_not(guides: Guides) -> None:
-    read = ByteTokenizer().encode
+def test_only_the_answer_after_the_reasoning_is_guided(guides: Guides) -> None:
+    encode = ByteTokenizer().encode
     for grammar, answer in (
         (Grammar.of_regex("a/[b-d]"), "a/c"),
         (Grammar.of_object(), '{"a": 1}'),
         (Grammar.of_text('root ::= "yes"'), "yes"),
     ):
         guide = guides.guide(grammar.behind("</think>"))
-        right = np.array(read(f"a {{ < </think>\n\n{answer}"), np.int32)
-        wrong = np.array(read("b</think>q"), np.int32)
+        right = np.array(encode(f"a {{ < </think>\n\n{answer}"), np.int32)
+        wrong = np.array(encode("b</think>q"), np.int32)
         assert guide.cut(right[:0], wrong).tolist() == wrong[:-1].tolist()
         assert len(guide.cut(right[:0], right)) == len(right)
         assert guide.is_done(right) and not guide.is_done(right[:-1])

@@ -1,28 +1,28 @@
-"""Drafts of a model's own multi-token head: no token and no bit of a log-probability differs from
-those of one token a step, and a guess is a function of the tokens before it alone, whether these
-were computed in one piece or resumed, alone or in company, verified or one by one.
+"""Tests of drafts from a model's prediction head, compared with one token per step.
 
-Faults that other engines had or have where such a head meets a prefix cache of states, and what
-would notice each here (g: a_guess_depends_on_the_tokens_alone, p: numerics/test_prediction.py, m:
-test_scheduler_machine.py, f: test_head_loading.py; those that have nothing to do with a head are in
-test_drafts.py):
+Tokens and bits of log-probabilities are the same. A draft depends only on the tokens before it: not
+on chunks, hits, other requests or the length of verifications.
+
+Faults that other engines had or have where such a head meets a prefix cache of states, and the test
+that finds each here (t: drafts_depend_only_on_the_tokens, p: numerics/test_prediction.py, m:
+test_scheduler_machine.py, f: test_head_loading.py; faults without a head are in test_drafts.py):
 
 | fault | test |
 |---|---|
-| the last matched block is given up for the head: no hit | hits_are_those_without_drafts |
-| the head's own KV is not cached: drafts of nothing after a hit | g |
-| the head's own KV is not rolled back | g, p |
-| the vector it begins from is lost in a checkpoint | a_right_head_is_right_after_a_hit, p |
-| it is read from before the final norm, or of the wrong position | p |
-| what it begins from is that of guesses, after a preemption | what_happens_to_a_request, m |
-| a state of guesses is published: the next turn is poisoned | what_happens_to_a_request, m |
-| rows of guesses are shared by requests that run together | g |
-| rows that an arena moved are looked for where they were | what_happens_to_a_request |
-| an abort in the middle leaves rows or slots behind | what_happens_to_a_request, m |
-| decode graphs leave the head without its rows | recorded_steps_are_followed_too |
-| rows that wait to be computed go where another's are by then | rows_that_waited_are_those |
-| the head's pools are not counted: out of memory later | the_plan_counts_the_head (f) |
-| the wrong weights, or none, and drafts that are never right | p, what_can_not_work_says_so (f) |
+| the last matched page is dropped for the head: no hit | hits_are_the_same_with_drafts |
+| the head's own KV is not cached: drafts of nothing after a hit | t |
+| the head's own KV is not rolled back | t, p |
+| the vector it begins from is lost in a checkpoint | a_right_head_is_accepted_after_a_hit, p |
+| it is read before the final norm or at another position | p |
+| it begins from drafted tokens after a preemption | answers_survive_preemptions_and_moves, m |
+| a state of drafted tokens is published | answers_survive_preemptions_and_moves, m |
+| rows of drafts are shared by requests that run together | t |
+| rows that an arena moved are read at their old place | answers_survive_preemptions_and_moves |
+| an abort leaves rows or slots allocated | answers_survive_preemptions_and_moves, m |
+| decode graphs leave the head without its rows | the_head_follows_recorded_steps |
+| deferred rows overwrite those of another request | deferred_rows_equal_those_of_single_steps |
+| the head's pools are not counted: out of memory later | the_memory_plan_includes_the_head (f) |
+| wrong or missing weights: drafts that are never right | p, unusable_heads_are_refused (f) |
 | a drafter that is never right makes serving slow | test_drafters.py |
 """
 
@@ -51,7 +51,7 @@ from engine.weights.loading import Dummy
 from tests.engine.drafted import MODEL, MakeEngine, assert_same, engine_with_head, prompts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
-ASKED = {
+SAMPLING = {
     "greedy": GREEDY,
     "penalties": SamplingParams(
         max_tokens=20, temperature=0, logprobs=2, frequency_penalty=0.7, repetition_penalty=1.3
@@ -61,9 +61,11 @@ ASKED = {
 
 
 @pytest.fixture
-def guesses(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, list[int]]:
-    """Tokens so far -> what was guessed to follow. AssertionError for two guesses of the same
-    tokens that differ, as far as both go."""
+def drafts(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, list[int]]:
+    """Return a dict from the tokens so far to their draft.
+
+    Two drafts after the same tokens must agree over their common length.
+    """
     seen: dict[bytes, list[int]] = {}
     propose = HeadDrafter.propose
 
@@ -87,14 +89,16 @@ def make_engine(tmp_path: Path) -> MakeEngine:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts are made even where none was ever right."""
+    """Draft even if no draft was ever accepted."""
     monkeypatch.setattr("engine.plugins.speculation.draft_length.MIN_ACCEPTANCE", 0.0)
 
 
 @pytest.fixture
 def right_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of a model in which each token has one successor, and whose head says so too: nothing
-    but embeddings reaches the residual stream, and the head passes on that of the next token."""
+    """Write weights that give each token one successor, which the head drafts too.
+
+    Only embeddings reach the residual stream, and the head passes on that of the next token.
+    """
     draw = Dummy.draw
 
     def write(self: Dummy, name: str, parameter: Parameter) -> None:
@@ -120,18 +124,18 @@ def accepted(outputs: Sequence[RequestOutput]) -> int:
 
 
 @pytest.mark.full("mtp:4-greedy", "tree,mtp:2-penalties")
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("draft", ["mtp:4", "tree,mtp:2"])
-def test_drafts_of_a_head_change_nothing(
-    asked: str, draft: str, make_engine: MakeEngine, guesses: Any, eager: None
+def test_drafts_of_a_head_do_not_change_answers(
+    sampling: str, draft: str, make_engine: MakeEngine, drafts: Any, eager: None
 ) -> None:
-    params, plain, drafted = ASKED[asked], make_engine("none"), make_engine(draft)
+    params, plain, drafted = SAMPLING[sampling], make_engine("none"), make_engine(draft)
     for _ in range(2):
         expected = plain.generate(prompts(), params)
         outputs = drafted.generate(prompts(), params)
         assert_same(outputs, expected)
     assert drafted.report().kv.held == drafted.report().slots.held == 0
-    assert len(guesses) > 20
+    assert len(drafts) > 20
 
 
 @pytest.mark.full("bfloat16")
@@ -147,11 +151,11 @@ def test_drafts_of_a_head_change_nothing(
     ],
     ids=["bfloat16", "pools", "reference"],
 )
-def test_a_guess_depends_on_the_tokens_alone(
-    numbers: dict[str, Any], make_engine: MakeEngine, guesses: dict[bytes, list[int]], eager: None
+def test_drafts_depend_only_on_the_tokens(
+    numbers: dict[str, Any], make_engine: MakeEngine, drafts: dict[bytes, list[int]], eager: None
 ) -> None:
-    """Cold and after hits, in company of many and of few, one token ahead and four, after
-    verifications of few and of many tokens: what is seen again is compared by ``guesses``."""
+    """Compare drafts, by the fixture ``drafts``: cold, after hits, in large and small batches, of
+    one to four tokens."""
     plain = make_engine("none", **numbers).generate(prompts(), GREEDY)
     for draft, settings in (
         ("mtp:4", {}),
@@ -161,17 +165,17 @@ def test_a_guess_depends_on_the_tokens_alone(
         engine = make_engine(draft, **numbers, **settings)
         for _ in range(2 if "prefix_cache" not in settings else 1):
             assert_same_answers(engine.generate(prompts(), GREEDY), plain)
-    assert 80 < len(guesses) < 6 * 20
+    assert 80 < len(drafts) < 6 * 20
 
 
 @pytest.mark.full("tree,mtp-right")
 @pytest.mark.parametrize("head", ["random", "right"])
 @pytest.mark.parametrize("draft", ["mtp:3", "tree,mtp"])
-def test_grammars_and_a_head(
+def test_drafts_of_a_head_do_not_change_guided_answers(
     head: str, draft: str, make_engine: MakeEngine, eager: None, request: pytest.FixtureRequest
 ) -> None:
-    """Guesses that a grammar forbids are cut, and what is left changes no answer, guided or not:
-    the second time, with the tree full of the first answers, too."""
+    """Check that forbidden drafts are cut and no answer changes. The second pass has the first
+    answers in the tree."""
     pytest.importorskip("llguidance")
     if head == "right":
         request.getfixturevalue("right_head")
@@ -197,12 +201,12 @@ def test_grammars_and_a_head(
 
 
 def assert_same_answers(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
-    """Whatever was found in the cache."""
+    """Compare tokens and log-probabilities, not the cached lengths."""
     for one, other in zip(some, others, strict=True):
         assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
 
 
-def test_hits_are_those_without_drafts(make_engine: MakeEngine) -> None:
+def test_hits_are_the_same_with_drafts(make_engine: MakeEngine) -> None:
     reports = []
     for draft in ("none", "mtp", "tree,mtp"):
         engine = make_engine(draft)
@@ -213,9 +217,11 @@ def test_hits_are_those_without_drafts(make_engine: MakeEngine) -> None:
     assert reports[0][0][0] == 128
 
 
-def test_a_right_head_is_right_after_a_hit(make_engine: MakeEngine, right_head: None) -> None:
-    """Three of three guesses from the first step on, cold and resumed; what was resumed from is not
-    computed again."""
+def test_a_right_head_is_accepted_after_a_hit(make_engine: MakeEngine, right_head: None) -> None:
+    """Check that all three drafted tokens are right from the first step on, cold and resumed.
+
+    The cached prefix is not computed again.
+    """
     engine = make_engine("mtp:3")
     segments: list[Any] = []
     forward = engine.runner.forward
@@ -236,23 +242,27 @@ def test_a_right_head_is_right_after_a_hit(make_engine: MakeEngine, right_head: 
         assert output.drafts.acceptance_len > 3.4
     turn = prompt + output.token_ids + [9]
     (output,) = engine.generate([turn], params)
-    assert output.cached_len == 128  # 161 tokens: the grid's 128 is the last below them
+    assert output.cached_len == 128  # 128 is the last position of the grid below 161 tokens
     assert accepted([output]) == output.drafts.drafted.total()
 
 
-def test_recorded_steps_are_followed_too(
-    make_engine: MakeEngine, guesses: dict[bytes, list[int]]
+def test_the_head_follows_recorded_steps(
+    make_engine: MakeEngine, drafts: dict[bytes, list[int]]
 ) -> None:
-    """A drafter that is never right rests: the steps in between are single ones, recorded where
-    kernels are native, and made ahead where steps overlap. Then it tries again, and guesses as
-    where nothing was recorded."""
+    """Check that drafts are the same after a pause of a drafter that is never right.
+
+    Steps in the pause are single ones: recorded with native kernels, and launched ahead with
+    overlap.
+    """
     params = SamplingParams(max_tokens=50, temperature=0, logprobs=1)
     outputs = []
     for settings in ({"graphs": "off"}, {"graphs": "off", "overlap": "on"}, {"overlap": "on"}, {}):
         engine = make_engine("mtp:2", model={"num_experts": 0}, **settings)
         outputs.append(engine.generate(prompts()[:3], params))
-        rested = sum(len(o.output) - 1 - o.drafts.num_verified - accepted([o]) for o in outputs[-1])
-        assert rested > 40
+        num_single = sum(
+            len(o.output) - 1 - o.drafts.num_verified - accepted([o]) for o in outputs[-1]
+        )
+        assert num_single > 40
     for other in outputs[1:]:
         assert_same(outputs[0], other)
     native = engine.runner.kernels.words().get("linear") == "native"
@@ -260,8 +270,9 @@ def test_recorded_steps_are_followed_too(
     assert (engine.runner.graphs is not None) == native
 
 
-def test_rows_that_wait_are_there_for_who_asks_for_them(make_engine: MakeEngine) -> None:
-    """What is sent elsewhere is computed first; a step that breaks off leaves none."""
+def test_deferred_rows_are_computed_before_a_transfer(make_engine: MakeEngine) -> None:
+    """Check that deferred rows are computed before they are sent, and dropped after a failed
+    step."""
     runner = make_engine("mtp:1", model={"num_experts": 0}).runner
     pending = runner._predictor.pending
     ids, rows = np.arange(64, dtype=np.int32), np.arange(80, dtype=np.int32)
@@ -284,20 +295,20 @@ def test_rows_that_wait_are_there_for_who_asks_for_them(make_engine: MakeEngine)
 
 
 @pytest.mark.parametrize("graphs", ["off", "auto"])
-def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: MakeEngine) -> None:
-    """Bit for bit, whatever made an end of the waiting: a guess, a step that does something else,
-    a row that goes to another request, or that no more may wait."""
+def test_deferred_rows_equal_those_of_single_steps(graphs: str, make_engine: MakeEngine) -> None:
+    """Compare bits after each event that ends the deferral: a draft, another kind of step, a reused
+    row, a full buffer."""
     pools: list[list[torch.Tensor]] = []
 
     def follow(self: Predictor, token_ids: torch.Tensor, hidden: torch.Tensor, step: Any) -> None:
         embedded = self._model.embedding(token_ids)
         self._head.follow(embedded, hidden[: len(token_ids)], step, self._pools)
 
-    for waits in (False, True):
-        word = graphs if waits else "off"
-        runner = make_engine("mtp:1", model={"num_experts": 0}, graphs=word).runner
+    for defers in (False, True):
+        setting = graphs if defers else "off"
+        runner = make_engine("mtp:1", model={"num_experts": 0}, graphs=setting).runner
         pending = runner._predictor.pending
-        if not waits:
+        if not defers:
             runner._predictor.follow = MethodType(follow, runner._predictor)
             pending.hold, pending.count = lambda *_: None, lambda: None
         counts: list[int] = []
@@ -326,7 +337,7 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
             forward(*step)
         forward(decodes[5][0])
         forward(decodes[5][1])
-        # Row 1 is another's from here on: what waited goes where it belonged.
+        # Row 1 belongs to another request from here on: deferred rows go where they belonged.
         forward(decodes[6][0], writes=[(1, 0, rows[1] + 100)])
         runner.guess([Newest(0, 20, 5, 71)], [1])
         assert not pending._num_held
@@ -338,7 +349,7 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
         runner.commit(Batch((Segment(0, 20, ids[0, 9:11], 73, True, num_drafts=1),)), [2])
         for step in decodes[11:20]:
             forward(step[0])
-        # An earlier row is another's from here on: so what waited for it may not be written later.
+        # An earlier row belongs to another request from here on: it must not be written later.
         forward(decodes[20][0], writes=[(0, 70, rows[0, 70:71] + 100)])
         for step in decodes[21:30]:
             forward(step[0])
@@ -346,17 +357,16 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
         head = [pool[100:300].clone() for pool in runner.tensors.pools[-1][:2]]
         pools.append([*head, runner.tensors.pools[-1][2][20:22].clone()])
         many = [*range(1, 10), *range(1, 11)]
-        assert counts == [0, 2, 4, 6, 8, 10, 1, 1, 1, 1, 2, 0, *many] or not waits
+        assert counts == [0, 2, 4, 6, 8, 10, 1, 1, 1, 1, 2, 0, *many] or not defers
     for one, other in zip(*pools, strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
         assert one.isfinite().any()
 
 
-def test_no_more_rows_wait_than_there_is_room_for(
-    make_engine: MakeEngine, guesses: Any, monkeypatch: pytest.MonkeyPatch
+def test_deferred_rows_are_computed_when_their_buffer_is_full(
+    make_engine: MakeEngine, drafts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With room for one step of all, and with room for many: the guesses after a rest are those of
-    the same tokens."""
+    """Check that the drafts after a pause are the same with a buffer for one step and for many."""
     monkeypatch.setattr("engine.plugins.speculation.draft_length.WEIGHT", 1 / 8)
     params = SamplingParams(max_tokens=45, temperature=0)
     for capacity in (1, 256):
@@ -364,11 +374,11 @@ def test_no_more_rows_wait_than_there_is_room_for(
         engine = make_engine("mtp:2", model={"num_experts": 0})
         engine.generate(prompts()[:3], params)
     assert engine.runner._predictor.pending._most == 256
-    assert len(guesses) > 10
+    assert len(drafts) > 10
 
 
 def count_moves(runner: Any) -> list[Any]:
-    """The moves that it makes from here on."""
+    """Return a list that collects the moves of all later steps."""
     moves: list[Any] = []
     forward = runner.forward
 
@@ -382,19 +392,19 @@ def count_moves(runner: Any) -> list[Any]:
 
 @pytest.mark.full("random")
 @pytest.mark.parametrize("head", ["random", "right"])
-def test_what_happens_to_a_request(
+def test_answers_survive_preemptions_and_moves(
     head: str,
     make_engine: MakeEngine,
-    guesses: Any,
+    drafts: Any,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Preemptions, rows that move, stops inside an accepted run, aborts, and a next turn."""
+    """Cover preemptions, moved rows, stops inside an accepted run, aborts, and a next turn."""
     if head == "right":
         request.getfixturevalue("right_head")
     monkeypatch.setattr(
         "engine.plugins.speculation.draft_length.MAX_GAP", MIN_REST
-    )  # Short requests are tried too.
+    )  # Drafts for short requests too.
     params = SamplingParams(max_tokens=60, temperature=0, logprobs=1)
     model = {"num_experts": 0}
     plain = make_engine("none", model=model, prefix_cache="none").generate(prompts(), params)
@@ -421,11 +431,11 @@ def test_what_happens_to_a_request(
         assert engine.report().kv.held == engine.report().slots.held == 0
 
 
-def test_sampled_answers_are_those_of_their_seeds(
+def test_sampled_answers_depend_only_on_their_seeds(
     make_engine: MakeEngine, right_head: None, eager: None
 ) -> None:
-    """A guess is taken where the draw falls on it, and draws are by seed and place: so with a head
-    that is often right the tokens are those without drafts, in company too."""
+    """Check drafts that are often right: draws depend on seed and position, so tokens are those
+    without drafts."""
     params = [SamplingParams(max_tokens=25, temperature=1.5, seed=seed) for seed in range(6)]
     plain = make_engine("none").generate(prompts(), params)
     outputs = make_engine("mtp:3").generate(prompts(), params)

@@ -1,5 +1,5 @@
-"""A model's own multi-token head as it is loaded: its weights, its part of memory and of the
-warm-up, and what is said where it can not work."""
+"""Tests of loading a prediction head: weights, memory, warm-up, and errors for models without
+one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine import engine_config
-from engine.runner.graphs import guesses as guesses_of
+from engine.runner.graphs import guesses
 from engine.runner.model_runner import ModelRunner
 from engine.weights.loading import Dummy, load_model
 from engine.weights.model_config import ModelError
@@ -26,7 +26,7 @@ def make_engine(tmp_path: Path) -> MakeEngine:
     return partial(engine_with_head, tmp_path)
 
 
-def test_the_plan_counts_the_head(make_engine: MakeEngine) -> None:
+def test_the_memory_plan_includes_the_head(make_engine: MakeEngine) -> None:
     plain, drafted = (make_engine(draft).runner for draft in ("none", "mtp:3"))
     head, hidden = 2 * MODEL["head_dim"], MODEL["hidden_size"]
     before, after = plain.geometry, drafted.geometry
@@ -41,19 +41,19 @@ def test_the_plan_counts_the_head(make_engine: MakeEngine) -> None:
     assert len(rows) == drafted.tensors.padding_row + 1 + 3 * drafted.max_running_rows
 
 
-def test_a_warm_up_rehearses_guesses(make_engine: MakeEngine) -> None:
-    """On padding: nobody's row or state is touched."""
+def test_the_warm_up_includes_drafts(make_engine: MakeEngine) -> None:
+    """Check that the warm-up drafts on padding and changes no row or state."""
     runner = make_engine("mtp:3").runner
     before = runner.tensors.rows[: runner.memory.num_kv_tokens].clone()
-    rehearsed = guesses_of(runner)
+    rehearsed = guesses(runner)
     assert [len(newest) for newest in rehearsed] == [4, 3, 2, 1]
     for newest in rehearsed:
         assert len(runner.guess(newest, [1] * len(newest))) == len(newest)
     assert torch.equal(runner.tensors.rows[: runner.memory.num_kv_tokens], before)
-    assert guesses_of(make_engine("tree").runner) == []
+    assert guesses(make_engine("tree").runner) == []
 
 
-def test_what_can_not_work_says_so(tmp_path: Path, make_engine: MakeEngine) -> None:
+def test_unusable_heads_are_refused(tmp_path: Path, make_engine: MakeEngine) -> None:
     config = {**MODEL, "model_type": "qwen3", "num_experts": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01}
@@ -66,8 +66,8 @@ def test_what_can_not_work_says_so(tmp_path: Path, make_engine: MakeEngine) -> N
     assert make_engine("none").runner.geometry.num_full_layers == 2
 
 
-def test_files_give_the_head_its_weights(tmp_path: Path, make_engine: MakeEngine) -> None:
-    """Every ``mtp.*`` tensor is read, and one too many or too few is named."""
+def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) -> None:
+    """Check that every ``mtp.*`` tensor is read, and that extra and missing ones are named."""
     runner = make_engine("mtp").runner
     family, build = type(runner.model), runner.model.build
     options = {"load_format": "dummy", "num_workers": 1, "seed": 5}

@@ -1,5 +1,5 @@
-"""The whole engine on small real models: what is cached, and who else runs, changes no token and no
-bit of the logits."""
+"""Tests of the whole engine on small real models: tokens and logits do not depend on the cache or
+on other requests, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine.plugins.tiers.staging import MeasuredExchange
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
@@ -35,7 +36,7 @@ HYBRID = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 4,
-    "mlp_only_layers": [0, 1, 2],  # experts are dear on a CPU: one layer has them
+    "mlp_only_layers": [0, 1, 2],  # experts are expensive on a CPU: one layer has them
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
@@ -86,8 +87,10 @@ formats = pytest.mark.parametrize(
 
 @pytest.fixture
 def make_engine(tmp_path: Path) -> MakeEngine:
-    """An engine on seeded weights, its memory given in tokens and slots. An arena begins as NaNs,
-    in every format: whatever a row or slot held before, as what, must not matter."""
+    """Return a function that makes an engine on seeded weights, with memory in tokens and slots.
+
+    The arena begins as NaNs in every format, so reads of unwritten memory show.
+    """
 
     def make(
         model: dict[str, object] = HYBRID,
@@ -113,15 +116,25 @@ def make_engine(tmp_path: Path) -> MakeEngine:
     return make
 
 
+@pytest.fixture
+def always_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load every offloaded prefix, even if computing it again would be faster."""
+
+    def saved(_: object, cached_len: int, position: int, *__: object) -> float:
+        return position - cached_len
+
+    monkeypatch.setattr(MeasuredExchange, "seconds_saved", saved)
+
+
 def prompts(count: int = 10) -> list[list[int]]:
-    """Equal ones, forks, and short ones, in an order that mixes them."""
+    """Return equal, forked and short prompts, in mixed order."""
     rng = np.random.default_rng(11)
     stems = [rng.integers(0, 160, 300).tolist() for _ in range(2)]
     made = []
     for i in range(count):
         cut = int(rng.choice([1, 63, 64, 130, 200, 300]))
-        own = rng.integers(0, 160, int(rng.integers(0, 90))).tolist()
-        made.append(stems[i % 2][:cut] + (own if i % 3 else []))
+        suffix = rng.integers(0, 160, int(rng.integers(0, 90))).tolist()
+        made.append(stems[i % 2][:cut] + (suffix if i % 3 else []))
     return made
 
 
@@ -152,7 +165,7 @@ def test_rows_leave_a_slab_before_a_state_is_copied_into_it(make_engine: MakeEng
     [HYBRID, ATTENTION_ONLY, SIDE_BY_SIDE],
     ids=["hybrid", "attention-only", "side-by-side"],
 )
-def test_hits_on_prompts_are_cold_runs_bit_for_bit(
+def test_hits_equal_cold_runs_bit_for_bit(
     make_engine: MakeEngine, model: dict[str, object], numbers: dict[str, str]
 ) -> None:
     cold = make_engine(model, **numbers, prefix_cache="none", max_running=1)
@@ -171,21 +184,21 @@ def test_hits_on_prompts_are_cold_runs_bit_for_bit(
         assert sum(output.cached_len for output in second) > 1000
 
 
-def test_steps_without_memory_change_nothing(make_engine: MakeEngine) -> None:
-    """The second prompt waits with a row that has just become the first's; the third takes its
-    old."""
-    asked = [[7] + [1] * 63, [7] + [2] * 199, [9] + [3] * 79]
+def test_answers_are_the_same_when_requests_wait_for_memory(make_engine: MakeEngine) -> None:
+    """Check rows that change while requests wait: the second prompt's row becomes the first's, and
+    the third takes its old one."""
+    tokens = [[7] + [1] * 63, [7] + [2] * 199, [9] + [3] * 79]
     params = [dataclasses.replace(REPORT, max_tokens=n) for n in (2, 1, 6)]
     runs = []
     for settings in ({"prefix_cache": "none", "max_running": 1}, {"overlap": "on", "exact": True}):
         engine = make_engine(kv_tokens=256, token_budget=128, **settings)
-        runs.append(engine.generate(asked, params) + engine.generate(asked[1:2], params[1]))
+        runs.append(engine.generate(tokens, params) + engine.generate(tokens[1:2], params[1]))
     assert_same(*runs)
 
 
 @pytest.mark.full("bfloat16-states16")
 @formats
-def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
+def test_exact_mode_covers_next_turns_and_preemptions(
     make_engine: MakeEngine, numbers: dict[str, str]
 ) -> None:
     cold = make_engine(**numbers, prefix_cache="none", max_running=1)
@@ -207,7 +220,7 @@ def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
     assert any(output.cached_len for output in next_turns)
 
 
-def test_a_seed_gives_the_same_tokens_whatever_else_runs(make_engine: MakeEngine) -> None:
+def test_seeded_tokens_do_not_depend_on_other_requests(make_engine: MakeEngine) -> None:
     seeded = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=5)
     engine = make_engine(exact=True)
     [alone] = engine.generate([prompts()[3]], seeded)
@@ -217,7 +230,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_runs(make_engine: MakeEngine
 
 
 def states_in(runner: ModelRunner, slot: int) -> list[torch.Tensor]:
-    """The states of all layers that are in a slot, of pools or of an arena."""
+    """Return the states of all layers in a slot, of pools or of an arena."""
     return [
         pool[slot]
         for step, pools in zip(runner.model.mixers, runner.tensors.pools, strict=True)
@@ -227,8 +240,7 @@ def states_in(runner: ModelRunner, slot: int) -> list[torch.Tensor]:
 
 
 class OffsetOracle:
-    """Stands before a runner; knows from its batches which tokens made every state, and proves each
-    restore."""
+    """Wrapper of a runner that tracks the tokens of every state and checks each restore."""
 
     def __init__(self, runner: ModelRunner, fresh: ModelRunner) -> None:
         self._runner = runner
@@ -254,7 +266,7 @@ class OffsetOracle:
         return logits
 
     def _prove(self, slot: int) -> None:
-        """The state in ``slot`` is the one that a cold run of its tokens leaves."""
+        """Check that the state in ``slot`` equals that of a cold run of its tokens."""
         tokens = np.array(self._tokens[slot], np.int32)
         rows = np.arange(len(tokens), dtype=np.int32)
         cold = Segment(0, 0, tokens, 0, is_decode=False, logits="none")
@@ -265,7 +277,7 @@ class OffsetOracle:
         self.proved += 1
 
 
-def test_every_restore_is_of_the_state_of_exactly_that_prefix(make_engine: MakeEngine) -> None:
+def test_every_restored_state_belongs_to_its_prefix(make_engine: MakeEngine) -> None:
     engine = make_engine(exact=True, kv_tokens=640, slots=8, token_budget=128, max_running=4)
     engine.runner = oracle = OffsetOracle(
         engine.runner, make_engine(slots=2, memory="pools").runner

@@ -1,4 +1,4 @@
-"""Models named as on the Hugging Face Hub: a fake hub on the loopback interface, and its cache."""
+"""Tests of models named as on the Hugging Face Hub, with a fake hub on the loopback interface."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ OTHERS = {
 
 @dataclass
 class Hub:
-    """Files of the one repository, and how the hub behaves."""
+    """Fake hub: the files of one repository, and its faults."""
 
     files: dict[str, bytes] = field(
         default_factory=lambda: {"config.json": CONFIG, "model.safetensors": WEIGHTS, **OTHERS}
     )
-    refuses: tuple[int, str] | None = None
-    """Status and error code of every answer; None: they are given."""
-    refuses_files: tuple[int, str] | None = None
+    refusal: tuple[int, str] | None = None
+    """Status and error code of every answer, or None to serve."""
+    file_refusal: tuple[int, str] | None = None
     breaks_after: int | None = None
-    """Bytes of the weights after which their first connection breaks."""
+    """Bytes of the weights after which their first connection breaks, or None."""
     broken_file: str = ""
-    """A file for which the hub answers 500."""
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    """File for which the hub answers 500."""
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path and range of every request."""
     sent_bytes: int = 0
     tokens: set[str | None] = field(default_factory=set)
@@ -60,7 +60,7 @@ class Hub:
         marker = f"/resolve/{COMMIT}/"
         return {
             path.split(marker)[1]
-            for verb, path, _ in self.asked
+            for verb, path, _ in self.requests
             if verb == "GET" and marker in path
         }
 
@@ -77,11 +77,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            hub.asked.append((self.command, path, self.headers.get("Range")))
+            hub.requests.append((self.command, path, self.headers.get("Range")))
             if NAME in path:
                 hub.tokens.add(self.headers.get("Authorization"))
-            if hub.refuses is not None:
-                return self._refuse(*hub.refuses)
+            if hub.refusal is not None:
+                return self._refuse(*hub.refusal)
             if not path.startswith((f"/api/models/{NAME}", f"/{NAME}/")):
                 return self._refuse(404, "RepoNotFound")
             if path.startswith("/api/"):
@@ -93,8 +93,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     return self._answer([self._entry(*one) for one in named])
                 siblings = [{"rfilename": name, "size": len(data)} for name, data in named]
                 return self._answer({"id": NAME, "sha": COMMIT, "siblings": siblings})
-            if hub.refuses_files is not None:
-                return self._refuse(*hub.refuses_files)
+            if hub.file_refusal is not None:
+                return self._refuse(*hub.file_refusal)
             file = path.split(f"/resolve/{COMMIT}/")[1]
             if file == hub.broken_file and self.command == "GET":
                 return self._refuse(500, "")
@@ -121,15 +121,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _send(self, name: str) -> None:
             data, first = hub.files[name], 0
-            asked = self.headers.get("Range")
-            if asked is not None:
-                first = int(asked.removeprefix("bytes=").split("-")[0])
-            self.send_response(200 if asked is None else 206)
+            range_ = self.headers.get("Range")
+            if range_ is not None:
+                first = int(range_.removeprefix("bytes=").split("-")[0])
+            self.send_response(200 if range_ is None else 206)
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", str(len(data) - first))
-            if asked is not None:
+            if range_ is not None:
                 self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
             self.end_headers()
             if self.command == "HEAD":
@@ -147,7 +147,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that this process asks, with an empty cache."""
+    """Start a hub that this process uses, with an empty cache."""
     from huggingface_hub import constants
 
     served = Hub()
@@ -171,7 +171,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     thread.join()
 
 
-def test_a_model_of_the_hub_is_downloaded_once_and_only_what_is_read(hub: Hub) -> None:
+def test_only_the_needed_files_of_a_model_are_downloaded_once(hub: Hub) -> None:
     lines: list[str] = []
     config = resolve_config(EngineConfig(model=NAME, revision="v1", device="cpu"), lines.append)
     folder = Path(config.model or "")
@@ -181,22 +181,22 @@ def test_a_model_of_the_hub_is_downloaded_once_and_only_what_is_read(hub: Hub) -
     [line] = lines
     assert f"Downloading {NAME} (commit aaaaaaaa)" in line and "in 1 file" in line
     assert "weights take about" in line and "free on cpu" in line
-    asked = len(hub.asked)
+    num_requests = len(hub.requests)
     assert resolve_config(EngineConfig(model=NAME, revision="v1"), lines.append).model == str(
         folder
     )
     assert len(lines) == 1 and not [
-        one for one in hub.asked[asked:] if one[0] == "GET" and "/resolve/" in one[1]
+        one for one in hub.requests[num_requests:] if one[0] == "GET" and "/resolve/" in one[1]
     ]
 
 
-def test_a_connection_that_breaks_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_download_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     part = hub.breaks_after = len(WEIGHTS) // 2
     folder = Path(resolve_folder(NAME, with_weights=True, report=lambda _: None))
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    ranges = [asked for verb, _, asked in hub.asked if asked and verb == "GET"]
-    [first] = [int(asked.removeprefix("bytes=").rstrip("-")) for asked in ranges]
+    ranges = [range_ for verb, _, range_ in hub.requests if range_ and verb == "GET"]
+    [first] = [int(range_.removeprefix("bytes=").rstrip("-")) for range_ in ranges]
     assert 0 <= part - first < 1000 and hub.sent_bytes == part + len(WEIGHTS) - first
 
 
@@ -213,11 +213,13 @@ def test_after_a_failed_download_complete_files_are_kept(hub: Hub) -> None:
     hub.files[shards[0]] = b"\1" * 5000
     with pytest.raises(HubError, match=r"broke off .*500.*Run the same command again"):
         resolve_folder(NAME, with_weights=True, report=lambda _: None)
-    hub.broken_file, first = "", len(hub.asked)
+    hub.broken_file, first = "", len(hub.requests)
     lines: list[str] = []
     folder = Path(resolve_folder(NAME, with_weights=True, report=lines.append))
     assert all((folder / shard).stat().st_size == 5000 for shard in shards)
-    again = [path for verb, path, _ in hub.asked[first:] if verb == "GET" and "/resolve/" in path]
+    again = [
+        path for verb, path, _ in hub.requests[first:] if verb == "GET" and "/resolve/" in path
+    ]
     assert again == [f"/{NAME}/resolve/{COMMIT}/{shards[1]}"]
     assert "in 1 file; 1 file of weights are here already" in lines[0]
     assert "consolidated.safetensors" not in hub.downloads(), "not in the index"
@@ -226,11 +228,11 @@ def test_after_a_failed_download_complete_files_are_kept(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"refuses": (404, "RepoNotFound")}, "has no model of that name .*check the name"),
-        ({"refuses": (401, "")}, "has no model of that name|refuses access"),
-        ({"refuses": (403, "GatedRepo")}, "is gated: accept its terms at http.*HF_TOKEN"),
-        ({"refuses_files": (403, "GatedRepo")}, "is gated: accept its terms"),
-        ({"refuses": (500, "")}, "answers 500"),
+        ({"refusal": (404, "RepoNotFound")}, "has no model of that name .*check the name"),
+        ({"refusal": (401, "")}, "has no model of that name|refuses access"),
+        ({"refusal": (403, "GatedRepo")}, "is gated: accept its terms at http.*HF_TOKEN"),
+        ({"file_refusal": (403, "GatedRepo")}, "is gated: accept its terms"),
+        ({"refusal": (500, "")}, "answers 500"),
         ({"files": {"config.json": CONFIG}}, "no .safetensors files: choose"),
         (
             {"files": {"config.json": CONFIG, "a.gguf": b""}},
@@ -239,7 +241,7 @@ def test_after_a_failed_download_complete_files_are_kept(hub: Hub) -> None:
         ({"files": {"model.safetensors": WEIGHTS}}, "no config.json"),
     ],
 )
-def test_what_the_hub_refuses_is_one_sentence(
+def test_refusals_of_the_hub_are_one_sentence(
     hub: Hub, changes: dict[str, object], words: str
 ) -> None:
     for name, value in changes.items():
@@ -257,7 +259,7 @@ def test_an_unknown_revision_is_refused(hub: Hub) -> None:
 
 
 @pytest.mark.full
-def test_a_family_that_is_not_served_is_refused_before_its_weights_are_downloaded(hub: Hub) -> None:
+def test_an_unsupported_family_is_refused_before_the_download(hub: Hub) -> None:
     hub.files["config.json"] = json.dumps({"model_type": "qwen3_nest"}).encode()
     with pytest.raises(HubError, match=r"not downloaded: .*'qwen3_nest'.*nearest is 'qwen3_next'"):
         resolve_config(EngineConfig(model=NAME, device="cpu"), lambda _: None)
@@ -265,7 +267,7 @@ def test_a_family_that_is_not_served_is_refused_before_its_weights_are_downloade
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
+def test_a_model_too_large_is_refused_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     facts = {"device": device, "free_bytes": 10 << 20, "needed_bytes": 25 << 20}
@@ -275,14 +277,12 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
     with pytest.raises(HubError, match=f"take 25.0 MiB, and {device} has 10.0 MiB free"):
         resolve_config(EngineConfig(model=NAME), lambda _: None)
     assert hub.sent_bytes == 0
-    if device == "cuda":  # Every rank has a device of its own.
+    if device == "cuda":  # Each rank has its own device.
         resolve_config(engine_config(model=NAME, tp=3), lambda _: None)
         assert hub.sent_bytes == len(WEIGHTS)
 
 
-def test_a_check_that_takes_too_long_is_one_sentence(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_check_ends_with_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.plugins.hub.downloads.CHECK_TIMEOUT_S", 0.01)
     with pytest.raises(HubError, match=r"not be checked before its download in 0.01 s: try again"):
         resolve_config(EngineConfig(model=NAME, device="cpu"), lambda _: None)
@@ -300,8 +300,8 @@ def test_a_full_disk_is_reported_before_the_download(
     assert hub.sent_bytes == 0
 
 
-def test_weights_are_counted_in_the_format_in_which_they_run() -> None:
-    """The built-in model's files are in bfloat16."""
+def test_weights_are_counted_in_their_runtime_format() -> None:
+    """Check against the built-in model, with files in bfloat16."""
     size = len(WEIGHTS)
     assert json.loads(CONFIG).get("dtype", json.loads(CONFIG).get("torch_dtype")) == "bfloat16"
     own, wide, eight = (
@@ -312,23 +312,23 @@ def test_weights_are_counted_in_the_format_in_which_they_run() -> None:
 
 
 @pytest.mark.full
-def test_without_the_hub_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=r"does not have that model, and HF_HUB_OFFLINE is set"):
         resolve_config(EngineConfig(model=NAME))
-    assert not hub.asked
+    assert not hub.requests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     small = resolve_folder(NAME)
     assert "model.safetensors" not in os.listdir(small)
-    hub.refuses = 503, ""
+    hub.refusal = 503, ""
     with pytest.raises(HubError, match=r"without model.safetensors, and http.* answers 503"):
         resolve_config(EngineConfig(model=NAME))
     assert resolve_folder(NAME) == small
-    hub.refuses = None
+    hub.refusal = None
     whole = resolve_config(EngineConfig(model=NAME), lambda _: None).model
-    hub.refuses = 503, ""
+    hub.refusal = 503, ""
     assert resolve_config(EngineConfig(model=NAME)).model == whole
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert resolve_config(EngineConfig(model=NAME)).model == whole
@@ -336,22 +336,22 @@ def test_without_the_hub_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPa
         resolve_config(EngineConfig(model="other/model"))
 
 
-def test_a_folder_wins_over_a_name_of_the_hub(
+def test_a_folder_takes_precedence_over_a_name_of_the_hub(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(BUILTIN_DIR, tmp_path / NAME)
     assert not is_hub_name(NAME) and resolve_config(EngineConfig(model=NAME)).model == NAME
-    assert not hub.asked
+    assert not hub.requests
     for path in ("/a/b", "./a", "a", "a/b/c", "../a", "~/a", "a/b.json", "config.json"):
         assert not is_hub_name(path), path
 
 
 @pytest.mark.full
-def test_commands_take_names_of_the_hub(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_accept_names_of_the_hub(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", NAME]) == 0
     assert capsys.readouterr().out.startswith(f"{NAME}\n")
-    assert hub.sent_bytes == 0, "no weights for an inspection"
+    assert hub.sent_bytes == 0, "inspect must not download weights"
     small = ("--cache-gib", "0.05", "--max-model-len", "2048", "--device", "cpu")
     assert main(["generate", "--model", NAME, *small, "--max-tokens", "1", "1 2 3"]) == 0
     printed = capsys.readouterr()
@@ -362,9 +362,7 @@ def test_commands_take_names_of_the_hub(hub: Hub, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.full
-def test_the_environment_and_the_token_are_those_of_the_hub_library(
-    hub: Hub, tmp_path: Path
-) -> None:
+def test_environment_variables_of_the_hub_library_apply(hub: Hub, tmp_path: Path) -> None:
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),

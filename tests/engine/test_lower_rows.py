@@ -1,4 +1,4 @@
-"""Rows from tier to tier: whole, in any order, beside indexing one row at a time."""
+"""Tests of copies of rows between tiers, compared with copies of one row at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.plugins.tiers import tier_copies as lower
+from engine.plugins.tiers import tier_copies
 from engine.plugins.tiers.tier_copies import BLOCK_BYTES, MIN_RUN_BYTES, copy_rows
 from hybridcache.tokens import Indices
 
@@ -17,26 +17,26 @@ ROWS = 4000
 Order = Callable[[np.random.Generator, int], Indices]
 
 
-def permuted(draw: np.random.Generator, count: int) -> Indices:
+def at_random(draw: np.random.Generator, count: int) -> Indices:
     return draw.permutation(ROWS)[:count].astype(np.int32)
 
 
-def in_a_row(draw: np.random.Generator, count: int) -> Indices:
+def consecutive(draw: np.random.Generator, count: int) -> Indices:
     first = int(draw.integers(0, ROWS - count + 1))
     return np.arange(first, first + count, dtype=np.int32)
 
 
 def descending(draw: np.random.Generator, count: int) -> Indices:
-    return in_a_row(draw, count)[::-1].copy()
+    return consecutive(draw, count)[::-1].copy()
 
 
 def in_runs(draw: np.random.Generator, count: int) -> Indices:
-    """Seventeen rows at a time, one after the other, which stand anywhere."""
+    """Return rows in runs of seventeen, at random places."""
     places = draw.permutation(ROWS // 17)[: -(-count // 17)]
     return (places[:, None] * 17 + np.arange(17)).reshape(-1)[:count].astype(np.int32)
 
 
-ORDERS = (permuted, in_a_row, descending, in_runs)
+ORDERS = (at_random, consecutive, descending, in_runs)
 
 
 @given(
@@ -46,7 +46,7 @@ ORDERS = (permuted, in_a_row, descending, in_runs)
     st.sampled_from(ORDERS),
     st.sampled_from(ORDERS),
 )
-def test_rows_are_copied_as_one_at_a_time(
+def test_copies_equal_those_of_one_row_at_a_time(
     seed: int, row_bytes: int, count: int, src_order: Order, dst_order: Order
 ) -> None:
     draw = np.random.default_rng(seed)
@@ -61,12 +61,12 @@ def test_rows_are_copied_as_one_at_a_time(
 
 
 @pytest.mark.parametrize("row_bytes", [640, MIN_RUN_BYTES, BLOCK_BYTES + 64])
-def test_rows_of_any_size_go_by_runs_and_one_by_one(row_bytes: int) -> None:
-    """Several blocks, and rows larger than one."""
+def test_rows_of_any_size_are_copied_in_runs_and_singly(row_bytes: int) -> None:
+    """Cover several blocks, and rows larger than one."""
     draw, num_rows = np.random.default_rng(row_bytes), max(8, 3 * BLOCK_BYTES // row_bytes)
     rows = draw.integers(0, 256, (num_rows, row_bytes), np.uint8)
     for src in (np.arange(num_rows), draw.permutation(num_rows)):
         found = np.zeros_like(rows)
         copy_rows(found, np.arange(num_rows, dtype=np.int32), rows, src.astype(np.int32))
         assert np.array_equal(found, rows[src])
-        assert np.array_equal(lower._gathered(rows, src.astype(np.int32)), rows[src])
+        assert np.array_equal(tier_copies._gathered(rows, src.astype(np.int32)), rows[src])

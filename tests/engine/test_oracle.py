@@ -1,4 +1,4 @@
-"""The runner that proves reads: what it must refuse, one fault at a time."""
+"""Tests of the runner that proves reads: every fault it must refuse."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def segment(
 
 
 def runner_with(namespace: str | None = None) -> OracleRunner:
-    """Row 0 has computed tokens 5, 6, 7 in KV rows 0 to 2, slot 0; the state after two in slot
-    3."""
+    """Return a runner with tokens 5, 6, 7 in KV rows 0 to 2 and slot 0, and the state after two in
+    slot 3."""
     runner = OracleRunner(8, 4)
     first = segment(0, 0, 0, [5, 6, 7], namespace, exports=((2, 3),))
     runner.forward(Batch((first,), row_writes=(write(0, 0, 0, 1, 2),)))
     return runner
 
 
-def test_what_continues_its_own_prefix_is_computed() -> None:
+def test_a_segment_that_continues_its_prefix_is_computed() -> None:
     runner = runner_with("a")
     resumed = segment(1, 1, 2, [9], "a")
     runner.forward(Batch((resumed,), ((3, 1),), (write(1, 0, 0, 1, 4),)))
@@ -102,20 +102,20 @@ def test_a_wrong_read_or_write_is_refused(broken: Batch, sentence: str) -> None:
         runner_with().forward(broken)
 
 
-def test_a_row_that_was_switched_is_proved_again() -> None:
+def test_a_replaced_row_is_checked_again() -> None:
     runner = runner_with()
     runner.forward(Batch((segment(0, 0, 3, [8]),), (), (write(0, 3, 3),)))
     with pytest.raises(AssertionError, match="no namespace"):
         runner.forward(Batch((segment(0, 0, 4, [9]),), (), (write(0, 1, 6), write(0, 4, 4))))
 
 
-def test_a_read_across_namespaces_names_both() -> None:
+def test_a_read_across_namespaces_is_refused() -> None:
     resumed = segment(1, 1, 2, [9], "b")
     batch = Batch((resumed,), ((3, 1),), (write(1, 0, 0, 1, 4),))
     with pytest.raises(AssertionError, match="'b' reads at position 0 a KV row of namespace 'a'"):
         runner_with("a").forward(batch)
-    own_rows = Batch((segment(1, 1, 0, [5, 6], "b"),), row_writes=(write(1, 0, 4, 5),))
+    new_rows = Batch((segment(1, 1, 0, [5, 6], "b"),), row_writes=(write(1, 0, 4, 5),))
     runner = runner_with("a")
-    runner.forward(own_rows)
+    runner.forward(new_rows)
     with pytest.raises(AssertionError, match="'b' reads in slot 1 a state of namespace 'a'"):
         runner.forward(Batch((resumed,), ((3, 1),), (write(1, 2, 6),)))

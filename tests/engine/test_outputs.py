@@ -1,4 +1,5 @@
-"""Text as it streams: never taken back, cut before the first stop string, whole characters only."""
+"""Tests of streamed text: never retracted, cut before the first stop string, whole characters
+only."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ letters = st.text("abé", max_size=40)
 
 
 def feed(text: str, stop: tuple[str, ...]) -> tuple[list[str], bool]:
-    """(pieces in the order they were given out, whether a stop string ended them)."""
+    """Return (pieces in order, whether a stop string ended them)."""
     tokenizer = ByteTokenizer()
     stream = TextStream(tokenizer.stream_decoder(), stop)
     pieces = []
@@ -27,24 +28,24 @@ def feed(text: str, stop: tuple[str, ...]) -> tuple[list[str], bool]:
 
 
 @given(letters, st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
-def test_the_pieces_make_the_text_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
+def test_pieces_add_up_to_the_text_before_the_first_stop_string(text: str, stop: list[str]) -> None:
     pieces, stopped = feed(text, tuple(stop))
     ends = [(text.index(s) + len(s), text.index(s)) for s in stop if s in text]
     assert stopped == bool(ends)
-    # The string that is complete first ends the answer; of those complete together, the one that
-    # begins first.
+    # The string that is completed first ends the answer. Among those completed together, the one
+    # that begins first does.
     expected = text[: min(ends)[1]] if ends else text
     assert "".join(pieces) == expected
 
 
 def naive_overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
+    """Return the length of the longest proper prefix of ``stop`` that ends ``text``."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
 @given(st.text("ab", max_size=60), st.lists(st.text("ab", min_size=1, max_size=9), min_size=1))
-def test_exactly_what_may_become_a_stop_string_is_held_back(text: str, stop: list[str]) -> None:
+def test_only_a_possible_stop_string_is_held_back(text: str, stop: list[str]) -> None:
     pieces, _ = feed(text, tuple(stop))
     sent = ""
     for end, piece in enumerate(pieces[:-1], start=1):
@@ -53,9 +54,9 @@ def test_exactly_what_may_become_a_stop_string_is_held_back(text: str, stop: lis
             assert sent == text[: end - max(naive_overlap(text[:end], s) for s in stop)]
 
 
-def test_looking_for_a_stop_string_is_linear() -> None:
-    """Characters compared, over an answer that matches a long stop string again and again and
-    always fails at its end."""
+def test_the_search_for_stop_strings_is_linear() -> None:
+    """Count the compared characters of an answer that often matches a long stop string except its
+    end."""
     num_compared = 0
 
     class Letter(str):
@@ -79,13 +80,13 @@ def test_looking_for_a_stop_string_is_linear() -> None:
     assert num_compared < 3 * 20 * 501
 
 
-def test_only_what_may_become_a_stop_string_is_held_back() -> None:
+def test_held_back_text_is_sent_once_it_cannot_be_a_stop_string() -> None:
     pieces, stopped = feed("ab<|ab<|end", ("<|end",))
     assert stopped
     assert pieces == ["a", "b", "", "", "<|a", "b", "", "", "", "", ""]
 
 
-def test_unfinished_characters_come_out_at_the_end() -> None:
+def test_unfinished_characters_are_sent_at_the_end() -> None:
     stream = TextStream(ByteTokenizer().stream_decoder())
     assert stream.push(0xC3) == ("", False)
     assert stream.flush() == ("\N{REPLACEMENT CHARACTER}", False)

@@ -1,4 +1,4 @@
-"""Seams of the engine: what a plugin, a rule for logits and a dialect can rely on."""
+"""Tests of the engine's interfaces for plugins, logit rules and dialects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GREEDY = SamplingParams(max_tokens=3, temperature=0)
 
 
 class Recording(Plugin):
-    """Notes the hooks that are called."""
+    """Plugin that records the calls of its hooks."""
 
     name = "recording"
     pending = 0
@@ -103,7 +103,7 @@ class Recording(Plugin):
         return {"draft_index_bytes": 7}
 
 
-def make(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Recording]:
+def make_engine(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Recording]:
     config = EngineConfig(max_running=4, token_budget=128)
     plugin = Recording(config)
     monkeypatch.setattr("engine.engine.engine_plugins", lambda config: (plugin,))
@@ -112,40 +112,40 @@ def make(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Recording]:
     return engine, plugin
 
 
-def taken(plugin: Recording) -> list[str]:
+def take_calls(plugin: Recording) -> list[str]:
     calls, plugin.calls = plugin.calls, []
     return calls
 
 
-def test_a_plugin_takes_part_in_every_phase_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, plugin = make(monkeypatch)
+def test_plugins_are_called_in_every_phase_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plugin = make_engine(monkeypatch)
     assert engine.plugins == {"recording": plugin}
     built = ["size_cache", "open_cache", "open_manager", "draft_planner", "attach"]
-    assert taken(plugin) == built
+    assert take_calls(plugin) == built
 
     engine.generate([[1, 2, 3]], GREEDY)
-    assert taken(plugin) == ["before_step", "after_step"] * 3
+    assert take_calls(plugin) == ["before_step", "after_step"] * 3
 
     assert not engine.has_work() and engine.run_idle_tasks() == 0.25
     plugin.pending = 1
     assert engine.has_work()
     engine.step()
-    assert not engine.has_work() and "before_step" in taken(plugin)
+    assert not engine.has_work() and "before_step" in take_calls(plugin)
     assert engine.report().draft_index_bytes == 7
 
     engine.reset_prefix_cache()
-    assert taken(plugin) == ["on_cache_emptied False"]
+    assert take_calls(plugin) == ["on_cache_emptied False"]
     engine.stop_accepting()
     engine.close()
-    calls = taken(plugin)
+    calls = take_calls(plugin)
     assert calls[:2] == ["stop_accepting", "disconnect"] and calls[-1] == "close"
 
 
-def test_a_plugin_learns_of_a_step_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, plugin = make(monkeypatch)
+def test_plugins_are_notified_of_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plugin = make_engine(monkeypatch)
     forward = engine.runner.forward
     engine.submit([1, 2, 3], GREEDY)
-    taken(plugin)
+    take_calls(plugin)
 
     def fail(batch: Any, drawn: Any = None) -> Any:
         raise RuntimeError("no memory")
@@ -153,15 +153,15 @@ def test_a_plugin_learns_of_a_step_that_breaks_off(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engine.runner, "forward", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         engine.step()
-    assert taken(plugin)[:2] == ["before_step", "on_step_failed"]
+    assert take_calls(plugin)[:2] == ["before_step", "on_step_failed"]
     monkeypatch.setattr(engine.runner, "forward", forward)
     while engine.has_work():
         engine.step()
     engine.check()
 
 
-def test_a_loop_is_woken_by_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, plugin = make(monkeypatch)
+def test_a_plugin_can_wake_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plugin = make_engine(monkeypatch)
     loop: EngineLoop[str] = EngineLoop(engine, lambda letters: None)
     woken: list[int] = []
     monkeypatch.setattr(loop._wake, "notify", lambda: woken.append(1))
@@ -181,7 +181,7 @@ def test_a_loop_is_woken_by_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tp": 2, "draft": "tree"}, ["tensor_parallel", "speculation"]),
     ],
 )
-def test_settings_choose_plugins(settings: dict[str, Any], names: list[str]) -> None:
+def test_settings_select_plugins(settings: dict[str, Any], names: list[str]) -> None:
     assert [plugin.name for plugin in engine_plugins(engine_config(**settings))] == names
 
 
@@ -189,9 +189,9 @@ LOADED = """
 import json, sys
 def loaded():
     parts = [m.split(".") for m in sys.modules if m.startswith("engine.plugins.")]
-    return sorted({part[2] for part in parts if len(part) > 3})  # not the settings alone
+    return sorted({part[2] for part in parts if len(part) > 3})  # not for settings only
 """
-OWN = LOADED + (
+SCRIPT = LOADED + (
     """
 from engine import Engine, EngineConfig, SamplingParams
 engine = Engine(EngineConfig(cache_gib=0.02, max_running=2))
@@ -221,9 +221,12 @@ print(json.dumps([*seen, has_triton]))
 )
 
 
-def test_plugins_and_triton_are_imported_when_they_are_first_used() -> None:
-    """Neither an engine nor a server loads a plugin without its settings, paths or requests."""
-    done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, timeout=300)
+def test_plugins_and_triton_are_imported_at_first_use() -> None:
+    """Check that neither an engine nor a server loads a plugin without its settings, paths or
+    requests."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     of_engine, of_server, text, chat, messages, unknown, page, paths, has_triton = json.loads(
         done.stdout.splitlines()[-1]
@@ -237,8 +240,8 @@ def test_plugins_and_triton_are_imported_when_they_are_first_used() -> None:
     assert {path for path in PATHS if not path.endswith("/")} < {*paths}
 
 
-class Only(LogitRule):
-    """Allows one token."""
+class OnlyToken(LogitRule):
+    """Rule that allows only one token."""
 
     def __init__(self, token: int) -> None:
         self._mask = packed([token], 320)
@@ -258,12 +261,14 @@ def test_rules_are_applied_to_the_result_of_those_before_them() -> None:
     assert first.added[0].tolist() == [9, 5, 7], "the bias, an end before min_tokens, a bad word"
     assert second.added[0].tolist() == [9, 8], "the third token may end the answer"
 
-    kept, _ = ruled([AllowedTokens([5, 6], 320), bans], draws)
-    assert kept.mask is not None and np.array_equal(kept.mask, packed([6], 320))
-    kept, _ = ruled([AllowedTokens([5], 320), bans], draws)
-    assert kept.mask is not None and np.array_equal(kept.mask, packed([5], 320)), "all there is"
+    ruling, _ = ruled([AllowedTokens([5, 6], 320), bans], draws)
+    assert ruling.mask is not None and np.array_equal(ruling.mask, packed([6], 320))
+    ruling, _ = ruled([AllowedTokens([5], 320), bans], draws)
+    assert ruling.mask is not None and np.array_equal(ruling.mask, packed([5], 320)), (
+        "a ban of all allowed tokens is ignored"
+    )
 
-    for ruling in ruled([Only(5), bans], draws):
+    for ruling in ruled([OnlyToken(5), bans], draws):
         assert np.array_equal(ruling.mask, packed([5], 320)) and ruling.added is None, "final"
 
     twice = BansAndBiases(((9, -1.0), (4, 1.0)), ends=(), min_tokens=0, bad_words=())
@@ -272,15 +277,15 @@ def test_rules_are_applied_to_the_result_of_those_before_them() -> None:
     assert ids.tolist() == [9, 5, 7, 9, 4] and numbers[[0, 3, 4]].tolist() == [2.5, -1.0, 1.0]
 
 
-def test_a_rule_of_ones_own_restricts_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, _ = make(monkeypatch)
+def test_a_custom_rule_restricts_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine(monkeypatch)
     build = engine._intake._rules
-    monkeypatch.setattr(engine._intake, "_rules", lambda *given: [*build(*given), Only(42)])
+    monkeypatch.setattr(engine._intake, "_rules", lambda *given: [*build(*given), OnlyToken(42)])
     [output] = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))
     assert output.token_ids == [42] * 5
 
 
-def test_a_dialect_is_a_path_a_body_and_an_answer() -> None:
+def test_a_dialect_adds_a_path_with_a_body_and_an_answer() -> None:
     async def answer(request: Request, body: TokenizeRequest) -> Response:
         return Response(f"{request.url.path} {body.prompt}")
 
@@ -303,9 +308,9 @@ PLUGINS = Path(__file__).parents[2] / "engine" / "plugins"
 def test_the_readme_of_a_plugin_names_flags_that_exist(folder: Path) -> None:
     text = (folder / "README.md").read_text()
     kinds = (EngineConfig, ServerConfig, *engine_settings(), *server_settings())
-    known = {field.name for kind in kinds for field in fields(kind)}
+    settings = {field.name for kind in kinds for field in fields(kind)}
     named = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", text)}
-    assert named <= known
+    assert named <= settings
     assert {"| Flags |", "| Seam |", "| Tests |", "| Limits |"} <= set(
         re.findall(r"\| \w+ \|", text)
     )

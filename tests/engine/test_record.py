@@ -1,4 +1,4 @@
-"""A proxy that changes nothing, and a trace that the laboratory reads."""
+"""Tests of the recording proxy: requests and answers pass unchanged, and the trace can be read."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def proxied(
 
 
 def converse(client: openai.OpenAI, engine: ScriptedEngine) -> None:
-    """Two turns, the second streamed, the first one with a call."""
+    """Make two turns: the first with a tool call, the second streamed."""
     messages: list[Any] = [{"role": "user", "content": SECRET * 6}]
     model = engine.engine.model_name
     ids = engine.tokenizer.encode(CALL)
@@ -99,19 +99,19 @@ def converse(client: openai.OpenAI, engine: ScriptedEngine) -> None:
         max_tokens=99,
         stream=True,
     )
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    assert said == "It is alpha."
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == "It is alpha."
 
 
 def converse_in_messages(client: openai.OpenAI, engine: ScriptedEngine) -> None:
-    """The same on /v1/messages."""
+    """Make the same two turns on /v1/messages."""
     url = str(client.base_url).removesuffix("/v1/")
     claude = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
     messages: list[Any] = [{"role": "user", "content": SECRET * 6}]
     tool: Any = {"name": "read", "input_schema": {"type": "object"}}
-    asked: Any = {"model": engine.engine.model_name, "tools": [tool], "max_tokens": 99}
+    options: Any = {"model": engine.engine.model_name, "tools": [tool], "max_tokens": 99}
     engine.sampler.add(engine.tokenizer.encode(CALL))
-    first = claude.messages.create(messages=messages, **asked)
+    first = claude.messages.create(messages=messages, **options)
     [call] = [block for block in first.content if block.type == "tool_use"]
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "alpha"}
     messages += [
@@ -122,24 +122,24 @@ def converse_in_messages(client: openai.OpenAI, engine: ScriptedEngine) -> None:
         {"role": "user", "content": [result]},
     ]
     engine.sampler.add(engine.tokenizer.encode("It is alpha.<|im_end|>"))
-    with claude.messages.stream(messages=messages, **asked) as stream:
+    with claude.messages.stream(messages=messages, **options) as stream:
         assert stream.get_final_text() == "It is alpha."
 
 
 def converse_in_responses(client: openai.OpenAI, engine: ScriptedEngine) -> None:
-    """The same on /v1/responses, the second going on from the first."""
+    """Make the same two turns on /v1/responses, the second with the id of the first."""
     tool: Any = {"type": "function", **TOOL["function"], "strict": False}
-    asked: Any = {"model": engine.engine.model_name, "tools": [tool], "max_output_tokens": 99}
+    options: Any = {"model": engine.engine.model_name, "tools": [tool], "max_output_tokens": 99}
     engine.sampler.add(engine.tokenizer.encode(CALL))
-    first = client.responses.create(input=SECRET * 6, **asked)
+    first = client.responses.create(input=SECRET * 6, **options)
     [call] = [item for item in first.output if item.type == "function_call"]
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "alpha"}
     engine.sampler.add(engine.tokenizer.encode("It is alpha.<|im_end|>"))
     events = client.responses.create(
-        input=[result], previous_response_id=first.id, stream=True, **asked
+        input=[result], previous_response_id=first.id, stream=True, **options
     )
-    said = [event.delta for event in events if event.type == "response.output_text.delta"]
-    assert "".join(said) == "It is alpha."
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == "It is alpha."
 
 
 DIALECTS = {
@@ -150,7 +150,8 @@ DIALECTS = {
 
 
 def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
-    """The requests of a trace, once all are there: a line comes after its answer."""
+    """Return the requests of a trace, once ``number`` are there: a line is written after its
+    answer."""
     deadline = time.monotonic() + 20
     while len(lines := path.read_text().splitlines()) < 1 + number:
         assert time.monotonic() < deadline
@@ -161,7 +162,7 @@ def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("keeps_text", [False, True])
 @pytest.mark.parametrize("tokenizer", [None, ByteTokenizer()], ids=["pieces", "tokens"])
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_conversation_becomes_a_trace_that_the_laboratory_reads(
+def test_a_conversation_becomes_a_readable_trace(
     tmp_path: Path, keeps_text: bool, tokenizer: Tokenizer | None, dialect: str
 ) -> None:
     path = tmp_path / "log.jsonl"
@@ -177,13 +178,12 @@ def test_a_conversation_becomes_a_trace_that_the_laboratory_reads(
     assert shared >= len(first.tokens) - 8 and len(second.tokens) > shared
     assert len(second.output) > 2
     if tokenizer is not None and keeps_text:
-        said = tokenizer.decode(lines[1]["output"])
-        assert said == "It is alpha.\n"
+        assert tokenizer.decode(lines[1]["output"]) == "It is alpha.\n"
     result = simulate(str(path), gib=[1.0], processes=1)
     assert result.runs[0].requests == 2
 
 
-def test_what_is_passed_on_but_not_written_is_counted_by_why(
+def test_requests_that_are_not_recorded_are_counted_by_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from starlette.testclient import TestClient
@@ -207,22 +207,22 @@ def test_what_is_passed_on_but_not_written_is_counted_by_why(
             client.get("/v1/responses/resp_1")
     assert writer.num_requests == 2
     assert list(writer.skipped.values()) == [2]
-    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "several prompts" in said
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "several prompts" in warning
 
 
-def test_what_can_not_be_recorded_to_is_told_before_anything_is_passed_on(tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    there.touch()
+def test_wrong_addresses_and_files_are_refused_at_the_start(tmp_path: Path) -> None:
+    existing = tmp_path / "there"
+    existing.touch()
     for upstream, out, match in (
         ("localhost:8000", tmp_path / "new", "is not an address"),
-        ("http://localhost:1", there, "cannot be created"),
+        ("http://localhost:1", existing, "cannot be created"),
     ):
         with pytest.raises(ValueError, match=match):
             record(upstream, out, host="127.0.0.1", port=0, keeps_text=False, tokenizer=None)
 
 
-def test_a_server_that_is_not_there_is_a_502(tmp_path: Path) -> None:
+def test_an_unreachable_server_gives_a_502(tmp_path: Path) -> None:
     from starlette.testclient import TestClient
 
     with (tmp_path / "log").open("w+b") as file:
@@ -234,15 +234,15 @@ def test_a_server_that_is_not_there_is_a_502(tmp_path: Path) -> None:
 
 
 class Upstream:
-    """A server that notes every request as it came, and answers when it is told to.
+    """Server that records each request and can be made to wait.
 
     A body's ``"wait"`` names the event that its answer waits for; its first event is sent before.
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, bytes, dict[bytes, list[bytes]], bytes]] = []
+        self.requests: list[tuple[str, bytes, dict[bytes, list[bytes]], bytes]] = []
         self.may_end: dict[str, asyncio.Event] = {}
-        self.num_left = 0
+        self.num_disconnected = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
@@ -254,37 +254,37 @@ class Upstream:
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
-        self.seen.append((scope["method"], target, headers, body))
-        said = json.loads(body) if body.startswith(b"{") else {}
-        status = said.get("status", 404 if target.startswith(b"/nowhere") else 200)
+        self.requests.append((scope["method"], target, headers, body))
+        options = json.loads(body) if body.startswith(b"{") else {}
+        status = options.get("status", 404 if target.startswith(b"/nowhere") else 200)
         more = [(b"set-cookie", b"a=1"), (b"set-cookie", b"b=2"), (b"x-odd", b"\xe9")]
         start = {"type": "http.response.start", "status": status, "headers": more}
-        name = said.get("wait")
-        if name is not None and not said.get("stream") and not await self._wait(name, receive):
+        name = options.get("wait")
+        if name is not None and not options.get("stream") and not await self._wait(name, receive):
             return
         await send(start)
-        for word in ("one", "two"):
-            event = {"choices": [{"index": 0, "text": word}]}
+        for text in ("one", "two"):
+            event = {"choices": [{"index": 0, "text": text}]}
             data = b"data: " + json.dumps(event).encode() + b"\n\n"
             await send({"type": "http.response.body", "body": data, "more_body": True})
-            if said.get("stream") and not await self._wait(name, receive):
+            if options.get("stream") and not await self._wait(name, receive):
                 return
-        if not said.get("breaks"):
+        if not options.get("breaks"):
             await send({"type": "http.response.body", "body": b""})
 
     async def _wait(self, name: str, receive: Any) -> bool:
-        """Until the answer may end; False: its client has gone."""
+        """Wait until the answer may end. Return False if its client has disconnected first."""
         may_end = self.may_end.setdefault(name, asyncio.Event())
         tasks = [asyncio.ensure_future(one) for one in (may_end.wait(), receive())]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
-        self.num_left += not may_end.is_set()
+        self.num_disconnected += not may_end.is_set()
         return may_end.is_set()
 
 
-class Serving:
-    """An ASGI application behind a port of this machine, in a thread of its own."""
+class ServerThread:
+    """ASGI application on a local port, in its own thread."""
 
     def __init__(self, app: Any, **settings: Any) -> None:
         quiet = {"log_level": "critical", "lifespan": "auto", "server_header": False}
@@ -292,7 +292,7 @@ class Serving:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        until(lambda: self.server.started)
+        wait_until(lambda: self.server.started)
         self.port: int = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -302,45 +302,45 @@ class Serving:
         assert not self.thread.is_alive()
 
 
-def until(is_true: Callable[[], object]) -> None:
+def wait_until(is_true: Callable[[], object]) -> None:
     for _ in range(4000):
         if is_true():
             return
         time.sleep(0.005)
-    raise AssertionError("it never became true")
+    raise AssertionError("the condition never became true")
 
 
 class Setup:
-    """A recording proxy in front of an ``Upstream``, its trace, and clients."""
+    """Recording proxy in front of an ``Upstream``, with its trace and clients."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "trace.jsonl"
         self.file = self.path.open("x+b")
         self.upstream = Upstream()
-        self.behind = Serving(self.upstream, lifespan="off")
+        self.behind = ServerThread(self.upstream, lifespan="off")
         self.writer = TraceWriter(self.file, keeps_text=True, tokenizer=None)
         self.proxy = create_proxy(self.behind.url, self.writer)
-        self.front = Serving(self.proxy, timeout_graceful_shutdown=1)
+        self.front = ServerThread(self.proxy, timeout_graceful_shutdown=1)
         self.clients = ThreadPoolExecutor(200)
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.Client(limits=limits, timeout=60, trust_env=False)
         self.url = f"{self.front.url}/v1/completions"
 
     def ask(self, prompt: str, **body: Any) -> Future[httpx.Response]:
-        """Begin a request, and wait until upstream has it."""
-        before = len(self.upstream.seen)
-        asked = {"prompt": prompt, **body}
-        future = self.clients.submit(self.client.post, self.url, json=asked)
-        until(lambda: len(self.upstream.seen) > before)
+        """Begin a request, and wait until upstream has received it."""
+        before = len(self.upstream.requests)
+        content = {"prompt": prompt, **body}
+        future = self.clients.submit(self.client.post, self.url, json=content)
+        wait_until(lambda: len(self.upstream.requests) > before)
         return future
 
     def end(self, name: str) -> None:
-        """Let the answers that wait for ``name`` end."""
+        """Release the answers that wait for ``name``."""
         event = self.upstream.may_end.setdefault(name, asyncio.Event())
         self.behind.server.servers[0].get_loop().call_soon_threadsafe(event.set)
 
     def prompts(self) -> list[str]:
-        """What is in the file now, as another process would find it."""
+        """Return the prompts in the file now, as another process would read them."""
         lines = self.path.read_text().splitlines()
         return [json.loads(line)["request"]["prompt"] for line in lines[1:]]
 
@@ -359,29 +359,34 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
     made.stop()
 
 
-def test_lines_stand_in_order_of_arrival_and_at_once(setup: Setup) -> None:
-    """A long request holds nothing back: what has ended is in the file, should the process be
-    killed; and when it ends, its line comes where it belongs."""
+def test_lines_are_written_at_once_and_in_order_of_arrival(setup: Setup) -> None:
+    """Check that a long request delays no other line, and that its own line is inserted in order of
+    arrival.
+
+    If the process is killed, the file has every finished request.
+    """
     long = setup.ask("long", wait="long")
     for number in range(3):
         assert setup.ask(f"short {number}").result().status_code == 200
-    until(lambda: len(setup.prompts()) == 3)
+    wait_until(lambda: len(setup.prompts()) == 3)
     middle = setup.ask("middle", wait="middle", stream=True)
     assert setup.ask("late").result().status_code == 200
-    until(lambda: setup.prompts() == ["short 0", "short 1", "short 2", "late"])
+    wait_until(lambda: setup.prompts() == ["short 0", "short 1", "short 2", "late"])
     setup.end("middle")
     assert middle.result().text.count("data:") == 2
-    until(lambda: setup.prompts() == ["short 0", "short 1", "short 2", "middle", "late"])
+    wait_until(lambda: setup.prompts() == ["short 0", "short 1", "short 2", "middle", "late"])
     setup.end("long")
     assert long.result().status_code == 200
-    until(lambda: setup.prompts() == ["long", "short 0", "short 1", "short 2", "middle", "late"])
-    until(lambda: setup.writer.num_requests == 6)
+    wait_until(
+        lambda: setup.prompts() == ["long", "short 0", "short 1", "short 2", "middle", "late"]
+    )
+    wait_until(lambda: setup.writer.num_requests == 6)
 
 
 @pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(3))
-def test_a_log_of_overlapping_requests_is_replayed(setup: Setup, seed: int) -> None:
-    """Whatever overlaps: the laboratory reads it without a warning, every request in its place."""
+def test_a_trace_of_overlapping_requests_can_be_replayed(setup: Setup, seed: int) -> None:
+    """Check that the trace is read without a warning, with every request in its place."""
     choose = random.Random(seed)
     open_: dict[str, Future[httpx.Response]] = {}
     order = []
@@ -396,7 +401,7 @@ def test_a_log_of_overlapping_requests_is_replayed(setup: Setup, seed: int) -> N
     for name in choose.sample(sorted(open_), len(open_)):
         setup.end(name)
         assert open_.pop(name).result().status_code == 200
-    until(lambda: setup.writer.num_requests == 24)
+    wait_until(lambda: setup.writer.num_requests == 24)
     assert setup.prompts() == order
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -405,26 +410,26 @@ def test_a_log_of_overlapping_requests_is_replayed(setup: Setup, seed: int) -> N
     assert times == sorted(times) and result.runs[0].requests == 24
 
 
-def test_what_is_cut_short_is_written_with_what_was_answered(setup: Setup) -> None:
-    """By a client that leaves, by upstream, and by the end of the recording."""
+def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> None:
+    """Cover answers cut off by the client, by upstream, and by the end of the recording."""
     with httpx.stream(
-        "POST", setup.url, json={"prompt": "leaves", "wait": "never", "stream": True}, timeout=30
+        "POST", setup.url, json={"prompt": "client", "wait": "never", "stream": True}, timeout=30
     ) as leaving:
         assert "one" in next(leaving.iter_text())
-    until(lambda: setup.prompts() == ["leaves"])
-    until(lambda: setup.upstream.num_left == 1)  # Upstream computes for nobody.
+    wait_until(lambda: setup.prompts() == ["client"])
+    wait_until(lambda: setup.upstream.num_disconnected == 1)  # Upstream does not compute on.
     with pytest.raises(httpx.RemoteProtocolError):
-        httpx.post(setup.url, json={"prompt": "breaks", "breaks": True}, timeout=30)
-    running = setup.ask("runs", wait="runs", stream=True)
+        httpx.post(setup.url, json={"prompt": "upstream", "breaks": True}, timeout=30)
+    running = setup.ask("running", wait="running", stream=True)
     silent = setup.ask("silent", wait="silent")
     assert setup.ask("whole").result().status_code == 200
-    until(lambda: setup.prompts() == ["leaves", "breaks", "whole"])
+    wait_until(lambda: setup.prompts() == ["client", "upstream", "whole"])
     setup.front.stop()
-    assert setup.prompts() == ["leaves", "breaks", "runs", "whole"]
+    assert setup.prompts() == ["client", "upstream", "running", "whole"]
     lines = setup.path.read_text().splitlines()[1:]
     answers = [json.loads(line)["answer"]["content"] for line in lines]
     assert answers == ["one", "onetwo", "one", "onetwo"]
-    assert list(setup.writer.skipped.values()) == [1], "upstream never answered it"
+    assert list(setup.writer.skipped.values()) == [1], "upstream never answered"
     with pytest.raises(httpx.RemoteProtocolError):
         running.result()
     assert silent.result().status_code == 503
@@ -445,14 +450,14 @@ TARGETS = (
 )
 
 
-def test_a_path_reaches_the_server_byte_for_byte(setup: Setup) -> None:
+def test_paths_reach_the_server_byte_for_byte(setup: Setup) -> None:
     for target in TARGETS:
         raw(setup.front.port, target)
-        assert setup.upstream.seen[-1][1].decode() == target.removesuffix("?"), target
+        assert setup.upstream.requests[-1][1].decode() == target.removesuffix("?"), target
 
 
 def raw(port: int, target: str, *headers: str) -> bytes:
-    """The answer to a GET of ``target``, sent as it is."""
+    """Return the answer to a GET of ``target``, which is sent unchanged."""
     with socket.create_connection(("127.0.0.1", port), 20) as connection:
         lines = [f"GET {target} HTTP/1.1", "Host: x", "Connection: close", *headers, "", ""]
         connection.sendall("\r\n".join(lines).encode("latin-1"))
@@ -462,12 +467,12 @@ def raw(port: int, target: str, *headers: str) -> bytes:
     return answer
 
 
-def test_odd_paths_are_answered_by_a_real_server_with_4xx(tmp_path: Path) -> None:
-    """As if nothing stood between."""
+def test_odd_paths_get_the_same_answer_as_without_the_proxy(tmp_path: Path) -> None:
+    """Compare the answers through the proxy with direct ones."""
     engine = ScriptedEngine()
     with engine.serving() as upstream, (tmp_path / "log").open("x+b") as file:
         writer = TraceWriter(file, keeps_text=False, tokenizer=None)
-        front = Serving(create_proxy(upstream, writer), date_header=False)
+        front = ServerThread(create_proxy(upstream, writer), date_header=False)
         port = int(upstream.rsplit(":", 1)[1].split("/")[0])
         for target in TARGETS:
             through, direct = (raw(each, target) for each in (front.port, port))
@@ -478,26 +483,26 @@ def test_odd_paths_are_answered_by_a_real_server_with_4xx(tmp_path: Path) -> Non
         front.stop()
 
 
-def test_headers_pass_as_they_came_and_cookies_stay_with_their_client(setup: Setup) -> None:
+def test_headers_pass_unchanged_and_cookies_are_not_shared(setup: Setup) -> None:
     answer = httpx.get(f"{setup.front.url}/x", headers={"x-mine": "1", "accept-encoding": "gzip"})
     assert answer.headers.get_list("set-cookie") == ["a=1", "b=2"]
     assert answer.headers["x-odd"].encode("latin-1") == b"\xe9"
     httpx.get(f"{setup.front.url}/x")
-    _, _, headers, _ = setup.upstream.seen[-1]
-    assert b"cookie" not in headers, "another client's"
+    _, _, headers, _ = setup.upstream.requests[-1]
+    assert b"cookie" not in headers, "the cookie of another client"
     raw(setup.front.port, "/x", "X-Twice: 1", "X-Twice: 2", "User-Agent: mine")
-    _, _, headers, _ = setup.upstream.seen[-1]
+    _, _, headers, _ = setup.upstream.requests[-1]
     assert headers[b"x-twice"] == [b"1", b"2"] and headers[b"user-agent"] == [b"mine"]
     packed = gzip.compress(json.dumps({"prompt": "packed"}).encode())
     httpx.post(setup.url, content=packed, headers={"content-encoding": "gzip"})
-    _, _, headers, body = setup.upstream.seen[-1]
+    _, _, headers, body = setup.upstream.requests[-1]
     assert body == packed and headers[b"content-encoding"] == [b"gzip"]
-    until(lambda: setup.writer.skipped.total() == 1)  # It is no JSON as it stands.
+    wait_until(lambda: setup.writer.skipped.total() == 1)  # Compressed content is not JSON.
 
 
 @pytest.mark.full
-def test_more_than_a_hundred_streams_pass_at_once(setup: Setup) -> None:
-    """Each waits for all others to have begun."""
+def test_more_than_a_hundred_streams_run_at_once(setup: Setup) -> None:
+    """Check concurrency: each stream waits until all others have begun."""
     streams = [setup.ask(f"{number}", wait="all", stream=True) for number in range(120)]
     setup.end("all")
     assert {stream.result().status_code for stream in streams} == {200}
@@ -505,7 +510,7 @@ def test_more_than_a_hundred_streams_pass_at_once(setup: Setup) -> None:
 
 @contextlib.contextmanager
 def recording(to: str, out: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(a process that records, its address), started as by a shell that ignores SIGINT."""
+    """Yield (recording process, its address). It starts as under a shell that ignores SIGINT."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         "import engine.plugins.record.command as r; r.GRACE_S = 1;"
@@ -521,40 +526,40 @@ def recording(to: str, out: Path, *flags: str) -> Iterator[tuple[subprocess.Pope
 @pytest.mark.full("SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: int) -> None:
-    """With a stream in progress."""
+    """Send the signal during a stream."""
     upstream, path = Upstream(), tmp_path / "trace.jsonl"
-    behind = Serving(upstream, lifespan="off")
+    behind = ServerThread(upstream, lifespan="off")
     with recording(behind.url, path) as (process, url):
         body = {"prompt": "abcdefgh", "wait": "never", "stream": True}
         httpx.post(f"{url}/completions", json={"prompt": "first"}, timeout=30)
         with httpx.stream("POST", f"{url}/completions", json=body, timeout=30) as stream:
             next(stream.iter_text())
             process.send_signal(number)
-            said = process.stdout.read()
+            printed = process.stdout.read()
         assert process.wait(30) == 0
     behind.stop()
-    assert f"2 requests; hybridcache simulate --trace {path}" in said
-    assert "tokens counted by: 4 characters as a token, an estimate" in said
+    assert f"2 requests; hybridcache simulate --trace {path}" in printed
+    assert "tokens counted by: 4 characters as a token, an estimate" in printed
     trace = open_trace(str(path))
     assert "an estimate" in trace.counted_by
     assert "counted by: 4 characters as a token" in stats_table(trace_stats(trace))
     assert [len(request.tokens) for request in trace] == [2, 2]
 
 
-def test_a_signal_that_comes_before_the_first_request_ends_the_recording(tmp_path: Path) -> None:
-    """Even before the proxy listens to signals."""
+def test_a_signal_before_the_first_request_ends_the_recording(tmp_path: Path) -> None:
+    """Send the signal before the proxy handles signals."""
     flags = ("--tokenizer", "builtin")
     with recording("http://127.0.0.1:9", tmp_path / "trace.jsonl", *flags) as (process, _):
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
-        said = process.stdout.read()
+        printed = process.stdout.read()
         command = f"hybridcache simulate --trace {tmp_path / 'trace.jsonl'} --model builtin"
-        assert f"0 requests; {command}\n" in said
-        assert "tokens counted by: the tokenizer of builtin" in said
+        assert f"0 requests; {command}\n" in printed
+        assert "tokens counted by: the tokenizer of builtin" in printed
         assert process.wait(30) == 0
 
 
-def test_a_port_in_use_leaves_no_file(tmp_path: Path) -> None:
+def test_an_occupied_port_leaves_no_file(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port, path = taken.getsockname()[1], tmp_path / "trace.jsonl"
         with pytest.raises(ValueError, match="choose another --port"):
@@ -570,7 +575,8 @@ def test_a_port_in_use_leaves_no_file(tmp_path: Path) -> None:
 
 
 class LinesMachine(RuleBasedStateMachine):
-    """Lines that come in any order stand in that of their places, after every one of them."""
+    """State machine of ``OrderedLines``: lines written in any order are stored in order of their
+    places."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -591,7 +597,7 @@ class LinesMachine(RuleBasedStateMachine):
         place = self.open.pop(at % len(self.open))
         line = f"{place}:".encode() + b"x" * size + b"\n"
         assert self.lines.put(place, line)
-        assert not self.lines.put(place, line), "once"
+        assert not self.lines.put(place, line), "a line may be written once"
         self.written[place] = line
 
     @precondition(lambda self: self.open)
@@ -603,7 +609,7 @@ class LinesMachine(RuleBasedStateMachine):
         assert not self.lines.put(place, b"late\n")
 
     @invariant()
-    def all_is_there_in_order(self) -> None:
+    def file_has_all_lines_in_order(self) -> None:
         self.file.seek(0)
         assert self.file.read() == b"".join(self.written[place] for place in sorted(self.written))
 
@@ -612,12 +618,14 @@ class LinesMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("block_bytes", [7, 1 << 20])
-def test_lines_come_in_any_order(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_written_in_any_order_are_stored_in_order(
+    block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trace, "BLOCK_BYTES", block_bytes)
     run_state_machine_as_test(LinesMachine)
 
 
-def test_a_request_that_took_too_long_is_left_out_and_counted(
+def test_a_request_that_ends_too_late_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trace, "MAX_TAIL", 3)
@@ -632,7 +640,7 @@ def test_a_request_that_took_too_long_is_left_out_and_counted(
     assert len(list(open_trace(str(tmp_path / "log")))) == 5
 
 
-def test_a_full_disk_costs_the_line_that_did_not_fit(
+def test_a_full_disk_loses_only_the_line_that_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, pwrite = tmp_path / "log", os.pwrite
@@ -656,14 +664,14 @@ def test_a_full_disk_costs_the_line_that_did_not_fit(
     assert path.read_bytes() == b"second\nthird\n"
 
 
-def test_an_event_may_hold_any_character_and_an_answer_may_end_anywhere() -> None:
-    said = "a\u2028b\x85c\x0bd"
-    event = json.dumps({"choices": [{"index": 0, "text": said}]}, ensure_ascii=False)
+def test_events_with_odd_characters_and_cut_answers_are_read() -> None:
+    text = "a\u2028b\x85c\x0bd"
+    event = json.dumps({"choices": [{"index": 0, "text": text}]}, ensure_ascii=False)
     raw = f"data: {event}\r\n\r\ndata: {event}\n\ndata: [DONE]\n\n".encode()
     for end in range(len(raw) + 1):
         _, answer = Chats().read("/v1/completions", {}, raw[:end])
-        assert answer["content"] in ("", said, said + said)
-    assert answer["content"] == said + said
+        assert answer["content"] in ("", text, text + text)
+    assert answer["content"] == text + text
     calls = [
         {"type": "content_block_start", "index": 0, "content_block": {"type": "tool_use"}},
         {"type": "content_block_delta", "index": 0, "delta": {"partial_json": '{"a": 1'}},
@@ -673,9 +681,9 @@ def test_an_event_may_hold_any_character_and_an_answer_may_end_anywhere() -> Non
     assert "a" in answer["tool_calls"][0]["function"]["arguments"]
 
 
-def test_what_an_answer_is_made_of_is_the_same_whole_and_in_events() -> None:
-    """Thoughts, text and calls of each dialect."""
-    said = {
+def test_whole_and_streamed_answers_are_read_alike() -> None:
+    """Cover reasoning, text and calls of each dialect."""
+    answer = {
         "role": "assistant",
         "content": "so",
         "reasoning_content": "hm",
@@ -704,9 +712,9 @@ def test_what_an_answer_is_made_of_is_the_same_whole_and_in_events() -> None:
         {"tool_calls": [{"index": 0, "function": {"name": "read", "arguments": ""}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": '{"path": "a"}'}}]},
     ]
-    ways: dict[str, tuple[Any, list[Any]]] = {
+    cases: dict[str, tuple[Any, list[Any]]] = {
         "/v1/chat/completions": (
-            {"choices": [{"message": {**said, "tool_calls": [{"function": call}]}}]},
+            {"choices": [{"message": {**answer, "tool_calls": [{"function": call}]}}]},
             [{"choices": [{"index": 0, "delta": delta}]} for delta in chunks],
         ),
         "/v1/messages": (
@@ -725,8 +733,8 @@ def test_what_an_answer_is_made_of_is_the_same_whole_and_in_events() -> None:
             [{"response": {"id": "a", "output": []}}, {"response": {"id": "a", "output": output}}],
         ),
     }
-    for path, (whole, events) in ways.items():
+    for path, (whole, events) in cases.items():
         lines = [f"event: x\ndata: {json.dumps(event)}\n\n" for event in events]
         for raw in (json.dumps(whole), "".join(lines) + "data: [DONE]\n\n"):
             read = Chats().read(path, {"input": "hello"}, raw.encode())
-            assert read[1] == said, path
+            assert read[1] == answer, path

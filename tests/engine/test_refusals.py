@@ -1,4 +1,4 @@
-"""What the engine refuses, each in one sentence: requests, settings, sampling parameters."""
+"""Tests of refused requests, settings and sampling parameters: each error is one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine import (
 from tests.engine.test_engine import GREEDY, ids, make_engine
 
 
-def test_requests_beyond_the_queue_are_refused_and_generate_feeds_them_in() -> None:
+def test_submit_refuses_beyond_the_queue_and_generate_waits() -> None:
     engine = make_engine(max_queue=3)
     for i in range(3):
         engine.submit(ids(5, first=i))
@@ -45,7 +45,7 @@ def test_requests_beyond_the_queue_are_refused_and_generate_feeds_them_in() -> N
         ([1], GREEDY, {"namespace": [1]}, "is a list; use None, a str, bytes, an int"),
     ],
 )
-def test_a_request_that_can_not_be_served_is_refused_in_one_sentence(
+def test_impossible_requests_are_refused_in_one_sentence(
     prompt: object, sampling: SamplingParams, options: dict[str, object], sentence: str
 ) -> None:
     engine = make_engine()
@@ -55,7 +55,7 @@ def test_a_request_that_can_not_be_served_is_refused_in_one_sentence(
     assert not engine.has_work()
 
 
-def test_a_request_that_just_fits_is_served() -> None:
+def test_a_request_of_the_maximum_length_is_served() -> None:
     engine = make_engine(kv_tokens=256)
     outputs = engine.generate([ids(192)] * 3, SamplingParams(max_tokens=64))
     assert {len(output.token_ids) for output in outputs} == {64}
@@ -83,7 +83,7 @@ def test_a_request_that_just_fits_is_served() -> None:
         ({"prefix_cache": "radix"}, "linear-attention layers that need their state"),
     ],
 )
-def test_settings_that_can_not_work_are_refused_in_one_sentence(
+def test_wrong_settings_are_refused_in_one_sentence(
     settings: dict[str, object], sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence) as caught:
@@ -91,7 +91,7 @@ def test_settings_that_can_not_work_are_refused_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_placements_may_be_one_string_as_on_the_command_line() -> None:
+def test_placements_may_be_given_as_one_string() -> None:
     config = EngineConfig(checkpoints="end,every:1024")  # type: ignore[arg-type]
     assert config.checkpoints == ("end", "every:1024")
 

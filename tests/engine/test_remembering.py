@@ -1,4 +1,4 @@
-"""What an engine has learnt is there after a restart, beside what it holds."""
+"""Tests of learned state across restarts: policies, placement and ghosts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 from engine import Engine, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.plugins.tiers.plugin import NAME
-from engine.plugins.tiers.staging import MeasuredExchange
 from hybridcache.export.warm_state import unpack, write_memory
 from tests.engine.test_hits_change_nothing import (
     MakeEngine,
+    always_loads,  # noqa: F401
     make_engine,  # noqa: F401
     prompts,
 )
@@ -34,33 +34,26 @@ LEARNING = {
 }
 
 
-@pytest.fixture(autouse=True)
-def always_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No clock decides."""
-
-    def saved(_: object, cached_len: int, position: int, *__: object) -> float:
-        return position - cached_len
-
-    monkeypatch.setattr(MeasuredExchange, "seconds_saved", saved)
+pytestmark = pytest.mark.usefixtures("always_loads")
 
 
-def serve(engine: Engine, asked: list[list[int]]) -> list[int]:
-    return [engine.generate([prompt], ONE)[0].cached_len for prompt in asked]
+def serve(engine: Engine, sequence: list[list[int]]) -> list[int]:
+    return [engine.generate([prompt], ONE)[0].cached_len for prompt in sequence]
 
 
-def learnt(engine: Engine) -> dict[str, object]:
-    """All that policies and placement know, and when it is."""
+def learned(engine: Engine) -> dict[str, object]:
+    """Return the learned state of policies and placement, and the cache's time."""
     body = json.loads(write_memory(engine.cache, engine._manager.placement.rules))
     for policy in body["policies"].values():
-        del policy["fields"]["_stale"]  # names items that are gone, which decide nothing
+        del policy["fields"]["_stale"]  # Names of evicted items do not affect decisions.
     return {name: body[name] for name in ("now", "num_items", "policies", "placement")}
 
 
-def known(engine: Engine) -> set[bytes]:
+def known_prefixes(engine: Engine) -> set[bytes]:
     return {node.tokens.tobytes() for node in engine.cache._tree.nodes()}
 
 
-def test_a_restarted_engine_has_learnt_what_the_stopped_one_had(
+def test_a_restarted_engine_has_the_learned_state_of_the_stopped_one(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -68,18 +61,18 @@ def test_a_restarted_engine_has_learnt_what_the_stopped_one_had(
     serve(first, prompts(16))
     serve(first, prompts(16))
     first.cache.evict(1 << 30, 1 << 30)
-    before, tokens = learnt(first), known(first)
+    before, tokens = learned(first), known_prefixes(first)
     assert before["policies"] and before["placement"]
     first.close()
     again = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    assert learnt(again) == before and known(again) == tokens
+    assert learned(again) == before and known_prefixes(again) == tokens
     again.check()
     serve(again, prompts(16))
     again.check()
     again.close()
 
 
-def test_a_killed_engine_forgets_only_what_it_learnt_since(
+def test_a_killed_engine_loses_only_the_state_learned_since_its_save(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -90,19 +83,19 @@ def test_a_killed_engine_forgets_only_what_it_learnt_since(
     shutil.copytree(tmp_path / "state", tmp_path / "killed")
     serve(first, prompts(16)[12:])
     first.plugins["tiers"].disk.flush()
-    for path in (tmp_path / "state").iterdir():  # records of later, the memory of then
+    for path in (tmp_path / "state").iterdir():  # later records, but the earlier learned state
         if path.name != NAME:
             shutil.copy(path, tmp_path / "killed")
     first.close()
     again = make_engine(state_dir=str(tmp_path / "killed"), **LEARNING)
     assert again.cache._residency.now == 12
     again.check()
-    assert sum(serve(again, prompts(16)[12:])) > 0, "what came later was adopted all the same"
+    assert sum(serve(again, prompts(16)[12:])) > 0, "later records were not adopted"
     again.check()
     again.close()
 
 
-def test_other_words_leave_it_out_and_say_so_once(
+def test_learned_state_of_other_policies_is_skipped_with_one_warning(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -113,15 +106,15 @@ def test_other_words_leave_it_out_and_say_so_once(
     caplog.clear()
     plain = {**LEARNING, "eviction": "lru", "checkpoints": ("branch", "end")}
     again = make_engine(state_dir=str(tmp_path / "state"), **plain)
-    [said] = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "(device, disk, placement) in" in said
+    [warning] = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "(device, disk, placement) in" in warning
     again.check()
     again.close()
 
 
 @pytest.mark.full("30")
 @pytest.mark.parametrize("cut", [0, 10, 30, -1])
-def test_a_file_that_is_not_whole_is_left_out(
+def test_a_truncated_file_is_skipped(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -135,12 +128,12 @@ def test_a_file_that_is_not_whole_is_left_out(
     caplog.clear()
     again = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     assert "it is damaged" in caplog.text or "its head is damaged" in caplog.text
-    assert serve(again, prompts(8)) == hits, "what is kept is another matter"
+    assert serve(again, prompts(8)) == hits, "the records do not depend on the learned state"
     again.check()
     again.close()
 
 
-def test_reset_forgets_what_was_learnt(
+def test_reset_removes_the_learned_state(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -153,7 +146,7 @@ def test_reset_forgets_what_was_learnt(
     engine.close()
 
 
-def test_too_little_room_for_it_is_said_and_the_engine_goes_on(
+def test_learned_state_that_is_too_large_is_reported_and_not_written(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -165,7 +158,7 @@ def test_too_little_room_for_it_is_said_and_the_engine_goes_on(
     assert "is not written" in caplog.text and not (tmp_path / "state" / NAME).exists()
 
 
-def test_a_file_system_that_refuses_it_is_reported_once_and_the_engine_goes_on(
+def test_write_errors_are_reported_once_and_the_engine_goes_on(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -186,7 +179,7 @@ def test_a_file_system_that_refuses_it_is_reported_once_and_the_engine_goes_on(
     engine.close()
 
 
-def test_it_is_written_when_there_is_nothing_to_compute_and_seldom_else(
+def test_learned_state_is_saved_when_idle_and_rarely_otherwise(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -194,7 +187,7 @@ def test_it_is_written_when_there_is_nothing_to_compute_and_seldom_else(
     remembering, now = engine.plugins["tiers"].remembering, 0.0
     remembering._clock = lambda: now
     remembering._saved_at = remembering._took_s = 0.0
-    assert remembering.rest(is_idle=True) is None, "nothing is new"
+    assert remembering.rest(is_idle=True) is None, "nothing new to save"
     serve(engine, prompts(2))
     now = 0.25
     assert remembering.rest(is_idle=True) == 0.75
@@ -203,13 +196,13 @@ def test_it_is_written_when_there_is_nothing_to_compute_and_seldom_else(
     assert remembering.rest(is_idle=True) is None
     remembering._took_s = 1.0
     serve(engine, prompts(3)[2:])
-    assert remembering.rest(is_idle=True) == 200.0, "a save of a second may come every 200"
+    assert remembering.rest(is_idle=True) == 200.0, "a save that takes 1 s may run every 200 s"
     engine.plugins["tiers"].disk.flush()
     assert unpack((tmp_path / "state" / NAME).read_bytes())._plain["now"] == 2
     engine.close()
 
 
-def test_an_engine_that_waits_for_requests_writes_it(
+def test_an_idle_engine_saves_its_learned_state(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,6 +222,6 @@ def test_an_engine_that_waits_for_requests_writes_it(
             if (tmp_path / "state" / NAME).exists():
                 return
             time.sleep(0.05)
-        raise AssertionError("it waits for a request, and wrote nothing")
+        raise AssertionError("the idle engine wrote nothing")
     finally:
         loop.stop()

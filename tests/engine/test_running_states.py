@@ -1,4 +1,4 @@
-"""Where running states lie: against every state in its own slot, with one copy a commit."""
+"""Tests of ``RunningStates`` against a model in which every state stays in its own slot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OWN, STEPS = range(4), range(10, 20)
 
 
 class RunningStatesMachine(RuleBasedStateMachine):
-    """Slots hold the position that their state stands for."""
+    """State machine in which a slot contains the position that its state stands for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,11 +45,13 @@ class RunningStatesMachine(RuleBasedStateMachine):
             for step, slot in enumerate(slots):
                 self.slots[slot] = self.positions[own] + step + 1
         self.running.check()
-        self.return_states(set())  # Who is verified stays where it is.
-        if data.draw(st.booleans(), label="broke off"):
+        self.return_states(set())  # States under verification stay in place.
+        if data.draw(st.booleans(), label="step failed"):
             self.running.drop_verified()
             for own in lengths:
-                self.slots[own] = self.positions[own] = 0  # Another's from here on.
+                self.slots[own] = self.positions[own] = (
+                    0  # The slot belongs to another request from here on.
+                )
             return
         taken = [data.draw(st.integers(0, length)) for length in lengths.values()]
         self.running.take(taken)
@@ -63,7 +65,7 @@ class RunningStatesMachine(RuleBasedStateMachine):
         self.slots[own] = self.positions[own] = self.positions[own] + 1
 
     @invariant()
-    def states_are_the_newest(self) -> None:
+    def slots_hold_the_newest_states(self) -> None:
         self.running.check()
         for own, position in self.positions.items():
             assert self.slots[self.running.at(own)] == position
@@ -73,17 +75,19 @@ TestRunningStates = RunningStatesMachine.TestCase
 TestRunningStates.settings = settings(max_examples=100, stateful_step_count=20)
 
 
-def test_a_commit_copies_nothing_and_a_way_home_once() -> None:
+def test_a_commit_copies_nothing_and_a_displaced_state_is_copied_once() -> None:
     running = RunningStates(STEPS)
     running.verify([(0, 5), (1, 5)])
     running.take([3, 5])
     away = running.at(0), running.at(1)
     assert set(away) <= set(STEPS) and running.displaced({0, 1}) == []
     running.verify([(0, 4), (1, 6)])
-    assert running.displaced() == [], "nothing of a verification moves before its commit"
+    assert running.displaced() == [], "states of a verification move only after its commit"
     running.take([4, 0])
-    assert running.at(0) == 0, "all drafts are right: the last state is in its own slot"
-    assert running.displaced() == [(away[1], 1)] == running.displaced(), "until it is copied"
+    assert running.at(0) == 0, "with all drafts accepted, the last state is in its own slot"
+    assert running.displaced() == [(away[1], 1)] == running.displaced(), (
+        "it stays listed until it is copied"
+    )
     running.mark_returned([(away[1], 1)])
     assert running.displaced() == [] and running.at(1) == 1
     with pytest.raises(AssertionError, match="more tokens"):

@@ -1,5 +1,4 @@
-"""The sampler: distributions, filters, penalties, and draws that depend on nothing but the
-request."""
+"""Tests of the sampler: distributions, filters, penalties, and independence from the batch."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def random_logits(rows, seed=0):
 
 
 def draws(logits, count, **params):
-    """Tokens of ``count`` requests that differ in their seed."""
+    """Return the tokens of ``count`` requests that differ only in their seed."""
     rows = logits.expand(count, VOCAB)
     return drawn(rows, *(request(seed, **params) for seed in range(count)))
 
@@ -53,8 +52,9 @@ def test_greedy_is_argmax_in_any_dtype():
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-def test_logits_that_are_no_numbers_give_no_token(bad):
-    """The rows beside them draw as ever, and every id on the device is one of the vocabulary's."""
+def test_nan_and_infinite_logits_give_no_token(bad):
+    """Check that other rows draw as before, and that every id on the device is in the
+    vocabulary."""
     requests = [
         request(temperature=0),
         request(temperature=0, logprobs=2),
@@ -86,17 +86,17 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}])
-def test_filters_keep_exactly_the_likely_ones(params):
+def test_filters_keep_exactly_the_likely_tokens(params):
     logits = random_logits(1)
     probabilities, order = logits[0].softmax(-1).sort(descending=True)
     if "top_k" in params:
-        kept = 3
+        num_kept = 3
     elif "top_p" in params:
-        kept = int((probabilities.cumsum(0) < 0.6).sum()) + 1
+        num_kept = int((probabilities.cumsum(0) < 0.6).sum()) + 1
     else:
-        kept = int((probabilities >= 0.3 * probabilities[0]).sum())
-    assert 1 < kept < VOCAB
-    assert set(draws(logits, 3000, **params)) == set(order[:kept].tolist())
+        num_kept = int((probabilities >= 0.3 * probabilities[0]).sum())
+    assert 1 < num_kept < VOCAB
+    assert set(draws(logits, 3000, **params)) == set(order[:num_kept].tolist())
 
 
 def test_top_k_one_is_greedy():
@@ -124,7 +124,7 @@ MIXES = st.lists(
 
 @given(MIXES)
 @settings(max_examples=60, deadline=None)
-def test_a_token_does_not_depend_on_the_batch(mix):
+def test_tokens_do_not_depend_on_the_batch(mix):
     logits = random_logits(len(mix), seed=len(mix))
     output = np.array([3, 3, 5], dtype=np.int32)
     requests = [
@@ -135,13 +135,13 @@ def test_a_token_does_not_depend_on_the_batch(mix):
         assert Sampler(VOCAB).sample(logits[row : row + 1], [one]) == [together[row]]
 
 
-def test_the_number_of_the_draw_counts():
+def test_draws_depend_on_their_number():
     logits = random_logits(1).expand(200, VOCAB)
     at_each = drawn(logits, *(request(5, output=np.zeros(n, np.int32)) for n in range(200)))
     assert len(set(at_each)) > 10
 
 
-def test_penalties():
+def test_penalties_apply_to_prompt_or_answer_tokens():
     logits = torch.zeros(1, VOCAB)
     logits[0, :3] = torch.tensor([4.0, 3.9, 3.8])
     seen = np.array([0, 0, 1], dtype=np.int32)
@@ -153,11 +153,11 @@ def test_penalties():
     answered = request(temperature=0, presence_penalty=1.0, prompt=seen, output=other)
     assert drawn(logits, answered) == [0]
     both = request(temperature=0, repetition_penalty=1.001, presence_penalty=1.0, prompt=seen)
-    assert drawn(logits, both) == [0]  # a prompt's token repeats, and is not present
-    assert logits[0, 0] == 4.0  # the caller's logits stay as they were
+    assert drawn(logits, both) == [0]  # prompt tokens count for repetition, not for presence
+    assert logits[0, 0] == 4.0  # the caller's logits are not changed
 
 
-def test_a_repetition_makes_a_token_less_likely_wherever_it_stood():
+def test_the_repetition_penalty_lowers_positive_and_negative_logits():
     logits = torch.zeros(1, VOCAB)
     logits[0, :2] = torch.tensor([4.0, 3.9])
     output = np.array([0], dtype=np.int32)
@@ -168,14 +168,14 @@ def test_a_repetition_makes_a_token_less_likely_wherever_it_stood():
 
 
 @pytest.mark.parametrize("filters", [{"min_p": 0.5}, {"top_k": 2}])
-def test_a_draw_of_zero_picks_no_token_that_was_left_out(monkeypatch, filters):
+def test_a_draw_of_zero_picks_no_filtered_token(monkeypatch, filters):
     monkeypatch.setattr(sampler, "uniform", lambda seed, draw: 0.0)
     logits = torch.full((1, VOCAB), -9.0)
     logits[0, 5:7] = torch.tensor([3.9, 4.0])
     assert drawn(logits, request(**filters))[0] in (5, 6)
 
 
-def test_log_probabilities_go_to_the_rows_that_asked_for_them():
+def test_logprobs_are_returned_for_the_requested_rows():
     logits = random_logits(4)
     wanted = (None, 0, None, 3)
     sampled = Sampler(VOCAB).sample(logits, [request(temperature=0, logprobs=n) for n in wanted])
@@ -188,7 +188,7 @@ def test_log_probabilities_go_to_the_rows_that_asked_for_them():
             assert one.logprob == pytest.approx(float(expected[row, one.token_id]), abs=1e-6)
 
 
-def test_logprobs_are_the_models_own():
+def test_logprobs_are_those_before_filters_and_temperature():
     logits = random_logits(2)
     expected = logits.log_softmax(-1)
     plain, scored = Sampler(VOCAB).sample(
@@ -202,15 +202,15 @@ def test_logprobs_are_the_models_own():
     assert given[1].logprob == pytest.approx(float(expected[1, 9]), abs=1e-6)
 
 
-def test_top_p_counts_what_top_k_left():
-    """64 tokens, k 20, p 0.8: of all of them 0.8 would take 25, of the 20 it takes 14."""
+def test_top_p_applies_after_top_k():
+    """Check 64 tokens with k = 20 and p = 0.8: 25 of all tokens, but 14 of the remaining 20."""
     logits = torch.full((1, VOCAB), -torch.inf)
     logits[0, :64] = torch.linspace(4, 0, 64)
     assert set(draws(logits, 3000, top_k=20, top_p=0.8)) == set(range(14))
 
 
 def warped(logits, params):
-    """Probabilities after transformers' own warpers, in the order that it applies them in."""
+    """Return probabilities after transformers' own warpers, in its order."""
     config = GenerationConfig(do_sample=True, **{"top_k": 0} | params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -225,29 +225,30 @@ class _Model(GenerationMixin):
 @pytest.mark.full("1.7-1.0")
 @pytest.mark.parametrize("width", [1.0, 4.0])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-def test_filters_are_those_of_transformers(temperature, width):
-    """Every mix of top_k, top_p and min_p keeps the same tokens and gives them the same chances."""
+def test_filters_equal_those_of_transformers(temperature, width):
+    """Check that every mix of top_k, top_p and min_p keeps the same tokens with the same
+    probabilities."""
     rows = 40
     logits = random_logits(rows, seed=int(width)) * width
     for top_k in (None, 1, 5, 20, 66, 500):
         for top_p in (1.0, 0.95, 0.8, 0.1):
             for min_p in (0.0, 0.05, 0.5):
-                asked = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
-                asked |= {"top_k": top_k} if top_k is not None else {}
-                requests = [request(seed, **asked) for seed in range(rows)]
-                expected = warped(logits, asked)
+                params = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+                params |= {"top_k": top_k} if top_k is not None else {}
+                requests = [request(seed, **params) for seed in range(rows)]
+                expected = warped(logits, params)
                 size = sampler._width(requests[0].params, VOCAB)
                 if size is not None:
                     ours = torch.zeros(rows, VOCAB)
                     ours.scatter_(1, *sampler._filter(logits, requests, size))
-                    assert torch.equal(ours > 0, expected > 0), asked
+                    assert torch.equal(ours > 0, expected > 0), params
                     ours /= ours.sum(-1, keepdim=True)
                     assert torch.allclose(ours, expected, atol=1e-6)
                 assert_drawn_from(logits, requests, expected, by_id=size is None)
 
 
 def assert_drawn_from(logits, requests, chances, by_id):
-    """Each token is where its number falls in the running sum of ``chances``."""
+    """Check that each token is where its number falls in the running sum of ``chances``."""
     order = torch.arange(VOCAB).expand_as(logits)
     if not by_id:
         order = logits.sort(dim=-1, descending=True, stable=True).indices
@@ -263,15 +264,15 @@ def assert_drawn_from(logits, requests, chances, by_id):
     st.lists(st.sampled_from([-torch.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 3.0, 1e38]), min_size=2),
     st.data(),
 )
-def test_the_most_likely_are_those_of_a_stable_sort(values, data):
-    """Also among equals, which topk takes in an order of its own."""
+def test_the_most_likely_tokens_equal_those_of_a_stable_sort(values, data):
+    """Cover equal values, which topk orders differently."""
     scores = torch.tensor([values, values[::-1]])
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     width = data.draw(st.integers(1, len(values)))
     assert torch.equal(sampler._most_likely(scores, width), order[:, :width])
 
 
-def test_equals_are_drawn_alike_whatever_the_batch_mates_ask_for():
+def test_draws_among_equal_logits_do_not_depend_on_the_batch():
     logits = torch.zeros(300, 2048)
     alone = [request(seed, top_k=50) for seed in range(100)]
     mates = [request(seed, top_k=1 + 10 * seed) for seed in range(200)]
@@ -289,7 +290,7 @@ def test_a_temperature_next_to_zero_is_greedy(temperature):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_penalties_take_few_uploads_however_many_rows_there_are(rows, monkeypatch):
+def test_the_number_of_uploads_does_not_depend_on_the_rows(rows, monkeypatch):
     uploads = []
     monkeypatch.setattr(
         sampler, "upload", lambda *args: uploads.append(args) or upload(*args), raising=True

@@ -1,4 +1,4 @@
-"""Sampling rules are checked when they are made: one sentence per bad value."""
+"""Tests of ``SamplingParams``: bad values are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from engine.requests.spec import MAX_STOPS, SamplingParams
         ({"max_tokens": True}, "integer"),
     ],
 )
-def test_a_bad_value_is_one_sentence(bad: dict[str, object], sentence: str) -> None:
+def test_bad_values_are_refused_in_one_sentence(bad: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as raised:
         SamplingParams(**bad)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     params = SamplingParams(
         seed=np.int64(4), temperature=np.float32(0.5), stop_token_ids=(np.int32(7),)
     )

@@ -1,4 +1,5 @@
-"""Who computes what in a step: budget, order, memory, and who waits for whom."""
+"""Tests of the scheduler: budget, order, memory, overlap, and requests that wait for a shared
+prefix."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def answer(tokens: int) -> SamplingParams:
 
 
 def run(engine: Engine) -> dict[str, list[int]]:
-    """For each request, the steps that gave it a token."""
+    """Return for each request the steps that gave it a token."""
     steps: dict[str, list[int]] = {}
     number = 0
     while engine.has_work():
@@ -41,7 +42,7 @@ def run(engine: Engine) -> dict[str, list[int]]:
 
 
 def events(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What becomes of leases, as it happens."""
+    """Return a list that collects the calls on leases."""
     seen: list[str] = []
     for name in ("begin", "preempt", "finish"):
         verb = getattr(engine._manager, name)
@@ -56,7 +57,7 @@ def events(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("token_budget", [64, 100, 256])
-def test_no_step_computes_more_than_the_budget_or_a_tile_beside_its_decodes(
+def test_prefills_use_the_budget_left_by_decodes_or_one_tile(
     token_budget: int,
 ) -> None:
     reports: list[StepReport] = []
@@ -80,8 +81,8 @@ def test_a_prompt_that_just_fits_the_budget_is_computed_in_one_step() -> None:
     assert engine.runner.num_steps == 1
 
 
-def test_with_overlap_the_oldest_waits_for_memory_no_longer_than_a_step() -> None:
-    """What is in flight is committed, then a younger request is preempted at once, though it has
+def test_with_overlap_the_oldest_waits_one_step_for_memory() -> None:
+    """Check that a younger request is preempted right after the step in flight, although it has
     rows for 16 tokens more."""
     engine = make_engine(kv_tokens=330, overlap="on", checkpoints=("none",))
     steps = [0]
@@ -96,8 +97,8 @@ def test_with_overlap_the_oldest_waits_for_memory_no_longer_than_a_step() -> Non
     assert max(later - one for one, later in itertools.pairwise(steps)) <= 3
 
 
-def test_nobody_is_preempted_while_a_step_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its state would be donated while it still moves."""
+def test_no_request_is_preempted_while_a_step_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guard against a donated state that still changes."""
     engine = make_engine(kv_tokens=330, overlap="on")
     preempt, was_in_flight = engine._manager.preempt, []
     monkeypatch.setattr(
@@ -111,20 +112,22 @@ def test_nobody_is_preempted_while_a_step_is_in_flight(monkeypatch: pytest.Monke
     assert was_in_flight and not any(was_in_flight)
 
 
-def test_after_a_refusal_steps_are_made_ahead_again() -> None:
-    late: list[int] = []
+def test_steps_overlap_again_after_a_shortage_of_memory() -> None:
+    num_late: list[int] = []
     engine = make_engine(kv_tokens=320, overlap="on", checkpoints=("none",))
-    pressed = engine.generate([ids(100), ids(90, first=99)], answer(150))
-    assert any(output.num_preemptions for output in pressed)
+    outputs = engine.generate([ids(100), ids(90, first=99)], answer(150))
+    assert any(output.num_preemptions for output in outputs)
     forward = engine.runner.forward
     engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
     )
     engine.generate([ids(50, first=200)], answer(20))
-    assert late == [0] + [1] * 19
+    assert num_late == [0] + [1] * 19
 
 
-def test_what_preemption_frees_is_for_those_who_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_freed_by_preemption_goes_to_running_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = make_engine(kv_tokens=330, max_running=2, checkpoints=("none",))
     seen = events(engine, monkeypatch)
     engine.submit(ids(100), answer(150))
@@ -136,26 +139,26 @@ def test_what_preemption_frees_is_for_those_who_run(monkeypatch: pytest.MonkeyPa
     assert seen[:4] == ["begin", "begin", "preempt", "finish"]
 
 
-@pytest.mark.parametrize("leaves", ["finishes", "is aborted"])
-def test_who_leaves_makes_room_though_others_run_on(leaves: str) -> None:
+@pytest.mark.parametrize("end", ["finishes", "is aborted"])
+def test_an_ended_request_makes_room_while_others_run(end: str) -> None:
     engine = make_engine(kv_tokens=512)
-    stays = engine.submit(ids(64), answer(200))
-    short = engine.submit(ids(64, first=100), answer(5 if leaves == "finishes" else 200))
+    running = engine.submit(ids(64), answer(200))
+    short = engine.submit(ids(64, first=100), answer(5 if end == "finishes" else 200))
     engine.step()
     large = engine.submit(ids(350, first=200), answer(1))
     engine.step()
     assert engine.num_waiting == 1
-    if leaves == "is aborted":
+    if end == "is aborted":
         engine.abort(short)
     steps = run(engine)
-    assert steps[large][0] < 10 < steps[stays][-1]
+    assert steps[large][0] < 10 < steps[running][-1]
 
 
 @pytest.mark.parametrize("namespace", [None, "salt"])
-def test_a_follower_is_let_in_as_soon_as_what_it_can_resume_from_is_there(
+def test_a_follower_is_admitted_as_soon_as_it_can_resume(
     namespace: str | None,
 ) -> None:
-    """Not a step later: it could not resume at its own last token."""
+    """Guard against admission a step later, which cannot resume at its own last token."""
     engine = make_engine(token_budget=192)
     for _ in range(2):
         engine.submit(ids(640), answer(1), namespace=namespace)
@@ -170,7 +173,7 @@ def test_a_follower_waits_for_the_deepest_state_it_can_resume_from() -> None:
 
 
 @pytest.mark.parametrize("options", [{"prompt_logprobs": 0}, {"namespace": "other"}])
-def test_who_could_read_nothing_of_it_follows_nobody(options: dict[str, Any]) -> None:
+def test_a_request_that_cannot_share_a_prefix_does_not_wait(options: dict[str, Any]) -> None:
     engine = make_engine(token_budget=1024)
     engine.submit(ids(640), answer(1))
     engine.submit(ids(640), answer(1), **options)
@@ -178,7 +181,7 @@ def test_who_could_read_nothing_of_it_follows_nobody(options: dict[str, Any]) ->
     assert engine.report().num_running == 1 and engine.num_waiting == 0
 
 
-def test_who_followed_a_leader_that_was_preempted_waits_for_nobody() -> None:
+def test_a_follower_does_not_wait_for_a_preempted_leader() -> None:
     engine = make_engine(kv_tokens=512, token_budget=64, checkpoints=("end",))
     engine.submit(ids(128, first=50), answer(200))
     while not engine.step():
@@ -190,7 +193,7 @@ def test_who_followed_a_leader_that_was_preempted_waits_for_nobody() -> None:
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_draws_are_numbered_from_zero_whatever_is_in_flight(overlap: str) -> None:
+def test_draws_are_numbered_from_zero_with_and_without_overlap(overlap: str) -> None:
     class Recorder(OracleSampler):
         def launch(
             self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
@@ -211,8 +214,8 @@ def test_draws_are_numbered_from_zero_whatever_is_in_flight(overlap: str) -> Non
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_a_prompts_chunk_that_draws_nothing_shifts_nobodys_token(overlap: str) -> None:
-    """The chunk of a long prompt stands before a short prompt that is let in beside it."""
+def test_a_chunk_without_a_draw_does_not_shift_other_tokens(overlap: str) -> None:
+    """Check a chunk of a long prompt before a short prompt that is admitted in the same step."""
     prompts = [ids(300), ids(20, first=50), ids(30, first=90)]
     alone = [make_engine().generate([prompt], answer(9))[0].token_ids for prompt in prompts]
     engine = make_engine(token_budget=150, overlap=overlap)
@@ -221,7 +224,7 @@ def test_a_prompts_chunk_that_draws_nothing_shifts_nobodys_token(overlap: str) -
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_scores_of_a_prompt_that_is_preempted_are_given_once(overlap: str) -> None:
+def test_scores_of_a_preempted_prompt_are_reported_once(overlap: str) -> None:
     engine = make_engine(kv_tokens=384, token_budget=64, overlap=overlap)
     engine.submit(ids(120, first=50), answer(140))
     engine.step()
@@ -233,8 +236,8 @@ def test_scores_of_a_prompt_that_is_preempted_are_given_once(overlap: str) -> No
     assert last[scored].prompt_logprobs == cold.prompt_logprobs
 
 
-def test_decodes_stand_first_also_where_an_older_prompt_was_let_in_later() -> None:
-    """It followed somebody; the runner asserts the order."""
+def test_decodes_come_before_an_older_prompt_admitted_later() -> None:
+    """Check a prompt that waited for a shared prefix; the runner asserts the order."""
     engine = make_engine(token_budget=128)
     prompts = [ids(320), ids(320) + ids(300, first=77), ids(10, first=200)]
     outputs = engine.generate(prompts, answer(40))
@@ -243,14 +246,14 @@ def test_decodes_stand_first_also_where_an_older_prompt_was_let_in_later() -> No
     assert [output.token_ids for output in outputs] == alone
 
 
-def test_a_prompt_that_draws_nothing_has_no_row_among_the_drawn_tokens() -> None:
+def test_a_prompt_without_a_draw_has_no_row_of_drawn_tokens() -> None:
     engine = make_engine(overlap="on")
     engine.submit(ids(50), answer(0), prompt_logprobs=0)
     other = engine.submit(ids(60, first=90), answer(9))
     assert run(engine)[other] == list(range(1, 10))
 
 
-def test_a_preempted_request_waits_before_those_that_came_later() -> None:
+def test_a_preempted_request_is_queued_before_later_ones() -> None:
     engine = make_engine(kv_tokens=330, max_running=2, checkpoints=("none",))
     for i in range(4):
         engine.submit(ids(100, first=80 * i), answer(120))
@@ -259,35 +262,35 @@ def test_a_preempted_request_waits_before_those_that_came_later() -> None:
     assert ends == sorted(ends)
 
 
-def test_the_runner_knows_whose_each_segment_is() -> None:
-    seen: set[tuple[int, object]] = set()
+def test_segments_carry_the_namespace_of_their_request() -> None:
+    namespaces: set[tuple[int, object]] = set()
     engine = make_engine()
     forward = engine.runner.forward
     engine.runner.forward = lambda batch: (  # type: ignore[method-assign]
-        seen.update((len(s.token_ids), s.namespace) for s in batch.segments) or forward(batch)
+        namespaces.update((len(s.token_ids), s.namespace) for s in batch.segments) or forward(batch)
     )
     for length, namespace in ((50, "one"), (60, "two"), (70, None)):
         engine.submit(ids(length), answer(1), namespace=namespace)
     run(engine)
-    assert seen == {(50, "one"), (60, "two"), (70, None)}
+    assert namespaces == {(50, "one"), (60, "two"), (70, None)}
 
 
-def test_a_scored_prompt_is_answered_as_any_other() -> None:
+def test_prompt_scores_do_not_change_the_answer() -> None:
     [scored] = make_engine().generate([ids(200)], answer(9), prompt_logprobs=0)
     [plain] = make_engine().generate([ids(200)], answer(9))
     assert scored.token_ids == plain.token_ids
 
 
-def test_who_leaves_takes_its_token_along() -> None:
-    """Its task stands before another's in the step that is in flight."""
+def test_the_token_of_an_aborted_request_is_dropped() -> None:
+    """Check the other request, which comes after the aborted one in the step in flight."""
     engine = make_engine(overlap="on")
-    leaves = engine.submit(ids(10), answer(50))
-    stays = engine.submit(ids(20, first=90), answer(20))
+    aborted = engine.submit(ids(10), answer(50))
+    running = engine.submit(ids(20, first=90), answer(20))
     for _ in range(4):
         engine.step()
-    engine.abort(leaves)
+    engine.abort(aborted)
     tokens: list[int] = []
     while engine.has_work():
-        tokens += [t for o in engine.step() if o.request_id == stays for t in o.new_token_ids]
+        tokens += [t for o in engine.step() if o.request_id == running for t in o.new_token_ids]
     [alone] = make_engine().generate([ids(20, first=90)], answer(20))
     assert tokens == alone.token_ids[-len(tokens) :]

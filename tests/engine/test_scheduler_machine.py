@@ -1,5 +1,4 @@
-"""The scheduler against everything that can happen to it: a state machine over an engine whose
-memory proves its reads."""
+"""State machines of the scheduler, over an engine with memory that proves its reads."""
 
 from __future__ import annotations
 
@@ -40,26 +39,25 @@ PLACEMENTS = (
 
 
 class MachineRunner(OracleRunner):
-    """Counts what it moves, and breaks off steps where it is asked to, before or after the
-    moves."""
+    """Runner that counts its moves and can interrupt a step before or after them."""
 
     num_moves = 0
     most_slabs = 1
-    breaks_off: str | None = None
+    interrupt_at: str | None = None
 
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
         slabs = [order for order in batch.moves if isinstance(order, Move)]
-        assert len(slabs) <= self.most_slabs, "a step that waits for more slabs than it may"
-        assert batch.segments or batch.moves, "a step without task"
+        assert len(slabs) <= self.most_slabs, "a step waits for too many slabs"
+        assert batch.segments or batch.moves, "a step has no task"
         self.num_moves += len(batch.moves)
-        word, self.breaks_off = self.breaks_off, None
-        if word == "before":
+        place, self.interrupt_at = self.interrupt_at, None
+        if place == "before":
             raise KeyboardInterrupt
-        if word == "moved":
+        if place == "moved":
             super().forward(Batch((), moves=batch.moves))
             raise KeyboardInterrupt
         logits = super().forward(batch, drawn)
-        if word == "after":
+        if place == "after":
             raise KeyboardInterrupt
         return logits
 
@@ -75,8 +73,12 @@ def make_engine(
     disk_rows: int | None = None,
     **settings: object,
 ) -> Engine:
-    """Two pools, or, with ``slab_rows``, one arena of as many rows, and so many rows below it;
-    running states in it, or beside it."""
+    """Return an engine on two pools, or with ``slab_rows`` on one arena of slabs with that many
+    rows.
+
+    ``host_rows`` and ``disk_rows`` add tiers; ``owns_states`` puts running states next to the
+    arena.
+    """
     config = engine_config(prefix_cache=prefix_cache, **settings)
     if slab_rows is not None and prefix_cache == "hybrid":
         least = 10 * (slab_rows + 2 * config.page_size)
@@ -103,7 +105,7 @@ def make_engine(
         page_size=config.page_size,
         owns_states=owns_states,
     )
-    # A request that begins with a fetch takes two slots: its own, and one for what it fetches.
+    # A request that begins with a load takes two slots: its own, and one for the loaded state.
     runner.most_slabs += host_rows is not None or disk_rows is not None
     return Engine(config, runner=runner, sampler=SAMPLER, drafting=drafting)
 
@@ -111,8 +113,7 @@ def make_engine(
 def answer(
     prompt: list[int], params: SamplingParams, exact: bool
 ) -> tuple[list[int], list[float], str]:
-    """(tokens, log-probabilities, finish reason) that a request must end with, whatever else
-    runs."""
+    """Return (tokens, log-probabilities, finish reason) that a request must end with."""
     before = 0
     for token in prompt:
         before = fingerprint(before, token)
@@ -130,13 +131,13 @@ def answer(
 
 
 def pattern(family: int, length: int) -> list[int]:
-    """Prompts of one family are beginnings of one another."""
+    """Return a prompt; prompts of one family are prefixes of one another."""
     return [(7 * family + i * (family + 3)) % VOCABULARY for i in range(length)]
 
 
 lengths = st.one_of(st.integers(1, 400), st.sampled_from([63, 64, 65, 127, 128, 129, 192, 256]))
 prompts = st.builds(
-    lambda family, shared, own, other: pattern(family, shared) + pattern(10 + other, own),
+    lambda family, shared, suffix, other: pattern(family, shared) + pattern(10 + other, suffix),
     st.integers(0, 2),
     lengths,
     st.integers(0, 80),
@@ -147,7 +148,7 @@ sampling = st.builds(
         max_tokens=max_tokens,
         stop_token_ids=tuple(stop),
         logprobs=0,
-        frequency_penalty=penalty,  # the oracle only checks that each token before was counted
+        frequency_penalty=penalty,  # the oracle only checks that earlier tokens are counted
     ),
     st.integers(1, 90),
     st.sets(st.integers(0, VOCABULARY - 1), max_size=10),
@@ -155,35 +156,35 @@ sampling = st.builds(
 )
 
 
-class Guesses:
-    """Drafts that are right up to a point that changes with every step: nowhere, half-way, or as
-    far as they go, which may be past a stop."""
+class ScriptedDrafter:
+    """Drafter that is right for none, half or all of a draft. Drafts may go past a stop."""
 
-    name = "guesses"
+    name = "scripted"
 
     def __init__(self) -> None:
-        self.futures: dict[str, list[int]] = {}
-        """By request id, tokens past the answer's end included."""
+        self.answers: dict[str, list[int]] = {}
+        """Tokens by request id, including some past the answer's end."""
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[np.ndarray]:
-        return [self.guess(request, most) for request, most in wanted]
+        return [self._draft(request, most) for request, most in wanted]
 
-    def guess(self, request: Request, most: int) -> np.ndarray:
+    def _draft(self, request: Request, most: int) -> np.ndarray:
         done = len(request.output)
-        guesses = np.array(self.futures[request.request_id][done : done + most], np.int32)
+        draft = np.array(self.answers[request.request_id][done : done + most], np.int32)
         num_right = (0, most // 2, most)[done % 3]
-        guesses[num_right:] += 1
-        return guesses
+        draft[num_right:] += 1
+        return draft
 
     def forget(self, request: Request) -> None:
-        assert request.request_id in self.futures
+        assert request.request_id in self.answers
 
     def reset(self) -> None:
         pass
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Arrivals, equal prompts, next turns, aborts, resets, and steps between them."""
+    """State machine of arrivals, equal prompts, next turns, aborts, resets, and steps between
+    them."""
 
     @initialize(
         prefix_cache=st.sampled_from(["hybrid", "hybrid", "radix", "none"]),
@@ -198,7 +199,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         exact=st.booleans(),
         overlap=st.sampled_from(["off", "on"]),
         slab_rows=st.sampled_from([None, 1, 5, 40, 64, 150]),
-        drafts=st.sampled_from(["none", "guesses", "tree", "mtp", "tree,mtp"]),
+        drafts=st.sampled_from(["none", "scripted", "tree", "mtp", "tree,mtp"]),
         draft_len=st.sampled_from([1, 5, 32]),
         owns_states=st.booleans(),
         host_rows=st.sampled_from([None, 0, 100, 1000]),
@@ -206,15 +207,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, kv_pages: int, drafts: str, draft_len: int, **settings: object) -> None:
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
-            drafts = "guesses"  # A head keeps a state.
-        self.guesses = Guesses()
-        room, pace = 2 * (1 + draft_len), partial(DraftLength, draft_len)
+            drafts = "scripted"  # A head needs states.
+        self.drafter = ScriptedDrafter()
+        max_verified, length = 2 * (1 + draft_len), partial(DraftLength, draft_len)
         drafting = {
             "none": None,
-            "guesses": Drafting([Source(self.guesses, pace)], max_verified=room),
-            "tree": Drafting.of({"tree": draft_len}, room, self.guess, shares=True),
-            "mtp": Drafting.of({"mtp": draft_len}, room, self.guess, shares=True),
-            "tree,mtp": Drafting.of({"tree": 3, "mtp": draft_len}, room, self.guess, shares=True),
+            "scripted": Drafting([Source(self.drafter, length)], max_verified=max_verified),
+            "tree": Drafting.of({"tree": draft_len}, max_verified, self.guess, shares=True),
+            "mtp": Drafting.of({"mtp": draft_len}, max_verified, self.guess, shares=True),
+            "tree,mtp": Drafting.of(
+                {"tree": 3, "mtp": draft_len}, max_verified, self.guess, shares=True
+            ),
         }[drafts]
         self.serve(make_engine(kv_tokens=64 * kv_pages, drafting=drafting, **settings))
 
@@ -233,7 +236,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         exact = self.engine.config.exact
         self.expected[request_id] = answer(prompt, params, exact)
         further = dataclasses.replace(params, stop_token_ids=(), max_tokens=params.max_tokens + 33)
-        self.guesses.futures[request_id] = answer(prompt, further, exact)[0]
+        self.drafter.answers[request_id] = answer(prompt, further, exact)[0]
         self.histories.append(prompt + self.expected[request_id][0])
 
     @rule(
@@ -276,9 +279,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def steps(self, count: int) -> None:
         for _ in range(count):
             if self.engine.has_work():
-                self.one_step()
+                self.step_once()
 
-    def one_step(self) -> None:
+    def step_once(self) -> None:
         runner = self.engine.runner
         before = runner.num_tokens_computed, runner.num_moves
         outputs = self.engine.step()
@@ -287,18 +290,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.check()
         if self.engine.config.overlap == "off":
             after = runner.num_tokens_computed, runner.num_moves
-            assert after > before, "a step without task"
+            assert after > before, "a step has no task"
 
-    @rule(word=st.sampled_from(["before", "moved", "after"]))
-    def break_off(self, word: str) -> None:
+    @rule(place=st.sampled_from(["before", "moved", "after"]))
+    def interrupt(self, place: str) -> None:
         runner = self.engine.runner
-        runner.breaks_off = word
+        runner.interrupt_at = place
         try:
-            while self.engine.has_work() and runner.breaks_off:
-                self.one_step()
+            while self.engine.has_work() and runner.interrupt_at:
+                self.step_once()
         except KeyboardInterrupt:
             self.engine.check()
-        runner.breaks_off = None
+        runner.interrupt_at = None
 
     @precondition(lambda self: self.expected)
     @rule(which=st.integers(0, 1000))
@@ -316,7 +319,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.reset_prefix_cache()
 
     @invariant()
-    def conserves(self) -> None:
+    def check_engine(self) -> None:
         if hasattr(self, "engine"):
             self.engine.check()
 
@@ -334,8 +337,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(20_000):
             if not self.engine.has_work():
                 break
-            self.one_step()
-        assert not self.engine.has_work(), "requests that never finish"
+            self.step_once()
+        assert not self.engine.has_work(), "some requests never finish"
         for request_id, (tokens, logprobs, reason) in self.expected.items():
             output = self.outputs[request_id]
             assert output.token_ids == tokens
@@ -348,8 +351,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class TightMachine(SchedulerMachine):
-    """Overlap, and memory that holds one request and a bit of the next: prompts share less than a
-    checkpoint, so a publish changes rows, and many steps come out empty."""
+    """State machine with overlap and memory for one request and part of the next.
+
+    Prompts share less than a checkpoint, so a publish changes rows and many steps are empty.
+    """
 
     @initialize(
         prefix_cache=st.sampled_from(["hybrid", "radix"]),
@@ -366,8 +371,8 @@ class TightMachine(SchedulerMachine):
         host_rows=st.sampled_from([None, 0, 300]),
     )
     def start(self, drafts: bool, **settings: object) -> None:
-        self.guesses = Guesses()
-        source = Source(self.guesses, partial(DraftLength, 3))
+        self.drafter = ScriptedDrafter()
+        source = Source(self.drafter, partial(DraftLength, 3))
         drafting = Drafting([source], max_verified=8) if drafts else None
         self.serve(make_engine(overlap="on", drafting=drafting, **settings))
 
@@ -376,7 +381,7 @@ class TightMachine(SchedulerMachine):
         short=st.integers(1, 130),
         margin=st.integers(1, 80),
         steps=st.integers(0, 4),
-        left=st.integers(1, 4),
+        remaining=st.integers(1, 4),
         namespace=st.sampled_from([None, None, "salt"]),
         when_idle=st.booleans(),
     )
@@ -386,15 +391,15 @@ class TightMachine(SchedulerMachine):
         short: int,
         margin: int,
         steps: int,
-        left: int,
+        remaining: int,
         namespace: str | None,
         when_idle: bool,
     ) -> None:
-        """A prompt, and when little is left of its answer one that begins like it and all but fills
-        the pool."""
+        """Submit a prompt and, near the end of its answer, one with the same beginning that nearly
+        fills the pool."""
         self.steps(1000 if when_idle else 0)
         long = self.engine.max_model_len - shared - margin
-        for family, (length, answer) in enumerate([(short, steps + left), (long, left)]):
+        for family, (length, answer) in enumerate([(short, steps + remaining), (long, remaining)]):
             prompt = pattern(0, shared) + pattern(10 + family, length)
             params = SamplingParams(max_tokens=answer, logprobs=0)
             self.submit(prompt, params, namespace=namespace)
@@ -402,7 +407,7 @@ class TightMachine(SchedulerMachine):
 
 
 def assert_scored(output: RequestOutput) -> None:
-    """Prompt log-probabilities are those of a prompt computed from its beginning."""
+    """Check that prompt log-probabilities are those of a prompt computed from its beginning."""
     prompt = output.prompt_token_ids.tolist()
     assert output.prompt_logprobs[0] is None
     before = 0
@@ -419,4 +424,4 @@ TestTightMachine.settings = settings(
     max_examples=3 * settings.default.max_examples,
     stateful_step_count=settings.default.stateful_step_count // 2,
 )
-"""Many short runs: what it looks for is a coincidence of one arrival, not a long history."""
+"""Many short runs, because the fault to find is a coincidence of one arrival."""

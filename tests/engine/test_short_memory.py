@@ -1,4 +1,4 @@
-"""Pools that hold one request and a bit of the next: steps come out empty, and no copy may be
+"""Tests of pools that hold one request and part of the next: steps are empty, and no copy is
 lost."""
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def combinations() -> Iterator[tuple[int, int, int, int]]:
 
 @pytest.mark.full("off")
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_two_prompts_with_one_token_in_common_read_their_own_rows(overlap: str) -> None:
-    """The second publishes what the first has: its row changes, and it has no memory to go on."""
+def test_prompts_that_share_one_token_read_their_own_rows(overlap: str) -> None:
+    """Check a publish of tokens that the first request has: the second's row changes, and it has no
+    memory to go on."""
     for kv_tokens, length, answer, between in combinations():
         engine = make_engine(kv_tokens, overlap)
         engine.submit([7] + [1] * 63, SamplingParams(max_tokens=answer))
@@ -45,7 +46,7 @@ def test_two_prompts_with_one_token_in_common_read_their_own_rows(overlap: str) 
             engine.step()
 
 
-def test_copies_in_a_batch_that_nobody_computes_are_refused() -> None:
+def test_a_batch_without_segments_refuses_copies() -> None:
     indices = np.arange(3, dtype=np.int32)
     with pytest.raises(AssertionError, match="is not executed"):
         Batch((), row_writes=((0, 0, indices),))

@@ -1,4 +1,4 @@
-"""Chats to prompts, and the positions that survive into the next turn."""
+"""Tests of chat templates: prompts, and the boundaries that the next turn shares."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ QWEN35_LIKE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
 {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}
 {%- else %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
-"""Behaves as Qwen3.5's: thinks by default, drops reasoning before the last question, keeps it in a
-tool loop."""
+"""Template like Qwen3.5's: thinks by default, and drops reasoning before the last question but not
+in a tool loop."""
 
 CHAT = [
     {"role": "system", "content": "Be brief. " * 10},
@@ -55,16 +55,16 @@ def _common(first: list[int], second: list[int]) -> int:
     )
 
 
-@pytest.mark.parametrize(("thinking", "left_before_end"), [(None, 2), (True, 2), (False, 6)])
-def test_the_next_turn_of_a_thinking_chat_leaves_before_the_end(
-    thinking: bool | None, left_before_end: int
+@pytest.mark.parametrize(("thinking", "num_after_boundary"), [(None, 2), (True, 2), (False, 6)])
+def test_the_next_turn_of_a_thinking_chat_forks_before_the_end(
+    thinking: bool | None, num_after_boundary: int
 ) -> None:
-    """<think> and \\n are two tokens; without thinking <think> \\n\\n </think> \\n\\n are six bytes
-    and marks."""
+    """Check the tokens after the boundary: <think> and \\n are two; <think> \\n\\n </think> \\n\\n
+    are six."""
     tokenizer = _tokenizer(QWEN35_LIKE)
     variables = {} if thinking is None else {"enable_thinking": thinking}
     prompt = render_chat(tokenizer, CHAT, variables=variables)
-    assert prompt.boundaries[-1] == len(prompt.token_ids) - left_before_end
+    assert prompt.boundaries[-1] == len(prompt.token_ids) - num_after_boundary
     assert not prompt.answer_survives
     turn = [
         {"role": "assistant", "content": "<think>well</think>Yes."},
@@ -74,7 +74,7 @@ def test_the_next_turn_of_a_thinking_chat_leaves_before_the_end(
     assert _common(prompt.token_ids, later.token_ids) == prompt.boundaries[-1]
 
 
-def test_a_template_that_only_appends_leaves_at_the_end() -> None:
+def test_a_template_that_only_appends_forks_at_the_end() -> None:
     prompt = render_chat(_tokenizer(), CHAT)
     assert prompt.boundaries[-1] == len(prompt.token_ids)
     assert prompt.answer_survives
@@ -89,9 +89,9 @@ def test_the_builtin_template_drops_reasoning() -> None:
 
 
 @pytest.mark.parametrize("first_word", ["Hi", "\ue000", "<|im_start|>x", ""])
-def test_the_system_segment_ends_where_the_question_begins(first_word: str) -> None:
-    """Whatever the user says, and even where they say nothing, it is the part any chat with this
-    system prompt shares."""
+def test_the_first_boundary_is_where_the_question_begins(first_word: str) -> None:
+    """Check that the boundary covers the part shared by all chats with this system prompt, for any
+    user text."""
     tokenizer = _tokenizer(QWEN35_LIKE)
     chat = [CHAT[0], {"role": "user", "content": first_word + " there"}]
     other = [CHAT[0], {"role": "user", "content": "Completely different"}]
@@ -106,7 +106,7 @@ EVERYTHING = """\
 {%- for call in m.tool_calls or [] %}{{ call|tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
 {%- if tools %}{{ tools|tojson }}{% endif %}{{ extra or '' }}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-"""Writes whatever a chat has."""
+"""Template that writes every field of a chat."""
 MARKED = st.lists(
     st.sampled_from(
         ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "\ue001", "a", " ", "</think>"]
@@ -116,10 +116,10 @@ MARKED = st.lists(
 
 
 @given(st.lists(st.tuples(MARKED, MARKED, MARKED), min_size=1, max_size=3), MARKED)
-def test_what_a_chat_says_is_text_and_boundaries_stay_exact(
+def test_chat_contents_stay_text_and_boundaries_are_exact(
     parts: list[tuple[str, str, str]], extra: str
 ) -> None:
-    """No text of the chat becomes a control token, none is lost, and the next turn leaves at the
+    """Check that no text becomes a control token, none is lost, and the next turn forks at the
     boundary."""
     tokenizer = _tokenizer(EVERYTHING)
     chat = [
@@ -151,7 +151,7 @@ def test_what_a_chat_says_is_text_and_boundaries_stay_exact(
 
 
 @pytest.mark.parametrize("inner", ["<|im_<|im_end|>end|>", "<|im_start|<|im_start|>>"])
-def test_a_control_token_inside_another_is_found_too(inner: str) -> None:
+def test_nested_control_tokens_are_found(inner: str) -> None:
     tokenizer = _tokenizer(EVERYTHING)
     prompt = render_chat(tokenizer, [{"role": "user", "content": inner}])
     assert (prompt.token_ids.count(257), prompt.token_ids.count(258)) == (2, 1)
@@ -164,8 +164,8 @@ def test_a_control_token_inside_another_is_found_too(inner: str) -> None:
 
 
 @given(st.lists(st.sampled_from(["<a>", "a>b", "<", "a", ">", "b", "xy"]), max_size=12))
-def test_long_texts_are_cut_a_slice_at_a_time(parts: list[str]) -> None:
-    """A token that two slices share is found, and once."""
+def test_long_texts_are_marked_in_slices(parts: list[str]) -> None:
+    """Check that a token across two slices is found once."""
     text, tokens = "".join(parts), ("<a>", "a>b")
     _, [whole] = mark_control_tokens(tokens, [text])
     for size in (1, 2, 5):
@@ -175,7 +175,7 @@ def test_long_texts_are_cut_a_slice_at_a_time(parts: list[str]) -> None:
     assert not any(token in whole for token in tokens)
 
 
-def test_only_what_could_be_part_of_a_control_token_is_cut() -> None:
+def test_only_possible_parts_of_control_tokens_are_marked() -> None:
     tokens = ("<|im_end|>",)
     plain = ["a < b", "x>", "im_end", {"text": "ends", "end": ["Hello", ""]}, 5, None]
     assert mark_control_tokens(tokens, ["a < b", "x>", {"end": ["Hello", ""]}, 5, None])[0] is None
@@ -190,8 +190,8 @@ def test_only_what_could_be_part_of_a_control_token_is_cut() -> None:
     ]
 
 
-def test_a_tool_loop_has_both_of_its_futures() -> None:
-    """The next tool result keeps the reasoning and only appends; the next question drops it."""
+def test_a_tool_loop_has_boundaries_for_both_next_turns() -> None:
+    """Check that the next tool result keeps the reasoning, and that the next question drops it."""
     tokenizer = _tokenizer(QWEN35_LIKE)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     step = [
@@ -217,21 +217,21 @@ def test_a_tool_loop_has_both_of_its_futures() -> None:
     assert prompt.boundaries[-1] == len(prompt.token_ids) > prompt.boundaries[-2]
 
 
-def test_a_long_chat_encodes_only_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = _tokenizer(QWEN35_LIKE)
     encoded = []
     encode = tokenizer.encode
     monkeypatch.setattr(
         tokenizer,
         "encode",
-        lambda text, how: encoded.append(len(text)) or encode(text, how),
+        lambda text, options: encoded.append(len(text)) or encode(text, options),
     )
     chat = [*CHAT, {"role": "assistant", "content": "word " * 20_000}, CHAT[-1]]
     render_chat(tokenizer, chat)
     assert max(encoded) > 100_000 > sum(sorted(encoded)[:-1]) * 10
 
 
-def test_refusals_carry_the_templates_words() -> None:
+def test_template_errors_carry_the_message_of_the_template() -> None:
     with pytest.raises(TemplateError, match="No user query found"):
         render_chat(_tokenizer(QWEN35_LIKE), CHAT[:1])
     with pytest.raises(TemplateError, match="Unexpected message role: wizard"):
@@ -260,15 +260,15 @@ def test_refusals_carry_the_templates_words() -> None:
         ("{{ {}[n] }}", []),
     ],
 )
-def test_whatever_a_template_raises_is_a_refusal(source: str, value: Any) -> None:
-    """What it computes with is the client's to choose."""
+def test_any_failure_of_a_template_is_a_template_error(source: str, value: Any) -> None:
+    """Guard against values chosen by the client."""
     try:
         ChatTemplate(source).render(CHAT, variables={"n": value})
     except TemplateError as error:
         assert str(error)
 
 
-def test_an_error_of_any_type_becomes_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exceptions_of_any_type_become_template_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{{ raise_exception('no') }}")
     for error in (
         IndexError("i"),
@@ -278,10 +278,10 @@ def test_an_error_of_any_type_becomes_a_refusal(monkeypatch: pytest.MonkeyPatch)
         LookupError("l"),
     ):
 
-        def raises(error: Exception = error, **_: Any) -> str:
+        def fail(error: Exception = error, **_: Any) -> str:
             raise error
 
-        monkeypatch.setattr(template._template, "render", lambda _, raises=raises: raises())
+        monkeypatch.setattr(template._template, "render", lambda _, fail=fail: fail())
         with pytest.raises(TemplateError, match=type(error).__name__):
             template.render(CHAT)
 
@@ -291,7 +291,7 @@ def test_templates_are_sandboxed() -> None:
         ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").render(CHAT)
 
 
-def test_generation_tags_and_json_render_as_elsewhere() -> None:
+def test_generation_tags_and_json_are_supported() -> None:
     template = ChatTemplate(
         "{% generation %}{{ tools|tojson }}{% endgeneration %}{{ eos_token }}", {"eos_token": "E"}
     )

@@ -1,4 +1,4 @@
-"""``--tp 2``: two processes and the whole engine. What each family's parts are is in
+"""Tests of ``--tp 2``: two processes and the whole engine. The parts of each family are tested in
 ``tests/engine/numerics/test_ranks.py``."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from engine import AsyncEngine, ConfigError, Engine, SamplingParams, engine_config
 from engine.async_engine import EngineStopped
 from engine.interfaces import RunnerLost
-from engine.plugins.tensor_parallel import worker_pool as followers
+from engine.plugins.tensor_parallel import worker_pool
 from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 from engine.plugins.tensor_parallel.group import TorchGroup
 from engine.plugins.tensor_parallel.shared_memory import SharedGroup
@@ -29,19 +29,19 @@ PARAMS = SamplingParams(max_tokens=6, temperature=0, logprobs=2)
 BEGINNING = "The same beginning, again and again. " * 8
 
 
-def make(tp: int, **settings: object) -> Engine:
+def make_engine(tp: int, **settings: object) -> Engine:
     config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02, "check": True}
     return Engine(engine_config(**(config | settings), tp=tp))
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    made = make(2, overlap="on")  # so that tokens go from rank to rank, too
+    made = make_engine(2, overlap="on")  # so that tokens go from rank to rank
     yield made
     made.runner.close()
 
 
-def test_a_hit_changes_no_bit_and_ranks_no_token(engine: Engine) -> None:
+def test_hits_change_no_bit_and_ranks_no_token(engine: Engine) -> None:
     prompts = [BEGINNING + word for word in ("one", "two")]
     together = engine.generate(prompts, PARAMS)
     assert [output.cached_len for output in together] == [0, 256]
@@ -51,25 +51,25 @@ def test_a_hit_changes_no_bit_and_ranks_no_token(engine: Engine) -> None:
     cold = [engine.generate([prompt], PARAMS)[0] for prompt in prompts[:1]]
     assert [output.logprobs for output in together] == [output.logprobs for output in hits]
     assert cold[0].logprobs == hits[0].logprobs
-    alone = make(1).generate(prompts[:1], PARAMS)[0]
-    assert alone.token_ids == cold[0].token_ids
-    pairs = zip(alone.logprobs, cold[0].logprobs, strict=True)
+    single = make_engine(1).generate(prompts[:1], PARAMS)[0]
+    assert single.token_ids == cold[0].token_ids
+    pairs = zip(single.logprobs, cold[0].logprobs, strict=True)
     assert all(abs(one.logprob - two.logprob) < 1e-4 for one, two in pairs)
 
 
-def test_two_ranks_hold_as_much_as_one(engine: Engine) -> None:
-    memory, alone = engine.runner.memory, make(1).runner.memory
-    assert (memory.num_kv_tokens, memory.num_slots) == (alone.num_kv_tokens, alone.num_slots)
-    assert 2 * memory.state_bytes == alone.state_bytes
+def test_two_ranks_have_the_capacity_of_one(engine: Engine) -> None:
+    memory, single = engine.runner.memory, make_engine(1).runner.memory
+    assert (memory.num_kv_tokens, memory.num_slots) == (single.num_kv_tokens, single.num_slots)
+    assert 2 * memory.state_bytes == single.state_bytes
 
 
 @pytest.mark.full
 def test_gloo_computes_the_same_bits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It serves where there is no compiler."""
+    """Check the fallback for systems without a compiler."""
     assert isinstance(engine.runner, LeadingRunner)
     assert isinstance(engine.runner.group, SharedGroup)
     monkeypatch.setattr(exchange, "is_available", lambda: False)
-    other = make(2, overlap="on")
+    other = make_engine(2, overlap="on")
     assert isinstance(other.runner, LeadingRunner)
     assert isinstance(other.runner.group, TorchGroup)
     prompts = [BEGINNING + word for word in ("one", "two")]
@@ -90,8 +90,8 @@ while True:
 
 
 @pytest.mark.full
-def test_nothing_is_left_of_an_engine_that_is_killed() -> None:
-    """Its ranks end, and the memory they share has no name."""
+def test_a_killed_engine_leaves_no_rank_and_no_shared_memory() -> None:
+    """Check that the ranks end, and that their shared memory has no name."""
     command = [sys.executable, "-c", KILLED]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -117,7 +117,7 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.full
-def test_a_rank_that_dies_within_a_step_ends_the_engine(engine: Engine) -> None:
+def test_a_rank_killed_during_a_step_ends_the_engine(engine: Engine) -> None:
     assert isinstance(engine.runner, LeadingRunner)
     (process,) = engine.runner.processes
     os.kill(process, signal.SIGSTOP)  # so that the step is under way
@@ -130,20 +130,20 @@ def test_a_rank_that_dies_within_a_step_ends_the_engine(engine: Engine) -> None:
 
 
 @pytest.mark.full
-def test_drafts_change_no_token_and_a_rank_that_is_stuck_is_named(
+def test_drafts_change_no_token_and_a_stopped_rank_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = make(2, draft="tree:4")
+    engine = make_engine(2, draft="tree:4")
     runner = engine.runner
     assert isinstance(runner, LeadingRunner)
     params = SamplingParams(max_tokens=24, temperature=0)
     (drafted,) = engine.generate([BEGINNING], params)
     assert drafted.drafts is not None and drafted.drafts.accepted.total() > 0
-    assert drafted.token_ids == make(1).generate([BEGINNING], params)[0].token_ids
+    assert drafted.token_ids == make_engine(1).generate([BEGINNING], params)[0].token_ids
     (process,) = runner.processes
     os.kill(process, signal.SIGSTOP)
     runner.group.set_timeout(1.0)
-    monkeypatch.setattr(followers, "LAST_WORDS_S", 0.5)
+    monkeypatch.setattr(worker_pool, "LAST_WORDS_S", 0.5)
     with pytest.raises(RunnerLost, match=r"^rank 1 of 2 did not answer in time .* again\.$"):
         engine.generate([BEGINNING], params)
     with pytest.raises(ProcessLookupError):
@@ -151,10 +151,10 @@ def test_drafts_change_no_token_and_a_rank_that_is_stuck_is_named(
 
 
 @pytest.mark.full
-def test_a_rank_that_dies_while_nothing_runs_ends_the_engine(
+def test_a_rank_killed_while_idle_ends_the_engine(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    made = make(2)
+    made = make_engine(2)
     runner, engine = made.runner, AsyncEngine(made)
     engine.start()
     assert isinstance(runner, LeadingRunner)
@@ -187,7 +187,7 @@ async def _submit(engine: AsyncEngine) -> None:
         ),
     ],
 )
-def test_what_is_not_served_is_named(
+def test_unsupported_settings_are_refused(
     settings: dict[str, object], error: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(error, match=sentence):

@@ -1,5 +1,5 @@
-"""Reasoning that ends at its budget: just there, only if it has not ended, and in every way of
-computing it the same."""
+"""Tests of the reasoning budget: reasoning ends exactly there if it has not ended, however it is
+computed."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from engine.text.tokenizer import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 ENDING = TOKENIZER.encode(END)
 OPEN, CLOSE = TOKENIZER.encode("<think></think>")
-SAID = st.lists(st.sampled_from([*b"ab \n<", OPEN, CLOSE, 258]), max_size=12)
+TEXTS = st.lists(st.sampled_from([*b"ab \n<", OPEN, CLOSE, 258]), max_size=12)
 
 
-@given(SAID, st.integers(0, 6), st.booleans(), SAID)
-def test_what_is_said_is_ended_once_at_its_budget(
-    said: list[int], budget: int, is_open: bool, wanted: list[int]
+@given(TEXTS, st.integers(0, 6), st.booleans(), TEXTS)
+def test_reasoning_is_ended_once_at_its_budget(
+    first_part: list[int], budget: int, is_open: bool, second_part: list[int]
 ) -> None:
-    """Beside a plain reading of the whole text, in which the model says ``said`` of itself."""
+    """Compare with a reading of the whole text, in which the model writes both parts."""
     prompt = np.array([65, *([OPEN, 10] if is_open else [66])], np.int32)
     limit = ReasoningBudget(TOKENIZER, 320, prompt, budget)
     answer: list[int] = []
-    for token in [*said, *wanted, *b"x" * 40]:
+    for token in [*first_part, *second_part, *b"x" * 40]:
         mask = limit.mask(len(answer), np.array(answer, np.int32))
         if mask is not None:
             [token] = np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
         answer.append(token)
-    whole = [*said, *wanted, *b"x" * 40]
+    whole = [*first_part, *second_part, *b"x" * 40]
     first = budget + (not is_open)
     text = TOKENIZER.decode(whole[:first], skip_special_tokens=False)
     thinks = "</think>" not in text and (is_open or text.lstrip().startswith("<think>"))
@@ -70,7 +70,7 @@ def prompts() -> list[list[int]]:
     ],
     ids=str,
 )
-def test_it_is_the_same_however_it_is_computed(settings: dict[str, Any]) -> None:
+def test_budgets_do_not_depend_on_engine_settings(settings: dict[str, Any]) -> None:
     free = SamplingParams(max_tokens=60, ignore_eos=True)
     params = SamplingParams(max_tokens=60, ignore_eos=True, thinking_token_budget=20)
     exact = {"exact": settings.get("exact", False)}
@@ -79,9 +79,9 @@ def test_it_is_the_same_however_it_is_computed(settings: dict[str, Any]) -> None
     for output, other in zip(plain, unbounded, strict=True):
         before = other.token_ids[:20]
         assert output.token_ids[:20] == before
-        ended = CLOSE in before
-        assert (output.token_ids[20 : 20 + len(ENDING)] == ENDING) != ended
-        assert "\n</think>\n\n" in output.text or ended
+        has_ended = CLOSE in before
+        assert (output.token_ids[20 : 20 + len(ENDING)] == ENDING) != has_ended
+        assert "\n</think>\n\n" in output.text or has_ended
     assert any(CLOSE not in output.token_ids[:20] for output in plain)
     engine = make_engine(**settings)
     for _ in range(2):
@@ -89,26 +89,26 @@ def test_it_is_the_same_however_it_is_computed(settings: dict[str, Any]) -> None
         assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
 
 
-def test_only_the_step_at_the_budget_waits_for_the_one_before() -> None:
+def test_only_the_step_at_the_budget_does_not_overlap() -> None:
     engine = make_engine(overlap="on")
-    late: list[int] = []
+    num_late: list[int] = []
     forward = engine.runner.forward
     engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
     )
     params = SamplingParams(max_tokens=40, ignore_eos=True, thinking_token_budget=20)
     [output] = engine.generate(prompts()[:1], params)
     assert output.token_ids[20:24] == ENDING
-    assert late[:40] == [0] + [1] * 19 + [0] + [1] * 19
+    assert num_late[:40] == [0] + [1] * 19 + [0] + [1] * 19
 
 
-def test_tokens_that_alone_are_allowed_stay_so() -> None:
+def test_allowed_token_ids_take_precedence_over_the_budget() -> None:
     params = SamplingParams(max_tokens=30, thinking_token_budget=5, allowed_token_ids=(65, 66))
     [output] = make_engine().generate(prompts()[:1], params)
     assert set(output.token_ids) == {65, 66}
 
 
-def test_without_a_tokenizer_there_is_nothing_to_end() -> None:
+def test_a_budget_requires_a_tokenizer() -> None:
     engine = Engine(
         EngineConfig(), runner=OracleRunner(512, 4), sampler=OracleSampler(), tokenizer=None
     )

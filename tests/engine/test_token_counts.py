@@ -1,4 +1,4 @@
-"""Counts of an answer's tokens, kept as it grows, against counting it anew."""
+"""Tests of token counts that grow with an answer, compared with a new count."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ tokens = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 400)), max_size=15
 
 
 class TokenCountsMachine(RuleBasedStateMachine):
+    """State machine of an answer that grows."""
+
     @initialize(prompt=tokens)
     def start(self, prompt: list[int]) -> None:
         self.prompt, self.output = np.array(prompt, np.int32), np.empty(0, np.int32)
@@ -24,7 +26,7 @@ class TokenCountsMachine(RuleBasedStateMachine):
         self.counts.count(self.output)
 
     @invariant()
-    def is_what_counting_anew_gives(self) -> None:
+    def equals_a_new_count(self) -> None:
         self.counts.check(self.prompt, self.output)
 
 
@@ -38,7 +40,7 @@ TestTokenCounts = TokenCountsMachine.TestCase
         ((1.0, 0.5, 0.25), {7: (1.0, 1.0), 4: (1.0, 0.0)}),
     ],
 )
-def test_penalties_are_of_the_answer_and_with_a_repetition_penalty_of_the_prompt(
+def test_only_the_repetition_penalty_includes_the_prompt(
     costs: tuple[float, float, float], expected: dict[int, tuple[float, float]]
 ) -> None:
     prompt, rules = np.array([7, 9], np.int32), []
@@ -56,7 +58,7 @@ def test_penalties_are_of_the_answer_and_with_a_repetition_penalty_of_the_prompt
         assert rules[1].repeats.numbers[1].tolist() == [1.0, 0.75]
 
 
-def test_counts_ahead_are_those_of_a_longer_answer() -> None:
+def test_counts_ahead_equal_those_of_the_longer_answer() -> None:
     prompt, answer = np.array([7, 9, 7], np.int32), np.array([9, 4, 4, 1, 9], np.int32)
     counts = TokenCounts(prompt)
     counts.count(answer[:2])

@@ -1,4 +1,4 @@
-"""Text to ids and back: round trips, and pieces that are never broken UTF-8."""
+"""Tests of tokenizers: round trips, and streamed pieces without broken UTF-8."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ BARE = EncodeOptions(add_special_tokens=False)
 
 
 def _train(kind: str) -> tokenizers.Tokenizer:
-    """A tiny vocabulary of either family: byte-level (as Qwen's) or Metaspace with byte fallback
-    (as Llama 2's)."""
+    """Train a tiny vocabulary: byte-level (as Qwen's), or Metaspace with byte fallback (as Llama
+    2's)."""
     added = [
         tokenizers.AddedToken(EOS, special=True),
         tokenizers.AddedToken("<|im_start|>", special=True),
@@ -95,7 +95,7 @@ def test_bytes_round_trip_through_pieces(text: str) -> None:
 
 
 @given(st.lists(st.integers(0, ByteTokenizer.vocab_size - 1)))
-def test_any_ids_decode_alike_whole_and_in_pieces(token_ids: list[int]) -> None:
+def test_any_ids_decode_the_same_whole_and_in_pieces(token_ids: list[int]) -> None:
     tokenizer = ByteTokenizer()
     pieces = _pieces(tokenizer, token_ids)
     assert "".join(pieces) == tokenizer.decode(token_ids)
@@ -111,7 +111,7 @@ def test_a_character_waits_for_its_last_byte() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 7, 16])
-def test_specials_are_found_wherever_slices_end(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_special_tokens_are_found_across_slices(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = ByteTokenizer()
     parts = ("<", "<|im_", "start|>", *tokenizer.special_tokens, "think>", "é")
     texts = ["".join(pair) for pair in itertools.product(parts, repeat=3)]
@@ -120,7 +120,7 @@ def test_specials_are_found_wherever_slices_end(size: int, monkeypatch: pytest.M
     assert [tokenizer.encode(text) for text in texts] == whole
 
 
-def test_specials_are_single_tokens_and_hidden() -> None:
+def test_special_tokens_are_single_and_hidden() -> None:
     tokenizer = ByteTokenizer()
     token_ids = tokenizer.encode("<|im_start|>user\nhi<|im_end|>")
     assert token_ids[0] == 257 and token_ids[-1] == 258 and 258 in tokenizer.eos_token_ids
@@ -134,7 +134,7 @@ def test_lone_surrogates_do_not_raise(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [*CORPUS, "hello 😀 " * 5, "λ and 你 mixed\n\n"])
-def test_directory_round_trips_whole_and_in_pieces(model_dir: Path, text: str) -> None:
+def test_directories_round_trip_whole_and_in_pieces(model_dir: Path, text: str) -> None:
     tokenizer = HFTokenizer(model_dir)
     token_ids = tokenizer.encode(text)
     reference = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
@@ -145,7 +145,7 @@ def test_directory_round_trips_whole_and_in_pieces(model_dir: Path, text: str) -
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_random_ids_of_a_directory_decode_alike(model_dir: Path) -> None:
+def test_random_ids_of_a_directory_decode_the_same(model_dir: Path) -> None:
     tokenizer = HFTokenizer(model_dir)
     draw = random.Random(0)
     for _ in range(50):
@@ -163,9 +163,9 @@ def test_the_vocabulary_ends_with_its_highest_id(model_dir: Path) -> None:
     assert tokenizer.token_bytes(highest) and not tokenizer.token_bytes(highest + 1)
 
 
-def test_a_token_outside_the_byte_alphabet_stands_for_itself(tmp_path: Path) -> None:
-    """Vocabularies are padded with such ("<pad 0>"): one drawn by a model must cost nobody an
-    answer."""
+def test_tokens_outside_the_byte_alphabet_decode_to_themselves(tmp_path: Path) -> None:
+    """Guard against lost answers: vocabularies are padded with such tokens ("<pad 0>"), and a model
+    may draw one."""
     described = json.loads(_train("byte-level").to_str())
     described["model"]["vocab"]["<pad 0>"] = pad = 1 + max(described["model"]["vocab"].values())
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
@@ -177,14 +177,14 @@ def test_a_token_outside_the_byte_alphabet_stands_for_itself(tmp_path: Path) -> 
 
 
 @given(st.lists(st.one_of(st.sampled_from([EOS, "<|im_start|>", " ", "\n"]), st.text(max_size=8))))
-def test_remembered_pieces_are_what_encoding_the_whole_gives(
+def test_remembered_pieces_equal_an_encoding_of_the_whole(
     model_dir: Path, parts: list[str]
 ) -> None:
     tokenizer = _loaded(model_dir)
     text = "".join(parts).encode("utf-8", "replace").decode()
     whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode(text, BARE) == whole
-    assert tokenizer.encode(text, BARE) == whole, "from memory"
+    assert tokenizer.encode(text, BARE) == whole, "read from memory"
 
 
 @functools.cache
@@ -193,7 +193,7 @@ def _loaded(model_dir: Path) -> HFTokenizer:
 
 
 def test_a_marked_special_token_is_text(model_dir: Path) -> None:
-    """No token of it is special, and but for the mark it reads as before."""
+    """Check that the text has no special token, and reads the same without the mark."""
     tokenizer = HFTokenizer(model_dir)
     special = tokenizer.encode(EOS, BARE)[-1]
     marked = f"hello<\ue001{EOS[1:]} world{EOS}"
@@ -205,28 +205,30 @@ def test_a_marked_special_token_is_text(model_dir: Path) -> None:
     assert tokenizer._is_byte_level == ("\u2060" not in text)
 
 
-def test_what_was_encoded_for_one_tenant_helps_no_other(tmp_path: Path) -> None:
-    """And what is remembered is bounded in bytes, however long the texts are and however many."""
+def test_remembered_pieces_are_not_shared_between_namespaces(tmp_path: Path) -> None:
+    """Check too that the memory is bounded in bytes, for long texts and for many."""
     _train("byte-level").save(str(tmp_path / "tokenizer.json"))
     tokenizer = HFTokenizer(tmp_path)
     tokenizer._pieces = BoundedMemory(64 << 10)
     encoded = []
-    alone = tokenizer._encode_alone
-    tokenizer._encode_alone = lambda text, **flags: encoded.append(text) or alone(text, **flags)
+    encode_text = tokenizer._encode_alone
+    tokenizer._encode_alone = lambda text, **flags: (
+        encoded.append(text) or encode_text(text, **flags)
+    )
     for namespace in (None, "a", "b", None, "a", "b"):
         tokenizer.encode("a canary", EncodeOptions(add_special_tokens=False, namespace=namespace))
     assert encoded == ["a canary"] * 3
     for number in range(300):
-        how = EncodeOptions(add_special_tokens=False, namespace=number % 3)
-        tokenizer.encode(f"{number} " * 300, how)
+        options = EncodeOptions(add_special_tokens=False, namespace=number % 3)
+        tokenizer.encode(f"{number} " * 300, options)
         tokenizer._pieces.check()
-    known = len(tokenizer._pieces)
+    num_known = len(tokenizer._pieces)
     tokenizer.encode("long " * 20_000, BARE)
-    assert len(tokenizer._pieces) == known > 0
+    assert len(tokenizer._pieces) == num_known > 0
     tokenizer._pieces.check()
 
 
-def test_a_long_text_is_encoded_as_a_short_one_is(tmp_path: Path) -> None:
+def test_long_texts_are_encoded_exactly(tmp_path: Path) -> None:
     _train("byte-level").save(str(tmp_path / "tokenizer.json"))
     text = "naïve 😀 hello caché\n" * 5000
     tokenizer = HFTokenizer(tmp_path)
@@ -241,25 +243,25 @@ def test_token_bytes_spell_the_text(model_dir: Path) -> None:
     assert tokenizer.token_bytes(tokenizer.encode(EOS)[-1]) == EOS.encode()
 
 
-def test_the_window_gives_up_on_bytes_that_never_become_a_character() -> None:
+def test_bytes_that_never_become_a_character_are_replaced() -> None:
     decoder = WindowStreamDecoder(lambda ids: bytes(ids).decode("utf-8", "replace"))
     pieces = [decoder.push(0xFF) for _ in range(6)]
     assert "".join(pieces) + decoder.flush() == "\ufffd" * 6
     assert any(pieces)
 
 
-def test_a_directory_says_what_ends_an_answer(model_dir: Path, tmp_path: Path) -> None:
-    own = HFTokenizer(model_dir)._backend.token_to_id(EOS)
+def test_end_tokens_are_read_from_the_files_of_a_directory(model_dir: Path, tmp_path: Path) -> None:
+    eos_id = HFTokenizer(model_dir)._backend.token_to_id(EOS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((model_dir / name).read_bytes())
-    assert HFTokenizer(tmp_path).eos_token_ids == {own}
+    assert HFTokenizer(tmp_path).eos_token_ids == {eos_id}
     (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 5}}')
-    assert HFTokenizer(tmp_path).eos_token_ids == {own, 5}
+    assert HFTokenizer(tmp_path).eos_token_ids == {eos_id, 5}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert HFTokenizer(tmp_path).eos_token_ids == {own, 7, 8}
+    assert HFTokenizer(tmp_path).eos_token_ids == {eos_id, 7, 8}
 
 
-def test_the_template_is_found_where_directories_keep_it(model_dir: Path, tmp_path: Path) -> None:
+def test_chat_templates_are_found_in_all_their_places(model_dir: Path, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((model_dir / name).read_bytes())

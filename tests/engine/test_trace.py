@@ -1,4 +1,4 @@
-"""A Chrome trace of steps and requests."""
+"""Tests of the Chrome trace of steps and requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 
 
-def an_engine() -> Engine:
+def make_engine() -> Engine:
     return Engine(
         EngineConfig(),
         runner=OracleRunner(4096, 16, max_model_len=2048),
@@ -25,7 +25,7 @@ def an_engine() -> Engine:
 
 
 def test_a_trace_has_every_step_and_request(tmp_path: Path) -> None:
-    engine = an_engine()
+    engine = make_engine()
     trace = start_trace(engine, str(tmp_path / "trace.json"))
     prompts = ["the same beginning " * 20 + end for end in ("one", "two", "three")]
     outputs = engine.generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
@@ -49,15 +49,15 @@ def test_a_trace_has_every_step_and_request(tmp_path: Path) -> None:
         assert {event["name"] for event in inside} >= {"schedule", "forward", "sample"}
     begun = {event["id"]: event for event in events if event["ph"] == "b" and "args" in event}
     for output in outputs:
-        told = begun[output.request_id]["args"]
-        assert told["cached tokens"] == output.cached_len and told["ended by"] == "length"
+        arguments = begun[output.request_id]["args"]
+        assert arguments["cached tokens"] == output.cached_len and arguments["ended by"] == "length"
         names = [e["name"] for e in events if e["ph"] == "b" and e["id"] == output.request_id]
         assert names == [output.request_id, "queue", "prefill", "decode"]
     assert sum(event["ph"] == "b" for event in events) == sum(e["ph"] == "e" for e in events)
 
 
-def test_a_trace_ends_at_its_bound_and_is_valid_still(tmp_path: Path) -> None:
-    engine, file = an_engine(), tmp_path / "trace.json"
+def test_a_trace_ends_at_its_limit_and_stays_valid(tmp_path: Path) -> None:
+    engine, file = make_engine(), tmp_path / "trace.json"
     trace = Trace(file, engine.clock, max_bytes=3000)
     engine.observe(trace.step)
     engine.generate(["a" * 300], SamplingParams(max_tokens=200, ignore_eos=True))
@@ -65,8 +65,8 @@ def test_a_trace_ends_at_its_bound_and_is_valid_still(tmp_path: Path) -> None:
     assert file.stat().st_size < 6000 and json.loads(file.read_text())[-1]["ph"] == "i"
 
 
-def test_a_disk_that_fails_ends_the_trace_and_not_the_step(tmp_path: Path) -> None:
-    engine = an_engine()
+def test_a_failing_disk_ends_the_trace_but_not_the_step(tmp_path: Path) -> None:
+    engine = make_engine()
     trace = start_trace(engine, str(tmp_path / "trace.json"))
 
     class Full:
@@ -78,6 +78,6 @@ def test_a_disk_that_fails_ends_the_trace_and_not_the_step(tmp_path: Path) -> No
     assert len(output.output) == 3
 
 
-def test_a_path_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be written"):
-        start_trace(an_engine(), str(tmp_path / "nowhere" / "trace.json"))
+        start_trace(make_engine(), str(tmp_path / "nowhere" / "trace.json"))

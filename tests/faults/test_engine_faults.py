@@ -86,7 +86,7 @@ POOLS = serving("serving from pools")
 ARENA = serving("serving from an arena", slab_rows=40)
 HOST = serving("serving with host memory", slab_rows=40, host_rows=400, kv_pages=4)
 OVERLAP = serving("overlapped steps", overlap="on")
-DRAFTS = serving("serving with drafts", drafts="guesses")
+DRAFTS = serving("serving with drafts", drafts="scripted")
 
 
 def edit(patch: Patch, change: Callable[[Batch], Batch]) -> None:
