@@ -1,4 +1,5 @@
-"""Reasoning and calls in a text: what each form says, broken ones too, in whatever pieces."""
+"""Tests of reasoning and tool calls in answer texts: every form, broken calls, and any split into
+pieces."""
 
 from __future__ import annotations
 
@@ -46,18 +47,18 @@ XML = AnswerForm(thinks=True, offers_tools=True, calls=QwenXMLReader)
 def read(
     form: AnswerForm, text: str, size: int | None = None, **options: Any
 ) -> tuple[str, str, list[tuple[str, str]]]:
-    """(reasoning, text, calls as (name, arguments)) of an answer that comes ``size`` characters at
+    """Return (reasoning, text, calls as (name, arguments)) of an answer read ``size`` characters at
     a time."""
     is_cut = options.pop("is_cut", False)
     reader = AnswerReader(form, **{"tools": TOOLS} | options)
     size = size or max(1, len(text))
     events = [event for at in range(0, len(text), size) for event in reader.push(text[at:][:size])]
-    return summed([*events, *reader.flush(is_cut)])
+    return parts_of([*events, *reader.flush(is_cut)])
 
 
-def summed(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
+def parts_of(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
     reasoning = text = ""
-    made: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
     is_open = False
     for event in joined(events):
         match event:
@@ -68,16 +69,16 @@ def summed(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
                 text += more
             case CallBegin(name):
                 assert not is_open, "a call within a call"
-                made.append((name, ""))
+                calls.append((name, ""))
                 is_open = True
             case CallArguments(more):
-                assert is_open, "arguments of no call"
-                made[-1] = (made[-1][0], made[-1][1] + more)
+                assert is_open, "arguments outside a call"
+                calls[-1] = (calls[-1][0], calls[-1][1] + more)
             case CallEnd():
                 assert is_open
                 is_open = False
-    assert not is_open, "a call that never ends"
-    return reasoning, text, made
+    assert not is_open, "a call never ends"
+    return reasoning, text, calls
 
 
 def hermes(name: str, arguments: str) -> str:
@@ -197,7 +198,7 @@ def xml(name: str, **values: str) -> str:
         (XML, xml("weather", city='say "<b>" é'), ("", "", [("weather", '{"city": "say \\"<b>\\" é"}')])),
     ],
 )  # fmt: skip
-def test_what_a_text_says_in_any_pieces(
+def test_answers_are_read_the_same_in_any_pieces(
     form: AnswerForm, text: str, expected: tuple[str, str, list[tuple[str, str]]]
 ) -> None:
     assert read(form, text) == expected
@@ -205,31 +206,33 @@ def test_what_a_text_says_in_any_pieces(
         assert read(form, text, size) == expected
 
 
-def test_a_prompt_that_opens_the_reasoning() -> None:
+def test_reasoning_may_begin_in_the_prompt() -> None:
     assert read(XML, "so\n</think>\n\nYes", is_thinking=True) == ("so", "Yes", [])
     assert read(XML, "so ", is_thinking=True) == ("so", "", [])
     plain = AnswerForm(thinks=False, offers_tools=True, calls=None)
     assert read(plain, "<think>a</think>b") == ("", "<think>a</think>b", [])
 
 
-def test_calls_of_nobodys_tools_are_text() -> None:
+def test_calls_without_tools_are_text() -> None:
     text = hermes("f", "{}")
     assert read(HERMES, text, tools=None) == ("", text, [])
 
 
-def test_a_call_that_was_cut_is_text() -> None:
+def test_truncated_calls_are_text() -> None:
     text = xml("weather", city="Bonn")
     cut = text[: text.index("</function>")]
     assert read(XML, cut, is_cut=True) == ("", cut, [])
-    assert read(XML, cut)[2] == [("weather", '{"city": "Bonn"}')], "the model ended it so"
+    assert read(XML, cut)[2] == [("weather", '{"city": "Bonn"}')], (
+        "only an answer cut at its limit is text"
+    )
     inside = text[: text.index("nn")]
     for is_cut in (False, True):
         assert read(XML, inside, is_cut=is_cut) == ("", inside, [])
-    assert read(XML, text[:-3], is_cut=True)[1] == "", "the closing mark was cut, not written"
+    assert read(XML, text[:-3], is_cut=True)[1] == "", "a cut closing mark is not text"
 
 
-def test_a_type_that_is_no_type_is_passed_over() -> None:
-    """Nobody checks a schema below 'parameters'."""
+def test_invalid_types_in_a_schema_are_ignored() -> None:
+    """Guard against schemas below 'parameters', which are not validated."""
     for kind in ({"a": 1}, [{"a": 1}, "integer"], 5, None):
         properties = {"x": {"type": kind}, "y": {"anyOf": [{"type": kind}]}}
         function = {"name": "f", "parameters": {"properties": properties}}
@@ -245,12 +248,12 @@ def test_broken_calls_are_read_in_linear_time(
     num_read = 0
     search = calls.CallReader._text
 
-    def counted(reader: calls.CallReader, text: str) -> str | None:
+    def counting(reader: calls.CallReader, text: str) -> str | None:
         nonlocal num_read
         num_read += len(text)
         return search(reader, text)
 
-    monkeypatch.setattr(calls.CallReader, "_text", counted)
+    monkeypatch.setattr(calls.CallReader, "_text", counting)
     counts = []
     for number in (300, 1200):
         num_read = 0
@@ -266,23 +269,21 @@ def test_broken_calls_are_read_in_linear_time(
         (XML, xml("weather", city="Bonn", deep='{"a": 1}') + "\n" + xml("g") + xml("h", a="}")),
     ],
 )
-def test_wherever_an_answer_breaks_off_whole_calls_are_those_whose_arguments_are_json(
-    form: AnswerForm, text: str
-) -> None:
+def test_truncated_answers_have_only_calls_with_json_arguments(form: AnswerForm, text: str) -> None:
     found = set()
     for cut in range(len(text) + 1):
         reader = AnswerReader(form, tools=TOOLS)
         events = [*reader.push(text[:cut]), *reader.flush(is_cut=True)]
-        _, said, made = summed(events)
+        _, rest, made = parts_of(events)
         is_broken = any(isinstance(event, BrokenCall) for event in events)
         assert all(isinstance(json.loads(arguments), dict) for _, arguments in made)
-        assert is_broken == ("<tool_call>" in said)
+        assert is_broken == ("<tool_call>" in rest)
         found.add((len(made), is_broken))
     assert {is_broken for _, is_broken in found} == {True, False}
     assert max(number for number, _ in found) == text.count("</tool_call>")
 
 
-def test_a_closing_mark_that_was_cut_is_no_text() -> None:
+def test_a_truncated_closing_mark_is_not_text() -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {"a": true}}\n</tool_call>'
     assert read(HERMES, text[:-3], is_cut=True) == ("", "", [("f", '{"a": true}')])
     assert read(HERMES, text[:-3])[1] == "</tool_ca"
@@ -306,7 +307,7 @@ PIECES = st.sampled_from(
     st.booleans(),
     st.data(),
 )
-def test_any_cuts_give_the_same(
+def test_random_texts_are_read_the_same_in_any_pieces(
     form: AnswerForm, text: str, thinking: bool, is_cut: bool, data: st.DataObject
 ) -> None:
     options = {"is_thinking": thinking, "is_cut": is_cut}
@@ -318,10 +319,11 @@ def test_any_cuts_give_the_same(
 
 @settings(max_examples=200)
 @given(st.sampled_from([HERMES, XML]), st.lists(PIECES, max_size=14).map("".join))
-def test_no_word_is_lost(form: AnswerForm, text: str) -> None:
-    """Letters come out again, in reasoning, text, names or arguments, whatever was broken."""
-    reasoning, said, calls = read(form, "<think>" + text)
-    everything = "".join((reasoning, said, *(name + given for name, given in calls)))
+def test_no_letter_is_lost(form: AnswerForm, text: str) -> None:
+    """Check that letters are returned as reasoning, text, names or arguments, even from broken
+    calls."""
+    reasoning, rest, calls = read(form, "<think>" + text)
+    everything = "".join((reasoning, rest, *(name + given for name, given in calls)))
     assert everything.count("x") >= text.count("x")
     assert everything.count("[1]") >= (text.count("[1]") if not calls else 0)
 
@@ -334,10 +336,10 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text(max_size=5), VALUES, max_size=3))
-def test_hermes_arguments_come_back_as_they_were(arguments: dict[str, Any]) -> None:
+def test_hermes_arguments_round_trip(arguments: dict[str, Any]) -> None:
     text = hermes("f", json.dumps(arguments, ensure_ascii=False))
-    [(_, given_back)] = read(HERMES, text, 1)[2]
-    assert json.loads(given_back) == arguments
+    [(_, returned)] = read(HERMES, text, 1)[2]
+    assert json.loads(returned) == arguments
 
 
 @pytest.mark.parametrize(
@@ -348,7 +350,7 @@ def test_hermes_arguments_come_back_as_they_were(arguments: dict[str, Any]) -> N
         ("{{ messages }}", None),
     ],
 )
-def test_the_template_tells_the_form(source: str, reader: type | None) -> None:
+def test_the_form_is_recognised_in_the_template(source: str, reader: type | None) -> None:
     form = AnswerForm.of(source)
     assert form.calls is reader
     assert (form.thinks, form.offers_tools) == ("</think>" in source, "tools" in source)

@@ -1,4 +1,4 @@
-"""What a replica sends of each step, and the answer it makes on the other side."""
+"""Test of the output that a replica sends for each step, and of the answer assembled from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.text.outputs import delta_of
 from engine.text.tokenizer import ByteTokenizer
 
 
-def test_an_answer_is_whole_on_the_other_side_and_a_step_sends_its_news() -> None:
+def test_answers_are_assembled_from_the_new_tokens_of_each_step() -> None:
     engine = Engine(
         EngineConfig(check=True),
         runner=OracleRunner(4096, 16),

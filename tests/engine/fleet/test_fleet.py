@@ -1,5 +1,5 @@
-"""Replicas behind one front: the real engines, routers and events, on a handle that does what Ray
-Serve's does."""
+"""Tests of replicas behind one front: real engines, routers and events, with a stand-in for Ray
+Serve's handle."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ PROMPT = np.arange(300, dtype=np.int32) % 200
 
 
 class Died(Exception):
-    """What a handle raises where a replica goes."""
+    """Error that a handle raises when its replica dies."""
 
 
 class Handle:
-    """Calls methods of replicas in this process, each where the fleet's router says; a replica that
-    is killed answers nothing more."""
+    """Stand-in for Ray Serve's handle, which calls replicas in this process as the fleet's router
+    chooses.
+
+    A killed replica sends nothing more.
+    """
 
     def __init__(self) -> None:
         self.replicas: dict[str, EngineReplica] = {}
@@ -45,21 +48,21 @@ class Handle:
         self.dead[name] = asyncio.Event()
 
     def options(self, method_name: str, stream: bool = False) -> Handle:
-        bound = Handle()
-        bound.__dict__.update(self.__dict__ | {"method": method_name, "streams": stream})
-        return bound
+        copy = Handle()
+        copy.__dict__.update(self.__dict__ | {"method": method_name, "streams": stream})
+        return copy
 
     def remote(self, order: Order):
         return Stream(self, order) if self.streams else self._call(order)
 
-    def _where(self, order: Order) -> str:
+    def _place(self, order: Order) -> str:
         name = self.fleet.place(order, [n for n in self.replicas if not self.dead[n].is_set()])
         if order.route is not None:
             self.chosen.append(name)
         return name
 
     async def _call(self, order: Order):
-        return await getattr(self.replicas[self._where(order)], self.method)(order)
+        return await getattr(self.replicas[self._place(order)], self.method)(order)
 
 
 class Stream:
@@ -72,7 +75,7 @@ class Stream:
 
     async def __anext__(self):
         if self._outputs is None:
-            self._name = self._handle._where(self._order)
+            self._name = self._handle._place(self._order)
             replica = self._handle.replicas[self._name]
             self._outputs = getattr(replica, self._handle.method)(self._order)
         dead = asyncio.ensure_future(self._handle.dead[self._name].wait())
@@ -118,7 +121,7 @@ def kill(handle: Handle, name: str) -> None:
     handle.fleet.left(name)
 
 
-def asked(*more: int, max_tokens: int = 3, **options: object) -> RequestSpec:
+def make_spec(*more: int, max_tokens: int = 3, **options: object) -> RequestSpec:
     prompt = np.concatenate((PROMPT, np.array(more, np.int32)))
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return RequestSpec(prompt, sampling, **options)
@@ -128,28 +131,31 @@ async def answer(engine: FleetEngine, spec: RequestSpec):
     return [output async for output in engine.submit(spec)]
 
 
-async def until(true) -> None:
+async def wait_until(is_true) -> None:
     for _ in range(500):
-        if true():
+        if is_true():
             return
         await asyncio.sleep(0.02)
-    raise AssertionError("it did not come true in ten seconds")
+    raise AssertionError("the condition did not become true in ten seconds")
 
 
-def test_a_life_of_two_replicas() -> None:
-    """Prompts that share a beginning meet; the answers are those of one engine; reports add up; a
-    death before the first token costs a client nothing, and after it is told; a new one joins."""
+def test_two_replicas_share_load_and_survive_a_death() -> None:
+    """Check routing by shared prefixes, answers, summed reports, a replica's death and a new
+    replica.
+
+    A death before the first token is invisible to the client; after it, the stream fails.
+    """
 
     async def live() -> None:
         engine, handle = await fleet_of(2)
         router = engine._fleet._router
-        first = (await answer(engine, asked(1, 2)))[-1]
+        first = (await answer(engine, make_spec(1, 2)))[-1]
         assert (first.cached_len, first.finish_reason, len(first.output)) == (0, "length", 3)
         assert first.prompt_token_ids.tolist() == [*PROMPT, 1, 2]
         home = handle.chosen[0]
-        await until(lambda: len(router.in_flight[home]) == 0)
+        await wait_until(lambda: len(router.in_flight[home]) == 0)
         assert router.mirrors[home].num_checkpoints > 0
-        again = await answer(engine, asked(1, 2))
+        again = await answer(engine, make_spec(1, 2))
         assert again[-1].cached_len >= 256 and handle.chosen[1] == home
         assert again[-1].output.tolist() == first.output.tolist()
         assert [t for output in again for t in output.new_token_ids] == first.output.tolist()
@@ -160,43 +166,43 @@ def test_a_life_of_two_replicas() -> None:
         assert set(view["replicas"]) == {"r0", "r1"} and view["kv"]["total"] == report.kv.total
         router.check()
 
-        # The one that would have answered best dies in the middle of an answer.
-        stream = engine.submit(asked(1, 2, max_tokens=400))
+        # The replica with the longest hit dies in the middle of an answer.
+        stream = engine.submit(make_spec(1, 2, max_tokens=400))
         output = await anext(stream)
         kill(handle, home)
         with pytest.raises(StepFailed, match=r"died after \d+ tokens? of the answer; send"):
             async for output in stream:
                 assert output.new_token_ids
         assert engine._fleet.members == tuple({"r0", "r1"} - {home})
-        late = (await answer(engine, asked(1, 2)))[-1]
+        late = (await answer(engine, make_spec(1, 2)))[-1]
         assert late.output.tolist() == first.output.tolist()
         handle.add("r2")
         engine._fleet.set_members(each for each in handle.replicas if each != home)
-        await until(lambda: "r2" in engine._followers)
+        await wait_until(lambda: "r2" in engine._followers)
         with pytest.raises(NoSingleEngine, match="With replicas it shows only sums"):
             await engine.watch()
         await engine.reset_prefix_cache()
         assert (await engine.report()).kv.cached == 0
-        await until(lambda: all(mirror.num_tokens == 0 for mirror in router.mirrors.values()))
+        await wait_until(lambda: all(mirror.num_tokens == 0 for mirror in router.mirrors.values()))
         with pytest.raises(ReplicaGone):
             await handle.replicas["r2"].report(Order(replica=home))
         await engine.drain()
         assert not engine.is_alive and not engine._followers
         with pytest.raises(EngineStopped):
-            engine.submit(asked())
+            engine.submit(make_spec())
 
     asyncio.run(live())
 
 
-def test_before_the_first_token_it_fails_over() -> None:
+def test_a_death_before_the_first_token_moves_the_request() -> None:
     async def live() -> None:
         engine, handle = await fleet_of(2, "round_robin")
-        stream = engine.submit(asked(7, max_tokens=2))
-        await until(lambda: handle.chosen)
+        stream = engine.submit(make_spec(7, max_tokens=2))
+        await wait_until(lambda: handle.chosen)
         kill(handle, handle.chosen[0])
         outputs = [output async for output in stream]
         assert outputs[-1].finish_reason == "length" and len(handle.chosen) == 2
-        await until(lambda: not engine._tasks)
+        await wait_until(lambda: not engine._tasks)
         assert handle.chosen[0] != handle.chosen[1] and engine._fleet._placed == {}
         engine._fleet._router.check()
         await engine.drain()
@@ -204,13 +210,13 @@ def test_before_the_first_token_it_fails_over() -> None:
     asyncio.run(live())
 
 
-def test_aborts_limits_and_bad_requests() -> None:
+def test_aborts_limits_and_the_end_of_a_fleet() -> None:
     async def live() -> None:
         engine, handle = await fleet_of(1)
-        stream = engine.submit(asked(max_tokens=600))
+        stream = engine.submit(make_spec(max_tokens=600))
         await anext(stream)
         stream.abort()
-        await until(lambda: not engine._tasks)
+        await wait_until(lambda: not engine._tasks)
         [replica] = handle.replicas.values()
         for _ in range(200):
             if not (await replica.report(Order())).num_running:
@@ -218,11 +224,11 @@ def test_aborts_limits_and_bad_requests() -> None:
             await asyncio.sleep(0.02)
         assert (await replica.report(Order())).num_running == 0
         with pytest.raises(ValueError, match="maximum context length"):
-            engine.submit(asked(max_tokens=100_000))
-        waiting = [engine.submit(asked(max_tokens=700)) for _ in range(2)]
+            engine.submit(make_spec(max_tokens=100_000))
+        waiting = [engine.submit(make_spec(max_tokens=700)) for _ in range(2)]
         engine._waiting.update(map(str, range(CONFIG.max_queue)))
         with pytest.raises(QueueFull):
-            engine.submit(asked())
+            engine.submit(make_spec())
         engine.stop()
         for each in waiting:
             with pytest.raises(EngineStopped):
@@ -234,9 +240,9 @@ def test_aborts_limits_and_bad_requests() -> None:
 
 
 @pytest.mark.parametrize("reason", ["stop", "abort"])
-def test_an_answer_that_is_ended_early_has_the_reason_that_one_engine_gives(reason: Any) -> None:
-    async def last(engine: Any) -> RequestOutput:
-        stream = engine.submit(asked(max_tokens=600))
+def test_an_abort_has_the_same_reason_as_with_one_engine(reason: Any) -> None:
+    async def last_output(engine: Any) -> RequestOutput:
+        stream = engine.submit(make_spec(max_tokens=600))
         await anext(stream)
         stream.abort(reason)
         return [output async for output in stream][-1]
@@ -245,7 +251,7 @@ def test_an_answer_that_is_ended_early_has_the_reason_that_one_engine_gives(reas
         single = AsyncEngine(Engine(CONFIG))
         single.start()
         engine, handle = await fleet_of(2)
-        outputs = [await last(single), await last(engine)]
+        outputs = [await last_output(single), await last_output(engine)]
         assert [output.finish_reason for output in outputs] == [reason, reason]
         assert all(output.new_token_ids == () for output in outputs)
         replica = handle.replicas[handle.chosen[0]]
@@ -258,7 +264,7 @@ def test_an_answer_that_is_ended_early_has_the_reason_that_one_engine_gives(reas
     asyncio.run(live())
 
 
-def test_an_answer_that_cannot_be_ended_by_its_replica_is_aborted() -> None:
+def test_an_answer_is_aborted_if_its_replica_cannot_end_it() -> None:
     async def live() -> None:
         engine, handle = await fleet_of(1)
 
@@ -266,7 +272,7 @@ def test_an_answer_that_cannot_be_ended_by_its_replica_is_aborted() -> None:
             raise RuntimeError("the replica does not answer")
 
         handle.replicas["r0"].end = end
-        stream = engine.submit(asked(max_tokens=600))
+        stream = engine.submit(make_spec(max_tokens=600))
         await anext(stream)
         stream.abort("stop")
         assert [output async for output in stream][-1].finish_reason == "abort"
@@ -275,36 +281,36 @@ def test_an_answer_that_cannot_be_ended_by_its_replica_is_aborted() -> None:
     asyncio.run(live())
 
 
-def test_a_request_that_is_placed_after_its_end_leaves_no_load() -> None:
-    """Ray Serve asks for a place in a thread of its own, also for what was cancelled meanwhile."""
+def test_a_request_placed_after_its_end_leaves_no_load() -> None:
+    """Guard against Ray Serve, which places requests in its own thread, also cancelled ones."""
 
     async def live() -> None:
         engine, handle = await fleet_of(2)
-        asks: list[Order] = []
+        orders: list[Order] = []
         place = handle.fleet.place
 
-        def noting(order: Order, candidates: list[str]) -> str | None:
-            asks.append(order)
+        def spy(order: Order, candidates: list[str]) -> str | None:
+            orders.append(order)
             return place(order, candidates)
 
-        handle.fleet.place = noting
-        stream = engine.submit(asked(max_tokens=600))
+        handle.fleet.place = spy
+        stream = engine.submit(make_spec(max_tokens=600))
         await anext(stream)
         stream.abort()
-        await until(lambda: not engine._tasks)
-        [order] = [order for order in asks if order.route is not None]
+        await wait_until(lambda: not engine._tasks)
+        [order] = [order for order in orders if order.route is not None]
         assert place(order, handle.replicas) in handle.replicas
         router = engine._fleet._router
         assert all(load.num_running == load.num_waiting == 0 for load in router.loads.values())
         assert engine._fleet._placed == {}
         router.check()
-        assert (await answer(engine, asked(1)))[-1].finish_reason == "length"
+        assert (await answer(engine, make_spec(1)))[-1].finish_reason == "length"
         await engine.drain()
 
     asyncio.run(live())
 
 
-def test_no_report_is_no_sum() -> None:
+def test_a_sum_of_no_reports_is_refused() -> None:
     with pytest.raises(ValueError, match="no replica is up"):
         summed([], {})
 

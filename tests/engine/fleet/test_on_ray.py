@@ -1,4 +1,4 @@
-"""Replicas on a real Ray, where one is installed: ``make replicas``."""
+"""Tests of replicas on a real Ray, if it is installed: ``make replicas``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Found = TypeVar("Found")
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A cluster of its own with four cores, whatever this machine has; its address."""
+    """Start a separate cluster with four cores, and yield its address."""
     context = ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="test"
     )
@@ -61,10 +61,10 @@ def url(cluster: str) -> Iterator[str]:
         assert server.wait(60) == 0
 
 
-def until(ask: Callable[[], Found | None], timeout_s: float = 60) -> Found:
+def wait_for(read: Callable[[], Found | None], timeout_s: float = 60) -> Found:
     deadline = time.monotonic() + timeout_s
-    while (found := ask()) is None or found is False:
-        assert time.monotonic() < deadline, "it did not come true"
+    while (found := read()) is None or found is False:
+        assert time.monotonic() < deadline, "the value did not appear"
         time.sleep(0.05)
     return found
 
@@ -87,37 +87,39 @@ def kill(replica: str) -> None:
     ray.kill(ray.get_actor(**actor))
 
 
-def counted(url: str) -> float:
-    """Prompt tokens of all requests, by /metrics."""
+def num_prompt_tokens(url: str) -> float:
+    """Return the prompt tokens of all requests, from /metrics."""
     text = httpx.get(f"{url}/metrics", timeout=60).text
     found = re.search(r"^engine_prompt_tokens_total (\S+)$", text, re.MULTILINE)
     assert found is not None
     return float(found[1])
 
 
-def test_a_server_lives_through_a_death(url: str) -> None:
-    """Answers, streams, hits, sums; a client that hangs up; a replica killed before and after the
-    first token, and another in its place."""
+def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
+    """Cover answers, streams, hits, sums, and a client that disconnects.
+
+    A replica is killed before and after the first token, and another one replaces it.
+    """
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    until(lambda: httpx.get(f"{url}/health").status_code == 200)
-    asked: dict[str, Any] = {"model": "builtin", "messages": CHAT, "max_tokens": 8}
-    asked |= {"temperature": 0.0, "extra_body": {"ignore_eos": True}}
-    first, second = (client.chat.completions.create(**asked) for _ in range(2))
+    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+    options: dict[str, Any] = {"model": "builtin", "messages": CHAT, "max_tokens": 8}
+    options |= {"temperature": 0.0, "extra_body": {"ignore_eos": True}}
+    first, second = (client.chat.completions.create(**options) for _ in range(2))
     assert first.choices[0].message.content == second.choices[0].message.content
     assert first.usage.prompt_tokens_details.cached_tokens == 0
     assert second.usage.prompt_tokens_details.cached_tokens >= 384
     pieces = [
         event.choices[0].delta.content or ""
-        for event in client.chat.completions.create(stream=True, **asked)
+        for event in client.chat.completions.create(stream=True, **options)
     ]
     assert "".join(pieces) == first.choices[0].message.content
     view = httpx.get(f"{url}/v1/cache").json()
     assert len(view["replicas"]) == 2
     for name in ("prompt_tokens", "cached_tokens", "requests"):
         assert view["usage"][name] == sum(each["usage"][name] for each in view["replicas"].values())
-    assert counted(url) == view["usage"]["prompt_tokens"] == 3 * first.usage.prompt_tokens
+    assert num_prompt_tokens(url) == view["usage"]["prompt_tokens"] == 3 * first.usage.prompt_tokens
 
-    def begun(prompt: str) -> Iterator[Any]:
+    def begin(prompt: str) -> Iterator[Any]:
         return iter(
             client.completions.create(
                 model="builtin",
@@ -128,23 +130,23 @@ def test_a_server_lives_through_a_death(url: str) -> None:
             )
         )
 
-    left = begun("x" * 300)
+    left = begin("x" * 300)
     next(left)
     left.close()
-    until(lambda: busy(url) is None)
+    wait_for(lambda: busy(url) is None)
 
-    answer = begun("y" * 300)
+    answer = begin("y" * 300)
     next(answer)
-    kill(until(lambda: busy(url)))
+    kill(wait_for(lambda: busy(url)))
     with pytest.raises(openai.APIError, match=r"died after \d+ tokens? of the answer; send"):
         for _ in answer:
             pass
-    before = counted(url)
-    assert client.chat.completions.create(**asked).choices[0].message.content == (
+    before = num_prompt_tokens(url)
+    assert client.chat.completions.create(**options).choices[0].message.content == (
         first.choices[0].message.content
     )
-    assert before < counted(url), "what the dead one had counted stays counted"
-    until(lambda: len(replicas(url)) == 2)
+    assert before < num_prompt_tokens(url), "the counts of the dead replica are lost"
+    wait_for(lambda: len(replicas(url)) == 2)
 
     found: list[Any] = []
     prompt = "long " * 1600
@@ -154,15 +156,15 @@ def test_a_server_lives_through_a_death(url: str) -> None:
         )
     )
     asking.start()
-    kill(until(lambda: busy(url)))
+    kill(wait_for(lambda: busy(url)))
     asking.join()
     assert found and found[0].usage.completion_tokens == 1
 
 
-def test_refusals_keep_their_kind_and_ids_their_requests(cluster: str) -> None:
+def test_errors_keep_their_types_and_request_ids_are_unique(cluster: str) -> None:
     config = EngineConfig(cache_gib=0.05, max_model_len=4096, max_running=1, max_queue=1)
     fleet = start_fleet(config, ReplicasConfig(1), "least_loaded", "refusing")
-    fleet.config = replace(config, max_queue=100)  # only the replica knows that its queue is full
+    fleet.config = replace(config, max_queue=100)  # so that only the replica refuses
     endless = SamplingParams(max_tokens=3000, ignore_eos=True)
 
     async def live() -> None:
@@ -190,7 +192,7 @@ def test_refusals_keep_their_kind_and_ids_their_requests(cluster: str) -> None:
     asyncio.run(bounded())
 
 
-def test_replicas_come_with_load_and_finish_before_they_go(
+def test_replicas_scale_with_load_and_finish_before_they_end(
     cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "UPSCALE_S", 1.0)
@@ -207,9 +209,9 @@ def test_replicas_come_with_load_and_finish_before_they_go(
     def members() -> int:
         return len(fleet._fleet.members)
 
-    async def ask_while(alone: Callable[[], bool]) -> int:
+    async def ask_while(condition: Callable[[], bool]) -> int:
         number = 0
-        while alone():
+        while condition():
             await ask(number)
             number += 1
         return number
@@ -217,10 +219,10 @@ def test_replicas_come_with_load_and_finish_before_they_go(
     async def live() -> None:
         fleet.start()
         async with asyncio.timeout(120):
-            asked = await asyncio.gather(*(ask_while(lambda: members() < 2) for _ in range(8)))
+            counts = await asyncio.gather(*(ask_while(lambda: members() < 2) for _ in range(8)))
         before = (await fleet.report()).usage["requests"]
-        assert before == sum(asked)
-        # One of the two is chosen to go while both compute.
+        assert before == sum(counts)
+        # One of the two is chosen to end while both compute.
         async with asyncio.timeout(120):
             more = await asyncio.gather(*(ask_while(lambda: members() > 1) for _ in range(2)))
         assert (await fleet.report()).usage["requests"] >= before and min(more) > 0

@@ -1,4 +1,4 @@
-"""Pairs of requests, each labelled with why the second one missed."""
+"""Tests of cache-miss explanations on labelled pairs of requests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ THINKING = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
 {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}
 {%- else %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
-"""As Qwen3.5's: tools before the system message, thoughts kept since the last question."""
+"""Template like Qwen3.5's: tools before the system message, reasoning kept since the last
+question."""
 COUNTING = "{{ messages|length }} messages\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 Chat = dict[str, Any]
@@ -94,7 +95,7 @@ Prepare = Callable[[ScriptedEngine], None]
 
 @dataclass
 class Pair:
-    """Two requests, and why the second one missed."""
+    """Two requests, and the expected reason for the miss of the second."""
 
     name: str
     edit: Edit
@@ -102,7 +103,7 @@ class Pair:
     how: str | None = None
     path: str | None = None
     cause: str | None = ""
-    """"": the change."""
+    """Expected cause, or "" if it equals ``change``."""
     base: Chat = field(default_factory=lambda: BASE)
     template: str | None = THINKING
     answer: str = ANSWER
@@ -167,7 +168,7 @@ def lost(name: str, cause: str | None, **more: Any) -> Pair:
 
 
 def crowd(num_chats: int, size: int) -> Prepare:
-    """Other prompts, which need the memory."""
+    """Return a function that fills the memory with other prompts."""
 
     def prepare(engine: ScriptedEngine) -> None:
         for number in range(num_chats):
@@ -183,12 +184,12 @@ def forget(engine: ScriptedEngine) -> None:
 
 INPUT = {"anthropic": "messages_changed", "openai": "input_changed"}
 FEW_SLOTS = {"num_slots": 3, "eviction": "lru"}
-"""Requests that come once drive out what was there: the default would keep the used states."""
+"""Settings with which prompts that come once evict used states; the default would keep them."""
 PAIRS = [
     system("with the date", "You are a careful engineer. Today is Tuesday. " * 4),
     system("longer", BASE["messages"][0]["content"] + "Be quick."),
     system("shorter", BASE["messages"][0]["content"][:90]),
-    system("with a blank more", BASE["messages"][0]["content"] + " "),
+    system("with one more blank", BASE["messages"][0]["content"] + " "),
     system("with a header in front", "billing: cch=9f\n" + BASE["messages"][0]["content"]),
     Pair("system removed", lambda chat: chat["messages"].pop(0), "system", "removed", "messages[0]",
          anthropic="system_changed", openai="input_changed"),
@@ -202,30 +203,30 @@ PAIRS = [
     tools("removed at the end", "removed", "tools[2]", lambda t: t.pop()),
     tools("removed in the middle", "removed", "tools[1]", lambda t: t.pop(1)),
     tools("reordered", "reordered", "tools[0]", lambda t: t.reverse()),
-    tools("described otherwise", "changed", "tools[0]", lambda t: t[0]["function"].update(description="R.")),
+    tools("with another description", "changed", "tools[0]", lambda t: t[0]["function"].update(description="R.")),
     tools("with the keys in another order", "changed", "tools[1]",
           lambda t: t[1].update(function=dict(reversed(t[1]["function"].items())))),
-    tools("gone", "removed", "tools[0]", lambda t: t.clear()),
+    tools("all removed", "removed", "tools[0]", lambda t: t.clear()),
     messages("question edited", "changed", "messages[1].content", message(1, content="And c?")),
     messages("tool result edited", "changed", "messages[3].content", message(3, content="[cut]")),
     messages("last result edited", "changed", "messages[5].content", message(5, content="[cut]")),
     messages("arguments edited", "changed", "messages[2].tool_calls[0]",
              message(2, tool_calls=[call("read", path="./a.txt")])),
-    messages("another tool named", "changed", "messages[4].tool_calls[0]",
+    messages("another tool called", "changed", "messages[4].tool_calls[0]",
              message(4, tool_calls=[call("list", path="b.txt")])),
-    messages("a call more", "changed", "messages[4].tool_calls[1]",
+    messages("one more call", "changed", "messages[4].tool_calls[1]",
              message(4, tool_calls=[call("read", path="b.txt"), call("list")])),
-    messages("thoughts edited", "changed", "messages[2].reasoning_content",
+    messages("reasoning edited", "changed", "messages[2].reasoning_content",
              message(2, reasoning_content="Hm.")),
-    messages("thoughts left out", "changed", "messages[4].reasoning_content",
+    messages("reasoning removed", "changed", "messages[4].reasoning_content",
              message(4, reasoning_content=None)),
     messages("content edited", "changed", "messages[2].content", message(2, content="Well.")),
     messages("another role", "changed", "messages[3].role", message(3, role="user")),
-    messages("one left out", "removed", "messages[2]",
+    messages("one removed", "removed", "messages[2]",
              lambda chat: chat["messages"].__delitem__(slice(2, 4)), "context_compacted"),
     messages("compacted", "changed", "messages[1].content",
              lambda chat: chat["messages"].__setitem__(slice(1, 6), [say("user", "Summary.")])),
-    messages("one put in", "added", "messages[3]",
+    messages("one inserted", "added", "messages[3]",
              lambda chat: chat["messages"].insert(3, say("user", "Wait."))),
     messages("two exchanged", "reordered", "messages[2]",
              lambda chat: chat["messages"].__setitem__(slice(2, 6), [BASE["messages"][i] for i in (4, 5, 2, 3)])),
@@ -233,14 +234,14 @@ PAIRS = [
               "reasoning_effort_changed"),
     variables("thinking off again", "changed", "enable_thinking", {"enable_thinking": True},
               {"enable_thinking": False}, "reasoning_effort_changed"),
-    variables("one left out", "removed", "shout", {"shout": True}, {}, "unavailable"),
+    variables("one removed", "removed", "shout", {"shout": True}, {}, "unavailable"),
     answered("edited", {**ECHO, "content": "Both are letters."}),
-    answered("without its thoughts", say("assistant", "Both are Greek letters.")),
+    answered("without its reasoning", say("assistant", "Both are Greek letters.")),
     answered("trimmed", {**ECHO, "content": "Both are Greek letters"}),
-    answered("with a call written otherwise",
+    answered("with another call",
              {**ECHO, "tool_calls": [call("write", path="c", mode="a")]}),
-    Pair("template drops thoughts", turns(*GO_ON), "template", "changed", "messages[2].content"),
-    Pair("template drops the header's thoughts", turns(ECHO, say("user", "Go on.")), "answer", "changed",
+    Pair("template drops reasoning", turns(*GO_ON), "template", "changed", "messages[2].content"),
+    Pair("template drops the header's reasoning", turns(ECHO, say("user", "Go on.")), "answer", "changed",
          "messages[2]", base={**BASE, "messages": BASE["messages"][:2]}, cause="answer"),
     Pair("template counts messages", turns(say("assistant", "Yes."), say("user", "More.")), "template",
          "changed", None, base=PLAIN, template=COUNTING, answer="Yes.<|im_end|>"),
@@ -250,7 +251,7 @@ PAIRS = [
          anthropic="model_changed", openai="model_changed"),
     lost("goes on", "below_grid"),
     lost("the same again", "below_grid", edit=lambda chat: None),
-    lost("a question less", "messages", edit=lambda chat: chat["messages"].pop(), change="messages",
+    lost("one question less", "messages", edit=lambda chat: chat["messages"].pop(), change="messages",
          how="removed", path="messages[2]", openai="context_compacted", anthropic="messages_changed"),
     lost("was emptied", "forgotten", prepare=forget),
     lost("was emptied, the same again", "forgotten", prepare=forget, edit=lambda chat: None),
@@ -263,7 +264,7 @@ PAIRS = [
     lost("saved no state", "never_checkpointed", engine={"checkpoints": ("branch",)}),
     lost("saved no state, the same again", "never_checkpointed", edit=lambda chat: None,
          engine={"checkpoints": ("branch",)}),
-    lost("has no slot but the one", "refused", answer="Yes, yes, yes.<|im_end|>",
+    lost("has only one slot", "refused", answer="Yes, yes, yes.<|im_end|>",
          engine={"num_slots": 1, "checkpoints": ("branch", "boundary", "backoff", "end")},
          edit=turns(say("assistant", "Yes, yes, yes."), say("user", "More."))),
     lost("evicted KV, and the system changed", "system", prepare=crowd(6, 20), change="system",
@@ -288,7 +289,7 @@ PAIRS = [
 def run(
     pair: Pair, namespace: str | None = None, key: int | None = 0
 ) -> tuple[Explanation | None, Explanations]:
-    """The second request of a pair beside the first."""
+    """Return the explanation of the second request of a pair, compared with the first."""
     tokenizer = ByteTokenizer()
     if pair.template is not None:
         tokenizer.chat_template = ChatTemplate(pair.template)
@@ -311,11 +312,11 @@ def run(
         )
         output = engine.answer(spec, tokenizer.encode(pair.answer))
         tenant, tokens = Tenant(key, namespace), output.prompt_token_ids
-        asked = AskedChat(name, tokens, model, tenant, body["messages"], **parts, size=100)
-        chat = explanations.diagnose(asked)
-        asked_now = chat.remembered(output)
-        assert asked_now is not None
-        explanation = explanations.compare(asked_now, tenant, "first")
+        request = AskedChat(name, tokens, model, tenant, body["messages"], **parts, size=100)
+        chat = explanations.diagnose(request)
+        remembered = chat.remembered(output)
+        assert remembered is not None
+        explanation = explanations.compare(remembered, tenant, "first")
         chat.end(output)
     return explanation, explanations
 
@@ -326,14 +327,14 @@ def _check(pair: Pair, explanation: Explanation) -> None:
     if parting is not None:
         assert (parting.how, parting.path) == (pair.how, pair.path), explanation.text
     assert explanation.cause == (pair.change if pair.cause == "" else pair.cause), explanation.lost
-    told = for_anthropic(explanation)
-    assert (told and told["cache_miss_reason"]["type"]) == pair.anthropic
+    shown = for_anthropic(explanation)
+    assert (shown and shown["cache_miss_reason"]["type"]) == pair.anthropic
     openai = for_openai(explanation)
     assert openai.get("reason", openai["type"]) == pair.openai
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
-def test_every_miss_of_the_labelled_set_is_explained(pair: Pair) -> None:
+def test_every_labelled_miss_is_explained(pair: Pair) -> None:
     explanation, explanations = run(pair)
     assert explanation is not None
     _check(pair, explanation)
@@ -344,16 +345,16 @@ def test_every_miss_of_the_labelled_set_is_explained(pair: Pair) -> None:
     explanations.memory.check()
 
 
-def test_the_set_has_sixty_pairs_and_every_cause() -> None:
+def test_the_pairs_cover_every_change_and_cause() -> None:
     assert len(PAIRS) == len({pair.name for pair in PAIRS}) == 60
     assert {pair.change for pair in PAIRS} == {None, *get_args(Change)}
     assert {pair.how for pair in PAIRS} == {None, *get_args(How)}
-    # Their engines have no lower tiers.
+    # These engines have no tiers.
     assert {pair.cause for pair in PAIRS} >= set(CAUSES) - {"not_fetched"}
 
 
 @pytest.mark.parametrize("pair", PAIRS[:42:6], ids=lambda pair: pair.name)
-def test_of_a_namespace_only_hashes_are_compared_and_no_text_is_shown(pair: Pair) -> None:
+def test_in_a_namespace_only_hashes_are_kept_and_no_text_is_shown(pair: Pair) -> None:
     explanation, explanations = run(pair, namespace="tenant")
     assert explanation is not None and explanation.parting is not None
     open_one, _ = run(pair)
@@ -363,11 +364,11 @@ def test_of_a_namespace_only_hashes_are_compared_and_no_text_is_shown(pair: Pair
         getattr(open_one.parting, name) for name in ("at", "change", "how")
     )
     assert found.before is found.was is found.now is None
-    kept = explanations.memory.get((Tenant(0, "tenant"), "first"))
-    assert kept is not None and kept.chat is None
+    entry = explanations.memory.get((Tenant(0, "tenant"), "first"))
+    assert entry is not None and entry.chat is None
     ids = set(ByteTokenizer().encode(ANSWER))
-    assert not ids & set(kept.outline.tokens.tolist())
-    assert explanations.memory.find("first") == ("first", kept)
+    assert not ids & set(entry.outline.tokens.tolist())
+    assert explanations.memory.find("first") == ("first", entry)
     others = Tenant(0, "another"), Tenant(1, "tenant"), Tenant(None, "tenant"), Tenant(0), Tenant()
     assert all(explanations.memory.get((other, "first")) is None for other in others)
 
@@ -389,16 +390,20 @@ NAMED[0].base, NAMED[0].template = PRIVATE, "{{ messages }}"
 
 
 @pytest.mark.parametrize("pair", [*PAIRS[::7], *NAMED], ids=lambda pair: pair.name)
-def test_without_a_key_nothing_is_told_that_the_later_request_does_not_say(pair: Pair) -> None:
-    """Neither text nor names; the rest is as it is with one."""
+def test_without_a_key_text_of_the_earlier_request_is_hidden(pair: Pair) -> None:
+    """Compare with an explanation with a key: text and names are removed, the rest is the same."""
     mine, _ = run(pair)
-    told, _ = run(pair, key=None)
-    assert mine is not None and told is not None
-    assert (told.cause, told.lost, told.shared_len) == (mine.cause, mine.lost, mine.shared_len)
+    public, _ = run(pair, key=None)
+    assert mine is not None and public is not None
+    assert (public.cause, public.lost, public.shared_len) == (
+        mine.cause,
+        mine.lost,
+        mine.shared_len,
+    )
     if mine.parting is not None:
-        assert told.parting is not None and told.parting.was is None
-        assert (told.parting.at, told.parting.now) == (mine.parting.at, mine.parting.now)
-    assert not any(name in told.text for name in ("private_field", "shout"))
+        assert public.parting is not None and public.parting.was is None
+        assert (public.parting.at, public.parting.now) == (mine.parting.at, mine.parting.now)
+    assert not any(name in public.text for name in ("private_field", "shout"))
     if pair in NAMED:
         assert any(name in mine.text for name in ("private_field", "shout"))
 
@@ -406,9 +411,9 @@ def test_without_a_key_nothing_is_told_that_the_later_request_does_not_say(pair:
 SAME = [say("user", "Go on. " * 20), say("assistant", "Done."), say("user", "Go on. " * 20)]
 REPEATED = [
     messages("first of two equal ones edited", "changed", "messages[0].content", message(0, content="Stop.")),
-    messages("first edited, and asked again later", "changed", "messages[0].content",
+    messages("first edited, and repeated later", "changed", "messages[0].content",
              both(message(0, content="Stop."), turns(say("assistant", "Yes."), SAME[0]))),
-    messages("one put in front of equal ones", "added", "messages[0]",
+    messages("one inserted before equal ones", "added", "messages[0]",
              lambda chat: chat["messages"].insert(0, say("user", "Wait."))),
 ]  # fmt: skip
 for _pair in REPEATED:
@@ -416,78 +421,78 @@ for _pair in REPEATED:
 
 
 @pytest.mark.parametrize("pair", REPEATED, ids=lambda pair: pair.name)
-def test_an_edit_is_recognised_if_the_same_message_comes_again(pair: Pair) -> None:
+def test_an_edit_is_recognised_if_the_message_is_repeated(pair: Pair) -> None:
     explanation, _ = run(pair)
     assert explanation is not None and explanation.parting is not None
     assert (explanation.parting.how, explanation.parting.path) == (pair.how, pair.path)
 
 
-def told_beside(base: Chat, later: Chat, **engine: Any) -> dict[str, Any]:
-    """The explanation of ``later`` for an operator, who does not name an earlier request."""
+def explanation_of(base: Chat, later: Chat, **engine: Any) -> dict[str, Any]:
+    """Return the explanation of ``later`` for an operator, without the id of an earlier request."""
     pair = Pair("", lambda chat: (chat.clear(), chat.update(later))[0], None, base=base,
                 template=None, answer="Yes.<|im_end|>", engine=engine)  # fmt: skip
     _, explanations = run(pair)
-    told = explanations.look_up("second", None)
-    assert told is not None
-    return told
+    found = explanations.look_up("second", None)
+    assert found is not None
+    return found
 
 
 def test_a_conversation_that_shares_less_than_a_grid_step_is_new() -> None:
     later = {"messages": [say("user", "Something else entirely. " * 9)]}
-    told = told_beside(PLAIN, later)
-    assert told["cause"] == "new" and "new conversation" in told["text"]
-    assert "removed" not in told["text"] and told["text"].endswith(told["advice"])
-    # The same question behind another beginning, too; the advice is for both.
+    found = explanation_of(PLAIN, later)
+    assert found["cause"] == "new" and "new conversation" in found["text"]
+    assert "removed" not in found["text"] and found["text"].endswith(found["advice"])
+    # The same question after another beginning is new too; the advice covers both.
     edited = {"messages": [say("system", "Today: " + "Be brief. " * 12), *PLAIN["messages"][1:]]}
-    told = told_beside(PLAIN, edited)
-    assert told["parted"]["path"] == "messages[0].content" and told["cause"] == "new"
-    assert "--volatile-line" in told["advice"]
-    # A short prompt that comes again is none: it has the whole earlier one.
+    found = explanation_of(PLAIN, edited)
+    assert found["parted"]["path"] == "messages[0].content" and found["cause"] == "new"
+    assert "--volatile-line" in found["advice"]
+    # A repeated short prompt is not new: it contains the whole earlier one.
     short = {"messages": [say("user", "Hi.")]}
-    assert told_beside(short, short)["cause"] != "new"
+    assert explanation_of(short, short)["cause"] != "new"
     # More than a grid step is shared.
     longer = {"messages": [say("system", "Be brief. " * 12 + "Now."), say("user", "Else?")]}
-    assert told_beside(PLAIN, longer)["cause"] == "system"
+    assert explanation_of(PLAIN, longer)["cause"] == "system"
 
 
-def keep(explanations: Explanations, name: str, tokens: np.ndarray, found: Found) -> None:
+def store_request(explanations: Explanations, name: str, tokens: np.ndarray, found: Found) -> None:
     """Store a request without messages."""
     outline = explanations.outliner.outline(AskedChat(name, tokens, "m", Tenant(), ()))
-    kept = Remembered(outline, found)
-    explanations.memory.put((Tenant(), name), kept, kept.num_bytes)
+    entry = Remembered(outline, found)
+    explanations.memory.put((Tenant(), name), entry, entry.num_bytes)
 
 
 @pytest.mark.parametrize("state_at", [256, 320])
-def test_more_memory_is_no_advice_for_tokens_behind_the_last_state(state_at: int) -> None:
-    """Whatever is kept, only a grid position can be resumed."""
+def test_more_memory_is_not_advised_for_tokens_after_the_last_state(state_at: int) -> None:
+    """Guard against useless advice: only a position on the grid can be resumed."""
     tokens = np.arange(340, dtype=np.int32) % 250
     explanations = Explanations(ByteTokenizer(), 1 << 20, grid=64)
     for name, cached_len in (("first", 0), ("second", state_at)):
         losses = Losses(0, len(tokens) - cached_len, 0, 0, 0)
-        keep(explanations, name, tokens, Found(cached_len, losses))
-    told = explanations.look_up("second", None)
-    assert told is not None and told["cause"] == "kv_evicted"
-    assert ("--host-gib" in told["advice"]) == (state_at == 256)
+        store_request(explanations, name, tokens, Found(cached_len, losses))
+    found = explanations.look_up("second", None)
+    assert found is not None and found["cause"] == "kv_evicted"
+    assert ("--host-gib" in found["advice"]) == (state_at == 256)
 
 
-def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
+def test_the_memory_is_bounded_and_drops_the_oldest() -> None:
     explanations = Explanations(ByteTokenizer(), 20_000)
     tokens = np.arange(1000, dtype=np.int32) % 250
     for number in range(10):
         found = Found(0, Losses(1000, 0, 0, 0, 0))
-        keep(explanations, str(number), tokens[number:], found)
+        store_request(explanations, str(number), tokens[number:], found)
         explanations.memory.check()
     memory = explanations.memory
     last = memory.get((Tenant(), "9"))
     assert last is not None and memory.find("0") is None
     assert memory.num_bytes > 15_000
-    assert memory.nearest(last) is None, "no two of them begin the same"
+    assert memory.nearest(last) is None, "no two requests begin alike"
     num_bytes = memory.num_bytes
     memory.put((Tenant(), "9"), last, last.num_bytes)
     memory.check()
-    assert memory.num_bytes == num_bytes, "an id that is used again is one request"
+    assert memory.num_bytes == num_bytes, "a reused id replaces its entry"
 
 
-def test_an_answer_that_is_not_known_is_said_to_be_none() -> None:
+def test_an_unknown_answer_is_reported_as_not_found() -> None:
     assert for_openai(None) == {"type": "comparison_response_not_found"}
     assert for_anthropic(None) == {"cache_miss_reason": {"type": "previous_message_not_found"}}

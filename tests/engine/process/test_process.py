@@ -1,4 +1,5 @@
-"""The engine in a process of its own: the same outputs as in a thread, and either side's death."""
+"""Tests of the engine in its own process: the same outputs as in a thread, and the death of either
+side."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from engine.errors import EngineStopped, StepFailed
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
-from engine.worker import engine_client as front
+from engine.worker import engine_client
 from engine.worker.channel import Submit
 from engine.worker.engine_client import ProcessEngine, start_engine
 
@@ -56,7 +57,7 @@ worker.Engine = make
 worker.start_screen = lambda made, address: "oracle at " + address
 sys.exit(worker.main(*sys.argv[2:]))
 """
-"""An oracle in place of a model, so that the process is there at once."""
+"""Code that starts a process with an oracle in place of a model, which is fast."""
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=3000, ignore_eos=True)
 
@@ -67,8 +68,10 @@ def run(
     kv_tokens: int = 8192,
     **settings: object,
 ) -> ProcessEngine:
-    """``scenario`` against a started engine, which is stopped afterwards; ``step`` stands before
-    every step."""
+    """Run ``scenario`` with a started engine, and stop it afterwards.
+
+    ``step`` is code that runs before every step.
+    """
     boot = BOOT.format(step=step, kv_tokens=kv_tokens)
     engine, screen = start_engine(engine_config(**{"check": True} | settings), "here", boot=boot)
     assert screen == "oracle at here"
@@ -82,11 +85,11 @@ def run(
             await engine.drain()
 
     asyncio.run(main())
-    assert not engine.is_alive and not _lives(engine.pid)
+    assert not engine.is_alive and not _is_running(engine.pid)
     return engine
 
 
-def _lives(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, 0)
         return True
@@ -97,7 +100,7 @@ async def read(stream: RequestStream) -> list[RequestOutput]:
     return [output async for output in stream]
 
 
-async def nothing_held(engine: ProcessEngine) -> None:
+async def assert_nothing_held(engine: ProcessEngine) -> None:
     report = await engine.report()
     assert report.num_running == report.num_waiting == report.kv.held == report.slots.held == 0
     for pool in (report.kv, report.slots, report.bytes):
@@ -113,12 +116,12 @@ SPECS = (
 )
 
 
-OTHERWISE = ("request_id", "timings", "all_logprobs", "all_text", "drafts")
-"""Fields that differ, or that change while a request goes on."""
+UNCOMPARED = ("request_id", "timings", "all_logprobs", "all_text", "drafts")
+"""Fields with times, and fields that change while a request runs."""
 
 
-def test_a_process_answers_as_a_thread_does() -> None:
-    """Every field of every output but its times, drafts among them."""
+def test_a_process_gives_the_outputs_of_a_thread() -> None:
+    """Compare every field of every output except its times, drafts included."""
     runner = OracleRunner(8192, 16, max_model_len=4096)
     settings = {"draft": "tree:4"}
     alone = Engine(
@@ -130,7 +133,7 @@ def test_a_process_answers_as_a_thread_does() -> None:
             expected = [*alone.stream(spec)]
             for ours, theirs in zip(await read(engine.submit(spec)), expected, strict=True):
                 for name in RequestOutput.__struct_fields__:
-                    if name not in OTHERWISE:
+                    if name not in UNCOMPARED:
                         pair = getattr(ours, name), getattr(theirs, name)
                         is_array = isinstance(pair[1], np.ndarray)
                         assert np.array_equal(*pair) if is_array else pair[0] == pair[1], name
@@ -139,12 +142,12 @@ def test_a_process_answers_as_a_thread_does() -> None:
             assert 0 <= ours.timings.queue_s <= ours.timings.ttft_s <= ours.timings.e2e_s < 60
         assert ours.drafts is not None and ours.drafts.accepted.total() > 100
         views = await engine.cache_view(), alone.cache_view()
-        figures = [view.pop("queue")["figures"] for view in views]  # they have times in them
+        figures = [view.pop("queue")["figures"] for view in views]  # They contain times.
         assert figures[0].keys() == figures[1].keys()
         assert json.dumps(views[0]) == json.dumps(views[1])
         await engine.reset_prefix_cache()
         assert (await engine.report()).kv.cached == 0
-        await nothing_held(engine)
+        await assert_nothing_held(engine)
 
     run(scenario, **settings)
 
@@ -157,12 +160,12 @@ def test_256_streams_at_once_lose_no_token() -> None:
         for outputs in await asyncio.gather(*map(read, streams)):
             assert sum(len(output.new_token_ids) for output in outputs) == 40
             assert outputs[-1].finish_reason == "length" and len(outputs[-1].output) == 40
-        await nothing_held(engine)
+        await assert_nothing_held(engine)
 
     run(scenario, kv_tokens=32_768, max_running=256, max_queue=256, check=False)
 
 
-def test_what_is_refused_is_refused_at_once() -> None:
+def test_wrong_requests_are_refused_by_submit() -> None:
     async def scenario(engine: ProcessEngine) -> None:
         with pytest.raises(ValueError, match="empty"):
             engine.submit([])
@@ -186,12 +189,12 @@ def test_what_is_refused_is_refused_at_once() -> None:
             stream.abort()
         assert [(await read(s))[-1].finish_reason for s in streams] == ["abort"] * 4
         assert (await read(engine.submit(RequestSpec([2], request_id="mine"))))[-1].is_finished
-        await nothing_held(engine)
+        await assert_nothing_held(engine)
 
     run(scenario, step="time.sleep(0.01)", max_queue=3, max_running=1)
 
 
-def test_a_step_that_fails_costs_the_requests_that_ran_and_the_second_ends_the_engine() -> None:
+def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
     step = "if self.num_steps in (5, 20, 21): raise MemoryError('no room for this step')"
 
     async def scenario(engine: ProcessEngine) -> None:
@@ -199,7 +202,7 @@ def test_a_step_that_fails_costs_the_requests_that_ran_and_the_second_ends_the_e
             await read(engine.submit(RequestSpec([1], LONG)))
         few = SamplingParams(max_tokens=3, ignore_eos=True)
         assert (await read(engine.submit(RequestSpec([1], few))))[-1].finish_reason == "length"
-        await nothing_held(engine)
+        await assert_nothing_held(engine)
         streams = [engine.submit(RequestSpec([i], LONG)) for i in range(2)]
         ends = await asyncio.gather(*map(read, streams), return_exceptions=True)
         assert isinstance(ends[0], StepFailed | EngineStopped)
@@ -215,33 +218,33 @@ def test_a_step_that_fails_costs_the_requests_that_ran_and_the_second_ends_the_e
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "reason"),
     [(signal.SIGKILL, "ended by SIGKILL"), (signal.SIGRTMIN + 6, "ended by signal ")],
     ids=["named", "real time"],
 )
-def test_a_killed_process_is_told_to_everybody_who_waits(number: int, said: str) -> None:
+def test_a_killed_process_fails_all_waiting_callers(number: int, reason: str) -> None:
     async def scenario(engine: ProcessEngine) -> None:
         stream = engine.submit(RequestSpec([1], ENDLESS))
         await anext(stream)
-        asked = asyncio.ensure_future(engine.report())
+        report = asyncio.ensure_future(engine.report())
         await asyncio.sleep(0)
         os.kill(engine.pid, number)
-        with pytest.raises(EngineStopped, match=said):
+        with pytest.raises(EngineStopped, match=reason):
             await read(stream)
-        await asyncio.gather(asked, return_exceptions=True)
-        with pytest.raises(EngineStopped, match=said):
+        await asyncio.gather(report, return_exceptions=True)
+        with pytest.raises(EngineStopped, match=reason):
             engine.submit([1])
-        with pytest.raises(EngineStopped, match=said):
+        with pytest.raises(EngineStopped, match=reason):
             await engine.report()
         await engine.drain()
 
-    assert said in str(run(scenario, step="time.sleep(0.02)").failure)
+    assert reason in str(run(scenario, step="time.sleep(0.02)").failure)
 
 
-def test_a_step_that_never_ends_does_not_hold_the_server_up(
+def test_a_step_that_never_ends_does_not_block_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(front, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(engine_client, "PATIENCE_S", 0.2)
 
     async def scenario(engine: ProcessEngine) -> None:
         stream = engine.submit(RequestSpec([1], ENDLESS))
@@ -253,9 +256,9 @@ def test_a_step_that_never_ends_does_not_hold_the_server_up(
     assert run(scenario, step="time.sleep(10_000)").failure is None
 
 
-def test_signals_to_both_are_left_to_the_server_and_a_drain_finishes() -> None:
+def test_the_process_ignores_signals_and_finishes_a_drain() -> None:
     async def scenario(engine: ProcessEngine) -> None:
-        await engine.stop_accepting()  # Of other engines: requests of its own still come.
+        await engine.stop_accepting()  # Only for other engines.
         stream = engine.submit(RequestSpec([1], LONG))
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(engine.pid, number)
@@ -277,7 +280,7 @@ async def closing(stream: RequestStream) -> AsyncIterator[RequestStream]:
         stream.abort()
 
 
-def test_what_the_page_shows_comes_across() -> None:
+def test_the_data_of_the_page_is_available_across_processes() -> None:
     async def scenario(engine: ProcessEngine) -> None:
         watch = await engine.watch()
         async with closing(engine.submit(RequestSpec([1] * 300, LONG))) as stream:
@@ -296,7 +299,7 @@ def test_what_the_page_shows_comes_across() -> None:
 
 
 def test_marks_of_tool_calls_reach_the_cache() -> None:
-    """The process finds the mark in the text and labels the checkpoint at the end."""
+    """Check that the process finds the mark in the text and labels the checkpoint at the end."""
 
     async def scenario(engine: ProcessEngine) -> None:
         *_, output = await read(engine.submit(RequestSpec([3] * 100, LONG)))
@@ -339,7 +342,7 @@ def test_every_field_of_a_request_reaches_the_process() -> None:
         assert getattr(found, name) == getattr(spec, name), name
 
 
-def test_what_can_not_be_loaded_is_said_in_one_sentence(tmp_path: object) -> None:
+def test_load_errors_are_reported_in_one_sentence(tmp_path: object) -> None:
     with pytest.raises(ValueError, match=r"no config.json"):
         start_engine(EngineConfig(model=str(tmp_path)), "here")
     with pytest.raises(ValueError, match="ended with exit code 7 before the model was loaded"):

@@ -1,4 +1,4 @@
-"""Reference of a record store: a dictionary of what was written."""
+"""Reference of a record store: a dictionary of all writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ReferenceStore:
     living: set[int] = field(default_factory=set)
 
     def write(self, record_id: int, kind: int, meta: bytes, payload: bytes) -> None:
-        assert record_id not in self.written, "an id was given twice"
+        assert record_id not in self.written, "an id was used twice"
         self.written[record_id] = kind, meta, payload
         self.living.add(record_id)
 
@@ -23,6 +23,6 @@ class ReferenceStore:
 
     def restart(self, found: set[int], damaged: set[int]) -> None:
         """Compare with the ids ``found`` by a start, after damage to some files."""
-        assert found <= self.living, "a record that was removed, or never written"
+        assert found <= self.living, "a removed or unknown record was found"
         assert self.living - damaged <= found, "a complete record was lost"
         self.living = set(found)

@@ -1,5 +1,5 @@
-"""The disk tier: what is on disk is found by its tokens, in this life and the next, and a file
-system that fails costs what it has and nothing else."""
+"""Tests of the disk tier: records are found by their tokens, also after a restart, and file system
+errors lose only their own records."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_disk(
 
 
 def rows_of(path: Path_, kind: str = "kv") -> Rows:
-    """The bytes that stand for ``path``: of each token, or of the state at its end."""
+    """Return the bytes that stand for ``path``: one row per token, or the state at its end."""
     namespace, tokens = path
     marks, mark = [], hash(("n", namespace)) & 0xFFFFFF
     for token in tokens.tolist():
@@ -51,7 +51,7 @@ def reader(path: Path_, num_rows: int, kind: str = "kv") -> Callable[[int, int],
 
 
 def loaded(disk: Disk, rows: Indices) -> Rows | None:
-    """The bytes of ``rows``, put together."""
+    """Return the bytes of ``rows``, joined."""
     pieces = disk.load(rows)
     if pieces is None:
         return None
@@ -60,7 +60,7 @@ def loaded(disk: Disk, rows: Indices) -> Rows | None:
 
 
 def prompt(first: int, length: int = 30) -> Path_:
-    """A prompt that shares nothing with those of another ``first``."""
+    """Return a prompt that shares nothing with those of another ``first``."""
     return None, np.arange(first * 1000, first * 1000 + length, dtype=np.int32)
 
 
@@ -70,12 +70,12 @@ def write(disk: Disk, *paths: Path_) -> None:
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes of all files of records, as the file system counts them."""
+    """Return the bytes of all record files, as the file system counts them."""
     return sum(path.stat().st_blocks * 512 for path in folder.glob("*.record"))
 
 
 def settled(disk: Disk) -> Disk:
-    """``disk`` after all queued work; every count is compared with the others."""
+    """Finish all queued work, compare all counts, and return ``disk``."""
     disk.flush()
     disk.check()
     assert disk.num_bytes == disk._store.num_bytes - disk._store.other_bytes
@@ -83,7 +83,7 @@ def settled(disk: Disk) -> Disk:
 
 
 def readable(disk: Disk, *paths: Path_) -> list[bool]:
-    """Whether all of each path is on disk, with the right bytes."""
+    """Return whether each whole path is on disk, with the right bytes."""
     found = []
     for path in paths:
         pieces = disk.prefixes.find(*path)
@@ -102,22 +102,21 @@ def random_path(choose: np.random.Generator) -> Path_:
 
 @pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_are_what_was_offloaded_whatever_was_written_before(
+def test_loaded_rows_equal_the_offloaded_ones(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random paths, written through and offloaded, loaded and dropped, over several lives and in
-    small records."""
+    """Write, offload, load and drop random paths, over several restarts and in small records."""
     monkeypatch.setattr(disk_module, "MAX_RECORD_BYTES", 7 * ROW_BYTES)
     choose = np.random.default_rng(seed)
     disk, free = open_disk(tmp_path), list(range(NUM_ROWS))
     stored: list[tuple[Indices, Rows]] = []
     for step in range(250):
         path = random_path(choose)
-        known = sum(piece.num_tokens for piece in disk.prefixes.find(*path))
-        missing = len(path[1]) - known
+        num_known = sum(piece.num_tokens for piece in disk.prefixes.find(*path))
+        missing = len(path[1]) - num_known
         action = choose.integers(6)
         if action == 0 or not stored:
-            num_rows = missing + int(choose.integers(0, known + 1))
+            num_rows = missing + int(choose.integers(0, num_known + 1))
             disk.write_through("kv", path, num_rows, reader(path, num_rows))
             read = reader(path, STATE_ROWS, "checkpoint")
             disk.write_through("checkpoint", path, STATE_ROWS, read)
@@ -141,11 +140,13 @@ def test_rows_are_what_was_offloaded_whatever_was_written_before(
             before = dict(settled(disk).prefixes.used)
             disk.close()
             disk = open_disk(tmp_path)
-            assert set(before) <= set(disk.prefixes.used), "what was written is found"
+            assert set(before) <= set(disk.prefixes.used), "a written record was not found"
             for number in list(disk.prefixes.used):
                 path = disk.prefixes.path(number)
                 kind = "checkpoint" if isinstance(disk.prefixes.used[number], State) else "kv"
-                pieces = disk.write_through(kind, path, 1, lambda *_: pytest.fail("it was there"))
+                pieces = disk.write_through(
+                    kind, path, 1, lambda *_: pytest.fail("it was on disk already")
+                )
                 rows = np.arange(sum(piece.num_tokens for piece in pieces), dtype=np.int32)
                 disk.bind(rows, pieces)
                 assert np.array_equal(loaded(disk, rows), rows_of(path, kind)[-len(rows) :])
@@ -153,7 +154,7 @@ def test_rows_are_what_was_offloaded_whatever_was_written_before(
     disk.close()
 
 
-def test_records_without_rows_make_room_the_oldest_first(tmp_path: Path) -> None:
+def test_the_oldest_records_without_rows_are_evicted_first(tmp_path: Path) -> None:
     disk = open_disk(tmp_path, max_bytes=1 << 16)
     paths = [prompt(number, 200) for number in range(16)]
     pinned = np.arange(200, dtype=np.int32)
@@ -162,7 +163,7 @@ def test_records_without_rows_make_room_the_oldest_first(tmp_path: Path) -> None
         write(disk, path)
         disk.touch(*paths[1])
     found = [bool(disk.prefixes.find(*path)) for path in paths]
-    assert found[0] and found[1] and found[15], "pinned, used, newest"
+    assert found[0] and found[1] and found[15], "pinned, used or newest records were evicted"
     assert not all(found) and disk.num_skipped == 0
     disk = settled(disk)
     assert on_disk(tmp_path) <= disk.num_bytes <= 1 << 16
@@ -171,8 +172,8 @@ def test_records_without_rows_make_room_the_oldest_first(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("rows", [7, 60, 3000])
-def test_never_more_bytes_than_given_whatever_the_records_are(tmp_path: Path, rows: int) -> None:
-    """Also while records come and go: a removal is carried out before the write it makes room
+def test_the_disk_never_exceeds_its_limit(tmp_path: Path, rows: int) -> None:
+    """Check the limit after every few writes too: a removal precedes the write that it makes room
     for."""
     disk, choose = open_disk(tmp_path, max_bytes=1 << 18), np.random.default_rng(rows)
     for number in range(120):
@@ -187,7 +188,7 @@ def test_never_more_bytes_than_given_whatever_the_records_are(tmp_path: Path, ro
     disk.close()
 
 
-def test_a_damaged_record_is_not_read_and_takes_its_descendants_along(tmp_path: Path) -> None:
+def test_a_damaged_record_is_removed_with_its_descendants(tmp_path: Path) -> None:
     disk = open_disk(tmp_path)
     path = (None, np.arange(30, dtype=np.int32))
     first, other = (None, path[1][:20]), prompt(7)
@@ -209,12 +210,12 @@ def test_a_damaged_record_is_not_read_and_takes_its_descendants_along(tmp_path: 
     disk.close()
 
 
-def test_a_run_starts_where_it_leaves_its_parent() -> None:
+def test_prefixes_accept_only_runs_that_fork_from_their_parent() -> None:
     prefixes = Prefixes()
     upper = Run(0, 0, np.array([1, 2, 3, 4], np.int32), "n")
     assert prefixes.add(1, upper) and not prefixes.add(2, upper)
-    assert not prefixes.add(2, Run(1, 2, np.array([3], np.int32), "n")), "the parent's own token"
-    assert not prefixes.add(2, Run(1, 5, np.array([3], np.int32), "n")), "past its end"
+    assert not prefixes.add(2, Run(1, 2, np.array([3], np.int32), "n")), "the parent has that token"
+    assert not prefixes.add(2, Run(1, 5, np.array([3], np.int32), "n")), "beyond the parent's end"
     assert not prefixes.add(2, Run(1, 2, np.array([9], np.int32), "m")), "another namespace"
     assert prefixes.add(2, Run(1, 2, np.array([9, 8], np.int32), "n"))
     assert prefixes.add(3, State(2, 4)) and not prefixes.add(4, State(2, 2))
@@ -226,7 +227,7 @@ def test_a_run_starts_where_it_leaves_its_parent() -> None:
     assert list(prefixes.used) == [3, 2, 1] and prefixes.is_leaf(3) and not prefixes.is_leaf(2)
 
 
-def test_a_folder_that_may_take_less_than_before_is_cut_down_at_the_start(tmp_path: Path) -> None:
+def test_a_lower_limit_is_applied_at_the_start(tmp_path: Path) -> None:
     disk = open_disk(tmp_path, max_bytes=1 << 18)
     write(disk, *(prompt(number, 200) for number in range(40)))
     disk.close()
@@ -237,7 +238,7 @@ def test_a_folder_that_may_take_less_than_before_is_cut_down_at_the_start(tmp_pa
 
 
 class FailingSystem:
-    """Lets a call of the disk thread fail while ``number`` is set, and counts how often."""
+    """Faults of one system call in the disk's thread while ``number`` is set, with their count."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, where: object = os) -> None:
         self.number: int | None = None
@@ -264,7 +265,7 @@ class FailingSystem:
         ("open", errno.EROFS),
     ],
 )
-def test_a_record_that_cannot_be_written_is_not_believed_and_writing_resumes_later(
+def test_failed_writes_are_forgotten_and_writing_resumes_later(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -273,42 +274,42 @@ def test_a_record_that_cannot_be_written_is_not_believed_and_writing_resumes_lat
 ) -> None:
     now = [0.0]
     disk = open_disk(tmp_path, clock=lambda: now[0])
-    before, lost, skipped, later = (prompt(place) for place in range(4))
+    before, failed, skipped, later = (prompt(place) for place in range(4))
     write(disk, before)
     disk.flush()
     system = FailingSystem(monkeypatch, call)
     system.number = number
     rows = np.arange(30, dtype=np.int32)
-    disk.offload("kv", lost, rows, reader(lost, 30))
+    disk.offload("kv", failed, rows, reader(failed, 30))
     settled(disk)
-    assert disk.has_lost_rows and disk.is_lost(rows) and not disk.prefixes.find(*lost)
+    assert disk.has_lost_rows and disk.is_lost(rows) and not disk.prefixes.find(*failed)
     assert not disk.is_writable and disk.num_errors == 1 and os.strerror(number) in disk.problem
     assert os.strerror(number) in caplog.text
     write(disk, skipped)
-    assert disk.num_skipped == 1 and system.count == 1, "the disk is left alone for a while"
+    assert disk.num_skipped == 1 and system.count == 1, "the disk is not used for a while"
     now[0] = disk_module.RETRY_S
-    assert disk.is_writable and disk.problem is not None, "it is to be tried again"
+    assert disk.is_writable and disk.problem is not None, "the disk may be tried again"
     write(disk, skipped)
     assert settled(disk).num_errors == 2 and not disk.is_writable
     now[0] *= 2
     system.number = None
     write(disk, later)
     assert settled(disk).problem is None and disk.is_writable
-    assert readable(disk, before, lost, skipped, later) == [True, False, False, True]
+    assert readable(disk, before, failed, skipped, later) == [True, False, False, True]
     disk.close()
     disk = open_disk(tmp_path)
-    assert readable(disk, before, lost, skipped, later) == [True, False, False, True]
+    assert readable(disk, before, failed, skipped, later) == [True, False, False, True]
     disk.close()
 
 
-def test_a_payload_that_never_comes_from_the_device_is_not_believed(
+def test_a_payload_that_the_device_fails_to_send_is_forgotten(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def lost() -> Rows:
+    def fail() -> Rows:
         raise RuntimeError("the device is gone")
 
     disk = open_disk(tmp_path)
-    disk.write_through("kv", prompt(0), 30, lambda *_: lost)
+    disk.write_through("kv", prompt(0), 30, lambda *_: fail)
     write(settled(disk), prompt(1))
     assert readable(disk, prompt(0), prompt(1)) == [False, True]
     assert "the device is gone" in caplog.text
@@ -316,7 +317,7 @@ def test_a_payload_that_never_comes_from_the_device_is_not_believed(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EPERM, errno.EROFS])
-def test_files_that_cannot_be_removed_count_and_are_tried_again(
+def test_files_that_cannot_be_removed_are_counted_and_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     now, limit = [0.0], 1 << 16
@@ -334,11 +335,11 @@ def test_files_that_cannot_be_removed_count_and_are_tried_again(
     now[0] += disk_module.RETRY_S
     write(disk, prompt(99, 200))
     assert settled(disk).problem is None and readable(disk, prompt(99, 200)) == [True]
-    known = len(disk.prefixes)
+    num_known = len(disk.prefixes)
     write(disk, *(prompt(place, 200) for place in range(100, 120)))
     settled(disk)
-    assert not disk._unwanted, "the files that stayed are the first to make room"
-    assert len(disk.prefixes) >= known
+    assert not disk._unwanted, "leftover files were not removed first"
+    assert len(disk.prefixes) >= num_known
     disk.close()
     disk = open_disk(tmp_path, limit)
     assert readable(disk, prompt(119, 200)) == [True]
@@ -346,7 +347,7 @@ def test_files_that_cannot_be_removed_count_and_are_tried_again(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE])
-def test_a_record_that_cannot_be_read_is_not_believed_and_is_left_for_the_next_start(
+def test_a_record_that_cannot_be_read_is_kept_for_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     disk = open_disk(tmp_path)
@@ -359,7 +360,7 @@ def test_a_record_that_cannot_be_read_is_not_believed_and_is_left_for_the_next_s
     disk.bind(rows, disk.prefixes.find(*longer))
     staged = disk.stage(rows)
     disk.wait(staged, 10)
-    assert not disk.is_staged(staged), "a loss is handled first"
+    assert not disk.is_staged(staged), "losses are settled first"
     disk.settle()
     assert disk.has_lost_rows and disk.is_lost(rows) and loaded(disk, rows) is None
     assert disk.num_errors >= 1 and os.strerror(number) in caplog.text and disk.is_writable
@@ -372,7 +373,7 @@ def test_a_record_that_cannot_be_read_is_not_believed_and_is_left_for_the_next_s
     disk.close()
 
 
-def test_a_folder_that_is_deleted_costs_its_records(tmp_path: Path) -> None:
+def test_a_deleted_folder_loses_its_records(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     disk = open_disk(folder)
     write(disk, prompt(0), prompt(1))
@@ -390,7 +391,7 @@ def test_a_folder_that_is_deleted_costs_its_records(tmp_path: Path) -> None:
     successor.close()
 
 
-def test_a_sync_that_fails_is_reported(
+def test_a_failed_sync_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = open_disk(tmp_path)
@@ -402,7 +403,7 @@ def test_a_sync_that_fails_is_reported(
     assert "sync the folder" in caplog.text and "Input/output error" in caplog.text
 
 
-def test_nothing_that_was_cleared_comes_back(
+def test_clear_syncs_after_removing_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = open_disk(tmp_path)
@@ -421,7 +422,7 @@ def test_nothing_that_was_cleared_comes_back(
 
 
 class HungReads:
-    """The file system does not answer reads until ``responds`` is set."""
+    """File system that does not answer reads until ``responds`` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.responds = threading.Event()
@@ -442,7 +443,7 @@ class HungReads:
         self.responds.set()
 
 
-def test_nobody_waits_for_a_file_system_that_hangs(
+def test_reads_and_writes_do_not_wait_for_a_hung_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = open_disk(tmp_path)
@@ -452,7 +453,7 @@ def test_nobody_waits_for_a_file_system_that_hangs(
     monkeypatch.setattr(disk_module, "MAX_PENDING_BYTES", 600)
     rows = np.arange(30, dtype=np.int32)
     disk.bind(rows, disk.prefixes.find(*prompt(0)))
-    assert loaded(disk, rows) is None, "not staged, and given up"
+    assert loaded(disk, rows) is None, "an unresponsive read is given up"
     assert disk.is_hung and disk.is_detached and "has not responded" in disk.problem
     assert not disk.is_writable and "does not respond" not in caplog.text
     disk.bind(rows, disk.prefixes.find(*prompt(1)))
@@ -461,7 +462,7 @@ def test_nobody_waits_for_a_file_system_that_hangs(
     assert disk.is_staged(disk.stage(rows)) and loaded(disk, rows) is None
     more = np.arange(30, 60, dtype=np.int32)
     disk.offload("kv", prompt(2), more, reader(prompt(2), 30))
-    assert disk.num_skipped == 1 and not disk.flush(), "told, and not waited for"
+    assert disk.num_skipped == 1 and not disk.flush(), "flush does not wait"
     system.heal()
     assert disk.flush() and not disk.is_hung
     disk.is_detached = False
@@ -469,7 +470,7 @@ def test_nobody_waits_for_a_file_system_that_hangs(
     disk.close()
 
 
-def test_an_offload_waits_for_a_slow_disk_and_not_for_one_that_hangs(
+def test_an_offload_waits_for_a_slow_disk_but_not_for_a_hung_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = open_disk(tmp_path)
@@ -493,7 +494,7 @@ def test_an_offload_waits_for_a_slow_disk_and_not_for_one_that_hangs(
     disk.close()
 
 
-def test_a_file_system_that_hangs_does_not_keep_the_engine_from_ending(
+def test_close_does_not_wait_for_a_hung_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = open_disk(tmp_path)

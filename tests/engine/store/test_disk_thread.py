@@ -1,4 +1,4 @@
-"""In which order the disk's thread does what it is asked."""
+"""Tests of the order in which the disk's thread runs its jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from engine.plugins.tiers.disk import DiskThread
 
 
-def test_what_somebody_waits_for_goes_first_and_idle_work_last() -> None:
+def test_urgent_jobs_run_first_and_idle_jobs_last() -> None:
     thread, begin, done = DiskThread(), Event(), list[str]()
     thread.run_later(begin.wait)
     thread.when_idle(lambda: done.append("idle"))
@@ -24,7 +24,7 @@ def test_what_somebody_waits_for_goes_first_and_idle_work_last() -> None:
     assert thread.close(10)
 
 
-def test_an_end_does_what_is_left_and_leaves_idle_work_out() -> None:
+def test_close_runs_queued_jobs_but_no_idle_ones() -> None:
     thread, begin, done = DiskThread(), Event(), list[str]()
     thread.run_later(begin.wait)
     thread.when_idle(lambda: done.append("idle"))
@@ -34,7 +34,7 @@ def test_an_end_does_what_is_left_and_leaves_idle_work_out() -> None:
     assert done == ["written"]
 
 
-def test_what_goes_wrong_is_raised_where_it_is_waited_for() -> None:
+def test_errors_are_raised_by_result() -> None:
     thread = DiskThread()
     with pytest.raises(ZeroDivisionError):
         thread.submit(lambda: 1 // 0).result()
@@ -42,14 +42,14 @@ def test_what_goes_wrong_is_raised_where_it_is_waited_for() -> None:
     assert thread.close(10)
 
 
-def test_what_goes_wrong_where_nobody_waits_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_of_jobs_without_a_result_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     thread = DiskThread()
     thread.run_later(lambda: 1 // 0)
     assert thread.submit(lambda: 1).result() == 1 and "ZeroDivisionError" in caplog.text
     assert thread.close(10)
 
 
-def test_a_job_that_hangs_is_seen_and_left_behind() -> None:
+def test_close_gives_up_on_a_job_that_hangs() -> None:
     thread, responds = DiskThread(), Event()
     assert thread.busy_s == 0
     thread.run_later(responds.wait)

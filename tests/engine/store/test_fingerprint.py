@@ -1,4 +1,5 @@
-"""Fingerprint of a folder: what a refusal says. Damage is tested with the records."""
+"""Tests of a folder's fingerprint and of its error messages. Damage is tested in
+test_records.py."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def check(folder: Path, fields: dict[str, str]) -> bytes:
     return check_fingerprint(folder, fields, lambda: (), may_write=True)
 
 
-def test_a_refusal_names_the_values_that_a_reader_understands(tmp_path: Path) -> None:
+def test_a_refusal_names_readable_values_and_flags(tmp_path: Path) -> None:
     assert check(tmp_path, FIELDS) == check(tmp_path, FIELDS)
     named = r"differs in checkpoint grid \(64 there, 16 here: --grid\): use"
     with pytest.raises(StoreError, match=named):
@@ -31,7 +32,7 @@ def test_a_refusal_names_the_values_that_a_reader_understands(tmp_path: Path) ->
         check(tmp_path, {name: FIELDS[name] for name in ("weights", "checkpoint grid")})
 
 
-def test_another_format_is_named_as_such(tmp_path: Path) -> None:
+def test_another_format_is_refused_by_its_version(tmp_path: Path) -> None:
     fields = {"format": "engine state 99", **FIELDS}
     content = {"digest": digest_of(fields).hex(), "fields": fields}
     (tmp_path / NAME).write_text(json.dumps(content))
@@ -39,13 +40,13 @@ def test_another_format_is_named_as_such(tmp_path: Path) -> None:
         check(tmp_path, FIELDS)
 
 
-def test_it_survives_a_power_loss_before_anything_relies_on_it(
+def test_a_new_fingerprint_is_synced_before_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is synced before it gets its name, and the folder after."""
+    """Check that the file is synced before it gets its name, and the folder afterwards."""
     calls: list[str] = []
 
-    def noted(name: str) -> Callable[..., object]:
+    def recorded(name: str) -> Callable[..., object]:
         real = getattr(os, name)
 
         def call(*args: object, **options: object) -> object:
@@ -56,13 +57,13 @@ def test_it_survives_a_power_loss_before_anything_relies_on_it(
         return call
 
     for name in ("fsync", "rename"):
-        monkeypatch.setattr(os, name, noted(name))
+        monkeypatch.setattr(os, name, recorded(name))
     check(tmp_path, FIELDS)
     assert calls == ["fsync", "rename", "fsync folder"]
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "rename"])
-def test_one_that_cannot_be_written_leaves_nothing(
+def test_a_failed_write_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     real = getattr(os, call)

@@ -1,4 +1,4 @@
-"""Rows that point into records, beside a dictionary of them."""
+"""Tests of ``Pointers``, which map rows to records, compared with a dictionary."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def array(rows: list[int]) -> Indices:
 
 
 class PointersMachine(RuleBasedStateMachine):
+    """State machine of all operations on ``Pointers``."""
+
     def __init__(self) -> None:
         super().__init__()
         self.pointers = Pointers(NUM_ROWS)
@@ -51,10 +53,12 @@ class PointersMachine(RuleBasedStateMachine):
         self.model.clear()
 
     @rule(rows=ROWS)
-    def ask(self, rows: list[int]) -> None:
+    def look_up(self, rows: list[int]) -> None:
         parts = self.pointers.parts(array(rows))
-        asked = [place for part in parts for place in range(part.first, part.first + part.num_rows)]
-        assert asked == list(range(len(rows))), "a row is left out, or there twice"
+        covered = [
+            place for part in parts for place in range(part.first, part.first + part.num_rows)
+        ]
+        assert covered == list(range(len(rows))), "a row is missing or repeated"
         for part in parts:
             for i, row in enumerate(rows[part.first : part.first + part.num_rows]):
                 if part.record:
@@ -63,7 +67,7 @@ class PointersMachine(RuleBasedStateMachine):
                     assert row not in self.model
 
     @invariant()
-    def counts_are_right(self) -> None:
+    def records_match_the_model(self) -> None:
         self.pointers.check()
         living = {record for record, _ in self.model.values()}
         assert {record for record in range(1, 5) if record in self.pointers} == living

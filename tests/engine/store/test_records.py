@@ -1,4 +1,4 @@
-"""The record store against its reference: complete records are found, and nothing else is read."""
+"""Tests of the record store: complete records are found, and damaged ones are not read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def files(folder: Path) -> list[Path]:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Writes, removals and restarts, with files that are cut or changed between two lives."""
+    """State machine of writes, removals and restarts, with files cut or changed between two
+    runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,10 +95,12 @@ class StoreMachine(RuleBasedStateMachine):
         record_id = data.draw(st.sampled_from(sorted(self.model.living)))
         payload = self.model.written[record_id][2]
         found = read(self.store, record_id, len(payload))
-        assert found == payload, "wrong bits" if found is not None else "a sound payload refused"
+        assert found == payload, (
+            "wrong bits" if found is not None else "an intact payload was refused"
+        )
 
     @rule(data=st.data())
-    def leave_an_unfinished_file(self, data: st.DataObject) -> None:
+    def add_an_unfinished_file(self, data: st.DataObject) -> None:
         name = f"{self.store.next_id:016x}.part"
         (self.folder / name).write_bytes(data.draw(st.binary(max_size=99)))
         self.restart()
@@ -124,7 +127,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.model.living) > 1)
     @rule(data=st.data())
-    def give_a_file_the_name_of_another(self, data: st.DataObject) -> None:
+    def replace_a_file_by_another(self, data: st.DataObject) -> None:
         pair = st.lists(st.sampled_from(files(self.folder)), min_size=2, max_size=2, unique=True)
         source, target = data.draw(pair)
         shutil.copy(source, target)
@@ -144,13 +147,13 @@ class StoreMachine(RuleBasedStateMachine):
             again = read(self.store, record_id, len(payload))
             assert again in (payload, None), "wrong bits"
             if again is None:
-                assert record_id in self.damaged, "a sound payload was refused"
+                assert record_id in self.damaged, "an intact payload was refused"
                 self.store.remove(record_id)
                 self.model.remove(record_id)
         self.damaged.clear()
 
     @invariant()
-    def counts_what_is_on_disk(self) -> None:
+    def counts_match_the_disk(self) -> None:
         found = files(self.folder)
         assert {int(path.stem, 16) for path in found} == self.model.living
         assert sum(path.stat().st_size for path in found) <= self.store.num_bytes <= MAX_BYTES
@@ -161,7 +164,7 @@ StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=2
 TestStore = StoreMachine.TestCase
 
 
-def test_no_prefix_of_a_file_is_a_record(tmp_path: Path) -> None:
+def test_truncated_files_are_not_records(tmp_path: Path) -> None:
     store, (record_id,) = filled(tmp_path, 1)
     store.close()
     (path,) = files(tmp_path)
@@ -177,10 +180,11 @@ def test_no_prefix_of_a_file_is_a_record(tmp_path: Path) -> None:
     store.close()
 
 
-def test_ids_are_never_given_again(tmp_path: Path) -> None:
-    """A file that an unfinished unlink brings back must not become the parent of another record."""
+def test_ids_are_never_reused(tmp_path: Path) -> None:
+    """Guard against a file restored by an unfinished unlink, which must not become another record's
+    parent."""
     store, ids = filled(tmp_path)
-    brought_back = files(tmp_path)[-1].read_bytes()
+    restored = files(tmp_path)[-1].read_bytes()
     for record_id in ids:
         store.remove(record_id)
     store.close()
@@ -188,7 +192,7 @@ def test_ids_are_never_given_again(tmp_path: Path) -> None:
     assert not found
     later = write(store, b"later")
     store.close()
-    (tmp_path / f"{ids[-1]:016x}.record").write_bytes(brought_back)
+    (tmp_path / f"{ids[-1]:016x}.record").write_bytes(restored)
     store, found = reopen(tmp_path)
     assert found == [ids[-1], later] and store.next_id > later
     assert read(store, ids[-1], 1000) == payload_of(5, 1000)
@@ -214,7 +218,7 @@ def test_a_store_of_an_earlier_version_is_refused_and_unchanged(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("damage", ["every byte", "cut", "removed"])
-def test_a_damaged_fingerprint_refuses_no_records_that_prove_whose_they_are(
+def test_a_damaged_fingerprint_is_rebuilt_from_own_records(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, ids = filled(tmp_path)
@@ -246,7 +250,7 @@ def test_without_records_a_damaged_fingerprint_is_written_again(tmp_path: Path) 
         reopen(tmp_path)
 
 
-def test_one_writer_and_a_reader_that_follows_it_by_name(tmp_path: Path) -> None:
+def test_a_second_store_reads_while_the_first_writes(tmp_path: Path) -> None:
     store, ids = filled(tmp_path)
     reader, found = reopen(tmp_path)
     assert reader.is_read_only and not store.is_read_only and found == ids
@@ -258,7 +262,7 @@ def test_one_writer_and_a_reader_that_follows_it_by_name(tmp_path: Path) -> None
     with pytest.raises(AssertionError, match="may not write"):
         reader.write(reader.next_id, 1, b"", b"")
     removed = sum(path.stat().st_size for path in files(tmp_path))
-    assert removed <= store.num_bytes, "a reader keeps removed records on the disk"
+    assert removed <= store.num_bytes, "removed records are still on the disk"
     reader.close()
     store.close()
     store, found = reopen(tmp_path)
@@ -266,9 +270,8 @@ def test_one_writer_and_a_reader_that_follows_it_by_name(tmp_path: Path) -> None
     store.close()
 
 
-def test_a_reader_of_a_folder_in_motion_finds_sound_records_only(tmp_path: Path) -> None:
-    """Another process writes and removes records all the time; its files come and go while this
-    one lists and opens them."""
+def test_a_reader_finds_only_intact_records_during_writes(tmp_path: Path) -> None:
+    """Check a reader while files of another process appear and vanish."""
     child = (
         "from pathlib import Path; import sys, random;"
         "from engine.plugins.tiers.records import RecordStore;"
@@ -286,7 +289,7 @@ def test_a_reader_of_a_folder_in_motion_finds_sound_records_only(tmp_path: Path)
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "open\n"
         num_read = num_there = 0
-        while num_read < 300 or num_there < 40:  # reading may be faster than writing
+        while num_read < 300 or num_there < 40:  # Reading may be faster than writing.
             reader = RecordStore.open(tmp_path, OURS, 1 << 22)
             assert reader.is_read_only
             num_there = len(list(tmp_path.glob("*.record")))
@@ -305,9 +308,9 @@ def test_a_reader_of_a_folder_in_motion_finds_sound_records_only(tmp_path: Path)
     store.close()
 
 
-@pytest.mark.parametrize("why", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_a_folder_that_cannot_be_written_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: int
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_read_only_folder_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     store, ids = filled(tmp_path)
     store.close()
@@ -315,7 +318,7 @@ def test_a_folder_that_cannot_be_written_is_read(
 
     def refuse(path: object, flags: int, *args: object, **options: object) -> int:
         if flags & (os.O_CREAT | os.O_RDWR | os.O_WRONLY):
-            raise OSError(why, os.strerror(why))
+            raise OSError(number, os.strerror(number))
         return opened(path, flags, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", refuse)
@@ -325,7 +328,7 @@ def test_a_folder_that_cannot_be_written_is_read(
     store.close()
 
 
-def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="is a file: use a folder"):
         reopen(tmp_path / "file")
@@ -333,7 +336,7 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
         reopen(tmp_path / "file" / "folder")
 
 
-def test_a_changed_payload_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+def test_a_changed_payload_is_detected_by_read(tmp_path: Path) -> None:
     store, ids = filled(tmp_path)
     path = files(tmp_path)[2]
     raw = bytearray(path.read_bytes())
@@ -341,17 +344,17 @@ def test_a_changed_payload_is_noticed_when_it_is_read(tmp_path: Path) -> None:
     path.write_bytes(raw)
     assert read(store, ids[2], 1000) is None
     assert read(store, ids[3], 1000) == payload_of(3, 1000)
-    assert read(store, ids[3], 999) is None, "a buffer of another length"
+    assert read(store, ids[3], 999) is None, "the buffer has another length"
     store.close()
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int = 10**9) -> None:
-    """Let ``os.<name>`` fail the next ``times`` times."""
-    real, left = getattr(os, name), [times]
+def fail_calls(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int = 10**9) -> None:
+    """Make ``os.<name>`` fail the next ``times`` times."""
+    real, remaining = getattr(os, name), [times]
 
     def refuse(*args: object, **options: object) -> object:
-        if left[0]:
-            left[0] -= 1
+        if remaining[0]:
+            remaining[0] -= 1
             raise OSError(number, os.strerror(number))
         return real(*args, **options)
 
@@ -376,7 +379,7 @@ def test_a_failed_write_leaves_nothing(
     store, ids = filled(tmp_path)
     before = store.num_bytes
     with monkeypatch.context() as patch:
-        failing(patch, call, number)
+        fail_calls(patch, call, number)
         with pytest.raises(OSError, match=os.strerror(number)):
             write(store, bytes(10))
     assert store.num_bytes == before and not list(tmp_path.glob("*.part"))
@@ -386,13 +389,13 @@ def test_a_failed_write_leaves_nothing(
     assert reopen(tmp_path)[1] == ids
 
 
-def test_a_file_that_cannot_be_removed_counts(
+def test_a_file_that_cannot_be_removed_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, ids = filled(tmp_path)
     before = store.num_bytes
     with monkeypatch.context() as patch:
-        failing(patch, "unlink", errno.EIO)
+        fail_calls(patch, "unlink", errno.EIO)
         with pytest.raises(OSError, match="Input/output"):
             store.remove(ids[0])
     assert ids[0] in store and store.num_bytes == before
@@ -401,29 +404,31 @@ def test_a_file_that_cannot_be_removed_counts(
     store.close()
 
 
-def test_a_leftover_that_cannot_be_read_or_removed_counts_and_is_reported(
+def test_leftovers_that_stay_are_counted_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, ids = filled(tmp_path)
     store.close()
     files(tmp_path)[0].write_bytes(b"damaged")
     with monkeypatch.context() as patch:
-        failing(patch, "unlink", errno.EIO)
+        fail_calls(patch, "unlink", errno.EIO)
         store, found = reopen(tmp_path)
     assert found == ids[1:] and store.other_bytes > 0
     assert "cannot be removed: Input/output error" in caplog.text
     store.close()
     store = RecordStore.open(tmp_path, OURS, MAX_BYTES)
     with monkeypatch.context() as patch:
-        failing(patch, "pread", errno.EIO, times=1)
+        fail_calls(patch, "pread", errno.EIO, times=1)
         assert [record.id for record in store.scan()] == ids[1:]
     assert "cannot be read: Input/output error" in caplog.text
-    assert store.other_bytes > 0 and len(files(tmp_path)) == 6, "it may be readable later"
+    assert store.other_bytes > 0 and len(files(tmp_path)) == 6, (
+        "files that may be readable later are kept"
+    )
     store.close()
 
 
-def test_no_descriptor_is_held_per_record(tmp_path: Path) -> None:
-    """A store of many records opens, is read and written with a handful of free descriptors."""
+def test_records_hold_no_descriptors(tmp_path: Path) -> None:
+    """Open, read and write a store of many records with few free descriptors."""
     store, ids = filled(tmp_path, 6)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
@@ -443,7 +448,7 @@ def test_no_descriptor_is_held_per_record(tmp_path: Path) -> None:
 
 
 def test_a_deleted_folder_is_not_written_again(tmp_path: Path) -> None:
-    """Another engine may have made a new one under its name."""
+    """Guard against a new folder of another engine under the same name."""
     folder = tmp_path / "state"
     store, ids = filled(folder)
     shutil.rmtree(folder)
@@ -460,9 +465,10 @@ def test_a_deleted_folder_is_not_written_again(tmp_path: Path) -> None:
 
 
 def test_two_starts_at_once_agree_on_one_fingerprint(tmp_path: Path) -> None:
-    """The fingerprint is checked under the lock: the second start cannot replace the first's."""
+    """Check that the fingerprint is compared under the lock, so the second start cannot replace the
+    first's."""
     first, _ = reopen(tmp_path)
-    (tmp_path / NAME).unlink()  # as if the first had not written it yet
+    (tmp_path / NAME).unlink()  # As before the first engine has written it.
     second = RecordStore.open(tmp_path, THEIRS, MAX_BYTES)
     assert second.is_read_only and not (tmp_path / NAME).exists()
     second.close()
@@ -470,7 +476,7 @@ def test_two_starts_at_once_agree_on_one_fingerprint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 63, 64, 1000])
-def test_a_system_that_takes_part_of_a_record_at_a_time(
+def test_records_may_be_written_in_several_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     real = os.writev
@@ -496,7 +502,7 @@ def test_a_long_meta_is_read_whole(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_lock_that_the_file_system_does_not_offer_is_refused(
+def test_a_file_system_without_locks_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:
@@ -508,7 +514,7 @@ def test_a_lock_that_the_file_system_does_not_offer_is_refused(
     assert (tmp_path / LOCK_NAME).exists()
 
 
-def test_sync_reports_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_raises_errors_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = filled(tmp_path)
     store.sync()
     with pytest.raises(OSError, match="Bad file descriptor"):

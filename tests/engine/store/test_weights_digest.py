@@ -1,4 +1,5 @@
-"""A digest is computed once, and anew where a file may be another."""
+"""Tests of the saved digest of weights: it is computed once, and again if a file may have
+changed."""
 
 from __future__ import annotations
 
@@ -21,15 +22,15 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_it_is_known_until_something_is_touched(tmp_path: Path, weights: Path) -> None:
+def test_a_digest_is_valid_until_a_file_changes(tmp_path: Path, weights: Path) -> None:
     assert load_digest(tmp_path, weights) is None
     save_digest(tmp_path, weights, "digest")
     assert load_digest(tmp_path, weights) == "digest"
-    assert load_digest(tmp_path, tmp_path) is None, "other files"
+    assert load_digest(tmp_path, tmp_path) is None, "the digest of another folder was returned"
     first = weights / "a.safetensors"
     stat = first.stat()
     first.write_bytes(b"c" * 100)
-    os.utime(first, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if it were the same
+    os.utime(first, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # The times stay the same.
     assert load_digest(tmp_path, weights) is None
     save_digest(tmp_path, weights, "another")
     assert load_digest(tmp_path, weights) == "another"
@@ -37,7 +38,7 @@ def test_it_is_known_until_something_is_touched(tmp_path: Path, weights: Path) -
     assert load_digest(tmp_path, weights) is None
 
 
-def test_what_changed_while_this_process_ran_is_not_believed(
+def test_files_changed_while_the_process_runs_are_not_saved(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -48,11 +49,11 @@ def test_what_changed_while_this_process_ran_is_not_believed(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"digest": 3}', '{"files": [], "digest": 3}'])
-def test_a_damaged_file_knows_nothing(tmp_path: Path, weights: Path, text: str) -> None:
+def test_a_damaged_file_is_ignored(tmp_path: Path, weights: Path, text: str) -> None:
     (tmp_path / NAME).write_text(text)
     assert load_digest(tmp_path, weights) is None and load_digest(tmp_path, tmp_path) is None
 
 
-def test_a_folder_that_takes_nothing_is_left(tmp_path: Path, weights: Path) -> None:
+def test_a_missing_folder_is_not_written(tmp_path: Path, weights: Path) -> None:
     save_digest(tmp_path / "none", weights, "digest")
     assert load_digest(tmp_path / "none", weights) is None

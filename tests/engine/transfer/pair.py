@@ -1,4 +1,4 @@
-"""A prefill engine and decode engines that ask it."""
+"""Helpers for tests of transfers: a prefill engine, and decode engines connected to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = {"cache_gib": 0.05, "check": True, "device": "cpu"}
 
 
 def decode_engine(port: int, **settings: object) -> Engine:
-    """Its memory begins as NaNs: what it reads was written."""
+    """Return a decode engine. Its memory begins as NaNs, so reads of unwritten memory show."""
     settings = SMALL | {"fetch_above": 64, "transfer_timeout_s": 5.0} | settings
     config = engine_config(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
     runner = ModelRunner(config)
@@ -34,7 +34,7 @@ def prefill_config(**settings: object) -> EngineConfig:
 
 @contextlib.contextmanager
 def prefill_thread(**settings: object) -> Iterator[Engine]:
-    """A prefill engine in a thread of this process."""
+    """Run a prefill engine in a thread of this process."""
     engine = Engine(prefill_config(**settings))
     running = AsyncEngine(engine)
     running.start()
@@ -46,7 +46,7 @@ def prefill_thread(**settings: object) -> Iterator[Engine]:
 
 @contextlib.contextmanager
 def prefill_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A prefill engine in a process of its own, and its port."""
+    """Run a prefill engine in its own process. Yield the process and the port."""
     code = (
         "from tests.engine.transfer.pair import *\n"
         "with prefill_thread() as engine:\n"
@@ -73,7 +73,7 @@ def plain_engine(**settings: object) -> Engine:
 
 
 def assert_same(one: Engine, other: Engine, prompts: list[list[int]]) -> None:
-    """The same tokens, and the same log-probabilities bit for bit."""
+    """Check that both engines give the same tokens and bits of log-probabilities."""
     for left, right in zip(
         one.generate(prompts, GREEDY), other.generate(prompts, GREEDY), strict=True
     ):

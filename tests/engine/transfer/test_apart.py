@@ -1,5 +1,5 @@
-"""Prefill in one process, decode in another: the same tokens bit for bit as one engine, whatever
-becomes of the other."""
+"""Tests of prefill and decode in two processes: the same bits as one engine, even if the prefill
+engine dies."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def text(seed: int, length: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def far() -> Iterator[tuple[int, int]]:
-    """(process id, port) of a prefill engine."""
+def prefill() -> Iterator[tuple[int, int]]:
+    """Yield (process id, port) of a prefill engine."""
     with prefill_process() as (process, port):
         yield process.pid, port
 
@@ -43,12 +43,9 @@ def plain() -> Engine:
     return plain_engine()
 
 
-def test_two_processes_give_the_tokens_of_one_cold_and_on_hits(
-    far: tuple[int, int], plain: Engine
-) -> None:
-    """What is sent is what was missing: KV that is here does not come again, and where a prompt
-    goes on from an answer only what follows."""
-    engine = decode_engine(far[1])
+def test_two_processes_give_the_bits_of_one_engine(prefill: tuple[int, int], plain: Engine) -> None:
+    """Check that only missing parts are sent: not cached KV, and after an answer only the rest."""
+    engine = decode_engine(prefill[1])
     first, second = text(0, 700), text(0, 300) + text(1, 250)
     assert_same(plain, engine, [first, second])
     transferred = engine.plugins["disaggregation"].counts
@@ -67,48 +64,48 @@ def test_two_processes_give_the_tokens_of_one_cold_and_on_hits(
     engine.check()
 
 
-def test_a_request_says_what_went_over_for_it(far: tuple[int, int]) -> None:
-    """Exactly: all requests together are what the engine counts."""
-    engine = decode_engine(far[1])
+def test_outputs_report_their_transfers(prefill: tuple[int, int]) -> None:
+    """Check the sum too: all requests together equal the engine's counts."""
+    engine = decode_engine(prefill[1])
     transferred = engine.plugins["disaggregation"].counts
     buffer = PrefixBuffer.of(engine.runner)
     row, state = buffer.row_bytes, buffer.state_bytes
     outputs = engine.generate([text(20, 300), text(21, 200), text(22, 30)], GREEDY)
-    said = [output.transferred for output in outputs]
-    assert said[2] is None
-    assert [one and one[:2] for one in said[:2]] == [
+    transfers = [output.transferred for output in outputs]
+    assert transfers[2] is None
+    assert [one and one[:2] for one in transfers[:2]] == [
         (256, 256 * row + state),
         (192, 192 * row + state),
     ]
     whole = usage(outputs, 1)["prompt_tokens_details"]["transferred"]
     counts = asdict(transferred)
     assert whole == {name: counts[name] for name in ("tokens", "needed_bytes", "wire_bytes")}
-    news = [delta_of(output) for output in outputs]
+    deltas = [delta_of(output) for output in outputs]
     answers = [
         OutputAccumulator(one.request_id, output.prompt_token_ids).add(one)
-        for output, one in zip(outputs, news, strict=True)
+        for output, one in zip(outputs, deltas, strict=True)
     ]
-    assert [answer.transferred for answer in answers] == said
+    assert [answer.transferred for answer in answers] == transfers
     hit = engine.generate([text(20, 300)], GREEDY)[0]
     assert "transferred" not in usage([hit], 1)["prompt_tokens_details"]
 
 
 @pytest.mark.full
-def test_a_prefill_engine_killed_in_the_middle_costs_no_token(
-    far: tuple[int, int], plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: object
+def test_a_prefill_engine_killed_during_a_transfer_loses_no_token(
+    prefill: tuple[int, int], plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: object
 ) -> None:
-    """The last test that ``far`` lives to see."""
-    engine = decode_engine(far[1])
+    """Run last in this file, because it kills the process of ``prefill``."""
+    engine = decode_engine(prefill[1])
     write, num_pieces = PeerFetch._write, 0
 
-    def kill_at_the_third(self: PeerFetch, piece: Piece, data: memoryview) -> None:
+    def kill_at_third_piece(self: PeerFetch, piece: Piece, data: memoryview) -> None:
         nonlocal num_pieces
         num_pieces += 1
         if num_pieces == 3:
-            os.kill(far[0], signal.SIGKILL)
+            os.kill(prefill[0], signal.SIGKILL)
         write(self, piece, data)
 
-    monkeypatch.setattr(PeerFetch, "_write", kill_at_the_third)
+    monkeypatch.setattr(PeerFetch, "_write", kill_at_third_piece)
     prompts = [text(10, 900), text(11, 200)]
     with caplog.at_level(logging.WARNING):  # type: ignore[attr-defined]
         assert_same(plain, engine, prompts)
@@ -116,5 +113,5 @@ def test_a_prefill_engine_killed_in_the_middle_costs_no_token(
     assert transferred.failed >= 1 and num_pieces >= 3
     assert "computed here" in caplog.text  # type: ignore[attr-defined]
     engine.check()
-    assert_same(plain, engine, [prompts[0] + text(12, 300)])  # nobody there any more
+    assert_same(plain, engine, [prompts[0] + text(12, 300)])  # The prefill engine is gone.
     assert [out.cached_len for out in engine.generate([prompts[0]], GREEDY)] == [896]

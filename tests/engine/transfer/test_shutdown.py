@@ -1,4 +1,4 @@
-"""Roles and shutdown: whatever other engines do meanwhile, an engine that is told to end does."""
+"""Tests of roles at shutdown: an engine ends when it should, independent of other engines."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def text(seed: int, length: int) -> list[int]:
     return np.random.default_rng(seed).integers(97, 122, length).tolist()
 
 
-def until(is_true: Callable[[], object], what: str) -> None:
+def wait_until(is_true: Callable[[], object], what: str) -> None:
     for _ in range(6000):
         if is_true():
             return
         time.sleep(0.01)
-    raise AssertionError(f"never: {what}")
+    raise AssertionError(f"{what} did not happen")
 
 
 class GatedEngine:
-    """A prefill engine in a thread, which computes one step for each permit until it is opened."""
+    """Prefill engine in a thread, which computes one step per permit until it is opened."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, starts: bool = True, **settings: object
     ) -> None:
-        # On a busy machine an asker that lives is silent for seconds.
+        # On a busy machine, a live decode engine may be silent for seconds.
         settings = {"transfer_timeout_s": 60.0} | settings
         self.engine = Engine(prefill_config(token_budget=64, **settings))
         self.permits, self.is_open = threading.Semaphore(0), False
@@ -70,7 +70,7 @@ class GatedEngine:
             return forward(*arguments)
 
         monkeypatch.setattr(self.engine.runner, "forward", gated)
-        self.askers: list[Asker] = []
+        self.clients: list[DecodeClient] = []
         self.running = AsyncEngine(self.engine)
         if starts:
             self.running.start()
@@ -83,30 +83,30 @@ class GatedEngine:
     def close(self) -> None:
         self.open()
         self.running.stop()
-        for asker in self.askers:
-            asker.close()
+        for client in self.clients:
+            client.close()
 
-    def told(self, how: str) -> threading.Thread:
-        """Tell the engine to ``stop`` or ``drain``; returns the thread that waits for it."""
+    def begin_end(self, how: str) -> threading.Thread:
+        """Begin to ``stop`` or ``drain`` the engine. Return the thread that waits for the end."""
         end = self.running.stop if how == "stop" else lambda: asyncio.run(self.running.drain())
         thread = threading.Thread(target=end, daemon=True)
         thread.start()
-        until(lambda: not self.running._is_open, "the engine heard of it")
+        wait_until(lambda: not self.running._is_open, "the end of the engine")
         return thread
 
     def accepts(self) -> bool:
-        """Whether it would compute the prefix of one more decode engine."""
-        asker = Asker(self)
+        """Return whether it would compute the prefix of one more decode engine."""
+        client = DecodeClient(self)
         try:
-            asker.ask(text(999, 193))
-            return not isinstance(asker.hear(), Failed)
+            client.ask(text(999, 193))
+            return not isinstance(client.receive(), Failed)
         except TransferError:
             return False
         finally:
-            asker.close()
+            client.close()
 
-    def has_ended(self, thread: threading.Thread) -> None:
-        """The engine has ended, and what it had lent is back."""
+    def expect_end(self, thread: threading.Thread) -> None:
+        """Check that the engine has ended and holds no memory."""
         thread.join(60)
         assert not thread.is_alive() and not self.running.is_alive
         with pytest.raises(OSError):
@@ -115,41 +115,43 @@ class GatedEngine:
         report = self.engine.report()
         assert report.kv.held == report.slots.held == report.num_running == report.num_waiting == 0
         self.engine.reset_prefix_cache()
-        assert self.engine.report().kv.cached == 0, "something is locked"
+        assert self.engine.report().kv.cached == 0, "some entries are locked"
 
 
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[GatedEngine]:
-    far = GatedEngine(monkeypatch)
-    yield far
-    far.close()
+    engine = GatedEngine(monkeypatch)
+    yield engine
+    engine.close()
 
 
-class Asker:
-    """A decode engine's side of one connection, step by step."""
+class DecodeClient:
+    """Decode side of one connection, controlled step by step."""
 
-    def __init__(self, far: GatedEngine, timeout_s: float = 20.0) -> None:
-        self.own = identity(far.engine.config, far.engine.runner)
-        self.unit = PrefixBuffer.of(far.engine.runner)
+    def __init__(self, engine: GatedEngine, timeout_s: float = 20.0) -> None:
+        self.identity = identity(engine.engine.config, engine.engine.runner)
+        self.buffer = PrefixBuffer.of(engine.engine.runner)
         self.context, self.poller, self.num_bytes = zmq.Context(), zmq.Poller(), 0
         self.connection = Connection(
-            self.context, self.poller, far.address, timeout_s=timeout_s, max_bytes=1 << 24
+            self.context, self.poller, engine.address, timeout_s=timeout_s, max_bytes=1 << 24
         )
-        far.askers.append(self)
+        engine.clients.append(self)
 
     def ask(self, tokens: list[int]) -> None:
         data = np.asarray(tokens, np.int32).tobytes()
-        self.connection.send(Ask(self.own, data, 0, None, ()))
+        self.connection.send(Ask(self.identity, data, 0, None, ()))
 
-    def hear(self) -> object:
-        """The next message; a piece is confirmed."""
+    def receive(self) -> object:
+        """Return the next message, and confirm a piece."""
         while (received := self.connection.receive()) is None:
             self.poller.poll(20)
         message, data = received
         match message:
             case Piece(part, start, end):
-                unit = self.unit
-                size = unit.state_bytes if part is None else (end - start) * unit.part_bytes[part]
+                buffer = self.buffer
+                size = (
+                    buffer.state_bytes if part is None else (end - start) * buffer.part_bytes[part]
+                )
                 assert len(data) == size
                 self.num_bytes += size
                 self.connection.send(Taken(self.num_bytes))
@@ -157,17 +159,19 @@ class Asker:
                 assert error.message
         return message
 
-    def hear_piece(self) -> None:
-        while not isinstance(self.hear(), Piece):
+    def receive_piece(self) -> None:
+        while not isinstance(self.receive(), Piece):
             pass
 
-    def hear_all(self, tokens: list[int] | None = None) -> str:
-        """How it ends: ``done``, ``failed``, or ``gone`` where the connection was closed.
-        ``tokens`` are asked for first."""
+    def finish(self, tokens: list[int] | None = None) -> str:
+        """Receive the rest: return ``done``, ``failed``, or ``gone`` if the connection was closed.
+
+        With ``tokens``, request them first.
+        """
         with contextlib.suppress(TransferError):
             if tokens is not None:
                 self.ask(tokens)
-            while not isinstance(end := self.hear(), Done | Failed):
+            while not isinstance(end := self.receive(), Done | Failed):
                 pass
             self.connection.send(End())
             self.num_bytes = 0
@@ -182,111 +186,114 @@ class Asker:
             self.context.term()
 
 
-def test_a_drain_finishes_the_prefixes_in_progress_and_takes_no_more(
+def test_a_drain_finishes_prefixes_in_progress_and_refuses_new_ones(
     gated: GatedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to their last byte: nothing is left to the end itself."""
+    """Check that the last byte is sent before the end."""
     monkeypatch.setattr(serve, "CLOSE_S", 0.0)
-    again, first, idle = Asker(gated), Asker(gated), Asker(gated)
+    again, first, idle = DecodeClient(gated), DecodeClient(gated), DecodeClient(gated)
     again.ask(text(0, 193))  # three steps
     gated.permits.release()
-    again.hear_piece()
+    again.receive_piece()
     first.ask(text(2, 193))
-    assert isinstance(first.hear(), Alive), "it was accepted"
-    ending = gated.told("drain")
+    assert isinstance(first.receive(), Alive), "it was accepted"
+    ending = gated.begin_end("drain")
     gated.permits.release()
-    until(lambda: not gated.accepts(), "an engine that drains accepts no more")
-    assert idle.hear_all(text(1, 193)) in ("failed", "gone")
+    wait_until(lambda: not gated.accepts(), "a refusal by the draining engine")
+    assert idle.finish(text(1, 193)) in ("failed", "gone")
     gated.permits.release(2)
-    assert again.hear_all() == "done"
-    assert again.hear_all(text(3, 193)) == "failed", "the next prefix of the same connection"
+    assert again.finish() == "done"
+    assert again.finish(text(3, 193)) == "failed", "the next prefix of the same connection"
     assert ending.is_alive()
     gated.open()
-    until(lambda: not gated.engine.requests, "it is computed")
+    wait_until(lambda: not gated.engine.requests, "the end of the computation")
     time.sleep(0.3)  # Its last bytes are read late.
-    assert first.hear_all() == "done"
-    gated.has_ended(ending)
+    assert first.finish() == "done"
+    gated.expect_end(ending)
     assert gated.engine.plugins["disaggregation"].counts.prefixes == 2
 
 
 @pytest.mark.full("stop")
 @pytest.mark.parametrize("how", ["drain", "stop"])
-def test_decode_engines_that_keep_asking_hold_no_end_up(gated: GatedEngine, how: str) -> None:
-    """The next prefix is always asked for before the last one has come."""
+def test_decode_engines_that_keep_asking_do_not_delay_the_end(gated: GatedEngine, how: str) -> None:
+    """Check engines that always request the next prefix before the last one is complete."""
     gated.open()
     enough = threading.Event()
     answered: list[str] = []
 
     def keep_asking(number: int) -> None:
-        asker = Asker(gated)
+        client = DecodeClient(gated)
         for turn in range(200):
-            answered.append(asker.hear_all(text(1000 * number + turn, 257)))
+            answered.append(client.finish(text(1000 * number + turn, 257)))
             if enough.is_set() or answered[-1] == "gone":
                 return
 
-    askers = [threading.Thread(target=keep_asking, args=(n,), daemon=True) for n in range(4)]
-    for asker in askers:
-        asker.start()
-    until(lambda: len(answered) >= 4, "four prefixes were sent")
+    clients = [threading.Thread(target=keep_asking, args=(n,), daemon=True) for n in range(4)]
+    for client in clients:
+        client.start()
+    wait_until(lambda: len(answered) >= 4, "the transfer of four prefixes")
     before = len(answered)
-    ending = gated.told(how)
-    gated.has_ended(ending)
+    ending = gated.begin_end(how)
+    gated.expect_end(ending)
     enough.set()
-    for asker in askers:
-        asker.join(60)
-    # Those in progress when it was told, and those that came before the step then computed ended.
-    served = [how_ended for how_ended in answered[before:] if how_ended == "done"]
-    assert len(served) <= 3 * len(askers)
+    for client in clients:
+        client.join(60)
+    # Prefixes in progress at the call were finished, and those that came before the end of the
+    # step.
+    served = [result for result in answered[before:] if result == "done"]
+    assert len(served) <= 3 * len(clients)
 
 
 @pytest.mark.full("dies-drain")
 @pytest.mark.parametrize("how", ["drain", "stop"])
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
-def test_a_decode_engine_that_dies_or_hangs_holds_no_end_up(
+def test_a_decode_engine_that_dies_or_hangs_does_not_delay_the_end(
     monkeypatch: pytest.MonkeyPatch, how: str, fault: str
 ) -> None:
-    """One that hangs is given up after the time of silence that was configured, or at once by
-    ``stop``."""
+    """Check that a hung engine is given up after ``transfer_timeout_s``, or at once by ``stop``."""
     monkeypatch.setattr(serve, "ALIVE_S", 0.05)
     gated = GatedEngine(monkeypatch, transfer_timeout_s=2.0 if fault == "hangs" else 60.0)
-    bad, good = Asker(gated), Asker(gated)
+    bad, good = DecodeClient(gated), DecodeClient(gated)
     bad.ask(text(2, 193))
     gated.permits.release()
-    bad.hear_piece()
+    bad.receive_piece()
     good.ask(text(3, 257))
-    assert isinstance(good.hear(), Alive), "it was accepted"
+    assert isinstance(good.receive(), Alive), "it was accepted"
     if fault == "dies":
         bad.connection.close()
         bad.context.destroy(0)
-    ending = gated.told(how)
+    ending = gated.begin_end(how)
     gated.open()
-    assert good.hear_all() in (["done"] if how == "drain" else ["failed", "gone"])
-    gated.has_ended(ending)
+    assert good.finish() in (["done"] if how == "drain" else ["failed", "gone"])
+    gated.expect_end(ending)
     gated.close()
 
 
-def test_a_drain_that_takes_too_long_is_cut_short_by_stop(
+def test_stop_ends_a_drain_that_takes_too_long(
     gated: GatedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the server does at its deadline: here the decode engine never reads on."""
+    """Check the server's action at its deadline, with a decode engine that never reads on."""
     monkeypatch.setattr(serve, "CLOSE_S", 0.1)
     monkeypatch.setattr(serve, "MAX_QUEUED_BYTES", 1)
-    hangs = Asker(gated)
+    hangs = DecodeClient(gated)
     hangs.ask(text(4, 193))
     gated.permits.release()
-    hangs.hear_piece()
-    draining = gated.told("drain")
+    hangs.receive_piece()
+    draining = gated.begin_end("drain")
     gated.open()
-    until(lambda: not gated.engine.num_waiting + len(gated.engine.requests), "it is computed")
+    wait_until(
+        lambda: not gated.engine.num_waiting + len(gated.engine.requests),
+        "the end of the computation",
+    )
     assert draining.is_alive()
     gated.running.stop()
-    gated.has_ended(draining)
+    gated.expect_end(draining)
 
 
-def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
+def test_a_server_that_ends_refuses_other_engines_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While its own clients are still being answered."""
+    """Check it while the server's own clients are still served."""
     gated = GatedEngine(monkeypatch, starts=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Server(gated.running, ServerConfig(drain_s=300))
@@ -299,14 +306,14 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
             target=lambda: answers.append(httpx.post(url, json=body, timeout=300)), daemon=True
         )
         client.start()
-        until(lambda: gated.engine.requests, "the client is served")
+        wait_until(lambda: gated.engine.requests, "the start of the client's request")
         server.should_exit = True
 
         def refuses_after_a_step() -> bool:
             gated.permits.release()
             return not gated.accepts()
 
-        until(refuses_after_a_step, "it serves no other engine")
+        wait_until(refuses_after_a_step, "the refusal of other engines")
         assert not answers and gated.running.is_alive
         gated.open()
         client.join(300)
@@ -316,29 +323,32 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
 
 
 @pytest.mark.full
-def test_close_of_an_engine_without_a_thread_ends_what_it_does_for_others() -> None:
-    far = GatedEngine.__new__(GatedEngine)
-    far.engine, far.askers = Engine(prefill_config(token_budget=64)), []
-    far.address = far.engine.plugins["disaggregation"].server.address
-    asker, idle = Asker(far), Asker(far)
-    asker.ask(text(12, 193))
-    until(far.engine.has_work, "it was asked")
-    far.engine.step()
-    far.engine.submit(text(13, 90), FEW)
-    late = Asker(far)
+def test_close_of_an_engine_without_a_thread_ends_its_transfers() -> None:
+    engine = GatedEngine.__new__(GatedEngine)
+    engine.engine, engine.clients = Engine(prefill_config(token_budget=64)), []
+    engine.address = engine.engine.plugins["disaggregation"].server.address
+    client, idle = DecodeClient(engine), DecodeClient(engine)
+    client.ask(text(12, 193))
+    wait_until(engine.engine.has_work, "the arrival of the prefix")
+    engine.engine.step()
+    engine.engine.submit(text(13, 90), FEW)
+    late = DecodeClient(engine)
     late.ask(text(15, 193))
-    until(lambda: far.engine.plugins["disaggregation"].server._asked.qsize(), "it was asked again")
-    far.engine.close()
-    assert not far.engine.has_work() and not far.accepts()
-    assert late.hear_all() == "failed" and asker.hear_all() in ("failed", "gone")
-    assert idle.hear_all(text(14, 193)) == "gone"
-    far.engine.check()
-    assert far.engine.report().kv.held == 0
-    for one in far.askers:
+    wait_until(
+        lambda: engine.engine.plugins["disaggregation"].server._asked.qsize(),
+        "the arrival of the second prefix",
+    )
+    engine.engine.close()
+    assert not engine.engine.has_work() and not engine.accepts()
+    assert late.finish() == "failed" and client.finish() in ("failed", "gone")
+    assert idle.finish(text(14, 193)) == "gone"
+    engine.engine.check()
+    assert engine.engine.report().kv.held == 0
+    for one in engine.clients:
         one.close()
 
 
-def test_an_engine_that_never_started_lets_go_of_its_address() -> None:
+def test_an_engine_that_never_started_releases_its_address() -> None:
     engine = Engine(prefill_config())
     address = engine.plugins["disaggregation"].server.address
     AsyncEngine(engine).stop()
@@ -346,44 +356,42 @@ def test_an_engine_that_never_started_lets_go_of_its_address() -> None:
         socket.create_connection(address, 5)
 
 
-def test_more_prefixes_than_may_be_are_told_so(
-    gated: GatedEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_prefixes_are_refused(gated: GatedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "MAX_PREFIXES", 3)
-    askers = [Asker(gated) for _ in range(3)]
-    for number, asker in enumerate(askers):
-        asker.ask(text(number, 193))
-        asker.hear()
-    more = Asker(gated)
+    clients = [DecodeClient(gated) for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.ask(text(number, 193))
+        client.receive()
+    more = DecodeClient(gated)
     more.ask(text(5, 193))
-    failed = more.hear()
+    failed = more.receive()
     assert isinstance(failed, Failed) and "too many prefixes" in failed.error.message
     gated.open()
-    assert askers[0].hear_all() == "done"
-    until(lambda: more.hear_all(text(5, 193)) == "done", "there is room again")
-    assert askers[1].hear_all() == askers[2].hear_all() == "done"
+    assert clients[0].finish() == "done"
+    wait_until(lambda: more.finish(text(5, 193)) == "done", "the acceptance of another prefix")
+    assert clients[1].finish() == clients[2].finish() == "done"
 
 
 def test_prefixes_leave_no_thread_and_no_descriptor(gated: GatedEngine) -> None:
     gated.open()
 
-    def held() -> tuple[int, int]:
+    def resources() -> tuple[int, int]:
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     def serve_one(number: int) -> None:
-        asker = Asker(gated)
-        assert asker.hear_all(text(6 + number, 193)) == "done"
-        asker.close()
+        client = DecodeClient(gated)
+        assert client.finish(text(6 + number, 193)) == "done"
+        client.close()
 
     serve_one(0)
-    before = held()
+    before = resources()
     for number in range(1, 6):
         serve_one(number)
-    until(lambda: held() <= before, "threads and descriptors of closed connections are released")
+    wait_until(lambda: resources() <= before, "the release of threads and descriptors")
 
 
 def listeners() -> set[str]:
-    """Local addresses of this machine's listening TCP sockets, in hexadecimal."""
+    """Return the local addresses of listening TCP sockets, in hexadecimal."""
     found = set()
     for name in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(FileNotFoundError), open(name) as lines:
@@ -391,7 +399,7 @@ def listeners() -> set[str]:
     return found
 
 
-def test_nothing_listens_beyond_the_address_that_was_named() -> None:
+def test_only_the_given_address_is_listened_on() -> None:
     before = listeners()
     engine = Engine(prefill_config())
     new = {address.split(":")[0] for address in listeners() - before}
@@ -399,8 +407,8 @@ def test_nothing_listens_beyond_the_address_that_was_named() -> None:
     assert all(not set(address) <= {"0"} for address in new), "it listens on every interface"
 
 
-class Silent:
-    """What accepts connections and never says a word."""
+class SilentServer:
+    """Server that accepts connections and never sends anything."""
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -421,11 +429,11 @@ class Silent:
 
 @pytest.mark.full("drain")
 @pytest.mark.parametrize("how", ["drain", "stop"])
-def test_a_decode_engine_whose_prefill_engine_is_silent_ends(how: str) -> None:
-    """More prompts than may be fetched at once, and one that fetches nothing: it is answered
+def test_a_decode_engine_ends_although_its_prefill_engine_is_silent(how: str) -> None:
+    """Submit more prompts than may load at once, and one without a load, which is answered
     meanwhile."""
-    far = Silent()
-    engine = decode_engine(far.port, transfer_timeout_s=1000.0 if how == "stop" else 0.5)
+    silent = SilentServer()
+    engine = decode_engine(silent.port, transfer_timeout_s=1000.0 if how == "stop" else 0.5)
     running = AsyncEngine(engine)
 
     async def main() -> None:
@@ -447,7 +455,7 @@ def test_a_decode_engine_whose_prefill_engine_is_silent_ends(how: str) -> None:
         await ending
 
     asyncio.run(asyncio.wait_for(main(), 100))
-    far.close()
+    silent.close()
     engine.check()
     report = engine.report()
     assert report.kv.held == report.slots.held == report.num_running == report.num_waiting == 0
@@ -456,8 +464,10 @@ def test_a_decode_engine_whose_prefill_engine_is_silent_ends(how: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(3))
 def test_two_roles_end_in_any_order_under_load(seed: int) -> None:
-    """Every request gets its answer, the same as of one engine, or is told that its engine
-    stopped; nothing is held anywhere after."""
+    """Check that every request gets the answer of one engine, or the error that its engine stopped.
+
+    No engine holds memory afterwards.
+    """
     choose = random.Random(seed)
     plain = plain_engine()
     prefill = Engine(prefill_config())
@@ -468,7 +478,7 @@ def test_two_roles_end_in_any_order_under_load(seed: int) -> None:
     prompts = [text(100 * seed + k, choose.choice([30, 300, 700])) for k in range(14)]
     expected = {k: output.token_ids for k, output in enumerate(plain.generate(prompts, FEW))}
     order = choose.sample(["prefill", "decode"], 2)
-    hows = {name: choose.choice(["drain", "stop"]) for name in order}
+    ends = {name: choose.choice(["drain", "stop"]) for name in order}
 
     async def main() -> None:
         for running in engines.values():
@@ -483,7 +493,7 @@ def test_two_roles_end_in_any_order_under_load(seed: int) -> None:
             try:
                 outputs = [output async for output in streams[k]]
             except EngineStopped:
-                assert hows[name] == "stop"
+                assert ends[name] == "stop"
                 return
             assert outputs[-1].token_ids == expected[k]
 
@@ -491,7 +501,7 @@ def test_two_roles_end_in_any_order_under_load(seed: int) -> None:
         for name in order:
             await asyncio.sleep(choose.choice([0, 0.02, 0.2]))
             running = engines[name]
-            if hows[name] == "drain":
+            if ends[name] == "drain":
                 await running.drain()
             else:
                 await asyncio.to_thread(running.stop)

@@ -1,4 +1,4 @@
-"""What goes from one engine to another, and what happens when it does not: both in this process."""
+"""Tests of transfers between two engines in this process, and of their failures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def text(seed: int, length: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def far() -> Iterator[Engine]:
+def prefill() -> Iterator[Engine]:
     with prefill_thread() as engine:
         yield engine
 
@@ -69,14 +69,14 @@ def counts_of(engine: Engine) -> dict[str, int]:
     return asdict(engine.plugins["disaggregation"].counts)
 
 
-def settled(engine: Engine) -> None:
-    """Wait until a prefill engine has nothing left to do."""
+def wait_until_idle(engine: Engine) -> None:
+    """Wait until a prefill engine has no work left."""
     assert engine.plugins["disaggregation"].server is not None
     for _ in range(500):
         if not (engine.has_work() or engine.plugins["disaggregation"].server.has_work):
             return
         time.sleep(0.01)
-    raise AssertionError("it never came to rest")
+    raise AssertionError("the engine never became idle")
 
 
 FORMS = {
@@ -89,8 +89,9 @@ FORMS = {
 
 @pytest.mark.full("int8-checkpoints", "pools-bfloat16", "attention-only")
 @pytest.mark.parametrize("form", FORMS)
-def test_any_form_of_memory_travels(form: str, tmp_path: Path) -> None:
-    """A checkpoint in fewer bits is that of one engine too, where a request resumes from it."""
+def test_every_memory_format_can_be_transferred(form: str, tmp_path: Path) -> None:
+    """Check narrow checkpoints too: a request resumes from the same rounded state as in one
+    engine."""
     model, settings = FORMS[form]
     (tmp_path / "config.json").write_text(json.dumps(model))
     settings = {"model": str(tmp_path), "load_format": "dummy", "grid": 128} | settings
@@ -99,8 +100,8 @@ def test_any_form_of_memory_travels(form: str, tmp_path: Path) -> None:
     else:
         settings["cache_gib"] = None
     prompts = [text(0, 400), text(0, 140) + text(1, 200), text(2, 30)]
-    with prefill_thread(**settings) as far:
-        engine = decode_engine(port_of(far), **settings)
+    with prefill_thread(**settings) as prefill:
+        engine = decode_engine(port_of(prefill), **settings)
         plain = plain_engine(**settings)
         if "checkpoint_dtype" in settings:
             del prompts[1]
@@ -112,36 +113,36 @@ def test_any_form_of_memory_travels(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_head_that_drafts_finds_its_rows_and_its_hidden_vector(plain: Engine) -> None:
+def test_rows_and_hidden_vectors_of_a_head_are_transferred(plain: Engine) -> None:
     settings = {"draft": "mtp:3"}
     prompt = list(b"for i in range(10): print(i)\n" * 14)
-    with prefill_thread(**settings) as far:
-        engine = decode_engine(port_of(far), **settings)
-        own = plain_engine(**settings)
-        assert_same(own, engine, [prompt])
-        left, right = (one.generate([prompt + prompt], GREEDY)[0] for one in (own, engine))
+    with prefill_thread(**settings) as prefill:
+        engine = decode_engine(port_of(prefill), **settings)
+        single = plain_engine(**settings)
+        assert_same(single, engine, [prompt])
+        left, right = (one.generate([prompt + prompt], GREEDY)[0] for one in (single, engine))
         assert left.drafts == right.drafts and left.drafts is not None
     assert counts_of(engine)["prefixes"] == 2
 
 
-def test_layers_leave_while_the_step_that_computes_them_goes_on(
-    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+def test_layers_are_sent_during_the_step_that_computes_them(
+    prefill: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[object] = []
     put, advance = Outgoing._put, Outgoing.advance
 
-    def noting_put(self, piece, copied):
+    def spy_put(self, piece, copied):
         events.append(piece.part)
         put(self, piece, copied)
 
-    def noting_advance(self, unit, manager):
+    def spy_advance(self, buffer, manager):
         events.append("step")
-        advance(self, unit, manager)
+        advance(self, buffer, manager)
 
-    monkeypatch.setattr(Outgoing, "_put", noting_put)
-    monkeypatch.setattr(Outgoing, "advance", noting_advance)
-    assert_same(plain, decode_engine(port_of(far)), [text(20, 1500)])
-    parts = list(range(len(PrefixBuffer.of(far.runner).part_bytes)))  # type: ignore[attr-defined]
+    monkeypatch.setattr(Outgoing, "_put", spy_put)
+    monkeypatch.setattr(Outgoing, "advance", spy_advance)
+    assert_same(plain, decode_engine(port_of(prefill)), [text(20, 1500)])
+    parts = list(range(len(PrefixBuffer.of(prefill.runner).part_bytes)))  # type: ignore[attr-defined]
     computed = [event for event in events if event != "step"]
     assert computed == [*parts, *parts, None]  # two chunks, and the state at the end
     first = events.index(0)
@@ -152,104 +153,113 @@ def test_layers_leave_while_the_step_that_computes_them_goes_on(
 @pytest.mark.parametrize(
     ("grid", "differs"), [(128, "checkpoint grid"), (32, "tile, checkpoint grid")]
 )
-def test_another_model_is_refused_in_one_sentence(
-    far: Engine, caplog: pytest.LogCaptureFixture, grid: int, differs: str
+def test_a_different_model_is_refused_in_one_sentence(
+    prefill: Engine, caplog: pytest.LogCaptureFixture, grid: int, differs: str
 ) -> None:
-    engine = decode_engine(port_of(far), grid=grid)
+    engine = decode_engine(port_of(prefill), grid=grid)
     with caplog.at_level(logging.WARNING):
         assert_same(plain_engine(grid=grid), engine, [text(30, 300)])
-    [said] = caplog.messages
-    assert said.endswith(f"it differs in {differs}: configure both the same.")
+    [warning] = caplog.messages
+    assert warning.endswith(f"it differs in {differs}: configure both the same.")
     assert counts_of(engine)["failed"] == 1
 
 
-def test_nobody_there_costs_a_moment_and_no_token(plain: Engine) -> None:
+def test_an_unreachable_prefill_engine_loses_no_token(plain: Engine) -> None:
     engine = decode_engine(1)
     assert_same(plain, engine, [text(31, 300), text(32, 300)])
     assert counts_of(engine)["failed"] >= 1 and counts_of(engine)["prefixes"] == 0
     engine.check()
 
 
-def test_who_leaves_while_its_prefix_comes_leaves_nothing_here_or_there(
-    far: Engine, monkeypatch: pytest.MonkeyPatch
+def test_an_abort_during_a_transfer_frees_both_engines(
+    prefill: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = decode_engine(port_of(far))
-    receive, left = Connection.receive, [3]
+    engine = decode_engine(port_of(prefill))
+    receive, remaining = Connection.receive, [3]
 
-    def three(self: Connection) -> object:
-        left[0] -= 1
-        return receive(self) if left[0] >= 0 else None
+    def receive_three(self: Connection) -> object:
+        remaining[0] -= 1
+        return receive(self) if remaining[0] >= 0 else None
 
-    monkeypatch.setattr(Connection, "receive", three)
+    monkeypatch.setattr(Connection, "receive", receive_three)
     name = engine.submit(text(40, 900), GREEDY)
     near = engine.submit(text(41, 20), SamplingParams(max_tokens=4))
     finished = []
     while near not in finished:
         finished += [output.request_id for output in engine.step() if output.is_finished]
-    assert name not in finished, "the others wait for a prefix on its way"
+    assert name not in finished, "other requests must not wait for a transfer"
     engine.abort(name)
     assert not engine.has_work()
     engine.check()
-    settled(far)
+    wait_until_idle(prefill)
 
 
-def test_what_breaks_on_the_other_side_is_said_and_computed_here(
-    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_failures_of_the_prefill_engine_are_logged_and_computed_here(
+    prefill: Engine,
+    plain: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A step that breaks off; a prompt that has no room there."""
-    forward = far.runner.forward
+    """Check a failed step, and a prompt that is too long for the prefill engine."""
+    forward = prefill.runner.forward
 
-    def once(*arguments: object) -> object:
-        monkeypatch.setattr(far.runner, "forward", forward)
+    def fail_once(*arguments: object) -> object:
+        monkeypatch.setattr(prefill.runner, "forward", forward)
         raise RuntimeError("the device is gone")
 
-    engine = decode_engine(port_of(far))
-    monkeypatch.setattr(far.runner, "forward", once)
+    engine = decode_engine(port_of(prefill))
+    monkeypatch.setattr(prefill.runner, "forward", fail_once)
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(50, 300)])
     assert "a step of the prefill engine failed" in caplog.text
-    engine = decode_engine(port_of(far))
-    monkeypatch.setattr(far._intake, "_max_model_len", 200)
+    engine = decode_engine(port_of(prefill))
+    monkeypatch.setattr(prefill._intake, "_max_model_len", 200)
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(51, 300)])
     assert "maximum context length is 200 tokens" in caplog.text
-    settled(far)
+    wait_until_idle(prefill)
 
 
-def test_a_prompt_that_is_refused_there_says_nothing_of_the_next(
-    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+def test_a_refused_prompt_does_not_affect_the_next_one(
+    prefill: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine that fails is left alone for a while; one that refuses a prompt is not."""
-    engine = decode_engine(port_of(far))
-    monkeypatch.setattr(far._intake, "_max_model_len", 200)
+    """Check that only an engine that fails is not used for a while."""
+    engine = decode_engine(port_of(prefill))
+    monkeypatch.setattr(prefill._intake, "_max_model_len", 200)
     for number, length in ((52, 300), (53, 150)):
         assert_same(plain, engine, [text(number, length)])
     assert (counts_of(engine)["failed"], counts_of(engine)["prefixes"]) == (1, 1)
-    settled(far)
+    wait_until_idle(prefill)
 
 
 @pytest.mark.full
-def test_an_engine_that_computes_nothing_counts_as_gone(
-    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_engine_that_does_not_step_counts_as_gone(
+    prefill: Engine,
+    plain: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its connection lives, and says so only as long as its engine steps."""
-    server = far.plugins["disaggregation"].server
+    """Check an engine with a live connection that does not step: it sends no signs of life."""
+    server = prefill.plugins["disaggregation"].server
     assert server is not None
-    engine = decode_engine(port_of(far), transfer_timeout_s=1.0)
+    engine = decode_engine(port_of(prefill), transfer_timeout_s=1.0)
     monkeypatch.setattr(server, "_timeout_s", 1.0)
     monkeypatch.setattr(server, "before_step", lambda: time.sleep(0.05))
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(60, 300)])
     assert counts_of(engine)["failed"] == 1 and "computed here" in caplog.text
     monkeypatch.undo()
-    settled(far)
+    wait_until_idle(prefill)
 
 
-def test_another_version_is_refused_by_name(
-    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_another_protocol_version_is_refused_by_name(
+    prefill: Engine,
+    plain: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(prefix_buffer, "PROTOCOL", "2")
-    engine = decode_engine(port_of(far))
+    engine = decode_engine(port_of(prefill))
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(80, 300)])
     assert caplog.messages[0].endswith("differs in transfer protocol: configure both the same.")
@@ -257,17 +267,15 @@ def test_another_version_is_refused_by_name(
 
 @contextlib.contextmanager
 def stranger(port: int) -> Iterator[zmq.Socket[bytes]]:
-    """A ZeroMQ socket that is connected to the port."""
+    """Connect a ZeroMQ socket to the port."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as made:
         made.linger, made.rcvtimeo = 0, 20_000
         made.connect(f"tcp://127.0.0.1:{port}")
         yield made
 
 
-def test_garbage_on_the_port_costs_its_sender_the_connection_and_nothing_else(
-    far: Engine, plain: Engine
-) -> None:
-    port, rng = port_of(far), np.random.default_rng(81)
+def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, plain: Engine) -> None:
+    port, rng = port_of(prefill), np.random.default_rng(81)
     raw = [
         b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 9,
         b"\x16\x03\x01\x02\x00\x01\x00",
@@ -279,7 +287,7 @@ def test_garbage_on_the_port_costs_its_sender_the_connection_and_nothing_else(
     for data in raw:
         silent.append(socket.create_connection(("127.0.0.1", port), 5))
         silent[-1].sendall(data)
-    own = identity(far.config, far.runner)
+    own = identity(prefill.config, prefill.runner)
     good = [own, b"\1\0\0\0" * 100, 0, None, []]
 
     def ask(**changes: object) -> bytes:
@@ -310,7 +318,8 @@ def test_garbage_on_the_port_costs_its_sender_the_connection_and_nothing_else(
             socket_of.send(data)
             assert isinstance(msgspec.msgpack.decode(socket_of.recv(), type=ToDecode), Failed)
     with stranger(port) as socket_of:
-        for data in (["Taken", 1 << 60], ["Taken", -5], ["End"]):  # of a prefix that nobody asked
+        # For a prefix that was not requested.
+        for data in (["Taken", 1 << 60], ["Taken", -5], ["End"]):
             socket_of.send(msgspec.msgpack.encode(data))
         socket_of.send_multipart([b"a", b"", b"b"])
         assert isinstance(msgspec.msgpack.decode(socket_of.recv(), type=ToDecode), Failed)
@@ -319,13 +328,17 @@ def test_garbage_on_the_port_costs_its_sender_the_connection_and_nothing_else(
     assert counts_of(engine)["prefixes"] == 1
     for connection in silent:
         connection.close()
-    settled(far)
-    assert not far.plugins["disaggregation"].server._sessions
+    wait_until_idle(prefill)
+    assert not prefill.plugins["disaggregation"].server._sessions
 
 
-def test_a_message_that_is_too_large_is_not_received(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_is_too_large_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "MAX_ASK_BYTES", 10_000)
-    with prefill_thread() as far, stranger(port_of(far)) as large, stranger(port_of(far)) as small:
+    with (
+        prefill_thread() as prefill,
+        stranger(port_of(prefill)) as large,
+        stranger(port_of(prefill)) as small,
+    ):
         large.rcvtimeo = 300
         large.send(bytes(10_001))
         with pytest.raises(zmq.Again):
@@ -334,41 +347,41 @@ def test_a_message_that_is_too_large_is_not_received(monkeypatch: pytest.MonkeyP
         assert isinstance(msgspec.msgpack.decode(small.recv(), type=ToDecode), Failed)
 
 
-def test_a_decode_engine_that_reads_slowly_holds_little_memory_and_no_other_up(
-    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+def test_a_slow_decode_engine_holds_little_memory_and_delays_no_other(
+    prefill: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It confirms nothing until another one has been served."""
-    limit, unit = 50_000, PrefixBuffer.of(far.runner)  # type: ignore[arg-type]
+    """Check a client that confirms nothing until another one has been served."""
+    limit, buffer = 50_000, PrefixBuffer.of(prefill.runner)  # type: ignore[arg-type]
     monkeypatch.setattr(prefill_server, "MAX_QUEUED_BYTES", limit)
     monkeypatch.setattr(prefill_server, "PIECE_BYTES", 10_000)
-    prompt, own = np.asarray(text(83, 641), np.int32), identity(far.config, far.runner)
-    with stranger(port_of(far)) as slow:
+    prompt, own = np.asarray(text(83, 641), np.int32), identity(prefill.config, prefill.runner)
+    with stranger(port_of(prefill)) as slow:
         slow.send(msgspec.msgpack.encode(Ask(own, prompt.tobytes(), 0, None, ())))
         received, is_first = 0, True
         while True:
             message, *rest = slow.recv_multipart()
-            said = msgspec.msgpack.decode(message, type=ToDecode)
+            reply = msgspec.msgpack.decode(message, type=ToDecode)
             received += sum(map(len, rest))
-            if isinstance(said, Piece) and is_first:
-                engine, is_first = decode_engine(port_of(far)), False
+            if isinstance(reply, Piece) and is_first:
+                engine, is_first = decode_engine(port_of(prefill)), False
                 assert_same(plain, engine, [text(84, 300)])
                 assert counts_of(engine)["prefixes"] == 1
-                [session] = far.plugins["disaggregation"].server._sessions.values()
+                [session] = prefill.plugins["disaggregation"].server._sessions.values()
                 assert not session.has_ended
                 assert received < session.num_queued_bytes <= limit + 10_000
-            if isinstance(said, Piece):
+            if isinstance(reply, Piece):
                 slow.send(msgspec.msgpack.encode(Taken(received)))
-            elif not isinstance(said, Alive):
+            elif not isinstance(reply, Alive):
                 break
-        assert isinstance(said, Done)
-        assert received == 640 * unit.row_bytes + unit.state_bytes
+        assert isinstance(reply, Done)
+        assert received == 640 * buffer.row_bytes + buffer.state_bytes
         slow.send(msgspec.msgpack.encode(["End"]))
-    settled(far)
+    wait_until_idle(prefill)
 
 
 @contextlib.contextmanager
 def impostor(answers: Sequence[Sequence[bytes] | None]) -> Iterator[int]:
-    """A port where each prefix is answered with ``answers``. None ends the connection."""
+    """Open a port where each request for a prefix gets ``answers``. None ends the connection."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.linger = 0
         port = router.bind_to_random_port("tcp://127.0.0.1")
@@ -395,12 +408,12 @@ def impostor(answers: Sequence[Sequence[bytes] | None]) -> Iterator[int]:
         thread.join()
 
 
-def message(said: ToDecode, data: bytes | None = None) -> list[bytes]:
-    return [msgspec.msgpack.encode(said), *([] if data is None else [data])]
+def message(reply: ToDecode, data: bytes | None = None) -> list[bytes]:
+    return [msgspec.msgpack.encode(reply), *([] if data is None else [data])]
 
 
 @pytest.mark.parametrize(
-    ("answers", "why"),
+    ("answers", "reason"),
     [
         ([[b"\xc1"]], "unclear"),
         ([message(Alive()), message(Done())], ""),
@@ -414,8 +427,8 @@ def message(said: ToDecode, data: bytes | None = None) -> list[bytes]:
         ([], "was silent for 0.3 seconds"),
     ],
 )
-def test_a_prefill_engine_that_answers_anything_else_costs_no_token(
-    plain: Engine, caplog: pytest.LogCaptureFixture, answers: list[list[bytes] | None], why: str
+def test_wrong_answers_of_a_prefill_engine_lose_no_token(
+    plain: Engine, caplog: pytest.LogCaptureFixture, answers: list[list[bytes] | None], reason: str
 ) -> None:
     with impostor(answers) as port, caplog.at_level(logging.WARNING):
         engine = decode_engine(port, transfer_timeout_s=0.3)
@@ -423,18 +436,18 @@ def test_a_prefill_engine_that_answers_anything_else_costs_no_token(
         assert counts_of(engine)["failed"] == 1 and counts_of(engine)["prefixes"] == 0
         engine.check()
         engine.close()
-    assert why in caplog.text
+    assert reason in caplog.text
 
 
-def test_bytes_are_reported(far: Engine, plain: Engine) -> None:
-    assert_same(plain, decode_engine(port_of(far)), [text(70, 300)])
-    shown = Metrics().render(far.report()).decode()
-    assert f"engine_transferred_prefixes_total {far.report().transfers['prefixes']}.0" in shown
-    assert far.report().as_dict()["transfers"]["needed_bytes"] > 0
+def test_transferred_bytes_are_reported(prefill: Engine, plain: Engine) -> None:
+    assert_same(plain, decode_engine(port_of(prefill)), [text(70, 300)])
+    shown = Metrics().render(prefill.report()).decode()
+    assert f"engine_transferred_prefixes_total {prefill.report().transfers['prefixes']}.0" in shown
+    assert prefill.report().as_dict()["transfers"]["needed_bytes"] > 0
 
 
-def test_settings_that_can_not_work_are_one_sentence() -> None:
-    for settings, word in (
+def test_wrong_settings_are_refused_in_one_sentence() -> None:
+    for settings, text in (
         ({"role": "prefill"}, "--transfer-at"),
         ({"role": "decode"}, "--prefill"),
         ({"prefill": ("127.0.0.1:7000",)}, "--role decode"),
@@ -447,18 +460,18 @@ def test_settings_that_can_not_work_are_one_sentence() -> None:
         ({"fetch_above": 0}, "fetch_above"),
         ({"transfer_timeout_s": 0.0}, "transfer_timeout_s"),
     ):
-        with pytest.raises(ConfigError, match=word):
+        with pytest.raises(ConfigError, match=text):
             engine_config(**settings)  # type: ignore[arg-type]
 
 
-def test_an_address_in_use_is_one_sentence(far: Engine) -> None:
+def test_an_occupied_address_is_refused_in_one_sentence(prefill: Engine) -> None:
     config = engine_config(
-        role="prefill", transfer_at=f"127.0.0.1:{port_of(far)}", cache_gib=0.05, device="cpu"
+        role="prefill", transfer_at=f"127.0.0.1:{port_of(prefill)}", cache_gib=0.05, device="cpu"
     )
     with pytest.raises(ConfigError, match="--transfer-at"):
-        Engine(config, runner=ModelRunner(config), sampler=far._sampler)
+        Engine(config, runner=ModelRunner(config), sampler=prefill._sampler)
 
 
-def test_an_address_of_another_machine_is_refused_in_a_sentence() -> None:
+def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"203\.0\.113\.7:0: this machine does not have that"):
         Engine(engine_config(role="prefill", transfer_at="203.0.113.7:0", cache_gib=0.01))
