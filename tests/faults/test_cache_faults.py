@@ -32,7 +32,7 @@ from tests.cache.test_tiers_machine import TieredMachine
 from tests.export.test_events_machine import EventsMachine
 from tests.faults.injection import Check, Fault, Faults, Patch, assert_detected, machine
 from tests.policies import test_regret, textbook
-from tests.policies.items import Shelf
+from tests.policies.items import ItemCache
 from tests.routing.test_outbox_machine import OutboxMachine
 from tests.routing.test_text_tree_machine import TextTreeMachine
 
@@ -370,21 +370,23 @@ def a_match_offers_only_the_first_offloaded_state(patch: Patch) -> None:
 # --- Policies -----------------------------------------------------------------------------------
 
 
-def shelf(name: str) -> Check:
+def policy_check(name: str) -> Check:
     """Return the check that compares a policy with the pseudocode of its paper."""
 
     def check() -> None:
         rng, plain = random.Random(0), PLAIN[name]
         for _ in range(300):
             pages, capacity = "".join(rng.choices("abcdef", k=60)), rng.randint(1, 6)
-            assert Shelf(EVICTION[name](), capacity).ask(pages).gone == plain(pages, capacity)
+            assert ItemCache(EVICTION[name](), capacity).serve(pages).evicted == plain(
+                pages, capacity
+            )
 
     check.__name__ = f"{name} compared with its paper"
     return check
 
 
 PLAIN: dict[str, Any] = {"lfu": textbook.lfu_da, "clock": textbook.clock, "arc": textbook.arc}
-LFU, CLOCK, ARC = map(shelf, PLAIN)
+LFU, CLOCK, ARC = map(policy_check, PLAIN)
 
 
 def ignore_uses(name: str, patch: Patch) -> None:
@@ -404,9 +406,7 @@ FAULTS["clock ignores uses"] = Fault(partial(ignore_uses, "clock"), CLOCK)
 FAULTS["arc ignores ghost hits"] = Fault(partial(ignore_ghost_hits, "arc"), ARC)
 
 
-@FAULTS.detected_by(
-    test_regret.test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_one
-)
+@FAULTS.detected_by(test_regret.test_all_ghosts_on_the_path_count_as_used_except_superseded_ones)
 def survival_ignores_ghosts_above_the_missed_one(patch: Patch) -> None:
     @patch(Survival, "on_ghost_hit_above")
     def on_ghost_hit_above(original: Any, self: Any, item: Any) -> None:

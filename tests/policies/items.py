@@ -1,4 +1,4 @@
-"""Items without a tree, and the cache's side of the protocol: what a worked example needs."""
+"""Items without a tree and a cache of single items, for worked examples of policies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _serials = iter(range(10**9))
 
 @dataclass(eq=False, slots=True)
 class FakeItem:
-    """An item whose facts are simply said."""
+    """Item with attributes set by the test."""
 
     name: str
     kind: Kind = "checkpoint"
@@ -31,13 +31,12 @@ class FakeItem:
     serial: int = field(default_factory=_serials.__next__)
 
 
-class Shelf:
-    """A cache of ``capacity`` items in front of a policy: each request brings its own time, one
-    item, and evicts if needed.
+class ItemCache:
+    """Cache of ``capacity`` items with a policy. Each request is for one item.
 
-    A capital letter asks for the same item and keeps it locked until ``LOCKED_FOR`` requests later:
-    chosen until then, it is withheld from the policy as the cache does it. Where all are locked the
-    request brings nothing.
+    A capital letter requests the same item and locks it for the next ``LOCKED_FOR`` requests. A
+    locked victim is withheld from the policy, as in the real cache. If all items are locked, the
+    request is refused.
     """
 
     LOCKED_FOR = 3
@@ -53,23 +52,24 @@ class Shelf:
         self.make = make
         self.items: dict[str, FakeItem] = {}
         self.ghosts: dict[str, FakeItem] = {}
-        self.evicted: list[str] = []
+        self.evicted = ""
+        """Names of the evicted items, in order."""
         self.locked_until: dict[str, int] = {}
         self.withheld: dict[str, FakeItem] = {}
         self.refused = 0
         self.hits = 0
         self.now = 0
 
-    def ask(self, names: str) -> Shelf:
-        """One request a letter."""
+    def serve(self, names: str) -> ItemCache:
+        """Serve one request per letter."""
         for letter in names:
             name = letter.lower()
-            self._ask(name)
+            self._serve(name)
             if letter != name and name in self.items:
                 self.locked_until[name] = self.now + self.LOCKED_FOR
         return self
 
-    def _ask(self, name: str) -> None:
+    def _serve(self, name: str) -> None:
         self.now += 1
         self._unlock()
         item = self.items.get(name)
@@ -85,7 +85,9 @@ class Shelf:
         while len(self.items) >= self.capacity:
             victim = self.policy.victim(None)
             if victim is None:
-                assert len(self.withheld) == len(self.items), "not all are locked"
+                assert len(self.withheld) == len(self.items), (
+                    "no victim, although not all items are locked"
+                )
                 self.refused += 1
                 return
             assert isinstance(victim, FakeItem)
@@ -96,12 +98,12 @@ class Shelf:
             self.policy.discard(victim, evicted=True)
             del self.items[victim.name]
             self.ghosts[victim.name] = victim
-            self.evicted.append(victim.name)
-        fresh = self.make(name)
-        fresh.position = ord(name)
-        fresh.created = fresh.last_used = self.now
-        self.items[name] = fresh
-        self.policy.add(fresh)
+            self.evicted += victim.name
+        new = self.make(name)
+        new.position = ord(name)
+        new.created = new.last_used = self.now
+        self.items[name] = new
+        self.policy.add(new)
 
     def _unlock(self) -> None:
         for name, until in list(self.locked_until.items()):
@@ -110,15 +112,9 @@ class Shelf:
                 if name in self.withheld:
                     self.policy.add(self.withheld.pop(name))
 
-    @property
-    def gone(self) -> str:
-        """Who went, in order."""
-        return "".join(self.evicted)
-
 
 def offer(policy: EvictionPolicy, *items: FakeItem) -> list[str]:
-    """All of ``items`` become candidates and are evicted one after another: their names in that
-    order."""
+    """Add all ``items`` and evict them one by one. Returns their names in the order of eviction."""
     for item in items:
         policy.add(item)
     order = []
@@ -130,5 +126,5 @@ def offer(policy: EvictionPolicy, *items: FakeItem) -> list[str]:
 
 
 def as_item(item: FakeItem) -> Item:
-    """A fake item is an item: mypy's word for it."""
+    """Return ``item`` as an ``Item``, so that mypy checks the protocol."""
     return item

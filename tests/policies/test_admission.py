@@ -1,4 +1,4 @@
-"""Admission policies against plain references, and what users' own may do."""
+"""Admission policies, compared with plain references, and custom admission policies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hybridcache.policies.registry import make_admission
 
 @dataclass(eq=False)
 class FakeRequest:
-    """A request with the fields that policies see."""
+    """Request with the fields that policies see."""
 
     arrival: int
     session: Session
@@ -36,13 +36,13 @@ class FakeRequest:
 
     @property
     def lost_len(self) -> int:
-        """All of the prompt that is not cached, unless the test says otherwise."""
+        """Evicted tokens: by default the whole part of the prompt that is not cached."""
         return self.num_tokens - self.cached_len if self.evicted_len is None else self.evicted_len
 
 
 @dataclass
 class FakeLoad:
-    """A server with the fields that policies see."""
+    """Server load with the fields that policies see."""
 
     now_s: float = 0.0
     num_running: int = 0
@@ -50,11 +50,11 @@ class FakeLoad:
     open_sessions: Sequence[Session] = ()
     idle_sessions: Sequence[Session] = ()
     session_share: float = 0.0
-    """Part of the memory that each session takes."""
-    looked_at: list[WaitingRequest] = field(default_factory=list)
+    """Fraction of the memory that each session takes."""
+    matched: list[WaitingRequest] = field(default_factory=list)
 
     def cached_len(self, request: FakeRequest) -> int:
-        self.looked_at.append(request)
+        self.matched.append(request)
         return request.cached
 
     def footprint(self, session: Session) -> float:
@@ -62,9 +62,9 @@ class FakeLoad:
 
 
 def session(number: int, num_requests: int = 2, known_len: int = 1000) -> Session:
-    made = Session(number, None, 0.0)
-    made.num_requests, made.known_len = num_requests, known_len
-    return made
+    new = Session(number, None, 0.0)
+    new.num_requests, new.known_len = num_requests, known_len
+    return new
 
 
 def waiting(
@@ -88,7 +88,7 @@ queues = st.lists(
 
 
 @given(queues)
-def test_ranked_orders_are_a_stable_sort_of_the_oldest(
+def test_ranking_policies_sort_the_oldest_requests_stably(
     queue: list[tuple[int, int, int]],
 ) -> None:
     requests = [
@@ -113,15 +113,15 @@ def test_ranked_orders_are_a_stable_sort_of_the_oldest(
             *requests[10:],
         ],
     }
-    for word, expected in references.items():
-        got = make_admission(word).order(requests, FakeLoad())
-        assert arrivals(got) == arrivals(expected), word
+    for name, expected in references.items():
+        actual = make_admission(name).order(requests, FakeLoad())
+        assert arrivals(actual) == arrivals(expected), name
 
 
-@pytest.mark.parametrize("word", ["cached-first", "longest-match", "window:8"])
-def test_a_cold_request_is_passed_a_bounded_number_of_times(word: str) -> None:
-    """Fully cached requests arrive for ever, and one is admitted each time."""
-    policy, load, length = make_admission(word), FakeLoad(), 4096
+@pytest.mark.parametrize("name", ["cached-first", "longest-match", "window:8"])
+def test_a_cold_request_is_overtaken_a_bounded_number_of_times(name: str) -> None:
+    """Fully cached requests keep arriving, and one is admitted each time."""
+    policy, load, length = make_admission(name), FakeLoad(), 4096
     cold = FakeRequest(0, session(0), length)
     queue, num_admitted = [cold], 0
     while cold in queue:
@@ -135,24 +135,24 @@ def test_a_cold_request_is_passed_a_bounded_number_of_times(word: str) -> None:
     assert 1 < num_admitted <= length // TOKENS_A_PASS + 2
 
 
-@pytest.mark.parametrize("word", ["cached-first", "longest-match", "window:64", "sessions"])
-def test_no_step_looks_up_more_than_a_bounded_number_of_prompts(word: str) -> None:
-    policy, load = make_admission(word), FakeLoad()
+@pytest.mark.parametrize("name", ["cached-first", "longest-match", "window:64", "sessions"])
+def test_a_step_matches_a_bounded_number_of_prompts(name: str) -> None:
+    policy, load = make_admission(name), FakeLoad()
     congest(policy, load)
     load.now_s += 1.0
     requests = waiting([0] * 1000)
     for _ in range(3):
-        load.looked_at.clear()
+        load.matched.clear()
         assert list(policy.order(requests, load))
-    bound = 0 if word == "sessions" else 64  # what is lost once is not looked at again
-    assert len(load.looked_at) <= bound
+    bound = 0 if name == "sessions" else 64  # "sessions" does not match a lost prompt again
+    assert len(load.matched) <= bound
 
 
 # --- sessions -------------------------------------------------------------------------------------
 
 
 def congest(policy: AdmissionPolicy, load: FakeLoad, lost: int = 100_000) -> None:
-    """Make ``policy`` see a server that computes prompts all the time, and one large loss."""
+    """Report constant prompt computation and one large loss to ``policy``."""
     for _ in range(100):
         load.now_s += 1.0
         policy.computed(8000, 1.0, load)
@@ -165,8 +165,8 @@ def congest(policy: AdmissionPolicy, load: FakeLoad, lost: int = 100_000) -> Non
 def test_without_losses_requests_are_admitted_oldest_first() -> None:
     policy, load = make_admission("sessions"), FakeLoad()
     requests = waiting([0, 900, 500, 1000])
-    for one in requests[::2]:
-        one.session.num_requests = 1
+    for request in requests[::2]:
+        request.session.num_requests = 1
     for _ in range(200):
         load.now_s += 0.5
         policy.computed(4000, 0.5, load)
@@ -186,11 +186,11 @@ def test_lost_work_counts_only_while_the_server_is_busy() -> None:
         assert arrivals(policy.order(requests, load)) == ([1] if withholds else [0, 1])
 
 
-def test_resident_sessions_go_first_and_others_enter_one_by_one_when_the_debt_is_repaid() -> None:
+def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
     congest(policy, load)
-    requests = waiting([0, 1000, 0, 600])  # 0 and 2 lost their text
-    requests[2].session.number = -5  # and this one's session is the oldest
+    requests = waiting([0, 1000, 0, 600])  # the prefixes of 0 and 2 were evicted
+    requests[2].session.number = -5  # the oldest session
     assert arrivals(policy.order(requests, load)) == [1, 3]
     wakes_at_s = policy.wakes_at_s()
     assert wakes_at_s is not None and wakes_at_s > load.now_s
@@ -201,17 +201,19 @@ def test_resident_sessions_go_first_and_others_enter_one_by_one_when_the_debt_is
     entering = requests.pop(2)
     entering.is_running = True
     policy.admitted(entering, load)
-    assert arrivals(policy.order(requests, load)) == [1, 3], "one prefill enters at a time"
+    assert arrivals(policy.order(requests, load)) == [1, 3], "two prefills entered at the same time"
     entering.is_prefilling = False
     load.now_s += 1000 / FLOOR
-    assert arrivals(policy.order(requests, load)) == [0, 1, 3], "all is repaid: oldest first"
+    assert arrivals(policy.order(requests, load)) == [0, 1, 3], (
+        "the debt is repaid, but the order is not oldest first"
+    )
 
 
-def test_a_server_idles_no_longer_than_the_prompt_would_take() -> None:
+def test_idle_time_is_limited_to_the_compute_time_of_the_prompt() -> None:
     policy, load = make_admission("sessions"), FakeLoad(num_running=0, session_share=0.4)
     congest(policy, load)
     requests = waiting([0, 0], num_tokens=4000)
-    assert arrivals(policy.order(requests, load)) == [0], "there is room"
+    assert arrivals(policy.order(requests, load)) == [0], "withheld although there is room"
     load.open_sessions = [session(7), session(8)]
     assert arrivals(policy.order(requests, load)) == []
     wakes_at_s = policy.wakes_at_s()
@@ -220,7 +222,7 @@ def test_a_server_idles_no_longer_than_the_prompt_would_take() -> None:
     assert arrivals(policy.order(requests, load)) == [0]
 
 
-def test_tokens_that_were_never_saved_are_no_debt_and_leave_the_limit() -> None:
+def test_tokens_that_were_not_evicted_add_no_debt() -> None:
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
     before = policy.report()
     for number in range(100):
@@ -234,11 +236,11 @@ def test_tokens_that_were_never_saved_are_no_debt_and_leave_the_limit() -> None:
 
 
 def cycle(policy: AdmissionPolicy, load: FakeLoad, number: int, *, is_lost: bool) -> None:
-    """One request of 8,000 tokens: a pause of two seconds, then an answer of one."""
+    """Serve one request of 8,000 tokens after a pause of two seconds. It takes one second."""
     load.now_s += 3.0
-    one = session(number, known_len=8000)
-    one.idle_since_s = load.now_s - 2.0
-    request = FakeRequest(number, one, 8000, cached_len=0 if is_lost else 8000)
+    resumed = session(number, known_len=8000)
+    resumed.idle_since_s = load.now_s - 2.0
+    request = FakeRequest(number, resumed, 8000, cached_len=0 if is_lost else 8000)
     request.arrival_s = load.now_s
     policy.arrived(request, load)
     policy.admitted(request, load)
@@ -247,7 +249,7 @@ def cycle(policy: AdmissionPolicy, load: FakeLoad, number: int, *, is_lost: bool
     policy.left(request, load)
 
 
-def test_the_limit_falls_with_losses_and_grows_without() -> None:
+def test_the_memory_limit_falls_with_losses_and_grows_without() -> None:
     policy, load = make_admission("sessions"), FakeLoad(session_share=0.1)
     limits = []
     for number in range(60):
@@ -258,9 +260,9 @@ def test_the_limit_falls_with_losses_and_grows_without() -> None:
 
 
 @pytest.mark.parametrize(("share", "enters"), [(0.1, False), (0.9, True)])
-def test_sessions_are_protected_only_if_that_answers_more(share: float, enters: bool) -> None:
-    """Ten sessions in memory answer ten requests in three seconds, and repeating a prompt takes
-    one: they are worth protecting. A single session that fits is not."""
+def test_sessions_are_protected_only_if_throughput_grows(share: float, enters: bool) -> None:
+    """Ten resident sessions finish ten requests in three seconds. Computing a prompt again takes
+    one second, so protection pays off. It does not if only one session fits."""
     policy, load = make_admission("sessions"), FakeLoad(session_share=share)
     for number in range(3):
         cycle(policy, load, number, is_lost=True)
@@ -277,7 +279,7 @@ def test_sessions_are_protected_only_if_that_answers_more(share: float, enters: 
     assert bool(list(policy.order([request], load))) == enters
 
 
-def test_a_preempted_request_goes_on_whatever_it_lost() -> None:
+def test_a_preempted_request_is_never_withheld() -> None:
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
     congest(policy, load)
     requests = waiting([0, 0])
@@ -285,8 +287,8 @@ def test_a_preempted_request_goes_on_whatever_it_lost() -> None:
     assert arrivals(policy.order(requests, load)) == [1]
 
 
-def test_an_entering_request_is_not_passed_for_ever() -> None:
-    """The debt never falls, and resident sessions always have another request."""
+def test_an_entering_request_is_overtaken_a_bounded_number_of_times() -> None:
+    """The debt stays high, and resident sessions always have another request."""
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
     congest(policy, load, lost=10**9)
     cold = FakeRequest(0, session(0, num_requests=1))
@@ -299,7 +301,7 @@ def test_an_entering_request_is_not_passed_for_ever() -> None:
     assert MAX_TURNS <= number <= MAX_TURNS + 1
 
 
-def test_the_report_says_what_is_withheld_and_why() -> None:
+def test_the_report_has_the_withheld_requests_and_the_reason() -> None:
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
     assert policy.report()["debt_s"] == -CREDIT_S
     congest(policy, load, lost=80_000)
@@ -311,7 +313,7 @@ def test_the_report_says_what_is_withheld_and_why() -> None:
     assert report["reason"] == "lost text is being repaid"
 
 
-def test_memory_of_left_requests_is_let_go() -> None:
+def test_state_of_finished_requests_is_dropped() -> None:
     policy, load = SessionGate(), FakeLoad(num_running=1)
     congest(policy, load)
     requests = waiting([0] * 50)
@@ -323,7 +325,7 @@ def test_memory_of_left_requests_is_let_go() -> None:
     assert not policy._lost and not policy._entered
 
 
-# --- policies of the user's own -------------------------------------------------------------------
+# --- Custom policies ------------------------------------------------------------------------------
 
 
 class NewestFirst(AdmissionPolicy):
@@ -344,15 +346,15 @@ class Raises(AdmissionPolicy):
         raise KeyError("mine")
 
 
-def test_a_class_of_the_users_own_orders_requests() -> None:
+def test_a_custom_admission_policy_orders_requests() -> None:
     requests = waiting([0, 0, 0])
-    word = f"{__name__}:NewestFirst"
-    assert arrivals(make_admission(word).order(requests, FakeLoad())) == [2, 1, 0]
-    assert arrivals(make_admission(f"{word}(keep=1)").order(requests, FakeLoad())) == [2, 1]
+    name = f"{__name__}:NewestFirst"
+    assert arrivals(make_admission(name).order(requests, FakeLoad())) == [2, 1, 0]
+    assert arrivals(make_admission(f"{name}(keep=1)").order(requests, FakeLoad())) == [2, 1]
     assert arrivals(make_admission(NewestFirst).order(requests, FakeLoad())) == [2, 1, 0]
 
 
-def test_what_is_wrong_with_one_is_said_in_a_sentence() -> None:
+def test_errors_of_custom_admission_policies_are_explained() -> None:
     with pytest.raises(PolicyError, match=r"Twice.*each at most once"):
         make_admission(Twice).order(waiting([0, 0]), FakeLoad())
     with pytest.raises(PolicyError, match=r"Raises.*admitted raised KeyError"):

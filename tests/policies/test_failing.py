@@ -1,5 +1,7 @@
-"""Policies and exchange rules of a user that raise in the middle of an operation: the cache stays
-consistent, nothing leaks, and the failure is raised where nothing is half done."""
+"""Custom policies and exchange rules that raise in the middle of an operation.
+
+The cache stays consistent and nothing leaks. The failure is raised at the end of the operation.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,10 @@ def failing(base: type, method: str, calls: int) -> type:
 
 
 def serve(cache: PrefixCache, placement: PlacementPolicy, seed: int) -> int:
-    """Serve random requests that overlap, and return how many times a policy failed. After each
-    failure the request is aborted."""
+    """Serve random overlapping requests and return the number of policy failures.
+
+    After each failure the request is aborted.
+    """
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 50, 60, dtype=np.int32) for _ in range(4)]
     num_failed, running = 0, []
@@ -66,7 +70,7 @@ def serve(cache: PrefixCache, placement: PlacementPolicy, seed: int) -> int:
             assert "raised RuntimeError: boom" in str(error)
             num_failed += 1
             if lease is not None and not repr(lease).endswith("(ended)"):
-                running = [one for one in running if one[0] is not lease]
+                running = [entry for entry in running if entry[0] is not lease]
                 lease.abort()
     for lease, _ in running:
         lease.abort()
@@ -108,7 +112,7 @@ def test_a_failing_placement_leaves_the_cache_consistent(method: str, calls: int
     num_failed = check_serving(LRU, Placement((placement_of(kind)(),)))
     has_failed = kind.left <= 0  # type: ignore[attr-defined]
     assert has_failed or not num_failed
-    # A notification after the last plan is raised by none.
+    # A failure in a notification after the last plan is not raised.
     assert num_failed or not has_failed or method != "plan"
 
 
@@ -121,7 +125,7 @@ class FailingExchange:
         raise RuntimeError("boom")
 
 
-def test_a_failing_exchange_holds_nothing() -> None:
+def test_a_failing_exchange_rule_leaks_nothing() -> None:
     config = CacheConfig(
         num_kv_tokens=40, num_slots=3, grid=4, kv_bytes_per_token=1, state_bytes=8, host_bytes=60
     )
@@ -136,12 +140,12 @@ def test_a_failing_exchange_holds_nothing() -> None:
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_a_failed_policy_is_not_called_any_more() -> None:
+def test_a_failed_policy_is_no_longer_called() -> None:
     kind = failing(LRU, "add", 1)
     policy = eviction_of(kind)()
-    one, other = FakeItem("one"), FakeItem("other")
-    policy.add(one)
-    policy.add(other)
+    first, second = FakeItem("first"), FakeItem("second")
+    policy.add(first)
+    policy.add(second)
     assert isinstance(policy.failure, PolicyError)
     assert kind.left == 0  # type: ignore[attr-defined]
-    assert policy.victim(None) is one
+    assert policy.victim(None) is first

@@ -1,4 +1,4 @@
-"""Which ghosts a request tells of, against a dictionary of all prefixes that were ever saved."""
+"""Ghost hits of a request, compared with the set of all prefixes with a saved checkpoint."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ PROMPTS = st.lists(
 )
 
 
-class Told(LRU):
-    """LRU over all items that notes the positions of the ghosts that it is told of."""
+class RecordingLRU(LRU):
+    """LRU over all items that records the positions of ghost hits."""
 
     orders_classes = True
 
     def __init__(self) -> None:
         super().__init__()
-        TOLD.clear()
+        GHOST_HITS.clear()
 
     def on_ghost_hit(self, item: Item) -> None:
-        TOLD.append(item.position)
+        GHOST_HITS.append(item.position)
 
     def on_ghost_hit_above(self, item: Item) -> None:
-        TOLD.append(item.position)
+        GHOST_HITS.append(item.position)
 
 
-TOLD: list[int] = []
+GHOST_HITS: list[int] = []
 
 
 @settings(max_examples=150, deadline=None)
 @given(PROMPTS, st.integers(4, 7))
-def test_all_evicted_prefixes_past_where_it_resumes_speak_the_deepest_first(
-    asked: list[tuple[str, set[int]]], num_slots: int
+def test_ghosts_past_the_resumed_position_are_reported_deepest_first(
+    prompts: list[tuple[str, set[int]]], num_slots: int
 ) -> None:
-    cache = hybrid(num_slots=num_slots, ghost_bytes=1 << 20, eviction=Told)
+    cache = hybrid(num_slots=num_slots, ghost_bytes=1 << 20, eviction=RecordingLRU)
     saved: set[str] = set()
-    for words, where in asked:
-        TOLD.clear()
-        match = serve(cache, ids(words), sorted(p for p in where if p <= len(words)))
-        past = range(len(words) - 1, match.cached_len, -1)
-        assert [length for length in past if words[:length] in saved] == TOLD
-        saved |= {words[:p] for p in where if p <= len(words)}
+    for text, positions in prompts:
+        GHOST_HITS.clear()
+        match = serve(cache, ids(text), sorted(p for p in positions if p <= len(text)))
+        past = range(len(text) - 1, match.cached_len, -1)
+        assert [length for length in past if text[:length] in saved] == GHOST_HITS
+        saved |= {text[:p] for p in positions if p <= len(text)}
 
 
-def test_one_that_is_there_ends_the_line() -> None:
-    cache = hybrid(ghost_bytes=1 << 20, demote_superseded=False, eviction=Told)
+def test_a_present_checkpoint_ends_the_ghost_hits() -> None:
+    cache = hybrid(ghost_bytes=1 << 20, demote_superseded=False, eviction=RecordingLRU)
     serve(cache, ids("abcdefgh"), [2, 4, 6])
     serve(cache, ids("abcdx"))
     cache.evict(num_slots=2)
     assert serve(cache, ids("abcdefgh")).cached_len == 4
-    assert TOLD == [6], "2 is gone too, and 4 would have served"
+    assert GHOST_HITS == [6], "2 was evicted too, but 4 is present"
     cache.evict(num_slots=1)
     serve(cache, ids("abcdefgh"))
-    assert TOLD == [6, 6, 4, 2]
+    assert GHOST_HITS == [6, 6, 4, 2]

@@ -1,4 +1,4 @@
-"""Hazards of all classes at once against the same class by class, bin by bin, in plain Python."""
+"""Vectorised hazards of all classes, compared with plain Python by class and bin."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def bin_of(age: int) -> int:
     return bisect_right(EDGE_LIST, age) - 1
 
 
-class PlainSurvival:
-    """What every stage did, in one list; all is added up anew whenever it is asked for."""
+class PlainHazards:
+    """List of all stages. Every figure is computed from the whole list."""
 
     def __init__(self, general_from: int) -> None:
         self.general_from = general_from
@@ -61,7 +61,7 @@ class PlainSurvival:
             self.used.append(self.ended[-1])
 
     def counts(self, key: tuple[object, ...], now: int) -> tuple[list[float], list[float]]:
-        """Uses and time at risk by bin of the class ``key``, classes below it included."""
+        """Return uses and time at risk by bin of the class ``key``, including its subclasses."""
         lived = [(of, now - entered) for of, entered in self.open.values()] + self.ended
         ages = [age for of, age in lived if of[: len(key)] == key]
         uses, exposure = [0.0] * NUM_BINS, [0.0] * NUM_BINS
@@ -75,26 +75,26 @@ class PlainSurvival:
         return uses, exposure
 
     def shape(self, key: tuple[object, ...], now: int) -> list[float]:
-        """Hazard of the class without the last fact of ``key``, or the assumed one."""
+        """Return the hazard of the parent class of ``key``, or the assumed one."""
         if len(key) > 1:
             return self.hazard(key[:-1], now)
         middles = [edge + width / 2 for edge, width in zip(EDGE_LIST, WIDTH_LIST, strict=True)]
         return [PRIORS[str(key[0])] / (middle + 16.0) for middle in middles]
 
     def effect(self, key: tuple[object, ...], now: int) -> float:
-        """Ratio of uses to foretold uses of all classes with the last fact of ``key``."""
+        """Return actual per expected uses of all classes with the last feature of ``key``."""
         if len(key) <= self.general_from:
             return 1.0
-        uses = foretold = 0.0
-        alike = {of[: len(key)] for of in KEYS if of[len(key) - 1] == key[-1]}
-        for other in alike:
+        uses = expected = 0.0
+        similar = {of[: len(key)] for of in KEYS if of[len(key) - 1] == key[-1]}
+        for other in similar:
             used, exposure = self.counts(other, now)
             uses += sum(used)
-            foretold += dot(exposure, self.shape(other, now))
-        return level(uses, foretold, EFFECT_DOUBT, EFFECT_WEIGHT)
+            expected += dot(exposure, self.shape(other, now))
+        return level(uses, expected, EFFECT_DOUBT, EFFECT_WEIGHT)
 
     def hazard(self, key: tuple[object, ...], now: int) -> list[float]:
-        """Hazard by bin of the class ``key``, classes below it included."""
+        """Return the hazard by bin of the class ``key``, including its subclasses."""
         uses, exposure = self.counts(key, now)
         effect = self.effect(key, now)
         shape = [part * effect for part in self.shape(key, now)]
@@ -107,18 +107,18 @@ class PlainSurvival:
 
 
 def dot(left: list[float], right: list[float]) -> float:
-    return sum(one * other for one, other in zip(left, right, strict=True))
+    return sum(a * b for a, b in zip(left, right, strict=True))
 
 
-def level(uses: float, foretold: float, doubt: float, added: float) -> float:
-    difference = uses - foretold
-    clear = max(0.0, abs(difference) - doubt * sqrt(max(uses, foretold, 1.0)))
-    believed = foretold + (clear if difference > 0 else -clear)
-    return max((believed + added) / (foretold + added), 1e-3)
+def level(uses: float, expected: float, doubt: float, added: float) -> float:
+    difference = uses - expected
+    clear = max(0.0, abs(difference) - doubt * sqrt(max(uses, expected, 1.0)))
+    believed = expected + (clear if difference > 0 else -clear)
+    return max((believed + added) / (expected + added), 1e-3)
 
 
 def plain_index(hazard: list[float], start: int) -> float:
-    """The best rate of uses that keeping from ``start`` on gives, over all ends."""
+    """Return the highest rate of uses of an item kept from bin ``start`` on, over all ends."""
     best = spent = 0.0
     alive = 1.0
     for each in range(start, NUM_BINS):
@@ -129,13 +129,13 @@ def plain_index(hazard: list[float], start: int) -> float:
     return best
 
 
-class SurvivalMachine(RuleBasedStateMachine):
-    """Stages of a few classes that open, end and overflow."""
+class HazardsMachine(RuleBasedStateMachine):
+    """Stages of a few classes that open, end and exceed the limit of open stages."""
 
     @initialize(general_from=st.integers(1, 3))
     def make(self, general_from: int) -> None:
         self.survival = Hazards(MAX_OPEN, general_from=general_from)
-        self.plain, self.now = PlainSurvival(general_from), 0
+        self.plain, self.now = PlainHazards(general_from), 0
         self.rows: dict[tuple[object, ...], int] = {}
 
     @rule(requests=st.sampled_from([1, 1, 3, 40, 700]))
@@ -171,17 +171,17 @@ class SurvivalMachine(RuleBasedStateMachine):
             assert self.survival.index_at(row, self.now) == self.survival.index[row, near - 1]
 
     @invariant()
-    def sound(self) -> None:
+    def invariants_hold(self) -> None:
         self.survival.check()
 
 
-def test_all_classes_at_once_are_each_class_by_itself() -> None:
+def test_vectorised_hazards_match_plain_ones() -> None:
     run_state_machine_as_test(
-        SurvivalMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
+        HazardsMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )
 
 
-def test_the_first_bins_alone_are_what_they_are_among_all() -> None:
+def test_the_index_of_the_first_bins_matches_that_of_all_bins() -> None:
     hazard = np.random.default_rng(0).uniform(0.01, 0.5, (7, NUM_BINS)) / (EDGES + 16.0)
     assert np.array_equal(index_of(hazard, 9), index_of(hazard)[:, :9])
     plain = [plain_index(hazard[3].tolist(), start) for start in range(NUM_BINS)]

@@ -1,4 +1,4 @@
-"""Every eviction policy on a worked example: small enough to follow with a pencil."""
+"""Eviction policies on small worked examples."""
 
 from __future__ import annotations
 
@@ -26,90 +26,88 @@ from hybridcache.policies.eviction.scored import (
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.protocol import Item
 from hybridcache.policies.registry import EVICTION, LRU, make_eviction
-from tests.policies.items import FakeItem, Shelf, offer
+from tests.policies.items import FakeItem, ItemCache, offer
 
 
-def test_lru_loses_the_one_used_longest_ago() -> None:
-    assert Shelf(LRU(), 3).ask("abcade").gone == "bc"
+def test_lru_evicts_the_least_recently_used() -> None:
+    assert ItemCache(LRU(), 3).serve("abcade").evicted == "bc"
 
 
-def test_fifo_does_not_care_for_uses() -> None:
-    assert Shelf(FIFO(), 3).ask("abcaade").gone == "ab"
+def test_fifo_ignores_uses() -> None:
+    assert ItemCache(FIFO(), 3).serve("abcaade").evicted == "ab"
 
 
-def test_lfu_keeps_the_often_used_until_its_fame_has_faded() -> None:
-    # a stands at 3; newcomers start at 1 + the last victim's score: b 1, c 2, d 3, and then a is
-    # the elder of equals
-    shelf = Shelf(LFU(), 2).ask("aaab")
-    assert shelf.ask("cd").gone == "bc"
-    assert shelf.ask("e").gone == "bca"
+def test_lfu_keeps_frequent_items_until_they_have_aged() -> None:
+    # a has score 3. New items start at 1 + the score of the last victim: b 1, c 2, d 3. Then a is
+    # the older one of two equal scores.
+    cache = ItemCache(LFU(), 2).serve("aaab")
+    assert cache.serve("cd").evicted == "bc"
+    assert cache.serve("e").evicted == "bca"
 
 
-def test_slru_protects_what_was_used() -> None:
-    # a was used and is protected; all others pass through probation (LRU would lose a at the
+def test_slru_protects_used_items() -> None:
+    # a was used and is protected; all others pass through probation (LRU would evict a as the
     # fourth)
-    assert Shelf(SLRU(), 4).ask("abcdaefgh").gone == "bcde"
-    # protection for one of four: when b is used, a goes back on probation, behind c and d
-    assert Shelf(SLRU(protected=0.25), 4).ask("abcdabefg").gone == "cda"
+    assert ItemCache(SLRU(), 4).serve("abcdaefgh").evicted == "bcde"
+    # one of four may be protected: when b is used, a moves to probation, behind c and d
+    assert ItemCache(SLRU(protected=0.25), 4).serve("abcdabefg").evicted == "cda"
 
 
-def test_two_queue_promotes_only_what_a_ghost_asks_back() -> None:
-    # a is used while recent: no promotion, FIFO takes it. Asked back, it is frequent, and survives
-    # the scan d e f.
-    shelf = Shelf(TwoQueue(), 3).ask("aabcd")
-    assert shelf.gone == "a"
-    assert shelf.ask("a").gone == "ab"
-    assert shelf.ask("efg").gone == "abcde"
-    assert "a" in shelf.items
+def test_two_queue_promotes_only_ghosts() -> None:
+    # a is used while recent: it is not promoted, and FIFO evicts it. Requested again as a ghost, it
+    # is frequent and survives the scan e f g.
+    cache = ItemCache(TwoQueue(), 3).serve("aabcd")
+    assert cache.evicted == "a"
+    assert cache.serve("a").evicted == "ab"
+    assert cache.serve("efg").evicted == "abcde"
+    assert "a" in cache.items
 
 
 def test_clock_gives_a_second_chance() -> None:
-    # the hand passes a (used, moved behind it) and takes b; then c, used never
-    assert Shelf(Clock(), 3).ask("abcade").gone == "bc"
-    # all used: everyone loses the bit in turn, the first comes up again
-    assert Shelf(Clock(), 3).ask("abcabcd").gone == "a"
+    # the hand passes a, which was used, and evicts b, then c, which was not used
+    assert ItemCache(Clock(), 3).serve("abcade").evicted == "bc"
+    # all were used: each loses its bit in turn, then the first is evicted
+    assert ItemCache(Clock(), 3).serve("abcabcd").evicted == "a"
 
 
 def test_sieve_leaves_survivors_in_place() -> None:
-    # queue a b c, a used. d: the hand clears a, takes b. e: the hand stands at c, takes it:
-    # newcomers are sifted.
-    assert Shelf(Sieve(), 3).ask("abcade").gone == "bc"
-    # f: the hand goes on to d, although a is older and has no bit any more
-    assert Shelf(Sieve(), 3).ask("abcadef").gone == "bcd"
+    # queue a b c, a used. d: the hand clears a and evicts b. e: the hand is at c and evicts it.
+    assert ItemCache(Sieve(), 3).serve("abcade").evicted == "bc"
+    # f: the hand moves on to d, although a is older and has lost its bit
+    assert ItemCache(Sieve(), 3).serve("abcadef").evicted == "bcd"
 
 
 def test_s3_fifo_filters_in_the_small_queue() -> None:
-    # a was used twice: it goes to main when its turn comes. b, used once, goes.
-    shelf = Shelf(S3Fifo(), 3).ask("aaabbcd")
-    assert shelf.gone == "b"
-    # b comes back as a ghost: straight to main, and outlives c, d
-    assert shelf.ask("bef").gone == "bcde"
-    assert set(shelf.items) == {"a", "b", "f"}
+    # a was used twice and moves to the main queue. b was used once and is evicted.
+    cache = ItemCache(S3Fifo(), 3).serve("aaabbcd")
+    assert cache.evicted == "b"
+    # b is requested again as a ghost: it enters the main queue and outlives c and d
+    assert cache.serve("bef").evicted == "bcde"
+    assert set(cache.items) == {"a", "b", "f"}
 
 
-def test_arc_lets_ghosts_move_the_border() -> None:
+def test_ghost_hits_change_the_target_size_of_arc() -> None:
     policy = ARC()
-    shelf = Shelf(policy, 2).ask("abc")
-    assert shelf.gone == "a"
+    cache = ItemCache(policy, 2).serve("abc")
+    assert cache.evicted == "a"
     lists = policy._policies["checkpoint"]
     assert lists.target_bytes == 0
-    shelf.ask("a")
-    assert lists.target_bytes == 1, "a ghost of the recent list asks for one item's bytes more"
+    cache.serve("a")
+    assert lists.target_bytes == 1, "a ghost of the recent list must add the bytes of one item"
     assert [item.name for _, item in lists.frequent] == ["a"]
 
 
-def test_arc_hears_only_ghosts_of_its_own() -> None:
-    """Tiers pass a ghost to all of their instances; one that never held it must not move its
-    border."""
+def test_arc_ignores_ghosts_of_other_instances() -> None:
+    """Tiers pass a ghost to all of their instances. One that never held it must keep its target."""
     policy, other = ARC(), ARC()
-    shelf = Shelf(other, 2).ask("abc")
+    cache = ItemCache(other, 2).serve("abc")
     policy.add(FakeItem("z"))
-    policy.on_ghost_hit(shelf.ghosts["a"])
+    policy.on_ghost_hit(cache.ghosts["a"])
     assert policy._policies["checkpoint"].target_bytes == 0
 
 
-def test_a_ghost_is_asked_back_soon_or_not_at_all() -> None:
-    """A position is no path: a checkpoint that comes there much later is another one."""
+def test_a_ghost_hit_expires() -> None:
+    """Items are recognised by position, so a much later checkpoint there is a different one."""
 
     def survivor(created: int) -> str:
         policy = TwoQueue()
@@ -118,39 +116,39 @@ def test_a_ghost_is_asked_back_soon_or_not_at_all() -> None:
         assert policy.victim(None) is ghost
         policy.discard(ghost, evicted=True)
         policy.on_ghost_hit(ghost)
-        back = FakeItem("back", position=640, created=created, last_used=created)
-        fresh = FakeItem("fresh", position=64, created=created, last_used=created)
-        return offer(policy, back, fresh)[-1]
+        returned = FakeItem("returned", position=640, created=created, last_used=created)
+        new = FakeItem("new", position=64, created=created, last_used=created)
+        return offer(policy, returned, new)[-1]
 
-    assert survivor(created=2) == "back"
-    assert survivor(created=200) == "fresh"
+    assert survivor(created=2) == "returned"
+    assert survivor(created=200) == "new"
 
 
-def test_the_age_of_lfu_never_falls_where_kinds_are_evicted_apart() -> None:
-    """A checkpoint of worth 10 goes, then KV of worth 1: what comes next still starts at 10."""
+def test_the_age_of_lfu_never_falls_across_kinds() -> None:
+    """A checkpoint with score 10 is evicted, then KV with score 1. New items still start at 10."""
     policy = LFU()
-    famous, known = FakeItem("famous", uses=9), FakeItem("known", uses=7)
+    frequent, locked = FakeItem("frequent", uses=9), FakeItem("locked", uses=7)
     cold = FakeItem("cold", kind="kv")
-    for item in (known, famous, cold):
+    for item in (locked, frequent, cold):
         policy.add(item)
-    policy.discard(known, evicted=False)
-    for kind, expected in (("checkpoint", famous), ("kv", cold)):
+    policy.discard(locked, evicted=False)
+    for kind, expected in (("checkpoint", frequent), ("kv", cold)):
         assert policy.victim(kind) is expected  # type: ignore[arg-type]
         policy.discard(expected, evicted=True)
     assert policy.age == 10
-    policy.add(known)
-    assert offer(policy, FakeItem("new")) == ["known", "new"]
+    policy.add(locked)
+    assert offer(policy, FakeItem("new")) == ["locked", "new"]
 
 
-def test_w_tiny_lfu_admits_only_the_more_frequent() -> None:
-    # at the first eviction all wait in the window: the oldest, a, moves nowhere: no incumbent, it
-    # goes
-    shelf = Shelf(WTinyLFU(), 3).ask("abc")
-    shelf.ask("bbcd")
-    assert shelf.gone == "a"
-    # window d(0), b(2), c(1) by use: d goes next, though it came last; used ones stay
-    shelf.ask("bce")
-    assert shelf.gone == "ad"
+def test_w_tiny_lfu_admits_only_more_frequent_items() -> None:
+    # at the first eviction all items are in the window; the oldest, a, has no competitor in the
+    # main queue and is evicted
+    cache = ItemCache(WTinyLFU(), 3).serve("abc")
+    cache.serve("bbcd")
+    assert cache.evicted == "a"
+    # window d(0), b(2), c(1) with uses: d is evicted next although it is the newest
+    cache.serve("bce")
+    assert cache.evicted == "ad"
 
 
 def test_gdsf_weighs_cost_uses_and_size() -> None:
@@ -158,10 +156,9 @@ def test_gdsf_weighs_cost_uses_and_size() -> None:
     used = FakeItem("used", span=10, size_bytes=mib, uses=3)
     cheap = FakeItem("cheap", span=10, size_bytes=mib)
     large = FakeItem("large", span=100, size_bytes=20 * mib)
-    # worths: 4*10/1, 1*10/1, 1*100/20
+    # scores: 4*10/1, 1*10/1, 1*100/20
     assert offer(GDSF(), used, cheap, large) == ["large", "cheap", "used"]
-    # the age is the last victim's worth: a newcomer of 10 starts at 5 + 10, behind cheap's 10 but
-    # before used's 40
+    # the age is the score of the last victim, so a new item starts at 5 + its own score
     policy = GDSF()
     assert offer(policy, FakeItem("first", span=5, size_bytes=mib)) == ["first"]
     again = FakeItem("again", span=36, size_bytes=mib)
@@ -170,7 +167,7 @@ def test_gdsf_weighs_cost_uses_and_size() -> None:
     assert offer(policy, old) == ["old", "again"]
 
 
-def test_either_kind_goes_by_the_older_use() -> None:
+def test_the_kind_with_the_older_use_is_evicted_first() -> None:
     kv, checkpoint = FakeItem("kv", kind="kv", last_used=3), FakeItem("checkpoint", last_used=2)
     assert offer(Clock(), kv, checkpoint) == ["checkpoint", "kv"]
 
@@ -189,7 +186,7 @@ def test_hits_per_token_is_per_byte() -> None:
     assert offer(HitsPerToken(), small, large, unused) == ["unused", "large", "small"]
 
 
-def test_tail_lru_first_gives_up_what_the_target_allows() -> None:
+def test_tail_lru_first_evicts_tails_within_the_target() -> None:
     short_old = FakeItem("short_old", span=100, last_used=1)
     short_new = FakeItem("short_new", span=100, last_used=9)
     long_old = FakeItem("long_old", span=9000, last_used=2)
@@ -201,18 +198,20 @@ def test_tail_lru_first_gives_up_what_the_target_allows() -> None:
 
 
 def turns() -> list[FakeItem]:
-    """Three turns of 600 tokens of one conversation, and another conversation's 900; the third turn
-    was used longest ago."""
+    """Return three turns of 600 tokens of one conversation and 900 tokens of another one.
+
+    The third turn was used longest ago.
+    """
     first = FakeItem("first", position=600, span=600, last_used=3)
     second = FakeItem("second", position=1200, span=600, last_used=2, above=first)
     third = FakeItem("third", position=1800, span=600, last_used=1, above=second)
     return [first, second, third, FakeItem("other", position=900, span=900, last_used=4)]
 
 
-def test_tail_lru_adds_up_what_a_path_has_lost() -> None:
-    # the third turn is within the target of 1,024; with it gone the second would cost 1,200
+def test_tail_lru_adds_up_the_evicted_tokens_of_a_path() -> None:
+    # the third turn is within the target of 1,024; after it, the second would cost 1,200
     assert offer(TailLRU(1024), *turns()) == ["third", "first", "other", "second"]
-    # a use of the second turn begins a new tail: what was lost below it is history
+    # a use of the second turn starts a new tail, so earlier losses no longer count
     policy, (first, second, third, other) = TailLRU(1024), turns()
     for item in (first, second, third, other):
         policy.add(item)
@@ -223,7 +222,7 @@ def test_tail_lru_adds_up_what_a_path_has_lost() -> None:
     assert policy.victim(None) is second
 
 
-def test_ttl_goes_by_expiry() -> None:
+def test_ttl_evicts_by_expiry() -> None:
     answer = FakeItem("answer", label="decode", last_used=50)
     fork = FakeItem("fork", label="branch", last_used=10)
     plain = FakeItem("plain", last_used=40)
@@ -231,31 +230,31 @@ def test_ttl_goes_by_expiry() -> None:
     assert offer(TTL(20), answer, fork, plain) == ["plain", "answer", "fork"]
 
 
-def test_coverage_thins_where_checkpoints_stand_close() -> None:
+def test_coverage_evicts_closely_spaced_checkpoints_first() -> None:
     near = FakeItem("near", position=1000, span=50)
     far = FakeItem("far", position=950, span=950)
     assert offer(Coverage(), far, near) == ["near", "far"]
 
 
-def test_random_is_seeded_and_takes_everyone_in_time() -> None:
+def test_random_is_seeded_and_evicts_every_item() -> None:
     names = "abcdefgh"
     orders = [offer(Random(seed=3), *(FakeItem(name) for name in names)) for _ in range(2)]
     assert sorted(orders[0]) == list(names)
     assert orders[0] == orders[1] != offer(Random(seed=4), *(FakeItem(name) for name in names))
 
 
-def test_random_draws_both_kinds_from_one_urn() -> None:
+def test_random_draws_from_both_kinds_in_proportion() -> None:
     def first(seed: int) -> str:
         items = [FakeItem(f"k{n}", kind="kv") for n in range(9)] + [FakeItem("c")]
         return offer(Random(seed), *items)[0]
 
     drawn = [first(seed) for seed in range(400)]
-    assert 20 <= drawn.count("c") <= 60, "one in ten"
+    assert 20 <= drawn.count("c") <= 60, "the checkpoint is one of ten items"
 
 
-def test_lhd_learns_at_what_age_uses_come() -> None:
-    # one class is used every 2 requests, the other never: after a recomputation the idle one goes
-    # first, although both kinds started alike
+def test_lhd_learns_the_age_at_which_items_are_used() -> None:
+    # one class is used every 2 requests, the other never: after a recomputation the idle one is
+    # evicted first, although both kinds started with the same statistics
     policy = LHD()
     hot = FakeItem("hot", kind="checkpoint")
     policy.add(hot)
@@ -276,7 +275,7 @@ def test_lhd_is_per_byte() -> None:
     assert offer(LHD(), small, large) == ["large", "small"]
 
 
-def test_class_age_learns_which_label_comes_back_and_hears_ghosts() -> None:
+def test_class_age_learns_from_ghosts_which_label_is_used() -> None:
     policy = ClassAge()
     for number in range(20):
         good = FakeItem("good", label="end", created=number, last_used=number)
@@ -303,16 +302,16 @@ def test_marconi_trades_recency_for_flops_per_byte() -> None:
     assert offer(Marconi(2.0), *items())[0] == "new_poor"
 
 
-def test_marconi_sees_what_an_eviction_made_worth_more() -> None:
+def test_marconi_sees_items_whose_span_grew() -> None:
     policy = Marconi(2.0)
     items = [FakeItem(name, span=span) for name, span in (("a", 10), ("b", 20), ("c", 500))]
     for item in items:
         policy.add(item)
-    items[0].span = 400  # the checkpoint above it went
+    items[0].span = 400  # the checkpoint above it was evicted
     assert policy.victim(None) is items[1]
 
 
-def test_seglen_keeps_what_is_long_to_replay() -> None:
+def test_seglen_keeps_items_with_a_long_replay() -> None:
     def items() -> list[FakeItem]:
         return [
             FakeItem("old_long", last_used=1, span=1000),
@@ -323,7 +322,7 @@ def test_seglen_keeps_what_is_long_to_replay() -> None:
     assert offer(SegLen(0.0), *items()) == ["old_long", "middle", "new_short"]
     # 0.85 * (1, 4/9, 0) + 0.15 * (0, 1/2, 1) = 0.85, 0.45, 0.15; of two, 0.85 against 0.15
     assert offer(SegLen(), *items()) == ["new_short", "middle", "old_long"]
-    # as little as this beside 0.9 of recency: 0.1, 0.49, 0.9
+    # with a recency weight of 0.9: 0.1, 0.49, 0.9
     assert offer(SegLen(0.1), *items())[0] == "old_long"
     with pytest.raises(
         ValueError, match=r"weight of the replay length must be in \[0, 1\) \(got 1\)"
@@ -331,25 +330,25 @@ def test_seglen_keeps_what_is_long_to_replay() -> None:
         SegLen(1)
 
 
-def test_seglen_sees_what_an_eviction_made_longer() -> None:
+def test_seglen_sees_items_whose_span_grew() -> None:
     policy = SegLen()
     items = [FakeItem(name, span=span) for name, span in (("a", 10), ("b", 20), ("c", 500))]
     for item in items:
         policy.add(item)
-    items[0].span = 400  # the checkpoint above it went
+    items[0].span = 400  # the checkpoint above it was evicted
     assert policy.victim(None) is items[1]
 
 
-def test_dead_kv_goes_before_all_that_is_alive() -> None:
+def test_unreachable_kv_is_evicted_before_all_other_items() -> None:
     for make in (EVICTION["marconi"], EVICTION["seglen"], EVICTION["survival"]):
         dead = FakeItem("dead", kind="kv", dead=True, last_used=100)
         alive = FakeItem("alive", last_used=1)
         assert offer(make(), alive, dead) == ["dead", "alive"]
 
 
-@pytest.mark.parametrize("word", [*sorted(EVICTION), "ttl:64", "tail-lru:512", "marconi:0.5"])
-def test_every_word_empties_the_cache_kind_by_kind(word: str) -> None:
-    policy = make_eviction(word)()
+@pytest.mark.parametrize("eviction", [*sorted(EVICTION), "ttl:64", "tail-lru:512", "marconi:0.5"])
+def test_every_policy_evicts_all_items_of_each_kind(eviction: str) -> None:
+    policy = make_eviction(eviction)()
     items = [FakeItem(f"c{n}", last_used=n, created=n) for n in range(5)]
     items += [FakeItem(f"k{n}", kind="kv", last_used=n, created=n) for n in range(5)]
     for item in items:
@@ -363,9 +362,9 @@ def test_every_word_empties_the_cache_kind_by_kind(word: str) -> None:
     assert policy.victim(None) is None
 
 
-@pytest.mark.parametrize("word", sorted(EVICTION))
-def test_a_locked_item_comes_back_as_a_candidate(word: str) -> None:
-    policy = make_eviction(word)()
+@pytest.mark.parametrize("eviction", sorted(EVICTION))
+def test_a_discarded_locked_item_can_be_added_again(eviction: str) -> None:
+    policy = make_eviction(eviction)()
     first, second = FakeItem("first"), FakeItem("second", last_used=1, created=1)
     policy.add(first)
     policy.add(second)
@@ -377,7 +376,7 @@ def test_a_locked_item_comes_back_as_a_candidate(word: str) -> None:
     assert policy.victim(None) is first
 
 
-def test_a_stranger_writes_a_policy() -> None:
+def test_custom_scored_and_sampled_policies() -> None:
     class ShallowLast(ScorePolicy):
         def score(self, item: Item) -> float:
             return -item.position
@@ -391,7 +390,7 @@ def test_a_stranger_writes_a_policy() -> None:
     assert offer(Newest(), *items) == ["3", "2", "1"]
 
 
-def test_a_score_that_grew_meanwhile_is_met_at_the_top() -> None:
+def test_a_score_that_grew_is_updated_before_eviction() -> None:
     policy = Coverage()
     lone, neighbour = FakeItem("lone", span=50), FakeItem("neighbour", span=80)
     policy.add(lone)
@@ -401,7 +400,7 @@ def test_a_score_that_grew_meanwhile_is_met_at_the_top() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("eviction", "message"),
     [
         (
             "nonsense",
@@ -419,6 +418,6 @@ def test_a_score_that_grew_meanwhile_is_met_at_the_top() -> None:
         ("marconi:nan", "'marconi' needs a number of at least 0"),
     ],
 )
-def test_an_unknown_word_is_one_sentence(word: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        make_eviction(word)
+def test_an_invalid_policy_name_raises_an_explanation(eviction: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_eviction(eviction)

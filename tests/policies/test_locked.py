@@ -1,4 +1,4 @@
-"""What a policy makes of a victim that is locked and stays: no eviction, so nothing is learnt."""
+"""Locked victims: a victim that is locked is not evicted, so policies learn nothing from it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from hybridcache.policies.registry import EVICTION, make_eviction
 from tests.cache.serving import hybrid, ids, serve
 from tests.policies.items import FakeItem
 
-LEARNT: dict[str, Callable[[Any], object]] = {
+LEARNED: dict[str, Callable[[Any], object]] = {
     "lfu": lambda policy: policy.age,
     "gdsf": lambda policy: policy.age,
     "lhd": lambda policy: float(policy._evictions.sum()),
     "arc": lambda policy: sum(policy._policies["checkpoint"].num_ghosts.values()),
 }
-"""What an eviction moves, and a refusal must not."""
+"""State of policies that an eviction changes and a refused eviction must not change."""
 
 
-@pytest.mark.parametrize("word", LEARNT)
-def test_a_locked_victim_that_stays_is_no_eviction(word: str) -> None:
-    cache = hybrid(eviction=word, dead_first=False, demote_superseded=False)
+@pytest.mark.parametrize("eviction", LEARNED)
+def test_a_locked_victim_does_not_count_as_an_eviction(eviction: str) -> None:
+    cache = hybrid(eviction=eviction, dead_first=False, demote_superseded=False)
     policy = cache._residency.policy
     for _ in range(5):
         serve(cache, ids("prompt"), [5])
-    before = LEARNT[word](policy)
-    receipt = cache.lock(cache.match(ids("prompt")).node)
+    before = LEARNED[eviction](policy)
+    handle = cache.lock(cache.match(ids("prompt")).node)
     assert cache.evict(num_slots=1) == (0, 0)
-    assert LEARNT[word](policy) == before
-    cache.unlock(receipt)
+    assert LEARNED[eviction](policy) == before
+    cache.unlock(handle)
     assert cache.evict(num_slots=1).num_slots == 1
-    assert LEARNT[word](policy) != before
+    assert LEARNED[eviction](policy) != before
 
 
-def test_a_locked_tip_hands_no_demand_up() -> None:
+def test_a_locked_tip_does_not_pass_its_demand_to_its_parent() -> None:
     policy = EVICTION["survival"]()
     first = FakeItem("first", superseded=True, position=10, span=10)
     tip = FakeItem("tip", above=first, created=1, position=20, span=10)
@@ -48,8 +48,8 @@ def test_a_locked_tip_hands_no_demand_up() -> None:
     assert first.memo.demand == tip.memo.key
 
 
-def test_a_tip_evicted_with_its_kv_hands_its_demand_up() -> None:
-    """Two pools: the leaf's KV is the victim, and its checkpoint goes with it."""
+def test_a_tip_evicted_with_its_kv_passes_its_demand_to_its_parent() -> None:
+    """With two pools, the KV of the leaf is the victim and its checkpoint is evicted with it."""
     cache = hybrid(eviction="survival")
     serve(cache, ids("one turn"), [8])
     serve(cache, ids("one turn, and another"), [21])
@@ -61,7 +61,7 @@ def test_a_tip_evicted_with_its_kv_hands_its_demand_up() -> None:
     assert first.memo.demand == tip.memo.key
 
 
-def test_the_loser_of_a_duel_that_is_locked_keeps_its_place() -> None:
+def test_a_locked_loser_of_a_duel_does_not_promote_the_winner() -> None:
     policy = EVICTION["w-tinylfu"]()
     queues = policy._policies["checkpoint"]
     loser, winner = FakeItem("loser"), FakeItem("winner", created=1, last_used=1)
@@ -72,12 +72,11 @@ def test_the_loser_of_a_duel_that_is_locked_keeps_its_place() -> None:
     assert winner.memo.queue is queues.window
 
 
-@pytest.mark.parametrize("word", sorted(EVICTION))
-def test_a_ghost_without_a_memo_is_no_fault(word: str) -> None:
-    """As of a loaded snapshot: the evicted checkpoint is known, what its policy thought of it is
-    not."""
-    policy = make_eviction(word)()
+@pytest.mark.parametrize("eviction", sorted(EVICTION))
+def test_a_ghost_without_a_memo_is_accepted(eviction: str) -> None:
+    """Ghosts of a loaded snapshot have no memo of the policy."""
+    policy = make_eviction(eviction)()
     policy.on_ghost_hit(FakeItem("ghost"))
-    fresh = FakeItem("fresh", created=1, last_used=1)
-    policy.add(fresh)
-    assert policy.victim(None) is fresh
+    new = FakeItem("new", created=1, last_used=1)
+    policy.add(new)
+    assert policy.victim(None) is new

@@ -1,4 +1,4 @@
-"""Placements that look at lengths, and the plan over overlaps against brute force."""
+"""Placement policies: their positions, and the plan over overlaps compared with brute force."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement, plac
 from tests.policies.items import FakeItem
 
 
-def where(words: str, **facts: object) -> list[int]:
-    """Positions that ``words`` ask for, for a cold prompt of 1,000 on a grid of 64 unless said
-    otherwise."""
-    prefill = Prefill(1000, 0, 0, 0, (), 64)._replace(**facts)  # type: ignore[arg-type]
-    return sorted(prefill.on_grid(parse_placement(words).plan(prefill)))
+def positions_of(spec: str, **changes: object) -> list[int]:
+    """Return the planned positions, by default for a cold prompt of 1,000 on a grid of 64."""
+    prefill = Prefill(1000, 0, 0, 0, (), 64)._replace(**changes)  # type: ignore[arg-type]
+    return sorted(prefill.on_grid(parse_placement(spec).plan(prefill)))
 
 
 @pytest.mark.parametrize(
-    ("words", "positions"),
+    ("spec", "positions"),
     [
         ("none", []),
         ("prompt", [960]),
@@ -46,107 +45,106 @@ def where(words: str, **facts: object) -> list[int]:
         ("backoff,prompt,every:512,cap:2", [512, 960]),
     ],
 )
-def test_known_positions(words: str, positions: list[int]) -> None:
-    assert where(words) == positions
+def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int]) -> None:
+    assert positions_of(spec) == positions
 
 
 def test_sqrt_on_a_fine_grid() -> None:
-    assert where("sqrt", prompt_len=100, grid=1) == list(range(10, 101, 10))
+    assert positions_of("sqrt", prompt_len=100, grid=1) == list(range(10, 101, 10))
 
 
-def test_backoff_goes_back_no_further_than_the_prompt_resumes() -> None:
-    assert where("backoff:3", cached_len=896) == [960]
-    assert where("backoff:3", prompt_len=960) == [768, 832, 896]
-    assert where("backoff:3", prompt_len=64) == []
+def test_backoff_stops_at_the_resumed_position() -> None:
+    assert positions_of("backoff:3", cached_len=896) == [960]
+    assert positions_of("backoff:3", prompt_len=960) == [768, 832, 896]
+    assert positions_of("backoff:3", prompt_len=64) == []
     with pytest.raises(ValueError, match="K >= 1"):
         Backoff(0)
     with pytest.raises(ValueError, match="takes no number"):
         parse_placement("branch:2")
 
 
-def test_thinned_and_chunks_start_where_the_prompt_resumes() -> None:
-    assert where("thinned:2", cached_len=512) == [704, 960]
-    assert where("chunks:300", cached_len=512) == [768, 960]
+def test_thinned_and_chunks_start_at_the_resumed_position() -> None:
+    assert positions_of("thinned:2", cached_len=512) == [704, 960]
+    assert positions_of("chunks:300", cached_len=512) == [768, 960]
 
 
-class Nowhere(PlacementPolicy):
-    """A placement without its one abstract method."""
+class WithoutPlan(PlacementPolicy):
+    """Placement policy without the abstract method ``plan``."""
 
 
-def test_a_class_of_the_users_own_derives_from_the_base_class() -> None:
+def test_a_custom_placement_must_implement_the_base_class() -> None:
     with pytest.raises(ValueError, match="derive JSONDecoder from hybridcache"):
         parse_placement("branch,json:JSONDecoder")
     with pytest.raises(ValueError, match="it does not implement PlacementPolicy: it lacks plan"):
-        parse_placement(Nowhere)  # type: ignore[type-abstract]
+        parse_placement(WithoutPlan)  # type: ignore[type-abstract]
     with pytest.raises(ValueError, match="give a name, or a class derived from hybridcache"):
         parse_placement(["branch"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("plan", [[24], (24, "a"), None, [Placed(24, "a"), (1, 2, 3)]], ids=str)
-def test_a_plan_that_is_no_list_of_positions_with_labels_is_refused(plan: Any) -> None:
+def test_a_plan_that_is_not_a_list_of_placed_raises(plan: Any) -> None:
     prefill = Prefill(200, 64, 64, 64, (), 8)
     with pytest.raises(PolicyError, match=r"must return a list of Placed\(position, label\) \(got"):
         prefill.on_grid(plan)
 
 
 @pytest.mark.parametrize(
-    "word", [name.partition(":")[0] for name in placement_names() if ":" in name]
+    "rule", [name.partition(":")[0] for name in placement_names() if ":" in name]
 )
-def test_numbers_must_be_positive(word: str) -> None:
-    with pytest.raises(ValueError, match=word):
-        parse_placement(f"{word}:0")
+def test_numbers_must_be_positive(rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        parse_placement(f"{rule}:0")
 
 
 @given(st.integers(1, 5000), st.data())
-def test_every_word_stays_inside_the_prompt_and_on_the_grid(
+def test_every_rule_plans_positions_on_the_grid_inside_the_prompt(
     length: int, data: st.DataObject
 ) -> None:
     cached = data.draw(st.integers(0, length - 1)) // 64 * 64
     branch = data.draw(st.integers(cached, length))
     prefill = Prefill(length, cached, branch, branch, (length // 2,), 64)
     numbers = {"tokens": "70", "checkpoints": "3"}
-    words = [name for name, word in PLACEMENT_NAMES.items() if not word.example]
-    words += [
-        f"{name}:{numbers[word.counts]}" for name, word in PLACEMENT_NAMES.items() if word.counts
+    specs = [name for name, rule in PLACEMENT_NAMES.items() if not rule.example]
+    specs += [
+        f"{name}:{numbers[rule.counts]}" for name, rule in PLACEMENT_NAMES.items() if rule.counts
     ]
-    for word in [*words, "backoff,cap:3"]:
-        for position, label in prefill.on_grid(parse_placement(word).plan(prefill)).items():
+    for spec in [*specs, "backoff,cap:3"]:
+        for position, label in prefill.on_grid(parse_placement(spec).plan(prefill)).items():
             assert cached < position <= length and position % 64 == 0 and label
 
 
-def words_with_numbers() -> list[str]:
-    """Every registered placement, with a number where one is needed."""
+def specs_with_numbers() -> list[str]:
+    """Return every registered rule, with a number if it needs one."""
     return [
-        f"{name}:{word.example}" if word.example else name for name, word in PLACEMENT_NAMES.items()
+        f"{name}:{rule.example}" if rule.example else name for name, rule in PLACEMENT_NAMES.items()
     ]
 
 
-@pytest.mark.parametrize("words", [*words_with_numbers(), "adaptive,planned:2,cap:3"])
-def test_planning_changes_nothing(words: str) -> None:
-    """A placement that is also asked by a router, for requests that never come, plans as one that
-    is not, whatever both learn."""
+@pytest.mark.parametrize("spec", [*specs_with_numbers(), "adaptive,planned:2,cap:3"])
+def test_planning_does_not_change_a_placement(spec: str) -> None:
+    """Routers call ``plan`` for requests that may never arrive. Later plans must not change."""
     rng = random.Random(7)
-    asked, alone = parse_placement(words), parse_placement(words)
-    label = next(iter(alone.plan(Prefill(1000, 0, 500, 500, (300,), 64))), Placed(0, "end")).label
+    forecasting, plain = parse_placement(spec), parse_placement(spec)
+    label = next(iter(plain.plan(Prefill(1000, 0, 500, 500, (300,), 64))), Placed(0, "end")).label
     for number in range(300):
         length = rng.randint(100, 4000)
         cached = rng.choice([0, 64, 512]) if length > 600 else 0
         seen = rng.randint(cached, length)
-        facts = Prefill(length, cached, seen, seen, (length // 2,), 64)
+        prefill = Prefill(length, cached, seen, seen, (length // 2,), 64)
         for _ in range(3):
-            list(asked.plan(facts._replace(prompt_len=rng.randint(600, 4000))))
-            asked.decode_interval()
+            list(forecasting.plan(prefill._replace(prompt_len=rng.randint(600, 4000))))
+            forecasting.decode_interval()
         item = FakeItem("x", label=label, position=max(cached, 64), span=64)
-        for placement in (asked, alone):
+        for placement in (forecasting, plain):
             if number % 3 == 0:
                 placement.on_hit(item)
             elif number % 5 == 0:
                 placement.on_ghost_hit(item, 200)
-            placement.on_prefill(facts)
-        planned = facts.on_grid(alone.plan(facts))
-        assert facts.on_grid(asked.plan(facts)) == planned
-        assert asked.decode_interval() == alone.decode_interval()
-        for placement in (asked, alone):
+            placement.on_prefill(prefill)
+        planned = prefill.on_grid(plain.plan(prefill))
+        assert prefill.on_grid(forecasting.plan(prefill)) == planned
+        assert forecasting.decode_interval() == plain.decode_interval()
+        for placement in (forecasting, plain):
             for position, wanted in planned.items():
                 placement.on_saved(position, wanted)
 
@@ -162,7 +160,9 @@ def expected_loss(depths: list[int], weights: list[float], positions: tuple[int,
     st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=7),
     st.integers(1, 4),
 )
-def test_the_plan_is_the_best_there_is(overlaps: list[tuple[int, int]], count: int) -> None:
+def test_the_plan_has_the_minimal_expected_loss(
+    overlaps: list[tuple[int, int]], count: int
+) -> None:
     histogram = dict(overlaps)
     depths = sorted(histogram)
     weights = [float(histogram[depth]) for depth in depths]
@@ -177,24 +177,24 @@ def test_the_plan_is_the_best_there_is(overlaps: list[tuple[int, int]], count: i
 
 
 @given(st.integers(1, 6), st.integers(1, 12))
-def test_balanced_is_the_plan_for_overlaps_of_every_depth(count: int, step: int) -> None:
+def test_balanced_is_close_to_the_plan_for_uniform_overlaps(count: int, step: int) -> None:
     length = (count + 1) * step
     depths = list(range(1, length + 1))
-    balanced = tuple(where(f"balanced:{count}", prompt_len=length, grid=1))
+    balanced = tuple(positions_of(f"balanced:{count}", prompt_len=length, grid=1))
     planned = plan(depths, [1.0] * length, count)
     ones = [1.0] * length
-    # A depth at which a checkpoint stands costs nothing, so the plan may shift all of them by one.
+    # A depth with a checkpoint costs nothing, so the plan may shift all of them by one.
     assert expected_loss(depths, ones, balanced) <= expected_loss(depths, ones, planned) + step
 
 
 @given(st.integers(64, 5000), st.data())
-def test_dyadic_gives_back_half_of_what_is_shared(length: int, data: st.DataObject) -> None:
+def test_dyadic_reuses_at_least_half_of_the_shared_prefix(length: int, data: st.DataObject) -> None:
     shared = data.draw(st.integers(64, length))
-    resumed = max(p for p in where("dyadic", prompt_len=length) if p <= shared)
+    resumed = max(p for p in positions_of("dyadic", prompt_len=length) if p <= shared)
     assert 2 * resumed > shared - 64
 
 
-def test_planned_follows_the_overlaps_and_forgets() -> None:
+def test_planned_follows_recent_overlaps() -> None:
     rule = Planned(1)
     prompt = Prefill(1000, 0, 0, 0, (), 1)
 
@@ -205,10 +205,10 @@ def test_planned_follows_the_overlaps_and_forgets() -> None:
 
     assert overlap(300, 30) == [300]
     overlap(300, 170)
-    # 300 was seen 200 times, 700 then 60 times: 300 would save more if nothing faded
+    # 300 was seen 200 times, then 700 60 times: without decay 300 would save more
     assert overlap(700, 60) == [700]
 
 
-def test_a_cap_of_nothing_is_refused() -> None:
+def test_a_cap_without_other_rules_raises() -> None:
     with pytest.raises(ValueError, match="saves nothing: cap limits other rules"):
         parse_placement("cap:2")

@@ -1,5 +1,4 @@
-"""`survival` and `adaptive`: hazards from uses and ghosts, lineage, and placements that earn
-their keep."""
+"""Learned policies: `survival` eviction (hazards, lineage) and `adaptive` placement (yields)."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ LENGTHS = ("long", "short")
 def hit_rate(
     trace: Iterable[TraceRequest], eviction: str, checkpoints: str, **config: int
 ) -> float:
-    """Token hit rate of a replay in turn, grid 1; the cache is checked at the end."""
+    """Replay requests one by one on a grid of 1. Returns the token hit rate."""
     sizes = {"kv_bytes_per_token": KV_BYTES, "state_bytes": STATE_BYTES}
     settings = CacheConfig(**sizes | config, grid=1, eviction=eviction)
     cache = build_prefix_cache(settings)
@@ -59,7 +58,7 @@ def hit_rate(
     return reused / total
 
 
-def test_bins_partition_the_ages() -> None:
+def test_age_bins_partition_all_ages() -> None:
     ages = np.array([0, 1, 2, 3, 4, 5, 40, 20_000, 10**9])
     bins = age_bins(ages, 10**9)
     assert (EDGES[bins] <= ages).all()
@@ -67,12 +66,12 @@ def test_bins_partition_the_ages() -> None:
     assert bins[-1] == NUM_BINS - 1
 
 
-def test_index_of_a_constant_hazard_is_the_hazard() -> None:
+def test_the_index_of_a_constant_hazard_is_the_hazard() -> None:
     hazard = np.full((1, NUM_BINS), 0.01)
     assert np.allclose(index_of(hazard)[0, :20], 0.01, rtol=1e-3)
 
 
-def test_index_of_a_falling_hazard_is_the_hazard_now_and_of_a_loop_grows_with_age() -> None:
+def test_the_index_follows_a_falling_hazard_and_grows_towards_a_due_use() -> None:
     falling = 1.0 / (EDGES + 16.0)[None, :]
     index = index_of(falling)[0]
     assert (np.diff(index) < 0).all() and index[0] == pytest.approx(1 / 16, rel=0.05)
@@ -82,23 +81,23 @@ def test_index_of_a_falling_hazard_is_the_hazard_now_and_of_a_loop_grows_with_ag
     index = index_of(loop)[0]
     assert (np.diff(index[: due + 1]) > 0).all()
     assert index[0] == pytest.approx(1 / EDGES[due], rel=0.1)
-    assert index[due + 1] < index[0], "past its time it is worth nothing"
+    assert index[due + 1] < index[0], "the index must fall after the due time"
 
 
-def test_ghosts_count_as_much_as_uses() -> None:
+def test_the_index_follows_the_share_of_stages_with_a_use() -> None:
     survival = Hazards()
     row = survival.row(("class",))
     for start in range(0, 2000, 2):
         stage = survival.open(row, start)
         survival.close(stage, start + 10, used=start % 4 == 0)
         survival.refresh(start + 10)
-    # half of all stages end in a use after ten requests: a hazard of about 0.5 / 10 up to there
+    # Half of all stages end in a use after ten requests: the hazard is about 0.5 / 10 until then.
     index = survival.index[row]
     assert index[0] == pytest.approx(0.05, rel=0.2)
     assert index[int(age_bins(np.array([10]), 10)[0])] > 2 * index[0]
 
 
-def test_a_class_departs_from_its_parent_only_beyond_doubt() -> None:
+def test_a_class_differs_from_its_parent_only_with_enough_evidence() -> None:
     survival = Hazards()
     rows = {name: survival.row(("parent", name)) for name in ("much", "little")}
     for start in range(0, 4000, 4):
@@ -107,10 +106,10 @@ def test_a_class_departs_from_its_parent_only_beyond_doubt() -> None:
             survival.close(survival.open(rows["little"], start), start + 5, used=False)
         survival.refresh(start + 5)
     much, little = (survival.index[rows[name]][0] for name in ("much", "little"))
-    assert little > 0.5 * much, "two stages without a use prove nothing"
+    assert little > 0.5 * much, "two stages without a use are too little evidence"
 
 
-def test_a_fact_has_the_same_effect_in_a_class_without_evidence() -> None:
+def test_a_feature_has_the_same_effect_in_a_class_without_evidence() -> None:
     survival = Hazards(general_from=1)
     rows = {
         key: survival.row(key)
@@ -127,21 +126,21 @@ def test_a_fact_has_the_same_effect_in_a_class_without_evidence() -> None:
     assert index["b", "long"] < 0.2 * index["b", "short"]
 
 
-def test_superseded_and_speculative_checkpoints_go_before_tips() -> None:
+def test_superseded_and_speculative_checkpoints_are_evicted_before_tips() -> None:
     tip = FakeItem("tip", label="decode")
     superseded = FakeItem("superseded", label="decode", superseded=True)
     guess = FakeItem("guess", label="back:64", superseded=True)
     assert offer(Survival(), tip, superseded, guess) == ["guess", "superseded", "tip"]
 
 
-def test_tokens_saved_per_byte_freed() -> None:
-    dear = FakeItem("dear", span=100, size_bytes=10)
-    bulky = FakeItem("bulky", span=100, size_bytes=50)
+def test_items_are_ranked_by_tokens_per_byte() -> None:
+    valuable = FakeItem("valuable", span=100, size_bytes=10)
+    large = FakeItem("large", span=100, size_bytes=50)
     short = FakeItem("short", span=20, size_bytes=20)
-    assert offer(Survival(), dear, bulky, short) == ["short", "bulky", "dear"]
+    assert offer(Survival(), valuable, large, short) == ["short", "large", "valuable"]
 
 
-def test_lineage_passes_to_the_successor_and_back() -> None:
+def test_demand_passes_to_the_successor_and_back() -> None:
     policy = Survival()
     first = FakeItem("first", label="decode", created=1, last_used=1, span=100, position=100)
     policy.add(first)
@@ -154,19 +153,21 @@ def test_lineage_passes_to_the_successor_and_back() -> None:
     first.superseded = True
     policy.add(first)
     assert (first.memo.turn, second.memo.turn) == (0, 1)
-    heir_class = second.memo.key
+    successor_class = second.memo.key
     first.span = 10_000
     assert policy.victim(None) is second
     policy.discard(second, evicted=True)
     policy.discard(first, evicted=False)
     first.superseded = False
     policy.add(first)
-    assert first.memo.key == heir_class, "the tip's demand falls back on what is left of its line"
+    assert first.memo.key == successor_class, (
+        "the predecessor did not inherit the demand of the evicted tip"
+    )
 
 
-def test_a_shared_prefix_that_is_used_often_keeps_its_own_demand() -> None:
-    """A system prompt is used by every request while one conversation stays below it. The
-    conversation is evicted, and the prompt does not inherit its lower demand."""
+def test_a_frequently_used_shared_prefix_keeps_its_own_demand() -> None:
+    """Every request uses a system prompt, and one conversation continues it. When the conversation
+    is evicted, the system prompt must not inherit its lower demand."""
     policy = Survival()
     shared = FakeItem("shared", label="boundary", position=100, superseded=True)
     tip = FakeItem("tip", label="decode", above=shared, position=200)
@@ -184,9 +185,9 @@ def test_a_shared_prefix_that_is_used_often_keeps_its_own_demand() -> None:
     assert shared.memo.key[1] == "boundary"
 
 
-def test_a_tip_left_behind_by_a_finished_conversation_is_no_tip_again() -> None:
-    """The deeper tip is evicted after it was never used. Its predecessor had its use already, so
-    it does not return to the class of tips that wait for theirs."""
+def test_a_used_predecessor_does_not_become_a_tip_again() -> None:
+    """The deeper tip is evicted without a use. Its predecessor was used already, so it does not
+    return to the class of unused tips."""
     policy = Survival()
     first = FakeItem("first", label="decode", position=100)
     policy.add(first)
@@ -203,9 +204,9 @@ def test_a_tip_left_behind_by_a_finished_conversation_is_no_tip_again() -> None:
     assert first.memo.key in (second.memo.key, ((True, False), *tip_class[1:]))
 
 
-def test_the_generation_of_a_ghost_counts_for_deeper_items_only() -> None:
-    """A request finds the ghost of its conversation's tip. Its new tip continues that generation;
-    the system prompt that it saves again, above the ghost, starts a new line."""
+def test_only_deeper_items_continue_the_turn_count_of_a_ghost() -> None:
+    """A request finds the ghost of its conversation's tip. Its new tip continues the turn count.
+    The system prompt that it saves again, above the ghost, starts at 0."""
     policy = Survival()
     tip = FakeItem("tip", label="decode", position=200)
     policy.add(tip)
@@ -222,7 +223,7 @@ def test_the_generation_of_a_ghost_counts_for_deeper_items_only() -> None:
     assert (prompt.memo.turn, answer.memo.turn) == (0, 4)
 
 
-def test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_one() -> None:
+def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     policy = Survival()
     shared, behind, tip = (FakeItem(name, label=name) for name in ("boundary", "back:4", "decode"))
     behind.superseded = True
@@ -235,12 +236,12 @@ def test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_o
     survival = policy.hazards
     uses = [survival.num_uses(item.memo.cell // NUM_BINS) for item in (shared, behind, tip)]
     assert uses == [1, 0, 1]
-    policy.on_ghost_hit_above(FakeItem("of a snapshot"))
+    policy.on_ghost_hit_above(FakeItem("from a snapshot"))
     open_stages = len(survival._places)
-    assert open_stages == 0, "nothing stays at risk of a use that came"
+    assert open_stages == 0, "stages remain open after their use"
 
 
-def test_kv_with_a_pool_of_its_own_is_ranked_when_first_asked_for() -> None:
+def test_kv_in_a_separate_pool_is_ranked_at_the_first_request_for_it() -> None:
     policy = Survival()
     old, new = (FakeItem(f"kv{n}", kind="kv", last_used=n, created=n) for n in (1, 50))
     policy.add(old)
@@ -249,36 +250,36 @@ def test_kv_with_a_pool_of_its_own_is_ranked_when_first_asked_for() -> None:
     assert policy.victim("kv") is old
 
 
-def test_a_loop_that_does_not_fit_is_held_in_part() -> None:
+def test_a_part_of_a_loop_that_does_not_fit_is_kept() -> None:
     trace = resend(seed=1)
     budget = 6 << 30
     assert hit_rate(trace, "lru", "end,branch,backoff", total_bytes=budget) < 0.05
     assert hit_rate(trace, "survival", "adaptive", total_bytes=budget) > 0.55
 
 
-def test_finished_conversations_are_found_out() -> None:
+def test_survival_evicts_finished_conversations_earlier_than_lru() -> None:
     trace = conversations(live=48).head(2000)
     pools = {"num_kv_tokens": 200_000, "num_slots": 300}
     lru = hit_rate(trace, "lru", "end,branch", **pools)
     assert hit_rate(trace, "survival", "end,branch", **pools) > lru + 0.003
 
 
-def test_conversations_that_a_length_limit_ends_are_left_in_time() -> None:
-    """A long conversation saves more tokens per byte than a short one, until it is at the limit."""
-    everything = conversations(live=24, turns=30).head(3000)
-    limited = [request for request in everything if len(request.tokens) < 3000]
+def test_survival_evicts_conversations_at_their_length_limit() -> None:
+    """A long conversation saves more tokens per byte than a short one until it is at the limit."""
+    unlimited = conversations(live=24, turns=30).head(3000)
+    limited = [request for request in unlimited if len(request.tokens) < 3000]
     sizes = {"state_bytes": 336 * KV_BYTES, "total_bytes": 600 << 20}
     lru = hit_rate(limited, "lru", "branch,end", **sizes)
     assert hit_rate(limited, "survival", "branch,end", **sizes) > lru + 0.01
 
 
-def prefill(number: int, **facts: object) -> Prefill:
+def prefill(number: int, **changes: object) -> Prefill:
     base = Prefill(1000, 0, 0, 0, (), 1)
-    return base._replace(**facts)  # type: ignore[arg-type]
+    return base._replace(**changes)  # type: ignore[arg-type]
 
 
 def labels_of(placement: Adaptive, prefill: Prefill) -> set[str]:
-    """Labels that ``placement`` plans for a request, all of which are then saved."""
+    """Save all checkpoints that ``placement`` plans for a request, and return their labels."""
     if prefill.resumed is not None:
         placement.on_hit(prefill.resumed)
     if prefill.missed is not None:
@@ -290,19 +291,21 @@ def labels_of(placement: Adaptive, prefill: Prefill) -> set[str]:
     return {label for _, label in wanted}
 
 
-def test_words_that_never_earn_are_dropped_and_tried_again() -> None:
+def test_labels_without_hits_are_dropped_and_tried_again() -> None:
     placement = Adaptive()
-    asked = [labels_of(placement, prefill(n)) for n in range(400)]
-    assert asked[0] == {"back:1", "back:4", "back:16", "back:64", "back:256"}
-    late = asked[100:]
-    assert 1 <= sum("back:64" in labels for labels in late) <= 4, "it is tried more and more seldom"
+    planned = [labels_of(placement, prefill(n)) for n in range(400)]
+    assert planned[0] == {"back:1", "back:4", "back:16", "back:64", "back:256"}
+    late = planned[100:]
+    assert 1 <= sum("back:64" in labels for labels in late) <= 4, (
+        "it must be tried again less and less often"
+    )
 
 
-def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
+def test_a_label_with_hits_stays_and_pressure_raises_the_price() -> None:
     placement = Adaptive()
-    won = FakeItem("won", label="back:64", span=900, position=900)
+    used_item = FakeItem("used", label="back:64", span=900, position=900)
     for number in range(300):
-        used = won if number % 3 == 0 else None
+        used = used_item if number % 3 == 0 else None
         labels = labels_of(placement, prefill(number, resumed=used))
     assert "back:64" in labels
     end = FakeItem("end", label="back:1", span=900, position=999)
@@ -314,49 +317,49 @@ def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
     assert "back:64" not in labels
 
 
-def test_where_everything_is_lost_before_it_is_used_few_checkpoints_are_placed() -> None:
+def test_few_checkpoints_are_placed_if_all_are_evicted_before_use() -> None:
     placement = Adaptive()
     lost = FakeItem("lost", label="back:1", span=900, position=999)
-    asked = [labels_of(placement, prefill(n, missed=lost)) for n in range(400)]
-    assert any("back:1" in labels for labels in asked[150:]), "now and then it is tried again"
-    assert sum(map(len, asked[150:])) < 40, "what is kept longer has a chance to be used"
+    planned = [labels_of(placement, prefill(n, missed=lost)) for n in range(400)]
+    assert any("back:1" in labels for labels in planned[150:]), "the label is never tried again"
+    assert sum(map(len, planned[150:])) < 40, "fewer checkpoints would live longer and be used"
 
 
-def test_back_offs_do_not_take_an_end_s_earnings() -> None:
-    """A prompt goes on from its end, 3 tokens below a back-off that would have served nearly as
-    well: the end is worth what the two save together, or both would look idle."""
+def test_backoffs_do_not_reduce_the_yield_of_an_end() -> None:
+    """A prompt continues from its end, 3 tokens past a back-off checkpoint that saves almost as
+    much. The end gets the yield of both, because otherwise neither would seem useful."""
     placement = Adaptive()
     old = FakeItem("old", label="decode", position=500)
-    guess = FakeItem("guess", label="back:4", position=996, above=old)
-    end = FakeItem("end", label="back:1", span=3, position=999, above=guess)
+    backoff = FakeItem("backoff", label="back:4", position=996, above=old)
+    end = FakeItem("end", label="back:1", span=3, position=999, above=backoff)
     for number in range(400):
         labels = labels_of(placement, prefill(number, resumed=end))
     assert labels == {"back:1"}
     assert placement._account("back:1").yield_tokens > 400
 
 
-def test_branches_and_boundaries_are_always_placed_but_going_on_is_no_fork() -> None:
+def test_branches_and_boundaries_are_always_placed() -> None:
     placement = Adaptive()
     placed = dict(placement.plan(prefill(0, seen_len=300, boundaries=(200, 950))))
     assert placed[300] == "branch" and placed[200] == placed[950] == "boundary"
     tip = FakeItem("tip", label="decode", position=300)
     placed = dict(placement.plan(prefill(1, seen_len=300, missed=tip, forks=False)))
-    assert placed[300] == "rejoin", "it has to pay, and nothing is known yet"
+    assert placed[300] == "rejoin", "a continuation is not a fork"
     placed = dict(placement.plan(prefill(2, seen_len=300, missed=tip)))
-    assert placed[300] == "branch", "others went elsewhere from where the evicted tip stood"
+    assert placed[300] == "branch", "other requests forked at the evicted tip"
 
 
-def test_a_label_that_is_planned_and_never_saved_is_not_charged() -> None:
-    """Decode saves nothing for these requests: its account stays as it was."""
+def test_a_label_that_is_never_saved_has_no_cost() -> None:
+    """Decode saves nothing for these requests, so its account stays unchanged."""
     placement = Adaptive()
     for number in range(300):
         labels_of(placement, prefill(number, answer_survives=False))
     assert placement.num_saved().get("decode", 0.0) == 0.0
-    assert placement.decode_interval() == 1, "it was never offered, so it was never a loss"
+    assert placement.decode_interval() == 1, "decode was charged although it saved nothing"
 
 
 @pytest.mark.parametrize(
-    ("options", "num_slots", "words"),
+    ("options", "num_slots", "spec"),
     [
         ({"answer_survives": False}, 1000, "adaptive"),
         ({"exact": True}, 1000, "adaptive"),
@@ -367,13 +370,13 @@ def test_a_label_that_is_planned_and_never_saved_is_not_charged() -> None:
         ({}, 1000, "backoff,every:128,adaptive"),
     ],
 )
-def test_the_placement_believes_in_what_was_saved_and_nothing_else(
-    options: dict[str, object], num_slots: int, words: str
+def test_the_placement_counts_only_checkpoints_that_were_saved(
+    options: dict[str, object], num_slots: int, spec: str
 ) -> None:
-    """Wanted and not saved: the answer is dropped, below the grid, twice at one place, past the
-    cap, no slot, the request is given up."""
+    """Planned checkpoints are not saved if the answer is dropped, below the grid, twice at one
+    position, past the cap, without a slot, and for aborted requests."""
     config = CacheConfig(num_kv_tokens=100_000, num_slots=num_slots, grid=64, eviction="lru")
-    cache, placement = build_prefix_cache(config), parse_placement(words)
+    cache, placement = build_prefix_cache(config), parse_placement(spec)
     [learned] = [rule for rule in placement.rules if isinstance(rule, Adaptive)]
     rng = np.random.default_rng(0)
     for number in range(100):
@@ -398,8 +401,8 @@ def test_the_placement_believes_in_what_was_saved_and_nothing_else(
     assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
 
 
-def test_a_checkpoint_that_another_request_saved_first_is_not_counted() -> None:
-    """Two equal prompts are computed at once, and the cache takes the checkpoints of one."""
+def test_a_checkpoint_saved_first_by_another_request_is_not_counted() -> None:
+    """Two equal prompts are computed at the same time. The cache takes the checkpoints of one."""
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100_000, num_slots=1000, grid=64))
     learned = Adaptive()
     placement, rng = Placement((learned,)), np.random.default_rng(0)
@@ -417,8 +420,7 @@ def test_a_checkpoint_that_another_request_saved_first_is_not_counted() -> None:
 
 
 def under_pressure() -> Adaptive:
-    """A placement that has seen end after end lost before it was used, so that none of them
-    pays."""
+    """Return a placement that saw 400 prompt ends evicted before use, so that none pays off."""
     placement = Adaptive()
     lost = FakeItem("lost", label="back:1", span=900, position=999)
     for number in range(400):
@@ -427,9 +429,9 @@ def under_pressure() -> Adaptive:
     return placement
 
 
-def test_a_prompt_that_resumes_from_its_tip_places_the_successor_under_pressure() -> None:
-    """The successor supersedes the tip, so it displaces nothing else: a conversation that is held
-    stays held."""
+def test_under_pressure_a_resumed_tip_still_gets_a_successor() -> None:
+    """The successor supersedes the tip and displaces nothing else, so that a resident conversation
+    stays resident."""
     tip = FakeItem("tip", label="back:1", position=600, span=600)
     for number in range(5):
         placement = under_pressure()
@@ -439,31 +441,31 @@ def test_a_prompt_that_resumes_from_its_tip_places_the_successor_under_pressure(
     shared = FakeItem("shared", label="boundary", position=600, span=600)
     for other in (behind, shared):
         placement = under_pressure()
-        facts = prefill(0, cached_len=600, seen_len=600, forks=False, resumed=other)
-        assert not labels_of(placement, facts), "these are no tips: an end displaces others"
+        resumed = prefill(0, cached_len=600, seen_len=600, forks=False, resumed=other)
+        assert not labels_of(placement, resumed), "the resumed item is not a tip"
 
 
-def test_another_conversation_saves_its_end_if_a_third_of_the_ends_are_used() -> None:
-    """With fewer hits, conversations in the cache keep their places: those that come in would be
-    evicted before their next turn."""
+def test_new_conversations_save_ends_if_a_third_of_the_ends_are_used() -> None:
+    """With fewer hits, resident conversations keep their memory, because new ones would be evicted
+    before their next turn."""
     tip = FakeItem("tip", label="back:1", position=999, span=999)
     lost = FakeItem("lost", label="back:1", position=999)
     other = prefill(0, cached_len=100, seen_len=100, forks=False)
-    for one_in, is_saved in ((2, True), (5, False)):
+    for period, is_saved in ((2, True), (5, False)):
         placement = Adaptive()
         labels_of(placement, other)
         for number in range(400):
             placement.on_saved(999, "back:1")
             placement.on_saved(500, "boundary")
-            if number % one_in:
+            if number % period:
                 placement.on_ghost_hit(lost, 999)
             else:
                 placement.on_hit(tip)
         assert ("back:1" in labels_of(placement, other)) == is_saved
 
 
-def test_a_tip_has_one_successor() -> None:
-    """Answers that never serve a prompt: only the prompt's end succeeds."""
+def test_a_tip_gets_only_one_successor() -> None:
+    """Ends of answers that are never reused get no checkpoint; only the prompt's end does."""
     placement = Adaptive()
     for _ in range(200):
         placement.on_saved(999, "decode")
@@ -475,9 +477,9 @@ def test_a_tip_has_one_successor() -> None:
     assert placement.decode_interval() is None
 
 
-def test_a_label_that_saves_more_than_forks_do_is_placed_with_them() -> None:
-    """Forks are placed whatever they earn. The price they cause does not keep out a label whose
-    checkpoints save more."""
+def test_a_label_that_saves_more_than_forks_is_placed() -> None:
+    """Forks are always placed. The price that they cause must not exclude a label that saves
+    more."""
     placement = Adaptive()
     fork = FakeItem("fork", label="branch", span=200, position=500)
     for number in range(200):
@@ -495,64 +497,73 @@ def test_a_label_that_saves_more_than_forks_do_is_placed_with_them() -> None:
     assert "rejoin" in labels_of(placement, joint)
 
 
-def test_back_offs_that_have_earned_nothing_take_free_memory_only() -> None:
-    many, none = ({"free_slots": free, "num_checkpoints": 20} for free in (20, 0))
-    assert "back:64" in labels_of(Adaptive(), prefill(0, **many))
-    assert labels_of(Adaptive(), prefill(0, **none)) == {"back:1"}
-    earned = FakeItem("earned", label="back:64", span=900, position=900)
+def test_backoffs_without_hits_are_placed_only_in_free_memory() -> None:
+    ample, full = ({"free_slots": free, "num_checkpoints": 20} for free in (20, 0))
+    assert "back:64" in labels_of(Adaptive(), prefill(0, **ample))
+    assert labels_of(Adaptive(), prefill(0, **full)) == {"back:1"}
+    used = FakeItem("used", label="back:64", span=900, position=900)
     placement = Adaptive()
     for number in range(60):
-        labels_of(placement, prefill(number, resumed=earned, **many))
-    assert "back:64" in labels_of(placement, prefill(99, **none))
+        labels_of(placement, prefill(number, resumed=used, **ample))
+    assert "back:64" in labels_of(placement, prefill(99, **full))
 
 
-@pytest.mark.parametrize(("fit", "most"), [(0, 1), (1, 1), (3, 1), (4, 2), (40, 4)])
-def test_one_prompt_takes_at_most_half_of_what_fits(fit: int, most: int) -> None:
-    """The answer's end counts, and equal places count once."""
+@pytest.mark.parametrize(
+    ("num_checkpoints", "num_planned"), [(0, 1), (1, 1), (3, 1), (4, 2), (40, 4)]
+)
+def test_one_prompt_takes_at_most_half_of_all_checkpoints(
+    num_checkpoints: int, num_planned: int
+) -> None:
+    """The end of the answer counts, and equal positions count once."""
     placement = Adaptive()
-    facts = prefill(
-        0, grid=64, boundaries=(100, 101, 500), seen_len=101, num_checkpoints=fit, free_slots=0
+    new = prefill(
+        0,
+        grid=64,
+        boundaries=(100, 101, 500),
+        seen_len=101,
+        num_checkpoints=num_checkpoints,
+        free_slots=0,
     )
-    placement.on_prefill(facts)
-    positions = facts.on_grid(placement.plan(facts))
-    assert len(positions) + (placement.decode_interval() is not None) == most
-    assert "branch" in positions.values(), "the most wanted first"
+    placement.on_prefill(new)
+    positions = new.on_grid(placement.plan(new))
+    assert len(positions) + (placement.decode_interval() is not None) == num_planned
+    assert "branch" in positions.values(), "the branch has priority"
 
 
-def test_the_placement_is_told_what_is_free_and_what_is_held() -> None:
-    facts: list[Prefill] = []
+def test_a_prefill_has_the_number_of_free_slots_and_checkpoints() -> None:
+    prefills: list[Prefill] = []
 
-    class Watching(Adaptive):
+    class Recording(Adaptive):
         def on_prefill(self, prefill: Prefill) -> None:
-            facts.append(prefill)
+            prefills.append(prefill)
             super().on_prefill(prefill)
 
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=10_000, num_slots=6, grid=1))
     for number in range(3):
         prompt = np.full(100, number, np.int32)
-        lease = Lease.begin(cache, Watching(), LeaseRequest(prompt, answer_survives=False))
+        lease = Lease.begin(cache, Recording(), LeaseRequest(prompt, answer_survives=False))
         assert lease is not None and lease.extend(100)
         lease.take_checkpoint_slots(0, 100)
         cache.take_step().done()
         lease.finish(prompt, 100)
-    assert facts[0].free_slots == 5 and facts[0].num_checkpoints == 0, "its own state has one"
-    held = [(each.free_slots or 0) + each.num_checkpoints for each in facts]
-    assert held == [5, 5, 5] and facts[1].num_checkpoints > 0
+    assert prefills[0].free_slots == 5, "the request's state has one slot"
+    assert prefills[0].num_checkpoints == 0 < prefills[1].num_checkpoints
+    assert [(each.free_slots or 0) + each.num_checkpoints for each in prefills] == [5, 5, 5]
 
 
-def test_sessions_in_a_loop_that_does_not_fit_do_not_starve() -> None:
-    """Every end is lost before its use at first. The default must hold some sessions, as the
-    back-off alone does."""
+def test_adaptive_keeps_some_sessions_of_a_loop_that_does_not_fit() -> None:
+    """At first every end is evicted before its use. The default must keep as many sessions as
+    ``backoff`` does."""
     trace = append_only_chat(sessions=25, turns=12)
     rates = [
-        hit_rate(trace, "survival", words, total_bytes=1 << 30) for words in ("adaptive", "backoff")
+        hit_rate(trace, "survival", spec, total_bytes=1 << 30) for spec in ("adaptive", "backoff")
     ]
     assert rates[0] > 0.98 * rates[1] > 0.1
 
 
-def test_one_use_in_a_bin_does_not_order_the_first_evictions() -> None:
-    """A single use, by chance at an age of twelve, says little of items of that age: until more is
-    known, the older is hardly worth more than the younger."""
+def test_a_single_use_does_not_determine_the_first_evictions() -> None:
+    """A single use at an age of twelve is little evidence for items of that age. Older items must
+    not be valued much higher than younger ones."""
     survival = Hazards()
     row = survival.row((True,))
     for start in range(24):
@@ -565,8 +576,8 @@ def test_one_use_in_a_bin_does_not_order_the_first_evictions() -> None:
 
 
 def test_trials_of_new_labels_do_not_fill_a_small_cache() -> None:
-    """The assumed earnings of a label last for as many checkpoints as fit. With room for few, an
-    end that no prompt continues is saved that often. With ample room it is saved each time."""
+    """The assumed yield of a new label lasts for as many checkpoints as fit. If few fit, an unused
+    end is saved only that often. With ample memory it is saved each time."""
 
     def num_ends(num_checkpoints: int) -> float:
         placement = Adaptive()
@@ -579,11 +590,11 @@ def test_trials_of_new_labels_do_not_fill_a_small_cache() -> None:
 
 
 @pytest.mark.full
-def test_the_pair_reaches_the_bound_where_memory_is_ample() -> None:
+def test_survival_and_adaptive_reach_the_bound_with_ample_memory() -> None:
     assert hit_rate(chat().head(120), "survival", "adaptive", total_bytes=40 << 30) > 0.8
 
 
-def test_what_lies_below_is_ordered_by_what_the_device_has_learnt() -> None:
+def test_tiers_share_the_hazards_learned_on_the_device() -> None:
     size = 1 << 22
     config = CacheConfig(
         total_bytes=size,
@@ -601,26 +612,26 @@ def test_what_lies_below_is_ordered_by_what_the_device_has_learnt() -> None:
     assert len({id(policy.hazards) for policy in policies}) == 1
 
 
-def test_the_predecessor_takes_over_only_where_the_tip_leaves_the_last_tier() -> None:
-    for lies_below in (False, True):
+def test_demand_passes_on_only_if_the_tip_leaves_the_last_tier() -> None:
+    for has_tier in (False, True):
         device = Survival()
-        below = device.for_tier() if lies_below else None
+        tier = device.for_tier() if has_tier else None
         first = FakeItem("first", created=1, last_used=1, superseded=True)
         tip = FakeItem("tip", created=2, last_used=2, above=first)
         for item in (first, tip):
             device.add(item)
         device.discard(tip, evicted=True)
-        assert (first.memo.demand is None) == lies_below
-        if below is not None:
-            below.add(tip)
-            below.discard(tip, evicted=True)
+        assert (first.memo.demand is None) == has_tier
+        if tier is not None:
+            tier.add(tip)
+            tier.discard(tip, evicted=True)
             assert first.memo.demand == tip.memo.key
 
 
 @pytest.mark.parametrize("rule", ["end", "prompt"])
-def test_the_stop_reason_is_a_class_of_its_own(rule: str) -> None:
-    """Answers that end for one reason are followed by a further turn, those of the other never.
-    With ``prompt`` the next turn leaves out the answer, as chat templates leave out reasoning."""
+def test_survival_learns_by_stop_reason(rule: str) -> None:
+    """Answers with one stop reason are followed by another turn, those with the other never. With
+    ``prompt`` the next turn omits the answer, as chat templates omit reasoning."""
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100_000, num_slots=1000, grid=1))
     placement, labels = parse_placement(rule), dict[str, str]()
     rng = np.random.default_rng(0)
@@ -636,11 +647,11 @@ def test_the_stop_reason_is_a_class_of_its_own(rule: str) -> None:
             lease.take_checkpoint_slots(lease.cached_len, len(prompt))
             cache.take_step().done()
             lease.publish(prompt, len(prompt))
-            said = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
-            lease.take_checkpoint_slots(len(prompt), len(said))
+            history = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
+            lease.take_checkpoint_slots(len(prompt), len(history))
             cache.take_step().done()
-            lease.finish(said, len(said), stop_reason=reason if not turn else "")
-            prompt = said if rule == "end" else prompt
+            lease.finish(history, len(history), stop_reason=reason if not turn else "")
+            prompt = history if rule == "end" else prompt
             prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
     assert labels == {"tool_use": f"{'decode' if rule == 'end' else 'prompt'}/tool_use"}
     policy = cache.policy
@@ -656,11 +667,13 @@ def test_the_stop_reason_is_a_class_of_its_own(rule: str) -> None:
     learned = Adaptive()
     learned.on_saved(60, "decode/tool_use")
     learned.on_hit(FakeItem("tip", label="decode/tool_use"))
-    assert learned.num_saved().keys() == {"decode"}, "a placement decides before the answer ends"
+    assert learned.num_saved().keys() == {"decode"}, (
+        "a placement policy decides before the stop reason is known"
+    )
 
 
 def test_a_shared_checkpoint_gets_no_stop_reason() -> None:
-    """It serves several conversations, whose answers end for different reasons."""
+    """It serves several conversations, whose answers have different stop reasons."""
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=10, grid=1))
     system = np.arange(20, dtype=np.int32)
 
@@ -674,6 +687,8 @@ def test_a_shared_checkpoint_gets_no_stop_reason() -> None:
         nodes = cache.iter_nodes()
         return {node.checkpoint.label for node in nodes if node.checkpoint is not None}
 
-    assert serve(100, "tool_use") == {"boundary/tool_use"}, "one conversation alone"
-    assert serve(100, "end_turn") == {"boundary/end_turn"}, "its latest answer counts"
-    assert serve(200, "tool_use") == {"boundary/end_turn"}, "two conversations"
+    assert serve(100, "tool_use") == {"boundary/tool_use"}, "the only conversation's stop reason"
+    assert serve(100, "end_turn") == {"boundary/end_turn"}, "the stop reason of the latest answer"
+    assert serve(200, "tool_use") == {"boundary/end_turn"}, (
+        "a second conversation must not change the label"
+    )

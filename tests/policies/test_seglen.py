@@ -1,4 +1,4 @@
-"""SegLen beside a plain twin: every candidate's score worked out anew for every victim."""
+"""SegLen, compared with a plain version that computes every score for every victim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def normalised(values: list[int]) -> list[float]:
 
 
 def scores(left: dict[str, tuple[int, int]], weight: float) -> dict[str, float]:
-    """Of (replay length, last use) by name."""
+    """Return the score of each name, given (replay length, last use) of all candidates."""
     lengths, uses = (normalised(list(column)) for column in zip(*left.values(), strict=True))
     return {
         name: weight * length + (1 - weight) * use
@@ -27,14 +27,12 @@ def scores(left: dict[str, tuple[int, int]], weight: float) -> dict[str, float]:
     st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12),
     st.sampled_from([0.0, 0.5, 0.85]),
 )
-def test_every_victim_has_the_least_score_of_those_left(
-    facts: list[tuple[int, int]], weight: float
-) -> None:
-    left = {str(number): fact for number, fact in enumerate(facts)}
+def test_every_victim_has_the_lowest_score(values: list[tuple[int, int]], weight: float) -> None:
+    left = {str(number): value for number, value in enumerate(values)}
     items = [FakeItem(name, span=span, last_used=used) for name, (span, used) in left.items()]
     order = offer(SegLen(weight), *items)
     assert sorted(order) == sorted(left)
     for name in order:
-        known = scores(left, weight)
-        assert known[name] <= min(known.values()) + 1e-9
+        current = scores(left, weight)
+        assert current[name] <= min(current.values()) + 1e-9
         del left[name]

@@ -1,4 +1,4 @@
-"""What a policy sees of an item does not depend on where the tree happens to be split."""
+"""Attributes of items do not depend on the positions at which the tree is split."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.cache.twins import VictimLog
 
 
-def filled(eviction: str, seed: int, tiers: bool) -> HybridRadixCache:
-    cache = hybrid(600, 12, eviction=eviction, dead_first=tiers, demote_superseded=tiers)
+def filled(eviction: str, seed: int, classes: bool) -> HybridRadixCache:
+    cache = hybrid(600, 12, eviction=eviction, dead_first=classes, demote_superseded=classes)
     for tokens in traffic(seed, 25):
         serve(cache, tokens, {len(tokens) // 2, len(tokens)} - {0})
     return cache
@@ -25,7 +25,7 @@ def splittable(cache: HybridRadixCache) -> list[RadixNode]:
 
 
 def order(cache: HybridRadixCache) -> list[object]:
-    """What goes, in order, until nothing is left."""
+    """Return all victims in order, until the cache is empty."""
     log = VictimLog()
     cache.subscribe(log)
     cache.reset()
@@ -33,13 +33,13 @@ def order(cache: HybridRadixCache) -> list[object]:
 
 
 @pytest.mark.full("arc", "class-age", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
-@pytest.mark.parametrize("word", sorted(EVICTION))
+@pytest.mark.parametrize("eviction", sorted(EVICTION))
 @settings(max_examples=25)
 @given(st.integers(0, 50), st.booleans(), st.lists(st.integers(0, 10**6), min_size=1, max_size=6))
-def test_a_split_that_stores_nothing_changes_no_order(
-    word: str, seed: int, tiers: bool, cuts: list[int]
+def test_a_split_without_an_insert_does_not_change_the_eviction_order(
+    eviction: str, seed: int, classes: bool, cuts: list[int]
 ) -> None:
-    whole, split = filled(word, seed, tiers), filled(word, seed, tiers)
+    whole, split = filled(eviction, seed, classes), filled(eviction, seed, classes)
     for cut in cuts:
         nodes = splittable(split)
         node = nodes[cut % len(nodes)]
@@ -48,7 +48,7 @@ def test_a_split_that_stores_nothing_changes_no_order(
     assert order(split) == order(whole)
 
 
-def test_a_fork_that_came_and_went_leaves_no_trace() -> None:
+def test_an_evicted_fork_does_not_change_span_or_size() -> None:
     cache = hybrid(2000, 10)
     serve(cache, ids(range(1000)), [1000])
     leaf = cache.match(ids(range(1001))).node
@@ -59,9 +59,9 @@ def test_a_fork_that_came_and_went_leaves_no_trace() -> None:
     assert [(item.span, item.size_bytes) for item in (leaf.kv, leaf.checkpoint)] == before
 
 
-def test_what_a_leafs_kv_loses_is_what_its_checkpoint_loses() -> None:
-    """They go together, whichever is chosen; a fork above them keeps its rows and has to be
-    computed again all the same."""
+def test_kv_and_checkpoint_of_a_leaf_have_equal_span_and_size() -> None:
+    """They are evicted together. The rows of a fork above them stay, but its tokens must be
+    computed again, too."""
     cache = hybrid(2000, 10)
     serve(cache, ids(range(400)), [100, 400])
     serve(cache, ids(range(300), range(5000, 5010)), [310])
@@ -70,7 +70,7 @@ def test_what_a_leafs_kv_loses_is_what_its_checkpoint_loses() -> None:
     assert leaf.kv.size_bytes == leaf.checkpoint.size_bytes == 100 + 2
 
 
-def test_where_there_are_no_states_kv_loses_its_own_tokens() -> None:
+def test_without_states_the_span_of_kv_is_its_own_tokens() -> None:
     cache = hybrid(2000, 0, prefix_cache="radix")
     serve(cache, ids(range(400)))
     serve(cache, ids(range(300), range(5000, 5010)))

@@ -1,5 +1,4 @@
-"""A stranger's policies: those of the README run everywhere, and what is wrong with one is one
-sentence."""
+"""Custom policies: they work wherever a policy name does, and errors in them are explained."""
 
 from __future__ import annotations
 
@@ -136,37 +135,39 @@ class Often(Thirds):
 
 
 @pytest.fixture(autouse=True)
-def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    (tmp_path / "strangers.py").write_text(MODULE)
-    (tmp_path / "torn.py").write_text("class X(:")
+def user_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "user_policies.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text("class X(:")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     yield
-    for name in ("strangers", "torn"):
+    for name in ("user_policies", "broken"):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("word", ["strangers:CheapestFirst", "strangers:InTiers", "strangers:Dice"])
-def test_a_policy_runs_wherever_a_word_does(word: str) -> None:
-    result = simulate("short?head=60", gib=1, policy=["lru", word], bound=False)
-    assert [run.label for run in result.runs] == ["lru", word]
-    assert make_eviction(word)().orders_classes is not word.endswith("InTiers")
+@pytest.mark.parametrize(
+    "name", ["user_policies:CheapestFirst", "user_policies:InTiers", "user_policies:Dice"]
+)
+def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
+    result = simulate("short?head=60", gib=1, policy=["lru", name], bound=False)
+    assert [run.label for run in result.runs] == ["lru", name]
+    assert make_eviction(name)().orders_classes is not name.endswith("InTiers")
 
 
-def test_method_names_of_the_last_release_still_work_with_a_warning() -> None:
-    heard: list[Item] = []
+def test_former_method_names_work_with_a_deprecation_warning() -> None:
+    ghost_hits: list[Item] = []
     with pytest.warns(
         DeprecationWarning, match=r"Former\.missed is deprecated: rename it to on_gh"
     ):
 
         class Former(LRU):
             def missed(self, item: Item) -> None:
-                heard.append(item)
+                ghost_hits.append(item)
 
     policy: EvictionPolicy = Former()
     ghost = FakeItem("ghost")
     policy.on_ghost_hit(ghost)
-    assert heard == [ghost]
+    assert ghost_hits == [ghost]
 
 
 def test_former_names_select_the_same_policies() -> None:
@@ -176,78 +177,78 @@ def test_former_names_select_the_same_policies() -> None:
     assert "regret" not in (*eviction_names(), *placement_names())
 
 
-def test_a_placement_runs_wherever_a_word_does() -> None:
-    words = "strangers:Thirds,boundary,cap:3"
-    result = simulate("short?head=60", gib=1, checkpoints=words, bound=False)
+def test_a_custom_placement_runs_wherever_a_name_does() -> None:
+    spec = "user_policies:Thirds,boundary,cap:3"
+    result = simulate("short?head=60", gib=1, checkpoints=spec, bound=False)
     assert result.runs[0].checkpoints_made
     with pytest.raises(ValueError, match="has no class 'thirds'"):
-        parse_placement("strangers:thirds")
+        parse_placement("user_policies:thirds")
 
 
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("name", "message"),
     [
         ("NoScore", "it does not implement EvictionPolicy: it lacks score"),
         ("Inherits", "it does not implement EvictionPolicy: it lacks victim"),
         (
             "Raises",
-            "add raised AttributeError: .* has no attribute 'nothing' .strangers.py, line 28",
+            "add raised AttributeError: .* has no attribute 'nothing' .user_policies.py, line 28",
         ),
         ("NaN", r"NaN.score returned \(1.0, nan\) for a checkpoint item: a number or a tuple"),
         ("Nothing", "Nothing.score returned None for a checkpoint item"),
         ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
         ("Foreign", "victim.* returned .* which is not a candidate of that kind"),
-        ("Missing", "strangers has no class 'Missing'"),
+        ("Missing", "user_policies has no class 'Missing'"),
     ],
 )
-def test_what_is_wrong_with_a_policy_is_one_sentence(
-    word: str, sentence: str, capsys: pytest.CaptureFixture[str]
+def test_an_error_in_a_custom_policy_is_one_line(
+    name: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        simulate("short?head=60", gib=0.5, policy=f"strangers:{word}", bound=False)
+    with pytest.raises(ValueError, match=message):
+        simulate("short?head=60", gib=0.5, policy=f"user_policies:{name}", bound=False)
     command = ["simulate", "--trace", "short?head=60", "--gib", "0.5", "--no-bound"]
-    assert main([*command, "--policy", f"strangers:{word}"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("hybridcache: ") and said.count("\n") == 1
+    assert main([*command, "--policy", f"user_policies:{name}"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("hybridcache: ") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("name", "message"),
     [
         ("Bare", r"plan returned \d+; return Placed\(position, label\)"),
         ("Half", r"plan returned Placed\(position=\d+.\d+, label='half'\); return Placed"),
-        ("Lost", "plan raised RuntimeError: no idea .strangers.py, line"),
+        ("Lost", "plan raised RuntimeError: no idea .user_policies.py, line"),
         (
             "Often",
             "decode_interval returned 'often'; return the number of tokens between checkpoints, or",
         ),
     ],
 )
-def test_what_is_wrong_with_a_placement_is_one_sentence(word: str, sentence: str) -> None:
-    with pytest.raises(PolicyError, match=sentence):
-        simulate("short?head=60", gib=1, checkpoints=f"strangers:{word}", bound=False)
+def test_an_error_in_a_custom_placement_is_explained(name: str, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        simulate("short?head=60", gib=1, checkpoints=f"user_policies:{name}", bound=False)
 
 
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("name", "message"),
     [
-        ("torn:X", "no module 'torn' can be imported .invalid syntax"),
+        ("broken:X", "no module 'broken' can be imported .invalid syntax"),
         ("nowhere:X", "no module 'nowhere' can be imported"),
-        ("strangers.py:NaN", "leave out .py"),
-        ("strangers:MODULE", "strangers has no class 'MODULE'"),
+        ("user_policies.py:NaN", "leave out .py"),
+        ("user_policies:MODULE", "user_policies has no class 'MODULE'"),
     ],
 )
-def test_a_module_that_can_not_be_read_is_one_sentence(word: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        make_eviction(word)
+def test_a_module_that_cannot_be_imported_raises_an_explanation(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_eviction(name)
 
 
-def test_a_guard_passes_everything_on() -> None:
-    policy: EvictionPolicy = make_eviction("strangers:CheapestFirst")()
-    cheap, dear = FakeItem("cheap", span=1), FakeItem("dear", span=9)
+def test_the_guard_of_a_custom_policy_forwards_all_calls() -> None:
+    policy: EvictionPolicy = make_eviction("user_policies:CheapestFirst")()
+    cheap, costly = FakeItem("cheap", span=1), FakeItem("costly", span=9)
     policy.on_ghost_hit(cheap)
-    assert offer(policy, dear, cheap) == ["cheap", "dear"]
+    assert offer(policy, costly, cheap) == ["cheap", "costly"]
     assert policy.victim(None) is None
 
 
@@ -260,7 +261,7 @@ class Within(PlacementPolicy):
     offset = 0
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        yield Placed(self.offset + prefill.prompt_len, "mine")
+        yield Placed(self.offset + prefill.prompt_len, "custom")
 
 
 class Beyond(Within):
@@ -274,31 +275,31 @@ class Spaced(PlacementPolicy):
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
         for position in range(prefill.prompt_len, 0, -1):
             if position % self.interval == 0:
-                yield Placed(position, "mine")
+                yield Placed(position, "custom")
 
 
-def test_a_class_itself_is_as_good_as_its_word(tmp_path: Path) -> None:
+def test_a_class_and_its_name_give_the_same_results(tmp_path: Path) -> None:
     runs = simulate("short?head=60", gib=0.3, policy=[Deepest], checkpoints=Within).runs
-    words = simulate(
+    by_name = simulate(
         "short?head=60",
         gib=0.3,
         policy=f"{__name__}:Deepest",
         checkpoints=f"{__name__}:Within",
         resume_from=tmp_path / "runs.jsonl",
     ).runs
-    assert runs[0].label == f"{__name__}:Deepest @ {__name__}:Within" == words[0].label
-    assert runs[0].cached_tokens == words[0].cached_tokens > 0
+    assert runs[0].label == f"{__name__}:Deepest @ {__name__}:Within" == by_name[0].label
+    assert runs[0].cached_tokens == by_name[0].cached_tokens > 0
 
 
 class Weighted(ScorePolicy):
-    """Deepest first where ``weight`` is negative."""
+    """Policy that evicts the deepest item first if ``weight`` is negative."""
 
-    made: ClassVar[list[Weighted]] = []
+    instances: ClassVar[list[Weighted]] = []
 
     def __init__(self, weight: float = -1.0) -> None:
         super().__init__()
         self.weight = weight
-        Weighted.made.append(self)
+        Weighted.instances.append(self)
 
     def score(self, item: Item) -> float:
         return self.weight * item.position
@@ -309,25 +310,25 @@ class InTiers(Weighted):
 
 
 @pytest.mark.parametrize(("policy", "number"), [(Weighted, 1), (InTiers, 3)])
-@pytest.mark.parametrize("is_word", [True, False])
-def test_a_policy_is_made_once_for_a_cache_or_once_a_tier(
-    policy: type[Weighted], number: int, is_word: bool
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_policy_is_created_once_per_cache_or_once_per_class(
+    policy: type[Weighted], number: int, by_name: bool
 ) -> None:
-    Weighted.made.clear()
-    eviction = f"{__name__}:{policy.__name__}" if is_word else policy
+    Weighted.instances.clear()
+    eviction = f"{__name__}:{policy.__name__}" if by_name else policy
     build_prefix_cache(
         CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=eviction)
     )
-    assert len(Weighted.made) == number
+    assert len(Weighted.instances) == number
 
 
-def test_a_policy_of_ones_own_sees_dead_and_superseded_items_too() -> None:
-    Weighted.made.clear()
+def test_a_custom_policy_sees_unreachable_and_superseded_items() -> None:
+    Weighted.instances.clear()
     config = CacheConfig(num_kv_tokens=1000, num_slots=9, state_bytes=9, grid=1, eviction=Weighted)
     cache = build_prefix_cache(config)
     serve(cache, ids("one"), [2, 3])
     serve(cache, ids("two"))
-    [policy] = Weighted.made
+    [policy] = Weighted.instances
     items = list(policy.candidates())
     assert any(item.dead for item in items) and any(item.superseded for item in items)
 
@@ -343,43 +344,45 @@ def test_a_policy_of_ones_own_sees_dead_and_superseded_items_too() -> None:
     ],
 )
 def test_a_policy_takes_parameters(policy: object) -> None:
-    given = list(Weighted.made)
+    existing = list(Weighted.instances)
     cache = build_prefix_cache(
         CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=policy)
     )
-    made = cache._residency.policy._policy
-    assert made.weight == 2.5 and made not in given, "every cache gets one of its own"
+    created = cache._residency.policy._policy
+    assert created.weight == 2.5 and created not in existing, "the instance is shared by caches"
     runs = simulate("short?head=60", gib=(0.3, 0.5), policy=["lru", policy], bound=False).runs
-    words = simulate(
+    by_name = simulate(
         "short?head=60", gib=(0.3, 0.5), policy=f"{__name__}:Weighted(weight=2.5)", bound=False
     ).runs
-    assert [run.cached_tokens for run in runs[2:]] == [run.cached_tokens for run in words]
+    assert [run.cached_tokens for run in runs[2:]] == [run.cached_tokens for run in by_name]
     assert "Weighted" in runs[2].label or "lambda" in runs[2].label
 
 
-def test_two_words_of_the_command_line_with_brackets(capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"{__name__}:Weighted(weight=2),{__name__}:Weighted(weight=-2)"
+def test_the_command_line_accepts_two_policies_with_parameters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = f"{__name__}:Weighted(weight=2),{__name__}:Weighted(weight=-2)"
     command = ["simulate", "--trace", "short?head=9", "--gib", "1", "--no-bound"]
-    assert main([*command, "--policy", words]) == 0
+    assert main([*command, "--policy", names]) == 0
     out = capsys.readouterr().out
     assert f"{__name__}:Weighted(weight=2) " in out and "Weighted(weight=-2)" in out
 
 
 @pytest.mark.parametrize("policy", [FIFO, EVICTION["sieve"], LRU])
-def test_a_class_of_ours_is_as_good_as_its_word(policy: type[EvictionPolicy]) -> None:
-    [word] = [word for word, found in EVICTION.items() if found is policy]
-    mine = simulate("short?head=60", gib=0.3, policy=policy, bound=False).runs[0]
-    theirs = simulate("short?head=60", gib=0.3, policy=word, bound=False).runs[0]
-    assert mine.cached_tokens == theirs.cached_tokens
+def test_a_built_in_class_and_its_name_give_the_same_results(policy: type[EvictionPolicy]) -> None:
+    [name] = [name for name, found in EVICTION.items() if found is policy]
+    by_class = simulate("short?head=60", gib=0.3, policy=policy, bound=False).runs[0]
+    by_name = simulate("short?head=60", gib=0.3, policy=name, bound=False).runs[0]
+    assert by_class.cached_tokens == by_name.cached_tokens
 
 
-def same(found: type[object]) -> type[object]:
-    """A policy of the user's own that changes nothing of ours."""
-    return type(f"Same{found.__name__}", (found,), {"__module__": __name__})
+def same(policy: type[object]) -> type[object]:
+    """Return a subclass of a built-in policy that changes nothing."""
+    return type(f"Same{policy.__name__}", (policy,), {"__module__": __name__})
 
 
 def outcomes(trace: Trace, **options: object) -> list[dict[str, object]]:
-    """All that a simulation measures but the processor's time."""
+    """Return all results of a simulation except CPU time."""
     records = []
     for run in simulate(trace, bound=False, **options).runs:
         record = run.as_record()
@@ -399,20 +402,20 @@ PRESSURED = {
 
 @pytest.mark.full("host", "short")
 @pytest.mark.parametrize("cell", list(PRESSURED))
-def test_a_subclass_of_any_policy_evicts_as_the_policy_does(cell: str) -> None:
+def test_a_subclass_of_any_policy_gives_the_same_simulation(cell: str) -> None:
     spec, options = PRESSURED[cell]
     trace, names = open_trace(spec).kept(), sorted(EVICTION)
     checkpoints = "branch,boundary,backoff:2,end"
-    theirs = outcomes(trace, policy=names, checkpoints=checkpoints, **options)
-    mine = outcomes(
+    expected = outcomes(trace, policy=names, checkpoints=checkpoints, **options)
+    actual = outcomes(
         trace, policy=[same(EVICTION[name]) for name in names], checkpoints=checkpoints, **options
     )
-    assert dict(zip(names, mine, strict=True)) == dict(zip(names, theirs, strict=True))
-    assert (cell == "ample") == (not any(run["evicted_checkpoints"] for run in theirs))
+    assert dict(zip(names, actual, strict=True)) == dict(zip(names, expected, strict=True))
+    assert (cell == "ample") == (not any(run["evicted_checkpoints"] for run in expected))
 
 
-class Chosen(VictimLog):
-    """A listener that notes every victim."""
+class ItemLog(VictimLog):
+    """Listener that records the attributes of every victim."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -435,7 +438,7 @@ class Chosen(VictimLog):
 @pytest.mark.parametrize("name", sorted(EVICTION))
 @pytest.mark.parametrize("kind", ["hybrid", "radix"])
 def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -> None:
-    """Item by item, with locks that stand in the way."""
+    """Compare the victims item by item, with locked nodes in between."""
     found: list[list[tuple[object, ...]]] = []
     for eviction in (name, same(EVICTION[name])):
         config = CacheConfig(
@@ -447,60 +450,62 @@ def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -
             grid=4,
             eviction=eviction,
         )
-        log, cache = Chosen(), build_prefix_cache(config)
+        log, cache = ItemLog(), build_prefix_cache(config)
         cache.subscribe(log)
         for number, tokens in enumerate(traffic(3, 60)):
             whole = len(tokens) // 4 * 4
             positions = sorted({whole, whole // 2 // 4 * 4} - {0}) if kind == "hybrid" else ()
             match = cache.match(tokens)
-            receipt = cache.lock(match.node)
+            handle = cache.lock(match.node)
             serve(cache, tokens, positions, number % 2)
-            cache.unlock(receipt)
+            cache.unlock(handle)
         found.append(log.items)
     assert found[0] == found[1] and found[0]
 
 
 PLACEMENTS = [
-    f"{name}:{word.example}" if word.example else name for name, word in PLACEMENT_NAMES.items()
+    f"{name}:{rule.example}" if rule.example else name for name, rule in PLACEMENT_NAMES.items()
 ]
 
 
 @pytest.mark.full("host")
 @pytest.mark.parametrize("cell", ["searches", "host", "ample"])
-def test_a_subclass_of_any_placement_saves_as_the_placement_does(cell: str) -> None:
+def test_a_subclass_of_any_placement_gives_the_same_simulation(cell: str) -> None:
     spec, options = PRESSURED[cell]
     trace = open_trace(spec).kept()
 
-    def subclass(words: str) -> Callable[[], PlacementPolicy]:
-        name, _, number = words.partition(":")
-        made = same(PLACEMENT_NAMES[name].make)
-        return partial(made, int(number)) if number else made  # type: ignore[return-value]
+    def subclass(spec: str) -> Callable[[], PlacementPolicy]:
+        name, _, number = spec.partition(":")
+        derived = same(PLACEMENT_NAMES[name].make)
+        return partial(derived, int(number)) if number else derived  # type: ignore[return-value]
 
-    theirs = outcomes(trace, checkpoints=PLACEMENTS, policy="survival", **options)
-    mine = outcomes(
-        trace, checkpoints=[subclass(words) for words in PLACEMENTS], policy="survival", **options
+    expected = outcomes(trace, checkpoints=PLACEMENTS, policy="survival", **options)
+    actual = outcomes(
+        trace, checkpoints=[subclass(spec) for spec in PLACEMENTS], policy="survival", **options
     )
-    assert dict(zip(PLACEMENTS, mine, strict=True)) == dict(zip(PLACEMENTS, theirs, strict=True))
+    assert dict(zip(PLACEMENTS, actual, strict=True)) == dict(
+        zip(PLACEMENTS, expected, strict=True)
+    )
 
 
 class Shared(Weighted):
-    """A policy of three classes, each of which shares what it learns with its like below."""
+    """Policy with one instance per priority class, each of which has an instance per tier."""
 
     orders_classes = False
-    heard: ClassVar[list[tuple[str, int]]] = []
+    ghost_hits: ClassVar[list[tuple[str, int]]] = []
 
     def on_ghost_hit(self, item: Item) -> None:
-        self.heard.append(("deepest", item.position))
+        self.ghost_hits.append(("deepest", item.position))
 
     def on_ghost_hit_above(self, item: Item) -> None:
-        self.heard.append(("above", item.position))
+        self.ghost_hits.append(("above", item.position))
 
     def for_tier(self) -> Shared:
         return Shared()
 
 
-def test_all_classes_of_a_policy_hear_of_ghosts_and_are_asked_below() -> None:
-    Shared.heard.clear()
+def test_all_priority_classes_get_ghost_hits_and_are_shared_with_tiers() -> None:
+    Shared.ghost_hits.clear()
     config = CacheConfig(
         num_kv_tokens=100, num_slots=9, state_bytes=9, host_bytes=12, grid=1, eviction=Shared
     )
@@ -510,13 +515,13 @@ def test_all_classes_of_a_policy_hear_of_ghosts_and_are_asked_below() -> None:
     serve(cache, ids("abcdefgh"), [2, 4, 6])
     cache.evict(num_tokens=100)
     serve(cache, ids("abcdefgh"))
-    told = [("deepest", 6), ("above", 4), ("above", 2)]
-    assert sorted(Shared.heard) == sorted(told * 2), "the superseded ones, and the rest"
+    expected = [("deepest", 6), ("above", 4), ("above", 2)]
+    assert sorted(Shared.ghost_hits) == sorted(expected * 2), "one per class of checkpoints"
 
 
-@pytest.mark.parametrize("word", sorted(EVICTION))
-def test_an_instance_of_ours_can_be_copied_and_orders_as_before(word: str) -> None:
-    instance = make_eviction(word)()
+@pytest.mark.parametrize("name", sorted(EVICTION))
+def test_a_copied_policy_gives_the_same_order(name: str) -> None:
+    instance = make_eviction(name)()
     orders = []
     for policy in (copy.deepcopy(instance), instance):
         items = [FakeItem(f"{n}", last_used=n, created=n, span=9 - n) for n in range(4)]
@@ -525,41 +530,41 @@ def test_an_instance_of_ours_can_be_copied_and_orders_as_before(word: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("name", "message"),
     [
-        ("strangers:CheapestFirst(", "write module:Class.alpha=2."),
-        ("strangers:CheapestFirst(open('x'))", "write module:Class.alpha=2."),
-        ("strangers:CheapestFirst(3)", "it cannot be created .TypeError"),
+        ("user_policies:CheapestFirst(", "write module:Class.alpha=2."),
+        ("user_policies:CheapestFirst(open('x'))", "write module:Class.alpha=2."),
+        ("user_policies:CheapestFirst(3)", "it cannot be created .TypeError"),
     ],
 )
-def test_what_is_wrong_with_parameters_is_one_sentence(word: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        simulate("short?head=9", gib=1, policy=word, bound=False)
+def test_invalid_policy_parameters_raise_an_explanation(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        simulate("short?head=9", gib=1, policy=name, bound=False)
 
 
-def test_a_placement_takes_parameters_too() -> None:
+def test_a_placement_takes_parameters() -> None:
     for placement in (Spaced(128), lambda: Spaced(128), f"{__name__}:Spaced(128)"):
-        mine = simulate("short?head=60", gib=1, checkpoints=placement, bound=False).runs[0]
-        theirs = simulate("short?head=60", gib=1, checkpoints="every:128", bound=False).runs[0]
-        assert mine.cached_tokens == theirs.cached_tokens > 0
+        actual = simulate("short?head=60", gib=1, checkpoints=placement, bound=False).runs[0]
+        expected = simulate("short?head=60", gib=1, checkpoints="every:128", bound=False).runs[0]
+        assert actual.cached_tokens == expected.cached_tokens > 0
 
 
-def test_a_policy_that_has_no_word_is_not_kept_and_not_sent(tmp_path: Path) -> None:
+def test_a_local_class_cannot_be_saved_or_sent_to_a_process(tmp_path: Path) -> None:
     class Local(Deepest):
         pass
 
     assert "Local" in simulate("short?head=9", gib=1, policy=Local, bound=False).runs[0].label
-    kept = tmp_path / "runs.jsonl"
+    path = tmp_path / "runs.jsonl"
     with pytest.raises(ValueError, match="name the policy as in 'mine:Policy"):
-        simulate("short?head=9", gib=1, policy=Local, resume_from=kept)
+        simulate("short?head=9", gib=1, policy=Local, resume_from=path)
     with pytest.raises(ValueError, match="cannot be sent to another process"):
         simulate("short?head=9", gib=(1, 2), policy=Local, processes=2)
 
 
-def test_a_class_without_a_file_runs_but_is_not_kept(
+def test_a_class_without_a_source_file_runs_but_cannot_be_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a notebook's are: their module is there, its text is not."""
+    """Classes of a notebook have a module without source text."""
     cell = ModuleType("cell")
     exec(MODULE, cell.__dict__)
     monkeypatch.setitem(sys.modules, "cell", cell)
@@ -581,14 +586,14 @@ class Misspelled(LRU):
         pass
 
 
-def test_a_policy_that_evicts_nothing_and_names_without_effect_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match="victim returned None 50 times although") as told:
+def test_policies_without_victims_or_with_misspelled_names_warn() -> None:
+    with pytest.warns(UserWarning, match="victim returned None 50 times although") as caught:
         simulate("short?head=60", gib=0.3, policy=Stingy, bound=False)
-    assert len({str(one.message) for one in told}) == 1
-    with pytest.warns(UserWarning, match="which has no effect") as told:
+    assert len({str(warning.message) for warning in caught}) == 1
+    with pytest.warns(UserWarning, match="which has no effect") as caught:
         simulate("short?head=9", gib=1, policy=Misspelled, bound=False)
-    said = {str(one.message).partition("has an attribute ")[2] for one in told}
-    assert said == {
+    attributes = {str(warning.message).partition("has an attribute ")[2] for warning in caught}
+    assert attributes == {
         "'orders_class', which has no effect; did you mean 'orders_classes'?",
         "'on_ghost_hits', which has no effect; did you mean 'on_ghost_hit'?",
     }
@@ -597,7 +602,7 @@ def test_a_policy_that_evicts_nothing_and_names_without_effect_are_warned_of() -
         simulate("short?head=60", gib=0.3, policy=[Deepest, Weighted, InTiers], bound=False)
 
 
-def test_an_unknown_name_is_told_the_most_similar_one() -> None:
+def test_an_error_for_an_unknown_name_suggests_a_similar_one() -> None:
     for name, near in (("lur", "lru"), ("LRU", "lru"), ("Survival", "survival")):
         with pytest.raises(ValueError, match=f"{name!r}, did you mean {near!r}"):
             make_eviction(name)
@@ -607,10 +612,12 @@ def test_an_unknown_name_is_told_the_most_similar_one() -> None:
         make_eviction("xyzzy")
 
 
-def test_a_placement_that_never_lies_in_a_prompt_is_warned_of_once() -> None:
-    with pytest.warns(UserWarning, match="none of its first 50 positions can be saved at") as told:
+def test_a_placement_with_positions_outside_all_prompts_warns_once() -> None:
+    with pytest.warns(
+        UserWarning, match="none of its first 50 positions can be saved at"
+    ) as caught:
         simulate("short", gib=1, checkpoints=Beyond, bound=False)
-    assert len(told) == 1 and MAX_OUTSIDE == 50
+    assert len(caught) == 1 and MAX_OUTSIDE == 50
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         simulate("short", gib=1, checkpoints=Within, bound=False)

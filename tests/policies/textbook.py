@@ -1,44 +1,44 @@
-"""Eviction algorithms as their papers print them: pages of one size, a cache of ``capacity`` pages,
-ghosts never forgotten.
+"""Eviction algorithms as printed in their papers, for ``capacity`` pages of equal size.
 
-Plain on purpose and sharing no code with ours: each function returns who was evicted, in order.
+They share no code with the package and never drop ghosts. Each function returns the evicted pages
+in order.
 """
 
 from __future__ import annotations
 
 
-def fifo(asked: str, capacity: int) -> str:
-    """First in, first out."""
+def fifo(requests: str, capacity: int) -> str:
+    """Evict first in, first out."""
     pages: list[str] = []
-    gone = ""
-    for page in asked:
+    evicted = ""
+    for page in requests:
         if page in pages:
             continue
         if len(pages) == capacity:
-            gone += pages.pop(0)
+            evicted += pages.pop(0)
         pages.append(page)
-    return gone
+    return evicted
 
 
-def lru(asked: str, capacity: int) -> str:
-    """Least recently used."""
+def lru(requests: str, capacity: int) -> str:
+    """Evict the least recently used page."""
     pages: list[str] = []
-    gone = ""
-    for page in asked:
+    evicted = ""
+    for page in requests:
         if page in pages:
             pages.remove(page)
         elif len(pages) == capacity:
-            gone += pages.pop(0)
+            evicted += pages.pop(0)
         pages.append(page)
-    return gone
+    return evicted
 
 
-def clock(asked: str, capacity: int) -> str:
-    """Frames in a ring, a bit each, a hand (Corbató 1968)."""
+def clock(requests: str, capacity: int) -> str:
+    """Use a ring of frames with one bit each and a hand (Corbató 1968)."""
     frames: list[str] = []
     bits: dict[str, bool] = {}
-    hand, gone = 0, ""
-    for page in asked:
+    hand, evicted = 0, ""
+    for page in requests:
         if page in frames:
             bits[page] = True
             continue
@@ -49,20 +49,19 @@ def clock(asked: str, capacity: int) -> str:
         while bits[frames[hand]]:
             bits[frames[hand]] = False
             hand = (hand + 1) % capacity
-        gone += frames[hand]
+        evicted += frames[hand]
         frames[hand] = page
         hand = (hand + 1) % capacity
-    return gone
+    return evicted
 
 
-def sieve(asked: str, capacity: int) -> str:
-    """Algorithm 1 of the paper: the head is the newest, the hand walks from the tail to the
-    head."""
+def sieve(requests: str, capacity: int) -> str:
+    """Use algorithm 1 of the paper: the hand moves from the tail to the head, the newest page."""
     queue: list[str] = []  # tail first
     visited: dict[str, bool] = {}
     hand: str | None = None
-    gone = ""
-    for page in asked:
+    evicted = ""
+    for page in requests:
         if page in queue:
             visited[page] = True
             continue
@@ -72,39 +71,39 @@ def sieve(asked: str, capacity: int) -> str:
                 visited[queue[at]] = False
                 at = (at + 1) % len(queue)
             hand = queue[at + 1] if at + 1 < len(queue) else None
-            gone += queue.pop(at)
+            evicted += queue.pop(at)
         queue.append(page)
         visited[page] = False
-    return gone
+    return evicted
 
 
-def lfu_da(asked: str, capacity: int) -> str:
-    """Key = frequency + age at the latest use; the age is the last victim's key (Arlitt et al.
-    2000)."""
+def lfu_da(requests: str, capacity: int) -> str:
+    """Evict the least frequency + age at the latest use. The age is the last victim's key (Arlitt
+    et al. 2000)."""
     keys: dict[str, int] = {}
     frequency: dict[str, int] = {}
-    age, gone = 0, ""
-    for page in asked:
+    age, evicted = 0, ""
+    for page in requests:
         if page in keys:
             frequency[page] += 1
         else:
             if len(keys) == capacity:
                 victim = min(keys, key=lambda each: keys[each])  # dicts keep the order of entry
                 age = keys.pop(victim)
-                gone += victim
+                evicted += victim
             frequency[page] = 1
         keys[page] = frequency[page] + age
-    return gone
+    return evicted
 
 
-def two_queue(asked: str, capacity: int) -> str:
-    """The full version: A1in a quarter of the cache, A1out the ghosts, Am an LRU (Johnson and
-    Shasha 1994)."""
+def two_queue(requests: str, capacity: int) -> str:
+    """Use the full version: A1in is a quarter of the cache, A1out the ghosts, Am an LRU (Johnson
+    and Shasha 1994)."""
     a1_in: list[str] = []
     am: list[str] = []
     a1_out: set[str] = set()
-    gone = ""
-    for page in asked:
+    evicted = ""
+    for page in requests:
         if page in am:
             am.remove(page)
             am.append(page)
@@ -116,22 +115,21 @@ def two_queue(asked: str, capacity: int) -> str:
                 a1_out.add(victim := a1_in.pop(0))
             else:
                 victim = am.pop(0)
-            gone += victim
+            evicted += victim
         if page in a1_out:
             a1_out.remove(page)
             am.append(page)
         else:
             a1_in.append(page)
-    return gone
+    return evicted
 
 
-def slru(asked: str, capacity: int, protected_share: float = 0.8) -> str:
-    """Probation, and a protected segment of four fifths of what is held; its overflow goes back on
-    probation."""
+def slru(requests: str, capacity: int, protected_share: float = 0.8) -> str:
+    """Use probation and a protected segment of four fifths. Its overflow moves to probation."""
     probation: list[str] = []
     protected: list[str] = []
-    gone = ""
-    for page in asked:
+    evicted = ""
+    for page in requests:
         if page in probation or page in protected:
             (probation if page in probation else protected).remove(page)
             protected.append(page)
@@ -140,19 +138,19 @@ def slru(asked: str, capacity: int, protected_share: float = 0.8) -> str:
                 probation.append(protected.pop(0))
             continue
         if len(probation) + len(protected) == capacity:
-            gone += (probation or protected).pop(0)
+            evicted += (probation or protected).pop(0)
         probation.append(page)
-    return gone
+    return evicted
 
 
-def s3_fifo(asked: str, capacity: int) -> str:
-    """Algorithm 1 of the paper: S a tenth of the cache, M the rest, counters to 3, used more than
-    once passes from S to M."""
+def s3_fifo(requests: str, capacity: int) -> str:
+    """Use algorithm 1 of the paper: S is a tenth of the cache, M the rest, and counters end at 3.
+    Pages used more than once move from S to M."""
     small: list[str] = []
     main: list[str] = []
     ghosts: set[str] = set()
     count: dict[str, int] = {}
-    gone = ""
+    evicted = ""
 
     def evict_small() -> str:
         while small:
@@ -172,31 +170,31 @@ def s3_fifo(asked: str, capacity: int) -> str:
             count[page] -= 1
             main.append(page)
 
-    for page in asked:
+    for page in requests:
         if page in small or page in main:
             count[page] = min(count[page] + 1, 3)
             continue
         if len(small) + len(main) == capacity:
             victim = evict_small() if len(small) >= capacity / 10 else ""
-            gone += victim or evict_main()
+            evicted += victim or evict_main()
         count[page] = 0
         if page in ghosts:
             ghosts.remove(page)
             main.append(page)
         else:
             small.append(page)
-    return gone
+    return evicted
 
 
-def arc(asked: str, capacity: int) -> str:
-    """The paper's cases I to III with REPLACE; case IV's trimming of B1 and B2 bounds their counts
-    instead."""
+def arc(requests: str, capacity: int) -> str:
+    """Apply cases I to III of the paper with REPLACE. Bounded counts replace the trimming of B1 and
+    B2 in case IV."""
     t1: list[str] = []
     t2: list[str] = []
     b1: set[str] = set()
     b2: set[str] = set()
-    target, gone = 0.0, ""
-    for page in asked:
+    target, evicted = 0.0, ""
+    for page in requests:
         if page in t1 or page in t2:
             (t1 if page in t1 else t2).remove(page)
             t2.append(page)
@@ -214,29 +212,29 @@ def arc(asked: str, capacity: int) -> str:
                 b1.add(victim := t1.pop(0))
             else:
                 b2.add(victim := t2.pop(0))
-            gone += victim
+            evicted += victim
         if page in b1 or page in b2:
             b1.discard(page)
             b2.discard(page)
             t2.append(page)
         else:
             t1.append(page)
-    return gone
+    return evicted
 
 
-def w_tiny_lfu(asked: str, capacity: int) -> str:
-    """Exact counters that outlive eviction; a window of one page; main a segmented LRU (Einziger et
-    al. 2017).
+def w_tiny_lfu(requests: str, capacity: int) -> str:
+    """Use exact counters that survive eviction, a window of one page and a segmented LRU (Einziger
+    et al. 2017).
 
-    After ten uses a page the counters of what is held are halved. Until the cache is full for the
-    first time pages wait in the window, for nobody has said yet how much a hundredth of it is.
+    After ten uses per page, the counters of the cached pages are halved. Until the cache is full
+    for the first time, pages stay in the window, because its size is not known yet.
     """
     window: list[str] = []
     probation: list[str] = []
     protected: list[str] = []
     count: dict[str, int] = {}
-    uses, gone = 0, ""
-    for page in asked:
+    uses, evicted = 0, ""
+    for page in requests:
         count[page] = count.get(page, -1) + 1
         held = [*window, *probation, *protected]
         if page in held:
@@ -260,8 +258,8 @@ def w_tiny_lfu(asked: str, capacity: int) -> str:
             probation.append(window.pop(0))
         newcomer, main = window.pop(0), probation or protected
         if not main or count[newcomer] <= count[main[0]]:
-            gone += newcomer
+            evicted += newcomer
         else:
-            gone += main.pop(0)
+            evicted += main.pop(0)
             probation.append(newcomer)
-    return gone
+    return evicted
