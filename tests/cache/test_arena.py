@@ -1,4 +1,4 @@
-"""Cache on an arena: snapshots, events, and leases whose rows move."""
+"""Cache on an arena: snapshots, events, and leases with moving rows."""
 
 from __future__ import annotations
 

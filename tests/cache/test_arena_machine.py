@@ -1,4 +1,4 @@
-"""State machine: leases on an arena read what was written for their tokens, despite moves.
+"""State machine: leases on an arena read the rows written for their tokens, despite moves.
 
 Each decision must equal that of a budget cache in which a state has the size of its slab.
 """

@@ -15,7 +15,7 @@ TOKEN_BYTES, STATE_BYTES = 3, 1000
 
 
 class NextVictim(EvictionPolicy):
-    """Policy whose next victim is set by the test."""
+    """Policy with a next victim that is set by the test."""
 
     def __init__(self) -> None:
         self.next: Item | None = None

@@ -1,4 +1,4 @@
-"""Allocation evicts what it needs, or is refused and evicts nothing."""
+"""Allocation: it evicts as much as it needs, or is refused and evicts nothing."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ PLACEMENT = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped", "
 
 
 def failing(base: type, method: str, calls: int) -> type:
-    """Return a subclass of ``base`` whose ``method`` raises at its n-th call."""
+    """Return a subclass of ``base`` that raises at the n-th call of ``method``."""
 
     class Failing(base):  # type: ignore[misc]
         left = calls

@@ -673,7 +673,7 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
 
 
 def test_a_shared_checkpoint_gets_no_stop_reason() -> None:
-    """It serves several conversations, whose answers have different stop reasons."""
+    """It serves several conversations, and their answers have different stop reasons."""
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=10, grid=1))
     system = np.arange(20, dtype=np.int32)
 
