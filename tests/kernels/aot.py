@@ -1,16 +1,16 @@
-"""Compile ahead of time, without a GPU, what the public functions of a kernel folder would launch
-on one.
+"""Compile the launches of kernel folders ahead of time, without a GPU.
 
-A launch file has ``LAUNCHES``, words to functions that call our wrappers on CPU tensors of the
-sizes a GPU would see. Here every launch inside them is recorded and compiled for each target
-instead of run: the signature, the constants and the alignment are those of the real call, because
-the real call made them.
+A launch file has ``LAUNCHES``: functions by name that call public kernel functions on CPU tensors
+of realistic sizes. Each launch in them is compiled for each target instead of run. Signature,
+constants and alignment are those of the real call.
 
-    python tests/kernels/aot.py tests/kernels/launches/gdn.py        # one JSON line per kernel and
-    target python tests/kernels/aot.py --out experiments/results/kernel_code.jsonl
-    tests/kernels/launches/*.py
+    # One JSON line per kernel and target:
+    python tests/kernels/aot.py tests/kernels/launches/gdn.py
+    # All kernels, with provenance:
+    python tests/kernels/aot.py --out experiments/results/kernel_code.jsonl \\
+        tests/kernels/launches/*.py
 
-Runs in a process of its own, since Triton decides at import whether it interprets or compiles.
+It needs a separate process, because Triton chooses between interpreter and compiler at import.
 """
 
 from __future__ import annotations
@@ -36,23 +36,22 @@ TARGETS = {
     "sm_90": ("cuda", 90, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-"""Words to Triton's (backend, architecture, warp size)."""
+"""Triton's (backend, architecture, warp size) by target name."""
 SHARED_BYTES = {
     "sm_80": 163 * 1024,
     "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "gfx942": 64 * 1024,
 }
-"""Shared memory that one program may use."""
+"""Shared memory available to one program, by target."""
 
 
 _LOGS: dict[str, str] = {}
-"""What the assembler said of each kernel, by its hash."""
+"""Assembler log of each kernel by its hash."""
 
 
 class _AbsentDevice:
-    """Stands in for Triton's driver: answers what is asked before a launch, and is never launched
-    on."""
+    """Stand-in for Triton's driver, which answers queries and is never launched on."""
 
     def __init__(self, target: Any, number: int) -> None:
         self._target, self._number = target, number
@@ -72,7 +71,7 @@ class _AbsentDevice:
 
 
 class Compiled(NamedTuple):
-    """A compiled kernel, and what NVIDIA's assembler said of it."""
+    """Compiled kernel and the log of NVIDIA's assembler."""
 
     kernel: Any
     log: str
@@ -80,8 +79,7 @@ class Compiled(NamedTuple):
 
 @contextmanager
 def recording(target: str) -> Iterator[list[Compiled]]:
-    """While it is open, kernels compile for ``target`` and do not run; yields the list of what was
-    compiled."""
+    """Compile kernels for ``target`` instead of running them, and yield the list of results."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -93,7 +91,7 @@ def recording(target: str) -> Iterator[list[Compiled]]:
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         with redirect_stdout(io.StringIO()) as log:
             result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        # One that was compiled before is silent.
+        # A cached kernel has no log.
         compiled.append(Compiled(result, _LOGS.setdefault(result.hash, log.getvalue())))
         return result
 
@@ -109,15 +107,14 @@ def recording(target: str) -> Iterator[list[Compiled]]:
 def compile_launches(
     launches: dict[str, Callable[[], object]], targets: list[str]
 ) -> Iterator[dict[str, object]]:
-    """Compile everything in ``launches`` for every target: a record for each kernel, launch and
-    target."""
-    for word, launch in launches.items():
+    """Compile ``launches`` for each target and yield a record per kernel, launch and target."""
+    for name, launch in launches.items():
         for target in targets:
             with recording(target) as compiled:
                 launch()
             for kernel, log in compiled:
                 yield {
-                    "launch": word,
+                    "launch": name,
                     "kernel": kernel.metadata.name,
                     "target": target,
                     "num_warps": kernel.metadata.num_warps,
@@ -127,15 +124,13 @@ def compile_launches(
 
 
 def _nvidia(kernel: Any, log: str) -> dict[str, int | bool]:
-    """A thread's registers and what of them the assembler keeps in memory; what the PTX multiplies
-    and copies with."""
+    """Return registers and spilled bytes of a thread, and counts of PTX instructions."""
     ptx = kernel.asm["ptx"]
     return {
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", log)[1]),
         "wgmma": ptx.count("wgmma.mma_async"),
-        # Each product waits for the one before: the assembler met other uses of an accumulator
-        # between them.
+        # Each product waits for the previous one if an accumulator is used between them.
         "serialised": "wgmma.mma_async instructions are serialized" in log,
         "mma": ptx.count("mma.sync"),
         "cp_async": ptx.count("cp.async.ca") + ptx.count("cp.async.cg"),
@@ -144,7 +139,7 @@ def _nvidia(kernel: Any, log: str) -> dict[str, int | bool]:
 
 
 def _amd(kernel: Any) -> dict[str, int]:
-    """Vector registers of a lane, and of them those kept in memory."""
+    """Return vector registers of a lane, spilled bytes, and the count of matrix instructions."""
     code = kernel.asm["amdgcn"]
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1]),
@@ -154,7 +149,7 @@ def _amd(kernel: Any) -> dict[str, int]:
 
 
 def load_launches(path: Path) -> dict[str, Callable[[], object]]:
-    """``LAUNCHES`` of the file at ``path``."""
+    """Return ``LAUNCHES`` of the file at ``path``."""
     spec = importlib.util.spec_from_file_location(f"launches_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -164,7 +159,7 @@ def load_launches(path: Path) -> dict[str, Callable[[], object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("launches", type=Path, nargs="+", help="files with LAUNCHES")
-    parser.add_argument("--only", help="one word of LAUNCHES")
+    parser.add_argument("--only", help="name of one entry of LAUNCHES")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--out", type=Path, help="JSON lines for the results, with provenance")
     args = parser.parse_args()
@@ -176,7 +171,7 @@ def main() -> None:
         launches = load_launches(path)
         if args.only:
             launches = {args.only: launches[args.only]}
-        with tuning.using({}):  # what this machine's device was tuned for may not fit another
+        with tuning.using({}):  # The tuning table of this machine may not fit the targets.
             for record in compile_launches(launches, args.targets):
                 records.append({"folder": path.stem} | record)
                 print(json.dumps(records[-1]), flush=True)

@@ -1,4 +1,4 @@
-"""One memory as an engine has it: rows of all attention layers, and slabs of rows for states."""
+"""An arena like the engine's: rows of all attention layers, and slabs of rows for states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Sizes(NamedTuple):
-    """Of a hybrid model."""
+    """Sizes of a hybrid model."""
 
     kv: tuple[int, int, int]
     """L, HKV, D."""
@@ -25,7 +25,7 @@ QWEN3_NEXT = Sizes(kv=(12, 2, 256), conv=(36, 8192, 3), recurrent=(36, 32, 128, 
 
 
 class Arena(NamedTuple):
-    """The bytes, and the views that kernels are given."""
+    """Bytes of an arena, and the views that kernels get."""
 
     rows: torch.Tensor
     """uint8 ``[N, row bytes]``."""
@@ -52,8 +52,10 @@ def make_arena(
     sizes: Sizes = QWEN3_NEXT,
     fill: int | None = 255,
 ) -> Arena:
-    """Filled with bytes that are NaN in every dtype; with ``fill`` None untouched, so that it may
-    be larger than the machine's memory."""
+    """Return an arena filled with bytes that are NaN in every dtype.
+
+    With ``fill`` None, its memory is not touched and may exceed that of the machine.
+    """
     layers, heads, size = sizes.kv
     row_bytes = 2 * math.prod(sizes.kv) * dtype.itemsize
     conv_bytes = -(-math.prod(sizes.conv) * dtype.itemsize // 16) * 16
@@ -81,7 +83,7 @@ def make_arena(
 def _states(
     flat: torch.Tensor, num_slabs: int, slab_bytes: int, first_byte: int, shape: Sequence[int]
 ) -> torch.Tensor:
-    """``[L, S, ...]``: of every slab what begins at ``first_byte``, layer after layer."""
+    """Return a view ``[L, S, ...]`` of each slab from ``first_byte`` on, layer after layer."""
     layers, *state = shape
     inner = [math.prod(state[i + 1 :]) for i in range(len(state))]
     slab, first = slab_bytes // flat.itemsize, first_byte // flat.itemsize

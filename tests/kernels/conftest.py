@@ -1,13 +1,13 @@
-"""Kernel tests run on the GPU, or in Triton's interpreter on CPU tensors where `TRITON_INTERPRET`
-is 1.
+"""Fixtures of the kernel tests, which run on a GPU or in Triton's interpreter on CPU tensors.
 
-`tests/conftest.py` sets it where there is no GPU; set it by hand to interpret beside one.
+`TRITON_INTERPRET=1` selects the interpreter. `tests/conftest.py` sets it if there is no GPU; set it
+by hand to use the interpreter on a machine with a GPU.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -21,14 +21,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 @pytest.fixture(scope="session")
 def assert_close() -> Callable[..., None]:
-    """Compares with an error relative to the size of the whole, so that cancellation in one element
-    is none."""
+    """Return a comparison with an error relative to the whole tensor.
+
+    Cancellation in one element is then not an error.
+    """
     return _assert_close
 
 
 def _assert_close(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
-    """Same shape and dtype, nothing NaN, and an error of at most ``factor`` times what the dtype
-    allows."""
+    """Check shape, dtype and finite values, and an error of at most ``factor`` times the
+    tolerance of the dtype."""
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     assert got.isfinite().all()
@@ -40,17 +42,17 @@ def _assert_close(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0
 
 @pytest.fixture(scope="session")
 def assert_verifies() -> Callable[..., None]:
-    """Compares the verification of several tokens per sequence with one call per token."""
+    """Return a comparison of verification with one decode call per token."""
     return _assert_verifies
 
 
 def _assert_verifies(
     decode: Callable[..., torch.Tensor], tokens: Sequence[torch.Tensor], states: torch.Tensor
 ) -> None:
-    """Rows and states after each token are equal, for 4, 0, 1 and 3 of the 8 ``tokens``.
+    """Check that rows and states after each token are equal, for 4, 0, 1 and 3 of the 8 ``tokens``.
 
-    The slots that are read keep their states, except that of the sequence with one token, which
-    writes to its own slot. ``decode`` takes tokens, states and slots; there are 14 ``states``.
+    Slots that are read keep their states, except that of the sequence with one token, which writes
+    to its own slot. ``decode`` takes tokens, states and slots; there are 14 ``states``.
     """
     lengths, slots, step_slots = [4, 0, 1, 3], [4, 1, 0, 3], [9, 8, 13, 7, 0, 12, 10, 11]
     packed = Packed.from_lengths(lengths, states.device)
@@ -73,7 +75,7 @@ def _assert_verifies(
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where this process runs kernels: "cuda", or "cpu" under the interpreter."""
+    """Return the device of this process: "cuda", or "cpu" with the interpreter."""
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
@@ -85,15 +87,22 @@ def device_name(device: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def note_device(device_name: str, record_property: Callable[[str, object], None]) -> None:
-    """Into the report of every test."""
+def record_device(device_name: str, record_property: Callable[[str, object], None]) -> None:
+    """Add the device to the report of each test."""
     record_property("device", device_name)
 
 
 @pytest.fixture(autouse=True)
+def restore_num_threads() -> Iterator[None]:
+    """Restore torch's number of threads after each test."""
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh tensors hold NaN (integers their maximum): an element that a kernel forgets to write
-    can not pass."""
+    """Fill new tensors with NaN (integers with their maximum), so that unwritten elements fail."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):

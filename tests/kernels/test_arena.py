@@ -1,4 +1,4 @@
-"""Kernels and references on views of one memory: the bits of other pools, and no byte beside."""
+"""Kernels on views of an arena: bits equal those on separate pools, and no other byte changes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ NAMES = ("attention", "cache_write", "conv1d", "gdn", "mamba2", "state_copy")
 BACKENDS = pytest.mark.parametrize(
     "backend",
     [
-        SimpleNamespace(**{name: vars(getattr(kernels, name))[word] for name in NAMES})
-        for word in ("reference", "fused")
+        SimpleNamespace(**{name: vars(getattr(kernels, name))[kind] for name in NAMES})
+        for kind in ("reference", "fused")
     ],
     ids=["reference", "fused"],
 )
@@ -47,17 +47,17 @@ STATE_DTYPES = pytest.mark.parametrize(
     "state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"]
 )
 FAR = 2**31
-"""Elements past which an offset does not fit into 32 bits."""
+"""Smallest offset that does not fit into 32 bits."""
 
 
 def int32(values: Sequence[int], device: str) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def same_on_both(
+def check_same_on_pools(
     arena: Arena, views: Sequence[torch.Tensor], action: Callable[..., torch.Tensor]
 ) -> None:
-    """Apply ``action`` to views of the arena and to copies of them, tensors of their own."""
+    """Check that ``action`` gives equal results on views of the arena and on copies of them."""
     before = arena.rows.clone()
     pools = [view.clone(memory_format=torch.contiguous_format) for view in views]
     expected = action(*pools)
@@ -71,7 +71,7 @@ def same_on_both(
 
 
 def decode_and_prefill(backend, keys, values, rows, device) -> torch.Tensor:
-    """Writes the KV of two sequences and attends to it, all layers."""
+    """Write the KV of two sequences in all layers and return the attention over it."""
     torch.manual_seed(0)
     lengths = [len(own) for own in rows]
     table = torch.zeros(2, max(lengths), dtype=torch.int32, device=device)
@@ -98,12 +98,12 @@ def decode_and_prefill(backend, keys, values, rows, device) -> torch.Tensor:
 
 @BACKENDS
 @DTYPES
-def test_rows(backend, dtype, device) -> None:
+def test_attention_on_arena_rows(backend, dtype, device) -> None:
     arena = make_arena(30, dtype, torch.float32, device, SIZES)
     order = torch.randperm(len(arena.rows)).tolist()
     rows = [order[:70], list(range(80, 90))]
     rows[0] = [row for row in rows[0] if row not in rows[1]]
-    same_on_both(
+    check_same_on_pools(
         arena,
         (arena.keys, arena.values),
         lambda keys, values: decode_and_prefill(backend, keys, values, rows, device),
@@ -111,8 +111,10 @@ def test_rows(backend, dtype, device) -> None:
 
 
 def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
-    """Two prompts, one of them resumed, with an exported state; then decoding, verifying, a copy.
-    The slots are those of the prompts, of the exported state, of its copy, and of each step."""
+    """Run two prompts, one resumed and with an export, then decode, verify and copy.
+
+    ``slots`` are those of the prompts, the exported state, its copy, and each step.
+    """
     torch.manual_seed(1)
     (_, _, channels, reach), (layers, _, value_heads, key_dim, value_dim) = (
         conv.shape,
@@ -179,9 +181,9 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
 @BACKENDS
 @DTYPES
 @STATE_DTYPES
-def test_slots(backend, dtype, state_dtype, device) -> None:
+def test_states_on_arena_slots(backend, dtype, state_dtype, device) -> None:
     arena, slots = make_arena(9, dtype, state_dtype, device, SIZES), (4, 0, 3, 5, 8, 6, 7)
-    same_on_both(
+    check_same_on_pools(
         arena,
         (arena.conv, arena.recurrent),
         lambda conv, recurrent: run_layers(backend, conv, recurrent, slots, device, dtype),
@@ -196,8 +198,10 @@ def test_slots(backend, dtype, state_dtype, device) -> None:
     width=st.sampled_from([1, 12, 96, 5000]),
     dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
 )
-def test_rows_move_whole(backend, order, num_moved, width, dtype, device) -> None:
-    """Sources stay as they are, as does what lies between two rows."""
+def test_move_rows_changes_only_the_targets(
+    backend, order, num_moved, width, dtype, device
+) -> None:
+    """Sources and the gaps between rows keep their bytes."""
     bytes_ = torch.randint(256, (30, 2 * width, dtype.itemsize), dtype=torch.uint8, device=device)
     arena = bytes_.flatten(1).view(dtype)
     expected = arena.clone()
@@ -208,8 +212,8 @@ def test_rows_move_whole(backend, order, num_moved, width, dtype, device) -> Non
 
 
 @BACKENDS
-def test_a_slab_is_emptied_and_copied(backend, device, monkeypatch) -> None:
-    """Its rows move out, in parts; then a state takes its place: all layers and kinds, one copy."""
+def test_slab_is_emptied_and_copied(backend, device, monkeypatch) -> None:
+    """Rows of the slab move out in parts, then one copy moves a state of all layers into it."""
     monkeypatch.setattr(kernels.cache_write.reference, "MOVED_BYTES", 1000)
     arena = make_arena(4, torch.bfloat16, torch.float32, device, SIZES)
     arena.rows.random_(0, 255)
@@ -227,7 +231,7 @@ def test_a_slab_is_emptied_and_copied(backend, device, monkeypatch) -> None:
 @pytest.mark.full("reference")
 @BACKENDS
 def test_offsets_past_32_bits(backend, device) -> None:
-    """The last slabs of an arena of more than 2**31 elements; its other pages are never touched."""
+    """Only the last slabs of an arena of more than 2**31 elements are touched."""
     sizes = SIZES._replace(recurrent=(2, 4, 64, 64))
     slab_bytes = make_arena(1, torch.bfloat16, torch.bfloat16, "cpu", sizes).rows.numel()
     num_slabs = 2 * FAR // slab_bytes + 10
@@ -252,8 +256,8 @@ def test_offsets_past_32_bits(backend, device) -> None:
         assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_what_is_scattered_in_its_row_or_slot_is_refused(device) -> None:
-    """By the kernels; the references take any strides."""
+def test_non_contiguous_rows_and_slots_are_refused(device) -> None:
+    """Only the kernels refuse them; the references accept any strides."""
     pool = torch.zeros(6, 4, 8, device=device).mT
     wide = torch.zeros(6, 8, 9, device=device)[..., :4]
     states = torch.zeros(3, 2, 16, 32, device=device)[..., ::2]

@@ -1,5 +1,4 @@
-"""Attention over a KV pool: against the formula, and the promise that neither chunking nor batch
-mates change a bit."""
+"""Attention over a KV pool: equality with the formula, and bits independent of chunks and batch."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ BACKENDS = pytest.mark.parametrize(
 
 
 class Cache(SimpleNamespace):
-    """A KV pool that holds some sequences at scattered pages and NaN everywhere else."""
+    """KV pool with sequences in scattered pages and NaN elsewhere."""
 
     @classmethod
     def filled(cls, lengths, heads, kv_heads, size, dtype, device, page_size=1, seed=0) -> Cache:
@@ -55,7 +54,7 @@ class Cache(SimpleNamespace):
         )
 
     def prefill(self, backend, spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
-        """Attention of tokens start:end of each (sequence, start, end), all in one call."""
+        """Return the attention of tokens [start, end) of each (sequence, start, end)."""
         lengths = [end - start for _, start, end in spans]
         rows, kv_lens = [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans]
         out = backend.prefill_attention(
@@ -70,7 +69,7 @@ class Cache(SimpleNamespace):
         return list(out.split(lengths))
 
     def decode(self, backend, ends: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Attention of token end - 1 of each (sequence, end)."""
+        """Return the attention of token end - 1 of each (sequence, end)."""
         return backend.decode_attention(
             torch.stack([self.queries[b][end - 1] for b, end in ends]),
             self.keys,
@@ -83,7 +82,7 @@ class Cache(SimpleNamespace):
         )
 
     def verify(self, backend, spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-        """Attention of the tokens start:end of each (sequence, start, end)."""
+        """Return the attention of the tokens [start, end) of each (sequence, start, end)."""
         lengths = [end - start for _, start, end in spans]
         return backend.verify_attention(
             torch.cat([self.queries[b][start:end] for b, start, end in spans]),
@@ -98,7 +97,7 @@ class Cache(SimpleNamespace):
         )
 
     def formula(self, b: int) -> torch.Tensor:
-        """Attention of all of sequence b in float64."""
+        """Return the attention of all tokens of sequence b, computed in float64."""
         query = self.queries[b].double()
         indices = self.table[self.rows[b], : len(query)].long()
         group = query.shape[1] // self.keys.shape[1]
@@ -119,7 +118,9 @@ class Cache(SimpleNamespace):
     [(4, 2, 64), (3, 1, 128), (2, 2, 256), (6, 2, 40)],
     ids=["HQ4-HKV2-D64", "HQ3-HKV1-D128", "HQ2-HKV2-D256", "HQ6-HKV2-D40"],
 )
-def test_equals_the_formula(backend, heads, kv_heads, size, dtype, device, assert_close) -> None:
+def test_attention_equals_the_formula(
+    backend, heads, kv_heads, size, dtype, device, assert_close
+) -> None:
     cache = Cache.filled([63, 0, 1, 130], heads, kv_heads, size, dtype, device)
     expected = [cache.formula(b) for b in range(4)]
     spans = [(3, 0, 130), (1, 0, 0), (0, 0, 63), (2, 0, 1)]
@@ -137,7 +138,7 @@ def test_equals_the_formula(backend, heads, kv_heads, size, dtype, device, asser
     resumed_tiles=st.integers(0, 2),
     seed=st.integers(0, 9),
 )
-def test_any_page_size_and_start(
+def test_any_page_size_and_start_equal_the_formula(
     backend, length, page_size, resumed_tiles, seed, device, assert_close
 ) -> None:
     cache = Cache.filled([length, 30], 2, 1, 32, torch.float32, device, page_size, seed)
@@ -151,27 +152,21 @@ def test_any_page_size_and_start(
     "heads, kv_heads, size, num_threads",
     [(4, 1, 64, 1), (4, 1, 64, 2), (3, 1, 128, 1), (2, 2, 256, 1)],
 )
-def test_reference_resumes_bit_for_bit(heads, kv_heads, size, dtype, num_threads) -> None:
-    """From every multiple of 64, to any length, beside others: the tokens of a cold run."""
-    before = torch.get_num_threads()
+def test_reference_resume_changes_no_bit(heads, kv_heads, size, dtype, num_threads) -> None:
+    """Resumes at multiples of 64 up to any length, in a batch with other sequences."""
     torch.set_num_threads(num_threads)
-    try:
-        cache = Cache.filled([700, 560, 70], heads, kv_heads, size, dtype, "cpu")
-        cold = [cache.prefill(reference, [(b, 0, n)])[0] for b, n in ((0, 700), (1, 560), (2, 70))]
-        for start in (0, 64, 448, 512, 640):
-            for end in (start + 1, start + 60, start + 300):
-                spans = [(2, 0, 70), (0, start, min(end, 700)), (1, 512, 560)]
-                for (b, first, last), out in zip(
-                    spans, cache.prefill(reference, spans), strict=True
-                ):
-                    assert torch.equal(out, cold[b][first:last])
-    finally:
-        torch.set_num_threads(before)
+    cache = Cache.filled([700, 560, 70], heads, kv_heads, size, dtype, "cpu")
+    cold = [cache.prefill(reference, [(b, 0, n)])[0] for b, n in ((0, 700), (1, 560), (2, 70))]
+    for start in (0, 64, 448, 512, 640):
+        for end in (start + 1, start + 60, start + 300):
+            spans = [(2, 0, 70), (0, start, min(end, 700)), (1, 512, 560)]
+            for (b, first, last), out in zip(spans, cache.prefill(reference, spans), strict=True):
+                assert torch.equal(out, cold[b][first:last])
 
 
 @pytest.mark.full("fp32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_fused_resumes_bit_for_bit(dtype, device) -> None:
+def test_fused_resume_changes_no_bit(dtype, device) -> None:
     cache = Cache.filled([150, 90], 2, 1, 32, dtype, device)
     cold = cache.prefill(fused, [(0, 0, 150)])[0], cache.prefill(fused, [(1, 0, 90)])[0]
     for spans in (
@@ -186,22 +181,21 @@ def test_fused_resumes_bit_for_bit(dtype, device) -> None:
 @pytest.mark.full("bf16-fused", "fp32-native")
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_decoding_ignores_batch_mates(backend, dtype, device) -> None:
+def test_decode_is_independent_of_the_batch(backend, dtype, device) -> None:
     cache = Cache.filled([600, 40, 257, 1], 4, 2, 32, dtype, device)
     ends = [(0, 600), (1, 40), (2, 257), (3, 1)]
-    together = cache.decode(backend, ends)
+    batched = cache.decode(backend, ends)
     for i, end in enumerate(ends):
-        assert torch.equal(cache.decode(backend, [end])[0], together[i])
-    assert torch.equal(cache.decode(backend, ends[::-1]), together.flip(0))
+        assert torch.equal(cache.decode(backend, [end])[0], batched[i])
+    assert torch.equal(cache.decode(backend, ends[::-1]), batched.flip(0))
 
 
 @pytest.mark.full("4-2-fp32-fused", "20-1-bf16-native", "20-1-fp32-reference")
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (20, 1)])
-def test_verification_equals_decoding(backend, heads, kv_heads, dtype, device, monkeypatch) -> None:
-    """Across a split, in several blocks of tokens, beside others, and what comes after is not
-    seen."""
+def test_verification_equals_decode(backend, heads, kv_heads, dtype, device, monkeypatch) -> None:
+    """The spans cross a split, fill several blocks of tokens, and do not see later tokens."""
     cache = Cache.filled([270, 40, 3], heads, kv_heads, 16, dtype, device)
     spans = [(0, 252, 262), (2, 0, 3), (1, 38, 39)]
     out = cache.verify(backend, spans)
@@ -214,32 +208,33 @@ def test_verification_equals_decoding(backend, heads, kv_heads, dtype, device, m
 
 
 SPANS = [(b % 3, 5 * b, 5 * b + 1 + b * 7 % 5) for b in range(11)]
-"""Of 11 sequences, 1 to 5 tokens each and 31 together."""
+"""Spans of 11 sequences: 1 to 5 tokens each, 31 in total."""
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("most", [1, 8, 20, 30, 31])
-def test_chunks_are_cut_by_tokens(most, device, monkeypatch) -> None:
-    """In fours, as many as fit; whatever the cut, the bits are those of one chunk."""
+@pytest.mark.parametrize("max_tokens", [1, 8, 20, 30, 31])
+def test_chunks_are_split_by_tokens(max_tokens, device, monkeypatch) -> None:
+    """Chunks have groups of four sequences, as many as fit, and the bits of a single chunk."""
     cache = Cache.filled([80, 70, 60], 4, 2, 16, torch.float32, device)
     out = cache.verify(fused, SPANS)
     starts = running_sum([end - start for _, start, end in SPANS])
-    chunks = list(decode._chunks(starts, most))
+    chunks = list(decode._chunks(starts, max_tokens))
     assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
-    assert chunks[-1].stop == 11 and (len(chunks) == 1) == (most >= 31)
+    assert chunks[-1].stop == 11 and (len(chunks) == 1) == (max_tokens >= 31)
     for chunk in chunks:
         assert chunk.start % 4 == 0
-        assert chunk.stop - chunk.start <= 4 or starts[chunk.stop] - starts[chunk.start] <= most
-        more = starts[min(chunk.stop + 4, 11)] - starts[chunk.start]
-        assert chunk.stop == 11 or more > most
-    monkeypatch.setattr(decode, "group_size", lambda *sizes: most)
+        assert (
+            chunk.stop - chunk.start <= 4 or starts[chunk.stop] - starts[chunk.start] <= max_tokens
+        )
+        next_size = starts[min(chunk.stop + 4, 11)] - starts[chunk.start]
+        assert chunk.stop == 11 or next_size > max_tokens
+    monkeypatch.setattr(decode, "group_size", lambda *sizes: max_tokens)
     assert torch.equal(cache.verify(fused, SPANS), out)
 
 
 @pytest.mark.full
-def test_host_lengths_only_bound_a_verification(device, monkeypatch) -> None:
-    """In one chunk: the lengths that count are the device's, of fewer sequences or more, as long as
-    none is longer."""
+def test_verification_reads_lengths_from_the_device(device, monkeypatch) -> None:
+    """Lengths on the host are only bounds; the number of sequences may differ."""
     cache = Cache.filled([80, 70, 60], 4, 2, 16, torch.float32, device)
     exact = cache.verify(fused, SPANS)
     monkeypatch.setattr(splits, "WORKSPACE_BYTES", 36 * 4 * 4 * 16)
@@ -265,8 +260,8 @@ def test_host_lengths_only_bound_a_verification(device, monkeypatch) -> None:
     assert torch.equal(bounded, exact)
 
 
-def test_decoding_ignores_where_the_rows_lie() -> None:
-    """A sequence in one range is read in place, a scattered one is gathered: the same bits."""
+def test_decode_is_independent_of_row_positions() -> None:
+    """A contiguous sequence is read in place, a scattered one is gathered."""
     cache = Cache.filled([400], 4, 2, 64, torch.bfloat16, "cpu")
     scattered = cache.decode(reference, [(0, 400)])
     indices = cache.table[cache.rows[0], :400].clone().long()
@@ -275,9 +270,8 @@ def test_decoding_ignores_where_the_rows_lie() -> None:
     assert torch.equal(cache.decode(reference, [(0, 400)]), scattered)
 
 
-def test_host_lengths_only_bound_a_decode(device) -> None:
-    """A captured graph is launched for the longest sequence it may meet; the table on the device
-    says how long they are."""
+def test_decode_reads_lengths_from_the_device(device) -> None:
+    """A graph is launched for the longest possible sequence; the device has the real lengths."""
     cache = Cache.filled([300, 20], 4, 2, 32, torch.float32, device)
     exact = cache.decode(fused, [(0, 300), (1, 20)])
     bounds = Sequences.of(cache.rows, [305, 305], device)
@@ -294,16 +288,16 @@ def test_host_lengths_only_bound_a_decode(device) -> None:
 
 
 @pytest.mark.full
-def test_many_splits_are_joined_in_one_order(device, monkeypatch, assert_close) -> None:
-    """Whatever the longest sequence of a step may be, and whoever is in it."""
+def test_many_splits_are_joined_in_a_fixed_order(device, monkeypatch, assert_close) -> None:
+    """The order does not depend on the longest sequence or on the batch."""
     monkeypatch.setattr(decode, "SPLIT", 32)
     monkeypatch.setattr(decode, "COMBINED", 4)
     cache = Cache.filled([500, 20, 128, 129], 4, 2, 32, torch.float32, device)
     ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
-    together = cache.decode(fused, ends)
-    assert_close(together, torch.stack([cache.formula(b)[-1] for b, _ in ends]))
+    batched = cache.decode(fused, ends)
+    assert_close(batched, torch.stack([cache.formula(b)[-1] for b, _ in ends]))
     for i, end in enumerate(ends):
-        assert torch.equal(cache.decode(fused, [end])[0], together[i])
+        assert torch.equal(cache.decode(fused, [end])[0], batched[i])
     bounds = Sequences.of(cache.rows, [1000] * 4, device)
     bounds.kv_len_table.copy_(torch.tensor([end for _, end in ends]))
     bounded = fused.decode_attention(
@@ -314,18 +308,18 @@ def test_many_splits_are_joined_in_one_order(device, monkeypatch, assert_close) 
         sequences=bounds,
         scale=cache.scale,
     )
-    assert torch.equal(bounded, together)
+    assert torch.equal(bounded, batched)
 
 
-def test_pools_of_two_layouts_are_refused(device) -> None:
+def test_pools_of_different_layouts_are_refused(device) -> None:
     cache = Cache.filled([5], 2, 1, 32, torch.float32, device)
     cache.values = torch.empty(len(cache.keys), 2, 32, device=device)[:, :1]
     with pytest.raises(ValueError, match="equal strides"):
         cache.decode(fused, [(0, 5)])
 
 
-def test_many_long_sequences_share_one_workspace(device, monkeypatch) -> None:
-    """More sequences than it holds are decoded in groups, with the same bits."""
+def test_long_sequences_are_decoded_in_groups(device, monkeypatch) -> None:
+    """Groups are needed if the workspace is too small; bits do not change."""
     cache = Cache.filled([300, 20, 290, 270, 64, 5], 2, 1, 32, torch.float32, device)
     ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
     whole = cache.decode(fused, ends)
@@ -335,7 +329,7 @@ def test_many_long_sequences_share_one_workspace(device, monkeypatch) -> None:
     assert torch.equal(cache.decode(fused, ends), whole)
 
 
-def test_a_workspace_of_64_long_sequences_is_bounded() -> None:
+def test_workspace_of_long_sequences_is_bounded() -> None:
     for kv_len in (2048, 131_072, 262_144):
         num_splits = kv_len // splits.SPLIT
         num_bytes = 4 * 16 * num_splits * 256 * splits.group_size(16, num_splits, 256)
@@ -344,18 +338,18 @@ def test_a_workspace_of_64_long_sequences_is_bounded() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128, 256])
-def test_every_number_of_sequences_gives_the_same_bits(size, device, monkeypatch) -> None:
-    """Alone, together, and in groups that share a workspace, with the heads of a large model."""
+def test_number_of_sequences_changes_no_bit(size, device, monkeypatch) -> None:
+    """Single sequences, batches and groups, with the heads of a large model."""
     if device != "cuda":
-        pytest.skip("compares instructions of the tensor cores")
+        pytest.skip("the test is for tensor cores")
     lengths = [1, 63, 64, 65, 255, 256, 257, 700, 1500, 2048, 3001, 5000, 130]
     cache = Cache.filled(lengths, 16, 2, size, torch.bfloat16, device)
     ends = list(enumerate(lengths))
-    together = cache.decode(fused, ends)
+    batched = cache.decode(fused, ends)
     for count in (1, 2, 3, 5, 8, 12):
-        assert torch.equal(cache.decode(fused, ends[:count]), together[:count]), count
+        assert torch.equal(cache.decode(fused, ends[:count]), batched[:count]), count
     for i, end in enumerate(ends):
-        assert torch.equal(cache.decode(fused, [end])[0], together[i]), end
+        assert torch.equal(cache.decode(fused, [end])[0], batched[i]), end
     for group in (4, 8):
         monkeypatch.setattr(decode, "group_size", lambda *sizes, group=group: group)
-        assert torch.equal(cache.decode(fused, ends), together), group
+        assert torch.equal(cache.decode(fused, ends), batched), group

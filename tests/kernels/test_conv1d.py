@@ -1,5 +1,4 @@
-"""Causal convolution: reference and Triton kernels against torch's conv1d, and against each
-other."""
+"""Causal convolution: all backends compared with torch's conv1d and with each other."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def int32(values, device) -> torch.Tensor:
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Every row is a slice of a wider one."""
+    """Return a tensor with rows that are slices of wider ones."""
     wide = torch.randn(*shape[:-1], shape[-1] + 5, device=device).to(dtype)
     return wide[..., 2 : 2 + shape[-1]]
 
@@ -37,7 +36,7 @@ def draw(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 def expected_rows(
     history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool = True
 ) -> torch.Tensor:
-    """``[W - 1 + n, C]`` to ``[n, C]`` by torch."""
+    """Convolve ``[W - 1 + n, C]`` to ``[n, C]`` by torch."""
     bias = None if bias is None else bias.double()
     rows = F.conv1d(history.double().mT[None], weight.double()[:, None], bias, groups=len(weight))
     return F.silu(rows[0].mT) if silu else rows[0].mT
@@ -50,7 +49,7 @@ def expected_rows(
     [(False, True), (True, True), (False, False)],
     ids=["plain", "bias", "without-silu"],
 )
-def test_prompts_and_exported_windows(conv1d, dtype, has_bias, silu, device) -> None:
+def test_prompts_and_exported_windows_equal_torch(conv1d, dtype, has_bias, silu, device) -> None:
     torch.manual_seed(0)
     channels, width = 70, 4
     packed = Packed.from_lengths(LENGTHS, device)
@@ -100,31 +99,25 @@ def test_prompts_and_exported_windows(conv1d, dtype, has_bias, silu, device) -> 
 @IMPLEMENTATIONS
 @DTYPES
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_resumed_or_in_company_no_bit_differs(conv1d, dtype, num_threads, device) -> None:
+def test_resume_and_batching_change_no_bit(conv1d, dtype, num_threads, device) -> None:
     torch.manual_seed(1)
     channels, lengths, slots = 24, (70, 200, 3), [5, 3, 1]
     weight = draw(channels, 4, dtype=dtype, device=device)
     x = draw(sum(lengths), channels, dtype=dtype, device=device)
     initial = torch.randn(3, channels, 3, device=device).to(dtype)
-    threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    try:
-        packed, states = run(conv1d, x, weight, lengths, initial, slots, [(1, 64, 6), (1, 128, 7)])
-        start = 0
-        for sequence, length in enumerate(lengths):
-            own, window = x[start : start + length], initial[sequence : sequence + 1]
-            alone, last = run(conv1d, own, weight, [length], window, [0], [])
-            assert torch.equal(alone, packed[start : start + length])
-            assert torch.equal(last[0], states[slots[sequence]])
-            start += length
-        for end, slot in ((64, 6), (128, 7)):
-            rest, last = run(
-                conv1d, x[70 + end : 270], weight, [200 - end], states[[slot]], [2], []
-            )
-            assert torch.equal(rest, packed[70 + end : 270])
-            assert torch.equal(last[2], states[3])
-    finally:
-        torch.set_num_threads(threads)
+    packed, states = run(conv1d, x, weight, lengths, initial, slots, [(1, 64, 6), (1, 128, 7)])
+    start = 0
+    for sequence, length in enumerate(lengths):
+        own, window = x[start : start + length], initial[sequence : sequence + 1]
+        single, last = run(conv1d, own, weight, [length], window, [0], [])
+        assert torch.equal(single, packed[start : start + length])
+        assert torch.equal(last[0], states[slots[sequence]])
+        start += length
+    for end, slot in ((64, 6), (128, 7)):
+        rest, last = run(conv1d, x[70 + end : 270], weight, [200 - end], states[[slot]], [2], [])
+        assert torch.equal(rest, packed[70 + end : 270])
+        assert torch.equal(last[2], states[3])
 
 
 def run(conv1d, x, weight, lengths, initial, slots, exports) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +161,8 @@ def test_kernel_equals_reference(lengths, channels, width, dtype, seed, device) 
 @IMPLEMENTATIONS
 @DTYPES
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "without-silu"])
-def test_decoding_continues_a_prompt(conv1d, dtype, silu, device) -> None:
-    """A prompt, then token by token, gives the rows of the whole."""
+def test_decode_continues_a_prompt(conv1d, dtype, silu, device) -> None:
+    """Tokens one after another give the rows of the whole sequence."""
     torch.manual_seed(2)
     x = draw(10, 40, dtype=dtype, device=device)
     weight, bias = draw(40, 4, dtype=dtype, device=device), torch.randn(40, device=device)
@@ -201,7 +194,7 @@ def test_decoding_continues_a_prompt(conv1d, dtype, silu, device) -> None:
 
 @IMPLEMENTATIONS
 @DTYPES
-def test_verification_equals_decoding(conv1d, dtype, assert_verifies, device) -> None:
+def test_verification_equals_decode(conv1d, dtype, assert_verifies, device) -> None:
     torch.manual_seed(3)
     weight, bias = (draw(40, *sizes, dtype=dtype, device=device) for sizes in ([4], []))
     for silu in (True, False):
@@ -214,7 +207,7 @@ def test_verification_equals_decoding(conv1d, dtype, assert_verifies, device) ->
 
 
 @IMPLEMENTATIONS
-def test_a_window_that_would_round_its_inputs_is_refused(conv1d, device) -> None:
+def test_window_of_a_lower_precision_is_refused(conv1d, device) -> None:
     x, weight = torch.randn(2, 8, device=device), torch.randn(8, 4, device=device)
     states = torch.zeros(3, 8, 3, dtype=torch.bfloat16, device=device)
     with pytest.raises(ValueError, match="round"):
@@ -222,31 +215,31 @@ def test_a_window_that_would_round_its_inputs_is_refused(conv1d, device) -> None
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
-def test_a_window_is_overwritten_behind_a_barrier(kind, device, monkeypatch) -> None:
-    """Threads read it in other shares than they write it: all must have read before any writes."""
+def test_window_is_written_after_a_barrier(kind, device, monkeypatch) -> None:
+    """Threads read other parts than they write, so all reads must come before any write."""
     if device != "cpu":
-        pytest.skip("listens to the interpreter")
+        pytest.skip("the test observes the interpreter")
     from triton.runtime.interpreter import InterpreterBuilder
 
     states = torch.zeros(2, 8, 3)
     window = range(states[1].data_ptr(), states[1].data_ptr() + states[1].nbytes)
     events = []
 
-    def listen(name: str, note) -> None:
+    def observe(name: str, events_of) -> None:
         inner = getattr(InterpreterBuilder, name)
 
-        def heard(builder, *args):
-            events.extend(note(*args))
+        def observed(builder, *args):
+            events.extend(events_of(*args))
             return inner(builder, *args)
 
-        monkeypatch.setattr(InterpreterBuilder, name, heard)
+        monkeypatch.setattr(InterpreterBuilder, name, observed)
 
-    def touched(word: str, pointers, mask) -> list[str]:
-        return [word] if any(int(p) in window for p in pointers.data[mask.data]) else []
+    def touched(event: str, pointers, mask) -> list[str]:
+        return [event] if any(int(p) in window for p in pointers.data[mask.data]) else []
 
-    listen("create_masked_load", lambda p, mask, *rest: touched("read", p, mask))
-    listen("create_masked_store", lambda p, value, mask, *rest: touched("write", p, mask))
-    listen("create_barrier", lambda: ["barrier"])
+    observe("create_masked_load", lambda p, mask, *rest: touched("read", p, mask))
+    observe("create_masked_store", lambda p, value, mask, *rest: touched("write", p, mask))
+    observe("create_barrier", lambda: ["barrier"])
     x, weight, slots = torch.ones(1, 8), torch.ones(8, 4), int32([1], device)
     if kind == "decode":
         fused.decode_conv1d(x, weight, None, states=states, slots=slots)
@@ -260,7 +253,7 @@ def test_a_window_is_overwritten_behind_a_barrier(kind, device, monkeypatch) -> 
 
 @COMPILED
 @DTYPES
-def test_natively_prompts_and_decoding_have_the_same_bits(conv1d, dtype, device) -> None:
+def test_native_prefill_and_decode_have_equal_bits(conv1d, dtype, device) -> None:
     torch.manual_seed(4)
     x, weight = draw(70, 40, dtype=dtype, device=device), draw(40, 3, dtype=dtype, device=device)
     states = torch.zeros(5, 40, 2, dtype=dtype, device=device)

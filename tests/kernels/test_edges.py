@@ -1,5 +1,4 @@
-"""Corners where kernels go wrong: states at odd places in memory, exports at a sequence's ends,
-ties, nobody at home."""
+"""Edge cases: states at odd addresses, exports at the ends of sequences, ties, unused experts."""
 
 from __future__ import annotations
 
@@ -29,14 +28,13 @@ SLOTS = 11
 
 
 def scattered_pool(*state: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """``[SLOTS, *state]`` full of NaN, every state whole, but with other things between two of
-    them."""
+    """Return a pool ``[SLOTS, *state]`` of NaN with gaps between the states."""
     storage = torch.full((2 * SLOTS + 1, *state), torch.nan, dtype=dtype, device=device)
     return storage[1::2]
 
 
 def export_at_both_ends(lengths: list[int], free: list[int]) -> list[tuple[int, int, int]]:
-    """Of every sequence the state after its first tile and after its last."""
+    """Return exports after the first tile and at the end of each sequence."""
     ends = [
         (b, end)
         for b, length in enumerate(lengths)
@@ -47,21 +45,20 @@ def export_at_both_ends(lengths: list[int], free: list[int]) -> list[tuple[int, 
 
 
 def plan(lengths: list[int], seed: int, device: str) -> tuple[dict[str, Any], list[int]]:
-    """Slots in any order, some sequences resumed, exports at both ends; and the slots of those that
-    resume."""
+    """Return random slots, resumes and exports as arguments, and the slots of resumed sequences."""
     torch.manual_seed(seed)
     order = torch.randperm(SLOTS).tolist()
-    own, free = order[: len(lengths)], order[len(lengths) :]
+    slots, free = order[: len(lengths)], order[len(lengths) :]
     resumed = torch.rand(len(lengths)) < 0.5
     packed = Packed.from_lengths(lengths, device)
     where = {
         "packed": packed,
-        "slots": torch.tensor(own, dtype=torch.int32, device=device),
+        "slots": torch.tensor(slots, dtype=torch.int32, device=device),
         "resumed": resumed.to(device),
         "exports": Exports.plan(packed, export_at_both_ends(lengths, free)),
     }
     return where, [
-        slot for slot, is_resumed in zip(own, resumed.tolist(), strict=True) if is_resumed
+        slot for slot, is_resumed in zip(slots, resumed.tolist(), strict=True) if is_resumed
     ]
 
 
@@ -72,11 +69,10 @@ def plan(lengths: list[int], seed: int, device: str) -> tuple[dict[str, Any], li
     state_dtype=STATE_DTYPES,
     seed=st.integers(0, 99),
 )
-def test_states_anywhere_and_exports_at_both_ends(
+def test_states_at_odd_addresses_and_exports_at_both_ends(
     lengths, sizes, state_dtype, seed, device
 ) -> None:
-    """Kernel and reference leave the same in every slot, NaN where nobody wrote, and nothing
-    between the slots."""
+    """Kernel and reference leave equal contents in all slots, with NaN in unwritten ones."""
     where, given_slots = plan(lengths, seed, device)
     heads, value_heads, key_dim, value_dim = sizes
     count = sum(lengths)
@@ -101,7 +97,9 @@ def test_states_anywhere_and_exports_at_both_ends(
 
 @settings(max_examples=6)
 @given(lengths=LENGTHS, width=st.integers(2, 4), dtype=STATE_DTYPES, seed=st.integers(0, 99))
-def test_windows_anywhere_and_exports_at_both_ends(lengths, width, dtype, seed, device) -> None:
+def test_windows_at_odd_addresses_and_exports_at_both_ends(
+    lengths, width, dtype, seed, device
+) -> None:
     where, given_slots = plan(lengths, seed, device)
     x = torch.randn(sum(lengths), 20, device=device).to(dtype)
     weight = torch.randn(20, width, device=device).to(dtype)
@@ -119,7 +117,7 @@ def test_windows_anywhere_and_exports_at_both_ends(lengths, width, dtype, seed, 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
 @pytest.mark.parametrize("key_dim", [64, 128, 256])
-def test_decoding_from_scattered_slots(key_dim, state_dtype, device) -> None:
+def test_decode_from_strided_slots(key_dim, state_dtype, device) -> None:
     torch.manual_seed(0)
     slots = torch.tensor([9, 0, 4], dtype=torch.int32, device=device)
     query, key = torch.randn(2, 3, 1, key_dim, device=device)
@@ -147,8 +145,7 @@ def test_decoding_from_scattered_slots(key_dim, state_dtype, device) -> None:
 def test_attention_of_any_group_size_and_page(
     lengths, group, size, page_size, seed, device
 ) -> None:
-    """Pages in any order, NaN in every row that no sequence has; prompts and their last token
-    decoded."""
+    """Pages are in random order and unused rows are NaN; prompts and decodes are compared."""
     torch.manual_seed(seed)
     counts = [-(-length // page_size) for length in lengths]
     pages = torch.randperm(sum(counts) + 2)
@@ -183,9 +180,8 @@ def test_attention_of_any_group_size_and_page(
     levels=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_ties_in_routing(num_experts, k, levels, seed, device) -> None:
-    """A few different scores among many experts: the same experts in the same order, the lower of
-    equals first."""
+def test_ties_in_routing_are_broken_by_index(num_experts, k, levels, seed, device) -> None:
+    """Many experts share few scores; the lower index comes first."""
     k = min(k, num_experts)
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(levels, (7, num_experts), generator=generator).float().to(device)
@@ -201,8 +197,8 @@ def test_ties_in_routing(num_experts, k, levels, seed, device) -> None:
 
 @pytest.mark.parametrize("num_tokens", [16, 17])
 @pytest.mark.parametrize("chosen", [0, 4])
-def test_one_expert_for_everybody(chosen, num_tokens, device) -> None:
-    """The others have no token, and their weights, NaN here, are never met."""
+def test_all_tokens_may_use_one_expert(chosen, num_tokens, device) -> None:
+    """Weights of the unused experts are NaN here and must not be read."""
     torch.manual_seed(chosen)
     w13 = torch.full((5, 2 * 24, 32), torch.nan, device=device)
     w2 = torch.full((5, 32, 24), torch.nan, device=device)
@@ -210,6 +206,6 @@ def test_one_expert_for_everybody(chosen, num_tokens, device) -> None:
     hidden = torch.randn(num_tokens, 32, device=device)
     experts = torch.full((num_tokens, 1), chosen, dtype=torch.int32, device=device)
     weights = torch.rand(num_tokens, 1, device=device)
-    given_rows = hidden, weights, experts, w13, w2
-    out = moe.experts(*given_rows)
-    torch.testing.assert_close(out, moe_reference.experts(*given_rows), atol=1e-5, rtol=1e-4)
+    arguments = hidden, weights, experts, w13, w2
+    out = moe.experts(*arguments)
+    torch.testing.assert_close(out, moe_reference.experts(*arguments), atol=1e-5, rtol=1e-4)

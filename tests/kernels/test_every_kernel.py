@@ -1,5 +1,5 @@
-"""What holds for every kernel: few parameters, and a documented wrapper with a plain twin of the
-same signature."""
+"""Rules for all kernels: few parameters, and documented wrappers with the signature of their
+reference."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 import kernels
 from kernels.native import SOURCES
+from tests.kernels.compiled import triton_functions
 
 pytest.importorskip("triton")
 REFERENCE_ONLY = {"mamba1"}
@@ -21,20 +22,8 @@ FOLDERS = sorted(
 )
 
 
-def triton_functions(folder: str) -> dict[str, inspect.Signature]:
-    """Every function of a folder that Triton compiles."""
-    package = importlib.import_module(f"kernels.{folder}")
-    found = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        members = vars(importlib.import_module(f"kernels.{folder}.{module.name}"))
-        for name, member in members.items():
-            if type(member).__name__ in {"JITFunction", "InterpretedFunction"}:
-                found[name] = member.fn
-    return found
-
-
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_no_kernel_has_many_parameters(folder: str) -> None:
+def test_kernels_have_few_parameters(folder: str) -> None:
     functions = triton_functions(folder)
     assert functions
     counts = {name: len(inspect.signature(f).parameters) for name, f in functions.items()}
@@ -45,11 +34,11 @@ NATIVE = sorted(path.parent.name for path in SOURCES.glob("*/native.py"))
 
 
 @pytest.mark.parametrize(
-    "folder, word",
+    "folder, backend_name",
     [(folder, "fused") for folder in FOLDERS] + [(folder, "native") for folder in NATIVE],
 )
-def test_twins_have_one_signature(folder: str, word: str) -> None:
-    twin = importlib.import_module(f"kernels.{folder}.{word}")
+def test_backends_have_the_signature_of_the_reference(folder: str, backend_name: str) -> None:
+    backend = importlib.import_module(f"kernels.{folder}.{backend_name}")
     reference = importlib.import_module(f"kernels.{folder}.reference")
     shared = [
         name
@@ -57,10 +46,12 @@ def test_twins_have_one_signature(folder: str, word: str) -> None:
         if not name.startswith("_")
         and inspect.isfunction(getattr(reference, name))
         and getattr(reference, name).__module__ == reference.__name__
-        and inspect.isfunction(getattr(twin, name, None))
+        and inspect.isfunction(getattr(backend, name, None))
     ]
     assert shared
     for name in shared:
-        ours, plain = (inspect.signature(getattr(module, name)) for module in (twin, reference))
-        assert list(ours.parameters) == list(plain.parameters), name
-        assert inspect.getdoc(getattr(twin, name)), name
+        ours, expected = (
+            inspect.signature(getattr(module, name)) for module in (backend, reference)
+        )
+        assert list(ours.parameters) == list(expected.parameters), name
+        assert inspect.getdoc(getattr(backend, name)), name

@@ -1,5 +1,7 @@
-"""Exchanges through shared memory, by threads of this process: the library lets go of the
-interpreter, so they run as processes do."""
+"""Exchange through shared memory, with threads as ranks.
+
+The library releases the interpreter's lock, so threads run in parallel like processes.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ from kernels.recording import record
 
 pytestmark = pytest.mark.skipif(not exchange.is_available(), reason="no C++ compiler")
 
-MANY = CAPACITY_BYTES // 4
-"""Numbers that fill a buffer."""
+BUFFER_LEN = CAPACITY_BYTES // 4
+"""Number of float32 values that fill a buffer."""
 
 
-def together(count: int, work: Callable[[int, Exchange], Any], **options: Any) -> list[Any]:
+def run_ranks(count: int, work: Callable[[int, Exchange], Any], **options: Any) -> list[Any]:
     memory = mmap.mmap(-1, shared_bytes(count))
     with ThreadPoolExecutor(count) as pool:
         jobs = [
@@ -39,9 +41,9 @@ def together(count: int, work: Callable[[int, Exchange], Any], **options: Any) -
 @pytest.mark.parametrize("spin_s", [0.0, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_a_sum_is_added_in_the_order_of_ranks(count, dtype, spin_s) -> None:
-    """In float32, rounded once; also where it takes several rounds."""
-    for size in (1, 1000, 2 * MANY + 3):
+def test_sum_adds_in_the_order_of_ranks(count, dtype, spin_s) -> None:
+    """Sums are in float32 and rounded once, also over several rounds."""
+    for size in (1, 1000, 2 * BUFFER_LEN + 3):
         parts = (torch.randn(count, size) * 10.0 ** torch.randint(-3, 3, (count, 1))).to(dtype)
         total = parts[0].float()
         for part in parts[1:]:
@@ -52,14 +54,14 @@ def test_a_sum_is_added_in_the_order_of_ranks(count, dtype, spin_s) -> None:
             ours.sum(parts[number], out)
             return out
 
-        for out in together(count, add, spin_s=spin_s):
+        for out in run_ranks(count, add, spin_s=spin_s):
             assert torch.equal(out, total.to(dtype))
 
 
 @settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(0, 5), st.integers(1, 40), st.booleans())
-def test_a_whole_is_joined_from_unequal_parts(count, rows, columns, is_wide) -> None:
-    """And a row that is wider than a buffer comes in several rounds."""
+def test_join_of_unequal_parts(count, rows, columns, is_wide) -> None:
+    """A row that is wider than a buffer takes several rounds."""
     columns = columns + (CAPACITY_BYTES if is_wide else 0)
     whole = torch.randint(0, 250, (rows, columns), dtype=torch.uint8)
     borders = [number * columns // count for number in range(count + 1)]
@@ -69,29 +71,29 @@ def test_a_whole_is_joined_from_unequal_parts(count, rows, columns, is_wide) -> 
         ours.join(whole[:, borders[number] : borders[number + 1]].contiguous(), out)
         return out
 
-    for out in together(count, join):
+    for out in run_ranks(count, join):
         assert torch.equal(out, whole)
 
 
 @pytest.mark.full("0.0")
 @pytest.mark.parametrize("spin_s", [0.0, 1e-3])
-def test_nobody_writes_what_another_still_reads(spin_s) -> None:
-    """Ranks that are slow by turns, over many rounds."""
+def test_buffers_are_not_overwritten_while_read(spin_s) -> None:
+    """Ranks are delayed at random over many rounds."""
 
     def work(number: int, ours: Exchange) -> None:
-        lots = random.Random(number)
-        x, out = torch.empty(MANY // 4), torch.empty(MANY // 4)
+        rng = random.Random(number)
+        x, out = torch.empty(BUFFER_LEN // 4), torch.empty(BUFFER_LEN // 4)
         for turn in range(400):
-            if lots.random() < 0.05:
-                time.sleep(lots.random() * 2e-3)
+            if rng.random() < 0.05:
+                time.sleep(rng.random() * 2e-3)
             ours.sum(x.fill_(turn + number), out)
             assert out[[0, -1]].tolist() == [3 * turn + 3] * 2
             assert torch.equal(out, out[:1].expand_as(out))
 
-    together(3, work, spin_s=spin_s)
+    run_ranks(3, work, spin_s=spin_s)
 
 
-def test_an_exchange_is_recorded_as_native_calls_are() -> None:
+def test_exchange_can_be_recorded() -> None:
     def work(number: int, ours: Exchange) -> list[float]:
         x, total, whole = torch.empty(1, 4), torch.empty(1, 4), torch.empty(1, 8)
 
@@ -108,10 +110,10 @@ def test_an_exchange_is_recorded_as_native_calls_are() -> None:
             seen += [whole.unique().item()]
         return seen
 
-    assert together(2, work) == [[3.0, 5.0]] * 2
+    assert run_ranks(2, work) == [[3.0, 5.0]] * 2
 
 
-def test_one_that_does_not_come_is_named_and_all_after_fail_at_once() -> None:
+def test_missing_rank_is_named_and_later_calls_fail_at_once() -> None:
     memory = mmap.mmap(-1, shared_bytes(3))
     ours = Exchange(memory, 1, 3, timeout_s=0.05)
     Exchange(memory, 0, 3, timeout_s=0.05).sum(torch.ones(4), torch.empty(4))
@@ -123,7 +125,7 @@ def test_one_that_does_not_come_is_named_and_all_after_fail_at_once() -> None:
     assert out.tolist() == [7.0] * 4
 
 
-def test_a_process_that_has_gone_is_noticed_before_the_timeout() -> None:
+def test_ended_process_is_detected_before_the_timeout() -> None:
     memory = mmap.mmap(-1, shared_bytes(2))
     here, there = socket.socketpair()
     ours = Exchange(memory, 0, 2, lines=[here.fileno()], timeout_s=10_000)
@@ -133,7 +135,7 @@ def test_a_process_that_has_gone_is_noticed_before_the_timeout() -> None:
     here.close()
 
 
-def test_what_is_said_on_a_line_is_no_end_of_it() -> None:
+def test_message_on_a_line_is_not_its_end() -> None:
     memory = mmap.mmap(-1, shared_bytes(2))
     here, there = socket.socketpair()
     ours = Exchange(memory, 0, 2, lines=[here.fileno()], timeout_s=0.1)

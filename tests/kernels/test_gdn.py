@@ -1,5 +1,4 @@
-"""Gated DeltaNet: reference and Triton kernels against the recurrence in float64, and against each
-other."""
+"""Gated DeltaNet: all backends compared with the recurrence in float64 and with each other."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ class Inputs(NamedTuple):
 
 
 def draw_inputs(num_tokens, heads, value_heads, key_dim, value_dim, dtype, device) -> Inputs:
-    """Slices of one wider tensor, as the projections of a model leave them: rows are not
-    contiguous."""
+    """Return slices of one wider tensor, as in a model: rows are not contiguous."""
     sizes = [heads * key_dim, heads * key_dim, value_heads * value_dim]
     mixed = torch.randn(num_tokens, sum(sizes) + 3, device=device).to(dtype)
     query, key, value, _ = mixed.split([*sizes, 3], dim=1)
@@ -55,7 +53,7 @@ def int32(values, device) -> torch.Tensor:
 
 
 def recurrence(inputs: Inputs, state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Outputs of one sequence, and the state after every token, by the definition in float64."""
+    """Return the outputs of one sequence and the state after each token, in float64."""
     query, key, value, gate, beta = (x.double() for x in inputs)
     group = value.shape[1] // key.shape[1]
     query, key = (
@@ -84,7 +82,7 @@ def test_prompts_and_exports_follow_the_recurrence(gdn, dtype, device) -> None:
     exports = {(5, 64): 10, (5, 128): 11, (5, 130): 12, (4, 64): 13, (3, 64): 14, (0, 1): 15}
     states = torch.full((17, value_heads, key_dim, value_dim), torch.nan, device=device)
     for slot, is_resumed in zip(slots, resumed, strict=True):
-        if is_resumed:  # whatever a slot held, NaN too, counts only if the sequence resumes from it
+        if is_resumed:  # Other slots keep NaN, which must not affect the results.
             states[slot] = torch.randn(value_heads, key_dim, value_dim, device=device)
     before = states.clone()
     out = gdn.chunk_gdn(
@@ -124,32 +122,27 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
 )
 @DTYPES
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
-def test_resumed_or_in_company_no_bit_differs(gdn, dtype, state_dtype, num_threads, device) -> None:
-    """A sequence alone and whole, packed among others in any slots, and resumed at every state it
-    exported."""
+def test_resume_and_batching_change_no_bit(gdn, dtype, state_dtype, num_threads, device) -> None:
+    """A sequence is computed separately, in a packed batch, and resumed at each export."""
     torch.manual_seed(1)
     sizes = (1, 2, 16, 16) if gdn is fused else (4, 8, 64, 32)
     lengths = (70, 200, 64)
     inputs = draw_inputs(sum(lengths), *sizes, dtype, device)
     initial = torch.randn(3, *sizes[1:], device=device).to(state_dtype)
-    threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    try:
-        packed, states = run(gdn, inputs, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
-        start = 0
-        for sequence, length in enumerate(lengths):
-            own = inputs.rows(start, start + length)
-            alone, last = run(gdn, own, [length], initial[sequence : sequence + 1], [0], [])
-            assert torch.equal(alone, packed[start : start + length])
-            assert torch.equal(last[0], states[[5, 3, 1][sequence]])
-            start += length
-        whole = inputs.rows(70, 270)
-        for end, slot in ((64, 6), (128, 7)):
-            rest, last = run(gdn, whole.rows(end, 200), [200 - end], states[[slot]], [2], [])
-            assert torch.equal(rest, packed[70 + end : 270])
-            assert torch.equal(last[2], states[3])
-    finally:
-        torch.set_num_threads(threads)
+    packed, states = run(gdn, inputs, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
+    start = 0
+    for sequence, length in enumerate(lengths):
+        own = inputs.rows(start, start + length)
+        single, last = run(gdn, own, [length], initial[sequence : sequence + 1], [0], [])
+        assert torch.equal(single, packed[start : start + length])
+        assert torch.equal(last[0], states[[5, 3, 1][sequence]])
+        start += length
+    whole = inputs.rows(70, 270)
+    for end, slot in ((64, 6), (128, 7)):
+        rest, last = run(gdn, whole.rows(end, 200), [200 - end], states[[slot]], [2], [])
+        assert torch.equal(rest, packed[70 + end : 270])
+        assert torch.equal(last[2], states[3])
 
 
 def run(gdn, inputs, lengths, initial, slots, exports) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +163,7 @@ def run(gdn, inputs, lengths, initial, slots, exports) -> tuple[torch.Tensor, to
 
 @pytest.mark.full("native", "reference")
 @IMPLEMENTATIONS
-def test_a_neighbour_that_is_no_number_stays_alone(gdn, device) -> None:
+def test_nan_in_one_sequence_does_not_reach_others(gdn, device) -> None:
     torch.manual_seed(8)
     inputs = draw_inputs(70 + 20 + 65, 1, 2, 16, 16, torch.float32, device)
     initial = torch.randn(3, 2, 16, 16, device=device)
@@ -210,11 +203,13 @@ def test_kernel_equals_reference(
 
 @IMPLEMENTATIONS
 @DTYPES
-@pytest.mark.parametrize("decay", [0.0, -30.0], ids=["remembers-all", "forgets-at-once"])
-@pytest.mark.parametrize("noise", [0.0, 0.14], ids=["same", "alike"])
-def test_hardest_tiles(gdn, dtype, decay, noise, device) -> None:
-    """The same key over and over, or keys of cosine 0.99, with beta 1, whose system is worst
-    conditioned, at both ends of the gate; in 16 bits, too, where systems are solved in float16."""
+@pytest.mark.parametrize("decay", [0.0, -30.0], ids=["no-decay", "full-decay"])
+@pytest.mark.parametrize("noise", [0.0, 0.14], ids=["equal-keys", "similar-keys"])
+def test_ill_conditioned_tiles_follow_the_recurrence(gdn, dtype, decay, noise, device) -> None:
+    """Equal keys, or keys of cosine 0.99, with beta 1 give the worst conditioned systems.
+
+    The test uses both extremes of the gate. For 16-bit inputs, systems are solved in float16.
+    """
     torch.manual_seed(2)
     inputs = draw_inputs(130, 1, 1, 16, 16, dtype, device)
     key = inputs.key[:1].float() + noise * torch.randn(130, 1, 16, device=device)
@@ -235,8 +230,7 @@ def test_hardest_tiles(gdn, dtype, decay, noise, device) -> None:
 
 @pytest.mark.full
 @DTYPES
-def test_value_heads_of_a_key_share_a_program_or_not(dtype, device) -> None:
-    """Which share one says the table of what is fast, if it divides them: the bits do not."""
+def test_heads_per_program_change_no_bit(dtype, device) -> None:
     torch.manual_seed(9)
     inputs = draw_inputs(70, 2, 6, 16, 16, dtype, device)
     initial = torch.randn(1, 6, 16, 16, device=device)
@@ -251,7 +245,7 @@ def test_value_heads_of_a_key_share_a_program_or_not(dtype, device) -> None:
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("max_beta", [1.0, 2.0])
-def test_gates(gdn, max_beta, device) -> None:
+def test_gates_equal_the_formula(gdn, max_beta, device) -> None:
     torch.manual_seed(3)
     a, b = (
         torch.randn(2, 50, 7, device=device)
@@ -287,7 +281,7 @@ def draw_steps(
     ("sizes", "max_beta"),
     [((2, 4, 32, 48), 1.0), ((1, 1, 128, 128), 1.0), ((1, 3, 20, 16), 2.0)],
 )
-def test_decoding_follows_the_recurrence(gdn, dtype, sizes, max_beta, device) -> None:
+def test_decode_follows_the_recurrence(gdn, dtype, sizes, max_beta, device) -> None:
     torch.manual_seed(4)
     tokens, parameters = draw_steps(3, 2, sizes, dtype, device)
     states, slots = torch.randn(6, *sizes[1:], device=device), [5, 0, 2]
@@ -313,25 +307,25 @@ def test_decoding_follows_the_recurrence(gdn, dtype, sizes, max_beta, device) ->
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
-def test_decoding_in_company_no_bit_differs(gdn, state_dtype, device) -> None:
+def test_decode_is_independent_of_the_batch(gdn, state_dtype, device) -> None:
     torch.manual_seed(5)
     sizes = (2, 4, 32, 16)
     tokens, parameters = draw_steps(5, 1, sizes, torch.bfloat16, device)
     tokens = [x[:, 0] for x in tokens]
     pool = torch.randn(8, *sizes[1:], device=device).to(state_dtype)
     slots = [6, 1, 0, 7, 3]
-    together = pool.clone()
-    out = gdn.decode_gdn(*tokens, *parameters, states=together, slots=int32(slots, device))
+    batched = pool.clone()
+    out = gdn.decode_gdn(*tokens, *parameters, states=batched, slots=int32(slots, device))
     for sequence, slot in enumerate(slots):
-        alone, own = pool.clone(), [x[sequence : sequence + 1] for x in tokens]
-        row = gdn.decode_gdn(*own, *parameters, states=alone, slots=int32([slot], device))
+        single, own = pool.clone(), [x[sequence : sequence + 1] for x in tokens]
+        row = gdn.decode_gdn(*own, *parameters, states=single, slots=int32([slot], device))
         assert torch.equal(row[0], out[sequence])
-        assert torch.equal(alone[slot], together[slot])
+        assert torch.equal(single[slot], batched[slot])
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
-def test_verification_equals_decoding(gdn, state_dtype, assert_verifies, device) -> None:
+def test_verification_equals_decode(gdn, state_dtype, assert_verifies, device) -> None:
     torch.manual_seed(6)
     sizes = (1, 2, 32, 16)
     tokens, parameters = draw_steps(8, 1, sizes, torch.bfloat16, device)

@@ -14,7 +14,7 @@ from kernels.huge_pages import PAGE
 
 
 @pytest.mark.parametrize("rows", [0, 3, 1024, 1536, 2049])
-def test_it_is_a_tensor_of_its_own(rows: int):
+def test_empty_returns_a_separate_tensor(rows: int):
     x = huge_pages.empty(rows, 1024, dtype=torch.bfloat16)
     other = huge_pages.empty(rows, 1024, dtype=torch.bfloat16)
     assert x.shape == (rows, 1024) and x.dtype is torch.bfloat16 and x.is_contiguous()
@@ -24,35 +24,35 @@ def test_it_is_a_tensor_of_its_own(rows: int):
         assert x.data_ptr() % PAGE == 0
 
 
-def test_a_tensor_that_is_no_cpu_s_is_made_where_it_should_be():
+def test_tensor_of_another_device_is_made_there():
     assert huge_pages.empty(4096, 4096, dtype=torch.float32, device="meta").is_meta
 
 
-def test_what_does_not_fit_is_an_error_of_the_allocator():
+def test_allocation_larger_than_memory_raises():
     with pytest.raises(RuntimeError):
         huge_pages.empty(1 << 40, 1 << 10, dtype=torch.float32)
 
 
 def resident_bytes(x: torch.Tensor) -> int:
-    """Return how much of a tensor has pages, from the kernel's list of them.
+    """Return the bytes of a tensor that have pages, from the kernel's page map.
 
-    The size of the whole process says nothing: other pages of it may be taken away meanwhile.
+    The size of the process is useless here, because other pages may be freed at the same time.
     """
     first = x.data_ptr() // mmap.PAGESIZE
     num_pages = (x.data_ptr() + x.nbytes - 1) // mmap.PAGESIZE - first + 1
     with open("/proc/self/pagemap", "rb") as file:
         file.seek(8 * first)
         entries = np.frombuffer(file.read(8 * num_pages), np.uint64)
-    return int((entries >> 62 != 0).sum()) * mmap.PAGESIZE  # present, or swapped out
+    return int((entries >> 62 != 0).sum()) * mmap.PAGESIZE  # Present or swapped out.
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are listed in /proc")
-def test_promised_pages_are_given_and_hold_what_they_held():
-    memory = torch.frombuffer(mmap.mmap(-1, 1 << 25), dtype=torch.uint8)  # has no pages yet
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the page map is in /proc")
+def test_populate_allocates_pages_and_keeps_their_contents():
+    memory = torch.frombuffer(mmap.mmap(-1, 1 << 25), dtype=torch.uint8)  # Has no pages yet.
     memory[5], memory[-1] = 7, 9
-    part = memory[100:-100]  # which begins and ends within a page
+    part = memory[100:-100]  # Starts and ends within a page.
     assert resident_bytes(part) < part.nbytes * 0.5
     if not huge_pages.populate(part):
-        pytest.skip("this system only gives pages that are written")
+        pytest.skip("this system only allocates pages on a write")
     assert resident_bytes(part) > part.nbytes * 0.9
     assert int(memory.sum()) == 7 + 9

@@ -1,5 +1,5 @@
-"""Kimi Delta Attention: reference and Triton kernels against the recurrence in float64, against
-transformers, and each other."""
+"""Kimi Delta Attention: all backends compared with the recurrence in float64, with transformers and
+with each other."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ class Inputs(NamedTuple):
 
 
 def draw_inputs(num_tokens, heads, key_dim, value_dim, dtype, device, decay=0.5) -> Inputs:
-    """Slices of one wider tensor, whose rows are not contiguous; in a head half of the channels
-    forget slowly, half of them up to a hundred times faster."""
+    """Return slices of one wider tensor, with rows that are not contiguous.
+
+    Half of the channels of a head decay a hundred times faster.
+    """
     sizes = [heads * key_dim, heads * key_dim, heads * value_dim]
     mixed = torch.randn(num_tokens, sum(sizes) + 3, device=device).to(dtype)
     query, key, value, _ = mixed.split([*sizes, 3], dim=1)
@@ -57,7 +59,7 @@ def int32(values, device) -> torch.Tensor:
 
 
 def recurrence(inputs: Inputs, state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Outputs of one sequence, and the state after every token, by the definition in float64."""
+    """Return the outputs of one sequence and the state after each token, in float64."""
     query, key, value, gate, beta = (x.double() for x in inputs)
     query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
     outs, states, state = [], [], state.double()
@@ -86,7 +88,7 @@ def test_prompts_and_exports_follow_the_recurrence(kda, dtype, device) -> None:
     exports = {(5, 64): 10, (5, 128): 11, (5, 130): 12, (4, 64): 13, (3, 64): 14, (0, 1): 15}
     states = torch.full((17, heads, key_dim, value_dim), torch.nan, device=device)
     for slot, is_resumed in zip(slots, resumed, strict=True):
-        if is_resumed:  # whatever a slot held, NaN too, counts only if the sequence resumes from it
+        if is_resumed:  # Other slots keep NaN, which must not affect the results.
             states[slot] = torch.randn(heads, key_dim, value_dim, device=device)
     before = states.clone()
     out = kda.chunk_kda(
@@ -117,9 +119,11 @@ def test_prompts_and_exports_follow_the_recurrence(kda, dtype, device) -> None:
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("decay", [0.0, 0.002, 30.0], ids=["none", "slow", "at-once"])
-def test_decays_of_any_size_neither_overflow_nor_cancel(kda, decay, device) -> None:
-    """The same key over and over with beta 1, whose system is worst conditioned; channels that
-    forget at once beside such that remember everything, and tokens of which each is alone."""
+def test_extreme_decays_follow_the_recurrence(kda, decay, device) -> None:
+    """Equal keys with beta 1 give the worst conditioned system.
+
+    Some channels do not decay while others decay at once, and some tokens forget all earlier ones.
+    """
     torch.manual_seed(2)
     inputs = draw_inputs(130, 1, 32, 16, torch.float32, device, decay=decay)
     inputs.gate[:, :, :8] = 0.0
@@ -134,7 +138,7 @@ def test_decays_of_any_size_neither_overflow_nor_cancel(kda, decay, device) -> N
 
 
 def test_reference_equals_transformers() -> None:
-    """Their chunked form and their recurrence, on the gates of a freshly made layer."""
+    """Compare with the chunked form and the recurrence, on gates of an initialised layer."""
     modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
     torch.manual_seed(3)
     inputs = draw_inputs(130, 2, 32, 32, torch.float32, "cpu")
@@ -146,14 +150,14 @@ def test_reference_equals_transformers() -> None:
     torch.testing.assert_close(beta, b.sigmoid())
     inputs = inputs._replace(gate=gate, beta=beta)
     out, states = run(reference, inputs, [130], torch.zeros(1, 2, 32, 32), [0], [])
-    for word in ("chunk", "recurrent"):
-        theirs, state = vars(modeling)[f"{word}_kimi_delta_attention"](
+    for form in ("chunk", "recurrent"):
+        expected, state = vars(modeling)[f"{form}_kimi_delta_attention"](
             *(x[None] for x in inputs),
             initial_state=None,
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
         )
-        torch.testing.assert_close(out, theirs[0], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(out, expected[0], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(states[0], state[0], atol=1e-5, rtol=1e-5)
 
 
@@ -165,32 +169,27 @@ def test_reference_equals_transformers() -> None:
 )
 @DTYPES
 @STATE_DTYPES
-def test_resumed_or_in_company_no_bit_differs(kda, dtype, state_dtype, num_threads, device) -> None:
-    """A sequence alone and whole, packed among others in any slots, and resumed at every state it
-    exported."""
+def test_resume_and_batching_change_no_bit(kda, dtype, state_dtype, num_threads, device) -> None:
+    """A sequence is computed separately, in a packed batch, and resumed at each export."""
     torch.manual_seed(1)
     sizes = (1, 16, 16) if kda is fused else (5, 128, 32)
     lengths = (70, 150, 64)
     inputs = draw_inputs(sum(lengths), *sizes, dtype, device)
     initial = torch.randn(3, *sizes, device=device).to(state_dtype)
-    threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    try:
-        packed, states = run(kda, inputs, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
-        start = 0
-        for sequence, length in enumerate(lengths):
-            own = inputs.rows(start, start + length)
-            alone, last = run(kda, own, [length], initial[sequence : sequence + 1], [0], [])
-            assert torch.equal(alone, packed[start : start + length])
-            assert torch.equal(last[0], states[[5, 3, 1][sequence]])
-            start += length
-        whole = inputs.rows(70, 220)
-        for end, slot in ((64, 6), (128, 7)):
-            rest, last = run(kda, whole.rows(end, 150), [150 - end], states[[slot]], [2], [])
-            assert torch.equal(rest, packed[70 + end : 220])
-            assert torch.equal(last[2], states[3])
-    finally:
-        torch.set_num_threads(threads)
+    packed, states = run(kda, inputs, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
+    start = 0
+    for sequence, length in enumerate(lengths):
+        own = inputs.rows(start, start + length)
+        single, last = run(kda, own, [length], initial[sequence : sequence + 1], [0], [])
+        assert torch.equal(single, packed[start : start + length])
+        assert torch.equal(last[0], states[[5, 3, 1][sequence]])
+        start += length
+    whole = inputs.rows(70, 220)
+    for end, slot in ((64, 6), (128, 7)):
+        rest, last = run(kda, whole.rows(end, 150), [150 - end], states[[slot]], [2], [])
+        assert torch.equal(rest, packed[70 + end : 220])
+        assert torch.equal(last[2], states[3])
 
 
 def run(kda, inputs, lengths, initial, slots, exports) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,7 +221,7 @@ def test_kernel_equals_reference(sizes, device) -> None:
 
 
 @IMPLEMENTATIONS
-def test_gates(kda, device) -> None:
+def test_gates_equal_the_formula(kda, device) -> None:
     torch.manual_seed(3)
     wide = torch.randn(50, 100, device=device)
     a, b = 12 * wide[:, :60].unflatten(1, (3, 20)), 5 * wide[:, 60:63]
@@ -244,7 +243,7 @@ def draw_steps(sequences, steps, sizes, dtype, device) -> tuple[list, list]:
 @IMPLEMENTATIONS
 @DTYPES
 @pytest.mark.parametrize("sizes", [(2, 32, 48), (1, 128, 128), (3, 20, 16)])
-def test_decoding_follows_the_recurrence(kda, dtype, sizes, device) -> None:
+def test_decode_follows_the_recurrence(kda, dtype, sizes, device) -> None:
     torch.manual_seed(4)
     tokens, parameters = draw_steps(3, 2, sizes, dtype, device)
     states, slots = torch.randn(6, *sizes, device=device), [5, 0, 2]
@@ -275,24 +274,24 @@ def test_decoding_follows_the_recurrence(kda, dtype, sizes, device) -> None:
     ids=["reference", "reference-in-place", "fused", "native"],
 )
 @STATE_DTYPES
-def test_decoding_in_company_no_bit_differs(kda, state_dtype, sizes, device) -> None:
+def test_decode_is_independent_of_the_batch(kda, state_dtype, sizes, device) -> None:
     torch.manual_seed(5)
     tokens, parameters = draw_steps(5, 1, sizes, torch.bfloat16, device)
     tokens = [x[:, 0] for x in tokens]
     pool = torch.randn(8, *sizes, device=device).to(state_dtype)
     slots = [6, 1, 0, 7, 3]
-    together = pool.clone()
-    out = kda.decode_kda(*tokens, *parameters, states=together, slots=int32(slots, device))
+    batched = pool.clone()
+    out = kda.decode_kda(*tokens, *parameters, states=batched, slots=int32(slots, device))
     for sequence, slot in enumerate(slots):
-        alone, own = pool.clone(), [x[sequence : sequence + 1] for x in tokens]
-        row = kda.decode_kda(*own, *parameters, states=alone, slots=int32([slot], device))
+        single, own = pool.clone(), [x[sequence : sequence + 1] for x in tokens]
+        row = kda.decode_kda(*own, *parameters, states=single, slots=int32([slot], device))
         assert torch.equal(row[0], out[sequence])
-        assert torch.equal(alone[slot], together[slot])
+        assert torch.equal(single[slot], batched[slot])
 
 
 @IMPLEMENTATIONS
 @STATE_DTYPES
-def test_verification_equals_decoding(kda, state_dtype, assert_verifies, device) -> None:
+def test_verification_equals_decode(kda, state_dtype, assert_verifies, device) -> None:
     torch.manual_seed(6)
     tokens, parameters = draw_steps(8, 1, (2, 32, 16), torch.bfloat16, device)
     states = torch.randn(14, 2, 32, 16, device=device).to(state_dtype)
@@ -304,7 +303,7 @@ def test_verification_equals_decoding(kda, state_dtype, assert_verifies, device)
 
 
 @IMPLEMENTATIONS
-def test_no_sequences_and_no_tokens(kda, device) -> None:
+def test_empty_batches(kda, device) -> None:
     states = torch.ones(2, 1, 16, 16, device=device)
     for lengths in ([], [0, 0]):
         inputs = draw_inputs(0, 1, 16, 16, torch.float32, device)

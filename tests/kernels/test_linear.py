@@ -1,5 +1,4 @@
-"""Linear layers, full precision and 8-bit: results, and rows that ignore how many others there
-are."""
+"""Linear layers, full precision and 8-bit: results, and independence of the batch."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def quantized_product(backend, weight, bias=None, format="int8"):
     size=st.sampled_from([8, 100, 1100]),
     biased=st.booleans(),
 )
-def test_linear(
+def test_linear_equals_the_product(
     backend, dtype, num_tokens, num_outputs, size, biased, device, assert_close
 ) -> None:
     x = torch.randn(num_tokens, size + 8).to(dtype).to(device)[:, :size]
@@ -51,8 +50,10 @@ def test_linear(
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("num_tokens", [1, 66])
-def test_8bit_weights(backend, format, dtype, num_tokens, device, assert_close) -> None:
-    """Not bfloat16: the interpreter casts int8 to it by its bits."""
+def test_8_bit_weights_equal_the_product(
+    backend, format, dtype, num_tokens, device, assert_close
+) -> None:
+    """bfloat16 is excluded: the interpreter converts int8 to it by its bits."""
     weight = torch.randn(70, 1100, device=device)
     x, bias = (torch.randn(*shape).to(dtype).to(device) for shape in ((num_tokens, 1100), (70,)))
     quantized, scale = backend.quantize(weight, format)
@@ -62,9 +63,11 @@ def test_8bit_weights(backend, format, dtype, num_tokens, device, assert_close) 
 
 @BACKENDS
 @pytest.mark.parametrize("num_tokens, size", [(1, 1100), (66, 200)])
-def test_scales_by_block(backend, num_tokens, size, device, assert_close) -> None:
-    """As of fp8 weights in blocks of 128 x 128; the last block is a part of one. With few tokens
-    and a long row, spans run side by side."""
+def test_block_scales_equal_the_product(backend, num_tokens, size, device, assert_close) -> None:
+    """The blocks are 128 wide like those of fp8 checkpoints, and the last one is partial.
+
+    Few tokens and a long row use parallel spans.
+    """
     quantized, _ = backend.quantize(torch.randn(70, size, device=device), "fp8")
     scale = torch.rand(70, -(-size // reference.SCALE_BLOCK), device=device)
     x, bias = torch.randn(num_tokens, size, device=device), torch.randn(70, device=device)
@@ -76,9 +79,9 @@ def test_scales_by_block(backend, num_tokens, size, device, assert_close) -> Non
 
 
 @FORMATS
-def test_quantized_weights_are_near(format) -> None:
-    """Half a step of int8 at each channel's largest weight; half a unit of the last of fp8's four
-    digits."""
+def test_quantized_weights_are_close(format) -> None:
+    """Error bounds: half an int8 step of the channel's largest weight, or half a unit of fp8's last
+    digit."""
     weight = torch.randn(3, 8, 64) * torch.logspace(-20, 3, 24).view(3, 8, 1)
     quantized, scale = reference.quantize(weight, format)
     assert quantized.element_size() == 1
@@ -94,37 +97,35 @@ def test_quantized_weights_are_near(format) -> None:
 @DTYPES
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("shape", [(64, 96), (513, 1000), (7, 300)])
-def test_reference_rows_ignore_their_number(shape, dtype, num_threads) -> None:
-    before = torch.get_num_threads()
+def test_reference_rows_are_independent_of_the_batch(shape, dtype, num_threads) -> None:
     torch.set_num_threads(num_threads)
-    try:
-        x, weight = torch.randn(200, shape[1]).to(dtype), torch.randn(shape).to(dtype)
-        quantized, scale = reference.quantize(weight, "int8")
-        for f in (
-            lambda rows: reference.linear(x[rows], weight),
-            lambda rows: reference.linear_8bit(x[rows], quantized, scale),
-            *(
-                lambda rows, product=product: product(x[rows])
-                for product in (
-                    quantized_product(reference, weight),
-                    quantized_product(reference, weight, format="fp8"),
-                    compiled.prepare(weight),
-                )
-            ),
-        ):
-            together = f(slice(None))
-            for first, last in ((0, 1), (5, 7), (64, 67), (101, 200), (0, 132)):
-                assert torch.equal(f(slice(first, last)), together[first:last])
-    finally:
-        torch.set_num_threads(before)
+    x, weight = torch.randn(200, shape[1]).to(dtype), torch.randn(shape).to(dtype)
+    quantized, scale = reference.quantize(weight, "int8")
+    for f in (
+        lambda rows: reference.linear(x[rows], weight),
+        lambda rows: reference.linear_8bit(x[rows], quantized, scale),
+        *(
+            lambda rows, product=product: product(x[rows])
+            for product in (
+                quantized_product(reference, weight),
+                quantized_product(reference, weight, format="fp8"),
+                compiled.prepare(weight),
+            )
+        ),
+    ):
+        batched = f(slice(None))
+        for first, last in ((0, 1), (5, 7), (64, 67), (101, 200), (0, 132)):
+            assert torch.equal(f(slice(first, last)), batched[first:last])
 
 
-class TestEightBitsOnBothSides:
-    """int8 weights and activations on the CPU: integers, so that every way gives the same bits."""
+class TestInt8Activations:
+    """int8 weights and activations on the CPU: integer sums, so all methods give the same bits."""
 
     @DTYPES
     @pytest.mark.parametrize("biased", [False, True])
-    def test_near_the_product_and_equal_however_computed(self, dtype, biased, monkeypatch) -> None:
+    def test_all_methods_are_equal_and_close_to_the_product(
+        self, dtype, biased, monkeypatch
+    ) -> None:
         x = torch.randn(70, 1100).to(dtype) * torch.logspace(-20, 3, 70)[:, None].to(dtype)
         weight, bias = torch.randn(130, 1100).to(dtype), torch.randn(130).to(dtype)
         bias = bias if biased else None
@@ -132,14 +133,16 @@ class TestEightBitsOnBothSides:
         product = quantized_product(reference, weight, bias)(x)
         expected = x.double() @ (quantized.double() * scale.double()[:, None]).T
         expected = expected + bias.double() if biased else expected
-        # Half a step of 127 for each activation, over 1100 of them.
+        # Half a step of 127 for each of the 1100 activations.
         error = (product.double() - expected).abs().amax(dim=1)
         largest = x.double().abs().amax(dim=1)
         weights = (quantized.double() * scale.double()[:, None]).norm(dim=1).max()
         allowed = 5 * largest * weights / (254 * 3**0.5)
         assert (error <= allowed + 2.0**-7 * expected.abs().amax(dim=1)).all()
-        alone = torch.cat([quantized_product(reference, weight, bias)(row[None]) for row in x])
-        assert torch.equal(alone, product)
+        single_rows = torch.cat(
+            [quantized_product(reference, weight, bias)(row[None]) for row in x]
+        )
+        assert torch.equal(single_rows, product)
         if shared_library() is not None:
             assert torch.equal(quantized_product(compiled, weight, bias)(x), product)
         monkeypatch.setattr(int8, "is_exact", lambda: False)
@@ -147,7 +150,7 @@ class TestEightBitsOnBothSides:
 
     @pytest.mark.parametrize("single_rows", [0, 64])
     def test_largest_sums_are_exact(self, single_rows, monkeypatch) -> None:
-        """4096 products of 127 and 127 with a remainder: past what float32 counts singly."""
+        """4096 products of 127 and 127 exceed the integers that float32 represents exactly."""
         monkeypatch.setattr(int8, "single_rows", lambda *shape: single_rows)
         size = 4096
         weight = torch.full((65, size), 127, dtype=torch.int8)
@@ -159,7 +162,7 @@ class TestEightBitsOnBothSides:
             if layer is int8.Int8Linear or shared_library() is not None:
                 assert torch.equal(layer(weight, torch.ones(65), None)(x), exact)
 
-    def test_rows_that_are_zero_or_no_number(self) -> None:
+    def test_zero_nan_and_infinite_rows(self) -> None:
         weight = torch.randn(40, 64)
         x = torch.randn(3, 64)
         x[1], x[2, 5] = 0.0, torch.nan
@@ -175,7 +178,7 @@ class TestEightBitsOnBothSides:
             assert product(x)[2].isnan().all()
             x[2, 5] = torch.nan
 
-    def test_every_fp8_number_is_one_of_bfloat16(self) -> None:
+    def test_bfloat16_represents_all_fp8_numbers(self) -> None:
         numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
         assert torch.equal(
             numbers.bfloat16().float().nan_to_num(9.0), numbers.float().nan_to_num(9.0)
@@ -184,21 +187,20 @@ class TestEightBitsOnBothSides:
 
 @pytest.mark.full("bf16")
 @DTYPES
-def test_fused_rows_ignore_their_number(dtype, device) -> None:
-    """Within a tile width here; across widths, which are other instructions, only a GPU can tell
-    (`make gpu` does)."""
+def test_fused_rows_are_independent_of_the_batch(dtype, device) -> None:
+    """The rows here are within one tile width. Only a GPU tests several widths (`make gpu`)."""
     x, weight = (torch.randn(*shape).to(dtype).to(device) for shape in ((64, 1100), (70, 1100)))
-    together = fused.linear(x, weight)
+    batched = fused.linear(x, weight)
     for rows in (slice(0, 33), slice(20, 60)):
-        assert torch.equal(fused.linear(x[rows], weight), together[rows])
+        assert torch.equal(fused.linear(x[rows], weight), batched[rows])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", [None, "int8", "fp8"])
 @pytest.mark.parametrize("shape", [(2048, 4096), (12288, 2048), (512, 2048)])
-def test_every_row_count_gives_the_same_bits(shape, format, device) -> None:
+def test_row_count_changes_no_bit(shape, format, device) -> None:
     if device != "cuda":
-        pytest.skip("compares instructions of the tensor cores")
+        pytest.skip("the test is for tensor cores")
     x = torch.randn(1024, shape[1], dtype=torch.bfloat16, device=device)
     weight = torch.randn(shape, device=device)
     if format is None:
@@ -209,13 +211,13 @@ def test_every_row_count_gives_the_same_bits(shape, format, device) -> None:
         def product(x):
             return fused.linear_8bit(x, quantized, scale)
 
-    together = product(x)
+    whole = product(x)
     for rows in (1, 2, 16, 17, 33, 64, 65, 128, 300):
-        assert torch.equal(product(x[:rows]), together[:rows]), rows
+        assert torch.equal(product(x[:rows]), whole[:rows]), rows
 
 
-def test_span_is_a_function_of_the_weight_alone() -> None:
-    """Spans cover N, in whole tiles of 128, and a wide weight is not cut at all."""
+def test_span_depends_only_on_the_weight() -> None:
+    """Spans are whole tiles of 128, and a wide weight is not split."""
     for num_outputs, size in ((2048, 2048), (2048, 4096), (64, 512), (151936, 2048), (3, 100)):
         span = fused.span_of(num_outputs, size)
         assert span % 128 == 0

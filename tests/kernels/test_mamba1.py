@@ -1,4 +1,4 @@
-"""Mamba-1's selective scan against the recurrence in float64 and transformers."""
+"""Mamba-1's selective scan compared with the recurrence in float64 and with transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def int32(values) -> torch.Tensor:
 
 
 def draw(num_tokens, state_size, channels, dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """x, B, C and time steps, and A."""
+    """Return x, B, C and time steps, and A."""
     x, dt = torch.randn(2, num_tokens, channels).to(dtype)
     B, C = torch.randn(2, num_tokens, state_size).to(dtype)
     return [x, B, C, reference.time_steps(dt, torch.zeros(channels))], -torch.rand(
@@ -25,7 +25,7 @@ def draw(num_tokens, state_size, channels, dtype) -> tuple[list[torch.Tensor], t
 
 
 def recurrence(tokens, A, D, state) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Outputs of one sequence, and the state after every token, by the definition in float64."""
+    """Return the outputs of one sequence and the state after each token, in float64."""
     x, B, C, step = (part.double() for part in tokens)
     outs, states, state = [], [], state.double()
     for t in range(len(x)):
@@ -98,39 +98,35 @@ def run(tokens, A, lengths, initial, slots, exports) -> tuple[torch.Tensor, torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
 @pytest.mark.parametrize("sizes", [(16, 200), (7, 33)])
-def test_resumed_or_in_company_no_bit_differs(
+def test_resume_and_batching_change_no_bit(
     dtype, state_dtype, num_threads, sizes, monkeypatch
 ) -> None:
-    """A sequence alone and whole, packed among others in any slots, and resumed at every state it
-    exported, however many rows are worked on at a time."""
+    """A sequence is computed separately, in a packed batch, and resumed at each export, with
+    several block sizes."""
     torch.manual_seed(1)
     lengths = (70, 200, 64)
     tokens, A = draw(sum(lengths), *sizes, dtype)
     initial = torch.randn(3, *sizes).to(state_dtype)
-    threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    try:
-        packed, states = run(tokens, A, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
-        monkeypatch.setattr(reference, "BLOCK", 5 * sizes[0] * sizes[1])
-        start = 0
-        for sequence, length in enumerate(lengths):
-            own = [part[start : start + length] for part in tokens]
-            alone, last = run(own, A, [length], initial[sequence : sequence + 1], [0], [])
-            assert torch.equal(alone, packed[start : start + length])
-            assert torch.equal(last[0], states[[5, 3, 1][sequence]])
-            start += length
-        for end, slot in ((64, 6), (128, 7)):
-            own = [part[70 + end : 270] for part in tokens]
-            rest, last = run(own, A, [200 - end], states[[slot]], [2], [])
-            assert torch.equal(rest, packed[70 + end : 270])
-            assert torch.equal(last[2], states[3])
-    finally:
-        torch.set_num_threads(threads)
+    packed, states = run(tokens, A, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
+    monkeypatch.setattr(reference, "BLOCK", 5 * sizes[0] * sizes[1])
+    start = 0
+    for sequence, length in enumerate(lengths):
+        own = [part[start : start + length] for part in tokens]
+        single, last = run(own, A, [length], initial[sequence : sequence + 1], [0], [])
+        assert torch.equal(single, packed[start : start + length])
+        assert torch.equal(last[0], states[[5, 3, 1][sequence]])
+        start += length
+    for end, slot in ((64, 6), (128, 7)):
+        own = [part[70 + end : 270] for part in tokens]
+        rest, last = run(own, A, [200 - end], states[[slot]], [2], [])
+        assert torch.equal(rest, packed[70 + end : 270])
+        assert torch.equal(last[2], states[3])
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
-def test_decoding_follows_the_prompt_and_ignores_company(state_dtype) -> None:
-    """Three sequences of three tokens, as prompts, together and alone."""
+def test_decode_equals_prefill_and_ignores_the_batch(state_dtype) -> None:
+    """Three sequences of three tokens: as prompts, in one batch, and separately."""
     torch.manual_seed(2)
     x, dt = torch.randn(2, 3, 3, 33)
     B, C = torch.randn(2, 3, 3, 16)
@@ -138,25 +134,25 @@ def test_decoding_follows_the_prompt_and_ignores_company(state_dtype) -> None:
     initial = torch.randn(6, 16, 33).to(state_dtype)
     slots = [5, 0, 2]
     where = (A, dt_bias, D)
-    together, alone = initial.clone(), initial.clone()
+    batched, single = initial.clone(), initial.clone()
     for t in range(3):
         tokens = [part[:, t] for part in (x, B, C, dt)]
-        out = reference.decode_mamba1(*tokens, *where, states=together, slots=int32(slots))
+        out = reference.decode_mamba1(*tokens, *where, states=batched, slots=int32(slots))
         for i, slot in enumerate(slots):
             own = [part[i : i + 1] for part in tokens]
-            row = reference.decode_mamba1(*own, *where, states=alone, slots=int32([slot]))
+            row = reference.decode_mamba1(*own, *where, states=single, slots=int32([slot]))
             assert torch.equal(row[0], out[i])
             step = reference.time_steps(dt[i : i + 1, t], dt_bias)
             if t == 0:
                 prompt, state = run([*own[:3], step], A, [1], initial[slot : slot + 1], [3], [])
                 assert torch.equal(prompt[0], out[i])
-                assert torch.equal(state[3], together[slot])
-    assert torch.equal(together, alone)
-    assert torch.equal(together[[1, 3, 4]], initial[[1, 3, 4]])
+                assert torch.equal(state[3], batched[slot])
+    assert torch.equal(batched, single)
+    assert torch.equal(batched[[1, 3, 4]], initial[[1, 3, 4]])
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
-def test_verification_equals_decoding(state_dtype, assert_verifies) -> None:
+def test_verification_equals_decode(state_dtype, assert_verifies) -> None:
     torch.manual_seed(6)
     x, dt = torch.randn(2, 8, 33).bfloat16()
     B, C = torch.randn(2, 8, 16).bfloat16()
@@ -171,7 +167,7 @@ def test_verification_equals_decoding(state_dtype, assert_verifies) -> None:
 def test_reference_equals_transformers() -> None:
     modeling = pytest.importorskip("transformers.models.jamba.modeling_jamba")
     if not hasattr(modeling, "mamba_selective_scan"):
-        pytest.skip("this transformers has its scan inside of a layer")
+        pytest.skip("this version of transformers has no separate scan function")
     torch.manual_seed(7)
     (x, B, C, _), A = draw(150, 16, 24, torch.float32)
     dt, dt_bias, D = torch.randn(150, 24), torch.randn(24), torch.randn(24)

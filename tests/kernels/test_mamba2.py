@@ -1,5 +1,4 @@
-"""Mamba-2: reference and Triton kernels against the recurrence in float64, and against each
-other."""
+"""Mamba-2: all backends compared with the recurrence in float64 and with each other."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ class Inputs(NamedTuple):
 
 
 def draw_inputs(num_tokens, groups, heads, state_size, head_dim, dtype, device) -> Inputs:
-    """Slices of one wider tensor, as the convolution of a model leaves them: rows are not
-    contiguous."""
+    """Return slices of one wider tensor, as in a model: rows are not contiguous."""
     sizes = [heads * head_dim, groups * state_size, groups * state_size]
     mixed = torch.randn(num_tokens, sum(sizes) + 3, device=device).to(dtype)
     x, B, C, _ = mixed.split([*sizes, 3], dim=1)
@@ -61,7 +59,7 @@ def int32(values, device) -> torch.Tensor:
 def recurrence(
     inputs: Inputs, D: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Outputs of one sequence, and the state after every token, by the definition in float64."""
+    """Return the outputs of one sequence and the state after each token, in float64."""
     x, B, C, gate, step = (part.double() for part in inputs)
     group = x.shape[1] // B.shape[1]
     B, C = (part.repeat_interleave(group, dim=1) for part in (B, C))
@@ -86,7 +84,7 @@ def test_prompts_and_exports_follow_the_recurrence(mamba2, dtype, device) -> Non
     exports = {(5, 64): 10, (5, 128): 11, (5, 130): 12, (4, 64): 13, (3, 64): 14, (0, 1): 15}
     states = torch.full((17, heads, state_size, head_dim), torch.nan, device=device)
     for slot, is_resumed in zip(slots, resumed, strict=True):
-        if is_resumed:  # whatever a slot held, NaN too, counts only if the sequence resumes from it
+        if is_resumed:  # Other slots keep NaN, which must not affect the results.
             states[slot] = torch.randn(heads, state_size, head_dim, device=device)
     before = states.clone()
     out = mamba2.chunk_mamba2(
@@ -128,34 +126,27 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
 )
 @DTYPES
 @STATE_DTYPES
-def test_resumed_or_in_company_no_bit_differs(
-    mamba2, dtype, state_dtype, num_threads, device
-) -> None:
-    """A sequence alone and whole, packed among others in any slots, and resumed at every state it
-    exported."""
+def test_resume_and_batching_change_no_bit(mamba2, dtype, state_dtype, num_threads, device) -> None:
+    """A sequence is computed separately, in a packed batch, and resumed at each export."""
     torch.manual_seed(1)
     sizes = (1, 2, 16, 16) if mamba2 is fused else (2, 24, 64, 32)
     lengths = (70, 200, 64)
     inputs = draw_inputs(sum(lengths), *sizes, dtype, device)
     initial = torch.randn(3, *sizes[1:], device=device).to(state_dtype)
-    threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    try:
-        packed, states = run(mamba2, inputs, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
-        start = 0
-        for sequence, length in enumerate(lengths):
-            own = inputs.rows(start, start + length)
-            alone, last = run(mamba2, own, [length], initial[sequence : sequence + 1], [0], [])
-            assert torch.equal(alone, packed[start : start + length])
-            assert torch.equal(last[0], states[[5, 3, 1][sequence]])
-            start += length
-        whole = inputs.rows(70, 270)
-        for end, slot in ((64, 6), (128, 7)):
-            rest, last = run(mamba2, whole.rows(end, 200), [200 - end], states[[slot]], [2], [])
-            assert torch.equal(rest, packed[70 + end : 270])
-            assert torch.equal(last[2], states[3])
-    finally:
-        torch.set_num_threads(threads)
+    packed, states = run(mamba2, inputs, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
+    start = 0
+    for sequence, length in enumerate(lengths):
+        own = inputs.rows(start, start + length)
+        single, last = run(mamba2, own, [length], initial[sequence : sequence + 1], [0], [])
+        assert torch.equal(single, packed[start : start + length])
+        assert torch.equal(last[0], states[[5, 3, 1][sequence]])
+        start += length
+    whole = inputs.rows(70, 270)
+    for end, slot in ((64, 6), (128, 7)):
+        rest, last = run(mamba2, whole.rows(end, 200), [200 - end], states[[slot]], [2], [])
+        assert torch.equal(rest, packed[70 + end : 270])
+        assert torch.equal(last[2], states[3])
 
 
 def run(mamba2, inputs, lengths, initial, slots, exports) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +166,7 @@ def run(mamba2, inputs, lengths, initial, slots, exports) -> tuple[torch.Tensor,
     return out, states
 
 
-def test_how_many_tiles_are_worked_on_together_changes_no_bit(monkeypatch, device) -> None:
+def test_block_size_of_the_reference_changes_no_bit(monkeypatch, device) -> None:
     torch.manual_seed(10)
     inputs = draw_inputs(333, 2, 4, 16, 16, torch.float32, device)
     initial = torch.randn(2, 4, 16, 16, device=device)
@@ -189,7 +180,7 @@ def test_how_many_tiles_are_worked_on_together_changes_no_bit(monkeypatch, devic
 
 
 @IMPLEMENTATIONS
-def test_a_neighbour_that_is_no_number_stays_alone(mamba2, device) -> None:
+def test_nan_in_one_sequence_does_not_reach_others(mamba2, device) -> None:
     torch.manual_seed(8)
     inputs = draw_inputs(70 + 20 + 65, 1, 2, 16, 16, torch.float32, device)
     initial = torch.randn(3, 2, 16, 16, device=device)
@@ -229,8 +220,8 @@ def test_kernel_equals_reference(
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("decay", [0.0, -30.0], ids=["remembers-all", "forgets-at-once"])
-def test_both_ends_of_the_gate(mamba2, decay, device) -> None:
+@pytest.mark.parametrize("decay", [0.0, -30.0], ids=["no-decay", "full-decay"])
+def test_extreme_decays_follow_the_recurrence(mamba2, decay, device) -> None:
     torch.manual_seed(2)
     inputs = draw_inputs(130, 1, 1, 16, 16, torch.float32, device)
     inputs = inputs._replace(gate=torch.full_like(inputs.gate, decay))
@@ -243,8 +234,7 @@ def test_both_ends_of_the_gate(mamba2, decay, device) -> None:
 
 @pytest.mark.full
 @DTYPES
-def test_heads_of_a_group_share_a_program_or_not(dtype, device) -> None:
-    """Which share one says the table of what is fast, if it divides them: the bits do not."""
+def test_heads_per_program_change_no_bit(dtype, device) -> None:
     torch.manual_seed(9)
     inputs = draw_inputs(70, 2, 6, 16, 16, dtype, device)
     initial = torch.randn(1, 6, 16, 16, device=device)
@@ -258,8 +248,8 @@ def test_heads_of_a_group_share_a_program_or_not(dtype, device) -> None:
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("limits", [(0.0, float("inf")), (0.01, 2.5)], ids=["free", "limited"])
-def test_gates(mamba2, limits, device) -> None:
+@pytest.mark.parametrize("limits", [(0.0, float("inf")), (0.01, 2.5)], ids=["unlimited", "limited"])
+def test_gates_equal_the_formula(mamba2, limits, device) -> None:
     torch.manual_seed(3)
     dt = torch.randn(50, 7, device=device) * 12
     A_log, dt_bias = torch.randn(2, 7, device=device)
@@ -272,7 +262,7 @@ def test_gates(mamba2, limits, device) -> None:
 
 
 def draw_steps(count, sizes, dtype, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Tokens x, B, C and dt, and parameters A_log, dt_bias and D."""
+    """Return tokens x, B, C and dt, and parameters A_log, dt_bias and D."""
     groups, heads, state_size, head_dim = sizes
     shapes = [(heads, head_dim), (groups, state_size), (groups, state_size), (heads,)]
     tokens = [torch.randn(count, *shape, device=device).to(dtype) for shape in shapes]
@@ -282,7 +272,7 @@ def draw_steps(count, sizes, dtype, device) -> tuple[list[torch.Tensor], list[to
 @IMPLEMENTATIONS
 @DTYPES
 @pytest.mark.parametrize("sizes", [(2, 4, 32, 48), (1, 2, 256, 64), (1, 3, 20, 16)])
-def test_decoding_follows_the_recurrence(mamba2, dtype, sizes, device) -> None:
+def test_decode_follows_the_recurrence(mamba2, dtype, sizes, device) -> None:
     torch.manual_seed(4)
     limits = (0.1, 3.0)
     states, slots = torch.randn(6, *sizes[1:], device=device), [5, 0, 2]
@@ -307,26 +297,26 @@ def test_decoding_follows_the_recurrence(mamba2, dtype, sizes, device) -> None:
 
 @IMPLEMENTATIONS
 @STATE_DTYPES
-def test_decoding_in_company_no_bit_differs(mamba2, state_dtype, device) -> None:
+def test_decode_is_independent_of_the_batch(mamba2, state_dtype, device) -> None:
     torch.manual_seed(5)
     for sizes in [(2, 4, 32, 16)] + [(1, 16, 128, 32)] * (mamba2 is reference):
         tokens, parameters = draw_steps(5, sizes, torch.bfloat16, device)
         pool = torch.randn(8, *sizes[1:], device=device).to(state_dtype)
         slots = [6, 1, 0, 7, 3]
-        together = pool.clone()
-        out = mamba2.decode_mamba2(
-            *tokens, *parameters, states=together, slots=int32(slots, device)
-        )
+        batched = pool.clone()
+        out = mamba2.decode_mamba2(*tokens, *parameters, states=batched, slots=int32(slots, device))
         for sequence, slot in enumerate(slots):
-            alone, own = pool.clone(), [x[sequence : sequence + 1] for x in tokens]
-            row = mamba2.decode_mamba2(*own, *parameters, states=alone, slots=int32([slot], device))
+            single, own = pool.clone(), [x[sequence : sequence + 1] for x in tokens]
+            row = mamba2.decode_mamba2(
+                *own, *parameters, states=single, slots=int32([slot], device)
+            )
             assert torch.equal(row[0], out[sequence])
-            assert torch.equal(alone[slot], together[slot])
+            assert torch.equal(single[slot], batched[slot])
 
 
 @IMPLEMENTATIONS
 @STATE_DTYPES
-def test_verification_equals_decoding(mamba2, state_dtype, assert_verifies, device) -> None:
+def test_verification_equals_decode(mamba2, state_dtype, assert_verifies, device) -> None:
     torch.manual_seed(6)
     sizes = (2, 4, 32, 16)
     tokens, parameters = draw_steps(8, sizes, torch.bfloat16, device)
@@ -340,7 +330,7 @@ def test_verification_equals_decoding(mamba2, state_dtype, assert_verifies, devi
 def test_reference_equals_transformers(device) -> None:
     modeling = pytest.importorskip("transformers.models.granitemoehybrid.modeling_granitemoehybrid")
     if not hasattr(modeling, "mamba2_chunk_scan"):
-        pytest.skip("this transformers has its scan inside of a layer")
+        pytest.skip("this version of transformers has no separate scan function")
     torch.manual_seed(7)
     tokens, (A_log, dt_bias, D) = draw_steps(150, (2, 4, 32, 48), torch.float32, "cpu")
     x, B, C, dt = tokens

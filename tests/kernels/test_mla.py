@@ -1,5 +1,5 @@
-"""Latent attention: against keys and values expanded in float64, and the promise that neither
-chunking nor batch mates change a bit."""
+"""Latent attention: equality with keys and values expanded in float64, and bits independent of
+chunks and batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 class Cache(SimpleNamespace):
-    """A pool of latents that holds some sequences at scattered rows and NaN everywhere else, as one
-    layer's part of wider rows."""
+    """Pool of latents with sequences in scattered rows and NaN elsewhere.
+
+    The pool is one layer's part of wider rows.
+    """
 
     @classmethod
     def filled(cls, lengths, heads, rank, shared, head, dtype, device) -> Cache:
@@ -51,7 +53,7 @@ class Cache(SimpleNamespace):
         return torch.cat([backend.multiply_heads(own, self.expand), shared], dim=-1)
 
     def prefill(self, backend, spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
-        """Tokens start:end of each (sequence, start, end), all in one call."""
+        """Return the attention of tokens [start, end) of each (sequence, start, end)."""
         lengths = [end - start for _, start, end in spans]
         out = backend.prefill_mla(
             self.absorbed(backend, torch.cat([self.queries[b][i:j] for b, i, j in spans])),
@@ -65,7 +67,7 @@ class Cache(SimpleNamespace):
         return list(backend.multiply_heads(out, self.expand.mT).split(lengths))
 
     def decode(self, backend, ends: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Token end - 1 of each (sequence, end)."""
+        """Return the attention of token end - 1 of each (sequence, end)."""
         query = torch.stack([self.queries[b][end - 1] for b, end in ends])
         out = backend.decode_mla(
             self.absorbed(backend, query),
@@ -78,7 +80,7 @@ class Cache(SimpleNamespace):
         return backend.multiply_heads(out, self.expand.mT)
 
     def formula(self, b: int) -> torch.Tensor:
-        """All of sequence b in float64, with a key and a value for every head."""
+        """Return the attention of sequence b in float64, with a key and a value per head."""
         query, rank = self.queries[b].double(), self.where["rank"]
         latent, shared = (
             self.pool[self.table[self.rows[b], : len(query)].long()]
@@ -100,13 +102,13 @@ class Cache(SimpleNamespace):
     [((4, 64, 32, 32), 70), ((18, 24, 8, 16), 18)],
     ids=["H4-R64-P32", "H18-R24-P8"],
 )
-def test_equals_expanded_keys_and_values(
+def test_attention_equals_expanded_keys_and_values(
     backend, sizes, length, dtype, device, assert_close
 ) -> None:
     cache = Cache.filled([15, 1, length], *sizes, dtype, device)
     expected = [cache.formula(b) for b in range(3)]
     spans = [(2, 0, length), (1, 0, 0), (0, 0, 15), (1, 0, 1)]
-    # The absorbed query is rounded to its dtype once more than the formula's.
+    # The absorbed query is rounded once more than that of the formula.
     for (b, _, end), out in zip(spans, cache.prefill(backend, spans), strict=True):
         assert_close(out, expected[b][:end], factor=2)
     decoded = cache.decode(backend, [(0, 15), (2, length), (1, 1)])
@@ -119,24 +121,20 @@ def test_equals_expanded_keys_and_values(
 @pytest.mark.parametrize(
     "sizes", [(4, 512, 64, 128), (3, 40, 8, 24)], ids=["H4-R512-P64", "H3-R40-P8"]
 )
-def test_reference_resumes_bit_for_bit(sizes, num_threads, dtype) -> None:
-    """From every multiple of 64, to any length, beside others: the tokens of a cold run."""
-    before = torch.get_num_threads()
+def test_reference_resume_changes_no_bit(sizes, num_threads, dtype) -> None:
+    """Resumes at multiples of 64 up to any length, in a batch with other sequences."""
     torch.set_num_threads(num_threads)
-    try:
-        cache = Cache.filled([400, 70], *sizes, dtype, "cpu")
-        cold = [cache.prefill(reference, [(b, 0, n)])[0] for b, n in ((0, 400), (1, 70))]
-        for start, end in ((0, 1), (64, 65), (64, 190), (256, 257), (320, 400)):
-            spans = [(1, 0, 70), (0, start, end), (1, 64, 70)]
-            for (b, i, j), out in zip(spans, cache.prefill(reference, spans), strict=True):
-                assert torch.equal(out, cold[b][i:j])
-    finally:
-        torch.set_num_threads(before)
+    cache = Cache.filled([400, 70], *sizes, dtype, "cpu")
+    cold = [cache.prefill(reference, [(b, 0, n)])[0] for b, n in ((0, 400), (1, 70))]
+    for start, end in ((0, 1), (64, 65), (64, 190), (256, 257), (320, 400)):
+        spans = [(1, 0, 70), (0, start, end), (1, 64, 70)]
+        for (b, i, j), out in zip(spans, cache.prefill(reference, spans), strict=True):
+            assert torch.equal(out, cold[b][i:j])
 
 
 @pytest.mark.full
 @DTYPES
-def test_fused_resumes_bit_for_bit(dtype, device) -> None:
+def test_fused_resume_changes_no_bit(dtype, device) -> None:
     cache = Cache.filled([130, 70], 3, 32, 16, 16, dtype, device)
     cold = [cache.prefill(fused, [(b, 0, n)])[0] for b, n in ((0, 130), (1, 70))]
     for spans in ([(0, 64, 130), (1, 0, 66)], [(1, 64, 70), (0, 128, 129)]):
@@ -147,23 +145,23 @@ def test_fused_resumes_bit_for_bit(dtype, device) -> None:
 @pytest.mark.full("fp32-reference")
 @BACKENDS
 @DTYPES
-def test_decoding_ignores_batch_mates(backend, dtype, device, monkeypatch) -> None:
-    """Also several tokens of one sequence, as in a verification, and more tokens than share a
-    workspace, which are decoded in groups."""
+def test_decode_is_independent_of_the_batch(backend, dtype, device, monkeypatch) -> None:
+    """The batch has several tokens of one sequence, as in a verification, and more tokens than fit
+    into a workspace."""
     lengths = [270, 40, 257, 1, 64]
     cache = Cache.filled(lengths, 3, 32, 16, 16, dtype, device)
     ends = [*enumerate(lengths), (0, 256), (0, 257)]
-    together = cache.decode(backend, ends)
+    batched = cache.decode(backend, ends)
     for i, end in enumerate(ends):
-        assert torch.equal(cache.decode(backend, [end])[0], together[i])
+        assert torch.equal(cache.decode(backend, [end])[0], batched[i])
     monkeypatch.setattr(fused, "group_size", lambda *sizes: 4)
-    assert torch.equal(cache.decode(backend, ends), together)
+    assert torch.equal(cache.decode(backend, ends), batched)
 
 
 @BACKENDS
 @DTYPES
-def test_products_of_heads(backend, dtype, device, assert_close) -> None:
-    """Of slices of wider rows, for any number of tokens: none changes another's bits."""
+def test_head_products_are_independent_of_the_batch(backend, dtype, device, assert_close) -> None:
+    """Inputs are slices of wider rows."""
     torch.manual_seed(1)
     x = torch.randn(70, 3, 50, device=device).to(dtype)[..., :40]
     weight = torch.randn(3, 24, 40, device=device).to(dtype).mT

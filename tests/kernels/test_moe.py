@@ -1,5 +1,4 @@
-"""Mixture of experts: routing with ties, grouped products, and tokens that ignore their batch
-mates."""
+"""Mixture of experts: routing with ties, grouped products, and independence of the batch."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def layer(
 
 
 def formula(hidden, weights, experts, w13, w2) -> torch.Tensor:
-    """Token by token in float64."""
+    """Compute the output token by token in float64."""
     out = torch.zeros_like(hidden, dtype=torch.float64)
     for t, (row, chosen) in enumerate(zip(weights.double(), experts.long(), strict=True)):
         for weight, expert in zip(row, chosen, strict=True):
@@ -53,7 +52,9 @@ def formula(hidden, weights, experts, w13, w2) -> torch.Tensor:
 @DTYPES
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("k", [1, 3])
-def test_routes_to_the_most_probable(backend, k, renormalise, dtype, device, assert_close) -> None:
+def test_route_selects_the_most_probable_experts(
+    backend, k, renormalise, dtype, device, assert_close
+) -> None:
     logits = torch.randn(9, 21).to(dtype).to(device)[:, :20]
     weights, experts = backend.route(logits, k, renormalise)
     expected, order = logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
@@ -66,16 +67,18 @@ def test_routes_to_the_most_probable(backend, k, renormalise, dtype, device, ass
 @BACKENDS
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("renormalise", [True, False])
-def test_sigmoids_weigh_what_a_bias_chooses(
+def test_route_sigmoid_uses_the_bias_only_to_select(
     backend, renormalise, has_bias, device, assert_close
 ) -> None:
-    """Also below zero, and of equals the lower."""
+    """Scores may be negative, and the lower index wins a tie."""
     torch.manual_seed(4)
     logits, bias = torch.randn(9, 21).to(device)[:, :20], torch.randn(20).to(device)
     logits[0], bias[3:6] = 1.0, -2.0
     bias[7:9] = 0.5
-    chosen_by = bias if has_bias else None
-    weights, experts = backend.route_sigmoid(logits, chosen_by, 3, renormalise, scale=2.5, eps=1e-6)
+    selection_bias = bias if has_bias else None
+    weights, experts = backend.route_sigmoid(
+        logits, selection_bias, 3, renormalise, scale=2.5, eps=1e-6
+    )
     scores = logits.double().sigmoid()
     order = (logits.sigmoid() + (bias if has_bias else 0)).sort(descending=True, stable=True)[1]
     expected = scores.gather(1, order[:, :3])
@@ -85,14 +88,16 @@ def test_sigmoids_weigh_what_a_bias_chooses(
     assert torch.equal(experts.long(), order[:, :3])
     assert_close(weights, (2.5 * expected).float())
     for count in (0, 1, 4):
-        part = backend.route_sigmoid(logits[:count], chosen_by, 3, renormalise, scale=2.5, eps=1e-6)
+        part = backend.route_sigmoid(
+            logits[:count], selection_bias, 3, renormalise, scale=2.5, eps=1e-6
+        )
         assert torch.equal(part[0], weights[:count])
 
 
 @BACKENDS
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
-def test_whatever_the_logits_experts_exist(backend, bad, device) -> None:
-    """20 experts, which are padded to 32: an index past them would read another tensor's memory."""
+def test_nan_and_infinite_logits_give_valid_experts(backend, bad, device) -> None:
+    """An index in the padding of 20 experts to 32 would read outside the weights."""
     logits = torch.randn(6, 20)
     logits[1], logits[2, 3], logits[3, ::2], logits[4, -1] = bad, bad, bad, bad
     _, experts = backend.route(logits.to(device), 4, True)
@@ -102,7 +107,7 @@ def test_whatever_the_logits_experts_exist(backend, bad, device) -> None:
 
 
 @BACKENDS
-def test_of_equal_experts_the_lower_wins(backend, device, assert_close) -> None:
+def test_lower_expert_wins_a_tie(backend, device, assert_close) -> None:
     logits = torch.tensor([[0.0] * 6, [0, 2, 0, 2, 2, 0], [-200, 0, -200, -200, -200, -200]])
     weights, experts = backend.route(logits.to(device), 3, True)
     assert experts.tolist() == [[0, 1, 2], [1, 3, 4], [1, 0, 2]]
@@ -120,7 +125,7 @@ def test_of_equal_experts_the_lower_wins(backend, device, assert_close) -> None:
     gated=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_experts(
+def test_experts_equal_the_formula(
     backend, dtype, num_tokens, num_experts, sizes, gated, seed, device, assert_close
 ) -> None:
     case = layer(num_tokens, num_experts, *sizes, dtype, device, seed, gated)
@@ -134,7 +139,9 @@ def test_experts(
 @BACKENDS
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 @pytest.mark.parametrize(("num_tokens", "gated"), [(2, True), (30, True), (30, False)])
-def test_8bit_experts(backend, format, num_tokens, gated, device, assert_close) -> None:
+def test_8_bit_experts_equal_the_formula(
+    backend, format, num_tokens, gated, device, assert_close
+) -> None:
     case = layer(num_tokens, 4, 32, 24, torch.float32, device, gated=gated)
     weights, experts = reference.route(case["logits"], 2, True)
     w13, w13_scale = quantize(case["w13"], format)
@@ -147,7 +154,9 @@ def test_8bit_experts(backend, format, num_tokens, gated, device, assert_close) 
 @pytest.mark.full("2-reference")
 @BACKENDS
 @pytest.mark.parametrize("num_tokens", [2, 30])
-def test_experts_with_scales_by_block(backend, num_tokens, device, assert_close) -> None:
+def test_experts_with_block_scales_equal_the_formula(
+    backend, num_tokens, device, assert_close
+) -> None:
     case = layer(num_tokens, 4, 160, 140, torch.float32, device)
     weights, experts = reference.route(case["logits"], 2, True)
     stored = [quantize(case[name], "fp8")[0] for name in ("w13", "w2")]
@@ -164,16 +173,16 @@ def test_experts_with_scales_by_block(backend, num_tokens, device, assert_close)
 @pytest.mark.full("fp32-reference")
 @BACKENDS
 @DTYPES
-def test_tokens_ignore_their_batch_mates(backend, dtype, device) -> None:
+def test_tokens_are_independent_of_the_batch(backend, dtype, device) -> None:
     case = layer(40, 6, 48, 40, dtype, device)
     run = backend.prepare(case["w13"], case["w2"])
 
     def output(rows: slice) -> torch.Tensor:
         return run(case["hidden"][rows], *backend.route(case["logits"][rows], 3, True))
 
-    together = output(slice(None))
+    batched = output(slice(None))
     for first, last in ((0, 1), (3, 5), (20, 40), (7, 31)):
-        assert torch.equal(output(slice(first, last)), together[first:last])
+        assert torch.equal(output(slice(first, last)), batched[first:last])
 
 
 @pytest.mark.full
@@ -185,9 +194,9 @@ def test_tokens_ignore_their_batch_mates(backend, dtype, device) -> None:
     part=st.sampled_from([4, 8, 128]),
     seed=st.integers(0, 99),
 )
-def test_blocks_hold_every_pair_once(num_tokens, k, num_experts, part, seed, device) -> None:
-    """Sorted by expert, in the order of the tokens, padded to whole blocks, however many parts they
-    are counted in; what is past the count is never read."""
+def test_blocks_have_each_pair_once(num_tokens, k, num_experts, part, seed, device) -> None:
+    """Pairs are sorted by expert and token and padded to whole blocks, for any number of counting
+    parts."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num_tokens, num_experts, generator=generator)
     experts = scores.topk(k, dim=-1).indices.int().to(device)
@@ -199,29 +208,29 @@ def test_blocks_hold_every_pair_once(num_tokens, k, num_experts, part, seed, dev
     flat = experts.flatten().tolist()
     num_pairs = len(flat)
     for rows, expert in zip(pairs, blocks.experts[:count].tolist(), strict=True):
-        held = [pair for pair in rows if pair < num_pairs]
-        assert rows == held + [num_pairs] * (blocks.rows - len(held))
-        assert {flat[pair] for pair in held} == {expert}
-    held = [pair for rows in pairs for pair in rows if pair < num_pairs]
-    assert held == sorted(range(num_pairs), key=lambda pair: (flat[pair], pair))
+        real_pairs = [pair for pair in rows if pair < num_pairs]
+        assert rows == real_pairs + [num_pairs] * (blocks.rows - len(real_pairs))
+        assert {flat[pair] for pair in real_pairs} == {expert}
+    real_pairs = [pair for rows in pairs for pair in rows if pair < num_pairs]
+    assert real_pairs == sorted(range(num_pairs), key=lambda pair: (flat[pair], pair))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", [None, "int8", "fp8"])
-def test_every_row_count_gives_the_same_bits(format, device) -> None:
-    """Blocks of 16, 32 and 64 rows, and one row to a block, with the sizes of a large mixture."""
+def test_row_count_changes_no_bit(format, device) -> None:
+    """The counts cover blocks of 1, 16, 32 and 64 rows at the sizes of a large model."""
     if device != "cuda":
-        pytest.skip("compares instructions of the tensor cores")
-    given = layer(1024, 32, 2048, 512, torch.bfloat16, device)
-    hidden, logits = given.pop("hidden"), given.pop("logits")
+        pytest.skip("the test is for tensor cores")
+    inputs = layer(1024, 32, 2048, 512, torch.bfloat16, device)
+    hidden, logits = inputs.pop("hidden"), inputs.pop("logits")
     weights, experts = fused.route(logits, 10, True)
     if format is None:
-        product = fused.prepare(**given)
+        product = fused.prepare(**inputs)
     else:
-        eight_bit = [part for w in given.values() for part in fused.quantize_experts(w, format)]
+        eight_bit = [part for w in inputs.values() for part in fused.quantize_experts(w, format)]
         product = fused.prepare_8bit(*eight_bit, torch.bfloat16)
-    together = product(hidden, weights, experts)
+    whole = product(hidden, weights, experts)
     counts = (1, 4, 16, 17, 40, 64, 100, 128, 200, 300)
     assert {fused.make_blocks(experts[:n], 32).rows for n in counts} == {16, 32, 64}
     for n in counts:
-        assert torch.equal(product(hidden[:n], weights[:n], experts[:n]), together[:n]), n
+        assert torch.equal(product(hidden[:n], weights[:n], experts[:n]), whole[:n]), n

@@ -8,7 +8,7 @@ from kernels.packed import Exports, Packed
 from kernels.strides import rows_contiguous
 
 
-def test_tiles_start_anew_in_every_sequence() -> None:
+def test_tiles_start_at_each_sequence() -> None:
     packed = Packed.from_lengths([65, 0, 64, 1])
     assert packed.lengths == (65, 0, 64, 1)
     assert packed.cu_seqlens.tolist() == [0, 65, 65, 129, 130]
@@ -16,7 +16,7 @@ def test_tiles_start_anew_in_every_sequence() -> None:
     assert packed.cu_tiles.tolist() == [0, 2, 2, 3, 4]
 
 
-def test_no_sequence_at_all() -> None:
+def test_packing_without_sequences() -> None:
     packed = Packed.from_lengths([])
     assert packed.cu_seqlens.tolist() == [0]
     assert len(packed.tile_sequences) == 0
@@ -31,30 +31,30 @@ def test_exports_are_ordered_by_sequence_and_position() -> None:
     assert [table.tolist() for table in exports.tables] == [[64, 200, 64], [4, 3, 5], [0, 2, 2, 3]]
 
 
-def test_nothing_to_export_is_no_plan() -> None:
+def test_plan_without_exports_is_none() -> None:
     assert Exports.plan(Packed.from_lengths([5]), []) is None
 
 
 @pytest.mark.parametrize("end", [0, 63, 65, 192, -64])
-def test_an_end_off_the_grid_is_refused(end: int) -> None:
+def test_export_off_the_grid_is_refused(end: int) -> None:
     with pytest.raises(ValueError, match="a state cannot be exported"):
         Exports.plan(Packed.from_lengths([130]), [(0, end, 1)])
 
 
 @pytest.mark.parametrize(("tile_size", "end"), [(32, 16), (32, 48), (16, 8), (16, 24)])
-def test_an_end_within_a_shorter_tile_is_refused(tile_size: int, end: int) -> None:
+def test_export_inside_a_shorter_tile_is_refused(tile_size: int, end: int) -> None:
     packed = Packed.from_lengths([130], tile_size=tile_size)
     assert Exports.plan(packed, [(0, 2 * tile_size, 1)]).ends == (2 * tile_size,)
     with pytest.raises(ValueError, match="a state cannot be exported"):
         Exports.plan(packed, [(0, end, 1)])
 
 
-def test_one_position_is_exported_once() -> None:
+def test_duplicate_export_is_refused() -> None:
     with pytest.raises(ValueError, match="twice"):
         Exports.plan(Packed.from_lengths([130]), [(0, 64, 1), (0, 64, 2)])
 
 
-def test_rows_are_copied_only_if_scattered() -> None:
+def test_rows_are_copied_only_if_not_contiguous() -> None:
     tokens = Packed.from_lengths([3]).cu_seqlens.new_zeros(4, 6, 2)
     assert rows_contiguous(tokens[:, :3]).data_ptr() == tokens.data_ptr()
     assert rows_contiguous(tokens[:, ::2]).is_contiguous()

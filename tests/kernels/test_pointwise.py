@@ -1,5 +1,4 @@
-"""Norms, rotary embedding, activations and cache writes: kernels and references against their
-formulas."""
+"""Norms, rotary embedding, activations and cache writes, compared with their formulas."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 @backends("norm")
 @DTYPES
 @SHAPES
-def test_rms_norm(backend, shape, dtype, device, assert_close) -> None:
+def test_rms_norm_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
     torch.manual_seed(0)
     x, residual = (randn(*shape, dtype=dtype, device=device) for _ in range(2))
     weight = torch.randn(shape[-1], device=device)
@@ -61,7 +60,7 @@ def test_rms_norm(backend, shape, dtype, device, assert_close) -> None:
 
 @backends("norm")
 @DTYPES
-def test_gated_norm_of_heads_cut_from_a_projection(backend, dtype, device, assert_close) -> None:
+def test_gated_norm_of_strided_heads(backend, dtype, device, assert_close) -> None:
     projected = randn(6, 7, 40, dtype=dtype, device=device)
     x, gate, weight = projected[:, 1:4], projected[:, 4:], torch.randn(40, device=device)
     expected = rms(x, weight, 1e-6) * torch.nn.functional.silu(gate.double())
@@ -72,7 +71,7 @@ def test_gated_norm_of_heads_cut_from_a_projection(backend, dtype, device, asser
 @DTYPES
 @pytest.mark.parametrize("gate_first", [False, True], ids=["norm-first", "gate-first"])
 def test_gated_norm_of_groups(backend, dtype, gate_first, device, assert_close) -> None:
-    """Every group of a token has its own statistics and weights."""
+    """Each group of a token has separate statistics and weights."""
     projected = randn(6, 7, 40, dtype=dtype, device=device)
     x, gate, weight = projected[:, 1:4], projected[:, 4:], torch.randn(3, 40, device=device)
     opened = torch.nn.functional.silu(gate.double())
@@ -90,7 +89,7 @@ def test_gated_norm_of_groups(backend, dtype, gate_first, device, assert_close) 
     half=st.integers(1, 8),
     passed=st.integers(0, 9),
 )
-def test_rotary_turns_pairs(
+def test_rotate_equals_complex_multiplication(
     backend, dtype, num_tokens, heads, half, passed, device, assert_close
 ) -> None:
     size = 2 * half + passed
@@ -109,7 +108,7 @@ def test_rotary_turns_pairs(
 @backends("activation")
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 2), (5, 600), (3, 4, 34), (0, 16), (2, 2100)])
-def test_silu_and_mul(backend, shape, dtype, device, assert_close) -> None:
+def test_silu_and_mul_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
     x = randn(*shape, dtype=dtype, device=device)
     gate, up = x.double().chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * up
@@ -118,7 +117,7 @@ def test_silu_and_mul(backend, shape, dtype, device, assert_close) -> None:
 
 @backends("activation")
 @DTYPES
-def test_sigmoid_mul_of_views_and_of_one_gate_a_row(backend, dtype, device, assert_close) -> None:
+def test_sigmoid_mul_of_views_and_single_gates(backend, dtype, device, assert_close) -> None:
     projected = randn(5, 3, 80, dtype=dtype, device=device)
     for x, gate in (
         (projected[..., :40], projected[..., 40:]),
@@ -134,7 +133,7 @@ def test_sigmoid_mul_of_views_and_of_one_gate_a_row(backend, dtype, device, asse
 @backends("activation")
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 2), (5, 600), (0, 16)])
-def test_relu_squared(backend, shape, dtype, device, assert_close) -> None:
+def test_relu_squared_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
     x = randn(*shape, dtype=dtype, device=device)
     assert_close(backend.relu_squared(x), x.double().relu().square().to(dtype))
     views = randn(6, 2, 5, dtype=dtype, device=device).transpose(0, 1)
@@ -144,33 +143,28 @@ def test_relu_squared(backend, shape, dtype, device, assert_close) -> None:
 @DTYPES
 @pytest.mark.parametrize("size", [40, 97, 1024])
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_references_ignore_other_rows(size, dtype, num_threads) -> None:
-    """No element's bits depend on where it lies: not behind the last full vector, not at a seam
-    between threads."""
+def test_reference_rows_are_independent_of_the_batch(size, dtype, num_threads) -> None:
+    """Bits do not depend on the position: after the last full vector, or between threads."""
     norm, activation = kernels.norm.reference, kernels.activation.reference
-    before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    try:
-        x, gate = torch.randn(2, 300, 2 * size).to(dtype)
-        weight = torch.randn(2 * size)
-        for f in (
-            lambda rows: activation.silu_and_mul(x[rows]),
-            lambda rows: activation.sigmoid_mul(x[rows], gate[rows]),
-            lambda rows: activation.silu_mul(x[rows], gate[rows]),
-            lambda rows: norm.rms_norm(x[rows], weight, 1e-6),
-            lambda rows: norm.gated_rms_norm(x[rows], weight, gate[rows], 1e-6),
-            lambda rows: norm.gated_rms_norm(x[rows], weight, gate[rows], 1e-6, gate_first=True),
-        ):
-            together = f(slice(None))
-            for rows in (slice(0, 1), slice(3, 10), slice(7, 200), slice(299, 300)):
-                assert torch.equal(f(rows), together[rows])
-    finally:
-        torch.set_num_threads(before)
+    x, gate = torch.randn(2, 300, 2 * size).to(dtype)
+    weight = torch.randn(2 * size)
+    for f in (
+        lambda rows: activation.silu_and_mul(x[rows]),
+        lambda rows: activation.sigmoid_mul(x[rows], gate[rows]),
+        lambda rows: activation.silu_mul(x[rows], gate[rows]),
+        lambda rows: norm.rms_norm(x[rows], weight, 1e-6),
+        lambda rows: norm.gated_rms_norm(x[rows], weight, gate[rows], 1e-6),
+        lambda rows: norm.gated_rms_norm(x[rows], weight, gate[rows], 1e-6, gate_first=True),
+    ):
+        batched = f(slice(None))
+        for rows in (slice(0, 1), slice(3, 10), slice(7, 200), slice(299, 300)):
+            assert torch.equal(f(rows), batched[rows])
 
 
 @backends("cache_write")
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_writes_where_it_is_told(backend, index_dtype, device) -> None:
+def test_cache_write_changes_only_its_rows(backend, index_dtype, device) -> None:
     storage = randn(20, 2, 3, 24, dtype=torch.bfloat16, device=device)
     key_pool, value_pool = storage[:, 0], storage[:, 1]
     expected = storage.clone()

@@ -1,4 +1,4 @@
-"""Recording what native kernels compute, and compiling them."""
+"""Recording of native kernel calls, and their compilation."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ FOLDERS = sorted(path.parent.name for path in native.SOURCES.glob("*/native.py")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_native_kernels_have_what_the_others_have(name) -> None:
-    """The functions that reference and Triton twins share, with the same arguments."""
+def test_native_kernels_have_all_shared_functions(name) -> None:
+    """Functions that reference and Triton share exist natively with the same arguments."""
     pytest.importorskip("triton")
     reference, fused, compiled = (
-        importlib.import_module(f"kernels.{name}.{word}")
-        for word in ("reference", "fused", "native")
+        importlib.import_module(f"kernels.{name}.{backend}")
+        for backend in ("reference", "fused", "native")
     )
     shared = [
-        word
-        for word, found in vars(fused).items()
-        if inspect.isfunction(found) and inspect.isfunction(vars(reference).get(word))
+        function_name
+        for function_name, function in vars(fused).items()
+        if inspect.isfunction(function) and inspect.isfunction(vars(reference).get(function_name))
     ]
     assert shared
-    for word in shared:
-        own, plain = getattr(compiled, word), getattr(reference, word)
+    for function_name in shared:
+        own, plain = getattr(compiled, function_name), getattr(reference, function_name)
         assert list(inspect.signature(own).parameters) == list(inspect.signature(plain).parameters)
 
 
 @COMPILED
-@pytest.mark.parametrize("in_runs", [True, False], ids=["in-runs", "one-by-one"])
-def test_what_was_recorded_is_repeated_on_what_is_there_now(in_runs, monkeypatch) -> None:
+@pytest.mark.parametrize("in_runs", [True, False], ids=["in-runs", "single-calls"])
+def test_replay_uses_current_inputs(in_runs, monkeypatch) -> None:
     from kernels.norm.native import gated_rms_norm, rms_norm
 
     if not in_runs:
@@ -52,11 +52,11 @@ def test_what_was_recorded_is_repeated_on_what_is_there_now(in_runs, monkeypatch
         out.copy_(gated_rms_norm(gate, weight, gate * 2, 0.5, gate_first=True))
 
     replay = record(work)
-    for wanted in ([3, 4], [8, 0]):
-        rows.copy_(torch.tensor(wanted))
+    for indices in ([3, 4], [8, 0]):
+        rows.copy_(torch.tensor(indices))
         out.fill_(torch.nan)
         replay()
-        gate = rms_norm(table[wanted], weight, 1e-6)
+        gate = rms_norm(table[indices], weight, 1e-6)
         assert torch.equal(out, gated_rms_norm(gate, weight, gate * 2, 0.5, gate_first=True))
 
 
@@ -72,12 +72,12 @@ def test_other_operations_are_refused(operation) -> None:
 
 
 class TestCompiling:
-    def test_no_compiler(self, monkeypatch) -> None:
+    def test_missing_compiler_gives_no_library(self, monkeypatch) -> None:
         monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
         assert native.shared_library.__wrapped__() is None
 
     @COMPILED
-    def test_a_compiler_that_fails(self, monkeypatch, tmp_path) -> None:
+    def test_failing_compiler_gives_no_library(self, monkeypatch, tmp_path) -> None:
         def fails(*args, **options):
             raise subprocess.CalledProcessError(1, "c++")
 
@@ -87,7 +87,7 @@ class TestCompiling:
         assert native.shared_library.__wrapped__() is None
 
     @COMPILED
-    def test_a_home_that_can_not_be_written(self, monkeypatch, tmp_path) -> None:
+    def test_unwritable_home_uses_the_temporary_folder(self, monkeypatch, tmp_path) -> None:
         (tmp_path / "home").write_text("a file where a folder should be")
         monkeypatch.setattr(native.Path, "home", lambda: tmp_path / "home")
         monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
@@ -101,14 +101,14 @@ class TestCompiling:
         assert list(tmp_path.glob("hybridcache-*/native-*.so"))
 
     @COMPILED
-    def test_another_source_is_another_library(self, monkeypatch, tmp_path) -> None:
+    def test_library_name_depends_on_the_sources(self, monkeypatch, tmp_path) -> None:
         before = native._fingerprint("c++", [])
         source = tmp_path / "native.cpp"
         source.write_text("int f() { return 1; }")
         assert native._fingerprint("c++", [source]) != before
 
 
-def test_recording_imports_no_compiler() -> None:
-    """What torch wraps a mode's method in imports its compiler when it is first called: a second of
-    a start."""
+def test_recording_does_not_import_torchs_compiler() -> None:
+    """torch's wrapper of a mode's method imports its compiler at the first call, which takes a
+    second."""
     assert not hasattr(_Watch.__torch_dispatch__, "__wrapped__")

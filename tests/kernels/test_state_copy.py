@@ -1,4 +1,4 @@
-"""Copies of states between slots: kernel and reference against indexing."""
+"""Copies of states between slots, compared with indexing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
     num_copies=st.integers(0, 3),
     seed=st.integers(0, 9),
 )
-def test_moves_exactly_what_is_asked(kernel, num_layers, width, order, num_copies, seed) -> None:
+def test_copy_changes_only_the_target_slots(
+    kernel, num_layers, width, order, num_copies, seed
+) -> None:
     torch.manual_seed(seed)
     pools = [
         torch.randn(num_layers, 7, 2, width, 5),
@@ -50,7 +52,7 @@ def test_moves_exactly_what_is_asked(kernel, num_layers, width, order, num_copie
 
 
 @IMPLEMENTATIONS
-def test_layers_and_slots_may_be_strided(kernel, device) -> None:
+def test_strided_layers_and_slots_are_copied(kernel, device) -> None:
     storage = torch.randn(9, 4, 2, 6, 8, device=device)
     pool = storage[::2, :, 1].transpose(0, 1)  # [L=4, S=5, 6, 8], slots outermost in memory
     before, untouched = pool.clone(), storage[1::2].clone()
@@ -73,50 +75,54 @@ CODES = torch.int8, torch.float8_e4m3fn
     width=st.sampled_from([1, 16, 33]),
     seed=st.integers(0, 9),
 )
-def test_native_checkpoints_are_the_references(
+def test_native_checkpoints_equal_the_reference(
     kernel, dtype, codes, dims, order, width, seed
 ) -> None:
-    """Bit for bit, there and back, in slots that lie apart; and no other byte is written."""
+    """Bits are equal after narrowing and widening, in strided slots; no other byte is written."""
     torch.manual_seed(seed)
     shape = (3, 5, 2, 17, width)
     pool = (torch.randn(shape) * torch.logspace(-3, 3, width)).to(dtype)
     pool[1, 2, 1] = 0
     form = Form(codes, dims if codes in CODES else None, 16, 32 + pool[:, 0].numel() * 4)
-    own, kept, back = torch.tensor(order[:3]), torch.tensor(order[1:4]), torch.tensor(order[2:])
-    found = []
-    for twin in (kernel, reference):
+    sources, stored, targets = (
+        torch.tensor(order[:3]),
+        torch.tensor(order[1:4]),
+        torch.tensor(order[2:]),
+    )
+    results = []
+    for backend in (kernel, reference):
         slots = torch.full((6, 30_000), 7, dtype=torch.uint8)[:, :25_000]
         restored = torch.full_like(pool, 7)
-        twin.narrow_states(pool, own, slots, kept, form)
-        twin.widen_states(slots, kept, restored, back, form)
-        found.append((slots, restored))
-    for ours, plain in zip(*found, strict=True):
+        backend.narrow_states(pool, sources, slots, stored, form)
+        backend.widen_states(slots, stored, restored, targets, form)
+        results.append((slots, restored))
+    for ours, plain in zip(*results, strict=True):
         assert torch.equal(ours.view(torch.uint8), plain.view(torch.uint8))
 
 
 @native_only
 @pytest.mark.parametrize("codes", CODES)
-def test_every_code_and_what_lies_between_two(kernel, codes) -> None:
-    """The scale is 1: ties go to the even one, below the least normal number too."""
+def test_codes_and_ties_between_them_are_rounded(kernel, codes) -> None:
+    """With a scale of 1, ties round to even, also for subnormal numbers."""
     all_codes = torch.arange(256, dtype=torch.uint8).view(codes).float()
-    known = all_codes[all_codes.isfinite() & (all_codes > -128 if codes is torch.int8 else True)]
-    known = known.sort().values
-    ties = (known[1:] + known[:-1]) / 2
+    exact = all_codes[all_codes.isfinite() & (all_codes > -128 if codes is torch.int8 else True)]
+    exact = exact.sort().values
+    ties = (exact[1:] + exact[:-1]) / 2
     near = [torch.nextafter(ties, torch.tensor(end)) for end in (-1e9, 1e9)]
-    pool = torch.cat([known, ties, *near])[None, None, None, None]
-    found = []
-    for twin in (kernel, reference):
+    pool = torch.cat([exact, ties, *near])[None, None, None, None]
+    results = []
+    for backend in (kernel, reference):
         slots, restored = torch.zeros(1, 2048, dtype=torch.uint8), torch.zeros_like(pool)
         first, form = torch.tensor([0]), Form(codes, (0, 1, 2), 0, 2000)
-        twin.narrow_states(pool, first, slots, first, form)
-        twin.widen_states(slots, first, restored, first, form)
+        backend.narrow_states(pool, first, slots, first, form)
+        backend.widen_states(slots, first, restored, first, form)
         assert slots[0, 2000:2004].view(torch.float32) == 1
-        assert torch.equal(restored.flatten()[: len(known)], known)
-        found.append(slots)
-    assert torch.equal(*found)
+        assert torch.equal(restored.flatten()[: len(exact)], exact)
+        results.append(slots)
+    assert torch.equal(*results)
 
 
-def test_a_state_scattered_in_its_slot_is_refused(device) -> None:
+def test_non_contiguous_state_is_refused(device) -> None:
     pool = torch.randn(2, 4, 6, 8, device=device).transpose(2, 3)
     with pytest.raises(ValueError, match="contiguous"):
         fused.copy_states([pool], _int32([0], device), _int32([1], device))

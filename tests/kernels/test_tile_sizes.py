@@ -1,5 +1,5 @@
-"""Tiles of 16, 32 and 64 tokens: every recurrence computes the same whatever their size, and is
-resumed bit for bit wherever one ends."""
+"""Tiles of 16, 32 and 64 tokens: results are close for all sizes, and exact after a resume at any
+tile."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 SIZES = pytest.mark.parametrize("tile_size", TILE_SIZES)
 LENGTHS = (150, 1, 47)
 NUM_HEADS, KEY_DIM, VALUE_DIM = 2, 32, 16
-CLOSE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
 class Case(NamedTuple):
-    """A recurrence over packed sequences: ``chunk`` takes what ``draw`` made, a row a token."""
+    """Recurrence over packed sequences. ``chunk`` takes tensors of ``draw``, a row per token."""
 
     chunk: Callable[..., torch.Tensor]
     draw: Callable[[int, torch.dtype, Any], list[torch.Tensor]]
@@ -57,7 +57,7 @@ def _mamba1(count: int, dtype: torch.dtype, device: Any) -> list[torch.Tensor]:
     return [*x, torch.rand(count, VALUE_DIM, device=device)]
 
 
-DRAWN = {"gdn": _gdn, "kda": _kda, "mamba2": _mamba2, "mamba1": _mamba1}
+DRAW_INPUTS = {"gdn": _gdn, "kda": _kda, "mamba2": _mamba2, "mamba1": _mamba1}
 CONSTANTS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
     "gdn": lambda device: [],
     "kda": lambda device: [],
@@ -70,25 +70,25 @@ CONSTANTS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
 
 
 def _cases() -> list[Any]:
-    found = []
-    for name, words in {
+    cases = []
+    for name, backends in {
         "gdn": ("reference", "native", "fused"),
         "kda": ("reference", "fused"),
         "mamba2": ("reference", "native", "fused"),
         "mamba1": ("reference",),
     }.items():
-        for word in words:
-            marks = native(name).marks if word == "native" else ()
+        for backend in backends:
+            marks = native(name).marks if backend == "native" else ()
             heads = () if name == "mamba1" else (NUM_HEADS,)
-            module = importlib.import_module(f"kernels.{name}.{word}")
+            module = importlib.import_module(f"kernels.{name}.{backend}")
             case = Case(
                 getattr(module, f"chunk_{name}"),
-                DRAWN[name],
+                DRAW_INPUTS[name],
                 CONSTANTS[name],
                 (*heads, KEY_DIM, VALUE_DIM),
             )
-            found.append(pytest.param(case, id=f"{name}-{word}", marks=marks))
-    return found
+            cases.append(pytest.param(case, id=f"{name}-{backend}", marks=marks))
+    return cases
 
 
 CASES = pytest.mark.parametrize("case", _cases())
@@ -103,7 +103,7 @@ def run(
     states: torch.Tensor,
     exports: Sequence[tuple[int, int, int]] = (),
 ) -> torch.Tensor:
-    """All sequences go on from the first slots, which hold what they end with afterwards."""
+    """Resume all sequences from the first slots and store their last states there."""
     device = inputs[0].device
     packed = Packed.from_lengths(lengths, device, tile_size)
     return case.chunk(
@@ -134,16 +134,16 @@ def draw(case: Case, dtype: torch.dtype, state_dtype: torch.dtype, device: Any) 
 @CASES
 @DTYPES
 @pytest.mark.parametrize("tile_size", [16, 32])
-def test_the_size_of_tiles_changes_little(case, dtype, tile_size, device) -> None:
-    """Beside tiles of 64, which are held against the recurrence itself elsewhere."""
+def test_tile_size_changes_results_little(case, dtype, tile_size, device) -> None:
+    """Other tests compare tiles of 64 with the recurrence."""
     inputs, constants, states = draw(case, dtype, torch.float32, device)
     expected_states = states.clone()
     expected = run(case, inputs, constants, LENGTHS, 64, expected_states)
     out = run(case, inputs, constants, LENGTHS, tile_size, states)
-    tolerance = CLOSE[dtype]
-    for mine, theirs in ((out, expected), (states[:3], expected_states[:3])):
-        error = (mine.float() - theirs.float()).abs().max()
-        assert error <= tolerance * theirs.float().abs().max()
+    tolerance = TOLERANCE[dtype]
+    for actual, wanted in ((out, expected), (states[:3], expected_states[:3])):
+        error = (actual.float() - wanted.float()).abs().max()
+        assert error <= tolerance * wanted.float().abs().max()
 
 
 @pytest.mark.full(
@@ -156,7 +156,7 @@ def test_the_size_of_tiles_changes_little(case, dtype, tile_size, device) -> Non
 @DTYPES
 @SIZES
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
-def test_resumed_after_any_tile_no_bit_differs(case, dtype, state_dtype, tile_size, device) -> None:
+def test_resume_after_any_tile_changes_no_bit(case, dtype, state_dtype, tile_size, device) -> None:
     inputs, constants, states = draw(case, dtype, state_dtype, device)
     ends = range(tile_size, LENGTHS[0], tile_size)
     exports = [(0, end, 5 + i) for i, end in enumerate(ends)]
@@ -170,7 +170,7 @@ def test_resumed_after_any_tile_no_bit_differs(case, dtype, state_dtype, tile_si
 
 
 @pytest.mark.parametrize(
-    "word",
+    "backend",
     [
         "reference",
         "fused",
@@ -179,10 +179,10 @@ def test_resumed_after_any_tile_no_bit_differs(case, dtype, state_dtype, tile_si
 )
 @DTYPES
 @pytest.mark.parametrize("tile_size", [16, 32])
-def test_windows_of_the_convolution_lie_on_the_same_grid(word, dtype, tile_size, device) -> None:
-    if word == "native" and shared_library() is None:
+def test_conv_resumes_at_any_tile(backend, dtype, tile_size, device) -> None:
+    if backend == "native" and shared_library() is None:
         pytest.skip("no C++ compiler")
-    conv = importlib.import_module(f"kernels.conv1d.{word}").prefill_conv1d
+    conv = importlib.import_module(f"kernels.conv1d.{backend}").prefill_conv1d
     torch.manual_seed(4)
     x, weight = torch.randn(70, 8, device=device).to(dtype), torch.randn(8, 4, device=device)
     states = torch.full((9, 8, 3), torch.nan, dtype=dtype, device=device)
@@ -207,14 +207,13 @@ def test_windows_of_the_convolution_lie_on_the_same_grid(word, dtype, tile_size,
         assert torch.equal(convolve(end, i + 1, []), whole[end:])
 
 
-@pytest.mark.parametrize("word", ["reference", "fused"])
+@pytest.mark.parametrize("backend", ["reference", "fused"])
 @DTYPES
 @pytest.mark.parametrize("tile_size", [16, 32])
-def test_attention_resumes_on_the_same_grid(word, dtype, tile_size, device) -> None:
-    """Whole, and from every tile on."""
-    attend = importlib.import_module(f"kernels.attention.{word}").prefill_attention
+def test_attention_resumes_at_any_tile(backend, dtype, tile_size, device) -> None:
+    attend = importlib.import_module(f"kernels.attention.{backend}").prefill_attention
     torch.manual_seed(5)
-    length = 150 if word == "fused" else 600
+    length = 150 if backend == "fused" else 600
     query = torch.randn(length, 4, 32, device=device).to(dtype)
     pools = torch.randn(2, length, 2, 32, device=device).to(dtype)
 

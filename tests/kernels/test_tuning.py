@@ -1,12 +1,9 @@
-"""Launch parameters from a table: none of them may cut a sum, and none that may deal one out may
-hang on the batch."""
+"""Tuned launch parameters: none may split a sum or change bits between batches."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
-import pkgutil
 import textwrap
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -21,9 +18,10 @@ from kernels.packed import Packed
 pytest.importorskip("triton")
 from kernels import target
 from kernels.gdn.chunk import scan_config
+from tests.kernels.compiled import triton_functions
 
 OF_OUTPUTS = {"HEADS", "BM", "BT", "BV", "BC", "BLOCK_BYTES"}
-"""Tile sizes along dimensions of the output, along which nothing is summed."""
+"""Tile sizes along output dimensions, which are never summed over."""
 OF_LAUNCHES = {"num_warps", "num_stages"}
 OF_LAYERS = {"dtype", "weight_dtype", "state_dtype", "K", "V", "D", "G", "C", "W", "M", "N"}
 SUMS = {
@@ -38,21 +36,8 @@ SUMS = {
 }
 
 
-def triton_functions(folder: str) -> dict[str, Any]:
-    """Every Triton function of a folder's own modules."""
-    package = importlib.import_module(f"kernels.{folder}")
-    found: dict[str, Any] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        for name, member in vars(
-            importlib.import_module(f"{package.__name__}.{module.name}")
-        ).items():
-            if type(member).__name__ in {"JITFunction", "InterpretedFunction"}:
-                found[name] = member.fn
-    return found
-
-
-def called(function: Any) -> Iterator[str]:
-    """``tl.name`` as ``.name``, other functions by their name; those that it calls in turn, too."""
+def calls_of(function: Any) -> Iterator[str]:
+    """Yield the names of called functions, nested calls included; ``tl.name`` is ``.name``."""
     seen, waiting = set(), [function]
     while waiting:
         function = waiting.pop()
@@ -71,7 +56,7 @@ def called(function: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kernel", tuning.TUNABLES)
-def test_no_choice_can_change_bits_from_batch_to_batch(kernel) -> None:
+def test_tuning_cannot_change_bits_between_batches(kernel) -> None:
     tunable = tuning.TUNABLES[kernel]
     folder, _, name = kernel.partition(".")
     function = triton_functions(folder)[name]
@@ -81,25 +66,24 @@ def test_no_choice_can_change_bits_from_batch_to_batch(kernel) -> None:
     assert chosen - OF_LAUNCHES <= parameters
     assert set(tunable.keys) <= OF_LAYERS | {"tokens"}
     if "tokens" in tunable.keys:
-        assert {f".{word}" for word in SUMS}.isdisjoint(called(function))
+        assert {f".{name}" for name in SUMS}.isdisjoint(calls_of(function))
 
 
-def test_what_sums_is_seen() -> None:
-    """The test above would notice."""
-    assert ".sum" in set(called(triton_functions("norm")["rms_norm_kernel"]))
-    in_a_function_it_calls = set(called(triton_functions("mla")["decode_mla_kernel"]))
+def test_calls_of_finds_sums() -> None:
+    assert ".sum" in set(calls_of(triton_functions("norm")["rms_norm_kernel"]))
+    in_a_function_it_calls = set(calls_of(triton_functions("mla")["decode_mla_kernel"]))
     assert ".sum" in in_a_function_it_calls
-    assert ".dot" in set(called(triton_functions("linear")["linear_kernel"]))
+    assert ".dot" in set(calls_of(triton_functions("linear")["linear_kernel"]))
 
 
-def test_launchers_ask_by_the_layer_alone(device) -> None:
-    """Whatever the batch, and decoding and verifying alike."""
+def test_tuning_keys_depend_only_on_the_layer(device) -> None:
+    """Keys are equal for all batches, and for decode and verification."""
     from kernels.conv1d import fused as conv1d
     from kernels.gdn import fused as gdn
     from kernels.mamba2 import fused as mamba2
     from kernels.norm import fused as norm
 
-    asked = []
+    all_keys = []
     parameters = torch.randn(2, 2, device=device)
     for count in (1, 3):
         slots = torch.arange(count, dtype=torch.int32, device=device)
@@ -125,37 +109,37 @@ def test_launchers_ask_by_the_layer_alone(device) -> None:
         assert keys[2] == keys[3] == ("gdn.decode_kernel", (torch.float32, 16, 16))
         assert keys[-5] == keys[-4] == ("mamba2.decode_kernel", (torch.float32, 16, 16))
         assert {kernel for kernel, _ in keys} <= set(tuning.TUNABLES)
-        asked.append(keys)
-    assert asked[0] == asked[1]
+        all_keys.append(keys)
+    assert all_keys[0] == all_keys[1]
 
 
-def test_every_key_has_the_parts_it_names(device) -> None:
+def test_keys_have_the_declared_parts(device) -> None:
     from kernels.linear import fused as linear
 
     weight = torch.randn(48, 32, device=device)
-    with tuning.using({}) as asked:
+    with tuning.using({}) as keys:
         for count in (1, 16, 17):
             linear.linear(torch.randn(count, 32, device=device), weight)
-    assert [len(key) for _, key in asked] == [5] * 3
-    assert [key[-1] for _, key in asked] == [16, 16, 32]
+    assert [len(key) for _, key in keys] == [5] * 3
+    assert [key[-1] for _, key in keys] == [16, 16, 32]
     assert len(tuning.TUNABLES["linear.linear_kernel"].keys) == 5
     assert [tuning.token_class(n) for n in (64, 65, 4096, 5000)] == [64, 128, 4096, 4096]
 
 
-def test_a_table_is_what_launchers_use(device) -> None:
+def test_launchers_use_the_table(device) -> None:
     from kernels.state_copy.fused import copy_states
 
     pool = torch.randn(1, 2, 5000, device=device)
     expected = pool[:, 0].clone()
-    with tuning.using({("state_copy.copy_kernel", ()): {"BLOCK_BYTES": 4096}}) as asked:
+    with tuning.using({("state_copy.copy_kernel", ()): {"BLOCK_BYTES": 4096}}) as keys:
         slots = torch.arange(2, dtype=torch.int32, device=device)
         copy_states([pool], slots[:1], slots[1:])
-    assert asked == [("state_copy.copy_kernel", ())]
+    assert keys == [("state_copy.copy_kernel", ())]
     assert torch.equal(pool[:, 1], expected)
     assert tuning.tuned("no such kernel", 1) == {}
 
 
-def test_tables_are_kept_by_device(tmp_path) -> None:
+def test_tables_are_stored_by_device(tmp_path) -> None:
     path = tmp_path / "tuned.json"
     assert tuning.read(path, "one") == {}
     first = {("norm.rms_norm_kernel", (2048,)): {"num_warps": 8}}
@@ -172,8 +156,8 @@ def test_tables_are_kept_by_device(tmp_path) -> None:
     ("backend", "arch", "expected"),
     [("cuda", 80, 4), ("cuda", 90, 4), ("cuda", 100, 2), ("cuda", 120, 2), ("hip", "gfx942", 4)],
 )
-def test_a_recurrence_has_few_warps(backend, arch, expected, monkeypatch) -> None:
-    """Whatever was tuned: more would race, and a race can be won while one tunes."""
+def test_number_of_warps_of_a_recurrence_is_limited(backend, arch, expected, monkeypatch) -> None:
+    """More warps than the limit would race, and tuning might not notice the race."""
     active = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch),
@@ -182,9 +166,9 @@ def test_a_recurrence_has_few_warps(backend, arch, expected, monkeypatch) -> Non
     monkeypatch.setattr(target, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
     target._is_blackwell.cache_clear()
     key = (torch.bfloat16, 128, 128)
-    for asked in (2, 4, 8):
-        with tuning.using({("gdn.scan_kernel", key): {"num_warps": asked}}):
-            assert scan_config(*key)["num_warps"] == min(asked, expected)
+    for num_warps in (2, 4, 8):
+        with tuning.using({("gdn.scan_kernel", key): {"num_warps": num_warps}}):
+            assert scan_config(*key)["num_warps"] == min(num_warps, expected)
     for shape in (key, (torch.float32, 128, 128), (torch.bfloat16, 256, 64)):
         assert scan_config(*shape)["num_warps"] <= expected
     target._is_blackwell.cache_clear()

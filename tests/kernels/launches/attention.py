@@ -1,4 +1,4 @@
-"""What attention launches at the head sizes that models use, in an arena's rows of 12 layers."""
+"""Launches of attention at common head sizes, in an arena's rows of 12 layers."""
 
 import torch
 

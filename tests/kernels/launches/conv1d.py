@@ -1,4 +1,4 @@
-"""What the convolution launches on Qwen3-Next's sizes: 8,192 channels, 4 taps."""
+"""Launches of the convolution at Qwen3-Next's sizes: 8,192 channels, 4 taps."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What Gated DeltaNet launches on Qwen3-Next's sizes: 16 key heads, 32 value heads, K = V = 128."""
+"""Launches of Gated DeltaNet at Qwen3-Next's sizes: 16 key heads, 32 value heads, K = V = 128."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What Kimi Delta Attention launches on Kimi-Linear's sizes: 32 heads, K = V = 128."""
+"""Launches of Kimi Delta Attention at Kimi-Linear's sizes: 32 heads, K = V = 128."""
 
 import torch
 

@@ -1,5 +1,7 @@
-"""What Qwen3-Next's input and output projections launch for one token, for some and for a prefill;
-8-bit floats where the target has them."""
+"""Launches of Qwen3-Next's input and output projections, for one token and for a prefill.
+
+fp8 is launched only on targets that support it.
+"""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""What Mamba-2 launches on Nemotron-H's sizes (128 heads of 64, 8 groups, a state of 128), and on
+"""Launches of Mamba-2 at Nemotron-H's sizes (128 heads of 64, 8 groups, a state of 128), and with
 Falcon-H1's state of 256."""
 
 import torch

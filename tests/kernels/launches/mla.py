@@ -1,5 +1,7 @@
-"""What latent attention launches on Kimi-Linear's sizes: 32 heads, latents of 512, shared keys of
-64, in an arena's rows of 7 layers."""
+"""Launches of latent attention at Kimi-Linear's sizes, in an arena's rows of 7 layers.
+
+It has 32 heads, latents of 512 and shared keys of 64.
+"""
 
 import torch
 

@@ -1,5 +1,4 @@
-"""What Qwen3-Next's experts launch for one token and for a prefill, in bfloat16 and with 8-bit
-weights."""
+"""Launches of Qwen3-Next's experts for one token and for a prefill, in bfloat16 and 8-bit."""
 
 import torch
 import triton
@@ -27,13 +26,13 @@ def _experts_8bit(num_tokens: int, dtype: torch.dtype, *, in_blocks: bool = Fals
 
 
 def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Both weights in shape only: nothing reads them."""
+    """Return both weights as expanded single elements, because nothing reads them."""
     element = torch.empty(1, 1, 1, dtype=dtype)
     return [element.expand(shape) for shape in ((512, 1024, 2048), (512, 2048, 512))]
 
 
 def _without_gates() -> None:
-    """Nemotron 3 Nano's."""
+    """Launch the experts of Nemotron 3 Nano, which have no gates."""
     logits = torch.empty(8, 128)
     weights, chosen = route_sigmoid(logits, torch.empty(128), 6, True, scale=2.5)
     element = torch.empty(1, 1, 1, dtype=torch.bfloat16)

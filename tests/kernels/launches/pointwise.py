@@ -1,4 +1,4 @@
-"""What norms, rotary embedding, activations and cache writes launch on Qwen3-Next's sizes."""
+"""Launches of norms, rotary embedding, activations and cache writes at Qwen3-Next's sizes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a copy of states launches on Qwen3-Next's sizes."""
+"""Launches of a copy of states at Qwen3-Next's sizes."""
 
 import torch
 
