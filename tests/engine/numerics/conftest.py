@@ -153,7 +153,7 @@ class Driver:
         )
 
     def cold(self, tokens: Sequence[int], **options: Any) -> torch.Tensor:
-        """Return the logits of one prompt, computed in a single batch."""
+        """Return the logits of one prompt, computed in one step."""
         sequence, write = self.begin(tokens)
         segment = self.prefill_segment(sequence, len(tokens), **options)
         return self.runner.forward(Batch((segment,), (), (write,)))

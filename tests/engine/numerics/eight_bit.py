@@ -32,13 +32,13 @@ def fp8_blocks(weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.
     widened = torch.empty(weight.shape)
     for i in range(rows):
         for j in range(columns):
-            here = (
+            tile = (
                 slice(i * block[0], (i + 1) * block[0]),
                 slice(j * block[1], (j + 1) * block[1]),
             )
-            scale[i, j] = weight[here].abs().max() / 400
-            stored[here] = (weight[here] / scale[i, j].float()).to(torch.float8_e4m3fn)
-            widened[here] = stored[here].float() * scale[i, j].float()
+            scale[i, j] = weight[tile].abs().max() / 400
+            stored[tile] = (weight[tile] / scale[i, j].float()).to(torch.float8_e4m3fn)
+            widened[tile] = stored[tile].float() * scale[i, j].float()
     return stored, scale, widened
 
 

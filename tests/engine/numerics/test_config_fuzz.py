@@ -311,8 +311,8 @@ def as_floats(value: Any, like: Any) -> Any:
         like = like if isinstance(like, dict) else {}
         return {name: as_floats(part, like.get(name)) for name, part in value.items()}
     if isinstance(value, list):
-        known = [*value, *like] if isinstance(like, list) else value
-        typical = next((part for part in known if isinstance(part, float)), None)
+        examples = [*value, *like] if isinstance(like, list) else value
+        typical = next((part for part in examples if isinstance(part, float)), None)
         return [as_floats(part, typical) for part in value]
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if is_integer and isinstance(like, float) else value

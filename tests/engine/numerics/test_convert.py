@@ -59,10 +59,10 @@ def test_int8_files_equal_int8_loading(model, oracles, driver_class, random_toke
     if model == "qwen3_5_moe":
         tensors = eight_bit.stack_experts(load_file(source / "model.safetensors"))
         save_file(tensors, source / "model.safetensors")
-    done = convert(source, tmp_path / "out", "int8", show_progress=False)
+    report = convert(source, tmp_path / "out", "int8", show_progress=False)
     expected = driver_class(load(source, quantization="int8")).cold(tokens, logits="all")
     assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
-    errors = [entry.error for entry in done.modules if entry.error is not None]
+    errors = [entry.error for entry in report.modules if entry.error is not None]
     assert len(errors) > 10 and all(0.001 < error < 0.02 for error in errors)
     assert not any("gate_up_proj" in name for name in load_file(tmp_path / "out/model.safetensors"))
 
@@ -92,10 +92,10 @@ def test_rounding_is_to_nearest(monkeypatch):
     blocks, scale, error = quantize_rows(weight, Scheme("fp8", (16, 16), "weight_scale_inv"))
     assert scale.shape == (5, 3)
     for i, j in ((0, 0), (4, 2), (2, 1)):
-        here = slice(16 * i, 16 * i + 16), slice(16 * j, 16 * j + 16)
-        exact = weight[here].float()
+        tile = slice(16 * i, 16 * i + 16), slice(16 * j, 16 * j + 16)
+        exact = weight[tile].float()
         assert scale[i, j] == exact.abs().max() / 448
-        assert torch.equal(blocks[here].float(), (exact / scale[i, j]).to(blocks.dtype).float())
+        assert torch.equal(blocks[tile].float(), (exact / scale[i, j]).to(blocks.dtype).float())
     assert 0.01 < error < 0.04
 
 
@@ -103,7 +103,7 @@ def test_unquantised_modules(oracles, tmp_path):
     """Defaults, ``--ignore``, and weights that are not whole blocks."""
     source = oracles("qwen3_next").path
     scheme = Scheme("fp8", (16, 4), "weight_scale_inv")
-    done = convert(
+    report = convert(
         source,
         tmp_path / "out",
         "fp8",
@@ -111,7 +111,7 @@ def test_unquantised_modules(oracles, tmp_path):
         scheme=scheme,
         show_progress=False,
     )
-    reasons = {entry.module: entry.reason for entry in done.modules if entry.reason}
+    reasons = {entry.module: entry.reason for entry in report.modules if entry.reason}
     assert reasons["model.layers.0.linear_attn.out_proj"] == "selected by --ignore"
     assert reasons["model.layers.3.self_attn.k_proj"] == "selected by --ignore"
     assert (
@@ -184,8 +184,8 @@ def test_shards_and_other_files_of_the_directory(oracles, driver_class, random_t
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "old.bin").write_text("weights")
     (tmp_path / "out").mkdir()  # An empty directory is accepted.
-    done = convert(source, tmp_path / "out", "int8", shard_bytes=60_000, show_progress=False)
-    assert done.num_files > 2 and done.written_bytes < done.source_bytes
+    report = convert(source, tmp_path / "out", "int8", shard_bytes=60_000, show_progress=False)
+    assert report.num_files > 2 and report.written_bytes < report.source_bytes
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} < names
     assert "old.bin" not in names and "model-00001-of-00003.safetensors" not in source.iterdir()

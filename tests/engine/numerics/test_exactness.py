@@ -120,25 +120,25 @@ def assert_hits_are_exact(driver, prompts, random, grid):
 @settings(max_examples=2, deadline=None)
 @given(count=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
 def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tokens, count, seed):
-    """Sequences get the same tokens and logits in one batch and in single batches."""
+    """Sequences get the same tokens and logits in one batch and separately."""
     driver = drivers(model, *formats)
     random = np.random.default_rng(seed)
     prompts = [random_tokens(int(random.integers(1, 90)), seed + i) for i in range(count)]
-    begun = [driver.begin(prompt) for prompt in prompts]
-    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in begun)
-    together = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in begun)))]
+    started = [driver.begin(prompt) for prompt in prompts]
+    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in started)
+    batched = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in started)))]
     for _ in range(3):
-        chosen = together[-1].argmax(-1).tolist()
+        chosen = batched[-1].argmax(-1).tolist()
         segments = tuple(
-            driver.decode_segment(s, token) for (s, _), token in zip(begun, chosen, strict=True)
+            driver.decode_segment(s, token) for (s, _), token in zip(started, chosen, strict=True)
         )
-        together.append(driver.runner.forward(Batch(segments)))
+        batched.append(driver.runner.forward(Batch(segments)))
     driver.reset()
     for rank, prompt in enumerate(prompts):
         sequence, write = driver.begin(prompt)
         segment = driver.prefill_segment(sequence, len(prompt))
         logits = driver.runner.forward(Batch((segment,), (), (write,)))
-        for step in together:
+        for step in batched:
             assert torch.equal(logits[0], step[rank])
             segment = driver.decode_segment(sequence, int(logits.argmax()))
             logits = driver.runner.forward(Batch((segment,)))

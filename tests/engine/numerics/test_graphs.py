@@ -50,11 +50,11 @@ def serve(driver, prompts, num_steps):
 
     The second sequence stops after one step.
     """
-    begun = [driver.begin(prompt) for prompt in prompts]
-    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in begun)
-    logits = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in begun)))]
+    started = [driver.begin(prompt) for prompt in prompts]
+    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in started)
+    logits = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in started)))]
     for step in range(num_steps):
-        active = [s for rank, (s, _) in enumerate(begun) if rank != 1 or step == 0]
+        active = [s for rank, (s, _) in enumerate(started) if rank != 1 or step == 0]
         segments = tuple(driver.decode_segment(s, 7 + step) for s in active)
         logits.append(driver.runner.forward(Batch(segments)))
     return logits
@@ -130,10 +130,10 @@ def verify(driver, prompts, steps):
     The last entry has keys and values of the last layer, or those of a prediction head.
     """
     runner = driver.runner
-    begun = [driver.begin(prompt) for prompt in prompts]
-    sequences = [sequence for sequence, _ in begun]
+    started = [driver.begin(prompt) for prompt in prompts]
+    sequences = [sequence for sequence, _ in started]
     segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s in sequences)
-    runner.forward(Batch(segments, (), tuple(write for _, write in begun)))
+    runner.forward(Batch(segments, (), tuple(write for _, write in started)))
     ends, found = [len(prompt) for prompt in prompts], []
     for rank, step in enumerate(steps):
         order = sorted(range(len(step)), key=lambda b: step[b][0] > 1)

@@ -48,13 +48,13 @@ def test_batches_and_recording_change_no_bit(
     runner = make_runner(dtype, quantization=quantization)
     assert runner.graphs[0] is not None
     prompts = [random_tokens(length, length) for length in (100, 64, 7)]
-    together = decode_logits(driver_class, runner, prompts, 3)
+    batched = decode_logits(driver_class, runner, prompts, 3)
     runner.use_graphs("off")
     assert runner.graphs == (None, None)
     for rank, prompt in enumerate(prompts):
         single = decode_logits(driver_class, runner, [prompt], 3)
         for step, [logits] in enumerate(single):
-            assert torch.equal(logits, together[step][rank])
+            assert torch.equal(logits, batched[step][rank])
 
 
 @COMPILED
@@ -63,12 +63,12 @@ def test_steps_of_other_families_are_recorded(driver_class, random_tokens, oracl
     runner = make_runner(model=str(oracles(name).path))
     assert runner.graphs[0] is not None
     prompts = [random_tokens(length, length, runner.vocab_size) for length in (70, 7)]
-    together = decode_logits(driver_class, runner, prompts, 3)
+    batched = decode_logits(driver_class, runner, prompts, 3)
     runner.use_graphs("off")
     for rank, prompt in enumerate(prompts):
         single = decode_logits(driver_class, runner, [prompt], 3)
         for step, [logits] in enumerate(single):
-            assert torch.equal(logits, together[step][rank])
+            assert torch.equal(logits, batched[step][rank])
 
 
 @pytest.mark.full("float32-None", "bfloat16-int8")
@@ -109,20 +109,20 @@ def check_verification_equals_single_steps(driver_class, random_tokens, runner) 
         states.append([states_of(runner, sequence) for sequence in sequences])
     runner.use_graphs("auto")
     _, sequences = prefill(driver_class, runner, prompts)
-    done = [0, 0, 0]
+    num_done = [0, 0, 0]
     # (tokens, taken) of each sequence.
     for step in ([(1, 1), (4, 4), (8, 3)], [(1, 1), (8, 8), (4, 1)], [(2, 1), (1, 1), (9, 9)]):
         order = sorted(range(3), key=lambda b: step[b][0] > 1)
         segments = []
         for b in order:
-            tokens = np.array(answers[b][done[b] :][: step[b][0]], np.int32)
+            tokens = np.array(answers[b][num_done[b] :][: step[b][0]], np.int32)
             sequence, drafts = sequences[b], len(tokens) - 1
             segments.append(
                 Segment(
                     sequence.row,
                     sequence.slot,
                     tokens,
-                    len(prompts[b]) + done[b],
+                    len(prompts[b]) + num_done[b],
                     True,
                     logits="all" if drafts else "last",
                     num_drafts=drafts,
@@ -131,20 +131,20 @@ def check_verification_equals_single_steps(driver_class, random_tokens, runner) 
         rows = list(runner.forward(Batch(tuple(segments))))
         for b in order:
             for t in range(step[b][0]):
-                assert torch.equal(rows.pop(0), logits[done[b] + t][b])
+                assert torch.equal(rows.pop(0), logits[num_done[b] + t][b])
         runner.commit(Batch(tuple(segments)), [step[b][1] for b in order if step[b][0] > 1])
         for b in range(3):
-            done[b] += step[b][1]
+            num_done[b] += step[b][1]
             found = states_of(runner, sequences[b])
-            assert all(map(torch.equal, found, states[done[b] - 1][b]))
+            assert all(map(torch.equal, found, states[num_done[b] - 1][b]))
 
 
 def prefill(driver_class, runner, prompts):
     driver = driver_class(runner, scatter_seed=3)
-    begun = [driver.begin(prompt) for prompt in prompts]
-    sequences = [sequence for sequence, _ in begun]
+    started = [driver.begin(prompt) for prompt in prompts]
+    sequences = [sequence for sequence, _ in started]
     segments = [driver.prefill_segment(s, len(s.tokens)) for s in sequences]
-    runner.forward(Batch(tuple(segments), (), tuple(write for _, write in begun)))
+    runner.forward(Batch(tuple(segments), (), tuple(write for _, write in started)))
     return driver, sequences
 
 

@@ -66,9 +66,9 @@ def test_logits_after_a_hit_equal_transformers(family, drivers, oracles, random_
         driver.runner.forward(
             Batch((driver.prefill_segment(first, length, exports=exports),), (), (write,))
         )
-        again, rewrite = driver.begin(tokens, prefix=write[2][:at])
-        restores = ((slot, again.slot),) if slot is not None else ()
-        segment = driver.prefill_segment(again, length, logits="all")
+        resumed, rewrite = driver.begin(tokens, prefix=write[2][:at])
+        restores = ((slot, resumed.slot),) if slot is not None else ()
+        segment = driver.prefill_segment(resumed, length, logits="all")
         logits = driver.runner.forward(Batch((segment,), restores, (rewrite,)))
         assert len(logits) == length - at
         assert_close(logits, oracles(family).logits(tokens)[at:])

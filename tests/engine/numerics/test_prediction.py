@@ -144,10 +144,10 @@ def test_drafts_equal_the_reference(name, make_head, random_tokens) -> None:
     """Four tokens of two sequences in one batch, after prefills and after decodes."""
     driver, head, reference = make_head(name)
     texts = random_tokens(90, 1), random_tokens(7, 2)
-    begun = [driver.begin(text[:-3]) for text in texts]
-    sequences = [sequence for sequence, _ in begun]
+    started = [driver.begin(text[:-3]) for text in texts]
+    sequences = [sequence for sequence, _ in started]
     prefills = [driver.prefill_segment(sequence, 1000) for sequence in sequences]
-    driver.runner.forward(Batch(tuple(prefills), (), tuple(write for _, write in begun)))
+    driver.runner.forward(Batch(tuple(prefills), (), tuple(write for _, write in started)))
     for place in (-3, -2, -1):
         newest = [text[place] for text in texts]
         found = head.draft(sequences, newest, 4)

@@ -124,8 +124,8 @@ def test_fields_have_the_names_types_and_defaults_of_transformers(model_type) ->
                 whole = {str(7): 7.0, str([7]): [7.0]} if takes_floats else {}
                 type_validator(name, whole.get(str(value), value), theirs[name].type)
     pairs = {frozenset(pair) for pair in text_class.attribute_map.items()}
-    known = {frozenset(pair) for pair in ours.aliases.items()}
-    assert {pair for pair in pairs if pair & set(ours.fields)} <= known
+    our_aliases = {frozenset(pair) for pair in ours.aliases.items()}
+    assert {pair for pair in pairs if pair & set(ours.fields)} <= our_aliases
 
 
 def test_unread_key_is_refused() -> None:

@@ -131,7 +131,7 @@ def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_cl
     """Activations are rounded per token or not at all, so the test uses a bound."""
     path, tokens = checkpoint("qwen3_next"), random_tokens(90, seed=4)
     ignore = ["lm_head", r"re:.*in_proj_ba$", r"re:.*mlp\.gate$", "re:.*shared_expert_gate$"]
-    plain = int8(path, lambda left: eight_bit.compressed_section(ignore), prefix=prefix)
+    plain = int8(path, lambda _: eight_bit.compressed_section(ignore), prefix=prefix)
     runner = load(path)
     assert "int8 with a scale per output channel, multiplied as they are" in runner.weights_note
     cold, hit = cold_and_hit(driver_class, runner, tokens)
@@ -200,7 +200,7 @@ def test_tied_head_may_be_listed_as_an_exception(checkpoint):
     tensors = load_file(path / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, path / "model.safetensors")
-    int8(path, lambda left: eight_bit.compressed_section(["lm_head"]))
+    int8(path, lambda _: eight_bit.compressed_section(["lm_head"]))
     load(path)
 
 

@@ -49,10 +49,10 @@ def states_of(runner, slot):
 
 def prefill(driver, prompts):
     """Return sequences of the prompts after their prefill."""
-    begun = [driver.begin(prompt, room=ANSWER + 8) for prompt in prompts]
-    segments = [driver.prefill_segment(sequence, 1000) for sequence, _ in begun]
-    driver.runner.forward(Batch(tuple(segments), (), tuple(write for _, write in begun)))
-    return [sequence for sequence, _ in begun]
+    started = [driver.begin(prompt, room=ANSWER + 8) for prompt in prompts]
+    segments = [driver.prefill_segment(sequence, 1000) for sequence, _ in started]
+    driver.runner.forward(Batch(tuple(segments), (), tuple(write for _, write in started)))
+    return [sequence for sequence, _ in started]
 
 
 def single_steps(driver, prompts, answers):
@@ -73,12 +73,12 @@ def single_steps(driver, prompts, answers):
     return logits, states
 
 
-def verify_segment(sequence, answer, done, right, wrong, exports=()):
+def verify_segment(sequence, answer, num_done, right, wrong, exports=()):
     """Return a segment with a known token, ``right`` correct drafts and ``wrong`` ones."""
-    drafts = answer[done + 1 : done + 1 + right]
-    drafts += [(token + 1) % 199 for token in (answer + [0] * 9)[done + 1 + right :]][:wrong]
-    tokens = torch.tensor([answer[done], *drafts], dtype=torch.int32).numpy()
-    start = len(sequence.tokens) + done
+    drafts = answer[num_done + 1 : num_done + 1 + right]
+    drafts += [(token + 1) % 199 for token in (answer + [0] * 9)[num_done + 1 + right :]][:wrong]
+    tokens = torch.tensor([answer[num_done], *drafts], dtype=torch.int32).numpy()
+    start = len(sequence.tokens) + num_done
     return Segment(
         sequence.row, sequence.slot, tokens, start, True, exports, "all", num_drafts=len(drafts)
     )
@@ -95,7 +95,7 @@ def test_verification_equals_single_steps(model, formats, make_driver, random_to
     sequences = prefill(driver, prompts)
     single = prefill(driver, prompts[1:])[0]
     saved = driver.slot()
-    done = [0, 0]
+    num_done = [0, 0]
     # (right, wrong) drafts of both; the first crosses position 64 in its second step.
     for step, drafted in enumerate([((1, 2), (4, 0)), ((4, 0), (0, 3)), ((0, 1), (2, 2))]):
         exports = ((64, saved),) if step == 1 and saved is not None else ()
@@ -103,7 +103,7 @@ def test_verification_equals_single_steps(model, formats, make_driver, random_to
         for b, (right, wrong) in enumerate(drafted):
             segment_exports = exports if b == 0 else ()
             segments.append(
-                verify_segment(sequences[b], answers[b], done[b], right, wrong, segment_exports)
+                verify_segment(sequences[b], answers[b], num_done[b], right, wrong, segment_exports)
             )
         late, write = driver.begin(random_tokens(5 + step, 90))
         segments.append(driver.prefill_segment(late, 100))
@@ -113,17 +113,17 @@ def test_verification_equals_single_steps(model, formats, make_driver, random_to
         num_accepted, first = [], 1
         for b, (right, wrong) in enumerate(drafted):
             for t in range(right + 1):
-                assert torch.equal(rows[first + t], logits[b][done[b] + t])
+                assert torch.equal(rows[first + t], logits[b][num_done[b] + t])
             first += 1 + right + wrong
             num_accepted.append(right + 1)
-            done[b] += right + 1
+            num_done[b] += right + 1
         runner.commit(batch, num_accepted)
         for b, sequence in enumerate(sequences):
             if sequence.slot is not None:
-                expected = states[b][done[b] - 1]
+                expected = states[b][num_done[b] - 1]
                 assert all(map(torch.equal, states_of(runner, sequence.slot), expected))
     if saved is not None:
-        assert done[0] > 64 - LENGTHS[0]
+        assert num_done[0] > 64 - LENGTHS[0]
         expected = states[0][64 - LENGTHS[0] - 1]
         assert all(map(torch.equal, states_of(runner, saved), expected))
 
@@ -150,9 +150,9 @@ def test_state_after_rejected_tokens_is_not_saved(make_driver, random_tokens) ->
     for old, new in zip(before, after, strict=True):
         assert all(map(torch.equal, old, new))
     assert all(map(torch.equal, states_of(runner, sequences[0].slot), steps[0]))
-    again = verify_segment(sequences[0], answers[0], 1, 3, 0, ((64, saved),))
-    runner.forward(Batch((again,)))
-    runner.commit(Batch((again,)), (1,))
+    next_segment = verify_segment(sequences[0], answers[0], 1, 3, 0, ((64, saved),))
+    runner.forward(Batch((next_segment,)))
+    runner.commit(Batch((next_segment,)), (1,))
     assert all(map(torch.equal, states_of(runner, saved), steps[1]))
 
 
@@ -164,18 +164,18 @@ def test_slot_has_the_newest_state_when_it_is_read(make_driver, random_tokens) -
     prompts, answer = [random_tokens(62, 0)], random_tokens(ANSWER, 3)
     _, (states,) = single_steps(driver, prompts, [answer])
     sequence, other = prefill(driver, prompts * 2)
-    done = 0
+    num_done = 0
 
     def verify(restores=()):
-        nonlocal done
-        batch = Batch((verify_segment(sequence, answer, done, 1, 2),), restores)
+        nonlocal num_done
+        batch = Batch((verify_segment(sequence, answer, num_done, 1, 2),), restores)
         runner.forward(batch)
         runner.commit(batch, (2,))
-        done += 2
+        num_done += 2
         return runner.running.at(sequence.slot) != sequence.slot
 
     def is_newest(slot):
-        return all(map(torch.equal, states_of(runner, slot), states[done - 1]))
+        return all(map(torch.equal, states_of(runner, slot), states[num_done - 1]))
 
     def is_home():
         return runner.running.at(sequence.slot) == sequence.slot and is_newest(sequence.slot)
@@ -189,11 +189,11 @@ def test_slot_has_the_newest_state_when_it_is_read(make_driver, random_tokens) -
     buffer.write_state(other.slot, buffer.read_state(sequence.slot).wait())
     assert is_home() and is_newest(other.slot)
     assert verify()
-    done -= 2
+    num_done -= 2
     assert verify(((other.slot, sequence.slot),)), "resumes from the restored checkpoint"
     assert is_newest(sequence.slot)
     assert verify()
-    runner.forward(Batch((verify_segment(sequence, answer, done, 1, 2),)))
+    runner.forward(Batch((verify_segment(sequence, answer, num_done, 1, 2),)))
     runner.forward(Batch((driver.decode_segment(other, 7),)))
     assert runner.running.at(sequence.slot) == sequence.slot, "after a step without a commit"
     runner.running.check()

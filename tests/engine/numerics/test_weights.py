@@ -334,10 +334,10 @@ def test_dummy_weights_depend_only_on_the_seed(checkpoint, random_tokens, driver
     (path / "model.safetensors").unlink()
     make = type(drivers("qwen3_next"))
     tokens = random_tokens(20, seed=2)
-    first, again, other = (
+    first, repeated, other = (
         make(load(path, load_format="dummy", seed=seed)).cold(tokens) for seed in (3, 3, 4)
     )
-    assert torch.equal(first, again)
+    assert torch.equal(first, repeated)
     assert not torch.equal(first, other)
     assert first.isfinite().all()
 

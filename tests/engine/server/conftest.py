@@ -151,12 +151,13 @@ class ScriptedSampler(OracleSampler):
     def launch(
         self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> OracleDrawn:
-        if self.later and any(one.draw == 0 for one in requests):
+        if self.later and any(request.draw == 0 for request in requests):
             self.script, *rest = self.later
             self.later = tuple(rest)
         script = [*self.script, 258]
         tokens = [
-            _allowed(script[min(one.draw, len(self.script))], one.ruling.mask) for one in requests
+            _allowed(script[min(request.draw, len(self.script))], request.ruling.mask)
+            for request in requests
         ]
         return OracleDrawn([SampledToken(token, -1.0) for token in tokens])
 

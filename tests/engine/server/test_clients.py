@@ -206,8 +206,8 @@ def test_n_choices_are_ordered_by_prompt(builtin: Live) -> None:
     texts = [[choice.text for choice in answer.choices] for answer in twice]
     assert texts[0] == texts[1]
     assert len(texts[0]) == 6 and len(set(texts[0])) > 1
-    alone = builtin.client.completions.create(prompt="eighth", n=3, **options)
-    assert [choice.text for choice in alone.choices] == texts[0][3:]
+    single = builtin.client.completions.create(prompt="eighth", n=3, **options)
+    assert [choice.text for choice in single.choices] == texts[0][3:]
     assert twice[0].usage.prompt_tokens == len("seventh") + len("eighth")
 
 

@@ -254,14 +254,14 @@ def test_thinking_budget_may_exceed_the_limit_with_tools(serve_answer: ServeAnsw
 
 def test_omitted_thinking_keeps_its_signature(serve_answer: ServeAnswer) -> None:
     live = serve_answer("a</think>b")
-    shown = {"type": "enabled", "budget_tokens": 99}
-    hidden = shown | {"display": "omitted"}
-    [full, _] = message(live, thinking=shown)["content"]
-    [block, text] = message(live, thinking=hidden)["content"]
+    summarized = {"type": "enabled", "budget_tokens": 99}
+    omitted = summarized | {"display": "omitted"}
+    [full, _] = message(live, thinking=summarized)["content"]
+    [block, text] = message(live, thinking=omitted)["content"]
     assert block == full | {"thinking": ""} and text["text"] == "b"
     deltas = [
         event["delta"]
-        for event in events(live, thinking=hidden)
+        for event in events(live, thinking=omitted)
         if "content_block_d" in event["type"]
     ]
     assert deltas == [

@@ -77,11 +77,16 @@ class Reader:
 
     @property
     def num_ended(self) -> int:
-        return sum(one["state"] == "length" for one in self.requests.values())
+        return sum(request["state"] == "length" for request in self.requests.values())
 
     @property
     def requests(self) -> dict[str, dict[str, Any]]:
-        return {one["id"]: one for kind, *rest in self.records if kind == "request" for one in rest}
+        return {
+            request["id"]: request
+            for kind, *rest in self.records
+            if kind == "request"
+            for request in rest
+        }
 
 
 @pytest.fixture
@@ -137,9 +142,13 @@ def test_reader_follows_the_tree_and_the_requests(
         ask(live, PROMPT * 5 + f"{number} " * 40, cache_salt="tenant" if number % 3 else None)
     reader.wait(lambda reader: reader.num_ended == 13)
     assert reader.nodes == truth(live.engine.cache)
-    for one in reader.requests.values():
-        assert one["cached"] + sum(one["losses"].values()) == one["prompt"]
-        assert one["state"] == "length" and one["answer"] == 3 and one["node"] in reader.nodes
+    for request in reader.requests.values():
+        assert request["cached"] + sum(request["losses"].values()) == request["prompt"]
+        assert (
+            request["state"] == "length"
+            and request["answer"] == 3
+            and request["node"] in reader.nodes
+        )
     second = read(live)
     second.wait(lambda second: bool(second.events))
     assert second.nodes == reader.nodes and second.requests == reader.requests

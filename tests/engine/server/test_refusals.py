@@ -250,9 +250,9 @@ async def check_duplicate_id_is_refused(
     assert [output.finish_reason async for output in first][-1] == "abort"
     await wait_until_idle(engine)
     for _ in range(2):
-        again = engine.submit(RequestSpec([2], short, request_id="mine"))
+        reused = engine.submit(RequestSpec([2], short, request_id="mine"))
         first.abort()
-        assert len([output async for output in again][-1].output) == 9
+        assert len([output async for output in reused][-1].output) == 9
 
 
 async def check_answer_ends_after_its_first_call(

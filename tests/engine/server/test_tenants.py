@@ -112,13 +112,13 @@ def namespaces_of(live: Live) -> set[str]:
 
 def test_shown_namespaces_do_not_reveal_salts(serve_oracle: Callable[..., Live]) -> None:
     """The hash of a salt depends on a secret that each server makes at its start."""
-    shown = []
+    namespaces = []
     for _ in range(2):
         live = serve_oracle()
         cached_tokens(live, "tenant-17")
-        shown.append(namespaces_of(live))
-    assert len(shown[0]) == len(shown[1]) == 1 and shown[0] != shown[1]
-    assert "tenant-17" not in str(shown)
+        namespaces.append(namespaces_of(live))
+    assert len(namespaces[0]) == len(namespaces[1]) == 1 and namespaces[0] != namespaces[1]
+    assert "tenant-17" not in str(namespaces)
 
 
 def test_tenant_entries_are_found_after_a_restart(tmp_path: Path, caplog: Any) -> None:
@@ -143,7 +143,9 @@ def test_tenant_entries_are_found_after_a_restart(tmp_path: Path, caplog: Any) -
     secret = folder / "salt-secret"
     assert secret.stat().st_mode & 0o777 == 0o600
     text = b"".join(file.read_bytes() for file in folder.iterdir())
-    assert not any(word in text for word in (b"key-", b"salt-two", b"key-one".hex().encode()))
+    assert not any(
+        secret_text in text for secret_text in (b"key-", b"salt-two", b"key-one".hex().encode())
+    )
     assert "salt-secret" not in caplog.text
     secret.write_bytes(b"short")
     with start("key-one", "key-two") as live:
@@ -368,11 +370,16 @@ def test_anonymous_clients_see_no_text_of_earlier_requests(
         assert parted["was"] is None and parted["now"] is not None
         assert parted["at"] == len("?user\n" + guess)
         assert not any(
-            word in answer.text for word in ("4929-1113", "private_field", "hidden_name")
+            secret_text in answer.text
+            for secret_text in ("4929-1113", "private_field", "hidden_name")
         )
-        shown = live.get(f"/v1/cache/explanations/{answer.json()['id']}?compared_with={victim}")
+        explanation = live.get(
+            f"/v1/cache/explanations/{answer.json()['id']}?compared_with={victim}"
+        )
         rest = (secret + "<|im_end|>")[len(guess) :]
-        assert rest.startswith(shown.json()["parted"]["was"][:4]), "the operator sees the text"
+        assert rest.startswith(explanation.json()["parted"]["was"][:4]), (
+            "the operator sees the text"
+        )
 
 
 def test_holder_of_the_key_sees_the_text(serve_oracle: Callable[..., Live], tmp_path: Path) -> None:

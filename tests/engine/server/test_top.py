@@ -47,7 +47,7 @@ def test_screen_follows_new_requests(live: Live) -> None:
     _wait_until(lambda: watched.num_events > 0)
     body = {"prompt": "one more for top " * 9, "max_tokens": 4}
     answer_id = live.post("/v1/completions", body).json()["id"]
-    _wait_until(lambda: any(one["id"].startswith(answer_id) for one in watched.ended()))
+    _wait_until(lambda: any(request["id"].startswith(answer_id) for request in watched.ended()))
     for width in (80, 100):
         console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(top.screen(watched, 30, width))

@@ -27,8 +27,8 @@ VARIANTS = {
 
 def official(tensors):
     """Rename the MLP of dense layers, which transformers stores under the name of the experts."""
-    words = ("gate_proj", "up_proj", "down_proj")
-    dense = tuple(f"block_sparse_moe.{word}.weight" for word in words)
+    projections = ("gate_proj", "up_proj", "down_proj")
+    dense = tuple(f"block_sparse_moe.{projection}.weight" for projection in projections)
     return {
         name.replace("block_sparse_moe", "mlp") if name.endswith(dense) else name: tensor
         for name, tensor in tensors.items()

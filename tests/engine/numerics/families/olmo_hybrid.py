@@ -19,14 +19,14 @@ def official(tensors):
     """
     renamed = {}
     for name, tensor in tensors.items():
-        stem, _, word = name.rpartition(".linear_attn.")
-        if word == "q_conv1d.weight":
+        stem, _, suffix = name.rpartition(".linear_attn.")
+        if suffix == "q_conv1d.weight":
             convs = [tensors[f"{stem}.linear_attn.{x}_conv1d.weight"] for x in "qkv"]
             widths = [len(tensors[f"{stem}.linear_attn.{x}_proj.weight"]) for x in "qkv"]
             parts = torch.cat(convs).split(widths)
             for x, part in zip("qkv", parts, strict=True):
                 renamed[f"{stem}.linear_attn.{x}_conv1d.weight"] = part.contiguous()
-        elif not word.endswith("conv1d.weight"):
+        elif not suffix.endswith("conv1d.weight"):
             layer = name.rpartition(".feedforward_layer_norm")[0]
             is_behind = bool(layer) and f"{layer}.self_attn.q_proj.weight" in tensors
             renamed[f"{layer}.post_attention_layernorm.weight" if is_behind else name] = tensor
