@@ -31,7 +31,11 @@ def main(arguments: list[str]) -> None:
     """Run the agent twice: the second one changes the middle of its system message."""
     address = arguments[0] if arguments else "http://127.0.0.1:8000"
     with httpx.Client(base_url=address, timeout=60) as client:
-        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        try:
+            models = client.get("/v1/models").raise_for_status().json()
+        except httpx.ConnectError:
+            sys.exit(f"No server answers at {address}: start one with `engine serve`.")
+        model = models["data"][0]["id"]
         for system in (SYSTEM, SYSTEM.replace("brief", "short", 31).replace("short", "brief", 30)):
             messages = [{"role": "system", "content": system}]
             for question in QUESTIONS:

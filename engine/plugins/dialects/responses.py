@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,7 +41,9 @@ WORDS: dict[Kind, str] = {
 class ResponseItems:
     """Writes events; one item is open at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespaces: Mapping[str, tuple[str, str]]) -> None:
+        """``namespaces``: name in a call of the model -> (namespace, name) for the client."""
+        self._namespaces = namespaces
         self.output: list[dict[str, Any]] = []
         """Completed items."""
         self._item: dict[str, Any] = {}
@@ -60,6 +62,8 @@ class ResponseItems:
                 case CallBegin(name):
                     yield from self.close("completed")
                     call = {"call_id": new_id("call", "_"), "name": name, "arguments": ""}
+                    if name in self._namespaces:
+                        call["namespace"], call["name"] = self._namespaces[name]
                     yield from self._turn_to("function_call", call)
                 case CallArguments(text):
                     yield self._delta(text)
@@ -259,7 +263,7 @@ class _ResponsesWriter:
     ) -> None:
         self._body = body
         self._session = session
-        self.items = ResponseItems()
+        self.items = ResponseItems(body.namespaces)
         self._num_events = 0
         choice = body.tool_choice
         self._head = {
@@ -366,4 +370,6 @@ class _ResponsesWriter:
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     """Return a tool as part of a response, in which a missing schema is empty."""
+    if tool["type"] == "namespace":
+        return tool | {"tools": [_tool(one) for one in tool["tools"]]}
     return tool | {"parameters": tool["parameters"] or {}, "strict": bool(tool["strict"])}

@@ -7,7 +7,7 @@ A conversation is a flat list of items. The assistant's items between two messag
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
@@ -117,6 +117,7 @@ class CallItem(Item):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
     caller: dict[str, Any] | None = None
     parsed_arguments: Any = Field(default=None, exclude=True)
@@ -136,9 +137,14 @@ _ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(Listed[InputItem])
 
 def _is_function(tool: Any) -> Any:
     kind = tool.get("type") if isinstance(tool, dict) else None
-    if kind is not None and kind != "function":
+    if kind is not None and kind not in ("function", "namespace"):
         raise ValueError(f"{quoted(str(kind))} tools are not supported: use functions.")
     return tool
+
+
+def _joined(namespace: str | None, name: str) -> str:
+    """Return the name by which the model calls a function of ``namespace``."""
+    return name if namespace is None else f"{namespace}__{name}"
 
 
 class FunctionTool(Strict):
@@ -154,6 +160,22 @@ class FunctionTool(Strict):
         fields = {"name", "description", "parameters", "strict"}
         function = self.model_dump(include=fields, exclude_none=True)
         return {"type": "function", "function": function}
+
+
+class NamespaceTool(Strict):
+    """Functions with a common name before theirs, as Codex groups the tools of a server."""
+
+    type: Literal["namespace"]
+    name: Name
+    description: str | None = None
+    tools: Listed[Annotated[FunctionTool, BeforeValidator(_is_function)]]
+
+    def as_tools(self) -> Iterator[dict[str, Any]]:
+        """Yield the functions, each with the description of all and its joined name."""
+        for one in self.tools:
+            said = "\n".join(text for text in (self.description, one.description) if text)
+            changed = {"name": _joined(self.name, one.name), "description": said or None}
+            yield one.model_copy(update=changed).as_tool()
 
 
 class NamedFunction(Strict):
@@ -212,6 +234,12 @@ class TextConfig(Strict):
         return None if self.format is None else self.format.of_chat()
 
 
+Tool = Annotated[
+    Annotated[FunctionTool | NamespaceTool, Field(discriminator="type")],
+    BeforeValidator(_is_function),
+]
+
+
 class ResponsesRequest(Streamed, Unused):
     """POST /v1/responses."""
 
@@ -223,7 +251,7 @@ class ResponsesRequest(Streamed, Unused):
     max_output_tokens: AnswerLimit | None = None
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    tools: Listed[Annotated[FunctionTool, BeforeValidator(_is_function)]] | None = None
+    tools: Listed[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
@@ -248,6 +276,17 @@ class ResponsesRequest(Streamed, Unused):
             return [{"type": "message", "role": "user", "content": self.input}]
         return [item.model_dump(exclude_none=True) for item in self.input]
 
+    def _functions(self) -> Iterator[dict[str, Any]]:
+        for tool in self.tools or ():
+            yield from tool.as_tools() if isinstance(tool, NamespaceTool) else [tool.as_tool()]
+
+    @property
+    def namespaces(self) -> dict[str, tuple[str, str]]:
+        """Joined name of a function -> (its namespace, its name)."""
+        groups = [tool for tool in self.tools or () if isinstance(tool, NamespaceTool)]
+        pairs = [(group.name, one.name) for group in groups for one in group.tools]
+        return {_joined(*pair): pair for pair in pairs}
+
     def as_chat(self, before: Sequence[dict[str, Any]]) -> ChatRequest:
         """Return the chat request, after the items of earlier responses. Raises APIError 400 if a
         field is not supported. O(all items)."""
@@ -268,7 +307,7 @@ class ResponsesRequest(Streamed, Unused):
                 {
                     "model": self.model,
                     "messages": messages,
-                    "tools": None if not self.tools else [tool.as_tool() for tool in self.tools],
+                    "tools": list(self._functions()) or None,
                     "tool_choice": choice,
                     "parallel_tool_calls": self.parallel_tool_calls,
                     "max_completion_tokens": self.max_output_tokens,
@@ -307,7 +346,8 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[s
                 thoughts = "\n".join(part.text for part in item.content or item.summary or ())
                 _add_to_assistant(messages, "reasoning_content", thoughts)
             case CallItem():
-                function = {"name": item.name, "arguments": parsed_arguments(item.arguments)}
+                name = _joined(item.namespace, item.name)
+                function = {"name": name, "arguments": parsed_arguments(item.arguments)}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 _add_to_assistant(messages, "tool_calls", [call])
             case ResultItem():

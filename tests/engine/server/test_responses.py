@@ -60,6 +60,34 @@ def test_reasoning_text_and_calls_agree_whole_and_streamed(
     assert final.usage is not None and final.usage.output_tokens == usage.output_tokens
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_functions_of_a_namespace_are_called_by_both_names(
+    serve_answer: ServeAnswer, stream: bool
+) -> None:
+    """As Codex offers the tools of a server, and sends their calls back."""
+    call = HERMES_CALL.replace('"weather"', '"home__weather"')
+    live = serve_answer(f"<think>H</think>{call}", then="Dry.")
+    tools: Any = [
+        {"type": "namespace", "name": "home", "description": "Of the house.", "tools": TOOLS}
+    ]
+    if stream:
+        with live.client.responses.stream(**ASK, tools=tools) as events:
+            answer = events.get_final_response()
+    else:
+        answer = live.client.responses.create(**ASK, tools=tools)
+    assert answer.tools[0].model_dump()["tools"][0]["name"] == "weather"
+    [made] = [item for item in answer.output if item.type == "function_call"]
+    assert (made.namespace, made.name, json.loads(made.arguments)) == ("home", "weather", BONN)
+    result = {"type": "function_call_output", "call_id": made.call_id, "output": "dry"}
+    chat = [{"role": "user", "content": "Rain?"}, made.model_dump(exclude_none=True), result]
+    later = live.client.responses.create(model="builtin", input=chat, tools=tools)
+    assert later.output_text == "Dry."
+    chat = [*chat[:1], chat[1] | {"name": "home__weather", "namespace": None}, result]
+    joined = [TOOLS[0] | {"name": "home__weather", "description": "Of the house."}]
+    same = live.client.responses.create(model="builtin", input=chat, tools=joined)
+    assert same.usage.input_tokens == later.usage.input_tokens
+
+
 def test_events_build_up_each_item(serve_answer: ServeAnswer) -> None:
     live = serve_answer(f"<think>H</think>L{HERMES_CALL}")
     added: dict[str, Any] = {}
@@ -197,6 +225,14 @@ def test_conversation_continues_after_a_broken_call(serve_answer: ServeAnswer) -
             "'tools.0.name' must be text that is not empty",
         ),
         ({"tools": [{"type": "web_search"}]}, "'web_search' tools are not supported"),
+        (
+            {
+                "tools": [
+                    {"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c"}]}
+                ]
+            },
+            "'custom' tools are not supported",
+        ),
         ({"background": True}, "'background' is not supported"),
         ({"truncation": "auto"}, "'truncation' is not supported"),
         ({"conversation": "c"}, "'conversation' is not supported"),
