@@ -479,9 +479,10 @@ def _refuse_bad_begin(
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     if exchange is not None and not hasattr(exchange, "seconds_saved"):
         raise TypeError(f"exchange must have a method seconds_saved (got {exchange!r}).")
-    for name, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
-        if number is not None and type(number) is not int:
-            require_index(number, name)
+    if request.table_row is not None:
+        require_index(request.table_row, "table_row")
+    if request.own_slot is not None:
+        require_index(request.own_slot, "own_slot")
     if request.boundaries or type(request.boundaries) is not tuple:
         _refuse_bad_boundaries(request.boundaries)
 
@@ -582,13 +583,14 @@ class Lease:
         self._is_counted = self._has_ended = False
         self._step = lcm(cache.grid, cache.page_size)
         self._plan = CheckpointPlan(cache, placement, self._step, self.prompt_len)
-        cache.steps.open(self)
+        steps = cache.steps
+        steps.open(self)
         # Rows and slots from _unready_from on are valid once plan _unready_since is carried out.
-        self._unready_from, self._unready_since = match.cached_len, cache.steps.num_taken
+        self._unready_from, self._unready_since = match.cached_len, steps.num_taken
         if match.cached_len:
             self._note_changed(0, match.cached_len)
         if match.checkpoint is not None and state_slot is not None:
-            cache.steps.restore(self, match.checkpoint, state_slot)
+            steps.restore(self, match.checkpoint, state_slot)
 
     @classmethod
     def begin(
@@ -835,8 +837,10 @@ class Lease:
             return False
         start = self._rows.num_rows
         self._rows.append(new)
-        self._cache.steps.rows_added(self, start)
-        self._note_unready(start)
+        steps = self._cache.steps
+        steps.rows_added(self, start)
+        if self._unready_since != steps.num_taken:
+            self._unready_since, self._unready_from = steps.num_taken, start
         self._note_changed(start, start + len(new))
         if not self._is_counted:
             self._count()
@@ -861,7 +865,9 @@ class Lease:
             raise ValueError(f"start must not be more than end (got {start} and {end})")
         saves = self._plan.take(start, end)
         if saves:
-            self._note_unready(start)
+            num_taken = self._cache.steps.num_taken
+            if self._unready_since != num_taken or start < self._unready_from:
+                self._unready_since, self._unready_from = num_taken, start
         return saves
 
     def num_quiet_tokens(self, computed_len: int) -> int:
@@ -963,14 +969,6 @@ class Lease:
             self._rows.mark(start, end)
             self._cache.steps.row_write_due(self)
 
-    def _note_unready(self, start: int) -> None:
-        """Note that rows or slots of positions from ``start`` on need the next plan. O(1)."""
-        num_taken = self._cache.steps.num_taken
-        if self._unready_since != num_taken:
-            self._unready_since, self._unready_from = num_taken, start
-        elif start < self._unready_from:
-            self._unready_from = start
-
     def _refuse_uncomputed(self, tokens: Tokens, computed_len: int) -> None:
         """Raise ValueError unless ``computed_len`` of ``tokens`` can be published, and RuntimeError
         if they were computed before their step plan was carried out.
@@ -989,10 +987,10 @@ class Lease:
                 f"computed_len is {computed_len}, but there are only {len(tokens)} tokens: pass "
                 "all tokens so far"
             )
-        if computed_len > self._unready_from and self._cache.steps.may_lack_work_since(
-            self._unready_since
-        ):
-            raise RuntimeError(NOT_TAKEN.format(computed_len))
+        if computed_len > self._unready_from:
+            steps = self._cache.steps
+            if steps.num_done <= self._unready_since and steps.is_due:
+                raise RuntimeError(NOT_TAKEN.format(computed_len))
         first = rows.published_len
         if first < self.prompt_len:
             new = slice(first, min(computed_len, self.prompt_len))

@@ -162,7 +162,7 @@ class StepMemory(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs a microsecond per plan
 class StepPlan:
     """All work on the tensors that is due before the next step, in this order.
 
@@ -206,7 +206,8 @@ class StepPlan:
             TypeError: ``memory`` lacks a method that this plan needs. Nothing is done.
             RuntimeError: the plan was carried out before.
         """
-        self._refuse_twice()
+        if self._queue is not None and self._queue.num_done >= self._number:
+            raise RuntimeError(DONE_TWICE)
         for name, is_needed in (
             ("move", any(isinstance(one, Move) for one in self.transfers)),
             ("copy", any(isinstance(one, Copy) for one in self.transfers)),
@@ -237,18 +238,17 @@ class StepPlan:
         Raises:
             RuntimeError: the plan was carried out before.
         """
-        self._refuse_twice()
-        if self._queue is not None:
-            self._queue.num_done = self._number
-
-    def _refuse_twice(self) -> None:
-        if self._queue is not None and self._queue.num_done >= self._number:
-            raise RuntimeError(
-                "this step plan was carried out before: doing its moves again destroys rows. Take "
-                "one plan per step with cache.take_step()"
-            )
+        queue = self._queue
+        if queue is not None:
+            if queue.num_done >= self._number:
+                raise RuntimeError(DONE_TWICE)
+            queue.num_done = self._number
 
 
+DONE_TWICE = (
+    "this step plan was carried out before: doing its moves again destroys rows. Take one plan per "
+    "step with cache.take_step()"
+)
 NOT_DONE = (
     "the last step plan was taken but not carried out, so rows and states are not what the cache "
     "counts on: call plan.carry_out(memory), or plan.done() after doing its work yourself. If it "
@@ -419,8 +419,7 @@ class StepQueue:
             self.due_row_writes(),
             tuple(self._restores.values()),
         )
-        object.__setattr__(plan, "_queue", self)
-        object.__setattr__(plan, "_number", self.num_taken)
+        plan._queue, plan._number = self, self.num_taken
         for lease in self._changed:
             lease.row_write_taken()
         self._transfers, self.num_moves = [], 0
@@ -428,15 +427,11 @@ class StepQueue:
         self._restores.clear()
         return plan
 
-    def may_lack_work_since(self, num_taken: int) -> bool:
-        """Return whether numbers given out after ``num_taken`` plans need work that is not done.
-
-        O(1).
-        """
-        if self.num_done > num_taken:
-            return False
+    @property
+    def is_due(self) -> bool:
+        """True if any work is not carried out, in a plan that was taken or in the next. O(1)."""
         is_open = self.num_done < self.num_taken
-        return bool(is_open or self._transfers or self._changed or self._restores)
+        return is_open or bool(self._transfers or self._changed or self._restores)
 
     def forget_open_plan(self) -> None:
         """Forget a plan that was taken but not carried out, as everything that needed it is gone.
