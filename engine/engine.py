@@ -160,7 +160,7 @@ class Engine:
             raise QueueFull(self.config.max_queue)
         if spec.request_id is not None and spec.request_id in self._requests:
             raise DuplicateId(spec.request_id)
-        request = self.prepare(spec)
+        request = self._intake.prepare(spec)
         self.enqueue(request)
         return request.request_id
 

@@ -345,25 +345,6 @@ class Ended:
     first_token_s: float | None
     finished_s: float
 
-    @classmethod
-    def of(cls, request: Request, now_s: float) -> Ended:
-        return cls(
-            request.request_id,
-            request.arrival,
-            request.namespace,
-            request.tokens,
-            request.prompt_len,
-            request.session.number,
-            request.cached_len,
-            request.losses,
-            request.num_preemptions,
-            request.finish_reason or "abort",
-            request.arrival_s,
-            request.scheduled_s,
-            request.first_token_s,
-            now_s if request.finished_s is None else request.finished_s,
-        )
-
 
 class RecentRequests:
     """Bounded queue of the requests that ended last, with listeners. O(1) per request."""
@@ -379,7 +360,22 @@ class RecentRequests:
 
     def add(self, request: Request, now_s: float) -> None:
         """Append ``request``, which has ended, and notify the listeners."""
-        ended = Ended.of(request, now_s)
+        ended = Ended(
+            request.request_id,
+            request.arrival,
+            request.namespace,
+            request.tokens,
+            request.prompt_len,
+            request.session.number,
+            request.cached_len,
+            request.losses,
+            request.num_preemptions,
+            request.finish_reason or "abort",
+            request.arrival_s,
+            request.scheduled_s,
+            request.first_token_s,
+            now_s if request.finished_s is None else request.finished_s,
+        )
         self.num_ended += 1
         self._ended.append(ended)
         self._num_tokens += len(ended.tokens)
@@ -534,7 +530,7 @@ class Intake:
         self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens
     ) -> list[LogitRule]:
         """Build the rules of a request. Raises ValueError for token ids outside the vocabulary."""
-        allowed, biased = sampling.allowed_token_ids, [token for token, _ in sampling.logit_bias]
+        allowed, biased = sampling.allowed_token_ids, dict(sampling.logit_bias)
         for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
             if tokens and max(tokens) >= self._vocab_size:
                 raise ValueError(
@@ -546,7 +542,7 @@ class Intake:
             rules.append(AllowedTokens(allowed, self._vocab_size))
         if sampling.thinking_token_budget is not None:
             rules.append(self._reasoning_budget(sampling.thinking_token_budget, prompt))
-        bad_words = self._bad_words(sampling.bad_words)
+        bad_words = self._bad_words(sampling.bad_words) if sampling.bad_words else ()
         if sampling.logit_bias or sampling.min_tokens or bad_words:
             ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
             rules.append(BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens, bad_words))
@@ -563,11 +559,10 @@ class Intake:
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the token runs of ``words``: each as at the start of a text, and after a space if
         that gives the same number of tokens with another first one (vLLM's rule)."""
-        if words and self._tokenizer is None:
+        if self._tokenizer is None:
             raise ValueError("bad_words requires a tokenizer, and the engine has none.")
         runs: list[tuple[int, ...]] = []
         for word in words:
-            assert self._tokenizer is not None
             plain, spaced = (
                 tuple(self._tokenizer.encode(space + word.lstrip(), AS_WORD)) for space in ("", " ")
             )

@@ -122,7 +122,7 @@ class SamplingParams:
                 )
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
-        _check_ids("logit_bias", tuple(token for token, _ in self.logit_bias))
+        _check_ids("logit_bias", dict(self.logit_bias))
         for token, value in self.logit_bias:
             _check_range(f"logit_bias of token {token}", value, -MAX_BIAS, MAX_BIAS)
         if self.max_tokens is not None and self.min_tokens > max(self.max_tokens, 0):

@@ -620,9 +620,9 @@ class Copies:
 
     def return_states(self, running: RunningStates, but: Collection[int] = ()) -> None:
         """Copy displaced states back to their own slots, except those of the own slots ``but``."""
-        displaced = running.displaced(but)
-        self.copy_states(displaced)
-        running.mark_returned(displaced)
+        if displaced := running.displaced(but):
+            self.copy_states(displaced)
+            running.mark_returned(displaced)
 
     def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy states: (slot of a state, target slot)."""
