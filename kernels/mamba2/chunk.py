@@ -8,7 +8,7 @@ x, B and C::
     `scan_kernel`, tile after tile:     O = exp(G) (C S) + P X + D X
     next state:                         S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 
-Each tile of R tokens and each head passes one R x R matrix and three vectors between the kernels.
+Each tile of R tokens passes one R x R matrix and three vectors per head between the kernels.
 The usual form of the state space dual writes the state of every tile to memory, in order to read
 out all tiles at once. At K = 128, V = 64 in float32 this is 32 KiB per tile and head, written and
 read, while P has 8 KiB in bfloat16. Here a state stays in registers and is stored only for exports.

@@ -3,7 +3,7 @@
 Layout of ``<id in 16 hex digits>.record``, little-endian:
 
     head:     8s "HCRECRD2"  32s digest of the fingerprint  u64 id  u32 kind  u64 meta bytes
-              u64 payload bytes  u32 CRC of the meta  u32 CRC of the payload  u32 CRC of the head
+              u64 payload bytes  u32 CRCs of the meta, of the payload and of the head
     meta:     bytes
     payload:  bytes
 
