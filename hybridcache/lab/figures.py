@@ -202,14 +202,20 @@ class Plot:
 def _legend_below(ax: Any) -> None:
     """Draw the legend below the label of the x axis, in one column if two are wider than the
     axes."""
-    box = ax.get_window_extent()
-    # Ticks and their label, then the legend.
-    below = 4 * ax.xaxis.label.get_size() / (box.height * 72 / ax.figure.dpi)
+    from matplotlib.transforms import ScaledTranslation
+
+    # Ticks and their label, then the legend, whatever height the layout gives to the axes.
+    below = 3 * ax.xaxis.label.get_size() / 72
+    place = ax.transAxes + ScaledTranslation(0, -below, ax.figure.dpi_scale_trans)
     for ncols in (2, 1):
         legend = ax.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -below), ncols=ncols, frameon=False
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            bbox_transform=place,
+            ncols=ncols,
+            frameon=False,
         )
-        if legend.get_window_extent().width <= box.width:
+        if legend.get_window_extent().width <= ax.get_window_extent().width:
             break
 
 
@@ -492,41 +498,53 @@ def label_directly(axis: Any, lines: Sequence[Any], font_size: float | None = No
     """Write the label of each line at its right end, in its colour, and take it out of the legend.
     Labels are moved apart so that none overlaps another; long ones have several lines."""
     from matplotlib.font_manager import FontProperties
+    from matplotlib.text import Text
 
-    box, figure = axis.get_position(), axis.figure.get_size_inches()
     size = font_size or FontProperties(size="small").get_size_in_points()
-    gap = 1.25 * size / (box.height * figure[1] * 72)
-    limit = max(8, int(0.25 * box.width * figure[0] * 72 / (0.55 * size)))
-    axis.autoscale_view()
-    to_axes = axis.transData + axis.transAxes.inverted()
+    width = axis.get_position().width * axis.figure.get_size_inches()[0]
+    limit = max(8, int(0.25 * width * 72 / (0.55 * size)))
     ends = []
     for line in lines:
         x, y = line.get_data()
         if len(x):
             label = line.get_label()
             text = re.sub(r"([:,/]) ?| (?=[@(+])", "\\1\n", label) if len(label) > limit else label
-            ends.append((float(to_axes.transform((x[-1], y[-1]))[1]), line, text))
+            ends.append(((x[-1], y[-1]), line, text))
             line.set_label(f"_{label}")
-    ends.sort(key=lambda end: end[0])
-    rooms = [gap * (1 + text.count("\n")) for _, _, text in ends]
-    places: list[float] = []
-    for number, (place, _, _) in enumerate(ends):
-        lowest = places[-1] + (rooms[number - 1] + rooms[number]) / 2 if places else place
-        places.append(max(place, lowest))
-    top = 1.0
-    for number in reversed(range(len(places))):  # back down from the upper edge
-        places[number] = min(places[number], top - rooms[number] / 2)
-        top = places[number] - rooms[number] / 2
-    for place, (_, line, text) in zip(places, ends, strict=True):
-        axis.text(
-            1.02,
-            place,
-            text,
-            color=line.get_color(),
-            fontsize=size,
-            va="center",
-            transform=axis.transAxes,
-        )
+    axis.autoscale_view()
+    ends.sort(key=lambda end: float(axis.transData.transform(end[0])[1]))
+
+    def places() -> list[float]:
+        """Return the places of the labels in the present axes, as parts of their height."""
+        gap = 1.25 * size * axis.figure.dpi / 72 / axis.get_window_extent().height
+        rooms = [gap * (1 + text.count("\n")) for _, _, text in ends]
+        to_axes = axis.transData + axis.transAxes.inverted()
+        found: list[float] = []
+        for number, (end, _, _) in enumerate(ends):
+            place = float(to_axes.transform(end)[1])
+            lowest = found[-1] + (rooms[number - 1] + rooms[number]) / 2 if found else place
+            found.append(max(place, lowest))
+        top = 1.0
+        for number in reversed(range(len(found))):  # back down from the upper edge
+            found[number] = min(found[number], top - rooms[number] / 2)
+            top = found[number] - rooms[number] / 2
+        return found
+
+    class EndLabel(Text):
+        """A label that is placed when it is drawn, because a layout may change the axes."""
+
+        def draw(self, renderer: Any) -> None:
+            place = places()[labels.index(self)]
+            if self.get_position()[1] != place:
+                self.set_y(place)
+            super().draw(renderer)
+
+    labels: list[Any] = []
+    for place, (_, line, text) in zip(places(), ends, strict=True):
+        look = {"color": line.get_color(), "fontsize": size, "va": "center"}
+        label = EndLabel(1.02, place, text, transform=axis.transAxes, **look)
+        label.set_clip_on(False)
+        labels.append(axis.add_artist(label))
 
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:

@@ -731,6 +731,23 @@ def test_figures_of_a_paper_column_are_not_cut_off(
     assert small.losses_figure().get_size_inches()[0] < 11
 
 
+def test_labels_keep_apart_when_the_layout_changes() -> None:
+    """The legend of a second plot makes both axes lower after the first one was labelled."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    result = simulate("sample:chat", gib=[0.5, 1, 4], policy=["lru", "gdsf", "survival"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    result.plot.capacity(left, labels="direct")
+    result.plot.losses(right, gib=1)
+    for _ in range(2):
+        figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in left.texts), key=lambda box: box.y0)
+    assert len(boxes) > 1
+    assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
+    below = right.xaxis.label.get_window_extent().y0
+    assert right.get_legend().get_window_extent().y1 <= below + 1
+    pyplot.close(figure)
+
+
 def test_ticks_are_at_the_simulated_sizes(small: SimulationResult) -> None:
     pytest.importorskip("matplotlib")
 
