@@ -155,6 +155,7 @@ class FunctionTool(Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    defer_loading: Literal[False] | None = Field(default=None, exclude=True)
 
     def as_tool(self) -> dict[str, Any]:
         fields = {"name", "description", "parameters", "strict"}
