@@ -204,7 +204,7 @@ def _legend_below(ax: Any) -> None:
     axes."""
     from matplotlib.transforms import ScaledTranslation
 
-    # Ticks and their label, then the legend, whatever height the layout gives to the axes.
+    # Ticks and their label, then the legend. In points, because a layout may change the axes.
     below = 3 * ax.xaxis.label.get_size() / 72
     place = ax.transAxes + ScaledTranslation(0, -below, ax.figure.dpi_scale_trans)
     for ncols in (2, 1):
