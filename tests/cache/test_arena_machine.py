@@ -58,7 +58,7 @@ class Running:
 
 
 class ArenaLeaseMachine(RuleBasedStateMachine):
-    """Schedule, launch and commit in any order that an engine with overlap can have.
+    """Leases scheduled, launched and committed in any order that an engine with overlap can have.
 
     The memory has one number per row.
     """

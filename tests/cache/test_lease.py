@@ -676,7 +676,7 @@ def test_a_plan_is_carried_out_in_order_and_once() -> None:
         assert lacking.work == [], "a part of the plan was applied"
 
     class Derived(StepMemory):
-        """Inherits the protocol's empty methods."""
+        """Memory that inherits the protocol's empty methods."""
 
     with pytest.raises(TypeError, match="needs a method 'move', which Derived does not have"):
         plan.carry_out(Derived())

@@ -43,7 +43,7 @@ def bin_of(age: int) -> int:
 
 
 class PlainHazards:
-    """List of all stages. Every figure is computed from the whole list."""
+    """Plain hazards: every figure is computed from the list of all stages."""
 
     def __init__(self, general_from: int) -> None:
         self.general_from = general_from
