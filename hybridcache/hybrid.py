@@ -36,6 +36,7 @@ from hybridcache.radix.tree import (
     Family,
     ItemBytes,
     NodeHandle,
+    PathPart,
     RadixNode,
     RadixTree,
     edge_tokens,
@@ -68,11 +69,13 @@ FORMS = ("text", "graphviz", "svg")
 
 
 def own(node: NodeHandle | None) -> RadixNode | None:
-    """Return ``node`` as the tree's own type; ValueError for a handle of another kind of cache."""
-    if node is not None and not isinstance(node, RadixNode):
+    """Return the tree's node in which ``node`` ends. Raises ValueError for another object."""
+    if node is None or isinstance(node, RadixNode):
+        return node
+    if not isinstance(node, PathPart):
         kind = type(node).__name__
         raise ValueError(f"expected a node that this cache returned, got {kind}")
-    return node
+    return node.last()
 
 
 class HybridRadixCache:

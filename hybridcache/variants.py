@@ -24,7 +24,13 @@ from hybridcache.hybrid import HybridRadixCache
 from hybridcache.offload import OffloadTiers, Tier
 from hybridcache.policies.protocol import raise_failure
 from hybridcache.radix.ghosts import read_ghosts
-from hybridcache.radix.tree import Checkpoint, NodeHandle, OffloadedCheckpoint, RadixNode
+from hybridcache.radix.tree import (
+    Checkpoint,
+    NodeHandle,
+    OffloadedCheckpoint,
+    PathPart,
+    RadixNode,
+)
 from hybridcache.residency import Residency, make_room_for_kv, make_room_for_slot
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
@@ -315,25 +321,6 @@ class TieredRadixCache(HybridRadixCache):
         self._residency.offload = self.offload
 
 
-class PathPart(NodeHandle):
-    """First ``length`` tokens of the path to ``node``. A hit can end inside an edge, and ``match``
-    does not split it."""
-
-    __slots__ = ("length", "node")
-
-    def __init__(self, node: RadixNode, length: int) -> None:
-        self.node = node
-        self.length = length
-
-    def last(self) -> RadixNode:
-        """Return the node in which the part ends. O(splits since the match)."""
-        node = self.node
-        while node.start >= self.length:
-            assert node.parent is not None
-            node = node.parent
-        return node
-
-
 class RadixCache(HybridRadixCache):
     """Attention-only cache: resumes from KV alone, at any multiple of grid and page.
 
@@ -393,21 +380,8 @@ class RadixCache(HybridRadixCache):
     def gather(self, node: NodeHandle | None) -> Indices:
         """Return the KV indices of ``match.node`` or ``result.node``. O(position)."""
         if isinstance(node, PathPart):
-            return super().gather(node.last())[: node.length]
+            return super().gather(node)[: node.length]
         return super().gather(node)
-
-    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
-        """Record one request: refresh its KV, and count its hits and losses. O(1)."""
-        node = match.node.last() if isinstance(match.node, PathPart) else match.node
-        super().touch(match._replace(node=node), resumes)
-
-    def lock_of(self, node: NodeHandle | None) -> LockHandle:
-        """Return a handle for a lock that is already held on ``node``. O(1)."""
-        return super().lock_of(node.last() if isinstance(node, PathPart) else node)
-
-    def refresh(self, node: NodeHandle | None) -> None:
-        """Record a use of ``node`` without a request. O(1)."""
-        super().refresh(node.last() if isinstance(node, PathPart) else node)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
         """Protect the KV of the path up to ``node``. Splits an edge if the hit ends inside it.
@@ -433,9 +407,8 @@ class RadixCache(HybridRadixCache):
         after: NodeHandle | None = None,
     ) -> InsertResult:
         """Publish ``tokens`` with their rows. All checkpoints are rejected."""
-        node = after.last() if isinstance(after, PathPart) else after
         rejected_slots = tuple(slot for _, slot in checkpoints)
-        result = super().insert(tokens, kv_indices, (), namespace, owned_from, (), node)
+        result = super().insert(tokens, kv_indices, (), namespace, owned_from, (), after)
         return result._replace(rejected_slots=rejected_slots)
 
     @property

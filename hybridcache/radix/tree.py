@@ -145,6 +145,25 @@ class RadixNode(NodeHandle):
         return f"<{kind} {self.start}..{self.end}{slot} locks={self.locks}>"
 
 
+class PathPart(NodeHandle):
+    """First ``length`` tokens of the path to ``node``. A hit can end inside an edge, and ``match``
+    does not split it."""
+
+    __slots__ = ("length", "node")
+
+    def __init__(self, node: RadixNode, length: int) -> None:
+        self.node = node
+        self.length = length
+
+    def last(self) -> RadixNode:
+        """Return the node in which the part ends. O(splits since the match)."""
+        node = self.node
+        while node.start >= self.length:
+            assert node.parent is not None
+            node = node.parent
+        return node
+
+
 class Segment:
     """KV rows of the edge of one node: an evictable item of kind ``kv``."""
 

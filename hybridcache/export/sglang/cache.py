@@ -48,9 +48,8 @@ from hybridcache.export.sglang.translation import (
 from hybridcache.export.sglang.views import RowView, to_host
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.policies.protocol import Item
-from hybridcache.radix.tree import NodeHandle, RadixNode
+from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.tokens import Indices, Tokens
-from hybridcache.variants import PathPart
 
 
 class HybridRadixBackend(BasePrefixCache):

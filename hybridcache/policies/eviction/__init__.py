@@ -1,1 +1,2 @@
-"""Eviction policies: one module per algorithm, and their shared base classes."""
+"""Eviction policies. ``scored`` and ``queues`` hold base classes and the simple policies of each
+kind; every other algorithm has a module."""
