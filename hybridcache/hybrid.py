@@ -86,6 +86,9 @@ class HybridRadixCache:
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
+
+    Rows and slots are allocated, written by their owner, and published:
+
     >>> prompt = np.arange(10, dtype=np.int32)
     >>> rows, slot = cache.allocate_kv(10), cache.allocate_slot()
     >>> cache.insert(prompt, rows, [(8, slot)]).inserted_len
