@@ -158,6 +158,22 @@ class Driver:
         segment = self.prefill_segment(sequence, len(tokens), **options)
         return self.runner.forward(Batch((segment,), (), (write,)))
 
+    def cold_and_mixed(self, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all logits of a cold prompt, and those of a mixed batch.
+
+        The batch has the next token of the first sequence, and the prompt's tail after a hit at 64.
+        """
+        sequence, write = self.begin(tokens)
+        slot = self.slot()
+        segment = self.prefill_segment(sequence, len(tokens), logits="all", exports=((64, slot),))
+        cold = self.runner.forward(Batch((segment,), (), (write,)))
+        resumed, write = self.begin(tokens, prefix=write[2][:64])
+        segments = (
+            self.decode_segment(sequence, 7),
+            self.prefill_segment(resumed, len(tokens), logits="all"),
+        )
+        return cold, self.runner.forward(Batch(segments, ((slot, resumed.slot),), (write,)))
+
 
 @pytest.fixture(scope="session")
 def driver_class() -> type[Driver]:

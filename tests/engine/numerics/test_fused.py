@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from engine import engine_config
 from engine.runner.backends import all_fused
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.batch import Batch
 from experiments.gpu import interpreter
 
 pytest.importorskip("triton")
@@ -31,24 +30,9 @@ def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
     return ModelRunner(config)
 
 
-def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all logits of a cold prompt, and those of a mixed batch.
-
-    The batch has the next token of the first sequence, and its tail after a hit at 64.
-    """
-    driver = driver_class(runner, scatter_seed=3)
-    sequence, write = driver.begin(tokens)
-    checkpoint = driver.slot()
-    segment = driver.prefill_segment(
-        sequence, len(tokens), logits="all", exports=((64, checkpoint),)
-    )
-    cold = runner.forward(Batch((segment,), (), (write,)))
-    resumed, write = driver.begin(tokens, prefix=write[2][:64])
-    segments = (
-        driver.decode_segment(sequence, 7),
-        driver.prefill_segment(resumed, len(tokens), logits="all"),
-    )
-    return cold, runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
+def cold_and_mixed(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of ``Driver.cold_and_mixed`` with scattered rows."""
+    return driver_class(runner, scatter_seed=3).cold_and_mixed(tokens)
 
 
 @pytest.mark.full
@@ -56,10 +40,10 @@ def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.T
 def test_engine_with_all_triton_kernels(name, oracles, driver_class, random_tokens) -> None:
     interpreter.repair()
     path, tokens = oracles(name).path, random_tokens(100, 5)
-    expected = cold_hit_decode(driver_class, make_runner(path), tokens)
+    expected = cold_and_mixed(driver_class, make_runner(path), tokens)
     runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=all_fused())
     assert set(runner.kernels.words().values()) == {"fused"}
-    cold, mixed = cold_hit_decode(driver_class, runner, tokens)
+    cold, mixed = cold_and_mixed(driver_class, runner, tokens)
     assert_close(cold.cpu(), expected[0], rtol=0, atol=1e-5)
     assert_close(mixed.cpu(), expected[1], rtol=0, atol=1e-5)
     assert torch.equal(mixed[1:], cold[64:])
@@ -72,8 +56,8 @@ def test_8_bit_weights_are_close_and_hits_exact(
 ) -> None:
     """The error is relative to the standard deviation of the logits."""
     path, tokens = oracles(name).path, random_tokens(100, 6)
-    full, _ = cold_hit_decode(driver_class, make_runner(path), tokens)
+    full, _ = cold_and_mixed(driver_class, make_runner(path), tokens)
     runner = make_runner(path, quantization=quantization)
-    cold, mixed = cold_hit_decode(driver_class, runner, tokens)
+    cold, mixed = cold_and_mixed(driver_class, runner, tokens)
     assert 0 < (cold - full).square().mean().sqrt() < error * full.std()
     assert torch.equal(mixed[1:], cold[64:])

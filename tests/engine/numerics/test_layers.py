@@ -126,16 +126,7 @@ ARENA, POOLS = {"cache_gib": 0.02}, {"kv_gib": 0.01, "state_gib": 0.01}
 
 def run(driver, tokens):
     """Return the logits of a cold prompt, of a decode, and of the prompt's tail after a hit."""
-    sequence, write = driver.begin(tokens)
-    checkpoint = driver.slot()
-    segment = driver.prefill_segment(sequence, 150, logits="all", exports=((64, checkpoint),))
-    cold = driver.runner.forward(Batch((segment,), (), (write,)))
-    resumed, write = driver.begin(tokens, prefix=write[2][:64])
-    segments = (
-        driver.decode_segment(sequence, 7),
-        driver.prefill_segment(resumed, 150, logits="all"),
-    )
-    mixed = driver.runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
+    cold, mixed = driver.cold_and_mixed(tokens)
     assert torch.equal(mixed[1:], cold[64:])
     return torch.cat([cold, mixed])
 

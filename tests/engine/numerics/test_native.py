@@ -158,19 +158,7 @@ def states_of(runner, sequence) -> list[torch.Tensor]:
 @FORMATS
 def test_hit_changes_no_bit(driver_class, random_tokens, dtype, quantization) -> None:
     runner, tokens = make_runner(dtype, quantization=quantization), random_tokens(150, 5)
-    driver = driver_class(runner, scatter_seed=3)
-    sequence, write = driver.begin(tokens)
-    checkpoint = driver.slot()
-    segment = driver.prefill_segment(
-        sequence, len(tokens), logits="all", exports=((64, checkpoint),)
-    )
-    cold = runner.forward(Batch((segment,), (), (write,)))
-    resumed, write = driver.begin(tokens, prefix=write[2][:64])
-    segments = (
-        driver.decode_segment(sequence, 7),
-        driver.prefill_segment(resumed, len(tokens), logits="all"),
-    )
-    mixed = runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
+    cold, mixed = driver_class(runner, scatter_seed=3).cold_and_mixed(tokens)
     assert torch.equal(mixed[1:], cold[64:])
 
 
