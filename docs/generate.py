@@ -1,6 +1,6 @@
-"""Generate the parts of the reference that the code itself states: commands, policies, API.
+"""Generate the parts of the reference that follow from the code: commands, policies, API.
 
-A page asks for a part by a line ``<!-- generated: NAME -->``; ``insert`` replaces it by Markdown.
+``insert`` replaces each line ``<!-- generated: NAME -->`` of a page by the part of that name.
 
     python docs/generate.py cli        # print one part
 """
@@ -40,7 +40,7 @@ def insert(page: str) -> str:
 
 
 class _Found(Exception):
-    """Carries the parser that a command builds."""
+    """Exception with the parser that a command builds."""
 
 
 def _parser_of(
@@ -72,7 +72,7 @@ def _parser_of(
 def _commands(
     parser: argparse.ArgumentParser, name: str, help: str
 ) -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
-    """Yield (name, description, parser) of every command that has no commands of its own."""
+    """Yield (name, description, parser) of every command without subcommands."""
     subparsers = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     if not subparsers:
         yield name, parser.description or help, parser
@@ -88,7 +88,7 @@ def _cell(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape characters that mean something to Markdown, outside code."""
+    """Escape special characters of Markdown, outside of code."""
     parts = re.split(r"(`[^`]*`)", text)
     parts[::2] = [part.replace("<", "&lt;").replace("*", "\\*") for part in parts[::2]]
     return "".join(parts)
@@ -316,7 +316,7 @@ SECTIONS = (
     ("Simulator", "hybridcache.lab"),
     ("Model sizes and times", "hybridcache.geometry"),
 )
-"""A public name belongs to the first section whose prefix its module has, else to the cache."""
+"""Sections with prefixes of modules. The first match counts; other names belong to the cache."""
 
 
 def api() -> str:
@@ -353,7 +353,7 @@ RESULTS = {
     "hybridcache.lab.leaderboard": ("leaderboard", "Board"),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }
-"""Names that users meet in results, and tools that are imported from their modules."""
+"""Names in results, and tools that users import from their modules."""
 
 
 def _results() -> list[str]:

@@ -1,4 +1,4 @@
-"""Draw how a prompt is matched, resumed and saved, in four steps, from a run of the cache.
+"""Draw the match, resumption and checkpoints of a prompt in four steps, from a run of the cache.
 
 `make docs` calls ``draw``. By hand: ``python docs/match_figure.py``.
 """
@@ -226,8 +226,11 @@ def draw_tree(
     new: tuple[int, ...] = (),
     saved: Sequence[int] = (),
 ) -> None:
-    """Draw edges as bars and checkpoints as diamonds. ``on_path`` fades the rest of the tree;
-    ``new`` is a prompt whose checkpoints at ``saved`` are emphasised."""
+    """Draw edges as bars and checkpoints as diamonds.
+
+    With ``on_path``, the rest of the tree is faded. Checkpoints of the prompt ``new`` at ``saved``
+    are emphasised.
+    """
     for edge in shown:
         common = edge.end - edge.start
         if on_path is not None:

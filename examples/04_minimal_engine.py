@@ -81,7 +81,7 @@ class MinimalEngine:
         self.host = np.zeros(config.host_bytes // config.kv_bytes_per_token, np.uint64)
 
     def submit(self, prompt: list[int], num_new: int, boundary: int = 0) -> Request:
-        """Queue a request whose first ``boundary`` tokens later prompts will share."""
+        """Queue a request. Later prompts will share its first ``boundary`` tokens."""
         one = Request(list(prompt), len(prompt) + num_new, boundary)
         self.waiting.append(one)
         return one
@@ -211,7 +211,7 @@ def serve(engine: MinimalEngine, *prompts: list[int]) -> list[Request]:
 
 
 def demonstrate(title: str, config: CacheConfig) -> None:
-    """Serve requests with a shared prefix, verify every byte, and print what was reused."""
+    """Serve requests with a shared prefix, verify every byte, and print the reused tokens."""
     engine = MinimalEngine(config)
     first, second = [*SYSTEM, 1, 2, 3, 4], [*SYSTEM, 5, 6, 7, 8]
     print(title)

@@ -273,6 +273,19 @@ def test_unknown_level_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selection.num_examples(40) == 40 // selection.QUICK_SHARE
 
 
+def test_excluded_tests_and_equivalent_mutants_exist() -> None:
+    """A renamed test or a changed line would make an entry void without a message."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    for name in mutation.SLOW:
+        assert any(name in file.stem or name in file.read_text() for file in files), name
+    for mutant in mutation.listed(mutation.EQUIVALENT.read_text()):
+        module = mutant.function.split(".")
+        paths = [ROOT.joinpath(*module[:end]).with_suffix(".py") for end in range(len(module))]
+        [source] = [path.read_text() for path in paths if path.is_file()]
+        lines = {line.strip() for line in source.splitlines()}
+        assert {line[2:] for line in mutant.changes if line[0] == "-"} <= lines, str(mutant)
+
+
 def test_mutation_groups_name_existing_files() -> None:
     for group in mutation.GROUPS.values():
         assert all(any(ROOT.glob(pattern)) for pattern in group.mutated), group.mutated

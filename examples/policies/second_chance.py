@@ -15,11 +15,11 @@ from hybridcache import EvictionPolicy, Item
 
 
 class SecondChance(EvictionPolicy):
-    """First in, first out; a used item, or one whose label is often missed, goes round once."""
+    """Evicts the oldest item first, with a second chance for used items and often missed labels."""
 
     def __init__(self) -> None:
         self.queues: dict[str, dict[Item, None]] = {"kv": {}, "checkpoint": {}}
-        self.misses: Counter[str] = Counter()  # evicted checkpoints that were wanted, by label
+        self.misses: Counter[str] = Counter()  # ghost hits by label
         self.evictions: Counter[str] = Counter()
 
     def add(self, item: Item) -> None:
@@ -33,7 +33,7 @@ class SecondChance(EvictionPolicy):
         item.memo = True
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """Remove ``item``: it was evicted, is locked, or is no leaf any more. O(1)."""
+        """Remove ``item``: it was evicted, is locked, or is not a leaf any more. O(1)."""
         del self.queues[item.kind][item]
         if evicted and item.kind == "checkpoint":
             self.evictions[item.label] += 1
