@@ -314,15 +314,15 @@ def test_a_role_stopped_during_a_transfer_finishes_it(servers: ServersToStop, st
         port = free.getsockname()[1]
     at = f"127.0.0.1:{port}"
     roles = {"prefill": servers.start("--role", "prefill", "--transfer-at", at)}
-    _, far = _address(roles["prefill"])
+    _, prefill_url = _address(roles["prefill"])
     roles["decode"] = servers.start("--role", "decode", "--prefill", at)
     _, url = _address(roles["decode"])
-    for one in (far, url):
+    for one in (prefill_url, url):
         _wait_until_ready(one)
     body = {"prompt": "what is far away " * 400, "max_tokens": 3, "ignore_eos": True}
     with ThreadPoolExecutor() as pool:
         answering = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=60)
-        while "engine_running_requests 1.0" not in httpx.get(far + "/metrics").text:
+        while "engine_running_requests 1.0" not in httpx.get(prefill_url + "/metrics").text:
             assert not answering.done()
             time.sleep(0.05)
         servers.stop(roles[stopped], TERM)

@@ -49,6 +49,19 @@ def ids(length: int, first: int = 0) -> list[int]:
     return [(first + i) % 320 for i in range(length)]
 
 
+def record_late_tokens(engine: Engine) -> list[int]:
+    """Return a list that collects, for each later step, its tokens that are only on the device."""
+    num_late: list[int] = []
+    forward = engine.runner.forward
+
+    def spy(batch: Batch, drawn: Sequence[int] = ()) -> Any:
+        num_late.append(len(batch.late_tokens))
+        return forward(batch, drawn)
+
+    engine.runner.forward = spy  # type: ignore[method-assign]
+    return num_late
+
+
 def test_importing_the_engine_loads_no_torch() -> None:
     script = "import engine, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
@@ -194,12 +207,8 @@ def test_preempted_requests_resume_from_their_published_prefix(exact: bool) -> N
 
 
 def test_overlapped_steps_use_tokens_that_are_only_on_the_device() -> None:
-    num_late: list[int] = []
     plain, overlapped = make_engine(), make_engine(overlap="on")
-    forward = overlapped.runner.forward
-    overlapped.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
-    )
+    num_late = record_late_tokens(overlapped)
     prompts = [ids(100, first=50 * i) for i in range(3)]
     expected = plain.generate(prompts, SamplingParams(max_tokens=30))
     outputs = overlapped.generate(prompts, SamplingParams(max_tokens=30))
@@ -274,12 +283,8 @@ def test_a_state_beyond_the_end_is_not_saved(overlap: str, cached_len: int) -> N
 
 
 def test_requests_with_penalties_are_not_overlapped() -> None:
-    num_late: list[int] = []
     engine = make_engine(overlap="on")
-    forward = engine.runner.forward
-    engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
-    )
+    num_late = record_late_tokens(engine)
     penalised = SamplingParams(max_tokens=20, frequency_penalty=0.5)
     [output] = engine.generate([ids(30)], penalised)
     assert len(output.token_ids) == 20 and not any(num_late)
@@ -287,11 +292,7 @@ def test_requests_with_penalties_are_not_overlapped() -> None:
 
 def test_penalties_do_not_stop_the_overlap_of_other_requests() -> None:
     engine = make_engine(overlap="on")
-    num_late: list[int] = []
-    forward = engine.runner.forward
-    engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
-    )
+    num_late = record_late_tokens(engine)
     prompts = [ids(30, first=40 * i) for i in range(4)]
     alone = [make_engine().generate([p], SamplingParams(max_tokens=20))[0] for p in prompts]
     rules = [SamplingParams(max_tokens=20, frequency_penalty=0.5 * (i == 2)) for i in range(4)]

@@ -21,6 +21,7 @@ from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer, StreamDecoder
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
+from tests.engine.test_engine import ids
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -63,10 +64,6 @@ def make_engine(
         sampler=OracleSampler(),
         tokenizer=SometimesBroken(broken or {}),
     )
-
-
-def ids(length: int, first: int) -> list[int]:
-    return [(first + i) % 320 for i in range(length)]
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])

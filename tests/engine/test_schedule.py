@@ -9,20 +9,12 @@ from typing import Any
 
 import pytest
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.interfaces import StepReport
 from engine.requests.spec import SamplingInput
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
-
-
-def make_engine(kv_tokens: int = 4096, slots: int = 16, **settings: Any) -> Engine:
-    config = engine_config(check=True, **settings)
-    return Engine(config, runner=OracleRunner(kv_tokens, slots), sampler=OracleSampler())
-
-
-def ids(length: int, first: int = 0) -> list[int]:
-    return [(first + i) % 320 for i in range(length)]
+from tests.engine.test_engine import ids, make_engine, record_late_tokens
 
 
 def answer(tokens: int) -> SamplingParams:
@@ -113,14 +105,10 @@ def test_no_request_is_preempted_while_a_step_is_in_flight(monkeypatch: pytest.M
 
 
 def test_steps_overlap_again_after_a_shortage_of_memory() -> None:
-    num_late: list[int] = []
     engine = make_engine(kv_tokens=320, overlap="on", checkpoints=("none",))
     outputs = engine.generate([ids(100), ids(90, first=99)], answer(150))
     assert any(output.num_preemptions for output in outputs)
-    forward = engine.runner.forward
-    engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
-    )
+    num_late = record_late_tokens(engine)
     engine.generate([ids(50, first=200)], answer(20))
     assert num_late == [0] + [1] * 19
 

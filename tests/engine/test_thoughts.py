@@ -15,6 +15,7 @@ from engine.requests.logit_rules import END, ReasoningBudget
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
+from tests.engine.test_engine import record_late_tokens
 
 TOKENIZER = ByteTokenizer()
 ENDING = TOKENIZER.encode(END)
@@ -91,11 +92,7 @@ def test_budgets_do_not_depend_on_engine_settings(settings: dict[str, Any]) -> N
 
 def test_only_the_step_at_the_budget_does_not_overlap() -> None:
     engine = make_engine(overlap="on")
-    num_late: list[int] = []
-    forward = engine.runner.forward
-    engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
-    )
+    num_late = record_late_tokens(engine)
     params = SamplingParams(max_tokens=40, ignore_eos=True, thinking_token_budget=20)
     [output] = engine.generate(prompts()[:1], params)
     assert output.token_ids[20:24] == ENDING
