@@ -236,7 +236,7 @@ def test_a_request_aborted_after_a_failed_commit_is_reported_once(
     assert not engine.has_work()
 
 
-def test_a_request_whose_finish_failed_has_its_output_and_has_ended(
+def test_a_request_with_a_failed_finish_ends_with_its_output(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine()
