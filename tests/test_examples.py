@@ -44,9 +44,9 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def test_minimal_engine_prints_the_output_on_its_page(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "04_minimal_engine.py"), run_name="__main__")
-    shown = capsys.readouterr().out
-    assert shown.startswith(MINIMAL_ENGINE)
-    _, arena, tiers = (part.split("\n")[0] for part in shown.split("every KV row and ")[1:])
+    output = capsys.readouterr().out
+    assert output.startswith(MINIMAL_ENGINE)
+    _, arena, tiers = (part.split("\n")[0] for part in output.split("every KV row and ")[1:])
     assert "'moves': " in arena and "'preemptions': " in arena, "no move or no preemption occurred"
     assert "'loads': " in tiers and "'offloads': " in tiers
 
@@ -113,7 +113,7 @@ def test_minimal_engine_stores_a_long_answer_in_few_nodes(folder: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("sizes", "error", "sentence"),
+    ("sizes", "error", "message"),
     [
         ({"num_kv_tokens": 20, "num_slots": 4}, MemoryError, "even alone"),
         ({"num_kv_tokens": 99, "num_slots": 0}, ValueError, "no state slots"),
@@ -122,11 +122,11 @@ def test_minimal_engine_stores_a_long_answer_in_few_nodes(folder: pytest.MonkeyP
     ids=str,
 )
 def test_minimal_engine_rejects_a_request_that_never_fits(
-    folder: pytest.MonkeyPatch, sizes: dict[str, Any], error: type[Exception], sentence: str
+    folder: pytest.MonkeyPatch, sizes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     example = importlib.import_module("04_minimal_engine")
     engine = example.MinimalEngine(CacheConfig(**sizes, **example.SIZES))
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(error, match=message):
         example.serve(engine, list(range(30)))
 
 
@@ -214,8 +214,8 @@ def test_custom_policy_example_prints_a_comparison_and_draws_it(
 ) -> None:
     pytest.importorskip("matplotlib")
     run_example("02_own_policy.py", str(tmp_path / "f.pdf"))
-    shown = capsys.readouterr().out
-    assert "TokensPerByte" in shown and "best at 1 GiB: " in shown
+    output = capsys.readouterr().out
+    assert "TokensPerByte" in output and "best at 1 GiB: " in output
     assert (tmp_path / "f.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -223,9 +223,9 @@ def test_custom_trace_example_reads_and_makes_traces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_example("03_own_trace.py")
-    shown = capsys.readouterr().out
-    assert "prompts, " in shown and "3 requests, 160 prompt tokens" in shown
-    assert "database, " in shown and "lru                        42.1" in shown
+    output = capsys.readouterr().out
+    assert "prompts, " in output and "3 requests, 160 prompt tokens" in output
+    assert "database, " in output and "lru                        42.1" in output
     path = tmp_path / "mine.csv"
     path.write_text("prompt\nhello\nhello you\n")
     run_example("03_own_trace.py", str(path))

@@ -40,8 +40,8 @@ def test_logits_match_those_of_qwen3_next(tmp_path: Path) -> None:
     token_ids = torch.randint(0, 261, (2, 77))
     model.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
     with torch.inference_mode():
-        ours, theirs = model(token_ids)[0], oracle(token_ids).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        found, expected = model(token_ids)[0], oracle(token_ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_delta_rule_matches_the_recurrence() -> None:

@@ -241,10 +241,14 @@ def test_csv_columns_are_listed_and_unused_ones_give_a_warning(tmp_path: Path) -
     known = "prompt=prompt, time=arrival_time, session=session_id, length=output_tokens"
     assert stats.columns == known and f"columns: {known}\n" in stats_table(stats) + "\n"
     path.write_text(f"at,sid,prompt,output_tokens\n{rows}")
-    with pytest.warns(TraceColumnsWarning, match=r"time=none.*unused: at, sid.*\?time=at") as told:
+    with pytest.warns(
+        TraceColumnsWarning, match=r"time=none.*unused: at, sid.*\?time=at"
+    ) as caught:
         trace = open_trace(f"{path}?tokenizer=bytes")
     assert "session=none (rows that begin alike); unused: at, sid" in trace.columns
-    assert [warning.filename for warning in told] == [__file__], "the caller is named"
+    assert [warning.filename for warning in caught] == [__file__], (
+        "the warning must name the caller"
+    )
     assert len(list(trace)) == 2
 
 

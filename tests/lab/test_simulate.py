@@ -731,8 +731,8 @@ def test_figures_of_a_paper_column_are_not_cut_off(
     assert small.losses_figure().get_size_inches()[0] < 11
 
 
-def test_labels_keep_apart_when_the_layout_changes() -> None:
-    """The legend of a second plot makes both axes lower after the first one was labelled."""
+def test_labels_do_not_overlap_after_a_layout_change() -> None:
+    """The legend of the second plot shrinks both axes after the first one was labelled."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     result = simulate("sample:chat", gib=[0.5, 1, 4], policy=["lru", "gdsf", "survival"])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
