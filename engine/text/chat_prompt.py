@@ -13,13 +13,21 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.plugins import find_splices
 from engine.text.answers import CLOSE, MARKS, OPEN
-from engine.text.tokenizer import PROBE, SLICE, EncodeOptions, Message, TemplateError, Tokenizer
+from engine.text.tokenizer import (
+    PROBE,
+    SLICE,
+    EncodeOptions,
+    Message,
+    TemplateError,
+    Tokenizer,
+    any_of,
+)
 
 MARK_CODES = range(0xE001, 0xF900)
 """Characters that may be inserted into a control token that is text. Private use, as the probe."""
@@ -372,7 +380,3 @@ def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Return a pattern of the tokens that begin and end turns."""
     walls = set(tokenizer.special_tokens)
     return any_of(t for t in tokenizer.control_tokens if t in walls and t not in MARKS)
-
-
-def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from array import array
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from engine.text.tokenizer import (
     StreamDecoder,
     Tokenizer,
     WindowStreamDecoder,
+    any_of,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ class HFTokenizer:
         # Texts on either side of a special token are encoded independently, except by a tokenizer
         # that treats the first word of a text differently.
         has_walls = self._is_byte_level and not _adds_prefix_space(described["pre_tokenizer"])
-        self._walls = _pattern(self.special_tokens) if has_walls else None
+        # With a group, so that splitting keeps the special tokens.
+        walls = f"({any_of(self.special_tokens).pattern})"
+        self._walls = re.compile(walls) if has_walls and self.special_tokens else None
         self.control_tokens = tuple(
             token.content for token in added.values() if token.special and len(token.content) > 1
         )
@@ -236,13 +239,6 @@ def _adds_prefix_space(pre_tokenizer: dict[str, Any] | None) -> bool:
         return False
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     return any(part.get("add_prefix_space", False) for part in parts)
-
-
-def _pattern(words: Sequence[str]) -> re.Pattern[str] | None:
-    """Return a pattern that matches any of ``words``, longest first, and keeps it when splitting.
-    None if there are no words."""
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if words else None
 
 
 def _letters_of_bytes() -> dict[str, int]:

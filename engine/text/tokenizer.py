@@ -132,6 +132,12 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of the ``texts``, the longest first; it matches nothing if there are
+    none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
 SLICE = 65_536
 """Number of bytes or ids processed at a time, so that other threads can run in between."""
 
@@ -320,7 +326,7 @@ class ByteTokenizer:
             BUILTIN_TEMPLATE.read_text(encoding="utf-8"), {"eos_token": "<|im_end|>"}
         )
         self._ids = {text: 256 + rank for rank, text in enumerate(self.special_tokens)}
-        self._special = re.compile("|".join(map(re.escape, self.special_tokens)))
+        self._special = any_of(self.special_tokens)
         self._longest = max(map(len, self.special_tokens))
         # As in Qwen's vocabulary, the thinking marks are single tokens and part of the text.
         self._hidden = frozenset({256, 257, 258})

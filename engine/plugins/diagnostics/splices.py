@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.text.chat_prompt import SampledTurn, any_of, control_pattern
-from engine.text.tokenizer import Message, Tokenizer
+from engine.text.chat_prompt import SampledTurn, control_pattern
+from engine.text.tokenizer import Message, Tokenizer, any_of
 
 FIRST, LAST = 0x100000, 0x10FFFD
 """Private-use characters that stand for a message, and for its turn."""

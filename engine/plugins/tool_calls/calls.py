@@ -7,7 +7,6 @@ reason.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from engine.text.answers import (
     TextDelta,
 )
 from engine.text.json_text import read_json, write_json
+from engine.text.tokenizer import any_of
 
 MAX_NAME = 256
 """Maximum length of a name; a longer one is not a call."""
@@ -49,7 +49,7 @@ class CallReader:
         self._tools = tools
         self._names = {_name_of(tool) for tool in tools}
         self._search = MarkSearch(*self.MARKS)
-        self._next_mark = re.compile("|".join(map(re.escape, (CLOSE, *self.MARKS))))
+        self._next_mark = any_of((CLOSE, *self.MARKS))
         self._space = Space()
         self._events: list[Event] = []
         self._state: State = self._text
