@@ -41,7 +41,7 @@ from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import Board, Scores, Split
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
-"""Folders whose code determines the results."""
+"""Folders with code that determines the results."""
 RECORD = "reproduce.json"
 PAGE = ROOT / "docs" / "results.md"
 PARTS_FILE = ROOT / "experiments" / "parts.toml"

@@ -82,7 +82,7 @@ class Outcome:
 
 
 def settings(quick: bool) -> list[Setting]:
-    """Return the settings, with "no cache" first for formats whose hits are exact.
+    """Return the settings, with "no cache" first for formats with exact hits.
 
     ``quick`` limits them to the first format.
     """

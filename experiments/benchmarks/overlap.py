@@ -70,7 +70,7 @@ class IdleClock(Clock):
 
 
 class SameRunner(ClockedRunner):
-    """Runner whose logits always choose the same token."""
+    """Runner that always chooses the same token."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)

@@ -1,17 +1,23 @@
-"""Everything that only a GPU can tell, in one command: is it right, is it exact, how fast is it?
+"""Test and measure kernels, engine and server on a GPU, in one command.
 
     python -m experiments.gpu [--part kernels bench parity serve http big] [--again] [--tar FILE]
     python -m experiments.gpu --dry
 
 `make gpu` and `make gpu-dry` call it.
 
-Parts run one after another, each in a process of its own and in less than eight minutes: the
-kernels' tests on the device; their benchmarks; the engine beside the CPU's and hits beside cold
-runs; a 2B geometry's speed; a server of it under load; the speed of Qwen3-Next-80B-A3B's geometry
-with 8-bit weights. Each writes JSON lines into experiments/results/gpu/. A part that passed with
-this very code (a hash of its files; no git is needed) is not done again; one that failed or ran out
-of time always is, and then `serve` and `big` go on behind the records they have. --dry runs the
-same script with tiny shapes in Triton's interpreter and writes into out/gpu-dry/.
+Parts run one after another, each in a separate process and in less than eight minutes:
+
+- kernels: tests of the kernels on the device
+- bench: benchmarks of the kernels
+- parity: the engine compared with the CPU, and hits with cold runs
+- serve: speed of a 2B geometry
+- http: a server of that geometry under load
+- big: speed of Qwen3-Next-80B-A3B's geometry with 8-bit weights
+
+Each part writes JSON lines into experiments/results/gpu/. A part that passed with the same code (a
+hash of its files, without git) is skipped. A part that failed or ran out of time is repeated;
+`serve` and `big` then keep their finished records. --dry runs the same script with tiny shapes in
+Triton's interpreter and writes into out/gpu-dry/.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ LIMITS_S = {
     "http": 210.0,
     "big": 350.0,
 }
-"""Time limit of each part; 25 minutes in total. A part that exceeds it keeps its records and is
+"""Time limit of each part, 25 minutes in total. A part over its limit keeps its records and is
 repeated by the next call."""
 
 
@@ -53,17 +59,20 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def kernels(out: Path, dry: bool) -> list[str]:
-    """Dry, one file of them: the others are interpreted by the test suite. Compiling keeps four
-    processes busy, where pytest-xdist is there to start them."""
-    side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    what = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels", *side_by_side]
+    """Return the command for the kernels' tests.
+
+    A dry run tests only one file, because the test suite interprets the others. With pytest-xdist,
+    four processes compile at the same time.
+    """
+    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    tests = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels", *parallel]
     skipped = ["--deselect", "tests/kernels/test_aot.py"]
     report = [
         "-o",
         "junit_family=xunit1",
         f"--junitxml={out / 'kernels.xml'}",
-    ]  # the other has no properties of a test
-    return module("pytest", "-q", *what, *skipped, *report)
+    ]  # The other family omits the properties of a test.
+    return module("pytest", "-q", *tests, *skipped, *report)
 
 
 def bench(out: Path, dry: bool) -> list[str]:
@@ -96,13 +105,14 @@ def _dry(dry: bool) -> list[str]:
 
 
 def run_part(part: str, out: Path, dry: bool) -> Verdict:
-    """One part to its end or its limit; its verdict and duration go to ``<part>.done``."""
+    """Run one part until its end or its limit, and write its verdict and duration to
+    ``<part>.done``."""
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     else:
-        environment["KERNELS_ON_DEVICE"] = "1"  # tests that would interpret fail instead
+        environment["KERNELS_ON_DEVICE"] = "1"  # Tests fail instead of using the interpreter.
     begin = time.monotonic()
     verdict = run_for(PARTS[part](out, dry), environment, LIMITS_S[part])
     seconds = time.monotonic() - begin
@@ -116,8 +126,8 @@ def run_part(part: str, out: Path, dry: bool) -> Verdict:
 
 
 def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> Verdict:
-    """A command to its end or its limit, with all that it started: what it left would share the
-    device with the next."""
+    """Run a command until its end or its limit. All its processes are killed at the limit, because
+    they would share the device with the next part."""
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
         try:
             return "failed" if process.wait(limit_s) else "passed"
@@ -129,7 +139,7 @@ def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> 
 
 
 def test_records(report: Path) -> list[dict[str, object]]:
-    """Return the number of passed tests of each file, the device, and the names of failed tests."""
+    """Return the number of passed tests, the devices and the names of failed tests, per file."""
     files: dict[str, dict[str, list[str]]] = {}
     devices: dict[str, set[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -154,7 +164,7 @@ def done_file(out: Path, part: str) -> Path:
 
 
 def is_done(out: Path, part: str) -> bool:
-    """Whether this part passed with this very code."""
+    """Return True if the part passed with the same code."""
     try:
         before, [record] = read_json_lines(done_file(out, part))
     except (OSError, ValueError, KeyError, json.JSONDecodeError):
@@ -163,7 +173,7 @@ def is_done(out: Path, part: str) -> bool:
 
 
 def device() -> str:
-    """Return the name of the device of the figures."""
+    """Return the name of the measured device."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return "cpu, interpreted"
@@ -180,23 +190,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--again", action="store_true", help="also repeat parts that passed with this code"
+        "--again", action="store_true", help="repeat parts that passed with this code"
     )
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
     parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument(
-        "--tar", type=Path, help="all results there are, in one .tar.gz to take home"
-    )
+    parser.add_argument("--tar", type=Path, help="write all results into this .tar.gz")
     options = parser.parse_args(arguments)
     if not options.dry and torch.accelerator.current_accelerator(check_available=True) is None:
-        print("There is no GPU here: --dry tries the script without one.", file=sys.stderr)
+        print("No GPU found. Use --dry to test the script without one.", file=sys.stderr)
         return 2
     out = options.out or (ROOT / "out" / "gpu-dry" if options.dry else RESULTS / "gpu")
-    out = out.resolve()  # parts run elsewhere
+    out = out.resolve()  # Parts run in another directory.
     out.mkdir(parents=True, exist_ok=True)
     missing = [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]
     if "kernels" in options.part and missing:
-        print(f"The kernels' tests need them: pip install {' '.join(missing)}.", file=sys.stderr)
+        print(f"Missing for the tests: pip install {' '.join(missing)}.", file=sys.stderr)
         return 2
     verdicts: dict[str, Verdict] = {}
     for part in options.part:

@@ -1,11 +1,8 @@
-"""Measure the price of `--exact`.
+"""Measure the cost of `--exact` in hit rate and TTFT.
 
-Conversations grow turn by turn and reuse everything that was computed, or only the work of
-prefills.
-
-With `--exact` an answer's states and KV are computed again as part of the next prompt. No kernel
-runs slower, so the price is those tokens: in the hit rate, and in the TTFT of every turn but the
-first.
+Conversations grow turn by turn and reuse all computed tokens, or with `--exact` only those of
+prefills. With `--exact`, the states and KV of an answer are computed again as part of the next
+prompt. No kernel is slower, so the cost consists of these tokens, in every turn but the first.
 
     python -m experiments.gpu.exact_price [--model DIR] [--device cpu]
 """
@@ -37,7 +34,7 @@ class Talk:
     """Size of the conversations. Lengths in tokens."""
 
     num_conversations: int
-    """At the same time."""
+    """Number of concurrent conversations."""
     num_turns: int
     num_question: int
     num_answer: int
@@ -48,8 +45,10 @@ FULL = Talk(num_conversations=4, num_turns=6, num_question=200, num_answer=100, 
 
 
 def price(runner: ModelRunner, config: EngineConfig, talk: Talk) -> Iterator[dict[str, Any]]:
-    """A record for each mode, their runs in alternation: medians over all later turns, and over
-    runs."""
+    """Yield one record per mode, with medians over runs and over all turns but the first.
+
+    The runs of both modes alternate.
+    """
     runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for repeat in range(talk.num_repeats):
         for exact in (False, True) if repeat % 2 else (True, False):
@@ -70,13 +69,14 @@ def price(runner: ModelRunner, config: EngineConfig, talk: Talk) -> Iterator[dic
 
 
 def converse(engine: Engine, talk: Talk, seed: int) -> dict[str, float]:
-    """All conversations, a turn of each at once; what every turn but the first took."""
+    """Run all conversations, one turn of each at once. Returns the figures of all turns but the
+    first."""
     draw = np.random.default_rng(seed)
 
-    def words(count: int) -> list[int]:
+    def random_tokens(count: int) -> list[int]:
         return draw.integers(0, 256, count).tolist()
 
-    histories = [words(talk.num_question) for _ in range(talk.num_conversations)]
+    histories = [random_tokens(talk.num_question) for _ in range(talk.num_conversations)]
     sampling = SamplingParams(max_tokens=talk.num_answer, temperature=0.0, ignore_eos=True)
     later: list[RequestOutput] = []
     begin = time.perf_counter()
@@ -84,7 +84,7 @@ def converse(engine: Engine, talk: Talk, seed: int) -> dict[str, float]:
         outputs = engine.generate(histories, sampling)
         later += outputs if turn else []
         for history, output in zip(histories, outputs, strict=True):
-            history += [*output.token_ids, *words(talk.num_question)]
+            history += [*output.token_ids, *random_tokens(talk.num_question)]
     num_prompt = sum(len(output.prompt_token_ids) for output in later)
     num_cached = sum(output.cached_len for output in later)
     return {
@@ -98,7 +98,7 @@ def converse(engine: Engine, talk: Talk, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="model directory; default: the built-in model")
+    parser.add_argument("--model", help="model directory (default: the built-in model)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS / "exact_price.jsonl")
     options = parser.parse_args()

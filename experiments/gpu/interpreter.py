@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU, with four of its faults repaired."""
+"""Triton's interpreter, which runs kernels on the CPU, with repairs of four of its faults."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import numpy as np
 
 @functools.cache
 def repair() -> None:
-    """Once in a process: ``tl.dot`` multiplies the bit patterns of bfloat16 operands, so widen them
-    first; it leaves the order of a sum to BLAS, which on some CPUs is another one for the last
-    columns of a tile, where tensor cores have one for all; up to triton 3.6 a loaded bound of
-    ``range`` fails on numpy 2.4; and an autotuner wants a device's clock, so let it take its first
-    candidate. Does nothing where triton is not installed."""
+    """Repair the interpreter, once per process. Does nothing if triton is not installed.
+
+    - ``tl.dot`` multiplies the bit patterns of bfloat16 operands, so they are widened first.
+    - ``tl.dot`` leaves the order of a sum to BLAS. On some CPUs it differs for the last columns of
+      a tile, while tensor cores use one order for all.
+    - Up to triton 3.6, a loaded bound of ``range`` fails on numpy 2.4.
+    - An autotuner needs a device's clock, so it uses its first candidate.
+    """
     try:
         from triton.runtime import autotuner, interpreter
     except ImportError:
@@ -35,8 +38,7 @@ def repair() -> None:
         if a.data.dtype != np.float32:
             return multiply(builder, a, b, *rest)
         accumulated, *_ = rest
-        # In float64 the products are exact, and this sum is taken along k for each element by
-        # itself.
+        # In float64 the products are exact, and the sum runs along k for each element separately.
         product = np.einsum("ik,kj->ij", a.data, b.data, dtype=np.float64)
         total = product + accumulated.data
         return interpreter.TensorHandle(

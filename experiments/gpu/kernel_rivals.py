@@ -1,10 +1,9 @@
-"""flash-linear-attention's kernels (fla-core 0.6), called with our tensors: what
-`experiments.gpu.kernels` sets beside ours.
+"""Kernels of flash-linear-attention (fla-core 0.6) for comparison in `experiments.gpu.kernels`.
 
-fla-core needs no environment of its own, but a folder of its own: where transformers finds it,
-transformers uses it. So `make rivals` puts it into ``out/rivals``, as `pip install --no-deps
---target` does anywhere, and the benchmark alone looks there, with the torch and triton that it runs
-on. A rival that is not installed is left out; one that fails is reported.
+They are called with the same tensors. fla-core must be in a separate folder, because transformers
+would use it if it found it. `make rivals` installs it into ``out/rivals``, like `pip install
+--no-deps --target`. Only the benchmark uses that folder, with the same torch and triton. A rival
+that is not installed is left out; one that fails is reported.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Rivals = Mapping[str, Callable[[], torch.Tensor]]
 
 
 def find(folder: Path) -> None:
-    """Add ``folder`` to the end of the path on which ``import fla`` is looked up."""
+    """Add ``folder`` to the end of the import path."""
     if folder.is_dir():
         sys.path.append(str(folder))
 
@@ -43,8 +42,11 @@ def chunk_gdn(
     packed: Packed,
     initial: torch.Tensor,
 ) -> Rivals:
-    """Prompts ``[T, heads, size]``, packed; ``initial`` float32 ``[B, HV, K, V]``. Its last states
-    are new tensors."""
+    """Return the rival of packed prompts ``[T, heads, size]``, with new tensors for its last
+    states.
+
+    ``initial`` is float32 ``[B, HV, K, V]``.
+    """
     tokens = [x[None] for x in (query, key, value, gate, beta.to(query.dtype))]
     starts = packed.cu_seqlens.long()
 
@@ -73,8 +75,11 @@ def decode_gdn(
     dt_bias: torch.Tensor,
     initial: torch.Tensor,
 ) -> Rivals:
-    """One token of B sequences, ``[B, heads, size]``, gates computed on the way as in ours. Its
-    states are new tensors."""
+    """Return the rival of one token of B sequences, ``[B, heads, size]``, with new tensors for its
+    states.
+
+    Gates are computed in the kernel, as in ours.
+    """
     query, key, value, a, b = (x[:, None] for x in (query, key, value, a, b))
 
     def run() -> torch.Tensor:
@@ -100,7 +105,7 @@ def decode_gdn(
 
 
 def gates(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> Rivals:
-    """The log-decay ``[T, HV]`` alone."""
+    """Return the rival of the log-decay ``[T, HV]``."""
 
     def run() -> torch.Tensor:
         from fla.ops.gated_delta_rule.gate import fused_gdn_gate
@@ -111,7 +116,7 @@ def gates(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> Rivals
 
 
 def prefill_conv1d(x: torch.Tensor, weight: torch.Tensor, packed: Packed) -> Rivals:
-    """``[T, C]`` from zeros, packed, with the last windows as new tensors."""
+    """Return the rival of packed ``[T, C]`` from zeros, with new tensors for the last windows."""
     starts = packed.cu_seqlens.long()
 
     def run() -> torch.Tensor:
@@ -126,8 +131,10 @@ def prefill_conv1d(x: torch.Tensor, weight: torch.Tensor, packed: Packed) -> Riv
 
 
 def decode_conv1d(x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> Rivals:
-    """One token of B sequences ``[B, C]``; its windows hold W inputs, ours W - 1. Moves ``states``
-    on in a copy."""
+    """Return the rival of one token of B sequences ``[B, C]``.
+
+    Its windows have W inputs, ours W - 1. It updates a copy of ``states``.
+    """
     cache = F.pad(states, (1, 0))
 
     def run() -> torch.Tensor:
@@ -141,7 +148,8 @@ def decode_conv1d(x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> Rivals:
-    """``x [..., N]`` times ``weight``; with a residual the sum is written too."""
+    """Return the rival of ``x [..., N]`` times ``weight``. With a residual, the sum is written
+    too."""
 
     def run() -> torch.Tensor:
         from fla.modules.norm.layernorm import rms_norm
@@ -154,7 +162,7 @@ def rms_norm(
 
 
 def gated_rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float) -> Rivals:
-    """``rms_norm(x) * silu(gate)``."""
+    """Return the rival of ``rms_norm(x) * silu(gate)``."""
 
     def run() -> torch.Tensor:
         from fla.modules.norm.fused_norm_gate import rms_norm_gated
@@ -165,7 +173,10 @@ def gated_rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, ep
 
 
 def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Rivals:
-    """Both, one after the other. It takes half of the R columns: both halves are equal."""
+    """Return the rival that rotates both, one after the other.
+
+    It takes half of the R columns, because both halves are equal.
+    """
     cos, sin = (x.chunk(2, dim=-1)[0].contiguous() for x in (cos, sin))
 
     def run() -> torch.Tensor:
@@ -178,7 +189,7 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
 
 
 def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> Rivals:
-    """``silu(gate) * up``."""
+    """Return the rival of ``silu(gate) * up``."""
 
     def run() -> torch.Tensor:
         from fla.modules.activations import swiglu

@@ -1,10 +1,10 @@
-"""Find fast launch parameters for this device: `python -m experiments.gpu.kernels --tune` with the
-cases of the benchmark.
+"""Search for fast launch parameters of this device: `python -m experiments.gpu.kernels --tune`.
 
-Every kernel that a case launches is run with each candidate of `kernels.tuning`. One that is wrong,
-does not fit the device, or changes a bit where the choice hangs on the number of tokens is out; the
-others are timed in alternation. A candidate is taken if over all cases with its key it is faster
-than the launcher's own by more than what repetition moves.
+Uses the cases of the benchmark. Every kernel of a case runs with each candidate of
+`kernels.tuning`. A candidate is refused if it is wrong or does not fit the device. It is also
+refused if it changes a bit where the choice depends on the number of tokens. The others are timed
+in alternation. A candidate is chosen if it is faster than the launcher's own over all cases with
+its key, by more than the noise of repetitions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kernels import tuning
 
 ROUNDS = 3
 LEAST_GAIN = 0.03
-"""Minimum gain as a share of the time: less is noise."""
+"""Minimum gain as a share of the time. Less is noise."""
 
 Seconds = Callable[[Callable[[], object]], list[float]]
 Error = Callable[[torch.Tensor, torch.Tensor], float]
@@ -30,13 +30,12 @@ Error = Callable[[torch.Tensor, torch.Tensor], float]
 
 @dataclass
 class Trial:
-    """A kernel at one key: what became of its candidates over the cases that launch it."""
+    """Results of the candidates of one kernel at one key, over the cases that launch it."""
 
     kernel: str
     key: tuning.Key
     ratios: dict[int, list[float]] = field(default_factory=dict)
-    """Candidate to its share of the launcher's own time, case by case; candidates that are out are
-    not in it."""
+    """Time relative to the launcher's own, case by case, for each candidate that is not refused."""
     refused: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -44,8 +43,7 @@ class Trial:
         return tuning.TUNABLES[self.kernel].candidates
 
     def best(self) -> tuple[tuning.Config, float] | None:
-        """The fastest candidate and its share of the launcher's own time; None if that is as
-        good."""
+        """Return the fastest candidate and its relative time, or None if no candidate is faster."""
         means = {i: math.exp(statistics.fmean(map(math.log, r))) for i, r in self.ratios.items()}
         best = min(means, key=means.__getitem__, default=None)
         if best is None or means[best] > 1 - LEAST_GAIN:
@@ -65,16 +63,18 @@ class Trial:
 
 
 def tune(cases: Iterable[Case], error: Error, seconds: Seconds | None) -> list[Trial]:
-    """Try every candidate of every kernel that the cases launch; without ``seconds`` it is only
-    seen which are right."""
+    """Try every candidate of every kernel that the cases launch.
+
+    Without ``seconds``, only the correctness of the candidates is checked.
+    """
     trials: dict[tuple[str, tuning.Key], Trial] = {}
     for case in cases:
         expected = case.expected()
-        with tuning.using({}) as asked:
-            own = _first_call(case)
-        for kernel, key in dict.fromkeys(asked):
+        with tuning.using({}) as lookups:
+            default = _first_call(case)
+        for kernel, key in dict.fromkeys(lookups):
             trial = trials.setdefault((kernel, key), Trial(kernel, key))
-            _try(trial, case, expected, own, error, seconds)
+            _try(trial, case, expected, default, error, seconds)
     return list(trials.values())
 
 
@@ -82,7 +82,7 @@ def _try(
     trial: Trial,
     case: Case,
     expected: torch.Tensor,
-    own: torch.Tensor,
+    default: torch.Tensor,
     error: Error,
     seconds: Seconds | None,
 ) -> None:
@@ -95,12 +95,12 @@ def _try(
         try:
             with tuning.using(table):
                 result = _first_call(case)
-        except Exception as failure:  # most often: more shared memory than the device has
+        except Exception as failure:  # Usually more shared memory than the device has.
             trial.refused[i] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             continue
         if error(result, expected) > case.tolerance:
             trial.refused[i] = "wrong"
-        elif is_by_tokens and not torch.equal(result, own):
+        elif is_by_tokens and not torch.equal(result, default):
             trial.refused[i] = "other bits"
         else:
             tables[i] = table
@@ -125,5 +125,5 @@ def _first_call(case: Case) -> torch.Tensor:
 
 
 def table_of(trials: Iterable[Trial]) -> tuning.Table:
-    """Return the table that `kernels.tuning` reads."""
+    """Return the table for `kernels.tuning`."""
     return {(t.kernel, t.key): best[0] for t in trials if (best := t.best())}

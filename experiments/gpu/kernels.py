@@ -3,23 +3,23 @@
     python -m experiments.gpu.kernels [--kernels gdn,conv1d] [--out DIR] [--rivals DIR] [--dry]
     python -m experiments.gpu.kernels --tune [--kernels linear] [--dry]
 
-A contender is captured into a device graph, and replays of it are timed: what its launches cost the
-host is then no part of its time. One that can not be captured is timed as it is called, behind work
-that covers the host's; the record says so, and where the host took longer than the cover the row is
-``host_bound`` and says nothing of the kernel.
+A contender is captured into a device graph, and its replays are timed, so the host's launches do
+not count. A contender that cannot be captured is called while the device is busy with other work,
+which hides the host's time. The record says so. If the host took longer than that work, the row is
+``host_bound`` and its time is not the kernel's.
 
-Ours, the rivals and the limit (bytes over the measured copy bandwidth, FLOPs over the measured GEMM
-rate, whichever takes longer) are timed in one run, in alternation. A contender that computes
-something wrong gets no time; where that is ours, the run fails. A rival that raises is reported;
-without a device it fails the run, so that it works when there is one, unless it is Triton's
-interpreter that cannot run it. `experiments.gpu.kernel_rivals` finds flash-linear-attention.
+Ours, the rivals and the limit alternate in one run. The limit is bytes over the measured copy
+bandwidth or FLOPs over the measured GEMM rate, whichever takes longer. A wrong contender is not
+timed; if ours is wrong, the run fails. A rival that raises is reported. Without a device it also
+fails the run, unless Triton's interpreter cannot run it. `experiments.gpu.kernel_rivals` finds
+flash-linear-attention.
 
-One JSON Lines file per kernel folder goes to DIR (default experiments/results), so that a run can
-be made in parts. With --dry, or without a GPU, tiny shapes run in Triton's interpreter, nothing is
-written unless DIR is given, and every time reads "not measured".
+One JSON Lines file per kernel folder is written to DIR (default experiments/results), so a run can
+be made in parts. With --dry, or without a GPU, tiny shapes run in Triton's interpreter. Files are
+then only written if DIR is given, and every time is "not measured".
 
 --tune tries other launch parameters (`experiments.gpu.kernel_tuning`) and writes the fast ones to
-kernels/tuned.json, where the launchers find them; dry, it only sees that each candidate is right.
+kernels/tuned.json for the launchers. With --dry it only checks that each candidate is correct.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from experiments.gpu.kernel_cases import Case, Setup
 
 ROUNDS = 5
-"""Turns that every contender of a case gets."""
+"""Turns of every contender of a case."""
 CALLS = 8
-"""Timed calls in a turn."""
+"""Timed calls per turn."""
 
 
 class Machine(NamedTuple):
@@ -59,35 +59,35 @@ class Machine(NamedTuple):
     gemm_flops_s: float
 
     def limit_s(self, case: Case) -> float:
-        """The least time in which a case's bytes can be moved and its FLOPs computed."""
+        """Return the shortest time to move a case's bytes and compute its FLOPs."""
         return max(case.num_bytes / self.copy_bytes_s, case.num_flops / self.gemm_flops_s)
 
 
 class Prepared(NamedTuple):
-    """A contender, ready to be timed."""
+    """Contender that is ready for timing."""
 
     run: Callable[[], object]
     host_s: float
-    """Seconds of the host until a call has launched everything; not for a replay."""
+    """Seconds of the host to launch a call. Does not apply to a replay."""
     is_captured: bool
-    """``run`` replays a graph."""
+    """True if ``run`` replays a graph."""
 
 
 class Clock:
-    """Times calls on a device, each with a cold L2 cache."""
+    """Timer of calls on a device, each with a cold L2 cache."""
 
     def __init__(self, device: str, scratch_bytes: int = 2**28) -> None:
         self._device = torch.get_device_module(device)
-        self._where = Device.resolve(device)
+        self._resolved = Device.resolve(device)
         # Writing this also keeps the device busy while a call and its launches are queued.
         self._scratch = torch.empty(scratch_bytes, dtype=torch.int8, device=device)
         self.cover_s = statistics.median(self.seconds(self._scratch.zero_, 3 * CALLS)[CALLS:])
-        """Seconds of this work on the device: the host's work is hidden behind it up to that
-        time."""
+        """Device seconds of writing the scratch memory, which hides that much of the host's
+        work."""
 
     def prepare(self, run: Callable[[], object]) -> Prepared:
-        """Compiles and tunes what is compiled or tuned on first use, then captures, where the
-        device can and ``run`` lets it."""
+        """Run ``run`` until it is compiled and tuned, then capture it if the device and ``run``
+        allow it."""
         for _ in range(2):
             run()
         self._device.synchronize()
@@ -96,25 +96,23 @@ class Clock:
             run()
         host_s = (time.perf_counter() - begin) / CALLS
         self._device.synchronize()
-        if self._where.traits.graph_class is None:
+        if self._resolved.traits.graph_class is None:
             return Prepared(run, host_s, False)
         try:
-            replay = self._where.recorder()(run)
+            replay = self._resolved.recorder()(run)
             replay()
             self._device.synchronize()
-        except (
-            Exception
-        ):  # it reads on the host what the device computed, or allocates as no graph may
+        except Exception:  # It reads results on the host, or allocates in a way graphs forbid.
             self._device.synchronize()
             return Prepared(run, host_s, False)
         return Prepared(replay, host_s, True)
 
     def prepared_seconds(self, run: Callable[[], object]) -> list[float]:
-        """``seconds`` of a contender that is prepared for them alone."""
+        """Return ``seconds`` of a newly prepared contender."""
         return self.seconds(self.prepare(run).run)
 
     def seconds(self, run: Callable[[], object], calls: int = CALLS) -> list[float]:
-        """Device time of each of ``calls`` calls."""
+        """Return the device time of each of ``calls`` calls."""
         marks = []
         for _ in range(calls):
             self._scratch.zero_()
@@ -127,7 +125,7 @@ class Clock:
         return [start.elapsed_time(end) * 1e-3 for start, end in marks]
 
     def machine(self, device: str) -> Machine:
-        """The copy bandwidth on 1 GiB and the bfloat16 GEMM rate on 8,192 cubed."""
+        """Measure the copy bandwidth on 1 GiB and the bfloat16 GEMM rate on 8,192 cubed."""
         source = torch.empty(2**29, dtype=torch.bfloat16, device=device)
         target = torch.empty_like(source)
         left, right = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
@@ -138,7 +136,7 @@ class Clock:
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square error over the root mean square of what is expected; NaN counts as
+    """Return the root mean square error relative to that of ``expected``. NaN counts as
     infinite."""
     result, expected = (x.detach().to("cpu", torch.float64) for x in (result, expected))
     ratio = (result - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(
@@ -148,21 +146,21 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[str, Any]:
-    """A case's record: the gate first, then, on a device, the times of all that passed it."""
+    """Return a case's record: errors, and on a device the times of all correct contenders."""
     expected = case.expected()
     contenders, errors, failures = {"ours": case.run}, {}, {}
     errors["ours"] = error(case.run(), expected)
     if errors["ours"] > case.tolerance:
         del contenders["ours"]
     tolerance = case.tolerance if case.rival_tolerance is None else case.rival_tolerance
-    for word, run in case.rivals.items():
+    for name, run in case.rivals.items():
         try:
-            errors[word] = error(run(), expected)
-        except Exception as failure:  # another's code must not end a run that is ours
-            failures[word] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            errors[name] = error(run(), expected)
+        except Exception as failure:  # A fault of a rival must not end the run.
+            failures[name] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             continue
-        if errors[word] <= tolerance:
-            contenders[word] = run
+        if errors[name] <= tolerance:
+            contenders[name] = run
     record: dict[str, Any] = {
         "case": case.name,
         "is_right": "ours" in contenders,
@@ -175,22 +173,22 @@ def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[st
         record["moved_over_least"] = case.moved_bytes / case.num_bytes
     if clock is None or machine is None:
         return record | {"seconds": "not measured"}
-    turns: dict[str, list[float]] = {word: [] for word in contenders}
-    prepared = {word: clock.prepare(run) for word, run in contenders.items()}
+    turns: dict[str, list[float]] = {name: [] for name in contenders}
+    prepared = {name: clock.prepare(run) for name, run in contenders.items()}
     for _ in range(ROUNDS):
-        for word, contender in prepared.items():
-            turns[word] += clock.seconds(contender.run)
-    medians = {word: statistics.median(times) for word, times in turns.items()}
-    spread = {word: statistics.quantiles(times, n=10)[::8] for word, times in turns.items()}
+        for name, contender in prepared.items():
+            turns[name] += clock.seconds(contender.run)
+    medians = {name: statistics.median(times) for name, times in turns.items()}
+    spread = {name: statistics.quantiles(times, n=10)[::8] for name, times in turns.items()}
     limit_s = machine.limit_s(case)
     record |= {"seconds": medians, "spread_s": spread, "limit_s": limit_s}
     record |= {
-        "host_s": {word: contender.host_s for word, contender in prepared.items()},
+        "host_s": {name: contender.host_s for name, contender in prepared.items()},
         "cover_s": clock.cover_s,
-        "not_captured": [word for word, contender in prepared.items() if not contender.is_captured],
+        "not_captured": [name for name, contender in prepared.items() if not contender.is_captured],
         "host_bound": [
-            word
-            for word, contender in prepared.items()
+            name
+            for name, contender in prepared.items()
             if not contender.is_captured and contender.host_s > clock.cover_s
         ],
     }
@@ -201,19 +199,19 @@ def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[st
 
 
 def row(record: dict[str, Any]) -> str:
-    """A record as a line of the table."""
+    """Return a record as a line of the table."""
     gate = "right" if record["is_right"] else f"WRONG ({record['errors']['ours']:.1e})"
-    failed = [f"{word} FAILED" for word in record["failures"]]
-    failed += [f"{word} HOST-BOUND" for word in record.get("host_bound", ())]
+    failed = [f"{name} FAILED" for name in record["failures"]]
+    failed += [f"{name} HOST-BOUND" for name in record.get("host_bound", ())]
     start = f"{record['case']:<34} {gate:<7}"
     if isinstance(record["seconds"], str):
         return "  ".join([f"{start} {record['seconds']}", *failed])
     if not record["is_right"]:
         return start
     versus = [
-        f"{word} {record['speedup'][word]:.2f}x" if word in record["speedup"] else f"{word} WRONG"
-        for word in record["errors"]
-        if word != "ours"
+        f"{name} {record['speedup'][name]:.2f}x" if name in record["speedup"] else f"{name} WRONG"
+        for name in record["errors"]
+        if name != "ours"
     ]
     times = (
         f"{record['seconds']['ours'] * 1e6:10.1f} us  {record['share_of_limit']:6.1%} of the limit"
@@ -224,19 +222,21 @@ def row(record: dict[str, Any]) -> str:
 
 
 def folders() -> list[str]:
-    """The kernel folders that have cases."""
+    """Return the kernel folders that have cases."""
     package = importlib.import_module("experiments.gpu.kernel_cases")
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 def cases(folder: str, setup: Setup) -> Iterator[Case]:
-    """The cases of one kernel folder, built one at a time."""
+    """Yield the cases of one kernel folder, built one at a time."""
     return importlib.import_module(f"experiments.gpu.kernel_cases.{folder}").cases(setup)
 
 
 def bench(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
-    """Measure all cases of these folders; whether ours is right everywhere and, dry, every rival
-    has run."""
+    """Measure all cases of these folders.
+
+    Returns True if ours is correct everywhere and, with ``is_dry``, every rival ran.
+    """
     machine = clock and clock.machine(setup.device)
     if machine:
         print(
@@ -251,7 +251,8 @@ def bench(names: list[str], setup: Setup, clock: Clock | None, out: Path | None)
             records.append(measure(case, clock, machine))
             counts["right" if records[-1]["is_right"] else "wrong"] += 1
             counts["failed rivals"] += sum(
-                not why.startswith("InterpreterError") for why in records[-1]["failures"].values()
+                not reason.startswith("InterpreterError")
+                for reason in records[-1]["failures"].values()
             )
             print(row(records[-1]), flush=True)
         print(f"-- {folder}: {len(records)} cases in {time.monotonic() - start:.0f} s", flush=True)
@@ -263,7 +264,8 @@ def bench(names: list[str], setup: Setup, clock: Clock | None, out: Path | None)
 
 
 def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
-    """Try the launch parameters of these folders' kernels; whether dry every candidate is right."""
+    """Tune the launch parameters of these folders' kernels. Returns False if a dry run refused a
+    candidate."""
     from experiments.gpu import kernel_tuning
     from kernels import tuning
 
@@ -286,16 +288,16 @@ def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", help="folders, separated by commas (default: all)")
-    parser.add_argument("--out", type=Path, help="where the JSON lines go")
+    parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument(
-        "--rivals", type=Path, default=kernel_rivals.FOLDER, help="folder with fla-core in it"
+        "--rivals", type=Path, default=kernel_rivals.FOLDER, help="folder that contains fla-core"
     )
-    parser.add_argument("--tune", action="store_true", help="look for fast launch parameters")
+    parser.add_argument("--tune", action="store_true", help="search for fast launch parameters")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter")
     args = parser.parse_args()
     is_dry = args.dry or not torch.accelerator.is_available()
     if is_dry:
-        os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module imports triton
+        os.environ["TRITON_INTERPRET"] = "1"  # Must be set before the first import of triton.
         interpreter.repair()
     kernel_rivals.find(args.rivals)
     device = "cpu" if is_dry else torch.accelerator.current_accelerator().type

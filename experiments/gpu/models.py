@@ -1,4 +1,4 @@
-"""Models to try a device with: geometries, and directories that the engine loads them from."""
+"""Models for tests of a device: geometries, and model directories that the engine can load."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ QWEN3_NEXT_80B: dict[str, Any] = {
 """Qwen3-Next-80B-A3B."""
 
 DENSE_2B: dict[str, Any] = QWEN3_NEXT_80B | {"num_hidden_layers": 24, "num_experts": 0}
-"""Its layers, half as many, each with a dense MLP: about 2 billion parameters."""
+"""Half the layers of Qwen3-Next-80B-A3B, with dense MLPs: about 2 billion parameters."""
 
 SMALL: dict[str, Any] = QWEN3_NEXT_80B | {
     "vocab_size": 4096,
@@ -58,11 +58,13 @@ SMALL: dict[str, Any] = QWEN3_NEXT_80B | {
     "num_hidden_layers": 4,
     "num_experts": 16,
 }
-"""All that the large one has and its heads, in 4 layers and 16 experts: 0.4 GB that the CPU
-computes in a second or two."""
+"""All kinds of layers and the head sizes of the large one, with 4 layers and 16 experts.
+
+Has 0.4 GB, which the CPU computes in a second or two.
+"""
 
 SMALL_DENSE: dict[str, Any] = SMALL | {"num_experts": 0}
-"""Without routing, in which rounding can flip near-equal experts: what bfloat16 is compared on."""
+"""Geometry for comparisons in bfloat16. Routing could flip near-equal experts by rounding."""
 
 TINY: dict[str, Any] = QWEN3_NEXT_80B | {
     "vocab_size": 300,
@@ -84,19 +86,19 @@ TINY: dict[str, Any] = QWEN3_NEXT_80B | {
     "max_position_embeddings": 1024,
     "dtype": "float32",
 }
-"""For the interpreter."""
+"""Geometry for the interpreter."""
 
 
 def write_geometry(directory: Path, config: dict[str, Any]) -> str:
-    """A model directory without weights, for ``load_format="dummy"``; its path."""
+    """Write a model directory without weights, for ``load_format="dummy"``. Returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
 
 
 def write_tokenizer(directory: Path) -> None:
-    """One token a byte, and marks around messages: so that a server can be started on a bare
-    geometry."""
+    """Write a tokenizer with one token per byte and marks around messages, as a server requires
+    one."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab={sign: i for i, sign in enumerate(alphabet)}, merges=[])
@@ -110,7 +112,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> str:
-    """A model directory with seeded weights, the same for every device that loads it; its path."""
+    """Write a model directory with seeded weights, the same for every device. Returns its path."""
     path = write_geometry(directory, config)
     family, shape = read_model(config)
     outline = WeightSpec(torch.device("meta"), torch.float32)

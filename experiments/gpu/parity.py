@@ -1,12 +1,11 @@
-"""Compare the engine on this device with the CPU: logits, and hits with cold runs, bit for bit.
+"""Compare the engine on this device with the CPU, and hits with cold runs bit for bit.
 
     python -m experiments.gpu.parity --out DIR [--dry]
 
-A part of `make gpu`. Fails where logits are far from the CPU's or a hit changes a bit. In float32
-they must be the CPU's but for the order of sums. In bfloat16 every device rounds elsewhere, so both
-are held against the CPU in float32: the device may be little further from it than the CPU in
-bfloat16 is. That is measured without experts: rounding decides between near-equal ones, and another
-expert is another answer.
+A part of `make gpu`. Fails if logits are far from the CPU's or a hit changes a bit. In float32,
+logits may differ only by the order of sums. In bfloat16, every device rounds differently, so both
+are compared with the CPU in float32. The device may then be slightly farther from it than the CPU
+in bfloat16. That comparison has no experts, because rounding decides between near-equal ones.
 """
 
 from __future__ import annotations
@@ -36,27 +35,28 @@ from experiments.gpu.models import SMALL, SMALL_DENSE, TINY, write_checkpoint, w
 from experiments.provenance import write_json_lines
 
 FLOAT32_ERROR = 1e-3
-"""Root mean square error of logits against the CPU in float32, over their spread."""
+"""Maximum root mean square error of logits against the CPU in float32, relative to their standard
+deviation."""
 MORE_THAN_CPU = 1.5
-"""In bfloat16: that error over the CPU's own in bfloat16."""
+"""Maximum error in bfloat16, relative to the CPU's error in bfloat16."""
 
 MAX_RUNNING = 64
 
 
 @dataclass
 class Prompt:
-    """A prompt's places in one runner."""
+    """Prompt with its row, slot and KV rows in one runner."""
 
     tokens: list[int]
     row: int
     slot: int
     kv: np.ndarray
     checkpoints: dict[int, int] = field(default_factory=dict)
-    """Position to slot."""
+    """Slot by position."""
 
 
 class Feed:
-    """Drives a runner by hand: rows, slots and scattered KV rows are counted out and never
+    """Driver of a runner without an engine. Rows, slots and scattered KV rows are never
     returned."""
 
     def __init__(self, runner: ModelRunner) -> None:
@@ -68,7 +68,7 @@ class Feed:
         )
 
     def place(self, tokens: Sequence[int], base: Prompt | None = None, at: int = 0) -> Prompt:
-        """A prompt, with the KV rows of the first ``at`` tokens of ``base``."""
+        """Return a new prompt that shares the KV rows of the first ``at`` tokens of ``base``."""
         new, self._kv = np.split(self._kv, [len(tokens) - at])
         kv = np.concatenate([base.kv[:at], new]) if base is not None else new
         return Prompt(list(tokens), next(self._rows), next(self._slots), kv)
@@ -76,8 +76,10 @@ class Feed:
     def forward(
         self, parts: Sequence[tuple[Prompt, int, int]], restores: Sequence[tuple[int, int]] = ()
     ) -> list[torch.Tensor]:
-        """Logits of every token start:end of each prompt, in one batch; states at multiples of 64
-        go to ``checkpoints``."""
+        """Return the logits of tokens start:end of each prompt, in one batch.
+
+        States at multiples of 64 are saved in ``checkpoints``.
+        """
         segments = []
         for prompt, start, end in parts:
             exports = [(at, next(self._slots)) for at in range(start + 64, end + 1, 64)]
@@ -92,21 +94,22 @@ class Feed:
 
 
 def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner:
-    """On the device tried, with every kernel fused; in a dry run on the CPU, interpreted."""
-    where: dict[str, Any] = {"device": "cpu", "kernels": all_fused()} if dry else {}
+    """Return a runner on the device with all kernels fused, or on the CPU with the interpreter if
+    ``dry``."""
+    placement: dict[str, Any] = {"device": "cpu", "kernels": all_fused()} if dry else {}
     memory = {"kv_gib": 0.01, "state_gib": 0.01} if dry else {"kv_gib": 2.0, "state_gib": 8.0}
     config = engine_config(
         model=path,
         dtype=dtype,
         max_running=MAX_RUNNING,
         warm_up=False,
-        **(where | memory | options),
+        **(placement | memory | options),
     )
     return ModelRunner(config)
 
 
 def parity(path: str, dry: bool, dtype: str, tokens: list[int]) -> dict[str, Any]:
-    """Logits of one prompt, against the CPU's plain PyTorch."""
+    """Compare the logits of one prompt with those of the CPU's PyTorch kernels."""
 
     def logits(runner: ModelRunner) -> torch.Tensor:
         feed = Feed(runner)
@@ -127,7 +130,9 @@ def compare(
     got: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None
 ) -> dict[str, Any]:
     """Return the distance of ``got`` from ``expected``, both ``[T, vocab]``, and whether it passes.
-    ``rounded`` is the CPU's result in the dtype of ``got``; None for float32."""
+
+    ``rounded`` is the CPU's result in the dtype of ``got``, or None for float32.
+    """
 
     def error(logits: torch.Tensor) -> float:
         return float((logits - expected).square().mean().sqrt() / expected.std())
@@ -148,8 +153,11 @@ def compare(
 def exactness(
     path: str, dry: bool, dtype: str, lengths: Sequence[int], **options: Any
 ) -> dict[str, Any]:
-    """Every prompt computed alone from zero, then all resumed in one batch: the first at its last
-    checkpoint, others anywhere."""
+    """Compute every prompt separately from zero, then resume all in one batch, and compare the
+    logits.
+
+    The first prompt resumes at its last checkpoint, the others at random ones.
+    """
     feed = Feed(make_runner(path, dry, dtype, load_format="dummy", **options))
     draw = np.random.default_rng(2)
     cold, logits, resumed, parts, restores = [], [], [], [], []
@@ -184,8 +192,7 @@ def exactness(
 def same_answers(
     path: str, dry: bool, num_turns: int, num_prompt: int, num_output: int
 ) -> dict[str, Any]:
-    """Greedy answers of conversations through the whole engine, with and without the cache, as many
-    at once as there are."""
+    """Compare greedy answers of conversations in the whole engine, with and without the cache."""
     answers, cached = {}, {}
     for cache in ("hybrid", "none"):
         dtype = "float32" if dry else "bfloat16"
@@ -217,14 +224,17 @@ def same_answers(
 
 
 def checks(dry: bool, directory: Path) -> Iterator[dict[str, Any]]:
-    """Parity on written weights, which are the same on both devices; the rest on weights drawn on
-    the device tried."""
+    """Yield the records of all checks.
+
+    Parity uses stored weights, which are the same on both devices. Other checks draw weights on the
+    device.
+    """
     geometry = TINY if dry else SMALL
     written = write_checkpoint(directory / "experts", geometry)
     tokens = np.random.default_rng(0).integers(0, 256, 40 if dry else 700).tolist()
     lengths = [70, 40] if dry else [2500, 1, 63, 64, 65, 130, 700, 1030, 333, 96]
     yield parity(written, dry, "float32", tokens)
-    if not dry:  # Triton's interpreter can not multiply bfloat16
+    if not dry:  # Triton's interpreter cannot multiply bfloat16.
         dense = write_checkpoint(directory / "dense", SMALL_DENSE)
         yield parity(dense, dry, "bfloat16", tokens)
     path = write_geometry(directory / "drawn", geometry)

@@ -1,12 +1,13 @@
-"""Measure serving on one device: decoding of 1 to 64 streams with graphs and without, steps that
-verify drafts with their own graph and without, the gain of a prefix hit, the price of `--exact`,
-and a sweep of loads on a server.
+"""Measure serving on one device: decoding, drafts, prefix hits, `--exact` and load on a server.
 
     python -m experiments.gpu.serving --part serve|http|big --out DIR [--dry]
 
-Parts of `make gpu`: dummy weights in the geometry of real models. ``serve`` and ``http`` take one
-of 2 billion parameters, ``big`` Qwen3-Next-80B-A3B's with 8-bit weights. Each writes
-DIR/<part>.jsonl; ``serve`` and ``big`` keep what this code has measured already.
+Decoding runs 1 to 64 streams with graphs and without. Steps that verify drafts run with a separate
+graph and without.
+
+These are parts of `make gpu`, with dummy weights in the geometry of real models. ``serve`` and
+``http`` use one of 2 billion parameters, ``big`` Qwen3-Next-80B-A3B's with 8-bit weights. Each
+writes DIR/<part>.jsonl. ``serve`` and ``big`` keep the records of the same code.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ from hybridcache.geometry.units import GIB
 
 MAX_RUNNING = 64
 MAX_DRAFTED = 4
-"""Streams that are drafted for: as many as get full drafts."""
+"""Streams with drafts. More would not get full drafts."""
 SERVED_RUNNING = 256
-"""Requests at the same time on a server under load: its most clients."""
+"""Running requests of a server under load, as many as its clients."""
 SERVED_SHARE = 0.5
-"""Share of the free memory for a server's cache, with the cache or without. It is fixed, because
-otherwise the memory that one run leaves would determine the next."""
+"""Share of the free memory for a server, with or without the cache.
+
+Fixed, because otherwise the memory that one run leaves would determine the next.
+"""
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
 
@@ -66,16 +69,16 @@ class Scale:
     num_input: int
     num_output: int
     num_long: int
-    """Length of the prompt that hits."""
+    """Length of the prompt for prefix hits."""
     num_repeats: int
     talk: Talk
     concurrency: tuple[int, ...]
     rates: tuple[float, ...]
-    """Conversations that begin in a second."""
+    """Conversations that begin per second."""
     num_jobs: int
     num_answer: int
     seconds: float
-    """Longest time under one load."""
+    """Time limit under one load."""
     max_model_len: int
 
 
@@ -115,10 +118,10 @@ class Bench:
     """One engine, and the reports of its steps."""
 
     def __init__(self, path: str, dry: bool, scale: Scale, **options: Any) -> None:
-        where: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
+        sizes: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
         if dry:
-            where = {"device": "cpu", "kernels": all_fused(), "cache_gib": 0.02}
-        self.config = engine_config(model=path, load_format="dummy", **(where | options))
+            sizes = {"device": "cpu", "kernels": all_fused(), "cache_gib": 0.02}
+        self.config = engine_config(model=path, load_format="dummy", **(sizes | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()
         self.runner = ModelRunner(self.config)
@@ -132,7 +135,7 @@ class Bench:
         self._draw = np.random.default_rng(0)
 
     def close(self) -> None:
-        """Give the device's memory back, so that the next engine is sized by all of it."""
+        """Free the device's memory, so that the next engine can use all of it."""
         device = self.runner.device
         del self.engine, self.runner
         gc.collect()
@@ -144,7 +147,7 @@ class Bench:
     def answer(
         self, prompts: Sequence[list[int]], num_output: int, boundary: int | None = None
     ) -> list[RequestOutput]:
-        """All prompts at once, to the end."""
+        """Serve all prompts at once, until their end."""
         sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
         boundaries = () if boundary is None else (boundary,)
         for prompt in prompts:
@@ -156,9 +159,12 @@ class Bench:
         return done
 
     def decoding(self, streams: int, scale: Scale) -> dict[str, Any]:
-        """Streams that begin together. The decode step is one in which all decode and nothing else
-        happens: what others publish as the time per token of so many streams. TPOT beside it is
-        what a request sees whose first tokens share their steps with the prompts behind it."""
+        """Measure streams that begin together.
+
+        The decode step is a step in which all streams decode and nothing else happens, as in
+        published times per token. TPOT also contains steps shared with the prefills of later
+        prompts.
+        """
         prompts = [self.tokens(scale.num_input) for _ in range(streams)]
         self.answer(prompts, 2)
         self.engine.reset_prefix_cache()
@@ -182,8 +188,8 @@ class Bench:
         }
 
     def verifying(self, streams: int, scale: Scale) -> dict[str, Any]:
-        """Answers given once more, so that the tree guesses what follows: steps that verify drafts
-        and do nothing else."""
+        """Measure steps that only verify drafts. Answers are generated twice, so the tree predicts
+        the second."""
         prompts = [self.tokens(scale.num_input) for _ in range(streams)]
         self.engine.reset_prefix_cache()
         self.answer(prompts, scale.num_output)
@@ -208,7 +214,8 @@ class Bench:
         }
 
     def hit(self, scale: Scale, share: float = 0.9) -> dict[str, Any]:
-        """TTFT of a prompt of which ``share`` was computed before, over that of one that is new."""
+        """Measure the TTFT of a prompt with a cached ``share``, relative to that of a new
+        prompt."""
         at = int(scale.num_long * share) // 64 * 64
         self.answer([self.tokens(scale.num_long)], 1)
         cold, warm, cached = [], [], []
@@ -230,7 +237,7 @@ class Bench:
 
 
 def seconds(step: StepReport) -> float:
-    """From its scheduling to its commit."""
+    """Return the seconds from the scheduling of a step to its commit."""
     return step.schedule_s + step.forward_s + step.sample_s + step.wait_s + step.commit_s
 
 
@@ -238,7 +245,7 @@ Records = Sequence[dict[str, Any]]
 
 
 def known_records(file: Path, code: str) -> Records:
-    """Return the records of an earlier run of the same code in ``file``."""
+    """Return the records in ``file`` if they were measured with the same code."""
     try:
         before, records = read_json_lines(file)
     except (OSError, ValueError, KeyError):
@@ -249,8 +256,10 @@ def known_records(file: Path, code: str) -> Records:
 def measure(
     path: str, dry: bool, scale: Scale, known: Records = (), **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """Everything on one load of the weights; the graphs captured at the start are used, or left
-    aside. What is ``known`` is not measured again."""
+    """Yield all records of one model, with the captured graphs and without them.
+
+    Records in ``known`` are not measured again.
+    """
 
     def found(**key: Any) -> Records:
         return [record for record in known if key.items() <= record.items()]
@@ -290,8 +299,8 @@ def measure(
 
 
 def drafted(path: str, dry: bool, scale: Scale, known: Records = ()) -> Iterator[dict[str, Any]]:
-    """Steps with drafts on a load of its own: each one graph, a graph per dense piece, or launched
-    kernel by kernel."""
+    """Yield the records of steps with drafts: as one graph, as a graph per dense piece, and without
+    graphs."""
     before = [record for record in known if record["measure"] == "verifying"]
     if before:
         yield from before
@@ -303,17 +312,19 @@ def drafted(path: str, dry: bool, scale: Scale, known: Records = ()) -> Iterator
     uses = (uses if verifies is not None else {}) | {"off": ((None, None), None)}
     streams = sorted({min(count, MAX_DRAFTED) for count in scale.streams})
     records = []
-    for word, (runner.graphs, runner.verify_graphs) in uses.items():
-        records += [bench.verifying(count, scale) | {"graphs": word} for count in streams]
+    for name, (runner.graphs, runner.verify_graphs) in uses.items():
+        records += [bench.verifying(count, scale) | {"graphs": name} for count in streams]
     bench.close()
     yield from records
 
 
 def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
-    """Conversations with lengths like ShareGPT's, with the cache and without: on a server process
-    where its packages are installed, else on an engine in this one."""
+    """Measure conversations with lengths like ShareGPT's, with the cache and without.
+
+    Uses a server process if its packages are installed, else an engine in this process.
+    """
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    scale = replace(scale, max_model_len=scale.max_model_len // 2)  # twice the longest prompt
+    scale = replace(scale, max_model_len=scale.max_model_len // 2)  # Twice the longest prompt.
     device = Device.resolve("cpu" if dry else None)
     settings: dict[str, Any] = {
         "max_running": SERVED_RUNNING,
@@ -337,7 +348,7 @@ def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
             bench.close()
 
     if missing:
-        print(f"Without {' and '.join(missing)} there is no server here: no HTTP in these figures.")
+        print(f"Measured without HTTP, because {' and '.join(missing)} is not installed.")
         servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
     else:
         servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}

@@ -117,7 +117,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def jobs_of(split: str, config: dict[str, Any], seeds: int | None) -> Iterator[Job]:
-    """Yield the jobs of ``split`` whose files exist."""
+    """Yield the jobs of ``split``, without missing files."""
     for spec, gib in config["gib"].items():
         for seed in config["seeds"][:seeds]:
             yield Job(split, spec, seed, tuple(gib))

@@ -11,9 +11,12 @@ The measured figures come from runs of those systems on workloads stated to this
 page contains them. The rebuilt systems get no boundary hints; `experiments.studies.hints` measures
 their effect.
 
-Some figures are left out because their workload cannot be drawn again: Marconi's own tables on
-LMSys, ShareGPT and SWE-bench sessions (the traces are not public), the artifact's runs on similar
-synthetic chats, and reports by users and maintainers of SGLang and vLLM about their own traffic.
+Some figures are left out because their workload cannot be drawn again:
+
+- Marconi's own tables on LMSys, ShareGPT and SWE-bench sessions, because the traces are not public
+- the artifact's runs on similar synthetic chats
+- reports by users and maintainers of SGLang and vLLM about their own traffic
+
 Single prompts with a known result (block sizes, third sightings, pinned memory, the branching kit)
 are tests: tests/lab/baselines.
 """
@@ -49,7 +52,7 @@ MARCONI_KV, MARCONI_STATE = 65_536, 24 * 1_116_160
 MOONCAKE = WORKLOADS["mooncake"]
 WITHIN = 0.02
 DRAWS = 21
-"""Draws of a workload whose figures depend on them. Odd, so that a figure that is all or nothing
+"""Draws of a workload if its figures depend on them. Odd, so that a figure that is all or nothing
 has a median."""
 NOTE = """vLLM's rebuilt cache reuses the same tokens in every request as vLLM 0.33's own cache
 manager (tests/lab/baselines/vllm_hits.json), so the two columns differ only by the draw. Three

@@ -7,9 +7,11 @@ The routers ignore the caches, estimate them from the routed prompts, follow KV 
 the resumable lengths.
 
 All replicas have the same size. The load would keep them busy all the time if every prompt were
-computed cold. There are three conditions: little memory per replica (a quarter of the amount that
-is short for one cache for all requests), more memory (all of that amount), and little memory with
-events 5 s late and four failing replicas.
+computed cold. There are three conditions:
+
+- little memory: a replica has a quarter of the workload's middle size
+- more memory: a replica has the middle size, where one cache for all requests is short of memory
+- late and failing: little memory, events 5 s late, and four failing replicas
 
 A seed determines the trace, the failing replicas, and random choices of routers.
 """

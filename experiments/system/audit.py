@@ -1,5 +1,6 @@
-"""Has anything that is installed here a known fault? Asks the advisories of PyPI; where nobody
-answers it says so and passes.
+"""Check the installed packages for known vulnerabilities, with the advisories of PyPI.
+
+Passes with a note if the advisories cannot be reached.
 
 python -m experiments.system.audit
 """
@@ -21,7 +22,7 @@ COMMAND = [
     "--format",
     "json",
 ]
-UNANSWERED = "The advisories can not be asked here: what is installed was not audited."
+UNANSWERED = "The advisories cannot be reached, so the installed packages were not audited."
 
 
 def main() -> int:
@@ -30,7 +31,7 @@ def main() -> int:
     )
     try:
         report = json.loads(done.stdout)
-    except json.JSONDecodeError:  # no connection, or pip-audit is not installed
+    except json.JSONDecodeError:  # No connection, or pip-audit is not installed.
         report = {}
     code, sentence = verdict(report)
     print(sentence)
@@ -38,21 +39,24 @@ def main() -> int:
 
 
 def verdict(report: Mapping[str, Any]) -> tuple[int, str]:
-    """(exit code, what to say) of a report of pip-audit's. Half of the packages must have been
-    known to who was asked: an index that is a copy knows none."""
+    """Return (exit code, message) for a report of pip-audit.
+
+    At least half of the packages must be in the advisories, because an index that is a mirror has
+    none.
+    """
     packages = report.get("dependencies", [])
     audited = [package for package in packages if "vulns" in package]
     if 2 * len(audited) < max(len(packages), 1):
         return 0, UNANSWERED
     faults = [
-        f"{package['name']} {package['version']}: {fault['id']}, mended in "
+        f"{package['name']} {package['version']}: {fault['id']}, fixed in "
         + (" or ".join(fault["fix_versions"]) or "no version yet")
         for package in audited
         for fault in package["vulns"]
     ]
     if faults:
         return 1, "\n".join(faults)
-    return 0, f"No known fault in {len(audited)} of {len(packages)} packages that are installed."
+    return 0, f"No known fault in {len(audited)} of {len(packages)} installed packages."
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Flood a server: ten thousand clients connect at once, and some of them hang up early.
 
-Starts ``engine serve`` with the built-in model, opens all connections at the same time, lets a
-tenth hang up, and then checks that the server is alive and that every KV row and state slot is
-accounted for. Loopback only.
+Starts ``engine serve`` with the built-in model, opens all connections at the same time, and lets a
+tenth hang up. The server must then be alive, with every KV row and state slot accounted for.
+Loopback only.
 
     python -m experiments.system.flood --requests 10000 [--tight]
 
-The server makes steps ahead, and proves after each that every request reads its own KV rows
-(``--check``): a step that fails gives answers of 5xx. Equal prompts must get equal answers. With
-``--tight`` the pool holds one long prompt: requests are preempted, and steps come out empty.
+The server overlaps steps, and verifies after each that every request reads its own KV rows
+(``--check``). A failing step leads to 5xx. Equal prompts must get equal answers. With ``--tight``
+the pool has memory for one long prompt, so requests are preempted and steps are empty.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--max-queue", type=int, default=1024, help="default: %(default)s")
-    parser.add_argument("--tight", action="store_true", help="a pool for one long prompt")
+    parser.add_argument("--tight", action="store_true", help="use a pool for one long prompt")
     options = parser.parse_args(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < options.requests + 100:
-        print(f"flood: only {most} files may be open here: lower --requests.", file=sys.stderr)
+        print(f"flood: only {most} open files are allowed; lower --requests.", file=sys.stderr)
         return 2
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", *_sizes(options.tight)]
@@ -79,10 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write_json_lines(RESULTS / "flood.jsonl", [{**record, "outcomes": dict(outcomes)}])
     print(
-        f"{options.requests:,} requests in {spent_s:.1f} s; afterwards the server answers, and "
-        "free "
-        f"+ cached + held == total for KV and slots: {conserved}; of {len(answers)} prompts "
-        f"{num_torn} got more than one answer"
+        f"{options.requests:,} requests in {spent_s:.1f} s; free + cached + held == total for KV "
+        f"and slots: {conserved}; {num_torn} of {len(answers)} prompts got more than one answer"
     )
     has_failed = any(outcome.startswith("answered 5") for outcome in outcomes)
     is_well = conserved and answers and not num_torn and not has_failed
@@ -90,8 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sizes(tight: bool) -> list[str]:
-    """Flags for the server's memory: where it is tight, KV for the longest prompt, and chunks so
-    short that a prompt is let in before it is known to find no memory for its end."""
+    """Return the flags for the server's memory.
+
+    With ``tight`` there is KV for the longest prompt, and chunks are so short that a prompt is
+    admitted before its end is known to exceed the memory.
+    """
     if not tight:
         return ["--cache-gib", "0.1", "--max-model-len", "2048"]
     sizes = load_geometry(None)
@@ -100,12 +101,13 @@ def _sizes(tight: bool) -> list[str]:
 
 
 def server_port(server: subprocess.Popen[str]) -> int:
-    """The port that ``engine serve`` says it listens on. RuntimeError: it ended before."""
+    """Return the port that ``engine serve`` prints. Raises RuntimeError if the server ends
+    before."""
     assert server.stdout is not None
     for line in server.stdout:
         if found := re.search(r"address .*:(\d+)/v1", line):
             return int(found[1])
-    raise RuntimeError("the server did not start")
+    raise RuntimeError("engine serve ended before it was ready.")
 
 
 async def _flood(port: int, num_requests: int, answers: Answers) -> Counter[str]:
@@ -121,7 +123,8 @@ async def _flood(port: int, num_requests: int, answers: Answers) -> Counter[str]
 
 
 async def _ask(port: int, number: int, answers: Answers) -> str:
-    """One client: one of fifty prompts, which begin alike; every tenth leaves after a moment."""
+    """Send one of fifty prompts with common prefixes. Every tenth client hangs up after a
+    moment."""
     family = number % 50
     prompt = "hello, says " + f"{family} " * (20 + 2 * family)
     body = {
@@ -156,11 +159,11 @@ async def _ask(port: int, number: int, answers: Answers) -> str:
 def _text(answer: bytes) -> str:
     """Return the text of a whole answer, or of a stream."""
     found = re.findall(rb'\{"id".*\}', answer)
-    return "".join(json.loads(one)["choices"][0]["text"] for one in found)
+    return "".join(json.loads(message)["choices"][0]["text"] for message in found)
 
 
 def _settled(port: int, timeout_s: float = 120) -> dict[str, Any]:
-    """The report of /v1/cache once nothing runs or waits."""
+    """Return the report of /v1/cache once no request runs or waits."""
     deadline = time.monotonic() + timeout_s
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/cache", timeout=60) as answer:

@@ -1,16 +1,19 @@
-"""Measure what one client can do to another: how long it waits for a token, how much it slows down.
+"""Measure the delay and slowdown that one hostile client causes for another.
 
 Starts ``engine serve`` with the built-in model, streams an answer to one client, and attacks the
-server meanwhile, one attack after another: bodies as large as the limits let them be, or larger;
-grammars of up to 1 kB that are slow to follow; connections that never end their headers; long
-prompts that are drafted for. Printed for each: the longest time between two tokens of the first
-client, its tokens a second, and the loss against a control. The control of a grammar is the same
-request without it, of a drafted prompt the same without drafts, of other attacks the time before.
+server meanwhile, one attack after another. Attacks are bodies at or above the size limits, grammars
+of up to 1 kB that are slow to follow, connections with endless headers, and long prompts with
+drafts.
 
-Other processes of the machine take their share of both. So each figure is printed, too, without the
-time in which the threads that a token passes waited for a processor (Linux says how long), and the
-limits are for those. Loss is judged where the control is the same work. An attack over a limit is
-repeated, and its median decides. Loopback only.
+For each attack the output has the longest time between two tokens of the first client, its tokens
+per second, and the loss relative to a control. The control of a grammar is the same request without
+it, that of a prompt with drafts is the same without drafts. For other attacks it is the time
+before.
+
+Other processes of the machine influence both. Each figure is therefore also given net, without the
+time in which the involved threads waited for a processor (as reported by Linux). The limits apply
+to net figures. Loss is judged if the control is the same work. An attack over a limit is repeated,
+and its median decides. Loopback only.
 
     python -m experiments.system.hostile
 """
@@ -40,13 +43,13 @@ from experiments.system.flood import server_port
 from hybridcache.lab.parser import Parser
 
 LIMIT_S, LIMIT_LOSS = 0.1, 0.1
-"""No attack may delay another client's token by more, or take a larger share of its speed."""
+"""Limits for the delay of another client's token, and for the loss of its speed."""
 ROUNDS_TO_FAIL = 5
-"""Least number of rounds whose median fails."""
+"""Minimum number of rounds before a median over the limit counts as a failure."""
 MAX_CONNECTIONS = 100
 """Maximum number of connections of the attacked server."""
 ATTACK_S = 10.0
-"""An attacker hangs up after so long."""
+"""Seconds after which an attacker hangs up."""
 
 
 class Hostile(NamedTuple):
@@ -56,9 +59,9 @@ class Hostile(NamedTuple):
     path: str
     make: Callable[[], bytes]
     control: Callable[[], bytes] | None = None
-    """Makes the body that the speed of the other client is compared with; None: no body."""
+    """Makes the body of the control, or None if the control sends nothing."""
     num_senders: int = 1
-    """Number of bodies, all sent at once."""
+    """Number of bodies that are sent at once."""
 
 
 class Outcome(NamedTuple):
@@ -72,22 +75,22 @@ class Outcome(NamedTuple):
     """Median time between two tokens of the other client during the attack."""
     worst_ms: float
     net_ms: float
-    """The worst without waiting for a processor."""
+    """Longest time without waiting for a processor."""
     tokens_per_s: float
-    """Speed of the other client during the attack, net."""
+    """Net speed of the other client during the attack."""
     control_per_s: float
-    """Speed of the other client next to the control, net."""
+    """Net speed of the other client during the control."""
     is_judged: bool
-    """The control is the same work, so that there should be no loss."""
+    """True if the control is the same work, so there should be no loss."""
 
     @property
     def loss(self) -> float:
-        """Share of its speed that the other client lost."""
+        """Lost share of the other client's speed."""
         return 1 - self.tokens_per_s / self.control_per_s
 
     @property
     def is_over(self) -> bool:
-        """A limit is exceeded."""
+        """True if a limit is exceeded."""
         return self.net_ms > 1e3 * LIMIT_S or (self.is_judged and self.loss > LIMIT_LOSS)
 
 
@@ -184,11 +187,11 @@ GRAMMARS: dict[str, dict[str, Any]] = {
     "words": {"guided_regex": r"(\w+\s?){60}\p{L}{50}"},
     "14 optional names": {"guided_json": OPTIONAL, "n": 4},
 }
-"""At most 1 kB each."""
+"""Grammars of at most 1 kB."""
 
 
 def _guided(fields: dict[str, Any]) -> Hostile:
-    name = next(name for name, known in GRAMMARS.items() if known is fields)
+    name = next(name for name, grammar in GRAMMARS.items() if grammar is fields)
     plain = {"prompt": "import os\n" * 10, "max_tokens": 400, "temperature": 1, "seed": 3}
     plain |= {"ignore_eos": True, "n": fields.get("n", 1)}
     return Hostile(f"grammar: {name}", COMPLETIONS, _body(**plain | fields), _body(**plain))
@@ -197,18 +200,18 @@ def _guided(fields: dict[str, Any]) -> Hostile:
 _numbers = itertools.count()
 
 
-def _another_grammar(**fields: Any) -> Callable[[], bytes]:
-    """Each body has a grammar that no other one has."""
+def _unique_grammar(**fields: Any) -> Callable[[], bytes]:
+    """Return a function that makes bodies with a different grammar each time."""
 
     def make() -> bytes:
-        own = AMBIGUOUS.replace('"+"', f'"{next(_numbers)}"')
-        return json.dumps(fields | {"guided_grammar": own}).encode()
+        grammar = AMBIGUOUS.replace('"+"', f'"{next(_numbers)}"')
+        return json.dumps(fields | {"guided_grammar": grammar}).encode()
 
     return make
 
 
 def _called(name: str, strict: bool, **fields: Any) -> Hostile:
-    """A call of a tool whose schema is slow to follow."""
+    """Return an attack by a tool with a schema that is slow to follow."""
     function = HOSTILE_TOOL | {"strict": strict}
     chat = {"messages": [USER], "max_tokens": 400, "temperature": 1, "ignore_eos": True}
     tools = {"tools": [{"type": "function", "function": function}]}
@@ -231,7 +234,7 @@ SLOW_TO_FOLLOW = (
     Hostile(
         "grammar: 24 different ones at once",
         COMPLETIONS,
-        _another_grammar(prompt="import os\n" * 10, max_tokens=400, ignore_eos=True),
+        _unique_grammar(prompt="import os\n" * 10, max_tokens=400, ignore_eos=True),
         _body(prompt="import os\n" * 10, max_tokens=400, ignore_eos=True),
         num_senders=24,
     ),
@@ -245,7 +248,7 @@ DRAFTED = tuple(
     )
     for number in (0, 1, 2)
 )
-"""The first computes the prompt, the others find it in the cache."""
+"""Prompts with drafts. The first is computed, the others find it in the cache."""
 
 
 def _tools(entry: str, number: int) -> bytes:
@@ -283,25 +286,26 @@ def _stops(number: int, length: int) -> bytes:
 
 
 class Piece(NamedTuple):
-    """Time of a piece of an answer, and seconds for which threads had waited for a processor."""
+    """Time of a piece of an answer, and the seconds for which threads had waited for a
+    processor."""
 
     at_s: float
     engine_s: float
     all_s: float
-    """The engine's thread, the server's and the reader's together."""
+    """Sum of the engine's thread, the server's and the reader's."""
 
 
 class Reader(threading.Thread):
-    """A client that reads an endless answer, and notes when each piece of it came."""
+    """Client that reads an endless answer and records the time of each piece."""
 
     def __init__(self, port: int, server: int) -> None:
-        """``server``: its process id."""
+        """Prepare the client of a server with the process id ``server``."""
         super().__init__(daemon=True)
         self._port = port
         self._server, self._engine = server, _child_of(server)
         self._ends = False
         self.gaps: list[tuple[Piece, Piece]] = []
-        """Two neighbouring pieces of one answer."""
+        """Pairs of consecutive pieces of one answer."""
 
     def run(self) -> None:
         fields = {"prompt": "Tell me more.", "max_tokens": 3000, "ignore_eos": True, "stream": True}
@@ -327,8 +331,8 @@ class Reader(threading.Thread):
         self.join()
 
     def tokens_per_s(self, start_s: float, end_s: float) -> float:
-        """Pieces a second that came between two times, without the time in which the engine's
-        thread waited for a processor."""
+        """Return pieces per second between two times, without the engine's waiting for a
+        processor."""
         found = [after for _, after in self.gaps if start_s < after.at_s <= end_s]
         if len(found) < 2:
             return 1 / (end_s - start_s)
@@ -336,8 +340,8 @@ class Reader(threading.Thread):
         return len(found) / max(found[-1].at_s - found[0].at_s - waited_s, 1e-3)
 
     def gaps_s(self, start_s: float, end_s: float) -> list[tuple[float, float]]:
-        """Times between two pieces, of those that were not over at ``start_s`` and had begun at
-        ``end_s``, gross and net of waiting for a processor."""
+        """Return the times between two pieces that overlap the interval, gross and net of waiting
+        for a processor."""
         return [
             (gross_s := after.at_s - before.at_s, max(gross_s - (after.all_s - before.all_s), 0.0))
             for before, after in self.gaps
@@ -346,7 +350,7 @@ class Reader(threading.Thread):
 
 
 def _child_of(pid: int) -> int:
-    """The engine's process; the server's own where the system does not say."""
+    """Return the engine's process id, or the server's if the system does not report it."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children", encoding="utf-8") as children:
             return int(children.read().split()[0])
@@ -355,8 +359,8 @@ def _child_of(pid: int) -> int:
 
 
 def _waited_s(pid: int, thread: int) -> float:
-    """Return the seconds that a thread was ready but did not run; 0 if the system does not report
-    it."""
+    """Return the seconds that a thread was ready but did not run, or 0 if the system does not
+    report it."""
     try:
         with open(f"/proc/{pid}/task/{thread}/schedstat", encoding="utf-8") as figures:
             return int(figures.read().split()[1]) / 1e9
@@ -367,10 +371,12 @@ def _waited_s(pid: int, thread: int) -> float:
 def attack(
     port: int, reader: Reader, hostile: Hostile, control_per_s: float | None = None
 ) -> Outcome:
-    """Send one body and wait for its answer, and a moment longer; its control before, unless its
-    outcome is known."""
+    """Send the bodies of one attack and wait for the answers, after its control.
+
+    With ``control_per_s``, the control has already been measured.
+    """
     payloads = [hostile.make() for _ in range(hostile.num_senders)]
-    time.sleep(0.2)  # what making it cost the reader, which is of this process, is over
+    time.sleep(0.2)  # Making the bodies also slowed down the reader, a thread of this process.
     is_judged = control_per_s is not None or hostile.control is not None
     start_s = time.perf_counter()
     if hostile.control is not None:
@@ -391,18 +397,18 @@ def _outcome(
     control_per_s: float,
     is_judged: bool,
 ) -> Outcome:
-    """Return the effect of an attack (name, MiB, status) on the reader, after at least a second."""
+    """Return the effect of an attack (name, MiB, status) on the reader, over at least a second."""
     end_s = time.perf_counter()
     time.sleep(1.0)
     last_s = max(end_s, start_s + 1.0)
     gross, net = zip(*reader.gaps_s(start_s, last_s), strict=True)
     figures = statistics.median(gross), max(gross), max(net)
-    middle_ms, worst_ms, net_ms = (round(1e3 * one, 1) for one in figures)
-    speeds = (round(one) for one in (reader.tokens_per_s(start_s, last_s), control_per_s))
+    median_ms, worst_ms, net_ms = (round(1e3 * figure, 1) for figure in figures)
+    speeds = (round(speed) for speed in (reader.tokens_per_s(start_s, last_s), control_per_s))
     name, mib, status = sent
     seconds = round(end_s - start_s, 2)
-    told = name, round(mib, 2), status, seconds, middle_ms, worst_ms, net_ms
-    return Outcome(*told, *speeds, is_judged)
+    times = seconds, median_ms, worst_ms, net_ms
+    return Outcome(name, round(mib, 2), status, *times, *speeds, is_judged)
 
 
 def _post_all(port: int, path: str, payloads: Sequence[bytes]) -> int:
@@ -412,8 +418,8 @@ def _post_all(port: int, path: str, payloads: Sequence[bytes]) -> int:
 
 
 def _post(port: int, path: str, payload: bytes) -> int:
-    """Post a body and read its answer, for at most ``ATTACK_S``; returns its status, 0 if there was
-    none by then."""
+    """Post a body and read its answer, for at most ``ATTACK_S``. Returns the status, or 0 if there
+    was none."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ATTACK_S)
     status = 0
     try:
@@ -422,7 +428,7 @@ def _post(port: int, path: str, payload: bytes) -> int:
         status = answer.status
         answer.read()
     except (BrokenPipeError, ConnectionResetError):
-        status = 413  # refused before all of it was sent
+        status = 413  # Refused before the body was sent completely.
     except TimeoutError:
         pass
     finally:
@@ -431,8 +437,8 @@ def _post(port: int, path: str, payload: bytes) -> int:
 
 
 def hold_connections(port: int, reader: Reader) -> Outcome:
-    """Open more connections than there may be, with headers that never end, and see whether the
-    server still answers; the status is that of the last /health."""
+    """Open more connections than allowed, with endless headers. The status is that of the last
+    /health."""
     start_s = time.perf_counter()
     time.sleep(1.0)
     control_per_s = reader.tokens_per_s(start_s, time.perf_counter())
@@ -442,22 +448,22 @@ def hold_connections(port: int, reader: Reader) -> Outcome:
             held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
             with suppress(OSError):
                 held[-1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Half: ")
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", "/health")
-        status = connection.getresponse().status
-        connection.close()
+        health = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        health.request("GET", "/health")
+        status = health.getresponse().status
+        health.close()
     sent = f"{len(held)} connections whose headers never end", 0.0, status
     outcome = _outcome(reader, sent, start_s, control_per_s, False)
-    for one in held:
-        one.close()
+    for connection in held:
+        connection.close()
     return outcome
 
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[int, Reader, subprocess.Popen[str]]]:
-    """A server of its own, its port, and a client that reads from it."""
+    """Start a server. Yields its port, a client that reads from it, and its process."""
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.25"]
-    # What is computed for others takes its share of every step; here the smallest there is.
+    # Prefills of other requests slow down every step, so use the smallest token budget.
     command += ["--token-budget", "64", "--max-connections", str(MAX_CONNECTIONS), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -474,14 +480,14 @@ def serving(*arguments: str) -> Iterator[tuple[int, Reader, subprocess.Popen[str
 def measure(attacks: Sequence[Callable[[], Outcome]], num_rounds: int) -> list[list[Outcome]]:
     """Return the outcomes of each attack, round by round.
 
-    An attack that exceeds a limit is repeated, because a stall of the machine seldom comes twice.
+    An attack over a limit is repeated, because a stall of the machine rarely repeats.
     """
     found: list[list[Outcome]] = [[] for _ in attacks]
     for _ in range(num_rounds):
         for outcomes, make in zip(found, attacks, strict=True):
             outcomes.append(make())
     for outcomes, make in zip(found, attacks, strict=True):
-        while len(outcomes) < ROUNDS_TO_FAIL and _middle(outcomes).is_over:
+        while len(outcomes) < ROUNDS_TO_FAIL and _median(outcomes).is_over:
             outcomes.append(make())
     return found
 
@@ -492,7 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="only attacks with this in their name"
+        "--only", default="", metavar="TEXT", help="run only attacks with this in their name"
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "hostile.jsonl", help="default: %(default)s"
@@ -500,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def chosen(attacks: Sequence[Hostile]) -> list[Hostile]:
-        return [one for one in attacks if options.only in f"{one.path} {one.name}"]
+        return [attack for attack in attacks if options.only in f"{attack.path} {attack.name}"]
 
     bodies, drafted = chosen((*BODIES, *SLOW_TO_FOLLOW)), chosen(DRAFTED)
     num_rounds = options.rounds
@@ -513,12 +519,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peak_mib = _peak_mib(server.pid)
     if drafted:
         with serving("--draft", "tree:8") as (port, reader, _):
-            speeds = [_middle(outcomes).tokens_per_s for outcomes in undrafted]
+            speeds = [_median(outcomes).tokens_per_s for outcomes in undrafted]
             pairs = zip(drafted, speeds, strict=True)
             found += measure([partial(attack, port, reader, *pair) for pair in pairs], num_rounds)
-    rows = [_middle(one) for one in found]
-    heads = f"{'token ms':>9} {'worst ms':>9} {'net ms':>7} {'tokens/s':>9} {'loss':>6}"
-    print(f"{'MiB':>5} {'answer':>6} {'s':>6} {heads}  attack")
+    rows = [_median(outcomes) for outcomes in found]
+    header = f"{'token ms':>9} {'worst ms':>9} {'net ms':>7} {'tokens/s':>9} {'loss':>6}"
+    print(f"{'MiB':>5} {'status':>6} {'s':>6} {header}  attack")
     for row in rows:
         loss = f"{row.loss:6.0%}" if row.is_judged else " " * 6
         print(
@@ -526,13 +532,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row.worst_ms:9.1f} {row.net_ms:7.1f} {row.tokens_per_s:9.0f} {loss}  {row.name}"
         )
     worst_ms, net_ms = max(row.worst_ms for row in rows), max(row.net_ms for row in rows)
-    loss_most = max((row.loss for row in rows if row.is_judged), default=0.0)
+    worst_loss = max((row.loss for row in rows if row.is_judged), default=0.0)
     print(
-        f"longest wait for a token {worst_ms:.0f} ms, {net_ms:.0f} net; largest loss of speed "
-        f"{loss_most:.0%}; peak memory of the server {peak_mib:.0f} MiB"
+        f"longest wait for a token {worst_ms:.0f} ms, {net_ms:.0f} ms net; largest loss of speed "
+        f"{worst_loss:.0%}; peak memory of the server {peak_mib:.0f} MiB"
     )
     record = {"rounds": options.rounds, "worst_ms": worst_ms, "worst_net_ms": net_ms}
-    record |= {"worst_loss": round(loss_most, 3), "peak_mib": round(peak_mib)}
+    record |= {"worst_loss": round(worst_loss, 3), "peak_mib": round(peak_mib)}
     write_json_lines(
         options.out, [record, *(row._asdict() | {"loss": round(row.loss, 3)} for row in rows)]
     )
@@ -542,9 +548,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 FIGURES = ("seconds", "median_ms", "worst_ms", "net_ms", "tokens_per_s", "control_per_s")
 
 
-def _middle(rounds: Sequence[Outcome]) -> Outcome:
-    """Return the median of each figure over several rounds of one attack: the machine stalls now
-    and then by itself."""
+def _median(rounds: Sequence[Outcome]) -> Outcome:
+    """Return the median of each figure over several rounds, because the machine sometimes
+    stalls."""
     first = rounds[0]
     figures = {
         name: statistics.median(getattr(outcome, name) for outcome in rounds) for name in FIGURES
@@ -553,7 +559,7 @@ def _middle(rounds: Sequence[Outcome]) -> Outcome:
 
 
 def _peak_mib(pid: int) -> float:
-    """Most memory that the process had at once; 0 where the system does not say."""
+    """Return the peak memory of the process, or 0 if the system does not report it."""
     try:
         with open(f"/proc/{pid}/status", encoding="utf-8") as status:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))

@@ -1,10 +1,11 @@
-"""Does a store keep its word when its writer is killed at any moment?
+"""Kill the writer of a disk store at random moments, and check the store after each kill.
 
-A child writes records as fast as it can, drops some, and says after each what it did; it is killed
-(SIGKILL) at a random moment, two hundred times over the same folder, which is small enough for
-records to be removed all the time. After each kill the store is opened: a start that is refused
-counts, and so does every byte of every record that is not what was written, and every record that
-the child had said was written and is not there.
+A child writes records as fast as it can, drops some, and reports each action. The child is killed
+(SIGKILL) at a random moment, two hundred times on the same folder. The folder is so small that
+records are removed all the time.
+
+After each kill the store is opened. The result counts refused starts, records with a wrong byte,
+and records that the child had reported as written and that are missing.
 
     python -m experiments.system.kill_store --kills 200
 """
@@ -33,13 +34,14 @@ MAX_BYTES, MAX_PAYLOAD_BYTES = 1 << 24, 1 << 18
 
 
 def payload_of(number: int) -> bytes:
-    """The payload of a record: any length up to 256 KiB, any bytes."""
+    """Return the payload of a record: random bytes of a random length up to 256 KiB."""
     random_bytes = np.random.default_rng(number)
     return random_bytes.bytes(int(random_bytes.integers(0, MAX_PAYLOAD_BYTES)))
 
 
 def write_until_killed(folder: Path, seed: int) -> None:
-    """The child: a line for each record written (``+``) or dropped (``-``)."""
+    """Write and drop records, and print a line for each record written (``+``) or dropped
+    (``-``)."""
     store = RecordStore.open(folder, FIELDS, MAX_BYTES)
     choose = random.Random(seed)
     living = [record.id for record in store.scan()]
@@ -57,41 +59,43 @@ def write_until_killed(folder: Path, seed: int) -> None:
 
 
 def kill_once(folder: Path, seed: int, delay_s: float) -> tuple[set[int], set[int]]:
-    """(records that were said to be written and not dropped, those said to be dropped)."""
+    """Start a child and kill it. Returns (records reported as written and not dropped, records
+    reported as dropped)."""
     command = [sys.executable, "-m", "experiments.system.kill_store", "--child", str(folder)]
     child = subprocess.Popen([*command, "--seed", str(seed)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
-    assert child.stdout.readline() == "open\n", "the child's own start was refused"
+    assert child.stdout.readline() == "open\n", "the store refused to open in the child"
     time.sleep(delay_s)
     os.kill(child.pid, signal.SIGKILL)
     written: set[int] = set()
     dropped: set[int] = set()
     for line in child.stdout:
         if line.endswith("\n"):
-            word, number = line.split()
-            (written if word == "+" else dropped).add(int(number))
+            sign, number = line.split()
+            (written if sign == "+" else dropped).add(int(number))
     child.stdout.close()
     child.wait()
     return written - dropped, dropped
 
 
 def count_wrong(folder: Path, expected: set[int]) -> tuple[int, int, set[int]]:
-    """(wrong records, lost ones, found) of the store that a kill left."""
+    """Return (number of wrong records, number of lost records, found records) after a kill."""
     store = RecordStore.open(folder, FIELDS, MAX_BYTES)
     records = list(store.scan())
     wrong, found = 0, {record.id for record in records}
     for record in records:
         out = bytearray(record.payload_bytes)
-        is_right = store.read(record.id, memoryview(out)) and out == payload_of(record.id)
-        wrong += not (is_right and record.meta == str(record.id).encode())
+        is_correct = store.read(record.id, memoryview(out)) and out == payload_of(record.id)
+        wrong += not (is_correct and record.meta == str(record.id).encode())
     on_disk = sum(path.stat().st_blocks * 512 for path in folder.glob("*.record"))
-    assert on_disk <= MAX_BYTES, "more bytes than the store may have"
+    assert on_disk <= MAX_BYTES, "the store exceeds its maximum size"
     assert not list(folder.glob("*.part")), "an unfinished file was left"
     store.close()
     return wrong, len(expected - found), found
 
 
 def measure(kills: int, seed: int, most_s: float) -> dict[str, float]:
+    """Kill a writer ``kills`` times, each after at most ``most_s`` seconds. Returns the totals."""
     choose = random.Random(seed)
     totals = {"kills": kills, "refused": 0, "wrong": 0, "lost": 0, "records": 0}
     with tempfile.TemporaryDirectory() as name:
@@ -115,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most-s", type=float, default=0.2, help="longest life of a writer")
+    parser.add_argument("--most-s", type=float, default=0.2, help="maximum life of a writer")
     parser.add_argument("--out", type=Path, default=RESULTS / "kill_store.jsonl")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

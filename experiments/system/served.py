@@ -1,4 +1,4 @@
-"""A server in a thread of this process, for what asks over HTTP and looks at the engine behind."""
+"""Server in a thread of this process, for HTTP tests that also inspect the engine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from engine.server.settings import ServerConfig, bind
 def serving(
     engine: Engine, config: ServerConfig | None = None, port: int = 0
 ) -> Iterator[tuple[Server, int]]:
-    """``engine`` behind a server of its own on 127.0.0.1, and its port (0: any that is free).
-    RuntimeError: it does not stop."""
+    """Serve ``engine`` on 127.0.0.1. Yields the server and its port.
+
+    Port 0 takes any free one. Raises RuntimeError if the server does not stop.
+    """
     server = Server(AsyncEngine(engine), config or ServerConfig())
     listener = bind(ServerConfig(port=port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -31,4 +33,4 @@ def serving(
         thread.join(30)
         listener.close()
         if thread.is_alive():
-            raise RuntimeError("the server did not stop")
+            raise RuntimeError("The server did not stop within 30 seconds.")

@@ -1,11 +1,12 @@
-"""Does a server that answers for hours grow, or lose count?
+"""Serve requests with all features for hours, and check for memory growth and wrong counts.
 
-Starts ``engine serve`` with the built-in model and keeps 16 clients busy with everything at once:
-conversations that go on, tools, guided answers, drafts, several answers at once, clients that leave
-in the middle, three dialects, tenants; a page watches all the while. Now and then the memory of
-both processes is read. At the end requests, prompt tokens and memory must add up, and in the second
-half of the run neither process may have grown past ``GROWTH``. Loopback only. Words and answers are
-few: what a request costs is mostly the model's, and the model is not what could grow.
+Starts ``engine serve`` with the built-in model and keeps 16 clients busy. They use conversations,
+tools, guided answers, drafts, several answers at once, disconnects, three API dialects and tenants,
+while a live page is connected. The memory of both processes is sampled.
+
+At the end requests, prompt tokens and memory must add up. Neither process may have grown by more
+than ``GROWTH`` in the second half of the run. Texts and answers are short, because the model cannot
+cause growth. Loopback only.
 
     python -m experiments.system.soak --requests 200000 [--minutes 60]
 """
@@ -35,13 +36,12 @@ from hybridcache.lab.parser import Parser
 
 NUM_CLIENTS = 16
 MIB = ("--explain-mib", "2", "--replay-mib", "2", "--responses-mib", "2", "--cache-gib", "0.1")
-"""Small, so that every memory is full, and forgets, before the run is half over."""
+"""Memory limits, small enough that every store is full and evicts before half of the run."""
 FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--max-queue", "64", *MIB)
 FORGOTTEN = "forgotten"
 """Outcome of a request that continues a response which the server no longer stores."""
 GROWTH = 1.1
-"""Maximum growth of either process, from the mean of the run's third quarter to that of its
-last."""
+"""Maximum growth of a process, from the mean of the run's third quarter to that of its last."""
 PAGE_BYTES = 4096
 SAMPLE_S = 10.0
 TOOL = {
@@ -55,7 +55,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 
 
 class Client:
-    """One client: a conversation at a time, and other requests in between."""
+    """Client with one conversation at a time, and other requests in between."""
 
     def __init__(self, port: int, seed: int) -> None:
         self._port = port
@@ -63,10 +63,10 @@ class Client:
         self._turns: list[dict[str, Any]] = []
         self._response: str | None = None
         self.num_choices = 0
-        """Asked for, in requests that were let in."""
+        """Number of requested choices in admitted requests."""
 
     async def ask(self) -> str:
-        """One request of some kind; how it ended."""
+        """Send a random kind of request. Returns the kind and the outcome."""
         kinds = (
             (self._turn, 5),
             (self._guided, 2),
@@ -77,7 +77,8 @@ class Client:
             (self._respond, 1),
             (self._tenant, 1),
         )
-        work = self._draw.choices([one for one, _ in kinds], [weight for _, weight in kinds])[0]
+        requests, weights = zip(*kinds, strict=True)
+        work = self._draw.choices(requests, weights)[0]
         try:
             return f"{work.__name__[1:]} {await work()}"
         except (ConnectionError, asyncio.IncompleteReadError) as error:
@@ -107,7 +108,7 @@ class Client:
         return " ".join(self._draw.choice(("red", "blue", "seven", "to")) for _ in range(8))
 
     async def _turn(self) -> str:
-        """The next turn of a conversation, which now and then begins anew."""
+        """Send the next turn of a conversation. A new conversation begins after a few turns."""
         if len(self._turns) > 8 or not self._turns:
             self._turns = [{"role": "system", "content": f"You are {self._draw.randrange(9)}."}]
         self._turns.append({"role": "user", "content": self._words()})
@@ -159,7 +160,7 @@ class Client:
 
 
 async def watch(port: int) -> None:
-    """Read every change, as the page does."""
+    """Read all events, like the live page."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /v1/cache/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
     try:
@@ -175,7 +176,7 @@ def resident_mib(pid: int) -> float:
 
 
 def engine_of(server: int) -> int:
-    """The process of a server's engine."""
+    """Return the process id of a server's engine."""
     stats = Path("/proc").glob("[0-9]*/stat")
     return next(int(s.parent.name) for s in stats if parts_of(s)[1] == str(server))
 
@@ -183,8 +184,10 @@ def engine_of(server: int) -> int:
 async def soak(
     port: int, pids: Sequence[int], num_requests: int, num_seconds: float
 ) -> tuple[Counter[str], int, list[dict[str, Any]]]:
-    """(how requests ended, choices that were let in, memory as it went), of so many requests, or of
-    so many seconds where they are over sooner."""
+    """Send ``num_requests``, or requests for ``num_seconds`` if that is shorter.
+
+    Returns (outcomes of requests, admitted choices, samples of memory).
+    """
     clients = [Client(port, seed) for seed in range(NUM_CLIENTS)]
     outcomes: Counter[str] = Counter()
     samples: list[dict[str, Any]] = []
@@ -215,13 +218,13 @@ async def soak(
         await asyncio.gather(*map(work, clients))
         sampling.cancel()
         sample()
-    assert not page.done(), "the page lost its server"
+    assert not page.done(), "the page lost its connection"
     page.cancel()
     return outcomes, sum(client.num_choices for client in clients), samples
 
 
 def totals(port: int) -> dict[str, float]:
-    """Sums of each metric over its labels, once nothing runs."""
+    """Return the sums of each metric over its labels, once nothing runs."""
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
             text = answer.read().decode()
@@ -237,7 +240,7 @@ def totals(port: int) -> dict[str, float]:
 
 
 def growth(samples: Sequence[dict[str, Any]], name: str) -> float:
-    """Mean of the last quarter over that of the third."""
+    """Return the mean of the last quarter relative to that of the third."""
     quarter = max(len(samples) // 4, 1)
     third, last = samples[-2 * quarter : -quarter], samples[-quarter:]
     means = [sum(sample[name] for sample in part) / len(part) for part in (third, last)]
@@ -247,13 +250,13 @@ def growth(samples: Sequence[dict[str, Any]], name: str) -> float:
 def verdict(
     outcomes: Counter[str], num_choices: int, before: dict[str, float], after: dict[str, float]
 ) -> None:
-    """AssertionError: something does not add up."""
+    """Raise AssertionError if counts do not add up."""
     wrong = {
         end: number
         for end, number in outcomes.items()
         if end.split()[1] not in ("200", "429", FORGOTTEN)
     }
-    assert not wrong, f"answers that should not be: {wrong}"
+    assert not wrong, f"unexpected answers: {wrong}"
     assert after["engine_requests_total"] == num_choices, (after, num_choices)
     spared = after["engine_cached_tokens_total"] + after["engine_lost_tokens_total"]
     assert after["engine_prompt_tokens_total"] == spared
@@ -268,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--requests", type=int, default=5_000, help="default: %(default)s")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="at most; default: no limit"
+        "--minutes", type=float, default=math.inf, help="time limit (default: none)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.jsonl")
     options = parser.parse_args(arguments)

@@ -1,15 +1,16 @@
-"""Does SGLang's scheduler ever lose a row or a state on our cache, or resume from a wrong one?
+"""Run SGLang's scheduler on this cache for many requests, and check rows, states and answers.
 
 python -m experiments.system.soak_sglang [--requests 10000] [--strategy "extra_buffer overlapped"]
 
-Wants SGLang 0.5.23 (`make sglang`). Its own scheduler, unchanged, on a CPU, over a model that only
-records its inputs (`experiments/system/sglang/serve.py`): conversations go on, fork, are repeated
-and are cut off, in pools so small that KV and states are always short; every 61st decode retracts.
-After every step SGLang's own checks of its pools, after every eighth and when idle all invariants
-of our tree recomputed, which remembers more and more; every prefix and state that is resumed
-from is compared with what it should be, every answer with the one without a cache. Each strategy
-of SGLang for states gets its share of the requests, in a process of its own. Writes
-results/soak_sglang.jsonl.
+Needs SGLang 0.5.23 (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
+records its inputs (`experiments/system/sglang/serve.py`). Conversations continue, fork, repeat and
+are cut off, in pools so small that KV and states are always short. Every 61st decode step retracts
+requests.
+
+SGLang's own checks of its pools run after every step. All invariants of this cache's tree are
+checked after every eighth step and when idle. Every resumed prefix and state is compared with its
+expected content, and every answer with the one without a cache. Each of SGLang's strategies for
+states gets its share of the requests, in a separate process. Writes results/soak_sglang.jsonl.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ STRATEGIES = {
     "extra_buffer_lazy": 24,
     "extra_buffer overlapped": 24,
 }
-"""And the state slots: what six running requests hold at most, or a few more."""
+"""State slots per strategy: the maximum of six running requests, or a few more."""
 NUM_KV_TOKENS = 1800
 
 
 def soak(strategy: str, eviction: str, num_requests: int, seed: int) -> dict[str, object]:
-    """Serve ``num_requests`` in this process; AssertionError names what is wrong."""
+    """Serve ``num_requests`` in this process. Raises AssertionError with the first fault."""
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
     os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
     os.environ["SGLANG_TEST_RETRACT"] = "1"
@@ -45,13 +46,13 @@ def soak(strategy: str, eviction: str, num_requests: int, seed: int) -> dict[str
     from experiments.system.sglang.random_load import RandomLoad
     from experiments.system.sglang.serve import new_scheduler
 
-    word, _, overlapped = strategy.partition(" ")
+    name, _, overlapped = strategy.partition(" ")
     with tempfile.TemporaryDirectory() as folder:
         scheduler = new_scheduler(
             Path(folder),
             NUM_KV_TOKENS,
             STRATEGIES[strategy],
-            strategy=word,
+            strategy=name,
             overlap=bool(overlapped),
             radix_eviction_policy=eviction,
             chunked_prefill_size=256,
@@ -63,8 +64,10 @@ def soak(strategy: str, eviction: str, num_requests: int, seed: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=10_000, help="of all strategies together")
-    parser.add_argument("--strategy", choices=list(STRATEGIES), help="only this one, here")
+    parser.add_argument("--requests", type=int, default=10_000, help="total over all strategies")
+    parser.add_argument(
+        "--strategy", choices=list(STRATEGIES), help="run only this one, in this process"
+    )
     parser.add_argument("--eviction", default="plain-lru", help="SGLang's --radix-eviction-policy")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-record", action="store_true", help="write no results")

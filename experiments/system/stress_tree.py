@@ -2,12 +2,14 @@
 
 python -m experiments.system.stress_tree [--operations 10000000] [--seed 0] [--check-every 20000]
 
-Caches of all page sizes, grids, budgets, tiers and policies, one after another; requests begin,
-fetch from host memory and disk, publish in parts with checkpoints, finish, abort and starve in any
-order over prompts that share beginnings, while rows and slots are held and freed, items evicted,
-and caches reset. An operation is one call of a cache's verb. ``check()`` with full conservation
-runs every ``--check-every`` operations and at each cache's end; a smaller run checks after every
-single operation. The last line is for the CHANGELOG.
+Caches of all page sizes, grids, budgets, tiers and policies run one after another. Requests begin,
+load from host memory and disk, publish in parts with checkpoints, finish, abort and fail to get
+memory. They come in any order, over prompts with shared prefixes. Meanwhile rows and slots are held
+and freed, items evicted, and caches reset.
+
+An operation is one call of a cache's method. ``check()`` with full conservation runs every
+``--check-every`` operations and at each cache's end. A smaller run checks after every operation.
+The last printed line is meant for the CHANGELOG.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ from hybridcache.policies.registry import EVICTION
 from hybridcache.tokens import Tokens
 
 EVERY_STEP_SHARE = 200
-"""One operation in so many is done in the run that checks after each."""
+"""Divisor of the number of operations for the run that checks after each one."""
 MAX_RUNNING = 8
 NAMESPACES = (None, "tenant", ("model", 3))
 
 
 def configs(rng: random.Random) -> Iterator[CacheConfig]:
-    """All page sizes and grids, again and again; the rest drawn. Every second one is plain LRU, the
-    default."""
+    """Yield configurations without end: all page sizes and grids in turn, other settings drawn.
+
+    Every second one has the default LRU.
+    """
     for number, (page_size, grid) in enumerate(
         itertools.cycle(itertools.product((1, 16, 64, 256), repeat=2))
     ):
@@ -57,9 +61,9 @@ def configs(rng: random.Random) -> Iterator[CacheConfig]:
             }
         is_hybrid = number % 8 != 7
         least = pools["state_bytes"] + page_size * pools.get("kv_bytes_per_token", 1)
-        lower = {
-            word: least + rng.randint(0, 80) * unit
-            for word in ("host_bytes", "disk_bytes")
+        tiers = {
+            name: least + rng.randint(0, 80) * unit
+            for name in ("host_bytes", "disk_bytes")
             if is_hybrid and rng.random() < 0.4
         }
         yield CacheConfig(
@@ -71,12 +75,12 @@ def configs(rng: random.Random) -> Iterator[CacheConfig]:
             demote_superseded=rng.random() < 0.8,
             ghost_bytes=rng.choice((0, 5_000, 1 << 20)),
             **pools,
-            **lower,
+            **tiers,
         )
 
 
 class Running:
-    """A request in flight and what it holds."""
+    """Request in flight with its rows and lock."""
 
     __slots__ = ("namespace", "node", "published_len", "receipt", "rows", "tokens")
 
@@ -114,13 +118,13 @@ class Stress:
         return held
 
     def prompt(self) -> Tokens:
-        """A beginning of something seen, cut anywhere, and a few blocks after it."""
+        """Return a random prefix of an earlier prompt, followed by a few blocks."""
         rng, unit = self.rng, self.unit
         before = rng.choice(self.seen)
-        kept = before[: rng.randint(0, len(before))]
+        prefix = before[: rng.randint(0, len(before))]
         size = rng.choice((1, unit, unit + 1))
         blocks = [rng.choice((0, 1, 2**31 - 1)) for _ in range(rng.randint(1, 5))]
-        tokens = np.concatenate((kept, np.repeat(np.array(blocks, np.int32), size)))[: 10 * unit]
+        tokens = np.concatenate((prefix, np.repeat(np.array(blocks, np.int32), size)))[: 10 * unit]
         if len(self.seen) < 40:
             self.seen.append(tokens)
         else:
@@ -128,7 +132,7 @@ class Stress:
         return tokens
 
     def step(self) -> None:
-        """One thing that can happen."""
+        """Do one random action."""
         self.cache.take_step().done()
         dice = self.rng.random()
         if dice < 0.30 and len(self.running) < MAX_RUNNING:
@@ -143,7 +147,7 @@ class Stress:
         elif dice < 0.94:
             self.hold()
         elif dice < 0.9999:
-            self.let_go()
+            self.release()
         else:
             self.cache.reset()
             self.operations += 1
@@ -165,20 +169,20 @@ class Stress:
             cache.unlock(receipt)
             self.operations += 1
             return
-        known = cache.gather(match.node)
-        assert len(known) == match.cached_len, "rows and hit differ in length"
-        rows = np.concatenate((known, new))
+        cached = cache.gather(match.node)
+        assert len(cached) == match.cached_len, "rows and hit differ in length"
+        rows = np.concatenate((cached, new))
         self.operations += 1
         self.running.append(Running(tokens, namespace, match, receipt, rows))
 
     def fetch(self, tokens: Tokens, match: Any) -> Any:
-        """Bring up something that lies below; the match then."""
-        cache, wanted = self.cache, self.rng.choice(match.loadable)
-        is_there = cache.fetch(wanted)
+        """Load a random offloaded prefix of the match. Returns the new match."""
+        cache, candidate = self.cache, self.rng.choice(match.loadable)
+        is_loaded = cache.fetch(candidate)
         found = cache.match(tokens, match.namespace)
-        assert not is_there or found.cached_len >= wanted.position, "what was fetched is not there"
-        self.fetches += is_there
-        self.refusals += not is_there
+        assert not is_loaded or found.cached_len >= candidate.position, "a loaded prefix is missing"
+        self.fetches += is_loaded
+        self.refusals += not is_loaded
         self.operations += 2
         return found
 
@@ -223,7 +227,7 @@ class Stress:
             self.slots.append(slot)
         self.operations += 2
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         while self.rows:
             self.cache.free_kv(self.rows.pop())
             self.operations += 1
@@ -236,10 +240,10 @@ class Stress:
         self.cache.check(held_tokens=held + sum(map(len, self.rows)), held_slots=len(self.slots))
 
     def close(self) -> None:
-        """Everything is given back, and nothing is left."""
+        """Free everything, and check that nothing is left."""
         while self.running:
             self.end(self.running.pop())
-        self.let_go()
+        self.release()
         self.check()
         self.cache.reset()
         self.check()
@@ -247,10 +251,11 @@ class Stress:
 
 
 def stress(seed: int, num_operations: int, check_every: int) -> dict[str, int]:
-    """Run that many operations; counts of what happened. AssertionError if anything is wrong."""
+    """Run ``num_operations`` and return the counts of events. Raises AssertionError on a
+    violation."""
     rng = random.Random(seed)
-    words = ("operations", "checks", "caches", "hits", "fetches", "refusals", "evictions", "moves")
-    counts = dict.fromkeys(words, 0)
+    names = ("operations", "checks", "caches", "hits", "fetches", "refusals", "evictions", "moves")
+    counts = dict.fromkeys(names, 0)
     with tqdm(total=num_operations, unit="op", unit_scale=True) as bar:
         for config in configs(rng):
             run = Stress(config, rng)
@@ -298,11 +303,10 @@ def main() -> None:
     small, large = records
     print(
         f"stress: seed {options.seed}: {large['operations']:,} operations on {large['caches']} "
-        "caches in "
-        f"{large['seconds']} s, {large['checks']:,} full checks, {large['evictions']:,} evictions, "
-        f"{large['fetches']:,} fetches from lower tiers, {large['refusals']:,} refusals, "
-        f"{large['moves']:,} slabs moved; {small['operations']:,} "
-        "more with a check after every step: all held"
+        f"caches in {large['seconds']} s, {large['checks']:,} full checks, "
+        f"{large['evictions']:,} evictions, {large['fetches']:,} loads from tiers, "
+        f"{large['refusals']:,} refusals, {large['moves']:,} slabs moved; "
+        f"{small['operations']:,} more with a check after every step: no violation"
     )
 
 

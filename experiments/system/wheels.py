@@ -2,11 +2,11 @@
 
 python -m experiments.system.wheels [--out dist]
 
-The cache's wheel (``hybrid-radix-cache``) holds neither ``engine`` nor ``kernels``: SGLang depends
-on a Hugging Face distribution whose package is also called ``kernels``, and ``pip install
-'hybrid-radix-cache[sglang]'`` must not replace it. The engine's wheel (``hybrid-radix-engine``)
-holds both, and the extra ``hybrid-radix-cache[engine]`` asks for it. A clone installs everything
-at once (``pip install -e .``).
+The cache's wheel (``hybrid-radix-cache``) contains neither ``engine`` nor ``kernels``. SGLang
+depends on a Hugging Face distribution with a package that is also called ``kernels``, and ``pip
+install 'hybrid-radix-cache[sglang]'`` must not replace it. The engine's wheel
+(``hybrid-radix-engine``) contains both. The extra ``hybrid-radix-cache[engine]`` depends on it. A
+clone installs everything at once (``pip install -e .``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PACKAGES = {
 
 
 def described(name: str) -> dict[str, Any]:
-    """Return the ``[project]`` table of one of the two, made from pyproject.toml's."""
+    """Return the ``[project]`` table of one distribution, derived from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras, version = project["optional-dependencies"], project["version"]
     command = PACKAGES[name][0]
@@ -49,13 +49,15 @@ def described(name: str) -> dict[str, Any]:
 
 
 def build(name: str, out: Path) -> Path:
-    """Build the wheel of ``name`` into ``out``, without a network. RuntimeError: what setuptools
-    said."""
+    """Build the wheel of ``name`` into ``out``, without a network.
+
+    Raises RuntimeError with the output of setuptools.
+    """
     whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
     tables = {
         "build-system": whole["build-system"],
         "project": described(name),
-        "tool.setuptools.packages.find": {"include": [f"{one}*" for one in PACKAGES[name]]},
+        "tool.setuptools.packages.find": {"include": [f"{pkg}*" for pkg in PACKAGES[name]]},
         "tool.setuptools.package-data": whole["tool"]["setuptools"]["package-data"],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -76,16 +78,16 @@ def build(name: str, out: Path) -> Path:
 
 
 def _lines(tables: dict[str, dict[str, Any]]) -> list[str]:
-    """TOML of tables whose values are texts, lists of texts, or tables of those."""
-    lines, below = [], {}
+    """Return the TOML lines of tables with texts, lists of texts, or such tables as values."""
+    lines, subtables = [], {}
     for name, table in tables.items():
         lines.append(f"[{name}]")
         for key, value in table.items():
             if isinstance(value, dict):
-                below[f"{name}.{json.dumps(key)}"] = value
+                subtables[f"{name}.{json.dumps(key)}"] = value
             else:
                 lines.append(f"{json.dumps(key)} = {json.dumps(value)}")
-    return lines + _lines(below) if below else lines
+    return lines + _lines(subtables) if subtables else lines
 
 
 def main() -> None:

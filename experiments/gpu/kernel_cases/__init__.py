@@ -15,7 +15,7 @@ class Setup:
 
     device: str
     is_dry: bool
-    """Tiny shapes, to prove that every case runs; the times mean nothing."""
+    """True for tiny shapes, which only check that every case runs. Times are then meaningless."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -23,22 +23,22 @@ class Setup:
         return torch.float32 if self.is_dry else torch.bfloat16
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Normal numbers, of the activations' dtype unless told."""
+        """Return normal numbers, by default in the activations' dtype."""
         return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
 
     def int32(self, values: Any) -> torch.Tensor:
-        """A table for a kernel."""
+        """Return an int32 table for a kernel."""
         return torch.tensor(list(values), dtype=torch.int32, device=self.device)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel on one shape. The first call of each contender is compared, the later ones are
+    """One kernel on one shape. The first call of each contender is compared, later ones are
     timed."""
 
     name: str
     run: Callable[[], torch.Tensor]
-    """Ours; the tensor it returns is compared with ``expected``."""
+    """Runs our kernel. The returned tensor is compared with ``expected``."""
     expected: Callable[[], torch.Tensor]
     """Returns the correct result. It is called once, on any device."""
     num_bytes: int
@@ -46,14 +46,13 @@ class Case:
     num_flops: int = 0
     """Minimum number of operations to compute."""
     rivals: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
-    """Others that do the same work, or ours done otherwise; compared too."""
+    """Other implementations of the same work, also compared."""
     tolerance: float = 2e-2
     """Root mean square error over the root mean square of ``expected``."""
     rival_tolerance: float | None = None
-    """Tolerance of rivals that round more than ours; ``tolerance`` if None."""
+    """Tolerance of rivals that round more than ours, or None for ``tolerance``."""
     moved_bytes: int | None = None
-    """Bytes of all loads and stores of our kernel, launched with its own parameters. The excess
-    over ``num_bytes`` is read twice."""
+    """Bytes of all loads and stores of our kernel with its own launch parameters. The excess over
+    ``num_bytes`` is read twice."""
     reset: Callable[[], object] | None = None
-    """Brings back what calls of ours have changed, so that the next one is a first one again; None
-    if nothing is."""
+    """Restores the tensors that calls of ours changed, or None if there are none."""

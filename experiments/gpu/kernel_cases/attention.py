@@ -1,6 +1,6 @@
 """Attention of Qwen3-Next: 16 query heads, 2 KV heads of 256, KV rows scattered over a pool.
 
-torch has no attention over scattered rows: it is timed with the gathering that an engine would
+torch has no attention over scattered rows. It is timed with the gathering that an engine would
 need, and without.
 """
 
@@ -21,7 +21,7 @@ from kernels.packed import Packed
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Prompts from zero and on top of cached tokens; decoding and verification of few and of many
+    """Yield prompts from zero and after cached tokens, decoding, and verification, for few and many
     sequences."""
     for cached, new in (
         ((0, 70), (64, 20)) if setup.is_dry else ((0, 1024), (0, 8192), (7168, 1024))
@@ -43,29 +43,29 @@ def _pool(setup: Setup, num: int, length: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _prefill(setup: Setup, cached: int, new: int) -> Case:
-    keys, values, where = _pool(setup, 1, cached + new)
-    where["packed"] = Packed.from_lengths([new], setup.device)
+    keys, values, layout = _pool(setup, 1, cached + new)
+    layout["packed"] = Packed.from_lengths([new], setup.device)
     group, size = (2, keys.shape[2]) if setup.is_dry else (8, keys.shape[2])
     query = setup.randn(new, group * keys.shape[1], size)
     wide = [x.float() for x in (query, keys, values)]
     seen = cached + (new + 1) / 2
-    rows = where["table"][0].long()
+    rows = layout["table"][0].long()
 
     def in_order() -> tuple[torch.Tensor, ...]:
         """Return the layout of torch: KV rows in order of position. ``[1, H, T, D]``, views."""
         return tuple(x.transpose(0, 1)[None] for x in (query, keys[rows], values[rows]))
 
-    tidy, mask = in_order(), causal_lower_right(new, cached + new)
+    ordered, mask = in_order(), causal_lower_right(new, cached + new)
     rivals = {
         "torch, gathering": lambda: _torch_prefill(*in_order(), mask),
-        "torch, contiguous": lambda: _torch_prefill(*tidy, mask),
+        "torch, contiguous": lambda: _torch_prefill(*ordered, mask),
     }
     if not cached:
-        rivals["flex, contiguous"] = _flex_prefill(*tidy, setup)
+        rivals["flex, contiguous"] = _flex_prefill(*ordered, setup)
     return Case(
         name=f"prefill {new} after {cached}",
-        run=partial(fused.prefill_attention, query, keys, values, **where),
-        expected=partial(reference.prefill_attention, *wide, **where),
+        run=partial(fused.prefill_attention, query, keys, values, **layout),
+        expected=partial(reference.prefill_attention, *wide, **layout),
         num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
         num_flops=int(4 * new * seen * query.shape[1] * size),
         rivals=rivals,
@@ -87,7 +87,7 @@ def _torch_prefill(
 def _flex_prefill(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, setup: Setup
 ) -> Callable[[], torch.Tensor]:
-    """FlexAttention where nothing is cached; on the CPU not compiled."""
+    """Compute FlexAttention without cached tokens. On the CPU it is not compiled."""
     num_tokens = query.shape[2]
     attend = flex_attention if setup.is_dry else torch.compile(flex_attention)
     blocks = create_block_mask(
@@ -99,42 +99,42 @@ def _flex_prefill(
 
 
 def _decode(setup: Setup, num: int, length: int) -> Case:
-    keys, values, where = _pool(setup, num, length)
+    keys, values, layout = _pool(setup, num, length)
     query = setup.randn(num, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
     wide = [x.float() for x in (query, keys, values)]
-    rows = where["table"].long()
+    rows = layout["table"].long()
 
     def in_order() -> tuple[torch.Tensor, ...]:
-        """``[B, HKV, L, D]``, views."""
+        """Return KV rows in order of position, ``[B, HKV, L, D]``, views."""
         return tuple(pool[rows].transpose(1, 2) for pool in (keys, values))
 
-    tidy = in_order()
+    ordered = in_order()
     return Case(
         name=f"decode {num} x {length}",
-        run=partial(fused.decode_attention, query, keys, values, **where),
-        expected=partial(reference.decode_attention, *wide, **where),
+        run=partial(fused.decode_attention, query, keys, values, **layout),
+        expected=partial(reference.decode_attention, *wide, **layout),
         num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
         num_flops=4 * length * query.numel(),
         rivals={
             "torch, gathering": lambda: _torch_decode(query, *in_order()),
-            "torch, contiguous": lambda: _torch_decode(query, *tidy),
+            "torch, contiguous": lambda: _torch_decode(query, *ordered),
         },
     )
 
 
 def _verify(setup: Setup, num: int, length: int, num_steps: int) -> Case:
-    keys, values, where = _pool(setup, num, length)
-    where["packed"] = Packed.from_lengths([num_steps] * num, setup.device)
+    keys, values, layout = _pool(setup, num, length)
+    layout["packed"] = Packed.from_lengths([num_steps] * num, setup.device)
     query = setup.randn(num * num_steps, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
     wide = [x.float() for x in (query, keys, values)]
     ends = [length - num_steps + 1 + step for _ in range(num) for step in range(num_steps)]
     rows = [row for row in range(num) for _ in range(num_steps)]
-    apart = where | {"sequences": Sequences.of(rows, ends, setup.device)}
+    apart = layout | {"sequences": Sequences.of(rows, ends, setup.device)}
     del apart["packed"]
     return Case(
         name=f"verify {num} x {num_steps} of {length}",
-        run=partial(fused.verify_attention, query, keys, values, **where),
-        expected=partial(reference.verify_attention, *wide, **where),
+        run=partial(fused.verify_attention, query, keys, values, **layout),
+        expected=partial(reference.verify_attention, *wide, **layout),
         num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
         num_flops=4 * length * query.numel(),
         rivals={

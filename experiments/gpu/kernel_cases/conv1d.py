@@ -1,4 +1,4 @@
-"""The short convolution of Qwen3-Next: 8,192 channels, 4 taps, SiLU."""
+"""Short convolution of Qwen3-Next: 8,192 channels, 4 taps, SiLU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kernels.packed import Exports, Packed
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Prompts of one and of several sequences, and decoding."""
+    """Yield prompts of one and of several sequences, decoding and verification."""
     channels = 48 if setup.is_dry else 8192
     weight = setup.randn(channels, 4)
     for lengths in [(70,), (65, 1, 64)] if setup.is_dry else [(8192,), (1024,) * 8]:

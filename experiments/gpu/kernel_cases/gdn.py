@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Prompts with and without exports, decoding, verification."""
+    """Yield prompts with and without exports, gates, decoding and verification."""
     sizes = Sizes(1, 2, 16, 16) if setup.is_dry else Sizes(16, 32, 128, 128)
     long, many, mixed = (8192,), (1024,) * 8, (64, 1000, 3000, 17, 2048, 500, 1500, 63)
     for lengths in [(70,), (1, 64, 130)] if setup.is_dry else [long, many, mixed, (1024,)]:
@@ -121,22 +121,24 @@ def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
         num_bytes=2 * states.nbytes + _token_bytes(tokens, inputs),
         rivals={"torch": contender(reference.decode_gdn, states.clone())}
         | kernel_rivals.decode_gdn(*tokens, *inputs, states),
-        moved_bytes=2 * states.nbytes + _asked_bytes(tokens, inputs, slots),
+        moved_bytes=2 * states.nbytes + _loaded_bytes(tokens, inputs, slots),
         reset=lambda: own.copy_(states),
     )
 
 
 def _token_bytes(tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> int:
-    """Return the bytes of the tokens of a decode: inputs are read once, outputs of the size of the
-    values are written once."""
+    """Return the bytes of the tokens of a decode. Inputs are read once, outputs are written
+    once."""
     return sum(x.nbytes for x in (*tokens, tokens[2], *inputs))
 
 
-def _asked_bytes(
+def _loaded_bytes(
     tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...], slots: torch.Tensor
 ) -> int:
-    """The same as a decode asks for it: keys and queries for each value head and slice of V, gate
-    inputs for each slice."""
+    """Return the bytes that a decode loads.
+
+    Keys and queries are loaded for each value head and slice of V, gate inputs for each slice.
+    """
     query, key, value = tokens
     a, b, *parameters = inputs
     slices = -(-value.shape[2] // BLOCK_V)

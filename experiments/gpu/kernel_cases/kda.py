@@ -14,7 +14,7 @@ from kernels.packed import TILE, Packed, num_tiles
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Prompts, beside Gated DeltaNet on the same shapes; gates; decoding."""
+    """Yield prompts, with Gated DeltaNet on the same shapes for comparison, gates and decoding."""
     heads, size = (2, 16) if setup.is_dry else (32, 128)
     long, many, mixed = (8192,), (1024,) * 8, (64, 1000, 3000, 17, 2048, 500, 1500, 63)
     for lengths in [(1, 64, 130)] if setup.is_dry else [long, many, mixed]:

@@ -1,5 +1,7 @@
-"""Products of Qwen3-Next's layers: 2048 x 12288 (a GDN layer's input), 4096 x 2048 (its output),
-full precision and 8-bit."""
+"""Products of Qwen3-Next's layers in full precision and 8 bits.
+
+Sizes are 2048 x 12288 (a GDN layer's input) and 4096 x 2048 (its output).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from kernels.linear.reference import Format
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """From one token to a prefill's worth, and 8-bit floats where the device has them."""
+    """Yield products from one token to a prefill, with 8-bit floats if the device supports them."""
     formats = ["int8"]
     if setup.is_dry or Device.resolve(setup.device).supports("fp8"):
         formats.append("fp8")
@@ -42,8 +44,10 @@ def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
 
 
 def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format) -> Case:
-    """Beside torch with full weights, and with rows in 8 bits too: less exact, and twice the rate
-    of the tensor cores."""
+    """Return a case with rivals that have full weights, and 8-bit rows.
+
+    8-bit rows are less exact, at twice the rate of the tensor cores.
+    """
     quantized, scale = reference.quantize(weight, format)
     widened = quantized.float() * scale[:, None]
     narrow = widened.to(x.dtype)
@@ -64,7 +68,7 @@ def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format
 
 
 def _torch_int8(x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """cuBLAS takes more than 16 rows, and all sizes in multiples of 8."""
+    """Multiply with cuBLAS, which requires more than 16 rows and all sizes in multiples of 8."""
     rows, row_scale = reference.quantize(x, "int8")
     short, missing = max(32 - len(rows), 0), -x.shape[1] % 8
     rows, quantized = F.pad(rows, (0, missing, 0, short)), F.pad(quantized, (0, missing))
@@ -73,7 +77,7 @@ def _torch_int8(x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor) -
 
 
 def _torch_fp8(x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """It takes sizes in multiples of 16, and gives bfloat16."""
+    """Multiply with torch, which requires sizes in multiples of 16 and returns bfloat16."""
     rows, row_scale = reference.quantize(x, "fp8")
     product = torch._scaled_mm(
         rows,

@@ -1,5 +1,8 @@
-"""Mamba-2 on Nemotron-H's sizes (128 heads of 64 in 8 groups, a state of 128) and Falcon-H1's (24
-heads of 64 in one group, a state of 256), float32 states."""
+"""Mamba-2 on the sizes of Nemotron-H and Falcon-H1, with float32 states.
+
+Nemotron-H has 128 heads of 64 in 8 groups and a state of 128, Falcon-H1 24 heads of 64 in one group
+and a state of 256.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ FALCON_H1 = Sizes(1, 24, 256, 64)
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Prompts with and without exports; gates; decoding."""
+    """Yield prompts with and without exports, gates and decoding."""
     long, many, mixed = (8192,), (1024,) * 8, (64, 1000, 3000, 17, 2048, 500, 1500, 63)
     for sizes in [Sizes(1, 2, 16, 16)] if setup.is_dry else [NEMOTRON_H, FALCON_H1]:
         for lengths in [(1, 64, 130)] if setup.is_dry else [long, many, mixed]:
@@ -106,7 +109,7 @@ def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
 
 
 def _tokens(setup: Setup, sizes: Sizes, count: int) -> tuple[torch.Tensor, ...]:
-    """x, B and C; states of any size answer alike."""
+    """Return x, B and C, scaled so that outputs do not depend on the state size."""
     groups, heads, state_size, head_dim = sizes
     B, C = (setup.randn(count, groups, state_size) for _ in range(2))
     return setup.randn(count, heads, head_dim), B * state_size**-0.5, C

@@ -15,7 +15,7 @@ from kernels.packed import Packed
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Prompts from zero and on top of cached tokens; decoding; the products around them."""
+    """Yield prompts from zero and after cached tokens, decoding, and the products around them."""
     for cached, new in (
         ((64, 20),) if setup.is_dry else ((0, 1024), (0, 8192), (8128, 64), (7168, 1024))
     ):
@@ -29,7 +29,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def _sizes(setup: Setup) -> tuple[int, int, int]:
-    """Heads, latent, shared key."""
+    """Return heads, size of latents and size of shared keys."""
     return (2, 32, 16) if setup.is_dry else (32, 512, 64)
 
 

@@ -13,7 +13,7 @@ from kernels.moe import fused, reference
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Routing, and the experts of one token up to a prefill."""
+    """Yield routing, and the experts of one token up to a prefill."""
     num_experts, k, hidden, inner = (6, 2, 32, 24) if setup.is_dry else (512, 10, 2048, 512)
     w13 = _weights(setup, num_experts, 2 * inner, hidden)
     w2 = _weights(setup, num_experts, hidden, inner)
@@ -66,7 +66,8 @@ def _torch_experts(
     w13: torch.Tensor,
     w2: torch.Tensor,
 ) -> torch.Tensor:
-    """Sorted by expert, two grouped products, and back; no value comes to the host."""
+    """Sort by expert, multiply in two grouped products, and sort back, without copies to the
+    host."""
     num_tokens, k = experts.shape
     flat = experts.flatten().long()
     order = flat.argsort(stable=True)

@@ -16,7 +16,7 @@ EPS = 1e-6
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """One token, a decode batch, a prefill."""
+    """Yield norms of one token, a decode batch and a prefill."""
     sizes = (
         {"row": 48, "head": 16, "gated": 24}
         if setup.is_dry
@@ -42,7 +42,7 @@ def _norm(name: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
         num_bytes=2 * x.nbytes + weight.nbytes,
         rivals={"torch": partial(F.rms_norm, x, weight.shape, narrow, EPS)}
         | kernel_rivals.rms_norm(x, narrow, EPS),
-        moved_bytes=2 * x.nbytes + _asked_weight_bytes(x, weight),
+        moved_bytes=2 * x.nbytes + _loaded_weight_bytes(x, weight),
     )
 
 
@@ -55,7 +55,7 @@ def _residual(name: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.
         num_bytes=4 * x.nbytes + weight.nbytes,
         rivals={"torch": lambda: F.rms_norm(x + residual, narrow.shape, narrow, EPS)}
         | kernel_rivals.rms_norm(x, narrow, EPS, residual),
-        moved_bytes=4 * x.nbytes + _asked_weight_bytes(x, weight),
+        moved_bytes=4 * x.nbytes + _loaded_weight_bytes(x, weight),
     )
 
 
@@ -68,11 +68,11 @@ def _gated(name: str, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor)
         num_bytes=3 * x.nbytes + weight.nbytes,
         rivals={"torch": lambda: F.rms_norm(x, narrow.shape, narrow, EPS) * F.silu(gate)}
         | kernel_rivals.gated_rms_norm(x, narrow, gate, EPS),
-        moved_bytes=3 * x.nbytes + _asked_weight_bytes(x, weight),
+        moved_bytes=3 * x.nbytes + _loaded_weight_bytes(x, weight),
     )
 
 
-def _asked_weight_bytes(x: torch.Tensor, weight: torch.Tensor) -> int:
-    """Every program reads the weight."""
+def _loaded_weight_bytes(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Return the bytes of the weight, which every program reads."""
     size = len(weight)
     return -(-x.numel() // size // fused.rows_per_program(size)) * weight.nbytes

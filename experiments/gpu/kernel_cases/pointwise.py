@@ -1,5 +1,5 @@
-"""Qwen3-Next's rotary embedding, gated activations and cache writes: bound by bandwidth, or by the
-launch."""
+"""Rotary embedding, gated activations and cache writes of Qwen3-Next, bound by bandwidth or
+launches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from experiments.gpu.kernel_cases import Case, Setup
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """A decode batch and a prefill."""
+    """Yield a decode batch and a prefill."""
     for num_tokens in (3,) if setup.is_dry else (64, 8192):
         yield _rotary(setup, num_tokens)
         yield _silu_and_mul(setup, num_tokens)

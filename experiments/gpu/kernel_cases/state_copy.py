@@ -14,7 +14,7 @@ from kernels.state_copy.copy import BLOCK_BYTES
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """1 to 16 slots at a time; the loop copies slot by slot, torch gathers and scatters."""
+    """Yield copies of 1 to 16 slots. The loop copies slot by slot, torch gathers and scatters."""
     num_layers, heads, key_dim, channels = (2, 2, 16, 48) if setup.is_dry else (36, 32, 128, 8192)
     for num_copies in (1, 4, 16):
         shape = (num_layers, 2 * num_copies)

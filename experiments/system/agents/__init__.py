@@ -1,2 +1,1 @@
-"""Scripted agents: what they say is written beforehand, how it is tokenized is not the tokenizer's
-way."""
+"""Scripted agents. Their texts are fixed, and their tokens differ from the tokenizer's own."""

@@ -1,4 +1,4 @@
-"""An agent's side of a conversation: what it keeps of the answers, and how it sends it back."""
+"""Client side of an agent: stores answers and sends them back with the next request."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Message = dict[str, Any]
 
 
 class ServedRequest(NamedTuple):
-    """One request of an agent, and what it cost."""
+    """Figures of one request of an agent."""
 
     prompt_len: int
     cached_len: int
     context_len: int
-    """Tokens of the prompt and its answer that were computed."""
+    """Computed tokens of the prompt and its answer."""
     cause: str | None
 
 
 class Agent(ABC):
-    """One conversation. Requests name no seed: the n-th draws the n-th script."""
+    """One conversation. Requests have no seed, so request n uses script n."""
 
     def __init__(self, url: str, model: str, thinks: bool) -> None:
         self._url, self._model, self._thinks = url, model, thinks
@@ -36,12 +36,12 @@ class Agent(ABC):
         self._earlier: str | None = None
 
     def question(self, text: str) -> None:
-        """The user says something."""
+        """Add a message of the user."""
         self._messages.append({"role": "user", "content": text})
 
     @abstractmethod
     def ask(self, max_tokens: int) -> tuple[ServedRequest, int]:
-        """(what it cost, how many tools are called)."""
+        """Send the conversation. Returns (figures of the request, number of tool calls)."""
 
     @abstractmethod
     def results(self, texts: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ class Agent(ABC):
 
 
 class OpenAIAgent(Agent):
-    """/v1/chat/completions."""
+    """Agent that uses /v1/chat/completions."""
 
     def __init__(self, url: str, model: str, thinks: bool) -> None:
         super().__init__(url, model, thinks)
@@ -68,16 +68,15 @@ class OpenAIAgent(Agent):
                 "prompt_cache_options": {"comparison_response_id": earlier} if earlier else {},
             },
         )
-        said, usage = answer.choices[0].message, answer.usage
-        self._messages.append(_echo(said))
-        self._calls = [call.id for call in said.tool_calls or ()]
+        message, usage = answer.choices[0].message, answer.usage
+        self._messages.append(_echo(message))
+        self._calls = [call.id for call in message.tool_calls or ()]
         self._earlier = answer.id
         prompt_len, cached_len = usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
         context_len = prompt_len + usage.completion_tokens - 1
-        told = getattr(answer, "cache_explanation", None) or {}
-        return ServedRequest(prompt_len, cached_len, context_len, told.get("cause")), len(
-            self._calls
-        )
+        explanation = getattr(answer, "cache_explanation", None) or {}
+        served = ServedRequest(prompt_len, cached_len, context_len, explanation.get("cause"))
+        return served, len(self._calls)
 
     def results(self, texts: Sequence[str]) -> None:
         self._messages += [
@@ -87,7 +86,7 @@ class OpenAIAgent(Agent):
 
 
 class AnthropicAgent(Agent):
-    """/v1/messages."""
+    """Agent that uses /v1/messages."""
 
     def __init__(self, url: str, model: str, thinks: bool) -> None:
         super().__init__(url, model, thinks)
@@ -112,10 +111,10 @@ class AnthropicAgent(Agent):
         self._calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
         self._earlier, usage = answer.id, answer.usage
         cause = None
-        if earlier is not None:  # the documented diagnostics say what the client changed, no more
-            asked = {"compared_with": earlier}
-            told = httpx.get(f"{self._url}/v1/cache/explanations/{answer.id}", params=asked)
-            cause = told.json()["cause"]
+        if earlier is not None:  # The documented diagnostics only name changes by the client.
+            compared = {"compared_with": earlier}
+            found = httpx.get(f"{self._url}/v1/cache/explanations/{answer.id}", params=compared)
+            cause = found.json()["cause"]
         cached_len = usage.cache_read_input_tokens
         prompt_len = usage.input_tokens + cached_len + usage.cache_creation_input_tokens
         context_len = prompt_len + usage.output_tokens - 1
@@ -133,12 +132,12 @@ class AnthropicAgent(Agent):
 AGENTS: dict[str, type[Agent]] = {"openai": OpenAIAgent, "anthropic": AnthropicAgent}
 
 
-def _echo(said: Any) -> Message:
-    """An answer as a client sends it back, its JSON parsed and written again."""
-    message: Message = {"role": "assistant", "content": said.content or ""}
-    if thoughts := getattr(said, "reasoning_content", None):
-        message["reasoning_content"] = thoughts
-    if said.tool_calls:
+def _echo(answer: Any) -> Message:
+    """Return an answer in the form a client sends back, with its JSON parsed and written again."""
+    message: Message = {"role": "assistant", "content": answer.content or ""}
+    if reasoning := getattr(answer, "reasoning_content", None):
+        message["reasoning_content"] = reasoning
+    if answer.tool_calls:
         message["tool_calls"] = [
             {
                 "id": call.id,
@@ -148,7 +147,7 @@ def _echo(said: Any) -> Message:
                     "arguments": json.dumps(json.loads(call.function.arguments), sort_keys=True),
                 },
             }
-            for call in said.tool_calls
+            for call in answer.tool_calls
         ]
     return message
 

@@ -1,5 +1,5 @@
-"""An engine whose answers are written beforehand, token by token, over a runner that proves every
-read; and a server in front of it."""
+"""Engine with scripted answers, token by token, over a runner that verifies every read, and a
+server for it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from experiments.system.served import serving
 
 
 class ScriptedSampler:
-    """Draws the tokens of the script that a request names by its seed."""
+    """Sampler that returns the tokens of a script, which the request's seed selects."""
 
     def __init__(self) -> None:
         self.scripts: list[Sequence[int]] = []
 
     def add(self, token_ids: Sequence[int]) -> int:
-        """The seed of a new script."""
+        """Add a script and return its seed."""
         self.scripts.append(token_ids)
         return len(self.scripts) - 1
 
@@ -34,11 +34,11 @@ class ScriptedSampler:
         return OracleDrawn([SampledToken(self.scripts[r.seed][r.draw], None) for r in requests])
 
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
-        raise AssertionError("scores are not supported here")
+        raise AssertionError("A scripted sampler does not support scores.")
 
 
 class ScriptedEngine:
-    """Answers what it is told to."""
+    """Engine with answers given by the caller."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class ScriptedEngine:
         )
 
     def answer(self, spec: RequestSpec, answer: Sequence[int]) -> RequestOutput:
-        """The last output of one request."""
+        """Serve one request with the given ``answer``. Returns its last output."""
         sampling = SamplingParams(max_tokens=len(answer), seed=self.sampler.add(answer))
         options = {name: getattr(spec, name) for name in ("namespace", "boundaries")}
         options["answer_survives"] = spec.answer_survives
@@ -64,6 +64,6 @@ class ScriptedEngine:
 
     @contextlib.contextmanager
     def serving(self, config: ServerConfig | None = None) -> Iterator[str]:
-        """The address of a server of its own, in a thread."""
+        """Serve the engine in a thread and yield the address."""
         with serving(self.engine, config) as (_, port):
             yield f"http://127.0.0.1:{port}"

@@ -22,7 +22,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a tool, and what the tool says."""
+    """One tool call and its result."""
 
     name: str
     arguments: dict[str, Any]
@@ -31,7 +31,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One answer of the agent: reasoning, words, and calls where it goes on."""
+    """One answer of the agent: reasoning, text, and tool calls unless it is the last of its
+    question."""
 
     reasoning: str
     content: str
@@ -56,7 +57,7 @@ TOOLS = [
 
 
 def questions(num_loops: int = 3) -> Iterator[tuple[str, list[Turn]]]:
-    """(a question, the answers until the one that calls no tool) one after the other."""
+    """Yield (question, answers). The last answer to a question calls no tool."""
     for number, question in enumerate(QUESTIONS):
         loop = [_step(number, step) for step in range(num_loops)]
         done = (
@@ -81,8 +82,10 @@ def _step(number: int, step: int) -> Turn:
 
 
 def written(turn: Turn, form: str, thinks: bool, header: str) -> str:
-    """A turn as a model may write it after ``header``, in the ``form`` of a template: its JSON is
-    not spaced as anybody's serialiser does."""
+    """Return a turn as a model may write it after ``header``, in the ``form`` of a template.
+
+    Spacing of its JSON differs from the usual serialisers.
+    """
     thoughts = ""
     if thinks and form != "coder":
         opened = "" if header.rstrip().endswith("<think>") else "<think>\n"

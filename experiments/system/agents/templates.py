@@ -1,10 +1,12 @@
-"""Chat templates that treat reasoning and calls of tools as Qwen's do, in fewer words.
+"""Short chat templates that treat reasoning and tool calls like Qwen's.
 
-``hermes`` as Qwen3's: calls in JSON, a prompt ends with the bare header, reasoning is written since
-the last question where there is some. ``coder`` as Qwen3-Coder's: calls in XML, no reasoning.
-``thinking`` as Qwen3.5's: calls in XML, a prompt ends inside of reasoning, which is written since
-the last question in any case. Without thinking, ``hermes`` and ``thinking`` end a prompt with empty
-reasoning.
+- ``hermes``, like Qwen3: calls in JSON. A prompt ends with the bare header. Reasoning since the
+  last question is rendered if there is some.
+- ``coder``, like Qwen3-Coder: calls in XML, no reasoning.
+- ``thinking``, like Qwen3.5: calls in XML. A prompt ends inside of reasoning, which is always
+  rendered since the last question.
+
+Without thinking, ``hermes`` and ``thinking`` end a prompt with empty reasoning.
 """
 
 from __future__ import annotations

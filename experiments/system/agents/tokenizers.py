@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer, trained on the spot, and samplings of its tokens."""
+"""Small byte-level tokenizer, trained at run time, and random tokenizations of texts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ CORPUS = Path(__file__).resolve().parents[3] / "README.md"
 
 
 def make_model_dir(directory: Path, template: str, tokenizer_file: Path | None = None) -> Path:
-    """A directory with a tokenizer (that of ``tokenizer_file``, or one trained on the README) and a
-    chat template. About a second."""
+    """Write a directory with a tokenizer and a chat template. About a second.
+
+    The tokenizer is that of ``tokenizer_file``, or one trained on the README.
+    """
     import tokenizers
 
     if tokenizer_file is not None:
@@ -46,8 +48,8 @@ def make_model_dir(directory: Path, template: str, tokenizer_file: Path | None =
 
 
 def sampled_like(tokenizer: HFTokenizer, text: str, seed: int) -> list[int]:
-    """Ids of ``text``, cut in places where the tokenizer alone would not: as a model may sample
-    it."""
+    """Return ids of ``text`` that the tokenizer would not choose, like those sampled from a
+    model."""
     draw = random.Random(seed)
     while (token_ids := _cut_ids(tokenizer, text, draw)) == tokenizer.encode(text, _ALONE):
         pass

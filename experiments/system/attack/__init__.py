@@ -1,2 +1,2 @@
-"""The attack on the promises: what is tried against cache, engine, server and files, by models and
-clients of its own."""
+"""Random attacks on cache, engine, server and files, each with a separate reference model or
+client."""

@@ -1,9 +1,10 @@
-"""Attack cache, engine, server and files, each against its own model or client, with seeds.
+"""Attack cache, engine, server and files, each against its own reference model or client, with
+seeds.
 
     python -m experiments.system.attack --minutes 10
     python -m experiments.system.attack --only files --seed 7
 
-Where something does not hold it ends with the part and the seed that show it.
+A violation ends the run, with the part and the seed that reproduce it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Part = Callable[[int, float], dict[str, int]]
 
 
 def files(seed: int, seconds: float) -> dict[str, int]:
-    """Changed snapshots of one cache after another."""
+    """Load changed snapshots of one cache after another."""
     deadline, found, caches = time.monotonic() + seconds, {"refused": 0, "loaded": 0}, 0
     while time.monotonic() < deadline:
         outcomes = snapshots.attack(seed + caches, 1, 60)
@@ -36,7 +37,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "bodies": (bodies.attack, 0.2),
     "files": (files, 0.2),
 }
-"""Each part, and its share of the time."""
+"""Parts by name, each with its share of the time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,21 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--only", choices=sorted(PARTS), help="one part")
+    parser.add_argument("--only", choices=sorted(PARTS), help="run only this part")
     options = parser.parse_args(arguments)
     parts = {options.only: (PARTS[options.only][0], 1.0)} if options.only else PARTS
     before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # steps fail on purpose
+    logging.disable(logging.CRITICAL)  # Steps fail on purpose.
     try:
         records = []
         for name, (attack, share) in parts.items():
             try:
                 found = attack(options.seed, 60 * options.minutes * share)
             except AssertionError as failure:
-                print(f"{name}: does not hold: {failure}")
+                print(f"{name}: failed: {failure}")
                 return 1
-            counts = ", ".join(f"{number:,} {what}" for what, number in found.items())
-            print(f"{name}: held; {counts}")
+            counts = ", ".join(f"{number:,} {key}" for key, number in found.items())
+            print(f"{name}: passed; {counts}")
             records.append({"part": name, **found})
     finally:
         logging.disable(before)

@@ -1,8 +1,8 @@
-"""Bodies that no client should send: each is answered in one sentence, none by 5xx, and the server
-serves on.
+"""Invalid request bodies. Each must get an error of one sentence, never 5xx, and the server goes
+on.
 
-Good bodies are changed at random: a value by an odd one, a name added, lists made long, nesting
-made deep, bytes flipped.
+Valid bodies are changed at random: odd values, additional names, long lists, deep nesting, flipped
+bytes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _odd(draw: random.Random) -> Any:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """(container, name or index) of everything in ``value``."""
+    """Return (container, name or index) of every entry in ``value``."""
     found = []
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, entry in items:
@@ -93,7 +93,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def body(draw: random.Random) -> tuple[str, bytes]:
-    """(path, bytes) of one body."""
+    """Return (path, bytes) of one random body."""
     path, good = draw.choice(GOOD)
     value = copy.deepcopy(good)
     for _ in range(draw.choice((1, 1, 2))):
@@ -109,8 +109,10 @@ def body(draw: random.Random) -> tuple[str, bytes]:
 
 
 def attack(seed: int, seconds: float) -> dict[str, int]:
-    """Bodies until the time is up. AssertionError: a 5xx, a long answer, or memory that is still
-    held."""
+    """Send bodies until the time is up.
+
+    Raises AssertionError for a 5xx, a long error, or memory that is still held.
+    """
     engine = Engine(
         EngineConfig(max_queue=64),
         runner=OracleRunner(8192, 16, max_model_len=2048),
@@ -130,11 +132,11 @@ def _send_all(url: str, seed: int, seconds: float) -> dict[str, int]:
         while time.monotonic() < deadline:
             path, raw = body(random.Random(seed + number))
             answer = client.post(path, content=raw, headers={"Content-Type": "application/json"})
-            where = f"bodies, seed {seed + number}: {answer.status_code} {answer.text[:200]}"
-            assert answer.status_code < 500 and '"code": "internal' not in answer.text, where
+            context = f"bodies, seed {seed + number}: {answer.status_code} {answer.text[:200]}"
+            assert answer.status_code < 500 and '"code": "internal' not in answer.text, context
             if answer.status_code >= 400:
                 error = answer.json()["error"]["message"]
-                assert "\n" not in error and len(answer.content) < 2000, where
+                assert "\n" not in error and len(answer.content) < 2000, context
             statuses[answer.status_code] += 1
             number += 1
         report = client.get("/v1/cache").json()

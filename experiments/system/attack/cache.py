@@ -1,9 +1,9 @@
-"""The cache against a model that knows nothing of trees: every row and slot remembers which prefix
-was written to it.
+"""Random requests on a cache, compared with a model without a tree.
 
-What a match hands out is read back: each row must hold its token's prefix, the slot the state of
-exactly the hit. A request writes only rows and slots that were given to it. Held memory is counted
-by the driver itself, and ``check`` is called with it.
+The model stores the prefix that was written to each row and slot. Every match is read back: each
+row must contain its token's prefix, and the slot the state of exactly the hit. A request only
+writes rows and slots that it allocated. The driver counts held memory itself and passes it to
+``check``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMESPACES: tuple[Hashable, ...] = (None, "a", ("a", 1), 7, b"x", (None,))
 
 
 def prefixes(tokens: list[int], namespace: Hashable) -> list[int]:
-    """A hash of each prefix of a prompt, from one token to all."""
+    """Return a hash of each prefix of a prompt, from one token to all."""
     found, value = [], hash((namespace, "root"))
     for token in tokens:
         value = hash((value, token))
@@ -32,8 +32,7 @@ def prefixes(tokens: list[int], namespace: Hashable) -> list[int]:
 
 
 class Driver:
-    """Plays requests on one cache; up to four are open at a time, each with a lock and rows of its
-    own."""
+    """Random requests on one cache, up to four at a time, each with a lock and its rows."""
 
     def __init__(self, seed: int) -> None:
         draw = self.draw = random.Random(seed)
@@ -57,7 +56,7 @@ class Driver:
         self.slot: dict[int, int] = {}
         self.held_rows = self.held_slots = 0
         self.open: list[tuple[Any, ...]] = []
-        self.known = [[draw.randrange(3) for _ in range(draw.randrange(1, 80))] for _ in range(6)]
+        self.prompts = [[draw.randrange(3) for _ in range(draw.randrange(1, 80))] for _ in range(6)]
         self.num_operations = self.num_hits = 0
 
     def play(self, num_operations: int) -> None:
@@ -79,23 +78,24 @@ class Driver:
         self.cache.check(held_tokens=0, held_slots=0)
 
     def begin(self) -> None:
-        """Match, read back what is promised, lock, and take rows and slots for the rest."""
+        """Start a request: match, read back the hit, lock, and allocate rows and slots for the
+        rest."""
         draw, cache = self.draw, self.cache
-        before = draw.choice(self.known)
+        before = draw.choice(self.prompts)
         tokens = before[: draw.choice((len(before), draw.randrange(len(before) + 1)))]
         tokens = tokens + [draw.randrange(3) for _ in range(draw.randrange(1, 40))]
-        self.known[draw.randrange(6)] = tokens
+        self.prompts[draw.randrange(6)] = tokens
         namespace = draw.choice(NAMESPACES)
         array = np.array(tokens, np.int32)
         match = cache.match(array, namespace)
         truth = prefixes(tokens, namespace)
         cached_len = match.cached_len
         assert 0 <= cached_len < len(tokens) and cached_len % self.step == 0
-        assert cached_len + sum(match.losses) == len(tokens), "a token without a cause"
+        assert cached_len + sum(match.losses) == len(tokens), "a token without a loss cause"
         rows = cache.gather(match.node)[:cached_len].tolist()
         assert [self.row[row] for row in rows] == truth[:cached_len], "a row of another prefix"
         if cached_len and match.checkpoint is not None:
-            assert self.slot[match.checkpoint] == truth[cached_len - 1], "another prefix's state"
+            assert self.slot[match.checkpoint] == truth[cached_len - 1], "a state of another prefix"
         self.num_hits += cached_len > 0
         receipt = cache.lock(match.node)
         cache.touch(match)
@@ -117,7 +117,8 @@ class Driver:
         self.open.append((array, namespace, match, receipt, rows, fresh, states, truth))
 
     def finish(self, request: tuple[Any, ...]) -> None:
-        """Publish all, half or nothing of a request, and give back what the cache did not take."""
+        """Publish all, half or nothing of a request, and free memory that the cache did not
+        take."""
         array, namespace, match, receipt, rows, fresh, states, truth = request
         cache, draw = self.cache, self.draw
         all_rows = np.concatenate([np.array(rows, np.int32), fresh])
@@ -125,15 +126,15 @@ class Driver:
         length = max(length, match.cached_len)
         owned, left = match.cached_len, {slot for _, slot in states}
         if length > owned:
-            given = [(at, slot) for at, slot in states if at <= length]
-            result = cache.insert(array[:length], all_rows[:length], given, namespace, owned)
+            offered = [(at, slot) for at, slot in states if at <= length]
+            result = cache.insert(array[:length], all_rows[:length], offered, namespace, owned)
             if len(result.duplicates):
                 cache.free_kv(result.duplicates)
                 self.held_rows -= len(result.duplicates)
             taken = max(result.inserted_len - owned, 0) - len(result.duplicates)
             self.held_rows -= taken
-            self.held_slots -= len(given) - len(result.rejected_slots)
-            left -= {slot for _, slot in given} - set(result.rejected_slots)
+            self.held_slots -= len(offered) - len(result.rejected_slots)
+            left -= {slot for _, slot in offered} - set(result.rejected_slots)
             owned = max(result.inserted_len, owned)
             now = cache.gather(result.node)[: result.inserted_len].tolist()
             assert [self.row[row] for row in now] == truth[: result.inserted_len], "a wrong row"
@@ -148,7 +149,7 @@ class Driver:
 
 
 def attack(seed: int, seconds: float) -> dict[str, int]:
-    """Caches of random settings until the time is up. AssertionError names the seed."""
+    """Test caches of random settings until the time is up. An AssertionError contains the seed."""
     deadline, runs, operations, hits = time.monotonic() + seconds, 0, 0, 0
     while time.monotonic() < deadline:
         driver = Driver(seed + runs)

@@ -1,8 +1,8 @@
-"""Callers that come and go: whole answers, early leavers, aborts, cancelled tasks, calls that
-raise, resets, steps that fail.
+"""Random clients of the engine: whole answers, disconnects, aborts, cancelled tasks, failing calls,
+resets and failing steps.
 
-The runner is the attack's own and proves every row and state that is read; a whole answer must be
-what follows from its prompt alone. In the end nothing is held and nobody still waits.
+The runner verifies every row and state that is read. A whole answer must be the one that follows
+from its prompt. At the end nothing is held or waits.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from experiments.system.attack.runner import ChainRunner, ChainSampler, answer
 WAYS = ("whole", "whole", "leave", "abort", "drop", "cancel", "call", "reset")
 
 
-class Failing(ChainRunner):
-    """One of which a step breaks off now and then."""
+class FailingRunner(ChainRunner):
+    """Runner with randomly failing steps."""
 
     failure_share = 0.0
     draw = random.Random(0)
 
     def forward(self, batch: Any, drawn: Any = ()) -> Any:
         if self.draw.random() < self.failure_share:
-            raise MemoryError("no room for this step")
+            raise MemoryError("no memory for this step")
         return super().forward(batch, drawn)
 
 
@@ -43,7 +43,9 @@ def make_engine(seed: int) -> Engine:
         "checkpoints": (draw.choice(("none", "branch,boundary,backoff,end", "every:64,end")),),
     }
     settings["checkpoints"] = tuple(settings["checkpoints"][0].split(","))
-    runner = Failing(draw.choice((512, 2048, 8192)), draw.choice((4, 8, 24)), max_model_len=400)
+    runner = FailingRunner(
+        draw.choice((512, 2048, 8192)), draw.choice((4, 8, 24)), max_model_len=400
+    )
     if draw.random() < 0.3:
         runner.failure_share, runner.draw = 0.05, random.Random(seed)
     return Engine(engine_config(**settings), runner=runner, sampler=ChainSampler())
@@ -56,7 +58,7 @@ def prompt_of(draw: random.Random) -> list[int]:
 
 
 async def caller(engine: AsyncEngine, draw: random.Random, seen: Counter[str]) -> None:
-    """One caller with one way of leaving."""
+    """Run one client, which ends in a random way."""
     way = draw.choice(WAYS)
     try:
         if way == "call":
@@ -94,7 +96,7 @@ async def ask(engine: AsyncEngine, way: str, draw: random.Random) -> None:
             if way == "leave":
                 return
     if way == "whole":
-        assert tokens == answer(prompt, length), "an answer that is not its prompt's"
+        assert tokens == answer(prompt, length), "an answer that does not follow from its prompt"
 
 
 async def _drain(stream: Any) -> None:
@@ -103,8 +105,10 @@ async def _drain(stream: Any) -> None:
 
 
 def attack(seed: int, seconds: float) -> dict[str, int]:
-    """Engines of random settings, a hundred callers each, until the time is up. AssertionError
-    names the seed."""
+    """Test engines of random settings with a hundred clients each, until the time is up.
+
+    An AssertionError contains the seed.
+    """
     deadline, runs, seen = time.monotonic() + seconds, 0, Counter[str]()
 
     while time.monotonic() < deadline:
@@ -115,7 +119,7 @@ def attack(seed: int, seconds: float) -> dict[str, int]:
                 report = engine.report()
                 held = report.kv.held, report.slots.held, report.num_running, report.num_waiting
                 assert held == (0, 0, 0, 0), f"held {held}"
-            else:  # two steps in a row failed: what it held went with it
+            else:  # Two steps in a row failed, and the engine ended with all it held.
                 seen["engine ended"] += 1
         except Exception as error:
             raise AssertionError(f"churn, seed {seed + runs}: {error!r}") from error
@@ -124,7 +128,7 @@ def attack(seed: int, seconds: float) -> dict[str, int]:
 
 
 async def _run(engine: Engine, seed: int, seen: Counter[str]) -> bool:
-    """Whether the engine lived to the end."""
+    """Run a hundred clients. Returns True if the engine did not end."""
     serving = AsyncEngine(engine)
     serving.start()
     callers = (caller(serving, random.Random(seed * 1000 + n), seen) for n in range(100))

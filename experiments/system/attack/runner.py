@@ -1,8 +1,8 @@
-"""A runner of the attack's own: each row holds a link of a chain of tokens, each slot where a chain
-stood, and reads walk them.
+"""Reference runner of the attack: rows and slots contain hash chains of tokens, and reads verify
+them.
 
-Only the sizes of its memory are ``engine.testing.oracle``'s. The next token is a function of the
-prefix's hash, so that an answer can be worked out from its prompt alone, with no engine at all.
+Only the sizes of its memory come from ``engine.testing.oracle``. The next token is a function of
+the prefix's hash, so the correct answer can be computed from a prompt without an engine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VOCAB = 320
 
 
 class Link(NamedTuple):
-    """Content of a KV row."""
+    """Contents of a KV row."""
 
     namespace: Hashable
     before: int
@@ -25,8 +25,8 @@ class Link(NamedTuple):
     prefix: int
 
 
-class Stand(NamedTuple):
-    """Content of a slot: the chain of ``namespace`` after ``position`` tokens."""
+class StateLink(NamedTuple):
+    """Contents of a slot: the chain of ``namespace`` after ``position`` tokens."""
 
     namespace: Hashable
     position: int
@@ -34,7 +34,7 @@ class Stand(NamedTuple):
 
 
 def chain(before: int, tokens: Iterable[int]) -> list[int]:
-    """A hash of every prefix that ``tokens`` make after the prefix ``before``."""
+    """Return the hash of every prefix that ``tokens`` form after the prefix ``before``."""
     found = []
     for token in tokens:
         before = hash((before, int(token)))
@@ -43,7 +43,7 @@ def chain(before: int, tokens: Iterable[int]) -> list[int]:
 
 
 def next_token(prefix: int) -> int:
-    """The token that follows a prefix."""
+    """Return the token that follows a prefix."""
     return prefix % 1009 % VOCAB
 
 
@@ -58,23 +58,24 @@ def answer(prompt: Sequence[int], length: int) -> list[int]:
 
 
 class ChainRunner(OracleRunner):
-    """Two pools. AssertionError: a row or a slot holds something else than what is read there."""
+    """Runner with two pools. Raises AssertionError if a read row or slot has unexpected
+    contents."""
 
     def __init__(self, num_kv_tokens: int, num_slots: int, max_model_len: int) -> None:
         super().__init__(num_kv_tokens, num_slots, max_model_len=max_model_len, vocab_size=VOCAB)
         self._links: dict[int, Link] = {}
-        self._stands: dict[int, Stand] = {}
+        self._states: dict[int, StateLink] = {}
         self._rows: dict[int, dict[int, int]] = {}
-        """By row of the request table: position to KV row."""
+        """KV row by position, for each row of the request table."""
 
     def forward(self, batch: Any, drawn: Any = ()) -> Any:
         for row, start, indices in batch.row_writes:
             places = enumerate(indices.tolist(), start)
             self._rows.setdefault(row, {}).update(places)
         for source, target in batch.restores:
-            self._stands[target] = self._stands[source]
+            self._states[target] = self._states[source]
         late = dict(batch.late_tokens)
-        # All that is read is read before anything is written: a step computes its segments at once.
+        # Read everything before writing, because a step computes its segments at once.
         befores = [self._read(segment) for segment in batch.segments]
         logits: list[int] = []
         written: set[int] = set()
@@ -84,7 +85,7 @@ class ChainRunner(OracleRunner):
         return logits
 
     def _read(self, segment: Any) -> int:
-        """The prefix before ``segment``, walked along its rows, and its state's."""
+        """Return the prefix before ``segment``, after checking its rows and its state."""
         rows, before = self._rows.get(segment.row, {}), 0
         for position in range(segment.start):
             link = self._links[rows[position]]
@@ -92,9 +93,9 @@ class ChainRunner(OracleRunner):
             assert link.before == before, f"at {position} a row of another prefix"
             before = link.prefix
         if segment.slot is not None and segment.start:
-            stand = self._stands[segment.slot]
+            state = self._states[segment.slot]
             expected = (segment.namespace, segment.start, before)
-            assert stand == expected, f"a state after {stand.position} tokens or of others"
+            assert state == expected, f"a state after {state.position} tokens or of another prefix"
         return before
 
     def _write(self, segment: Any, tokens: list[int], before: int, written: set[int]) -> list[int]:
@@ -104,20 +105,20 @@ class ChainRunner(OracleRunner):
             zip(tokens, prefixes, strict=True), segment.start
         ):
             row = rows[position]
-            assert row not in written, "two tokens of one step in one row"
+            assert row not in written, "two tokens of one step use the same row"
             written.add(row)
             self._links[row] = Link(segment.namespace, before, token, prefix)
             before = prefix
         for position, slot in segment.exports:
             prefix = prefixes[position - segment.start - 1]
-            self._stands[slot] = Stand(segment.namespace, position, prefix)
+            self._states[slot] = StateLink(segment.namespace, position, prefix)
         if segment.slot is not None:
-            self._stands[segment.slot] = Stand(segment.namespace, segment.end, before)
+            self._states[segment.slot] = StateLink(segment.namespace, segment.end, before)
         return {"none": [], "last": prefixes[-1:], "all": prefixes}[segment.logits]
 
 
 class Drawn:
-    """Tokens that are there at once."""
+    """Tokens that are available at once."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
@@ -127,10 +128,10 @@ class Drawn:
 
 
 class ChainSampler:
-    """Chooses the one token that follows."""
+    """Sampler that chooses the only correct token."""
 
     def launch(self, logits: Sequence[int], requests: Any, rows: Sequence[int]) -> Drawn:
         return Drawn([next_token(logits[row]) for row in rows])
 
     def score(self, logits: Any, token_ids: Any, num_top: int) -> Drawn:
-        raise AssertionError("scores are not supported here")
+        raise AssertionError("ChainSampler does not support scores.")

@@ -1,9 +1,8 @@
-"""Snapshots from elsewhere: changed at random, each is refused and the cache as it was, or loaded
-and sound.
+"""Randomly changed snapshots. A refused one must leave the cache unchanged, a loaded one leaves it
+sound.
 
-One cache is filled with forks, tombstones, ghosts and namespaces; its file is then changed in one
-or two places: a number, an array, the header, the bytes. ``sound`` is what a cache must still do
-that was filled from such a file.
+One cache is filled with forks, tombstones, ghosts and namespaces. Its file is then changed in one
+or two places: a number, an array, the header, or the bytes.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def make_cache(seed: int, *, filled: bool) -> PrefixCache:
-    """A small cache; the same seed gives the same settings. Filled: requests came and evicted each
-    other."""
+    """Return a small cache with settings of ``seed``, filled by requests that evict each other if
+    ``filled``."""
     draw = random.Random(seed)
     page_size = draw.choice((1, 2, 4))
-    words = ("lru", "regret", "arc", "class-age", "s3-fifo", "gdsf", "lfu", "w-tinylfu")
+    policies = ("lru", "regret", "arc", "class-age", "s3-fifo", "gdsf", "lfu", "w-tinylfu")
     cache = build_prefix_cache(
         CacheConfig(
             num_kv_tokens=draw.choice((40, 80)) * page_size,
@@ -58,7 +57,7 @@ def make_cache(seed: int, *, filled: bool) -> PrefixCache:
             grid=page_size * draw.choice((1, 2)),
             page_size=page_size,
             state_bytes=20,
-            eviction=draw.choice(words),
+            eviction=draw.choice(policies),
             ghost_bytes=draw.choice((0, 3000, 10**6)),
         )
     )
@@ -68,8 +67,7 @@ def make_cache(seed: int, *, filled: bool) -> PrefixCache:
 
 
 def use(cache: PrefixCache, draw: random.Random, num_requests: int) -> None:
-    """Requests that share beginnings; each is matched, published with states, and given back what
-    was not taken."""
+    """Serve requests with shared prefixes: match, publish with states, and free the rest."""
     for _ in range(num_requests):
         family = draw.randrange(4)
         length = draw.randrange(1, 24)
@@ -96,20 +94,20 @@ def use(cache: PrefixCache, draw: random.Random, num_requests: int) -> None:
 def publish(
     cache: PrefixCache, tokens: Any, match: Any, rows: Any, states: Any, namespace: Any
 ) -> None:
-    """Insert what a request computed, and free what the cache did not take."""
-    known = cache.gather(match.node)[: match.cached_len]
-    all_rows = np.concatenate([known, rows])[: len(tokens)]
+    """Insert the computed tokens of a request, and free memory that the cache did not take."""
+    cached = cache.gather(match.node)[: match.cached_len]
+    all_rows = np.concatenate([cached, rows])[: len(tokens)]
     result = cache.insert(tokens, all_rows, states, namespace, owned_from=match.cached_len)
     if len(result.duplicates):
         cache.free_kv(result.duplicates)
-    tail = np.concatenate([known, rows])[max(result.inserted_len, match.cached_len) :]
+    tail = np.concatenate([cached, rows])[max(result.inserted_len, match.cached_len) :]
     if len(tail):
         cache.free_kv(tail)
     for slot in result.rejected_slots:
         cache.free_slot(slot)
 
 
-def _a_number(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
+def _change_number(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
     array = arrays[draw.choice(sorted(arrays))]
     if array.size and array.dtype.kind == "i":
         at = draw.randrange(array.size)
@@ -119,14 +117,14 @@ def _a_number(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> No
         array.flat[at] = min(max(value, info.min), info.max)
 
 
-def _two_numbers(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
+def _copy_number(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
     array = arrays[draw.choice(sorted(arrays))]
     if array.size:
-        one, other = draw.randrange(array.size), draw.randrange(array.size)
-        array.flat[one] = array.flat[other]
+        target, source = draw.randrange(array.size), draw.randrange(array.size)
+        array.flat[target] = array.flat[source]
 
 
-def _an_array(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
+def _change_array(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
     name = draw.choice(sorted(arrays))
     array = arrays[name]
     match draw.randrange(8):
@@ -148,7 +146,7 @@ def _an_array(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> No
             arrays[name + "2"] = array
 
 
-def _the_header(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
+def _change_header(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
     name = draw.choice(sorted(header))
     value = header[name]
     match draw.randrange(3):
@@ -162,21 +160,21 @@ def _the_header(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> 
             header[name] = draw.choice(ODD_VALUES)
 
 
-def _both_kinds(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
+def _copy_slot(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
     lost, checkpoint = arrays.get("lost"), arrays.get("checkpoint")
     if lost is None or checkpoint is None or lost.shape != checkpoint.shape or not len(lost):
-        return  # Another change came before.
+        return  # An earlier change removed or resized an array.
     at = draw.randrange(len(lost))
     lost[at] = checkpoint[at - 1]
 
 
 CHANGES: tuple[Change, ...] = (
-    _a_number,
-    _a_number,
-    _two_numbers,
-    _an_array,
-    _the_header,
-    _both_kinds,
+    _change_number,
+    _change_number,
+    _copy_number,
+    _change_array,
+    _change_header,
+    _copy_slot,
 )
 
 
@@ -203,8 +201,10 @@ def _pools(cache: PrefixCache) -> tuple[int, int, int, int, str]:
 
 
 def try_file(seed: int, path: Path, again: Path) -> str:
-    """Load ``path`` into an empty cache: "refused" or "loaded". AssertionError: the promise is
-    broken."""
+    """Load ``path`` into an empty cache. Returns "refused" or "loaded".
+
+    Raises AssertionError if the cache changed or is not sound.
+    """
     cache = make_cache(seed, filled=False)
     before = _pools(cache)
     try:
@@ -229,8 +229,11 @@ def try_file(seed: int, path: Path, again: Path) -> str:
 
 
 def attack(first_seed: int, num_caches: int, num_files: int) -> dict[str, int]:
-    """Outcomes of ``num_files`` changed files of each of ``num_caches`` caches. AssertionError
-    names the seed that fails."""
+    """Load ``num_files`` changed files of each of ``num_caches`` caches. Returns the number of each
+    outcome.
+
+    An AssertionError contains the seed.
+    """
     outcomes = {"refused": 0, "loaded": 0}
     with tempfile.TemporaryDirectory() as folder:
         saved, path, again = (Path(folder) / name for name in ("saved", "path", "again"))

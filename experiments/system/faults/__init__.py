@@ -1,1 +1,1 @@
-"""Faults around a server, and a check that its memory is accounted for afterwards."""
+"""Fault injection around a server, with checks that its memory is accounted for afterwards."""

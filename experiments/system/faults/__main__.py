@@ -1,9 +1,9 @@
 """Inject faults into a server, and check that all of its memory is accounted for afterwards.
 
-Starts ``engine serve`` with the built-in model and breaks its clients, sockets, memory, clock and
-disk, one after the other; then others that end it. After every fault that it survives, ``free +
-cached + held == total`` is read from its own /metrics, for KV rows, state slots and bytes; after
-one that ends it, another is started in its place, which must have all. Loopback only.
+Starts ``engine serve`` with the built-in model. Faults of clients, sockets, memory, clock and disk
+follow one after the other, then faults that end the server. After every survived fault, ``free +
+cached + held == total`` is read from /metrics for KV rows, state slots and bytes. After a fault
+that ends the server, a new server must have all memory. Loopback only.
 
     python -m experiments.system.faults
 """
@@ -25,15 +25,16 @@ from experiments.system.faults.server import Broken, broken_server, memory_of
 from hybridcache.lab.parser import Parser
 
 FLAGS = ("--body-timeout-s", "2", "--trace", "/dev/full", "--max-running", "8")
-"""The trace's disk is full from the beginning."""
+"""Flags of the server. The disk of its trace is full from the start."""
 SETTLE_S = 120.0
 
 
 def settled(server: Broken) -> dict[str, dict[str, float]]:
-    """Its memory once nothing runs. AssertionError: something is held by nobody, or lost."""
+    """Return the memory of an idle server. Raises AssertionError if memory is still held or
+    lost."""
     deadline = time.monotonic() + SETTLE_S
     while (report := server.report())["num_running"] + report["num_waiting"]:
-        assert time.monotonic() < deadline, f"requests go on: {report}"
+        assert time.monotonic() < deadline, f"requests still run: {report}"
         time.sleep(0.05)
     pools = memory_of(server.get("/metrics"))
     for name, pool in pools.items():
@@ -43,7 +44,7 @@ def settled(server: Broken) -> dict[str, dict[str, float]]:
 
 
 def survived(server: Broken, name: str, fault: Callable[[Broken], None]) -> dict[str, Any]:
-    """``fault``, and what is true after it."""
+    """Apply ``fault`` and check the server. Returns a record."""
     started = time.monotonic()
     fault(server)
     pools = settled(server)
@@ -53,7 +54,8 @@ def survived(server: Broken, name: str, fault: Callable[[Broken], None]) -> dict
 
 
 def live_faults(names: Sequence[str] = tuple(LIVE)) -> Iterator[dict[str, Any]]:
-    """One server for all of them. AssertionError: one was not survived."""
+    """Yield one record per fault, all on one server. Raises AssertionError if the server does not
+    survive one."""
     with tempfile.TemporaryDirectory() as folder, broken_server(Path(folder), *FLAGS) as server:
         total = sum(settled(server)["engine_memory_bytes"].values())
         for name in names:
@@ -63,7 +65,7 @@ def live_faults(names: Sequence[str] = tuple(LIVE)) -> Iterator[dict[str, Any]]:
 
 
 def ending_faults(names: Sequence[str] = tuple(ENDS)) -> Iterator[dict[str, Any]]:
-    """A server for each, and one in its place afterwards."""
+    """Yield one record per fault that ends a server, each followed by a new server."""
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
@@ -77,6 +79,7 @@ def ending_faults(names: Sequence[str] = tuple(ENDS)) -> Iterator[dict[str, Any]
 
 
 def file_faults() -> Iterator[dict[str, Any]]:
+    """Yield one record per kind of damaged file."""
     with tempfile.TemporaryDirectory() as folder:
         full_disk(Path(folder))
         yield {"fault": "a full disk for a snapshot"}

@@ -1,4 +1,4 @@
-"""Faults that end a server: what its clients are told, with what code it ends, and what is left."""
+"""Faults that end a server: messages to its clients, its exit code, and its remains."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from http.client import HTTPException
 
 from experiments.system.faults.server import Broken, is_gone, read_answer
 
-PATIENCE_S = 120.0
+LIMIT_S = 120.0
 
 
 def _end(server: Broken, engine: int) -> int:
-    """The server's exit code; its engine is gone with it."""
-    code = server.process.wait(PATIENCE_S)
-    deadline = time.monotonic() + PATIENCE_S
+    """Return the server's exit code. Its engine must have ended too."""
+    code = server.process.wait(LIMIT_S)
+    deadline = time.monotonic() + LIMIT_S
     while not is_gone(engine):
-        assert time.monotonic() < deadline, "the engine goes on without its server"
+        assert time.monotonic() < deadline, "the engine still runs without its server"
         time.sleep(0.05)
     return code
 
 
 def terminated(server: Broken) -> None:
-    """SIGTERM under load: who runs gets a whole answer, or is told; exit code 0."""
+    """Send SIGTERM under load. Running requests get a whole answer or an error, and the exit code
+    is 0."""
     engine, connections = server.engine, [server.stream(100, number) for number in range(8)]
     server.wait_until(2)
     server.process.send_signal(signal.SIGTERM)
@@ -37,7 +38,7 @@ def terminated(server: Broken) -> None:
 
 
 def killed_engine(server: Broken) -> None:
-    """SIGKILL of the engine's process under load: every stream is told; exit code 1, a sentence."""
+    """Send SIGKILL to the engine under load. Every stream gets an error, and the exit code is 1."""
     engine, connections = server.engine, [server.stream(1500, number) for number in range(8)]
     server.wait_until(2)
     os.kill(engine, signal.SIGKILL)
@@ -49,7 +50,7 @@ def killed_engine(server: Broken) -> None:
 
 
 def killed_server(server: Broken) -> None:
-    """SIGKILL of the server under load: its engine ends itself, and its clients see it go."""
+    """Send SIGKILL to the server under load. Its engine ends, and connections of clients close."""
     engine, connections = server.engine, [server.stream(1500, number) for number in range(4)]
     server.wait_until(2)
     server.process.kill()

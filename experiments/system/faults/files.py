@@ -1,4 +1,4 @@
-"""Snapshots on a full disk, and snapshots that were damaged."""
+"""Faults of snapshot files: a full disk, and damaged files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ LIMIT_BYTES = 512
 
 
 def _adds_up(cache: PrefixCache) -> None:
-    """``free + cached + held == total``, and nothing is held."""
+    """Check ``free + cached + held == total``, with nothing held."""
     cache.check(held_tokens=0, held_slots=0)
 
 
 def full_disk(folder: Path) -> None:
-    """The file that was there before stays, nothing lies beside it, and the cache is as it was."""
+    """Save a snapshot on a full disk. The earlier file, its folder and the cache must be
+    unchanged."""
     path, cache = folder / "snapshot", make_cache(1, filled=True)
     save_snapshot(cache, path)
     before = path.read_bytes()
@@ -28,7 +29,7 @@ def full_disk(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, hard))
     try:
         save_snapshot(cache, path)
-        raise AssertionError("the disk was not full")
+        raise AssertionError("The snapshot was saved although the disk is full.")
     except OSError:
         pass
     finally:
@@ -40,8 +41,10 @@ def full_disk(folder: Path) -> None:
 
 
 def damaged(folder: Path, num_files: int = 200) -> int:
-    """Cut, or with a byte changed: each is refused and the cache as it was, or it is loaded and
-    sound. How many were refused."""
+    """Load files that are cut, or have one changed byte. Returns the number of refused files.
+
+    A refused file must leave the cache unchanged. A loaded one must leave it sound.
+    """
     path, draw, num_refused = folder / "damaged", random.Random(0), 0
     save_snapshot(make_cache(1, filled=True), path)
     whole = path.read_bytes()

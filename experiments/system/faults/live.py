@@ -1,4 +1,4 @@
-"""Faults that a server must survive: each is done to one that goes on serving."""
+"""Faults that a server must survive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLOW_BYTES = 4096
 
 
 def killed_clients(server: Broken) -> None:
-    """Eight clients are gone without a word in the middle of their answers."""
+    """Reset the connections of eight clients in the middle of their answers."""
     connections = [server.stream(1500, number) for number in range(8)]
     server.wait_until(4)
     for connection in connections:
@@ -23,8 +23,8 @@ def killed_clients(server: Broken) -> None:
 
 
 def slow_readers(server: Broken) -> None:
-    """Four clients read nothing for a second, another's answer does not wait for them, and none
-    loses a token."""
+    """Keep four clients from reading for a second. Another client is not delayed, and no token is
+    lost."""
     connections = [server.connect(SLOW_BYTES) for _ in range(4)]
     for connection in connections:
         server.ask(connection, 300, stream=True)
@@ -38,8 +38,8 @@ def slow_readers(server: Broken) -> None:
 
 
 def half_open_sockets(server: Broken) -> None:
-    """A client that says nothing, one that sends half a head, one half a body, and one that closes
-    its own side once it has asked."""
+    """Open a silent connection, half a head, half a body, and a connection that closes after its
+    request."""
     silent, head, body, closing = (server.connect() for _ in range(4))
     head.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localho")
     body.sendall(
@@ -48,28 +48,28 @@ def half_open_sockets(server: Broken) -> None:
     )
     server.ask(closing, 4)
     assert server.answer()[0] == 200
-    status, said = read_answer(body)
-    assert status == 408 and "did not arrive in time" in said, (status, said)
+    status, text = read_answer(body)
+    assert status == 408 and "did not arrive in time" in text, (status, text)
     for connection in (silent, head, body, closing):
         reset(connection)
 
 
 def out_of_memory_in_a_step(server: Broken) -> None:
-    """The requests that ran are told, and the next ones are served."""
+    """Make a step run out of memory. Its requests get an error, and later requests are served."""
     connections = [server.stream(1500, number) for number in range(4)]
     server.wait_until(2)
     server.fails.touch()
     while server.fails.exists():
         time.sleep(0.02)
-    said = [read_answer(connection)[1] for connection in connections]
+    bodies = [read_answer(connection)[1] for connection in connections]
     for connection in connections:
         connection.close()
-    assert sum("The engine failed on this request" in body for body in said) >= 2, said
+    assert sum("The engine failed on this request" in body for body in bodies) >= 2, bodies
     assert server.answer()[0] == 200
 
 
 def clock_jumps(server: Broken) -> None:
-    """The wall clock jumps by two days every second; answers take as long as they take."""
+    """Move the wall clock by two days every second. Answers and their times are not affected."""
     if not server.jumps:
         return
     server.jumping.touch()
@@ -89,8 +89,8 @@ def clock_jumps(server: Broken) -> None:
 
 
 def stopped_engine(server: Broken) -> None:
-    """The engine's process stands still for a second; the server answers what it can by itself,
-    and nothing is lost."""
+    """Stop the engine's process for a second. The server still answers /health, and no token is
+    lost."""
     connection = server.stream(300)
     server.wait_until(1)
     engine = server.engine

@@ -1,5 +1,7 @@
-"""A server to break: ``engine serve`` with the built-in model, whose engine fails a step, and whose
-clock jumps, when a file says so."""
+"""Server for fault injection: ``engine serve`` with the built-in model.
+
+Files trigger a failing step of its engine and jumps of its clock.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,23 @@ from experiments.system.flood import server_port
 
 FAILS = """
 import os
-import engine.worker.engine_client as there
-there.BOOT = '''
+import engine.worker.engine_client as client
+client.BOOT = '''
 import os
 import engine.runner.model_runner as runner
 forward = runner.ModelRunner.forward
-def failing(self, *given):
+def failing(self, *arguments):
     if os.path.exists({trigger!r}):
         os.remove({trigger!r})
-        raise MemoryError("no room for this step")
-    return forward(self, *given)
+        raise MemoryError("no memory for this step")
+    return forward(self, *arguments)
 runner.ModelRunner.forward = failing
-''' + there.BOOT
+''' + client.BOOT
 import sys
 from engine.command.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-"""``engine``, but that a step of its engine runs out of memory when there is a file to say so."""
+"""Source of ``engine`` with a step that runs out of memory when a file exists."""
 CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -78,22 +80,24 @@ time_t time(time_t *at) {
     return now.tv_sec;
 }
 """
-"""The wall clock is a day ahead in odd seconds and a day behind in even ones, while there is a file
-to say so."""
+"""Source of a library that moves the wall clock while a file exists.
+
+The clock is a day ahead in odd seconds and a day behind in even ones.
+"""
 BODY = {"ignore_eos": True, "temperature": 0}
 
 
 @dataclass
 class Broken:
-    """A running server, and how to talk to it."""
+    """Running server with functions for its clients."""
 
     process: subprocess.Popen[str]
     port: int
     folder: Path
-    """Folder of the files that make it fail."""
+    """Folder of the files that trigger faults."""
     log: Path
     jumps: bool
-    """Whether its clock can."""
+    """True if its clock can be moved."""
 
     @property
     def fails(self) -> Path:
@@ -105,12 +109,12 @@ class Broken:
 
     @property
     def engine(self) -> int:
-        """The process of its engine."""
+        """Process id of its engine."""
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 if parts_of(stat)[1] == str(self.process.pid):
                     return int(stat.parent.name)
-        raise RuntimeError("the server has no engine")
+        raise RuntimeError(f"Process {self.process.pid} has no child that is its engine.")
 
     def get(self, path: str) -> bytes:
         url = f"http://127.0.0.1:{self.port}{path}"
@@ -127,20 +131,20 @@ class Broken:
         return connection
 
     def ask(self, connection: socket.socket, max_tokens: int, **fields: Any) -> None:
-        """Post a prompt of 200 tokens, and read nothing."""
+        """Send a request with a prompt of 200 tokens, without reading the answer."""
         body = json.dumps({"prompt": "x" * 200, "max_tokens": max_tokens} | BODY | fields).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
 
     def stream(self, max_tokens: int, number: int = 0) -> socket.socket:
-        """A streamed answer, not yet read."""
+        """Send a streaming request, without reading the answer."""
         connection = self.connect()
         self.ask(connection, max_tokens, stream=True, prompt=f"{number} " + "x" * 200)
         return connection
 
     def answer(self, max_tokens: int = 4) -> tuple[int, str]:
-        """(status, body) of a whole answer."""
+        """Return (status, body) of a whole answer."""
         with contextlib.closing(self.connect()) as connection:
             self.ask(connection, max_tokens)
             return read_answer(connection)
@@ -150,11 +154,11 @@ class Broken:
         return report
 
     def wait_until(self, num_running: int) -> None:
-        """At least so many run."""
+        """Wait until at least ``num_running`` requests run."""
         deadline = time.monotonic() + 120
         while self.report()["num_running"] < num_running:
             if time.monotonic() > deadline:
-                raise AssertionError(f"{num_running} requests never ran at once")
+                raise AssertionError(f"fewer than {num_running} requests run after 120 s")
             time.sleep(0.02)
 
 
@@ -164,7 +168,7 @@ def parts_of(stat: Path) -> list[str]:
 
 
 def is_gone(pid: int) -> bool:
-    """Ended, whether or not somebody has asked for its exit code."""
+    """Return True if the process has ended, even if its exit code was not read."""
     try:
         return parts_of(Path(f"/proc/{pid}/stat"))[0] == "Z"
     except OSError:
@@ -172,7 +176,7 @@ def is_gone(pid: int) -> bool:
 
 
 def read_answer(connection: socket.socket) -> tuple[int, str]:
-    """(status, body), to its end or as far as it comes."""
+    """Return (status, body), possibly cut if the connection closes early."""
     answer = http.client.HTTPResponse(connection)
     answer.begin()
     try:
@@ -187,14 +191,14 @@ def num_events(body: str) -> int:
 
 
 def reset(connection: socket.socket) -> None:
-    """Close without a farewell: what a killed client's machine does."""
+    """Close the connection with a reset, like a killed client's machine."""
     linger = struct.pack("ii", 1, 0)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     connection.close()
 
 
 def memory_of(metrics: bytes) -> dict[str, dict[str, float]]:
-    """From /metrics: name of a pool to what is free, cached and held of it, and its total."""
+    """Return the free, cached and held part of each pool, and its total, from /metrics."""
     pools: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(metrics.decode()):
         if family.name in ("engine_kv_tokens", "engine_state_slots", "engine_memory_bytes"):
@@ -205,14 +209,14 @@ def memory_of(metrics: bytes) -> dict[str, dict[str, float]]:
 
 @contextlib.contextmanager
 def broken_server(folder: Path, *flags: str) -> Iterator[Broken]:
-    """Started with ``flags``, and ended afterwards whatever it does."""
+    """Start a server with ``flags`` and yield it. The server is killed afterwards."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     compiler, library = shutil.which("cc"), folder / "clock.so"
     if compiler is not None:
         source = folder / "clock.c"
         source.write_text(f"#define TRIGGER {json.dumps(str(folder / 'jump'))}\n{CLOCK}")
-        built = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
-        subprocess.run(built, check=True)
+        build = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+        subprocess.run(build, check=True)
         environment["LD_PRELOAD"] = str(library)
     command = [sys.executable, "-c", FAILS.format(trigger=str(folder / "fail")), "serve"]
     command += ["--port", "0", "--cache-gib", "0.1", "--max-model-len", "4096", *flags]

@@ -1,1 +1,2 @@
-"""SGLang's published package on a CPU: its cache beside ours, its scheduler on ours."""
+"""SGLang's published package on a CPU: its cache for comparison, and its scheduler on this
+cache."""

@@ -1,6 +1,6 @@
-"""SGLang on a CPU: what it needs and has no CPU build of is stood in for, so that it imports.
+"""Import of SGLang on a CPU, with placeholders for modules that have no CPU build.
 
-What stands in is never called: kernels for a device, image and sound readers, a notebook's display.
+The placeholders are never called: device kernels, image and sound readers, a notebook's display.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STOOD_IN = (
 
 
 class _Answer(type):
-    """A class that has every attribute, each another such class."""
+    """Metaclass that makes every attribute of a class another such class."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -48,6 +48,8 @@ def _answer(name: str) -> type:
 
 
 class _Module(ModuleType):
+    """Placeholder module."""
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -55,6 +57,8 @@ class _Module(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import hook that creates placeholder modules."""
+
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names
 
@@ -69,7 +73,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has nothing to run."""
+        """Do nothing."""
 
 
 def is_installed() -> bool:
@@ -77,9 +81,9 @@ def is_installed() -> bool:
 
 
 def stand_in() -> None:
-    """Make ``import sglang`` work here. Call it before, once a process."""
+    """Make ``import sglang`` work on a CPU. Call it once per process, before the import."""
     warnings.filterwarnings("ignore", module="sglang")
-    # transformers looks for some of these itself: it decides before they seem to be there.
+    # transformers also looks for some of these modules. Import it before they appear.
     from transformers import AutoProcessor  # noqa: F401
 
     sys.meta_path.append(_Finder(frozenset(STOOD_IN)))

@@ -1,4 +1,4 @@
-"""SGLang's tree over its host pools on a CPU: it decides, and its copies are left undone."""
+"""SGLang's tree over its host pools on a CPU, with its decisions and without its copies."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ _DONE = l2_transfer.TransferCompletion(_EVENT, _EVENT, False)
 
 
 def copy_nothing() -> None:
-    """Host memory needs no registration, and each copy is done as soon as it is asked for."""
+    """Skip the registration of host memory, and complete each copy at once without copying."""
     common._cuda_host_register = lambda *_, **__: None
     for name in ("submit_device_to_host", "submit_host_to_device"):
         setattr(l2_transfer.L2TransferEngine, name, lambda *_, **__: _DONE)
 
 
 class HostPools:
-    """SGLang's cache with ``ratio`` times its device pools in host memory, and requests served one
-    after the other with the calls that its scheduler makes, states where it tracks them."""
+    """SGLang's cache with host pools of ``ratio`` times the size of its device pools.
+
+    Requests run one after the other with the calls of its scheduler, and states are saved where the
+    scheduler tracks them.
+    """
 
     def __init__(self, num_kv_tokens: int, num_slots: int, ratio: float) -> None:
         world = new_pools(num_kv_tokens, num_slots, extra_buffer=True)
@@ -72,17 +75,17 @@ class HostPools:
         self.cache.init_hicache(arguments, params)
 
     def free(self) -> tuple[int, int, int, int]:
-        """KV rows and states free on the device, and in host memory."""
+        """Return the free KV rows and states on the device, then in host memory."""
         return self.rows.available_size(), self.slots.available_size(), *self.host_free()
 
     def host_free(self) -> tuple[int, int]:
-        """KV rows and states that its host pools have free."""
+        """Return the free KV rows and states in host memory."""
         pools = self.cache.host_pool_group.entry_map
         sizes = [pools[name].host_pool.available_size() for name in (PoolName.KV, PoolName.MAMBA)]
         return sizes[0], sizes[1]
 
     def serve(self, tokens: np.ndarray, output: np.ndarray, chunk: int = 8192) -> int:
-        """One request; what it reused."""
+        """Serve one request and return the number of reused tokens."""
         cache, length = self.cache, len(tokens)
         ids = array("q", np.concatenate((tokens, output)).astype(np.int64).tobytes())
         request = SimpleNamespace(kv=ReqKvInfo(), rid="r", last_node=None)
@@ -90,14 +93,14 @@ class HostPools:
         request.last_node = match.last_device_node
         request.swa_host_hit_length = 0
         request.mamba_host_hit_length = match.mamba_host_hit_length
-        asked = InitLoadBackParams(match.best_match_node, match.host_hit_length, req=request)
-        _, node = cache.init_load_back(asked)
+        load = InitLoadBackParams(match.best_match_node, match.host_hit_length, req=request)
+        _, node = cache.init_load_back(load)
         cache.ready_to_load_host_cache()
         cache.loading_check()
         hit = len(cache.path_device_indices(node))
         lock = cache.lock(node)
         fetched = request.kv.mamba_pool_idx
-        own = self._slot() if fetched is None else fetched.unsqueeze(0)
+        slot = self._slot() if fetched is None else fetched.unsqueeze(0)
         rows = torch.cat((cache.path_device_indices(node), self._rows(length - hit)))
         owned, branch = hit, match.mamba_branching_seqlen
         for start in range(hit, length, chunk):
@@ -110,9 +113,9 @@ class HostPools:
         rows = torch.cat((rows, self._rows(len(output))))
         at = len(ids) // DECODE_INTERVAL * DECODE_INTERVAL
         if at > length:
-            lock, owned = self._insert(ids[:at], rows, own, lock, owned), at
+            lock, owned = self._insert(ids[:at], rows, slot, lock, owned), at
         else:
-            self.slots.free(own)
+            self.slots.free(slot)
         self.rows.free(rows[owned:])
         cache.unlock(lock)
         return hit

@@ -1,4 +1,4 @@
-"""SGLang's pools and its tree on a CPU, and our cache over the same kind of pools."""
+"""SGLang's pools and tree on a CPU, and this cache over the same kind of pools."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LINEAR_LAYERS, ATTENTION_LAYERS = [0, 1, 2], [3]
 
 
 class World(NamedTuple):
-    """A cache of SGLang's interface, and the pools under it."""
+    """Cache with SGLang's interface, and its pools."""
 
     cache: Any
     rows: Any
-    """Its ``TokenToKVPoolAllocator``."""
+    """``TokenToKVPoolAllocator``."""
     requests: Any
-    """Its ``HybridReqToTokenPool``."""
+    """``HybridReqToTokenPool``."""
 
 
 def new_world(
@@ -44,7 +44,8 @@ def new_world(
     events: bool = False,
     **pools: Any,
 ) -> World:
-    """``backend``: hybridcache, rust or python, alone with its pools: no scheduler."""
+    """Return a cache with its pools, without a scheduler. ``backend`` is hybridcache, rust or
+    python."""
     world = new_pools(num_kv_tokens, num_slots, **pools)
     page_size, has_states = world.rows.page_size, num_slots > 0
     args = ServerArgs(model_path="dummy", page_size=page_size)
@@ -77,8 +78,10 @@ def new_pools(
     max_requests: int = 8,
     context_len: int = 8192,
 ) -> World:
-    """One attention and three linear layers, so small that a state weighs what 3,072 tokens do, as
-    on Qwen3-Next; without slots, attention alone. No cache yet."""
+    """Return the pools of one attention and three linear layers, without a cache.
+
+    A state has the bytes of 3,072 tokens, as in Qwen3-Next. Without slots, there is only attention.
+    """
     kv: dict[str, Any] = {
         "size": num_kv_tokens,
         "dtype": torch.bfloat16,

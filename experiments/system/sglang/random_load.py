@@ -1,4 +1,4 @@
-"""Random requests through SGLang's scheduler under pressure, checked after every step."""
+"""Random requests through SGLang's scheduler with little memory, checked after every step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Served(NamedTuple):
     prompt_tokens: int
     cached_tokens: int
     checked_tokens: int
-    """Tokens resumed from, chunks included, whose row and state were compared."""
+    """Resumed tokens, chunks included, with compared rows and states."""
     steps: int
 
 
 class RandomLoad:
-    """Conversations that go on, fork and come again, some cut off in the middle."""
+    """Conversations that continue, fork and repeat, with some aborted requests."""
 
     def __init__(self, scheduler: CPUScheduler, seed: int) -> None:
         self.scheduler = scheduler
@@ -35,8 +35,11 @@ class RandomLoad:
         self.prompt_tokens = self.cached_tokens = 0
 
     def run(self, num_requests: int, *, check_every: int = 1) -> Served:
-        """Serve ``num_requests``, then until nothing runs. AssertionError: something leaked, or a
-        request resumed from what was not its prefix."""
+        """Serve ``num_requests`` until nothing runs.
+
+        Raises AssertionError if memory leaked, or a request resumed from something other than its
+        prefix.
+        """
         draining = False
         while self.submitted < num_requests or self.running:
             while self.submitted < num_requests and not draining and self.random.random() < 0.6:
@@ -103,14 +106,15 @@ class RandomLoad:
                 del self.histories[self.random.randrange(60)]
 
     def _verify(self, request: Any) -> None:
-        """Its answer is what the model says to these tokens without a cache."""
+        """Check that the answer is that of the model without a cache."""
         prompt, answer = request.origin_input_ids, request.output_ids
         chain = hashes([*prompt, *answer])
-        expected = [int(abs(one)) % VOCAB for one in chain[len(prompt) - 1 : -1]]
-        assert list(answer) == expected, f"{request.rid}: its answer"
+        expected = [int(abs(value)) % VOCAB for value in chain[len(prompt) - 1 : -1]]
+        assert list(answer) == expected, f"{request.rid}: wrong answer"
 
     def check(self, idle: bool = False) -> None:
-        """Ours and SGLang's invariants: every row and slot is free, cached or held by a request."""
+        """Check SGLang's invariants and this cache's: every row and slot is free, cached or held by
+        a request."""
         scheduler = self.scheduler
         tree = scheduler.tree_cache
         held = scheduler.invariant_checker._requests_owning_rows()

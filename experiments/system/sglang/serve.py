@@ -1,9 +1,8 @@
-"""SGLang's own scheduler on a CPU, over a model that only remembers what it was shown.
+"""SGLang's own scheduler on a CPU, over a model that only stores hashes of its inputs.
 
-``Remembers`` stands for the model worker. A KV row holds the hash of the prefix that ends with its
-token, a state slot the hash of all tokens that went into it, so that each forward can tell whether
-what it resumes from is what it should be: a wrong row, a stale state, a state at another length.
-The next token is a function of that hash.
+``HashModel`` replaces the model worker. A KV row holds the hash of the prefix that ends with its
+token, and a state slot the hash of all its tokens. Each forward pass can thus detect a wrong row, a
+stale state, or a state of another length. The next token is a function of that hash.
 """
 
 from __future__ import annotations
@@ -65,13 +64,13 @@ _POWERS = np.cumprod(np.full(8192, 6364136223846793005, np.uint64)).view(np.int6
 
 
 def hashes(tokens: Iterable[int]) -> np.ndarray:
-    """The hash of every prefix that ends with each token: int64[n]."""
+    """Return the hash of every prefix that ends with each token: int64[n]."""
     ids = np.fromiter(tokens, np.int64) + 1
     return np.cumsum(ids * _POWERS[: len(ids)])
 
 
-class Remembers:
-    """Model worker and model runner as SGLang's scheduler requires them."""
+class HashModel:
+    """Model worker and model runner with the interface of SGLang's scheduler."""
 
     is_hybrid_swa = False
     sliding_window_size = None
@@ -86,7 +85,7 @@ class Remembers:
         states = world.requests.mamba_pool.mamba_cache.temporal[0]
         self.states = states.flatten(1).view(torch.int64)[:, 0]
         self.checked_tokens = 0
-        """Tokens resumed from, each compared with what it should be."""
+        """Resumed tokens, each compared with its expected hash."""
         self.model_runner = SimpleNamespace(
             model_config=model_config,
             token_to_kv_pool=world.rows.get_kvcache(),
@@ -145,9 +144,9 @@ class Remembers:
             start, end = batch.prefix_lens[index], req.extend_end
             chain = hashes(req.full_untruncated_fill_ids[:end])
             rows = self.world.requests.req_to_token[req.kv.req_pool_idx, :end].numpy()
-            assert np.array_equal(self.rows[rows[:start]], chain[:start]), f"{req.rid}: its rows"
+            assert np.array_equal(self.rows[rows[:start]], chain[:start]), f"{req.rid}: wrong rows"
             state, expected = int(self.states[slots[index]]), chain[start - 1] if start else 0
-            assert state == expected, f"{req.rid}: its state at {start}"
+            assert state == expected, f"{req.rid}: wrong state at {start}"
             self.checked_tokens += start
             self.rows[rows[start:]] = chain[start:]
             self.states[slots[index]] = int(chain[-1])
@@ -171,9 +170,9 @@ class Remembers:
 
 
 class CPUScheduler(Scheduler):
-    """SGLang's scheduler, its loop turned one step at a time, over ``Remembers``."""
+    """SGLang's scheduler over ``HashModel``, with its loop driven step by step."""
 
-    make_worker: Callable[[Any], Remembers]
+    make_worker: Callable[[Any], HashModel]
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         self.ipc_channels = SchedulerIpcChannels.create(
@@ -215,17 +214,17 @@ class CPUScheduler(Scheduler):
         self.startup_available_gpu_memory_gb = 0.0
 
     def step(self) -> bool:
-        """One turn of SGLang's event loop; False: nothing was there to do."""
+        """Run one iteration of SGLang's event loop. Returns False if there was nothing to do."""
         plan = self.get_next_batch_to_run(
             running_batch=self.running_batch, last_batch=self.last_batch
         )
         self.running_batch = plan.running_batch
-        busy = (self._turn_overlap if self.enable_overlap else self._turn)(plan.batch_to_run)
+        busy = (self._run_overlap if self.enable_overlap else self._run_normal)(plan.batch_to_run)
         self.invariant_checker.self_check_during_busy()
         return busy
 
-    def _turn(self, batch: Any) -> bool:
-        """As ``event_loop_normal``."""
+    def _run_normal(self, batch: Any) -> bool:
+        """Process a batch as in ``event_loop_normal``."""
         if batch:
             self.process_batch_result(batch, self.run_batch(batch))
         else:
@@ -233,8 +232,9 @@ class CPUScheduler(Scheduler):
         self.last_batch = batch
         return batch is not None
 
-    def _turn_overlap(self, batch: Any) -> bool:
-        """As ``event_loop_overlap``: the last batch's result is processed after this one began."""
+    def _run_overlap(self, batch: Any) -> bool:
+        """Process a batch as in ``event_loop_overlap``: the last result is processed after this
+        batch starts."""
         last = self.last_batch
         at_once = self.is_disable_overlap_for_batch(batch, last_batch=last)
         if at_once:
@@ -252,7 +252,7 @@ class CPUScheduler(Scheduler):
         return batch is not None or bool(last)
 
     def submit(self, rid: str, tokens: Iterable[int], max_new_tokens: int) -> Req:
-        """A request with the ids ``tokens``, greedy, into the waiting queue."""
+        """Add a greedy request with the ids ``tokens`` to the waiting queue."""
         req = Req(
             rid=rid,
             origin_input_text="",
@@ -278,11 +278,12 @@ def new_scheduler(
     overlap: bool = False,
     **settings: Any,
 ) -> CPUScheduler:
-    """SGLang's scheduler with our cache behind its flag. One a process: its settings are global."""
+    """Return SGLang's scheduler with this cache. One per process, because its settings are
+    global."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     if NAME not in registered_radix_cache_backends():
         plug_in()
-    # What SGLang asks of a device, and no CPU has.
+    # Replace device features that SGLang requires and CPUs do not have.
     mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
     bootstrap._bind_threads_if_cpu = lambda *, device: None
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
@@ -303,5 +304,5 @@ def new_scheduler(
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     pools = {"extra_buffer": strategy != "no_buffer", "lazy": strategy == "extra_buffer_lazy"}
     world = new_pools(num_kv_tokens, num_slots, max_requests=max_requests, **pools)
-    CPUScheduler.make_worker = lambda config: Remembers(world, config, max_requests)
+    CPUScheduler.make_worker = lambda config: HashModel(world, config, max_requests)
     return CPUScheduler(args, PortArgs.init_new(args))
