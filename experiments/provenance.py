@@ -1,5 +1,4 @@
-"""Provenance of results: command, commit, versions and machine, stored in the first line of each
-file."""
+"""Provenance of results: command, commit, versions and machine, stored in each result file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Compare the engine with transformers on the same weights, and measure costs of the engine's
-parts.
+"""Compare the engine with transformers on the same weights, and measure costs of its parts.
 
     python -m experiments.benchmarks.engine    # everything: about 3 minutes on two idle cores
     python -m experiments.benchmarks.engine --sizes 7m --share 0.3

@@ -1,7 +1,7 @@
-"""llama.cpp for comparison: export of checkpoints to GGUF, and forward passes with
-``llama-cpp-python``.
+"""llama.cpp for comparison: export of checkpoints to GGUF, and forward passes.
 
-`make llama` builds it into ``out/llama`` (minutes). Only this module uses that folder.
+Uses ``llama-cpp-python``. `make llama` builds it into ``out/llama`` (minutes). Only this module
+uses that folder.
 """
 
 from __future__ import annotations

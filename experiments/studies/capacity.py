@@ -1,5 +1,4 @@
-"""Compare eviction policies over memory sizes with rebuilt systems and the best plan with
-hindsight.
+"""Compare eviction policies over memory with rebuilt systems and the best plan with hindsight.
 
     python -m experiments.studies.capacity [--traces chat,agent] [--few] [--points 8] [--full]
     [--resume out/capacity] [--seeds 10]

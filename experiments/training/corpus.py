@@ -1,7 +1,6 @@
-"""Training texts from the Python standard library, under the PSF License (``LICENSE.txt`` of
-Python).
+"""Training texts from the Python standard library.
 
-One module in thirty is held out.
+They are under the PSF License (``LICENSE.txt`` of Python). One module in thirty is held out.
 """
 
 from __future__ import annotations

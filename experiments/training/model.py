@@ -1,5 +1,4 @@
-"""The built-in model for training: the modules of Qwen3-Next with autograd and the multi-token
-head.
+"""The built-in model for training: Qwen3-Next with autograd and the multi-token head.
 
 Parameters are named as in a checkpoint. The delta rule runs in chunks (Yang et al. 2024, arXiv
 2412.06464), so training consists of matrix products instead of a loop over tokens. Serving uses

@@ -15,7 +15,7 @@ from hybridcache.hybrid import HybridRadixCache
 @pytest.mark.parametrize("part", sorted(attack.PARTS))
 def test_each_part_of_the_attack_passes(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert attack.main(["--only", part, "--minutes", "0.02", "--seed", "5"]) == 0
-    assert f"{part}: held; " in capsys.readouterr().out
+    assert f"{part}: passed; " in capsys.readouterr().out
 
 
 def test_wrong_rows_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ FAULT = {"id": "CVE-1", "fix_versions": ["1.1", "2"], "aliases": [], "descriptio
         ([], 0, UNANSWERED),
         ([SKIPPED] * 3, 0, UNANSWERED),
         ([SOUND, SKIPPED, SKIPPED], 0, UNANSWERED),
-        ([SOUND, SOUND, SKIPPED], 0, "No known fault in 2 of 3 packages"),
-        ([SOUND, SOUND | {"vulns": [FAULT]}], 1, "sound 1: CVE-1, mended in 1.1 or 2"),
-        ([SOUND | {"vulns": [FAULT | {"fix_versions": []}]}], 1, "mended in no version yet"),
+        ([SOUND, SOUND, SKIPPED], 0, "No known fault in 2 of 3 installed packages"),
+        ([SOUND, SOUND | {"vulns": [FAULT]}], 1, "sound 1: CVE-1, fixed in 1.1 or 2"),
+        ([SOUND | {"vulns": [FAULT | {"fix_versions": []}]}], 1, "fixed in no version yet"),
     ],
 )
 def test_audit_reports_vulnerabilities(

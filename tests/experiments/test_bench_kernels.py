@@ -89,7 +89,7 @@ def test_kernels_that_can_be_captured_are_timed_as_graphs(
         def recorder(self):
             return record
 
-    monkeypatch.setattr(clock, "_where", WithGraphs())
+    monkeypatch.setattr(clock, "_resolved", WithGraphs())
     case = replace(_case(ours=1.0, rival=1.0), rivals={"waits": waits})
     clock.cover_s = 0.0
     found = measure(case, clock, MACHINE)

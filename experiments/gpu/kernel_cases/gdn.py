@@ -1,5 +1,7 @@
-"""Gated DeltaNet on Qwen3-Next's sizes: 16 key heads, 32 value heads, K = V = 128, float32
-states."""
+"""Gated DeltaNet on Qwen3-Next's sizes, with float32 states.
+
+16 key heads, 32 value heads, K = V = 128.
+"""
 
 from __future__ import annotations
 

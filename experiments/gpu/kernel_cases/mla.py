@@ -1,5 +1,7 @@
-"""Latent attention of Kimi-Linear: 32 heads, latents of 512 and shared keys of 64, rows scattered
-over a pool."""
+"""Latent attention of Kimi-Linear, with rows scattered over a pool.
+
+32 heads, latents of 512 and shared keys of 64.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Rotary embedding, gated activations and cache writes of Qwen3-Next, bound by bandwidth or
-launches."""
+"""Rotary embedding, gated activations and cache writes of Qwen3-Next.
+
+All are bound by bandwidth or by the launch.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Copies of whole states, all layers of Qwen3-Next: 36 of 32 x 128 x 128 float32 and 8,192 x 3
-bfloat16."""
+"""Copies of whole states, all layers of Qwen3-Next.
+
+36 layers of 32 x 128 x 128 float32 and 8,192 x 3 bfloat16.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Engine with scripted answers, token by token, over a runner that verifies every read, and a
-server for it."""
+"""Engine with scripted answers, token by token, and a server for it.
+
+Its runner verifies every read.
+"""
 
 from __future__ import annotations
 

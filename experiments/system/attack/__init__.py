@@ -1,2 +1,1 @@
-"""Random attacks on cache, engine, server and files, each with a separate reference model or
-client."""
+"""Random attacks on cache, engine, server and files, each with a reference model or client."""

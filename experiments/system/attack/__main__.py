@@ -1,5 +1,4 @@
-"""Attack cache, engine, server and files, each against its own reference model or client, with
-seeds.
+"""Attack cache, engine, server and files, each with its own reference model or client.
 
     python -m experiments.system.attack --minutes 10
     python -m experiments.system.attack --only files --seed 7

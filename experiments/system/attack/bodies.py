@@ -1,8 +1,7 @@
-"""Invalid request bodies. Each must get an error of one sentence, never 5xx, and the server goes
-on.
+"""Invalid request bodies.
 
-Valid bodies are changed at random: odd values, additional names, long lists, deep nesting, flipped
-bytes.
+Each must get an error of one sentence, never 5xx, and the server continues. Valid bodies are
+changed at random: odd values, additional names, long lists, deep nesting, flipped bytes.
 """
 
 from __future__ import annotations

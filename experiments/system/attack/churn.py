@@ -1,8 +1,8 @@
-"""Random clients of the engine: whole answers, disconnects, aborts, cancelled tasks, failing calls,
-resets and failing steps.
+"""Random clients of the engine.
 
-The runner verifies every row and state that is read. A whole answer must be the one that follows
-from its prompt. At the end nothing is held or waits.
+They read whole answers, disconnect, abort, cancel tasks, make failing calls and reset the cache,
+while steps fail. The runner verifies every row and state that is read. A whole answer must be the
+one that follows from its prompt. At the end nothing is held or waits.
 """
 
 from __future__ import annotations

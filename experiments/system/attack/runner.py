@@ -1,8 +1,8 @@
-"""Reference runner of the attack: rows and slots contain hash chains of tokens, and reads verify
-them.
+"""Reference runner of the attack: rows and slots contain hash chains of tokens.
 
-Only the sizes of its memory come from ``engine.testing.oracle``. The next token is a function of
-the prefix's hash, so the correct answer can be computed from a prompt without an engine.
+Every read verifies them. Only the sizes of its memory come from ``engine.testing.oracle``. The next
+token is a function of the prefix's hash, so the correct answer can be computed from a prompt
+without an engine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Randomly changed snapshots. A refused one must leave the cache unchanged, a loaded one leaves it
-sound.
+"""Randomly changed snapshots.
 
-One cache is filled with forks, tombstones, ghosts and namespaces. Its file is then changed in one
-or two places: a number, an array, the header, or the bytes.
+A refused one must leave the cache unchanged, a loaded one must leave it sound. One cache is filled
+with forks, tombstones, ghosts and namespaces. Its file is then changed in one or two places: a
+number, an array, the header, or the bytes.
 """
 
 from __future__ import annotations

@@ -1,2 +1,1 @@
-"""SGLang's published package on a CPU: its cache for comparison, and its scheduler on this
-cache."""
+"""SGLang's published package on a CPU: its cache, and its scheduler on this cache."""
