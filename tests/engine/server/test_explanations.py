@@ -112,7 +112,7 @@ def test_messages_explain_in_anthropics_fields(live: Live) -> None:
     assert "diagnostics" not in live.post("/v1/messages", {**request, "system": "C"}).json()
 
 
-def test_each_cause_has_an_advice() -> None:
+def test_each_cause_has_advice() -> None:
     assert set(ADVICE) == {*get_args(Change), *CAUSES, NEW}
 
 

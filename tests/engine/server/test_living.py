@@ -215,7 +215,7 @@ def test_full_queue_answers_429_with_retry_after(serve_oracle: Callable[..., Liv
 
 
 @pytest.mark.full
-def test_a_thousand_requests_at_once(serve_oracle: Callable[..., Live]) -> None:
+def test_thousand_concurrent_requests_leak_nothing(serve_oracle: Callable[..., Live]) -> None:
     """Each is served, refused with 429 or aborted by its client; no memory is leaked."""
     live = serve_oracle(max_queue=256, num_kv_tokens=2048)
 

@@ -205,7 +205,7 @@ async def check_status_and_body_of_refusals(
 async def check_queue_filled_behind_the_server(
     engine: Any, client: httpx.AsyncClient, kind: str
 ) -> None:
-    """Preemptions lengthen the queue between two reports to the server."""
+    """Check the 429 of a queue that preemptions fill between two reports to the server."""
     before = await metric(client, "engine_rejected_requests_total")
     config = engine.config
     if kind != "thread":
@@ -234,7 +234,7 @@ async def check_queue_filled_behind_the_server(
 async def check_duplicate_id_is_refused(
     engine: ServedEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
-    """The engine refuses it, too. Only the request's own reader can end it."""
+    """Check that the engine refuses it, too, and that only its own reader can end a request."""
     short = SamplingParams(max_tokens=9, ignore_eos=True)
     aborted = engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))
     aborted.abort()  # Before it began.
@@ -258,7 +258,7 @@ async def check_duplicate_id_is_refused(
 async def check_answer_ends_after_its_first_call(
     engine: ServedEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
-    """The server aborts the request and waits for the last output."""
+    """Check that the server aborts the request and waits for the last output."""
     body = DIALECTS["/v1/chat/completions"]("call f") | {"max_tokens": 900, "ignore_eos": True}
     body |= {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
     body |= {"parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": False}}
