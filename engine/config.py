@@ -215,7 +215,7 @@ class EngineConfig(Settings):
         None, "for a model of the hub: branch, tag or commit; by default its main branch"
     )
     tokenizer: str | None = setting(
-        None, "directory of the tokenizer, or ORG/NAME, if it is not that of the model"
+        None, "directory of the tokenizer, ORG/NAME, or builtin, if it is not that of the model"
     )
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "auto: read the weights; dummy: seeded random weights for any config.json"

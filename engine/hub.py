@@ -59,8 +59,8 @@ def resolve_config(config: EngineConfig, report: Report | None = None) -> Engine
             f"--revision {config.revision} needs a model of the hub, as in --model ORG/NAME "
             f"(got {'no --model' if model is None else f'--model {model}'})."
         )
-    if tokenizer is not None and is_hub_name(tokenizer):
-        tokenizer = str(hub_downloads().fetch_small_files(tokenizer))
+    if tokenizer is not None:
+        tokenizer = resolve_folder(tokenizer)
     return dataclasses.replace(config, model=model, tokenizer=tokenizer, revision=None)
 
 

@@ -3,6 +3,7 @@ partial output after errors."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
@@ -243,6 +244,19 @@ def test_convert_command(oracles, tmp_path, capsys):
     assert "is already int8 with a scale per output channel" in capsys.readouterr().err
     assert main(["convert", source, str(tmp_path / "json"), "--to", "fp8", "--json"]) == 2
     assert "no linear layer to convert: all are " in capsys.readouterr().err
+
+
+def test_the_built_in_model_can_be_converted_and_chatted_with(tmp_path, monkeypatch, capsys):
+    """Its tokenizer and template have no files, so they are named."""
+    out = str(tmp_path / "int8")
+    assert main(["convert", "builtin", out, "--to", "int8"]) == 0
+    question = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?\n"
+    chat = ["chat", "--model", out, "--temperature", "0", "--cache-gib", "0.05"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(question))
+    assert main([*chat, "--tokenizer", "builtin"]) == 0
+    assert "5 + 3 = 8. #### 8" in capsys.readouterr().out
+    assert main(chat) == 2
+    assert "has no chat template" in capsys.readouterr().err
 
 
 def test_transformers_reads_fp8_files(oracles, tmp_path):
