@@ -86,7 +86,7 @@ class Part:
 def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:
     """Return the declared parts in their order."""
     declared = tomllib.loads(path.read_text(encoding="utf-8"))["part"]
-    return tuple(Part(**one | {"outputs": tuple(one["outputs"])}) for one in declared)
+    return tuple(Part(**part | {"outputs": tuple(part["outputs"])}) for part in declared)
 
 
 # --- State of the tree and of finished parts ----------------------------------------------------
@@ -304,10 +304,14 @@ def default_speed_table() -> str:
 def leaderboard_table() -> str:
     """Return the leaderboard of the built-in policies."""
     records = records_of("leaderboard.jsonl")
-    scores = tuple(Scores(**{name: one[name] for name in Scores.__slots__}) for one in records)
-    seeds = tuple(dict.fromkeys(one.seed for one in scores))
+    scores = tuple(
+        Scores(**{name: record[name] for name in Scores.__slots__}) for record in records
+    )
+    seeds = tuple(dict.fromkeys(score.seed for score in scores))
     split = Split.load()
-    split = Split(split.name, split.model, seeds, {one.trace: tuple(one.gib) for one in scores})
+    split = Split(
+        split.name, split.model, seeds, {score.trace: tuple(score.gib) for score in scores}
+    )
     board = Board(split, records[0]["reference"], scores)
     rows = [
         [row.name, *map(str, (row.hit_rate, row.difference, row.share, row.share_running))]
@@ -414,8 +418,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce", description=(__doc__ or "").splitlines()[0]
     )
-    every = read_parts()
-    names = [part.name for part in every]
+    all_parts = read_parts()
+    names = [part.name for part in all_parts]
     parser.add_argument(
         "--part", action="append", choices=names, metavar="NAME", help="may be repeated"
     )
@@ -423,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="also run finished parts again")
     parser.add_argument("--page", action="store_true", help="only write docs/results.md")
     options = parser.parse_args(arguments)
-    parts = [part for part in every if not options.part or part.name in options.part]
+    parts = [part for part in all_parts if not options.part or part.name in options.part]
     if options.list:
         print(listing(parts))
         return 0

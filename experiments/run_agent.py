@@ -128,18 +128,20 @@ def table(records: list[dict[str, Any]]) -> str:
     requests."""
     header = ["client", "template", "thinking", "answers", "requests", "new", "computed"]
     rows = []
-    for one in records:
-        beyond = one["beyond"][1:]
-        causes = {cause for cause, cost in zip(one["causes"][1:], beyond, strict=True) if cost > 64}
+    for entry in records:
+        beyond = entry["beyond"][1:]
+        causes = {
+            cause for cause, cost in zip(entry["causes"][1:], beyond, strict=True) if cost > 64
+        }
         rows.append(
             [
-                one["client"],
-                one["template"],
-                "on" if one["thinks"] else "off",
-                one["mode"],
-                str(one["requests"]),
-                str(sum(one["new"][1:])),
-                str(sum(one["computed"][1:])),
+                entry["client"],
+                entry["template"],
+                "on" if entry["thinks"] else "off",
+                entry["mode"],
+                str(entry["requests"]),
+                str(sum(entry["new"][1:])),
+                str(sum(entry["computed"][1:])),
                 str(max(beyond)),
                 f"{sum(beyond) / len(beyond):.0f}",
                 str(sum(cost > 64 for cost in beyond)),

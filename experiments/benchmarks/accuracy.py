@@ -140,7 +140,7 @@ def ask(
     samples = found["samples"]
     return Outcome(
         {task: round(_score(found["results"][task]), 4) for task in samples},
-        {task: [_answer(one) for one in _in_order(samples[task])] for task in samples},
+        {task: [_answer(sample) for sample in _in_order(samples[task])] for task in samples},
     )
 
 
@@ -155,7 +155,7 @@ def _score(result: Mapping[str, Any]) -> float:
 
 def _in_order(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return one sample per question. lm-eval lists each question once per filter."""
-    return [by_id for _, by_id in sorted({one["doc_id"]: one for one in samples}.items())]
+    return [by_id for _, by_id in sorted({sample["doc_id"]: sample for sample in samples}.items())]
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
@@ -186,7 +186,7 @@ def num_moved(outcomes: Mapping[Setting, Outcome], setting: Setting) -> int:
 
     State and checkpoint formats cause these differences.
     """
-    first = next(outcome for one, outcome in outcomes.items() if one.weights == setting.weights)
+    first = next(outcome for other, outcome in outcomes.items() if other.weights == setting.weights)
     return sum(
         expected != answer
         for task, answers in outcomes[setting].answers.items()

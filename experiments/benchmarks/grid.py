@@ -171,14 +171,14 @@ def speed(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, An
 def _speeds(
     model: str, measure: str, num_tokens: int, call: Callable[[int], None], turns: int
 ) -> dict[str, Any]:
-    taken = in_turns(call, max(turns, 2))
+    seconds = in_turns(call, max(turns, 2))
     return {
         "model": model,
         "measure": measure,
         "grids": GRIDS,
-        "tokens_per_s": [num_tokens / statistics.median(taken[grid]) for grid in GRIDS],
+        "tokens_per_s": [num_tokens / statistics.median(seconds[grid]) for grid in GRIDS],
         "beside_64": [
-            statistics.median(a / b for a, b in zip(taken[64], taken[grid], strict=True))
+            statistics.median(a / b for a, b in zip(seconds[64], seconds[grid], strict=True))
             for grid in GRIDS
         ],
     }
@@ -186,14 +186,14 @@ def _speeds(
 
 def in_turns(call: Callable[[int], None], turns: int) -> dict[int, list[float]]:
     """Return the CPU seconds of ``call`` at every grid, after one unmeasured turn."""
-    taken: dict[int, list[float]] = {grid: [] for grid in GRIDS}
+    seconds: dict[int, list[float]] = {grid: [] for grid in GRIDS}
     for turn in range(turns + 1):
         for grid in GRIDS:
             start = time.process_time()
             call(grid)
             if turn:
-                taken[grid].append(time.process_time() - start)
-    return taken
+                seconds[grid].append(time.process_time() - start)
+    return seconds
 
 
 def _speed_table(records: list[dict[str, Any]]) -> str:
@@ -219,7 +219,7 @@ def replay(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, A
             grid: Engine(config_of(model, directory, grid=grid, cache_gib=0.5)) for grid in GRIDS
         }
         head = max(round(REPLAYED[model] * options.share), 3)
-        taken: dict[int, list[float]] = {grid: [] for grid in GRIDS}
+        seconds: dict[int, list[float]] = {grid: [] for grid in GRIDS}
         cached = dict.fromkeys(GRIDS, 0)
         num_tokens = 0
         for request in tqdm(open_trace(f"tree-of-thoughts?head={head}"), total=head, disable=None):
@@ -230,7 +230,7 @@ def replay(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, A
                 engine.submit(prompt, first, boundaries=request.boundaries)
                 while engine.has_work():
                     outputs = engine.step()
-                taken[grid].append(time.process_time() - start)
+                seconds[grid].append(time.process_time() - start)
                 cached[grid] += outputs[-1].cached_len
         yield {
             "model": model,
@@ -238,9 +238,9 @@ def replay(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, A
             "prompt_tokens": num_tokens,
             "grids": GRIDS,
             "token_hit_rate": [cached[grid] / num_tokens for grid in GRIDS],
-            "ttft_p50_ms": [1e3 * float(np.percentile(taken[grid], 50)) for grid in GRIDS],
-            "ttft_p95_ms": [1e3 * float(np.percentile(taken[grid], 95)) for grid in GRIDS],
-            "ttft_mean_ms": [1e3 * statistics.mean(taken[grid]) for grid in GRIDS],
+            "ttft_p50_ms": [1e3 * float(np.percentile(seconds[grid], 50)) for grid in GRIDS],
+            "ttft_p95_ms": [1e3 * float(np.percentile(seconds[grid], 95)) for grid in GRIDS],
+            "ttft_mean_ms": [1e3 * statistics.mean(seconds[grid]) for grid in GRIDS],
         }
 
 

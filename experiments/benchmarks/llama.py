@@ -110,8 +110,8 @@ def against_llama(
 
     if dtype == "float32":
         check(ours, theirs, tokens)
-    taken = turns.time(lambda: prefill(ours, tokens), prefill_theirs, TURNS[size] // 3)
-    yield result("prefill", size, dtype, taken, PROMPT)
+    seconds = turns.time(lambda: prefill(ours, tokens), prefill_theirs, TURNS[size] // 3)
+    yield result("prefill", size, dtype, seconds, PROMPT)
     for streams in (1, 8):
         theirs.clear()
         for stream in range(streams):
@@ -124,9 +124,9 @@ def against_llama(
             theirs.forward([(stream, position, [5]) for stream in range(streams)])
             position += 1
 
-        taken = turns.time(decode.step, step_theirs, TURNS[size])
+        seconds = turns.time(decode.step, step_theirs, TURNS[size])
         name = "one stream" if streams == 1 else f"{streams} streams"
-        yield result(name, size, dtype, taken, streams)
+        yield result(name, size, dtype, seconds, streams)
     theirs.close()
     path.unlink()
 
@@ -146,24 +146,24 @@ def check(ours: ModelRunner, theirs: rival.Model, tokens: np.ndarray) -> None:
 
 
 def result(
-    measure: str, size: str, dtype: str, taken: tuple[list[float], list[float]], tokens: int
+    measure: str, size: str, dtype: str, seconds: tuple[list[float], list[float]], tokens: int
 ) -> Result:
     goal = GOALS.get((size, measure), 0.0)
-    return compare(f"{measure} beside llama.cpp", size, dtype, *taken, tokens=tokens, goal=goal)
+    return compare(f"{measure} beside llama.cpp", size, dtype, *seconds, tokens=tokens, goal=goal)
 
 
 def eight_bits(size: str, directory: str, turns: Turns) -> Iterator[Result]:
     """Compare int8 with bfloat16, both in this engine."""
     int8, wide = (runner_of(directory, dtype) for dtype in ("int8", "bfloat16"))
     tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
-    taken = turns.time(
+    seconds = turns.time(
         lambda: prefill(int8, tokens), lambda: prefill(wide, tokens), TURNS[size] // 3
     )
     name = "int8 beside bfloat16"
-    yield compare(f"prefill, {name}", size, "int8", *taken, tokens=PROMPT, goal=1.5)
+    yield compare(f"prefill, {name}", size, "int8", *seconds, tokens=PROMPT, goal=1.5)
     first, second = (Decode(runner, tokens[:CONTEXT], 1) for runner in (int8, wide))
-    taken = turns.time(first.step, second.step, TURNS[size])
-    yield compare(f"one stream, {name}", size, "int8", *taken, tokens=1, goal=1.8)
+    seconds = turns.time(first.step, second.step, TURNS[size])
+    yield compare(f"one stream, {name}", size, "int8", *seconds, tokens=1, goal=1.8)
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def tenants(kinds: tuple[str, ...], seed: int) -> Trace:
         ]
 
     parts = [requests_of(tenant, kind) for tenant, kind in enumerate(kinds)]
-    return Trace("tenants", 1, lambda: heapq.merge(*parts, key=lambda one: one.timestamp_s))
+    return Trace("tenants", 1, lambda: heapq.merge(*parts, key=lambda request: request.timestamp_s))
 
 
 def arriving(starts: str, seed: int) -> Trace:
@@ -119,7 +119,7 @@ def rows() -> Iterator[tuple[str, str, Rate]]:
 def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     """Return one record per pair."""
     condition, value, seed = job
-    rate = next(rate for one, other, rate in rows() if (one, other) == (condition, value))
+    rate = next(rate for *key, rate in rows() if key == [condition, value])
     same = {"condition": condition, "value": value, "seed": seed}
     return [same | {"pair": pair, "token_hit_rate": rounded(rate(seed, pair))} for pair in PAIRS]
 
@@ -128,12 +128,13 @@ def gains(
     records: list[dict[str, Any]],
 ) -> Iterator[tuple[str, str, list[Interval], Interval]]:
     """Yield (condition, value, rates of both pairs, gain of the default pair), in percent."""
-    for condition, value in dict.fromkeys((one["condition"], one["value"]) for one in records):
-        cells = [one for one in records if (one["condition"], one["value"]) == (condition, value)]
-        rates = [
-            [100 * one["token_hit_rate"] for one in cells if one["pair"] == pair] for pair in PAIRS
-        ]
-        yield condition, value, [interval(one) for one in rates], paired(*rates)
+    for condition, value in dict.fromkeys(
+        (record["condition"], record["value"]) for record in records
+    ):
+        key = condition, value
+        cells = [r for r in records if (r["condition"], r["value"]) == key]
+        rates = [[100 * r["token_hit_rate"] for r in cells if r["pair"] == pair] for pair in PAIRS]
+        yield condition, value, [interval(pair_rates) for pair_rates in rates], paired(*rates)
 
 
 def main() -> None:
@@ -141,14 +142,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="use only the first N seeds (default: all ten)")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    jobs = [(one, other, seed) for one, other, _ in rows() for seed in SEEDS[: options.seeds]]
+    jobs = [(*key, seed) for *key, _ in rows() for seed in SEEDS[: options.seeds]]
     with ProcessPoolExecutor(options.processes) as pool:
         found = list(tqdm(pool.map(measure, jobs), total=len(jobs), disable=None))
     records = [record for several in found for record in several]
     keep("study_conditions", records)
-    table = [
-        [one, other, *map(str, rates), str(gain)] for one, other, rates, gain in gains(records)
-    ]
+    table = [[*key, *map(str, rates), str(gain)] for *key, rates, gain in gains(records)]
     header = ["condition", "value", *(f"{pair}, %" for pair in PAIRS), "gain, points"]
     print(text_table(header, table))
 

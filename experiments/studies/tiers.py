@@ -315,7 +315,7 @@ def draw(table: Table, policy: str) -> None:
     save(figure, axes, figure_path("study_tiers"), caption)
 
 
-SAVED = "prefill seconds saved,\n% of what 20 GiB save"
+SAVED = "prefill seconds saved,\n% of those with 20 GiB"
 GOAL_CELL = f"device {GOAL[1]}"
 
 

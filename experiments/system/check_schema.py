@@ -57,7 +57,6 @@ REASONS = (
     "'tool_choice'",
     "must be one of",
     "There is no tool",
-    "schema can not be",
     "A tool must have",
     "parameters",
     "Send either",

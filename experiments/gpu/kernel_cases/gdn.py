@@ -111,20 +111,20 @@ def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
     states = torch.randn(num_sequences, *sizes[1:], device=setup.device)
     slots = setup.int32(range(num_sequences))
 
-    own = states.clone()
+    run_states = states.clone()
 
     def contender(decode: Callable[..., torch.Tensor], states: torch.Tensor) -> Callable:
         return partial(decode, *tokens, *inputs, states=states, slots=slots)
 
     return Case(
         name=f"gdn decode {num_sequences}",
-        run=contender(fused.decode_gdn, own),
+        run=contender(fused.decode_gdn, run_states),
         expected=contender(reference.decode_gdn, states.clone()),
         num_bytes=2 * states.nbytes + _token_bytes(tokens, inputs),
         rivals={"torch": contender(reference.decode_gdn, states.clone())}
         | kernel_rivals.decode_gdn(*tokens, *inputs, states),
         moved_bytes=2 * states.nbytes + _loaded_bytes(tokens, inputs, slots),
-        reset=lambda: own.copy_(states),
+        reset=lambda: run_states.copy_(states),
     )
 
 
@@ -155,14 +155,14 @@ def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> C
     tokens = _tokens(setup, sizes, num_tokens)
     a, b, *parameters = _gate_inputs(setup, sizes.value_heads, num_tokens)
     states = torch.randn(num_sequences + num_tokens, *sizes[1:], device=setup.device)
-    where = {
+    layout = {
         "packed": Packed.from_lengths([num_steps] * num_sequences, setup.device),
         "slots": setup.int32(range(num_sequences)),
         "step_slots": setup.int32(range(num_sequences, len(states))),
     }
 
     def contender(verify: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return partial(verify, *tokens, a, b, *parameters, states=states, **where)
+        return partial(verify, *tokens, a, b, *parameters, states=states, **layout)
 
     return Case(
         name=f"gdn verify {num_sequences} x {num_steps}",

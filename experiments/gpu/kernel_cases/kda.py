@@ -30,13 +30,13 @@ def _chunk(setup: Setup, heads: int, size: int, lengths: tuple[int, ...]) -> Cas
     gate = -torch.rand(num_tokens, heads, size, device=setup.device)
     beta = torch.rand(num_tokens, heads, device=setup.device)
     states = torch.zeros(num_sequences, heads, size, size, device=setup.device)
-    where = {
+    layout = {
         "slots": setup.int32(range(num_sequences)),
         "resumed": torch.zeros(num_sequences, dtype=torch.bool, device=setup.device),
     }
     packed, on_cpu = (Packed.from_lengths(lengths, device) for device in (setup.device, "cpu"))
     even = gate[..., :1].expand_as(gate).contiguous()
-    shared = {"states": states, "packed": packed, "exports": None, **where}
+    shared = {"states": states, "packed": packed, "exports": None, **layout}
     tiles = sum(num_tiles(length) for length in lengths) * heads
     return Case(
         name=f"kda chunk {num_sequences} x {lengths[0]}",
@@ -46,7 +46,7 @@ def _chunk(setup: Setup, heads: int, size: int, lengths: tuple[int, ...]) -> Cas
             states=states.cpu(),
             packed=on_cpu,
             exports=None,
-            **{name: x.cpu() for name, x in where.items()},
+            **{name: x.cpu() for name, x in layout.items()},
         ),
         num_bytes=sum(x.nbytes for x in (*tokens, tokens[2], gate, beta)) + states.nbytes,
         # <Q, K> and <K, K>; K S, Q S and K^T N; T N and P N
@@ -72,18 +72,18 @@ def _decode(setup: Setup, heads: int, size: int, num_sequences: int) -> Case:
     tokens = [setup.randn(num_sequences, heads, size) for _ in range(3)]
     inputs = _gate_inputs(setup, heads, size, num_sequences)
     states = torch.randn(num_sequences, heads, size, size, device=setup.device)
-    slots, own = setup.int32(range(num_sequences)), states.clone()
+    slots, run_states = setup.int32(range(num_sequences)), states.clone()
 
     def contender(decode: Callable[..., torch.Tensor], states: torch.Tensor) -> Callable:
         return partial(decode, *tokens, *inputs, states=states, slots=slots)
 
     return Case(
         name=f"kda decode {num_sequences}",
-        run=contender(fused.decode_kda, own),
+        run=contender(fused.decode_kda, run_states),
         expected=contender(reference.decode_kda, states.clone()),
         num_bytes=2 * states.nbytes + sum(x.nbytes for x in (*tokens, tokens[2], *inputs)),
         rivals={"torch": contender(reference.decode_kda, states.clone())},
-        reset=lambda: own.copy_(states),
+        reset=lambda: run_states.copy_(states),
     )
 
 

@@ -48,7 +48,7 @@ def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
     step = torch.rand(num_tokens, heads, device=setup.device)
     D = setup.randn(heads, dtype=torch.float32)
     states = torch.zeros(num_sequences + 1, heads, state_size, head_dim, device=setup.device)
-    where = {
+    layout = {
         "slots": setup.int32(range(num_sequences)),
         "resumed": torch.zeros(num_sequences, dtype=torch.bool, device=setup.device),
     }
@@ -56,7 +56,7 @@ def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
     longest = max(range(num_sequences), key=lengths.__getitem__)
     exports = Exports.plan(packed, [(longest, TILE, num_sequences)])
     run = partial(
-        fused.chunk_mamba2, *tokens, -step, step, D, states=states, packed=packed, **where
+        fused.chunk_mamba2, *tokens, -step, step, D, states=states, packed=packed, **layout
     )
     tiles = sum(num_tiles(length) for length in lengths)
     return Case(
@@ -67,7 +67,7 @@ def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
             states=states.cpu(),
             packed=on_cpu,
             exports=None,
-            **{name: x.cpu() for name, x in where.items()},
+            **{name: x.cpu() for name, x in layout.items()},
         ),
         num_bytes=sum(x.nbytes for x in (*tokens, tokens[0], step, step)) + states[1:].nbytes,
         # C B^T of a group; C S, B^T X and P X of a head
@@ -93,18 +93,18 @@ def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
     tokens = _tokens(setup, sizes, num_sequences)
     inputs = *_gate_inputs(setup, heads, num_sequences), setup.randn(heads, dtype=torch.float32)
     states = torch.randn(num_sequences, heads, state_size, head_dim, device=setup.device)
-    slots, own = setup.int32(range(num_sequences)), states.clone()
+    slots, run_states = setup.int32(range(num_sequences)), states.clone()
 
     def contender(decode: Callable[..., torch.Tensor], states: torch.Tensor) -> Callable:
         return partial(decode, *tokens, *inputs, states=states, slots=slots)
 
     return Case(
         name=f"mamba2 decode {num_sequences}, K {state_size}",
-        run=contender(fused.decode_mamba2, own),
+        run=contender(fused.decode_mamba2, run_states),
         expected=contender(reference.decode_mamba2, states.clone()),
         num_bytes=2 * states.nbytes + sum(x.nbytes for x in (*tokens, tokens[0], *inputs)),
         rivals={"torch": contender(reference.decode_mamba2, states.clone())},
-        reset=lambda: own.copy_(states),
+        reset=lambda: run_states.copy_(states),
     )
 
 

@@ -44,29 +44,29 @@ def _pool(setup: Setup, num: int, length: int) -> tuple[torch.Tensor, dict]:
 
 
 def _prefill(setup: Setup, cached: int, new: int) -> Case:
-    (heads, rank, shared), (pool, where) = _sizes(setup), _pool(setup, 1, cached + new)
-    where["packed"] = Packed.from_lengths([new], setup.device)
+    (heads, rank, shared), (pool, layout) = _sizes(setup), _pool(setup, 1, cached + new)
+    layout["packed"] = Packed.from_lengths([new], setup.device)
     query = setup.randn(new, heads, rank + shared)
     seen = cached + (new + 1) / 2
     return Case(
         name=f"mla prefill {new} after {cached}",
-        run=partial(fused.prefill_mla, query, pool, **where),
-        expected=partial(reference.prefill_mla, query.float(), pool.float(), **where),
+        run=partial(fused.prefill_mla, query, pool, **layout),
+        expected=partial(reference.prefill_mla, query.float(), pool.float(), **layout),
         num_bytes=2 * query.nbytes + pool.nbytes,
         num_flops=int(2 * new * seen * heads * (2 * rank + shared)),
     )
 
 
 def _decode(setup: Setup, num: int, length: int) -> Case:
-    (heads, rank, shared), (pool, where) = _sizes(setup), _pool(setup, num, length)
+    (heads, rank, shared), (pool, layout) = _sizes(setup), _pool(setup, num, length)
     query = setup.randn(num, heads, rank + shared)
     return Case(
         name=f"mla decode {num} x {length}",
-        run=partial(fused.decode_mla, query, pool, **where),
-        expected=partial(reference.decode_mla, query.float(), pool.float(), **where),
+        run=partial(fused.decode_mla, query, pool, **layout),
+        expected=partial(reference.decode_mla, query.float(), pool.float(), **layout),
         num_bytes=2 * query.nbytes + pool.nbytes,
         num_flops=2 * num * length * heads * (2 * rank + shared),
-        rivals={"torch": partial(reference.decode_mla, query, pool, **where)},
+        rivals={"torch": partial(reference.decode_mla, query, pool, **layout)},
     )
 
 
