@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
 from engine.interfaces import Plugin, Runner, TokenSampler
 from engine.requests.spec import SamplingParams
 from engine.schedule.batch import DraftPlanner
@@ -104,7 +104,8 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
 
     if config.model and not names_tokenizer(config):
         return IdTokenizer(vocab_size, named_eos(Path(config.model)))
-    return load_tokenizer(config.tokenizer or config.model)
+    named = config.tokenizer or config.model
+    return load_tokenizer(None if named == str(BUILTIN_DIR) else named)
 
 
 def names_tokenizer(config: EngineConfig) -> bool:

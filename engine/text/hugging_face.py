@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.config import BUILTIN_DIR
 from engine.text.answers import MARKS
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.tokenizer import (
@@ -155,14 +154,11 @@ class HFTokenizer:
 
 
 def load_tokenizer(model_dir: str | Path | None) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face directory, or of the built-in model for None and for its
-    directory.
+    """Load the tokenizer of a Hugging Face directory, or of the built-in model for None.
 
     Raises FileNotFoundError if the directory has no tokenizer.
     """
-    if model_dir is None or Path(model_dir) == BUILTIN_DIR:
-        return ByteTokenizer()
-    return HFTokenizer(Path(model_dir))
+    return ByteTokenizer() if model_dir is None else HFTokenizer(Path(model_dir))
 
 
 def named_eos(model_dir: Path) -> frozenset[int]:

@@ -34,7 +34,8 @@ def record(
 
     loaded, counted_by = None, f"{PIECE} characters as a token, an estimate (see --tokenizer)"
     if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer)
+        is_builtin = Path(tokenizer) == BUILTIN_DIR
+        loaded = load_tokenizer(None if is_builtin else tokenizer)
         counted_by = f"the tokenizer of {display_name(Path(tokenizer))}"
     with bind(ServerConfig(host=host, port=port)) as listener:
         try:
