@@ -93,12 +93,18 @@ class Item(Protocol):
 
     @property
     def superseded(self) -> bool:
-        """True if a deeper checkpoint exists on the same unforked path."""
+        """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
+        request has taken its slot."""
         ...
 
     @property
     def above(self) -> Item | None:
-        """Nearest checkpoint above on its path, or None for the root. Links items by lineage."""
+        """Nearest checkpoint above on its path, or None for the root."""
+        ...
+
+    @property
+    def predecessor(self) -> Item | None:
+        """As ``above``, but it may have been evicted. Links items by lineage."""
         ...
 
     @property

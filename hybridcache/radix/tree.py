@@ -194,6 +194,11 @@ class Segment:
         return checkpoint_above(self.node)
 
     @property
+    def predecessor(self) -> Checkpoint | None:
+        """As ``above``, because KV has no lineage."""
+        return self.above
+
+    @property
     def dead(self) -> bool:
         """True for a leaf without a checkpoint, which nothing can be resumed from. O(1)."""
         node = self.node
@@ -236,6 +241,7 @@ class Checkpoint:
         "last_used",
         "memo",
         "node",
+        "num_successors",
         "serial",
         "shallower",
         "slot",
@@ -263,6 +269,8 @@ class Checkpoint:
         self.item_bytes = item_bytes
         self.label = label
         self.uses = 0
+        self.num_successors = 0
+        """Running requests that will save a deeper checkpoint (``announce_checkpoint``)."""
         self.superseded = False
         self.shallower: RadixNode | Checkpoint | None = None
         self.deeper: Checkpoint | None = None
@@ -283,6 +291,11 @@ class Checkpoint:
         if isinstance(before, Checkpoint):
             return before
         return checkpoint_above(self.node if before is None else before)
+
+    @property
+    def predecessor(self) -> Checkpoint | None:
+        """Nearest checkpoint above, resident or evicted. O(nodes between)."""
+        return next(ghosts_above(self.node), None) or self.above
 
     @property
     def span(self) -> int:
@@ -494,6 +507,11 @@ class OffloadedCheckpoint:
                 return entry.state
             above = above.parent
         return None
+
+    @property
+    def predecessor(self) -> OffloadedCheckpoint | None:
+        """As ``above``."""
+        return self.above
 
     @property
     def span(self) -> int:

@@ -29,6 +29,12 @@ class FakeItem:
     label: str = ""
     memo: Any = None
     serial: int = field(default_factory=_serials.__next__)
+    evicted_above: Any = None
+    """Evicted checkpoint between this item and ``above``."""
+
+    @property
+    def predecessor(self) -> Any:
+        return self.evicted_above or self.above
 
 
 class ItemCache:

@@ -28,6 +28,7 @@ from hybridcache.policies.eviction.hazards import (
     TOP_WEIGHT,
     WIDTHS,
     Hazards,
+    Key,
     index_of,
 )
 
@@ -36,6 +37,20 @@ WIDTH_LIST: list[float] = WIDTHS.tolist()
 MAX_OPEN = 4
 KEYS = tuple((top, middle, leaf) for top in "ab" for middle in range(2) for leaf in range(3))
 PRIORS = {"a": 1.0, "b": 0.125}
+MODEL_FACTOR = 0.25
+
+
+def model_of(key: tuple[object, ...]) -> tuple[object, ...] | None:
+    """Return the class that a class of "b" begins as, if classes have models."""
+    return ("a", key[1]) if len(key) == 2 and key[0] == "b" else None
+
+
+class ModelledHazards(Hazards):
+    """Hazards in which classes of "b" begin with a quarter of the hazard of those of "a"."""
+
+    def model_of(self, key: Key) -> tuple[Key, float] | None:
+        model = model_of(key)
+        return None if model is None else (model, MODEL_FACTOR)
 
 
 def bin_of(age: int) -> int:
@@ -45,8 +60,8 @@ def bin_of(age: int) -> int:
 class PlainHazards:
     """Plain hazards: every figure is computed from the list of all stages."""
 
-    def __init__(self, general_from: int) -> None:
-        self.general_from = general_from
+    def __init__(self, general_from: int, has_models: bool) -> None:
+        self.general_from, self.has_models = general_from, has_models
         self.classes: list[tuple[object, ...]] = []
         self.open: dict[int, tuple[tuple[object, ...], int]] = {}
         self.ended: list[tuple[tuple[object, ...], int]] = []
@@ -75,18 +90,32 @@ class PlainHazards:
         return uses, exposure
 
     def shape(self, key: tuple[object, ...], now: int) -> list[float]:
-        """Return the hazard of the parent class of ``key``, or the assumed one."""
+        """Return the hazard of the parent class or of the model of ``key``, or the assumed one."""
+        model = self.model_of(key)
+        if model is not None:
+            return [MODEL_FACTOR * part for part in self.hazard(model, now)]
         if len(key) > 1:
             return self.hazard(key[:-1], now)
         middles = [edge + width / 2 for edge, width in zip(EDGE_LIST, WIDTH_LIST, strict=True)]
         return [PRIORS[str(key[0])] / (middle + 16.0) for middle in middles]
 
+    def model_of(self, key: tuple[object, ...]) -> tuple[object, ...] | None:
+        return model_of(key) if self.has_models else None
+
     def effect(self, key: tuple[object, ...], now: int) -> float:
-        """Return actual per expected uses of all classes with the last feature of ``key``."""
-        if len(key) <= self.general_from:
+        """Return actual per expected uses of all classes with the last feature of ``key``, or of
+        all with a model and the same parent."""
+        has_model = self.model_of(key) is not None
+        if not has_model and len(key) <= self.general_from:
             return 1.0
         uses = expected = 0.0
-        similar = {of[: len(key)] for of in KEYS if of[len(key) - 1] == key[-1]}
+        peers = {of[: len(key)] for of in KEYS}
+        similar = {
+            of
+            for of in peers
+            if (self.model_of(of) is not None) == has_model
+            and (of[:-1] == key[:-1] if has_model else of[-1] == key[-1])
+        }
         for other in similar:
             used, exposure = self.counts(other, now)
             uses += sum(used)
@@ -98,7 +127,8 @@ class PlainHazards:
         uses, exposure = self.counts(key, now)
         effect = self.effect(key, now)
         shape = [part * effect for part in self.shape(key, now)]
-        weight, doubt = (SHAPE_WEIGHT, DOUBT) if len(key) > 1 else (TOP_WEIGHT, 0.0)
+        inherits = len(key) > 1 and self.model_of(key) is None
+        weight, doubt = (SHAPE_WEIGHT, DOUBT) if inherits else (TOP_WEIGHT, 0.0)
         ratio = level(sum(uses), dot(exposure, shape), doubt, 1.0)
         return [
             (used + weight) / (at_risk + weight / (ratio * part))
@@ -132,10 +162,11 @@ def plain_index(hazard: list[float], start: int) -> float:
 class HazardsMachine(RuleBasedStateMachine):
     """Stages of a few classes that open, end and exceed the limit of open stages."""
 
-    @initialize(general_from=st.integers(1, 3))
-    def make(self, general_from: int) -> None:
-        self.survival = Hazards(MAX_OPEN, general_from=general_from)
-        self.plain, self.now = PlainHazards(general_from), 0
+    @initialize(general_from=st.integers(1, 3), has_models=st.booleans())
+    def make(self, general_from: int, has_models: bool) -> None:
+        make = ModelledHazards if has_models else Hazards
+        self.survival = make(MAX_OPEN, general_from=general_from)
+        self.plain, self.now = PlainHazards(general_from, has_models), 0
         self.rows: dict[tuple[object, ...], int] = {}
 
     @rule(requests=st.sampled_from([1, 1, 3, 40, 700]))

@@ -204,6 +204,18 @@ def test_a_used_predecessor_does_not_become_a_tip_again() -> None:
     assert first.memo.key in (second.memo.key, ((True, False), *tip_class[1:]))
 
 
+def test_an_evicted_predecessor_continues_the_turn_count() -> None:
+    """A running request may lose the tip that it resumed from before it saves the next one."""
+    policy = Survival()
+    tip = FakeItem("tip", created=1, last_used=1)
+    policy.add(tip)
+    tip.memo.turn = 3
+    policy.discard(tip, evicted=True)
+    successor = FakeItem("successor", position=128, created=2, last_used=2, evicted_above=tip)
+    policy.add(successor)
+    assert successor.memo.turn == 4
+
+
 def test_only_deeper_items_continue_the_turn_count_of_a_ghost() -> None:
     """A request finds the ghost of its conversation's tip. Its new tip continues the turn count.
     The system prompt that it saves again, above the ghost, starts at 0."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -73,18 +73,25 @@ def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
 
 
 class _Generation(NamedTuple):
-    """Rows with keys of equal length."""
+    """Rows with keys of equal length, either all with a model or all without."""
 
+    length: int
+    """Length of the keys."""
     rows: Ints
     """Rows, grouped by parent."""
     parents: Ints
     """Parent of each row; -1 for keys of length one."""
+    models: Ints | None
+    """Model of each row, or None for rows that begin with the hazard of their parent."""
     heirs: Ints
     """Distinct parents."""
     first: Ints
     """First row of each parent, as an index of ``rows``."""
     facts: Ints
-    """Number of each row's last fact, from 0."""
+    """Number of each row's last fact, from 0; with ``models``, of its parent."""
+
+
+Key = tuple[Hashable, ...]
 
 
 class Hazards:
@@ -94,6 +101,9 @@ class Hazards:
     fact number ``general_from`` on, this hazard is multiplied by the effect of the fact in all
     classes. Thus it is learned once for all generations that long conversations soon end.
 
+    A subclass can give classes another model than their parent (``model_of``). The ratio to the
+    model is learned over all such classes of one parent.
+
     ``open`` and ``close`` take O(1). ``refresh`` takes O(open stages + classes * bins**2).
     """
 
@@ -102,7 +112,9 @@ class Hazards:
         """Logical time of the newest use. Set by the policies that share the object."""
         self._max_open = max_open
         self._general_from = general_from
-        self._rows: dict[tuple[Hashable, ...], int] = {}
+        self._models: dict[int, int] = {}
+        """Row of the model of each row that has one."""
+        self._rows: dict[Key, int] = {}
         self._parents: list[int | None] = []
         self._priors: list[float] = []
         self._generations: list[_Generation] | None = None
@@ -130,7 +142,7 @@ class Hazards:
         self._used: list[int] = []
         """Codes of those that ended in a use."""
 
-    def row(self, key: tuple[Hashable, ...], prior: float = 1.0) -> int:
+    def row(self, key: Key, prior: float = 1.0) -> int:
         """Return the row of class ``key``. Its parent is ``key[:-1]``.
 
         ``prior`` scales the assumed hazard of a class without parent and evidence, which is one use
@@ -140,15 +152,32 @@ class Hazards:
         if found is not None:
             return found
         parent = self.row(key[:-1], prior) if len(key) > 1 else None
+        begins_as, model = parent, self.model_of(key)
+        if model is not None:
+            begins_as, prior = self.row(model[0], prior), model[1]
+        elif parent is not None:
+            prior = 1.0
         row = self._rows[key] = len(self._parents)
+        if model is not None:
+            assert begins_as is not None
+            self._models[row] = begins_as
         self._parents.append(parent)
         self._priors.append(prior)
         self._generations = None
         if row == len(self.index):
             self._events, self._reached = _doubled(self._events), _doubled(self._reached)
             self._partial, self.index = _doubled(self._partial), _doubled(self.index)
-        self.index[row] = prior / _PRIOR_AGES if parent is None else self.index[parent]
+        first = 1 / _PRIOR_AGES if begins_as is None else self.index[begins_as]
+        self.index[row] = prior * first
         return row
+
+    def model_of(self, key: Key) -> tuple[Key, float] | None:
+        """Return (model, factor) if class ``key`` begins with ``factor`` times the hazard of the
+        class ``model``, or None if it begins with that of its parent.
+
+        The model has a key of the same length, and its own model is its parent.
+        """
+        return None
 
     def open(self, row: int, now: int) -> int:
         """Begin a stage in the class of ``row``. Returns the number of the stage."""
@@ -214,25 +243,28 @@ class Hazards:
         No stage is older than these bins.
         """
         if self._generations is None:
-            self._generations = _sorted_by_parent(self._rows, self._parents)
+            self._generations = _sorted_by_parent(self._rows, self._parents, self._models)
         self._count_ended()
         exposure = self._at_risk(now, num_bins)
         events = self._events[: len(exposure), :num_bins].copy()
-        for rows, _, heirs, first, _ in reversed(self._generations[1:]):
-            exposure[heirs] += np.add.reduceat(exposure[rows], first)
-            events[heirs] += np.add.reduceat(events[rows], first)
+        for generation in reversed(self._generations):
+            if generation.length > 1:
+                heirs, first = generation.heirs, generation.first
+                exposure[heirs] += np.add.reduceat(exposure[generation.rows], first)
+                events[heirs] += np.add.reduceat(events[generation.rows], first)
         hazard = np.empty_like(exposure)
-        for depth, (rows, parents, _, _, facts) in enumerate(self._generations):
-            if depth == 0:
-                priors = np.array(self._priors)[rows]
-                prior_ages = _PRIOR_AGES[:num_bins]
-                shape, weight, doubt = priors[:, None] / prior_ages, TOP_WEIGHT, 0.0
+        priors = np.array(self._priors)[:, None]
+        for length, rows, parents, models, _, _, facts in self._generations:
+            if models is not None:
+                shape, weight, doubt = priors[rows] * hazard[models], TOP_WEIGHT, 0.0
+            elif length == 1:
+                shape, weight, doubt = priors[rows] / _PRIOR_AGES[:num_bins], TOP_WEIGHT, 0.0
             else:
                 shape, weight, doubt = hazard[parents], SHAPE_WEIGHT, DOUBT
             exposed, used = exposure[rows], events[rows]
             foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0]
             num_used = used.sum(axis=1, keepdims=True)
-            if depth >= self._general_from:
+            if models is not None or length > self._general_from:
                 all_used, all_foretold = _sums(facts, num_used), _sums(facts, foretold)
                 effects = _level(all_used, all_foretold, EFFECT_DOUBT, EFFECT_WEIGHT)[facts]
                 shape, foretold = shape * effects, foretold * effects
@@ -296,21 +328,30 @@ class Hazards:
 
 
 def _sorted_by_parent(
-    keys: Iterable[tuple[Hashable, ...]], parents: list[int | None]
+    keys: Iterable[Key], parents: list[int | None], models: Mapping[int, int]
 ) -> list[_Generation]:
-    """Return all rows, shortest keys first. ``keys`` and ``parents`` are in the order of the rows.
-    O(rows log rows)."""
+    """Return all rows, shortest keys first, and rows with models after others of their length.
+
+    ``keys`` and ``parents`` are in the order of the rows. O(rows log rows).
+    """
     above = [-1 if parent is None else parent for parent in parents]
-    generations: dict[int, list[tuple[int, int, Hashable]]] = {}
+    generations: dict[tuple[int, bool], list[tuple[int, int, Hashable]]] = {}
     for row, key in enumerate(keys):
-        generations.setdefault(len(key), []).append((above[row], row, key[-1]))
+        has_model = row in models
+        fact = above[row] if has_model else key[-1]
+        generations.setdefault((len(key), has_model), []).append((above[row], row, fact))
     found = []
-    for length in sorted(generations):
-        its_parents, rows, last = zip(*sorted(generations[length], key=itemgetter(0)), strict=True)
+    for (length, has_model), members in sorted(generations.items(), key=itemgetter(0)):
+        its_parents, rows, last = zip(*sorted(members, key=itemgetter(0)), strict=True)
         heirs, first = np.unique(its_parents, return_index=True)
         numbers = {fact: number for number, fact in enumerate(dict.fromkeys(last))}
         facts = np.array([numbers[fact] for fact in last], np.int64)
-        found.append(_Generation(np.array(rows), np.array(its_parents), heirs, first, facts))
+        its_models = np.array([models[row] for row in rows]) if has_model else None
+        found.append(
+            _Generation(
+                length, np.array(rows), np.array(its_parents), its_models, heirs, first, facts
+            )
+        )
     return found
 
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Hashable
+from typing import cast
 
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, age_bins
+from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, Key, age_bins
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
-"""Assumed hazard of a superseded checkpoint relative to other checkpoints, without evidence."""
+"""Assumed hazard of superseded checkpoints relative to others of their label, without evidence."""
 COMMON = frozenset(
     {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin"}
 )
 """Labels of positions where prompts are known to diverge. All other labels are speculative."""
 SPECULATIVE_PRIOR = 0.125
-PRIORS = {
-    (False, False): 1.0,
-    (False, True): SPECULATIVE_PRIOR,
-    (True, False): SUPERSEDED_PRIOR,
-    (True, True): SUPERSEDED_PRIOR * SPECULATIVE_PRIOR,
-}
-"""Assumed hazard, relative to a common tip, by (superseded, speculative)."""
 MAX_TURN = 8
 """Highest generation that has its classes apart."""
 SAMPLE = 1024
@@ -35,6 +30,21 @@ GENERAL_FROM = 3
 Class = tuple[tuple[bool, bool], *tuple[str | int, ...]]
 """((superseded, speculative), label, uses, generation, octave of the position, half octave), and
 the stop reason of the answer behind it, if that is known."""
+
+
+class _TipHazards(Hazards):
+    """Hazards that assume superseded checkpoints to be like others of their label, but used less.
+
+    With a separate hazard, superseded checkpoints would outlast tips in a new cache: time without a
+    use lowers the hazard of tips, which are many, and not that of the first superseded checkpoint.
+    """
+
+    def model_of(self, key: Key) -> tuple[Key, float] | None:
+        """Return the label's class of tips, for a superseded label."""
+        if len(key) != 2:
+            return None
+        (superseded, speculative), label = cast("tuple[tuple[bool, bool], Hashable]", key)
+        return (((False, speculative), label), SUPERSEDED_PRIOR) if superseded else None
 
 
 class _Memo:
@@ -76,8 +86,8 @@ class Survival(EvictionPolicy):
     - *Tokens lost*: the distance to the nearest checkpoint above.
     - *Bytes freed*: the state, and for a leaf also its KV tail. States and tails are compared by
       the tokens that they save per byte.
-    - *Generation*: one more than the predecessor's. It counts the turns of a conversation. Shared
-      prefixes do not take it over from a conversation below them.
+    - *Generation*: one more than the predecessor's, which may be evicted already. It counts the
+      turns of a conversation. Shared prefixes do not take it over from a conversation below them.
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
@@ -90,7 +100,7 @@ class Survival(EvictionPolicy):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.hazards = Hazards(general_from=GENERAL_FROM)
+        self.hazards = _TipHazards(general_from=GENERAL_FROM)
         self._is_last = True
         """True if there is no lower tier, so that eviction is final."""
         self._random = random.Random(seed)
@@ -236,15 +246,15 @@ class Survival(EvictionPolicy):
                 self.add(item)
 
     def _turn(self, item: Item) -> int:
-        """Return the generation of a new item: one more than the item above, if that is older.
+        """Return the generation of a new item: one more than its predecessor, if that is older.
 
         A ghost hit continues its lineage only at deeper positions. Shallower items are shared with
         other conversations.
         """
-        above = item.above
+        before = item.predecessor
         turn = 0
-        if above is not None and isinstance(above.memo, _Memo):
-            turn = above.memo.turn + (above.created < item.created)
+        if before is not None and isinstance(before.memo, _Memo):
+            turn = before.memo.turn + (before.created < item.created)
         when, position, ghost_turn = self._ghost
         if when == item.created and item.position > position:
             turn = max(turn, ghost_turn + 1)
@@ -269,9 +279,9 @@ class Survival(EvictionPolicy):
         demand = None if item.superseded else memo.demand
         if demand is not None:
             memo.key = ((True, memo.key[0][1]), *memo.key[1:])
-        row = hazards.row(memo.key, PRIORS[memo.key[0]])
+        row = hazards.row(memo.key, _prior(memo.key))
         if demand is not None:
-            tip_row = hazards.row(demand, PRIORS[demand[0]])
+            tip_row = hazards.row(demand, _prior(demand))
             age = hazards.now - memo.active
             if hazards.index_at(tip_row, age) >= hazards.index_at(row, age):
                 memo.key, row = demand, tip_row
@@ -320,6 +330,11 @@ def _class_of(item: Item, turn: int) -> Class:
         2 * octave + (position << 2 >> octave) % 2,
     )
     return (*found, stop_reason) if stop_reason else found
+
+
+def _prior(key: Class) -> float:
+    """Return the assumed hazard of the class relative to a common tip."""
+    return SPECULATIVE_PRIOR if key[0][1] else 1.0
 
 
 def _worth(item: Item) -> float:
