@@ -698,6 +698,21 @@ class PrefixCache(Protocol):
         """
         ...
 
+    def announce_checkpoint(self, node: NodeHandle | None) -> Item | None:
+        """Mark the checkpoint at or above ``node`` as superseded, because a request that goes on
+        from ``node`` has taken, or is about to take, the slot of a deeper one.
+
+        So the old checkpoint can be evicted in favour of the new one, while the request still runs.
+        Returns the marked checkpoint, for ``withdraw_announcement``, or None if there is none, or
+        if other tokens are cached below ``node``. O(nodes between).
+        """
+        ...
+
+    def withdraw_announcement(self, announced: Item) -> None:
+        """Undo one ``announce_checkpoint``, when the deeper checkpoint was inserted or dropped.
+        O(1)."""
+        ...
+
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.
 

@@ -28,7 +28,7 @@ from hybridcache.api import (
     joined,
     members_of,
 )
-from hybridcache.policies.protocol import EvictionPolicy, raise_failure
+from hybridcache.policies.protocol import EvictionPolicy, Item, raise_failure
 from hybridcache.radix.ghosts import GhostList, read_ghosts
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
@@ -398,6 +398,17 @@ class HybridRadixCache:
         last = own(node)
         if last is not None:
             self._residency.label_tip(last, stop_reason)
+
+    def announce_checkpoint(self, node: NodeHandle | None) -> Checkpoint | None:
+        """Mark the checkpoint that a deeper one below ``node`` will supersede; see
+        ``PrefixCache.announce_checkpoint``."""
+        last = own(node)
+        return None if last is None else self._residency.announce_checkpoint(last)
+
+    def withdraw_announcement(self, announced: Item) -> None:
+        """Undo one ``announce_checkpoint``. O(1)."""
+        assert isinstance(announced, Checkpoint)
+        self._residency.withdraw_announcement(announced)
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.

@@ -29,7 +29,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import NOT_TAKEN, Move, RowWrite
 from hybridcache.api import LockHandle, Losses, PrefixCache, PrefixMatch, losses_of
-from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import FetchRule, Item, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
@@ -164,6 +164,7 @@ class CheckpointPlan:
     """
 
     __slots__ = (
+        "_announced",
         "_cache",
         "_interval",
         "_overwritten",
@@ -188,6 +189,8 @@ class CheckpointPlan:
         self._rolling: Saved | None = None
         self._overwritten: Saved | None = None
         """Earlier contents of the rolling slot, until they are overwritten for certain."""
+        self._announced: Item | None = None
+        """Checkpoint of the cache that the rolling one will supersede."""
         self._interval: int | None = None
 
     def ask(self, prefill: Prefill) -> None:
@@ -227,21 +230,21 @@ class CheckpointPlan:
             return self._interval is not None
         return position in self._plan
 
-    def take(self, start: int, end: int) -> tuple[Saved, ...]:
-        """See ``Lease.take_checkpoint_slots``."""
+    def take(self, start: int, end: int, node: NodeHandle | None) -> tuple[Saved, ...]:
+        """See ``Lease.take_checkpoint_slots``. ``node`` is that of the lease."""
         if start >= self._prompt_len:
-            return self._roll(start, end)
+            return self._roll(start, end, node)
         if not self._plan and not self._pending:
             return ()
         self._save(start, end, len(self._plan))
         return tuple(sorted(saved for saved in self._pending if start < saved[0] <= end))
 
-    def reserve(self, start: int, end: int, max_slots: int) -> int:
-        """See ``Lease.reserve_checkpoint_slots``."""
+    def reserve(self, start: int, end: int, max_slots: int, node: NodeHandle | None) -> int:
+        """See ``Lease.reserve_checkpoint_slots``. ``node`` is that of the lease."""
         if start >= self._prompt_len:
             rolls = self._rolling is None and bool(self._crossing(start, end))
             if rolls and max_slots:
-                self._roll(start, end)
+                self._roll(start, end, node)
                 return 0
             return int(rolls)
         if not self._save(start, end, max_slots):
@@ -262,10 +265,12 @@ class CheckpointPlan:
                 num_taken += 1
         return True
 
-    def _roll(self, start: int, end: int) -> tuple[Saved, ...]:
+    def _roll(self, start: int, end: int, node: NodeHandle | None) -> tuple[Saved, ...]:
         position = self._crossing(start, end)
         if position is None:
             return ()
+        if self._rolling is None and self._announced is None:
+            self._announced = self._cache.announce_checkpoint(node)
         slot = self._rolling[1] if self._rolling else self._cache.allocate_slot()
         if slot is None:
             return ()
@@ -340,6 +345,12 @@ class CheckpointPlan:
                 placement.on_dropped(position, label)
             else:
                 placement.on_saved(position, label)
+
+    def withdraw_announcement(self) -> None:
+        """Tell the cache that the rolling checkpoint was published or dropped."""
+        if self._announced is not None:
+            self._cache.withdraw_announcement(self._announced)
+            self._announced = None
 
     def abort(self) -> None:
         """Free every slot and drop every plan."""
@@ -863,7 +874,7 @@ class Lease:
             raise self._misuse(end)
         if start > end:
             raise ValueError(f"start must not be more than end (got {start} and {end})")
-        saves = self._plan.take(start, end)
+        saves = self._plan.take(start, end, self._node)
         if saves:
             num_taken = self._cache.steps.num_taken
             if self._unready_since != num_taken or start < self._unready_from:
@@ -907,7 +918,7 @@ class Lease:
         """
         if end > self._rows.num_rows:
             raise self._misuse(end)
-        return self._plan.reserve(start, end, max_slots)
+        return self._plan.reserve(start, end, max_slots, self._node)
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
         """Pass the computed tokens and finished checkpoints to the tree, and move the lock to the
@@ -1110,6 +1121,7 @@ class Lease:
         self._close(self.published_len)
 
     def _close(self, first_held: int) -> None:
+        self._plan.withdraw_announcement()
         if first_held < self._rows.num_rows:
             self._cache.free_kv(self._rows.view(first_held, self._rows.num_rows))
         self._cache.steps.close(self)

@@ -201,7 +201,7 @@ class Residency:
                 before.deeper = None
                 link(family, below)
                 if isinstance(before, Checkpoint):
-                    self._set_superseded(before, False)
+                    self._set_superseded(before, before.num_successors > 0)
         elif parent.kv is not None:
             self._withdraw(parent.kv)
 
@@ -332,7 +332,7 @@ class Residency:
         if below is not None:
             below.shallower = before
         elif type(before) is Checkpoint:
-            self._set_superseded(before, False)
+            self._set_superseded(before, before.num_successors > 0)
         checkpoint.shallower = checkpoint.deeper = None
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
@@ -428,6 +428,24 @@ class Residency:
             if node.parent is None:
                 return
             node = node.parent
+
+    def announce_checkpoint(self, node: RadixNode) -> Checkpoint | None:
+        """Mark the checkpoint that a deeper one below ``node`` will supersede, and return it.
+
+        None if ``node`` has children, or there is no checkpoint on its run. O(nodes between).
+        """
+        before = None if node.children or node.parent is None else last_at(node)
+        if not isinstance(before, Checkpoint):
+            return None
+        before.num_successors += 1
+        self._set_superseded(before, True)
+        return before
+
+    def withdraw_announcement(self, checkpoint: Checkpoint) -> None:
+        """Undo one ``announce_checkpoint``. The checkpoint may have been evicted. O(1)."""
+        checkpoint.num_successors -= 1
+        if checkpoint.node.checkpoint is checkpoint and not checkpoint.num_successors:
+            self._set_superseded(checkpoint, checkpoint.deeper is not None)
 
     def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
         if checkpoint.superseded == superseded:
@@ -743,7 +761,7 @@ def check_cache(residency: Residency, step: int) -> None:
     _check_slots(residency, checkpoints)
     for checkpoint in checkpoints:
         assert checkpoint.position % step == 0, f"{checkpoint} is off the grid"
-        expected = is_superseded(checkpoint)
+        expected = checkpoint.num_successors > 0 or is_superseded(checkpoint)
         assert checkpoint.superseded == expected, f"{checkpoint} superseded: {not expected}"
     locked = {node for node in tree.nodes() if node.locks}
     assert locked == set(residency.locked), "the locked nodes are not those listed"

@@ -22,7 +22,7 @@ from hybridcache.api import (
 )
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.offload import OffloadTiers, Tier
-from hybridcache.policies.protocol import raise_failure
+from hybridcache.policies.protocol import Item, raise_failure
 from hybridcache.radix.ghosts import read_ghosts
 from hybridcache.radix.tree import (
     Checkpoint,
@@ -515,6 +515,13 @@ class NullCache(PrefixCache):
         return InsertResult(0, kv_indices[:0], tuple(slot for _, slot in checkpoints), None)
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
+        """Do nothing."""
+
+    def announce_checkpoint(self, node: NodeHandle | None) -> Item | None:
+        """Return None, because nothing is cached."""
+        return None
+
+    def withdraw_announcement(self, announced: Item) -> None:
         """Do nothing."""
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:

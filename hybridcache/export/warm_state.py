@@ -45,7 +45,7 @@ from hybridcache.radix.tree import Checkpoint, OffloadedCheckpoint, RadixNode, R
 from hybridcache.tokens import Indices, read_namespace, require_int32, write_namespace
 from hybridcache.variants import TieredRadixCache
 
-FORM = "hybridcache memory 1"
+FORM = "hybridcache memory 2"
 HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")
 MAGIC = b"HCMEMRY1"
 MAX_BYTES = 1 << 28

@@ -97,6 +97,62 @@ def test_cached_rows_survive_growth_of_the_row_array() -> None:
     check(cache)
 
 
+def answer(lease: Lease, text: Tokens) -> None:
+    """Decode up to the end of ``text``, in one step."""
+    assert lease.extend(len(text)) and lease.take_checkpoint_slots(lease.prompt_len, len(text))
+    carried_out(lease._cache)
+
+
+def reusable_len(cache: PrefixCache, text: Tokens) -> int:
+    """Return the cached length of a prompt that goes on from ``text``."""
+    return cache.match(np.append(text, np.int32(7))).cached_len
+
+
+def test_the_checkpoint_of_an_answer_takes_the_place_of_the_one_it_supersedes() -> None:
+    """With slots for two conversations and a running request, going on with one keeps the other."""
+    cache = make_cache(slots=3, eviction="lru")
+    texts = [tokens(192), tokens(192, first=10_000)]
+    for text in texts:
+        lease = begin(cache, text[:100], "end")
+        prefill(lease, text[:100])
+        answer(lease, text)
+        lease.finish(text, 192)
+        check(cache)
+    longer = tokens(320)
+    lease = begin(cache, longer[:200], "end")
+    assert lease.cached_len == 192
+    prefill(lease, longer[:200])
+    answer(lease, longer)
+    check(cache, lease)
+    lease.finish(longer, 320)
+    check(cache)
+    assert reusable_len(cache, longer) == 320
+    assert reusable_len(cache, texts[1]) == 192
+
+
+def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
+    cache = make_cache(slots=4, eviction="lru")
+    texts = [tokens(192, first) for first in (0, 10_000, 20_000, 30_000)]
+    for number in (0, 1):
+        lease = begin(cache, texts[number][:100], "end")
+        prefill(lease, texts[number][:100])
+        answer(lease, texts[number])
+        lease.finish(texts[number], 192)
+    longer = tokens(320)
+    lease = begin(cache, longer[:200], "end")
+    prefill(lease, longer[:200])
+    answer(lease, longer)
+    lease.abort()
+    check(cache)
+    for number in (2, 3):  # the second one needs the place of the least recently used
+        lease = begin(cache, texts[number][:100], "end")
+        prefill(lease, texts[number][:100])
+        answer(lease, texts[number])
+        lease.finish(texts[number], 192)
+    check(cache)
+    assert [reusable_len(cache, text) for text in texts] == [192, 0, 192, 192]
+
+
 def test_an_aborted_lease_publishes_only_committed_chunks() -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt)
