@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COVERED = ("hybridcache", "kernels", "engine", "experiments")
+COVERED = ("hybridcache", "kernels", "engine", "experiments", "tests")
 """Folders that follow the rules."""
 
 MAX_WORDS = 30
