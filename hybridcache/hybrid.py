@@ -406,8 +406,15 @@ class HybridRadixCache:
         return None if last is None else self._residency.announce_checkpoint(last)
 
     def withdraw_announcement(self, announced: Item) -> None:
-        """Undo one ``announce_checkpoint``. O(1)."""
-        assert isinstance(announced, Checkpoint)
+        """Undo one ``announce_checkpoint``. O(1).
+
+        Raises:
+            ValueError: ``announced`` is not an open announcement.
+        """
+        if not isinstance(announced, Checkpoint) or not announced.num_successors:
+            raise ValueError(
+                f"expected the result of announce_checkpoint, once (got {announced!r})"
+            )
         self._residency.withdraw_announcement(announced)
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:

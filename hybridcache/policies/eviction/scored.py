@@ -259,7 +259,30 @@ class TTL(ScorePolicy):
         return item.last_used + self.ttl * self.patience.get(item.label, 1.0)
 
 
-class LFU(ScorePolicy):
+class _Ageing(ScorePolicy):
+    """Scores on top of an age: the last victim's score, as of the item's latest use.
+
+    So items with many old uses expire.
+    """
+
+    orders_classes = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.age = 0.0
+
+    def age_of(self, item: Item) -> float:
+        """Return the age at the latest use of ``item``. ``memo`` stores (uses, age)."""
+        if item.memo is None or item.memo[0] != item.uses:
+            item.memo = (item.uses, self.age)
+        return float(item.memo[1])
+
+    def evicted(self, item: Item, score: Score) -> None:
+        assert isinstance(score, float)
+        self.age = max(self.age, score)
+
+
+class LFU(_Ageing):
     """Evict the least used item; new items start at the score of the last victim (LFU-DA).
 
     This ageing lets items with many old uses expire.
@@ -269,24 +292,12 @@ class LFU(ScorePolicy):
     Two kinds: one order over both. Sizes are ignored (``gdsf`` adds sizes and costs).
     """
 
-    orders_classes = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.age = 0.0
-
     def score(self, item: Item) -> float:
-        """Return uses + age at the latest use. ``memo`` stores (uses, age)."""
-        if item.memo is None or item.memo[0] != item.uses:
-            item.memo = (item.uses, self.age)
-        return float(item.uses + 1 + item.memo[1])
-
-    def evicted(self, item: Item, score: Score) -> None:
-        assert isinstance(score, float)
-        self.age = max(self.age, score)
+        """Return uses + age at the latest use."""
+        return item.uses + 1 + self.age_of(item)
 
 
-class GDSF(ScorePolicy):
+class GDSF(_Ageing):
     """Evict the least age + uses * span / bytes freed.
 
     Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency", 1998;
@@ -295,21 +306,8 @@ class GDSF(ScorePolicy):
     Two kinds, unequal sizes: cost is ``span``, size is ``size_bytes`` in MiB; one order over both.
     """
 
-    orders_classes = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.age = 0.0
-
     def score(self, item: Item) -> float:
-        if item.memo is None or item.memo[0] != item.uses:
-            item.memo = (item.uses, self.age)
-        worth = (item.uses + 1) * item.span / (item.size_bytes / 2**20)
-        return float(item.memo[1] + worth)
-
-    def evicted(self, item: Item, score: Score) -> None:
-        assert isinstance(score, float)
-        self.age = max(self.age, score)
+        return self.age_of(item) + (item.uses + 1) * item.span / (item.size_bytes / 2**20)
 
 
 class HitsPerToken(ScorePolicy):
