@@ -412,9 +412,7 @@ class HybridRadixCache:
             ValueError: ``announced`` is not an open announcement.
         """
         if not isinstance(announced, Checkpoint) or not announced.num_successors:
-            raise ValueError(
-                f"expected the result of announce_checkpoint, once (got {announced!r})"
-            )
+            raise ValueError(f"expected an open announcement of a checkpoint (got {announced!r})")
         self._residency.withdraw_announcement(announced)
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
