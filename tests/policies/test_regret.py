@@ -216,23 +216,32 @@ def test_an_evicted_predecessor_continues_the_turn_count() -> None:
     assert successor.memo.turn == 4
 
 
-def test_only_deeper_items_continue_the_turn_count_of_a_ghost() -> None:
-    """A request finds the ghost of its conversation's tip. Its new tip continues the turn count.
-    The system prompt that it saves again, above the ghost, starts at 0."""
+def test_ends_of_shared_prefixes_have_generation_0_and_do_not_count() -> None:
+    """A tip of generation 3 is evicted. A fork below it begins again, and so does the tip after
+    the fork, no matter whether the fork was cached before the request."""
     policy = Survival()
     tip = FakeItem("tip", label="decode", position=200)
     policy.add(tip)
     tip.memo.turn = 3
     policy.discard(tip, evicted=True)
-    policy.on_ghost_hit(tip)
-    now = policy.hazards.now + 1
-    prompt = FakeItem("prompt", label="boundary", created=now, last_used=now, position=100)
-    policy.add(prompt)
-    answer = FakeItem(
-        "answer", label="decode", created=now, last_used=now, above=prompt, position=300
-    )
+    fork = FakeItem("fork", label="boundary", created=1, position=300, evicted_above=tip)
+    policy.add(fork)
+    answer = FakeItem("answer", label="decode", created=1, above=fork, position=400)
     policy.add(answer)
-    assert (prompt.memo.turn, answer.memo.turn) == (0, 4)
+    fork.uses = 1
+    later = FakeItem("later", label="decode", created=2, above=fork, position=400)
+    policy.add(later)
+    assert (fork.memo.turn, answer.memo.turn, later.memo.turn) == (0, 0, 0)
+
+
+def test_checkpoints_of_one_prompt_share_a_generation() -> None:
+    """The clock ticks between them if requests run concurrently."""
+    policy = Survival()
+    prompt = FakeItem("prompt", label="back:1", created=5, position=100, superseded=True)
+    policy.add(prompt)
+    answer = FakeItem("answer", label="decode", created=9, above=prompt, position=200)
+    policy.add(answer)
+    assert (prompt.memo.turn, answer.memo.turn) == (0, 0)
 
 
 def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:

@@ -17,6 +17,8 @@ COMMON = frozenset(
 )
 """Labels of positions where prompts are known to diverge. All other labels are speculative."""
 SPECULATIVE_PRIOR = 0.125
+FORKS = frozenset({"branch", "boundary", "rejoin"})
+"""Labels of positions at the end of known text, which other conversations may share."""
 MAX_TURN = 8
 """Highest generation that has its classes apart."""
 SAMPLE = 1024
@@ -86,8 +88,9 @@ class Survival(EvictionPolicy):
     - *Tokens lost*: the distance to the nearest checkpoint above.
     - *Bytes freed*: the state, and for a leaf also its KV tail. States and tails are compared by
       the tokens that they save per byte.
-    - *Generation*: one more than the predecessor's, which may be evicted already. It counts the
-      turns of a conversation. Shared prefixes do not take it over from a conversation below them.
+    - *Generation*: the number of earlier tips of the conversation. The predecessor, which may be
+      evicted already, counts if a request resumed from it or it was a tip until its eviction. Ends
+      of shared prefixes do not count and have generation 0.
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
@@ -109,8 +112,6 @@ class Survival(EvictionPolicy):
         self._dead: dict[Item, None] = {}
         self._idle_kv: dict[Item, None] | None = {}
         """Leaf KV until the first call of ``victim`` that needs it ranked. None from then on."""
-        self._ghost = (0, 0, 0)
-        """(time, position, generation) of the latest ghost hit."""
         self._stale: dict[Item, None] = {}
         """Checkpoints with an outdated value: those with an evicted descendant, which can free more
         bytes now, and new ones, which can have got a checkpoint above them since."""
@@ -140,7 +141,7 @@ class Survival(EvictionPolicy):
             columns = self._kv
         memo = item.memo
         if memo is None:
-            item.memo = memo = _Memo(item, self._turn(item))
+            item.memo = memo = _Memo(item, _generation(item))
             self._stale[item] = None
             self._enter(item, memo)
             worth = 0.0 if columns is self._checkpoints else _worth(item)
@@ -198,10 +199,8 @@ class Survival(EvictionPolicy):
     def on_ghost_hit(self, item: Item) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
-            hazards = self.hazards
-            now = hazards.now + (not self._just_used)
-            hazards.close(memo.stage, now, used=True)
-            self._ghost = (now, item.position, memo.turn)
+            now = self.hazards.now + (not self._just_used)
+            self.hazards.close(memo.stage, now, used=True)
 
     def on_ghost_hit_above(self, item: Item) -> None:
         """Count a use of ``item``, unless it was evicted while superseded.
@@ -244,21 +243,6 @@ class Survival(EvictionPolicy):
             waiting, self._idle_kv = self._idle_kv, None
             for item in waiting:
                 self.add(item)
-
-    def _turn(self, item: Item) -> int:
-        """Return the generation of a new item: one more than its predecessor, if that is older.
-
-        A ghost hit continues its lineage only at deeper positions. Shallower items are shared with
-        other conversations.
-        """
-        before = item.predecessor
-        turn = 0
-        if before is not None and isinstance(before.memo, _Memo):
-            turn = before.memo.turn + (before.created < item.created)
-        when, position, ghost_turn = self._ghost
-        if when == item.created and item.position > position:
-            turn = max(turn, ghost_turn + 1)
-        return turn
 
     def _used(self, item: Item, memo: _Memo) -> None:
         self.hazards.close(memo.stage, item.last_used, used=True)
@@ -313,6 +297,15 @@ class Survival(EvictionPolicy):
             worths[place] = worth
             values[place] = rates.item(place) * worth
         return item
+
+
+def _generation(item: Item) -> int:
+    """Return the number of earlier tips in the lineage of a new item."""
+    before = item.predecessor
+    if before is None or item.label in FORKS or not isinstance(before.memo, _Memo):
+        return 0
+    is_earlier = before.label not in FORKS and (before.uses > 0 or not before.superseded)
+    return before.memo.turn + is_earlier
 
 
 def _class_of(item: Item, turn: int) -> Class:
