@@ -605,6 +605,9 @@ class PrefixCache(Protocol):
         """Return the KV indices from the root to the end of ``node``: int32[position].
 
         O(position).
+
+        Raises:
+            ValueError: ``node`` was evicted, or belongs to another cache.
         """
         ...
 

@@ -113,8 +113,9 @@ class CacheConfig:
                 "checkpoints are saved at common multiples, here only at those of "
                 f"{lcm(self.grid, self.page_size)} tokens"
             )
-        if self.ghost_bytes < 0:
-            raise ValueError(f"ghost_bytes must not be negative, got {self.ghost_bytes}")
+        for name in ("num_slots", "host_bytes", "disk_bytes", "ghost_bytes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative (got {getattr(self, name)}).")
         if self.kv_bytes_per_token < 1 or self.state_bytes < 1:
             raise ValueError("kv_bytes_per_token and state_bytes must be at least 1")
         if self.total_bytes is not None:

@@ -230,10 +230,15 @@ class HybridRadixCache:
 
         O(position). The latest results are kept, because a request and its next turn need the same
         rows again.
+
+        Raises:
+            ValueError: ``node`` was evicted, or belongs to another cache.
         """
         last = own(node)
-        if last is None or last.kv is None:
+        if last is None:
             return NO_INDICES
+        self._refuse_unusable(last)
+        assert last.kv is not None
         known = self._gathered.get(last.kv)
         if known is not None:
             return known
@@ -273,11 +278,11 @@ class HybridRadixCache:
         """
         last = own(node)
         if last is not None:
-            self._refuse_unlockable(last)
+            self._refuse_unusable(last)
             self._residency.lock(last)
         return LockHandle(last, self._residency)
 
-    def _refuse_unlockable(self, node: RadixNode) -> None:
+    def _refuse_unusable(self, node: RadixNode) -> None:
         if node.kv is None:
             raise ValueError(EVICTED)
         if node.kv.item_bytes is not self._residency.item_bytes:  # each cache has its own object

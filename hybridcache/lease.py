@@ -490,10 +490,9 @@ def _refuse_bad_begin(
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     if exchange is not None and not hasattr(exchange, "seconds_saved"):
         raise TypeError(f"exchange must have a method seconds_saved (got {exchange!r}).")
-    if request.table_row is not None:
-        require_index(request.table_row, "table_row")
-    if request.own_slot is not None:
-        require_index(request.own_slot, "own_slot")
+    for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
+        if number is not None and require_index(number, what) < 0:
+            raise ValueError(f"{what} must not be negative (got {number}).")
     if request.boundaries or type(request.boundaries) is not tuple:
         _refuse_bad_boundaries(request.boundaries)
 
@@ -627,8 +626,8 @@ class Lease:
 
         Raises:
             ValueError: the tokens are empty or not int32[n]; the namespace is malformed; the
-                boundaries are negative or not ascending; or the request has a state and the cache
-                has no slots.
+                boundaries are negative or not ascending; ``table_row`` or ``own_slot`` is negative;
+                or the request has a state and the cache has no slots.
             TypeError: an argument or a field of ``request`` has another type.
             PolicyError: an own eviction policy has failed. Nothing is held.
         """
@@ -802,9 +801,11 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended.
+            TypeError: ``position`` is not an integer.
         """
         if self._has_ended:
             raise ValueError(ENDED)
+        position = require_index(position, "position")
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len:
             self._plan.plan(position, label)
@@ -833,7 +834,8 @@ class Lease:
         Raises:
             ValueError: the lease has ended.
             TypeError: ``to_len`` is not an integer.
-            PolicyError: an own placement policy has failed. The rows are taken.
+            PolicyError: an own placement policy, made with ``parse_placement``, has failed. The
+                rows are taken.
         """
         if type(to_len) is not int:
             to_len = require_index(to_len, "to_len")

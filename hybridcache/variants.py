@@ -392,7 +392,7 @@ class RadixCache(HybridRadixCache):
         """
         if isinstance(node, PathPart):
             last = node.last()
-            self._refuse_unlockable(last)
+            self._refuse_unusable(last)
             node = self._residency.split(last, node.length) if last.end > node.length else last
         return super().lock(node)
 

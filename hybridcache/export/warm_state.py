@@ -53,6 +53,7 @@ MAX_BYTES = 1 << 28
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 """Errors caused by valid JSON that this version did not write."""
 NO_ROWS: Indices = np.empty(0, np.int32)
+DAMAGED = "the warm state is damaged"
 NOTHING = (-1, 0, 0, 0, 0, -1)
 
 
@@ -125,23 +126,23 @@ def pack(body: bytes) -> bytes:
 
 
 def unpack(data: bytes) -> Memory:
-    """Read the bytes of a file. Raises ValueError if it is damaged or of another version."""
+    """Read the bytes of a file. Raises ValueError if they are damaged or of another version."""
     head, first = data[: HEAD.size], HEAD.size + CRC.size
     if len(data) < first or data[HEAD.size : first] != CRC.pack(zlib.crc32(head)):
-        raise ValueError("its head is damaged")
+        raise ValueError(DAMAGED)
     magic, size, crc = HEAD.unpack(head)
     packed = data[first : first + size]
     if magic != MAGIC:
-        raise ValueError("it is of another version")
+        raise ValueError("the warm state was written by another version")
     if len(packed) != size or zlib.crc32(packed) != crc:
-        raise ValueError("it is damaged")
+        raise ValueError(DAMAGED)
     inflated = zlib.decompressobj()
     body = inflated.decompress(packed, MAX_BYTES)
     if not inflated.eof:
-        raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
+        raise ValueError(f"the warm state unpacks to more than {MAX_BYTES:,} bytes")
     plain = json.loads(body)
     if not isinstance(plain, dict) or plain.get("form") != FORM:
-        raise ValueError("it is of another version")
+        raise ValueError("the warm state was written by another version")
     return Memory(plain)
 
 
@@ -167,14 +168,16 @@ class Memory:
         """
         plain = self._plain
         if cache.num_nodes:
-            raise ValueError("the cache must be empty to restore a memory")
-        if (plain.get("page_size"), plain.get("grid")) != (cache.page_size, cache.grid):
-            raise ValueError("it has another page size or grid")
+            raise ValueError("the cache must be empty: recall_tree fills a new one")
+        for name in ("page_size", "grid"):
+            saved, given = plain.get(name), getattr(cache, name)
+            if saved != given:
+                raise ValueError(f"the warm state needs {name}={saved}; the cache has {given}")
         try:
             tree, nodes = self._build(cache)
             now, num_items = int(plain["now"]), int(plain["num_items"])
         except UNREADABLE as error:
-            raise ValueError("it is damaged") from error
+            raise ValueError(DAMAGED) from error
         cache.install(tree, reversed(nodes), now=now, num_items=num_items)
 
     def _build(self, cache: HybridRadixCache) -> tuple[RadixTree, list[RadixNode]]:

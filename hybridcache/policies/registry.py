@@ -196,8 +196,10 @@ def parse_placement(spec: PlacementSpec) -> Placement:
         return Placement((placement_of(spec)(),))
     if spec.strip() == "none":
         return Placement(())
-    rules, cap = [], None
-    for part in split_specs(spec):
+    rules, cap, parts = [], None, split_specs(spec)
+    if "none" in parts:
+        raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
+    for part in parts:
         make = _maker("checkpoint placement", _PLACEMENT_AND_CAP, part)
         if make is None:
             rules.append(placement_of(load(part, PlacementPolicy))())
@@ -260,7 +262,7 @@ def _maker(what: str, table: Mapping[str, Entry], text: str) -> Callable[[], Any
     name = ALIASES.get((what, name), name)
     entry = table.get(name)
     if entry is None:
-        if colon:
+        if colon and not number.isdecimal():
             return None
         near = get_close_matches(name.lower(), table, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ";"

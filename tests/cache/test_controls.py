@@ -67,6 +67,7 @@ def test_a_null_cache_stores_nothing():
             "does not implement EvictionPolicy: derive JSONDecoder from hybridcache.EvictionPolicy",
         ),
         ({}, "give the memory: num_kv_tokens and num_slots for two pools, or total_bytes"),
+        ({"num_kv_tokens": 8, "num_slots": -1}, r"num_slots must not be negative \(got -1\)"),
         ({"num_kv_tokens": 8, "page_size": 16}, r"at least one page of 16 tokens \(got 8\)"),
         ({"num_kv_tokens": 8, "memory": "pools"}, "For two pools, give num_kv_tokens and num_slot"),
         ({"num_kv_tokens": 8}, "num_slots must be given for a hybrid cache"),

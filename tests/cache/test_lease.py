@@ -608,6 +608,8 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
     for field in ("table_row", "own_slot"):
         bad = request._replace(**{field: "a"})
         refused.append(((placement, bad), TypeError, f"{field} must be an integer .got 'a'"))
+        below = request._replace(**{field: -1})
+        refused.append(((placement, below), ValueError, f"{field} must not be negative .got -1"))
     for arguments, kind, message in refused:
         with pytest.raises(kind, match=message):
             Lease.begin(cache, *arguments)

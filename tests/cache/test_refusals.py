@@ -120,13 +120,15 @@ def test_owned_from_outside_the_prompt_raises(owned_from):
 
 
 @pytest.mark.parametrize("make", [hybrid, attention_only])
-def test_evicted_nodes_can_neither_be_locked_nor_extended(make):
+def test_evicted_nodes_can_neither_be_locked_read_nor_extended(make):
     cache = make()
     publish(cache, ids("abcde"), [5] if make is hybrid else [])
     match = cache.match(ids("abcdef"))
     cache.evict(num_tokens=100)
     with pytest.raises(ValueError, match="match again"):
         cache.lock(match.node)
+    with pytest.raises(ValueError, match="match again"):
+        cache.gather(match.node)
     rows = cache.allocate_kv(6)
     with pytest.raises(ValueError, match="not locked"):
         cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
@@ -153,6 +155,8 @@ def test_a_lock_handle_of_another_cache_is_refused_and_stays_valid():
     handle = cache.lock(cache.match(ids("abcdef")).node)
     with pytest.raises(ValueError, match="another cache"):
         other.unlock(handle)
+    with pytest.raises(ValueError, match="another cache"):
+        other.gather(handle.node)
     assert cache.evict(num_tokens=5).num_tokens == 0
     cache.unlock(handle)
     assert cache.evict(num_tokens=5).num_tokens == 5

@@ -258,7 +258,7 @@ def test_malformed_data_is_refused_and_changes_nothing(change):
     target, fresh = make(trace), make(trace)
     serve(target, list(trace)[:20])
     body = json.dumps(json.loads(write_memory(target.cache)) | change).encode()
-    with pytest.raises(ValueError, match=r"damaged|version|page size"):
+    with pytest.raises(ValueError, match=r"damaged|version|needs page_size=7; the cache has 1"):
         unpack(pack(body)).recall_tree(fresh.cache)
     assert fresh.cache.num_nodes == 0 and fresh.cache._residency.now == 0
     fresh.cache.check(0, 0)

@@ -408,6 +408,7 @@ def test_a_score_that_grew_is_updated_before_eviction() -> None:
         ),
         ("fifo:3", "'fifo' takes no number, got 'fifo:3'"),
         ("lru:", "'lru' takes no number"),
+        ("nonsense:8", "unknown eviction policy 'nonsense'; known: lru"),
         ("ttl:", r"'ttl' needs a whole number of at least 1 .requests., got 'ttl:'"),
         ("ttl:soon", "'ttl' needs a whole number"),
         ("ttl:1e3", "'ttl' needs a whole number"),

@@ -209,6 +209,8 @@ def test_planned_follows_recent_overlaps() -> None:
     assert overlap(700, 60) == [700]
 
 
-def test_a_cap_without_other_rules_raises() -> None:
+def test_rules_that_save_nothing_raise() -> None:
     with pytest.raises(ValueError, match="saves nothing: cap limits other rules"):
         parse_placement("cap:2")
+    with pytest.raises(ValueError, match="none saves nothing, so it must be alone"):
+        parse_placement("end,none")

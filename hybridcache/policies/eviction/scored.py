@@ -35,7 +35,7 @@ class ScorePolicy(EvictionPolicy):
     ``now``. O(log n) amortised per call.
 
     Raises:
-        PolicyError: a score is NaN or not a number.
+        PolicyError: a score cannot be ordered, for example NaN.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class SampledPolicy(EvictionPolicy):
     may be evicted. Deterministic for a given ``seed``. O(sample).
 
     Raises:
-        PolicyError: a score is NaN or not a number.
+        PolicyError: a score cannot be ordered, for example NaN.
     """
 
     sample = 64
