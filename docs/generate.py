@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hybridcache
 import hybridcache.allocators.arena
 import hybridcache.api
+import hybridcache.policies.admission.base
 import hybridcache.radix.tree
 from hybridcache.allocators.moves import RunningLease
 from hybridcache.api import PrefixCache
@@ -339,10 +340,17 @@ def api() -> str:
             known = ", ".join(f"`{key}`" for key in thing) if isinstance(thing, Mapping) else ""
             text = f"### {name}\n\n{known or _cell(str(thing))}"
         parts.setdefault(title, []).append(text)
+    parts["Restart"] = _listed(RESTART)
     parts["Results and figures"] = _results()
     parts[OTHER] = _others("\n".join(text for texts in parts.values() for text in texts))
     return "\n\n".join(f"## {title}\n\n" + "\n\n".join(texts) for title, texts in parts.items())
 
+
+RESTART = {
+    "hybridcache.export.warm_state": ("write_memory", "pack", "unpack", "Memory"),
+    "hybridcache.variants": ("TieredRadixCache",),
+}
+"""Names that save and restore the state of a cache."""
 
 RESULTS = {
     "hybridcache.lab.simulation.simulate": ("SimulationResult", "Rows", "OptimumResult"),
@@ -356,16 +364,22 @@ RESULTS = {
 """Names in results, and tools that users import from their modules."""
 
 
-def _results() -> list[str]:
-    """Return the names of ``RESULTS``, with the columns of ``to_dicts``."""
+def _listed(modules: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the names that users import from ``modules``."""
     texts = []
-    for module, names in RESULTS.items():
+    for module, names in modules.items():
         for name in names:
             thing = getattr(import_module(module), name)
             full = f"{module}.{name}"
             is_class = inspect.isclass(thing)
             body = f"### {full}\n\n`{name}{_signature(thing)}`\n\n{_body(thing)}"
             texts.append(_class(full, thing) if is_class else body)
+    return texts
+
+
+def _results() -> list[str]:
+    """Return the names of ``RESULTS``, with the columns of ``to_dicts``."""
+    texts = _listed(RESULTS)
     [row] = hybridcache.simulate("short?head=2", gib=1, progress=False).to_dicts()
     columns = ", ".join(f"`{column}`" for column in row)
     texts.append(
@@ -384,7 +398,12 @@ def _others(page: str) -> list[str]:
     code = " ".join(re.findall(r"^(?:\| )?`([^`]+)`(?: \||$)", page, re.MULTILINE))
     named = set(re.findall(r"\b[A-Z]\w+", code))
     texts = []
-    for module in (hybridcache.api, hybridcache.allocators.arena, hybridcache.radix.tree):
+    for module in (
+        hybridcache.api,
+        hybridcache.allocators.arena,
+        hybridcache.radix.tree,
+        hybridcache.policies.admission.base,
+    ):
         for name, thing in vars(module).items():
             is_own = getattr(thing, "__module__", "") == module.__name__
             is_shown = name in named - {*hybridcache.__all__} - OF_FILES

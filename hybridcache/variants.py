@@ -210,6 +210,7 @@ class TieredRadixCache(HybridRadixCache):
     """
 
     offload: OffloadTiers
+    """Host and disk tiers."""
 
     def attach(
         self, tiers: tuple[Tier, ...], state_rows: int, make: type[OffloadTiers] = OffloadTiers
@@ -273,12 +274,12 @@ class TieredRadixCache(HybridRadixCache):
     def adopt(
         self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"
     ) -> tuple[int, Indices, Indices] | None:
-        """Register KV of ``tokens`` and the state after them that an earlier process left in
-        ``tier``.
+        """Register the KV of all ``tokens`` and the state after them, which an earlier process
+        stored.
 
         Returns (start, KV rows of tokens[start:], rows of the state), newly taken in ``tier``, or
-        None if they are already known or there is no room. Adds no transfers, because the bytes are
-        already there. O(n).
+        None if they are already known or there is no room. Adds no transfers: the caller fills the
+        rows, or reads its own files for them. O(n).
 
         Raises:
             ValueError: ``tokens`` is not int32[n], n is not a multiple of the grid and the page, or

@@ -223,11 +223,8 @@ class Request(ScheduledRequest):
 
     def accept(self, sampled: SampledToken, now_s: float) -> None:
         """Append the next token; sets ``finish_reason`` if it is the last."""
-        if self.num_tokens == len(self._buffer):
-            self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
         token_id = sampled.token_id
-        self._buffer[self.num_tokens] = token_id
-        self.num_tokens += 1
+        self.append(token_id)
         if self.params.logprobs is not None:
             self.logprobs.append(sampled)
         if self.first_token_s is None:

@@ -168,7 +168,7 @@ class Memory:
         """
         plain = self._plain
         if cache.num_nodes:
-            raise ValueError("the cache must be empty: recall_tree fills a new one")
+            raise ValueError("the cache must be empty. Build a new one for recall_tree.")
         for name in ("page_size", "grid"):
             saved, given = plain.get(name), getattr(cache, name)
             if saved != given:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -261,11 +260,11 @@ class CacheManager:
 
     def take_step(self) -> StepPlan:
         """Return the work on the tensors that the next batch does before it computes, once. Call
-        ``step_done`` when the batch was given to the device."""
+        its ``carry_out``, or ``step_done`` when the batch was given to the device."""
         self._step = step = self.cache.take_step()
-        if not step.row_writes:
-            return step
-        return replace(step, row_writes=self._clipped(step.row_writes))
+        if step.row_writes:
+            step.row_writes = self._clipped(step.row_writes)
+        return step
 
     def step_done(self) -> None:
         """Note that the last batch was given to the device, which orders its work. O(1)."""

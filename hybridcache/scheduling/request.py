@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+import numpy as np
+
 from hybridcache.api import Losses
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import Session
@@ -107,6 +109,13 @@ class ScheduledRequest:
     def tokens(self) -> Tokens:
         """Prompt and answer so far: int32[num_tokens], a view."""
         return self._buffer[: self.num_tokens]
+
+    def append(self, token_id: int) -> None:
+        """Add the newest token of the answer. O(1) amortised."""
+        if self.num_tokens == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
+        self._buffer[self.num_tokens] = token_id
+        self.num_tokens += 1
 
     @property
     def is_running(self) -> bool:

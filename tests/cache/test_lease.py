@@ -431,6 +431,8 @@ def test_a_position_planned_by_another_request_is_saved() -> None:
     lease.plan_checkpoint(130, "branch")
     lease.plan_checkpoint(128, "branch")
     lease.plan_checkpoint(400, "branch")
+    with pytest.raises(TypeError, match=r"position must be an integer \(got 47.5\)"):
+        lease.plan_checkpoint(47.5, "branch")  # type: ignore[arg-type]
     assert lease.planned == (128,)
     assert [position for position, _ in prefill(lease, prompt)] == [128]
 

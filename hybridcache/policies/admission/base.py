@@ -28,10 +28,13 @@ class Session:
         self.number = number
         """Rank among all sessions, by the arrival of the first request."""
         self.tenant = tenant
+        """Namespace of its requests."""
         self.began_s = began_s
+        """Time at which the first request arrived."""
         self.newest_id = ""
         """Id of the newest request."""
         self.num_requests = 0
+        """Requests so far."""
         self.num_open = 0
         """Requests that wait or run."""
         self.num_tokens = 0
@@ -57,7 +60,9 @@ class WaitingRequest(Protocol):
         ...
 
     @property
-    def arrival_s(self) -> float: ...
+    def arrival_s(self) -> float:
+        """Time of arrival."""
+        ...
 
     @property
     def namespace(self) -> Hashable:
@@ -76,7 +81,9 @@ class WaitingRequest(Protocol):
         ...
 
     @property
-    def num_preemptions(self) -> int: ...
+    def num_preemptions(self) -> int:
+        """Preemptions so far."""
+        ...
 
     @property
     def num_passes(self) -> int:
@@ -84,7 +91,9 @@ class WaitingRequest(Protocol):
         ...
 
     @property
-    def session(self) -> Session: ...
+    def session(self) -> Session:
+        """Session that the request belongs to."""
+        ...
 
 
 class AdmittedRequest(WaitingRequest, Protocol):
@@ -116,13 +125,19 @@ class Load(Protocol):
     """The state of the server as a policy sees it. Read-only."""
 
     @property
-    def now_s(self) -> float: ...
+    def now_s(self) -> float:
+        """Time of the step."""
+        ...
 
     @property
-    def num_running(self) -> int: ...
+    def num_running(self) -> int:
+        """Admitted requests that are not answered yet."""
+        ...
 
     @property
-    def max_running(self) -> int: ...
+    def max_running(self) -> int:
+        """Most requests that run at a time."""
+        ...
 
     @property
     def open_sessions(self) -> Collection[Session]:
