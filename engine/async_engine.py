@@ -32,7 +32,7 @@ from engine.errors import (
     StepFailed,
 )
 from engine.interfaces import EngineCore, Losable, RunnerLost
-from engine.plugins import cache_watch
+from engine.plugins import provided
 from engine.requests.grammar import Grammar
 from engine.requests.spec import Prompt, RequestSpec, SamplingParams
 from engine.text.outputs import FinishReason, RequestOutput
@@ -322,7 +322,7 @@ class Answers:
         match what:
             case "watch":
                 number = next(self._numbers)
-                self._watches[number] = cache_watch(self._engine)
+                self._watches[number] = provided("Watch")(self._engine)
                 return number
             case "take" | "whole" | "node" | "close":
                 number, *arguments_of_view = arguments
@@ -470,7 +470,6 @@ class AsyncEngine(EngineLoop[RequestStream], ServedEngine):
         return stream
 
     def compile(self, grammar: Grammar) -> None:
-        """See ``ServedEngine``."""
         self._engine.compile(grammar)
 
     async def generate(
@@ -509,16 +508,13 @@ class AsyncEngine(EngineLoop[RequestStream], ServedEngine):
         return await asyncio.wrap_future(answer)
 
     async def ask(self, what: Question, *arguments: Any) -> Any:
-        """See ``ServedEngine``."""
         return await self.call(lambda _: self._answers.answer(what, *arguments))
 
     async def drain(self) -> None:
-        """See ``ServedEngine``."""
         self.end(at_once=False)
         await asyncio.to_thread(self._join)
 
     def stop(self) -> None:
-        """See ``ServedEngine``."""
         self.end(at_once=True)
         self._join()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig
-from engine.plugins import hub_downloads
+from engine.plugins import provided
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Report = Callable[[str], object]
@@ -53,7 +53,7 @@ def resolve_config(config: EngineConfig, report: Report | None = None) -> Engine
     if model == BUILTIN_NAME and not Path(model).exists():
         model = None
     if model is not None and is_hub_name(model):
-        model = str(hub_downloads().fetch_model(model, config, report or _to_stderr))
+        model = str(provided("fetch_model")(model, config, report or _to_stderr))
     elif config.revision is not None:
         raise HubError(
             f"--revision {config.revision} needs a model of the hub, as in --model ORG/NAME "
@@ -74,9 +74,9 @@ def resolve_folder(model: str, *, with_weights: bool = False, report: Report | N
     if not is_hub_name(model):
         return model
     if not with_weights:
-        return str(hub_downloads().fetch_small_files(model))
+        return str(provided("fetch_small_files")(model))
     # Models that are only converted do not have to fit into memory.
-    return str(hub_downloads().fetch_model(model, None, report or _to_stderr))
+    return str(provided("fetch_model")(model, None, report or _to_stderr))
 
 
 def _to_stderr(line: str) -> None:

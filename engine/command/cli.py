@@ -28,8 +28,8 @@ from engine.plugins import (
     engine_settings,
     plugin_verb,
     plugin_verbs,
+    provided,
     server_settings,
-    start_replicas,
 )
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from hybridcache.geometry.units import counted, format_seconds
@@ -244,7 +244,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             print("loading the model ...", file=sys.stderr, flush=True)
         if server_config.uses("replicas"):
             _server().check(server_config)
-            served, screen = start_replicas(engine_config, server_config, address)
+            served, screen = provided("start_replicas")(engine_config, server_config, address)
             print(_with_key(screen, server_config), flush=True)
             _server().serve(served, server_config, listener)
             return 0

@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from engine.config import EngineConfig, PluginConfig, Settings
 
 if TYPE_CHECKING:
-    import threading
-
-    from engine.requests.grammar import Grammar
-    from engine.requests.logit_rules import GrammarCompiler
     from engine.server.settings import ServerConfig
-    from engine.text.answers import CallForm
-    from engine.text.tokenizer import Tokenizer
 
     Config = TypeVar("Config", bound=Settings)
 
@@ -86,6 +80,27 @@ VERBS = {
 has ``add_flags`` and ``run``."""
 
 
+PROVIDED = {
+    "Hooks": "diagnostics.server",
+    "Watch": "observe.cache_watch",
+    "call_form": "tool_calls.forms",
+    "fetch_model": "hub.downloads",
+    "fetch_small_files": "hub.downloads",
+    "find_splices": "diagnostics.splices",
+    "grammar_of_calls": "tool_calls.call_grammars",
+    "grammar_of_strict_calls": "tool_calls.call_grammars",
+    "guides_of": "guided.guides",
+    "start_replicas": "replicas.start_replicas",
+}
+"""Functions and classes of plugins that the core calls -> their modules, imported by
+``provided``."""
+
+
+def provided(name: str) -> Any:
+    """Return one of the functions and classes in ``PROVIDED``. Imports its plugin."""
+    return getattr(import_module(f"{__name__}.{PROVIDED[name]}"), name)
+
+
 def _find(plugin: str, module: str, name: str) -> Any:
     return getattr(import_module(f"{__name__}.{plugin}.{module}".rstrip(".")), name)
 
@@ -139,52 +154,6 @@ def engine_plugins(config: EngineConfig) -> tuple[Any, ...]:
     )
 
 
-def grammar_compiler(
-    settings: Settings, tokenizer: Tokenizer | None, vocab_size: int, news: threading.Event
-) -> GrammarCompiler:
-    """Return the compiler of grammars for one engine."""
-    budget_s = settings.of(_find("guided", "", "GuidedConfig")).grammar_budget_s
-    compiler: GrammarCompiler = _find("guided", "guides", "Guides")(
-        tokenizer, vocab_size, budget_s, news
-    )
-    return compiler
-
-
-def call_form(template: str) -> CallForm | None:
-    """Return the form of tool calls that a chat template shows; None if it shows no known one."""
-    form: CallForm | None = _find("tool_calls", "forms", "call_form")(template)
-    return form
-
-
-def call_grammar(tools: Sequence[Mapping[str, Any]], choice: str, form: str, **how: Any) -> Grammar:
-    """Return the grammar of an answer that must call one of ``tools``; see ``grammar_of_calls``."""
-    make = _find("tool_calls", "call_grammars", "grammar_of_calls")
-    grammar: Grammar = make(tools, choice, form, **how)
-    return grammar
-
-
-def strict_call_grammar(
-    tools: Sequence[Mapping[str, Any]], form: str, *, may_think: bool
-) -> Grammar:
-    """Return the grammar of an answer that may call strict tools; see
-    ``grammar_of_strict_calls``."""
-    make = _find("tool_calls", "call_grammars", "grammar_of_strict_calls")
-    grammar: Grammar = make(tools, form, may_think=may_think)
-    return grammar
-
-
-def cache_watch(engine: Any) -> Any:
-    """Return a new ``Watch`` of ``engine``. Called in the engine's thread. Raises
-    ValueError if its tree is too large to show."""
-    return _find("observe", "cache_watch", "Watch")(engine)
-
-
-def hub_downloads() -> Any:
-    """Return the module with ``fetch_model`` and ``fetch_small_files``, for names of the Hugging
-    Face Hub."""
-    return import_module(f"{__name__}.hub.downloads")
-
-
 def plugin_of_path(path: str) -> str | None:
     """Return the plugin that serves a path; None if there is none."""
     folders = (name for name in PATHS if len(name) > 1 and name.endswith("/"))
@@ -198,17 +167,6 @@ def server_extension(plugin: str) -> Any:
     return _find(plugin, "server", settings.removesuffix("Config") + "Extension")
 
 
-def chat_hooks(tokenizer: Tokenizer, config: ServerConfig, grid: int) -> Any:
-    """Return the ``ChatHooks`` of one server. ``grid``: distance of positions at which states may
-    be saved; 0 if none are."""
-    return _find("diagnostics", "server", "Hooks")(tokenizer, config, grid)
-
-
-def find_splices(*chat: Any) -> Any:
-    """Return the turns of a chat that sampled tokens replace; see ``splices.find_splices``."""
-    return _find("diagnostics", "splices", "find_splices")(*chat)
-
-
 def plugin_verbs() -> dict[str, tuple[str, str]]:
     """Return (usage, help) of each verb that a plugin adds to the command line."""
     return {verb: (usage, help) for verb, (_, usage, help) in VERBS.items()}
@@ -217,12 +175,3 @@ def plugin_verbs() -> dict[str, tuple[str, str]]:
 def plugin_verb(verb: str) -> Any:
     """Return the module of a verb, with ``add_flags(parser)`` and ``run(arguments)``."""
     return import_module(f"{__name__}.{VERBS[verb][0]}.command")
-
-
-def start_replicas(config: EngineConfig, server: ServerConfig, address: str) -> tuple[Any, str]:
-    """Return (replicas that have loaded, as a ``ServedEngine``; the start screen). Raises
-    ValueError."""
-    started: tuple[Any, str] = _find("replicas", "start_replicas", "start_replicas")(
-        config, server, address
-    )
-    return started

@@ -146,7 +146,6 @@ class AllowedTokens(LogitRule):
         self._mask = packed(token_ids, vocab_size)
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
-        """See ``LogitRule``."""
         return [
             ruling._replace(mask=self._mask) if ruling.mask is None else ruling
             for ruling in rulings
@@ -167,7 +166,6 @@ class ReasoningBudget(LogitRule):
         self._masks = [packed([token], vocab_size) for token in self._ids]
 
     def must_see(self, draw: int) -> bool:
-        """See ``LogitRule``."""
         return draw == self.first
 
     def mask(self, draw: int, answer: Tokens) -> Mask | None:
@@ -215,7 +213,6 @@ class BansAndBiases(LogitRule):
         self._min_tokens, self._bad_words = min_tokens, bad_words
 
     def must_see(self, draw: int) -> bool:
-        """See ``LogitRule``."""
         return bool(self._bad_words)
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
@@ -256,7 +253,6 @@ class Penalties(LogitRule):
         self._repetition, self._presence, self._frequency = repetition, presence, frequency
 
     def must_see(self, draw: int) -> bool:
-        """See ``LogitRule``."""
         return True
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:

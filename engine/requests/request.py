@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from engine.config import Settings
 from engine.errors import ContextOverflow
-from engine.plugins import grammar_compiler
+from engine.plugins import provided
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import (
     FREE,
@@ -138,7 +138,6 @@ class Request(ScheduledRequest):
         return "stop_sequence" if self._met_stop_string else "end_turn"
 
     def restart(self) -> None:
-        """See ``ScheduledRequest``."""
         if self.wants_scores:
             self.scores.clear()
 
@@ -421,7 +420,7 @@ class Intake:
         """Compiler of grammars, loaded on first use."""
         with self._lock:
             if self._grammars is None:
-                self._grammars = grammar_compiler(
+                self._grammars = provided("guides_of")(
                     self._plugins, self._tokenizer, self._vocab_size, self.grammar_news
                 )
             return self._grammars

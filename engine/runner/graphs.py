@@ -46,7 +46,6 @@ from kernels.upload import upload
 
 if TYPE_CHECKING:
     from engine.runner.device import Device
-    from engine.runner.memory import Memory, RequestTable
 
 
 Replay = Callable[[], None]

@@ -192,5 +192,4 @@ class Fetching(StepHooks):
             self._fetcher.wait(IDLE_S)
 
     def disconnect(self) -> None:
-        """See ``StepHooks``."""
         self._fetcher.close()

@@ -276,7 +276,6 @@ class Scheduler(StepPlanner[Request]):
             logger.exception("Request %s failed; the others go on.", request.request_id)
 
     def check(self) -> None:
-        """See ``StepPlanner``."""
         super().check()
         known = set(self._waiting) | set(self._running)
         assert self._drafting is None or self._drafting.requests <= known

@@ -472,7 +472,7 @@ class EventStream(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         if self._on_error is not None:
             rest = aiter(self.body_iterator)
-            first = [one async for one in _head(rest)]
+            first = await anext(rest, None)
             if self._late_headers is not None:
                 self.headers.update(self._late_headers())
             self.body_iterator = _joined(first, rest, self._on_error)
@@ -496,18 +496,11 @@ async def _one_at_a_time(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         await asyncio.sleep(0)
 
 
-async def _head(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yield the first event only."""
-    async for one in events:
-        yield one
-        return
-
-
 async def _joined(
-    first: Sequence[Any], rest: AsyncIterator[Any], on_error: Callable[[APIError], bytes]
+    first: Any, rest: AsyncIterator[Any], on_error: Callable[[APIError], bytes]
 ) -> AsyncIterator[Any]:
-    for one in first:
-        yield one
+    if first is not None:
+        yield first
     try:
         async for one in rest:
             yield one

@@ -17,7 +17,7 @@ import numpy as np
 from fastapi import Request, Response
 
 from engine.async_engine import RequestStream
-from engine.plugins import call_form
+from engine.plugins import provided
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server.access import AnswerId, Tenant, new_id
@@ -71,7 +71,7 @@ class AnswerForm:
     def of(cls, template: str) -> AnswerForm:
         """Return the form for the source of a chat template. O(len(template)) for a new one."""
         offers_tools = "tools" in template
-        calls = call_form(template) if offers_tools else None
+        calls = provided("call_form")(template) if offers_tools else None
         return cls(CLOSE in template, offers_tools, calls)
 
 

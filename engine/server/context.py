@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import RequestStream, ServedEngine
 from engine.errors import ContextOverflow, QueueFull, RequestError
-from engine.plugins import PATHS, chat_hooks, plugin_of_path, server_extension
+from engine.plugins import PATHS, plugin_of_path, provided, server_extension
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
@@ -43,12 +43,8 @@ from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.api import Losses
 
 if TYPE_CHECKING:
-    from engine.server.access import Operator, Tenant
-    from engine.server.bodies import Workers
-    from engine.server.settings import ServerConfig
+    from engine.server.access import Operator
     from engine.text.chat_prompt import ChatPrompt
-    from engine.text.outputs import RequestOutput
-
 
 Message = dict[str, Any]
 
@@ -263,7 +259,7 @@ class ServingContext:
             if self._chats is None:
                 engine = self.engine.config
                 grid = engine.grid if engine.prefix_cache == "hybrid" else 0
-                self._chats = chat_hooks(self.tokenizer, self._config, grid)
+                self._chats = provided("Hooks")(self.tokenizer, self._config, grid)
             return self._chats
 
     def check_model(self, model: str | None) -> None:

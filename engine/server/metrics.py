@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -14,11 +14,27 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.schedule.report import CacheReport, LowerReport
+from engine.schedule.report import CacheReport, TierReport
 from engine.text.outputs import RequestOutput
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SLOW_S = (*FAST_S, 120, 300, 600)
+LIVE = "Sessions with an open request, or idle for 300 s at most."
+EVICTED = "Checkpoints evicted from the cache."
+REFUSALS = "Failed allocations with nothing left to evict."
+WRITTEN = "1 if this engine writes to --state-dir, else 0."
+SKIPPED = "Entries not written to --state-dir, for lack of room."
+STATE = "Always 1; the labels give the policy and the reason of its last limit change."
+MOVED = "Bytes offloaded to a tier (in) and loaded from it to the device (fetched)."
+TRANSFERS = (
+    ("transferred_prefixes", "prefixes", "Prefixes sent to or received from other engines."),
+    ("failed_transfers", "failed", "Prefixes that were not transferred completely."),
+    ("transferred_tokens", "tokens", "Tokens of KV that were transferred."),
+    ("transfer_needed_bytes", "needed_bytes", "Bytes of KV and states that were transferred."),
+    ("transfer_wire_bytes", "wire_bytes", "All bytes sent to or received from other engines."),
+)
+Number = tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, float]
+"""(kind, name, help, value) of a metric without labels."""
 
 
 class Metrics:
@@ -105,6 +121,9 @@ class Metrics:
         return generate_latest(self._registry) + generate_latest(now)
 
 
+GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
+
+
 class _ReportCollector(Collector):
     """Metrics made from one report."""
 
@@ -113,125 +132,76 @@ class _ReportCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         report = self._report
+        for kind, name, help, value in _numbers(report):
+            yield kind(f"engine_{name}", help, value)
         for name, help, pool in (
             ("kv_tokens", "KV rows, by owner.", report.kv),
             ("state_slots", "State slots, by owner.", report.slots),
             ("memory_bytes", f"Bytes of the {report.memory}, by owner.", report.bytes),
         ):
-            gauge = GaugeMetricFamily(f"engine_{name}", help, labels=["owner"])
-            for owner in ("free", "cached", "held"):
-                gauge.add_metric([owner], getattr(pool, owner))
-            yield gauge
-        yield GaugeMetricFamily(
-            "engine_running_requests", "Requests being computed.", report.num_running
-        )
-        yield GaugeMetricFamily(
-            "engine_waiting_requests", "Requests in the queue.", report.num_waiting
-        )
-        yield from _queue_metrics(report)
-        yield GaugeMetricFamily(
-            "engine_draft_index_bytes",
-            "Host memory of the drafters' text indices.",
-            report.draft_index_bytes,
-        )
-        for name, help, key in (
-            ("evicted_tokens", "KV rows evicted from the cache.", "evicted_tokens"),
-            ("evicted_checkpoints", "Checkpoints evicted from the cache.", "evicted_slots"),
-            ("allocation_refusals", "Failed allocations with nothing left to evict.", "refusals"),
-        ):
-            yield CounterMetricFamily(f"engine_{name}", help, report.usage[key])
+            owners = [((owner,), getattr(pool, owner)) for owner in ("free", "cached", "held")]
+            yield _labelled(GAUGE, name, help, ("owner",), owners)
+        yield from _admission_metrics(report)
         if report.lower is not None:
-            yield from _lower_metrics(report.lower)
-        if report.transfers is not None:
-            for name, help, key in (
-                (
-                    "transferred_prefixes",
-                    "Prefixes sent to or received from other engines.",
-                    "prefixes",
-                ),
-                ("failed_transfers", "Prefixes that were not transferred completely.", "failed"),
-                ("transferred_tokens", "Tokens of KV that were transferred.", "tokens"),
-                (
-                    "transfer_needed_bytes",
-                    "Bytes of KV and states that were transferred.",
-                    "needed_bytes",
-                ),
-                (
-                    "transfer_wire_bytes",
-                    "All bytes sent to or received from other engines.",
-                    "wire_bytes",
-                ),
-            ):
-                yield CounterMetricFamily(f"engine_{name}", help, report.transfers[key])
+            yield from _tier_metrics(report.lower.tiers)
 
 
-def _queue_metrics(report: CacheReport) -> Iterator[Metric]:
-    """Yield metrics of sessions and of the admission policy. The policy's text values are labels of
-    one gauge."""
-    queue = report.queue
-    yield GaugeMetricFamily(
-        "engine_live_sessions",
-        "Sessions with an open request, or idle for 300 s at most.",
-        queue.live_sessions,
-    )
-    yield GaugeMetricFamily(
-        "engine_waiting_sessions", "Sessions with a waiting request.", queue.waiting_sessions
-    )
-    yield GaugeMetricFamily(
-        "engine_oldest_wait_seconds", "Age of the oldest waiting request.", queue.oldest_wait_s
-    )
-    numbers = GaugeMetricFamily(
-        "engine_admission", "Numbers of the admission policy.", labels=["figure"]
-    )
-    words = {"policy": report.admission, "reason": ""}
-    for name, value in queue.figures.items():
-        if isinstance(value, str):
-            words[name] = value
-        else:
-            numbers.add_metric([name], value)
-    yield numbers
-    state = GaugeMetricFamily(
-        "engine_admission_state",
-        "Always 1; the labels give the policy and the reason of its last limit change.",
-        labels=list(words),
-    )
-    state.add_metric(list(words.values()), 1)
-    yield state
+def _labelled(
+    kind: type[GaugeMetricFamily | CounterMetricFamily],
+    name: str,
+    help: str,
+    labels: Sequence[str],
+    values: Iterable[tuple[Sequence[str], float]],
+) -> Metric:
+    """Return one metric with a value for each combination of labels."""
+    family = kind(f"engine_{name}", help, labels=labels)
+    for words, value in values:
+        family.add_metric(words, value)
+    return family
 
 
-def _lower_metrics(lower: LowerReport) -> Iterator[Metric]:
-    held = GaugeMetricFamily(
-        "engine_tier_bytes", "Bytes of a tier outside the device.", labels=["tier", "owner"]
+def _numbers(report: CacheReport) -> Iterator[Number]:
+    """Yield the metrics without labels."""
+    queue, usage = report.queue, report.usage
+    index_bytes = report.draft_index_bytes
+    yield from (
+        (GAUGE, "running_requests", "Requests being computed.", report.num_running),
+        (GAUGE, "waiting_requests", "Requests in the queue.", report.num_waiting),
+        (GAUGE, "live_sessions", LIVE, queue.live_sessions),
+        (GAUGE, "waiting_sessions", "Sessions with a waiting request.", queue.waiting_sessions),
+        (GAUGE, "oldest_wait_seconds", "Age of the oldest waiting request.", queue.oldest_wait_s),
+        (GAUGE, "draft_index_bytes", "Host memory of the drafters' text indices.", index_bytes),
+        (COUNTER, "evicted_tokens", "KV rows evicted from the cache.", usage["evicted_tokens"]),
+        (COUNTER, "evicted_checkpoints", EVICTED, usage["evicted_slots"]),
+        (COUNTER, "allocation_refusals", REFUSALS, usage["refusals"]),
     )
-    moved = CounterMetricFamily(
-        "engine_tier_moved_bytes",
-        "Bytes offloaded to a tier (in) and loaded from it to the device (fetched).",
-        labels=["tier", "way"],
-    )
-    for tier in lower.tiers:
-        held.add_metric([tier.tier, "free"], tier.free)
-        held.add_metric([tier.tier, "cached"], tier.cached)
-        moved.add_metric([tier.tier, "in"], tier.taken_in)
-        moved.add_metric([tier.tier, "fetched"], tier.fetched)
-    yield held
-    yield moved
-    folder = lower.folder
+    if report.transfers is not None:
+        for name, key, help in TRANSFERS:
+            yield COUNTER, name, help, report.transfers[key]
+    folder = None if report.lower is None else report.lower.folder
     if folder is not None:
-        yield GaugeMetricFamily(
-            "engine_state_dir_bytes", "Bytes stored in --state-dir.", folder.kept
+        yield from (
+            (GAUGE, "state_dir_bytes", "Bytes stored in --state-dir.", folder.kept),
+            (GAUGE, "state_dir_written", WRITTEN, int(folder.is_written)),
+            (COUNTER, "state_dir_skipped", SKIPPED, folder.skipped),
+            (COUNTER, "state_dir_errors", "File system errors in --state-dir.", folder.errors),
         )
-        yield GaugeMetricFamily(
-            "engine_state_dir_written",
-            "1 if this engine writes to --state-dir, else 0.",
-            int(folder.is_written),
-        )
-        yield CounterMetricFamily(
-            "engine_state_dir_skipped",
-            "Entries not written to --state-dir, for lack of room.",
-            folder.skipped,
-        )
-        yield CounterMetricFamily(
-            "engine_state_dir_errors",
-            "File system errors in --state-dir.",
-            folder.errors,
-        )
+
+
+def _admission_metrics(report: CacheReport) -> Iterator[Metric]:
+    """Yield metrics of the admission policy. Its text values are labels of one gauge."""
+    figures = report.queue.figures
+    words = {"policy": report.admission, "reason": ""}
+    words |= {name: value for name, value in figures.items() if isinstance(value, str)}
+    numbers = [((n,), value) for n, value in figures.items() if not isinstance(value, str)]
+    yield _labelled(GAUGE, "admission", "Numbers of the admission policy.", ("figure",), numbers)
+    yield _labelled(GAUGE, "admission_state", STATE, [*words], [([*words.values()], 1)])
+
+
+def _tier_metrics(tiers: Sequence[TierReport]) -> Iterator[Metric]:
+    held = [((t.tier, owner), getattr(t, owner)) for t in tiers for owner in ("free", "cached")]
+    ways = (("in", "taken_in"), ("fetched", "fetched"))
+    moved = [((t.tier, way), getattr(t, name)) for t in tiers for way, name in ways]
+    help = "Bytes of a tier outside the device."
+    yield _labelled(GAUGE, "tier_bytes", help, ("tier", "owner"), held)
+    yield _labelled(COUNTER, "tier_moved_bytes", MOVED, ("tier", "way"), moved)

@@ -20,15 +20,16 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from engine.plugins import call_grammar, strict_call_grammar
+from engine.plugins import provided
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, SamplingParams
-from engine.server.api_errors import APIError, quoted
+from engine.server.api_errors import APIError, of_validation, quoted
 from engine.server.settings import MAX_STOPS
 from engine.text.chat_prompt import Cut
 from engine.text.json_text import read_json
@@ -140,11 +141,6 @@ class Guided(Strict):
     guided_grammar: str | None = None
     _format_name: str = PrivateAttr("response_format")
     """Client's name of ``response_format``."""
-
-    def with_format_name(self, name: str) -> Self:
-        """Set another dialect's ``name`` for ``response_format`` in errors. Returns itself."""
-        self._format_name = name
-        return self
 
     @property
     def forms(self) -> dict[str, Callable[[], Grammar]]:
@@ -718,6 +714,21 @@ class ChatRequest(Sampling, Rendering):
     prompt_cache_options: CacheOptions | None = None
     diagnostics: Diagnostics | None = None
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], format_name: str) -> ChatRequest:
+        """Return another dialect's ``fields`` as a chat request, without those that are None.
+
+        Errors in the answer's format use the dialect's ``format_name``. Raises APIError 400 for
+        unsupported fields.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        try:
+            chat = cls.model_validate(given)
+        except ValidationError as error:
+            raise of_validation(error, given) from None
+        chat._format_name = format_name
+        return chat
+
     @property
     def limit(self) -> int | None:
         """Maximum number of tokens of an answer, by either name, or None if only the context limits
@@ -767,7 +778,10 @@ class ChatRequest(Sampling, Rendering):
         requested too.
         """
         if self.has_strict_calls:
-            return strict_call_grammar(self.tools or (), form, may_think=may_think)
+            strict: Grammar = provided("grammar_of_strict_calls")(
+                self.tools or (), form, may_think=may_think
+            )
+            return strict
         if not self.demands_call:
             return None
         if super().is_guided:
@@ -776,7 +790,10 @@ class ChatRequest(Sampling, Rendering):
             )
         choice = self.tool_choice
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
-        return call_grammar(self.tools or (), name, form, in_parallel=self.parallel_tool_calls)
+        grammar: Grammar = provided("grammar_of_calls")(
+            self.tools or (), name, form, in_parallel=self.parallel_tool_calls
+        )
+        return grammar
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> ChatRequest:

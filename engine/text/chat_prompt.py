@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.plugins import find_splices
+from engine.plugins import provided
 from engine.text.answers import CLOSE, MARKS, OPEN
 from engine.text.tokenizer import (
     PROBE,
@@ -121,7 +121,7 @@ def render_chat(
     if continues_last:
         sampled.pop(len(messages) - 1, None)
     splices = (
-        find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
+        provided("find_splices")(tokenizer, render, messages, written, sampled, keeps_thinking)
         if sampled
         else None
     )

@@ -237,7 +237,6 @@ class ProcessEngine(ServedEngine):
             self._replies.pop(message.number, None)
 
     async def ask(self, what: Question, *arguments: Any) -> Any:
-        """See ``ServedEngine``."""
         return await self._question(AskEngine(next(self._numbers), what, arguments))
 
     async def report(self) -> CacheReport:

@@ -261,7 +261,6 @@ class DiagnosticsExtension(ServerExtension):
     """Explains cache misses to the operator."""
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
-        """See ``ServerExtension``."""
         hooks = self.context.chats
         assert isinstance(hooks, Hooks)
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine.plugins.dialects.context_edits import ContextManagement, Messages
-from engine.plugins.dialects.translated import chat_request
 from engine.requests.spec import MAX_COUNT
 from engine.server.api_errors import APIError, quoted
 from engine.server.schemas import (
@@ -315,7 +314,7 @@ class CountRequest(Strict):
         if a field is not supported."""
         try:
             fields = self.fields() | {"messages": messages or self.chat_messages()}
-            return chat_request(fields, "output_config.format")
+            return ChatRequest.of(fields, "output_config.format")
         except ValueError as error:
             raise APIError(400, str(error), param="messages") from error
 

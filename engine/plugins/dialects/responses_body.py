@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from engine.plugins.dialects.translated import chat_request
 from engine.server.api_errors import APIError, of_validation, quoted
 from engine.server.schemas import (
     MAX_TEMPERATURE,
@@ -304,7 +303,7 @@ class ResponsesRequest(Streamed, Unused):
         if isinstance(choice, NamedFunction):
             choice = {"type": "function", "function": {"name": choice.name}}
         try:
-            return chat_request(
+            return ChatRequest.of(
                 {
                     "model": self.model,
                     "messages": messages,

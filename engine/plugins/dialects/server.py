@@ -29,7 +29,6 @@ class DialectsExtension(ServerExtension):
         self._responses = Responses(context, limit_bytes)
 
     def dialects(self) -> Iterator[Dialect]:
-        """See ``ServerExtension``."""
         answer, count = partial(messages, self.context), partial(count_tokens, self.context)
         create = self._responses.create
         yield Dialect("/v1/messages", MessagesRequest, answer, "_messages")

@@ -59,7 +59,6 @@ class DisaggregationConfig(PluginConfig):
 
     @property
     def is_used(self) -> bool:
-        """See ``PluginConfig``."""
         return self.role is not None
 
     @property
@@ -75,7 +74,6 @@ class DisaggregationConfig(PluginConfig):
         return tuple(found)
 
     def check(self, config: EngineConfig) -> None:
-        """See ``PluginConfig``."""
         if config.prefix_cache == "none":
             raise ConfigError(
                 f"--role {self.role} requires a prefix cache: remove --prefix-cache none."

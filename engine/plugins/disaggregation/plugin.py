@@ -67,11 +67,9 @@ class DisaggregationPlugin(Plugin):
         return self.server
 
     def report(self) -> Mapping[str, Any]:
-        """See ``StepHooks``."""
         return {"transfers": asdict(self.counts)}
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        """See ``Plugin``."""
         if self.server is not None:
             return [("role", "prefill, for decode engines at {}:{}".format(*self.server.address))]
         return [("role", f"decode, with prefill at {', '.join(self.settings.prefill)}")]

@@ -420,7 +420,6 @@ class PrefillServer(StepHooks):
             self.counts.failed += 1
 
     def wait(self) -> None:
-        """See ``StepHooks``."""
         if self.has_work:
             self._news.wait(IDLE_S)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.config import Settings
 from engine.plugins.guided import GuidedConfig
 from engine.plugins.guided.background import BackgroundGrammar, Budget, GrammarThreads
 from engine.plugins.guided.bindings import (
@@ -44,20 +45,16 @@ class GrammarRule(LogitRule):
         self._guide = guide
 
     def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
-        """See ``LogitRule``."""
         return self._guide.cut(answer, drafts)
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling] | None:
-        """See ``LogitRule``."""
         masks = self._guide.masks(draws.answer, draws.drafts, may_be_over=draws.may_be_over)
         return None if masks is None else [Ruling(mask) for mask in masks]
 
     def is_done(self, answer: Tokens) -> bool:
-        """See ``LogitRule``."""
         return self._guide.is_done(answer)
 
     def close(self) -> None:
-        """See ``LogitRule``."""
         self._guide.close()
 
 
@@ -172,6 +169,13 @@ class Guides:
             if self._vocabulary is None:
                 self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
             return library, self._vocabulary
+
+
+def guides_of(
+    settings: Settings, tokenizer: Tokenizer | None, vocab_size: int, news: threading.Event
+) -> Guides:
+    """Return the guides of one engine with these ``settings``; see ``Guides``."""
+    return Guides(tokenizer, vocab_size, settings.of(GuidedConfig).grammar_budget_s, news)
 
 
 def _parts(grammar: Grammar) -> Iterator[tuple[bytes, Grammar]]:

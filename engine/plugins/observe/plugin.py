@@ -20,7 +20,6 @@ class ObservePlugin(Plugin):
         self._trace = None if path is None else start_trace(engine, path)
 
     def close(self) -> None:
-        """See ``StepHooks``."""
         if self._trace is not None:
             self._trace.close()
 

@@ -35,7 +35,6 @@ class ObserveExtension(ServerExtension):
         self._feed.close()
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
-        """See ``ServerExtension``."""
         context, feed = self.context, self._feed
 
         @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

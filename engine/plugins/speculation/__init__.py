@@ -44,7 +44,6 @@ class SpeculationConfig(PluginConfig):
 
     @property
     def is_used(self) -> bool:
-        """See ``PluginConfig``."""
         return self.draft != "none"
 
     @property
@@ -70,6 +69,5 @@ class SpeculationConfig(PluginConfig):
 
     @property
     def drafts(self) -> DraftSizes:
-        """See ``PluginConfig``."""
         lengths = self.drafters
         return DraftSizes(max(lengths.values(), default=0), lengths.get("mtp", 0))

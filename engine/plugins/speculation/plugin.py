@@ -25,19 +25,16 @@ class SpeculationPlugin(Plugin):
         self._memory = IndexMemory(int(self.settings.draft_index_mib * 2**20))
 
     def model_follower(self) -> Callable[..., Any] | None:
-        """See ``Plugin``."""
         from engine.plugins.speculation.mtp_head import Predictor
 
         return Predictor
 
     def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
-        """See ``Plugin``."""
         words, room = self.settings.drafters, self.config.num_step_states
         self._state_bytes = getattr(runner, "step_state_bytes", 0)
         return Drafting.of(words, room, runner.guess, shares=shares, memory=self._memory)
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        """See ``Plugin``."""
         longest, number = self.config.drafts.max_len, self.config.num_step_states
         states = f", whose states take {format_bytes(self._state_bytes)}"
         words = (
@@ -47,5 +44,4 @@ class SpeculationPlugin(Plugin):
         return [("drafts", words)]
 
     def report(self) -> Mapping[str, Any]:
-        """See ``StepHooks``."""
         return {"draft_index_bytes": self._memory.used_bytes}

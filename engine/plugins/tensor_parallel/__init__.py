@@ -24,11 +24,9 @@ class TensorParallelConfig(PluginConfig):
 
     @property
     def num_ranks(self) -> int:
-        """See ``PluginConfig``."""
         return self.tp
 
     def check(self, config: EngineConfig) -> None:
-        """See ``PluginConfig``."""
         if config.uses("tiers"):
             raise ConfigError(
                 "--tp does not support host and disk tiers: remove --host-gib and --state-dir."

@@ -11,8 +11,7 @@ from engine.config import EngineConfig
 from engine.interfaces import RunnerLost
 from engine.layers.rank import Rank
 from engine.models import read_model
-from engine.plugins.tensor_parallel.group import TIMEOUT_S
-from engine.plugins.tensor_parallel.group_init import meet
+from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward
 from engine.plugins.tensor_parallel.worker_pool import Followers
 from engine.runner.device import Device

@@ -1,4 +1,5 @@
-"""Collectives over ``torch.distributed``: nccl, and gloo on a CPU without a compiler.
+"""The group through which ranks exchange results, and collectives over ``torch.distributed``: nccl,
+and gloo on a CPU without a compiler.
 
 The group is not global, so several engines in one process have separate groups. Ranks exchange
 bytes and add them themselves (``Rank.sum``), so the order of a sum is the same on every backend.
@@ -6,6 +7,7 @@ bytes and add them themselves (``Rank.sum``), so the order of a sum is the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import torch.distributed
 
 from engine.interfaces import RunnerLost
 from engine.layers.rank import Group
+from engine.plugins.tensor_parallel.rank_messages import Start
+from engine.plugins.tensor_parallel.shared_memory import SharedGroup
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError
 
@@ -69,3 +73,14 @@ class TorchGroup(Group):
 
     def set_timeout(self, seconds: float) -> None:
         self._timeout = timedelta(seconds=seconds)
+
+
+def meet(start: Start, device: Device, lines: Sequence[int]) -> Group:
+    """Return the group of the rank with the given ``start``.
+
+    ``lines`` are descriptors of its connections to other ranks. Raises RunnerLost and ModelError as
+    ``TorchGroup``.
+    """
+    if start.memory is not None:
+        return SharedGroup(start.number, start.count, start.memory, lines, START_TIMEOUT_S)
+    return TorchGroup(start.number, start.count, Path(start.meeting), device)

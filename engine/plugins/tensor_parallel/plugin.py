@@ -13,13 +13,11 @@ class TensorParallelPlugin(Plugin):
     name = "tensor_parallel"
 
     def load_runner(self) -> Runner | None:
-        """See ``Plugin``."""
         from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 
         return LeadingRunner(self.config)
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        """See ``Plugin``."""
         number = self.config.num_ranks
         words = f"{number}, each with its part of every layer; memory is what one of them has"
         return [("ranks", words)]

@@ -12,8 +12,7 @@ import torch
 
 from engine.interfaces import RunnerLost
 from engine.layers.rank import Rank
-from engine.plugins.tensor_parallel.group import TIMEOUT_S
-from engine.plugins.tensor_parallel.group_init import meet
+from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward, Line, RankReport, Start
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner

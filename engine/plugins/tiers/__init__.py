@@ -35,7 +35,6 @@ class TierConfig(PluginConfig):
 
     @property
     def kept_folder(self) -> str | None:
-        """See ``PluginConfig``."""
         return self.state_dir
 
     def __post_init__(self) -> None:

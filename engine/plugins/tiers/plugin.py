@@ -34,7 +34,7 @@ from hybridcache.api import Listener, PrefixCache
 from hybridcache.config import CacheConfig
 from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB, format_bytes
-from hybridcache.policies.protocol import Item, PlacementPolicy
+from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
@@ -74,18 +74,6 @@ class Keeping(Listener):
             slot = np.array([node.checkpoint.slot], np.int32)
             path = _path(node)
             self._steps.add(Copy("checkpoint", DEVICE, slot, KEPT, NO_ROWS, node.end, path))
-
-    def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        pass
-
-    def kv_removed(self, node: RadixNode) -> None:
-        pass
-
-    def checkpoint_removed(self, node: RadixNode) -> None:
-        pass
-
-    def chosen(self, item: Item) -> None:
-        pass
 
 
 def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
@@ -268,7 +256,6 @@ class TierPlugin(Plugin):
         self.remembering: Remembering | None = None
 
     def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
-        """See ``Plugin``."""
         self._sizes = sizes = TierSizes.of(self.config, runner.memory)
         return replace(cache, host_bytes=sizes.host, disk_bytes=sizes.disk)
 
@@ -339,7 +326,6 @@ class TierPlugin(Plugin):
         return self._manager.has_moves
 
     def after_step(self, plan: Plan, seconds: float) -> None:
-        """See ``StepHooks``."""
         self.exchange.learn(plan, seconds)
         self._follow_disk()
         if self.remembering is not None and plan.tasks:
@@ -347,7 +333,6 @@ class TierPlugin(Plugin):
             self.remembering.rest(is_idle=False)
 
     def on_idle(self) -> float | None:
-        """See ``StepHooks``."""
         self._follow_disk()
         return None if self.remembering is None else self.remembering.rest(is_idle=True)
 
@@ -446,7 +431,6 @@ class TierPlugin(Plugin):
             self.disk.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        """See ``Plugin``."""
         lower = self.usage()
         rows = [
             ("host", f"{format_bytes(tier.total)} for entries that leave the device")
@@ -462,7 +446,6 @@ class TierPlugin(Plugin):
         return rows
 
     def report(self) -> Mapping[str, Any]:
-        """See ``StepHooks``."""
         return {"lower": self.usage()}
 
 
