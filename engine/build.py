@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
 from engine.interfaces import Plugin, Runner, TokenSampler
-from engine.requests.spec import SamplingParams
 from engine.schedule.batch import DraftPlanner
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.scheduler import Scheduler
@@ -22,9 +20,6 @@ from hybridcache.scheduling.memory import MemorySizes
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
-
-RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Settings of ``generation_config.json`` that become defaults of requests."""
 
 
 class Parts(NamedTuple):
@@ -114,32 +109,6 @@ def names_tokenizer(config: EngineConfig) -> bool:
 
     named = config.tokenizer is not None or config.model is None
     return named or has_tokenizer(Path(str(config.model)))
-
-
-def sampling_defaults(config: EngineConfig) -> dict[str, float]:
-    """Return the sampling defaults that the model recommends."""
-    if config.model is None or config.sampling_defaults == "none":
-        return {}
-    return read_sampling_defaults(Path(config.model))
-
-
-def read_sampling_defaults(model_dir: Path) -> dict[str, float]:
-    """Return the fields of ``SamplingParams`` that ``generation_config.json`` sets, {} without the
-    file.
-
-    Raises ValueError for a value out of range. ``do_sample`` is ignored, as in vLLM: requests set
-    temperature 0 for greedy decoding.
-    """
-    path = model_dir / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
-    if found.get("top_k") == 0:
-        del found["top_k"]  #  0 means "all tokens", which is the default
-    try:
-        SamplingParams(**found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error} Correct it, or use --sampling-defaults none.") from None
-    return found
 
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:

@@ -12,6 +12,7 @@ import os
 import typing
 from dataclasses import dataclass
 from importlib import metadata
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -66,12 +67,12 @@ class Limits(NamedTuple):
     most: float = math.inf
     is_whole: bool = False
 
-    def check(self, name: str, value: object) -> None:
+    def check(self, name: str, value: Any) -> None:
         """Raise ConfigError unless ``value`` is allowed."""
-        kind = int if self.is_whole else (int, float)
+        is_number = isinstance(value, Integral if self.is_whole else Real)
         if (
-            isinstance(value, bool)
-            or not isinstance(value, kind)
+            not is_number
+            or isinstance(value, bool)
             or not self.least <= value <= self.most
             or value == math.inf
         ):
@@ -100,14 +101,14 @@ def setting(default: T, help: str, **metadata: Any) -> T:
 
 def check_fields(settings: Any) -> None:
     """Raise ConfigError unless every field has a word of its ``Literal``, and a number in its
-    limits. None is allowed where it is the default."""
-    words = _words(settings.__class__)
+    limits. None is allowed where its annotation has it."""
+    words, optional = _words(settings.__class__)
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
-        if value is None and field.default is None:
+        if value is None and name in optional:
             continue
         if name in words and value not in words[name]:
-            allowed = [*(("none",) if field.default is None else ()), *words[name]]
+            allowed = [*(("none",) if name in optional else ()), *words[name]]
             raise ConfigError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
         limits: Limits | None = field.metadata.get("limits")
         if limits is not None:
@@ -115,13 +116,15 @@ def check_fields(settings: Any) -> None:
 
 
 @functools.cache
-def _words(kind: type) -> dict[str, tuple[str, ...]]:
-    """Return the words of each field that is annotated with a ``Literal``."""
+def _words(kind: type) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    """Return (words of each field that is annotated with a ``Literal``, fields that may be
+    None)."""
     hints = typing.get_type_hints(kind).items()
-    parts = ((name, part) for name, hint in hints for part in (hint, *typing.get_args(hint)))
-    return {
+    parts = [(name, part) for name, hint in hints for part in (hint, *typing.get_args(hint))]
+    words = {
         name: typing.get_args(part) for name, part in parts if typing.get_origin(part) is Literal
     }
+    return words, frozenset(name for name, part in parts if part is type(None))
 
 
 class DraftSizes(NamedTuple):

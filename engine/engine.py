@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from engine.build import load, make_parts, sampling_defaults
+from engine.build import load, make_parts
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name, resolve_config
@@ -82,8 +82,14 @@ class Engine:
         self.config = config = config.settled(on_cpu=not runner.is_asynchronous)
         self.runner = runner
         self.tokenizer = tokenizer
-        self.sampling_defaults = sampling_defaults(config)
-        """Defaults of ``SamplingParams`` that the model recommends."""
+        self._intake = Intake(
+            config,
+            tokenizer,
+            vocab_size=runner.vocab_size,
+            max_model_len=self.max_model_len,
+            clock=clock,
+        )
+        self.sampling_defaults = self._intake.sampling_defaults
         self._sampler = sampler
         self._observer = observer
         self._log = log
@@ -112,15 +118,6 @@ class Engine:
         """The step that is being published."""
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
         """Outputs of the requests that ``stream`` and ``generate`` follow, not yet taken."""
-        self._intake = Intake(
-            tokenizer,
-            vocab_size=runner.vocab_size,
-            max_model_len=self.max_model_len,
-            sampling_defaults=self.sampling_defaults,
-            seed=config.seed,
-            clock=clock,
-            plugins=config,
-        )
         late_draws = LateDraws(self._scheduler, sampler, self._intake.grammar_news)
         attached = [plugin.attach(self, self._manager) for plugin in plugins]
         hooks = (late_draws, parts.fetching, *plugins, *attached)

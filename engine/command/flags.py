@@ -1,16 +1,11 @@
-"""Command-line flags from config dataclasses, so that name, default and help are defined once.
-
-The help is the field's ``metadata["help"]``, or the docstring below the field.
-"""
+"""Command-line flags from dataclasses with fields made by ``engine.config.setting``, so that name,
+default and help are defined once."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
 import re
 import types
 import typing
@@ -18,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
-FIELD = re.compile(r"``(\w+)``")
-"""Name of another field in a docstring."""
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -67,7 +60,7 @@ def _add_flag(
         "--" + name.replace("_", "-"),
         dest=name,
         default=argparse.SUPPRESS if only_given else field.default,
-        help=_help(field, _field_docstrings(config)),
+        help=_help(field),
         **_kind(_type_hints(config)[name], field.default),
     )
 
@@ -144,9 +137,8 @@ def with_flags(message: str, names: Iterable[str]) -> str:
     return message
 
 
-def _help(field: dataclasses.Field[Any], documented: Mapping[str, str]) -> str:
-    text = field.metadata.get("help") or documented[field.name]
-    text = text.replace("%", "%%")
+def _help(field: dataclasses.Field[Any]) -> str:
+    text: str = field.metadata["help"].replace("%", "%%")
     default = field.default
     if default in (None, "", ()) or isinstance(default, bool):
         return text
@@ -157,21 +149,6 @@ def _help(field: dataclasses.Field[Any], documented: Mapping[str, str]) -> str:
 @functools.cache
 def _type_hints(config: type) -> dict[str, Any]:
     return typing.get_type_hints(config)
-
-
-@functools.cache
-def _field_docstrings(config: type) -> dict[str, str]:
-    """Return the docstrings of the fields of a dataclass, written as help of flags."""
-    (body,) = ast.parse(inspect.getsource(config)).body
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for field, note in itertools.pairwise(body.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr):
-            assert isinstance(field.target, ast.Name) and isinstance(note.value, ast.Constant)
-            text = " ".join(str(note.value.value).split()).rstrip(".")
-            text = FIELD.sub(lambda name: "--" + name[1].replace("_", "-"), text)
-            found[field.target.id] = (text[0].lower() + text[1:]).replace("None:", "none:")
-    return found
 
 
 def _kind(hint: Any, default: Any) -> dict[str, Any]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.config import Settings
+from engine.config import EngineConfig
 from engine.errors import ContextOverflow
 from engine.plugins import provided
 from engine.requests.grammar import GrammarError
@@ -29,7 +30,13 @@ from engine.requests.logit_rules import (
     Ruling,
     ruled,
 )
-from engine.requests.spec import Prompt, RequestSpec, SamplingInput, SamplingParams
+from engine.requests.spec import (
+    Prompt,
+    RequestSpec,
+    SamplingInput,
+    SamplingParams,
+    sampling_defaults,
+)
 from engine.text.answers import CLOSE
 from engine.text.outputs import (
     NO_TOKEN,
@@ -382,7 +389,6 @@ class RecentRequests:
 
 
 MAX_LOGPROBS = 50
-NO_PLUGINS = Settings()
 AS_WORD = EncodeOptions(add_special_tokens=False)
 
 
@@ -391,25 +397,22 @@ class Intake:
 
     def __init__(
         self,
+        config: EngineConfig,
         tokenizer: Tokenizer | None,
         *,
         vocab_size: int,
         max_model_len: int,
-        sampling_defaults: Mapping[str, Any],
-        seed: int,
-        clock: Callable[[], float],
-        plugins: Settings = NO_PLUGINS,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Prepare the factory. Without a ``tokenizer``, prompts are token ids and answers have no
-        text. ``plugins`` has the settings of plugins."""
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
-        self._default_sampling = SamplingParams(**sampling_defaults)
-        self._seed = seed
+        text. Raises ValueError if the model recommends a sampling parameter out of range."""
+        self._config, self._tokenizer = config, tokenizer
+        self._vocab_size, self._max_model_len = vocab_size, max_model_len
+        self.sampling_defaults = sampling_defaults(config)
+        """Defaults of ``SamplingParams`` that the model recommends."""
+        self._default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
         self._clock = clock
         self._arrivals = itertools.count()
-        self._plugins = plugins
         self.grammar_news = threading.Event()
         """Set whenever a grammar that was not ready has become ready."""
         self._lock = threading.Lock()
@@ -421,7 +424,7 @@ class Intake:
         with self._lock:
             if self._grammars is None:
                 self._grammars = provided("guides_of")(
-                    self._plugins, self._tokenizer, self._vocab_size, self.grammar_news
+                    self._config, self._tokenizer, self._vocab_size, self.grammar_news
                 )
             return self._grammars
 
@@ -437,7 +440,7 @@ class Intake:
             arrival=arrival,
             arrival_s=self._clock(),
             max_len=max_len,
-            seed=sampling.seed if sampling.seed is not None else self._seed + arrival,
+            seed=sampling.seed if sampling.seed is not None else self._config.seed + arrival,
             end_token_ids=end_token_ids,
             text_stream=self._text_stream(sampling),
             rules=[

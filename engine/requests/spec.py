@@ -3,18 +3,22 @@ the server, the command line or user code."""
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
 
+from engine.config import ABOVE_0, EngineConfig, Limits, check_fields, setting
 from engine.requests.grammar import Grammar
 from engine.requests.logit_rules import FREE, Ruling
 
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Settings of ``generation_config.json`` that become defaults of requests."""
 GREEDY_BELOW = 1e-5
 """Temperatures below it would make logits overflow float32, so they select the most likely
 token."""
@@ -25,58 +29,98 @@ MAX_BIASES = 1024
 MAX_BIAS = 100.0
 MAX_COUNT = 2**31 - 1
 """Largest value of a field that counts tokens."""
+BIAS = Limits(f"a finite number from -{MAX_BIAS:g} to {MAX_BIAS:g}", -MAX_BIAS, MAX_BIAS)
+PENALTY = Limits("a finite number from -2 to 2", -2, 2)
+COUNT = Limits(f"an integer from 0 to {MAX_COUNT}", 0, MAX_COUNT, is_whole=True)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling and stopping rules of one request. Raises ValueError for an invalid value."""
 
-    temperature: float = 1.0
-    """Softmax temperature. At 0 or nearly 0, every token is the most likely one."""
-    top_p: float = 1.0
-    """Keep the most likely tokens with this total probability, out of those that ``top_k``
-    keeps."""
-    top_k: int | None = None
-    """Number of most likely tokens to keep. By default all are kept."""
-    min_p: float = 0.0
-    """Keep tokens at least this likely, relative to the most likely one. Applied after ``top_p`` as
-    in transformers, and unlike vLLM: tokens that it drops count towards the sum of ``top_p``."""
-    max_tokens: int | None = 16
-    """Maximum number of tokens to generate; if not set, as many as fit into the context. 0 requires
-    prompt log-probabilities."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the answer and are not part of it. A single string may be passed
-    directly."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the answer, in addition to those of the tokenizer."""
-    ignore_eos: bool = False
-    """Continue after the tokenizer's end tokens."""
-    seed: int | None = None
-    """Seed with which the same request gives the same tokens, independent of other requests."""
-    logprobs: int | None = None
-    """Number of alternatives to report with each token's log-probability. By default none are
-    reported."""
-    repetition_penalty: float = 1.0
-    """Divides (positive) or multiplies (negative) the logits of tokens in prompt and answer."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token in the answer."""
-    frequency_penalty: float = 0.0
-    """Subtracted from the logit of a token for each occurrence in the answer."""
-    min_tokens: int = 0
-    """Below this length only ``max_tokens`` or a grammar ends the answer."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, number from -100 to 100 that is added to its logit). A dict may be passed."""
-    allowed_token_ids: tuple[int, ...] | None = None
-    """The only tokens allowed in the answer. By default all are allowed."""
-    bad_words: tuple[str, ...] = ()
-    """Texts that must not occur in the answer, compared by tokens."""
-    thinking_token_budget: int | None = None
-    """Maximum number of tokens between <think> and </think>. By default the model ends its
-    reasoning."""
-    skip_special_tokens: bool = True
-    """Omit special tokens, such as the end of a turn, from the text."""
-    include_stop_str_in_output: bool = False
-    """Include the stop string in the text."""
+    temperature: float = setting(
+        1.0,
+        "softmax temperature; at 0 or nearly 0, every token is the most likely one",
+        limits=Limits("a finite number from 0 to 100", 0, 100),
+    )
+    top_p: float = setting(
+        1.0,
+        "keep the most likely tokens with this total probability, out of those that --top-k keeps",
+        limits=Limits("a finite number above 0 and at most 1", ABOVE_0, 1),
+    )
+    top_k: int | None = setting(
+        None,
+        "number of most likely tokens to keep; by default all are kept",
+        limits=Limits(f"an integer from 1 to {MAX_COUNT}", 1, MAX_COUNT, is_whole=True),
+    )
+    min_p: float = setting(
+        0.0,
+        "keep tokens at least this likely, relative to the most likely one. Applied after "
+        "--top-p as in transformers, and unlike vLLM: tokens that it drops count towards "
+        "the sum of --top-p",
+        limits=Limits("a finite number from 0 to 1", 0, 1),
+    )
+    max_tokens: int | None = setting(
+        16,
+        "maximum number of tokens to generate; if not set, as many as fit into the "
+        "context. 0 requires prompt log-probabilities",
+        limits=COUNT,
+    )
+    stop: tuple[str, ...] = setting(
+        (),
+        "strings that end the answer and are not part of it. A single string may be "
+        "passed directly",
+    )
+    stop_token_ids: tuple[int, ...] = setting(
+        (), "tokens that end the answer, in addition to those of the tokenizer"
+    )
+    ignore_eos: bool = setting(False, "continue after the tokenizer's end tokens")
+    seed: int | None = setting(
+        None,
+        "seed with which the same request gives the same tokens, independent of other requests",
+        limits=Limits("an integer from -2**63 to 2**63 - 1", -(2**63), 2**63 - 1, is_whole=True),
+    )
+    logprobs: int | None = setting(
+        None,
+        "number of alternatives to report with each token's log-probability; by default "
+        "none are reported",
+        limits=Limits("an integer from 0 to 50", 0, 50, is_whole=True),
+    )
+    repetition_penalty: float = setting(
+        1.0,
+        "divides (positive) or multiplies (negative) the logits of tokens in prompt and answer",
+        limits=Limits("a finite number above 0 and at most 100", ABOVE_0, 100),
+    )
+    presence_penalty: float = setting(
+        0.0, "subtracted once from the logit of every token in the answer", limits=PENALTY
+    )
+    frequency_penalty: float = setting(
+        0.0,
+        "subtracted from the logit of a token for each occurrence in the answer",
+        limits=PENALTY,
+    )
+    min_tokens: int = setting(
+        0, "below this length only --max-tokens or a grammar ends the answer", limits=COUNT
+    )
+    logit_bias: tuple[tuple[int, float], ...] = setting(
+        (), "(token id, number from -100 to 100 that is added to its logit). A dict may be passed"
+    )
+    allowed_token_ids: tuple[int, ...] | None = setting(
+        None, "the only tokens allowed in the answer; by default all are allowed"
+    )
+    bad_words: tuple[str, ...] = setting(
+        (), "texts that must not occur in the answer, compared by tokens"
+    )
+    thinking_token_budget: int | None = setting(
+        None,
+        "maximum number of tokens between <think> and </think>; by default the model ends "
+        "its reasoning",
+        limits=COUNT,
+    )
+    skip_special_tokens: bool = setting(
+        True, "omit special tokens, such as the end of a turn, from the text"
+    )
+    include_stop_str_in_output: bool = setting(False, "include the stop string in the text")
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -93,7 +137,7 @@ class SamplingParams:
                     f"{name} may have at most {MAX_STOPS} entries, because each is checked at "
                     "every token."
                 )
-        self._check_numbers()
+        check_fields(self)
         for name in ("stop", "bad_words"):
             if any(not isinstance(text, str) or not text for text in getattr(self, name)):
                 raise ValueError(f"{name} must contain only non-empty strings.")
@@ -124,23 +168,30 @@ class SamplingParams:
             raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
         _check_ids("logit_bias", dict(self.logit_bias))
         for token, value in self.logit_bias:
-            _check_range(f"logit_bias of token {token}", value, -MAX_BIAS, MAX_BIAS)
+            BIAS.check(f"logit_bias of token {token}", value)
         if self.max_tokens is not None and self.min_tokens > max(self.max_tokens, 0):
             raise ValueError("min_tokens must not be above max_tokens.")
 
-    def _check_numbers(self) -> None:
-        _check_range("temperature", self.temperature, 0.0, 100.0)
-        _check_range("top_p", self.top_p, 0.0, 1.0, open_below=True)
-        _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_below=True)
-        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_int("top_k", self.top_k, 1, MAX_COUNT)
-        _check_int("max_tokens", self.max_tokens, 0, MAX_COUNT)
-        _check_int("min_tokens", self.min_tokens, 0, MAX_COUNT)
-        _check_int("thinking_token_budget", self.thinking_token_budget, 0, MAX_COUNT)
-        _check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        _check_int("logprobs", self.logprobs, 0, 50)
+
+def sampling_defaults(config: EngineConfig) -> dict[str, float]:
+    """Return the fields of ``SamplingParams`` that the model's ``generation_config.json`` sets; {}
+    without the file.
+
+    Raises ValueError for a value out of range. ``do_sample`` is ignored, as in vLLM: requests set
+    temperature 0 for greedy decoding.
+    """
+    if config.model is None or config.sampling_defaults == "none":
+        return {}
+    path = Path(config.model) / "generation_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
+    if found.get("top_k") == 0:
+        del found["top_k"]  #  0 means "all tokens", which is the default
+    try:
+        SamplingParams(**found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} Correct it, or use --sampling-defaults none.") from None
+    return found
 
 
 class SamplingInput(Struct, frozen=True):
@@ -156,33 +207,10 @@ class SamplingInput(Struct, frozen=True):
 
 
 def _check_ids(name: str, tokens: Iterable[object]) -> None:
-    if any(not _is_int(token) or int(token) < 0 for token in tokens):  # type: ignore[call-overload]
+    if any(
+        not isinstance(token, Integral) or isinstance(token, bool) or token < 0 for token in tokens
+    ):
         raise ValueError(f"{name} must contain only token ids of 0 or more.")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check_range(
-    name: str, value: float, low: float, high: float, open_below: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number (got {value!r}).")
-    if not low <= value <= high or (open_below and value == low):
-        raise ValueError(
-            f"{name} must be {'above' if open_below else 'at least'} {low:g} and at most {high:g} "
-            f"(got {value!r})."
-        )
-
-
-def _check_int(name: str, value: int | None, low: int, high: int) -> None:
-    if value is None:
-        return
-    if not _is_int(value):
-        raise ValueError(f"{name} must be an integer (got {value!r}).")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high} (got {value}).")
 
 
 Prompt = str | Sequence[int] | np.ndarray

@@ -150,7 +150,7 @@ def uniform(seed: int, draw: int) -> float:
 
 def _width(params: SamplingParams, vocab_size: int) -> int | None:
     """Return the number of most likely tokens to draw from. 0 for greedy, None to draw from all
-    without sorting."""
+    without sorting. ``_filter`` is not called for None, so each of its options is read here too."""
     if params.is_greedy:
         return 0
     if params.top_k is not None:

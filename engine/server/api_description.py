@@ -10,10 +10,10 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
+from engine.server.access import OPERATORS
 from engine.server.api_errors import ANTHROPIC
 from engine.server.schemas import NEUTRAL
 
-OPERATORS = ("/reset_prefix_cache", "/flush_cache")
 STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
 REASONS = {
     "400": "The request is invalid or not supported.",
@@ -106,7 +106,7 @@ def _responses(path: str, known: dict[str, Any], has_body: bool) -> dict[str, An
     codes = ["401", "500", "503"]
     if has_body:
         codes += ["400", "404", "408", "413", "429"]
-    if path in OPERATORS or path.startswith("/v1/cache"):
+    if path.startswith(OPERATORS):
         codes.append("403")
     if "{" in path:
         codes += ["400", "404"]

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -27,7 +26,7 @@ import msgspec
 import numpy as np
 
 from engine.async_engine import FAILED, STOPPED, STOPPING, Question, RequestStream, ServedEngine
-from engine.build import load_tokenizer_of, names_tokenizer, sampling_defaults
+from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, describe_exit
 from engine.requests.grammar import Grammar
@@ -144,7 +143,6 @@ class ProcessEngine(ServedEngine):
         """Take over ``process`` and ``channel``, which ``stop`` or ``drain`` ends."""
         self.config = config
         self.tokenizer: Tokenizer | None = tokenizer
-        self.sampling_defaults = sampling_defaults(config)
         self.model_name = facts.model_name
         self.max_model_len = facts.max_model_len
         self.pid = process.pid
@@ -152,13 +150,12 @@ class ProcessEngine(ServedEngine):
         """Reason of an unexpected end of the process, or None."""
         self._process, self._channel = process, channel
         self._intake = Intake(
+            config,
             tokenizer,
             vocab_size=facts.vocab_size,
             max_model_len=facts.max_model_len,
-            sampling_defaults=self.sampling_defaults,
-            seed=config.seed,
-            clock=time.perf_counter,
         )
+        self.sampling_defaults = self._intake.sampling_defaults
         self._streams: dict[str, tuple[RequestStream, OutputAccumulator]] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count(1)

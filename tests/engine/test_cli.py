@@ -27,7 +27,7 @@ import pytest
 from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
 from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
-from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError
+from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError, setting
 from engine.hub import resolve_config
 from engine.plugins import engine_settings, server_settings
 from engine.plugins.inspect.command import INTERVALS, holdings, load_geometry
@@ -94,7 +94,7 @@ def run(*arguments: str) -> int:
         ("generate x --kernels attention=banana", "no backend 'banana'"),
         ("generate x --cache-gib 0.0001", "are needed"),
         ("generate x --prefix-cache radix", "use hybrid, or none"),
-        ("generate x --temperature -1", "temperature must be at least 0"),
+        ("generate x --temperature -1", "temperature must be a finite number from 0"),
         ("generate x --max-tokens 10000000", "shorten the prompt or lower --max-tokens"),
         ("inspect no-such-model", "No model directory, config.json or preset 'no-such-model'"),
         ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
@@ -261,14 +261,10 @@ class Settings:
     """Example settings for tests of flags."""
 
     names: tuple[str, ...] = field(default=("a", "b"), metadata={"help": "some 100% names"})
-    kind: Literal["x", "y"] = "x"
-    """Kind of thing."""
-    fast: bool = False
-    """Do it fast."""
-    tidy: bool = True
-    """Clean up afterwards."""
-    limit: int | None = None
-    """Upper limit, unless ``kind`` is set."""
+    kind: Literal["x", "y"] = setting("x", "kind of thing")
+    fast: bool = setting(False, "do it fast")
+    tidy: bool = setting(True, "clean up afterwards")
+    limit: int | None = setting(None, "upper limit, unless --kind is set")
 
 
 def test_flags_come_from_dataclasses() -> None:

@@ -55,11 +55,8 @@ async def messages(context: ServingContext, request: Request, body: MessagesRequ
 
         return EventStream(writer.events(), session.diagnostics.headers, as_event)
     [answer] = await unless_gone(request.receive, session.answers())
-    content = await context.workers.run(
-        len(answer.output.output), lambda: to_json(writer.whole(answer))
-    )
     headers = session.diagnostics.headers()
-    return Response(content, media_type="application/json", headers=headers)
+    return await context.answer([answer.output], lambda: writer.whole(answer), headers=headers)
 
 
 async def count_tokens(context: ServingContext, request: Request, body: CountRequest) -> Response:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from engine.async_engine import NoSingleEngine, Question, RequestStream, ServedEngine
-from engine.build import load_tokenizer_of, sampling_defaults
+from engine.build import load_tokenizer_of
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, StepFailed, WireError
 from engine.plugins.replicas.fleet import Fleet
@@ -120,18 +119,16 @@ class FleetEngine(ServedEngine):
         self.facts = facts
         self.max_model_len = facts.max_model_len
         self.model_name = model_name
-        self.sampling_defaults = sampling_defaults(config)
         self.tokenizer: Tokenizer | None = load_tokenizer_of(config, facts.vocab_size)
         self._handle, self._fleet = handle, fleet
         self._shut_down, self._is_death = shut_down, is_death
         self._intake = Intake(
+            config,
             self.tokenizer,
             vocab_size=facts.vocab_size,
             max_model_len=facts.max_model_len,
-            sampling_defaults=self.sampling_defaults,
-            seed=config.seed,
-            clock=time.perf_counter,
         )
+        self.sampling_defaults = self._intake.sampling_defaults
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._numbers = itertools.count()
         self._waiting: set[str] = set()
