@@ -4,21 +4,20 @@ gate."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
 from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, VerifyPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
-from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.parameters import Build, Composite
 from engine.runner.memory import Pools
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.shares import share
 
 
-class Attention:
+class Attention(Composite):
     """Attention in which gate, queries, keys and values are one product ``[gate | query | key |
     value]``."""
 
@@ -67,23 +66,13 @@ class Attention:
         self._widths = [queries * sizes.gated, queries, kept, kept]
         self.projected_size, self.mixed_shape = sum(self._widths), (queries,)
         self._norms = norms
+        self.layers = self._projection, self._output, *(norms or ())
         self._scale = sizes.head_dim**-0.5 if scale is None else scale
         self._attention, self._cache_write = (
             build.kernels["attention"],
             build.kernels["cache_write"],
         )
         self._rotary, self._activation = build.kernels["rotary"], build.kernels["activation"]
-
-    def _layers(self) -> tuple[Layer, ...]:
-        return self._projection, self._output, *(self._norms or ())
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for layer in self._layers():
-            yield from layer.parameters()
-
-    def seal(self) -> None:
-        for layer in self._layers():
-            layer.seal()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._projection(hidden)

@@ -8,14 +8,14 @@ import torch
 
 from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
-from engine.layers.parameters import Build, Parameter
+from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.shares import share
 
 
-class GatedDeltaNet:
+class GatedDeltaNet(Composite):
     """Layer in which all inputs are one product ``[query | key | value | z | b | a]``.
 
     With 8-bit weights, the gates b and a are a separate product, because their few rows determine
@@ -53,6 +53,7 @@ class GatedDeltaNet:
         self._projection = Linear(hidden_size, inputs, build)
         outputs = [Part(f"{name}.{output}", hidden_size)]
         self._output = Linear(sizes.value_width, outputs, build, shares_inputs=True)
+        self.layers = self._projection, self._output
         convs = convs or {"conv1d": sizes.conv_channels}
         channels = list(convs.values())
         self._convs = dict(zip(convs, rank.cuts(channels, [keys, keys, values]), strict=True))
@@ -87,8 +88,7 @@ class GatedDeltaNet:
         yield from self._output.parameters()
 
     def seal(self) -> None:
-        self._projection.seal()
-        self._output.seal()
+        super().seal()
         self._norm_weight = self._norm_weight.float()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,14 @@ import torch
 from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
-from engine.layers.parameters import Build, Parameter
+from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.shares import share
 
 
-class KimiDeltaAttention:
+class KimiDeltaAttention(Composite):
     """Layer in which decays and the output gate are two products each, through a width of one head.
 
     The input of ``mix`` and ``finish`` is laid out as ``[query | key | value | decay | gate |
@@ -52,11 +52,11 @@ class KimiDeltaAttention:
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, head, dtype=torch.float32)
         self._norm, self._kda = norm, build.kernels["kda"]
+        self.layers = self._projection, self._decay, self._gate, norm, self._output
         self._sigmoid_mul = build.kernels["activation"].sigmoid_mul
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for layer in self._layers():
-            yield from layer.parameters()
+        yield from super().parameters()
         for word, weight in zip("qkv", self._conv.weight.chunk(3), strict=True):
             taps = Parameter(weight.unsqueeze(1), cut=self._channels_cut)
             yield f"{self.name}.{word}_conv1d.weight", taps
@@ -68,13 +68,6 @@ class KimiDeltaAttention:
             f"{self.name}.dt_bias",
             Parameter(self._dt_bias.flatten(), "time_bias", cut=self._channels_cut),
         )
-
-    def seal(self) -> None:
-        for layer in self._layers():
-            layer.seal()
-
-    def _layers(self) -> tuple[Linear | RMSNorm, ...]:
-        return self._projection, self._decay, self._gate, self._norm, self._output
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         qkv, gate, decay, beta = self._projection(hidden).split(self._narrow_widths, dim=-1)

@@ -9,14 +9,14 @@ import torch
 from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
-from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.shares import share
 
 
-class Mamba1:
+class Mamba1(Composite):
     """Layer with an input product ``[x | z]``. Time steps, B and C are products of the
     convolution's output, so ``mix`` contains dense products."""
 
@@ -51,6 +51,8 @@ class Mamba1:
             RMSNorm(f"{name}.{word}_layernorm", size, build, eps=eps)
             for word, size in zip(("dt", "b", "c"), self._widths, strict=True)
         ]
+        products = self._projection, self._selection, self._steps, self._output
+        self.layers = *products, *self._norms
         self._conv = CausalConv(inner, sizes.conv_width, build, bias=conv_bias)
         self._A_log = weights.empty(inner, state, dtype=torch.float32)
         self._dt_bias = weights.empty(inner, dtype=torch.float32)
@@ -58,12 +60,8 @@ class Mamba1:
         self._mamba1 = build.kernels["mamba1"]
         self._gate = build.kernels["activation"].silu_mul
 
-    def _layers(self) -> tuple[Layer, ...]:
-        return self._projection, self._selection, self._steps, self._output, *self._norms
-
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for layer in self._layers():
-            yield from layer.parameters()
+        yield from super().parameters()
         yield f"{self.name}.conv1d.weight", Parameter(self._conv.weight.unsqueeze(1), cut=self._cut)
         if self._conv.bias is not None:
             yield f"{self.name}.conv1d.bias", Parameter(self._conv.bias, cut=self._cut)
@@ -72,8 +70,7 @@ class Mamba1:
         yield f"{self.name}.D", Parameter(self._D, "skip", cut=self._cut)
 
     def seal(self) -> None:
-        for layer in self._layers():
-            layer.seal()
+        super().seal()
         self._A = self._A_log.exp().neg().mT.contiguous()
         del self._A_log
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
-from engine.layers.parameters import Build, Parameter
+from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
 from engine.runner.memory import Pools
 from engine.weights.model_config import ModelError
@@ -26,7 +26,7 @@ class GatedNorm:
     """True if the gate is applied before the norm, False if after it."""
 
 
-class Mamba2:
+class Mamba2(Composite):
     """Layer in which all inputs are one product ``[z | x | B | C | dt]``."""
 
     def __init__(
@@ -61,6 +61,7 @@ class Mamba2:
         self._projection = Linear(hidden_size, inputs, build, bias=bias)
         outputs = [Part(f"{name}.out_proj", hidden_size)]
         self._output = Linear(sizes.inner, outputs, build, bias=output_bias, shares_inputs=True)
+        self.layers = self._projection, self._output
         self._conv_cut = rank.cut(by_head, groups, groups)
         self._heads_cut, self._channels_cut = rank.cut(each), rank.cut(by_head)
         sizes = share(sizes, rank.count)
@@ -104,8 +105,7 @@ class Mamba2:
         yield from self._output.parameters()
 
     def seal(self) -> None:
-        self._projection.seal()
-        self._output.seal()
+        super().seal()
         if self._norm_weight is not None:
             self._norm_weight = self._norm_weight.float().view(self.sizes.num_groups, -1)
 

@@ -10,13 +10,13 @@ import torch
 from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, VerifyPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
-from engine.layers.parameters import Build, Parameter
+from engine.layers.parameters import Build, Composite, Parameter
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import LatentAttentionSizes
 from hybridcache.geometry.shares import share
 
 
-class LatentAttention:
+class LatentAttention(Composite):
     """Layer in which queries and the latent row are one product ``[query | latent | shared key]``.
 
     The matrices that would expand a latent into keys and values are multiplied with queries and
@@ -56,25 +56,21 @@ class LatentAttention:
         self._widths = [heads * by_head[1], sizes.rank, beside]
         self.projected_size, self.mixed_shape = sum(self._widths), (heads * sizes.value_dim,)
         self._norm = norm
+        self.layers = self._query, self._latent, norm, self._output
         self._expand_scheme = build.weights.scheme(f"{name}.kv_b_proj")
         self._expand = build.weights.empty(heads, expanded[1], sizes.rank)
         self._scale = by_head[1] ** -0.5
         self._mla, self._cache_write = build.kernels["mla"], build.kernels["cache_write"]
 
-    def _layers(self) -> tuple[Linear | RMSNorm, ...]:
-        return self._query, self._latent, self._norm, self._output
-
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for layer in self._layers():
-            yield from layer.parameters()
+        yield from super().parameters()
         yield (
             f"{self.name}.kv_b_proj.weight",
             Parameter(self._expand.flatten(0, 1), scheme=self._expand_scheme, cut=self._expand_cut),
         )
 
     def seal(self) -> None:
-        for layer in self._layers():
-            layer.seal()
+        super().seal()
         keys, values = self._expand.split([self.sizes.nope_dim, self.sizes.value_dim], dim=1)
         self._to_keys, self._from_latent = keys.contiguous(), values.mT.contiguous()
         del self._expand

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from engine.layers.experts import ExpertNames, Experts
 from engine.layers.linear import Linear, Part, shared
-from engine.layers.parameters import Build, Parameter
+from engine.layers.parameters import Build, Composite
 from hybridcache.geometry.sizes import ExpertsSizes
 
 
-class MLP:
+class MLP(Composite):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``; gate and up are one product."""
 
     def __init__(
@@ -38,16 +38,9 @@ class MLP:
         self.down = Linear(
             intermediate_size, outputs, build, bias=bias, shares_inputs=True, sums=sums
         )
+        self.layers = self.gate_up, self.down
         self._gate_multiplier = gate_multiplier
         self._activate = build.kernels["activation"].silu_and_mul
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield from self.gate_up.parameters()
-        yield from self.down.parameters()
-
-    def seal(self) -> None:
-        self.gate_up.seal()
-        self.down.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         gate_up = self.gate_up(x)
@@ -57,7 +50,7 @@ class MLP:
         return self.down(self._activate(gate_up))
 
 
-class SquaredReluMLP:
+class SquaredReluMLP(Composite):
     """``down(relu(up(x))^2)``."""
 
     def __init__(
@@ -70,21 +63,14 @@ class SquaredReluMLP:
         inputs = shared(inputs, [(intermediate_size, 1)], build.rank)
         self.up = Linear(hidden_size, inputs, build, bias=bias)
         self.down = Linear(intermediate_size, outputs, build, bias=bias, shares_inputs=True)
+        self.layers = self.up, self.down
         self._activate = build.kernels["activation"].relu_squared
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield from self.up.parameters()
-        yield from self.down.parameters()
-
-    def seal(self) -> None:
-        self.up.seal()
-        self.down.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         return self.down(self._activate(self.up(x)))
 
 
-class ExpertsMLP:
+class ExpertsMLP(Composite):
     """A few experts per token, selected by a router, and a shared expert with a separate gate."""
 
     def __init__(
@@ -117,17 +103,10 @@ class ExpertsMLP:
         self._shared = MLP(
             f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build, sums=False
         )
+        self.layers = self._router, self._shared, self._experts
         self._rank = build.rank
         self._route = build.kernels["moe"].route
         self._gate = build.kernels["activation"].sigmoid_mul
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for layer in (self._router, self._shared, self._experts):
-            yield from layer.parameters()
-
-    def seal(self) -> None:
-        for layer in (self._router, self._shared, self._experts):
-            layer.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Compute the block. Padding rows are not routed, because they would load experts for

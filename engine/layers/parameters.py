@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -142,6 +142,23 @@ class Layer(Protocol):
         """Convert the weights to the form for computation. Called once, after all weights are
         loaded."""
         ...
+
+
+class Composite:
+    """Layer made of other layers. Subclasses with additional weights extend the methods."""
+
+    layers: Sequence[Layer]
+    """Layers in the order of their parameters."""
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """See ``Layer``."""
+        for layer in self.layers:
+            yield from layer.parameters()
+
+    def seal(self) -> None:
+        """See ``Layer``."""
+        for layer in self.layers:
+            layer.seal()
 
 
 @dataclass(frozen=True, slots=True)

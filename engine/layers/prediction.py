@@ -21,7 +21,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2, with one head that is chain
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -29,7 +29,7 @@ from engine.layers.attention import Attention
 from engine.layers.inputs import DecodePart, LayerInputs, RotaryTable, pad_rows
 from engine.layers.linear import Linear, Part
 from engine.layers.norm import RMSNorm
-from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.parameters import Build, Composite
 from engine.layers.residual import FeedForwardStep, MixerStep
 from engine.runner.memory import Pools
 from hybridcache.geometry.sizes import Spec, StateSpec
@@ -38,7 +38,7 @@ from kernels.packed import running_sum
 from kernels.upload import upload
 
 
-class PredictionHead:
+class PredictionHead(Composite):
     """One layer of attention and an MLP, between a product that adds the next token and a norm.
     Embedding and logits are those of the model."""
 
@@ -59,23 +59,12 @@ class PredictionHead:
         self._row_multiple: int = build.kernels["linear"].ROWS
         self._write_rows = build.kernels["cache_write"].write_rows
         self._fc = Linear(2 * hidden_size, [Part(f"{name}.fc", hidden_size)], build)
+        self.layers = self._fc, *norms, attention, mlp
         self.keeps: tuple[Spec, ...] = (
             *attention.block.keeps,
             StateSpec("hidden", (hidden_size,), "conv"),
         )
         """Keys, values, and h of a sequence's last position."""
-
-    def _layers(self) -> tuple[Layer, ...]:
-        norms = self._embedding_norm, self._hidden_norm, self._norm
-        return self._fc, *norms, self._attention, self._mlp
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for layer in self._layers():
-            yield from layer.parameters()
-
-    def seal(self) -> None:
-        for layer in self._layers():
-            layer.seal()
 
     def _enter(self, embedded: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Return the layer's input, ``[num_rows, H]`` like both arguments."""

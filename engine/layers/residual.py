@@ -7,14 +7,14 @@ works on the pools.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from engine.layers.inputs import LayerInputs
 from engine.layers.norm import RMSNorm
-from engine.layers.parameters import Layer, Parameter
+from engine.layers.parameters import Composite, Layer
 from engine.runner.memory import Pools
 from hybridcache.geometry.sizes import Spec
 
@@ -60,7 +60,7 @@ class FeedForward(Layer, Protocol):
         ...
 
 
-class Residual(Generic[B]):
+class Residual(Composite, Generic[B]):
     """A block with its norms, before it (pre-norm), after it (post-norm) or both, and the
     multiplier of its output."""
 
@@ -74,15 +74,7 @@ class Residual(Generic[B]):
     ) -> None:
         self.block = block
         self._before, self._after, self._multiplier = before, after, multiplier
-        self._parts: list[Layer] = [part for part in (before, block, after) if part is not None]
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for part in self._parts:
-            yield from part.parameters()
-
-    def seal(self) -> None:
-        for part in self._parts:
-            part.seal()
+        self.layers = [part for part in (before, block, after) if part is not None]
 
     def enter(
         self, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -130,23 +122,15 @@ class FeedForwardStep(Residual[FeedForward]):
         return self.leave(self.block(normed, num_tokens)), residual
 
 
-class Parallel:
+class Parallel(Composite):
     """Mixers in parallel on one input, with summed outputs."""
 
     def __init__(self, mixers: Sequence[Mixer]) -> None:
-        self.mixers = mixers
+        self.layers = self.mixers = mixers
         self.keeps = tuple(spec for mixer in mixers for spec in mixer.keeps)
         self._inputs = [mixer.projected_size for mixer in mixers]
         self._outputs = [torch.Size(mixer.mixed_shape).numel() for mixer in mixers]
         self.projected_size, self.mixed_shape = sum(self._inputs), (sum(self._outputs),)
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for mixer in self.mixers:
-            yield from mixer.parameters()
-
-    def seal(self) -> None:
-        for mixer in self.mixers:
-            mixer.seal()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.cat([mixer.project(hidden) for mixer in self.mixers], dim=-1)
@@ -172,19 +156,14 @@ class Parallel:
         return sum(outs[1:], outs[0])
 
 
-class Scaled:
+class Scaled(Composite):
     """``output * mixer(input * x)``."""
 
     def __init__(self, mixer: Mixer, *, input: float, output: float) -> None:
         self._mixer, self._input, self._output = mixer, input, output
+        self.layers = (mixer,)
         self.keeps, self.mixed_shape = mixer.keeps, mixer.mixed_shape
         self.projected_size = mixer.projected_size
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield from self._mixer.parameters()
-
-    def seal(self) -> None:
-        self._mixer.seal()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._mixer.project(hidden if self._input == 1.0 else hidden * self._input)

@@ -11,7 +11,7 @@ import torch
 from engine.layers.experts import ExpertNames, Experts
 from engine.layers.inputs import pad_rows
 from engine.layers.linear import Linear, Part
-from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.parameters import Build, Composite, Layer, Parameter
 from engine.layers.residual import FeedForward
 from hybridcache.geometry.sizes import ExpertsSizes
 
@@ -25,7 +25,7 @@ class Router(Layer, Protocol):
         ...
 
 
-class SoftmaxRouter:
+class SoftmaxRouter(Composite):
     """Selects the most probable experts, weighted by their probabilities."""
 
     def __init__(
@@ -35,20 +35,15 @@ class SoftmaxRouter:
         one."""
         self._k, self._renormalises = sizes.experts_per_token, renormalises
         self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], build)
+        self.layers = (self._linear,)
         self._route = build.kernels["moe"].route
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield from self._linear.parameters()
-
-    def seal(self) -> None:
-        self._linear.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         weights, experts = self._route(self._linear(x)[:num_tokens], self._k, self._renormalises)
         return weights, experts
 
 
-class SigmoidRouter:
+class SigmoidRouter(Composite):
     """Selects the experts with the highest sigmoids plus a bias that affects only the selection; in
     float32."""
 
@@ -70,16 +65,14 @@ class SigmoidRouter:
         self._renormalises, self._scale, self._eps = renormalises, scale, eps
         exact = replace(build, weights=replace(build.weights, dtype=torch.float32))
         self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], exact)
+        self.layers = (self._linear,)
         self._bias = None if bias is None else exact.weights.empty(sizes.num_experts)
         self._route = build.kernels["moe"].route_sigmoid
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield from self._linear.parameters()
+        yield from super().parameters()
         if self._bias is not None and self._bias_name is not None:
             yield self._bias_name, Parameter(self._bias)
-
-    def seal(self) -> None:
-        self._linear.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         weights, experts = self._route(
@@ -93,7 +86,7 @@ class SigmoidRouter:
         return weights, experts
 
 
-class RoutedExperts:
+class RoutedExperts(Composite):
     """A few experts per token, selected by a router. If ``sizes.width`` is set, a product before
     the experts narrows and one after them widens."""
 
@@ -116,19 +109,9 @@ class RoutedExperts:
         self._router, self._experts = router, Experts(name, width, sizes, names, build)
         self._narrow = None if narrow is None else Linear(hidden_size, [narrow], build, bias=bias)
         self._widen = None if widen is None else Linear(width, [widen], build, bias=bias)
-        self._rank = build.rank
-
-    def _layers(self) -> list[Layer]:
         layers = self._router, self._experts, self._narrow, self._widen
-        return [layer for layer in layers if layer is not None]
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for layer in self._layers():
-            yield from layer.parameters()
-
-    def seal(self) -> None:
-        for layer in self._layers():
-            layer.seal()
+        self.layers = [layer for layer in layers if layer is not None]
+        self._rank = build.rank
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Compute the block. Padding rows are not routed, because they would load experts for
@@ -140,19 +123,11 @@ class RoutedExperts:
         return out if self._widen is None else self._widen(out)
 
 
-class Beside:
+class Beside(Composite):
     """Parallel feed-forward blocks on one input, with summed outputs: routed and shared experts."""
 
     def __init__(self, blocks: Sequence[FeedForward]) -> None:
-        self._blocks = blocks
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for block in self._blocks:
-            yield from block.parameters()
-
-    def seal(self) -> None:
-        for block in self._blocks:
-            block.seal()
+        self.layers = self._blocks = blocks
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         outs = [block(x, num_tokens) for block in self._blocks]

@@ -8,7 +8,7 @@ import torch
 
 from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
-from engine.layers.parameters import Build, Parameter
+from engine.layers.parameters import Build, Composite, Parameter
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import ShortConvSizes
 from hybridcache.geometry.shares import share
@@ -35,7 +35,7 @@ class CausalConv:
         return out
 
 
-class ShortConv:
+class ShortConv(Composite):
     """``out(C * conv(B * x))``; B, C and x are one product ``[B | C | x]``."""
 
     def __init__(
@@ -47,6 +47,7 @@ class ShortConv:
         outputs = [Part(f"{name}.out_proj", hidden_size)]
         self._projection = Linear(hidden_size, inputs, build, bias=bias)
         self._output = Linear(sizes.channels, outputs, build, bias=bias, shares_inputs=True)
+        self.layers = self._projection, self._output
         self._cut, sizes = build.rank.cut(channels), share(sizes, build.rank.count)
         self.name, self.keeps = name, sizes.keeps
         width = sizes.channels
@@ -59,10 +60,6 @@ class ShortConv:
         if self._conv.bias is not None:
             yield f"{self.name}.conv.bias", Parameter(self._conv.bias, cut=self._cut)
         yield from self._output.parameters()
-
-    def seal(self) -> None:
-        self._projection.seal()
-        self._output.seal()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._projection(hidden)
