@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from engine.command.flags import (
-    HelpFormatter,
     add_flags,
     add_grouped_flags,
     read_config,
@@ -66,6 +65,9 @@ SERVE_EXAMPLES = """examples:
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
 LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Address for clients on this machine, by address of a server on all interfaces."""
+SPIN_COUNT = "1000"
+"""Rounds that a waiting thread spins before it sleeps. The 300,000 of OpenMP take longer than a
+time slice, so on a busy machine waiting threads would delay those that compute."""
 SKIPPED = ("seed", "stop", "logit_bias")
 """Sampling parameters that are not flags of ``generate``, or are defined separately."""
 
@@ -74,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
     if arguments is None:
         end_by_exception(signal.SIGINT, signal.SIGTERM)
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # Before torch is imported.
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
     except ModuleNotFoundError as error:
@@ -126,7 +130,6 @@ def _parser(arguments: Sequence[str]) -> Parser:
             help=help,
             description=help[0].upper() + help[1:] + ".",
             usage=f"engine {verb} {usage}".rstrip(),
-            formatter_class=HelpFormatter,
         )
         sub.set_defaults(command=command)
         try:
