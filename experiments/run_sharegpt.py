@@ -35,7 +35,6 @@ from tqdm import tqdm
 if not __package__:  # Run by its path: the modules are below the project's root.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine.command.flags import HelpFormatter
 from engine.config import EngineConfig
 from engine.text.hugging_face import load_tokenizer
 from experiments.benchmarks.conversations import (
@@ -67,10 +66,6 @@ ANSWER_ROOM = 2048
 """Tokens of the context after the longest prompt. Longer answers of the data are cut."""
 
 
-class _HelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Wide help formatter that keeps the paragraphs of the module's docstring."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
@@ -87,7 +82,6 @@ def _parser() -> Parser:
         description=summary,
         epilog=rest,
         usage="python -m experiments.run_sharegpt [options]",
-        formatter_class=_HelpFormatter,
     )
     _add_conversations(parser)
     _add_caches(parser)

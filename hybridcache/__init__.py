@@ -108,6 +108,10 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from hybridcache.lab.extras import version
+
+        return version()
     module = _LAZY.get(name) or _MOVED.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

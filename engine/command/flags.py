@@ -16,13 +16,6 @@ Config = TypeVar("Config")
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Puts a flag and its help on one line; keeps the lines of examples."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
-
-
 def add_flags(
     parser: argparse.ArgumentParser,
     config: type,

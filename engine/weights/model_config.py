@@ -345,9 +345,10 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     """Return the contents of ``config.json``. Raises ModelError."""
     path = model_dir / "config.json"
     if not path.is_file():
+        missing = f"config.json in {model_dir}" if model_dir.is_dir() else f"folder {model_dir}"
         raise ModelError(
-            f"there is no config.json in {model_dir}: use a model directory, or ORG/NAME for a "
-            "model of the Hugging Face Hub."
+            f"there is no {missing}: use a model directory, or ORG/NAME for a model of the Hugging "
+            "Face Hub."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -582,6 +582,20 @@ def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
     axis.set_xlabel(label or (long if width > 2.6 else "memory, GiB"))
 
 
+def _log_values(axis: Any) -> None:
+    """Make the y axis logarithmic, with plain numbers also if it spans less than a decade."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    low, high = axis.get_ylim()
+    axis.set_yscale("log")
+    narrow = low > 0 and high < 5 * low
+    axis.yaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(10, (1, 2, 5)))
+    if narrow:
+        axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(lambda value, _: _number(value))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _number(size: float) -> str:
     return f"{size:.3g}" if size < 100 else f"{size:,.0f}"
 
@@ -792,9 +806,9 @@ def _closed_loop_figure(
             size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
             axis.set_ylabel(name)
             if name.endswith("TTFT, s"):
-                axis.set_yscale("log")
+                _log_values(axis)
             else:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
             facts = [cell[0], *([] if cell[2] is None else [f"{cell[2]:.3g} GiB"])]
             titles.append([*facts, style.name(cell[1])])
     set_titles(figure, axes, titles, style)

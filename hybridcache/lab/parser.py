@@ -5,8 +5,20 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import textwrap
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Puts a flag and its help on one line; keeps the lines of examples."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Break lines at spaces, never inside a name such as ``s3-fifo``."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +28,16 @@ class Parser(argparse.ArgumentParser):
     """
 
     _given: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | options)
+
+    def format_help(self) -> str:
+        if len(self._actions) > 12:  # Else the usage would be longer than a screen.
+            needed = [a for a in self._actions if a.required and a.option_strings]
+            parts = [f"{a.option_strings[0]} {a.metavar or a.dest.upper()}" for a in needed]
+            self.usage = self.usage or " ".join(["%(prog)s", *parts, "[options]"])
+        return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self._given = args or ()
@@ -40,6 +62,6 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, arguments: Sequence[str]) -> str:
         flag = arguments[0].partition("=")[0]
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        near = difflib.get_close_matches(flag, {*self._option_string_actions} - {"--help"}, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         return f"unrecognized arguments: {' '.join(arguments)}{hint}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.api import Losses
-from hybridcache.geometry.units import GIB
+from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.simulation.identity import SIZES
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
@@ -475,9 +475,9 @@ def stats_table(stats: TraceStats) -> str:
     lines = [
         text_table(header, rows),
         "",
-        f"requests {stats.num_requests:,} in {stats.num_sessions:,} sessions and "
-        f"{stats.num_namespaces:,} namespaces, over {stats.duration_s:,.0f} s; {stats.num_bad} bad "
-        "records skipped",
+        f"requests {stats.num_requests:,} in {counted(stats.num_sessions, 'session')} and "
+        f"{counted(stats.num_namespaces, 'namespace')}, over {stats.duration_s:,.0f} s; "
+        f"{counted(stats.num_bad, 'bad record')} skipped",
         f"prompt tokens {stats.prompt_tokens:,}; {_counting(stats)}",
         f"distinct tokens, answers included {stats.distinct_tokens:,}",
         f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
@@ -519,7 +519,7 @@ def optimum_table(found: Sequence[Optimum]) -> str:
             "-" if best.gap is None else f"{100 * best.gap:.2f}",
             "-" if best.gib_worth is None else f"{100 * best.gib_worth:.3g}",
             "-" if best.prices is None else f"{GIB * best.prices.max(initial=0):,.0f}",
-            f"{best.num_variables:,}",
+            f"{best.num_variables:,}" if best.num_variables else "-",
             f"{best.wall_s:.1f}",
         ]
         for best in found
@@ -539,6 +539,9 @@ def optimum_table(found: Sequence[Optimum]) -> str:
         if found
         else ""
     )
+    # Omit columns without values: the greedy plan has no bound and no prices.
+    columns = [c for c in zip(header, *rows, strict=True) if {*c[1:]} != {"-"}]
+    header, *rows = map(list, zip(*columns, strict=True))
     return title + text_table(header, rows)
 
 

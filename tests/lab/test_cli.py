@@ -221,7 +221,7 @@ def test_invalid_closed_loop_options_give_one_line(
             for command in (["simulate", "--trace", "chat"], ["optimum", "--trace", "chat"])
         ),
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
-        (["simulate", "--trace", "chat?haed=9"], "'haed'; did you mean 'head'? It has seed, bound"),
+        (["simulate", "--trace", "chat?haed=9"], "'haed', did you mean 'head'? known: seed, bound"),
         (["simulate", "--trace", "csv:no.csv"], "'csv:no.csv': there is no file no.csv"),
         (["simulate", "--trace", "chat", "--gib", "1,0,2"], "--gib '1,0,2': GiB above 0"),
         (["optimum", "--trace", "chat", "--gib", "1,-3"], "are needed (-3 is not)"),

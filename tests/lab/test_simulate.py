@@ -289,7 +289,7 @@ def test_result_contains_the_memory_layout() -> None:
     with pytest.raises(ValueError, match="give --kv-share between 0 and 1"):
         simulate("short?head=60", gib=2, memory="pools")
     for options in ({"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
-        with pytest.raises(ValueError, match="a share is of pools"):
+        with pytest.raises(ValueError, match="use memory 'pools'"):
             simulate("short?head=60", gib=2, **options)
     with pytest.raises(ValueError, match="none of arena, budget, pools"):
         simulate("short?head=60", gib=2, memory="ram")

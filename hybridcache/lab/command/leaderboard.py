@@ -33,7 +33,7 @@ def add_leaderboard(commands: Commands) -> None:
     add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
     share(parser, "--processes")
     add("--output", type=Path, help="JSON lines of finished traces; a repeated command continues")
-    add("--json", action="store_true", help="JSON lines, one a policy, instead of a table")
+    add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
     parser.set_defaults(run=_leaderboard, goes_on=True)
 
 

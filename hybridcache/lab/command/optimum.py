@@ -38,15 +38,15 @@ def add_optimum(commands: Commands) -> None:
         default="shared",
         help="where checkpoints may sit",
     )
-    add("--gap", type=float, default=RELATIVE_GAP, help="stop when bound and plan are so close")
-    add("--limit", type=float, default=LIMIT_S, help="seconds for one size")
+    add("--gap", type=float, default=RELATIVE_GAP, help="stop at this gap between bound and plan")
+    add("--limit", type=float, default=LIMIT_S, help="maximum time for one size, s")
     add(
         "--counts-running",
         action="store_true",
         help="KV and state of the running request take memory too, as in every cache; greedy only",
     )
     add_tiers(parser)
-    add("--output", type=Path, help="JSON lines, one a size, with the price of memory over time")
+    add("--output", type=Path, help="JSON lines, one per size, with the price of memory over time")
     add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound, and that price")
     add_figure_style(parser)
     parser.set_defaults(run=_optimum)

@@ -23,23 +23,29 @@ TRACE_HELP = (
 
 SHARED: dict[str, dict[str, Any]] = {
     "--trace": {"required": True, "help": TRACE_HELP},
-    "--model": {"default": MODEL, "help": "a preset's name, builtin, or the path of a config.json"},
-    "--gib": {"default": GIB_SPEC, "help": "memory: low:high:points (log-spaced), or a,b,c"},
+    "--model": {
+        "default": MODEL,
+        "help": "a preset's name, builtin, or the path of a config.json (default %(default)s)",
+    },
+    "--gib": {
+        "default": GIB_SPEC,
+        "help": "memory, GiB: low:high:points (log-spaced), or a,b,c (default %(default)s)",
+    },
     "--grid": {
         "type": int,
         "default": GRID,
-        "help": "positions of checkpoints are its multiples, tokens",
+        "help": "checkpoint positions are multiples of this number of tokens",
     },
     "--state-dtype": {
         "help": "precision of states: float32, bfloat16, int8 (default: the model's own)"
     },
     "--checkpoint-dtype": {
         "default": "auto",
-        "help": "of checkpoints alone: bfloat16, int8 or fp8, the last two with :head, :row or "
-        ":column (meant where none is said); running states are then outside this memory (default: "
-        "as states are)",
+        "help": "precision of checkpoints only: bfloat16, int8 or fp8, the last two with :head, "
+        ":row or :column (without them, :column); running states are then not counted in this "
+        "memory (default: auto, the precision of states)",
     },
-    "--servers": {"type": int, "default": 1, "help": "prefills at the same time, for the TTFT"},
+    "--servers": {"type": int, "default": 1, "help": "concurrent prefills, for the TTFT"},
     "--times": {"help": "file of measured prefill times; default: a roofline of H100s"},
     "--processes": {"type": int, "default": 1, "help": "runs at the same time; changes no result"},
     "--ray": {
@@ -50,20 +56,20 @@ SHARED: dict[str, dict[str, Any]] = {
 """Options of more than one command."""
 
 
-def share(parser: argparse.ArgumentParser, *flags: str) -> None:
+def share(parser: argparse._ActionsContainer, *flags: str) -> None:
     """Add some of the ``SHARED`` options to ``parser``."""
     for flag in flags:
         parser.add_argument(flag, **SHARED[flag])
 
 
-def add_tiers(parser: argparse.ArgumentParser) -> None:
+def add_tiers(parser: argparse._ActionsContainer) -> None:
     """Add the options for memory below the device, and its speed."""
     from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 
     for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
-        size = f"GiB of {word} memory for what leaves the device; 0: none"
+        size = f"{word} memory for entries evicted from the device, GiB; 0: none"
         speed = (
-            f"GB/s from {word} to a device; decides which entries are loaded "
+            f"bandwidth from {word} to a device, GB/s; decides which entries are loaded "
             f"(default {rate / 1e9:g})"
         )
         parser.add_argument(f"--{word}-gib", type=float, default=0.0, help=size)
@@ -158,7 +164,7 @@ FIGURE_LOOK: dict[str, Any] = {
 """Options for the look of figures, and their defaults."""
 
 
-def add_figure_style(parser: argparse.ArgumentParser) -> None:
+def add_figure_style(parser: argparse._ActionsContainer) -> None:
     """Add the options for the look of figures."""
     add = parser.add_argument
     add("--figure-size", help="inches of a panel, as in 3.3x2.4 (default: the figure's own)")

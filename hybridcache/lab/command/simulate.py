@@ -42,34 +42,55 @@ def add_simulate(commands: Commands) -> None:
     )
 
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
-    add = parser.add_argument
+    group = parser.add_argument_group("most used")
+    add = group.add_argument
     add("--trace", required=True, action="append", help=TRACE_HELP + "; may be repeated")
-    share(parser, "--model", "--gib", "--state-dtype", "--checkpoint-dtype", "--grid")
-    share(parser, "--servers", "--times", "--processes", "--ray", "--skip-bad")
+    share(group, "--model", "--gib")
     add(
         "--policy",
         default=DEFAULT_EVICTION,
-        help=f"eviction policies, commas between (default {DEFAULT_EVICTION}): "
+        help=f"eviction policies, joined by commas (default {DEFAULT_EVICTION}): "
         f"{', '.join(eviction_names())}, module:Class",
     )
     add(
         "--checkpoints",
         action="append",
-        help=f"placement words, commas between; repeat to compare (default {DEFAULT_PLACEMENT}): "
+        help=f"placements, joined by commas; repeat to compare (default {DEFAULT_PLACEMENT}): "
         f"{', '.join(placement_names())}, none, module:Class",
     )
-    add("--baseline", default="", help=f"rebuilt peers, commas between: {', '.join(BASELINES)}")
+    add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses and bins get files next to it")
+    add("--output", type=Path, help="JSON lines, one per run; a repeated command continues")
+    share(group, "--processes")
+    group = parser.add_argument_group("results")
+    add = group.add_argument
+    add(
+        "--baseline",
+        default="",
+        help=f"caches of other systems, rebuilt; joined by commas: {', '.join(BASELINES)}",
+    )
     add(
         "--bound",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also an infinite cache",
+        help="also simulate an infinite cache",
     )
-    add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
+    add(
+        "--optimum",
+        choices=("greedy", "lp", "milp"),
+        help="also compute the best plan with hindsight",
+    )
     known = ", ".join(METRICS)
-    add("--metric", default="hit", help=f"metrics of tables and figure, commas between: {known}")
-    add("--losses", action="store_true", help="also where the tokens went, by cause")
-    add("--bins", action="store_true", help="also by prompt length and by turn of the session")
+    add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
+    add("--losses", action="store_true", help="also print the tokens by loss cause")
+    add(
+        "--bins",
+        action="store_true",
+        help="also print hit rates by prompt length and by turn of the session",
+    )
+    add("--page", type=Path, help="HTML file to write: the runs side by side, over time")
+    share(group, "--skip-bad", "--ray")
+    group = parser.add_argument_group("memory and machine")
+    add = group.add_argument
     add(
         "--memory",
         choices=MEMORIES,
@@ -77,22 +98,22 @@ def add_simulate(commands: Commands) -> None:
         help="one arena for KV and states, as in the engine; an ideal budget of bytes; or two "
         "pools",
     )
-    add("--kv-share", type=float, help="with --memory pools: the part that is for KV, 0 to 1")
-    add_tiers(parser)
+    add("--kv-share", type=float, help="with --memory pools: share of the memory for KV, 0 to 1")
+    share(group, "--state-dtype", "--checkpoint-dtype", "--grid")
+    add("--page-size", type=int, default=1, help="tokens of a KV page")
     add(
         "--priority-classes",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="evict unreachable KV and superseded checkpoints first; else each policy orders all",
+        help="evict unreachable KV and superseded checkpoints first; otherwise each policy orders "
+        "all items",
     )
-    add("--page-size", type=int, default=1, help="tokens of a KV page")
-    add("--max-running", type=int, help="number of requests served at once (default: in turn)")
-    _add_closed_loop(parser)
-    _add_fleet(parser)
-    add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
-    add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses and bins, if any, next to it")
-    add_figure_style(parser)
-    add("--page", type=Path, help="HTML file to write: the runs side by side, over time")
+    share(group, "--servers", "--times")
+    add("--max-running", type=int, help="requests served at the same time (default: one by one)")
+    add_tiers(parser.add_argument_group("host and disk tiers"))
+    _add_closed_loop(parser.add_argument_group("closed loop"))
+    _add_fleet(parser.add_argument_group("replicas"))
+    add_figure_style(parser.add_argument_group("look of figures"))
     parser.set_defaults(run=_simulate, goes_on=True)
 
 
@@ -101,13 +122,12 @@ CLOSED_LOOP: dict[str, dict[str, Any]] = {
         "help": "sessions a second, low:high:points (log-spaced) or a,b,c (default 0.5:4:5)"
     },
     "--admission": {
-        "help": "which waiting request is admitted first, and which must wait; commas between "
-        "(default oldest,sessions)"
+        "help": "policies that admit waiting requests, joined by commas (default oldest,sessions)"
     },
     "--max-share": {
         "type": float,
-        "help": "most of the running places and of the memory that one tenant takes while others "
-        "wait, 0 to 1 (default: no limit)",
+        "help": "maximum share of running requests and memory that one tenant may use while "
+        "another tenant waits, 0 to 1 (default: no limit)",
     },
     "--token-budget": {"type": int, "help": "tokens computed in a step (default 8192)"},
     "--ttft-limit": {
@@ -139,8 +159,8 @@ SAME_IN_CLOSED_LOOP = (
 FLEET: dict[str, dict[str, Any]] = {
     "--load": {
         "type": float,
-        "help": "replicas so fast that all prompts computed cold would keep them busy for this "
-        "share of the trace's time (default: as fast as the prefill times say)",
+        "help": "share of the trace's time that computing all prompts without a cache would keep "
+        "the replicas busy (default: given by the prefill times)",
     },
     "--event-delay": {
         "type": float,
@@ -176,7 +196,7 @@ ALONE = {
 """Options without a meaning for fleets, and their defaults."""
 
 
-def _add_closed_loop(parser: argparse.ArgumentParser) -> None:
+def _add_closed_loop(parser: argparse._ActionsContainer) -> None:
     from hybridcache.policies.registry import admission_names
 
     parser.add_argument(
@@ -289,6 +309,8 @@ def _simulate(options: argparse.Namespace) -> int:
             print(bins_table(result.runs, "turn"), end="\n\n")
     for path in drawn:
         print(f"figure: {path}")
+    if options.page:
+        print(f"page: {options.page}")
     return 0
 
 
@@ -350,7 +372,7 @@ def _beside(path: Path, word: str) -> Path:
 # --- Fleets -------------------------------------------------------------------------------------
 
 
-def _add_fleet(parser: argparse.ArgumentParser) -> None:
+def _add_fleet(parser: argparse._ActionsContainer) -> None:
     """Add the options of fleets."""
     from hybridcache.routing.registry import ROUTERS
 

@@ -110,7 +110,8 @@ class RunConfig:
             raise ValueError("memory 'pools' has no share for KV: give --kv-share between 0 and 1")
         if self.kv_share is not None and self.memory != "pools":
             raise ValueError(
-                f"memory {self.memory!r} with kv_share {self.kv_share}: a share is of pools"
+                f"kv_share {self.kv_share} has no meaning with memory {self.memory!r}: "
+                "use memory 'pools', or leave it out"
             )
         if self.kv_share is not None and not 0 <= self.kv_share <= 1:
             raise ValueError(f"kv_share {self.kv_share} must lie in 0..1")

@@ -133,8 +133,8 @@ def _no_option(owner: str, name: str, known: Iterable[str]) -> ValueError:
     """Return the error for an unknown option, with the most similar one."""
     options = [*known, "head"]
     near = get_close_matches(name, options, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"{owner} has no option {name!r}; {hint}It has {', '.join(options)}.")
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    return ValueError(f"{owner} has no option {name!r}{hint} known: {', '.join(options)}")
 
 
 def _value(kind: str, name: str, value: str) -> Any:
@@ -192,8 +192,10 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
                 f"({', '.join(READERS)})"
             )
         if not path.is_file():
+            near = get_close_matches(rest, GENERATORS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ";"
             raise FileNotFoundError(
-                f"no trace {rest!r}: no such file or generator ({', '.join(GENERATORS)})"
+                f"no trace {rest!r}: no such file or generator{hint} known: {', '.join(GENERATORS)}"
             )
         word = recognise(path)
     reader_class = READERS[word]
