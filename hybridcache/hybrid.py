@@ -239,7 +239,7 @@ class HybridRadixCache:
             return NO_INDICES
         self._refuse_unusable(last)
         assert last.kv is not None
-        known = self._gathered.get(last.kv)
+        known = self._gathered.rows.get(last.kv)
         if known is not None:
             return known
         return self._gathered.join(last.kv, self._residency.cached_tokens)

@@ -195,13 +195,12 @@ class CheckpointPlan:
 
     def ask(self, prefill: Prefill) -> None:
         """Plan the checkpoints that the placement policy chooses for ``prefill`` and its answer."""
-        plan, step = self._plan, self._step
-        for position, label in prefill.on_grid(self._placement.plan(prefill)).items():
-            plan.setdefault(position, label)
+        planned = self._plan
+        self._plan = planned | prefill.on_grid(self._placement.plan(prefill)) | planned
         if prefill.answer_survives:
             interval = self._placement.decode_interval()
             if interval is not None:
-                self._interval = -(-interval // step) * step
+                self._interval = -(-interval // self._step) * self._step
 
     @property
     def planned(self) -> tuple[int, ...]:
@@ -237,7 +236,7 @@ class CheckpointPlan:
         if not self._plan and not self._pending:
             return ()
         self._save(start, end, len(self._plan))
-        return tuple(sorted(saved for saved in self._pending if start < saved[0] <= end))
+        return tuple(sorted([saved for saved in self._pending if start < saved[0] <= end]))
 
     def reserve(self, start: int, end: int, max_slots: int, node: NodeHandle | None) -> int:
         """See ``Lease.reserve_checkpoint_slots``. ``node`` is that of the lease."""
@@ -367,28 +366,11 @@ class CheckpointPlan:
         self._plan, self._pending, self._rolling = {}, {}, None
 
 
-def load_best(
-    cache: PrefixCache,
-    match: PrefixMatch,
-    receipt: LockHandle,
-    tokens: Tokens,
-    exchange: FetchRule | None,
-) -> tuple[PrefixMatch, LockHandle]:
-    """Load the checkpoint of ``match.loadable`` that saves the most time, if one saves any.
+def fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> bool:
+    """Load the checkpoint of ``match.loadable`` that saves the most time.
 
-    ``receipt`` is a lock on ``match.node``. Returns a match of ``tokens`` after the load and a lock
-    on its node. Both are the given ones if nothing was loaded. O(len(tokens)).
+    Returns False if none saves any, or the device has no room for it.
     """
-    if exchange is None or not _fetch_best(cache, match, exchange):
-        return match, receipt
-    match = cache.match(tokens, match.namespace)
-    latest = cache.lock(match.node)
-    cache.unlock(receipt)
-    return match, latest
-
-
-def _fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> bool:
-    """Return False if no load saves time, or the device has no room for it."""
     offload = cache.offload
     assert offload is not None
     best, most = None, 0.0
@@ -662,8 +644,10 @@ class Lease:
                     resumed=match.resumed,
                     loadable=match.loadable if request.reuse else (),
                 )
-            if match.loadable and request.reuse:
-                match, receipt = load_best(cache, match, receipt, readable, exchange)
+            if match.loadable and exchange is not None and fetch_best(cache, match, exchange):
+                match, before = cache.match(readable, request.namespace), receipt
+                receipt = cache.lock(match.node)
+                cache.unlock(before)
         except BaseException:  # of a policy or of the exchange
             if is_locked:
                 cache.unlock(receipt)
@@ -839,18 +823,17 @@ class Lease:
         """
         if type(to_len) is not int:
             to_len = require_index(to_len, "to_len")
-        missing = to_len - self._rows.num_rows
-        if missing <= 0:
+        cache, start = self._cache, self._rows.num_rows
+        if to_len <= start:
             return True
         if self._has_ended:
             raise ValueError(ENDED)
-        page = self._cache.page_size
-        new = self._cache.allocate_kv(-(-missing // page) * page)
+        page = cache.page_size
+        new = cache.allocate_kv(-((start - to_len) // page) * page)
         if new is None:
             return False
-        start = self._rows.num_rows
         self._rows.append(new)
-        steps = self._cache.steps
+        steps = cache.steps
         steps.rows_added(self, start)
         if self._unready_since != steps.num_taken:
             self._unready_since, self._unready_from = steps.num_taken, start
@@ -945,7 +928,7 @@ class Lease:
         self._refuse_uncomputed(tokens, computed_len)
         cache = self._cache
         computed_len = self._publishable(computed_len)
-        first = self.published_len
+        first = self._rows.published_len
         if computed_len - computed_len % cache.page_size <= first:
             return None
         node, num_duplicates = self._insert(tokens, computed_len, self._plan.done(computed_len))
@@ -1005,9 +988,10 @@ class Lease:
             if steps.num_done <= self._unready_since and steps.is_due:
                 raise RuntimeError(NOT_TAKEN.format(computed_len))
         first = rows.published_len
-        if first < self.prompt_len:
+        asked = self._request.tokens
+        if first < self.prompt_len and tokens is not asked:
             new = slice(first, min(computed_len, self.prompt_len))
-            if tokens[new].tobytes() != self._request.tokens[new].tobytes():
+            if tokens[new].tobytes() != asked[new].tobytes():
                 raise ValueError(
                     f"tokens {new.start} to {new.stop} are not those of the LeaseRequest: pass its "
                     "tokens, followed by those generated so far"
@@ -1036,18 +1020,19 @@ class Lease:
     ) -> tuple[NodeHandle | None, int]:
         """Insert and return (node that ends at the new ``published_len``, number of duplicate
         rows)."""
-        cache = self._cache
+        cache, rows = self._cache, self._rows
+        first = rows.published_len
         inserted_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
-            self._rows.view(0, computed_len),
+            rows.view(0, computed_len),
             tuple(saved),
             self._request.namespace,
-            self._rows.published_len,
+            first,
             tuple(saved.values()),
             self._node,
         )
-        num_duplicates, first = len(duplicates), self._rows.published_len
-        self._rows.publish(inserted_len, num_duplicates)
+        num_duplicates = len(duplicates)
+        rows.publish(inserted_len, num_duplicates)
         if num_duplicates:
             cache.free_kv(duplicates)
             self._note_changed(first, first + num_duplicates)

@@ -183,7 +183,7 @@ class Residency:
         self.num_items = serial + 1
         node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
         if self.owners is not None:
-            self.owners.add(rows)
+            self.owners.new[id(rows)] = rows
         self.cached_tokens += num_tokens
         self.stats.inserted_tokens += num_tokens
         if self.listener is not None:
@@ -216,7 +216,7 @@ class Residency:
         kv = lower.kv
         if kv is None:
             if self.offload is None or not self.offload.split(upper, lower):
-                self.ghosts.shrink(len(upper.edge))
+                self.ghosts.num_bytes -= len(upper.edge)  # the upper part becomes resident
             return upper
         if lower.deeper is not None:
             link(upper, lower.deeper)
@@ -343,21 +343,24 @@ class Residency:
         self.slots.free(checkpoint.slot)
 
     def _drop_leaf(self, leaf: RadixNode) -> None:
-        """Free the KV and checkpoint of an unlocked leaf, and the stateless nodes above it.
-
-        Nothing could resume from those any more.
-        """
+        """Free the KV and checkpoint of an unlocked leaf, and the stateless nodes above it, because
+        nothing could resume from those any more. O(nodes freed, and those up to a checkpoint)."""
         assert leaf.kv is not None
         self.policy.discard(leaf.kv, evicted=True)
-        stateful = self.item_bytes.state > 0
+        stateful, fade = self.item_bytes.state > 0, self._fade
         while True:
             if leaf.checkpoint is not None:
                 self._drop_checkpoint(leaf)
-            parent = self._fade(leaf)
+            parent = fade(leaf)
             only = parent.children
             if only is not None:
-                if not isinstance(only, dict) and parent.parent is not None:
-                    self._join_runs(parent, only)
+                if not isinstance(only, dict) and only.deeper is not None and parent.parent:
+                    # The path does not fork any more.
+                    below, only.deeper = only.deeper, None
+                    before = last_at(parent)
+                    link(before, below)
+                    if isinstance(before, Checkpoint):
+                        self._set_superseded(before, True)
                 return
             if parent.kv is None:
                 return
@@ -366,21 +369,6 @@ class Residency:
                 return
             leaf = parent
 
-    def _join_runs(self, parent: RadixNode, only: RadixNode) -> None:
-        """Join the runs of ``parent`` and ``only``, its last child, because the path does not fork
-        any more.
-
-        O(nodes up to a checkpoint).
-        """
-        below = only.deeper
-        if below is None:
-            return
-        only.deeper = None
-        before = last_at(parent)
-        link(before, below)
-        if isinstance(before, Checkpoint):
-            self._set_superseded(before, True)
-
     def _fade(self, leaf: RadixNode) -> RadixNode:
         """Turn a leaf into a ghost, free its rows, pass its recency up, and return the parent."""
         kv, parent = leaf.kv, leaf.parent
@@ -388,9 +376,10 @@ class Residency:
         if self.listener is not None:
             self.listener.kv_removed(leaf)
         rows = kv.indices
+        num_rows = len(rows)
         self.pages.release(rows)
-        self.cached_tokens = cached_tokens = self.cached_tokens - len(rows)
-        self.stats.evicted_tokens += len(rows)
+        self.cached_tokens = cached_tokens = self.cached_tokens - num_rows
+        self.stats.evicted_tokens += num_rows
         above, living = parent.kv, None
         if above is not None:
             above.uses += kv.uses
@@ -527,7 +516,7 @@ class Residency:
         if self.owners is not None:
             for node in resident:
                 if node.kv is not None:
-                    self.owners.add(node.kv.indices)
+                    self.owners.new[id(node.kv.indices)] = node.kv.indices
         self._link_runs()
         for item in sorted(self.candidates(), key=lambda item: (item.last_used, item.serial)):
             self.policy.add(item)
@@ -727,22 +716,18 @@ def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> boo
     Under a shared budget this is ``wanted_bytes`` in all, else ``short_tokens`` beyond the free
     ones.
     """
-    budget = residency.pages.budget
-    if budget is None:
-        if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:
-            return True
-        protected = residency.locked_paths.protected()
-        return short_tokens <= residency.cached_tokens - protected.num_tokens
-    token_bytes, slot_bytes = residency.pages.unit_bytes, residency.slots.unit_bytes
-    short_bytes = wanted_bytes - budget.free_bytes
-    tokens = residency.cached_tokens - residency.locked_path_tokens
-    num_slots = residency.num_checkpoints - len(residency.locked)
-    if short_bytes <= tokens * token_bytes + num_slots * slot_bytes:
-        return True
-    protected = residency.locked_paths.protected()
-    tokens = residency.cached_tokens - protected.num_tokens
-    num_slots = residency.num_checkpoints - protected.num_checkpoints
-    return short_bytes <= tokens * token_bytes + num_slots * slot_bytes
+    pages, slots = residency.pages, residency.slots
+
+    def suffices(locked_tokens: int, locked_slots: int) -> bool:
+        num_tokens = residency.cached_tokens - locked_tokens
+        if pages.budget is None:
+            return short_tokens <= num_tokens
+        num_slots = residency.num_checkpoints - locked_slots
+        num_bytes = num_tokens * pages.unit_bytes + num_slots * slots.unit_bytes
+        return wanted_bytes - pages.budget.free_bytes <= num_bytes
+
+    is_certain = suffices(residency.locked_path_tokens, len(residency.locked))
+    return is_certain or suffices(*residency.locked_paths.protected())
 
 
 def check_cache(residency: Residency, step: int) -> None:

@@ -376,11 +376,11 @@ class ArenaSlots(SlotAllocator):
         if self.budget.free_bytes < self.unit_bytes or not self.capacity:
             return None
         arena = self._arena
-        if not arena.free_slabs:
+        if not arena._free_slabs:
             arena.find_slab()
         slot = arena._free_slabs.pop()
         self.states.add(slot)
-        self.budget.take(self.unit_bytes)
+        self.budget.free_bytes -= self.unit_bytes
         return slot
 
     def free(self, slot: int) -> None:
@@ -394,7 +394,7 @@ class ArenaSlots(SlotAllocator):
             raise ValueError(f"slot {slot} given back, which is not taken")
         assert self.budget is not None
         self.states.remove(slot)
-        self.budget.give_back(self.unit_bytes)
+        self.budget.free_bytes += self.unit_bytes
         self._arena._free_slabs.append(slot)
 
     def reserve(self, slots: Sequence[int]) -> None:
@@ -411,7 +411,7 @@ class ArenaSlots(SlotAllocator):
         assert self.budget is not None
         free[:] = [slab for slab in free if slab not in taken]
         self.states |= taken
-        self.budget.take(len(slots) * self.unit_bytes)
+        self.budget.free_bytes -= len(slots) * self.unit_bytes
 
     def free_slots(self) -> list[int]:
         """Return the slabs that are listed as free, unordered. O(slabs)."""

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 
 
 class ByteBudget:
-    """Counter of free bytes.
+    """Counter of free bytes, which the allocators that share it change.
 
     >>> budget = ByteBudget(100)
-    >>> budget.take(60)
+    >>> budget.free_bytes -= 60
     >>> budget.free_bytes
     40
-    >>> budget.give_back(60)
+    >>> budget.free_bytes += 60
     >>> budget.free_bytes
     100
     """
@@ -25,13 +25,6 @@ class ByteBudget:
             raise ValueError(f"total_bytes must be positive, got {total_bytes}")
         self.total_bytes = total_bytes
         self.free_bytes = total_bytes
-
-    def take(self, num_bytes: int) -> None:
-        """Subtract ``num_bytes``, which the caller has checked to be free."""
-        self.free_bytes -= num_bytes
-
-    def give_back(self, num_bytes: int) -> None:
-        self.free_bytes += num_bytes
 
 
 class BaseAllocator(ABC):

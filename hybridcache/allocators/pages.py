@@ -86,7 +86,7 @@ class PageAllocator(BaseAllocator):
         top = self._height
         pages = self._stack[top - num_pages : top]
         if self.budget is not None:
-            self.budget.take(num_pages * self.page_size * self.unit_bytes)
+            self.budget.free_bytes -= num_pages * self.page_size * self.unit_bytes
         self._height = top - num_pages
         if self.page_size == 1:
             return pages.copy()
@@ -115,11 +115,11 @@ class PageAllocator(BaseAllocator):
 
     def release(self, rows: Indices) -> None:
         """Free ``rows`` without checks, for rows that the cache itself kept. O(n)."""
+        if self.budget is not None:
+            self.budget.free_bytes += len(rows) * self.unit_bytes
         pages = rows
         if self.page_size > 1:
             pages = rows[:: self.page_size] // self.page_size
-        if self.budget is not None:
-            self.budget.give_back(len(rows) * self.unit_bytes)
         bottom = self._height
         self._height = top = bottom + len(pages)
         self._stack[bottom:top] = pages
@@ -140,7 +140,7 @@ class PageAllocator(BaseAllocator):
         self._stack[: len(kept)] = kept
         self._height = len(kept)
         if self.budget is not None:
-            self.budget.take(len(rows) * self.unit_bytes)
+            self.budget.free_bytes -= len(rows) * self.unit_bytes
 
     def free_rows(self) -> Indices:
         """Return all unused rows, unordered: int32[num_unused]. O(capacity)."""

@@ -36,7 +36,7 @@ class SlotAllocator(BaseAllocator):
         if self.budget is not None:
             if self.budget.free_bytes < self.unit_bytes:
                 return None
-            self.budget.take(self.unit_bytes)
+            self.budget.free_bytes -= self.unit_bytes
         return self._stack.pop()
 
     def free(self, slot: int) -> None:
@@ -54,7 +54,7 @@ class SlotAllocator(BaseAllocator):
         if len(self._stack) == self.capacity:
             raise ValueError(f"slot {slot} given back, but none is allocated")
         if self.budget is not None:
-            self.budget.give_back(self.unit_bytes)
+            self.budget.free_bytes += self.unit_bytes
         self._stack.append(slot)
 
     def reserve(self, slots: Sequence[int]) -> None:
@@ -68,7 +68,7 @@ class SlotAllocator(BaseAllocator):
             raise ValueError(f"{len(slots)} slots asked for that are not free")
         self._stack = [slot for slot in self._stack if slot not in taken]
         if self.budget is not None:
-            self.budget.take(len(slots) * self.unit_bytes)
+            self.budget.free_bytes -= len(slots) * self.unit_bytes
 
     def free_slots(self) -> list[int]:
         """Return all unused slots, unordered. O(capacity)."""

@@ -320,9 +320,9 @@ class Prefill(NamedTuple):
                 position, label = placed
             except (TypeError, ValueError):
                 raise _not_placed(placed) from None
-            floored = self.floor(position)
-            if floored is not None:
-                found.setdefault(floored, label)
+            floored = position - position % self.grid
+            if self.cached_len < floored <= self.prompt_len and floored not in found:
+                found[floored] = label
         return found
 
 

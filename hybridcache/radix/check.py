@@ -10,7 +10,6 @@ from hybridcache.radix.tree import (
     RadixTree,
     child_key,
     members,
-    only_child,
 )
 
 
@@ -64,7 +63,7 @@ def _check_run(node: RadixNode) -> None:
             assert before.deeper is below.checkpoint, f"{below.checkpoint} is not in its list"
             assert below.checkpoint.shallower is before, f"{below.checkpoint} is not linked upward"
             before = below.checkpoint
-        below = only_child(below.children)
+        below = None if isinstance(below.children, dict) else below.children
     assert before.deeper is None, f"{before.deeper} is listed on a run on which it does not stand"
 
 

@@ -73,11 +73,6 @@ class GhostList:
         del self._order[ghost]
         self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
 
-    def shrink(self, num_bytes: int) -> None:
-        """Subtract the first ``num_bytes`` of the edge of a ghost, which became a resident node
-        above it."""
-        self.num_bytes -= num_bytes
-
     def trim(self) -> None:
         """Remove the oldest ghosts until the others fit in ``limit_bytes``."""
         while self.num_bytes > self.limit_bytes:

@@ -37,16 +37,12 @@ class GatherCache:
 
     def __init__(self) -> None:
         self.rows: OrderedDict[Segment, Indices] = OrderedDict()
+        """Rows from the root to the end of each segment."""
         self.num_rows = 0
         """Weight of all results, in rows."""
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def get(self, segment: Segment) -> Indices | None:
-        """Return the rows from the root to the end of ``segment`` if they are cached, else None.
-        O(1)."""
-        return self.rows.get(segment)
 
     def join(self, segment: Segment, limit_rows: int) -> Indices:
         """Concatenate the rows from the root to the end of ``segment``, and keep the result.
@@ -115,7 +111,7 @@ class GatherCache:
 class RowIndex:
     """Row buffers of one tree. A ``RowHolder``, which owns the cached rows."""
 
-    __slots__ = ("_free_numbers", "_gathered", "_new", "_numbered", "_numbers")
+    __slots__ = ("_free_numbers", "_gathered", "_numbered", "_numbers", "new")
 
     def __init__(self, num_rows: int, gathered: GatherCache) -> None:
         """``gathered``: cached results, which are dropped when rows move."""
@@ -126,21 +122,17 @@ class RowIndex:
         self._numbered: list[Indices | None] = []
         """Living part of each buffer, by number."""
         self._free_numbers: list[int] = []
-        self._new: dict[int, Indices] = {}
-        """Buffers without a number yet, by identity."""
-
-    def add(self, rows: Indices) -> None:
-        """Add a buffer, all of it alive. O(1)."""
-        self._new[id(rows)] = rows
+        self.new: dict[int, Indices] = {}
+        """Buffers without a number yet, by identity. Callers add each new buffer here."""
 
     def shrink(self, gone: Indices, living: Indices | None) -> None:
         """Remove ``gone``, the last rows of a buffer. O(1).
 
         ``living`` is the remaining part, possibly in a new array, or None if nothing remains.
         """
-        if self._new.pop(id(_buffer(gone)), None) is not None:
+        if self.new.pop(id(gone if gone.base is None else gone.base), None) is not None:
             if living is not None:
-                self._new[id(_buffer(living))] = living
+                self.new[id(_buffer(living))] = living
             return
         number = self._numbers.item(gone.item(0))
         self._numbered[number] = living
@@ -156,20 +148,28 @@ class RowIndex:
         self._number_new()
         numbers = self._numbers.take(move.src)
         self._numbers[move.dst.astype(np.intp)] = numbers
-        num_owned = 0
-        for number in np.flatnonzero(np.bincount(numbers)).tolist():
+        found = [
             # A row that left the tree keeps its old number, which may be unused or reused by now.
             # Only the rows in the buffer count.
-            rows = self._numbered[number] if number < len(self._numbered) else None
-            if rows is not None:
-                num_owned += len(move.rename(rows))
+            rows
+            for number in np.flatnonzero(np.bincount(numbers)).tolist()
+            if number < len(self._numbered) and (rows := self._numbered[number]) is not None
+        ]
+        if not found:
+            return 0
+        renamed, start = np.concatenate(found), 0
+        num_owned = len(move.rename(renamed))
+        for rows in found:
+            end = start + len(rows)
+            rows[:] = renamed[start:end]
+            start = end
         return num_owned
 
     def _number_new(self) -> None:
-        if not self._new:
+        if not self.new:
             return
-        buffers = list(self._new.values())
-        self._new.clear()
+        buffers = list(self.new.values())
+        self.new.clear()
         numbers = []
         for rows in buffers:
             if self._free_numbers:
@@ -195,7 +195,7 @@ class RowIndex:
         for rows in segments:
             base = _buffer(rows)
             lengths[id(base)] = lengths.get(id(base), 0) + len(rows)
-        known = {id(_buffer(rows)): len(rows) for rows in (*numbered, *self._new.values())}
+        known = {id(_buffer(rows)): len(rows) for rows in (*numbered, *self.new.values())}
         assert known == lengths, "the buffers known are not those of the tree"
         for number, living in enumerate(self._numbered):
             if living is not None:

@@ -300,8 +300,13 @@ class Checkpoint:
     @property
     def span(self) -> int:
         """Number of tokens back to the nearest checkpoint above. Costs as ``above``."""
-        above = self.above
-        return self.node.end - (0 if above is None else above.node.end)
+        node, before = self.node, self.shallower
+        if isinstance(before, Checkpoint):
+            return node.end - before.node.end
+        above = (node if before is None else before).parent
+        while above is not None and above.checkpoint is None:
+            above = above.parent
+        return node.end if above is None else node.end - above.end
 
     @property
     def size_bytes(self) -> int:
@@ -309,8 +314,8 @@ class Checkpoint:
 
         O(nodes in the tail).
         """
-        size = self.item_bytes.state
-        return size if self.node.children else size + tail_bytes(self.node, self.item_bytes)
+        state, node = self.item_bytes.state, self.node
+        return state + tail_bytes(node, self.item_bytes) if node.children is None else state
 
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
@@ -345,13 +350,12 @@ def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
     These are its own rows and those of the stateless, unlocked, unforked nodes above, which nothing
     could be resumed from any more. O(nodes in the tail).
     """
-    top, has_states = node, bool(item_bytes.state)
+    top, (kv_token, state) = node, item_bytes
     while top.kv is not None and (above := top.parent) is not None:
         top = above
-        kept = top.checkpoint is not None or top.locks or isinstance(top.children, dict)
-        if kept or not has_states:
+        if top.checkpoint is not None or top.locks or not state or isinstance(top.children, dict):
             break
-    return (node.end - top.end) * item_bytes.kv_token
+    return (node.end - top.end) * kv_token
 
 
 def with_child(family: Family, child: RadixNode) -> Family:
@@ -365,7 +369,7 @@ def with_child(family: Family, child: RadixNode) -> Family:
 
 
 def without_child(family: Family, child: RadixNode) -> Family:
-    """Return ``family`` with ``child`` removed. O(1)."""
+    """Return ``family`` with ``child``, one of its members, removed. O(1)."""
     if not isinstance(family, dict):
         return None
     del family[child.key]
@@ -373,11 +377,6 @@ def without_child(family: Family, child: RadixNode) -> Family:
         return family
     (only,) = family.values()
     return only
-
-
-def only_child(family: Family) -> RadixNode | None:
-    """Return the only child, or None if there is none or more than one. O(1)."""
-    return None if isinstance(family, dict) else family
 
 
 def members(family: Family) -> Collection[RadixNode]:
@@ -637,7 +636,8 @@ class RadixTree:
         edge = tokens.tobytes()
         key = tokens.item(0) if self.page_size == 1 else child_key(edge, self.page_size)
         child = RadixNode(parent, key, edge, parent.end + len(tokens))
-        parent.children = with_child(parent.children, child)
+        family = parent.children
+        parent.children = child if family is None else with_child(family, child)
         self.num_nodes += 1
         return child
 
@@ -674,21 +674,24 @@ class RadixTree:
         """Turn a ghost into a resident child. The caller must give it a segment. O(1)."""
         parent = ghost.parent
         assert parent is not None
-        parent.ghosts = without_child(parent.ghosts, ghost)
-        parent.children = with_child(parent.children, ghost)
+        ghosts, family = parent.ghosts, parent.children
+        parent.ghosts = None if ghosts is ghost else without_child(ghosts, ghost)
+        parent.children = ghost if family is None else with_child(family, ghost)
 
     def fade(self, leaf: RadixNode) -> None:
         """Turn a resident node without resident children into a ghost. O(1)."""
         parent = leaf.parent
         assert parent is not None and leaf.children is None
-        parent.children = without_child(parent.children, leaf)
-        parent.ghosts = with_child(parent.ghosts, leaf)
+        family, ghosts = parent.children, parent.ghosts
+        parent.children = None if family is leaf else without_child(family, leaf)
+        parent.ghosts = leaf if ghosts is None else with_child(ghosts, leaf)
 
     def forget(self, ghost: RadixNode) -> None:
         """Remove a ghost without children. O(1)."""
         parent = ghost.parent
         assert parent is not None and ghost.ghosts is None
-        parent.ghosts = without_child(parent.ghosts, ghost)
+        ghosts = parent.ghosts
+        parent.ghosts = None if ghosts is ghost else without_child(ghosts, ghost)
         self.num_nodes -= 1
 
     def prune_root(self, namespace: Hashable) -> None:

@@ -19,7 +19,7 @@ def segment() -> Any:
 
 
 def are_cached(gathers: GatherCache, *segments: Any) -> list[bool]:
-    return [gathers.get(segment) is not None for segment in segments]
+    return [segment in gathers.rows for segment in segments]
 
 
 def test_the_oldest_results_are_dropped_until_the_rest_fits() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridcache.allocators.base import ByteBudget
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
@@ -242,9 +241,11 @@ def a_freed_slot_is_lost(patch: Patch) -> None:
 
 @FAULTS.detected_by(machine(AllocatorMachine))
 def freed_bytes_are_not_returned_to_the_budget(patch: Patch) -> None:
-    @patch(ByteBudget, "give_back")
-    def give_back(original: Any, self: Any, num_bytes: int) -> None:
-        original(self, num_bytes - 1)
+    @patch(PageAllocator, "release")
+    def release(original: Any, self: Any, rows: Any) -> None:
+        original(self, rows)
+        if self.budget is not None:
+            self.budget.free_bytes -= 1
 
 
 @FAULTS.detected_by(machine(ArenaMachine))

@@ -325,7 +325,7 @@ class LeaseTarget:
             answer_survives=request.answer_survives,
             own_slot=self._own_slot,
         )
-        before = self._fetched_bytes()
+        before = {} if self.exchange is None else self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
         if lease is None:
             return None

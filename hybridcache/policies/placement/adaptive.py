@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill, base_label
 
 STRIDE = 4
@@ -180,12 +182,15 @@ class Adaptive(PlacementPolicy):
             self._account("branch")
         if prefill.boundaries and prefill.boundaries[-1] > prefill.cached_len:
             self._account("boundary")
-        for _, label in back_offs:
-            self._offer(label)
+        labels = [label for _, label in back_offs]
         if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
-            self._offer(REJOIN)
+            labels.append(REJOIN)
         if prefill.answer_survives:
-            self._offer("decode")
+            labels.append("decode")
+        bars = self._bars()
+        for label in labels:
+            account = self._account(label)
+            account.offer(_pays(account, bars))
         planned, self._saves_answer = self._choose(prefill, back_offs)
         self._latest = prefill, planned
 
@@ -210,10 +215,11 @@ class Adaptive(PlacementPolicy):
         answer."""
         cached_len, free_slots = prefill.cached_len, prefill.free_slots
         wanted: list[Placed] = []
+        bars = self._bars()
         if prefill.seen_len > cached_len:
             if prefill.forks:
                 wanted.append(Placed(prefill.seen_len, "branch"))
-            elif self._wants(REJOIN, None):
+            elif self._wants(REJOIN, None, bars):
                 wanted.append(Placed(prefill.seen_len, REJOIN))
         for boundary in reversed(prefill.boundaries):
             if boundary > cached_len:
@@ -221,9 +227,9 @@ class Adaptive(PlacementPolicy):
         end = self._end(prefill)
         for placed in back_offs:
             free = None if free_slots is None else free_slots // 2 - len(wanted)
-            if placed.label == end or self._wants(placed.label, free):
+            if placed.label == end or self._wants(placed.label, free, bars):
                 wanted.append(placed)
-        saves_answer = end == "decode" or self._wants("decode", None)
+        saves_answer = end == "decode" or self._wants("decode", None, bars)
         if free_slots is None:
             return wanted, saves_answer
         room = max((free_slots + prefill.num_checkpoints) // 2, 1)
@@ -268,10 +274,6 @@ class Adaptive(PlacementPolicy):
         copy = COPY * self._mean_prompt * account.placed
         return not account.hope_tokens and MARGIN * account.used > account.earned + copy
 
-    def _offer(self, label: str) -> None:
-        account = self._account(label)
-        account.offer(self._pays(account))
-
     def _account(self, label: str) -> _Account:
         account = self._accounts.get(label)
         if account is None:
@@ -280,7 +282,7 @@ class Adaptive(PlacementPolicy):
             self._accounts[label] = account
         return account
 
-    def _wants(self, label: str, free_slots: int | None) -> bool:
+    def _wants(self, label: str, free_slots: int | None, bars: tuple[float, float]) -> bool:
         """Return whether a checkpoint of ``label`` is worth saving.
 
         ``free_slots`` is the free memory left for labels without earnings, or None for no limit.
@@ -293,16 +295,19 @@ class Adaptive(PlacementPolicy):
         is_unproven = account.hope_tokens > 0 and label not in TIPS
         if is_unproven and free_slots is not None and free_slots <= 0:
             return False
-        return self._pays(account)
+        return _pays(account, bars)
 
-    def _pays(self, account: _Account) -> bool:
-        copy = COPY * self._mean_prompt
-        if account.earned > (MARGIN * self.price_tokens + copy) * account.placed:
-            return True
-        forks = self._accounts.get("branch")
-        if forks is None or forks.placed < FEW:
-            return False
-        return account.used_tokens > forks.used_tokens + copy
+    def _bars(self) -> tuple[float, float]:
+        """Return the earnings, and the tokens from real hits, per checkpoint above which a label
+        pays."""
+        copy, forks = COPY * self._mean_prompt, self._accounts.get("branch")
+        used = inf if forks is None or forks.placed < FEW else forks.used_tokens + copy
+        return MARGIN * self.price_tokens + copy, used
+
+
+def _pays(account: _Account, bars: tuple[float, float]) -> bool:
+    earned_bar, used_bar = bars
+    return account.earned > earned_bar * account.placed or account.used_tokens > used_bar
 
 
 def _hope(label: str) -> float:

@@ -79,6 +79,10 @@ class End(PlacementPolicy):
         return 1
 
 
+STATELESS = (Branch, Boundary, Backoff, Prompt, Every, End)
+"""Rules that ignore all notifications."""
+
+
 class Placement(PlacementPolicy):
     """Combination of several placement rules, by descending priority. No rules save nothing.
 
@@ -89,6 +93,7 @@ class Placement(PlacementPolicy):
     def __init__(self, rules: tuple[PlacementPolicy, ...], cap: int | None = None) -> None:
         self.rules = rules
         self.cap = cap
+        self._learning = [rule for rule in rules if type(rule) not in STATELESS]
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         placed: list[Placed] = []
@@ -115,23 +120,23 @@ class Placement(PlacementPolicy):
         return shortest
 
     def on_prefill(self, prefill: Prefill) -> None:
-        for rule in self.rules:
+        for rule in self._learning:
             rule.on_prefill(prefill)
 
     def on_hit(self, item: Item) -> None:
-        for rule in self.rules:
+        for rule in self._learning:
             rule.on_hit(item)
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        for rule in self.rules:
+        for rule in self._learning:
             rule.on_ghost_hit(item, num_tokens)
 
     def on_saved(self, position: int, label: str) -> None:
-        for rule in self.rules:
+        for rule in self._learning:
             rule.on_saved(position, label)
 
     def on_dropped(self, position: int, label: str) -> None:
-        for rule in self.rules:
+        for rule in self._learning:
             rule.on_dropped(position, label)
 
 
