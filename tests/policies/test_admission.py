@@ -162,7 +162,7 @@ def congest(policy: AdmissionPolicy, load: FakeLoad, lost: int = 100_000) -> Non
     policy.left(request, load)
 
 
-def test_without_losses_no_request_waits_and_fewest_uncached_tokens_go_first() -> None:
+def test_without_losses_requests_are_admitted_oldest_first() -> None:
     policy, load = make_admission("sessions"), FakeLoad()
     requests = waiting([0, 900, 500, 1000])
     for request in requests[::2]:
@@ -170,7 +170,7 @@ def test_without_losses_no_request_waits_and_fewest_uncached_tokens_go_first() -
     for _ in range(200):
         load.now_s += 0.5
         policy.computed(4000, 0.5, load)
-        assert arrivals(policy.order(requests, load)) == [3, 1, 2, 0]
+        assert arrivals(policy.order(requests, load)) == [0, 1, 2, 3]
         policy.admitted(FakeRequest(9, session(9), 8000, cached_len=8000), load)
 
 
@@ -183,7 +183,7 @@ def test_lost_work_counts_only_while_the_server_is_busy() -> None:
             lost = FakeRequest(number, session(number, known_len=8000), 8000)
             policy.admitted(lost, load)
         requests = waiting([0, 1000])
-        assert arrivals(policy.order(requests, load)) == ([1] if withholds else [1, 0])
+        assert arrivals(policy.order(requests, load)) == ([1] if withholds else [0, 1])
 
 
 def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
@@ -204,8 +204,8 @@ def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
     assert arrivals(policy.order(requests, load)) == [1, 3], "two prefills entered at the same time"
     entering.is_prefilling = False
     load.now_s += 1000 / FLOOR
-    assert arrivals(policy.order(requests, load)) == [1, 3, 0], (
-        "the debt is repaid, but a request is withheld or the order is not that of uncached tokens"
+    assert arrivals(policy.order(requests, load)) == [0, 1, 3], (
+        "the debt is repaid, but the order is not oldest first"
     )
 
 

@@ -13,7 +13,6 @@ from hybridcache.policies.admission.base import (
     Session,
     WaitingRequest,
 )
-from hybridcache.policies.admission.simple import CachedFirst
 
 CREDIT_S = 5.0
 """Seconds of repeated work that are tolerated: about one cold prompt of 40,000 tokens. A server
@@ -44,7 +43,7 @@ FORGETTING = 0.999
 """Weight of an old step, relative to the next newer one, in the average time of one token."""
 
 
-OPEN = "little was lost: fewest uncached tokens first"
+OPEN = "little was lost: oldest first"
 ENTERING = "one session enters at a time"
 LOST = "lost text is being repaid"
 TURN = "the oldest session has waited long enough"
@@ -58,7 +57,7 @@ class SessionGate(AdmissionPolicy):
     It is repaid at the share of time that the load would leave if nothing were cached, and at
     ``FLOOR`` at least.
 
-    - Debt below ``-CREDIT_S``, or no request enters: all are admitted as by ``CachedFirst``.
+    - Debt below ``-CREDIT_S``: requests are admitted oldest first.
     - Debt above it: resident sessions go first. Entering requests are admitted one prefill at a
       time, the oldest session first.
     - Positive debt: requests enter only if no resident session has an open request and they fit
@@ -87,7 +86,6 @@ class SessionGate(AdmissionPolicy):
         busy_from: float = BUSY_FROM,
         busy_to: float = BUSY_TO,
     ) -> None:
-        self._cached_first = CachedFirst()
         self._credit_s, self._floor = credit_s, floor
         self._busy_from, self._busy_to = busy_from, busy_to
         self._debt_s, self._debt_at_s = -credit_s, 0.0
@@ -164,13 +162,13 @@ class SessionGate(AdmissionPolicy):
         if debt_s <= -self._credit_s:
             self._num_turns = 0
             self._reason = OPEN
-            return self._cached_first.order(waiting, load)
+            return waiting
         resident: list[WaitingRequest] = []
         entering: list[WaitingRequest] = []
         for request in waiting:
             (entering if self._enters(request, load) else resident).append(request)
         if not entering:
-            return self._cached_first.order(waiting, load)
+            return waiting
         self._num_withheld = len(entering)
         running = [request for request in self._entered.values() if request.is_running]
         if any(request.is_prefilling for request in running):
