@@ -642,3 +642,27 @@ def test_both_commands_print_their_version(capsys: pytest.CaptureFixture[str]) -
         laboratory(["--version"])
     assert stop.value.code == 0
     assert re.fullmatch(r"hybridcache \S+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_waiting_threads_sleep_early_unless_the_user_chose(
+    chosen: dict[str, str], expected: str
+) -> None:
+    """The setting has an effect only before torch is imported."""
+    code = (
+        "import os, sys\n"
+        "from engine.command import cli\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.argv = ['engine', '--version']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | chosen, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == expected
