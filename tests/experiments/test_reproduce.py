@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from experiments import provenance, reproduce
-from experiments.studies import tiers
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -153,39 +152,6 @@ def test_parts_exist_and_take_at_most_six_hours() -> None:
 def test_results_page_is_up_to_date() -> None:
     """Update it by ``python -m experiments.reproduce --page``."""
     assert reproduce.PAGE.read_text(encoding="utf-8") == reproduce.page()
-
-
-def test_readme_figures_match_the_results() -> None:
-    speed = reproduce.records_of("bench_simulate_default.jsonl")
-    chat = next(record for record in speed if (record["trace"], record["gib"]) == ("chat", 6))
-    sessions = re.search(
-        r"\| agents \| 0\.2 \| 10 \| ([\d.]+) \[.*?\| ([\d.]+) \[", reproduce.admission_table()
-    )
-    assert sessions
-    saved = tiers.by_cell(reproduce.records_of("study_tiers.jsonl"))
-    shares = tiers.shares(saved, "regret", "host 16", "device 20")
-    requests = [
-        record
-        for record in reproduce.records_of("bench_tree.jsonl")
-        if record["measure"] == "request"
-    ]
-    llama = {
-        (record["measure"], record["size"], record["dtype"]): record["ratio"]
-        for record in reproduce.records_of("bench_llama.jsonl")
-    }
-    prefill = llama["prefill beside llama.cpp", "530m", "bfloat16"]
-    one_stream = llama["one stream beside llama.cpp", "530m", "bfloat16"]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for figures in (
-        f"default policies {100 * chat['default_token_hit_rate']:.1f} %, "
-        f"LRU with fixed checkpoint rules {100 * chat['lru_token_hit_rate']:.1f} %",
-        f"hit rate {sessions[2]} % with `sessions` admission, {sessions[1]} % oldest first",
-        f"{len(shares)} traces | {100 * sum(shares) / len(shares):.1f} % of the prefill time",
-        f"median {requests[0]['request_us_median']:.0f} µs, "
-        f"{requests[0]['request_us_median_spread'][0]:.0f} in the quietest of three runs",
-        f"{prefill:.1f}x prefill, {one_stream:.1f}x one stream",
-    ):
-        assert figures in readme
 
 
 def test_each_committed_result_is_published() -> None:

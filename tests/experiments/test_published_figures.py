@@ -1,0 +1,296 @@
+"""Figures that README and the pages quote from result files.
+
+``quotes`` computes every quoted sentence. If results change, the test prints the new sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+from experiments import provenance
+from experiments.studies import tiers
+from tests.documents import ROOT
+
+Record = dict[str, Any]
+
+
+@cache
+def result(name: str) -> list[Record]:
+    """Return the records of a result file."""
+    return provenance.read_json_lines(provenance.RESULTS / f"{name}.jsonl")[1]
+
+
+def one(name: str, **fields: object) -> Record:
+    """Return the only record of a result file with these values."""
+    [found] = (each for each in result(name) if fields.items() <= each.items())
+    return found
+
+
+def extent(values: Iterable[float]) -> tuple[float, float]:
+    """Return the smallest and the largest value."""
+    listed = list(values)
+    return min(listed), max(listed)
+
+
+# --- Sources --------------------------------------------------------------------------------------
+
+TAU, CLAUDE = "airline agents (tau-bench)", "Claude Code"
+
+
+@cache
+def closed_loop() -> dict[tuple[str, float, str], Record]:
+    """Return the mean over seeds of each figure, by workload, rate and policy."""
+    runs: dict[tuple[str, float, str], list[Record]] = {}
+    for run in result("admission"):
+        run["hit"] = 100 * run["cached_tokens"] / run["prompt_tokens"]
+        runs.setdefault((run["trace"], run["rate"], run["admission"]), []).append(run)
+    fields = ("hit", "makespan_s", "ttft_mean_s", "goodput")
+    return {
+        key: {name: fmean(run[name] for run in of) for name in fields} for key, of in runs.items()
+    }
+
+
+def hit(rate: float, policy: str) -> float:
+    return closed_loop()["agents", rate, policy]["hit"]
+
+
+def makespan(policy: str) -> float:
+    """Return the makespan of agents at 0.2 sessions/s, relative to the best fixed number."""
+    seconds = {
+        name: run["makespan_s"]
+        for (trace, rate, name), run in closed_loop().items()
+        if (trace, rate) == ("agents", 0.2)
+    }
+    return seconds[policy] / min(s for name, s in seconds.items() if name.startswith("live:"))
+
+
+def hits(trace: str, policy: str) -> tuple[float, float]:
+    return extent(
+        run["hit"] for (name, _, of), run in closed_loop().items() if (name, of) == (trace, policy)
+    )
+
+
+def ratios(field: str, *traces: str) -> tuple[float, float]:
+    """Return the extent of ``sessions`` relative to ``oldest``, over all rates of the traces."""
+    runs = closed_loop()
+    return extent(
+        run[field] / runs[trace, rate, "oldest"][field]
+        for (trace, rate, policy), run in runs.items()
+        if policy == "sessions" and trace in traces
+    )
+
+
+def stop_reasons(trace: str) -> dict[tuple[str, float], float]:
+    """Return the mean gain of stop reasons in points, by trace and size."""
+    gains: dict[tuple[str, float], list[float]] = {}
+    for run in result("study_stop_reasons"):
+        if trace in run["trace"]:
+            gain = 100 * (run["with_stop_reasons"] - run["without_stop_reasons"])
+            gains.setdefault((run["trace"], run["gib"]), []).append(gain)
+    return {cell: fmean(of) for cell, of in gains.items()}
+
+
+def grid_gains(*traces: str) -> list[float]:
+    """Return the gains of grid 16 over 64 with the default policies, in points."""
+    rates = {
+        (run["trace"], run["gib"], run["grid"]): 100 * run["token_hit_rate"]
+        for run in result("study_grid")
+        if run["policy"] != "lru"
+    }
+    return [
+        rate - rates[trace, gib, 64]
+        for (trace, gib, grid), rate in rates.items()
+        if grid == 16 and trace in traces
+    ]
+
+
+def drafts(workload: str, draft: str, streams: int = 1) -> float:
+    return one("speculation", workload=workload, draft=draft, streams=streams)["ratio"]
+
+
+def llama(measure: str, dtype: str) -> float:
+    return one("bench_llama", measure=measure, size="530m", dtype=dtype)["ratio"]
+
+
+def tier_share(cell: str) -> tuple[int, float]:
+    """Return the number of traces, and the mean share of the savings of 20 GiB on the device."""
+    shares = tiers.shares(tiers.by_cell(result("study_tiers")), "regret", cell, "device 20")
+    return len(shares), 100 * fmean(shares)
+
+
+def rust(cache: str, eviction: str, placement: str) -> list[Record]:
+    """Return the runs of one of SGLang's rows, by concurrent conversations."""
+    return [
+        one("bench_sglang", cache=cache, eviction=eviction, placement=placement, live=live)
+        for live in (64, 128, 256)
+    ]
+
+
+def sglang_hits(*row: str) -> list[float]:
+    return [100 * run["token_hit_rate"] for run in rust(*row)]
+
+
+def sglang_times(eviction: str) -> list[float]:
+    """Return median and quiet mean relative to the Rust core, by concurrent conversations."""
+    ours, theirs = rust("hybridcache", eviction, "end"), rust("rust", "lru", "end")
+    return [
+        run[field] / other[field]
+        for run, other in zip(ours, theirs, strict=True)
+        for field in ("request_us_median", "request_us_quiet_mean")
+    ]
+
+
+def narrow(family: str) -> str:
+    """Return the row of a family's checkpoints in fewer bits, without its name."""
+    runs = {
+        run["checkpoint_dtype"]: run
+        for run in result("study_checkpoint_families")
+        if run["family"] == family
+    }
+    size = runs["int8:column"]["state_bytes"] / runs["auto"]["state_bytes"]
+    formats = ("bfloat16", "int8:column", "int8:row", "int8:head", "fp8:column")
+    cells = [f"{runs[name]['kl_mean']:.1e}".replace("e-0", "e-") for name in formats]
+    changed = ", ".join(
+        str(runs[name]["answers_changed"]) for name in formats[1:] if name != "int8:row"
+    )
+    return (
+        f" | {size:.0%} | {' | '.join(cells)} | {changed} of {runs['auto']['answers']} |".replace(
+            "%", " %"
+        )
+    )
+
+
+def row(cells: Iterable[float], form: str) -> str:
+    return " | ".join(format(cell, form) for cell in cells) + " |"
+
+
+# --- Sentences ------------------------------------------------------------------------------------
+
+
+def quotes() -> dict[str, list[str]]:
+    """Return the sentences with figures of each page."""
+    speed = one("bench_simulate_default", trace="chat", gib=6)
+    tree, host_memory = (
+        one("bench_tree", measure="request"),
+        one("bench_tree", measure="host memory"),
+    )
+    arena = [run["points"] for run in result("study_arena")]
+    moved = max(run["kv_moved_per_kv_written"] for run in result("study_arena"))
+    claude, tau = stop_reasons("claude"), stop_reasons("taubench")
+    least = [
+        gain
+        for (name, gib), gain in claude.items()
+        if gib == min(size for of, size in claude if of == name)
+    ]
+    times = {name: sglang_times(name) for name in ("lru", "regret")}
+    medians = [run["request_us_median"] for run in rust("rust", "lru", "end")]
+    at_once = [
+        max(drafts(workload, draft, 8) for draft in ("tree", "mtp", "tree,mtp"))
+        for workload in ("agent", "edit", "chat", "few_shot", "fresh", "noise")
+    ]
+    ordering = {
+        run["admission"]: max(run["same_ms"], run["changed_ms"]) for run in result("ordering")
+    }
+    settings = provenance.read_json_lines(provenance.RESULTS / "speculation.jsonl")[0]["settings"]
+    threads = settings["threads"]
+    return {
+        "README.md": [
+            f"default policies {100 * speed['default_token_hit_rate']:.1f} %, LRU with fixed checkpoint rules {100 * speed['lru_token_hit_rate']:.1f} %",
+            f"hit rate {hit(0.2, 'sessions'):.1f} % with `sessions` admission, {hit(0.2, 'oldest'):.1f} % oldest first",
+            "{} traces | {:.1f} % of the prefill time".format(*tier_share("host 16")),
+            f"median {tree['request_us_median']:.0f} µs, {tree['request_us_median_spread'][0]:.0f} in the quietest of three runs",
+            f"{llama('prefill beside llama.cpp', 'bfloat16'):.1f}x prefill, {llama('one stream beside llama.cpp', 'bfloat16'):.1f}x one stream",
+        ],
+        "docs/concepts/admission.md": [
+            f"reuse {hit(0.1, 'oldest'):.0f} % of their prompt tokens at 0.1 sessions per second, and {hit(0.2, 'oldest'):.0f} % at 0.2",
+            f"`oldest` reuses {hit(0.2, 'oldest'):.0f} % of the prompt tokens and takes {makespan('oldest'):.1f} times as long as the best fixed number",
+            f"`sessions` reuses {hit(0.2, 'sessions'):.0f} % and takes {makespan('sessions'):.2f} times as long",
+            "`sessions` takes {:.2f} to {:.2f} times as long as `oldest`".format(
+                *ratios("makespan_s", TAU, CLAUDE)
+            ),
+            "reuses {:.0f} to {:.0f} % of tau-bench's prompt tokens, with bytes as tokens (`oldest` {:.0f} to {:.0f} %)".format(
+                *hits(TAU, "sessions"), *hits(TAU, "oldest")
+            ),
+            "time to first token is {:.1f} to {:.1f} times that of `oldest`".format(
+                *ratios("ttft_mean_s", TAU, CLAUDE)
+            ),
+            "is {:.1f} to {:.1f} times that of `oldest` on tau-bench, and {:.1f} to {:.1f} times on Claude Code".format(
+                *ratios("goodput", TAU), *ratios("goodput", CLAUDE)
+            ),
+        ],
+        "docs/concepts/arena.md": [
+            f"loses at most {-min(arena):.1f} points of token hit rate, and {abs(fmean(arena)):.1f} on average",
+            f"moves at most {100 * moved:.0f} % as much KV as it writes",
+        ],
+        "docs/architecture.md": [
+            f"costs at most {-min(arena):.1f} points",
+            f"| node | {host_memory['bytes_per_node'] / 1000:.1f} KB; {host_memory['bytes_per_node_of_a_pair_cut_by_a_split'] / 1000:.1f} KB after a split |",
+        ],
+        "docs/concepts/eviction.md": [
+            f"they add {least[0]:.1f} and {least[1]:.1f} points of hit rate in the two cells with the least memory, and cost at most {-min(claude.values()):.1f} points elsewhere",
+            f"within noise at two sizes and {min(tau.values()):.1f} points at the third",
+        ],
+        "docs/concepts/placement.md": [
+            "gains {:.0f} to {:.0f} points of hit rate on short prompts that branch early".format(
+                *extent(grid_gains("tree-of-thoughts"))
+            ),
+            f"up to {max(grid_gains('chat', 'branch', 'few-shot')):.0f} points on long prompts",
+            f"loses at most {-min(grid_gains('chat', 'branch', 'few-shot', 'short')):.1f} points",
+        ],
+        "docs/how-to/drafts.md": [
+            f"built-in model on {threads} threads",
+            f"| agent loops | {drafts('agent', 'tree'):.1f} times the tokens per second with `tree:8` |",
+            f"| fresh code | {drafts('fresh', 'tree'):.1f} times with `tree:8` |",
+            f"| repairs of code | {drafts('edit', 'tree'):.1f} times with `tree:8` |",
+            f"| chat | {drafts('chat', 'tree'):.1f} times with `tree:8` |",
+            f"| word problems | {drafts('few_shot', 'mtp'):.1f} times with `mtp:3`; {100 - 100 * drafts('few_shot', 'tree'):.0f} % slower with `tree:8` |",
+            "{:.2f} to {:.2f} times with the best drafter".format(*extent(at_once)),
+        ],
+        "docs/how-to/eight-bit.md": [
+            f"int8 took {llama('prefill, int8 beside bfloat16', 'int8'):.1f} times the prefill speed and {llama('one stream, int8 beside bfloat16', 'int8'):.1f} times the decoding speed of bfloat16",
+        ],
+        "docs/how-to/tiers.md": [
+            f"host memory saved {tier_share('host 16')[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share('device 4')[1]:.1f} %",
+        ],
+        "docs/how-to/sglang.md": [
+            f"a state at the end of each answer | {row(sglang_hits('rust', 'lru', 'end'), '.1f')}",
+            f"hybridcache, `lru` | {row(sglang_hits('hybridcache', 'lru', 'end'), '.1f')}",
+            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'regret', 'end'), '.1f')}",
+            f"states where `extra_buffer` has them | {row(sglang_hits('rust', 'lru', 'extra_buffer'), '.1f')}",
+            f"hybridcache, `lru` | {row(sglang_hits('hybridcache', 'lru', 'extra_buffer'), '.1f')}",
+            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'regret', 'extra_buffer'), '.1f')}",
+            "`lru`: median, mean of the quietest runs | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x |".format(
+                *times["lru"]
+            ),
+            "`survival` | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x |".format(
+                *times["regret"]
+            ),
+            "{:.0f} to {:.0f} microseconds".format(*extent(medians)),
+        ],
+        "docs/engine/steps.md": [
+            *(f"{name}{narrow(family)}" for name, family in FAMILIES.items()),
+            f"at most {max(ordering.values()):.2f} ms of processor time per step, and with the default policy {ordering['sessions, in debt']:.2f} ms",
+        ],
+    }
+
+
+FAMILIES = {
+    "Gated DeltaNet (Qwen3-Next, Qwen3.5)": "qwen3_5_text",
+    "Gated DeltaNet, steps to 2 (Olmo Hybrid)": "olmo_hybrid",
+    "Kimi Delta Attention": "kimi_linear",
+    "Mamba-2 (Falcon-H1)": "falcon_h1",
+    "Mamba-2 (Granite 4)": "granitemoehybrid",
+    "Mamba-2 (Nemotron-H)": "nemotron_h",
+    "Mamba-1 (Jamba)": "jamba",
+}
+
+
+def test_pages_quote_the_figures_of_the_results() -> None:
+    wrong = []
+    for page, sentences in quotes().items():
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        wrong += [f"{page}: {sentence}" for sentence in sentences if sentence not in text]
+    assert not wrong, "these sentences must stand on their pages:\n" + "\n".join(wrong)
