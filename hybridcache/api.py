@@ -598,6 +598,9 @@ class PrefixCache(Protocol):
 
         ``after`` is a locked node with a prefix of ``tokens`` as its path, as in ``insert``. O(n
         minus the position of that node).
+
+        Raises:
+            ValueError: ``tokens`` is not int32[n].
         """
         ...
 
@@ -756,7 +759,11 @@ class PrefixCache(Protocol):
         ...
 
     def free_kv(self, kv_indices: Indices) -> None:
-        """Return held rows: rows from ``allocate_kv`` that were never published. O(rows)."""
+        """Return held rows: rows from ``allocate_kv`` that were never published. O(rows).
+
+        Raises:
+            ValueError: ``kv_indices`` is not int32[n], or has other rows than whole held pages.
+        """
         ...
 
     def free_slot(self, slot: int) -> None:

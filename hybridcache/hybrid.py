@@ -218,6 +218,8 @@ class HybridRadixCache:
         >>> cache.continuation(np.arange(4, dtype=np.int32), 3).tolist()
         [4, 5, 6]
         """
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
         node = own(after) if after is not None else self._tree.find_root(namespace)
         while node is not None and node.end > len(tokens):
             node = node.parent

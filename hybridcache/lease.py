@@ -816,7 +816,7 @@ class Lease:
         rows), plus O(log n) per evicted item.
 
         Raises:
-            ValueError: the lease has ended.
+            ValueError: ``to_len`` is negative, or the lease has ended.
             TypeError: ``to_len`` is not an integer.
             PolicyError: an own placement policy, made with ``parse_placement``, has failed. The
                 rows are taken.
@@ -825,6 +825,8 @@ class Lease:
             to_len = require_index(to_len, "to_len")
         cache, start = self._cache, self._rows.num_rows
         if to_len <= start:
+            if to_len < 0:
+                raise ValueError(f"to_len must not be negative (got {to_len}).")
             return True
         if self._has_ended:
             raise ValueError(ENDED)

@@ -472,6 +472,7 @@ class NullCache(PrefixCache):
         after: NodeHandle | None = None,
     ) -> Tokens:
         """Return no tokens: nothing is remembered."""
+        require_int32(tokens, "tokens")
         return tokens[:0]
 
     def gather(self, node: NodeHandle | None) -> Indices:

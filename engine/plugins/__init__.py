@@ -7,7 +7,7 @@ first needed: by a setting that differs from its default, a request, a path or a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -96,9 +96,10 @@ PROVIDED = {
 ``provided``."""
 
 
-def provided(name: str) -> Any:
+def provided(name: str) -> Callable[..., Any]:
     """Return one of the functions and classes in ``PROVIDED``. Imports its plugin."""
-    return getattr(import_module(f"{__name__}.{PROVIDED[name]}"), name)
+    found: Callable[..., Any] = getattr(import_module(f"{__name__}.{PROVIDED[name]}"), name)
+    return found
 
 
 def _find(plugin: str, module: str, name: str) -> Any:

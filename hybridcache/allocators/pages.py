@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybridcache.allocators.base import BaseAllocator, ByteBudget
-from hybridcache.tokens import Indices
+from hybridcache.tokens import INT32, Indices, require_int32
 
 MAX_ROWS = 1 << 31
 
@@ -99,9 +99,11 @@ class PageAllocator(BaseAllocator):
         would need a search.
 
         Raises:
-            ValueError: partial pages, a first or last row out of range, or more rows than are
-                allocated. Nothing is freed.
+            ValueError: rows that are not int32[n], partial pages, a first or last row out of range,
+                or more rows than are allocated. Nothing is freed.
         """
+        if getattr(rows, "dtype", None) is not INT32 or rows.ndim != 1:
+            require_int32(rows, "rows")
         if not len(rows):
             return
         first, last = rows.item(0), rows.item(-1)

@@ -62,6 +62,8 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, arguments: Sequence[str]) -> str:
         flag = arguments[0].partition("=")[0]
+        if flag[2:] in {action.dest for action in self._actions if not action.option_strings}:
+            return f"there is no flag {flag}; give the {flag[2:]} without one"
         near = difflib.get_close_matches(flag, {*self._option_string_actions} - {"--help"}, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         return f"unrecognized arguments: {' '.join(arguments)}{hint}"

@@ -228,7 +228,7 @@ def flat_record(run: RunResult) -> dict[str, Any]:
     return known | causes
 
 
-CLOSED_LOOP_HEADER = (
+CLOSED_LOOP_HEADER = [
     "admission, sessions/s",
     "hit, %",
     "TTFT mean, s",
@@ -239,9 +239,9 @@ CLOSED_LOOP_HEADER = (
     "oldest wait, s",
     "live mean",
     "most",
-    "Jain",
-    "worst tenant, s",
-)
+]
+OF_TENANTS = ["Jain", "worst tenant, s"]
+"""Columns of tables with several tenants."""
 
 
 def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
@@ -250,9 +250,10 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
     for label, gib in dict.fromkeys((run.label, run.gib) for run in runs):
         chosen = [run for run in runs if (run.label, run.gib) == (label, gib)]
         first, rows = chosen[0], []
+        has_tenants = any(run.worst_tenant != "-" for run in chosen)
         for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
             same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
-            rows.append([f"{admission}, {rate:g}", *_closed_loop_cells(same)])
+            rows.append([f"{admission}, {rate:g}", *_closed_loop_cells(same, has_tenants)])
         size = "" if gib is None else f", {gib:.3g} GiB"
         title = f"{first.trace}{size}, {label}: {first.num_requests:,} requests in closed loop"
         notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
@@ -264,17 +265,16 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
         seeds = len({run.seed for run in chosen})
         if seeds > 1:
             notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
-        tables.append("\n".join([title, text_table(CLOSED_LOOP_HEADER, rows), *notes]))
+        header = CLOSED_LOOP_HEADER + OF_TENANTS * has_tenants
+        tables.append("\n".join([title, text_table(header, rows), *notes]))
     return "\n\n".join(tables)
 
 
-def _closed_loop_cells(runs: Sequence[ClosedLoopRun]) -> list[str]:
+def _closed_loop_cells(runs: Sequence[ClosedLoopRun], has_tenants: bool) -> list[str]:
     def mean(value: Callable[[ClosedLoopRun], float]) -> float:
         return sum(map(value, runs)) / len(runs)
 
-    worst = max(runs, key=lambda run: run.worst_ttft_s)
-    tenant = "" if worst.worst_tenant == "-" else f" ({worst.worst_tenant})"
-    return [
+    cells = [
         f"{100 * mean(lambda run: run.token_hit_rate):.1f}",
         f"{mean(lambda run: run.ttft_mean_s):.3g}",
         f"{mean(lambda run: run.ttft_p50_s):.3g}",
@@ -284,8 +284,14 @@ def _closed_loop_cells(runs: Sequence[ClosedLoopRun]) -> list[str]:
         f"{max(run.oldest_wait_s for run in runs):.3g}",
         f"{mean(lambda run: run.live_mean):.1f}",
         f"{max(run.live_most for run in runs)}",
+    ]
+    if not has_tenants:
+        return cells
+    worst = max(runs, key=lambda run: run.worst_ttft_s)
+    return [
+        *cells,
         f"{mean(lambda run: run.jain):.3f}",
-        f"{worst.worst_ttft_s:.3g}{tenant}",
+        f"{worst.worst_ttft_s:.3g} ({worst.worst_tenant})",
     ]
 
 

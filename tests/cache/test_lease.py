@@ -661,6 +661,8 @@ def test_tokens_of_another_request_are_refused(call: str) -> None:
         getattr(lease, call)(prompt, 10.0)
     with pytest.raises(TypeError, match=r"to_len must be an integer \(got 30\.5\)"):
         lease.extend(30.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"to_len must not be negative \(got -3\)"):
+        lease.extend(-3)
     assert cache.render() == before
     check(cache, lease)
     lease.publish(wrong, 19)  # the wrong token is not published

@@ -96,6 +96,7 @@ def run(*arguments: str) -> int:
         ("generate x --prefix-cache radix", "use hybrid, or none"),
         ("generate x --temperature -1", "temperature must be a finite number from 0"),
         ("generate x --max-tokens 10000000", "shorten the prompt or lower --max-tokens"),
+        ("inspect --model x", "there is no flag --model; give the model without one"),
         ("inspect no-such-model", "No model directory, config.json or preset 'no-such-model'"),
         ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
         ("inspect --budget-gib 0", "--budget-gib must be finite and above 0"),

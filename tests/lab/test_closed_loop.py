@@ -24,6 +24,7 @@ from engine.weights.model_config import read_config
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import LinearSteps
+from hybridcache.lab.report import closed_loop_table
 from hybridcache.lab.simulation.closed_loop import (
     ClosedLoop,
     RequestTable,
@@ -508,6 +509,15 @@ def test_max_share_keeps_places_for_other_tenants() -> None:
             if tenant == "b"
         ]
     assert sum(waits[0.5]) < 0.5 * sum(waits[None])
+
+
+def test_only_tables_of_several_tenants_have_columns_of_fairness() -> None:
+    one, two = (
+        closed_loop_table([run_closed_loop(load, small_run(60), ClosedLoop(TIMES, 1000.0))])
+        for load in (small_load(4), small_load(4, tenant_of_each=2))
+    )
+    assert "Jain" not in one and "tenant" not in one
+    assert "Jain  worst tenant, s" in two and two.splitlines()[3].endswith((" (a)", " (b)"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,22 +37,18 @@ def add_leaderboard(commands: Commands) -> None:
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
+    from hybridcache.lab.progress import shown_progress
 
     chosen = Split.load(options.split).head(options.seeds, options.only)
-    total = len(chosen.gib) * len(chosen.seeds)
-    # Without a terminal, in a log, a line every half minute is enough.
-    pause_s = 0.1 if sys.stderr.isatty() else 30
-    with tqdm(total=total, unit=" traces", mininterval=pause_s, file=sys.stderr) as bar:
+    with shown_progress(None, "traces") as show:
         board = leaderboard(
             options.policies,
             chosen,
             built_in=BUILT_IN if options.built_in is None else split(options.built_in),
             processes=options.processes,
             resume_from=options.output,
-            progress=lambda done, _: bar.update(done - bar.n) and None,
+            progress=show,
         )
     if options.json:
         for row in board.rows():
