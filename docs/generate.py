@@ -276,9 +276,13 @@ def _members(thing: type) -> dict[str, Any]:
 def _class(name: str, thing: type) -> str:
     parts = [f"### {name}"]
     text = _body(thing)
-    if not (getattr(thing, "_is_protocol", False) or "Made by" in text):
+    is_made_by_users = not (getattr(thing, "_is_protocol", False) or "Made by" in text)
+    if is_made_by_users:
         parts.append(f"`{name.rpartition('.')[2]}{_signature(thing)}`")
     parts.append(text)
+    init = vars(thing).get("__init__")
+    if is_made_by_users and inspect.isfunction(init) and init.__doc__:
+        parts.append(_body(init))
     bases = [base.__name__ for base in thing.__bases__ if base.__name__ in hybridcache.__all__]
     known = set()
     if thing is not PrefixCache and _members(PrefixCache).keys() <= _members(thing).keys():
@@ -340,11 +344,21 @@ def api() -> str:
             known = ", ".join(f"`{key}`" for key in thing) if isinstance(thing, Mapping) else ""
             text = f"### {name}\n\n{known or _cell(str(thing))}"
         parts.setdefault(title, []).append(text)
+    parts["Scheduling"] = _listed(SCHEDULING)
     parts["Restart"] = _listed(RESTART)
     parts["Results and figures"] = _results()
     parts[OTHER] = _others("\n".join(text for texts in parts.values() for text in texts))
     return "\n\n".join(f"## {title}\n\n" + "\n\n".join(texts) for title, texts in parts.items())
 
+
+SCHEDULING = {
+    "hybridcache.scheduling.planner": ("StepPlanner",),
+    "hybridcache.scheduling.cache_manager": ("CacheManager",),
+    "hybridcache.scheduling.request": ("ScheduledRequest",),
+    "hybridcache.scheduling.memory": ("MemorySizes",),
+    "hybridcache.policies.registry": ("make_admission",),
+}
+"""Names for an engine that uses the scheduler."""
 
 RESTART = {
     "hybridcache.export.warm_state": ("write_memory", "pack", "unpack", "Memory"),

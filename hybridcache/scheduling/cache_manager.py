@@ -49,10 +49,20 @@ class CacheManager:
         after_reading: FetchRule | None = None,
         publishing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """``owns_states``: the state of a request has the slot number of its row, outside the
-        memory of the cache. ``exchange`` decides which offloaded prefixes to load. Once
-        the part of a prefix that was on disk has been read, ``after_reading`` decides again.
-        Entries are published inside ``publishing()``."""
+        """
+        Args:
+            cache: made by ``build_prefix_cache``.
+            placement: positions of checkpoints, made by ``parse_placement``.
+            num_rows: rows of the request table: most running requests.
+            stateful: False if the model is attention-only.
+            exact: True to publish prefilled tokens only.
+            log: record of all leases, or None.
+            owns_states: True if the state of a request has the slot number of its row, outside the
+                memory of the cache.
+            exchange: decides which offloaded prefixes to load; None to load nothing.
+            after_reading: decides again once the part of a prefix on disk has been read.
+            publishing: returns a context in which entries are published.
+        """
         self.cache = cache
         self.placement = placement
         self._stateful = stateful

@@ -157,10 +157,20 @@ class StepPlanner(Generic[R]):
         fetching: Holding[R] | None = None,
         clock: Callable[[], float],
     ) -> None:
-        """``max_share``: most of the running places and of the memory, 0 to 1, that the requests of
-        one tenant take while requests of another wait; None for no limit. ``shares``: True if
-        published entries are kept, so that waiting for another request's prefix can pay.
-        ``fetching`` loads prefixes of waiting requests from tiers."""
+        """
+        Args:
+            manager: leases of the running requests.
+            max_running: most running requests.
+            token_budget: most tokens of a step.
+            memory: sizes of the memory that the requests share.
+            admission: order of the waiting requests.
+            max_share: most of the running places and of the memory, 0 to 1, that the requests of
+                one tenant take while requests of another wait; None for no limit.
+            shares: True if published entries are kept, so that waiting for another request's prefix
+                can pay.
+            fetching: prefixes of waiting requests that are loaded from tiers, or None.
+            clock: function that returns seconds.
+        """
         self._manager = manager
         self._admission = admission
         self._sessions = Sessions()
@@ -186,13 +196,16 @@ class StepPlanner(Generic[R]):
 
     @property
     def num_waiting(self) -> int:
+        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
+        """Number of running requests."""
         return len(self._running)
 
     def has_work(self) -> bool:
+        """Return whether any request waits or runs."""
         return bool(self._waiting or self._running)
 
     @property
@@ -202,6 +215,7 @@ class StepPlanner(Generic[R]):
 
     @property
     def admission(self) -> AdmissionPolicy:
+        """Order of the waiting requests."""
         return self._admission
 
     def add(self, request: R) -> None:
@@ -284,7 +298,7 @@ class StepPlanner(Generic[R]):
         self._has_left(request)
 
     def end_session(self, session: Session) -> None:
-        """No request of ``session`` follows, as its client said."""
+        """End ``session``: its client sends no further request."""
         self._sessions.end(session)
         self._admission.session_ended(session, self._load)
 

@@ -63,7 +63,19 @@ class ScheduledRequest:
         arrival_s: float,
         max_len: int,
     ) -> None:
-        """``prompt`` is int32[n]; ``boundaries`` are ascending."""
+        """
+        Args:
+            request_id: name.
+            prompt: int32[n].
+            namespace: requests of different namespaces share nothing.
+            boundaries: ascending positions that later prompts keep.
+            answer_survives: False if later prompts do not contain the answer.
+            ends_session: True if no request of its session follows.
+            save_at: further positions of checkpoints.
+            arrival: rank among all requests: older is smaller.
+            arrival_s: time of arrival, of the planner's clock.
+            max_len: most tokens of prompt and answer together.
+        """
         self.request_id = request_id
         self.namespace = namespace
         self.boundaries = boundaries
@@ -119,10 +131,12 @@ class ScheduledRequest:
 
     @property
     def is_running(self) -> bool:
+        """True if it has a lease."""
         return self.lease is not None
 
     @property
     def is_prefilling(self) -> bool:
+        """True while prompt tokens, or tokens lost by a preemption, are not computed."""
         return self.computed_len < self.prefill_len
 
     @property
