@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from email import message_from_bytes
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from experiments.system import wheels
+from hybridcache import optimum, simulate
+from hybridcache.export.events import encode
 from hybridcache.lab.extras import (
     CACHE_DISTRIBUTION,
     ENGINE_DISTRIBUTION,
@@ -25,6 +28,7 @@ from hybridcache.lab.extras import (
     how_to_install,
     install_command,
 )
+from hybridcache.lab.traces.text import load_chat_text
 from tests import selection
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,6 +203,28 @@ def test_hint_names_the_extra_of_the_calling_command() -> None:
     assert how_to_install(unknown, "engine") == "No module named 'mine'"
     with pytest.raises(KeyError, match="no extra 'labb'"):
         install_command("labb")
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "call"),
+    [
+        ("matplotlib", "lab", lambda: simulate("short?head=2", gib=1).figure()),
+        ("highspy", "lab", lambda: optimum("short?head=2", gib=1, method="lp")),
+        ("tokenizers", "lab", lambda: load_chat_text("tokenizer.json")),
+        ("tiktoken", "lab", lambda: load_chat_text("x.tiktoken")),
+        ("jinja2", "lab", lambda: load_chat_text("bytes").render([], to_answer=True)),
+        ("ray", "ray", lambda: simulate("short?head=2", gib=1, ray="auto")),
+        ("msgpack", "serve-extras", lambda: encode(0, [], "msgpack")),
+    ],
+)
+def test_missing_package_names_its_extra_in_python(
+    package: str, extra: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in {package, *(name for name in sys.modules if name.startswith(f"{package}."))}:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        call()
+    assert str(raised.value) == f"{package} is not installed: {install_command(extra)}"
 
 
 OTHERS = {"pytest", "pandas", "torch", "lm-eval[api]", "playwright", "schemathesis"}

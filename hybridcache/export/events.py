@@ -168,11 +168,18 @@ def encode(sequence: int, events: Iterable[Event], form: str = "json") -> bytes:
                 raise OverflowError(f"{number} exceeds 64 bits")
         if form == "json":
             return json.dumps(batch, separators=(",", ":"), ensure_ascii=False).encode()
-        import msgpack
-
-        return cast(bytes, msgpack.packb(batch))
+        return cast(bytes, _msgpack().packb(batch))
     except (UnicodeEncodeError, OverflowError) as error:
         raise ValueError(f"A batch of events cannot be encoded: {error}.") from error
+
+
+def _msgpack() -> Any:
+    try:
+        import msgpack
+    except ModuleNotFoundError as error:
+        hint = "msgpack is not installed: pip install 'hybrid-radix-cache[serve-extras]'"
+        raise ModuleNotFoundError(hint, name=error.name) from None
+    return msgpack
 
 
 def decode(batch: bytes, form: str = "json") -> tuple[int, list[Event]]:
@@ -183,9 +190,7 @@ def decode(batch: bytes, form: str = "json") -> tuple[int, list[Event]]:
         if form == "json":
             sequence, records = json.loads(batch)
         else:
-            import msgpack
-
-            sequence, records = msgpack.unpackb(batch)
+            sequence, records = _msgpack().unpackb(batch)
         if type(sequence) is not int:
             raise TypeError("its number is not an integer")
         return sequence, [_read(record) for record in records]

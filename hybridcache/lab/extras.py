@@ -7,6 +7,8 @@ index has an unrelated distribution called like our package.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 CACHE_DISTRIBUTION = "hybrid-radix-cache"
@@ -88,3 +90,12 @@ def how_to_install(error: ModuleNotFoundError, prefer: str | None = None) -> str
         return str(error)
     extra = prefer if prefer in extras else extras[0]
     return f"{package} is not installed: {install_command(extra)}"
+
+
+@contextmanager
+def explain_missing() -> Iterator[None]:
+    """Name the extra to install in the error of a missing package. Also a decorator."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(how_to_install(error), name=error.name) from None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.api import Losses
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.extras import how_to_install
+from hybridcache.lab.extras import explain_missing
 from hybridcache.lab.report import (
     LOSSES_NOTE,
     METRICS,
@@ -111,12 +111,11 @@ _TRUETYPE = {"pdf.fonttype": 42, "ps.fonttype": 42}
 DEFAULT_STYLE = FigureStyle()
 
 
+@explain_missing()
 def _matplotlib() -> Any:
     """Import matplotlib, or say which extra has it."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(how_to_install(error), name="matplotlib") from None
+    import matplotlib
+
     return matplotlib
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
+from hybridcache.lab.extras import explain_missing
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.plan import LowerBudget, MemoryBudget, Plan
 from hybridcache.lab.optimum.program import Program, Solution
@@ -106,6 +107,7 @@ class Optimum:
         return record
 
 
+@explain_missing()
 def best_plan(
     trace: Trace,
     *,

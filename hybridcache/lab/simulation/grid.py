@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hybridcache.lab.extras import explain_missing
 from hybridcache.lab.trace import BadRecords, Trace, TraceRequest
 
 _KEEP_BYTES = 256 << 20
@@ -227,7 +228,8 @@ def _on_ray(
 ) -> Iterator[tuple[int, Result]]:
     """Run the jobs as Ray tasks of one core each and yield results as they finish. Ray restarts a
     task if its machine fails."""
-    import ray
+    with explain_missing():
+        import ray
 
     is_ours = not ray.is_initialized()
     try:

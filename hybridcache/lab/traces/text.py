@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.lab.extras import install_command
+from hybridcache.lab.extras import explain_missing, install_command
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import open_bytes
 from hybridcache.tokens import Tokens, common_prefix_len
@@ -97,6 +97,7 @@ class ChatText:
         self._walls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._piece = lru_cache(maxsize=4096)(lambda text: np.asarray(encode(text), np.int32))
 
+    @explain_missing()
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """Return the chat as text; ``to_answer`` adds the header that precedes an answer. Raises
         ValueError if the template refuses the messages."""
@@ -217,6 +218,7 @@ _QWEN_SPLIT = (
 )
 
 
+@explain_missing()
 def _from_tiktoken(path: Path, template: str, variables: Mapping[str, Any] | None) -> ChatText:
     """Return a ChatText for a file of ranks, with the text split as Qwen3.5 does. Special tokens
     follow the ranks."""
@@ -239,6 +241,7 @@ def _from_tiktoken(path: Path, template: str, variables: Mapping[str, Any] | Non
     return ChatText(encode, specials, template, variables)
 
 
+@explain_missing()
 def _from_json(path: Path) -> Any:
     from tokenizers import Tokenizer
 
