@@ -454,9 +454,10 @@ def line_look(place: int, count: int) -> dict[str, Any]:
     coincide, all of them are visible.
     """
     behind = (count - 1 - place) / max(1, count - 1)
+    scale = _matplotlib().rcParams["lines.linewidth"] / 1.5
     return {
         "linestyle": _DASHES[place % len(_DASHES)],
-        "linewidth": 1.2 + 1.3 * behind,
+        "linewidth": scale * (1.2 + 1.3 * behind),
         "marker": _MARKERS[place % len(_MARKERS)],
         "markersize": 4 + 2 * behind,
         "markerfacecolor": "none",
@@ -552,15 +553,18 @@ def draw_limits(axis: Any, result: SweepRuns) -> None:
     plans = sorted(
         {(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens and run.gib}
     )
+    colour = axis.spines["bottom"].get_edgecolor()
     if plans:
-        axis.plot(*zip(*plans, strict=True), "k.-", linewidth=1.0, markersize=4, label=PLAN)
+        axis.plot(
+            *zip(*plans, strict=True), ".-", color=colour, linewidth=1.0, markersize=4, label=PLAN
+        )
     if result.plan_bounds:
         sizes, rates = zip(*sorted(result.plan_bounds.items()), strict=True)
         percents = [100 * rate for rate in rates]
-        axis.plot(sizes, percents, color="black", linewidth=0.6, label="no plan passes (LP)")
+        axis.plot(sizes, percents, color=colour, linewidth=0.6, label="no plan passes (LP)")
     if result.bound_rate is not None:
         bound = 100 * result.bound_rate
-        axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", label="infinite cache")
+        axis.axhline(bound, color=colour, linewidth=0.8, linestyle=":", label="infinite cache")
 
 
 def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:

@@ -659,7 +659,8 @@ def test_plots_use_the_axes_and_the_style_of_the_user(small: SimulationResult) -
     pyplot = pytest.importorskip("matplotlib.pyplot")
     from cycler import cycler
 
-    with pyplot.rc_context({"axes.prop_cycle": cycler(color=["#112233", "#445566", "#778899"])}):
+    own = {"axes.prop_cycle": cycler(color=["#112233", "#445566", "#778899"])}
+    with pyplot.rc_context(own | {"axes.edgecolor": "#ffffff", "lines.linewidth": 3}):
         _, (left, right) = pyplot.subplots(1, 2)
         assert small.plot.capacity(left, labels="direct") is left
         assert small.plot.losses(right, gib=2) is right
@@ -667,6 +668,9 @@ def test_plots_use_the_axes_and_the_style_of_the_user(small: SimulationResult) -
     assert [*lines] == ["#112233", "#445566", "#778899"], "the user's colours must be used"
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 3
     widths = [line.get_linewidth() for line in lines.values()]
+    assert min(widths) == pytest.approx(2.4) and max(widths) == pytest.approx(5)
+    [bound] = [line for line in left.get_lines() if line.get_label() == "infinite cache"]
+    assert bound.get_color() == (1, 1, 1, 1), "black is invisible in a dark style"
     assert widths == sorted(widths, reverse=True), "a line must not hide the lines under it"
     for line, runs in zip(lines.values(), small.by_label().values(), strict=True):
         assert list(line.get_xdata()) == [1, 2], "each simulated size needs a marker"
