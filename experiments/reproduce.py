@@ -24,7 +24,6 @@ import importlib.util
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ from typing import Any
 
 from experiments import provenance
 from experiments.provenance import GENERATED, ROOT
-from hybridcache.lab.intervals import Interval, interval, paired
+from hybridcache.lab.intervals import Interval, interval, paired, ratio
 from hybridcache.lab.leaderboard import Board, Scores, Split
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
@@ -381,25 +380,85 @@ def conditions_table() -> str:
     return markdown(header, rows)
 
 
+def losses_table() -> str:
+    """Return the loss of each pair to the best pair of each cell, with the intervals of the means
+    over seeds."""
+    from experiments.studies.default import PAIRS, SPLITS, losses
+
+    records = records_of("study_default.jsonl")
+    rates: dict[tuple[str, str, float, str], dict[int | None, float]] = {}
+    for record in records:
+        cell = record["split"], record["trace"], record["gib"], record["pair"]
+        rates.setdefault(cell, {})[record["seed"]] = 100 * record["token_hit_rate"]
+    by_split = {split: losses(records, split) for split in SPLITS}
+    rows = []
+    for pair in PAIRS:
+        row = [f"`{pair}`"]
+        for split, found in by_split.items():
+            by_seed: dict[int, list[float]] = {}
+            for trace, gib in found[pair]:
+                best = next(other for other in PAIRS if not found[other][trace, gib])
+                own, others = rates[split, trace, gib, pair], rates[split, trace, gib, best]
+                for seed in own:
+                    if seed is not None:
+                        by_seed.setdefault(seed, []).append(others[seed] - own[seed])
+            (trace, gib), worst = max(found[pair].items(), key=lambda item: item[1])
+            row += [
+                f"{fmean(found[pair].values()):.2f}",
+                f"{interval([fmean(lost) for lost in by_seed.values()])}",
+                f"{worst:.1f} ({trace.partition('?')[0].rpartition('/')[2]}, {gib:g} GiB)",
+            ]
+        rows.append(row)
+    header = ["pair"]
+    for split, found in by_split.items():
+        cells = len(next(iter(found.values())))
+        header += [f"{split}: mean of {cells} cells", "generated traces", "worst cell"]
+    return markdown(header, rows)
+
+
 def admission_table() -> str:
-    """Return hit rates at the middle rate of each workload, paired by seed."""
-    found: dict[tuple[str, float], dict[str, list[float]]] = {}
+    """Return hit rate, mean TTFT and makespan at each rate, paired by seed.
+
+    TTFT and makespan are ratios to the best fixed number of live sessions, chosen for each."""
+    found: dict[tuple[str, float], dict[str, dict[int, dict[str, float]]]] = {}
     for record in records_of("admission.jsonl"):
         if "rate" not in record:
             continue
-        place = record["trace"], record["rate"]
-        rates = found.setdefault(place, {}).setdefault(record["admission"], [])
-        rates.append(100 * record["cached_tokens"] / record["prompt_tokens"])
+        place = found.setdefault((record["trace"], record["rate"]), {})
+        hits = {"hits": 100 * record["cached_tokens"] / record["prompt_tokens"]}
+        place.setdefault(record["admission"], {})[record["seed"]] = record | hits
     rows = []
-    for trace in dict.fromkeys(trace for trace, _ in found):
-        rate = statistics.median_low([rate for name, rate in found if name == trace])
-        by_policy = found[trace, rate]
-        oldest, sessions = by_policy["oldest"], by_policy["sessions"]
-        gain = paired(sessions, oldest) if len(sessions) == len(oldest) else None
-        figures = [str(interval(rates)) for rates in (oldest, sessions)]
-        rows.append([trace, f"{rate:g}", str(len(oldest)), *figures, str(gain or "")])
+    for (trace, rate), by_policy in found.items():
+        seeds = sorted(set.intersection(*map(set, by_policy.values())))
+        values = {
+            name: {
+                field: [runs[seed][field] for seed in seeds] for field in next(iter(runs.values()))
+            }
+            for name, runs in by_policy.items()
+        }
+        oldest, sessions = values["oldest"], values["sessions"]
+        row = [trace, f"{rate:g}", str(len(seeds))]
+        row += [str(interval(runs["hits"])) for runs in (oldest, sessions)]
+        row.append(str(paired(sessions["hits"], oldest["hits"])))
+        for field in ("ttft_mean_s", "makespan_s"):
+            fixed = [runs[field] for name, runs in values.items() if name.startswith("live")]
+            best = min(fixed, key=fmean)
+            for runs in (oldest, sessions):
+                mean, low, high = ratio(runs[field], best)
+                row.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
+        rows.append(row)
     header = ["workload", "sessions/s", "seeds", "oldest, %", "sessions, %", "gain, points"]
+    header += [
+        f"{field}, {name}" for field in ("TTFT", "makespan") for name in ("oldest", "sessions")
+    ]
     return markdown(header, rows)
+
+
+def closed_loop_table() -> str:
+    """Return the comparison of the engine with the simulator's forecast."""
+    from experiments.studies.closed_loop import table
+
+    return markdown(*table(records_of("closed_loop.jsonl")))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -410,7 +469,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": parts_table,
     "default speed": default_speed_table,
     "leaderboard": leaderboard_table,
+    "losses": losses_table,
     "admission": admission_table,
+    "closed loop": closed_loop_table,
 }
 
 

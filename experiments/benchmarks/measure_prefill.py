@@ -6,8 +6,8 @@ The result is a table for `hybridcache simulate --times`.
         [--model DIR] [--device cuda]
 
 A prompt of ``start + 1`` tokens leaves a checkpoint at ``start``. Then the time of ``length`` more
-tokens is measure, as the median of several runs. Steps in which 1, 4 and 16 requests decode are
-measure for closed-loop simulations. The default is the built-in model, which only shows the shape
+tokens is measured, as the median of several runs. Steps in which 1, 4 and 16 requests decode are
+measured for closed-loop simulations. The default is the built-in model, which only shows the shape
 of the table.
 """
 

@@ -1,15 +1,15 @@
 """Compare the served engine with the simulator's forecast, for agents in closed loop.
 
-    python -m experiments.studies.closed_loop [--sessions 24] [--rate 1]
-        [--admission oldest sessions]
+    python -m experiments.studies.closed_loop [--sessions 72] [--rates 2 4 6]
+        [--admission oldest sessions] [--seeds 0 1 2 3 4] [--workers 2]
 
 Sessions arrive at random. Each waits for its answers and pauses between them. The memory holds a
-third of them. Step times are measure first on the same engine (``measure_prefill``), and the
-simulator then serves the same requests with the built-in model's sizes.
+third of them, so hits collapse above some rate of sessions. Step times are measured before and
+after (``measure_prefill``), on an engine of the same size. The simulator serves the same requests
+with them and with the built-in model's sizes.
 
 The model computes, but the clock counts the processor time of this process, and pauses are skipped.
-Other work on the machine therefore changes little. Set OMP_NUM_THREADS=1. Results go to
-``results/closed_loop.json``.
+Other work on the machine therefore changes little. Results go to ``results/closed_loop.jsonl``.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import heapq
-import json
+import itertools
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from experiments.benchmarks.measure_prefill import measure
-from experiments.provenance import provenance
+from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
+from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.closed_loop import ClosedLoop, memory_sizes, run_closed_loop
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 
-RESULTS = Path(__file__).resolve().parents[1] / "results/closed_loop.json"
 MAX_LEN = 4096
-POLICY = "regret"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,45 +134,60 @@ def geometry_of(engine: Engine) -> ModelGeometry:
     )
 
 
-def engine_of(admission: str, num_bytes: float, max_running: int, clock: CpuClock) -> Engine:
+def engine_of(num_bytes: float, max_running: int, clock: CpuClock, **fields: Any) -> Engine:
+    """Return an engine of the built-in model with ``fields`` of its settings."""
     return Engine(
         EngineConfig(
-            admission=admission,
             max_model_len=MAX_LEN,
             max_running=max_running,
             cache_gib=num_bytes / 2**30,
-            eviction=POLICY,
-            checkpoints=(POLICY,),
+            **fields,
         ),
         clock=clock,
     )
 
 
-def compare(admission: str, options: argparse.Namespace, num_bytes: float) -> dict[str, Any]:
-    """Serve and simulate with one admission policy."""
-    clock = CpuClock()
-    engine = engine_of(admission, num_bytes, options.max_running, clock)
-    tables = measure(engine, 2048, options.repeats)
-    times = MeasuredTimes(
-        tuple(tables["starts"]),
-        tuple(tables["lengths"]),
-        tuple(map(tuple, tables["table_s"])),
-        "measured on this engine",
-        tuple(tables["decodes"]),
-        tuple(tables["decode_s"]),
+def step_times(tables: Sequence[dict[str, Any]]) -> MeasuredTimes:
+    """Return the means of tables of ``measure``."""
+    prefill, decode = (
+        np.mean([table[name] for table in tables], axis=0).tolist()
+        for name in ("table_s", "decode_s")
     )
-    engine.reset_prefix_cache()
-    sessions = agents(options.sessions, options.seed)
-    found, trace = serve(engine, clock, sessions, options.rate, options.seed)
-    memory, geometry = engine.runner.memory, geometry_of(engine)
-    config = RunConfig(geometry, budget_bytes=memory.total_bytes, policy=POLICY, checkpoints=POLICY)
+    first = tables[0]
+    return MeasuredTimes(
+        tuple(first["starts"]),
+        tuple(first["lengths"]),
+        tuple(map(tuple, prefill)),
+        "measured on this engine",
+        tuple(first["decodes"]),
+        tuple(decode),
+    )
+
+
+def compare(
+    admission: str, rate: float, seed: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Serve and simulate the sessions of one seed. Returns the engine's record and the forecast."""
+    torch.set_num_threads(1)
+    clock, sessions = CpuClock(), agents(options.sessions, seed)
+    num_bytes = memory_bytes(sessions, options.max_running)
+    engine, measured = (
+        engine_of(num_bytes, options.max_running, clock, admission=admission, **fields)
+        for fields in ({}, {"checkpoints": ("backoff",)})
+    )
+    tables = [measure(measured, 2048, options.repeats)]
+    found, trace = serve(engine, clock, sessions, rate, seed)
+    tables.append(measure(measured, 2048, options.repeats))
+    memory = engine.runner.memory
+    config = RunConfig(geometry_of(engine), budget_bytes=memory.total_bytes)
     sizes = memory_sizes(config)
     assert (sizes.row_bytes, sizes.state_bytes) == (memory.row_bytes, memory.state_bytes)
     assert engine.config.token_budget is not None
+    times = step_times(tables)
     loop = ClosedLoop(
         MeasuredSteps(times),
-        options.rate,
-        seed=options.seed,
+        rate,
+        seed=seed,
         max_running=options.max_running,
         token_budget=engine.config.token_budget,
         admission=admission,
@@ -180,36 +199,76 @@ def compare(admission: str, options: argparse.Namespace, num_bytes: float) -> di
         "ttft_p99_s": run.ttft_p99_s,
         "makespan_s": run.makespan_s,
     }
-    return {"admission": admission, "engine": found, "forecast": forecast, "times": tables}
+    place = {"admission": admission, "rate": rate, "seed": seed}
+    prefill = {"prefill_s": times.table_s, "decode_s": times.decode_s}
+    return [
+        place | {"source": "engine"} | found,
+        place | {"source": "forecast"} | forecast | prefill,
+    ]
+
+
+def memory_bytes(sessions: Sequence[Sequence[Turn]], max_running: int) -> float:
+    """Return the memory for a third of ``sessions``, each with its text and one checkpoint."""
+    memory = engine_of(2**27, max_running, CpuClock()).runner.memory
+    lengths = [sum(len(turn.added) + turn.answer_len for turn in session) for session in sessions]
+    session_bytes = fmean(lengths) * memory.row_bytes + memory.slot_bytes
+    return session_bytes * len(sessions) / 3
+
+
+def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: means over seeds of engine and forecast, and their differences."""
+    found: dict[tuple[float, str], dict[str, list[dict[str, Any]]]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        by_source = found.setdefault((record["rate"], record["admission"]), {})
+        by_source.setdefault(record["source"], []).append(record)
+    rows = []
+    for (rate, admission), by_source in sorted(found.items()):
+        engine, forecast = by_source["engine"], by_source["forecast"]
+        hits, ttfts = (
+            [[run[name] for run in runs] for runs in (engine, forecast)]
+            for name in ("hit", "ttft_mean_s")
+        )
+        means = [fmean(times) for times in ttfts]
+        rows.append(
+            [
+                f"{rate:g}",
+                admission,
+                str(interval(hits[0])),
+                str(paired(hits[1], hits[0])),
+                *(
+                    f"{1000 * fmean(run[name] for run in engine):.0f}"
+                    for name in ("ttft_mean_s", "ttft_p99_s")
+                ),
+                f"{100 * (means[1] / means[0] - 1):+.0f} %",
+                f"{fmean(run['makespan_s'] for run in engine):.1f}",
+            ]
+        )
+    header = [
+        "sessions/s", "admission", "engine: hits, %", "forecast less engine, points",
+        "engine: mean TTFT, ms", "p99, ms", "mean TTFT of the forecast", "makespan, s",
+    ]  # fmt: skip
+    return header, rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sessions", type=int, default=24)
-    parser.add_argument("--rate", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sessions", type=int, default=72)
+    parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 6])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--max-running", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--admission", nargs="+", default=["oldest", "sessions"])
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    memory = engine_of("oldest", 2**27, options.max_running, CpuClock()).runner.memory
-    lengths = [
-        sum(len(turn.added) + turn.answer_len for turn in session)
-        for session in agents(options.sessions, options.seed)
-    ]
-    session_bytes = float(np.mean(lengths)) * memory.row_bytes + memory.slot_bytes
-    num_bytes = session_bytes * options.sessions / 3
-    results = [compare(admission, options, num_bytes) for admission in options.admission]
-    rows = [
-        [f"{result['admission']}, {source}", *(f"{v:.3g}" for v in result[source].values())]
-        for result in results
-        for source in ("engine", "forecast")
-    ]
-    header = ["admission", "hit, %", "TTFT mean, s", "TTFT p99, s", "makespan, s"]
+    cases = list(itertools.product(options.admission, options.rates, options.seeds))
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        started = [pool.submit(compare, *case, options) for case in cases]
+        records = [record for run in tqdm(started, disable=None) for record in run.result()]
+    header, rows = table(records)
     print(text_table(header, rows))
-    record = {"options": vars(options), "runs": results, "provenance": provenance()}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(RESULTS)
+    path = RESULTS / "closed_loop.jsonl"
+    write_json_lines(path, records, vars(options))
+    print(path)
 
 
 if __name__ == "__main__":

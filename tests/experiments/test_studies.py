@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import provenance
-from experiments.studies import admission, capacity, hints
+from experiments.studies import admission, capacity, closed_loop, hints
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.lab.leaderboard import Split
@@ -108,3 +109,13 @@ def test_runs_of_other_code_are_not_resumed(
     assert admission.known_runs() == [run]
     path.write_text(json.dumps({"code": "other"}) + f"\n{line}\n")
     assert admission.known_runs() == []
+
+
+def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:
+    """One session at a time: processor time then cannot change hits."""
+    options = argparse.Namespace(sessions=12, max_running=4, repeats=1)
+    runs = closed_loop.compare("sessions", 0.05, 0, options)
+    assert [run["source"] for run in runs] == ["engine", "forecast"]
+    assert runs[0]["hit"] == pytest.approx(runs[1]["hit"], abs=1e-9) and runs[0]["hit"] > 50
+    _, [row] = closed_loop.table(runs)
+    assert row[:4] == ["0.05", "sessions", f"{runs[0]['hit']:.1f}", "0.0"]
