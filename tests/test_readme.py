@@ -212,7 +212,13 @@ def test_reference_describes_every_attribute_and_type(generate: ModuleType) -> N
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/tutorials/embed-the-cache.md", "README.md", "examples/04_minimal_engine.py"]
+    "page",
+    [
+        "docs/tutorials/embed-the-cache.md",
+        "docs/how-to/embed.md",
+        "README.md",
+        "examples/04_minimal_engine.py",
+    ],
 )
 def test_embedding_pages_import_only_public_names(page: str) -> None:
     found = re.findall(
