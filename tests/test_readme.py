@@ -272,6 +272,8 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         ("```sh\nhybridcache simulat --gib 1\n```\n", "no hybridcache simulat"),
         ("```sh\nmake coffee\n```\n", "coffee"),
         ("```sh\npip install '.[coffee]'\n```\n", "coffee"),
+        ("```sh\nuvx --from 'hybrid-radix-cache[coffee]' hybridcache\n```\n", "coffee"),
+        ("```sh\npipx run --spec hybrid-radix-cache hybridcache --coffee\n```\n", "coffee"),
         ("```sh\npython -m experiments.coffee\n```\n", "coffee"),
         ("```console\n$ hybridcache trace stats short\nnothing\n```\n", "expected"),
         ("<!-- not run: -->\n```python\n1\n```\n", "reason"),
