@@ -147,14 +147,12 @@ class RequestTable:
         self.first_token_s = array("d")
         self.finished_s = array("d")
         self.prompt_tokens = array("q")
-        self.answer_tokens = array("q")
         self.cached_tokens = array("q")
         self.preemptions = array("i")
         self.lost = [0] * len(Losses._fields)
         """Prompt tokens that were computed, by cause."""
         self.num_refused = 0
         """Requests longer than the memory."""
-        self.num_steps = 0
         self.end_s = 0.0
         self.live_s = 0.0
         """Integral of the live sessions over time."""
@@ -317,7 +315,7 @@ class _Run:
                 num_decodes += 1
                 context += end
             request.scheduled_len = end
-        self._pass(self.times.step_seconds(prefills, num_decodes, context), 1)
+        self._pass(self.times.step_seconds(prefills, num_decodes, context))
         is_calm &= not prefills and len(tasks) == planner.num_running
         for request, end in tasks:
             planner.advance(request, end)
@@ -348,7 +346,7 @@ class _Run:
         while count < num_steps and (until_s is None or self.now_s < until_s):
             count += 1
             context += num_decodes
-            self._pass(self.times.step_seconds((), num_decodes, context), 1)
+            self._pass(self.times.step_seconds((), num_decodes, context))
         for request in requests:
             request.num_tokens += count
             request.computed_len += count
@@ -362,12 +360,11 @@ class _Run:
         ]
         later = [time_s for time_s in times if time_s > self.now_s]
         if later:
-            self._pass(min(later) - self.now_s, 0)
+            self._pass(min(later) - self.now_s)
 
-    def _pass(self, seconds: float, num_steps: int) -> None:
+    def _pass(self, seconds: float) -> None:
         self.now_s += seconds
         self.table.live_s += self.num_live * seconds
-        self.table.num_steps += num_steps
 
     def _record(self, request: SimulatedRequest) -> None:
         table, losses = self.table, request.losses
@@ -381,7 +378,6 @@ class _Run:
         table.first_token_s.append(request.first_token_s)
         table.finished_s.append(self.now_s)
         table.prompt_tokens.append(request.prompt_len)
-        table.answer_tokens.append(request.num_tokens - request.prompt_len)
         table.cached_tokens.append(request.cached_len)
         table.preemptions.append(request.num_preemptions)
         table.lost = [a + b for a, b in zip(table.lost, losses, strict=True)]
