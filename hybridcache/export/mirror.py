@@ -123,7 +123,7 @@ class Mirror:
                 self.num_checkpoints += 1 if is_stored else -1
 
     def _follows(self, event: Event) -> bool:
-        """True if ``event`` is consistent with the mirror. O(page)."""
+        """Return True if ``event`` is consistent with the mirror. O(page)."""
         try:
             hash(event)
         except TypeError:
@@ -146,7 +146,7 @@ class Mirror:
                 return event.position == piece.end and piece.checkpoint
 
     def _fits(self, event: KVStored) -> bool:
-        """True if the parent exists, ends at the start and has no such child."""
+        """Return True if the parent exists, ends at the start and has no such child."""
         if event.parent is None:
             end, siblings = 0, self._roots.get(event.namespace, {})
         else:

@@ -21,7 +21,8 @@ class PrefillTimes(Protocol):
     """Model of the seconds that one prefill takes."""
 
     def seconds(self, start: int, end: int) -> float:
-        """Seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0 if empty."""
+        """Return the seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0
+        if empty."""
         ...
 
 
@@ -31,7 +32,7 @@ class StepTimes(Protocol):
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
-        """Seconds of a step with these prefills and decodes.
+        """Return the seconds of a step with these prefills and decodes.
 
         Args:
             prefills: Token range [start, end) of each prefill.

@@ -165,7 +165,7 @@ def simulate_closed_loop(trace: Trace, config: RunConfig, loop: ClosedLoop) -> R
 
 
 def sessions_of(trace: Trace) -> list[list[Turn]]:
-    """The sessions of ``trace`` in the order of their first requests, expanded to tokens."""
+    """Return the sessions of ``trace`` in the order of their first requests, expanded to tokens."""
     found: dict[Hashable, list[TraceRequest]] = {}
     for request in trace:
         found.setdefault(request.session, []).append(request)
@@ -255,7 +255,7 @@ class _Run:
         heapq.heappush(self.events, (when_s, self.num_events, session))
 
     def _ask(self, when_s: float, number: int) -> None:
-        """Session ``number`` sends its next request, which it wanted to send at ``when_s``."""
+        """Submit the next request of session ``number``, which was due at ``when_s``."""
         place = self.next_turns[number]
         turn = self.sessions[number][place]
         table = self.table
@@ -282,7 +282,7 @@ class _Run:
         self.planner.add(request)
 
     def _go_on(self, number: int, request: SimulatedRequest | None) -> None:
-        """The newest request of session ``number`` is over: its next one comes after the pause."""
+        """Schedule the next request of session ``number``, after its pause, if there is one."""
         self.next_turns[number] += 1
         place = self.next_turns[number]
         if place < len(self.sessions[number]):
@@ -353,7 +353,7 @@ class _Run:
             request.scheduled_len += count
 
     def _idle(self) -> None:
-        """Nothing can be computed now: wait for the next event."""
+        """Move the clock to the next event, because nothing can be computed."""
         wake_s = self.planner.wakes_at_s
         times = [
             time_s for time_s in (wake_s, self.events[0][0] if self.events else None) if time_s
@@ -603,7 +603,7 @@ def jain_index(shares: Sequence[float]) -> float:
 
 
 def memory_sizes(config: RunConfig) -> MemorySizes:
-    """The memory that ``config`` describes, in rows and slots."""
+    """Return the memory that ``config`` describes, in rows and slots."""
     built, geometry = config.cache_config(unit=1), config.geometry
     row = geometry.kv_bytes_per_token
     state = geometry.state_bytes if geometry.num_linear_layers else 0
