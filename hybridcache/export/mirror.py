@@ -6,8 +6,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from math import lcm
 from typing import NamedTuple
 
-import numpy as np
-
 from hybridcache.export.events import (
     CheckpointRemoved,
     CheckpointStored,
@@ -19,7 +17,7 @@ from hybridcache.export.events import (
 )
 from hybridcache.export.namespaces import Namespace, write_namespace
 from hybridcache.radix.tree import RadixNode
-from hybridcache.tokens import common_prefix_len
+from hybridcache.tokens import common_tuple_len
 
 
 class EventsLost(ValueError):
@@ -184,7 +182,8 @@ class Mirror:
             piece = self._pieces[found]
             theirs = ids[end : end + len(piece.tokens)]
             if theirs != piece.tokens:
-                end += common_prefix_len(np.array(theirs), np.array(piece.tokens), self.page_size)
+                shared = common_tuple_len(theirs, piece.tokens)
+                end += shared - shared % self.page_size
                 break
             end += len(piece.tokens)
             if piece.checkpoint and end < len(ids):

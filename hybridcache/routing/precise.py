@@ -14,6 +14,7 @@ from hybridcache.export.mirror import Mirror, MirrorMatch
 from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.hashing import rendezvous
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
+from hybridcache.tokens import common_tuple_len
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""
@@ -390,7 +391,9 @@ class InFlightPrompts:
         deepest = 0
         for other, positions, _ in self._prompts.values():
             if other.namespace == request.namespace and positions and positions[-1] > deepest:
-                shared = min(_shared(other.tokens, request.tokens), len(request.tokens) - 1)
+                shared = min(
+                    common_tuple_len(other.tokens, request.tokens), len(request.tokens) - 1
+                )
                 number = bisect_right(positions, shared)
                 if number:
                     deepest = max(deepest, positions[number - 1])
@@ -399,23 +402,6 @@ class InFlightPrompts:
     def check(self) -> None:
         """Raise AssertionError unless ``num_new`` is the sum over all prompts."""
         assert self.num_new == sum(num_new for _, _, num_new in self._prompts.values())
-
-
-_BLOCK = 256
-"""Number of ids compared per step."""
-
-
-def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    """Return the length of the common prefix."""
-    shorter, start = min(len(left), len(right)), 0
-    while start < shorter:
-        end = min(start + _BLOCK, shorter)
-        if left[start:end] != right[start:end]:
-            break
-        start = end
-    while start < shorter and left[start] == right[start]:
-        start += 1
-    return start
 
 
 class WriteRate:

@@ -319,10 +319,9 @@ def _flops(config: RunConfig, ends: Any) -> int:
     """Return the FLOPs of computing the first ``ends[i]`` tokens, summed over i. They exceed 64
     bits, so they are Python integers."""
     geometry = config.geometry
-    per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
     tokens = int(ends.sum())
     pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in np.array_split(ends, 64))
-    return tokens * per_token + pairs * geometry.attention_flops_per_pair
+    return tokens * geometry.flops_per_token + pairs * geometry.attention_flops_per_pair
 
 
 def _percentiles(values: Any) -> dict[int, float]:

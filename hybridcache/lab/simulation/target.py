@@ -204,7 +204,7 @@ class RunConfig:
             grid=self.grid,
             unit=unit,
             host_bytes=self.host_bytes,
-            token_flops=geometry.flops(0, 1) - geometry.attention_flops_per_pair,
+            token_flops=geometry.flops_per_token,
             pair_flops=geometry.attention_flops_per_pair,
         )
 
