@@ -144,14 +144,10 @@ def sweep_line(result: SweepRuns) -> str:
     num_sizes = len({_size(run) for run in result.runs})
     at = "" if best.gib is None else f" at {best.gib:.4g} GiB"
     return (
-        f"{result.trace}, {result.geometry.name}: {_count(best.requests, 'request')}, "
-        f"{_count(len(result.by_label()), 'competitor')}, {_count(num_sizes, 'size')}; "
+        f"{result.trace}, {result.geometry.name}: {counted(best.requests, 'request')}, "
+        f"{counted(len(result.by_label()), 'competitor')}, {counted(num_sizes, 'size')}; "
         f"best token hit rate {100 * best.token_hit_rate:.1f} %, {best.label}{at}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def sweep_html(result: SweepRuns) -> str:
