@@ -1,7 +1,7 @@
 """Sphinx configuration: `make docs` builds the site into out/docs, with warnings as errors.
 
-The notebooks of ``examples/`` are copied here and executed while the site is built, and the figures
-in ``docs/figures`` are drawn.
+The notebooks of ``examples/`` and the README files of the packages are copied here, and the figures
+in ``docs/figures`` are drawn. Notebooks are executed.
 """
 
 import os
@@ -10,8 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import generate  # noqa: E402
 import match_figure  # noqa: E402
@@ -34,11 +35,36 @@ exclude_patterns = ["figures", "static"]
 nitpicky = True
 
 
-NOTEBOOKS = ROOT / "docs" / "examples"
+LINK = re.compile(r"\[([^\]\n]+)\]\(([\w./-]+\.(?:md|py))(#[\w-]+)?\)")
+READMES = {
+    ROOT / folder / "README.md": DOCS / "packages" / f"{folder.rpartition('/')[2]}.md"
+    for folder in ("hybridcache", "hybridcache/lab", "engine", "kernels")
+}
+
+
+def on_site(text, folder, page_folder):
+    """Return ``text`` from ``folder`` for a page in ``page_folder``: links to files that are not
+    part of the site become their text and path."""
+
+    def link(found):
+        target = (folder / found[2]).resolve()
+        target = READMES.get(target, target)
+        if target.is_relative_to(DOCS):
+            return f"[{found[1]}]({os.path.relpath(target, page_folder)}{found[3] or ''})"
+        path = target.relative_to(ROOT)
+        return found[1] if found[1].startswith("`") else f"{found[1]} (`{path}`)"
+
+    return LINK.sub(link, text)
+
+
+NOTEBOOKS = DOCS / "examples"
 NOTEBOOKS.mkdir(exist_ok=True)
 for notebook in (ROOT / "examples").glob("*.ipynb"):
     shutil.copyfile(notebook, NOTEBOOKS / notebook.name)
-match_figure.draw(ROOT / "docs" / "figures")
+for readme, page in READMES.items():
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(on_site(readme.read_text(), readme.parent, page.parent))
+match_figure.draw(DOCS / "figures")
 # The kernels of notebooks import this checkout too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
 
@@ -47,18 +73,7 @@ def setup(app):
     """Insert the generated parts of the reference, and name pages outside of the site by path."""
 
     def read(app, name, source):
-        folder = (ROOT / "docs" / name).parent
-        source[0] = OUTSIDE.sub(lambda link: shown(folder, link), generate.insert(source[0]))
+        folder = (DOCS / name).parent
+        source[0] = on_site(generate.insert(source[0]), folder, folder)
 
     app.connect("source-read", read)
-
-
-OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(((?:\.\./)+[\w./-]+\.md)(?:#[\w-]+)?\)")
-
-
-def shown(folder, link):
-    """Return a link to a page; if the page is not part of the site, its text and its path."""
-    page = (folder / link[2]).resolve()
-    if page.is_relative_to(ROOT / "docs"):
-        return link[0]
-    return f"{link[1]} (`{page.relative_to(ROOT)}`)"

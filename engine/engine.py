@@ -184,7 +184,7 @@ class Engine:
         self._intake.grammars.load()
 
     def enqueue(self, request: Request) -> None:
-        """The second half of ``submit``."""
+        """Queue a request: the second half of ``submit``."""
         self._requests[request.request_id] = request
         self._scheduler.add(request)
 

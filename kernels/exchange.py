@@ -33,12 +33,13 @@ FAILURES = {1: "did not answer in time", 2: "did not answer, and a process has g
 
 
 def is_available() -> bool:
-    """True if the compiled library has these functions."""
+    """Return True if the compiled library has these functions."""
     return has("exchange_join")
 
 
 def shared_bytes(count: int) -> int:
-    """Bytes of shared memory for ``count`` processes. The memory must be zeroed first."""
+    """Return the bytes of shared memory for ``count`` processes. The memory must be zeroed
+    first."""
     return count * (POST_BYTES + 2 * CAPACITY_BYTES)
 
 

@@ -62,7 +62,7 @@ def shared_library() -> ctypes.CDLL | None:
 
 
 def has(name: str) -> bool:
-    """True if the library has this function. Some functions need certain processors."""
+    """Return True if the library has this function. Some functions need certain processors."""
     found = shared_library()
     return found is not None and hasattr(found, name)
 
@@ -122,7 +122,7 @@ _observer = _Observer()
 
 
 def has_whole_rows(x: torch.Tensor) -> bool:
-    """True if ``x[0]`` and every other row are contiguous."""
+    """Return True if ``x[0]`` and every other row are contiguous."""
     if x.is_contiguous():
         return True
     expected = 1

@@ -127,7 +127,7 @@ class Exports:
 
 
 def num_tiles(length: int, tile_size: int = TILE) -> int:
-    """Number of tiles for ``length`` tokens, the last one possibly partial."""
+    """Return the number of tiles for ``length`` tokens, the last one possibly partial."""
     return -(-length // tile_size)
 
 

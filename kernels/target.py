@@ -20,7 +20,7 @@ def pipeline_stages(wanted: int) -> int:
 
 
 def has_roomy_memory() -> bool:
-    """True if programs on this device have at least ``ROOMY_BYTES`` of shared memory."""
+    """Return True if programs on this device have at least ``ROOMY_BYTES`` of shared memory."""
     return (
         knobs.runtime.interpret or _shared_bytes(driver.active.get_current_device()) >= ROOMY_BYTES
     )

@@ -221,6 +221,10 @@ def _check_commands(text: str, where: str, server: str | None = None) -> None:
     for words in _commands(text):
         while words and re.fullmatch(r"\w+=\S*", words[0]):
             words = words[1:]
+        if words[:2] in (["uvx", "--from"], ["pipx", "run"]):  # the command of a package
+            package = words.index("--spec" if words[0] == "pipx" else "--from") + 1
+            _check_install(["pip", "install", words[package]], where)
+            words = words[package + 1 :]
         if not words:
             continue
         if words[0] == "curl":

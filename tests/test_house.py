@@ -421,6 +421,10 @@ def test_deprecated_names_work_and_are_not_used() -> None:
     assert generators is importlib.import_module("hybridcache.lab.generators").GENERATORS
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         hybridcache.__getattr__("Nothing")
+    assert (
+        "`DeprecationWarning`, until the next minor version"
+        in (ROOT / "hybridcache" / "README.md").read_text()
+    ), "the policy that these names follow is stated"
     used = {
         f"{file.relative_to(ROOT)}: {alias.name}"
         for file in files_of(*PACKAGES, "tests", "examples")

@@ -20,6 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 COVERED = ("hybridcache", "kernels", "engine", "experiments", "tests")
 """Folders that follow the rules."""
 
+NOUNS = (
+    "The A An One Every All Each Same Number Bytes Seconds FLOPs True False None Whether ValueError"
+)
+"""First words of a function's docstring that are in place of a verb. Properties are described by a
+noun, and constructors by their arguments."""
+
 MAX_WORDS = 30
 """Words in one sentence."""
 
@@ -28,6 +34,7 @@ OPENERS = "What Whatever Who Whose Whom Of Where How Which Those These That Let 
 
 RULES = {
     "opener": re.compile(rf"(?:{OPENERS.replace(' ', '|')})\b"),
+    "noun": re.compile(rf"(?:(?:{NOUNS.replace(' ', '|')})\b|O\()"),
     "fragment": re.compile(r"\b(?:None|False|True|empty|0): (?!if\b)[a-z]"),
     "person": re.compile(
         r"\b(?:nobody|somebody|anybody|everybody|who|whoever|whose|whom|oneself|one's"
@@ -52,20 +59,21 @@ class Prose(NamedTuple):
 
     place: str
     kind: str
-    """`docstring`, `comment` or `message`."""
+    """`docstring`, `function` (a docstring that starts with a verb), `comment` or `message`."""
     text: str
 
 
 def test_the_rules_find_the_habits_they_name() -> None:
     bad = {
         "opener": "Of these, sent: counted by the thread.",
+        "noun": "True if there is one.",
         "fragment": "Its tier. None: there is none.",
         "person": "A cache knows nobody.",
         "phrase": "It can not find what is evicted.",
         "long": "word " * (MAX_WORDS + 1),
     }
     for rule, text in bad.items():
-        assert rule in broken_rules(Prose("", "docstring", text)), rule
+        assert rule in broken_rules(Prose("", "function", text)), rule
     good = "Number of queued bytes, or None if there is no `whose` tier.\n\n>>> what = None"
     assert broken_rules(Prose("", "docstring", good)) == []
 
@@ -85,8 +93,11 @@ def broken_rules(prose: Prose) -> list[str]:
     """Return the names of the rules that a text breaks."""
     text = LITERAL.sub("x", without_code(prose.text))
     broken = [name for name in ("fragment", "person", "phrase") if RULES[name].search(text)]
-    if prose.kind == "docstring" and RULES["opener"].match(prose.text.strip()):
+    is_docstring = prose.kind in ("docstring", "function")
+    if is_docstring and RULES["opener"].match(prose.text.strip()):
         broken.append("opener")
+    if prose.kind == "function" and RULES["noun"].match(prose.text.strip()):
+        broken.append("noun")
     if any(len(sentence.split()) > MAX_WORDS for sentence in SENTENCE_END.split(text)):
         broken.append("long")
     return broken
@@ -119,7 +130,9 @@ def prose_of(name: str, source: str) -> Iterator[Prose]:
         for child in body if isinstance(body, list) else ():
             match child:
                 case ast.Expr(value=ast.Constant(value=str(text))):
-                    yield Prose(f"{name}:{child.lineno}", "docstring", text)
+                    is_function = child is body[0] and starts_with_verb(node)
+                    kind = "function" if is_function else "docstring"
+                    yield Prose(f"{name}:{child.lineno}", kind, text)
         if isinstance(node, ast.Constant | ast.JoinedStr):
             in_strings.update(range(node.lineno + 1, (node.end_lineno or node.lineno) + 1))
         for message in messages_of(node):
@@ -133,6 +146,15 @@ def prose_of(name: str, source: str) -> Iterator[Prose]:
         if found:
             start = start if comment else number
             comment += found[1] + "\n"
+
+
+def starts_with_verb(node: ast.AST) -> bool:
+    """Return True for functions that are neither properties, fixtures, tests nor special."""
+    return (
+        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not node.name.startswith(("__", "test_"))
+        and not re.search("property|fixture", " ".join(map(ast.unparse, node.decorator_list)))
+    )
 
 
 def messages_of(node: ast.AST) -> Iterator[str]:

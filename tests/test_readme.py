@@ -21,17 +21,23 @@ from engine import Engine, EngineConfig
 from experiments.system import served
 from hybridcache.allocators.moves import RunningLease
 from hybridcache.api import PrefixCache
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.traces import READERS
-from hybridcache.policies.registry import ADMISSION_NAMES, EVICTION_NAMES, PLACEMENT_NAMES
+from hybridcache.policies.registry import (
+    ADMISSION_NAMES,
+    EVICTION,
+    EVICTION_NAMES,
+    PLACEMENT_NAMES,
+)
 from hybridcache.routing.registry import ROUTERS
 from tests import documents
 from tests.documents import ROOT
 
 README = ROOT / "README.md"
-DOCS = sorted((ROOT / "docs").rglob("*.md"))
+DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "packages")
 PAGES = [README, *DOCS]
 PACKAGES = [
     path
@@ -77,6 +83,25 @@ def test_commands_on_package_pages_exist(page: Path) -> None:
 def test_readme_is_short() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
+
+
+def test_readme_counts_policies_and_weighs_states() -> None:
+    text = " ".join(README.read_text().split())
+    assert f"{len(EVICTION)} eviction policies, {len(BASELINES)} rebuilt competitors" in text
+    models = {
+        "LFM2, LFM2-MoE: {} (1.2B)": "LFM2-1.2B",
+        "Olmo Hybrid: {} (7B)": "Olmo-Hybrid-7B",
+        "Jamba: {} (1.5-Mini)": "Jamba-1.5-Mini",
+        "Qwen3.5, dense and MoE: {} (9B)": "Qwen3.5-9B",
+        "Falcon-H1: {} (1.5B)": "Falcon-H1-1.5B",
+        "Qwen3-Next: {} (80B-A3B)": "Qwen3-Next-80B-A3B",
+        "Kimi Linear: {} (48B-A3B)": "Kimi-Linear-48B-A3B",
+        "Granite 4: {} (H-Tiny)": "Granite-4.0-H-Tiny",
+        "Nemotron-H: {} (3-Nano)": "Nemotron-3-Nano-30B-A3B",
+    }
+    for cell, name in models.items():
+        geometry = ModelGeometry.preset(name)
+        assert cell.format(f"{geometry.state_bytes / geometry.kv_bytes_per_token:,.0f}") in text
 
 
 @pytest.mark.parametrize("page", PACKAGES, ids=name_of)
@@ -212,7 +237,13 @@ def test_reference_describes_every_attribute_and_type(generate: ModuleType) -> N
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/tutorials/embed-the-cache.md", "README.md", "examples/04_minimal_engine.py"]
+    "page",
+    [
+        "docs/tutorials/embed-the-cache.md",
+        "docs/how-to/embed.md",
+        "README.md",
+        "examples/04_minimal_engine.py",
+    ],
 )
 def test_embedding_pages_import_only_public_names(page: str) -> None:
     found = re.findall(
@@ -251,7 +282,8 @@ def test_registered_names_are_in_the_reference(names: dict[str, object], page: s
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed = re.findall(r"^([a-z-]+(?:/[a-z-]+)?)$", (ROOT / "docs/index.md").read_text(), re.M)
     pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in DOCS}
-    assert pages - {"index"} == set(listed)
+    copied = {f"packages/{name}" for name in ("hybridcache", "lab", "engine", "kernels")}
+    assert pages - {"index"} | copied == set(listed)
 
 
 # --- The checks detect faults --------------------------------------------------------------------
@@ -266,6 +298,8 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         ("```sh\nhybridcache simulat --gib 1\n```\n", "no hybridcache simulat"),
         ("```sh\nmake coffee\n```\n", "coffee"),
         ("```sh\npip install '.[coffee]'\n```\n", "coffee"),
+        ("```sh\nuvx --from 'hybrid-radix-cache[coffee]' hybridcache\n```\n", "coffee"),
+        ("```sh\npipx run --spec hybrid-radix-cache hybridcache --coffee\n```\n", "coffee"),
         ("```sh\npython -m experiments.coffee\n```\n", "coffee"),
         ("```console\n$ hybridcache trace stats short\nnothing\n```\n", "expected"),
         ("<!-- not run: -->\n```python\n1\n```\n", "reason"),

@@ -63,7 +63,7 @@ class FolderReport:
 
 
 @dataclass(frozen=True, slots=True)
-class LowerReport:
+class OffloadReport:
     """Tiers outside the device."""
 
     tiers: tuple[TierReport, ...]
@@ -100,7 +100,7 @@ class CacheReport:
     """Bytes and prefixes exchanged with other engines since the start, by the names of
     ``TransferCounts``. None if there is no exchange."""
 
-    lower: LowerReport | None = None
+    offload: OffloadReport | None = None
     """Tiers outside the device, or None if there are none."""
     draft_index_bytes: int = 0
     """Host memory that the drafters' text indices take."""

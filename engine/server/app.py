@@ -129,8 +129,8 @@ class Health:
 
     async def _ask(self) -> None:
         with suppress(EngineStopped, ValueError):  # ended, or no replica is up
-            lower = (await self._engine.report()).lower
-            folder = None if lower is None else lower.folder
+            offload = (await self._engine.report()).offload
+            folder = None if offload is None else offload.folder
             self._problem = None if folder is None else folder.problem
 
 

@@ -336,7 +336,7 @@ class ChatSession:
         return len(self._streams)
 
     def num_reasoning_tokens(self, index: int = 0) -> int:
-        """Number of reasoning tokens so far."""
+        """Return the number of reasoning tokens so far."""
         return self._readings[index].num_reasoning_tokens
 
     def written(self, output: RequestOutput) -> dict[str, int]:

@@ -151,8 +151,8 @@ class _ReportCollector(Collector):
             owners = [((owner,), getattr(pool, owner)) for owner in ("free", "cached", "held")]
             yield _labelled(GAUGE, name, help, ("owner",), owners)
         yield from _admission_metrics(report)
-        if report.lower is not None:
-            yield from _tier_metrics(report.lower.tiers)
+        if report.offload is not None:
+            yield from _tier_metrics(report.offload.tiers)
 
 
 def _labelled(
@@ -187,7 +187,7 @@ def _numbers(report: CacheReport) -> Iterator[Number]:
     if report.transfers is not None:
         for name, key, help in TRANSFERS:
             yield COUNTER, name, help, report.transfers[key]
-    folder = None if report.lower is None else report.lower.folder
+    folder = None if report.offload is None else report.offload.folder
     if folder is not None:
         yield from (
             (GAUGE, "state_dir_bytes", "Bytes stored in --state-dir.", folder.kept),

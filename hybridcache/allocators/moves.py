@@ -194,7 +194,7 @@ class StepPlan:
     _number: int = field(default=0, init=False, repr=False, compare=False)
 
     def __bool__(self) -> bool:
-        """True if any work is due."""
+        """Return True if any work is due."""
         return bool(self.transfers or self.row_writes or self.restores)
 
     def carry_out(self, memory: StepMemory) -> None:

@@ -230,7 +230,7 @@ class Batches:
         self._events.append(event)
 
     def __len__(self) -> int:
-        """Number of collected events."""
+        """Return the number of collected events."""
         return len(self._events)
 
     def take(self) -> bytes:

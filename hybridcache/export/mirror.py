@@ -6,8 +6,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from math import lcm
 from typing import NamedTuple
 
-import numpy as np
-
 from hybridcache.export.events import (
     CheckpointRemoved,
     CheckpointStored,
@@ -19,7 +17,7 @@ from hybridcache.export.events import (
 )
 from hybridcache.export.namespaces import Namespace, write_namespace
 from hybridcache.radix.tree import RadixNode
-from hybridcache.tokens import common_prefix_len
+from hybridcache.tokens import common_tuple_len
 
 
 class EventsLost(ValueError):
@@ -123,7 +121,7 @@ class Mirror:
                 self.num_checkpoints += 1 if is_stored else -1
 
     def _follows(self, event: Event) -> bool:
-        """True if ``event`` is consistent with the mirror. O(page)."""
+        """Return True if ``event`` is consistent with the mirror. O(page)."""
         try:
             hash(event)
         except TypeError:
@@ -146,7 +144,7 @@ class Mirror:
                 return event.position == piece.end and piece.checkpoint
 
     def _fits(self, event: KVStored) -> bool:
-        """True if the parent exists, ends at the start and has no such child."""
+        """Return True if the parent exists, ends at the start and has no such child."""
         if event.parent is None:
             end, siblings = 0, self._roots.get(event.namespace, {})
         else:
@@ -184,7 +182,8 @@ class Mirror:
             piece = self._pieces[found]
             theirs = ids[end : end + len(piece.tokens)]
             if theirs != piece.tokens:
-                end += common_prefix_len(np.array(theirs), np.array(piece.tokens), self.page_size)
+                shared = common_tuple_len(theirs, piece.tokens)
+                end += shared - shared % self.page_size
                 break
             end += len(piece.tokens)
             if piece.checkpoint and end < len(ids):

@@ -46,7 +46,7 @@ def read_namespace(written: Any) -> Namespace:
 
 
 def _encodable(text: str) -> bool:
-    """True if UTF-8 can encode ``text``: it has no unpaired surrogates."""
+    """Return True if UTF-8 can encode ``text``: it has no unpaired surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

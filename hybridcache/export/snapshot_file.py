@@ -132,26 +132,26 @@ def _damages(header: Header, arrays: Arrays) -> Iterator[str]:
     if (parent >= np.arange(num_nodes)).any() or (parent < -num_roots).any():
         yield "a node comes before its parent"
     if len(np.unique(parent[~below])) != num_roots:
-        yield "a namespace holds nothing"
+        yield "a namespace has no nodes"
     length = end - np.where(below, end[parent] if num_nodes else 0, 0)
     resident, stateful, faded = kv[:, 0] >= 0, checkpoint[:, 0] >= 0, lost[:, 0] >= 0
     if (length <= 0).any() or (length % page_size).any():
-        yield "a node is not whole pages long"
+        yield "the length of a node is not a multiple of the page size"
     if length.sum() != len(arrays["tokens"]) or length[resident].sum() != len(arrays["rows"]):
-        yield "its nodes are not as long as its tokens and rows"
+        yield "the lengths of nodes, tokens and rows differ"
     if (resident & below & ~resident[parent]).any():
-        yield "a node has KV, and its parent none"
+        yield "a node has KV and its parent has none"
     if (stateful & ~resident).any() or ((stateful | faded) & (end % grid != 0)).any():
-        yield "a checkpoint stands where none can"
+        yield "a checkpoint is off the grid, or on a node without KV"
     if (stateful & faded).any():
-        yield "a checkpoint stands beside its own tombstone"
+        yield "a node has a checkpoint and a tombstone"
     if ((slot >= 0) != stateful).any() or len(np.unique(slot[stateful])) != stateful.sum():
-        yield "its checkpoints have not a slot each"
+        yield "checkpoints and slots do not match one to one"
     yield from _wrong_rows(arrays["rows"], page_size)
     if ((ghost >= 0) == resident).any() or len(np.unique(ghost[~resident])) != (~resident).sum():
-        yield "its ghosts are not in one order"
+        yield "places in the order of ghosts are missing or repeated"
     if (~resident & below & (ghost >= ghost[parent]) & ~resident[parent]).any():
-        yield "a ghost outlives its parent"
+        yield "a ghost is ordered after its parent"
     serials = np.concatenate([kv[resident, 0], checkpoint[stateful, 0]])
     if len(np.unique(serials)) != len(serials):
         yield "two items share a serial"
@@ -173,7 +173,7 @@ def _wrong_header(header: Header, num_nodes: int) -> Iterator[str]:
         if name != "namespaces" and len(texts) != num_nodes:
             yield f"{len(texts)} {name} for {num_nodes} nodes"
     if len({read_namespace(text) for text in header["namespaces"]}) < len(header["namespaces"]):
-        yield "a namespace stands twice"
+        yield "a namespace occurs twice"
 
 
 def _wrong_numbers(header: Header, arrays: Arrays) -> Iterator[str]:
@@ -181,18 +181,18 @@ def _wrong_numbers(header: Header, arrays: Arrays) -> Iterator[str]:
         if _is_outside(arrays[name], 0, MAX_NUMBER):
             yield f"{name} are not all from 0 to {MAX_NUMBER - 1}"
     if _is_outside(arrays["slot"], -1, MAX_NUMBER) or _is_outside(arrays["ghost"], -1, MAX_COUNT):
-        yield "a slot or a place in the order of ghosts is no small number"
+        yield "a slot or a place in the order of ghosts is out of range"
     for name in ("kv", "checkpoint", "lost"):
         if arrays[name].shape[1] != 4:
-            yield f"{name} has not four numbers a node"
+            yield f"{name} must have four numbers per node"
         serial, created, last_used, uses = arrays[name].T
         if _is_outside(serial, -1, header["num_items"]):
-            yield f"a serial of {name} was never given: two items would share a serial"
+            yield f"a serial of {name} is not below num_items: two items would share a serial"
         for times in (created, last_used):
             if _is_outside(times, 0, header["now"] + 1):
-                yield f"{name} has a time that has not come"
+                yield f"{name} has a time in the future"
         if _is_outside(uses, 0, MAX_COUNT):
-            yield f"{name} has a number of uses that can not be"
+            yield f"{name} has an invalid number of uses"
 
 
 def _is_outside(array: npt.NDArray[Any], least: int, end: int) -> bool:
@@ -202,4 +202,4 @@ def _is_outside(array: npt.NDArray[Any], least: int, end: int) -> bool:
 def _wrong_rows(rows: Any, page_size: int) -> Iterator[str]:
     pages = rows.reshape(-1, page_size)
     if (pages != pages[:, :1] // page_size * page_size + np.arange(page_size)).any():
-        yield "its rows are not whole pages"
+        yield "the rows are not whole pages"

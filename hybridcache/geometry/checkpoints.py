@@ -71,7 +71,7 @@ class CheckpointFormat:
         }[self.per or DEFAULT_SCALING]
 
     def num_scales(self, shape: tuple[int, ...]) -> int:
-        """Number of scales of one state."""
+        """Return the number of scales of one state."""
         if self.per is None:
             return 0
         return math.prod(shape[dim] for dim in self.kept_dims(len(shape)))

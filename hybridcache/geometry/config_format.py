@@ -222,7 +222,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """True if a JSON value has type ``kind`` (see ``Field.kind``)."""
+    """Return True if a JSON value has type ``kind`` (see ``Field.kind``)."""
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is list:

@@ -64,10 +64,9 @@ class Exchange:
 
 
 def tokens_per_byte(geometry: ModelGeometry, bytes_per_s: float) -> float:
-    """Number of tokens that a device computes in the time its link carries one byte.
+    """Return the number of tokens that a device computes in the time its link carries one byte.
 
     This is the price of a copy in tokens, by arithmetic alone, at half of an H100's peak. With
     several devices, each has its own link and its own share of the bytes.
     """
-    per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
-    return Roofline(geometry).flops_per_s / per_token / bytes_per_s
+    return Roofline(geometry).flops_per_s / geometry.flops_per_token / bytes_per_s

@@ -206,6 +206,11 @@ class ModelGeometry:
         """Number of tokens with the same KV size as one checkpoint."""
         return self.state_bytes / self.kv_bytes_per_token
 
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of one token in all layers, without the pairs of attention."""
+        return 2 * self.active_params + self.scan_flops_per_token
+
     def with_state_dtype(self, state_dtype: str) -> ModelGeometry:
         """Return the same model with its checkpoints in another precision."""
         _refuse_unknown(state_dtype=state_dtype)
@@ -214,8 +219,7 @@ class ModelGeometry:
     def flops(self, start: int, end: int) -> int:
         """Forward FLOPs of a prefill of tokens [start, end) after ``start`` reused tokens. O(1)."""
         num_pairs = (end * (end + 1) - start * (start + 1)) // 2
-        per_token = 2 * self.active_params + self.scan_flops_per_token
-        return (end - start) * per_token + num_pairs * self.attention_flops_per_pair
+        return (end - start) * self.flops_per_token + num_pairs * self.attention_flops_per_pair
 
 
 def _how_many(sizes: ModelSizes, kind: type[KVSpec | StateSpec]) -> int:

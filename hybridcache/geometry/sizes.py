@@ -67,7 +67,8 @@ class MixerSizes(Protocol):
         ...
 
     def num_params(self, hidden: int) -> int:
-        """Number of weights that a token is multiplied with, for a model of width ``hidden``."""
+        """Return the number of weights that a token is multiplied with, for a model of width
+        ``hidden``."""
         ...
 
 
@@ -149,7 +150,8 @@ class ModelSizes:
         return sum(spec.size for spec in self.specs() if isinstance(spec, KVSpec))
 
     def state_size(self, dtype: Literal["conv", "recurrent"]) -> int:
-        """Number of elements of one sequence's states of one kind, in and outside the layers."""
+        """Return the number of elements of one sequence's states of one kind, in and outside the
+        layers."""
         return sum(
             spec.size
             for spec in self.specs()

@@ -21,7 +21,8 @@ class PrefillTimes(Protocol):
     """Model of the seconds that one prefill takes."""
 
     def seconds(self, start: int, end: int) -> float:
-        """Seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0 if empty."""
+        """Return the seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0
+        if empty."""
         ...
 
 
@@ -31,7 +32,7 @@ class StepTimes(Protocol):
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
-        """Seconds of a step with these prefills and decodes.
+        """Return the seconds of a step with these prefills and decodes.
 
         Args:
             prefills: Token range [start, end) of each prefill.
@@ -136,8 +137,8 @@ class Roofline:
         params = np.minimum(geometry.total_params, geometry.active_params * (ends - starts))
         moved = params * self.weight_bytes_per_param + ends * geometry.kv_bytes_per_token
         num_pairs = (ends * (ends + 1) - starts * (starts + 1)) // 2
-        per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
-        flops = (ends - starts) * per_token + num_pairs * geometry.attention_flops_per_pair
+        flops = (ends - starts) * geometry.flops_per_token
+        flops += num_pairs * geometry.attention_flops_per_pair
         slower = np.maximum(flops / self.flops_per_s, moved / self.bytes_per_s)
         return np.where(ends > starts, self.overhead_s + slower / self.devices, 0.0)
 
@@ -162,7 +163,7 @@ class RooflineSteps:
         num_rows = context + sum(end for _, end in prefills)
         moved = params * machine.weight_bytes_per_param + num_rows * geometry.kv_bytes_per_token
         moved += 2 * geometry.state_bytes * num_decodes
-        flops = num_decodes * (2 * geometry.active_params + geometry.scan_flops_per_token)
+        flops = num_decodes * geometry.flops_per_token
         flops += context * geometry.attention_flops_per_pair
         flops += sum(geometry.flops(start, end) for start, end in prefills)
         slower = max(flops / machine.flops_per_s, moved / machine.bytes_per_s)

@@ -21,7 +21,7 @@ class Starts(Protocol):
     """An arrival process: ascending start times of sessions, endless."""
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
-        """Seconds, ascending, for ever; draws from ``rng``."""
+        """Yield ascending times in seconds, without end, drawn from ``rng``."""
         ...
 
 
@@ -94,7 +94,7 @@ STARTS: dict[str, type[Poisson] | type[Fixed] | type[Bursts]] = {
 
 
 def parse_starts(text: str) -> Starts:
-    """``word:sessions_per_second``, as in ``poisson:0.5``; for bursts also ``bursts:0.5:32``.
+    """Parse ``name:sessions_per_second``, as in ``poisson:0.5``; for bursts also ``bursts:0.5:32``.
     ValueError for anything else."""
     word, *numbers = text.split(":")
     try:
@@ -112,7 +112,7 @@ def parse_starts(text: str) -> Starts:
 
 
 def _rate(text: str) -> float:
-    """ValueError unless a number above 0, and not infinite."""
+    """Return the number. ValueError unless it is above 0 and finite."""
     rate = float(text)
     if not 0 < rate < math.inf:
         raise ValueError(text)

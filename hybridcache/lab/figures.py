@@ -82,8 +82,8 @@ class FigureStyle:
                 raise ValueError(f"no competitor is called {label!r}; there are {', '.join(known)}")
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Draw with these fonts. Text in PDF files stays text."""
+    def applied(self) -> Iterator[FigureStyle]:
+        """Draw with these fonts, and return this style. Text in PDF files stays text."""
         matplotlib = _matplotlib()
         changed: dict[str, Any] = {"font.size": self.points(9), **_TRUETYPE}
         changed |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), self.points(8))
@@ -91,7 +91,7 @@ class FigureStyle:
             check_font(self.font)
             changed["font.family"] = self.font
         with matplotlib.rc_context(changed):
-            yield
+            yield self
 
 
 def check_font(font: str) -> None:
@@ -234,54 +234,38 @@ def _words(cause: str) -> str:
 
 def sweep_figure(
     results: Sequence[SweepRuns],
-    path: Path | None,
+    path: str | Path | None,
     words: str | Sequence[str] | None = None,
-    *,
-    emphasised: Sequence[str] = (),
-    caption: str = "",
-    style: FigureStyle = DEFAULT_STYLE,
+    style: FigureStyle | None = None,
 ) -> Figure:
     """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
 
     Without ``words``, a panel of token hit rates is followed by one of shares of the best plan with
-    hindsight, if plans were computed. Plans and bounds are black lines. ``emphasised`` labels are
-    drawn thick.
+    hindsight, if plans were computed. Plans and bounds are black lines.
     """
-    with style.applied():
-        return _sweep_figure(results, path, words, emphasised, caption, style)
-
-
-def _sweep_figure(
-    results: Sequence[SweepRuns],
-    path: Path | None,
-    words: str | Sequence[str] | None,
-    emphasised: Sequence[str],
-    caption: str,
-    style: FigureStyle,
-) -> Figure:
-    if words is None:
-        known = any(run.optimum_tokens for result in results for run in result.runs)
-        words = ("hit", "optimum") if known else "hit"
-    words = [words] if isinstance(words, str) else list(words)
-    style.check_names(results)
-    count = len(words) * len(results)
-    size = style.size or ((4.6, 3.5) if count == 1 else (3.4, 2.7))
-    figure, axes = panels(count, columns=3 if len(words) % 2 else 2, size=size)
-    titles, direct = [], []
-    for number, result in enumerate(results):
-        for word, axis in zip(words, axes[number * len(words) :], strict=False):
-            metric = find_metric(word)
-            lines = draw_curves(axis, result, metric, COLOURS, emphasised, style)
-            if word == "hit":
-                draw_limits(axis, result)
-            size_axis(axis, sizes=_sizes([result]))
-            axis.set_ylabel(metric.title)
-            titles.append(_facts(result))
-            if style.labels == "direct":
-                direct += lines
-    set_titles(figure, axes, titles, style)
-    notes = " ".join(filter(None, [caption, *_notes(results, words)]))
-    return save(figure, axes, path, notes, style, direct)
+    with (style or DEFAULT_STYLE).applied() as style:
+        if words is None:
+            known = any(run.optimum_tokens for result in results for run in result.runs)
+            words = ("hit", "optimum") if known else "hit"
+        words = [words] if isinstance(words, str) else list(words)
+        style.check_names(results)
+        count = len(words) * len(results)
+        size = style.size or ((4.6, 3.5) if count == 1 else (3.4, 2.7))
+        figure, axes = panels(count, columns=3 if len(words) % 2 else 2, size=size)
+        titles, direct = [], []
+        for number, result in enumerate(results):
+            for word, axis in zip(words, axes[number * len(words) :], strict=False):
+                metric = find_metric(word)
+                lines = draw_curves(axis, result, metric, COLOURS, style)
+                if word == "hit":
+                    draw_limits(axis, result)
+                size_axis(axis, sizes=_sizes([result]))
+                axis.set_ylabel(metric.title)
+                titles.append(_facts(result))
+                if style.labels == "direct":
+                    direct += lines
+        set_titles(figure, axes, titles, style)
+        return save(figure, axes, path, " ".join(_notes(results, words)), style, direct)
 
 
 def _sizes(results: Sequence[SweepRuns]) -> list[float]:
@@ -325,57 +309,46 @@ def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
 
 def bins_figure(
     results: Sequence[SweepRuns],
-    path: Path | None,
+    path: str | Path | None,
     gib: float | None = None,
-    caption: str = "",
-    style: FigureStyle = DEFAULT_STYLE,
+    style: FigureStyle | None = None,
 ) -> Figure:
     """Draw two panels per trace, at the size nearest to ``gib`` (the middle one if None): token hit
     rate by prompt length, and by the number of earlier requests of the session."""
-    with style.applied():
-        return _bins_figure(results, path, gib, caption, style)
-
-
-def _bins_figure(
-    results: Sequence[SweepRuns],
-    path: Path | None,
-    gib: float | None,
-    caption: str,
-    style: FigureStyle,
-) -> Figure:
-    style.check_names(results)
-    figure, axes = panels(2 * len(results), columns=2, size=style.size or (3.8, 2.9))
-    titles = []
-    for number, result in enumerate(results):
-        for axis, by, words in zip(
-            axes[2 * number :],
-            ("length", "turn"),
-            ("prompt tokens", "earlier requests of the session"),
-            strict=False,
-        ):
-            starts: set[int] = set()
-            for place, (label, runs) in enumerate(result.by_label().items()):
-                run = _nearest(runs, gib)
-                bins = run.by_length if by == "length" else run.by_turn
-                starts.update(bin_.start for bin_ in bins)
-                axis.plot(
-                    [bin_.start for bin_ in bins],
-                    [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
-                    color=COLOURS[place % len(COLOURS)],
-                    **line_look(place, len(result.by_label())),
-                    label=style.name(label),
-                )
-            axis.set_xscale("symlog", base=2, linthresh=256 if by == "length" else 1)
-            axis.set_xticks(sorted(starts))
-            axis.xaxis.set_major_formatter("{x:,g}")
-            axis.xaxis.set_minor_formatter("")
-            axis.set_ylim(0, 100)
-            axis.set_xlabel(f"{words}, from")
-            axis.set_ylabel(METRICS["hit"].title)
-            size = _nearest(result.runs, gib)
-            titles.append([*_facts(result), f"{size_label(size)} GiB"])
-    set_titles(figure, axes, titles, style)
-    return save(figure, axes, path, caption, style)
+    with (style or DEFAULT_STYLE).applied() as style:
+        style.check_names(results)
+        figure, axes = panels(2 * len(results), columns=2, size=style.size or (3.8, 2.9))
+        titles = []
+        for number, result in enumerate(results):
+            for axis, by, words in zip(
+                axes[2 * number :],
+                ("length", "turn"),
+                ("prompt tokens", "earlier requests of the session"),
+                strict=False,
+            ):
+                starts: set[int] = set()
+                for place, (label, runs) in enumerate(result.by_label().items()):
+                    run = _nearest(runs, gib)
+                    bins = run.by_length if by == "length" else run.by_turn
+                    starts.update(bin_.start for bin_ in bins)
+                    axis.plot(
+                        [bin_.start for bin_ in bins],
+                        [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
+                        color=COLOURS[place % len(COLOURS)],
+                        **line_look(place, len(result.by_label())),
+                        label=style.name(label),
+                    )
+                axis.set_xscale("symlog", base=2, linthresh=256 if by == "length" else 1)
+                axis.set_xticks(sorted(starts))
+                axis.xaxis.set_major_formatter("{x:,g}")
+                axis.xaxis.set_minor_formatter("")
+                axis.set_ylim(0, 100)
+                axis.set_xlabel(f"{words}, from")
+                axis.set_ylabel(METRICS["hit"].title)
+                size = _nearest(result.runs, gib)
+                titles.append([*_facts(result), f"{size_label(size)} GiB"])
+        set_titles(figure, axes, titles, style)
+        return save(figure, axes, path, style=style)
 
 
 def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
@@ -396,39 +369,30 @@ NO_CAUSES = "none of these runs has loss causes: rebuilt peers do not record the
 
 
 def losses_figure(
-    results: Sequence[SweepRuns],
-    path: Path | None,
-    caption: str = "",
-    style: FigureStyle = DEFAULT_STYLE,
+    results: Sequence[SweepRuns], path: str | Path | None, style: FigureStyle | None = None
 ) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
     was reused. ValueError if no run has causes."""
-    with style.applied():
-        return _losses_figure(results, path, caption, style)
-
-
-def _losses_figure(
-    results: Sequence[SweepRuns], path: Path | None, caption: str, style: FigureStyle
-) -> Figure:
-    style.check_names(results)
-    shown = [
-        (result, label, runs)
-        for result in results
-        for label, runs in result.by_label().items()
-        if all(run.losses is not None for run in runs)
-    ]
-    if not shown:
-        raise ValueError(NO_CAUSES)
-    figure, axes = panels(len(shown), columns=3, size=style.size or (3.4, 2.7))
-    for axis, (result, _, runs) in zip(axes, shown, strict=True):
-        stack_losses(axis, runs)
-        draw_limits(axis, result)
-        size_axis(axis, sizes=_sizes([result]))
-        axis.set_ylim(0, 100)
-        axis.set_ylabel("prompt tokens, %")
-    titles = [[*_facts(result), style.name(label)] for result, label, _ in shown]
-    set_titles(figure, axes, titles, style)
-    return save(figure, axes, path, f"{caption} {LOSSES_NOTE}".strip(), style)
+    with (style or DEFAULT_STYLE).applied() as style:
+        style.check_names(results)
+        shown = [
+            (result, label, runs)
+            for result in results
+            for label, runs in result.by_label().items()
+            if all(run.losses is not None for run in runs)
+        ]
+        if not shown:
+            raise ValueError(NO_CAUSES)
+        figure, axes = panels(len(shown), columns=3, size=style.size or (3.4, 2.7))
+        for axis, (result, _, runs) in zip(axes, shown, strict=True):
+            stack_losses(axis, runs)
+            draw_limits(axis, result)
+            size_axis(axis, sizes=_sizes([result]))
+            axis.set_ylim(0, 100)
+            axis.set_ylabel("prompt tokens, %")
+        titles = [[*_facts(result), style.name(label)] for result, label, _ in shown]
+        set_titles(figure, axes, titles, style)
+        return save(figure, axes, path, LOSSES_NOTE, style)
 
 
 def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
@@ -470,7 +434,6 @@ def draw_curves(
     result: SweepRuns,
     metric: Metric,
     colours: Sequence[str] = (),
-    emphasised: Sequence[str] = (),
     style: FigureStyle = DEFAULT_STYLE,
 ) -> list[Any]:
     """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
@@ -483,8 +446,6 @@ def draw_curves(
         look = line_look(number, len(by_label))
         if colours:
             look["color"] = colours[number % len(colours)]
-        if emphasised:
-            look["linewidth"] = 2.4 if label in emphasised else 1.3
         lines += axis.plot(
             [gib for gib, _ in kept],
             [value for _, value in kept],
@@ -656,7 +617,7 @@ def panels(
 def save(
     figure: Figure,
     axes: Sequence[Any],
-    path: Path | None,
+    path: str | Path | None,
     caption: str = "",
     style: FigureStyle = DEFAULT_STYLE,
     direct: Sequence[Any] = (),
@@ -709,50 +670,46 @@ def save(
         figure.draw_without_rendering()  # the labels' places depend on the height of the panels
         for axis in axes:
             label_directly(axis, [one for one in axis.lines if one in direct], style.points(8))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130 if style.size is None else 300)
     return figure
 
 
 def optimum_figure(
-    found: Sequence[Optimum], path: Path | None, style: FigureStyle = DEFAULT_STYLE
+    found: Sequence[Optimum], path: str | Path | None, style: FigureStyle | None = None
 ) -> Figure:
     """Draw plan and bound over the size. If the LP computed prices, a second panel shows the price
     of memory over the trace."""
-    with style.applied():
-        return _optimum_figure(found, path, style)
-
-
-def _optimum_figure(found: Sequence[Optimum], path: Path | None, style: FigureStyle) -> Figure:
-    priced = [best for best in found if best.prices is not None]
-    figure, axes = panels(1 + bool(priced), columns=2, size=style.size)
-    sizes = [best.capacity_bytes / GIB for best in found]
-    axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
-    if priced:
-        bounds = [100 * (best.bound or 0) for best in priced]
-        priced_sizes = [best.capacity_bytes / GIB for best in priced]
-        axes[0].plot(priced_sizes, bounds, "k-", linewidth=0.6, label="no plan passes")
-        step = -(-len(priced) // len(COLOURS))
-        for colour, best in zip(COLOURS, priced[::step], strict=False):
-            assert best.prices is not None
-            label = f"{best.capacity_bytes / GIB:.3g} GiB"
-            prices = GIB * best.prices
-            axes[1].step(range(len(prices)), prices, color=colour, linewidth=1.0, label=label)
-        axes[1].set_xlabel("request")
-        axes[1].set_ylabel("tokens per further GiB")
-    axes[0].set_ylim(0, 100)
-    size_axis(axes[0], sizes=sorted(sizes))
-    axes[0].set_ylabel(METRICS["hit"].title)
-    facts = [found[0].trace, f"{found[0].num_requests:,} requests"]
-    set_titles(figure, axes, [facts] * len(axes), style)
-    caption = (
-        "Right: the dual of the capacity, the price of a byte between two requests; memory is "
-        "worth most where it stands highest."
-        if priced
-        else ""
-    )
-    return save(figure, axes, path, caption, style)
+    with (style or DEFAULT_STYLE).applied() as style:
+        priced = [best for best in found if best.prices is not None]
+        figure, axes = panels(1 + bool(priced), columns=2, size=style.size)
+        sizes = [best.capacity_bytes / GIB for best in found]
+        axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
+        if priced:
+            bounds = [100 * (best.bound or 0) for best in priced]
+            priced_sizes = [best.capacity_bytes / GIB for best in priced]
+            axes[0].plot(priced_sizes, bounds, "k-", linewidth=0.6, label="no plan passes")
+            step = -(-len(priced) // len(COLOURS))
+            for colour, best in zip(COLOURS, priced[::step], strict=False):
+                assert best.prices is not None
+                label = f"{best.capacity_bytes / GIB:.3g} GiB"
+                prices = GIB * best.prices
+                axes[1].step(range(len(prices)), prices, color=colour, linewidth=1.0, label=label)
+            axes[1].set_xlabel("request")
+            axes[1].set_ylabel("tokens per further GiB")
+        axes[0].set_ylim(0, 100)
+        size_axis(axes[0], sizes=sorted(sizes))
+        axes[0].set_ylabel(METRICS["hit"].title)
+        facts = [found[0].trace, f"{found[0].num_requests:,} requests"]
+        set_titles(figure, axes, [facts] * len(axes), style)
+        caption = (
+            "Right: the dual of the capacity, the price of a byte between two requests; memory is "
+            "worth most where it stands highest."
+            if priced
+            else ""
+        )
+        return save(figure, axes, path, caption, style)
 
 
 CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
@@ -772,50 +729,43 @@ def closed_loop_figure(
     """Draw hits, times to first token and makespan over the rate of sessions: a row of panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
     smallest to the largest."""
-    style = style or DEFAULT_STYLE
-    with style.applied():
-        return _closed_loop_figure(runs, Path(path) if path else None, caption, style)
-
-
-def _closed_loop_figure(
-    runs: Sequence[ClosedLoopRun], path: Path | None, caption: str, style: FigureStyle
-) -> Figure:
-    cells = list(dict.fromkeys((run.trace, run.label, run.gib) for run in runs))
-    admissions = list(dict.fromkeys(run.admission for run in runs))
-    style_size = style.size or (2.8, 2.5)
-    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), columns=4, size=style_size)
-    titles: list[list[str]] = []
-    for row, cell in enumerate(cells):
-        here = [run for run in runs if (run.trace, run.label, run.gib) == cell]
-        for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
-            axis = axes[row * len(CLOSED_LOOP_PANELS) + column]
-            for place, admission in enumerate(admissions):
-                points = _over_rates([run for run in here if run.admission == admission], value)
-                if not points:
-                    continue
-                rates, means, lows, highs = zip(*points, strict=True)
-                axis.errorbar(
-                    rates,
-                    means,
-                    yerr=(lows, highs),
-                    color=COLOURS[place % len(COLOURS)],
-                    linestyle=_DASHES[place % len(_DASHES)],
-                    marker="o",
-                    markersize=3,
-                    linewidth=2.0 if admission == "sessions" else 1.1,
-                    elinewidth=0.6,
-                    label=style.name(admission),
-                )
-            size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
-            axis.set_ylabel(name)
-            if name.endswith("TTFT, s"):
-                _log_values(axis)
-            else:
-                axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-            facts = [cell[0], *([] if cell[2] is None else [f"{cell[2]:.3g} GiB"])]
-            titles.append([*facts, style.name(cell[1])])
-    set_titles(figure, axes, titles, style)
-    return save(figure, axes, path, caption, style)
+    with (style or DEFAULT_STYLE).applied() as style:
+        cells = list(dict.fromkeys((run.trace, run.label, run.gib) for run in runs))
+        admissions = list(dict.fromkeys(run.admission for run in runs))
+        style_size = style.size or (2.8, 2.5)
+        figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), columns=4, size=style_size)
+        titles: list[list[str]] = []
+        for row, cell in enumerate(cells):
+            here = [run for run in runs if (run.trace, run.label, run.gib) == cell]
+            for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
+                axis = axes[row * len(CLOSED_LOOP_PANELS) + column]
+                for place, admission in enumerate(admissions):
+                    points = _over_rates([run for run in here if run.admission == admission], value)
+                    if not points:
+                        continue
+                    rates, means, lows, highs = zip(*points, strict=True)
+                    axis.errorbar(
+                        rates,
+                        means,
+                        yerr=(lows, highs),
+                        color=COLOURS[place % len(COLOURS)],
+                        linestyle=_DASHES[place % len(_DASHES)],
+                        marker="o",
+                        markersize=3,
+                        linewidth=2.0 if admission == "sessions" else 1.1,
+                        elinewidth=0.6,
+                        label=style.name(admission),
+                    )
+                size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
+                axis.set_ylabel(name)
+                if name.endswith("TTFT, s"):
+                    _log_values(axis)
+                else:
+                    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+                facts = [cell[0], *([] if cell[2] is None else [f"{cell[2]:.3g} GiB"])]
+                titles.append([*facts, style.name(cell[1])])
+        set_titles(figure, axes, titles, style)
+        return save(figure, axes, path, caption, style)
 
 
 def _over_rates(

@@ -22,7 +22,7 @@ covers their mean often enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -45,11 +45,6 @@ class Interval(NamedTuple):
         if math.isnan(self.low):
             return f"{self.mean:.1f}"
         return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Return True if both limits have the same sign."""
-        return self.low > 0 or self.high < 0
 
     def scaled(self, factor: float) -> Interval:
         """Return the interval of ``factor`` times the quantity; ``factor`` must be positive."""
@@ -93,22 +88,6 @@ def ratio(
     tail = expanded_tail(len(parts), level)
     low, high = np.quantile(rates, (tail, 1 - tail))
     return Interval(mean, float(low), float(high))
-
-
-def by_session(
-    cached_tokens: Sequence[float], prompt_tokens: Sequence[float], sessions: Sequence[Hashable]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums of each session, in the order of first appearance; arguments of ``ratio``.
-
-    The arguments have one entry per request. O(requests).
-    """
-    places: dict[Hashable, int] = {}
-    index = [places.setdefault(session, len(places)) for session in sessions]
-    sums = (
-        np.bincount(index, weights=np.asarray(one, float)) for one in (cached_tokens, prompt_tokens)
-    )
-    cached, prompt = sums
-    return cached, prompt
 
 
 def band(curves: Sequence[Sequence[float]], level: float = LEVEL) -> list[Interval]:

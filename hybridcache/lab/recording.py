@@ -22,7 +22,7 @@ MAX_RECORDS = 300_000
 
 
 def page_of(trace: Trace, sweep: Sweep) -> str:
-    """The page with every run of ``sweep`` in it. O(requests) a run.
+    """Return the page with every run of ``sweep`` in it. O(requests) a run.
 
     ValueError: rebuilt peers, which have no tree of ours; more runs, or longer ones, than a page
     takes; requests that are not served in turn.
@@ -53,7 +53,8 @@ def page_of(trace: Trace, sweep: Sweep) -> str:
 def record_run(
     trace: Trace, config: RunConfig, serving: Serving, max_records: int = MAX_RECORDS
 ) -> Recording:
-    """One run from an empty cache, its requests in turn. ValueError: it makes more records."""
+    """Record one run from an empty cache, its requests in turn. ValueError if it makes more
+    than ``max_records``."""
     target = _RecordedTarget(config, trace.unit, serving, max_records)
     log = serve(target, trace, trace.unit, serving)
     for shown, ttft_s in zip(target.shown, log.ttft_s, strict=True):

@@ -91,7 +91,7 @@ def find_metric(word: str) -> Metric:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned, the first to the left and the others to the right."""
+    """Return aligned columns, the first to the left and the others to the right."""
     table = [list(header), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
@@ -144,14 +144,10 @@ def sweep_line(result: SweepRuns) -> str:
     num_sizes = len({_size(run) for run in result.runs})
     at = "" if best.gib is None else f" at {best.gib:.4g} GiB"
     return (
-        f"{result.trace}, {result.geometry.name}: {_count(best.requests, 'request')}, "
-        f"{_count(len(result.by_label()), 'competitor')}, {_count(num_sizes, 'size')}; "
+        f"{result.trace}, {result.geometry.name}: {counted(best.requests, 'request')}, "
+        f"{counted(len(result.by_label()), 'competitor')}, {counted(num_sizes, 'size')}; "
         f"best token hit rate {100 * best.token_hit_rate:.1f} %, {best.label}{at}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def sweep_html(result: SweepRuns) -> str:
@@ -245,7 +241,8 @@ OF_TENANTS = ["Jain", "worst tenant, s"]
 
 
 def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
-    """A row for each admission policy and rate, averaged over seeds; a table for each cache."""
+    """Return a table for each cache: a row for each admission policy and rate, averaged over
+    seeds."""
     tables = []
     for label, gib in dict.fromkeys((run.label, run.gib) for run in runs):
         chosen = [run for run in runs if (run.label, run.gib) == (label, gib)]
@@ -352,7 +349,7 @@ MARCONI_NOTE = (
 
 
 def weighs_as_another(run: RunResult) -> bool:
-    """Whether a run's policy takes another model's FLOPs for its own."""
+    """Return True if a run's policy takes another model's FLOPs for its own."""
     word = str(run.config.policy).partition(":")[0]
     return word == "marconi" and not run.config.model.startswith("Qwen3-Next")
 
@@ -364,7 +361,7 @@ def _marked(run: RunResult, word: str) -> str:
 
 
 def above_plan(run: RunResult) -> bool:
-    """Whether a run reuses more than the best plan."""
+    """Return True if a run reuses more than the best plan."""
     return run.share_of_optimum is not None and run.share_of_optimum > 1
 
 
@@ -412,7 +409,7 @@ def hindsight_percent(run: RunResult) -> float:
 
 
 def size_label(run: RunResult) -> str:
-    """A run's GiB, as short as it can be read."""
+    """Return a run's GiB, as short as it can be read."""
     if run.gib is None:
         return "pools"
     return f"{run.gib:.0f}" if run.gib >= 100 else f"{run.gib:.3g}"
@@ -552,7 +549,7 @@ def optimum_table(found: Sequence[Optimum]) -> str:
 
 
 def write_runs(result: SweepRuns, path: Path) -> None:
-    """Every run as one JSON line."""
+    """Write every run as one JSON line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for run in result.runs:

@@ -114,7 +114,7 @@ class Trace:
         return replace(self, source=_Head(self.source, num_requests), recipe=recipe)
 
     def kept(self) -> Trace:
-        """The same trace with all requests held in memory: for replaying one many times."""
+        """Return the same trace with all requests held in memory, for many replays."""
         return replace(self, source=tuple(self).__iter__)
 
 

@@ -161,7 +161,7 @@ class Reader:
 
 
 def remembers(policy: object) -> bool:
-    """True if ``policy`` has learned state worth saving."""
+    """Return True if ``policy`` has learned state worth saving."""
     return isinstance(policy, REMEMBERING)
 
 

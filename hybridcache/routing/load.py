@@ -41,7 +41,7 @@ class ReplicaLoad:
         return len(self._waiting) + len(self._decoding)
 
     def wait_s(self, now: float) -> float:
-        """Seconds until all requests here have their first tokens.
+        """Return the seconds until all requests here have their first tokens.
 
         A prefill that exceeds its estimate counts as 0 because it can end at any moment.
         """

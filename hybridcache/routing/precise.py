@@ -14,6 +14,7 @@ from hybridcache.export.mirror import Mirror, MirrorMatch
 from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.hashing import rendezvous
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
+from hybridcache.tokens import common_tuple_len
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""
@@ -74,11 +75,11 @@ class MirrorRouter(Router):
         return super().left(replica, now)
 
     def num_held(self, replica: ReplicaId) -> int:
-        """Number of ids with KV on ``replica``. O(1)."""
+        """Return the number of ids with KV on ``replica``. O(1)."""
         return self.mirrors[replica].num_tokens
 
     def used_bytes(self, replica: ReplicaId) -> int:
-        """Bytes of KV and checkpoints on ``replica``. O(1)."""
+        """Return the bytes of KV and checkpoints on ``replica``. O(1)."""
         mirror, spec = self.mirrors[replica], self.spec
         return mirror.num_tokens * spec.kv_bytes + mirror.num_checkpoints * spec.state_bytes
 
@@ -194,7 +195,7 @@ class CheckpointSeconds(MirrorRouter):
         return self.mirrors[replica].match(request.tokens, request.namespace)
 
     def wait_s(self, replica: ReplicaId, now: float) -> float:
-        """Seconds until ``replica`` has finished its present prefills."""
+        """Return the seconds until ``replica`` has finished its present prefills."""
         return self.loads[replica].wait_s(now)
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
@@ -217,18 +218,20 @@ class CheckpointSeconds(MirrorRouter):
         return Choice(chosen, depths[chosen])
 
     def new_bytes(self, request: RouteRequest, depth: int, kv_match_len: int) -> int:
-        """Bytes stored by computing a prompt from ``depth``, with KV for ``kv_match_len`` ids."""
+        """Return the bytes stored by computing a prompt from ``depth``, with KV for
+        ``kv_match_len`` ids."""
         num_states = len(self.forecast(request, depth, kv_match_len))
         num_ids = len(request.tokens) - max(kv_match_len, depth)
         return num_ids * self.spec.kv_bytes + num_states * self.spec.state_bytes
 
     def displaced(self, replica: ReplicaId, new_bytes: int) -> float:
-        """Number of ids evicted on ``replica`` if ``new_bytes`` are stored. O(1)."""
+        """Return the number of ids evicted on ``replica`` if ``new_bytes`` are stored. O(1)."""
         capacity = self.spec.capacity_bytes
         return new_bytes * self.num_held(replica) / capacity if capacity else 0.0
 
     def pressures(self, now: float) -> dict[ReplicaId, float]:
-        """Relative value of memory on each replica: 1 at the mean overwrite rate. O(replicas).
+        """Return the relative value of memory on each replica: 1 at the mean overwrite rate.
+        O(replicas).
 
         It is the square root of the rate, as for cache misses (Hartstein et al., "Cache miss
         behavior: is it sqrt(2)?", 2006).
@@ -238,7 +241,8 @@ class CheckpointSeconds(MirrorRouter):
         return {replica: math.sqrt(rate / mean) if mean else 1.0 for replica, rate in rates.items()}
 
     def utilisation(self, now: float) -> float:
-        """Fraction of time that the replicas spend on prefill, at most ``MOST_BUSY``. O(replicas).
+        """Return the fraction of time that the replicas spend on prefill, at most ``MOST_BUSY``.
+        O(replicas).
 
         Estimated from the requests sent to them.
         """
@@ -379,14 +383,17 @@ class InFlightPrompts:
             self.num_new -= found[2]
 
     def depth(self, request: RouteRequest) -> int:
-        """Number of ids of ``request`` that can be resumed after all prompts here are computed.
+        """Return the number of ids of ``request`` that can be resumed after all prompts here are
+        computed.
 
         O(prompts in flight + shared ids).
         """
         deepest = 0
         for other, positions, _ in self._prompts.values():
             if other.namespace == request.namespace and positions and positions[-1] > deepest:
-                shared = min(_shared(other.tokens, request.tokens), len(request.tokens) - 1)
+                shared = min(
+                    common_tuple_len(other.tokens, request.tokens), len(request.tokens) - 1
+                )
                 number = bisect_right(positions, shared)
                 if number:
                     deepest = max(deepest, positions[number - 1])
@@ -395,23 +402,6 @@ class InFlightPrompts:
     def check(self) -> None:
         """Raise AssertionError unless ``num_new`` is the sum over all prompts."""
         assert self.num_new == sum(num_new for _, _, num_new in self._prompts.values())
-
-
-_BLOCK = 256
-"""Number of ids compared per step."""
-
-
-def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    """Return the length of the common prefix."""
-    shorter, start = min(len(left), len(right)), 0
-    while start < shorter:
-        end = min(start + _BLOCK, shorter)
-        if left[start:end] != right[start:end]:
-            break
-        start = end
-    while start < shorter and left[start] == right[start]:
-        start += 1
-    return start
 
 
 class WriteRate:
@@ -458,7 +448,7 @@ class WriteRate:
         return self._seconds - self._log[0][2]
 
     def rate(self, now: float) -> float:
-        """Bytes per second since ``since_s``, or 0 if no time has passed.
+        """Return the bytes per second since ``since_s``, or 0 if no time has passed.
 
         Periods under a microsecond count as one: a quotient by less can overflow.
         """

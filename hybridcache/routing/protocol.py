@@ -21,7 +21,7 @@ class Seconds(Protocol):
     """Model of prefill times (see ``hybridcache.geometry.times``)."""
 
     def seconds(self, start: int, end: int) -> float:
-        """Seconds to compute tokens [start, end) after ``start`` reused tokens."""
+        """Return the seconds to compute tokens [start, end) after ``start`` reused tokens."""
         ...
 
 
@@ -170,7 +170,7 @@ class Router:
         """
 
     def seconds(self, start: int, end: int) -> float:
-        """Seconds to compute ids [start, end) of a prompt."""
+        """Return the seconds to compute ids [start, end) of a prompt."""
         unit = self.spec.unit
         return self.spec.times.seconds(start * unit, end * unit)
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
-import numpy as np
-
 from hybridcache.routing.protocol import ReplicaId
-from hybridcache.tokens import common_prefix_len
+from hybridcache.tokens import common_tuple_len
 
 KEPT = 0.9
 """Fraction of ``max_tokens`` that remains after a replica's record exceeds the limit."""
@@ -61,7 +59,7 @@ class TextTree:
             child = node.children.get(tokens[end])
             if child is None:
                 break
-            common = _common(child.tokens, tokens, end)
+            common = common_tuple_len(child.tokens, tokens[end : end + len(child.tokens)])
             end += common
             for replica in child.last_use:
                 reached[replica] = end
@@ -82,7 +80,7 @@ class TextTree:
             if child is None:
                 child = node.children[tokens[end]] = _TextNode(tokens[end:], node)
             else:
-                common = _common(child.tokens, tokens, end)
+                common = common_tuple_len(child.tokens, tokens[end : end + len(child.tokens)])
                 if common < len(child.tokens):
                     child = self._split(child, common)
             if replica not in child.last_use:
@@ -162,10 +160,3 @@ class TextTree:
                 assert child.tokens[0] == first and child.parent is node
         assert held == self.num_tokens
         assert all(num_tokens <= self.max_tokens for num_tokens in held.values())
-
-
-def _common(known: tuple[int, ...], tokens: tuple[int, ...], start: int) -> int:
-    theirs = tokens[start : start + len(known)]
-    if theirs == known:
-        return len(known)
-    return common_prefix_len(np.array(known[: len(theirs)]), np.array(theirs))

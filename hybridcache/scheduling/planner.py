@@ -123,7 +123,7 @@ class Holding(Protocol[Q]):
         ...
 
     def forget(self, request: Q) -> None:
-        """``request`` no longer waits."""
+        """Record that ``request`` no longer waits."""
         ...
 
 
@@ -575,7 +575,7 @@ class _Load(Load):
         return self._sizes.share(session.num_tokens - session.shared_len, 1)
 
     def forget(self, request: WaitingRequest) -> None:
-        """``request`` no longer waits."""
+        """Record that ``request`` no longer waits."""
         self._matches.pop(request, None)
 
 

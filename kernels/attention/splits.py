@@ -60,7 +60,7 @@ def combine_splits_kernel(
 
 
 def group_size(num_heads: int, num_splits: int, size: int) -> int:
-    """Number of tokens with partial outputs that fit into the workspace.
+    """Return the number of tokens with partial outputs that fit into the workspace.
 
     A multiple of 4, so that the tables of a group stay aligned.
     """
@@ -68,7 +68,8 @@ def group_size(num_heads: int, num_splits: int, size: int) -> int:
 
 
 def is_one_chunk(num_tokens: int, kv_len: int, num_heads: int, size: int) -> bool:
-    """True if `verify_attention` launches ``num_tokens`` tokens with ``kv_len`` keys at once.
+    """Return True if `verify_attention` launches ``num_tokens`` tokens with ``kv_len`` keys at
+    once.
 
     The host's lengths of the sequences are then only bounds.
     """

@@ -77,7 +77,7 @@ def multiply_by_spans(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @cache
 def is_exact() -> bool:
-    """True if ``torch._int_mm`` is exact on this processor.
+    """Return True if ``torch._int_mm`` is exact on this processor.
 
     Without special instructions, sums of two products can saturate at 16 bits.
     """

@@ -52,7 +52,7 @@ def prepare_8bit(
 
 
 def _is_served(weight: torch.Tensor) -> bool:
-    """True if rows are whole 32-bit words of a dtype that this processor multiplies."""
+    """Return True if rows are whole 32-bit words of a dtype that this processor multiplies."""
     has_words = weight.shape[1] * weight.element_size() % 4 == 0
     return has_words and has(f"linear_{DTYPES.get(weight.dtype)}")
 

@@ -15,7 +15,7 @@ of rows."""
 
 
 def is_available(weight: torch.Tensor) -> bool:
-    """True if this build of PyTorch can prepack ``weight``."""
+    """Return True if this build of PyTorch can prepack ``weight``."""
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseRequest
@@ -149,11 +149,15 @@ class LeaseMachine(RuleBasedStateMachine):
         self.step = step = max(page_size, grid)
         self.is_hybrid = rng.random() < 0.9
         state_bytes = rng.choice([3, 5, 8]) * step * ROW_BYTES
-        num_rows, num_slots = step * rng.randint(10, 24), rng.randint(2, 6)
+        # A short memory for evictions and refusals, or one that holds several conversations.
+        short, large = (rng.randint(10, 24), rng.randint(2, 6)), (64, 12)
+        num_pages, num_slots = rng.choice([short, large])
+        num_rows = step * num_pages
         sizes = {"num_kv_tokens": num_rows, "num_slots": num_slots}
         if rng.random() < 0.4:
             memory = rng.choice(["arena", "budget"])
-            sizes = {"total_bytes": num_rows * ROW_BYTES + 3 * state_bytes, "memory": memory}
+            sizes = {"total_bytes": num_rows * ROW_BYTES + (num_slots + 1) * state_bytes}
+            sizes["memory"] = memory
         if self.is_hybrid:
             for tier in ("host_bytes", "disk_bytes"):
                 if rng.random() < 0.6:
@@ -176,7 +180,11 @@ class LeaseMachine(RuleBasedStateMachine):
         self.tensors = Tensors()
         self.arrivals: list[Arrival] = []
         self.num_requests = self.num_batches = self.num_saved = 0
+        self.reached: Counter[str] = Counter()
+        """Number of times that each kind of state was reached."""
         draw = np.random.default_rng(seed)
+        self.texts: list[tuple[Tokens, int]] = []
+        """Texts of earlier requests, each with the length of its prompt."""
         self.stems = [draw.integers(0, 9, 40 * step, dtype=np.int32) for _ in range(2)]
 
     def _router(self, config: CacheConfig, placement: str) -> CheckpointSeconds:
@@ -215,11 +223,19 @@ class LeaseMachine(RuleBasedStateMachine):
                 self.evict(rng.randint(0, 20), rng.randrange(2))
             self.invariants_hold()
 
-    def text(self, rng: random.Random) -> Tokens:
-        """Return a prompt that shares a prefix with others, followed by an answer."""
+    def text(self, rng: random.Random) -> tuple[Tokens, int]:
+        """Return a text and the length of its prompt. It shares a prefix with others, or it is a
+        beginning of an earlier text: the same prompt, or the next turn of its conversation."""
+        if self.texts and rng.random() < 0.7:
+            tokens, prompt_len = rng.choice(self.texts[-4:])
+            turn = rng.choice([0, 0, rng.randint(1, self.step)])
+            return tokens, min(prompt_len + turn, len(tokens) - 8)
         shared_len = rng.randint(0, 6) * self.step + rng.choice([0, 0, rng.randint(0, self.step)])
         fresh = np.random.default_rng(rng.randrange(40)).integers(0, 9, 30, dtype=np.int32)
-        return np.concatenate([rng.choice(self.stems)[:shared_len], fresh])
+        tokens = np.concatenate([rng.choice(self.stems)[:shared_len], fresh])
+        most = min(len(tokens) - 8, shared_len + 2 * self.step)
+        self.texts.append((tokens, rng.randint(min(self.step + 1, most), most)))
+        return self.texts[-1]
 
     @rule(seed=st.integers(0, 10**6))
     def begin(self, seed):
@@ -227,8 +243,7 @@ class LeaseMachine(RuleBasedStateMachine):
         if len(self.running) >= 4:
             return
         rng = random.Random(seed)
-        tokens = self.text(rng)
-        prompt_len = rng.randint(1, len(tokens) - 8)
+        tokens, prompt_len = self.text(rng)
         namespace = rng.choice([None, None, "tenant"])
         boundaries = tuple(sorted(rng.sample(range(1, prompt_len + 1), min(prompt_len, 2))))
         self.num_requests += 1
@@ -250,13 +265,18 @@ class LeaseMachine(RuleBasedStateMachine):
             table_row=rng.choice([None, self.num_requests]),
         )
         exchange = rng.choice([None, Rate(0.0), Rate(0.05), Rate(9.0)])
+        num_loaded = self.num_loaded_rows()
         lease = Lease.begin(self.cache, self.ledger, lease_request, exchange)
         assert not self.ledger.saved and not self.ledger.dropped
+        self.reached["loaded"] += self.num_loaded_rows() > num_loaded
+        self.reached["no memory"] += lease is None
         if lease is None:
             self.router.ended(self.num_requests, float(self.num_requests))
             return
         assert sum(lease.losses) + lease.cached_len == prompt_len and min(lease.losses) >= 0
         assert lease_request.reuse or not lease.cached_len
+        self.reached["hit"] += lease.cached_len > 0
+        self.reached.update(cause for cause, lost in lease.losses._asdict().items() if lost)
         loadable_len = lease.match.loadable[-1].position if lease.match.loadable else 0
         reached_len = lease.cached_len + lease.losses.refused  # a refused state can be offloaded
         assert lease.losses.not_fetched == max(loadable_len - reached_len, 0)
@@ -266,6 +286,11 @@ class LeaseMachine(RuleBasedStateMachine):
             self.num_requests, tokens, prompt_len, lease, start, needs_plan_from=start
         )
         self.running.append(request)
+
+    def num_loaded_rows(self) -> int:
+        """Return the number of rows copied to the device so far."""
+        copied = {} if self.cache.offload is None else self.cache.offload.copied_rows
+        return sum(rows for (_, tier), rows in copied.items() if tier == DEVICE)
 
     def pick(self, number: int) -> Running | None:
         """Return a running request, or None if there is none."""
@@ -305,6 +330,8 @@ class LeaseMachine(RuleBasedStateMachine):
         saved, dropped = self.ledger.saved, self.ledger.dropped
         assert len(saved) == self.cache.stats.inserted_slots - inserted
         self.num_saved += len(saved)
+        self.reached["saved"] += len(saved)
+        self.reached["dropped"] += len(dropped)
         request.settled.update(
             placed for placed in (*saved, *dropped) if placed.label not in OWN_LABELS
         )
@@ -336,6 +363,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert counts["write_row"] == len(plan.row_writes)
         num_drops = sum(isinstance(transfer, Drop) for transfer in plan.transfers)
         assert counts["move"] + counts["copy"] == len(plan.transfers) - num_drops
+        self.reached.update(counts)
         counts.clear()
 
     def assert_refuses(self, request: Running, to_len: int) -> None:
@@ -430,7 +458,7 @@ class LeaseMachine(RuleBasedStateMachine):
             arrival = self.arrivals.pop(seed % len(self.arrivals))
             arrival.publish() if how == 1 else arrival.abort()
             return
-        tokens = self.text(rng)
+        tokens, _ = self.text(rng)
         whole = tokens[: len(tokens) // self.step * self.step]
         if len(whole) and len(self.arrivals) < 2:
             arrival = Arrival.begin(self.cache, whole, None, stateful=self.is_hybrid)
@@ -484,3 +512,19 @@ def test_leases_leak_nothing_and_account_for_every_token():
     # No shrinking: ``many_operations`` takes a seed, so smaller draws are not simpler runs.
     phases = (Phase.explicit, Phase.reuse, Phase.generate)
     run_state_machine_as_test(LeaseMachine, settings=settings(at_least(40), phases=phases))
+
+
+def test_the_machine_reaches_hits_loads_and_refusals():
+    """Without this, random requests could pass every check because none of them hits."""
+    reached: Counter[str] = Counter()
+    for seed in range(40):
+        machine = LeaseMachine()
+        machine.make(seed=seed, placement=PLACEMENTS[seed % len(PLACEMENTS)])
+        for number in range(4):
+            machine.many_operations(seed=1000 * seed + number, num_operations=40)
+        machine.teardown()
+        reached += machine.reached
+    assert reached["hit"] >= 100 and reached["restore"] >= 100
+    least = dict.fromkeys(("loaded", "refused", "not_fetched", "no memory", "copy", "move"), 5)
+    least |= dict.fromkeys(("saved", "dropped", "kv_evicted", "never_checkpointed"), 50)
+    assert all(reached[name] >= number for name, number in least.items()), reached

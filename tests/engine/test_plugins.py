@@ -316,3 +316,6 @@ def test_the_readme_of_a_plugin_names_flags_that_exist(folder: Path) -> None:
     )
     for path in re.findall(r"`(tests/[\w/]+(?:\.py)?)", text):
         assert (PLUGINS.parents[1] / path).exists(), path
+    code = "".join(path.read_text() for path in sorted(PLUGINS.parent.rglob("*.py")))
+    for name in re.findall(r"`([A-Za-z_.]+)`", text):
+        assert re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", code), name

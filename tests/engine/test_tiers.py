@@ -270,7 +270,7 @@ def test_the_engine_serves_despite_errors_of_the_file_system(
         folder = tmp_path / "state"
         if folder.exists():
             kept = sum(path.stat().st_blocks for path in folder.glob(f"*{SUFFIX}")) * 512
-            assert kept <= engine.report().lower.folder.total
+            assert kept <= engine.report().offload.folder.total
 
     for _ in range(3):
         serve_round()
@@ -283,30 +283,30 @@ def test_the_engine_serves_despite_errors_of_the_file_system(
         ("preadv", errno.EIO),
         ("open", errno.EACCES),
     ):
-        errors = engine.report().lower.folder.errors
+        errors = engine.report().offload.folder.errors
         faults.call, faults.number, faults.count = call, number, 0
         serve_round()
-        folder = engine.report().lower.folder
+        folder = engine.report().offload.folder
         assert folder.errors == errors + faults.count > errors, call
         assert folder.is_written == (call == "preadv")
         if call != "preadv":
             assert os.strerror(number) in folder.problem
         faults.heal()
         serve_round()
-        folder = engine.report().lower.folder
+        folder = engine.report().offload.folder
         assert folder.is_written and folder.problem is None, call
     monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 0.05)
     faults.responds.clear()
     while not disk.is_detached:
         generate(engine, next(rounds))
-    assert "has not responded" in engine.report().lower.folder.problem
-    assert engine.report().lower.tiers[-1].cached == 0, "unreadable records are still in the tree"
+    assert "has not responded" in engine.report().offload.folder.problem
+    assert engine.report().offload.tiers[-1].cached == 0, "unreadable records are still in the tree"
     engine.check()
     monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 60)
     faults.heal()
     disk.flush()
     serve_round()
-    assert engine.report().lower.folder.problem is None and not disk.is_detached
+    assert engine.report().offload.folder.problem is None and not disk.is_detached
     engine.close()
     again = make_engine(**settings)
     generate(again, next(rounds) - 1)
@@ -318,7 +318,7 @@ def test_the_engine_serves_despite_errors_of_the_file_system(
     generate(again, 0)
     again.check()
     again.plugins["tiers"].disk.check()
-    assert not again.report().lower.folder.is_written and not (tmp_path / "state").exists()
+    assert not again.report().offload.folder.is_written and not (tmp_path / "state").exists()
     again.close()
     last = make_engine(**settings)
     generate(last, 0)
@@ -441,27 +441,27 @@ def test_report_metrics_and_screen_show_the_contents_of_tiers(
     generate_in_turn(first, prompts(12))
     first.plugins["tiers"].disk.flush()
     report = first.report()
-    assert report.lower is not None and report.lower.folder is not None
-    assert [tier.tier for tier in report.lower.tiers] == ["host", "disk"]
-    for tier in report.lower.tiers:
+    assert report.offload is not None and report.offload.folder is not None
+    assert [tier.tier for tier in report.offload.tiers] == ["host", "disk"]
+    for tier in report.offload.tiers:
         assert tier.free + tier.cached == tier.total
         assert tier.cached <= tier.taken_in and tier.fetched <= tier.taken_in
     kept = sum(path.stat().st_size for path in (tmp_path / "state").glob(f"*{SUFFIX}"))
-    folder = report.lower.folder
-    assert report.lower.tiers[0].cached and 0 < kept <= folder.kept <= folder.total
+    folder = report.offload.folder
+    assert report.offload.tiers[0].cached and 0 < kept <= folder.kept <= folder.total
     assert folder.errors == 0 and folder.problem is None
     assert any("v below" in line for line in first.outline().splitlines())
     metrics = Metrics().render(report).decode()
-    assert f"engine_state_dir_bytes {float(report.lower.folder.kept)}" in metrics
+    assert f"engine_state_dir_bytes {float(report.offload.folder.kept)}" in metrics
     assert 'engine_tier_bytes{owner="cached",tier="host"}' in metrics
-    assert summed([report, report], {}).lower.tiers[0].total == 2 * report.lower.tiers[0].total
+    assert summed([report, report], {}).offload.tiers[0].total == 2 * report.offload.tiers[0].total
     broken = replace(folder, problem="No space left on device")
-    other = replace(report, lower=replace(report.lower, folder=broken))
-    assert summed([report, other], {}).lower.folder == broken, (
+    other = replace(report, offload=replace(report.offload, folder=broken))
+    assert summed([report, other], {}).offload.folder == broken, (
         "the problem of one replica is reported"
     )
     second = make_engine(**settings)
-    assert not second.report().lower.folder.is_written
+    assert not second.report().offload.folder.is_written
     screen = start_screen(second, "http://here/v1")
     assert "kept of" in screen and "; read only" in screen
     for engine in (second, first):

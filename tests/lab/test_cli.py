@@ -141,6 +141,9 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
         (["--closed-loop", "--rate", "0:2:3"], "rates above 0 are needed"),
         (["--closed-loop", "--admission", "fastest"], "unknown admission policy 'fastest'"),
         (["--closed-loop", "--baseline", "vllm"], "--baseline has no meaning with --closed-loop"),
+        (["--closed-loop", "--no-bound"], "--no-bound has no meaning with --closed-loop"),
+        (["--closed-loop", "--replicas", "2"], "--replicas has no meaning with --closed-loop"),
+        (["--closed-loop", "--router", "session"], "--router is about several replicas"),
         (["--closed-loop", "--max-share", "2"], "max_share must be above 0 and at most 1"),
     ],
 )

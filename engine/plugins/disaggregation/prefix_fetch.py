@@ -145,8 +145,8 @@ class PeerFetcher:
         """See ``Fetcher``. Prefixes in a namespace that is not text are not loaded, because it
         cannot be sent."""
         is_worth_it = self._end(request) - match.cached_len >= self._fetch_above
-        is_sayable = isinstance(request.namespace, str | None)
-        return is_worth_it and is_sayable and self._choose() is not None
+        can_be_sent = isinstance(request.namespace, str | None)
+        return is_worth_it and can_be_sent and self._choose() is not None
 
     def begin(self, request: Request, match: PrefixMatch) -> PeerFetch | None:
         """See ``Fetcher``."""

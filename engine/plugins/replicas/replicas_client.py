@@ -21,7 +21,7 @@ from engine.plugins.replicas.replica_output import Order, ReplicaAnswer, Replica
 from engine.requests.grammar import Grammar
 from engine.requests.request import Intake
 from engine.requests.spec import Prompt, RequestSpec
-from engine.schedule.report import CacheReport, LowerReport, PoolReport, TierReport
+from engine.schedule.report import CacheReport, OffloadReport, PoolReport, TierReport
 from engine.text.outputs import FinishReason, RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.routing.outbox import EventsLost
@@ -52,7 +52,7 @@ def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheRepo
         token_hit_rate=_rate(usage["cached_tokens"], usage["prompt_tokens"]),
         request_hit_rate=_rate(usage["hits"], usage["requests"]),
         usage=usage,
-        lower=_lower([each.lower for each in reports if each.lower is not None]),
+        offload=_offload([each.offload for each in reports if each.offload is not None]),
     )
 
 
@@ -72,7 +72,7 @@ def _pool(pools: Sequence[PoolReport]) -> PoolReport:
     return PoolReport(**{name: sum(getattr(pool, name) for pool in pools) for name in names})
 
 
-def _lower(reports: Sequence[LowerReport]) -> LowerReport | None:
+def _offload(reports: Sequence[OffloadReport]) -> OffloadReport | None:
     """Add up the tiers. The folder is shared by the replicas of one machine: the report of the
     first replica with a problem is used, or the first report."""
     if not reports:
@@ -84,7 +84,7 @@ def _lower(reports: Sequence[LowerReport]) -> LowerReport | None:
     )
     folders = [report.folder for report in reports if report.folder is not None]
     folders.sort(key=lambda folder: folder.problem is None)
-    return LowerReport(tiers, folders[0] if folders else None)
+    return OffloadReport(tiers, folders[0] if folders else None)
 
 
 def _rate(part: int, whole: int) -> float:

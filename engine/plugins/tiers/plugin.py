@@ -25,7 +25,7 @@ from engine.plugins.tiers.staging import MeasuredExchange, Staging
 from engine.plugins.tiers.weights_digest import load_digest, save_digest
 from engine.schedule.batch import KEPT, Plan
 from engine.schedule.fetching import Fetcher
-from engine.schedule.report import FolderReport, LowerReport, TierReport
+from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue
@@ -44,7 +44,7 @@ from hybridcache.variants import TieredRadixCache
 NO_ROWS: Indices = np.empty(0, np.int32)
 
 
-class Keeping(Listener):
+class WriteThrough(Listener):
     """Listener that queues write-through copies while a request publishes.
 
     It ignores all other changes: loaded entries are on disk already, and their bytes have not
@@ -91,7 +91,7 @@ SHARE = 0.005
 """Maximum share of the engine's time spent on saving."""
 
 
-class Remembering:
+class PolicyStateFile:
     """Policy state in the file ``memory`` of one folder. Called in the engine's thread; the disk
     thread writes."""
 
@@ -110,11 +110,11 @@ class Remembering:
         self._placement: Sequence[PlacementPolicy] = ()
         self._memory: Memory | None = None
         self._saved_at, self._took_s = clock(), 0.0
-        self.has_news = False
+        self.has_changes = False
         """True if something was computed since the last save."""
         self._has_warned = False
 
-    def recall_tree(self) -> None:
+    def load_tree(self) -> None:
         """Restore the history of the cache, which must be empty. Entries on disk are adopted
         afterwards. O(file)."""
         try:
@@ -129,7 +129,7 @@ class Remembering:
             return
         self._memory = memory
 
-    def recall_policies(self, placement: Sequence[PlacementPolicy]) -> None:
+    def load_policies(self, placement: Sequence[PlacementPolicy]) -> None:
         """Restore the state of the cache's policies and of the rules of ``placement``. O(file)."""
         self._placement = placement
         memory, self._memory = self._memory, None
@@ -149,7 +149,7 @@ class Remembering:
 
         Returns the seconds until the next save, or None if there are no changes.
         """
-        if not (self.has_news and self._disk.is_writable):
+        if not (self.has_changes and self._disk.is_writable):
             return None
         every = max(IDLE_EVERY_S if is_idle else BUSY_EVERY_S, self._took_s / SHARE)
         left = self._saved_at + every - self._clock()
@@ -160,11 +160,11 @@ class Remembering:
 
     def save(self) -> None:
         """Write the changes. O(tree)."""
-        if not (self.has_news and self._disk.is_writable):
+        if not (self.has_changes and self._disk.is_writable):
             return
         start = self._clock()
         body = write_memory(self._cache, self._placement)
-        self.has_news, self._saved_at = False, self._clock()
+        self.has_changes, self._saved_at = False, self._clock()
         self._took_s = self._saved_at - start
         self._disk.write_file(NAME, lambda: self._packed(body))
 
@@ -184,7 +184,7 @@ class Remembering:
             )
         return None
 
-    def forget(self) -> None:
+    def remove(self) -> None:
         """Remove the file: the cache was emptied on request."""
         if not self._disk.is_read_only:
             self._disk.remove_file(NAME)
@@ -253,7 +253,7 @@ class TierPlugin(Plugin):
         state_dir = config.of(TierConfig).state_dir
         self.folder = None if state_dir is None else Path(state_dir)
         self.disk: Disk | None = None
-        self.remembering: Remembering | None = None
+        self.policy_state: PolicyStateFile | None = None
 
     def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
         self._sizes = sizes = TierSizes.of(self.config, runner.memory)
@@ -274,9 +274,9 @@ class TierPlugin(Plugin):
         self.exchange = cost = MeasuredExchange(runner.geometry, self._bytes_per_s)
         options: dict[str, Any] = {"exchange": cost, "after_reading": cost.after_reading}
         if self.disk is not None:
-            keeping = Keeping(cache.steps)
-            cache.subscribe(keeping)
-            options["publishing"] = keeping.publishing
+            write_through = WriteThrough(cache.steps)
+            cache.subscribe(write_through)
+            options["publishing"] = write_through.publishing
         return options
 
     def _open_disk(
@@ -294,8 +294,8 @@ class TierPlugin(Plugin):
             state_rows=slab_rows_of(memory),
             num_rows=num_rows,
         )
-        self.remembering = Remembering(cache, disk, folder, sizes.memory)
-        self.remembering.recall_tree()
+        self.policy_state = PolicyStateFile(cache, disk, folder, sizes.memory)
+        self.policy_state.load_tree()
         self.adopt()
         if disk.is_read_only:
             cache.offload.close(DISK)
@@ -308,9 +308,9 @@ class TierPlugin(Plugin):
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """See ``Plugin``. The fetcher reads from disk for waiting requests."""
         self._manager = manager
-        if self.disk is None or self.remembering is None:
+        if self.disk is None or self.policy_state is None:
             return None
-        self.remembering.recall_policies(manager.placement.rules)
+        self.policy_state.load_policies(manager.placement.rules)
         return Staging(manager, self.disk, self.exchange)
 
     def _bytes_per_s(self) -> Mapping[str, float | None]:
@@ -328,13 +328,13 @@ class TierPlugin(Plugin):
     def after_step(self, plan: Plan, seconds: float) -> None:
         self.exchange.learn(plan, seconds)
         self._follow_disk()
-        if self.remembering is not None and plan.tasks:
-            self.remembering.has_news = True
-            self.remembering.rest(is_idle=False)
+        if self.policy_state is not None and plan.tasks:
+            self.policy_state.has_changes = True
+            self.policy_state.rest(is_idle=False)
 
     def on_idle(self) -> float | None:
         self._follow_disk()
-        return None if self.remembering is None else self.remembering.rest(is_idle=True)
+        return None if self.policy_state is None else self.policy_state.rest(is_idle=True)
 
     def _follow_disk(self) -> None:
         """Update the cache's disk tier to the state of the disk.
@@ -343,14 +343,14 @@ class TierPlugin(Plugin):
         dropped from the tree. While the file system hangs, all of them are; entries on disk are
         adopted again when it responds.
         """
-        disk, lower = self.disk, self._cache.offload
+        disk, offload = self.disk, self._cache.offload
         if disk is None:
             return
         disk.settle()
         if disk.is_writable:
-            lower.open(DISK)
+            offload.open(DISK)
         else:
-            lower.close(DISK)
+            offload.close(DISK)
         if self._cache.steps.num_transfers:
             return  # rows that a transfer is about to fill are not lost
         if disk.has_lost_rows:
@@ -360,20 +360,20 @@ class TierPlugin(Plugin):
             disk.is_detached = False
             logger.warning("%s responds again: it holds %d states.", self.folder, self.adopt())
 
-    def usage(self) -> LowerReport:
+    def usage(self) -> OffloadReport:
         """Return the usage of the tiers in bytes. O(tiers)."""
-        disk, lower = self.disk, self._cache.offload
+        disk, offload = self.disk, self._cache.offload
         tiers = []
-        for tier in lower.tiers:
-            taken_in = sum(n for (_, to), n in lower.copied_rows.items() if to == tier.name)
+        for tier in offload.tiers:
+            taken_in = sum(n for (_, to), n in offload.copied_rows.items() if to == tier.name)
             rows = (
                 tier.pages.capacity,
                 tier.pages.num_free,
                 tier.pages.capacity - tier.pages.num_free,
                 taken_in,
-                lower.copied_rows.get((tier.name, DEVICE), 0),
+                offload.copied_rows.get((tier.name, DEVICE), 0),
             )
-            tiers.append(TierReport(tier.name, *(n * lower.row_bytes for n in rows)))
+            tiers.append(TierReport(tier.name, *(n * offload.row_bytes for n in rows)))
         folder = None
         if disk is not None:
             folder = FolderReport(
@@ -384,7 +384,7 @@ class TierPlugin(Plugin):
                 disk.num_errors,
                 disk.problem,
             )
-        return LowerReport(tuple(tiers), folder)
+        return OffloadReport(tuple(tiers), folder)
 
     def adopt(self) -> int:
         """Add the states on disk to the cache, newest first, as many as fit into its tier. Returns
@@ -417,27 +417,27 @@ class TierPlugin(Plugin):
                 disk.settle()
                 disk.unbind_all()
                 logger.warning("The cache restarts with %d states from disk.", self.adopt())
-        elif disk is not None and self.remembering is not None:
+        elif disk is not None and self.policy_state is not None:
             for transfer in steps.take_transfers():
                 if not (isinstance(transfer, Copy) and transfer.dst_tier == KEPT):
                     steps.add(transfer)
             disk.clear()
-            self.remembering.forget()
+            self.policy_state.remove()
 
     def close(self) -> None:
         """See ``StepHooks``. Writes all pending entries."""
-        if self.disk is not None and self.remembering is not None:
-            self.remembering.save()
+        if self.disk is not None and self.policy_state is not None:
+            self.policy_state.save()
             self.disk.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        lower = self.usage()
+        usage = self.usage()
         rows = [
             ("host", f"{format_bytes(tier.total)} for entries that leave the device")
-            for tier in lower.tiers
+            for tier in usage.tiers
             if tier.tier == HOST
         ]
-        if (folder := lower.folder) is not None:
+        if (folder := usage.folder) is not None:
             words = (
                 f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
                 f"the next start too, in {self.folder}"
@@ -446,7 +446,7 @@ class TierPlugin(Plugin):
         return rows
 
     def report(self) -> Mapping[str, Any]:
-        return {"lower": self.usage()}
+        return {"offload": self.usage()}
 
 
 def _copier(disk: Disk | None, *arena: Any) -> TierCopies:

@@ -42,7 +42,7 @@ class Pointers:
         """Number of rows that point into each record."""
 
     def __contains__(self, record: int) -> bool:
-        """True if a row points into ``record``. O(1)."""
+        """Return True if a row points into ``record``. O(1)."""
         return record in self._counts
 
     def bind(self, rows: Indices, pieces: list[RunPart]) -> None:

@@ -172,19 +172,19 @@ class Staging(Fetcher):
 
     @property
     def _tier(self) -> int:
-        lower = self._manager.cache.offload
-        assert lower is not None
-        return lower.names.index(DISK)
+        offload = self._manager.cache.offload
+        assert offload is not None
+        return offload.names.index(DISK)
 
     def _best(self, match: PrefixMatch) -> Resumable | None:
         """Return the best resumable position, or None if nothing of it is on disk."""
-        lower = self._manager.cache.offload
-        assert lower is not None
+        offload = self._manager.cache.offload
+        assert offload is not None
         best, most = None, 0.0
         for one in match.loadable:
             num_bytes = {
-                word: rows * lower.row_bytes
-                for word, rows in zip(lower.names, one.rows, strict=True)
+                tier: rows * offload.row_bytes
+                for tier, rows in zip(offload.names, one.rows, strict=True)
             }
             saved = self._exchange.seconds_saved(
                 match.cached_len, one.position, match.num_tokens, num_bytes
@@ -204,9 +204,9 @@ def _needs_its_records(read: Read) -> bool:
 def _disk_rows(target: RadixNode, tier: int) -> Indices:
     """Return the rows of tier number ``tier`` that a resume at the end of ``target`` would load."""
     found: list[Indices] = []
-    below = target.offloaded
-    if below is not None and below.state is not None and below.state.tier == tier:
-        found.append(below.state.rows)
+    entry = target.offloaded
+    if entry is not None and entry.state is not None and entry.state.tier == tier:
+        found.append(entry.state.rows)
     node: RadixNode | None = target
     while node is not None and node.kv is None and node.offloaded is not None:
         if node.offloaded.kv is not None and node.offloaded.kv_tier == tier:

@@ -90,9 +90,9 @@ class TierCopier:
         elif self._device.is_cpu:
             copy_rows(self._near(order.dst_tier), dst, self._near(order.src_tier), src)
         elif order.dst_tier == DEVICE:
-            self._rows[self._index(dst)] = self._bring(src)
+            self._rows[self._index(dst)] = self._load(src)
         else:
-            self._spill(src, dst)
+            self._offload(src, dst)
 
     def _have_pages_for(self, disk: Disk) -> None:
         """Populate the device's memory for entries from ``disk`` in advance, during the first
@@ -142,7 +142,7 @@ class TierCopier:
 
         return come
 
-    def _spill(self, src: Indices, dst: Indices) -> None:
+    def _offload(self, src: Indices, dst: Indices) -> None:
         taken = self._rows[self._index(src)]
         with self._aside():
             for first, end in _runs(dst):
@@ -150,7 +150,7 @@ class TierCopier:
                 self.host[place : place + end - first].copy_(taken[first:end], non_blocking=True)
             taken.record_stream(self._stream)
 
-    def _bring(self, src: Indices) -> torch.Tensor:
+    def _load(self, src: Indices) -> torch.Tensor:
         """Copy rows of the host to the device."""
         if self._device.is_cpu:
             return torch.from_numpy(_gathered(self.host.numpy(), src))
@@ -191,7 +191,7 @@ class TierCopier:
     def _measure(self) -> float:
         num_rows = max(1, min(len(self.host), PROBE_BYTES // self.host.shape[1], len(self._rows)))
         src = np.arange(num_rows, dtype=np.int32)
-        best = min(self._time(lambda: self._bring(src)) for _ in range(3))
+        best = min(self._time(lambda: self._load(src)) for _ in range(3))
         return num_rows * self.host.shape[1] / max(best, 1e-9)
 
     def _time(self, work: Callable[[], object]) -> float:

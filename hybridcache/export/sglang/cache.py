@@ -279,7 +279,8 @@ class HybridRadixBackend(BasePrefixCache):
         return self._states is not None
 
     def full_evictable_size(self) -> int:
-        """Number of cached rows without a lock. O(1) amortised, like the methods below."""
+        """Return the number of cached rows without a lock. O(1) amortised, like the methods
+        below."""
         return self._cache.cached_tokens - self._cache.protected().num_tokens
 
     def full_protected_size(self) -> int:

@@ -82,24 +82,24 @@ class LayerFlops:
     state: int = 128
 
     def attention(self, length: int) -> float:
-        """FLOPs of all attention layers."""
+        """Return the FLOPs of all attention layers."""
         return self.num_attention * self.one_attention(length)
 
     def one_attention(self, length: int) -> float:
-        """FLOPs of one attention layer."""
+        """Return the FLOPs of one attention layer."""
         return 8.0 * length * self.hidden**2 + 4.0 * length**2 * self.hidden
 
     def mlp(self, length: int) -> float:
-        """FLOPs of all MLPs."""
+        """Return the FLOPs of all MLPs."""
         return self.num_mlp * 16.0 * length * self.hidden**2
 
     def linear(self, length: int) -> float:
-        """FLOPs of all linear layers (Mamba)."""
+        """Return the FLOPs of all linear layers (Mamba)."""
         d, n = self.hidden, self.state
         return self.num_linear * length * (12.0 * d**2 + 16.0 * d * n + 10.0 * d)
 
     def total(self, length: int) -> float:
-        """FLOPs of the whole model."""
+        """Return the FLOPs of the whole model."""
         return self.attention(length) + self.mlp(length) + self.linear(length)
 
 
@@ -126,11 +126,12 @@ class ModelFlops(LayerFlops):
         )
 
     def one_attention(self, length: int) -> float:
-        """FLOPs of one attention layer: each token attends to all before it and to itself."""
+        """Return the FLOPs of one attention layer: each token attends to all before it and to
+        itself."""
         return self.pair_flops / self.num_attention * length * (length + 1) / 2
 
     def mlp(self, length: int) -> float:
-        """FLOPs of all weights and recurrences."""
+        """Return the FLOPs of all weights and recurrences."""
         return self.token_flops * length
 
     def linear(self, length: int) -> float:
@@ -227,7 +228,7 @@ class MarconiCache:
         self.running.pop(session, None)
 
     def _excess(self) -> int:
-        """Bytes above the budget; negative if there is free memory."""
+        """Return the bytes above the budget; negative if there is free memory."""
         return self.used_bytes + self.held_bytes - self.config.budget_bytes
 
     def finished(
@@ -344,13 +345,13 @@ class MarconiCache:
         )
 
     def _counted(self, victim: PrefixNode, walked_last: PrefixNode) -> int:
-        """Bytes that the reading counts as freed by evicting ``victim``."""
+        """Return the bytes that the reading counts as freed by evicting ``victim``."""
         if self.reading != "artifact" or victim.children:
             return self._own_bytes(victim)
         return len(walked_last.tokens) * self.kv_bytes + self.config.state_bytes
 
     def _own_bytes(self, node: PrefixNode) -> int:
-        """Bytes freed by evicting ``node``."""
+        """Return the bytes freed by evicting ``node``."""
         kv = 0 if node.children else len(node.tokens) * self.kv_bytes
         return kv + node.has_state * self.config.state_bytes
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_leaderboard(commands: Commands) -> None:
-    """The command's parser."""
+    """Add the command's parser."""
     parser = commands.add_parser(
         "leaderboard", help="your policy against every built-in one on the evaluation split"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from hybridcache.config import GRID
@@ -133,6 +134,14 @@ def split(words: str) -> tuple[str, ...]:
     return tuple(filter(None, split_specs(words)))
 
 
+def refuse(options: argparse.Namespace, defaults: Mapping[str, Any], reason: str) -> None:
+    """Raise ValueError, with ``reason``, if one of the flags in ``defaults`` has another value."""
+    for flag, default in defaults.items():
+        if getattr(options, flag.removeprefix("--").replace("-", "_")) != default:
+            said = flag.replace("--", "--no-") if default is True else flag
+            raise ValueError(f"{said} {reason}")
+
+
 def check_figure(options: argparse.Namespace) -> FigureStyle:
     """Return the look of the figures that were asked for.
 
@@ -141,10 +150,7 @@ def check_figure(options: argparse.Namespace) -> FigureStyle:
     """
     style, path = figure_style(options), options.figure
     if path is None:
-        for flag, default in FIGURE_LOOK.items():
-            if getattr(options, flag.removeprefix("--").replace("-", "_")) != default:
-                said = flag.replace("--", "--no-") if default is True else flag
-                raise ValueError(f"{said} is about a figure: name its file with --figure")
+        refuse(options, FIGURE_LOOK, "is about a figure: name its file with --figure")
     elif path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--figure {path}: its name must end in .png, .svg or .pdf")
     elif not path.parent.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from hybridcache.lab.command.shared import (
     figure_style,
     longest_time,
     opened,
+    refuse,
     share,
     split,
     tiers_asked,
@@ -138,6 +139,7 @@ CLOSED_LOOP: dict[str, dict[str, Any]] = {
     "--tells-ends": {"action": "store_true", "help": "clients say when a session has ended"},
 }
 """Options with ``--closed-loop`` only."""
+CLOSED_LOOP_DEFAULTS = dict.fromkeys(CLOSED_LOOP) | {"--tells-ends": False}
 SAME_IN_CLOSED_LOOP = (
     "model",
     "checkpoints",
@@ -216,16 +218,11 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
     from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.result import ClosedLoopRun
 
-    for flag, default in ALONE.items():
-        name = flag.removeprefix("--").replace("-", "_")
-        if (
-            name != "max_running"
-            and not name.startswith("figure")
-            and getattr(options, name) != default
-        ):
-            raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
-    if options.replicas is not None:
-        raise ValueError("--replicas has no meaning with --closed-loop: leave it out")
+    understood = {"--max-running", "--figure", *FIGURE_LOOK}
+    others = {flag: default for flag, default in ALONE.items() if flag not in understood}
+    refuse(
+        options, others | {"--replicas": None}, "has no meaning with --closed-loop: leave it out"
+    )
     style = check_figure(options)
     asked: dict[str, Any] = {
         "gib": None if options.gib == GIB_SPEC else options.gib,
@@ -246,21 +243,16 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_without_closed_loop(options: argparse.Namespace) -> None:
-    """Raise ValueError for an option of closed-loop runs without ``--closed-loop``."""
-    for flag in CLOSED_LOOP:
-        value = getattr(options, flag.removeprefix("--").replace("-", "_"))
-        if value is not None and value is not False:
-            raise ValueError(f"{flag} is about sessions that wait for answers: add --closed-loop")
-
-
 def _simulate(options: argparse.Namespace) -> int:
+    if options.replicas is None:
+        fleet = dict.fromkeys(("--router", *FLEET))
+        refuse(options, fleet, "is about several replicas: say how many with --replicas")
     if options.closed_loop:
         return _simulate_closed_loop(options)
-    _refuse_without_closed_loop(options)
+    reason = "is about sessions that wait for answers: add --closed-loop"
+    refuse(options, CLOSED_LOOP_DEFAULTS, reason)
     if options.replicas is not None:
-        return simulate_fleets(options, lambda spec: opened(spec, options))
-    _refuse_without_replicas(options)
+        return _simulate_fleets(options)
     from hybridcache.lab.report import bins_table, find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
     from hybridcache.lab.simulation.sizes import sizes
@@ -390,18 +382,7 @@ def _add_fleet(parser: argparse._ActionsContainer) -> None:
         parser.add_argument(flag, **facts)
 
 
-def _refuse_without_replicas(options: argparse.Namespace) -> None:
-    """Raise ValueError for an option of fleets without ``--replicas``."""
-    for flag in ("--router", *FLEET):
-        if _value(options, flag) is not None:
-            raise ValueError(f"{flag} is about several replicas: say how many with --replicas")
-
-
-def _value(options: argparse.Namespace, flag: str) -> Any:
-    return getattr(options, flag.removeprefix("--").replace("-", "_"))
-
-
-def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Trace]) -> int:
+def _simulate_fleets(options: argparse.Namespace) -> int:
     """Run every router at every size, and print their tables. Raises ValueError for an option that
     has no meaning with fleets."""
     from hybridcache.lab.progress import shown_progress
@@ -413,11 +394,7 @@ def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Tra
     from hybridcache.lab.simulation.sizes import sizes
     from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
-    closed_loop = dict.fromkeys(CLOSED_LOOP) | {"--closed-loop": False, "--tells-ends": False}
-    for flag, default in (ALONE | closed_loop).items():
-        if _value(options, flag) != default:
-            said = flag.replace("--", "--no-") if default is True else flag
-            raise ValueError(f"{said} has no meaning with --replicas: leave it out")
+    refuse(options, ALONE, "has no meaning with --replicas: leave it out")
     sweep = Sweep(
         options.model,
         policy=options.policy.split(","),
@@ -439,7 +416,7 @@ def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Tra
     points = sizes(options.gib)
     times = sweep.serving(geometry).times
     for spec in options.trace:
-        trace = open_trace(spec)
+        trace = opened(spec, options)
         for config in sweep.competitors(geometry):
             jobs = fleet_jobs(config, fleet, times, routers, points)
             with shown_progress(None, "runs", spec) as show:

@@ -44,23 +44,3 @@ GENERATORS: dict[str, Callable[..., Trace]] = {
     "shared-documents": shared_documents,
     "tree-search": tree_search,
 }
-
-__all__ = [
-    "GENERATORS",
-    "agent",
-    "agent_tree",
-    "append_only_chat",
-    "branch",
-    "chat",
-    "conversations",
-    "diffuse_cut_points",
-    "exact_hot_prefix",
-    "few_shot",
-    "resend",
-    "shared_documents",
-    "sharegpt_like",
-    "short",
-    "tree_of_thoughts",
-    "tree_search",
-    "uniform_adversary",
-]

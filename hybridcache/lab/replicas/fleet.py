@@ -68,7 +68,7 @@ class Span:
 
     @classmethod
     def of(cls, requests: Iterable[TraceRequest], unit: int, geometry: ModelGeometry) -> Span:
-        """O(requests). ValueError: there is none."""
+        """Add up the work of ``requests``. O(requests). ValueError if there is none."""
         first_s = last_s = 0.0
         flops = count = 0
         for request in requests:
@@ -89,8 +89,8 @@ class Span:
 def times_of(
     config: FleetConfig, span: Span, geometry: ModelGeometry, times: PrefillTimes
 ) -> PrefillTimes:
-    """``times``, or with a load an arithmetic of the speed that makes it so. ValueError: a load of
-    a trace that takes no time."""
+    """Return ``times``, or with a load the times that keep the replicas that busy. ValueError for
+    a load of a trace that takes no time."""
     if config.load is None:
         return times
     if span.seconds <= 0:

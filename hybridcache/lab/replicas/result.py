@@ -55,12 +55,12 @@ class FleetResult:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def as_record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a record for JSON."""
         return asdict(self) | {"token_hit_rate": self.token_hit_rate}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> FleetResult:
-        """The inverse of ``as_record`` after a trip through JSON."""
+        """Restore the result of ``as_record`` after a trip through JSON."""
         values = {field.name: record[field.name] for field in fields(cls)}
         values["fleet"] = FleetConfig(**record["fleet"])
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
@@ -70,7 +70,7 @@ class FleetResult:
 def summarise_fleet(
     config: RunConfig, fleet: FleetConfig, log: FleetLog, times: PrefillTimes, trace: str
 ) -> FleetResult:
-    """O(requests)."""
+    """Return the figures of one run. O(requests)."""
     requests = log.requests
     lengths = np.frombuffer(requests.prompt_tokens, np.int64)
     cached = np.frombuffer(requests.cached_tokens, np.int64)

@@ -53,7 +53,7 @@ def check_fleet(config: RunConfig, fleet: FleetConfig) -> None:
 
 
 def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
-    """One cell, over a trace that is best held in memory (``Trace.kept``)."""
+    """Run one cell over a trace, which is best held in memory (``Trace.kept``)."""
     config, fleet, unit = job.config, job.fleet, trace.unit
     span = Span.of(trace, unit, config.geometry)
     times = times_of(fleet, span, config.geometry, job.times)
@@ -110,7 +110,7 @@ def fleet_jobs(
     routers: Sequence[str],
     gib: Sequence[float],
 ) -> list[FleetJob]:
-    """Every router at every size (one replica's, GiB)."""
+    """Return a job for every router at every size (of one replica, in GiB)."""
     return [
         FleetJob(
             replace(config, budget_bytes=budget_bytes(size)),

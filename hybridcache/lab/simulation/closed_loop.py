@@ -147,14 +147,12 @@ class RequestTable:
         self.first_token_s = array("d")
         self.finished_s = array("d")
         self.prompt_tokens = array("q")
-        self.answer_tokens = array("q")
         self.cached_tokens = array("q")
         self.preemptions = array("i")
         self.lost = [0] * len(Losses._fields)
         """Prompt tokens that were computed, by cause."""
         self.num_refused = 0
         """Requests longer than the memory."""
-        self.num_steps = 0
         self.end_s = 0.0
         self.live_s = 0.0
         """Integral of the live sessions over time."""
@@ -167,7 +165,7 @@ def simulate_closed_loop(trace: Trace, config: RunConfig, loop: ClosedLoop) -> R
 
 
 def sessions_of(trace: Trace) -> list[list[Turn]]:
-    """The sessions of ``trace`` in the order of their first requests, expanded to tokens."""
+    """Return the sessions of ``trace`` in the order of their first requests, expanded to tokens."""
     found: dict[Hashable, list[TraceRequest]] = {}
     for request in trace:
         found.setdefault(request.session, []).append(request)
@@ -257,7 +255,7 @@ class _Run:
         heapq.heappush(self.events, (when_s, self.num_events, session))
 
     def _ask(self, when_s: float, number: int) -> None:
-        """Session ``number`` sends its next request, which it wanted to send at ``when_s``."""
+        """Submit the next request of session ``number``, which was due at ``when_s``."""
         place = self.next_turns[number]
         turn = self.sessions[number][place]
         table = self.table
@@ -284,7 +282,7 @@ class _Run:
         self.planner.add(request)
 
     def _go_on(self, number: int, request: SimulatedRequest | None) -> None:
-        """The newest request of session ``number`` is over: its next one comes after the pause."""
+        """Schedule the next request of session ``number``, after its pause, if there is one."""
         self.next_turns[number] += 1
         place = self.next_turns[number]
         if place < len(self.sessions[number]):
@@ -317,7 +315,7 @@ class _Run:
                 num_decodes += 1
                 context += end
             request.scheduled_len = end
-        self._pass(self.times.step_seconds(prefills, num_decodes, context), 1)
+        self._pass(self.times.step_seconds(prefills, num_decodes, context))
         is_calm &= not prefills and len(tasks) == planner.num_running
         for request, end in tasks:
             planner.advance(request, end)
@@ -348,26 +346,25 @@ class _Run:
         while count < num_steps and (until_s is None or self.now_s < until_s):
             count += 1
             context += num_decodes
-            self._pass(self.times.step_seconds((), num_decodes, context), 1)
+            self._pass(self.times.step_seconds((), num_decodes, context))
         for request in requests:
             request.num_tokens += count
             request.computed_len += count
             request.scheduled_len += count
 
     def _idle(self) -> None:
-        """Nothing can be computed now: wait for the next event."""
+        """Move the clock to the next event, because nothing can be computed."""
         wake_s = self.planner.wakes_at_s
         times = [
             time_s for time_s in (wake_s, self.events[0][0] if self.events else None) if time_s
         ]
         later = [time_s for time_s in times if time_s > self.now_s]
         if later:
-            self._pass(min(later) - self.now_s, 0)
+            self._pass(min(later) - self.now_s)
 
-    def _pass(self, seconds: float, num_steps: int) -> None:
+    def _pass(self, seconds: float) -> None:
         self.now_s += seconds
         self.table.live_s += self.num_live * seconds
-        self.table.num_steps += num_steps
 
     def _record(self, request: SimulatedRequest) -> None:
         table, losses = self.table, request.losses
@@ -381,7 +378,6 @@ class _Run:
         table.first_token_s.append(request.first_token_s)
         table.finished_s.append(self.now_s)
         table.prompt_tokens.append(request.prompt_len)
-        table.answer_tokens.append(request.num_tokens - request.prompt_len)
         table.cached_tokens.append(request.cached_len)
         table.preemptions.append(request.num_preemptions)
         table.lost = [a + b for a, b in zip(table.lost, losses, strict=True)]
@@ -607,7 +603,7 @@ def jain_index(shares: Sequence[float]) -> float:
 
 
 def memory_sizes(config: RunConfig) -> MemorySizes:
-    """The memory that ``config`` describes, in rows and slots."""
+    """Return the memory that ``config`` describes, in rows and slots."""
     built, geometry = config.cache_config(unit=1), config.geometry
     row = geometry.kv_bytes_per_token
     state = geometry.state_bytes if geometry.num_linear_layers else 0

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,9 +168,9 @@ def _results(
     if place.ray is not None and due:
         yield from _on_ray(trace, due, run, place.ray)
     elif place.processes <= 1 or len(due) <= 1:
-        worker = _Worker(trace, run)
+        trace = _in_memory(trace) if due else trace
         for number, job in due:
-            yield number, worker.run(job)
+            yield number, run(trace, job)
     else:
         yield from _in_processes(trace, due, run, place.processes)
 
@@ -284,49 +285,32 @@ def collect_seldom() -> None:
     gc.freeze()
 
 
-class _Worker:
-    """Runs jobs over one trace, which it holds in memory if it is small."""
-
-    def __init__(self, trace: Trace, run: Run[Any, Any]) -> None:
-        self._trace = trace
-        self._run = run
-        self._is_kept = self._too_large = False
-
-    def run(self, job: Any) -> Any:
-        self._keep()
-        return self._run(self._trace, job)
-
-    def _keep(self) -> None:
-        if self._is_kept or self._too_large:
-            return
-        kept: list[TraceRequest] = []
-        num_bytes = 0
-        for request in self._trace:
-            kept.append(request)
-            num_bytes += request.tokens.nbytes + request.output.nbytes
-            if num_bytes > _KEEP_BYTES:
-                self._too_large = True
-                return
-        # The number of skipped records stays with the trace that was read.
-        own = BadRecords(skip=False)
-        self._trace = replace(self._trace, source=tuple(kept).__iter__, bad=own)
-        self._is_kept = True
+def _in_memory(trace: Trace) -> Trace:
+    """Return ``trace`` with its requests in memory, or unchanged if they are too large."""
+    kept: list[TraceRequest] = []
+    num_bytes = 0
+    for request in trace:
+        kept.append(request)
+        num_bytes += request.tokens.nbytes + request.output.nbytes
+        if num_bytes > _KEEP_BYTES:
+            return trace
+    # The number of skipped records stays with the trace that was read.
+    return replace(trace, source=tuple(kept).__iter__, bad=BadRecords(skip=False))
 
 
-_worker: _Worker | None = None
-"""Worker of this process, if it is one of a pool."""
+_task: tuple[Trace, Run[Any, Any]] | None = None
+"""Trace and function of this process, if it is one of a pool. The first job reads the trace."""
 
 
 def _start_worker(folder: Path) -> None:
-    global _worker
+    global _task
     # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A killed parent cannot end its workers: this thread does.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     collect_seldom()
-    trace, run = pickle.loads((folder / _TRACE).read_bytes())
+    _task = pickle.loads((folder / _TRACE).read_bytes())
     (folder / _STARTED).touch()
-    _worker = _Worker(trace, run)
 
 
 def _end_with_parent() -> None:
@@ -336,8 +320,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@cache
+def _trace_of_worker() -> Trace:
+    assert _task is not None
+    return _in_memory(_task[0])
+
+
 def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], Warnings]:
-    assert _worker is not None
-    number, job = numbered
-    with warnings.catch_warnings(record=True) as caught:
-        return (number, _worker.run(job)), [one.message for one in caught]
+    assert _task is not None
+    trace, run = _task
+    return _run_far(trace, lambda _, job: run(_trace_of_worker(), job), numbered)

@@ -62,7 +62,8 @@ SIZES = ("gib", "num_kv_tokens", "num_slots")
 def identify(
     config: RunConfig, serving: Serving, trace: str, priority_classes: bool | None
 ) -> RunIdentity:
-    """``trace``: its recipe. ``priority_classes``: whether the target has them."""
+    """Return the identity of a run over the trace with the recipe ``trace``.
+    ``priority_classes`` is that of the target."""
     geometry, is_ours = config.geometry, config.baseline is None
     return RunIdentity(
         trace=trace,

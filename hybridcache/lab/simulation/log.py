@@ -38,7 +38,7 @@ class RequestLog:
         """Spent in the cache's own code."""
 
     def add(self, request: TraceRequest, served: Served | None, turn: int, control_s: float) -> int:
-        """One request has begun; returns its place."""
+        """Record that a request has begun, and return its place."""
         unit = self.unit
         length = request.num_tokens(unit)
         cached = missed = 0

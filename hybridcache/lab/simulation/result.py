@@ -162,7 +162,7 @@ class RunResult:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> RunResult:
-        """The inverse of ``as_record`` after a trip through JSON."""
+        """Restore the result of ``as_record`` after a trip through JSON."""
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["config"] = RunIdentity(**record["config"])
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
@@ -258,7 +258,8 @@ def summarise(
     target: Target,
     trace: str,
 ) -> RunResult:
-    """The figures of one run of ``target`` over the trace of the recipe ``trace``. O(requests)."""
+    """Return the figures of one run of ``target`` over the trace with the recipe ``trace``.
+    O(requests)."""
     counters = target.counters()
     geometry = config.geometry
     lengths = np.frombuffer(log.prompt_tokens, np.int64)
@@ -315,13 +316,12 @@ def _tier_bytes(counters: dict[str, int]) -> dict[str, int]:
 
 
 def _flops(config: RunConfig, ends: Any) -> int:
-    """FLOPs of computing each first ``ends[i]`` tokens, summed; Python integers, for they outgrow
-    64 bits."""
+    """Return the FLOPs of computing the first ``ends[i]`` tokens, summed over i. They exceed 64
+    bits, so they are Python integers."""
     geometry = config.geometry
-    per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
     tokens = int(ends.sum())
     pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in np.array_split(ends, 64))
-    return tokens * per_token + pairs * geometry.attention_flops_per_pair
+    return tokens * geometry.flops_per_token + pairs * geometry.attention_flops_per_pair
 
 
 def _percentiles(values: Any) -> dict[int, float]:
@@ -331,8 +331,8 @@ def _percentiles(values: Any) -> dict[int, float]:
 
 
 def _bins(keys: Any, lengths: Any, cached: Any, first: int) -> tuple[Bin, ...]:
-    """Bins [0, first), [first, 2 first), [2 first, 4 first) ... up to the largest key; empty ones
-    are left out."""
+    """Return the bins [0, first), [first, 2 first), [2 first, 4 first) ... up to the largest
+    key; empty ones are left out."""
     bins = []
     start, end = 0, first
     largest = int(keys.max(initial=-1))
@@ -400,7 +400,7 @@ class SweepRuns:
         return {name: list(runs.values()) for name, runs in found.items()}
 
     def best(self, gib: float) -> RunResult:
-        """The run of highest token hit rate at the size nearest to ``gib``."""
+        """Return the run of highest token hit rate at the size nearest to ``gib``."""
         nearest = min((run.gib or 0.0 for run in self.runs), key=lambda size: abs(size - gib))
         return max(
             (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate

@@ -77,8 +77,8 @@ def _serve_in_turn(target: Target, requests: Iterable[TraceRequest], log: Reques
 
 
 def _queue(log: RequestLog, serving: Serving) -> array[float]:
-    """Time to first token of each request: waiting for a free server, then its prefill. O(n log
-    servers)."""
+    """Return the time to first token of each request: waiting for a server, then its prefill.
+    O(n log servers)."""
     free_at = [0.0] * serving.servers
     cached = np.frombuffer(log.cached_tokens, np.int64)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)

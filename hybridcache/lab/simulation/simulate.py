@@ -158,10 +158,9 @@ class SimulationResult(Rows, SweepRuns):
         """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
         of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
         SVG or PDF), if there is one. ``style`` has the size, fonts and names."""
-        from hybridcache.lab.figures import DEFAULT_STYLE, sweep_figure
+        from hybridcache.lab.figures import sweep_figure
 
-        found = Path(path) if path else None
-        return sweep_figure([self], found, metric, style=style or DEFAULT_STYLE)
+        return sweep_figure([self], path, metric, style)
 
     def bins_figure(
         self,
@@ -171,19 +170,17 @@ class SimulationResult(Rows, SweepRuns):
     ) -> Figure:
         """Draw the token hit rate by prompt length and by turn, at the size nearest to ``gib`` (the
         middle one if None)."""
-        from hybridcache.lab.figures import DEFAULT_STYLE, bins_figure
+        from hybridcache.lab.figures import bins_figure
 
-        found = Path(path) if path else None
-        return bins_figure([self], found, gib, style=style or DEFAULT_STYLE)
+        return bins_figure([self], path, gib, style)
 
     def losses_figure(
         self, path: str | Path | None = None, style: FigureStyle | None = None
     ) -> Figure:
         """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
-        from hybridcache.lab.figures import DEFAULT_STYLE, losses_figure
+        from hybridcache.lab.figures import losses_figure
 
-        found = Path(path) if path else None
-        return losses_figure([self], found, style=style or DEFAULT_STYLE)
+        return losses_figure([self], path, style)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -222,9 +219,9 @@ class OptimumResult(Rows, Sequence[Optimum]):
     def figure(self, path: str | Path | None = None, style: FigureStyle | None = None) -> Figure:
         """Draw plan and bound over the sizes, and the price of memory over the trace. The figure is
         also written to ``path`` (PNG, SVG or PDF), if there is one."""
-        from hybridcache.lab.figures import DEFAULT_STYLE, optimum_figure
+        from hybridcache.lab.figures import optimum_figure
 
-        return optimum_figure(self.plans, Path(path) if path else None, style or DEFAULT_STYLE)
+        return optimum_figure(self.plans, path, style)
 
 
 def _optional(package: str, method: str) -> ModuleType:
@@ -243,7 +240,7 @@ def _optional(package: str, method: str) -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Arguments of ``simulate``, which documents them, without the trace."""
+    """Competitors, memory and machine of a sweep; ``simulate`` documents these arguments."""
 
     model: str | ModelGeometry = MODEL
     gib: Sizes = GIB_SPEC
@@ -251,8 +248,6 @@ class Sweep:
     checkpoints: Policies = DEFAULT_PLACEMENT
     baseline: Words = ()
     priority_classes: bool = True
-    bound: bool = True
-    optimum: Method | None = None
     optimum_limit_s: float = LIMIT_S
     memory: str = "arena"
     kv_share: float | None = None
@@ -267,10 +262,6 @@ class Sweep:
     servers: int = 1
     max_running: int | None = None
     times: str | PrefillTimes | None = None
-    processes: int = 1
-    ray: str | None = None
-    resume_from: str | Path | None = None
-    progress: Progress = None
 
     def geometry(self) -> ModelGeometry:
         """Return the model, with states of the precision asked for."""

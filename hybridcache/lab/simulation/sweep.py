@@ -84,9 +84,9 @@ def run_sweep(
     resume_from: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RunResult]:
-    """Results in the order of ``jobs``. With ``resume_from``, runs that file has are read from it
-    and new ones are appended as they are done, a JSON line each; ``progress`` is called with (done,
-    all). ``ray``: address of a cluster to run them on.
+    """Return the results in the order of ``jobs``. With ``resume_from``, runs that file has are
+    read from it and new ones are appended as they are done, a JSON line each; ``progress`` is
+    called with (done, all). ``ray``: address of a cluster to run them on.
 
     ValueError for less than one process, and for a trace without a request."""
     place = Place(processes, ray)

@@ -145,8 +145,9 @@ class RunConfig:
         return int(share * self.budget_bytes) // geometry.kv_bytes_per_token, num_slots
 
     def cache_config(self, unit: int) -> CacheConfig:
-        """In units of the trace: a row holds ``unit`` tokens, and the grid is at least one unit.
-        ValueError for a page or a grid that is neither whole units nor a part of one."""
+        """Return the cache in units of the trace: a row holds ``unit`` tokens, and the grid is
+        at least one unit. ValueError for a page or a grid that is neither whole units nor a part
+        of one."""
         geometry = self.geometry
         for name, size in (("page_size", self.page_size), ("grid", self.grid)):
             if size % unit and unit % size:
@@ -203,7 +204,7 @@ class RunConfig:
             grid=self.grid,
             unit=unit,
             host_bytes=self.host_bytes,
-            token_flops=geometry.flops(0, 1) - geometry.attention_flops_per_pair,
+            token_flops=geometry.flops_per_token,
             pair_flops=geometry.attention_flops_per_pair,
         )
 
@@ -222,11 +223,11 @@ class Served(Protocol):
     """Seconds of copies from lower tiers that this request waited for."""
 
     def prefilled(self) -> None:
-        """The prompt is computed: publish it."""
+        """Publish the prompt, which is computed."""
         ...
 
     def finish(self) -> None:
-        """The answer is decoded: publish it, let everything go."""
+        """Publish the answer, which is decoded, and release all memory."""
         ...
 
 
@@ -248,8 +249,8 @@ class Target(Protocol):
 
 
 def check_words(config: RunConfig) -> None:
-    """ValueError for a policy, placement or baseline that does not exist, and for a peer without
-    states to keep, before anything runs."""
+    """Raise ValueError for a policy, placement or baseline that does not exist, and for a peer
+    without states to keep, before anything runs."""
     if config.baseline is None:
         make_eviction(config.policy)
         parse_placement(config.checkpoints)
@@ -265,7 +266,7 @@ def check_words(config: RunConfig) -> None:
 
 
 def _check_tiers(config: RunConfig, unit: int) -> None:
-    """ValueError for a tier below the device that can hold nothing."""
+    """Raise ValueError for a tier below the device that can hold nothing."""
     geometry = config.geometry
     least = geometry.state_bytes + max(config.page_size, unit) * geometry.kv_bytes_per_token
     for word, num_bytes in ((HOST, config.host_bytes), (DISK, config.disk_bytes)):
@@ -340,7 +341,7 @@ class LeaseTarget:
         return served
 
     def _fetched_bytes(self) -> dict[str, int]:
-        """Bytes copied to the device so far, by tier."""
+        """Return the bytes copied to the device so far, by tier."""
         lower = self.cache.offload
         if lower is None:
             return {}
@@ -422,8 +423,8 @@ class _LeasedRequest:
         lease.finish(everything, decoded_len, stop_reason=stop_reason)
 
     def _decode(self, computed_len: int, steps: EngineSteps) -> int:
-        """Step by step as the engine does it, skipping the steps that touch no memory; returns how
-        far it came."""
+        """Decode step by step as the engine does, without the steps that touch no memory. Returns
+        the computed length."""
         lease, grid = self._lease, self._target.cache.grid
         max_len = len(self._request.tokens) + len(self._request.output)
         at = len(self._request.tokens)

@@ -35,7 +35,7 @@ from hybridcache.lab.traces.base import (
     text,
     whole,
 )
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Tokens, common_prefix_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class _Session:
         head = self._ids.head(tool_blocks, system_blocks, "heads")
         # All requests of the owner that carry the head begin with the same blocks. Others (a title,
         # a summary) keep their own ids.
-        own_head: list[int] | None = None
+        own_head: Tokens | None = None
         for request in objects(owner, "requests"):
             when = start_s + seconds(request, "t")
             if request["type"] == "subagent":
@@ -128,8 +128,8 @@ class _Session:
             if not len(tokens):
                 continue
             if own_head is None and len(tokens) >= len(head):
-                own_head = tokens[: len(head)].tolist()
-            shared = _agreeing(tokens, own_head or [])
+                own_head = tokens[: len(head)].copy()
+            shared = 0 if own_head is None else common_prefix_len(tokens, own_head)
             tokens[:shared] = head[:shared]
             yield self._request(request, when, name, tokens, shared)
 
@@ -191,10 +191,3 @@ def _spans(request: Record) -> list[tuple[int, int]]:
             raise ValueError(f"more than {LONGEST} hash_ids in one prompt")
         spans.append((first, last))
     return spans
-
-
-def _agreeing(tokens: Tokens, head: list[int]) -> int:
-    """Return how many leading ids of ``tokens`` agree with ``head``."""
-    length = min(len(tokens), len(head))
-    differs = tokens[:length] != np.asarray(head[:length], np.int32)
-    return int(differs.argmax()) if differs.any() else length

@@ -20,7 +20,6 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +30,7 @@ from hybridcache.lab.traces.base import (
     Record,
     decoded,
     json_lines,
+    moment,
     objects,
     open_bytes,
     parsed,
@@ -114,12 +114,7 @@ def _spans(document: Record) -> Iterator[Record]:
 
 def _start_ns(span: Record) -> Iterator[int]:
     if "start_time" in span:
-        try:
-            when = datetime.fromisoformat(text(span, "start_time"))
-            yield round((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1e9)
-        except (ValueError, OverflowError):
-            said = shown(span["start_time"])
-            raise ValueError(f"start_time is {said}, not a time in ISO 8601") from None
+        yield round(moment(span, "start_time") * 1e9)
     else:
         said = span["startTimeUnixNano"]
         if not str(said).isdecimal() or len(str(said)) > 20:  # 64-bit numbers

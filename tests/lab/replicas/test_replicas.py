@@ -15,8 +15,6 @@ import pytest
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.cli import _parser, main
-from hybridcache.lab.command.shared import opened
-from hybridcache.lab.command.simulate import simulate_fleets
 from hybridcache.lab.replicas.fleet import FleetConfig, Span, times_of
 from hybridcache.lab.replicas.result import FleetResult, fleet_table
 from hybridcache.lab.replicas.runs import FleetJob, fleet_jobs, run_fleet, run_fleets
@@ -254,7 +252,7 @@ def test_fleets_use_or_reject_every_flag(monkeypatch: pytest.MonkeyPatch) -> Non
         arguments = ["simulate", "--trace", "short?head=5", "--gib", "1", "--replicas", "2"]
         options = _parser().parse_args(arguments)
         read.clear()
-        assert simulate_fleets(options, lambda spec: opened(spec, options)) == 0
+        assert options.run(options) == 0
     flags = set(vars(options)) - {"run", "goes_on"}
     assert len(flags) > 30 and flags <= read
 

@@ -78,7 +78,7 @@ def test_a_killed_engine_loses_only_the_state_learned_since_its_save(
 ) -> None:
     first = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     serve(first, prompts(12))
-    first.plugins["tiers"].remembering.save()
+    first.plugins["tiers"].policy_state.save()
     first.plugins["tiers"].disk.flush()
     shutil.copytree(tmp_path / "state", tmp_path / "killed")
     serve(first, prompts(16)[12:])
@@ -139,7 +139,7 @@ def test_reset_removes_the_learned_state(
 ) -> None:
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     serve(engine, prompts(4))
-    engine.plugins["tiers"].remembering.save()
+    engine.plugins["tiers"].policy_state.save()
     engine.reset_prefix_cache()
     engine.plugins["tiers"].disk.flush()
     assert not (tmp_path / "state" / NAME).exists()
@@ -152,7 +152,7 @@ def test_learned_state_that_is_too_large_is_reported_and_not_written(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    engine.plugins["tiers"].remembering._max_bytes = 100
+    engine.plugins["tiers"].policy_state._max_bytes = 100
     serve(engine, prompts(4))
     engine.close()
     assert "is not written" in caplog.text and not (tmp_path / "state" / NAME).exists()
@@ -171,9 +171,9 @@ def test_write_errors_are_reported_once_and_the_engine_goes_on(
     monkeypatch.setattr("engine.plugins.tiers.disk.write_atomically", refuse)
     for number in range(2):
         serve(engine, prompts(3)[number:])
-        engine.plugins["tiers"].remembering.save()
+        engine.plugins["tiers"].policy_state.save()
         engine.plugins["tiers"].disk.flush()
-        assert engine.report().lower.folder.errors == number + 1
+        assert engine.report().offload.folder.errors == number + 1
     assert caplog.text.count(os.strerror(errno.EDQUOT)) == 1
     engine.check()
     engine.close()
@@ -184,19 +184,19 @@ def test_learned_state_is_saved_when_idle_and_rarely_otherwise(
     tmp_path: Path,
 ) -> None:
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    remembering, now = engine.plugins["tiers"].remembering, 0.0
-    remembering._clock = lambda: now
-    remembering._saved_at = remembering._took_s = 0.0
-    assert remembering.rest(is_idle=True) is None, "nothing new to save"
+    policy_state, now = engine.plugins["tiers"].policy_state, 0.0
+    policy_state._clock = lambda: now
+    policy_state._saved_at = policy_state._took_s = 0.0
+    assert policy_state.rest(is_idle=True) is None, "nothing new to save"
     serve(engine, prompts(2))
     now = 0.25
-    assert remembering.rest(is_idle=True) == 0.75
+    assert policy_state.rest(is_idle=True) == 0.75
     now = 20.0
-    assert remembering.rest(is_idle=False) == 10.0
-    assert remembering.rest(is_idle=True) is None
-    remembering._took_s = 1.0
+    assert policy_state.rest(is_idle=False) == 10.0
+    assert policy_state.rest(is_idle=True) is None
+    policy_state._took_s = 1.0
     serve(engine, prompts(3)[2:])
-    assert remembering.rest(is_idle=True) == 200.0, "a save that takes 1 s may run every 200 s"
+    assert policy_state.rest(is_idle=True) == 200.0, "a save that takes 1 s may run every 200 s"
     engine.plugins["tiers"].disk.flush()
     assert unpack((tmp_path / "state" / NAME).read_bytes())._plain["now"] == 2
     engine.close()
