@@ -37,7 +37,7 @@ from typing import Any
 
 from experiments import provenance
 from experiments.provenance import GENERATED, ROOT
-from hybridcache.lab.intervals import Interval, interval, paired
+from hybridcache.lab.intervals import Interval, interval, paired, ratio
 from hybridcache.lab.leaderboard import Board, Scores, Split
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
@@ -105,6 +105,20 @@ def dirty_files() -> list[str]:
     return [line[3:] for line in done.stdout.splitlines()]
 
 
+def missing_traces() -> list[str]:
+    """Return the published traces that the studies name and that no data folder has."""
+    from experiments.studies import admission, common
+
+    path = common.ROOT / "experiments" / "splits.toml"
+    splits = tomllib.loads(path.read_text(encoding="utf-8"))
+    named = [*splits["default-pair"]["evaluation"]["files"]]
+    named += [file["trace"] for file in splits["stop-reasons"]["file"]]
+    named += [workload.file for workload in admission.WORKLOADS.values() if workload.file]
+    named += [workload.spec for workload in common.WORKLOADS.values() if workload.is_file]
+    files = dict.fromkeys(spec.partition("?")[0] for spec in named)
+    return [name for name in files if common.published(name) is None]
+
+
 def code_hash() -> str:
     """Return the hash of all code and settings that determine results."""
     return provenance.code_hash(CODE)
@@ -167,9 +181,10 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
         seconds = time.monotonic() - began
         new = written_at(part)
         stale = [name for name in part.outputs if new[name] in (0, old[name])]
-        if done.returncode or stale:
-            reason = f"exit code {done.returncode}"
-            if not done.returncode:
+        changed = code_hash() != code
+        if done.returncode or stale or changed:
+            reason = "the code changed while it ran" if changed else f"exit code {done.returncode}"
+            if not changed and not done.returncode:
                 reason = f"it did not write {', '.join(stale)}; check that all its traces exist"
             print(f"reproduce: {part.name} failed: {reason}", file=sys.stderr)
             failed.append(part.name)
@@ -343,6 +358,82 @@ def default_table() -> str:
     return markdown(header, rows)
 
 
+def losses_table() -> str:
+    """Return the loss of the default pair to the best pair of each cell, in points."""
+    from experiments.studies.default import DEFAULT
+
+    splits = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8"))
+    seen = splits["default-pair"]["evaluation"]["seen"]
+    by_cell: dict[tuple[str, str, float], dict[str, list[float]]] = {}
+    generated: set[str] = set()
+    for record in records_of("study_default.jsonl"):
+        cell = by_cell.setdefault((record["split"], record["trace"], record["gib"]), {})
+        cell.setdefault(record["pair"], []).append(100 * record["token_hit_rate"])
+        if record["seed"] is not None:
+            generated.add(record["trace"])
+    found: dict[str, list[list[float]]] = {}
+    for (split, trace, _), rates in by_cell.items():
+        best = max(rates.values(), key=fmean)
+        losses = [one - ours for one, ours in zip(best, rates[DEFAULT], strict=True)]
+        groups = [split]
+        if split == "evaluation":
+            kind = "generated" if trace in generated else "published traces"
+            groups = [f"{split}, {kind}"] + [f"{split}, {kind}, unseen"] * (trace not in seen)
+        for group in groups:
+            found.setdefault(group, []).append(losses)
+    rows = []
+    for group, cells in found.items():
+        means = [fmean(losses) for losses in cells]
+        over_seeds = [fmean(losses) for losses in zip(*cells, strict=True)]
+        near = sum(mean <= 0.5 for mean in means)
+        loss = str(interval(over_seeds))
+        rows.append([group, str(len(cells)), loss, f"{max(means):.1f}", f"{near} of {len(cells)}"])
+    return markdown(["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows)
+
+
+def published_table() -> str:
+    """Return both rates and the gain on the published traces, with intervals over sessions."""
+    from experiments.studies.default import COMPARED
+
+    runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    for record in records_of("study_default.jsonl"):
+        if "sessions" in record:
+            runs.setdefault((record["trace"], record["gib"]), {})[record["pair"]] = record
+    if not runs:
+        return "No intervals: the study was last run without sessions."
+    rows = []
+    for (trace, gib), by_pair in runs.items():
+        first = by_pair[COMPARED[0]]
+        prompts = [prompt for _, prompt in first["sessions"]]
+        ours, lru = ([cached for cached, _ in by_pair[pair]["sessions"]] for pair in COMPARED)
+        saved = [one - other for one, other in zip(ours, lru, strict=True)]
+        found = [ratio(part, prompts).scaled(100) for part in (ours, lru, saved)]
+        num_sessions = str(len(prompts))
+        figures = [str(one) for one in found]
+        if len(prompts) == first["requests"]:
+            # The sessions are unknown, so no unit is independent.
+            num_sessions, figures = "unknown", [f"{one.mean:.1f}" for one in found]
+        name = Path(trace.partition("?")[0]).name.partition(".")[0]
+        rows.append([f"`{name}`", f"{gib:g}", num_sessions, *figures])
+    header = ["trace", "GiB", "sessions", "default, %", "LRU with fixed rules, %", "gain, points"]
+    return markdown(header, rows)
+
+
+def closed_loop_table() -> str:
+    """Return the served engine next to the simulator's forecast."""
+    text = (provenance.RESULTS / "closed_loop.json").read_text(encoding="utf-8")
+    rows = [
+        [run["admission"], source]
+        + [f"{run[source]['hit']:.1f}"]
+        + [f"{1e3 * run[source][name]:.0f}" for name in ("ttft_mean_s", "ttft_p99_s")]
+        + [f"{run[source]['makespan_s']:.1f}"]
+        for run in json.loads(text)["runs"]
+        for source in ("engine", "forecast")
+    ]
+    header = ["admission", "source", "token hit rate, %", "mean TTFT, ms", "p99, ms", "makespan, s"]
+    return markdown(header, rows)
+
+
 def capacity_table() -> str:
     """Return the gain of the default pair over LRU with fixed rules, at three sizes."""
     rows = []
@@ -382,28 +473,33 @@ def conditions_table() -> str:
 
 
 def admission_table() -> str:
-    """Return hit rates at the middle rate of each workload, paired by seed."""
-    found: dict[tuple[str, float], dict[str, list[float]]] = {}
+    """Return hit rates and mean TTFTs at the middle rate of each workload, paired by seed."""
+    found: dict[tuple[str, float], dict[str, dict[int, tuple[float, float]]]] = {}
     for record in records_of("admission.jsonl"):
-        if "rate" not in record:
-            continue
         place = record["trace"], record["rate"]
-        rates = found.setdefault(place, {}).setdefault(record["admission"], [])
-        rates.append(100 * record["cached_tokens"] / record["prompt_tokens"])
+        hit = 100 * record["cached_tokens"] / record["prompt_tokens"]
+        by_seed = found.setdefault(place, {}).setdefault(record["admission"], {})
+        by_seed[record["seed"]] = hit, record["ttft_mean_s"]
     rows = []
     for trace in dict.fromkeys(trace for trace, _ in found):
         rate = statistics.median_low([rate for name, rate in found if name == trace])
-        by_policy = found[trace, rate]
-        oldest, sessions = by_policy["oldest"], by_policy["sessions"]
-        gain = paired(sessions, oldest) if len(sessions) == len(oldest) else None
-        figures = [str(interval(rates)) for rates in (oldest, sessions)]
-        rows.append([trace, f"{rate:g}", str(len(oldest)), *figures, str(gain or "")])
+        oldest, sessions = (found[trace, rate][policy] for policy in ("oldest", "sessions"))
+        seeds = [seed for seed in oldest if seed in sessions]
+        row = [trace, f"{rate:g}", str(len(seeds))]
+        for kind in range(2):
+            pair = [[by_seed[seed][kind] for seed in seeds] for by_seed in (sessions, oldest)]
+            row += [*(str(interval(values)) for values in reversed(pair)), str(paired(*pair))]
+        rows.append(row)
     header = ["workload", "sessions/s", "seeds", "oldest, %", "sessions, %", "gain, points"]
+    header += ["mean TTFT of oldest, s", "of sessions, s", "difference, s"]
     return markdown(header, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "default": default_table,
+    "losses": losses_table,
+    "published": published_table,
+    "closed loop": closed_loop_table,
     "capacity": capacity_table,
     "hints": hints_table,
     "conditions": conditions_table,
@@ -434,6 +530,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.page:
         write_page()
         return 0
+    if missing := missing_traces():
+        print(
+            "reproduce: studies leave out the published traces that data/ does not hold: "
+            f"{', '.join(missing)}",
+            file=sys.stderr,
+        )
     try:
         return run(parts, options.again)
     except ValueError as error:
