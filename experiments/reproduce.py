@@ -397,22 +397,21 @@ def published_table() -> str:
 
     runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
     for record in records_of("study_default.jsonl"):
-        if "sessions" in record:
+        if record["seed"] is None:
             runs.setdefault((record["trace"], record["gib"]), {})[record["pair"]] = record
-    if not runs:
-        return "No intervals: the study was last run without sessions."
     rows = []
     for (trace, gib), by_pair in runs.items():
-        first = by_pair[COMPARED[0]]
-        prompts = [prompt for _, prompt in first["sessions"]]
-        ours, lru = ([cached for cached, _ in by_pair[pair]["sessions"]] for pair in COMPARED)
-        saved = [one - other for one, other in zip(ours, lru, strict=True)]
-        found = [ratio(part, prompts).scaled(100) for part in (ours, lru, saved)]
-        num_sessions = str(len(prompts))
-        figures = [str(one) for one in found]
-        if len(prompts) == first["requests"]:
-            # The sessions are unknown, so no unit is independent.
-            num_sessions, figures = "unknown", [f"{one.mean:.1f}" for one in found]
+        ours, lru = (by_pair[pair] for pair in COMPARED)
+        rates = [100 * record["token_hit_rate"] for record in (ours, lru)]
+        num_sessions = "unknown" if "sessions" in ours else "-"
+        figures = [f"{rate:.1f}" for rate in (*rates, rates[0] - rates[1])]
+        # Sessions are unknown if there is one per request.
+        if len(ours.get("sessions", ())) < ours.get("requests", 0):
+            prompts = [prompt for _, prompt in ours["sessions"]]
+            reused = [[cached for cached, _ in record["sessions"]] for record in (ours, lru)]
+            saved = [one - other for one, other in zip(*reused, strict=True)]
+            num_sessions = str(len(prompts))
+            figures = [str(ratio(part, prompts).scaled(100)) for part in (*reused, saved)]
         name = Path(trace.partition("?")[0]).name.partition(".")[0]
         rows.append([f"`{name}`", f"{gib:g}", num_sessions, *figures])
     header = ["trace", "GiB", "sessions", "default, %", "LRU with fixed rules, %", "gain, points"]
