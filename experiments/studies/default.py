@@ -36,7 +36,6 @@ from experiments.studies.common import STATIC_PLACEMENT, figure_path, keep, publ
 from hybridcache import ModelGeometry, Trace, open_trace, simulate
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
-from hybridcache.lab.intervals import by_session
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.sizes import budget_bytes
@@ -175,9 +174,12 @@ def session_sums(trace: Trace, model: str, gib: float, pair: str) -> list[list[i
     )
     times = Roofline.fitting(geometry)
     log = serve(build_target(config, trace.unit, times), trace, trace.unit, Serving(times))
-    sessions = [request.session for request in trace]
-    sums = by_session(log.cached_tokens, log.prompt_tokens, sessions)
-    return [[int(cached), int(prompt)] for cached, prompt in zip(*sums, strict=True)]
+    sums: dict[Any, list[int]] = {}
+    for request, cached, prompt in zip(trace, log.cached_tokens, log.prompt_tokens, strict=True):
+        of_session = sums.setdefault(request.session, [0, 0])
+        of_session[0] += cached
+        of_session[1] += prompt
+    return list(sums.values())
 
 
 def losses(records: list[dict[str, Any]], split: str) -> Losses:
