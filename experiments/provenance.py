@@ -22,7 +22,8 @@ RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "experiments" / "figures"
 GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results.md")
 """Git pathspecs that exclude files written by commands, because they are not code."""
-CODE = (".py", ".cpp", ".h", ".jinja", ".json")
+CODE = (".py", ".cpp", ".h", ".jinja", ".json", ".toml")
+"""Suffixes of files that determine results. Splits and parts are TOML files."""
 PACKAGES = ("torch", "triton", "transformers", "numpy", CACHE_DISTRIBUTION)
 
 

@@ -104,6 +104,20 @@ def dirty_files() -> list[str]:
     return [line[3:] for line in done.stdout.splitlines()]
 
 
+def missing_traces() -> list[str]:
+    """Return the published traces that the studies name and that no data folder has."""
+    from experiments.studies import admission, common
+
+    path = common.ROOT / "experiments" / "splits.toml"
+    splits = tomllib.loads(path.read_text(encoding="utf-8"))
+    named = [*splits["default-pair"]["evaluation"]["files"]]
+    named += [file["trace"] for file in splits["stop-reasons"]["file"]]
+    named += [workload.file for workload in admission.WORKLOADS.values() if workload.file]
+    named += [workload.spec for workload in common.WORKLOADS.values() if workload.is_file]
+    files = dict.fromkeys(spec.partition("?")[0] for spec in named)
+    return [name for name in files if common.published(name) is None]
+
+
 def code_hash() -> str:
     """Return the hash of all code and settings that determine results."""
     return provenance.code_hash(CODE)
@@ -166,9 +180,10 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
         seconds = time.monotonic() - began
         new = written_at(part)
         stale = [name for name in part.outputs if new[name] in (0, old[name])]
-        if done.returncode or stale:
-            reason = f"exit code {done.returncode}"
-            if not done.returncode:
+        changed = code_hash() != code
+        if done.returncode or stale or changed:
+            reason = "the code changed while it ran" if changed else f"exit code {done.returncode}"
+            if not changed and not done.returncode:
                 reason = f"it did not write {', '.join(stale)}; check that all its traces exist"
             print(f"reproduce: {part.name} failed: {reason}", file=sys.stderr)
             failed.append(part.name)
@@ -342,6 +357,66 @@ def default_table() -> str:
     return markdown(header, rows)
 
 
+def losses_table() -> str:
+    """Return the loss of the default pair to the best pair of each cell, in points."""
+    from experiments.studies.default import DEFAULT
+
+    splits = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8"))
+    seen = splits["default-pair"]["evaluation"]["seen"]
+    by_cell: dict[tuple[str, str, float], dict[str, list[float]]] = {}
+    generated: set[str] = set()
+    for record in records_of("study_default.jsonl"):
+        cell = by_cell.setdefault((record["split"], record["trace"], record["gib"]), {})
+        cell.setdefault(record["pair"], []).append(100 * record["token_hit_rate"])
+        if record["seed"] is not None:
+            generated.add(record["trace"])
+    found: dict[str, list[list[float]]] = {}
+    for (split, trace, _), rates in by_cell.items():
+        best = max(rates.values(), key=fmean)
+        losses = [one - ours for one, ours in zip(best, rates[DEFAULT], strict=True)]
+        groups = [split]
+        if split == "evaluation":
+            kind = "generated" if trace in generated else "published traces"
+            groups = [f"{split}, {kind}"] + [f"{split}, {kind}, unseen"] * (trace not in seen)
+        for group in groups:
+            found.setdefault(group, []).append(losses)
+    rows = []
+    for group, cells in found.items():
+        means = [fmean(losses) for losses in cells]
+        over_seeds = [fmean(losses) for losses in zip(*cells, strict=True)]
+        near = sum(mean <= 0.5 for mean in means)
+        loss = str(interval(over_seeds))
+        rows.append([group, str(len(cells)), loss, f"{max(means):.1f}", f"{near} of {len(cells)}"])
+    return markdown(["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows)
+
+
+def published_table() -> str:
+    """Return both rates and the gain on the published traces, with intervals over sessions."""
+    from experiments.studies.default import COMPARED
+
+    runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    for record in records_of("study_default.jsonl"):
+        if record["seed"] is None:
+            runs.setdefault((record["trace"], record["gib"]), {})[record["pair"]] = record
+    rows = []
+    for (trace, gib), by_pair in runs.items():
+        ours, lru = (by_pair[pair] for pair in COMPARED)
+        rates = [100 * record["token_hit_rate"] for record in (ours, lru)]
+        num_sessions = "unknown" if "sessions" in ours else "-"
+        figures = [f"{rate:.1f}" for rate in (*rates, rates[0] - rates[1])]
+        # Sessions are unknown if there is one per request.
+        if len(ours.get("sessions", ())) < ours.get("requests", 0):
+            prompts = [prompt for _, prompt in ours["sessions"]]
+            reused = [[cached for cached, _ in record["sessions"]] for record in (ours, lru)]
+            saved = [one - other for one, other in zip(*reused, strict=True)]
+            num_sessions = str(len(prompts))
+            figures = [str(ratio(part, prompts).scaled(100)) for part in (*reused, saved)]
+        name = Path(trace.partition("?")[0]).name.partition(".")[0]
+        rows.append([f"`{name}`", f"{gib:g}", num_sessions, *figures])
+    header = ["trace", "GiB", "sessions", "default, %", "LRU with fixed rules, %", "gain, points"]
+    return markdown(header, rows)
+
+
 def capacity_table() -> str:
     """Return the gain of the default pair over LRU with fixed rules, at three sizes."""
     rows = []
@@ -377,42 +452,6 @@ def conditions_table() -> str:
         for condition, value, rates, gain in gains(records_of("study_conditions.jsonl"))
     ]
     header = ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"]
-    return markdown(header, rows)
-
-
-def losses_table() -> str:
-    """Return the loss of each pair to the best pair of each cell, with the intervals of the means
-    over seeds."""
-    from experiments.studies.default import PAIRS, SPLITS, losses
-
-    records = records_of("study_default.jsonl")
-    rates: dict[tuple[str, str, float, str], dict[int | None, float]] = {}
-    for record in records:
-        cell = record["split"], record["trace"], record["gib"], record["pair"]
-        rates.setdefault(cell, {})[record["seed"]] = 100 * record["token_hit_rate"]
-    by_split = {split: losses(records, split) for split in SPLITS}
-    rows = []
-    for pair in PAIRS:
-        row = [f"`{pair}`"]
-        for split, found in by_split.items():
-            by_seed: dict[int, list[float]] = {}
-            for trace, gib in found[pair]:
-                best = next(other for other in PAIRS if not found[other][trace, gib])
-                own, others = rates[split, trace, gib, pair], rates[split, trace, gib, best]
-                for seed in own:
-                    if seed is not None:
-                        by_seed.setdefault(seed, []).append(others[seed] - own[seed])
-            (trace, gib), worst = max(found[pair].items(), key=lambda item: item[1])
-            row += [
-                f"{fmean(found[pair].values()):.2f}",
-                f"{interval([fmean(lost) for lost in by_seed.values()])}",
-                f"{worst:.1f} ({trace.partition('?')[0].rpartition('/')[2]}, {gib:g} GiB)",
-            ]
-        rows.append(row)
-    header = ["pair"]
-    for split, found in by_split.items():
-        cells = len(next(iter(found.values())))
-        header += [f"{split}: mean of {cells} cells", "generated traces", "worst cell"]
     return markdown(header, rows)
 
 
@@ -463,15 +502,16 @@ def closed_loop_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "default": default_table,
+    "losses": losses_table,
+    "published": published_table,
+    "closed loop": closed_loop_table,
     "capacity": capacity_table,
     "hints": hints_table,
     "conditions": conditions_table,
     "parts": parts_table,
     "default speed": default_speed_table,
     "leaderboard": leaderboard_table,
-    "losses": losses_table,
     "admission": admission_table,
-    "closed loop": closed_loop_table,
 }
 
 
@@ -495,6 +535,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.page:
         write_page()
         return 0
+    if missing := missing_traces():
+        print(
+            "reproduce: studies leave out the published traces that data/ does not hold: "
+            f"{', '.join(missing)}",
+            file=sys.stderr,
+        )
     try:
         return run(parts, options.again)
     except ValueError as error:

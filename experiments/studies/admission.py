@@ -41,7 +41,8 @@ SPLITS = tomllib.loads((HERE / "splits.toml").read_text(encoding="utf-8"))["admi
 RESULTS, TABLE = HERE / "results/admission.jsonl", HERE / "results/admission.txt"
 FIGURE = HERE / "figures/admission.png"
 VOCABULARY = 50_000
-CODE = ("hybridcache",)
+CODE = ("hybridcache", "experiments")
+"""Folders with policies, workloads and splits. Runs of other code are not resumed."""
 UNLIMITED = ("oldest", "cached-first", "sessions")
 NEAR = 1.05
 """Factor of the best makespan and mean TTFT that still counts as near the best."""
@@ -202,12 +203,12 @@ def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
     return run_closed_loop(workload.trace(name, seed), config, loop)
 
 
-def known_runs() -> list[ClosedLoopRun]:
-    """Return the finished runs of the current code."""
+def known_runs(code: str) -> list[ClosedLoopRun]:
+    """Return the finished runs of the code with this hash."""
     if not RESULTS.exists():
         return []
     first, *lines = RESULTS.read_text(encoding="utf-8").splitlines()
-    if json.loads(first)["code"] != code_hash(CODE):
+    if json.loads(first)["code"] != code:
         return []
     return [ClosedLoopRun(**json.loads(line)) for line in lines]
 
@@ -259,7 +260,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=available, choices=available)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs()}
+    code = code_hash(CODE)
+    done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs(code)}
     cells = [
         (name, seed, rate, admission)
         for seed in options.seeds
@@ -271,11 +273,11 @@ def main() -> None:
     mode = "a" if done else "w"  # Runs of other code are discarded.
     with ProcessPoolExecutor(options.workers) as pool, RESULTS.open(mode, encoding="utf-8") as out:
         if not done:
-            out.write(json.dumps({"provenance": provenance(), "code": code_hash(CODE)}) + "\n")
+            out.write(json.dumps({"provenance": provenance(), "code": code}) + "\n")
         for run in pool.map(serve, todo):
             out.write(json.dumps(asdict(run)) + "\n")
             out.flush()
-    runs = known_runs()
+    runs = known_runs(code)
     TABLE.write_text(summary(runs), encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))
     seeds = sorted({run.seed for run in runs})

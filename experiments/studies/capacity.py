@@ -55,9 +55,10 @@ CAPTION = (
     "hindsight (greedy). For up to 700 requests the LP proves that no plan passes the thin line. "
     "Policies differ where memory is short; the gain that hindsight would still allow is largest "
     "at the left. Grey: between the best and the worst of all other policies. Marconi saves "
-    "states at any token (on long traces with one fixed weight); all others and the plan use the "
-    "grid. LightLLM's states are in host memory, which the size does not count. Both can pass "
-    "100 %. Coloured bands: 95 % over seeds."
+    "states at any token, and its running requests are not counted; all others and the plan use "
+    "the grid. marconi-static has one fixed weight. LightLLM's states are in host memory, which "
+    "the size does not count. Both can pass 100 %. Lines: one seed. Coloured bands: 95 % of the "
+    "mean over seeds."
 )
 
 
@@ -218,7 +219,7 @@ def _draw(axis: Any, runs: Sequence[dict[str, Any]], highlighted: Sequence[str],
             color=COLOURS[number % len(COLOURS)],
             linewidth=2.2 if label == OURS else 1.2,
             linestyle="--" if label in rebuilt else "-",
-            label=label.replace("-static", ""),
+            label=label,
         )
 
 

@@ -8,6 +8,9 @@ Traces, sizes and seeds are those of ``experiments/splits.toml``. A cell is one 
 The loss of a pair in a cell is the mean over seeds of its token hit rate, in points below that of
 the best pair of the cell.
 
+Published traces run once. Their records have the reused and prompt tokens of each session, for
+intervals over sessions.
+
 Runs of the chosen splits and pairs are replaced, others are kept. The row "evaluation, unseen"
 excludes cells that were looked at while rules were chosen.
 """
@@ -30,10 +33,14 @@ from tqdm import tqdm
 
 from experiments.provenance import RESULTS, ROOT
 from experiments.studies.common import STATIC_PLACEMENT, figure_path, keep, published, rounded
-from hybridcache import open_trace, simulate
+from hybridcache import ModelGeometry, Trace, open_trace, simulate
+from hybridcache.geometry.times import Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.simulation.sweep import collect_seldom
+from hybridcache.lab.simulation.target import RunConfig, build_target
 
 NAME = "study_default"
 SPLITS = ("tuning", "evaluation")
@@ -47,6 +54,9 @@ PAIRS = (
     "survival@boundary",
     "survival@branch,boundary",
 )
+
+COMPARED = (DEFAULT, f"lru@{STATIC_PLACEMENT}")
+"""Pairs that are compared on published traces, with intervals over sessions."""
 
 Cell = tuple[str, float]
 """(trace, GiB)."""
@@ -147,8 +157,29 @@ def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
         for gib, simulated in zip(job.gib, result.runs, strict=True):
             rate = rounded(simulated.token_hit_rate)
             record = {"split": job.split, "trace": job.trace, "gib": gib, "seed": job.seed}
-            records.append(record | {"pair": pair, "token_hit_rate": rate})
+            record |= {"pair": pair, "token_hit_rate": rate}
+            if job.seed is None and pair in COMPARED:
+                record["requests"] = simulated.requests
+                record["sessions"] = session_sums(trace, model, gib, pair)
+            records.append(record)
     return records
+
+
+def session_sums(trace: Trace, model: str, gib: float, pair: str) -> list[list[int]]:
+    """Return reused and prompt tokens of each session, in the order of the first requests."""
+    geometry = ModelGeometry.load(model)
+    eviction, _, placement = pair.partition("@")
+    config = RunConfig(
+        geometry, budget_bytes=budget_bytes(gib), policy=eviction, checkpoints=placement
+    )
+    times = Roofline.fitting(geometry)
+    log = serve(build_target(config, trace.unit, times), trace, trace.unit, Serving(times))
+    sums: dict[Any, list[int]] = {}
+    for request, cached, prompt in zip(trace, log.cached_tokens, log.prompt_tokens, strict=True):
+        of_session = sums.setdefault(request.session, [0, 0])
+        of_session[0] += cached
+        of_session[1] += prompt
+    return list(sums.values())
 
 
 def losses(records: list[dict[str, Any]], split: str) -> Losses:

@@ -337,7 +337,8 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     verdicts = Counter(row["verdict"] for row in rows)
     yield ""
     yield (
-        f"{verdicts['within']} of {len(rows)} figures are within {WITHIN:.0%}. "
+        f"{verdicts['within']} of {len(rows)} figures are within {100 * WITHIN:.0f} points of "
+        f"hit rate (chunks: {WITHIN:.0%}). Marconi's figures are so small that this says little. "
         f"{verdicts['among']} depend on the draw by more than that, and the measured figure is "
         f"in their range. {verdicts['apart']} are apart."
     )

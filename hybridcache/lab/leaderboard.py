@@ -56,6 +56,16 @@ class Split:
     gib: Mapping[str, tuple[float, ...]]
     """Sizes by trace specification."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for no seed, trace or size, and for a repeated seed or size."""
+        lists = {"seeds": self.seeds} | {f"sizes of {trace}": of for trace, of in self.gib.items()}
+        if not self.gib:
+            raise ValueError("the table gib must have at least one trace")
+        for name, values in lists.items():
+            if not values or len(set(values)) < len(values):
+                # Intervals over a repeated seed would be too narrow.
+                raise ValueError(f"{name} must be different numbers, at least one (got {values})")
+
     @classmethod
     def load(cls, path: Path | None = None) -> Split:
         """Read a TOML file of the form of ``leaderboard.toml``; None for the packaged one.
@@ -265,9 +275,11 @@ class Board:
 
 
 def _shares(rates: np.ndarray, plan: np.ndarray) -> np.ndarray:
-    """Return the mean share of each seed over the cells where a plan reuses anything."""
-    shares = np.divide(rates, plan, out=np.full(rates.shape, np.nan), where=plan > 0)
-    means: np.ndarray = np.nanmean(shares, axis=1)
+    """Return the mean share of each seed over the cells where a plan reuses anything; else NaN."""
+    shares = np.divide(rates, plan, out=np.zeros(rates.shape), where=plan > 0)
+    counts = (plan > 0).sum(axis=1)
+    means = np.full(len(plan), np.nan)
+    np.divide(shares.sum(axis=1), counts, out=means, where=counts > 0)
     return means
 
 

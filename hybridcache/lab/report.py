@@ -131,9 +131,24 @@ def sweep_table(result: SweepRuns, word: str = "hit") -> str:
         rows.append(["(infinite cache)", *[f"{100 * result.bound_rate:.1f}"] * len(first)])
     title = f"{result.trace}, {result.geometry.name}"
     if first:
-        title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
+        title += f": {counted(first[0].requests, 'request')}, "
+        title += counted(first[0].prompt_tokens, "prompt token")
     table = f"{title}\n{text_table(header, rows)}"
-    return "\n".join([table, *notes_on(result, [word]), *tier_notes(result)])
+    return "\n".join([table, *bypass_notes(result), *notes_on(result, [word]), *tier_notes(result)])
+
+
+def bypass_notes(result: SweepRuns) -> list[str]:
+    """Name the competitors with requests that were too large for the memory, with their number."""
+    labels: dict[str, list[str]] = {}
+    for label, runs in result.by_label().items():
+        counts = (f"{run.bypassed:,} at {size_label(run)} GiB" for run in runs if run.bypassed)
+        labels.setdefault(", ".join(counts), []).append(label)
+    return [
+        f"requests computed without the cache, because they do not fit: {counts} "
+        f"({', '.join(names)})"
+        for counts, names in labels.items()
+        if counts
+    ]
 
 
 def sweep_line(result: SweepRuns) -> str:
@@ -518,7 +533,7 @@ def optimum_table(found: Sequence[Optimum]) -> str:
             f"{best.capacity_bytes / GIB:.3g}",
             f"{100 * best.reached:.2f}",
             best.plan_by,
-            "-" if best.bound is None else f"{100 * best.bound:.2f}",
+            "-" if best.bound is None else f"{100 * max(0.0, best.bound):.2f}",
             "-" if best.gap is None else f"{100 * best.gap:.2f}",
             "-" if best.gib_worth is None else f"{100 * best.gib_worth:.3g}",
             "-" if best.prices is None else f"{GIB * best.prices.max(initial=0):,.0f}",
@@ -538,7 +553,7 @@ def optimum_table(found: Sequence[Optimum]) -> str:
     ]
     header += ["variables", "seconds"]
     title = (
-        f"{found[0].trace}: {found[0].num_requests:,} requests, {found[0].method}\n"
+        f"{found[0].trace}: {counted(found[0].num_requests, 'request')}, {found[0].method}\n"
         if found
         else ""
     )

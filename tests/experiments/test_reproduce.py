@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments import provenance, reproduce
+from experiments.studies import common
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -90,8 +91,11 @@ def test_part_runs_again_only_after_a_change_of_code_or_outputs(
     (tree.root / "experiments" / "other.py").write_text("SEEDS = (1, 2)\n")
     tree.commit()
     assert reproduce.run(parts) == 0 and tree.runs == 3, "code has changed"
+    (tree.root / "experiments" / "splits.toml").write_text("seeds = [1, 2]\n")
+    tree.commit()
+    assert reproduce.run(parts) == 0 and tree.runs == 4, "seeds have changed"
     (tree.root / "docs/results.md").write_text("as after other parts\n")
-    assert reproduce.run(parts, again=True) == 0 and tree.runs == 4
+    assert reproduce.run(parts, again=True) == 0 and tree.runs == 5
     record = json.loads((tree.results / "reproduce.json").read_text())["tiny"]
     assert "+" not in record["commit"], "the page is an output too"
 
@@ -120,6 +124,17 @@ def test_failed_part_does_not_stop_the_others_and_is_not_recorded(
     assert "silent failed: it did not write results/never.jsonl" in printed.err
     assert "absent: skipped, needs out/nowhere (make nowhere)" in printed.out
     assert list(reproduce.read_record()) == ["tiny"]
+
+
+def test_part_is_not_recorded_if_the_code_changes_while_it_runs(
+    tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tree.root / "experiments" / "tiny_part.py").open("a") as file:
+        file.write("Path(__file__).with_name('edited.py').touch()\n")
+    tree.commit()
+    assert reproduce.run([tree.part()]) == 1 and tree.runs == 1
+    assert "tiny failed: the code changed while it ran" in capsys.readouterr().err
+    assert not reproduce.read_record()
 
 
 def test_nothing_runs_outside_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +187,16 @@ def test_each_committed_result_is_published() -> None:
     }
     left = {name for name in listed.stdout.split() if (ROOT / name).exists()} - named_results
     assert not left, f"outputs of no part in experiments/parts.toml: {sorted(left)}"
+
+
+def test_missing_published_traces_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common, "DATA", (tmp_path,))
+    monkeypatch.setattr(reproduce, "run", lambda *_: 0)
+    assert reproduce.main(["--part", "stress"]) == 0
+    name = "traces/mooncake_conversation_trace.jsonl.gz"
+    assert capsys.readouterr().err.count(name) == 1 and len(reproduce.missing_traces()) == 4
+    (tmp_path / "traces").mkdir()
+    (tmp_path / name).touch()
+    assert name not in reproduce.missing_traces()

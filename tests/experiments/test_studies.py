@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import provenance
-from experiments.studies import admission, capacity, closed_loop, hints
+from experiments import provenance, reproduce
+from experiments.studies import admission, capacity, closed_loop, default, hints
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.lab.leaderboard import Split
@@ -105,10 +105,52 @@ def test_runs_of_other_code_are_not_resumed(
     path = tmp_path / "admission.jsonl"
     monkeypatch.setattr(admission, "RESULTS", path)
     line = json.dumps(dataclasses.asdict(run))
-    path.write_text(json.dumps({"code": admission.code_hash(admission.CODE)}) + f"\n{line}\n")
-    assert admission.known_runs() == [run]
+    path.write_text(json.dumps({"code": "this"}) + f"\n{line}\n")
+    assert admission.known_runs("this") == [run]
     path.write_text(json.dumps({"code": "other"}) + f"\n{line}\n")
-    assert admission.known_runs() == []
+    assert admission.known_runs("this") == []
+    assert "experiments" in admission.CODE, "workloads and splits are part of the code"
+
+
+def test_published_trace_gets_intervals_over_sessions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    known = default.Job("evaluation", "traces/a.jsonl", None, (0.3, 1.0), "short?head=60")
+    alone = default.Job("evaluation", "traces/b.jsonl", None, (1.0,), "few-shot?head=20")
+    seeded = default.Job("evaluation", "short?head=20", 3, (0.3,))
+    records = [
+        record
+        for job in (known, alone, seeded)
+        for record in default.run("qwen3-next", default.COMPARED, job)
+    ]
+    for record in records:
+        assert ("sessions" in record) == (record["seed"] is None)
+        cached, prompt = map(sum, zip(*record.get("sessions", [[0, 1]]), strict=True))
+        if record["seed"] is None:
+            assert cached / prompt == pytest.approx(record["token_hit_rate"], abs=1e-5)
+    lab.keep("study_default", records)
+    rows = reproduce.published_table().splitlines()[2:]
+    assert len(rows) == 3
+    assert "| `a` | 0.3 |" in rows[0] and "[" in rows[0]
+    assert "| `b` | 1 | unknown |" in rows[2] and "[" not in rows[2]
+
+
+def test_loss_is_the_distance_to_the_best_pair_of_each_cell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    rates = {default.DEFAULT: (0.5, 0.3, 0.4), default.PAIRS[0]: (0.4, 0.5, 0.6)}
+    lab.keep(
+        "study_default",
+        [
+            {"split": "tuning", "trace": "chat", "gib": 1, "seed": seed, "pair": pair}
+            | {"token_hit_rate": rate}
+            for pair, several in rates.items()
+            for seed, rate in enumerate(several)
+        ],
+    )
+    assert reproduce.losses_table().splitlines()[2:] == ["| tuning | 1 | 10.0 | 10.0 | 0 of 1 |"]
 
 
 def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:

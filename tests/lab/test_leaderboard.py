@@ -75,6 +75,10 @@ def test_custom_policy_is_scored_and_resumed(
         ('model = "m"\nseeds = 3\n[gib]\nshort = [1]\n', "my.toml is not a split"),
         ('model = "m"\nseeds = [1]\n[gib]\nshort = ["x"]\n', "my.toml is not a split"),
         ("model = ", "my.toml is not a split"),
+        ('model = "m"\nseeds = []\n[gib]\nshort = [1]\n', r"seeds must be .* \(got \(\)\)"),
+        ('model = "m"\nseeds = [4, 4]\n[gib]\nshort = [1]\n', "seeds must be different"),
+        ('model = "m"\nseeds = [1]\n[gib]\nshort = []\n', "sizes of short must be"),
+        ('model = "m"\nseeds = [1]\n[gib]\n', "gib must have at least one trace"),
     ],
 )
 def test_error_for_an_invalid_split_names_file_and_fault(
