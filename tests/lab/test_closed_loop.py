@@ -494,6 +494,14 @@ def test_live_sessions_and_makespan_follow_the_clock() -> None:
     assert run.jain == 1.0
 
 
+def test_step_that_only_empties_slabs_is_followed_by_the_next_one() -> None:
+    """Such a step computes nothing, but the clock must not move to the next arrival."""
+    load = small_load(24, turns=15, pause_s=1.0)
+    table = simulate_closed_loop(load, small_run(6), ClosedLoop(TIMES, 0.3))
+    waits_s = np.array(table.first_token_s) - np.array(table.asked_s)
+    assert len(waits_s) == 360 and waits_s.max() < 0.5
+
+
 def test_max_share_keeps_places_for_other_tenants() -> None:
     """Sessions of tenant a fill all places, and requests of tenant b wait."""
     waits = {}

@@ -302,10 +302,13 @@ class _Run:
             for request, end in order
             if manager.take_checkpoint_slots(request, end) is not None
         ]
+        makes_room = manager.has_moves
         manager.take_step()
         manager.step_done()
         if not tasks:
-            self._idle()
+            # After a step that only emptied slabs, the next one can take slots at once.
+            if not makes_room:
+                self._idle()
             return
         prefills, num_decodes, context = [], 0, 0
         for request, end in tasks:
