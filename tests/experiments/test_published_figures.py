@@ -217,7 +217,7 @@ def quotes() -> dict[str, list[str]]:
             "time to first token is {:.1f} to {:.1f} times that of `oldest`".format(
                 *ratios("ttft_mean_s", TAU, CLAUDE)
             ),
-            "is {:.1f} to {:.1f} times that of `oldest` on tau-bench, and {:.1f} to {:.1f} times on Claude Code".format(
+            "is {:.1f} to {:.1f} times that of `oldest` on tau-bench, and {:.2f} to {:.2f} times on Claude Code".format(
                 *ratios("goodput", TAU), *ratios("goodput", CLAUDE)
             ),
         ],
