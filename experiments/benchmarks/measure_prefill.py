@@ -50,15 +50,15 @@ def prefill_seconds(engine: Engine, tokens: np.ndarray, start: int) -> float:
 
 
 def decode_step_seconds(engine: Engine, num_requests: int, context: int) -> float:
-    """Return the median seconds of a step in which ``num_requests`` requests decode after
-    ``context`` tokens."""
+    """Return the mean seconds of a step in which ``num_requests`` requests decode after ``context``
+    tokens, with the steps that save a checkpoint or end a request."""
     engine.reset_prefix_cache()
     rng, reports = np.random.default_rng(1), list[StepReport]()
     engine.observe(reports.append)
     sampling = SamplingParams(max_tokens=DECODE_STEPS, temperature=0.0, ignore_eos=True)
     prompts = [rng.integers(0, 256, context, dtype=np.int32).tolist() for _ in range(num_requests)]
     engine.generate(prompts, sampling)
-    return statistics.median(
+    return statistics.mean(
         step.schedule_s + step.forward_s + step.sample_s + step.wait_s + step.commit_s
         for step in reports
         if step.num_decode_tokens == num_requests and not step.num_prefill_tokens
@@ -78,7 +78,7 @@ def measure(engine: Engine, longest: int, repeats: int) -> dict[str, Any]:
             row.append(statistics.median(times))
         table.append(row)
     decodes = [count for count in DECODES if count <= engine.config.max_running]
-    seconds = [decode_step_seconds(engine, count, min(512, longest // 2)) for count in decodes]
+    seconds = [decode_step_seconds(engine, count, longest // 2) for count in decodes]
     return {
         "starts": starts,
         "lengths": lengths,
