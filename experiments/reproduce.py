@@ -459,31 +459,20 @@ def admission_table() -> str:
     """Return hit rate, mean TTFT and makespan at each rate, paired by seed.
 
     TTFT and makespan are ratios to the best fixed number of live sessions, chosen for each."""
-    found: dict[tuple[str, float], dict[str, dict[int, dict[str, float]]]] = {}
-    for record in records_of("admission.jsonl"):
-        if "rate" not in record:
-            continue
-        place = found.setdefault((record["trace"], record["rate"]), {})
-        hits = {"hits": 100 * record["cached_tokens"] / record["prompt_tokens"]}
-        place.setdefault(record["admission"], {})[record["seed"]] = record | hits
+    from experiments.studies.admission import best_fixed, cells
+    from hybridcache.lab.simulation.result import ClosedLoopRun
+
+    runs = [ClosedLoopRun(**record) for record in records_of("admission.jsonl")]
     rows = []
-    for (trace, rate), by_policy in found.items():
-        seeds = sorted(set.intersection(*map(set, by_policy.values())))
-        values = {
-            name: {
-                field: [runs[seed][field] for seed in seeds] for field in next(iter(runs.values()))
-            }
-            for name, runs in by_policy.items()
-        }
-        oldest, sessions = values["oldest"], values["sessions"]
-        row = [trace, f"{rate:g}", str(len(seeds))]
-        row += [str(interval(runs["hits"])) for runs in (oldest, sessions)]
-        row.append(str(paired(sessions["hits"], oldest["hits"])))
+    for trace, rate, by_policy in cells(runs):
+        pair = by_policy["oldest"], by_policy["sessions"]
+        oldest, sessions = ([100 * run.token_hit_rate for run in runs] for runs in pair)
+        row = [trace, f"{rate:g}", str(len(oldest)), str(interval(oldest)), str(interval(sessions))]
+        row.append(str(paired(sessions, oldest)))
         for field in ("ttft_mean_s", "makespan_s"):
-            fixed = [runs[field] for name, runs in values.items() if name.startswith("live")]
-            best = min(fixed, key=fmean)
-            for runs in (oldest, sessions):
-                mean, low, high = ratio(runs[field], best)
+            best = [getattr(run, field) for run in best_fixed(by_policy, field)]
+            for runs in pair:
+                mean, low, high = ratio([getattr(run, field) for run in runs], best)
                 row.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
         rows.append(row)
     header = ["workload", "sessions/s", "seeds", "oldest, %", "sessions, %", "gain, points"]

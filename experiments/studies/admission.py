@@ -213,6 +213,28 @@ def known_runs(code: str) -> list[ClosedLoopRun]:
     return [ClosedLoopRun(**json.loads(line)) for line in lines]
 
 
+Runs = dict[str, list[ClosedLoopRun]]
+"""Runs by admission policy, of the same seeds in the same order."""
+
+
+def cells(runs: Sequence[ClosedLoopRun]) -> Iterator[tuple[str, float, Runs]]:
+    """Yield (workload, rate, runs) with the seeds that all policies have, if there are any."""
+    found: dict[tuple[str, float], dict[str, dict[int, ClosedLoopRun]]] = {}
+    for run in runs:
+        by_policy = found.setdefault((run.trace, run.rate), {})
+        by_policy.setdefault(run.admission, {})[run.seed] = run
+    for (name, rate), by_policy in found.items():
+        seeds = sorted(set.intersection(*map(set, by_policy.values())))
+        if seeds:
+            yield name, rate, {p: [of[seed] for seed in seeds] for p, of in by_policy.items()}
+
+
+def best_fixed(by_policy: Runs, field: str) -> list[ClosedLoopRun]:
+    """Return the runs of the fixed number of sessions with the lowest mean of ``field``."""
+    fixed = [runs for policy, runs in by_policy.items() if policy not in UNLIMITED]
+    return min(fixed, key=lambda runs: mean(runs, field))
+
+
 def mean(runs: Sequence[ClosedLoopRun], field: str) -> float:
     return sum(getattr(run, field) for run in runs) / len(runs)
 
@@ -223,22 +245,12 @@ def summary(runs: Sequence[ClosedLoopRun]) -> str:
     for policy in UNLIMITED:
         header += [f"{policy}: hit, %", "TTFT", "p99", "goodput/s", "makespan"]
     rows = []
-    for name, rate in dict.fromkeys((run.trace, run.rate) for run in runs):
-        cell = [run for run in runs if (run.trace, run.rate) == (name, rate)]
-        by_policy = {
-            policy: [run for run in cell if run.admission == policy] for policy in admissions(name)
-        }
-        seeds = set.intersection(*({run.seed for run in found} for found in by_policy.values()))
-        if not seeds:
-            continue
-        by_policy = {
-            policy: [run for run in found if run.seed in seeds]
-            for policy, found in by_policy.items()
-        }
-        fixed = [found for policy, found in by_policy.items() if policy not in UNLIMITED]
-        ttft_s = min(mean(found, "ttft_mean_s") for found in fixed)
-        makespan_s = min(mean(found, "makespan_s") for found in fixed)
-        row = [f"{name}, {rate:g}", str(len(seeds)), f"{ttft_s:.2f} s, {makespan_s:.0f} s"]
+    for name, rate, by_policy in cells(runs):
+        ttft_s, makespan_s = (
+            mean(best_fixed(by_policy, field), field) for field in ("ttft_mean_s", "makespan_s")
+        )
+        num_seeds = len(by_policy[UNLIMITED[0]])
+        row = [f"{name}, {rate:g}", str(num_seeds), f"{ttft_s:.2f} s, {makespan_s:.0f} s"]
         for policy in UNLIMITED:
             found = by_policy[policy]
             row += [
