@@ -489,6 +489,27 @@ def closed_loop_table() -> str:
     return markdown(*table(records_of("closed_loop.jsonl")))
 
 
+def tiers_table() -> str:
+    """Return the seconds that host memory saves, for each trace."""
+    from experiments.studies.tiers import over_seeds
+
+    return markdown(*over_seeds(records_of("study_tiers.jsonl"), "regret"))
+
+
+def grid_table() -> str:
+    """Return the gains of finer checkpoint grids."""
+    from experiments.studies.grid import table
+
+    return markdown(*table(records_of("study_grid.jsonl")))
+
+
+def arena_table() -> str:
+    """Return the cost of slabs, for each trace."""
+    from experiments.studies.arena import table
+
+    return markdown(*table(records_of("study_arena.jsonl")))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "default": default_table,
     "losses": losses_table,
@@ -497,6 +518,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "capacity": capacity_table,
     "hints": hints_table,
     "conditions": conditions_table,
+    "tiers": tiers_table,
+    "grid": grid_table,
+    "arena": arena_table,
     "parts": parts_table,
     "default speed": default_speed_table,
     "leaderboard": leaderboard_table,

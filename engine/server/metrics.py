@@ -44,7 +44,7 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        disable_created_metrics()  # start times, which would double the series
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # start times, which would double the series
         registry = self._registry = CollectorRegistry()
 
         def counter(name: str, help: str, *labels: str) -> Counter:

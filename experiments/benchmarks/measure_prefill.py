@@ -6,9 +6,9 @@ The result is a table for `hybridcache simulate --times`.
         [--model DIR] [--device cuda]
 
 A prompt of ``start + 1`` tokens leaves a checkpoint at ``start``. Then the time of ``length`` more
-tokens is measured, as the median of several runs. Steps in which 1, 4 and 16 requests decode are
-measured for closed-loop simulations. The default is the built-in model, which only shows the shape
-of the table.
+tokens is measured. Steps in which 1, 4 and 16 requests decode are measured for closed-loop
+simulations. All times are means of several runs, because waiting times add up. The default is the
+built-in model, which only shows the shape of the table.
 """
 
 from __future__ import annotations
@@ -75,10 +75,13 @@ def measure(engine: Engine, longest: int, repeats: int) -> dict[str, Any]:
         for length in lengths:
             tokens = rng.integers(0, 256, start + length, dtype=np.int32)
             times = [prefill_seconds(engine, tokens, start) for _ in range(repeats)]
-            row.append(statistics.median(times))
+            row.append(statistics.fmean(times))
         table.append(row)
     decodes = [count for count in DECODES if count <= engine.config.max_running]
-    seconds = [decode_step_seconds(engine, count, longest // 2) for count in decodes]
+    seconds = [
+        statistics.fmean(decode_step_seconds(engine, count, longest // 2) for _ in range(repeats))
+        for count in decodes
+    ]
     return {
         "starts": starts,
         "lengths": lengths,

@@ -5,9 +5,9 @@ bytes. The policies are the defaults. Besides hit rates, the study reports the n
 emptied for a state, and the KV copied for that as a share of the KV written.
 
 In a short trace, one more state changes all later decisions, so a single size says little. The
-published figure is the mean difference over the sizes of a workload.
+published figure is the mean difference over the sizes of a workload, with an interval over seeds.
 
-    python -m experiments.studies.arena [--traces chat,agent] [--points 8] [--resume FOLDER]
+    python -m experiments.studies.arena [--traces chat,agent] [--points 8] [--seeds 10]
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from typing import Any
-
-from tqdm import tqdm
 
 from experiments.studies.common import (
     WORKLOADS,
@@ -28,37 +26,41 @@ from experiments.studies.common import (
 )
 from hybridcache import simulate
 from hybridcache.lab.figures import COLOURS, panels, save, size_axis
+from hybridcache.lab.intervals import interval
 from hybridcache.lab.report import text_table
 
 NAME = "study_arena"
+POINTS = 5
 MEMORIES = ("arena", "budget")
 
 
 def main() -> None:
-    options = arguments(__doc__, *WORKLOADS)
+    options = arguments(__doc__, *WORKLOADS, seeds=True)
     records: list[dict[str, Any]] = []
     for name in (bar := workloads(options)):
-        records += measure(name, options, bar)
+        for seed in WORKLOADS[name].seeds(options.seeds):
+            bar.set_description(f"{name}, seed {seed}")
+            records += measure(name, seed, options)
         keep(NAME, records)
-    print(table(records))
-    draw(records)
+    print(text_table(*table(records)))
+    draw([record for record in records if record["seed"] == 0])
 
 
-def measure(name: str, options: argparse.Namespace, bar: tqdm[Any]) -> list[dict[str, Any]]:
+def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one record per size."""
     workload = WORKLOADS[name]
-    trace = workload.open(name, options.full).kept()
-    bar.set_description(name)
+    trace = workload.open(name, options.full, seed).kept()
+    file = f"{name}-{seed}.jsonl"
     runs = {
         memory: simulate(
             trace,
             model=workload.geometry,
-            gib=workload.sizes(options.points),
+            gib=workload.sizes(options.points or POINTS),
             grid=workload.grid,
             memory=memory,
             bound=False,
             processes=options.processes,
-            resume_from=options.resume / f"{name}.jsonl" if options.resume else None,
+            resume_from=options.resume / file if options.resume else None,
         ).runs
         for memory in MEMORIES
     }
@@ -68,6 +70,7 @@ def measure(name: str, options: argparse.Namespace, bar: tqdm[Any]) -> list[dict
         records.append(
             {
                 "trace": name,
+                "seed": seed,
                 "grid": workload.grid,
                 "gib": rounded(arena.gib),
                 "requests": arena.requests,
@@ -90,17 +93,32 @@ def by_trace(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Return one row per workload: mean and extremes of the difference over its sizes."""
+def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: the mean difference, the extremes of its cells, and KV moved."""
     rows = []
     for name, cells in by_trace(records).items():
         points = [cell["points"] for cell in cells]
-        figures = (statistics.mean(points), min(points), max(points))
         moved = max(100 * cell["kv_moved_per_kv_written"] for cell in cells)
         rows.append(
-            [name, str(len(cells)), *(f"{value:+.2f}" for value in figures), f"{moved:.1f}"]
+            [
+                name,
+                f"{len(cells) // len(mean_differences(cells))}",
+                f"{interval(mean_differences(cells)):.2f}",
+                f"{min(points):+.2f}",
+                f"{max(points):+.2f}",
+                f"{moved:.1f}",
+            ]
         )
-    return text_table(["points", "sizes", "mean", "lowest", "highest", "KV moved, %"], rows)
+    header = ["trace", "sizes", "arena less ideal, points", "lowest", "highest", "KV moved, %"]
+    return header, rows
+
+
+def mean_differences(cells: list[dict[str, Any]]) -> list[float]:
+    """Return the mean over the sizes of one trace in points, for each seed."""
+    by_seed: dict[int, list[float]] = {}
+    for cell in cells:
+        by_seed.setdefault(cell["seed"], []).append(cell["points"])
+    return [statistics.mean(points) for points in by_seed.values()]
 
 
 def draw(records: list[dict[str, Any]]) -> None:
@@ -115,7 +133,10 @@ def draw(records: list[dict[str, Any]]) -> None:
     axes[1].set_ylabel("KV moved, % of the KV written")
     for axis in axes:
         size_axis(axis)
-    caption = "Hit rate of the arena against a budget that only counts bytes; the default policies."
+    caption = (
+        "Hit rate of the arena against a budget that only counts bytes; the default policies, "
+        "seed 0."
+    )
     save(figure, axes, figure_path(NAME), caption)
 
 

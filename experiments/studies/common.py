@@ -59,6 +59,10 @@ class Workload:
         trace = replace(open_trace(found), name=name)
         return trace if full or self.quick is None else trace.head(self.quick)
 
+    def seeds(self, count: int) -> range:
+        """Return ``count`` seeds, or one if they would change nothing."""
+        return range(1 if self.has_times else count)
+
     def sizes(self, points: int | None = None) -> tuple[float, ...]:
         """Return sizes in GiB, logarithmically spaced.
 

@@ -85,6 +85,7 @@ def running(count: int, seed: int, pair: str) -> float:
         checkpoints=[placement],
         rate=4,
         admission="sessions",
+        seeds=[seed],
         max_running=count,
         progress=False,
     ).runs

@@ -1,16 +1,17 @@
-"""Compare the hit rates over memory of checkpoint grids of 64, 32, 16 and 1 tokens.
+"""Compare checkpoint grids of 64, 32, 16 and 1 tokens, with the default policies.
 
-python -m experiments.studies.grid
+    python -m experiments.studies.grid [--seeds 10] [--points 3]
 
-No kernel has a grid of 1. `experiments.benchmarks.grid` measures the cost of the other grids.
+Gains are paired by seed. No kernel has a grid of 1. `experiments.benchmarks.grid` measures the cost
+of the other grids.
 """
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from experiments.studies.common import (
-    STATIC_PLACEMENT,
     WORKLOADS,
     Workload,
     arguments,
@@ -21,27 +22,24 @@ from experiments.studies.common import (
 )
 from hybridcache import simulate
 from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.report import text_table
 
 GRIDS = (64, 32, 16, 1)
 WORKLOADS.setdefault("tree-of-thoughts", Workload("tree-of-thoughts", "0.5:16:15"))
 TRACES = ("tree-of-thoughts", "short", "few-shot", "branch", "chat")
-POLICIES: dict[str, dict[str, Any]] = {
-    "lru": {"policy": "lru", "checkpoints": STATIC_PLACEMENT},
-    "regret": {"policy": "regret", "checkpoints": "regret"},
-}
-"""LRU with rules without learning, and the learned pair."""
-POINTS = 5
+POINTS = 3
+Rates = list[float]
 
 
 def main() -> None:
-    options = arguments(__doc__, *TRACES)
-    records = []
+    options = arguments(__doc__, *TRACES, seeds=True)
+    records: list[dict[str, Any]] = []
     for name in (bar := workloads(options)):
-        bar.set_description(name)
         workload = WORKLOADS[name]
-        trace = workload.open(name, options.full).kept()
-        for policy, settings in POLICIES.items():
+        for seed in workload.seeds(options.seeds):
+            bar.set_description(f"{name}, seed {seed}")
+            trace = workload.open(name, options.full, seed).kept()
             for grid in GRIDS:
                 found = simulate(
                     trace,
@@ -50,49 +48,48 @@ def main() -> None:
                     grid=grid,
                     bound=False,
                     processes=options.processes,
-                    **settings,
                 )
-                records += [slim(name, run, label=policy) for run in found.runs]
+                records += [slim(name, run, seed=seed) for run in found.runs]
     keep("study_grid", records)
-    names = list(dict.fromkeys(record["trace"] for record in records))
-    draw(records, names)
+    draw(records, list(dict.fromkeys(record["trace"] for record in records)))
+    print(text_table(*table(records)))
+
+
+def rates(records: list[dict[str, Any]]) -> dict[str, dict[float, dict[int, Rates]]]:
+    """Return hit rates in percent by trace, size and grid, one per seed."""
+    found: dict[str, dict[float, dict[int, Rates]]] = {}
+    for record in sorted(records, key=lambda record: (record["gib"], record["seed"])):
+        by_grid = found.setdefault(record["trace"], {}).setdefault(record["gib"], {})
+        by_grid.setdefault(record["grid"], []).append(100 * record["token_hit_rate"])
+    return found
+
+
+def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: the hit rate with the first grid, and the gains of the others."""
+    first, *others = GRIDS
     rows = [
-        [name, policy, f"{gib:.3g}", *(f"{100 * rate:.1f}" for _, rate in line)]
-        for name in names
-        for policy in POLICIES
-        for gib in _sizes(records, name)
-        for line in [[_at(records, name, policy, grid, gib) for grid in GRIDS]]
+        [name, f"{gib:.3g}", str(interval(by_grid[first]))]
+        + [str(paired(by_grid[grid], by_grid[first])) for grid in others]
+        for name, by_size in rates(records).items()
+        for gib, by_grid in by_size.items()
     ]
-    print(text_table(["trace", "policy", "GiB", *(f"hit, % at {grid}" for grid in GRIDS)], rows))
-
-
-def _sizes(records: list[dict[str, Any]], name: str) -> list[float]:
-    return sorted({record["gib"] for record in records if record["trace"] == name})
-
-
-def _at(
-    records: list[dict[str, Any]], name: str, policy: str, grid: int, gib: float
-) -> tuple[float, float]:
-    """Return size and token hit rate."""
-    cell = name, policy, grid, gib
-    [record] = [
-        record
-        for record in records
-        if (record["trace"], record["label"], record["grid"], record["gib"]) == cell
-    ]
-    return gib, record["token_hit_rate"]
+    return [
+        "trace",
+        "GiB",
+        f"grid {first}, %",
+        *(f"gain of {grid}, points" for grid in others),
+    ], rows
 
 
 def draw(records: list[dict[str, Any]], names: list[str]) -> None:
     """Draw the hit rate over memory: one panel per trace, one line per grid."""
     figure, axes = panels(len(names), columns=3)
     for axis, name in zip(axes, names, strict=False):
+        by_size = rates(records)[name]
         for colour, grid in zip(COLOURS, GRIDS, strict=False):
-            line = [_at(records, name, "regret", grid, gib) for gib in _sizes(records, name)]
-            sizes, rates = zip(*line, strict=True)
             axis.plot(
-                sizes,
-                [100 * rate for rate in rates],
+                list(by_size),
+                [fmean(by_grid[grid]) for by_grid in by_size.values()],
                 color=colour,
                 marker="o",
                 markersize=3,
@@ -106,7 +103,7 @@ def draw(records: list[dict[str, Any]], names: list[str]) -> None:
         axis.set_xlabel("memory for KV and states, GiB")
         axis.set_ylabel("token hit rate, %")
     caption = (
-        "Eviction and placement `regret`, Qwen3-Next's sizes, the engine's arena. The engine "
+        "The default pair, Qwen3-Next's sizes, the engine's arena, means over seeds. The engine "
         "has grids of 64 (default), 32 and 16. Dotted: 1, only in the simulator."
     )
     save(figure, axes, figure_path("study_grid"), caption)

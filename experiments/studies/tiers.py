@@ -1,11 +1,11 @@
 """Measure the gain from a byte of each tier, compared with a byte of the device.
 
-    python -m experiments.studies.tiers [--traces chat,agent] [--few]
+    python -m experiments.studies.tiers [--traces chat,agent] [--few] [--seeds 10]
 
 Twelve traces run on a device with 4 GiB for KV and states, and with tiers in host memory and on
-disk. Seconds saved are the prefill seconds of an engine without a cache, minus those computed and
-minus the copies that requests waited for. Copies run over PCIe 5.0 (50 GB/s per device) and from
-one drive (6 GB/s).
+disk. Other seeds than 0 run only the cells of the goal. Seconds saved are the prefill seconds of an
+engine without a cache, minus those computed and minus the copies that requests waited for. Copies
+run over PCIe 5.0 (50 GB/s per device) and from one drive (6 GB/s).
 
 This counts a copy as if the device were idle meanwhile. In fact the engine computes other requests
 while it loads a prefix. In the figures for overlapped copies, copies therefore cost no device time,
@@ -33,23 +33,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.provenance import read_json_lines, write_json_lines
 from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.intervals import interval
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.lab.trace import Trace
 from hybridcache.offload import OffloadTiers
@@ -62,6 +63,8 @@ CURVE = (4, 5, 6, 8, 10, 14, 20, 36, 68)
 """Sizes of a device without tiers, in GiB, for comparison."""
 HOSTS = (4, 16, 64)
 GOAL = (16, 20)
+GOAL_CELL = f"device {GOAL[1]}"
+SAVED = "prefill seconds saved,\n% of those with 20 GiB"
 RATES = (1e9, 4e9, 12e9, 25e9, 200e9)
 """Other bandwidths than PCIe 5.0 from host to device, in bytes per second."""
 SHORT = {
@@ -76,6 +79,7 @@ SHORT = {
 ALL_CELLS = "regret"
 """Policy with all cells. Others have only those of the goal."""
 Change = Callable[[LeaseTarget], None]
+Shares = list[float]
 
 
 class StatesOnly(OffloadTiers):
@@ -137,7 +141,7 @@ def run(
     return summarise(config, serving, log, target, trace.name)
 
 
-def cells(config: RunConfig) -> dict[str, tuple[RunConfig, str, Change | None]]:
+def cells(config: RunConfig, only_goal: bool) -> dict[str, tuple[RunConfig, str, Change | None]]:
     """Return the runs by name: (config, clock, change from the served configuration)."""
 
     def tiered(host: float, disk: float = 0, rate: float = PCIE_BYTES_PER_S) -> RunConfig:
@@ -155,7 +159,7 @@ def cells(config: RunConfig) -> dict[str, tuple[RunConfig, str, Change | None]]:
         found[f"device {gib}, alone"] = replace(config, budget_bytes=gib * GIB), "alone", None
     found["host 16"] = tiered(GOAL[0]), "shared", None
     found["host 16, alone"] = tiered(GOAL[0]), "alone", None
-    if config.policy != ALL_CELLS:
+    if only_goal:
         return found
     for gib in CURVE:
         found[f"device {gib}"] = replace(config, budget_bytes=gib * GIB), "shared", None
@@ -176,10 +180,11 @@ def cells(config: RunConfig) -> dict[str, tuple[RunConfig, str, Change | None]]:
     return found
 
 
-def measure(trace_name: str, policy: str, few: bool, bar: tqdm[Any]) -> list[dict[str, Any]]:
-    """Return one record per cell."""
+def measure(job: tuple[str, int, str, bool]) -> list[dict[str, Any]]:
+    """Return one record per cell of (trace, seed, policy, whether long traces are cut)."""
+    trace_name, seed, policy, few = job
     workload = WORKLOADS[trace_name]
-    trace = workload.open(trace_name, False)
+    trace = workload.open(trace_name, False, seed)
     if few and trace_name in SHORT:
         trace = trace.head(SHORT[trace_name])
     trace = servable(trace, workload.geometry)
@@ -192,12 +197,12 @@ def measure(trace_name: str, policy: str, few: bool, bar: tqdm[Any]) -> list[dic
         grid=max(workload.grid, trace.unit),
     )
     records = []
-    for name, (cell, clock, change) in cells(config).items():
-        bar.set_postfix_str(name)
+    for name, (cell, clock, change) in cells(config, seed > 0 or policy != ALL_CELLS).items():
         result = run(trace, cell, clocks[clock], change)
         records.append(
             {
                 "trace": trace_name,
+                "seed": seed,
                 "policy": policy,
                 "cell": name,
                 "requests": result.requests,
@@ -219,10 +224,11 @@ Table = dict[tuple[str, str], dict[str, dict[str, Any]]]
 
 
 def by_cell(records: Sequence[dict[str, Any]]) -> Table:
-    """Return the records by (trace, policy), then by cell."""
+    """Return the records of seed 0 by (trace, policy), then by cell."""
     found: Table = {}
     for record in records:
-        found.setdefault((record["trace"], record["policy"]), {})[record["cell"]] = record
+        if record["seed"] == 0:
+            found.setdefault((record["trace"], record["policy"]), {})[record["cell"]] = record
     return found
 
 
@@ -269,6 +275,39 @@ def shares(
     return [value for value in found if value is not None]
 
 
+def shares_by_trace(records: Sequence[dict[str, Any]], policy: str, cell: str) -> dict[str, Shares]:
+    """Return the seconds that ``cell`` saves relative to 20 GiB by trace, one value per seed.
+
+    Traces are left out if nothing can be saved with some seed.
+    """
+    found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
+    for record in records:
+        if record["policy"] == policy:
+            by_seed = found.setdefault(record["trace"], {})
+            by_seed.setdefault(record["seed"], {})[record["cell"]] = record
+    shares = {
+        name: [share(cells_of, cell, GOAL_CELL) for cells_of in by_seed.values()]
+        for name, by_seed in found.items()
+    }
+    return {
+        name: [value for value in values if value is not None]
+        for name, values in shares.items()
+        if None not in values
+    }
+
+
+def over_seeds(records: Sequence[dict[str, Any]], policy: str) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: seconds saved relative to those of 20 GiB, in percent, per trace."""
+    device, host = (
+        shares_by_trace(records, policy, cell) for cell in (f"device {DEVICE_GIB}", "host 16")
+    )
+    rows = [
+        [name, *(str(interval(shares[name]).scaled(100)) for shares in (device, host))]
+        for name in device
+    ]
+    return ["trace", f"{DEVICE_GIB} GiB, %", f"{DEVICE_GIB} GiB and 16 GiB of host memory, %"], rows
+
+
 def text(table: Table) -> str:
     """Return the goal and the worth of each tier, one row per trace."""
     header = ["trace", "policy", "4 GiB, %", "4 + 16, % of 20", "overlapped", "alone"]
@@ -313,10 +352,6 @@ def draw(table: Table, policy: str) -> None:
         "bars."
     )
     save(figure, axes, figure_path("study_tiers"), caption)
-
-
-SAVED = "prefill seconds saved,\n% of those with 20 GiB"
-GOAL_CELL = f"device {GOAL[1]}"
 
 
 def _draw_goal(axis: Any, table: Table, policy: str, names: list[str]) -> None:
@@ -409,30 +444,27 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(WORKLOADS), help="names of WORKLOADS")
     parser.add_argument("--policy", default="regret,lru", help="evictions, separated by commas")
     parser.add_argument("--few", action="store_true", help="use only the start of long traces")
-    parser.add_argument("--resume", type=Path, help="folder of finished runs")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
-    if options.resume:
-        options.resume.mkdir(parents=True, exist_ok=True)
     names = [name for name in options.traces.split(",") if WORKLOADS[name].is_available]
     policies = options.policy.split(",")
-    records: list[dict[str, Any]] = []
-    for name in (bar := tqdm(names, disable=None)):
-        bar.set_description(name)
-        for policy in policies:
-            path = options.resume and options.resume / f"{name}-{policy}.jsonl"
-            if path is None or not path.exists():
-                found = measure(name, policy, options.few, bar)
-                if path is not None:
-                    write_json_lines(path, found)
-                records += found
-            else:
-                records += read_json_lines(path)[1]
+    jobs = [
+        (name, seed, policy, options.few)
+        for name in names
+        for seed in WORKLOADS[name].seeds(options.seeds)
+        for policy in policies
+    ]
+    with ProcessPoolExecutor(options.processes, initializer=collect_seldom) as pool:
+        found = list(tqdm(pool.map(measure, jobs), total=len(jobs), disable=None))
+    records = [record for several in found for record in several]
     table = by_cell(records)
     if names == list(WORKLOADS):
         keep("study_tiers", records)
         draw(table, policies[0])
     print(text(table))
     for policy in policies:
+        print(policy, text_table(*over_seeds(records, policy)), sep="\n")
         for clock in ("", ", alone"):
             reached = shares(table, policy, f"host 16{clock}", f"device {GOAL[1]}{clock}")
             if not reached:

@@ -42,9 +42,12 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        if math.isnan(self.low):
-            return f"{self.mean:.1f}"
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+        return format(self, ".1f")
+
+    def __format__(self, spec: str) -> str:
+        """Return mean and limits, each formatted with ``spec`` (default ``.1f``)."""
+        mean, low, high = (format(part, spec or ".1f") for part in self)
+        return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
     def scaled(self, factor: float) -> Interval:
         """Return the interval of ``factor`` times the quantity; ``factor`` must be positive."""

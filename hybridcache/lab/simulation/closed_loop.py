@@ -499,7 +499,7 @@ def closed_loop(
     checkpoints: Policies = DEFAULT_PLACEMENT,
     rate: Sizes = RATES,
     admission: Admissions = ("oldest", "sessions"),
-    seeds: int = 1,
+    seeds: int | Sequence[int] = 1,
     max_running: int = 16,
     token_budget: int = 8192,
     max_share: float | None = None,
@@ -524,7 +524,7 @@ def closed_loop(
       number.
     - ``admission``: one admission policy (a name, ``module:Class(alpha=2)``, a class or a
       function), or a list of them.
-    - ``seeds``: number of runs with other arrivals.
+    - ``seeds``: seeds of the arrivals, a run each; a number stands for the first ones from 0.
     - ``max_running``, ``token_budget``: requests at once, and tokens computed in a step.
     - ``max_share``: most of the running places and of the memory that one tenant takes while others
       wait, 0 to 1.
@@ -549,8 +549,9 @@ def closed_loop(
         grid=grid,
         times=times,
     )
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1 (got {seeds}).")
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    if not seeds:
+        raise ValueError("seeds must be at least 1, or a list of seeds.")
     geometry = sweep.geometry()
     known = step_times(sweep.serving(geometry).times)
     admissions = named_policies(admission)
@@ -575,7 +576,7 @@ def closed_loop(
         for size in sizes(gib)
         for one in admissions
         for per_second in rates(rate)
-        for seed in range(seeds)
+        for seed in seeds
     ]
     kept = Path(resume_from) if resume_from else None
     identity = identity_of(opened) if kept else b""
