@@ -24,6 +24,13 @@ GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results.m
 """Git pathspecs that exclude files written by commands, because they are not code."""
 CODE = (".py", ".cpp", ".h", ".jinja", ".json", ".toml")
 """Suffixes of files that determine results. Splits and parts are TOML files."""
+SIMULATION = (
+    "hybridcache",
+    "experiments/studies",
+    "experiments/splits.toml",
+    "experiments/provenance.py",
+)
+"""Folders and files that determine the results of a simulation."""
 PACKAGES = ("torch", "triton", "transformers", "numpy", CACHE_DISTRIBUTION)
 
 
@@ -56,11 +63,12 @@ def write_json_lines(
 def code_hash(
     folders: Iterable[str] = ("engine", "kernels", "experiments", "tests/kernels"),
 ) -> str:
-    """Return a digest of all sources that determine the results of an experiment on a device. It is
-    the same with git and without."""
+    """Return a digest of the sources in ``folders``, or single files. It is the same with git and
+    without. The defaults determine the results of an experiment on a device."""
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*")):
+        place = ROOT / folder
+        for path in [place] if place.is_file() else sorted(place.rglob("*")):
             name = path.relative_to(ROOT).as_posix()
             if path.suffix in CODE and not name.startswith("experiments/results/"):
                 digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())

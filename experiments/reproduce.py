@@ -6,10 +6,11 @@
     python -m experiments.reproduce --page       # write docs/results.md from existing results
 
 A part is one command with the files that it writes. Finished parts are recorded in
-``results/reproduce.json`` with a hash of the code, the commit and versions. Seeds are part of the
-code (``splits.toml`` and defaults). A part is done if the code is unchanged and its files are the
-recorded ones. A stopped run continues with the first part that is not done. A dirty tree is
-refused, because its commit would not contain the code of the results.
+``results/reproduce.json`` with a hash of their code, the commit and versions. Seeds are part of the
+code (``splits.toml`` and defaults). A part is done if its code is unchanged and its files are the
+recorded ones: a change of the engine does not affect simulations. A stopped run continues with the
+first part that is not done. A dirty tree is refused, because its commit would not contain the code
+of the results.
 
 Parts are declared in ``parts.toml``.
 
@@ -35,12 +36,12 @@ from statistics import fmean
 from typing import Any
 
 from experiments import provenance
-from experiments.provenance import GENERATED, ROOT
+from experiments.provenance import GENERATED, ROOT, SIMULATION
 from hybridcache.lab.intervals import Interval, interval, paired, ratio
 from hybridcache.lab.leaderboard import Board, Scores, Split
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
-"""Folders with code that determines the results."""
+"""Folders with code that determines the results of other parts than simulations."""
 RECORD = "reproduce.json"
 PAGE = ROOT / "docs" / "results.md"
 PARTS_FILE = ROOT / "experiments" / "parts.toml"
@@ -66,6 +67,13 @@ class Part:
     """Command that installs ``needs``."""
     pythonpath: str = ""
     """Folder of packages that only this part imports."""
+    simulates: bool = False
+    """True if the part is a study that does not import the engine."""
+
+    @property
+    def code(self) -> str:
+        """Return the hash of the code and settings that determine the results."""
+        return provenance.code_hash(SIMULATION if self.simulates else CODE)
 
     @property
     def missing(self) -> str:
@@ -118,21 +126,16 @@ def missing_traces() -> list[str]:
     return [name for name in files if common.published(name) is None]
 
 
-def code_hash() -> str:
-    """Return the hash of all code and settings that determine results."""
-    return provenance.code_hash(CODE)
-
-
 def read_record() -> dict[str, Any]:
     """Return the finished parts by name."""
     path = provenance.RESULTS / RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def is_done(part: Part, record: dict[str, Any], code: str) -> bool:
+def is_done(part: Part, record: dict[str, Any]) -> bool:
     """Return True if the part ran on this code and its files are unchanged since."""
     entry = record.get(part.name)
-    return bool(entry) and entry["code"] == code and entry["files"] == digests(part)
+    return bool(entry) and entry["code"] == part.code and entry["files"] == digests(part)
 
 
 def digests(part: Part) -> dict[str, str]:
@@ -162,8 +165,8 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
             file=sys.stderr,
         )
         return 2
-    code, failed = code_hash(), []
-    due = [part for part in parts if again or not is_done(part, read_record(), code)]
+    failed = []
+    due = [part for part in parts if again or not is_done(part, read_record())]
     started, left = time.monotonic(), sum(part.minutes for part in due if not part.missing)
     slowness = 1.0
     planned = spent = 0.0
@@ -173,14 +176,14 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
             continue
         print(f"[{number}/{len(due)}] {part.name}: about {part.minutes * slowness:.0f} min; "
               f"{left * slowness:.0f} min left in total", flush=True)  # fmt: skip
-        began, old = time.monotonic(), written_at(part)
+        began, old, code = time.monotonic(), written_at(part), part.code
         done = subprocess.run(
             [sys.executable, "-m", *shlex.split(part.command)], cwd=ROOT, env=environment(part)
         )
         seconds = time.monotonic() - began
         new = written_at(part)
         stale = [name for name in part.outputs if new[name] in (0, old[name])]
-        changed = code_hash() != code
+        changed = part.code != code
         if done.returncode or stale or changed:
             reason = "the code changed while it ran" if changed else f"exit code {done.returncode}"
             if not changed and not done.returncode:
@@ -224,10 +227,9 @@ def write_record(part: Part, code: str, seconds: float) -> None:
 
 def listing(parts: Sequence[Part]) -> str:
     """Return one line per part: name, minutes, state and subject."""
-    code, record = code_hash(), read_record()
-    lines = []
+    lines, record = [], read_record()
     for part in parts:
-        state = "done" if is_done(part, record, code) else part.missing or "due"
+        state = "done" if is_done(part, record) else part.missing or "due"
         lines.append(f"{part.name:18} {part.minutes:4.0f} min  {state:10}  {part.publishes}")
     lines.append(f"{'all':18} {sum(part.minutes for part in parts):4.0f} min")
     return "\n".join(lines)

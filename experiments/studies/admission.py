@@ -7,8 +7,8 @@ and three chat workloads at five rates each, with the default pair of policies.
 
 Three workloads replay sessions of published traces. Their files are looked up in ``data/`` and
 ``../shared/data/``, and a missing one is skipped. Finished runs are kept in
-``results/admission.jsonl`` and not repeated. ``results/admission.txt`` and
-``figures/admission.png`` are made from all of them. Seeds, rates and memory are declared in
+``results/admission.jsonl``, and not repeated while the code is the same. ``results/admission.txt``
+and ``figures/admission.png`` are made from all of them. Seeds, rates and memory are declared in
 ``splits.toml``.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.provenance import code_hash, provenance
+from experiments.provenance import SIMULATION, code_hash, provenance
 from experiments.studies.common import published
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
@@ -41,8 +41,6 @@ SPLITS = tomllib.loads((HERE / "splits.toml").read_text(encoding="utf-8"))["admi
 RESULTS, TABLE = HERE / "results/admission.jsonl", HERE / "results/admission.txt"
 FIGURE = HERE / "figures/admission.png"
 VOCABULARY = 50_000
-CODE = ("hybridcache", "experiments")
-"""Folders with policies, workloads and splits. Runs of other code are not resumed."""
 UNLIMITED = ("oldest", "cached-first", "sessions")
 NEAR = 1.05
 """Factor of the best makespan and mean TTFT that still counts as near the best."""
@@ -272,7 +270,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=available, choices=available)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    code = code_hash(CODE)
+    code = code_hash(SIMULATION)
     done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs(code)}
     cells = [
         (name, seed, rate, admission)

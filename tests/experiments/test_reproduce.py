@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,10 +95,37 @@ def test_part_runs_again_only_after_a_change_of_code_or_outputs(
     (tree.root / "experiments" / "splits.toml").write_text("seeds = [1, 2]\n")
     tree.commit()
     assert reproduce.run(parts) == 0 and tree.runs == 4, "seeds have changed"
+    (tree.root / "engine").mkdir()
+    (tree.root / "engine" / "step.py").write_text("SECONDS = 1\n")
+    tree.commit()
+    study = tree.part(name="study", simulates=True)
+    assert reproduce.run([study]) == 0 and tree.runs == 5
+    (tree.root / "engine" / "step.py").write_text("SECONDS = 2\n")
+    tree.commit()
+    assert reproduce.run([study]) == 0 and tree.runs == 5, "simulations do not depend on the engine"
+    assert reproduce.run(parts) == 0 and tree.runs == 6, "the engine has changed"
     (tree.root / "docs/results.md").write_text("as after other parts\n")
-    assert reproduce.run(parts, again=True) == 0 and tree.runs == 5
+    assert reproduce.run(parts, again=True) == 0 and tree.runs == 7
     record = json.loads((tree.results / "reproduce.json").read_text())["tiny"]
     assert "+" not in record["commit"], "the page is an output too"
+
+
+def test_simulations_import_no_other_code_than_their_hash_covers() -> None:
+    modules = {part.command.split()[0] for part in reproduce.read_parts() if part.simulates}
+    code = f"""
+import importlib, sys
+for name in {sorted(modules)}: importlib.import_module(name)
+print(*(module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own = {
+        path.relative_to(ROOT).as_posix()
+        for path in map(Path, done.stdout.split())
+        if path.is_relative_to(ROOT) and ".venv" not in path.parts
+    }
+    assert len(own) > 100
+    other = {name for name in own if not name.startswith(provenance.SIMULATION)}
+    assert not other
 
 
 @pytest.mark.parametrize("name", ["experiments/tiny_part.py", "experiments/new.py"])
