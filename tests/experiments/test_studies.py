@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import provenance, reproduce
-from experiments.studies import admission, capacity, closed_loop, default, hints
+from experiments.studies import admission, capacity, closed_loop, default, hints, tiers
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.lab.leaderboard import Split
@@ -29,8 +29,9 @@ def test_study_writes_records_and_a_figure(
     monkeypatch.setattr(provenance, "FIGURES", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
     monkeypatch.setattr("sys.argv", [study, "--traces", "short", "--points", "2"])
+    sys.argv += ["--seeds", "5"]
     if study == "capacity":
-        sys.argv += ["--few", "--seeds", "5"]
+        sys.argv += ["--few"]
     importlib.import_module(f"experiments.studies.{study}").main()
     head, *records = (tmp_path / f"study_{study}.jsonl").read_text().splitlines()
     assert "commit" in json.loads(head)["provenance"]
@@ -39,6 +40,9 @@ def test_study_writes_records_and_a_figure(
         assert record["trace"] == "short"
         assert all(0 <= rate <= 1 for rate in (rates if isinstance(rates, list) else [rates]))
     assert (tmp_path / f"study_{study}.png").stat().st_size > 10_000
+    if study in ("grid", "arena"):
+        header, rows = getattr(reproduce, f"{study}_table")().split("\n", 1)
+        assert header.startswith("| trace |") and "short" in rows and "[" in rows
     if study == "capacity":
         [ours] = [one for one in map(json.loads, records) if one["label"] == capacity.OURS]
         [plan] = [one for one in map(json.loads, records) if "next_to_running" in one]
@@ -50,6 +54,22 @@ def test_study_writes_records_and_a_figure(
         assert all(
             a <= b for a, b in zip(plan["next_to_running"], plan["token_hit_rate"], strict=True)
         )
+
+
+def test_tiers_of_a_trace_without_savings_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=60", "1:4:2"))
+    monkeypatch.setitem(lab.WORKLOADS, "one", lab.Workload("short?head=1", "1:4:2"))
+    records = [
+        record
+        for name in ("short", "one")
+        for seed in range(5)
+        for record in tiers.measure((name, seed, "lru", False))
+    ]
+    assert {record["cell"] for record in records} >= {"device 4", "device 20", "host 16"}
+    [shares] = tiers.shares_by_trace(records, "lru", "host 16").values()
+    assert len(shares) == 5 and all(0.5 < share <= 1.01 for share in shares)
+    _, [row] = tiers.over_seeds(records, "lru")
+    assert row[0] == "short" and "[" in row[2]
 
 
 def test_without_hints_removes_only_boundaries() -> None:

@@ -564,6 +564,15 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     assert all("lru" in title for title in titles[:4]) and all("fifo" in t for t in titles[4:])
 
 
+def test_seeds_are_a_number_or_a_list() -> None:
+    first, _, third = closed_loop("short?head=20", gib=1, rate=4, admission="oldest", seeds=3).runs
+    assert closed_loop("short?head=20", gib=1, rate=4, admission="oldest", seeds=[2, 0]).runs == (
+        third,
+        first,
+    )
+    assert first.makespan_s != third.makespan_s, "seeds must draw other arrivals"
+
+
 def test_custom_admission_policy_is_given_as_a_class() -> None:
     result = closed_loop("short?head=20", gib=1, rate=4, admission=[Newest, "oldest"])
     assert [run.admission for run in result.runs] == [f"{__name__}:Newest", "oldest"]
