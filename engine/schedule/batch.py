@@ -3,7 +3,7 @@ the hooks around steps."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -225,7 +225,7 @@ class DraftPlanner(Protocol):
         fit)."""
         ...
 
-    def may_guess(self, decoding: Iterable[Request]) -> bool:
+    def may_guess(self, decoding: Collection[Request]) -> bool:
         """Return True if any of them may get a draft in its next step."""
         ...
 

@@ -141,7 +141,7 @@ class RequestOutput(Struct, frozen=True):
     """One per prompt token, None for the first; set from the first token on if the request has
     them."""
     drafts: DraftCounts | None
-    """Draft statistics of the request, which keep changing. None without drafting."""
+    """Draft statistics of the request, which keep changing. None if no step could have drafts."""
     transferred: Transferred | None
     """Transfer statistics, or None if no other engine was involved."""
 

@@ -100,6 +100,7 @@ def drafting_engine(
         "device": "cpu",
         "cache_gib": 0.01,
         "draft": "none" if drafter is None else "tree:5",
+        "draft_running": 64,
         "check": True,
         **settings,
     }
@@ -125,7 +126,13 @@ def engine_with_head(
 ) -> Engine:
     """Return an engine on a dummy model with a prediction head."""
     (directory / "config.json").write_text(json.dumps(MODEL | (model or {})))
-    settings = {"cache_gib": 0.01, "check": True, "load_format": "dummy", **settings}
+    settings = {
+        "cache_gib": 0.01,
+        "check": True,
+        "load_format": "dummy",
+        "draft_running": 64,
+        **settings,
+    }
     config = engine_config(model=str(directory), device="cpu", draft=draft, **settings)
     runner = ModelRunner(config)
     if runner.tensors.rows is not None:

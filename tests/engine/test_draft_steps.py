@@ -63,6 +63,36 @@ def test_only_steps_without_drafts_overlap(make_engine: MakeEngine) -> None:
     assert [o.logprobs for o in outputs] == [o.logprobs for o in plain]
 
 
+@pytest.mark.parametrize(("limit", "overlap"), [(None, "off"), (2, "off"), (2, "on")])
+def test_only_steps_of_few_requests_have_drafts(
+    limit: int | None, overlap: str, make_engine: MakeEngine
+) -> None:
+    """By default at most four requests decode in a step with drafts on a CPU."""
+    params = SamplingParams(max_tokens=40, temperature=0)
+    engine = make_engine(draft="tree:3", draft_running=limit, overlap=overlap)
+    plain = make_engine().generate(prompts() * 2, params)
+    counts: list[tuple[int, int]] = []
+    forward = engine.runner.forward
+
+    def spy(batch: Any, *drawn: Any) -> Any:
+        if all(segment.is_decode for segment in batch.segments):
+            drafted = sum(bool(segment.num_drafts) for segment in batch.segments)
+            counts.append((len(batch.segments), drafted))
+        return forward(batch, *drawn)
+
+    engine.runner.forward = spy  # type: ignore[method-assign]
+    outputs = engine.generate(prompts() * 2, params)
+    outputs += engine.generate(prompts()[:2], params)
+    assert [output.token_ids for output in outputs[: len(plain)]] == [
+        output.token_ids for output in plain
+    ]
+    assert max(number for number, _ in counts) > 4
+    assert {number for number, drafted in counts if drafted} - set(
+        range(1, 1 + (limit or 4))
+    ) == set()
+    assert any(drafted for _, drafted in counts)
+
+
 def test_the_start_screen_shows_the_memory_of_drafts(make_engine: MakeEngine) -> None:
     engine = make_engine(draft="tree:3")
     engine.runner.weights_note = "seeded"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from engine.config import (
+    COUNT,
     MIB_SIZE,
     ConfigError,
     DraftSizes,
@@ -36,6 +37,13 @@ class SpeculationConfig(PluginConfig):
         "with draft tree: host memory for the index of running and ended texts, 24 to 48 "
         "bytes per token, MiB; without a place in it, drafts of a text come from the cache only",
         limits=MIB_SIZE,
+    )
+
+    draft_running: int | None = setting(
+        None,
+        "maximum number of requests that decode in a step with drafts (default: 4 on a CPU, where "
+        "more requests lose speed with drafts; no limit on a device)",
+        limits=COUNT,
     )
 
     def __post_init__(self) -> None:

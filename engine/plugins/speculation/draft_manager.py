@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple
 
@@ -49,10 +49,17 @@ class Drafting:
     A step in which no drafter is due costs one look at each request.
     """
 
-    def __init__(self, sources: Sequence[Source], *, max_verified: int) -> None:
-        """``max_verified``: maximum number of tokens of all requests with drafts in one step,
-        including those that are not drafts."""
+    def __init__(
+        self, sources: Sequence[Source], *, max_verified: int, max_decoding: int | None = None
+    ) -> None:
+        """Make a manager for ``sources``.
+
+        ``max_verified``: maximum number of tokens of all requests with drafts in one step,
+        including those that are not drafts. ``max_decoding``: a step in which more requests decode
+        has no drafts.
+        """
         self._sources = sources
+        self._max_decoding = max_decoding
         self._ranks = {drafter.name: rank for rank, (drafter, _) in enumerate(sources)}
         self._max_verified = max_verified
         self._known: dict[Request, _Known] = {}
@@ -70,6 +77,7 @@ class Drafting:
         *,
         shares: bool,
         memory: IndexMemory | None = None,
+        max_decoding: int | None = None,
     ) -> Drafting:
         """Make a manager for the drafters named by ``words``, with their maximum lengths.
 
@@ -86,7 +94,7 @@ class Drafting:
             suffixes = SuffixDrafter(shares=shares, memory=memory)
             sources.append(Source(TreeDrafter(), partial(DraftLength, most)))
             sources.append(Source(suffixes, partial(DraftLength, most)))
-        return cls(sources, max_verified=max_verified)
+        return cls(sources, max_verified=max_verified, max_decoding=max_decoding)
 
     @property
     def requests(self) -> Set[Request]:
@@ -101,6 +109,8 @@ class Drafting:
         shorter each draft is.
         """
         self._step += 1
+        if self._max_decoding is not None and len(decoding) > self._max_decoding:
+            return {}
         wanted: dict[Request, list[int]] = {}
         for request, room in decoding:
             known = self._known.get(request) or self._meet(request)
@@ -154,8 +164,10 @@ class Drafting:
                 lengths[rank] = 0
         return lengths
 
-    def may_guess(self, decoding: Iterable[Request]) -> bool:
+    def may_guess(self, decoding: Collection[Request]) -> bool:
         """Return True if any of them may get a draft in its next step."""
+        if self._max_decoding is not None and len(decoding) > self._max_decoding:
+            return False
         for request in decoding:
             known = self._known.get(request) or self._meet(request)
             if known.wakes <= self._step + 1:

@@ -13,6 +13,9 @@ from engine.plugins.speculation.suffix import IndexMemory
 from engine.schedule.batch import DraftPlanner
 from hybridcache.geometry.units import counted, format_bytes
 
+RUNNING_ON_CPU = 4
+"""Maximum number of decoding requests with drafts where each token of a step costs time."""
+
 
 class SpeculationPlugin(Plugin):
     """Plans drafts (setting ``draft``)."""
@@ -32,7 +35,10 @@ class SpeculationPlugin(Plugin):
     def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
         words, room = self.settings.drafters, self.config.num_step_states
         self._state_bytes = getattr(runner, "step_state_bytes", 0)
-        return Drafting.of(words, room, runner.guess, shares=shares, memory=self._memory)
+        limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
+        return Drafting.of(
+            words, room, runner.guess, shares=shares, memory=self._memory, max_decoding=limit
+        )
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         longest, number = self.config.drafts.max_len, self.config.num_step_states

@@ -250,7 +250,8 @@ def _on_ray(
             while queue and len(running) < slots:
                 running.append(task.remote(here, run, queue.pop()))
             done, running = ray.wait(running)
-            yield from ray.get(done)
+            for result in ray.get(done):
+                yield _warned(*result)
     finally:
         if is_ours:
             ray.shutdown()
