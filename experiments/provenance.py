@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import hashlib
 import json
@@ -24,13 +25,6 @@ GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results.m
 """Git pathspecs that exclude files written by commands, because they are not code."""
 CODE = (".py", ".cpp", ".h", ".jinja", ".json", ".toml")
 """Suffixes of files that determine results. Splits and parts are TOML files."""
-SIMULATION = (
-    "hybridcache",
-    "experiments/studies",
-    "experiments/splits.toml",
-    "experiments/provenance.py",
-)
-"""Folders and files that determine the results of a simulation."""
 PACKAGES = ("torch", "triton", "transformers", "numpy", CACHE_DISTRIBUTION)
 
 
@@ -73,6 +67,28 @@ def code_hash(
             if path.suffix in CODE and not name.startswith("experiments/results/"):
                 digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def simulation_code(module: str) -> tuple[str, ...]:
+    """Return the folders and files that determine the results of a study without the engine.
+
+    These are the package and, of this folder, the study's own module, those that it imports, and
+    the splits if one of them reads them.
+    """
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop().replace(".", "/") + ".py"
+        if name in found or not (ROOT / name).is_file():
+            continue
+        found.add(name)
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if "splits.toml" in text and ROOT / name != Path(__file__):
+            found.add("experiments/splits.toml")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return "hybridcache", *sorted(name for name in found if name.startswith("experiments/"))
 
 
 def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -8,9 +8,9 @@
 A part is one command with the files that it writes. Finished parts are recorded in
 ``results/reproduce.json`` with a hash of their code, the commit and versions. Seeds are part of the
 code (``splits.toml`` and defaults). A part is done if its code is unchanged and its files are the
-recorded ones: a change of the engine does not affect simulations. A stopped run continues with the
-first part that is not done. A dirty tree is refused, because its commit would not contain the code
-of the results.
+recorded ones: a change of the engine, or of another study, does not affect a simulation. A stopped
+run continues with the first part that is not done. A dirty tree is refused, because its commit
+would not contain the code of the results.
 
 Parts are declared in ``parts.toml``.
 
@@ -36,7 +36,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments import provenance
-from experiments.provenance import GENERATED, ROOT, SIMULATION
+from experiments.provenance import GENERATED, ROOT
 from hybridcache.lab.intervals import Interval, interval, paired, ratio
 from hybridcache.lab.leaderboard import Board, Scores, Split
 
@@ -73,7 +73,8 @@ class Part:
     @property
     def code(self) -> str:
         """Return the hash of the code and settings that determine the results."""
-        return provenance.code_hash(SIMULATION if self.simulates else CODE)
+        module = self.command.split()[0]
+        return provenance.code_hash(provenance.simulation_code(module) if self.simulates else CODE)
 
     @property
     def missing(self) -> str:

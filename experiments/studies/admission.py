@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.provenance import SIMULATION, code_hash, provenance
+from experiments.provenance import code_hash, provenance, simulation_code
 from experiments.studies.common import published
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=available, choices=available)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    code = code_hash(SIMULATION)
+    code = code_hash(simulation_code("experiments.studies.admission"))
     done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs(code)}
     cells = [
         (name, seed, rate, admission)

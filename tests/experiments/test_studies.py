@@ -128,7 +128,14 @@ def test_runs_of_other_code_are_not_resumed(
     assert admission.known_runs("this") == [run]
     path.write_text(json.dumps({"code": "other"}) + f"\n{line}\n")
     assert admission.known_runs("this") == []
-    assert {"experiments/studies", "experiments/splits.toml"} <= set(provenance.SIMULATION)
+    code = provenance.simulation_code("experiments.studies.admission")
+    own = {"admission.py", "common.py", "hindsight.py"}
+    assert {*code} == {
+        "hybridcache",
+        "experiments/provenance.py",
+        "experiments/splits.toml",
+        *(f"experiments/studies/{name}" for name in own),
+    }
 
 
 def test_published_trace_gets_intervals_over_sessions(
