@@ -32,7 +32,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from experiments import provenance
@@ -343,20 +343,45 @@ def leaderboard_table() -> str:
 
 def default_table() -> str:
     """Return hit rates of the candidate pairs on the generated traces of the evaluation split."""
+    return pairs_table("evaluation")
+
+
+def service_table() -> str:
+    """Return hit rates and waiting times of the candidate pairs in closed loops."""
+    return pairs_table("closed loop")
+
+
+def pairs_table(split: str) -> str:
+    """Return one row per pair: hit rate and gain as means over cells, and mean TTFT if known."""
     from experiments.studies.default import DEFAULT
 
-    found: dict[str, dict[int, list[float]]] = {}
+    rates: dict[str, dict[int, list[float]]] = {}
+    ttfts: dict[str, dict[str, list[float]]] = {}
     for record in records_of("study_default.jsonl"):
-        if record["split"] == "evaluation" and record["seed"] is not None:
-            by_seed = found.setdefault(record["pair"], {})
+        if record["split"] == split and record["seed"] is not None:
+            by_seed = rates.setdefault(record["pair"], {})
             by_seed.setdefault(record["seed"], []).append(100 * record["token_hit_rate"])
-    means = {pair: [fmean(rates) for rates in by_seed.values()] for pair, by_seed in found.items()}
+            by_trace = ttfts.setdefault(record["pair"], {})
+            by_trace.setdefault(record["trace"], []).append(record.get("ttft_mean_s", 0.0))
+    means = {
+        pair: [fmean(values) for values in by_seed.values()] for pair, by_seed in rates.items()
+    }
     reference = DEFAULT if DEFAULT in means else next(iter(means))
-    rows = [
-        [f"`{pair}`", str(interval(rates)), str(paired(rates, means[reference]))]
-        for pair, rates in sorted(means.items(), key=lambda item: -fmean(item[1]))
-    ]
     header = ["eviction@placement", "token hit rate, %", f"gain over `{reference}`, points"]
+    rows = [
+        [f"`{pair}`", str(interval(values)), str(paired(values, means[reference]))]
+        for pair, values in sorted(means.items(), key=lambda item: -fmean(item[1]))
+    ]
+    if split == "closed loop":
+        header += ["mean TTFT, ratio", "lowest", "highest"]
+        for row in rows:
+            cells = [
+                fmean(of) / fmean(ours)
+                for of, ours in zip(
+                    ttfts[row[0].strip("`")].values(), ttfts[reference].values(), strict=True
+                )
+            ]
+            row += [f"{value:.2f}" for value in (geometric_mean(cells), min(cells), max(cells))]
     return markdown(header, rows)
 
 
@@ -515,6 +540,7 @@ def arena_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "default": default_table,
+    "pairs in closed loop": service_table,
     "losses": losses_table,
     "published": published_table,
     "closed loop": closed_loop_table,

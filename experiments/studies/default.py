@@ -1,12 +1,16 @@
 """Compare the default pair with the best pair of this project's policies.
 
-    python -m experiments.studies.default                   # both splits
+    python -m experiments.studies.default                   # both splits, and closed loops
     python -m experiments.studies.default --split tuning
     python -m experiments.studies.default --draw            # only the table and the figure
 
 Traces, sizes and seeds are those of ``experiments/splits.toml``. A cell is one trace at one size.
 The loss of a pair in a cell is the mean over seeds of its token hit rate, in points below that of
 the best pair of the cell.
+
+In the closed loops, sessions wait for their answers, sixteen requests run at once, and the default
+policy admits them. Traces, sizes and rates of sessions are fixed in ``splits.toml`` too; seeds are
+those of the evaluation.
 
 Published traces run once. Their records have the reused and prompt tokens of each session, for
 intervals over sessions.
@@ -33,7 +37,7 @@ from tqdm import tqdm
 
 from experiments.provenance import RESULTS, ROOT
 from experiments.studies.common import STATIC_PLACEMENT, figure_path, keep, published, rounded
-from hybridcache import ModelGeometry, Trace, open_trace, simulate
+from hybridcache import ModelGeometry, Trace, closed_loop, open_trace, simulate
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
@@ -43,7 +47,7 @@ from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.lab.simulation.target import RunConfig, build_target
 
 NAME = "study_default"
-SPLITS = ("tuning", "evaluation")
+SPLITS = ("tuning", "evaluation", "closed loop")
 DEFAULT = "survival@adaptive"
 PAIRS = (
     f"lru@{STATIC_PLACEMENT}",
@@ -73,6 +77,8 @@ class Job(NamedTuple):
     gib: tuple[float, ...]
     path: str = ""
     """Path of the trace's file, with its options."""
+    rate: float | None = None
+    """Sessions per second in closed loop, or None for a replay."""
 
 
 def main() -> None:
@@ -94,9 +100,7 @@ def main() -> None:
     records = read(path)
     config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
     if not options.draw:
-        jobs = [
-            job for split in options.split for job in jobs_of(split, config[split], options.seeds)
-        ]
+        jobs = [job for split in options.split for job in jobs_of(split, config, options.seeds)]
         records = [
             record
             for record in records
@@ -126,8 +130,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "split" in line]
 
 
-def jobs_of(split: str, config: dict[str, Any], seeds: int | None) -> Iterator[Job]:
+def jobs_of(split: str, splits: dict[str, Any], seeds: int | None) -> Iterator[Job]:
     """Yield the jobs of ``split``, without missing files."""
+    if split == "closed loop":
+        config = splits["evaluation"]
+        for spec, cells in config["closed-loop"].items():
+            for seed in config["seeds"][:seeds]:
+                yield from (Job(split, spec, seed, (gib,), rate=rate) for gib, rate in cells)
+        return
+    config = splits[split]
     for spec, gib in config["gib"].items():
         for seed in config["seeds"][:seeds]:
             yield Job(split, spec, seed, tuple(gib))
@@ -143,6 +154,8 @@ def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
     if job.seed is not None:
         spec = f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
     trace = open_trace(spec).kept()
+    if job.rate is not None:
+        return [serve_sessions(trace, model, pair, job, job.rate) for pair in pairs]
     records = []
     for pair in pairs:
         eviction, _, placement = pair.partition("@")
@@ -163,6 +176,32 @@ def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
                 record["sessions"] = session_sums(trace, model, gib, pair)
             records.append(record)
     return records
+
+
+def serve_sessions(trace: Trace, model: str, pair: str, job: Job, rate: float) -> dict[str, Any]:
+    """Return the record of a closed loop of ``rate`` sessions per second."""
+    eviction, _, placement = pair.partition("@")
+    [found] = closed_loop(
+        trace,
+        model=model,
+        gib=job.gib,
+        policy=eviction,
+        checkpoints=[placement],
+        rate=rate,
+        admission="sessions",
+        seeds=[job.seed or 0],
+        progress=False,
+    ).runs
+    return {
+        "split": job.split,
+        "trace": f"{job.trace}, {rate:g} sessions/s",
+        "gib": job.gib[0],
+        "seed": job.seed,
+        "pair": pair,
+        "token_hit_rate": rounded(found.token_hit_rate),
+        "ttft_mean_s": rounded(found.ttft_mean_s),
+        "makespan_s": rounded(found.makespan_s),
+    }
 
 
 def session_sums(trace: Trace, model: str, gib: float, pair: str) -> list[list[int]]:

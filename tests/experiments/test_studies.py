@@ -138,6 +138,19 @@ def test_runs_of_other_code_are_not_resumed(
     }
 
 
+def test_pairs_are_compared_in_closed_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    splits = {"evaluation": {"seeds": [100, 101], "closed-loop": {"short?head=40": [[0.5, 4]]}}}
+    jobs = list(default.jobs_of("closed loop", splits, None))
+    assert [(job.seed, job.gib, job.rate) for job in jobs] == [(100, (0.5,), 4), (101, (0.5,), 4)]
+    records = [r for job in jobs for r in default.run("qwen3-next", default.COMPARED, job)]
+    assert all(0 < r["ttft_mean_s"] < r["makespan_s"] for r in records)
+    lab.keep("study_default", records)
+    table = reproduce.service_table()
+    assert f"| `{default.DEFAULT}` |" in table and "| 1.00 | 1.00 | 1.00 |" in table
+    assert "| closed loop | 1 |" in reproduce.losses_table()
+
+
 def test_published_trace_gets_intervals_over_sessions(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
