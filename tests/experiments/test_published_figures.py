@@ -237,7 +237,7 @@ def quotes() -> dict[str, list[str]]:
             "gains {:.0f} to {:.0f} points of hit rate on short prompts that branch early".format(
                 *extent(grid_gains("tree-of-thoughts"))
             ),
-            f"up to {max(grid_gains('chat', 'branch', 'few-shot')):.0f} points on long prompts",
+            f"up to {max(grid_gains('chat', 'branch', 'few-shot')):.1f} points on long prompts",
             f"loses at most {-min(grid_gains('chat', 'branch', 'few-shot', 'short')):.1f} points",
         ],
         "docs/how-to/drafts.md": [
