@@ -87,10 +87,7 @@ def test_only_steps_of_few_requests_have_drafts(
         output.token_ids for output in plain
     ]
     assert max(number for number, _ in counts) > 4
-    assert {number for number, drafted in counts if drafted} - set(
-        range(1, 1 + (limit or 4))
-    ) == set()
-    assert any(drafted for _, drafted in counts)
+    assert max(number for number, drafted in counts if drafted) <= (limit or 4)
 
 
 def test_the_start_screen_shows_the_memory_of_drafts(make_engine: MakeEngine) -> None:
