@@ -363,6 +363,8 @@ def pairs_table(split: str) -> str:
             by_seed.setdefault(record["seed"], []).append(100 * record["token_hit_rate"])
             by_trace = ttfts.setdefault(record["pair"], {})
             by_trace.setdefault(record["trace"], []).append(record.get("ttft_mean_s", 0.0))
+    if not rates:
+        return f"No results yet: the study has no records of the split `{split}`."
     means = {
         pair: [fmean(values) for values in by_seed.values()] for pair, by_seed in rates.items()
     }

@@ -7,8 +7,10 @@ The result is a table for `hybridcache simulate --times`.
 
 A prompt of ``start + 1`` tokens leaves a checkpoint at ``start``. Then the time of ``length`` more
 tokens is measured. Steps in which 1, 4 and 16 requests decode are measured for closed-loop
-simulations. All times are means of several runs, because waiting times add up. The default is the
-built-in model, which only shows the shape of the table.
+simulations. Lengths alternate, and prefills come between the decode steps, as in service, because
+the processor's caches make repeated equal steps faster. All times are means of several runs,
+because waiting times add up. The default is the built-in model, which only shows the shape of the
+table.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.interfaces import StepReport
 from experiments.provenance import provenance
 
-STARTS = (0, 512, 2048, 8192)
-LENGTHS = (64, 256, 1024, 4096)
+STARTS = (0, 512, 1024, 2048, 8192)
+LENGTHS = (64, 128, 256, 512, 1024, 4096)
 DECODES = (1, 4, 16)
-DECODE_STEPS = 32
+ANSWERS = (8, 32)
+"""Shortest and longest answer of the requests that decode, in tokens."""
 ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
@@ -51,43 +54,53 @@ def prefill_seconds(engine: Engine, tokens: np.ndarray, start: int) -> float:
 
 def decode_step_seconds(engine: Engine, num_requests: int, context: int) -> float:
     """Return the mean seconds of a step in which ``num_requests`` requests decode after ``context``
-    tokens, with the steps that save a checkpoint or end a request."""
+    tokens. Each request that ends is replaced by a new one, up to four times."""
     engine.reset_prefix_cache()
-    rng, reports = np.random.default_rng(1), list[StepReport]()
+    rng, reports, seconds = np.random.default_rng(1), list[StepReport](), list[float]()
     engine.observe(reports.append)
-    sampling = SamplingParams(max_tokens=DECODE_STEPS, temperature=0.0, ignore_eos=True)
-    prompts = [rng.integers(0, 256, context, dtype=np.int32).tolist() for _ in range(num_requests)]
-    engine.generate(prompts, sampling)
-    return statistics.mean(
-        step.schedule_s + step.forward_s + step.sample_s + step.wait_s + step.commit_s
-        for step in reports
-        if step.num_decode_tokens == num_requests and not step.num_prefill_tokens
-    )
+
+    def submit() -> None:
+        max_tokens = int(rng.integers(*ANSWERS, endpoint=True))
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        engine.submit(rng.integers(0, 256, context, dtype=np.int32), sampling)
+
+    for _ in range(num_requests):
+        submit()
+    num_left = 4 * num_requests
+    while engine.has_work():
+        reports.clear()
+        start_s = engine.clock()
+        outputs = engine.step()
+        end_s = engine.clock()
+        for step in reports:
+            if step.num_decode_tokens == num_requests and not step.num_prefill_tokens:
+                seconds.append(end_s - start_s)
+        for output in outputs:
+            if output.finish_reason is not None and num_left:
+                num_left -= 1
+                submit()
+    return statistics.fmean(seconds)
 
 
 def measure(engine: Engine, longest: int, repeats: int) -> dict[str, Any]:
     """Return the tables for ``MeasuredTimes.load``, for prompts of up to ``longest`` tokens."""
     starts = [start for start in STARTS if start < longest]
     lengths = [length for length in LENGTHS if length <= longest]
-    rng, table = np.random.default_rng(0), []
-    for start in tqdm(starts, disable=None):
-        row = []
-        for length in lengths:
-            tokens = rng.integers(0, 256, start + length, dtype=np.int32)
-            times = [prefill_seconds(engine, tokens, start) for _ in range(repeats)]
-            row.append(statistics.fmean(times))
-        table.append(row)
     decodes = [count for count in DECODES if count <= engine.config.max_running]
-    seconds = [
-        statistics.fmean(decode_step_seconds(engine, count, longest // 2) for _ in range(repeats))
-        for count in decodes
-    ]
+    rng, prefills = np.random.default_rng(0), np.zeros((repeats, len(starts), len(lengths)))
+    seconds = []
+    for repeat in tqdm(range(repeats), disable=None):
+        for cell in rng.permutation(prefills[0].size).tolist():
+            row, column = divmod(cell, len(lengths))
+            tokens = rng.integers(0, 256, starts[row] + lengths[column], dtype=np.int32)
+            prefills[repeat, row, column] = prefill_seconds(engine, tokens, starts[row])
+        seconds.append([decode_step_seconds(engine, count, longest // 2) for count in decodes])
     return {
         "starts": starts,
         "lengths": lengths,
-        "table_s": table,
+        "table_s": prefills.mean(axis=0).tolist(),
         "decodes": decodes,
-        "decode_s": seconds,
+        "decode_s": np.mean(seconds, axis=0).tolist(),
     }
 
 

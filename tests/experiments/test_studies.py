@@ -5,16 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from engine import Engine, EngineConfig
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
+from engine.text.tokenizer import ByteTokenizer
 from experiments import provenance, reproduce
+from experiments.benchmarks import measure_prefill
 from experiments.studies import admission, capacity, closed_loop, default, hints, tiers
 from experiments.studies import common as lab
 from hybridcache import open_trace
+from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
 from hybridcache.lab.leaderboard import Split
 
 STUDIES = ("capacity", "grid", "arena")
@@ -149,6 +156,30 @@ def test_pairs_are_compared_in_closed_loop(monkeypatch: pytest.MonkeyPatch, tmp_
     table = reproduce.service_table()
     assert f"| `{default.DEFAULT}` |" in table and "| 1.00 | 1.00 | 1.00 |" in table
     assert "| closed loop | 1 |" in reproduce.losses_table()
+
+
+def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
+    """Each length is measured after each reuse; a decode step has exactly the given requests."""
+    config = EngineConfig(max_running=4, checkpoints=("backoff",))
+    runner = OracleRunner(8192, 16, max_model_len=4096)
+    engine = Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
+    now_s = itertools.count()
+    engine.clock = lambda: float(next(now_s))
+    record = measure_prefill.measure(engine, 600, 2)
+    assert (record["starts"], record["lengths"]) == ([0, 512], [64, 128, 256, 512])
+    assert record["decodes"] == [1, 4] and all(seconds > 0 for seconds in record["decode_s"])
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps(record))
+    steps = MeasuredSteps(MeasuredTimes.load(path))
+    assert steps.step_seconds([(512, 640)], 0, 0) == record["table_s"][1][1] > 0
+
+
+def test_study_without_closed_loops_has_no_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    lab.keep("study_default", [{"split": "tuning", "pair": default.DEFAULT, "seed": 1}])
+    assert reproduce.service_table().startswith("No results yet")
 
 
 def test_published_trace_gets_intervals_over_sessions(
