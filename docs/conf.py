@@ -35,11 +35,12 @@ exclude_patterns = ["figures", "static"]
 nitpicky = True
 
 
-LINK = re.compile(r"\[([^\]\n]+)\]\(([\w./-]+\.(?:md|py))(#[\w-]+)?\)")
+LINK = re.compile(r"\[([^\]\n]+)\]\(([\w./-]+\.(?:md|py|ipynb))(#[\w-]+)?\)")
 READMES = {
     ROOT / folder / "README.md": DOCS / "packages" / f"{folder.rpartition('/')[2]}.md"
     for folder in ("hybridcache", "hybridcache/lab", "engine", "kernels")
 }
+NOTEBOOKS = {path: DOCS / "examples" / path.name for path in (ROOT / "examples").glob("*.ipynb")}
 
 
 def on_site(text, folder, page_folder):
@@ -48,7 +49,7 @@ def on_site(text, folder, page_folder):
 
     def link(found):
         target = (folder / found[2]).resolve()
-        target = READMES.get(target, target)
+        target = (READMES | NOTEBOOKS).get(target, target)
         if target.is_relative_to(DOCS):
             return f"[{found[1]}]({os.path.relpath(target, page_folder)}{found[3] or ''})"
         path = target.relative_to(ROOT)
@@ -57,10 +58,9 @@ def on_site(text, folder, page_folder):
     return LINK.sub(link, text)
 
 
-NOTEBOOKS = DOCS / "examples"
-NOTEBOOKS.mkdir(exist_ok=True)
-for notebook in (ROOT / "examples").glob("*.ipynb"):
-    shutil.copyfile(notebook, NOTEBOOKS / notebook.name)
+for notebook, page in NOTEBOOKS.items():
+    page.parent.mkdir(exist_ok=True)
+    shutil.copyfile(notebook, page)
 for readme, page in READMES.items():
     page.parent.mkdir(exist_ok=True)
     page.write_text(on_site(readme.read_text(), readme.parent, page.parent))

@@ -1,6 +1,6 @@
 """Generate the parts of the reference that follow from the code: commands, policies, API.
 
-``insert`` replaces each line ``<!-- generated: NAME -->`` of a page by the part of that name.
+``insert`` replaces each line "(`make docs` inserts this list: NAME)" of a page by that part.
 
     python docs/generate.py cli        # print one part
 """
@@ -29,11 +29,11 @@ import hybridcache.radix.tree
 from hybridcache.allocators.moves import RunningLease
 from hybridcache.api import PrefixCache
 
-MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+MARK = re.compile(r"^\(`make docs` inserts this list: (\w+)\)$", re.MULTILINE)
 
 
 def insert(page: str) -> str:
-    """Return ``page`` with every ``<!-- generated: NAME -->`` replaced by that part."""
+    """Return ``page`` with every "(`make docs` inserts this list: NAME)" replaced by that part."""
     return MARK.sub(lambda found: PARTS[found[1]](), page)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments import provenance
 from experiments.studies import arena, grid, tiers
+from experiments.studies.default import COMPARED, DEFAULT
 from hybridcache.lab.intervals import paired
 from tests.documents import ROOT
 
@@ -48,7 +49,7 @@ def closed_loop() -> dict[tuple[str, float, str], Record]:
     for run in result("admission"):
         run["hit"] = 100 * run["cached_tokens"] / run["prompt_tokens"]
         runs.setdefault((run["trace"], run["rate"], run["admission"]), []).append(run)
-    fields = ("hit", "makespan_s", "ttft_mean_s", "goodput")
+    fields = ("hit", "makespan_s", "ttft_mean_s", "ttft_p99_s", "goodput")
     return {
         key: {name: fmean(run[name] for run in of) for name in fields} for key, of in runs.items()
     }
@@ -56,6 +57,10 @@ def closed_loop() -> dict[tuple[str, float, str], Record]:
 
 def hit(rate: float, policy: str) -> float:
     return closed_loop()["agents", rate, policy]["hit"]
+
+
+def p99(policy: str) -> float:
+    return closed_loop()["agents", 0.2, policy]["ttft_p99_s"]
 
 
 def makespan(policy: str) -> float:
@@ -102,6 +107,15 @@ def grid_gains(*traces: str) -> list[float]:
         if trace in traces
         for by_grid in by_size.values()
     ]
+
+
+def pair(name: str) -> float:
+    """Return the mean hit rate of a pair on the generated traces of the evaluation split."""
+    return 100 * fmean(
+        run["token_hit_rate"]
+        for run in result("study_default")
+        if (run["split"], run["pair"]) == ("evaluation", name) and run["seed"] is not None
+    )
 
 
 def drafts(workload: str, draft: str, streams: int = 1) -> float:
@@ -169,11 +183,8 @@ def row(cells: Iterable[float], form: str) -> str:
 
 def quotes() -> dict[str, list[str]]:
     """Return the sentences with figures of each page."""
-    speed = one("bench_simulate_default", trace="chat", gib=6)
-    tree, host_memory = (
-        one("bench_tree", measure="request"),
-        one("bench_tree", measure="host memory"),
-    )
+    pools, slab = (one("bench_tree", measure=name) for name in ("request", "request, arena"))
+    host_memory = one("bench_tree", measure="host memory")
     slabs = [
         fmean(arena.mean_differences(cells))
         for cells in arena.by_trace(result("study_arena")).values()
@@ -198,16 +209,17 @@ def quotes() -> dict[str, list[str]]:
     threads = settings["threads"]
     return {
         "README.md": [
-            f"default policies {100 * speed['default_token_hit_rate']:.1f} %, LRU with fixed checkpoint rules {100 * speed['lru_token_hit_rate']:.1f} %",
-            f"hit rate {hit(0.2, 'sessions'):.1f} % with `sessions` admission, {hit(0.2, 'oldest'):.1f} % oldest first",
+            f"default policies {pair(DEFAULT):.1f} %, LRU with fixed checkpoint rules {pair(COMPARED[1]):.1f} %",
+            f"hit rate {hit(0.2, 'sessions'):.1f} % with `sessions` admission, {hit(0.2, 'oldest'):.1f} % oldest first; 99th percentile of TTFT {p99('sessions'):.0f} s, {p99('oldest'):.0f} s",
             "{} traces | {:.1f} % of the prefill time".format(*tier_share("host 16")),
-            f"median {tree['request_us_median']:.0f} µs, {tree['request_us_median_spread'][0]:.0f} in the quietest of three runs",
+            f"mean {slab['request_us_mean']:.0f} µs in one arena, {pools['request_us_mean']:.0f} µs in two pools; medians {slab['request_us_median']:.0f} and {pools['request_us_median']:.0f} µs",
             f"{llama('prefill beside llama.cpp', 'bfloat16'):.1f}x prefill, {llama('one stream beside llama.cpp', 'bfloat16'):.1f}x one stream",
         ],
         "docs/concepts/admission.md": [
             f"reuse {hit(0.1, 'oldest'):.0f} % of their prompt tokens at 0.1 sessions per second, and {hit(0.2, 'oldest'):.0f} % at 0.2",
             f"`oldest` reuses {hit(0.2, 'oldest'):.0f} % of the prompt tokens and takes {makespan('oldest'):.1f} times as long as the best fixed number",
             f"`sessions` reuses {hit(0.2, 'sessions'):.0f} % and takes {makespan('sessions'):.2f} times as long",
+            f"rises from {p99('oldest'):.0f} to {p99('sessions'):.0f} s",
             "`sessions` takes {:.2f} to {:.2f} times as long as `oldest`".format(
                 *ratios("makespan_s", TAU, CLAUDE)
             ),
