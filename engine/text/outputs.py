@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
@@ -101,25 +102,21 @@ class Transferred(NamedTuple):
     """All bytes sent and received, including messages and incomplete transfers."""
 
 
-class RequestOutput(Struct, frozen=True):
-    """Output of one step for one request: the new part, and the whole output so far."""
+class OutputDelta(Struct, frozen=True, array_like=True, gc=False):
+    """New output of one step for one request, as one process sends it to another.
+
+    It omits everything that the receiver already has: prompt, earlier tokens and text. The worker
+    process and replicas send it; an ``OutputAccumulator`` rebuilds complete outputs from it.
+    """
 
     request_id: str
     """Identifier of the request, as ``RequestSpec`` has it."""
-    prompt_token_ids: npt.NDArray[np.int32]
-    """Tokens of the prompt, int32[n]."""
     new_token_ids: tuple[int, ...]
     """Tokens that this step generated."""
     new_text: str
     """New text that is certain: it contains no possible beginning of a stop string."""
     new_logprobs: tuple[SampledToken, ...]
     """One per new token if the request has log-probabilities."""
-    output: npt.NDArray[np.int32]
-    """All generated tokens, int32[m]: a view that is never overwritten."""
-    all_text: Sequence[str]
-    """Pieces of its text, in a list to which the request appends. Use ``text`` instead."""
-    num_pieces: int
-    """Number of pieces that belong to this step and earlier ones."""
     cached_len: int
     """Number of prompt tokens that were not computed."""
     losses: Losses | None
@@ -127,23 +124,36 @@ class RequestOutput(Struct, frozen=True):
     if the request ended before it was scheduled."""
     finish_reason: FinishReason | None
     """Reason why the request ended, or None if it goes on."""
-    error: str | None
-    """Short reason of ``finish_reason`` "error", else None."""
-    is_refused: bool
-    """True if the ``error`` is a fault of the request, not of the engine."""
     timings: Timings
     """Times of the request's stages."""
     num_preemptions: int
     """Number of times that the request gave up its memory for an older one."""
-    all_logprobs: Sequence[SampledToken]
-    """Log-probabilities, in a list to which the request appends. Use ``logprobs`` instead."""
     prompt_logprobs: tuple[SampledToken | None, ...] | None
     """One per prompt token, None for the first; set from the first token on if the request has
-    them."""
+    them. Sent with the first tokens only."""
     drafts: DraftCounts | None
     """Draft statistics of the request, which keep changing. None if no step could have drafts."""
     transferred: Transferred | None
     """Transfer statistics, or None if no other engine was involved."""
+
+
+class RequestOutput(OutputDelta, frozen=True, array_like=False, gc=True, kw_only=True):
+    """Output of one step for one request: the new part, and the whole output so far."""
+
+    prompt_token_ids: npt.NDArray[np.int32]
+    """Tokens of the prompt, int32[n]."""
+    output: npt.NDArray[np.int32]
+    """All generated tokens, int32[m]: a view that is never overwritten."""
+    all_text: Sequence[str]
+    """Pieces of its text, in a list to which the request appends. Use ``text`` instead."""
+    num_pieces: int
+    """Number of pieces that belong to this step and earlier ones."""
+    all_logprobs: Sequence[SampledToken]
+    """Log-probabilities, in a list to which the request appends. Use ``logprobs`` instead."""
+    error: str | None = None
+    """Short reason of ``finish_reason`` "error", else None."""
+    is_refused: bool = False
+    """True if the ``error`` is a fault of the request, not of the engine."""
 
     @property
     def text(self) -> str:
@@ -203,45 +213,17 @@ class TextStream:
         return text + (stop or "") * self._keeps_stop, stop is not None
 
 
-class OutputDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New output of one step for one request, as one process sends it to another.
-
-    It omits everything that the receiver already has: prompt, earlier tokens and text. The worker
-    process and replicas send it; an ``OutputAccumulator`` rebuilds complete outputs from it.
-    """
-
-    request_id: str
-    new_token_ids: tuple[int, ...]
-    new_text: str
-    new_logprobs: tuple[SampledToken, ...]
-    cached_len: int
-    losses: Losses | None
-    finish_reason: FinishReason | None
-    timings: Timings
-    num_preemptions: int
-    prompt_logprobs: tuple[SampledToken | None, ...] | None
-    """Sent with the first tokens only."""
-    drafts: DraftCounts | None
-    transferred: Transferred | None
+_sent = attrgetter(*OutputDelta.__struct_fields__)
 
 
 def delta_of(output: RequestOutput) -> OutputDelta:
     """Return ``output`` without the parts that its receiver already has."""
-    is_first = len(output.output) == len(output.new_token_ids)
-    return OutputDelta(
-        output.request_id,
-        output.new_token_ids,
-        output.new_text,
-        output.new_logprobs,
-        output.cached_len,
-        output.losses,
-        output.finish_reason,
-        output.timings,
-        output.num_preemptions,
-        output.prompt_logprobs if is_first else None,
-        None if output.drafts is None else DraftCounts(*structs.astuple(output.drafts)),
-        output.transferred,
-    )
+    delta = OutputDelta(*_sent(output))
+    if delta.drafts is not None:
+        delta = structs.replace(delta, drafts=DraftCounts(*structs.astuple(delta.drafts)))
+    if delta.prompt_logprobs is not None and len(output.output) > len(output.new_token_ids):
+        delta = structs.replace(delta, prompt_logprobs=None)
+    return delta
 
 
 class GrowingTokens:
@@ -290,25 +272,15 @@ class OutputAccumulator:
         self._logprobs.extend(delta.new_logprobs)
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
+        delta = structs.replace(
+            delta, request_id=self._request_id, prompt_logprobs=self._prompt_logprobs
+        )
         self.last = RequestOutput(
-            request_id=self._request_id,
+            *_sent(delta),
             prompt_token_ids=self._prompt,
-            new_token_ids=delta.new_token_ids,
-            new_text=delta.new_text,
-            new_logprobs=delta.new_logprobs,
             output=self._tokens.extended(delta.new_token_ids),
             all_text=self._text,
             num_pieces=len(self._text),
-            cached_len=delta.cached_len,
-            losses=delta.losses,
-            finish_reason=delta.finish_reason,
-            error=None,
-            is_refused=False,
-            timings=delta.timings,
-            num_preemptions=delta.num_preemptions,
             all_logprobs=self._logprobs,
-            prompt_logprobs=self._prompt_logprobs,
-            drafts=delta.drafts,
-            transferred=delta.transferred,
         )
         return self.last
