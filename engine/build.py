@@ -1,80 +1,22 @@
-"""Construction of an engine's parts from its settings."""
+"""Model, tokenizer, cache and manager of an engine, made from its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
 from engine.interfaces import Plugin, Runner, TokenSampler
-from engine.schedule.batch import DraftPlanner
-from engine.schedule.fetching import Fetcher, Fetching
-from engine.schedule.scheduler import Scheduler
 from hybridcache.api import PrefixCache
-from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig
 from hybridcache.export.lease_log import LeaseLog
-from hybridcache.policies.registry import make_admission, parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
-
-
-class Parts(NamedTuple):
-    """Parts of an engine that are made from its settings, its runner and its plugins."""
-
-    cache_kind: str
-    cache: PrefixCache
-    manager: CacheManager
-    fetching: Fetching | None
-    scheduler: Scheduler
-    drafting: DraftPlanner | None
-
-
-def make_parts(
-    config: EngineConfig,
-    runner: Runner,
-    tokenizer: Tokenizer | None,
-    plugins: Sequence[Plugin],
-    *,
-    log: LeaseLog | None,
-    drafting: DraftPlanner | None,
-    fetcher: Fetcher | None,
-    clock: Callable[[], float],
-) -> Parts:
-    """Make the parts of a complete ``config``; see ``Engine.__init__``."""
-    assert config.token_budget is not None
-    built = cache_config(config, runner)
-    for plugin in plugins:
-        built = plugin.size_cache(built, runner)
-    cache = build_prefix_cache(built)
-    options: dict[str, Any] = {}
-    for plugin in plugins:
-        options |= plugin.open_cache(cache, runner, tokenizer)
-    manager = make_manager(config, cache, runner.memory, log, options)
-    for plugin in plugins:
-        found = plugin.open_manager(manager, runner)
-        fetcher = found if fetcher is None else fetcher
-    fetching = None if fetcher is None else Fetching(manager, fetcher)
-    shares = config.prefix_cache != "none"
-    for plugin in plugins:
-        if drafting is None:
-            drafting = plugin.draft_planner(runner, shares=shares)
-    scheduler = Scheduler(
-        manager,
-        max_running=config.max_running,
-        token_budget=config.token_budget,
-        memory=runner.memory,
-        admission=make_admission(config.admission),
-        max_share=config.max_share,
-        shares=shares,
-        drafting=drafting,
-        fetching=fetching,
-        clock=clock,
-    )
-    return Parts(built.prefix_cache, cache, manager, fetching, scheduler, drafting)
 
 
 def load(

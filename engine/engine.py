@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from engine.build import load, make_parts
+from engine.build import cache_config, load, make_manager
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name, resolve_config
@@ -24,13 +24,14 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import Intake, RecentRequests, Request
 from engine.requests.spec import Prompt, RequestSpec, SamplingInput, SamplingParams
 from engine.schedule.batch import EMPTY, BytesLost, DraftPlanner, Plan, StepHooks, Task
-from engine.schedule.fetching import IDLE_S, Fetcher
+from engine.schedule.fetching import IDLE_S, Fetcher, Fetching
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import Scheduler
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.api import PrefixCache
+from hybridcache.config import build_prefix_cache
 from hybridcache.export.lease_log import LeaseLog
-from hybridcache.policies.registry import parse_placement
+from hybridcache.policies.registry import make_admission, parse_placement
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -95,18 +96,7 @@ class Engine:
         self._log = log
         self.clock = clock
         self.recent = RecentRequests()
-        parts = make_parts(
-            config,
-            runner,
-            tokenizer,
-            plugins,
-            log=log,
-            drafting=drafting,
-            fetcher=fetcher,
-            clock=clock,
-        )
-        self._cache_kind, self._cache, self._manager = parts.cache_kind, parts.cache, parts.manager
-        self._scheduler, self._drafting = parts.scheduler, parts.drafting
+        fetching = self._make_scheduler(plugins, drafting, fetcher)
         self._overlaps = config.overlap == "on" or (
             config.overlap == "auto" and runner.is_asynchronous
         )
@@ -120,9 +110,50 @@ class Engine:
         """Outputs of the requests that ``stream`` and ``generate`` follow, not yet taken."""
         late_draws = LateDraws(self._scheduler, sampler, self._intake.grammar_news)
         attached = [plugin.attach(self, self._manager) for plugin in plugins]
-        hooks = (late_draws, parts.fetching, *plugins, *attached)
+        hooks = (late_draws, fetching, *plugins, *attached)
         self._hooks: tuple[StepHooks, ...] = tuple(one for one in hooks if one is not None)
         self._is_closed = False
+
+    def _make_scheduler(
+        self,
+        plugins: Sequence[Plugin],
+        drafting: DraftPlanner | None,
+        fetcher: Fetcher | None,
+    ) -> Fetching | None:
+        """Make the cache, its manager and the scheduler with the hooks of ``plugins``. Returns the
+        loads of prefixes, or None if nothing loads them."""
+        config, runner = self.config, self.runner
+        settings = cache_config(config, runner)
+        for plugin in plugins:
+            settings = plugin.size_cache(settings, runner)
+        self._cache_kind = settings.prefix_cache
+        self._cache = cache = build_prefix_cache(settings)
+        options: dict[str, Any] = {}
+        for plugin in plugins:
+            options |= plugin.open_cache(cache, runner, self.tokenizer)
+        self._manager = manager = make_manager(config, cache, runner.memory, self._log, options)
+        for plugin in plugins:
+            found = plugin.open_manager(manager, runner)
+            fetcher = found if fetcher is None else fetcher
+        fetching = None if fetcher is None else Fetching(manager, fetcher)
+        shares = config.prefix_cache != "none"
+        for plugin in plugins:
+            if drafting is None:
+                drafting = plugin.draft_planner(runner, shares=shares)
+        self._drafting = drafting
+        self._scheduler = Scheduler(
+            manager,
+            max_running=config.max_running,
+            token_budget=config.token_budget,
+            memory=runner.memory,
+            admission=make_admission(config.admission),
+            max_share=config.max_share,
+            shares=shares,
+            drafting=drafting,
+            fetching=fetching,
+            clock=self.clock,
+        )
+        return fetching
 
     @property
     def model_name(self) -> str:
@@ -438,31 +469,21 @@ class Engine:
                     while queue and self.has_room:
                         prompt, params = queue.popleft()
                         order.append(self.submit(prompt, params, **options))
-                        self._mailboxes[order[-1]] = deque()
+                        self._mailboxes[order[-1]] = deque(maxlen=1)  # The last output suffices.
                         unfinished.add(order[-1])
                     self.step()
-                    for output in self._take_finals(unfinished):
-                        finals[output.request_id] = output
-                        bar.update()
+                    for request_id in tuple(unfinished):
+                        box = self._mailboxes[request_id]
+                        if box and box[0].is_finished:
+                            finals[request_id] = box[0]
+                            unfinished.remove(request_id)
+                            del self._mailboxes[request_id]
+                            bar.update()
             finally:
                 for request_id in unfinished:
                     self.abort(request_id)
                     del self._mailboxes[request_id]
         return [finals[request_id] for request_id in order]
-
-    def _take_finals(self, unfinished: set[str]) -> list[RequestOutput]:
-        """Return the last outputs of requests in ``unfinished`` that have ended. These leave the
-        set; earlier outputs of the others are dropped."""
-        ended = []
-        for request_id in tuple(unfinished):
-            box = self._mailboxes[request_id]
-            if box and box[-1].is_finished:
-                ended.append(box[-1])
-                unfinished.remove(request_id)
-                del self._mailboxes[request_id]
-            else:
-                box.clear()
-        return ended
 
     def stream(
         self,
