@@ -110,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(arguments: Sequence[str]) -> Parser:
-    """Return the parser of ``arguments``. Verbs that are not named there lack their flags if these
-    need packages that are not installed."""
+    """Return the parser of ``arguments``. Verbs that are not named there lack their flags, which
+    may need packages that are not installed."""
     parser = Parser(
         prog="engine",
         description="Inference with a prefix cache for hybrid models: KV and recurrent state in "
@@ -132,11 +132,8 @@ def _parser(arguments: Sequence[str]) -> Parser:
             usage=f"engine {verb} {usage}".rstrip(),
         )
         sub.set_defaults(command=command)
-        try:
+        if verb in arguments:
             add_flags(sub)
-        except ModuleNotFoundError:
-            if verb in arguments:
-                raise
 
     add("serve", _serve, "[options]", "answer OpenAI clients over HTTP", _add_serve)
     add(
@@ -154,18 +151,13 @@ def _parser(arguments: Sequence[str]) -> Parser:
         _add_chat,
     )
     for verb, (usage, help) in plugin_verbs().items():
-        # The plugin is not loaded for other verbs.
-        flags = partial(_add_plugin_flags, verb) if verb in arguments else _add_nothing
-        add(verb, partial(_run_plugin, verb), usage, help, flags)
+        add(verb, partial(_run_plugin, verb), usage, help, partial(_add_plugin_flags, verb))
     return parser
 
 
 def _add_plugin_flags(verb: str, parser: Parser) -> None:
+    """Load the plugin of ``verb`` and add its flags."""
     plugin_verb(verb).add_flags(parser)
-
-
-def _add_nothing(parser: Parser) -> None:
-    """Leave ``parser`` unchanged."""
 
 
 def _run_plugin(verb: str, arguments: argparse.Namespace) -> int:
