@@ -6,8 +6,6 @@ complete or not at all, and in order.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -226,13 +224,3 @@ class Channel(Generic[Received]):
         with self._lock:
             self._out.close()
         self._context.term()
-
-
-def make_folder() -> str:
-    """Make a folder for sockets that only this user can access."""
-    return tempfile.mkdtemp(prefix="engine-")
-
-
-def remove_folder(folder: str) -> None:
-    """Remove the folder when both sides are connected, so that no other process can connect."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -46,8 +47,6 @@ from engine.worker.channel import (
     Refused,
     Reply,
     Submit,
-    make_folder,
-    remove_folder,
 )
 
 if TYPE_CHECKING:
@@ -79,8 +78,8 @@ def start_engine(
     ``boot`` is the code for the new interpreter, by default ``BOOT``. ``meanwhile`` is called while
     the model is loaded. Raises ValueError if the model cannot be loaded.
     """
-    folder = make_folder()
-    try:
+    # The folder is removed when both sides are connected, so that no other process can connect.
+    with TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True) as folder:
         channel: Channel[FromEngine] = Channel(folder, is_server=True)
         facts = [folder, pickle.dumps(config).hex(), address, log_level]
         process = _spawn([sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts])
@@ -97,8 +96,6 @@ def start_engine(
             process.communicate()
             channel.close()
             raise
-    finally:
-        remove_folder(folder)
 
 
 def _spawn(command: list[str]) -> subprocess.Popen[bytes]:

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import pickle
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -34,7 +35,6 @@ from engine.worker.channel import (
     RequestFailed,
     Submit,
     ToEngine,
-    remove_folder,
 )
 from engine.worker.screen import start_screen
 from hybridcache.lab.extras import how_to_install
@@ -88,7 +88,8 @@ class EngineWorker:
             return
         except BaseException:
             logger.exception("The engine has lost the connection to its server, and ends.")
-        remove_folder(self._folder)  # Left over if the server was killed while the model loaded.
+        # Left over if the server was killed while the model loaded.
+        shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(LOST)
 
     def _execute(self, message: ToEngine) -> None:

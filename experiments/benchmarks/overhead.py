@@ -16,11 +16,13 @@ matching, publishing and evicting.
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
 from engine.text.outputs import SampledToken, delta_of
 from engine.text.tokenizer import ByteTokenizer
-from engine.worker.channel import Channel, FromEngine, Outputs, make_folder, remove_folder
+from engine.worker.channel import Channel, FromEngine, Outputs
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest
@@ -179,7 +181,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
     percentile of their sum."""
     reports: list[StepReport] = []
     sending_s: list[float] = []
-    folder = make_folder()
+    folder = tempfile.mkdtemp(prefix="engine-")
     server: Channel[FromEngine] = Channel(folder, is_server=True)
     channel: Channel[Any] = Channel(folder, is_server=False)
     engine = Engine(
@@ -200,7 +202,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
             pass  # Work of the receiving process.
     for end in (channel, server):
         end.close()
-    remove_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     steps = [report for report in reports[50:] if report.num_decode_tokens == num_running]
     found = {
         stage.removesuffix("_s") + "_us": statistics.median(getattr(r, stage) for r in steps) * 1e6
