@@ -70,6 +70,7 @@ EXPECTED = {
     "union_tag_not_found": "an object with a 'type'",
 }
 """Description of the expected value by the type of pydantic's error."""
+SERVER_FAILED = "The server failed on this request; see its log for the reason."
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -129,11 +130,8 @@ def install(app: FastAPI) -> None:
     """Convert every failure of ``app`` to an ``APIError``."""
 
     @app.exception_handler(APIError)
-    async def _api_error(request: Request, error: APIError) -> Response:
-        return error.response(request.scope)
-
     @app.exception_handler(RequestError)
-    async def _request_error(request: Request, error: RequestError) -> Response:
+    async def _failure(request: Request, error: APIError | RequestError) -> Response:
         return of_failure(error).response(request.scope)
 
     @app.exception_handler(RequestValidationError)
@@ -155,8 +153,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
-        failed = APIError(500, "The server failed on this request; see its log for the reason.")
-        return failed.response(request.scope)
+        return APIError(500, SERVER_FAILED).response(request.scope)
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
@@ -274,7 +271,7 @@ def of_failure(error: Exception, param: str | None = None) -> APIError:
         return error
     if not isinstance(error, RequestError):
         logger.error("A request failed.", exc_info=error)
-        return APIError(500, "The server failed on this request; see its log for the reason.")
+        return APIError(500, SERVER_FAILED)
     if error.kind not in REFUSALS:
         return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
     status, code = REFUSALS[error.kind]

@@ -312,24 +312,16 @@ async def ask(
     return ChatSession(context, prompt, streams, readings, diagnostics, place)
 
 
+@dataclass(frozen=True, slots=True)
 class ChatSession:
     """A chat in progress."""
 
-    def __init__(
-        self,
-        context: ServingContext,
-        prompt: ChatPrompt,
-        streams: Sequence[RequestStream],
-        readings: Sequence[_Reading],
-        diagnostics: ChatDiagnostics,
-        place: Any,
-    ) -> None:
-        self._context = context
-        self._place = place
-        self.diagnostics = diagnostics
-        self.prompt = prompt
-        self._streams = streams
-        self._readings = readings
+    _context: ServingContext
+    prompt: ChatPrompt
+    _streams: Sequence[RequestStream]
+    _readings: Sequence[_Reading]
+    diagnostics: ChatDiagnostics
+    _place: Any
 
     @property
     def num_answers(self) -> int:
