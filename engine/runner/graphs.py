@@ -101,14 +101,11 @@ class DecodeGraphs:
         table: RequestTable,
         rotary: RotaryTable,
         record: Record,
-        *,
-        max_running: int,
-        max_model_len: int,
     ) -> None:
         self._forward, self._head = forward, model.head
         self._table, self._rotary, self._record = table, rotary, record
-        self._sizes = decode_buckets(max_running)
-        self._bounds = kv_bounds(max_model_len)
+        self._sizes = decode_buckets(table.padding_row)
+        self._bounds = kv_bounds(table.host.shape[1])
         self._replays: dict[tuple[int, int], Replay] = {}
         slot = memory.padding_slot or 0
         column = np.array([0, 0, memory.padding_row, table.padding_row, 1, slot])

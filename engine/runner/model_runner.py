@@ -305,9 +305,7 @@ class ModelRunner:
     ) -> tuple[DecodeGraphs, VerifyGraphs | None]:
         """Make the graphs of steps without drafts, and of steps with drafts."""
         parts = self.model, self._forward, self.tensors, self.table, self._rotary
-        decodes = DecodeGraphs(
-            *parts, record, max_running=self.max_running_rows, max_model_len=self.max_model_len
-        )
+        decodes = DecodeGraphs(*parts, record)
         buckets = verify_buckets(
             self.model,
             self.table,
