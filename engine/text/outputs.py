@@ -14,7 +14,6 @@ from msgspec import Struct, structs
 
 from engine.text.answers import MarkSearch
 from hybridcache.api import Losses
-from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import StreamDecoder
@@ -226,47 +225,28 @@ def delta_of(output: RequestOutput) -> OutputDelta:
     return delta
 
 
-class GrowingTokens:
-    """Growing array of the token ids of an answer."""
-
-    def __init__(self) -> None:
-        self._buffer = np.empty(64, np.int32)
-        self._num_tokens = 0
-
-    def __len__(self) -> int:
-        return self._num_tokens
-
-    def extended(self, new: Sequence[int] | Tokens) -> Tokens:
-        """Append ``new`` and return all tokens, int32. Arrays returned before do not change. O(new
-        tokens), amortised."""
-        end = self._num_tokens + len(new)
-        if end > len(self._buffer):
-            self._buffer = np.concatenate((self._buffer, np.empty(end, np.int32)))
-        self._buffer[self._num_tokens : end] = new
-        self._num_tokens = end
-        return self._buffer[:end]
-
-
 class OutputAccumulator:
     """Rebuilds the outputs of one request from deltas."""
 
     def __init__(self, request_id: str, prompt: npt.NDArray[np.int32]) -> None:
         """``request_id`` replaces the id in the deltas."""
         self._request_id, self._prompt = request_id, prompt
-        self._tokens = GrowingTokens()
+        self._buffer = np.empty(64, np.int32)
+        self.num_tokens = 0
+        """Number of tokens of the answer so far."""
         self._text: list[str] = []
         self._logprobs: list[SampledToken] = []
         self._prompt_logprobs: tuple[SampledToken | None, ...] | None = None
         self.last: RequestOutput | None = None
         """Newest output, or None before the first."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of the answer so far."""
-        return len(self._tokens)
-
     def add(self, delta: OutputDelta) -> RequestOutput:
         """Return the complete output that ``delta`` was made of. O(new tokens), amortised."""
+        end = self.num_tokens + len(delta.new_token_ids)
+        if end > len(self._buffer):
+            self._buffer = np.concatenate((self._buffer, np.empty(end, np.int32)))
+        self._buffer[self.num_tokens : end] = delta.new_token_ids
+        self.num_tokens = end
         if delta.new_text:
             self._text.append(delta.new_text)
         self._logprobs.extend(delta.new_logprobs)
@@ -278,7 +258,7 @@ class OutputAccumulator:
         self.last = RequestOutput(
             *_sent(delta),
             prompt_token_ids=self._prompt,
-            output=self._tokens.extended(delta.new_token_ids),
+            output=self._buffer[:end],
             all_text=self._text,
             num_pieces=len(self._text),
             all_logprobs=self._logprobs,
