@@ -19,9 +19,9 @@ class finds its fleet here. Empty in processes other than the server."""
 class Fleet:
     """The replicas of one server. All methods may be called from any thread."""
 
-    def __init__(self, make: Callable[[], Router], on_change: Callable[[], None]) -> None:
-        """``on_change`` is called, from any thread, when ``members`` changes."""
-        self._make, self._on_change = make, on_change
+    def __init__(self) -> None:
+        self.on_change: Callable[[], None] = lambda: None
+        """Called, from any thread, when ``members`` changes."""
         self._router: Router | None = None
         self._lock = threading.Lock()
         self._members: list[str] = []
@@ -34,12 +34,12 @@ class Fleet:
         with self._lock:
             return tuple(self._members)
 
-    def begin(self) -> None:
-        """Create the router; the facts of the replicas must be known."""
+    def begin(self, router: Router) -> None:
+        """Place requests with ``router`` from now on."""
         with self._lock:
-            self._router = self._make()
+            self._router = router
             for replica in self._members:
-                self._router.joined(replica, time.monotonic())
+                router.joined(replica, time.monotonic())
 
     def set_members(self, replicas: Iterable[str]) -> None:
         """Set the replicas that are up."""
@@ -48,16 +48,15 @@ class Fleet:
             gone = [replica for replica in self._members if replica not in found]
             new = sorted(found.difference(self._members))
             self._members = [each for each in self._members if each in found] + new
-            now = time.monotonic()
-            for replica in gone if self._router is not None else ():
-                assert self._router is not None
-                for request in self._router.left(replica, now):
-                    self._placed.pop(request, None)
-            for replica in new if self._router is not None else ():
-                assert self._router is not None
-                self._router.joined(replica, now)
+            if self._router is not None:
+                now = time.monotonic()
+                for replica in gone:
+                    for request in self._router.left(replica, now):
+                        self._placed.pop(request, None)
+                for replica in new:
+                    self._router.joined(replica, now)
         if gone or new:
-            self._on_change()
+            self.on_change()
 
     def left(self, replica: str) -> None:
         """Remove one replica."""

@@ -43,17 +43,18 @@ class EngineReplica:
             torch.set_num_threads(1)
             replica = serve.get_replica_context().replica_id.unique_id
         self._id = replica
-        self._engine = Engine(config, observer=self._stepped)
+        self._engine = Engine(config)
         if config.warm_up:
             self._engine.prepare_grammars()
         self._tokens_per_s = self._timed()
         self._engine.reset_prefix_cache()
         self._engine.cache.stats.clear()
         self._outbox = Outbox(self._engine.cache)
-        self._async = AsyncEngine(self._engine)
-        self._async.start()
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._engine.observe(self._stepped)
+        self._async = AsyncEngine(self._engine)
+        self._async.start()
 
     def _timed(self) -> float:
         """Return the tokens per second of a prefill: the second of two."""
@@ -68,7 +69,7 @@ class EngineReplica:
 
     def _stepped(self, report: StepReport) -> None:
         """Publish the events of a step. Called in the engine's thread."""
-        if hasattr(self, "_loop") and self._outbox.flush():
+        if self._outbox.flush():
             self._loop.call_soon_threadsafe(self._news.set)
 
     async def check_health(self) -> None:
@@ -125,6 +126,9 @@ class EngineReplica:
 
     async def _cover(self, request_id: str) -> None:
         self._outbox.cover(request_id)
+        await self._flush()
+
+    async def _flush(self) -> None:
         if await self._async.call(lambda _: self._outbox.flush()):
             self._news.set()
 
@@ -160,5 +164,4 @@ class EngineReplica:
         """Remove every prefix that no running request uses."""
         self._check_address(order)
         await self._async.reset_prefix_cache()
-        if await self._async.call(lambda _: self._outbox.flush()):
-            self._news.set()
+        await self._flush()

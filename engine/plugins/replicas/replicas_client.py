@@ -147,9 +147,10 @@ class FleetEngine(ServedEngine):
     def start(self) -> None:
         """Start to follow the events of all current and later replicas."""
         self._loop = asyncio.get_running_loop()
+        self._fleet.on_change = self._members_changed
         self._follow_members()
 
-    def members_changed(self) -> None:
+    def _members_changed(self) -> None:
         """React to replicas that joined or left. May be called from any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._follow_members)

@@ -15,7 +15,7 @@ from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.plugins.replicas.replicas_client import FleetEngine
 from engine.server.settings import ServerConfig
 from hybridcache.policies.registry import parse_placement
-from hybridcache.routing.protocol import ReplicaSpec, Router
+from hybridcache.routing.protocol import ReplicaSpec
 from hybridcache.routing.registry import find_router
 
 
@@ -108,17 +108,7 @@ def start_fleet(
             f"--replicas {size.replicas} need one core each, but Ray has {num_cores}: "
             "use fewer, or name a larger cluster with --ray."
         )
-    found: list[FleetEngine] = []
-    facts: list[ReplicaFacts] = []
-
-    def make_router() -> Router:
-        return make(spec_of(facts[0], config))
-
-    def on_change() -> None:
-        if found:
-            found[0].members_changed()
-
-    fleet = FLEETS[name] = Fleet(make_router, on_change)
+    fleet = FLEETS[name] = Fleet()
 
     def shut_down() -> None:
         FLEETS.pop(name, None)
@@ -129,14 +119,13 @@ def start_fleet(
 
     try:
         handle = _run(serve, EngineReplica, FleetRequestRouter, config, size, name, drain_s)
-        facts.append(handle.options(method_name="facts").remote(Order()).result(timeout_s=START_S))
-        fleet.begin()
+        facts = handle.options(method_name="facts").remote(Order()).result(timeout_s=START_S)
+        fleet.begin(make(spec_of(facts, config)))
     except BaseException:
         shut_down()
         raise
     model = Path(config.model).resolve().name if config.model else BUILTIN_NAME
-    found.append(FleetEngine(config, handle, fleet, facts[0], model, shut_down, is_death))
-    return found[0]
+    return FleetEngine(config, handle, fleet, facts, model, shut_down, is_death)
 
 
 def _join_ray(address: str | None) -> bool:

@@ -98,22 +98,18 @@ async def fleet_of(count: int, router: str = "checkpoint") -> tuple[FleetEngine,
     for number in range(count):
         handle.add(f"r{number}")
     facts = await handle.replicas["r0"].facts(Order())
-    found: list[FleetEngine] = []
-    fleet = handle.fleet = Fleet(
-        lambda: find_router(router)(spec_of(facts, CONFIG)),
-        lambda: found[0].members_changed() if found else None,
-    )
+    fleet = handle.fleet = Fleet()
     fleet.set_members(handle.replicas)
-    fleet.begin()
+    fleet.begin(find_router(router)(spec_of(facts, CONFIG)))
 
     def shut_down() -> None:
         for replica in handle.replicas.values():
             replica._async.stop()
 
     is_death = lambda error: isinstance(error, Died)  # noqa: E731
-    found.append(FleetEngine(CONFIG, handle, fleet, facts, "builtin", shut_down, is_death))
-    found[0].start()
-    return found[0], handle
+    engine = FleetEngine(CONFIG, handle, fleet, facts, "builtin", shut_down, is_death)
+    engine.start()
+    return engine, handle
 
 
 def kill(handle: Handle, name: str) -> None:

@@ -133,9 +133,9 @@ async def fleet_of_one(config: EngineConfig) -> FleetEngine:
     handle.replicas["r0"] = EngineReplica(config, "r0")
     handle.dead["r0"] = asyncio.Event()
     facts = await handle.replicas["r0"].facts(Order())
-    fleet = handle.fleet = Fleet(lambda: find_router("text")(spec_of(facts, config)), lambda: None)
+    fleet = handle.fleet = Fleet()
     fleet.set_members(handle.replicas)
-    fleet.begin()
+    fleet.begin(find_router("text")(spec_of(facts, config)))
     stop = handle.replicas["r0"]._async.stop
     return FleetEngine(config, handle, fleet, facts, "builtin", stop, lambda error: False)
 
