@@ -3,8 +3,8 @@ step waits for a disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -102,28 +102,26 @@ MAX_READS = 4
 
 
 @dataclass(eq=False, slots=True)
-class Read(Fetch):
-    """The records of one request."""
+class Read:
+    """The records of one request; see ``Fetch``."""
 
     request: Request
-    position: int
+    end: int
     num_tokens: int
     records: tuple[int, ...]
     has_ended: bool = False
     is_wanted: bool = True
-    key: Hashable = field(default=None)
-
-    @property
-    def end(self) -> int:
-        return self.position
+    transferred: None = None
 
     @property
     def num_fetched(self) -> int:
         return self.num_tokens if self.has_ended else 0
 
     @property
-    def transferred(self) -> None:
-        return None
+    def is_needed(self) -> bool:
+        """True if the records were not used yet, and will be."""
+        is_waiting = self.request.lease is None and self.request.finish_reason is None
+        return self.is_wanted and is_waiting
 
     def cancel(self) -> None:
         self.is_wanted = False
@@ -154,7 +152,7 @@ class Staging(Fetcher):
     def advance(self) -> None:
         for read in self._reads:
             read.has_ended = read.has_ended or self._disk.is_staged(read.records)
-        left = [read for read in self._reads if _needs_its_records(read)]
+        left = [read for read in self._reads if read.is_needed]
         if len(left) < len(self._reads):
             kept = {number for read in left for number in read.records}
             gone = {number for read in self._reads for number in read.records} - kept
@@ -192,13 +190,6 @@ class Staging(Fetcher):
             if saved > most:
                 best, most = one, saved
         return best if best is not None and best.rows[self._tier] else None
-
-
-def _needs_its_records(read: Read) -> bool:
-    """Return True if ``read`` was not used yet, and will be."""
-    request = read.request
-    is_waiting = request.lease is None and request.finish_reason is None
-    return read.is_wanted and is_waiting
 
 
 def _disk_rows(target: RadixNode, tier: int) -> Indices:
