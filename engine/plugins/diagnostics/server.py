@@ -136,14 +136,21 @@ class Place:
     replaced with their reasoning at any place."""
 
 
-class Replays:
-    """Replaces parts of a chat by the sampled tokens and stable lines of earlier requests."""
+class Hooks:
+    """Hooks around every chat of one server; see ``ChatHooks``.
 
-    def __init__(self, tokenizer: Tokenizer, config: DiagnosticsConfig) -> None:
+    They replace parts of a chat by the sampled tokens and stable lines of earlier requests, and
+    store requests for explanations.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: ServerConfig, grid: int) -> None:
+        settings = config.of(DiagnosticsConfig)
         self._tokenizer = tokenizer
-        self._keeps_thinking = config.preserve_thinking
-        self._volatile = VolatileLines(config)
-        self.answers = AnswerMemory(int(config.replay_mib * 2**20))
+        self._keeps_thinking = settings.preserve_thinking
+        self._volatile = VolatileLines(settings)
+        self.answers = AnswerMemory(int(settings.replay_mib * 2**20))
+        self.explanations = Explanations(tokenizer, int(settings.explain_mib * 2**20), grid)
+        self.diagnose = self.explanations.diagnose
         control = [text for text in tokenizer.control_tokens if text not in MARKS]
         self._control_ids = frozenset(i for text in control for i in tokenizer.encode(text)[:1])
 
@@ -230,16 +237,6 @@ class VolatileLines:
                 text = "\n".join(kept if self._drops else [*kept, *moved])
                 chat[index] = {**message, "content": text}
         return chat
-
-
-class Hooks(Replays):
-    """Hooks around every chat of one server; see ``ChatHooks``."""
-
-    def __init__(self, tokenizer: Tokenizer, config: ServerConfig, grid: int) -> None:
-        settings = config.of(DiagnosticsConfig)
-        super().__init__(tokenizer, settings)
-        self.explanations = Explanations(tokenizer, int(settings.explain_mib * 2**20), grid)
-        self.diagnose = self.explanations.diagnose
 
 
 def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
