@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -44,9 +43,10 @@ async def messages(context: ServingContext, request: Request, body: MessagesRequ
     """
     size = len(await request.body())
     tenant = context.tenant_of(request, body.cache_salt)
-    edited = await _edited(context, body, size, tenant)
-    session = await ask(context, edited.chat, size, tenant, AnswerId.random("msg", "_"))
-    writer = _MessagesWriter(context, body, session, edited.told())
+    chat, applied = await _edited(context, body, size, tenant)
+    session = await ask(context, chat, size, tenant, AnswerId.random("msg", "_"))
+    told = {} if applied is None else {"context_management": {"applied_edits": applied}}
+    writer = _MessagesWriter(context, body, session, told)
     if body.stream:
         name = request_name(request.scope)
 
@@ -64,36 +64,24 @@ async def count_tokens(context: ServingContext, request: Request, body: CountReq
     context.check_model(body.model)
     size = len(await request.body())
     tenant = context.tenant_of(request, body.cache_salt)
-    edited = await _edited(context, body, size, tenant)
-    prompt, _ = await render(context, edited.chat, size, tenant)
+    chat, applied = await _edited(context, body, size, tenant)
+    prompt, _ = await render(context, chat, size, tenant)
     counts: dict[str, Any] = {"input_tokens": len(prompt.token_ids)}
-    if edited.applied is not None:
-        cleared = sum(edit["cleared_input_tokens"] for edit in edited.applied)
+    if applied is not None:
+        cleared = sum(edit["cleared_input_tokens"] for edit in applied)
         total = counts["input_tokens"] + cleared
         counts["context_management"] = {"original_input_tokens": total}
     return Response(to_json(counts), media_type="application/json")
 
 
-@dataclass(frozen=True, slots=True)
-class _Edited:
-    """The chat of a request after the edits of its ``context_management``."""
-
-    chat: ChatRequest
-    applied: list[dict[str, Any]] | None
-    """Entries of ``applied_edits``, or None if the request has no ``context_management``."""
-
-    def told(self) -> dict[str, Any]:
-        """Return the fields of an answer about the edits."""
-        if self.applied is None:
-            return {}
-        return {"context_management": {"applied_edits": self.applied}}
-
-
 async def _edited(
     context: ServingContext, body: CountRequest, size: int, tenant: Tenant
-) -> _Edited:
-    """Return the chat of ``body``. It is rendered for the edits only if they have something to
-    clear."""
+) -> tuple[ChatRequest, list[dict[str, Any]] | None]:
+    """Return the chat of ``body`` after the edits of its ``context_management``, and the entries of
+    ``applied_edits``, or None if it has none.
+
+    The chat is rendered for the edits only if they have something to clear.
+    """
 
     async def chat_of(messages: context_edits.Messages | None) -> ChatRequest:
         chat = await context.workers.run(size, lambda: body.as_chat(messages))
@@ -104,11 +92,11 @@ async def _edited(
         return len(prompt.token_ids)
 
     if body.context_management is None:
-        return _Edited(await chat_of(None), None)
+        return await chat_of(None), None
     messages = await context.workers.run(size, body.chat_messages)
     edits = body.context_management.edits
     messages, applied = await context_edits.apply(edits, messages, count)
-    return _Edited(await chat_of(messages), applied)
+    return await chat_of(messages), applied
 
 
 class _MessagesWriter:
@@ -130,9 +118,7 @@ class _MessagesWriter:
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
 
     def whole(self, answer: ChatDelta) -> dict[str, Any]:
-        ending = self._ending(answer.finish, answer.output)
-        if answer.warning is not None:
-            ending["warning"] = answer.warning
+        ending = self._ending(answer)
         content = _content(answer.events, self._omits_thinking)
         return self._message(content, ending, self._usage(answer.output)) | self._told
 
@@ -155,11 +141,8 @@ class _MessagesWriter:
             if said:
                 yield said
             if news.finish is not None:
-                ending = self._ending(news.finish, news.output)
-                if news.warning is not None:
-                    ending["warning"] = news.warning
-                usage = self._usage(news.output)
-                last = {"type": "message_delta", "delta": ending, "usage": usage} | self._told
+                last: dict[str, Any] = {"type": "message_delta", "delta": self._ending(news)}
+                last |= {"usage": self._usage(news.output)} | self._told
                 closing = [*blocks.close(), last, {"type": "message_stop"}]
                 yield b"".join(map(named_event, closing))
 
@@ -177,14 +160,17 @@ class _MessagesWriter:
             **self._session.diagnostics.diagnostics(),
         }
 
-    def _ending(self, finish: Finish | None, output: RequestOutput) -> dict[str, Any]:
+    def _ending(self, answer: ChatDelta) -> dict[str, Any]:
+        """Return the reason of the end, and a warning if there is one."""
+        finish, output = answer.finish, answer.output
         reason, stop = REASONS.get(finish, "end_turn"), None
         if finish == "length" and len(output.output) < self._body.max_tokens:
             reason = "model_context_window_exceeded"
         elif finish == "stop" and self._body.stop_sequences:
             stop = self._stop_of(output, self._body.stop_sequences)
             reason = reason if stop is None else "stop_sequence"
-        return {"stop_reason": reason, "stop_sequence": stop}
+        ending = {"stop_reason": reason, "stop_sequence": stop}
+        return ending if answer.warning is None else ending | {"warning": answer.warning}
 
     def _stop_of(self, output: RequestOutput, stops: Sequence[str]) -> str | None:
         """Return the stop sequence that ended an answer, which follows its text, or None.

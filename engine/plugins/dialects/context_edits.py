@@ -8,7 +8,7 @@ https://platform.claude.com/docs/en/build-with-claude/context-editing
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -45,6 +45,7 @@ class InputTokens(Strict):
 class ClearThinking(Strict):
     """Removes thinking from all assistant turns but the last ones with thinking."""
 
+    COUNT: ClassVar[str] = "cleared_thinking_turns"
     type: Literal["clear_thinking_20251015"]
     keep: Literal["all"] | Turns | AllTurns = Turns(type="thinking_turns", value=1)
 
@@ -73,11 +74,6 @@ class ClearThinking(Strict):
         ]
         return edited, len(old)
 
-    def report(self, num_cleared: int, num_tokens: int) -> dict[str, Any]:
-        """Return the entry of ``applied_edits``."""
-        counts = {"cleared_thinking_turns": num_cleared, "cleared_input_tokens": num_tokens}
-        return {"type": self.type, **counts}
-
     def is_worth(self, num_tokens: int) -> bool:
         """Return True if clearing this number of tokens is enough."""
         return True
@@ -86,6 +82,7 @@ class ClearThinking(Strict):
 class ClearToolUses(Strict):
     """Replaces the oldest tool results by a short text once the prompt is long."""
 
+    COUNT: ClassVar[str] = "cleared_tool_uses"
     type: Literal["clear_tool_uses_20250919"]
     trigger: Annotated[InputTokens | ToolUses, Field(discriminator="type")] = InputTokens(
         type="input_tokens", value=100_000
@@ -131,11 +128,6 @@ class ClearToolUses(Strict):
         if isinstance(which, list) and call["function"]["name"] not in which:
             return call
         return call | {"function": call["function"] | {"arguments": {}}}
-
-    def report(self, num_cleared: int, num_tokens: int) -> dict[str, Any]:
-        """Return the entry of ``applied_edits``."""
-        counts = {"cleared_tool_uses": num_cleared, "cleared_input_tokens": num_tokens}
-        return {"type": self.type, **counts}
 
     def is_worth(self, num_tokens: int) -> bool:
         """Return True if clearing this number of tokens is enough."""
@@ -184,5 +176,6 @@ async def apply(
         num_saved = num_tokens - await count(shorter)
         if num_saved > 0 and edit.is_worth(num_saved):
             messages = shorter
-            applied.append(edit.report(num_cleared, num_saved))
+            counts = {edit.COUNT: num_cleared, "cleared_input_tokens": num_saved}
+            applied.append({"type": edit.type, **counts})
     return messages, applied
