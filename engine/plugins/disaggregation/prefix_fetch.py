@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +67,14 @@ class PeerFetch:
         needed_bytes = self.needed_bytes if self.num_fetched else 0
         return Transferred(self.num_fetched, needed_bytes, self.wire_bytes)
 
-    def receive(self, connection: wire.Connection, max_bytes: int) -> tuple[int, bool]:
+    def receive(self, max_bytes: int) -> tuple[int, bool]:
         """Copy arrived pieces until they have ``max_bytes`` or more.
 
         Returns the number of bytes, and True if the prefix is complete. Raises TransferError if it
         will not arrive, and RequestError with the reason that the prefill engine gives.
         """
-        num_bytes = 0
+        connection, num_bytes = self.connection, 0
+        assert connection is not None, "a load without a connection has ended"
         while num_bytes < max_bytes and (received := connection.receive()) is not None:
             message, data = received
             match message:
@@ -161,18 +162,18 @@ class PeerFetcher:
         assert isinstance(namespace, str | None)
         tokens = request.tokens[: end + 1].tobytes()
         ask = wire.Ask(self._own, tokens, arrival.start, namespace, request.boundaries)
-        self._attempt(fetch, lambda: self._connect(fetch, ask))
+        try:
+            fetch.connection = wire.Connection(
+                self._context,
+                self._poller,
+                peer.address,
+                timeout_s=self._timeout_s,
+                max_bytes=self._max_bytes,
+            )
+            fetch.connection.send(ask)
+        except Exception as error:
+            self._fail(fetch, error)
         return fetch
-
-    def _connect(self, fetch: PeerFetch, ask: wire.Ask) -> None:
-        fetch.connection = wire.Connection(
-            self._context,
-            self._poller,
-            fetch.peer.address,
-            timeout_s=self._timeout_s,
-            max_bytes=self._max_bytes,
-        )
-        fetch.connection.send(ask)
 
     def _end(self, request: Request) -> int:
         """Return the last grid position below the end of ``request``."""
@@ -186,38 +187,32 @@ class PeerFetcher:
         busy = [fetch.peer for fetch in self._active]
         return min(awake, key=busy.count, default=None)
 
-    def _attempt(self, fetch: PeerFetch, action: Callable[[], None]) -> None:
-        """Call ``action``; end the load if it fails."""
-        try:
-            action()
-        except Exception as error:
-            # If the other engine cannot serve this prompt, later prompts may still work.
-            if not isinstance(error, InvalidRequest):
-                fetch.peer.rests_until = time.monotonic() + REST_S
-            if not isinstance(error, wire.TransferError | RequestError):
-                logger.exception("A transfer failed.")
-            logger.warning(
-                "A prefix of %s did not come from %s:%d, and is computed here: %s.",
-                counted(fetch.end, "token"),
-                *fetch.peer.address,
-                str(error).rstrip("."),
-            )
-            self.end(fetch, is_whole=False)
+    def _fail(self, fetch: PeerFetch, error: Exception) -> None:
+        """End a load after ``error``, which is being handled."""
+        # If the other engine cannot serve this prompt, later prompts may still work.
+        if not isinstance(error, InvalidRequest):
+            fetch.peer.rests_until = time.monotonic() + REST_S
+        if not isinstance(error, wire.TransferError | RequestError):
+            logger.exception("A transfer failed.")
+        logger.warning(
+            "A prefix of %s did not come from %s:%d, and is computed here: %s.",
+            counted(fetch.end, "token"),
+            *fetch.peer.address,
+            str(error).rstrip("."),
+        )
+        self.end(fetch, is_whole=False)
 
     def advance(self) -> None:
         """See ``Fetcher``."""
         left = MAX_COPIED_BYTES
-
-        def receive() -> None:
-            nonlocal left
-            assert fetch.connection is not None
-            num_bytes, is_whole = fetch.receive(fetch.connection, left)
-            left -= num_bytes
-            if is_whole:
-                self.end(fetch, is_whole=True)
-
         for fetch in tuple(self._active):
-            self._attempt(fetch, receive)
+            try:
+                num_bytes, is_whole = fetch.receive(left)
+                left -= num_bytes
+                if is_whole:
+                    self.end(fetch, is_whole=True)
+            except Exception as error:
+                self._fail(fetch, error)
 
     def end(self, fetch: PeerFetch, *, is_whole: bool) -> None:
         """Publish a complete prefix, or release its memory."""
