@@ -460,7 +460,7 @@ def test_the_budget_grows_with_the_answer() -> None:
 def test_a_slow_grammar_moves_to_the_background() -> None:
     guides = Guides(ByteTokenizer(), 320)
     grammar, answer = Grammar.of_regex("[a-c]{30}"), np.full(30, 97, np.int32)
-    reference, other = guides.guide(grammar), guides.guide(grammar)
+    reference, other = guides.rule(grammar), guides.rule(grammar)
     expected = [reference.masks(answer[:end]) for end in range(20)]
     assert np.array_equal(other.masks(answer[:1]), expected[1])
     guides.shared.step_time.spend(60.0)
@@ -522,7 +522,7 @@ def test_a_long_answer_yields_to_other_grammars(monkeypatch: pytest.MonkeyPatch)
     guides = Guides(ByteTokenizer(), 320)
     guides._threads, gate = background.GrammarThreads(1), threading.Event()
     grammars = [Grammar.of_regex("[a-c]{30}"), Grammar.of_regex("[a-c]{9}")]
-    expected = guides.guide(grammars[0]).masks(np.full(20, 97, np.int32))
+    expected = guides.rule(grammars[0]).masks(np.full(20, 97, np.int32))
     found: list[str] = []
     followers = []
     blocker: Any = SimpleNamespace(works=deque(), is_active=False)
@@ -762,7 +762,7 @@ def test_limits_do_not_depend_on_the_number_of_answers() -> None:
     guides = Guides(ByteTokenizer(), ByteTokenizer().vocab_size)
     grammar, draw = Grammar.of_regex("(a|b)*a(a|b){18}"), random.Random(1)
     for _ in range(120):
-        guide = guides.guide(grammar)
+        guide = guides.rule(grammar)
         answer = np.frombuffer(bytes(draw.choices(b"ab", k=200)), np.uint8).astype(np.int32)
         for length in range(0, 200, 10):
             guide.masks(answer[:length], answer[length : length + 8])
@@ -782,7 +782,7 @@ def test_whitespace_in_json_is_limited(guides: Guides) -> None:
         (json.dumps({"name": "x", "age": 1, "kind": "home"}, indent=4), None),
     ):
         tokens = np.array(encode(text), np.int32)
-        kept = guides.guide(grammar).cut(tokens[:0], tokens)
+        kept = guides.rule(grammar).possible(tokens[:0], tokens)
         assert len(kept) == (len(tokens) if length is None else length), text
 
 
@@ -798,12 +798,14 @@ def test_masks_equal_a_trial_of_every_token(guides: Guides) -> None:
     """Compare with a trial of every token, and masks after drafts with those after the same
     tokens."""
     grammar = Grammar.of_regex("a[bc]{1,3}d?")
-    guide = guides.guide(grammar)
+    guide = guides.rule(grammar)
     answer, drafts = np.array([97, 98], np.int32), np.array([99, 98, 100, 99], np.int32)
-    kept = guide.cut(answer, drafts)
+    kept = guide.possible(answer, drafts)
     assert kept.tolist() == [99, 98, 100]
     ending = np.array([99, 258, 258], np.int32)
-    assert guide.cut(answer, ending).tolist() == [99], "tokens that end an answer are not drafted"
+    assert guide.possible(answer, ending).tolist() == [99], (
+        "tokens that end an answer are not drafted"
+    )
     masks = guide.masks(answer, kept)
     for length, mask in enumerate(masks):
         text = bytes([*answer.tolist(), *kept.tolist()[:length]]).decode()
@@ -812,7 +814,7 @@ def test_masks_equal_a_trial_of_every_token(guides: Guides) -> None:
         expected = [c for c in range(128) if pattern.fullmatch(text + chr(c))]
         expected += [256, 258] if pattern.fullmatch(text) else []
         assert allowed == expected
-    fresh = guides.guide(grammar)
+    fresh = guides.rule(grammar)
     assert np.array_equal(fresh.masks(answer, kept[:0])[0], masks[0])
     assert not guide.is_done(answer) and guide.is_done(np.array([97, 98, 100], np.int32))
 
@@ -824,9 +826,9 @@ def test_only_the_answer_after_the_reasoning_is_guided(guides: Guides) -> None:
         (Grammar.of_object(), '{"a": 1}'),
         (Grammar.of_text('root ::= "yes"'), "yes"),
     ):
-        guide = guides.guide(grammar.behind("</think>"))
+        guide = guides.rule(grammar.behind("</think>"))
         right = np.array(encode(f"a {{ < </think>\n\n{answer}"), np.int32)
         wrong = np.array(encode("b</think>q"), np.int32)
-        assert guide.cut(right[:0], wrong).tolist() == wrong[:-1].tolist()
-        assert len(guide.cut(right[:0], right)) == len(right)
+        assert guide.possible(right[:0], wrong).tolist() == wrong[:-1].tolist()
+        assert len(guide.possible(right[:0], right)) == len(right)
         assert guide.is_done(right) and not guide.is_done(right[:-1])

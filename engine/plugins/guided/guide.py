@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from engine.plugins.guided.background import (
     GrammarPlace,
 )
 from engine.requests.grammar import GrammarError
-from engine.requests.logit_rules import Mask
+from engine.requests.logit_rules import Draws, LogitRule, Mask, Ruling
 from hybridcache.tokens import Tokens
 
 SHARE, BURST_S = 0.08, 0.015
@@ -105,8 +106,30 @@ class Shared:
     """Set whenever a place was found in the background."""
 
 
-class Guide:
-    """Follows one answer. Used in the engine's thread."""
+class GrammarRule(LogitRule):
+    """Rule of one answer that must follow a grammar. Used in the engine's thread."""
+
+    needs_newest = True
+
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling] | None:
+        masks = self.masks(draws.answer, draws.drafts, may_be_over=draws.may_be_over)
+        return None if masks is None else [Ruling(mask) for mask in masks]
+
+    @abstractmethod
+    def masks(
+        self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
+    ) -> Sequence[Mask | None] | None:
+        """Return 1 + d masks: for the token after ``answer``, and after each beginning of
+        ``drafts``, which ``possible`` returned. A mask is None if every token is allowed.
+
+        None if they are not found yet, or never will be; ``is_done`` distinguishes these. If
+        nothing can follow, the mask allows a token that ends answers, or is None unless the answer
+        ``may_be_over``. O(new tokens) and the library's time for each.
+        """
+
+
+class Guide(GrammarRule):
+    """Follows one answer."""
 
     def __init__(self, compiled: Compiled, shared: Shared) -> None:
         """Prepare the guide. The matcher is copied for the first token, so queued requests do not
@@ -119,14 +142,7 @@ class Guide:
 
     def masks(
         self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
-    ) -> Sequence[Mask | None] | None:
-        """Return 1 + d masks: for the token after ``answer``, and after each beginning of
-        ``drafts``, which ``cut`` returned.
-
-        None if they are not found yet, or never will be; ``is_done`` distinguishes these. If
-        nothing can follow, the mask allows a token that ends answers, or is None unless the answer
-        ``may_be_over``. O(new tokens) and the library's time for each.
-        """
+    ) -> Sequence[Mask] | None:
         if (begun := self._begin()) is not None:
             masks = self._masks(answer, drafts)
             if self._end(begun, len(masks)):
@@ -136,7 +152,7 @@ class Guide:
             return None
         return [place.mask]
 
-    def cut(self, answer: Tokens, drafts: Tokens) -> Tokens:
+    def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
         """Return the beginning of ``drafts`` that the grammar allows after ``answer``, without a
         token that ends it. Empty for an answer that is followed in the background."""
         if (begun := self._begin()) is None:
@@ -166,7 +182,6 @@ class Guide:
         return None if place is None else place.is_over
 
     def close(self) -> None:
-        """Drop all work: the request has ended."""
         self._matcher = None
         if self._follower is not None:
             self._follower.close()

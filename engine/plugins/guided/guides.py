@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,40 +22,15 @@ from engine.plugins.guided.bindings import (
     make_matcher,
     make_vocabulary,
 )
-from engine.plugins.guided.guide import Compiled, Guide, Shared, StepTime
+from engine.plugins.guided.guide import Compiled, GrammarRule, Guide, Shared, StepTime
 from engine.plugins.guided.marks import FreeText, MarkGuide, Overshoots
 from engine.requests.grammar import Grammar, GrammarError
-from engine.requests.logit_rules import Draws, LogitRule, Ruling
-from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 NUM_REMEMBERED = 64
 """Number of compiled grammars that are cached."""
-AnswerGuide = Guide | MarkGuide
-
-
-class GrammarRule(LogitRule):
-    """Rule of one answer that must follow a grammar."""
-
-    needs_newest = True
-
-    def __init__(self, guide: AnswerGuide) -> None:
-        self._guide = guide
-
-    def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
-        return self._guide.cut(answer, drafts)
-
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling] | None:
-        masks = self._guide.masks(draws.answer, draws.drafts, may_be_over=draws.may_be_over)
-        return None if masks is None else [Ruling(mask) for mask in masks]
-
-    def is_done(self, answer: Tokens) -> bool:
-        return self._guide.is_done(answer)
-
-    def close(self) -> None:
-        self._guide.close()
 
 
 class Guides:
@@ -95,7 +70,7 @@ class Guides:
             return
 
     def compile(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` and cache it, so that ``guide`` is fast.
+        """Compile ``grammar`` and cache it, so that ``rule`` is fast.
 
         Raises GrammarError if the library is missing, or the grammar is invalid, too large, or
         matches only the empty answer. Raises TooComplex if its first two tokens take too much time.
@@ -106,10 +81,6 @@ class Guides:
             self._compiled_of(part)
 
     def rule(self, grammar: Grammar) -> GrammarRule:
-        """Return the rule of a new answer; see ``guide``."""
-        return GrammarRule(self.guide(grammar))
-
-    def guide(self, grammar: Grammar) -> AnswerGuide:
         """Return the guide of a new answer. Raises GrammarError as ``compile``, and compiles the
         grammar if it is not cached."""
         make = {

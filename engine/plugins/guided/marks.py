@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.plugins.guided.guide import NO_TOKENS, Guide
+from engine.plugins.guided.guide import NO_TOKENS, GrammarRule, Guide
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import Mask
 from engine.text.answers import CLOSE, OPEN
@@ -114,8 +114,8 @@ class FreeText:
         return found
 
 
-class MarkGuide:
-    """Follows an answer that is free except after marks. It has the interface of ``Guide``."""
+class MarkGuide(GrammarRule):
+    """Follows an answer that is free except after marks."""
 
     def __init__(
         self,
@@ -139,7 +139,6 @@ class MarkGuide:
     def masks(
         self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
     ) -> list[Mask | None] | None:
-        """See ``Guide.masks``. A mask is None if every token is allowed."""
         try:
             if not self._read(answer):
                 return None
@@ -164,14 +163,14 @@ class MarkGuide:
             masks.append(self._free_mask(free))
         return masks
 
-    def cut(self, answer: Tokens, drafts: Tokens) -> Tokens:
-        """See ``Guide.cut``. Drafts end where a mark, or the text after one, ends."""
+    def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
+        """See ``LogitRule``. Drafts end where a mark, or the text after one, ends."""
         try:
             if not self._read(answer):
                 return drafts[:0]
             if self._call is not None:
                 start, guide = self._call
-                drafts = guide.cut(answer[start:], drafts)
+                drafts = guide.possible(answer[start:], drafts)
                 for size in range(1, len(drafts) + 1):
                     if guide.is_done(np.concatenate([answer[start:], drafts[:size]])):
                         return drafts[:size]
@@ -194,7 +193,6 @@ class MarkGuide:
         return False
 
     def close(self) -> None:
-        """Drop all work: the request has ended."""
         for call in (self._call, self._last_call):
             if call is not None:
                 call[1].close()
