@@ -98,16 +98,16 @@ PROVIDED = {
 
 def provided(name: str) -> Callable[..., Any]:
     """Return one of the functions and classes in ``PROVIDED``. Imports its plugin."""
-    found: Callable[..., Any] = getattr(import_module(f"{__name__}.{PROVIDED[name]}"), name)
+    found: Callable[..., Any] = _find(PROVIDED[name], name)
     return found
 
 
-def _find(plugin: str, module: str, name: str) -> Any:
-    return getattr(import_module(f"{__name__}.{plugin}.{module}".rstrip(".")), name)
+def _find(module: str, name: str) -> Any:
+    return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 def _settings(plugins: Mapping[str, str]) -> list[type[PluginConfig]]:
-    return [getattr(import_module(f"{__name__}.{name}"), kind) for name, kind in plugins.items()]
+    return [_find(plugin, kind) for plugin, kind in plugins.items()]
 
 
 def engine_settings() -> list[type[PluginConfig]]:
@@ -149,7 +149,7 @@ def _changed(base: Config, kinds: Sequence[type[PluginConfig]], settings: dict[s
 def engine_plugins(config: EngineConfig) -> tuple[Any, ...]:
     """Return the ``Plugin`` objects with settings in ``config``, in the order of ``ENGINE``."""
     return tuple(
-        _find(plugin, "plugin", settings.removesuffix("Config") + "Plugin")(config)
+        _find(f"{plugin}.plugin", settings.removesuffix("Config") + "Plugin")(config)
         for plugin, settings in ENGINE.items()
         if config.uses(plugin)
     )
@@ -165,7 +165,7 @@ def plugin_of_path(path: str) -> str | None:
 def server_extension(plugin: str) -> Any:
     """Return the class of a plugin's ``ServerExtension``."""
     settings = (ENGINE | SERVER)[plugin]
-    return _find(plugin, "server", settings.removesuffix("Config") + "Extension")
+    return _find(f"{plugin}.server", settings.removesuffix("Config") + "Extension")
 
 
 def plugin_verbs() -> dict[str, tuple[str, str]]:

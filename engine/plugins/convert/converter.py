@@ -173,9 +173,7 @@ def _is_whole(shape: tuple[int, ...], scheme: Scheme) -> bool:
     return all(size is None or n % size == 0 for n, size in zip(shape, scheme.block, strict=True))
 
 
-def into_shards(
-    pieces: Iterable[FilePiece], most_bytes: int = SHARD_BYTES
-) -> list[list[FilePiece]]:
+def into_shards(pieces: Iterable[FilePiece], most_bytes: int) -> list[list[FilePiece]]:
     """Divide ``pieces``, in order, into shards of at most ``most_bytes`` each, unless one piece is
     larger."""
     shards: list[list[FilePiece]] = [[]]
@@ -235,7 +233,7 @@ def convert(
     ignore: Sequence[str] = (),
     *,
     scheme: Scheme | None = None,
-    shard_bytes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
     show_progress: bool | None = None,
 ) -> Conversion:
     """Write the checkpoint of ``source`` into ``target`` with linear layers in 8 bits, everything
@@ -261,7 +259,7 @@ def convert(
     scheme = scheme or SCHEMES[to]
     tensors = (tensor for file in files for tensor in open_file(file))
     pieces = plan_pieces(tensors, scheme, ignore)
-    shards = into_shards(pieces, *(() if shard_bytes is None else (shard_bytes,)))
+    shards = into_shards(pieces, shard_bytes)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)

@@ -179,7 +179,8 @@ class Disk:
         self.prefixes = Prefixes()
         self._sizes: dict[int, int] = {}
         """Disk space of all records, once the queued jobs are done."""
-        self._num_bytes = 0
+        self.num_bytes = 0
+        """Disk space of all records together."""
         self._unwanted: deque[int] = deque()
         """Records with a file that still has to be removed."""
         self._pointers = Pointers(num_rows)
@@ -243,11 +244,6 @@ class Disk:
     def bytes_per_s(self) -> float | None:
         """Measured speed of reads, recent ones weighted most. None before the first."""
         return self._read_bytes / self._read_s if self._read_s else None
-
-    @property
-    def num_bytes(self) -> int:
-        """Disk space of all records."""
-        return self._num_bytes
 
     def write_through(
         self, kind: Kind, path: tuple[Hashable, Tokens], num_rows: int, read: ReadRows
@@ -410,7 +406,7 @@ class Disk:
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds. O(records + rows of the tier)."""
         self._pointers.check()
-        assert self._num_bytes == sum(self._sizes.values())
+        assert self.num_bytes == sum(self._sizes.values())
         unwanted = set(self._unwanted)
         assert not unwanted & set(self.prefixes.used)
         assert set(self._sizes) == unwanted | set(self.prefixes.used)
@@ -547,17 +543,17 @@ class Disk:
     def _make_room(self, size: int, new: int) -> bool:
         """Remove records without rows, the least recently used first, until ``size`` bytes fit.
         Returns False if they do not."""
-        while self._unwanted and self._num_bytes + size > self.max_bytes:
+        while self._unwanted and self.num_bytes + size > self.max_bytes:
             self._remove(self._unwanted.popleft())
         for _ in range(2 * len(self.prefixes)):
-            if self._num_bytes + size <= self.max_bytes:
+            if self.num_bytes + size <= self.max_bytes:
                 return True
             oldest = next(iter(self.prefixes.used))
             if oldest in self._pointers or oldest == new or not self.prefixes.is_leaf(oldest):
                 self.prefixes.refresh(oldest)
             else:
                 self._forget(oldest)
-        return self._num_bytes + size <= self.max_bytes
+        return self.num_bytes + size <= self.max_bytes
 
     def _forget(self, number: int) -> None:
         """Remove a record without descendants."""
@@ -568,7 +564,7 @@ class Disk:
     def _remove(self, number: int) -> None:
         """Queue the removal of a record's file."""
         size = self._sizes.pop(number)
-        self._num_bytes -= size
+        self.num_bytes -= size
         if not self.is_read_only:
             self._thread.run_later(lambda: self._remove_record(number, size))
 
@@ -665,7 +661,7 @@ class Disk:
 
     def _count(self, number: int, size: int) -> None:
         self._sizes[number] = size
-        self._num_bytes += size
+        self.num_bytes += size
 
     def _parse(self, kind: int, meta: bytes, payload_bytes: int) -> Run | State | None:
         """Return the run or state of a record, or None if this version does not write such
