@@ -41,6 +41,7 @@ ANTHROPIC_KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
     500: "api_error",
+    502: "api_error",
     503: "overloaded_error",
 }
 REFUSALS: dict[str, tuple[int, str | None]] = {
@@ -71,7 +72,9 @@ EXPECTED = {
 }
 """Description of the expected value by the type of pydantic's error."""
 SERVER_FAILED = "The server failed on this request; see its log for the reason."
-KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+KINDS = {404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
+    (500, 502, 503), "server_error"
+)
 
 
 def request_name(scope: Scope) -> str | None:

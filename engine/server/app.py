@@ -93,6 +93,7 @@ def _add_generation(app: FastAPI, context: ServingContext, reader: BodyReader) -
             "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
         }
 
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         one = card()
@@ -137,12 +138,14 @@ class Health:
 def _add_watching(app: FastAPI, context: ServingContext) -> None:
     state = Health(context.engine)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not context.engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
         return await state.check()
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def metrics() -> Response:
         report = await context.engine.report()

@@ -334,7 +334,8 @@ class ChatSession:
     def written(self, output: RequestOutput) -> dict[str, int]:
         """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
         later prompts are known to share. ``output`` is one of the first answer."""
-        shared = max(self.prompt.boundaries, default=0)
+        is_off = self._context.engine.config.prefix_cache == "none"
+        shared = 0 if is_off else max(self.prompt.boundaries, default=0)
         return {"cache_write_tokens": max(0, shared - output.cached_len)}
 
     async def news(self) -> AsyncIterator[ChatDelta]:

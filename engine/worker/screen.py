@@ -139,11 +139,13 @@ def _cache_words(engine: Engine) -> str:
 
 
 def _smallest_prefix(engine: Engine) -> list[tuple[str, str]]:
-    """Return the length of the shortest prefix that can be reused."""
+    """Return the length of the shortest prefix that can be reused, unless fixed rules decide."""
     config = engine.config
     if config.prefix_cache == "none":
         return []
     is_stateful = engine.report().slots.total > 0
+    if is_stateful and config.checkpoints != ("adaptive",):
+        return []
     smallest = lcm(config.grid, config.page_size) if is_stateful else config.page_size
     every = f", and then every {smallest:,}" if smallest > 1 else ""
     words = f"{counted(smallest, 'token')} of a longer prompt{every}"

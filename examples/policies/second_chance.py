@@ -1,8 +1,8 @@
 """A stateful eviction policy that learns from evictions it regrets.
 
 A policy is notified when items come, are used, and go, and when a request would have resumed from
-an evicted checkpoint (``on_ghost_hit``). This one keeps two queues and learns which checkpoints come
-back, by the label of the placement rule that saved them.
+an evicted checkpoint (``on_ghost_hit``). This one keeps two queues and learns which checkpoints
+come back, by the label of the placement rule that saved them.
 
     hybridcache simulate --trace short --model qwen3-next --gib 1 \\
         --policy lru,second_chance:SecondChance

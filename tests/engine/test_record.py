@@ -229,7 +229,11 @@ def test_an_unreachable_server_gives_a_502(tmp_path: Path) -> None:
         writer = TraceWriter(file, keeps_text=False, tokenizer=None)
         with TestClient(create_proxy("http://127.0.0.1:9", writer)) as client:
             answer = client.post("/v1/chat/completions", json={"messages": []})
-    assert answer.status_code == 502 and "does not answer" in answer.text
+            message = client.post("/v1/messages", json={"messages": []})
+    assert answer.status_code == 502 and "does not answer" in answer.json()["error"]["message"]
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert message.json()["type"] == "error"
+    assert message.json()["error"]["type"] == "api_error"
     assert writer.num_requests == 0
 
 

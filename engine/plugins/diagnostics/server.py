@@ -266,6 +266,8 @@ class DiagnosticsExtension(ServerExtension):
             request: Request, answer_id: str, compared_with: str | None = None
         ) -> dict[str, Any]:
             operator.check(request)
+            if self.context.engine.config.prefix_cache == "none":
+                raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
             told = hooks.explanations.look_up(answer_id, compared_with)
             if told is None:
                 names = [answer_id] if compared_with is None else [answer_id, compared_with]

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from engine.server.settings import server_address
 from hybridcache.api import Losses
 from hybridcache.geometry.units import format_bytes, format_seconds
 
@@ -226,16 +227,17 @@ def _rate(one: dict[str, Any]) -> float | None:
 def top(url: str, key_file: str | None, once: bool) -> int:
     """Show the view until interrupted, or only ``once``, as in a pipe.
 
-    Raises ValueError if the key cannot be read, or the server does not answer the first time.
+    Raises ValueError for a wrong address, a key that cannot be read, or a server that does not
+    answer the first time.
     """
-    key = None
+    key, url = None, server_address(url)
     if key_file is not None:
         try:
             key = Path(key_file).read_text().strip()
         except OSError as error:
             raise ValueError(f"--key-file {key_file} cannot be read ({error.strerror}).") from None
     watched, console = Watched(), Console()
-    following = threading.Thread(target=follow, args=(watched, url.rstrip("/"), key), daemon=True)
+    following = threading.Thread(target=follow, args=(watched, url, key), daemon=True)
     following.start()
     deadline = time.monotonic() + TIMEOUT_S
     while not watched.num_events:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import signal
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME
 from engine.hub import display_name, resolve_folder
+from engine.server.settings import server_address
 from hybridcache.geometry.units import counted
 
 GRACE_S = 5
@@ -22,9 +22,7 @@ def record(
 
     Raises ValueError if an address, the file or the tokenizer cannot be used.
     """
-    named = urlsplit(upstream)
-    if named.scheme not in ("http", "https") or not named.hostname:
-        raise ValueError(f"{upstream!r} is not an address; an example is http://127.0.0.1:8000.")
+    upstream = server_address(upstream)
     import uvicorn
 
     from engine.plugins.record.proxy import create_proxy
@@ -47,7 +45,7 @@ def record(
             writer = TraceWriter(
                 file, keeps_text=keeps_text, tokenizer=loaded, counted_by=counted_by
             )
-            proxy = create_proxy(upstream.rstrip("/").removesuffix("/v1"), writer)
+            proxy = create_proxy(upstream, writer)
             port = listener.getsockname()[1]
             config = uvicorn.Config(
                 proxy,

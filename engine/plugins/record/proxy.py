@@ -17,6 +17,7 @@ import httpx
 
 from engine.plugins.record.chats import Chats
 from engine.plugins.record.trace_writer import Recorded, TraceWriter
+from engine.server.api_errors import APIError, PlainJSON
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -156,12 +157,13 @@ class Proxy:
         try:
             answer = await self._client.send(self._request(scope, body), stream=True)
         except httpx.LocalProtocolError as error:
-            await _refuse(send, 400, f"This request cannot be passed on ({error}).")
+            await _refuse(scope, send, 400, f"This request cannot be passed on ({error}).")
         except httpx.RequestError as error:
             message = f"The server at {self._url} does not answer ({error})."
-            await _refuse(send, 502, message)
+            await _refuse(scope, send, 502, message)
         except asyncio.CancelledError:
-            await _refuse(send, 503, "The recording has ended: send requests to the server itself.")
+            message = "The recording has ended: send requests to the server itself."
+            await _refuse(scope, send, 503, message)
             raise
         else:
             if exchange is not None:
@@ -213,14 +215,11 @@ async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send)
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    content = json.dumps({"error": {"message": message}}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+async def _refuse(scope: Message, send: Send, status: int, message: str) -> None:
+    """Answer with an error in the form of the API of the path."""
+    answer = PlainJSON(APIError(status, message).body(scope["path"]), status)
+    await send({"type": "http.response.start", "status": status, "headers": answer.raw_headers})
+    await send({"type": "http.response.body", "body": answer.body})
 
 
 async def _client_gone(receive: Receive) -> None:

@@ -61,7 +61,7 @@ class TierCopier:
         self._slab_rows = memory.slab_rows
         self._device = device
         self.host = allocate((num_host_rows, rows.shape[1]), torch.uint8, Device.resolve("cpu"))
-        self.is_pinned = device.register(self.host)
+        device.register(self.host)
         self.disk = disk
         self._stream: Any = None if device.is_cpu else device.module.Stream()
         self.host_bytes_per_s = self._measure() if num_host_rows else None

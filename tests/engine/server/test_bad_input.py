@@ -284,6 +284,12 @@ def test_broken_bodies_are_refused(live: Live, payload: bytes, message: str) -> 
     check_error(_send(live, payload, "application/json"), 400, message)
 
 
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models"])
+def test_probes_may_ask_for_the_head_alone(live: Live, path: str) -> None:
+    answer = httpx.head(f"{live.url}{path}")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_lone_surrogate_is_quoted_as_replacement_character(live: Live) -> None:
     answer = _send(live, b'{"prompt": "x", "model": "\\ud800"}', "application/json")
     check_error(answer, 404, "The model '\N{REPLACEMENT CHARACTER}' is not served")

@@ -123,6 +123,16 @@ def test_unknown_id_may_have_been_dropped_for_space(serve_oracle: Callable[..., 
     assert answer.status_code == 404 and "raise --explain-mib" in answer.text
 
 
+def test_without_a_cache_nothing_is_written_or_explained(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    live = serve_oracle(prefix_cache="none")
+    answer = live.post("/v1/chat/completions", body("Cold.")).json()
+    assert answer["usage"]["prompt_tokens_details"]["cache_write_tokens"] == 0
+    explanation = live.get(f"/v1/cache/explanations/{answer['id']}")
+    assert explanation.status_code == 404 and "the prefix cache is off" in explanation.text
+
+
 def test_responses_explain_in_openais_fields(live: Live) -> None:
     create = live.client.responses.create
     model = live.engine.model_name

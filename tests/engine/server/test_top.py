@@ -77,6 +77,13 @@ def test_missing_key_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "prompt tokens reused" in capsys.readouterr().out
 
 
+def test_address_may_be_that_of_the_api(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    """The start screen of the server prints the address with ``/v1``."""
+    assert main(["top", "--url", f"{live.url}/v1", "--once"]) == 0
+    assert main(["top", "--url", "localhost:8000"]) == 2
+    assert "'localhost:8000' is not an address" in capsys.readouterr().err
+
+
 def test_missing_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "--url", "http://127.0.0.1:9", "--once"]) == 2
     assert "does not answer" in capsys.readouterr().err
