@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--max-running", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--admission", nargs="+", default=["oldest", "sessions"])
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
