@@ -8,6 +8,7 @@ bytes per KV row are multiplied by ``unit``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -62,6 +63,12 @@ class TraceRequest(NamedTuple):
         return len(self.output) * unit if self.answer_tokens is None else self.answer_tokens
 
 
+@dataclass(slots=True)
+class _Passes:
+    num_requests: int | None = None
+    """Requests of the first whole pass; None before its end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """Requests that can be iterated again and again; each time the same."""
@@ -83,6 +90,7 @@ class Trace:
     made otherwise."""
     columns: str = ""
     """Columns of a CSV file that are read for each field, and the unused ones."""
+    _passes: _Passes = field(default_factory=_Passes, init=False, repr=False, compare=False)
 
     @property
     def full_name(self) -> str:
@@ -104,8 +112,28 @@ class Trace:
         return f"there is no request in it{because}"
 
     def __iter__(self) -> Iterator[TraceRequest]:
+        """Start over. Iteration raises ValueError for an invalid request, and if a whole pass gives
+        another number of requests than the first."""
         self.bad.count = 0
-        return iter(self.source())
+        requests = self.source()
+        return iter(requests) if isinstance(self.source, Held) else self._checked(requests)
+
+    def _checked(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
+        number, before_s = 0, 0.0
+        for number, request in enumerate(requests, 1):
+            try:
+                checked = _checked(request, before_s)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ValueError(f"{self.name}, request {number}: {error}") from None
+            before_s = checked.timestamp_s
+            yield checked
+        if self._passes.num_requests is None:
+            self._passes.num_requests = number
+        elif self._passes.num_requests != number:
+            raise ValueError(
+                f"{self.name}: it gave {self._passes.num_requests} requests at first and {number} "
+                "now: requests() must start again at each call"
+            )
 
     def head(self, num_requests: int) -> Trace:
         """Its first requests only."""
@@ -115,7 +143,61 @@ class Trace:
 
     def kept(self) -> Trace:
         """Return the same trace with all requests held in memory, for many replays."""
-        return replace(self, source=tuple(self).__iter__)
+        return replace(self, source=Held(tuple(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Source of requests in memory, which were checked when they were read."""
+
+    requests: tuple[TraceRequest, ...]
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        return iter(self.requests)
+
+
+def _checked(request: TraceRequest, before_s: float) -> TraceRequest:
+    """Return ``request`` with its ids as int32[n].
+
+    Raises ValueError or TypeError if it is invalid, or earlier than ``before_s``. O(1) if the ids
+    are int32[n].
+    """
+    if not isinstance(request, TraceRequest):
+        raise TypeError(f"a TraceRequest is needed (got {type(request).__name__})")
+    now_s = request.timestamp_s
+    if not isinstance(now_s, float | int | np.number) or not 0 <= now_s < math.inf:
+        raise ValueError(f"timestamp_s must be a finite number of at least 0 (got {now_s!r})")
+    if now_s < before_s:
+        raise ValueError(
+            f"timestamp_s {now_s:g} is before {before_s:g}, that of the request before it: sort "
+            "the requests by time"
+        )
+    tokens, output = request.tokens, request.output
+    if not (_is_int32(tokens) and _is_int32(output)):
+        tokens, output = _as_int32(tokens, "tokens"), _as_int32(output, "output")
+        request = request._replace(tokens=tokens, output=output)
+    if not len(tokens):
+        raise ValueError("tokens are empty")
+    return request
+
+
+def _is_int32(ids: object) -> bool:
+    return isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1
+
+
+def _as_int32(ids: object, name: str) -> Tokens:
+    """Return a list or an array of ids as int32[n]. Raises ValueError if it is none. O(n)."""
+    try:
+        found = np.asarray(ids)
+    except ValueError:  # nested lists of several lengths
+        found = np.zeros((0, 0))
+    if found.ndim == 1 and not found.size:
+        return np.zeros(0, np.int32)
+    if found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >> 31:
+        raise ValueError(
+            f"{name} must be int32[n], or a list of whole numbers in [0, 2**31) (got {ids!r:.40})"
+        )
+    return found.astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)

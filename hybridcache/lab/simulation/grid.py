@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridcache.lab.extras import explain_missing
-from hybridcache.lab.trace import BadRecords, Trace, TraceRequest
+from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
 
 _KEEP_BYTES = 256 << 20
 """Bytes of ids up to which a trace is kept in memory between runs."""
@@ -48,7 +48,7 @@ class Place:
             raise ValueError(f"processes must be at least 1, got {self.processes}")
         if self.ray is not None and self.processes > 1:
             raise ValueError(
-                "--ray spreads the runs over a cluster, --processes over this machine: name one"
+                "ray spreads the runs over a cluster, processes over this machine: give one of them"
             )
 
     @property
@@ -237,7 +237,7 @@ def _on_ray(
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     except ConnectionError as error:
         raise ValueError(
-            f"--ray {address}: no cluster answers there ({error}): start one with "
+            f"ray {address}: no cluster answers there ({error}): start one with "
             "`ray start --head`, or name another address"
         ) from error
     try:
@@ -296,7 +296,7 @@ def _in_memory(trace: Trace) -> Trace:
         if num_bytes > _KEEP_BYTES:
             return trace
     # The number of skipped records stays with the trace that was read.
-    return replace(trace, source=tuple(kept).__iter__, bad=BadRecords(skip=False))
+    return replace(trace, source=Held(tuple(kept)), bad=BadRecords(skip=False))
 
 
 _task: tuple[Trace, Run[Any, Any]] | None = None
