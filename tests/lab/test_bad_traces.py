@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from hybridcache.lab.cli import main
-from hybridcache.lab.trace import BadRecordError
+from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.trace import BadRecordError, Trace, TraceRequest
 from hybridcache.lab.traces import base, open_trace
 from hybridcache.lab.traces.base import TraceOrderWarning
+from hybridcache.lab.traces.jsonl import TraceFieldsWarning
 from tests.lab.records import (
     SEGMENTS,
     agent_request,
@@ -56,7 +58,14 @@ from tests.lab.records import (
         ({"tokens": [1], "stop_reason": 5}, "stop_reason is 5, not a text"),
         ({"session": "s", "prefix": []}, "prefix does not say how many ids are kept"),
         ({"session": "new", "prefix": [5, 1]}, "prefix keeps 5 ids of 0"),
-        ({"session": "s"}, "field 'prefix' is missing"),
+        ({"session": "s"}, "tokens or prefix is missing"),
+        ({"session": "s", "tokens": [1], "prefix": [0, 1]}, "it has both tokens and prefix: give"),
+        (
+            {"tokens": [1], "output": [2], "output_length": 1},
+            "it has both output and output_length",
+        ),
+        ({"tokens": [1], "timestamp": 1, "time": 1}, "it has both timestamp and time: give one"),
+        ({"tokens": [1], "time": 1}, "it has a time, but the records above have no time"),
         ([1], "a JSON object was expected, not list"),
     ],
 )
@@ -337,3 +346,104 @@ def test_surrogates_and_invalid_numbers_are_reported(tmp_path: Path) -> None:
             list(open_trace(f"{path}?tokenizer=bytes"))
         trace = open_trace(f"{path}?tokenizer=bytes", skip_bad=True)
         assert list(trace) == [] and trace.bad.count == 1
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])
+def test_record_without_a_time_among_others_is_bad(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "t.csv":
+        path.write_text("time,prompt,max_tokens\n5,a,1\n,b,1\n9,c,1\n")
+        spec, line = f"{path}?tokenizer=bytes", 3
+    else:
+        spec, line = str(lines(path, {"time": 5, "tokens": [1]}, {"tokens": [2]})), 2
+    with pytest.raises(
+        BadRecordError, match=rf"line {line}: it has no time, but the records above"
+    ):
+        list(open_trace(spec))
+    trace = open_trace(spec, skip_bad=True)
+    assert list(trace) and trace.bad.count == 1
+
+
+def test_records_without_any_time_are_a_second_apart(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]})
+    assert [request.timestamp_s for request in open_trace(str(path))] == [0.0, 1.0]
+
+
+def test_unknown_fields_give_one_warning_with_their_names(tmp_path: Path) -> None:
+    record = {"tokens": [1], "time": 3, "sesion": "a", "output_lenght": 5}
+    path = lines(tmp_path / "t.jsonl", record, record)
+    with pytest.warns(
+        TraceFieldsWarning, match=r"unused fields: sesion, output_lenght; "
+    ) as caught:
+        first, _ = open_trace(str(path))
+    assert len(caught) == 1 and caught[0].filename == __file__ and first.timestamp_s == 3
+    texts = {"request": {"prompt": "a"}, "answer": {}}  # of engine record --text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(open_trace(str(lines(path, {"tokens": [1]} | texts))))
+
+
+def test_csv_row_that_is_not_utf_8_is_named_and_can_be_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "latin.csv"
+    path.write_bytes(b'time,prompt,max_tokens\n0,a,1\n1,"b\n\xe4",1\n2,\xc3\xa4,1\n')
+    spec = f"{path}?tokenizer=bytes"
+    with pytest.raises(BadRecordError, match=r"latin\.csv, line 4: not UTF-8"):
+        list(open_trace(spec))
+    trace = open_trace(spec, skip_bad=True)
+    assert [len(request.tokens) for request in trace] == [1, 2] and trace.bad.count == 1
+    path.write_bytes(b"time,pr\xe4mpt\n0,a\n")
+    with pytest.raises(BadRecordError, match=r"latin\.csv, line 1: not UTF-8"):
+        list(open_trace(f"csv:{spec}"))
+
+
+IDS = np.arange(3, dtype=np.int32)
+REQUEST = TraceRequest(0.0, "s", None, IDS, IDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"timestamp_s": -10.0}, r"timestamp_s must be a finite number of at least 0 \(got -10"),
+        ({"timestamp_s": float("nan")}, r"timestamp_s must be .* \(got nan\)"),
+        ({"timestamp_s": "1"}, r"timestamp_s must be .* \(got '1'\)"),
+        ({"timestamp_s": 1.0}, "timestamp_s 1 is before 2, that of the request before it: sort"),
+        (
+            {"tokens": [1.5]},
+            r"tokens must be int32\[n\], or a list of whole numbers .*got \[1\.5\]",
+        ),
+        ({"tokens": [[1], [2, 3]]}, r"tokens must be int32\[n\]"),
+        ({"tokens": [1 << 31]}, r"tokens must be int32\[n\]"),
+        ({"tokens": []}, "tokens are empty"),
+        ({"output": None}, r"output must be int32\[n\], or a list .* \(got None\)"),
+        ({"output": np.array([-1])}, r"output must be int32\[n\]"),
+    ],
+)
+def test_invalid_request_of_a_program_is_named(change: dict[str, Any], problem: str) -> None:
+    requests = (
+        REQUEST._replace(timestamp_s=2.0),
+        REQUEST._replace(**{"timestamp_s": 3.0} | change),
+    )
+    with pytest.raises(ValueError, match=f"^mine, request 2: {problem}") as caught:
+        simulate(Trace("mine", 1, lambda: requests), gib=1, policy="lru")
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_of_ids_are_converted() -> None:
+    given = [REQUEST._replace(tokens=[1, 2], output=[]), REQUEST._replace(tokens=IDS.astype(int))]  # type: ignore[arg-type]
+    for request, ids in zip(Trace("mine", 1, lambda: given), ([1, 2], [0, 1, 2]), strict=True):
+        assert request.tokens.dtype == request.output.dtype == np.int32
+        assert request.tokens.tolist() == ids
+    with pytest.raises(ValueError, match=r"request 1: a TraceRequest is needed \(got tuple\)"):
+        list(Trace("mine", 1, lambda: [(0.0, "a")]))  # type: ignore[list-item]
+
+
+def test_requests_that_can_be_iterated_only_once_are_an_error() -> None:
+    rows = (REQUEST._replace(timestamp_s=float(k)) for k in range(9))
+    message = (
+        r"mine: it gave 9 requests at first and 0 now: requests\(\) must start again at each call"
+    )
+    with pytest.raises(ValueError, match=message):
+        simulate(Trace("mine", 1, lambda: rows), gib=1, policy="lru")
+    trace = open_trace("short?head=9")
+    next(iter(trace))  # a part of a pass is not counted
+    assert len(list(trace)) == len(list(trace)) == len(list(trace.kept())) == 9

@@ -145,9 +145,11 @@ def looks_like_csv(head: bytes) -> bool:
 
 def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
     """Yield (line number, {column: text}) for every row of comma-separated values under a header
-    line. Rows of another length, and with a quote that is not closed, are reported."""
+    line. Rows of another length, with a quote that is not closed, or not in UTF-8 are reported."""
     with open_bytes(path) as file:
-        rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""), strict=True)
+        # Bytes that are not UTF-8 become surrogates, so that the row with them can be named.
+        text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
+        rows = csv.reader(text, strict=True)
         names: list[str] = []
         while True:
             line = rows.line_num + 1
@@ -156,14 +158,20 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
             except DAMAGED as error:
                 bad.report(path, line, f"the gzip file is damaged from here on ({error})")
                 return
-            except UnicodeDecodeError:
-                bad.report(path, line, "not UTF-8")
-                return
             except csv.Error as error:
                 bad.report(path, line, f"not comma-separated values ({error})")
                 continue
             if row is None:
                 return
+            try:
+                joined = ",".join(row)
+                if not joined.isascii():
+                    joined.encode()
+            except UnicodeEncodeError as error:
+                bad.report(path, line + joined.count("\n", 0, error.start), "not UTF-8")
+                if not names:
+                    return
+                continue
             if not names:
                 names = row
             elif row and len(row) != len(names):
@@ -275,13 +283,22 @@ def in_order(
 
 
 class TraceClock:
-    """Times of a file's lines, some of which may have none."""
+    """Times of a file's lines: all have one, or none."""
 
     def __init__(self) -> None:
         self._now = -1.0
+        self._has_times: bool | None = None
+        """Whether the first line has a time; None before it."""
 
     def at(self, when_s: float | None) -> float:
-        """Return ``when_s``, or a second after the line before if it is None."""
+        """Return ``when_s``, or a second after the line before if no line has a time. Raises
+        ValueError if only some have one."""
+        has_time = when_s is not None
+        if self._has_times is None:
+            self._has_times = has_time
+        elif self._has_times != has_time:
+            here, above = ("a time", "no time") if has_time else ("no time", "one")
+            raise ValueError(f"it has {here}, but the records above have {above}")
         self._now = self._now + 1.0 if when_s is None else when_s
         return self._now
 

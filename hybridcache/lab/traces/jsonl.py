@@ -4,24 +4,28 @@ A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional 
 of tokens per id; ``counted_by`` there says how a text was converted to tokens. Then one object per
 line, in order of time (small disorder is sorted, see ``base.in_order``):
 
-- ``timestamp``: seconds, or a date in ISO 8601; default: one second after the previous line
+- ``timestamp`` (or ``time``): seconds, or a date in ISO 8601; in all lines or in none: then one
+  second between lines
 - ``session``: string or number; default: unique to the line
 - ``namespace``: string, number or null
 - ``tokens``: the prompt's ids, or ``prefix``, [k, ids...]: the first k ids of the session's last
   prompt and answer, then these
 - ``output``: the answer's ids; or ``output_length``: number of tokens in the answer, if its ids
-  are unknown; both if an id stands for several tokens
+  are unknown; both only if an id stands for several tokens
 - ``boundaries``: ascending positions in ids
 - ``partial``: tokens of the prompt's last id, if fewer than the unit
 - ``answer_survives``: false if later prompts are known to leave this one before its end
 - ``service``: seconds from the timestamp until the answer was complete
 - ``stop_reason``: why the answer ended, as "tool_use" or "end_turn"
 - ``session_end``: true: the client said that no further turn of the session will come
+
+Other fields have no effect, and give one ``TraceFieldsWarning`` per file.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TextIO
@@ -40,6 +44,7 @@ from hybridcache.lab.traces.base import (
     FileReader,
     Record,
     TraceClock,
+    callers_level,
     in_order,
     json_lines,
     key,
@@ -51,6 +56,32 @@ from hybridcache.lab.traces.base import (
     whole,
 )
 from hybridcache.tokens import Tokens, common_prefix_len
+
+TIMES = ("timestamp", "time")
+FIELDS = frozenset(
+    (
+        *TIMES,
+        "session",
+        "namespace",
+        "tokens",
+        "prefix",
+        "output",
+        "output_length",
+        "boundaries",
+        "partial",
+        "answer_survives",
+        "service",
+        "stop_reason",
+        "session_end",
+    )
+)
+"""Fields of a line that are read."""
+TEXTS = frozenset(("request", "answer"))
+"""Fields that ``engine record`` adds if it keeps the text. They are not read."""
+
+
+class TraceFieldsWarning(UserWarning):
+    """Warning that a line of a JSONL trace has fields that are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +123,17 @@ class OwnReader(FileReader):
         return line, record if "format" in record else {}
 
     def __call__(self) -> Iterator[TraceRequest]:
-        parser = _JsonlParser(self.unit)
+        parser = _JsonlParser(self.unit, str(self.path))
         return in_order(self.path, json_lines(self.path, self.bad), parser.parse, self.bad)
 
 
 class _JsonlParser:
     """Converts lines to requests. Keeps each session's last prompt and answer for ``prefix``."""
 
-    def __init__(self, unit: int) -> None:
+    def __init__(self, unit: int, path: str) -> None:
         self._unit = unit
+        self._path = path
+        self._has_warned = False
         self._fresh = FreshIds()
         self._number = -1
         self._clock = TraceClock()
@@ -112,12 +145,17 @@ class _JsonlParser:
         if "format" in record:
             return
         self._number += 1
+        if not self._has_warned and not record.keys() <= FIELDS:
+            self._warn_of_unknown(record)
+        _refuse_both(record, "tokens", "prefix")
+        _refuse_both(record, *TIMES)
         session = key(record, "session") if "session" in record else f"line {self._number}"
         tokens = self._tokens(record, session)
         partial = record.get("partial")
         if partial is not None:
             partial = whole(record, "partial", 1, self._unit)
-        said_s = moment(record, "timestamp") if "timestamp" in record else None
+        time = next((name for name in TIMES if name in record), None)
+        said_s = moment(record, time) if time else None
         output, answer = self._output(record)
         boundaries = tuple(read_ids(record.get("boundaries", [])).tolist())
         if any(position > len(tokens) for position in boundaries):
@@ -144,9 +182,21 @@ class _JsonlParser:
             ends,
         )
 
+    def _warn_of_unknown(self, record: Record) -> None:
+        unknown = [name for name in record if name not in FIELDS and name not in TEXTS]
+        if unknown:
+            self._has_warned = True
+            message = (
+                f"{self._path}: unused fields: {', '.join(unknown)}; fields that are read: "
+                f"{', '.join(sorted(FIELDS))}"
+            )
+            warnings.warn(TraceFieldsWarning(message), stacklevel=callers_level())
+
     def _tokens(self, record: Record, session: Hashable) -> Tokens:
         if "tokens" in record:
             tokens = read_ids(record["tokens"])
+        elif "prefix" not in record:
+            raise ValueError("tokens or prefix is missing")
         else:
             prefix = read_ids(record["prefix"])
             if not len(prefix):
@@ -163,6 +213,8 @@ class _JsonlParser:
     def _output(self, record: Record) -> tuple[Tokens, int | None]:
         """Return (ids, number of tokens in the answer if the ids do not determine it, else
         None)."""
+        if self._unit == 1:
+            _refuse_both(record, "output", "output_length")
         several = self._unit > 1 and "output_length" in record
         if "output" in record:
             output = read_ids(record["output"])
@@ -176,6 +228,11 @@ class _JsonlParser:
             return output, length
         length = whole(record, "output_length") if "output_length" in record else 0
         return self._fresh.take(units(length, self._unit)), length if several else None
+
+
+def _refuse_both(record: Record, first: str, second: str) -> None:
+    if first in record and second in record:
+        raise ValueError(f"it has both {first} and {second}: give one of them")
 
 
 def write(trace: Trace, file: TextIO) -> int:
