@@ -471,7 +471,7 @@ def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:
 def _counting(stats: TraceStats) -> str:
     if stats.counted_by:
         return f"counted by: {stats.counted_by}"
-    return f"one id stands for {stats.unit}"
+    return f"one id is {'one token' if stats.unit == 1 else f'{stats.unit} tokens'}"
 
 
 def stats_table(stats: TraceStats) -> str:
@@ -490,11 +490,12 @@ def stats_table(stats: TraceStats) -> str:
         spread("reuse after new tokens", stats.reuse_new_tokens),
     ]
     share = 100 / max(stats.prompt_tokens, 1)
+    duration = f"{stats.duration_s:,.{1 if stats.duration_s < 10 else 0}f}"
     lines = [
         text_table(header, rows),
         "",
         f"requests {stats.num_requests:,} in {counted(stats.num_sessions, 'session')} and "
-        f"{counted(stats.num_namespaces, 'namespace')}, over {stats.duration_s:,.0f} s; "
+        f"{counted(stats.num_namespaces, 'namespace')}, over {duration} s; "
         f"{counted(stats.num_bad, 'bad record')} skipped",
         f"prompt tokens {stats.prompt_tokens:,}; {_counting(stats)}",
         f"distinct tokens, answers included {stats.distinct_tokens:,}",

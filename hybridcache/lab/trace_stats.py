@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.trace import FreshIds, Trace, TraceRequest
 from hybridcache.tokens import common_prefix_len
 
 _PERCENTILES = (5, 50, 95, 99)
@@ -83,7 +83,7 @@ class TraceStats:
     """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
     repeated_answers: float | None = None
     """Share of the tokens of answers that the next prompt of the session repeats, behind the whole
-    prompt; None if no answer is followed by a prompt."""
+    prompt; None if no answer whose ids are known is followed by a prompt."""
     columns: str = ""
     """Columns of a CSV file that were read for each field, and the unused ones."""
 
@@ -125,6 +125,8 @@ class _Gathered:
         self.last: dict[Hashable, TraceRequest] = {}
         self.num_answered = self.num_repeated = 0
         """Ids of answers that a prompt of their session follows, and of those it repeats."""
+        self.has_answer_ids = False
+        """Whether any answer is more than a length."""
 
     def add(self, request: TraceRequest) -> None:
         unit = self.unit
@@ -155,6 +157,9 @@ class _Gathered:
         if common_prefix_len(before.tokens, request.tokens) == len(before.tokens):
             follows = request.tokens[len(before.tokens) :]
             self.num_repeated += common_prefix_len(before.output, follows)
+        if not self.has_answer_ids and len(before.output):
+            is_known = before.output.min() < FreshIds.FLOOR
+            self.has_answer_ids = bool(is_known or self.num_repeated)
 
     def stats(self, trace: Trace) -> TraceStats:
         return TraceStats(
@@ -181,7 +186,9 @@ class _Gathered:
             reuse_new_tokens=Summary.of(self.reuse[2]),
             sharing=self._sharing(),
             counted_by=trace.counted_by,
-            repeated_answers=(self.num_repeated / self.num_answered if self.num_answered else None),
+            repeated_answers=(
+                self.num_repeated / self.num_answered if self.has_answer_ids else None
+            ),
             columns=trace.columns,
         )
 

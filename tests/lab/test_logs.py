@@ -172,6 +172,8 @@ def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
     path = lines(tmp_path / "log.jsonl", {"timestamp": 0, "prompt": "a radix tree is a tree"})
     with pytest.raises(ValueError, match=r"no tokenizer is named .*add \?tokenizer=qwen3\.5"):
         open_trace(str(path))
+    with pytest.raises(ValueError, match="tokenizer 'foo': no such name or file"):
+        list(open_trace(f"{path}?tokenizer=foo"))
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert trace.counted_by == "bytes" and len(next(iter(trace)).tokens) == 22
     assert "counted by: bytes" in stats_table(trace_stats(trace))
@@ -299,6 +301,17 @@ def test_answers_repeated_by_the_next_prompt_are_counted(
     stats = trace_stats(open_trace(f"{path}?tokenizer=bytes"))
     assert stats.repeated_answers == pytest.approx(share)
     assert ("answers found again" in stats_table(stats)) == (share is not None)
+
+
+def test_answers_of_known_length_alone_are_not_compared(tmp_path: Path) -> None:
+    turns = (
+        {"session": "s", "tokens": [1, 2][:k], "output_length": 5, "timestamp": k} for k in (1, 2)
+    )
+    stats = trace_stats(open_trace(str(lines(tmp_path / "t.jsonl", *turns))))
+    assert stats.repeated_answers is None
+    table = stats_table(stats)
+    assert "answers found again" not in table and "one id is one token" in table
+    assert "over 1.0 s;" in table
 
 
 def test_namespace_depends_on_model_and_cache_salt(tmp_path: Path) -> None:

