@@ -462,12 +462,19 @@ def _arguments(spec: str, call: str) -> tuple[str, list[Any], dict[str, Any]]:
         tree = ast.parse(call, mode="eval").body
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
             raise ValueError("it is not a call")
-        keywords = {str(part.arg): ast.literal_eval(part.value) for part in tree.keywords}
-        return tree.func.id, [ast.literal_eval(part) for part in tree.args], keywords
+        keywords = {str(part.arg): _literal(part.value) for part in tree.keywords}
+        return tree.func.id, [_literal(part) for part in tree.args], keywords
     except (SyntaxError, ValueError) as error:
         raise ValueError(
             f"{spec!r}: write module:Class(alpha=2), with numbers, strings and lists ({error})"
         ) from error
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(f"{ast.unparse(node)} is not a number, string or list") from None
 
 
 def _refuse_unfit(own: OwnPolicy, found: type[Any], protocol: type[Any]) -> None:
@@ -548,6 +555,6 @@ def _blame(label: str, policy: object, method: str, error: Exception) -> NoRetur
         frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
     ]
     where = f" ({Path(file).name}, line {frames[-1].lineno})" if frames else ""
-    raise PolicyError(
-        f"{label!r}: {method.lstrip('_')} raised {type(error).__name__}: {error}{where}"
-    ) from error
+    # The method of the user may have been called by one of its base class.
+    name = frames[0].name if frames else method.lstrip("_")
+    raise PolicyError(f"{label!r}: {name} raised {type(error).__name__}: {error}{where}") from error

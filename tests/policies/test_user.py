@@ -45,6 +45,8 @@ from tests.cache.twins import VictimLog
 from tests.policies.items import FakeItem, offer
 
 MODULE = """
+from typing import NamedTuple
+
 from hybridcache.policies.protocol import EvictionPolicy, Placed, PlacementPolicy
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 
@@ -107,6 +109,26 @@ class Foreign(Inherits):
         return self.item
 
 
+class Word(ScorePolicy):
+    def score(self, item):
+        return "high"
+
+
+class Words(SampledPolicy):
+    def score(self, item):
+        return (1.0, item.label)
+
+
+class Pair(NamedTuple):
+    uses: int
+    last_used: int
+
+
+class Named(ScorePolicy):
+    def score(self, item):
+        return Pair(item.uses, item.last_used)
+
+
 class Thirds(PlacementPolicy):
     def plan(self, prefill):
         for part in (3, 2, 1):
@@ -146,7 +168,8 @@ def user_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.mark.parametrize(
-    "name", ["user_policies:CheapestFirst", "user_policies:InTiers", "user_policies:Dice"]
+    "name",
+    [f"user_policies:{name}" for name in ("CheapestFirst", "InTiers", "Dice", "Named")],
 )
 def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
     result = simulate("short?head=60", gib=1, policy=["lru", name], bound=False)
@@ -192,10 +215,13 @@ def test_a_custom_placement_runs_wherever_a_name_does() -> None:
         ("Inherits", "it does not implement EvictionPolicy: it lacks victim"),
         (
             "Raises",
-            "add raised AttributeError: .* has no attribute 'nothing' .user_policies.py, line 28",
+            "score raised AttributeError: .* has no attribute 'nothing' .user_policies.py, line 30",
         ),
         ("NaN", r"NaN.score returned \(1.0, nan\) for a checkpoint item: a number or a tuple"),
         ("Nothing", "Nothing.score returned None for a checkpoint item"),
+        ("Word", "Word.score returned 'high' for a checkpoint item: a number or a tuple of"),
+        ("Words", r"Words.score returned \(1.0, '\w+'\) for a checkpoint item"),
+        ("Arguments(weight=x)", r"Class\(alpha=2\).* \(x is not a number, string or list\)"),
         ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
         ("Foreign", "victim.* returned .* which is not a candidate of that kind"),

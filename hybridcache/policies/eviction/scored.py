@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
+from math import inf
 from typing import Any, cast
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
@@ -188,13 +189,18 @@ class SampledPolicy(EvictionPolicy):
 
 
 def _checked(policy: ScorePolicy | SampledPolicy, item: Item) -> Score:
-    """Return the score. Raises PolicyError if it cannot be ordered."""
+    """Return the score. Raises PolicyError if it is not a number or a tuple of numbers, or NaN."""
     score: Any = policy.score(item)
+    kind = type(score)
+    if (kind is float or kind is int) and score == score:
+        return cast(Score, score)
     try:
-        if score <= score and (type(score) is not tuple or all(part <= part for part in score)):
+        # Only numbers can be compared with infinity, and NaN is not less.
+        parts = score if isinstance(score, tuple) else (score,)
+        if all(part <= inf for part in parts):
             return cast(Score, score)
     except (TypeError, ValueError):
-        pass  # the value has no order
+        pass  # not a number
     raise PolicyError(
         f"{type(policy).__name__}.score returned {score!r} for a {item.kind} item: "
         "a number or a tuple of numbers is required"
