@@ -56,6 +56,10 @@ PRECISIONS = (*SERVABLE_PRECISIONS, "int8")
 WORTH = 0.005
 """Token hit rate that a periodic checkpoint, a coarser precision or a finer grid must gain to be
 advised."""
+RULE = (
+    "the highest token hit rate is chosen; a periodic checkpoint, a coarser precision or a finer "
+    f"grid must gain more than {100 * WORTH:g} points."
+)
 SAME_TTFT = 1.05
 """Ratio of the slowest to the fastest time to the first token up to which they are the same."""
 FEWEST_CHECKED = 100
@@ -186,7 +190,7 @@ class Advice:
         ]
         header = ["question", "option (* chosen)", "token hit, %"]
         header += [f"TTFT P{one}, ms" for one in percentiles]
-        return "\n".join(lines) + text_table(header, rows)
+        return "\n".join(lines) + text_table(header, rows) + f"\n{RULE}"
 
     @property
     def _ttft_differs(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
@@ -17,6 +18,8 @@ from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.target import RunConfig, Target
 
 PERCENTILES = (5, 50, 95, 99)
+SAME_SIZE = 1e-3
+"""Relative difference up to which two sizes are the same: tables show four digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,8 +403,16 @@ class SweepRuns:
         return {name: list(runs.values()) for name, runs in found.items()}
 
     def best(self, gib: float) -> RunResult:
-        """Return the run of highest token hit rate at the size nearest to ``gib``."""
-        nearest = min((run.gib or 0.0 for run in self.runs), key=lambda size: abs(size - gib))
+        """Return the run of highest token hit rate at the size ``gib``, to three digits or more.
+
+        Raises:
+            ValueError: this size was not simulated. The message names the simulated sizes.
+        """
+        simulated = sorted({run.gib for run in self.runs if run.gib is not None})
+        nearest = min(simulated, key=lambda size: abs(size - gib), default=0.0)
+        if not math.isclose(nearest, gib, rel_tol=SAME_SIZE):
+            known = ", ".join(f"{size:.4g}" for size in simulated) or "none"
+            raise ValueError(f"gib must be a simulated size: {known} (got {gib:g}).")
         return max(
             (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate
         )
