@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -86,7 +87,7 @@ class ModelGeometry:
         """Return a bundled model by name or by an unambiguous prefix of it (``qwen3-next``).
 
         Raises:
-            KeyError: no preset or several presets match. The message lists all names.
+            ValueError: no preset or several presets match. The message lists the names.
         """
         full_name = preset_name(name)
         shape = presets()[full_name]
@@ -134,9 +135,9 @@ class ModelGeometry:
         The result is named after the file, or after the directory if the file is ``config.json``.
 
         Raises:
-            KeyError: no preset has this name.
             OSError: the file cannot be read.
-            ValueError: the file is not the config of a supported model. The message has the path.
+            ValueError: no preset has this name; or the file is not the config of a supported
+                model, and the message has the path.
         """
         path = Path(name)
         if path.is_dir():
@@ -257,7 +258,7 @@ def preset_name(name: str) -> str:
     ``name`` is a name or the beginning of one. Case and punctuation are ignored.
 
     Raises:
-        KeyError: no preset or several presets match. The message lists the names.
+        ValueError: no preset or several presets match. The message lists the names.
     """
 
     def plain(text: str) -> str:
@@ -270,12 +271,14 @@ def preset_name(name: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise KeyError(f"model {name!r} means several: {', '.join(found)}")
+        raise ValueError(f"model {name!r} means several: {', '.join(found)}")
     # A name of the Hugging Face Hub has an owner before it, and often a word behind it.
     title = plain(name.rpartition("/")[2])
     near = [each for each in names if title and title.startswith(plain(each))]
+    similar = get_close_matches(title, map(plain, names), n=1)
+    near += [each for each in names if plain(each) in similar and not near]
     hint = f"; did you mean {max(near, key=len)!r}?" if near else ""
-    raise KeyError(f"model {name!r} is none of: {', '.join(names)}{hint}")
+    raise ValueError(f"model {name!r} is none of: {', '.join(names)}{hint}")
 
 
 def sizes_of_shape(shape: Shape) -> ModelSizes:

@@ -194,8 +194,15 @@ def test_unknown_layer_type_is_named_in_the_error(config) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3.5", "no-such-model"])
 def test_ambiguous_or_unknown_preset_lists_the_names(name: str) -> None:
-    with pytest.raises(KeyError, match=r"Qwen3\.5-0\.8B"):
+    with pytest.raises(ValueError, match=r"Qwen3\.5-0\.8B"):
         ModelGeometry.preset(name)
+
+
+def test_misspelled_preset_gives_a_similar_name() -> None:
+    with pytest.raises(
+        ValueError, match=r"^model 'qwen4' is none of: .*; did you mean 'Qwen3.*'\?$"
+    ):
+        ModelGeometry.load("qwen4")
 
 
 def test_load_accepts_a_directory_a_file_and_a_preset(tmp_path) -> None:

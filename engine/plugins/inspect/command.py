@@ -96,15 +96,15 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
         word = str(BUILTIN_DIR)
     try:
         geometry = ModelGeometry.load(word, **dtypes)
-    except KeyError as error:
-        raise ValueError(
-            f"No model directory, config.json or preset '{word}': {error.args[0]}."
-        ) from error
     except FileNotFoundError as error:
         raise ValueError(
             f"There is no {error.filename}: name a directory with a config.json."
         ) from error
     except ValueError as error:
+        if not Path(word).exists():
+            raise ValueError(
+                f"No model directory, config.json or preset '{word}': {error}."
+            ) from error
         why = _unknown_type(word)
         raise ValueError(f"{why.rstrip('.')}; {error}" if why else str(error)) from error
     path = Path(word)
