@@ -100,7 +100,7 @@ class Split:
             raise ValueError(f"no trace of the split contains {only!r}: {', '.join(self.gib)}")
         if num_seeds is not None and not 1 <= num_seeds <= len(self.seeds):
             raise ValueError(
-                f"--seeds must be from 1 to {len(self.seeds)}, the seeds of the split (got "
+                f"num_seeds must be from 1 to {len(self.seeds)}, the seeds of the split (got "
                 f"{num_seeds})."
             )
         return Split(self.name, self.model, self.seeds[:num_seeds], gib)

@@ -34,13 +34,13 @@ def page_of(trace: Trace, sweep: Sweep) -> str:
         for size in sizes(sweep.gib)
     ]
     if sweep.max_running is not None:
-        raise ValueError("a page shows requests that are served in turn: leave --max-running out")
+        raise ValueError("a page shows requests that are served in turn: leave max_running out")
     if any(config.baseline is not None for config in configs):
-        raise ValueError("a page shows our own cache's tree: leave --baseline out")
+        raise ValueError("a page shows our own cache's tree: leave baseline out")
     if len(configs) > MAX_RUNS:
         raise ValueError(
             f"a page takes up to {MAX_RUNS} runs, these are {len(configs)}: give one or two sizes "
-            "(--gib) and few policies"
+            "(gib) and few policies"
         )
     serving, room = sweep.serving(geometry), MAX_RECORDS
     recordings = []

@@ -94,7 +94,7 @@ def test_error_for_an_invalid_split_names_file_and_fault(
     ("arguments", "error"),
     [
         (["--only", "nowhere"], "no trace of the split contains 'nowhere'"),
-        (["--seeds", "0"], "--seeds must be from 1 to 10, the seeds of the split (got 0)."),
+        (["--seeds", "0"], "num_seeds must be from 1 to 10, the seeds of the split (got 0)."),
         (["--seeds", "20"], "(got 20)."),
         (["none:Such", "--seeds", "1", "--only", "short"], "'none:Such': no module 'none'"),
         (["--split", "absent.toml"], "absent.toml: No such file"),

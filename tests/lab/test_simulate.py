@@ -498,6 +498,7 @@ def test_advice_is_checked_on_held_out_requests() -> None:
     assert advice.check.cached_tokens == whole.cached_tokens - half.cached_tokens
     error = 100 * (advice.check.token_hit_rate - half.token_hit_rate)
     assert f"the error of the forecast is {error:+.1f} points" in advice.text()
+    assert advice.text().endswith("or a finer grid must gain more than 0.5 points.")
     unchecked = advise("short?head=60", **options, tune_share=1)
     assert unchecked.check is None and "not checked" in unchecked.text()
     assert unchecked.result.requests == 60
@@ -582,6 +583,33 @@ def test_repr_of_a_result_is_one_line_with_its_best_run(small: SimulationResult)
         assert f"{100 * best.token_hit_rate:.1f} %" in text
     assert len(repr(best)) < 100 and best.label in repr(best)
     assert "no runs" in repr(replace(small, runs=()))
+
+
+def test_best_run_is_of_a_simulated_size(small: SimulationResult) -> None:
+    known = sorted({run.gib for run in small.runs if run.gib is not None})
+    for size in known:
+        best = small.best(float(f"{size:.4g}"))
+        assert best.gib == size
+        rates = [run.token_hit_rate for run in small.runs if run.gib == size]
+        assert best.token_hit_rate == max(rates)
+    with pytest.raises(ValueError, match=rf"gib must be a simulated size: {known[0]:.4g}.*got 99"):
+        small.best(99)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gib": [-1]}, r"^gib \[-1\]: GiB above 0"),
+        ({"host_gib": -1}, "^host_gib -1: GiB of 0"),
+        ({"model": "foo"}, "^model 'foo' is none of"),
+        ({"ray": "x", "processes": 2}, "^ray spreads the runs over a cluster, processes over"),
+        ({"memory": "pools"}, "give kv_share between 0 and 1"),
+    ],
+)
+def test_errors_of_functions_name_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        simulate("short?head=3", **arguments)
+    assert "--" not in str(caught.value)
 
 
 def test_html_of_a_result_contains_every_rate(small: SimulationResult) -> None:

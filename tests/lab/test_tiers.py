@@ -85,7 +85,7 @@ def test_command_line_accepts_tiers_and_rejects_invalid_sizes(capsys: pytest.Cap
     assert main([*command, "1"]) == 0
     assert "survival + 1 GiB host" in capsys.readouterr().out
     assert main([*command, "-1"]) == 2
-    assert "--host-gib -1.0: GiB of 0" in capsys.readouterr().err
+    assert "host_gib -1.0: GiB of 0" in capsys.readouterr().err
     assert main([*command, "0.001"]) == 2
     assert "host_gib 0.001 is too little" in capsys.readouterr().err
 

@@ -47,13 +47,13 @@ class FleetConfig:
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
-            raise ValueError(f"--replicas must be at least 1, got {self.replicas}")
+            raise ValueError(f"replicas must be at least 1, got {self.replicas}")
         if self.load is not None and not self.load > 0:
-            raise ValueError(f"--load must be above 0, got {self.load}")
+            raise ValueError(f"load must be above 0, got {self.load}")
         if self.delay_s < 0 or self.replaced_s < 0 or self.tpot_s < 0:
-            raise ValueError("--event-delay, replaced_s and tpot_s must be at least 0")
+            raise ValueError("delay_s, replaced_s and tpot_s must be at least 0")
         if self.failures < 0:
-            raise ValueError(f"--failures must be at least 0, got {self.failures}")
+            raise ValueError(f"failures must be at least 0, got {self.failures}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def times_of(
         return times
     if span.seconds <= 0:
         raise ValueError(
-            "--load is a share of the trace's time, and all its requests come at once: name starts "
+            "load is a share of the trace's time, and all its requests come at once: name starts "
             "(starts=poisson:2), or leave the load out"
         )
     return Arithmetic(geometry, span.cold_flops / (config.load * config.replicas * span.seconds))

@@ -44,8 +44,8 @@ def check_fleet(config: RunConfig, fleet: FleetConfig) -> None:
     """Raise ValueError, with one sentence, if the job cannot be run."""
     if config.baseline is not None:
         raise ValueError(
-            f"baseline {config.baseline}: rebuilt peers publish no events for routers: leave out "
-            "--baseline with --replicas"
+            f"baseline {config.baseline}: rebuilt peers publish no events for routers: leave it "
+            "out for a fleet"
         )
     check_words(config)
     if fleet.router != "oracle":

@@ -333,7 +333,7 @@ class Sweep:
 
 
 def load_model(name: str, **dtypes: str) -> ModelGeometry:
-    """Return the model of ``--model``: see ``ModelGeometry.load``, and the engine's ``builtin``.
+    """Return the model ``name``: see ``ModelGeometry.load``, and the engine's ``builtin``.
 
     Raises the errors of ``ModelGeometry.load``; ValueError if the engine is not installed.
     """
@@ -341,7 +341,7 @@ def load_model(name: str, **dtypes: str) -> ModelGeometry:
         engine = find_spec("engine")
         if engine is None or engine.origin is None:
             raise ValueError(
-                f"--model {name} is part of the engine, which is not installed: "
+                f"model {name} is part of the engine, which is not installed: "
                 f"{install_command('engine')}"
             )
         name = str(Path(engine.origin).parent / "models" / BUILTIN)
@@ -411,7 +411,7 @@ def simulate(
     - ``progress``: function of (runs done, all); False for none. By default a bar in terminals and
       notebooks.
 
-    O(requests) per run. Raises ValueError, KeyError (model) or OSError, each with one sentence, for
+    O(requests) per run. Raises ValueError or OSError, each with one sentence, for
     invalid arguments and unreadable files.
     """
     opened = open_trace(trace) if isinstance(trace, str) else trace

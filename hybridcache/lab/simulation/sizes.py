@@ -28,12 +28,12 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if len(found) > MOST_POINTS:
-        raise ValueError(f"--gib {shown(spec)}: they are more than {MOST_POINTS}")
+        raise ValueError(f"gib {shown(spec)}: they are more than {MOST_POINTS}")
     wrong = next((gib for gib in found if not 0 < gib < TOO_LARGE_GIB), None)
     if not found or wrong is not None:
         which = "" if wrong is None or len(found) == 1 else f" ({wrong:g} is not)"
         raise ValueError(
-            f"--gib {shown(spec)}: GiB above 0, below {TOO_LARGE_GIB:.2g} are needed{which}, as "
+            f"gib {shown(spec)}: GiB above 0, below {TOO_LARGE_GIB:.2g} are needed{which}, as "
             "low:high:points (low first), as a,b,c or as numbers"
         )
     return found
@@ -49,7 +49,7 @@ def rates(spec: str | float | Sequence[float]) -> tuple[float, ...]:
         return sizes(spec)
     except ValueError:
         raise ValueError(
-            f"--rate {shown(spec)}: rates above 0 are needed, as low:high:points (low first) or as "
+            f"rate {shown(spec)}: rates above 0 are needed, as low:high:points (low first) or as "
             "a,b,c"
         ) from None
 
@@ -75,6 +75,6 @@ def tier_bytes(word: str, gib: float) -> int:
     [0, ``TOO_LARGE_GIB``)."""
     if not 0 <= gib < TOO_LARGE_GIB:
         raise ValueError(
-            f"--{word}-gib {gib}: GiB of 0 (none) or more, below {TOO_LARGE_GIB:.2g} are needed"
+            f"{word}_gib {gib}: GiB of 0 (none) or more, below {TOO_LARGE_GIB:.2g} are needed"
         )
     return budget_bytes(gib)

@@ -107,7 +107,7 @@ class RunConfig:
         if self.memory not in MEMORIES:
             raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
         if self.kv_share is None and self.memory == "pools":
-            raise ValueError("memory 'pools' has no share for KV: give --kv-share between 0 and 1")
+            raise ValueError("memory 'pools' has no share for KV: give kv_share between 0 and 1")
         if self.kv_share is not None and self.memory != "pools":
             raise ValueError(
                 f"kv_share {self.kv_share} has no meaning with memory {self.memory!r}: "

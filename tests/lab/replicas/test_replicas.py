@@ -212,7 +212,7 @@ def test_command_prints_a_table_and_writes_lines(
     ("more", "message"),
     [
         (["--router", "kv"], "--router is about several replicas"),
-        (["--replicas", "0"], "--replicas must be at least 1"),
+        (["--replicas", "0"], "replicas must be at least 1"),
         (["--replicas", "2", "--router", "best"], "router must be one of round_robin"),
         (["--replicas", "2", "--baseline", "vllm"], "--baseline has no meaning with --replicas"),
         *(
@@ -229,8 +229,8 @@ def test_command_prints_a_table_and_writes_lines(
                 ("--page", "p.html"),
             )
         ),
-        (["--replicas", "2", "--load", "0"], "--load must be above 0"),
-        (["--replicas", "2", "--ray", "x", "--processes", "2"], "name one"),
+        (["--replicas", "2", "--load", "0"], "load must be above 0"),
+        (["--replicas", "2", "--ray", "x", "--processes", "2"], "give one of them"),
     ],
 )
 def test_invalid_arguments_give_one_line(
