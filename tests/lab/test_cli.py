@@ -169,11 +169,11 @@ def test_invalid_closed_loop_options_give_one_line(
             ["simulate", "--trace", "chat", "--policy", "json:JSONDecoder"],
             "it does not implement EvictionPolicy",
         ),
-        (["simulate", "--trace", "chat", "--gib", "0"], "--gib '0'"),
-        (["simulate", "--trace", "chat", "--gib", "-1"], "--gib '-1'"),
-        (["simulate", "--trace", "chat", "--gib", "inf"], "--gib 'inf'"),
-        (["simulate", "--trace", "chat", "--gib", "nan"], "--gib 'nan'"),
-        (["simulate", "--trace", "chat", "--gib", "1:2:0"], "--gib '1:2:0'"),
+        (["simulate", "--trace", "chat", "--gib", "0"], "gib '0'"),
+        (["simulate", "--trace", "chat", "--gib", "-1"], "gib '-1'"),
+        (["simulate", "--trace", "chat", "--gib", "inf"], "gib 'inf'"),
+        (["simulate", "--trace", "chat", "--gib", "nan"], "gib 'nan'"),
+        (["simulate", "--trace", "chat", "--gib", "1:2:0"], "gib '1:2:0'"),
         (["simulate", "--trace", "chat", "--gib", "2:1:3"], "(low first)"),
         (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
         *(
@@ -181,11 +181,11 @@ def test_invalid_closed_loop_options_give_one_line(
             for command in (["simulate"], ["optimum"], ["advise", "--gib", "1"])
             for flag in ("--host-gib", "--disk-gib")
         ),
-        (["simulate", "--trace", "chat", "--gib", "1e300"], "--gib '1e300': GiB above 0, below"),
-        (["advise", "--trace", "chat", "--gib", "1e300"], "--gib 1e+300: GiB above 0, below"),
+        (["simulate", "--trace", "chat", "--gib", "1e300"], "gib '1e300': GiB above 0, below"),
+        (["advise", "--trace", "chat", "--gib", "1e300"], "gib 1e+300: GiB above 0, below"),
         (["optimum", "--trace", "chat", "--gib", "1:1e300:3"], "GiB above 0, below 1.1e+15"),
         (["simulate", "--trace", "chat", "--gib", "1:2:100000000"], "they are more than 1000"),
-        (["simulate", "--trace", "chat", "--memory", "pools"], "give --kv-share between 0 and 1"),
+        (["simulate", "--trace", "chat", "--memory", "pools"], "give kv_share between 0 and 1"),
         (["simulate", "--trace", "chat", "--grid", "99999999999"], "no prompt is longer than"),
         (["advise", "--trace", "chat", "--gib", "0.001"], "nothing fits in"),
         (["optimum", "--trace", "chat?head=5", "--gap", "nan"], "no negative gap"),
@@ -206,7 +206,7 @@ def test_invalid_closed_loop_options_give_one_line(
         ),
         (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 must divide"),
         (["advise", "--trace", "chat?head=0", "--gib", "1"], "chat: there is no request in it"),
-        (["advise", "--trace", "chat", "--gib", "0"], "--gib 0.0"),
+        (["advise", "--trace", "chat", "--gib", "0"], "gib 0.0"),
         (
             ["advise", "--trace", "chat", "--gib", "1", "--state-dtypes", "int4"],
             "'int4' is none of",
@@ -227,9 +227,9 @@ def test_invalid_closed_loop_options_give_one_line(
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
         (["simulate", "--trace", "chat?haed=9"], "'haed', did you mean 'head'? known: seed, bound"),
         (["simulate", "--trace", "csv:no.csv"], "'csv:no.csv': there is no file no.csv"),
-        (["simulate", "--trace", "chat", "--gib", "1,0,2"], "--gib '1,0,2': GiB above 0"),
+        (["simulate", "--trace", "chat", "--gib", "1,0,2"], "gib '1,0,2': GiB above 0"),
         (["optimum", "--trace", "chat", "--gib", "1,-3"], "are needed (-3 is not)"),
-        (["simulate", "--trace", "chat", "--figure", "no/f.png"], "there is no folder no"),
+        (["simulate", "--trace", "chat", "--figure", f"{SAMPLE}/f.png"], f"{SAMPLE}: File exists"),
         (["simulate", "--trace", "chat", "--page", "log.csv"], "name an .html file"),
         (["simulate", "--trace", "chat", "--figure-size", "3x2"], "name its file with --figure"),
         (["optimum", "--trace", "chat", "--no-figure-notes"], "--no-figure-notes is about a fig"),
@@ -466,7 +466,7 @@ def test_builtin_model_of_the_engine_can_be_simulated(
     assert code == 0 and "engine serve --model builtin --cache-gib 0.01" in out
     monkeypatch.setattr("hybridcache.lab.simulation.simulate.find_spec", lambda _: None)
     code, out, error = run(capsys, *arguments)
-    assert code == 2 and "--model builtin is part of the engine, which is not installed" in error
+    assert code == 2 and "model builtin is part of the engine, which is not installed" in error
 
 
 def test_share_of_the_optimum_is_in_the_table() -> None:
@@ -594,6 +594,36 @@ def test_advice_for_a_model_without_states_gives_all_memory_to_kv() -> None:
 def test_each_metric_has_a_table(metric: str) -> None:
     result = simulate("short?head=20", gib=(1, 2))
     assert METRICS[metric].title in result.table(metric)
+
+
+def test_folders_of_output_and_figures_are_created(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    paths = [
+        tmp_path / "a" / "b" / "runs.jsonl",
+        tmp_path / "c" / "f.png",
+        tmp_path / "d" / "p.html",
+    ]
+    files = [
+        word
+        for flag, path in zip(("--output", "--figure", "--page"), paths, strict=True)
+        for word in (flag, str(path))
+    ]
+    code, _, error = run(capsys, "simulate", "--trace", "short?head=5", "--gib", "1", *files)
+    assert code == 0, error
+    assert all(path.stat().st_size for path in paths)
+    plans = tmp_path / "e" / "plans.jsonl"
+    optimum = ("optimum", "--trace", "short?head=5", "--gib", "1", "--method", "greedy")
+    assert run(capsys, *optimum, "--output", str(plans))[0] == 0 and plans.stat().st_size
+
+
+def test_help_and_error_name_the_same_precisions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["simulate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    _, _, error = run(capsys, "simulate", "--trace", "short?head=3", "--state-dtype", "int4")
+    names = error.partition("must be one of ")[2].partition(" (got")[0]
+    assert names.count(",") == 4 and f"precision of states: {names} (default" in text
 
 
 def test_command_line_imports_no_heavy_libraries() -> None:

@@ -69,6 +69,7 @@ def _optimum(options: argparse.Namespace) -> int:
     trace = opened(options.trace, options)
     if options.output:
         check_results_file(options.output, trace)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     trace = trace.kept()
     plans = []
     name = f"{options.trace}, {longest_time(method, len(points), options.limit)}"

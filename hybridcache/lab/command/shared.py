@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from hybridcache.config import GRID
+from hybridcache.geometry.model import DTYPE_BYTES
 from hybridcache.lab.defaults import GIB_SPEC, MODEL
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "checkpoint positions are multiples of this number of tokens",
     },
     "--state-dtype": {
-        "help": "precision of states: float32, bfloat16, int8 (default: the model's own)"
+        "help": f"precision of states: {', '.join(DTYPE_BYTES)} (default: the model's own)"
     },
     "--checkpoint-dtype": {
         "default": "auto",
@@ -143,18 +144,18 @@ def refuse(options: argparse.Namespace, defaults: Mapping[str, Any], reason: str
 
 
 def check_figure(options: argparse.Namespace) -> FigureStyle:
-    """Return the look of the figures that were asked for.
+    """Return the look of the figures that were asked for, and create the folder of ``--figure``.
 
     Raises ValueError if no figure can be written to the file of ``--figure``, if a look is invalid,
-    or if there is a look without a figure.
+    or if there is a look without a figure. OSError if the folder cannot be created.
     """
     style, path = figure_style(options), options.figure
     if path is None:
         refuse(options, FIGURE_LOOK, "is about a figure: name its file with --figure")
     elif path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--figure {path}: its name must end in .png, .svg or .pdf")
-    elif not path.parent.is_dir():
-        raise ValueError(f"--figure {path}: there is no folder {path.parent}")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     return style
 
 

@@ -266,8 +266,10 @@ def _simulate(options: argparse.Namespace) -> int:
     check_figure(options)
     if options.page and len(options.trace) > 1:
         raise ValueError("--page shows the runs of one trace: name one")
-    if options.page and (options.page.suffix != ".html" or not options.page.parent.is_dir()):
-        raise ValueError(f"--page {options.page}: name an .html file in a folder that exists")
+    if options.page:
+        if options.page.suffix != ".html":
+            raise ValueError(f"--page {options.page}: name an .html file")
+        options.page.parent.mkdir(parents=True, exist_ok=True)
     if options.optimum not in (None, "greedy"):
         num_plans = len(options.trace) * len(sizes(options.gib))
         print(
