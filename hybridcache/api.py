@@ -775,7 +775,11 @@ class PrefixCache(Protocol):
         ...
 
     def reset(self) -> None:
-        """Remove everything that is not locked, and forget a plan that was not carried out."""
+        """Remove everything that is not locked, and forget a plan that was not carried out.
+
+        Running leases stay valid: the cache keeps the prefixes that they have locked, their rows
+        and their slots. Abort them first if the memory lost its contents.
+        """
         ...
 
     def subscribe(self, listener: Listener) -> None:

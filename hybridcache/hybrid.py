@@ -526,7 +526,7 @@ class HybridRadixCache:
 
     def reset(self) -> None:
         """Remove everything that is not locked, ghosts included, and forget a plan that was not
-        carried out. O(tree)."""
+        carried out. Running leases stay valid. O(tree)."""
         while self._residency.evict_one(None):
             pass
         self._residency.ghosts.clear()

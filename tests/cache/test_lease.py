@@ -814,3 +814,18 @@ def test_a_plan_that_fails_midway_does_not_count_as_carried_out() -> None:
     prefill(again, prompt)
     again.finish(prompt, 200)
     check(cache)
+
+
+def test_leases_stay_valid_after_a_reset() -> None:
+    cache, prompt = make_cache(), tokens(200)
+    lease = begin(cache, prompt)
+    assert lease.extend(128)
+    carried_out(cache)
+    lease.publish(prompt, 128)
+    cache.reset()
+    cache.check(held_tokens=0, held_slots=1)
+    assert lease.published_len == 128 and lease.extend(200)
+    carried_out(cache)
+    lease.finish(prompt, 200)
+    assert cache.match(prompt).kv_match_len == 200
+    check(cache)
