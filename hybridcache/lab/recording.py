@@ -56,7 +56,7 @@ def record_run(
     """Record one run from an empty cache, its requests in turn. ValueError if it makes more
     than ``max_records``."""
     target = _RecordedTarget(config, trace.unit, serving, max_records)
-    log = serve(target, trace, trace.unit, serving)
+    log = serve(target, trace.in_order(), trace.unit, serving)
     for shown, ttft_s in zip(target.shown, log.ttft_s, strict=True):
         shown["first_token_s"] = shown["arrived_s"] + ttft_s
     return Recording(_meta(trace, config, target), target.records)

@@ -119,13 +119,12 @@ class Trace:
         return iter(requests) if isinstance(self.source, Held) else self._checked(requests)
 
     def _checked(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-        number, before_s = 0, 0.0
+        number = 0
         for number, request in enumerate(requests, 1):
             try:
-                checked = _checked(request, before_s)
+                checked = _checked(request)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{self.name}, request {number}: {error}") from None
-            before_s = checked.timestamp_s
             yield checked
         if self._passes.num_requests is None:
             self._passes.num_requests = number
@@ -134,6 +133,18 @@ class Trace:
                 f"{self.name}: it gave {self._passes.num_requests} requests at first and {number} "
                 "now: requests() must start again at each call"
             )
+
+    def in_order(self) -> Iterator[TraceRequest]:
+        """Yield the requests. Raises ValueError for one that is earlier than the one before it."""
+        before_s = 0.0
+        for number, request in enumerate(self, 1):
+            if request.timestamp_s < before_s:
+                raise ValueError(
+                    f"{self.name}, request {number}: timestamp_s {request.timestamp_s:g} is before "
+                    f"{before_s:g}, that of the request before it: sort the requests by time"
+                )
+            before_s = request.timestamp_s
+            yield request
 
     def head(self, num_requests: int) -> Trace:
         """Its first requests only."""
@@ -156,22 +167,16 @@ class Held:
         return iter(self.requests)
 
 
-def _checked(request: TraceRequest, before_s: float) -> TraceRequest:
+def _checked(request: TraceRequest) -> TraceRequest:
     """Return ``request`` with its ids as int32[n].
 
-    Raises ValueError or TypeError if it is invalid, or earlier than ``before_s``. O(1) if the ids
-    are int32[n].
+    Raises ValueError or TypeError if it is invalid. O(1) if the ids are int32[n].
     """
     if not isinstance(request, TraceRequest):
         raise TypeError(f"a TraceRequest is needed (got {type(request).__name__})")
     now_s = request.timestamp_s
     if not isinstance(now_s, float | int | np.number) or not 0 <= now_s < math.inf:
         raise ValueError(f"timestamp_s must be a finite number of at least 0 (got {now_s!r})")
-    if now_s < before_s:
-        raise ValueError(
-            f"timestamp_s {now_s:g} is before {before_s:g}, that of the request before it: sort "
-            "the requests by time"
-        )
     tokens, output = request.tokens, request.output
     if not (_is_int32(tokens) and _is_int32(output)):
         tokens, output = _as_int32(tokens, "tokens"), _as_int32(output, "output")

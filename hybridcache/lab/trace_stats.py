@@ -83,7 +83,7 @@ class TraceStats:
     """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
     repeated_answers: float | None = None
     """Share of the tokens of answers that the next prompt of the session repeats, behind the whole
-    prompt; None if no answer whose ids are known is followed by a prompt."""
+    prompt; None if no answer with known ids is followed by a prompt."""
     columns: str = ""
     """Columns of a CSV file that were read for each field, and the unused ones."""
 
@@ -101,7 +101,7 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
     """Read ``trace`` once and return its statistics. ``progress`` is called with the number of
     requests so far. O(tokens); holds the distinct ids in memory."""
     gathered = _Gathered(trace.unit)
-    for done, request in enumerate(trace, 1):
+    for done, request in enumerate(trace.in_order(), 1):
         gathered.add(request)
         if progress:
             progress(done)

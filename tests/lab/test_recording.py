@@ -50,8 +50,8 @@ def test_page_contains_the_results_of_the_simulation(trace: str, memory: str) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"baseline": "vllm"}, "leave --baseline out"),
-        ({"max_running": 4}, "leave --max-running out"),
+        ({"baseline": "vllm"}, "leave baseline out"),
+        ({"max_running": 4}, "leave max_running out"),
         ({"gib": "1:9:9"}, "these are 9"),
     ],
 )

@@ -289,7 +289,7 @@ def test_result_contains_the_memory_layout() -> None:
     assert runs[0].moved_slabs is not None and runs[1].moved_slabs is runs[2].moved_slabs is None
     [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
     assert peer.config.memory is None
-    with pytest.raises(ValueError, match="give --kv-share between 0 and 1"):
+    with pytest.raises(ValueError, match="give kv_share between 0 and 1"):
         simulate("short?head=60", gib=2, memory="pools")
     for options in ({"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
         with pytest.raises(ValueError, match="use memory 'pools'"):

