@@ -363,3 +363,18 @@ def test_errors_of_custom_admission_policies_are_explained() -> None:
         make_admission("youngest")
     with pytest.raises(ValueError, match="whole number of at least 1"):
         make_admission("live:0")
+
+
+def test_limit_reports_that_an_idle_session_keeps_its_place() -> None:
+    policy, load = make_admission("live:1"), FakeLoad(now_s=10.0)
+    first, second = Session(0, None, 0.0), Session(1, None, 10.0)
+    request = FakeRequest(0, first)
+    assert list(policy.order([request], load)) == [request]
+    assert "reason" not in policy.report()
+    first.idle_since_s = 10.0
+    assert list(policy.order([FakeRequest(1, second)], load)) == []
+    assert policy.wakes_at_s() == 310.0
+    assert "idle session" in str(policy.report()["reason"])
+    policy.session_ended(first, load)
+    assert len(list(policy.order([FakeRequest(1, second)], load))) == 1
+    assert "reason" not in policy.report()

@@ -123,4 +123,10 @@ class Live(AdmissionPolicy):
         self._live.pop(session, None)
 
     def report(self) -> Mapping[str, float | str]:
-        return {"limit_sessions": self._limit, "admitted_sessions": len(self._live)}
+        said: dict[str, float | str] = {
+            "limit_sessions": self._limit,
+            "admitted_sessions": len(self._live),
+        }
+        if self._wakes_at_s is not None:
+            said["reason"] = f"all places are taken; an idle session keeps its own for {KEPT_S:g} s"
+        return said
