@@ -4,10 +4,9 @@
         [--admission oldest sessions] [--seeds 0 1 2 3 4] [--workers 2]
 
 Sessions arrive at random. Each waits for its answers and pauses between them. The memory holds a
-third of them, so hits collapse above some rate of sessions. Step times are measured at moments of
-the run, while its clock stands still (``measure_prefill``), on an engine of the same size: the
-speed of a shared machine changes within a minute. The simulator serves the same requests with them
-and with the built-in model's sizes.
+third of them, so hits collapse above some rate of sessions. Step times are measured before and
+after (``measure_prefill``), on an engine of the same size. The simulator serves the same requests
+with them and with the built-in model's sizes.
 
 The model computes, but the clock counts the processor time of this process, and pauses are skipped.
 Other work on the machine therefore changes little. Results go to ``results/closed_loop.jsonl``.
@@ -20,7 +19,7 @@ import dataclasses
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from statistics import fmean
@@ -79,20 +78,9 @@ class CpuClock:
 
 
 def serve(
-    engine: Engine,
-    clock: CpuClock,
-    sessions: list[list[Turn]],
-    rate: float,
-    seed: int,
-    pause: Callable[[], None],
-    num_pauses: int,
+    engine: Engine, clock: CpuClock, sessions: list[list[Turn]], rate: float, seed: int
 ) -> tuple[dict[str, float], Trace]:
-    """Serve ``sessions``. Returns hits and times, and the trace of the served requests.
-
-    ``pause`` is called ``num_pauses`` times, after equal numbers of requests, and takes no time of
-    the clock.
-    """
-    between = sum(map(len, sessions)) // num_pauses
+    """Serve ``sessions``. Returns hits and times, and the trace of the served requests."""
     start_s = clock()
     arrivals = start_s + np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(sessions)))
     events = [(arrival_s, number, 0) for number, arrival_s in enumerate(arrivals.tolist())]
@@ -117,10 +105,6 @@ def serve(
             ttfts.append(output.timings.ttft_s + late_s)
             prompt_tokens += len(texts[number])
             cached_tokens += output.cached_len
-            if len(ttfts) % between == between // 2:
-                paused_s = clock()
-                pause()
-                clock.skipped_s -= clock() - paused_s
             answer = np.asarray(output.token_ids, np.int32)
             before = requests.get((number, turn_number - 1))
             at_s = before.timestamp_s + sessions[number][turn_number].pause_s if before else 0.0
@@ -191,16 +175,9 @@ def compare(
         engine_of(num_bytes, options.max_running, clock, admission=admission, **fields)
         for fields in ({}, {"checkpoints": ("backoff",)})
     )
-    tables: list[dict[str, Any]] = []
-    found, trace = serve(
-        engine,
-        clock,
-        sessions,
-        rate,
-        seed,
-        lambda: tables.append(measure(measured, 2048, 1)),
-        options.repeats,
-    )
+    tables = [measure(measured, 2048, options.repeats)]
+    found, trace = serve(engine, clock, sessions, rate, seed)
+    tables.append(measure(measured, 2048, options.repeats))
     memory = engine.runner.memory
     config = RunConfig(geometry_of(engine), budget_bytes=memory.total_bytes)
     sizes = memory_sizes(config)
@@ -279,7 +256,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--max-running", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=8, help="measurements of the step times")
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--admission", nargs="+", default=["oldest", "sessions"])
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
