@@ -272,14 +272,14 @@ def main() -> None:
     options = parser.parse_args()
     code = code_hash(simulation_code("experiments.studies.admission"))
     done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs(code)}
-    cells = [
-        (name, seed, rate, admission)
+    todo = [
+        case
         for seed in options.seeds
         for name in options.only
         for rate in SPLITS["rates"][name]
         for admission in admissions(name)
+        if (case := (name, seed, rate, admission)) not in done
     ]
-    todo = [cell for cell in cells if cell not in done]
     mode = "a" if done else "w"  # Runs of other code are discarded.
     with ProcessPoolExecutor(options.workers) as pool, RESULTS.open(mode, encoding="utf-8") as out:
         if not done:
