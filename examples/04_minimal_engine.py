@@ -10,22 +10,12 @@ token's KV, and the state after it, is a number that depends on all tokens so fa
 detects every wrong row and every wrong state.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
 
-from hybridcache import (
-    CacheConfig,
-    Copy,
-    Lease,
-    LeaseRequest,
-    Move,
-    build_prefix_cache,
-    parse_placement,
-)
+from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 
 GRID = 8  # checkpoints are at multiples of it
 PIECE = 8  # tokens of one prefill step
@@ -39,7 +29,7 @@ def advance(state: int, token: int) -> int:
 
 @dataclass(eq=False)
 class Request:
-    """One request: its tokens so far, how far they are computed, and its lease while it runs."""
+    """One request: its tokens so far, how far they are computed, and its latest lease."""
 
     tokens: list[int]
     max_len: int
@@ -47,7 +37,6 @@ class Request:
     lease: Lease | None = None
     computed_len: int = 0
     cached_len: int = 0
-    is_counted: bool = False  # in cache.stats, before it was preempted
 
     @property
     def ids(self) -> np.ndarray:
@@ -71,13 +60,12 @@ class MinimalEngine:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the oldest first
         self.counts: Counter[str] = Counter()
-        if cache.arena is not None:  # rows and slots are views of the same bytes
-            self.kv = np.zeros(cache.arena.capacity, np.uint64)
-            slabs = self.kv[: cache.arena.num_slabs * STATE_ROWS]
-            self.states = slabs.reshape(-1, STATE_ROWS)
-        else:  # two pools
+        if cache.arena is None:  # two pools
             self.kv = np.zeros(config.num_kv_tokens, np.uint64)
             self.states = np.zeros((config.num_slots, STATE_ROWS), np.uint64)
+        else:  # rows and slots are views of the same bytes
+            self.kv = np.zeros(cache.arena.capacity, np.uint64)
+            self.states = self.kv[: cache.arena.num_slabs * STATE_ROWS].reshape(-1, STATE_ROWS)
         self.host = np.zeros(config.host_bytes // config.kv_bytes_per_token, np.uint64)
 
     def submit(self, prompt: list[int], num_new: int, boundary: int = 0) -> Request:
@@ -94,7 +82,7 @@ class MinimalEngine:
         pieces = []
         for one in tuple(self.running):
             start, end = one.computed_len, min(one.computed_len + PIECE, len(one.tokens))
-            if one.lease is not None and self.extend(one, end):
+            if self.extend(one, end):
                 pieces.append((one, start, end, one.lease.take_checkpoint_slots(start, end)))
         self.cache.take_step().carry_out(self)  # calls move, copy and restore below, in order
         for one, start, end, checkpoints in pieces:
@@ -111,13 +99,14 @@ class MinimalEngine:
     def admit(self) -> None:
         """Start waiting requests, as long as there are slots for their states."""
         while self.waiting and not self.follows(one := self.waiting[0]):
-            request = LeaseRequest(one.ids, boundaries=(one.boundary,), resumes=one.is_counted)
-            one.lease = Lease.begin(self.cache, self.placement, request, AlwaysLoad())
-            if one.lease is None:
+            resumes = one.lease is not None and one.lease.is_counted  # it was preempted
+            request = LeaseRequest(one.ids, boundaries=(one.boundary,), resumes=resumes)
+            lease = Lease.begin(self.cache, self.placement, request, AlwaysLoad())
+            if lease is None:
                 return
             self.running.append(self.waiting.popleft())
-            one.computed_len = one.lease.cached_len
-            one.cached_len = one.cached_len if one.is_counted else one.lease.cached_len
+            one.lease, one.computed_len = lease, lease.cached_len
+            one.cached_len = one.cached_len if resumes else lease.cached_len
 
     def follows(self, one: Request) -> bool:
         """Return whether ``one`` should wait for a running prefill of the same prefix."""
@@ -132,47 +121,36 @@ class MinimalEngine:
         return False
 
     def extend(self, one: Request, to_len: int) -> bool:
-        """Take rows, preempting the youngest request as often as needed. False if it is ``one``."""
-        while not one.lease.extend(to_len):
+        """Take rows, preempting the youngest as often as needed. False if ``one`` is preempted."""
+        while one in self.running and not one.lease.extend(to_len):
             if self.running == [one]:
                 raise MemoryError(f"a request of {to_len} tokens does not fit, even alone")
             youngest = self.running.pop()  # not in ``pieces`` yet: it is ``one`` or a later one
             youngest.lease.preempt(youngest.ids, youngest.computed_len)
-            youngest.is_counted = youngest.lease.is_counted
-            youngest.lease = None
             self.counts["preemptions"] += 1
             self.waiting.appendleft(youngest)
-            if youngest is one:
-                return False
-        return True
+        return one in self.running
 
     def abort(self, one: Request) -> None:
         """End a request early. Its published prefix stays in the cache."""
         (self.running if one in self.running else self.waiting).remove(one)
         if one.lease is not None:
-            one.lease.abort()
+            one.lease.abort()  # does nothing if it was preempted
 
-    def move(self, move: Move) -> None:
-        """Move rows within the arena."""
+    def move(self, move) -> None:
+        """Move rows ``move.src`` to ``move.dst`` within the arena."""
         self.kv[move.dst] = self.kv[move.src]
         self.counts["moves"] += 1
 
-    def copy(self, copy: Copy) -> None:
-        """Copy rows or a state between tiers."""
-        source, at = self.place(copy.src_tier, copy.kind, copy.src)
-        target, to = self.place(copy.dst_tier, copy.kind, copy.dst)
-        target[to] = source[at]
+    def copy(self, copy) -> None:
+        """Copy rows or a state between the device and the host."""
+        memory = {"device": self.kv if copy.kind == "kv" else self.states, "host": self.host}
+        memory[copy.dst_tier][copy.dst] = memory[copy.src_tier][copy.src]
         self.counts["loads" if copy.dst_tier == "device" else "offloads"] += 1
 
     def restore(self, checkpoint: int, own: int) -> None:
         """Copy the state of a checkpoint to the slot of a request that resumes from it."""
         self.states[own] = self.states[checkpoint]
-
-    def place(self, tier: str, kind: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the memory of one end of a copy, and the index in it."""
-        if tier == "host":
-            return self.host, rows
-        return (self.kv, rows) if kind == "kv" else (self.states, rows[0])
 
     def compute(self, one: Request, start: int, end: int, checkpoints: dict[int, int]) -> None:
         """Run the model over positions [start, end); save its state where a slot was given."""
@@ -202,20 +180,18 @@ def serve(engine: MinimalEngine, *prompts: list[int]) -> list[Request]:
         held = [one.lease for one in engine.running]
         engine.cache.check(sum(x.held_tokens for x in held), sum(x.held_slots for x in held))
     for prompt, one in zip(prompts, requests, strict=True):
-        state, tokens = 0, list(prompt)
-        for position in range(one.max_len - 1):
-            state = advance(state, tokens[position])
-            tokens += [state % 50] if position + 1 == len(tokens) else []
-        assert one.tokens == tokens, "the cache changed an answer"
+        state = 0
+        for position, token in enumerate(one.tokens):
+            assert position < len(prompt) or token == state % 50, "the cache changed an answer"
+            state = advance(state, token)
     return requests
 
 
 def demonstrate(title: str, config: CacheConfig) -> None:
     """Serve requests with a shared prefix, verify every byte, and print the reused tokens."""
-    engine = MinimalEngine(config)
-    first, second = [*SYSTEM, 1, 2, 3, 4], [*SYSTEM, 5, 6, 7, 8]
+    engine, first = MinimalEngine(config), [*SYSTEM, 1, 2, 3, 4]
     print(title)
-    for prompt in (first, second):
+    for prompt in (first, [*SYSTEM, 5, 6, 7, 8]):
         [one] = serve(engine, prompt)
         print(f"  {one.cached_len} of 20 tokens reused, answer {one.tokens[20:]}")
     gone = engine.submit([*SYSTEM, 9, 9, 9], num_new=5)
