@@ -31,6 +31,8 @@ from experiments.provenance import provenance
 STARTS = (0, 512, 1024, 2048, 8192)
 LENGTHS = (64, 128, 256, 512, 1024, 4096)
 DECODES = (1, 4, 16)
+MIXED = (64, 128, 256, 512)
+"""Lengths of the prompts that are computed while other requests decode."""
 ANSWERS = (8, 32)
 """Shortest and longest answer of the requests that decode, in tokens."""
 ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -82,8 +84,43 @@ def decode_step_seconds(engine: Engine, num_requests: int, context: int) -> floa
     return statistics.fmean(seconds)
 
 
-def measure(engine: Engine, longest: int, repeats: int) -> dict[str, Any]:
-    """Return the tables for ``MeasuredTimes.load``, for prompts of up to ``longest`` tokens."""
+def mixed_step_seconds(engine: Engine, num_decodes: int, context: int) -> dict[int, float]:
+    """Return the seconds of steps that compute a prompt while ``num_decodes`` requests decode after
+    ``context`` tokens, by length of the prompt."""
+    engine.reset_prefix_cache()
+    rng, reports, seconds = np.random.default_rng(2), list[StepReport](), dict[int, float]()
+    engine.observe(reports.append)
+
+    def submit(length: int, max_tokens: int) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        engine.submit(rng.integers(0, 256, length, dtype=np.int32), sampling)
+
+    for _ in range(num_decodes):
+        submit(context, 4 * len(MIXED))
+    while not reports or reports[-1].num_decode_tokens < num_decodes:
+        engine.step()
+    for length in MIXED:
+        submit(length, 1)
+        start_s = engine.clock()
+        engine.step()
+        end_s = engine.clock()
+        step = reports[-1]
+        if (step.num_prefill_tokens, step.num_decode_tokens) == (length, num_decodes):
+            seconds[length] = end_s - start_s
+        engine.step()
+    while engine.has_work():
+        engine.step()
+    return seconds
+
+
+def measure(
+    engine: Engine, longest: int, repeats: int, context: int | None = None
+) -> dict[str, Any]:
+    """Return the tables for ``MeasuredTimes.load``, for prompts of up to ``longest`` tokens.
+
+    Requests decode after ``context`` tokens, by default half of ``longest``.
+    """
+    context = longest // 2 if context is None else context
     starts = [start for start in STARTS if start < longest]
     lengths = [length for length in LENGTHS if length <= longest]
     decodes = [count for count in DECODES if count <= engine.config.max_running]
@@ -94,7 +131,7 @@ def measure(engine: Engine, longest: int, repeats: int) -> dict[str, Any]:
             row, column = divmod(cell, len(lengths))
             tokens = rng.integers(0, 256, starts[row] + lengths[column], dtype=np.int32)
             prefills[repeat, row, column] = prefill_seconds(engine, tokens, starts[row])
-        seconds.append([decode_step_seconds(engine, count, longest // 2) for count in decodes])
+        seconds.append([decode_step_seconds(engine, count, context) for count in decodes])
     return {
         "starts": starts,
         "lengths": lengths,

@@ -4,9 +4,13 @@
         [--admission oldest sessions] [--seeds 0 1 2 3 4] [--workers 2]
 
 Sessions arrive at random. Each waits for its answers and pauses between them. The memory holds a
-third of them, so hits collapse above some rate of sessions. Step times are measured before and
-after (``measure_prefill``), on an engine of the same size. The simulator serves the same requests
-with them and with the built-in model's sizes.
+third of them, so hits collapse above some rate of sessions. Step times are measured at moments of
+the run, while its clock stands still (``measure_prefill``), on an engine of the same size: the
+speed of a shared machine changes within a minute. The simulator serves the same requests with them
+and with the built-in model's sizes.
+
+A step that prefills while other requests decode takes longer than the sum of both on a CPU, because
+only steps of decodes are recorded. The difference is measured too, and added to such steps.
 
 The model computes, but the clock counts the processor time of this process, and pauses are skipped.
 Other work on the machine therefore changes little. Results go to ``results/closed_loop.jsonl``.
@@ -19,7 +23,7 @@ import dataclasses
 import heapq
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from statistics import fmean
@@ -32,7 +36,7 @@ from tqdm import tqdm
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
-from experiments.benchmarks.measure_prefill import measure
+from experiments.benchmarks.measure_prefill import measure, mixed_step_seconds
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
@@ -78,9 +82,20 @@ class CpuClock:
 
 
 def serve(
-    engine: Engine, clock: CpuClock, sessions: list[list[Turn]], rate: float, seed: int
+    engine: Engine,
+    clock: CpuClock,
+    sessions: list[list[Turn]],
+    rate: float,
+    seed: int,
+    pause: Callable[[], None],
+    num_pauses: int,
 ) -> tuple[dict[str, float], Trace]:
-    """Serve ``sessions``. Returns hits and times, and the trace of the served requests."""
+    """Serve ``sessions``. Returns hits and times, and the trace of the served requests.
+
+    ``pause`` is called ``num_pauses`` times, after equal numbers of requests, and takes no time of
+    the clock.
+    """
+    between = sum(map(len, sessions)) // num_pauses
     start_s = clock()
     arrivals = start_s + np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(sessions)))
     events = [(arrival_s, number, 0) for number, arrival_s in enumerate(arrivals.tolist())]
@@ -105,6 +120,10 @@ def serve(
             ttfts.append(output.timings.ttft_s + late_s)
             prompt_tokens += len(texts[number])
             cached_tokens += output.cached_len
+            if len(ttfts) % between == between // 2:
+                paused_s = clock()
+                pause()
+                clock.skipped_s -= clock() - paused_s
             answer = np.asarray(output.token_ids, np.int32)
             before = requests.get((number, turn_number - 1))
             at_s = before.timestamp_s + sessions[number][turn_number].pause_s if before else 0.0
@@ -147,6 +166,31 @@ def engine_of(num_bytes: float, max_running: int, clock: CpuClock, **fields: Any
     )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class MixedSteps:
+    """Measured step times, with the additional time of steps that prefill and decode."""
+
+    steps: MeasuredSteps
+    mixed_s: float
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``."""
+        seconds = self.steps.step_seconds(prefills, num_decodes, context)
+        return seconds + (self.mixed_s if prefills and num_decodes else 0.0)
+
+
+def mixed_seconds(engine: Engine, steps: MeasuredSteps, context: int) -> float:
+    """Return the mean time of steps that prefill and decode, less that of ``steps``."""
+    counts = {1, engine.config.max_running - 1}
+    return fmean(
+        seconds - steps.step_seconds([(0, length)], count, 0)
+        for count in sorted(counts)
+        for length, seconds in mixed_step_seconds(engine, count, context).items()
+    )
+
+
 def step_times(tables: Sequence[dict[str, Any]]) -> MeasuredTimes:
     """Return the means of tables of ``measure``."""
     prefill, decode = (
@@ -171,13 +215,23 @@ def compare(
     torch.set_num_threads(1)
     clock, sessions = CpuClock(), agents(options.sessions, seed)
     num_bytes = memory_bytes(sessions, options.max_running)
-    engine, measured = (
-        engine_of(num_bytes, options.max_running, clock, admission=admission, **fields)
-        for fields in ({}, {"checkpoints": ("backoff",)})
+    engine = engine_of(num_bytes, options.max_running, clock, admission=admission)
+    measured = engine_of(
+        num_bytes,
+        options.max_running,
+        CpuClock(),
+        admission="oldest",
+        checkpoints=("backoff",),
     )
-    tables = [measure(measured, 2048, options.repeats)]
-    found, trace = serve(engine, clock, sessions, rate, seed)
-    tables.append(measure(measured, 2048, options.repeats))
+    context = mean_prompt_len(sessions)
+    tables: list[dict[str, Any]] = []
+    mixed: list[float] = []
+
+    def measure_steps() -> None:
+        tables.append(measure(measured, 2048, 1, context))
+        mixed.append(mixed_seconds(measured, MeasuredSteps(step_times(tables[-1:])), context))
+
+    found, trace = serve(engine, clock, sessions, rate, seed, measure_steps, options.repeats)
     memory = engine.runner.memory
     config = RunConfig(geometry_of(engine), budget_bytes=memory.total_bytes)
     sizes = memory_sizes(config)
@@ -185,7 +239,7 @@ def compare(
     assert engine.config.token_budget is not None
     times = step_times(tables)
     loop = ClosedLoop(
-        MeasuredSteps(times),
+        MixedSteps(MeasuredSteps(times), fmean(mixed)),
         rate,
         seed=seed,
         max_running=options.max_running,
@@ -200,11 +254,22 @@ def compare(
         "makespan_s": run.makespan_s,
     }
     place = {"admission": admission, "rate": rate, "seed": seed}
-    prefill = {"prefill_s": times.table_s, "decode_s": times.decode_s}
+    steps = {"prefill_s": times.table_s, "decode_s": times.decode_s, "mixed_s": fmean(mixed)}
     return [
         place | {"source": "engine"} | found,
-        place | {"source": "forecast"} | forecast | prefill,
+        place | {"source": "forecast"} | forecast | steps,
     ]
+
+
+def mean_prompt_len(sessions: Sequence[Sequence[Turn]]) -> int:
+    """Return the mean length of all prompts."""
+    lengths = []
+    for session in sessions:
+        length = 0
+        for turn in session:
+            lengths.append(length + len(turn.added))
+            length += len(turn.added) + turn.answer_len
+    return round(fmean(lengths))
 
 
 def memory_bytes(sessions: Sequence[Sequence[Turn]], max_running: int) -> float:
@@ -256,7 +321,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--max-running", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of the step times")
     parser.add_argument("--admission", nargs="+", default=["oldest", "sessions"])
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()

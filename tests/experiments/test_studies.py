@@ -173,6 +173,15 @@ def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
     steps = MeasuredSteps(MeasuredTimes.load(path))
     assert steps.step_seconds([(512, 640)], 0, 0) == record["table_s"][1][1] > 0
 
+    mixed = measure_prefill.mixed_step_seconds(engine, 3, context=600)
+    assert set(mixed) == set(measure_prefill.MIXED), "a step had other prefills or decodes"
+    longer = closed_loop.MixedSteps(steps, 0.5)
+    assert longer.step_seconds([(0, 64)], 2, 0) == steps.step_seconds([(0, 64)], 2, 0) + 0.5
+    for prefills, num_decodes in (([(0, 64)], 0), ([], 2)):
+        assert longer.step_seconds(prefills, num_decodes, 0) == steps.step_seconds(
+            prefills, num_decodes, 0
+        )
+
 
 def test_study_without_closed_loops_has_no_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
