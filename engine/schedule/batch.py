@@ -233,8 +233,9 @@ class DraftPlanner(Protocol):
         """Count a step without drafts."""
         ...
 
-    def learn(self, request: Request, draft: Draft, num_accepted: int) -> None:
-        """Record how many tokens of a draft were accepted."""
+    def learn(self, request: Request, draft: Draft, num_accepted: int, num_new: int) -> None:
+        """Record how many tokens of a draft were accepted. ``num_new`` tokens of the step are part
+        of the answer, which may have ended inside the draft."""
         ...
 
     def forget(self, request: Request) -> None:

@@ -190,6 +190,7 @@ class Scheduler(StepPlanner[Request]):
                 taken += [0] * (task.draft is not None)
                 continue
             request.num_drawn -= task.samples
+            num_before = request.num_tokens
             has_logits = all(one.token_id != NO_TOKEN for one in (*run, *scored_now))
             if has_logits:
                 request.scores.extend(scored_now)
@@ -198,7 +199,9 @@ class Scheduler(StepPlanner[Request]):
             if run or is_scored_through or not has_logits:
                 self._accept(request, run, now_s, has_logits)
             if task.draft is not None:
-                taken.append(self._settle(task, task.draft, len(run) - 1) if has_logits else 0)
+                num_new = request.num_tokens - num_before
+                settled = self._settle(task, task.draft, len(run) - 1, num_new) if has_logits else 0
+                taken.append(settled)
             self._end_if_finished(request, has_logits)
         return tuple(taken)
 
@@ -252,19 +255,19 @@ class Scheduler(StepPlanner[Request]):
             self.leave(request, publishes=has_logits)
             self._forget_drafts(request)
 
-    def _settle(self, task: Task, draft: Draft, num_accepted: int) -> int:
+    def _settle(self, task: Task, draft: Draft, num_accepted: int, num_new: int) -> int:
         """Move a request to the end of the accepted part of its draft. Returns the number of the
         task's tokens that count.
 
         The newest token is not computed, unless the next one is late (``num_accepted`` -1). Tokens
-        after a stop do not count.
+        after a stop do not count: ``num_new`` are part of the answer.
         """
         assert self._drafting is not None
         request = task.request
         request.computed_len = request.scheduled_len = request.num_tokens - (num_accepted >= 0)
         self._manager.roll_back(request)
         if num_accepted >= 0:
-            self._drafting.learn(request, draft, num_accepted)
+            self._drafting.learn(request, draft, num_accepted, num_new)
         return request.computed_len - task.start
 
     def _fail(self, request: Request, error: Exception) -> None:

@@ -48,7 +48,7 @@ from engine.text.answers import (
     as_message,
     joined,
 )
-from engine.text.chat_prompt import ChatPrompt, render_chat
+from engine.text.chat_prompt import ChatPrompt, Cut, render_chat
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import TemplateError
 
@@ -188,6 +188,12 @@ async def render(
     """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the handle of its
     answer. Raises APIError 400 if the template rejects it."""
 
+    def settled(cut: Cut) -> Cut:
+        if cut.content is None or cut.message is None or body.messages is None:
+            return cut
+        part = {"role": body.messages[cut.message].role, "content": cut.content}
+        return cut._replace(content=context.chats.kept(part)["content"])
+
     def work() -> tuple[ChatPrompt, Any]:
         messages = [message.as_template_input() for message in body.messages or ()]
         tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
@@ -201,7 +207,7 @@ async def render(
             variables=chat.variables,
             special_in_content=context.special_in_content,
             namespace=tenant.namespace,
-            cuts=cuts_of(body.messages, body.tools),
+            cuts=[settled(cut) for cut in cuts_of(body.messages, body.tools)],
             sampled=chat.sampled,
             keeps_thinking=chat.keeps_thinking,
         )
@@ -534,7 +540,7 @@ class _ChatWriter:
 
     def _usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the token counts of all answers so far, which have one prompt."""
-        counts = usage(outputs, len(outputs))
+        counts = usage(outputs, outputs[:1])
         counts["prompt_tokens_details"] |= self._session.written(outputs[0])
         return counts
 

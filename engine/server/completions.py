@@ -4,7 +4,7 @@ scores."""
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -22,7 +22,7 @@ from engine.server.context import (
     token_id_fields,
     usage,
 )
-from engine.server.schemas import CompletionRequest
+from engine.server.schemas import CompletionRequest, says_session_end
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import EncodeOptions
 
@@ -81,6 +81,7 @@ async def _submit(
             prompt_logprobs=num_scores,
             request_id=answer_id.request_id(number),
             grammar=grammar,
+            ends_session=says_session_end(body.metadata),
         )
         for number, (prompt, sampling) in enumerate(choices)
     )
@@ -113,7 +114,7 @@ class _Answer:
         return {
             **self._head,
             "choices": choices,
-            "usage": usage(outputs, self._body.n),
+            "usage": usage(outputs, outputs[:: self._body.n]),
             **cache_details(self._body, outputs),
         }
 
@@ -130,13 +131,14 @@ class _Answer:
             is_first = index not in last
             self._first = self._first or output
             last[index] = output
-            so_far = list(last.values()) if self._body.repeats_usage else []
+            so_far = dict(last) if self._body.repeats_usage else {}
             yield await self._event(choices[index], output, is_first, so_far)
         outputs = [last[index] for index in range(len(streams))]
         if details := cache_details(self._body, outputs):
             yield event({**self._head, "choices": [], **details})
         if self._body.includes_usage:
-            yield event({**self._head, "choices": [], "usage": usage(outputs, self._body.n)})
+            counts = usage(outputs, outputs[:: self._body.n])
+            yield event({**self._head, "choices": [], "usage": counts})
         yield DONE
 
     async def _event(
@@ -144,7 +146,7 @@ class _Answer:
         choice: _Choice,
         output: RequestOutput,
         is_first: bool,
-        so_far: Sequence[RequestOutput],
+        so_far: Mapping[int, RequestOutput],
     ) -> bytes:
         """Write one event. ``so_far`` are the outputs for its usage, empty for an event without
         usage."""
@@ -152,7 +154,8 @@ class _Answer:
 
         def work() -> bytes:
             piece = write(output, output.new_text, output.new_token_ids, output.new_logprobs)
-            told = {"usage": usage(so_far, 1)} if so_far else {}
+            of_prompt = {index // self._body.n: one for index, one in so_far.items()}
+            told = {"usage": usage(so_far.values(), of_prompt.values())} if so_far else {}
             return event({**self._head, "choices": [piece], **told})
 
         body = self._body

@@ -11,6 +11,7 @@ from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -122,6 +123,10 @@ class ChatHooks(Protocol):
         tenant: Tenant,
     ) -> ChatInput:
         """Return the inputs for rendering a chat. O(its size)."""
+        ...
+
+    def kept(self, message: Message) -> Message:
+        """Return ``message`` without lines that ``before_render`` moves or drops. O(its size)."""
         ...
 
     def diagnose(self, asked: AskedChat) -> ChatDiagnostics:
@@ -468,14 +473,13 @@ def _as_array(prompt: list[int]) -> list[int] | np.ndarray:
     return tokens
 
 
-def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, Any]:
-    """Return the token counts of an answer. ``outputs`` lists ``num_choices`` choices per prompt.
+def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput]) -> dict[str, Any]:
+    """Return the token counts of an answer. ``firsts`` has one of the ``outputs`` for each prompt.
 
-    A prompt counts once, with the cache hit of its first choice. Not part of OpenAI's API are
+    A prompt counts once, with the cache hit of that choice. Not part of OpenAI's API are
     ``lost_tokens``, the reasons why the other tokens were computed, and ``transferred``, the
     transfers between engines. ``completion_tokens_details`` is present with speculation.
     """
-    firsts = outputs[::num_choices]
     num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
     num_new = sum(len(output.token_ids) for output in outputs)
     losses = [output.losses for output in firsts if output.losses is not None]

@@ -276,7 +276,7 @@ def test_trials_of_all_requests_and_drafters_are_spread_over_steps() -> None:
         drafts = drafting.propose([(request, 9) for request in running])
         assert expected == (first.num_asked + others.num_asked > before)
         for request, draft in drafts.items():
-            drafting.learn(request, draft, int(step > 900))
+            drafting.learn(request, draft, int(step > 900), 1 + (step > 900))
             sources_tried[draft.source] += 300 < step < 900
         tried += [step] * bool(drafts)
     wrong = [step for step in tried if 300 < step < 900]
@@ -328,7 +328,7 @@ def test_drafts_get_shorter_as_a_step_fills() -> None:
     one, other = requests(2)
     drafts = drafting.propose([(one, 0), (other, 2)])
     assert [len(draft.tokens) for draft in drafts.values()] == [2] and other in drafts
-    drafting.learn(other, drafts[other], 1)
+    drafting.learn(other, drafts[other], 1, 2)
     assert other.drafts.acceptance_len == 2.0
     assert other.drafts.drafted == {("ones", 1): 1, ("ones", 2): 1}
     assert other.drafts.accepted == {("ones", 1): 1}

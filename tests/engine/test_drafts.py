@@ -229,6 +229,8 @@ def test_answers_end_inside_an_accepted_run(make_engine: MakeEngine) -> None:
             (output,) = drafted.generate([prompt], params)
             assert_same([output], plain.generate([prompt], params))
             assert len(output.logprobs) == len(output.token_ids)
+            if output.drafts is not None:
+                assert output.drafts.accepted.total() < len(output.token_ids)
             assert drafted.report().kv == plain.report().kv
             assert drafted.report().slots == plain.report().slots
 

@@ -148,6 +148,7 @@ class Hooks:
         self._tokenizer = tokenizer
         self._keeps_thinking = settings.preserve_thinking
         self._volatile = VolatileLines(settings)
+        self.kept = self._volatile.without
         self.answers = AnswerMemory(int(settings.replay_mib * 2**20))
         self.explanations = Explanations(tokenizer, int(settings.explain_mib * 2**20), grid)
         self.diagnose = self.explanations.diagnose

@@ -109,7 +109,7 @@ class ClearToolUses(Strict):
         used = [message["tool_call_id"] for message in messages if message["role"] == "tool"]
         ids = {
             one
-            for one in used[: len(used) - self.keep.value]
+            for one in used[: max(0, len(used) - self.keep.value)]
             if names.get(one) not in self.exclude_tools
         }
         return [self._without(message, ids) for message in messages], len(ids)

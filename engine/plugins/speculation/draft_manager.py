@@ -193,8 +193,8 @@ class Drafting:
                     self._tried[rank] = self._step
         return fitting
 
-    def learn(self, request: Request, draft: Draft, num_accepted: int) -> None:
-        """Record the result of the draft of the last step."""
+    def learn(self, request: Request, draft: Draft, num_accepted: int, num_new: int) -> None:
+        """See ``DraftPlanner``. Counted are tokens of the answer: one of them is not a draft."""
         turns = self._known[request].turns[self._ranks[draft.source]]
         if turns.is_trying:
             self._tries.learn(self._step, num_accepted > 0)
@@ -202,7 +202,7 @@ class Drafting:
         self._known[request].wakes = 0
         counts = request.drafts
         assert counts is not None
-        counts.count(draft.source, len(draft.tokens), num_accepted)
+        counts.count(draft.source, len(draft.tokens), max(0, min(num_accepted, num_new - 1)))
 
     def forget(self, request: Request) -> None:
         """Drop the state of ``request``, which has ended."""

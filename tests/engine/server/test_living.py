@@ -493,6 +493,8 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
         ("/v1/chat/completions", CHAT | {"metadata": {"session_end": "false"}}, 1),
         ("/v1/chat/completions", CHAT | {"metadata": {"session_end": "true"}}, 0),
         ("/v1/chat/completions", CHAT | {"prompt_cache_options": {"session_end": True}}, 0),
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 4}, 1),
+        ("/v1/completions", {"prompt": "hello", "metadata": {"session_end": True}}, 0),
         ("/v1/messages", CHAT | {"model": "m", "metadata": {"user_id": "me"}}, 1),
         ("/v1/messages", CHAT | {"model": "m", "metadata": {"session_end": True}}, 0),
         ("/v1/responses", {"input": "hello", "max_output_tokens": 4}, 1),

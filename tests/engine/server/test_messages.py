@@ -354,6 +354,7 @@ EDITS: list[tuple[list[dict[str, Any]], dict[str, str], dict[str, int]]] = [
     ([ALL_RESULTS | {"clear_at_least": {"type": "input_tokens", "value": 999}}], {}, {}),
     ([ALL_RESULTS | {"exclude_tools": ["tool0"]}], {}, {}),
     ([ALL_RESULTS], {"0" * 40: CLEARED}, {"cleared_tool_uses": 1}),
+    ([ALL_RESULTS | {"keep": {"type": "tool_uses", "value": 5}}], {}, {}),
     (
         [RESULTS | {"trigger": {"type": "tool_uses", "value": 3}, "keep": {"type": "tool_uses", "value": 2}}],
         {"0" * 40: CLEARED, "1" * 40: CLEARED},

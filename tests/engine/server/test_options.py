@@ -107,6 +107,13 @@ def test_extra_fields_of_a_stream(live: Live, path: str) -> None:
     assert sum("sglext" in e for e in received) == 1
 
 
+def test_usage_during_a_stream_counts_each_prompt_once(live: Live) -> None:
+    body = {"prompt": ["one", "three"], "n": 2, "max_tokens": 3, "ignore_eos": True}
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    told = [e["usage"]["prompt_tokens"] for e in events(live, "/v1/completions", body)]
+    assert set(told) <= {3, 5, 8} and told[-2:] == [8, 8]
+
+
 def test_stop_strings_and_special_tokens_can_be_kept(live: Live) -> None:
     plain = complete(live, max_tokens=40, ignore_eos=True)["choices"][0]["text"]
     stop = next(c for c in plain[3:] if c.isascii())
