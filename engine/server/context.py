@@ -39,7 +39,13 @@ from engine.server.schemas import Guided, TokenOptions, described
 from engine.server.settings import ServerConfig
 from engine.text.answers import CLOSE
 from engine.text.chat_prompt import SampledTurn
-from engine.text.outputs import DraftCounts, RequestOutput, SampledToken, Transferred
+from engine.text.outputs import (
+    DraftCounts,
+    FinishReason,
+    RequestOutput,
+    SampledToken,
+    Transferred,
+)
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.api import Losses
 
@@ -402,7 +408,8 @@ class ServingContext:
                 raise
             if not isinstance(error, ValueError | RequestError):
                 logger.exception("A request could not be submitted.")
-            self._count_refusal(error)
+            if not self._count_refusal(error):
+                self.metrics.count_unanswered("error", 1)
             raise RequestError.of(error) from error
         return streams
 
@@ -418,11 +425,12 @@ class ServingContext:
         """Yield the outputs of the streams, and count each ended request.
 
         If the iterator is closed early, the remaining requests count as aborted, with the tokens of
-        their last outputs. Raises
-        RequestError if a request ended without an answer; an engine in another process refuses
-        requests this way.
+        their last outputs. Raises RequestError if a request ended without an answer; an engine in
+        another process refuses requests this way. If the request failed, the remaining ones count
+        as errors.
         """
         num_left, last = len(streams), dict[int, RequestOutput]()
+        reason: FinishReason = "abort"
         record = request_log.CURRENT.get()
         merged = interleave(streams)
         try:
@@ -436,11 +444,12 @@ class ServingContext:
                 yield index, output
         except RequestError as error:
             num_left -= self._count_refusal(error)
+            reason = "error"
             raise
         finally:
             for output in last.values():
-                self.metrics.observe(structs.replace(output, finish_reason="abort"))
-            self.metrics.count_aborted(max(0, num_left - len(last)))
+                self.metrics.observe(structs.replace(output, finish_reason=reason))
+            self.metrics.count_unanswered(reason, max(0, num_left - len(last)))
             await merged.aclose()
 
     async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from engine.schedule.report import CacheReport, TierReport
-from engine.text.outputs import RequestOutput
+from engine.text.outputs import FinishReason, RequestOutput
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SLOW_S = (*FAST_S, 120, 300, 600)
@@ -112,9 +112,9 @@ class Metrics:
             if duration_s is not None:
                 histogram.observe(duration_s)
 
-    def count_aborted(self, num_requests: int) -> None:
-        """Count requests of clients that disconnected before the first output."""
-        self.requests.labels("abort").inc(num_requests)
+    def count_unanswered(self, reason: FinishReason, num_requests: int) -> None:
+        """Count requests that ended before the first output."""
+        self.requests.labels(reason).inc(num_requests)
 
     def render(self, report: CacheReport) -> bytes:
         """Return all metrics in Prometheus' text format, including the counters of ``report``."""

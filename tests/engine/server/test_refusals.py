@@ -198,8 +198,9 @@ async def check_status_and_body_of_refusals(
     num_requests = len(DIALECTS) * 2
     assert await metric(client, "engine_rejected_requests_total") == num_requests
     failed = sum(status >= 500 for _, status, _ in ERRORS.values())
-    num_aborted = await metric(client, 'engine_requests_total{finish_reason="abort"}')
-    assert num_aborted == (0 if kind == "thread" else failed * num_requests)
+    num_failed = await metric(client, 'engine_requests_total{finish_reason="error"}')
+    assert num_failed == failed * num_requests
+    assert not await metric(client, 'engine_requests_total{finish_reason="abort"}')
 
 
 async def check_queue_filled_behind_the_server(
