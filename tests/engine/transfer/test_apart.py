@@ -77,7 +77,7 @@ def test_outputs_report_their_transfers(prefill: tuple[int, int]) -> None:
         (256, 256 * row + state),
         (192, 192 * row + state),
     ]
-    whole = usage(outputs, 1)["prompt_tokens_details"]["transferred"]
+    whole = usage(outputs, outputs)["prompt_tokens_details"]["transferred"]
     counts = asdict(transferred)
     assert whole == {name: counts[name] for name in ("tokens", "needed_bytes", "wire_bytes")}
     deltas = [delta_of(output) for output in outputs]
@@ -87,7 +87,7 @@ def test_outputs_report_their_transfers(prefill: tuple[int, int]) -> None:
     ]
     assert [answer.transferred for answer in answers] == transfers
     hit = engine.generate([text(20, 300)], GREEDY)[0]
-    assert "transferred" not in usage([hit], 1)["prompt_tokens_details"]
+    assert "transferred" not in usage([hit], [hit])["prompt_tokens_details"]
 
 
 @pytest.mark.full
