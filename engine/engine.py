@@ -216,8 +216,9 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """Queue a request: the second half of ``submit``."""
+        first = None if request.choice_of is None else self._requests.get(request.choice_of)
         self._requests[request.request_id] = request
-        self._scheduler.add(request)
+        self._scheduler.add(request, first)
 
     @property
     def num_waiting(self) -> int:

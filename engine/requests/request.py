@@ -89,6 +89,8 @@ class Request(ScheduledRequest):
         )
         self.params = spec.sampling or SamplingParams()
         self.seed = seed
+        self.choice_of = spec.choice_of
+        """Id of the first choice, if this is another choice of the same answer."""
         self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
         self._buffer[: self.prompt_len] = prompt
         self.drawn_row = 0

@@ -306,6 +306,7 @@ async def ask(
             ends_session=body.ends_session,
             call_marks=form.calls.MARKS if form.calls is not None and tools else (),
             request_id=answer_id.request_id(choice),
+            choice_of=answer_id.request_id(0) if choice else None,
             grammar=grammar,
             prompt_logprobs=body.prompt_logprobs,
         )

@@ -80,6 +80,7 @@ async def _submit(
             namespace=tenant.namespace,
             prompt_logprobs=num_scores,
             request_id=answer_id.request_id(number),
+            choice_of=answer_id.request_id(number - number % body.n) if number % body.n else None,
             grammar=grammar,
             ends_session=says_session_end(body.metadata),
         )

@@ -41,6 +41,7 @@ class Submit(WorkerMessage, frozen=True):
     call_marks: tuple[str, ...]
     save_at: tuple[int, ...]
     prompt_logprobs: int | None
+    choice_of: str | None
     grammar: Grammar | None
     arrival_s: float
     """Time by ``time.perf_counter``, which is the same clock in all processes of a machine."""

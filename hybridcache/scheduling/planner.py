@@ -218,10 +218,14 @@ class StepPlanner(Generic[R]):
         """Order of the waiting requests."""
         return self._admission
 
-    def add(self, request: R) -> None:
-        """Add ``request`` to the waiting requests."""
+    def add(self, request: R, choice_of: R | None = None) -> None:
+        """Add ``request`` to the waiting requests. ``choice_of`` is an unanswered request with the
+        same prompt: both are choices of one answer, and belong to one session."""
         self.now_s = self._clock()
-        request.session = self._sessions.arrived(request, self.now_s)
+        if choice_of is None:
+            request.session = self._sessions.arrived(request, self.now_s)
+        else:
+            request.session = self._sessions.joined(choice_of.session)
         insort(self._waiting, request, key=_age)
         self._admission.arrived(request, self._load)
 
@@ -349,7 +353,7 @@ class StepPlanner(Generic[R]):
             self._account()
         self._sessions.left(request, self.now_s)
         self._admission.left(request, self._load)
-        if request.ends_session:
+        if request.ends_session and not request.session.num_open:
             self.end_session(request.session)
 
     def _decoding(self) -> list[R]:
@@ -510,12 +514,14 @@ class StepPlanner(Generic[R]):
         if self._sharing is not None:
             self._sharing.let_in(request)
         lease, _ = request.claims
-        if request.scheduled_s is None:
+        session, is_first = request.session, request.scheduled_s is None
+        if is_first:
             request.scheduled_s = self.now_s
             request.cached_len, request.losses = lease.cached_len, lease.losses
-            if request.session.num_requests == 1:
-                request.session.shared_len = min(lease.match.kv_match_len, request.prompt_len)
+            if session.num_requests == 1 and not session.num_admitted:
+                session.shared_len = min(lease.match.kv_match_len, request.prompt_len)
         self._admission.admitted(request, self._load)
+        session.num_admitted += is_first
         return True
 
     def check(self) -> None:
@@ -566,8 +572,9 @@ class _Load(Load):
         version = self._manager.cache.stats.num_changes
         known = self._matches.get(request)
         if known is None or known[0] != version:
-            found = self._manager.cached_len(cast("ScheduledRequest", request))
-            known = self._matches[request] = version, found
+            match = self._manager.match(cast("ScheduledRequest", request))
+            loadable_len = match.loadable[-1].position if match.loadable else 0
+            known = self._matches[request] = version, max(match.cached_len, loadable_len)
         return known[1]
 
     def footprint(self, session: Session) -> float:

@@ -5,9 +5,9 @@ the previous prompt, possibly without its last few tokens if a chat template rew
 session leaves one *anchor*: the part of its newest prompt with which the next prompt is expected to
 begin. A prompt belongs to the session of the longest anchor that it begins with.
 
-A session with an open request takes no other: a second request on the same prefix (parallel
-samples, a fork, a subagent) begins another session. Prompts that share only a system prompt share
-no anchor.
+A session with an open request takes no other: a second request on the same prefix (a fork, a
+subagent) begins another session. Exceptions are the choices of one request, which the embedder
+declares. Prompts that share only a system prompt share no anchor.
 """
 
 from __future__ import annotations
@@ -75,11 +75,17 @@ class Sessions:
         session.newest_id = request.request_id
         session.num_requests += 1
         session.num_open += 1
+        session.num_admitted = 0
         session.known_len = known_len
         session.num_tokens = max(session.num_tokens, len(prompt))
         for length in anchor_lens(len(prompt), request.boundaries):
             anchors.add(session, length, int(hashes[length - 1]))
         self._open[session] = None
+        return session
+
+    def joined(self, session: Session) -> Session:
+        """Add another choice of the newest prompt of ``session``, which is open. O(1)."""
+        session.num_open += 1
         return session
 
     def left(self, request: ScheduledRequest, now_s: float) -> None:

@@ -287,6 +287,20 @@ def test_a_preempted_request_is_never_withheld() -> None:
     assert arrivals(policy.order(requests, load)) == [1]
 
 
+def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:
+    policy, load = SessionGate(), FakeLoad(num_running=1)
+    congest(policy, load, lost=80_000)
+    for one in (session(0, num_requests=1, known_len=0), session(1)):
+        choices = [FakeRequest(i, one) for i in range(3)]
+        assert arrivals(policy.order(choices, load)) == []
+        policy.admitted(choices[0], load)
+        one.num_admitted = 1
+        debt = policy.report()["debt_s"]
+        assert arrivals(policy.order(choices[1:], load)) == [1, 2]
+        policy.admitted(choices[1], load)
+        assert policy.report()["debt_s"] == debt and choices[1] not in policy._entered
+
+
 def test_an_entering_request_is_overtaken_a_bounded_number_of_times() -> None:
     """The debt stays high, and resident sessions always have another request."""
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)

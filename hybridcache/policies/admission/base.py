@@ -16,6 +16,7 @@ class Session:
         "idle_since_s",
         "known_len",
         "newest_id",
+        "num_admitted",
         "num_open",
         "num_requests",
         "num_tokens",
@@ -34,7 +35,9 @@ class Session:
         self.newest_id = ""
         """Id of the newest request."""
         self.num_requests = 0
-        """Requests so far."""
+        """Prompts so far; several choices of one prompt count once."""
+        self.num_admitted = 0
+        """Choices of the newest prompt that were admitted."""
         self.num_open = 0
         """Requests that wait or run."""
         self.num_tokens = 0
@@ -150,8 +153,9 @@ class Load(Protocol):
         ...
 
     def cached_len(self, request: WaitingRequest) -> int:
-        """Return the tokens of ``request`` that are cached now. Counts as no use of the cache. O(1)
-        while the cache has not changed since the last call, else O(length)."""
+        """Return the tokens of ``request`` that are cached now, or could be loaded from another
+        tier. Counts as no use of the cache. O(1) while the cache has not changed since the last
+        call, else O(length)."""
         ...
 
     def footprint(self, session: Session) -> float:

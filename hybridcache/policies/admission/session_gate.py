@@ -223,14 +223,14 @@ class SessionGate(AdmissionPolicy):
 
     def arrived(self, request: WaitingRequest, load: Load) -> None:
         session = request.session
-        if session.num_requests > 1:
+        if session.num_requests > 1 and session.num_open <= 1:
             pause_s = min(MAX_PAUSE_S, max(0.0, request.arrival_s - session.idle_since_s))
             self._pause_s = _averaged(self._pause_s, pause_s)
 
     def _enters(self, request: WaitingRequest, load: Load) -> bool:
         """Return whether ``request`` begins a session, or most of its session's text is lost."""
         session = request.session
-        if request.num_preemptions:
+        if request.num_preemptions or session.num_admitted:
             return False
         if session.num_requests == 1 or request in self._lost:
             return True
@@ -241,9 +241,9 @@ class SessionGate(AdmissionPolicy):
 
     def admitted(self, request: AdmittedRequest, load: Load) -> None:
         self._lost.pop(request, None)
-        if request.num_preemptions:
-            return
         session, now_s = request.session, load.now_s
+        if request.num_preemptions or session.num_admitted:
+            return
         is_new = session.num_requests == 1
         lost_len = 0 if is_new else _lost_len(session, request.cached_len)
         lost_len = min(lost_len, request.lost_len)

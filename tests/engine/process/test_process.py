@@ -330,6 +330,7 @@ def test_every_field_of_a_request_reaches_the_process() -> None:
         save_at=(2,),
         prompt_logprobs=2,
         request_id="one",
+        choice_of="first",
         grammar=Grammar.of_choices(["yes", "no"]),
     )
     default = RequestSpec([1])

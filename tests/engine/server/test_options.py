@@ -114,6 +114,20 @@ def test_usage_during_a_stream_counts_each_prompt_once(live: Live) -> None:
     assert set(told) <= {3, 5, 8} and told[-2:] == [8, 8]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_choices_of_a_request_are_one_session(serve_oracle: Callable[..., Live], path: str) -> None:
+    """Otherwise, the last choices would wait 300 s for the places of the first ones."""
+    live = serve_oracle(admission="live:2")
+    body: dict[str, Any] = {"n": 4, "max_tokens": 3, "metadata": {"session_end": "true"}}
+    body |= {"messages": CHAT} if "chat" in path else {"prompt": ["one", "two"]}
+    for _ in range(3):
+        answer = live.post(path, body)
+        assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == (4 if "chat" in path else 8)
+    sessions = live.engine._scheduler.sessions
+    assert not sessions.open and not sessions.idle
+
+
 def test_stop_strings_and_special_tokens_can_be_kept(live: Live) -> None:
     plain = complete(live, max_tokens=40, ignore_eos=True)["choices"][0]["text"]
     stop = next(c for c in plain[3:] if c.isascii())
