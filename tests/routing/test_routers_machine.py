@@ -338,6 +338,22 @@ def test_a_forecast_follows_the_learned_placement_of_the_replica(continues: bool
     assert num_wrong <= 20
 
 
+def test_a_restart_of_events_ends_the_forecasts_of_answered_requests() -> None:
+    """The batches that covered them may be lost."""
+    router = fleet("checkpoint", 1)
+    assert isinstance(router, CheckpointSeconds)
+    router.on_events(0, 0, ())
+    for number in range(3):
+        router.route(RouteRequest(number, tuple(range(number * 100, number * 100 + 90))), 0.0)
+        router.prefilled(number, 1.0)
+    for number in range(2):
+        router.ended(number, 2.0)
+    assert len(router.in_flight[0]) == 3
+    router.on_events(0, 0, ())
+    assert list(router.in_flight[0].requests()) == [2]
+    router.check()
+
+
 def test_a_hit_is_worth_a_longer_queue_if_the_fleet_is_busy() -> None:
     """A prefix of 16 saves four seconds. It is worth a queue of five seconds only if the saved
     work would delay other requests."""
