@@ -344,12 +344,22 @@ def api() -> str:
             known = ", ".join(f"`{key}`" for key in thing) if isinstance(thing, Mapping) else ""
             text = f"### {name}\n\n{known or _cell(str(thing))}"
         parts.setdefault(title, []).append(text)
+    parts["Statistics, step plans, loads"] = _listed(STEPS)
     parts["Scheduling"] = _listed(SCHEDULING)
     parts["Restart"] = _listed(RESTART)
     parts["Results and figures"] = _results()
     parts[OTHER] = _others("\n".join(text for texts in parts.values() for text in texts))
     return "\n\n".join(f"## {title}\n\n" + "\n\n".join(texts) for title, texts in parts.items())
 
+
+STEPS = {
+    "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite"),
+    "hybridcache.api": ("CacheStats", "Losses"),
+    "hybridcache.policies.protocol": ("FetchRule",),
+    "hybridcache.geometry.exchange": ("Exchange",),
+    "hybridcache.geometry.times": ("PrefillTimes",),
+}
+"""Names of results, and for an engine with an arena or tiers."""
 
 SCHEDULING = {
     "hybridcache.scheduling.planner": ("StepPlanner",),
@@ -373,6 +383,7 @@ RESULTS = {
     "hybridcache.lab.optimum": ("Optimum",),
     "hybridcache.lab.figures": ("Plot", "FigureStyle"),
     "hybridcache.lab.leaderboard": ("leaderboard", "Board"),
+    "hybridcache.lab.advise": ("advise",),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }
 """Names in results, and tools that users import from their modules."""
@@ -408,9 +419,10 @@ OTHER = "Types in these signatures"
 
 
 def _others(page: str) -> list[str]:
-    """Return the classes that ``page`` names in code and that have no name in ``hybridcache``."""
+    """Return the classes that ``page`` names in code and does not describe yet."""
     code = " ".join(re.findall(r"^(?:\| )?`([^`]+)`(?: \||$)", page, re.MULTILINE))
-    named = set(re.findall(r"\b[A-Z]\w+", code))
+    shown = {*hybridcache.__all__, *OF_FILES, *(name for names in STEPS.values() for name in names)}
+    named = set(re.findall(r"\b[A-Z]\w+", code)) - shown
     texts = []
     for module in (
         hybridcache.api,
@@ -420,8 +432,7 @@ def _others(page: str) -> list[str]:
     ):
         for name, thing in vars(module).items():
             is_own = getattr(thing, "__module__", "") == module.__name__
-            is_shown = name in named - {*hybridcache.__all__} - OF_FILES
-            if is_own and inspect.isclass(thing) and is_shown:
+            if is_own and inspect.isclass(thing) and name in named:
                 texts.append(_class(f"{module.__name__}.{name}", thing))
     return texts
 

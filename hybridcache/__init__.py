@@ -1,15 +1,13 @@
 """Prefix caching for hybrid LLMs: one radix tree over KV rows and state checkpoints. No torch.
 
-Four groups of names:
+Three groups of names:
 
 - the cache: ``build_prefix_cache(CacheConfig(...))`` returns a ``PrefixCache``; a ``Lease`` is one
-  running request's claim on it, and a ``StepPlan`` the work that follows for the tensors;
-- the parts of a plan: ``Move``, ``Copy``, ``Drop`` and ``RowWrite``, carried out by your
-  ``StepMemory``; and the rule that decides about loads from tiers: ``FetchRule``, or the ready-made
-  ``Exchange``;
+  running request's claim on it, and a ``StepPlan`` the work that follows for the tensors, carried
+  out by your ``StepMemory``;
 - policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``; a failure of
   one is a ``PolicyError``;
-- the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``, ``advise``.
+- the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``.
 
 The laboratory and the policies are imported when they are first used. All other names are imported
 from their modules. A cache is not thread-safe: one thread calls it, or callers share a lock. A
@@ -20,17 +18,14 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
-from hybridcache.api import CacheStats, Losses, PrefixCache, PrefixMatch
+from hybridcache.allocators.moves import StepMemory, StepPlan
+from hybridcache.api import PrefixCache, PrefixMatch
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 
 if TYPE_CHECKING:
-    from hybridcache.geometry.exchange import Exchange
     from hybridcache.geometry.model import ModelGeometry
-    from hybridcache.geometry.times import PrefillTimes
-    from hybridcache.lab.advise import advise
     from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.simulate import optimum, simulate
     from hybridcache.lab.trace import Trace, TraceRequest
@@ -39,7 +34,6 @@ if TYPE_CHECKING:
     from hybridcache.policies.eviction.scored import ScorePolicy
     from hybridcache.policies.protocol import (
         EvictionPolicy,
-        FetchRule,
         Item,
         Placed,
         PlacementPolicy,
@@ -49,10 +43,7 @@ if TYPE_CHECKING:
     from hybridcache.policies.registry import parse_placement
 
 _LAZY = {
-    "Exchange": "geometry.exchange",
-    "PrefillTimes": "geometry.times",
     "ModelGeometry": "geometry.model",
-    "advise": "lab.advise",
     "closed_loop": "lab.simulation.closed_loop",
     "optimum": "lab.simulation.simulate",
     "simulate": "lab.simulation.simulate",
@@ -62,7 +53,6 @@ _LAZY = {
     "AdmissionPolicy": "policies.admission.base",
     "ScorePolicy": "policies.eviction.scored",
     "EvictionPolicy": "policies.protocol",
-    "FetchRule": "policies.protocol",
     "Item": "policies.protocol",
     "Placed": "policies.protocol",
     "PlacementPolicy": "policies.protocol",
@@ -77,19 +67,28 @@ _MOVED = {
     "BASELINES": "lab.baselines",
     "Baseline": "lab.baselines",
     "BaselineConfig": "lab.baselines",
+    "CacheStats": "api",
+    "Copy": "allocators.moves",
+    "Drop": "allocators.moves",
     "EVICTION": "policies.registry",
+    "Exchange": "geometry.exchange",
+    "FetchRule": "policies.protocol",
     "GENERATORS": "lab.generators",
     "InfiniteCache": "lab.infinite",
     "Job": "lab.simulation.sweep",
     "LeaseLog": "export.lease_log",
     "LeaseTarget": "lab.simulation.target",
+    "Losses": "api",
     "METRICS": "lab.report",
     "MeasuredTimes": "geometry.times",
+    "Move": "allocators.moves",
     "NullCache": "variants",
     "Pauses": "lab.arrivals",
     "Poisson": "lab.arrivals",
+    "PrefillTimes": "geometry.times",
     "RadixCache": "variants",
     "Roofline": "geometry.times",
+    "RowWrite": "allocators.moves",
     "RunConfig": "lab.simulation.target",
     "RunResult": "lab.simulation.result",
     "SampledPolicy": "policies.eviction.scored",
@@ -97,6 +96,7 @@ _MOVED = {
     "SimulationResult": "lab.simulation.simulate",
     "Sweep": "lab.simulation.simulate",
     "Tokens": "tokens",
+    "advise": "lab.advise",
     "build_target": "lab.simulation.target",
     "interleave": "lab.arrivals",
     "make_eviction": "policies.registry",
@@ -104,7 +104,7 @@ _MOVED = {
     "serve": "lab.simulation.serving",
     "sizes": "lab.simulation.sizes",
 }
-"""Names that were public in 0.1, with their modules; removed in 0.3."""
+"""Names that were public, with their modules; removed in 0.3."""
 
 
 def __getattr__(name: str) -> Any:
@@ -133,33 +133,23 @@ def __dir__() -> list[str]:
 __all__ = [
     "AdmissionPolicy",
     "CacheConfig",
-    "CacheStats",
-    "Copy",
-    "Drop",
     "EvictionPolicy",
-    "Exchange",
-    "FetchRule",
     "HybridRadixCache",
     "Item",
     "Lease",
     "LeaseRequest",
-    "Losses",
     "ModelGeometry",
-    "Move",
     "Placed",
     "PlacementPolicy",
     "PolicyError",
     "Prefill",
-    "PrefillTimes",
     "PrefixCache",
     "PrefixMatch",
-    "RowWrite",
     "ScorePolicy",
     "StepMemory",
     "StepPlan",
     "Trace",
     "TraceRequest",
-    "advise",
     "build_prefix_cache",
     "closed_loop",
     "open_trace",

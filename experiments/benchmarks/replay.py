@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from hybridcache import Losses, ModelGeometry, TraceRequest
+from hybridcache import ModelGeometry, TraceRequest
+from hybridcache.api import Losses
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.target import RunConfig, build_target
 
