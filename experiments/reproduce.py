@@ -324,21 +324,9 @@ def leaderboard_table() -> str:
     scores = tuple(
         Scores(**{name: record[name] for name in Scores.__slots__}) for record in records
     )
-    seeds = tuple(dict.fromkeys(score.seed for score in scores))
-    split = Split.load()
-    split = Split(
-        split.name, split.model, seeds, {score.trace: tuple(score.gib) for score in scores}
-    )
-    board = Board(split, records[0]["reference"], scores)
-    rows = [
-        [row.name, *map(str, (row.hit_rate, row.difference, row.share, row.share_running))]
-        for row in board.rows()
-    ]
-    header = ["eviction", "token hit rate, %", "less default, points", "% of plan"]
-    cells = sum(map(len, split.gib.values()))
-    return markdown([*header, "% of plan next to running requests"], rows) + (
-        f"\n\n{cells} cells of {len(split.gib)} traces, {len(seeds)} seeds; intervals over seeds."
-    )
+    board = Board(Split.load(), records[0]["reference"], scores)
+    table = markdown(board.heads(), [row.cells() for row in board.rows()])
+    return f"{table}\n\n{board.summary()}; intervals over seeds."
 
 
 def default_table() -> str:

@@ -3,7 +3,7 @@
     python -m experiments.studies.leaderboard [--seeds 3] [--processes 2]
 
 The board is that of ``hybridcache leaderboard``. results/leaderboard.jsonl has a line per trace and
-seed.
+seed, and a line per closed loop and seed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     pause_s = 0.1 if sys.stderr.isatty() else 30
     split = Split.load().head(options.seeds, options.only)
-    with tqdm(total=len(split.gib) * len(split.seeds), unit=" traces", mininterval=pause_s) as bar:
+    with tqdm(total=len(split.jobs(())), unit=" traces", mininterval=pause_s) as bar:
         board = leaderboard(
             (),
             split,

@@ -4,7 +4,10 @@ A cell is one generated trace at one memory size. Each policy runs in every cell
 A score is the mean over cells, so that every cell weighs the same; its interval comes from the
 seeds. Differences are paired: policies are compared seed by seed.
 
-Next to the token hit rate stands its share of the best plan found with hindsight, in two counts.
+Cells with a rate of sessions are closed loops: sessions arrive at that rate, wait for their answers
+and are admitted by the default policy. They decide the order of the table. The other cells replay
+requests in turn. Next to their token hit rate stands its share of the best plan found with
+hindsight, in two counts.
 The first plan may fill the whole memory between two requests; the second also leaves room for the
 KV and the state of the running request, which every cache of this project must hold.
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -34,6 +37,7 @@ from hybridcache.lab.extras import version
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.simulation.sizes import budget_bytes
@@ -54,7 +58,9 @@ class Split:
     model: str
     seeds: tuple[int, ...]
     gib: Mapping[str, tuple[float, ...]]
-    """Sizes by trace specification."""
+    """Sizes of the replays, by trace specification."""
+    closed_loop: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    """Closed loops, by trace specification: (GiB, sessions per second)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for no seed, trace or size, and for a repeated seed or size."""
@@ -77,11 +83,16 @@ class Split:
         try:
             read = tomllib.loads(source.read_text(encoding="utf-8"))
             gib = {trace: tuple(map(float, sizes)) for trace, sizes in read["gib"].items()}
+            loops = {
+                trace: tuple((float(size), float(rate)) for size, rate in cells)
+                for trace, cells in read.get("closed-loop", {}).items()
+            }
             return cls(
                 "evaluation" if path is None else path.name,
                 read["model"],
                 tuple(read["seeds"]),
                 gib,
+                loops,
             )
         except KeyError as error:
             raise ValueError(
@@ -103,12 +114,27 @@ class Split:
                 f"num_seeds must be from 1 to {len(self.seeds)}, the seeds of the split (got "
                 f"{num_seeds})."
             )
-        return Split(self.name, self.model, self.seeds[:num_seeds], gib)
+        loops = {trace: cells for trace, cells in self.closed_loop.items() if only in trace}
+        return Split(self.name, self.model, self.seeds[:num_seeds], gib, loops)
+
+    def jobs(self, policies: tuple[str, ...]) -> list[BoardJob]:
+        """Return the jobs of all cells: a replay of all sizes, or one closed loop."""
+        cells = [(trace, sizes, None) for trace, sizes in self.gib.items()]
+        loops = [
+            (trace, (size,), rate)
+            for trace, cells in self.closed_loop.items()
+            for size, rate in cells
+        ]
+        return [
+            BoardJob(self.model, trace, seed, sizes, policies, rate)
+            for trace, sizes, rate in (*cells, *loops)
+            for seed in self.seeds
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class BoardJob:
-    """All sizes of one trace with one seed, under all policies."""
+    """All sizes of one trace with one seed, or one closed loop, under all policies."""
 
     model: str
     trace: str
@@ -116,10 +142,13 @@ class BoardJob:
     gib: tuple[float, ...]
     policies: tuple[str, ...]
     """``eviction`` or ``eviction@placement``."""
+    rate: float | None = None
+    """Sessions per second in closed loop, or None for a replay."""
 
     @property
     def label(self) -> str:
-        return f"{self.trace}, seed {self.seed}"
+        rate = "" if self.rate is None else f", {self.rate:g} sessions/s"
+        return f"{self.trace}{rate}, seed {self.seed}"
 
     def key(self) -> str:
         """Return an identity of the job, the version, and the code of own policies."""
@@ -142,14 +171,20 @@ class Scores:
     rates: dict[str, list[float]]
     """By policy."""
     plan: list[float]
-    """Best plan found with hindsight, in the whole memory."""
+    """Best plan found with hindsight, in the whole memory; empty for a closed loop."""
     plan_running: list[float]
     """The same next to the running request."""
+    rate: float | None = None
+    """Sessions per second in closed loop, or None for a replay."""
+    ttft_s: dict[str, float] = field(default_factory=dict)
+    """Mean time to first token in closed loop, by policy."""
 
 
 def run_job(_trace: Trace, job: BoardJob) -> Scores:
     """Simulate every policy and compute both plans. O(policies * requests * sizes)."""
     trace = open_trace(f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}").kept()
+    if job.rate is not None:
+        return _serve(trace, job, job.rate)
     rates: dict[str, list[float]] = {}
     for policy in job.policies:
         eviction, _, placement = policy.partition("@")
@@ -179,6 +214,27 @@ def run_job(_trace: Trace, job: BoardJob) -> Scores:
     return Scores(job.trace, job.seed, list(job.gib), rates, *plans)
 
 
+def _serve(trace: Trace, job: BoardJob, rate: float) -> Scores:
+    """Serve ``rate`` sessions per second with every policy."""
+    scores = Scores(job.trace, job.seed, list(job.gib), {}, [], [], rate)
+    for policy in job.policies:
+        eviction, _, placement = policy.partition("@")
+        [run] = closed_loop(
+            trace,
+            model=job.model,
+            gib=job.gib,
+            policy=eviction,
+            checkpoints=[placement or DEFAULT_PLACEMENT],
+            rate=rate,
+            admission="sessions",
+            seeds=[job.seed],
+            progress=False,
+        ).runs
+        scores.rates[policy] = [run.token_hit_rate]
+        scores.ttft_s[policy] = run.ttft_mean_s
+    return scores
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One policy on the board; all figures in percent or points."""
@@ -191,6 +247,20 @@ class Row:
     """Share of the plan in the whole memory."""
     share_running: Interval
     """Share of the plan that leaves room for the running request."""
+    served: Interval | None = None
+    """Token hit rate in closed loop, or None if the split has no closed loops."""
+    served_difference: Interval | None = None
+    """Its difference to the first policy, paired by seed."""
+    ttft_ratio: Interval | None = None
+    """Mean time to first token in closed loop, relative to the first policy: geometric mean over
+    cells."""
+
+    def cells(self) -> list[str]:
+        """Return the columns of the table."""
+        served = (self.served, self.served_difference, self.ttft_ratio)
+        replayed = (self.hit_rate, self.difference, self.share, self.share_running)
+        ratio = [] if self.ttft_ratio is None else [f"{self.ttft_ratio:.2f}"]
+        return [self.name, *map(str, filter(None, served[:2])), *ratio, *map(str, replayed)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +275,10 @@ class Board:
     """One per trace and seed."""
 
     def rows(self) -> list[Row]:
-        """Return a row per policy, the highest hit rate first."""
+        """Return a row per policy, the highest hit rate first: in closed loop, if the split has
+        any."""
         rates, plan, plan_running = self._by_seed()
+        served = self._served_by_seed()
         reference = 100 * rates[self.reference].mean(axis=1)
         found = []
         for name, values in rates.items():
@@ -218,9 +290,35 @@ class Board:
                     paired(means.tolist(), reference.tolist()),
                     interval((100 * _shares(values, plan)).tolist()),
                     interval((100 * _shares(values, plan_running)).tolist()),
+                    *self._served(name, served),
                 )
             )
-        return sorted(found, key=lambda row: -row.hit_rate.mean)
+        return sorted(found, key=lambda row: -(row.served or row.hit_rate).mean)
+
+    def _served_by_seed(self) -> dict[str, np.ndarray]:
+        """Return hit rate and mean time to first token in closed loop, by policy: [2, seeds,
+        cells]."""
+        by_place = {(one.trace, one.gib[0], one.rate, one.seed): one for one in self.scores}
+        cells = [(trace, *cell) for trace, of in self.split.closed_loop.items() for cell in of]
+        runs = [[by_place[*cell, seed] for cell in cells] for seed in self.split.seeds]
+        names = self.scores[0].rates if cells else ()
+        return {
+            name: np.array(
+                [
+                    [[100 * run.rates[name][0] for run in of_seed] for of_seed in runs],
+                    [[run.ttft_s[name] for run in of_seed] for of_seed in runs],
+                ]
+            )
+            for name in names
+        }
+
+    def _served(self, name: str, served: Mapping[str, np.ndarray]) -> tuple[Interval, ...]:
+        if not served:
+            return ()
+        (hits, ttft), (hits_of_first, ttft_of_first) = served[name], served[self.reference]
+        means = hits.mean(axis=1).tolist()
+        ratios = np.exp(np.log(ttft / ttft_of_first).mean(axis=1)).tolist()
+        return interval(means), paired(means, hits_of_first.mean(axis=1).tolist()), interval(ratios)
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
@@ -228,18 +326,25 @@ class Board:
 
     def table(self) -> str:
         """Return the board as text."""
-        heads = ["policy", "token hit rate, %", f"less {self.reference}, points"]
-        heads += ["% of plan", "% of plan next to running requests"]
-        rows = [
-            [row.name, *map(str, (row.hit_rate, row.difference, row.share, row.share_running))]
-            for row in self.rows()
-        ]
-        num_cells = sum(map(len, self.split.gib.values()))
-        return (
-            f"{counted(num_cells, 'cell')} of {counted(len(self.split.gib), 'trace')}, "
-            f"{counted(len(self.split.seeds), 'seed')} each, {self.split.model}. "
-            f"{self._explanation()}\n\n" + text_table(heads, rows)
+        rows = [row.cells() for row in self.rows()]
+        return f"{self.summary()}, {self.split.model}. {self._explanation()}\n\n" + text_table(
+            self.heads(), rows
         )
+
+    def heads(self) -> list[str]:
+        """Return the heads of the table's columns."""
+        less = f"less {self.reference}, points"
+        served = ["closed loop: hits, %", less, "mean TTFT, ratio"]
+        replayed = ["replay: hits, %", less, "% of plan", "% of plan next to running requests"]
+        return ["policy", *(served if self.split.closed_loop else ()), *replayed]
+
+    def summary(self) -> str:
+        """Return the number of cells, traces and seeds."""
+        num_cells = sum(map(len, self.split.gib.values()))
+        num_loops = sum(map(len, self.split.closed_loop.values()))
+        loops = f"{counted(num_loops, 'closed loop')} and " if num_loops else ""
+        cells, traces = counted(num_cells, "replayed cell"), counted(len(self.split.gib), "trace")
+        return f"{loops}{cells} of {traces}, {counted(len(self.split.seeds), 'seed')} each"
 
     def _explanation(self) -> str:
         """Explain the figures of the table."""
@@ -256,8 +361,8 @@ class Board:
         return [asdict(scores) for scores in self.scores]
 
     def _by_seed(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Return rates by policy, and both plans: [seeds, cells]."""
-        by_place = {(scores.trace, scores.seed): scores for scores in self.scores}
+        """Return rates by policy in replays, and both plans: [seeds, cells]."""
+        by_place = {(one.trace, one.seed): one for one in self.scores if one.rate is None}
 
         def matrix(read: Callable[[Scores], list[float]]) -> np.ndarray:
             return np.array(
@@ -310,11 +415,7 @@ def leaderboard(
     if not names:
         raise ValueError("nothing to compare: name a policy, or keep the built-in ones")
     reference = DEFAULT_EVICTION if DEFAULT_EVICTION in names else names[0]
-    jobs = [
-        BoardJob(split.model, trace, seed, sizes, names)
-        for trace, sizes in split.gib.items()
-        for seed in split.seeds
-    ]
+    jobs = split.jobs(names)
     scores = run_grid(
         Trace("leaderboard", 1, tuple),
         jobs,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybridcache import closed_loop
 from hybridcache.lab import leaderboard as module
 from hybridcache.lab.cli import main
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Split, leaderboard
@@ -28,6 +29,8 @@ def test_packaged_split_is_the_evaluation_split_of_the_studies() -> None:
     studies = tomllib.loads(SPLITS.read_text())["default-pair"]["evaluation"]
     assert list(ours.seeds) == studies["seeds"] and len(ours.seeds) >= 10
     assert {trace: list(sizes) for trace, sizes in ours.gib.items()} == studies["gib"]
+    loops = {trace: [list(cell) for cell in cells] for trace, cells in ours.closed_loop.items()}
+    assert loops == studies["closed-loop"] and ours.head(1, "short").closed_loop.keys() == {"short"}
     assert len(BUILT_IN) > 20
 
 
@@ -48,21 +51,56 @@ def test_scores_are_means_over_cells_with_intervals_over_seeds(board: Board) -> 
     assert "No intervals: they need at least 5 seeds (got 1)" in one and "[" not in one
 
 
+def test_closed_loops_decide_the_order(board: Board) -> None:
+    loops = {"short?head=20": ((0.5, 4.0), (0.3, 8.0))}
+    split = replace(TINY, closed_loop=loops)
+    served = leaderboard((), split, built_in=tuple(board.scores[0].rates))
+    rows = {row.name: row for row in served.rows()}
+    assert [row.hit_rate for row in board.rows()] == sorted(
+        (row.hit_rate for row in rows.values()), reverse=True
+    )
+    hits = [row.served.mean for row in rows.values() if row.served is not None]
+    assert hits == sorted(hits, reverse=True) and len(hits) == 3
+    [run] = closed_loop(
+        "short?head=20&seed=2",
+        gib=0.3,
+        policy="lru",
+        checkpoints=["adaptive"],
+        rate=8.0,
+        admission="sessions",
+        seeds=[2],
+        progress=False,
+    ).runs
+    [own] = [one for one in served.scores if (one.rate, one.seed) == (8.0, 2)]
+    assert own.rates["lru"] == [run.token_hit_rate] and own.ttft_s["lru"] == run.ttft_mean_s
+    first = rows[served.reference]
+    assert first.ttft_ratio == (1, 1, 1) and first.served_difference == (0, 0, 0)
+    ratios = [
+        np.sqrt(np.prod([one.ttft_s["lru"] / one.ttft_s[served.reference] for one in loop]))
+        for seed in split.seeds
+        for loop in [[one for one in served.scores if one.seed == seed and one.rate is not None]]
+    ]
+    assert rows["lru"].ttft_ratio.mean == pytest.approx(np.mean(ratios))
+    assert "2 closed loops and 2 replayed cells of 1 trace, 5 seeds each" in served.table()
+
+
 def test_custom_policy_is_scored_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "from hybridcache.policies.eviction.lru import LRU\nclass Mine(LRU):\n    pass\n"
     (tmp_path / "mine_board.py").write_text(text)
     split = tmp_path / "split.toml"
-    split.write_text('model = "qwen3-next"\nseeds = [1, 2]\n[gib]\n"short?head=20" = [0.5]\n')
+    text = 'model = "qwen3-next"\nseeds = [1, 2]\n[gib]\n"short?head=20" = [0.5]\n'
+    split.write_text(f'{text}[closed-loop]\n"short?head=20" = [[0.5, 4]]\n')
     monkeypatch.chdir(tmp_path)
     arguments = ["leaderboard", "mine_board:Mine", "lru@backoff", "--built-in", "lru"]
     assert main([*arguments, "--split", str(split), "--json", "--output", "kept.jsonl"]) == 0
     rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert set(rows) == {"mine_board:Mine", "lru@backoff", "lru"}
     assert rows["mine_board:Mine"]["hit_rate"] == rows["lru"]["hit_rate"]
-    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 2
-    monkeypatch.setattr(module, "simulate", lambda *_, **__: pytest.fail("a run was repeated"))
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 4
+    for name in ("simulate", "closed_loop"):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a run was repeated"))
     assert main([*arguments, "--split", str(split), "--output", "kept.jsonl"]) == 0
     assert "2 seeds each" in capsys.readouterr().out
 
@@ -79,6 +117,7 @@ def test_custom_policy_is_scored_and_resumed(
         ('model = "m"\nseeds = [4, 4]\n[gib]\nshort = [1]\n', "seeds must be different"),
         ('model = "m"\nseeds = [1]\n[gib]\nshort = []\n', "sizes of short must be"),
         ('model = "m"\nseeds = [1]\n[gib]\n', "gib must have at least one trace"),
+        ('model="m"\nseeds=[1]\n[gib]\na=[1]\n[closed-loop]\na=[1]\n', "my.toml is not a split"),
     ],
 )
 def test_error_for_an_invalid_split_names_file_and_fault(
