@@ -6,6 +6,7 @@ from __future__ import annotations
 import heapq
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
+from hybridcache.scheduling.request import ScheduledRequest
 
 POLICIES = ("oldest", "cached-first", "longest-match", "window:4", "live:3", "sessions")
 VOCABULARY = 320
@@ -131,27 +133,33 @@ class PlannerMachine(RuleBasedStateMachine):
         answer=st.integers(1, 40),
         base=st.integers(0, 5),
         tenant=st.sampled_from([None, "b"]),
+        num_choices=st.sampled_from([1, 1, 1, 3]),
     )
-    def submit(self, seed: int, length: int, answer: int, base: int, tenant: str | None) -> None:
+    def submit(
+        self, seed: int, length: int, answer: int, base: int, tenant: str | None, num_choices: int
+    ) -> None:
         fresh = np.random.default_rng(seed).integers(0, 50, length + answer, dtype=np.int32)
         before = self.texts[-1 - base] if base < len(self.texts) else fresh[:0]
         text = np.concatenate((before, fresh))
         if len(text) > self.memory.max_request_len:
             text = fresh[: self.memory.max_request_len]
-        request = SimulatedRequest(
-            text,
-            max(1, len(text) - answer),
-            self.num_submitted,
-            0,
-            namespace=tenant,
-            arrival=self.num_submitted,
-            arrival_s=self.now_s,
-            max_len=max(2, len(text)),
-        )
-        self.num_submitted += 1
-        self.requests.append(request)
-        self.passes[request] = 0
-        self.planner.add(request)
+        first = None
+        for _ in range(num_choices):
+            request = SimulatedRequest(
+                text.copy(),
+                max(1, len(text) - answer),
+                self.num_submitted,
+                0,
+                namespace=tenant,
+                arrival=self.num_submitted,
+                arrival_s=self.now_s,
+                max_len=max(2, len(text)),
+            )
+            self.num_submitted += 1
+            self.requests.append(request)
+            self.passes[request] = 0
+            self.planner.add(request, first)
+            first = first or request
 
     @rule(index=st.integers(0, 20))
     def abort(self, index: int) -> None:
@@ -211,6 +219,8 @@ class PlannerMachine(RuleBasedStateMachine):
         if hasattr(self, "planner"):
             self.planner.check()
             self.manager.cache.check(*self.manager.held())
+            num_open = Counter(request.session for request in self.requests)
+            assert num_open == {one: one.num_open for one in self.planner.sessions.open}
 
     def teardown(self) -> None:
         """Check that every request ends: no request is withheld for ever."""
@@ -230,6 +240,40 @@ class PlannerMachine(RuleBasedStateMachine):
 
 PlannerMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 TestPlanner = PlannerMachine.TestCase
+
+
+def test_text_that_a_tier_can_load_counts_as_cached_for_admission() -> None:
+    sizes = {"num_kv_tokens": 400, "num_slots": 8}
+    bytes_each = {"kv_bytes_per_token": 4, "state_bytes": 64, "host_bytes": 100_000}
+    cache = build_prefix_cache(CacheConfig(**sizes, **bytes_each))
+    manager = CacheManager(cache, parse_placement("backoff"), num_rows=2, stateful=True)
+    found: list[int] = []
+
+    class Looks(AdmissionPolicy):
+        def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+            found.append(load.cached_len(waiting[0]))
+            return waiting
+
+    planner: StepPlanner[ScheduledRequest] = StepPlanner(
+        manager,
+        max_running=1,
+        token_budget=512,
+        memory=MemorySizes("pools", **sizes, row_bytes=4, state_bytes=64),
+        admission=Looks(),
+        clock=lambda: 0.0,
+    )
+    for number in (0, 1, 2, 0):
+        prompt = np.arange(260, dtype=np.int32) + 1000 * number
+        request = ScheduledRequest("one", prompt, arrival=len(found), arrival_s=0.0, max_len=261)
+        planner.add(request)
+        while request.computed_len < 260:
+            for one, end in planner.choose().items():
+                assert manager.take_checkpoint_slots(one, end) is not None
+                manager.take_step().done()
+                one.scheduled_len = end
+                planner.advance(one, end)
+        planner.leave(request)
+    assert request.cached_len == 0 and found[0] == 0 and found[-1] == 256
 
 
 # --- simulator and engine -------------------------------------------------------------------------
