@@ -216,9 +216,8 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """Queue a request: the second half of ``submit``."""
-        first = None if request.choice_of is None else self._requests.get(request.choice_of)
         self._requests[request.request_id] = request
-        self._scheduler.add(request, first)
+        self._scheduler.add(request)
 
     @property
     def num_waiting(self) -> int:
@@ -524,7 +523,7 @@ class Engine:
 
     def end_session(self, request_id: str) -> None:
         """End the session of ``request_id``, its newest request: no request will follow it. Does
-        nothing if a newer request followed. O(sessions)."""
+        nothing if a newer request followed. O(1)."""
         self._scheduler.end_session_of(request_id)
 
     def reset_prefix_cache(self) -> None:

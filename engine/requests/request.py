@@ -82,6 +82,7 @@ class Request(ScheduledRequest):
             boundaries=tuple(spec.boundaries),
             answer_survives=spec.answer_survives,
             ends_session=spec.ends_session,
+            choice_of=spec.choice_of,
             save_at=tuple(spec.save_at),
             arrival=arrival,
             arrival_s=arrival_s,
@@ -89,8 +90,6 @@ class Request(ScheduledRequest):
         )
         self.params = spec.sampling or SamplingParams()
         self.seed = seed
-        self.choice_of = spec.choice_of
-        """Id of the first choice, if this is another choice of the same answer."""
         self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
         self._buffer[: self.prompt_len] = prompt
         self.drawn_row = 0

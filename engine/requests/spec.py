@@ -247,8 +247,8 @@ class RequestSpec:
     request_id: str | None = None
     """Id of the request, or None to generate one."""
     choice_of: str | None = None
-    """Id of a request with the same prompt, if this is another choice of its answer. Admission
-    policies count both as one session."""
+    """Id of the first request, if this is another choice of the same answer. Admission policies
+    count both as one session."""
     grammar: Grammar | None = None
     """Grammar of the answer, or None if the answer is free."""
 

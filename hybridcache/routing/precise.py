@@ -307,8 +307,6 @@ class CheckpointSeconds(MirrorRouter):
         covered: Iterable[Hashable] = (),
     ) -> None:
         events = tuple(events)
-        mirror = self.mirrors.get(replica)
-        is_restart = sequence == 0 and mirror is not None and mirror.next_sequence > 0
         super().on_events(replica, sequence, events)
         if replica not in self.in_flight:
             return
@@ -318,7 +316,7 @@ class CheckpointSeconds(MirrorRouter):
             for event in events:
                 if isinstance(event, CheckpointStored):
                     self.shares.save(event.label)
-        if is_restart:  # Batches that covered requests may be lost. All contents are in this one.
+        if sequence == 0:  # It has all contents; batches that covered requests may be lost.
             ended = [one for one in self.in_flight[replica].requests() if one not in self._where]
             covered = [*covered, *ended]
         for request in covered:

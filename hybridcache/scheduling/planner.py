@@ -218,14 +218,10 @@ class StepPlanner(Generic[R]):
         """Order of the waiting requests."""
         return self._admission
 
-    def add(self, request: R, choice_of: R | None = None) -> None:
-        """Add ``request`` to the waiting requests. ``choice_of`` is an unanswered request with the
-        same prompt: both are choices of one answer, and belong to one session."""
+    def add(self, request: R) -> None:
+        """Add ``request`` to the waiting requests."""
         self.now_s = self._clock()
-        if choice_of is None:
-            request.session = self._sessions.arrived(request, self.now_s)
-        else:
-            request.session = self._sessions.joined(choice_of.session)
+        request.session = self._sessions.arrived(request, self.now_s)
         insort(self._waiting, request, key=_age)
         self._admission.arrived(request, self._load)
 
@@ -308,10 +304,10 @@ class StepPlanner(Generic[R]):
 
     def end_session_of(self, request_id: str) -> None:
         """End the idle session with ``request_id`` as its newest request, if there is one.
-        O(sessions)."""
-        for session in self._sessions.idle:
-            if session.newest_id == request_id:
-                return self.end_session(session)
+        O(1)."""
+        session = self._sessions.idle_after(request_id)
+        if session is not None:
+            self.end_session(session)
 
     @property
     def wakes_at_s(self) -> float | None:

@@ -26,6 +26,7 @@ class ScheduledRequest:
         "arrival_s",
         "boundaries",
         "cached_len",
+        "choice_of",
         "computed_len",
         "ends_session",
         "fetched_len",
@@ -58,6 +59,7 @@ class ScheduledRequest:
         boundaries: tuple[int, ...] = (),
         answer_survives: bool = True,
         ends_session: bool = False,
+        choice_of: str | None = None,
         save_at: tuple[int, ...] = (),
         arrival: int,
         arrival_s: float,
@@ -71,6 +73,7 @@ class ScheduledRequest:
             boundaries: ascending positions that later prompts keep.
             answer_survives: False if later prompts do not contain the answer.
             ends_session: True if no request of its session follows.
+            choice_of: name of the first request, if this is another choice of the same answer.
             save_at: further positions of checkpoints.
             arrival: rank among all requests: older is smaller.
             arrival_s: time of arrival, of the planner's clock.
@@ -82,6 +85,8 @@ class ScheduledRequest:
         self.answer_survives = answer_survives
         self.ends_session = ends_session
         """True if no request of its session follows."""
+        self.choice_of = choice_of
+        """Name of the first request, if this is another choice of the same answer."""
         self.save_at = save_at
         self.arrival = arrival
         """Rank among all requests: older is smaller."""

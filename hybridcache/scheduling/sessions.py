@@ -6,8 +6,8 @@ session leaves one *anchor*: the part of its newest prompt with which the next p
 begin. A prompt belongs to the session of the longest anchor that it begins with.
 
 A session with an open request takes no other: a second request on the same prefix (a fork, a
-subagent) begins another session. Exceptions are the choices of one request, which the embedder
-declares. Prompts that share only a system prompt share no anchor.
+subagent) begins another session. Exceptions are the choices of one answer, which the embedder
+declares (``choice_of``). Prompts that share only a system prompt share no anchor.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Sessions:
         self._anchors: dict[Hashable, _Anchors] = {}
         self._open: dict[Session, None] = {}
         self._idle: OrderedDict[Session, None] = OrderedDict()
+        self._by_newest: dict[str, Session] = {}
+        """Remembered sessions by the name of their newest request."""
         self._num_begun = 0
         self._powers: npt.NDArray[np.uint64] = np.ones(1, np.uint64)
 
@@ -59,7 +61,13 @@ class Sessions:
 
     def arrived(self, request: ScheduledRequest, now_s: float) -> Session:
         """Assign ``request`` to its session, or to a new one. O(length + known anchors of the
-        tenant), vectorised."""
+        tenant), vectorised; O(1) for a further choice."""
+        session = self._by_newest.get(request.choice_of) if request.choice_of else None
+        if session is not None:
+            session.num_open += 1
+            self._idle.pop(session, None)
+            self._open[session] = None
+            return session
         tenant, prompt = request.namespace, request.tokens[: request.prompt_len]
         anchors = self._anchors.get(tenant)
         if anchors is None:
@@ -72,7 +80,9 @@ class Sessions:
         else:
             anchors.remove(session)
             self._idle.pop(session, None)
-        session.newest_id = request.request_id
+            self._drop_name(session)
+        session.newest_id = request.choice_of or request.request_id
+        self._by_newest[session.newest_id] = session
         session.num_requests += 1
         session.num_open += 1
         session.num_admitted = 0
@@ -81,11 +91,6 @@ class Sessions:
         for length in anchor_lens(len(prompt), request.boundaries):
             anchors.add(session, length, int(hashes[length - 1]))
         self._open[session] = None
-        return session
-
-    def joined(self, session: Session) -> Session:
-        """Add another choice of the newest prompt of ``session``, which is open. O(1)."""
-        session.num_open += 1
         return session
 
     def left(self, request: ScheduledRequest, now_s: float) -> None:
@@ -105,6 +110,12 @@ class Sessions:
             oldest, _ = self._idle.popitem(last=False)
             self._forget(oldest)
 
+    def idle_after(self, request_id: str) -> Session | None:
+        """Return the idle session with ``request_id`` as its newest request, if there is one.
+        O(1)."""
+        session = self._by_newest.get(request_id)
+        return session if session in self._idle else None
+
     def end(self, session: Session) -> None:
         """Record that no further request of ``session`` follows."""
         session.ended = True
@@ -120,7 +131,12 @@ class Sessions:
             self._powers = np.cumprod(np.full(size, _FACTOR), dtype=np.uint64)
         return np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * self._powers[: len(tokens)])
 
+    def _drop_name(self, session: Session) -> None:
+        if self._by_newest.get(session.newest_id) is session:
+            del self._by_newest[session.newest_id]
+
     def _forget(self, session: Session) -> None:
+        self._drop_name(session)
         anchors = self._anchors[session.tenant]
         anchors.remove(session)
         if not anchors.lengths:

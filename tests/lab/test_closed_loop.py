@@ -143,7 +143,7 @@ class PlannerMachine(RuleBasedStateMachine):
         text = np.concatenate((before, fresh))
         if len(text) > self.memory.max_request_len:
             text = fresh[: self.memory.max_request_len]
-        first = None
+        first: str | None = None
         for _ in range(num_choices):
             request = SimulatedRequest(
                 text.copy(),
@@ -151,6 +151,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 self.num_submitted,
                 0,
                 namespace=tenant,
+                choice_of=first,
                 arrival=self.num_submitted,
                 arrival_s=self.now_s,
                 max_len=max(2, len(text)),
@@ -158,8 +159,8 @@ class PlannerMachine(RuleBasedStateMachine):
             self.num_submitted += 1
             self.requests.append(request)
             self.passes[request] = 0
-            self.planner.add(request, first)
-            first = first or request
+            self.planner.add(request)
+            first = first or request.request_id
 
     @rule(index=st.integers(0, 20))
     def abort(self, index: int) -> None:

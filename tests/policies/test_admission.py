@@ -298,7 +298,8 @@ def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:
         debt = policy.report()["debt_s"]
         assert arrivals(policy.order(choices[1:], load)) == [1, 2]
         policy.admitted(choices[1], load)
-        assert policy.report()["debt_s"] == debt and choices[1] not in policy._entered
+        assert policy.report()["debt_s"] == debt
+        assert choices[1] in policy._entered, "a running choice is no resident session"
 
 
 def test_an_entering_request_is_overtaken_a_bounded_number_of_times() -> None:

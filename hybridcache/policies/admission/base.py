@@ -33,7 +33,7 @@ class Session:
         self.began_s = began_s
         """Time at which the first request arrived."""
         self.newest_id = ""
-        """Id of the newest request."""
+        """Id of the newest request; of several choices, the id of the first one."""
         self.num_requests = 0
         """Prompts so far; several choices of one prompt count once."""
         self.num_admitted = 0

@@ -53,9 +53,9 @@ class SessionGate(AdmissionPolicy):
     """Admit requests of resident sessions first; withhold others while lost work is being repaid.
 
     A request *enters* if its session is new, or if most of the session's own text was evicted. All
-    others continue resident sessions. Seconds spent on computing evicted tokens again are a debt.
-    It is repaid at the share of time that the load would leave if nothing were cached, and at
-    ``FLOOR`` at least.
+    others continue resident sessions, and so do further choices of an admitted prompt. Seconds
+    spent on computing evicted tokens again are a debt. It is repaid at the share of time that the
+    load would leave if nothing were cached, and at ``FLOOR`` at least.
 
     - Debt below ``-CREDIT_S``: requests are admitted oldest first.
     - Debt above it: resident sessions go first. Entering requests are admitted one prefill at a
@@ -223,7 +223,7 @@ class SessionGate(AdmissionPolicy):
 
     def arrived(self, request: WaitingRequest, load: Load) -> None:
         session = request.session
-        if session.num_requests > 1 and session.num_open <= 1:
+        if session.num_requests > 1 and session.num_open <= 1 and not session.num_admitted:
             pause_s = min(MAX_PAUSE_S, max(0.0, request.arrival_s - session.idle_since_s))
             self._pause_s = _averaged(self._pause_s, pause_s)
 
@@ -242,7 +242,13 @@ class SessionGate(AdmissionPolicy):
     def admitted(self, request: AdmittedRequest, load: Load) -> None:
         self._lost.pop(request, None)
         session, now_s = request.session, load.now_s
-        if request.num_preemptions or session.num_admitted:
+        if request.num_preemptions:
+            return
+        if session.num_admitted:
+            if any(other.session is session for other in self._entered.values()):
+                self._entered[request] = request
+            elif self._num_withheld:
+                self._num_turns += 1
             return
         is_new = session.num_requests == 1
         lost_len = 0 if is_new else _lost_len(session, request.cached_len)

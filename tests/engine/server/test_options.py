@@ -118,12 +118,12 @@ def test_usage_during_a_stream_counts_each_prompt_once(live: Live) -> None:
 def test_choices_of_a_request_are_one_session(serve_oracle: Callable[..., Live], path: str) -> None:
     """Otherwise, the last choices would wait 300 s for the places of the first ones."""
     live = serve_oracle(admission="live:2")
-    body: dict[str, Any] = {"n": 4, "max_tokens": 3, "metadata": {"session_end": "true"}}
+    body: dict[str, Any] = {"n": 24, "max_tokens": 1, "metadata": {"session_end": "true"}}
     body |= {"messages": CHAT} if "chat" in path else {"prompt": ["one", "two"]}
     for _ in range(3):
         answer = live.post(path, body)
         assert answer.status_code == 200, answer.text
-    assert len(answer.json()["choices"]) == (4 if "chat" in path else 8)
+    assert len(answer.json()["choices"]) == (24 if "chat" in path else 48)
     sessions = live.engine._scheduler.sessions
     assert not sessions.open and not sessions.idle
 
