@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     pause_s = 0.1 if sys.stderr.isatty() else 30
     split = Split.load().head(options.seeds, options.only)
-    with tqdm(total=len(split.jobs(())), unit=" traces", mininterval=pause_s) as bar:
+    with tqdm(total=len(split.jobs(())), unit=" runs", mininterval=pause_s) as bar:
         board = leaderboard(
             (),
             split,

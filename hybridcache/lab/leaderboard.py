@@ -5,9 +5,9 @@ A score is the mean over cells, so that every cell weighs the same; its interval
 seeds. Differences are paired: policies are compared seed by seed.
 
 Cells with a rate of sessions are closed loops: sessions arrive at that rate, wait for their answers
-and are admitted by the default policy. They decide the order of the table. The other cells replay
-requests in turn. Next to their token hit rate stands its share of the best plan found with
-hindsight, in two counts.
+and are admitted by the policy ``sessions``. They decide the order of the table. The other cells
+replay requests in turn. Next to the token hit rate of replays stands its share of the best plan
+found with hindsight, in two counts.
 The first plan may fill the whole memory between two requests; the second also leaves room for the
 KV and the state of the running request, which every cache of this project must hold.
 
@@ -20,6 +20,7 @@ KV and the state of the running request, which every cache of this project must 
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -65,12 +66,18 @@ class Split:
     def __post_init__(self) -> None:
         """Raise ValueError for no seed, trace or size, and for a repeated seed or size."""
         lists = {"seeds": self.seeds} | {f"sizes of {trace}": of for trace, of in self.gib.items()}
+        loops = {f"closed loops of {trace}": of for trace, of in self.closed_loop.items()}
         if not self.gib:
             raise ValueError("the table gib must have at least one trace")
-        for name, values in lists.items():
+        for trace in self.closed_loop.keys() - self.gib:
+            raise ValueError(f"{trace!r} has closed loops and no sizes in the table gib")
+        for name, values in (lists | loops).items():
             if not values or len(set(values)) < len(values):
                 # Intervals over a repeated seed would be too narrow.
-                raise ValueError(f"{name} must be different numbers, at least one (got {values})")
+                raise ValueError(f"{name} must be different, at least one (got {values})")
+        for name, cells in loops.items():
+            if not all(0 < number < math.inf for cell in cells for number in cell):
+                raise ValueError(f"{name} must be pairs of GiB and sessions per second, above 0")
 
     @classmethod
     def load(cls, path: Path | None = None) -> Split:
@@ -116,6 +123,25 @@ class Split:
             )
         loops = {trace: cells for trace, cells in self.closed_loop.items() if only in trace}
         return Split(self.name, self.model, self.seeds[:num_seeds], gib, loops)
+
+    def of(self, scores: Sequence[Scores]) -> Split:
+        """Return the part of the split that ``scores`` cover."""
+        ran = {(one.trace, size, one.rate) for one in scores for size in one.gib}
+        gib = {
+            trace: tuple(size for size in sizes if (trace, size, None) in ran)
+            for trace, sizes in self.gib.items()
+        }
+        loops = {
+            trace: tuple(cell for cell in cells if (trace, *cell) in ran)
+            for trace, cells in self.closed_loop.items()
+        }
+        return Split(
+            self.name,
+            self.model,
+            tuple(dict.fromkeys(one.seed for one in scores)),
+            {trace: sizes for trace, sizes in gib.items() if sizes},
+            {trace: cells for trace, cells in loops.items() if cells},
+        )
 
     def jobs(self, policies: tuple[str, ...]) -> list[BoardJob]:
         """Return the jobs of all cells: a replay of all sizes, or one closed loop."""
@@ -163,7 +189,7 @@ class BoardJob:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Token hit rates of one job, a number per size."""
+    """Token hit rates of one job, a number per size, and waiting times of a closed loop."""
 
     trace: str
     seed: int
@@ -181,7 +207,7 @@ class Scores:
 
 
 def run_job(_trace: Trace, job: BoardJob) -> Scores:
-    """Simulate every policy and compute both plans. O(policies * requests * sizes)."""
+    """Simulate every policy; compute both plans of a replay. O(policies * requests * sizes)."""
     trace = open_trace(f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}").kept()
     if job.rate is not None:
         return _serve(trace, job, job.rate)
@@ -237,7 +263,7 @@ def _serve(trace: Trace, job: BoardJob, rate: float) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One policy on the board; all figures in percent or points."""
+    """One policy on the board; figures are in percent or points, if they are no ratio."""
 
     name: str
     hit_rate: Interval
@@ -272,7 +298,7 @@ class Board:
     reference: str
     """Policy that the differences refer to."""
     scores: tuple[Scores, ...]
-    """One per trace and seed."""
+    """One per trace and seed, and one per closed loop and seed."""
 
     def rows(self) -> list[Row]:
         """Return a row per policy, the highest hit rate first: in closed loop, if the split has
@@ -335,8 +361,9 @@ class Board:
         """Return the heads of the table's columns."""
         less = f"less {self.reference}, points"
         served = ["closed loop: hits, %", less, "mean TTFT, ratio"]
-        replayed = ["replay: hits, %", less, "% of plan", "% of plan next to running requests"]
-        return ["policy", *(served if self.split.closed_loop else ()), *replayed]
+        served += ["replay: hits, %", f"replay: {less}"]
+        first = served if self.split.closed_loop else ["token hit rate, %", less]
+        return ["policy", *first, "% of plan", "% of plan next to running requests"]
 
     def summary(self) -> str:
         """Return the number of cells, traces and seeds."""

@@ -82,6 +82,7 @@ def test_closed_loops_decide_the_order(board: Board) -> None:
     ]
     assert rows["lru"].ttft_ratio.mean == pytest.approx(np.mean(ratios))
     assert "2 closed loops and 2 replayed cells of 1 trace, 5 seeds each" in served.table()
+    assert split.of(served.scores) == split and split.of(served.scores[:5]) == TINY
 
 
 def test_custom_policy_is_scored_and_resumed(
@@ -118,6 +119,15 @@ def test_custom_policy_is_scored_and_resumed(
         ('model = "m"\nseeds = [1]\n[gib]\nshort = []\n', "sizes of short must be"),
         ('model = "m"\nseeds = [1]\n[gib]\n', "gib must have at least one trace"),
         ('model="m"\nseeds=[1]\n[gib]\na=[1]\n[closed-loop]\na=[1]\n', "my.toml is not a split"),
+        (
+            'model="m"\nseeds=[1]\n[gib]\na=[1]\n[closed-loop]\na=[]\n',
+            "closed loops of a must be diff",
+        ),
+        ('model="m"\nseeds=[1]\n[gib]\na=[1]\n[closed-loop]\nb=[[1, 2]]\n', "'b' has closed loops"),
+        (
+            'model="m"\nseeds=[1]\n[gib]\na=[1]\n[closed-loop]\na=[[1, 0]]\n',
+            "sessions per second, above",
+        ),
     ],
 )
 def test_error_for_an_invalid_split_names_file_and_fault(

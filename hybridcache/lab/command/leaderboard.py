@@ -31,7 +31,7 @@ def add_leaderboard(commands: Commands) -> None:
     add("--only", default="", metavar="TEXT", help="only traces with this text in their names")
     add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
     share(parser, "--processes")
-    add("--output", type=Path, help="JSON lines of finished traces; a repeated command continues")
+    add("--output", type=Path, help="JSON lines of finished runs; a repeated command continues")
     add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
     parser.set_defaults(run=_leaderboard, goes_on=True)
 
@@ -41,7 +41,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     from hybridcache.lab.progress import shown_progress
 
     chosen = Split.load(options.split).head(options.seeds, options.only)
-    with shown_progress(None, "traces") as show:
+    with shown_progress(None, "runs") as show:
         board = leaderboard(
             options.policies,
             chosen,
