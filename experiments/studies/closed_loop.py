@@ -9,8 +9,8 @@ the run, while its clock stands still (``measure_prefill``), on an engine of the
 speed of a shared machine changes within a minute. The simulator serves the same requests with them
 and with the built-in model's sizes.
 
-A step that prefills while other requests decode takes longer than the sum of both on a CPU, because
-only steps of decodes are recorded. The difference is measured too, and added to such steps.
+A step that prefills while other requests decode takes longer than the sum of both on a CPU, in part
+because only steps of decodes are recorded. The difference is measured too, and added to such steps.
 
 The model computes, but the clock counts the processor time of this process, and pauses are skipped.
 Other work on the machine therefore changes little. Results go to ``results/closed_loop.jsonl``.

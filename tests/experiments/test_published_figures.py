@@ -109,12 +109,12 @@ def grid_gains(*traces: str) -> list[float]:
     ]
 
 
-def pair(name: str) -> float:
-    """Return the mean hit rate of a pair on the generated traces of the evaluation split."""
+def pair(name: str, split: str = "evaluation") -> float:
+    """Return the mean hit rate of a pair on the generated traces of a split."""
     return 100 * fmean(
         run["token_hit_rate"]
         for run in result("study_default")
-        if (run["split"], run["pair"]) == ("evaluation", name) and run["seed"] is not None
+        if (run["split"], run["pair"]) == (split, name) and run["seed"] is not None
     )
 
 
@@ -209,7 +209,13 @@ def quotes() -> dict[str, list[str]]:
     threads = settings["threads"]
     return {
         "README.md": [
-            f"default policies {pair(DEFAULT):.1f} %, LRU with fixed checkpoint rules {pair(COMPARED[1]):.1f} %",
+            "default policies {:.1f} %, LRU with fixed checkpoint rules {:.1f} % (28 cells replayed in turn: {:.1f} %, {:.1f} %)".format(
+                *(
+                    pair(of, split)
+                    for split in ("closed loop", "evaluation")
+                    for of in (DEFAULT, COMPARED[1])
+                )
+            ),
             f"hit rate {hit(0.2, 'sessions'):.1f} % with `sessions` admission, {hit(0.2, 'oldest'):.1f} % oldest first; 99th percentile of TTFT {p99('sessions'):.0f} s, {p99('oldest'):.0f} s",
             "{} traces | {:.1f} % of the prefill time".format(*tier_share("host 16")),
             f"mean {slab['request_us_mean']:.0f} µs in one arena, {pools['request_us_mean']:.0f} µs in two pools; medians {slab['request_us_median']:.0f} and {pools['request_us_median']:.0f} µs",
