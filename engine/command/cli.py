@@ -200,7 +200,7 @@ def _add_chat(chat: Parser) -> None:
 
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
     sampling = add_flags(
-        chat, SamplingParams, "sampling", skip=(*SKIPPED, "max_tokens"), only_given=True
+        chat, SamplingParams, "sampling", skip=(*SKIPPED, "max_tokens", "logprobs"), only_given=True
     )
     sampling.add_argument(
         "--max-tokens",
@@ -315,20 +315,24 @@ def _generate(arguments: argparse.Namespace) -> int:
     engine = Engine(engine_config)
     sampling = read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
     assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
+    num_failed = 0
     for text in texts:
         spec = RequestSpec(text, sampling)
         if arguments.chat:
             chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
-            spec = RequestSpec(chat.token_ids, sampling, boundaries=chat.boundaries)
+            spec = RequestSpec(
+                chat.token_ids, sampling, boundaries=chat.boundaries, answer_starts_text=True
+            )
         for output in engine.stream(spec):
             if not arguments.json:
                 print(output.new_text, end="", flush=True)
+        num_failed += output.error is not None
         if arguments.json:
             print(json.dumps(_record(text, output), ensure_ascii=False))
         else:
             print(f"\n[{_summary(output)}]", file=sys.stderr)
     engine.close()
-    return 0
+    return 1 if num_failed else 0
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -370,7 +374,12 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
             messages.append({"role": "user", "content": line})
             try:
                 prompt = render_chat(tokenizer, messages)
-                spec = RequestSpec(prompt.token_ids, sampling, boundaries=prompt.boundaries)
+                spec = RequestSpec(
+                    prompt.token_ids,
+                    sampling,
+                    boundaries=prompt.boundaries,
+                    answer_starts_text=True,
+                )
                 output = _print_answer(engine, spec)
             except (ValueError, RequestError) as error:
                 print(f"[{error}]", file=sys.stderr, flush=True)
@@ -384,10 +393,15 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
 
 
 def _print_answer(engine: Engine, spec: RequestSpec) -> RequestOutput:
-    """Print an answer while it is generated, and return its last output."""
+    """Print an answer while it is generated, and return its last output. Raises RequestError if the
+    answer failed."""
+    from engine.async_engine import failed
+
     for output in engine.stream(spec):  # Leaving the loop aborts the request.
         print(output.new_text, end="", flush=True)
     print(flush=True)
+    if output.error is not None:
+        raise failed(output)
     return output
 
 
@@ -417,11 +431,17 @@ def _messages_of_user() -> Iterator[str]:
 
 
 def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
+    scores = [
+        {"token_id": one.token_id, "logprob": one.logprob, "top_logprobs": one.top_logprobs}
+        for one in output.logprobs or ()
+    ]
     return {
         "prompt": prompt,
         "text": output.text,
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
+        **({} if output.error is None else {"error": output.error}),
+        **({"logprobs": scores} if scores else {}),
         "prompt_tokens": len(output.prompt_token_ids),
         "cached_tokens": output.cached_len,
         "lost_tokens": None if output.losses is None else output.losses._asdict(),
@@ -433,7 +453,7 @@ def _summary(output: RequestOutput) -> str:
     parts = [
         f"{counted(len(output.prompt_token_ids), 'prompt token')}, {output.cached_len:,} from the "
         "cache",
-        f"{len(output.output):,} generated, {output.finish_reason}",
+        f"{len(output.output):,} generated, {output.error or output.finish_reason}",
     ]
     if output.timings.ttft_s is not None:
         parts.append(f"TTFT {format_seconds(output.timings.ttft_s)}")

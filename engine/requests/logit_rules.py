@@ -210,7 +210,8 @@ class BansAndBiases(LogitRule):
         """``bias``: (token, number added to its logit). ``ends``: tokens that end an answer, banned
         before ``min_tokens``. ``bad_words``: runs of tokens that are never completed."""
         self._bias, self._ends = bias, ends
-        self._min_tokens, self._bad_words = min_tokens, bad_words
+        self._min_tokens = min_tokens
+        self._bad_words = [(list(before), last) for *before, last in bad_words]
 
     def must_see(self, draw: int) -> bool:
         return bool(self._bad_words)
@@ -236,7 +237,7 @@ class BansAndBiases(LogitRule):
 
     def _banned(self, draw: int, answer: Tokens) -> list[int]:
         banned = list(self._ends) if draw < self._min_tokens else []
-        for *before, last in self._bad_words:
+        for before, last in self._bad_words:
             if not before or answer[-len(before) :].tolist() == before:
                 banned.append(last)
         return banned

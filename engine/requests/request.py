@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +49,7 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
-from engine.text.tokenizer import EncodeOptions, IdTokenizer
+from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions, IdTokenizer
 from hybridcache.api import Losses
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
@@ -411,6 +412,7 @@ class Intake:
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
         self.sampling_defaults = sampling_defaults(config)
         """Defaults of ``SamplingParams`` that the model recommends."""
+        self._bad_words = lru_cache(maxsize=8)(self._encode_bad_words)  # The choices share them.
         self._default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
         self._clock = clock
         self._arrivals = itertools.count()
@@ -443,7 +445,7 @@ class Intake:
             max_len=max_len,
             seed=sampling.seed if sampling.seed is not None else self._config.seed + arrival,
             end_token_ids=end_token_ids,
-            text_stream=self._text_stream(sampling),
+            text_stream=self._text_stream(spec, sampling),
             rules=[
                 *([] if spec.grammar is None else [self.grammars.rule(spec.grammar)]),
                 *self._rules(sampling, end_token_ids, np.asarray(spec.prompt)),
@@ -458,7 +460,7 @@ class Intake:
         """
         spec, _ = self._checked(spec)
         sampling = spec.sampling or self._default_sampling
-        self._text_stream(sampling)
+        self._text_stream(spec, sampling)
         self._rules(sampling, self._end_token_ids(sampling), np.asarray(spec.prompt))
         return spec
 
@@ -556,7 +558,7 @@ class Intake:
             raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
         return ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget)
 
-    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    def _encode_bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Return the token runs of ``words``: each as at the start of a text, and after a space if
         that gives the same number of tokens with another first one (vLLM's rule)."""
         if self._tokenizer is None:
@@ -571,10 +573,11 @@ class Intake:
                 runs.append(spaced)
         return tuple(run for run in runs if run)
 
-    def _text_stream(self, sampling: SamplingParams) -> TextStream | None:
+    def _text_stream(self, spec: RequestSpec, sampling: SamplingParams) -> TextStream | None:
         if self._tokenizer is None:
             if sampling.stop:
                 raise ValueError("stop strings require a tokenizer, and the engine has none.")
             return None
-        decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens)
+        before = () if spec.answer_starts_text else np.asarray(spec.prompt[-MAX_CONTEXT:]).tolist()
+        decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens, before)
         return TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)

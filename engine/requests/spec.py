@@ -4,7 +4,8 @@ the server, the command line or user code."""
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -154,13 +155,20 @@ class SamplingParams:
         """True if a penalty makes sampling depend on earlier tokens."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
+    def with_seed(self, seed: int | None) -> SamplingParams:
+        """Return the same parameters with another seed; lists of tokens are not checked again."""
+        changed = copy(self)
+        object.__setattr__(changed, "seed", seed)
+        check_fields(changed)
+        return changed
+
     def _check_tokens(self) -> None:
         """Check the fields that contain token ids."""
         allowed = self.allowed_token_ids
         if allowed is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(allowed))
-            _check_ids("allowed_token_ids", tuple(allowed))
-            if not tuple(allowed):
+            object.__setattr__(self, "allowed_token_ids", allowed := tuple(allowed))
+            _check_ids("allowed_token_ids", allowed)
+            if not allowed:
                 raise ValueError(
                     "allowed_token_ids must contain at least one token, or be omitted."
                 )
@@ -206,9 +214,10 @@ class SamplingInput(Struct, frozen=True):
     """Result of the request's rules."""
 
 
-def _check_ids(name: str, tokens: Iterable[object]) -> None:
-    if any(
-        not isinstance(token, Integral) or isinstance(token, bool) or token < 0 for token in tokens
+def _check_ids(name: str, tokens: Collection[Any]) -> None:
+    kinds = set(map(type, tokens))  # There may be a token per entry of the vocabulary.
+    if any(not issubclass(kind, Integral) or issubclass(kind, bool) for kind in kinds) or (
+        tokens and min(tokens) < 0
     ):
         raise ValueError(f"{name} must contain only token ids of 0 or more.")
 
@@ -235,6 +244,9 @@ class RequestSpec:
     past that point."""
     ends_session: bool = False
     """True if the client declared that no request of this session follows."""
+    answer_starts_text: bool = False
+    """True if the answer is a text of its own, as in a chat. Otherwise it continues the prompt, and
+    its first token is decoded after those of the prompt."""
     call_marks: Sequence[str] = ()
     """Texts with which a tool call begins in the answer, for the stop reason. Empty if the request
     offers no tools."""

@@ -51,7 +51,7 @@ def install(app: FastAPI, config: ServerConfig) -> None:
             allow_origins=list(config.cors_origin),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["*"],
         )
     app.add_middleware(RequestNames)
 

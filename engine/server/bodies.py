@@ -197,7 +197,11 @@ class BodyReader:
                 num_parts = sum(len(content) for content in contents if isinstance(content, list))
                 self._check("max_parts", num_parts, "text parts", name)
                 self._check_arguments(entries, name)
-        for name in ("stop", "stop_sequences", "stop_token_ids"):
+        allowed, num_choices = body.get("allowed_token_ids"), body.get("n")
+        if isinstance(allowed, list):
+            num_ids = len(allowed) * (num_choices if isinstance(num_choices, int) else 1)
+            self._check("max_prompt_ids", num_ids, "token ids in all choices", "allowed_token_ids")
+        for name in ("stop", "stop_sequences", "stop_token_ids", "bad_words"):
             if isinstance(stops := body.get(name), list):
                 self._check("max_stops", len(stops), "of them", name)
             for text in stops if isinstance(stops, list) else (stops,):

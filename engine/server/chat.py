@@ -304,6 +304,7 @@ async def ask(
             boundaries=prompt.boundaries,
             answer_survives=prompt.answer_survives,
             ends_session=body.ends_session,
+            answer_starts_text=not body.continue_final_message,
             call_marks=form.calls.MARKS if form.calls is not None and tools else (),
             request_id=answer_id.request_id(choice),
             choice_of=answer_id.request_id(0) if choice else None,

@@ -24,7 +24,7 @@ from engine.server.context import (
 )
 from engine.server.schemas import CompletionRequest, says_session_end
 from engine.text.outputs import RequestOutput, SampledToken
-from engine.text.tokenizer import EncodeOptions
+from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions
 
 
 async def complete(context: ServingContext, request: Request, body: CompletionRequest) -> Response:
@@ -155,7 +155,9 @@ class _Answer:
 
         def work() -> bytes:
             piece = write(output, output.new_text, output.new_token_ids, output.new_logprobs)
-            of_prompt = {index // self._body.n: one for index, one in so_far.items()}
+            of_prompt: dict[int, RequestOutput] = {}  # The first choice's hit counts.
+            for index in sorted(so_far):
+                of_prompt.setdefault(index // self._body.n, so_far[index])
             told = {"usage": usage(so_far.values(), of_prompt.values())} if so_far else {}
             return event({**self._head, "choices": [piece], **told})
 
@@ -173,9 +175,8 @@ class _Choice:
         self._body = body
         self._index = index
         self._echo = body.echo
-        self._scores = (
-            None if body.logprobs is None else CompletionScores(context.tokenizer, body.logprobs)
-        )
+        self._skips_special = body.skip_special_tokens is not False
+        self._scores: CompletionScores | None = None
 
     def first(
         self,
@@ -187,9 +188,13 @@ class _Choice:
         """Write the beginning of an answer, or all of it, with the echoed prompt."""
         told = token_id_fields(self._body, output, token_ids, True)
         told |= prompt_score_fields(self._tokenizer, self._body, output)
+        if self._body.logprobs is not None:
+            before = () if self._echo else output.prompt_token_ids[-MAX_CONTEXT:].tolist()
+            decoder = self._tokenizer.stream_decoder(self._skips_special, before)
+            self._scores = CompletionScores(self._tokenizer, self._body.logprobs, decoder)
         if self._echo:
             prompt = output.prompt_token_ids.tolist()
-            text = self._tokenizer.decode(prompt) + text
+            text = self._tokenizer.decode(prompt, self._skips_special) + text
             if output.prompt_logprobs is not None:
                 token_ids = (*prompt, *token_ids)
                 scores = (*output.prompt_logprobs, *scores)

@@ -46,7 +46,7 @@ from engine.text.outputs import (
     SampledToken,
     Transferred,
 )
-from engine.text.tokenizer import EncodeOptions, Tokenizer
+from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer
 from hybridcache.api import Losses
 
 if TYPE_CHECKING:
@@ -566,10 +566,13 @@ class CompletionScores:
     """Writes the score lists of one choice, as a whole or piece by piece, with offsets into its
     text."""
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, num_top: int, decoder: StreamDecoder | None = None
+    ) -> None:
+        """``decoder``: converts the tokens to the text of the offsets."""
         self._tokenizer = tokenizer
         self._num_top = num_top
-        self._decoder = tokenizer.stream_decoder()
+        self._decoder = decoder or tokenizer.stream_decoder()
         self._offset = 0
 
     def write(

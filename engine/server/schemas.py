@@ -406,9 +406,8 @@ class Sampling(TokenOptions, Streamed, Unused):
         if self.top_k in ALL:
             given["top_k"] = None
         try:
-            return [
-                SamplingParams(**given, seed=seed_of(self.seed, choice)) for choice in range(self.n)
-            ]
+            first = SamplingParams(**given)  # Its lists of tokens are checked once.
+            return [first.with_seed(seed_of(self.seed, choice)) for choice in range(self.n)]
         except ValueError as error:
             raise APIError(400, str(error)) from error
 

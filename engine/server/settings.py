@@ -89,7 +89,10 @@ class ServerConfig(Settings):
         limits=COUNT,
     )
     max_prompt_ids: int = setting(
-        300_000, "token ids in the prompts of one body, and in an answer of /tokenize", limits=COUNT
+        300_000,
+        "token ids in the prompts of one body, in its list of allowed tokens times the number of "
+        "choices, and in an answer of /tokenize",
+        limits=COUNT,
     )
     max_detokenize_ids: int = setting(
         262_144, "token ids in one request to /detokenize", limits=COUNT
@@ -99,7 +102,7 @@ class ServerConfig(Settings):
     max_stops: int = setting(
         MAX_STOPS, "stop strings, and stop token ids, in one request", limits=STOPS
     )
-    max_stop_chars: int = setting(1024, "characters in one stop string", limits=COUNT)
+    max_stop_chars: int = setting(1024, "characters in one stop string or bad word", limits=COUNT)
     default_max_tokens: int | None = setting(
         None,
         "maximum tokens of an answer to a chat without a limit; by default as many as "

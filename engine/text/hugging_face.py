@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from array import array
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,11 +142,14 @@ class HFTokenizer:
         except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
             return token.encode()
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+    def stream_decoder(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> StreamDecoder:
         if self._is_byte_level:
             hidden = self._hidden if skip_special_tokens else frozenset()
             return ByteStreamDecoder(self.token_bytes, hidden)
-        return WindowStreamDecoder(partial(self.decode, skip_special_tokens=skip_special_tokens))
+        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
+        return WindowStreamDecoder(decode, before)
 
     def as_json(self) -> str:
         described: str = self._backend.to_str()

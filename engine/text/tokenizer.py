@@ -186,7 +186,11 @@ class Tokenizer(Protocol):
         """Return the bytes of one token, special tokens included."""
         ...
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder: ...
+    def stream_decoder(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> StreamDecoder:
+        """Return a decoder of the tokens that follow ``before``, whose text is not returned."""
+        ...
 
     def as_json(self) -> str | None:
         """Return the contents of a ``tokenizer.json``, or None if the tokens are bytes."""
@@ -225,6 +229,10 @@ class ByteStreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+MAX_CONTEXT = 8
+"""Tokens before an answer that its first text depends on: a space and its neighbours."""
+
+
 class WindowStreamDecoder:
     """Decoder for other vocabularies, in which a token's text depends on its neighbours. Decodes a
     short window twice.
@@ -234,11 +242,11 @@ class WindowStreamDecoder:
     longer held back.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window: list[int] = []
-        self._num_emitted = 0
-        self._emitted_text = ""
+        self._window = [*before[-MAX_CONTEXT:]]
+        self._num_emitted = len(self._window)
+        self._emitted_text = decode(self._window)
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
@@ -290,7 +298,9 @@ class IdTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return self.decode([token_id]).encode()
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+    def stream_decoder(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> StreamDecoder:
         return ByteStreamDecoder(self.token_bytes, frozenset())
 
     def as_json(self) -> None:
@@ -372,7 +382,9 @@ class ByteTokenizer:
         rank = token_id - 256
         return self.special_tokens[rank].encode() if rank < len(self.special_tokens) else b""
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+    def stream_decoder(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> StreamDecoder:
         hidden = self._hidden if skip_special_tokens else frozenset()
         return ByteStreamDecoder(self.token_bytes, hidden)
 

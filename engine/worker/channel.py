@@ -38,6 +38,7 @@ class Submit(WorkerMessage, frozen=True):
     boundaries: tuple[int, ...]
     answer_survives: bool
     ends_session: bool
+    answer_starts_text: bool
     call_marks: tuple[str, ...]
     save_at: tuple[int, ...]
     prompt_logprobs: int | None

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from msgspec import structs
 
-from engine import EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams
 from engine.command.cli import main
 from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
 from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError, setting
@@ -434,6 +435,34 @@ def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[st
     assert first["text"] == second["text"] and first["token_ids"] == second["token_ids"]
     assert (first["cached_tokens"], second["cached_tokens"]) == (0, (len(prompt) - 1) // 64 * 64)
     assert second["cached_tokens"] + sum(second["lost_tokens"].values()) == len(prompt)
+
+
+def test_generate_reports_log_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--json", "--max-tokens", "3", "--ignore-eos", "--logprobs", "2", *SMALL)
+    assert run("generate", "abc", *flags) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [score["token_id"] for score in record["logprobs"]] == record["token_ids"]
+    assert all(len(score["top_logprobs"]) == 2 for score in record["logprobs"])
+
+
+def test_commands_report_a_failed_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = Engine.stream
+    monkeypatch.setattr(
+        Engine,
+        "stream",
+        lambda self, spec: (
+            structs.replace(output, error="not a number") for output in stream(self, spec)
+        ),
+    )
+    assert run("generate", "abc", "--json", "--max-tokens", "1", *SMALL) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "not a number"
+    assert run("generate", "abc", "--max-tokens", "1", *SMALL) == 1
+    assert "not a number" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert run("chat", *SMALL) == 0
+    assert "[not a number]" in capsys.readouterr().err
 
 
 def test_stop_strings_may_contain_commas(monkeypatch: pytest.MonkeyPatch) -> None:

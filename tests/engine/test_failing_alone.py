@@ -4,7 +4,7 @@ result."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -49,10 +49,14 @@ class SometimesBroken(ByteTokenizer):
         self._broken = broken
         self._num_decoders = 0
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+    def stream_decoder(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> StreamDecoder:
         self._num_decoders += 1
         fails_on = self._broken.get(self._num_decoders - 1)
-        return BrokenDecoder(fails_on) if fails_on else super().stream_decoder(skip_special_tokens)
+        if fails_on:
+            return BrokenDecoder(fails_on)
+        return super().stream_decoder(skip_special_tokens, before)
 
 
 def make_engine(

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,8 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return path
 
 
-def _pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
-    decoder = tokenizer.stream_decoder()
+def _pieces(tokenizer: Tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> list[str]:
+    decoder = tokenizer.stream_decoder(before=before)
     return [*(decoder.push(token_id) for token_id in token_ids), decoder.flush()]
 
 
@@ -143,6 +144,16 @@ def test_directories_round_trip_whole_and_in_pieces(model_dir: Path, text: str) 
     pieces = _pieces(tokenizer, token_ids)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_answer_is_decoded_after_its_prompt(model_dir: Path) -> None:
+    """Some tokenizers omit the space before the first word of a text."""
+    tokenizer = HFTokenizer(model_dir)
+    token_ids = tokenizer.encode("hello world hello " * 3)
+    for end in range(1, len(token_ids)):
+        prompt, answer = token_ids[:end], token_ids[end:]
+        text = tokenizer.decode(prompt) + "".join(_pieces(tokenizer, answer, prompt))
+        assert text == tokenizer.decode(token_ids)
 
 
 def test_random_ids_of_a_directory_decode_the_same(model_dir: Path) -> None:

@@ -326,6 +326,7 @@ def test_every_field_of_a_request_reaches_the_process() -> None:
         boundaries=(1, 3),
         answer_survives=False,
         ends_session=True,
+        answer_starts_text=True,
         call_marks=("<call>",),
         save_at=(2,),
         prompt_logprobs=2,

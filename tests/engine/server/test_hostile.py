@@ -24,7 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from engine import server_config
+from engine import EngineConfig, RequestSpec, server_config
+from engine.requests.request import Intake
 from engine.server import serve
 from engine.server.api_errors import APIError
 from engine.server.bodies import LONG, BodyReader, Workers, _num_marks, give_way, to_json
@@ -77,7 +78,17 @@ TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": [1] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
     ("/v1/completions", {"prompt": [[1] * 51] * 2}, "'prompt' has 102 .* raise --max-prompt-ids"),
     ("/v1/completions", {"prompt": ["x"] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
+    (
+        "/v1/completions",
+        {"prompt": "x", "n": 11, "allowed_token_ids": [1] * 10},
+        "'allowed_token_ids' has 110 .* raise --max-prompt-ids",
+    ),
     ("/v1/completions", {"prompt": "x", "stop": ["y"] * 5}, "'stop' has 5 .* raise --max-stops"),
+    (
+        "/v1/completions",
+        {"prompt": "x", "bad_words": ["y" * 17]},
+        "'bad_words' has 17 .* raise --max-stop-chars",
+    ),
     ("/v1/completions", {"prompt": "x", "stop": "y" * 17}, "'stop' has 17 .* --max-stop-chars"),
     ("/v1/completions", {"prompt": "x", "stop": ["y" * 17]}, "'stop' has 17 .* --max-stop-chars"),
     ("/v1/completions", {"prompt": "x", "stop_token_ids": [1] * 5}, "'stop_token_ids' has 5"),
@@ -241,6 +252,23 @@ def test_scores_of_a_long_prompt_are_written_in_pieces(
     written = CompletionScores(ByteTokenizer(), 1).write([65] * 1000, scores)
     assert len(pauses) > 20 and {len(column) for column in written.values()} == {1000}
     assert len(chat_scores(ByteTokenizer(), scores, 1)["content"]) == 1000 and len(pauses) > 40
+
+
+def test_choices_share_what_is_checked_and_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 choices with many token ids or words would stop the event loop for seconds."""
+    body = {"prompt": "x", "n": 8, "seed": 3, "allowed_token_ids": [5] * 10, "bad_words": ["ab"]}
+    first, *others = CompletionRequest.model_validate(body).samplings(4, None, {})
+    assert all(other.allowed_token_ids is first.allowed_token_ids for other in others)
+    assert [each.seed for each in (first, *others)] == list(range(3, 11))
+    tokenizer, encoded = ByteTokenizer(), list[str]()
+    encode = tokenizer.encode
+    monkeypatch.setattr(
+        tokenizer, "encode", lambda text, how: encoded.append(text) or encode(text, how)
+    )
+    intake = Intake(EngineConfig(), tokenizer, vocab_size=320, max_model_len=4096)
+    for sampling in (first, *others):
+        intake.check(RequestSpec([1], sampling))
+    assert encoded == ["ab", " ab"]
 
 
 def test_only_worker_threads_pause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,31 @@ def test_usage_during_a_stream_counts_each_prompt_once(live: Live) -> None:
     assert set(told) <= {3, 5, 8} and told[-2:] == [8, 8]
 
 
+def test_cached_tokens_during_a_stream_are_those_of_the_first_choice(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    """Later choices reuse the prompt of the first one, which is no saving for the client."""
+    body = {"prompt": "x" * 300, "n": 2, "max_tokens": 3, "ignore_eos": True}
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    received = events(serve_oracle(), "/v1/completions", body)
+    told = [e["usage"]["prompt_tokens_details"]["cached_tokens"] for e in received]
+    indices = [c["index"] for e in received for c in e["choices"]]
+    assert set(told[indices.index(0) :]) == {0}
+
+
+def test_shown_special_tokens_count_in_echo_and_offsets(live: Live) -> None:
+    body = {"prompt": "<|im_start|>hi<|im_end|>", "max_tokens": 4, "ignore_eos": True}
+    body |= {"allowed_token_ids": [97, 257], "skip_special_tokens": False, "logprobs": 0}
+    for options in ({}, {"echo": True}):
+        [choice] = complete(live, **body, **options)["choices"]
+        scores = choice["logprobs"]
+        assert choice["text"].startswith(body["prompt"] if options else "")
+        for token, offset in zip(scores["tokens"], scores["text_offset"], strict=True):
+            assert choice["text"][offset:].startswith(token)
+    hidden = complete(live, **body | {"skip_special_tokens": True}, echo=True)["choices"][0]
+    assert hidden["text"].startswith("hi") and "<|" not in hidden["text"]
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_choices_of_a_request_are_one_session(serve_oracle: Callable[..., Live], path: str) -> None:
     """Otherwise, the last choices would wait 300 s for the places of the first ones."""
