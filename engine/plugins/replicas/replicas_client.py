@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport, OffloadReport, PoolReport, TierReport
+from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import FinishReason, RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.routing.outbox import EventsLost
@@ -94,6 +96,8 @@ def _rate(part: int, whole: int) -> float:
 CALL_S = 30.0
 """Maximum seconds that a replica may take to report."""
 RETRY_S = 0.2
+FIRST_CHOICES_BYTES = 1 << 20
+"""Maximum bytes of ids of first choices, about 7,000 pairs."""
 MAX_DEATHS = 3
 """Number of replicas that one request may lose before its first token: the request itself may be
 the reason that they die."""
@@ -131,6 +135,8 @@ class FleetEngine(ServedEngine):
         self.sampling_defaults = self._intake.sampling_defaults
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._numbers = itertools.count()
+        self._first_choices = BoundedMemory[str, str](FIRST_CHOICES_BYTES)
+        """Id given by the client -> id at the replicas, for first choices, also ended ones."""
         self._waiting: set[str] = set()
         self._endings: set[asyncio.Task[None]] = set()
         self._reports: dict[str, CacheReport] = {}
@@ -213,12 +219,16 @@ class FleetEngine(ServedEngine):
             sampling=replace(request.params, seed=request.seed),
             boundaries=request.boundaries,
             request_id=unique_id,
+            choice_of=self._first_choice(asked),
         )
         route = RouteRequest(
             unique_id, tuple(tokens.tolist()), spec.namespace, boundaries=tuple(spec.boundaries)
         )
         order, answer = Order(unique_id, spec, route), ReplicaAnswer(request_id, tokens)
         stream = RequestStream(request_id, partial(self._abort, order))
+        if asked.choice_of is None:
+            num_bytes = sys.getsizeof(request_id) + sys.getsizeof(unique_id)
+            self._first_choices.put(request_id, unique_id, num_bytes)
         self._waiting.add(unique_id)
         task = asyncio.ensure_future(self._follow_answer(order, answer, stream))
         self._tasks[request_id] = task
@@ -226,6 +236,13 @@ class FleetEngine(ServedEngine):
             lambda task: self._settle(task, order, answer.aborted(first), stream)
         )
         return stream
+
+    def _first_choice(self, asked: RequestSpec) -> str | None:
+        """Return the id at the replicas of the first choice of an answer, or None if ``asked`` is
+        the first one."""
+        if asked.choice_of is None:
+            return None
+        return self._first_choices.get(asked.choice_of) or asked.choice_of
 
     def _abort(self, order: Order, request_id: str, reason: FinishReason) -> None:
         """End the request of ``order``. Unless the client left, its replica ends it, so that both

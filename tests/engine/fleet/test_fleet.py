@@ -306,6 +306,29 @@ def test_a_request_placed_after_its_end_leaves_no_load() -> None:
     asyncio.run(live())
 
 
+def test_choices_of_one_answer_refer_to_the_first_ones_new_id() -> None:
+    async def live() -> None:
+        engine, handle = await fleet_of(1)
+        specs: list[RequestSpec] = []
+        place = handle.fleet.place
+
+        def spy(order: Order, candidates: list[str]) -> str | None:
+            if order.spec is not None:
+                specs.append(order.spec)
+            return place(order, candidates)
+
+        handle.fleet.place = spy
+        await answer(engine, make_spec(request_id="a"))
+        later = (make_spec(request_id=f"a-{n}", choice_of="a") for n in (1, 2))
+        await asyncio.gather(*(answer(engine, spec) for spec in later))
+        first, *others = specs
+        assert first.request_id != "a" and first.choice_of is None
+        assert [spec.choice_of for spec in others] == [first.request_id] * 2
+        await engine.drain()
+
+    asyncio.run(live())
+
+
 def test_a_sum_of_no_reports_is_refused() -> None:
     with pytest.raises(ValueError, match="no replica is up"):
         summed([], {})
