@@ -4,6 +4,7 @@ Serve's handle."""
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -332,6 +333,26 @@ def test_choices_of_one_answer_refer_to_the_first_ones_new_id() -> None:
 def test_a_sum_of_no_reports_is_refused() -> None:
     with pytest.raises(ValueError, match="no replica is up"):
         summed([], {})
+
+
+def test_each_number_of_a_report_is_summed() -> None:
+    """Check that new fields of ``CacheReport`` are summed, unless they are settings or rates."""
+    settings, rates = {"grid", "page_size"}, {"token_hit_rate", "request_hit_rate"}
+    report = Engine(CONFIG).report()
+    numbers = {
+        name: number
+        for number, (name, value) in enumerate(report.as_dict().items(), 1)
+        if type(value) in (int, float)
+    }
+    assert settings | rates <= set(numbers)
+    usage = report.usage | {"hits": 1, "requests": 4, "cached_tokens": 2, "prompt_tokens": 4}
+    report = replace(report, **numbers, usage=usage)
+    total = summed([report, report], {}).as_dict()
+    changed = {name: total[name] for name in numbers}
+    sums = {name: 2 * number for name, number in numbers.items()}
+    sums |= {name: numbers[name] for name in settings}
+    assert changed == sums | {"token_hit_rate": 0.5, "request_hit_rate": 0.25}
+    assert total["usage"] == {name: 2 * number for name, number in usage.items()}
 
 
 @pytest.mark.parametrize(
