@@ -118,22 +118,28 @@ class Message(Strict):
 
 def _of_assistant(blocks: list[Block]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant"}
-    texts: list[dict[str, Any]] = []
+    texts: list[list[Text]] = []
+    is_after_call = False
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     for block in blocks:
         if isinstance(block, Text):
-            texts.append(_part(block))
+            if texts and is_after_call:
+                texts[-1].append(block)
+            else:
+                texts.append([block])
+            is_after_call = False
         elif isinstance(block, Thinking):
             thoughts.append(block.thinking)
         elif isinstance(block, ToolUse):
+            is_after_call = True
             function = {"name": block.name, "arguments": block.input}
             calls.append({"id": block.id, "type": "function", "function": function})
             if block.cache_control is not None:
                 message["cache_control"] = block.cache_control.model_dump()
         else:
             raise ValueError("A 'tool_result' must be in a message of the user.")
-    message["content"] = texts
+    message["content"] = [_joined(group) for group in texts]
     if thoughts:
         message["reasoning_content"] = "\n".join(thoughts)
     return message | ({"tool_calls": calls} if calls else {})
@@ -153,6 +159,14 @@ def _of_user(role: str, blocks: list[Block]) -> Iterator[dict[str, Any]]:
             raise ValueError(f"A '{block.type}' must be in a message of the assistant.")
     if texts or not blocks:
         yield {"role": role, "content": texts}
+
+
+def _joined(blocks: list[Text]) -> dict[str, Any]:
+    """Return the text of one answer, which calls divide into ``blocks``, as one part."""
+    part: dict[str, Any] = {}
+    for block in blocks:
+        part |= _part(block)
+    return part | {"text": "".join(block.text for block in blocks)}
 
 
 def _part(block: Text) -> dict[str, Any]:

@@ -337,7 +337,7 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[s
     for item in items[len(beginning) :]:
         match item:
             case MessageItem(role="assistant"):
-                _add_to_assistant(messages, "content", _text(item.content))
+                _add_to_assistant(messages, "content", [_text(item.content)])
             case MessageItem(role="user"):
                 messages.append({"role": "user", "content": _text(item.content)})
             case MessageItem():
@@ -353,6 +353,9 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[s
             case ResultItem():
                 result = {"role": "tool", "tool_call_id": item.call_id}
                 messages.append({**result, "content": _text(item.output)})
+    for message in messages:
+        if message["role"] == "assistant" and "content" in message:
+            message["content"] = "".join(message["content"])
     return messages
 
 
@@ -370,9 +373,11 @@ ORDER = ("reasoning_content", "content", "tool_calls")
 
 def _add_to_assistant(messages: list[dict[str, Any]], field: str, value: Any) -> None:
     """Add ``value`` to the last message if it is the assistant's and has no later part yet, else
-    append a message. Only calls may occur several times."""
+    append a message. Calls may occur several times, and text continues after calls that have no
+    result yet."""
     last: dict[str, Any] = messages[-1] if messages else {"role": None}
-    taken = ORDER[ORDER.index(field) + (field == "tool_calls") :]
+    is_open = field == "tool_calls" or (field == "content" and "tool_calls" in last)
+    taken = () if is_open else ORDER[ORDER.index(field) :]
     if last["role"] != "assistant" or any(name in last for name in taken):
         messages.append({"role": "assistant", field: value})
     elif field in last:

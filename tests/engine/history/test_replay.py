@@ -202,19 +202,36 @@ XML = (
     "<tool_call>\n<function=read>\n<parameter=path>\na.txt\n</parameter>\n</function>\n</tool_call>"
 )
 THOUGHTS = "I should look into it before I say anything about it. " * 8
+LONG = "Then I compare it with what I know of the other files. " * 8
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
 Ask = Callable[[str, dict[str, Any] | None], tuple[dict[str, Any], int, int]]
 
 
-def _by_messages(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
-    """Post to /v1/messages. Return (answer, cached tokens, cacheable tokens)."""
+def _by_chat(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
+    """Post to /v1/chat/completions. Return (answer, cached tokens, cacheable tokens)."""
     messages: list[Any] = [{"role": "user", "content": "Look into a.txt, please. " * 9}]
     if before is not None:
-        [call] = [block for block in before["content"] if block["type"] == "tool_use"]
-        result = {"type": "tool_result", "tool_use_id": call["id"], "content": "alpha"}
+        message = before["choices"][0]["message"]
+        ids = [call["id"] for call in message["tool_calls"]]
+        results = [{"role": "tool", "tool_call_id": one, "content": "alpha"} for one in ids]
+        messages += [message, *results]
+    function = {"name": "read", "parameters": SCHEMA}
+    tools = [{"type": "function", "function": function}]
+    body = {"messages": messages, "tools": tools}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    usage = answer["usage"]
+    return answer, usage["prompt_tokens_details"]["cached_tokens"], usage["total_tokens"] - 1
+
+
+def _by_messages(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
+    """Post to /v1/messages; see ``_by_chat``."""
+    messages: list[Any] = [{"role": "user", "content": "Look into a.txt, please. " * 9}]
+    if before is not None:
+        ids = [block["id"] for block in before["content"] if block["type"] == "tool_use"]
+        results = [{"type": "tool_result", "tool_use_id": one, "content": "alpha"} for one in ids]
         messages += [
             {"role": "assistant", "content": before["content"]},
-            {"role": "user", "content": [result]},
+            {"role": "user", "content": results},
         ]
     body = {
         "model": BUILTIN_NAME,
@@ -230,33 +247,38 @@ def _by_messages(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any
 
 
 def _by_responses(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
-    """Post to /v1/responses, where the server keeps the conversation; see ``_by_messages``."""
+    """Post to /v1/responses, where the server keeps the conversation; see ``_by_chat``."""
     body: dict[str, Any] = {
         "model": BUILTIN_NAME,
         "input": "Look into a.txt, please. " * 9,
         "tools": [{"type": "function", "name": "read", "parameters": SCHEMA}],
     }
     if before is not None:
-        [call] = [item for item in before["output"] if item["type"] == "function_call"]
-        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "alpha"}
-        body |= {"input": [result], "previous_response_id": before["id"]}
+        ids = [item["call_id"] for item in before["output"] if item["type"] == "function_call"]
+        output = {"type": "function_call_output", "output": "alpha"}
+        results = [{**output, "call_id": one} for one in ids]
+        body |= {"input": results, "previous_response_id": before["id"]}
     answer = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()
     usage = answer["usage"]
     cacheable = usage["input_tokens"] + usage["output_tokens"] - 1
     return answer, usage["input_tokens_details"]["cached_tokens"], cacheable
 
 
-@pytest.mark.parametrize("ask", [_by_messages, _by_responses])
-def test_in_other_dialects_hits_reach_the_end_of_the_answer(tmp_path: Path, ask: Ask) -> None:
+@pytest.mark.parametrize("ask", [_by_chat, _by_messages, _by_responses])
+def test_in_each_dialect_hits_reach_the_end_of_the_answer(tmp_path: Path, ask: Ask) -> None:
+    """Check answers with text before, after and between calls."""
     tokenizer = HFTokenizer(make_model_dir(tmp_path, TEMPLATES["thinking"]))
     engine = ScriptedEngine(tokenizer)
-    answer = f"{THOUGHTS.strip()}\n</think>\n\nLet me.\n\n{XML}<|im_end|>"
-    for text in (answer, "So.\n</think>\n\nIt is alpha.<|im_end|>"):
-        engine.sampler.add(sampled_like(tokenizer, text, seed=5))
+    said = (f"Let me.\n\n{XML}", f"{XML}\n{LONG}", f"Look.\n{XML}\n{LONG}\n{XML}\n\nDone.")
+    for one in said:
+        answer = f"{THOUGHTS.strip()}\n</think>\n\n{one}<|im_end|>"
+        for text in (answer, "So.\n</think>\n\nIt is alpha.<|im_end|>"):
+            engine.sampler.add(sampled_like(tokenizer, text, seed=5))
     with engine.serving() as url:
-        first, _, cacheable = ask(url, None)
-        _, num_read, _ = ask(url, first)
-    assert num_read >= cacheable - 64
+        for one in said:
+            first, _, cacheable = ask(url, None)
+            _, num_read, _ = ask(url, first)
+            assert num_read >= cacheable - 64, one
 
 
 def test_volatile_lines_are_moved_or_dropped_and_logged(

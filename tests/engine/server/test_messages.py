@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.plugins.dialects.anthropic_body import MessagesRequest
 from engine.server.settings import ServerConfig
 
 from .conftest import Live, ServeAnswer
@@ -120,6 +121,17 @@ def test_returned_conversation_reaches_the_template(serve_answer: ServeAnswer) -
     assert counted == {
         "input_tokens": live.post("/tokenize", {"messages": same, "tools": tools}).json()["count"]
     }
+
+
+def test_only_text_after_a_call_is_joined_without_a_line_break() -> None:
+    texts = [{"type": "text", "text": text} for text in "abcd"]
+    texts[0]["cache_control"] = texts[2]["cache_control"] = {"type": "ephemeral"}
+    call = {"type": "tool_use", "id": "t", "name": "weather", "input": {}}
+    content = [texts[0], texts[1], call, texts[2], texts[3]]
+    turns = [*ASK["messages"], {"role": "assistant", "content": content}, *ASK["messages"]]
+    chat = MessagesRequest.model_validate(ASK | {"messages": turns}).as_chat()
+    assert chat.messages[1].as_template_input()["content"] == "a\nbc\nd"
+    assert list(chat.messages[1].marks()) == [1, 2]
 
 
 def test_usage_counts_cache_reads_and_writes(serve_answer: ServeAnswer) -> None:
