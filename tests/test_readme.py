@@ -87,7 +87,10 @@ def test_readme_is_short() -> None:
 
 def test_readme_counts_policies_and_weighs_states() -> None:
     text = " ".join(README.read_text().split())
-    assert f"{len(EVICTION)} eviction policies, {len(BASELINES)} rebuilt competitors" in text
+    assert (
+        f"{len(EVICTION)} eviction policies, {len(BASELINES)} configurations of rebuilt competitors"
+        in text
+    )
     models = {
         "LFM2, LFM2-MoE: {} (1.2B)": "LFM2-1.2B",
         "Olmo Hybrid: {} (7B)": "Olmo-Hybrid-7B",

@@ -189,7 +189,7 @@ class Tokenizer(Protocol):
     def stream_decoder(
         self, skip_special_tokens: bool = True, before: Sequence[int] = ()
     ) -> StreamDecoder:
-        """Return a decoder of the tokens that follow ``before``, whose text is not returned."""
+        """Return a decoder of the tokens that follow ``before``. It does not return their text."""
         ...
 
     def as_json(self) -> str | None:

@@ -117,7 +117,7 @@ def test_usage_during_a_stream_counts_each_prompt_once(live: Live) -> None:
 def test_cached_tokens_during_a_stream_are_those_of_the_first_choice(
     serve_oracle: Callable[..., Live],
 ) -> None:
-    """Later choices reuse the prompt of the first one, which is no saving for the client."""
+    """Later choices reuse the prompt of the first one; the client gains nothing from that."""
     body = {"prompt": "x" * 300, "n": 2, "max_tokens": 3, "ignore_eos": True}
     body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     received = events(serve_oracle(), "/v1/completions", body)
