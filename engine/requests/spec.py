@@ -245,8 +245,8 @@ class RequestSpec:
     ends_session: bool = False
     """True if the client declared that no request of this session follows."""
     answer_starts_text: bool = False
-    """True if the answer is a separate text, as in a chat. Otherwise it continues the prompt, and its
-    first token is decoded after those of the prompt."""
+    """True if the answer is a separate text, as in a chat. Otherwise it continues the prompt, and
+    its first token is decoded after those of the prompt."""
     call_marks: Sequence[str] = ()
     """Texts with which a tool call begins in the answer, for the stop reason. Empty if the request
     offers no tools."""
