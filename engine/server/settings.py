@@ -100,7 +100,7 @@ class ServerConfig(Settings):
     max_messages: int = setting(4096, "messages in one chat", limits=COUNT)
     max_parts: int = setting(4096, "text parts in all messages of one chat", limits=COUNT)
     max_stops: int = setting(
-        MAX_STOPS, "stop strings, and stop token ids, in one request", limits=STOPS
+        MAX_STOPS, "stop strings, stop token ids, or bad words of one request", limits=STOPS
     )
     max_stop_chars: int = setting(1024, "characters in one stop string or bad word", limits=COUNT)
     default_max_tokens: int | None = setting(

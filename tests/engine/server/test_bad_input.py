@@ -56,7 +56,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "stop": [""]}, "'stop.0' must be text that is not empty"),
     ({"prompt": "x", "stop": 3}, "'stop' must be text or a list (got 3)."),
     ({"prompt": "x", "stop": ["y"] * 65}, "'stop' has 65 of them, more than 64"),
-    ({"prompt": "x", "bad_words": ["y"] * 65}, "'bad_words' must have at most 64 entries"),
+    ({"prompt": "x", "bad_words": ["y"] * 65}, "'bad_words' has 65 of them, more than 64"),
     ({"prompt": "x", "frequency_penalty": 9}, "'frequency_penalty' must be at most 2 (got 9)."),
     ({"prompt": "x", "stop_token_ids": [-1]}, "'stop_token_ids.0' must be at least 0 (got -1)."),
     ({"prompt": "x", "max_token": 3}, "'max_token' is not a parameter of this endpoint"),
