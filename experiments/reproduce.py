@@ -322,10 +322,9 @@ def leaderboard_table() -> str:
     """Return the leaderboard of the built-in policies."""
     records = records_of("leaderboard.jsonl")
     scores = tuple(
-        Scores(**{name: record[name] for name in Scores.__slots__ if name in record})
-        for record in records
+        Scores(**{name: record[name] for name in Scores.__slots__}) for record in records
     )
-    board = Board(Split.load().of(scores), records[0]["reference"], scores)
+    board = Board(Split.load(), records[0]["reference"], scores)
     table = markdown(board.heads(), [row.cells() for row in board.rows()])
     return f"{table}\n\n{board.summary()}; intervals over seeds."
 
