@@ -42,6 +42,7 @@ from hybridcache.lab.leaderboard import Board, Scores, Split
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
 """Folders with code that determines the results of other parts than simulations."""
+ADMISSION = "/policies/admission/"
 RECORD = "reproduce.json"
 PAGE = ROOT / "docs" / "results.md"
 PARTS_FILE = ROOT / "experiments" / "parts.toml"
@@ -69,12 +70,20 @@ class Part:
     """Folder of packages that only this part imports."""
     simulates: bool = False
     """True if the part is a study that does not import the engine."""
+    replays: bool = False
+    """True if such a study replays requests in turn, so that no admission policy takes part."""
 
     @property
     def code(self) -> str:
         """Return the hash of the code and settings that determine the results."""
-        module = self.command.split()[0]
-        return provenance.code_hash(provenance.simulation_code(module) if self.simulates else CODE)
+        if not self.simulates:
+            return provenance.code_hash(CODE)
+        package, *studies = provenance.simulation_code(self.command.split()[0])
+        if not self.replays:
+            return provenance.code_hash((package, *studies))
+        files = sorted((ROOT / package).rglob("*.py"))
+        names = (path.relative_to(ROOT).as_posix() for path in files)
+        return provenance.code_hash((*(n for n in names if ADMISSION not in n), *studies))
 
     @property
     def missing(self) -> str:

@@ -3,13 +3,13 @@
     python -m experiments.studies.admission [--seeds 11 12] [--workers 2] [--only agents chats]
 
 Above some rate the hit rate collapses. The study compares that rate between policies on five agent
-and three chat workloads at five rates each, with the default pair of policies.
+and four chat workloads at five rates each, with the default pair of policies.
 
 Three workloads replay sessions of published traces. Their files are looked up in ``data/`` and
 ``../shared/data/``, and a missing one is skipped. Finished runs are kept in
-``results/admission.jsonl``, and not repeated while the code is the same. ``results/admission.txt``
-and ``figures/admission.png`` are made from all of them. Seeds, rates and memory are declared in
-``splits.toml``.
+``results/admission.jsonl``, and not repeated while the code is the same. Changes of ``sessions``
+repeat its own runs alone. ``results/admission.txt`` and ``figures/admission.png`` are made from all
+of them. Seeds, rates and memory are declared in ``splits.toml``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from experiments.provenance import code_hash, provenance, simulation_code
+from experiments.provenance import ROOT, code_hash, provenance, simulation_code
 from experiments.studies.common import published
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
@@ -42,6 +43,8 @@ RESULTS, TABLE = HERE / "results/admission.jsonl", HERE / "results/admission.txt
 FIGURE = HERE / "figures/admission.png"
 VOCABULARY = 50_000
 UNLIMITED = ("oldest", "cached-first", "sessions")
+SESSIONS = "hybridcache/policies/admission/session_gate.py"
+"""Module of the policy `sessions`. Runs with other policies do not depend on it."""
 NEAR = 1.05
 """Factor of the best makespan and mean TTFT that still counts as near the best."""
 
@@ -146,6 +149,13 @@ WORKLOADS = {
         2048,
         (24, 32, 48, 64),
     ),
+    "long chats": Workload(
+        100,
+        (Kind((500, 4000), (3, 16), (50, 800), (100, 500), (25.0, 1.0), 1500, 4),),
+        200_000,
+        2048,
+        (16, 24, 34, 48),
+    ),
     # A byte counts as a token here, so the load is high enough to matter. With Qwen's tokens,
     # which are fewer, no request is held back at rates of 0.1, 0.2 and 0.5 (seed 11).
     "airline agents (tau-bench)": Workload(
@@ -201,14 +211,24 @@ def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
     return run_closed_loop(workload.trace(name, seed), config, loop)
 
 
-def known_runs(code: str) -> list[ClosedLoopRun]:
-    """Return the finished runs of the code with this hash."""
+def hashes() -> dict[str, str]:
+    """Return a hash of the code of all runs (``"sessions"``), and of those with other policies."""
+    package, *studies = simulation_code("experiments.studies.admission")
+    files = [path for path in sorted((ROOT / package).rglob("*.py")) if path != ROOT / SESSIONS]
+    names = (path.relative_to(ROOT).as_posix() for path in files)
+    return {"sessions": code_hash((package, *studies)), "others": code_hash((*names, *studies))}
+
+
+def known_runs(code: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[ClosedLoopRun]]:
+    """Return the provenances and the finished runs with the code of these hashes."""
     if not RESULTS.exists():
-        return []
+        return [], []
     first, *lines = RESULTS.read_text(encoding="utf-8").splitlines()
-    if json.loads(first)["code"] != code:
-        return []
-    return [ClosedLoopRun(**json.loads(line)) for line in lines]
+    known = json.loads(first)
+    same = {name for name in code if known["code"].get(name) == code[name]}
+    runs = [ClosedLoopRun(**json.loads(line)) for line in lines]
+    kept = [r for r in runs if ("sessions" if r.admission == "sessions" else "others") in same]
+    return ([known["provenance"], *known.get("earlier", ())] if kept else []), kept
 
 
 Runs = dict[str, list[ClosedLoopRun]]
@@ -270,8 +290,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=available, choices=available)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    code = code_hash(simulation_code("experiments.studies.admission"))
-    done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs(code)}
+    code = hashes()
+    earlier, runs = known_runs(code)
+    done = {(run.trace, run.seed, run.rate, run.admission) for run in runs}
     todo = [
         case
         for seed in options.seeds
@@ -280,14 +301,14 @@ def main() -> None:
         for admission in admissions(name)
         if (case := (name, seed, rate, admission)) not in done
     ]
-    mode = "a" if done else "w"  # Runs of other code are discarded.
-    with ProcessPoolExecutor(options.workers) as pool, RESULTS.open(mode, encoding="utf-8") as out:
-        if not done:
-            out.write(json.dumps({"provenance": provenance(), "code": code}) + "\n")
+    head = {"provenance": provenance(), "earlier": earlier, "code": code}
+    with ProcessPoolExecutor(options.workers) as pool, RESULTS.open("w", encoding="utf-8") as out:
+        for record in (head, *map(asdict, runs)):  # Runs of other code are discarded.
+            out.write(json.dumps(record) + "\n")
         for run in pool.map(serve, todo):
             out.write(json.dumps(asdict(run)) + "\n")
             out.flush()
-    runs = known_runs(code)
+            runs.append(run)
     TABLE.write_text(summary(runs), encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))
     seeds = sorted({run.seed for run in runs})

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import hybridcache
 from experiments import provenance, reproduce
 from experiments.studies import common
+from hybridcache.policies.admission.base import AdmissionPolicy
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -128,6 +130,16 @@ print(*(module.__file__ for module in sys.modules.values() if getattr(module, "_
     covered = {path for module in modules for path in provenance.simulation_code(module)}
     others = {name for name in own if not name.startswith("hybridcache/")} - covered
     assert len(own) > 100 and not others
+
+
+def test_replays_in_turn_use_no_admission_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash of parts that replay leaves these policies out."""
+    monkeypatch.setattr(AdmissionPolicy, "__new__", lambda cls: pytest.fail("used"))
+    hybridcache.simulate("chat?head=20", gib=1.0, bound=False)
+    with pytest.raises(pytest.fail.Exception):
+        hybridcache.closed_loop("chat?head=20", gib=1.0, rate=1.0)
+    replays = {part.name for part in reproduce.read_parts() if part.replays}
+    assert replays == {"capacity", "tiers", "router", "grid", "arena", "peers"}
 
 
 @pytest.mark.parametrize("name", ["experiments/tiny_part.py", "experiments/new.py"])

@@ -128,13 +128,22 @@ def test_runs_of_other_code_are_not_resumed(
     """`make reproduce` runs all cells of changed code, and resumes a stopped run of the same."""
     fields = dataclasses.fields(admission.ClosedLoopRun)
     run = admission.ClosedLoopRun(**{field.name: 1 for field in fields})  # type: ignore[arg-type]
+    runs = [dataclasses.replace(run, admission=name) for name in ("oldest", "sessions", "live:4")]
     path = tmp_path / "admission.jsonl"
     monkeypatch.setattr(admission, "RESULTS", path)
-    line = json.dumps(dataclasses.asdict(run))
-    path.write_text(json.dumps({"code": "this"}) + f"\n{line}\n")
-    assert admission.known_runs("this") == [run]
-    path.write_text(json.dumps({"code": "other"}) + f"\n{line}\n")
-    assert admission.known_runs("this") == []
+    code = {"sessions": "a", "others": "b"}
+    origin = {"commit": "c"}
+    lines = [json.dumps(dataclasses.asdict(run)) for run in runs]
+    path.write_text("\n".join((json.dumps({"provenance": origin, "code": code}), *lines)))
+    assert admission.known_runs(code) == ([origin], runs)
+    assert admission.known_runs(code | {"sessions": "new"}) == ([origin], [runs[0], runs[2]])
+    assert admission.known_runs({"sessions": "new", "others": "new"}) == ([], [])
+    hashes, read = admission.hashes(), Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "session_gate.py")
+    )
+    changed = admission.hashes()
+    assert changed["others"] == hashes["others"] and changed["sessions"] != hashes["sessions"]
     code = provenance.simulation_code("experiments.studies.admission")
     own = {"admission.py", "common.py", "hindsight.py"}
     assert {*code} == {

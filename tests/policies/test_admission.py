@@ -222,6 +222,30 @@ def test_idle_time_is_limited_to_the_compute_time_of_the_prompt() -> None:
     assert arrivals(policy.order(requests, load)) == [0]
 
 
+def test_the_less_keeping_sessions_is_worth_the_sooner_a_session_enters() -> None:
+    """One session a cycle fills 0.4 of the memory. Its prompt takes one second."""
+    for pause_s in (5.0, 50.0):
+        policy, load = make_admission("sessions"), FakeLoad(num_running=1, session_share=0.4)
+        for number in range(200):
+            load.now_s += pause_s
+            request = FakeRequest(number, session(number, num_requests=3), 8000)
+            request.session.idle_since_s = load.now_s - pause_s
+            request.arrival_s = load.now_s
+            policy.arrived(request, load)
+            policy.computed(8000, 1.0, load)
+            policy.admitted(request, load)
+            policy.left(request, load)
+        congest(policy, load)
+        cold = FakeRequest(999, session(999, num_requests=1), 8000)
+        assert arrivals(policy.order([cold], load)) == [], "a resident session is decoding"
+        wakes_at_s, idle_s = policy.wakes_at_s(), 1.0 / (0.4 * pause_s)
+        assert wakes_at_s == pytest.approx(load.now_s + idle_s, rel=0.1)
+        load.now_s = wakes_at_s
+        resident = FakeRequest(1000, session(1000), cached=1000)
+        assert arrivals(policy.order([cold, resident], load)) == [1000]
+        assert arrivals(policy.order([cold], load)) == [999]
+
+
 def test_tokens_that_were_not_evicted_add_no_debt() -> None:
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
     before = policy.report()

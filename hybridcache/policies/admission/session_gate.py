@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from math import exp
+from math import exp, inf
 
 from hybridcache.policies.admission.base import (
     AdmissionPolicy,
@@ -68,8 +68,9 @@ class SessionGate(AdmissionPolicy):
     by a step if not.
 
     If pauses are long and prompts short, repeating whole prompts can answer more requests than
-    keeping sessions in memory. In that case, losses count only as far as the server is busy. New
-    sessions then enter as long as the debt is below ``CREDIT_S``.
+    keeping sessions in memory. In that case, losses count only as far as the server is busy, and
+    sessions enter also if no prompt was computed for a while. This time is the shorter, the less
+    keeping sessions in memory is worth.
 
     If all sessions fit in memory, nothing is lost and nothing is withheld. No client field is
     needed. Waiting is bounded: an entering request waits for older ones alone and, for each of
@@ -145,16 +146,20 @@ class SessionGate(AdmissionPolicy):
         return num_tokens * self._token_s / span_s if span_s > 0 else 0.0
 
     @property
-    def _protects(self) -> bool:
-        """True if keeping sessions in memory answers more requests than repeating their prompts.
+    def _prompt_s(self) -> float:
+        """Seconds that the average prompt takes if only text of other sessions is cached."""
+        return self._prompt_tokens * self._token_s
+
+    @property
+    def _worth(self) -> float:
+        """Number of requests that are answered if sessions are kept in memory, relative to the
+        number if their prompts are repeated. Above 1, sessions are kept. 1 if nothing is known.
 
         With n sessions in memory, one request of each is answered in every cycle of a pause and an
         answer. Without memory for them, one request is answered in the time of a whole prompt.
         """
-        if not self._footprint:
-            return False
-        prompt_s = self._prompt_tokens * self._token_s
-        return prompt_s / self._footprint > self._pause_s + self._answer_s
+        memory_s = self._footprint * (self._pause_s + self._answer_s)
+        return self._prompt_s / memory_s if memory_s else 1.0
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         debt_s = self._debt(load.now_s)
@@ -183,19 +188,31 @@ class SessionGate(AdmissionPolicy):
             return *resident, first
         self._reason = LOST
         self._wakes_at_s = load.now_s + debt_s / self._pace
-        if not resident and len(running) == load.num_running:
-            prompt_s = first.num_tokens * self._token_s
-            fits = self._has_room(first, entering, load)
-            if not self._protects:
-                fits = fits or debt_s <= self._credit_s
-            idle_until_s = 0.0 if fits else self._left_s + prompt_s
-            if not fits and self._protects:
-                idle_until_s = max(self._left_s + self._pause_s, idle_until_s)
-            if idle_until_s <= load.now_s:
-                self._reason = ENTERING
-                return (first,)
-            self._wakes_at_s = min(self._wakes_at_s, idle_until_s)
-        return resident
+        if resident:
+            return resident
+        enters_at_s = inf
+        if len(running) == load.num_running:
+            enters_at_s = self._next_entry_s(first, entering, load)
+        if self._worth <= 1:
+            enters_at_s = min(enters_at_s, self._busy_at_s + self._worth * self._prompt_s)
+        if enters_at_s <= load.now_s:
+            self._reason = ENTERING
+            return (first,)
+        self._wakes_at_s = min(self._wakes_at_s, enters_at_s)
+        return ()
+
+    def _next_entry_s(
+        self, first: WaitingRequest, entering: Sequence[WaitingRequest], load: Load
+    ) -> float:
+        """Return the time from which ``first`` may enter during a debt if no resident session has
+        an open request."""
+        protects = self._worth > 1
+        if self._has_room(first, entering, load):
+            return load.now_s
+        if not protects and self._debt(load.now_s) <= self._credit_s:
+            return load.now_s
+        prompt_s = first.num_tokens * self._token_s
+        return self._left_s + (max(self._pause_s, prompt_s) if protects else prompt_s)
 
     def _has_room(
         self, first: WaitingRequest, entering: Sequence[WaitingRequest], load: Load
@@ -255,7 +272,7 @@ class SessionGate(AdmissionPolicy):
         lost_len = min(lost_len, request.lost_len)
         debt_s = self._debt(now_s)
         weight = (self._busy_share(now_s) - self._busy_from) / (self._busy_to - self._busy_from)
-        if self._protects:
+        if self._worth > 1:
             weight = 1.0
         if lost_len and weight > 0:
             debt_s += min(1.0, weight) * lost_len * self._token_s
