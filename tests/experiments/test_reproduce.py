@@ -16,7 +16,7 @@ import pytest
 import hybridcache
 from experiments import provenance, reproduce
 from experiments.studies import common
-from hybridcache.policies.admission.base import AdmissionPolicy
+from hybridcache.scheduling.planner import StepPlanner
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -134,7 +134,7 @@ print(*(module.__file__ for module in sys.modules.values() if getattr(module, "_
 
 def test_replays_in_turn_use_no_admission_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash of parts that replay leaves these policies out."""
-    monkeypatch.setattr(AdmissionPolicy, "__new__", lambda cls: pytest.fail("used"))
+    monkeypatch.setattr(StepPlanner, "__init__", lambda *_, **__: pytest.fail("used"))
     hybridcache.simulate("chat?head=20", gib=1.0, bound=False)
     with pytest.raises(pytest.fail.Exception):
         hybridcache.closed_loop("chat?head=20", gib=1.0, rate=1.0)
