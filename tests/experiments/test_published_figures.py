@@ -39,7 +39,7 @@ def extent(values: Iterable[float]) -> tuple[float, float]:
 
 # --- Sources --------------------------------------------------------------------------------------
 
-TAU, CLAUDE = "airline agents (tau-bench)", "Claude Code"
+TAU, CLAUDE, LONG = "airline agents (tau-bench)", "Claude Code", "long chats"
 
 
 @cache
@@ -49,7 +49,7 @@ def closed_loop() -> dict[tuple[str, float, str], Record]:
     for run in result("admission"):
         run["hit"] = 100 * run["cached_tokens"] / run["prompt_tokens"]
         runs.setdefault((run["trace"], run["rate"], run["admission"]), []).append(run)
-    fields = ("hit", "makespan_s", "ttft_mean_s", "ttft_p99_s", "goodput")
+    fields = ("hit", "makespan_s", "ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "goodput")
     return {
         key: {name: fmean(run[name] for run in of) for name in fields} for key, of in runs.items()
     }
@@ -79,13 +79,14 @@ def hits(trace: str, policy: str) -> tuple[float, float]:
     )
 
 
-def ratios(field: str, *traces: str) -> tuple[float, float]:
-    """Return the extent of ``sessions`` relative to ``oldest``, over all rates of the traces."""
+def ratios(field: str, *traces: str, least: float = 0.0) -> tuple[float, float]:
+    """Return the extent of ``sessions`` relative to ``oldest``, over the rates of the traces from
+    ``least`` on."""
     runs = closed_loop()
     return extent(
         run[field] / runs[trace, rate, "oldest"][field]
         for (trace, rate, policy), run in runs.items()
-        if policy == "sessions" and trace in traces
+        if policy == "sessions" and trace in traces and rate >= least
     )
 
 
@@ -238,6 +239,14 @@ def quotes() -> dict[str, list[str]]:
             "is {:.1f} to {:.1f} times that of `oldest` on tau-bench, and {:.2f} to {:.2f} times on Claude Code".format(
                 *ratios("goodput", TAU), *ratios("goodput", CLAUDE)
             ),
+        ],
+        "experiments/results_page.md": [
+            "all work ends {:.0f} to {:.0f} % later than with `oldest`".format(
+                *(100 * ratio - 100 for ratio in ratios("makespan_s", LONG, least=0.3))
+            ),
+            "the median wait is at most a "
+            + {5: "fifth"}[int(1 / ratios("ttft_p50_s", LONG, least=0.3)[1])],
+            "{:.1f} to {:.1f} times as high".format(*ratios("goodput", LONG, least=0.3)),
         ],
         "docs/concepts/arena.md": [
             f"loses at most {-min(slabs):.1f} points of token hit rate on a workload, and {abs(fmean(slabs)):.1f} on average",
