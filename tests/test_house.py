@@ -131,7 +131,6 @@ MAY_IMPORT = {
     "engine/models": "layers runner weights",
     "engine/weights": "layers models runner",
     "engine/runner": "config interfaces layers models plugins requests schedule text weights",
-    "engine/testing": "requests schedule text",
     "engine/async_engine.py": "config engine errors interfaces plugins requests schedule text",
     "engine/worker": "async_engine build config engine errors interfaces "
     "plugins requests runner schedule server text",

@@ -28,12 +28,11 @@ import numpy as np
 from engine import Engine, EngineConfig, SamplingParams
 from engine.plugins.observe.cache_watch import Watch
 from engine.plugins.observe.feed import EVERY_S
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.watch.page import Recording, recorded_page
 from hybridcache.watch.recorder import Recorder
+from tests.oracle import OracleRunner, OracleSampler
 
 RESULTS_FILE = RESULTS / "bench_page.jsonl"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -102,10 +102,9 @@ def a_right_request_is_refused_for_what_it_says(ctx, response, case):
 def oracle_server() -> Iterator[str]:
     """Start a server on a runner without arithmetic, and yield its address."""
     from engine import Engine, EngineConfig
-    from engine.testing.oracle import OracleRunner
-    from engine.testing.oracle_sampler import OracleSampler
     from engine.text.tokenizer import ByteTokenizer
     from experiments.system.served import serving
+    from tests.oracle import OracleRunner, OracleSampler
 
     engine = Engine(
         EngineConfig(max_queue=256),

@@ -13,10 +13,9 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config
 from engine.schedule.batch import Batch, Segment
-from engine.testing.oracle import Fingerprints, OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
+from tests.oracle import Fingerprints, OracleRunner, OracleSampler
 
 SLAB = 40
 Interrupt = Callable[["MovingRunner", Batch], None]

@@ -18,8 +18,7 @@ from engine import (
     engine_config,
 )
 from engine.errors import EngineStopped, StepFailed
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
+from tests.oracle import OracleRunner, OracleSampler
 
 ONE = SamplingParams(max_tokens=1)
 LONG = SamplingParams(max_tokens=200)

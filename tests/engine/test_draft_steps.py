@@ -13,10 +13,9 @@ from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.schedule.batch import StepHooks
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.worker.screen import start_screen
 from tests.engine.drafted import MakeEngine, ScriptedDrafter, drafting_engine, prompts
+from tests.oracle import OracleRunner, OracleSampler
 
 
 @pytest.fixture

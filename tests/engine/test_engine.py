@@ -22,12 +22,11 @@ from engine import (
 )
 from engine.interfaces import StepReport
 from engine.schedule.batch import Batch
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.lease_log import LeaseLog, replay
 from hybridcache.policies.registry import parse_placement
+from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 GREEDY = SamplingParams(max_tokens=8)
 

@@ -17,11 +17,10 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.schedule.batch import Batch
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer, StreamDecoder
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
 from tests.engine.test_engine import ids
+from tests.oracle import OracleRunner, OracleSampler
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
 

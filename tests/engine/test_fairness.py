@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.config import MAX_SCORED, TILE
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.scheduling.planner import TILES
+from tests.oracle import OracleRunner, OracleSampler
 
 
 class Load:

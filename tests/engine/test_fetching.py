@@ -14,13 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.requests.request import Request
-from engine.testing.oracle import OracleRunner, OracleState, fingerprint
-from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.api import PrefixMatch
 from hybridcache.export.arrival import Arrival
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
+from tests.oracle import OracleRunner, OracleSampler, OracleState, fingerprint
 
 GREEDY = SamplingParams(max_tokens=5)
 

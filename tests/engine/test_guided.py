@@ -29,11 +29,10 @@ from engine.plugins.guided.guides import Guides
 from engine.plugins.guided.marks import Overshoots
 from engine.plugins.tool_calls.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.requests.grammar import GrammarError, TooComplex
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
 from hybridcache.lab.extras import install_command
+from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 pytest.importorskip("llguidance")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.schedule.batch import Batch, Segment
-from engine.testing.oracle import OracleRunner
+from tests.oracle import OracleRunner
 
 Write = tuple[int, int, np.ndarray]
 

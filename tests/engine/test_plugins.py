@@ -32,9 +32,8 @@ from engine.requests.logit_rules import (
 from engine.server.context import Dialect
 from engine.server.schemas import TokenizeRequest
 from engine.server.settings import ServerConfig
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.scheduling.cache_manager import CacheManager
+from tests.oracle import OracleRunner, OracleSampler
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0)
 

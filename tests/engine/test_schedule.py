@@ -12,9 +12,8 @@ import pytest
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.interfaces import StepReport
 from engine.requests.spec import SamplingInput
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from tests.engine.test_engine import ids, make_engine, record_late_tokens
+from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 
 def answer(tokens: int) -> SamplingParams:

@@ -21,11 +21,10 @@ from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.plugins.tiers import TierConfig
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Newest
-from engine.testing.oracle import Fingerprints, OracleRunner, fingerprint
-from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
+from tests.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
 
 VOCABULARY = 320
 SAMPLER = OracleSampler(VOCABULARY)

@@ -11,8 +11,7 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.schedule.batch import Batch, Segment
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
+from tests.oracle import OracleRunner, OracleSampler
 from tests.selection import is_quick
 
 

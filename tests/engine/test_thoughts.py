@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config
 from engine.requests.logit_rules import END, ReasoningBudget
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from tests.engine.test_engine import record_late_tokens
+from tests.oracle import OracleRunner, OracleSampler
 
 TOKENIZER = ByteTokenizer()
 ENDING = TOKENIZER.encode(END)

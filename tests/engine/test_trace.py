@@ -10,9 +10,8 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.plugins.observe.step_trace import Trace, start_trace
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
+from tests.oracle import OracleRunner, OracleSampler
 
 
 def make_engine() -> Engine:

@@ -14,8 +14,6 @@ import pytest
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from experiments.benchmarks import overhead
 from experiments.benchmarks import serving as bench_serving
@@ -33,6 +31,7 @@ from experiments.benchmarks.serving_load import (
     summary,
 )
 from experiments.system.served import serving
+from tests.oracle import OracleRunner, OracleSampler
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.1)
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, EngineConfig
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from experiments import provenance, reproduce
 from experiments.benchmarks import measure_prefill
@@ -23,6 +21,7 @@ from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
 from hybridcache.lab.leaderboard import Split
+from tests.oracle import OracleRunner, OracleSampler
 
 STUDIES = ("capacity", "grid", "arena")
 

@@ -19,8 +19,6 @@ from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.tiers.records import RecordStore
 from engine.requests.logit_rules import TokenCounts
 from engine.schedule.batch import Batch
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.allocators.moves import Move
 from hybridcache.lease import Lease
 from tests.engine import test_drafters, test_engine
@@ -28,6 +26,7 @@ from tests.engine.store.test_records import StoreMachine
 from tests.engine.test_scheduler_machine import SchedulerMachine
 from tests.engine.test_token_counts import TokenCountsMachine
 from tests.faults.injection import Check, Faults, Patch, assert_detected, machine
+from tests.oracle import OracleRunner, OracleSampler
 
 FAULTS = Faults()
 SHAPE = {

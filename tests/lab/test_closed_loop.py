@@ -19,8 +19,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.weights.model_config import read_config
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
@@ -42,6 +40,7 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
+from tests.oracle import OracleRunner, OracleSampler
 
 POLICIES = ("oldest", "cached-first", "longest-match", "window:4", "live:3", "sessions")
 VOCABULARY = 320

@@ -13,8 +13,6 @@ from engine import engine_config
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
 from engine.requests.spec import SamplingParams
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.weights.model_config import read_config
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.lease_log import LeaseLog, replay
@@ -32,6 +30,7 @@ from hybridcache.policies.registry import (
 )
 from hybridcache.residency import Residency
 from tests.cache.twins import VictimLog
+from tests.oracle import OracleRunner, OracleSampler
 
 POLICIES = sorted(EVICTION)
 CHECKPOINTS = "branch,boundary,backoff,every:256,end"

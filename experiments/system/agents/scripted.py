@@ -12,11 +12,10 @@ from typing import Any
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.requests.spec import SamplingInput
 from engine.server.settings import ServerConfig
-from engine.testing.oracle import Fingerprints, OracleRunner
-from engine.testing.oracle_sampler import OracleDrawn
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from experiments.system.served import serving
+from tests.oracle import Fingerprints, OracleDrawn, OracleRunner
 
 
 class ScriptedSampler:

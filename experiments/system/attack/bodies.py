@@ -16,10 +16,9 @@ from typing import Any
 import httpx
 
 from engine import Engine, EngineConfig
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from experiments.system.served import serving
+from tests.oracle import OracleRunner, OracleSampler
 
 CHAT = [{"role": "user", "content": "hi"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}

@@ -1,6 +1,6 @@
 """Reference runner of the attack: rows and slots contain hash chains of tokens.
 
-Every read verifies them. Only the sizes of its memory come from ``engine.testing.oracle``. The next
+Every read verifies them. Only the sizes of its memory come from ``tests.oracle``. The next
 token is a function of the prefix's hash, so the correct answer can be computed from a prompt
 without an engine.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from engine.testing.oracle import OracleRunner
 from engine.text.outputs import SampledToken
+from tests.oracle import OracleRunner
 
 VOCAB = 320
 

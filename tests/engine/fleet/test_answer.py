@@ -8,10 +8,9 @@ import numpy as np
 
 from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.plugins.replicas.replica_output import ReplicaAnswer
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.outputs import delta_of
 from engine.text.tokenizer import ByteTokenizer
+from tests.oracle import OracleRunner, OracleSampler
 
 
 def test_answers_are_assembled_from_the_new_tokens_of_each_step() -> None:

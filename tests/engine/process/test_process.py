@@ -27,19 +27,18 @@ from engine import (
 )
 from engine.async_engine import RequestStream
 from engine.errors import EngineStopped, StepFailed
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker import engine_client
 from engine.worker.channel import Submit
 from engine.worker.engine_client import ProcessEngine, start_engine
+from tests.oracle import OracleRunner, OracleSampler
 
 BOOT = """
 import json, sys, time
 sys.path[:] = json.loads(sys.argv[1])
 import engine.worker.engine_worker as worker
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleSampler
+from tests.oracle import OracleRunner
+from tests.oracle import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 
 class Runner(OracleRunner):

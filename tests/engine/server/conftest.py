@@ -25,11 +25,10 @@ from engine.requests.spec import SamplingInput
 from engine.schedule.batch import Batch
 from engine.server.serve import Server
 from engine.server.settings import ServerConfig
-from engine.testing.oracle import OracleRunner
-from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from experiments.system import served
+from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 
 @dataclass

@@ -37,11 +37,11 @@ from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.chat import AnswerReader
 from engine.server.settings import ServerConfig
-from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.engine_client import start_engine
 from hybridcache.routing.registry import find_router
 from tests.engine.fleet.test_fleet import Handle
+from tests.oracle import OracleSampler
 
 from .conftest import SlowRunner
 

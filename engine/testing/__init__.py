@@ -1,1 +1,0 @@
-"""Runner and sampler without a model that verify every read."""
