@@ -11,8 +11,8 @@ static void each_token(
     S* states, int64_t slot_stride, const int32_t* slots, const int32_t* step_slots,
     const int32_t* cu_seqlens, const Tokens& tokens, int threads, Token token) {
     int64_t size = tokens.K * tokens.V, HV = tokens.HV;
-#pragma omp parallel for schedule(static) num_threads(threads_for(tokens.rows * HV * size / 2, threads))
-    for (int64_t item = 0; item < tokens.sequences * HV; item++) {
+    threads = threads_for(tokens.rows * HV * size / 2, threads);
+    for_each(tokens.sequences * HV, threads, [&](int64_t item) {
         int64_t sequence = item / HV, head = item % HV;
         int64_t row = cu_seqlens ? cu_seqlens[sequence] : sequence;
         int64_t end = cu_seqlens ? cu_seqlens[sequence + 1] : sequence + 1;
@@ -23,5 +23,5 @@ static void each_token(
             token(row, head, before, after);
             before = after;
         }
-    }
+    });
 }

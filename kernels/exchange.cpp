@@ -136,8 +136,9 @@ static void sum(Exchange& e, const T* x, T* out, int64_t size, int threads) {
         int64_t count = std::min(most, size - first), bytes = count * sizeof(T);
         auto give = [&](char* buffer) { memcpy(buffer, x + first, bytes); };
         auto take = [&] {
-#pragma omp parallel for schedule(static) num_threads(threads_for(count, threads))
-            for (int64_t block = 0; block < count; block += BLOCK) {
+            int64_t blocks = (count + BLOCK - 1) / BLOCK;
+            for_each(blocks, threads_for(count, threads), [&](int64_t item) {
+                int64_t block = item * BLOCK;
                 int64_t length = std::min(BLOCK, count - block);
                 float total[BLOCK];
                 for (int64_t rank = 0; rank < e.count; rank++) {
@@ -149,7 +150,7 @@ static void sum(Exchange& e, const T* x, T* out, int64_t size, int threads) {
                 }
                 T* to = out + first + block;
                 for (int64_t i = 0; i < length; i++) to[i] = narrow<T>(total[i]);
-            }
+            });
         };
         if (!exchange(e, bytes, give, take)) return;
     }

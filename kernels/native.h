@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -208,9 +208,68 @@ static inline float softplus(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// Floating-point mode of this thread while the object lives: round to nearest, and subnormal operands
+// and results are 0. A product of small decays is often subnormal, which takes a hundred times as long.
+// The former mode returns, and the bits of a kernel do not depend on it. On other processors
+// nothing changes.
+class Arithmetic {
+  public:
+#if defined(__x86_64__)
+    Arithmetic() : former(_mm_getcsr()) { _mm_setcsr(0x9fc0); }
+    ~Arithmetic() { _mm_setcsr(former); }
+
+  private:
+    unsigned former;
+#elif defined(__aarch64__)
+    Arithmetic() {
+        asm volatile("mrs %0, fpcr" : "=r"(former));
+        asm volatile("msr fpcr, %0" ::"r"(uint64_t(1) << 24) : "memory");
+    }
+    ~Arithmetic() { asm volatile("msr fpcr, %0" ::"r"(former) : "memory"); }
+
+  private:
+    uint64_t former;
+#else
+    Arithmetic() {}
+#endif
+};
+
 // Minimum estimated cycles of work that justify a second thread.
 constexpr int64_t FEW_CYCLES = 1 << 14;
 
 static inline int threads_for(int64_t cycles, int threads) {
     return cycles < FEW_CYCLES ? 1 : threads;
+}
+
+// Separate functions, so that no arithmetic is moved out of the region with its mode.
+template <class Work>
+__attribute__((noinline)) static void run_static(int64_t count, const Work& work) {
+#pragma omp for schedule(static) nowait
+    for (int64_t item = 0; item < count; item++) work(item);
+}
+
+template <class Work>
+__attribute__((noinline)) static void run_dynamic(int64_t count, const Work& work) {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t item = 0; item < count; item++) work(item);
+}
+
+// Calls work(item) for each of `count` items, divided equally among the threads.
+template <class Work>
+static void for_each(int64_t count, int threads, const Work& work) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Arithmetic mode;
+        run_static(count, work);
+    }
+}
+
+// The same for items of unequal cost.
+template <class Work>
+static void for_each_unequal(int64_t count, int threads, const Work& work) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Arithmetic mode;
+        run_dynamic(count, work);
+    }
 }

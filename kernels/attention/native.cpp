@@ -155,8 +155,7 @@ static void decode(
     float scale, int threads) {
     int64_t cycles = 0;
     for (int64_t b = 0; b < sequences; b++) cycles += lengths[b] * kv_heads * G * D / 4;
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(cycles, threads))
-    for (int64_t item = 0; item < sequences * kv_heads; item++) {
+    for_each_unequal(sequences * kv_heads, threads_for(cycles, threads), [&](int64_t item) {
         static thread_local std::vector<float> weights;
         int64_t b = item / kv_heads, head = item % kv_heads;
         int64_t first = cu_seqlens ? cu_seqlens[b] : b;
@@ -178,7 +177,7 @@ static void decode(
             auto* some = count == 4 ? attend<T, 4> : count == 2 ? attend<T, 2> : attend<T, 1>;
             some(queries, keys + head * D, values + head * D, cached);
         }
-    }
+    });
 }
 
 #define ATTENTION(T, NAME)                                                                        \

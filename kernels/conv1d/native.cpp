@@ -43,8 +43,7 @@ static void decode(
     const int32_t* slots, const int32_t* step_slots, const int32_t* cu_seqlens, T* out,
     int64_t rows, int64_t sequences, int64_t channels, bool activated, int threads) {
     int64_t blocks = (channels + CHANNELS - 1) / CHANNELS;
-#pragma omp parallel for schedule(static) num_threads(threads_for(4 * rows * channels, threads))
-    for (int64_t item = 0; item < sequences * blocks; item++) {
+    for_each(sequences * blocks, threads_for(4 * rows * channels, threads), [&](int64_t item) {
         int64_t sequence = item / blocks, first = item % blocks * CHANNELS;
         int64_t count = channels - first < CHANNELS ? channels - first : CHANNELS;
         int64_t row = cu_seqlens ? cu_seqlens[sequence] : sequence;
@@ -58,7 +57,7 @@ static void decode(
                 before, after, out + row * channels + first, count, activated);
             before = after;
         }
-    }
+    });
 }
 
 // Some channels of one sequence, from the window `before`. The windows after `ends` tokens, and
@@ -104,12 +103,11 @@ static void prefill(
     int64_t channels, bool activated, int threads) {
     int64_t blocks = (channels + CHANNELS - 1) / CHANNELS;
     int64_t cycles = 4 * cu_seqlens[sequences] * channels;
-#pragma omp parallel for schedule(static) num_threads(threads_for(cycles, threads))
-    for (int64_t item = 0; item < sequences * blocks; item++) {
+    for_each(sequences * blocks, threads_for(cycles, threads), [&](int64_t item) {
         int64_t sequence = item / blocks, first = item % blocks * CHANNELS;
         int64_t count = channels - first < CHANNELS ? channels - first : CHANNELS;
         int64_t row = cu_seqlens[sequence], tokens = cu_seqlens[sequence + 1] - row;
-        if (!tokens) continue;
+        if (!tokens) return;
         int64_t exported = cu_exports[sequence], slot = slots[sequence];
         T* windows = states + first * (WIDTH - 1);
         convolve_all<T, WIDTH>(
@@ -118,7 +116,7 @@ static void prefill(
             tokens, windows, slot_stride, ends + exported, export_slots + exported,
             cu_exports[sequence + 1] - exported, slot, out + row * channels + first, channels, count,
             activated);
-    }
+    });
 }
 
 #define PREFILLS(T, NAME)                                                                        \

@@ -99,8 +99,7 @@ static void chunk(
     const T* query, const T* key, const T* value, const float* gate, const float* beta,
     const Walk<S>& walk, T* out, int64_t sequences, const Sizes& sizes, int threads) {
     int64_t K = sizes.K, V = sizes.V, HV = sizes.HV, group = HV / sizes.H;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t item = 0; item < sequences * HV; item++) {
+    for_each_unequal(sequences * HV, threads, [&](int64_t item) {
         static thread_local Room room;
         room.make(K, V);
         int64_t head = item % HV, key_head = head / group;
@@ -115,7 +114,7 @@ static void chunk(
                 room, value + at * sizes.stride + head * V, gate + at * HV + head,
                 beta + at * HV + head, rows, out + (at * HV + head) * V, state, sizes);
         });
-    }
+    });
 }
 
 #define CHUNKS(T, S, NAME)                                                                       \

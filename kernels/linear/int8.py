@@ -20,6 +20,8 @@ import torch
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 LARGEST = 127.0
+MIN_LARGEST = 1e-30
+"""Lower bound of a row's largest magnitude, which keeps the row's scale from being subnormal."""
 EXACT_SPAN = 1024
 """Number of int8 products with a sum that is exact in float32 in any order."""
 MAX_SINGLE_ROWS = 32
@@ -33,7 +35,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ``x ~ q * scale[:, None]``, rounded to nearest even.
     """
     x = x.float()
-    scale = x.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny).div_(LARGEST)
+    scale = x.abs().amax(dim=1).clamp_(min=MIN_LARGEST).div_(LARGEST)
     return (x / scale[:, None]).round_().to(torch.int8), scale
 
 

@@ -50,8 +50,7 @@ EXPORT void pack_words(
     const int32_t* rows, int32_t* packed, int64_t outputs, int64_t words, int threads) {
     constexpr int64_t STEPS = 64;  // steps of all rows at a time, since rows can be 4 KiB apart
     int64_t panels = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(threads_for(outputs * words, threads))
-    for (int64_t p = 0; p < panels; p++) {
+    for_each(panels, threads_for(outputs * words, threads), [&](int64_t p) {
         int32_t block[PANEL * STEPS] = {};
         const int32_t* from = rows + p * PANEL * words;
         int64_t count = outputs - p * PANEL < PANEL ? outputs - p * PANEL : PANEL;
@@ -63,7 +62,7 @@ EXPORT void pack_words(
             for (int64_t s = 0; s < steps; s++)
                 for (int64_t o = 0; o < PANEL; o++) to[s * PANEL + o] = block[o * STEPS + s];
         }
-    }
+    });
 }
 
 template <class Op, int ROWS>
@@ -106,8 +105,7 @@ static void multiply(
     const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
     int64_t outputs, int threads, Finish finish) {
     int64_t panels = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(threads_for(panels * steps * (8 + 4 * rows), threads))
-    for (int64_t p = 0; p < panels; p++) {
+    for_each(panels, threads_for(panels * steps * (8 + 4 * rows), threads), [&](int64_t p) {
         alignas(64) int32_t sums[BLOCK_ROWS * PANEL];
         const int32_t* panel = w + p * steps * PANEL;
         for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
@@ -124,7 +122,7 @@ static void multiply(
             }
             for (int64_t r = 0; r < count; r++) finish(begin + r, p, sums + r * PANEL);
         }
-    }
+    });
 }
 
 // scale: one per output, or null.
@@ -162,6 +160,8 @@ EXPORT void linear_bfloat16(
 #endif
 
 #ifdef __AVX512VNNI__
+constexpr float MIN_LARGEST = 1e-30f;  // as int8.py has it
+
 // Converts rows to int8 + 128, as the instruction requires; the same values as int8.quantize_rows.
 template <class T>
 static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, float* scale) {
@@ -172,7 +172,7 @@ static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, 
         most = larger((Lanes)((Words)b & 0x7fffffff), most);
     }
     float largest = _mm512_reduce_max_ps((__m512)most);
-    float step = (largest > 1.17549435e-38f ? largest : 1.17549435e-38f) / 127.0f;
+    float step = (largest > MIN_LARGEST ? largest : MIN_LARGEST) / 127.0f;
     __m512i raised = _mm512_set1_epi32(128);
     memset(to + size / LANES * LANES, 128, padded - size / LANES * LANES);
     for (int64_t i = 0; i < size; i += LANES) {
@@ -196,10 +196,10 @@ static void multiply_int8(
     steps_of_rows.resize(rows);
     int32_t* quantized = words.data();
     float* row_scale = steps_of_rows.data();
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows * size / 2, threads))
-    for (int64_t r = 0; r < rows; r++)
-        quantize_row(
-            x + r * stride, size, steps * 4, (uint8_t*)(quantized + r * steps), row_scale + r);
+    for_each(rows, threads_for(rows * size / 2, threads), [&](int64_t r) {
+        auto* to = (uint8_t*)(quantized + r * steps);
+        quantize_row(x + r * stride, size, steps * 4, to, row_scale + r);
+    });
     multiply<Int8Fours>(
         quantized, steps, rows, w, steps, outputs, threads,
         [=](int64_t row, int64_t panel, const int32_t* sums) {

@@ -71,8 +71,7 @@ static void chunk(
     const T* x, const T* B, const T* C, const float* gate, const float* step, const float* D,
     const Walk<S>& walk, T* out, int64_t sequences, const Sizes& sizes, int threads) {
     int64_t K = sizes.K, V = sizes.V, HV = sizes.HV, group = HV / sizes.H;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t item = 0; item < sequences * HV; item++) {
+    for_each_unequal(sequences * HV, threads, [&](int64_t item) {
         static thread_local Room room;
         room.make(K, V);
         int64_t head = item % HV;
@@ -85,7 +84,7 @@ static void chunk(
                 room, x + at * sizes.stride + head * V, gate + at * HV + head, step + at * HV + head,
                 D[head], rows, out + (at * HV + head) * V, state, sizes);
         });
-    }
+    });
 }
 
 #define CHUNKS(T, S, NAME)                                                                        \

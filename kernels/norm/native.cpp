@@ -18,8 +18,7 @@ template <class T>
 static void rms_norm(
     const T* x, int64_t stride, const T* residual, int64_t residual_stride, const float* weight,
     T* normed, T* sums, int64_t outer, int64_t inner, int64_t size, float eps, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(outer * inner * size / 4, threads))
-    for (int64_t row = 0; row < outer * inner; row++) {
+    for_each(outer * inner, threads_for(outer * inner * size / 4, threads), [&](int64_t row) {
         int64_t place = row % inner * size;
         const T* from = x + row / inner * stride + place;
         if (residual) {
@@ -32,7 +31,7 @@ static void rms_norm(
         float factor = factor_of(from, size, eps);
         T* to = normed + row * size;
         for (int64_t i = 0; i < size; i++) to[i] = narrow<T>(widen(from[i]) * factor * weight[i]);
-    }
+    });
 }
 
 // weight_stride: elements between the weights of two inner rows. gate_first: the gate is applied
@@ -42,8 +41,7 @@ static void gated_rms_norm(
     const T* x, int64_t stride, const T* gate, int64_t gate_stride, const float* weight,
     int64_t weight_stride, T* out, int64_t outer, int64_t inner, int64_t size, float eps,
     bool gate_first, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(2 * outer * inner * size, threads))
-    for (int64_t row = 0; row < outer * inner; row++) {
+    for_each(outer * inner, threads_for(2 * outer * inner * size, threads), [&](int64_t row) {
         static thread_local std::vector<float> gated;
         int64_t place = row % inner * size;
         const T* from = x + row / inner * stride + place;
@@ -61,7 +59,7 @@ static void gated_rms_norm(
             for (int64_t i = 0; i < size; i++)
                 to[i] = narrow<T>(widen(from[i]) * factor * own[i] * silu(widen(open[i])));
         }
-    }
+    });
 }
 
 #define NORMS(T, NAME)                                                                            \

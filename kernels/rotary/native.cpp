@@ -6,7 +6,7 @@ static void rotate(
     const T* x, int64_t stride, const T* cos, const T* sin, T* out, int64_t tokens, int64_t heads,
     int64_t D, int64_t R) {
     int64_t half = R / 2;
-    for (int64_t item = 0; item < tokens * heads; item++) {
+    for_each(tokens * heads, 1, [&](int64_t item) {
         int64_t token = item / heads;
         const T *from = x + token * stride + item % heads * D, *c = cos + token * R,
                 *s = sin + token * R;
@@ -17,7 +17,7 @@ static void rotate(
             to[half + i] = narrow<T>(b * widen(c[half + i]) + a * widen(s[half + i]));
         }
         memcpy(to + R, from + R, (D - R) * sizeof(T));
-    }
+    });
 }
 
 #define ROTATIONS(T, NAME)                                                                       \

@@ -5,12 +5,11 @@
 EXPORT void copy_states(
     char* pool, int64_t layers, int64_t layer_stride, int64_t slot_stride, int64_t bytes,
     const int32_t* sources, const int32_t* targets, int64_t copies, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(layers * copies * bytes / 8, threads))
-    for (int64_t item = 0; item < layers * copies; item++) {
+    for_each(layers * copies, threads_for(layers * copies * bytes / 8, threads), [&](int64_t item) {
         char* layer = pool + item / copies * layer_stride;
         int64_t copy = item % copies;
         memcpy(layer + targets[copy] * slot_stride, layer + sources[copy] * slot_stride, bytes);
-    }
+    });
 }
 
 struct Int8 {
@@ -127,14 +126,13 @@ struct Places {
 
     template <class Work>
     void each(int64_t numbers, int64_t code_bytes, int64_t scales, const Work& work) const {
-#pragma omp parallel for schedule(static) num_threads(threads_for(layers * count * numbers, threads))
-        for (int64_t item = 0; item < layers * count; item++) {
+        for_each(layers * count, threads_for(layers * count * numbers, threads), [&](int64_t item) {
             int64_t layer = item % layers, copy = item / layers;
             char* slot = slots + kept[copy] * slot_stride;
             work(pool + layer * layer_stride + own[copy] * pool_stride,
                  slot + first + layer * numbers * code_bytes,
                  slot + first_scale + layer * scales * 4);
-        }
+        });
     }
 };
 
