@@ -87,6 +87,29 @@ def function(name: str, kinds: str) -> Callable[..., None]:
     return call
 
 
+INSTRUCTIONS = {
+    "linear float32": {"linear_float32": "avx512"},
+    "linear bfloat16": {"linear_bfloat16": "avx512bf16"},
+    "linear int8": {"linear_int8_float32": "avx512vnni"},
+    "scans of prompts": {"chunk_gdn_float32_float32": "avx512"},
+}
+"""Instructions of each operation by exported function, preferred first."""
+
+
+@cache
+def kernel_choices() -> dict[str, str]:
+    """Return the instructions that compute each operation, and the C library of its functions.
+
+    Made once per process, after asking the system for permission where that is needed. Processes
+    with equal choices compute equal bits. "reference" if the native library lacks the operation.
+    """
+    choices = {
+        operation: next((word for name, word in found.items() if has(name)), "reference")
+        for operation, found in INSTRUCTIONS.items()
+    }
+    return choices | {"libc": " ".join(platform.libc_ver()) or "unknown"}
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Native function with its arguments."""

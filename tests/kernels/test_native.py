@@ -11,7 +11,7 @@ import torch
 from kernels.gdn import native as gdn
 from kernels.kda import native as kda
 from kernels.mamba2 import native as mamba2
-from kernels.native import has
+from kernels.native import has, kernel_choices
 from kernels.packed import Packed
 
 pytestmark = pytest.mark.skipif(not has("chunk_gdn_float32_float32"), reason="no C++ or AVX-512")
@@ -117,3 +117,13 @@ def test_strong_decays_follow_the_recurrence() -> None:
         state = state * decay[t].double().exp()[:, None, None] + written
         expected = torch.einsum("k,hkv->hv", C[t, 0].double(), state)
         torch.testing.assert_close(out[t].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_choices_name_the_instructions_of_each_operation() -> None:
+    choices = kernel_choices()
+    assert choices["linear float32"] == choices["scans of prompts"] == "avx512"
+    for name, operation in (
+        ("linear_bfloat16", "linear bfloat16"),
+        ("linear_int8_float32", "linear int8"),
+    ):
+        assert has(name) == (choices[operation] != "reference")
