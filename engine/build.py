@@ -23,13 +23,13 @@ def load(
     config: EngineConfig, plugins: Sequence[Plugin] = ()
 ) -> tuple[Runner, TokenSampler, Tokenizer]:
     """Load the model, the sampler and the tokenizer named by ``config``. Imports torch."""
-    from engine.runner.model_runner import ModelRunner
+    from engine.runner.build import load_runner
     from engine.runner.sampler import Sampler
 
     runner: Runner | None = None
     for plugin in plugins:
         runner = plugin.load_runner() if runner is None else runner
-    runner = ModelRunner(config) if runner is None else runner
+    runner = load_runner(config) if runner is None else runner
     return runner, Sampler(runner.vocab_size), load_tokenizer_of(config, runner.vocab_size)
 
 

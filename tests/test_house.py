@@ -127,9 +127,9 @@ MAY_IMPORT = {
     "engine/requests": "config errors plugins text",
     "engine/schedule": "config errors requests text",
     "engine/interfaces.py": "config requests schedule text",
-    "engine/layers": "runner weights",
-    "engine/models": "layers runner weights",
-    "engine/weights": "layers models runner",
+    "engine/layers": "weights",
+    "engine/models": "layers weights",
+    "engine/weights": "",
     "engine/runner": "config interfaces layers models plugins requests schedule text weights",
     "engine/async_engine.py": "config engine errors interfaces plugins requests schedule text",
     "engine/worker": "async_engine build config engine errors interfaces "

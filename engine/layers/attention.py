@@ -7,11 +7,10 @@ import math
 
 import torch
 
-from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, VerifyPart, pad_rows
+from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, VerifyPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Composite
-from engine.runner.memory import Pools
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.shares import share

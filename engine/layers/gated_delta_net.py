@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
+from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
-from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.shares import share
 

@@ -16,6 +16,10 @@ from engine.weights.model_config import LinearScaling, Llama3Scaling, Rope, Yarn
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed, running_sum
 
+Pools = tuple[torch.Tensor, ...]
+"""Tensors that one mixer declares, in its order: KV ``[N, ...]`` by row, states ``[S, ...]`` by
+slot."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodePart:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
+from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
-from engine.runner.memory import Pools
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.shares import share

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, VerifyPart, pad_rows
+from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, VerifyPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Composite, Parameter
-from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import LatentAttentionSizes
 from hybridcache.geometry.shares import share
 

@@ -4,15 +4,15 @@ it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 from typing import Literal, Protocol
 
 import torch
 
 from engine.layers.rank import ALONE, Rank, RankCut
-from engine.runner.backends import Kernels
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import Quantization, Scheme, widen
 from kernels import huge_pages
@@ -251,7 +251,7 @@ class WeightSpec:
 class Build:
     """Common arguments of all layers."""
 
-    kernels: Kernels
+    kernels: Mapping[str, ModuleType]
     weights: WeightSpec
     rank: Rank = ALONE
     """Rank for which the part of the model is built."""

@@ -26,12 +26,11 @@ from collections.abc import Sequence
 import torch
 
 from engine.layers.attention import Attention
-from engine.layers.inputs import DecodePart, LayerInputs, RotaryTable, pad_rows
+from engine.layers.inputs import DecodePart, LayerInputs, Pools, RotaryTable, pad_rows
 from engine.layers.linear import Linear, Part
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Composite
 from engine.layers.residual import FeedForwardStep, MixerStep
-from engine.runner.memory import Pools
 from hybridcache.geometry.sizes import Spec, StateSpec
 from kernels.attention.sequences import Sequences
 from kernels.packed import running_sum

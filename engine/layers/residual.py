@@ -12,10 +12,9 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from engine.layers.inputs import LayerInputs
+from engine.layers.inputs import LayerInputs, Pools
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Composite, Layer
-from engine.runner.memory import Pools
 from hybridcache.geometry.sizes import Spec
 
 B = TypeVar("B", bound=Layer)

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
+from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Composite, Parameter
-from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import ShortConvSizes
 from hybridcache.geometry.shares import share
 

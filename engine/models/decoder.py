@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.layers.attention import Attention
-from engine.layers.inputs import LayerInputs
+from engine.layers.inputs import LayerInputs, Pools
 from engine.layers.linear import Linear, Part
 from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
@@ -22,7 +22,6 @@ from engine.layers.parameters import Build, Layer, Parameter
 from engine.layers.prediction import PredictionHead
 from engine.layers.rank import RankCut
 from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.runner.memory import Pools
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.weights.tensor_files import Tensor
 from hybridcache.geometry.config_format import Config

@@ -28,7 +28,7 @@ def start_screen(engine: Engine, address: str) -> str:
             f"{engine.model_name}: {geometry.num_full_layers} full-attention and "
             f"{geometry.num_linear_layers} linear layers",
         ),
-        ("weights", runner.weights_note),
+        ("weights", runner.loaded.weights_note),
         ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
         ("kernels", _kernel_words(runner.kernels.words())),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
@@ -48,8 +48,8 @@ def start_screen(engine: Engine, address: str) -> str:
                 f"much as the KV of {geometry.state_tokens:,.0f} tokens",
             )
         )
-    if runner.own_state_bytes:
-        beside = format_bytes(runner.own_state_bytes)
+    if runner.loaded.own_state_bytes:
+        beside = format_bytes(runner.loaded.own_state_bytes)
         rows.append(
             ("checkpoints", f"in {config.checkpoint_dtype}; running states beside: {beside}")
         )

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import engine_config
 from engine.runner.backends import all_plain
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from experiments.benchmarks.engine import Decode
 from experiments.provenance import RESULTS, write_json_lines
 from kernels.native import recorded
@@ -66,7 +66,7 @@ class Counting(TorchDispatchMode):
 
 def count(way: str, streams: int) -> Counted:
     """Count one step in which ``streams`` requests of the built-in model decode."""
-    runner = ModelRunner(
+    runner = load_runner(
         engine_config(device="cpu", max_running=9, cache_gib=0.25, **BACKENDS[way])
     )
     with torch.inference_mode():

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
 from engine.runner.backends import Kernels
+from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
@@ -173,7 +174,7 @@ def against_transformers(size: str, dtype: str, turns: Turns) -> Iterator[Result
         config = EngineConfig(
             model=directory, dtype=dtype, device="cpu", max_running=9, cache_gib=0.5
         )
-        runner = ModelRunner(config)
+        runner = load_runner(config)
     length = SIZES[size].prefill_len
     tokens = np.random.default_rng(0).integers(0, 256, length).astype(np.int32)
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
@@ -258,7 +259,7 @@ class Decode:
 
 def checkpoint_cost(dtype: str, turns: Turns) -> Result:
     """Compare a prefill that saves three checkpoints with one that saves none."""
-    runner = ModelRunner(EngineConfig(dtype=dtype, device="cpu", cache_gib=0.25))
+    runner = load_runner(EngineConfig(dtype=dtype, device="cpu", cache_gib=0.25))
     tokens = np.random.default_rng(1).integers(0, 256, 2048).astype(np.int32)
     exports = ((1024, 1), (1984, 2), (2048, 3))
     saving, plain = turns.time(

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config
+from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from experiments.benchmarks.engine import GEOMETRY_530M, Decode, prefill
 from experiments.provenance import RESULTS, write_json_lines
@@ -148,7 +149,7 @@ def speed(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, An
     """Measure prefill and decode of each model with tiles of each size, alternating."""
     for model in tqdm(options.models, disable=None):
         config = config_of(model, directory, grid=16, max_running=9, cache_gib=0.75)
-        runner = ModelRunner(config)
+        runner = load_runner(config)
         tokens = np.random.default_rng(0).integers(0, 256, PREFILL).astype(np.int32)
 
         def prefilled(grid: int, runner: ModelRunner = runner, tokens: Any = tokens) -> None:

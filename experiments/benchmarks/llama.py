@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from engine import EngineConfig
+from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from experiments.benchmarks import llama_cpp as rival
 from experiments.benchmarks.engine import (
@@ -75,7 +76,7 @@ standard deviation."""
 def runner_of(directory: str, dtype: str) -> ModelRunner:
     """Return a runner for the checkpoint in ``directory`` with weights in ``dtype``."""
     quantization: Literal["int8"] | None = "int8" if dtype == "int8" else None
-    return ModelRunner(
+    return load_runner(
         EngineConfig(
             model=directory,
             dtype="float32" if dtype == "float32" else "bfloat16",

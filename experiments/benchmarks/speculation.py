@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, read_json_lines, write_json_lines
@@ -182,7 +182,7 @@ def summarise(
 
 def make_engine(model: str | None, draft: str) -> Engine:
     config = engine_config(model=model, device="cpu", cache_gib=0.25, max_running=8, draft=draft)
-    runner = ModelRunner(config)
+    runner = load_runner(config)
     sampler = Sampler(runner.vocab_size)
     return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
 

@@ -23,6 +23,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.spec import SamplingParams
+from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.text.outputs import RequestOutput
@@ -105,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = EngineConfig(model=options.model, device=options.device, cache_gib=0.5)
     records = []
-    for record in price(ModelRunner(config), config, FULL):
+    for record in price(load_runner(config), config, FULL):
         print(record, flush=True)
         records.append(record)
     write_json_lines(options.out, records)

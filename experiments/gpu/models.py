@@ -14,8 +14,8 @@ from engine.layers.parameters import Build, Parameter, WeightSpec
 from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
+from engine.runner.loading import Dummy
 from engine.text.tokenizer import BUILTIN_TEMPLATE
-from engine.weights.loading import Dummy
 
 QWEN3_NEXT_80B: dict[str, Any] = {
     "model_type": "qwen3_next",

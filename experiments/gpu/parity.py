@@ -26,6 +26,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.spec import SamplingParams
 from engine.runner.backends import all_fused
+from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
@@ -105,7 +106,7 @@ def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner
         warm_up=False,
         **(placement | memory | options),
     )
-    return ModelRunner(config)
+    return load_runner(config)
 
 
 def parity(path: str, dry: bool, dtype: str, tokens: list[int]) -> dict[str, Any]:

@@ -35,8 +35,8 @@ from engine.engine import Engine
 from engine.interfaces import StepReport
 from engine.requests.spec import SamplingParams
 from engine.runner.backends import all_fused
+from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.text.outputs import RequestOutput
 from experiments.benchmarks.serving import conversation_jobs, over_http, sweep, table
@@ -124,7 +124,7 @@ class Bench:
         self.config = engine_config(model=path, load_format="dummy", **(sizes | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()
-        self.runner = ModelRunner(self.config)
+        self.runner = load_runner(self.config)
         self.load_s = time.perf_counter() - begin
         self.engine = Engine(
             self.config,

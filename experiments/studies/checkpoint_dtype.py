@@ -30,7 +30,7 @@ import torch
 
 from engine import Engine, SamplingParams, engine_config
 from engine.config import TILE
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from engine.text.tokenizer import ByteTokenizer
@@ -88,7 +88,7 @@ class Resumer:
             max_running=2,
             draft="none",
         )
-        self._runner = ModelRunner(config)
+        self._runner = load_runner(config)
         self._vocab_size = ByteTokenizer.vocab_size if model is None else VOCAB
         self.state_bytes = self._runner.memory.state_bytes
 
@@ -240,7 +240,7 @@ def greedy_answers(model: str, dtype: str, prompts: Sequence[np.ndarray]) -> lis
         max_running=2,
         draft="none",
     )
-    runner = ModelRunner(config)
+    runner = load_runner(config)
     engine = Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
     answer = SamplingParams(temperature=0.0, max_tokens=len(prompts[0]) // 16, ignore_eos=True)
     engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))

@@ -17,7 +17,7 @@ from engine import Engine, RequestOutput, engine_config
 from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import ByteTokenizer
 
@@ -105,7 +105,7 @@ def drafting_engine(
         **settings,
     }
     config = engine_config(**settings)
-    runner = ModelRunner(config)
+    runner = load_runner(config)
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)
     drafting = None
@@ -134,7 +134,7 @@ def engine_with_head(
         **settings,
     }
     config = engine_config(model=str(directory), device="cpu", draft=draft, **settings)
-    runner = ModelRunner(config)
+    runner = load_runner(config)
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)
     sampler = Sampler(runner.vocab_size)

@@ -11,7 +11,7 @@ import torch
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
 from engine.config import ConfigError
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from hybridcache.geometry.checkpoints import CODE_BYTES, SCALINGS, CheckpointFormat
 from hybridcache.geometry.units import GIB
@@ -27,7 +27,7 @@ def make_engine(folder: Path, model: dict[str, object], **settings: object) -> E
     config = engine_config(
         model=str(folder), load_format="dummy", device="cpu", check=True, **settings
     )
-    runner = ModelRunner(config)
+    runner = load_runner(config)
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)
     return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
@@ -83,7 +83,7 @@ def test_a_step_with_many_checkpoints_is_computed_in_pieces(
     all."""
     runs, staged = [], []
     for num_bytes in (GIB, 1, 40_000):
-        monkeypatch.setattr("engine.runner.model_runner.STAGING_BYTES", num_bytes)
+        monkeypatch.setattr("engine.runner.loaded_model.STAGING_BYTES", num_bytes)
         settings = {"checkpoints": ("every:64",), "draft": draft, "cache_gib": 0.01}
         engine = make_engine(tmp_path, HYBRID, checkpoint_dtype="int8", exact=True, **settings)
         staged.append(len(engine.runner.tensors.checkpoints.staging))

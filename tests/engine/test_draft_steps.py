@@ -91,7 +91,6 @@ def test_only_steps_of_few_requests_have_drafts(
 
 def test_the_start_screen_shows_the_memory_of_drafts(make_engine: MakeEngine) -> None:
     engine = make_engine(draft="tree:3")
-    engine.runner.weights_note = "seeded"
     screen = start_screen(engine, "")
     (line,) = [line for line in screen.splitlines() if line.startswith("  drafts")]
     assert "tree:3: up to 3 tokens a request; up to 16 verified a step, whose states take" in line

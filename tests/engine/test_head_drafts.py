@@ -46,8 +46,8 @@ from engine.plugins.speculation.draft_length import MIN_REST
 from engine.plugins.speculation.mtp_head import Predictor
 from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
+from engine.runner.loading import Dummy
 from engine.schedule.batch import Batch, Newest, Segment
-from engine.weights.loading import Dummy
 from tests.engine.drafted import MODEL, MakeEngine, assert_same, engine_with_head, prompts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)

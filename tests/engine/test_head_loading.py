@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from engine import engine_config
-from engine.runner.graphs import guesses
-from engine.runner.model_runner import ModelRunner
-from engine.weights.loading import Dummy, load_model
+from engine.runner.build import load_runner
+from engine.runner.loading import Dummy, load_model
+from engine.runner.warm_up import guesses
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import WeightsError
 from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
@@ -58,11 +58,11 @@ def test_unusable_heads_are_refused(tmp_path: Path, make_engine: MakeEngine) -> 
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01}
     with pytest.raises(ModelError, match="not supported for Qwen3: use --draft tree, or none"):
-        ModelRunner(engine_config(draft="mtp", load_format="dummy", **settings))
+        load_runner(engine_config(draft="mtp", load_format="dummy", **settings))
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"has none \(no tensor mtp.*use --draft tree, or none"):
-        ModelRunner(engine_config(draft="mtp", **settings))
+        load_runner(engine_config(draft="mtp", **settings))
     assert make_engine("none").runner.geometry.num_full_layers == 2
 
 
@@ -85,16 +85,16 @@ def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) 
         seeded = load_model(None, family, runner.config, build, with_head=True, **options)
     save_file(tensors, tmp_path / "model.safetensors")
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
-    loaded = ModelRunner(engine_config(**settings))
+    loaded = load_runner(engine_config(**settings))
     embedded, before = torch.randn(2, 4, MODEL["hidden_size"])
-    ours, theirs = (head._enter(embedded, before) for head in (loaded._head, seeded.head))
+    ours, theirs = (head._enter(embedded, before) for head in (loaded.loaded.head, seeded.head))
     assert torch.equal(ours, theirs)
     save_file({**tensors, "mtp.odd": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"1 unexpected: mtp\.odd"):
-        ModelRunner(engine_config(**settings))
+        load_runner(engine_config(**settings))
     del tensors["mtp.layers.0.self_attn.k_norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"1 missing: mtp\.layers\.0\.self_attn\.k_norm\.weight"):
-        ModelRunner(engine_config(**settings))
-    plain = ModelRunner(engine_config(**(settings | {"draft": "none"})))
-    assert "; its multi-token head is read with --draft mtp only" in plain.weights_note
+        load_runner(engine_config(**settings))
+    plain = load_runner(engine_config(**(settings | {"draft": "none"})))
+    assert "; its multi-token head is read with --draft mtp only" in plain.loaded.weights_note

@@ -14,6 +14,7 @@ import torch
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.plugins.tiers.staging import MeasuredExchange
+from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
@@ -101,14 +102,14 @@ def make_engine(tmp_path: Path) -> MakeEngine:
     ) -> Engine:
         (tmp_path / "config.json").write_text(json.dumps(model))
         settings = {"model": str(tmp_path), "load_format": "dummy", "device": "cpu"} | settings
-        sizes = ModelRunner(engine_config(**settings, kv_gib=0.01, state_gib=0.01)).geometry
+        sizes = load_runner(engine_config(**settings, kv_gib=0.01, state_gib=0.01)).geometry
         kv_gib = kv_tokens * sizes.kv_bytes_per_token / GIB
         state_gib = slots * max(sizes.state_bytes, 1) / GIB
         budget = {"cache_gib": kv_gib + state_gib}
         if memory == "pools":
             budget = {"kv_gib": kv_gib, "state_gib": state_gib}
         config = engine_config(**settings, **budget, check=True)
-        runner = ModelRunner(config)
+        runner = load_runner(config)
         if runner.tensors.rows is not None:
             runner.tensors.rows.fill_(255)
         return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))

@@ -105,7 +105,7 @@ def check(
     """
     from engine.models import read_model
     from engine.runner.device import Device
-    from engine.weights.loading import DTYPES, resolve_dtype
+    from engine.runner.loading import DTYPES, resolve_dtype
     from engine.weights.model_config import ModelError, read_config
 
     try:

@@ -14,7 +14,8 @@ from engine.layers.inputs import LayerInputs, RotaryTable, pad_rows
 from engine.layers.prediction import PredictionHead
 from engine.models.decoder import Decoder
 from engine.runner.graphs import Record, Replay, bucket_for, decode_buckets
-from engine.runner.memory import Memory, RequestTable
+from engine.runner.memory import Memory
+from engine.runner.step_inputs import RequestTable
 from engine.schedule.batch import Batch, Segment
 from kernels.upload import upload
 

@@ -9,13 +9,15 @@ import torch
 
 from engine.config import EngineConfig
 from engine.interfaces import RunnerLost
-from engine.layers.rank import Rank
+from engine.layers.rank import Group, Rank
 from engine.models import read_model
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward
 from engine.plugins.tensor_parallel.worker_pool import Followers
+from engine.runner.build import load_runner_as
 from engine.runner.device import Device
-from engine.runner.model_runner import ModelRunner, shared_sizes
+from engine.runner.loaded_model import shared_sizes
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from engine.weights.model_config import read_config
 from kernels import exchange
@@ -25,10 +27,14 @@ class LeadingRunner(ModelRunner):
     """Runner for ``--tp N``, the only one that scheduler and cache use. Every rank allocates, moves
     and saves the same rows and slots for its part of the model."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    group: Group
+    _followers: Followers | None = None
+    """Set when all ranks have loaded."""
+
+    @classmethod
+    def start(cls, config: EngineConfig) -> LeadingRunner:
         """Start the other processes and load all parts. Raises ModelError, or RunnerLost if a
         process ended."""
-        self._followers: Followers | None = None
         _, model = read_model(read_config(config.model_dir))
         shared_sizes(model, config.num_ranks)  # Raises before any process starts.
         places = [
@@ -42,17 +48,18 @@ class LeadingRunner(ModelRunner):
         shares_memory = device.is_cpu and exchange.is_available()
         followers = Followers(config, num_threads, shares_memory=shares_memory)
         try:
-            self.group = meet(followers.first, device, followers.lines)
-            super().__init__(config, Rank(0, config.num_ranks, self.group))
-            self.group.check()
+            group = meet(followers.first, device, followers.lines)
+            runner = load_runner_as(cls, config, Rank(0, config.num_ranks, group))
+            group.check()
             followers.wait_for("ready")
-            self.group.set_timeout(TIMEOUT_S)
+            group.set_timeout(TIMEOUT_S)
         except RunnerLost as error:
             raise followers.lost(error) from error
         except BaseException:
             followers.close()
             raise
-        self._followers = followers
+        runner.group, runner._followers = group, followers
+        return runner
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ class TensorParallelPlugin(Plugin):
     def load_runner(self) -> Runner | None:
         from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 
-        return LeadingRunner(self.config)
+        return LeadingRunner.start(self.config)
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         number = self.config.num_ranks

@@ -14,8 +14,8 @@ from engine.interfaces import RunnerLost
 from engine.layers.rank import Rank
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward, Line, RankReport, Start
+from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
 
 
@@ -54,7 +54,7 @@ def _run(line: Line) -> None:
         torch.set_num_threads(start.num_threads)
     device.make_current()
     group = meet(start, device, [line.fileno()])
-    runner = ModelRunner(start.config, Rank(start.number, start.count, group))
+    runner = load_runner(start.config, Rank(start.number, start.count, group))
     group.check()
     line.send(RankReport("ready"))
     group.set_timeout(TIMEOUT_S)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
+from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from tests.engine.numerics import families
@@ -201,7 +202,7 @@ def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
                 state_gib=0.05,
                 max_running=40,
             )
-            by_key[key] = Driver(ModelRunner(config))
+            by_key[key] = Driver(load_runner(config))
             gc.collect()
         driver = by_key[key]
         driver.scatter_seed = None

@@ -16,7 +16,7 @@ from engine import engine_config
 from engine.command.cli import main
 from engine.plugins.convert import converter as module
 from engine.plugins.convert.converter import convert, plan_pieces, quantize_rows
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.weights import tensor_files
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
@@ -31,7 +31,7 @@ BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
 
 def load(path, **options):
     config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    return ModelRunner(engine_config(model=str(path), **(config | options)))
+    return load_runner(engine_config(model=str(path), **(config | options)))
 
 
 def dequantise(path):

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from engine import engine_config
 from engine.runner.backends import all_fused
+from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from experiments.gpu import interpreter
 
@@ -27,7 +28,7 @@ def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
     config = engine_config(
         model=str(path), device=device, dtype="float32", kv_gib=0.02, state_gib=0.02, **options
     )
-    return ModelRunner(config)
+    return load_runner(config)
 
 
 def cold_and_mixed(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Tensor]:

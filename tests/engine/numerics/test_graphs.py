@@ -16,9 +16,9 @@ import torch
 
 from engine import engine_config
 from engine.config import EngineConfig
+from engine.runner.build import load_runner
 from engine.runner.device import TRAITS, Device
 from engine.runner.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
-from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import write_geometry
@@ -98,7 +98,7 @@ def test_decode_graphs_change_no_bit(oracles, drivers, random_tokens, memory):
         max_model_len=96,
         **memory,
     )
-    driver = type(drivers("qwen3_5"))(ModelRunner(config))
+    driver = type(drivers("qwen3_5"))(load_runner(config))
     prompts = [random_tokens(length, seed=length) for length in (5, 2, 3)]
     plain = serve(driver, prompts, 2)
     driver.reset()
@@ -263,7 +263,7 @@ def make_verify_driver(tmp_path, driver_class):
             graphs="off",
             **memory or {"kv_gib": 0.001, "state_gib": 0.001},
         )
-        return driver_class(ModelRunner(config))
+        return driver_class(load_runner(config))
 
     return make
 
@@ -341,7 +341,7 @@ def test_decode_and_prefill_buckets():
 def test_graphs_on_a_cpu_are_refused():
     config = EngineConfig(device="cpu", graphs="all", cache_gib=0.01)
     with pytest.raises(ModelError, match="has no graphs"):
-        ModelRunner(config)
+        load_runner(config)
 
 
 def test_graphs_require_kernels_with_device_lengths(drivers, monkeypatch):

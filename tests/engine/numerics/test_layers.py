@@ -24,12 +24,12 @@ from engine.layers.residual import FeedForwardStep, MixerStep, Parallel
 from engine.layers.shortconv import ShortConv
 from engine.models import families, read_model
 from engine.models.decoder import Decoder
-from engine.runner import model_runner
+from engine.runner import loaded_model
 from engine.runner.backends import Kernels
+from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.model_runner import ModelRunner
+from engine.runner.loading import Dummy
 from engine.schedule.batch import Batch
-from engine.weights.loading import Dummy
 from engine.weights.model_config import ModelConfig, ModelError, Rope
 from hybridcache.geometry.mixers import (
     AttentionSizes,
@@ -112,11 +112,11 @@ class EveryLayer(Decoder):
 
 @pytest.fixture
 def make(monkeypatch, driver_class):
-    monkeypatch.setattr(model_runner, "read_model", lambda raw: (EveryLayer, CONFIG))
+    monkeypatch.setattr(loaded_model, "read_model", lambda raw: (EveryLayer, CONFIG))
 
     def driver(**memory):
         config = engine_config(device="cpu", load_format="dummy", max_model_len=256, **memory)
-        return driver_class(ModelRunner(config))
+        return driver_class(load_runner(config))
 
     return driver
 
@@ -229,6 +229,6 @@ def test_model_without_kv_is_refused(monkeypatch):
         max_position=512,
         dtype="float32",
     )
-    monkeypatch.setattr(model_runner, "read_model", lambda raw: (EveryLayer, config))
+    monkeypatch.setattr(loaded_model, "read_model", lambda raw: (EveryLayer, config))
     with pytest.raises(ModelError, match="without a single attention layer"):
-        ModelRunner(EngineConfig(device="cpu", load_format="dummy", cache_gib=0.01))
+        load_runner(EngineConfig(device="cpu", load_format="dummy", cache_gib=0.01))

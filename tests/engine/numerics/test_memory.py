@@ -14,17 +14,17 @@ import torch
 from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
 from engine.models import read_model
 from engine.runner.backends import Kernels
+from engine.runner.build import load_runner
 from engine.runner.device import TRAITS, Device
-from engine.runner.memory import (
+from engine.runner.memory import Memory
+from engine.runner.memory_plan import (
     ACCELERATOR_SHARE,
-    Memory,
     MemoryPlan,
-    RequestTable,
     default_cache_bytes,
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.runner.model_runner import ModelRunner
+from engine.runner.step_inputs import RequestTable
 from engine.weights.model_config import ModelError, read_config
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -209,7 +209,7 @@ def test_kernels_are_chosen_by_name():
 
 
 def test_model_loads_only_the_kernels_that_it_uses():
-    runner = ModelRunner(EngineConfig(device="cpu", cache_gib=0.01))
+    runner = load_runner(EngineConfig(device="cpu", cache_gib=0.01))
     assert {"attention", "gdn", "conv1d"} < set(runner.kernels.words())
     assert "moe" not in runner.kernels.words()
 

@@ -9,6 +9,7 @@ import torch
 
 from engine import engine_config
 from engine.runner import backends
+from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from engine.weights.model_config import ModelError
@@ -23,7 +24,7 @@ FORMATS = pytest.mark.parametrize(
 
 
 def make_runner(dtype: str = "float32", **options) -> ModelRunner:
-    return ModelRunner(
+    return load_runner(
         engine_config(
             device="cpu", dtype=dtype, cache_gib=0.1, max_model_len=512, max_running=8, **options
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import engine_config
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.schedule.batch import Batch
 
 LENGTHS = (1, 63, 64, 65, 777)
@@ -135,5 +135,5 @@ def test_scaled_rope_equals_transformers(
     scaled = reference(plain | {"rope_scaling": {"rope_type": scaling} | SCALINGS[scaling]})
     assert (scaled - unscaled).abs().max() > 0.01
     options = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    runner = ModelRunner(engine_config(model=str(path), **options))
+    runner = load_runner(engine_config(model=str(path), **options))
     assert_close(driver_class(runner).cold(tokens, logits="all"), scaled)

@@ -10,7 +10,7 @@ import torch
 from engine import engine_config
 from engine.layers.inputs import pad_rows
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.schedule.batch import Batch, Segment
 from hybridcache.geometry.sizes import KVSpec
 
@@ -133,7 +133,7 @@ def make_head(drivers, driver_class, oracles, monkeypatch):
         if draft != "none":
             sizes = {"kv_gib": 0.02, "state_gib": 0.02}
             config = engine_config(model=str(oracle.path), device="cpu", draft=draft, **sizes)
-            driver = driver_class(ModelRunner(config))
+            driver = driver_class(load_runner(config))
         return driver, Head(driver, reference, monkeypatch), reference
 
     return make

@@ -15,11 +15,11 @@ from engine import engine_config
 from engine.layers.linear import Linear, Part
 from engine.layers.parameters import Build, WeightSpec
 from engine.runner.backends import Kernels
+from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.model_runner import ModelRunner
+from engine.runner.loading import WeightFiles, WeightsError
 from engine.schedule.batch import Batch
 from engine.weights.layer_names import Names
-from engine.weights.loading import WeightFiles, WeightsError
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
 from engine.weights.scheme import Scheme, widen
@@ -43,7 +43,7 @@ def checkpoint(oracles, tmp_path):
 
 def load(path, **options):
     config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    return ModelRunner(engine_config(model=str(path), **(config | options)))
+    return load_runner(engine_config(model=str(path), **(config | options)))
 
 
 def cold_and_hit(driver_class, runner, tokens):
@@ -89,7 +89,7 @@ def test_fp8_blocks_equal_their_dequantised_weights(
     path, tokens = checkpoint(published), random_tokens(90, seed=3)
     plain = fp8(path, scale_dtype, prefix=prefix)
     runner = load(path, dtype=dtype)
-    assert f"fp8 in blocks of 16 x 48, widened to {dtype}" in runner.weights_note
+    assert f"fp8 in blocks of 16 x 48, widened to {dtype}" in runner.loaded.weights_note
     cold, hit = cold_and_hit(driver_class, runner, tokens)
     expected, _ = cold_and_hit(driver_class, load(plain, dtype=dtype), tokens)
     assert torch.equal(cold, expected)
@@ -133,7 +133,9 @@ def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_cl
     ignore = ["lm_head", r"re:.*in_proj_ba$", r"re:.*mlp\.gate$", "re:.*shared_expert_gate$"]
     plain = int8(path, lambda _: eight_bit.compressed_section(ignore), prefix=prefix)
     runner = load(path)
-    assert "int8 with a scale per output channel, multiplied as they are" in runner.weights_note
+    assert (
+        "int8 with a scale per output channel, multiplied as they are" in runner.loaded.weights_note
+    )
     cold, hit = cold_and_hit(driver_class, runner, tokens)
     expected, _ = cold_and_hit(driver_class, load(plain), tokens)
     assert (cold - expected).norm() < 0.05 * expected.norm()
@@ -224,7 +226,7 @@ def test_quantization_option_overrides_the_files(checkpoint, driver_class, rando
     plain = fp8(path)
     expected = driver_class(load(plain, quantization="int8")).cold(tokens)
     runner = load(path, quantization="int8")
-    assert "brought into int8" in runner.weights_note
+    assert "brought into int8" in runner.loaded.weights_note
     assert torch.equal(driver_class(runner).cold(tokens), expected)
 
 
@@ -344,7 +346,7 @@ def test_8_bit_weights_without_8_bit_activations(dtype, checkpoint, driver_class
     code = partial(eight_bit.channels, dtype=dtype)
     plain = eight_bit.rewrite(path, code, "weight_scale", section)
     runner = load(path)
-    assert "output channel, weights only, widened to float32" in runner.weights_note
+    assert "output channel, weights only, widened to float32" in runner.loaded.weights_note
     cold, hit = cold_and_hit(driver_class, runner, tokens)
     assert torch.equal(cold, cold_and_hit(driver_class, load(plain), tokens)[0])
     assert torch.equal(hit, cold[64:])

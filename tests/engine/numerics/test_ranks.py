@@ -20,9 +20,10 @@ from engine import engine_config
 from engine.config import EngineConfig
 from engine.layers.parameters import Parameter
 from engine.layers.rank import Group, Rank, RankCut
+from engine.runner import loading as weights
+from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
-from engine.weights import loading as weights
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import Scheme
 from engine.weights.tensor_files import WeightsError
@@ -70,7 +71,7 @@ def run_ranks(count: int, config: EngineConfig, work: Callable[[ModelRunner], An
     def run(number: int) -> Any:
         rank = Rank(number, count, group.of(number) if count > 1 else None)
         try:
-            return work(ModelRunner(config, rank))
+            return work(load_runner(config, rank))
         except BaseException:
             group.abort()
             raise

@@ -9,9 +9,9 @@ import torch
 from engine import engine_config
 from engine.config import EngineConfig
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
-from engine.runner.graphs import rehearsals
-from engine.runner.memory import state_slot_bytes
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
+from engine.runner.memory_plan import state_slot_bytes
+from engine.runner.warm_up import rehearsals
 from engine.schedule.batch import Batch, Segment
 
 ANSWER = 14
@@ -35,7 +35,7 @@ def make_driver(oracles, driver_class):
                 max_running=16,
                 **sizes,
             )
-            by_key[key] = driver_class(ModelRunner(config))
+            by_key[key] = driver_class(load_runner(config))
         by_key[key].reset()
         return by_key[key]
 
@@ -206,9 +206,9 @@ def test_step_states_are_outside_the_planned_slots(make_driver) -> None:
         slots = {*range(runner.memory.num_slots), runner.tensors.padding_slot}
         assert not slots & set(runner.tensors.step_slots)
         slot_bytes = state_slot_bytes(runner.config.sizes, runner.dtype, runner.state_dtype)
-        assert runner.step_state_bytes == 20 * slot_bytes
+        assert runner.loaded.step_state_bytes == 20 * slot_bytes
     attention = make_driver("qwen3").runner
-    assert attention.step_state_bytes == 0 and not len(attention.tensors.step_slots)
+    assert attention.loaded.step_state_bytes == 0 and not len(attention.tensors.step_slots)
 
 
 def test_warm_up_rehearses_verification(make_driver) -> None:
@@ -221,4 +221,4 @@ def test_warm_up_rehearses_verification(make_driver) -> None:
         assert runner.forward(batch).shape == (2 * len(batch.segments), runner.vocab_size)
     assert all(map(torch.equal, states_of(runner, 0), before))
     plain = EngineConfig(device="cpu", kv_gib=0.05, state_gib=0.05)
-    assert not any(s.num_drafts for b in rehearsals(ModelRunner(plain)) for s in b.segments)
+    assert not any(s.num_drafts for b in rehearsals(load_runner(plain)) for s in b.segments)

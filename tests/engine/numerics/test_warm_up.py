@@ -18,10 +18,11 @@ from engine.engine import Engine
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import TreeDrafter
 from engine.requests.spec import SamplingParams
-from engine.runner.graphs import DecodeGraphs, captures, lengths, rehearsals
-from engine.runner.memory import ACCELERATOR_SHARE
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
+from engine.runner.graphs import DecodeGraphs
+from engine.runner.memory_plan import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
+from engine.runner.warm_up import captures, lengths, rehearsals
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
@@ -53,7 +54,7 @@ def make_engine(tmp_path, shape: str = "tiny", **settings) -> Engine:
     path = write_geometry(tmp_path, SHAPES[shape])
     settings = {"token_budget": 200, "max_running": 7, "max_model_len": 600} | settings
     config = engine_config(model=path, load_format="dummy", **settings)
-    runner = ModelRunner(config)
+    runner = load_runner(config)
     return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
 
 

@@ -17,12 +17,12 @@ from engine import engine_config
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.layers.parameters import Build, Parameter, WeightSpec
 from engine.models import decoder, read_model
+from engine.runner import loading as weights
 from engine.runner.backends import Kernels
+from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.model_runner import ModelRunner
-from engine.weights import loading as weights
+from engine.runner.loading import Dummy, WeightsError
 from engine.weights import tensor_files
-from engine.weights.loading import Dummy, WeightsError
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import TINY
 from hybridcache.geometry.units import format_count
@@ -42,7 +42,7 @@ def checkpoint(oracles, tmp_path):
 
 def load(path, **options):
     config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    return ModelRunner(engine_config(model=str(path), **(config | options)))
+    return load_runner(engine_config(model=str(path), **(config | options)))
 
 
 def check_same_logits(path, model, drivers, random_tokens):
@@ -129,7 +129,7 @@ def test_multimodal_checkpoint_with_mtp(checkpoint, drivers, random_tokens):
     nested["tie_word_embeddings"] = config.pop("tie_word_embeddings")
     (path / "config.json").write_text(json.dumps(nested))
     check_same_logits(path, "qwen3_5", drivers, random_tokens)
-    assert load(path).weights_note.endswith(
+    assert load(path).loaded.weights_note.endswith(
         "; its multi-token head is read with --draft mtp only; its visual tower is not supported"
     )
 
@@ -191,7 +191,9 @@ def test_weights_note_counts_the_parameters(checkpoint, model):
     path, tensors = checkpoint(model)
     number = sum(tensor.numel() for tensor in tensors.values())
     for load_format in ("auto", "dummy"):
-        assert load(path, load_format=load_format).weights_note.startswith(f"{number:,} parameters")
+        assert load(path, load_format=load_format).loaded.weights_note.startswith(
+            f"{number:,} parameters"
+        )
 
 
 def test_parameters_of_the_prediction_head_are_counted_separately():
@@ -201,8 +203,8 @@ def test_parameters_of_the_prediction_head_are_counted_separately():
     expected = (
         f"{format_count(number)} parameters and {format_count(heads)} of its multi-token head; "
     )
-    assert load(BUILTIN_DIR, draft="mtp").weights_note.startswith(expected)
-    assert load(BUILTIN_DIR).weights_note.startswith(f"{format_count(number)} parameters; ")
+    assert load(BUILTIN_DIR, draft="mtp").loaded.weights_note.startswith(expected)
+    assert load(BUILTIN_DIR).loaded.weights_note.startswith(f"{format_count(number)} parameters; ")
 
 
 def test_all_mismatched_tensors_are_named_at_once(checkpoint):
@@ -353,9 +355,9 @@ def test_weights_larger_than_memory_are_refused(checkpoint):
 
 def test_too_small_pool_names_the_needed_size(oracles):
     with pytest.raises(ModelError, match=r"at least 256 tokens, .* GiB, are needed"):
-        ModelRunner(EngineConfig(model=str(oracles("qwen3_5").path), device="cpu", kv_gib=1e-6))
+        load_runner(EngineConfig(model=str(oracles("qwen3_5").path), device="cpu", kv_gib=1e-6))
     with pytest.raises(ModelError, match=r"for states hold 0 .* at least 2, .* GiB"):
-        ModelRunner(
+        load_runner(
             EngineConfig(
                 model=str(oracles("qwen3_5").path), device="cpu", kv_gib=0.01, state_gib=1e-9
             )
@@ -364,7 +366,7 @@ def test_too_small_pool_names_the_needed_size(oracles):
         model=str(oracles("qwen3_5").path), device="cpu", kv_gib=0.001, max_model_len=100_000
     )
     with pytest.raises(ModelError, match="one request of max_model_len 100000 needs"):
-        ModelRunner(small)
+        load_runner(small)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine import AsyncEngine, Engine, EngineConfig, SamplingParams, engine_config
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -21,7 +21,7 @@ def decode_engine(port: int, **settings: object) -> Engine:
     """Return a decode engine. Its memory begins as NaNs, so reads of unwritten memory show."""
     settings = SMALL | {"fetch_above": 64, "transfer_timeout_s": 5.0} | settings
     config = engine_config(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
-    runner = ModelRunner(config)
+    runner = load_runner(config)
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)
     return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))

@@ -33,7 +33,7 @@ from engine.plugins.disaggregation.wire import (
     Taken,
     ToDecode,
 )
-from engine.runner.model_runner import ModelRunner
+from engine.runner.build import load_runner
 from engine.server.metrics import Metrics
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.engine.transfer.pair import (
@@ -469,7 +469,7 @@ def test_an_occupied_address_is_refused_in_one_sentence(prefill: Engine) -> None
         role="prefill", transfer_at=f"127.0.0.1:{port_of(prefill)}", cache_gib=0.05, device="cpu"
     )
     with pytest.raises(ConfigError, match="--transfer-at"):
-        Engine(config, runner=ModelRunner(config), sampler=prefill._sampler)
+        Engine(config, runner=load_runner(config), sampler=prefill._sampler)
 
 
 def test_an_address_of_another_machine_is_refused() -> None:

@@ -1,0 +1,156 @@
+"""The first phase of a model runner: everything that does not depend on the sizes of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig
+from engine.layers.parameters import Build, WeightSpec
+from engine.layers.prediction import PredictionHead
+from engine.layers.rank import ALONE, Rank
+from engine.models import read_model
+from engine.models.decoder import Decoder
+from engine.runner.backends import Kernels
+from engine.runner.checkpoints import STAGING_BYTES
+from engine.runner.device import Device
+from engine.runner.loading import DTYPES, load_model, resolve_dtype
+from engine.runner.memory_plan import state_slot_bytes
+from engine.weights.model_config import ModelConfig, ModelError, read_config
+from engine.weights.quantized_formats import read_quantization
+from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.shares import share_of
+from hybridcache.geometry.sizes import ModelSizes, SizesError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Weights of one rank on its device, and the formats in which it computes."""
+
+    settings: EngineConfig
+    rank: Rank
+    device: Device
+    kernels: Kernels
+    config: ModelConfig
+    sizes: ModelSizes
+    """Sizes of the part that this rank computes and stores."""
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    checkpoints: CheckpointFormat | None
+    """Format of checkpoints that differs from that of running states, or None."""
+    model: Decoder
+    head: PredictionHead | None
+    weights_note: str
+    geometry: ModelGeometry
+
+    @classmethod
+    def load(cls, config: EngineConfig, rank: Rank = ALONE) -> LoadedModel:
+        """Load the weights that ``config`` names. Raises ModelError."""
+        device = Device.resolve(config.device)
+        if rank.count > 1:
+            device = device.of_rank(rank.number)
+            config = config if device.is_cpu else replace(config, graphs="off")
+        device.make_current()
+        config = config.settled(on_cpu=device.is_cpu)
+        kernels = Kernels.choose(device, config.kernels)
+        if not device.supports(config.quantization):
+            raise ModelError(f"{device.describe()} does not support fp8; use --quantization int8.")
+        raw = read_config(config.model_dir)
+        family, model_config = read_model(raw)
+        sizes = shared_sizes(model_config, rank.count)
+        dtype = resolve_dtype(config.dtype, model_config, device)
+        has_sums = sizes.state_size("recurrent") > 0
+        model, head, note = load_model(
+            config.model_dir,
+            family,
+            model_config,
+            Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank),
+            load_format=config.load_format,
+            num_workers=config.load_workers or 1,
+            seed=config.seed,
+            with_head=config.drafts.head_len > 0,
+        )
+        if head is not None:
+            sizes = replace(model_config.sizes, beside=head.keeps)
+            model_config = replace(model_config, sizes=sizes)
+        geometry = ModelGeometry.from_sizes(
+            config.model_dir.name,
+            model_config.sizes,
+            kv_dtype=str(dtype).removeprefix("torch."),
+            conv_dtype=str(dtype).removeprefix("torch."),
+            state_dtype=config.state_dtype,
+            checkpoint_dtype=config.checkpoint_dtype,
+        )
+        return cls(
+            config,
+            rank,
+            device,
+            kernels,
+            model_config,
+            sizes,
+            dtype,
+            DTYPES[config.state_dtype],
+            CheckpointFormat.parse(config.checkpoint_dtype) if has_sums else None,
+            model,
+            head,
+            note,
+            geometry,
+        )
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one running state."""
+        return state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
+
+    @property
+    def step_state_bytes(self) -> int:
+        """Bytes of the states after each verified token, outside the cache's memory."""
+        return self.settings.num_step_states * self.state_bytes
+
+    @property
+    def num_staged(self) -> int:
+        """Number of exported states that wait until they are narrowed."""
+        most = self.settings.most_step_tokens // self.settings.tile_size + self.settings.max_running
+        return max(1, min(most, STAGING_BYTES // max(self.state_bytes, 1)))
+
+    @property
+    def own_state_bytes(self) -> int:
+        """Bytes of running and exported states that are outside the cache's memory, with a
+        checkpoint format."""
+        if self.checkpoints is None:
+            return 0
+        return (self.num_staged + self.settings.max_running) * self.state_bytes
+
+
+def _weight_spec(
+    config: EngineConfig,
+    raw: Mapping[str, Any],
+    device: Device,
+    dtype: torch.dtype,
+    kernels: Kernels,
+) -> WeightSpec:
+    """Return the format of the weights. Raises ModelError if the files are quantised in a way that
+    is not supported."""
+    place = device.torch_device, dtype, config.quantization
+    if config.load_format == "dummy":
+        return WeightSpec(*place)
+    products = {
+        (format, columns)
+        for format, columns in kernels["linear"].PRODUCTS
+        if device.supports(format)
+    }
+    files = read_quantization(raw, config.model_dir)
+    return WeightSpec(*place, files, frozenset(products))
+
+
+def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:
+    """Return the sizes of one of ``num_ranks``. Raises ModelError if they cannot be divided
+    evenly."""
+    try:
+        return share_of(config.sizes, num_ranks)
+    except SizesError as error:
+        raise ModelError(f"--tp {num_ranks} is not possible for this model: {error}.") from None

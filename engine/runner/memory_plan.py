@@ -1,0 +1,162 @@
+"""Sizes of the memory for KV and states that fit on a device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from engine.layers.rank import Rank
+from engine.runner.device import Device
+from engine.weights.model_config import ModelError
+from hybridcache.allocators.arena import slab_rows
+from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
+from hybridcache.geometry.sizes import ModelSizes
+from hybridcache.geometry.units import GIB
+from hybridcache.scheduling.memory import SLOTS_OF_ONE, MemorySizes
+
+CPU_SHARE = 0.25
+CPU_MAX_BYTES = 4 * GIB
+ACCELERATOR_SHARE = 0.9
+"""Share of the memory that remains after weights, graphs and the largest step. The rest is for
+sampling and fragmentation."""
+MIN_KV_TOKENS = 256
+MIN_SLOTS = 2
+"""Minimum number of slots in a pool: one for a running request and one for a checkpoint."""
+
+
+class MemoryPlan(MemorySizes):
+    """``MemorySizes`` that fit on a device. One more row and slot are allocated for padding."""
+
+    __slots__ = ()
+
+    @classmethod
+    def fit(
+        cls,
+        sizes: ModelSizes,
+        dtype: torch.dtype,
+        device: Device,
+        *,
+        kv_bytes: int | None,
+        state_bytes: int | None,
+        cache_bytes: int | None,
+        page_size: int = 1,
+        state_dtype: torch.dtype = torch.float32,
+        reserved_bytes: int = 0,
+        checkpoints: CheckpointFormat | None = None,
+        num_ranks: int = 1,
+    ) -> MemoryPlan:
+        """Return the sizes for one rank; the given bytes are for all ``num_ranks``.
+
+        The memory is one arena of ``cache_bytes``, or two pools if bytes are given for one of them.
+        The other pool then has its given bytes, or half the default. The default on a CPU is a
+        quarter of the memory that is free after ``reserved_bytes``, at most 4 GiB, and on other
+        devices 90 % of it. Raises ModelError with the number of bytes that are needed.
+        """
+        row = kv_row_bytes(sizes, dtype)
+        state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
+        owns = checkpoints is not None and state > 0
+        if not row:
+            raise ModelError("a model without a single attention layer is not supported.")
+        kv_bytes, state_bytes, cache_bytes = (
+            None if given is None else given // num_ranks
+            for given in (kv_bytes, state_bytes, cache_bytes)
+        )
+        if kv_bytes is None and state_bytes is None:
+            if cache_bytes is None:
+                cache_bytes = default_cache_bytes(device, reserved_bytes, num_ranks)
+            return replace(cls._arena(cache_bytes, row, state, page_size), owns_states=owns)
+        if kv_bytes is None or (state_bytes is None and state):
+            other = default_cache_bytes(device, reserved_bytes, num_ranks) // (2 if state else 1)
+            kv_bytes = other if kv_bytes is None else kv_bytes
+            state_bytes = other if state_bytes is None else state_bytes
+        plan = cls._pools(kv_bytes, state_bytes or 0, row, state, page_size)
+        return replace(plan, owns_states=owns)
+
+    def agreed(self, rank: Rank, device: Device) -> MemoryPlan:
+        """Return sizes that fit on every rank: those of the rank with the least memory."""
+        if rank.group is None:
+            return self
+        own = [self.num_kv_tokens, self.num_slots]
+        counts = torch.tensor(own, dtype=torch.int64, device=device.torch_device)
+        tokens, slots = torch.stack(rank.group.gather(counts)).amin(0).tolist()
+        return replace(self, num_kv_tokens=tokens, num_slots=slots)
+
+    @classmethod
+    def _arena(cls, num_bytes: int, row: int, state: int, page_size: int) -> MemoryPlan:
+        slab = slab_rows(state, row, page_size) if state else 0
+        num_rows = num_bytes // row // page_size * page_size
+        least = MIN_KV_TOKENS + SLOTS_OF_ONE * slab
+        if num_rows < least:
+            states = f" and {SLOTS_OF_ONE} states" if state else ""
+            raise ModelError(
+                f"{gib_words(num_bytes)} hold {num_rows} tokens of this model; at least "
+                f"{MIN_KV_TOKENS} tokens{states}, {gib_words(least * row)}, are needed."
+            )
+        return cls("arena", num_rows, num_rows // slab if slab else 0, row, state, page_size)
+
+    @classmethod
+    def _pools(
+        cls, kv_bytes: int, state_bytes: int, row: int, state: int, page_size: int
+    ) -> MemoryPlan:
+        num_rows = kv_bytes // row // page_size * page_size
+        num_slots = state_bytes // state if state else 0
+        if num_rows < MIN_KV_TOKENS:
+            raise ModelError(
+                f"{gib_words(kv_bytes)} for KV hold {num_rows} tokens of this model; "
+                f"at least {MIN_KV_TOKENS} tokens, {gib_words(MIN_KV_TOKENS * row)}, are needed."
+            )
+        if state and num_slots < MIN_SLOTS:
+            raise ModelError(
+                f"{gib_words(state_bytes)} for states hold {num_slots} of this model's; "
+                f"at least {MIN_SLOTS}, {gib_words(MIN_SLOTS * state)}, are needed."
+            )
+        return cls("pools", num_rows, num_slots, row, state, page_size)
+
+    @classmethod
+    def smallest(
+        cls,
+        sizes: ModelSizes,
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        checkpoints: CheckpointFormat | None = None,
+    ) -> MemoryPlan:
+        """Return the smallest sizes on which steps can be rehearsed."""
+        row = kv_row_bytes(sizes, dtype)
+        state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
+        slab = slab_rows(state, row) if state else 0
+        plan = cls._arena((MIN_KV_TOKENS + SLOTS_OF_ONE * slab) * row, row, state, 1)
+        return replace(plan, owns_states=checkpoints is not None and state > 0)
+
+
+def kv_row_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:
+    """Return the bytes of one token in all layers."""
+    return aligned(sizes.row_size * dtype.itemsize)
+
+
+def state_slot_bytes(
+    sizes: ModelSizes,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype = torch.float32,
+    checkpoints: CheckpointFormat | None = None,
+) -> int:
+    """Return the bytes of one sequence's conv and recurrent states in all layers, or of a
+    checkpoint in the format ``checkpoints``. 0 for an attention-only model."""
+    num_conv, num_recurrent = sizes.state_size("conv"), sizes.state_size("recurrent")
+    if checkpoints is not None:
+        return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
+    return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
+
+
+def default_cache_bytes(device: Device, reserved_bytes: int = 0, num_ranks: int = 1) -> int:
+    """Return the default size of the memory for KV and states. Ranks share a CPU; other devices
+    belong to one rank."""
+    if device.is_cpu:
+        free_bytes = device.free_bytes() - reserved_bytes
+        return min(int(free_bytes * CPU_SHARE), CPU_MAX_BYTES) // num_ranks
+    return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
+
+
+def gib_words(num_bytes: int) -> str:
+    gib = num_bytes / GIB
+    return f"{gib:.3g} GiB" if gib < 1000 else f"{gib:,.0f} GiB"

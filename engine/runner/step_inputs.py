@@ -1,0 +1,152 @@
+"""Inputs of a step: the KV rows of each running request, and the tensors of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.layers.inputs import (
+    DecodePart,
+    LayerInputs,
+    PrefillPart,
+    RotaryTable,
+    VerifyPart,
+    tokens_before,
+)
+from engine.runner.device import Device
+from engine.runner.memory import Memory, allocate
+from engine.runner.states import RunningStates
+from engine.schedule.batch import Batch, Segment
+from kernels.attention.sequences import Sequences
+from kernels.packed import Exports, Packed
+from kernels.upload import upload
+
+
+class RequestTable:
+    """KV indices of every running request: int32 ``[rows, max_model_len]``, on the host and on the
+    device."""
+
+    def __init__(self, num_rows: int, max_model_len: int, padding_index: int, device: Device):
+        host = allocate((num_rows + 1, max_model_len), torch.int32, Device.resolve("cpu"))
+        self.host: npt.NDArray[np.int32] = host.numpy()
+        self.host[num_rows] = padding_index
+        self.padding_row = num_rows
+        self._is_shared = device.is_cpu
+        self.device = host if self._is_shared else host.to(device.torch_device)
+
+    def write(self, writes: Sequence[tuple[int, int, npt.NDArray[np.int32]]]) -> None:
+        """Write KV indices at (row, start). One copy to the device per write."""
+        for row, start, indices in writes:
+            end = start + len(indices)
+            self.host[row, start:end] = indices
+            if not self._is_shared:
+                self.device[row, start:end] = upload(indices, torch.int32, self.device.device)
+
+
+class StepInputs:
+    """Arranges the tokens of a batch, decodes first, padded to a multiple of ``multiple`` rows."""
+
+    def __init__(
+        self,
+        tensors: Memory,
+        table: RequestTable,
+        rotary: RotaryTable,
+        running: RunningStates,
+        *,
+        multiple: int,
+        tile_size: int,
+    ) -> None:
+        self._tensors, self._table, self._rotary = tensors, table, rotary
+        self._running, self._multiple = running, multiple
+        self.tile_size = tile_size
+        self._device = table.device.device
+        self.on_mixed: Callable[[int], None] | None = None
+        """Called in steps with prefills; see ``LayerInputs``."""
+
+    def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
+        """Return token ids ``[num_rows]`` and all other inputs of the layers."""
+        segments = batch.segments
+        num_tokens = batch.num_tokens
+        num_rows = -(-num_tokens // self._multiple) * self._multiple
+        decodes = [segment for segment in segments if segment.is_decode and not segment.num_drafts]
+        verified = [segment for segment in segments if segment.num_drafts]
+        prefills = list(segments[len(decodes) + len(verified) :])
+        token_ids = np.zeros(num_rows, dtype=np.int64)
+        positions = np.empty(num_tokens, dtype=np.int64)
+        kv_indices = np.empty(num_tokens, dtype=np.int64)
+        offset = 0
+        for segment in segments:
+            span = slice(offset, offset + len(segment.token_ids))
+            token_ids[span] = segment.token_ids
+            positions[span] = np.arange(segment.start, segment.end)
+            kv_indices[span] = self._table.host[segment.row, segment.start : segment.end]
+            offset = span.stop
+        cos, sin = self._rotary(self._int64(positions))
+        step = LayerInputs(
+            num_tokens=num_tokens,
+            num_decode=len(decodes),
+            num_rows=num_rows,
+            cos=cos,
+            sin=sin,
+            kv_indices=self._int64(kv_indices),
+            table=self._table.device,
+            decode=self._decode_part(decodes) if decodes else None,
+            prefill=self._prefill_part(prefills) if prefills else None,
+            num_verify=sum(len(segment.token_ids) for segment in verified),
+            verify=self._verify_part(verified) if verified else None,
+            on_mixed=self.on_mixed if prefills else None,
+        )
+        return self._int64(token_ids), step
+
+    def _decode_part(self, segments: Sequence[Segment]) -> DecodePart:
+        return DecodePart(sequences=self._sequences(segments), slots=self._slots(segments))
+
+    def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
+        lengths = [len(segment.token_ids) for segment in segments]
+        rows = [segment.row for segment in segments for _ in segment.token_ids]
+        kv_lens = [end for s in segments for end in range(s.start + 1, s.end + 1)]
+        steps = [slot for slots in self._running.step_slots for slot in slots]
+        return VerifyPart(
+            packed=Packed.from_lengths(lengths, self._device),
+            sequences=self._sequences(segments),
+            tokens=Sequences.of(rows, kv_lens, self._device),
+            slots=self._slots(segments),
+            step_slots=upload(steps, torch.int32, self._device),
+            before=self._int64(tokens_before(lengths, sum(lengths))),
+        )
+
+    def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
+        lengths = [len(segment.token_ids) for segment in segments]
+        packed = Packed.from_lengths(lengths, self._device, self.tile_size)
+        exports = [
+            (rank, position - segment.start, slot)
+            for rank, segment in enumerate(segments)
+            for position, slot in segment.exports
+        ]
+        if self._tensors.checkpoints is not None:
+            staging = self._tensors.checkpoints.staging
+            exports = [(rank, at, staging[i]) for i, (rank, at, _) in enumerate(exports)]
+        return PrefillPart(
+            packed=packed,
+            sequences=self._sequences(segments),
+            slots=self._slots(segments),
+            resumed=upload([segment.start > 0 for segment in segments], torch.bool, self._device),
+            exports=Exports.plan(packed, exports),
+        )
+
+    def _sequences(self, segments: Sequence[Segment]) -> Sequences:
+        return Sequences.of(
+            [segment.row for segment in segments],
+            [segment.end for segment in segments],
+            self._device,
+        )
+
+    def _slots(self, segments: Sequence[Segment]) -> torch.Tensor:
+        slots = [self._running.at(s.slot) for s in segments if s.slot is not None]
+        return upload(slots, torch.int32, self._device)
+
+    def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return upload(values, torch.int64, self._device)
