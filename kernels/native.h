@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __x86_64__
@@ -254,12 +255,13 @@ __attribute__((noinline)) static void run_dynamic(int64_t count, const Work& wor
     for (int64_t item = 0; item < count; item++) work(item);
 }
 
-// Calls work(item) for each of `count` items, divided equally among the threads.
-template <class Work>
-static void for_each(int64_t count, int threads, const Work& work) {
+// Calls work(item) for each of `count` items, divided equally among the threads. Each thread makes a
+// Region of `settings`, which lives until its last item is done.
+template <class Region = Arithmetic, class Work, class... Settings>
+static void for_each(int64_t count, int threads, const Work& work, Settings... settings) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Arithmetic mode;
+        Region region(settings...);
         run_static(count, work);
     }
 }

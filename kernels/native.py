@@ -87,27 +87,43 @@ def function(name: str, kinds: str) -> Callable[..., None]:
     return call
 
 
-INSTRUCTIONS = {
-    "linear float32": {"linear_float32": "avx512"},
-    "linear bfloat16": {"linear_bfloat16": "avx512bf16"},
-    "linear int8": {"linear_int8_float32": "avx512vnni"},
-    "scans of prompts": {"chunk_gdn_float32_float32": "avx512"},
-}
-"""Instructions of each operation by exported function, preferred first."""
-
-
 @cache
 def kernel_choices() -> dict[str, str]:
-    """Return the instructions that compute each operation, and the C library of its functions.
+    """Return the method that computes each operation, and the C library of its functions.
 
-    Made once per process, after asking the system for permission where that is needed. Processes
-    with equal choices compute equal bits. "reference" if the native library lacks the operation.
+    Made once per process, after asking the system for permission to use AMX. Processes with equal
+    choices compute equal bits. The name of a linear layer's exported function has its method:
+
+    - ``amx``: tiles of 16 words;
+    - ``pairs``: products of two bfloat16, summed in one instruction (AVX512_BF16);
+    - ``halves``: float32 products of bfloat16 numbers, for processors where ``pairs`` is slower;
+    - ``lanes``: one output per lane of a register (AVX-512, and VNNI for int8).
+
+    "reference" if the native library lacks the operation.
     """
+    tiles = "amx" if _answers("permit_amx") else None
+    pairs = "pairs" if _answers("has_fast_pairs") else None
     choices = {
-        operation: next((word for name, word in found.items() if has(name)), "reference")
-        for operation, found in INSTRUCTIONS.items()
+        "linear_float32": _first("linear_float32_{}", "lanes"),
+        "linear_bfloat16": _first("linear_bfloat16_{}", tiles, pairs, "halves"),
+        "linear_int8": _first("linear_int8_{}_float32", tiles, "lanes"),
     }
-    return choices | {"libc": " ".join(platform.libc_ver()) or "unknown"}
+    scans = "avx512" if has("chunk_gdn_float32_float32") else "reference"
+    return choices | {"scans": scans, "libc": " ".join(platform.libc_ver()) or "unknown"}
+
+
+def _first(name: str, *methods: str | None) -> str:
+    """Return the first method with an exported function."""
+    return next((word for word in methods if word and has(name.format(word))), "reference")
+
+
+def _answers(question: str) -> bool:
+    """Return the answer of an exported function to a question about the processor."""
+    if not has(question):
+        return False
+    answer = ctypes.c_int64(0)
+    function(question, "p")(ctypes.addressof(answer))
+    return answer.value != 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 // x @ weight.T for a packed weight: panels of 64 outputs. A panel has, step after step, one 32-bit
 // word of each output's row: a float32, two bfloat16 or four int8. Every output is summed word after
 // word, in one register lane, for any number of rows and threads, so a row's bits do not depend on the
-// batch. The blocking of rows and words below affects speed only.
-#include "../native.h"
+// batch. Tiles (amx.h) sum 16 words, then add them to an output's sum, also in one order. The blocking of
+// rows and words below affects speed only.
+#include "../amx.h"
 
 #ifdef __AVX512F__
 
@@ -12,32 +13,45 @@ constexpr int64_t TILE_ROWS = 6;     // 24 sums and their operands fill the regi
 constexpr int64_t BLOCK_ROWS = 192;  // rows with sums in the cache
 constexpr int64_t BLOCK_STEPS = 512; // steps of a panel kept in the cache while rows are processed
 
+// One step of 16 outputs: adds the product of a word of x with words of the weight to their sums.
 struct Float32 {
+    static constexpr int64_t WORDS = 1;  // words of x per step
     typedef __m512 Sum;
     static Sum zero() { return _mm512_setzero_ps(); }
-    static Sum add(Sum sum, int32_t x, __m512i w) {
+    static Sum add(Sum sum, const int32_t* x, __m512i w) {
         return _mm512_fmadd_ps(
-            _mm512_castsi512_ps(_mm512_set1_epi32(x)), _mm512_castsi512_ps(w), sum);
+            _mm512_castsi512_ps(_mm512_set1_epi32(*x)), _mm512_castsi512_ps(w), sum);
     }
     static Sum read(const int32_t* from) { return _mm512_loadu_ps((const float*)from); }
     static void write(int32_t* to, Sum sum) { _mm512_storeu_ps((float*)to, sum); }
 };
 
+// Two bfloat16 of the weight times two float32.
+struct BFloat16Halves : Float32 {
+    static constexpr int64_t WORDS = 2;
+    static Sum add(Sum sum, const int32_t* x, __m512i w) {
+        __m512i upper = _mm512_set1_epi32(int32_t(0xffff0000));
+        sum = Float32::add(sum, x, _mm512_slli_epi32(w, 16));
+        return Float32::add(sum, x + 1, _mm512_and_si512(w, upper));
+    }
+};
+
 #ifdef __AVX512BF16__
 struct BFloat16Pairs : Float32 {
-    static Sum add(Sum sum, int32_t x, __m512i w) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)w);
+    static Sum add(Sum sum, const int32_t* x, __m512i w) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(*x), (__m512bh)w);
     }
 };
 #endif
 
 #ifdef __AVX512VNNI__
 struct Int8Fours {
+    static constexpr int64_t WORDS = 1;
     typedef __m512i Sum;
     static Sum zero() { return _mm512_setzero_si512(); }
-    static Sum add(Sum sum, int32_t x, __m512i w) {
+    static Sum add(Sum sum, const int32_t* x, __m512i w) {
         // GCC 12 spills the sums of its intrinsic to memory.
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(x)), "v"(w));
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(*x)), "v"(w));
         return sum;
     }
     static Sum read(const int32_t* from) { return _mm512_loadu_si512(from); }
@@ -79,7 +93,8 @@ static void tile(
             b[v] = _mm512_loadu_si512(w + v * 16);
         }
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < VECTORS; v++) acc[r][v] = Op::add(acc[r][v], x[r * stride + s], b[v]);
+            for (int v = 0; v < VECTORS; v++)
+                acc[r][v] = Op::add(acc[r][v], x + r * stride + s * Op::WORDS, b[v]);
     }
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) Op::write(sums + r * PANEL + v * 16, acc[r][v]);
@@ -116,7 +131,7 @@ static void multiply(
                 for (int64_t part = 0; part < parts; part++) {
                     int64_t from = count * part / parts, to = count * (part + 1) / parts;
                     tiles<Op>(
-                        to - from, x + (begin + from) * stride + s, stride, panel + s * PANEL,
+                        to - from, x + (begin + from) * stride + s * Op::WORDS, stride, panel + s * PANEL,
                         num_steps, sums + from * PANEL, s == 0);
                 }
             }
@@ -125,13 +140,201 @@ static void multiply(
     });
 }
 
+// Rows of x in tiles of M rows and 16 words, one after the other: a tile of x fills one register. Rows
+// that are 4 KiB apart in x would evict each other from the cache. Missing rows and words are 0.
+struct TiledRows {
+    int64_t M, tiles, depth;  // rows of a tile; tiles of rows; tiles of words
+    const int32_t* words;
+
+    TiledRows(const int32_t* x, int64_t stride, int64_t rows, int64_t steps, int threads) {
+        static thread_local std::vector<int32_t> memory;
+        tiles = (rows + TILE_SIZE - 1) / TILE_SIZE;
+        M = (rows + tiles - 1) / tiles;
+        depth = (steps + TILE_SIZE - 1) / TILE_SIZE;
+        memory.resize(tiles * depth * M * TILE_SIZE + 16);
+        auto* to = (int32_t*)((uintptr_t(memory.data()) + 63) / 64 * 64);
+        words = to;
+        for_each(tiles * M, threads_for(rows * steps / 4, threads), [&](int64_t row) {
+            int32_t* first = to + (row / M * depth * M + row % M) * TILE_SIZE;
+            for (int64_t d = 0; d < depth; d++) {
+                int64_t left = steps - d * TILE_SIZE;
+                int64_t count = row >= rows ? 0 : left < TILE_SIZE ? left : TILE_SIZE;
+                int32_t* part = first + d * M * TILE_SIZE;
+                if (count < TILE_SIZE) memset(part, 0, TILE_SIZE * 4);
+                memcpy(part, (const char*)(x + row * stride + d * TILE_SIZE), count * 4);
+            }
+        });
+    }
+
+    const int32_t* tile(int64_t row_tile, int64_t d) const {
+        return words + (row_tile * depth + d) * M * TILE_SIZE;
+    }
+};
+
+// Operations on the registers of `Tiles`, for two bfloat16 or four int8 per word.
+template <class Tiles>
+struct BFloat16Tiles : Tiles {
+    template <int SUM, int X, int W>
+    static void multiply() {
+        Tiles::template multiply_bfloat16<SUM, X, W>();
+    }
+};
+
+template <class Tiles>
+struct Int8Tiles : Tiles {
+    template <int SUM, int X, int W>
+    static void multiply() {
+        Tiles::template multiply_int8<SUM, X, W>();
+    }
+};
+
+constexpr int64_t BLOCK_TILES = 8;  // tiles of words, 32 KiB of a panel, kept in the cache for all rows
+constexpr int64_t PANEL_BYTES = 4 * PANEL;
+
+template <class Tiles, int T>
+static void start(int32_t* sums, bool first) {
+    if (first)
+        Tiles::template zero<T>();
+    else
+        Tiles::template load<T>(sums, PANEL_BYTES);
+}
+
+// Adds `depth` tiles of words to the sums of two tiles of rows and 32 outputs.
+template <class Tiles>
+static void multiply_square(
+    const TiledRows& x, int64_t row_tile, int64_t d, const int32_t* w, int64_t depth, int32_t* sums,
+    bool first) {
+    int32_t* below = sums + x.M * PANEL;
+    start<Tiles, 0>(sums, first), start<Tiles, 1>(sums + 16, first);
+    start<Tiles, 2>(below, first), start<Tiles, 3>(below + 16, first);
+    for (int64_t end = d + depth; d < end; d++, w += TILE_SIZE * PANEL) {
+        Tiles::template load<6>(w, PANEL_BYTES);
+        Tiles::template load<4>(x.tile(row_tile, d), TILE_SIZE * 4);
+        Tiles::template load<7>(w + 16, PANEL_BYTES);
+        Tiles::template load<5>(x.tile(row_tile + 1, d), TILE_SIZE * 4);
+        Tiles::template multiply<0, 4, 6>(), Tiles::template multiply<1, 4, 7>();
+        Tiles::template multiply<2, 5, 6>(), Tiles::template multiply<3, 5, 7>();
+    }
+    Tiles::template store<0>(sums, PANEL_BYTES), Tiles::template store<1>(sums + 16, PANEL_BYTES);
+    Tiles::template store<2>(below, PANEL_BYTES), Tiles::template store<3>(below + 16, PANEL_BYTES);
+}
+
+// The same for one tile of rows and 64 outputs, with weights that may come from memory.
+template <class Tiles>
+static void multiply_line(
+    const TiledRows& x, int64_t row_tile, int64_t d, const int32_t* w, int64_t depth, int32_t* sums,
+    bool first) {
+    start<Tiles, 0>(sums, first), start<Tiles, 1>(sums + 16, first);
+    start<Tiles, 2>(sums + 32, first), start<Tiles, 3>(sums + 48, first);
+    for (int64_t end = d + depth; d < end; d++, w += TILE_SIZE * PANEL) {
+        for (int64_t ahead = 0; ahead < TILE_SIZE * PANEL; ahead += 16)
+            _mm_prefetch((const char*)(w + TILE_SIZE * PANEL + ahead), _MM_HINT_T0);
+        Tiles::template load<4>(x.tile(row_tile, d), TILE_SIZE * 4);
+        Tiles::template load<6>(w, PANEL_BYTES);
+        Tiles::template load<7>(w + 16, PANEL_BYTES);
+        Tiles::template multiply<0, 4, 6>(), Tiles::template multiply<1, 4, 7>();
+        Tiles::template load<6>(w + 32, PANEL_BYTES);
+        Tiles::template load<7>(w + 48, PANEL_BYTES);
+        Tiles::template multiply<2, 4, 6>(), Tiles::template multiply<3, 4, 7>();
+    }
+    Tiles::template store<0>(sums, PANEL_BYTES), Tiles::template store<1>(sums + 16, PANEL_BYTES);
+    Tiles::template store<2>(sums + 32, PANEL_BYTES), Tiles::template store<3>(sums + 48, PANEL_BYTES);
+}
+
+// Adds `depth` tiles of words of a panel to the sums of `count` tiles of rows.
+template <class Tiles>
+static void multiply_block(
+    const TiledRows& x, int64_t row_tile, int64_t count, int64_t d, const int32_t* w, int64_t depth,
+    int32_t* sums, bool first) {
+    int64_t t = 0;
+    for (; t + 2 <= count; t += 2)
+        for (int64_t outputs = 0; outputs < PANEL; outputs += 32)
+            multiply_square<Tiles>(
+                x, row_tile + t, d, w + outputs, depth, sums + t * x.M * PANEL + outputs, first);
+    if (t < count)
+        multiply_line<Tiles>(x, row_tile + t, d, w, depth, sums + t * x.M * PANEL, first);
+}
+
+// The function `multiply` above, with tiles.
+template <class Tiles, class Finish>
+static void multiply_tiles(
+    const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
+    int64_t outputs, int threads, Finish finish) {
+    if (rows == 0) return;
+    TiledRows tiled(x, stride, rows, steps, threads);
+    int64_t panels = (outputs + PANEL - 1) / PANEL;
+    int64_t whole = steps / TILE_SIZE, last = steps % TILE_SIZE;
+    constexpr int64_t BLOCK = BLOCK_ROWS / TILE_SIZE;
+    auto work = [&](int64_t p) {
+        alignas(64) int32_t sums[BLOCK_ROWS * PANEL], end[TILE_SIZE * PANEL];
+        const int32_t* panel = w + p * steps * PANEL;
+        if (last) {  // the next panel's words, times 0, could be NaN
+            memset(end, 0, sizeof end);
+            memcpy(end, panel + whole * TILE_SIZE * PANEL, last * PANEL_BYTES);
+        }
+        for (int64_t begin = 0; begin < tiled.tiles; begin += BLOCK) {
+            int64_t count = tiled.tiles - begin < BLOCK ? tiled.tiles - begin : BLOCK;
+            for (int64_t d = 0; d < whole; d += BLOCK_TILES) {
+                int64_t depth = whole - d < BLOCK_TILES ? whole - d : BLOCK_TILES;
+                multiply_block<Tiles>(
+                    tiled, begin, count, d, panel + d * TILE_SIZE * PANEL, depth, sums, d == 0);
+            }
+            if (last) multiply_block<Tiles>(tiled, begin, count, whole, end, 1, sums, whole == 0);
+            int64_t row = begin * tiled.M, left = rows - row;
+            for (int64_t r = 0; r < count * tiled.M && r < left; r++)
+                finish(row + r, p, sums + r * PANEL);
+        }
+    };
+    int64_t cycles = panels * steps * (8 + rows / 2);
+    for_each<TileRegion<Tiles>>(panels, threads_for(cycles, threads), work, tiled.M);
+}
+
+// Ways to multiply, as a parameter of the exported functions.
+template <class Op>
+struct ByLanes {
+    template <class... Arguments>
+    static void multiply(Arguments... arguments) {
+        ::multiply<Op>(arguments...);
+    }
+};
+
+// Rows of two bfloat16 per word are widened once.
+struct ByHalves {
+    template <class... Arguments>
+    static void multiply(
+        const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
+        int64_t outputs, int threads, Arguments... arguments) {
+        static thread_local std::vector<float> memory;
+        memory.resize(rows * steps * 2);
+        float* wide = memory.data();
+        for_each(rows, threads_for(rows * steps, threads), [&](int64_t row) {
+            auto* from = (const BFloat16*)(x + row * stride);
+            float* to = wide + row * steps * 2;
+            for (int64_t i = 0; i < steps * 2; i++) to[i] = widen(from[i]);
+        });
+        ::multiply<BFloat16Halves>(
+            (const int32_t*)wide, steps * 2, rows, w, steps, outputs, threads, arguments...);
+    }
+};
+
+// Few rows of integers, which have the same sums in any order, are faster in lanes.
+template <class Tiles, class FewRows = void>
+struct ByTiles {
+    template <class... Arguments>
+    static void multiply(const int32_t* x, int64_t stride, int64_t rows, Arguments... arguments) {
+        if constexpr (!std::is_void_v<FewRows>)
+            if (rows < 8) return ::multiply<FewRows>(x, stride, rows, arguments...);
+        multiply_tiles<Tiles>(x, stride, rows, arguments...);
+    }
+};
+
 // scale: one per output, or null.
-template <class Op, class T>
+template <class Product, class T>
 static void multiply_float(
     const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale, const T* bias,
     T* y, int64_t steps, int64_t outputs, int threads) {
     constexpr int64_t PER_WORD = 4 / sizeof(T);
-    multiply<Op>(
+    Product::multiply(
         (const int32_t*)x, stride / PER_WORD, rows, w, steps, outputs, threads,
         [=](int64_t row, int64_t panel, const int32_t* sums) {
             int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
@@ -145,18 +348,33 @@ static void multiply_float(
         });
 }
 
-EXPORT void linear_float32(
-    const float* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,
-    const float* bias, float* y, int64_t steps, int64_t outputs, int threads) {
-    multiply_float<Float32>(x, stride, rows, w, scale, bias, y, steps, outputs, threads);
+#define LINEAR(NAME, T, ...)                                                                      \
+    EXPORT void linear_##NAME(                                                                    \
+        const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,           \
+        const T* bias, T* y, int64_t steps, int64_t outputs, int threads) {                       \
+        multiply_float<__VA_ARGS__>(                                                              \
+            x, stride, rows, w, scale, bias, y, steps, outputs, threads);                         \
+    }
+
+LINEAR(float32_lanes, float, ByLanes<Float32>)
+LINEAR(bfloat16_halves, BFloat16, ByHalves)
+LINEAR(bfloat16_plain_tiles, BFloat16, ByTiles<BFloat16Tiles<PlainTiles>>)
+#ifdef __AVX512BF16__
+LINEAR(bfloat16_pairs, BFloat16, ByLanes<BFloat16Pairs>)
+#endif
+EXPORT void has_fast_pairs(int64_t* answer) {
+#ifdef __AVX512BF16__
+    __builtin_cpu_init();
+    *answer = __builtin_cpu_is("amd") != 0;  // twice as fast as float32 there, and half elsewhere
+#else
+    *answer = 0;
+#endif
 }
 
-#ifdef __AVX512BF16__
-EXPORT void linear_bfloat16(
-    const BFloat16* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,
-    const BFloat16* bias, BFloat16* y, int64_t steps, int64_t outputs, int threads) {
-    multiply_float<BFloat16Pairs>(x, stride, rows, w, scale, bias, y, steps, outputs, threads);
-}
+#ifdef HAS_AMX
+LINEAR(bfloat16_amx, BFloat16, ByTiles<BFloat16Tiles<AmxTiles>>)
+
+EXPORT void permit_amx(int64_t* answer) { *answer = AmxTiles::are_permitted(); }
 #endif
 
 #ifdef __AVX512VNNI__
@@ -184,7 +402,7 @@ static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, 
     *scale = step + sum(nothing);
 }
 
-template <class T>
+template <class Product, class T>
 static void multiply_int8(
     const T* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,
     const int32_t* offsets, const float* scale, const T* bias, T* y, int64_t outputs,
@@ -200,7 +418,7 @@ static void multiply_int8(
         auto* to = (uint8_t*)(quantized + r * steps);
         quantize_row(x + r * stride, size, steps * 4, to, row_scale + r);
     });
-    multiply<Int8Fours>(
+    Product::multiply(
         quantized, steps, rows, w, steps, outputs, threads,
         [=](int64_t row, int64_t panel, const int32_t* sums) {
             int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
@@ -218,18 +436,21 @@ static void multiply_int8(
         });
 }
 
-EXPORT void linear_int8_float32(
-    const float* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,
-    const int32_t* offsets, const float* scale, const float* bias, float* y, int64_t outputs,
-    int threads) {
-    multiply_int8(x, stride, rows, size, w, offsets, scale, bias, y, outputs, threads);
-}
+#define LINEAR_INT8(NAME, T, ...)                                                                \
+    EXPORT void linear_int8_##NAME(                                                              \
+        const T* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,                \
+        const int32_t* offsets, const float* scale, const T* bias, T* y, int64_t outputs,        \
+        int threads) {                                                                           \
+        multiply_int8<__VA_ARGS__>(                                                              \
+            x, stride, rows, size, w, offsets, scale, bias, y, outputs, threads);                \
+    }
 
-EXPORT void linear_int8_bfloat16(
-    const BFloat16* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,
-    const int32_t* offsets, const float* scale, const BFloat16* bias, BFloat16* y,
-    int64_t outputs, int threads) {
-    multiply_int8(x, stride, rows, size, w, offsets, scale, bias, y, outputs, threads);
-}
+LINEAR_INT8(lanes_float32, float, ByLanes<Int8Fours>)
+LINEAR_INT8(lanes_bfloat16, BFloat16, ByLanes<Int8Fours>)
+LINEAR_INT8(plain_tiles_float32, float, ByTiles<Int8Tiles<PlainTiles>>)
+#ifdef HAS_AMX
+LINEAR_INT8(amx_float32, float, ByTiles<Int8Tiles<AmxTiles>, Int8Fours>)
+LINEAR_INT8(amx_bfloat16, BFloat16, ByTiles<Int8Tiles<AmxTiles>, Int8Fours>)
+#endif
 #endif
 #endif

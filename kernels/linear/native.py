@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from kernels import huge_pages
 from kernels.linear import reference
 from kernels.linear.reference import PRODUCTS, linear, linear_8bit, quantize, widened
-from kernels.native import DTYPES, address, function, has
+from kernels.native import DTYPES, address, function, kernel_choices
 
 __all__ = ["PRODUCTS", "ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
@@ -43,7 +43,7 @@ def prepare_8bit(
     int8 weights use int8 activations. fp8 weights with one scale per row are widened exactly.
     """
     if quantized.dtype is torch.int8 and scale.ndim == 1:
-        if has(f"linear_int8_{DTYPES.get(dtype)}"):
+        if dtype in DTYPES and kernel_choices()["linear_int8"] != "reference":
             return NativeInt8Linear(quantized, scale, bias)
         return reference.prepare_8bit(quantized, scale, bias, dtype)
     if scale.ndim == 1 and _is_served(exact := quantized.to(dtype)):
@@ -54,17 +54,26 @@ def prepare_8bit(
 def _is_served(weight: torch.Tensor) -> bool:
     """Return True if rows are whole 32-bit words of a dtype that this processor multiplies."""
     has_words = weight.shape[1] * weight.element_size() % 4 == 0
-    return has_words and has(f"linear_{DTYPES.get(weight.dtype)}")
+    return has_words and _method(weight.dtype) != "reference"
+
+
+def _method(dtype: torch.dtype) -> str:
+    return kernel_choices().get(f"linear_{DTYPES.get(dtype)}", "reference")
 
 
 class NativeLinear:
     """Linear layer ``(x @ weight.T) * scale + bias`` for x ``[T, N]`` of the weight's dtype.
 
-    ``scale``: float32 ``[M]`` or None.
+    ``scale``: float32 ``[M]`` or None. ``method``: of ``kernels.native.kernel_choices``, which is
+    the default.
     """
 
     def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        method: str | None = None,
     ) -> None:
         self._num_outputs = len(weight)
         self._weight = pack(weight)
@@ -72,7 +81,8 @@ class NativeLinear:
         self._scale = None if scale is None else scale.contiguous()
         self._address = self._weight.data_ptr()
         self._steps = self._weight.shape[1]
-        self._multiply = function(f"linear_{DTYPES[weight.dtype]}", "piippppiit")
+        name = f"linear_{DTYPES[weight.dtype]}_{method or _method(weight.dtype)}"
+        self._multiply = function(name, "piippppiit")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows, stride = x.shape[0], x.stride(0)
@@ -89,22 +99,27 @@ class NativeLinear:
 
 
 class NativeInt8Linear:
-    """Native version of ``int8.Int8Linear`` with equal bits."""
+    """Native version of ``int8.Int8Linear`` with equal bits in every method."""
 
     def __init__(
-        self, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+        self,
+        quantized: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        method: str | None = None,
     ) -> None:
         self._num_outputs, self._size = quantized.shape
         self._weight = pack(F.pad(quantized, (0, -self._size % 4)))
         # The instruction takes unsigned rows: 128 is added to them, and this subtracted from sums.
         self._offsets = quantized.sum(dim=1, dtype=torch.int32).mul_(128)
         self._scale, self._bias = scale.contiguous(), bias
+        self._name = f"linear_int8_{method or kernel_choices()['linear_int8']}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.stride(1) != 1:
             x = x.contiguous()
         out = x.new_empty(x.shape[0], self._num_outputs)
-        function(f"linear_int8_{DTYPES[x.dtype]}", "piiipppppit")(
+        function(f"{self._name}_{DTYPES[x.dtype]}", "piiipppppit")(
             x.data_ptr(), x.stride(0), x.shape[0], self._size, self._weight.data_ptr(),
             self._offsets.data_ptr(), self._scale.data_ptr(),
             address(self._bias), out.data_ptr(),

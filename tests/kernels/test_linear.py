@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kernels.linear import int8, reference
 from kernels.linear import native as compiled
-from kernels.native import shared_library
+from kernels.native import has, kernel_choices, shared_library
 from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.linear.fused")
@@ -116,6 +116,43 @@ def test_reference_rows_are_independent_of_the_batch(shape, dtype, num_threads) 
         batched = f(slice(None))
         for first, last in ((0, 1), (5, 7), (64, 67), (101, 200), (0, 132)):
             assert torch.equal(f(slice(first, last)), batched[first:last])
+
+
+def native_product(method: str, weight: torch.Tensor):
+    if method.startswith("int8_"):
+        quantized, scale = reference.quantize(weight.float(), "int8")
+        return compiled.NativeInt8Linear(quantized, scale, None, method.removeprefix("int8_"))
+    return compiled.NativeLinear(weight, None, None, method)
+
+
+@pytest.mark.full(
+    "2-lanes-2048x2048",
+    "2-pairs-8192x2048",
+    "1-halves-2048x2048",
+    "2-amx-8192x2048",
+    "2-int8_lanes-2048x2048",
+    "2-int8_amx-2048x2048",
+)
+@pytest.mark.parametrize(
+    "shape", [(8192, 2048), (2048, 2048), (2048, 8192), (513, 1000)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
+@pytest.mark.parametrize("method", ["lanes", "pairs", "halves", "amx", "int8_lanes", "int8_amx"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_native_rows_are_independent_of_the_batch(method, shape, num_threads) -> None:
+    """Sizes of real models: 1 to 130 rows, and the boundaries of the blocks of 192 rows."""
+    dtype = torch.float32 if method == "lanes" else torch.bfloat16
+    name = f"linear_{method}_float32" if "int8" in method else f"linear_{str(dtype)[6:]}_{method}"
+    if not has(name) or ("amx" in method and kernel_choices()["linear_bfloat16"] != "amx"):
+        pytest.skip("the processor or the compiler lacks the method")
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(0)
+    x, weight = torch.randn(400, shape[1]).to(dtype), torch.randn(shape).to(dtype)
+    product = native_product(method, weight)
+    whole = product(x)
+    for rows in (*range(1, 131), 191, 192, 193, 383, 384, 385):
+        assert torch.equal(product(x[:rows]), whole[:rows]), rows
+    for first, last in ((3, 5), (64, 67), (101, 200), (185, 199), (199, 400)):
+        assert torch.equal(product(x[first:last]), whole[first:last]), (first, last)
 
 
 class TestInt8Activations:
