@@ -195,8 +195,11 @@ class Segment:
 
     @property
     def predecessor(self) -> Checkpoint | None:
-        """As ``above``, because KV has no lineage."""
-        return self.above
+        """Checkpoint at its own end or, if there is none, the nearest one above, resident or
+        evicted. O(nodes between)."""
+        node = self.node
+        own = node.checkpoint or node.lost_checkpoint
+        return own or next(ghosts_above(node), None) or self.above
 
     @property
     def dead(self) -> bool:

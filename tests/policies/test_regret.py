@@ -216,22 +216,76 @@ def test_an_evicted_predecessor_continues_the_turn_count() -> None:
     assert successor.memo.turn == 4
 
 
-def test_ends_of_shared_prefixes_have_generation_0_and_do_not_count() -> None:
-    """A tip of generation 3 is evicted. A fork below it begins again, and so does the tip after
-    the fork, no matter whether the fork was cached before the request."""
+def test_the_generation_goes_on_through_forks() -> None:
+    """A fork has no generation in its class, but a tip after it counts the tips before it. This
+    holds no matter whether the fork was cached before the request. Heads that no tip precedes add
+    nothing."""
     policy = Survival()
-    tip = FakeItem("tip", label="decode", position=200)
-    policy.add(tip)
-    tip.memo.turn = 3
-    policy.discard(tip, evicted=True)
-    fork = FakeItem("fork", label="boundary", created=1, position=300, evicted_above=tip)
+    head = FakeItem("head", label="boundary", position=64, uses=3)
+    policy.add(head)
+    first = FakeItem("first", label="decode", above=head, position=200)
+    policy.add(first)
+    assert (head.memo.turn, first.memo.turn) == (0, 0)
+    policy.discard(first, evicted=True)
+    fork = FakeItem("fork", label="boundary", created=1, position=300, evicted_above=first)
     policy.add(fork)
     answer = FakeItem("answer", label="decode", created=1, above=fork, position=400)
     policy.add(answer)
     fork.uses = 1
-    later = FakeItem("later", label="decode", created=2, above=fork, position=400)
+    later = FakeItem("later", label="decode", created=2, above=fork, position=500)
     policy.add(later)
-    assert (fork.memo.turn, answer.memo.turn, later.memo.turn) == (0, 0, 0)
+    assert (answer.memo.turn, later.memo.turn) == (1, 1)
+    generation = 3
+    assert [item.memo.key[generation] for item in (head, fork, later)] == [0, 0, 1]
+
+
+def test_a_rejoin_counts_as_the_tip_that_it_replaces() -> None:
+    """Its request saved a deeper checkpoint too, so it was superseded without a use."""
+    policy = Survival()
+    rejoin = FakeItem("rejoin", label="rejoin", superseded=True)
+    policy.add(rejoin)
+    tip = FakeItem("tip", label="decode", above=rejoin, position=200)
+    policy.add(tip)
+    assert tip.memo.turn == 1
+    found = [
+        placed.label
+        for forks in (True, False)
+        for placed in parse_placement("branch").plan(prefill(0, forks=forks))
+    ]
+    assert found == ["branch", "rejoin"]
+
+
+def test_kv_has_the_generation_of_the_checkpoint_at_its_end() -> None:
+    """Earlier tips are superseded and evicted before it, in a pool of their own."""
+    config = CacheConfig(num_kv_tokens=1000, num_slots=9, grid=1, eviction="survival")
+    cache = build_prefix_cache(config)
+    tokens = np.arange(500, dtype=np.int32)
+    after = 0
+    for end in range(100, 500, 100):
+        match = cache.match(tokens[:end])
+        cache.touch(match)
+        held = cache.lock(match.node)
+        rows = np.concatenate((cache.gather(match.node), cache.allocate_kv(end - after)))
+        slot = cache.allocate_slot()
+        cache.insert(tokens[:end], rows, ((end, slot),), None, after, (), match.node)
+        cache.unlock(held)
+        after = end
+    cache.evict(num_slots=3)
+    [tip] = [node for node in cache.iter_nodes() if node.checkpoint is not None]
+    assert tip.end == 400 and tip.checkpoint.memo.turn == 3
+    cache.policy._rank_kv()
+    assert tip.kv.predecessor is tip.checkpoint
+    assert tip.kv.memo.turn == 3
+
+
+def test_hits_in_two_pools_with_scarce_kv_are_those_of_the_generations() -> None:
+    """KV of long conversations was ranked as KV of first turns, which return most often."""
+    trace = conversations(live=96, num_conversations=300)
+    rates = [
+        hit_rate(trace, eviction, "branch,end", num_kv_tokens=150_000, num_slots=240)
+        for eviction in ("survival", "lru")
+    ]
+    assert rates[0] > 1.1 * rates[1]
 
 
 def test_checkpoints_of_one_prompt_share_a_generation() -> None:
@@ -548,7 +602,47 @@ def test_one_prompt_takes_at_most_half_of_all_checkpoints(
     placement.on_prefill(new)
     positions = new.on_grid(placement.plan(new))
     assert len(positions) + (placement.decode_interval() is not None) == num_planned
-    assert "branch" in positions.values(), "the branch has priority"
+    shared = {"branch", "boundary"}
+    assert shared & {*positions.values()}, "shared positions have priority"
+
+
+def test_with_room_for_one_the_position_with_the_highest_savings_is_saved() -> None:
+    """A short fork must not keep out the end of a long shared head: a request that resumes from the
+    fork holds it, and may find no memory for another checkpoint. Ends that are used more go
+    first."""
+    few = {"grid": 64, "free_slots": 0, "num_checkpoints": 2, "answer_survives": False}
+    placement = Adaptive()
+    new = prefill(0, prompt_len=2200, seen_len=320, boundaries=(2028,), **few)
+    assert labels_of(placement, new) == {"boundary"}
+    end = FakeItem("end", label="back:1", position=2700)
+    for _ in range(9):
+        placement.on_hit(end)
+    assert labels_of(placement, new) == {"back:1"}
+
+
+def test_the_boundary_at_the_end_of_the_prompt_is_an_end_and_not_shared() -> None:
+    """A chat server sends it with every prompt. Headers of answers are a few tokens long."""
+    for last in (1000, 997):
+        new = prefill(0, grid=64, boundaries=(300, last), prompt_len=1000)
+        placement = Adaptive()
+        placement.on_prefill(new)
+        positions = new.on_grid(placement.plan(new))
+        assert (positions[256], positions[960]) == ("boundary", "back:1")
+    new = prefill(0, grid=64, boundaries=(300, 958), prompt_len=1000)
+    assert 896 in new.on_grid(Adaptive().plan(new)), "it is more than a header away"
+
+
+def test_conversations_with_the_boundaries_of_a_server_hit_as_those_with_one() -> None:
+    """The server sends the end of the prompt too. Every tip had generation 0 then."""
+    trace = list(conversations(live=24, num_conversations=80))
+    served = [
+        request._replace(boundaries=(*request.boundaries, len(request.tokens))) for request in trace
+    ]
+    one, two = (
+        hit_rate(requests, "survival", "adaptive", total_bytes=4 << 30)
+        for requests in (trace, served)
+    )
+    assert two > one - 0.01
 
 
 def test_a_prefill_has_the_number_of_free_slots_and_checkpoints() -> None:

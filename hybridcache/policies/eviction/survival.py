@@ -17,8 +17,10 @@ COMMON = frozenset(
 )
 """Labels of positions where prompts are known to diverge. All other labels are speculative."""
 SPECULATIVE_PRIOR = 0.125
-FORKS = frozenset({"branch", "boundary", "rejoin"})
-"""Labels of positions at the end of known text, which other conversations may share."""
+FORKS = frozenset({"branch", "boundary"})
+"""Labels of ends of text that other conversations may share. Their class has no generation."""
+REJOIN = "rejoin"
+"""Label of a position at which an earlier request of the conversation ended."""
 MAX_TURN = 8
 """Highest generation that has its classes apart."""
 SAMPLE = 1024
@@ -89,8 +91,9 @@ class Survival(EvictionPolicy):
     - *Bytes freed*: the state, and for a leaf also its KV tail. States and tails are compared by
       the tokens that they save per byte.
     - *Generation*: the number of earlier tips of the conversation. The predecessor, which may be
-      evicted already, counts if a request resumed from it or it was a tip until its eviction. Ends
-      of shared prefixes do not count and have generation 0.
+      evicted already, counts if a request resumed from it, it was a tip until its eviction, or an
+      earlier request ended there. Forks do not count, and tips after them count those before them.
+      KV has the generation of the checkpoint at its end.
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
@@ -300,11 +303,15 @@ class Survival(EvictionPolicy):
 
 
 def _generation(item: Item) -> int:
-    """Return the number of earlier tips in the lineage of a new item."""
+    """Return the number of earlier tips in the lineage of a new item.
+
+    The lineage goes on through forks, because a conversation does: its prompts may end at one.
+    """
     before = item.predecessor
-    if before is None or item.label in FORKS or not isinstance(before.memo, _Memo):
+    if before is None or not isinstance(before.memo, _Memo):
         return 0
-    is_earlier = before.label not in FORKS and (before.uses > 0 or not before.superseded)
+    is_tip = before.label not in FORKS and (before.uses > 0 or not before.superseded)
+    is_earlier = before.position < item.position and (is_tip or before.label == REJOIN)
     return before.memo.turn + is_earlier
 
 
@@ -318,7 +325,7 @@ def _class_of(item: Item, turn: int) -> Class:
         (item.superseded, label not in COMMON),
         label or item.kind,
         uses if uses < 2 else 2,
-        turn if turn < MAX_TURN else MAX_TURN,
+        0 if label in FORKS else min(turn, MAX_TURN),
         octave,
         2 * octave + (position << 2 >> octave) % 2,
     )

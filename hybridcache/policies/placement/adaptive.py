@@ -35,6 +35,12 @@ TIPS = frozenset({*END_LABELS, REJOIN})
 """Labels of positions from which one conversation continues."""
 SHARED = frozenset({"branch", "boundary"})
 """Labels of positions that several prompts share. They are always candidates."""
+HEADER = 16
+"""Longest header of an answer, in tokens. A boundary at most this far from the end of a prompt, and
+less than a grid step, is the end of that prompt, not of a text that other prompts share."""
+SHARED_USES = 2.0
+"""Weight of the uses of shared positions where few checkpoints fit: a use by one conversation
+announces one by another."""
 FEW = 8
 """Checkpoints that a label needs before other labels are compared with it."""
 
@@ -51,6 +57,7 @@ class _Account:
         "offered",
         "placed",
         "used",
+        "uses",
         "wait",
     )
 
@@ -60,6 +67,8 @@ class _Account:
         self.hope_lasts = min(hope * HOPE_LASTS, most)
         self.used = 0.0
         """Part of ``earned`` from real hits, without hope and ghost hits."""
+        self.uses = 0.0
+        """Requests that resumed from such a checkpoint, or would have without its eviction."""
         self.placed = 1.0
         self.offered = offered
         """Prefills in which the label was possible. Labels start with different counts, so that
@@ -90,6 +99,7 @@ class _Account:
             self.placed *= 0.5
             self.earned *= 0.5
             self.used *= 0.5
+            self.uses *= 0.5
 
     def offer(self, pays: bool) -> None:
         """Count a prefill in which the label is possible, and decide if it is a trial."""
@@ -107,9 +117,10 @@ class Adaptive(PlacementPolicy):
     """Save forks and boundaries, the successor of the resumed tip, and other positions that pay.
 
     Other positions are the end of the answer, back-offs from the end of the prompt (one token and
-    4, 16, 64 … grid steps), and the *rejoin*. A prompt *forks* where other tokens were seen to
-    follow. It rejoins where it continues the end of all known text. A checkpoint there serves only
-    repetitions of the same text, so it must pay.
+    4, 16, 64 … grid steps), and the *rejoin*. A boundary at the end of the prompt itself is not
+    shared: it is where the first back-off is saved. A prompt *forks* where other tokens were seen
+    to follow. It rejoins where it continues the end of all known text. A checkpoint there serves
+    only repetitions of the same text, so it must pay.
 
     A checkpoint *earns* the tokens between it and the checkpoint above if a request resumes from
     it, or would have done so without its eviction. An end earns the tokens down to the nearest
@@ -131,7 +142,8 @@ class Adaptive(PlacementPolicy):
     - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
       saved in trials.
     - *Room*: a prompt with its answer takes at most half of the checkpoints that fit, and at least
-      one. Forks and boundaries go first, except before labels with ``MARGIN`` times their earnings.
+      one. Positions with the highest expected savings go first: the uses per checkpoint of their
+      label times the tokens since the resumed position. Only shared positions have assumed uses.
     - *Hope*: the assumed earnings of a new label last for at most as many checkpoints as fit, so
       that a small cache is not filled with trials.
 
@@ -180,7 +192,7 @@ class Adaptive(PlacementPolicy):
         # The assumed earnings of shared positions start before those of the other labels.
         if prefill.forks and prefill.seen_len > prefill.cached_len:
             self._account("branch")
-        if prefill.boundaries and prefill.boundaries[-1] > prefill.cached_len:
+        if any(boundary > prefill.cached_len for boundary in _shared_boundaries(prefill)):
             self._account("boundary")
         labels = [label for _, label in back_offs]
         if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
@@ -198,9 +210,12 @@ class Adaptive(PlacementPolicy):
         account, num_tokens = self._account(base_label(item.label)), _covers(item)
         account.earned += num_tokens
         account.used += num_tokens
+        account.uses += 1
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        self._account(base_label(item.label)).earned += num_tokens
+        account = self._account(base_label(item.label))
+        account.earned += num_tokens
+        account.uses += 1
         self._missed_tokens += num_tokens
 
     def on_saved(self, position: int, label: str) -> None:
@@ -221,7 +236,7 @@ class Adaptive(PlacementPolicy):
                 wanted.append(Placed(prefill.seen_len, "branch"))
             elif self._wants(REJOIN, None, bars):
                 wanted.append(Placed(prefill.seen_len, REJOIN))
-        for boundary in reversed(prefill.boundaries):
+        for boundary in reversed(_shared_boundaries(prefill)):
             if boundary > cached_len:
                 wanted.append(Placed(boundary, "boundary"))
         end = self._end(prefill)
@@ -238,7 +253,7 @@ class Adaptive(PlacementPolicy):
         if saves_answer:
             wanted.append(Placed(prefill.prompt_len + prefill.grid, "decode"))
         kept: dict[int, Placed] = {}
-        for placed in self._ranked(wanted):
+        for placed in self._ranked(wanted, cached_len):
             is_answer = placed.label == "decode"
             position = placed.position if is_answer else prefill.floor(placed.position)
             if position is not None and len(kept) < room:
@@ -246,18 +261,17 @@ class Adaptive(PlacementPolicy):
         found = [placed for placed in kept.values() if placed.label != "decode"]
         return found, len(found) < len(kept)
 
-    def _ranked(self, wanted: list[Placed]) -> list[Placed]:
+    def _ranked(self, wanted: list[Placed], cached_len: int) -> list[Placed]:
         """Return ``wanted`` in the order of the *room* rule."""
-        shared = {placed.label for placed in wanted} & SHARED
-        bar = MARGIN * max((self._account(label).yield_tokens for label in shared), default=0.0)
 
-        def rank(placed: Placed) -> int:
-            if placed.label in SHARED:
-                return 1
+        def savings(placed: Placed) -> float:
             account = self._account(placed.label)
-            return 0 if account.earned - account.hope_tokens > bar * account.placed else 2
+            uses = account.uses
+            if placed.label in SHARED:
+                uses = SHARED_USES * (uses + HOPE)
+            return uses / account.placed * (placed.position - cached_len)
 
-        return sorted(wanted, key=rank)
+        return sorted(wanted, key=savings, reverse=True)
 
     def _end(self, prefill: Prefill) -> str | None:
         """Return the label of the end to save, of prompt or answer, or None."""
@@ -314,12 +328,32 @@ def _hope(label: str) -> float:
     return HOPE if label in END_LABELS or label in SHARED else SPECULATIVE_HOPE
 
 
+def _shared_boundaries(prefill: Prefill) -> tuple[int, ...]:
+    """Return the boundaries of ``prefill`` without the end of its own prompt."""
+    boundaries = prefill.boundaries
+    return boundaries if _own_end(prefill) is None else boundaries[:-1]
+
+
+def _own_end(prefill: Prefill) -> int | None:
+    """Return the boundary at the end of the prompt, or None if there is none.
+
+    A chat server sends it: up to there, the next turn repeats the prompt.
+    """
+    last = prefill.boundaries[-1] if prefill.boundaries else 0
+    longest = min(HEADER, prefill.grid - 1)
+    return last if 0 <= prefill.prompt_len - last <= longest else None
+
+
 def _back_offs(prefill: Prefill) -> list[Placed]:
     """Return the back-offs of ``prefill``, deepest first. O(log prompt)."""
     found = []
     distance, furthest = 1, prefill.prompt_len - prefill.cached_len - prefill.grid
+    own_end = _own_end(prefill)
     while distance <= furthest:
-        found.append(Placed(prefill.prompt_len - distance, f"back:{distance}"))
+        position = prefill.prompt_len - distance
+        if distance == 1 and own_end is not None:
+            position = min(position, own_end)
+        found.append(Placed(position, f"back:{distance}"))
         distance = distance * STRIDE if distance > 1 else max(STRIDE, prefill.grid * STRIDE)
     return found
 

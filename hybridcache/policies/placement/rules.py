@@ -9,10 +9,14 @@ from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill
 
 
 class Branch(PlacementPolicy):
-    """Save where the prompt diverges from earlier ones: similar prompts will share that prefix."""
+    """Save where the prompt diverges from earlier ones: similar prompts will share that prefix.
+
+    The label is ``rejoin`` where the prompt goes on after the end of all known text: only its own
+    conversation shares that prefix.
+    """
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        return (Placed(prefill.seen_len, "branch"),)
+        return (Placed(prefill.seen_len, "branch" if prefill.forks else "rejoin"),)
 
 
 class Boundary(PlacementPolicy):
