@@ -124,14 +124,18 @@ class Turns:
     def time(
         self, first: Callable[[], Any], second: Callable[[], Any], count: int
     ) -> tuple[list[float], list[float]]:
-        """Return the seconds of each turn of both callables, after one unmeasured turn."""
+        """Return the seconds of each turn of both callables, after one unmeasured turn.
+
+        A callable that returns a float has measured its own seconds, in another process.
+        """
         first(), second()
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(max(round(count * self._share), 2)):
             for call, taken in zip((first, second), times, strict=True):
                 start = self._clock()
-                call()
-                taken.append(self._clock() - start)
+                measured = call()
+                end = self._clock()
+                taken.append(measured if isinstance(measured, float) else end - start)
         return times
 
 

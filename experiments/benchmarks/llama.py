@@ -7,7 +7,8 @@ Cases are one stream, eight streams, and a prompt of 512 tokens.
     python -m experiments.benchmarks.llama --sizes 7m --dtypes float32
 
 Float32, bfloat16 and int8 (W8A8) are compared with F32, BF16 and Q8_0. int8 is also compared with
-this engine's bfloat16. Runs alternate, so noise of the machine affects both sides. Results are
+this engine's bfloat16. llama.cpp runs in a process of its own: if that crashes, the result says so
+and the benchmark continues. Runs alternate, so noise of the machine affects both sides. Results are
 medians and their ratio, with the spread. If llama.cpp is not built, the script says so and ends.
 """
 
@@ -89,25 +90,29 @@ def runner_of(directory: str, dtype: str) -> ModelRunner:
 
 
 def against_llama(
-    modules: tuple[ModuleType, ModuleType],
+    gguf: ModuleType,
     size: str,
     dtype: str,
     directory: str,
     turns: Turns,
-    threads: int,
+    options: argparse.Namespace,
 ) -> Iterator[Result]:
-    """Compare prefill, one stream and eight streams on the checkpoint in ``directory``."""
-    llama, gguf = modules
+    """Compare prefill, one stream and eight streams on the checkpoint in ``directory``.
+
+    Raises:
+        CrashError: llama.cpp crashed. Its process is separate, so the benchmark can continue.
+    """
     path = Path(directory) / f"{FORMATS[dtype]}.gguf"
     rival.export(gguf, Path(directory), path, FORMATS[dtype])
-    theirs = rival.Model(llama, path, streams=8, room=ROOM, threads=threads)
+    theirs = rival.Remote(
+        options.llama, path, options.clock, streams=8, room=ROOM, threads=options.threads
+    )
     ours = runner_of(directory, dtype)
     tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
     prompt = tokens.tolist()
 
-    def prefill_theirs() -> None:
-        theirs.clear()
-        theirs.forward([(0, 0, prompt)])
+    def prefill_theirs() -> float:
+        return theirs.clear() + theirs.forward([(0, 0, prompt)])
 
     if dtype == "float32":
         check(ours, theirs, tokens)
@@ -120,10 +125,11 @@ def against_llama(
         decode = Decode(ours, tokens[:CONTEXT], streams)
         position = CONTEXT
 
-        def step_theirs(streams: int = streams) -> None:
+        def step_theirs(streams: int = streams) -> float:
             nonlocal position
-            theirs.forward([(stream, position, [5]) for stream in range(streams)])
+            seconds = theirs.forward([(stream, position, [5]) for stream in range(streams)])
             position += 1
+            return seconds
 
         seconds = turns.time(decode.step, step_theirs, TURNS[size])
         name = "one stream" if streams == 1 else f"{streams} streams"
@@ -132,7 +138,7 @@ def against_llama(
     path.unlink()
 
 
-def check(ours: ModelRunner, theirs: rival.Model, tokens: np.ndarray) -> None:
+def check(ours: ModelRunner, theirs: rival.Remote, tokens: np.ndarray) -> None:
     """Raise ValueError if the logits after the prompt differ by more than ``MAX_ERROR``."""
     prefill(ours, tokens)
     decode = Decode(ours, tokens[:CONTEXT], 1)
@@ -189,6 +195,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     turns = Turns(time.perf_counter if args.clock == "wall" else time.thread_time, args.share)
     results: list[Result] = []
+    crashes: list[dict[str, str]] = []
     sizes, dtypes = args.sizes.split(","), args.dtypes.split(",")
     with tqdm(total=len(sizes) * len(dtypes), unit="part") as progress, torch.inference_mode():
         for size in sizes:
@@ -196,7 +203,11 @@ def main() -> None:
                 make_checkpoint(GEOMETRIES[size], "float32", directory)
                 for dtype in dtypes:
                     progress.set_description(f"{size} {dtype}")
-                    results += against_llama(modules, size, dtype, directory, turns, args.threads)
+                    try:
+                        for found in against_llama(modules[1], size, dtype, directory, turns, args):
+                            results.append(found)
+                    except rival.CrashError as crash:
+                        crashes.append({"size": size, "dtype": dtype, "failure": str(crash)})
                     if dtype == "int8" and size == "530m":
                         results += eight_bits(size, directory, turns)
                     progress.update()
@@ -205,8 +216,10 @@ def main() -> None:
         {"threads": args.threads, "clock": args.clock, "llama_cpp": version, **asdict(r)}
         for r in results
     )
-    write_json_lines(args.out, lines)
+    write_json_lines(args.out, [*lines, *crashes])
     print(table(results))
+    for found in crashes:
+        print(f"{found['size']} {found['dtype']}: {found['failure']}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +144,72 @@ def _tiled(place: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Te
     return tensor[:, rows] if part == "out_proj" else tensor
 
 
+class CrashError(Exception):
+    """Raised if the process of llama.cpp ended."""
+
+
+class Remote:
+    """`Model` in a process of its own, which may crash. Methods return their seconds there."""
+
+    def __init__(self, folder: Path, path: Path, clock: str, **sizes: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._line, end = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(end, folder, path, clock, sizes), daemon=True
+        )
+        self._process.start()
+        end.close()
+        self._receive()
+
+    def clear(self) -> float:
+        return self._call("clear")[0]
+
+    def forward(self, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> float:
+        return self._call("forward", pieces)[0]
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = self._call("logits")[1]
+        return found
+
+    def close(self) -> None:
+        """End the process, which frees the model."""
+        self._line.close()
+        self._process.join(timeout=10)
+        self._process.kill()
+
+    def _call(self, name: str, *arguments: Any) -> tuple[float, Any]:
+        with suppress(BrokenPipeError):  # `_receive` reports the end of the process.
+            self._line.send((name, arguments))
+        return self._receive()
+
+    def _receive(self) -> tuple[float, Any]:
+        try:
+            seconds, result = self._line.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode or 0
+            reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            raise CrashError(f"the other side crashed ({reason})") from None
+        return seconds, result
+
+
+def _serve(line: Connection, folder: Path, path: Path, clock: str, sizes: dict[str, int]) -> None:
+    """Call methods of a model as they are received, until the line is closed."""
+    seconds = {"wall": time.perf_counter, "cpu": time.thread_time}[clock]
+    modules = load(folder)
+    assert modules is not None, ABSENT
+    model = Model(modules[0], path, **sizes)
+    line.send((0.0, None))
+    while True:
+        try:
+            name, arguments = line.recv()
+        except EOFError:
+            return
+        start = seconds()
+        result = getattr(model, name)(*arguments)
+        line.send((seconds() - start, result))
+
+
 class Model:
     """GGUF file with a context for several sequences."""
 
@@ -186,9 +257,3 @@ class Model:
         """Return the logits of the last piece, ``[vocab]``."""
         found = self._llama.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(found, (self._vocab_size,)).copy()
-
-    def close(self) -> None:
-        """Free the model and its context."""
-        self._llama.llama_batch_free(self._batch)
-        self._llama.llama_free(self._context)
-        self._llama.llama_model_free(self._model)
