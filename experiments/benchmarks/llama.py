@@ -7,7 +7,7 @@ Cases are one stream, eight streams, and a prompt of 512 tokens.
     python -m experiments.benchmarks.llama --sizes 7m --dtypes float32
 
 Float32, bfloat16 and int8 (W8A8) are compared with F32, BF16 and Q8_0. int8 is also compared with
-this engine's bfloat16. llama.cpp runs in a process of its own: if that crashes, the result says so
+this engine's bfloat16. llama.cpp runs in a second process: if that crashes, the result says so
 and the benchmark continues. Runs alternate, so noise of the machine affects both sides. Results are
 medians and their ratio, with the spread. If llama.cpp is not built, the script says so and ends.
 """

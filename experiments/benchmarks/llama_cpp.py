@@ -149,7 +149,7 @@ class CrashError(Exception):
 
 
 class Remote:
-    """`Model` in a process of its own, which may crash. Methods return their seconds there."""
+    """`Model` in a second process, which may crash. Methods return their seconds there."""
 
     def __init__(self, folder: Path, path: Path, clock: str, **sizes: int) -> None:
         context = multiprocessing.get_context("spawn")

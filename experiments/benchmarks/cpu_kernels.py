@@ -1,0 +1,240 @@
+"""Measure the kernels of the CPU: speed of linear layers, and time of recurrences by their decay.
+
+    python -m experiments.benchmarks.cpu_kernels       # about 3 minutes on two idle cores
+
+Linear layers of 8,192 outputs and 2,048 inputs are compared with oneDNN's. Contenders alternate.
+Recurrences are measured for mean decays (logarithms, per token) from -0.01 to -100 with one thread.
+Strong decays must not take longer. Figures are medians; the processor is part of the provenance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from experiments.provenance import RESULTS, write_json_lines
+from kernels.linear import native as linear
+from kernels.linear import prepacked, reference
+from kernels.native import has, kernel_choices
+from kernels.packed import Packed
+
+OUTPUTS, INPUTS = 8192, 2048
+ROWS = (1, 8, 64, 512)
+TURNS = 15
+DECAYS = (-0.01, -0.5, -1.5, -3.0, -10.0, -50.0, -100.0)
+PROMPT, STREAMS = 512, 8
+HEADS, KEY, VALUE, SIZE = 16, 128, 128, 2048
+"""Sizes of a recurrent layer: value heads, their key and value sizes, and channels of Mamba-1."""
+RECURRENCES = ("gdn", "kda", "mamba2", "mamba1")
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Speed of one linear layer."""
+
+    layer: str
+    dtype: str
+    rows: int
+    threads: int
+    gflop_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecayTime:
+    """Time of one recurrence at one decay."""
+
+    kernel: str
+    decay: float
+    us_per_token: float
+
+
+def layers() -> dict[tuple[str, str], Callable[[torch.Tensor], torch.Tensor]]:
+    """Return the linear layers of this processor by method and dtype of x."""
+    weight = torch.randn(OUTPUTS, INPUTS)
+    found: dict[tuple[str, str], Callable[[torch.Tensor], torch.Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for method in ("lanes", "pairs", "halves", "amx"):
+            if has(f"linear_{name}_{method}") and is_usable(method):
+                layer = linear.NativeLinear(weight.to(dtype), None, None, method)
+                found[f"native {method}", name] = layer
+        if prepacked.is_available(weight.to(dtype)):
+            found["oneDNN", name] = prepacked.PrepackedLinear(weight.to(dtype))
+    quantized, scale = reference.quantize(weight, "int8")
+    for method in ("lanes", "amx"):
+        if has(f"linear_int8_{method}_bfloat16") and is_usable(method):
+            layer8 = linear.NativeInt8Linear(quantized, scale, None, method)
+            found[f"native int8 {method}", "bfloat16"] = layer8
+    return found
+
+
+def is_usable(method: str) -> bool:
+    return method != "amx" or kernel_choices()["linear_bfloat16"] == "amx"
+
+
+def speeds(num_threads: int, turns: int) -> Iterator[Speed]:
+    """Measure all layers, in turn."""
+    found = layers()
+    for threads in sorted({1, num_threads}):
+        torch.set_num_threads(threads)
+        for rows in ROWS:
+            x = torch.randn(rows, INPUTS)
+            calls: dict[Any, Call] = {
+                (name, dtype): partial(layer, x.to(getattr(torch, dtype)))
+                for (name, dtype), layer in found.items()
+            }
+            clock = time.thread_time if threads == 1 else time.perf_counter
+            for (layer, dtype), seconds in medians(calls, turns, clock).items():
+                flop = 2 * rows * OUTPUTS * INPUTS
+                yield Speed(layer, dtype, rows, threads, flop / seconds / 1e9)
+
+
+def medians(
+    calls: dict[Any, Call], turns: int, clock: Callable[[], float], prepare: Call = lambda: None
+) -> dict[Any, float]:
+    """Return the median seconds of calls that alternate, each after ``prepare``."""
+    taken: dict[Any, list[float]] = {key: [] for key in calls}
+    for turn in range(turns + 1):
+        for key, call in calls.items():
+            prepare()
+            start = clock()
+            call()
+            if turn:
+                taken[key].append(clock() - start)
+    return {key: statistics.median(seconds) for key, seconds in taken.items()}
+
+
+def decay_times(turns: int) -> Iterator[DecayTime]:
+    """Measure every recurrence of prompts and of decoding at every decay, with one thread."""
+    torch.set_num_threads(1)
+    for name in RECURRENCES:
+        for backend in ("native", "reference"):
+            try:
+                module = importlib.import_module(f"kernels.{name}.{backend}")
+            except ImportError:
+                continue
+            prompt, decode = getattr(module, f"chunk_{name}"), getattr(module, f"decode_{name}")
+            prompts: dict[Any, Call] = {decay: prompt_call(name, prompt, decay) for decay in DECAYS}
+            for decay, seconds in medians(prompts, turns, time.thread_time).items():
+                yield DecayTime(f"chunk_{name} {backend}", decay, seconds / PROMPT * 1e6)
+            for decay in DECAYS:
+                call, restore = decode_call(name, decode, decay)
+                [seconds] = medians({"": call}, turns, time.thread_time, restore).values()
+                yield DecayTime(f"decode_{name} {backend}", decay, seconds / STREAMS * 1e6)
+
+
+def around(decay: float, *shape: int) -> torch.Tensor:
+    return decay * (0.5 + torch.rand(*shape))
+
+
+def prompt_call(name: str, kernel: Callable[..., object], decay: float) -> Call:
+    """Return a call that computes a prompt with this mean decay."""
+    torch.manual_seed(0)
+    where = {
+        "packed": Packed.from_lengths([PROMPT]),
+        "slots": torch.zeros(1, dtype=torch.int32),
+        "resumed": torch.zeros(1, dtype=torch.bool),
+        "exports": None,
+    }
+    if name == "mamba1":
+        x, B, C = draw(PROMPT, (SIZE,), (16,), (16,))
+        states, step = torch.zeros(1, 16, SIZE), torch.rand(PROMPT, SIZE) + 0.5
+        A, D = around(decay, 16, SIZE), torch.ones(SIZE)
+        return lambda: kernel(x, B, C, step, A, D, states=states, **where)
+    states = torch.zeros(1, HEADS, KEY, VALUE)
+    if name == "mamba2":
+        x, B, C = draw(PROMPT, (HEADS, VALUE), (1, KEY), (1, KEY))
+        gate, step, D = around(decay, PROMPT, HEADS), torch.rand(PROMPT, HEADS), torch.ones(HEADS)
+        return lambda: kernel(x, B, C, gate, step, D, states=states, **where)
+    tokens = draw(PROMPT, (HEADS, KEY), (HEADS, KEY), (HEADS, VALUE))
+    gate = around(decay, PROMPT, HEADS, *([KEY] if name == "kda" else []))
+    beta = torch.rand(PROMPT, HEADS)
+    return lambda: kernel(*tokens, gate, beta, states=states, **where)
+
+
+def decode_call(name: str, kernel: Callable[..., object], decay: float) -> tuple[Call, Call]:
+    """Return a call that decodes a token of each stream, and one that restores its states.
+
+    The states have decayed for long: their numbers are near the smallest normal one, and the token
+    adds nothing.
+    """
+    torch.manual_seed(0)
+    slots = torch.arange(STREAMS, dtype=torch.int32)
+    if name == "mamba1":
+        tokens = [x * 0 for x in draw(STREAMS, (SIZE,), (16,), (16,))]
+        dt, A = torch.ones(STREAMS, SIZE).bfloat16(), around(decay, 16, SIZE)
+        parameters = [dt, A, torch.zeros(SIZE), torch.ones(SIZE)]
+        shape: tuple[int, ...] = (16, SIZE)
+    else:
+        shape = (HEADS, KEY, VALUE)
+        rate = torch.full((HEADS,), math.log(-decay / math.log(2)))
+        zeros, off = torch.zeros(STREAMS, HEADS), torch.full((STREAMS, HEADS), -200.0)
+        zeros, off, bias = zeros.bfloat16(), off.bfloat16(), torch.zeros(HEADS)
+        if name == "mamba2":
+            tokens = [x * 0 for x in draw(STREAMS, (HEADS, VALUE), (1, KEY), (1, KEY))]
+            parameters = [zeros, rate, bias, torch.ones(HEADS)]
+        else:
+            tokens = draw(STREAMS, (HEADS, KEY), (HEADS, KEY), (HEADS, VALUE))
+            if name == "kda":
+                zeros, bias = zeros[..., None].repeat(1, 1, KEY), bias[:, None].repeat(1, KEY)
+            parameters = [zeros, off, rate, bias]
+    former = torch.randn(STREAMS, *shape) * 1e-37
+    states = former.clone()
+    call = lambda: kernel(*tokens, *parameters, states=states, slots=slots)  # noqa: E731
+    return call, lambda: states.copy_(former)
+
+
+def draw(num_tokens: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Return random bfloat16 tensors that are slices of one, as in a model."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = torch.split(torch.randn(num_tokens, sum(sizes)).bfloat16(), sizes, dim=1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def table(found: list[Speed], times: list[DecayTime]) -> str:
+    """Return both tables."""
+    lines = [f"{'GFLOP/s, by rows':24} {'dtype':9} {'threads':>7}" + columns(ROWS)]
+    for key in dict.fromkeys((s.layer, s.dtype, s.threads) for s in found):
+        figures = [s.gflop_s for s in found if (s.layer, s.dtype, s.threads) == key]
+        lines.append(f"{key[0]:24} {key[1]:9} {key[2]:7}" + "".join(f"{x:9.0f}" for x in figures))
+    lines.append(f"{'us per token, by decay':42}" + columns(DECAYS))
+    for kernel in dict.fromkeys(t.kernel for t in times):
+        own = [t.us_per_token for t in times if t.kernel == kernel]
+        lines.append(f"{kernel:42}" + "".join(f"{x:9.1f}" for x in own))
+    return "\n".join(lines)
+
+
+def columns(values: tuple[float, ...]) -> str:
+    return "".join(f"{value:9}" for value in values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_cpu_kernels.jsonl")
+    args = parser.parse_args()
+    with torch.inference_mode():
+        found = list(tqdm(speeds(args.threads, args.turns), desc="layers", disable=None))
+        times = list(tqdm(decay_times(args.turns), desc="decays", disable=None))
+    settings = {"outputs": OUTPUTS, "inputs": INPUTS, "kernels": kernel_choices()}
+    write_json_lines(args.out, [asdict(line) for line in (*found, *times)], settings)
+    print(table(found, times))
+
+
+if __name__ == "__main__":
+    main()
