@@ -1,256 +1,64 @@
-"""Engine in a separate thread: the loop of the thread, and its form for callers in asyncio.
-
-The loop runs commands of other threads between steps, and delivers outputs. It shares only an inbox
-of commands with callers, and a step never waits for a caller. In asyncio, outputs are queued in the
-caller's event loop, so a slow reader delays neither the engine nor other readers.
-
-If a step fails, for lack of memory for example, the requests that ran fail and the engine goes on.
-If the next step fails too, or the runner is lost, the engine ends and all waiting callers get an
-error.
-"""
+"""Front end of an engine for callers in asyncio. The engine is in a thread of this process, in
+another process, or on several replicas, behind an ``EngineChannel``."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import msgspec
+import numpy as np
+from msgspec import structs
 
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.errors import (
+    STOPPED,
+    STOPPING,
     DuplicateId,
     EngineStopped,
-    InvalidRequest,
     QueueFull,
     RequestError,
-    StepFailed,
 )
-from engine.interfaces import EngineCore, Losable, RunnerLost
-from engine.plugins import provided
+from engine.host import EngineHost
+from engine.messages import (
+    Abort,
+    AskCacheView,
+    AskReport,
+    CloseView,
+    Compile,
+    EndEngine,
+    EndSession,
+    FindNode,
+    FromEngine,
+    OpenView,
+    Outputs,
+    Question,
+    Reply,
+    ResetCache,
+    StopAccepting,
+    TakeChanges,
+    ToEngine,
+)
 from engine.requests.grammar import Grammar
+from engine.requests.request import Intake
 from engine.requests.spec import Prompt, RequestSpec, SamplingParams
-from engine.text.outputs import FinishReason, RequestOutput
+from engine.schedule.report import CacheReport
+from engine.text.outputs import FinishReason, OutputAccumulator, RequestOutput
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
-    from engine.requests.request import Request
-    from engine.schedule.report import CacheReport
     from engine.text.tokenizer import Tokenizer
     from hybridcache.watch.recorder import Record
 
-Reader = TypeVar("Reader")
-"""Receiver of a request's outputs."""
-STOPPED = "The engine stopped before the answer was done."
-STOPPING = "The engine is stopping and takes no more requests."
-FAILED = "The engine has failed; see its log for the reason, and restart it."
-logger = logging.getLogger(__name__)
-
-
-def failed(output: RequestOutput) -> RequestError:
-    """Return the ``error`` of ``output``, the last output of its request."""
-    assert output.error is not None
-    return (InvalidRequest if output.is_refused else StepFailed)(output.error)
-
-
-class EngineLoop(Generic[Reader]):
-    """Steps an ``Engine`` while there is work, and waits for commands otherwise. One thread calls
-    ``run``."""
-
-    def __init__(
-        self,
-        engine: EngineCore,
-        deliver: Callable[[Sequence[tuple[Reader, RequestOutput | RequestError]]], None],
-    ) -> None:
-        """Prepare the loop; ``deliver`` is called in the engine's thread after every step, even
-        without outputs."""
-        self._engine = engine
-        self._deliver = deliver
-        self._streams: dict[str, Reader] = {}
-        self._commands: deque[Callable[[], None]] = deque()
-        self._arriving: set[str] = set()
-        self.num_arrived = 0
-        """Number of requests queued so far. Written by the engine's thread only."""
-        self._wake = threading.Condition()
-        self._is_open = True
-        self._must_stop = False
-        self._is_closed = False
-        self.has_failed = self._last_step_failed = False
-        """``has_failed``: the loop ended because the engine failed."""
-        engine.on_work(self._notify)
-
-    def enqueue(self, request: Request, reader: Reader) -> None:
-        """Queue a prepared request before the next step. Safe to call from any thread.
-
-        Raises QueueFull, EngineStopped if the engine is stopping, or DuplicateId if a request of
-        the same id is in progress.
-        """
-        request_id = request.request_id
-
-        def arrive() -> None:
-            self._streams[request_id] = reader
-            self._engine.enqueue(request)
-            self.num_arrived += 1
-            with self._wake:
-                self._arriving.remove(request_id)
-
-        with self._wake:
-            if self.has_failed:
-                raise EngineStopped(FAILED)
-            if not self._is_open:
-                raise EngineStopped(STOPPING)
-            if request_id in self._streams or request_id in self._arriving:
-                raise DuplicateId(request_id)
-            if self._engine.num_waiting + len(self._arriving) >= self._engine.config.max_queue:
-                raise QueueFull(self._engine.config.max_queue)
-            self._arriving.add(request_id)
-            self._queue(arrive)
-
-    def call_soon(self, command: Callable[[], None]) -> None:
-        """Run ``command`` before the next step. Safe to call from any thread. Raises
-        EngineStopped if the loop has ended."""
-        with self._wake:
-            if self._is_closed:
-                raise EngineStopped("The engine has stopped.")
-            self._queue(command)
-
-    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
-        """End a request before the next step. Does nothing if it has ended. Safe to call from any
-        thread."""
-
-        def leave() -> None:
-            output = self._engine.abort(request_id, reason)
-            if output is not None:
-                self._deliver_outputs([output])
-
-        with self._wake:
-            if not self._is_closed:
-                self._queue(leave)
-
-    def end(self, *, at_once: bool) -> None:
-        """Accept no more requests. ``run`` returns when those in progress have finished, or with
-        ``at_once`` after its current step. Safe to call from any thread."""
-        with self._wake:
-            self._is_open = False
-            self._must_stop = self._must_stop or at_once
-            self._wake.notify()
-
-    def _queue(self, command: Callable[[], None]) -> None:
-        """Queue ``command`` for the thread, before its next step. The caller holds ``_wake``."""
-        self._commands.append(command)
-        self._wake.notify()
-
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
-
-    def run(self) -> None:
-        """Step until ``end``, or until the engine fails. All callers have an answer or an error
-        afterwards."""
-        if isinstance(self._engine.runner, Losable):
-            self._engine.runner.when_lost(self.call_soon)
-        try:
-            while self._run_commands():
-                self._step()
-            for request_id in tuple(self._streams):
-                self._engine.abort(request_id)
-            self._engine.close()
-        except RunnerLost as error:
-            self.has_failed = True
-            logger.error("The engine ended: %s", error)
-        except BaseException:
-            self.has_failed = True
-            logger.exception("The engine failed; it answers nothing from here on.")
-        finally:
-            try:
-                self._engine.disconnect()
-            finally:
-                self._close()
-
-    def _step(self) -> None:
-        """Run one step and deliver its outputs. Raises if this step and the previous one both
-        failed."""
-        try:
-            outputs = self._engine.step()
-        except RunnerLost:
-            raise
-        except Exception:
-            if self._last_step_failed:
-                raise
-            self._last_step_failed = True
-            logger.exception(
-                "A step failed, and the requests that ran with it; the engine goes on."
-            )
-            self._deliver_outputs(self._engine.take_outputs())
-            self._fail(self._engine.interrupted)
-        else:
-            self._last_step_failed = False
-            self._deliver_outputs(outputs)
-
-    def _fail(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._engine.abort(request_id)
-            reader = self._streams.pop(request_id, None)
-            if reader is not None:
-                self._deliver([(reader, StepFailed("the step that computed it failed"))])
-
-    def _run_commands(self) -> bool:
-        """Run all queued commands, and wait for one if there is nothing to compute. Returns False
-        if the thread must end."""
-        engine = self._engine
-        while True:
-            rest_s = None if engine.has_work() else engine.run_idle_tasks()
-            with self._wake:
-                if not self._commands and not engine.has_work() and self._is_open:
-                    self._wake.wait(rest_s)
-                num_commands = len(self._commands)
-                is_open, must_stop = self._is_open, self._must_stop
-            if not is_open:
-                engine.stop_accepting()
-            for _ in range(num_commands):
-                self._commands.popleft()()  # If it raises, _close runs the commands after it.
-            if must_stop:
-                return False
-            if engine.has_work():
-                return True
-            if not is_open and not self._commands:
-                return False
-
-    def _deliver_outputs(self, outputs: Sequence[RequestOutput]) -> None:
-        deliveries: list[tuple[Reader, RequestOutput | RequestError]] = []
-        for output in outputs:
-            reader = self._streams.get(output.request_id)
-            if reader is not None:
-                deliveries.append((reader, output if output.error is None else failed(output)))
-            if output.is_finished:
-                self._streams.pop(output.request_id, None)
-        self._deliver(deliveries)
-
-    def _close(self) -> None:
-        """End all streams with an error."""
-        with self._wake:
-            self._is_open, self._is_closed = False, True
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            try:
-                command()
-            except Exception:
-                logger.exception("A command failed that was left when the engine ended.")
-        ended = EngineStopped(FAILED if self.has_failed else STOPPED)
-        self._deliver([(reader, ended) for reader in self._streams.values()])
-        self._streams.clear()
-
-
 Result = TypeVar("Result")
-
-
-class NoSingleEngine(RuntimeError):
-    """A view of one engine's tree was requested from several engines."""
 
 
 class RequestStream:
@@ -293,169 +101,180 @@ class RequestStream:
         self._outputs.put_nowait(output)
 
 
-Question = Literal[
-    "report",
-    "cache_view",
-    "reset_prefix_cache",
-    "end_session",
-    "stop_accepting",
-    "watch",
-    "take",
-    "whole",
-    "node",
-    "close",
-]
-"""Methods of ``Engine``; ``watch`` opens a view, and those after it are questions to a view."""
-
-
-class Answers:
-    """Answers questions to an engine, in its thread between two steps."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._watches: dict[int, Any] = {}
-        self._numbers = itertools.count()
-
-    def answer(self, what: Question, *arguments: Any) -> Any:
-        """Call a method of the engine, or of a view, with the number of the view as the first
-        argument."""
-        match what:
-            case "watch":
-                number = next(self._numbers)
-                self._watches[number] = provided("Watch")(self._engine)
-                return number
-            case "take" | "whole" | "node" | "close":
-                number, *arguments_of_view = arguments
-                watch = self._watches[number]
-                if what == "whole":
-                    return watch.take(), watch.whole()
-                if what == "close":
-                    del self._watches[number]
-                return getattr(watch, what)(*arguments_of_view)
-        return getattr(self._engine, what)(*arguments)
-
-
-class Watching:
-    """View of one engine for an event loop; see ``observe.cache_watch.Watch``. Raises
-    EngineStopped."""
-
-    def __init__(self, ask: Callable[..., Awaitable[Any]], number: int) -> None:
-        self._ask, self._number = ask, number
-
-    async def take(self) -> list[Record]:
-        return cast("list[Record]", await self._ask("take", self._number))
-
-    async def whole(self) -> tuple[list[Record], dict[str, Any]]:
-        """Return (changes not yet taken, the state with them)."""
-        changes, state = await self._ask("whole", self._number)
-        return changes, state
-
-    async def node(self, id_: int) -> dict[str, Any] | None:
-        return cast("dict[str, Any] | None", await self._ask("node", self._number, id_))
-
-    async def close(self) -> None:
-        await self._ask("close", self._number)
-
-
-class ServedEngine(ABC):
-    """Engine as a server uses it: in a thread, in another process, or replicas.
-
-    Coroutines raise EngineStopped after its end.
-    """
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """Facts about an engine for its front end."""
 
     config: EngineConfig
     tokenizer: Tokenizer | None
-    """Tokenizer, or None if the model has none."""
-    sampling_defaults: dict[str, float]
-    """Sampling parameters that the model's files recommend."""
-    model_name: str
+    vocab_size: int
     max_model_len: int
-    """Longest request in tokens, prompt and answer together."""
+    model_name: str
+
+
+class EngineChannel(ABC):
+    """Connection of a front end to an engine."""
+
+    facts: EngineFacts
 
     @property
     @abstractmethod
     def is_alive(self) -> bool:
         """True from ``start`` until the engine ends or fails."""
 
+    @property
+    @abstractmethod
+    def num_queued(self) -> int:
+        """Number of requests that wait, including those on their way to the engine."""
+
+    @property
+    def failure(self) -> str | None:
+        """Reason of an unexpected end of the engine, or None."""
+        return None
+
+    @abstractmethod
+    def connect(self, front: AsyncEngine) -> None:
+        """Pass messages of the engine to ``front.receive``, and its end to ``front.closed``."""
+
     @abstractmethod
     def start(self) -> None:
         """Begin to serve. Called once, in the event loop."""
 
     @abstractmethod
-    def compile(self, grammar: Grammar) -> None:
-        """See ``Engine.compile``. Call it from a separate thread, because it may take long."""
-
-    @abstractmethod
-    def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
-        """Queue a prompt; see ``Engine.submit``. Returns at once.
-
-        Raises a RequestError such as QueueFull or EngineStopped, or a ValueError, before anything
-        is queued.
-        """
-
-    @abstractmethod
-    async def ask(self, what: Question, *arguments: Any) -> Any:
-        """Return the result of ``Answers.answer``."""
+    def send(self, message: ToEngine) -> None:
+        """Send ``message`` without waiting. Raises ValueError if it cannot be encoded."""
 
     @abstractmethod
     async def drain(self) -> None:
-        """Accept no more requests, finish those in progress, and end the engine."""
+        """Finish the requests in progress, and end the engine."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Accept no more requests and end the engine after its step. Unfinished requests fail with
-        EngineStopped. Safe to call from any thread."""
-
-    async def report(self) -> CacheReport:
-        """See ``Engine.report``."""
-        return cast("CacheReport", await self.ask("report"))
-
-    async def cache_view(self) -> dict[str, Any]:
-        """See ``Engine.cache_view``."""
-        return cast("dict[str, Any]", await self.ask("cache_view"))
-
-    async def reset_prefix_cache(self) -> None:
-        """See ``Engine.reset_prefix_cache``."""
-        await self.ask("reset_prefix_cache")
-
-    async def end_session(self, request_id: str) -> None:
-        """See ``Engine.end_session``."""
-        await self.ask("end_session", request_id)
-
-    async def stop_accepting(self) -> None:
-        """See ``Engine.stop_accepting``."""
-        await self.ask("stop_accepting")
-
-    async def watch(self) -> Watching:
-        """Return a view of the cache and its requests. Raises ValueError if the tree is too large
-        to show, and NoSingleEngine for replicas."""
-        return Watching(self.ask, await self.ask("watch"))
+        """End the engine after its step. Safe to call from any thread."""
 
 
-Delivery = tuple[RequestStream, RequestOutput | RequestError]
-
-
-class AsyncEngine(EngineLoop[RequestStream], ServedEngine):
-    """Runs an ``Engine`` in a thread, from ``start`` until ``drain`` or ``stop``."""
-
-    _engine: Engine
+class ThreadChannel(EngineChannel):
+    """Connection to an engine in a thread of this process."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine, _post)
-        self.config, self.tokenizer = engine.config, engine.tokenizer
-        self.sampling_defaults = engine.sampling_defaults
-        self.model_name, self.max_model_len = engine.model_name, engine.max_model_len
-        self._answers = Answers(engine)
-        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.facts = EngineFacts(
+            engine.config,
+            engine.tokenizer,
+            engine.runner.vocab_size,
+            engine.max_model_len,
+            engine.model_name,
+        )
+        self.host = EngineHost(engine, lambda message: self._front.receive(message))
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def is_alive(self) -> bool:
-        """True while the thread runs: after ``start``, until it ends or fails."""
         return self._thread.is_alive()
 
+    @property
+    def num_queued(self) -> int:
+        return self.host.num_queued
+
+    @property
+    def failure(self) -> str | None:
+        return self.host.failure
+
+    def connect(self, front: AsyncEngine) -> None:
+        self._front = front
+
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.host.run()
+        finally:
+            self._front.closed(self.failure)
+
+    def send(self, message: ToEngine) -> None:
+        self.host.receive(message)
+
+    async def drain(self) -> None:
+        self.send(EndEngine(at_once=False))
+        await asyncio.to_thread(self._join)
+
+    def stop(self) -> None:
+        self.send(EndEngine(at_once=True))
+        self._join()
+
+    def _join(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()
+        else:
+            self.host.close()
+            self._front.closed(None)
+
+
+class View:
+    """View of one engine's cache for an event loop; see ``observe.cache_watch.Watch``. Raises
+    EngineStopped."""
+
+    def __init__(self, front: AsyncEngine, number: int) -> None:
+        self._front, self._number = front, number
+
+    async def take(self) -> list[Record]:
+        """Return the changes that were not taken yet."""
+        return cast("list[Record]", await self._front.ask(TakeChanges, self._number, False))
+
+    async def whole(self) -> tuple[list[Record], dict[str, Any]]:
+        """Return (changes not yet taken, the state with them)."""
+        changes, state = await self._front.ask(TakeChanges, self._number, True)
+        return changes, state
+
+    async def node(self, id_: int) -> dict[str, Any] | None:
+        """Return details of one node, or None if it is gone."""
+        return cast("dict[str, Any] | None", await self._front.ask(FindNode, self._number, id_))
+
+    async def close(self) -> None:
+        """Close the view."""
+        await self._front.ask(CloseView, self._number)
+
+
+class AsyncEngine:
+    """Submits requests to an engine, and follows their outputs.
+
+    Coroutines raise EngineStopped after the engine's end.
+    """
+
+    def __init__(self, served: Engine | EngineChannel) -> None:
+        """Serve an engine in a thread of this process, or connect to the one behind a channel."""
+        self._channel = ThreadChannel(served) if isinstance(served, Engine) else served
+        facts = self._channel.facts
+        self.config, self.tokenizer = facts.config, facts.tokenizer
+        self.model_name, self.max_model_len = facts.model_name, facts.max_model_len
+        self._intake = Intake(
+            facts.config,
+            facts.tokenizer,
+            vocab_size=facts.vocab_size,
+            max_model_len=facts.max_model_len,
+        )
+        self.sampling_defaults = self._intake.sampling_defaults
+        """Sampling parameters that the model's files recommend."""
+        self._streams: dict[str, tuple[RequestStream, OutputAccumulator]] = {}
+        self._replies: dict[int, Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._is_open = True
+        self._end: str | None = None
+        self._channel.connect(self)
+
+    @property
+    def is_alive(self) -> bool:
+        """True from ``start`` until the engine ends or fails."""
+        return self._channel.is_alive
+
+    @property
+    def failure(self) -> str | None:
+        """Reason of an unexpected end of the engine, or None."""
+        return self._channel.failure
+
+    def start(self) -> None:
+        """Begin to serve. Called once, in the event loop."""
+        self._channel.start()
 
     def submit(
         self,
@@ -463,14 +282,46 @@ class AsyncEngine(EngineLoop[RequestStream], ServedEngine):
         sampling: SamplingParams | None = None,
         **options: Any,
     ) -> RequestStream:
-        """See ``ServedEngine``. ``sampling`` and ``options`` are those of ``Engine.submit``."""
-        request = self._engine.prepare(RequestSpec.of(prompt, sampling, options))
-        stream = RequestStream(request.request_id, self.abort)
-        self.enqueue(request, stream)
+        """Queue a prompt; see ``Engine.submit``. Returns at once.
+
+        Raises a RequestError such as QueueFull or EngineStopped, or a ValueError, before anything
+        is queued.
+        """
+        return self.submit_valid(self.validate(RequestSpec.of(prompt, sampling, options)))
+
+    def validate(self, spec: RequestSpec) -> RequestSpec:
+        """See ``Engine.validate``."""
+        return self._intake.validate(spec)
+
+    def submit_valid(self, spec: RequestSpec) -> RequestStream:
+        """Queue a request that another front end has validated."""
+        if self.failure is not None:
+            raise EngineStopped(self.failure)
+        if not self._is_open or self._end is not None:
+            raise EngineStopped(STOPPING)
+        request_id = spec.request_id or f"request-{next(self._numbers)}"
+        if request_id in self._streams:
+            raise DuplicateId(request_id)
+        if self._channel.num_queued >= self.config.max_queue:
+            raise QueueFull(self.config.max_queue)
+        stream = RequestStream(request_id, self.abort)
+        tokens = np.ascontiguousarray(spec.prompt, np.int32)
+        self._streams[request_id] = stream, OutputAccumulator(request_id, tokens)
+        try:
+            self._channel.send(
+                structs.replace(
+                    spec, prompt=tokens, request_id=request_id, arrival_s=time.perf_counter()
+                )
+            )
+        except BaseException:
+            self._streams.pop(request_id, None)
+            raise
         return stream
 
-    def compile(self, grammar: Grammar) -> None:
-        self._engine.compile(grammar)
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """End a request before the next step. Does nothing if it has ended."""
+        if request_id in self._streams:
+            self._channel.send(Abort(request_id, reason))
 
     async def generate(
         self,
@@ -487,16 +338,104 @@ class AsyncEngine(EngineLoop[RequestStream], ServedEngine):
         finally:
             stream.abort()
 
+    def receive(self, message: FromEngine) -> None:
+        """Process a message of the engine. Called by the channel, in any one thread at a time."""
+        match message:
+            case Reply():
+                self._answered(message)
+            case Outputs():
+                self._take(message)
+
+    def _take(self, outputs: Outputs) -> None:
+        deliveries: list[Delivery] = []
+        for news in outputs.news:
+            followed = self._streams.get(news.request_id)
+            if followed is not None:
+                stream, answer = followed
+                deliveries.append((stream, answer.add(news)))
+                if news.finish_reason is not None:
+                    del self._streams[news.request_id]
+        for ended in outputs.ended:
+            followed = self._streams.pop(ended.request_id, None)
+            if followed is not None:
+                deliveries.append((followed[0], RequestError.from_wire(ended.error)))
+        _deliver(deliveries)
+
+    def _answered(self, said: Reply) -> None:
+        reply = self._replies.pop(said.number, None)
+        if reply is None or not reply.set_running_or_notify_cancel():
+            return
+        if said.error is not None:
+            reply.set_exception(RequestError.from_wire(said.error))
+        else:
+            reply.set_result(said.value)
+
+    def closed(self, failure: str | None) -> None:
+        """Fail all pending requests and questions: the engine has ended."""
+        self._is_open, self._end = False, failure or "The engine has stopped."
+        streams = [self._streams.pop(request_id)[0] for request_id in tuple(self._streams)]
+        _deliver([(stream, EngineStopped(failure or STOPPED)) for stream in streams])
+        for number in tuple(self._replies):
+            self._answered(Reply(number, error=EngineStopped(failure or STOPPED).to_wire()))
+
+    def _question(self, kind: type[Question], *arguments: Any) -> Future[Any]:
+        if self._end is not None:
+            raise EngineStopped(self._end)
+        number = next(self._numbers)
+        reply = self._replies[number] = Future()
+        try:
+            self._channel.send(cast("ToEngine", kind(number, *arguments)))
+        except BaseException:
+            self._replies.pop(number, None)
+            raise
+        return reply
+
+    async def ask(self, kind: type[Question], *arguments: Any) -> Any:
+        """Return the value of the reply to a question. Raises the RequestError in the reply, if
+        any."""
+        return await asyncio.wrap_future(self._question(kind, *arguments))
+
+    def compile(self, grammar: Grammar) -> None:
+        """See ``Engine.compile``. Call it from a separate thread, because it may take long."""
+        self._question(Compile, grammar).result()
+
+    async def report(self) -> CacheReport:
+        """See ``Engine.report``."""
+        found = await self.ask(AskReport)
+        return found if isinstance(found, CacheReport) else msgspec.convert(found, CacheReport)
+
+    async def cache_view(self) -> dict[str, Any]:
+        """See ``Engine.cache_view``."""
+        return cast("dict[str, Any]", await self.ask(AskCacheView))
+
+    async def reset_prefix_cache(self) -> None:
+        """See ``Engine.reset_prefix_cache``."""
+        await self.ask(ResetCache)
+
+    async def end_session(self, request_id: str) -> None:
+        """See ``Engine.end_session``."""
+        await self.ask(EndSession, request_id)
+
+    async def stop_accepting(self) -> None:
+        """See ``Engine.stop_accepting``."""
+        await self.ask(StopAccepting)
+
+    async def watch(self) -> View:
+        """Return a view of the cache and its requests. Raises ValueError if the tree is too large
+        to show, and NoSingleEngine for replicas."""
+        return View(self, await self.ask(OpenView))
+
     async def call(self, function: Callable[[Engine], Result]) -> Result:
-        """Return ``function(engine)``, called in the engine's thread between two steps. Raises
-        EngineStopped if it has ended."""
-        answer: Future[Result] = Future()
+        """Return ``function(engine)`` for an engine of this process, called in its thread between
+        two steps. Raises EngineStopped if it has ended."""
+        assert isinstance(self._channel, ThreadChannel), "the engine is in another process"
+        host, answer = self._channel.host, Future[Result]()
 
         def run() -> None:
             if not answer.set_running_or_notify_cancel():
                 return
             try:
-                answer.set_result(function(self._engine))
+                answer.set_result(function(host.engine))
             except Exception as error:
                 answer.set_exception(error)
             except BaseException as error:
@@ -504,40 +443,38 @@ class AsyncEngine(EngineLoop[RequestStream], ServedEngine):
                 # loop.
                 answer.set_exception(RuntimeError(f"a call to the engine raised {error!r}"))
 
-        self.call_soon(run)
+        host.call_soon(run)
         return await asyncio.wrap_future(answer)
 
-    async def ask(self, what: Question, *arguments: Any) -> Any:
-        return await self.call(lambda _: self._answers.answer(what, *arguments))
-
     async def drain(self) -> None:
-        self.end(at_once=False)
-        await asyncio.to_thread(self._join)
+        """Accept no more requests, finish those in progress, and end the engine."""
+        self._is_open = False
+        await self._channel.drain()
 
     def stop(self) -> None:
-        self.end(at_once=True)
-        self._join()
-
-    def _join(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
-        else:  # It never started, so its loop cannot end the streams.
-            self._engine.disconnect()
-            self._close()
+        """Accept no more requests and end the engine after its step. Unfinished requests fail with
+        EngineStopped. Safe to call from any thread."""
+        self._is_open = False
+        self._channel.stop()
 
 
-def _post(deliveries: Sequence[Delivery]) -> None:
+Delivery = tuple[RequestStream, RequestOutput | RequestError]
+
+
+def _deliver(deliveries: Sequence[Delivery]) -> None:
     """Deliver outputs in the event loops of their streams, with one call per loop. Closed loops are
     skipped."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
     for delivery in deliveries:
         by_loop.setdefault(delivery[0].loop, []).append(delivery)
     for loop, theirs in by_loop.items():
-        if not loop.is_closed():
+        if loop is asyncio._get_running_loop():
+            _put(theirs)
+        elif not loop.is_closed():
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(_deliver, theirs)
+                loop.call_soon_threadsafe(_put, theirs)
 
 
-def _deliver(deliveries: Sequence[Delivery]) -> None:
+def _put(deliveries: Sequence[Delivery]) -> None:
     for stream, output in deliveries:
         stream.put(output)

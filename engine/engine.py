@@ -188,17 +188,21 @@ class Engine:
             raise QueueFull(self.config.max_queue)
         if spec.request_id is not None and spec.request_id in self._requests:
             raise DuplicateId(spec.request_id)
-        request = self._intake.prepare(spec)
+        request = self.make(self.validate(spec))
         self.enqueue(request)
         return request.request_id
 
-    def prepare(self, spec: RequestSpec) -> Request:
-        """Check a prompt and make its request: the first half of ``submit``. Safe to call from any
-        thread."""
-        return self._intake.prepare(spec)
+    def validate(self, spec: RequestSpec) -> RequestSpec:
+        """Return ``spec`` with token ids and complete sampling parameters. Raises ValueError for a
+        request that cannot be served. Safe to call from any thread."""
+        return self._intake.validate(spec)
+
+    def make(self, spec: RequestSpec) -> Request:
+        """Make the request of a valid ``spec``. Safe to call from any thread."""
+        return self._intake.make(spec)
 
     def compile(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` in advance, so that ``prepare`` does not have to.
+        """Compile ``grammar`` in advance, so that ``make`` does not have to.
 
         Safe to call from any thread. Takes milliseconds, and at worst a tenth of a second; the
         first call takes up to a second more (see ``prepare_grammars``). Raises ValueError for an
@@ -215,7 +219,7 @@ class Engine:
         self._intake.grammars.load()
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request: the second half of ``submit``."""
+        """Queue a request."""
         self._requests[request.request_id] = request
         self._scheduler.add(request)
 

@@ -8,6 +8,10 @@ from typing import Any, ClassVar
 
 import msgspec
 
+STOPPED = "The engine stopped before the answer was done."
+STOPPING = "The engine is stopping and takes no more requests."
+FAILED = "The engine has failed; see its log for the reason, and restart it."
+
 
 class WireError(msgspec.Struct, frozen=True, array_like=True):
     """A ``RequestError`` as plain data for MessagePack, JSON and pickle."""
@@ -108,6 +112,12 @@ class EngineStopped(RequestError):
     kind = "stopped"
 
 
+class NoSingleEngine(RequestError):
+    """A view of one engine's tree was requested from several engines."""
+
+    kind = "no_single_engine"
+
+
 class StepFailed(RequestError):
     """The step that computed this request failed; others may go on."""
 
@@ -122,6 +132,7 @@ KINDS: dict[str, type[RequestError]] = {
         DuplicateId,
         QueueFull,
         EngineStopped,
+        NoSingleEngine,
         StepFailed,
     )
 }

@@ -37,7 +37,7 @@ from hybridcache.lab.parser import Parser
 from hybridcache.lab.signals import end_by_exception
 
 if TYPE_CHECKING:
-    from engine.async_engine import ServedEngine
+    from engine.async_engine import AsyncEngine
     from engine.engine import Engine
     from engine.requests.spec import RequestSpec, SamplingParams
     from engine.text.outputs import RequestOutput
@@ -220,9 +220,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments, plugins=server_settings())
     engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
     from engine.server.settings import bind
-    from engine.worker.engine_client import start_engine
+    from engine.worker.process_channel import start_engine
 
-    served: ServedEngine
+    served: AsyncEngine
     try:
         listener = bind(server_config)  # Before anything slow: a taken port is reported at once.
     except ValueError as error:
@@ -395,7 +395,7 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
 def _print_answer(engine: Engine, spec: RequestSpec) -> RequestOutput:
     """Print an answer while it is generated, and return its last output. Raises RequestError if the
     answer failed."""
-    from engine.async_engine import failed
+    from engine.host import failed
 
     for output in engine.stream(spec):  # Leaving the loop aborts the request.
         print(output.new_text, end="", flush=True)

@@ -8,12 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from engine.config import EngineConfig
 from engine.errors import ContextOverflow
@@ -431,41 +432,12 @@ class Intake:
                 )
             return self._grammars
 
-    def prepare(self, spec: RequestSpec) -> Request:
-        """Make a request from ``spec``; see ``Engine.submit``. Raises ValueError for an invalid
-        one. O(length of the prompt)."""
-        spec, max_len = self._checked(spec)
-        sampling = spec.sampling or self._default_sampling
-        end_token_ids = self._end_token_ids(sampling)
-        arrival = next(self._arrivals)
-        return Request(
-            spec,
-            arrival=arrival,
-            arrival_s=self._clock(),
-            max_len=max_len,
-            seed=sampling.seed if sampling.seed is not None else self._config.seed + arrival,
-            end_token_ids=end_token_ids,
-            text_stream=self._text_stream(spec, sampling),
-            rules=[
-                *([] if spec.grammar is None else [self.grammars.rule(spec.grammar)]),
-                *self._rules(sampling, end_token_ids, np.asarray(spec.prompt)),
-            ],
-        )
-
-    def check(self, spec: RequestSpec) -> RequestSpec:
+    def validate(self, spec: RequestSpec) -> RequestSpec:
         """Return ``spec`` with token ids for its prompt and with complete sampling parameters.
 
-        Raises ValueError as ``prepare`` does, except for errors in the grammar. O(length of the
-        prompt).
+        Raises ValueError for a request that cannot be served, except for errors in its grammar.
+        Every request is validated once, where it enters. O(length of the prompt).
         """
-        spec, _ = self._checked(spec)
-        sampling = spec.sampling or self._default_sampling
-        self._text_stream(spec, sampling)
-        self._rules(sampling, self._end_token_ids(sampling), np.asarray(spec.prompt))
-        return spec
-
-    def _checked(self, spec: RequestSpec) -> tuple[RequestSpec, int]:
-        """Return (the checked spec, maximum length of prompt and answer together)."""
         tokens = self._tokens(spec.prompt)
         sampling, num_scores = spec.sampling or self._default_sampling, spec.prompt_logprobs
         if num_scores is not None and num_scores not in range(MAX_LOGPROBS + 1):
@@ -473,18 +445,37 @@ class Intake:
                 f"prompt_logprobs must be between 0 and {MAX_LOGPROBS} (got {num_scores})."
             )
         require_namespace(spec.namespace)
-        max_len = self._max_len(len(tokens), sampling, num_scores)
+        self._check_length(len(tokens), sampling, num_scores)
         if spec.grammar is not None and sampling.allowed_token_ids is not None:
             raise ValueError(
                 "a grammar and allowed_token_ids cannot be combined: remove one of them."
             )
-        settled = replace(
+        self._check_sampling(sampling)
+        return structs.replace(
             spec,
             prompt=tokens,
             sampling=sampling,
             boundaries=tuple(sorted(b for b in spec.boundaries if 0 < b <= len(tokens))),
         )
-        return settled, max_len
+
+    def make(self, spec: RequestSpec) -> Request:
+        """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
+        sampling, prompt = spec.sampling or self._default_sampling, np.asarray(spec.prompt)
+        end_token_ids = self._end_token_ids(sampling)
+        arrival, limit = next(self._arrivals), self._max_model_len
+        return Request(
+            spec,
+            arrival=arrival,
+            arrival_s=self._clock() if spec.arrival_s is None else spec.arrival_s,
+            max_len=limit if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,
+            seed=sampling.seed if sampling.seed is not None else self._config.seed + arrival,
+            end_token_ids=end_token_ids,
+            text_stream=self._text_stream(spec, sampling),
+            rules=[
+                *([] if spec.grammar is None else [self.grammars.rule(spec.grammar)]),
+                *self._rules(sampling, end_token_ids, prompt),
+            ],
+        )
 
     def _tokens(self, prompt: Prompt) -> Tokens:
         if isinstance(prompt, str):
@@ -511,16 +502,30 @@ class Intake:
         wrong = next(token for token in tokens if not 0 <= token < self._vocab_size)
         return f"token ids must be from 0 to {self._vocab_size - 1} (got {wrong})."
 
-    def _max_len(
+    def _check_length(
         self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
-    ) -> int:
-        limit = self._max_model_len
+    ) -> None:
         if sampling.max_tokens == 0 and prompt_logprobs is None:
             raise ValueError("max_tokens must be at least 1; 0 requires prompt_logprobs.")
         max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
-        if prompt_len + max_tokens > limit:
-            raise ContextOverflow(prompt_len, max_tokens, limit)
-        return limit if sampling.max_tokens is None else prompt_len + max_tokens
+        if prompt_len + max_tokens > self._max_model_len:
+            raise ContextOverflow(prompt_len, max_tokens, self._max_model_len)
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise ValueError for parameters that this model or its tokenizer does not support."""
+        allowed, biased = sampling.allowed_token_ids, dict(sampling.logit_bias)
+        for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
+            if tokens and max(tokens) >= self._vocab_size:
+                raise ValueError(
+                    f"{name} must contain token ids from 0 to {self._vocab_size - 1} "
+                    f"(got {max(tokens)})."
+                )
+        has_text = self._tokenizer is not None and not isinstance(self._tokenizer, IdTokenizer)
+        if sampling.thinking_token_budget is not None and not has_text:
+            raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
+        if self._tokenizer is None and (sampling.bad_words or sampling.stop):
+            name = "bad_words requires" if sampling.bad_words else "stop strings require"
+            raise ValueError(f"{name} a tokenizer, and the engine has none.")
 
     def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         own = frozenset(sampling.stop_token_ids)
@@ -531,19 +536,13 @@ class Intake:
     def _rules(
         self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens
     ) -> list[LogitRule]:
-        """Build the rules of a request. Raises ValueError for token ids outside the vocabulary."""
-        allowed, biased = sampling.allowed_token_ids, dict(sampling.logit_bias)
-        for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
-            if tokens and max(tokens) >= self._vocab_size:
-                raise ValueError(
-                    f"{name} must contain token ids from 0 to {self._vocab_size - 1} "
-                    f"(got {max(tokens)})."
-                )
-        rules: list[LogitRule] = []
+        allowed, rules = sampling.allowed_token_ids, list[LogitRule]()
         if allowed is not None:
             rules.append(AllowedTokens(allowed, self._vocab_size))
         if sampling.thinking_token_budget is not None:
-            rules.append(self._reasoning_budget(sampling.thinking_token_budget, prompt))
+            assert self._tokenizer is not None
+            budget = sampling.thinking_token_budget
+            rules.append(ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget))
         bad_words = self._bad_words(sampling.bad_words) if sampling.bad_words else ()
         if sampling.logit_bias or sampling.min_tokens or bad_words:
             ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
@@ -553,16 +552,10 @@ class Intake:
             rules.append(Penalties(prompt, repetition, presence, sampling.frequency_penalty))
         return rules
 
-    def _reasoning_budget(self, budget: int, prompt: Tokens) -> ReasoningBudget:
-        if self._tokenizer is None or isinstance(self._tokenizer, IdTokenizer):
-            raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
-        return ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget)
-
     def _encode_bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Return the token runs of ``words``: each as at the start of a text, and after a space if
         that gives the same number of tokens with another first one (vLLM's rule)."""
-        if self._tokenizer is None:
-            raise ValueError("bad_words requires a tokenizer, and the engine has none.")
+        assert self._tokenizer is not None
         runs: list[tuple[int, ...]] = []
         for word in words:
             plain, spaced = (
@@ -575,8 +568,6 @@ class Intake:
 
     def _text_stream(self, spec: RequestSpec, sampling: SamplingParams) -> TextStream | None:
         if self._tokenizer is None:
-            if sampling.stop:
-                raise ValueError("stop strings require a tokenizer, and the engine has none.")
             return None
         before = () if spec.answer_starts_text else np.asarray(spec.prompt[-MAX_CONTEXT:]).tolist()
         decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens, before)

@@ -9,10 +9,10 @@ from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from engine.config import ABOVE_0, EngineConfig, Limits, check_fields, setting
 from engine.requests.grammar import Grammar
@@ -223,17 +223,22 @@ def _check_ids(name: str, tokens: Collection[Any]) -> None:
 
 
 Prompt = str | Sequence[int] | np.ndarray
+if TYPE_CHECKING:
+    WirePrompt = Prompt
+    Namespace = Hashable
+else:
+    WirePrompt = Namespace = Any  # For msgspec: an array arrives as bytes.
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RequestSpec:
-    """One prompt and the parameters of its answer."""
+class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
+    """One prompt and the parameters of its answer, from the body of an HTTP request to the
+    scheduler. It is also the message to another process."""
 
-    prompt: Prompt
-    """A text, or token ids: a list or int[n]."""
+    prompt: WirePrompt
+    """A text, or token ids: a list or int[n]. Bytes are int32[n] in the machine's byte order."""
     sampling: SamplingParams | None = None
     """Sampling parameters, or None for the model's recommendation."""
-    namespace: Hashable = None
+    namespace: Namespace = None
     """Requests of different namespaces share no cache entries. None, a str, bytes, an int, or a
     tuple of these."""
     boundaries: Sequence[int] = ()
@@ -263,6 +268,13 @@ class RequestSpec:
     count both as one session."""
     grammar: Grammar | None = None
     """Grammar of the answer, or None if the answer is free."""
+    arrival_s: float | None = None
+    """Time of submission by ``time.perf_counter``, which is the same clock in all processes of a
+    machine; None for the time at which the engine gets it."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, bytes):
+            structs.force_setattr(self, "prompt", np.frombuffer(self.prompt, np.int32))
 
     @classmethod
     def of(

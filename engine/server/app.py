@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from engine.async_engine import ServedEngine
+from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
 from engine.server import access, api_description, api_errors
 from engine.server.access import Operator
@@ -29,7 +29,7 @@ HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
 
 
-def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
+def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """Make the application that serves ``engine``. The engine starts and stops with it."""
     workers = Workers()
     context = ServingContext(engine, config, workers)
@@ -109,7 +109,7 @@ def _add_generation(app: FastAPI, context: ServingContext, reader: BodyReader) -
 class Health:
     """State reported by ``/health`` for a running engine."""
 
-    def __init__(self, engine: ServedEngine) -> None:
+    def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._asking: asyncio.Task[None] | None = None
         self._problem: str | None = None

@@ -25,7 +25,7 @@ from fastapi import FastAPI, Request, Response
 from msgspec import structs
 from starlette.types import Receive, Scope, Send
 
-from engine.async_engine import RequestStream, ServedEngine
+from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.plugins import PATHS, plugin_of_path, provided, server_extension
 from engine.requests.grammar import Grammar
@@ -244,7 +244,7 @@ logger = logging.getLogger(__name__)
 class ServingContext:
     """One engine with its model name."""
 
-    def __init__(self, engine: ServedEngine, config: ServerConfig, workers: Workers) -> None:
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, workers: Workers) -> None:
         self.engine = engine
         self.model_name = config.served_model_name or engine.model_name
         self.special_in_content = config.special_in_content

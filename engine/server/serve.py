@@ -28,7 +28,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from engine.async_engine import ServedEngine
+from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
 from engine.server import access
 from engine.server.access import Operator
@@ -280,7 +280,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        engine: ServedEngine,
+        engine: AsyncEngine,
         config: ServerConfig,
         must_end: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -371,7 +371,7 @@ def check(config: ServerConfig) -> None:
 
 
 def serve(
-    engine: ServedEngine,
+    engine: AsyncEngine,
     config: ServerConfig,
     listener: socket.socket,
     must_end: Callable[[], bool] = lambda: False,

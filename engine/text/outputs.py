@@ -110,29 +110,29 @@ class OutputDelta(Struct, frozen=True, array_like=True, gc=False):
 
     request_id: str
     """Identifier of the request, as ``RequestSpec`` has it."""
-    new_token_ids: tuple[int, ...]
+    new_token_ids: tuple[int, ...] = ()
     """Tokens that this step generated."""
-    new_text: str
+    new_text: str = ""
     """New text that is certain: it contains no possible beginning of a stop string."""
-    new_logprobs: tuple[SampledToken, ...]
+    new_logprobs: tuple[SampledToken, ...] = ()
     """One per new token if the request has log-probabilities."""
-    cached_len: int
+    cached_len: int = 0
     """Number of prompt tokens that were not computed."""
-    losses: Losses | None
+    losses: Losses | None = None
     """Number of other prompt tokens by loss cause; with ``cached_len`` they sum to the prompt. None
     if the request ended before it was scheduled."""
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | None = None
     """Reason why the request ended, or None if it goes on."""
-    timings: Timings
+    timings: Timings = Timings(None, None, None)
     """Times of the request's stages."""
-    num_preemptions: int
+    num_preemptions: int = 0
     """Number of times that the request gave up its memory for an older one."""
-    prompt_logprobs: tuple[SampledToken | None, ...] | None
+    prompt_logprobs: tuple[SampledToken | None, ...] | None = None
     """One per prompt token, None for the first; set from the first token on if the request has
     them. Sent with the first tokens only."""
-    drafts: DraftCounts | None
+    drafts: DraftCounts | None = None
     """Draft statistics of the request, which keep changing. None if no step could have drafts."""
-    transferred: Transferred | None
+    transferred: Transferred | None = None
     """Transfer statistics, or None if no other engine was involved."""
 
 

@@ -33,12 +33,13 @@ import numpy as np
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.engine import StepReport
+from engine.interfaces import StepReport
+from engine.messages import FromEngine, Outputs
 from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
 from engine.text.outputs import SampledToken, delta_of
 from engine.text.tokenizer import ByteTokenizer
-from engine.worker.channel import Channel, FromEngine, Outputs
+from engine.worker.sockets import Sockets
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest
@@ -182,8 +183,8 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
     reports: list[StepReport] = []
     sending_s: list[float] = []
     folder = tempfile.mkdtemp(prefix="engine-")
-    server: Channel[FromEngine] = Channel(folder, is_server=True)
-    channel: Channel[Any] = Channel(folder, is_server=False)
+    server: Sockets[FromEngine] = Sockets(folder, is_server=True)
+    channel: Sockets[Any] = Sockets(folder, is_server=False)
     engine = Engine(
         EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
         runner=IdleRunner(),

@@ -164,7 +164,9 @@ def test_empty_prompts_and_a_full_queue_are_refused_by_submit() -> None:
 def test_the_queue_holds_exactly_max_queue_waiting_requests() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         streams = [engine.submit([0], ONE)]
-        while not engine._engine.report().num_running:  # It runs, and its step waits for a permit.
+        while (
+            not engine._channel.host.engine.report().num_running
+        ):  # It runs, and its step waits for a permit.
             await asyncio.sleep(0.001)
         streams += [engine.submit([i], ONE) for i in range(3)]
         with pytest.raises(QueueFull):
@@ -188,7 +190,7 @@ def test_finished_requests_free_their_queue_places_and_streams() -> None:
 def test_drain_and_stop_end_an_idle_engine(end: str) -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         await read(engine.submit([1], ONE))
-        while engine._engine.has_work():
+        while engine._channel.host.engine.has_work():
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.02)
         await (engine.drain() if end == "drain" else asyncio.to_thread(engine.stop))
@@ -308,7 +310,7 @@ def test_requests_of_a_failed_step_end_without_a_reader() -> None:
         runner.fails = True
         runner.allow(1)
         stream = engine.submit([1, 2, 3], ENDLESS)
-        while not engine._last_step_failed:
+        while not engine._channel.host.last_step_failed:
             await asyncio.sleep(0.001)
         runner.fails = False
         runner.allow()

@@ -336,8 +336,8 @@ def test_a_failing_command_leaves_no_stream_and_no_call_unanswered() -> None:
         def fail() -> None:
             raise RuntimeError("no such command")
 
-        server.call_soon(fail)
-        server.call_soon(fail)
+        server._channel.host.call_soon(fail)
+        server._channel.host.call_soon(fail)
         behind = server.submit(ids(8, 50), ANSWER)
         answer = asyncio.ensure_future(server.call(lambda engine: engine.num_waiting))
         await asyncio.sleep(0)

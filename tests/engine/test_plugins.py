@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config
-from engine.async_engine import EngineLoop
+from engine.host import EngineHost
 from engine.interfaces import Plugin
 from engine.plugins import PATHS, engine_plugins, engine_settings, server_settings
 from engine.requests.logit_rules import (
@@ -161,7 +161,7 @@ def test_plugins_are_notified_of_a_failed_step(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_plugin_can_wake_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, plugin = make_engine(monkeypatch)
-    loop: EngineLoop[str] = EngineLoop(engine, lambda letters: None)
+    loop = EngineHost(engine, lambda message: None)
     woken: list[int] = []
     monkeypatch.setattr(loop._wake, "notify", lambda: woken.append(1))
     plugin.wake()

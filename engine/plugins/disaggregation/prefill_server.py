@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import zmq
+from msgspec import structs
 
 from engine.errors import EngineStopped, RequestError, StepFailed
 from engine.interfaces import EngineCore
@@ -32,7 +33,6 @@ from engine.plugins.disaggregation.prefix_buffer import (
     difference,
 )
 from engine.requests.request import Request
-from engine.requests.spec import RequestSpec, SamplingParams
 from engine.schedule.batch import StepHooks
 from hybridcache.api import PrefixCache
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -89,18 +89,6 @@ class Outgoing:
     def end(self) -> int:
         return len(self.tokens) - 1
 
-    def spec(self, request_id: str) -> RequestSpec:
-        """Return the request that computes it."""
-        return RequestSpec(
-            self.tokens,
-            SamplingParams(max_tokens=1, temperature=0),
-            namespace=self.ask.namespace,
-            boundaries=self.ask.boundaries,
-            answer_survives=False,
-            save_at=(self.end,),
-            request_id=request_id,
-        )
-
     def _finish(self, message: wire.ToDecode) -> None:
         self.has_ended = True
         self.post(self, message, None)
@@ -122,7 +110,7 @@ class Outgoing:
         cache = manager.cache
         if self._receipt is None and not self._settle(unit, cache):
             return
-        match = cache.match(self.tokens, self.ask.namespace)
+        match = cache.match(self.tokens, self.ask.spec.namespace)
         rows = cache.gather(match.node)
         for part in range(len(unit.part_bytes)):
             self._send_rows(unit, part, rows, self.end)
@@ -140,7 +128,7 @@ class Outgoing:
         request = self.request
         if request is not None and request.finish_reason is None:
             return False
-        match = cache.match(self.tokens, self.ask.namespace)
+        match = cache.match(self.tokens, self.ask.spec.namespace)
         if match.cached_len < self.end:
             why = "it was aborted" if request is None else request.error or "memory is short"
             self.fail(StepFailed(f"the prefill engine could not keep it: {why}"))
@@ -295,7 +283,9 @@ class PrefillServer(StepHooks):
         if unlike is not None:
             self._fail(peer, StepFailed(f"it differs in {unlike}"))
             return
-        tokens = np.frombuffer(ask.tokens, np.int32).copy()
+        tokens = ask.spec.prompt
+        if not isinstance(tokens, np.ndarray):
+            raise ValueError("the prefix is not token ids")
         if ask.start >= len(tokens):
             raise ValueError("nothing is requested")
         if len(self._sessions) >= MAX_PREFIXES:
@@ -303,6 +293,11 @@ class PrefillServer(StepHooks):
             return
         if not self._is_accepting:
             self._fail(peer, EngineStopped(STOPPING))
+            return
+        try:
+            ask = structs.replace(ask, spec=self._engine.validate(ask.spec))
+        except ValueError as error:
+            self._fail(peer, RequestError.of(error))
             return
         sent = [ask.start] * len(self._unit.part_bytes)
         self._sessions[peer] = Outgoing(peer, self._post, ask, tokens, sent)
@@ -396,14 +391,10 @@ class PrefillServer(StepHooks):
         self._active = [outgoing for outgoing in self._active if not outgoing.has_ended]
 
     def _take_in(self, outgoing: Outgoing) -> None:
-        match = self._manager.cache.match(outgoing.tokens, outgoing.ask.namespace)
-        if match.cached_len < outgoing.end:
-            try:
-                request_id = f"transfer-{next(self._numbers)}"
-                outgoing.request = self._engine.prepare(outgoing.spec(request_id))
-            except ValueError as error:
-                outgoing.fail(RequestError.of(error))
-                return
+        spec = outgoing.ask.spec
+        if self._manager.cache.match(outgoing.tokens, spec.namespace).cached_len < outgoing.end:
+            request_id = f"transfer-{next(self._numbers)}"
+            outgoing.request = self._engine.make(structs.replace(spec, request_id=request_id))
             self._engine.enqueue(outgoing.request)
         self._active.append(outgoing)
 

@@ -21,6 +21,7 @@ from engine.errors import InvalidRequest, RequestError
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer
 from engine.requests.request import Request
+from engine.requests.spec import RequestSpec, SamplingParams
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
 from hybridcache.export.arrival import Arrival
@@ -160,8 +161,15 @@ class PeerFetcher:
         fetch = PeerFetch(self, peer, arrival)
         self._active.append(fetch)
         assert isinstance(namespace, str | None)
-        tokens = request.tokens[: end + 1].tobytes()
-        ask = wire.Ask(self._own, tokens, arrival.start, namespace, request.boundaries)
+        spec = RequestSpec(
+            request.tokens[: end + 1].copy(),
+            SamplingParams(max_tokens=1, temperature=0),
+            namespace=namespace,
+            boundaries=request.boundaries,
+            answer_survives=False,
+            save_at=(end,),
+        )
+        ask = wire.Ask(self._own, arrival.start, spec)
         try:
             fetch.connection = wire.Connection(
                 self._context,

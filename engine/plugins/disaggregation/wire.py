@@ -16,6 +16,8 @@ import msgspec
 import zmq
 
 from engine.errors import WireError
+from engine.messages import plain
+from engine.requests.spec import RequestSpec
 
 IO_THREADS = 2
 """Number of ZeroMQ's threads per engine, to which connections are distributed."""
@@ -57,12 +59,10 @@ class Ask(TransferMessage, frozen=True):
 
     identity: dict[str, str]
     """See ``prefix_buffer.identity``."""
-    tokens: bytes
-    """The prefix and one more token: int32[n] in the machine's byte order."""
     start: Position
     """First position without KV."""
-    namespace: str | None
-    boundaries: tuple[Position, ...]
+    spec: RequestSpec
+    """The request that computes the prefix: its prompt has one more token."""
 
 
 class Taken(TransferMessage, frozen=True):
@@ -158,7 +158,7 @@ class Connection:
         self._heard_s = time.monotonic()
         self.num_bytes = 0
         """Bytes sent and received."""
-        self._encoder = msgspec.msgpack.Encoder()
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=plain)
         self._decoder: msgspec.msgpack.Decoder[ToDecode] = msgspec.msgpack.Decoder(ToDecode)
         self._socket = open_socket(context, zmq.DEALER, address[0], timeout_s)
         self._socket.maxmsgsize = max_bytes

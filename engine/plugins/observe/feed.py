@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from engine.async_engine import NoSingleEngine, ServedEngine, Watching
-from engine.errors import EngineStopped
+from engine.async_engine import AsyncEngine, View
+from engine.errors import EngineStopped, NoSingleEngine
 from engine.server.api_errors import APIError
 from engine.server.bodies import Workers
 from engine.text.json_text import write_json
@@ -44,11 +44,11 @@ class Feed:
     event loop."""
 
     def __init__(
-        self, engine: ServedEngine, workers: Workers, max_kept_bytes: int = MAX_KEPT_BYTES
+        self, engine: AsyncEngine, workers: Workers, max_kept_bytes: int = MAX_KEPT_BYTES
     ) -> None:
         self._engine, self._workers = engine, workers
         self._max_kept_bytes = max_kept_bytes
-        self._watch: Watching | None = None
+        self._watch: View | None = None
         self._name = ""
         """Prefix of the event ids of this watch, which are unknown to other watches."""
         self._kept: deque[_Change] = deque()
@@ -127,7 +127,7 @@ class Feed:
     def _has_all_since(self, number: int) -> bool:
         return number == self._last or (bool(self._kept) and self._kept[0].number <= number + 1)
 
-    async def _ask(self, watch: Watching) -> None:
+    async def _ask(self, watch: View) -> None:
         """Collect changes until there has been no reader for a while or the engine has ended."""
         idle_s = 0.0
         try:

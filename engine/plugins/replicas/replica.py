@@ -106,7 +106,7 @@ class EngineReplica:
         stream: RequestStream | None = None
         is_covered = False
         try:
-            stream = self._async.submit(order.spec)
+            stream = self._async.submit_valid(order.spec)
             async for output in stream:
                 if not is_covered and output.new_token_ids:
                     is_covered = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import FinishReason, OutputAccumulator, RequestOutput
+from engine.text.outputs import FinishReason, OutputDelta
 from hybridcache.geometry.units import counted
 from hybridcache.routing.protocol import RouteRequest
 
@@ -43,8 +43,20 @@ class ReplicaFacts:
     """Measured at the start."""
 
 
-class ReplicaAnswer(OutputAccumulator):
-    """Answer of one request, as a replica sends it."""
+class Progress:
+    """The outputs of one request so far, as its replica sent them."""
+
+    def __init__(self, request_id: str) -> None:
+        """``request_id`` replaces the id in the outputs."""
+        self.request_id = request_id
+        self.num_tokens = 0
+        self._last = OutputDelta(request_id)
+
+    def add(self, delta: OutputDelta) -> OutputDelta:
+        """Return the next output, with the id of the front end."""
+        self.num_tokens += len(delta.new_token_ids)
+        self._last = structs.replace(delta, request_id=self.request_id)
+        return self._last
 
     @property
     def broken_off(self) -> str:
@@ -54,13 +66,8 @@ class ReplicaAnswer(OutputAccumulator):
             "answer; send the request again"
         )
 
-    def aborted(self, first: RequestOutput) -> RequestOutput:
-        """Return the last output of an aborted answer. ``first`` is used if there was no output
-        yet."""
+    def aborted(self) -> OutputDelta:
+        """Return the last output of an aborted answer."""
         return structs.replace(
-            self.last or first,
-            new_token_ids=(),
-            new_text="",
-            new_logprobs=(),
-            finish_reason="abort",
+            self._last, new_token_ids=(), new_text="", new_logprobs=(), finish_reason="abort"
         )

@@ -1,4 +1,4 @@
-"""Client for several replicas, with the interface of ``AsyncEngine``."""
+"""Connection of a front end to several replicas."""
 
 from __future__ import annotations
 
@@ -7,25 +7,46 @@ import itertools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
-from engine.async_engine import NoSingleEngine, Question, RequestStream, ServedEngine
+import numpy as np
+from msgspec import structs
+
+from engine.async_engine import AsyncEngine, EngineChannel, EngineFacts
 from engine.build import load_tokenizer_of
 from engine.config import EngineConfig
-from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, StepFailed, WireError
+from engine.errors import (
+    STOPPED,
+    EngineStopped,
+    NoSingleEngine,
+    RequestError,
+    StepFailed,
+    WireError,
+)
+from engine.messages import (
+    Abort,
+    AskCacheView,
+    AskReport,
+    Compile,
+    EndEngine,
+    OpenView,
+    Outputs,
+    Question,
+    Reply,
+    RequestFailed,
+    ResetCache,
+    ToEngine,
+)
 from engine.plugins.replicas.fleet import Fleet
-from engine.plugins.replicas.replica_output import Order, ReplicaAnswer, ReplicaFacts
-from engine.requests.grammar import Grammar
+from engine.plugins.replicas.replica_output import Order, Progress, ReplicaFacts
 from engine.requests.request import Intake
-from engine.requests.spec import Prompt, RequestSpec
+from engine.requests.spec import RequestSpec
 from engine.schedule.report import CacheReport, OffloadReport, PoolReport, TierReport
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.outputs import FinishReason, RequestOutput
-from engine.text.tokenizer import Tokenizer
+from engine.text.outputs import OutputDelta
 from hybridcache.routing.outbox import EventsLost
 from hybridcache.routing.protocol import RouteRequest
 from hybridcache.scheduling.planner import AdmissionReport
@@ -105,8 +126,9 @@ the reason that they die."""
 logger = logging.getLogger(__name__)
 
 
-class FleetEngine(ServedEngine):
-    """Several engines. ``submit``, ``drain`` and the coroutines belong to one event loop."""
+class FleetChannel(EngineChannel):
+    """Connection to several engines. Belongs to one event loop, except ``stop`` and messages to
+    compile."""
 
     def __init__(
         self,
@@ -120,26 +142,21 @@ class FleetEngine(ServedEngine):
     ) -> None:
         """``handle`` is Ray Serve's, of ``EngineReplica``. ``is_death`` returns True for an error
         that means that a replica is gone, and False for an error of the replica itself."""
-        self.config = config
-        self.facts = facts
-        self.max_model_len = facts.max_model_len
-        self.model_name = model_name
-        self.tokenizer: Tokenizer | None = load_tokenizer_of(config, facts.vocab_size)
+        self.replica_facts = facts
+        self._config, size = config, facts.vocab_size
+        tokenizer = load_tokenizer_of(config, size)
+        self.facts = EngineFacts(config, tokenizer, size, facts.max_model_len, model_name)
+        self._intake = Intake(config, tokenizer, vocab_size=size, max_model_len=facts.max_model_len)
         self._handle, self._fleet = handle, fleet
         self._shut_down, self._is_death = shut_down, is_death
-        self._intake = Intake(
-            config,
-            self.tokenizer,
-            vocab_size=facts.vocab_size,
-            max_model_len=facts.max_model_len,
-        )
-        self.sampling_defaults = self._intake.sampling_defaults
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._orders: dict[str, tuple[Order, asyncio.Task[None]]] = {}
+        """Order and task of each request in progress, by the front end's id."""
         self._numbers = itertools.count()
         self._first_choices = BoundedMemory[str, str](FIRST_CHOICES_BYTES)
         """Id given by the client -> id at the replicas, for first choices, also ended ones."""
         self._waiting: set[str] = set()
-        self._endings: set[asyncio.Task[None]] = set()
+        self._errands: set[asyncio.Task[None]] = set()
+        """Questions and early ends in progress."""
         self._reports: dict[str, CacheReport] = {}
         self._gone: Counter[str] = Counter()
         self._followers: dict[str, asyncio.Task[None]] = {}
@@ -150,6 +167,13 @@ class FleetEngine(ServedEngine):
     def is_alive(self) -> bool:
         """True if at least one replica is up."""
         return self._is_open and bool(self._fleet.members)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._waiting)
+
+    def connect(self, front: AsyncEngine) -> None:
+        self._front = front
 
     def start(self) -> None:
         """Start to follow the events of all current and later replicas."""
@@ -195,48 +219,52 @@ class FleetEngine(ServedEngine):
         finally:
             del self._followers[replica]
 
-    def compile(self, grammar: Grammar) -> None:
-        """See ``Engine.compile``. Replicas compile the grammar again when they receive it."""
-        self._intake.grammars.compile(grammar)
+    def send(self, message: ToEngine) -> None:
+        match message:
+            case RequestSpec():
+                self._submit(message)
+            case Abort():
+                self._abort(message)
+            case Compile():
+                # Replicas compile the grammar again when they receive it.
+                self._intake.grammars.compile(message.grammar)
+                self._front.receive(Reply(message.number))
+            case EndEngine():
+                pass
+            case _:
+                self._run(self._answer(message))
 
-    def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
-        """See ``AsyncEngine.submit``."""
-        if not self._is_open:
-            raise EngineStopped("The engine is stopping and takes no more requests.")
-        asked = RequestSpec.of(prompt, None, {})
-        request = self._intake.prepare(asked)
-        if len(self._waiting) >= self.config.max_queue:
-            raise QueueFull(self.config.max_queue)
-        request_id = request.request_id
-        if request_id in self._tasks:
-            raise DuplicateId(request_id)
-        first = request.report()
-        tokens = first.prompt_token_ids.copy()
+    def _run(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(errand)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+        return task
+
+    def _submit(self, asked: RequestSpec) -> None:
+        request_id, sampling, number = asked.request_id, asked.sampling, next(self._numbers)
+        assert request_id is not None and sampling is not None
         # A replica may still end an earlier request of this id.
-        unique_id = f"{request_id}#{next(self._numbers)}"
-        spec = replace(
+        unique_id = f"{request_id}#{number}"
+        if sampling.seed is None:
+            sampling = sampling.with_seed(self._config.seed + number)
+        spec = structs.replace(
             asked,
-            prompt=tokens,
-            sampling=replace(request.params, seed=request.seed),
-            boundaries=request.boundaries,
+            sampling=sampling,
             request_id=unique_id,
             choice_of=self._first_choice(asked),
+            arrival_s=None,
         )
-        route = RouteRequest(
-            unique_id, tuple(tokens.tolist()), spec.namespace, boundaries=tuple(spec.boundaries)
-        )
-        order, answer = Order(unique_id, spec, route), ReplicaAnswer(request_id, tokens)
-        stream = RequestStream(request_id, partial(self._abort, order))
+        tokens = tuple(np.asarray(spec.prompt).tolist())
+        route = RouteRequest(unique_id, tokens, spec.namespace, boundaries=tuple(spec.boundaries))
+        order = Order(unique_id, spec, route)
         if asked.choice_of is None:
             num_bytes = sys.getsizeof(request_id) + sys.getsizeof(unique_id)
             self._first_choices.put(request_id, unique_id, num_bytes)
         self._waiting.add(unique_id)
-        task = asyncio.ensure_future(self._follow_answer(order, answer, stream))
-        self._tasks[request_id] = task
-        task.add_done_callback(
-            lambda task: self._settle(task, order, answer.aborted(first), stream)
-        )
-        return stream
+        progress = Progress(request_id)
+        task = asyncio.ensure_future(self._follow_answer(order, progress))
+        self._orders[request_id] = order, task
+        task.add_done_callback(lambda task: self._settle(task, order, progress))
 
     def _first_choice(self, asked: RequestSpec) -> str | None:
         """Return the id at the replicas of the first choice of an answer, or None if ``asked`` is
@@ -245,33 +273,28 @@ class FleetEngine(ServedEngine):
             return None
         return self._first_choices.get(asked.choice_of) or asked.choice_of
 
-    def _abort(self, order: Order, request_id: str, reason: FinishReason) -> None:
-        """End the request of ``order``. Unless the client left, its replica ends it, so that both
-        count the same ``reason`` and its last output is sent."""
-        task = self._tasks.get(request_id)
-        if task is None:
+    def _abort(self, message: Abort) -> None:
+        """End a request. Unless the client left, its replica ends it, so that both count the same
+        reason and its last output is sent."""
+        found = self._orders.get(message.request_id)
+        if found is None:
             return
-        if reason == "abort":
+        order, task = found
+        if message.reason == "abort":
             task.cancel()
             return
-        ending = asyncio.ensure_future(self._end_early(replace(order, spec=None, reason=reason)))
-        self._endings.add(ending)
-        ending.add_done_callback(lambda ending: self._ended_early(ending, task))
+        ending = self._run(self._end_early(replace(order, spec=None, reason=message.reason)))
+        ending.add_done_callback(
+            lambda ending: task.cancel() if ending.cancelled() or ending.exception() else None
+        )
 
     async def _end_early(self, order: Order) -> None:
         # Its route leads to the replica that has the request.
         await asyncio.wait_for(self._handle.options(method_name="end").remote(order), CALL_S)
 
-    def _ended_early(self, ending: asyncio.Task[None], task: asyncio.Task[None]) -> None:
-        self._endings.discard(ending)
-        if ending.cancelled() or ending.exception() is not None:
-            task.cancel()
-
-    async def _follow_answer(
-        self, order: Order, answer: ReplicaAnswer, stream: RequestStream
-    ) -> None:
-        """Pass the outputs of one request to ``stream``. If its replica dies before the first
-        token, the request starts again on another one."""
+    async def _follow_answer(self, order: Order, progress: Progress) -> None:
+        """Pass on the outputs of one request. If its replica dies before the first token, the
+        request starts again on another one."""
         generate = self._handle.options(method_name="generate", stream=True)
         num_deaths = 0
         while True:
@@ -280,52 +303,57 @@ class FleetEngine(ServedEngine):
             try:
                 async for output in outputs:
                     if isinstance(output, WireError):
-                        self._end(order, stream, RequestError.from_wire(output))
+                        self._end(order, progress, RequestFailed(progress.request_id, output))
                         return
-                    if not answer.num_tokens and output.new_token_ids:
+                    if not progress.num_tokens and output.new_token_ids:
                         self._waiting.discard(order.request_id)
                         self._fleet.prefilled(order.request_id)
-                    whole = answer.add(output)
-                    if not whole.is_finished:
-                        stream.put(whole)
+                    whole = progress.add(output)
+                    if output.finish_reason is None:
+                        self._front.receive(Outputs(0, 0, (whole,), ()))
                     else:
-                        self._end(order, stream, whole)
+                        self._end(order, progress, whole)
                 return
             except asyncio.CancelledError:
                 outputs.cancel()
                 raise
             except Exception as error:
                 if not self._is_death(error):
-                    self._end(order, stream, StepFailed(_cause(error)))
+                    self._fail(order, progress, StepFailed(_cause(error)))
                     return
                 num_deaths += 1
-                if answer.num_tokens or num_deaths == MAX_DEATHS:
-                    self._end(order, stream, StepFailed(answer.broken_off))
+                if progress.num_tokens or num_deaths == MAX_DEATHS:
+                    self._fail(order, progress, StepFailed(progress.broken_off))
                     return
-                logger.warning("request %s lost its replica and starts again", stream.request_id)
+                logger.warning("request %s lost its replica and starts again", progress.request_id)
                 self._fleet.ended(order.request_id)
 
-    def _settle(
-        self, task: asyncio.Task[None], order: Order, aborted: RequestOutput, stream: RequestStream
-    ) -> None:
+    def _settle(self, task: asyncio.Task[None], order: Order, progress: Progress) -> None:
         """End a request that its ``task`` did not end, because it was cancelled or failed."""
-        if self._tasks.get(stream.request_id) is not task:
+        if self._orders.get(progress.request_id) != (order, task):
             return
-        last: RequestOutput | RequestError = aborted
         if not task.cancelled():
-            last = StepFailed("its replica ended before the answer was done")
             if task.exception() is not None:
                 logger.error("A request failed.", exc_info=task.exception())
+            error: RequestError = StepFailed("its replica ended before the answer was done")
+            self._fail(order, progress, error)
         elif not self._is_open:
-            last = EngineStopped("The engine stopped before the answer was done.")
-        self._end(order, stream, last)
+            self._fail(order, progress, EngineStopped(STOPPED))
+        else:
+            self._end(order, progress, progress.aborted())
 
-    def _end(self, order: Order, stream: RequestStream, last: RequestOutput | RequestError) -> None:
+    def _fail(self, order: Order, progress: Progress, error: RequestError) -> None:
+        self._end(order, progress, RequestFailed(progress.request_id, error.to_wire()))
+
+    def _end(self, order: Order, progress: Progress, last: OutputDelta | RequestFailed) -> None:
         """Send the last output of a request, and release its id."""
-        del self._tasks[stream.request_id]
+        del self._orders[progress.request_id]
         self._fleet.ended(order.request_id)
         self._waiting.discard(order.request_id)
-        stream.put(last)
+        if isinstance(last, OutputDelta):
+            self._front.receive(Outputs(0, 0, (last,), ()))
+        else:
+            self._front.receive(Outputs(0, 0, (), (last,)))
 
     async def _each(self, method: str) -> dict[str, Any]:
         """Return the results of a method, for each replica that is up and responds."""
@@ -343,40 +371,52 @@ class FleetEngine(ServedEngine):
             raise EngineStopped("No replica answers.")
         return found
 
-    async def ask(self, what: Question, *arguments: Any) -> Any:
+    async def _answer(self, question: Question) -> None:
+        try:
+            reply = Reply(question.number, await self._value(question))
+        except Exception as error:
+            reply = Reply(question.number, error=RequestError.of(error).to_wire())
+        self._front.receive(reply)
+
+    async def _value(self, question: Question) -> Any:
         """Query every replica and return the sum. Raises EngineStopped if none responds, and
         NoSingleEngine for a view of a tree.
 
-        Counts of ended replicas are kept. ``end_session`` has no effect: only the last request of a
-        session declares its end. Nor has ``stop_accepting``, because replicas have no role.
+        Counts of ended replicas are kept. ``EndSession`` has no effect: only the last request of a
+        session declares its end. Nor has ``StopAccepting``, because replicas have no role.
         """
-        match what:
-            case "report":
-                found = await self._each("report")
-                members = self._fleet.members
-                for replica in [each for each in self._reports if each not in members]:
-                    self._gone.update(self._reports.pop(replica).usage)
-                self._reports |= {each: one for each, one in found.items() if each in members}
-                return summed(list(found.values()), self._gone)
-            case "cache_view":
+        match question:
+            case AskReport():
+                return await self._report()
+            case AskCacheView():
                 replicas = await self._each("view")
-                return (await self.report()).as_dict() | {"replicas": replicas}
-            case "reset_prefix_cache":
+                return (await self._report()).as_dict() | {"replicas": replicas}
+            case ResetCache():
                 await self._each("reset")
-            case "watch":
+            case OpenView():
                 raise NoSingleEngine(
                     "This page shows the cache of one engine. With replicas it shows only sums; "
                     "/v1/cache shows each replica."
                 )
+        return None
+
+    async def _report(self) -> CacheReport:
+        found = await self._each("report")
+        members = self._fleet.members
+        for replica in [each for each in self._reports if each not in members]:
+            self._gone.update(self._reports.pop(replica).usage)
+        self._reports |= {each: one for each, one in found.items() if each in members}
+        return summed(list(found.values()), self._gone)
 
     async def drain(self) -> None:
-        """Refuse new requests, finish the running ones and end the replicas."""
+        """Finish the running requests and end the replicas."""
         self._is_open = False
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks.values()))
+        while self._orders:
+            await asyncio.wait([task for _, task in self._orders.values()])
         for follower in tuple(self._followers.values()):
             follower.cancel()
         await asyncio.to_thread(self._shut_down)
+        self._front.closed(None)
 
     def stop(self) -> None:
         """Fail unfinished requests with EngineStopped. May be called from any thread."""
@@ -386,7 +426,7 @@ class FleetEngine(ServedEngine):
                 self._loop.call_soon_threadsafe(self._cancel_all)
 
     def _cancel_all(self) -> None:
-        for task in tuple(self._tasks.values()):
+        for _, task in tuple(self._orders.values()):
             task.cancel()
 
 

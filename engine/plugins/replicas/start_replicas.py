@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from engine.async_engine import AsyncEngine
 from engine.config import BUILTIN_NAME, ConfigError, EngineConfig
 from engine.hub import resolve_config
 from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.replicas.fleet import FLEETS, Fleet
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
-from engine.plugins.replicas.replicas_client import FleetEngine
+from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.server.settings import ServerConfig
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.protocol import ReplicaSpec
@@ -21,7 +22,7 @@ from hybridcache.routing.registry import find_router
 
 def start_replicas(
     config: EngineConfig, server: ServerConfig, address: str
-) -> tuple[FleetEngine, str]:
+) -> tuple[AsyncEngine, str]:
     """Return (replicas that have loaded, the start screen). Raises ConfigError for settings of an
     engine that replicas do not support."""
     settings = server.of(ReplicasConfig)
@@ -37,12 +38,12 @@ def start_replicas(
     config = resolve_config(config)
     name = f"engine-{os.getpid()}"
     fleet = start_fleet(config, settings, settings.router, name, server.drain_s)
-    facts = fleet.facts
+    facts = fleet.replica_facts
     number = str(settings.replicas)
     if settings.max_replicas is not None:
         number += f" to {settings.max_replicas}"
     rows = [
-        ("model", fleet.model_name),
+        ("model", fleet.facts.model_name),
         ("replicas", f"{number} on Ray Serve, one core each"),
         ("router", settings.router),
         ("context", f"{facts.max_model_len:,} tokens"),
@@ -50,7 +51,7 @@ def start_replicas(
         ("prefill", f"{facts.prefill_tokens_per_s:,.0f} tokens/s, measured"),
         ("address", address),
     ]
-    return fleet, "\n".join(f"{name:<10}{value}" for name, value in rows)
+    return AsyncEngine(fleet), "\n".join(f"{name:<10}{value}" for name, value in rows)
 
 
 START_S = 600.0
@@ -79,7 +80,7 @@ class PerToken:
 
 def start_fleet(
     config: EngineConfig, size: ReplicasConfig, router: str, name: str, drain_s: float = 30.0
-) -> FleetEngine:
+) -> FleetChannel:
     """Start engines of ``config``, with one core each, on a Ray cluster, and wait until all have
     loaded.
 
@@ -125,7 +126,7 @@ def start_fleet(
         shut_down()
         raise
     model = Path(config.model).resolve().name if config.model else BUILTIN_NAME
-    return FleetEngine(config, handle, fleet, facts, model, shut_down, is_death)
+    return FleetChannel(config, handle, fleet, facts, model, shut_down, is_death)
 
 
 def _join_ray(address: str | None) -> bool:

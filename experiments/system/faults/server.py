@@ -28,7 +28,7 @@ from experiments.system.flood import server_port
 
 FAILS = """
 import os
-import engine.worker.engine_client as client
+import engine.worker.process_channel as client
 client.BOOT = '''
 import os
 import engine.runner.model_runner as runner

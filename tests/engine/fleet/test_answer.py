@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 
 from engine import Engine, EngineConfig, RequestSpec, SamplingParams
-from engine.plugins.replicas.replica_output import ReplicaAnswer
-from engine.text.outputs import delta_of
+from engine.plugins.replicas.replica_output import Progress
+from engine.text.outputs import OutputAccumulator, delta_of
 from engine.text.tokenizer import ByteTokenizer
 from tests.oracle import OracleRunner, OracleSampler
 
@@ -25,8 +25,9 @@ def test_answers_are_assembled_from_the_new_tokens_of_each_step() -> None:
     for output in engine.stream(RequestSpec([*range(300)], sampling)):
         sent.append(pickle.dumps(delta_of(output)))
         outputs.append(output)
-    answer = ReplicaAnswer("mine", outputs[0].prompt_token_ids)
-    arrived = [answer.add(pickle.loads(one)) for one in sent]
+    progress = Progress("mine")
+    answer = OutputAccumulator("mine", outputs[0].prompt_token_ids)
+    arrived = [answer.add(progress.add(pickle.loads(one))) for one in sent]
     for ours, theirs in zip(arrived, outputs, strict=True):
         assert (ours.text, ours.logprobs) == (theirs.text, theirs.logprobs)
         assert ours.token_ids == theirs.token_ids and ours.request_id == "mine"

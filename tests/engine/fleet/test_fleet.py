@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config, server_config
-from engine.async_engine import AsyncEngine, NoSingleEngine
-from engine.errors import EngineStopped, QueueFull, StepFailed
+from engine.async_engine import AsyncEngine
+from engine.errors import EngineStopped, NoSingleEngine, QueueFull, StepFailed
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replica_output import Order
-from engine.plugins.replicas.replicas_client import FleetEngine, summed
+from engine.plugins.replicas.replicas_client import FleetChannel, summed
 from engine.plugins.replicas.start_replicas import spec_of, start_replicas
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import RequestOutput
@@ -94,7 +94,7 @@ class Stream:
         pass
 
 
-async def fleet_of(count: int, router: str = "checkpoint") -> tuple[FleetEngine, Handle]:
+async def fleet_of(count: int, router: str = "checkpoint") -> tuple[AsyncEngine, Handle]:
     handle = Handle()
     for number in range(count):
         handle.add(f"r{number}")
@@ -108,7 +108,7 @@ async def fleet_of(count: int, router: str = "checkpoint") -> tuple[FleetEngine,
             replica._async.stop()
 
     is_death = lambda error: isinstance(error, Died)  # noqa: E731
-    engine = FleetEngine(CONFIG, handle, fleet, facts, "builtin", shut_down, is_death)
+    engine = AsyncEngine(FleetChannel(CONFIG, handle, fleet, facts, "builtin", shut_down, is_death))
     engine.start()
     return engine, handle
 
@@ -124,7 +124,7 @@ def make_spec(*more: int, max_tokens: int = 3, **options: object) -> RequestSpec
     return RequestSpec(prompt, sampling, **options)
 
 
-async def answer(engine: FleetEngine, spec: RequestSpec):
+async def answer(engine: AsyncEngine, spec: RequestSpec):
     return [output async for output in engine.submit(spec)]
 
 
@@ -145,7 +145,7 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
 
     async def live() -> None:
         engine, handle = await fleet_of(2)
-        router = engine._fleet._router
+        router = engine._channel._fleet._router
         first = (await answer(engine, make_spec(1, 2)))[-1]
         assert (first.cached_len, first.finish_reason, len(first.output)) == (0, "length", 3)
         assert first.prompt_token_ids.tolist() == [*PROMPT, 1, 2]
@@ -170,12 +170,12 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
         with pytest.raises(StepFailed, match=r"died after \d+ tokens? of the answer; send"):
             async for output in stream:
                 assert output.new_token_ids
-        assert engine._fleet.members == tuple({"r0", "r1"} - {home})
+        assert engine._channel._fleet.members == tuple({"r0", "r1"} - {home})
         late = (await answer(engine, make_spec(1, 2)))[-1]
         assert late.output.tolist() == first.output.tolist()
         handle.add("r2")
-        engine._fleet.set_members(each for each in handle.replicas if each != home)
-        await wait_until(lambda: "r2" in engine._followers)
+        engine._channel._fleet.set_members(each for each in handle.replicas if each != home)
+        await wait_until(lambda: "r2" in engine._channel._followers)
         with pytest.raises(NoSingleEngine, match="With replicas it shows only sums"):
             await engine.watch()
         await engine.reset_prefix_cache()
@@ -184,7 +184,7 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
         with pytest.raises(ReplicaGone):
             await handle.replicas["r2"].report(Order(replica=home))
         await engine.drain()
-        assert not engine.is_alive and not engine._followers
+        assert not engine.is_alive and not engine._channel._followers
         with pytest.raises(EngineStopped):
             engine.submit(make_spec())
 
@@ -199,9 +199,9 @@ def test_a_death_before_the_first_token_moves_the_request() -> None:
         kill(handle, handle.chosen[0])
         outputs = [output async for output in stream]
         assert outputs[-1].finish_reason == "length" and len(handle.chosen) == 2
-        await wait_until(lambda: not engine._tasks)
-        assert handle.chosen[0] != handle.chosen[1] and engine._fleet._placed == {}
-        engine._fleet._router.check()
+        await wait_until(lambda: not engine._channel._orders)
+        assert handle.chosen[0] != handle.chosen[1] and engine._channel._fleet._placed == {}
+        engine._channel._fleet._router.check()
         await engine.drain()
 
     asyncio.run(live())
@@ -213,7 +213,7 @@ def test_aborts_limits_and_the_end_of_a_fleet() -> None:
         stream = engine.submit(make_spec(max_tokens=600))
         await anext(stream)
         stream.abort()
-        await wait_until(lambda: not engine._tasks)
+        await wait_until(lambda: not engine._channel._orders)
         [replica] = handle.replicas.values()
         for _ in range(200):
             if not (await replica.report(Order())).num_running:
@@ -223,7 +223,7 @@ def test_aborts_limits_and_the_end_of_a_fleet() -> None:
         with pytest.raises(ValueError, match="maximum context length"):
             engine.submit(make_spec(max_tokens=100_000))
         waiting = [engine.submit(make_spec(max_tokens=700)) for _ in range(2)]
-        engine._waiting.update(map(str, range(CONFIG.max_queue)))
+        engine._channel._waiting.update(map(str, range(CONFIG.max_queue)))
         with pytest.raises(QueueFull):
             engine.submit(make_spec())
         engine.stop()
@@ -254,7 +254,7 @@ def test_an_abort_has_the_same_reason_as_with_one_engine(reason: Any) -> None:
         replica = handle.replicas[handle.chosen[0]]
         while (await replica.report(Order())).num_running:
             await asyncio.sleep(0.02)
-        assert engine._fleet._placed == {}
+        assert engine._channel._fleet._placed == {}
         for each in (single, engine):
             await each.drain()
 
@@ -294,12 +294,12 @@ def test_a_request_placed_after_its_end_leaves_no_load() -> None:
         stream = engine.submit(make_spec(max_tokens=600))
         await anext(stream)
         stream.abort()
-        await wait_until(lambda: not engine._tasks)
+        await wait_until(lambda: not engine._channel._orders)
         [order] = [order for order in orders if order.route is not None]
         assert place(order, handle.replicas) in handle.replicas
-        router = engine._fleet._router
+        router = engine._channel._fleet._router
         assert all(load.num_running == load.num_waiting == 0 for load in router.loads.values())
-        assert engine._fleet._placed == {}
+        assert engine._channel._fleet._placed == {}
         router.check()
         assert (await answer(engine, make_spec(1)))[-1].finish_reason == "length"
         await engine.drain()

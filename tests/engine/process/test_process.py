@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -25,12 +24,12 @@ from engine import (
     SamplingParams,
     engine_config,
 )
-from engine.async_engine import RequestStream
+from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import EngineStopped, StepFailed
+from engine.messages import ToEngine, plain
 from engine.text.tokenizer import ByteTokenizer
-from engine.worker import engine_client
-from engine.worker.channel import Submit
-from engine.worker.engine_client import ProcessEngine, start_engine
+from engine.worker import process_channel
+from engine.worker.process_channel import start_engine
 from tests.oracle import OracleRunner, OracleSampler
 
 BOOT = """
@@ -62,11 +61,11 @@ ENDLESS = SamplingParams(max_tokens=3000, ignore_eos=True)
 
 
 def run(
-    scenario: Callable[[ProcessEngine], Awaitable[None]],
+    scenario: Callable[[AsyncEngine], Awaitable[None]],
     step: str = "pass",
     kv_tokens: int = 8192,
     **settings: object,
-) -> ProcessEngine:
+) -> AsyncEngine:
     """Run ``scenario`` with a started engine, and stop it afterwards.
 
     ``step`` is code that runs before every step.
@@ -84,7 +83,7 @@ def run(
             await engine.drain()
 
     asyncio.run(main())
-    assert not engine.is_alive and not _is_running(engine.pid)
+    assert not engine.is_alive and not _is_running(engine._channel.pid)
     return engine
 
 
@@ -99,7 +98,7 @@ async def read(stream: RequestStream) -> list[RequestOutput]:
     return [output async for output in stream]
 
 
-async def assert_nothing_held(engine: ProcessEngine) -> None:
+async def assert_nothing_held(engine: AsyncEngine) -> None:
     report = await engine.report()
     assert report.num_running == report.num_waiting == report.kv.held == report.slots.held == 0
     for pool in (report.kv, report.slots, report.bytes):
@@ -127,7 +126,7 @@ def test_a_process_gives_the_outputs_of_a_thread() -> None:
         engine_config(**settings), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
     )
 
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         for spec in (*SPECS, SPECS[0]):
             expected = [*alone.stream(spec)]
             for ours, theirs in zip(await read(engine.submit(spec)), expected, strict=True):
@@ -153,7 +152,7 @@ def test_a_process_gives_the_outputs_of_a_thread() -> None:
 
 @pytest.mark.full
 def test_256_streams_at_once_lose_no_token() -> None:
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         sampling = SamplingParams(max_tokens=40, ignore_eos=True)
         streams = [engine.submit(RequestSpec([i, i], sampling)) for i in range(256)]
         for outputs in await asyncio.gather(*map(read, streams)):
@@ -165,7 +164,7 @@ def test_256_streams_at_once_lose_no_token() -> None:
 
 
 def test_wrong_requests_are_refused_by_submit() -> None:
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         with pytest.raises(ValueError, match="empty"):
             engine.submit([])
         with pytest.raises(ValueError, match="from 0 to"):
@@ -196,7 +195,7 @@ def test_wrong_requests_are_refused_by_submit() -> None:
 def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
     step = "if self.num_steps in (5, 20, 21): raise MemoryError('no room for this step')"
 
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         with pytest.raises(StepFailed, match="the step that computed it failed"):
             await read(engine.submit(RequestSpec([1], LONG)))
         few = SamplingParams(max_tokens=3, ignore_eos=True)
@@ -222,12 +221,12 @@ def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
     ids=["named", "real time"],
 )
 def test_a_killed_process_fails_all_waiting_callers(number: int, reason: str) -> None:
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         stream = engine.submit(RequestSpec([1], ENDLESS))
         await anext(stream)
         report = asyncio.ensure_future(engine.report())
         await asyncio.sleep(0)
-        os.kill(engine.pid, number)
+        os.kill(engine._channel.pid, number)
         with pytest.raises(EngineStopped, match=reason):
             await read(stream)
         await asyncio.gather(report, return_exceptions=True)
@@ -243,9 +242,9 @@ def test_a_killed_process_fails_all_waiting_callers(number: int, reason: str) ->
 def test_a_step_that_never_ends_does_not_block_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_client, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(process_channel, "PATIENCE_S", 0.2)
 
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         stream = engine.submit(RequestSpec([1], ENDLESS))
         await asyncio.sleep(0.2)
         await asyncio.to_thread(engine.stop)
@@ -256,11 +255,11 @@ def test_a_step_that_never_ends_does_not_block_stop(
 
 
 def test_the_process_ignores_signals_and_finishes_a_drain() -> None:
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         await engine.stop_accepting()  # Only for other engines.
         stream = engine.submit(RequestSpec([1], LONG))
         for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(engine.pid, number)
+            os.kill(engine._channel.pid, number)
         drained = asyncio.ensure_future(engine.drain())
         await asyncio.sleep(0)
         with pytest.raises(EngineStopped, match="takes no more"):
@@ -280,7 +279,7 @@ async def closing(stream: RequestStream) -> AsyncIterator[RequestStream]:
 
 
 def test_the_data_of_the_page_is_available_across_processes() -> None:
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         watch = await engine.watch()
         async with closing(engine.submit(RequestSpec([1] * 300, LONG))) as stream:
             assert len(await read(stream)) == 200
@@ -300,7 +299,7 @@ def test_the_data_of_the_page_is_available_across_processes() -> None:
 def test_marks_of_tool_calls_reach_the_cache() -> None:
     """Check that the process finds the mark in the text and labels the checkpoint at the end."""
 
-    async def scenario(engine: ProcessEngine) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
         *_, output = await read(engine.submit(RequestSpec([3] * 100, LONG)))
         stopping = SamplingParams(max_tokens=200, stop_token_ids=(output.token_ids[100],))
         for marks, reason in (((), "end_turn"), ((output.text[8:12],), "tool_use")):
@@ -332,15 +331,17 @@ def test_every_field_of_a_request_reaches_the_process() -> None:
         request_id="one",
         choice_of="first",
         grammar=Grammar.of_choices(["yes", "no"]),
+        arrival_s=1.5,
     )
     default = RequestSpec([1])
-    names = [field.name for field in dataclasses.fields(RequestSpec)]
+    names = RequestSpec.__struct_fields__
     assert all(getattr(spec, name) != getattr(default, name) for name in names if name != "prompt")
-    sent = msgspec.msgpack.encode(Submit.of(spec))
-    found = msgspec.msgpack.decode(sent, type=Submit).spec
+    sent = msgspec.msgpack.encode(spec, enc_hook=plain)
+    found = msgspec.msgpack.decode(sent, type=ToEngine)
     assert found.prompt.tolist() == [3, 1, 2]
     for name in names[1:]:
-        assert getattr(found, name) == getattr(spec, name), name
+        sent_value, value = getattr(found, name), getattr(spec, name)
+        assert (tuple(sent_value) if isinstance(value, tuple) else sent_value) == value, name
 
 
 def test_load_errors_are_reported_in_one_sentence(tmp_path: object) -> None:

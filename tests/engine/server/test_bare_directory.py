@@ -92,9 +92,9 @@ def test_sampling_defaults_come_from_the_model(with_recommendations: Path) -> No
         "sampling     temperature 0.6, top_p 0.95, top_k 20, unless a request sets them" in screen
     )
     used: list[SamplingParams] = []
-    prepare = engine.prepare
-    engine.prepare = lambda spec: (  # type: ignore[method-assign]
-        used.append(spec.sampling) or prepare(spec)
+    make = engine.make
+    engine.make = lambda spec: (  # type: ignore[method-assign]
+        used.append(spec.sampling) or make(spec)
     )
     with serving(engine) as live:
         for body in ({}, {"temperature": 0, "top_k": 5}, {"top_p": 1, "temperature": None}):
@@ -105,14 +105,15 @@ def test_sampling_defaults_come_from_the_model(with_recommendations: Path) -> No
         (0, 5, 0.95),
         (0.6, 20, 1),
     ]
-    request = make_engine(with_recommendations).prepare(RequestSpec(IDS))
+    engine = make_engine(with_recommendations)
+    request = engine.make(engine.validate(RequestSpec(IDS)))
     assert (request.params.temperature, request.params.top_k) == (0.6, 20)
 
 
 def test_sampling_defaults_of_the_model_can_be_ignored(with_recommendations: Path) -> None:
     engine = make_engine(with_recommendations, sampling_defaults="none")
     assert engine.sampling_defaults == {} and "where a request" not in start_screen(engine, "")
-    assert engine.prepare(RequestSpec(IDS)).params == SamplingParams()
+    assert engine.make(engine.validate(RequestSpec(IDS))).params == SamplingParams()
     assert engine.tokenizer.eos_token_ids == {7}
 
 

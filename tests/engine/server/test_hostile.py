@@ -267,7 +267,7 @@ def test_choices_share_what_is_checked_and_encoded_once(monkeypatch: pytest.Monk
     )
     intake = Intake(EngineConfig(), tokenizer, vocab_size=320, max_model_len=4096)
     for sampling in (first, *others):
-        intake.check(RequestSpec([1], sampling))
+        intake.make(intake.validate(RequestSpec([1], sampling)))
     assert encoded == ["ab", " ab"]
 
 

@@ -17,7 +17,6 @@ import httpx
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams
-from engine.async_engine import ServedEngine
 from engine.errors import (
     ContextOverflow,
     DuplicateId,
@@ -31,14 +30,14 @@ from engine.plugins.replicas import replica
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica
 from engine.plugins.replicas.replica_output import Order
-from engine.plugins.replicas.replicas_client import FleetEngine
+from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.chat import AnswerReader
 from engine.server.settings import ServerConfig
 from engine.text.tokenizer import ByteTokenizer
-from engine.worker.engine_client import start_engine
+from engine.worker.process_channel import start_engine
 from hybridcache.routing.registry import find_router
 from tests.engine.fleet.test_fleet import Handle
 from tests.oracle import OracleSampler
@@ -73,12 +72,12 @@ DIALECTS: dict[str, Callable[[str], dict[str, Any]]] = {
 class Refusing(Engine):
     """Engine that raises the error named in the prompt."""
 
-    def prepare(self, spec: RequestSpec) -> Request:
+    def make(self, spec: RequestSpec) -> Request:
         text = "".join(map(chr, spec.prompt))
         for phrase, (error, _, _) in ERRORS.items():
             if f"raise {phrase}." in text:
                 raise error
-        return super().prepare(spec)
+        return super().make(spec)
 
 
 def make_engine(config: EngineConfig, **options: Any) -> Engine:
@@ -128,7 +127,7 @@ class PickledHandle(Handle):
         return PickledStream(called) if self.streams else called
 
 
-async def fleet_of_one(config: EngineConfig) -> FleetEngine:
+async def fleet_of_one(config: EngineConfig) -> AsyncEngine:
     handle = PickledHandle()
     handle.replicas["r0"] = EngineReplica(config, "r0")
     handle.dead["r0"] = asyncio.Event()
@@ -137,13 +136,14 @@ async def fleet_of_one(config: EngineConfig) -> FleetEngine:
     fleet.set_members(handle.replicas)
     fleet.begin(find_router("text")(spec_of(facts, config)))
     stop = handle.replicas["r0"]._async.stop
-    return FleetEngine(config, handle, fleet, facts, "builtin", stop, lambda error: False)
+    channel = FleetChannel(config, handle, fleet, facts, "builtin", stop, lambda error: False)
+    return AsyncEngine(channel)
 
 
 @asynccontextmanager
 async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, httpx.AsyncClient]]:
     """Yield an engine of this ``kind`` behind the server's application, and a client."""
-    engine: ServedEngine
+    engine: AsyncEngine
     if kind == "thread":
         engine = AsyncEngine(make_engine(config))
     elif kind == "process":
@@ -166,7 +166,7 @@ async def metric(client: httpx.AsyncClient, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-async def wait_until_idle(engine: ServedEngine) -> None:
+async def wait_until_idle(engine: AsyncEngine) -> None:
     """Wait for the end of all requests; a replica ends one later than its reader."""
     while (report := await engine.report()).num_running + report.num_waiting:
         await asyncio.sleep(0.01)
@@ -174,7 +174,7 @@ async def wait_until_idle(engine: ServedEngine) -> None:
 
 
 async def check_status_and_body_of_refusals(
-    engine: ServedEngine, client: httpx.AsyncClient, kind: str
+    engine: AsyncEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
     for phrase, (error, status, code) in ERRORS.items():
         for path, make in DIALECTS.items():
@@ -233,7 +233,7 @@ async def check_queue_filled_behind_the_server(
 
 
 async def check_duplicate_id_is_refused(
-    engine: ServedEngine, client: httpx.AsyncClient, kind: str
+    engine: AsyncEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
     """Check that the engine refuses it, too, and that only its own reader can end a request."""
     short = SamplingParams(max_tokens=9, ignore_eos=True)
@@ -257,7 +257,7 @@ async def check_duplicate_id_is_refused(
 
 
 async def check_answer_ends_after_its_first_call(
-    engine: ServedEngine, client: httpx.AsyncClient, kind: str
+    engine: AsyncEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
     """Check that the server aborts the request and waits for the last output."""
     body = DIALECTS["/v1/chat/completions"]("call f") | {"max_tokens": 900, "ignore_eos": True}

@@ -8,7 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine import AsyncEngine, Engine, EngineConfig, SamplingParams, engine_config
+from engine import (
+    AsyncEngine,
+    Engine,
+    EngineConfig,
+    RequestSpec,
+    SamplingParams,
+    engine_config,
+)
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 
@@ -25,6 +32,12 @@ def decode_engine(port: int, **settings: object) -> Engine:
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)
     return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+
+
+def prefix(prompt: bytes) -> RequestSpec:
+    """Return the request that a decode engine sends for a prefix."""
+    sampling = SamplingParams(max_tokens=1, temperature=0)
+    return RequestSpec(prompt, sampling, answer_survives=False)  # type: ignore[arg-type]
 
 
 def prefill_config(**settings: object) -> EngineConfig:

@@ -34,7 +34,7 @@ from engine.plugins.disaggregation.wire import (
 )
 from engine.server.serve import Server
 from engine.server.settings import ServerConfig
-from tests.engine.transfer.pair import decode_engine, plain_engine, prefill_config
+from tests.engine.transfer.pair import decode_engine, plain_engine, prefill_config, prefix
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
 FEW = SamplingParams(max_tokens=4, temperature=0)
@@ -139,7 +139,7 @@ class DecodeClient:
 
     def ask(self, tokens: list[int]) -> None:
         data = np.asarray(tokens, np.int32).tobytes()
-        self.connection.send(Ask(self.identity, data, 0, None, ()))
+        self.connection.send(Ask(self.identity, 0, prefix(data)))
 
     def receive(self) -> object:
         """Return the next message, and confirm a piece."""

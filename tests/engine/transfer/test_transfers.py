@@ -20,6 +20,7 @@ import zmq
 from engine import Engine, SamplingParams, engine_config
 from engine.config import ConfigError
 from engine.errors import WireError
+from engine.messages import plain as bytes_of
 from engine.plugins.disaggregation import prefill_server, prefix_buffer, wire
 from engine.plugins.disaggregation.prefill_server import Outgoing
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
@@ -42,6 +43,7 @@ from tests.engine.transfer.pair import (
     decode_engine,
     plain_engine,
     prefill_thread,
+    prefix,
 )
 
 
@@ -288,12 +290,12 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
         silent.append(socket.create_connection(("127.0.0.1", port), 5))
         silent[-1].sendall(data)
     own = identity(prefill.config, prefill.runner)
-    good = [own, b"\1\0\0\0" * 100, 0, None, []]
 
-    def ask(**changes: object) -> bytes:
-        names = ("identity", "tokens", "start", "namespace", "boundaries")
+    def ask(identity: object = own, start: object = 0, **changes: object) -> bytes:
+        spec = prefix(b"\1\0\0\0" * 100)
+        fields = {name: getattr(spec, name) for name in spec.__struct_fields__} | changes
         return msgspec.msgpack.encode(
-            ["Ask", *(dict(zip(names, good, strict=True)) | changes).values()]
+            ["Ask", identity, start, ["RequestSpec", *fields.values()]], enc_hook=bytes_of
         )
 
     for data in (
@@ -305,13 +307,14 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
         msgspec.msgpack.encode(["Ask", {}]),
         ask(identity=3),
         ask(identity={}),
-        ask(tokens=b"abc"),
-        ask(tokens=b""),
+        ask(prompt=b"abc"),
+        ask(prompt=b""),
+        ask(prompt=[1, 2]),
         ask(start=-1),
         ask(start=100),
         ask(start=1 << 40),
-        ask(namespace=3),
-        ask(boundaries=[1 << 63]),
+        ask(namespace=[3]),
+        ask(boundaries=["x"]),
         ask(boundaries="all"),
     ):
         with stranger(port) as socket_of:
@@ -356,7 +359,7 @@ def test_a_slow_decode_engine_holds_little_memory_and_delays_no_other(
     monkeypatch.setattr(prefill_server, "PIECE_BYTES", 10_000)
     prompt, own = np.asarray(text(83, 641), np.int32), identity(prefill.config, prefill.runner)
     with stranger(port_of(prefill)) as slow:
-        slow.send(msgspec.msgpack.encode(Ask(own, prompt.tobytes(), 0, None, ())))
+        slow.send(msgspec.msgpack.encode(Ask(own, 0, prefix(prompt.tobytes())), enc_hook=bytes_of))
         received, is_first = 0, True
         while True:
             message, *rest = slow.recv_multipart()

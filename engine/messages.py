@@ -1,0 +1,160 @@
+"""Messages between a front end and an engine. A thread, another process and replicas get the same
+ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from engine.errors import WireError
+from engine.requests.grammar import Grammar
+from engine.requests.spec import RequestSpec
+from engine.text.outputs import FinishReason, OutputDelta
+
+
+class EngineMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of the messages. The type is encoded in the first field. A request that its front end
+    has validated is a message too: its ``RequestSpec``."""
+
+
+class Abort(EngineMessage, frozen=True):
+    """The end of a request: its client has disconnected, or the server has read enough."""
+
+    request_id: str
+    reason: FinishReason
+
+
+class EndEngine(EngineMessage, frozen=True):
+    """Accept no more requests, and finish those in progress unless ``at_once``."""
+
+    at_once: bool
+
+
+class Question(EngineMessage, frozen=True):
+    """Base of the messages with a ``Reply``. All but ``Compile`` are answered between two steps."""
+
+    number: int
+    """Number of the reply."""
+
+
+class Compile(Question, frozen=True):
+    """Compile a grammar in advance, in a separate thread."""
+
+    grammar: Grammar
+
+
+class AskReport(Question, frozen=True):
+    """See ``Engine.report``."""
+
+
+class AskCacheView(Question, frozen=True):
+    """See ``Engine.cache_view``."""
+
+
+class ResetCache(Question, frozen=True):
+    """See ``Engine.reset_prefix_cache``."""
+
+
+class EndSession(Question, frozen=True):
+    """See ``Engine.end_session``."""
+
+    request_id: str
+
+
+class StopAccepting(Question, frozen=True):
+    """See ``Engine.stop_accepting``."""
+
+
+class OpenView(Question, frozen=True):
+    """Open a view of the cache and its requests. The reply is its number."""
+
+
+class TakeChanges(Question, frozen=True):
+    """Return the changes since the last question to a view, with ``whole`` also the state that they
+    lead to."""
+
+    view: int
+    whole: bool
+
+
+class FindNode(Question, frozen=True):
+    """Return details of a node of a view."""
+
+    view: int
+    node: int
+
+
+class CloseView(Question, frozen=True):
+    """Close a view."""
+
+    view: int
+
+
+ToEngine = (
+    RequestSpec
+    | Abort
+    | EndEngine
+    | Compile
+    | AskReport
+    | AskCacheView
+    | ResetCache
+    | EndSession
+    | StopAccepting
+    | OpenView
+    | TakeChanges
+    | FindNode
+    | CloseView
+)
+
+
+class Ready(EngineMessage, frozen=True):
+    """The model is loaded."""
+
+    vocab_size: int
+    max_model_len: int
+    model_name: str
+    screen: str
+    """Text of the start screen."""
+
+
+class Refused(EngineMessage, frozen=True):
+    """The model cannot be loaded; ``reason`` is one sentence."""
+
+    reason: str
+
+
+class RequestFailed(msgspec.Struct, frozen=True, array_like=True):
+    """A request that failed; no further output follows."""
+
+    request_id: str
+    error: WireError
+
+
+class Outputs(EngineMessage, frozen=True):
+    """All outputs of one step."""
+
+    num_received: int
+    """Number of requests received so far."""
+    num_waiting: int
+    news: tuple[OutputDelta, ...]
+    ended: tuple[RequestFailed, ...]
+
+
+class Reply(EngineMessage, frozen=True):
+    """Reply to a ``Question``."""
+
+    number: int
+    value: Any = None
+    error: WireError | None = None
+
+
+FromEngine = Ready | Refused | Outputs | Reply
+
+
+def plain(value: Any) -> Any:
+    """Return the bytes of a prompt: the ``enc_hook`` of msgspec."""
+    if isinstance(value, np.ndarray):
+        return value.data
+    raise TypeError(f"{type(value).__name__} cannot be sent")

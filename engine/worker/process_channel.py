@@ -1,0 +1,235 @@
+"""Start of an engine in a separate process, and the connection to it.
+
+No step of that engine waits for the interpreter of the HTTP server. The process is a new
+interpreter, not a fork, because neither torch nor a device survives a fork. It blocks the signals
+that end a server, which terminals and service managers send to both. It ends when the server sends
+a request to stop, or is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from tempfile import TemporaryDirectory
+
+from engine.async_engine import AsyncEngine, EngineChannel, EngineFacts
+from engine.build import load_tokenizer_of, names_tokenizer
+from engine.config import EngineConfig
+from engine.errors import FAILED, describe_exit
+from engine.messages import EndEngine, FromEngine, Outputs, Ready, Refused, ToEngine
+from engine.requests.spec import RequestSpec
+from engine.worker.sockets import Sockets
+
+logger = logging.getLogger(__name__)
+BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from engine.worker.engine_worker import main; sys.exit(main(*sys.argv[2:]))"
+)
+POLL_S = 0.1
+MEET_S = 10.0
+"""Seconds from the first message of the process until it can receive one. It takes milliseconds,
+except on a machine that swaps."""
+PATIENCE_S = 5.0
+"""Time that a process may take to end after the stop command, before it is killed."""
+
+
+def start_engine(
+    config: EngineConfig,
+    address: str,
+    boot: str | None = None,
+    meanwhile: Callable[[], object] | None = None,
+    log_level: str = "warning",
+) -> tuple[AsyncEngine, str]:
+    """Start an engine and return (the engine, its start screen).
+
+    ``boot`` is the code for the new interpreter, by default ``BOOT``. ``meanwhile`` is called while
+    the model is loaded. Raises ValueError if the model cannot be loaded.
+    """
+    # The folder is removed when both sides are connected, so that no other process can connect.
+    with TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True) as folder:
+        sockets: Sockets[FromEngine] = Sockets(folder, is_server=True)
+        facts = [folder, pickle.dumps(config).hex(), address, log_level]
+        process = _spawn([sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts])
+        try:
+            # The process loads the model during this time.
+            if meanwhile is not None:
+                meanwhile()
+            tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
+            ready = _wait_for(process, sockets)
+            tokenizer = tokenizer or load_tokenizer_of(config, ready.vocab_size)
+            known = EngineFacts(
+                config, tokenizer, ready.vocab_size, ready.max_model_len, ready.model_name
+            )
+            return AsyncEngine(ProcessChannel(known, process, sockets)), ready.screen
+        except BaseException:
+            process.kill()
+            process.communicate()
+            sockets.close()
+            raise
+
+
+def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start ``command`` with SIGINT and SIGTERM blocked from its first instruction."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets[FromEngine]) -> Ready:
+    while True:
+        has_ended = process.poll() is not None
+        message = sockets.receive() if sockets.wait(0.0 if has_ended else POLL_S) else None
+        match message:
+            case Ready():
+                if sockets.meet(MEET_S):
+                    return message
+                process.kill()
+            case Refused():
+                raise ValueError(message.reason)
+        if has_ended:
+            raise ValueError(
+                f"the engine's process {describe_exit(process.returncode)} before the model was "
+                "loaded; see its output above."
+            )
+
+
+class ProcessChannel(EngineChannel):
+    """Connection to a loaded engine in a separate process. After ``start``, everything except
+    ``send`` and ``stop`` belongs to one event loop."""
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        process: subprocess.Popen[bytes],
+        sockets: Sockets[FromEngine],
+    ) -> None:
+        """Take over ``process`` and ``sockets``, which ``stop`` or ``drain`` ends."""
+        self.facts = facts
+        self.pid = process.pid
+        self._failure: str | None = None
+        self._process, self._sockets = process, sockets
+        self._num_sent = self._num_received = self._num_waiting = 0
+        self._ended = threading.Event()
+        self._was_killed = self._is_released = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._ended.is_set()
+
+    @property
+    def num_queued(self) -> int:
+        return self._num_waiting + self._num_sent - self._num_received
+
+    @property
+    def failure(self) -> str | None:
+        return self._failure
+
+    def connect(self, front: AsyncEngine) -> None:
+        self._front = front
+
+    def start(self) -> None:
+        """Follow the process in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._closed = asyncio.Event()
+        self._fd = self._sockets.fd
+        self._loop.add_reader(self._fd, self._read)
+        self._read()
+        threading.Thread(target=self._wait, name="engine process", daemon=True).start()
+
+    def send(self, message: ToEngine) -> None:
+        try:
+            self._sockets.send(message)
+        except UnicodeEncodeError:
+            raise ValueError(
+                "a text of this request cannot be encoded in UTF-8: remove lone surrogates "
+                "(\\ud800 to \\udfff)."
+            ) from None
+        except OverflowError:
+            raise ValueError(
+                "an integer of this request does not fit into 64 bits: use a smaller one."
+            ) from None
+        self._num_sent += isinstance(message, RequestSpec)
+
+    async def drain(self) -> None:
+        if self._loop is None:
+            self._kill()
+            return
+        self.send(EndEngine(at_once=False))
+        await self._closed.wait()
+        self._loop.remove_reader(self._fd)
+        self._release()
+
+    def stop(self) -> None:
+        """End the process after its step. It is killed if that takes longer than
+        ``PATIENCE_S``."""
+        if self._loop is None:
+            self._kill()
+            return
+        self.send(EndEngine(at_once=True))
+        if not self._ended.wait(PATIENCE_S):
+            self._was_killed = True
+            self._process.kill()
+            self._ended.wait()
+
+    def _kill(self) -> None:
+        """Kill the process before ``start``, while no caller waits."""
+        self._process.kill()
+        self._process.wait()
+        self._ended.set()
+        self._release()
+
+    def _release(self) -> None:
+        if self._is_released:
+            return
+        self._is_released = True
+        self._sockets.close()
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def _wait(self) -> None:
+        """Wait for the end of the process, in a separate thread."""
+        code = self._process.wait()
+        loop = self._loop
+        assert loop is not None
+        self._ended.set()
+        if not loop.is_closed():
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._close, code)
+
+    def _close(self, code: int) -> None:
+        """Read the last messages of the process, which has ended."""
+        try:
+            self._read()
+        except Exception:
+            logger.exception("The last messages of the engine's process cannot be read.")
+        if code and not self._was_killed:
+            self._failure = _death(code)
+        self._front.closed(self._failure)
+        self._closed.set()
+
+    def _read(self) -> None:
+        """Process all messages that have arrived."""
+        while (message := self._sockets.receive()) is not None:
+            if isinstance(message, Outputs):
+                self._num_received = message.num_received
+                self._num_waiting = message.num_waiting
+            self._front.receive(message)
+
+
+def _death(code: int) -> str:
+    """Return the error message for an engine process with exit code ``code``, not 0."""
+    if code > 0:
+        return FAILED  # The process has logged the reason.
+    return f"The engine's process {describe_exit(code)}: restart the server."
