@@ -389,7 +389,7 @@ def lines_of(table: RequestTable) -> Iterator[RequestResult]:
     "oldest-2500-6",
     "cached-first-2600-4",
     "live:3-2600-4",
-    "hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, -1.0, -0.5)-2600-4",
+    "hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, 0.0)-2600-4",
 )
 @pytest.mark.parametrize(
     ("admission", "num_rows", "max_running"),
@@ -401,7 +401,7 @@ def lines_of(table: RequestTable) -> Iterator[RequestResult]:
         ("window:4", 2600, 4),
         ("live:3", 2600, 4),
         ("sessions", 2500, 6),
-        ("hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, -1.0, -0.5)", 2600, 4),
+        ("hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, 0.0)", 2600, 4),
     ],
 )
 def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
-from hybridcache.policies.admission.session_gate import CREDIT_S, FLOOR, MAX_TURNS, SessionGate
+from hybridcache.policies.admission.session_gate import (
+    CREDIT_S,
+    FLOOR,
+    MAX_TURNS,
+    MOST_WAIT_S,
+    SessionGate,
+)
 from hybridcache.policies.admission.simple import LOOK_AHEAD, TOKENS_A_PASS
 from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import make_admission
@@ -24,7 +31,7 @@ class FakeRequest:
     session: Session
     num_tokens: int = 1000
     cached: int = 0
-    arrival_s: float = 0.0
+    arrival_s: float = inf
     namespace: Hashable = None
     max_len: int = 2000
     num_preemptions: int = 0
@@ -174,18 +181,6 @@ def test_without_losses_requests_are_admitted_oldest_first() -> None:
         policy.admitted(FakeRequest(9, session(9), 8000, cached_len=8000), load)
 
 
-def test_lost_work_counts_only_while_the_server_is_busy() -> None:
-    for share, withholds in ((0.3, False), (0.9, True)):
-        policy, load = make_admission("sessions"), FakeLoad(num_running=1)
-        for number in range(100):
-            load.now_s += 1.0
-            policy.computed(int(8000 * share), share, load)
-            lost = FakeRequest(number, session(number, known_len=8000), 8000)
-            policy.admitted(lost, load)
-        requests = waiting([0, 1000])
-        assert arrivals(policy.order(requests, load)) == ([1] if withholds else [0, 1])
-
-
 def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
     congest(policy, load)
@@ -222,28 +217,49 @@ def test_idle_time_is_limited_to_the_compute_time_of_the_prompt() -> None:
     assert arrivals(policy.order(requests, load)) == [0]
 
 
-def test_the_less_keeping_sessions_is_worth_the_sooner_a_session_enters() -> None:
-    """One session a cycle fills 0.4 of the memory. Its prompt takes one second."""
-    for pause_s in (5.0, 50.0):
-        policy, load = make_admission("sessions"), FakeLoad(num_running=1, session_share=0.4)
-        for number in range(200):
-            load.now_s += pause_s
-            request = FakeRequest(number, session(number, num_requests=3), 8000)
-            request.session.idle_since_s = load.now_s - pause_s
-            request.arrival_s = load.now_s
-            policy.arrived(request, load)
-            policy.computed(8000, 1.0, load)
-            policy.admitted(request, load)
-            policy.left(request, load)
-        congest(policy, load)
-        cold = FakeRequest(999, session(999, num_requests=1), 8000)
-        assert arrivals(policy.order([cold], load)) == [], "a resident session is decoding"
-        wakes_at_s, idle_s = policy.wakes_at_s(), 1.0 / (0.4 * pause_s)
-        assert wakes_at_s == pytest.approx(load.now_s + idle_s, rel=0.1)
-        load.now_s = wakes_at_s
-        resident = FakeRequest(1000, session(1000), cached=1000)
-        assert arrivals(policy.order([cold, resident], load)) == [1000]
-        assert arrivals(policy.order([cold], load)) == [999]
+@pytest.mark.parametrize(("pause_s", "withholds"), [(1.0, True), (50.0, False)])
+def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
+    pause_s: float, withholds: bool
+) -> None:
+    """A session fills 0.4 of the memory for a cycle of a pause. Its prompt takes one second."""
+    policy, load = make_admission("sessions"), FakeLoad(num_running=1, session_share=0.4)
+    for number in range(200):
+        load.now_s += pause_s
+        request = FakeRequest(number, session(number, num_requests=3), 8000)
+        request.session.idle_since_s = load.now_s - pause_s
+        request.arrival_s = load.now_s
+        policy.arrived(request, load)
+        policy.computed(8000, 1.0, load)
+        policy.admitted(request, load)
+        policy.left(request, load)
+    congest(policy, load)
+    cold = FakeRequest(999, session(999, num_requests=1), 8000)
+    assert arrivals(policy.order([cold], load)) == ([] if withholds else [999])
+    assert (float(policy.report()["worth"]) > 1) == withholds
+
+
+def test_the_next_turn_of_a_session_waits_a_bounded_time() -> None:
+    """The debt stays high, and resident sessions always have another request."""
+    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    congest(policy, load, lost=10**9)
+    begun_s = load.now_s
+    new = FakeRequest(0, session(0, num_requests=1), arrival_s=begun_s)
+    later, lost, resident = (
+        FakeRequest(number, session(number), cached=cached, arrival_s=begun_s + wait_s)
+        for number, cached, wait_s in ((1, 0, 1.0), (2, 0, 0.0), (3, 1000, 0.0))
+    )
+    queue = [new, later, lost, resident]
+    load.now_s = begun_s + MOST_WAIT_S - 0.1
+    assert arrivals(policy.order(queue, load)) == [3]
+    assert policy.wakes_at_s() == pytest.approx(begun_s + MOST_WAIT_S)
+    load.now_s = begun_s + MOST_WAIT_S
+    assert arrivals(policy.order(queue, load)) == [2, 3]
+    lost.is_running = True
+    policy.admitted(lost, load)
+    assert arrivals(policy.order([new, later, resident], load)) == [3], "one prefill at a time"
+    lost.is_prefilling = False
+    load.now_s += 1.0
+    assert arrivals(policy.order([new, later, resident], load)) == [1, 3]
 
 
 def test_tokens_that_were_not_evicted_add_no_debt() -> None:
@@ -299,7 +315,7 @@ def test_sessions_are_protected_only_if_throughput_grows(share: float, enters: b
         policy.left(lost, load)
     load.open_sessions = [session(100 + i) for i in range(12)]
     request = FakeRequest(99, session(99, num_requests=1), 8000)
-    assert 0 < float(policy.report()["debt_s"]) < CREDIT_S
+    assert (float(policy.report()["debt_s"]) == -CREDIT_S) == enters
     assert bool(list(policy.order([request], load))) == enters
 
 
