@@ -486,7 +486,7 @@ def admission_table() -> str:
     """Return hit rates and waiting times at each rate.
 
     The last columns are ratios to the best fixed number of live sessions, chosen for each."""
-    from experiments.studies.admission import best_fixed, cells, mean
+    from experiments.studies.admission import best_simple, cells, mean
     from hybridcache.lab.simulation.result import ClosedLoopRun
 
     runs = [ClosedLoopRun(**record) for record in records_of("admission.jsonl")]
@@ -499,7 +499,7 @@ def admission_table() -> str:
         for field in ("ttft_mean_s", "ttft_p99_s"):
             row.append(", ".join(f"{mean(runs, field):.1f}" for runs in pair))
         for field in ("ttft_mean_s", "makespan_s"):
-            best = [getattr(run, field) for run in best_fixed(by_policy, field)]
+            best = [getattr(run, field) for run in best_simple(by_policy, field)]
             compared = ratio([getattr(run, field) for run in by_policy["sessions"]], best)
             row.append(f"{compared:.2f}")
         rows.append(row)

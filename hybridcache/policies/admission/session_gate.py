@@ -98,9 +98,9 @@ class SessionGate(AdmissionPolicy):
         """Requests that entered and are not answered yet."""
         self._pause_s = 0.0
         """Average time from a session's answer to its next request."""
-        self._answer_s, self._prompt_tokens, self._footprint = 0.0, 0.0, 0.0
+        self._answer_s, self._prompt_tokens, self._held_s = 0.0, 0.0, 0.0
         """Averages: time from admission to the last token, tokens of a prompt that no other session
-        shares, and part of the memory that a session takes."""
+        shares, and part of the memory that a session takes times a pause and an answer."""
         self._admitted_at_s: dict[WaitingRequest, float] = {}
         """Times at which unanswered requests were admitted."""
         self._limit, self._moves_at_s = 1.0, 0.0
@@ -147,8 +147,7 @@ class SessionGate(AdmissionPolicy):
         With n sessions in memory, one request of each is answered in every cycle of a pause and an
         answer. Without memory for them, one request is answered in the time of a whole prompt.
         """
-        memory_s = self._footprint * (self._pause_s + self._answer_s)
-        return self._prompt_s / memory_s if memory_s else 1.0
+        return self._prompt_s / self._held_s if self._held_s else 1.0
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         debt_s = self._debt(load.now_s)
@@ -284,7 +283,8 @@ class SessionGate(AdmissionPolicy):
         admitted_at_s = self._admitted_at_s.pop(request, None)
         if admitted_at_s is not None:
             self._answer_s = _averaged(self._answer_s, load.now_s - admitted_at_s)
-            self._footprint = _averaged(self._footprint, load.footprint(request.session))
+            held_s = load.now_s - admitted_at_s + self._pause_s
+            self._held_s = _averaged(self._held_s, load.footprint(request.session) * held_s)
         self._lost.pop(request, None)
         self._entered.pop(request, None)
 
