@@ -270,7 +270,8 @@ def summary(runs: Sequence[ClosedLoopRun]) -> str:
             for field in ("ttft_mean_s", "ttft_p99_s", "makespan_s")
         )
         num_seeds = len(by_policy[UNLIMITED[0]])
-        row = [f"{name}, {rate:g}", str(num_seeds), f"{ttft_s:.2f}, {p99_s:.1f}, {makespan_s:.0f} s"]
+        best = f"{ttft_s:.2f}, {p99_s:.1f}, {makespan_s:.0f} s"
+        row = [f"{name}, {rate:g}", str(num_seeds), best]
         for policy in UNLIMITED:
             found = by_policy[policy]
             row += [
