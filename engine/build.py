@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
 from engine.interfaces import Plugin, Runner, TokenSampler
+from engine.requests.logit_rules import GrammarCompiler
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig
 from hybridcache.export.lease_log import LeaseLog
@@ -43,6 +45,16 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
         return IdTokenizer(vocab_size, named_eos(Path(config.model)))
     named = config.tokenizer or config.model
     return load_tokenizer(None if named == str(BUILTIN_DIR) else named)
+
+
+def make_grammars(
+    config: EngineConfig, tokenizer: Tokenizer | None, vocab_size: int, news: Event
+) -> GrammarCompiler:
+    """Load the compiler of grammars. ``news`` is set whenever a mask was found in the
+    background."""
+    from engine.plugins.guided.guides import guides_of
+
+    return guides_of(config, tokenizer, vocab_size, news)
 
 
 def names_tokenizer(config: EngineConfig) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from engine.build import cache_config, load, make_manager
+from engine.build import cache_config, load, make_grammars, make_manager
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name, resolve_config
@@ -89,6 +89,7 @@ class Engine:
             vocab_size=runner.vocab_size,
             max_model_len=self.max_model_len,
             clock=clock,
+            make_grammars=make_grammars,
         )
         self.sampling_defaults = self._intake.sampling_defaults
         self._sampler = sampler

@@ -10,14 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig
-from engine.plugins import provided
+from engine.errors import HubError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-Report = Callable[[str], object]
-
-
-class HubError(ValueError):
-    """The model cannot be downloaded; the message gives the reason in one sentence."""
 
 
 def is_hub_name(model: str) -> bool:
@@ -42,7 +37,9 @@ def display_name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def resolve_config(config: EngineConfig, report: Report | None = None) -> EngineConfig:
+def resolve_config(
+    config: EngineConfig, report: Callable[[str], object] | None = None
+) -> EngineConfig:
     """Return ``config`` with folders in place of hub names, downloading the files that are missing.
     The name of the built-in model becomes None, unless there is a folder of that name.
 
@@ -53,7 +50,9 @@ def resolve_config(config: EngineConfig, report: Report | None = None) -> Engine
     if model == BUILTIN_NAME and not Path(model).exists():
         model = None
     if model is not None and is_hub_name(model):
-        model = str(provided("fetch_model")(model, config, report or _to_stderr))
+        from engine.plugins.hub.downloads import fetch_model
+
+        model = str(fetch_model(model, config, report or _to_stderr))
     elif config.revision is not None:
         raise HubError(
             f"--revision {config.revision} needs a model of the hub, as in --model ORG/NAME "
@@ -64,7 +63,9 @@ def resolve_config(config: EngineConfig, report: Report | None = None) -> Engine
     return dataclasses.replace(config, model=model, tokenizer=tokenizer, revision=None)
 
 
-def resolve_folder(model: str, *, with_weights: bool = False, report: Report | None = None) -> str:
+def resolve_folder(
+    model: str, *, with_weights: bool = False, report: Callable[[str], object] | None = None
+) -> str:
     """Return the folder of a hub name or of the built-in model, and any other ``model`` as it is.
 
     Without ``with_weights`` only config, tokenizer and templates are downloaded. Raises HubError.
@@ -73,10 +74,12 @@ def resolve_folder(model: str, *, with_weights: bool = False, report: Report | N
         return str(BUILTIN_DIR)
     if not is_hub_name(model):
         return model
+    from engine.plugins.hub.downloads import fetch_model, fetch_small_files
+
     if not with_weights:
-        return str(provided("fetch_small_files")(model))
+        return str(fetch_small_files(model))
     # Models that are only converted do not have to fit into memory.
-    return str(provided("fetch_model")(model, None, report or _to_stderr))
+    return str(fetch_model(model, None, report or _to_stderr))
 
 
 def _to_stderr(line: str) -> None:

@@ -212,11 +212,6 @@ class Plugin(StepHooks):
         """Return a runner that replaces ``ModelRunner``, or None. Imports torch."""
         return None
 
-    def model_follower(self) -> Callable[..., Any] | None:
-        """Return the class of a ``ModelFollower``, for a runner with a multi-token head, or None.
-        Imports torch."""
-        return None
-
     def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
         """Return ``cache`` with the sizes that this plugin requires. Raises ConfigError."""
         return cache

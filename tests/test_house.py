@@ -123,8 +123,8 @@ MAY_IMPORT = {
     "hybridcache/routing": "api export policies tokens",
     "engine/config.py": "",
     "engine/errors.py": "",
-    "engine/text": "plugins",
-    "engine/requests": "config errors plugins text",
+    "engine/text": "",
+    "engine/requests": "config errors text",
     "engine/schedule": "config errors requests text",
     "engine/interfaces.py": "config requests schedule text",
     "engine/layers": "weights",
@@ -142,7 +142,7 @@ MAY_IMPORT = {
     "engine/plugins/diagnostics": "config server text",
     "engine/plugins/dialects": "config requests server text",
     "engine/plugins/record": "config hub server text",
-    "engine/plugins/hub": "config hub models runner weights",
+    "engine/plugins/hub": "config errors models runner weights",
     "engine/plugins/inspect": "config hub models weights",
     "engine/plugins/convert": "hub layers weights",
     "engine/plugins/disaggregation": "config errors interfaces messages requests runner "
@@ -217,7 +217,16 @@ def plugins_named_in(path: Path) -> set[str]:
     return {parts[2] for parts in names if parts[:2] == ["engine", "plugins"] and len(parts) > 2}
 
 
-ROOTS = ("engine/host.py",)
+ROOTS = (
+    "engine/build.py",
+    "engine/command/cli.py",
+    "engine/host.py",
+    "engine/hub.py",
+    "engine/runner/build.py",
+    "engine/server/app.py",
+    "engine/server/chat.py",
+    "engine/server/schemas.py",
+)
 """Files of the core that import plugins by name."""
 
 

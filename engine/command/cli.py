@@ -27,7 +27,6 @@ from engine.plugins import (
     engine_settings,
     plugin_verb,
     plugin_verbs,
-    provided,
     server_settings,
 )
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
@@ -239,7 +238,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             print("loading the model ...", file=sys.stderr, flush=True)
         if server_config.uses("replicas"):
             _server().check(server_config)
-            served, screen = provided("start_replicas")(engine_config, server_config, address)
+            from engine.plugins.replicas.start_replicas import start_replicas
+
+            served, screen = start_replicas(engine_config, server_config, address)
             print(_with_key(screen, server_config), flush=True)
             _server().serve(served, server_config, listener)
             return 0

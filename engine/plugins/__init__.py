@@ -7,7 +7,7 @@ first needed: by a setting that differs from its default, a request, a path or a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,28 +78,6 @@ VERBS = {
 }
 """Verbs of the command ``engine`` -> plugin, usage and help. The module ``command`` of the plugin
 has ``add_flags`` and ``run``."""
-
-
-PROVIDED = {
-    "Hooks": "diagnostics.server",
-    "Watch": "observe.cache_watch",
-    "call_form": "tool_calls.forms",
-    "fetch_model": "hub.downloads",
-    "fetch_small_files": "hub.downloads",
-    "find_splices": "diagnostics.splices",
-    "grammar_of_calls": "tool_calls.call_grammars",
-    "grammar_of_strict_calls": "tool_calls.call_grammars",
-    "guides_of": "guided.guides",
-    "start_replicas": "replicas.start_replicas",
-}
-"""Functions and classes of plugins that the core calls -> their modules, imported by
-``provided``."""
-
-
-def provided(name: str) -> Callable[..., Any]:
-    """Return one of the functions and classes in ``PROVIDED``. Imports its plugin."""
-    found: Callable[..., Any] = _find(PROVIDED[name], name)
-    return found
 
 
 def _find(module: str, name: str) -> Any:

@@ -18,7 +18,6 @@ from msgspec import structs
 
 from engine.config import EngineConfig
 from engine.errors import ContextOverflow
-from engine.plugins import provided
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import (
     FREE,
@@ -395,6 +394,11 @@ MAX_LOGPROBS = 50
 AS_WORD = EncodeOptions(add_special_tokens=False)
 
 
+def no_grammars(*_: object) -> GrammarCompiler:
+    """Raise an error: this front end only validates."""
+    raise RuntimeError("grammars are compiled by the engine")
+
+
 class Intake:
     """Makes requests for one engine. Safe to call from any thread."""
 
@@ -406,6 +410,7 @@ class Intake:
         vocab_size: int,
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
+        make_grammars: Callable[..., GrammarCompiler] = no_grammars,
     ) -> None:
         """Prepare the factory. Without a ``tokenizer``, prompts are token ids and answers have no
         text. Raises ValueError if the model recommends a sampling parameter out of range."""
@@ -415,7 +420,7 @@ class Intake:
         """Defaults of ``SamplingParams`` that the model recommends."""
         self._bad_words = lru_cache(maxsize=8)(self._encode_bad_words)  # The choices share them.
         self._default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
-        self._clock = clock
+        self._clock, self._make_grammars = clock, make_grammars
         self._arrivals = itertools.count()
         self.grammar_news = threading.Event()
         """Set whenever a grammar that was not ready has become ready."""
@@ -427,7 +432,7 @@ class Intake:
         """Compiler of grammars, loaded on first use."""
         with self._lock:
             if self._grammars is None:
-                self._grammars = provided("guides_of")(
+                self._grammars = self._make_grammars(
                     self._config, self._tokenizer, self._vocab_size, self.grammar_news
                 )
             return self._grammars

@@ -13,7 +13,6 @@ import torch
 from engine.interfaces import HostTier, TierCopierFactory
 from engine.layers.inputs import LayerInputs, Pools, RotaryTable
 from engine.models.decoder import Decoder
-from engine.plugins import engine_plugins
 from engine.runner.backends import identity_of
 from engine.runner.graphs import (
     DecodeGraphs,
@@ -47,7 +46,7 @@ class PendingHeadRows(Protocol):
 
 class ModelFollower(Protocol):
     """Multi-token head that follows every step of the model and drafts tokens; see
-    ``Plugin.model_follower``."""
+    ``load_runner``."""
 
     pending: PendingHeadRows
 
@@ -76,8 +75,15 @@ class ModelRunner:
     """Owns the memory of a loaded model, and computes one Batch after the other. Independent of
     cache and requests."""
 
-    def __init__(self, loaded: LoadedModel, plan: MemoryPlan, max_model_len: int) -> None:
-        """Allocate the memory of ``plan``, and make the tables and graphs for it."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        plan: MemoryPlan,
+        max_model_len: int,
+        follower: Callable[..., ModelFollower] | None = None,
+    ) -> None:
+        """Allocate the memory of ``plan``, and make the tables and graphs for it. ``follower`` is
+        the class that follows the steps for a multi-token head."""
         config = loaded.settings
         self.loaded, self._config = loaded, config
         self.rank, self.device, self.kernels = loaded.rank, loaded.device, loaded.kernels
@@ -120,9 +126,7 @@ class ModelRunner:
         )
         self._predictor: ModelFollower | None = None
         if loaded.head is not None:
-            found = (plugin.model_follower() for plugin in engine_plugins(config))
-            follower = next((each for each in found if each is not None), None)
-            assert follower is not None, "the multi-token head requires a plugin"
+            assert follower is not None, "a multi-token head requires its follower"
             self._predictor = follower(
                 loaded.head, self.model, self.tensors, self.table, self._rotary
             )

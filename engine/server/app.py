@@ -19,20 +19,28 @@ from engine.server.api_errors import APIError, PlainJSON
 from engine.server.bodies import BodyLimit, BodyReader, ClientGone, Workers
 from engine.server.chat import chat
 from engine.server.completions import complete
-from engine.server.context import Dialect, Extensions, ServingContext
+from engine.server.context import ChatHooks, Dialect, Extensions, ServingContext
 from engine.server.request_log import RequestLog, is_wanted
 from engine.server.schemas import ChatRequest, CompletionRequest
 from engine.server.settings import ServerConfig
+from engine.text.tokenizer import Tokenizer
 from hybridcache.lab.extras import version as installed_version
 
 HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
 
 
+def chat_hooks(tokenizer: Tokenizer, config: ServerConfig, grid: int) -> ChatHooks:
+    """Load the hooks around chats."""
+    from engine.plugins.diagnostics.server import Hooks
+
+    return Hooks(tokenizer, config, grid)
+
+
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """Make the application that serves ``engine``. The engine starts and stops with it."""
     workers = Workers()
-    context = ServingContext(engine, config, workers)
+    context = ServingContext(engine, config, workers, chat_hooks)
     reader = BodyReader(config, workers)
 
     @asynccontextmanager

@@ -11,13 +11,12 @@ from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from fastapi import Request, Response
 
 from engine.async_engine import RequestStream
-from engine.plugins import provided
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server.access import AnswerId, Tenant, new_id
@@ -71,7 +70,9 @@ class AnswerForm:
     def of(cls, template: str) -> AnswerForm:
         """Return the form for the source of a chat template. O(len(template)) for a new one."""
         offers_tools = "tools" in template
-        calls = provided("call_form")(template) if offers_tools else None
+        from engine.plugins.tool_calls.forms import call_form
+
+        calls = cast("CallForm | None", call_form(template)) if offers_tools else None
         return cls(CLOSE in template, offers_tools, calls)
 
 

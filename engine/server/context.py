@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
-from engine.plugins import PATHS, plugin_of_path, provided, server_extension
+from engine.plugins import PATHS, plugin_of_path, server_extension
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
@@ -38,7 +38,6 @@ from engine.server.metrics import Metrics
 from engine.server.schemas import Guided, TokenOptions, described
 from engine.server.settings import ServerConfig
 from engine.text.answers import CLOSE
-from engine.text.chat_prompt import SampledTurn
 from engine.text.outputs import (
     DraftCounts,
     FinishReason,
@@ -46,6 +45,7 @@ from engine.text.outputs import (
     SampledToken,
     Transferred,
 )
+from engine.text.splices import SampledTurn
 from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer
 from hybridcache.api import Losses
 
@@ -244,7 +244,15 @@ logger = logging.getLogger(__name__)
 class ServingContext:
     """One engine with its model name."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, workers: Workers) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        config: ServerConfig,
+        workers: Workers,
+        make_hooks: Callable[[Tokenizer, ServerConfig, int], ChatHooks],
+    ) -> None:
+        """``make_hooks`` is called for the first chat."""
+        self._make_hooks = make_hooks
         self.engine = engine
         self.model_name = config.served_model_name or engine.model_name
         self.special_in_content = config.special_in_content
@@ -270,7 +278,7 @@ class ServingContext:
             if self._chats is None:
                 engine = self.engine.config
                 grid = engine.grid if engine.prefix_cache == "hybrid" else 0
-                self._chats = provided("Hooks")(self.tokenizer, self._config, grid)
+                self._chats = self._make_hooks(self.tokenizer, self._config, grid)
             return self._chats
 
     def check_model(self, model: str | None) -> None:

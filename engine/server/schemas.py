@@ -26,7 +26,6 @@ from pydantic import (
     model_validator,
 )
 
-from engine.plugins import provided
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, SamplingParams
 from engine.server.api_errors import APIError, of_validation, quoted
@@ -768,7 +767,7 @@ class ChatRequest(Sampling, Rendering):
     def form_name(self) -> str | None:
         return "tools" if self.demands_call or self.has_strict_calls else super().form_name
 
-    def call_grammar(self, form: str, may_think: bool) -> Grammar | None:
+    def call_grammar(self, form: Literal["hermes", "xml"], may_think: bool) -> Grammar | None:
         """Return the grammar of required calls, or of strict calls that the answer may contain;
         None without either.
 
@@ -776,11 +775,13 @@ class ChatRequest(Sampling, Rendering):
         reasoning. Raises ValueError if a tool's schema cannot be used, or if another form is
         requested too.
         """
+        from engine.plugins.tool_calls.call_grammars import (
+            grammar_of_calls,
+            grammar_of_strict_calls,
+        )
+
         if self.has_strict_calls:
-            strict: Grammar = provided("grammar_of_strict_calls")(
-                self.tools or (), form, may_think=may_think
-            )
-            return strict
+            return grammar_of_strict_calls(self.tools or (), form, may_think=may_think)
         if not self.demands_call:
             return None
         if super().is_guided:
@@ -789,10 +790,7 @@ class ChatRequest(Sampling, Rendering):
             )
         choice = self.tool_choice
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
-        grammar: Grammar = provided("grammar_of_calls")(
-            self.tools or (), name, form, in_parallel=self.parallel_tool_calls
-        )
-        return grammar
+        return grammar_of_calls(self.tools or (), name, form, in_parallel=self.parallel_tool_calls)
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> ChatRequest:

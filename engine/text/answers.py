@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 OPEN, CLOSE = "<think>", "</think>"
 """Marks around the reasoning before an answer; the first may be in the prompt."""
@@ -76,7 +76,7 @@ class CallReading(Protocol):
 class CallForm(Protocol):
     """One form of tool calls."""
 
-    FORM: str
+    FORM: Literal["hermes", "xml"]
     """Name of the form, for grammars of calls."""
     MARKS: tuple[str, ...]
     """Texts with which a call begins."""

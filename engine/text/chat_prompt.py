@@ -17,8 +17,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.plugins import provided
-from engine.text.answers import CLOSE, MARKS, OPEN
+from engine.text.answers import CLOSE, OPEN
+from engine.text.splices import SampledTurn, control_pattern, find_splices
 from engine.text.tokenizer import (
     PROBE,
     SLICE,
@@ -121,7 +121,7 @@ def render_chat(
     if continues_last:
         sampled.pop(len(messages) - 1, None)
     splices = (
-        provided("find_splices")(tokenizer, render, messages, written, sampled, keeps_thinking)
+        find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
         if sampled
         else None
     )
@@ -129,8 +129,7 @@ def render_chat(
     def encode(text: str) -> list[int]:
         if splices is None:
             return tokenizer.encode(text, how)
-        spliced: list[int] = splices.encode(text, lambda piece: tokenizer.encode(piece, how))
-        return spliced
+        return splices.encode(text, lambda piece: tokenizer.encode(piece, how))
 
     text = written if splices is None else splices.apply(written)
     if continues_last:
@@ -358,25 +357,8 @@ def _last_special(special_tokens: Sequence[str], text: str, end: int) -> int:
         window *= 8
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTurn:
-    """Tokens sampled for one assistant message."""
-
-    header: str
-    """End of the prompt, from its last control token on."""
-    token_ids: Sequence[int]
-    """Sampled tokens without the end token."""
-    reasoning: str = ""
-
-
 def header_of(tokenizer: Tokenizer, text: str) -> str:
     """Return the end of a prompt from its last control token on, or "" if it has none."""
     pattern = control_pattern(tokenizer)
     starts = [found.start() for found in pattern.finditer(text, max(len(text) - 4096, 0))]
     return text[starts[-1] :] if starts else ""
-
-
-def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Return a pattern of the tokens that begin and end turns."""
-    walls = set(tokenizer.special_tokens)
-    return any_of(t for t in tokenizer.control_tokens if t in walls and t not in MARKS)

@@ -22,7 +22,8 @@ import pytest
 from engine import EngineConfig, engine_config
 from engine.command.cli import main
 from engine.config import BUILTIN_DIR
-from engine.hub import HubError, display_name, is_hub_name, resolve_config, resolve_folder
+from engine.errors import HubError
+from engine.hub import display_name, is_hub_name, resolve_config, resolve_folder
 from engine.plugins.hub.downloads import check
 
 NAME, COMMIT = "some-org/Tiny-Model", "a" * 40

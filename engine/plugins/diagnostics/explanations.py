@@ -32,6 +32,7 @@ from engine.server.bodies import Workers
 from engine.server.context import AskedChat, cache_headers
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
+from engine.text.replay import said_by
 from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
 from hybridcache.tokens import Tokens, common_prefix_len
 
@@ -109,32 +110,6 @@ class Outliner:
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         result: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
         return result
-
-
-def said_by(message: Mapping[str, Any]) -> list[Any]:
-    """Return the fields ``SAID_FIELDS`` of a message in a normal form, which is equal for an answer
-    and its copy from a client."""
-    return [
-        str(message.get("content") or "").strip(),
-        [_call(call) for call in message.get("tool_calls") or ()],
-        str(message.get("reasoning_content") or "").strip(),
-    ]
-
-
-def _call(call: Any) -> list[Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        return [repr(call)]
-    return [function.get("name"), _plain(function.get("arguments"))]
-
-
-def _plain(arguments: Any) -> str:
-    """Return arguments in a normal form, independent of the JSON formatting."""
-    try:
-        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}
-        return json.dumps(value, sort_keys=True, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return str(arguments)
 
 
 @dataclass(frozen=True, slots=True)

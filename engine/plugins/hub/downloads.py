@@ -11,14 +11,17 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.config import EngineConfig
-from engine.hub import HubError, Report
+from engine.errors import HubError
 from hybridcache.geometry.units import counted, format_bytes
+
+Report = Callable[[str], object]
+"""Called with one line before a download."""
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

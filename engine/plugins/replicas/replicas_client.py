@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import structs
 
 from engine.async_engine import AsyncEngine, EngineChannel, EngineFacts
-from engine.build import load_tokenizer_of
+from engine.build import load_tokenizer_of, make_grammars
 from engine.config import EngineConfig
 from engine.errors import (
     STOPPED,
@@ -146,7 +146,13 @@ class FleetChannel(EngineChannel):
         self._config, size = config, facts.vocab_size
         tokenizer = load_tokenizer_of(config, size)
         self.facts = EngineFacts(config, tokenizer, size, facts.max_model_len, model_name)
-        self._intake = Intake(config, tokenizer, vocab_size=size, max_model_len=facts.max_model_len)
+        self._intake = Intake(
+            config,
+            tokenizer,
+            vocab_size=size,
+            max_model_len=facts.max_model_len,
+            make_grammars=make_grammars,
+        )
         self._handle, self._fleet = handle, fleet
         self._shut_down, self._is_death = shut_down, is_death
         self._orders: dict[str, tuple[Order, asyncio.Task[None]]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.config import EngineConfig
@@ -26,11 +26,6 @@ class SpeculationPlugin(Plugin):
         super().__init__(config)
         self.settings = config.of(SpeculationConfig)
         self._memory = IndexMemory(int(self.settings.draft_index_mib * 2**20))
-
-    def model_follower(self) -> Callable[..., Any] | None:
-        from engine.plugins.speculation.mtp_head import Predictor
-
-        return Predictor
 
     def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
         words, room = self.settings.drafters, self.config.num_step_states

@@ -14,9 +14,11 @@ import pytest
 from engine import server_config
 from engine.config import BUILTIN_NAME
 from engine.plugins.diagnostics import DiagnosticsConfig
-from engine.plugins.diagnostics.server import AnswerMemory, VolatileLines
-from engine.text.chat_prompt import ChatPrompt, SampledTurn, render_chat
+from engine.plugins.diagnostics.server import VolatileLines
+from engine.text.chat_prompt import ChatPrompt, render_chat
 from engine.text.hugging_face import HFTokenizer
+from engine.text.replay import AnswerMemory
+from engine.text.splices import SampledTurn
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from experiments import run_agent
 from experiments.system.agents.clients import AGENTS

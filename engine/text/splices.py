@@ -21,12 +21,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.text.chat_prompt import SampledTurn, control_pattern
+from engine.text.answers import MARKS
 from engine.text.tokenizer import Message, Tokenizer, any_of
 
 FIRST, LAST = 0x100000, 0x10FFFD
 """Private-use characters that stand for a message, and for its turn."""
 _PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTurn:
+    """Tokens sampled for one assistant message."""
+
+    header: str
+    """End of the prompt, from its last control token on."""
+    token_ids: Sequence[int]
+    """Sampled tokens without the end token."""
+    reasoning: str = ""
+
 
 Encode = Callable[[str], list[int]]
 Render = Callable[[Sequence[Message]], str]
@@ -176,3 +188,9 @@ def _ends(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     texts = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.eos_token_ids]
     known = [text for text in texts if text in walls]
     return any_of(known) if known else None
+
+
+def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Return a pattern of the tokens that begin and end turns."""
+    walls = set(tokenizer.special_tokens)
+    return any_of(t for t in tokenizer.control_tokens if t in walls and t not in MARKS)
