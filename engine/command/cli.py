@@ -322,7 +322,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         if arguments.chat:
             chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
             spec = RequestSpec(
-                chat.token_ids, sampling, boundaries=chat.boundaries, answer_starts_text=True
+                chat.token_ids,
+                sampling,
+                boundaries=chat.boundaries,
+                answer_survives=chat.answer_survives,
+                answer_starts_text=True,
             )
         for output in engine.stream(spec):
             if not arguments.json:
@@ -379,6 +383,7 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
                     prompt.token_ids,
                     sampling,
                     boundaries=prompt.boundaries,
+                    answer_survives=prompt.answer_survives,
                     answer_starts_text=True,
                 )
                 output = _print_answer(engine, spec)

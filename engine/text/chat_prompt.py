@@ -28,6 +28,7 @@ from engine.text.tokenizer import (
     Tokenizer,
     any_of,
 )
+from hybridcache.policies.boundaries import chat_boundaries
 
 MARK_CODES = range(0xE001, 0xF900)
 """Characters that may be inserted into a control token that is text. Private use, as the probe."""
@@ -61,12 +62,9 @@ class ChatPrompt:
     """End of the prompt from its last control token on, with which the answer's turn begins."""
     num_replayed: int = 0
     """Number of messages that were replaced by the tokens sampled for them."""
-
-    @property
-    def answer_survives(self) -> bool:
-        """True if a later prompt may continue from the end of this one. False if the template drops
-        the end of the prompt."""
-        return not self.boundaries or self.boundaries[-1] == len(self.token_ids)
+    answer_survives: bool = True
+    """True if a later prompt may continue from the end of this one. False if the template drops
+    the end of the prompt."""
 
 
 def render_chat(
@@ -135,7 +133,8 @@ def render_chat(
     if continues_last:
         text = _up_to_content(text, messages[-1])
     token_ids = encode(text)
-    boundaries = {len(token_ids)} if keeps_thinking and add_generation_prompt else set()
+    kept = {len(token_ids)} if keeps_thinking and add_generation_prompt else set()
+    ends: set[int] = set()
     cut_at = []
     ending = written[-64:].rstrip() if add_generation_prompt else ""
     is_thinking = ending.endswith(OPEN)
@@ -149,13 +148,16 @@ def render_chat(
         later = later if splices is None else splices.apply(later)
         special = tokenizer.special_tokens
         shared = common_token_prefix(encode, special, text, token_ids, later)
-        boundaries.add(shared)
-        if not any(future is known for known in futures):
+        is_cut = not any(future is known for known in futures)
+        if is_cut:
             cut_at.append(shared)
+        (ends if is_cut or future is futures[0] else kept).add(shared)
     header = header_of(tokenizer, text) if add_generation_prompt else ""
-    kept = tuple(sorted(boundaries - {0}))
+    boundaries, survives = chat_boundaries(len(token_ids), ends, kept)
     num_replayed = 0 if splices is None else splices.num_turns
-    return ChatPrompt(token_ids, kept, tuple(cut_at), is_thinking, header, num_replayed)
+    return ChatPrompt(
+        token_ids, boundaries, tuple(cut_at), is_thinking, header, num_replayed, survives
+    )
 
 
 def _up_to_content(text: str, message: Message) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.policies.admission.base import Session
+from hybridcache.policies.boundaries import end_of_prompt
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
@@ -153,8 +154,9 @@ def anchor_lens(prompt_len: int, boundaries: tuple[int, ...]) -> tuple[int, ...]
     >>> anchor_lens(1000, (300, 995)), anchor_lens(1000, (300,)), anchor_lens(5, ())
     ((995,), (992, 1000), (5,))
     """
-    if boundaries and prompt_len - boundaries[-1] <= TAIL_LEN:
-        return (boundaries[-1],)
+    end = end_of_prompt(prompt_len, boundaries, TAIL_LEN)
+    if end is not None:
+        return (end,)
     if prompt_len <= BLIND_TAIL_LEN:
         return (prompt_len,)
     return prompt_len - BLIND_TAIL_LEN, prompt_len

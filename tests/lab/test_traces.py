@@ -121,7 +121,7 @@ def test_agent_sessions_share_only_tools_and_system_prompt(tmp_path: Path) -> No
     )
     a, b, c, d = both
     assert common(a, b) == 3 and common(a, c) == 2 and common(a, d) == 0
-    assert a.boundaries == (3,) and c.boundaries == (6,)
+    assert a.boundaries == (3, 10) and c.boundaries == (6, 10)
 
 
 def test_agent_requests_may_have_runs_partial_blocks_and_single_ids(tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_reasoning_stays_within_a_tool_loop() -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     plain, with_tools = chat.turn(messages, "a"), chat.turn(messages, "a", tools=True)
     length = len(plain.prompt)
-    assert plain.boundaries[-1] == length - 1 and not plain.answer_survives
-    assert with_tools.boundaries[-2:] == (length - 1, length) and with_tools.answer_survives
+    assert plain.boundaries.positions[-1] == length - 1
+    assert with_tools.boundaries.positions[-2:] == (length - 1, length)
     assert not plain.request("s").answer_survives and with_tools.request("s").answer_survives
 
 

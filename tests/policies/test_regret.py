@@ -256,7 +256,7 @@ def test_a_rejoin_counts_as_the_tip_that_it_replaces() -> None:
 
 
 def test_kv_has_the_generation_of_the_checkpoint_at_its_end() -> None:
-    """Earlier tips are superseded and evicted before it, in a pool of their own."""
+    """Earlier tips are superseded and evicted before it, in the pool of states."""
     config = CacheConfig(num_kv_tokens=1000, num_slots=9, grid=1, eviction="survival")
     cache = build_prefix_cache(config)
     tokens = np.arange(500, dtype=np.int32)

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from hybridcache.lab.generators.workloads import sent
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.tokens import Tokens
 
@@ -40,7 +41,9 @@ def _exact_hot_prefix(
     hot = [_text(rng, length) for _ in range(prefixes)]
     for number in range(requests):
         prompt = np.concatenate((hot[int(rng.integers(prefixes))], _text(rng, suffix)))
-        yield TraceRequest(float(number), number, None, prompt, _text(rng, _ANSWER), (length,))
+        yield TraceRequest(
+            float(number), number, None, prompt, _text(rng, _ANSWER), sent(prompt, length)
+        )
 
 
 def append_only_chat(seed: int = 0, sessions: int = 25, turns: int = 20, added: int = 400) -> Trace:
@@ -57,7 +60,7 @@ def _append_only_chat(seed: int, sessions: int, turns: int, added: int) -> Itera
         prompt = np.concatenate((histories[session], _text(rng, added)))
         answer = _text(rng, _ANSWER)
         histories[session] = np.concatenate((prompt, answer))
-        yield TraceRequest(float(number), session, None, prompt, answer)
+        yield TraceRequest(float(number), session, None, prompt, answer, sent(prompt))
 
 
 def diffuse_cut_points(
@@ -116,7 +119,9 @@ def _agent_tree(
                 for _ in range(width):
                     prompt = np.concatenate((history, _text(rng, step)))
                     answer = _text(rng, _ANSWER)
-                    yield TraceRequest(float(number), task, None, prompt, answer, (root,))
+                    yield TraceRequest(
+                        float(number), task, None, prompt, answer, sent(prompt, root)
+                    )
                     number += 1
                     following.append(np.concatenate((prompt, answer)))
             # Continue from a subset of the steps, so that the steps per level stay bounded.
@@ -158,14 +163,14 @@ def _tree_of_thoughts(
             for path in kept:
                 thoughts = [_text(rng, int(rng.integers(20, 41))) for _ in range(proposals)]
                 prompt, answer = np.concatenate((propose, path)), np.concatenate(thoughts)
-                ends = (len(propose), len(prompt))
+                ends = sent(prompt, len(propose))
                 yield TraceRequest(float(number), problem, None, prompt, answer, ends)
                 number += 1
                 found += [np.concatenate((path, thought)) for thought in thoughts]
             for path in found:
                 prompt = np.concatenate((judge, path))
                 for _ in range(samples):
-                    ends = (len(judge), len(prompt))
+                    ends = sent(prompt, len(judge))
                     verdict = _text(rng, 8)
                     yield TraceRequest(float(number), problem, None, prompt, verdict, ends)
                     number += 1

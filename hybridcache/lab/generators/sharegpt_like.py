@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from hybridcache.lab.arrivals import Fixed, interleave
+from hybridcache.lab.generators.workloads import sent
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.tokens import Tokens
 
@@ -60,14 +61,14 @@ def _session(seed: int, number: int, user: int, answer: int, opening: Tokens) ->
     turns = 10 + int(rng.geometric(1 / 6)) - 1
     requests = []
     history = opening
-    boundaries = (len(opening),) if len(opening) else ()
     when = 0.0
     for _ in range(turns):
         question = rng.integers(0, _VOCAB, _length(rng, user), dtype=np.int32)
         prompt = np.concatenate((history, question))
         reply = rng.integers(0, _VOCAB, _length(rng, answer), dtype=np.int32)
         when += len(question) / _TOKENS_PER_S_TYPED
-        requests.append(TraceRequest(when, number, None, prompt, reply, boundaries))
+        known = sent(prompt, len(opening))
+        requests.append(TraceRequest(when, number, None, prompt, reply, known))
         history = np.concatenate((prompt, reply))
     return requests
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from hybridcache.lab.generators.workloads import sent
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.tokens import Tokens
 
@@ -55,7 +56,8 @@ def tree_search(
     repeated in later prompts.
 
     A task ends after ``steps`` requests or when the tree is exhausted; ``parallel`` tasks take
-    turns. With ``boundaries``, each prompt states the end of its tools.
+    turns. With ``boundaries``, each prompt states the end of its tools and
+    its own.
     """
     shape = _SearchShape(
         tasks, toolsets, root, depth, width, steps, dead_end, step, parallel, boundaries
@@ -86,7 +88,6 @@ def _source(seed: int, shape: _SearchShape) -> Iterator[TraceRequest]:
 
 def _task(seed: int, task: int, shape: _SearchShape, system: Tokens) -> Iterator[TraceRequest]:
     rng = np.random.default_rng((seed, task))
-    known = (len(system),) if shape.boundaries else ()
     path = [np.concatenate((system, _text(rng, _QUERY)))]
     tried = [0]
     for _ in range(shape.steps):
@@ -97,7 +98,9 @@ def _task(seed: int, task: int, shape: _SearchShape, system: Tokens) -> Iterator
             return
         note = _text(rng, _NOTE if tried[-1] else 0)
         action = _text(rng, _around(rng, shape.step // 4))
-        yield TraceRequest(0.0, task, None, np.concatenate((path[-1], note)), action, known)
+        prompt = np.concatenate((path[-1], note))
+        known = sent(prompt, len(system)) if shape.boundaries else ()
+        yield TraceRequest(0.0, task, None, prompt, action, known)
         tried[-1] += 1
         if len(path) < shape.depth and rng.random() >= shape.dead_end:
             returned = _text(rng, _around(rng, shape.step - shape.step // 4))

@@ -1,8 +1,8 @@
 """Seeded workloads of published measurements, each exactly as stated there. One id is one token.
 
 In the descriptions, "about n" means U(.3, 1.7) around the mean: ``int(n * uniform(.3, 1.7))``.
-Requests arrive one second apart. With ``boundaries`` (the default) a prompt states the end of its
-system prompt, document or examples, as a chat template or a client can.
+Requests arrive one second apart. With ``boundaries`` (the default) a prompt has the boundaries
+that a chat server sends: the end of the system prompt, document or examples, and of the prompt.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens
 
 _VOCAB = 150_000
@@ -40,11 +41,16 @@ _Drawn = Iterator[tuple[int, Tokens, Tokens, int]]
 
 
 def _numbered(draw: Callable[[int], _Drawn], seed: int, boundaries: bool) -> Iterator[TraceRequest]:
-    """Yield requests one second apart; with ``boundaries`` each states the end of its shared
-    part."""
+    """Yield requests one second apart; with ``boundaries`` each states those of a chat server."""
     for second, (session, prompt, answer, shared_end) in enumerate(draw(seed)):
-        known = (shared_end,) if shared_end and boundaries else ()
+        known = sent(prompt, shared_end) if boundaries else ()
         yield TraceRequest(float(second), session, None, prompt, answer, known)
+
+
+def sent(prompt: Tokens, *shared: int) -> tuple[int, ...]:
+    """Return the boundaries that a chat server sends for a prompt that the next turn continues.
+    ``shared`` are ends of parts that other sessions share, or 0."""
+    return chat_boundaries(len(prompt), shared, (len(prompt),)).positions
 
 
 def chat(seed: int = 0, boundaries: bool = True) -> Trace:

@@ -34,6 +34,7 @@ from hybridcache.lab.traces.base import (
     number,
     read_ids,
 )
+from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens
 
 GROWTHS = ("none", "accumulate")
@@ -108,7 +109,8 @@ class _Rows:
         answer = self._ids.take(num_answer) if self._accumulates else self._fresh.take(num_answer)
         if session:
             self._contexts[session] = np.concatenate((prompt, answer))
-        boundaries = (len(before),) if len(before) else ()
+        shared = 0 if session else len(before)
+        boundaries = chat_boundaries(len(prompt), (shared,), (len(prompt),)).positions
         named = [row[name] for name in ("model", "tenant_id") if row.get(name)]
         namespace = ", ".join(named) or None
         return TraceRequest(now, session or self._number, namespace, prompt, answer, boundaries)

@@ -35,6 +35,7 @@ from hybridcache.lab.traces.base import (
     text,
     whole,
 )
+from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 
@@ -150,7 +151,7 @@ class _Session:
         answer = whole(request, "out")
         total = units(length + answer, self._unit)
         output = self._ids.fresh.take(total - len(tokens))
-        boundaries = (shared,) if shared else ()
+        boundaries = chat_boundaries(len(tokens), (shared,), (blocks,)).positions
         return TraceRequest(
             when,
             name,

@@ -244,16 +244,20 @@ class _HttpLogParser:
     def _asked(self, body: Record, response: Any) -> TraceRequest:
         """Return prompt, answer and boundaries as a request without session and time."""
         answer, length = answer_of(response)
+        reason = stop_reason_of(response)
         if answer is None and not length:
             named = first_named(body, LENGTHS)
             length = whole(body, named) if named else 0
         if "messages" in body:
             messages = objects(body, "messages")
             chat = plain_chat(messages, body.get("system"), body.get("tools"))
-            asked = self._chat.turn(chat, answer or "", tools=True).request("")
+            is_cut = reason == "length"
+            turn = self._chat.turn(chat, answer or "", tools=True, is_cut=is_cut)
+            asked = turn.request("")
         else:
             prompt = self._prompt(body["prompt"])
             asked = TraceRequest(0.0, "", None, prompt, self._chat.encode(answer or ""))
+        asked = asked._replace(stop_reason=reason)
         return asked if answer is not None else asked._replace(output=self._fresh.take(length))
 
     def _prompt(self, prompt: Any) -> Tokens:
@@ -421,6 +425,24 @@ def answer_of(response: Any) -> tuple[str | None, int]:
     counts = usage if isinstance(usage, dict) else {}
     length = counts.get("completion_tokens", counts.get("output_tokens"))
     return None, length if isinstance(length, int) and 0 <= length <= LONGEST else 0
+
+
+STOP_REASONS = {
+    "stop": "end_turn",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "max_tokens": "length",
+    **{reason: reason for reason in ("end_turn", "tool_use", "stop_sequence", "length")},
+}
+"""Stop reasons of a trace, by those of OpenAI's and Anthropic's answers."""
+
+
+def stop_reason_of(response: Any) -> str:
+    """Return why the answer in ``response`` ended, or an empty string if it does not say."""
+    if not isinstance(response, dict):
+        return ""
+    said = response.get("stop_reason") or _choice(response).get("finish_reason")
+    return STOP_REASONS.get(said, "") if isinstance(said, str) else ""
 
 
 def _streamed(stream: str) -> str | None:

@@ -44,6 +44,7 @@ from hybridcache.lab.traces.base import (
     text,
 )
 from hybridcache.lab.traces.text import ChatText, ChatTurn, load_chat_text
+from hybridcache.policies.boundaries import chat_boundaries
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}
 _CHUNK = 1 << 22
@@ -314,7 +315,8 @@ class ShareGPTCountsReader(FileReader):
                 if len(prompt) > self.cap:
                     break
                 answer = np.concatenate((own, footer[:1]))
-                requests.append(ChatTurn(prompt, answer, (len(opened),)).request(name))
+                known = chat_boundaries(len(prompt), kept=(len(opened),))
+                requests.append(ChatTurn(prompt, answer, known).request(name))
             history = np.concatenate((opened, own, footer))
             last_role = role
         return requests, next_id

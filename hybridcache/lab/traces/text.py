@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 from hybridcache.lab.extras import explain_missing, install_command
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import open_bytes
+from hybridcache.policies.boundaries import PromptBoundaries, chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 Message = Mapping[str, Any]
@@ -44,6 +46,7 @@ thoughts."""
 TEMPLATES = {"chatml": CHATML, "thinking": THINKING}
 
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SYSTEM_ROLES = ("system", "developer")
 _PROBE = "\ue000"
 """Placeholder for future text: a character that no template writes and no tokenizer merges with a
 neighbour."""
@@ -54,26 +57,13 @@ class ChatTurn(NamedTuple):
 
     prompt: Tokens
     answer: Tokens
-    boundaries: tuple[int, ...]
-    """Ascending ends of the leading system message and of the part that later turns keep."""
-
-    @property
-    def answer_survives(self) -> bool:
-        """True if a later prompt continues from the end of this one. False if the template drops
-        the end of the prompt."""
-        return self.boundaries[-1:] == (len(self.prompt),)
+    boundaries: PromptBoundaries
 
     def request(self, session: str | int) -> TraceRequest:
         """Return the turn as a request of ``session``, without a time."""
-        return TraceRequest(
-            0.0,
-            session,
-            None,
-            self.prompt,
-            self.answer,
-            self.boundaries,
-            answer_survives=self.answer_survives,
-        )
+        positions, survives = self.boundaries
+        prompt, answer = self.prompt, self.answer
+        return TraceRequest(0.0, session, None, prompt, answer, positions, answer_survives=survives)
 
 
 class ChatText:
@@ -121,32 +111,32 @@ class ChatText:
             parts.append(self._piece(text[start:]))
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
-    def turn(self, messages: Sequence[Message], answer: str, *, tools: bool = False) -> ChatTurn:
+    def turn(
+        self, messages: Sequence[Message], answer: str, *, tools: bool = False, is_cut: bool = False
+    ) -> ChatTurn:
         """Return a turn of the chat so far, which ends with a message of a user or a tool, and its
         answer. With ``tools``, the next prompt may also be this one with a tool's result, which is
-        kept whole by templates that drop thoughts between questions."""
+        kept whole by templates that drop thoughts between questions. ``is_cut`` is True if a token
+        limit ended the answer."""
         text = self.render(messages, to_answer=True)
         prompt = self.encode(text)
         # The turn's own end-of-message mark follows the answer: generation writes it, the next
         # prompt repeats it.
-        reply = self.encode(answer + "<|im_end|>" * ("<|im_end|>" in self._specials))
+        marks_end = "<|im_end|>" in self._specials and not is_cut
+        reply = self.encode(answer + "<|im_end|>" * marks_end)
         said = [*messages, {"role": "assistant", "content": _PROBE}]
         followers = ("user", "tool") if tools else ("user",)
-        found = {
+        kept = [
             self._kept(prompt, [*said, {"role": role, "content": _PROBE}]) for role in followers
-        }
-        if messages[0]["role"] == "system":
-            found.add(self._system_end(messages[0]))
-        return ChatTurn(prompt, reply, tuple(sorted(found - {0})))
+        ]
+        system = list(itertools.takewhile(lambda said: said["role"] in SYSTEM_ROLES, messages))
+        shared = self._kept(prompt, [*system, {"role": "user", "content": _PROBE}])
+        return ChatTurn(prompt, reply, chat_boundaries(len(prompt), (shared,), kept))
 
     def _kept(self, prompt: Tokens, following: Sequence[Message]) -> int:
         """Return how many tokens of ``prompt`` the prompt of ``following`` begins with."""
         later = self.encode(self.render(following, to_answer=False))
         return common_prefix_len(prompt, later)
-
-    def _system_end(self, system: Message) -> int:
-        with_user = [system, {"role": "user", "content": _PROBE}]
-        return len(self.encode(self.render(with_user, to_answer=False).split(_PROBE)[0]))
 
 
 def _compiled(template: str) -> Any:

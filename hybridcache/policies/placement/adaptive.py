@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
+from hybridcache.policies.boundaries import end_of_prompt
 from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill, base_label
 
 STRIDE = 4
@@ -36,8 +37,8 @@ TIPS = frozenset({*END_LABELS, REJOIN})
 SHARED = frozenset({"branch", "boundary"})
 """Labels of positions that several prompts share. They are always candidates."""
 HEADER = 16
-"""Longest header of an answer, in tokens. A boundary at most this far from the end of a prompt, and
-less than a grid step, is the end of that prompt, not of a text that other prompts share."""
+"""Longest header of an answer, in tokens. A boundary at most this far from the end of the prompt is
+the end of that prompt, not of a shared text. It is less than a grid step away, or one token."""
 SHARED_USES = 2.0
 """Weight of the uses of shared positions where few checkpoints fit: a use by one conversation
 announces one by another."""
@@ -329,19 +330,15 @@ def _hope(label: str) -> float:
 
 
 def _shared_boundaries(prefill: Prefill) -> tuple[int, ...]:
-    """Return the boundaries of ``prefill`` without the end of its own prompt."""
+    """Return the boundaries of ``prefill`` without the one at the end of the prompt."""
     boundaries = prefill.boundaries
     return boundaries if _own_end(prefill) is None else boundaries[:-1]
 
 
 def _own_end(prefill: Prefill) -> int | None:
-    """Return the boundary at the end of the prompt, or None if there is none.
-
-    A chat server sends it: up to there, the next turn repeats the prompt.
-    """
-    last = prefill.boundaries[-1] if prefill.boundaries else 0
-    longest = min(HEADER, prefill.grid - 1)
-    return last if 0 <= prefill.prompt_len - last <= longest else None
+    """Return the boundary at the end of the prompt itself, or None if there is none."""
+    longest = max(1, min(HEADER, prefill.grid - 1))
+    return end_of_prompt(prefill.prompt_len, prefill.boundaries, longest)
 
 
 def _back_offs(prefill: Prefill) -> list[Placed]:

@@ -1,0 +1,159 @@
+"""Test that conversations through the HTTP server and through a simulation of their log request
+the same of the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from engine import Engine, engine_config
+from engine.text.tokenizer import BUILTIN_TEMPLATE, ByteTokenizer
+from hybridcache import open_trace
+from hybridcache.geometry.times import Roofline
+from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
+from hybridcache.lease import CheckpointPlan, Lease, LeaseRequest
+from tests.engine.server.conftest import ScriptedSampler, serving
+from tests.oracle import OracleRunner
+
+ENDED = ("length", "end_turn")
+
+
+class Asked(NamedTuple):
+    """One lease, as policies see it."""
+
+    tokens: list[int]
+    boundaries: tuple[int, ...]
+    answer_survives: bool
+    namespace: int
+    """Number of the namespace, in order of their first requests."""
+    cached_len: int
+    planned: list[tuple[int, str]]
+    """Positions and labels of the checkpoints of the prompt."""
+    ended: list[tuple[list[int], str]]
+    """Published tokens and stop reason."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Asked]]:
+    """All leases since the last ``clear``."""
+    found: list[Asked] = []
+    namespaces: dict[Any, int] = {}
+    by_lease: dict[Lease, Asked] = {}
+    begin, finish, ask = Lease.begin.__func__, Lease.finish, CheckpointPlan.ask  # type: ignore[attr-defined]
+
+    def begin_recorded(cls: Any, cache: Any, placement: Any, request: LeaseRequest, *more: Any):
+        lease = begin(cls, cache, placement, request, *more)
+        if not found:
+            namespaces.clear()
+        number = namespaces.setdefault(request.namespace, len(namespaces))
+        one = Asked(
+            request.tokens.tolist(),
+            request.boundaries,
+            request.answer_survives,
+            number,
+            lease.cached_len,
+            [],
+            [],
+        )
+        found.append(one)
+        by_lease[lease] = one
+        plans[lease._plan] = one
+        return lease
+
+    plans: dict[CheckpointPlan, Asked] = {}
+
+    def ask_recorded(plan: CheckpointPlan, prefill: Any) -> None:
+        ask(plan, prefill)
+        plans[plan].planned[:] = sorted(plan._plan.items())
+
+    def finish_recorded(lease: Lease, tokens: Any, computed_len: int, *rest: Any, **more: Any):
+        reason = more.get("stop_reason", rest[1] if len(rest) > 1 else "")
+        by_lease[lease].ended.append((tokens[:computed_len].tolist(), reason))
+        finish(lease, tokens, computed_len, *rest, **more)
+
+    monkeypatch.setattr(Lease, "begin", classmethod(begin_recorded))
+    monkeypatch.setattr(CheckpointPlan, "ask", ask_recorded)
+    monkeypatch.setattr(Lease, "finish", finish_recorded)
+    yield found
+
+
+@pytest.mark.full("False")
+@pytest.mark.parametrize("thinks", [False, True])
+def test_server_and_simulation_of_its_log_have_the_same_leases(
+    asked: list[Asked], thinks: bool, tmp_path: Path
+) -> None:
+    """Tokens, boundaries, namespaces, stop reasons, hits and labels are equal. So are
+    the published answers, unless they have thoughts, which the log does not repeat."""
+    sampler = ScriptedSampler()
+    thought = b"</think>" if thinks else b""
+    sampler.script = thought + b"An answer of forty bytes, more or less."
+    engine = Engine(
+        engine_config(token_budget=256),
+        runner=OracleRunner(6000, 9, max_model_len=4096),
+        sampler=sampler,
+        tokenizer=ByteTokenizer(),
+    )
+    variables = {"enable_thinking": thinks}
+    lines = []
+    with serving(engine) as live:
+        chats: dict[int, list[dict[str, str]]] = {}
+        for turn in range(3):
+            for number in range(5):
+                system = {"role": "system", "content": f"System {number % 2}. " + "Be brief. " * 15}
+                chat = chats.setdefault(number, [system] if number < 4 else [])
+                chat.append({"role": "user", "content": f"Question {turn} of {number}? " * 4})
+                body = {
+                    "messages": chat,
+                    "max_tokens": 20 + 8 * number,
+                    "temperature": 0,
+                    "chat_template_kwargs": variables,
+                    "cache_salt": "left" if number == 3 else "right",
+                }
+                answer = live.post("/v1/chat/completions", body).json()
+                message = answer["choices"][0]["message"]
+                lines.append(
+                    json.dumps(
+                        {
+                            "timestamp": len(lines),
+                            "session": str(number),
+                            "request": body,
+                            "response": answer,
+                        }
+                    )
+                )
+                chat.append({"role": "assistant", "content": message["content"] or ""})
+    served = list(asked)
+    asked.clear()
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        f"{{%- set enable_thinking = {str(thinks).lower()} %}}\n"
+        + BUILTIN_TEMPLATE.read_text(encoding="utf-8")
+    )
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(lines))
+    trace = open_trace(f"http-log:{log}?tokenizer=bytes&template={template}")
+    memory = engine.runner.memory
+    config = RunConfig(
+        engine.runner.geometry,
+        num_kv_tokens=memory.num_kv_tokens,
+        num_slots=memory.num_slots,
+        steps=EngineSteps(token_budget=256),
+    )
+    target = build_target(config, unit=1)
+    serve(target, list(trace), 1, Serving(Roofline(config.geometry)))
+    assert len(served) == len(asked) == 15
+    for ours, theirs in zip(asked, served, strict=True):
+        assert ours._replace(ended=[]) == theirs._replace(ended=[])
+        [(published, reason)], [(expected, given)] = ours.ended, theirs.ended
+        assert reason == given
+        assert thinks or published == expected
+    assert sum(one.cached_len for one in served) > 500
+    assert all(len(one.boundaries) == 2 for one in served)
+    assert all(one.answer_survives is not thinks for one in served)
+    assert {label for one in served for _, label in one.planned} >= {"boundary", "back:1"}
+    assert {reason for one in served for _, reason in one.ended} == {*ENDED}
