@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -18,12 +18,20 @@ from engine.build import cache_config, load, make_grammars, make_manager
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name, resolve_config
-from engine.interfaces import Observer, PendingTokens, Plugin, Runner, StepReport, TokenSampler
+from engine.interfaces import Observer, Plugin, Runner, StepReport, TokenSampler
 from engine.plugins import engine_plugins
 from engine.requests.grammar import Grammar
 from engine.requests.request import Intake, RecentRequests, Request
 from engine.requests.spec import Prompt, RequestSpec, SamplingInput, SamplingParams
-from engine.schedule.batch import EMPTY, BytesLost, DraftPlanner, Plan, StepHooks, Task
+from engine.schedule.batch import (
+    EMPTY,
+    BytesLost,
+    DraftPlanner,
+    PendingTokens,
+    Step,
+    StepHooks,
+    Task,
+)
 from engine.schedule.fetching import IDLE_S, Fetcher, Fetching
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import Scheduler
@@ -101,7 +109,7 @@ class Engine:
         self._overlaps = config.overlap == "on" or (
             config.overlap == "auto" and runner.is_asynchronous
         )
-        self._in_flight: InFlight | None = None
+        self._in_flight: Step | None = None
         self.interrupted: tuple[str, ...] = ()
         """Requests that were running when a step last failed."""
         self._requests: dict[str, Request] = {}
@@ -302,10 +310,10 @@ class Engine:
             if not self._scheduler.must_commit:
                 for hooks in self._hooks:
                     hooks.before_step()
-            plan = self._schedule()
-            logits = self._forward(plan)
-            in_flight = self._sample(plan, logits)
-            return self._commit(self._due(in_flight))
+            step = self._schedule()
+            logits = self._forward(step)
+            self._sample(step, logits)
+            return self._commit(self._due(step))
         return self.take_outputs()
 
     @contextmanager
@@ -329,42 +337,42 @@ class Engine:
                 self.interrupted = interrupted
                 raise
 
-    def _schedule(self) -> Plan:
+    def _schedule(self) -> Step:
         self._laps = [self.clock()]
-        plan = self._scheduler.schedule()
-        if plan is EMPTY and self._in_flight is None:
+        step = self._scheduler.schedule()
+        if step is EMPTY and self._in_flight is None:
             for hooks in self._hooks:
                 hooks.wait()
             if self._scheduler.withholds_all:
                 time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
-        return plan
+        return step
 
-    def _forward(self, plan: Plan) -> Any:
+    def _forward(self, step: Step) -> Any:
         before = self._in_flight.drawn if self._in_flight is not None else None
         logits = None
-        if plan.batch.late_tokens and before is not None:
-            logits = self.runner.forward(plan.batch, before.tokens)
-        elif plan.tasks or plan.batch.moves:
-            logits = self.runner.forward(plan.batch)
-        if plan is not EMPTY:
+        if step.batch.late_tokens and before is not None:
+            logits = self.runner.forward(step.batch, before.tokens)
+        elif step.tasks or step.batch.moves:
+            logits = self.runner.forward(step.batch)
+        if step is not EMPTY:
             self._manager.step_done()
         self._laps.append(self.clock())
         return logits
 
-    def _sample(self, plan: Plan, logits: Any) -> InFlight:
+    def _sample(self, step: Step, logits: Any) -> None:
         """Start drawing the step's tokens, and scoring prompts if requested.
 
         Does not wait, except if a grammar depends on a token of the previous step: then it waits
         for that token while the device computes this step.
         """
-        late_tokens = dict(plan.batch.late_tokens)
+        late_tokens = dict(step.batch.late_tokens)
         late: list[int] = []
         inputs: list[SamplingInput] = []
         rows: list[int] = []
         scores: list[PendingTokens] = []
         num_rows = 0
-        for index, (task, segment) in enumerate(zip(plan.tasks, plan.batch.segments, strict=True)):
+        for index, (task, segment) in enumerate(zip(step.tasks, step.batch.segments, strict=True)):
             first, num_rows = num_rows, num_rows + segment.num_logits
             if task.scores:
                 scores.append(_score(task, logits[first:num_rows], self._sampler))
@@ -383,36 +391,37 @@ class Engine:
                     drawn_for = [request.unguided_input()] * (num_rows - first)
                 inputs += drawn_for
                 rows += range(first, num_rows)
-        drawn_now = self._sampler.launch(logits, inputs, rows) if inputs else None
+        if inputs:
+            step.drawn = self._sampler.launch(logits, inputs, rows)
+        if scores or late:
+            step.scores, step.late = scores, frozenset(late)
         self._laps.append(self.clock())
-        return InFlight(plan, drawn_now, scores, frozenset(late))
 
-    def _due(self, in_flight: InFlight) -> InFlight:
+    def _due(self, step: Step) -> Step:
         """Return the step to commit now: this one, or with overlap the previous one, which the
         device has probably finished."""
         if not self._overlaps:
-            return in_flight
-        due, self._in_flight = self._in_flight, in_flight if in_flight.plan.tasks else None
-        return due or NO_STEP
+            return step
+        due, self._in_flight = self._in_flight, step if step.tasks else None
+        return due or EMPTY
 
-    def _commit(self, in_flight: InFlight) -> list[RequestOutput]:
-        plan, drawn, scores, late = in_flight
-        tokens = drawn.wait() if drawn is not None else ()
-        scored = [score.wait() for score in scores]
+    def _commit(self, step: Step) -> list[RequestOutput]:
+        tokens = step.drawn.wait() if step.drawn is not None else ()
+        scored = [score.wait() for score in step.scores]
         self._laps.append(self.clock())
         for hooks in self._hooks:
-            hooks.after_step(plan, self._laps[-1] - self._laps[1])
-        self._committing = plan
-        taken = self._scheduler.commit(plan, tokens, scored, late)
+            hooks.after_step(step, self._laps[-1] - self._laps[1])
+        self._committing = step
+        taken = self._scheduler.commit(step, tokens, scored)
         if taken:
-            self.runner.commit(plan.batch, taken)
+            self.runner.commit(step.batch, taken)
         self._committing = EMPTY
         outputs = self.take_outputs()
         if self.config.check:
             self._manager.check_rows(self.runner.table_row)
             if not self.has_work():
                 self.check()
-        self._tell_observer(plan)
+        self._tell_observer(step)
         return outputs
 
     def take_outputs(self) -> list[RequestOutput]:
@@ -426,11 +435,11 @@ class Engine:
         self._deliver(outputs)
         return outputs
 
-    def _tell_observer(self, plan: Plan) -> None:
+    def _tell_observer(self, step: Step) -> None:
         if self._observer is None:
             return
         started, scheduled, computed, launched, waited = self._laps
-        num_decode_tokens = plan.num_decode_tokens
+        num_decode_tokens = step.num_decode_tokens
         self._observer(
             StepReport(
                 schedule_s=scheduled - started,
@@ -438,7 +447,7 @@ class Engine:
                 sample_s=launched - computed,
                 wait_s=waited - launched,
                 commit_s=self.clock() - waited,
-                num_prefill_tokens=plan.batch.num_tokens - num_decode_tokens,
+                num_prefill_tokens=step.batch.num_tokens - num_decode_tokens,
                 num_decode_tokens=num_decode_tokens,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
@@ -590,24 +599,7 @@ class Engine:
         self._manager.check(self.runner.table_row)
 
 
-class InFlight(NamedTuple):
-    """Step in flight or completed, with its results in the step's order."""
-
-    plan: Plan
-    drawn: PendingTokens | None
-    """Next token of each task that samples, and one after each of its drafts; None if no task
-    samples."""
-    scores: Sequence[PendingTokens]
-    """Prompt tokens with their log-probabilities, for each task that scores."""
-    late: frozenset[int] = frozenset()
-    """Tasks with placeholder tokens: their requests keep the logits until their grammars are
-    ready."""
-
-
-NO_STEP = InFlight(EMPTY, None, ())
-
-
-def _token(before: InFlight | None, row: int) -> int:
+def _token(before: Step | None, row: int) -> int:
     """Wait for the token in ``row`` of those drawn by the step ``before``."""
     assert before is not None and before.drawn is not None
     return before.drawn.wait()[row].token_id

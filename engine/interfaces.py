@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 from engine.config import EngineConfig
 from engine.requests.request import RecentRequests, Request
 from engine.requests.spec import RequestSpec, SamplingInput
-from engine.schedule.batch import Batch, DraftPlanner, Newest, StepHooks
+from engine.schedule.batch import Batch, DraftPlanner, Newest, PendingTokens, StepHooks
 from engine.schedule.fetching import Fetcher
-from engine.text.outputs import FinishReason, RequestOutput, SampledToken
+from engine.text.outputs import FinishReason, RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig
@@ -133,17 +133,6 @@ class Runner(Protocol):
     def table_row(self, row: int, end: int) -> Indices:
         """Return the KV indices of the positions of ``row`` below ``end``, as far as batches
         assigned them: int32, a view."""
-        ...
-
-
-class PendingTokens(Protocol):
-    """Tokens that the device may still be computing."""
-
-    tokens: Any
-    """Argument of ``Runner.forward``, before the tokens have arrived."""
-
-    def wait(self) -> Sequence[SampledToken]:
-        """Wait until the tokens are computed, and return them."""
         ...
 
 

@@ -336,12 +336,32 @@ class Task(Struct, frozen=True):
         return run
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A batch and its tasks, in the same order."""
+class PendingTokens(Protocol):
+    """Tokens that the device may still be computing."""
+
+    tokens: Any
+    """Argument of ``Runner.forward``, before the tokens have arrived."""
+
+    def wait(self) -> Sequence[SampledToken]:
+        """Wait until the tokens are computed, and return them."""
+        ...
+
+
+@dataclass(slots=True)
+class Step:
+    """One step: the batch that the runner computes, its tasks in the same order, and its
+    results."""
 
     batch: Batch
     tasks: tuple[Task, ...]
+    drawn: PendingTokens | None = None
+    """Next token of each task that samples, and one after each of its drafts; None if no task
+    samples, and before they are drawn."""
+    scores: Sequence[PendingTokens] = ()
+    """Prompt tokens with their log-probabilities, for each task that scores."""
+    late: frozenset[int] = frozenset()
+    """Tasks with placeholder tokens: their requests keep the logits until their grammars are
+    ready."""
 
     @property
     def num_decode_tokens(self) -> int:
@@ -356,8 +376,8 @@ class Plan:
         return any(task.draft is not None for task in self.tasks)
 
 
-EMPTY = Plan(Batch(()), ())
-"""Plan without work: the runner is not called."""
+EMPTY = Step(Batch(()), ())
+"""Step without work: the runner is not called."""
 
 
 class StepHooks:
@@ -374,8 +394,8 @@ class StepHooks:
     def wait(self) -> None:
         """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
 
-    def after_step(self, plan: Plan, seconds: float) -> None:
-        """Record that ``plan`` was computed in ``seconds``. It is committed next."""
+    def after_step(self, step: Step, seconds: float) -> None:
+        """Record that ``step`` was computed in ``seconds``. It is committed next."""
 
     def on_step_failed(self) -> None:
         """End work that depends on the step, which failed with unknown results."""

@@ -7,11 +7,11 @@ With speculation, draft tokens are added to the one token of a decoding request.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.requests.request import Request
-from engine.schedule.batch import EMPTY, Batch, Draft, DraftPlanner, Plan, Segment, Task
+from engine.schedule.batch import EMPTY, Batch, Draft, DraftPlanner, Segment, Step, Task
 from engine.text.outputs import NO_TOKEN, FinishReason, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
@@ -86,7 +86,7 @@ class Scheduler(StepPlanner[Request]):
         progressed, self._progressed = self._progressed, []
         return progressed
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> Step:
         """Choose the next step's tasks and claim the memory for it.
 
         A step may be scheduled before the previous one is committed. Requests then continue from
@@ -112,7 +112,7 @@ class Scheduler(StepPlanner[Request]):
             return EMPTY
         self._num_in_flight += bool(ready)
         self._verifies = bool(drafts)
-        return Plan(self._batch(ready), tuple(task for task, _ in ready))
+        return Step(self._batch(ready), tuple(task for task, _ in ready))
 
     def _batch(self, ready: Sequence[tuple[Task, Exports]]) -> Batch:
         """Build the batch of the tasks, with every copy that is due before it."""
@@ -162,27 +162,26 @@ class Scheduler(StepPlanner[Request]):
 
     def commit(
         self,
-        plan: Plan,
+        step: Step,
         sampled: Sequence[SampledToken],
         scored: Sequence[Sequence[SampledToken]] = (),
-        late: Container[int] = (),
     ) -> tuple[int, ...]:
         """Commit a computed step: publish, append tokens, end finished requests.
 
         ``sampled`` has one token for each task that samples and each token of its draft. ``scored``
         has the log-probabilities for each task that scores. Both are in the step's order. Tokens of
-        the tasks at the places ``late`` are not drawn yet: see ``take_late``. A request with an
-        invalid token or NaN logits ends alone, with its ``error``.
+        the tasks in ``step.late`` are not drawn yet: see ``take_late``. A request with an invalid
+        token or NaN logits ends alone, with its ``error``.
 
         Returns the number of computed tokens that count for each task with a draft, in the step's
         order.
         """
-        self._num_in_flight -= bool(plan.tasks)
+        self._num_in_flight -= bool(step.tasks)
         taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
-        for place, task in enumerate(plan.tasks):
+        for place, task in enumerate(step.tasks):
             run = task.run_of(tokens)
-            if place in late:  # Its tokens are placeholders.
+            if place in step.late:  # Its tokens are placeholders.
                 run = [one for one in run if one.token_id == NO_TOKEN]
             request = task.request
             scored_now = next(scores) if task.scores else ()

@@ -23,7 +23,7 @@ from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import SUFFIX, RecordStore
 from engine.plugins.tiers.staging import MAX_READS, MeasuredExchange
-from engine.schedule.batch import Batch, Plan, Segment, Task
+from engine.schedule.batch import Batch, Segment, Step, Task
 from engine.server.metrics import Metrics
 from engine.worker.screen import start_screen
 from experiments.system.served import serving
@@ -406,7 +406,7 @@ def test_prefixes_that_are_computed_faster_are_not_loaded() -> None:
     for num_tokens in (1024, 512, 2048):
         task = Task(None, None, 0, num_tokens, False, True, False, None)  # type: ignore[arg-type]
         segment = Segment(0, 0, np.zeros(num_tokens, np.int32), 0, False)
-        exchange.learn(Plan(Batch((segment,)), (task,)), 5.0 + num_tokens / 1000)
+        exchange.learn(Step(Batch((segment,)), (task,)), 5.0 + num_tokens / 1000)
     rates["host"] = 1e9
     saved = exchange.seconds_saved(0, 640, 1000, state)
     assert 0.4 < saved < 0.6, (
