@@ -58,6 +58,10 @@ class ConfigError(ValueError):
     """Error for a setting that cannot work. The message is one sentence with a remedy."""
 
 
+class HubError(ValueError):
+    """The model cannot be downloaded; the message gives the reason in one sentence."""
+
+
 class Limits(NamedTuple):
     """Allowed values of a number."""
 

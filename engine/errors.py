@@ -124,10 +124,6 @@ class StepFailed(RequestError):
     kind = "failed"
 
 
-class HubError(ValueError):
-    """The model cannot be downloaded; the message gives the reason in one sentence."""
-
-
 KINDS: dict[str, type[RequestError]] = {
     error.kind: error
     for error in (

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig
-from engine.errors import HubError
+from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -21,8 +21,7 @@ import pytest
 
 from engine import EngineConfig, engine_config
 from engine.command.cli import main
-from engine.config import BUILTIN_DIR
-from engine.errors import HubError
+from engine.config import BUILTIN_DIR, HubError
 from engine.hub import display_name, is_hub_name, resolve_config, resolve_folder
 from engine.plugins.hub.downloads import check
 

@@ -16,8 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.config import EngineConfig
-from engine.errors import HubError
+from engine.config import EngineConfig, HubError
 from hybridcache.geometry.units import counted, format_bytes
 
 Report = Callable[[str], object]
