@@ -14,9 +14,27 @@ import torch
 
 from kernels.packed import Exports, Packed, num_tiles, running_sum
 
-LARGE_STATE = 2**15
-"""Elements above which a state is updated in place, sequence by sequence, because copies would cost
-more."""
+LEAST_LOG = -60.0
+"""Natural logarithm of the least decay that is not rounded to zero. Products of smaller ones are
+subnormal, and so is what ``exp`` returns below -87.3: both are up to 100 times slower."""
+
+
+def decays_(log: torch.Tensor) -> torch.Tensor:
+    """Compute ``exp`` of logarithms, at most 0, in place; 0 below ``LEAST_LOG``."""
+    is_zero = log < LEAST_LOG
+    return log.clamp_(min=LEAST_LOG).exp_().masked_fill_(is_zero, 0.0)
+
+
+def groups(count: int, size: int) -> Iterator[slice]:
+    """Yield slices of ``size`` matrices. A library chooses its code by the shape of a product, so
+    products are computed by tile or by sequence: the shape of a call depends on neither number."""
+    return (slice(first, first + size) for first in range(0, count, size))
+
+
+def add_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, size: int) -> None:
+    """Add ``left @ right`` to ``out``, by ``groups`` of ``size`` matrices."""
+    for group in groups(len(out), size):
+        out[group].baddbmm_(left[group], right[group])
 
 
 class Layout(NamedTuple):
@@ -120,7 +138,7 @@ def scan(
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry every sequence's state through its tiles, all sequences in parallel.
+    """Carry every sequence's state through its tiles.
 
     Returns N and ``scale exp(G) Q S`` of each tile.
     """
@@ -135,14 +153,14 @@ def scan(
     read_out = torch.empty_like(new_values)
     first = 0
     for step, num_active in enumerate(layout.active):
-        span = slice(first * heads, (first + num_active) * heads)
-        first += num_active
         state = carried[:num_active]
-        flat = state.flatten(0, 1)
-        new = new_values[span]
-        torch.baddbmm(tiles.new_values[span], tiles.reader[span], flat, alpha=-1, out=new)
-        torch.bmm(tiles.query[span], flat, out=read_out[span])
-        flat.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, new)
+        for one in state:
+            span = slice(first * heads, (first + 1) * heads)
+            first += 1
+            new = new_values[span]
+            torch.baddbmm(tiles.new_values[span], tiles.reader[span], one, alpha=-1, out=new)
+            torch.bmm(tiles.query[span], one, out=read_out[span])
+            one.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, new)
         if states.dtype != torch.float32:
             state.copy_(state.to(states.dtype))
         for position, sequence in enumerate(order[:num_active]):
@@ -174,24 +192,21 @@ def decode(
 ) -> torch.Tensor:
     """Carry states ``[S, HV, K, V]`` through the tokens of their sequences.
 
-    ``step(state, *token)`` updates N states ``[N, K, V]`` in place, one per sequence and head, and
-    returns their read-outs ``[N, V]``. ``token`` has factors ``[T, HV, ...]``. Writes to ``out``
+    ``step(state, *token)`` updates the states ``[HV, K, V]`` of one sequence in place, and returns
+    their read-outs ``[HV, V]``. ``token`` has factors ``[T, HV, ...]``. Writes to ``out``
     ``[T, HV, V]``, and returns it. The other arguments are those of the decoding functions.
     """
     if packed is not None:
         assert step_slots is not None, "several tokens per sequence need slots for their states"
         for rows, state in steps(states, packed, slots, step_slots):
-            read = step(state.flatten(0, 1), *(part[rows].flatten(0, 1) for part in token))
-            out[rows] = read.view(len(rows), *out.shape[1:])
+            for one, row in zip(state, rows.tolist(), strict=True):
+                out[row] = step(one, *(part[row] for part in token))
         return out
-    in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
-    if in_place and states.dtype == torch.float32:
-        for i, slot in enumerate(slots.tolist()):
-            out[i] = step(states[slot], *(part[i] for part in token))
-        return out
-    state = states.index_select(0, slots).float()
-    out.copy_(step(state.flatten(0, 1), *(part.flatten(0, 1) for part in token)).view(out.shape))
-    states.index_copy_(0, slots.long(), state.to(states.dtype))
+    for i, slot in enumerate(slots.tolist()):
+        state = states[slot].float()
+        out[i] = step(state, *(part[i] for part in token))
+        if state.data_ptr() != states[slot].data_ptr():
+            states[slot] = state
     return out
 
 

@@ -71,7 +71,8 @@ class LatentAttention(Composite):
     def seal(self) -> None:
         super().seal()
         keys, values = self._expand.split([self.sizes.nope_dim, self.sizes.value_dim], dim=1)
-        self._to_keys, self._from_latent = keys.contiguous(), values.mT.contiguous()
+        self._to_keys = self._mla.prepare_heads(keys)
+        self._from_latent = self._mla.prepare_heads(values.mT)
         del self._expand
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -87,7 +88,7 @@ class LatentAttention(Composite):
         own, query_shared = query.unflatten(1, (self.sizes.num_heads, -1)).split(
             [self.sizes.nope_dim, self.sizes.rope_dim], dim=-1
         )
-        query = torch.cat([self._mla.multiply_heads(own, self._to_keys), query_shared], dim=-1)
+        query = torch.cat([self._to_keys(own), query_shared], dim=-1)
         where = {"table": inputs.table, "scale": self._scale, "rank": self.sizes.rank}
 
         def attend(part: StepPart, tokens: slice) -> torch.Tensor:
@@ -103,7 +104,7 @@ class LatentAttention(Composite):
             return attended
 
         out = inputs.by_part(attend)
-        mixed: torch.Tensor = self._mla.multiply_heads(out, self._from_latent).flatten(1)
+        mixed: torch.Tensor = self._from_latent(out).flatten(1)
         return mixed
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:

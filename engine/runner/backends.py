@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -182,13 +183,41 @@ def _weights(config: EngineConfig, known: str | None) -> str:
     return known or weights_digest(config.model_dir, config.load_workers or 1)
 
 
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that restrict the instructions of PyTorch's libraries."""
+
+
 def machine_words(device: torch.device) -> dict[str, str]:
-    """Return the properties of hardware and library that may change rounding."""
-    if device.type == "cpu":
-        name = torch.backends.cpu.get_cpu_capability()
-    else:
-        name = str(torch.get_device_module(device).get_device_name(device))
-    return {"device": f"{device.type}, {name}", "torch": torch.__version__}
+    """Return the properties of hardware and library that may change rounding.
+
+    On a CPU: the instruction sets that PyTorch and its libraries may use, and the method of each
+    native operation.
+    """
+    words = {"torch": torch.__version__}
+    if device.type != "cpu":
+        name = torch.get_device_module(device).get_device_name(device)
+        return words | {"device": f"{device.type}, {name}"}
+    limits = (f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ)
+    methods = native.kernel_choices() if native.shared_library() is not None else {}
+    return words | {
+        "device": ", ".join(("cpu", torch.backends.cpu.get_cpu_capability(), *limits)),
+        "instructions": ",".join(sorted(instructions())),
+        "native methods": ",".join(f"{name}={word}" for name, word in sorted(methods.items())),
+    }
+
+
+@cache
+def instructions() -> frozenset[str]:
+    """Return the processor's vector and matrix instruction sets; empty if the system names none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    words = next(lines, "").partition(":")[2].split()
+    return frozenset(
+        w for w in words if w.startswith(("avx", "amx", "fma", "sve", "asimd", "bf16"))
+    )
 
 
 def _chunk_digest(chunk: tuple[Path, int]) -> str:

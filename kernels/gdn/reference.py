@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.packed import Exports, Packed
-from kernels.tiles import Layout, Tiles, decode, lay_out, scan
+from kernels.tiles import Layout, Tiles, add_products, decays_, decode, lay_out, scan
 
 L2_EPS = 1e-6
 
@@ -90,7 +90,7 @@ def chunk_gdn(
         return torch.empty_like(value)
     tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
     new_values, out = scan(tiles, states, packed, layout, slots, resumed, exports)
-    out.baddbmm_(tiles.attention, new_values)
+    add_products(out, tiles.attention, new_values, value.shape[1])
     return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
 
 
@@ -114,29 +114,34 @@ def _solve_tiles(
     queries_keys = value.new_empty(count, heads, 2 * size, key_dim, dtype=torch.float32)
     query = normalise(layout.tile(query, queries_keys[:, :, :size]), scale)[:, :, None]
     key = normalise(layout.tile(key, queries_keys[:, :, size:]), 1.0)
-    products = (queries_keys @ key.mT)[:, :, None]  # [N, H, 1, 2 R, R]
+    products = queries_keys.new_empty(count, heads, 1, 2 * size, size)
+    for each, left, right in zip(products, queries_keys, key, strict=True):
+        torch.bmm(left, right.mT, out=each[:, 0])
     key = key[:, :, None]
     beta = layout.tile_factor(beta).view(*grouped, size, 1)
     total = layout.tile_factor(gate).cumsum(dim=2).view(*grouped, size, 1)  # G
-    opened, closing = total.exp(), total[..., -1:, :]
+    opened, closing = decays_(total.clone()), total[..., -1:, :]
 
     future = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
-    pairwise = (total - total.mT).masked_fill_(future, -torch.inf).exp_()  # D
+    pairwise = decays_((total - total.mT).masked_fill_(future, -torch.inf))  # D
     attention = products[..., :size, :] * pairwise
     system = pairwise.mul_(beta).mul_(products[..., size:, :])
     right = value.new_empty(count, value_heads, size, value_dim + key_dim, dtype=torch.float32)
     layout.tile(value, right[..., :value_dim]).mul_(beta.flatten(1, 2))
     torch.mul(key, opened * beta, out=right.view(*grouped, size, -1)[..., value_dim:])
-    solved = torch.linalg.solve_triangular(
-        system.flatten(1, 2), right, upper=False, unitriangular=True
-    ).flatten(0, 1)
+    solved = torch.cat(
+        [
+            torch.linalg.solve_triangular(one, of_one, upper=False, unitriangular=True)
+            for one, of_one in zip(system.flatten(1, 2), right, strict=True)
+        ]
+    )
     return Tiles(
         new_values=solved[..., :value_dim],
         reader=solved[..., value_dim:],
         query=(query * opened).flatten(0, 2),
         attention=attention.flatten(0, 2),
-        writer=(key * (closing - total).exp_()).flatten(0, 2),
-        decay=closing.exp().flatten(0, 2),
+        writer=(key * decays_(closing - total)).flatten(0, 2),
+        decay=opened[..., -1:, :].flatten(0, 2),
     )
 
 
@@ -172,7 +177,7 @@ def decode_gdn(
     per token.
     """
     gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
-    token = prepare(query, key, value, gate.exp_()[..., None, None], beta, scale)
+    token = prepare(query, key, value, decays_(gate)[..., None, None], beta, scale)
     out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
     return decode(
         write_and_read,

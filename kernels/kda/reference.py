@@ -38,11 +38,16 @@ import torch.nn.functional as F
 
 from kernels.gdn.reference import normalise, prepare, write_and_read
 from kernels.packed import Exports, Packed
-from kernels.tiles import Layout, Tiles, decode, lay_out, scan
-
-GROUP = 2**18
-"""Elements of a factor ``[.., R, K]`` computed at once, so that they fit into the processor's
-cache."""
+from kernels.tiles import (
+    Layout,
+    Tiles,
+    add_products,
+    decays_,
+    decode,
+    groups,
+    lay_out,
+    scan,
+)
 
 
 def gates(
@@ -93,7 +98,7 @@ def chunk_kda(
         return torch.empty_like(value)
     tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
     new_values, out = scan(tiles, states, packed, layout, slots, resumed, exports)
-    out.baddbmm_(tiles.attention, new_values)
+    add_products(out, tiles.attention, new_values, value.shape[1])
     return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
 
 
@@ -116,7 +121,7 @@ def _solve_tiles(
     shape = (layout.num_tiles, heads, tile_size)
     query = normalise(layout.tile(query, _new(query, *shape, key_dim)), scale).flatten(0, 1)
     key = normalise(layout.tile(key, _new(key, *shape, key_dim)), 1.0).flatten(0, 1)
-    decay = layout.tile_factor(gate).exp_().flatten(0, 1)
+    decay = decays_(layout.tile_factor(gate)).flatten(0, 1)
     beta = layout.tile_factor(beta).flatten(0, 1)
     right = _new(value, *shape, value_dim + key_dim)
     layout.tile(value, right[..., :value_dim])
@@ -124,9 +129,7 @@ def _solve_tiles(
     attention, system = torch.zeros(2, len(key), tile_size, tile_size, device=key.device)
     last = _new(key, len(key), key_dim, 1)
 
-    group = max(GROUP // (tile_size * key_dim), 1)
-    for first in range(0, len(key), group):
-        part = slice(first, first + group)
+    for part in groups(len(key), heads):
         opened, closing = decay[part], torch.ones_like(decay[part])
         _multiply_pairs(query[part], key[part], opened, closing, attention[part], system[part])
         torch.mul(key[part], opened, out=right[part, :, value_dim:])
@@ -135,7 +138,11 @@ def _solve_tiles(
         query[part].mul_(opened)
         key[part].mul_(closing)
         last[part, :, 0] = opened[:, -1]
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    solved = right
+    for part in groups(len(key), heads):
+        solved[part] = torch.linalg.solve_triangular(
+            system[part], right[part], upper=False, unitriangular=True
+        )
     return Tiles(
         new_values=solved[..., :value_dim],
         reader=solved[..., value_dim:],
@@ -210,7 +217,7 @@ def decode_kda(
     token.
     """
     gate, beta = gates(a, b, A_log, dt_bias)
-    token = prepare(query, key, value, gate.exp_()[..., None], beta, scale)
+    token = prepare(query, key, value, decays_(gate)[..., None], beta, scale)
     out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
     return decode(
         write_and_read,

@@ -18,9 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.linear.reference import ROWS, SCALE_BLOCK, Format, quantize
+from kernels.linear.reference import SCALE_BLOCK, Format, quantize
 from kernels.target import pipeline_stages
 from kernels.tuning import token_class, tuned
+
+ROWS = 4
+"""Rows per padding unit, as ``reference.ROWS``."""
 
 __all__ = ["ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 

@@ -1,8 +1,7 @@
 """Linear layers in plain PyTorch, with rows independent of the batch.
 
-On the CPU, rows of a matrix product are bit-identical for all numbers of rows that are multiples of
-4 (measured with float32 and bfloat16, one and two threads). Other small numbers use other code, so
-rows are padded.
+A library chooses its code by the shape of a product. So rows are multiplied ``ROWS`` at a time: the
+shape of every call is the same for any number of rows.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from kernels.linear import prepacked
 from kernels.linear.int8 import Int8Linear
 
-ROWS = 4
-"""Rows are computed in multiples of this number. Callers with such a multiple avoid padding."""
+ROWS = prepacked.ROWS
 
 Format = Literal["int8", "fp8"]
 
@@ -38,10 +36,7 @@ scale per row). Others are faster if widened once."""
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Compute ``x @ weight.T + bias``: x ``[T, N]``, weight ``[M, N]``, bias ``[M]``."""
-    num_rows = len(x)
-    if num_rows % ROWS == 0:
-        return F.linear(x, weight, bias)
-    return F.linear(F.pad(x, (0, 0, 0, -num_rows % ROWS)), weight, bias)[:num_rows]
+    return prepacked.by_blocks(lambda rows: F.linear(rows, weight, bias), x)
 
 
 def prepare(

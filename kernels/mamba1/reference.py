@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.packed import Exports, Packed
-from kernels.tiles import lay_out, saves_by_tile, steps
+from kernels.tiles import decays_, lay_out, saves_by_tile, steps
 
 BLOCK = 2**19
 """Number of decays computed at once, so that they fit into the processor's cache."""
@@ -141,7 +141,7 @@ def _advance(
 
     ``x`` and ``step``: ``[N, R, V]``. ``B`` and ``C``: ``[N, R, K]``.
     """
-    decays = (step[:, :, None] * A).exp_()  # [N, R, K, V]
+    decays = decays_(step[:, :, None] * A)  # [N, R, K, V]
     path = (step * x)[:, :, None] * B[..., None]
     before = state
     # Not addcmul: its number of roundings depends on the position of an element.

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.packed import Exports, Packed
-from kernels.tiles import Layout, decode, lay_out, saves_by_tile
+from kernels.tiles import Layout, decays_, decode, groups, lay_out, saves_by_tile
 
 NO_LIMITS = (0.0, float("inf"))
 BLOCK = 2**18
@@ -97,16 +97,17 @@ def chunk_mamba2(
     for block, steps in _blocks(layout, heads):
         tiles = _weigh(inputs.part(block), D)
         values, read = inputs.x[block].flatten(0, 1), out[block].flatten(0, 1)
-        torch.bmm(tiles.attention, values, out=read)
+        for group in groups(len(read), heads):
+            torch.bmm(tiles.attention[group], values[group], out=read[group])
         first = 0
         for number in steps:
             num_active = layout.active[number]
-            span = slice(first * heads, (first + num_active) * heads)
-            first += num_active
             state = carried[:num_active]
-            flat = state.flatten(0, 1)
-            read[span].baddbmm_(tiles.reader[span], flat)
-            flat.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, values[span])
+            for one in state:
+                span = slice(first * heads, (first + 1) * heads)
+                first += 1
+                read[span].baddbmm_(tiles.reader[span], one)
+                one.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, values[span])
             if states.dtype != torch.float32:
                 state.copy_(state.to(states.dtype))
             for position, sequence in enumerate(order[:num_active]):
@@ -179,14 +180,15 @@ def _weigh(inputs: _Inputs, D: torch.Tensor) -> _Tiles:
     closing = total[..., -1:, :]
 
     future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
-    attention = (total - total.mT).masked_fill_(future, -torch.inf).exp_()  # L
-    attention.mul_(step.mT).mul_((inputs.C @ inputs.B.mT)[:, :, None])
+    attention = decays_((total - total.mT).masked_fill_(future, -torch.inf))  # L
+    products = torch.stack([torch.bmm(c, b.mT) for c, b in zip(inputs.C, inputs.B, strict=True)])
+    attention.mul_(step.mT).mul_(products[:, :, None])
     attention.diagonal(dim1=-2, dim2=-1).add_(D.float().view(heads, group, 1))
     return _Tiles(
         attention=attention.flatten(0, 2),
-        reader=(C * total.exp()).flatten(0, 2),
-        writer=(B * (closing - total).exp_().mul_(step)).flatten(0, 2),
-        decay=closing.exp().flatten(0, 2),
+        reader=(C * decays_(total.clone())).flatten(0, 2),
+        writer=(B * decays_(closing - total).mul_(step)).flatten(0, 2),
+        decay=decays_(closing.clone()).flatten(0, 2),
     )
 
 
@@ -224,7 +226,7 @@ def decode_mamba2(
         values * step[..., None],
         _by_head(B, group),
         _by_head(C, group),
-        gate.exp_()[..., None, None],
+        decays_(gate)[..., None, None],
         values * D.float()[:, None],
     )
     out = torch.empty_like(values)

@@ -9,6 +9,9 @@ bits (BN, SPLIT) depend only on the layer's shape and the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -330,6 +333,11 @@ def multiply_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             num_warps=4,
         )
     return out
+
+
+def prepare_heads(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return `multiply_heads` with this weight."""
+    return partial(multiply_heads, weight=weight.contiguous())
 
 
 def _tile_config(size: int, rank: int, dtype: torch.dtype) -> dict[str, int | str]:

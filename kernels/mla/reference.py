@@ -21,12 +21,14 @@ Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 
 from kernels.attention import reference as attention
 from kernels.attention.sequences import Sequences
-from kernels.linear.reference import ROWS
+from kernels.linear.prepacked import by_blocks
 from kernels.packed import Packed
 
 
@@ -80,9 +82,12 @@ def decode_mla(
 def multiply_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Compute ``out[t, h] = x[t, h] @ weight[h]``: x ``[T, H, M]``, weight ``[H, M, N]``.
 
-    Returns ``[T, H, N]``. Rows are padded to a multiple of 4, as in `kernels.linear.reference`, so
-    that a token's bits do not depend on the number of tokens (measured).
+    Returns ``[T, H, N]``. Tokens are multiplied in blocks of one size, so the shape of a call does
+    not depend on their number.
     """
-    num_rows = len(x)
-    x = F.pad(x, (0, 0, 0, 0, 0, -num_rows % ROWS)).transpose(0, 1)
-    return torch.bmm(x, weight)[:, :num_rows].transpose(0, 1)
+    return by_blocks(lambda rows: torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1), x)
+
+
+def prepare_heads(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return `multiply_heads` with this weight in the fastest form."""
+    return partial(multiply_heads, weight=weight.contiguous())

@@ -96,7 +96,7 @@ def test_quantized_weights_are_close(format) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("shape", [(64, 96), (513, 1000), (7, 300)])
+@pytest.mark.parametrize("shape", [(64, 96), (513, 1000), (7, 300), (2048, 2048)])
 def test_reference_rows_are_independent_of_the_batch(shape, dtype, num_threads) -> None:
     torch.set_num_threads(num_threads)
     x, weight = torch.randn(200, shape[1]).to(dtype), torch.randn(shape).to(dtype)

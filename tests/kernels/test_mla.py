@@ -4,6 +4,7 @@ chunks and batch."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from kernels.attention.sequences import Sequences
 from kernels.mla import reference
+from kernels.native import shared_library
 from kernels.packed import Packed
 
 fused = pytest.importorskip("kernels.mla.fused")
@@ -156,6 +158,26 @@ def test_decode_is_independent_of_the_batch(backend, dtype, device, monkeypatch)
         assert torch.equal(cache.decode(backend, [end])[0], batched[i])
     monkeypatch.setattr(fused, "group_size", lambda *sizes: 4)
     assert torch.equal(cache.decode(backend, ends), batched)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("inner, width", [(512, 128), (128, 512)])
+@DTYPES
+def test_head_products_of_real_sizes_are_independent_of_the_batch(
+    backend, inner, width, dtype
+) -> None:
+    """Sizes of Kimi Linear, for each number of rows up to two blocks of the native product."""
+    if backend == "native" and shared_library() is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(1)
+    product = import_module(f"kernels.mla.{backend}").prepare_heads(
+        torch.randn(8, inner, width).to(dtype)
+    )
+    x = torch.randn(130, 8, inner).to(dtype)
+    whole = product(x)
+    for count in range(1, 131):
+        assert torch.equal(product(x[:count]), whole[:count])
+        assert torch.equal(product(x[-count:]), whole[-count:])
 
 
 @BACKENDS
