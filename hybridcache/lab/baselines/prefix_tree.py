@@ -11,15 +11,11 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 
 class PrefixNode:
-    """One edge and its end. ``time`` and ``state_time`` are the owner's recency marks. Caches with
-    host memory record the places of KV and state separately."""
+    """One edge and its end. ``time`` is the owner's recency mark."""
 
     __slots__ = (
         "children",
         "depth",
-        "has_host_kv",
-        "has_host_state",
-        "has_kv",
         "has_state",
         "locks",
         "parent",
@@ -33,9 +29,7 @@ class PrefixNode:
         self.parent = parent
         self.depth: int = len(tokens) + (parent.depth if parent else 0)
         self.children: dict[int, PrefixNode] = {}
-        self.has_kv = True
         self.has_state = False
-        self.has_host_kv = self.has_host_state = False
         self.time = 0
         self.locks = 0
         self.state_locks = 0
@@ -77,7 +71,6 @@ def split(node: PrefixNode, depth: int) -> PrefixNode:
     at = depth - parent.depth
     upper = PrefixNode(node.tokens[:at], parent)
     upper.time, upper.locks = node.time, node.locks
-    upper.has_kv, upper.has_host_kv = node.has_kv, node.has_host_kv
     parent.children[int(upper.tokens[0])] = upper
     node.tokens, node.parent = node.tokens[at:], upper
     upper.children[int(node.tokens[0])] = node

@@ -16,7 +16,7 @@ decide its hit rates:
   or a fork.
 - Memory is split between states and KV in the ratio 0.9, once.
 
-Left out: pages of more than one token, the host tier (``hicache``), speculative decoding,
+Left out: pages of more than one token, the host tier (HiCache), speculative decoding,
 retraction, and slots that a strategy reserves but does not use. The server crashes if no slot is
 available; here the request waits. The server sweeps leaves that are left without a state; here they
 are the next to be evicted.
