@@ -520,7 +520,7 @@ def tiers_table() -> str:
     """Return the seconds that host memory saves, for each trace."""
     from experiments.studies.tiers import over_seeds
 
-    return markdown(*over_seeds(records_of("study_tiers.jsonl"), "regret"))
+    return markdown(*over_seeds(records_of("study_tiers.jsonl"), "survival"))
 
 
 def grid_table() -> str:

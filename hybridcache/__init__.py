@@ -10,11 +10,9 @@ Three groups of names:
 - the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``.
 
 The laboratory and the policies are imported when they are first used. All other names are imported
-from their modules. A cache is not thread-safe: one thread calls it, or callers share a lock. A
-public name is deprecated, with a warning, for one minor release before it is removed.
+from their modules. A cache is not thread-safe: one thread calls it, or callers share a lock.
 """
 
-import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -62,65 +60,15 @@ _LAZY = {
 }
 """Modules of the public names that are imported at first use."""
 
-_MOVED = {
-    "Advice": "lab.advise",
-    "BASELINES": "lab.baselines",
-    "Baseline": "lab.baselines",
-    "BaselineConfig": "lab.baselines",
-    "CacheStats": "api",
-    "Copy": "allocators.moves",
-    "Drop": "allocators.moves",
-    "EVICTION": "policies.registry",
-    "Exchange": "geometry.exchange",
-    "FetchRule": "policies.protocol",
-    "GENERATORS": "lab.generators",
-    "InfiniteCache": "lab.infinite",
-    "Job": "lab.simulation.sweep",
-    "LeaseLog": "export.lease_log",
-    "LeaseTarget": "lab.simulation.target",
-    "Losses": "api",
-    "METRICS": "lab.report",
-    "MeasuredTimes": "geometry.times",
-    "Move": "allocators.moves",
-    "NullCache": "variants",
-    "Pauses": "lab.arrivals",
-    "Poisson": "lab.arrivals",
-    "PrefillTimes": "geometry.times",
-    "RadixCache": "variants",
-    "Roofline": "geometry.times",
-    "RowWrite": "allocators.moves",
-    "RunConfig": "lab.simulation.target",
-    "RunResult": "lab.simulation.result",
-    "SampledPolicy": "policies.eviction.scored",
-    "Serving": "lab.simulation.serving",
-    "SimulationResult": "lab.simulation.simulate",
-    "Sweep": "lab.simulation.simulate",
-    "Tokens": "tokens",
-    "advise": "lab.advise",
-    "build_target": "lab.simulation.target",
-    "interleave": "lab.arrivals",
-    "make_eviction": "policies.registry",
-    "run_sweep": "lab.simulation.sweep",
-    "serve": "lab.simulation.serving",
-    "sizes": "lab.simulation.sizes",
-}
-"""Names that were public, with their modules; removed in 0.3."""
-
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from hybridcache.lab.extras import version
 
         return version()
-    module = _LAZY.get(name) or _MOVED.get(name)
+    module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _MOVED:
-        warnings.warn(
-            f"hybridcache.{name} is deprecated: import it from hybridcache.{module}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
     found = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = found
     return found

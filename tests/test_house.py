@@ -429,18 +429,11 @@ def test_public_names_are_few_and_have_docstrings() -> None:
 
 
 @pytest.mark.full
-def test_deprecated_names_work_and_are_not_used() -> None:
+def test_only_public_names_are_imported_from_the_package() -> None:
     import hybridcache
 
-    with pytest.warns(DeprecationWarning, match=r"import it from hybridcache\.lab\.generators"):
-        generators = hybridcache.__getattr__("GENERATORS")
-    assert generators is importlib.import_module("hybridcache.lab.generators").GENERATORS
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         hybridcache.__getattr__("Nothing")
-    assert (
-        "`DeprecationWarning`, until the next minor version"
-        in (ROOT / "hybridcache" / "README.md").read_text()
-    ), "the policy that these names follow is stated"
     used = {
         f"{file.relative_to(ROOT)}: {alias.name}"
         for file in files_of(*PACKAGES, "tests", "examples")

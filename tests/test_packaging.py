@@ -24,7 +24,6 @@ from hybridcache.lab.extras import (
     CACHE_DISTRIBUTION,
     ENGINE_DISTRIBUTION,
     EXTRAS,
-    OLD_EXTRAS,
     how_to_install,
     install_command,
 )
@@ -180,10 +179,7 @@ def test_hinted_extras_match_the_extras_of_the_project() -> None:
     """Every package of an extra has a hint, and the extra in every hint installs the package."""
     of_distribution = metadata.packages_distributions()
     declared = PROJECT["optional-dependencies"]
-    assert set(EXTRAS) | set(OLD_EXTRAS) == set(declared) - {"all", "dev"}
-    for old, new in OLD_EXTRAS.items():
-        assert set(declared[old]) <= set(declared[new])
-        assert install_command(old) == install_command(new)
+    assert set(EXTRAS) == set(declared) - {"all", "dev"}
     for extra, packages in EXTRAS.items():
         required = {_normalized(re.split(r"[^\w.-]", name)[0]) for name in declared[extra]}
         hinted = {

@@ -50,7 +50,7 @@ from experiments.system.sglang.pools import CHUNK, World, new_world  # noqa: E40
 VERBS = ("match", "rows", "lock", "evict", "allocate", "insert", "rows again", "unlock")
 NUM_KV_TOKENS, NUM_SLOTS = 1_070_000, 320
 DECODE_INTERVAL = 256
-CACHES = (("rust", "lru"), ("hybridcache", "lru"), ("hybridcache", "regret"))
+CACHES = (("rust", "lru"), ("hybridcache", "lru"), ("hybridcache", "survival"))
 
 
 class Keys:

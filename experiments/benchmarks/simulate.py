@@ -311,7 +311,7 @@ def main() -> None:
         for record in records:
             print(record)
         return
-    policies = ["lru", "regret"] if options.quick else sorted(EVICTION)
+    policies = ["lru", "survival"] if options.quick else sorted(EVICTION)
     records = []
     jobs = [(policy, trace) for policy in policies for trace in TRACES]
     for policy, trace in tqdm(jobs, unit=" runs", disable=None):

@@ -76,7 +76,7 @@ SHORT = {
     "sharegpt": 1000,
 }
 """Number of requests of long traces with --few."""
-ALL_CELLS = "regret"
+ALL_CELLS = "survival"
 """Policy with all cells. Others have only those of the goal."""
 Change = Callable[[LeaseTarget], None]
 Shares = list[float]
@@ -193,7 +193,7 @@ def measure(job: tuple[str, int, str, bool]) -> list[dict[str, Any]]:
     config = RunConfig(
         workload.geometry,
         policy=policy,
-        checkpoints="regret" if policy == ALL_CELLS else STATIC_PLACEMENT,
+        checkpoints="adaptive" if policy == ALL_CELLS else STATIC_PLACEMENT,
         grid=max(workload.grid, trace.unit),
     )
     records = []
@@ -442,7 +442,7 @@ def _mean(table: Table, policy: str, rate: float, cell: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--traces", default=",".join(WORKLOADS), help="names of WORKLOADS")
-    parser.add_argument("--policy", default="regret,lru", help="evictions, separated by commas")
+    parser.add_argument("--policy", default="survival,lru", help="evictions, separated by commas")
     parser.add_argument("--few", action="store_true", help="use only the start of long traces")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--processes", type=int, default=1)

@@ -45,14 +45,6 @@ EXTRAS = {
 }
 """Extra -> import names of the packages that it installs."""
 
-OLD_EXTRAS = {
-    "events": "serve-extras",
-    "figures": "lab",
-    "guided": "engine",
-    "top": "serve-extras",
-}
-"""Extra of a release before 0.2, which still installs its one package -> the extra that has it."""
-
 
 def version() -> str:
     """Return the version of the installed distribution; "unknown" if it runs uninstalled."""
@@ -65,12 +57,9 @@ def version() -> str:
 def install_command(extra: str) -> str:
     """Return the command that installs the cache with one extra. KeyError if there is none.
 
-    An old name stands for the extra that has its package now.
-
     >>> install_command("lab")
     "pip install 'hybrid-radix-cache[lab]'"
     """
-    extra = OLD_EXTRAS.get(extra, extra)
     if extra not in EXTRAS:
         raise KeyError(f"{CACHE_DISTRIBUTION} has no extra {extra!r}: it has {', '.join(EXTRAS)}")
     return f"pip install '{CACHE_DISTRIBUTION}[{extra}]'"

@@ -80,11 +80,7 @@ METRICS: dict[str, Metric] = {
 
 
 def find_metric(word: str) -> Metric:
-    """Return the metric ``word``; ``regret`` is a former name of ``missed_tokens``.
-
-    ValueError lists the known names.
-    """
-    word = "missed_tokens" if word == "regret" else word
+    """Return the metric ``word``. ValueError lists the known names."""
     if word not in METRICS:
         raise ValueError(f"unknown metric {word!r}; known: {', '.join(METRICS)}")
     return METRICS[word]

@@ -5,7 +5,6 @@ An *item* is a unit of eviction: one checkpoint, or the KV of one node. Policies
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
@@ -117,15 +116,6 @@ class Item(Protocol):
         ...
 
 
-RENAMED = {
-    "missed": "on_ghost_hit",
-    "missed_above": "on_ghost_hit_above",
-    "below": "for_tier",
-    "orders_tiers": "orders_classes",
-}
-"""Attributes of ``EvictionPolicy`` in 0.1, with their present names; removed in 0.3."""
-
-
 class EvictionPolicy(ABC):
     """Eviction order over the items of one cache.
 
@@ -145,18 +135,6 @@ class EvictionPolicy(ABC):
     checkpoints itself. If False, the cache makes an instance per priority class: dead KV,
     superseded checkpoints and the rest. Classes are evicted in this order
     (``CacheConfig.dead_first``, ``demote_superseded``)."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Accept the method names of 0.1, with a warning."""
-        super().__init_subclass__(**options)
-        for old, new in RENAMED.items():
-            if old in cls.__dict__ and new not in cls.__dict__:
-                setattr(cls, new, cls.__dict__[old])
-                warnings.warn(
-                    f"{cls.__name__}.{old} is deprecated: rename it to {new}",
-                    DeprecationWarning,
-                    stacklevel=2,
-                )
 
     def __str__(self) -> str:
         return type(self).__name__

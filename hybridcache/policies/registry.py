@@ -140,12 +140,6 @@ ADMISSION_NAMES: dict[str, Entry] = {
 }
 """Names of admission policies."""
 
-ALIASES = {
-    ("eviction policy", "regret"): "survival",
-    ("checkpoint placement", "regret"): "adaptive",
-}
-"""Former names, which are still accepted."""
-
 _CAP = Entry(int, "checkpoints", "2")
 _PLACEMENT_AND_CAP = PLACEMENT_NAMES | {"cap": _CAP}
 
@@ -259,7 +253,6 @@ def in_units(spec: str, unit: int) -> str:
 def _maker(what: str, table: Mapping[str, Entry], text: str) -> Callable[[], Any] | None:
     """Return the factory for ``text``, or None if it has the form ``module:Class``."""
     name, colon, number = text.partition(":")
-    name = ALIASES.get((what, name), name)
     entry = table.get(name)
     if entry is None:
         if colon and not number.isdecimal():

@@ -129,7 +129,7 @@ def llama(measure: str, dtype: str) -> float:
 
 def tier_share(cell: str) -> tuple[int, float]:
     """Return the number of traces, and the mean share of the savings of 20 GiB on the device."""
-    by_trace = tiers.shares_by_trace(result("study_tiers"), "regret", cell)
+    by_trace = tiers.shares_by_trace(result("study_tiers"), "survival", cell)
     return len(by_trace), 100 * fmean(map(fmean, by_trace.values()))
 
 
@@ -197,7 +197,7 @@ def quotes() -> dict[str, list[str]]:
         for (name, gib), gain in claude.items()
         if gib == min(size for of, size in claude if of == name)
     ]
-    times = {name: sglang_times(name) for name in ("lru", "regret")}
+    times = {name: sglang_times(name) for name in ("lru", "survival")}
     medians = [run["request_us_median"] for run in rust("rust", "lru", "end")]
     at_once = [
         max(drafts(workload, draft, 8) for draft in ("tree", "mtp", "tree,mtp"))
@@ -285,15 +285,15 @@ def quotes() -> dict[str, list[str]]:
         "docs/how-to/sglang.md": [
             f"a state at the end of each answer | {row(sglang_hits('rust', 'lru', 'end'), '.1f')}",
             f"hybridcache, `lru` | {row(sglang_hits('hybridcache', 'lru', 'end'), '.1f')}",
-            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'regret', 'end'), '.1f')}",
+            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'survival', 'end'), '.1f')}",
             f"states where `extra_buffer` has them | {row(sglang_hits('rust', 'lru', 'extra_buffer'), '.1f')}",
             f"hybridcache, `lru` | {row(sglang_hits('hybridcache', 'lru', 'extra_buffer'), '.1f')}",
-            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'regret', 'extra_buffer'), '.1f')}",
+            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'survival', 'extra_buffer'), '.1f')}",
             "`lru`: median, mean of the quietest runs | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x |".format(
                 *times["lru"]
             ),
             "`survival` | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x |".format(
-                *times["regret"]
+                *times["survival"]
             ),
             "{:.0f} to {:.0f} microseconds".format(*extent(medians)),
         ],

@@ -29,14 +29,10 @@ from hybridcache.policies.protocol import (
     Prefill,
 )
 from hybridcache.policies.registry import (
-    DEFAULT_EVICTION,
-    DEFAULT_PLACEMENT,
     EVICTION,
     PLACEMENT_NAMES,
-    eviction_names,
     make_eviction,
     parse_placement,
-    placement_names,
 )
 from hybridcache.policies.user import MAX_OUTSIDE
 from hybridcache.variants import TieredRadixCache
@@ -175,29 +171,6 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
     result = simulate("short?head=60", gib=1, policy=["lru", name], bound=False)
     assert [run.label for run in result.runs] == ["lru", name]
     assert make_eviction(name)().orders_classes is not name.endswith("InTiers")
-
-
-def test_former_method_names_work_with_a_deprecation_warning() -> None:
-    ghost_hits: list[Item] = []
-    with pytest.warns(
-        DeprecationWarning, match=r"Former\.missed is deprecated: rename it to on_gh"
-    ):
-
-        class Former(LRU):
-            def missed(self, item: Item) -> None:
-                ghost_hits.append(item)
-
-    policy: EvictionPolicy = Former()
-    ghost = FakeItem("ghost")
-    policy.on_ghost_hit(ghost)
-    assert ghost_hits == [ghost]
-
-
-def test_former_names_select_the_same_policies() -> None:
-    assert make_eviction("regret") is make_eviction("survival") is make_eviction(DEFAULT_EVICTION)
-    former, present = parse_placement("regret,cap:2"), parse_placement(f"{DEFAULT_PLACEMENT},cap:2")
-    assert [type(rule) for rule in former.rules] == [type(rule) for rule in present.rules]
-    assert "regret" not in (*eviction_names(), *placement_names())
 
 
 def test_a_custom_placement_runs_wherever_a_name_does() -> None:

@@ -39,7 +39,7 @@ def make_engine(seed: int) -> Engine:
         "token_budget": draw.choice((64, 128, 1024)),
         "max_queue": draw.choice((4, 512)),
         "overlap": draw.choice(("on", "off")),
-        "eviction": draw.choice(("lru", "regret", "arc")),
+        "eviction": draw.choice(("lru", "survival", "arc")),
         "checkpoints": (draw.choice(("none", "branch,boundary,backoff,end", "every:64,end")),),
     }
     settings["checkpoints"] = tuple(settings["checkpoints"][0].split(","))

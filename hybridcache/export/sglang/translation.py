@@ -21,8 +21,8 @@ from hybridcache.tokens import Tokens
 
 PLAIN_LRU = "plain-lru"
 """Least recently used, under a name that differs from SGLang's default."""
-ADDED_EVICTION = ("survival", "regret", PLAIN_LRU)
-"""Values added to ``--radix-eviction-policy``. ``regret`` is a former name of ``survival``."""
+ADDED_EVICTION = ("survival", PLAIN_LRU)
+"""Values added to ``--radix-eviction-policy``."""
 
 
 def eviction_name(asked: str) -> str:
@@ -34,8 +34,7 @@ def eviction_name(asked: str) -> str:
     >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "slru")]
     ['survival', 'lru', 'slru']
     """
-    names = {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru", "regret": "survival"}
-    return names.get(asked, asked)
+    return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
 
 
 WITHOUT = "or --radix-cache-backend hybridcache"

@@ -438,13 +438,13 @@ def test_unsupported_settings_give_one_line(changed, message):
 def test_supported_settings_are_accepted():
     assert why_not(*settings()) is None
     assert why_not(*settings(is_eagle=True)) is None, "the keys of hybrid models are single tokens"
-    assert why_not(*settings(is_hybrid_ssm=False, eviction_policy="regret")) is None
+    assert why_not(*settings(is_hybrid_ssm=False, eviction_policy="survival")) is None
     assert why_not(*settings(eviction_policy="plain-lru")) is None
 
 
 def test_sglangs_default_eviction_means_our_default():
     assert eviction_name("lru") == CacheConfig(num_kv_tokens=8, num_slots=1).eviction == "survival"
-    assert [eviction_name(name) for name in ("plain-lru", "lfu", "regret")] == [
+    assert [eviction_name(name) for name in ("plain-lru", "lfu", "survival")] == [
         "lru",
         "lfu",
         "survival",
