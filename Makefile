@@ -9,7 +9,7 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page docs wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas docs wheels tune gpu gpu-dry clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -141,9 +141,6 @@ replicas: install out/ray/.installed  ## test replicas on Ray Serve: failures, s
 	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet
 	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/lab/test_on_ray.py
 
-page: install  ## time the live page in Chromium and take its pictures (pip install playwright first)
-	$(BIN)/python -m experiments.benchmarks.page
-	$(BIN)/python -m experiments.benchmarks.page_figures
 
 .venv/.docs: $(INSTALLED)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(if $(LOCK),--no-build-isolation) -e '.[docs]'

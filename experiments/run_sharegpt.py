@@ -35,7 +35,7 @@ from tqdm import tqdm
 if not __package__:  # Run by its path: the modules are below the project's root.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine.config import EngineConfig
+from engine.config import BUILTIN_DIR, EngineConfig
 from engine.text.hugging_face import load_tokenizer
 from experiments.benchmarks.conversations import (
     chat_text,
@@ -288,9 +288,7 @@ def _settings(options: argparse.Namespace) -> Iterator[Setting]:
 
 
 def _geometry(model: str | None) -> ModelGeometry:
-    from engine.plugins.inspect.command import load_geometry
-
-    return load_geometry(model)
+    return ModelGeometry.load(str(BUILTIN_DIR) if model is None else model)
 
 
 def _conversations(options: argparse.Namespace) -> Iterable[Conversation]:

@@ -10,7 +10,6 @@ Each part or environment writes its output to a file in ``out/`` and one line to
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import shlex
@@ -107,10 +106,8 @@ def all_parts() -> list[Part]:
         for name, files in test_parts().items()
     ]
     python, out = (sys.executable, "-m"), OUT / "test-all"
-    browser = None if importlib.util.find_spec("playwright") else "playwright is not installed"
     return [
         *parts,
-        Part("page in a browser", [*python, "experiments.benchmarks.page"], missing=browser),
         Part("system: attack", [*python, "experiments.system.attack"]),
         Part(
             "system: soak",

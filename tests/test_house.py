@@ -143,7 +143,6 @@ MAY_IMPORT = {
     "engine/plugins/dialects": "config requests server text",
     "engine/plugins/record": "config hub server text",
     "engine/plugins/hub": "config models runner weights",
-    "engine/plugins/inspect": "config hub models weights",
     "engine/plugins/convert": "hub layers weights",
     "engine/plugins/disaggregation": "config errors interfaces messages requests runner "
     "schedule text",

@@ -1,2 +1,2 @@
-"""Command line of the engine: ``engine serve``, ``engine inspect`` and others, and their
+"""Command line of the engine: ``engine serve``, ``engine record`` and others, and their
 screens."""

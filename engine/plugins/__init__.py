@@ -59,17 +59,11 @@ PATHS = {
 ones, except ``/``. Module ``server`` of the plugin has its class: ``ObserveExtension``."""
 
 VERBS = {
-    "inspect": (
-        "inspect",
-        "[options] [MODEL]",
-        "print the size of a model's prefixes and how many fit into a budget",
-    ),
     "convert": (
         "convert",
         "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
         "convert the weights of a model to eight bits",
     ),
-    "top": ("observe", "[options]", "watch a server's cache in this terminal"),
     "record": (
         "record",
         "--to URL --out FILE [options]",

@@ -27,8 +27,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.plugins.inspect.command import load_geometry
+from engine.config import BUILTIN_DIR
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.parser import Parser
 
@@ -95,7 +96,7 @@ def _sizes(tight: bool) -> list[str]:
     """
     if not tight:
         return ["--cache-gib", "0.1", "--max-model-len", "2048"]
-    sizes = load_geometry(None)
+    sizes = ModelGeometry.load(str(BUILTIN_DIR))
     num_bytes = TIGHT_TOKENS * sizes.kv_bytes_per_token + TIGHT_SLOTS * sizes.state_bytes
     return ["--cache-gib", f"{num_bytes / GIB:.9f}", "--token-budget", "64", "--max-running", "3"]
 

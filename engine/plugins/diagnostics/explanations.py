@@ -36,8 +36,6 @@ from engine.text.replay import said_by
 from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
 from hybridcache.tokens import Tokens, common_prefix_len
 
-SHORT_ID = 17
-"""Characters of an id that ``engine top`` shows: ``chatcmpl-`` and eight more."""
 NEAREST = 64
 """Number of requests that are searched for the one that shares the most tokens."""
 
@@ -145,14 +143,12 @@ class RequestMemory(BoundedMemory[tuple[Tenant, str], Remembered]):
     def find(self, name: str) -> tuple[str, Remembered] | None:
         """Return (id, request) of the latest answer with this id or ``request_id``, of any tenant.
 
-        Also finds an id by its first ``SHORT_ID`` or more characters. For the operator.
-        O(requests)."""
+        For the operator. O(requests)."""
         return next(
             (
                 (answer_id, known)
                 for (_, answer_id), known in reversed(self.listed())
                 if name in (answer_id, known.request_id)
-                or (len(name) >= SHORT_ID and answer_id.startswith(name))
             ),
             None,
         )

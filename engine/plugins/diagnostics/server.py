@@ -120,7 +120,7 @@ def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
         return "Only chats are explained, not text completions: send the 'id' of a chat's answer."
     message = (
         f"No chat answer with the id {quoted(unknown[0])} is stored: send the 'id' of an "
-        "answer. The request log and `engine top` also show it."
+        "answer. The request log also shows it."
     )
     if has_forgotten:
         message += " Older ones were evicted: raise --explain-mib to store more."

@@ -1,4 +1,4 @@
-"""Views of a running engine: the page, the terminal view and the trace of its steps."""
+"""Views of a running engine: the page and the trace of its steps."""
 
 from __future__ import annotations
 

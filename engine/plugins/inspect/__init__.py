@@ -1,1 +1,0 @@
-"""Size of a model's prefixes."""
