@@ -16,7 +16,7 @@ from kernels.packed import Exports, Packed, num_tiles, running_sum
 
 LEAST_LOG = -60.0
 """Natural logarithm of the least decay that is not rounded to zero. Products of smaller ones are
-subnormal, and so is what ``exp`` returns below -87.3: both are up to 100 times slower."""
+subnormal, and so are results of ``exp`` below -87.3. Both are up to 100 times slower."""
 
 
 def decays_(log: torch.Tensor) -> torch.Tensor:

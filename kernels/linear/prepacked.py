@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 ROWS = 16
-"""Rows of every product, whatever the number of rows. Callers with a multiple avoid padding."""
+"""Rows of every product. Fewer rows are padded, and more are split."""
 
 
 def by_blocks(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

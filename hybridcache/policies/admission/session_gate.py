@@ -70,9 +70,8 @@ class SessionGate(AdmissionPolicy):
     cycle of a pause and an answer, it falls by a tenth if a session's text was evicted, and grows
     by a step if not.
 
-    Withholding must answer more requests than it delays. If repeating whole prompts answers more
-    requests than keeping sessions in memory would, because pauses are long or prompts short,
-    requests are admitted oldest first and nothing counts as a debt.
+    Pauses can be so long, or prompts so short, that repeating whole prompts answers more requests
+    than keeping sessions in memory. Requests are then admitted oldest first, without a debt.
 
     If all sessions fit in memory, nothing is lost and nothing is withheld. No client field is
     needed.
@@ -99,8 +98,8 @@ class SessionGate(AdmissionPolicy):
         self._pause_s = 0.0
         """Average time from a session's answer to its next request."""
         self._answer_s, self._prompt_tokens, self._held_s = 0.0, 0.0, 0.0
-        """Averages: time from admission to the last token, tokens of a prompt that no other session
-        shares, and part of the memory that a session takes times a pause and an answer."""
+        """Averages: seconds from admission to the last token; tokens of a prompt that no other
+        session shares; a session's share of the memory times seconds of a pause and an answer."""
         self._admitted_at_s: dict[WaitingRequest, float] = {}
         """Times at which unanswered requests were admitted."""
         self._limit, self._moves_at_s = 1.0, 0.0

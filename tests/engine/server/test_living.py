@@ -515,7 +515,7 @@ def test_client_can_end_its_session(
     assert f"engine_live_sessions {num_live}.0" in metrics
     assert "engine_waiting_sessions 0.0" in metrics
     assert 'engine_admission{figure="debt_s"} -5.0' in metrics
-    assert 'policy="sessions",reason="little was lost: oldest first"' in metrics
+    assert 'policy="sessions",reason="nothing is gained by withholding: oldest first"' in metrics
 
 
 def test_deleting_the_newest_response_of_a_chain_ends_its_session(
