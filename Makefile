@@ -9,10 +9,10 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas docs wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 EVERYTHING := '.[dev,all]'
 # Prints one line per step, and the end of its output if it fails.
@@ -156,6 +156,11 @@ out/wheels/.installed: constraints.txt
 
 wheels: out/wheels/.installed  ## build and check the two wheels
 	out/wheels/bin/python -m experiments.system.wheels
+
+out/triton-3.6.0:
+	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --target $@ triton==3.6.0
+
+triton-3.6: out/triton-3.6.0  ## install the Triton of torch 2.11, for tests that compile kernels with both versions
 
 llama:  ## build llama.cpp for this processor, for its benchmark (some minutes)
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \

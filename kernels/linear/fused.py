@@ -42,33 +42,38 @@ BLOCK = tl.constexpr(SCALE_BLOCK)
 
 @triton.jit
 def multiply_span(
-    p_w, p_x, p_scale, m_m, m_t, start, end,
+    p_w, p_x, scale, p_scale, m_m, m_t, start, end,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute ``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from row pointers.
 
-    ``p_scale``: pointers to the rows of w's scales, one scale per BLOCK elements, or None.
+    ``scale``: pointers to the scales of w's rows, or None. ``p_scale``: pointers to rows of scales,
+    one scale per BLOCK elements, or None.
     """
     b_y = tl.zeros([BM, BT], tl.float32)
+    if scale is not None:
+        b_scale = tl.load(scale, mask=m_m, other=0.0)
     for i_k in range(start, end, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < end
         b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
-        if p_scale is None:
-            b_y = tl.dot(b_w.to(b_x.dtype), b_x, b_y, input_precision=PRECISION)
-        else:
+        if p_scale is not None:
             b_scale = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
+        if scale is None and p_scale is None:
+            b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION)
+        else:
+            # The tensor cores of Hopper read widened weights from registers while the program runs
+            # on. The scale keeps the product apart from the sum, so it is waited for before the
+            # next weights overwrite them (tests/kernels/machine_code.py).
             b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
             b_y += b_product * b_scale[:, None]
     return b_y
 
 
 @triton.jit
-def store_tile(b_y, scale, bias, y, o_m, o_t, M, mask):
-    """Store ``y[t, m] = b_y[m, t] * scale[m] + bias[m]`` for a tile ``[BM, BT]``."""
-    if scale is not None:
-        b_y *= tl.load(scale + o_m, mask=o_m < M, other=0.0)[:, None]
+def store_tile(b_y, bias, y, o_m, o_t, M, mask):
+    """Store ``y[t, m] = b_y[m, t] + bias[m]`` for a tile ``[BM, BT]``."""
     if bias is not None:
         b_y += tl.load(bias + o_m, mask=o_m < M, other=0.0).to(tl.float32)[:, None]
     p_y = y + o_t.to(tl.int64)[None, :] * M + o_m[:, None]
@@ -100,7 +105,9 @@ def linear_kernel(
     mask = m_m[:, None] & m_t[None, :]
     p_w = w + o_m.to(tl.int64) * N
     p_x = x + o_t.to(tl.int64) * x_stride
-    p_scale = block_scale
+    p_channel, p_scale = scale, block_scale
+    if scale is not None:
+        p_channel += o_m
     if block_scale is not None:
         p_scale += o_m * tl.cdiv(N, BLOCK)
     i_s = tl.program_id(2)
@@ -110,18 +117,19 @@ def linear_kernel(
     # wait for each other.
     for start in range(first, last, span):
         end = tl.minimum(start + span, N)
-        b_total += multiply_span(p_w, p_x, p_scale, m_m, m_t, start, end, BM, BT, BK, PRECISION)
+        b_total += multiply_span(
+            p_w, p_x, p_channel, p_scale, m_m, m_t, start, end, BM, BT, BK, PRECISION
+        )
     if SPANS_APART:
         p_y = y + (i_s.to(tl.int64) * num_tokens + o_t[None, :]) * M + o_m[:, None]
         tl.store(p_y, b_total, mask=mask)
     else:
-        store_tile(b_total, scale, bias, y, o_m, o_t, M, mask)
+        store_tile(b_total, bias, y, o_m, o_t, M, mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def add_spans_kernel(
     partial_y,
-    scale,
     bias,
     y,
     num_tokens,
@@ -138,7 +146,7 @@ def add_spans_kernel(
     for _ in range(num_spans):
         b_total += tl.load(p_y, mask=mask, other=0.0)
         p_y += num_tokens * M
-    store_tile(b_total, scale, bias, y, o_m, o_t, M, mask)
+    store_tile(b_total, bias, y, o_m, o_t, M, mask)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -194,7 +202,7 @@ def _product(
     span = span_of(num_outputs, size)
     num_spans = triton.cdiv(size, span)
     apart = num_spans > 1 and num_tokens <= FEW_TOKENS
-    tile = tile_config(num_tokens, x.dtype, weight.dtype, in_blocks=by_block is not None)
+    tile = tile_config(num_tokens, x.dtype, weight.dtype)
     if by_block is None:
         key = x.dtype, weight.dtype, num_outputs, size, token_class(num_tokens)
         tile |= tuned("linear.linear_kernel", *key)
@@ -218,7 +226,6 @@ def _product(
     if apart:
         add_spans_kernel[grid](
             target,
-            by_channel,
             bias,
             y,
             num_tokens,
@@ -253,16 +260,15 @@ def depth_of(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
 
 
 def tile_config(
-    num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype, *, in_blocks: bool = False
+    num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> dict[str, int | str]:
     """Return tile and pipeline for ``num_tokens`` rows of ``dtype``. Affects speed only.
 
-    ``in_blocks``: True for weights with scales per block. These need a third accumulator, so the
-    tile has half the size.
+    8-bit weights need a third accumulator, so their tile has half the size.
     """
     wide = num_tokens > FEW_TOKENS and dtype != torch.float32
     narrow = min(64, max(16, triton.next_power_of_2(num_tokens)))
-    tokens = 128 if wide and not in_blocks else narrow
+    tokens = 128 if wide and weight_dtype == dtype else narrow
     return {
         "BM": 128 if wide else 64,
         "BT": tokens,

@@ -198,6 +198,10 @@ def gate_up_kernel(
     p_gate = w + (first + o_m) * size
     p_up = w + (first + INNER + o_m) * size
     p_scale = block_scale
+    if w_scale is not None:
+        b_gate_scale = tl.load(w_scale + first + o_m, mask=m_m, other=0.0)
+        if GATED:
+            b_up_scale = tl.load(w_scale + first + INNER + o_m, mask=m_m, other=0.0)
     if block_scale is not None:
         p_scale += (first + o_m) * tl.cdiv(size, BLOCK)
     b_gate = tl.zeros([BM, BT], tl.float32)
@@ -207,25 +211,24 @@ def gate_up_kernel(
         m_k = o_k < size
         m_w = m_m[:, None] & m_k[None, :]
         b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
-        b_w = tl.load(p_gate[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
-        if block_scale is None:
+        b_w = tl.load(p_gate[:, None] + o_k[None, :], mask=m_w, other=0.0)
+        if block_scale is not None:
+            b_gate_scale = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
+        if w_scale is None and block_scale is None:
             b_gate = tl.dot(b_w, b_x, b_gate, input_precision=PRECISION)
-        else:
-            b_scale = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
-            b_gate += tl.dot(b_w, b_x, input_precision=PRECISION) * b_scale[:, None]
+        else:  # The scale keeps product and sum apart, as in ``multiply_span``.
+            b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
+            b_gate += b_product * b_gate_scale[:, None]
         if GATED:
-            b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
-            if block_scale is None:
+            b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0)
+            if block_scale is not None:
+                p_up_scale = p_scale + INNER * tl.cdiv(size, BLOCK)
+                b_up_scale = tl.load(p_up_scale + i_k // BLOCK, mask=m_m, other=0.0)
+            if w_scale is None and block_scale is None:
                 b_up = tl.dot(b_w, b_x, b_up, input_precision=PRECISION)
             else:
-                p_up_scale = p_scale + INNER * tl.cdiv(size, BLOCK)
-                b_scale = tl.load(p_up_scale + i_k // BLOCK, mask=m_m, other=0.0)
-                b_up += tl.dot(b_w, b_x, input_precision=PRECISION) * b_scale[:, None]
-    if w_scale is not None:
-        p_channel = w_scale + first + o_m
-        b_gate *= tl.load(p_channel, mask=m_m, other=0.0)[:, None]
-        if GATED:
-            b_up *= tl.load(p_channel + INNER, mask=m_m, other=0.0)[:, None]
+                b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
+                b_up += b_product * b_up_scale[:, None]
     # Rounded after the product, as in the reference.
     b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
     if GATED:
@@ -267,12 +270,12 @@ def down_kernel(
     m_m, m_t = o_m < H, o_p < num_pairs
     p_inner = inner + o_p.to(tl.int64) * size
     p_w = w + (i_e * H + o_m) * size
-    p_scale = block_scale
+    p_channel, p_scale = w_scale, block_scale
+    if w_scale is not None:
+        p_channel += i_e * H + o_m
     if block_scale is not None:
         p_scale += (i_e * H + o_m) * tl.cdiv(size, BLOCK)
-    b_y = multiply_span(p_w, p_inner, p_scale, m_m, m_t, 0, size, BM, BT, BK, PRECISION)
-    if w_scale is not None:
-        b_y *= tl.load(w_scale + i_e * H + o_m, mask=m_m, other=0.0)[:, None]
+    b_y = multiply_span(p_w, p_inner, p_channel, p_scale, m_m, m_t, 0, size, BM, BT, BK, PRECISION)
     p_y = y + o_p.to(tl.int64)[None, :] * H + o_m[:, None]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_89": ("cuda", 89, 32),
@@ -135,7 +134,22 @@ def _nvidia(kernel: Any, log: str) -> dict[str, int | bool]:
         "mma": ptx.count("mma.sync"),
         "cp_async": ptx.count("cp.async.ca") + ptx.count("cp.async.cg"),
         "tma": ptx.count("cp.async.bulk"),
+        "products_in_danger": _products_in_danger(kernel) if "wgmma.mma_async" in ptx else 0,
     }
+
+
+def _products_in_danger(kernel: Any) -> int | None:
+    """Return how many asynchronous products have registers that change while they run.
+
+    None if the disassembler is absent.
+    """
+    from tests.kernels import machine_code
+
+    disassembler = machine_code.find_disassembler()
+    if disassembler is None:
+        return None
+    code = machine_code.disassemble(kernel.asm["cubin"], disassembler)
+    return len(machine_code.registers_in_danger(code))
 
 
 def _amd(kernel: Any) -> dict[str, int]:

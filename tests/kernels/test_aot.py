@@ -1,17 +1,20 @@
-"""Compilation of all Triton kernels for NVIDIA and AMD targets: shared memory and registers.
+"""Compilation of all Triton kernels for NVIDIA and AMD targets: shared memory, registers, products.
 
-No GPU is needed.
+No GPU is needed. `make triton-3.6` adds the version that comes with torch 2.11.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.kernels import machine_code
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -47,14 +50,78 @@ LAUNCHES = [
 ]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("launches", LAUNCHES)
-def test_kernels_compile_and_fit_their_targets(launches: Path) -> None:
+OTHER_TRITON = HERE.parent.parent / "out" / "triton-3.6.0"
+TRITONS = [
+    pytest.param(None, id="installed"),
+    pytest.param(
+        OTHER_TRITON,
+        id="3.6.0",
+        marks=pytest.mark.skipif(not OTHER_TRITON.exists(), reason="run `make triton-3.6` first"),
+    ),
+]
+"""Folders with a version of Triton, or None for the installed one."""
+
+
+def compiled(launches: Path, triton: Path | None, *options: str) -> list[dict[str, object]]:
+    """Return the records of ``aot.py`` for a file of launches."""
+    paths = [str(triton)] if triton else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     run = subprocess.run(
-        [sys.executable, HERE / "aot.py", launches], capture_output=True, text=True, check=False
+        [sys.executable, HERE / "aot.py", launches, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    records = [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def assert_products_keep_their_registers(records: list[dict[str, object]]) -> None:
+    products = [record for record in records if record.get("wgmma")]
+    if any(record["products_in_danger"] is None for record in products):
+        pytest.skip("the triton package has no nvdisasm")
+    assert [record for record in products if record["products_in_danger"]] == []
+
+
+@pytest.mark.parametrize("triton", TRITONS)
+@pytest.mark.parametrize(("launches", "only"), [("linear", "fp8_one"), ("moe", "int8_prefill")])
+def test_registers_of_running_products_do_not_change(
+    launches: str, only: str, triton: Path | None
+) -> None:
+    file = HERE / "launches" / f"{launches}.py"
+    records = compiled(file, triton, "--only", only, "--targets", "sm_90")
+    assert any(record["wgmma"] for record in records)
+    assert_products_keep_their_registers(records)
+
+
+def test_a_product_whose_operand_changes_is_found() -> None:
+    """The first product runs on while its left operand R4 is loaded again; the second one not."""
+    code = """
+    .L_x_1:
+        /*0010*/                   HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;
+        /*0020*/                   HGMMA.64x16x16.F32.BF16 R24, R8, gdesc[UR8], R24, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, {left} ;
+        /*0040*/                   LDS.128 R4, [R90] ;
+        /*0050*/              @!P0 BRA `(.L_x_1) ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/                   STG.E desc[UR4][R2.64], R24 ;
+        /*0080*/                   EXIT ;
+    """
+    assert machine_code.registers_in_danger(code.format(left="0x0")) == []
+    assert machine_code.registers_in_danger(code.format(left="0x1")) == []
+    [found] = machine_code.registers_in_danger(code.format(left="0x2"))
+    assert "R4, gdesc" in found and "LDS.128 R4" in found
+    early = code.replace("gsb0, 0x0", "gsb0, 0x1").format(left="0x1")
+    assert any("STG.E" in line for line in machine_code.registers_in_danger(early))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("triton", TRITONS)
+@pytest.mark.parametrize("launches", LAUNCHES)
+def test_kernels_compile_and_fit_their_targets(launches: Path, triton: Path | None) -> None:
+    records = compiled(launches, triton)
+    assert_products_keep_their_registers(records)
     assert {record["target"] for record in records} == set(aot.TARGETS)
     assert [r for r in records if r["shared_bytes"] > aot.SHARED_BYTES[r["target"]]] == []
     # float32 products have no tensor cores, and sm_80 and sm_89 are not tuned for speed.

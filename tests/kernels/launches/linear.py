@@ -1,4 +1,4 @@
-"""Launches of Qwen3-Next's input and output projections, for one token and for a prefill.
+"""Launches of Qwen3-Next's input and output projections, for few tokens and for a prefill.
 
 fp8 is launched only on targets that support it.
 """
@@ -33,11 +33,16 @@ def _quantized(num_tokens: int, dtype: torch.dtype, *blocks: int) -> None:
 LAUNCHES = {
     "one": lambda: _linear(1),
     "prefill": lambda: _linear(512),
+    "some": lambda: _linear(64),
+    "float16_prefill": lambda: _linear(512, torch.float16),
     "float32": lambda: _linear(64, torch.float32),
     "int8_one": lambda: _int8(1),
+    "int8_some": lambda: _int8(64),
     "int8_prefill": lambda: _int8(512),
     "fp8_one": lambda: _fp8(1),
+    "fp8_some": lambda: _fp8(64),
     "fp8_prefill": lambda: _fp8(512),
     "fp8_block_one": lambda: _fp8(1, 32),
+    "fp8_block_some": lambda: _fp8(64, 32),
     "fp8_block_prefill": lambda: _fp8(512, 32),
 }

@@ -1,4 +1,4 @@
-"""Launches of Qwen3-Next's experts for one token and for a prefill, in bfloat16 and 8-bit."""
+"""Launches of Qwen3-Next's experts for few tokens and for a prefill, in bfloat16 and 8-bit."""
 
 import torch
 import triton
@@ -46,10 +46,12 @@ LAUNCHES = {
     "one": lambda: _experts(1),
     "prefill": lambda: _experts(2048),
     "int8_one": lambda: _experts_8bit(1, torch.int8),
+    "int8_some": lambda: _experts_8bit(64, torch.int8),
     "int8_prefill": lambda: _experts_8bit(2048, torch.int8),
     "fp8_one": lambda: _experts_8bit(1, torch.float8_e4m3fn),
     "fp8_some": lambda: _experts_8bit(64, torch.float8_e4m3fn),
     "fp8_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn),
     "fp8_block_one": lambda: _experts_8bit(1, torch.float8_e4m3fn, in_blocks=True),
+    "fp8_block_some": lambda: _experts_8bit(64, torch.float8_e4m3fn, in_blocks=True),
     "fp8_block_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn, in_blocks=True),
 }
