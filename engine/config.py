@@ -328,7 +328,7 @@ class EngineConfig(Settings):
     admission: str = setting(
         "sessions",
         "policy that admits waiting requests: sessions (resident ones "
-        "first, others as the cache permits), oldest, cached-first, longest-match, window:N, "
+        "first, others as the cache permits), oldest, cached-first, longest-match, "
         "live:N (sessions at a time), or module:Class",
     )
     max_share: float | None = setting(

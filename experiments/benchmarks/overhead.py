@@ -59,7 +59,6 @@ ADMISSIONS = (
     "oldest",
     "cached-first",
     "longest-match",
-    "window:64",
     "live:64",
     "sessions",
     "sessions, in debt",

@@ -16,43 +16,25 @@ from typing import Any, NamedTuple
 
 from hybridcache.policies.admission.base import AdmissionPolicy
 from hybridcache.policies.admission.session_gate import SessionGate
-from hybridcache.policies.admission.simple import CachedFirst, Live, LongestMatch, Oldest, Window
+from hybridcache.policies.admission.simple import CachedFirst, Live, LongestMatch, Oldest
 from hybridcache.policies.eviction.arc import ARC
-from hybridcache.policies.eviction.class_age import ClassAge
 from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.marconi import Marconi, SegLen
-from hybridcache.policies.eviction.queues import SLRU, Clock, Sieve, TwoQueue
+from hybridcache.policies.eviction.marconi import Marconi
+from hybridcache.policies.eviction.queues import Clock, Sieve
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
-from hybridcache.policies.eviction.scored import (
-    FIFO,
-    GDSF,
-    LFU,
-    TTL,
-    Coverage,
-    HitsPerToken,
-    Hyperbolic,
-    Random,
-    TailLRU,
-)
+from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, Random
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.planned import Planned
 from hybridcache.policies.placement.rules import (
-    Aligned,
     Backoff,
-    Balanced,
     Boundary,
     Branch,
-    Chunks,
-    Dyadic,
     End,
     Every,
     Placement,
-    Prompt,
-    Sqrt,
-    Thinned,
 )
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.policies.user import OwnPolicy, admission_of, eviction_of, load, placement_of
@@ -85,8 +67,6 @@ EVICTION_NAMES: dict[str, Entry] = {
     "lru": Entry(LRU),
     "fifo": Entry(FIFO),
     "lfu": Entry(LFU),
-    "slru": Entry(SLRU),
-    "2q": Entry(TwoQueue),
     "clock": Entry(Clock),
     "sieve": Entry(Sieve),
     "s3-fifo": Entry(S3Fifo),
@@ -94,15 +74,8 @@ EVICTION_NAMES: dict[str, Entry] = {
     "w-tinylfu": Entry(WTinyLFU),
     "lhd": Entry(LHD),
     "gdsf": Entry(GDSF),
-    "hyperbolic": Entry(Hyperbolic),
     "random": Entry(Random),
-    "hits-per-token": Entry(HitsPerToken),
-    "tail-lru": Entry(TailLRU, "tokens"),
-    "ttl": Entry(TTL, "requests"),
     "marconi": Entry(Marconi, "alpha"),
-    "seglen": Entry(SegLen),
-    "coverage": Entry(Coverage),
-    "class-age": Entry(ClassAge),
     "survival": Entry(Survival),
 }
 """Names for ``CacheConfig.eviction``."""
@@ -117,15 +90,8 @@ PLACEMENT_NAMES: dict[str, Entry] = {
     "branch": Entry(Branch),
     "boundary": Entry(Boundary),
     "backoff": Entry(Backoff, "checkpoints"),
-    "prompt": Entry(Prompt),
-    "sqrt": Entry(Sqrt),
-    "dyadic": Entry(Dyadic),
     "adaptive": Entry(Adaptive),
     "every": Entry(Every, "tokens", "1024"),
-    "aligned": Entry(Aligned, "tokens", "1024"),
-    "chunks": Entry(Chunks, "tokens", "1024"),
-    "balanced": Entry(Balanced, "checkpoints", "4"),
-    "thinned": Entry(Thinned, "checkpoints", "4"),
     "planned": Entry(Planned, "checkpoints", "4"),
 }
 """Names of checkpoint placement rules, combined with commas."""
@@ -135,7 +101,6 @@ ADMISSION_NAMES: dict[str, Entry] = {
     "cached-first": Entry(CachedFirst),
     "longest-match": Entry(LongestMatch),
     "sessions": Entry(SessionGate),
-    "window": Entry(Window, "requests", "32"),
     "live": Entry(Live, "sessions", "16"),
 }
 """Names of admission policies."""
@@ -224,8 +189,8 @@ def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
 def split_specs(text: str) -> list[str]:
     """Split at commas outside parentheses. Empty parts are kept.
 
-    >>> split_specs("lru, mine:Class(a=1, b=2),ttl:5")
-    ['lru', 'mine:Class(a=1, b=2)', 'ttl:5']
+    >>> split_specs("lru, mine:Class(a=1, b=2),marconi:2")
+    ['lru', 'mine:Class(a=1, b=2)', 'marconi:2']
     """
     parts, depth = [""], 0
     for letter in text:

@@ -365,7 +365,7 @@ def source_of(spec: str) -> str:
     imports, directly or not.
 
     Leaves out the standard library, installed packages and this project. Imports by a computed name
-    are not found. Empty for other specs, including numbered ones such as ``ttl:500``.
+    are not found. Empty for other specs, including numbered ones such as ``marconi:2``.
 
     Raises:
         ValueError: the source cannot be read.

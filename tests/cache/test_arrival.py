@@ -92,7 +92,7 @@ def test_an_aborted_arrival_does_not_change_the_eviction_order(kind: str, evicti
         )
         prompts = [tokens(100, 1000 * number) for number in range(3)]
         for prompt in prompts:
-            lease = begin(cache, prompt, "prompt", stateful=stateful)
+            lease = begin(cache, prompt, "every:100", stateful=stateful)
             prefill(lease, prompt)
             lease.finish(prompt, 100)
         if aborted_len:

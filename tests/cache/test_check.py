@@ -7,7 +7,7 @@ import pytest
 from hybridcache.policies.registry import EVICTION
 from tests.cache.serving import hybrid, ids, publish
 
-LISTING = ("lru", "fifo", "hyperbolic", "hybridcache.policies.eviction.scored:FIFO")
+LISTING = ("lru", "fifo", "random", "hybridcache.policies.eviction.scored:FIFO")
 """One policy of each base class that can list its candidates."""
 
 

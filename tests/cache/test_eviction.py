@@ -107,7 +107,7 @@ def test_a_locked_node_without_a_state_outlives_its_children():
     assert cache.evict(num_tokens=10) == (2, 0)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "slru"])
+@pytest.mark.parametrize("eviction", ["lru", "sieve"])
 def test_unreachable_kv_is_evicted_first(eviction):
     cache = hybrid(eviction=eviction)
     serve(cache, ids("alive"), [5])
@@ -133,7 +133,7 @@ def test_without_dead_first_only_recency_decides():
     assert cache.match(ids("alive!")).kv_match_len == 0
 
 
-@pytest.mark.parametrize("eviction", ["lru", "slru"])
+@pytest.mark.parametrize("eviction", ["lru", "sieve"])
 def test_a_superseded_checkpoint_is_evicted_before_an_older_one(eviction):
     cache = hybrid(eviction=eviction)
     serve(cache, ids("older"), [5])

@@ -222,7 +222,7 @@ def test_a_position_without_a_slot_is_skipped() -> None:
 
 def test_the_state_slot_is_donated_at_a_planned_position() -> None:
     cache, prompt = make_cache(slots=1), tokens(128)
-    lease = begin(cache, prompt, "prompt")
+    lease = begin(cache, prompt, "every:128")
     own = lease.state_slot
     assert lease.extend(128)
     assert lease.take_checkpoint_slots(0, 128) == ()

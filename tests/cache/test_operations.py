@@ -97,7 +97,7 @@ def state_churn(cache: HybridRadixCache) -> None:
         cache.evict(num_slots=1)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "fifo", "random", "coverage", "survival"])
+@pytest.mark.parametrize("eviction", ["lru", "fifo", "random", "gdsf", "survival"])
 def test_the_cost_of_evicting_a_checkpoint_is_independent_of_depth(
     steps: Steps, eviction: str
 ) -> None:
@@ -259,7 +259,7 @@ def test_the_number_of_gathered_arrays_is_limited() -> None:
 
 
 @pytest.mark.full("lru")
-@pytest.mark.parametrize("eviction", ["lru", "coverage", "lfu"])
+@pytest.mark.parametrize("eviction", ["lru", "gdsf", "lfu"])
 def test_tokens_and_rows_are_freed_while_a_queue_lists_their_node(eviction: str) -> None:
     cache = hybrid(400_000, 200, ghost_bytes=0, eviction=eviction)
     prompts = [ids(range(2000 * index, 2000 * index + 2000)) for index in range(80)]

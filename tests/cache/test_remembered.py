@@ -203,8 +203,8 @@ def test_the_warm_state_has_the_latest_prefixes_within_the_ghost_limit():
     assert fresh.cache.match(last.tokens, last.namespace).seen_len > 0
 
 
-@pytest.mark.full("lru", "class-age")
-@pytest.mark.parametrize("eviction", ["lru", "w-tinylfu", "arc", "class-age", "lhd"])
+@pytest.mark.full("lru", "arc")
+@pytest.mark.parametrize("eviction", ["lru", "w-tinylfu", "arc", "lhd"])
 def test_policies_without_learned_state_write_nothing(eviction):
     trace = TRACES["agent"]
     target = make(trace, policy=eviction, checkpoints="branch,end")

@@ -189,7 +189,7 @@ def test_branch_finds_a_fork_from_ghosts_after_its_kv_was_evicted():
 
 @pytest.mark.parametrize("length", [63, 64])
 def test_a_prompt_of_at_most_one_grid_step_is_never_reused(length):
-    server, prompt = Server("end,branch,boundary,backoff:2,prompt,every:64"), text(length)
+    server, prompt = Server("end,branch,boundary,backoff:2,every:64"), text(length)
     server.serve(prompt, boundaries=(length,))
     assert server.serve(prompt, boundaries=(length,)) == 0, (
         "its last token must be computed, and no grid position is before it"
@@ -197,7 +197,7 @@ def test_a_prompt_of_at_most_one_grid_step_is_never_reused(length):
 
 
 def test_a_fork_inside_an_answer_reuses_only_the_prompt():
-    server, prompt, answer = Server("end,prompt"), text(512), text(300)
+    server, prompt, answer = Server("end,backoff"), text(520), text(300)
     server.serve(prompt, answer)
     edited = np.concatenate([prompt, answer[:200], text(100)])
     assert server.serve(edited) == 512, (

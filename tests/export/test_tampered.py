@@ -106,9 +106,7 @@ def test_array_with_a_false_length_is_not_allocated(saved):  # noqa: F811
         load_snapshot(hybrid(page_size=2), path)
 
 
-@pytest.mark.parametrize(
-    "eviction", ["arc", "class-age", "survival", "lhd", "w-tinylfu", "s3-fifo"]
-)
+@pytest.mark.parametrize("eviction", ["arc", "survival", "lhd", "w-tinylfu", "s3-fifo"])
 def test_loaded_tombstone_can_be_missed_with_any_policy(tmp_path, eviction):
     """The policy has not seen the tombstone before, so it has no ``memo``."""
 

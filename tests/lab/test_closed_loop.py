@@ -42,7 +42,7 @@ from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from tests.oracle import OracleRunner, OracleSampler
 
-POLICIES = ("oldest", "cached-first", "longest-match", "window:4", "live:3", "sessions")
+POLICIES = ("oldest", "cached-first", "longest-match", "live:3", "sessions")
 VOCABULARY = 320
 TIMES = LinearSteps()
 
@@ -398,7 +398,6 @@ def lines_of(table: RequestTable) -> Iterator[RequestResult]:
         ("oldest", 2500, 6),
         ("cached-first", 2600, 4),
         ("longest-match", 2500, 6),
-        ("window:4", 2600, 4),
         ("live:3", 2600, 4),
         ("sessions", 2500, 6),
         ("hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, 0.0)", 2600, 4),

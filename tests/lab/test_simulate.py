@@ -74,7 +74,7 @@ def random_requests(seed: int, count: int) -> list[TraceRequest]:
     return found
 
 
-@pytest.mark.full("arc", "class-age", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
+@pytest.mark.full("arc", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
 @pytest.mark.parametrize("policy", sorted(EVICTION))
 @settings(max_examples=6)
 @given(st.integers(0, 10**6), st.integers(1_000, 30_000), st.sampled_from([None, 3]))

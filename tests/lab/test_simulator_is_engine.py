@@ -152,7 +152,7 @@ def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
 
 
 @pytest.mark.full(
-    "pools-2q-branch,boundary,backoff,every:256,end",
+    "pools-clock-branch,boundary,backoff,every:256,end",
     "pools-lru-branch,boundary,backoff,every:256,end",
     "pools-marconi-branch,boundary,backoff,every:256,end",
     "pools-random-branch,boundary,backoff,every:256,end",
@@ -160,7 +160,7 @@ def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
     "pools-w-tinylfu-branch,boundary,backoff,every:256,end",
     "pools-survival-adaptive",
     "arena-arc-branch,boundary,backoff,every:256,end",
-    "arena, pages of 16-class-age-branch,boundary,backoff,every:256,end",
+    "arena, pages of 16-lhd-branch,boundary,backoff,every:256,end",
 )
 @pytest.mark.parametrize(
     ("policy", "checkpoints"),

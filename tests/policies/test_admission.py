@@ -113,19 +113,13 @@ def test_ranking_policies_sort_the_oldest_requests_stably(
             *sorted(near, key=lambda r: -(r.cached + TOKENS_A_PASS * r.num_passes)),
             *far,
         ],
-        "window:10": [
-            *(r for r in requests[:10] if r.num_passes >= 40),
-            *(r for r in requests[:10] if r.num_passes < 40 and 2 * r.cached >= r.num_tokens),
-            *(r for r in requests[:10] if r.num_passes < 40 and 2 * r.cached < r.num_tokens),
-            *requests[10:],
-        ],
     }
     for name, expected in references.items():
         actual = make_admission(name).order(requests, FakeLoad())
         assert arrivals(actual) == arrivals(expected), name
 
 
-@pytest.mark.parametrize("name", ["cached-first", "longest-match", "window:8"])
+@pytest.mark.parametrize("name", ["cached-first", "longest-match"])
 def test_a_cold_request_is_overtaken_a_bounded_number_of_times(name: str) -> None:
     """Fully cached requests keep arriving, and one is admitted each time."""
     policy, load, length = make_admission(name), FakeLoad(), 4096
@@ -142,7 +136,7 @@ def test_a_cold_request_is_overtaken_a_bounded_number_of_times(name: str) -> Non
     assert 1 < num_admitted <= length // TOKENS_A_PASS + 2
 
 
-@pytest.mark.parametrize("name", ["cached-first", "longest-match", "window:64", "sessions"])
+@pytest.mark.parametrize("name", ["cached-first", "longest-match", "sessions"])
 def test_a_step_matches_a_bounded_number_of_prompts(name: str) -> None:
     policy, load = make_admission(name), FakeLoad()
     congest(policy, load)
@@ -414,7 +408,7 @@ def test_errors_of_custom_admission_policies_are_explained() -> None:
         make_admission(Twice).order(waiting([0, 0]), FakeLoad())
     with pytest.raises(PolicyError, match=r"Raises.*admitted raised KeyError"):
         make_admission(Raises).admitted(waiting([0])[0], FakeLoad())
-    with pytest.raises(ValueError, match=r"known: oldest.*sessions.*window:N.*live:N"):
+    with pytest.raises(ValueError, match=r"known: oldest.*sessions.*live:N"):
         make_admission("youngest")
     with pytest.raises(ValueError, match="whole number of at least 1"):
         make_admission("live:0")

@@ -27,30 +27,19 @@ def positions_of(spec: str, **changes: object) -> list[int]:
     ("spec", "positions"),
     [
         ("none", []),
-        ("prompt", [960]),
         ("backoff", [960]),
         ("backoff:1", [960]),
         ("backoff:3", [832, 896, 960]),
         ("backoff:3,cap:2", [896, 960]),
         ("backoff:99", list(range(64, 961, 64))),
-        ("aligned:512", [512]),
         ("every:256", [256, 512, 768]),
-        ("chunks:300", [256, 576, 896, 960]),
-        ("balanced:4", [192, 384, 576, 768]),
-        ("sqrt", [64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960]),
-        ("dyadic", [64, 128, 256, 512]),
-        ("thinned:3", [192, 448, 960]),
         ("planned:2", [960]),
-        ("dyadic,backoff,cap:2", [256, 512]),
-        ("backoff,prompt,every:512,cap:2", [512, 960]),
+        ("every:512,backoff,cap:1", [512]),
+        ("backoff,backoff,every:512,cap:2", [512, 960]),
     ],
 )
 def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int]) -> None:
     assert positions_of(spec) == positions
-
-
-def test_sqrt_on_a_fine_grid() -> None:
-    assert positions_of("sqrt", prompt_len=100, grid=1) == list(range(10, 101, 10))
 
 
 def test_backoff_stops_at_the_resumed_position() -> None:
@@ -61,11 +50,6 @@ def test_backoff_stops_at_the_resumed_position() -> None:
         Backoff(0)
     with pytest.raises(ValueError, match="takes no number"):
         parse_placement("branch:2")
-
-
-def test_thinned_and_chunks_start_at_the_resumed_position() -> None:
-    assert positions_of("thinned:2", cached_len=512) == [704, 960]
-    assert positions_of("chunks:300", cached_len=512) == [768, 960]
 
 
 class WithoutPlan(PlacementPolicy):
@@ -174,24 +158,6 @@ def test_the_plan_has_the_minimal_expected_loss(
     planned = plan(depths, weights, count)
     assert len(planned) <= count
     assert expected_loss(depths, weights, planned) == pytest.approx(best)
-
-
-@given(st.integers(1, 6), st.integers(1, 12))
-def test_balanced_is_close_to_the_plan_for_uniform_overlaps(count: int, step: int) -> None:
-    length = (count + 1) * step
-    depths = list(range(1, length + 1))
-    balanced = tuple(positions_of(f"balanced:{count}", prompt_len=length, grid=1))
-    planned = plan(depths, [1.0] * length, count)
-    ones = [1.0] * length
-    # A depth with a checkpoint costs nothing, so the plan may shift all of them by one.
-    assert expected_loss(depths, ones, balanced) <= expected_loss(depths, ones, planned) + step
-
-
-@given(st.integers(64, 5000), st.data())
-def test_dyadic_reuses_at_least_half_of_the_shared_prefix(length: int, data: st.DataObject) -> None:
-    shared = data.draw(st.integers(64, length))
-    resumed = max(p for p in positions_of("dyadic", prompt_len=length) if p <= shared)
-    assert 2 * resumed > shared - 64
 
 
 def test_planned_follows_recent_overlaps() -> None:

@@ -743,10 +743,10 @@ def test_demand_passes_on_only_if_the_tip_leaves_the_last_tier() -> None:
             assert first.memo.demand == tip.memo.key
 
 
-@pytest.mark.parametrize("rule", ["end", "prompt"])
+@pytest.mark.parametrize("rule", ["end", "backoff"])
 def test_survival_learns_by_stop_reason(rule: str) -> None:
     """Answers with one stop reason are followed by another turn, those with the other never. With
-    ``prompt`` the next turn omits the answer, as chat templates omit reasoning."""
+    ``backoff`` the next turn omits the answer, as chat templates omit reasoning."""
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100_000, num_slots=1000, grid=1))
     placement, labels = parse_placement(rule), dict[str, str]()
     rng = np.random.default_rng(0)
@@ -768,7 +768,7 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
             lease.finish(history, len(history), stop_reason=reason if not turn else "")
             prompt = history if rule == "end" else prompt
             prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
-    assert labels == {"tool_use": f"{'decode' if rule == 'end' else 'prompt'}/tool_use"}
+    assert labels == {"tool_use": f"{'decode' if rule == 'end' else 'backoff'}/tool_use"}
     policy = cache.policy
     assert isinstance(policy, Survival)
     survival = policy.hazards

@@ -32,7 +32,7 @@ def order(cache: HybridRadixCache) -> list[object]:
     return log.chosen_items
 
 
-@pytest.mark.full("arc", "class-age", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
+@pytest.mark.full("arc", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
 @pytest.mark.parametrize("eviction", sorted(EVICTION))
 @settings(max_examples=25)
 @given(st.integers(0, 50), st.booleans(), st.lists(st.integers(0, 10**6), min_size=1, max_size=6))

@@ -425,7 +425,7 @@ class ItemLog(VictimLog):
 
 
 @pytest.mark.full(
-    "hybrid-2q",
+    "hybrid-clock",
     "hybrid-lfu",
     "hybrid-lru",
     "hybrid-marconi",

@@ -96,53 +96,6 @@ def lfu_da(requests: str, capacity: int) -> str:
     return evicted
 
 
-def two_queue(requests: str, capacity: int) -> str:
-    """Use the full version: A1in is a quarter of the cache, A1out the ghosts, Am an LRU (Johnson
-    and Shasha 1994)."""
-    a1_in: list[str] = []
-    am: list[str] = []
-    a1_out: set[str] = set()
-    evicted = ""
-    for page in requests:
-        if page in am:
-            am.remove(page)
-            am.append(page)
-            continue
-        if page in a1_in:
-            continue
-        if len(a1_in) + len(am) == capacity:
-            if len(a1_in) > capacity / 4 or not am:
-                a1_out.add(victim := a1_in.pop(0))
-            else:
-                victim = am.pop(0)
-            evicted += victim
-        if page in a1_out:
-            a1_out.remove(page)
-            am.append(page)
-        else:
-            a1_in.append(page)
-    return evicted
-
-
-def slru(requests: str, capacity: int, protected_share: float = 0.8) -> str:
-    """Use probation and a protected segment of four fifths. Its overflow moves to probation."""
-    probation: list[str] = []
-    protected: list[str] = []
-    evicted = ""
-    for page in requests:
-        if page in probation or page in protected:
-            (probation if page in probation else protected).remove(page)
-            protected.append(page)
-            held = len(probation) + len(protected)
-            while len(protected) > protected_share * held and len(protected) > 1:
-                probation.append(protected.pop(0))
-            continue
-        if len(probation) + len(protected) == capacity:
-            evicted += (probation or protected).pop(0)
-        probation.append(page)
-    return evicted
-
-
 def s3_fifo(requests: str, capacity: int) -> str:
     """Use algorithm 1 of the paper: S is a tenth of the cache, M the rest, and counters end at 3.
     Pages used more than once move from S to M."""

@@ -49,7 +49,7 @@ def make_cache(seed: int, *, filled: bool) -> PrefixCache:
     ``filled``."""
     draw = random.Random(seed)
     page_size = draw.choice((1, 2, 4))
-    policies = ("lru", "survival", "arc", "class-age", "s3-fifo", "gdsf", "lfu", "w-tinylfu")
+    policies = ("lru", "survival", "arc", "s3-fifo", "gdsf", "lfu", "w-tinylfu")
     cache = build_prefix_cache(
         CacheConfig(
             num_kv_tokens=draw.choice((40, 80)) * page_size,

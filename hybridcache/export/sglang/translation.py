@@ -31,8 +31,8 @@ def eviction_name(asked: str) -> str:
     ``lru`` is SGLang's default and cannot be distinguished from an explicit ``lru``. It is
     translated to this project's default. ``plain-lru`` is LRU.
 
-    >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "slru")]
-    ['survival', 'lru', 'slru']
+    >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "lfu")]
+    ['survival', 'lru', 'lfu']
     """
     return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
 
@@ -85,7 +85,7 @@ def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
         (
             eviction_name(params.eviction_policy) not in EVICTION_NAMES,
             f"hybridcache has no eviction {params.eviction_policy!r}: choose "
-            "--radix-eviction-policy survival, plain-lru, lfu or slru",
+            "--radix-eviction-policy survival, plain-lru or lfu",
         ),
     )
     return next((sentence for refused, sentence in refusals if refused), None)

@@ -50,25 +50,6 @@ class LongestMatch(_Ranked):
         return -load.cached_len(request) - TOKENS_A_PASS * request.num_passes
 
 
-class Window(_Ranked):
-    """Admit those of the oldest ``size`` requests first of which at least half is cached.
-
-    Source: vLLM's pull request 54625, a look-ahead window in which requests with resident prefixes
-    go first. The oldest request is passed at most ``PASSES_A_PLACE * size`` times.
-    """
-
-    PASSES_A_PLACE = 4
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._most_passes = self.PASSES_A_PLACE * size
-
-    def _rank(self, request: WaitingRequest, load: Load) -> float:
-        if request.num_passes >= self._most_passes:
-            return -1
-        return 0 if 2 * load.cached_len(request) >= request.num_tokens else 1
-
-
 class Oldest(AdmissionPolicy):
     """Admit in the order of arrival.
 

@@ -32,16 +32,12 @@ class Marconi(EvictionPolicy):
         self._dead: dict[Item, None] = {}
         self._columns: dict[Kind, Columns] = {"kv": Columns(), "checkpoint": Columns()}
 
-    def worth(self, item: Item) -> float:
-        """Value of keeping ``item``, besides recency. Must not decrease without a use."""
-        return efficiency(item)
-
     def add(self, item: Item) -> None:
         """Add a candidate. Dead KV has a separate queue. O(1)."""
         if item.dead:
             self._dead[item] = None
         else:
-            self._columns[item.kind].put(item, 0, item.last_used, self.worth(item))
+            self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
 
     def discard(self, item: Item, evicted: bool) -> None:
         """Remove a candidate. O(1)."""
@@ -53,7 +49,7 @@ class Marconi(EvictionPolicy):
     def touch(self, item: Item) -> None:
         """Update recency and FLOPs per byte. O(1)."""
         if item not in self._dead:
-            self._columns[item.kind].put(item, 0, item.last_used, self.worth(item))
+            self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
 
     def victim(self, kind: Kind | None) -> Item | None:
         """Return dead KV, else the least checkpoint, else the least leaf KV. O(candidates)."""
@@ -77,7 +73,7 @@ class Marconi(EvictionPolicy):
             score = recency + self.alpha * _normalised(columns.worths[:count])
             place = int(np.argmin(score))
             item = columns.items[place]
-            worth = self.worth(item)
+            worth = efficiency(item)
             if worth <= columns.worths[place]:
                 return item
             columns.worths[place] = worth
@@ -94,30 +90,3 @@ def _normalised(
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
-
-
-WEIGHT = 0.85
-"""Published weight of the replay length. Recency has the rest."""
-
-
-class SegLen(Marconi):
-    """Evict the least (1 - weight) * recency + weight * replay length, both min-max normalised.
-
-    Source: "Prefix Caching for Hybrid LLMs: From Marconi to SegLen in SGLang" (Abdelfattah lab,
-    April 2026; sgl-project/sglang#22172, closed). It is Marconi's score with the FLOPs per byte
-    replaced by the number of tokens to replay from the nearest state above. The article gives only
-    the weight, so the normalisation is Marconi's. Its worked example evicts the longest replay
-    first and contradicts its text; this class follows the text.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint.
-    Two kinds: as in Marconi, states before leaf KV. Sizes are ignored.
-    O(candidates) per victim, in one vector expression.
-    """
-
-    def __init__(self, weight: float = WEIGHT) -> None:
-        """Create the policy. Raises ValueError unless ``weight`` is in [0, 1). 0 is LRU."""
-        if not 0 <= weight < 1:
-            raise ValueError(f"The weight of the replay length must be in [0, 1) (got {weight}).")
-        super().__init__(weight / (1 - weight))
-
-    def worth(self, item: Item) -> float:
-        return item.span

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from functools import partial
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
@@ -285,89 +284,3 @@ class Sieve(BothKinds):
 
     def __init__(self) -> None:
         super().__init__(SieveQueue(), SieveQueue())
-
-
-class SLRUQueues(QueuePolicy):
-    """Probation queue, and protected queue of at most ``protected`` of the bytes."""
-
-    def __init__(self, protected: float) -> None:
-        super().__init__()
-        self.share = protected
-        self.probation, self.protected = Queue(), Queue()
-
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """Enter the probation queue."""
-        return self.probation
-
-    def used(self, item: Item, record: Record) -> None:
-        """Move to the young end of the protected queue. Its overflow returns to probation."""
-        self.move(item, self.protected)
-        total = self.probation.num_bytes + self.protected.num_bytes
-        while self.protected.num_bytes > self.share * total and len(self.protected) > 1:
-            oldest = self.protected.oldest()
-            assert oldest is not None
-            self.move(oldest[1], self.probation)
-
-    def choose(self) -> Item | None:
-        """Return the oldest item on probation, or the oldest protected one if there is none."""
-        oldest = self.probation.oldest() or self.protected.oldest()
-        return oldest[1] if oldest else None
-
-
-class SLRU(BothKinds):
-    """Evict the oldest item on probation. A use protects an item; overflow returns to probation.
-
-    Source: Karedla, Love, Wherry, "Caching strategies to improve disk system performance", 1994.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
-    Two kinds: two queues for each, with shares in bytes.
-    """
-
-    def __init__(self, protected: float = 0.8) -> None:
-        make = partial(SLRUQueues, protected)
-        super().__init__(make(), make())
-
-
-class TwoQueueQueues(QueuePolicy):
-    """Queues ``recent`` (A1in, FIFO, at most ``share`` of the bytes) and ``frequent`` (Am, LRU)."""
-
-    def __init__(self, share: float = 0.25) -> None:
-        super().__init__()
-        self.share = share
-        self.recent, self.frequent = Queue(), Queue()
-
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """Enter ``recent``, or ``frequent`` if a ghost of ``recent`` returns.
-
-        Items evicted from ``frequent`` count as new.
-        """
-        if ghost is None or not isinstance(ghost.owner, TwoQueueQueues):
-            return self.recent
-        return self.frequent if ghost.queue is ghost.owner.recent else self.recent
-
-    def used(self, item: Item, record: Record) -> None:
-        """Move within ``frequent``. Uses in ``recent``, shortly after the first, are ignored."""
-        if record.queue is self.frequent:
-            self.move(item, self.frequent)
-
-    def choose(self) -> Item | None:
-        """Return the oldest of ``recent`` if it exceeds its share, else of ``frequent``."""
-        total = self.recent.num_bytes + self.frequent.num_bytes
-        first, second = self.recent, self.frequent
-        if first.num_bytes <= self.share * total:
-            first, second = second, first
-        oldest = first.oldest() or second.oldest()
-        return oldest[1] if oldest else None
-
-
-class TwoQueue(BothKinds):
-    """Evict from a short FIFO of new items, or from an LRU list of items that returned as ghosts.
-
-    Source: Johnson, Shasha, "2Q: a low overhead high performance buffer management replacement
-    algorithm" (VLDB'94).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: only in the frequent queue.
-    Two kinds: two queues for each, with shares in bytes. The tree's ghosts are A1out. KV has no
-    ghost hits, so its frequent queue stays empty and it is a FIFO.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(TwoQueueQueues(), TwoQueueQueues())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 from math import inf
@@ -241,30 +241,6 @@ class Random(SampledPolicy):
         return 0.0
 
 
-PATIENCE = {"decode": 1.0, "end": 1.0, "prompt": 1.0, "branch": 4.0, "boundary": 4.0}
-"""Multiple of ``ttl`` that an item is kept for, by its label."""
-
-
-class TTL(ScorePolicy):
-    """Evict the item that expires first: ``ttl`` requests after its last use, times ``patience``.
-
-    Source: Continuum (arXiv:2511.02230) pins a prefix for the expected time of its tool call. Here
-    pins yield under memory pressure, in order of expiry.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
-    Two kinds: KV and unknown labels live one ``ttl``. Sizes are ignored.
-    """
-
-    orders_classes = False
-
-    def __init__(self, ttl: int = 256, patience: Mapping[str, float] | None = None) -> None:
-        super().__init__()
-        self.ttl = ttl
-        self.patience = PATIENCE if patience is None else patience
-
-    def score(self, item: Item) -> float:
-        return item.last_used + self.ttl * self.patience.get(item.label, 1.0)
-
-
 class _Ageing(ScorePolicy):
     """Scores on top of an age: the last victim's score, as of the item's latest use.
 
@@ -314,93 +290,3 @@ class GDSF(_Ageing):
 
     def score(self, item: Item) -> float:
         return self.age_of(item) + (item.uses + 1) * item.span / (item.size_bytes / 2**20)
-
-
-class HitsPerToken(ScorePolicy):
-    """Evict the item with the fewest uses per byte freed; ties in LRU order.
-
-    Source: SGLang #30300 (size-aware eviction: hits divided by the tokens of a node).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
-    Two kinds: tokens are replaced by ``size_bytes``, so that states count with their size.
-    """
-
-    orders_classes = False
-
-    def score(self, item: Item) -> tuple[float, ...]:
-        return (item.uses / item.size_bytes, item.last_used)
-
-
-class Hyperbolic(SampledPolicy):
-    """Evict the least (uses + 1) * span / (bytes freed * time in the cache), among 64 samples.
-
-    Source: Blankstein, Sen, Freedman, "Hyperbolic Caching" (ATC'17), with its cost-aware priority.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: counts uses; divided by time since
-    creation.
-    Two kinds, unequal sizes: cost ``span``, size ``size_bytes``, one order over both.
-    """
-
-    orders_classes = False
-
-    def score(self, item: Item) -> float:
-        age = self.now - item.created + 1
-        return (item.uses + 1) * item.span / (item.size_bytes * age)
-
-
-class Coverage(ScorePolicy):
-    """Evict the checkpoint nearest to the one above it, so that the rest cover paths evenly.
-
-    KV is evicted in LRU order.
-
-    Source: SGLang #38000 (thin by coverage instead of from the LRU tail).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: a use breaks ties only.
-    Two kinds: with a shared budget, the least tokens per byte is evicted. If a new checkpoint above
-    reduces the coverage of an item, this takes effect at its next use.
-    """
-
-    orders_classes = False
-
-    def score(self, item: Item) -> tuple[float, ...]:
-        if item.kind == "kv":
-            return (0.0 if item.dead else item.position / item.size_bytes, item.last_used)
-        return (item.span / item.size_bytes, item.last_used)
-
-
-class TailLRU(ScorePolicy):
-    """Evict items that the next prefill can miss within ``target_tokens``, then the rest, in LRU
-    order.
-
-    Source: "Tail-Optimized Caching for LLM Inference" (arXiv:2510.15152). Of a history of L tokens,
-    all but the first L - target can be evicted, because the next turn still meets its TTFT. The
-    target is in tokens of prefill (TTFT x prefill speed, less a typical question).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
-    Two kinds: the loss is the recomputation up to the deepest end of the path since its last use:
-    ``span`` plus earlier losses below. In an attention-only cache the loss is ``span``, because
-    items are not linked.
-    """
-
-    orders_classes = False
-
-    def __init__(self, target_tokens: int = 1024) -> None:
-        super().__init__()
-        self.target_tokens = target_tokens
-
-    def score(self, item: Item) -> tuple[float, ...]:
-        """Return (loss exceeds the target, last use).
-
-        ``memo`` stores (uses, deepest end lost below since then).
-        """
-        lost_end = item.position
-        if item.memo is not None and item.memo[0] == item.uses:
-            lost_end = item.memo[1]
-        return (lost_end - item.position + item.span > self.target_tokens, item.last_used)
-
-    def evicted(self, item: Item, score: Score) -> None:
-        """Add the loss to the checkpoint above."""
-        above = item.above
-        if item.kind == "kv" or above is None:
-            return
-        lost_end = item.position
-        for each in (item, above):
-            if each.memo is not None and each.memo[0] == each.uses:
-                lost_end = max(lost_end, each.memo[1])
-        above.memo = (above.uses, lost_end)
