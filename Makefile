@@ -70,7 +70,6 @@ bench: install  ## run the timed benchmarks; the machine must be idle
 	$(BIN)/python -m experiments.benchmarks.tree
 	$(BIN)/python -m experiments.benchmarks.simulate
 	$(BIN)/python -m experiments.benchmarks.overhead
-	$(BIN)/python -m experiments.benchmarks.optimum
 	$(BIN)/python -m experiments.benchmarks.engine
 
 reproduce: install  ## regenerate every published figure at one commit, and docs/results.md (hours; can be stopped and continued)

@@ -260,7 +260,6 @@ def _plans(
             kv_bytes_per_token=geometry.kv_bytes_per_token,
             state_bytes=geometry.state_bytes,
             grid=GRID,
-            method="greedy",
         ).reached
         for gib in tqdm(gibs, "hindsight", unit=" sizes", leave=False)
     }

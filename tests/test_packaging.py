@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from experiments.system import wheels
-from hybridcache import optimum, simulate
+from hybridcache import simulate
 from hybridcache.export.events import encode
 from hybridcache.lab.extras import (
     CACHE_DISTRIBUTION,
@@ -205,7 +205,6 @@ def test_hint_names_the_extra_of_the_calling_command() -> None:
     ("package", "extra", "call"),
     [
         ("matplotlib", "lab", lambda: simulate("short?head=2", gib=1).figure()),
-        ("highspy", "lab", lambda: optimum("short?head=2", gib=1, method="lp")),
         ("tokenizers", "lab", lambda: load_chat_text("tokenizer.json")),
         ("tiktoken", "lab", lambda: load_chat_text("x.tiktoken")),
         ("jinja2", "lab", lambda: load_chat_text("bytes").render([], to_answer=True)),

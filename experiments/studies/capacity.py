@@ -52,7 +52,7 @@ FEW_PEERS = (*PEERS[:-1], "marconi-static")
 FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
 CAPTION = (
     "Left of each pair: token hit rate. Right: the same as a share of the best plan with "
-    "hindsight (greedy). For up to 700 requests the LP proves that no plan passes the thin line. "
+    "hindsight (greedy). "
     "Policies differ where memory is short; the gain that hindsight would still allow is largest "
     "at the left. Grey: between the best and the worst of all other policies. Marconi saves "
     "states at any token, and its running requests are not counted; all others and the plan use "
@@ -74,7 +74,6 @@ def main() -> None:
             bar,
             policy=(*(FEW_POLICIES if few else sorted(EVICTION)), *options.policy),
             baseline=FEW_PEERS if few else PEERS,
-            proven=True,
         )
         ours = sweep(
             name,
@@ -83,7 +82,6 @@ def main() -> None:
             policy=DEFAULT_EVICTION,
             checkpoints=DEFAULT_PLACEMENT,
             bound=False,
-            proven=True,
         )
         results.append(result.beside(ours))
         added = records(results[-1])
@@ -159,11 +157,9 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
         for label, runs in by_label.items()
     ]
     plan = [(run.optimum_tokens or 0) / run.prompt_tokens for run in first]
-    proven = [result.plan_bounds.get(run.gib or 0.0) for run in first]
     limits = {
         "label": PLAN,
         "token_hit_rate": rounded(plan),
-        "no_plan_passes": rounded(proven),
         "infinite_cache": rounded(result.bound_rate),
     }
     return [*lines, common | limits]
@@ -227,9 +223,6 @@ def _draw_limits(axis: Any, limits: dict[str, Any]) -> None:
     sizes = limits["gib"]
     plan = [100 * rate for rate in limits["token_hit_rate"]]
     axis.plot(sizes, plan, "k.-", linewidth=1.0, markersize=4, label=PLAN)
-    if None not in limits["no_plan_passes"]:
-        proven = [100 * rate for rate in limits["no_plan_passes"]]
-        axis.plot(sizes, proven, color="black", linewidth=0.6, label="no plan passes (LP)")
     if "next_to_running" in limits:
         counted = [100 * rate for rate in limits["next_to_running"]]
         axis.plot(sizes, counted, "k:", linewidth=1.0, label="plan next to running requests")

@@ -214,7 +214,6 @@ def sweep(
     bar: tqdm[Any],
     *,
     plan_grid: int | None = None,
-    proven: bool = False,
     **settings: Any,
 ) -> SimulationResult:
     """Simulate a workload over its sizes, and add the best plan with hindsight to each run.
@@ -224,7 +223,6 @@ def sweep(
         options: flags of the study.
         bar: progress bar.
         plan_grid: grid of the plan, if it differs from the runs' grid.
-        proven: also compute the bound on all plans, on short traces.
         settings: arguments of ``simulate`` that replace the defaults: the workload's model, sizes
             and grid, LRU, and ``STATIC_PLACEMENT``.
     """
@@ -245,7 +243,7 @@ def sweep(
         **settings,
     )
     bar.set_postfix_str("hindsight")
-    return with_plans(result, name, options.full, plan_grid or settings["grid"], proven)
+    return with_plans(result, name, options.full, plan_grid or settings["grid"])
 
 
 def with_plans(
@@ -253,13 +251,12 @@ def with_plans(
     name: str,
     full: bool,
     grid: int | None = None,
-    proven: bool = False,
 ) -> SimulationResult:
     """Return ``result`` with the best plan with hindsight for each size."""
     grid = WORKLOADS[name].grid if grid is None else grid
     hindsights = _hindsights(WORKLOADS[name], name, full)
     plans = {
-        gib: hindsights.at(gib, result.geometry, grid, proven=proven)
+        gib: hindsights.at(gib, result.geometry, grid)
         for gib in {run.gib for run in result.runs}
         if gib is not None
     }
@@ -267,8 +264,7 @@ def with_plans(
         replace(run, optimum_tokens=plans[run.gib].cached_tokens) if run.gib in plans else run
         for run in result.runs
     )
-    bounds = {gib: plan.bound for gib, plan in plans.items() if plan.bound is not None}
-    return replace(result, runs=tuple(runs), plan_bounds=bounds)
+    return replace(result, runs=tuple(runs))
 
 
 def plan_next_to_running(result: SimulationResult, name: str, full: bool) -> list[float]:

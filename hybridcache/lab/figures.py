@@ -509,8 +509,7 @@ def label_directly(axis: Any, lines: Sequence[Any], font_size: float | None = No
 
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:
-    """Draw the limits of token hit rates: the best plan with hindsight, its upper bound, and the
-    infinite cache."""
+    """Draw the limits of token hit rates: the best plan with hindsight and the infinite cache."""
     plans = sorted(
         {(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens and run.gib}
     )
@@ -519,10 +518,6 @@ def draw_limits(axis: Any, result: SweepRuns) -> None:
         axis.plot(
             *zip(*plans, strict=True), ".-", color=colour, linewidth=1.0, markersize=4, label=PLAN
         )
-    if result.plan_bounds:
-        sizes, rates = zip(*sorted(result.plan_bounds.items()), strict=True)
-        percents = [100 * rate for rate in rates]
-        axis.plot(sizes, percents, color=colour, linewidth=0.6, label="no plan passes (LP)")
     if result.bound_rate is not None:
         bound = 100 * result.bound_rate
         axis.axhline(bound, color=colour, linewidth=0.8, linestyle=":", label="infinite cache")
@@ -679,37 +674,19 @@ def save(
 def optimum_figure(
     found: Sequence[Optimum], path: str | Path | None, style: FigureStyle | None = None
 ) -> Figure:
-    """Draw plan and bound over the size. If the LP computed prices, a second panel shows the price
-    of memory over the trace."""
+    """Draw plan and bound over the size."""
     with (style or DEFAULT_STYLE).applied() as style:
-        priced = [best for best in found if best.prices is not None]
-        figure, axes = panels(1 + bool(priced), columns=2, size=style.size)
+        figure, axes = panels(1, columns=1, size=style.size)
         sizes = [best.capacity_bytes / GIB for best in found]
         axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
-        if priced:
-            bounds = [100 * (best.bound or 0) for best in priced]
-            priced_sizes = [best.capacity_bytes / GIB for best in priced]
-            axes[0].plot(priced_sizes, bounds, "k-", linewidth=0.6, label="no plan passes")
-            step = -(-len(priced) // len(COLOURS))
-            for colour, best in zip(COLOURS, priced[::step], strict=False):
-                assert best.prices is not None
-                label = f"{best.capacity_bytes / GIB:.3g} GiB"
-                prices = GIB * best.prices
-                axes[1].step(range(len(prices)), prices, color=colour, linewidth=1.0, label=label)
-            axes[1].set_xlabel("request")
-            axes[1].set_ylabel("tokens per further GiB")
+        bounds = [100 * best.bound for best in found]
+        axes[0].plot(sizes, bounds, "k:", linewidth=0.8, label="infinite cache")
         axes[0].set_ylim(0, 100)
         size_axis(axes[0], sizes=sorted(sizes))
         axes[0].set_ylabel(METRICS["hit"].title)
         facts = [found[0].trace, f"{found[0].num_requests:,} requests"]
-        set_titles(figure, axes, [facts] * len(axes), style)
-        caption = (
-            "Right: the dual of the capacity, the price of a byte between two requests; memory is "
-            "worth most where it stands highest."
-            if priced
-            else ""
-        )
-        return save(figure, axes, path, caption, style)
+        set_titles(figure, axes, [facts], style)
+        return save(figure, axes, path, "", style)
 
 
 CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {

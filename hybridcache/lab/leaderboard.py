@@ -233,7 +233,6 @@ def run_job(_trace: Trace, job: BoardJob) -> Scores:
                 kv_bytes_per_token=geometry.kv_bytes_per_token,
                 state_bytes=geometry.state_bytes,
                 grid=GRID,
-                method="greedy",
                 counts_running=bool(counts_running),
             )
             found.append(best.reached)

@@ -102,8 +102,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def sweep_table(result: SweepRuns, word: str = "hit") -> str:
     """Return a table with a row per competitor and a column per size.
 
-    Tables of token hit rates also have the best plan with hindsight, its upper bound and the
-    infinite cache, if they were computed.
+    Tables of token hit rates also have the best plan with hindsight and the infinite cache, if they
+    were computed.
     """
     metric = find_metric(word)
     by_label = result.by_label()
@@ -118,11 +118,6 @@ def sweep_table(result: SweepRuns, word: str = "hit") -> str:
         rows.append([label, *(cells.get(size, "-") for size in by_size)])
     if word == "hit" and any(run.optimum_tokens for run in first):
         rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
-    if word == "hit" and result.plan_bounds:
-        bounds = (result.plan_bounds.get(run.gib or 0.0) for run in first)
-        rows.append(["(no plan passes)", *("-" if b is None else f"{100 * b:.1f}" for b in bounds)])
-    if word == "optimum" and result.plan_bounds:
-        rows.append(["(no plan passes)", *(_bound_share(result, run) for run in first)])
     if word == "hit" and result.bound_rate is not None:
         rows.append(["(infinite cache)", *[f"{100 * result.bound_rate:.1f}"] * len(first)])
     title = f"{result.trace}, {result.geometry.name}"
@@ -376,35 +371,12 @@ def above_plan(run: RunResult) -> bool:
     return run.share_of_optimum is not None and run.share_of_optimum > 1
 
 
-def _bound_share(result: SweepRuns, run: RunResult) -> str:
-    bound = result.plan_bounds.get(run.gib or 0.0)
-    return f"{1e4 * bound / hindsight_percent(run):.1f}" if bound and run.optimum_tokens else "-"
-
-
 def plan_notes(result: SweepRuns) -> list[str]:
-    """Explain "best plan": its solver, its distance to the optimum, and the star."""
+    """Explain "best plan" and the star."""
     planned = [run for run in result.runs if run.optimum_tokens]
     if not planned:
         return []
-    gaps = [
-        1 - hindsight_percent(run) / (100 * bound)
-        for run in planned
-        if (bound := result.plan_bounds.get(run.gib or 0.0))
-    ]
-    notes = []
-    if gaps:
-        notes.append(f"best plan: the optimum is at most {100 * max(gaps):.1f} % above it")
-    else:
-        notes.append(
-            "best plan: a clairvoyant greedy's, not the optimum (--optimum lp proves how far above "
-            "it can be)"
-        )
-    by_greedy = sum(solver == "greedy" for solver in result.plans_by.values())
-    if by_greedy and gaps:  # a solver ran too
-        notes[0] += (
-            f"; at {by_greedy} of {len(result.plans_by)} sizes it is a clairvoyant greedy's, which "
-            "the solver did not improve"
-        )
+    notes = ["best plan: a clairvoyant greedy's, which is not always the optimum"]
     if any(map(above_plan, planned)):
         notes.append(
             "* above the plan, which is no bound for it: the plan is a greedy's or keeps to a "
@@ -523,41 +495,19 @@ def stats_table(stats: TraceStats) -> str:
 
 
 def optimum_table(found: Sequence[Optimum]) -> str:
-    """Return a table with a row per size: hit rate of the plan, bound, gap, and worth of more
-    memory."""
+    """Return a table with a row per size: hit rate of the plan, bound and gap."""
     rows = [
         [
             f"{best.capacity_bytes / GIB:.3g}",
             f"{100 * best.reached:.2f}",
-            best.plan_by,
-            "-" if best.bound is None else f"{100 * max(0.0, best.bound):.2f}",
-            "-" if best.gap is None else f"{100 * best.gap:.2f}",
-            "-" if best.gib_worth is None else f"{100 * best.gib_worth:.3g}",
-            "-" if best.prices is None else f"{GIB * best.prices.max(initial=0):,.0f}",
-            f"{best.num_variables:,}" if best.num_variables else "-",
+            f"{100 * best.bound:.2f}",
+            f"{100 * best.gap:.2f}",
             f"{best.wall_s:.1f}",
         ]
         for best in found
     ]
-    header = [
-        "GiB",
-        "reached, %",
-        "plan by",
-        "bound, %",
-        "gap, %",
-        "points a GiB more",
-        "peak price, tokens per GiB",
-    ]
-    header += ["variables", "seconds"]
-    title = (
-        f"{found[0].trace}: {counted(found[0].num_requests, 'request')}, {found[0].method}\n"
-        if found
-        else ""
-    )
-    # Omit columns without values: the greedy plan has no bound and no prices.
-    columns = [c for c in zip(header, *rows, strict=True) if {*c[1:]} != {"-"}]
-    header, *rows = map(list, zip(*columns, strict=True))
-    return title + text_table(header, rows)
+    title = f"{found[0].trace}: {counted(found[0].num_requests, 'request')}\n" if found else ""
+    return title + text_table(["GiB", "reached, %", "bound, %", "gap, %", "seconds"], rows)
 
 
 def write_runs(result: SweepRuns, path: Path) -> None:

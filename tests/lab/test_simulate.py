@@ -445,22 +445,20 @@ def test_lab_functions_share_parameter_names_types_and_defaults() -> None:
 
 
 def test_optimum_accepts_a_model_and_sizes() -> None:
-    found = optimum("resend?head=45", model="qwen3-next", gib=[2, 4], method="greedy")
+    found = optimum("resend?head=45", model="qwen3-next", gib=[2, 4])
     assert [plan.capacity_bytes for plan in found] == [2 << 30, 4 << 30] and len(found) == 2
     assert found[0].reached <= found[1].reached
-    assert "greedy" in found.table() and "\n" not in repr(found) and "at 2 GiB" in repr(found)
-    shares = simulate("resend?head=45", gib=[2, 4], optimum="greedy", bound=False).runs
+    assert "bound, %" in found.table() and "\n" not in repr(found) and "at 2 GiB" in repr(found)
+    shares = simulate("resend?head=45", gib=[2, 4], optimum=True, bound=False).runs
     for run, plan in zip(shares, found, strict=True):
         assert run.optimum_tokens == plan.cached_tokens.sum()
     rows = found.to_dicts()
     assert [(row["gib"], row["reached"]) for row in rows] == [
         (size, plan.reached) for size, plan in zip((2, 4), found, strict=True)
     ]
-    [whole] = optimum("short?head=45", gib=0.3, method="greedy")
+    [whole] = optimum("short?head=45", gib=0.3)
     [counted] = optimum("short?head=45", gib=0.3, counts_running=True)
-    assert counted.method == "greedy" and counted.reached < whole.reached
-    [with_host] = optimum("resend?head=45", gib=1, host_gib=4, method="greedy")
-    assert [tier.capacity_bytes for tier in with_host.lower] == [4 << 30]
+    assert counted.reached < whole.reached
 
 
 def test_progress_is_a_function_or_disabled(capfd: pytest.CaptureFixture[str]) -> None:
@@ -470,7 +468,7 @@ def test_progress_is_a_function_or_disabled(capfd: pytest.CaptureFixture[str]) -
     assert seen[-1] == (2, 2) and seen == sorted(seen)
     simulate("short?head=9", **sweep)
     simulate("short?head=9", **sweep, progress=False)
-    optimum("short?head=9", gib=1, method="greedy")
+    optimum("short?head=9", gib=1)
     advise("short?head=20", gib=1, policy="lru", checkpoints="adaptive")
     assert capfd.readouterr().err == "", "bars must appear only on a terminal"
 
@@ -628,7 +626,7 @@ def test_html_of_other_results_contains_their_tables() -> None:
     options = {"gib": 1, "model": "qwen3-next"}
     for result, text in (
         (advise("short?head=20", **options), "to serve: engine serve"),
-        (optimum("short?head=20", method="greedy", **options), "reached, %"),
+        (optimum("short?head=20", **options), "reached, %"),
         (closed_loop("short?head=20", rate=1, **options), "goodput: requests a second"),
     ):
         html = result._repr_html_()
@@ -722,7 +720,7 @@ def test_plots_use_the_axes_and_the_style_of_the_user(small: SimulationResult) -
     assert small.plot.capacity(metric="ttft-p50").get_ylabel() == "TTFT P50, ms"
     assert len(pyplot.get_fignums()) == len(before) + 1
     pyplot.close("all")
-    planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum="greedy")
+    planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum=True)
     assert len(planned.figure(metric="hit").axes) == 1
     assert len(planned.figure().axes) == 2
     _, axis = pyplot.subplots(figsize=(3.3, 2.2), layout="constrained")
@@ -834,7 +832,7 @@ def test_pdf_files_have_truetype_fonts(kind: str, small: SimulationResult, tmp_p
         "panels": lambda: small.figure,
         "losses": lambda: small.losses_figure,
         "bins": lambda: small.bins_figure,
-        "optimum": lambda: optimum("short?head=9", gib=[1, 2], method="greedy").figure,
+        "optimum": lambda: optimum("short?head=9", gib=[1, 2]).figure,
         "closed loop": lambda: closed_loop("short?head=9", gib=1, rate=[1, 2]).figure,
     }[kind]()
     path = tmp_path / "f.pdf"

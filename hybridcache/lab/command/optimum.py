@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
     add_figure_style,
-    add_tiers,
     check_figure,
-    longest_time,
     opened,
     share,
-    tiers_asked,
 )
-from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -28,26 +24,18 @@ def add_optimum(commands: Commands) -> None:
     add = parser.add_argument
     share(parser, "--trace", "--model", "--gib", "--state-dtype", "--grid", "--skip-bad")
     add(
-        "--method",
-        choices=("greedy", "lp", "milp"),
-        help="greedy for long traces (default: milp; lp with a tier below the device)",
-    )
-    add(
         "--placement",
         choices=("shared", "every"),
         default="shared",
         help="where checkpoints may sit",
     )
-    add("--gap", type=float, default=RELATIVE_GAP, help="stop at this gap between bound and plan")
-    add("--limit", type=float, default=LIMIT_S, help="maximum time for one size, s")
     add(
         "--counts-running",
         action="store_true",
-        help="KV and state of the running request take memory too, as in every cache; greedy only",
+        help="KV and state of the running request take memory too, as in every cache",
     )
-    add_tiers(parser)
-    add("--output", type=Path, help="JSON lines, one per size, with the price of memory over time")
-    add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound, and that price")
+    add("--output", type=Path, help="JSON lines, one per size")
+    add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound")
     add_figure_style(parser)
     parser.set_defaults(run=_optimum)
 
@@ -57,43 +45,35 @@ def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.progress import shown_progress
     from hybridcache.lab.report import optimum_table
     from hybridcache.lab.simulation.grid import check_results_file
-    from hybridcache.lab.simulation.simulate import default_method, load_model, optimum
+    from hybridcache.lab.simulation.simulate import load_model, optimum
     from hybridcache.lab.simulation.sizes import sizes
 
     style = check_figure(options)
     model = load_model(options.model).name
     points = sizes(options.gib)
-    tiers = tiers_asked(options)
-    has_tiers = bool(tiers["host_gib"] or tiers["disk_gib"])
-    method = options.method or default_method(has_tiers, options.counts_running)
     trace = opened(options.trace, options)
     if options.output:
         check_results_file(options.output, trace)
         options.output.parent.mkdir(parents=True, exist_ok=True)
     trace = trace.kept()
     plans = []
-    name = f"{options.trace}, {longest_time(method, len(points), options.limit)}"
-    with shown_progress(None, "sizes", name) as show:
+    with shown_progress(None, "sizes", options.trace) as show:
         for done, size in enumerate(points):
             show(done, len(points))
             [best] = optimum(
                 trace,
                 model=options.model,
                 gib=size,
-                method=method,
                 placement=options.placement,
-                relative_gap=options.gap,
-                limit_s=options.limit,
                 state_dtype=options.state_dtype,
                 grid=options.grid,
                 counts_running=options.counts_running,
                 progress=False,
-                **tiers,
             )
             plans.append(best)
             if options.output:
                 with options.output.open("a", encoding="utf-8") as file:
-                    record = best.record(with_prices=True) | {"model": model}
+                    record = best.record() | {"model": model}
                     file.write(json.dumps(record) + "\n")
         show(len(points), len(points))
     print(optimum_table(plans))

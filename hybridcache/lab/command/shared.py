@@ -78,15 +78,8 @@ def add_tiers(parser: argparse._ActionsContainer) -> None:
         parser.add_argument(f"--{word}-gb-s", type=float, help=speed)
 
 
-def longest_time(method: str, num_sizes: int, limit_s: float) -> str:
-    """Describe how long the solver of the optimum may take. The greedy plan has no limit."""
-    if method == "greedy":
-        return method
-    return f"{method}, at most about {num_sizes * limit_s / 60:.2g} min ({limit_s:g} s a size)"
-
-
 class Tiers(TypedDict):
-    """Arguments of ``simulate``, ``optimum`` and ``advise`` for tiers below the device."""
+    """Arguments of ``simulate`` for tiers below the device."""
 
     host_gib: float
     host_gb_s: float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +14,13 @@ from hybridcache.lab.command.shared import (
     add_tiers,
     check_figure,
     figure_style,
-    longest_time,
     opened,
     refuse,
     share,
     split,
     tiers_asked,
 )
-from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S
+from hybridcache.lab.defaults import GIB_SPEC
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -77,8 +75,8 @@ def add_simulate(commands: Commands) -> None:
     )
     add(
         "--optimum",
-        choices=("greedy", "lp", "milp"),
-        help="also compute the best plan with hindsight",
+        action="store_true",
+        help="also compute a plan with hindsight at each size",
     )
     known = ", ".join(METRICS)
     add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
@@ -177,7 +175,7 @@ FLEET: dict[str, dict[str, Any]] = {
 """Options of fleets, with ``--replicas`` only."""
 ALONE = {
     "--baseline": "",
-    "--optimum": None,
+    "--optimum": False,
     "--losses": False,
     "--bins": False,
     "--metric": "hit",
@@ -255,14 +253,13 @@ def _simulate(options: argparse.Namespace) -> int:
         return _simulate_fleets(options)
     from hybridcache.lab.report import bins_table, find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
-    from hybridcache.lab.simulation.sizes import sizes
 
     metrics = options.metric.split(",")
     for word in metrics:
         find_metric(word)
     known = options.optimum or (options.output and options.output.exists())
     if "optimum" in metrics and not known:
-        raise ValueError("--metric optimum needs a plan: add --optimum greedy, lp or milp")
+        raise ValueError("--metric optimum needs a plan: add --optimum")
     check_figure(options)
     if options.page and len(options.trace) > 1:
         raise ValueError("--page shows the runs of one trace: name one")
@@ -270,12 +267,6 @@ def _simulate(options: argparse.Namespace) -> int:
         if options.page.suffix != ".html":
             raise ValueError(f"--page {options.page}: name an .html file")
         options.page.parent.mkdir(parents=True, exist_ok=True)
-    if options.optimum not in (None, "greedy"):
-        num_plans = len(options.trace) * len(sizes(options.gib))
-        print(
-            f"hybridcache: best plans: {longest_time(options.optimum, num_plans, LIMIT_S)}",
-            file=sys.stderr,
-        )
     results: list[SimulationResult] = []
     drawn: list[Path] = []
     for spec in options.trace:

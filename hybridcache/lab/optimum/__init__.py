@@ -1,7 +1,6 @@
-"""Offline optimum over KV segments, checkpoints and their placement: a bound for every policy."""
+"""Best plan with hindsight over KV segments and checkpoints, and the bound of an infinite cache."""
 
-from hybridcache.lab.optimum.plan import LowerBudget, MemoryBudget, Plan
-from hybridcache.lab.optimum.price import lower_budgets
-from hybridcache.lab.optimum.solve import Method, Optimum, best_plan
+from hybridcache.lab.optimum.plan import MemoryBudget, Plan
+from hybridcache.lab.optimum.solve import Optimum, best_plan
 
-__all__ = ["LowerBudget", "MemoryBudget", "Method", "Optimum", "Plan", "best_plan", "lower_budgets"]
+__all__ = ["MemoryBudget", "Optimum", "Plan", "best_plan"]

@@ -1,7 +1,7 @@
 """Clairvoyant greedy: builds a plan hit by hit, with the most tokens saved per byte and step first.
 
-The result is not a bound. It is close to the optimum where the MILP can be solved, quick on traces
-of many thousand requests, and the plan from which the MILP starts.
+The result is not a bound. On traces that can be searched exhaustively it is close to the optimum,
+and it is quick on traces of many thousand requests.
 
 A hit is one request resuming at one position. It needs its checkpoint and everything on the path,
 kept since the position's last visit. If nothing is shared, densities only fall as the plan fills.
@@ -37,17 +37,11 @@ class _Growing:
         self.sizes = [
             trie.span(position) * budget.kv_bytes_per_token for position in trie.positions
         ]
-        self.capacity_bytes = budget.capacity_bytes
-        """Capacity of the tier that is being filled; ``usage`` is of the same tier."""
         self.usage = np.zeros(trie.num_requests, dtype=np.int64)
         self.running = budget.running_bytes
         """Bytes of running requests, less the KV that they reuse; None if they are not counted."""
-        self.lower: list[tuple[set[Interval], set[Interval]]] = []
-        """Entries stored in each tier below the device so far; the last one is being filled."""
         self.hit_depth = np.zeros(trie.num_requests, dtype=np.int64)
         self.hits: dict[int, int] = {}
-        self.paid: dict[int, float] = {}
-        """Cost of the copies of each request, in tokens."""
         self.ordinal_of = [
             dict(zip(path, ordinals, strict=True))
             for path, ordinals in zip(trie.paths, trie.ordinals, strict=True)
@@ -134,47 +128,7 @@ class _Growing:
         most = usage.max(initial=0)
         if running is not None:
             most = max(most, (usage[:-1] + running[1:]).max(initial=0))
-        return usage if most <= self.capacity_bytes else None
-
-    def open_tier(self, capacity_bytes: int) -> None:
-        """Direct further additions to the next tier."""
-        self.capacity_bytes = capacity_bytes
-        self.running = None  # requests run on the device
-        self.usage = np.zeros(self.trie.num_requests, dtype=np.int64)
-        self.lower.append((set(), set()))
-
-    def copy_tokens(
-        self,
-        request: int,
-        index: int,
-        states: set[Interval],
-        added: list[tuple[int, int, npt.NDArray[np.intp]]],
-    ) -> float:
-        """Return the cost, in tokens, for ``request`` to resume at ``index`` once ``added`` is in
-        place."""
-        if not self.lower:
-            return 0.0
-        trie, budget = self.trie, self.budget
-        new = {
-            (at, int(interval))
-            for place, (at, _, which) in enumerate(added)
-            if place >= len(states)
-            for interval in which
-        }
-        spent, newest = 0.0, len(self.lower) - 1
-        path, ordinals = trie.paths[request], trie.ordinals[request]
-        for above, ordinal in zip(path, ordinals, strict=True):
-            interval = (above, ordinal - 1)
-            for number, (kv, _) in enumerate(self.lower):
-                if interval in kv or (number == newest and interval in new):
-                    spent += self.sizes[above] * budget.lower[number].tokens_per_byte
-            if above == index:
-                break
-        interval = (index, self.ordinal_of[request][index] - 1)
-        for number, (_, checkpoints) in enumerate(self.lower):
-            if interval in checkpoints or (number == newest and interval in states):
-                spent += budget.state_bytes * budget.lower[number].tokens_per_byte
-        return spent
+        return usage if most <= self.budget.capacity_bytes else None
 
     def add(
         self,
@@ -185,10 +139,7 @@ class _Growing:
         usage: npt.NDArray[np.int64],
     ) -> None:
         for place, (at, _, which) in enumerate(added):
-            is_state = place < len(states)
-            (self.checkpoints if is_state else self.kv)[at][which] = True
-            if self.lower:
-                self.lower[-1][is_state].update((at, int(interval)) for interval in which)
+            (self.checkpoints if place < len(states) else self.kv)[at][which] = True
         self.usage = usage
         self.hits[request] = index
         self.hit_depth[request] = self.trie.positions[index].depth
@@ -201,23 +152,16 @@ class _Growing:
                 for interval in np.flatnonzero(kept)
             }
 
-        return Plan(kept(self.kv), kept(self.checkpoints), self.hits, tuple(self.lower))
+        return Plan(kept(self.kv), kept(self.checkpoints), self.hits)
 
 
 def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
-    """Build a plan by density, the device first, then tier by tier from the remaining hits. Of the
-    O(requests x depth) candidates only those that come to the top are measured, each in O(depth +
-    steps) in numpy."""
+    """Build a plan by density: add hits until no remaining hit is worthwhile or fits.
+
+    Of the O(requests x depth) candidates only those that come to the top are measured, each in
+    O(depth + steps) in numpy.
+    """
     growing = _Growing(trie, budget)
-    _fill(growing, trie, budget)
-    for tier in budget.lower:
-        growing.open_tier(tier.capacity_bytes)
-        _fill(growing, trie, budget)
-    return growing.plan()
-
-
-def _fill(growing: _Growing, trie: VisitedTrie, budget: MemoryBudget) -> None:
-    """Add hits to the current tier until no remaining hit is worthwhile or fits."""
 
     def first_density(index: int, interval: int) -> float:
         """Return the density in an empty plan: everything above the position was also visited at
@@ -239,20 +183,15 @@ def _fill(growing: _Growing, trie: VisitedTrie, budget: MemoryBudget) -> None:
             continue
         states = growing.needs(request, index)
         added = growing.missing(states)
-        gain = float(trie.positions[index].depth - int(growing.hit_depth[request]))
-        copied = growing.copy_tokens(request, index, states, added)
-        gain -= copied - growing.paid.get(request, 0.0)
-        if gain <= 0:
-            continue
+        gain = trie.positions[index].depth - int(growing.hit_depth[request])
         cost = growing.cost(added)
         now = gain / cost if cost else float("inf")
         if heap and now < -heap[0][0] * (1 - 1e-9):
             heapq.heappush(heap, (-now, request, index))
             continue
-        tokens = trie.positions[index].depth - int(growing.hit_depth[request])
-        running = growing.running_with(request, tokens)
+        running = growing.running_with(request, gain)
         usage = growing.fits(added, running)
         if usage is not None:
             growing.running = running
             growing.add(request, index, states, added, usage)
-            growing.paid[request] = copied
+    return growing.plan()

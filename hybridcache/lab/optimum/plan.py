@@ -16,17 +16,8 @@ Interval = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class LowerBudget:
-    """Capacity and transfer cost of a tier below the device."""
-
-    capacity_bytes: int
-    tokens_per_byte: float
-    """Cost of copying a byte to the device: the number of tokens computed in the same time."""
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """Bytes that may be kept between two requests, and the sizes and costs of entries.
+    """Bytes that may be kept between two requests, and the sizes of entries.
 
     Without ``running_bytes``, memory held by the running request itself is not counted, so the
     optimum also bounds caches that do not count it.
@@ -35,9 +26,6 @@ class MemoryBudget:
     capacity_bytes: int
     kv_bytes_per_token: int
     state_bytes: int
-    lower: tuple[LowerBudget, ...] = ()
-    """Tiers below the device, the nearest first. An interval is kept whole, on the device or in one
-    of them. A request copies the entries that it needs when it arrives."""
     running_bytes: npt.NDArray[np.int64] | None = None
     """Bytes that each request holds while it runs, if nothing of it is cached: int64[requests].
     Counted next to the entries kept since the request before; cached KV is counted once."""
@@ -51,8 +39,6 @@ class Plan:
     kv: set[Interval] = field(default_factory=set)
     checkpoints: set[Interval] = field(default_factory=set)
     hits: dict[int, int] = field(default_factory=dict)
-    lower: tuple[tuple[set[Interval], set[Interval]], ...] = ()
-    """(KV, checkpoints) kept in each tier below the device."""
 
     def cached_lens(self, trie: VisitedTrie) -> npt.NDArray[np.int64]:
         """Return the tokens skipped by each request: int64[requests]."""
@@ -63,38 +49,8 @@ class Plan:
 
     def usage(self, trie: VisitedTrie, budget: MemoryBudget) -> npt.NDArray[np.int64]:
         """Return the bytes kept on the device between request t and t + 1: int64[requests]."""
-        kv, checkpoints = self.kv, self.checkpoints
-        for lower_kv, lower_checkpoints in self.lower:
-            kv, checkpoints = kv - lower_kv, checkpoints - lower_checkpoints
-        return self._usage(trie, budget, kv, checkpoints)
-
-    def copy_tokens(self, trie: VisitedTrie, budget: MemoryBudget) -> float:
-        """Return the cost of all copies to the device, in computed tokens."""
-        spent = 0.0
-        for request, index in self.hits.items():
-            path = trie.paths[request]
-            where = path.index(index)
-            ordinals = trie.ordinals[request]
-            for (kv, checkpoints), tier in zip(self.lower, budget.lower, strict=True):
-                tokens = sum(
-                    trie.span(trie.positions[above])
-                    for above, ordinal in zip(path[: where + 1], ordinals, strict=False)
-                    if (above, ordinal - 1) in kv
-                )
-                state = (index, ordinals[where] - 1) in checkpoints
-                num_bytes = tokens * budget.kv_bytes_per_token + state * budget.state_bytes
-                spent += num_bytes * tier.tokens_per_byte
-        return spent
-
-    def _usage(
-        self,
-        trie: VisitedTrie,
-        budget: MemoryBudget,
-        kv: set[Interval],
-        checkpoints: set[Interval],
-    ) -> npt.NDArray[np.int64]:
         change = np.zeros(trie.num_requests + 1, dtype=np.int64)
-        for kept, is_kv in ((kv, True), (checkpoints, False)):
+        for kept, is_kv in ((self.kv, True), (self.checkpoints, False)):
             for index, interval in kept:
                 position = trie.positions[index]
                 size = (
@@ -105,17 +61,16 @@ class Plan:
         return np.cumsum(change)[:-1]
 
     def verify(self, trie: VisitedTrie, budget: MemoryBudget) -> None:
-        """Check from scratch that a cache could execute the plan (capacity to a millionth, the
-        solver's tolerance). Raises AssertionError naming the rule that is broken."""
+        """Check from scratch that a cache could execute the plan. Raises AssertionError naming the
+        rule that is broken."""
         usage = self.usage(trie, budget)
-        assert usage.max(initial=0) <= budget.capacity_bytes * (1 + 1e-6), "over capacity"
+        assert usage.max(initial=0) <= budget.capacity_bytes, "over capacity"
         if budget.running_bytes is not None:
             saved_bytes = self.cached_lens(trie) * budget.kv_bytes_per_token
             running = budget.running_bytes - saved_bytes
             running[budget.running_bytes == 0] = 0
             most = (usage[:-1] + running[1:]).max(initial=0)
             assert most <= budget.capacity_bytes, "over capacity while a request runs"
-        self._verify_lower(trie, budget)
         for request, index in self.hits.items():
             path = trie.paths[request]
             where = path.index(index)
@@ -145,16 +100,6 @@ class Plan:
                 parent.visits, position.visits[interval], position.visits[interval + 1]
             ):
                 assert (parent.index, overlap) in self.kv, "KV without its parent's"
-
-    def _verify_lower(self, trie: VisitedTrie, budget: MemoryBudget) -> None:
-        seen: tuple[set[Interval], set[Interval]] = (set(), set())
-        for lower, tier in zip(self.lower, budget.lower, strict=bool(self.lower)):
-            most = self._usage(trie, budget, *lower).max(initial=0)
-            assert most <= tier.capacity_bytes, "a lower tier is over its capacity"
-            for kept, known, all_kept in zip(lower, seen, (self.kv, self.checkpoints), strict=True):
-                assert kept <= all_kept, "a lower tier holds what is not kept"
-                assert not kept & known, "two tiers hold the same"
-                known |= kept
 
 
 def overlapping(visits: list[int], start: int, end: int) -> range:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -360,15 +360,9 @@ class SweepRuns:
     runs: tuple[RunResult, ...]
     bound_rate: float | None
     """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
-    plan_bounds: Mapping[float, float] = field(default_factory=dict)
-    """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved
-    one."""
     times: str = ""
     """Source of the prefill times: the assumed machine or the measured file. Empty for times of a
     user's own model."""
-    plans_by: Mapping[float, str] = field(default_factory=dict)
-    """Solver that found the best plan at each size in GiB, ``greedy`` or ``milp``; empty without
-    plans."""
     counted_by: str = ""
     """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
 

@@ -12,7 +12,7 @@ No policy exceeds the bound, and the optimum of one size exceeds both:
 
 >>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
 True
->>> [plan] = optimum("short", gib=1, method="greedy")
+>>> [plan] = optimum("short", gib=1)
 >>> plan.reached > result.runs[0].token_hit_rate
 True
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from importlib import import_module
@@ -36,12 +36,10 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import HOST_TIERS
-from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL, RELATIVE_GAP
+from hybridcache.lab.defaults import GIB_SPEC, MODEL
 from hybridcache.lab.extras import install_command
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.optimum.plan import LowerBudget
-from hybridcache.lab.optimum.price import lower_budgets
-from hybridcache.lab.optimum.solve import Method, Optimum, best_plan
+from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.optimum.trie import Placement
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.simulation.result import RunResult, SweepRuns
@@ -197,28 +195,28 @@ class OptimumResult(Rows, Sequence[Optimum]):
         return self.plans[index]
 
     def __repr__(self) -> str:
-        """Return one line: trace, method, and the token hit rate at each size."""
+        """Return one line: trace, and the token hit rate at each size."""
         first = self.plans[0]
         rates = ", ".join(
             f"{100 * plan.reached:.1f} % at {plan.capacity_bytes / GIB:.4g} GiB"
             for plan in self.plans
         )
-        return f"{type(self).__name__}({first.trace}, {first.method}: {rates})"
+        return f"{type(self).__name__}({first.trace}: {rates})"
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per size: ``gib``, ``reached`` and ``bound`` as token hit rates,
-        and the solver's figures. O(sizes)."""
+        """Return a flat dictionary per size: ``gib``, ``reached`` and ``bound`` as token hit rates.
+        O(sizes)."""
         return [{"gib": plan.capacity_bytes / GIB} | plan.record() for plan in self.plans]
 
     def table(self) -> str:
-        """Return a table: plan, bound, gap and worth of memory, a row per size."""
+        """Return a table: plan, bound and gap, a row per size."""
         from hybridcache.lab.report import optimum_table
 
         return optimum_table(self.plans)
 
     def figure(self, path: str | Path | None = None, style: FigureStyle | None = None) -> Figure:
-        """Draw plan and bound over the sizes, and the price of memory over the trace. The figure is
-        also written to ``path`` (PNG, SVG or PDF), if there is one."""
+        """Draw plan and bound over the sizes. The figure is also written to ``path`` (PNG, SVG or
+        PDF), if there is one."""
         from hybridcache.lab.figures import optimum_figure
 
         return optimum_figure(self.plans, path, style)
@@ -248,7 +246,6 @@ class Sweep:
     checkpoints: Policies = DEFAULT_PLACEMENT
     baseline: Words = ()
     priority_classes: bool = True
-    optimum_limit_s: float = LIMIT_S
     memory: str = "arena"
     kv_share: float | None = None
     host_gib: float = 0.0
@@ -276,14 +273,6 @@ class Sweep:
         """Return the machine around the caches."""
         times = MeasuredTimes.load(self.times) if isinstance(self.times, str) else self.times
         return Serving(times or Roofline.fitting(geometry), self.servers, self.max_running)
-
-    def lower_budgets(self, geometry: ModelGeometry) -> tuple[LowerBudget, ...]:
-        """Return the tiers below the device, as the optimum counts them."""
-        return lower_budgets(
-            geometry,
-            (tier_bytes("host", self.host_gib), self.host_gb_s * 1e9),
-            (tier_bytes("disk", self.disk_gib), self.disk_gb_s * 1e9),
-        )
 
     def competitors(self, geometry: ModelGeometry) -> list[RunConfig]:
         """Return one config each, without a size: every policy with every placement, then every
@@ -358,8 +347,7 @@ def simulate(
     baseline: Words = (),
     priority_classes: bool = True,
     bound: bool = True,
-    optimum: Method | None = None,
-    optimum_limit_s: float = LIMIT_S,
+    optimum: bool = False,
     memory: str = "arena",
     kv_share: float | None = None,
     host_gib: float = 0.0,
@@ -391,9 +379,7 @@ def simulate(
     - ``priority_classes``: evict unreachable KV and superseded checkpoints before all else; False
       leaves the order to each policy.
     - ``bound``: also compute the reuse of an infinite token-granular cache.
-    - ``optimum``: also compute the best plan with hindsight at each size: ``greedy`` for long
-      traces; ``lp`` adds a bound; ``milp`` improves the plan, for a few hundred requests. Each size
-      takes at most ``optimum_limit_s``.
+    - ``optimum``: also compute a plan with hindsight at each size, for the device's memory alone.
     - ``memory``: ``arena``, as in the engine; ``budget``, an ideal that only counts bytes; or
       ``pools``, two, of which ``kv_share`` is for KV. Peers have their own.
     - ``host_gib``, ``disk_gib``: tiers below the device, read at ``host_gb_s`` and ``disk_gb_s``
@@ -422,7 +408,6 @@ def simulate(
         checkpoints=checkpoints,
         baseline=baseline,
         priority_classes=priority_classes,
-        optimum_limit_s=optimum_limit_s,
         memory=memory,
         kv_share=kv_share,
         host_gib=host_gib,
@@ -437,8 +422,10 @@ def simulate(
         max_running=max_running,
         times=times,
     )
-    if optimum is not None:
-        _check_method("optimum", optimum)
+    if optimum and (host_gib or disk_gib):
+        raise ValueError(
+            "optimum plans the device's memory alone: leave it out, or host_gib and disk_gib."
+        )
     geometry = sweep.geometry()
     serving = sweep.serving(geometry)
     competitors = sweep.competitors(geometry)
@@ -464,11 +451,11 @@ def simulate(
     )
     if bound:
         result = _with_bound(result, opened)
-    if optimum is not None:
-        result = _with_optimum(result, opened, sweep, optimum)
+    if optimum:
+        result = _with_optimum(result, opened, sweep)
     if kept and (bound or optimum):
         identity = identity_of(opened)
-        _complete(kept, [job.key(identity) for job in jobs], result.runs, result.plan_bounds)
+        _complete(kept, [job.key(identity) for job in jobs], result.runs)
     return result
 
 
@@ -477,53 +464,27 @@ def optimum(
     *,
     model: str | ModelGeometry = MODEL,
     gib: Sizes = GIB_SPEC,
-    method: Method | None = None,
     placement: Placement = "shared",
-    relative_gap: float = RELATIVE_GAP,
-    limit_s: float = LIMIT_S,
-    host_gib: float = 0.0,
-    disk_gib: float = 0.0,
-    host_gb_s: float = PCIE_BYTES_PER_S / 1e9,
-    disk_gb_s: float = DISK_BYTES_PER_S / 1e9,
     state_dtype: str | None = None,
     checkpoint_dtype: str = "auto",
     grid: int = GRID,
     counts_running: bool = False,
     progress: Progress = None,
 ) -> OptimumResult:
-    """Compute the best plan with hindsight at every size: a bound for every policy.
+    """Compute a plan with hindsight at every size, and the bound of an infinite cache.
 
-    Arguments that ``simulate`` has too mean the same. ``method``: ``greedy`` for long traces;
-    ``lp`` adds a bound; ``milp`` improves the plan (the default; ``lp`` with tiers below the
-    device).
-    ``placement``: positions of checkpoints, ``shared`` by several requests or at ``every`` grid
-    point. A size is done when bound and plan differ by at most ``relative_gap``, or after
-    ``limit_s``. ``counts_running``: KV and state of the running request take memory too, as in
-    every cache; for ``greedy`` alone, which is then the default.
-
-    Raises the errors of ``simulate``; TimeoutError if ``limit_s`` was too short for a bound;
-    ImportError without the extra ``lab`` (not needed by ``greedy``).
+    Arguments that ``simulate`` has too mean the same. ``placement``: positions of checkpoints,
+    ``shared`` by several requests or at ``every`` grid point. ``counts_running``: KV and state of
+    the running request take memory too, as in every cache. Raises the errors of ``simulate``.
     """
     opened = (open_trace(trace) if isinstance(trace, str) else trace).kept()
-    sweep = Sweep(
-        model=model,
-        host_gib=host_gib,
-        disk_gib=disk_gib,
-        host_gb_s=host_gb_s,
-        disk_gb_s=disk_gb_s,
-        state_dtype=state_dtype,
-        checkpoint_dtype=checkpoint_dtype,
-    )
-    if method is not None:
-        _check_method("method", method)
+    sweep = Sweep(model=model, state_dtype=state_dtype, checkpoint_dtype=checkpoint_dtype)
     if placement not in get_args(Placement):
         raise ValueError(
             f"placement must be {' or '.join(get_args(Placement))} (got {placement!r})."
         )
     geometry = sweep.geometry()
-    lower = sweep.lower_budgets(geometry)
     points = sizes(gib)
-    method = method or default_method(bool(lower), counts_running)
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):
@@ -535,28 +496,12 @@ def optimum(
                     kv_bytes_per_token=geometry.kv_bytes_per_token,
                     state_bytes=geometry.state_bytes,
                     grid=grid,
-                    method=method,
                     placement=placement,
-                    relative_gap=relative_gap,
-                    limit_s=limit_s,
-                    lower=lower,
                     counts_running=counts_running,
                 )
             )
         show(len(points), len(points))
     return OptimumResult(tuple(plans))
-
-
-def default_method(has_tiers: bool, counts_running: bool) -> Method:
-    """Return the method of ``optimum`` if none is named."""
-    return "greedy" if counts_running else "lp" if has_tiers else "milp"
-
-
-def _check_method(argument: str, method: str) -> None:
-    """Raise ValueError, which names the argument, for an unknown method."""
-    if method not in get_args(Method):
-        known = ", ".join(get_args(Method))
-        raise ValueError(f"{argument} must be one of {known} (got {method!r}).")
 
 
 def _with_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
@@ -567,10 +512,8 @@ def _with_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
     return replace(result, runs=runs, bound_rate=tokens / runs[0].prompt_tokens)
 
 
-def _with_optimum(
-    result: SimulationResult, trace: Trace, sweep: Sweep, method: Method
-) -> SimulationResult:
-    """Add the best plan at each size."""
+def _with_optimum(result: SimulationResult, trace: Trace, sweep: Sweep) -> SimulationResult:
+    """Add a plan with hindsight at each size."""
     geometry = result.geometry
     best = {
         budget_bytes(size) / GIB: best_plan(
@@ -579,9 +522,6 @@ def _with_optimum(
             kv_bytes_per_token=geometry.kv_bytes_per_token,
             state_bytes=geometry.state_bytes,
             grid=sweep.grid,
-            method=method,
-            limit_s=sweep.optimum_limit_s,
-            lower=sweep.lower_budgets(geometry),
         )
         for size in sizes(sweep.gib)
     }
@@ -589,20 +529,13 @@ def _with_optimum(
         replace(run, optimum_tokens=int(best[run.gib or 0.0].cached_tokens.sum()))
         for run in result.runs
     )
-    bounds = {gib: plan.bound for gib, plan in best.items() if plan.bound is not None}
-    plans_by = {gib: plan.plan_by for gib, plan in best.items()}
-    return replace(result, runs=runs, plan_bounds=bounds, plans_by=plans_by)
+    return replace(result, runs=runs)
 
 
-def _complete(
-    path: Path, keys: Sequence[str], runs: Sequence[RunResult], bounds: Mapping[float, float]
-) -> None:
+def _complete(path: Path, keys: Sequence[str], runs: Sequence[RunResult]) -> None:
     """Write the yardsticks into the lines of ``path``: these were written run by run, before bound
     and optimum were known."""
-    known = {}
-    for key, run in zip(keys, runs, strict=True):
-        bound = bounds.get(run.gib or 0.0)
-        known[key] = run.as_record() | ({} if bound is None else {"plan_bound": bound})
+    known = {key: run.as_record() for key, run in zip(keys, runs, strict=True)}
     whole = path.with_name(path.name + ".new")
     with path.open(encoding="utf-8") as lines, whole.open("w", encoding="utf-8") as file:
         for line in lines:
