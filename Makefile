@@ -153,7 +153,7 @@ out/wheels/.installed: constraints.txt
 	out/wheels/bin/pip install $(PIP_FLAGS) -q -c constraints.txt build setuptools numpy sortedcontainers tqdm
 	@touch $@
 
-wheels: out/wheels/.installed  ## build and check the two wheels
+wheels: out/wheels/.installed  ## build the wheels; on x86-64 Linux with g++, one of the engine has compiled kernels
 	out/wheels/bin/python -m experiments.system.wheels
 
 out/triton-3.6.0:

@@ -1,38 +1,25 @@
-"""Native kernels: one library of all ``native*.cpp`` files, compiled at first use and cached.
+"""Calls of the native kernels' library (``kernels.library``).
 
-The library is optional: without a C++ compiler the references are used. Its results differ from the
-references in the last bits, so the choice is made once, before the first step.
+The library is optional: without one the references are used. Its results differ from the references
+in the last bits, so the choice is made once, before the first step.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from kernels import library
 from kernels.packed import Packed
 
-SOURCES = Path(__file__).resolve().parent
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
-    # No contraction: an expression gives equal bits wherever it is inlined or vectorised.
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
-)
-COMPILERS = ("c++", "g++", "clang++")
-COMPILE_TIMEOUT_S = 300
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -42,23 +29,15 @@ LANES = 16
 
 
 @cache
+def loaded_library() -> library.Library | None:
+    """Return the library, loaded once per process. None if there is none; see ``library.load``."""
+    return library.load()
+
+
 def shared_library() -> ctypes.CDLL | None:
-    """Return the library, compiling it if needed (seconds). None if that is impossible."""
-    sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*/native*.cpp")])
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or not sources:
-        return None
-    name = f"native-{_fingerprint(compiler, sources)}.so"
-    for folder in _folders():
-        path = folder / name
-        try:
-            if not path.is_file():
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                _compile(compiler, sources, path)
-            return ctypes.CDLL(str(path))
-        except (OSError, subprocess.SubprocessError):
-            continue
-    return None
+    """Return the functions of the library, or None."""
+    found = loaded_library()
+    return None if found is None else found.functions
 
 
 def has(name: str) -> bool:
@@ -89,7 +68,7 @@ def function(name: str, kinds: str) -> Callable[..., None]:
 
 @cache
 def kernel_choices() -> dict[str, str]:
-    """Return the method that computes each operation, and the C library of its functions.
+    """Return the method that computes each operation, the build of the library, and the C library.
 
     Made once per process, after asking the system for permission to use AMX. Processes with equal
     choices compute equal bits. The name of a linear layer's exported function has its method:
@@ -99,7 +78,7 @@ def kernel_choices() -> dict[str, str]:
     - ``halves``: float32 products of bfloat16 numbers, for processors where ``pairs`` is slower;
     - ``lanes``: one output per lane of a register (AVX-512, and VNNI for int8).
 
-    "reference" if the native library lacks the operation.
+    "reference" if the native library lacks the operation. ``build`` is ``library.Library.build``.
     """
     tiles = "amx" if _answers("permit_amx") else None
     pairs = "pairs" if _answers("has_fast_pairs") else None
@@ -109,7 +88,10 @@ def kernel_choices() -> dict[str, str]:
         "linear_int8": _first("linear_int8_{}_float32", tiles, "lanes"),
     }
     scans = "avx512" if has("chunk_gdn_float32_float32") else "reference"
-    return choices | {"scans": scans, "libc": " ".join(platform.libc_ver()) or "unknown"}
+    found = loaded_library()
+    build = "none" if found is None else found.build
+    libc = " ".join(platform.libc_ver()) or "unknown"
+    return choices | {"scans": scans, "build": build, "libc": libc}
 
 
 def _first(name: str, *methods: str | None) -> str:
@@ -211,44 +193,3 @@ def step_addresses(
     if packed is None or step_slots is None:
         return slots.data_ptr(), None
     return step_slots.data_ptr(), packed.cu_seqlens.data_ptr()
-
-
-def _folders() -> Iterator[Path]:
-    """Yield folders for the library: the user's cache, then a new folder for this process.
-
-    Both are writable by this user only, so that no other user can place a library there.
-    """
-    with suppress(RuntimeError):  # no home directory
-        yield Path.home() / ".cache" / "hybridcache"
-    yield Path(tempfile.mkdtemp(prefix="hybridcache-"))
-
-
-def _compile(compiler: str, sources: list[Path], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        made = Path(directory) / path.name
-        command = [compiler, *FLAGS, *map(str, sources), *_openmp(), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
-        os.replace(made, path)
-
-
-def _openmp() -> list[str]:
-    """Return the OpenMP runtime that torch has loaded. A second one would start more threads."""
-    return [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*")][:1]
-
-
-def _fingerprint(compiler: str, sources: list[Path]) -> str:
-    digest = hashlib.sha256(" ".join([*FLAGS, *_openmp(), torch.__version__]).encode())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest.update(version + platform.machine().encode() + _processor())
-    for path in (*sorted(SOURCES.glob("*.h")), *sources):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _processor() -> bytes:
-    """Return the processor's features, because machines can share a home directory."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")

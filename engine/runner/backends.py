@@ -1,8 +1,8 @@
 """Selection of kernel implementations: PyTorch (``reference``), Triton (``fused``), or C++
 (``native``), and the identity of a runner that computes with them.
 
-``native`` requires a CPU and a compiler. ``Kernels`` is chosen once, at start, and passed to the
-layers. A kernel is loaded when the first layer uses it.
+``native`` requires a CPU and the library of ``kernels.library``. ``Kernels`` is chosen once, at
+start, and passed to the layers. A kernel is loaded when the first layer uses it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,10 @@ from engine.runner.device import Device
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import find_files
 from hybridcache.geometry.checkpoints import CheckpointFormat
-from kernels import native
+from kernels import library, native
 
 Backend = Literal["reference", "fused", "native"]
+logger = logging.getLogger(__name__)
 BACKENDS: tuple[Backend, ...] = ("reference", "fused", "native")
 
 
@@ -57,13 +59,20 @@ class Kernels(Mapping[str, ModuleType]):
         """Choose a backend for each kernel.
 
         ``fused`` if the device supports Triton, it is installed and the kernel has it; ``native``
-        on a CPU with a compiler if the kernel has it; else ``reference``. ``overrides`` are written
-        as ``attention=reference,gdn=fused``. Raises ModelError.
+        on a CPU with the native library if the kernel has it; else ``reference``. ``overrides`` are
+        written as ``attention=reference,gdn=fused``. Raises ModelError.
         """
         check_no_foreign_kernels()
         word: Backend = "reference"
-        if device.traits.has_triton and importlib.util.find_spec("triton") is not None:
-            word = "fused"
+        if device.traits.has_triton:
+            if importlib.util.find_spec("triton") is not None:
+                word = "fused"
+            else:
+                logger.warning(
+                    "Triton is not installed, so %s computes with PyTorch's operations, which are "
+                    "slower. Builds of torch for GPUs depend on it.",
+                    device.describe(),
+                )
         elif device.is_cpu and native.shared_library() is not None:
             word = "native"
         words: dict[str, Backend] = {
@@ -206,18 +215,10 @@ def machine_words(device: torch.device) -> dict[str, str]:
     }
 
 
-@cache
 def instructions() -> frozenset[str]:
     """Return the processor's vector and matrix instruction sets; empty if the system names none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()
-    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    words = next(lines, "").partition(":")[2].split()
-    return frozenset(
-        w for w in words if w.startswith(("avx", "amx", "fma", "sve", "asimd", "bf16"))
-    )
+    words = ("avx", "amx", "fma", "sve", "asimd", "bf16")
+    return frozenset(name for name in library.instructions() if name.startswith(words))
 
 
 def _chunk_digest(chunk: tuple[Path, int]) -> str:

@@ -38,7 +38,6 @@ EXTRAS = {
         "tokenizers",
         "torch",
         "transformers",
-        "triton",
         "uvicorn",
         "zmq",
     ),

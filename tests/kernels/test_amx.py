@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import native
+from kernels import library, native
+from kernels.library import COMPILERS, FLAGS, SOURCES, THIS_PROCESSOR
 from kernels.linear import reference
 from kernels.linear.native import NativeInt8Linear, NativeLinear
-from kernels.native import COMPILERS, FLAGS, SOURCES
 
-AMX_FLAGS = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
+AMX_FLAGS = (*THIS_PROCESSOR, "-shared", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 IS_PERMITTED = native.kernel_choices()["linear_bfloat16"] == "amx"
 pytestmark = pytest.mark.skipif(
     native.kernel_choices()["linear_bfloat16"] == "reference"
@@ -35,10 +35,10 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ct
     """Return the linear kernels with AMX and the emulator, compiled for this test."""
     folder = tmp_path_factory.mktemp("amx")
     compiler = next(filter(None, map(shutil.which, COMPILERS)))
-    openmp = native._openmp()
+    openmp = library._openmp()
     sources = {
         "linear": (SOURCES / "linear/native.cpp", AMX_FLAGS),
-        "emulator": (Path(__file__).parent / "amx_emulator.cpp", ()),
+        "emulator": (Path(__file__).parent / "amx_emulator.cpp", (*THIS_PROCESSOR, "-shared")),
     }
     started = [
         subprocess.Popen([compiler, *FLAGS, *flags, source, *openmp, "-o", folder / f"{name}.so"])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import subprocess
+import itertools
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import native, recording
+from kernels import library, native, recording
 from kernels.recording import NotRecordableError, _Watch, record
 
 COMPILED = pytest.mark.skipif(native.shared_library() is None, reason="no C++ compiler")
 
 
-FOLDERS = sorted(path.parent.name for path in native.SOURCES.glob("*/native.py"))
+FOLDERS = sorted(path.parent.name for path in library.SOURCES.glob("*/native.py"))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -72,40 +74,98 @@ def test_other_operations_are_refused(operation) -> None:
 
 
 class TestCompiling:
-    def test_missing_compiler_gives_no_library(self, monkeypatch) -> None:
-        monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
-        assert native.shared_library.__wrapped__() is None
-
-    @COMPILED
-    def test_failing_compiler_gives_no_library(self, monkeypatch, tmp_path) -> None:
-        def fails(*args, **options):
-            raise subprocess.CalledProcessError(1, "c++")
-
-        monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
-        monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
-        monkeypatch.setattr(native, "_compile", fails)
-        assert native.shared_library.__wrapped__() is None
-
-    @COMPILED
-    def test_unwritable_home_uses_the_temporary_folder(self, monkeypatch, tmp_path) -> None:
-        (tmp_path / "home").write_text("a file where a folder should be")
-        monkeypatch.setattr(native.Path, "home", lambda: tmp_path / "home")
-        monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
-        monkeypatch.setattr(native, "SOURCES", tmp_path)
+    @pytest.fixture(autouse=True)
+    def own_cache(self, monkeypatch, tmp_path) -> Path:
+        """Use an empty cache folder, one small source, and no level."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(library, "LEVELS_FOLDER", tmp_path / "levels")
+        monkeypatch.setattr(library, "SOURCES", tmp_path)
         (tmp_path / "native.h").touch()
         (tmp_path / "one").mkdir()
-        source = tmp_path / "one" / "native.cpp"
-        source.write_text('extern "C" __attribute__((visibility("default"))) void one() {}')
-        found = native.shared_library.__wrapped__()
-        assert found is not None and hasattr(found, "one") and not hasattr(found, "two")
-        assert list(tmp_path.glob("hybridcache-*/native-*.so"))
+        exported = 'extern "C" __attribute__((visibility("default")))'
+        (tmp_path / "one" / "native.cpp").write_text(f"{exported} void one() {{}}")
+        return tmp_path / "cache"
+
+    def test_missing_compiler_is_one_warning_and_no_library(self, monkeypatch, caplog) -> None:
+        monkeypatch.setattr(library, "COMPILERS", ("no-such-compiler",))
+        assert library.load() is None
+        [record] = caplog.records
+        assert "No C++ compiler was found (no-such-compiler)" in record.message
+        assert "Install g++" in record.message
 
     @COMPILED
-    def test_library_name_depends_on_the_sources(self, monkeypatch, tmp_path) -> None:
-        before = native._fingerprint("c++", [])
+    def test_failing_compiler_is_one_warning_with_its_error(self, caplog, tmp_path) -> None:
+        (tmp_path / "one" / "native.cpp").write_text("no C++")
+        assert library.load() is None
+        assert "cannot be compiled" in caplog.records[-1].message
+        assert "error" in caplog.records[-1].message
+        assert not list(tmp_path.glob("hybridcache-*"))
+
+    @COMPILED
+    def test_first_load_reports_the_compilation_and_the_second_uses_it(
+        self, caplog, own_cache
+    ) -> None:
+        found = library.load()
+        assert found is not None and found.build == "native"
+        assert hasattr(found.functions, "one") and not hasattr(found.functions, "two")
+        [file] = own_cache.glob("hybridcache/native-*.so")
+        begins, ends = (record.message for record in caplog.records)
+        assert begins.startswith("Compiling the kernels for this processor, once")
+        assert ends.startswith("Compiled the kernels in ") and ends.endswith(str(file))
+        caplog.clear()
+        assert library.load() is not None and not caplog.records
+        assert os.stat(own_cache / "hybridcache").st_mode & 0o77 == 0
+
+    @COMPILED
+    def test_unwritable_cache_uses_a_temporary_folder_that_is_removed(
+        self, caplog, own_cache, tmp_path
+    ) -> None:
+        own_cache.write_text("a file where a folder should be")
+        found = library.load()
+        assert found is not None and hasattr(found.functions, "one")
+        found.functions.one()
+        assert "for this start only" in caplog.text and "set XDG_CACHE_HOME" in caplog.text
+        assert not list(tmp_path.glob("hybridcache-*"))
+
+    def test_relative_cache_home_is_ignored(self, monkeypatch, tmp_path) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert library._user_cache() == tmp_path / ".cache" / "hybridcache"
+
+    @COMPILED
+    def test_library_name_depends_on_the_sources(self, tmp_path) -> None:
+        before = library._fingerprint("c++", [])
         source = tmp_path / "native.cpp"
         source.write_text("int f() { return 1; }")
-        assert native._fingerprint("c++", [source]) != before
+        assert library._fingerprint("c++", [source]) != before
+
+
+class TestLevels:
+    @pytest.fixture(autouse=True)
+    def built(self, monkeypatch, tmp_path) -> Path:
+        """Pretend that all levels are built."""
+        for level in library.LEVELS:
+            (tmp_path / level.file_name).touch()
+        monkeypatch.setattr(library, "LEVELS_FOLDER", tmp_path)
+        return tmp_path
+
+    def test_each_processor_gets_its_highest_level(self, built) -> None:
+        for level in library.LEVELS:
+            assert library.best_level(level.needs | {"fpu"}) is level
+        (built / library.LEVELS[-1].file_name).unlink()
+        assert library.best_level(library.LEVELS[-1].needs) is library.LEVELS[-2]
+
+    @pytest.mark.parametrize("features", [frozenset(), frozenset({"asimd"}), frozenset({"avx2"})])
+    def test_other_processors_have_no_level(self, features) -> None:
+        assert library.best_level(features) is None
+
+    def test_levels_ascend(self) -> None:
+        for lower, higher in itertools.pairwise(library.LEVELS):
+            assert lower.needs < higher.needs
+
+    def test_damaged_level_is_not_loaded(self) -> None:
+        assert library._load_level() is None
 
 
 def test_recording_does_not_import_torchs_compiler() -> None:

@@ -1,0 +1,271 @@
+"""The library of the native kernels: all ``native*.cpp`` files, for one processor.
+
+A wheel for x86-64 contains libraries for several levels of instructions, and the best one for the
+processor is loaded. Otherwise the library is compiled for this processor at first use, and cached.
+
+python -m kernels.library [FOLDER]
+
+compiles all levels into FOLDER, by default that of this package. Wheels and images do that; no
+compiler is needed afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+LEVELS_FOLDER = SOURCES / "levels"
+"""Folder of compiled levels, in wheels and images. A checkout has none."""
+FLAGS = (
+    *("-std=c++17", "-O3", "-fopenmp", "-fPIC"),
+    # No contraction: an expression gives equal bits wherever it is inlined or vectorised.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
+)
+THIS_PROCESSOR = ("-march=native",)
+COMPILERS = ("c++", "g++", "clang++")
+COMPILE_TIMEOUT_S = 300
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Instructions that many x86-64 processors have in common."""
+
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]
+    """Names of these instructions in ``/proc/cpuinfo``."""
+
+    @property
+    def file_name(self) -> str:
+        return f"native-{self.name}.so"
+
+
+_V3 = frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"])
+_V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
+_DOTS = _V4 | {"avx512_vnni"}
+_PAIRS = _DOTS | {"avx512_bf16"}
+_TILES = _PAIRS | {"amx_tile", "amx_bf16", "amx_int8"}
+_V4_FLAGS = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+_PAIR_FLAGS = (*_V4_FLAGS, "-mavx512vnni", "-mavx512bf16")
+LEVELS = (
+    Level("avx2", ("-march=x86-64-v3",), _V3),
+    Level("avx512", _V4_FLAGS, _V4),
+    Level("avx512-vnni", (*_V4_FLAGS, "-mavx512vnni"), _DOTS),
+    Level("avx512-bf16", _PAIR_FLAGS, _PAIRS),
+    Level("amx", (*_PAIR_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _TILES),
+)
+"""Levels in ascending order: each processor with a level has those before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A loaded library."""
+
+    functions: ctypes.CDLL
+    build: str
+    """Name of its level, or "native" if it was compiled for this processor."""
+
+
+def load() -> Library | None:
+    """Load the best library for this processor, compiling it if needed (seconds).
+
+    None without a compiler, or if it fails. A warning then says so.
+    """
+    return _load_level() or _load_compiled()
+
+
+def instructions() -> frozenset[str]:
+    """Return the processor's features by their names in ``/proc/cpuinfo``; empty if the system
+    has no such file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return frozenset(next(lines, "").partition(":")[2].split())
+
+
+def best_level(features: frozenset[str]) -> Level | None:
+    """Return the highest level that was built and that a processor with these features has."""
+    usable = (
+        level
+        for level in reversed(LEVELS)
+        if level.needs <= features and (LEVELS_FOLDER / level.file_name).is_file()
+    )
+    return next(usable, None)
+
+
+def compile_library(flags: Sequence[str], path: Path, link: Sequence[str] = ()) -> None:
+    """Compile all sources with these flags into ``path``, with a process for each core.
+
+    Raises OSError and SubprocessError.
+    """
+    compiler, sources = _compiler(), _sources()
+    if compiler is None:
+        raise FileNotFoundError(f"no C++ compiler was found ({', '.join(COMPILERS)}).")
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+
+        def run(*arguments: str) -> None:
+            command = [compiler, *arguments]
+            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
+
+        def compile_one(number: int) -> str:
+            made = f"{directory}/{number}.o"
+            run(*FLAGS, *flags, "-c", str(sources[number]), "-o", made)
+            return made
+
+        with ThreadPoolExecutor(_num_cores()) as pool:
+            objects = list(pool.map(compile_one, range(len(sources))))
+        library = Path(directory) / path.name
+        run("-shared", *objects, *link, "-o", str(library))
+        os.replace(library, path)
+
+
+def compile_levels(folder: Path) -> list[Path]:
+    """Compile every level into ``folder``, on an x86-64 processor with Linux. None on others.
+
+    The libraries do not name OpenMP's runtime: they use that of torch. Raises OSError and
+    SubprocessError.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for level in LEVELS:
+        made.append(folder / level.file_name)
+        compile_library(level.flags, made[-1], ("-s", "-static-libgcc"))
+    return made
+
+
+def _load_level() -> Library | None:
+    level = best_level(instructions())
+    if level is None:
+        return None
+    with suppress(OSError):  # For example an older C library than that of the build.
+        ctypes.CDLL(next(iter(_openmp()), "libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
+        return Library(ctypes.CDLL(str(LEVELS_FOLDER / level.file_name)), level.name)
+    return None
+
+
+def _load_compiled() -> Library | None:
+    compiler, sources = _compiler(), _sources()
+    if not sources:
+        return None
+    if compiler is None:
+        logger.warning(
+            "No C++ compiler was found (%s): a CPU computes with PyTorch's operations, about three "
+            "times slower. Install g++ or clang.",
+            ", ".join(COMPILERS),
+        )
+        return None
+    name = f"native-{_fingerprint(compiler, sources)}.so"
+    reason: Exception | None = None
+    for open_folder in (_user_folder, _temporary_folder):
+        try:
+            with open_folder() as folder:
+                path = folder / name
+                if not path.is_file():
+                    _compile_for_this_processor(path)
+                return Library(ctypes.CDLL(str(path)), "native")
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            reason = error
+    logger.warning(
+        "The native kernels cannot be compiled, so a CPU computes with PyTorch's operations, about "
+        "three times slower: %s",
+        _words(reason),
+    )
+    return None
+
+
+def _compile_for_this_processor(path: Path) -> None:
+    cached = "once" if path.parent == _user_cache() else "for this start only"
+    why = "" if cached == "once" else ", because no cache folder is writable (set XDG_CACHE_HOME)"
+    logger.warning("Compiling the kernels for this processor, %s%s (10 to 60 s) ...", cached, why)
+    began = time.monotonic()
+    compile_library(THIS_PROCESSOR, path, ("-fopenmp", *_openmp()))
+    logger.warning("Compiled the kernels in %.0f s: %s", time.monotonic() - began, path)
+
+
+def _words(error: Exception | None) -> str:
+    """Return the first line of the compiler's errors, or of ``error``."""
+    output = getattr(error, "stderr", None) or b""
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else str(error))
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def _sources() -> list[Path]:
+    return sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*/native*.cpp")])
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _user_cache() -> Path:
+    """Return the user's folder for the library. Raises RuntimeError without a home directory."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    return base / "hybridcache"
+
+
+@contextmanager
+def _user_folder() -> Iterator[Path]:
+    """Yield the user's cache folder. Writable by this user only, so that no other user can place a
+    library there."""
+    folder = _user_cache()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    yield folder
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Yield a folder that is removed afterwards. A loaded library does not need its file."""
+    with tempfile.TemporaryDirectory(prefix="hybridcache-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _openmp() -> list[str]:
+    """Return the OpenMP runtime that torch has loaded. A second one would start more threads."""
+    spec = util.find_spec("torch")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else Path()
+    return [str(path) for path in folder.glob("lib/libgomp*.so*")][:1]
+
+
+def _fingerprint(compiler: str, sources: list[Path]) -> str:
+    words = [*FLAGS, *THIS_PROCESSOR, *_openmp(), metadata.version("torch")]
+    digest = hashlib.sha256(" ".join(words).encode())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    digest.update(version + platform.machine().encode() + _processor())
+    for path in (*sorted(SOURCES.glob("*.h")), *sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> bytes:
+    """Return the processor's features, because machines can share a home directory."""
+    return " ".join(sorted(instructions())).encode() or platform.processor().encode()
+
+
+if __name__ == "__main__":
+    for made in compile_levels(Path(sys.argv[1]) if sys.argv[1:] else LEVELS_FOLDER):
+        print(made)
