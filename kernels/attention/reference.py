@@ -146,7 +146,7 @@ def _prefill_one(
             block[None],
             keys[None, :, :key_end],
             values[None, :, :key_end],
-            attn_mask=_causal_mask(start - lead, num_padded, key_end, query.dtype),
+            attn_mask=_causal_mask(start - lead, num_padded, key_end, query),
             scale=scale,
             enable_gqa=True,
         )[0]
@@ -155,9 +155,12 @@ def _prefill_one(
         start += num_queries
 
 
-def _causal_mask(start: int, num_queries: int, num_keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``[num_queries, num_keys]``: 0 up to each query's position, -inf after it."""
-    mask = torch.zeros(num_queries, num_keys, dtype=dtype)
+def _causal_mask(start: int, num_queries: int, num_keys: int, like: torch.Tensor) -> torch.Tensor:
+    """Return ``[num_queries, num_keys]``: 0 up to each query's position, -inf after it.
+
+    Dtype and device are those of ``like``.
+    """
+    mask = like.new_zeros(num_queries, num_keys)
     last_block = mask[:, num_keys - BLOCK :]
     last_block.fill_(-torch.inf).triu_(start % BLOCK + 1)
     return mask

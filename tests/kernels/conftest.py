@@ -112,7 +112,7 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 def _poisoned(allocate):
     def allocate_poisoned(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.is_complex():
             return tensor.fill_(torch.nan)
         return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype != torch.bool else tensor
 
