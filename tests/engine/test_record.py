@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import gzip
 import json
-import os
 import random
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -23,25 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import httpx
 import openai
 import pytest
 import uvicorn
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 
-from engine.plugins.record import trace_writer as trace
-from engine.plugins.record.chats import Chats
 from engine.plugins.record.command import record
-from engine.plugins.record.proxy import create_proxy
-from engine.plugins.record.trace_writer import TraceWriter
+from engine.plugins.record.proxy import Proxy, TraceWriter, read_answer
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache import open_trace, simulate
@@ -62,7 +47,7 @@ def proxied(
     engine = ScriptedEngine()
     with engine.serving() as upstream, path.open("w+b") as file:
         writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=tokenizer)
-        app = create_proxy(upstream, writer)
+        app = Proxy(upstream, writer)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -103,52 +88,6 @@ def converse(client: openai.OpenAI, engine: ScriptedEngine) -> None:
     assert text == "It is alpha."
 
 
-def converse_in_messages(client: openai.OpenAI, engine: ScriptedEngine) -> None:
-    """Make the same two turns on /v1/messages."""
-    url = str(client.base_url).removesuffix("/v1/")
-    claude = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
-    messages: list[Any] = [{"role": "user", "content": SECRET * 6}]
-    tool: Any = {"name": "read", "input_schema": {"type": "object"}}
-    options: Any = {"model": engine.engine.model_name, "tools": [tool], "max_tokens": 99}
-    engine.sampler.add(engine.tokenizer.encode(CALL))
-    first = claude.messages.create(messages=messages, **options)
-    [call] = [block for block in first.content if block.type == "tool_use"]
-    result = {"type": "tool_result", "tool_use_id": call.id, "content": "alpha"}
-    messages += [
-        {
-            "role": "assistant",
-            "content": [block.model_dump(exclude_none=True) for block in first.content],
-        },
-        {"role": "user", "content": [result]},
-    ]
-    engine.sampler.add(engine.tokenizer.encode("It is alpha.<|im_end|>"))
-    with claude.messages.stream(messages=messages, **options) as stream:
-        assert stream.get_final_text() == "It is alpha."
-
-
-def converse_in_responses(client: openai.OpenAI, engine: ScriptedEngine) -> None:
-    """Make the same two turns on /v1/responses, the second with the id of the first."""
-    tool: Any = {"type": "function", **TOOL["function"], "strict": False}
-    options: Any = {"model": engine.engine.model_name, "tools": [tool], "max_output_tokens": 99}
-    engine.sampler.add(engine.tokenizer.encode(CALL))
-    first = client.responses.create(input=SECRET * 6, **options)
-    [call] = [item for item in first.output if item.type == "function_call"]
-    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "alpha"}
-    engine.sampler.add(engine.tokenizer.encode("It is alpha.<|im_end|>"))
-    events = client.responses.create(
-        input=[result], previous_response_id=first.id, stream=True, **options
-    )
-    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
-    assert "".join(deltas) == "It is alpha."
-
-
-DIALECTS = {
-    "chat": converse,
-    "messages": converse_in_messages,
-    "responses": converse_in_responses,
-}
-
-
 def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
     """Return the requests of a trace, once ``number`` are there: a line is written after its
     answer."""
@@ -161,14 +100,13 @@ def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("keeps_text", [False, True])
 @pytest.mark.parametrize("tokenizer", [None, ByteTokenizer()], ids=["pieces", "tokens"])
-@pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_conversation_becomes_a_readable_trace(
-    tmp_path: Path, keeps_text: bool, tokenizer: Tokenizer | None, dialect: str
+    tmp_path: Path, keeps_text: bool, tokenizer: Tokenizer | None
 ) -> None:
     path = tmp_path / "log.jsonl"
     with proxied(path, keeps_text, tokenizer) as (client, engine):
         assert client.models.list().data[0].id == engine.engine.model_name
-        DIALECTS[dialect](client, engine)
+        converse(client, engine)
         lines = lines_of(path, 2)
     text = path.read_text()
     assert (SECRET in text) == keeps_text and ("alpha" in text) == keeps_text
@@ -195,20 +133,20 @@ def test_requests_that_are_not_recorded_are_counted_by_reason(
     monkeypatch.setattr("engine.plugins.record.proxy.httpx.AsyncClient", upstream)
     with (tmp_path / "log").open("w+b") as file:
         writer = TraceWriter(file, keeps_text=False, tokenizer=None)
-        with TestClient(create_proxy("http://upstream", writer)) as client:
+        with TestClient(Proxy("http://upstream", writer)) as client:
             for path, body in (
                 ("chat/completions", {"messages": "bad"}),
-                ("completions", {"prompt": ["a", "b"]}),
-                ("completions", {"prompt": [[1], [2]]}),
+                ("chat/completions", ["no object"]),
+                ("chat/completions", {"messages": "refused"}),
+                ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
                 ("completions", {"prompt": "a"}),
-                ("completions", {"prompt": [1, 2]}),
             ):
                 client.post(f"/v1/{path}", json=body)
             client.get("/v1/responses/resp_1")
-    assert writer.num_requests == 2
-    assert list(writer.skipped.values()) == [2]
-    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "several prompts" in warning
+    assert writer.num_requests == 1
+    assert list(writer.skipped.values()) == [1, 1]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "not JSON objects" in warnings[0] and "see the log" in warnings[1]
 
 
 def test_wrong_addresses_and_files_are_refused_at_the_start(tmp_path: Path) -> None:
@@ -227,7 +165,7 @@ def test_an_unreachable_server_gives_a_502(tmp_path: Path) -> None:
 
     with (tmp_path / "log").open("w+b") as file:
         writer = TraceWriter(file, keeps_text=False, tokenizer=None)
-        with TestClient(create_proxy("http://127.0.0.1:9", writer)) as client:
+        with TestClient(Proxy("http://127.0.0.1:9", writer)) as client:
             answer = client.post("/v1/chat/completions", json={"messages": []})
             message = client.post("/v1/messages", json={"messages": []})
     assert answer.status_code == 502 and "does not answer" in answer.json()["error"]["message"]
@@ -268,7 +206,7 @@ class Upstream:
             return
         await send(start)
         for text in ("one", "two"):
-            event = {"choices": [{"index": 0, "text": text}]}
+            event = {"choices": [{"index": 0, "delta": {"content": text}}]}
             data = b"data: " + json.dumps(event).encode() + b"\n\n"
             await send({"type": "http.response.body", "body": data, "more_body": True})
             if options.get("stream") and not await self._wait(name, receive):
@@ -314,6 +252,10 @@ def wait_until(is_true: Callable[[], object]) -> None:
     raise AssertionError("the condition never became true")
 
 
+def chat(prompt: str, **body: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}], **body}
+
+
 class Setup:
     """Recording proxy in front of an ``Upstream``, with its trace and clients."""
 
@@ -323,17 +265,17 @@ class Setup:
         self.upstream = Upstream()
         self.behind = ServerThread(self.upstream, lifespan="off")
         self.writer = TraceWriter(self.file, keeps_text=True, tokenizer=None)
-        self.proxy = create_proxy(self.behind.url, self.writer)
+        self.proxy = Proxy(self.behind.url, self.writer)
         self.front = ServerThread(self.proxy, timeout_graceful_shutdown=1)
         self.clients = ThreadPoolExecutor(200)
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.Client(limits=limits, timeout=60, trust_env=False)
-        self.url = f"{self.front.url}/v1/completions"
+        self.url = f"{self.front.url}/v1/chat/completions"
 
     def ask(self, prompt: str, **body: Any) -> Future[httpx.Response]:
         """Begin a request, and wait until upstream has received it."""
         before = len(self.upstream.requests)
-        content = {"prompt": prompt, **body}
+        content = chat(prompt, **body)
         future = self.clients.submit(self.client.post, self.url, json=content)
         wait_until(lambda: len(self.upstream.requests) > before)
         return future
@@ -346,7 +288,7 @@ class Setup:
     def prompts(self) -> list[str]:
         """Return the prompts in the file now, as another process would read them."""
         lines = self.path.read_text().splitlines()
-        return [json.loads(line)["request"]["prompt"] for line in lines[1:]]
+        return [json.loads(line)["request"]["messages"][0]["content"] for line in lines[1:]]
 
     def stop(self) -> None:
         self.front.stop()
@@ -363,28 +305,21 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
     made.stop()
 
 
-def test_lines_are_written_at_once_and_in_order_of_arrival(setup: Setup) -> None:
-    """Check that a long request delays no other line, and that its own line is inserted in order of
-    arrival.
-
-    If the process is killed, the file has every finished request.
-    """
-    long = setup.ask("long", wait="long")
-    for number in range(3):
+def test_lines_are_written_in_order_of_arrival(setup: Setup) -> None:
+    """Check that a line waits for those of earlier requests, and for no later one."""
+    for number in range(2):
         assert setup.ask(f"short {number}").result().status_code == 200
-    wait_until(lambda: len(setup.prompts()) == 3)
+    wait_until(lambda: setup.prompts() == ["short 0", "short 1"])
     middle = setup.ask("middle", wait="middle", stream=True)
+    long = setup.ask("long", wait="long")
     assert setup.ask("late").result().status_code == 200
-    wait_until(lambda: setup.prompts() == ["short 0", "short 1", "short 2", "late"])
     setup.end("middle")
     assert middle.result().text.count("data:") == 2
-    wait_until(lambda: setup.prompts() == ["short 0", "short 1", "short 2", "middle", "late"])
+    wait_until(lambda: setup.prompts() == ["short 0", "short 1", "middle"])
     setup.end("long")
     assert long.result().status_code == 200
-    wait_until(
-        lambda: setup.prompts() == ["long", "short 0", "short 1", "short 2", "middle", "late"]
-    )
-    wait_until(lambda: setup.writer.num_requests == 6)
+    wait_until(lambda: setup.prompts() == ["short 0", "short 1", "middle", "long", "late"])
+    assert setup.writer.num_requests == 5
 
 
 @pytest.mark.full("0")
@@ -417,17 +352,17 @@ def test_a_trace_of_overlapping_requests_can_be_replayed(setup: Setup, seed: int
 def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> None:
     """Cover answers cut off by the client, by upstream, and by the end of the recording."""
     with httpx.stream(
-        "POST", setup.url, json={"prompt": "client", "wait": "never", "stream": True}, timeout=30
+        "POST", setup.url, json=chat("client", wait="never", stream=True), timeout=30
     ) as leaving:
         assert "one" in next(leaving.iter_text())
     wait_until(lambda: setup.prompts() == ["client"])
     wait_until(lambda: setup.upstream.num_disconnected == 1)  # Upstream does not compute on.
     with pytest.raises(httpx.RemoteProtocolError):
-        httpx.post(setup.url, json={"prompt": "upstream", "breaks": True}, timeout=30)
+        httpx.post(setup.url, json=chat("upstream", breaks=True), timeout=30)
     running = setup.ask("running", wait="running", stream=True)
     silent = setup.ask("silent", wait="silent")
     assert setup.ask("whole").result().status_code == 200
-    wait_until(lambda: setup.prompts() == ["client", "upstream", "whole"])
+    assert setup.prompts() == ["client", "upstream"]
     setup.front.stop()
     assert setup.prompts() == ["client", "upstream", "running", "whole"]
     lines = setup.path.read_text().splitlines()[1:]
@@ -476,7 +411,7 @@ def test_odd_paths_get_the_same_answer_as_without_the_proxy(tmp_path: Path) -> N
     engine = ScriptedEngine()
     with engine.serving() as upstream, (tmp_path / "log").open("x+b") as file:
         writer = TraceWriter(file, keeps_text=False, tokenizer=None)
-        front = ServerThread(create_proxy(upstream, writer), date_header=False)
+        front = ServerThread(Proxy(upstream, writer), date_header=False)
         port = int(upstream.rsplit(":", 1)[1].split("/")[0])
         for target in TARGETS:
             through, direct = (raw(each, target) for each in (front.port, port))
@@ -497,7 +432,7 @@ def test_headers_pass_unchanged_and_cookies_are_not_shared(setup: Setup) -> None
     raw(setup.front.port, "/x", "X-Twice: 1", "X-Twice: 2", "User-Agent: mine")
     _, _, headers, _ = setup.upstream.requests[-1]
     assert headers[b"x-twice"] == [b"1", b"2"] and headers[b"user-agent"] == [b"mine"]
-    packed = gzip.compress(json.dumps({"prompt": "packed"}).encode())
+    packed = gzip.compress(json.dumps(chat("packed")).encode())
     httpx.post(setup.url, content=packed, headers={"content-encoding": "gzip"})
     _, _, headers, body = setup.upstream.requests[-1]
     assert body == packed and headers[b"content-encoding"] == [b"gzip"]
@@ -534,9 +469,9 @@ def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: in
     upstream, path = Upstream(), tmp_path / "trace.jsonl"
     behind = ServerThread(upstream, lifespan="off")
     with recording(behind.url, path) as (process, url):
-        body = {"prompt": "abcdefgh", "wait": "never", "stream": True}
-        httpx.post(f"{url}/completions", json={"prompt": "first"}, timeout=30)
-        with httpx.stream("POST", f"{url}/completions", json=body, timeout=30) as stream:
+        body = chat("abcdefgh", wait="never", stream=True)
+        httpx.post(f"{url}/chat/completions", json=chat("first"), timeout=30)
+        with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=30) as stream:
             next(stream.iter_text())
             process.send_signal(number)
             printed = process.stdout.read()
@@ -547,7 +482,7 @@ def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: in
     trace = open_trace(str(path))
     assert "an estimate" in trace.counted_by
     assert "counted by: 4 characters as a token" in stats_table(trace_stats(trace))
-    assert [len(request.tokens) for request in trace] == [2, 2]
+    assert [len(request.tokens) for request in trace] == [16, 16]
 
 
 def test_a_signal_before_the_first_request_ends_the_recording(tmp_path: Path) -> None:
@@ -578,137 +513,24 @@ def test_an_occupied_port_leaves_no_file(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-class LinesMachine(RuleBasedStateMachine):
-    """State machine of ``OrderedLines``: lines written in any order are stored in order of their
-    places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115
-        self.lines = trace.OrderedLines(self.file)
-        self.open: list[int] = []
-        self.written: dict[int, bytes] = {}
-
-    @rule()
-    def take(self) -> None:
-        place = self.lines.take_place()
-        assert place not in self.written and (not self.open or place > max(self.open))
-        self.open.append(place)
-
-    @precondition(lambda self: self.open)
-    @rule(at=st.integers(0, 50), size=st.integers(0, 40))
-    def put(self, at: int, size: int) -> None:
-        place = self.open.pop(at % len(self.open))
-        line = f"{place}:".encode() + b"x" * size + b"\n"
-        assert self.lines.put(place, line)
-        assert not self.lines.put(place, line), "a line may be written once"
-        self.written[place] = line
-
-    @precondition(lambda self: self.open)
-    @rule(at=st.integers(0, 50))
-    def give_up(self, at: int) -> None:
-        place = self.open.pop(at % len(self.open))
-        self.lines.give_up(place)
-        self.lines.give_up(place)
-        assert not self.lines.put(place, b"late\n")
-
-    @invariant()
-    def file_has_all_lines_in_order(self) -> None:
-        self.file.seek(0)
-        assert self.file.read() == b"".join(self.written[place] for place in sorted(self.written))
-
-    def teardown(self) -> None:
-        self.file.close()
-
-
-@pytest.mark.parametrize("block_bytes", [7, 1 << 20])
-def test_lines_written_in_any_order_are_stored_in_order(
-    block_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trace, "BLOCK_BYTES", block_bytes)
-    run_state_machine_as_test(LinesMachine)
-
-
-def test_a_request_that_ends_too_late_is_skipped_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trace, "MAX_TAIL", 3)
-    with (tmp_path / "log").open("x+b") as file:
-        writer = TraceWriter(file, keeps_text=False, tokenizer=None)
-        recorded = trace.Recorded(1.0, {"prompt": "abcd"}, {"content": ""})
-        slow = writer.take_place()
-        for _ in range(5):
-            writer.write(writer.take_place(), recorded)
-        writer.write(slow, recorded)
-    assert writer.num_requests == 5 and writer.skipped.total() == 1
-    assert len(list(open_trace(str(tmp_path / "log")))) == 5
-
-
-def test_a_full_disk_loses_only_the_line_that_does_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, pwrite = tmp_path / "log", os.pwrite
-    with path.open("x+b") as file:
-        lines = trace.OrderedLines(file)
-        first, second, third = (lines.take_place() for _ in range(3))
-        assert lines.put(third, b"third\n")
-
-        def full(descriptor: int, data: bytes, place: int) -> int:
-            if len(data) > 2:
-                return pwrite(descriptor, data[:2], place)
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", full)
-            with pytest.raises(OSError, match="No space"):
-                lines.put(first, b"first\n")
-        assert path.read_bytes() == b"third\n"
-        lines.give_up(first)
-        assert lines.put(second, b"second\n")
-    assert path.read_bytes() == b"second\nthird\n"
-
-
 def test_events_with_odd_characters_and_cut_answers_are_read() -> None:
     text = "a\u2028b\x85c\x0bd"
-    event = json.dumps({"choices": [{"index": 0, "text": text}]}, ensure_ascii=False)
+    event = json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}, ensure_ascii=False)
     raw = f"data: {event}\r\n\r\ndata: {event}\n\ndata: [DONE]\n\n".encode()
     for end in range(len(raw) + 1):
-        _, answer = Chats().read("/v1/completions", {}, raw[:end])
-        assert answer["content"] in ("", text, text + text)
-    assert answer["content"] == text + text
-    calls = [
-        {"type": "content_block_start", "index": 0, "content_block": {"type": "tool_use"}},
-        {"type": "content_block_delta", "index": 0, "delta": {"partial_json": '{"a": 1'}},
-    ]
-    cut = "".join(f"data: {json.dumps(call)}\n\n" for call in calls).encode()
-    _, answer = Chats().read("/v1/messages", {}, cut)
-    assert "a" in answer["tool_calls"][0]["function"]["arguments"]
+        assert read_answer(raw[:end])["content"] in ("", text, text + text)
+    assert read_answer(raw)["content"] == text + text
 
 
 def test_whole_and_streamed_answers_are_read_alike() -> None:
-    """Cover reasoning, text and calls of each dialect."""
+    """Cover reasoning, text and calls."""
+    function = {"name": "read", "arguments": '{"path": "a"}'}
     answer = {
         "role": "assistant",
         "content": "so",
         "reasoning_content": "hm",
-        "tool_calls": [
-            {"type": "function", "function": {"name": "read", "arguments": '{"path": "a"}'}}
-        ],
+        "tool_calls": [{"type": "function", "function": function}],
     }
-    call = {"name": "read", "arguments": '{"path": "a"}'}
-    item = {"type": "function_call", **call}
-    output = [
-        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]},
-        {"role": "assistant", "content": [{"type": "output_text", "text": "so"}]},
-        item,
-    ]
-    blocks = [
-        {"type": "thinking", "thinking": "hm"},
-        {"type": "text", "text": "so"},
-        {"type": "tool_use", "name": "read", "input": {"path": "a"}},
-    ]
-    begun = [{"type": "thinking"}, {"type": "text", "text": ""}, {**blocks[2], "input": {}}]
-    deltas = [{"thinking": "hm"}, {"text": "so"}, {"partial_json": '{"path": "a"}'}]
     chunks: list[Any] = [
         {"reasoning_content": "hm"},
         {"content": "s"},
@@ -716,29 +538,8 @@ def test_whole_and_streamed_answers_are_read_alike() -> None:
         {"tool_calls": [{"index": 0, "function": {"name": "read", "arguments": ""}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": '{"path": "a"}'}}]},
     ]
-    cases: dict[str, tuple[Any, list[Any]]] = {
-        "/v1/chat/completions": (
-            {"choices": [{"message": {**answer, "tool_calls": [{"function": call}]}}]},
-            [{"choices": [{"index": 0, "delta": delta}]} for delta in chunks],
-        ),
-        "/v1/messages": (
-            {"content": blocks},
-            [
-                event
-                for at, (block, delta) in enumerate(zip(begun, deltas, strict=True))
-                for event in (
-                    {"type": "content_block_start", "index": at, "content_block": block},
-                    {"type": "content_block_delta", "index": at, "delta": delta},
-                )
-            ],
-        ),
-        "/v1/responses": (
-            {"id": "a", "output": output},
-            [{"response": {"id": "a", "output": []}}, {"response": {"id": "a", "output": output}}],
-        ),
-    }
-    for path, (whole, events) in cases.items():
-        lines = [f"event: x\ndata: {json.dumps(event)}\n\n" for event in events]
-        for raw in (json.dumps(whole), "".join(lines) + "data: [DONE]\n\n"):
-            read = Chats().read(path, {"input": "hello"}, raw.encode())
-            assert read[1] == answer, path
+    whole = {"choices": [{"message": {**answer, "tool_calls": [{"function": function}]}}]}
+    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in chunks]
+    lines = [f"event: x\ndata: {json.dumps(event)}\n\n" for event in events]
+    for raw in (json.dumps(whole), "".join(lines) + "data: [DONE]\n\n"):
+        assert read_answer(raw.encode()) == answer

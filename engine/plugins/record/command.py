@@ -25,8 +25,7 @@ def record(
     upstream = server_address(upstream)
     import uvicorn
 
-    from engine.plugins.record.proxy import create_proxy
-    from engine.plugins.record.trace_writer import PIECE, TraceWriter
+    from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
     from engine.server.settings import ServerConfig, bind
     from engine.text.hugging_face import load_tokenizer
 
@@ -37,7 +36,7 @@ def record(
         counted_by = f"the tokenizer of {display_name(Path(tokenizer))}"
     with bind(ServerConfig(host=host, port=port)) as listener:
         try:
-            file = out.open("x+b")
+            file = out.open("xb")
         except OSError as error:
             why = f"{out} cannot be created ({error.strerror}): name a new file."
             raise ValueError(why) from None
@@ -45,7 +44,7 @@ def record(
             writer = TraceWriter(
                 file, keeps_text=keeps_text, tokenizer=loaded, counted_by=counted_by
             )
-            proxy = create_proxy(upstream, writer)
+            proxy = Proxy(upstream, writer)
             port = listener.getsockname()[1]
             config = uvicorn.Config(
                 proxy,
@@ -64,7 +63,7 @@ def record(
             try:
                 server.run(sockets=[listener])
             finally:
-                proxy.recorder.finish()  # A second signal skips the shutdown of the application.
+                proxy.finish()  # A second signal skips the shutdown of the application.
     for why, number in writer.skipped.items():
         print(f"not in the trace: {number:,}, since {why}")
     print(f"tokens counted by: {counted_by}")

@@ -1,36 +1,51 @@
-"""A proxy that passes every request on unchanged, and writes those that a cache could serve."""
+"""A proxy that passes every request on unchanged, and writes chat completions as a trace."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
-import threading
+import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import Counter, deque
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 
-from engine.plugins.record.chats import Chats
-from engine.plugins.record.trace_writer import Recorded, TraceWriter
 from engine.server.api_errors import APIError, PlainJSON
+from engine.text.chat_prompt import render_chat
+from engine.text.tokenizer import EncodeOptions, TemplateError, Tokenizer
 
+Fields = Mapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-RECORDED = ("/chat/completions", "/completions", "/messages", "/responses")
-"""Ends of the paths of recorded requests."""
+RECORDED = "/chat/completions"
+"""End of the paths of recorded requests."""
 CONNECTION = frozenset(
     b"connection host keep-alive proxy-connection te trailer transfer-encoding upgrade".split()
 )
 """Headers that belong to one connection and are not passed on."""
 ENCODING = frozenset((b"content-encoding", b"content-length"))
 """Headers of an answer that are wrong after it is decoded."""
+PIECE = 4
+"""Characters per id without a tokenizer."""
+HEADER, END = "<|im_start|>", "<|im_end|>\n"
+ALONE = EncodeOptions(add_special_tokens=False)
 logger = logging.getLogger(__name__)
 
 
@@ -38,98 +53,261 @@ logger = logging.getLogger(__name__)
 class Exchange:
     """A request that is recorded, and its answer so far."""
 
-    place: int
     seconds: float
-    path: str
     body: bytes
     status: int | None = None
     """HTTP status of the answer. None before the answer starts."""
     pieces: list[bytes] = field(default_factory=list)
+    line: bytes | None = None
+    """Line of the trace once the exchange has ended; empty if it is not written."""
 
 
-class Recorder:
-    """Writes exchanges when they end, in its own thread, in the order of their arrival."""
+class TraceWriter:
+    """Writes exchanges as lines of a trace in the laboratory's own format (``jsonl``), in the order
+    of their arrival.
 
-    def __init__(self, writer: TraceWriter) -> None:
-        self._writer, self._chats = writer, Chats()
+    Without a tokenizer, one id stands for ``PIECE`` characters, about the length of a token. Unless
+    ``keeps_text``, an id is a keyed hash of all text up to it: equal ids mean equal prefixes, and
+    the text cannot be recovered. One thread calls ``begin``, another ``end``.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        keeps_text: bool,
+        tokenizer: Tokenizer | None,
+        counted_by: str | None = None,
+    ) -> None:
+        """``file`` is empty. ``counted_by`` goes into its first line, for readers."""
+        self._file = file
+        self._keeps_text = keeps_text
+        self._tokenizer = tokenizer
+        self._key = secrets.token_bytes(32)
         self._began_s = time.monotonic()
-        self._lock = threading.Lock()
-        self._running: dict[Exchange, None] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trace")
+        self._pending: deque[Exchange] = deque()
+        """Exchanges from the oldest that is running on, in order of arrival."""
+        self.num_requests = 0
+        self.skipped: Counter[str] = Counter()
+        """Number of requests that are not in the trace, by reason."""
+        header = {"format": "hybridcache", "version": 1, "unit": 1}
+        named = {} if counted_by is None else {"counted_by": counted_by}
+        self._file.write(_line(header | named))
+        self._file.flush()
 
-    def begin(self, path: str, body: bytes) -> Exchange:
+    def begin(self, body: bytes) -> Exchange:
         """Start to record a request with this complete ``body``. O(1)."""
-        seconds = time.monotonic() - self._began_s
-        exchange = Exchange(self._writer.take_place(), seconds, path, body)
-        with self._lock:
-            self._running[exchange] = None
+        exchange = Exchange(time.monotonic() - self._began_s, body)
+        self._pending.append(exchange)
         return exchange
 
     def end(self, exchange: Exchange) -> None:
-        """Write ``exchange`` if it was answered. Does nothing if it has already ended.
+        """Write ``exchange`` after all earlier ones. Does nothing if it has already ended.
 
         An incomplete answer is written too, because its request was computed.
         """
-        with self._lock:
-            if exchange in self._running:
-                del self._running[exchange]
-                self._thread.submit(self._write, exchange)
-
-    def finish(self) -> None:
-        """End all running exchanges, and wait until they are written. May be called again."""
-        for exchange in tuple(self._running):
-            self.end(exchange)
-        self._thread.shutdown()
-
-    def _write(self, exchange: Exchange) -> None:
-        recorded: Recorded | None = None
+        if exchange.line is not None:
+            return
         try:
-            if exchange.status is None:
-                self._writer.skip("requests without an answer are not written")
-            elif exchange.status == 200:
-                recorded = self._read(exchange)
-            self._writer.write(exchange.place, recorded)
+            exchange.line = self._line_of(exchange) or b""
         except Exception as error:
             logger.exception("A request could not be written. Its answer was passed on.")
-            self._writer.skip(f"{type(error).__name__}: see the log")
-        finally:
-            self._writer.give_up(exchange.place)
+            exchange.line = b""
+            self._skip(f"{type(error).__name__}: see the log")
+        self._write()
 
-    def _read(self, exchange: Exchange) -> Recorded | None:
+    def finish(self) -> None:
+        """End all running exchanges. May be called again."""
+        for exchange in tuple(self._pending):
+            self.end(exchange)
+
+    def _write(self) -> None:
+        while self._pending and (line := self._pending[0].line) is not None:
+            self._pending.popleft()
+            if line:
+                try:
+                    self._file.write(line)
+                    self._file.flush()
+                    self.num_requests += 1
+                except OSError as error:
+                    self._skip(f"the file cannot be written ({error.strerror})")
+
+    def _line_of(self, exchange: Exchange) -> bytes | None:
+        if exchange.status is None:
+            return self._skip("requests without an answer are not written")
+        if exchange.status != 200:
+            return None
         try:
             body = json.loads(exchange.body)
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
-            self._writer.skip("bodies that are not JSON objects are not written")
-            return None
-        read = self._chats.read(exchange.path, body, b"".join(exchange.pieces))
-        return Recorded(exchange.seconds, *read)
+            return self._skip("bodies that are not JSON objects are not written")
+        answer = read_answer(b"".join(exchange.pieces))
+        ids, boundaries = self._prompt(body)
+        output = self._ids(_texts(_message(answer))[1:])
+        if not self._keeps_text:
+            hashed = self._hashed([*ids, *output])
+            ids, output = hashed[: len(ids)], hashed[len(ids) :]
+        line: dict[str, Any] = {
+            "timestamp": round(exchange.seconds, 3),
+            "session": self._digest(_beginning(body)),
+            "namespace": self._digest([body.get("model"), body.get("cache_salt")]),
+            "tokens": ids,
+            "output": output,
+        }
+        if boundaries:
+            line["boundaries"] = boundaries
+        if self._keeps_text:
+            line |= {"request": body, "answer": answer}
+        return _line(line)
+
+    def _skip(self, why: str) -> None:
+        """Count one request that is not written; the first for each reason is logged."""
+        self.skipped[why] += 1
+        if self.skipped[why] == 1:
+            logger.warning("Passed on, but %s.", why)
+
+    def _prompt(self, body: Fields) -> tuple[list[int], list[int]]:
+        """Return (ids, known boundaries) of the prompt of ``body``."""
+        messages = [_message(message) for message in body["messages"]]
+        if self._tokenizer is not None and self._tokenizer.chat_template is not None:
+            # The recorded server accepted what our template may refuse: use the plain form then.
+            with suppress(TemplateError):
+                chat = render_chat(
+                    self._tokenizer,
+                    messages,
+                    tools=body.get("tools"),
+                    variables=body.get("chat_template_kwargs"),
+                )
+                return chat.token_ids, list(chat.boundaries)
+        tools = json.dumps(body["tools"]) if body.get("tools") else ""
+        texts = [tools, *(text for message in messages for text in _texts(message))]
+        return self._ids([*texts, f"{HEADER}assistant\n"]), []
+
+    def _ids(self, texts: Sequence[str]) -> list[int]:
+        """Return the ids of consecutive texts. No id spans two of them."""
+        if self._tokenizer is not None:
+            return [i for text in texts for i in self._tokenizer.encode(text, ALONE)]
+        return [_number(piece.encode("utf-8", "replace")) for text in texts for piece in _cut(text)]
+
+    def _hashed(self, ids: Sequence[int]) -> list[int]:
+        chain, hashed = self._key, []
+        for one in ids:
+            chain = hashlib.blake2b(one.to_bytes(8, "little"), key=chain, digest_size=32).digest()
+            hashed.append(int.from_bytes(chain[:4], "little") & 0x7FFFFFFF)
+        return hashed
+
+    def _digest(self, content: Any) -> str:
+        raw = json.dumps(content).encode("utf-8", "replace")
+        return hashlib.blake2b(raw, key=self._key, digest_size=8).hexdigest()
+
+
+def read_answer(raw: bytes) -> dict[str, Any]:
+    """Return the first choice of an answer, which is one object or events, as a message of the
+    assistant. Incomplete events are omitted. O(size)."""
+    text, reasoning = "", ""
+    calls: dict[int, list[str]] = {}
+    for answer in _objects(raw.decode("utf-8", "replace")):
+        for choice in answer.get("choices") or ():
+            if choice.get("index", 0):
+                continue
+            said = choice.get("delta") or choice.get("message") or {}
+            text += said.get("content") or ""
+            reasoning += said.get("reasoning_content") or said.get("reasoning") or ""
+            for place, call in enumerate(said.get("tool_calls") or ()):
+                known = calls.setdefault(call.get("index", place), ["", ""])
+                function = call.get("function") or {}
+                known[0] += function.get("name") or ""
+                known[1] += function.get("arguments") or ""
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = [
+            {"type": "function", "function": {"name": name, "arguments": arguments}}
+            for _, (name, arguments) in sorted(calls.items())
+        ]
+    return message
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    events = [line[5:] for line in text.split("\n") if line.startswith("data:")]
+    for found in [text] if text.lstrip().startswith("{") else events:
+        with suppress(ValueError):
+            if isinstance(parsed := json.loads(found), dict):
+                yield parsed
+
+
+def _line(content: Fields) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+
+
+def _beginning(body: Fields) -> Any:
+    """Return the part of a body that distinguishes conversations: all up to the first message of
+    the user."""
+    messages = body["messages"]
+    roles = [message.get("role") for message in messages]
+    return messages[: roles.index("user") + 1 if "user" in roles else 1]
+
+
+def _message(message: Fields) -> dict[str, Any]:
+    """Return a message in the form that chat templates require."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "\n".join(str(part.get("text", "")) for part in content)
+    plain = {**message, "content": content}
+    calls = [dict(call) for call in message.get("tool_calls") or ()]
+    for call in calls:
+        function = dict(call.get("function") or {})
+        if isinstance(text := function.get("arguments"), str):
+            with suppress(ValueError):
+                function["arguments"] = json.loads(text or "{}")
+        call["function"] = function
+    return plain | ({"tool_calls": calls} if calls else {})
+
+
+def _texts(message: Fields) -> list[str]:
+    """Return a message in the plain form: its header, its text and its end."""
+    functions = [call.get("function") for call in message.get("tool_calls") or ()]
+    said = str(message.get("reasoning_content") or "") + str(message["content"])
+    said += json.dumps(functions) if functions else ""
+    return [f"{HEADER}{message.get('role')}\n", said, END]
+
+
+def _cut(text: str) -> Iterable[str]:
+    return (text[start : start + PIECE] for start in range(0, len(text), PIECE))
+
+
+def _number(piece: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(piece, digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
 class Proxy:
     """ASGI application in front of the server at ``upstream``."""
 
-    def __init__(self, upstream: str, recorder: Recorder) -> None:
-        self._url, self.recorder = httpx.URL(upstream), recorder
+    def __init__(self, upstream: str, writer: TraceWriter) -> None:
+        self._url, self._writer = httpx.URL(upstream), writer
         # httpx has a pool of 100 connections by default, and further requests wait without limit.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         self._client = httpx.AsyncClient(timeout=None, limits=limits)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trace")
+
+    def finish(self) -> None:
+        """Write all exchanges, running ones too. May be called again."""
+        self._thread.shutdown()
+        self._writer.finish()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await receive()
+            async with self._client:
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+            await asyncio.to_thread(self.finish)
+            await send({"type": "lifespan.shutdown.complete"})
         elif scope["type"] == "http":
             await self._serve(scope, receive, send)
-
-    async def _live(self, receive: Receive, send: Send) -> None:
-        """Run from the startup of the server to its shutdown."""
-        await receive()
-        async with self._client:
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-        await asyncio.to_thread(self.recorder.finish)
-        await send({"type": "lifespan.shutdown.complete"})
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request, while its client is connected."""
@@ -151,9 +329,8 @@ class Proxy:
             passing.result()
 
     async def _pass_on(self, scope: Message, body: bytes, send: Send) -> None:
-        path: str = scope["path"]
-        is_recorded = scope["method"] == "POST" and path.endswith(RECORDED)
-        exchange = self.recorder.begin(path, body) if is_recorded else None
+        is_recorded = scope["method"] == "POST" and scope["path"].endswith(RECORDED)
+        exchange = self._writer.begin(body) if is_recorded else None
         try:
             answer = await self._client.send(self._request(scope, body), stream=True)
         except httpx.LocalProtocolError as error:
@@ -174,7 +351,7 @@ class Proxy:
                 await answer.aclose()
         finally:
             if exchange is not None:
-                self.recorder.end(exchange)
+                self._thread.submit(self._writer.end, exchange)
 
     def _request(self, scope: Message, body: bytes) -> httpx.Request:
         """Return the request for upstream, with path and query byte for byte.
@@ -225,8 +402,3 @@ async def _refuse(scope: Message, send: Send, status: int, message: str) -> None
 async def _client_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def create_proxy(upstream: str, writer: TraceWriter) -> Proxy:
-    """Return the application in front of the server at ``upstream``."""
-    return Proxy(upstream, Recorder(writer))
