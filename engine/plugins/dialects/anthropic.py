@@ -8,9 +8,8 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine.plugins.dialects import context_edits
 from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
-from engine.server.access import AnswerId, Tenant, new_id
+from engine.server.access import AnswerId, new_id
 from engine.server.api_errors import ANTHROPIC, APIError, request_name
 from engine.server.bodies import EventStream, named_event, to_json, unless_gone, with_pauses
 from engine.server.chat import ChatDelta, ChatSession, Finish, ask, render, settle_system
@@ -43,10 +42,9 @@ async def messages(context: ServingContext, request: Request, body: MessagesRequ
     """
     size = len(await request.body())
     tenant = context.tenant_of(request, body.cache_salt)
-    chat, applied = await _edited(context, body, size, tenant)
+    chat = await _chat_of(context, body, size)
     session = await ask(context, chat, size, tenant, AnswerId.random("msg", "_"))
-    told = {} if applied is None else {"context_management": {"applied_edits": applied}}
-    writer = _MessagesWriter(context, body, session, told)
+    writer = _MessagesWriter(context, body, session)
     if body.stream:
         name = request_name(request.scope)
 
@@ -64,56 +62,28 @@ async def count_tokens(context: ServingContext, request: Request, body: CountReq
     context.check_model(body.model)
     size = len(await request.body())
     tenant = context.tenant_of(request, body.cache_salt)
-    chat, applied = await _edited(context, body, size, tenant)
-    prompt, _ = await render(context, chat, size, tenant)
-    counts: dict[str, Any] = {"input_tokens": len(prompt.token_ids)}
-    if applied is not None:
-        cleared = sum(edit["cleared_input_tokens"] for edit in applied)
-        total = counts["input_tokens"] + cleared
-        counts["context_management"] = {"original_input_tokens": total}
+    prompt, _ = await render(context, await _chat_of(context, body, size), size, tenant)
+    counts = {"input_tokens": len(prompt.token_ids)}
     return Response(to_json(counts), media_type="application/json")
 
 
-async def _edited(
-    context: ServingContext, body: CountRequest, size: int, tenant: Tenant
-) -> tuple[ChatRequest, list[dict[str, Any]] | None]:
-    """Return the chat of ``body`` after the edits of its ``context_management``, and the entries of
-    ``applied_edits``, or None if it has none.
-
-    The chat is rendered for the edits only if they have something to clear.
-    """
-
-    async def chat_of(messages: context_edits.Messages | None) -> ChatRequest:
-        chat = await context.workers.run(size, lambda: body.as_chat(messages))
-        return settle_system(context, chat)
-
-    async def count(messages: context_edits.Messages) -> int:
-        prompt, _ = await render(context, await chat_of(messages), size, tenant)
-        return len(prompt.token_ids)
-
-    if body.context_management is None:
-        return await chat_of(None), None
-    messages = await context.workers.run(size, body.chat_messages)
-    edits = body.context_management.edits
-    messages, applied = await context_edits.apply(edits, messages, count)
-    return await chat_of(messages), applied
+async def _chat_of(context: ServingContext, body: CountRequest, size: int) -> ChatRequest:
+    chat = await context.workers.run(size, body.as_chat)
+    return settle_system(context, chat)
 
 
 class _MessagesWriter:
     """Writes one answer, as a whole or as events."""
 
     def __init__(
-        self,
-        context: ServingContext,
-        body: MessagesRequest,
-        session: ChatSession,
-        told: dict[str, Any],
+        self, context: ServingContext, body: MessagesRequest, session: ChatSession
     ) -> None:
-        """``told``: more fields of the answer."""
         self._context = context
         self._body = body
         self._session = session
-        self._told = told
+        # The answer says that no edit was applied.
+        asked = body.context_management is not None
+        self._told = {"context_management": {"applied_edits": []}} if asked else {}
         thinking = body.thinking
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engine.plugins.dialects.context_edits import ContextManagement, Messages
 from engine.requests.spec import MAX_COUNT
 from engine.server.api_errors import APIError, quoted
 from engine.server.schemas import (
@@ -261,7 +260,8 @@ class CountRequest(Strict):
     """Ignored."""
     speed: Literal["standard"] | None = None
     """Ignored."""
-    context_management: ContextManagement | None = None
+    context_management: dict[str, Any] | None = None
+    """Ignored: the answer says that no edit was applied."""
     metadata: Any = None
     """Ignored except ``session_end``, which declares that no request of the session follows."""
 
@@ -287,9 +287,9 @@ class CountRequest(Strict):
         is_marked = last is not None and getattr(last, "cache_control", None) is not None
         return is_marked or self.cache_control is not None
 
-    def chat_messages(self) -> Messages:
+    def chat_messages(self) -> list[dict[str, Any]]:
         """Return the messages of the chat request. O(blocks)."""
-        messages: Messages = []
+        messages: list[dict[str, Any]] = []
         if isinstance(self.system, str):
             messages.append({"role": "system", "content": self.system})
         elif self.system is not None:
@@ -323,11 +323,10 @@ class CountRequest(Strict):
             switches["enable_thinking"] = self.thinking.type == "enabled"
         return switches
 
-    def as_chat(self, messages: Messages | None = None) -> ChatRequest:
-        """Return the chat request, with edited ``messages`` if they are given. Raises APIError 400
-        if a field is not supported."""
+    def as_chat(self) -> ChatRequest:
+        """Return the chat request. Raises APIError 400 if a field is not supported."""
         try:
-            fields = self.fields() | {"messages": messages or self.chat_messages()}
+            fields = self.fields() | {"messages": self.chat_messages()}
             return ChatRequest.of(fields, "output_config.format")
         except ValueError as error:
             raise APIError(400, str(error), param="messages") from error

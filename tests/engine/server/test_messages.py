@@ -207,8 +207,6 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"output_config": {"effort": "none"}}, "'output_config.effort' must be 'low', 'medium'"),
     ({"service_tier": "flex"}, "'service_tier' must be 'auto' or 'standard_only'"),
     ({"thinking": {"type": "enabled", "display": "updates"}}, "'thinking.display' must be 'summarized'"),
-    ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "edit 'compact_20260112' is not"),
-    ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": 1}]}}, "keep"),
     ({"speed": "fast"}, "'speed' must be 'standard'"),
     ({"tools": [TOOLS[0] | {"defer_loading": True}]}, "defer_loading' must be"),
     (
@@ -325,94 +323,6 @@ def test_billing_header_is_not_part_of_the_prompt(serve_answer: ServeAnswer) -> 
     body = {name: ASK[name] for name in ("model", "messages")}
     count = "/v1/messages/count_tokens"
     assert live.post(count, body | only).json() == live.post(count, body).json()
-
-
-def turn(number: int, *, text: str | None = None) -> list[dict[str, Any]]:
-    """Return a question, a call, its result and the answer, with thinking."""
-    thinking = {"type": "thinking", "thinking": f"Hm {number}.", "signature": "s"}
-    call = {"type": "tool_use", "id": f"t{number}", "name": f"tool{number}", "input": {"a": "bbb"}}
-    result = {"type": "tool_result", "tool_use_id": f"t{number}", "content": f"{number}" * 40}
-    extra_text = [] if text is None else [{"type": "text", "text": text}]
-    return [
-        {"role": "user", "content": f"Question {number}?"},
-        {"role": "assistant", "content": [thinking, call]},
-        {"role": "user", "content": [result, *extra_text]},
-        {"role": "assistant", "content": [thinking, {"type": "text", "text": f"Answer {number}."}]},
-    ]
-
-
-PLAIN = """\
-{%- for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{{ m.content }}\
-{%- for c in m.tool_calls %}|{{ c.function.name }}{{ c.function.arguments }}{% endfor %}
-{% endfor %}"""
-"""Template that keeps all thinking and all results, and writes no tool definitions."""
-RESULTS = {"type": "clear_tool_uses_20250919"}
-ALL_RESULTS = RESULTS | {"trigger": {"type": "input_tokens", "value": 9}}
-THOUGHTS = {"type": "clear_thinking_20251015"}
-CLEARED = "[Old tool result content cleared]"
-EDITS: list[tuple[list[dict[str, Any]], dict[str, str], dict[str, int]]] = [
-    ([], {}, {}),
-    ([THOUGHTS | {"keep": "all"}], {}, {}),
-    ([THOUGHTS | {"keep": {"type": "all"}}], {}, {}),
-    ([THOUGHTS | {"keep": {"type": "thinking_turns", "value": 4}}], {}, {}),
-    ([THOUGHTS], {"Hm 0.": "", "Hm 1.": "", "Hm 2.": ""}, {"cleared_thinking_turns": 3}),
-    (
-        [THOUGHTS | {"keep": {"type": "thinking_turns", "value": 2}}],
-        {"Hm 0.": "", "Hm 1.": ""},
-        {"cleared_thinking_turns": 2},
-    ),
-    ([RESULTS], {}, {}),
-    ([RESULTS | {"trigger": {"type": "tool_uses", "value": 4}}], {}, {}),
-    ([ALL_RESULTS | {"clear_at_least": {"type": "input_tokens", "value": 999}}], {}, {}),
-    ([ALL_RESULTS | {"exclude_tools": ["tool0"]}], {}, {}),
-    ([ALL_RESULTS], {"0" * 40: CLEARED}, {"cleared_tool_uses": 1}),
-    ([ALL_RESULTS | {"keep": {"type": "tool_uses", "value": 5}}], {}, {}),
-    (
-        [RESULTS | {"trigger": {"type": "tool_uses", "value": 3}, "keep": {"type": "tool_uses", "value": 2}}],
-        {"0" * 40: CLEARED, "1" * 40: CLEARED},
-        {"cleared_tool_uses": 2},
-    ),
-    (
-        [ALL_RESULTS | {"keep": {"type": "tool_uses", "value": 0}, "clear_tool_inputs": ["tool1"]}],
-        {**{f"{n}" * 40: CLEARED for n in range(4)}, '"tool1", "input": {"a": "bbb"}': '"tool1", "input": {}'},
-        {"cleared_tool_uses": 4},
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("edits", "changed", "expected"), EDITS)
-def test_context_edits_equal_a_chat_with_replaced_text(
-    serve_answer: ServeAnswer,
-    edits: list[dict[str, Any]],
-    changed: dict[str, str],
-    expected: dict[str, int],
-) -> None:
-    """The edited prompt equals that of a chat with the replaced text, so it hits its cache."""
-    live = serve_answer("Dry.", PLAIN)
-    chat = [*turn(0), *turn(1, text="By the way."), *turn(2), *turn(3), *ASK["messages"]]
-    text = json.dumps(chat)
-    for old, new in changed.items():
-        assert old in text
-        text = text.replace(old, new)
-    salt = {"cache_salt": str(edits)}
-    whole = message(live, messages=chat, cache_salt="whole")["usage"]
-    plain = message(live, messages=json.loads(text), **salt)
-    assert "context_management" not in plain
-    options = salt | {"messages": chat, "context_management": {"edits": edits}}
-    answer = message(live, **options)
-    size = num_input(answer["usage"])
-    assert size == num_input(plain["usage"])
-    assert answer["usage"]["cache_read_input_tokens"] >= (size - 1) // 64 * 64 >= 384
-
-    applied = answer["context_management"]["applied_edits"]
-    counts = {name: value for edit in applied for name, value in edit.items() if name != "type"}
-    assert counts.pop("cleared_input_tokens", 0) == num_input(whole) - size
-    assert counts == expected
-    last = next(event for event in events(live, **options) if event["type"] == "message_delta")
-    assert last["context_management"] == answer["context_management"]
-    counted = live.post("/v1/messages/count_tokens", {"model": "builtin"} | options).json()
-    original = {"original_input_tokens": num_input(whole)}
-    assert counted == {"input_tokens": size, "context_management": original}
 
 
 def num_input(usage: dict[str, int]) -> int:
