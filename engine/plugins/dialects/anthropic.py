@@ -83,7 +83,7 @@ class _MessagesWriter:
         self._session = session
         # The answer says that no edit was applied.
         asked = body.context_management is not None
-        self._told = {"context_management": {"applied_edits": []}} if asked else {}
+        self._told: dict[str, Any] = {"context_management": {"applied_edits": []}} if asked else {}
         thinking = body.thinking
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
 

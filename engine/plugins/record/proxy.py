@@ -134,7 +134,8 @@ class TraceWriter:
 
     def _line_of(self, exchange: Exchange) -> bytes | None:
         if exchange.status is None:
-            return self._skip("requests without an answer are not written")
+            self._skip("requests without an answer are not written")
+            return None
         if exchange.status != 200:
             return None
         try:
@@ -142,7 +143,8 @@ class TraceWriter:
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
-            return self._skip("bodies that are not JSON objects are not written")
+            self._skip("bodies that are not JSON objects are not written")
+            return None
         answer = read_answer(b"".join(exchange.pieces))
         ids, boundaries = self._prompt(body)
         output = self._ids(_texts(_message(answer))[1:])
