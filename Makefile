@@ -82,7 +82,7 @@ tiers: install  ## kill the writer of a disk store 200 times; measure restarts, 
 stress: install  ## run ten million random operations on the cache and check its invariants
 	$(BIN)/python -m experiments.system.stress_tree
 
-attack: install  ## compare cache, engine, server and files with reference models under random load (nine minutes)
+attack: install  ## compare cache, engine and server with reference models under random load (nine minutes)
 	$(BIN)/python -m experiments.system.attack
 
 # Installed outside .venv, so that their dependencies cannot change it. litellm and instructor require versions (of certifi,

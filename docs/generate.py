@@ -438,7 +438,7 @@ def _others(page: str) -> list[str]:
 
 
 OF_FILES = {"RadixTree", "ItemBytes"}
-"""Types that only the readers of snapshots and warm states pass to the cache."""
+"""Types that only the readers of warm states pass to the cache."""
 
 
 PARTS: dict[str, Callable[[], str]] = {

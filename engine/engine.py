@@ -569,7 +569,7 @@ class Engine:
     def outline(self, max_nodes: int = 40) -> str:
         """Render the cache's tree as text, one line per node, without tokens. Empty if there is no
         cache."""
-        return self._cache.render("text", max_nodes)
+        return self._cache.render(max_nodes)
 
     def cache_view(self) -> dict[str, Any]:
         """Return ``report`` as plain data, with an outline of the tree."""

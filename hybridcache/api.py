@@ -19,7 +19,6 @@ Counters. Each prompt token is a hit or a loss with one cause (``Losses``), coun
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -176,8 +175,8 @@ class Eviction(NamedTuple):
 
 
 MAX_NAMESPACES = 1024
-"""Number of namespaces that are counted separately. The counts of others are added to
-``CacheStats.folded``."""
+"""Number of namespaces that are counted separately, the first ones. Requests of all others are
+counted in ``CacheStats.others``."""
 
 
 class Usage:
@@ -299,11 +298,10 @@ class CacheStats:
     """
 
     def __init__(self) -> None:
-        self.by_namespace: OrderedDict[Hashable, Usage] = OrderedDict()
-        """Counters of each namespace, at most 1,024 of them."""
-        self._known_requests: dict[Hashable, int] = {}
-        self.folded = Usage()
-        """Sum over the namespaces that are no longer counted separately."""
+        self.by_namespace: dict[Hashable, Usage] = {}
+        """Counters of each namespace, at most ``MAX_NAMESPACES`` of them."""
+        self.others = Usage()
+        """Sum over the namespaces that are not counted separately."""
         self.inserted_tokens = 0
         """Number of KV rows that entered the cache."""
         self.inserted_slots = 0
@@ -328,28 +326,16 @@ class CacheStats:
         """Count one request. O(1)."""
         usage = self.by_namespace.get(match.namespace)
         if usage is None:
-            usage = self._open(match.namespace)
+            usage = self.others
+            if len(self.by_namespace) < MAX_NAMESPACES:
+                usage = self.by_namespace[match.namespace] = Usage()
         usage.record(match)
-
-    def _open(self, namespace: Hashable) -> Usage:
-        """Start the counters of ``namespace``. Amortised O(1)."""
-        # A second chance for each that came again since it was looked at, as in CLOCK: a use costs
-        # nothing for it.
-        while len(self.by_namespace) >= MAX_NAMESPACES:
-            oldest, usage = self.by_namespace.popitem(last=False)
-            if usage.requests > self._known_requests.pop(oldest, 1):
-                self._known_requests[oldest] = usage.requests
-                self.by_namespace[oldest] = usage
-            else:
-                self.folded.merge(usage)
-        usage = self.by_namespace[namespace] = Usage()
-        return usage
 
     @property
     def total(self) -> Usage:
         """Sum over all namespaces. O(namespaces)."""
         total = Usage()
-        for usage in (self.folded, *self.by_namespace.values()):
+        for usage in (self.others, *self.by_namespace.values()):
             total.merge(usage)
         return total
 
@@ -790,8 +776,8 @@ class PrefixCache(Protocol):
         """Stop notifying ``listener``."""
         ...
 
-    def render(self, form: str = "text", max_nodes: int = 1000) -> str:
-        """Draw the cached prefixes as ``text``, ``graphviz`` or ``svg``. O(nodes drawn)."""
+    def render(self, max_nodes: int = 1000) -> str:
+        """Draw the cached prefixes as text. O(nodes drawn)."""
         ...
 
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:

@@ -64,9 +64,6 @@ EVICTED = (
     "eviction"
 )
 
-FORMS = ("text", "graphviz", "svg")
-"""Formats of ``render``."""
-
 
 def own(node: NodeHandle | None) -> RadixNode | None:
     """Return the tree's node in which ``node`` ends. Raises ValueError for another object."""
@@ -567,11 +564,8 @@ class HybridRadixCache:
             raise ValueError("this listener is not subscribed")
         self._residency.listener = joined(tuple(one for one in members if one is not listener))
 
-    def render(self, form: str = "text", max_nodes: int = 1000) -> str:
-        """Draw the tree as ``text``, ``graphviz`` or ``svg``. O(nodes drawn).
-
-        Raises:
-            ValueError: ``form`` is unknown.
+    def render(self, max_nodes: int = 1000) -> str:
+        """Draw the tree as text, one line per node. O(nodes drawn).
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -581,13 +575,10 @@ class HybridRadixCache:
         namespace 'tenant'
         `- 0..3
         """
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)} (got {form!r})")
         # Not at the top: few processes ever draw, and all import this file.
-        from hybridcache.watch.drawing import render_graphviz, render_svg, render_text
+        from hybridcache.watch.drawing import render_text
 
-        draw = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}[form]
-        return draw(self._tree, max_nodes)
+        return render_text(self._tree, max_nodes)
 
     @property
     def cached_tokens(self) -> int:

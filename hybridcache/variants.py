@@ -562,7 +562,7 @@ class NullCache(PrefixCache):
     def unsubscribe(self, listener: Listener) -> None:
         return None
 
-    def render(self, form: str = "text", max_nodes: int = 1000) -> str:
+    def render(self, max_nodes: int = 1000) -> str:
         """There is no tree: the empty picture."""
         return ""
 

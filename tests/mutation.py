@@ -55,7 +55,7 @@ GROUPS = {
         ),
         (
             *("tests/allocators", "tests/radix", "tests/cache"),
-            *("tests/export/test_snapshot.py", "tests/export/test_events.py"),
+            "tests/export/test_events.py",
             "tests/policies/test_ghosts_above.py",
         ),
     ),

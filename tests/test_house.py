@@ -374,7 +374,7 @@ def test_private_accesses_finds_private_attributes() -> None:
 
 @pytest.mark.parametrize("folder", ADAPTERS)
 def test_adapters_use_only_public_names_of_the_cache(folder: str) -> None:
-    """The SGLang adapter, snapshots and the engine need no access that other users lack."""
+    """The SGLang adapter and the engine need no access that other users lack."""
     core = {"_residency", "_tree", "_pages", "_slots", "_gathered", "_step", "_rows", "_plan"}
     found = {
         str(file.relative_to(ROOT)): [
@@ -390,7 +390,6 @@ def test_adapters_use_only_public_names_of_the_cache(folder: str) -> None:
 READERS = (
     "hybridcache/tokens.py",
     "hybridcache/policies/memory.py",
-    "hybridcache/export/snapshot_file.py",
     "hybridcache/export/namespaces.py",
     "hybridcache/export/mirror.py",
     "hybridcache/lab/trace.py",
@@ -407,7 +406,7 @@ def test_readers_of_external_data_contain_no_assert() -> None:
     files = [*(ROOT / name for name in READERS), *files_of("hybridcache/lab/traces")]
     found = {str(file): lines for file in files if (lines := asserts_in(parsed(file)))}
     assert found == {}
-    for name in ("snapshot", "warm_state"):  # functions that write may assert invariants
+    for name in ("warm_state",):  # functions that write may assert invariants
         reading = [
             node
             for node in statements(parsed(ROOT / "hybridcache/export" / f"{name}.py"))

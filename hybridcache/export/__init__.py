@@ -1,1 +1,1 @@
-"""Data that leaves the process: events, mirrors that follow them, block hashes and snapshots."""
+"""Data that leaves the process: events and mirrors that follow them."""

@@ -179,10 +179,8 @@ class EvictionPolicy(ABC):
         """Record a ghost hit: a request would have resumed from ``item``, an evicted checkpoint.
 
         Called at most once per request, with the deepest such checkpoint on its path. ``item`` has
-        its values at eviction, including ``memo``. Two kinds of files restore items in a new
-        process. A snapshot (``hybridcache.export.snapshot``) has no ``memo``. A warm state
-        (``hybridcache.export.warm_state``) has the ``memo`` of built-in learning policies only. All
-        other items from files have None.
+        its values at eviction, including ``memo``. Items that a file restored in a new process
+        (``hybridcache.export.warm_state``) have the ``memo`` of built-in learning policies only.
         """
 
     def on_ghost_hit_above(self, item: Item) -> None:  # noqa: B027

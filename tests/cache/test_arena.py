@@ -1,4 +1,4 @@
-"""Cache on an arena: snapshots, events, and leases with moving rows."""
+"""Cache on an arena: events, and leases with moving rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 from hybridcache.allocators.moves import Move
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.events import EventStream
-from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
@@ -58,34 +57,6 @@ def prompts(seed: int, num_requests: int) -> list[Tokens]:
         )
         for _ in range(num_requests)
     ]
-
-
-def test_a_loaded_arena_continues_like_the_saved_one(tmp_path):
-    # Snapshots do not contain learned policy state, so use LRU, which has none.
-    cache, loaded = arena_cache(eviction="lru"), arena_cache(eviction="lru")
-    for tokens in prompts(1, 60):
-        serve(cache, tokens)
-    save_snapshot(cache, tmp_path / "cache.npz")
-    load_snapshot(loaded, tmp_path / "cache.npz")
-    loaded.check(held_tokens=0, held_slots=0)
-    loaded.arena.num_moves = 0
-    later = prompts(1, 90)[60:]
-    assert [serve(loaded, tokens) for tokens in later] == [serve(cache, tokens) for tokens in later]
-    assert loaded.arena.num_moves > 0
-
-
-def test_a_snapshot_whose_slots_overlap_its_rows_is_refused(tmp_path):
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=GRID))
-    for tokens in prompts(1, 4):
-        serve(cache, tokens)
-    assert cache.num_checkpoints == 3
-    save_snapshot(cache, tmp_path / "cache.npz")
-    loaded = arena_cache()
-    with pytest.raises(ValueError, match="slots asked for that are not free"):
-        load_snapshot(loaded, tmp_path / "cache.npz")
-    loaded.check(held_tokens=0, held_slots=0)
-    assert loaded.num_nodes == 0 and loaded.free_tokens == 200
-    assert loaded.allocate_slot() is not None
 
 
 def test_an_arena_sends_the_same_events_as_a_budget():

@@ -55,9 +55,9 @@ def test_a_continuation_follows_an_inserted_text_and_changes_nothing(
         insert(cache, tokens)
     if evicted:
         cache.evict(num_tokens=7)
-    ids, before = np.array(prompt, np.int32), cache.render("text")
+    ids, before = np.array(prompt, np.int32), cache.render()
     found = cache.continuation(ids, max_tokens).tolist()
-    assert cache.render("text") == before
+    assert cache.render() == before
     whole = [tokens[: len(tokens) - len(tokens) % page_size] for tokens in inserted]
     longer = [t for t in whole if t[: len(prompt)] == prompt and len(t) > len(prompt)]
     assert bool(found) == bool(longer)

@@ -162,7 +162,7 @@ def test_namespaces_past_the_limit_are_counted_together():
         cache.touch(cache.match(ids("hello"), number))
     assert len(cache.stats.by_namespace) == MAX_NAMESPACES
     assert cache.stats.total.requests == MAX_NAMESPACES + 100
-    assert cache.stats.folded.requests == 100
+    assert cache.stats.others.requests == 100
 
 
 def test_a_namespace_in_use_keeps_its_own_counters():

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from experiments.system.faults.__main__ import live_faults
-from experiments.system.faults.files import damaged, full_disk
 
 
 @pytest.mark.full
@@ -17,11 +16,3 @@ def test_server_survives_killed_clients_and_a_step_without_memory() -> None:
     records = list(live_faults(names))
     assert [record["fault"] for record in records] == list(names)
     assert all(record["memory"]["held"] == 0 < record["memory"]["free"] for record in records)
-
-
-def test_full_disk_leaves_the_last_snapshot(tmp_path: Path) -> None:
-    full_disk(tmp_path)
-
-
-def test_damaged_snapshots_are_rejected_or_load_correctly(tmp_path: Path) -> None:
-    assert damaged(tmp_path, 24) >= 12

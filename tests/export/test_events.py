@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.export.blocks import BlockEvents
 from hybridcache.export.events import (
     Batches,
     CheckpointRemoved,
@@ -30,7 +29,6 @@ from tests.cache.serving import (
     serve,
     traffic,
 )
-from tests.export.event_truth import BlockFollower, blocks_of
 
 
 def play(cache, num_requests, seed=0, step=1):
@@ -343,29 +341,6 @@ def test_unknown_encodings_are_rejected():
         decode(b"", "xml")
     with pytest.raises(ValueError, match="json or msgpack"):
         Batches("xml")
-
-
-@pytest.mark.full("16")
-@pytest.mark.parametrize("block_size", [1, 16, 64])
-def test_blocks_are_the_resident_prefixes_at_multiples_of_the_block(block_size):
-    cache, follower = hybrid(), BlockFollower()
-    cache.subscribe(EventStream(BlockEvents(block_size, follower)))
-    play(cache, 150)
-    assert (follower.blocks, follower.states) == blocks_of(cache, block_size)
-    assert follower.blocks and follower.states
-
-
-def test_shared_block_is_stored_once_and_removed_with_its_last_prompt():
-    cache, follower = hybrid(page_size=64), BlockFollower()
-    cache.subscribe(EventStream(BlockEvents(16, follower)))
-    shared = range(100)
-    for suffix in ("one", "two"):
-        serve(cache, ids(shared, suffix * 40), [64, 128, 192])
-    assert (follower.blocks, follower.states) == blocks_of(cache, 16)
-    assert len(follower.blocks) == 12 + 6, "two chains of 12 blocks share 6"
-    while cache.evict(num_tokens=1).num_tokens:
-        assert (follower.blocks, follower.states) == blocks_of(cache, 16)
-    assert not follower.blocks and not follower.states
 
 
 def test_mirror_of_an_attention_only_cache_matches_at_the_grid() -> None:

@@ -1,21 +1,14 @@
-"""State machine: event subscribers and loaded snapshots always have the contents of the cache."""
+"""State machine: event subscribers always have the contents of the cache."""
 
 from __future__ import annotations
-
-import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.export.blocks import BlockEvents
 from hybridcache.export.events import Batches, EventStream, decode
 from hybridcache.export.mirror import Mirror, segments_of
-from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from tests.cache.serving import hybrid
-from tests.export.event_truth import BlockFollower, blocks_of
 
 INDEX = st.integers(0, 1000)
 PREFIX_LEN = st.integers(0, 20)
@@ -24,7 +17,7 @@ MORE = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 
 
 class EventsMachine(RuleBasedStateMachine):
-    """One cache, its subscribers, and copies made from snapshots."""
+    """One cache and its subscribers."""
 
     @initialize(
         page_size=st.sampled_from([1, 3]),
@@ -43,7 +36,6 @@ class EventsMachine(RuleBasedStateMachine):
         }
         self.step = max(page_size, grid)
         self.form = form
-        self.folder = Path(tempfile.mkdtemp())
         self.cache = hybrid(**self.options)
         self.receipts = []
         self.prompts = {}
@@ -52,8 +44,8 @@ class EventsMachine(RuleBasedStateMachine):
     def watch(self):
         """Create all subscribers. They first receive the current contents."""
         self.mirror, self.remote = (Mirror(self.options["page_size"]) for _ in range(2))
-        self.batches, self.blocks = Batches(self.form), BlockFollower()
-        sinks = (self.mirror.apply, self.batches, BlockEvents(4, self.blocks))
+        self.batches = Batches(self.form)
+        sinks = (self.mirror.apply, self.batches)
         self.streams = [EventStream(sink) for sink in sinks]
         for stream in self.streams:
             self.cache.subscribe(stream)
@@ -128,46 +120,14 @@ class EventsMachine(RuleBasedStateMachine):
             self.cache.unsubscribe(stream)
         self.watch()
 
-    @rule(moves=st.booleans())
-    def copy(self, moves):
-        """Save, load into a cache with subscribers, and continue with the copy if ``moves``."""
-        path = self.folder / "saved"
-        save_snapshot(self.cache, path)
-        loaded, mirror, blocks = (
-            hybrid(**self.options),
-            Mirror(self.options["page_size"]),
-            BlockFollower(),
-        )
-        loaded.subscribe(EventStream(mirror.apply))
-        loaded.subscribe(EventStream(BlockEvents(4, blocks)))
-        load_snapshot(loaded, path)
-        loaded.check(held_tokens=0, held_slots=0)
-        assert mirror.segments() == self.mirror.segments()
-        assert (blocks.blocks, blocks.states) == (self.blocks.blocks, self.blocks.states)
-        while moves and self.receipts:
-            self.cache.unlock(self.receipts.pop())
-        if not self.receipts:
-            assert loaded.render() == self.cache.render()
-        save_snapshot(loaded, self.folder / "again")
-        with np.load(path) as first, np.load(self.folder / "again") as second:
-            assert all((first[name] == second[name]).all() for name in first.files)
-        if moves:
-            self.cache = loaded
-            self.watch()
-
     @invariant()
     def subscribers_are_up_to_date(self):
         if hasattr(self, "cache"):
             self.cache.check(held_tokens=0, held_slots=0)
             assert self.mirror.segments() == segments_of(self.cache._tree.nodes())
-            assert (self.blocks.blocks, self.blocks.states) == blocks_of(self.cache, 4)
             stats = self.cache.stats
             assert stats.inserted_tokens - stats.evicted_tokens == self.cache.cached_tokens
             assert stats.inserted_slots - stats.evicted_slots == self.cache.num_checkpoints
-
-    def teardown(self):
-        if hasattr(self, "folder"):
-            shutil.rmtree(self.folder)
 
 
 TestEvents = EventsMachine.TestCase

@@ -220,7 +220,6 @@ def test_invalid_closed_loop_options_give_one_line(
         (["simulate", "--trace", "chat", "--gib", "1,0,2"], "gib '1,0,2': GiB above 0"),
         (["optimum", "--trace", "chat", "--gib", "1,-3"], "are needed (-3 is not)"),
         (["simulate", "--trace", "chat", "--figure", f"{SAMPLE}/f.png"], f"{SAMPLE}: File exists"),
-        (["simulate", "--trace", "chat", "--page", "log.csv"], "name an .html file"),
         (["simulate", "--trace", "chat", "--figure-size", "3x2"], "name its file with --figure"),
         (["optimum", "--trace", "chat", "--no-figure-notes"], "--no-figure-notes is about a fig"),
         (
@@ -553,11 +552,10 @@ def test_folders_of_output_and_figures_are_created(
     paths = [
         tmp_path / "a" / "b" / "runs.jsonl",
         tmp_path / "c" / "f.png",
-        tmp_path / "d" / "p.html",
     ]
     files = [
         word
-        for flag, path in zip(("--output", "--figure", "--page"), paths, strict=True)
+        for flag, path in zip(("--output", "--figure"), paths, strict=True)
         for word in (flag, str(path))
     ]
     code, _, error = run(capsys, "simulate", "--trace", "short?head=5", "--gib", "1", *files)

@@ -74,7 +74,7 @@ def test_a_locked_loser_of_a_duel_does_not_promote_the_winner() -> None:
 
 @pytest.mark.parametrize("eviction", sorted(EVICTION))
 def test_a_ghost_without_a_memo_is_accepted(eviction: str) -> None:
-    """Ghosts of a loaded snapshot have no memo of the policy."""
+    """Ghosts of a loaded file have no memo of the policy."""
     policy = make_eviction(eviction)()
     policy.on_ghost_hit(FakeItem("ghost"))
     new = FakeItem("new", created=1, last_used=1)

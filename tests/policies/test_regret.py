@@ -311,7 +311,7 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     survival = policy.hazards
     uses = [survival.num_uses(item.memo.cell // NUM_BINS) for item in (shared, behind, tip)]
     assert uses == [1, 0, 1]
-    policy.on_ghost_hit_above(FakeItem("from a snapshot"))
+    policy.on_ghost_hit_above(FakeItem("from a file"))
     open_stages = len(survival._places)
     assert open_stages == 0, "stages remain open after their use"
 

@@ -111,7 +111,7 @@ class Watch:
         engine = self._engine
         stats = engine.cache.stats
         counted = sum(usage.requests for usage in stats.by_namespace.values())
-        return ["time", round(engine.clock(), 4), counted + stats.folded.requests]
+        return ["time", round(engine.clock(), 4), counted + stats.others.requests]
 
     def _meta(self) -> dict[str, Any]:
         engine = self._engine

@@ -1,1 +1,1 @@
-"""Random attacks on cache, engine, server and files, each with a reference model or client."""
+"""Random attacks on cache, engine and server, each with a reference model or client."""

@@ -1,7 +1,7 @@
-"""Attack cache, engine, server and files, each with its own reference model or client.
+"""Attack cache, engine and server, each with its own reference model or client.
 
     python -m experiments.system.attack --minutes 10
-    python -m experiments.system.attack --only files --seed 7
+    python -m experiments.system.attack --only cache --seed 7
 
 A violation ends the run, with the part and the seed that reproduce it.
 """
@@ -10,31 +10,19 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 from experiments.provenance import RESULTS, write_json_lines
-from experiments.system.attack import bodies, cache, churn, snapshots
+from experiments.system.attack import bodies, cache, churn
 from hybridcache.lab.parser import Parser
 
 Part = Callable[[int, float], dict[str, int]]
 
 
-def files(seed: int, seconds: float) -> dict[str, int]:
-    """Load changed snapshots of one cache after another."""
-    deadline, found, caches = time.monotonic() + seconds, {"refused": 0, "loaded": 0}, 0
-    while time.monotonic() < deadline:
-        outcomes = snapshots.attack(seed + caches, 1, 60)
-        found = {outcome: found[outcome] + outcomes[outcome] for outcome in found}
-        caches += 1
-    return {"caches": caches} | found
-
-
 PARTS: dict[str, tuple[Part, float]] = {
-    "cache": (cache.attack, 0.35),
-    "churn": (churn.attack, 0.25),
+    "cache": (cache.attack, 0.45),
+    "churn": (churn.attack, 0.35),
     "bodies": (bodies.attack, 0.2),
-    "files": (files, 0.2),
 }
 """Parts by name, each with its share of the time."""
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.faults.ends import ENDS
-from experiments.system.faults.files import damaged, full_disk
 from experiments.system.faults.live import LIVE
 from experiments.system.faults.server import Broken, broken_server, memory_of
 from hybridcache.lab.parser import Parser
@@ -78,14 +77,6 @@ def ending_faults(names: Sequence[str] = tuple(ENDS)) -> Iterator[dict[str, Any]
             yield {"fault": name, "seconds": seconds, "memory": memory}
 
 
-def file_faults() -> Iterator[dict[str, Any]]:
-    """Yield one record per kind of damaged file."""
-    with tempfile.TemporaryDirectory() as folder:
-        full_disk(Path(folder))
-        yield {"fault": "a full disk for a snapshot"}
-        yield {"fault": "damaged snapshots", "files": 200, "refused": damaged(Path(folder), 200)}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m experiments.system.faults", description=(__doc__ or "").split("\n")[0]
@@ -93,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "faults.jsonl")
     options = parser.parse_args(arguments)
     records = []
-    for kind in (file_faults, live_faults, ending_faults):
+    for kind in (live_faults, ending_faults):
         for record in kind():
             print(
                 record["fault"], "survived", *(f"{record.get('seconds', '')}".split()), flush=True

@@ -25,7 +25,6 @@ from hybridcache.lab.defaults import GIB_SPEC
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
     from hybridcache.lab.simulation.simulate import SimulationResult
-    from hybridcache.lab.trace import Trace
 
 
 def add_simulate(commands: Commands) -> None:
@@ -86,7 +85,6 @@ def add_simulate(commands: Commands) -> None:
         action="store_true",
         help="also print hit rates by prompt length and by turn of the session",
     )
-    add("--page", type=Path, help="HTML file to write: the runs side by side, over time")
     share(group, "--skip-bad", "--ray")
     group = parser.add_argument_group("memory and machine")
     add = group.add_argument
@@ -191,7 +189,6 @@ ALONE = {
     "--disk-gib": 0.0,
     "--host-gb-s": None,
     "--disk-gb-s": None,
-    "--page": None,
 }
 """Options without a meaning for fleets, and their defaults."""
 
@@ -261,18 +258,10 @@ def _simulate(options: argparse.Namespace) -> int:
     if "optimum" in metrics and not known:
         raise ValueError("--metric optimum needs a plan: add --optimum")
     check_figure(options)
-    if options.page and len(options.trace) > 1:
-        raise ValueError("--page shows the runs of one trace: name one")
-    if options.page:
-        if options.page.suffix != ".html":
-            raise ValueError(f"--page {options.page}: name an .html file")
-        options.page.parent.mkdir(parents=True, exist_ok=True)
     results: list[SimulationResult] = []
     drawn: list[Path] = []
     for spec in options.trace:
         trace = opened(spec, options)
-        if options.page:
-            _write_page(trace, options)
         result = simulate(
             trace,
             **_asked(options),
@@ -294,8 +283,6 @@ def _simulate(options: argparse.Namespace) -> int:
             print(bins_table(result.runs, "turn"), end="\n\n")
     for path in drawn:
         print(f"figure: {path}")
-    if options.page:
-        print(f"page: {options.page}")
     return 0
 
 
@@ -323,13 +310,6 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoints": options.checkpoints or DEFAULT_PLACEMENT,
         "baseline": split(options.baseline),
     }
-
-
-def _write_page(trace: Trace, options: argparse.Namespace) -> None:
-    from hybridcache.lab.recording import page_of
-    from hybridcache.lab.simulation.simulate import Sweep
-
-    options.page.write_text(page_of(trace, Sweep(**_asked(options))), encoding="utf-8")
 
 
 def _draw(

@@ -226,7 +226,6 @@ def test_command_prints_a_table_and_writes_lines(
                 ("--disk-gib", "1"),
                 ("--host-gb-s", "50"),
                 ("--disk-gb-s", "6"),
-                ("--page", "p.html"),
             )
         ),
         (["--replicas", "2", "--load", "0"], "load must be above 0"),
