@@ -12,7 +12,6 @@ from engine.interfaces import Plugin, Runner, TokenSampler
 from engine.requests.logit_rules import GrammarCompiler
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig
-from hybridcache.export.lease_log import LeaseLog
 from hybridcache.policies.registry import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
@@ -92,7 +91,6 @@ def make_manager(
     config: EngineConfig,
     cache: PrefixCache,
     memory: MemorySizes,
-    log: LeaseLog | None,
     options: Mapping[str, Any],
 ) -> CacheManager:
     """Make the manager of the requests' leases on ``cache``. ``options`` come from plugins."""
@@ -103,7 +101,6 @@ def make_manager(
         num_rows=config.max_running,
         stateful=memory.is_stateful,
         exact=config.exact,
-        log=log,
         owns_states=memory.owns_states,
         **options,
     )

@@ -38,7 +38,6 @@ from engine.schedule.scheduler import Scheduler
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.api import PrefixCache
 from hybridcache.config import build_prefix_cache
-from hybridcache.export.lease_log import LeaseLog
 from hybridcache.policies.registry import make_admission, parse_placement
 
 if TYPE_CHECKING:
@@ -65,7 +64,6 @@ class Engine:
         sampler: TokenSampler | None = None,
         tokenizer: Tokenizer | None = None,
         observer: Observer | None = None,
-        log: LeaseLog | None = None,
         drafting: DraftPlanner | None = None,
         fetcher: Fetcher | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -73,7 +71,7 @@ class Engine:
         """Load the model that ``config`` names, or serve with the given ``runner``, ``sampler`` and
         ``tokenizer``.
 
-        ``observer`` is notified of every step, ``log`` records every lease. ``drafting`` replaces
+        ``observer`` is notified of every step. ``drafting`` replaces
         the planner of ``config.draft``; ``fetcher`` loads prefixes that the cache lacks. Raises
         ConfigError for settings that contradict each other, and ValueError if loading fails.
         """
@@ -102,7 +100,6 @@ class Engine:
         self.sampling_defaults = self._intake.sampling_defaults
         self._sampler = sampler
         self._observer = observer
-        self._log = log
         self.clock = clock
         self.recent = RecentRequests()
         fetching = self._make_scheduler(plugins, drafting, fetcher)
@@ -140,7 +137,7 @@ class Engine:
         options: dict[str, Any] = {}
         for plugin in plugins:
             options |= plugin.open_cache(cache, runner, self.tokenizer)
-        self._manager = manager = make_manager(config, cache, runner.memory, self._log, options)
+        self._manager = manager = make_manager(config, cache, runner.memory, options)
         for plugin in plugins:
             found = plugin.open_manager(manager, runner)
             fetcher = found if fetcher is None else fetcher
@@ -548,8 +545,6 @@ class Engine:
         self._cache.reset()
         if self._drafting is not None:
             self._drafting.reset()
-        if self._log is not None:
-            self._log.reset()
         for hooks in self._hooks:
             hooks.on_cache_emptied(was_lost=was_lost)
 

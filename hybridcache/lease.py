@@ -14,8 +14,6 @@ Life of a lease:
 
 A call that breaks these rules raises ValueError, RuntimeError if a step plan was not carried out,
 or TypeError for a wrong type. Nothing is changed.
-
-``hybridcache.export.lease_log`` records the calls of all leases of one cache and repeats them.
 """
 
 from __future__ import annotations

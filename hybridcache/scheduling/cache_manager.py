@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from math import lcm
-from typing import Any
 
 import numpy as np
 
 from hybridcache.allocators.moves import NOTHING_DUE, RowWrite, StepPlan
 from hybridcache.api import PrefixCache, PrefixMatch
 from hybridcache.export.arrival import Arrival
-from hybridcache.export.lease_log import LeaseLog
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import FetchRule, Prefill
@@ -43,7 +41,6 @@ class CacheManager:
         num_rows: int,
         stateful: bool,
         exact: bool = False,
-        log: LeaseLog | None = None,
         owns_states: bool = False,
         exchange: FetchRule | None = None,
         after_reading: FetchRule | None = None,
@@ -56,7 +53,6 @@ class CacheManager:
             num_rows: rows of the request table: most running requests.
             stateful: False if the model is attention-only.
             exact: True to publish prefilled tokens only.
-            log: record of all leases, or None.
             owns_states: True if the state of a request has the slot number of its row, outside the
                 memory of the cache.
             exchange: decides which offloaded prefixes to load; None to load nothing.
@@ -71,7 +67,6 @@ class CacheManager:
         self._exchange = exchange
         self._after_reading = after_reading
         self._publishing = publishing
-        self._log = log
         self.checkpoint_grid = lcm(cache.grid, cache.page_size)
         """Checkpoints are saved at multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
@@ -100,8 +95,6 @@ class CacheManager:
         )
         exchange = self._after_reading if request.fetched_len else self._exchange
         lease = Lease.begin(self.cache, self.placement, asked, exchange)
-        if self._log is not None:
-            self._log.begin(lease, asked)
         if lease is None:
             return False
         for position in request.save_at:
@@ -122,13 +115,8 @@ class CacheManager:
         if to_len <= before:
             return True
         ahead = max(to_len, min(before + DECODE_PIECE, request.max_len))
-        to_len = ahead if not request.is_prefilling and self._extend(lease, ahead) else to_len
-        return lease.extended_len >= to_len or self._extend(lease, to_len)
-
-    def _extend(self, lease: Lease, to_len: int) -> bool:
-        extended = lease.extend(to_len)
-        self._record("extend", lease, (to_len,), extended)
-        return extended
+        to_len = ahead if not request.is_prefilling and lease.extend(ahead) else to_len
+        return lease.extended_len >= to_len or lease.extend(to_len)
 
     def take_checkpoint_slots(
         self, request: ScheduledRequest, end: int
@@ -143,18 +131,13 @@ class CacheManager:
             if not num_slots:
                 return None
             num_wanted = lease.reserve_checkpoint_slots(*span, num_slots)
-            self._record("reserve_checkpoint_slots", lease, (*span, num_slots), num_wanted)
-        exports = lease.take_checkpoint_slots(*span)
-        self._record("take_checkpoint_slots", lease, span, exports)
-        return exports
+        return lease.take_checkpoint_slots(*span)
 
     def roll_back(self, request: ScheduledRequest) -> None:
         """Discard the work of the last step at and after ``computed_len``."""
         lease, _ = request.claims
         # The runner writes checkpoints after acceptance, up to computed_len.
-        undone = request.computed_len, True
-        lease.roll_back(*undone)
-        self._record("roll_back", lease, undone)
+        lease.roll_back(request.computed_len, True)
 
     @property
     def must_wait_for_slab(self) -> bool:
@@ -212,14 +195,12 @@ class CacheManager:
         """Also save a checkpoint at ``position``, where another request will branch off."""
         lease, _ = request.claims
         lease.plan_checkpoint(position, "branch")
-        self._record("plan_checkpoint", lease, (position, "branch"))
 
     def publish(self, request: ScheduledRequest) -> None:
         """Publish the computed part of ``request`` in the tree."""
         lease, _ = request.claims
         with self._publishing():
             lease.publish(request.tokens, request.computed_len)
-        self._record("publish", lease, (request.tokens, request.computed_len))
 
     def finish(self, request: ScheduledRequest) -> None:
         """End the lease of a finished request and publish everything computed. The state is not
@@ -227,9 +208,7 @@ class CacheManager:
         lease, _ = request.claims
         is_state_final = request.scheduled_len == request.computed_len
         with self._publishing():
-            end = request.tokens, request.computed_len, is_state_final, request.stop_reason
-            lease.finish(*end)
-        self._record("finish", lease, end)
+            lease.finish(request.tokens, request.computed_len, is_state_final, request.stop_reason)
         self._release(request)
 
     def preempt(self, request: ScheduledRequest) -> None:
@@ -238,7 +217,6 @@ class CacheManager:
         lease, _ = request.claims
         with self._publishing():
             lease.preempt(request.tokens, request.computed_len)
-        self._record("preempt", lease, (request.tokens, request.computed_len))
         self._release(request)
         request.computed_len = request.scheduled_len = 0
         request.num_preemptions += 1
@@ -247,14 +225,7 @@ class CacheManager:
         """End a lease at once and free everything that was not published."""
         lease, _ = request.claims
         lease.abort()
-        self._record("abort", lease)
         self._release(request)
-
-    def _record(
-        self, verb: str, lease: Lease, arguments: tuple[Any, ...] = (), result: Any = None
-    ) -> None:
-        if self._log is not None:
-            self._log.record(verb, lease, arguments, result)
 
     def _release(self, request: ScheduledRequest) -> None:
         lease, row = request.claims

@@ -10,12 +10,12 @@ import pytest
 from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.export.lease_log import LeaseLog, replay
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out
+from tests.lease_log import LeaseLog, logged_lease, replay
 
 
 def make_cache(kind: str = "hybrid", kv_tokens: int = 1024, slots: int = 8, **options: int):
@@ -459,19 +459,13 @@ def test_a_replayed_log_makes_the_same_decisions() -> None:
         rng = np.random.default_rng(7)
         for _ in range(60):
             prompt = tokens(int(rng.integers(1, 400)), first=1000 * int(rng.integers(3)))
-            request = LeaseRequest(prompt)
-            lease = Lease.begin(cache, placement, request)
-            log.begin(lease, request)
+            lease = logged_lease(log).begin(cache, placement, LeaseRequest(prompt))
             end = len(prompt)
-            extended = lease.extend(end)
-            log.record("extend", lease, (end,), extended)
-            exports = lease.take_checkpoint_slots(lease.cached_len, end)
-            log.record("take_checkpoint_slots", lease, (lease.cached_len, end), exports)
+            lease.extend(end)
+            lease.take_checkpoint_slots(lease.cached_len, end)
             carried_out(cache)
             lease.publish(prompt, end)
-            log.record("publish", lease, (prompt, end))
             lease.finish(prompt, end)
-            log.record("finish", lease, (prompt, end))
 
     log, cache = LeaseLog(), make_cache(slots=5)
     serve(log, cache)

@@ -24,8 +24,9 @@ from engine.interfaces import StepReport
 from engine.schedule.batch import Batch
 from engine.text.tokenizer import ByteTokenizer
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.export.lease_log import LeaseLog, replay
 from hybridcache.policies.registry import parse_placement
+from hybridcache.scheduling import cache_manager
+from tests.lease_log import LeaseLog, logged_lease, replay
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 GREEDY = SamplingParams(max_tokens=8)
@@ -36,12 +37,11 @@ def make_engine(
     slots: int = 16,
     *,
     tokenizer: ByteTokenizer | None = None,
-    log: LeaseLog | None = None,
     **settings: object,
 ) -> Engine:
     config = engine_config(check=True, **settings)
     runner = OracleRunner(kv_tokens, slots, exact=config.exact)
-    return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=tokenizer, log=log)
+    return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=tokenizer)
 
 
 def ids(length: int, first: int = 0) -> list[int]:
@@ -454,11 +454,12 @@ def test_a_reset_removes_every_prefix() -> None:
 
 @pytest.mark.full("True")
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_lease_log_replays_the_same_on_a_fresh_cache(exact: bool) -> None:
+def test_a_lease_log_replays_the_same_on_a_fresh_cache(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = LeaseLog()
-    engine = make_engine(
-        kv_tokens=640, slots=6, token_budget=64, max_running=4, log=log, exact=exact
-    )
+    monkeypatch.setattr(cache_manager, "Lease", logged_lease(log))
+    engine = make_engine(kv_tokens=640, slots=6, token_budget=64, max_running=4, exact=exact)
     rng = np.random.default_rng(3)
     prompts = [ids(int(rng.integers(1, 300)), first=80 * int(rng.integers(3))) for _ in range(40)]
     outputs = engine.generate(prompts, SamplingParams(max_tokens=120))

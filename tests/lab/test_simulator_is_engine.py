@@ -15,7 +15,6 @@ from engine.engine import Engine
 from engine.requests.spec import SamplingParams
 from engine.weights.model_config import read_config
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.export.lease_log import LeaseLog, replay
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.simulation.serving import Serving, serve
@@ -29,7 +28,9 @@ from hybridcache.policies.registry import (
     parse_placement,
 )
 from hybridcache.residency import Residency
+from hybridcache.scheduling import cache_manager
 from tests.cache.twins import VictimLog
+from tests.lease_log import LeaseLog, logged_lease, replay
 from tests.oracle import OracleRunner, OracleSampler
 
 POLICIES = sorted(EVICTION)
@@ -72,12 +73,11 @@ def prompts(seed: int, sessions: int, vocab: int) -> list[tuple[int, np.ndarray]
 
 def engine_of(
     policy: str, runner: Any, sampler: Any, checkpoints: str = CHECKPOINTS, **settings: Any
-) -> tuple[Engine, LeaseLog]:
-    log = LeaseLog()
+) -> Engine:
     config = engine_config(
         eviction=policy, checkpoints=tuple(checkpoints.split(",")), token_budget=256, **settings
     )
-    return Engine(config, runner=runner, sampler=sampler, log=log), log
+    return Engine(config, runner=runner, sampler=sampler)
 
 
 def run_config(policy: str, engine: Engine) -> RunConfig:
@@ -172,7 +172,7 @@ def test_sequential_requests_have_the_simulated_hits_and_evictions(
 ) -> None:
     page_size = 16 if memory.endswith("16") else 1
     runner = OracleRunner(2000, 9) if memory == "pools" else arena_runner(3200, page_size)
-    engine, _ = engine_of(policy, runner, OracleSampler(), checkpoints, page_size=page_size)
+    engine = engine_of(policy, runner, OracleSampler(), checkpoints, page_size=page_size)
     served = serve_in_turn(engine, prompts(seed=4, sessions=8, vocab=320))
     assert_simulator_agrees(policy, engine, served, evictions)
     if memory != "pools":
@@ -188,10 +188,16 @@ def test_sequential_requests_have_the_simulated_hits_and_evictions(
 )
 @pytest.mark.parametrize("memory", ["pools", "arena"])
 def test_replaying_the_lease_log_gives_the_same_hits_and_evictions(
-    policy: str, checkpoints: str, memory: str, evictions: list[EvictionRecord]
+    policy: str,
+    checkpoints: str,
+    memory: str,
+    evictions: list[EvictionRecord],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner = OracleRunner(3000, 24) if memory == "pools" else arena_runner(5000)
-    engine, log = engine_of(policy, runner, OracleSampler(), checkpoints, max_running=5)
+    log = LeaseLog()
+    monkeypatch.setattr(cache_manager, "Lease", logged_lease(log))
+    engine = engine_of(policy, runner, OracleSampler(), checkpoints, max_running=5)
     histories: dict[int, np.ndarray] = {}
     for turn in range(3):
         for session, added in prompts(seed=turn, sessions=14, vocab=320)[:14]:
@@ -214,8 +220,10 @@ def test_replaying_the_lease_log_gives_the_same_hits_and_evictions(
     assert evictions == by_engine
 
 
-def test_lease_log_contains_the_reason_why_an_answer_ended() -> None:
-    engine, log = engine_of("survival", arena_runner(3200), OracleSampler(), DEFAULT_PLACEMENT)
+def test_leases_end_with_the_reason_why_an_answer_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = LeaseLog()
+    monkeypatch.setattr(cache_manager, "Lease", logged_lease(log))
+    engine = engine_of("survival", arena_runner(3200), OracleSampler(), DEFAULT_PLACEMENT)
     sampling = SamplingParams(max_tokens=70, ignore_eos=True, temperature=0.0)
     [output] = engine.generate([list(range(1, 60))], sampling)
     stopping = SamplingParams(

@@ -6,11 +6,12 @@ for eviction, without a model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hybridcache.api import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import PlacementPolicy
+from hybridcache.policies.protocol import FetchRule, PlacementPolicy
 
 
 class LeaseEvent(NamedTuple):
@@ -30,7 +31,7 @@ class LeaseEvent(NamedTuple):
 
 
 class LeaseLog:
-    """Record of events, in order. It holds the tokens of every request: for tests and studies."""
+    """Record of events, in order."""
 
     def __init__(self) -> None:
         self.events: list[LeaseEvent] = []
@@ -57,6 +58,45 @@ class LeaseLog:
     def reset(self) -> None:
         """Record that the cache was reset."""
         self.events.append(LeaseEvent("reset", None, (), None))
+
+
+VERBS = (
+    *("extend", "reserve_checkpoint_slots", "take_checkpoint_slots", "roll_back"),
+    *("plan_checkpoint", "publish", "finish", "preempt", "abort"),
+)
+"""Recorded methods of a lease."""
+
+
+def logged_lease(log: LeaseLog) -> type[Lease]:
+    """Return a subclass of ``Lease`` that records its calls in ``log``."""
+
+    class LoggedLease(Lease):
+        @classmethod
+        def begin(
+            cls,
+            cache: PrefixCache,
+            placement: PlacementPolicy,
+            request: LeaseRequest,
+            exchange: FetchRule | None = None,
+        ) -> Lease | None:
+            lease = super().begin(cache, placement, request, exchange)
+            log.begin(lease, request)
+            return lease
+
+    for verb in VERBS:
+        setattr(LoggedLease, verb, _recording(log, verb))
+    return LoggedLease
+
+
+def _recording(log: LeaseLog, verb: str) -> Callable[..., Any]:
+    method = getattr(Lease, verb)
+
+    def call(lease: Lease, *arguments: Any) -> Any:
+        result = method(lease, *arguments)
+        log.record(verb, lease, arguments, None if verb == "publish" else result)
+        return result
+
+    return call
 
 
 def replay(cache: PrefixCache, placement: PlacementPolicy, log: LeaseLog) -> LeaseLog:
