@@ -89,7 +89,6 @@ COUNT = Limits("an integer of 1 or more", 1, is_whole=True)
 GIB_SIZE = Limits("a positive number of GiB", ABOVE_0, 2**20)
 MIB_SIZE = Limits("a number of MiB of 0 or more", 0, 2**30)
 SECONDS = Limits("a number of seconds above 0, at most 1e6", ABOVE_0, 1e6)
-SHARE = Limits("above 0 and at most 1", ABOVE_0, 1)
 SEED = Limits("an integer from 0 to 2**63 - 1", 0, 2**63 - 1, is_whole=True)
 BUDGET = Limits(f"at least {TILE}, which is one tile of the kernels", TILE, is_whole=True)
 
@@ -330,12 +329,6 @@ class EngineConfig(Settings):
         "policy that admits waiting requests: sessions (resident ones "
         "first, others as the cache permits), oldest, cached-first, longest-match, "
         "live:N (sessions at a time), or module:Class",
-    )
-    max_share: float | None = setting(
-        None,
-        "maximum share of running requests and memory that one tenant may use while "
-        "another tenant waits, 0 to 1; by default there is no limit",
-        limits=SHARE,
     )
     max_queue: int = setting(1024, "requests that may wait; further ones are refused", limits=COUNT)
     overlap: Literal["auto", "on", "off"] = setting(

@@ -153,7 +153,6 @@ class Engine:
             token_budget=config.token_budget,
             memory=runner.memory,
             admission=make_admission(config.admission),
-            max_share=config.max_share,
             shares=shares,
             drafting=drafting,
             fetching=fetching,

@@ -50,7 +50,7 @@ GROUPS = {
     "seed",
     "computing": "kernels graphs warm_up overlap",
     "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
-    "scheduling": "admission token_budget max_queue max_share",
+    "scheduling": "admission token_budget max_queue",
     "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin drain_s "
     "special_in_content max_connections header_timeout_s body_timeout_s",
     "limits of one request": "max_body_mib max_values max_names max_prompt_ids max_detokenize_ids "

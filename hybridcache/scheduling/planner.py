@@ -23,7 +23,7 @@ Requests that need another slab for their states sit the step out, and the other
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import inf
@@ -152,7 +152,6 @@ class StepPlanner(Generic[R]):
         token_budget: int,
         memory: MemorySizes,
         admission: AdmissionPolicy,
-        max_share: float | None = None,
         shares: bool = True,
         fetching: Holding[R] | None = None,
         clock: Callable[[], float],
@@ -164,8 +163,6 @@ class StepPlanner(Generic[R]):
             token_budget: most tokens of a step.
             memory: sizes of the memory that the requests share.
             admission: order of the waiting requests.
-            max_share: most of the running places and of the memory, 0 to 1, that the requests of
-                one tenant take while requests of another wait; None for no limit.
             shares: True if published entries are kept, so that waiting for another request's prefix
                 can pay.
             fetching: prefixes of waiting requests that are loaded from tiers, or None.
@@ -178,8 +175,6 @@ class StepPlanner(Generic[R]):
         self.now_s = clock()
         """Time of the newest step, arrival or departure."""
         self._load = _Load(self, manager, memory)
-        self._memory, self._max_share = memory, max_share
-        self._waiting_tenants: set[Hashable] = set()
         self._token_budget = token_budget
         self._sharing = Sharing(manager) if shares else None
         self._holding = fetching
@@ -247,8 +242,6 @@ class StepPlanner(Generic[R]):
         self.now_s = self._clock()
         self._account()
         budget = self._budget()
-        if self._max_share is not None:
-            self._waiting_tenants = {request.namespace for request in self._waiting}
         ends: dict[R, int] = {}
         for request in tuple(self._running):
             if request.lease is None or request.must_see_its_token or request.awaits_draw:
@@ -421,8 +414,6 @@ class StepPlanner(Generic[R]):
         self._withholds_all = not candidates
         num_looked_at = num_unled = 0
         for request in candidates:
-            if self._has_its_share(request):
-                continue
             is_held = self._holding is not None and self._holding.is_holding(request)
             yield request
             num_looked_at += not is_held
@@ -446,8 +437,6 @@ class StepPlanner(Generic[R]):
         self._is_full &= bool(self._running)
         passed: list[R] = []
         for request in candidates:
-            if self._has_its_share(request):
-                continue
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
             has_turn = not budget.is_spent and num_taken < self.max_running
@@ -466,18 +455,6 @@ class StepPlanner(Generic[R]):
                 end = self._end(request, request.scheduled_len, budget)
                 self._take(ends, request, end, budget)
         return passed
-
-    def _has_its_share(self, request: R) -> bool:
-        """Return whether the tenant of waiting ``request`` has reached its share while another
-        tenant waits. The share is at least one running request. O(running)."""
-        tenant = request.namespace
-        if self._max_share is None or self._waiting_tenants <= {tenant}:
-            return False
-        own = [running for running in self._running if running.namespace == tenant]
-        if not own or len(own) + 1 > self._max_share * self.max_running:
-            return bool(own)
-        num_tokens = request.num_tokens + sum(running.num_tokens for running in own)
-        return self._memory.share(num_tokens, len(own) + 1) > self._max_share
 
     def _fits(self, request: R, budget: PrefillBudget) -> bool:
         """Return whether waiting ``request`` could compute anything. O(its length) if only a short

@@ -114,8 +114,6 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
     flags += [
         "--admission",
         "oldest,live:4,sessions",
-        "--max-share",
-        "0.5",
         "--figure",
         str(figure),
         "--output",
@@ -142,7 +140,6 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
         (["--closed-loop", "--no-bound"], "--no-bound has no meaning with --closed-loop"),
         (["--closed-loop", "--replicas", "2"], "--replicas has no meaning with --closed-loop"),
         (["--closed-loop", "--router", "session"], "--router is about several replicas"),
-        (["--closed-loop", "--max-share", "2"], "max_share must be above 0 and at most 1"),
     ],
 )
 def test_invalid_closed_loop_options_give_one_line(

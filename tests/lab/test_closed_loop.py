@@ -545,23 +545,6 @@ def test_step_that_only_empties_slabs_is_followed_by_the_next_one() -> None:
     assert len(waits_s) == 360 and waits_s.max() < 0.5
 
 
-def test_max_share_keeps_places_for_other_tenants() -> None:
-    """Sessions of tenant a fill all places, and requests of tenant b wait."""
-    waits = {}
-    for max_share in (None, 0.5):
-        loop = ClosedLoop(TIMES, 1000.0, max_running=2, max_share=max_share)
-        table = simulate_closed_loop(small_load(16, tenant_of_each=8), small_run(60), loop)
-        assert len(table.session) == 96
-        waits[max_share] = [
-            admitted_s - asked_s
-            for tenant, admitted_s, asked_s in zip(
-                table.tenant, table.admitted_s, table.asked_s, strict=True
-            )
-            if tenant == "b"
-        ]
-    assert sum(waits[0.5]) < 0.5 * sum(waits[None])
-
-
 def test_only_tables_of_several_tenants_have_columns_of_fairness() -> None:
     one, two = (
         closed_loop_table([run_closed_loop(load, small_run(60), ClosedLoop(TIMES, 1000.0))])
@@ -575,7 +558,6 @@ def test_only_tables_of_several_tenants_have_columns_of_fairness() -> None:
     ("options", "message"),
     [
         ({"rate": 0.0}, "rate must be above 0"),
-        ({"max_share": 1.5}, "max_share must be above 0"),
         ({"token_budget": 10}, "token_budget at least 64"),
     ],
 )

@@ -121,11 +121,6 @@ CLOSED_LOOP: dict[str, dict[str, Any]] = {
     "--admission": {
         "help": "policies that admit waiting requests, joined by commas (default oldest,sessions)"
     },
-    "--max-share": {
-        "type": float,
-        "help": "maximum share of running requests and memory that one tenant may use while "
-        "another tenant waits, 0 to 1 (default: no limit)",
-    },
     "--token-budget": {"type": int, "help": "tokens computed in a step (default 8192)"},
     "--ttft-limit": {
         "type": float,
@@ -143,7 +138,6 @@ SAME_IN_CLOSED_LOOP = (
     "seeds",
     "max_running",
     "token_budget",
-    "max_share",
     "tells_ends",
     "memory",
     "state_dtype",

@@ -69,16 +69,12 @@ class ClosedLoop:
     max_running: int = 16
     token_budget: int = 8192
     admission: AdmissionSpec = "sessions"
-    max_share: float | None = None
-    """Most of the running places and of the memory that one tenant takes while others wait."""
     tells_ends: bool = False
     """The client says when a session has ended."""
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0 sessions per second (got {self.rate}).")
-        if self.max_share is not None and not 0 < self.max_share <= 1:
-            raise ValueError(f"max_share must be above 0 and at most 1 (got {self.max_share}).")
         if self.max_running < 1 or self.token_budget < 64:
             raise ValueError(
                 f"max_running must be at least 1 and token_budget at least 64 (got "
@@ -220,7 +216,6 @@ class _Run:
             token_budget=loop.token_budget,
             memory=memory,
             admission=self.admission,
-            max_share=loop.max_share,
             clock=lambda: self.now_s,
         )
         self.loop, self.times = loop, loop.times
@@ -432,7 +427,6 @@ def run_closed_loop(
         model=config.geometry.name,
         max_running=loop.max_running,
         token_budget=loop.token_budget,
-        max_share=loop.max_share,
         tells_ends=loop.tells_ends,
     )
 
@@ -502,7 +496,6 @@ def closed_loop(
     seeds: int | Sequence[int] = 1,
     max_running: int = 16,
     token_budget: int = 8192,
-    max_share: float | None = None,
     ttft_limit_s: float = 2.0,
     tells_ends: bool = False,
     memory: str = "arena",
@@ -526,8 +519,6 @@ def closed_loop(
       function), or a list of them.
     - ``seeds``: seeds of the arrivals, a run each; a number stands for the first ones from 0.
     - ``max_running``, ``token_budget``: requests at once, and tokens computed in a step.
-    - ``max_share``: most of the running places and of the memory that one tenant takes while others
-      wait, 0 to 1.
     - ``ttft_limit_s``: time to first token up to which an answer counts as goodput.
     - ``tells_ends``: clients say when a session has ended.
     - ``times``: file or model of times, also of decode steps; a roofline of H100s by default.
@@ -567,7 +558,6 @@ def closed_loop(
                 max_running=max_running,
                 token_budget=token_budget,
                 admission=one,
-                max_share=max_share,
                 tells_ends=tells_ends,
             ),
             ttft_limit_s,

@@ -229,13 +229,11 @@ class ClosedLoopRun:
     worst_ttft_s: float
     """Mean time to first token of the worst tenant."""
     model: str = ""
-    """Name of the model; empty in files of earlier versions, as are the next four."""
+    """Name of the model; empty in files of earlier versions, as are the next three."""
     max_running: int | None = None
     """Most requests at once."""
     token_budget: int | None = None
     """Most tokens in a step."""
-    max_share: float | None = None
-    """Largest share of one tenant; None for no limit."""
     tells_ends: bool = False
     """True if clients say when a session has ended."""
 
