@@ -365,7 +365,7 @@ SCHEDULING = {
     "hybridcache.scheduling.planner": ("StepPlanner",),
     "hybridcache.scheduling.cache_manager": ("CacheManager",),
     "hybridcache.scheduling.request": ("ScheduledRequest",),
-    "hybridcache.scheduling.memory": ("MemorySizes",),
+    "hybridcache.scheduling.memory_sizes": ("MemorySizes",),
     "hybridcache.policies.registry": ("make_admission",),
 }
 """Names for an engine that uses the scheduler."""

@@ -14,7 +14,7 @@ from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig
 from hybridcache.policies.registry import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
 

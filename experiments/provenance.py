@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hybridcache.lab.extras import CACHE_DISTRIBUTION
+from hybridcache.command.extras import CACHE_DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"

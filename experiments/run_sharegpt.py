@@ -53,9 +53,9 @@ from experiments.benchmarks.replay import (
 from experiments.benchmarks.sharegpt_figures import CAUSES, describe, draw
 from experiments.provenance import RESULTS, provenance, write_json_lines
 from hybridcache import ModelGeometry, Trace, TraceRequest, parse_placement
+from hybridcache.command.parser import Parser
 from hybridcache.geometry.units import GIB, format_seconds
 from hybridcache.lab.optimum import best_plan
-from hybridcache.lab.parser import Parser
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.lab.traces.text import ChatText, load_chat_text
 from hybridcache.policies.registry import make_eviction

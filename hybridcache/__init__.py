@@ -63,7 +63,7 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from hybridcache.lab.extras import version
+        from hybridcache.command.extras import version
 
         return version()
     module = _LAZY.get(name)

@@ -30,7 +30,7 @@ from engine.text.outputs import SampledToken
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
 Fingerprints = npt.NDArray[np.int64]

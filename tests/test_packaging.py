@@ -19,14 +19,14 @@ import pytest
 
 from experiments.system import wheels
 from hybridcache import simulate
-from hybridcache.export.events import encode
-from hybridcache.lab.extras import (
+from hybridcache.command.extras import (
     CACHE_DISTRIBUTION,
     ENGINE_DISTRIBUTION,
     EXTRAS,
     how_to_install,
     install_command,
 )
+from hybridcache.export.events import encode
 from hybridcache.lab.traces.text import load_chat_text
 from tests import selection
 
@@ -270,7 +270,7 @@ def _is_wrong(requirement: str) -> bool:
 
 def test_install_hints_name_existing_distributions_and_extras() -> None:
     found = hints(ROOT)
-    assert {"README.md", "hybridcache/lab/extras.py"} <= set(found)
+    assert {"README.md", "hybridcache/command/extras.py"} <= set(found)
     wrong = {file: sorted(filter(_is_wrong, named)) for file, named in found.items()}
     assert {file: named for file, named in wrong.items() if named} == {}
 

@@ -30,10 +30,10 @@ from engine.plugins import (
     server_settings,
 )
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
+from hybridcache.command.extras import how_to_install, version
+from hybridcache.command.parser import Parser
+from hybridcache.command.signals import end_by_exception
 from hybridcache.geometry.units import counted, format_seconds
-from hybridcache.lab.extras import how_to_install, version
-from hybridcache.lab.parser import Parser
-from hybridcache.lab.signals import end_by_exception
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine

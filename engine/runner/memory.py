@@ -20,7 +20,7 @@ from engine.runner.memory_plan import gib_words
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import KVSpec, Spec
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 
 
 @dataclass(frozen=True, slots=True)

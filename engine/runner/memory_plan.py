@@ -13,7 +13,7 @@ from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import ModelSizes
 from hybridcache.geometry.units import GIB
-from hybridcache.scheduling.memory import SLOTS_OF_ONE, MemorySizes
+from hybridcache.scheduling.memory_sizes import SLOTS_OF_ONE, MemorySizes
 
 CPU_SHARE = 0.25
 CPU_MAX_BYTES = 4 * GIB

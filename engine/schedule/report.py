@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import AdmissionReport
 
 

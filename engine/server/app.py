@@ -24,7 +24,7 @@ from engine.server.request_log import RequestLog, is_wanted
 from engine.server.schemas import ChatRequest, CompletionRequest
 from engine.server.settings import ServerConfig
 from engine.text.tokenizer import Tokenizer
-from hybridcache.lab.extras import version as installed_version
+from hybridcache.command.extras import version as installed_version
 
 HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""

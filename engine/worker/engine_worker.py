@@ -18,7 +18,7 @@ from engine.messages import Ready, Refused, ToEngine
 from engine.server.settings import SWITCH_S
 from engine.worker.screen import start_screen
 from engine.worker.sockets import Sockets, SocketsClosed
-from hybridcache.lab.extras import how_to_install
+from hybridcache.command.extras import how_to_install
 
 LOST = 3
 """Exit code if the server has gone."""

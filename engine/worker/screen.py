@@ -11,7 +11,7 @@ from engine.engine import Engine
 from engine.schedule.report import CacheReport
 from engine.text.tokenizer import IdTokenizer
 from hybridcache.geometry.units import counted, format_bytes
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 
 if TYPE_CHECKING:
     from engine.runner.model_runner import ModelRunner

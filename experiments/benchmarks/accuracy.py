@@ -35,7 +35,7 @@ from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.flood import server_port
 from experiments.training import corpus
 from experiments.training.harness import PROBLEMS, write_problems
-from hybridcache.lab.parser import Parser
+from hybridcache.command.parser import Parser
 
 WEIGHTS = {
     "float32": ("--dtype", "float32"),

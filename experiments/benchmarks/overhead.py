@@ -46,7 +46,7 @@ from hybridcache.lab.simulation.closed_loop import SimulatedRequest
 from hybridcache.policies.admission.session_gate import SessionGate
 from hybridcache.policies.registry import DEFAULT_PLACEMENT, make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 
 PROMPT_LEN = 1_000

@@ -52,7 +52,7 @@ from experiments.benchmarks.serving_load import (
     summary,
 )
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.lab.parser import Parser
+from hybridcache.command.parser import Parser
 from hybridcache.lab.traces.sharegpt import iter_conversations
 
 START_S = 300.0

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from engine.config import BUILTIN_DIR
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.command.parser import Parser
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.parser import Parser
 
 TIGHT_TOKENS, TIGHT_SLOTS = 384, 6
 Answers = dict[int, set[str]]

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.flood import server_port
-from hybridcache.lab.parser import Parser
+from hybridcache.command.parser import Parser
 
 LIMIT_S, LIMIT_LOSS = 0.1, 0.1
 """Limits for the delay of another client's token, and for the loss of its speed."""

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.faults.server import parts_of
 from experiments.system.flood import server_port
-from hybridcache.lab.parser import Parser
+from hybridcache.command.parser import Parser
 
 NUM_CLIENTS = 16
 MIB = ("--explain-mib", "2", "--replay-mib", "2", "--responses-mib", "2", "--cache-gib", "0.1")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.provenance import ROOT
-from hybridcache.lab.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION
+from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION
 from kernels.library import LEVELS_FOLDER, compile_levels
 
 PACKAGES = {

@@ -9,14 +9,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from hybridcache.command.extras import how_to_install, version
+from hybridcache.command.parser import Parser
+from hybridcache.command.signals import end_by_exception
 from hybridcache.lab.command.advise import add_advise
 from hybridcache.lab.command.leaderboard import add_leaderboard
 from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
 from hybridcache.lab.command.trace import add_trace
-from hybridcache.lab.extras import how_to_install, version
-from hybridcache.lab.parser import Parser
-from hybridcache.lab.signals import end_by_exception
 
 Command = Callable[[argparse.Namespace], int]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.api import Losses
+from hybridcache.command.extras import explain_missing
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.extras import explain_missing
 from hybridcache.lab.report import (
     LOSSES_NOTE,
     METRICS,

@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.command.extras import version
 from hybridcache.config import GRID
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import counted
-from hybridcache.lab.extras import version
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table

@@ -24,7 +24,7 @@ class TraceRequest(NamedTuple):
     """One request, prompt and answer, in ids of ``Trace.unit`` tokens each."""
 
     timestamp_s: float
-    """Arrival, seconds from the start of the trace."""
+    """ReceivedPrefix, seconds from the start of the trace."""
     session: Hashable
     """Conversation or agent run that the request belongs to. Requests of one session never overlap
     in time."""

@@ -14,10 +14,10 @@ import numpy as np
 
 from hybridcache.allocators.moves import NOTHING_DUE, RowWrite, StepPlan
 from hybridcache.api import PrefixCache, PrefixMatch
-from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import FetchRule, Prefill
+from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, Tokens
 
@@ -72,7 +72,7 @@ class CacheManager:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
-        self._arrivals: dict[Arrival, None] = {}
+        self._arrivals: dict[ReceivedPrefix, None] = {}
         self._step = NOTHING_DUE
 
     def begin(self, request: ScheduledRequest) -> bool:
@@ -164,15 +164,15 @@ class CacheManager:
         """Return the length from which waiting ``request`` could resume now. O(its length)."""
         return self.match(request).cached_len
 
-    def begin_arrival(self, tokens: Tokens, namespace: Hashable) -> Arrival | None:
+    def begin_arrival(self, tokens: Tokens, namespace: Hashable) -> ReceivedPrefix | None:
         """Allocate memory for the missing part of ``tokens``, in whole grid steps, to be received
-        from another engine (see ``Arrival.begin``). Must be followed by ``end_arrival``."""
-        arrival = Arrival.begin(self.cache, tokens, namespace, stateful=self._stateful)
+        from another engine (see ``ReceivedPrefix.begin``). Must be followed by ``end_arrival``."""
+        arrival = ReceivedPrefix.begin(self.cache, tokens, namespace, stateful=self._stateful)
         if arrival is not None:
             self._arrivals[arrival] = None
         return arrival
 
-    def end_arrival(self, arrival: Arrival, *, is_whole: bool) -> None:
+    def end_arrival(self, arrival: ReceivedPrefix, *, is_whole: bool) -> None:
         """Publish the received entries, or free their memory if they are incomplete."""
         del self._arrivals[arrival]
         if is_whole:
@@ -282,7 +282,7 @@ class CacheManager:
     def held(self) -> tuple[int, int]:
         """Return (KV rows, slots) held by running requests and by prefixes being received."""
         leases = [request.claims[0] for request in self._requests.values()]
-        holders: list[Lease | Arrival] = [*leases, *self._arrivals]
+        holders: list[Lease | ReceivedPrefix] = [*leases, *self._arrivals]
         return sum(one.held_tokens for one in holders), sum(one.held_slots for one in holders)
 
     def check(self, table_row: TableRow) -> None:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, c
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.scheduling.sessions import Sessions
 from hybridcache.tokens import common_prefix_len

@@ -25,7 +25,6 @@ from hypothesis.stateful import (
 
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
@@ -35,6 +34,7 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
+from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from hybridcache.tokens import Tokens
 from tests.cache.test_machine import at_least
 
@@ -178,7 +178,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.outbox, self.router = Outbox(self.cache), self._router(config, placement)
         self.running: list[Running] = []
         self.tensors = Tensors()
-        self.arrivals: list[Arrival] = []
+        self.arrivals: list[ReceivedPrefix] = []
         self.num_requests = self.num_batches = self.num_saved = 0
         self.reached: Counter[str] = Counter()
         """Number of times that each kind of state was reached."""
@@ -461,7 +461,7 @@ class LeaseMachine(RuleBasedStateMachine):
         tokens, _ = self.text(rng)
         whole = tokens[: len(tokens) // self.step * self.step]
         if len(whole) and len(self.arrivals) < 2:
-            arrival = Arrival.begin(self.cache, whole, None, stateful=self.is_hybrid)
+            arrival = ReceivedPrefix.begin(self.cache, whole, None, stateful=self.is_hybrid)
             if arrival is not None:
                 self.arrivals.append(arrival)
 

@@ -32,8 +32,8 @@ from engine.config import BUILTIN_PROMPTS, ConfigError, setting
 from engine.hub import resolve_config
 from engine.plugins import engine_settings, server_settings
 from engine.server.settings import ServerConfig
+from hybridcache.command.parser import Parser
 from hybridcache.lab.cli import main as laboratory
-from hybridcache.lab.parser import Parser
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
@@ -409,7 +409,7 @@ def test_a_signal_during_a_callback_ends_the_command(number: signal.Signals) -> 
     """Guard against exceptions of a handler that Python discards while it deletes an object."""
     code = f"""
 import os, sys, time
-from hybridcache.lab.signals import end_by_exception
+from hybridcache.command.signals import end_by_exception
 
 class Deleted:
     def __del__(self):
@@ -512,7 +512,7 @@ def _read_until(controller: int, words: str) -> str:
 
 WITHOUT_EXTRAS = """
 import importlib.abc, sys
-from hybridcache.lab.extras import EXTRAS
+from hybridcache.command.extras import EXTRAS
 optional = {package for packages in EXTRAS.values() for package in packages}
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):

@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.requests.request import Request
 from hybridcache.api import PrefixMatch
-from hybridcache.export.arrival import Arrival
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
 from tests.oracle import OracleRunner, OracleSampler, OracleState, fingerprint
@@ -27,7 +27,7 @@ GREEDY = SamplingParams(max_tokens=5)
 class SlowFetch:
     """Load that arrives after some steps, or never."""
 
-    def __init__(self, fetcher: SlowFetcher, arrival: Arrival, request: Request) -> None:
+    def __init__(self, fetcher: SlowFetcher, arrival: ReceivedPrefix, request: Request) -> None:
         self.fetcher, self.arrival, self.request = fetcher, arrival, request
         self.end, self.num_fetched = arrival.end, 0
         self.has_ended, self.transferred = False, None
@@ -88,7 +88,7 @@ class SlowFetcher:
         self.num_closed += 1
 
 
-def write(runner: OracleRunner, arrival: Arrival, request: Request) -> None:
+def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> None:
     before, prints = 0, []
     for token in request.tokens[: arrival.end].tolist():
         before = fingerprint(before, token)

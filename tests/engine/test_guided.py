@@ -31,7 +31,7 @@ from engine.plugins.tool_calls.call_grammars import grammar_of_calls, grammar_of
 from engine.requests.grammar import GrammarError, TooComplex
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
-from hybridcache.lab.extras import install_command
+from hybridcache.command.extras import install_command
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 pytest.importorskip("llguidance")

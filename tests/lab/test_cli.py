@@ -18,12 +18,12 @@ from typing import get_args, get_type_hints
 import pytest
 
 from engine.config import EngineConfig
+from hybridcache.command.extras import CACHE_DISTRIBUTION
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.advise import WORTH, advise
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
-from hybridcache.lab.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.generators import resend, short
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.simulation.simulate import load_model, simulate

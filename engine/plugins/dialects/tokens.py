@@ -12,7 +12,7 @@ from engine.server.chat import render
 from engine.server.context import ServingContext
 from engine.server.schemas import DetokenizeRequest, TokenizeRequest
 from engine.text.tokenizer import EncodeOptions
-from hybridcache.lab.extras import version as installed_version
+from hybridcache.command.extras import version as installed_version
 
 
 async def tokenize(

@@ -24,9 +24,9 @@ from engine.requests.request import Request
 from engine.requests.spec import RequestSpec, SamplingParams
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
-from hybridcache.export.arrival import Arrival
 from hybridcache.geometry.units import counted
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.received_prefix import ReceivedPrefix
 
 logger = logging.getLogger(__name__)
 MAX_FETCHES = 8
@@ -49,7 +49,7 @@ class Peer:
 class PeerFetch:
     """Load of one prefix."""
 
-    def __init__(self, fetcher: PeerFetcher, peer: Peer, arrival: Arrival) -> None:
+    def __init__(self, fetcher: PeerFetcher, peer: Peer, arrival: ReceivedPrefix) -> None:
         self._fetcher, self._unit, self.peer, self.arrival = fetcher, fetcher.unit, peer, arrival
         self.start, self.end = arrival.start, arrival.end
         self.connection: wire.Connection | None = None

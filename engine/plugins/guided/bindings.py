@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.requests.grammar import CALL, Grammar, GrammarError, TooComplex
 from engine.requests.logit_rules import Mask
-from hybridcache.lab.extras import how_to_install
+from hybridcache.command.extras import how_to_install
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:

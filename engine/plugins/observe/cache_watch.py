@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.requests.request import Ended, Request
-from hybridcache.lab.extras import version
+from hybridcache.command.extras import version
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record
 

@@ -37,7 +37,7 @@ from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 from hybridcache.variants import TieredRadixCache
 

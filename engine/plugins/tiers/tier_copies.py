@@ -25,7 +25,7 @@ from engine.runner.memory import allocate
 from engine.schedule.batch import KEPT, BytesLost
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices
 from kernels import huge_pages
 from kernels.upload import upload

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.attack import bodies, cache, churn
-from hybridcache.lab.parser import Parser
+from hybridcache.command.parser import Parser
 
 Part = Callable[[int, float], dict[str, int]]
 

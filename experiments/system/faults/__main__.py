@@ -21,7 +21,7 @@ from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.faults.ends import ENDS
 from experiments.system.faults.live import LIVE
 from experiments.system.faults.server import Broken, broken_server, memory_of
-from hybridcache.lab.parser import Parser
+from hybridcache.command.parser import Parser
 
 FLAGS = ("--body-timeout-s", "2", "--trace", "/dev/full", "--max-running", "8")
 """Flags of the server. The disk of its trace is full from the start."""

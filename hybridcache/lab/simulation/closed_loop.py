@@ -44,7 +44,7 @@ from hybridcache.policies.registry import (
     make_admission,
 )
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens

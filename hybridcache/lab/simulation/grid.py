@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hybridcache.lab.extras import explain_missing
+from hybridcache.command.extras import explain_missing
 from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
 
 _KEEP_BYTES = 256 << 20

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
+from hybridcache.command.extras import install_command
 from hybridcache.config import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
@@ -37,7 +38,6 @@ from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, de
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.defaults import GIB_SPEC, MODEL
-from hybridcache.lab.extras import install_command
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.optimum.trie import Placement

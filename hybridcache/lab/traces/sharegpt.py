@@ -21,13 +21,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from hybridcache.command.extras import install_command
 from hybridcache.lab.arrivals import (
     Pauses,
     Poisson,
     Starts,
     interleave,
 )
-from hybridcache.lab.extras import install_command
 from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.base import (
     DAMAGED,

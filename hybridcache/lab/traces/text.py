@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.lab.extras import explain_missing, install_command
+from hybridcache.command.extras import explain_missing, install_command
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import open_bytes
 from hybridcache.policies.boundaries import PromptBoundaries, chat_boundaries

@@ -1,9 +1,9 @@
 """Reservation for a prefix that is copied into the cache from another engine or another tier.
 
-A ``Lease`` belongs to a computed prefix, an ``Arrival`` to a copied one. It holds rows for the
-tokens without KV in the cache, and a slot for the state at the end. ``publish`` moves both into the
-cache as if they had been computed here; ``abort`` frees them. The cached part of the prefix is
-locked meanwhile. An arrival does not count as a use of the prefix; resuming from it does.
+A ``Lease`` belongs to a computed prefix, a ``ReceivedPrefix`` to a copied one. It holds rows for
+the tokens without KV in the cache, and a slot for the state at the end. ``publish`` moves both into
+the cache as if they had been computed here; ``abort`` frees them. The cached part of the prefix is
+locked meanwhile. Its arrival does not count as a use of the prefix; resuming from it does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LABEL = "arrived"
 """Label of a copied checkpoint, in place of the placement rule's label."""
 
 
-class Arrival:
+class ReceivedPrefix:
     """Reservation for one prefix. Create with ``begin``; unusable after ``publish`` or
     ``abort``."""
 
@@ -50,7 +50,7 @@ class Arrival:
     @classmethod
     def begin(
         cls, cache: PrefixCache, tokens: Tokens, namespace: Hashable = None, *, stateful: bool
-    ) -> Arrival | None:
+    ) -> ReceivedPrefix | None:
         """Reserve rows, and with ``stateful`` a slot, for the missing part of a prefix.
 
         Args:

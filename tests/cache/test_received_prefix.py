@@ -1,4 +1,4 @@
-"""Arrival of a prefix from another engine: held rows, publication, abort and moves."""
+"""ReceivedPrefix of a prefix from another engine: held rows, publication, abort and moves."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.export.arrival import Arrival
 from hybridcache.policies.registry import EVICTION
+from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from tests.cache.test_lease import begin, make_cache, prefill, tokens
 
 
@@ -17,7 +17,7 @@ def check(cache, *holders) -> None:
 
 def test_a_published_arrival_is_hit_like_a_computed_prefix() -> None:
     cache, prompt = make_cache(), tokens(200)
-    arrival = Arrival.begin(cache, prompt[:192], stateful=True)
+    arrival = ReceivedPrefix.begin(cache, prompt[:192], stateful=True)
     assert arrival is not None and (arrival.start, arrival.end) == (0, 192)
     assert len(arrival.rows) == 192 and arrival.slot is not None
     check(cache, arrival)
@@ -38,7 +38,7 @@ def test_an_arrival_reserves_only_missing_rows_and_locks_the_rest() -> None:
     prefill(lease, prompt[:150])
     lease.finish(prompt[:150], 150, donate=False)
     assert (cache.match(prompt).cached_len, cache.match(prompt).kv_match_len) == (0, 150)
-    whole, half = (Arrival.begin(cache, prompt[:n], stateful=True) for n in (320, 128))
+    whole, half = (ReceivedPrefix.begin(cache, prompt[:n], stateful=True) for n in (320, 128))
     assert whole is not None and half is not None
     assert (whole.start, len(whole.rows)) == (150, 170)
     assert (half.start, len(half.rows)) == (128, 0)
@@ -53,7 +53,7 @@ def test_an_arrival_reserves_only_missing_rows_and_locks_the_rest() -> None:
 
 def test_a_prefix_computed_during_an_arrival_is_kept() -> None:
     cache, prompt = make_cache(), tokens(200)
-    arrival = Arrival.begin(cache, prompt[:192], stateful=True)
+    arrival = ReceivedPrefix.begin(cache, prompt[:192], stateful=True)
     assert arrival is not None
     lease = begin(cache, prompt)
     [(_, slot)] = prefill(lease, prompt)
@@ -66,13 +66,14 @@ def test_a_prefix_computed_during_an_arrival_is_kept() -> None:
 
 def test_an_aborted_or_refused_arrival_frees_everything() -> None:
     cache, prompt = make_cache(kv_tokens=256, slots=2), tokens(512)
-    arrival = Arrival.begin(cache, prompt[:192], stateful=True)
+    arrival = ReceivedPrefix.begin(cache, prompt[:192], stateful=True)
     assert arrival is not None
     for too_much in (prompt[256:448], prompt[128:192]):
-        other = Arrival.begin(cache, too_much, stateful=True)
+        other = ReceivedPrefix.begin(cache, too_much, stateful=True)
         assert (other is None) == (len(too_much) > 64)
         if other is not None:
-            assert Arrival.begin(cache, prompt[300:364], stateful=True) is None  # no slot left
+            no_slot_left = ReceivedPrefix.begin(cache, prompt[300:364], stateful=True)
+            assert no_slot_left is None
             other.abort()
     check(cache, arrival)
     arrival.abort()
@@ -96,7 +97,7 @@ def test_an_aborted_arrival_does_not_change_the_eviction_order(kind: str, evicti
             prefill(lease, prompt)
             lease.finish(prompt, 100)
         if aborted_len:
-            arrival = Arrival.begin(cache, prompts[0][:aborted_len], stateful=stateful)
+            arrival = ReceivedPrefix.begin(cache, prompts[0][:aborted_len], stateful=stateful)
             assert arrival is not None
             arrival.abort()
         check(cache)
@@ -120,7 +121,7 @@ def test_an_attention_only_cache_takes_no_slot(page_size: int) -> None:
     lease = begin(cache, prompt[:100], stateful=False)
     prefill(lease, prompt[:100])
     lease.finish(prompt[:100], 100)
-    arrival = Arrival.begin(cache, prompt[:320], stateful=False)
+    arrival = ReceivedPrefix.begin(cache, prompt[:320], stateful=False)
     assert arrival is not None and arrival.slot is None
     assert arrival.start == 100 // page_size * page_size
     arrival.publish()
@@ -136,7 +137,7 @@ def test_rows_of_an_arrival_follow_moves() -> None:
         )
     )
     contents = np.zeros(320, np.int64)
-    first, second = (Arrival.begin(cache, tokens(64, n), stateful=True) for n in (0, 500))
+    first, second = (ReceivedPrefix.begin(cache, tokens(64, n), stateful=True) for n in (0, 500))
     assert first is not None and second is not None
     for arrival in (first, second):
         contents[arrival.rows] = 1000 * arrival.end + np.arange(64) + id(arrival) % 997
