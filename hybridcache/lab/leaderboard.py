@@ -40,12 +40,12 @@ from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
+from hybridcache.lab.simulation.own_code import source_of
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION, split_specs
-from hybridcache.policies.user import source_of
 
 BUILT_IN = tuple(sorted(EVICTION))
 """Eviction policies on the board, each with the default placement."""

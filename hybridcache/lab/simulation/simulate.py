@@ -42,6 +42,7 @@ from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.optimum.trie import Placement
 from hybridcache.lab.progress import Progress, shown_progress
+from hybridcache.lab.simulation.own_code import spec_of
 from hybridcache.lab.simulation.result import RunResult, SweepRuns
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
@@ -56,7 +57,7 @@ from hybridcache.policies.registry import (
     EvictionSpec,
     PlacementSpec,
 )
-from hybridcache.policies.user import OwnPolicy, own_policy, spec_of
+from hybridcache.policies.user import OwnPolicy, own_policy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridcache.lab.simulation.grid import Place, collect_seldom, pickled, run_grid
+from hybridcache.lab.simulation.own_code import source_of
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import RunConfig, build_target
 from hybridcache.lab.trace import Trace
 from hybridcache.policies.registry import split_specs
-from hybridcache.policies.user import source_of
 
 __all__ = ["Job", "collect_seldom", "identity_of", "key_of", "run_sweep"]
 
