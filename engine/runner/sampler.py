@@ -19,6 +19,9 @@ from engine.text.outputs import NO_TOKEN, SampledToken
 from kernels.upload import upload
 
 MASK = 2**64 - 1
+ONE = 2**52
+"""Probability 1 in the integers that are summed. Integer sums are exact in any order, while a
+device chooses its order of floating-point sums by the number of rows."""
 TOP_WIDTHS = (64, 1024)
 """Numbers of columns kept for a top_k; the first that is large enough is used. Few, to have few
 groups."""
@@ -224,9 +227,10 @@ def _filter(
     ranks = torch.arange(width, device=scores.device)
     beyond = ranks >= _column([float(p.top_k or width) for p in params], scores)
     probabilities = tempered.masked_fill_(beyond, -torch.inf).softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
-    # The sum before the last column may be rounded up to 1; a top_p of 1 must keep that column.
-    out = before >= _column([p.top_p if p.top_p < 1 else 2.0 for p in params], before)
+    parts = _in_integers(probabilities)
+    before = parts.cumsum(dim=-1) - parts
+    # Rounded probabilities may add up to more than 1; a top_p of 1 must keep the last column.
+    out = before >= _column([int(p.top_p * ONE) if p.top_p < 1 else 2 * ONE for p in params], parts)
     out |= probabilities < probabilities[:, :1] * _column([p.min_p for p in params], scores)
     out[:, 0] = False
     return ids, probabilities.masked_fill_(out, 0.0)
@@ -251,9 +255,17 @@ def _most_likely(scores: torch.Tensor, width: int) -> torch.Tensor:
 def _look_up(probabilities: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
     """Return the column at which each row's cumulative sum passes its random number:
     int64[rows]."""
-    sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    points = _column([uniform(q.seed, q.draw) for q in requests], sums) * sums[:, -1:]
+    sums = _in_integers(probabilities).cumsum(dim=-1)
+    numbers = [uniform(q.seed, q.draw) for q in requests]
+    total = sums[:, -1:]
+    points = upload(numbers, torch.float64, sums.device)[:, None] * total.double()
+    points = points.long().minimum(total - 1)
     return torch.searchsorted(sums, points, right=True)[:, 0].clamp_(max=sums.shape[-1] - 1)
+
+
+def _in_integers(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return float32 probabilities as multiples of ``1 / ONE``, rounded down: int64."""
+    return (probabilities * ONE).long()
 
 
 def _tempered(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:

@@ -135,6 +135,26 @@ def test_tokens_do_not_depend_on_the_batch(mix):
         assert Sampler(VOCAB).sample(logits[row : row + 1], [one]) == [together[row]]
 
 
+@given(st.lists(st.floats(-30, 8, width=32), min_size=2, max_size=40), st.integers(0, 2**32))
+@settings(max_examples=50, deadline=None)
+def test_a_draw_is_found_by_exact_sums(logits, seed):
+    """Probabilities are whole numbers, so a device may add them in any order."""
+    probabilities = torch.tensor(logits).softmax(-1)
+    parts = sampler._in_integers(probabilities[None])
+    assert parts.dtype == torch.int64
+    exact = [int(p * 2**52) for p in probabilities.double().tolist()]
+    assert parts[0].tolist() == exact
+    [token] = sampler._look_up(probabilities[None], [request(seed)]).tolist()
+    point = uniform(seed, 0) * sum(exact)
+    assert sum(exact[:token]) <= point < sum(exact[: token + 1])
+
+
+def test_the_largest_number_draws_the_last_token_with_a_probability(monkeypatch):
+    monkeypatch.setattr(sampler, "uniform", lambda seed, draw: 1 - 2**-53)
+    probabilities = torch.tensor([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0]])
+    assert sampler._look_up(probabilities, [request(), request()]).tolist() == [1, 0]
+
+
 def test_draws_depend_on_their_number():
     logits = random_logits(1).expand(200, VOCAB)
     at_each = drawn(logits, *(request(5, output=np.zeros(n, np.int32)) for n in range(200)))

@@ -3,11 +3,13 @@ and references on the device of their inputs."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 import kernels
 from kernels.attention.sequences import Sequences
-from kernels.native import SOURCES
+from kernels.library import SOURCES
 from kernels.packed import Exports, Packed
 from kernels.state_copy.reference import Form
 from tests.kernels.compiled import triton_functions
@@ -62,6 +64,40 @@ def test_backends_have_the_signature_of_the_reference(folder: str, backend_name:
         )
         assert list(ours.parameters) == list(expected.parameters), name
         assert inspect.getdoc(getattr(backend, name)), name
+
+
+# --- Functions that are avoided -----------------------------------------------------------------
+
+POSITION_DEPENDENT = {"silu", "sigmoid", "softplus", "gelu", "SiLU", "Sigmoid", "Softplus", "GELU"}
+"""Functions of torch whose bits depend on an element's position: on a CPU, elements after the last
+full vector are computed in another way. ``kernels.activation`` has replacements."""
+
+
+def position_dependent_calls(source: str) -> list[str]:
+    """Return the uses of such functions: of torch by name, and methods without arguments."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            found += [alias.name for alias in node.names if alias.name in POSITION_DEPENDENT]
+        is_method = isinstance(node, ast.Call) and not node.args and not node.keywords
+        use = node.func if is_method else node
+        if isinstance(use, ast.Attribute) and use.attr.removesuffix("_") in POSITION_DEPENDENT:
+            of_torch = ast.unparse(use.value).split(".")[0] in ("torch", "F", "nn", "functional")
+            found += [ast.unparse(use)] if of_torch or is_method else []
+    return found
+
+
+def test_calls_of_position_dependent_functions_are_found() -> None:
+    uses = "F.silu(x)", "torch.sigmoid(x)", "x.sigmoid()", "x.sigmoid_()", "torch.nn.SiLU()"
+    assert all(map(position_dependent_calls, [*uses, "from torch.nn.functional import gelu"]))
+    assert not any(map(position_dependent_calls, ["tl.sigmoid(x)", "reference.silu(x)", "silu(x)"]))
+
+
+@pytest.mark.parametrize("package", ["engine", "kernels"])
+def test_kernels_and_layers_avoid_position_dependent_functions(package: str) -> None:
+    files = (Path(kernels.__path__[0]).parent / package).rglob("*.py")
+    uses = {str(file): position_dependent_calls(file.read_text("utf-8")) for file in files}
+    assert {file: calls for file, calls in uses.items() if calls} == {}
 
 
 # --- Devices ------------------------------------------------------------------------------------
