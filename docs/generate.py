@@ -377,13 +377,12 @@ RESTART = {
 """Names that save and restore the state of a cache."""
 
 RESULTS = {
-    "hybridcache.lab.simulation.simulate": ("SimulationResult", "Rows", "OptimumResult"),
+    "hybridcache.lab.simulation.simulate": ("SimulationResult", "OptimumResult"),
     "hybridcache.lab.simulation.result": ("RunResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
     "hybridcache.lab.figures": ("Plot", "FigureStyle"),
     "hybridcache.lab.leaderboard": ("leaderboard", "Board"),
-    "hybridcache.lab.advise": ("advise",),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }
 """Names in results, and tools that users import from their modules."""

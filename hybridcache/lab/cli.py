@@ -1,4 +1,4 @@
-"""``hybridcache``: traces, simulations, the optimum and advice on the command line."""
+"""``hybridcache``: traces, simulations and the optimum on the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
 from hybridcache.command.signals import end_by_exception
-from hybridcache.lab.command.advise import add_advise
 from hybridcache.lab.command.leaderboard import add_leaderboard
 from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hybridcache {version()}")
     commands = parser.add_subparsers(title="commands", required=True)
-    for add in (add_trace, add_simulate, add_optimum, add_advise, add_leaderboard):
+    for add in (add_trace, add_simulate, add_optimum, add_leaderboard):
         add(commands)
     return parser
 

@@ -156,6 +156,45 @@ def sweep_line(result: SweepRuns) -> str:
     )
 
 
+TIE = 0.0005
+"""Difference of token hit rates up to which competitors have equal hits."""
+
+
+def verdict(result: SweepRuns) -> str:
+    """Return one sentence: the policies with the most hits, and the command that serves with them.
+
+    Empty if fewer than two policies and placements of our own were run.
+    """
+    ours = [run for run in result.runs if run.config.baseline is None]
+    labels = dict.fromkeys(run.label for run in ours)
+    if len(labels) < 2:
+        return ""
+    best: dict[tuple[Any, ...], float] = {}
+    for run in ours:
+        best[_size(run)] = max(best.get(_size(run), 0.0), run.token_hit_rate)
+    wins = {
+        label: sum(
+            run.label == label and run.token_hit_rate >= best[_size(run)] - TIE for run in ours
+        )
+        for label in labels
+    }
+    most = max(wins.values())
+    first = [label for label, count in wins.items() if count == most]
+    largest = max((run for run in ours if run.label == first[0]), key=lambda run: run.gib or 0.0)
+    sizes = "the only size" if len(best) == 1 else f"{most} of {len(best)} sizes"
+    has = "have" if len(first) > 1 else "has"
+    command = f"engine serve --model {_served_as(result)}"
+    if largest.gib is not None:
+        command += f" --cache-gib {largest.gib:.4g}"
+    command += f" --eviction {largest.config.policy} --checkpoints {largest.config.checkpoints}"
+    return f"{', '.join(first)} {has} the most hits at {sizes}; to serve: {command}"
+
+
+def _served_as(result: SweepRuns) -> str:
+    name = result.geometry.name
+    return name if name == "builtin" else f"ORG/{name}"
+
+
 def sweep_html(result: SweepRuns) -> str:
     """Return the token hit rates as an HTML table: a row per competitor with a curve over the
     sizes, a column per size, the best of each size in bold."""

@@ -13,21 +13,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
-from engine.config import EngineConfig
 from hybridcache.command.extras import CACHE_DISTRIBUTION
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import Roofline
-from hybridcache.lab.advise import WORTH, advise
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
-from hybridcache.lab.generators import resend, short
 from hybridcache.lab.report import METRICS
-from hybridcache.lab.simulation.simulate import load_model, simulate
-from hybridcache.lab.traces import open_trace
+from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.policies.registry import eviction_names, placement_names
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
@@ -51,7 +44,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("simulate --polciy lru", "--polciy, did you mean --policy? See `hybridcache simulate"),
         ("simulate --trace chat --polciy lru", "--polciy lru, did you mean --policy?"),
-        ("advise --trace=chat --gibb=3", "--gibb=3, did you mean --gib?"),
+        ("optimum --trace=chat --gibb=3", "--gibb=3, did you mean --gib?"),
         ("simulate --trac chat --qqq", "unrecognized arguments: --qqq. See"),
         ("simulate --pol lru", "the following arguments are required: --trace. See"),
         ("trace stats", "the following arguments are required: trace. See"),
@@ -173,16 +166,14 @@ def test_invalid_closed_loop_options_give_one_line(
         (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
         *(
             ([*command, "--trace", "chat", flag, "1e300"], "1e+300")
-            for command in (["simulate"], ["advise", "--gib", "1"])
+            for command in (["simulate"],)
             for flag in ("--host-gib", "--disk-gib")
         ),
         (["simulate", "--trace", "chat", "--gib", "1e300"], "gib '1e300': GiB above 0, below"),
-        (["advise", "--trace", "chat", "--gib", "1e300"], "gib 1e+300: GiB above 0, below"),
         (["optimum", "--trace", "chat", "--gib", "1:1e300:3"], "GiB above 0, below 1.1e+15"),
         (["simulate", "--trace", "chat", "--gib", "1:2:100000000"], "they are more than 1000"),
         (["simulate", "--trace", "chat", "--memory", "pools"], "give kv_share between 0 and 1"),
         (["simulate", "--trace", "chat", "--grid", "99999999999"], "no prompt is longer than"),
-        (["advise", "--trace", "chat", "--gib", "0.001"], "nothing fits in"),
         (["trace", "stats", str(Path(SAMPLE).parent)], "is a folder: name a file in it"),
         (["trace", "stats", "blaian:bl.jsonl"], "'blaian' is not a reader (jsonl, "),
         (["simulate", "--trace", "chat", "--page-size", "0"], "must be at least 1"),
@@ -198,12 +189,6 @@ def test_invalid_closed_loop_options_give_one_line(
             "did you mean 'Qwen3.5-35B-A3B'?",
         ),
         (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 must divide"),
-        (["advise", "--trace", "chat?head=0", "--gib", "1"], "chat: there is no request in it"),
-        (["advise", "--trace", "chat", "--gib", "0"], "gib 0.0"),
-        (
-            ["advise", "--trace", "chat", "--gib", "1", "--state-dtypes", "int4"],
-            "'int4' is none of",
-        ),
         (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),
         (["simulate", "--trace", "chat", "--host-gib", "1", "--optimum"], "memory alone"),
         (["simulate", "--trace", "chat", "--host-gb-s", "50"], "say its size with --host-gib"),
@@ -438,7 +423,7 @@ def test_builtin_model_of_the_engine_can_be_simulated(
     arguments = ["simulate", "--trace", "short?head=20", "--gib", "0.01", "--model", "builtin"]
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and out.startswith("short, builtin: 20 requests")
-    code, out, _ = run(capsys, "advise", *arguments[1:])
+    code, out, _ = run(capsys, *arguments, "--policy", "lru,fifo")
     assert code == 0 and "engine serve --model builtin --cache-gib 0.01" in out
     monkeypatch.setattr("hybridcache.lab.simulation.simulate.find_spec", lambda _: None)
     code, out, error = run(capsys, *arguments)
@@ -455,51 +440,6 @@ def test_share_of_the_optimum_is_in_the_table() -> None:
     assert "(with hindsight)" in result.table() and "(with hindsight)" not in result.table("flops")
 
 
-def test_advice_is_the_best_of_the_tried_options() -> None:
-    advice = advise(short(), gib=2, policy="lru")
-    first = [a for a in advice.answers if a.question == "policy @ checkpoints"]
-    best = max(first, key=lambda answer: answer.run.token_hit_rate)
-    assert best.chosen and best.option.endswith(advice.checkpoints.split(",every")[0])
-    assert advice.result.token_hit_rate >= best.run.token_hit_rate
-    assert 0 < advice.kv_share < 1
-    precise = [a for a in advice.answers if a.question == "precision of states"]
-    assert [a.option for a in precise if a.chosen] == [advice.state_dtype]
-    most = max(answer.run.token_hit_rate for answer in precise)
-    assert advice.result.token_hit_rate >= most - WORTH
-    for answer in precise[: [a.chosen for a in precise].index(True)]:
-        assert answer.run.token_hit_rate < most - WORTH, "an earlier option was good enough"
-    text = advice.text()
-    assert f"states in {advice.state_dtype}" in text
-    assert advice.policy in text and "GiB for states" in text
-    assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
-
-
-def test_indistinguishable_times_are_explained_once() -> None:
-    """On an H100, all times of the built-in model are the constant part of the roofline."""
-    text = advise("chat?head=30", gib=0.01, model="builtin").text()
-    assert "TTFT 5.0 ms with every option: these prompts are short for the assumed machine" in text
-    assert text.count("TTFT") == 1
-    slower = Roofline(load_model("builtin"), flops_per_s=1e9, bytes_per_s=1e9, overhead_s=0)
-    text = advise("chat?head=30", gib=0.01, model="builtin", times=slower).text()
-    assert "every option" not in text and text.count("TTFT P50") == 2
-
-
-def test_finer_grid_is_advised_only_if_it_improves_hits() -> None:
-    options = {"policy": "lru", "state_dtypes": ()}
-    advice = advise(open_trace("tree-of-thoughts?head=200"), gib=4, **options)
-    tried = {a.option: a for a in advice.answers if a.question == "grid of checkpoints"}
-    assert list(tried) == ["64", "32", "16"]
-    rates = {option: answer.run.token_hit_rate for option, answer in tried.items()}
-    assert rates["64"] < rates["16"] - WORTH
-    assert tried[str(advice.grid)].chosen and advice.grid < 64
-    assert advice.result.token_hit_rate == rates[str(advice.grid)]
-    assert f"grid {advice.grid}" in advice.text() and advice.as_record()["grid"] == advice.grid
-    long = advise(resend().head(20), gib=8, **options)
-    assert long.grid == 64 and len([a for a in long.answers if a.question.startswith("grid")]) == 3
-    blocks = advise(open_trace(f"{SAMPLE}?head=20"), gib=40, **options)
-    assert blocks.grid == 64 and all(not a.question.startswith("grid") for a in blocks.answers)
-
-
 def test_star_marks_hits_above_the_plan() -> None:
     result = simulate("resend?head=45", gib=(2, 8), optimum=True)
     plan = result.runs[0].optimum_tokens
@@ -507,34 +447,6 @@ def test_star_marks_hits_above_the_plan() -> None:
     above = replace(result.runs[0], cached_tokens=plan + 1)
     table = replace(result, runs=(above, result.runs[1])).table("optimum")
     assert "100.0*" in table and "* above the plan" in table
-
-
-def test_advise_tries_only_state_dtypes_of_the_engine_by_default(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def tried(*more: str) -> list[str]:
-        code, out, _ = run(capsys, *command, *more)
-        assert code == 0
-        answers = json.loads(out)["answers"]
-        return [a["option"] for a in answers if a["question"] == "precision of states"]
-
-    command = ["advise", "--trace", "short?head=30", "--gib", "0.3", "--policy", "lru", "--json"]
-    assert tried() == list(get_args(get_type_hints(EngineConfig)["state_dtype"]))
-    assert tried("--state-dtypes", "int8,bfloat16") == ["float32", "bfloat16", "int8"]
-    code, out, _ = run(capsys, *command[:-1])
-    assert code == 0 and "to serve: engine serve --model" in out
-
-
-def test_advice_for_a_model_without_states_gives_all_memory_to_kv() -> None:
-    config = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    model = ModelGeometry.from_config(config)
-    advice = advise(short().head(40), model=model, gib=0.1, policy="lru")
-    assert advice.kv_share == 1.0 and "0 GiB for states" in advice.text()
 
 
 @pytest.mark.parametrize("metric", list(METRICS))

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -25,7 +24,6 @@ from hypothesis import strategies as st
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
-from hybridcache.lab.advise import advise
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
 from hybridcache.lab.figures import FigureStyle
@@ -431,8 +429,8 @@ def test_lab_functions_share_parameter_names_types_and_defaults() -> None:
     assert set(fields) < set(shared), "Sweep must have only arguments of simulate"
     for name, field in fields.items():
         assert (shared[name].default, shared[name].annotation) == (field.default, field.type), name
-    for other in (optimum, advise, closed_loop):
-        own = {"gib", "policy", "checkpoints"} if other is advise else set()
+    for other in (optimum, closed_loop):
+        own = set()
         if other is closed_loop:  # It takes one size, and always runs requests concurrently.
             own = {"gib", "max_running"}
         for name, parameter in inspect.signature(other).parameters.items():
@@ -469,7 +467,6 @@ def test_progress_is_a_function_or_disabled(capfd: pytest.CaptureFixture[str]) -
     simulate("short?head=9", **sweep)
     simulate("short?head=9", **sweep, progress=False)
     optimum("short?head=9", gib=1)
-    advise("short?head=20", gib=1, policy="lru", checkpoints="adaptive")
     assert capfd.readouterr().err == "", "bars must appear only on a terminal"
 
 
@@ -478,44 +475,6 @@ def test_table_notes_baselines_that_cannot_hit() -> None:
     [note] = [line for line in result.table().splitlines() if "no hit is possible" in line]
     assert note.startswith("vllm (rebuilt): ") and "1,056 tokens" in note and "has 380" in note
     assert "no hit is possible" not in simulate("chat?head=9", gib=1, baseline="vllm").table()
-
-
-def test_advice_is_checked_on_held_out_requests() -> None:
-    options = {"gib": 1, "policy": ["lru", "fifo"], "checkpoints": ["adaptive", "end"], "grids": ()}
-    advice = advise("short?head=60", **options)
-    assert (advice.result.requests, advice.check.requests) == (30, 30)
-    whole = simulate(
-        "short?head=60",
-        gib=1,
-        policy=advice.policy,
-        checkpoints=advice.checkpoints,
-        state_dtype=advice.state_dtype,
-        bound=False,
-    ).runs[0]
-    half = advice.result
-    assert advice.check.cached_tokens == whole.cached_tokens - half.cached_tokens
-    error = 100 * (advice.check.token_hit_rate - half.token_hit_rate)
-    assert f"the error of the forecast is {error:+.1f} points" in advice.text()
-    assert advice.text().endswith("or a finer grid must gain more than 0.5 points.")
-    unchecked = advise("short?head=60", **options, tune_share=1)
-    assert unchecked.check is None and "not checked" in unchecked.text()
-    assert unchecked.result.requests == 60
-    with pytest.raises(ValueError, match="tune_share must be above 0"):
-        advise("short", gib=1, tune_share=0)
-
-
-def test_advice_contains_a_valid_engine_command(tmp_path: Path) -> None:
-    from tests import documents  # needs the engine
-
-    model = tmp_path / "my-model"
-    model.mkdir()
-    config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
-    for name, printed in (("qwen3-next", "ORG/Qwen3-Next-80B-A3B"), (str(model), str(model))):
-        advice = advise("short?head=20", model=name, gib=1, policy="lru", checkpoints="branch,end")
-        assert f"to serve: {advice.command}" in advice.text()
-        assert f"--model {printed} --cache-gib 1 --eviction lru" in advice.command
-        documents.check_command(advice.command)
 
 
 GOLDEN_FILES = {
@@ -622,17 +581,6 @@ def test_html_of_a_result_contains_every_rate(small: SimulationResult) -> None:
     assert "<b>&<" not in replace(small, runs=(odd,))._repr_html_()
 
 
-def test_html_of_other_results_contains_their_tables() -> None:
-    options = {"gib": 1, "model": "qwen3-next"}
-    for result, text in (
-        (advise("short?head=20", **options), "to serve: engine serve"),
-        (optimum("short?head=20", **options), "reached, %"),
-        (closed_loop("short?head=20", rate=1, **options), "goodput: requests a second"),
-    ):
-        html = result._repr_html_()
-        assert text in "".join(ElementTree.fromstring(html).itertext())
-
-
 def test_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None:
     rows = small.to_dicts()
     assert len(rows) == len(small.runs) and len({frozenset(row) for row in rows}) == 1
@@ -649,20 +597,6 @@ def test_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None
         else:
             assert row["cached_tokens"] + sum(lost) == row["prompt_tokens"]
     json.dumps(rows)
-
-
-@pytest.mark.parametrize("package", ["pandas", "polars"])
-def test_data_frames_need_an_optional_package(
-    package: str, small: SimulationResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in = ModuleType(package)
-    stand_in.DataFrame = lambda rows, **_: ("frame", rows)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, package, stand_in)
-    convert = getattr(small, f"to_{package}")
-    assert convert() == ("frame", small.to_dicts())
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
-        convert()
 
 
 def test_smaller_checkpoints_give_more_hits_and_are_separate_runs(tmp_path: Path) -> None:

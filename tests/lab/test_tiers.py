@@ -7,7 +7,6 @@ import pytest
 from hybridcache import ModelGeometry, simulate
 from hybridcache.geometry.exchange import Exchange
 from hybridcache.geometry.times import Roofline
-from hybridcache.lab.advise import advise
 from hybridcache.lab.cli import main
 from hybridcache.lab.generators import agent
 from hybridcache.lab.simulation.result import RunResult
@@ -69,15 +68,6 @@ def test_exchange_uses_the_units_of_the_trace():
     saved = exchange.seconds_saved(0, 10, 20, {"host": 1000})
     whole, rest = SHARED.seconds(0, 1280), SHARED.seconds(640, 1280)
     assert saved == pytest.approx(whole - rest - 20e-6 - 1e-6)
-
-
-def test_advice_states_the_value_of_a_tier_in_device_memory(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hybridcache.lab.advise.NUM_SIZES", 4)
-    advice = advise(TRACE.head(25), gib=1, policy="lru", state_dtypes=(), host_gib=4)
-    assert advice.tiers is not None
-    assert 0 < advice.tiers.device_gib <= 4
-    assert "4 GiB of host memory are worth" in advice.text()
-    assert advice.as_record()["tiers"] == advice.tiers.as_record()
 
 
 def test_command_line_accepts_tiers_and_rejects_invalid_sizes(capsys: pytest.CaptureFixture[str]):

@@ -275,6 +275,8 @@ def _simulate(options: argparse.Namespace) -> int:
         if options.bins:
             print(bins_table(result.runs, "length"), end="\n\n")
             print(bins_table(result.runs, "turn"), end="\n\n")
+        if verdict := result.verdict():
+            print(verdict, end="\n\n")
     for path in drawn:
         print(f"figure: {path}")
     return 0

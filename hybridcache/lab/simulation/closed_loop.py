@@ -30,7 +30,7 @@ from hybridcache.lab.defaults import CLOSED_LOOP_GIB, MODEL, RATES
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun
-from hybridcache.lab.simulation.simulate import Policies, Rows, Sizes, Sweep, named_policies
+from hybridcache.lab.simulation.simulate import Policies, Sizes, Sweep, named_policies
 from hybridcache.lab.simulation.sizes import budget_bytes, rates, sizes
 from hybridcache.lab.simulation.sweep import identity_of, key_of
 from hybridcache.lab.simulation.target import RunConfig
@@ -432,7 +432,7 @@ def run_closed_loop(
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class ClosedLoopResult(Rows):
+class ClosedLoopResult:
     """All runs in closed loop over one trace: by cache, size, admission, rate and seed."""
 
     trace: str

@@ -20,14 +20,10 @@ True
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 from hybridcache.command.extras import install_command
@@ -75,35 +71,8 @@ AnyPolicy = Policy | AdmissionSpec
 Sizes = str | float | Sequence[float]
 
 
-class Rows(ABC):
-    """Conversion of a result's rows to data frames, and its table in a notebook."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per row."""
-
-    @abstractmethod
-    def table(self) -> str:
-        """Return the rows as text."""
-
-    def _repr_html_(self) -> str:
-        """Return the table for a notebook."""
-        return f"<pre>{escape(self.table())}</pre>"
-
-    def to_pandas(self) -> Any:
-        """Return ``to_dicts`` as a pandas DataFrame. ModuleNotFoundError if pandas is missing."""
-        return _optional("pandas", "to_pandas").DataFrame(self.to_dicts())
-
-    def to_polars(self) -> Any:
-        """Return ``to_dicts`` as a polars DataFrame. ModuleNotFoundError if polars is missing."""
-        frame = _optional("polars", "to_polars").DataFrame
-        return frame(self.to_dicts(), infer_schema_length=None)
-
-
 @dataclass(frozen=True, slots=True, repr=False)
-class SimulationResult(Rows, SweepRuns):
+class SimulationResult(SweepRuns):
     """All runs of one sweep over one trace, with their tables and figures."""
 
     def __repr__(self) -> str:
@@ -133,6 +102,13 @@ class SimulationResult(Rows, SweepRuns):
         from hybridcache.lab.report import sweep_table
 
         return sweep_table(self, metric)
+
+    def verdict(self) -> str:
+        """Return one sentence: the policies with the most hits, and the command that serves with
+        them. Empty if there is nothing to choose from."""
+        from hybridcache.lab.report import verdict
+
+        return verdict(self)
 
     def write_jsonl(self, path: str | Path) -> None:
         """Write every run as one JSON line."""
@@ -183,7 +159,7 @@ class SimulationResult(Rows, SweepRuns):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class OptimumResult(Rows, Sequence[Optimum]):
+class OptimumResult(Sequence[Optimum]):
     """Best plans for one trace, by size: a sequence of ``Optimum``."""
 
     plans: tuple[Optimum, ...]
@@ -221,20 +197,6 @@ class OptimumResult(Rows, Sequence[Optimum]):
         from hybridcache.lab.figures import optimum_figure
 
         return optimum_figure(self.plans, path, style)
-
-
-def _optional(package: str, method: str) -> ModuleType:
-    """Import a package that no extra installs, or explain how to get it."""
-    try:
-        return import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise ModuleNotFoundError(
-            f"{method}() needs {package}, which is not installed: pip install {package}. "
-            "to_dicts() returns the same rows without it.",
-            name=package,
-        ) from None
 
 
 @dataclass(frozen=True, slots=True)
