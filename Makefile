@@ -64,7 +64,7 @@ lint: install  ## check style, format, types, and installed packages for known v
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m experiments.system.audit
+	$(BIN)/python -m experiments.audit
 
 bench: install  ## run the timed benchmarks; the machine must be idle
 	$(BIN)/python -m experiments.benchmarks.tree
@@ -76,14 +76,14 @@ reproduce: install  ## regenerate every published figure at one commit, and docs
 	$(BIN)/python -m experiments.reproduce
 
 tiers: install  ## kill the writer of a disk store 200 times; measure restarts, offloading and memory
-	$(BIN)/python -m experiments.system.kill_store
+	$(BIN)/python -m tests.endurance stores --size large
 	$(BIN)/python -m experiments.benchmarks.tiers
 
 stress: install  ## run ten million random operations on the cache and check its invariants
-	$(BIN)/python -m experiments.system.stress_tree
+	$(BIN)/python -m tests.endurance cache --size large
 
-attack: install  ## compare cache, engine and server with reference models under random load (nine minutes)
-	$(BIN)/python -m experiments.system.attack
+attack: install  ## compare cache, engine and server with references under random load (minutes)
+	$(BIN)/python -m tests.endurance cache engine bodies
 
 # Installed outside .venv, so that their dependencies cannot change it. litellm and instructor require versions (of certifi,
 # jiter, rich) that conflict with the newest openai client, so they are installed without their dependencies.
@@ -101,13 +101,13 @@ clients: install out/clients/.installed  ## test the server with published clien
 		tests/engine/server/test_other_clients.py tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
 
 faults: install  ## inject failures of clients, sockets, processes, memory, clock and disk; check that nothing leaks
-	$(BIN)/python -m experiments.system.faults
+	$(BIN)/python -m tests.endurance faults --size large
 
 soak: install  ## serve 200,000 requests with all features (hours); check that nothing grows and all counts add up
-	$(BIN)/python -m experiments.system.soak --requests 200000
+	$(BIN)/python -m tests.endurance soak --size large
 
 hostile: install  ## measure how long other clients wait while one sends hostile requests
-	$(BIN)/python -m experiments.system.hostile
+	$(BIN)/python -m tests.endurance hostile --size large
 
 # Installed outside .venv: nothing else needs it.
 out/mutation/.installed: Makefile
@@ -154,7 +154,7 @@ out/wheels/.installed: constraints.txt
 	@touch $@
 
 wheels: out/wheels/.installed  ## build the wheels; on x86-64 Linux with g++, one of the engine has compiled kernels
-	out/wheels/bin/python -m experiments.system.wheels
+	out/wheels/bin/python -m experiments.wheels
 
 out/triton-3.6.0:
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --target $@ triton==3.6.0

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.endurance.__main__ import PARTS as ENDURANCE
 from tests.selection import ROOT, TOUCHY, closure, has_torch_fixtures
 
 PYTEST = (sys.executable, "-m", "pytest", "--processes", "2")
@@ -105,23 +106,10 @@ def all_parts() -> list[Part]:
         Part(name, [*PYTEST, *(file.relative_to(ROOT) for file in files)], everything)
         for name, files in test_parts().items()
     ]
-    python, out = (sys.executable, "-m"), OUT / "test-all"
+    python = sys.executable, "-m"
     return [
         *parts,
-        Part("system: attack", [*python, "experiments.system.attack"]),
-        Part(
-            "system: soak",
-            [*python, "experiments.system.soak", "--requests", "5000", "--out", out / "soak"],
-        ),
-        Part("system: faults", [*python, "experiments.system.faults", "--out", out / "faults"]),
-        Part(
-            "hostile",
-            [*python, "experiments.system.hostile", "--rounds", "1", "--out", out / "hostile"],
-        ),
-        Part(
-            "killed stores",
-            [*python, "experiments.system.kill_store", "--kills", "50", "--out", out / "k"],
-        ),
+        *(Part(f"endurance: {name}", [*python, "tests.endurance", name]) for name in ENDURANCE),
         Part("mutation", ["make", "mutate"]),
     ]
 

@@ -237,7 +237,7 @@ def test_agent_example_explains_the_misses_of_the_second_run(
 ) -> None:
     pytest.importorskip("torch")
     from engine import Engine, EngineConfig
-    from experiments.system import served
+    from tests import served
 
     with served.serving(Engine(EngineConfig(cache_gib=0.125))) as (_, port):
         run_example("05_serve_an_agent.py", f"http://127.0.0.1:{port}")

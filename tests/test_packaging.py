@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.system import wheels
+from experiments import wheels
 from hybridcache import simulate
 from hybridcache.command.extras import (
     CACHE_DISTRIBUTION,

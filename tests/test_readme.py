@@ -18,7 +18,6 @@ import pytest
 import engine
 import hybridcache
 from engine import Engine, EngineConfig
-from experiments.system import served
 from hybridcache.allocators.moves import RunningLease
 from hybridcache.api import PrefixCache
 from hybridcache.geometry.model import ModelGeometry
@@ -33,7 +32,7 @@ from hybridcache.policies.registry import (
     PLACEMENT_NAMES,
 )
 from hybridcache.routing.registry import ROUTERS
-from tests import documents
+from tests import documents, served
 from tests.documents import ROOT
 
 README = ROOT / "README.md"

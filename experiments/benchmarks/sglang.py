@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks.tree_work import Work, Workload
 from experiments.provenance import RESULTS, write_json_lines
-from experiments.system.sglang.cpu import VERSION, stand_in
+from experiments.sglang.cpu import VERSION, stand_in
 
 stand_in()
 
@@ -45,7 +45,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (  # noqa: E402
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
-from experiments.system.sglang.pools import CHUNK, World, new_world  # noqa: E402
+from experiments.sglang.pools import CHUNK, World, new_world  # noqa: E402
 
 VERBS = ("match", "rows", "lock", "evict", "allocate", "insert", "rows again", "unlock")
 NUM_KV_TOKENS, NUM_SLOTS = 1_070_000, 320

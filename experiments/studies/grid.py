@@ -2,7 +2,7 @@
 
     python -m experiments.studies.grid [--seeds 10] [--points 3]
 
-Gains are paired by seed. No kernel has a grid of 1. `experiments.benchmarks.grid` measures the cost
+Gains are paired by seed. No kernel has a grid of 1. `docs/engine/steps.md` has the cost
 of the other grids.
 """
 

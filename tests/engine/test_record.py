@@ -28,11 +28,11 @@ import uvicorn
 from engine.plugins.record.command import record
 from engine.plugins.record.proxy import Proxy, TraceWriter, read_answer
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
-from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache import open_trace, simulate
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.tokens import common_prefix_len
+from tests.engine.history.agents.scripted import ScriptedEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "what nobody else should read, said at some length "

@@ -26,7 +26,6 @@ from engine.plugins.tiers.staging import MAX_READS, MeasuredExchange
 from engine.schedule.batch import Batch, Segment, Step, Task
 from engine.server.metrics import Metrics
 from engine.worker.screen import start_screen
-from experiments.system.served import serving
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from tests.engine.test_hits_change_nothing import (
@@ -37,6 +36,7 @@ from tests.engine.test_hits_change_nothing import (
     make_engine,  # noqa: F401
     prompts,
 )
+from tests.served import serving
 
 SMALL = {"kv_tokens": 700, "slots": 6}
 ONE = SamplingParams(max_tokens=1, temperature=0, logprobs=5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.system.audit import UNANSWERED, verdict
+from experiments.audit import UNANSWERED, verdict
 
 SOUND = {"name": "sound", "version": "1", "vulns": []}
 SKIPPED = {"name": "local", "skip_reason": "Dependency not found on PyPI"}

@@ -30,8 +30,8 @@ from experiments.benchmarks.serving_load import (
     drive,
     summary,
 )
-from experiments.system.served import serving
 from tests.oracle import OracleRunner, OracleSampler
+from tests.served import serving
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.1)
 

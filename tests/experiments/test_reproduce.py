@@ -182,7 +182,7 @@ def test_part_is_not_recorded_if_the_code_changes_while_it_runs(
 def test_nothing_runs_outside_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert reproduce.main(["--part", "stress"]) == 2
+    assert reproduce.main(["--part", "tree"]) == 2
 
 
 def named_results(pages: Sequence[Path]) -> set[str]:
@@ -236,7 +236,7 @@ def test_missing_published_traces_are_named(
 ) -> None:
     monkeypatch.setattr(common, "DATA", (tmp_path,))
     monkeypatch.setattr(reproduce, "run", lambda *_: 0)
-    assert reproduce.main(["--part", "stress"]) == 0
+    assert reproduce.main(["--part", "tree"]) == 0
     name = "traces/mooncake_conversation_trace.jsonl.gz"
     assert capsys.readouterr().err.count(name) == 1 and len(reproduce.missing_traces()) == 4
     (tmp_path / "traces").mkdir()

@@ -22,8 +22,8 @@ from engine.server.access import Tenant
 from engine.server.context import AskedChat
 from engine.text.chat_prompt import render_chat
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
-from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache.api import Losses
+from tests.engine.history.agents.scripted import ScriptedEngine
 
 THINKING = """\
 {%- set ns = namespace(last=-1) %}

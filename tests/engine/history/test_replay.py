@@ -4,7 +4,7 @@ changes."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from engine import server_config
 from engine.config import BUILTIN_NAME
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.server import VolatileLines
+from engine.server.settings import ServerConfig
 from engine.text.chat_prompt import ChatPrompt, render_chat
 from engine.text.hugging_face import HFTokenizer
 from engine.text.replay import AnswerMemory
 from engine.text.splices import SampledTurn
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
-from experiments import run_agent
-from experiments.system.agents.clients import AGENTS
-from experiments.system.agents.scripted import ScriptedEngine
-from experiments.system.agents.templates import TEMPLATES
-from experiments.system.agents.tokenizers import make_model_dir, sampled_like
+from tests.engine.history.agents import scripts
+from tests.engine.history.agents.clients import AGENTS, ServedRequest
+from tests.engine.history.agents.scripted import ScriptedEngine
+from tests.engine.history.agents.templates import TEMPLATES
+from tests.engine.history.agents.tokenizers import make_model_dir, sampled_like
 
 CALL = {"id": "c", "type": "function", "function": {"name": "read", "arguments": {"path": "a"}}}
 CHAT: list[dict[str, Any]] = [
@@ -173,6 +174,35 @@ def test_equal_answers_are_found_by_place_and_memory_is_bounded() -> None:
     assert memory.find(None, 1, {**done, "content": "49"}, False) is not None
 
 
+def converse(
+    tokenizer: HFTokenizer, client: str, thinks: bool, config: ServerConfig, num_loops: int
+) -> Iterator[ServedRequest]:
+    """Yield the requests of one agent, each after its answer."""
+    source = tokenizer.chat_template
+    assert source is not None
+    form = "hermes" if "<function=" not in source.source else "coder"
+    form = "thinking" if form == "coder" and "<think>" in source.source else form
+    variables = {} if thinks else {"enable_thinking": False}
+    engine = ScriptedEngine(tokenizer, num_kv_tokens=65536, num_slots=256)
+    with engine.serving(config) as url:
+        agent = AGENTS[client](url, engine.engine.model_name, thinks)
+        for question, turns in scripts.questions(num_loops):
+            agent.question(question)
+            for turn in turns:
+                header = source.render(
+                    [{"role": "user", "content": ""}],
+                    add_generation_prompt=True,
+                    variables=variables,
+                ).rpartition("<|im_start|>")[2]
+                text = scripts.written(turn, form, thinks, header)
+                ids = sampled_like(tokenizer, text, len(engine.sampler.scripts))
+                engine.sampler.add(ids)
+                request, num_calls = agent.ask(len(ids))
+                assert num_calls == len(turn.calls), turn
+                agent.results([call.result for call in turn.calls])
+                yield request
+
+
 @pytest.mark.full("openai")
 @pytest.mark.parametrize("client", AGENTS)
 def test_an_agent_computes_its_new_tokens_and_at_most_a_grid_step(
@@ -181,11 +211,11 @@ def test_an_agent_computes_its_new_tokens_and_at_most_a_grid_step(
     template = TEMPLATES["thinking"]
     tokenizer = HFTokenizer(make_model_dir(tmp_path, template))
 
-    def converse(**config: Any) -> list[run_agent.ServedRequest]:
-        requests = run_agent.converse(tokenizer, client, True, server_config(**config), 1)
+    def converse_with(**config: Any) -> list[ServedRequest]:
+        requests = converse(tokenizer, client, True, server_config(**config), 1)
         return list(requests)
 
-    kept, replayed = converse(preserve_thinking=True), converse()
+    kept, replayed = converse_with(preserve_thinking=True), converse_with()
     known_lens = [0, *(one.context_len for one in kept)]
     new = [one.prompt_len - known_lens[at] for at, one in enumerate(kept)]
     assert all(one > 0 for one in new) and sum(new) < kept[-1].prompt_len

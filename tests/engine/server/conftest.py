@@ -27,7 +27,7 @@ from engine.server.serve import Server
 from engine.server.settings import ServerConfig
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
-from experiments.system import served
+from tests import served
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 

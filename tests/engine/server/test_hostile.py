@@ -1,7 +1,7 @@
 """Hostile requests must not stop other clients: limits, few errors, short messages.
 
 The tests count costs instead of timing them: number of errors, size of the answer, the thread that
-works. ``python -m experiments.system.hostile`` measures times.
+works. ``python -m tests.endurance hostile`` measures times.
 """
 
 from __future__ import annotations

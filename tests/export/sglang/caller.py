@@ -10,7 +10,7 @@ from array import array
 
 import pytest
 
-from experiments.system.sglang import cpu
+from experiments.sglang import cpu
 
 if not cpu.is_installed():
     pytest.skip("SGLang is not installed: make sglang", allow_module_level=True)
@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (  # noqa: E402
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
-from experiments.system.sglang.pools import new_world  # noqa: E402
+from experiments.sglang.pools import new_world  # noqa: E402
 
 CORES = ("hybridcache", "python", "rust")
 PATH = list(range(1, 13))

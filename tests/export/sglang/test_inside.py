@@ -181,7 +181,7 @@ def test_reset_sends_an_event_to_the_router():
 def soak(*arguments, hash_seed="0"):
     """Return the result of ``soak_sglang`` in a new process, because SGLang's settings are
     global."""
-    command = [sys.executable, "-m", "experiments.system.soak_sglang", "--no-record", *arguments]
+    command = [sys.executable, "-m", "tests.export.sglang.soak", "--no-record", *arguments]
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,9 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from experiments.system.sglang.pools import CHUNK, World, new_pools
-from hybridcache.export.sglang import NAME, plug_in
 from sglang.srt.arg_groups import mamba_hook
 from sglang.srt.distributed import bootstrap
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -34,6 +31,9 @@ from sglang.srt.model_executor.model_runner_components.ngram_embedding_manager i
 from sglang.srt.runtime_context import SpawnRanks, get_context, get_parallel, publish
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
+
+from experiments.sglang.pools import CHUNK, World, new_pools
+from hybridcache.export.sglang import NAME, plug_in
 
 VOCAB = 64
 CONFIG = {

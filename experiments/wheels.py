@@ -1,6 +1,6 @@
 """Build the two published wheels: the cache with its laboratory, and the engine.
 
-python -m experiments.system.wheels [--out dist]
+python -m experiments.wheels [--out dist]
 
 The cache's wheel (``hybrid-radix-cache``) contains neither ``engine`` nor ``kernels``. SGLang
 depends on a Hugging Face distribution with a package that is also called ``kernels``, and ``pip

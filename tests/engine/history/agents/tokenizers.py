@@ -13,7 +13,7 @@ from engine.text.tokenizer import EncodeOptions
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PARTS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _ALONE = EncodeOptions(add_special_tokens=False)
-CORPUS = Path(__file__).resolve().parents[3] / "README.md"
+CORPUS = Path(__file__).resolve().parents[4] / "README.md"
 
 
 def make_model_dir(directory: Path, template: str, tokenizer_file: Path | None = None) -> Path:

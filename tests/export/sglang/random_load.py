@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any, NamedTuple
 
-from experiments.system.sglang.serve import VOCAB, CPUScheduler, hashes
 from sglang.srt.managers.io_struct import AbortReq
+
+from tests.export.sglang.scheduler import VOCAB, CPUScheduler, hashes
 
 
 class Served(NamedTuple):

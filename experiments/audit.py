@@ -2,7 +2,7 @@
 
 Passes with a note if the advisories cannot be reached.
 
-python -m experiments.system.audit
+python -m experiments.audit
 """
 
 from __future__ import annotations

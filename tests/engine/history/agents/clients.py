@@ -11,7 +11,7 @@ import anthropic
 import httpx
 import openai
 
-from experiments.system.agents import scripts
+from tests.engine.history.agents import scripts
 
 Message = dict[str, Any]
 

@@ -1,9 +1,9 @@
 """Run SGLang's scheduler on this cache for many requests, and check rows, states and answers.
 
-python -m experiments.system.soak_sglang [--requests 10000] [--strategy "extra_buffer overlapped"]
+python -m tests.export.sglang.soak [--requests 10000] [--strategy "extra_buffer overlapped"]
 
 Needs SGLang 0.5.23 (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
-records its inputs (`experiments/system/sglang/serve.py`). Conversations continue, fork, repeat and
+records its inputs (`tests/export/sglang/scheduler.py`). Conversations continue, fork, repeat and
 are cut off, in pools so small that KV and states are always short. Every 61st decode step retracts
 requests.
 
@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 from experiments.provenance import RESULTS, write_json_lines
-from experiments.system.sglang import cpu
+from experiments.sglang import cpu
 
 STRATEGIES = {
     "no_buffer": 12,
@@ -43,8 +43,8 @@ def soak(strategy: str, eviction: str, num_requests: int, seed: int) -> dict[str
     os.environ["SGLANG_TEST_RETRACT"] = "1"
     os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "61"
     cpu.stand_in()
-    from experiments.system.sglang.random_load import RandomLoad
-    from experiments.system.sglang.serve import new_scheduler
+    from tests.export.sglang.random_load import RandomLoad
+    from tests.export.sglang.scheduler import new_scheduler
 
     name, _, overlapped = strategy.partition(" ")
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,7 @@ def main() -> None:
         records = []
         for strategy in STRATEGIES:
             share = str(options.requests // len(STRATEGIES))
-            command = [sys.executable, "-m", "experiments.system.soak_sglang", "--no-record"]
+            command = [sys.executable, "-m", "tests.export.sglang.soak", "--no-record"]
             command += ["--strategy", strategy, "--requests", share, "--seed", str(options.seed)]
             command += ["--eviction", options.eviction]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

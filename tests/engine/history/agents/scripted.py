@@ -14,8 +14,8 @@ from engine.requests.spec import SamplingInput
 from engine.server.settings import ServerConfig
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
-from experiments.system.served import serving
 from tests.oracle import Fingerprints, OracleDrawn, OracleRunner
+from tests.served import serving
 
 
 class ScriptedSampler:

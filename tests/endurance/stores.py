@@ -1,19 +1,13 @@
-"""Kill the writer of a disk store at random moments, and check the store after each kill.
+"""Kills of the writer of a disk store at random moments, with a check of the store after each.
 
-A child writes records as fast as it can, drops some, and reports each action. The child is killed
-(SIGKILL) at a random moment, two hundred times on the same folder. The folder is so small that
-records are removed all the time.
-
-After each kill the store is opened. The result counts refused starts, records with a wrong byte,
-and records that the child had reported as written and that are missing.
-
-    python -m experiments.system.kill_store --kills 200
+A child writes records as fast as it can, drops some, and reports each action. It is killed
+(SIGKILL) at a random moment, again and again on the same folder. The folder is so small that
+records are removed all the time. After each kill the store must open, every record must be whole,
+and no record that the child had reported as written may be missing.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import signal
@@ -25,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import RecordStore, record_bytes
-from experiments.provenance import RESULTS, write_json_lines
+from tests.selection import ROOT
 
-FIELDS = {"writer": "experiments.system.kill_store"}
+FIELDS = {"writer": "tests.endurance.stores"}
 MAX_BYTES, MAX_PAYLOAD_BYTES = 1 << 24, 1 << 18
 
 
@@ -61,8 +54,8 @@ def write_until_killed(folder: Path, seed: int) -> None:
 def kill_once(folder: Path, seed: int, delay_s: float) -> tuple[set[int], set[int]]:
     """Start a child and kill it. Returns (records reported as written and not dropped, records
     reported as dropped)."""
-    command = [sys.executable, "-m", "experiments.system.kill_store", "--child", str(folder)]
-    child = subprocess.Popen([*command, "--seed", str(seed)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tests.endurance.stores", str(folder), str(seed)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout is not None
     assert child.stdout.readline() == "open\n", "the store refused to open in the child"
     time.sleep(delay_s)
@@ -94,42 +87,19 @@ def count_wrong(folder: Path, expected: set[int]) -> tuple[int, int, set[int]]:
     return wrong, len(expected - found), found
 
 
-def measure(kills: int, seed: int, most_s: float) -> dict[str, float]:
-    """Kill a writer ``kills`` times, each after at most ``most_s`` seconds. Returns the totals."""
-    choose = random.Random(seed)
-    totals = {"kills": kills, "refused": 0, "wrong": 0, "lost": 0, "records": 0}
+def run(seed: int, num_kills: int) -> dict[str, int]:
+    """Kill a writer ``num_kills`` times, each after at most 0.2 s. Returns the found records."""
+    choose, num_records, expected = random.Random(seed), 0, set[int]()
     with tempfile.TemporaryDirectory() as name:
-        folder, expected = Path(name), set[int]()
-        for number in range(kills):
-            written, dropped = kill_once(folder, seed + number, choose.random() * most_s)
+        folder = Path(name)
+        for number in range(seed, seed + num_kills):
+            written, dropped = kill_once(folder, number, choose.random() * 0.2)
             expected = (expected | written) - dropped
-            try:
-                wrong, lost, found = count_wrong(folder, expected)
-            except StoreError:
-                totals["refused"] += 1
-                continue
-            totals["wrong"] += wrong
-            totals["lost"] += lost
-            totals["records"] += len(found)
-            expected = found
-    return totals
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most-s", type=float, default=0.2, help="maximum life of a writer")
-    parser.add_argument("--out", type=Path, default=RESULTS / "kill_store.jsonl")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child is not None:
-        write_until_killed(arguments.child, arguments.seed)
-    totals = measure(arguments.kills, arguments.seed, arguments.most_s)
-    settings = {name: getattr(arguments, name) for name in ("kills", "seed", "most_s")}
-    write_json_lines(arguments.out, [totals], settings)
-    print(json.dumps(totals))
+            num_wrong, num_lost, expected = count_wrong(folder, expected)
+            assert (num_wrong, num_lost) == (0, 0), f"kill {number}: {num_wrong=} {num_lost=}"
+            num_records += len(expected)
+    return {"kills": num_kills, "records": num_records}
 
 
 if __name__ == "__main__":
-    main()
+    write_until_killed(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,21 +1,15 @@
-"""Serve requests with all features for hours, and check for memory growth and wrong counts.
+"""Requests with all features for hours: no growth of memory, and counts that add up.
 
-Starts ``engine serve`` with the built-in model and keeps 16 clients busy. They use conversations,
-tools, guided answers, drafts, several answers at once, disconnects, three API dialects and tenants,
-while a live page is connected. The memory of both processes is sampled.
-
-At the end requests, prompt tokens and memory must add up. Neither process may have grown by more
-than ``GROWTH`` in the second half of the run. Texts and answers are short, because the model cannot
-cause growth. Loopback only.
-
-    python -m experiments.system.soak --requests 200000 [--minutes 60]
+``engine serve`` runs the built-in model for 16 clients. They use conversations, tools, guided
+answers, drafts, several answers at once, disconnects, three API dialects and tenants, while a live
+page is connected. At the end requests, prompt tokens and memory must add up. Neither process may
+have grown by more than ``GROWTH`` in the second half of the run. Loopback only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 import random
 import subprocess
 import sys
@@ -29,10 +23,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
-from experiments.provenance import RESULTS, write_json_lines
-from experiments.system.faults.server import parts_of
-from experiments.system.flood import server_port
-from hybridcache.command.parser import Parser
+from tests.endurance.faults import child_of, server_port
 
 NUM_CLIENTS = 16
 MIB = ("--explain-mib", "2", "--replay-mib", "2", "--responses-mib", "2", "--cache-gib", "0.1")
@@ -175,20 +166,11 @@ def resident_mib(pid: int) -> float:
     return round(pages * PAGE_BYTES / 2**20, 1)
 
 
-def engine_of(server: int) -> int:
-    """Return the process id of a server's engine."""
-    stats = Path("/proc").glob("[0-9]*/stat")
-    return next(int(s.parent.name) for s in stats if parts_of(s)[1] == str(server))
-
-
 async def soak(
-    port: int, pids: Sequence[int], num_requests: int, num_seconds: float
+    port: int, pids: Sequence[int], seed: int, num_requests: int
 ) -> tuple[Counter[str], int, list[dict[str, Any]]]:
-    """Send ``num_requests``, or requests for ``num_seconds`` if that is shorter.
-
-    Returns (outcomes of requests, admitted choices, samples of memory).
-    """
-    clients = [Client(port, seed) for seed in range(NUM_CLIENTS)]
+    """Return (outcomes of requests, admitted choices, samples of memory)."""
+    clients = [Client(port, seed + number) for number in range(NUM_CLIENTS)]
     outcomes: Counter[str] = Counter()
     samples: list[dict[str, Any]] = []
     numbers = iter(range(num_requests))
@@ -211,8 +193,6 @@ async def soak(
             for _ in numbers:
                 outcomes[await client.ask()] += 1
                 bar.update()
-                if time.monotonic() - started > num_seconds:
-                    return
 
         sampling = asyncio.create_task(keep_sampling())
         await asyncio.gather(*map(work, clients))
@@ -265,45 +245,26 @@ def verdict(
     assert after["engine_memory_bytes"] == before["engine_memory_bytes"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m experiments.system.soak", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--requests", type=int, default=5_000, help="default: %(default)s")
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="time limit (default: none)"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS / "soak.jsonl")
-    options = parser.parse_args(arguments)
+def run(seed: int, num_requests: int) -> dict[str, Any]:
+    """Serve ``num_requests``. Returns the outcomes, speed and growth."""
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", *FLAGS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = server_port(server)
-            pids = server.pid, engine_of(server.pid)
+            pids = server.pid, child_of(server.pid)
             before = totals(port)
-            outcomes, num_choices, samples = asyncio.run(
-                soak(port, pids, options.requests, 60 * options.minutes)
-            )
+            outcomes, num_choices, samples = asyncio.run(soak(port, pids, seed, num_requests))
             after = totals(port)
         finally:
             server.terminate()
+    verdict(outcomes, num_choices, before, after)
     grown = {name: growth(samples, name) for name in ("server_mib", "engine_mib")}
-    spent_s = samples[-1]["seconds"]
-    summary = {
-        "requests": outcomes.total(),
-        "a_minute": round(60 * outcomes.total() / spent_s),
+    if samples[-1]["seconds"] > 60 * SAMPLE_S:
+        assert max(grown.values()) < GROWTH, f"memory grew: {grown}"
+    return {
+        "requests a minute": round(60 * outcomes.total() / samples[-1]["seconds"]),
         "outcomes": dict(sorted(outcomes.items())),
         "growth": {name: round(ratio, 4) for name, ratio in grown.items()},
-        "prompt_tokens": after["engine_prompt_tokens_total"],
-        "cached_tokens": after["engine_cached_tokens_total"],
-        "accepted_drafts": after.get("engine_accepted_tokens_total", 0),
+        "cached tokens": after["engine_cached_tokens_total"],
+        "accepted drafts": after.get("engine_accepted_tokens_total", 0),
     }
-    print(json.dumps(summary, indent=1))
-    write_json_lines(options.out, [summary, *samples])
-    verdict(outcomes, num_choices, before, after)
-    assert max(grown.values()) < GROWTH, f"memory grew: {grown}"
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,8 @@
-"""Measure the delay and slowdown that one hostile client causes for another.
+"""Delay and slowdown that one hostile client causes for another.
 
-Starts ``engine serve`` with the built-in model, streams an answer to one client, and attacks the
-server meanwhile, one attack after another. Attacks are bodies at or above the size limits, grammars
-of up to 1 kB that are slow to follow, connections with endless headers, and long prompts with
-drafts.
+``engine serve`` runs the built-in model. One client reads an endless answer while attacks follow
+one after another: bodies at or above the size limits, grammars of up to 1 kB that are slow to
+follow, connections with endless headers, and long prompts with drafts.
 
 For each attack the output has the longest time between two tokens of the first client, its tokens
 per second, and the loss relative to a control. The control of a grammar is the same request without
@@ -14,8 +13,6 @@ Other processes of the machine influence both. Each figure is therefore also giv
 time in which the involved threads waited for a processor (as reported by Linux). The limits apply
 to net figures. Loss is judged if the control is the same work. An attack over a limit is repeated,
 and its median decides. Loopback only.
-
-    python -m experiments.system.hostile
 """
 
 from __future__ import annotations
@@ -35,12 +32,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.provenance import RESULTS, write_json_lines
-from experiments.system.flood import server_port
-from hybridcache.command.parser import Parser
+from tests.endurance.faults import child_of, server_port
 
 LIMIT_S, LIMIT_LOSS = 0.1, 0.1
 """Limits for the delay of another client's token, and for the loss of its speed."""
@@ -302,7 +296,7 @@ class Reader(threading.Thread):
         """Prepare the client of a server with the process id ``server``."""
         super().__init__(daemon=True)
         self._port = port
-        self._server, self._engine = server, _child_of(server)
+        self._server, self._engine = server, child_of(server)
         self._ends = False
         self.gaps: list[tuple[Piece, Piece]] = []
         """Pairs of consecutive pieces of one answer."""
@@ -347,15 +341,6 @@ class Reader(threading.Thread):
             for before, after in self.gaps
             if after.at_s > start_s and before.at_s < end_s
         ]
-
-
-def _child_of(pid: int) -> int:
-    """Return the engine's process id, or the server's if the system does not report it."""
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children", encoding="utf-8") as children:
-            return int(children.read().split()[0])
-    except (OSError, IndexError):
-        return pid
 
 
 def _waited_s(pid: int, thread: int) -> float:
@@ -492,27 +477,20 @@ def measure(attacks: Sequence[Callable[[], Outcome]], num_rounds: int) -> list[l
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m experiments.system.hostile", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument(
-        "--only", default="", metavar="TEXT", help="run only attacks with this in their name"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "hostile.jsonl", help="default: %(default)s"
-    )
-    options = parser.parse_args(arguments)
+def run(seed: int, num_rounds: int, only: str = "") -> dict[str, float]:
+    """Attack a server. Returns the largest delay, loss and memory.
+
+    ``only`` selects the attacks with this text in their name. Prints a row for each. Raises
+    AssertionError if a limit is exceeded.
+    """
 
     def chosen(attacks: Sequence[Hostile]) -> list[Hostile]:
-        return [attack for attack in attacks if options.only in f"{attack.path} {attack.name}"]
+        return [attack for attack in attacks if only in f"{attack.path} {attack.name}"]
 
     bodies, drafted = chosen((*BODIES, *SLOW_TO_FOLLOW)), chosen(DRAFTED)
-    num_rounds = options.rounds
     with serving() as (port, reader, server):
         attacks = [partial(attack, port, reader, body) for body in bodies]
-        if options.only in "connections":
+        if only in "connections":
             attacks.append(partial(hold_connections, port, reader))
         found = measure(attacks, num_rounds)
         undrafted = [[attack(port, reader, body) for _ in range(num_rounds)] for body in drafted]
@@ -531,18 +509,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row.mib:5.2f} {row.status:6} {row.seconds:6.2f} {row.median_ms:9.1f} "
             f"{row.worst_ms:9.1f} {row.net_ms:7.1f} {row.tokens_per_s:9.0f} {loss}  {row.name}"
         )
-    worst_ms, net_ms = max(row.worst_ms for row in rows), max(row.net_ms for row in rows)
-    worst_loss = max((row.loss for row in rows if row.is_judged), default=0.0)
-    print(
-        f"longest wait for a token {worst_ms:.0f} ms, {net_ms:.0f} ms net; largest loss of speed "
-        f"{worst_loss:.0%}; peak memory of the server {peak_mib:.0f} MiB"
-    )
-    record = {"rounds": options.rounds, "worst_ms": worst_ms, "worst_net_ms": net_ms}
-    record |= {"worst_loss": round(worst_loss, 3), "peak_mib": round(peak_mib)}
-    write_json_lines(
-        options.out, [record, *(row._asdict() | {"loss": round(row.loss, 3)} for row in rows)]
-    )
-    return 1 if any(row.is_over for row in rows) else 0
+    over = [row.name for row in rows if row.is_over]
+    assert not over, f"over {1e3 * LIMIT_S:.0f} ms net or {LIMIT_LOSS:.0%} loss: {over}"
+    return {
+        "worst ms": max(row.worst_ms for row in rows),
+        "worst net ms": max(row.net_ms for row in rows),
+        "largest loss": round(max((row.loss for row in rows if row.is_judged), default=0.0), 3),
+        "peak MiB of the server": round(peak_mib),
+    }
 
 
 FIGURES = ("seconds", "median_ms", "worst_ms", "net_ms", "tokens_per_s", "control_per_s")
@@ -565,7 +539,3 @@ def _peak_mib(pid: int) -> float:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return 0.0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

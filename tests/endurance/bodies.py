@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import time
 from collections import Counter
 from typing import Any
 
@@ -17,8 +16,8 @@ import httpx
 
 from engine import Engine, EngineConfig
 from engine.text.tokenizer import ByteTokenizer
-from experiments.system.served import serving
 from tests.oracle import OracleRunner, OracleSampler
+from tests.served import serving
 
 CHAT = [{"role": "user", "content": "hi"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -106,8 +105,8 @@ def body(draw: random.Random) -> tuple[str, bytes]:
     return path, bytes(raw)
 
 
-def attack(seed: int, seconds: float) -> dict[str, int]:
-    """Send bodies until the time is up.
+def run(seed: int, num_bodies: int) -> dict[str, int]:
+    """Send bodies. Returns how many were answered with each status.
 
     Raises AssertionError for a 5xx, a long error, or memory that is still held.
     """
@@ -117,28 +116,23 @@ def attack(seed: int, seconds: float) -> dict[str, int]:
         sampler=OracleSampler(),
         tokenizer=ByteTokenizer(),
     )
-    with serving(engine) as (_, port):
-        counts = _send_all(f"http://127.0.0.1:{port}", seed, seconds)
-    engine.check()
-    return counts
-
-
-def _send_all(url: str, seed: int, seconds: float) -> dict[str, int]:
     statuses: Counter[int] = Counter()
-    deadline, number = time.monotonic() + seconds, 0
-    with httpx.Client(base_url=url, timeout=120) as client:
-        while time.monotonic() < deadline:
-            path, raw = body(random.Random(seed + number))
+    with (
+        serving(engine) as (_, port),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+    ):
+        for number in range(seed, seed + num_bodies):
+            path, raw = body(random.Random(number))
             answer = client.post(path, content=raw, headers={"Content-Type": "application/json"})
-            context = f"bodies, seed {seed + number}: {answer.status_code} {answer.text[:200]}"
+            context = f"seed {number}: {answer.status_code} {answer.text[:200]}"
             assert answer.status_code < 500 and '"code": "internal' not in answer.text, context
             if answer.status_code >= 400:
                 error = answer.json()["error"]["message"]
                 assert "\n" not in error and len(answer.content) < 2000, context
             statuses[answer.status_code] += 1
-            number += 1
         report = client.get("/v1/cache").json()
         for pool in (report["kv"], report["slots"]):
             assert pool["free"] + pool["cached"] == pool["total"] and not pool["held"], report
         assert client.get("/health").status_code == 200
-    return {"bodies": number} | {f"answered {status}": n for status, n in sorted(statuses.items())}
+    engine.check()
+    return {f"answered {status}": number for status, number in sorted(statuses.items())}

@@ -1,0 +1,35 @@
+"""Each load of ``python -m tests.endurance`` passes in its small size and detects a fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.server.api_errors import APIError
+from hybridcache.hybrid import HybridRadixCache
+from tests.endurance.__main__ import PARTS, main, run
+
+SERVERS = ("faults", "soak")
+"""Parts that start ``engine serve``. `make test-all` also runs all parts in their medium size."""
+
+
+@pytest.mark.full("cache", "engine", "bodies", "stores")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("part", [name for name in PARTS if name != "hostile"])
+def test_each_part_passes(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([part, "--size", "small", "--seed", "5"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("part", "size"), [("cache", "small"), ("engine", "12")])
+def test_wrong_rows_are_detected(monkeypatch: pytest.MonkeyPatch, part: str, size: str) -> None:
+    gather = HybridRadixCache.gather
+    monkeypatch.setattr(HybridRadixCache, "gather", lambda self, node: gather(self, node)[::-1])
+    with pytest.raises(AssertionError, match=r"a wrong row|another prefix"):
+        run(part, size)
+
+
+def test_server_error_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(APIError, "response", lambda self: 1 // 0)
+    with pytest.raises(AssertionError, match="seed"):
+        run("bodies", "small")
