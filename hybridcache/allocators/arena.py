@@ -286,7 +286,7 @@ class ArenaPages(PageAllocator):
     def __init__(self, arena: ArenaAllocator, budget: ByteBudget) -> None:
         super().__init__(arena.capacity, arena.page_size, arena.unit_bytes, budget)
         self.arena: ArenaAllocator = arena
-        self._height = 0
+        self._height = self._num_implied = 0
 
     @property
     def num_unused(self) -> int:

@@ -8,6 +8,8 @@ from hybridcache.allocators.base import BaseAllocator, ByteBudget
 from hybridcache.tokens import INT32, Indices, require_int32
 
 MAX_ROWS = 1 << 31
+BLOCK = 1 << 16
+"""Minimum number of pages that are written to the stack together."""
 
 
 def are_distinct(rows: Indices) -> bool:
@@ -19,7 +21,8 @@ class PageAllocator(BaseAllocator):
     """Stack of free pages. A page is ``page_size`` consecutive KV rows.
 
     Capacity and counts are in rows (tokens). The stack is one int32 array with its height, so that
-    taking or freeing many pages is one copy.
+    taking or freeing many pages is one copy. Its lowest ``_num_implied`` entries are equal to their
+    positions and not written, so memory and time depend on the pages that were ever allocated.
 
     >>> pages = PageAllocator(8, page_size=4)
     >>> rows = pages.allocate(5)
@@ -51,8 +54,8 @@ class PageAllocator(BaseAllocator):
                 f"{num_tokens} KV rows are more than the {MAX_ROWS} that int32 can number"
             )
         num_pages = num_tokens // page_size
-        self._stack = np.arange(num_pages, dtype=np.int32)
-        self._height = num_pages
+        self._stack = np.empty(num_pages, dtype=np.int32)
+        self._height = self._num_implied = num_pages
         self._offsets = np.arange(page_size, dtype=np.int32)
 
     @property
@@ -84,6 +87,8 @@ class PageAllocator(BaseAllocator):
         if self.budget is not None and num_pages * self.page_size > self.num_free:
             return None
         top = self._height
+        if top - num_pages < self._num_implied:
+            self._write_implied(top - num_pages)
         pages = self._stack[top - num_pages : top]
         if self.budget is not None:
             self.budget.free_bytes -= num_pages * self.page_size * self.unit_bytes
@@ -91,6 +96,17 @@ class PageAllocator(BaseAllocator):
         if self.page_size == 1:
             return pages.copy()
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
+
+    def _free_pages(self) -> Indices:
+        """Return the content of the stack, with implied entries. O(capacity)."""
+        implied = np.arange(self._num_implied, dtype=np.int32)
+        return np.concatenate([implied, self._stack[self._num_implied : self._height]])
+
+    def _write_implied(self, last: int) -> None:
+        """Write the implied entries from ``last`` on, and at least ``BLOCK``. O(entries)."""
+        first = max(0, min(last, self._num_implied - BLOCK))
+        self._stack[first : self._num_implied] = np.arange(first, self._num_implied, dtype=np.int32)
+        self._num_implied = first
 
     def free(self, rows: Indices) -> None:
         """Return ``rows``, which were allocated, to the pool: whole pages in row order. O(n).
@@ -135,22 +151,23 @@ class PageAllocator(BaseAllocator):
         if len(rows) > self.num_free or len(rows) % self.page_size:
             raise ValueError(f"{len(rows)} rows asked for, {self.num_free} are free")
         pages = rows[:: self.page_size] // self.page_size
-        kept = self._stack[: self._height]
+        kept = self._free_pages()
         kept = kept[~np.isin(kept, pages)]
         if len(kept) + len(pages) != self._height:
             raise ValueError("rows asked for are not free")
         self._stack[: len(kept)] = kept
-        self._height = len(kept)
+        self._height, self._num_implied = len(kept), 0
         if self.budget is not None:
             self.budget.free_bytes -= len(rows) * self.unit_bytes
 
     def free_rows(self) -> Indices:
         """Return all unused rows, unordered: int32[num_unused]. O(capacity)."""
-        pages = self._stack[: self._height]
+        pages = self._free_pages()
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
     def check(self) -> None:
-        free = self._stack[: self._height]
+        assert 0 <= self._num_implied <= self._height, f"{self._num_implied} entries are implied"
+        free = self._free_pages()
         assert 0 <= self._height <= len(self._stack), f"stack height {self._height}"
         if len(free):
             assert free.min() >= 0 and free.max() < len(self._stack), "a page is out of range"
