@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from numbers import Integral, Real
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.geometry.units import GIB
 from hybridcache.scheduling.planner import MAX_SCORED as MAX_SCORED
 from hybridcache.scheduling.planner import TILE as TILE
 
@@ -165,6 +167,11 @@ class PluginConfig:
     def drafts(self) -> DraftSizes:
         """Memory that the runner needs for drafts."""
         return DraftSizes()
+
+    @property
+    def host_bytes(self) -> Mapping[str, int]:
+        """Memory of the host that each setting reserves, in bytes."""
+        return {}
 
     @property
     def kept_folder(self) -> str | None:
@@ -384,6 +391,17 @@ class EngineConfig(Settings):
     def num_ranks(self) -> int:
         """Number of processes that compute the model together."""
         return max((one.num_ranks for one in self.plugins), default=1)
+
+    @property
+    def cache_bytes(self) -> dict[str, int]:
+        """Memory of the device that each setting reserves, in bytes, for all ranks together."""
+        sizes = {name: getattr(self, name) for name in ("cache_gib", "kv_gib", "state_gib")}
+        return {name: int(gib * GIB) for name, gib in sizes.items() if gib is not None}
+
+    @property
+    def host_bytes(self) -> dict[str, int]:
+        """Memory of the host that settings of plugins reserve, in bytes."""
+        return {name: size for one in self.plugins for name, size in one.host_bytes.items()}
 
     @property
     def kept_folder(self) -> str | None:

@@ -8,8 +8,9 @@ import torch
 
 from engine.config import EngineConfig
 from engine.layers.rank import ALONE, Rank
+from engine.runner.device import Device
 from engine.runner.loaded_model import LoadedModel
-from engine.runner.memory_plan import MemoryPlan
+from engine.runner.memory_plan import MemoryPlan, check_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warm_up import measure, warm_up
 from engine.weights.model_config import ModelError
@@ -25,8 +26,10 @@ def load_runner(config: EngineConfig, rank: Rank = ALONE) -> ModelRunner:
 
 def load_runner_as(kind: type[Kind], config: EngineConfig, rank: Rank) -> Kind:
     """Load a runner of a subclass; see ``load_runner``."""
+    check_sizes(config, Device.resolve(config.device))  # Before anything slow.
     loaded = LoadedModel.load(config, rank)
     config = loaded.settings
+    check_sizes(config, loaded.device)
     warms_up = config.warm_up and not loaded.device.is_cpu
     reserved_bytes = (
         _rehearsed_bytes(loaded) if warms_up else loaded.step_state_bytes + loaded.own_state_bytes

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import cast
 
@@ -31,6 +33,7 @@ TRAITS = {
     "cuda": DeviceTraits(True, "CUDAGraph", torch.bfloat16),
     "xpu": DeviceTraits(True, None, torch.bfloat16),
 }
+CGROUP = Path("/sys/fs/cgroup")
 OTHER = DeviceTraits(False, None, torch.float32)
 
 
@@ -104,7 +107,7 @@ class Device:
     def free_bytes(self) -> int:
         """Return the available memory in bytes."""
         if self.is_cpu:
-            return _available_host_bytes()
+            return host_free_bytes()
         free, _ = self.module.mem_get_info(self.torch_device)
         return int(free)
 
@@ -161,12 +164,16 @@ class Device:
         return f"{self.torch_device}, {self.module.get_device_name(self.torch_device)}"
 
 
-def _available_host_bytes() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+def host_free_bytes() -> int:
+    """Return the memory that the system, and the limit of this process's container, leave."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        [line] = (line for line in lines if line.startswith("MemAvailable:"))
+        free = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # Version 2 of control groups, as containers see them.
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, max(0, limit - used + int(stat["inactive_file"])))
+    return free

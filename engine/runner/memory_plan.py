@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
+from engine.config import EngineConfig
 from engine.layers.rank import Rank
-from engine.runner.device import Device
+from engine.runner.device import Device, host_free_bytes
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
@@ -127,6 +129,31 @@ class MemoryPlan(MemorySizes):
         slab = slab_rows(state, row) if state else 0
         plan = cls._arena((MIN_KV_TOKENS + SLOTS_OF_ONE * slab) * row, row, state, 1)
         return replace(plan, owns_states=checkpoints is not None and state > 0)
+
+
+def check_sizes(config: EngineConfig, device: Device) -> None:
+    """Raise ModelError if the sizes of ``config`` exceed the memory that is available now.
+
+    Called before the weights are read, and again when they have taken their part.
+    """
+    own, host = config.cache_bytes, config.host_bytes
+    if device.is_cpu:
+        _check_available(own | host, host_free_bytes(), "memory")
+        return
+    per_device = {name: size // config.num_ranks for name, size in own.items()}
+    _check_available(per_device, device.unused_bytes(), f"memory of {device.torch_device}")
+    _check_available(host, host_free_bytes(), "host memory")
+
+
+def _check_available(sizes: Mapping[str, int], free_bytes: int, kind: str) -> None:
+    needed = sum(sizes.values())
+    if needed > free_bytes:
+        names = " and ".join(name for name, size in sizes.items() if size)
+        verb = "takes" if len(sizes) == 1 else "take"
+        raise ModelError(
+            f"{names} {verb} {gib_words(needed)}, but {gib_words(free_bytes)} of {kind} are "
+            "available: use less."
+        )
 
 
 def kv_row_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:

@@ -108,7 +108,6 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert self.pages.num_free == self.pages.capacity - len(held)
             assert self.slots.num_free == self.slots.capacity - len(self.taken)
 
-
     def teardown(self):
         if hasattr(self, "patch"):
             self.patch.undo()

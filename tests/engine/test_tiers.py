@@ -19,6 +19,7 @@ import pytest
 from engine import Engine, SamplingParams, engine_config
 from engine.config import ConfigError
 from engine.plugins.replicas.replicas_client import summed
+from engine.plugins.tiers import plugin as tiers_plugin
 from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import SUFFIX, RecordStore
@@ -473,12 +474,33 @@ def test_a_disk_limit_above_the_free_space_gives_a_warning(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    free_gib = shutil.disk_usage(tmp_path).free / 2**30
-    for disk_gib, is_warned in ((0.01, False), (2 * free_gib, True)):
+    usage = shutil.disk_usage(tmp_path)
+    too_much = (usage.free + usage.total) / 2 / 2**30
+    for disk_gib, is_warned in ((0.01, False), (too_much, True)):
         caplog.clear()
         settings = {"state_dir": str(tmp_path / str(disk_gib)), "disk_gib": disk_gib, **SMALL}
         make_engine(**settings).close()
         assert ("--disk-gib allows" in caplog.text) == is_warned
+
+
+def test_default_disk_limit_fits_the_disk(
+    make_engine: MakeEngine,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "kept").write_bytes(bytes(1000))
+
+    def limit(free: int) -> int:
+        usage = shutil._ntuple_diskusage(10**15, 10**15 - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        return tiers_plugin._folder_bytes(folder, None, usual=10_000)
+
+    assert limit(10**9) == 10_000
+    assert limit(5_000) == 5_000 * 9 // 10 + 1000
+    with pytest.raises(ConfigError, match=r"room for .* too little for a state with a page"):
+        make_engine(state_dir=str(folder), **{**SMALL, "disk_gib": None})
 
 
 @pytest.mark.parametrize(
@@ -486,7 +508,8 @@ def test_a_disk_limit_above_the_free_space_gives_a_warning(
     [
         ({"host_gib": 1e-9}, "host_gib 1e-09 is too small for a single state"),
         ({"disk_gib": 1e-9}, "disk_gib 1e-09 is too small for a single state"),
-        ({"host_gib": 1e6}, "host_gib 1e.06 is more memory than row numbers can"),
+        ({"disk_gib": 1e6}, r"disk_gib 1e\+06 is more than the disk of .*: use less, or omit it"),
+        ({"host_gib": 1e6}, "host_gib take 1,000,000 GiB, but .* of memory are available"),
     ],
 )
 def test_wrong_tier_sizes_are_refused_with_the_name_of_the_setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,6 +54,10 @@ class SpeculationConfig(PluginConfig):
     @property
     def is_used(self) -> bool:
         return self.draft != "none"
+
+    @property
+    def host_bytes(self) -> Mapping[str, int]:
+        return {"draft_index_mib": int(self.draft_index_mib * 2**20)}
 
     @property
     def drafters(self) -> dict[str, int]:

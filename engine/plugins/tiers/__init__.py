@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from engine.config import GIB_SIZE, ConfigError, PluginConfig, check_fields, setting
+from hybridcache.geometry.units import GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,14 @@ class TierConfig(PluginConfig):
     )
     disk_gib: float | None = setting(
         None,
-        "maximum size of --state-dir, GiB; by default 2.5 times device and host memory",
+        "maximum size of --state-dir, GiB; by default 2.5 times device and host memory, "
+        "and at most 90 % of the free disk",
         limits=GIB_SIZE,
     )
+
+    @property
+    def host_bytes(self) -> Mapping[str, int]:
+        return {} if self.host_gib is None else {"host_gib": int(self.host_gib * GIB)}
 
     @property
     def kept_folder(self) -> str | None:

@@ -193,6 +193,8 @@ class PolicyStateFile:
 USUAL_DISK = 2.5
 """Default size of the folder, relative to device and host memory. It holds all entries of these,
 and as much again for the disk tier."""
+FREE_SHARE = 0.9
+"""Maximum share of the free disk for the default size of the folder."""
 ROWS_SHARE = 0.875
 """Maximum share of rows in a folder. The rest is for tokens, heads and partly filled blocks."""
 REMEMBERED, MAX_REMEMBERED_BYTES = 32, 1 << 25
@@ -228,11 +230,16 @@ class TierSizes(NamedTuple):
         if tiers.state_dir is None:
             return cls(host)
         above = memory.total_bytes + host
-        folder = int(above * USUAL_DISK if tiers.disk_gib is None else tiers.disk_gib * GIB)
+        folder = _folder_bytes(Path(tiers.state_dir), tiers.disk_gib, int(above * USUAL_DISK))
         remembered = min(folder // REMEMBERED, MAX_REMEMBERED_BYTES)
         store = folder - 2 * remembered
         usable = int(store * ROWS_SHARE)
         disk = max(0, usable // 2, usable - above)
+        if tiers.disk_gib is None and disk < least:
+            raise ConfigError(
+                f"the disk of {tiers.state_dir} has room for {format_bytes(folder)}, too little "
+                f"for a state with a page of KV ({format_bytes(least)}): name another folder."
+            )
         _check_tier("disk_gib", tiers.disk_gib, disk, least, memory.row_bytes)
         return cls(host, disk, store, remembered)
 
@@ -477,6 +484,24 @@ def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: 
             f"{name} {gib:g} is more memory than row numbers can address with tokens of "
             f"{format_bytes(row_bytes)}: use at most {most:,.0f}."
         )
+
+
+def _folder_bytes(folder: Path, gib: float | None, usual: int) -> int:
+    """Return the size of the folder: ``gib``, or the usual one within ``FREE_SHARE`` of the disk.
+
+    Raises ConfigError if ``gib`` is more than the whole disk.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(existing)
+    if gib is not None:
+        if gib * GIB > disk.total:
+            raise ConfigError(
+                f"disk_gib {gib:g} is more than the disk of {folder} ({format_bytes(disk.total)}): "
+                "use less, or omit it."
+            )
+        return int(gib * GIB)
+    used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return min(usual, int(disk.free * FREE_SHARE) + used)
 
 
 def _check_free_disk(folder: Path, missing_bytes: int) -> None:

@@ -13,9 +13,13 @@ import torch
 
 from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
 from engine.models import read_model
+from engine.plugins import engine_config
+from engine.runner import device as device_module
+from engine.runner import memory_plan
 from engine.runner.backends import Kernels
 from engine.runner.build import load_runner
 from engine.runner.device import TRAITS, Device
+from engine.runner.loaded_model import LoadedModel
 from engine.runner.memory import Memory
 from engine.runner.memory_plan import (
     ACCELERATOR_SHARE,
@@ -265,6 +269,42 @@ def test_memory_of_graphs_is_subtracted_from_pools(monkeypatch):
     assert default_cache_bytes(device) == int(10 * GIB * ACCELERATOR_SHARE)
     assert default_cache_bytes(device, 4 * GIB) == int(6 * GIB * ACCELERATOR_SHARE)
     assert default_cache_bytes(device, 11 * GIB) == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes", "sentence"),
+    [
+        ("cpu", {"cache_gib": 11}, "cache_gib takes 11 GiB, but 10 GiB of memory are available"),
+        ("cpu", {"cache_gib": 6, "host_gib": 5}, "cache_gib and host_gib take 11 GiB, but 10"),
+        ("cpu", {"kv_gib": 6, "state_gib": 5}, "kv_gib and state_gib take 11 GiB"),
+        ("cpu", {"draft": "tree:2", "draft_index_mib": 2e4}, "draft_index_mib takes 19.5 GiB"),
+        ("cuda:0", {"cache_gib": 9}, "cache_gib takes 9 GiB, but 8 GiB of memory of cuda:0 are"),
+        ("cuda:0", {"host_gib": 11}, "host_gib takes 11 GiB, but 10 GiB of host memory are"),
+    ],
+)
+def test_sizes_above_the_available_memory_are_refused(monkeypatch, device, sizes, sentence):
+    monkeypatch.setattr(memory_plan, "host_free_bytes", lambda: 10 * GIB)
+    monkeypatch.setattr(Device, "unused_bytes", lambda self: 8 * GIB)
+    place = Device(torch.device(device), TRAITS[device.partition(":")[0]])
+    with pytest.raises(ModelError, match=sentence):
+        memory_plan.check_sizes(engine_config(**sizes), place)
+    memory_plan.check_sizes(engine_config(cache_gib=4, host_gib=4), place)
+
+
+def test_sizes_are_checked_before_the_weights_are_read(monkeypatch):
+    monkeypatch.setattr(LoadedModel, "load", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(ModelError, match="cache_gib takes 900,000 GiB"):
+        load_runner(EngineConfig(device="cpu", cache_gib=900_000))
+
+
+def test_limit_of_a_container_counts(monkeypatch, tmp_path):
+    files = {"max": "1000", "current": "900", "stat": "anon 100\ninactive_file 300"}
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(device_module, "CGROUP", tmp_path)
+    assert device_module.host_free_bytes() == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device_module.host_free_bytes() > 10**6
 
 
 def test_absurd_number_of_layers_is_refused():
