@@ -29,6 +29,7 @@ from engine.errors import (
     RequestError,
 )
 from engine.host import EngineHost
+from engine.interfaces import Exactness
 from engine.messages import (
     Abort,
     AskCacheView,
@@ -110,6 +111,7 @@ class EngineFacts:
     vocab_size: int
     max_model_len: int
     model_name: str
+    exactness: Exactness
 
 
 class EngineChannel(ABC):
@@ -163,6 +165,7 @@ class ThreadChannel(EngineChannel):
             engine.runner.vocab_size,
             engine.max_model_len,
             engine.model_name,
+            engine.runner.exactness,
         )
         self.host = EngineHost(engine, lambda message: self._front.receive(message))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -247,6 +250,7 @@ class AsyncEngine:
         facts = self._channel.facts
         self.config, self.tokenizer = facts.config, facts.tokenizer
         self.model_name, self.max_model_len = facts.model_name, facts.max_model_len
+        self.exactness = facts.exactness
         self._intake = Intake(
             facts.config,
             facts.tokenizer,

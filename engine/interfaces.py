@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from msgspec import Struct
+
 from engine.config import EngineConfig
 from engine.requests.request import RecentRequests, Request
 from engine.requests.spec import RequestSpec, SamplingInput
@@ -34,6 +36,34 @@ class TierCopies(HostTier, Protocol):
     def make(self, order: Any) -> None:
         """Execute one transfer. The effect is as if it were complete before the next operation."""
         ...
+
+
+class Exactness(Struct, frozen=True):
+    """Result of the check at the start that hits equal cold runs; see ``runner.exactness``."""
+
+    digest: str = ""
+    """Digest of the checked numbers. Empty if nothing was checked."""
+    different: tuple[str, ...] = ()
+    """Results with different bits: ``hits``, ``batches``, ``logits``."""
+
+    @property
+    def sentence(self) -> str:
+        if not self.digest:
+            return "not checked on this device"
+        if self.different:
+            return (
+                f"NOT exact with these kernels on this processor: {', '.join(self.different)} "
+                "differ from a cold run in the last bits; the server continues"
+            )
+        return "hits on prompt tokens equal cold runs bit for bit (checked at the start)"
+
+    @property
+    def fingerprint(self) -> str:
+        """Value of ``system_fingerprint`` in responses. Engines with equal weights, settings and
+        fingerprints compute equal bits."""
+        if not self.digest:
+            return "unchecked"
+        return f"{'inexact' if self.different else 'exact'}-{self.digest[:12]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +117,9 @@ class Runner(Protocol):
 
     @property
     def geometry(self) -> ModelGeometry: ...
+
+    @property
+    def exactness(self) -> Exactness: ...
 
     @property
     def is_asynchronous(self) -> bool:

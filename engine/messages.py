@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from engine.errors import WireError
+from engine.interfaces import Exactness
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import FinishReason, OutputDelta
@@ -115,6 +116,7 @@ class Ready(EngineMessage, frozen=True):
     vocab_size: int
     max_model_len: int
     model_name: str
+    exactness: Exactness
     screen: str
     """Text of the start screen."""
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from engine.interfaces import Exactness
 from engine.requests.logit_rules import FREE
 from engine.requests.spec import SamplingInput
 from engine.schedule.batch import KEPT, Batch, Newest, Segment
@@ -151,6 +152,7 @@ class OracleRunner:
         return self
 
     host_bytes_per_s: float | None = None
+    exactness = Exactness()
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """Return the same identity for every runner of this kind."""

@@ -5,10 +5,12 @@ A family defines the layers.
 
 from __future__ import annotations
 
+import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from itertools import chain
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -61,20 +63,33 @@ class Decoder(ABC):
         self._parts: list[Layer] = []
         self._sealing = Sealing(beside=build.weights.device.type == "cpu")
         self.embedding = self._add(Embedding(self.embedding_name, config, build), fill)
-        self.mixers: list[MixerStep] = []
-        self._between: list[list[FeedForwardStep]] = [[]]
-        """Feed-forward steps before the first mixer, between each two, and after the last."""
+        layers: list[Sequence[Step]] = []
         for rank, sizes in enumerate(config.sizes.layers):
-            for step in self.steps(f"{self.layers_name}.{rank}", sizes):
+            layers.append(self.steps(f"{self.layers_name}.{rank}", sizes))
+            for step in layers[-1]:
                 self._add(step, fill)
-                if isinstance(step, MixerStep):
-                    self.mixers.append(step)
-                    self._between.append([])
-                else:
-                    self._between[-1].append(step)
+        self._arrange(layers)
         self.norm = self._add(self.norm_of(self.norm_name), fill)
         self.head = self._add(Head(self.head_name, config, self.embedding, build), fill)
         self._sealing.wait()
+
+    def _arrange(self, layers: Sequence[Sequence[Step]]) -> None:
+        self._layers = layers
+        self.mixers: list[MixerStep] = []
+        self._between: list[list[FeedForwardStep]] = [[]]
+        """Feed-forward steps before the first mixer, between each two, and after the last."""
+        for step in chain.from_iterable(layers):
+            if isinstance(step, MixerStep):
+                self.mixers.append(step)
+                self._between.append([])
+            else:
+                self._between[-1].append(step)
+
+    def excerpt(self, ranks: Sequence[int]) -> Self:
+        """Return a decoder with some of the layers, which shares their weights."""
+        part = copy.copy(self)
+        part._arrange([self._layers[rank] for rank in ranks])
+        return part
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:

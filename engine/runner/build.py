@@ -9,6 +9,7 @@ import torch
 from engine.config import EngineConfig
 from engine.layers.rank import ALONE, Rank
 from engine.runner.device import Device
+from engine.runner.exactness import check_exactness
 from engine.runner.loaded_model import LoadedModel
 from engine.runner.memory_plan import MemoryPlan, check_sizes
 from engine.runner.model_runner import ModelRunner
@@ -47,7 +48,9 @@ def load_runner_as(kind: type[Kind], config: EngineConfig, rank: Rank) -> Kind:
         checkpoints=loaded.checkpoints,
         num_ranks=rank.count,
     ).agreed(rank, loaded.device)
+    exactness = check_exactness(loaded)
     runner = kind(loaded, plan, _max_model_len(loaded, plan), _follower(loaded))
+    runner.exactness = exactness
     if warms_up:
         try:
             runner.warmed = warm_up(runner)

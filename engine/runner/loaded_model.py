@@ -101,6 +101,21 @@ class LoadedModel:
             geometry,
         )
 
+    def excerpt(self, max_running: int) -> LoadedModel:
+        """Return a model with the first layer of each kind, which shares its weights. Steps are not
+        recorded, and there are no drafts."""
+        first = {sizes: rank for rank, sizes in reversed([*enumerate(self.sizes.layers)])}
+        ranks = sorted(first.values())
+        layers = tuple(self.sizes.layers[rank] for rank in ranks)
+        return replace(
+            self,
+            settings=replace(self.settings, graphs="off", max_running=max_running, plugins=()),
+            sizes=replace(self.sizes, layers=layers, beside=()),
+            checkpoints=None,
+            model=self.model.excerpt(ranks),
+            head=None,
+        )
+
     @property
     def state_bytes(self) -> int:
         """Bytes of one running state."""

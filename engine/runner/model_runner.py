@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.interfaces import HostTier, TierCopierFactory
+from engine.interfaces import Exactness, HostTier, TierCopierFactory
 from engine.layers.inputs import LayerInputs, Pools, RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.backends import identity_of
@@ -133,6 +133,7 @@ class ModelRunner:
         self._forward = Forward(self.model, self.tensors.pools, self._predictor)
         self.warmed: WarmUp | None = None
         """Result of the warm-up, or None if there was none (disabled, or on a CPU)."""
+        self.exactness = Exactness()
         self.use_graphs(config.graphs)
 
     def flush_pending(self) -> None:
@@ -353,7 +354,8 @@ class ModelRunner:
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """See ``Runner.identity``. O(bytes of the weights), unless their digest is given."""
         device = self.device.torch_device
-        return identity_of(self._config, self.kernels, self.dtype, device, weights_digest)
+        words = identity_of(self._config, self.kernels, self.dtype, device, weights_digest)
+        return words | {"numbers": self.exactness.digest}
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)

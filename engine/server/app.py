@@ -123,7 +123,8 @@ class Health:
         self._problem: str | None = None
 
     async def check(self) -> dict[str, str]:
-        """Return ``ok``, or ``degraded`` with the problem of the state directory.
+        """Return ``ok``, or ``degraded`` with the problem of the state directory; and the result of
+        the check of exactness.
 
         Reports are made between two steps. During a long step the result is that of the last
         report, so that a probe does not have to wait.
@@ -132,9 +133,10 @@ class Health:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._ask())
             await asyncio.wait({self._asking}, timeout=HEALTH_WAIT_S)
+        exactness = {"exactness": self._engine.exactness.sentence}
         if self._problem is None:
-            return {"status": "ok"}
-        return {"status": "degraded", "state_dir": self._problem}
+            return {"status": "ok"} | exactness
+        return {"status": "degraded", "state_dir": self._problem} | exactness
 
     async def _ask(self) -> None:
         with suppress(EngineStopped, ValueError):  # ended, or no replica is up

@@ -170,7 +170,7 @@ def named_eos(model_dir: Path) -> frozenset[int]:
     candidates = (
         _read_json(model_dir / "generation_config.json").get("eos_token_id"),
         config.get("eos_token_id"),
-        config.get("text_config", {}).get("eos_token_id"),
+        (config.get("text_config") or {}).get("eos_token_id"),
     )
     named: int | list[int] = next((ids for ids in candidates if ids is not None), [])
     return frozenset({named} if isinstance(named, int) else named)

@@ -66,7 +66,12 @@ def start_engine(
             ready = _wait_for(process, sockets)
             tokenizer = tokenizer or load_tokenizer_of(config, ready.vocab_size)
             known = EngineFacts(
-                config, tokenizer, ready.vocab_size, ready.max_model_len, ready.model_name
+                config,
+                tokenizer,
+                ready.vocab_size,
+                ready.max_model_len,
+                ready.model_name,
+                ready.exactness,
             )
             return AsyncEngine(ProcessChannel(known, process, sockets)), ready.screen
         except BaseException:

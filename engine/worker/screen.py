@@ -31,6 +31,7 @@ def start_screen(engine: Engine, address: str) -> str:
         ("weights", runner.loaded.weights_note),
         ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
         ("kernels", _kernel_words(runner.kernels.words())),
+        ("exactness", runner.exactness.sentence),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
         *_said_of_text(engine),
         ("context", _context_words(engine)),

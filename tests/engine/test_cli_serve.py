@@ -60,7 +60,7 @@ def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + 30
     while True:
         try:
-            assert httpx.get(url + "/health").json() == {"status": "ok"}
+            assert httpx.get(url + "/health").json()["status"] == "ok"
             return
         except httpx.ConnectError:
             assert time.monotonic() < deadline

@@ -266,6 +266,8 @@ def test_end_tokens_are_read_from_the_files_of_a_directory(model_dir: Path, tmp_
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((model_dir / name).read_bytes())
     assert HFTokenizer(tmp_path).eos_token_ids == {eos_id}
+    (tmp_path / "config.json").write_text('{"text_config": null}')
+    assert HFTokenizer(tmp_path).eos_token_ids == {eos_id}
     (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 5}}')
     assert HFTokenizer(tmp_path).eos_token_ids == {eos_id, 5}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')

@@ -95,6 +95,7 @@ class EngineReplica:
             capacity_bytes=report.bytes.total,
             stateful=memory.is_stateful,
             prefill_tokens_per_s=self._tokens_per_s,
+            exactness=self._engine.runner.exactness,
         )
 
     async def generate(self, order: Order) -> AsyncIterator[OutputDelta | WireError]:

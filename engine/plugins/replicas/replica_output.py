@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
+from engine.interfaces import Exactness
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import FinishReason, OutputDelta
 from hybridcache.geometry.units import counted
@@ -41,6 +42,7 @@ class ReplicaFacts:
     stateful: bool
     prefill_tokens_per_s: float
     """Measured at the start."""
+    exactness: Exactness
 
 
 class Progress:

@@ -145,7 +145,9 @@ class FleetChannel(EngineChannel):
         self.replica_facts = facts
         self._config, size = config, facts.vocab_size
         tokenizer = load_tokenizer_of(config, size)
-        self.facts = EngineFacts(config, tokenizer, size, facts.max_model_len, model_name)
+        self.facts = EngineFacts(
+            config, tokenizer, size, facts.max_model_len, model_name, facts.exactness
+        )
         self._intake = Intake(
             config,
             tokenizer,

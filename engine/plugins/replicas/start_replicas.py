@@ -48,6 +48,7 @@ def start_replicas(
         ("router", settings.router),
         ("context", f"{facts.max_model_len:,} tokens"),
         ("memory", f"{facts.capacity_bytes / 2**20:,.0f} MiB each"),
+        ("exactness", facts.exactness.sentence),
         ("prefill", f"{facts.prefill_tokens_per_s:,.0f} tokens/s, measured"),
         ("address", address),
     ]

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import Engine, engine_config
+from engine.plugins.disaggregation.prefix_buffer import difference, identity
+from engine.plugins.tiers.fingerprint import StoreError
+from engine.runner.backends import all_plain
+from engine.runner.build import load_runner
 from engine.schedule.batch import Batch
+from kernels.attention import reference as attention
+from kernels.conv1d import reference as conv1d
+from kernels.gdn import reference as gdn
 from kernels.linear import reference as linear
 
 PROMPT_LENS = st.integers(1, 210)
@@ -169,3 +177,99 @@ def test_rows_of_a_product_do_not_depend_on_the_row_count(shape, dtype):
             expected = product(x)
             for count in (1, 2, 3, 4, 5, 8, 13, 64, 65, 130, 511):
                 assert torch.equal(product(x[64 : 64 + count]), expected[64 : 64 + count])
+
+
+class TestCheckAtTheStart:
+    """The engine compares hits with cold runs when it starts, and says whether they are equal."""
+
+    def test_it_holds_in_all_families(self, model, drivers):
+        for dtype in ("float32", "bfloat16"):
+            exactness = drivers(model, dtype).runner.exactness
+            assert exactness.digest and exactness.different == ()
+            assert exactness.fingerprint.startswith("exact-")
+
+    @pytest.mark.parametrize("kernels", ["", all_plain()], ids=["default", "reference"])
+    def test_equal_engines_have_equal_digests(self, kernels):
+        digests = set()
+        for num_threads in (1, 2, 1):
+            with threads(num_threads):
+                digests.add(load_small(kernels=kernels).exactness.digest)
+        assert len(digests) == 1
+        assert load_small(kernels=kernels, dtype="float32").exactness.digest not in digests
+
+    def test_products_that_depend_on_the_batch_are_noticed(self, monkeypatch):
+        """As with a library that has another kernel for more than 96 rows."""
+        expected = load_small(kernels=all_plain()).exactness
+        break_linear(monkeypatch, lambda weight, rows: rows > 96)
+        found = load_small(kernels=all_plain())
+        assert found.exactness.different == ("hits", "batches")
+        assert found.exactness.digest != expected.digest
+        assert found.exactness.fingerprint.startswith("inexact-")
+        assert found.exactness.sentence.startswith("NOT exact")
+
+    def test_single_rows_of_the_head_are_compared(self, monkeypatch):
+        vocab_size = load_small().vocab_size
+        break_linear(
+            monkeypatch, lambda weight, rows: len(weight) == vocab_size and rows <= linear.ROWS
+        )
+        found = load_small(kernels=all_plain(), dtype="float32")
+        assert found.exactness.different == ("logits",)
+
+    @pytest.mark.parametrize(
+        "module, name, argument",
+        [(attention, "prefill_attention", 0), (gdn, "chunk_gdn", 2), (conv1d, "prefill_conv1d", 0)],
+    )
+    def test_kernels_that_depend_on_the_number_of_sequences_are_noticed(
+        self, monkeypatch, module, name, argument
+    ):
+        real = getattr(module, name)
+
+        def broken(*arguments, packed, **options):
+            if len(packed.lengths) > 1:
+                changed = arguments[argument] * 1.0001
+                arguments = (*arguments[:argument], changed, *arguments[argument + 1 :])
+            return real(*arguments, packed=packed, **options)
+
+        monkeypatch.setattr(module, name, broken)
+        found = load_small(kernels=all_plain(), dtype="float32").exactness.different
+        assert {"hits", "batches"} <= set(found)
+
+    def test_other_bits_are_another_identity(self, monkeypatch, tmp_path):
+        """A store, a restart and a transfer refuse bits of a library that no list of versions and
+        instructions names."""
+        settings = {"kernels": all_plain(), "state_dir": str(tmp_path / "state")}
+        own = load_small(kernels=all_plain())
+        words = identity(engine_config(device="cpu"), own)
+        Engine(small_config(**settings)).close()
+        Engine(small_config(**settings)).close()
+        break_linear(monkeypatch, lambda weight, rows: True)
+        other = identity(engine_config(device="cpu"), load_small(kernels=all_plain()))
+        assert {name for name in words if words[name] != other[name]} == {"numbers"}
+        assert difference(words, other) == "numbers: configure both the same"
+        with pytest.raises(StoreError, match="differs in numbers:"):
+            Engine(small_config(**settings))
+
+
+def small_config(**settings):
+    return engine_config(device="cpu", cache_gib=0.05, max_model_len=512, **settings)
+
+
+def load_small(**settings):
+    return load_runner(small_config(**settings))
+
+
+def break_linear(monkeypatch, is_broken):
+    """Sum products of some weights and numbers of rows in another order: last bits differ."""
+    real = linear.prepare
+
+    def prepare(weight, bias=None):
+        product = real(weight, bias)
+        order = torch.arange(weight.shape[1] - 1, -1, -1)
+        reversed_product = real(weight[:, order].contiguous(), bias)
+
+        def multiply(x):
+            return reversed_product(x[:, order]) if is_broken(weight, len(x)) else product(x)
+
+        return multiply
+
+    monkeypatch.setattr(linear, "prepare", prepare)

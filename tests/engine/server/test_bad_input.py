@@ -463,7 +463,7 @@ def test_malformed_http_is_refused(live: Live, garbage: bytes) -> None:
 
 
 def test_server_still_works_after_all_bad_requests(live: Live) -> None:
-    assert live.get("/health").json() == {"status": "ok"}
+    assert live.get("/health").json()["status"] == "ok"
     assert live.client.completions.create(
         model="builtin", prompt="still here?", max_tokens=2
     ).choices

@@ -20,6 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import server_config
+from engine.interfaces import Exactness
 from engine.server import serve
 from engine.server.bodies import EventStream
 from engine.server.settings import ServerConfig, bind
@@ -608,3 +609,20 @@ def test_requests_are_not_logged_without_a_terminal(
     live.get("/v1/models")
     live.wait_until_idle()
     assert not [record for record in caplog.records if record.name == "engine.server.request_log"]
+
+
+def test_health_and_answers_say_whether_hits_are_exact() -> None:
+    engine = oracle_engine()
+    engine.runner.exactness = Exactness("ab" * 16, ("hits",))
+    with serving(engine) as live:
+        found = live.get("/health").json()
+        assert found == {"status": "ok", "exactness": engine.runner.exactness.sentence}
+        assert "NOT exact" in found["exactness"] and "hits" in found["exactness"]
+        create = live.client.completions.create
+        answer = create(model="builtin", prompt="x", max_tokens=1)
+        [*chunks] = create(model="builtin", prompt="x", max_tokens=1, stream=True)
+        chat = live.client.chat.completions.create(
+            model="builtin", messages=[{"role": "user", "content": "x"}], max_tokens=1
+        )
+        said = {one.system_fingerprint for one in (answer, *chunks, chat)}
+        assert said == {"inexact-abababababab"}
