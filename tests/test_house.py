@@ -134,7 +134,8 @@ MAY_IMPORT = {
     "engine/runner": "config interfaces layers models plugins requests schedule text weights",
     "engine/messages.py": "errors interfaces requests text",
     "engine/host.py": "engine errors interfaces messages plugins requests text",
-    "engine/async_engine.py": "config engine errors host interfaces messages requests schedule text",
+    "engine/async_engine.py": "config engine errors host interfaces messages requests "
+    "schedule text",
     "engine/worker": "async_engine build config host messages engine errors interfaces "
     "plugins requests runner schedule server text",
     "engine/server": "async_engine config engine errors plugins requests schedule text",
