@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
 from engine.layers.rank import Rank
 from engine.runner.device import Device, host_free_bytes
 from engine.weights.model_config import ModelError
@@ -132,7 +132,7 @@ class MemoryPlan(MemorySizes):
 
 
 def check_sizes(config: EngineConfig, device: Device) -> None:
-    """Raise ModelError if the sizes of ``config`` exceed the memory that is available now.
+    """Raise ConfigError if the sizes of ``config`` exceed the memory that is available now.
 
     Called before the weights are read, and again when they have taken their part.
     """
@@ -150,7 +150,7 @@ def _check_available(sizes: Mapping[str, int], free_bytes: int, kind: str) -> No
     if needed > free_bytes:
         names = " and ".join(name for name, size in sizes.items() if size)
         verb = "takes" if len(sizes) == 1 else "take"
-        raise ModelError(
+        raise ConfigError(
             f"{names} {verb} {gib_words(needed)}, but {gib_words(free_bytes)} of {kind} are "
             "available: use less."
         )

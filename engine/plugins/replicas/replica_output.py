@@ -45,19 +45,62 @@ class ReplicaFacts:
     exactness: Exactness
 
 
+class Diverged(Exception):
+    """A repeated answer differs from what was sent already."""
+
+
 class Progress:
-    """The outputs of one request so far, as its replica sent them."""
+    """The outputs of one request so far, as its replica sent them.
+
+    A request whose replica died is computed again, with the same seed. The part that was sent
+    already is compared and left out.
+    """
 
     def __init__(self, request_id: str) -> None:
         """``request_id`` replaces the id in the outputs."""
         self.request_id = request_id
-        self.num_tokens = 0
+        self._tokens: list[int] = []
+        self._num_chars = 0
+        self._at_token = self._at_char = 0
+        """Tokens and characters that the present replica has sent."""
         self._last = OutputDelta(request_id)
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the answer."""
+        return len(self._tokens)
+
+    @property
+    def has_begun(self) -> bool:
+        """True if the present replica has sent a token."""
+        return self._at_token > 0
+
+    def restart(self) -> None:
+        """Expect the answer from its beginning."""
+        self._at_token = self._at_char = 0
+
     def add(self, delta: OutputDelta) -> OutputDelta:
-        """Return the next output, with the id of the front end."""
-        self.num_tokens += len(delta.new_token_ids)
-        self._last = structs.replace(delta, request_id=self.request_id)
+        """Return the new part of the next output, with the id of the front end. O(new tokens).
+
+        Raises Diverged if a repeated token is another one.
+        """
+        tokens, text = delta.new_token_ids, delta.new_text
+        repeated = self._tokens[self._at_token : self._at_token + len(tokens)]
+        if repeated != list(tokens[: len(repeated)]):
+            raise Diverged
+        num_chars = min(len(text), self._num_chars - self._at_char)
+        self._at_token += len(tokens)
+        self._at_char += len(text)
+        new = tokens[len(repeated) :]
+        self._tokens += new
+        self._num_chars = max(self._num_chars, self._at_char)
+        self._last = structs.replace(
+            delta,
+            request_id=self.request_id,
+            new_token_ids=new,
+            new_text=text[num_chars:],
+            new_logprobs=delta.new_logprobs[len(repeated) :],
+        )
         return self._last
 
     @property

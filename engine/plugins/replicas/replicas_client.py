@@ -41,7 +41,7 @@ from engine.messages import (
     ToEngine,
 )
 from engine.plugins.replicas.fleet import Fleet
-from engine.plugins.replicas.replica_output import Order, Progress, ReplicaFacts
+from engine.plugins.replicas.replica_output import Diverged, Order, Progress, ReplicaFacts
 from engine.requests.request import Intake
 from engine.requests.spec import RequestSpec
 from engine.schedule.report import CacheReport, OffloadReport, PoolReport, TierReport
@@ -121,8 +121,8 @@ RETRY_S = 0.2
 FIRST_CHOICES_BYTES = 1 << 20
 """Maximum bytes of ids of first choices, about 7,000 pairs."""
 MAX_DEATHS = 3
-"""Number of replicas that one request may lose before its first token: the request itself may be
-the reason that they die."""
+"""Number of replicas that one request may lose: the request itself may be the reason that they
+die."""
 logger = logging.getLogger(__name__)
 
 
@@ -301,8 +301,8 @@ class FleetChannel(EngineChannel):
         await asyncio.wait_for(self._handle.options(method_name="end").remote(order), CALL_S)
 
     async def _follow_answer(self, order: Order, progress: Progress) -> None:
-        """Pass on the outputs of one request. If its replica dies before the first token, the
-        request starts again on another one."""
+        """Pass on the outputs of one request. If its replica dies, the request starts again on
+        another one, which repeats what was sent already."""
         generate = self._handle.options(method_name="generate", stream=True)
         num_deaths = 0
         while True:
@@ -313,28 +313,34 @@ class FleetChannel(EngineChannel):
                     if isinstance(output, WireError):
                         self._end(order, progress, RequestFailed(progress.request_id, output))
                         return
-                    if not progress.num_tokens and output.new_token_ids:
+                    if not progress.has_begun and output.new_token_ids:
                         self._waiting.discard(order.request_id)
                         self._fleet.prefilled(order.request_id)
                     whole = progress.add(output)
-                    if output.finish_reason is None:
-                        self._front.receive(Outputs(0, 0, (whole,), ()))
-                    else:
+                    if output.finish_reason is not None:
                         self._end(order, progress, whole)
+                        return
+                    if whole.new_token_ids or whole.new_text:
+                        self._front.receive(Outputs(0, 0, (whole,), ()))
                 return
             except asyncio.CancelledError:
                 outputs.cancel()
                 raise
+            except Diverged:
+                outputs.cancel()
+                self._fail(order, progress, StepFailed(progress.broken_off))
+                return
             except Exception as error:
                 if not self._is_death(error):
                     self._fail(order, progress, StepFailed(_cause(error)))
                     return
                 num_deaths += 1
-                if progress.num_tokens or num_deaths == MAX_DEATHS:
+                if num_deaths == MAX_DEATHS:
                     self._fail(order, progress, StepFailed(progress.broken_off))
                     return
                 logger.warning("request %s lost its replica and starts again", progress.request_id)
                 self._fleet.ended(order.request_id)
+                progress.restart()
 
     def _settle(self, task: asyncio.Task[None], order: Order, progress: Progress) -> None:
         """End a request that its ``task`` did not end, because it was cancelled or failed."""
@@ -354,7 +360,10 @@ class FleetChannel(EngineChannel):
         self._end(order, progress, RequestFailed(progress.request_id, error.to_wire()))
 
     def _end(self, order: Order, progress: Progress, last: OutputDelta | RequestFailed) -> None:
-        """Send the last output of a request, and release its id."""
+        """Send the last output of a request, and release its id. Does nothing if it has ended."""
+        found = self._orders.get(progress.request_id)
+        if found is None or found[0] is not order:  # Another request may have this id by now.
+            return
         del self._orders[progress.request_id]
         self._fleet.ended(order.request_id)
         self._waiting.discard(order.request_id)

@@ -4,6 +4,7 @@ Serve's handle."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,11 @@ from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, NoSingleEngine, QueueFull, StepFailed
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
-from engine.plugins.replicas.replica_output import Order
+from engine.plugins.replicas.replica_output import Order, Progress
 from engine.plugins.replicas.replicas_client import FleetChannel, summed
 from engine.plugins.replicas.start_replicas import spec_of, start_replicas
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import RequestOutput
+from engine.text.outputs import OutputDelta, RequestOutput
 from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)
@@ -140,7 +141,7 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
     """Check routing by shared prefixes, answers, summed reports, a replica's death and a new
     replica.
 
-    A death before the first token is invisible to the client; after it, the stream fails.
+    A death is invisible to the client: the answer is computed again, and its stream goes on.
     """
 
     async def live() -> None:
@@ -165,11 +166,13 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
 
         # The replica with the longest hit dies in the middle of an answer.
         stream = engine.submit(make_spec(1, 2, max_tokens=400))
-        output = await anext(stream)
+        begun = await anext(stream)
         kill(handle, home)
-        with pytest.raises(StepFailed, match=r"died after \d+ tokens? of the answer; send"):
-            async for output in stream:
-                assert output.new_token_ids
+        whole = [begun, *[output async for output in stream]]
+        tokens = [token for output in whole for token in output.new_token_ids]
+        assert tokens == whole[-1].output.tolist() and len(tokens) == 400
+        assert "".join(output.new_text for output in whole) == whole[-1].text
+        assert handle.chosen[-1] != home
         assert engine._channel._fleet.members == tuple({"r0", "r1"} - {home})
         late = (await answer(engine, make_spec(1, 2)))[-1]
         assert late.output.tolist() == first.output.tolist()
@@ -206,6 +209,70 @@ def test_a_death_before_the_first_token_moves_the_request() -> None:
         await engine.drain()
 
     asyncio.run(live())
+
+
+def test_an_answer_that_differs_when_repeated_fails() -> None:
+    async def live() -> None:
+        engine, handle = await fleet_of(2, "round_robin")
+        stream = engine.submit(make_spec(8, max_tokens=400))
+        begun = await anext(stream)
+        [progress] = [
+            task.get_coro().cr_frame.f_locals["progress"]
+            for _, task in engine._channel._orders.values()
+        ]
+        progress._tokens[0] += 1
+        assert begun.new_token_ids
+        kill(handle, handle.chosen[0])
+        with pytest.raises(StepFailed, match=r"died after \d+ tokens? of the answer; send"):
+            async for _ in stream:
+                pass
+        await engine.drain()
+
+    asyncio.run(live())
+
+
+def test_a_death_after_the_last_output_is_no_error(caplog) -> None:
+    """Another request may have the id by then."""
+
+    async def live() -> None:
+        engine, handle = await fleet_of(1)
+        spec = make_spec(9, max_tokens=1, request_id="same")
+        for _ in range(2):
+            assert (await answer(engine, spec))[-1].finish_reason == "length"
+        channel = engine._channel
+        waiting = engine.submit(make_spec(9, max_tokens=600, request_id="same"))
+        await anext(waiting)
+        [(order, _)] = channel._orders.values()
+        channel._end(replace(order), Progress("same"), Progress("same").aborted())
+        assert channel._orders["same"][0] is order
+        waiting.abort()
+        await wait_until(lambda: not channel._orders)
+        await engine.drain()
+
+    asyncio.run(live())
+    assert not caplog.records
+
+
+def test_repeated_outputs_leave_out_what_was_sent() -> None:
+    """Check every division of an answer into outputs, before and after the restart."""
+    tokens, texts = (5, 6, 7, 8), ("a", "", "bc", "d")
+
+    def outputs(cuts: tuple[int, ...]) -> list[OutputDelta]:
+        edges = (0, *cuts, len(tokens))
+        return [
+            OutputDelta("x", tokens[a:b], "".join(texts[a:b])) for a, b in itertools.pairwise(edges)
+        ]
+
+    cuts = [cut for n in range(4) for cut in itertools.combinations(range(1, 4), n)]
+    for before, after in itertools.product(cuts, cuts):
+        for num_sent in range(len(before) + 1):
+            progress = Progress("mine")
+            sent = [progress.add(delta) for delta in outputs(before)[:num_sent]]
+            progress.restart()
+            sent += [progress.add(delta) for delta in outputs(after)]
+            assert tuple(t for delta in sent for t in delta.new_token_ids) == tokens
+            assert "".join(delta.new_text for delta in sent) == "abcd"
+            assert {delta.request_id for delta in sent} == {"mine"}
 
 
 def test_aborts_limits_and_the_end_of_a_fleet() -> None:

@@ -286,14 +286,14 @@ def test_sizes_above_the_available_memory_are_refused(monkeypatch, device, sizes
     monkeypatch.setattr(memory_plan, "host_free_bytes", lambda: 10 * GIB)
     monkeypatch.setattr(Device, "unused_bytes", lambda self: 8 * GIB)
     place = Device(torch.device(device), TRAITS[device.partition(":")[0]])
-    with pytest.raises(ModelError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         memory_plan.check_sizes(engine_config(**sizes), place)
     memory_plan.check_sizes(engine_config(cache_gib=4, host_gib=4), place)
 
 
 def test_sizes_are_checked_before_the_weights_are_read(monkeypatch):
     monkeypatch.setattr(LoadedModel, "load", lambda *_: pytest.fail("the weights were read"))
-    with pytest.raises(ModelError, match="cache_gib takes 900,000 GiB"):
+    with pytest.raises(ConfigError, match="cache_gib takes 900,000 GiB"):
         load_runner(EngineConfig(device="cpu", cache_gib=900_000))
 
 
