@@ -424,10 +424,12 @@ class AsyncEngine:
         """See ``Engine.stop_accepting``."""
         await self.ask(StopAccepting)
 
-    async def watch(self) -> View:
-        """Return a view of the cache and its requests. Raises ValueError if the tree is too large
-        to show, and NoSingleEngine for replicas."""
-        return View(self, await self.ask(OpenView))
+    async def watch(self, replica: int = 1) -> View:
+        """Return a view of the cache and its requests, or those of one replica, counted from 1.
+
+        Raises ValueError if the tree is too large to show, or if there is no such replica.
+        """
+        return View(self, await self.ask(OpenView, replica))
 
     async def call(self, function: Callable[[Engine], Result]) -> Result:
         """Return ``function(engine)`` for an engine of this process, called in its thread between

@@ -112,12 +112,6 @@ class EngineStopped(RequestError):
     kind = "stopped"
 
 
-class NoSingleEngine(RequestError):
-    """A view of one engine's tree was requested from several engines."""
-
-    kind = "no_single_engine"
-
-
 class StepFailed(RequestError):
     """The step that computed this request failed; others may go on."""
 
@@ -132,7 +126,6 @@ KINDS: dict[str, type[RequestError]] = {
         DuplicateId,
         QueueFull,
         EngineStopped,
-        NoSingleEngine,
         StepFailed,
     )
 }

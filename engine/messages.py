@@ -71,6 +71,9 @@ class StopAccepting(Question, frozen=True):
 class OpenView(Question, frozen=True):
     """Open a view of the cache and its requests. The reply is its number."""
 
+    replica: int = 1
+    """Number of the replica, from 1. One engine ignores it."""
+
 
 class TakeChanges(Question, frozen=True):
     """Return the changes since the last question to a view, with ``whole`` also the state that they

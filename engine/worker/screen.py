@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from math import lcm
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 
 def start_screen(engine: Engine, address: str) -> str:
     """Return the start screen: model, memory, cache, kernels, the page and the address."""
+    return screen_text(screen_rows(engine, address))
+
+
+def screen_text(rows: Iterable[tuple[str, str]]) -> str:
+    """Return rows (name, words) as lines."""
+    return "\n".join(f"  {name:<13}{words}" for name, words in rows)
+
+
+def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
+    """Return the rows (name, words) of the start screen."""
     config, report = engine.config, engine.report()
     runner = cast("ModelRunner", engine.runner)
     geometry = runner.geometry
@@ -67,7 +78,7 @@ def start_screen(engine: Engine, address: str) -> str:
         ("page", f"{address.removesuffix('/v1')}/"),
         ("address", address),
     ]
-    return "\n".join(f"  {name:<13}{words}" for name, words in rows)
+    return rows
 
 
 def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from engine.async_engine import AsyncEngine, View
-from engine.errors import EngineStopped, NoSingleEngine
+from engine.errors import EngineStopped
 from engine.server.api_errors import APIError
 from engine.server.bodies import Workers
 from engine.text.json_text import write_json
@@ -44,9 +44,13 @@ class Feed:
     event loop."""
 
     def __init__(
-        self, engine: AsyncEngine, workers: Workers, max_kept_bytes: int = MAX_KEPT_BYTES
+        self,
+        engine: AsyncEngine,
+        workers: Workers,
+        max_kept_bytes: int = MAX_KEPT_BYTES,
+        replica: int = 1,
     ) -> None:
-        self._engine, self._workers = engine, workers
+        self._engine, self._workers, self._replica = engine, workers, replica
         self._max_kept_bytes = max_kept_bytes
         self._watch: View | None = None
         self._name = ""
@@ -69,8 +73,8 @@ class Feed:
         """Yield the complete state, or the changes after the event ``after``, and then every
         change.
 
-        Raises APIError with 429 for too many readers, 501 for replicas and 503 for a tree that is
-        too large; EngineStopped if the engine has ended.
+        Raises APIError with 429 for too many readers, and 503 for a tree that is too large or a
+        replica that does not exist; EngineStopped if the engine has ended.
         """
         if self._num_readers >= MAX_READERS:
             raise APIError(429, f"{MAX_READERS} pages are connected already: close one.")
@@ -88,11 +92,9 @@ class Feed:
 
     async def _begin(self) -> None:
         try:
-            self._watch = await self._engine.watch()
+            self._watch = await self._engine.watch(self._replica)
         except ValueError as error:
             raise APIError(503, str(error)) from error
-        except NoSingleEngine as error:
-            raise APIError(501, str(error), code="replicas") from error
         self._name, self._last = secrets.token_hex(4), 0
         self._kept.clear()
         self._num_kept_bytes = 0

@@ -14,6 +14,7 @@ from engine.server.context import ServerExtension, ServingContext
 from engine.server.settings import ServerConfig
 from hybridcache.watch.page import POLICY, live_page
 
+MAX_REPLICAS = 1024
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -28,28 +29,39 @@ class ObserveExtension(ServerExtension):
 
     def __init__(self, context: ServingContext, config: ServerConfig) -> None:
         super().__init__(context, config)
-        self._feed = Feed(context.engine, context.workers)
+        self._feeds: dict[int, Feed] = {}
+        """Feed of each replica, by its number; 1 is the only engine of other servers."""
 
     def close(self) -> None:
         """See ``ServerExtension``: open pages would delay the shutdown."""
-        self._feed.close()
+        for feed in self._feeds.values():
+            feed.close()
+
+    def _feed(self, replica: int) -> Feed:
+        if replica not in self._feeds:
+            if not 1 <= replica <= MAX_REPLICAS:
+                raise APIError(400, f"replica must be between 1 and {MAX_REPLICAS}.")
+            context = self.context
+            self._feeds[replica] = Feed(context.engine, context.workers, replica=replica)
+        return self._feeds[replica]
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
-        context, feed = self.context, self._feed
+        context = self.context
 
         @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
         async def page() -> Response:
             return Response(live_page(), media_type="text/html", headers=HEADERS)
 
         @app.get("/v1/cache/events")
-        async def events(request: Request) -> Response:
+        async def events(request: Request, replica: int = 1) -> Response:
             operator.check(request)
+            feed = self._feed(replica)
             return EventStream(await feed.subscribe(request.headers.get("last-event-id")))
 
         @app.get("/v1/cache/nodes/{number}")
-        async def node(request: Request, number: int) -> dict[str, Any]:
+        async def node(request: Request, number: int, replica: int = 1) -> dict[str, Any]:
             operator.check(request)
-            found = await feed.node(number)
+            found = await self._feed(replica).node(number)
             if found is None:
                 raise APIError(404, "This node is not in the cache, or no page is connected.")
             tokens = found.pop("tokens")

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.config import EngineConfig
@@ -19,6 +20,7 @@ from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.requests.spec import SamplingParams
 from engine.schedule.report import CacheReport
 from engine.text.outputs import OutputDelta, delta_of
+from engine.worker.screen import screen_rows
 from hybridcache.routing.outbox import EventBatch, Outbox
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class EngineReplica:
             capacity_bytes=report.bytes.total,
             stateful=memory.is_stateful,
             prefill_tokens_per_s=self._tokens_per_s,
+            screen=tuple(screen_rows(self._engine, order.address)) if order.address else (),
             exactness=self._engine.runner.exactness,
         )
 
@@ -160,6 +163,14 @@ class EngineReplica:
         """See ``AsyncEngine.cache_view``."""
         self._check_address(order)
         return await self._async.cache_view()
+
+    async def ask(self, order: Order) -> Any:
+        """Return the engine's reply to ``order.question``."""
+        self._check_address(order)
+        question = order.question
+        assert question is not None
+        _, *values = structs.astuple(question)
+        return await self._async.ask(type(question), *values)
 
     async def reset(self, order: Order) -> None:
         """Remove every prefix that no running request uses."""

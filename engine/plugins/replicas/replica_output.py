@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from engine.interfaces import Exactness
+from engine.messages import Question
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import FinishReason, OutputDelta
 from hybridcache.geometry.units import counted
@@ -26,6 +27,10 @@ class Order:
     """Number of the batch of events that is requested."""
     reason: FinishReason = "abort"
     """Reason for which a request ends."""
+    question: Question | None = None
+    """Question about one replica's cache."""
+    address: str = ""
+    """Address of the server, for the start screen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class ReplicaFacts:
     stateful: bool
     prefill_tokens_per_s: float
     """Measured at the start."""
+    screen: tuple[tuple[str, str], ...]
+    """Rows of the start screen of one engine; empty if the order had no address."""
     exactness: Exactness
 
 

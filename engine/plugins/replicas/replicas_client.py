@@ -21,7 +21,6 @@ from engine.config import EngineConfig
 from engine.errors import (
     STOPPED,
     EngineStopped,
-    NoSingleEngine,
     RequestError,
     StepFailed,
     WireError,
@@ -30,14 +29,17 @@ from engine.messages import (
     Abort,
     AskCacheView,
     AskReport,
+    CloseView,
     Compile,
     EndEngine,
+    FindNode,
     OpenView,
     Outputs,
     Question,
     Reply,
     RequestFailed,
     ResetCache,
+    TakeChanges,
     ToEngine,
 )
 from engine.plugins.replicas.fleet import Fleet
@@ -165,6 +167,8 @@ class FleetChannel(EngineChannel):
         self._waiting: set[str] = set()
         self._errands: set[asyncio.Task[None]] = set()
         """Questions and early ends in progress."""
+        self._views: dict[int, tuple[str, int]] = {}
+        """Number of each open view -> replica, and number of the view there."""
         self._reports: dict[str, CacheReport] = {}
         self._gone: Counter[str] = Counter()
         self._followers: dict[str, asyncio.Task[None]] = {}
@@ -396,8 +400,8 @@ class FleetChannel(EngineChannel):
         self._front.receive(reply)
 
     async def _value(self, question: Question) -> Any:
-        """Query every replica and return the sum. Raises EngineStopped if none responds, and
-        NoSingleEngine for a view of a tree.
+        """Query every replica and return the sum, or one replica for a view. Raises EngineStopped
+        if none responds.
 
         Counts of ended replicas are kept. ``EndSession`` has no effect: only the last request of a
         session declares its end. Nor has ``StopAccepting``, because replicas have no role.
@@ -411,11 +415,43 @@ class FleetChannel(EngineChannel):
             case ResetCache():
                 await self._each("reset")
             case OpenView():
-                raise NoSingleEngine(
-                    "This page shows the cache of one engine. With replicas it shows only sums; "
-                    "/v1/cache shows each replica."
-                )
+                return await self._open_view(question)
+            case TakeChanges() | FindNode() | CloseView():
+                return await self._ask_view(question)
         return None
+
+    async def _open_view(self, question: OpenView) -> int:
+        """Open a view of one replica. Raises ValueError if there is none of that number."""
+        members = self._fleet.members
+        if not 1 <= question.replica <= len(members):
+            raise ValueError(f"replica must be between 1 and {len(members)}.")
+        replica = members[question.replica - 1]
+        number = next(self._numbers)
+        self._views[number] = replica, await self._ask(replica, question)
+        return number
+
+    async def _ask_view(self, question: TakeChanges | FindNode | CloseView) -> Any:
+        """Pass a question about a view on to its replica."""
+        replica, view = self._views[question.view]
+        if isinstance(question, CloseView):
+            del self._views[question.view]
+        found = await self._ask(replica, structs.replace(question, view=view))
+        if isinstance(question, TakeChanges) and question.whole:
+            members = self._fleet.members
+            place = members.index(replica) + 1 if replica in members else 0
+            found[1]["meta"] |= {"replica": place, "num_replicas": len(members)}
+        return found
+
+    async def _ask(self, replica: str, question: Question) -> Any:
+        """Return one replica's reply. Raises EngineStopped if it is gone."""
+        order = Order(replica=replica, question=question)
+        try:
+            asked = self._handle.options(method_name="ask").remote(order)
+            return await asyncio.wait_for(asked, CALL_S)
+        except RequestError:
+            raise
+        except Exception as error:  # Ray raises errors of many types while a replica ends.
+            raise EngineStopped(f"Replica {replica} does not answer: {_cause(error)}") from error
 
     async def _report(self) -> CacheReport:
         found = await self._each("report")

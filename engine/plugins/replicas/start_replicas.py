@@ -15,6 +15,7 @@ from engine.plugins.replicas.fleet import FLEETS, Fleet
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.server.settings import ServerConfig
+from engine.worker.screen import screen_text
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.protocol import ReplicaSpec
 from hybridcache.routing.registry import find_router
@@ -37,22 +38,20 @@ def start_replicas(
         )
     config = resolve_config(config)
     name = f"engine-{os.getpid()}"
-    fleet = start_fleet(config, settings, settings.router, name, server.drain_s)
+    fleet = start_fleet(config, settings, settings.router, name, server.drain_s, address)
     facts = fleet.replica_facts
     number = str(settings.replicas)
     if settings.max_replicas is not None:
         number += f" to {settings.max_replicas}"
+    model, *of_each = facts.screen
     rows = [
-        ("model", fleet.facts.model_name),
-        ("replicas", f"{number} on Ray Serve, one core each"),
+        model,
+        ("replicas", f"{number} on Ray Serve, one core each; the facts below are those of one"),
         ("router", settings.router),
-        ("context", f"{facts.max_model_len:,} tokens"),
-        ("memory", f"{facts.capacity_bytes / 2**20:,.0f} MiB each"),
-        ("exactness", facts.exactness.sentence),
         ("prefill", f"{facts.prefill_tokens_per_s:,.0f} tokens/s, measured"),
-        ("address", address),
+        *of_each,
     ]
-    return AsyncEngine(fleet), "\n".join(f"{name:<10}{value}" for name, value in rows)
+    return AsyncEngine(fleet), screen_text(rows)
 
 
 START_S = 600.0
@@ -80,7 +79,12 @@ class PerToken:
 
 
 def start_fleet(
-    config: EngineConfig, size: ReplicasConfig, router: str, name: str, drain_s: float = 30.0
+    config: EngineConfig,
+    size: ReplicasConfig,
+    router: str,
+    name: str,
+    drain_s: float = 30.0,
+    address: str = "",
 ) -> FleetChannel:
     """Start engines of ``config``, with one core each, on a Ray cluster, and wait until all have
     loaded.
@@ -121,7 +125,11 @@ def start_fleet(
 
     try:
         handle = _run(serve, EngineReplica, FleetRequestRouter, config, size, name, drain_s)
-        facts = handle.options(method_name="facts").remote(Order()).result(timeout_s=START_S)
+        facts = (
+            handle.options(method_name="facts")
+            .remote(Order(address=address))
+            .result(timeout_s=START_S)
+        )
         fleet.begin(make(spec_of(facts, config)))
     except BaseException:
         shut_down()

@@ -50,7 +50,7 @@ class Details {
   async asked(node, text, exact) {
     const { id } = node;
     try {
-      const found = await this.ask(`/v1/cache/nodes/${id}`);
+      const found = await this.ask(`/v1/cache/nodes/${id}${location.search}`);
       if (this.view.tree.selected !== node) return;
       const pairs = [["frees, with KV above it that nothing else needs", size(found.frees_bytes)], ["locked by", found.locks ? count(found.locks, "request") : null], ["in the arena", found.slabs.length ? count(found.slabs.length, "slab") : null]];
       exact.replaceChildren(this.facts(pairs));
@@ -89,7 +89,7 @@ class Details {
     if (!this.ask || !one.losses) return;
     let found;
     try {
-      found = await this.ask(`/v1/cache/explanations/${encodeURIComponent(one.id)}`);
+      found = await this.ask(`/v1/cache/explanations/${encodeURIComponent(one.id.replace(/#\d+$/, ""))}`);
     } catch { return; } // The causes above are all that is known.
     if (!place.isConnected || !found.text) return;
     const other = this.view.model.requests.has(found.compared_with) ? [element("p", {}, element("button.plain", { type: "button", onclick: () => this.view.selectRequest(found.compared_with) }, "Show the earlier request"))] : [];

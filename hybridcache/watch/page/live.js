@@ -63,7 +63,7 @@ class Live {
       try {
         listen();
         const headers = this.last ? { "Last-Event-ID": this.last } : {};
-        const response = await this.ask("/v1/cache/events", { signal: stop.signal, headers });
+        const response = await this.ask(`/v1/cache/events${location.search}`, { signal: stop.signal, headers });
         this.tries = 0;
         for await (const one of serverEvents(response.body)) {
           listen();
@@ -72,29 +72,18 @@ class Live {
         }
       } catch (error) {
         if (error.status === 401 || error.status === 403) { await this.askForKey(error); continue; }
-        if (error.status === 501) { await this.followSums(error.message); continue; }
         if (error.status) reason = error.message;
       } finally { clearTimeout(timer); }
       await this.pause(reason);
     }
   }
 
-  // Several engines: no tree, what they have together.
-  async followSums(message) {
-    for (;;) {
-      const { replicas, usage, bytes, num_running: running, num_waiting: waiting } = await this.json("/v1/cache");
-      const share = usage.prompt_tokens ? (100 * usage.cached_tokens) / usage.prompt_tokens : 0;
-      const used = (100 * (bytes.total - bytes.free)) / bytes.total;
-      this.view.tree.note.replaceChildren(
-        element("strong", {}, `${Object.keys(replicas).length} replicas · ${running} running · ${waiting} waiting`),
-        element("span", {}, `${share.toFixed(1)} % of ${usage.prompt_tokens.toLocaleString("en")} prompt tokens came from the cache; ${used.toFixed(0)} % of memory is in use.`),
-        element("span", {}, message),
-      );
-      this.say("live", "live");
-      this.main.classList.remove("stale");
-      this.tries = 0;
-      await new Promise((done) => setTimeout(done, 1000));
-    }
+  // Links to the replicas of this server, if there are several.
+  choose({ replica, num_replicas: many = 1 }) {
+    const place = document.getElementById("replicas");
+    place.hidden = many < 2;
+    const links = Array.from({ length: many }, (_, i) => element("a", { href: `?replica=${i + 1}`, ...(i + 1 === replica ? { "aria-current": "page" } : {}) }, `${i + 1}`));
+    place.replaceChildren("replica ", ...links.flatMap((link) => [link, " "]));
   }
 
   take({ event, id, data }) {
@@ -104,6 +93,7 @@ class Live {
       const model = new Model(message.meta);
       for (const record of message.records) model.apply(record, true);
       document.getElementById("title").textContent = [message.meta.version, message.meta.title].filter(Boolean).join(" · ");
+      this.choose(message.meta);
       document.title = `${message.meta.title} · hybridcache`;
       this.view.show(model);
     } else {

@@ -13,7 +13,7 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config, server_config
 from engine.async_engine import AsyncEngine
-from engine.errors import EngineStopped, NoSingleEngine, QueueFull, StepFailed
+from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replica_output import Order, Progress
@@ -137,6 +137,25 @@ async def wait_until(is_true) -> None:
     raise AssertionError("the condition did not become true in ten seconds")
 
 
+async def check_views(engine: AsyncEngine, handle: Handle) -> None:
+    """Check that each replica can be viewed, with the nodes of its own tree."""
+    for number, name in enumerate(engine._channel._fleet.members, 1):
+        view = await engine.watch(number)
+        _, state = await view.whole()
+        meta = state["meta"]
+        assert (meta["replica"], meta["num_replicas"]) == (number, 2)
+        own = handle.replicas[name]._engine
+        nodes = [record[1] for record in state["records"] if record[0] == "kv"]
+        assert bool(nodes) == (own.report().kv.cached > 0)
+        for id_ in nodes:
+            assert (await view.node(id_))["id"] == id_
+        await view.close()
+    assert not engine._channel._views
+    for number in (0, 3):
+        with pytest.raises(RequestError, match="replica must be between 1 and 2"):
+            await engine.watch(number)
+
+
 def test_two_replicas_share_load_and_survive_a_death() -> None:
     """Check routing by shared prefixes, answers, summed reports, a replica's death and a new
     replica.
@@ -179,8 +198,7 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
         handle.add("r2")
         engine._channel._fleet.set_members(each for each in handle.replicas if each != home)
         await wait_until(lambda: "r2" in engine._channel._followers)
-        with pytest.raises(NoSingleEngine, match="With replicas it shows only sums"):
-            await engine.watch()
+        await check_views(engine, handle)
         await engine.reset_prefix_cache()
         assert (await engine.report()).kv.cached == 0
         await wait_until(lambda: all(mirror.num_tokens == 0 for mirror in router.mirrors.values()))
@@ -235,7 +253,7 @@ def test_a_death_after_the_last_output_is_no_error(caplog) -> None:
     """Another request may have the id by then."""
 
     async def live() -> None:
-        engine, handle = await fleet_of(1)
+        engine, _ = await fleet_of(1)
         spec = make_spec(9, max_tokens=1, request_id="same")
         for _ in range(2):
             assert (await answer(engine, spec))[-1].finish_reason == "length"

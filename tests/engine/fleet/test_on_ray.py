@@ -138,9 +138,8 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
     answer = begin("y" * 300)
     next(answer)
     kill(wait_for(lambda: busy(url)))
-    with pytest.raises(openai.APIError, match=r"died after \d+ tokens? of the answer; send"):
-        for _ in answer:
-            pass
+    *_, last = answer  # Another replica computes it again, and the stream goes on.
+    assert last.choices[0].finish_reason == "length"
     before = num_prompt_tokens(url)
     assert client.chat.completions.create(**options).choices[0].message.content == (
         first.choices[0].message.content

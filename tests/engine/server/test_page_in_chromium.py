@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine import AsyncEngine
-from engine.plugins.observe.feed import Feed
-from engine.server.api_errors import APIError
+from engine.async_engine import View
 from engine.server.settings import ServerConfig
 from tests.watch.browser import chromium, errors, tab
 
@@ -136,23 +134,21 @@ def test_script_of_another_page_cannot_read(tab: Any, live: Live, path: str) -> 
     assert result == "TypeError"
 
 
-def test_page_shows_the_sums_of_all_replicas(
+def test_page_links_to_each_replica(
     tab: Any, serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuse(feed: Feed) -> None:
-        raise APIError(501, "Several engines.", code="replicas")
+    whole = View.whole
 
-    async def report_two(engine: AsyncEngine) -> dict[str, Any]:
-        return (await engine.report()).as_dict() | {"replicas": {"a": {}, "b": {}}}
+    async def second_of_two(view: View) -> Any:
+        changes, state = await whole(view)
+        state["meta"] |= {"replica": 2, "num_replicas": 2}
+        return changes, state
 
-    monkeypatch.setattr(Feed, "_begin", refuse)
-    monkeypatch.setattr(AsyncEngine, "cache_view", report_two)
+    monkeypatch.setattr(View, "whole", second_of_two)
     live = serve_oracle()
-    tab.goto(live.url)
+    tab.goto(f"{live.url}?replica=2")
     wait_until_live(tab)
-    for _ in range(2):
-        ask(live, PROMPT)
-    tokens, cached = 2 * len(PROMPT), (len(PROMPT) - 1) // 64 * 64
-    hit_rate = f"{100 * cached / tokens:.1f} % of {tokens}"
-    for text in (hit_rate, "2 replicas · 0 running", "Several engines."):
-        wait_until(tab, f"document.querySelector('.note').innerText.includes('{text}')")
+    assert tab.locator("#replicas").inner_text().split() == ["replica", "1", "2"]
+    assert tab.locator("#replicas a[aria-current]").inner_text() == "2"
+    ask(live, PROMPT)
+    wait_until(tab, "document.querySelectorAll('.bar').length === 1")
