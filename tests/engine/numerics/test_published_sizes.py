@@ -1,0 +1,201 @@
+"""Bit-exact hits at the layer sizes of published models, with few layers and experts and random
+weights. A library chooses its kernels by the sizes, so small models alone prove little."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from engine import engine_config
+from engine.layers.linear import Linear
+from engine.runner.backends import all_plain
+from engine.runner.build import load_runner
+from tests.engine.numerics import families
+from tests.engine.numerics.test_exactness import assert_hits_are_exact, threads
+
+FAMILIES = families.find()
+SIZES = {
+    "kimi_linear": {  # Kimi-Linear-48B-A3B
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "moe_intermediate_size": 1024,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "linear_attn_config": {
+            "num_heads": 32,
+            "head_dim": 128,
+            "short_conv_kernel_size": 4,
+            "full_attn_layers": [2],
+            "kda_layers": [1],
+        },
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "qwen3_next": {  # Qwen3-Next-80B-A3B
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "mlp_only_layers": [],
+    },
+    "granite_moe_hybrid": {  # granite-4.0-h-tiny
+        "hidden_size": 1536,
+        "intermediate_size": 512,
+        "shared_intermediate_size": 1024,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+    },
+    "nemotron_h": {  # Nemotron-3-Nano-30B-A3B
+        "hidden_size": 2688,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "intermediate_size": 1856,
+        "mamba_num_heads": 64,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 128,
+        "n_groups": 8,
+        "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712,
+    },
+    "olmo_hybrid": {  # Olmo-Hybrid-7B
+        "hidden_size": 3840,
+        "intermediate_size": 11008,
+        "num_attention_heads": 30,
+        "num_key_value_heads": 30,
+        "linear_num_key_heads": 30,
+        "linear_num_value_heads": 30,
+        "linear_key_head_dim": 96,
+        "linear_value_head_dim": 192,
+    },
+    "falcon_h1": {  # Falcon-H1-1.5B
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "mamba_d_ssm": 3072,
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_d_state": 256,
+        "mamba_n_groups": 1,
+    },
+    "jamba": {  # Jamba-Reasoning-3B
+        "hidden_size": 2560,
+        "intermediate_size": 8192,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "mamba_d_state": 16,
+        "mamba_dt_rank": 160,
+        "num_experts": 1,
+    },
+    "lfm2": {  # LFM2-1.2B
+        "hidden_size": 2048,
+        "intermediate_size": 12288,
+        "block_multiple_of": 256,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "qwen3_5": {  # Qwen3.5-2B
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    },
+    "qwen3": {  # Qwen3-1.7B
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_hidden_layers": 1,
+    },
+}
+ROWS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 97, 127, 128, 129)
+
+
+@pytest.mark.full(
+    "1-reference-bfloat16-None-granite_moe_hybrid", "2-native-bfloat16-int8-granite_moe_hybrid"
+)
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")]
+)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+@torch.inference_mode()
+def test_hits_are_exact(
+    name,
+    dtype,
+    quantization,
+    backend,
+    num_threads,
+    monkeypatch,
+    tmp_path,
+    driver_class,
+    random_tokens,
+):
+    """Native kernels are those of a machine with a compiler; without one, both are references."""
+    made = []
+    make = Linear.__init__
+
+    def noted(self, in_features, parts, build, **options):
+        make(self, in_features, parts, build, **options)
+        made.append((self, in_features, build.weights.dtype))
+
+    monkeypatch.setattr(Linear, "__init__", noted)
+    config_class = getattr(transformers, FAMILIES[name].classes[0])
+    config_class(**(FAMILIES[name].config | SIZES[name])).save_pretrained(tmp_path)
+    gc.collect()
+    with threads(num_threads):
+        runner = load_runner(
+            engine_config(
+                model=str(tmp_path),
+                load_format="dummy",
+                device="cpu",
+                dtype=dtype,
+                quantization=quantization,
+                kernels=all_plain() if backend == "reference" else "",
+                kv_gib=0.03,
+                state_gib=0.15,
+            )
+        )
+        assert runner.exactness.digest and runner.exactness.different == ()
+        for linear, in_features, own_dtype in made:
+            if not linear._products:  # Part of a shared product.
+                continue
+            x = torch.randn(130, in_features).to(own_dtype)
+            whole = linear(x)
+            for count in ROWS:
+                assert torch.equal(linear(x[:count]), whole[:count]), count
+                assert torch.equal(linear(x[-count:]), whole[-count:]), count
+        prompts = [random_tokens(length, seed=length) for length in (150, 97, 33)]
+        assert_hits_are_exact(driver_class(runner), prompts, np.random.default_rng(0), 64)
