@@ -39,30 +39,3 @@ SEGMENTS = [
     _conversation("x_1", ("gpt", "two"), ("human", "three"), ("gpt", "four")),
     _conversation("y_0", ("human", "five"), ("bing", "six")),
 ]
-
-
-def otel_span(start_ns: int, attributes: dict[str, Any], trace: str = "t") -> dict[str, Any]:
-    """Return a span in OTLP's format. Attributes may be texts, arrays, objects and numbers."""
-    listed = [{"key": name, "value": otel_value(value)} for name, value in attributes.items()]
-    times = {"startTimeUnixNano": str(start_ns), "endTimeUnixNano": str(start_ns + 1)}
-    return {"traceId": trace, "name": "chat m", **times, "attributes": listed}
-
-
-def otel_value(value: Any) -> dict[str, Any]:
-    """Return the ``AnyValue`` of a value."""
-    if isinstance(value, dict):
-        pairs = [{"key": name, "value": otel_value(each)} for name, each in value.items()]
-        return {"kvlistValue": {"values": pairs}}
-    if isinstance(value, list):
-        return {"arrayValue": {"values": [otel_value(each) for each in value]}}
-    return {"intValue": str(value)} if isinstance(value, int) else {"stringValue": value}
-
-
-def otel_batch(*spans: dict[str, Any]) -> dict[str, Any]:
-    """Return one exported batch of spans."""
-    return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"spans": list(spans)}]}]}
-
-
-def otel_text(role: str, words: str) -> dict[str, Any]:
-    """Return a message of one part."""
-    return {"role": role, "parts": [{"type": "text", "content": words}]}

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.cli import main
 from hybridcache.lab.generators import GENERATORS
-from hybridcache.lab.trace import BadRecordError, FreshIds, Trace, TraceRequest
+from hybridcache.lab.trace import BadRecordError, Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
-from hybridcache.lab.traces import aiperf, mooncake, open_trace, recognise
+from hybridcache.lab.traces import open_trace, recognise
+from hybridcache.lab.traces.hashes import write as write_hashes
 from tests.lab.records import lines
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -68,7 +69,7 @@ def test_mooncake_hashes_match_a_set_of_prefixes(
         TraceRequest(float(number), number, space, np.asarray(ids, np.int32), nothing)
         for number, (ids, space) in enumerate(prompts)
     ]
-    rows = written(mooncake.write, trace_of(requests), block)
+    rows = written(write_hashes, trace_of(requests), block)
     again = []
     for row, request in zip(rows, requests, strict=True):
         length, hashes = row["input_length"], np.asarray(row["hash_ids"], np.int32)
@@ -84,7 +85,7 @@ def test_conversion_to_mooncake_preserves_ideal_hits_of_whole_blocks(
     source: str, block: int, tmp_path: Path
 ) -> None:
     trace = open_trace(f"{source}?head=30")
-    path = lines(tmp_path / "m.jsonl", *written(mooncake.write, trace, block))
+    path = lines(tmp_path / "m.jsonl", *written(write_hashes, trace, block))
     assert recognise(path) == "mooncake"
     stats = trace_stats(open_trace(f"mooncake:{path}?unit={block}"))
     # Mooncake has no answer tokens, so hits are compared without answers.
@@ -96,31 +97,13 @@ def test_conversion_to_mooncake_preserves_ideal_hits_of_whole_blocks(
     assert whole_pages <= stats.ideal_tokens <= prompts.ideal_tokens
 
 
-@pytest.mark.full("few-shot", "chat")
-@pytest.mark.parametrize("source", ["chat", "agent", "branch", "few-shot"])
-def test_conversion_to_aiperf_preserves_ideal_hits(source: str, tmp_path: Path) -> None:
-    trace = open_trace(f"{source}?head=40")
-    path = lines(tmp_path / "a.jsonl", *written(aiperf.write, trace, 1))
-    assert recognise(path) == "aiperf"
-    before, after = trace_stats(trace), trace_stats(open_trace(f"{path}?block=1"))
-    assert after.prompt_tokens == before.prompt_tokens
-    assert after.ideal_tokens == before.ideal_tokens and after.duration_s == before.duration_s
-    coarse = lines(tmp_path / "b.jsonl", *written(aiperf.write, trace, 64))
-    found = trace_stats(open_trace(f"{coarse}?block=64"))
-    assert found.prompt_tokens == before.prompt_tokens
-    # First turns share only whole blocks. Later turns of a session share every token.
-    assert before.ideal_by_page[64] <= found.ideal_tokens <= before.ideal_tokens
-
-
 def test_each_hash_has_one_length() -> None:
-    """AIPerf rejects traces that use one hash with two lengths."""
-    for write in (mooncake.write, aiperf.write):
-        lengths: dict[int, int] = {}
-        for row in written(write, GENERATORS["short"](), 64):
-            for number, one in enumerate(row["hash_ids"]):
-                length = min(64, row["input_length"] - 64 * number)
-                assert lengths.setdefault(one, length) == length
-        assert len(lengths) > 100
+    lengths: dict[int, int] = {}
+    for row in written(write_hashes, GENERATORS["short"](), 64):
+        for number, one in enumerate(row["hash_ids"]):
+            length = min(64, row["input_length"] - 64 * number)
+            assert lengths.setdefault(one, length) == length
+    assert len(lengths) > 100
 
 
 def turn(session: str, when: float, prompt: list[int], answer: list[int]) -> TraceRequest:
@@ -128,55 +111,9 @@ def turn(session: str, when: float, prompt: list[int], answer: list[int]) -> Tra
     return TraceRequest(when, session, None, *as_ids)
 
 
-def test_aiperf_turns_continue_a_session_or_start_a_new_one() -> None:
-    unknown = FreshIds().take(2).tolist()
-    rows = written(
-        aiperf.write,
-        trace_of(
-            [
-                turn("s", 1.0, [1, 2, 3], [4, 5]),
-                turn("s", 3.5, [1, 2, 3, 4, 5, 6], [7]),  # continues the session
-                turn("s", 4.0, [1, 2, 3, 4, 5, 6, 9, 8], unknown),  # has another answer
-                turn("s", 5.0, [1, 2, 3, 4, 5, 6, 9, 8, 0, 0, 0], []),  # includes a 2-token answer
-                turn("s", 6.0, [1, 2, 3, 4, 5, 6, 9, 8, 0, 0, 0], []),  # has no new token
-            ]
-        ),
-        2,
-    )
-    places = ("session_id", "timestamp", "delay", "input_length", "output_length")
-    assert [tuple(row.get(name) for name in places) for row in rows] == [
-        ("s/1", 1000, None, 3, 2),
-        ("s/1", None, 2500, 1, 1),
-        ("s/3", 4000, None, 8, 2),
-        ("s/3", None, 1000, 1, 1),
-        ("s/5", 6000, None, 11, 1),
-    ]
-    assert rows[0]["hash_ids"][0] == rows[2]["hash_ids"][0]  # both begin with 1, 2
-    assert rows[1]["hash_ids"] != rows[0]["hash_ids"][:1]
-
-
-def test_aiperf_sessions_may_be_written_one_after_another(tmp_path: Path) -> None:
-    def row(session: str, length: int, hashes: list[int], **when: int) -> dict[str, Any]:
-        facts = {"session_id": session, "input_length": length, "output_length": 3}
-        return facts | {"type": "mooncake_trace", "hash_ids": hashes} | when
-
-    path = lines(
-        tmp_path / "a.jsonl",
-        row("a", 6, [1, 2], timestamp=0),
-        row("a", 4, [3], delay=2000),
-        row("b", 8, [1, 4], timestamp=1000),
-    )
-    trace = open_trace(f"{path}?block=4")
-    assert [(each.timestamp_s, each.session) for each in trace] == [(0, "a"), (1, "b"), (2, "a")]
-    assert trace_stats(trace).ideal_tokens == 4 + (6 + 3)
-    with pytest.raises(BadRecordError, match="line 1: 2 hash_ids do not cover input_length 6"):
-        list(open_trace(str(path)))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["coding_agent.jsonl.gz", "--to", "aiperf"], "an id of coding_agent stands for 64 tokens"),
         (["mooncake.jsonl.gz", "--to", "mooncake", "--block", "16"], "are not made of ids of 512"),
         (["mooncake.jsonl.gz", "--to", "mooncake", "--block", "0"], "blocks of 0 tokens are not"),
     ],
@@ -215,7 +152,7 @@ def test_trace_is_never_overwritten_by_its_conversion(
     assert source.read_bytes() == before
 
 
-@pytest.mark.parametrize("to", ["jsonl", "mooncake", "aiperf"])
+@pytest.mark.parametrize("to", ["jsonl", "mooncake"])
 def test_failed_conversion_leaves_the_target_unchanged(
     to: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 FORMS = {
     "jsonl": "this project's own form, complete (default)",
     "mooncake": "whole prompts as hashes, for benchmarks that replay by the clock",
-    "aiperf": "turns of conversations, each after the previous answer",
 }
 
 
@@ -44,7 +43,7 @@ def add_trace(commands: Commands) -> None:
         default="jsonl",
         help=", ".join(f"{w}: {h}" for w, h in FORMS.items()),
     )
-    add("--block", type=int, default=512, help="tokens of a hashed block, for the last two")
+    add("--block", type=int, default=512, help="tokens of a hashed block, for mooncake")
     share(convert, "--skip-bad")
     convert.set_defaults(run=_trace_convert)
     fetch = verbs.add_parser("fetch", help="download a published trace into the cache folder")
@@ -68,7 +67,7 @@ def _trace_stats(options: argparse.Namespace) -> int:
 
 
 def _trace_convert(options: argparse.Namespace) -> int:
-    from hybridcache.lab.traces import aiperf, jsonl, mooncake, open_trace
+    from hybridcache.lab.traces import hashes, jsonl, open_trace
 
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
     target = options.target
@@ -78,8 +77,7 @@ def _trace_convert(options: argparse.Namespace) -> int:
         if options.to == "jsonl":
             num_requests = jsonl.write(trace, file)
         else:
-            write = mooncake.write if options.to == "mooncake" else aiperf.write
-            num_requests = write(trace, file, options.block)
+            num_requests = hashes.write(trace, file, options.block)
         if not num_requests:
             raise ValueError(f"{options.trace}: {trace.is_empty_because}")
     print(f"{num_requests} requests to {target}, {trace.bad.count} bad records left out")

@@ -25,8 +25,6 @@ from urllib.parse import parse_qsl, urlencode
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
-from hybridcache.lab.traces.aiperf import AIPerfReader
-from hybridcache.lab.traces.bailian import BailianReader
 from hybridcache.lab.traces.base import (
     COUNTS_ALONE,
     DAMAGED,
@@ -36,14 +34,10 @@ from hybridcache.lab.traces.base import (
     looks_like_csv,
     open_bytes,
 )
-from hybridcache.lab.traces.blis import BlisReader
 from hybridcache.lab.traces.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.fetch import find_published, path_of
-from hybridcache.lab.traces.few_shot import FewShotReader
-from hybridcache.lab.traces.http_log import CsvReader, HttpLogReader
+from hybridcache.lab.traces.hashes import BailianReader, MooncakeReader
 from hybridcache.lab.traces.jsonl import OwnReader
-from hybridcache.lab.traces.mooncake import MooncakeReader
-from hybridcache.lab.traces.otel import OtelReader
 from hybridcache.lab.traces.sharegpt import (
     ShareGPTCountsReader,
     ShareGPTReader,
@@ -52,7 +46,7 @@ from hybridcache.lab.traces.sharegpt import (
 )
 from hybridcache.lab.traces.taubench import TauBenchReader
 from hybridcache.lab.traces.text import NO_TOKENIZER
-from hybridcache.lab.traces.token_ids import TokenIdsReader
+from hybridcache.lab.traces.texts import ConversationsReader, CsvReader, MessagesReader
 
 # Formats are tried in this order.
 READERS: dict[str, type[Any]] = {
@@ -61,17 +55,13 @@ READERS: dict[str, type[Any]] = {
         OwnReader,
         CodingAgentReader,
         BailianReader,
-        AIPerfReader,
         MooncakeReader,
         ShareGPTCountsReader,
         ShareGPTReader,
         TauBenchReader,
-        FewShotReader,
-        OtelReader,
-        HttpLogReader,
+        ConversationsReader,
+        MessagesReader,
         CsvReader,
-        TokenIdsReader,
-        BlisReader,
     )
 }
 
@@ -216,7 +206,7 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     unit = reader.unit
     if unit < 1:
         raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
-    columns = reader.describe() if isinstance(reader, CsvReader) else ""
+    columns = reader.describe() if isinstance(reader, MessagesReader) else ""
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
     counted_by: str = getattr(reader, "tokenizer", "") or getattr(reader, "counted_by", "")
@@ -230,8 +220,6 @@ def recognise(path: Path) -> str:
     head = b""
     with open_bytes(path) as file, suppress(*DAMAGED):
         head = file.read(4096).lstrip()
-    if b'"resourceSpans"' in head:  # one object, possibly on many lines
-        return OtelReader.word
     if re.match(rb'"?[A-Za-z][^{}\[\]:,\n]*;[^{}\[\],\n]*\n', head):
         raise ValueError(f"{path}: its columns are separated by semicolons: use commas")
     records = json_array if head.startswith(b"[") else json_lines
@@ -251,6 +239,9 @@ def recognise(path: Path) -> str:
             f"{path}: no format recognises its columns ({columns}); a file of prompts has a "
             f"column prompt or messages, or is named csv:{path}?prompt=COLUMN. {COUNTS_ALONE}"
         )
+    fields = ", ".join(first) or "none"
     raise ValueError(
-        f"{path}: no format recognises its first record; say one of {', '.join(READERS)}"
+        f"{path}: no format recognises its first record (fields: {fields}); a file of texts has a "
+        f"field prompt or messages, or is named messages:{path}?prompt=FIELD; formats: "
+        f"{', '.join(READERS)}"
     )

@@ -219,6 +219,10 @@ WINDOW, WINDOW_IDS = 1024, 1 << 24
 can be moved before at most that many others."""
 
 
+class TraceFieldsWarning(UserWarning):
+    """Warning that a trace file has data that is not used."""
+
+
 class TraceOrderWarning(UserWarning):
     """Warning that some lines of a trace file were not in order of time, and were sorted."""
 
@@ -305,7 +309,7 @@ class TraceClock:
 
 def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int:
     """Return a whole number in [least, most]; 3.0 is accepted. Raises ValueError, as do the next
-    six functions, if the value is invalid."""
+    five functions, if the value is invalid."""
     value = record[name]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -337,15 +341,6 @@ def moment(record: Record, name: str) -> float:
         raise ValueError(
             f"{name} is {shown(value)}, not a number and not a time in ISO 8601"
         ) from None
-
-
-def number(row: Record, name: str) -> float:
-    """Return a number, like ``seconds``, from its text."""
-    try:
-        value = float(row[name])
-    except ValueError:
-        raise ValueError(f"{name} is {shown(row[name])}, not a number") from None
-    return seconds({name: value}, name)
 
 
 def text(record: Record, name: str) -> str:

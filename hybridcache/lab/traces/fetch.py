@@ -88,12 +88,6 @@ PUBLISHED = {
         "MIT",
         "e9e6c0297660c537f83d4fd9c476ce7a9a86ecd2784874b7bfc13be598e37bfa",
     ),
-    "gsm8k": Published(
-        "1,319 questions behind the same examples, texts",
-        "few-shot-questions",
-        f"{_GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
-        "MIT",
-    ),
 }
 """Published traces by name."""
 

@@ -44,6 +44,7 @@ from hybridcache.lab.traces.base import (
     FileReader,
     Record,
     TraceClock,
+    TraceFieldsWarning,
     callers_level,
     in_order,
     json_lines,
@@ -78,10 +79,6 @@ FIELDS = frozenset(
 """Fields of a line that are read."""
 TEXTS = frozenset(("request", "answer"))
 """Fields that ``engine record`` adds if it keeps the text. They are not read."""
-
-
-class TraceFieldsWarning(UserWarning):
-    """Warning that a line of a JSONL trace has fields that are not read."""
 
 
 @dataclass(frozen=True, slots=True)

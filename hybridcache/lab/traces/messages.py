@@ -1,4 +1,4 @@
-"""Messages of any dialect as role and text: OpenAI's, Anthropic's, and those of OpenTelemetry.
+"""Messages of OpenAI's and Anthropic's dialects as role and text.
 
 Each message becomes one text, so that every chat template accepts it. Tool calls and their results
 are in the form of Hermes, and tool definitions precede the system message. The text can differ from

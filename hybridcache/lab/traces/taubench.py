@@ -24,11 +24,10 @@ from hybridcache.lab.traces.base import (
     key,
     objects,
     parsed,
-    text,
 )
-from hybridcache.lab.traces.messages import message_text
 from hybridcache.lab.traces.sharegpt import json_array
-from hybridcache.lab.traces.text import ChatText, load_chat_text
+from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.lab.traces.texts import answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +55,6 @@ class TauBenchReader(FileReader):
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             name = f"task {key(record, 'task_id')}, trial {key(record, 'trial')}"
-            yield _requests(objects(record, "traj"), name, chat)
+            yield answered(objects(record, "traj"), name, chat)
 
         return parsed(self.path, json_array(self.path, self.bad, "task_id"), parse, self.bad)
-
-
-def _requests(messages: list[Record], name: str, chat: ChatText) -> list[TraceRequest]:
-    said: list[dict[str, str]] = []
-    requests = []
-    for message in messages:
-        role, words = text(message, "role"), message_text(message)
-        if role == "assistant" and said:
-            turn = chat.turn(said, words, tools=True)
-            reason = "tool_use" if message.get("tool_calls") else "end_turn"
-            requests.append(turn.request(name)._replace(stop_reason=reason))
-        said.append({"role": role, "content": words})
-    return requests
