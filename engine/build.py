@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
@@ -46,14 +45,11 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     return load_tokenizer(None if named == str(BUILTIN_DIR) else named)
 
 
-def make_grammars(
-    config: EngineConfig, tokenizer: Tokenizer | None, vocab_size: int, news: Event
-) -> GrammarCompiler:
-    """Load the compiler of grammars. ``news`` is set whenever a mask was found in the
-    background."""
-    from engine.plugins.guided.guides import guides_of
+def make_grammars(tokenizer: Tokenizer | None, vocab_size: int) -> GrammarCompiler:
+    """Load the compiler of grammars."""
+    from engine.plugins.guided.guides import Guides
 
-    return guides_of(config, tokenizer, vocab_size, news)
+    return Guides(tokenizer, vocab_size)
 
 
 def names_tokenizer(config: EngineConfig) -> bool:

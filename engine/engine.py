@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -32,7 +31,7 @@ from engine.schedule.batch import (
     StepHooks,
     Task,
 )
-from engine.schedule.fetching import IDLE_S, Fetcher, Fetching
+from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import Scheduler
 from engine.text.outputs import FinishReason, RequestOutput
@@ -114,9 +113,8 @@ class Engine:
         """The step that is being published."""
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
         """Outputs of the requests that ``stream`` and ``generate`` follow, not yet taken."""
-        late_draws = LateDraws(self._scheduler, sampler, self._intake.grammar_news)
         attached = [plugin.attach(self, self._manager) for plugin in plugins]
-        hooks = (late_draws, fetching, *plugins, *attached)
+        hooks = (fetching, *plugins, *attached)
         self._hooks: tuple[StepHooks, ...] = tuple(one for one in hooks if one is not None)
         self._is_closed = False
 
@@ -363,7 +361,6 @@ class Engine:
         for that token while the device computes this step.
         """
         late_tokens = dict(step.batch.late_tokens)
-        late: list[int] = []
         inputs: list[SamplingInput] = []
         rows: list[int] = []
         scores: list[PendingTokens] = []
@@ -379,18 +376,11 @@ class Engine:
                     if index in late_tokens
                     else None
                 )
-                drawn_for = request.sampling_inputs(task.drafts, drawn)
-                first = num_rows - 1 - len(task.drafts)
-                if drawn_for is None:
-                    request.held_logits = self._sampler.keep(logits, first)
-                    late.append(index)
-                    drawn_for = [request.unguided_input()] * (num_rows - first)
-                inputs += drawn_for
-                rows += range(first, num_rows)
+                inputs += request.sampling_inputs(task.drafts, drawn)
+                rows += range(num_rows - 1 - len(task.drafts), num_rows)
         if inputs:
             step.drawn = self._sampler.launch(logits, inputs, rows)
-        if scores or late:
-            step.scores, step.late = scores, frozenset(late)
+        step.scores = scores
         self._laps.append(self.clock())
 
     def _due(self, step: Step) -> Step:
@@ -604,33 +594,3 @@ def _score(task: Task, logits: Any, sampler: TokenSampler) -> PendingTokens:
     request = task.request
     following = request.tokens[task.start + 1 : min(task.end + 1, request.prompt_len)]
     return sampler.score(logits[: len(following)], following.tolist(), request.prompt_logprobs or 0)
-
-
-class LateDraws(StepHooks):
-    """Draws tokens, between two steps, for requests with late grammars.
-
-    Such a request keeps its lease, its row and the logits of its newest token, and is not part of
-    any step until its mask is available.
-    """
-
-    def __init__(self, scheduler: Scheduler, sampler: TokenSampler, news: Event) -> None:
-        """``news`` is set whenever a mask was computed in the background."""
-        self._scheduler = scheduler
-        self._sampler = sampler
-        self._news = news
-
-    def before_step(self) -> None:
-        """Draw a token for each request with a new mask."""
-        self._news.clear()
-        for request in self._scheduler.awaiting_draw:
-            found = request.late_input()
-            if found is None:
-                self._scheduler.take_late(request)
-            else:
-                [sampled] = self._sampler.launch(request.held_logits, [found], [0]).wait()
-                self._scheduler.take_late(request, sampled)
-
-    def wait(self) -> None:
-        """Sleep briefly, or until a mask is computed, because nothing else can be."""
-        if self._scheduler.awaiting_draw:
-            self._news.wait(IDLE_S)

@@ -179,10 +179,6 @@ class TokenSampler(Protocol):
         the device."""
         ...
 
-    def keep(self, logits: Any, row: int) -> Any:
-        """Copy one row of ``logits``, as logits of one row that outlive the next ``forward``."""
-        ...
-
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:
         """Start computing the log-probabilities of the given tokens, one per row."""
         ...

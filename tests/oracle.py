@@ -460,10 +460,6 @@ class OracleSampler:
         pairs = zip(rows, requests, strict=True)
         return OracleDrawn([self.choose(int(logits[row]), request) for row, request in pairs])
 
-    def keep(self, logits: Fingerprints, row: int) -> Fingerprints:
-        """See ``TokenSampler.keep``."""
-        return logits[row : row + 1].copy()
-
     def choose(self, logits: int, request: SamplingInput | None = None) -> SampledToken:
         """Return the one token that follows a prefix, among those that ``request`` allows."""
         possible = np.arange(self._vocab_size)

@@ -31,9 +31,6 @@ The class is in the plugin's ``__init__``, which imports no other module of it. 
 has its class: ``TierPlugin`` next to ``TierConfig``.
 """
 
-REQUESTED = {"guided": "GuidedConfig"}
-"""Plugins of an engine that requests load -> class of their settings. They have no hooks."""
-
 SERVER = {
     "replicas": "ReplicasConfig",
     "dialects": "DialectsConfig",
@@ -84,7 +81,7 @@ def _settings(plugins: Mapping[str, str]) -> list[type[PluginConfig]]:
 
 def engine_settings() -> list[type[PluginConfig]]:
     """Return the settings of the plugins of an engine."""
-    return _settings(ENGINE | REQUESTED)
+    return _settings(ENGINE)
 
 
 def server_settings() -> list[type[PluginConfig]]:

@@ -18,7 +18,7 @@ from engine.text.tokenizer import EncodeOptions
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.requests.grammar import Grammar
+    from engine.requests.grammar import Grammar, GrammarError
     from engine.text.tokenizer import Tokenizer
 
 Mask = npt.NDArray[np.uint8]
@@ -57,6 +57,8 @@ class Ruling(NamedTuple):
     """Penalties, or None if there are none."""
     is_final: bool = False
     """True if no later rule may change it."""
+    fault: GrammarError | None = None
+    """Reason why the answer cannot go on with this draw, or None."""
 
 
 FREE = Ruling()
@@ -69,8 +71,6 @@ class Draws(NamedTuple):
     """Number of the first draw."""
     answer: Tokens
     drafts: Tokens
-    may_be_over: bool = False
-    """True if the step may still commit a token that ends the answer."""
 
     def before(self) -> list[Tokens]:
         """Return the tokens before each draw. O(answer)."""
@@ -78,14 +78,12 @@ class Draws(NamedTuple):
         return [known[: num_answered + place] for place in range(1 + len(self.drafts))]
 
 
-def ruled(rules: Sequence[LogitRule], draws: Draws) -> Sequence[Ruling] | None:
-    """Apply ``rules`` in order, each to the result of the ones before it, except to final rulings.
-    None if one of them is not ready yet."""
+def ruled(rules: Sequence[LogitRule], draws: Draws) -> Sequence[Ruling]:
+    """Apply ``rules`` in order, each to the result of the ones before it, except to final
+    rulings."""
     rulings: Sequence[Ruling] = [FREE] * (1 + len(draws.drafts))
     for rule in rules:
         changed = rule.apply(draws, rulings)
-        if changed is None:
-            return None
         rulings = [old if old.is_final else new for old, new in zip(rulings, changed, strict=True)]
     return rulings
 
@@ -109,18 +107,15 @@ class LogitRule:
         """Return the beginning of ``drafts`` that may follow ``answer``."""
         return drafts
 
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> Sequence[Ruling] | None:
-        """Return ``rulings``, one for each of ``draws``, changed by this rule. None if the rule is
-        not ready yet. Changes to final rulings have no effect."""
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> Sequence[Ruling]:
+        """Return ``rulings``, one for each of ``draws``, changed by this rule. Changes to final
+        rulings have no effect."""
         return rulings
 
     def is_done(self, answer: Tokens) -> bool:
         """Return True if nothing can follow ``answer``. Raises GrammarError if the rule cannot be
         followed any further."""
         return False
-
-    def close(self) -> None:
-        """End background work: the request has ended."""
 
 
 class GrammarCompiler(Protocol):

@@ -101,6 +101,8 @@ class Request(ScheduledRequest):
         self._met_stop_string = False
         """True if the answer ended with a stop string."""
         self._rules = tuple(rules)
+        self._fault: tuple[int, GrammarError] | None = None
+        """(draw, error) of the first draw that a grammar could not be followed to."""
         self.text_stream = text_stream
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs = spec.prompt_logprobs
@@ -168,43 +170,26 @@ class Request(ScheduledRequest):
 
     def sampling_inputs(
         self, drafts: Tokens, drawn: Callable[[], int] | None = None
-    ) -> list[SamplingInput] | None:
+    ) -> list[SamplingInput]:
         """Return the sampling inputs for the token that was scheduled last, and for one after each
         of ``drafts``, assuming that the drafts before it are accepted.
 
         ``drawn`` waits for the previous token if it has not reached the host; it is called if a
-        grammar depends on that token. Returns None if the grammar is not ready yet, or found in the
-        meantime that the answer is complete.
+        grammar depends on that token. If a grammar cannot be followed, the request fails when the
+        token of that draw is accepted.
         """
-        return self._inputs(self.known_len - 1 - self.prompt_len, drafts, drawn)
-
-    def late_input(self) -> SamplingInput | None:
-        """Return the sampling input for a draw that waited for the grammar. None while it still
-        waits, or if the answer is complete."""
-        inputs = self._inputs(self.num_tokens - self.prompt_len, self.output[:0], None)
-        return None if inputs is None else inputs[0]
-
-    def unguided_input(self) -> SamplingInput:
-        """Return a placeholder input for the token that was scheduled last, if that token cannot be
-        drawn yet."""
-        return SamplingInput(self.params, self.seed, self.known_len - 1 - self.prompt_len)
-
-    def _inputs(
-        self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
-    ) -> list[SamplingInput] | None:
-        """Return the sampling inputs for the token with number ``draw``, and one after each of
-        ``drafts``; None as ``sampling_inputs``."""
+        draw = self.known_len - 1 - self.prompt_len
         answer, token = self.output, None
         if drawn is not None and any(rule.needs_newest for rule in self._rules):
             token = drawn()
             answer = np.append(answer, np.int32(token))
-        rulings: Sequence[Ruling] | None = [FREE] * (1 + len(drafts))
+        rulings: Sequence[Ruling] = [FREE] * (1 + len(drafts))
         # With NO_TOKEN, the request ends when this step is committed.
         if self._rules and token != NO_TOKEN:
-            draws = Draws(draw, answer, drafts, may_be_over=drawn is not None)
-            rulings = ruled(self._rules, draws)
-        if rulings is None:
-            return None
+            rulings = ruled(self._rules, Draws(draw, answer, drafts))
+        faults = ((place, one.fault) for place, one in enumerate(rulings, draw) if one.fault)
+        if self._fault is None or self._fault[0] >= draw:
+            self._fault = next(faults, None)
         return [
             SamplingInput(self.params, self.seed, draw + place, ruling)
             for place, ruling in enumerate(rulings)
@@ -230,7 +215,10 @@ class Request(ScheduledRequest):
             )
 
     def accept(self, sampled: SampledToken, now_s: float) -> None:
-        """Append the next token; sets ``finish_reason`` if it is the last."""
+        """Append the next token; sets ``finish_reason`` if it is the last. Raises GrammarError if
+        a grammar could not be followed to this token."""
+        if self._fault is not None and self.num_tokens - self.prompt_len >= self._fault[0]:
+            raise self._fault[1]
         token_id = sampled.token_id
         self.append(token_id)
         if self.params.logprobs is not None:
@@ -255,12 +243,6 @@ class Request(ScheduledRequest):
         self._new_text += text
         return stopped
 
-    def finish_if_over(self, now_s: float) -> None:
-        """End the request if its grammar allows no further token. Raises GrammarError if the
-        grammar reached its limits."""
-        if any(rule.is_done(self.output) for rule in self._rules):
-            self.finish("stop", now_s)
-
     def fail(self, error: Exception, now_s: float) -> None:
         """End the request with an error that affects only this request."""
         self.is_refused = isinstance(error, GrammarError)
@@ -275,9 +257,6 @@ class Request(ScheduledRequest):
             reason = "stop" if stopped else reason
         self.finish_reason = reason
         self.finished_s = now_s
-        self.held_logits = None
-        for rule in self._rules:
-            rule.close()
 
     def report(self) -> RequestOutput:
         """Return the output with the tokens since the last report. O(new tokens), amortised."""
@@ -422,8 +401,6 @@ class Intake:
         self._default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
         self._clock, self._make_grammars = clock, make_grammars
         self._arrivals = itertools.count()
-        self.grammar_news = threading.Event()
-        """Set whenever a grammar that was not ready has become ready."""
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
 
@@ -432,9 +409,7 @@ class Intake:
         """Compiler of grammars, loaded on first use."""
         with self._lock:
             if self._grammars is None:
-                self._grammars = self._make_grammars(
-                    self._config, self._tokenizer, self._vocab_size, self.grammar_news
-                )
+                self._grammars = self._make_grammars(self._tokenizer, self._vocab_size)
             return self._grammars
 
     def validate(self, spec: RequestSpec) -> RequestSpec:

@@ -99,11 +99,6 @@ class Sampler:
         return Drawn(tokens, sound, wanted, scores)
 
     @torch.inference_mode()
-    def keep(self, logits: torch.Tensor, row: int) -> torch.Tensor:
-        """See ``TokenSampler.keep``."""
-        return logits[row : row + 1].clone()
-
-    @torch.inference_mode()
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
         """Compute the log-probabilities of given tokens, one per row, and of the ``num_top`` most
         likely ones."""

@@ -359,9 +359,6 @@ class Step:
     samples, and before they are drawn."""
     scores: Sequence[PendingTokens] = ()
     """Prompt tokens with their log-probabilities, for each task that scores."""
-    late: frozenset[int] = frozenset()
-    """Tasks with placeholder tokens: their requests keep the logits until their grammars are
-    ready."""
 
     @property
     def num_decode_tokens(self) -> int:

@@ -169,9 +169,8 @@ class Scheduler(StepPlanner[Request]):
         """Commit a computed step: publish, append tokens, end finished requests.
 
         ``sampled`` has one token for each task that samples and each token of its draft. ``scored``
-        has the log-probabilities for each task that scores. Both are in the step's order. Tokens of
-        the tasks in ``step.late`` are not drawn yet: see ``take_late``. A request with an invalid
-        token or NaN logits ends alone, with its ``error``.
+        has the log-probabilities for each task that scores. Both are in the step's order. A request
+        with an invalid token or NaN logits ends alone, with its ``error``.
 
         Returns the number of computed tokens that count for each task with a draft, in the step's
         order.
@@ -179,10 +178,8 @@ class Scheduler(StepPlanner[Request]):
         self._num_in_flight -= bool(step.tasks)
         taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
-        for place, task in enumerate(step.tasks):
+        for task in step.tasks:
             run = task.run_of(tokens)
-            if place in step.late:  # Its tokens are placeholders.
-                run = [one for one in run if one.token_id == NO_TOKEN]
             request = task.request
             scored_now = next(scores) if task.scores else ()
             if request.lease is not task.lease:
@@ -203,30 +200,6 @@ class Scheduler(StepPlanner[Request]):
                 taken.append(settled)
             self._end_if_finished(request, has_logits)
         return tuple(taken)
-
-    @property
-    def awaiting_draw(self) -> list[Request]:
-        """Running requests with a computed newest token that wait for their grammar to draw the
-        next one."""
-        return [r for r in self._running if r.awaits_draw and not r.num_drawn]
-
-    def take_late(self, request: Request, sampled: SampledToken | None = None) -> None:
-        """Append the token that ``request`` waited for, drawn from its ``held_logits``.
-
-        Without a token, end the request if its grammar has ended: the answer is complete, or the
-        grammar failed.
-        """
-        if sampled is not None:
-            request.held_logits = None
-            self._accept(request, [sampled], self._clock())
-        else:
-            try:
-                request.finish_if_over(self._clock())
-            except Exception as error:
-                self._fail(request, error)
-            if request.finish_reason is not None:
-                self._progressed.append(request)
-        self._end_if_finished(request)
 
     def _accept(
         self,
@@ -258,15 +231,14 @@ class Scheduler(StepPlanner[Request]):
         """Move a request to the end of the accepted part of its draft. Returns the number of the
         task's tokens that count.
 
-        The newest token is not computed, unless the next one is late (``num_accepted`` -1). Tokens
-        after a stop do not count: ``num_new`` are part of the answer.
+        The newest token is not computed. Tokens after a stop do not count: ``num_new`` are part of
+        the answer.
         """
         assert self._drafting is not None
         request = task.request
-        request.computed_len = request.scheduled_len = request.num_tokens - (num_accepted >= 0)
+        request.computed_len = request.scheduled_len = request.num_tokens - 1
         self._manager.roll_back(request)
-        if num_accepted >= 0:
-            self._drafting.learn(request, draft, num_accepted, num_new)
+        self._drafting.learn(request, draft, num_accepted, num_new)
         return request.computed_len - task.start
 
     def _fail(self, request: Request, error: Exception) -> None:

@@ -232,7 +232,7 @@ class CacheManager:
         request.is_counted = lease.is_counted
         del self._requests[row]
         self._free_rows.append(row)
-        request.lease = request.row = request.held_logits = None
+        request.lease = request.row = None
 
     @property
     def has_moves(self) -> bool:

@@ -244,7 +244,7 @@ class StepPlanner(Generic[R]):
         budget = self._budget()
         ends: dict[R, int] = {}
         for request in tuple(self._running):
-            if request.lease is None or request.must_see_its_token or request.awaits_draw:
+            if request.lease is None or request.must_see_its_token:
                 continue
             end = self._end(request, request.scheduled_len, budget)
             if end > request.scheduled_len and self._claim(request, end):
@@ -346,7 +346,7 @@ class StepPlanner(Generic[R]):
             self.end_session(request.session)
 
     def _decoding(self) -> list[R]:
-        return [r for r in self._running if r.scheduled_len >= r.prefill_len and not r.awaits_draw]
+        return [r for r in self._running if r.scheduled_len >= r.prefill_len]
 
     def _budget(self) -> PrefillBudget:
         num_decodes = len(self._decoding())

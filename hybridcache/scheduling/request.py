@@ -30,7 +30,6 @@ class ScheduledRequest:
         "computed_len",
         "ends_session",
         "fetched_len",
-        "held_logits",
         "is_counted",
         "lease",
         "losses",
@@ -100,8 +99,6 @@ class ScheduledRequest:
         committed."""
         self.num_drawn = 0
         """Tokens sampled in steps that are not committed yet: unknown to the host."""
-        self.held_logits: object = None
-        """Logits of the newest token, if its draw waits for a grammar."""
         self.lease: Lease | None = None
         """Its claims on the cache: None while it waits."""
         self.row: int | None = None
@@ -180,12 +177,6 @@ class ScheduledRequest:
     def must_see_its_token(self) -> bool:
         """True if the next step needs the value of a token that is sampled but not known yet."""
         return False
-
-    @property
-    def awaits_draw(self) -> bool:
-        """True if the newest token is computed, or about to be, and the next draw waits for a
-        grammar."""
-        return self.held_logits is not None
 
     def restart(self) -> None:
         """Discard partial results of the prompt before its computation begins, for the first time

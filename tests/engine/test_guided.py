@@ -9,11 +9,9 @@ import json
 import random
 import re
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +19,12 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams, engine_config
-from engine.config import num_cores
-from engine.plugins.guided import background, guide
-from engine.plugins.guided import bindings as library
+from engine.plugins.guided import guide
 from engine.plugins.guided import guides as registry
 from engine.plugins.guided.guides import Guides
 from engine.plugins.guided.marks import Overshoots
 from engine.plugins.tool_calls.call_grammars import grammar_of_calls, grammar_of_strict_calls
-from engine.requests.grammar import GrammarError, TooComplex
+from engine.requests.grammar import GrammarError
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
 from hybridcache.command.extras import install_command
@@ -157,148 +153,7 @@ def test_guided_answers_do_not_depend_on_engine_settings(
 
 
 AMBIGUOUS = Grammar.of_text('start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | ')
-"""Grammar with masks that take longer with every token: 0.1 s after 150, in the background."""
-
-
-@pytest.fixture
-def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Follow every grammar in the background, none on the engine's thread."""
-    compile_ = Guides._compile
-
-    def compile_costly(guides: Guides, grammar: Grammar) -> guide.Compiled:
-        compiled = compile_(guides, grammar)
-        compiled.is_costly = True
-        return compiled
-
-    monkeypatch.setattr(Guides, "_compile", compile_costly)
-
-
-@pytest.mark.full("{}", "{'draft': 'tree:4'}", "{'asynchronous': True, 'overlap': 'on'}")
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"draft": "tree:4"},
-        {"asynchronous": True, "overlap": "on"},
-        {"num_kv_tokens": 256, "prefix_cache": "none"},
-        {"exact": True, "token_budget": 64},
-    ],
-    ids=str,
-)
-def test_masks_from_the_background_give_the_same_answers(
-    engine: Engine, in_background: None, settings: dict[str, Any]
-) -> None:
-    specs = [
-        spec(grammar, f"{name} " + "x" * 90, max_tokens=60, **extra)
-        for name, (grammar, _) in [*GRAMMARS.items(), ("none", (None, ""))]
-        for extra in ({}, {"presence_penalty": 1.0})
-    ]
-    expected = engine.generate(specs)
-    outputs = oracle(**settings).generate(specs)
-    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
-    assert [o.finish_reason for o in outputs] == [o.finish_reason for o in expected]
-
-
-def test_a_model_draws_the_same_with_masks_from_the_background() -> None:
-    """Check that draws from logits kept beyond their step are the same, with another request
-    running."""
-    config = EngineConfig(cache_gib=0.05, max_model_len=512, max_running=4, check=True)
-    sampling = {"max_tokens": 20, "temperature": 1.0, "logprobs": 2, "seed": 3}
-    specs = [spec(grammar, "abc", **sampling) for grammar in (Grammar.of_object(), None)]
-    engine = Engine(config)
-    expected = engine.generate(specs)
-    engine._intake.grammars._compiled_of(Grammar.of_object()).is_costly = True
-    engine.reset_prefix_cache()
-    outputs = engine.generate(specs)
-    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
-    assert [o.logprobs for o in outputs] == [o.logprobs for o in expected]
-
-
-class RecordingLibrary:
-    """llguidance with a record of each matcher call: (thread, limits of the matcher, name,
-    tokens)."""
-
-    def __init__(self, calls: list[tuple[int, int, str, int]]) -> None:
-        library = pytest.importorskip("llguidance")
-
-        class Matcher:
-            def __init__(
-                self, *arguments: Any, limits: Any = None, inner: Any = None, **options: Any
-            ):
-                self.limits = limits
-                self.record("compile", 0)
-                self.inner = inner or library.LLMatcher(*arguments, limits=limits, **options)
-
-            def record(self, name: str, number: int) -> None:
-                most = 0 if self.limits is None else self.limits.step_max_items
-                calls.append((threading.get_ident(), most, name, number))
-
-            def deep_copy(self) -> Matcher:
-                return Matcher(limits=self.limits, inner=self.inner.deep_copy())
-
-            def __getattr__(self, name: str) -> Any:
-                def call(*arguments: Any) -> Any:
-                    tokens = arguments[0] if name in ("consume_tokens", "validate_tokens") else ()
-                    self.record(name, len(tokens))
-                    return getattr(self.inner, name)(*arguments)
-
-                return call
-
-        class Executor:
-            def __init__(self, number: int) -> None:
-                self.inner = library.LLExecutor(number)
-
-            def consume_token_par(self, pairs: list[tuple[Matcher, int]]) -> Any:
-                for matcher, _ in pairs:
-                    matcher.record("consume_token_par", 1)
-                return self.inner.consume_token_par([(m.inner, token) for m, token in pairs])
-
-        Matcher.grammar_from_regex = staticmethod(library.LLMatcher.grammar_from_regex)  # type: ignore[attr-defined]
-        self.LLMatcher, self.LLExecutor = Matcher, Executor
-        for name in ("LLParserLimits", "LLTokenizer", "TokenizerWrapper", "grammar_from"):
-            setattr(self, name, getattr(library, name))
-
-
-@pytest.mark.full("settings1")
-@pytest.mark.parametrize(
-    "settings", [{}, {"draft": "tree:4"}, {"asynchronous": True, "overlap": "on"}]
-)
-def test_the_engine_thread_makes_only_bounded_calls(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
-) -> None:
-    """Check that the engine's thread compiles nothing, replays no answer and uses only matchers
-    with step limits.
-
-    No request without a grammar is left out of a step.
-    """
-    calls: list[tuple[int, int, str, int]] = []
-    monkeypatch.setitem(sys.modules, "llguidance", RecordingLibrary(calls))  # type: ignore[arg-type]
-    engine = oracle(**settings)
-    engine.compile(AMBIGUOUS)
-    other = engine.submit(spec(None, "other", max_tokens=400, ignore_eos=True))
-    slow = {"max_tokens": 48, "min_tokens": 48}
-    names = [engine.submit(spec(AMBIGUOUS, "Say: ", **slow)) for _ in range(2)]
-    engine.step()
-    calls.clear()
-    unfinished = set(names)
-    boxes = {name: engine._mailboxes.setdefault(name, deque()) for name in names}
-    while unfinished:
-        outputs = {output.request_id: output for output in engine.step()}
-        unfinished -= {name for name, output in outputs.items() if output.is_finished}
-        if other in outputs and outputs[other].is_finished:
-            other = engine.submit(spec(None, "other", max_tokens=400, ignore_eos=True))
-        elif not settings:
-            assert other in outputs, "a request without a grammar was left out of a step"
-    assert [boxes[name][-1].finish_reason for name in names] == ["length", "length"]
-    on_engine_thread = [call for call in calls if call[0] == threading.get_ident()]
-    in_background = [call for call in calls if call[0] != threading.get_ident()]
-    for _, most_items, name, number in on_engine_thread:
-        assert name != "compile" or number == 0
-        assert most_items <= library.STEP_LIMITS["step_max_items"]
-        assert number <= 5, "an answer was replayed"
-    assert {most for _, most, name, _ in in_background if name == "compute_bitmask"} == {
-        library.LIMITS["step_max_items"]
-    }
+"""Grammar with masks that take longer with every token."""
 
 
 STRICT: list[dict[str, Any]] = [
@@ -341,25 +196,18 @@ class ScriptedSampler(OracleSampler):
         {"draft": "tree:8"},
         {"asynchronous": True, "overlap": "on"},
         {"num_kv_tokens": 300, "prefix_cache": "none"},
-        {"background": True},
-        {"background": True, "asynchronous": True, "overlap": "on"},
         {"fails": True, "asynchronous": True, "overlap": "on"},
     ],
     ids=str,
 )
-def test_strict_calls_follow_their_grammar_after_the_mark(
-    request: pytest.FixtureRequest, settings: dict[str, Any]
-) -> None:
+def test_strict_calls_follow_their_grammar_after_the_mark(settings: dict[str, Any]) -> None:
     """Check that reasoning, text and near misses of a mark are not restricted."""
     settings = dict(settings)
-    if settings.pop("background", False):
-        request.getfixturevalue("in_background")
     fails = settings.pop("fails", False)
     grammar = grammar_of_strict_calls(STRICT, may_think=True)
     specs = [spec(grammar, f"{seed}" * 40, seed=seed, max_tokens=200) for seed in range(4)]
     engine = oracle(**settings)
     engine._sampler = ScriptedSampler()
-    engine._hooks[0]._sampler = ScriptedSampler()  # type: ignore[attr-defined]
     texts: dict[int, str] = {}
     commit, num_steps = engine._commit, 0
 
@@ -423,160 +271,49 @@ def test_no_token_continues_beyond_a_mark() -> None:
     assert Overshoots([b"<tool_call>"], plain, 3).mask(b"<tool_call") is None
 
 
-def test_an_exceeded_grammar_budget_ends_only_its_request(
-    monkeypatch: pytest.MonkeyPatch, in_background: None, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "settings", [{}, {"asynchronous": True, "overlap": "on"}, {"draft": "tree:4"}], ids=str
+)
+def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(background, "SECONDS_PER_TOKEN", 0.0)
-    engine = oracle(grammar_budget_s=1e-9)
-    plain = spec(None, max_tokens=9, ignore_eos=True)
-    refused, other = engine.generate([spec(GRAMMARS["regex"][0]), plain])
-    assert refused.finish_reason == "error" and refused.is_refused
-    assert refused.error is not None and "budget of 1e-09 s" in refused.error
-    assert other.finish_reason == "length" and other.error is None
-    # Each request has its own budget, and the default is enough for all of these.
-    again = oracle().generate([spec(GRAMMARS["regex"][0])] * 4)
-    assert {output.finish_reason for output in again} == {"stop"}
-
-
-def test_only_cpu_time_is_charged_to_the_budget(
-    monkeypatch: pytest.MonkeyPatch, in_background: None
-) -> None:
-    clock = itertools.count(0.0, 60.0)
-    monkeypatch.setattr(background.time, "perf_counter", lambda: next(clock))
-    [output] = oracle(grammar_budget_s=5.0).generate([spec(GRAMMARS["regex"][0])])
-    assert output.finish_reason == "stop", output.error
-
-
-def test_the_budget_grows_with_the_answer() -> None:
-    budget = background.Budget(1.0)
-    budget.check(1.4, 100)
-    with pytest.raises(
-        TooComplex, match=r"it took 1\.6 s for 100 tokens; a request has a budget of"
-    ):
-        budget.check(1.6, 100)
-
-
-def test_a_slow_grammar_moves_to_the_background() -> None:
-    guides = Guides(ByteTokenizer(), 320)
-    grammar, answer = Grammar.of_regex("[a-c]{30}"), np.full(30, 97, np.int32)
-    reference, other = guides.rule(grammar), guides.rule(grammar)
-    expected = [reference.masks(answer[:end]) for end in range(20)]
-    assert np.array_equal(other.masks(answer[:1]), expected[1])
-    guides.shared.step_time.spend(60.0)
-    assert other.masks(answer[:2]) is None, "the engine's thread does not wait for a mask"
-    for end in range(2, 20):
-        while (masks := other.masks(answer[:end])) is None:
-            guides.shared.news.wait(1.0)
-        assert np.array_equal(masks, expected[end]) and not other.is_done(answer[:end])
-    while not other.is_done(answer):
-        guides.shared.news.wait(1.0)
-    assert other.masks(answer, may_be_over=False) is None
-
-
-def test_grammars_of_many_requests_share_few_threads(in_background: None) -> None:
-    """Limit the threads, because each can delay the engine's thread by taking its processor."""
-    max_threads = max(1, num_cores() // 2)
-    engine, others = oracle(max_running=16), set(threading.enumerate())
-    names = [engine.submit(spec(Grammar.of_regex(f"[a-c]{{{n}}}"))) for n in range(20, 36)]
-    boxes = [engine._mailboxes.setdefault(name, deque()) for name in names]
-    most_running = 0
-    while engine.has_work():
-        engine.step()
-        started = set(threading.enumerate()) - others
-        most_running = max(most_running, sum(one.name == "grammar" for one in started))
-    assert 1 <= most_running <= max_threads
-    assert {box[-1].finish_reason for box in boxes} == {"stop"}
-
-
-def test_grammars_take_turns_and_keep_their_own_order() -> None:
-    threads, gate = background.GrammarThreads(2), threading.Event()
-    grammars: list[Any] = [SimpleNamespace(works=deque(), is_active=False) for _ in range(6)]
-    running: list[int] = []
-    done: list[tuple[int, int]] = []
-
-    def work(grammar: int, number: int) -> None:
-        gate.wait()
-        running.append(grammar)
-        assert len(running) == len(set(running)) <= 2
-        done.append((grammar, number))
-        running.remove(grammar)
-
-    for number in range(3):
-        for grammar, one in enumerate(grammars):
-            threads.submit(one, partial(work, grammar, number))
-    gate.set()
-    while len(done) < 18:
-        time.sleep(0.001)
-    assert sorted(done) == [(grammar, number) for grammar in range(6) for number in range(3)]
-    assert [number for _, number in done].index(2) >= 8, (
-        "one grammar ran all its work before others"
-    )
-    for grammar in range(6):
-        assert [number for one, number in done if one == grammar] == [0, 1, 2]
-    threads.stop()
-
-
-def test_a_long_answer_yields_to_other_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "SLICE_S", 0.0)
-    guides = Guides(ByteTokenizer(), 320)
-    guides._threads, gate = background.GrammarThreads(1), threading.Event()
-    grammars = [Grammar.of_regex("[a-c]{30}"), Grammar.of_regex("[a-c]{9}")]
-    expected = guides.rule(grammars[0]).masks(np.full(20, 97, np.int32))
-    found: list[str] = []
-    followers = []
-    blocker: Any = SimpleNamespace(works=deque(), is_active=False)
-    guides._threads.submit(blocker, gate.wait)  # type: ignore[arg-type]
-    for name, grammar, length in zip(("long", "short"), grammars, (20, 2), strict=True):
-        shared = guides.shared
-        follower = background.GrammarFollower(
-            guides._compiled_of(grammar).background,
-            shared.budget,
-            shared.num_mask_bytes,
-            partial(found.append, name),
-        )
-        follower.order(np.full(length, 97, np.int32))
-        followers.append(follower)
-    gate.set()
-    while len(found) < 2:
-        time.sleep(0.001)
-    assert found == ["short", "long"]
-    place = followers[0].place(np.full(20, 97, np.int32))
-    assert place is not None and np.array_equal(place.mask, expected[0])
-
-
-@pytest.mark.parametrize("event", ["abort", "interrupt", "preempt"])
-@pytest.mark.parametrize("settings", [{}, {"asynchronous": True, "overlap": "on"}], ids=str)
-def test_a_request_that_waits_for_its_mask_delays_no_other(
-    monkeypatch: pytest.MonkeyPatch, in_background: None, event: str, settings: dict[str, Any]
-) -> None:
-    """Abort, interrupt or preempt the waiting request, and check that its answer is the same."""
-    grammar, _ = GRAMMARS["regex"]
-    [whole] = oracle().generate([spec(grammar)])
-    held: list[Any] = []
-    monkeypatch.setattr(background.BackgroundGrammar, "submit", lambda _, work: held.append(work))
+    """The limits count items, not seconds, so every engine ends the answer at the same token."""
+    monkeypatch.setattr(guide, "REQUEST_S", 60.0)
+    slow = spec(AMBIGUOUS, max_tokens=200, min_tokens=200)
+    plain = spec(None, "other", max_tokens=250, ignore_eos=True)
+    [reference, _] = oracle().generate([slow, plain])
     engine = oracle(**settings)
-    plain = engine.submit(spec(None, "other", max_tokens=200, ignore_eos=True))
-    waiting = engine.submit(spec(grammar))
-    box = engine._mailboxes.setdefault(waiting, deque())
-    outputs = [output.request_id for _ in range(40) for output in engine.step()]
-    assert outputs.count(plain) > 30 and waiting not in outputs and len(held) == 1
-    if event == "abort":
-        engine.abort(waiting)
-    elif event == "interrupt":
-        forward, engine.runner.forward = engine.runner.forward, None  # type: ignore[method-assign]
-        with pytest.raises(TypeError):
-            engine.step()
-        engine.runner.forward = forward  # type: ignore[method-assign]
-    elif not settings:
-        [request] = engine._scheduler.awaiting_draw
-        engine._scheduler._preempt(request)
-    while engine.has_work():
-        engine.step()
-        while held:
-            held.pop()()
+    for _ in range(2):  # With drafts, the second answer is drafted from the first.
+        refused, other = engine.generate([slow, plain])
+        assert refused.finish_reason == "error" and refused.is_refused
+        assert refused.error is not None and "too complex to follow" in refused.error
+        assert refused.token_ids == reference.token_ids and len(refused.token_ids) > 5
+        assert other.finish_reason == "length" and other.error is None
     engine.check()
-    if event != "abort":
-        assert box[-1].token_ids == whole.token_ids and box[-1].finish_reason == "stop"
+
+
+def test_a_grammar_that_takes_the_engines_time_ends_only_its_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Check that a grammar may take its own allowance, and more while others take little."""
+    monkeypatch.setattr(guide, "REQUEST_S", 0.0)
+    monkeypatch.setattr(guide, "TOKEN_S", 0.0)
+    [kept] = oracle().generate([spec(GRAMMARS["regex"][0])])
+    assert kept.finish_reason == "stop"
+    monkeypatch.setattr(guide, "BURST_S", 0.0)
+    monkeypatch.setattr(guide, "SHARE", 0.0)
+    plain = spec(None, max_tokens=9, ignore_eos=True)
+    refused, other = oracle().generate([spec(GRAMMARS["regex"][0]), plain])
+    assert refused.is_refused and refused.error is not None
+    assert "of the engine's time" in refused.error
+    assert other.finish_reason == "length" and other.error is None
+
+
+def test_only_processor_time_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0.0, 60.0)
+    monkeypatch.setattr(guide.time, "perf_counter", lambda: next(clock))
+    [output] = oracle().generate([spec(GRAMMARS["regex"][0])])
+    assert output.finish_reason == "stop", output.error
 
 
 def test_the_vocabulary_is_built_once_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -789,7 +526,7 @@ def test_without_the_library_the_error_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(GrammarError, match=re.escape(install_command("guided"))):
+    with pytest.raises(GrammarError, match=re.escape(install_command("engine"))):
         Guides(ByteTokenizer(), 320).compile(Grammar.of_object())
 
 

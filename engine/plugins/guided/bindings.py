@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,22 +24,15 @@ if TYPE_CHECKING:
 
 LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 300_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 8_000,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 20_000,
-    "verbose_errors": False,
-}
-"""Limits of one matcher in the background: up to 0.7 s for a call, tens of MiB for its states."""
-STEP_LIMITS: Mapping[str, Any] = {
-    **LIMITS,
     "step_lexer_fuel": 30_000,
     "step_max_items": 2_000,
     "max_items_in_row": 300,
     "max_lexer_states": 5_000,
+    "max_grammar_size": 20_000,
+    "verbose_errors": False,
 }
-"""Limits on the engine's thread. 4,900 random ambiguous grammars of up to 1 kB took at most 26 ms
-for one call; schemas of ordinary size take microseconds."""
+"""Limits of one matcher. 4,900 random ambiguous grammars of up to 1 kB took at most 26 ms for one
+call; schemas of ordinary size take microseconds."""
 MARK = b"\xff"
 """First byte of a token that no text contains, in the library's form."""
 OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
@@ -101,9 +94,9 @@ class _ByteVocabulary:
         return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
 
 
-def make_matcher(library: Any, vocabulary: Any, grammar: Grammar, limits: Mapping[str, Any]) -> Any:
+def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
     """Compile ``grammar``. Raises GrammarError if it is invalid or too large."""
-    text, bounds = grammar.text, library.LLParserLimits(**limits)
+    text, bounds = grammar.text, library.LLParserLimits(**LIMITS)
     if grammar.kind == "regex":
         text = json.loads(library.LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
     elif grammar.kind == "given":
@@ -124,8 +117,8 @@ def make_matcher(library: Any, vocabulary: Any, grammar: Grammar, limits: Mappin
     return matcher
 
 
-def check_beginning(matcher: Any, ends: Tokens, consume: Callable[[Any, int], object]) -> None:
-    """Try the first two tokens of an answer; ``consume`` advances a matcher by a token.
+def check_beginning(matcher: Any, ends: Tokens) -> None:
+    """Try the first two tokens of an answer.
 
     Raises GrammarError if no token can begin an answer, and TooComplex if it takes too long to find
     the first or the second token.
@@ -135,7 +128,7 @@ def check_beginning(matcher: Any, ends: Tokens, consume: Callable[[Any, int], ob
     allowed[ends] = 0
     if not allowed.any():
         raise GrammarError("no answer fits this grammar, or only the empty one.")
-    consume(tried, int(allowed.argmax()))
+    tried.consume_token(int(allowed.argmax()))
     # Limits of repetitions are reached only after the first token.
     _allowed(tried)
 

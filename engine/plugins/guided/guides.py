@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.config import Settings
-from engine.plugins.guided import GuidedConfig
-from engine.plugins.guided.background import BackgroundGrammar, Budget, GrammarThreads
 from engine.plugins.guided.bindings import (
-    LIMITS,
-    STEP_LIMITS,
     check_beginning,
     load_library,
     make_matcher,
@@ -36,26 +31,15 @@ NUM_REMEMBERED = 64
 class Guides:
     """Makes the guides of one engine. Safe to call from any thread."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        vocab_size: int,
-        budget_s: float = GuidedConfig().grammar_budget_s,
-        news: threading.Event | None = None,
-    ) -> None:
-        """``budget_s``: grammar time of one request in the background. ``news`` is set whenever a
-        mask was found there."""
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         ends = frozenset() if tokenizer is None else tokenizer.eos_token_ids
         self.shared = Shared(
             num_mask_bytes=-(-vocab_size // 8),
             ends=np.array(sorted(ends), np.int32),
-            budget=Budget(budget_s),
             step_time=StepTime(time.perf_counter()),
-            news=news or threading.Event(),
         )
-        self._threads = GrammarThreads()
         self._lock = threading.Lock()
         self._vocabulary: Any = None
         self._compiled: OrderedDict[Grammar, Compiled] = OrderedDict()
@@ -98,7 +82,7 @@ class Guides:
     def _compiled_of(self, grammar: Grammar) -> Compiled:
         with self._lock:
             known = self._compiled.get(grammar)
-            if known is not None and not known.is_spent:
+            if known is not None:
                 self._compiled.move_to_end(grammar)
                 return known
         # Outside the lock: it may take a tenth of a second, and other threads compile too.
@@ -112,17 +96,9 @@ class Guides:
 
     def _compile(self, grammar: Grammar) -> Compiled:
         library, vocabulary = self._load()
-        ends = self.shared.ends
-        make = partial(make_matcher, library, vocabulary, grammar)
-        background = BackgroundGrammar(library, vocabulary, lambda: make(LIMITS), self._threads)
-        try:
-            matcher = make(STEP_LIMITS)
-            check_beginning(matcher, ends, lambda tried, token: tried.consume_token(token))
-        except GrammarError:
-            # The larger limits decide whether this limit was the cause.
-            check_beginning(background.first(), ends, background.consume)
-            matcher = None
-        return Compiled(matcher, background)
+        compiled = Compiled(partial(make_matcher, library, vocabulary, grammar))
+        check_beginning(compiled.matcher, self.shared.ends)
+        return compiled
 
     def _overshoots_of(self, grammar: Grammar) -> Overshoots:
         self._load()
@@ -140,13 +116,6 @@ class Guides:
             if self._vocabulary is None:
                 self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
             return library, self._vocabulary
-
-
-def guides_of(
-    settings: Settings, tokenizer: Tokenizer | None, vocab_size: int, news: threading.Event
-) -> Guides:
-    """Return the guides of one engine with these ``settings``; see ``Guides``."""
-    return Guides(tokenizer, vocab_size, settings.of(GuidedConfig).grammar_budget_s, news)
 
 
 def _parts(grammar: Grammar) -> Iterator[tuple[bytes, Grammar]]:

@@ -8,6 +8,7 @@ token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -136,38 +137,31 @@ class MarkGuide(GrammarRule):
         self._last_call: tuple[int, Guide] | None = None
         """The previous call, which the newest token has ended; that token may be taken back."""
 
-    def masks(
-        self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
-    ) -> list[Mask | None] | None:
+    def masks(self, answer: Tokens, drafts: Tokens = NO_TOKENS) -> list[Mask | GrammarError | None]:
         try:
-            if not self._read(answer):
-                return None
-        except GrammarError:
-            return None
+            self._read(answer)
+        except GrammarError as error:
+            return [error] * (1 + len(drafts))
         if self._call is not None:
             start, guide = self._call
-            found = guide.masks(answer[start:], drafts)
-            if found is None:
-                return None
-            masks: list[Mask | None] = [*found]
-            if len(drafts) and guide.is_done(np.concatenate([answer[start:], drafts])):
-                masks[-1] = self._overshoots.mask(b"")
+            masks = guide.masks(answer[start:], drafts)
+            with suppress(GrammarError):
+                if len(drafts) and guide.is_done(np.concatenate([answer[start:], drafts])):
+                    masks[-1] = self._overshoots.mask(b"")
             return masks
         free = self._free.copy()
         masks = [self._free_mask(free)]
         for token in drafts.tolist():
             mark = free.add(self._token_bytes(token))
             if mark is not None:
-                begun = self._make[mark]().masks(NO_TOKENS)
-                return None if begun is None else [*masks, *begun]
+                return [*masks, *self._make[mark]().masks(NO_TOKENS)]
             masks.append(self._free_mask(free))
         return masks
 
     def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
         """See ``LogitRule``. Drafts end where a mark, or the text after one, ends."""
         try:
-            if not self._read(answer):
-                return drafts[:0]
+            self._read(answer)
             if self._call is not None:
                 start, guide = self._call
                 drafts = guide.possible(answer[start:], drafts)
@@ -192,27 +186,18 @@ class MarkGuide(GrammarRule):
         self._read(answer)
         return False
 
-    def close(self) -> None:
-        for call in (self._call, self._last_call):
-            if call is not None:
-                call[1].close()
-
     def _free_mask(self, free: FreeText) -> Mask | None:
         return None if free.is_reasoning else self._overshoots.mask(free.text)
 
-    def _read(self, answer: Tokens) -> bool:
-        """Read ``answer``. Returns False if it is not known yet whether the text of a grammar is
-        over."""
+    def _read(self, answer: Tokens) -> None:
+        """Read ``answer``. Raises TooComplex as ``Guide.is_done``."""
         if len(answer) < self._num_read:
             self._go_back(len(answer))
         while self._num_read < len(answer):
             end = self._num_read + 1
             if self._call is not None:
                 start, guide = self._call
-                is_over = guide.is_over(answer[start:end])
-                if is_over is None:
-                    return False
-                if is_over:
+                if guide.is_done(answer[start:end]):
                     self._last_call, self._call = self._call, None
                     self._free = FreeText(self._overshoots.marks, thinks=False, may_think=False)
                     self._begin, self._free_from = self._free.copy(), end
@@ -220,16 +205,13 @@ class MarkGuide(GrammarRule):
                 mark = self._free.add(self._token_bytes(int(answer[end - 1])))
                 if mark is not None:
                     self._call = end, self._make[mark]()
-                elif self._last_call is not None and end > self._free_from + 1:
-                    self._last_call[1].close()
+                elif end > self._free_from + 1:
                     self._last_call = None
             self._num_read = end
-        return True
 
     def _go_back(self, length: int) -> None:
         """Go back to ``length``, because the newest token was taken back."""
         if self._call is not None and self._call[0] > length:
-            self._call[1].close()
             self._call = None
         if self._call is None and length < self._free_from:
             assert self._last_call is not None, "more than the newest token was taken back"
