@@ -43,7 +43,8 @@ from hybridcache.policies.protocol import (
 MAX_OUTSIDE = 50
 """Number of positions outside of every prompt after which a warning is issued."""
 MAX_WITHOUT = 50
-"""Number of calls of ``victim`` without any result after which a warning is issued."""
+"""Number of successive calls of ``victim`` without a result, although there are candidates, after
+which a policy has failed. Memory that is never freed would let requests wait for ever."""
 OURS = "hybridcache.policies."
 """Package prefix of built-in policies, which need no guard."""
 
@@ -149,9 +150,8 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
         self._held: dict[Item, None] = {}
-        self._num_without: int | None = 0
-        """Number of calls so far, all without a victim although there were candidates. None after
-        the first victim or the warning."""
+        self._num_without = 0
+        """Number of calls since the last victim that had none although there were candidates."""
         self.orders_classes = bool(policy.orders_classes)
 
     @property
@@ -203,9 +203,11 @@ class GuardedEviction(_Guarded, EvictionPolicy):
 
     def _victim(self, kind: Kind | None) -> Item | None:
         victim: Item | None = self._policy.victim(kind)
-        if self._num_without is not None:
-            self._watch(victim, kind)
-        if victim is None or (victim in self._held and kind in (None, victim.kind)):
+        if victim is None:
+            self._watch(kind)
+            return None
+        if victim in self._held and kind in (None, victim.kind):
+            self._num_without = 0
             return victim
         raise PolicyError(
             f"{self._label!r}: victim({kind!r}) returned {victim!r}, which is not a candidate of "
@@ -213,21 +215,15 @@ class GuardedEviction(_Guarded, EvictionPolicy):
             "return an item that was added and not discarded since, or None"
         )
 
-    def _watch(self, victim: Item | None, kind: Kind | None) -> None:
-        """Warn once if none of the first ``MAX_WITHOUT`` calls has a victim."""
-        assert self._num_without is not None
-        if victim is not None:
-            self._num_without = None
-        elif any(kind in (None, item.kind) for item in self._held):
+    def _watch(self, kind: Kind | None) -> None:
+        """Count a call without a victim. PolicyError after ``MAX_WITHOUT`` of them."""
+        if any(kind in (None, item.kind) for item in self._held):
             self._num_without += 1
-            if self._num_without == MAX_WITHOUT:
-                self._num_without = None
-                warnings.warn(
-                    f"{self._label!r}: victim returned None {MAX_WITHOUT} times although there "
-                    "were candidates, so nothing is evicted and new entries are not kept; return "
-                    "one of the items that were added",
-                    stacklevel=2,
-                )
+        if self._num_without >= MAX_WITHOUT:
+            raise PolicyError(
+                f"{self._label!r}: victim returned None {MAX_WITHOUT} times although there were "
+                "candidates, so nothing is evicted; return one of the items that were added"
+            )
 
 
 class GuardedAdmission(_Guarded, AdmissionPolicy):

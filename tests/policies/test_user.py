@@ -13,8 +13,11 @@ from typing import ClassVar
 
 import pytest
 
+from engine import Engine, EngineConfig, SamplingParams
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.lab.cli import main
+from hybridcache.lab.leaderboard import Split, leaderboard
+from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
@@ -38,6 +41,7 @@ from hybridcache.policies.user import MAX_OUTSIDE
 from hybridcache.variants import TieredRadixCache
 from tests.cache.serving import ids, serve, traffic
 from tests.cache.twins import VictimLog
+from tests.oracle import OracleRunner, OracleSampler
 from tests.policies.items import FakeItem, offer
 
 MODULE = """
@@ -585,10 +589,33 @@ class Misspelled(LRU):
         pass
 
 
-def test_policies_without_victims_or_with_misspelled_names_warn() -> None:
-    with pytest.warns(UserWarning, match="victim returned None 50 times although") as caught:
-        simulate("short?head=60", gib=0.3, policy=Stingy, bound=False)
-    assert len({str(warning.message) for warning in caught}) == 1
+def _generate() -> None:
+    config = EngineConfig(eviction=f"{__name__}:Stingy")
+    engine = Engine(config, runner=OracleRunner(200, 4), sampler=OracleSampler())
+    prompts = [list(range(start, start + 90)) for start in range(0, 230, 10)]
+    engine.generate(prompts, SamplingParams(max_tokens=4))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: simulate("short?head=60", gib=0.3, policy=Stingy, bound=False),
+        lambda: closed_loop("chat?head=40", gib=1, rate=1, admission="oldest", policy=Stingy),
+        lambda: leaderboard(
+            [f"{__name__}:Stingy"], Split.load(None).head(1, "agent"), built_in=("lru",)
+        ),
+        _generate,
+    ],
+)
+def test_a_policy_that_never_gives_a_victim_ends_with_one_sentence(
+    run: Callable[[], object],
+) -> None:
+    """Memory is never freed, so requests would wait for ever."""
+    with pytest.raises(PolicyError, match=r"Stingy'?: victim returned None 50 times although"):
+        run()
+
+
+def test_misspelled_names_warn() -> None:
     with pytest.warns(UserWarning, match="which has no effect") as caught:
         simulate("short?head=9", gib=1, policy=Misspelled, bound=False)
     attributes = {str(warning.message).partition("has an attribute ")[2] for warning in caught}
