@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -123,6 +124,11 @@ class EngineChannel(ABC):
     @abstractmethod
     def is_alive(self) -> bool:
         """True from ``start`` until the engine ends or fails."""
+
+    @property
+    def pid(self) -> int:
+        """Id of the process that computes."""
+        return os.getpid()
 
     @property
     @abstractmethod
@@ -275,6 +281,11 @@ class AsyncEngine:
     def failure(self) -> str | None:
         """Reason of an unexpected end of the engine, or None."""
         return self._channel.failure
+
+    @property
+    def pid(self) -> int:
+        """Id of the process that computes."""
+        return self._channel.pid
 
     def start(self) -> None:
         """Begin to serve. Called once, in the event loop."""

@@ -27,7 +27,7 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
         model_type, family = raw["model_type"], None  # Its class may have more than the text part.
     if family is None:
         supported = sorted(families())
-        near = get_close_matches(str(model_type), supported, n=1, cutoff=0.7)
+        near = get_close_matches(str(model_type), supported, n=1, cutoff=0.8)
         nearest = f" The nearest is {near[0]!r}." if near else ""
         raise ModelError(
             f"models of model_type {model_type!r} are not supported; supported are "

@@ -148,7 +148,7 @@ class WeightFiles:
         if complaints:
             raise WeightsError(
                 f"the checkpoint's tensors do not match its config.json: {'; '.join(complaints)}"
-                + (f"; its sizes are {sizes}." if sizes else ".")
+                + (f"; its sizes are {sizes}." if sizes and misshaped else ".")
             )
 
     def _check_dtypes(self, schemes: Mapping[str, Scheme | None]) -> None:
@@ -377,6 +377,8 @@ class Dummy:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OTHER_DTYPES = ("float16", "float64")
+"""Number formats of files that are converted to the default one of the device."""
 
 
 class Loaded(NamedTuple):
@@ -462,7 +464,7 @@ def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype
     Raises ModelError."""
     name = config.dtype if word == "auto" else word
     if name not in DTYPES:
-        if word == "auto":
+        if word == "auto" and name in OTHER_DTYPES:
             return device.traits.default_dtype
-        raise ModelError(f"dtype {name!r} is not supported; float32 and bfloat16 are.")
+        raise ModelError(f"dtype {name!r} is not supported: use --dtype float32 or bfloat16.")
     return DTYPES[name]

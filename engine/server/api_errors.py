@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any
 
@@ -146,7 +147,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         message = {
-            404: f"The path {request.url.path} does not exist: see /openapi.json for all paths.",
+            404: f"The path {request.url.path} does not exist: {_nearest_path(app, request)}",
             405: f"{request.url.path} does not support {request.method}: see /openapi.json.",
         }.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
@@ -159,6 +160,16 @@ def install(app: FastAPI) -> None:
         return APIError(500, SERVER_FAILED).response(request.scope)
 
 
+def _nearest_path(app: FastAPI, request: Request) -> str:
+    """Return a question with the path that resembles that of ``request``, or else the place of the
+    list of paths."""
+    known = [path for route in app.routes if "{" not in (path := getattr(route, "path", "{"))]
+    asked = request.url.path[:MAX_MESSAGE]
+    near = [path for path in (f"/v1{asked}", asked.removesuffix("/")) if path in known]
+    near = near or get_close_matches(asked, known, n=1, cutoff=0.8)
+    return f"did you mean {near[0]}?" if near else "see /openapi.json for all paths."
+
+
 def _methods(app: FastAPI, request: Request) -> list[str]:
     """Return the methods of the path of ``request``."""
     found: set[str] = set()
@@ -168,8 +179,8 @@ def _methods(app: FastAPI, request: Request) -> list[str]:
     return sorted(found)
 
 
-def of_validation(error: ValidationError, body: Any) -> APIError:
-    """Describe the error in ``body`` in one sentence.
+def of_validation(error: ValidationError, body: Any, known: Collection[str] = ()) -> APIError:
+    """Describe the error in ``body`` in one sentence. ``known`` are the names of its top level.
 
     The most deeply nested error is chosen; the errors above it only mean that one of several forms
     does not match.
@@ -182,7 +193,9 @@ def of_validation(error: ValidationError, body: Any) -> APIError:
         case "missing":
             return APIError(400, f"{where} is missing: add it.", param=param)
         case "extra_forbidden":
-            message = f"{where} is not a parameter of this endpoint: check its spelling or drop it."
+            near = get_close_matches(str(param), known, n=1, cutoff=0.75)
+            remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
+            message = f"{where} is not a parameter of this endpoint: {remedy}"
             return APIError(400, message, param=param, code="unknown_parameter")
         case "value_error":
             return APIError(400, str(first["ctx"]["error"]), param=param)

@@ -164,7 +164,8 @@ class BodyReader:
         try:
             return kind.model_validate(body)
         except ValidationError as error:
-            raise of_validation(error, body) from None
+            names = [field.alias or name for name, field in kind.model_fields.items()]
+            raise of_validation(error, body, names) from None
 
     def _check_marks(self, raw: bytes, kind: type[Body]) -> None:
         """Refuse bodies that would take long to parse. Without token ids, a list of values is

@@ -47,7 +47,7 @@ from engine.text.answers import (
     as_message,
     joined,
 )
-from engine.text.chat_prompt import ChatPrompt, Cut, render_chat
+from engine.text.chat_prompt import ChatPrompt, Cut, no_chat, render_chat
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import TemplateError
 
@@ -215,7 +215,7 @@ async def render(
         return prompt, chat.place
 
     if context.tokenizer.chat_template is None:
-        raise APIError(400, "This model has no chat template: use /v1/completions.")
+        raise APIError(400, no_chat(context.tokenizer))
     try:
         return await context.workers.run(size, work)
     except TemplateError as error:

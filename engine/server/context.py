@@ -260,7 +260,7 @@ class ServingContext:
         self.workers = workers
         self._tenants = Tenants.of_server(config, engine.config.kept_folder)
         self.ids = AnswerIds()
-        self.metrics = Metrics()
+        self.metrics = Metrics(lambda: engine.pid)
         self._config = config
         self._chats: ChatHooks | None = None
         self._loading = threading.Lock()

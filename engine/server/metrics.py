@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Histogram,
+    Info,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
@@ -17,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from engine.schedule.report import CacheReport, TierReport
 from engine.text.outputs import FinishReason, RequestOutput
+from hybridcache.command.extras import version
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SLOW_S = (*FAST_S, 120, 300, 600)
@@ -43,9 +48,15 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self) -> None:
+    def __init__(self, engine_pid: Callable[[], int] = os.getpid) -> None:
+        """``engine_pid`` returns the id of the process that computes, which may be this one."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # start times, which would double the series
         registry = self._registry = CollectorRegistry()
+        ProcessCollector("engine", engine_pid, registry=registry)
+        if engine_pid() != os.getpid():
+            ProcessCollector("server", registry=registry)
+        versions = {"version": version(), "python": platform.python_version()}
+        Info("engine_build", "Versions.", registry=registry).info(versions)
 
         def counter(name: str, help: str, *labels: str) -> Counter:
             return Counter(name, help, labels, namespace="engine", registry=registry)

@@ -8,6 +8,7 @@ by name; one that would not (``user``, ``store``) is checked and ignored.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -556,7 +557,7 @@ WITHOUT_CONTENT = (
 
 def _have_content(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Return ``messages``. Raises ValueError if one says nothing. O(messages)."""
-    for number, message in enumerate(messages, 1):
+    for number, message in enumerate(messages):
         if message.content is not None:
             continue
         given = {"tool_calls": message.tool_calls, **(message.model_extra or {})}
@@ -565,9 +566,9 @@ def _have_content(messages: list[ChatMessage]) -> list[ChatMessage]:
             if any(given.get(name) not in (None, []) for name in WITHOUT_CONTENT):
                 continue
             raise ValueError(
-                f"Message {number} has neither 'content' nor 'tool_calls': add one of them."
+                f"'messages.{number}' has neither 'content' nor 'tool_calls': add one of them."
             )
-        raise ValueError(f"Message {number} has no 'content': add its text.")
+        raise ValueError(f"'messages.{number}' has no 'content': add its text.")
     return messages
 
 
@@ -575,19 +576,19 @@ def _answers_calls(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Return ``messages``. Raises ValueError if a tool's result belongs to no call before it.
     O(calls)."""
     called: set[str | None] = set()
-    for number, message in enumerate(messages, 1):
+    for number, message in enumerate(messages):
         called.update(_id_of(call.get("id")) for call in message.tool_calls or ())
         if message.role != "tool":
             continue
         if not called:
             raise ValueError(
-                f"Message {number} is a tool's result, but no message before it calls a tool: send "
-                "the assistant's message with its calls, too."
+                f"'messages.{number}' is a tool's result, but no message before it calls a tool: "
+                "send the assistant's message with its calls, too."
             )
         answered = _id_of((message.model_extra or {}).get("tool_call_id"))
         if answered is not None and answered not in called and None not in called:
             raise ValueError(
-                f"Message {number} is the result of the call {quoted(answered)}, which no "
+                f"'messages.{number}' is the result of the call {quoted(answered)}, which no "
                 "message before it makes: send the id of a call."
             )
     return messages
@@ -641,7 +642,17 @@ def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return tool
 
 
-Tools = Listed[Annotated[dict[str, Any], AfterValidator(_is_tool)]]
+def _are_distinct(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return ``tools``. Raises ValueError if two have one name: a call could mean either."""
+    names = Counter(tool["function"]["name"] for tool in tools)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise ValueError(f"Two tools have the name {quoted(twice[0])}: names must be unique.")
+    return tools
+
+
+Tools = Annotated[
+    Listed[Annotated[dict[str, Any], AfterValidator(_is_tool)]], AfterValidator(_are_distinct)
+]
 """Functions in the form in which the template reads them."""
 
 

@@ -332,7 +332,9 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         """Stop serving other engines at once, and all requests after ``drain_s``, or at a second
         signal."""
-        if num_left := self._connections.num_busy:
+        if self._engine.failure is not None:
+            logger.warning("Stopping: the engine has ended. %s", self._engine.failure)
+        elif num_left := self._connections.num_busy:
             logger.warning(
                 "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
                 "until a second signal.",

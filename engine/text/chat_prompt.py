@@ -23,6 +23,7 @@ from engine.text.tokenizer import (
     PROBE,
     SLICE,
     EncodeOptions,
+    IdTokenizer,
     Message,
     TemplateError,
     Tokenizer,
@@ -67,6 +68,16 @@ class ChatPrompt:
     the end of the prompt."""
 
 
+def no_chat(tokenizer: Tokenizer) -> str:
+    """Return the error of a chat with a model that has no chat template."""
+    if isinstance(tokenizer, IdTokenizer):
+        return (
+            "This model has no tokenizer, so it cannot chat: use /v1/completions with token ids, "
+            "as numbers."
+        )
+    return "This model has no chat template: use /v1/completions."
+
+
 def render_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -98,7 +109,7 @@ def render_chat(
     """
     template = tokenizer.chat_template
     if template is None:
-        raise TemplateError("This model has no chat template: use /v1/completions.")
+        raise TemplateError(no_chat(tokenizer))
     mark: str | None = None
     if not special_in_content:
         contents = [cut.content for cut in cuts]

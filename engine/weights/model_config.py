@@ -345,6 +345,8 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     """Return the contents of ``config.json``. Raises ModelError."""
     path = model_dir / "config.json"
     if not path.is_file():
+        if model_dir.is_file():
+            raise ModelError(f"{model_dir} is a file: name the folder that contains it.")
         missing = f"config.json in {model_dir}" if model_dir.is_dir() else f"folder {model_dir}"
         raise ModelError(
             f"there is no {missing}: use a model directory, or ORG/NAME for a model of the Hugging "

@@ -183,6 +183,8 @@ def find_files(model_dir: Path) -> list[Path]:
         files = sorted(model_dir.glob("*.safetensors"))
         if not files:
             found = "GGUF is not supported, and " if any(model_dir.glob("*.gguf")) else ""
+            if any(model_dir.glob("pytorch_model*.bin")):
+                found = "pytorch_model.bin is not supported: convert it to safetensors; "
             raise WeightsError(
                 f"{found}there are no .safetensors files in {model_dir}; use --load-format dummy "
                 "to try without weights."

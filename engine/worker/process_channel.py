@@ -120,13 +120,16 @@ class ProcessChannel(EngineChannel):
     ) -> None:
         """Take over ``process`` and ``sockets``, which ``stop`` or ``drain`` ends."""
         self.facts = facts
-        self.pid = process.pid
         self._failure: str | None = None
         self._process, self._sockets = process, sockets
         self._num_sent = self._num_received = self._num_waiting = 0
         self._ended = threading.Event()
         self._was_killed = self._is_released = False
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def is_alive(self) -> bool:

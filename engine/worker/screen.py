@@ -40,7 +40,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
             f"{geometry.num_linear_layers} linear layers",
         ),
         ("weights", runner.loaded.weights_note),
-        ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
+        ("device", f"{runner.device.describe()}, {_dtype_words(runner)}"),
         ("kernels", _kernel_words(runner.kernels.words())),
         ("exactness", runner.exactness.sentence),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
@@ -79,6 +79,12 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         ("address", address),
     ]
     return rows
+
+
+def _dtype_words(runner: ModelRunner) -> str:
+    """Return the number format, and that of the model if it is another one."""
+    own, files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
+    return own if own == files else f"{own} (the model's is {files})"
 
 
 def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,9 +22,10 @@ from engine.runner import loading as weights
 from engine.runner.backends import Kernels
 from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.loading import Dummy, WeightsError
+from engine.runner.loading import Dummy, WeightsError, resolve_dtype
 from engine.weights import tensor_files
-from engine.weights.model_config import ModelError
+from engine.weights.model_config import ModelError, read_config
+from engine.weights.tensor_files import find_files
 from experiments.gpu.models import TINY
 from hybridcache.geometry.units import format_count
 
@@ -329,6 +331,31 @@ def test_unsupported_configs_are_named():
     ):
         with pytest.raises(ModelError, match=message):
             read_model(shape | wrong)
+
+
+def test_folders_that_are_no_models_say_what_they_are(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(ModelError, match=r"model\.safetensors is a file: name the folder that"):
+        read_config(file)
+    file.unlink()
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin is not supported: convert it"):
+        find_files(tmp_path)
+    with pytest.raises(ModelError, match=r"'mamba2' are not supported; supported are [^']*\.$"):
+        read_model({"model_type": "mamba2"})
+
+
+@pytest.mark.parametrize("name", ["float8", "float8_e4m3fn", "int8"])
+def test_dtype_that_is_not_supported_is_refused(name):
+    config = read_model(json.loads((BUILTIN_DIR / "config.json").read_text()))[1]
+    config = dataclasses.replace(config, dtype=name)
+    cpu = Device.resolve("cpu")
+    with pytest.raises(ModelError, match=rf"dtype '{name}' is not supported: use --dtype float32"):
+        resolve_dtype("auto", config, cpu)
+    assert resolve_dtype("bfloat16", config, cpu) == torch.bfloat16
+    half = dataclasses.replace(config, dtype="float16")
+    assert resolve_dtype("auto", half, cpu) == torch.float32
 
 
 def test_dummy_weights_depend_only_on_the_seed(checkpoint, random_tokens, drivers):

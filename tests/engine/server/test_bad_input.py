@@ -59,7 +59,11 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "bad_words": ["y"] * 65}, "'bad_words' has 65 of them, more than 64"),
     ({"prompt": "x", "frequency_penalty": 9}, "'frequency_penalty' must be at most 2 (got 9)."),
     ({"prompt": "x", "stop_token_ids": [-1]}, "'stop_token_ids.0' must be at least 0 (got -1)."),
-    ({"prompt": "x", "max_token": 3}, "'max_token' is not a parameter of this endpoint"),
+    (
+        {"prompt": "x", "max_token": 3},
+        "'max_token' is not a parameter of this endpoint: did you mean 'max_tokens'?",
+    ),
+    ({"prompt": "x", "xyz": 3}, "'xyz' is not a parameter of this endpoint: check its spelling"),
     ({"prompt": "x", "logit_bias": {"x": 1}}, "'logit_bias.x' must be a token id"),
     ({"prompt": "x", "logit_bias": {"5": 101}}, "'logit_bias.5' must be at most 100 (got 101)."),
     ({"prompt": "x", "logit_bias": {"320": 1}}, "logit_bias must contain token ids from 0 to 319"),
@@ -107,11 +111,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         },
         "supports text only: remove the 'image_url' part",
     ),
-    ({"messages": [{"role": "user"}]}, "Message 1 has no 'content': add its text."),
-    ({"messages": [*CHAT, {"role": "user", "content": None}]}, "Message 2 has no 'content'"),
+    ({"messages": [{"role": "user"}]}, "'messages.0' has no 'content': add its text."),
+    ({"messages": [*CHAT, {"role": "user", "content": None}]}, "'messages.1' has no 'content'"),
     (
         {"messages": [*CHAT, {"role": "assistant", "content": None, "tool_calls": []}, *CHAT]},
-        "Message 2 has neither 'content' nor 'tool_calls'",
+        "'messages.1' has neither 'content' nor 'tool_calls'",
     ),
     ({"messages": CHAT, "reasoning_effort": 7}, "'reasoning_effort' must be 'none', 'minimal'"),
     ({"messages": CHAT, "reasoning_effort": "bogus"}, '(got "bogus")'),
@@ -128,7 +132,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         "'response_format.type' must be 'text', 'json_object' or 'json_schema'",
     ),
     ({"messages": CHAT, "tool_choice": "required"}, "'tool_choice' needs 'tools'"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "Message 1 is a tool's result, but no"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "'messages.0' is a tool's result, but no"),
     (
         {
             "messages": [
@@ -137,7 +141,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
                 {"role": "tool", "tool_call_id": "2", "content": "x"},
             ]
         },
-        "Message 3 is the result of the call '2', which no message before it makes",
+        "'messages.2' is the result of the call '2', which no message before it makes",
     ),
     (
         {
@@ -148,6 +152,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         },
         "'tool_choice' requires a call, so no other form",
     ),
+    ({"messages": CHAT, "tools": [*TOOLS, TOOLS[0]]}, "names must be unique"),
     ({"messages": CHAT, "tool_choice": "maybe", "tools": TOOLS}, "'none', 'auto', 'required'"),
     ({"messages": CHAT, "tool_choice": {"type": "function"}}, "'tool_choice.function' is missing"),
     (
@@ -311,7 +316,11 @@ def test_unknown_models_and_paths_are_refused(live: Live) -> None:
     answer = live.post("/v1/completions", {"model": "gpt-5", "prompt": "x"})
     error = check_error(answer, 404, "The model 'gpt-5' is not served: use 'builtin'.")
     assert error["code"] == "model_not_found"
-    check_error(live.get("/v2/completions"), 404, "The path /v2/completions does not exist")
+    missing = "The path /v2/completions does not exist: did you mean /v1/completions?"
+    check_error(live.get("/v2/completions"), 404, missing)
+    missing = "The path /chat/completions does not exist: did you mean /v1/chat/completions?"
+    check_error(live.get("/chat/completions"), 404, missing)
+    check_error(live.get("/elsewhere"), 404, "see /openapi.json for all paths")
     check_error(live.get("/v1/completions"), 405, "does not support GET")
     refused = live.post("/v1/responses/1", {})
     check_error(refused, 405, "does not support POST")

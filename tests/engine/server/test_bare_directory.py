@@ -62,7 +62,11 @@ def test_token_ids_are_served_without_a_tokenizer(live: Live) -> None:
     [
         ("completions", {"prompt": "Once upon"}, "this model has no tokenizer: pass the prompt"),
         ("completions", {"prompt": "5 300"}, "token ids must be from 0 to 299"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "5"}]}, "no chat template"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "5"}]},
+            "no tokenizer, so it cannot chat: use /v1/completions with token ids",
+        ),
     ],
 )
 def test_text_without_a_tokenizer_is_refused_in_one_sentence(

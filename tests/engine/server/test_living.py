@@ -286,6 +286,9 @@ def test_metrics_agree_with_the_report(serve_oracle: Callable[..., Live]) -> Non
     owners = [metrics[f"engine_kv_tokens.{owner}"] for owner in ("free", "cached", "held")]
     assert sum(owners) == 1024
     assert metrics["engine_running_requests"] == metrics["engine_waiting_requests"] == 0
+    assert metrics["engine_process_resident_memory_bytes"] > 10**7
+    assert abs(metrics["engine_process_start_time_seconds"] - time.time()) < 10**6
+    assert any(name.startswith("engine_build_info") for name in metrics)
 
 
 def test_failed_engine_answers_with_errors(
@@ -436,6 +439,15 @@ def test_idle_server_logs_its_stop(
         record.getMessage() for record in caplog.records if record.name == "engine.server.serve"
     ]
     assert messages == ["Stopping: no request is running."]
+
+
+def test_stop_after_a_failure_gives_its_reason(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(oracle_engine(), ServerConfig(drain_s=0.2)) as live:
+        monkeypatch.setattr(type(live.server._engine), "failure", "It was killed.")
+        live.server.should_exit = True
+    assert "Stopping: the engine has ended. It was killed." in caplog.text
 
 
 def test_bad_settings_are_refused() -> None:
