@@ -372,7 +372,7 @@ SCHEDULING = {
 
 RESTART = {
     "hybridcache.export.warm_state": ("write_memory", "pack", "unpack", "Memory"),
-    "hybridcache.variants": ("TieredRadixCache",),
+    "hybridcache.tiers": ("TieredRadixCache",),
 }
 """Names that save and restore the state of a cache."""
 

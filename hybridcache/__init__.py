@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybridcache.allocators.moves import StepMemory, StepPlan
 from hybridcache.api import PrefixCache, PrefixMatch
+from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.hybrid import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Protocol of a prefix cache, the data that it returns, and its counters.
+"""Data that a prefix cache returns, its counters, and its signatures as a protocol.
 
 A prefix cache keeps two resources for prefixes that may come again. *KV indices* are rows of the KV
 pool of the full-attention layers, one per token. *Checkpoints* are state slots: one holds the conv
@@ -454,14 +454,6 @@ def introduce(listener: Listener, nodes: Iterable[RadixNode]) -> None:
             listener.checkpoint_stored(node)
 
 
-class LockOwner(Protocol):
-    """Object that counts the locks of its nodes."""
-
-    def unlock(self, node: RadixNode) -> None:
-        """Undo one lock of ``node``."""
-        ...
-
-
 class LockHandle:
     """Lock on one node and its path.
 
@@ -478,32 +470,23 @@ class LockHandle:
     Eviction(num_tokens=10, num_slots=0)
     """
 
-    __slots__ = ("_owner", "node")
+    __slots__ = ("cache", "node")
 
-    def __init__(self, node: RadixNode | None, owner: LockOwner | None) -> None:
+    def __init__(self, node: RadixNode | None, cache: PrefixCache) -> None:
         self.node = node
         """Locked node. None if nothing was cached, or after ``unlock``."""
-        self._owner = owner
-
-    def release(self) -> None:
-        """Return the lock. Does nothing if it was returned before. O(1)."""
-        node, self.node = self.node, None
-        if node is not None and self._owner is not None:
-            self._owner.unlock(node)
-
-    def belongs_to(self, owner: LockOwner) -> bool:
-        """Return whether the lock was taken in that cache."""
-        return self._owner is owner
+        self.cache = cache
+        """Cache in which the lock was taken."""
 
     def __enter__(self) -> LockHandle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        self.cache.unlock(self)
 
 
 class Offload(Protocol):
-    """Host and disk tiers of a cache (``hybridcache.offload``), as an engine uses them."""
+    """Host and disk tiers of a cache (``hybridcache.tiers``), as an engine uses them."""
 
     names: tuple[str, ...]
     """Names of the tiers, the nearest first: ``host``, ``disk``."""
@@ -516,58 +499,30 @@ class Offload(Protocol):
 
 
 class PrefixCache(Protocol):
-    """Protocol of HybridRadixCache, RadixCache and NullCache.
-
-    ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these
-    (ValueError for others). Requests in different namespaces share nothing.
-    """
+    """Signatures of ``HybridRadixCache``, for engines to type against; its methods are documented
+    there."""
 
     page_size: int
-    """Tokens of one KV page."""
     grid: int
-    """Checkpoints are at multiples of it, in whole pages."""
     stats: CacheStats
-    """Counters since the construction: an attribute, not a method."""
     arena: ArenaAllocator | None
-    """Shared memory of rows and slots, or None if rows never move."""
     offload: Offload | None
-    """Host and disk tiers, or None if there are none."""
     steps: StepQueue
-    """Step plan under construction. Leases register here."""
+    cached_tokens: int
+    num_checkpoints: int
 
     @property
-    def free_tokens(self) -> int:
-        """Number of KV rows available without eviction. O(1), like the next three."""
-        ...
+    def free_tokens(self) -> int: ...
 
     @property
-    def free_slots(self) -> int:
-        """Number of state slots available without eviction."""
-        ...
+    def free_slots(self) -> int: ...
 
     @property
-    def has_slots(self) -> bool:
-        """False if the cache was built without state slots, so that no request with a state can
-        begin."""
-        ...
+    def has_slots(self) -> bool: ...
 
-    @property
-    def cached_tokens(self) -> int:
-        """Number of KV rows that the cache owns."""
-        ...
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch: ...
 
-    @property
-    def num_checkpoints(self) -> int:
-        """Number of state slots that the cache owns."""
-        ...
-
-    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Look up how much of ``tokens`` is cached. Changes nothing: no split, no recency. O(n).
-
-        Raises:
-            ValueError: ``tokens`` is not int32[n].
-        """
-        ...
+    def gather(self, node: NodeHandle | None) -> Indices: ...
 
     def continuation(
         self,
@@ -575,79 +530,37 @@ class PrefixCache(Protocol):
         max_tokens: int,
         namespace: Hashable = None,
         after: NodeHandle | None = None,
-    ) -> Tokens:
-        """Return up to ``max_tokens`` ids that followed ``tokens`` in earlier requests of this
-        namespace.
+    ) -> Tokens: ...
 
-        The result is empty if ``tokens`` never occurred, and follows the branch that was used last.
-        Ghosts count: evicted KV does not matter. Changes nothing.
+    def protected(self) -> Protected: ...
 
-        ``after`` is a locked node with a prefix of ``tokens`` as its path, as in ``insert``. O(n
-        minus the position of that node).
+    def iter_nodes(self) -> Iterator[RadixNode]: ...
 
-        Raises:
-            ValueError: ``tokens`` is not int32[n].
-        """
-        ...
+    def render(self, max_nodes: int = 1000) -> str: ...
 
-    def gather(self, node: NodeHandle | None) -> Indices:
-        """Return the KV indices from the root to the end of ``node``: int32[position].
+    def touch(self, match: PrefixMatch, resumes: bool = False) -> None: ...
 
-        O(position).
+    def lock(self, node: NodeHandle | None) -> LockHandle: ...
 
-        Raises:
-            ValueError: ``node`` was evicted, or belongs to another cache.
-        """
-        ...
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> LockHandle: ...
 
-    def fetch(self, resumable: Resumable) -> bool:
-        """Load ``resumable`` from offload tiers to the device; see ``TieredRadixCache.fetch``.
+    def unlock(self, handle: LockHandle) -> None: ...
 
-        Returns False if it is gone or if the device has no room.
-        """
-        ...
+    def allocate_kv(self, num_tokens: int) -> Indices | None: ...
 
-    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
-        """Record the use of a match: refresh the recency of its checkpoint and KV, and count its
-        losses.
+    def allocate_slot(self) -> int | None: ...
 
-        A request that ``resumes`` after a preemption was counted before, so ``stats`` stays as it
-        is.
-        """
-        ...
+    def free_kv(self, kv_indices: Indices) -> None: ...
 
-    def lock(self, node: NodeHandle | None) -> LockHandle:
-        """Protect ``node``, its checkpoint and the KV of its path from eviction.
+    def free_slot(self, slot: int) -> None: ...
 
-        Returns a handle for ``unlock``, which is also a context manager. If ``node`` is None, it
-        protects nothing. To protect a whole prompt, lock the node of a longer match, because
-        ``match`` never returns the last token of its argument:
-        ``lock(match(np.append(prompt, np.int32(0))).node)``.
+    def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction: ...
 
-        Raises:
-            ValueError: ``node`` was evicted, or belongs to another cache.
-        """
-        ...
+    def reset(self) -> None: ...
 
-    def lock_kv(
-        self, tokens: Tokens, namespace: Hashable = None
-    ) -> tuple[NodeHandle | None, LockHandle]:
-        """Protect the cached KV of ``tokens``, whether or not there is a checkpoint at its end.
+    def take_step(self) -> StepPlan: ...
 
-        Returns the node that ends where the cached KV ends, and a handle for ``unlock``. The node
-        is None if nothing is cached. Only a checkpoint exactly at that node is protected, those
-        above it are not: to keep a resumable prefix, use ``lock``. This is not a use: no recency
-        changes. O(n).
-        """
-        ...
-
-    def unlock(self, handle: LockHandle) -> None:
-        """Undo the ``lock`` that returned ``handle``. A second call does nothing. O(1).
-
-        Raises:
-            ValueError: another cache returned it, or it is not a handle.
-        """
-        ...
+    def fetch(self, resumable: Resumable) -> bool: ...
 
     def insert(
         self,
@@ -658,134 +571,16 @@ class PrefixCache(Protocol):
         owned_from: int = 0,
         labels: Sequence[str] = (),
         after: NodeHandle | None = None,
-    ) -> InsertResult:
-        """Publish ``tokens`` with their KV rows, int32[n] each, and checkpoints [(position, slot),
-        ...].
+    ) -> InsertResult: ...
 
-        The rows ``kv_indices[:owned_from]`` belong to the tree, under a lock of the caller; the
-        caller holds the others. Ownership of the held rows passes to the cache, except for
-        ``duplicates`` and rows past ``inserted_len``. Ownership of the slots passes to the cache,
-        except for ``rejected_slots``. ``labels`` are the placement labels of the checkpoints: one
-        each, or none at all. ``after`` is a locked node with the path ``tokens[:owned_from]``
-        (``match.node``, later ``result.node``). The walk then starts there and takes O(n -
-        owned_from) instead of O(n).
+    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None: ...
 
-        Three facts are not checked, because it would cost a pass over the rows: that the caller
-        holds the rows and slots, that the tree owns those below ``owned_from``, and that ``after``
-        belongs to these tokens and this namespace. ``check`` finds rows and slots with two owners.
+    def announce_checkpoint(self, node: NodeHandle | None) -> Item | None: ...
 
-        Raises:
-            ValueError: arrays are not int32[n], the tree has fewer tokens than ``owned_from``,
-                ``after`` is evicted or not locked, or checkpoints, labels or the namespace are
-                malformed. Nothing is changed.
-        """
-        ...
+    def withdraw_announcement(self, announced: Item) -> None: ...
 
-    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
-        """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
-        ``node``.
+    def subscribe(self, listener: Listener) -> None: ...
 
-        Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
-        forks below it, because then it serves other conversations too. O(nodes between).
-        """
-        ...
+    def unsubscribe(self, listener: Listener) -> None: ...
 
-    def announce_checkpoint(self, node: NodeHandle | None) -> Item | None:
-        """Mark the checkpoint at or above ``node`` as superseded, because a request that goes on
-        from ``node`` has taken, or is about to take, the slot of a deeper one.
-
-        So the old checkpoint can be evicted in favour of the new one, while the request still runs.
-        Returns the marked checkpoint, for ``withdraw_announcement``, or None if there is none, or
-        if other tokens are cached below ``node``. O(nodes between).
-        """
-        ...
-
-    def withdraw_announcement(self, announced: Item) -> None:
-        """Undo one ``announce_checkpoint``, when the deeper checkpoint was inserted or dropped.
-        O(1)."""
-        ...
-
-    def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.
-
-        Returns None if that many are not available.
-        """
-        ...
-
-    def allocate_slot(self) -> int | None:
-        """Take one state slot, evicting as needed. Returns None if none is available."""
-        ...
-
-    def protected(self) -> Protected:
-        """Return how much of the cached memory is locked, shared paths counted once.
-
-        Amortised O(1) per lock taken or returned since the last call.
-        """
-        ...
-
-    def iter_nodes(self) -> Iterator[RadixNode]:
-        """Iterate over the nodes of the tree, parents before children, ghosts included. O(tree).
-
-        For reading only. ``node.kv`` is None for ghosts, and ``node.checkpoint`` is None without a
-        state. The cache must not change during the iteration.
-        """
-        ...
-
-    def take_step(self) -> StepPlan:
-        """Return all work on the tensors that is due before the next step, once.
-
-        The owner of the tensors carries it out before computing: ``take_step().carry_out(memory)``.
-        Rows and slots returned by the cache are valid for a step only if a plan was taken after
-        they were returned. A caller without tensors calls ``take_step().done()``, because plans
-        accumulate otherwise. O(transfers + rows written).
-
-        Raises:
-            RuntimeError: the last plan was not carried out.
-        """
-        ...
-
-    def free_kv(self, kv_indices: Indices) -> None:
-        """Return held rows: rows from ``allocate_kv`` that were never published. O(rows).
-
-        Raises:
-            ValueError: ``kv_indices`` is not int32[n], or has other rows than whole held pages.
-        """
-        ...
-
-    def free_slot(self, slot: int) -> None:
-        """Return a held slot. O(1)."""
-        ...
-
-    def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
-        """Evict until that much was freed or nothing evictable remains. O(log n) per item."""
-        ...
-
-    def reset(self) -> None:
-        """Remove everything that is not locked, and forget a plan that was not carried out.
-
-        Running leases stay valid: the cache keeps the prefixes that they have locked, their rows
-        and their slots. Abort them first if the memory lost its contents.
-        """
-        ...
-
-    def subscribe(self, listener: Listener) -> None:
-        """Notify ``listener`` of everything that is cached, and of every later change. O(cache)."""
-        ...
-
-    def unsubscribe(self, listener: Listener) -> None:
-        """Stop notifying ``listener``."""
-        ...
-
-    def render(self, max_nodes: int = 1000) -> str:
-        """Draw the cached prefixes as text. O(nodes drawn)."""
-        ...
-
-    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
-        """Recompute every invariant from scratch. O(tree).
-
-        With ``held_*`` this includes ``free + cached + held == total``.
-
-        Raises:
-            AssertionError: an invariant fails; the message names the first.
-        """
-        ...
+    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None: ...

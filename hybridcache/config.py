@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import lcm
 
@@ -11,15 +10,12 @@ from hybridcache.allocators.base import ByteBudget
 from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.api import PrefixCache
-from hybridcache.hybrid import HybridRadixCache
-from hybridcache.offload import Tier
+from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.priority_classes import PriorityClasses
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.tree import ItemBytes
-from hybridcache.variants import NullCache, RadixCache, TieredRadixCache
 
 COUNTS = (
     *("num_kv_tokens", "num_slots", "total_bytes", "kv_bytes_per_token", "state_bytes"),
@@ -193,7 +189,7 @@ class CacheConfig:
             )
 
 
-def build_prefix_cache(config: CacheConfig) -> PrefixCache:
+def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     """Return a new cache with its own allocators.
 
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=4))
@@ -212,7 +208,28 @@ def build_prefix_cache(config: CacheConfig) -> PrefixCache:
             num_slots = total_bytes // state_bytes if state_bytes else 0
             budget = ByteBudget(total_bytes)
             pages, slots = _pools(config, total_bytes // row_bytes, num_slots, budget)
-    return PREFIX_CACHES[config.prefix_cache](config, pages, slots)
+    return build_on(config, pages, slots)
+
+
+def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> HybridRadixCache:
+    """Return a new cache with the given allocators of rows and slots."""
+    make = HybridRadixCache
+    if config.tier_bytes:
+        from hybridcache.tiers import TieredRadixCache  # loaded only where it is needed
+
+        make = TieredRadixCache
+    cache = make(
+        pages,
+        slots,
+        build_policy(config),
+        grid=config.grid,
+        item_bytes=config.item_bytes,
+        ghost_bytes=config.ghost_bytes,
+        keeps=config.prefix_cache != "none",
+    )
+    if config.tier_bytes:
+        _attach_tiers(cache, config)
+    return cache
 
 
 def _pools(
@@ -239,22 +256,10 @@ def build_policy(config: CacheConfig) -> EvictionPolicy:
     return PriorityClasses(policy, dead, superseded)
 
 
-def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
-    make = TieredRadixCache if config.tier_bytes else HybridRadixCache
-    cache = make(
-        pages,
-        slots,
-        build_policy(config),
-        grid=config.grid,
-        item_bytes=config.item_bytes,
-        ghost_bytes=config.ghost_bytes,
-    )
-    if isinstance(cache, TieredRadixCache):
-        _attach_tiers(cache, config)
-    return cache
+def _attach_tiers(cache: HybridRadixCache, config: CacheConfig) -> None:
+    from hybridcache.tiers import Tier, TieredRadixCache
 
-
-def _attach_tiers(cache: TieredRadixCache, config: CacheConfig) -> None:
+    assert isinstance(cache, TieredRadixCache)
     row_bytes, page_size = config.kv_bytes_per_token, config.page_size
     tiers, policy = [], cache.policy
     for name, num_bytes in config.tier_bytes.items():
@@ -266,27 +271,8 @@ def _attach_tiers(cache: TieredRadixCache, config: CacheConfig) -> None:
     cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))
 
 
-def _build_radix(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
-    return RadixCache(
-        pages,
-        slots,
-        build_policy(config),
-        grid=config.grid,
-        item_bytes=config.item_bytes,
-        ghost_bytes=config.ghost_bytes,
-    )
-
-
-def _build_null(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
-    return NullCache(pages, slots, grid=config.grid)
-
-
 MEMORIES = ("arena", "budget")
 """Values of ``CacheConfig.memory``."""
 
-PREFIX_CACHES: dict[str, Callable[[CacheConfig, PageAllocator, SlotAllocator], PrefixCache]] = {
-    "hybrid": _build_hybrid,
-    "radix": _build_radix,
-    "none": _build_null,
-}
+PREFIX_CACHES = ("hybrid", "radix", "none")
 """Values of ``CacheConfig.prefix_cache``."""

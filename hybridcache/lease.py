@@ -1052,7 +1052,7 @@ class Lease:
         ``stop_reason`` says why the answer ended ("tool_use", "end_turn", "stop_sequence",
         "length"). It is "session_end" if no further turn will come, and empty if it is not known.
         Learning eviction policies distinguish these reasons by the label of the conversation's tip
-        (``PrefixCache.label_tip``).
+        (``HybridRadixCache.label_tip``).
 
         Raises:
             ValueError, RuntimeError: as for ``publish``. The lease goes on.

@@ -20,6 +20,9 @@ Indices = npt.NDArray[np.int32]
 """KV indices: contiguous int32, one per token."""
 
 INT32 = np.dtype(np.int32)
+EMPTY: Indices = np.empty(0, np.int32)
+"""No tokens, or no rows: int32[0], read-only."""
+EMPTY.setflags(write=False)
 _BLOCK = 4096
 """Number of tokens compared at once, so that prompts that differ early are not read to the end."""
 

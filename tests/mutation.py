@@ -48,10 +48,8 @@ GROUPS = {
         (
             "hybridcache/radix/*",
             "hybridcache/allocators/*",
-            "hybridcache/residency.py",
-            "hybridcache/offload.py",
-            "hybridcache/hybrid.py",
-            "hybridcache/variants.py",
+            "hybridcache/cache.py",
+            "hybridcache/tiers.py",
         ),
         (
             *("tests/allocators", "tests/radix", "tests/cache"),

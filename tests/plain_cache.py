@@ -150,7 +150,7 @@ class PlainCache:
         return False
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PlainMatch:
-        """See ``PrefixCache.match``. Scans every piece: O(pieces * tokens)."""
+        """See ``HybridRadixCache.match``. Scans every piece: O(pieces * tokens)."""
         ids = tuple(tokens.tolist())
         n = len(ids)
         ours = [p for p in self.pieces if p.namespace == namespace]

@@ -107,16 +107,13 @@ MAY_IMPORT = {
     "hybridcache/radix": "allocators tokens",
     "hybridcache/policies": "tokens",
     "hybridcache/api.py": "allocators policies radix tokens",
-    "hybridcache/offload.py": "allocators policies radix tokens",
-    "hybridcache/residency.py": "allocators api offload policies radix tokens",
-    "hybridcache/hybrid.py": "allocators api policies radix residency tokens watch",
-    "hybridcache/variants.py": "allocators api hybrid offload policies radix residency tokens",
-    "hybridcache/config.py": "allocators api hybrid offload policies radix variants",
+    "hybridcache/cache.py": "allocators api policies radix tokens watch",
+    "hybridcache/tiers.py": "allocators api cache policies radix tokens",
+    "hybridcache/config.py": "allocators cache policies radix tiers",
     "hybridcache/lease.py": "allocators api policies tokens radix",
     "hybridcache/geometry": "",
     "hybridcache/watch": "allocators api policies radix",
-    "hybridcache/export": "allocators api config hybrid lease policies radix residency tokens "
-    "variants",
+    "hybridcache/export": "allocators api cache config lease policies radix tiers tokens",
     "hybridcache/scheduling": "allocators api lease policies radix tokens",
     "hybridcache/command": "",
     "hybridcache/lab": "allocators api command config export geometry lease policies routing "
@@ -182,11 +179,11 @@ def test_every_module_of_hybridcache_has_a_row_in_MAY_IMPORT() -> None:
     assert not missing, f"add rows to MAY_IMPORT for {', '.join(sorted(missing))}"
 
 
-def test_engine_imports_neither_lab_nor_residency() -> None:
+def test_engine_does_not_import_the_laboratory() -> None:
     wrong = [
         (file, module)
         for file, module in imports_of("engine")
-        if module.startswith(("hybridcache.lab", "hybridcache.residency"))
+        if module.startswith("hybridcache.lab")
     ]
     assert wrong == []
 
@@ -367,15 +364,13 @@ def private_accesses(tree: ast.AST) -> list[str]:
 def test_private_accesses_finds_private_attributes() -> None:
     source = "class A:\n    def f(self, other):\n        self._a = other._a\n        self._b._c()\n"
     assert private_accesses(ast.parse(source)) == ["line 4: self._b._c"]
-    assert private_accesses(ast.parse("cache._residency.lock(node)")) == [
-        "line 1: cache._residency"
-    ]
+    assert private_accesses(ast.parse("cache._tree.root(node)")) == ["line 1: cache._tree"]
 
 
 @pytest.mark.parametrize("folder", ADAPTERS)
 def test_adapters_use_only_public_names_of_the_cache(folder: str) -> None:
     """The SGLang adapter and the engine need no access that other users lack."""
-    core = {"_residency", "_tree", "_pages", "_slots", "_gathered", "_step", "_rows", "_plan"}
+    core = {"_tree", "_pages", "_slots", "_gathered", "_step", "_rows", "_plan"}
     found = {
         str(file.relative_to(ROOT)): [
             access

@@ -53,10 +53,9 @@ from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.lab.trace import Trace
-from hybridcache.offload import OffloadTiers
 from hybridcache.radix.tree import Checkpoint, RadixNode
+from hybridcache.tiers import OffloadTiers, TieredRadixCache
 from hybridcache.tokens import Indices
-from hybridcache.variants import TieredRadixCache
 
 DEVICE_GIB = 4
 CURVE = (4, 5, 6, 8, 10, 14, 20, 36, 68)

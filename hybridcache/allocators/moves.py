@@ -3,7 +3,7 @@
 The cache changes its index numbers at once. When it empties an arena slab, offloads an entry or
 loads one, the new numbers are valid before the method returns, and freed rows may be allocated
 again. The bytes follow later: the owner of the tensors takes one ``StepPlan`` before each step
-(``PrefixCache.take_step``) and carries it out:
+(``HybridRadixCache.take_step``) and carries it out:
 
 1. ``transfers``, one after another: moves of rows within the arena (``memory[dst] = memory[src]``),
    copies between tiers, and notes of dropped disk rows. A transfer may read rows that an earlier

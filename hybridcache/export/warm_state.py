@@ -38,12 +38,12 @@ from typing import Any
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
-from hybridcache.hybrid import HybridRadixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.memory import Reader, Writer, load_state, remembers
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.radix.tree import Checkpoint, OffloadedCheckpoint, RadixNode, RadixTree
+from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree
+from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
 from hybridcache.tokens import Indices, read_namespace, require_int32, write_namespace
-from hybridcache.variants import TieredRadixCache
 
 FORM = "hybridcache memory 2"
 HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")
@@ -346,8 +346,9 @@ def _is_writable(root: RadixNode) -> bool:
 
 def _item_at(node: RadixNode) -> Checkpoint | OffloadedCheckpoint | None:
     """Return the checkpoint at the end of ``node`` in any tier, or its evicted one."""
-    if node.offloaded is not None and node.offloaded.state is not None:
-        return node.offloaded.state
+    entry: OffloadedEntry | None = node.offloaded
+    if entry is not None and entry.state is not None:
+        return entry.state
     return node.checkpoint or node.lost_checkpoint
 
 

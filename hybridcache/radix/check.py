@@ -96,3 +96,17 @@ def _check_node(node: RadixNode, page_size: int) -> None:
     if node.checkpoint is not None:
         assert node.checkpoint.node is node, f"checkpoint of {node} belongs elsewhere"
         assert node.lost_checkpoint is None, f"{node} has a checkpoint and a tombstone"
+
+
+def is_superseded(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint is superseded, by definition: a deeper one is on its unforked
+    path.
+
+    O(path).
+    """
+    node: RadixNode = checkpoint.node
+    while len(children := list(members(node.children))) == 1:
+        node = children[0]
+        if node.checkpoint is not None:
+            return True
+    return False

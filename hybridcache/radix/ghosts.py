@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from hybridcache.radix.compact import compact_edges
 from hybridcache.radix.tree import TOKEN_BYTES, Checkpoint, RadixNode, RadixTree
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import EMPTY, Indices, Tokens
 
 GHOST_NODE_BYTES = 640
 """Host bytes of a ghost node in addition to its tokens (measured: node, two views, dict entries).
@@ -60,8 +60,8 @@ class GhostList:
     def num_tokens(self) -> int:
         return (self.num_bytes - GHOST_NODE_BYTES * len(self._order)) // TOKEN_BYTES
 
-    def add(self, ghost: RadixNode) -> None:
-        """Add ``ghost``, which has just lost its KV."""
+    def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
+        """Add ``ghost``, which has just lost its KV. ``rows`` held it, and are free by now."""
         assert ghost.parent is not None
         self._order[ghost] = None
         # The edge's length without looking at the edge: it has been cold for as long as the node
@@ -72,6 +72,10 @@ class GhostList:
         """Remove ``ghost``, which is resident again."""
         del self._order[ghost]
         self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
+
+    def split(self, upper: RadixNode, lower: RadixNode) -> None:
+        """Remove ``upper``, the new upper part of the ghost ``lower``: it becomes resident."""
+        self.num_bytes -= len(upper.edge)
 
     def trim(self) -> None:
         """Remove the oldest ghosts until the others fit in ``limit_bytes``."""

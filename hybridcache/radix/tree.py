@@ -12,19 +12,19 @@ An edge is stored as the bytes of its int32 ids (4 per token), so that an edge i
 edge: an int if pages have one token, else bytes. A memoryview yields the int without a numpy
 scalar.
 
-A node with offloaded KV or an offloaded state, or with such a child, has an ``OffloadedEntry``; all
-others have None. ``OffloadedCheckpoint`` is the item that a tier's policy orders.
+The tree has no policy and no memory: the cache decides when a node changes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from hybridcache.tokens import PLAIN, Indices, Tokens, common_prefix_len, require_namespace
+from hybridcache.tokens import EMPTY, PLAIN, Indices, Tokens, common_prefix_len, require_namespace
 
 TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
@@ -124,10 +124,10 @@ class RadixNode(NodeHandle):
         """
         # First checkpoint of the run, if this node is the top of a run (``radix.checkpoints``).
         self.deeper: Checkpoint | None = None
-        # Number of counted locks (``residency.LockedPaths``).
+        # 1 if the node is locked, plus the number of children with pins.
         self.pins = 0
-        # Offloaded KV and state of this node, or None.
-        self.offloaded: OffloadedEntry | None = None
+        # Offloaded KV and state of this node, or None (``hybridcache.tiers.OffloadedEntry``).
+        self.offloaded: Any = None
 
     @property
     def start(self) -> int:
@@ -279,7 +279,7 @@ class Checkpoint:
         self.deeper: Checkpoint | None = None
         """Next deeper checkpoint of its run; ``shallower`` is the previous one. Both are None once
         evicted."""
-        self.stored: OffloadedCheckpoint | None = None
+        self.stored: Any = None
         """Item in an offload tier that replaced it, or None."""
         self.memo: Any = None
 
@@ -389,170 +389,8 @@ def members(family: Family) -> Collection[RadixNode]:
     return () if family is None else (family,)
 
 
-class OffloadedEntry:
-    """Offloaded parts of one node. Tiers are numbered from the nearest, 0."""
-
-    __slots__ = ("kv", "kv_tier", "num_children", "state")
-
-    def __init__(self, num_tiers: int) -> None:
-        self.kv: Indices | None = None
-        """Rows of the edge in tier ``kv_tier``, or None. Only ghosts have offloaded KV."""
-        self.kv_tier = 0
-        self.state: OffloadedCheckpoint | None = None
-        """Offloaded state, or None if the checkpoint is on the device or does not exist."""
-        self.num_children = [0] * num_tiers
-        """Number of ghosts below this node with KV in each tier."""
-
-    @property
-    def is_empty(self) -> bool:
-        return self.kv is None and self.state is None and not any(self.num_children)
-
-    @property
-    def nearest(self) -> int | None:
-        """Nearest tier with an entry that needs the KV of this node, or None. O(tiers)."""
-        for tier, num_children in enumerate(self.num_children):
-            if num_children or (self.state is not None and self.state.tier == tier):
-                return tier
-        return None
-
-
-def is_superseded(node: RadixNode) -> bool:
-    """Return whether a state, on the device or offloaded, is on the unforked path below ``node``.
-
-    O(nodes to it).
-    """
-    while (child := _only_child(node)) is not None:
-        if child.checkpoint is not None or (child.offloaded is not None and child.offloaded.state):
-            return True
-        node = child
-    return False
-
-
-def _only_child(node: RadixNode) -> RadixNode | None:
-    resident, entry = members(node.children), node.offloaded
-    num_stored = 0 if entry is None else sum(entry.num_children)
-    if len(resident) + num_stored != 1:
-        return None
-    if resident:
-        return next(iter(resident))
-    return next(
-        ghost
-        for ghost in members(node.ghosts)
-        if ghost.offloaded and ghost.offloaded.kv is not None
-    )
-
-
-class OffloadedCheckpoint:
-    """State in an offload tier: an evictable item of kind ``checkpoint``."""
-
-    __slots__ = (
-        "created",
-        "item_bytes",
-        "label",
-        "last_used",
-        "memo",
-        "node",
-        "rows",
-        "serial",
-        "superseded",
-        "tier",
-        "uses",
-    )
-
-    kind: Literal["checkpoint"] = "checkpoint"
-    dead = False
-
-    def __init__(
-        self,
-        node: RadixNode,
-        tier: int,
-        rows: Indices,
-        now: int,
-        serial: int,
-        item_bytes: ItemBytes,
-    ) -> None:
-        self.node = node
-        self.tier = tier
-        self.rows = rows
-        """Rows of its tier. Empty until there is room for them."""
-        self.created = self.last_used = now
-        self.uses = 0
-        self.serial = serial
-        self.superseded = False
-        """True if a deeper state, in any tier, is on its unforked path. Updated only when it
-        matters: when this item or a deeper one is stored, and before it is evicted."""
-        self.label = ""
-        self.item_bytes = item_bytes
-        self.memo: Any = None
-
-    @classmethod
-    def offered(
-        cls, was: Checkpoint | OffloadedCheckpoint, tier: int, rows: Indices
-    ) -> OffloadedCheckpoint:
-        """Return the item for ``was`` in ``tier``, with its uses and age but without its memo."""
-        state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes)
-        state.last_used, state.uses = was.last_used, was.uses
-        state.superseded, state.label = is_superseded(was.node), was.label
-        return state
-
-    @property
-    def position(self) -> int:
-        return self.node.end
-
-    @property
-    def above(self) -> OffloadedCheckpoint | None:
-        """Nearest item above in the same tier. O(nodes between)."""
-        above = self.node.parent
-        while above is not None:
-            entry = above.offloaded
-            if entry is not None and entry.state is not None and entry.state.tier == self.tier:
-                return entry.state
-            above = above.parent
-        return None
-
-    @property
-    def predecessor(self) -> OffloadedCheckpoint | None:
-        """As ``above``."""
-        return self.above
-
-    @property
-    def span(self) -> int:
-        """Number of tokens back to the nearest state above, in any tier. O(nodes between)."""
-        above = self.node.parent
-        while above is not None and above.checkpoint is None:
-            if above.offloaded is not None and above.offloaded.state is not None:
-                break
-            above = above.parent
-        return self.node.end - (0 if above is None else above.end)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of its state, and of the KV that its tier holds for it alone.
-
-        O(nodes of that KV).
-        """
-        node, item_bytes = self.node, self.item_bytes
-        if node.kv is not None:
-            # It has just left the device: where it was a leaf, its tail is about to follow.
-            return item_bytes.state + (0 if node.children else tail_bytes(node, item_bytes))
-        num_tokens, tier = 0, self.tier
-        entry = node.offloaded
-        while entry is not None and entry.kv is not None and entry.kv_tier == tier:
-            if any(entry.num_children[: tier + 1]) and num_tokens == 0:
-                break
-            assert node.parent is not None
-            num_tokens += node.end - node.parent.end
-            node = node.parent
-            entry = node.offloaded
-            if entry is None or entry.num_children[tier] > 1:
-                break
-            if entry.state is not None and entry.state.tier <= tier:
-                break
-        return item_bytes.state + num_tokens * item_bytes.kv_token
-
-    def __repr__(self) -> str:
-        return f"<state in tier {self.tier} at {self.node.end} used={self.last_used}>"
-
+MAX_BRANCHES = 64
+"""Number of children, the newest, that are compared if several continue alike."""
 
 Walk = tuple[RadixNode, RadixNode | None, int]
 """Result of following a prompt through the resident part of the tree:
@@ -714,3 +552,59 @@ class RadixTree:
             below = [*members(node.children), *members(node.ghosts)]
             yield from below
             stack += below
+
+    def continuation(self, node: RadixNode, tokens: Tokens, max_tokens: int) -> Tokens:
+        """Return up to ``max_tokens`` ids that followed ``tokens`` after the end of ``node``
+        before.
+
+        The result is empty if they never did. Changes nothing. At a fork, the child that was used
+        last is followed, resident ones before ghosts. O(length of ``tokens``, compared as bytes,
+        plus nodes on the path, plus up to ``MAX_BRANCHES`` per fork).
+        """
+        rest, at, found = tokens.tobytes(), 0, [EMPTY]
+        num_missing = max_tokens
+        while num_missing > 0:
+            child = self._next(node, tokens, at)
+            if child is None:
+                break
+            end = min(at + len(child.edge) // TOKEN_BYTES, len(tokens))
+            shared = (end - at) * TOKEN_BYTES
+            if child.edge[:shared] != rest[at * TOKEN_BYTES : end * TOKEN_BYTES]:
+                break
+            if shared < len(child.edge):
+                found.append(edge_tokens(child.edge[shared:])[:num_missing])
+                num_missing -= len(found[-1])
+            node, at = child, end
+        return np.concatenate(found)
+
+    def _next(self, node: RadixNode, tokens: Tokens, at: int) -> RadixNode | None:
+        """Return the child on which ``tokens`` continue at ``at``, or None.
+
+        If less than a page remains, this is the child used last of those that begin with it.
+        """
+        families = (node.children, node.ghosts)
+        if len(tokens) - at >= self.page_size:
+            key = first_page(tokens, at, self.page_size)
+            for family in families:
+                child = family.get(key) if isinstance(family, dict) else family
+                if child is not None and child.key == key:
+                    return child
+            return None
+        start = tokens[at:].tobytes()
+        alike = [
+            child
+            for family in families
+            for child in _newest(family)
+            if child.edge[: len(start)] == start
+        ]
+        return max(alike, key=_last_used, default=None)
+
+
+def _newest(family: Family) -> Iterable[RadixNode]:
+    if isinstance(family, dict):
+        return islice(reversed(family.values()), MAX_BRANCHES)
+    return members(family)
+
+
+def _last_used(node: RadixNode) -> int:
+    return -sys.maxsize if node.kv is None else node.kv.last_used

@@ -14,8 +14,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import Move
 from hybridcache.api import LockHandle, PrefixCache
-from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.tokens import EMPTY, Indices, Tokens
 
 LABEL = "arrived"
 """Label of a copied checkpoint, in place of the placement rule's label."""
@@ -32,18 +31,17 @@ class ReceivedPrefix:
         cache: PrefixCache,
         tokens: Tokens,
         namespace: Hashable,
-        node: NodeHandle | None,
         receipt: LockHandle,
         start: int,
     ) -> None:
-        """Take over ``receipt``, a lock on ``node`` with path ``tokens[:start]``. See ``begin``."""
+        """Take over ``receipt``, a lock on the path ``tokens[:start]``. See ``begin``."""
         self._cache, self._tokens, self._namespace = cache, tokens, namespace
-        self._node, self._receipt = node, receipt
+        self._receipt = receipt
         self.start = start
         """First position without KV in the cache."""
         self.slot: int | None = None
         """Slot for the state at the end, or None for an attention-only model."""
-        self._rows: Indices = np.empty(0, np.int32)
+        self._rows: Indices = EMPTY
         if cache.arena is not None:
             cache.arena.holders[self] = None
 
@@ -66,8 +64,7 @@ class ReceivedPrefix:
         """
         known = min(cache.match(tokens, namespace).kv_match_len, len(tokens))
         known -= known % cache.page_size
-        node, receipt = cache.lock_kv(tokens[:known], namespace)
-        arrival = cls(cache, tokens, namespace, node, receipt, known)
+        arrival = cls(cache, tokens, namespace, cache.lock_kv(tokens[:known], namespace), known)
         if not arrival._claim(stateful):
             arrival.abort()
             return None
@@ -125,7 +122,7 @@ class ReceivedPrefix:
             self._namespace,
             self.start,
             (LABEL,) * len(saved),
-            self._node,
+            self._receipt.node,
         )
         if len(done.duplicates):
             cache.free_kv(done.duplicates)
@@ -145,5 +142,5 @@ class ReceivedPrefix:
         if self._cache.arena is not None:
             del self._cache.arena.holders[self]
         self._cache.unlock(self._receipt)
-        self._node = self.slot = None
+        self.slot = None
         self._rows = self._rows[:0]

@@ -9,7 +9,7 @@ import numpy as np
 from hybridcache import CacheConfig, PrefixMatch, build_prefix_cache
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import InsertResult, PrefixCache
-from hybridcache.hybrid import HybridRadixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.tokens import Tokens
 
 

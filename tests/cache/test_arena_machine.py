@@ -92,8 +92,7 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
             )
         )
         # Policies weigh items by the configured state size: make it the same for both.
-        residency = self.cache._residency
-        residency.item_bytes = self.twin._residency.item_bytes
+        self.cache.item_bytes = self.twin.item_bytes
         self.num_begun = 0
         self.memory = np.full(arena.capacity, -1, np.int64)
         self.running: list[Running] = []

@@ -29,7 +29,7 @@ def leaf_of(cache):
 def test_check_finds_missing_and_extra_candidates(eviction, classes):
     for item_of in (lambda node: node.kv, lambda node: node.checkpoint):
         cache = filled(eviction=eviction, dead_first=classes, demote_superseded=classes)
-        policy, item = cache._residency.policy, item_of(leaf_of(cache))
+        policy, item = cache.policy, item_of(leaf_of(cache))
         policy.discard(item, evicted=False)
         with pytest.raises(AssertionError, match="lacks"):
             cache.check()
@@ -64,8 +64,8 @@ def test_check_finds_gathered_rows_that_differ_from_the_path():
 def test_check_finds_withheld_items_that_are_unlocked_or_gone():
     cache = filled()
     leaf = leaf_of(cache)
-    cache._residency.policy.discard(leaf.kv, evicted=False)
-    cache._residency.withheld.add(leaf.kv)
+    cache.policy.discard(leaf.kv, evicted=False)
+    cache._withheld.add(leaf.kv)
     with pytest.raises(AssertionError, match="withheld but not locked"):
         cache.check()
     cache.lock(leaf)
@@ -77,9 +77,9 @@ def test_check_finds_withheld_items_that_are_unlocked_or_gone():
     cache.evict(num_slots=10)
     assert inner.checkpoint is None
     cache.lock(inner)
-    cache._residency.withheld.add(gone)
+    cache._withheld.add(gone)
     with pytest.raises(AssertionError, match="withheld but gone"):
         cache.check()
-    cache._residency.withheld.discard(gone)
+    cache._withheld.discard(gone)
     cache.unlock(handle)
     cache.check()

@@ -291,7 +291,7 @@ def test_a_cascading_eviction_stops_at_checkpoints_forks_and_locks():
             cache.unlock(handle)
         leaf = cache.match(ids("abcdef!"))
         assert leaf.cached_len == 6
-        cache._residency._drop_leaf(leaf.node)
+        cache._drop_leaf(leaf.node)
         cache.check(held_tokens=0, held_slots=0)
         assert cache.match(ids("abcdef!")).kv_match_len == 4
 

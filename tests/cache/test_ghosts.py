@@ -51,7 +51,7 @@ def test_the_deepest_evicted_checkpoint_counts_as_missed():
 
 def test_the_policy_gets_one_ghost_hit_per_request():
     cache, ghost_hits = hybrid(), []
-    cache._residency.policy.on_ghost_hit = ghost_hits.append
+    cache.policy.on_ghost_hit = ghost_hits.append
     serve(cache, ids("hello"), [4])
     cache.touch(cache.match(ids("hello")))
     assert ghost_hits == []
@@ -89,7 +89,7 @@ def test_ghosts_never_exceed_their_byte_limit(ghost_bytes):
     cache = hybrid(ghost_bytes=ghost_bytes)
     for number in range(100):
         serve(cache, ids([number], "x" * number), [number + 1])
-        assert cache._residency.ghosts.num_bytes <= ghost_bytes
+        assert cache.ghosts.num_bytes <= ghost_bytes
 
 
 def test_a_match_reports_whether_other_prompts_fork_at_its_end():

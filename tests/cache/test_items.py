@@ -55,13 +55,13 @@ def used_bytes(cache):
 @pytest.mark.parametrize("seed", range(4))
 def test_item_size_equals_the_bytes_that_eviction_frees(prefix_cache, seed):
     cache = cache_of(prefix_cache, seed, 80)
-    residency, rng = cache._residency, random.Random(seed)
-    residency.policy = policy = NextVictim()
+    rng = random.Random(seed)
+    cache.policy = policy = NextVictim()
     handles = [cache.lock(node) for node in rng.sample(list(cache._tree.nodes()), 5)]
-    while candidates := [item for item in residency.candidates() if not item.node.locks]:
+    while candidates := [item for item in cache.candidates() if not item.node.locks]:
         policy.next = rng.choice(candidates)
         expected, before = policy.next.size_bytes, used_bytes(cache)
-        residency.evict_one(None)
+        cache._evict_one(None)
         assert before - used_bytes(cache) == expected
     for handle in handles:
         cache.unlock(handle)
@@ -97,9 +97,9 @@ def test_uses_and_last_used_are_updated():
     cache = cache_of("hybrid", 0, 0)
     for tokens in traffic(1, 20):
         serve(cache, tokens, [len(tokens) // 4 * 4] if len(tokens) >= 4 else ())
-    now = cache._residency.now
+    now = cache.now
     assert now == 20
-    items = list(cache._residency.candidates())
+    items = list(cache.candidates())
     assert all(item.created <= item.last_used <= now for item in items)
     checkpoint = next(item for item in items if item.kind == "checkpoint")
     tokens, node = [], checkpoint.node

@@ -27,11 +27,10 @@ from hybridcache.export.warm_state import CRC, HEAD, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
-from hybridcache.offload import path_of
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.memory import Reader, Unfit, Writer, load_state
 from hybridcache.policies.placement.adaptive import Adaptive
-from hybridcache.variants import TieredRadixCache
+from hybridcache.tiers import TieredRadixCache, path_of
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TRACES = {"agent": agent().head(160), "chat": chat().head(240)}
@@ -186,18 +185,17 @@ def test_after_a_restart_device_prefixes_are_known_as_evicted():
     prompt = next(r for r in list(trace) if target.cache.match(r.tokens, r.namespace).cached_len)
     match = fresh.cache.match(prompt.tokens, prompt.namespace)
     assert match.losses.never_seen == 0 and match.missed is not None
-    assert fresh.cache._residency.now == target.cache._residency.now
+    assert fresh.cache.now == target.cache.now
 
 
 def test_the_warm_state_has_the_latest_prefixes_within_the_ghost_limit():
     trace = TRACES["chat"]
     target, fresh = make(trace), make(trace)
     serve(target, list(trace))
-    residency = target.cache._residency
-    residency.ghosts.limit_bytes = 40_000
+    target.cache.ghosts.limit_bytes = 40_000
     memory = unpack(pack(write_memory(target.cache)))
     memory.recall_tree(fresh.cache)
-    ghosts = fresh.cache._residency.ghosts
+    ghosts = fresh.cache.ghosts
     assert 20_000 < ghosts.num_bytes <= 40_000
     last = list(trace)[-1]
     assert fresh.cache.match(last.tokens, last.namespace).seen_len > 0
@@ -260,7 +258,7 @@ def test_malformed_data_is_refused_and_changes_nothing(change):
     body = json.dumps(json.loads(write_memory(target.cache)) | change).encode()
     with pytest.raises(ValueError, match=r"damaged|version|needs page_size=7; the cache has 1"):
         unpack(pack(body)).recall_tree(fresh.cache)
-    assert fresh.cache.num_nodes == 0 and fresh.cache._residency.now == 0
+    assert fresh.cache.num_nodes == 0 and fresh.cache.now == 0
     fresh.cache.check(0, 0)
 
 

@@ -11,8 +11,8 @@ from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.exchange import Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
+from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Tokens
-from hybridcache.variants import TieredRadixCache
 from tests.cache.serving import carried_out, ids, serve
 from tests.cache.tiers import TieredMemory
 

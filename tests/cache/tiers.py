@@ -15,8 +15,8 @@ from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move
 from hybridcache.api import PrefixMatch
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.tree import RadixNode
+from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Indices, Tokens
-from hybridcache.variants import TieredRadixCache
 from tests.cache.twins import prefix_of
 
 Content = tuple[Hashable, tuple[int, ...]]

@@ -12,8 +12,8 @@ import numpy as np
 from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.allocators.moves import Move
 from hybridcache.api import PrefixMatch
+from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_policy, build_prefix_cache
-from hybridcache.hybrid import HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.policies.registry import make_eviction
 from hybridcache.radix.tree import RadixNode
@@ -134,9 +134,8 @@ class Twins:
         self.config = config
         self.cache = build_prefix_cache(config)
         assert isinstance(self.cache, HybridRadixCache)
-        residency = self.cache._residency
         self.ledger = CandidateLedger(build_policy(config))
-        residency.policy = self.ledger
+        self.cache.policy = self.ledger
         self.log = VictimLog()
         self.cache.subscribe(self.log)
         other = build_prefix_cache(config)
@@ -307,5 +306,4 @@ class Twins:
         held += sum(map(len, self.held_rows))
         self.cache.check(held_tokens=held, held_slots=len(self.held_slots))
         assert not self.moves, "the plain twin did not repeat a move"
-        residency = self.cache._residency
-        assert self.ledger.held == set(residency.candidates())
+        assert self.ledger.held == set(self.cache.candidates())

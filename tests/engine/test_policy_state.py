@@ -88,7 +88,7 @@ def test_a_killed_engine_loses_only_the_state_learned_since_its_save(
             shutil.copy(path, tmp_path / "killed")
     first.close()
     again = make_engine(state_dir=str(tmp_path / "killed"), **LEARNING)
-    assert again.cache._residency.now == 12
+    assert again.cache.now == 12
     again.check()
     assert sum(serve(again, prompts(16)[12:])) > 0, "later records were not adopted"
     again.check()

@@ -167,7 +167,7 @@ def test_each_subscriber_receives_events_until_it_unsubscribes():
         assert mirror.segments() == before
         with pytest.raises(ValueError, match="not subscribed"):
             cache.unsubscribe(stream)
-    assert cache._residency.listener is None
+    assert cache._listener is None
 
 
 @pytest.mark.parametrize("kind", ["none", "radix", "hybrid"])

@@ -13,14 +13,14 @@ import pytest
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import EventStream
-from hybridcache.hybrid import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRows
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.text_tree import TextTree
-from hybridcache.variants import TieredRadixCache
+from hybridcache.tiers import TieredRadixCache
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine

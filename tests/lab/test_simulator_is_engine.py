@@ -14,6 +14,7 @@ from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
 from engine.requests.spec import SamplingParams
 from engine.weights.model_config import read_config
+from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
@@ -27,7 +28,6 @@ from hybridcache.policies.registry import (
     EVICTION,
     parse_placement,
 )
-from hybridcache.residency import Residency
 from hybridcache.scheduling import cache_manager
 from tests.cache.twins import VictimLog
 from tests.lease_log import LeaseLog, logged_lease, replay
@@ -42,17 +42,17 @@ EvictionRecord = tuple[str, int, int]
 def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EvictionRecord]]:
     """Evictions of all caches in order: (kind, position, serial of the item)."""
     found: list[EvictionRecord] = []
-    make = Residency.__init__
+    make = HybridRadixCache.__init__
 
     class Log(VictimLog):
         def chosen(self, item: Any) -> None:
             found.append((item.kind, item.position, item.serial))
 
-    def make_watched(residency: Residency, *arguments: Any, **options: Any) -> None:
-        make(residency, *arguments, **options)
-        residency.listener = Log()
+    def make_watched(cache: HybridRadixCache, *arguments: Any, **options: Any) -> None:
+        make(cache, *arguments, **options)
+        cache.subscribe(Log())
 
-    monkeypatch.setattr(Residency, "__init__", make_watched)
+    monkeypatch.setattr(HybridRadixCache, "__init__", make_watched)
     yield found
 
 

@@ -24,7 +24,7 @@ from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import parse_placement
-from hybridcache.variants import TieredRadixCache
+from hybridcache.tiers import TieredRadixCache
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944

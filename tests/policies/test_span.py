@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.hybrid import HybridRadixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.registry import EVICTION
 from hybridcache.radix.tree import RadixNode
 from tests.cache.serving import hybrid, ids, serve, traffic
@@ -43,7 +43,7 @@ def test_a_split_without_an_insert_does_not_change_the_eviction_order(
     for cut in cuts:
         nodes = splittable(split)
         node = nodes[cut % len(nodes)]
-        split._residency.split(node, node.start + 1 + cut % (node.end - node.start - 1))
+        split._split(node, node.start + 1 + cut % (node.end - node.start - 1))
     split.check()
     assert order(split) == order(whole)
 
@@ -74,4 +74,4 @@ def test_without_states_the_span_of_kv_is_its_own_tokens() -> None:
     cache = hybrid(2000, 0, prefix_cache="radix")
     serve(cache, ids(range(400)))
     serve(cache, ids(range(300), range(5000, 5010)))
-    assert [item.span for item in cache._residency.candidates()] == [100, 10]
+    assert [item.span for item in cache.candidates()] == [100, 10]

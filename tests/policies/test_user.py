@@ -38,7 +38,7 @@ from hybridcache.policies.registry import (
     parse_placement,
 )
 from hybridcache.policies.user import MAX_OUTSIDE
-from hybridcache.variants import TieredRadixCache
+from hybridcache.tiers import TieredRadixCache
 from tests.cache.serving import ids, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
@@ -351,7 +351,7 @@ def test_a_policy_takes_parameters(policy: object) -> None:
     cache = build_prefix_cache(
         CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=policy)
     )
-    created = cache._residency.policy._policy
+    created = cache.policy._policy
     assert created.weight == 2.5 and created not in existing, "the instance is shared by caches"
     runs = simulate("short?head=60", gib=(0.3, 0.5), policy=["lru", policy], bound=False).runs
     by_name = simulate(

@@ -38,8 +38,8 @@ from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
+from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Indices, Tokens
-from hybridcache.variants import TieredRadixCache
 
 NO_ROWS: Indices = np.empty(0, np.int32)
 

@@ -15,12 +15,12 @@ from sglang.srt.runtime_context import (
 )
 
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.config import PREFIX_CACHES, CacheConfig
+from hybridcache.cache import HybridRadixCache
+from hybridcache.config import CacheConfig, build_on
 from hybridcache.export.sglang.cache import HybridRadixBackend
 from hybridcache.export.sglang.states import RequestStates
 from hybridcache.export.sglang.translation import eviction_name, why_not
 from hybridcache.export.sglang.views import RowView, SlotView
-from hybridcache.hybrid import HybridRadixCache
 
 logger = logging.getLogger("hybridcache.sglang")
 
@@ -79,9 +79,7 @@ def make_backend(
     )
 
     def make() -> HybridRadixCache:
-        cache = PREFIX_CACHES[config.prefix_cache](config, rows, slots)
-        assert isinstance(cache, HybridRadixCache)
-        return cache
+        return build_on(config, rows, slots)
 
     return HybridRadixBackend(params, make, rows, states, grid, log_level)
 

@@ -37,6 +37,7 @@ from sglang.srt.mem_cache.utils import split_node_hash_value
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
 from hybridcache.api import Listener, LockHandle
+from hybridcache.cache import HybridRadixCache
 from hybridcache.export.sglang.states import Offer, RequestStates
 from hybridcache.export.sglang.translation import (
     LossMeter,
@@ -46,7 +47,6 @@ from hybridcache.export.sglang.translation import (
     tokens_of,
 )
 from hybridcache.export.sglang.views import RowView, to_host
-from hybridcache.hybrid import HybridRadixCache
 from hybridcache.policies.protocol import Item
 from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.tokens import Indices, Tokens
@@ -252,8 +252,12 @@ class HybridRadixBackend(BasePrefixCache):
 
     def dec_lock_ref(self, node: Any, params: Any = None) -> DecLockRefResult:
         """Release one ``inc_lock_ref``. O(1)."""
-        held = self._cache.lock_of(node_of(node)) if params is None else params.receipt
-        self._cache.unlock(held)
+        if params is not None:
+            self._cache.unlock(params.receipt)
+            return DecLockRefResult()
+        locked = node_of(node)
+        last = locked.last() if isinstance(locked, PathPart) else locked
+        self._cache.unlock(LockHandle(last, self._cache))
         return DecLockRefResult()
 
     def lock(self, node: Any) -> TreeLock:

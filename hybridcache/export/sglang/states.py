@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from hybridcache.api import PrefixMatch, losses_of
+from hybridcache.cache import HybridRadixCache
 from hybridcache.export.sglang.views import RowView, SlotView
-from hybridcache.hybrid import HybridRadixCache
 from hybridcache.tokens import Tokens
 
 

@@ -107,7 +107,7 @@ def ask(live: Live, text: str, **more: Any) -> None:
 
 
 def num_listeners(live: Live) -> int:
-    return len(members_of(live.engine.cache._residency.listener))  # type: ignore[attr-defined]
+    return len(members_of(live.engine.cache._listener))  # type: ignore[attr-defined]
 
 
 def test_page_is_served_and_loads_no_other_files(live: Live) -> None:

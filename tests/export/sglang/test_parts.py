@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 
 from hybridcache import CacheConfig
 from hybridcache.api import Losses, PrefixMatch
-from hybridcache.config import PREFIX_CACHES
+from hybridcache.config import build_on
 from hybridcache.export.sglang.states import RequestStates
 from hybridcache.export.sglang.translation import (
     NO_TOKEN,
@@ -116,7 +116,7 @@ def fake_cache(num_rows=100, num_slots=8, extra_buffer=True):
         state_bytes=64,
         grid=1,
     )
-    cache = PREFIX_CACHES["hybrid"](config, rows, slots)
+    cache = build_on(config, rows, slots)
     return cache, rows, slots, RequestStates(pool, slots, rows, extra_buffer=extra_buffer)
 
 

@@ -1,9 +1,9 @@
 """Offload tiers: host memory and disk for entries evicted from the device.
 
-An entry evicted from one tier is offered to the next. The tree keeps its shape: a node that left
-the device is a tombstone or a ghost, and its KV and state can be in a lower tier
-(``RadixNode.offloaded``). Each is in one tier only: when it is loaded or computed again on the
-device, it leaves its tier.
+Imported only by a configuration with tiers. An entry evicted from one tier is offered to the next.
+The tree keeps its shape: a node that left the device is a tombstone or a ghost, and its KV and
+state can be in a lower tier (``RadixNode.offloaded``). Each is in one tier only: when it is loaded
+or computed again on the device, it leaves its tier.
 
 A tier consists of rows, which never move. The KV of a token takes one row; a state takes as many as
 hold its bytes. Rules:
@@ -19,27 +19,185 @@ hold its bytes. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop, StepQueue
 from hybridcache.allocators.pages import PageAllocator, are_distinct
-from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.api import PrefixMatch, Resumable
+from hybridcache.cache import HybridRadixCache
+from hybridcache.policies.protocol import EvictionPolicy, raise_failure
+from hybridcache.radix.checkpoints import Link
 from hybridcache.radix.ghosts import GhostList
-from hybridcache.radix.tree import (
-    Checkpoint,
-    ItemBytes,
-    OffloadedCheckpoint,
-    OffloadedEntry,
-    RadixNode,
-    is_superseded,
-    members,
-)
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, members, tail_bytes
+from hybridcache.tokens import EMPTY, Indices, Tokens, require_int32
 
-NO_ROWS: Indices = np.empty(0, np.int32)
+
+class OffloadedEntry:
+    """Offloaded parts of one node. Tiers are numbered from the nearest, 0."""
+
+    __slots__ = ("kv", "kv_tier", "num_children", "state")
+
+    def __init__(self, num_tiers: int) -> None:
+        self.kv: Indices | None = None
+        """Rows of the edge in tier ``kv_tier``, or None. Only ghosts have offloaded KV."""
+        self.kv_tier = 0
+        self.state: OffloadedCheckpoint | None = None
+        """Offloaded state, or None if the checkpoint is on the device or does not exist."""
+        self.num_children = [0] * num_tiers
+        """Number of ghosts below this node with KV in each tier."""
+
+    @property
+    def is_empty(self) -> bool:
+        return self.kv is None and self.state is None and not any(self.num_children)
+
+    @property
+    def nearest(self) -> int | None:
+        """Nearest tier with an entry that needs the KV of this node, or None. O(tiers)."""
+        for tier, num_children in enumerate(self.num_children):
+            if num_children or (self.state is not None and self.state.tier == tier):
+                return tier
+        return None
+
+
+def is_superseded(node: RadixNode) -> bool:
+    """Return whether a state, on the device or offloaded, is on the unforked path below ``node``.
+
+    O(nodes to it).
+    """
+    while (child := _only_child(node)) is not None:
+        if child.checkpoint is not None or (child.offloaded is not None and child.offloaded.state):
+            return True
+        node = child
+    return False
+
+
+def _only_child(node: RadixNode) -> RadixNode | None:
+    resident, entry = members(node.children), node.offloaded
+    num_stored = 0 if entry is None else sum(entry.num_children)
+    if len(resident) + num_stored != 1:
+        return None
+    if resident:
+        return next(iter(resident))
+    return next(
+        ghost
+        for ghost in members(node.ghosts)
+        if ghost.offloaded and ghost.offloaded.kv is not None
+    )
+
+
+class OffloadedCheckpoint:
+    """State in an offload tier: an evictable item of kind ``checkpoint``."""
+
+    __slots__ = (
+        "created",
+        "item_bytes",
+        "label",
+        "last_used",
+        "memo",
+        "node",
+        "rows",
+        "serial",
+        "superseded",
+        "tier",
+        "uses",
+    )
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    dead = False
+
+    def __init__(
+        self,
+        node: RadixNode,
+        tier: int,
+        rows: Indices,
+        now: int,
+        serial: int,
+        item_bytes: ItemBytes,
+    ) -> None:
+        self.node = node
+        self.tier = tier
+        self.rows = rows
+        """Rows of its tier. Empty until there is room for them."""
+        self.created = self.last_used = now
+        self.uses = 0
+        self.serial = serial
+        self.superseded = False
+        """True if a deeper state, in any tier, is on its unforked path. Updated only when it
+        matters: when this item or a deeper one is stored, and before it is evicted."""
+        self.label = ""
+        self.item_bytes = item_bytes
+        self.memo: Any = None
+
+    @classmethod
+    def offered(
+        cls, was: Checkpoint | OffloadedCheckpoint, tier: int, rows: Indices
+    ) -> OffloadedCheckpoint:
+        """Return the item for ``was`` in ``tier``, with its uses and age but without its memo."""
+        state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes)
+        state.last_used, state.uses = was.last_used, was.uses
+        state.superseded, state.label = is_superseded(was.node), was.label
+        return state
+
+    @property
+    def position(self) -> int:
+        return self.node.end
+
+    @property
+    def above(self) -> OffloadedCheckpoint | None:
+        """Nearest item above in the same tier. O(nodes between)."""
+        above = self.node.parent
+        while above is not None:
+            entry: OffloadedEntry | None = above.offloaded
+            if entry is not None and entry.state is not None and entry.state.tier == self.tier:
+                return entry.state
+            above = above.parent
+        return None
+
+    @property
+    def predecessor(self) -> OffloadedCheckpoint | None:
+        """As ``above``."""
+        return self.above
+
+    @property
+    def span(self) -> int:
+        """Number of tokens back to the nearest state above, in any tier. O(nodes between)."""
+        above = self.node.parent
+        while above is not None and above.checkpoint is None:
+            if above.offloaded is not None and above.offloaded.state is not None:
+                break
+            above = above.parent
+        return self.node.end - (0 if above is None else above.end)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its state, and of the KV that its tier holds for it alone.
+
+        O(nodes of that KV).
+        """
+        node, item_bytes = self.node, self.item_bytes
+        if node.kv is not None:
+            # It has just left the device: where it was a leaf, its tail is about to follow.
+            return item_bytes.state + (0 if node.children else tail_bytes(node, item_bytes))
+        num_tokens, tier = 0, self.tier
+        entry = node.offloaded
+        while entry is not None and entry.kv is not None and entry.kv_tier == tier:
+            if any(entry.num_children[: tier + 1]) and num_tokens == 0:
+                break
+            assert node.parent is not None
+            num_tokens += node.end - node.parent.end
+            node = node.parent
+            entry = node.offloaded
+            if entry is None or entry.num_children[tier] > 1:
+                break
+            if entry.state is not None and entry.state.tier <= tier:
+                break
+        return item_bytes.state + num_tokens * item_bytes.kv_token
+
+    def __repr__(self) -> str:
+        return f"<state in tier {self.tier} at {self.node.end} used={self.last_used}>"
 
 
 class Tier(NamedTuple):
@@ -117,7 +275,7 @@ class OffloadTiers:
                 number += 1
                 continue
             node, tier = was.node, self.tiers[number]
-            state = OffloadedCheckpoint.offered(was, number, NO_ROWS)
+            state = OffloadedCheckpoint.offered(was, number, EMPTY)
             if tier.is_shared:
                 state.memo = was.memo
             entry = self._entry(node)
@@ -401,9 +559,10 @@ class OffloadTiers:
         return node.offloaded is not None and node.offloaded.kv is not None
 
     def _entry(self, node: RadixNode) -> OffloadedEntry:
-        if node.offloaded is None:
-            node.offloaded = OffloadedEntry(len(self.tiers))
-        return node.offloaded
+        entry: OffloadedEntry | None = node.offloaded
+        if entry is None:
+            entry = node.offloaded = OffloadedEntry(len(self.tiers))
+        return entry
 
     def _tidy(self, node: RadixNode) -> None:
         if node.offloaded is not None and node.offloaded.is_empty:
@@ -463,6 +622,330 @@ def path_of(node: RadixNode) -> tuple[object, Tokens]:
         parts.append(node.tokens)
         node = node.parent
     return node.key, np.concatenate(parts[::-1])
+
+
+class TieredGhosts(GhostList):
+    """Ghosts of a cache with tiers. Those with offloaded KV are in no list."""
+
+    def __init__(self, tree: RadixTree, limit_bytes: int) -> None:
+        super().__init__(tree, limit_bytes)
+        self.offload: OffloadTiers | None = None
+        """Tiers that are offered the KV of new ghosts, or None while the cache is reset."""
+
+    def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
+        """Offer ``rows``, of which the KV is still there, to the tiers; list ``ghost`` if they do
+        not take it."""
+        wanted = len(rows) and ghost.offloaded is not None and self.offload is not None
+        if not (wanted and self.offload is not None and self.offload.add_kv(ghost, rows)):
+            super().add(ghost)
+
+    def discard(self, ghost: RadixNode) -> None:
+        """Free the offloaded KV of ``ghost``, or remove it from the list."""
+        if self.offload is not None and self.offload.is_stored(ghost):
+            self.offload.drop_kv(ghost)
+        else:
+            super().discard(ghost)
+
+    def split(self, upper: RadixNode, lower: RadixNode) -> None:
+        """Remove ``upper``, which becomes resident, with its part of the offloaded KV."""
+        if self.offload is not None and self.offload.split(upper, lower):
+            self.offload.drop_kv(upper)
+        else:
+            super().split(upper, lower)
+
+
+def _has_state(node: RadixNode) -> bool:
+    return node.offloaded is not None and node.offloaded.state is not None
+
+
+class TieredRadixCache(HybridRadixCache):
+    """``HybridRadixCache`` that offloads evicted entries to host memory and disk.
+
+    Made by ``CacheConfig(host_bytes=..., disk_bytes=...)``. The copies between tiers are part of
+    ``take_step().transfers``.
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> config = CacheConfig(
+    ...     num_kv_tokens=16,
+    ...     num_slots=1,
+    ...     grid=4,
+    ...     kv_bytes_per_token=2,
+    ...     state_bytes=8,
+    ...     host_bytes=64,
+    ... )
+    >>> cache, prompt = build_prefix_cache(config), np.arange(10, dtype=np.int32)
+    >>> _ = cache.insert(prompt, cache.allocate_kv(10), [(8, cache.allocate_slot())])
+    >>> cache.evict(num_tokens=10)
+    Eviction(num_tokens=10, num_slots=1)
+
+    The evicted prefix is on the host, and can be loaded:
+
+    >>> match = cache.match(prompt)
+    >>> match.cached_len, [(one.position, one.rows) for one in match.loadable]
+    (0, [(8, (12,))])
+    >>> cache.fetch(match.loadable[0]), cache.match(prompt).cached_len
+    (True, 8)
+
+    The next step plan has the copies in both directions:
+
+    >>> [(copy.kind, copy.src_tier, copy.dst_tier) for copy in cache.take_step().transfers]
+    ... # doctest: +NORMALIZE_WHITESPACE
+    [('checkpoint', 'device', 'host'), ('kv', 'device', 'host'),
+     ('kv', 'host', 'device'), ('checkpoint', 'host', 'device')]
+    >>> cache.check(held_tokens=0, held_slots=0)
+    """
+
+    offload: OffloadTiers
+    """Host and disk tiers."""
+    ghosts: TieredGhosts
+
+    def attach(
+        self, tiers: tuple[Tier, ...], state_rows: int, make: type[OffloadTiers] = OffloadTiers
+    ) -> None:
+        """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows.
+
+        The cache must be empty. ``make`` is a subclass with another rule, for studies.
+        """
+        self.ghosts = TieredGhosts(self._tree, self.ghosts.limit_bytes)
+        self.offload = make(tiers, self.ghosts, self.item_bytes, state_rows, self.steps)
+        self.ghosts.offload = self.offload
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        """Look up ``tokens`` as in ``HybridRadixCache.match``, with the positions that could be
+        loaded. O(n)."""
+        for tier in self.offload.tiers:
+            if (failure := tier.policy.failure) is not None:
+                raise_failure(failure)
+        found = super().match(tokens, namespace)
+        root = self._tree.find_root(namespace)
+        if root is None:
+            return found
+        node, inside, _ = self._tree.walk(root, tokens)
+        if inside is None and node.ghosts:
+            node, _, _ = self._tree.walk(node, tokens[node.end :], ghosts=True)
+        loadable = self._resumable(node, found.cached_len, found.num_tokens)
+        return found._replace(loadable=loadable) if loadable else found
+
+    def _resumable(
+        self, node: RadixNode, cached_len: int, num_tokens: int
+    ) -> tuple[Resumable, ...]:
+        """Return the loadable states past ``cached_len`` on the path of ``node``.
+
+        O(nodes of the path).
+        """
+        path = []
+        while node.parent is not None and node.end > cached_len:
+            path.append(node)
+            node = node.parent
+        found, num_rows = [], [0] * len(self.offload.tiers)
+        for node in reversed(path):
+            entry = node.offloaded
+            if node.kv is None:
+                if entry is None or entry.kv is None:
+                    break
+                num_rows[entry.kv_tier] += len(entry.kv)
+            if entry is not None and entry.state is not None and node.end < num_tokens:
+                rows = list(num_rows)
+                rows[entry.state.tier] += self.offload.state_rows
+                found.append(Resumable(node.end, tuple(rows), node))
+        return tuple(found)
+
+    def fetch(self, resumable: Resumable) -> bool:
+        """Load ``resumable``, of the latest ``match``, to the device. Returns False if there is no
+        room.
+
+        The new rows are valid at once; the bytes follow with the next ``take_step``. O(tokens
+        loaded), plus evictions that make room.
+        """
+        target, offload = resumable.node, self.offload
+        if (
+            not isinstance(target, RadixNode)
+            or target.offloaded is None
+            or target.offloaded.state is None
+        ):
+            return False
+        offload.used(target.offloaded.state, self.now + 1)
+        if target.lost_checkpoint is not None:
+            self.policy.on_ghost_hit(target.lost_checkpoint)
+        taken = offload.take(target)
+        base = taken.nodes[0].parent if taken.nodes else target
+        assert base is not None
+        with self.lock(base if base.parent is not None else None):
+            num_tokens = target.end - base.end
+            slot = self._take_slot()
+            rows = None if slot is None else self._take_rows(num_tokens)
+            if slot is None or rows is None:
+                if slot is not None:
+                    self._slots.free(slot)
+                offload.unused(taken.state)
+                offload.put_back(taken)
+                self.ghosts.trim()
+                return False
+            self._revive(taken.nodes, rows)
+            offload.give(taken, rows, slot)
+            state = taken.state
+            offload.unused(state)  # The request that resumes from it counts as its use.
+            self._store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
+            if taken.nodes and target.children is None and target.kv is not None:
+                self.policy.add(target.kv)
+        return True
+
+    def _take_slot(self) -> int | None:
+        slot = self._slots.allocate()
+        return self._slots.allocate() if slot is None and self._make_room_for_slot() else slot
+
+    def _take_rows(self, num_tokens: int) -> Indices | None:
+        rows = self._pages.allocate(num_tokens)
+        if rows is None and self._make_room_for_kv(num_tokens):
+            return self._pages.allocate(num_tokens)
+        return rows
+
+    def _revive(self, nodes: tuple[RadixNode, ...], rows: Indices) -> None:
+        """Make ``nodes``, a path of ghosts that are in no list, resident."""
+        start = 0
+        for node in nodes:
+            parent = node.parent
+            assert parent is not None
+            if not start:
+                self._expect_child(parent)
+            end = start + node.end - node.start
+            self._tree.revive(node)
+            self._store_rows(node, rows[start:end].copy())
+            start = end
+
+    def _drop_checkpoint(self, node: RadixNode) -> None:
+        """Offer the checkpoint, which leaves the device, to the tiers."""
+        super()._drop_checkpoint(node)
+        checkpoint = node.lost_checkpoint
+        if self.ghosts.offload is not None and checkpoint is not None:
+            self.offload.add_checkpoint(node, checkpoint)
+
+    def _store_checkpoint(
+        self,
+        node: RadixNode,
+        slot: int,
+        label: str,
+        offered: bool,
+        before: Link | None = None,
+        uses: int = 0,
+    ) -> Link:
+        """Free the offloaded state of ``node``, which is on the device again."""
+        if node.offloaded is not None:
+            self.offload.drop_state(node)
+        return super()._store_checkpoint(node, slot, label, offered, before, uses)
+
+    def adopt(
+        self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"
+    ) -> tuple[int, Indices, Indices] | None:
+        """Register the KV of all ``tokens`` and the state after them, which an earlier process
+        stored.
+
+        Returns (start, KV rows of tokens[start:], rows of the state), newly taken in ``tier``, or
+        None if they are already known or there is no room. Adds no transfers: the caller fills the
+        rows, or reads its own files for them. O(n).
+
+        Raises:
+            ValueError: ``tokens`` is not int32[n], n is not a multiple of the grid and the page, or
+                there is no such tier.
+        """
+        require_int32(tokens, "tokens")
+        if tier not in self.offload.names:
+            raise ValueError(f"tier must be one of {', '.join(self.offload.names)} (got {tier!r})")
+        if not len(tokens) or len(tokens) % self._step:
+            raise ValueError(
+                f"the number of tokens must be a positive multiple of {self._step}, the grid in "
+                f"whole pages (got {len(tokens)})"
+            )
+        tree, offload = self._tree, self.offload
+        number = offload.names.index(tier)
+        pages = offload.tiers[number].pages
+        node, inside, length = tree.walk(tree.root(namespace), tokens)
+        if inside is None:
+            node, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
+        known = node
+        while known.parent is not None and known.kv is None and not offload.is_stored(known):
+            known = known.parent
+        start = known.end
+        if inside is not None and known is node:
+            is_there = inside.kv is not None or offload.is_stored(inside)
+            start, known = (length, inside) if is_there else (start, known)
+        # A resident node may have an entry for its children. Its ``kv_tier`` is undefined.
+        entry = known.offloaded
+        too_low = entry is not None and entry.kv is not None and entry.kv_tier > number
+        is_whole = inside is None and length == len(tokens)
+        has_state = is_whole and (node.checkpoint is not None or _has_state(node))
+        num_rows = len(tokens) - start + offload.state_rows
+        if too_low or has_state or num_rows > pages.num_free:
+            tree.prune_root(namespace)
+            return None
+        if inside is not None and length > node.end:
+            if inside.kv is not None:
+                node = self._split(inside, length)
+            else:
+                node = tree.split(inside, length)
+                if not offload.split(node, inside):
+                    self.ghosts.num_bytes -= len(node.edge)
+                    self.ghosts.add(node)
+        if length < len(tokens):
+            node = tree.grow(node, tokens[length:])
+            tree.fade(node)
+            self.ghosts.add(node)
+        kv_rows = pages.allocate(len(tokens) - start)
+        state_rows = pages.allocate(offload.state_rows)
+        assert kv_rows is not None and state_rows is not None
+        target = node
+        while node.end > start:
+            assert node.parent is not None
+            self.ghosts.discard(node)
+            offload.hold_kv(
+                node, number, kv_rows[node.parent.end - start : node.end - start].copy()
+            )
+            node = node.parent
+        offload.hold_state(self._known(target, number, state_rows))
+        return start, kv_rows, state_rows
+
+    def _known(self, target: RadixNode, number: int, rows: Indices) -> OffloadedCheckpoint:
+        """Return the item for a state that an earlier process stored, with its remembered age and
+        uses."""
+        was = target.lost_checkpoint
+        if was is not None:
+            was.stored = state = OffloadedCheckpoint.offered(was, number, rows)
+            return state
+        serial = self.num_items
+        self.num_items = serial + 1
+        return OffloadedCheckpoint(target, number, rows, self.now, serial, self.item_bytes)
+
+    def drop_lost(self, tier: str, is_lost: Callable[[Indices], bool]) -> None:
+        """Remove entries that ``tier`` can no longer read.
+
+        ``is_lost`` is called with the rows of one state, or of the KV of one node. Entries that
+        depend on them are freed too, in this tier and in those after it. Call it only if no
+        transfers are pending, because rows that a transfer is about to fill are not lost. O(tree).
+        """
+        nodes = list(self._tree.nodes())
+        self.offload.lose(nodes, self.offload.names.index(tier), is_lost)
+        self.ghosts.trim()
+
+    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
+        """Record a use as in ``HybridRadixCache.touch``, and notify the tier that dropped the
+        missed entry."""
+        super().touch(match, resumes)
+        if isinstance(match.missed, Checkpoint):
+            self.offload.on_ghost_hit(match.missed)
+
+    def reset(self) -> None:
+        """Remove everything that is not locked, in all tiers. O(tree)."""
+        self.offload.clear()
+        self.ghosts.offload = None
+        super().reset()
+        self.ghosts.offload = self.offload
+
+    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
+        """Recompute every invariant, those of the tiers included; see ``HybridRadixCache.check``.
+        O(tree + pools + tiers)."""
+        super().check(held_tokens, held_slots)
+        check_offload(self.offload, list(self._tree.nodes()), [*self._tree.roots.values()])
 
 
 ON_DEVICE = -1

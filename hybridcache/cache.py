@@ -1,0 +1,1263 @@
+"""HybridRadixCache: one radix tree over two resources, KV rows and state checkpoints.
+
+The cache owns its tree, allocators and eviction policy, and every change of state. Rules:
+
+- KV is resident on an ancestor-closed part of the tree: only leaves lose it (``_drop_leaf``).
+- A checkpoint exists only where KV is resident. Evicted from an inner node, it leaves a tombstone.
+- A leaf that loses its last checkpoint loses its KV too, and so does every stateless node above it
+  that becomes a leaf, because nothing could resume from them.
+- A locked node keeps its checkpoint. All KV above it stays because it is not in a leaf.
+- The policy holds the candidates: checkpoints, and KV of leaves. A locked victim is withheld from
+  it until it is unlocked. So locking and unlocking, done for every request, do not involve the
+  policy.
+- A refused allocation evicts nothing.
+
+Recency of KV is recorded at the node of the use only. When a child is evicted, its parent takes
+over the later last use and the sum of uses. The result is the same as updating the whole path at
+every use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from math import lcm
+
+import numpy as np
+
+from hybridcache.allocators.arena import arena_of, step_queue_of
+from hybridcache.allocators.moves import StepPlan
+from hybridcache.allocators.pages import PageAllocator, are_distinct
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.api import (
+    CacheStats,
+    Eviction,
+    InsertResult,
+    Listener,
+    LockHandle,
+    Losses,
+    Offload,
+    PrefixMatch,
+    Protected,
+    Resumable,
+    introduce,
+    joined,
+    members_of,
+)
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, base_label, raise_failure
+from hybridcache.radix.check import check_tree, is_superseded
+from hybridcache.radix.checkpoints import Link, is_last_above, last_above, last_at, link
+from hybridcache.radix.compact import compact_rows
+from hybridcache.radix.ghosts import GhostList, read_ghosts
+from hybridcache.radix.rows import GatherCache, RowIndex
+from hybridcache.radix.tree import (
+    Checkpoint,
+    ItemBytes,
+    NodeHandle,
+    PathPart,
+    RadixNode,
+    RadixTree,
+    Segment,
+    ghosts_above,
+    members,
+)
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
+
+EVICTED = (
+    "the node of this match or result was evicted: match again, and lock the node before the next "
+    "eviction"
+)
+
+
+class HybridRadixCache:
+    """Prefix cache for models with linear-attention layers: resumes where KV *and* a state exist.
+
+    Made by ``build_prefix_cache``. Checkpoints are at multiples of ``grid``, in whole pages.
+    ``policy`` orders evictions. With ``item_bytes.state == 0`` the model is attention-only: a
+    prompt then resumes from KV alone, at any multiple of grid and page, and no checkpoint is
+    stored. With ``keeps=False`` nothing is stored: the cache is an allocator of rows and slots.
+
+    ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these
+    (ValueError for others). Requests in different namespaces share nothing. A cache is not
+    thread-safe.
+
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
+
+    Rows and slots are allocated, written by their owner, and published:
+
+    >>> prompt = np.arange(10, dtype=np.int32)
+    >>> rows, slot = cache.allocate_kv(10), cache.allocate_slot()
+    >>> cache.insert(prompt, rows, [(8, slot)]).inserted_len
+    10
+
+    A match ends at the checkpoint, because the state is needed to go on:
+
+    >>> match = cache.match(prompt)
+    >>> match.cached_len, match.checkpoint
+    (8, 0)
+
+    A locked prefix is not evicted, only the two tokens after it:
+
+    >>> with cache.lock(match.node):
+    ...     cache.evict(num_tokens=10)
+    Eviction(num_tokens=2, num_slots=0)
+    >>> cache.check(held_tokens=0, held_slots=0)
+    """
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        slots: SlotAllocator,
+        policy: EvictionPolicy,
+        *,
+        grid: int,
+        item_bytes: ItemBytes,
+        ghost_bytes: int = 0,
+        keeps: bool = True,
+    ) -> None:
+        self.page_size = pages.page_size
+        """Tokens of one KV page."""
+        self.grid = grid
+        """Checkpoints are at multiples of it, in whole pages."""
+        self.stats = CacheStats()
+        """Counters since the construction."""
+        self.arena = arena_of(pages)
+        """Shared memory of rows and slots, or None if rows never move."""
+        self.offload: Offload | None = None
+        """Host and disk tiers, or None if there are none."""
+        self.steps = step_queue_of(pages)
+        """Step plan under construction. Leases register here."""
+        self.policy = policy
+        """Eviction policy, for inspection."""
+        self.item_bytes = item_bytes
+        """Bytes of one token's KV and of one state, as used by policies."""
+        self.now = 0
+        """Logical time: number of requests counted so far."""
+        self.num_items = 0
+        """Number of items created so far: the serial number of the next one."""
+        self.cached_tokens = 0
+        """Number of KV rows that the cache owns."""
+        self.num_checkpoints = 0
+        """Number of state slots that the cache owns."""
+        self._step = lcm(grid, pages.page_size)
+        self._keeps = keeps
+        self._has_states = item_bytes.state > 0
+        self._pages = pages
+        self._slots = slots
+        self._tree = RadixTree(pages.page_size)
+        self.ghosts = GhostList(self._tree, ghost_bytes)
+        """Nodes with evicted KV, for inspection."""
+        self._gathered = GatherCache()
+        self._owners: RowIndex | None = None
+        """Buffer of each row, if rows can move, else None."""
+        if self.arena is not None:
+            self._owners = RowIndex(pages.capacity, self._gathered)
+            self.arena.holders[self._owners] = None
+        self._listener: Listener | None = None
+        self._withheld: set[Checkpoint | Segment] = set()
+        """Locked victims, withheld from the policy until they are unlocked."""
+        self._locked_tokens = 0
+        """KV rows on the paths of locked nodes, shared paths counted once."""
+        self._locked_slots = 0
+        """Checkpoints at locked nodes."""
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(cached_tokens={self.cached_tokens}, "
+            f"free_tokens={self.free_tokens}, num_checkpoints={self.num_checkpoints}, "
+            f"free_slots={self.free_slots}, policy={self.policy})"
+        )
+
+    # --- Reading ----------------------------------------------------------------------------------
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        """Look up how much of ``tokens`` is cached, and the causes of the losses. Changes nothing:
+        no split, no recency. O(n).
+
+        Raises:
+            ValueError: ``tokens`` is not int32[n], or the namespace is malformed.
+
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+        >>> cache.match(np.arange(10, dtype=np.int32)).losses.never_seen
+        10
+        """
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        if (failure := self.policy.failure) is not None:
+            raise_failure(failure)
+        num_tokens = len(tokens)
+        root = self._tree.find_root(namespace)
+        if root is None:
+            losses = Losses(num_tokens, 0, 0, 0, 0)
+            return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
+        node: RadixNode | None
+        node, inside, kv_match_len = self._tree.walk(root, tokens)
+        seen_len = kv_match_len
+        missed: Checkpoint | None = None
+        forks = inside is not None or bool(node.children)
+        if inside is None and node.ghosts:
+            seen_len, missed, forks = read_ghosts(self._tree, node, tokens)
+        reachable = min(kv_match_len, num_tokens - 1)
+        grid_len = reachable - reachable % self._step
+        if not self._has_states:
+            cached_len = max(grid_len, 0)
+            losses = Losses(
+                num_tokens - seen_len, seen_len - kv_match_len, 0, 0, kv_match_len - cached_len
+            )
+            part = None
+            if cached_len:
+                deepest = PathPart(node if inside is None else inside, cached_len).last()
+                part = PathPart(deepest, cached_len)
+            return PrefixMatch(
+                num_tokens, cached_len, kv_match_len, seen_len, None, losses, part, namespace
+            )
+        lost_len = 0
+        while node is not root:
+            assert node is not None
+            if node.end < num_tokens:
+                if node.checkpoint is not None:
+                    break
+                if not lost_len and node.lost_checkpoint is not None:
+                    lost_len = node.end
+                    missed = missed or node.lost_checkpoint
+            node = node.parent
+        cached_len = 0 if node is root else node.end
+        saved_len = max(cached_len, lost_len)
+        grid_len = max(saved_len, grid_len)
+        losses = Losses(
+            num_tokens - seen_len,
+            seen_len - kv_match_len,
+            saved_len - cached_len,
+            grid_len - saved_len,
+            kv_match_len - grid_len,
+        )
+        checkpoint = node.checkpoint  # none: the node is the root
+        return PrefixMatch(
+            num_tokens,
+            cached_len,
+            kv_match_len,
+            seen_len,
+            None if checkpoint is None else checkpoint.slot,
+            losses,
+            None if checkpoint is None else node,
+            namespace,
+            missed,
+            checkpoint,
+            forks=forks,
+        )
+
+    def gather(self, node: NodeHandle | None) -> Indices:
+        """Return the KV indices from the root to the end of ``node``: int32[position], read-only.
+
+        O(position). The latest results are kept, because a request and its next turn need the same
+        rows again.
+
+        Raises:
+            ValueError: ``node`` was evicted, or belongs to another cache.
+        """
+        last = self._usable(node)
+        if last is None:
+            return EMPTY
+        assert last.kv is not None
+        rows = self._gathered.rows.get(last.kv)
+        if rows is None:
+            rows = self._gathered.join(last.kv, self.cached_tokens)
+        return rows[: node.length] if isinstance(node, PathPart) else rows
+
+    def continuation(
+        self,
+        tokens: Tokens,
+        max_tokens: int,
+        namespace: Hashable = None,
+        after: NodeHandle | None = None,
+    ) -> Tokens:
+        """Return up to ``max_tokens`` ids that followed ``tokens`` in earlier requests of this
+        namespace.
+
+        The result is empty if ``tokens`` never occurred, and follows the branch that was used last.
+        Ghosts count: evicted KV does not matter. Changes nothing. ``after`` is a locked node with a
+        prefix of ``tokens`` as its path, as in ``insert``. O(n minus the position of that node).
+
+        Raises:
+            ValueError: ``tokens`` is not int32[n].
+
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+        >>> _ = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+        >>> cache.continuation(np.arange(4, dtype=np.int32), 3).tolist()
+        [4, 5, 6]
+        """
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        node = self._tree.find_root(namespace) if after is None else _node_of(after)
+        while node is not None and node.end > len(tokens):
+            node = node.parent
+        if node is None:
+            return EMPTY
+        return self._tree.continuation(node, tokens[node.end :], max_tokens)
+
+    def protected(self) -> Protected:
+        """Return how much of the cached memory is locked, shared paths counted once. O(1)."""
+        return Protected(self._locked_tokens, self._locked_slots)
+
+    def iter_nodes(self) -> Iterator[RadixNode]:
+        """Iterate over the nodes of the tree, parents before children, ghosts included. O(tree).
+
+        For reading only. ``node.kv`` is None for ghosts, and ``node.checkpoint`` is None without a
+        state. The cache must not change during the iteration.
+        """
+        return self._tree.nodes()
+
+    def roots(self) -> list[RadixNode]:
+        """Return the root of each namespace, the oldest first; ``root.key`` is the namespace."""
+        return list(self._tree.roots.values())
+
+    def render(self, max_nodes: int = 1000) -> str:
+        """Draw the tree as text, one line per node. O(nodes drawn).
+
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+        >>> rows = cache.allocate_kv(3)
+        >>> result = cache.insert(np.arange(3, dtype=np.int32), rows, namespace="tenant")
+        >>> print(cache.render())
+        namespace 'tenant'
+        `- 0..3
+        """
+        # Not at the top: few processes ever draw, and all import this file.
+        from hybridcache.watch.drawing import render_text
+
+        return render_text(self._tree, max_nodes)
+
+    @property
+    def free_tokens(self) -> int:
+        """Number of KV rows available without eviction. O(1)."""
+        return self._pages.num_free
+
+    @property
+    def free_slots(self) -> int:
+        """Number of state slots available without eviction. O(1)."""
+        return self._slots.num_free
+
+    @property
+    def has_slots(self) -> bool:
+        """False if the cache was built without state slots, so that no request with a state can
+        begin. O(1)."""
+        return self._slots.capacity > 0 or (self._slots.budget is not None and self._has_states)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes, ghosts included. O(1)."""
+        return self._tree.num_nodes
+
+    @property
+    def ghost_tokens(self) -> int:
+        """Number of remembered tokens with evicted KV. O(1)."""
+        return self.ghosts.num_tokens
+
+    # --- Uses and locks ---------------------------------------------------------------------------
+
+    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
+        """Record one request: refresh its checkpoint and KV, and count its hits and losses.
+
+        A request that ``resumes`` after a preemption was counted before, so ``stats`` stays as it
+        is. O(1), plus the nodes between the checkpoint and the ghost that was missed.
+        """
+        self.now += 1
+        if not resumes:
+            self.stats.record(match)
+        if match.node is not None:
+            self.refresh(match.node)
+        if match.missed is not None:
+            policy = self.policy
+            policy.on_ghost_hit(match.missed)
+            # Most policies ignore further ghost hits: then the path is not searched for them.
+            is_asked = type(policy).on_ghost_hit_above is not EvictionPolicy.on_ghost_hit_above
+            if is_asked and isinstance(match.missed, Checkpoint):
+                for ghost in ghosts_above(match.missed.node):
+                    policy.on_ghost_hit_above(ghost)
+
+    def refresh(self, node: NodeHandle | None) -> None:
+        """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
+        if node is None:
+            return
+        last = node if isinstance(node, RadixNode) else _node_of(node)
+        now, policy = self.now, self.policy
+        checkpoint = last.checkpoint
+        if checkpoint is not None:
+            checkpoint.last_used = now
+            checkpoint.uses += 1
+            if checkpoint not in self._withheld:
+                policy.touch(checkpoint)
+        kv = last.kv
+        if kv is not None:
+            kv.last_used = now
+            kv.uses += 1
+            if not last.children and kv not in self._withheld:
+                policy.touch(kv)
+
+    def lock(self, node: NodeHandle | None) -> LockHandle:
+        """Protect ``node``, its checkpoint and the KV of its path from eviction.
+
+        Returns a context manager. It is returned at the end of its block, or by ``unlock``. If
+        ``node`` is None, it protects nothing. To protect a whole prompt, lock the node of a longer
+        match, because ``match`` never returns the last token of its argument:
+        ``lock(match(np.append(prompt, np.int32(0))).node)``. In an attention-only cache this splits
+        an edge if the hit ends inside it. O(nodes up to the next locked path).
+
+        Raises:
+            ValueError: ``node`` was evicted, or belongs to another cache.
+        """
+        last = self._usable(node)
+        if last is not None:
+            if isinstance(node, PathPart) and last.end > node.length:
+                last = self._split(last, node.length)
+            last.locks += 1
+            if last.locks == 1:
+                self._pin(last, 1)
+        return LockHandle(last, self)
+
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> LockHandle:
+        """Protect the cached KV of ``tokens``, whether or not there is a checkpoint at its end.
+
+        The ``node`` of the result ends where the cached KV ends, or is None if nothing is cached.
+        Splits an edge if ``tokens`` end or differ inside it. Only a checkpoint exactly at that node
+        is protected, those above it are not: to keep a resumable prefix, use ``lock``. This is not
+        a use: no recency changes. O(n).
+        """
+        node = root = self._tree.find_root(namespace)
+        if root is not None:
+            node, inside, kv_match_len = self._tree.walk(root, tokens)
+            if inside is not None and kv_match_len > node.end:
+                node = self._split(inside, kv_match_len)
+        return self.lock(None if node is root else node)
+
+    def unlock(self, handle: LockHandle) -> None:
+        """Return a lock. A second call does nothing. O(nodes up to the next locked path).
+
+        Raises:
+            ValueError: another cache returned it, or it is not a handle.
+        """
+        if not isinstance(handle, LockHandle):
+            raise ValueError(f"expected the result of lock (got {handle!r})")
+        node = handle.node
+        if node is None:
+            return
+        if handle.cache is not self:
+            raise ValueError("this lock belongs to another cache: unlock it there")
+        if not node.locks:
+            raise ValueError("this node is not locked in this cache")
+        handle.node = None
+        node.locks -= 1
+        if node.locks:
+            return
+        self._pin(node, -1)
+        if self._withheld:
+            for item in (node.checkpoint, node.kv):
+                if item in self._withheld:
+                    self._withheld.discard(item)
+                    self.policy.add(item)
+
+    def _usable(self, node: NodeHandle | None) -> RadixNode | None:
+        """Return the node in which ``node`` ends, or None for None.
+
+        Raises ValueError if it was evicted, or is none of this cache.
+        """
+        if node is None:
+            return None
+        last = node if isinstance(node, RadixNode) else _node_of(node)
+        if last.kv is None:
+            raise ValueError(EVICTED)
+        if last.kv.item_bytes is not self.item_bytes:  # each cache has its own object
+            raise ValueError("this node belongs to another cache: match the tokens in this one")
+        return last
+
+    def _pin(self, node: RadixNode, change: int) -> None:
+        """Count ``node`` as locked (``change`` 1) or as unlocked (-1).
+
+        ``RadixNode.pins`` is 1 for a lock of the node, plus 1 per pinned child. O(nodes up to one
+        with another pin).
+        """
+        if node.checkpoint is not None:
+            self._locked_slots += change
+        last_pins = 1 if change > 0 else 0
+        while (parent := node.parent) is not None:
+            node.pins += change
+            if node.pins != last_pins:
+                return
+            self._locked_tokens += change * (node.end - parent.end)
+            node = parent
+
+    # --- Memory -----------------------------------------------------------------------------------
+
+    def allocate_kv(self, num_tokens: int) -> Indices | None:
+        """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.
+
+        Returns None, with nothing evicted, if that many are not available. O(num_tokens), plus
+        O(log n) per evicted item.
+        """
+        rows = self._pages.allocate(num_tokens)
+        if rows is None:
+            whole = -(-num_tokens // self.page_size) * self.page_size
+            if self._make_room_for_kv(whole):
+                return self._pages.allocate(num_tokens)
+            self.stats.refusals += 1
+        return rows
+
+    def allocate_slot(self) -> int | None:
+        """Take one state slot, evicting as needed. Returns None, with nothing evicted, if none is
+        available."""
+        slot = self._slots.allocate()
+        if slot is None:
+            if self._make_room_for_slot():
+                return self._slots.allocate()
+            self.stats.refusals += 1
+        return slot
+
+    def free_kv(self, kv_indices: Indices) -> None:
+        """Return held rows: rows from ``allocate_kv`` that were never published. O(rows).
+
+        Raises:
+            ValueError: ``kv_indices`` is not int32[n], or has other rows than whole held pages.
+        """
+        self._pages.free(kv_indices)
+
+    def free_slot(self, slot: int) -> None:
+        """Return a held slot. O(1)."""
+        self._slots.free(slot)
+
+    def make_room(self, num_tokens: int = 0, num_slots: int = 0) -> bool:
+        """Evict until ``num_tokens`` rows (whole pages) and one slot, if ``num_slots``, are free.
+
+        Returns False, with nothing evicted for the part that failed, if locks or other holders
+        prevent it. For callers that allocate from the pools themselves. O(log n) per evicted item.
+        """
+        if num_slots > 1:
+            raise ValueError(f"make_room frees one slot at a time (got num_slots={num_slots}).")
+        if num_tokens > self.free_tokens and not self._make_room_for_kv(num_tokens):
+            return False
+        return num_slots <= self.free_slots or self._make_room_for_slot()
+
+    def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
+        """Evict until that much was freed or nothing evictable remains. O(log n) per item.
+
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+        >>> cache.evict(num_tokens=50, num_slots=1)
+        Eviction(num_tokens=0, num_slots=0)
+        """
+        stats = self.stats
+        tokens, slots = stats.evicted_tokens, stats.evicted_slots
+        while stats.evicted_tokens - tokens < num_tokens and self._evict_one("kv"):
+            pass
+        while stats.evicted_slots - slots < num_slots and self._evict_one("checkpoint"):
+            pass
+        return Eviction(stats.evicted_tokens - tokens, stats.evicted_slots - slots)
+
+    def reset(self) -> None:
+        """Remove everything that is not locked, ghosts included, and forget a plan that was not
+        carried out. O(tree).
+
+        Running leases stay valid: the cache keeps the prefixes that they have locked, their rows
+        and their slots. Abort them first if the memory lost its contents.
+        """
+        while self._evict_one(None):
+            pass
+        self.ghosts.clear()
+        self._gathered.clear()
+        self.steps.forget_open_plan()
+
+    def take_step(self) -> StepPlan:
+        """Return all work on the tensors that is due before the next step, once.
+
+        The owner of the tensors carries it out before computing: ``take_step().carry_out(memory)``.
+        Rows and slots returned by the cache are valid for a step only if a plan was taken after
+        they were returned. A caller without tensors calls ``take_step().done()``, because plans
+        accumulate otherwise. O(transfers + rows written).
+
+        Raises:
+            RuntimeError: the last plan was not carried out.
+        """
+        return self.steps.take()
+
+    def fetch(self, resumable: Resumable) -> bool:
+        """Load ``resumable`` from offload tiers to the device; see ``TieredRadixCache.fetch``.
+
+        Returns False, because this cache has no offload tiers.
+        """
+        return False
+
+    def _make_room_for_kv(self, num_tokens: int) -> bool:
+        """Evict until ``num_tokens`` rows, whole pages, are free.
+
+        Returns False, with nothing evicted, if that is impossible. O(log n) per evicted item.
+        """
+        pages = self._pages
+        if not self._can_free(num_tokens * pages.unit_bytes, num_tokens - pages.num_free):
+            return False
+        kind: Kind | None = "kv" if pages.budget is None else None
+        while pages.num_free < num_tokens and self._evict_one(kind):
+            pass
+        return pages.num_free >= num_tokens
+
+    def _make_room_for_slot(self) -> bool:
+        """Evict until a slot is free. Returns False, with nothing evicted, if that is
+        impossible."""
+        slots = self._slots
+        budget = slots.budget
+        if budget is None or not slots.num_unused:
+            self._evict_one("checkpoint")
+            return slots.num_free > 0
+        if not self._can_free(slots.unit_bytes, 0):
+            return False
+        while budget.free_bytes < slots.unit_bytes and self._evict_one(None):
+            pass
+        return budget.free_bytes >= slots.unit_bytes
+
+    def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
+        """Return whether eviction could free that much. O(1).
+
+        Under a shared budget this is ``wanted_bytes`` in all, else ``short_tokens`` beyond the free
+        ones.
+        """
+        pages = self._pages
+        num_tokens = self.cached_tokens - self._locked_tokens
+        if pages.budget is None:
+            return short_tokens <= num_tokens
+        num_slots = self.num_checkpoints - self._locked_slots
+        num_bytes = num_tokens * pages.unit_bytes + num_slots * self._slots.unit_bytes
+        return wanted_bytes - pages.budget.free_bytes <= num_bytes
+
+    def _evict_one(self, kind: Kind | None) -> bool:
+        """Evict the policy's victim. Returns False if nothing evictable remains.
+
+        Amortised O(log n) per freed item.
+        """
+        while True:
+            item = self.policy.victim(kind)
+            if item is None:
+                return False
+            node: RadixNode = item.node  # type: ignore[attr-defined]
+            if not node.locks:
+                break
+            self.policy.discard(item, evicted=False)
+            self._withheld.add(item)  # type: ignore[arg-type]
+        self.stats.evictions += 1
+        if self._listener is not None:
+            self._listener.chosen(item)
+        if item.kind == "checkpoint" and node.children:
+            self._drop_checkpoint(node)
+        else:
+            self._drop_leaf(node)
+        if self.ghosts.num_bytes > self.ghosts.limit_bytes:
+            self.ghosts.trim()
+        return True
+
+    def _drop_checkpoint(self, node: RadixNode) -> None:
+        """Free the checkpoint of an unlocked node.
+
+        The node keeps the evicted item as a tombstone.
+        """
+        checkpoint = node.checkpoint
+        assert checkpoint is not None
+        if self._listener is not None:
+            self._listener.checkpoint_removed(node)
+        self.policy.discard(checkpoint, evicted=True)
+        before, below = checkpoint.shallower, checkpoint.deeper
+        assert before is not None
+        before.deeper = below
+        if below is not None:
+            below.shallower = before
+        elif type(before) is Checkpoint:
+            self._set_superseded(before, before.num_successors > 0)
+        checkpoint.shallower = checkpoint.deeper = None
+        node.checkpoint = None
+        node.lost_checkpoint = checkpoint
+        self.num_checkpoints -= 1
+        self.stats.evicted_slots += 1
+        self._slots.free(checkpoint.slot)
+
+    def _drop_leaf(self, leaf: RadixNode) -> None:
+        """Free the KV and checkpoint of an unlocked leaf, and the stateless nodes above it, because
+        nothing could resume from those any more. O(nodes freed, and those up to a checkpoint)."""
+        assert leaf.kv is not None
+        self.policy.discard(leaf.kv, evicted=True)
+        while True:
+            if leaf.checkpoint is not None:
+                self._drop_checkpoint(leaf)
+            parent = self._fade(leaf)
+            only = parent.children
+            if only is not None:
+                if not isinstance(only, dict) and only.deeper is not None and parent.parent:
+                    # The path does not fork any more.
+                    below, only.deeper = only.deeper, None
+                    before = last_at(parent)
+                    link(before, below)
+                    if isinstance(before, Checkpoint):
+                        self._set_superseded(before, True)
+                return
+            if parent.kv is None:
+                return
+            if parent.checkpoint is not None or parent.locks or not self._has_states:
+                self.policy.add(parent.kv)
+                return
+            leaf = parent
+
+    def _fade(self, leaf: RadixNode) -> RadixNode:
+        """Turn a leaf into a ghost, free its rows, pass its recency up, and return the parent."""
+        kv, parent = leaf.kv, leaf.parent
+        assert kv is not None and parent is not None
+        if self._listener is not None:
+            self._listener.kv_removed(leaf)
+        rows = kv.indices
+        num_rows = len(rows)
+        self._pages.release(rows)
+        self.cached_tokens = cached_tokens = self.cached_tokens - num_rows
+        self.stats.evicted_tokens += num_rows
+        above, living = parent.kv, None
+        if above is not None:
+            above.uses += kv.uses
+            if kv.last_used > above.last_used:
+                above.last_used = kv.last_used
+            if rows.base is not None:
+                living = compact_rows(parent, rows)
+        if self._owners is not None:
+            self._owners.shrink(rows, living)
+        gathered = self._gathered
+        if kv in gathered.rows:
+            gathered.discard(kv)
+        if gathered.num_rows > cached_tokens:
+            gathered.trim(cached_tokens)
+        leaf.kv = None
+        kv.indices = EMPTY  # a policy's queue may hold the segment for a while yet
+        self._tree.fade(leaf)
+        self.ghosts.add(leaf, rows)
+        return parent
+
+    # --- Publishing -------------------------------------------------------------------------------
+
+    def insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]] = (),
+        namespace: Hashable = None,
+        owned_from: int = 0,
+        labels: Sequence[str] = (),
+        after: NodeHandle | None = None,
+    ) -> InsertResult:
+        """Publish ``tokens`` with their KV rows, int32[n] each, and checkpoints [(position, slot),
+        ...].
+
+        The rows ``kv_indices[:owned_from]`` belong to the tree, under a lock of the caller; the
+        caller holds the others. Ownership of the held rows passes to the cache, except for
+        ``duplicates`` and rows past ``inserted_len``. Ownership of the slots passes to the cache,
+        except for ``rejected_slots``. ``labels`` are the placement labels of the checkpoints: one
+        each, or none at all. ``after`` is a locked node with the path ``tokens[:owned_from]``
+        (``match.node``, later ``result.node``). The walk then starts there and takes O(n -
+        owned_from) instead of O(n). A new checkpoint or fork adds the nodes up to the nearest
+        checkpoint above.
+
+        Three facts are not checked, because it would cost a pass over the rows: that the caller
+        holds the rows and slots, that the tree owns those below ``owned_from``, and that ``after``
+        belongs to these tokens and this namespace. ``check`` finds rows and slots with two owners.
+
+        Raises:
+            ValueError: arrays are not int32[n], the tree has fewer tokens than ``owned_from``,
+                ``after`` is evicted or not locked, or checkpoints, labels or the namespace are
+                malformed. Nothing is changed.
+        """
+        base = after if after is None or isinstance(after, RadixNode) else _node_of(after)
+        self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, base)
+        rejected: tuple[int, ...] = ()
+        if not self._has_states or not self._keeps:
+            rejected, checkpoints = tuple(slot for _, slot in checkpoints), ()
+            if not self._keeps:
+                return InsertResult(0, EMPTY, rejected, None)
+        tree = self._tree
+        num_tokens = len(tokens) - len(tokens) % self.page_size
+        while base is not None and base.end > owned_from:
+            base = base.parent
+        node = base if base is not None else tree.root(namespace)
+        inside, kv_match_len = None, node.end
+        if node.children is not None:
+            node, inside, kv_match_len = tree.walk(node, tokens[kv_match_len:num_tokens])
+        if owned_from > kv_match_len:
+            tree.prune_root(namespace)
+            raise ValueError(
+                f"owned_from is {owned_from}, but the cache holds only {kv_match_len} of these "
+                "tokens: keep a lock on rows that the cache owns"
+            )
+        if inside is not None and kv_match_len > node.end:
+            node = self._split(inside, kv_match_len)
+        leaf, kv = node, node.kv
+        if kv_match_len < num_tokens:
+            self._expect_child(node)
+            rows = kv_indices[kv_match_len:num_tokens]
+            leaf = self._append(node, tokens[kv_match_len:num_tokens], rows, checkpoints)
+        elif kv is not None:
+            kv.last_used = self.now
+            if not node.children and kv not in self._withheld:
+                self.policy.touch(kv)
+        if checkpoints:
+            rejected = self._place(leaf, checkpoints, labels, kv_match_len)
+        if kv_match_len < num_tokens and leaf.children is None and leaf.kv is not None:
+            self.policy.add(leaf.kv)
+        duplicates = kv_indices[owned_from:kv_match_len] if kv_match_len > owned_from else EMPTY
+        if leaf.parent is None:
+            tree.prune_root(namespace)
+            return InsertResult(0, duplicates, rejected, None)
+        return InsertResult(num_tokens, duplicates, rejected, leaf)
+
+    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
+        """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
+        ``node``.
+
+        Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
+        forks below it, because then it serves other conversations too. O(nodes between).
+        """
+        last = None if node is None else _node_of(node)
+        while last is not None and not isinstance(last.children, dict):
+            tip = last.checkpoint
+            if tip is not None:
+                label = f"{base_label(tip.label)}/{stop_reason}"
+                if label != tip.label:
+                    tip.label = label
+                    self.policy.on_relabelled(tip)
+                return
+            last = last.parent
+
+    def announce_checkpoint(self, node: NodeHandle | None) -> Checkpoint | None:
+        """Mark the checkpoint at or above ``node`` as superseded, because a request that goes on
+        from ``node`` has taken, or is about to take, the slot of a deeper one.
+
+        So the old checkpoint can be evicted in favour of the new one, while the request still runs.
+        Returns the marked checkpoint, for ``withdraw_announcement``, or None if there is none, or
+        if other tokens are cached below ``node``. O(nodes between).
+        """
+        last = None if node is None else _node_of(node)
+        if last is None or last.children or last.parent is None:
+            return None
+        before = last_at(last)
+        if not isinstance(before, Checkpoint):
+            return None
+        before.num_successors += 1
+        self._set_superseded(before, True)
+        return before
+
+    def withdraw_announcement(self, announced: Item) -> None:
+        """Undo one ``announce_checkpoint``, when the deeper checkpoint was inserted or dropped.
+
+        The checkpoint may have been evicted. O(1).
+
+        Raises:
+            ValueError: ``announced`` is not an open announcement.
+        """
+        if not isinstance(announced, Checkpoint) or not announced.num_successors:
+            raise ValueError(f"expected an open announcement of a checkpoint (got {announced!r})")
+        announced.num_successors -= 1
+        if announced.node.checkpoint is announced and not announced.num_successors:
+            self._set_superseded(announced, announced.deeper is not None)
+
+    def install(
+        self, tree: RadixTree, ghosts: Iterable[RadixNode], *, now: int, num_items: int
+    ) -> None:
+        """Remember the nodes of ``tree``, all ghosts, as an earlier cache left them.
+
+        For readers of files that describe a cache. ``ghosts`` are listed the oldest first; call
+        ``ghosts.trim()`` once all of them have been read. ``now`` and ``num_items`` are added to
+        the clock of this cache. O(tree).
+
+        Raises:
+            ValueError: the cache is not empty. Nothing is changed.
+        """
+        if self.num_nodes:
+            raise ValueError("only an empty cache can be filled; reset() it first")
+        self._tree.roots.update(tree.roots)
+        self._tree.num_nodes = tree.num_nodes
+        self.num_items += num_items
+        self.now += now
+        for node in ghosts:
+            self.ghosts.add(node, EMPTY)
+
+    def _refuse_bad_insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]],
+        owned_from: int,
+        labels: Sequence[str],
+        after: RadixNode | None,
+    ) -> None:
+        """Raise ValueError for arguments that are wrong regardless of the tree. O(checkpoints)."""
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
+            require_int32(kv_indices, "KV indices")
+        num_tokens, num_slots = len(tokens), self._slots.capacity
+        if len(kv_indices) != num_tokens:
+            raise ValueError(
+                f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
+                "tokens)"
+            )
+        if labels and len(labels) != len(checkpoints):
+            raise ValueError(
+                f"labels must be empty or have one per checkpoint (got {len(labels)} for "
+                f"{len(checkpoints)} checkpoints)"
+            )
+        for position, slot in checkpoints:
+            if not (type(slot) is type(position) is int and 0 <= slot < num_slots):
+                raise ValueError(
+                    f"a checkpoint must be (position: int, slot: int) with 0 <= slot < {num_slots} "
+                    f"(got ({position!r}, {slot!r}))"
+                )
+        if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
+            raise ValueError("two checkpoints have the same slot: give each a separate one")
+        num_tokens -= num_tokens % self.page_size
+        if not 0 <= owned_from <= num_tokens:
+            raise ValueError(
+                f"owned_from must be from 0 to {num_tokens}, the whole pages given (got "
+                f"{owned_from})"
+            )
+        if after is not None and not after.locks:
+            raise ValueError("after is not locked: keep its lock until insert returns")
+
+    def _append(
+        self,
+        node: RadixNode,
+        tokens: Tokens,
+        rows: Indices,
+        checkpoints: Sequence[tuple[int, int]],
+    ) -> RadixNode:
+        """Make ``tokens`` resident below ``node`` with copies of ``rows``, and return the new leaf.
+
+        Ghosts on the path are revived first, then nodes are added. A new node ends at each planned
+        checkpoint, so that none is split at once: separate nodes share no buffer.
+        """
+        first, tree = node.end, self._tree
+        if node.ghosts is not None:
+            ghost, inside, length = tree.walk(node, tokens, ghosts=True)
+            path = []
+            while ghost is not node:
+                path.append(ghost)
+                assert ghost.parent is not None
+                ghost = ghost.parent
+            for ghost in reversed(path):
+                self.ghosts.discard(ghost)
+                tree.revive(ghost)
+                self._store_rows(ghost, rows[node.end - first : ghost.end - first].copy())
+                node = ghost
+            if inside is not None and length > node.end:
+                upper = tree.split(inside, length)
+                self.ghosts.split(upper, inside)
+                tree.revive(upper)
+                self._store_rows(upper, rows[node.end - first : length - first].copy())
+                node = upper
+        start, num_tokens = node.end - first, len(tokens)
+        if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
+            for end in sorted(at - first for at, _ in checkpoints if at % self._step == 0):
+                if start < end < num_tokens:
+                    node = tree.grow(node, tokens[start:end])
+                    self._store_rows(node, rows[start:end].copy())
+                    start = end
+        if start < num_tokens:
+            if start:
+                tokens, rows = tokens[start:], rows[start:]
+            node = tree.grow(node, tokens)
+            self._store_rows(node, rows.copy())
+        return node
+
+    def _store_rows(self, node: RadixNode, rows: Indices) -> None:
+        """Make ``node`` resident with ``rows``; the cache takes over the array.
+
+        Callers must add the KV to the policy afterwards if the node is still a leaf.
+        """
+        serial, num_tokens = self.num_items, len(rows)
+        self.num_items = serial + 1
+        node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
+        if self._owners is not None:
+            self._owners.new[id(rows)] = rows
+        self.cached_tokens += num_tokens
+        self.stats.inserted_tokens += num_tokens
+        if self._listener is not None:
+            self._listener.kv_stored(node)
+
+    def _place(
+        self,
+        leaf: RadixNode,
+        checkpoints: Sequence[tuple[int, int]],
+        labels: Sequence[str],
+        offered_to: int,
+    ) -> tuple[int, ...]:
+        """Store checkpoints on the path to ``leaf``, splitting where needed; return the slots not
+        taken.
+
+        The policy already holds nodes that end at or before ``offered_to``. O(path).
+        """
+        rejected: list[int] = []
+        node, end, step = leaf, leaf.end, self._step
+        before: Link | None = None
+        order: Sequence[int] = (0,)
+        if len(checkpoints) > 1:
+            order = sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True)
+        for index in order:
+            position, slot = checkpoints[index]
+            if position % step or not 0 < position <= end:
+                rejected.append(slot)
+                continue
+            while (above := node.parent) is not None and above.end >= position:
+                node = above
+            if node.end > position:
+                node = self._split(node, position)
+            if node.checkpoint is not None:
+                rejected.append(slot)
+                continue
+            label = labels[index] if labels else ""
+            before = self._store_checkpoint(node, slot, label, position <= offered_to, before)
+        return tuple(rejected)
+
+    def _store_checkpoint(
+        self,
+        node: RadixNode,
+        slot: int,
+        label: str,
+        offered: bool,
+        before: Link | None = None,
+        uses: int = 0,
+    ) -> Link:
+        """Store ``slot`` as the checkpoint of ``node``, with ``uses`` earlier uses.
+
+        ``offered`` is True if the policy holds the KV of ``node`` as a candidate. Returns the
+        predecessor in its run. Pass it as ``before`` for the next checkpoint above, so that many
+        checkpoints of one insertion do not each search for their place. O(1) with ``before``, else
+        O(nodes up to the predecessor).
+        """
+        serial = self.num_items
+        self.num_items = serial + 1
+        checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
+        checkpoint.uses = uses
+        self.num_checkpoints += 1
+        self.stats.inserted_slots += 1
+        revives = node.kv if offered and not node.children else None
+        if revives is not None:
+            self._withdraw(revives)
+        if before is None or not is_last_above(before, node):
+            before = last_above(node)
+        below = before.deeper
+        if below is not None:
+            checkpoint.superseded = True
+            link(checkpoint, below)
+        before.deeper = checkpoint
+        checkpoint.shallower = before
+        if type(before) is Checkpoint and below is None:
+            self._set_superseded(before, True)
+        node.checkpoint = checkpoint
+        if node.locks:
+            self._locked_slots += 1
+        node.lost_checkpoint = None
+        self.policy.add(checkpoint)
+        if revives is not None:
+            self.policy.add(revives)
+        if self._listener is not None:
+            self._listener.checkpoint_stored(node)
+        return before
+
+    def _expect_child(self, parent: RadixNode) -> None:
+        """Prepare ``parent`` for a new resident child: it stops being a leaf, or its path forks."""
+        family = parent.children
+        if isinstance(family, dict) or parent.parent is None:
+            return
+        if family is not None:
+            before = last_at(parent)
+            below = before.deeper
+            if below is not None:
+                before.deeper = None
+                link(family, below)
+                if isinstance(before, Checkpoint):
+                    self._set_superseded(before, before.num_successors > 0)
+        elif parent.kv is not None:
+            self._withdraw(parent.kv)
+
+    def _split(self, lower: RadixNode, position: int) -> RadixNode:
+        """Split a resident node with its KV rows, which become two views of one array. O(page)."""
+        upper, kv = self._tree.split(lower, position), lower.kv
+        assert kv is not None
+        if lower.deeper is not None:
+            link(upper, lower.deeper)
+            lower.deeper = None
+        if lower.pins:
+            upper.pins = 1
+        cut = position - upper.start
+        upper.kv = Segment(upper, kv.indices[:cut], kv.created, self.num_items, self.item_bytes)
+        self.num_items += 1
+        kv.indices = kv.indices[cut:]
+        if self._listener is not None:
+            self._listener.kv_split(upper, lower)
+        return upper
+
+    def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
+        if checkpoint.superseded == superseded:
+            return
+        if checkpoint in self._withheld:
+            checkpoint.superseded = superseded
+            return
+        self.policy.discard(checkpoint, evicted=False)
+        checkpoint.superseded = superseded
+        self.policy.add(checkpoint)
+
+    def _withdraw(self, item: Checkpoint | Segment) -> None:
+        """Remove ``item`` from the candidates."""
+        if item in self._withheld:
+            self._withheld.discard(item)
+        else:
+            self.policy.discard(item, evicted=False)
+
+    # --- Listeners --------------------------------------------------------------------------------
+
+    def subscribe(self, listener: Listener) -> None:
+        """Notify ``listener`` of everything that is cached, and of every later change. O(tree).
+
+        Raises:
+            ValueError: it is already subscribed.
+        """
+        members = members_of(self._listener)
+        if listener in members:
+            raise ValueError("this listener is subscribed already: unsubscribe it first")
+        introduce(listener, self._tree.nodes())
+        self._listener = joined((*members, listener))
+
+    def unsubscribe(self, listener: Listener) -> None:
+        """Stop notifying ``listener``. O(listeners).
+
+        Raises:
+            ValueError: it is not subscribed.
+        """
+        members = members_of(self._listener)
+        if listener not in members:
+            raise ValueError("this listener is not subscribed")
+        self._listener = joined(tuple(one for one in members if one is not listener))
+
+    # --- Invariants -------------------------------------------------------------------------------
+
+    def candidates(self) -> Iterator[Item]:
+        """Iterate over the items that the policy must hold, found from scratch. O(tree)."""
+        for node in self._tree.nodes():
+            if node.checkpoint is not None and node.checkpoint not in self._withheld:
+                yield node.checkpoint
+            if node.kv is not None and not node.children and node.kv not in self._withheld:
+                yield node.kv
+
+    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
+        """Recompute every invariant from scratch. O(tree + pools).
+
+        With ``held_*`` this includes ``free + cached + held == total``.
+
+        Raises:
+            AssertionError: an invariant fails; the message names the first.
+        """
+        check_tree(self._tree, self.ghosts)
+        resident = [node for node in self._tree.nodes() if node.kv is not None]
+        checkpoints = [node.checkpoint for node in resident if node.checkpoint is not None]
+        self._check_rows(resident)
+        self._check_slots(checkpoints)
+        for checkpoint in checkpoints:
+            assert checkpoint.position % self._step == 0, f"{checkpoint} is off the grid"
+            expected = checkpoint.num_successors > 0 or is_superseded(checkpoint)
+            assert checkpoint.superseded == expected, f"{checkpoint} superseded: {not expected}"
+        self._check_locks()
+        self._check_candidates()
+        self.steps.check()
+        serials = [item.serial for node in resident for item in (node.kv, node.checkpoint) if item]
+        assert len(set(serials)) == len(serials), "two items share a serial"
+        assert all(serial < self.num_items for serial in serials), "a serial from the future"
+        assert self._keeps or not resident, "a cache that keeps nothing has entries"
+        if held_tokens is not None:
+            held = self._pages.num_taken - self.cached_tokens
+            assert held == held_tokens, f"{held} KV rows held, the caller has {held_tokens}"
+        if held_slots is not None:
+            held = self._slots.num_taken - self.num_checkpoints
+            assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
+
+    def _check_locks(self) -> None:
+        num_tokens = num_slots = 0
+        for node in self._tree.nodes():
+            pins = (node.locks > 0) + sum(child.pins > 0 for child in members(node.children))
+            assert node.pins == pins, f"{node} has {node.pins} pins, not {pins}"
+            num_tokens += (node.end - node.start) * (pins > 0)
+            num_slots += node.locks > 0 and node.checkpoint is not None
+        assert num_tokens == self._locked_tokens, f"{num_tokens} tokens are locked, counted others"
+        assert num_slots == self._locked_slots, f"{num_slots} checkpoints are locked"
+
+    def _check_candidates(self) -> None:
+        for item in self._withheld:
+            assert item.node.locks, f"{item} is withheld but not locked"
+            assert item in (item.node.kv, item.node.checkpoint), f"{item} is withheld but gone"
+        listed = self.policy.candidates()
+        if listed is None:
+            return
+        held, due = list(listed), set(self.candidates())
+        assert len(set(held)) == len(held), "the policy holds an item twice"
+        for missing in due.difference(held):
+            raise AssertionError(f"the policy lacks {missing}")
+        for extra in set(held) - due:
+            raise AssertionError(f"the policy holds {extra}, which must not be a candidate")
+
+    def _check_rows(self, resident: list[RadixNode]) -> None:
+        pages = self._pages
+        pages.check()
+        parts = [node.kv.indices for node in resident if node.kv is not None]
+        cached = np.concatenate([EMPTY, *parts])
+        assert len(cached) == self.cached_tokens, (
+            f"{len(cached)} rows cached, counted {self.cached_tokens}"
+        )
+        assert len(cached) == 0 or (cached.min() >= 0 and cached.max() < pages.capacity), (
+            "a cached row is out of range"
+        )
+        both = np.concatenate([cached, pages.free_rows()])
+        assert are_distinct(both), "a KV row is cached twice, or cached and free"
+        self._gathered.check(self.cached_tokens)
+        for segment, rows in self._gathered.rows.items():
+            assert np.array_equal(rows, _path_rows(segment.node)), (
+                f"gather of {segment} is not its path"
+            )
+        if self._owners is not None and self.arena is not None:
+            self._owners.check(parts)
+            self.arena.check_taken(cached)
+            assert self._owners in self.arena.holders, "the tree is not notified of moves"
+        if pages.budget is not None:
+            taken = pages.num_taken * pages.unit_bytes
+            taken += self._slots.num_taken * self._slots.unit_bytes
+            free = pages.budget.total_bytes - taken
+            assert free == pages.budget.free_bytes, (
+                f"{free} bytes free, counted {pages.budget.free_bytes}"
+            )
+            assert free >= 0, "over the byte budget"
+
+    def _check_slots(self, checkpoints: list[Checkpoint]) -> None:
+        slots = self._slots
+        slots.check()
+        cached = [checkpoint.slot for checkpoint in checkpoints]
+        assert len(cached) == self.num_checkpoints, (
+            f"{len(cached)} checkpoints, counted {self.num_checkpoints}"
+        )
+        assert all(0 <= slot < slots.capacity for slot in cached), "a cached slot is out of range"
+        both = cached + slots.free_slots()
+        assert len(set(both)) == len(both), "a slot is cached twice, or cached and free"
+
+
+def _node_of(node: NodeHandle) -> RadixNode:
+    """Return the tree's node in which ``node`` ends. Raises ValueError for another object."""
+    if isinstance(node, RadixNode):
+        return node
+    if not isinstance(node, PathPart):
+        kind = type(node).__name__
+        raise ValueError(f"expected a node that this cache returned, got {kind}")
+    return node.last()
+
+
+def _path_rows(node: RadixNode) -> Indices:
+    parts = [EMPTY]
+    while node.kv is not None and node.parent is not None:
+        parts.append(node.kv.indices)
+        node = node.parent
+    return np.concatenate(parts[::-1])
