@@ -19,6 +19,21 @@ def pipeline_stages(wanted: int) -> int:
     return wanted if has_roomy_memory() else 2
 
 
+def fitting_stages(wanted: int, stage_bytes: int, other_bytes: int) -> int:
+    """Return the largest number of stages up to ``wanted`` that fits the shared memory, at least 1.
+
+    ``stage_bytes``: loads of one iteration of the pipelined loop; ``other_bytes``: operands that
+    are stored besides. Hopper's products read their operands while the next ones arrive, so they
+    take one more buffer. Does not change results.
+    """
+    if knobs.runtime.interpret:
+        return 1
+    device = driver.active.get_current_device()
+    buffers = 0 if _architecture(device) == 90 else 1
+    fitting = (_shared_bytes(device) - other_bytes) // stage_bytes + buffers
+    return max(1, min(wanted, fitting))
+
+
 def has_roomy_memory() -> bool:
     """Return True if programs on this device have at least ``ROOMY_BYTES`` of shared memory."""
     return (
@@ -35,13 +50,14 @@ def max_recurrence_warps() -> int:
     """
     if knobs.runtime.interpret:
         return 4
-    return 2 if _is_blackwell(driver.active.get_current_device()) else 4
+    return 2 if _architecture(driver.active.get_current_device()) >= 100 else 4
 
 
 @cache
-def _is_blackwell(device: int) -> bool:
-    target = driver.active.get_current_target()
-    return isinstance(target.arch, int) and target.arch >= 100  # other backends use a name
+def _architecture(device: int) -> int:
+    """Return the compute capability times 10, or 0 if the device is not NVIDIA's."""
+    arch = driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else 0  # other backends use a name
 
 
 @cache

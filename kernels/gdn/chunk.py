@@ -30,7 +30,7 @@ import triton.language as tl
 
 from kernels.packed import Exports, Packed
 from kernels.strides import row_stride, rows_contiguous
-from kernels.target import has_roomy_memory, max_recurrence_warps
+from kernels.target import fitting_stages, has_roomy_memory, max_recurrence_warps
 from kernels.tuning import tuned
 
 
@@ -250,8 +250,8 @@ def chunk_gdn(
       slot of a sequence without tokens is not changed.
     - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
-    Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256 (128 on AMD, because of its
-    shared memory), any V. Formula and source: `kernels.gdn.reference`.
+    Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256, any V.
+    Formula and source: `kernels.gdn.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
     strides = (*(x.stride(0) for x in (query, key, value)), row_stride("a state", states))
@@ -275,7 +275,7 @@ def chunk_gdn(
     }
     solving |= tuned("gdn.solve_kernel", value.dtype, key_dim)
     solving["HEADS"] = math.gcd(solving["HEADS"], num_value_heads // num_heads)
-    scanning = scan_config(value.dtype, key_dim, value_dim)
+    scanning = scan_config(value.dtype, key_dim, value_dim, tile_size)
     solve_kernel[num_tiles, num_value_heads // solving["HEADS"]](
         query,
         key,
@@ -319,7 +319,9 @@ def chunk_gdn(
     return out
 
 
-def scan_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, int]:
+def scan_config(
+    dtype: torch.dtype, key_dim: int, value_dim: int, tile_size: int = 64
+) -> dict[str, int]:
     """Return the tile of V and the launch parameters, by the layer's shape and the device."""
     exact = dtype == torch.float32
     config = {
@@ -328,4 +330,16 @@ def scan_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, i
         "num_stages": 1 if exact else 2,
     }
     config |= tuned("gdn.scan_kernel", dtype, key_dim, value_dim)
-    return config | {"num_warps": min(config["num_warps"], max_recurrence_warps())}
+    block_k = max(16, triton.next_power_of_2(key_dim))
+    # Query and key, two matrices, and the values; besides, the state as an operand.
+    numbers = tile_size * (2 * block_k + 2 * tile_size + config["BV"])
+    vectors = 4 * 4 * tile_size
+    stages = fitting_stages(
+        config["num_stages"],
+        dtype.itemsize * numbers + vectors,
+        dtype.itemsize * block_k * config["BV"],
+    )
+    return config | {
+        "num_warps": min(config["num_warps"], max_recurrence_warps()),
+        "num_stages": stages,
+    }

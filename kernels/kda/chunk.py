@@ -32,7 +32,7 @@ import triton.language as tl
 from kernels.gdn.chunk import invert_unit_lower
 from kernels.packed import Exports, Packed
 from kernels.strides import row_stride, rows_contiguous
-from kernels.target import has_roomy_memory, max_recurrence_warps
+from kernels.target import fitting_stages, max_recurrence_warps
 
 
 @triton.jit
@@ -237,8 +237,8 @@ def chunk_kda(
     - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
     Returns ``[T, H, V]`` in value's dtype. Two launches. They pass two R x R matrices and three
-    R x K matrices per tile of R tokens and head. K up to 256 (128 on AMD, because of its shared
-    memory), any V. Formula and source: `kernels.kda.reference`.
+    R x K matrices per tile of R tokens and head. K up to 256, any V.
+    Formula and source: `kernels.kda.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
     num_heads, key_dim = key.shape[1:]
@@ -274,6 +274,11 @@ def chunk_kda(
         num_stages=1,
     )
     block_v = max(16, min(16 if exact else 32, triton.next_power_of_2(value_dim)))
+    # Three factors, two matrices, and the values; besides, the state as an operand.
+    numbers = tile_size * (3 * block_k + 2 * tile_size + block_v)
+    stages = fitting_stages(
+        1 if exact else 2, value.element_size() * numbers, value.element_size() * block_k * block_v
+    )
     scan_kernel[triton.cdiv(value_dim, block_v), num_heads, len(packed.lengths)](
         value,
         matrices,
@@ -294,6 +299,6 @@ def chunk_kda(
         BK=block_k,
         BV=block_v,
         num_warps=min(4, max_recurrence_warps()),
-        num_stages=2 if has_roomy_memory() and not exact else 1,
+        num_stages=stages,
     )
     return out

@@ -33,6 +33,7 @@ TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_89": ("cuda", 89, 32),
     "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
 """Triton's (backend, architecture, warp size) by target name."""
@@ -40,6 +41,7 @@ SHARED_BYTES = {
     "sm_80": 163 * 1024,
     "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
 }
 """Shared memory available to one program, by target."""

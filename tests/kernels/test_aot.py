@@ -124,8 +124,10 @@ def test_kernels_compile_and_fit_their_targets(launches: Path, triton: Path | No
     assert_products_keep_their_registers(records)
     assert {record["target"] for record in records} == set(aot.TARGETS)
     assert [r for r in records if r["shared_bytes"] > aot.SHARED_BYTES[r["target"]]] == []
-    # float32 products have no tensor cores, and sm_80 and sm_89 are not tuned for speed.
-    slow = ("sm_80", "sm_89")
+    if launches.stem == "sizes":
+        return
+    # float32 products have no tensor cores, and these targets are not tuned for speed.
+    slow = ("sm_80", "sm_89", "sm_100")
     fast = [r for r in records if "float32" not in r["launch"] and r["target"] not in slow]
     assert [r for r in fast if r["spilled_bytes"] > ALLOWED_SPILL_BYTES.get(r["launch"], 0)] == []
     hopper = [r for r in fast if r["target"] == "sm_90"]

@@ -158,17 +158,39 @@ def test_tables_are_stored_by_device(tmp_path) -> None:
 )
 def test_number_of_warps_of_a_recurrence_is_limited(backend, arch, expected, monkeypatch) -> None:
     """More warps than the limit would race, and tuning might not notice the race."""
-    active = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch),
-    )
-    monkeypatch.setattr(target, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(target, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
-    target._is_blackwell.cache_clear()
+    use_target(monkeypatch, backend, arch, 227)
     key = (torch.bfloat16, 128, 128)
     for num_warps in (2, 4, 8):
         with tuning.using({("gdn.scan_kernel", key): {"num_warps": num_warps}}):
             assert scan_config(*key)["num_warps"] == min(num_warps, expected)
     for shape in (key, (torch.float32, 128, 128), (torch.bfloat16, 256, 64)):
         assert scan_config(*shape)["num_warps"] <= expected
-    target._is_blackwell.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "kib", "stages"),
+    [
+        ("cuda", 80, 163, {128: 2, 256: 2}),
+        ("cuda", 89, 99, {128: 2, 256: 1}),
+        ("cuda", 90, 227, {128: 2, 256: 2}),
+        ("cuda", 100, 227, {128: 2, 256: 2}),
+        ("hip", "gfx942", 64, {128: 2, 256: 1}),
+    ],
+)
+def test_stages_of_a_scan_fit_the_shared_memory(backend, arch, kib, stages, monkeypatch) -> None:
+    use_target(monkeypatch, backend, arch, kib)
+    for width, expected in stages.items():
+        assert scan_config(torch.bfloat16, width, 128)["num_stages"] == expected
+    assert scan_config(torch.float32, 128, 128)["num_stages"] == 1
+
+
+def use_target(monkeypatch, backend: str, arch: int | str, kib: int) -> None:
+    """Let `kernels.target` report a device with ``kib`` KiB of shared memory."""
+    active = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch),
+    )
+    monkeypatch.setattr(target, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(target, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    monkeypatch.setattr(target, "_shared_bytes", lambda device: kib * 1024)
+    monkeypatch.setattr(target, "_architecture", target._architecture.__wrapped__)
