@@ -57,7 +57,7 @@ test-all: install  ## run every test with long profiles, attack, soak, browser a
 test-changed: install  ## run the tests that the changes since main can affect, by imports
 	$(TESTING) $(BIN)/python -m tests.run changed
 
-test-environments: install  ## run the suite in background shells, without a terminal, under load, as another user ...
+test-environments: install  ## run the suite without a compiler, in background shells, without a terminal, under load ...
 	$(TESTING) $(BIN)/python -m tests.run environments
 
 lint: install  ## check style, format, types, and installed packages for known vulnerabilities

@@ -289,9 +289,35 @@ def python_part(version: str, command: Sequence[str | Path]) -> Part:
     return Part(name, _sh(f'test -e {home}/.made || {{ {make}; }} && exec "$@"', own))
 
 
+NUMERICS = (Path("tests/kernels"), Path("tests/engine/numerics"))
+COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?")
+INSTRUCTIONS = ("AVX512_CORE", "AVX2")
+"""Limits of oneDNN's instructions that are tested: each selects other kernels."""
+
+
+def link_programs(folder: Path) -> None:
+    """Link all programs of the PATH except compilers into ``folder``."""
+    for directory in os.get_exec_path():
+        for program in sorted(Path(directory).glob("*")):
+            link = folder / program.name
+            if not COMPILER.fullmatch(program.name) and not link.exists():
+                link.unlink(missing_ok=True)
+                link.symlink_to(program)
+
+
 def environments(tests: Sequence[Path]) -> Iterator[Part]:
-    """Yield the suite in each environment. An environment exists until the next iteration."""
-    command = [*PYTEST, "-p", "no:cacheprovider", *tests]
+    """Yield the suite in each environment. An environment exists until the next iteration.
+
+    ``tests`` are files or folders, or none for the tests that an environment may affect.
+    """
+    command = [*PYTEST, "-p", "no:cacheprovider", *(tests or touchy_tests())]
+    numerics = [*PYTEST, "-p", "no:cacheprovider", *(tests or NUMERICS)]
+    with tempfile.TemporaryDirectory() as folder:
+        link_programs(Path(folder))
+        yield Part("no compiler", numerics, {"PATH": folder})
+        for limit in INSTRUCTIONS:
+            env = {"PATH": folder, "ONEDNN_MAX_CPU_ISA": limit}
+            yield Part(f"no compiler, {limit}", numerics, env)
     home = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "TRITON_HOME": "/proc"}
     yield Part("SIGINT ignored", _sh("trap '' INT; exec \"$@\" < /dev/null", command))
     yield Part("nohup", ["nohup", *command], missing=_needs("nohup"))
@@ -352,13 +378,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="files or folders (default: tests that start processes, use sockets or write files)",
+        help="files or folders (default: tests that start processes, use sockets or write files; "
+        "for processors and compilers, those of kernels and numbers)",
     )
     options = parser.parse_args(arguments)
     runs: dict[str, Callable[[], int]] = {
         "all": lambda: run_all(options.parts),
         "changed": lambda: run_changed(options.base),
-        "environments": lambda: run_environments(options.names, options.tests or touchy_tests()),
+        "environments": lambda: run_environments(options.names, options.tests or ()),
     }
     return runs[options.way]()
 
