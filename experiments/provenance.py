@@ -19,8 +19,10 @@ from typing import Any
 from hybridcache.command.extras import CACHE_DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "experiments" / "results"
-FIGURES = ROOT / "experiments" / "figures"
+OUTPUT = Path(os.environ.get("HYBRIDCACHE_RESULTS", ROOT / "experiments"))
+"""Folder of results and figures. ``reproduce --compare`` sets another one."""
+RESULTS = OUTPUT / "results"
+FIGURES = OUTPUT / "figures"
 GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results.md")
 """Git pathspecs that exclude files written by commands, because they are not code."""
 CODE = (".py", ".cpp", ".h", ".jinja", ".json", ".toml")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import hybridcache
-from experiments import provenance, reproduce
+from experiments import page, provenance, reproduce
 from experiments.studies import common
 from hybridcache.scheduling.planner import StepPlanner
 
@@ -72,7 +72,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     monkeypatch.setattr(provenance, "RESULTS", made.results)
     monkeypatch.setattr(provenance, "FIGURES", made.root / "experiments" / "figures")
     monkeypatch.setattr(reproduce, "ROOT", made.root)
-    monkeypatch.setattr(reproduce, "TEMPLATE", made.template)
+    monkeypatch.setattr(page, "TEMPLATE", made.template)
     monkeypatch.setattr(reproduce, "PAGE", made.root / "docs" / "results.md")
     return made
 
@@ -158,7 +158,7 @@ def test_failed_part_does_not_stop_the_others_and_is_not_recorded(
     silent = tree.part(name="silent", outputs=("results/never.jsonl",))
     (tree.results / "old.jsonl").write_text("{}\n")
     old = tree.part(name="old", outputs=("results/old.jsonl",))
-    assert reproduce.run([fails, absent, silent, old, tree.part()]) == 1
+    assert reproduce.run([fails, absent, tree.part(), silent, old]) == 1
     assert "old" not in json.loads((tree.results / "reproduce.json").read_text())
     printed = capsys.readouterr()
     assert "fails failed: exit code 1" in printed.err
@@ -197,6 +197,7 @@ NO_PART = {
     "results/kernel_code.jsonl",  # kernels/README.md
     "figures/page_dark.png",  # a screenshot
     "figures/page_light.png",
+    *(f"figures/results_{name.replace(' ', '_')}.svg" for name in page.SECTIONS),
 }
 """Published files that no part writes."""
 
@@ -223,7 +224,50 @@ def test_parts_exist_and_take_at_most_six_hours() -> None:
 
 def test_results_page_is_up_to_date() -> None:
     """Update it by ``python -m experiments.reproduce --page``."""
-    assert reproduce.PAGE.read_text(encoding="utf-8") == reproduce.page()
+    text, figures = page.page(page.TEMPLATE, reproduce.parts_table)
+    assert reproduce.PAGE.read_text(encoding="utf-8") == text
+    assert all(path.is_file() for path in figures)
+
+
+def test_figures_follow_the_colours_of_the_page_and_count_near_rows() -> None:
+    rows = [[name, f"{hits} [{hits - 1}, {hits + 2}]"] for name, hits in RANKED.items()]
+    dots = page.Dots({"hits": 1}, "%", near="lru")
+    drawn = dots.rows((["policy", "hits"], rows))
+    assert [(name, written) for name, _, written in drawn] == [
+        ("best", "70.0 ± 2.0"), ("lru and 2 more", "50.0 ± 2.0"), ("worst", "9.0 ± 2.0"),
+    ]  # fmt: skip
+    text = page.svg(dots.draw((["policy", "hits"], rows)))
+    assert "prefers-color-scheme: dark" in text
+    for light, dark in page.LIGHT_AND_DARK.items():
+        assert f"fill:{dark} !important" in text and light != dark
+
+
+RANKED = {"best": 70.0, "sieve": 50.9, "lru": 50.0, "arc": 49.1, "worst": 9.0}
+
+
+def test_finished_part_says_so_and_can_be_compared(
+    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A comparison leaves the results as they are."""
+    part = tree.part(command="experiments.tiny_part")
+    for line in (
+        "import os",
+        "sys.argv.append(os.environ['HYBRIDCACHE_RESULTS'] + '/" + OUTPUT + "')",
+    ):
+        file = tree.root / "experiments" / "tiny_part.py"
+        file.write_text(file.read_text().replace("from pathlib", f"{line}\nfrom pathlib", 1))
+    tree.commit()
+    results, folder = tree.results / "bench_simulate_default.jsonl", tmp_path / "out"
+    (folder / "results").mkdir(parents=True)
+    results.write_text('{"provenance": {}}\n{"trace": "chat", "gib": 5}\n')
+    assert reproduce.compare([part], folder) == 1
+    assert f"{OUTPUT}, record 1, gib: 5, now 6" in capsys.readouterr().out
+    assert '"gib": 5' in results.read_text()
+    results.write_text((folder / OUTPUT).read_text())
+    assert reproduce.compare([part], folder) == 0
+    reproduce.write_record(part, part.code, 1.0)
+    assert reproduce.run([part]) == 0
+    assert "tiny: finished, " in capsys.readouterr().out
 
 
 def test_missing_published_traces_are_named(

@@ -14,7 +14,7 @@ import pytest
 
 from engine import Engine, EngineConfig
 from engine.text.tokenizer import ByteTokenizer
-from experiments import provenance, reproduce
+from experiments import page, provenance
 from experiments.benchmarks import measure_prefill
 from experiments.studies import admission, capacity, closed_loop, default, hints, tiers
 from experiments.studies import common as lab
@@ -47,8 +47,8 @@ def test_study_writes_records_and_a_figure(
         assert all(0 <= rate <= 1 for rate in (rates if isinstance(rates, list) else [rates]))
     assert (tmp_path / f"study_{study}.png").stat().st_size > 10_000
     if study in ("grid", "arena"):
-        header, rows = getattr(reproduce, f"{study}_table")().split("\n", 1)
-        assert header.startswith("| trace |") and "short" in rows and "[" in rows
+        header, rows = page.SECTIONS[study].table()
+        assert header[0] == "trace" and rows[0][0] == "short" and "[" in str(rows)
     if study == "capacity":
         [ours] = [one for one in map(json.loads, records) if one["label"] == capacity.OURS]
         [plan] = [one for one in map(json.loads, records) if "next_to_running" in one]
@@ -161,9 +161,9 @@ def test_pairs_are_compared_in_closed_loop(monkeypatch: pytest.MonkeyPatch, tmp_
     records = [r for job in jobs for r in default.run("qwen3-next", default.COMPARED, job)]
     assert all(0 < r["ttft_mean_s"] < r["makespan_s"] for r in records)
     lab.keep("study_default", records)
-    table = reproduce.service_table()
-    assert f"| `{default.DEFAULT}` |" in table and "| 1.00 | 1.00 | 1.00 |" in table
-    assert "| closed loop | 1 |" in reproduce.losses_table()
+    rows = {row[0]: row for row in page.service_table()[1]}
+    assert rows[f"`{default.DEFAULT}`"][3:] == ["1.00", "1.00", "1.00"]
+    assert page.losses_table()[1][0][:2] == ["closed loop", "1"]
 
 
 def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
@@ -196,7 +196,8 @@ def test_study_without_closed_loops_has_no_table(
 ) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     lab.keep("study_default", [{"split": "tuning", "pair": default.DEFAULT, "seed": 1}])
-    assert reproduce.service_table().startswith("No results yet")
+    section = page.SECTIONS["pairs in closed loop"]
+    assert page.render("pairs", section, {}).startswith("No results yet")
 
 
 def test_published_trace_gets_intervals_over_sessions(
@@ -217,10 +218,9 @@ def test_published_trace_gets_intervals_over_sessions(
         if record["seed"] is None:
             assert cached / prompt == pytest.approx(record["token_hit_rate"], abs=1e-5)
     lab.keep("study_default", records)
-    rows = reproduce.published_table().splitlines()[2:]
-    assert len(rows) == 3
-    assert "| `a` | 0.3 |" in rows[0] and "[" in rows[0]
-    assert "| `b` | 1 | unknown |" in rows[2] and "[" not in rows[2]
+    first, _, last = page.published_table()[1]
+    assert first[:2] == ["`a`", "0.3"] and "[" in first[3]
+    assert last[:3] == ["`b`", "1", "unknown"] and "[" not in last[3]
 
 
 def test_loss_is_the_distance_to_the_best_pair_of_each_cell(
@@ -237,7 +237,7 @@ def test_loss_is_the_distance_to_the_best_pair_of_each_cell(
             for seed, rate in enumerate(several)
         ],
     )
-    assert reproduce.losses_table().splitlines()[2:] == ["| tuning | 1 | 10.0 | 10.0 | 0 of 1 |"]
+    assert page.losses_table()[1] == [["tuning", "1", "10.0", "10.0", "0 of 1"]]
 
 
 def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:

@@ -1,0 +1,737 @@
+"""The results page: a finding, a figure and a folded table per section, all from result files.
+
+``results_page.md`` is the template. Each ``<!-- result: NAME -->`` becomes the section of that
+name: the finding in one sentence, the figure, the command, and the table in ``<details>``. The
+figures are SVG files with colours for light and dark pages. They are drawn from the same tables.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import fmean, geometric_mean
+from typing import Any, NamedTuple
+
+from experiments import provenance
+from experiments.provenance import ROOT
+from hybridcache.lab.intervals import Interval, interval, paired, ratio
+from hybridcache.lab.leaderboard import Board, Scores, Split
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Header and rows. Cells are text; intervals are written ``mean [low, high]``."""
+TEMPLATE = ROOT / "experiments" / "results_page.md"
+INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
+SLASH = 1.0
+"""Points within which policies share one row of a figure."""
+
+# --- Tables -------------------------------------------------------------------------------------
+
+
+def records_of(name: str) -> list[dict[str, Any]]:
+    """Return the records of a result file without its provenance."""
+    _, records = provenance.read_json_lines(provenance.RESULTS / name)
+    return records
+
+
+def default_speed_table() -> Table:
+    """Return the comparison of the default policies with LRU, at sizes where both evict."""
+    rows = [
+        [
+            record["trace"],
+            f"{record['gib']:g}",
+            f"{100 * record['default_token_hit_rate']:.1f}",
+            f"{100 * record['lru_token_hit_rate']:.1f}",
+            f"{record['ratio']:.2f}",
+        ]
+        for record in records_of("bench_simulate_default.jsonl")
+    ]
+    return (["trace", "GiB", "default, %", "LRU with fixed rules, %", "CPU time, ratio"], rows)
+
+
+def leaderboard_table() -> Table:
+    """Return the leaderboard of the built-in policies."""
+    records = records_of("leaderboard.jsonl")
+    scores = tuple(
+        Scores(**{name: record[name] for name in Scores.__slots__}) for record in records
+    )
+    board = Board(Split.load(), records[0]["reference"], scores)
+    return board.heads(), [row.cells() for row in board.rows()]
+
+
+def default_table() -> Table:
+    """Return hit rates of the candidate pairs on the generated traces of the evaluation split."""
+    return pairs_table("evaluation")
+
+
+def service_table() -> Table:
+    """Return hit rates and waiting times of the candidate pairs in closed loops."""
+    return pairs_table("closed loop")
+
+
+def pairs_table(split: str) -> Table:
+    """Return one row per pair: hit rate and gain as means over cells, and mean TTFT if known."""
+    from experiments.studies.default import DEFAULT
+
+    rates: dict[str, dict[int, list[float]]] = {}
+    ttfts: dict[str, dict[str, list[float]]] = {}
+    for record in records_of("study_default.jsonl"):
+        if record["split"] == split and record["seed"] is not None:
+            by_seed = rates.setdefault(record["pair"], {})
+            by_seed.setdefault(record["seed"], []).append(100 * record["token_hit_rate"])
+            by_trace = ttfts.setdefault(record["pair"], {})
+            by_trace.setdefault(record["trace"], []).append(record.get("ttft_mean_s", 0.0))
+    if not rates:
+        raise FileNotFoundError(f"study_default.jsonl has no records of the split {split}")
+    means = {
+        pair: [fmean(values) for values in by_seed.values()] for pair, by_seed in rates.items()
+    }
+    reference = DEFAULT if DEFAULT in means else next(iter(means))
+    header = ["eviction@placement", "token hit rate, %", f"gain over `{reference}`, points"]
+    rows = [
+        [f"`{pair}`", str(interval(values)), str(paired(values, means[reference]))]
+        for pair, values in sorted(means.items(), key=lambda item: -fmean(item[1]))
+    ]
+    if split == "closed loop":
+        header += ["mean TTFT, ratio", "lowest", "highest"]
+        for row in rows:
+            cells = [
+                fmean(of) / fmean(ours)
+                for of, ours in zip(
+                    ttfts[row[0].strip("`")].values(), ttfts[reference].values(), strict=True
+                )
+            ]
+            row += [f"{value:.2f}" for value in (geometric_mean(cells), min(cells), max(cells))]
+    return (header, rows)
+
+
+def losses_table() -> Table:
+    """Return the loss of the default pair to the best pair of each cell, in points."""
+    from experiments.studies.default import DEFAULT
+
+    splits = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8"))
+    seen = splits["default-pair"]["evaluation"]["seen"]
+    by_cell: dict[tuple[str, str, float], dict[str, list[float]]] = {}
+    generated: set[str] = set()
+    for record in records_of("study_default.jsonl"):
+        cell = by_cell.setdefault((record["split"], record["trace"], record["gib"]), {})
+        cell.setdefault(record["pair"], []).append(100 * record["token_hit_rate"])
+        if record["seed"] is not None:
+            generated.add(record["trace"])
+    found: dict[str, list[list[float]]] = {}
+    for (split, trace, _), rates in by_cell.items():
+        best = max(rates.values(), key=fmean)
+        losses = [one - ours for one, ours in zip(best, rates[DEFAULT], strict=True)]
+        groups = [split]
+        if split == "evaluation":
+            kind = "generated" if trace in generated else "published traces"
+            groups = [f"{split}, {kind}"] + [f"{split}, {kind}, unseen"] * (trace not in seen)
+        for group in groups:
+            found.setdefault(group, []).append(losses)
+    rows = []
+    for group, cells in found.items():
+        means = [fmean(losses) for losses in cells]
+        over_seeds = [fmean(losses) for losses in zip(*cells, strict=True)]
+        near = sum(mean <= 0.5 for mean in means)
+        loss = str(interval(over_seeds))
+        rows.append([group, str(len(cells)), loss, f"{max(means):.1f}", f"{near} of {len(cells)}"])
+    return (["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows)
+
+
+def published_table() -> Table:
+    """Return both rates and the gain on the published traces, with intervals over sessions."""
+    from experiments.studies.default import COMPARED
+
+    runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    for record in records_of("study_default.jsonl"):
+        if record["seed"] is None:
+            runs.setdefault((record["trace"], record["gib"]), {})[record["pair"]] = record
+    rows = []
+    for (trace, gib), by_pair in runs.items():
+        ours, lru = (by_pair[pair] for pair in COMPARED)
+        rates = [100 * record["token_hit_rate"] for record in (ours, lru)]
+        num_sessions = "unknown" if "sessions" in ours else "-"
+        figures = [f"{rate:.1f}" for rate in (*rates, rates[0] - rates[1])]
+        # Sessions are unknown if there is one per request.
+        if len(ours.get("sessions", ())) < ours.get("requests", 0):
+            prompts = [prompt for _, prompt in ours["sessions"]]
+            reused = [[cached for cached, _ in record["sessions"]] for record in (ours, lru)]
+            saved = [one - other for one, other in zip(*reused, strict=True)]
+            num_sessions = str(len(prompts))
+            figures = [str(ratio(part, prompts).scaled(100)) for part in (*reused, saved)]
+        name = Path(trace.partition("?")[0]).name.partition(".")[0]
+        rows.append([f"`{name}`", f"{gib:g}", num_sessions, *figures])
+    header = ["trace", "GiB", "sessions", "default, %", "LRU with fixed rules, %", "gain, points"]
+    return (header, rows)
+
+
+def capacity_table() -> Table:
+    """Return the gain of the default pair over LRU with fixed rules, at three sizes."""
+    rows = []
+    for record in records_of("study_capacity.jsonl"):
+        if "gain" in record:
+            places = [round(part * (len(record["gib"]) - 1)) for part in (0.2, 0.4, 0.6)]
+            cells = [
+                f"{record['gib'][at]:.3g} GiB: {Interval(*record['gain'][at])}" for at in places
+            ]
+            rows.append([record["trace"], str(record["seeds"]), *cells])
+    if not rows:
+        raise FileNotFoundError("study_capacity.jsonl has no intervals")
+    return (["trace", "seeds", "small memory", "medium", "large"], rows)
+
+
+def hints_table() -> Table:
+    """Return the gain from boundary hints."""
+    from experiments.studies.hints import gains
+
+    rows = [
+        [pair, *map(str, figures)]
+        for pair, figures in gains(records_of("study_hints.jsonl")).items()
+    ]
+    return (["pair", "token hit rate with hints, %", "gain from hints, points"], rows)
+
+
+def conditions_table() -> Table:
+    """Return hit rates of the default pair and of LRU, one row per condition."""
+    from experiments.studies.conditions import gains
+
+    rows = [
+        [condition, value + " at once" * value.isdecimal(), *map(str, rates), str(gain)]
+        for condition, value, rates, gain in gains(records_of("study_conditions.jsonl"))
+    ]
+    header = ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"]
+    return (header, rows)
+
+
+def admission_table() -> Table:
+    """Return hit rates and waiting times at each rate.
+
+    The last columns are ratios to the best fixed number of live sessions, chosen for each."""
+    from experiments.studies.admission import best_simple, cells, mean
+    from hybridcache.lab.simulation.result import ClosedLoopRun
+
+    runs = [ClosedLoopRun(**record) for record in records_of("admission.jsonl")]
+    rows = []
+    for trace, rate, by_policy in cells(runs):
+        pair = by_policy["oldest"], by_policy["sessions"]
+        oldest, sessions = ([100 * run.token_hit_rate for run in runs] for runs in pair)
+        row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
+        row.append(str(paired(sessions, oldest)))
+        for field in ("ttft_mean_s", "ttft_p99_s"):
+            row.append(", ".join(f"{mean(runs, field):.1f}" for runs in pair))
+        for field in ("ttft_mean_s", "makespan_s"):
+            best = [getattr(run, field) for run in best_simple(by_policy, field)]
+            compared = ratio([getattr(run, field) for run in by_policy["sessions"]], best)
+            row.append(f"{compared:.2f}")
+        rows.append(row)
+    header = ["workload", "sessions/s", "hits, `oldest`, %", "`sessions`, %", "gain, points"]
+    header += [f"{name} TTFT, s: `oldest`, `sessions`" for name in ("mean", "p99")]
+    header += ["mean TTFT to best limit", "makespan to best limit"]
+    return (header, rows)
+
+
+def closed_loop_table() -> Table:
+    """Return the comparison of the engine with the simulator's forecast."""
+    from experiments.studies.closed_loop import table
+
+    return table(records_of("closed_loop.jsonl"))
+
+
+def tiers_table() -> Table:
+    """Return the seconds that host memory saves, for each trace."""
+    from experiments.studies.tiers import over_seeds
+
+    return over_seeds(records_of("study_tiers.jsonl"), "survival")
+
+
+def grid_table() -> Table:
+    """Return the gains of finer checkpoint grids."""
+    from experiments.studies.grid import table
+
+    return table(records_of("study_grid.jsonl"))
+
+
+def arena_table() -> Table:
+    """Return the cost of slabs, for each trace."""
+    from experiments.studies.arena import table
+
+    return table(records_of("study_arena.jsonl"))
+
+
+# --- Text ---------------------------------------------------------------------------------------
+
+
+def one_number(text: str) -> str:
+    """Return ``text`` with ``67.1 [66.9, 67.4]`` written as ``67.1 ± 0.3``.
+
+    The number after ± is the larger distance of a limit from the mean, so it never narrows an
+    interval.
+
+    >>> one_number("67.1 [66.9, 67.4]")
+    '67.1 ± 0.3'
+    """
+
+    def short(found: re.Match[str]) -> str:
+        mean, low, high = map(float, found.groups())
+        digits = len(found[1].partition(".")[2])
+        return f"{found[1]} ± {max(mean - low, high - mean):.{digits}f}"
+
+    return re.sub(r"-(0\.0+)(?!\d)", r"\1", INTERVAL.sub(short, text))
+
+
+def markdown(table: Table) -> str:
+    """Return a Markdown table, with intervals as one number that does not break."""
+    header, rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return one_number(text).replace(" ± ", "\u00a0±\u00a0")
+
+
+def value(cell: str) -> Interval:
+    """Return the number or the interval that a cell begins with."""
+    found = INTERVAL.search(cell)
+    if found:
+        return Interval(*map(float, found.groups()))
+    number = re.search(r"-?\d+(\.\d+)?", cell.replace(",", ""))
+    return Interval(float(number[0]) if number else math.nan, math.nan, math.nan)
+
+
+def shown(cell: str) -> str:
+    """Return the number that a cell begins with, and its interval."""
+    return one_number((INTERVAL.search(cell) or re.search(r"-?\d+(\.\d+)?", cell) or [cell])[0])
+
+
+def column(table: Table, index: int) -> dict[str, Interval]:
+    """Return the values of a column by the first cell of their row."""
+    return {row[0].strip("`"): value(row[index]) for row in table[1]}
+
+
+# --- Figures ------------------------------------------------------------------------------------
+
+WIDTH_INCHES = 4.2
+"""Width of a figure: that of a phone, so that nothing is scaled down there."""
+LIGHT_AND_DARK = {
+    "#ffffff": "#14181d",
+    "#20242a": "#e4e8ec",
+    "#8a9099": "#858d97",
+    "#d7dbe0": "#343b44",
+    "#1b6ca8": "#62b0f0",
+    "#c8553d": "#f0876b",
+    "#3a7d44": "#6cc07a",
+}
+"""Colour on a light page -> colour on a dark page: ground, text, notes, grid, and three series."""
+GROUND, TEXT, NOTE, GRID, *SERIES = LIGHT_AND_DARK
+MARKS = "osD"
+NAME_CHARS = 28
+"""Characters of a row's name in one line."""
+
+
+def wrap(name: str, width: int) -> list[str]:
+    """Return the lines of a row's name, broken after commas, @ and spaces."""
+    lines = [""]
+    for word in re.findall(r"[^, @]+(?:, ?|@| )?", name):
+        if lines[-1] and len((lines[-1] + word).rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
+
+
+def drawing(rows: int, columns: int, height: float) -> tuple[Any, Any]:
+    """Return a matplotlib figure of ``WIDTH_INCHES`` and its axes, one per panel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((WIDTH_INCHES, height), layout="constrained", facecolor=GROUND)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_facecolor(GROUND)
+        axis.tick_params(colors=TEXT, labelsize=8, length=0)
+        axis.grid(True, color=GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return figure, list(axes.flat)
+
+
+def legend(figure: Any, axis: Any) -> None:
+    """Write the names of the series above the panels."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=len(labels), frameon=False,
+            fontsize=8, labelcolor=TEXT, handletextpad=0.3, columnspacing=1.2,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Dots:
+    """A row per line of the table: one dot with its interval per series."""
+
+    series: Mapping[str, int]
+    """Column by name."""
+    axis: str
+    """Label of the axis."""
+    names: Sequence[int] = (0,)
+    """Columns that name a row."""
+    near: str = ""
+    """Row within ``SLASH`` points of which others are not drawn, but counted."""
+
+    def rows(self, table: Table) -> list[tuple[str, list[Interval], str]]:
+        """Return name, values and written first value of each drawn row."""
+        first = next(iter(self.series.values()))
+        rows = [
+            (
+                "\n".join(wrap(", ".join(row[i].strip("`") for i in self.names), NAME_CHARS)),
+                [value(row[column]) for column in self.series.values()],
+                shown(row[first]),
+            )
+            for row in table[1]
+        ]
+        if not self.near:
+            return rows
+        centre = next(values[0].mean for name, values, _ in rows if name == self.near)
+        close = [name for name, of, _ in rows if abs(of[0].mean - centre) <= SLASH]
+        if len(close) < 3:
+            return rows
+        return [
+            (f"{name} and {len(close) - 1} more" if name == self.near else name, values, written)
+            for name, values, written in rows
+            if name == self.near or name not in close
+        ]
+
+    def draw(self, table: Table) -> Any:
+        """Return the figure."""
+        rows = self.rows(table)
+        extra = sum(name.count("\n") for name, *_ in rows)
+        figure, [axis] = drawing(
+            1, 1, 0.75 + (0.16 + 0.07 * len(self.series)) * len(rows) + 0.07 * extra
+        )
+        for number, name in enumerate(self.series):
+            shift = (number - (len(self.series) - 1) / 2) * 0.28
+            for row, (_, values, _) in enumerate(rows):
+                mean, low, high = values[number]
+                is_known = not math.isnan(low)
+                axis.errorbar(
+                    mean, row + shift, xerr=[[mean - low], [high - mean]] if is_known else None,
+                    color=SERIES[number], marker=MARKS[number], markersize=4.5, linewidth=1.6,
+                    label=name if not row else None,
+                )  # fmt: skip
+        for row, (*_, written) in enumerate(rows):
+            axis.annotate(
+                written, (1, row), xycoords=("axes fraction", "data"),
+                xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=TEXT,
+            )  # fmt: skip
+        axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlabel(self.axis, fontsize=8, color=TEXT)
+        axis.margins(x=0.05)
+        legend(figure, axis)
+        return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """A panel per value of the first column: a line per series over the second column."""
+
+    column: int
+    """Column with one number per series, separated by commas."""
+    series: Sequence[str]
+    axes: tuple[str, str]
+
+    def draw(self, table: Table) -> Any:
+        """Return the figure."""
+        panels: dict[str, list[tuple[float, list[float]]]] = {}
+        for row in table[1]:
+            points = panels.setdefault(row[0], [])
+            points.append((float(row[1]), [float(one) for one in row[self.column].split(", ")]))
+        lines = {
+            name: [[(x, y[i], y[i], y[i]) for x, y in points] for i in range(len(self.series))]
+            for name, points in panels.items()
+        }
+        return panel_lines(lines, self.series, self.axes, log_y=True)
+
+
+def panel_lines(
+    panels: Mapping[str, Sequence[Sequence[tuple[float, float, float, float]]]],
+    series: Sequence[str],
+    axes: tuple[str, str],
+    log_y: bool = False,
+) -> Any:
+    """Return a figure with two panels a row; a point is (x, y, low, high)."""
+    figure, places = drawing(math.ceil(len(panels) / 2), 2, 0.6 + 1.3 * math.ceil(len(panels) / 2))
+    for axis in places[len(panels) :]:
+        axis.remove()
+    for number, (name, lines) in enumerate(panels.items()):
+        axis = places[number]
+        for colour, mark, label, points in zip(SERIES, MARKS, series, lines, strict=False):
+            x, y, low, high = zip(*points, strict=True)
+            axis.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+            axis.plot(x, y, color=colour, marker=mark, markersize=2.5, linewidth=1.3, label=label)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        if log_y:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+        axis.set_title(name, fontsize=8, color=TEXT, loc="left")
+        if number >= len(panels) - 2:
+            axis.set_xlabel(axes[0], fontsize=8, color=TEXT)
+        if number % 2 == 0:
+            axis.set_ylabel(axes[1], fontsize=8, color=TEXT)
+        axis.tick_params(which="both", colors=TEXT, labelsize=7, length=0)
+    legend(figure, places[0])
+    return figure
+
+
+class CapacityCurves:
+    """Token hit rate over memory with bands, of the default pair and of LRU."""
+
+    def draw(self, table: Table) -> Any:
+        """Return the figure of the traces in the table."""
+        from experiments.studies.capacity import OURS
+
+        panels: dict[str, list[list[tuple[float, float, float, float]]]] = {}
+        for name in column(table, 1):
+            lines = []
+            for label in (OURS, "lru"):
+                [run] = (
+                    r for r in records_of("study_capacity.jsonl")
+                    if (r["trace"], r.get("label")) == (name, label)
+                )  # fmt: skip
+                means = [
+                    (low + high) / 2 for low, high in zip(run["low"], run["high"], strict=True)
+                ]
+                points = zip(run["gib"], means, run["low"], run["high"], strict=True)
+                lines.append([(x, *(100 * y for y in of)) for x, *of in points])
+            panels[name] = lines
+        series = ("default pair", "LRU with fixed rules")
+        return panel_lines(panels, series, ("memory, GiB", "token hit rate, %"))
+
+
+def svg(figure: Any) -> str:
+    """Return a drawing as SVG whose colours follow those of the page."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "results", "path.simplify": True}):
+        file = StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    rules = "".join(
+        f'[style*="{kind}: {light}"]{{{kind}:{dark} !important}}'
+        for light, dark in LIGHT_AND_DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    style = f"<style>@media (prefers-color-scheme: dark) {{{rules}}}</style>"
+    text = re.sub(r"<!DOCTYPE.*?>\s*", "", file.getvalue(), flags=re.S)
+    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + "\n " + style, text, count=1)
+
+
+# --- Sections -----------------------------------------------------------------------------------
+
+
+class Section(NamedTuple):
+    """One result: its table, finding and figure."""
+
+    part: str
+    """Name of the part in ``parts.toml``."""
+    table: Callable[[], Table]
+    finding: Callable[[Table], str]
+    """Returns the sentence with the result."""
+    figure: Dots | Curves | CapacityCurves | None
+    alt: str = ""
+    """Description of the figure."""
+
+
+def _ranking(table: Table) -> str:
+    hits, replay = column(table, 1), column(table, 4)
+    [first, second, *_] = hits
+    close = sum(abs(one.mean - hits["lru"].mean) <= SLASH for one in hits.values()) - 1
+    return (
+        f"`{first}` hits {hits[first].mean:.1f} % in closed loops and {replay[first].mean:.1f} % "
+        f"in replays; `{second}` follows with {hits[second].mean:.1f} and "
+        f"{replay[second].mean:.1f} %, and {close} rules are within a point of `lru` "
+        f"({hits['lru'].mean:.1f} %)."
+    )
+
+
+def _pairs(table: Table) -> str:
+    hits = column(table, 1)
+    [first, second, *_] = hits
+    gap = hits[first].mean - hits[second].mean
+    return f"`{first}` has the most hits, {gap:.1f} points more than `{second}`."
+
+
+def _losses(table: Table) -> str:
+    means = [value(row[2]).mean for row in table[1]]
+    return (
+        f"The default pair loses {min(means):.1f} to {max(means):.1f} points on average to the "
+        f"best pair of each cell, and {max(float(row[3]) for row in table[1])} at most."
+    )
+
+
+def _gains(gain: int, subject: str) -> Callable[[Table], str]:
+    def finding(table: Table) -> str:
+        gains = [value(row[gain]).mean for row in table[1]]
+        return f"{subject} by {min(gains):.1f} to {max(gains):.1f} points."
+
+    return finding
+
+
+def _speed(table: Table) -> str:
+    ratios = [float(row[4]) for row in table[1]]
+    return (
+        f"The default pair takes {min(ratios):.2f} to {max(ratios):.2f} times the CPU time of LRU "
+        "per simulated request."
+    )
+
+
+def _admission(table: Table) -> str:
+    less = [row for row in table[1] if value(row[7]).mean <= 1.05]
+    worst = max(table[1], key=lambda row: value(row[7]).mean)
+    return (
+        f"The mean TTFT of `sessions` is within 5 % of the best limit in {len(less)} of "
+        f"{len(table[1])} cells, and at most {value(worst[7]).mean:.2f} times it ({worst[0]}, "
+        f"{worst[1]} sessions/s)."
+    )
+
+
+def _forecast(table: Table) -> str:
+    points = max(abs(value(row[3]).mean) for row in table[1])
+    times = max(abs(float(row[6].split()[0])) for row in table[1])
+    return (
+        f"The simulator forecasts the engine's hit rate within {points:.1f} points and its mean "
+        f"TTFT within {times:.0f} %."
+    )
+
+
+def _tiers(table: Table) -> str:
+    device, host = (fmean(value(row[i]).mean for row in table[1]) for i in (1, 2))
+    return (
+        f"4 GiB on the device with 16 GiB of host memory save {host:.1f} % of the prefill time "
+        f"that 20 GiB on the device save; 4 GiB alone save {device:.1f} %."
+    )
+
+
+def _grids(table: Table) -> str:
+    gains = [value(row[4]).mean for row in table[1]]
+    trace = max(table[1], key=lambda row: value(row[4]).mean)[0]
+    return (
+        f"A grid of 16 in place of 64 changes the hit rate by {min(gains):.1f} to {max(gains):.1f} "
+        f"points, most for `{trace}`."
+    )
+
+
+def _arena(table: Table) -> str:
+    costs = [value(row[2]).mean for row in table[1]]
+    return f"One arena costs at most {max(-min(costs), 0):.2f} points of hit rate on a workload."
+
+
+def _capacity(table: Table) -> str:
+    gains = [value(cell.partition(": ")[2]).mean for row in table[1] for cell in row[2:]]
+    return (
+        f"The default pair gains up to {max(gains):.1f} points over LRU with fixed rules where "
+        f"memory is short, and loses at most {max(-min(gains), 0):.1f}."
+    )
+
+
+HITS = "token hit rate, %"
+OVER = {"default pair": 3, "LRU with fixed rules": 4}
+SECTIONS = {
+    "leaderboard": Section(
+        "leaderboard", leaderboard_table, _ranking,
+        Dots({"closed loop": 1, "replay": 4}, HITS, near="lru"),
+        "Token hit rate of each policy in closed loops and in replays, with intervals.",
+    ),
+    "default": Section(
+        "default", default_table, _pairs, Dots({"replay": 1}, HITS),
+        "Token hit rate of each pair in replays, with intervals.",
+    ),
+    "pairs in closed loop": Section(
+        "default", service_table, _pairs, Dots({"closed loop": 1}, HITS),
+        "Token hit rate of each pair in closed loops, with intervals.",
+    ),
+    "losses": Section(
+        "default", losses_table, _losses,
+        Dots({"mean": 2, "worst cell": 3}, "loss to the best pair of a cell, points"),
+        "Mean and largest loss of the default pair in each group of cells.",
+    ),
+    "published": Section(
+        "default", published_table,
+        _gains(5, "On published traces the default pair differs from LRU with fixed rules"),
+        Dots(OVER, HITS, (0, 1)), "Token hit rate of both on published traces, by memory in GiB.",
+    ),
+    "default speed": Section(
+        "default-speed", default_speed_table, _speed,
+        Dots({"default pair": 2, "LRU with fixed rules": 3}, HITS, (0, 1)),
+        "Token hit rate of both at one size per trace.",
+    ),
+    "admission": Section(
+        "admission", admission_table, _admission,
+        Curves(5, ("oldest", "sessions"), ("sessions/s", "mean TTFT, s")),
+        "Mean time to first token over the rate of sessions, one panel per workload.",
+    ),
+    "closed loop": Section(
+        "closed-loop", closed_loop_table, _forecast,
+        Dots({"forecast less engine": 3}, "points of token hit rate", (0, 1)),
+        "Difference of forecast and engine, by sessions per second and admission.",
+    ),
+    "conditions": Section(
+        "conditions", conditions_table,
+        _gains(4, "The default pair differs from LRU with fixed rules"),
+        Dots({"default pair": 2, "LRU with fixed rules": 3}, HITS, (1,)),
+        "Token hit rate of both under each condition.",
+    ),
+    "capacity": Section(
+        "capacity", capacity_table, _capacity, CapacityCurves(),
+        "Token hit rate over memory with bands, one panel per trace.",
+    ),
+    "hints": Section(
+        "hints", hints_table, _gains(2, "Boundary hints raise the hit rate"),
+        Dots({"gain from hints": 2}, "points of token hit rate"),
+        "Gain from boundary hints, by pair.",
+    ),
+    "tiers": Section(
+        "tiers", tiers_table, _tiers,
+        Dots({"4 GiB + 16 GiB host": 2, "4 GiB alone": 1}, "saved prefill time, % of 20 GiB"),
+        "Prefill time that host memory saves, by trace.",
+    ),
+    "grid": Section(
+        "grid", grid_table, _grids,
+        Dots({"grid of 16": 4, "grid of 32": 3}, "gain over a grid of 64, points", (0, 1)),
+        "Gain of finer grids, by trace and memory in GiB.",
+    ),
+    "arena": Section(
+        "arena", arena_table, _arena, Dots({"mean": 2}, "arena less ideal, points"),
+        "Cost of slabs, by trace.",
+    ),
+}  # fmt: skip
+
+
+def render(name: str, section: Section, figures: dict[Path, str]) -> str:
+    """Return a section as Markdown, and add its figure to ``figures``."""
+    try:
+        table = section.table()
+    except FileNotFoundError as error:
+        return f"No results yet: `{Path(error.filename or str(error)).name}`."
+    parts = [f"**{section.finding(table)}**"]
+    if section.figure is not None:
+        path = provenance.FIGURES / f"results_{name.replace(' ', '_')}.svg"
+        figures[path] = svg(section.figure.draw(table))
+        parts.append(f"![{section.alt}](../experiments/figures/{path.name})")
+    command = f"`python -m experiments.reproduce --part {section.part}`"
+    parts.append(
+        f"<details><summary>Table</summary>\n\n{markdown(table)}\n\n{command}\n\n</details>"
+    )
+    return "\n\n".join(parts)
+
+
+def page(template: Path, parts: Callable[[], Table]) -> tuple[str, dict[Path, str]]:
+    """Return the page and its figures by path. ``parts`` is the table of all parts."""
+    text, figures = template.read_text(encoding="utf-8"), {}
+    for name, section in SECTIONS.items():
+        mark = f"<!-- result: {name} -->"
+        if mark in text:
+            text = text.replace(mark, render(name, section, figures))
+    return text.replace("<!-- result: parts -->", markdown(parts())), figures
