@@ -524,7 +524,7 @@ class Engine:
     def end_session(self, request_id: str) -> None:
         """End the session of ``request_id``, its newest request: no request will follow it. Does
         nothing if a newer request followed. O(1)."""
-        self._scheduler.end_session_of(request_id)
+        self._scheduler.end_session(request_id)
 
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running request uses, in every tier."""

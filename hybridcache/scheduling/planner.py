@@ -30,10 +30,10 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
+from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.scheduling.sessions import Sessions
 from hybridcache.tokens import common_prefix_len
 
 if TYPE_CHECKING:
@@ -216,7 +216,14 @@ class StepPlanner(Generic[R]):
     def add(self, request: R) -> None:
         """Add ``request`` to the waiting requests."""
         self.now_s = self._clock()
-        request.session = self._sessions.arrived(request, self.now_s)
+        request.session = self._sessions.arrived(
+            request.request_id,
+            request.tokens[: request.prompt_len],
+            self.now_s,
+            tenant=request.namespace,
+            boundaries=request.boundaries,
+            choice_of=request.choice_of,
+        )
         insort(self._waiting, request, key=_age)
         self._admission.arrived(request, self._load)
 
@@ -290,17 +297,12 @@ class StepPlanner(Generic[R]):
         self._is_full = False
         self._has_left(request)
 
-    def end_session(self, session: Session) -> None:
-        """End ``session``: its client sends no further request."""
-        self._sessions.end(session)
-        self._admission.session_ended(session, self._load)
-
-    def end_session_of(self, request_id: str) -> None:
-        """End the idle session with ``request_id`` as its newest request, if there is one.
-        O(1)."""
-        session = self._sessions.idle_after(request_id)
+    def end_session(self, request_id: str) -> None:
+        """End the idle session with ``request_id`` as its newest request, if there is one: its
+        client sends no further request. O(1)."""
+        session = self._sessions.end(request_id)
         if session is not None:
-            self.end_session(session)
+            self._admission.session_ended(session, self._load)
 
     @property
     def wakes_at_s(self) -> float | None:
@@ -340,10 +342,10 @@ class StepPlanner(Generic[R]):
         self.now_s = self._clock()
         if not self.has_work():
             self._account()
-        self._sessions.left(request, self.now_s)
+        self._sessions.left(request.session, request.num_tokens, self.now_s)
         self._admission.left(request, self._load)
         if request.ends_session and not request.session.num_open:
-            self.end_session(request.session)
+            self.end_session(request.session.newest_id)
 
     def _decoding(self) -> list[R]:
         return [r for r in self._running if r.scheduled_len >= r.prefill_len]

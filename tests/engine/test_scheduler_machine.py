@@ -31,7 +31,7 @@ SAMPLER = OracleSampler(VOCABULARY)
 PLACEMENTS = (
     ("branch", "boundary", "backoff", "end"),
     ("every:64", "end"),
-    ("prompt",),
+    ("backoff",),
     ("adaptive",),
     ("none",),
 )

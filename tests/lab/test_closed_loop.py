@@ -170,7 +170,8 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 20))
     def end_session(self, index: int) -> None:
         if self.requests:
-            self.planner.end_session(self.requests[index % len(self.requests)].session)
+            request = self.requests[index % len(self.requests)]
+            self.planner.end_session(request.session.newest_id)
 
     @rule(count=st.integers(1, 12))
     def steps(self, count: int) -> None:

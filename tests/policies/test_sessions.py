@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hybridcache.policies.admission.base import Session
-from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.scheduling.sessions import Sessions, anchor_lens
+from hybridcache.policies.admission.sessions import Sessions, anchor_lens
 
 MAX_KNOWN = 3
 
@@ -25,7 +24,6 @@ class Plain:
     anchors: list[tuple[int, ...]] = field(default_factory=list)
     num_open: int = 0
     num_prompts: int = 0
-    ended: bool = False
 
 
 class SessionsMachine(RuleBasedStateMachine):
@@ -34,7 +32,7 @@ class SessionsMachine(RuleBasedStateMachine):
         self.sessions = Sessions(MAX_KNOWN)
         self.known: list[Plain] = []
         """Remembered sessions; the open ones first, then in the order in which they became idle."""
-        self.requests: list[tuple[ScheduledRequest, Plain]] = []
+        self.requests: list[tuple[Session, Plain]] = []
         self.prompts: list[tuple[int, ...]] = [(0,)]
         self.pairs: dict[Session, Plain] = {}
         self.num_arrived = 0
@@ -59,8 +57,7 @@ class SessionsMachine(RuleBasedStateMachine):
             if plain.tenant == tenant and not plain.num_open and prompt[: len(anchor)] == anchor
         ]
         known_len, place = max(found, default=(0, -1))
-        request = self.request(prompt, tenant, boundaries)
-        session = self.sessions.arrived(request, 0.0)
+        name, session = self.submit(prompt, tenant, boundaries)
         if place < 0:
             plain = Plain(tenant)
             assert session not in self.pairs
@@ -71,9 +68,9 @@ class SessionsMachine(RuleBasedStateMachine):
             self.known.remove(plain)
         assert session.known_len == known_len and session.num_admitted == 0
         plain.anchors = [prompt[:n] for n in anchor_lens(len(prompt), boundaries)]
-        plain.name, plain.num_prompts = request.request_id, plain.num_prompts + 1
+        plain.name, plain.num_prompts = name, plain.num_prompts + 1
         self.prompts.append(prompt)
-        self.joined(request, session, plain)
+        self.joined(session, plain)
 
     @rule(index=st.integers(0, 9))
     def arrive_as_choice(self, index: int) -> None:
@@ -84,53 +81,47 @@ class SessionsMachine(RuleBasedStateMachine):
         plain = next((one for one in self.known if one.name == name), None)
         if plain is None:
             return
-        request = self.request((7, 7, 7), plain.tenant, (), name)
-        session = self.sessions.arrived(request, 0.0)
+        _, session = self.submit((7, 7, 7), plain.tenant, (), name)
         assert self.pairs[session] is plain
         self.known.remove(plain)
-        self.joined(request, session, plain)
+        self.joined(session, plain)
 
-    def request(
+    def submit(
         self,
         prompt: tuple[int, ...],
         tenant: str | None,
         boundaries: tuple[int, ...],
         choice_of: str | None = None,
-    ) -> ScheduledRequest:
+    ) -> tuple[str, Session]:
+        """Submit a request. Returns its name and its session."""
+        name = str(self.num_arrived)
         self.num_arrived += 1
-        return ScheduledRequest(
-            str(self.num_arrived - 1),
-            np.array(prompt, np.int32),
-            namespace=tenant,
-            boundaries=boundaries,
-            choice_of=choice_of,
-            arrival=self.num_arrived,
-            arrival_s=0.0,
-            max_len=100,
+        tokens = np.array(prompt, np.int32)
+        session = self.sessions.arrived(
+            name, tokens, 0.0, tenant=tenant, boundaries=boundaries, choice_of=choice_of
         )
+        return name, session
 
-    def joined(self, request: ScheduledRequest, session: Session, plain: Plain) -> None:
-        request.session = session
+    def joined(self, session: Session, plain: Plain) -> None:
         plain.num_open += 1
         self.known.insert(0, plain)
         self.pairs[session] = plain
-        self.requests.append((request, plain))
+        self.requests.append((session, plain))
 
     @rule(index=st.integers(0, 9))
     def leave(self, index: int) -> None:
         if not self.requests:
             return
-        request, plain = self.requests.pop(index % len(self.requests))
-        self.sessions.left(request, 1.0)
+        session, plain = self.requests.pop(index % len(self.requests))
+        self.sessions.left(session, 3, 1.0)
         plain.num_open -= 1
         if plain.num_open:
             return
         self.known.remove(plain)
-        if not plain.ended:
-            self.known.append(plain)
-            idle = [one for one in self.known if not one.num_open]
-            if len(idle) > MAX_KNOWN:
-                self.known.remove(idle[0])
+        self.known.append(plain)
+        idle = [one for one in self.known if not one.num_open]
+        if len(idle) > MAX_KNOWN:
+            self.known.remove(idle[0])
 
     @rule(index=st.integers(0, 9))
     def end(self, index: int) -> None:
@@ -138,11 +129,9 @@ class SessionsMachine(RuleBasedStateMachine):
             return
         plain = self.known[index % len(self.known)]
         session = next(one for one, its in self.pairs.items() if its is plain)
-        is_idle = self.sessions.idle_after(plain.name) is session
-        assert is_idle == (not plain.num_open)
-        self.sessions.end(session)
-        plain.ended = True
-        if is_idle:
+        ended = self.sessions.end(plain.name)
+        assert ended is (None if plain.num_open else session)
+        if ended is not None:
             self.known.remove(plain)
 
     @invariant()

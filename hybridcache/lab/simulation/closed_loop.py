@@ -285,7 +285,7 @@ class _Run:
             return
         self.num_live -= 1
         if self.loop.tells_ends and request is not None:
-            self.planner.end_session(request.session)
+            self.planner.end_session(request.session.newest_id)
 
     def _step(self) -> None:
         planner, manager = self.planner, self.manager

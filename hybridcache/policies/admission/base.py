@@ -12,7 +12,6 @@ class Session:
     __slots__ = (
         "anchors",
         "began_s",
-        "ended",
         "idle_since_s",
         "known_len",
         "newest_id",
@@ -49,9 +48,7 @@ class Session:
         self.idle_since_s = began_s
         """Time at which the last request ended, if none is open."""
         self.anchors: list[tuple[int, int]] = []
-        """(length, hash) of the prefixes that the next prompt may begin with; the scheduler's."""
-        self.ended = False
-        """True once no further request is expected."""
+        """(length, hash) of the prefixes that the next prompt may begin with; see ``Sessions``."""
 
 
 class WaitingRequest(Protocol):

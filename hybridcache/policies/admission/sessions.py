@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from hybridcache.policies.admission.base import Session
 from hybridcache.policies.boundaries import end_of_prompt
-from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
 MAX_KNOWN = 4096
@@ -60,16 +59,27 @@ class Sessions:
         """Remembered sessions without an open request; the one idle for longest first."""
         return self._idle.keys()
 
-    def arrived(self, request: ScheduledRequest, now_s: float) -> Session:
-        """Assign ``request`` to its session, or to a new one. O(length + known anchors of the
-        tenant), vectorised; O(1) for a further choice."""
-        session = self._by_newest.get(request.choice_of) if request.choice_of else None
+    def arrived(
+        self,
+        request_id: str,
+        prompt: Tokens,
+        now_s: float,
+        *,
+        tenant: Hashable = None,
+        boundaries: tuple[int, ...] = (),
+        choice_of: str | None = None,
+    ) -> Session:
+        """Assign a request to its session, or to a new one.
+
+        ``choice_of`` is the name of the first request, if this is another choice of its answer.
+        O(length + known anchors of the tenant), vectorised; O(1) for a further choice.
+        """
+        session = self._by_newest.get(choice_of) if choice_of else None
         if session is not None:
             session.num_open += 1
             self._idle.pop(session, None)
             self._open[session] = None
             return session
-        tenant, prompt = request.namespace, request.tokens[: request.prompt_len]
         anchors = self._anchors.get(tenant)
         if anchors is None:
             anchors = self._anchors[tenant] = _Anchors()
@@ -82,47 +92,41 @@ class Sessions:
             anchors.remove(session)
             self._idle.pop(session, None)
             self._drop_name(session)
-        session.newest_id = request.choice_of or request.request_id
+        session.newest_id = choice_of or request_id
         self._by_newest[session.newest_id] = session
         session.num_requests += 1
         session.num_open += 1
         session.num_admitted = 0
         session.known_len = known_len
         session.num_tokens = max(session.num_tokens, len(prompt))
-        for length in anchor_lens(len(prompt), request.boundaries):
+        for length in anchor_lens(len(prompt), boundaries):
             anchors.add(session, length, int(hashes[length - 1]))
         self._open[session] = None
         return session
 
-    def left(self, request: ScheduledRequest, now_s: float) -> None:
-        """Remove ``request``, which was answered or aborted. Amortised O(log sessions)."""
-        session = request.session
+    def left(self, session: Session, num_tokens: int, now_s: float) -> None:
+        """Remove a request of ``session`` that was answered or aborted. Its text has ``num_tokens``
+        tokens. Amortised O(log sessions)."""
         session.num_open -= 1
-        session.num_tokens = max(session.num_tokens, request.num_tokens)
+        session.num_tokens = max(session.num_tokens, num_tokens)
         if session.num_open:
             return
         session.idle_since_s = now_s
         del self._open[session]
-        if session.ended:
-            self._forget(session)
-            return
         self._idle[session] = None
         if len(self._idle) > self._max_known:
             oldest, _ = self._idle.popitem(last=False)
             self._forget(oldest)
 
-    def idle_after(self, request_id: str) -> Session | None:
-        """Return the idle session with ``request_id`` as its newest request, if there is one.
-        O(1)."""
+    def end(self, request_id: str) -> Session | None:
+        """Forget the idle session with ``request_id`` as its newest request, and return it. None if
+        there is no such session. O(1)."""
         session = self._by_newest.get(request_id)
-        return session if session in self._idle else None
-
-    def end(self, session: Session) -> None:
-        """Record that no further request of ``session`` follows."""
-        session.ended = True
-        if session in self._idle:
-            del self._idle[session]
-            self._forget(session)
+        if session is None or session not in self._idle:
+            return None
+        del self._idle[session]
+        self._forget(session)
+        return session
 
     def _prefix_hashes(self, tokens: Tokens) -> npt.NDArray[np.uint64]:
         """Return the polynomial hash, modulo 2**64, of every prefix of ``tokens``: uint64[n]. Only
