@@ -24,7 +24,7 @@ from hybridcache.tiers import TieredRadixCache
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine
-from tests.cache import test_scenarios, test_tiers
+from tests.cache import test_rules, test_tiers
 from tests.cache.test_arena_machine import ArenaLeaseMachine, arena_twins, serve_twins
 from tests.cache.test_machine import CacheMachine
 from tests.cache.test_tiers_machine import TieredMachine
@@ -88,7 +88,7 @@ def a_request_resumes_at_the_very_end_of_its_prompt(patch: Patch) -> None:
         return original(self, np.append(tokens, np.int32(5)), namespace)
 
 
-@FAULTS.detected_by(test_scenarios.test_match_changes_nothing)
+@FAULTS.detected_by(test_rules.test_match_changes_nothing)
 def a_match_counts_as_a_use(patch: Patch) -> None:
     @patch(HybridRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
