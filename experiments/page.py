@@ -111,13 +111,16 @@ def pairs_table(split: str) -> Table:
 
 def losses_table() -> Table:
     """Return the loss of the default pair to the best pair of each cell, in points."""
-    from experiments.studies.default import DEFAULT
+    from experiments.studies.default import DEFAULT, MEMORIES
 
     splits = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8"))
     seen = splits["default-pair"]["evaluation"]["seen"]
     by_cell: dict[tuple[str, str, float], dict[str, list[float]]] = {}
     generated: set[str] = set()
-    for record in records_of("study_default.jsonl"):
+    records = records_of("study_default.jsonl")
+    if (provenance.RESULTS / f"{MEMORIES}.jsonl").exists():
+        records += records_of(f"{MEMORIES}.jsonl")
+    for record in records:
         cell = by_cell.setdefault((record["split"], record["trace"], record["gib"]), {})
         cell.setdefault(record["pair"], []).append(100 * record["token_hit_rate"])
         if record["seed"] is not None:
@@ -127,9 +130,11 @@ def losses_table() -> Table:
         best = max(rates.values(), key=fmean)
         losses = [one - ours for one, ours in zip(best, rates[DEFAULT], strict=True)]
         groups = [split]
-        if split == "evaluation":
+        if split.startswith("evaluation"):
             kind = "generated" if trace in generated else "published traces"
-            groups = [f"{split}, {kind}"] + [f"{split}, {kind}, unseen"] * (trace not in seen)
+            groups = [f"{split}, {kind}"] + [f"{split}, {kind}, unseen"] * (
+                trace.partition(", ")[0] not in seen
+            )
         for group in groups:
             found.setdefault(group, []).append(losses)
     rows = []

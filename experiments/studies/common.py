@@ -84,7 +84,7 @@ class Workload:
         return not self.is_file or published(self.spec) is not None
 
 
-DATA = (ROOT / "data", ROOT.parent / "shared" / "data")
+DATA = (ROOT / "data", ROOT.parent / "shared" / "data", ROOT.parent / "shared" / "traces")
 """Folders that are searched for published traces."""
 
 

@@ -1,6 +1,6 @@
 """Compare the default pair with the best pair of this project's policies.
 
-    python -m experiments.studies.default                   # both splits, and closed loops
+    python -m experiments.studies.default                   # all splits, both memories
     python -m experiments.studies.default --split tuning
     python -m experiments.studies.default --draw            # only the table and the figure
 
@@ -12,8 +12,12 @@ In the closed loops, sessions wait for their answers, sixteen requests run at on
 policy admits them. Traces, sizes and rates of sessions are fixed in ``splits.toml`` too; seeds are
 those of the evaluation.
 
-Published traces run once. Their records have the reused and prompt tokens of each session, for
-intervals over sessions.
+Every split is replayed in both kinds of memory: the engine's arena, and two pools whose KV has
+``KV_SHARES`` of the bytes. Splits of pools end in ``, pools``. Sizes go down to ``LEAST_STATES``
+checkpoints. The split ``outside`` has published traces on which no policy was tuned.
+
+Published traces run once. Records of those of the evaluation split have the reused and prompt
+tokens of each session, for intervals over sessions.
 
 Runs of the chosen splits and pairs are replaced, others are kept. The row "evaluation, unseen"
 excludes cells that were looked at while rules were chosen.
@@ -47,7 +51,16 @@ from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.lab.simulation.target import RunConfig, build_target
 
 NAME = "study_default"
-SPLITS = ("tuning", "evaluation", "closed loop")
+MEMORIES = "study_memories"
+"""Results of the outside traces and of two pools."""
+POOLS, UNSEEN = ", pools", ", unseen"
+"""Ends of the names of splits that are replayed in two pools, or that were not looked at."""
+ARENA_SPLITS = ("tuning", "evaluation", "outside")
+SPLITS = (*ARENA_SPLITS, *(split + POOLS for split in ARENA_SPLITS), "closed loop")
+KV_SHARES = (0.15, 0.3, 0.53)
+"""Parts of the bytes of two pools that are for KV."""
+LEAST_STATES = 4
+"""Fewest checkpoints that fit in a cell with two pools."""
 DEFAULT = "survival@adaptive"
 PAIRS = (
     f"lru@{STATIC_PLACEMENT}",
@@ -57,6 +70,10 @@ PAIRS = (
     "survival@backoff",
     "survival@boundary",
     "survival@branch,boundary",
+    "survival@end",
+    "marconi@adaptive",
+    "gdsf@adaptive",
+    "random@adaptive",
 )
 
 COMPARED = (DEFAULT, f"lru@{STATIC_PLACEMENT}")
@@ -79,6 +96,8 @@ class Job(NamedTuple):
     """Path of the trace's file, with its options."""
     rate: float | None = None
     """Sessions per second in closed loop, or None for a replay."""
+    kv_share: float | None = None
+    """Part of the bytes for KV in two pools, or None for an arena."""
 
 
 def main() -> None:
@@ -96,30 +115,44 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--draw", action="store_true", help="only draw earlier results")
     options = parser.parse_args()
-    path = RESULTS / f"{NAME}.jsonl"
-    records = read(path)
     config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
     if not options.draw:
-        jobs = [job for split in options.split for job in jobs_of(split, config, options.seeds)]
-        records = [
-            record
-            for record in records
-            if record["split"] not in options.split or record["pair"] not in options.pairs
-        ]
-        work = partial(run, config["model"], options.pairs)
-        with ProcessPoolExecutor(options.processes, initializer=collect_seldom) as pool:
-            for found in tqdm(pool.map(work, jobs), total=len(jobs), unit=" traces", disable=None):
-                records += found
-        keep(NAME, records)
+        for name in dict.fromkeys(map(results_of, options.split)):
+            splits = [split for split in options.split if results_of(split) == name]
+            simulate_splits(name, splits, config, options)
+    records = read(RESULTS / f"{NAME}.jsonl") + read(RESULTS / f"{MEMORIES}.jsonl")
     by_split = {split: losses(records, split) for split in SPLITS}
     seen = set(config["evaluation"]["seen"])
     unseen = [record for record in records if record["trace"] not in seen]
-    by_split["evaluation, unseen"] = losses(unseen, "evaluation")
+    by_split["evaluation" + UNSEEN] = losses(unseen, "evaluation")
     for split, found in by_split.items():
         if found:
             print(table(split, found), end="\n\n")
-            print(worst_cells(records, found[DEFAULT], split.partition(",")[0]), end="\n\n")
+            split = split.removesuffix(UNSEEN)
+            print(worst_cells(records, found[DEFAULT], split), end="\n\n")
     draw({split: found for split, found in by_split.items() if found})
+
+
+def results_of(split: str) -> str:
+    """Return the name of the file with the results of ``split``."""
+    return MEMORIES if split == "outside" or split.endswith(POOLS) else NAME
+
+
+def simulate_splits(
+    name: str, splits: Sequence[str], config: dict[str, Any], options: argparse.Namespace
+) -> None:
+    """Run the chosen pairs on ``splits``, and replace their records in the file ``name``."""
+    jobs = [job for split in splits for job in jobs_of(split, config, options.seeds)]
+    records = [
+        record
+        for record in read(RESULTS / f"{name}.jsonl")
+        if record["split"] not in splits or record["pair"] not in options.pairs
+    ]
+    work = partial(run, config["model"], options.pairs)
+    with ProcessPoolExecutor(options.processes, initializer=collect_seldom) as pool:
+        for found in tqdm(pool.map(work, jobs), total=len(jobs), unit=" traces", disable=None):
+            records += found
+    keep(name, records)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -138,14 +171,19 @@ def jobs_of(split: str, splits: dict[str, Any], seeds: int | None) -> Iterator[J
             for seed in config["seeds"][:seeds]:
                 yield from (Job(split, spec, seed, (gib,), rate=rate) for gib, rate in cells)
         return
-    config = splits[split]
-    for spec, gib in config["gib"].items():
-        for seed in config["seeds"][:seeds]:
-            yield Job(split, spec, seed, tuple(gib))
-    for spec, gib in config.get("files", {}).items():
-        path = published(spec)
-        if path is not None:
-            yield Job(split, spec, None, tuple(gib), path)
+    config = splits[split.removesuffix(POOLS)]
+    state_bytes = ModelGeometry.load(splits["model"]).state_bytes
+    for kv_share in KV_SHARES if split.endswith(POOLS) else (None,):
+        least = 0.0 if kv_share is None else LEAST_STATES * state_bytes / (1 - kv_share)
+
+        for spec, gib in config.get("gib", {}).items():
+            fitting = tuple(size for size in gib if budget_bytes(size) >= least)
+            for seed in config["seeds"][:seeds] if fitting else ():
+                yield Job(split, spec, seed, fitting, kv_share=kv_share)
+        for spec, gib in config.get("files", {}).items():
+            path, fitting = published(spec), tuple(s for s in gib if budget_bytes(s) >= least)
+            if path is not None and fitting:
+                yield Job(split, spec, None, fitting, path, kv_share=kv_share)
 
 
 def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
@@ -165,13 +203,17 @@ def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
             gib=job.gib,
             policy=eviction,
             checkpoints=[placement],
+            memory="arena" if job.kv_share is None else "pools",
+            kv_share=job.kv_share,
             bound=False,
         )
+        share = "" if job.kv_share is None else f", {job.kv_share:.0%} KV"
         for gib, simulated in zip(job.gib, result.runs, strict=True):
             rate = rounded(simulated.token_hit_rate)
-            record = {"split": job.split, "trace": job.trace, "gib": gib, "seed": job.seed}
+            record = {"split": job.split, "trace": job.trace + share, "gib": gib}
+            record["seed"] = job.seed
             record |= {"pair": pair, "token_hit_rate": rate}
-            if job.seed is None and pair in COMPARED:
+            if job.split == "evaluation" and job.seed is None and pair in COMPARED:
                 record["requests"] = simulated.requests
                 record["sessions"] = session_sums(trace, model, gib, pair)
             records.append(record)
