@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hybridcache.api import Losses
 from hybridcache.command.extras import explain_missing
@@ -65,6 +65,11 @@ class FigureStyle:
     """False leaves out the title that all panels share."""
     notes: bool = True
     """False leaves out the notes below the panels."""
+
+    def __post_init__(self) -> None:
+        if self.labels not in get_args(Labels):
+            known = " or ".join(get_args(Labels))
+            raise ValueError(f"labels must be {known} (got {self.labels!r})")
 
     def points(self, size: float) -> float:
         """Return a font size that is ``size`` points in the default style."""
@@ -144,7 +149,7 @@ class Plot:
         """
         ax = _axes(ax)
         found = find_metric(metric)
-        style = FigureStyle(names=names or {})
+        style = FigureStyle(names=names or {}, labels=labels)
         style.check_names([self.result])
         lines = draw_curves(ax, self.result, found, style=style)
         if limits and metric == "hit":
@@ -166,9 +171,13 @@ class Plot:
         *,
         names: Mapping[str, str] | None = None,
     ) -> Axes:
-        """Plot reused and lost prompt tokens by cause, a bar per competitor, at the size nearest to
-        ``gib`` (the middle one if None). ``names`` are those of ``FigureStyle``. ValueError if no
-        run has causes."""
+        """Plot reused and lost prompt tokens by cause, a bar per competitor.
+
+        ``gib`` is a simulated size (the middle one if None). ``names`` are those of
+        ``FigureStyle``. ValueError if no run has causes, and for a size that was not simulated.
+        """
+        if gib is not None:
+            self.result.best(gib)
         ax = _axes(ax)
         style = FigureStyle(names=names or {})
         style.check_names([self.result])

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -48,6 +49,11 @@ class Interval(NamedTuple):
         """Return mean and limits, each formatted with ``spec`` (default ``.1f``)."""
         mean, low, high = (format(part, spec or ".1f") for part in self)
         return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
+
+    @property
+    def half_width(self) -> float:
+        """Half of the distance between the limits; NaN if there are too few units."""
+        return (self.high - self.low) / 2
 
     def scaled(self, factor: float) -> Interval:
         """Return the interval of ``factor`` times the quantity; ``factor`` must be positive."""
@@ -93,6 +99,26 @@ def ratio(
     return Interval(mean, float(low), float(high))
 
 
+def linear_ratio(
+    parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndarray, level: float = LEVEL
+) -> Interval:
+    """Return ``sum(parts) / sum(wholes)`` with the interval of its linearisation and Student's
+    quantile. O(n), against O(resamples * n) of ``ratio``; tests compare the two.
+
+    >>> print(format(linear_ratio([8, 7, 9, 6, 8], [10] * 5), ".2f"))
+    0.76 [0.62, 0.90]
+    """
+    parts, wholes = np.asarray(parts, float), np.asarray(wholes, float)
+    num_units, total = len(parts), wholes.sum()
+    mean = float(parts.sum() / total) if total else 0.0
+    if num_units < FEWEST_UNITS:
+        return Interval(mean, math.nan, math.nan)
+    residuals = parts - mean * wholes
+    variance = num_units / (num_units - 1) * float(residuals @ residuals)
+    half = _cached_quantile((1 + level) / 2, num_units - 1) * math.sqrt(variance) / float(total)
+    return Interval(mean, mean - half, mean + half)
+
+
 def band(curves: Sequence[Sequence[float]], level: float = LEVEL) -> list[Interval]:
     """Return an interval for each point of a curve, given one curve per seed."""
     return [interval(point, level) for point in zip(*curves, strict=True)]
@@ -106,6 +132,11 @@ def expanded_tail(num_units: int, level: float = LEVEL) -> float:
     """
     quantile = student_quantile((1 + level) / 2, num_units - 1)
     return NormalDist().cdf(-math.sqrt(num_units / (num_units - 1)) * quantile)
+
+
+@cache
+def _cached_quantile(probability: float, degrees: int) -> float:
+    return student_quantile(probability, degrees)
 
 
 def student_quantile(probability: float, degrees: int) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.api import Losses
 from hybridcache.geometry.units import GIB, counted
+from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.simulation.identity import SIZES
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
@@ -102,8 +105,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def sweep_table(result: SweepRuns, word: str = "hit") -> str:
     """Return a table with a row per competitor and a column per size.
 
-    Tables of token hit rates also have the best plan with hindsight and the infinite cache, if they
-    were computed.
+    Token hit rates have half of their 95 % interval over sessions. Their tables also have the plan
+    with hindsight and the infinite cache, if they were computed.
     """
     metric = find_metric(word)
     by_label = result.by_label()
@@ -142,6 +145,12 @@ def bypass_notes(result: SweepRuns) -> list[str]:
     ]
 
 
+TIE = 0.0005
+"""Difference of token hit rates below which competitors have equal hits."""
+SAME_TTFT = 1.05
+"""Ratio of the longest time to first token to the shortest, up to which they do not differ."""
+
+
 def sweep_line(result: SweepRuns) -> str:
     """Describe a sweep in one line: trace, competitors, sizes, and the best run."""
     if not result.runs:
@@ -149,15 +158,22 @@ def sweep_line(result: SweepRuns) -> str:
     best = max(result.runs, key=lambda run: run.token_hit_rate)
     num_sizes = len({_size(run) for run in result.runs})
     at = "" if best.gib is None else f" at {best.gib:.4g} GiB"
+    equal = [run.label for run in result.runs if _size(run) == _size(best) and ties(run, best)]
     return (
         f"{result.trace}, {result.geometry.name}: {counted(best.requests, 'request')}, "
         f"{counted(len(result.by_label()), 'competitor')}, {counted(num_sizes, 'size')}; "
-        f"best token hit rate {100 * best.token_hit_rate:.1f} %, {best.label}{at}"
+        f"best token hit rate {100 * best.token_hit_rate:.1f} %, {', '.join(equal)}{at}"
     )
 
 
-TIE = 0.0005
-"""Difference of token hit rates up to which competitors have equal hits."""
+def ties(run: RunResult, best: RunResult) -> bool:
+    """Return True if the hits of ``run`` do not differ from those of ``best``: by less than a
+    tenth of a point, or by less than the interval of their difference, paired by session."""
+    if run is best or abs(best.token_hit_rate - run.token_hit_rate) < TIE:
+        return True
+    if [one[:3] for one in run.by_session] != [one[:3] for one in best.by_session]:
+        return False
+    return best.above(run).low <= 0
 
 
 def verdict(result: SweepRuns) -> str:
@@ -169,25 +185,29 @@ def verdict(result: SweepRuns) -> str:
     labels = dict.fromkeys(run.label for run in ours)
     if len(labels) < 2:
         return ""
-    best: dict[tuple[Any, ...], float] = {}
+    best: dict[tuple[Any, ...], RunResult] = {}
     for run in ours:
-        best[_size(run)] = max(best.get(_size(run), 0.0), run.token_hit_rate)
-    wins = {
-        label: sum(
-            run.label == label and run.token_hit_rate >= best[_size(run)] - TIE for run in ours
-        )
-        for label in labels
-    }
+        if run.token_hit_rate > best.setdefault(_size(run), run).token_hit_rate:
+            best[_size(run)] = run
+    wins = dict.fromkeys(labels, 0)
+    for run in ours:
+        wins[run.label] += ties(run, best[_size(run)])
     most = max(wins.values())
-    first = [label for label, count in wins.items() if count == most]
+    means = {
+        label: sum(run.token_hit_rate for run in ours if run.label == label) for label in labels
+    }
+    first = sorted(
+        (label for label, count in wins.items() if count == most), key=lambda one: -means[one]
+    )
     largest = max((run for run in ours if run.label == first[0]), key=lambda run: run.gib or 0.0)
     sizes = "the only size" if len(best) == 1 else f"{most} of {len(best)} sizes"
     has = "have" if len(first) > 1 else "has"
     command = f"engine serve --model {_served_as(result)}"
     if largest.gib is not None:
         command += f" --cache-gib {largest.gib:.4g}"
-    command += f" --eviction {largest.config.policy} --checkpoints {largest.config.checkpoints}"
-    return f"{', '.join(first)} {has} the most hits at {sizes}; to serve: {command}"
+    names = (shlex.quote(str(name)) for name in (largest.config.policy, largest.config.checkpoints))
+    command += " --eviction {} --checkpoints {}".format(*names)
+    return f"{', '.join(first)} {has} the most hits, or as many, at {sizes}; to serve: {command}"
 
 
 def _served_as(result: SweepRuns) -> str:
@@ -206,14 +226,15 @@ def sweep_html(result: SweepRuns) -> str:
     heads = ["token hit rate, %", "", *(f"{size_label(run)} GiB" for run in by_size.values())]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     for label, runs in result.by_label().items():
-        rates = {_size(run): run.token_hit_rate for run in runs}
+        runs_at = {_size(run): run for run in runs}
+        rates = {size: run.token_hit_rate for size, run in runs_at.items()}
         cells = [f"<th>{escape(label)}</th>", f"<td>{_sparkline([*rates.values()])}</td>"]
         for size, best in by_size.items():
             if size not in rates:
                 cells.append("<td>-</td>")
                 continue
             text = f"{100 * rates[size]:.1f}"
-            is_best = rates[size] == best.token_hit_rate
+            is_best = ties(runs_at[size], best)
             cells.append(f"<td>{f'<b>{text}</b>' if is_best else text}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     bound = ""
@@ -252,6 +273,8 @@ def flat_record(run: RunResult) -> dict[str, Any]:
         "prompt_tokens": run.prompt_tokens,
         "cached_tokens": run.cached_tokens,
         "token_hit_rate": run.token_hit_rate,
+        "token_hit_rate_low": run.interval.low,
+        "token_hit_rate_high": run.interval.high,
         "request_hit_rate": run.request_hit_rate,
         "share_of_bound": run.share_of_bound,
         "share_of_optimum": run.share_of_optimum,
@@ -299,6 +322,11 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
         size = "" if gib is None else f", {gib:.3g} GiB"
         title = f"{first.trace}{size}, {label}: {first.num_requests:,} requests in closed loop"
         notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
+        if first.num_sessions == first.num_requests:
+            notes.append(
+                "no session has a second request: requests wait for no answer, so this is an open "
+                "loop at that many requests a second"
+            )
         refused = max(run.num_refused for run in chosen)
         if refused:
             notes.append(f"{refused:,} requests longer than the memory were left out")
@@ -366,14 +394,38 @@ def tier_notes(result: SweepRuns) -> list[str]:
 def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Return the notes under a table or figure of the metrics ``words``."""
     notes = plan_notes(result) if "optimum" in words else []
+    if "hit" in words:
+        notes += interval_notes(result)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
-        notes.append(f"prefill times: {result.times}")
+        notes += [f"prefill times: {result.times}", *floor_notes(result)]
     if any(weighs_as_another(run) for run in result.runs):
         notes.append(MARCONI_NOTE)
     notes += dict.fromkeys(filter(None, map(no_hit_note, result.runs)))
     if result.counted_by:
         notes.append(f"tokens counted by: {result.counted_by}")
     return notes
+
+
+def interval_notes(result: SweepRuns) -> list[str]:
+    """Explain the intervals of token hit rates, and why there are none."""
+    counts = dict.fromkeys(len(run.by_session) for run in result.runs)
+    if not counts:
+        return []
+    num_sessions = min(counts)
+    if num_sessions < FEWEST_UNITS:
+        return [f"no intervals: {counted(num_sessions, 'session')}, fewer than {FEWEST_UNITS}"]
+    return [f"±: 95 % interval over {counted(num_sessions, 'session')}"]
+
+
+def floor_notes(result: SweepRuns) -> list[str]:
+    """Explain times to the first token that do not differ: they lie at the machine's minimum."""
+    times = [run.ttft_s[rank] for run in result.runs for rank in (5, 99)]
+    if not times or max(times) > SAME_TTFT * min(times):
+        return []
+    return [
+        f"every prefill takes {1e3 * min(times):.1f} ms: it reads the weights once, and these "
+        "prompts are too short to take longer on this machine; for another one give times"
+    ]
 
 
 def no_hit_note(run: RunResult) -> str:
@@ -400,8 +452,11 @@ def weighs_as_another(run: RunResult) -> bool:
 
 
 def _marked(run: RunResult, word: str) -> str:
-    """Return the text of a cell, with a star if the run is above the best plan."""
+    """Return the text of a cell: with half of its interval, or a star if the run is above the best
+    plan."""
     text = METRICS[word].text(run)
+    if word == "hit" and not math.isnan(half := 100 * run.interval.half_width):
+        return f"{text} ± {half:.1f}"
     return text + "*" if word == "optimum" and above_plan(run) else text
 
 

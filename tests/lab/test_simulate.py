@@ -24,17 +24,25 @@ from hypothesis import strategies as st
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
 from hybridcache.lab.figures import FigureStyle
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.intervals import ratio
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.simulate import SimulationResult, Sweep, optimum, simulate
-from hybridcache.lab.simulation.sizes import sizes
+from hybridcache.lab.simulation.simulate import (
+    SimulationResult,
+    Sweep,
+    load_model,
+    optimum,
+    simulate,
+)
+from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import (
     EngineSteps,
@@ -43,6 +51,7 @@ from hybridcache.lab.simulation.target import (
     build_target,
 )
 from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import EVICTION
@@ -201,7 +210,7 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
         short(), jobs, processes=2, resume_from=path, progress=lambda *at: done.append(at)
     )
     assert list(map(comparable, alone)) == list(map(comparable, both))
-    assert both[:4] == first and done == [(5, 6), (6, 6)]
+    assert both[:4] == first and done == [(600, 720), (720, 720)]
     assert run_sweep(short(), jobs, resume_from=path) == both
 
 
@@ -310,6 +319,69 @@ def test_sizes_are_parsed_from_text() -> None:
     assert sizes("6,40") == (6, 40) and sizes(3) == (3.0,) and sizes([1, 2]) == (1.0, 2.0)
 
 
+def test_sizes_may_be_shares_of_the_working_set() -> None:
+    trace, geometry = short().head(40), ModelGeometry.preset("qwen3-next")
+    whole = working_set_bytes(trace, geometry)
+    distinct = trace_stats(trace).distinct_tokens
+    assert whole == distinct * geometry.kv_bytes_per_token + 40 * geometry.state_bytes
+    runs = simulate(trace, gib="10%,100%", policy="lru").runs
+    assert [run.gib for run in runs] == pytest.approx([whole / 10 / GIB, whole / GIB], rel=1e-5)
+    assert runs[1].losses is not None and not runs[1].losses.kv_evicted
+    with pytest.raises(ValueError, match="all sizes in GiB, or all with %"):
+        simulate(trace, gib="1:100%")
+    assert len(sizes("2:200")) == 15
+
+
+def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
+    lru, survival = simulate("chat", gib=2, policy=("lru", "survival"), bound=False).runs
+    for run in (lru, survival):
+        sums = [sum(column) for column in zip(*(one[1:] for one in run.by_session), strict=True)]
+        assert sums == [run.requests, run.prompt_tokens, run.cached_tokens]
+        parts = [one.cached_tokens for one in run.by_session]
+        bootstrap = ratio(parts, [one.prompt_tokens for one in run.by_session])
+        assert run.interval.mean == bootstrap.mean == run.token_hit_rate
+        assert run.interval.low == pytest.approx(bootstrap.low, abs=0.005)
+        assert run.interval.high == pytest.approx(bootstrap.high, abs=0.005)
+    gain = survival.above(lru)
+    assert gain.mean == pytest.approx(survival.token_hit_rate - lru.token_hit_rate)
+    pairs = zip(survival.by_session, lru.by_session, strict=True)
+    differences = [one.cached_tokens - two.cached_tokens for one, two in pairs]
+    again = ratio(differences, [one.prompt_tokens for one in lru.by_session])
+    assert (gain.low, gain.high) == pytest.approx((again.low, again.high), abs=0.005)
+    half = 100 * lru.interval.half_width
+    table = simulate("chat", gib=2, policy="lru").table()
+    assert f"{100 * lru.token_hit_rate:.1f} ± {half:.1f}" in table
+    few = simulate("short?head=3", gib=1).table()
+    assert "±" not in few and "no intervals: 3 sessions, fewer than 5" in few
+
+
+def test_ties_are_named() -> None:
+    result = simulate("short?head=60", gib=50, policy=("lru", "survival", "fifo"))
+    assert "lru, survival, fifo at 50 GiB" in repr(result)
+    assert result.verdict().startswith("lru, survival, fifo have the most hits, or as many, at the")
+    assert "--eviction lru --checkpoints adaptive" in result.verdict()
+    assert simulate("short?head=20", gib=1, policy="lru").verdict() == ""
+
+
+def test_all_stands_for_every_built_in_policy() -> None:
+    runs = simulate("short?head=9", gib=1, policy="all", bound=False).runs
+    assert [run.label for run in runs] == sorted(EVICTION)
+
+
+def test_times_at_the_minimum_of_the_machine_are_explained() -> None:
+    fast = simulate("chat?head=30", gib=1, model="builtin")
+    assert "every prefill takes 5.0 ms: it reads the weights once" in fast.table("ttft-p50")
+    slower = Roofline(load_model("builtin"), flops_per_s=1e9, bytes_per_s=1e9, overhead_s=0)
+    slow = simulate("chat?head=30", gib=1, model="builtin", times=slower)
+    assert "every prefill" not in slow.table("ttft-p50")
+
+
+def test_progress_within_a_run_counts_its_requests() -> None:
+    seen: list[tuple[int, int]] = []
+    simulate("conversations?head=600", gib=1, bound=False, progress=lambda *at: seen.append(at))
+    assert seen == [(255, 600), (511, 600), (600, 600)]
+
+
 def test_result_survives_json() -> None:
     result = simulate("short", gib=0.05, model="qwen3.5-0.8b")
     [run] = result.runs
@@ -345,7 +417,7 @@ def test_different_configurations_have_different_rows() -> None:
     assert [*both.by_label()] == ["survival (grid 64)", "survival (grid 1)"]
     header, _, first, second, *_ = both.table().splitlines()[1:]
     assert header.split()[-2:] == ["1", "2"]
-    assert first.split()[-1] == "-" and len(second.split()) == 5
+    assert first.split()[-1] == "-" and len(second.split()) == 9
     lru, bare = (
         simulate("short?head=40", gib=1, policy="lru", priority_classes=classes, bound=False)
         for classes in (True, False)
@@ -463,7 +535,7 @@ def test_progress_is_a_function_or_disabled(capfd: pytest.CaptureFixture[str]) -
     seen: list[tuple[int, int]] = []
     sweep = {"gib": [1, 2], "bound": False}
     simulate("short?head=9", **sweep, progress=lambda *at: seen.append(at))
-    assert seen[-1] == (2, 2) and seen == sorted(seen)
+    assert seen[-1] == (18, 18) and seen == sorted(seen), "two runs of nine requests"
     simulate("short?head=9", **sweep)
     simulate("short?head=9", **sweep, progress=False)
     optimum("short?head=9", gib=1)

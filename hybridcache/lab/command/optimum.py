@@ -42,42 +42,30 @@ def add_optimum(commands: Commands) -> None:
 
 def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
-    from hybridcache.lab.progress import shown_progress
-    from hybridcache.lab.report import optimum_table
     from hybridcache.lab.simulation.grid import check_results_file
     from hybridcache.lab.simulation.simulate import load_model, optimum
-    from hybridcache.lab.simulation.sizes import sizes
 
     style = check_figure(options)
     model = load_model(options.model).name
-    points = sizes(options.gib)
     trace = opened(options.trace, options)
     if options.output:
         check_results_file(options.output, trace)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    trace = trace.kept()
-    plans = []
-    with shown_progress(None, "sizes", options.trace) as show:
-        for done, size in enumerate(points):
-            show(done, len(points))
-            [best] = optimum(
-                trace,
-                model=options.model,
-                gib=size,
-                placement=options.placement,
-                state_dtype=options.state_dtype,
-                grid=options.grid,
-                counts_running=options.counts_running,
-                progress=False,
-            )
-            plans.append(best)
-            if options.output:
-                with options.output.open("a", encoding="utf-8") as file:
-                    record = best.record() | {"model": model}
-                    file.write(json.dumps(record) + "\n")
-        show(len(points), len(points))
-    print(optimum_table(plans))
+    found = optimum(
+        trace,
+        model=options.model,
+        gib=options.gib,
+        placement=options.placement,
+        state_dtype=options.state_dtype,
+        grid=options.grid,
+        counts_running=options.counts_running,
+    )
+    if options.output:
+        with options.output.open("a", encoding="utf-8") as file:
+            for best in found:
+                file.write(json.dumps(best.record() | {"model": model}) + "\n")
+    print(found.table())
     if options.figure:
-        optimum_figure(plans, options.figure, style)
+        optimum_figure(found.plans, options.figure, style)
         print(f"figure: {options.figure}")
     return 0

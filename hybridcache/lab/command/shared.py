@@ -31,7 +31,8 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--gib": {
         "default": GIB_SPEC,
-        "help": "memory, GiB: low:high:points (log-spaced), or a,b,c (default %(default)s)",
+        "help": "memory, GiB: low:high:points (log-spaced), or a,b,c; or shares of the working "
+        "set: 1%%:100%% (default %(default)s)",
     },
     "--grid": {
         "type": int,

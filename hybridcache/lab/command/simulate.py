@@ -48,7 +48,7 @@ def add_simulate(commands: Commands) -> None:
         "--policy",
         default=DEFAULT_EVICTION,
         help=f"eviction policies, joined by commas (default {DEFAULT_EVICTION}): "
-        f"{', '.join(eviction_names())}, module:Class",
+        f"{', '.join(eviction_names())}, all, module:Class",
     )
     add(
         "--checkpoints",
@@ -360,7 +360,7 @@ def _simulate_fleets(options: argparse.Namespace) -> int:
     from hybridcache.lab.replicas.runs import fleet_jobs, run_fleets
     from hybridcache.lab.simulation.grid import Place
     from hybridcache.lab.simulation.simulate import Sweep
-    from hybridcache.lab.simulation.sizes import sizes
+    from hybridcache.lab.simulation.sizes import sizes_for
     from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
     refuse(options, ALONE, "has no meaning with --replicas: leave it out")
@@ -382,11 +382,11 @@ def _simulate_fleets(options: argparse.Namespace) -> int:
         failures=options.failures or 0,
     )
     routers = (options.router or "checkpoint").split(",")
-    points = sizes(options.gib)
     times = sweep.serving(geometry).times
     for spec in options.trace:
         trace = opened(spec, options)
         for config in sweep.competitors(geometry):
+            points = sizes_for(options.gib, trace, geometry)
             jobs = fleet_jobs(config, fleet, times, routers, points)
             with shown_progress(None, "runs", spec) as show:
                 results = run_fleets(

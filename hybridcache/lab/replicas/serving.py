@@ -36,10 +36,10 @@ from hybridcache.routing.registry import find_router
 class _Asked:
     """One request on its way."""
 
-    __slots__ = ("asked_s", "expected_len", "number", "replica", "request", "served", "turn")
+    __slots__ = ("asked_s", "expected_len", "number", "replica", "request", "served")
 
-    def __init__(self, number: int, request: TraceRequest, turn: int, asked_s: float) -> None:
-        self.number, self.request, self.turn, self.asked_s = number, request, turn, asked_s
+    def __init__(self, number: int, request: TraceRequest, asked_s: float) -> None:
+        self.number, self.request, self.asked_s = number, request, asked_s
         self.expected_len = 0
         self.replica: _Replica | None = None
         self.served: Served | None = None
@@ -116,7 +116,7 @@ class _Fleet:
         self._places: list[_Replica | None] = []
         self._busy_s = [0.0] * config.replicas
         self._num_replicas = 0
-        self._later: dict[Hashable, deque[tuple[TraceRequest, int]]] = {}
+        self._later: dict[Hashable, deque[TraceRequest]] = {}
         self._homeless: list[_Asked] = []
         self._num_asked = 0
         self._log = RequestLog(unit)
@@ -163,18 +163,15 @@ class _Fleet:
         heapq.heappush(self._events, (when, self._num_events, change))
 
     def run(self, requests: Iterable[TraceRequest]) -> FleetLog:
-        turns: dict[Hashable, int] = {}
         first_s: float | None = None
         for request in requests:
-            turn = turns.get(request.session, 0)
-            turns[request.session] = turn + 1
             first_s = request.timestamp_s if first_s is None else first_s
             self._until(request.timestamp_s)
             if request.session in self._later:
-                self._later[request.session].append((request, turn))
+                self._later[request.session].append(request)
                 continue
             self._later[request.session] = deque()
-            self._ask(request, turn, request.timestamp_s)
+            self._ask(request, request.timestamp_s)
         self._until(float("inf"))
         for place, replica in enumerate(self._places):
             if replica is not None:
@@ -194,8 +191,8 @@ class _Fleet:
             now, _, change = heapq.heappop(self._events)
             change(now)
 
-    def _ask(self, request: TraceRequest, turn: int, now: float) -> None:
-        asked = _Asked(self._num_asked, request, turn, now)
+    def _ask(self, request: TraceRequest, now: float) -> None:
+        asked = _Asked(self._num_asked, request, now)
         self._num_asked += 1
         self._route(asked, now)
 
@@ -239,7 +236,7 @@ class _Fleet:
             return
         if asked.served is not None:
             asked.served.prefilled()
-        self._log.add(asked.request, asked.served, asked.turn, 0.0)
+        self._log.add(asked.request, asked.served, 0.0)
         self._log.ttft_s.append(now - asked.asked_s)
         self._expected.append(asked.expected_len * self._unit)
         self._last_s = now
@@ -268,8 +265,8 @@ class _Fleet:
     def _next_turn(self, session: Hashable, now: float) -> None:
         later = self._later[session]
         if later:
-            request, turn = later.popleft()
-            self._ask(request, turn, max(request.timestamp_s, now))
+            request = later.popleft()
+            self._ask(request, max(request.timestamp_s, now))
         else:
             del self._later[session]
 

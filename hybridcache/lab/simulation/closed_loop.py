@@ -31,7 +31,7 @@ from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun
 from hybridcache.lab.simulation.simulate import Policies, Sizes, Sweep, named_policies
-from hybridcache.lab.simulation.sizes import budget_bytes, rates, sizes
+from hybridcache.lab.simulation.sizes import budget_bytes, rates, sizes_for
 from hybridcache.lab.simulation.sweep import identity_of, key_of
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -428,6 +428,7 @@ def run_closed_loop(
         max_running=loop.max_running,
         token_budget=loop.token_budget,
         tells_ends=loop.tells_ends,
+        num_sessions=len(set(table.session)),
     )
 
 
@@ -563,14 +564,14 @@ def closed_loop(
             ttft_limit_s,
         )
         for config in sweep.competitors(geometry)
-        for size in sizes(gib)
+        for size in sizes_for(gib, opened, geometry)
         for one in admissions
         for per_second in rates(rate)
         for seed in seeds
     ]
     kept = Path(resume_from) if resume_from else None
     identity = identity_of(opened) if kept else b""
-    with shown_progress(progress, "runs", opened.name) as show:
+    with shown_progress(progress, "requests", opened.name) as show:
         runs = run_grid(
             opened,
             jobs,

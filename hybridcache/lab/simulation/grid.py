@@ -72,7 +72,9 @@ def run_grid(
     """Return ``run(trace, job)`` for each of ``jobs``, in their order.
 
     With ``resume_from``, runs that are in that file under a job's key are read from it, and new
-    ones are appended as they finish, one JSON line each. ``progress`` is called with (done, all).
+    ones are appended as they finish, one JSON line each. ``progress`` is called with (requests
+    done, requests of all runs), the second 0 while it is unknown; with (runs done, all) if results
+    have no ``num_requests``.
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
     be pickled for the process or machine that computes it, or if ``resume_from`` is not a file of
@@ -92,15 +94,59 @@ def run_grid(
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if resume_from:
         _end_last_line(resume_from)
+    progressed = _Progressed(progress, len(results), len(jobs))
     with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
-        for number, result in _results(trace, due, run, place):
+        for number, result in _results(trace, due, run, place, progressed):
             results[number] = result
             if file is not None:
                 file.write(json.dumps({"key": keys[number]} | write(result)) + "\n")
                 file.flush()
-            if progress:
-                progress(len(results), len(jobs))
+            progressed.run_done(getattr(result, "num_requests", 1))
     return [results[number] for number in range(len(jobs))]
+
+
+TICK = 256
+"""Requests between two calls of ``progress`` within a run."""
+
+
+@dataclass(slots=True)
+class _Progressed:
+    """Progress of a grid in requests, as far as their number is known."""
+
+    show: Callable[[int, int], None] | None
+    num_done: int
+    num_runs: int
+    num_requests: int = 0
+    """Requests of one run; 0 before the first is done."""
+
+    def run_done(self, num_requests: int) -> None:
+        """Count a finished run."""
+        self.num_requests, self.num_done = num_requests, self.num_done + 1
+        self.within(0)
+
+    def within(self, num_requests: int) -> None:
+        """Show the requests of the finished runs, and ``num_requests`` of the present one."""
+        if self.show:
+            done = self.num_done * self.num_requests + num_requests
+            self.show(done, self.num_runs * self.num_requests)
+
+    def watched(self, trace: Trace) -> Trace:
+        """Return ``trace``, which shows the progress of each pass."""
+        return trace if self.show is None else replace(trace, source=_Watched(trace, self.within))
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Source that tells how many requests were taken."""
+
+    trace: Trace
+    tick: Callable[[int], None]
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        for number, request in enumerate(self.trace):
+            if number % TICK == TICK - 1:
+                self.tick(number)
+            yield request
 
 
 def pickled(name: str, value: object) -> bytes:
@@ -163,12 +209,20 @@ def _end_last_line(path: Path) -> None:
 
 
 def _results(
-    trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], place: Place
+    trace: Trace,
+    due: Sequence[tuple[int, Job]],
+    run: Run[Job, Result],
+    place: Place,
+    progressed: _Progressed,
 ) -> Iterator[tuple[int, Result]]:
     if place.ray is not None and due:
         yield from _on_ray(trace, due, run, place.ray)
     elif place.processes <= 1 or len(due) <= 1:
-        trace = _in_memory(trace) if due else trace
+        if due:
+            trace = _in_memory(trace)
+            if isinstance(trace.source, Held):
+                progressed.num_requests = len(trace.source.requests)
+            trace = progressed.watched(trace)
         for number, job in due:
             yield number, run(trace, job)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Hashable
 from operator import add
 
 from hybridcache.api import Losses
@@ -22,6 +23,11 @@ class RequestLog:
         """Further tokens that a checkpoint which was evicted would have saved."""
         self.turns = array("i")
         """Number of earlier requests of the same session."""
+        self.sessions = array("i")
+        """Number of the request's session, in the order of their first requests."""
+        self.session_names: list[Hashable] = []
+        self._of_session: dict[Hashable, list[int]] = {}
+        """Number of each session, and of its requests so far."""
         self.copy_s = array("d")
         """Seconds of copies from lower tiers."""
         self.ttft_s = array("d")
@@ -37,7 +43,7 @@ class RequestLog:
         self.control_s = 0.0
         """Spent in the cache's own code."""
 
-    def add(self, request: TraceRequest, served: Served | None, turn: int, control_s: float) -> int:
+    def add(self, request: TraceRequest, served: Served | None, control_s: float) -> int:
         """Record that a request has begun, and return its place."""
         unit = self.unit
         length = request.num_tokens(unit)
@@ -62,10 +68,15 @@ class RequestLog:
         self.prompt_tokens.append(length)
         self.cached_tokens.append(cached)
         self.missed_tokens.append(missed)
-        turns = self.turns
-        turns.append(turn)
+        known = self._of_session.get(request.session)
+        if known is None:
+            known = self._of_session[request.session] = [len(self.session_names), 0]
+            self.session_names.append(request.session)
+        self.sessions.append(known[0])
+        self.turns.append(known[1])
+        known[1] += 1
         self.control_s += control_s
-        return len(turns) - 1
+        return len(self.turns) - 1
 
     @property
     def losses(self) -> list[int]:

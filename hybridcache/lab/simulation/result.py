@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import prefill_seconds
+from hybridcache.lab.intervals import Interval, linear_ratio
 from hybridcache.lab.simulation.identity import RunIdentity, identify, names, without_size
 from hybridcache.lab.simulation.log import RequestLog
 from hybridcache.lab.simulation.serving import Serving
@@ -28,6 +29,15 @@ class Bin:
 
     start: int
     end: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class SessionResult(NamedTuple):
+    """One session of a run. The interval of a run is over these."""
+
+    session: str
     requests: int
     prompt_tokens: int
     cached_tokens: int
@@ -86,6 +96,8 @@ class RunResult:
     """By prompt length, bins doubling."""
     by_turn: tuple[Bin, ...]
     """By number of earlier requests of the session, bins doubling."""
+    by_session: tuple[SessionResult, ...]
+    """Sessions in the order of their first requests."""
     control_us: float
     """Microseconds per request in the cache's own code, mean. Not reproducible; all else is."""
     longest_prompt: int | None = None
@@ -123,9 +135,29 @@ class RunResult:
         return self.config.gib
 
     @property
+    def num_requests(self) -> int:
+        """Number of requests, as in closed loop."""
+        return self.requests
+
+    @property
     def token_hit_rate(self) -> float:
         """Reused share of the prompt tokens, 0 to 1."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def interval(self) -> Interval:
+        """Token hit rate with its 95 % interval over sessions; NaN limits for fewer than five."""
+        parts = [one.cached_tokens for one in self.by_session]
+        return linear_ratio(parts, [one.prompt_tokens for one in self.by_session])
+
+    def above(self, other: RunResult) -> Interval:
+        """Return this run's token hit rate less that of ``other``, paired by session. ValueError if
+        they ran over different sessions."""
+        if [one[:3] for one in self.by_session] != [one[:3] for one in other.by_session]:
+            raise ValueError(f"{self.label} and {other.label} ran over different sessions.")
+        pairs = zip(self.by_session, other.by_session, strict=True)
+        parts = [one.cached_tokens - two.cached_tokens for one, two in pairs]
+        return linear_ratio(parts, [one.prompt_tokens for one in self.by_session])
 
     @property
     def request_hit_rate(self) -> float:
@@ -173,6 +205,7 @@ class RunResult:
             values["losses"] = Losses(**record["losses"])
         for name in ("by_length", "by_turn"):
             values[name] = tuple(Bin(**bin_) for bin_ in record[name])
+        values["by_session"] = tuple(SessionResult(*row) for row in record["by_session"])
         return cls(**values)
 
 
@@ -236,6 +269,8 @@ class ClosedLoopRun:
     """Most tokens in a step."""
     tells_ends: bool = False
     """True if clients say when a session has ended."""
+    num_sessions: int = 0
+    """Sessions with an answered request; 0 in files of earlier versions."""
 
     @property
     def token_hit_rate(self) -> float:
@@ -249,7 +284,9 @@ class ClosedLoopRun:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the run of an ``as_record``."""
-        return cls(**{field.name: record[field.name] for field in fields(cls)})
+        return cls(
+            **{field.name: record[field.name] for field in fields(cls) if field.name in record}
+        )
 
 
 def summarise(
@@ -306,10 +343,23 @@ def summarise(
         tier_bytes=_tier_bytes(counters) if config.host_bytes or config.disk_bytes else None,
         by_length=_bins(lengths, lengths, cached, first=256),
         by_turn=_bins(np.frombuffer(log.turns, np.int32), lengths, cached, first=1),
+        by_session=_sessions(log, lengths, cached),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,
         longest_prompt=int(lengths.max(initial=0)),
         page_tokens=counters.get("page_tokens"),
     )
+
+
+def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult, ...]:
+    numbers = np.frombuffer(log.sessions, np.int32)
+    size = len(log.session_names)
+    counts = np.bincount(numbers, minlength=size).tolist()
+    sums = (  # Sums of float64 are exact up to 2**53.
+        np.bincount(numbers, weights=tokens, minlength=size).astype(np.int64).tolist()
+        for tokens in (lengths, cached)
+    )
+    names = map(str, log.session_names)
+    return tuple(map(SessionResult, names, counts, *sums))
 
 
 def _tier_bytes(counters: dict[str, int]) -> dict[str, int]:

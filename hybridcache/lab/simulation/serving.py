@@ -62,18 +62,14 @@ def serve(
 
 
 def _serve_in_turn(target: Target, requests: Iterable[TraceRequest], log: RequestLog) -> None:
-    turns: dict[Hashable, int] = {}
     begin, add = target.begin, log.add
     for request in requests:
-        session = request.session
-        turn = turns.get(session, 0)
-        turns[session] = turn + 1
         start = perf_counter()
         served = begin(request)
         if served is not None:
             served.prefilled()
             served.finish()
-        add(request, served, turn, perf_counter() - start)
+        add(request, served, perf_counter() - start)
 
 
 def _queue(log: RequestLog, serving: Serving) -> array[float]:
@@ -113,39 +109,36 @@ class _Concurrent:
         self._target, self._unit, self._serving, self._log = target, unit, serving, log
         self._max_running = max_running
         # With when each could be asked.
-        self._waiting: deque[tuple[TraceRequest, int, float]] = deque()
+        self._waiting: deque[tuple[TraceRequest, float]] = deque()
         # Sessions with a waiting or running request, and their requests that arrived meanwhile.
-        self._later: dict[Hashable, deque[tuple[TraceRequest, int]]] = {}
+        self._later: dict[Hashable, deque[TraceRequest]] = {}
         self._events: list[tuple[float, int, _Kind, _Running]] = []
         self._num_events = 0
         self._num_running = 0
         self._free_servers = serving.servers
 
     def run(self, requests: Iterable[TraceRequest]) -> None:
-        turns: dict[Hashable, int] = {}
         for request in requests:
-            turn = turns.get(request.session, 0)
-            turns[request.session] = turn + 1
             while self._events and self._events[0][0] <= request.timestamp_s:
                 self._next_event()
             if request.session in self._later:
-                self._later[request.session].append((request, turn))
+                self._later[request.session].append(request)
                 continue
             self._later[request.session] = deque()
-            self._waiting.append((request, turn, request.timestamp_s))
+            self._waiting.append((request, request.timestamp_s))
             self._start(request.timestamp_s)
         while self._events:
             self._next_event()
 
     def _start(self, now: float) -> None:
         while self._waiting and self._free_servers and self._num_running < self._max_running:
-            request, turn, asked_s = self._waiting[0]
+            request, asked_s = self._waiting[0]
             start = perf_counter()
             served = self._target.begin(request)
             if served is None and self._num_running:
                 return  # memory comes back when one of the others finishes
             self._waiting.popleft()
-            place = self._log.add(request, served, turn, perf_counter() - start)
+            place = self._log.add(request, served, perf_counter() - start)
             self._log.ttft_s.append(0.0)
             running = _Running(place, request, asked_s, served)
             self._num_running += 1
@@ -158,8 +151,8 @@ class _Concurrent:
     def _next_turn(self, session: Hashable, now: float) -> None:
         later = self._later[session]
         if later:
-            request, turn = later.popleft()
-            self._waiting.append((request, turn, max(request.timestamp_s, now)))
+            request = later.popleft()
+            self._waiting.append((request, max(request.timestamp_s, now)))
         else:
             del self._later[session]
 

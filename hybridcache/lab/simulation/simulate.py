@@ -41,7 +41,7 @@ from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.simulation.own_code import spec_of
 from hybridcache.lab.simulation.result import RunResult, SweepRuns
 from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
+from hybridcache.lab.simulation.sizes import budget_bytes, sizes_for, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
 from hybridcache.lab.simulation.target import RunConfig, check_words
 from hybridcache.lab.trace import Trace
@@ -49,6 +49,7 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
+    EVICTION,
     AdmissionSpec,
     EvictionSpec,
     PlacementSpec,
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
 BUILTIN = "builtin"
 """Name of the built-in model of the engine. The presets of the cache do not include it."""
 
+ALL = "all"
+"""Name of all built-in eviction policies together."""
 Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec
 Policies = Policy | Sequence[Policy]
@@ -334,9 +337,11 @@ def simulate(
     - ``trace``: a trace, or a specification that ``open_trace`` reads.
     - ``model``: name of a preset, path of a config.json, ``builtin`` (the engine's own model), or a
       geometry.
-    - ``gib``: memory for KV and states together; ``low:high:points``, a list, or one number.
+    - ``gib``: memory for KV and states together; ``low:high:points``, a list, or one number. With
+      ``%`` (``1%:100%``) they are shares of the working set: KV of every distinct token, and a
+      state a request.
     - ``policy``: eviction policies: names, ``module:Class(alpha=2)``, classes, functions that make
-      a policy, or policies.
+      a policy, or policies. ``all``: every built-in one.
     - ``checkpoints``: one placement (names with commas, or your own), or a list of them.
     - ``baseline``: names of rebuilt peers.
     - ``priority_classes``: evict unreachable KV and superseded checkpoints before all else; False
@@ -357,8 +362,8 @@ def simulate(
     - ``processes``, ``ray``: number of processes, or the address of a Ray cluster; neither changes
       a result.
     - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
-    - ``progress``: function of (runs done, all); False for none. By default a bar in terminals and
-      notebooks.
+    - ``progress``: function of (requests done, requests of all runs); False for none. By default a
+      bar in terminals and notebooks.
 
     O(requests) per run. Raises ValueError or OSError, each with one sentence, for
     invalid arguments and unreadable files.
@@ -392,14 +397,14 @@ def simulate(
     geometry = sweep.geometry()
     serving = sweep.serving(geometry)
     competitors = sweep.competitors(geometry)
-    points = sizes(gib)
+    points = sizes_for(gib, opened, geometry)
     jobs = [
         Job(replace(config, budget_bytes=budget_bytes(size)), serving)
         for config in competitors
         for size in points
     ]
     kept = Path(resume_from) if resume_from else None
-    with shown_progress(progress, "runs", opened.name) as show:
+    with shown_progress(progress, "requests", opened.name) as show:
         runs = run_sweep(
             opened, jobs, processes=processes, ray=ray, resume_from=kept, progress=show
         )
@@ -415,7 +420,7 @@ def simulate(
     if bound:
         result = _with_bound(result, opened)
     if optimum:
-        result = _with_optimum(result, opened, sweep)
+        result = _with_optimum(result, opened, points, grid)
     if kept and (bound or optimum):
         identity = identity_of(opened)
         _complete(kept, [job.key(identity) for job in jobs], result.runs)
@@ -447,7 +452,7 @@ def optimum(
             f"placement must be {' or '.join(get_args(Placement))} (got {placement!r})."
         )
     geometry = sweep.geometry()
-    points = sizes(gib)
+    points = sizes_for(gib, opened, geometry)
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):
@@ -475,7 +480,9 @@ def _with_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
     return replace(result, runs=runs, bound_rate=tokens / runs[0].prompt_tokens)
 
 
-def _with_optimum(result: SimulationResult, trace: Trace, sweep: Sweep) -> SimulationResult:
+def _with_optimum(
+    result: SimulationResult, trace: Trace, points: Sequence[float], grid: int
+) -> SimulationResult:
     """Add a plan with hindsight at each size."""
     geometry = result.geometry
     best = {
@@ -484,9 +491,9 @@ def _with_optimum(result: SimulationResult, trace: Trace, sweep: Sweep) -> Simul
             capacity_bytes=budget_bytes(size),
             kv_bytes_per_token=geometry.kv_bytes_per_token,
             state_bytes=geometry.state_bytes,
-            grid=sweep.grid,
+            grid=grid,
         )
-        for size in sizes(sweep.gib)
+        for size in points
     }
     runs = tuple(
         replace(run, optimum_tokens=int(best[run.gib or 0.0].cached_tokens.sum()))
@@ -511,7 +518,10 @@ def _complete(path: Path, keys: Sequence[str], runs: Sequence[RunResult]) -> Non
 
 
 def named_policies(given: AnyPolicy | Sequence[AnyPolicy]) -> tuple[str | OwnPolicy, ...]:
-    """Return each policy as its name in specifications, or wrapped if it has none."""
+    """Return each policy as its name in specifications, or wrapped if it has none. ``all`` stands
+    for every built-in eviction policy."""
+    if given == ALL or given == (ALL,):
+        return tuple(sorted(EVICTION))
     several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     return tuple(map(_policy, several))
 

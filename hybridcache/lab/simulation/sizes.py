@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.base import shown
 
 TOO_LARGE_GIB = 2.0**50
 """Sizes of this many GiB or more are refused as mistakes."""
 MOST_POINTS = 1000
+USUAL_POINTS = 15
+"""Points of a range that does not say how many."""
 
 
 def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
-    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced), ``"6,40"``, or
-    numbers.
+    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced; 15 is the usual
+    number), ``"6,40"``, or numbers.
 
     ValueError unless there are 1 to ``MOST_POINTS`` and all lie above 0, below ``TOO_LARGE_GIB``.
 
@@ -32,11 +38,50 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     wrong = next((gib for gib in found if not 0 < gib < TOO_LARGE_GIB), None)
     if not found or wrong is not None:
         which = "" if wrong is None or len(found) == 1 else f" ({wrong:g} is not)"
+        if isinstance(spec, str) and re.search(r"\d\s*[kmgt]i?b?\b", spec, re.IGNORECASE):
+            which += " (without a unit)"
         raise ValueError(
             f"gib {shown(spec)}: GiB above 0, below {TOO_LARGE_GIB:.2g} are needed{which}, as "
-            "low:high:points (low first), as a,b,c or as numbers"
+            "low:high:points (low first), as a,b,c, as numbers, or as shares of the working set: "
+            "1%:100%"
         )
     return found
+
+
+def sizes_for(
+    spec: str | float | Sequence[float], trace: Trace, geometry: ModelGeometry
+) -> tuple[float, ...]:
+    """Return ``sizes`` for a trace and a model: sizes with ``%`` are shares of the working set.
+
+    >>> from hybridcache.lab.traces import open_trace
+    >>> trace, geometry = open_trace("short?head=20"), ModelGeometry.preset("qwen3-next")
+    >>> whole, = sizes_for("100%", trace, geometry)
+    >>> sizes_for("1%:100%:3", trace, geometry) == tuple(
+    ...     float(f"{whole * share:.6g}") for share in (0.01, 0.1, 1))
+    True
+    """
+    if not isinstance(spec, str) or "%" not in spec:
+        return sizes(spec)
+    parts = re.split("[:,]", spec)
+    shares = parts[:2] if ":" in spec else parts
+    if not all(part.strip().endswith("%") for part in shares):
+        raise ValueError(f"gib {shown(spec)}: give all sizes in GiB, or all with %")
+    points = sizes(spec.replace("%", ""))
+    whole = working_set_bytes(trace, geometry) / GIB
+    if not whole:
+        raise ValueError(f"{trace.name}: {trace.is_empty_because}")
+    return tuple(float(f"{whole * point / 100:.6g}") for point in points)
+
+
+def working_set_bytes(trace: Trace, geometry: ModelGeometry) -> int:
+    """Return the bytes of all that a cache could keep: KV of every distinct token of prompts and
+    answers, and one state a request. O(tokens)."""
+    cache, num_requests = InfiniteCache(), 0
+    for request in trace:
+        cache.serve(request)
+        num_requests += 1
+    state_bytes = geometry.state_bytes if geometry.num_linear_layers else 0
+    return cache.num_ids * trace.unit * geometry.kv_bytes_per_token + num_requests * state_bytes
 
 
 def rates(spec: str | float | Sequence[float]) -> tuple[float, ...]:
@@ -56,8 +101,8 @@ def rates(spec: str | float | Sequence[float]) -> tuple[float, ...]:
 
 def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(spec, str) and ":" in spec:
-        low, high, count = spec.split(":")
-        if not 0 < float(low) <= float(high) < TOO_LARGE_GIB:
+        low, high, count = (*spec.split(":"), str(USUAL_POINTS))[:3]
+        if spec.count(":") > 2 or not 0 < float(low) <= float(high) < TOO_LARGE_GIB:
             raise ValueError("the sizes go up")
         points = np.geomspace(float(low), float(high), min(int(count), MOST_POINTS + 1))
         return tuple(float(f"{point:.6g}") for point in points)
