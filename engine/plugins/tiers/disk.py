@@ -12,8 +12,8 @@ All methods are for the engine's thread. ``RecordStore`` is used by the disk thr
 constructor. An ``OSError`` there is counted and logged, and comes back to the engine's thread as an
 event that ``settle`` handles. A record that was not written or cannot be read is forgotten; a file
 that cannot be removed still counts. After a failed write or removal nothing is written for
-``RETRY_S``. If a job of the disk thread takes longer than ``DEADLINE_S``, the file system is
-considered hung until the job ends, and the engine does not wait for it.
+``RETRY_S``. If a job of the disk thread takes longer than ``DEADLINE_S``, the disk is off until
+the engine starts again.
 """
 
 from __future__ import annotations
@@ -192,8 +192,7 @@ class Disk:
         self._retry_at = 0.0
         self._failure: str | None = None
         self._reported: set[tuple[str, int | None]] = set()
-        self.is_detached = False
-        """True after the file system was found hung. Nothing is read until this is cleared."""
+        self._is_off = False
         self.has_lost_rows = False
         """True if rows that the cache uses may point nowhere; see ``is_lost``."""
         self._read_bytes = self._read_s = 0.0
@@ -225,19 +224,30 @@ class Disk:
     @property
     def is_writable(self) -> bool:
         """True if records can be written now."""
-        return not (self.is_read_only or self.is_hung or self._clock() < self._retry_at)
+        return not (self.is_read_only or self.is_off or self._clock() < self._retry_at)
 
     @property
-    def is_hung(self) -> bool:
-        """True if the file system has not responded for ``DEADLINE_S``."""
-        return self._thread.busy_s > DEADLINE_S
+    def is_off(self) -> bool:
+        """True after the file system did not respond for ``DEADLINE_S``. Nothing is read or written
+        any more. Reported once."""
+        if not self._is_off and self._thread.busy_s > DEADLINE_S:
+            self._is_off = self.has_lost_rows = True
+            logger.warning(
+                "The file system of %s has not responded for %.0f s: the disk tier is off until "
+                "the engine starts again.",
+                self._store.folder,
+                DEADLINE_S,
+            )
+        return self._is_off
 
     @property
     def problem(self) -> str | None:
         """Reason why the folder currently cannot be used, or None if it can, in the mode in which
         it was opened."""
-        if self.is_hung:
-            return f"its file system has not responded for {self._thread.busy_s:.0f} s"
+        if self.is_off:
+            return (
+                f"its file system has not responded for {DEADLINE_S:.0f} s; start again to use it"
+            )
         return self._failure
 
     @property
@@ -277,7 +287,7 @@ class Disk:
 
     def is_lost(self, rows: Indices) -> bool:
         """Return True if some of ``rows`` point nowhere, or if the disk is currently not read."""
-        return self.is_detached or any(not part.record for part in self._pointers.parts(rows))
+        return self.is_off or any(not part.record for part in self._pointers.parts(rows))
 
     def load(self, rows: Indices) -> list[tuple[int, Rows]] | None:
         """Read ``rows``, which then point nowhere.
@@ -311,7 +321,7 @@ class Disk:
         """
         if self._events or self.has_lost_rows:
             return False
-        return self.is_detached or all(
+        return self.is_off or all(
             number not in self._staged or self._staged[number].done() for number in record_ids
         )
 
@@ -355,14 +365,6 @@ class Disk:
             elif number in self._sizes and what != "unreadable":
                 self._unwanted.remove(number)
                 self._remove(number)
-        if self.is_hung and not self.is_detached:
-            self.is_detached = self.has_lost_rows = True
-            logger.warning(
-                "The file system of %s has not responded for %.0f s: the disk tier is not used "
-                "until it does.",
-                self._store.folder,
-                DEADLINE_S,
-            )
 
     def write_file(self, name: str, content: Callable[[], bytes | None]) -> None:
         """Replace a file in the folder, in the background.
@@ -535,7 +537,7 @@ class Disk:
         long as the disk responds."""
         with self._written:
             while self._pending_bytes and self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
-                if not must or self.is_hung:
+                if not must or self.is_off:
                     return False
                 self._written.wait(POLL_S)
         return True
@@ -595,7 +597,7 @@ class Disk:
 
     def _payload(self, number: int) -> Rows | None:
         """Return the rows of a record, or None if it cannot be read."""
-        if number not in self.prefixes or self.is_detached:
+        if number not in self.prefixes or self.is_off:
             return None
         pending = self._pending.get(number)
         if pending is not None:

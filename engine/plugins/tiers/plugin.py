@@ -347,8 +347,7 @@ class TierPlugin(Plugin):
         """Update the cache's disk tier to the state of the disk.
 
         The tier is closed while the folder cannot be written, and rows that cannot be read are
-        dropped from the tree. While the file system hangs, all of them are; entries on disk are
-        adopted again when it responds.
+        dropped from the tree: all of them if the disk is off.
         """
         disk, offload = self.disk, self._cache.offload
         if disk is None:
@@ -363,9 +362,6 @@ class TierPlugin(Plugin):
         if disk.has_lost_rows:
             self._cache.drop_lost(DISK, disk.is_lost)
             disk.has_lost_rows = False
-        elif disk.is_detached and not disk.is_hung:
-            disk.is_detached = False
-            logger.warning("%s responds again: it holds %d states.", self.folder, self.adopt())
 
     def usage(self) -> OffloadReport:
         """Return the usage of the tiers in bytes. O(tiers)."""
@@ -397,7 +393,7 @@ class TierPlugin(Plugin):
         """Add the states on disk to the cache, newest first, as many as fit into its tier. Returns
         their number. O(records)."""
         disk, cache = self.disk, self._cache
-        if disk is None or disk.is_detached:
+        if disk is None or disk.is_off:
             return 0
         prefixes, tier = disk.prefixes, cache.offload.tiers[cache.offload.names.index(DISK)]
         newest = prefixes.newest_states(tier.pages.num_free, disk.state_rows)

@@ -1,1 +1,0 @@
-"""Models and tokenizers of the Hugging Face Hub."""
