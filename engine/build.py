@@ -1,35 +1,75 @@
-"""Model, tokenizer, cache and manager of an engine, made from its settings."""
+"""The composition root of an engine: makes its parts from its settings, and imports plugins."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
-from engine.interfaces import Plugin, Runner, TokenSampler
+from engine.interfaces import EngineCore, Plugin, Runner, TokenSampler
 from engine.requests.logit_rules import GrammarCompiler
+from engine.schedule.batch import DraftPlanner
+from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.scheduler import Scheduler
 from hybridcache.api import PrefixCache
-from hybridcache.config import CacheConfig
-from hybridcache.policies.registry import parse_placement
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 
 if TYPE_CHECKING:
+    from engine.plugins.speculation.plugin import SpeculationPlugin
+    from engine.plugins.tiers.plugin import TierPlugin
     from engine.text.tokenizer import Tokenizer
 
 
-def load(
-    config: EngineConfig, plugins: Sequence[Plugin] = ()
-) -> tuple[Runner, TokenSampler, Tokenizer]:
+def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
+    """Return the plugins with settings in ``config``, in the order in which they are called."""
+    plugins: list[Plugin] = []
+    if config.uses("tensor_parallel"):
+        from engine.plugins.tensor_parallel.plugin import TensorParallelPlugin
+
+        plugins.append(TensorParallelPlugin(config))
+    if config.uses("speculation"):
+        from engine.plugins.speculation.plugin import SpeculationPlugin
+
+        plugins.append(SpeculationPlugin(config))
+    if config.uses("tiers"):
+        from engine.plugins.tiers.plugin import TierPlugin
+
+        plugins.append(TierPlugin(config))
+    if config.uses("disaggregation"):
+        from engine.plugins.disaggregation.plugin import DisaggregationPlugin
+
+        plugins.append(DisaggregationPlugin(config))
+    if config.uses("observe"):
+        from engine.plugins.observe.plugin import ObservePlugin
+
+        plugins.append(ObservePlugin(config))
+    return tuple(plugins)
+
+
+def watch(engine: EngineCore) -> Any:
+    """Open a view of the cache of ``engine``, for a page. Raises ValueError if the tree is too
+    large for one."""
+    from engine.plugins.observe.cache_watch import Watch
+
+    return Watch(engine)
+
+
+def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
     """Load the model, the sampler and the tokenizer named by ``config``. Imports torch."""
     from engine.runner.build import load_runner
     from engine.runner.sampler import Sampler
 
-    runner: Runner | None = None
-    for plugin in plugins:
-        runner = plugin.load_runner() if runner is None else runner
-    runner = load_runner(config) if runner is None else runner
+    runner: Runner
+    if config.uses("tensor_parallel"):
+        from engine.plugins.tensor_parallel.coordinator import LeadingRunner
+
+        runner = LeadingRunner.start(config)
+    else:
+        runner = load_runner(config)
     return runner, Sampler(runner.vocab_size), load_tokenizer_of(config, runner.vocab_size)
 
 
@@ -58,6 +98,62 @@ def names_tokenizer(config: EngineConfig) -> bool:
 
     named = config.tokenizer is not None or config.model is None
     return named or has_tokenizer(Path(str(config.model)))
+
+
+class Assembled(NamedTuple):
+    """Parts of an engine around its runner."""
+
+    kind: str
+    """Kind of the cache."""
+    cache: PrefixCache
+    manager: CacheManager
+    scheduler: Scheduler
+    drafting: DraftPlanner | None
+    fetching: Fetching | None
+    """Loads of prefixes, or None if nothing loads them."""
+
+
+def assemble(
+    config: EngineConfig,
+    runner: Runner,
+    tokenizer: Tokenizer | None,
+    plugins: Mapping[str, Plugin],
+    *,
+    drafting: DraftPlanner | None,
+    fetcher: Fetcher | None,
+    clock: Callable[[], float],
+) -> Assembled:
+    """Make the cache, its manager and the scheduler. ``drafting`` and ``fetcher`` replace those of
+    ``plugins``. Raises ConfigError."""
+    settings = cache_config(config, runner)
+    options: Mapping[str, Any] = {}
+    tiers = cast("TierPlugin | None", plugins.get("tiers"))
+    if tiers is not None:
+        settings = tiers.size_cache(settings, runner)
+    cache = build_prefix_cache(settings)
+    if tiers is not None:
+        options = tiers.open_cache(cache, runner, tokenizer)
+    manager = make_manager(config, cache, runner.memory, options)
+    for plugin in plugins.values():
+        found = plugin.open_manager(manager, runner)
+        fetcher = found if fetcher is None else fetcher
+    fetching = None if fetcher is None else Fetching(manager, fetcher)
+    shares = config.prefix_cache != "none"
+    speculation = cast("SpeculationPlugin | None", plugins.get("speculation"))
+    if drafting is None and speculation is not None:
+        drafting = speculation.draft_planner(runner, shares=shares)
+    scheduler = Scheduler(
+        manager,
+        max_running=config.max_running,
+        token_budget=config.token_budget,
+        memory=runner.memory,
+        admission=make_admission(config.admission),
+        shares=shares,
+        drafting=drafting,
+        fetching=fetching,
+        clock=clock,
+    )
+    return Assembled(settings.prefix_cache, cache, manager, scheduler, drafting, fetching)
 
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:

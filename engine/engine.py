@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.build import cache_config, load, make_grammars, make_manager
+from engine.build import assemble, engine_plugins, load, make_grammars
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name, resolve_config
-from engine.interfaces import Observer, Plugin, Runner, StepReport, TokenSampler
-from engine.plugins import engine_plugins
+from engine.interfaces import Observer, Runner, StepReport, TokenSampler
 from engine.requests.grammar import Grammar
 from engine.requests.request import Intake, RecentRequests, Request
 from engine.requests.spec import Prompt, RequestSpec, SamplingInput, SamplingParams
@@ -31,13 +30,11 @@ from engine.schedule.batch import (
     StepHooks,
     Task,
 )
-from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, cache_report
-from engine.schedule.scheduler import Scheduler
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.api import PrefixCache
-from hybridcache.config import build_prefix_cache
-from hybridcache.policies.registry import make_admission, parse_placement
+from hybridcache.policies.registry import parse_placement
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -78,11 +75,11 @@ class Engine:
         parse_placement(",".join(config.checkpoints))
         if runner is None:
             config = resolve_config(config)
-        plugins: tuple[Plugin, ...] = engine_plugins(config)
+        plugins = engine_plugins(config)
         self.plugins = {plugin.name: plugin for plugin in plugins}
         """Optional capabilities chosen by the settings, by name."""
         if runner is None:
-            runner, sampler, tokenizer = load(config, plugins)
+            runner, sampler, tokenizer = load(config)
         if sampler is None:
             raise TypeError("pass a sampler together with a runner.")
         self.config = config = config.settled(on_cpu=not runner.is_asynchronous)
@@ -101,7 +98,12 @@ class Engine:
         self._observer = observer
         self.clock = clock
         self.recent = RecentRequests()
-        fetching = self._make_scheduler(plugins, drafting, fetcher)
+        parts = assemble(
+            config, runner, tokenizer, self.plugins, drafting=drafting, fetcher=fetcher, clock=clock
+        )
+        self._cache, self._manager, self._scheduler = parts.cache, parts.manager, parts.scheduler
+        self._drafting, self._fetching = parts.drafting, parts.fetching
+        self._cache_kind = parts.kind
         self._overlaps = config.overlap == "on" or (
             config.overlap == "auto" and runner.is_asynchronous
         )
@@ -114,49 +116,9 @@ class Engine:
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
         """Outputs of the requests that ``stream`` and ``generate`` follow, not yet taken."""
         attached = [plugin.attach(self, self._manager) for plugin in plugins]
-        hooks = (fetching, *plugins, *attached)
+        hooks = (self._fetching, *plugins, *attached)
         self._hooks: tuple[StepHooks, ...] = tuple(one for one in hooks if one is not None)
         self._is_closed = False
-
-    def _make_scheduler(
-        self,
-        plugins: Sequence[Plugin],
-        drafting: DraftPlanner | None,
-        fetcher: Fetcher | None,
-    ) -> Fetching | None:
-        """Make the cache, its manager and the scheduler with the hooks of ``plugins``. Returns the
-        loads of prefixes, or None if nothing loads them."""
-        config, runner = self.config, self.runner
-        settings = cache_config(config, runner)
-        for plugin in plugins:
-            settings = plugin.size_cache(settings, runner)
-        self._cache_kind = settings.prefix_cache
-        self._cache = cache = build_prefix_cache(settings)
-        options: dict[str, Any] = {}
-        for plugin in plugins:
-            options |= plugin.open_cache(cache, runner, self.tokenizer)
-        self._manager = manager = make_manager(config, cache, runner.memory, options)
-        for plugin in plugins:
-            found = plugin.open_manager(manager, runner)
-            fetcher = found if fetcher is None else fetcher
-        fetching = None if fetcher is None else Fetching(manager, fetcher)
-        shares = config.prefix_cache != "none"
-        for plugin in plugins:
-            if drafting is None:
-                drafting = plugin.draft_planner(runner, shares=shares)
-        self._drafting = drafting
-        self._scheduler = Scheduler(
-            manager,
-            max_running=config.max_running,
-            token_budget=config.token_budget,
-            memory=runner.memory,
-            admission=make_admission(config.admission),
-            shares=shares,
-            drafting=drafting,
-            fetching=fetching,
-            clock=self.clock,
-        )
-        return fetching
 
     @property
     def model_name(self) -> str:
@@ -324,8 +286,8 @@ class Engine:
             # After a step with drafts, published states are in their slots only after the runner's
             # commit.
             if self._manager.lost_moves() or half_done.has_drafts:
-                for hooks in self._hooks:
-                    hooks.on_cache_lost()
+                if self._fetching is not None:
+                    self._fetching.on_cache_lost()
                 self._forget(was_lost=True)
             if not isinstance(error, BytesLost):
                 self.interrupted = interrupted

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from engine.build import watch
 from engine.engine import Engine
 from engine.errors import (
     FAILED,
@@ -182,10 +183,8 @@ class EngineHost:
             case StopAccepting():
                 engine.stop_accepting()
             case OpenView():
-                from engine.plugins.observe.cache_watch import Watch
-
                 number = next(self._numbers)
-                views[number] = Watch(engine)
+                views[number] = watch(engine)
                 return number
             case TakeChanges():
                 changes = views[question.view].take()

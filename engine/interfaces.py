@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,12 +11,11 @@ from msgspec import Struct
 from engine.config import EngineConfig
 from engine.requests.request import RecentRequests, Request
 from engine.requests.spec import RequestSpec, SamplingInput
-from engine.schedule.batch import Batch, DraftPlanner, Newest, PendingTokens, StepHooks
+from engine.schedule.batch import Batch, Newest, PendingTokens, StepHooks
 from engine.schedule.fetching import Fetcher
+from engine.schedule.report import CacheReport
 from engine.text.outputs import FinishReason, RequestOutput
-from engine.text.tokenizer import Tokenizer
 from hybridcache.api import PrefixCache
-from hybridcache.config import CacheConfig
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
@@ -193,6 +192,13 @@ class EngineCore(Protocol):
     clock: Callable[[], float]
     recent: RecentRequests
 
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def cache(self) -> PrefixCache: ...
+    @property
+    def requests(self) -> Collection[Request]: ...
+    def report(self) -> CacheReport: ...
     def observe(self, observer: Observer) -> None: ...
     @property
     def num_waiting(self) -> int: ...
@@ -226,27 +232,8 @@ class Plugin(StepHooks):
         self.wake: Callable[[], None] = lambda: None
         """Wakes an idle engine because ``before_step`` has work. Safe to call from any thread."""
 
-    def load_runner(self) -> Runner | None:
-        """Return a runner that replaces ``ModelRunner``, or None. Imports torch."""
-        return None
-
-    def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
-        """Return ``cache`` with the sizes that this plugin requires. Raises ConfigError."""
-        return cache
-
-    def open_cache(
-        self, cache: PrefixCache, runner: Runner, tokenizer: Tokenizer | None
-    ) -> Mapping[str, Any]:
-        """Prepare the new ``cache``. Returns options of ``CacheManager``."""
-        return {}
-
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""
-        return None
-
-    def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
-        """Return a planner of drafts, or None. ``shares``: drafts may use the text of other
-        requests."""
         return None
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> StepHooks | None:

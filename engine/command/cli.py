@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import ipaddress
 import json
 import os
@@ -11,9 +10,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.command.flags import (
     add_flags,
@@ -23,12 +21,7 @@ from engine.command.flags import (
 )
 from engine.config import BUILTIN_PROMPTS, EngineConfig, check_no_foreign_kernels
 from engine.hub import resolve_config
-from engine.plugins import (
-    engine_settings,
-    plugin_verb,
-    plugin_verbs,
-    server_settings,
-)
+from engine.plugins import ENGINE, SERVER
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
@@ -149,24 +142,38 @@ def _parser(arguments: Sequence[str]) -> Parser:
         "chat with a model in this terminal, and print how much of each prompt was reused",
         _add_chat,
     )
-    for verb, (usage, help) in plugin_verbs().items():
-        add(verb, partial(_run_plugin, verb), usage, help, partial(_add_plugin_flags, verb))
+    add(
+        "convert",
+        lambda arguments: _convert_plugin().run(arguments),
+        "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
+        "convert the weights of a model to eight bits",
+        lambda parser: _convert_plugin().add_flags(parser),
+    )
+    add(
+        "record",
+        lambda arguments: _record_plugin().run(arguments),
+        "--to URL --out FILE [options]",
+        "pass requests on to any OpenAI-compatible server and write its chats as a trace",
+        lambda parser: _record_plugin().add_flags(parser),
+    )
     return parser
 
 
-def _add_plugin_flags(verb: str, parser: Parser) -> None:
-    """Load the plugin of ``verb`` and add its flags."""
-    plugin_verb(verb).add_flags(parser)
+def _convert_plugin() -> Any:
+    from engine.plugins.convert import command
+
+    return command
 
 
-def _run_plugin(verb: str, arguments: argparse.Namespace) -> int:
-    code: int = plugin_verb(verb).run(arguments)
-    return code
+def _record_plugin() -> Any:
+    from engine.plugins.record import command
+
+    return command
 
 
 def _add_serve(serve: Parser) -> None:
     serve.epilog = SERVE_EXAMPLES
-    kinds = (*engine_settings(), *server_settings())
+    kinds = (*ENGINE, *SERVER)
     add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS, kinds)
 
 
@@ -191,7 +198,7 @@ def _add_generate(generate: Parser) -> None:
         metavar="TEXT",
         help="end the answer before this text; may be repeated",
     )
-    add_grouped_flags(generate, (EngineConfig,), GROUPS, engine_settings())
+    add_grouped_flags(generate, (EngineConfig,), GROUPS, ENGINE)
 
 
 def _add_chat(chat: Parser) -> None:
@@ -207,17 +214,19 @@ def _add_chat(chat: Parser) -> None:
         metavar="N",
         help="maximum number of tokens of an answer; by default there is no limit",
     )
-    add_grouped_flags(chat, (EngineConfig,), GROUPS, engine_settings())
+    add_grouped_flags(chat, (EngineConfig,), GROUPS, ENGINE)
 
 
 def _server() -> ModuleType:
     """Import the server. It takes half a second, in which the engine's process starts."""
-    return importlib.import_module("engine.server.serve")
+    from engine.server import serve
+
+    return serve
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    server_config = read_config(ServerConfig, arguments, plugins=server_settings())
-    engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
+    server_config = read_config(ServerConfig, arguments, plugins=SERVER)
+    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
     from engine.server.settings import bind
     from engine.worker.process_channel import start_engine
 
@@ -304,7 +313,7 @@ def _with_key(screen: str, server_config: ServerConfig) -> str:
 def _generate(arguments: argparse.Namespace) -> int:
     from engine.requests.spec import RequestSpec, SamplingParams
 
-    engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
+    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
     asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
     read_config(
         SamplingParams, arguments, **asked
@@ -343,7 +352,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from engine.requests.spec import SamplingParams
 
-    engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
+    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
     read_config(SamplingParams, arguments)  # Before slow work, because it may raise ValueError.
     from engine.engine import Engine
 

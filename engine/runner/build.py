@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -49,7 +49,7 @@ def load_runner_as(kind: type[Kind], config: EngineConfig, rank: Rank) -> Kind:
         num_ranks=rank.count,
     ).agreed(rank, loaded.device)
     exactness = check_exactness(loaded)
-    runner = kind(loaded, plan, _max_model_len(loaded, plan), _follower(loaded))
+    runner = kind(loaded, plan, _max_model_len(loaded, plan))
     runner.exactness = exactness
     if warms_up:
         try:
@@ -70,17 +70,8 @@ def _rehearsed_bytes(loaded: LoadedModel) -> int:
     smallest = MemoryPlan.smallest(
         loaded.sizes, loaded.dtype, loaded.state_dtype, loaded.checkpoints
     )
-    runner = ModelRunner(loaded, smallest, longest, _follower(loaded))
+    runner = ModelRunner(loaded, smallest, longest)
     return max(0, free_bytes - loaded.device.unused_bytes()) + measure(runner)
-
-
-def _follower(loaded: LoadedModel) -> type[Any] | None:
-    """Return the class that follows the model's steps with its multi-token head, or None."""
-    if loaded.head is None:
-        return None
-    from engine.plugins.speculation.mtp_head import Predictor
-
-    return Predictor
 
 
 def _bytes(gib: float | None) -> int | None:

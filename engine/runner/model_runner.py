@@ -4,7 +4,6 @@ step."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from engine.runner.graphs import (
 from engine.runner.loaded_model import LoadedModel
 from engine.runner.memory import Memory
 from engine.runner.memory_plan import MemoryPlan
+from engine.runner.mtp_head import Predictor
 from engine.runner.states import Copies, RunningStates
 from engine.runner.step_inputs import RequestTable, StepInputs
 from engine.schedule.batch import Batch, Newest, logit_rows, pieces
@@ -35,33 +35,11 @@ from kernels.recording import record as record_native
 from kernels.upload import upload
 
 
-class PendingHeadRows(Protocol):
-    """Rows of a multi-token head that are not computed yet."""
-
-    def admit(self, batch: Batch) -> None: ...
-    def hold(self, batch: Batch) -> None: ...
-    def count(self) -> None: ...
-    def settle(self) -> None: ...
-
-
-class ModelFollower(Protocol):
-    """Multi-token head that follows every step of the model and drafts tokens; see
-    ``load_runner``."""
-
-    pending: PendingHeadRows
-
-    def record(self, record: Record) -> None: ...
-    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None: ...
-    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]: ...
-
-
 class Forward:
     """Computes the hidden states of a step, and runs the multi-token head on them. Graphs keep it;
     it refers to no graph."""
 
-    def __init__(
-        self, model: Decoder, pools: Sequence[Pools], predictor: ModelFollower | None
-    ) -> None:
+    def __init__(self, model: Decoder, pools: Sequence[Pools], predictor: Predictor | None) -> None:
         self._model, self._pools, self._predictor = model, pools[: len(model.mixers)], predictor
 
     def __call__(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
@@ -80,10 +58,8 @@ class ModelRunner:
         loaded: LoadedModel,
         plan: MemoryPlan,
         max_model_len: int,
-        follower: Callable[..., ModelFollower] | None = None,
     ) -> None:
-        """Allocate the memory of ``plan``, and make the tables and graphs for it. ``follower`` is
-        the class that follows the steps for a multi-token head."""
+        """Allocate the memory of ``plan``, and make the tables and graphs for it."""
         config = loaded.settings
         self.loaded, self._config = loaded, config
         self.rank, self.device, self.kernels = loaded.rank, loaded.device, loaded.kernels
@@ -124,10 +100,9 @@ class ModelRunner:
             multiple=self.kernels["linear"].ROWS,
             tile_size=config.tile_size,
         )
-        self._predictor: ModelFollower | None = None
+        self._predictor: Predictor | None = None
         if loaded.head is not None:
-            assert follower is not None, "a multi-token head requires its follower"
-            self._predictor = follower(
+            self._predictor = Predictor(
                 loaded.head, self.model, self.tensors, self.table, self._rotary
             )
         self._forward = Forward(self.model, self.tensors.pools, self._predictor)

@@ -12,9 +12,9 @@ import torch
 from engine.layers.inputs import LayerInputs, Pools, RotaryTable, pad_rows
 from engine.layers.prediction import PredictionHead, ahead
 from engine.models.decoder import Decoder
-from engine.plugins.speculation.mtp_kv_buffer import PendingRows
 from engine.runner.graphs import Record, Replay
 from engine.runner.memory import Memory
+from engine.runner.mtp_kv_buffer import PendingRows
 from engine.runner.step_inputs import RequestTable
 from engine.schedule.batch import Newest
 from hybridcache.tokens import Tokens

@@ -397,10 +397,6 @@ class StepHooks:
     def on_step_failed(self) -> None:
         """End work that depends on the step, which failed with unknown results."""
 
-    def on_cache_lost(self) -> None:
-        """End transfers in progress: the contents of all rows are unknown, and the cache is about
-        to be emptied."""
-
     def on_cache_emptied(self, *, was_lost: bool) -> None:
         """Update the plugin after the cache was emptied. ``was_lost``: its rows were lost, and no
         caller requested it."""

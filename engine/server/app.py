@@ -1,4 +1,4 @@
-"""The ASGI application and its routes."""
+"""The ASGI application and its routes: the composition root of a server, which imports plugins."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 from fastapi import FastAPI, Request, Response
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
+from engine.requests.grammar import Grammar
 from engine.server import access, api_description, api_errors
 from engine.server.access import Operator
 from engine.server.api_errors import APIError, PlainJSON
 from engine.server.bodies import BodyLimit, BodyReader, ClientGone, Workers
 from engine.server.chat import chat
 from engine.server.completions import complete
-from engine.server.context import ChatHooks, Dialect, Extensions, ServingContext
+from engine.server.context import (
+    ChatHooks,
+    Dialect,
+    Extensions,
+    ServerExtension,
+    ServerParts,
+    ServingContext,
+)
 from engine.server.request_log import RequestLog, is_wanted
 from engine.server.schemas import ChatRequest, CompletionRequest
 from engine.server.settings import ServerConfig
+from engine.text.answers import CallForm
 from engine.text.tokenizer import Tokenizer
 from hybridcache.command.extras import version as installed_version
 
@@ -30,17 +39,70 @@ HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
 
 
-def chat_hooks(tokenizer: Tokenizer, config: ServerConfig, grid: int) -> ChatHooks:
-    """Load the hooks around chats."""
+def _chat_hooks(tokenizer: Tokenizer, config: ServerConfig, grid: int) -> ChatHooks:
     from engine.plugins.diagnostics.server import Hooks
 
     return Hooks(tokenizer, config, grid)
 
 
+def _call_form(template: str) -> CallForm | None:
+    from engine.plugins.tool_calls.forms import call_form
+
+    return cast("CallForm | None", call_form(template))
+
+
+def _call_grammar(
+    body: ChatRequest, form: Literal["hermes", "xml"], may_think: bool
+) -> Grammar | None:
+    from engine.plugins.tool_calls.call_grammars import call_grammar
+
+    return call_grammar(body, form, may_think)
+
+
+def _page() -> type[ServerExtension]:
+    from engine.plugins.observe.server import ObserveExtension
+
+    return ObserveExtension
+
+
+def _explanations() -> type[ServerExtension]:
+    from engine.plugins.diagnostics.server import DiagnosticsExtension
+
+    return DiagnosticsExtension
+
+
+def _dialects() -> type[ServerExtension]:
+    from engine.plugins.dialects.server import DialectsExtension
+
+    return DialectsExtension
+
+
+PARTS = ServerParts(
+    _chat_hooks,
+    _call_form,
+    _call_grammar,
+    {
+        "/": _page,
+        "/v1/cache/events": _page,
+        "/v1/cache/nodes/": _page,
+        "/v1/cache/explanations/": _explanations,
+        "/v1/messages": _dialects,
+        "/v1/messages/": _dialects,
+        "/v1/responses": _dialects,
+        "/v1/responses/": _dialects,
+        "/tokenize": _dialects,
+        "/detokenize": _dialects,
+        "/tokenizer_info": _dialects,
+        "/version": _dialects,
+    },
+)
+"""Plugins of a server, each imported when it is first needed."""
+
+
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """Make the application that serves ``engine``. The engine starts and stops with it."""
     workers = Workers()
-    context = ServingContext(engine, config, workers, chat_hooks)
+    context = ServingContext(engine, config, workers, PARTS)
     reader = BodyReader(config, workers)
 
     @asynccontextmanager

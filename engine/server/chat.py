@@ -7,11 +7,11 @@ which the dialect writes in its own form.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import Request, Response
@@ -67,12 +67,11 @@ class AnswerForm:
 
     @classmethod
     @lru_cache(maxsize=4)
-    def of(cls, template: str) -> AnswerForm:
-        """Return the form for the source of a chat template. O(len(template)) for a new one."""
+    def of(cls, template: str, call_form: Callable[[str], CallForm | None]) -> AnswerForm:
+        """Return the form for the source of a chat template. ``call_form`` returns the reader of
+        its calls. O(len(template)) for a new one."""
         offers_tools = "tools" in template
-        from engine.plugins.tool_calls.forms import call_form
-
-        calls = cast("CallForm | None", call_form(template)) if offers_tools else None
+        calls = call_form(template) if offers_tools else None
         return cls(CLOSE in template, offers_tools, calls)
 
 
@@ -265,7 +264,8 @@ async def ask(
     context.check_model(body.model)
     context.check_number(body.n)
     template = context.tokenizer.chat_template
-    form = AnswerForm.of("" if template is None else template.source)
+    source = "" if template is None else template.source
+    form = AnswerForm.of(source, context.parts.call_form)
     tools = None if template is None else callable_tools(body, form)
     prompt, place = await render(context, body, size, tenant)
     context.check_length(len(prompt.token_ids), prompt_name)
@@ -276,7 +276,7 @@ async def ask(
 
     def call_grammar() -> Grammar | None:
         written = "hermes" if form.calls is None else form.calls.FORM
-        return body.call_grammar(written, may_think=form.thinks)
+        return context.parts.call_grammar(body, written, form.thinks)
 
     grammar = await context.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
 

@@ -18,7 +18,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -27,7 +27,6 @@ from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
-from engine.plugins import PATHS, plugin_of_path, server_extension
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
@@ -37,7 +36,7 @@ from engine.server.bodies import BodyReader, Workers, give_way, interleave, to_j
 from engine.server.metrics import Metrics
 from engine.server.schemas import Guided, TokenOptions, described
 from engine.server.settings import ServerConfig
-from engine.text.answers import CLOSE
+from engine.text.answers import CLOSE, CallForm
 from engine.text.outputs import (
     DraftCounts,
     FinishReason,
@@ -186,9 +185,26 @@ class ServerExtension:
         """End open streams when the server shuts down."""
 
 
+ExtensionLoader = Callable[[], type[ServerExtension]]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerParts:
+    """Functions of plugins that the composition root hands over. Each imports its plugin."""
+
+    chat_hooks: Callable[[Tokenizer, ServerConfig, int], ChatHooks]
+    """Makes the hooks around chats."""
+    call_form: Callable[[str], CallForm | None]
+    """Returns the reader of the calls in the source of a chat template, or None."""
+    call_grammar: Callable[[Any, Literal["hermes", "xml"], bool], Grammar | None]
+    """Returns the grammar of the calls of a chat request, or None."""
+    extensions: Mapping[str, ExtensionLoader]
+    """Path -> extension that serves it. A path that ends with a slash stands for all longer ones,
+    except ``/``."""
+
+
 class Extensions:
-    """Extensions of one server. Each is loaded by the first request for one of its paths, or at the
-    start if one of its settings is given."""
+    """Extensions of one server. Each is loaded by the first request for one of its paths."""
 
     def __init__(
         self,
@@ -200,18 +216,16 @@ class Extensions:
     ) -> None:
         self._app, self._context, self._config = app, context, config
         self._reader, self._operator = reader, operator
-        self._loaded: dict[str, ServerExtension] = {}
+        self._paths = context.parts.extensions
+        self._loaded: dict[ExtensionLoader, ServerExtension] = {}
         self._lock = asyncio.Lock()
         self._not_found = app.router.default
         app.router.default = self._serve
-        for plugin in set(PATHS.values()):
-            if config.uses(plugin):
-                self._load(plugin)
 
     def load_all(self) -> None:
         """Load every extension, for the description of the API."""
-        for plugin in dict.fromkeys(PATHS.values()):
-            self._load(plugin)
+        for load in dict.fromkeys(self._paths.values()):
+            self._load(load)
 
     def close(self) -> None:
         """End open streams."""
@@ -220,19 +234,23 @@ class Extensions:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request for a path that is not served yet."""
-        plugin = plugin_of_path(scope["path"]) if scope["type"] == "http" else None
-        if plugin is None or plugin in self._loaded:
+        load = self._of_path(scope["path"]) if scope["type"] == "http" else None
+        if load is None or load in self._loaded:
             return await self._not_found(scope, receive, send)
         async with self._lock:
             # Its imports take 0.1 s, in which other requests go on.
-            await asyncio.to_thread(server_extension, plugin)
-            self._load(plugin)
+            await asyncio.to_thread(load)
+            self._load(load)
         await self._app.router(scope, receive, send)
 
-    def _load(self, plugin: str) -> None:
-        if plugin in self._loaded:
+    def _of_path(self, path: str) -> ExtensionLoader | None:
+        folders = (name for name in self._paths if len(name) > 1 and name.endswith("/"))
+        return self._paths.get(next(filter(path.startswith, folders), path))
+
+    def _load(self, load: ExtensionLoader) -> None:
+        if load in self._loaded:
             return
-        self._loaded[plugin] = extension = server_extension(plugin)(self._context, self._config)
+        self._loaded[load] = extension = load()(self._context, self._config)
         for dialect in extension.dialects():
             dialect.add_to(self._app, self._reader)
         extension.add_routes(self._app, self._operator)
@@ -249,10 +267,9 @@ class ServingContext:
         engine: AsyncEngine,
         config: ServerConfig,
         workers: Workers,
-        make_hooks: Callable[[Tokenizer, ServerConfig, int], ChatHooks],
+        parts: ServerParts,
     ) -> None:
-        """``make_hooks`` is called for the first chat."""
-        self._make_hooks = make_hooks
+        self.parts = parts
         self.engine = engine
         self.model_name = config.served_model_name or engine.model_name
         self.special_in_content = config.special_in_content
@@ -278,7 +295,7 @@ class ServingContext:
             if self._chats is None:
                 engine = self.engine.config
                 grid = engine.grid if engine.prefix_cache == "hybrid" else 0
-                self._chats = self._make_hooks(self.tokenizer, self._config, grid)
+                self._chats = self.parts.chat_hooks(self.tokenizer, self._config, grid)
             return self._chats
 
     def check_model(self, model: str | None) -> None:

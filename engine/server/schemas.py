@@ -778,30 +778,10 @@ class ChatRequest(Sampling, Rendering):
     def form_name(self) -> str | None:
         return "tools" if self.demands_call or self.has_strict_calls else super().form_name
 
-    def call_grammar(self, form: Literal["hermes", "xml"], may_think: bool) -> Grammar | None:
-        """Return the grammar of required calls, or of strict calls that the answer may contain;
-        None without either.
-
-        ``form`` is the model's form of calls; ``may_think`` is True if the answer may begin with
-        reasoning. Raises ValueError if a tool's schema cannot be used, or if another form is
-        requested too.
-        """
-        from engine.plugins.tool_calls.call_grammars import (
-            grammar_of_calls,
-            grammar_of_strict_calls,
-        )
-
-        if self.has_strict_calls:
-            return grammar_of_strict_calls(self.tools or (), form, may_think=may_think)
-        if not self.demands_call:
-            return None
-        if super().is_guided:
-            raise ValueError(
-                "'tool_choice' requires a call, so no other form of the answer can be requested."
-            )
-        choice = self.tool_choice
-        name = choice.function.name if isinstance(choice, NamedTool) else "required"
-        return grammar_of_calls(self.tools or (), name, form, in_parallel=self.parallel_tool_calls)
+    @property
+    def has_form(self) -> bool:
+        """True if a form other than calls is requested."""
+        return super().is_guided
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> ChatRequest:

@@ -32,7 +32,7 @@ from engine.async_engine import AsyncEngine
 from engine.command.flags import add_flags, read_config
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.plugins import engine_settings
+from engine.plugins import ENGINE
 from engine.text.hugging_face import load_tokenizer
 from experiments.benchmarks.conversations import (
     chat_text,
@@ -147,7 +147,7 @@ async def sweep(
 def engine_config(flags: Sequence[str]) -> EngineConfig:
     """Return the configuration of ``engine serve`` with these flags."""
     parser = Parser(prog="engine serve")
-    plugins = engine_settings()
+    plugins = ENGINE
     for config in (EngineConfig, *plugins):
         add_flags(parser, config, config.__name__)
     return read_config(EngineConfig, parser.parse_args(list(flags)), plugins=plugins)

@@ -30,17 +30,17 @@ from engine.command.cli import main
 from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
 from engine.config import BUILTIN_PROMPTS, ConfigError, setting
 from engine.hub import resolve_config
-from engine.plugins import engine_settings, server_settings
+from engine.plugins import ENGINE, SERVER
 from engine.server.settings import ServerConfig
 from hybridcache.command.parser import Parser
 from hybridcache.lab.cli import main as laboratory
 
-ENGINE = (sys.executable, "-m", "engine")
+COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
 def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
-    command = [*ENGINE, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
+    command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
     command += [str(number) for number in range(300)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline().startswith(b"{")
@@ -200,8 +200,8 @@ def test_hugging_faces_kernels_package_is_refused(
 def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
-    configs = [EngineConfig, *engine_settings()]
-    configs += [ServerConfig, *server_settings()] if verb == "serve" else []
+    configs = [EngineConfig, *ENGINE]
+    configs += [ServerConfig, *SERVER] if verb == "serve" else []
     for name in (flag.name for config in configs for flag in flags_of(config)):
         assert len(re.findall(rf"^ +--{name.replace('_', '-')}(?![\w-])", text, re.M)) == 1, name
     assert max(map(len, text.splitlines())) <= 110
@@ -243,7 +243,7 @@ def test_help_names_flags_instead_of_fields(verb: str, capsys: pytest.CaptureFix
     titles = re.findall(r"^(\w.*):$", text, re.M)
     assert len(titles) == len(set(titles))
     assert "`" not in text and "None" not in text
-    configs = [EngineConfig, SamplingParams, ServerConfig, *engine_settings(), *server_settings()]
+    configs = [EngineConfig, SamplingParams, ServerConfig, *ENGINE, *SERVER]
     named = {flag.name for config in configs for flag in flags_of(config) if "_" in flag.name}
     assert not named & set(re.findall(r"\w+", text))
 
@@ -281,7 +281,7 @@ def test_flags_come_from_dataclasses() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [EngineConfig, ServerConfig, SamplingParams, *engine_settings(), *server_settings()],
+    [EngineConfig, ServerConfig, SamplingParams, *ENGINE, *SERVER],
 )
 def test_without_flags_the_config_is_the_default(config: type) -> None:
     parser = argparse.ArgumentParser()
@@ -470,7 +470,7 @@ def test_chat_requires_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_chat_in_a_terminal_ends_cleanly(key: str) -> None:
     pytest.importorskip("torch")
     controller, terminal = pty.openpty()
-    command = [*ENGINE, "chat", *SMALL, "--device", "cpu", "--temperature", "0"]
+    command = [*COMMAND, "chat", *SMALL, "--device", "cpu", "--temperature", "0"]
 
     def become_foreground() -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -43,10 +43,10 @@ from engine import Grammar, RequestOutput, RequestSpec, SamplingParams
 from engine.layers.parameters import Parameter
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.plugins.speculation.draft_length import MIN_REST
-from engine.plugins.speculation.mtp_head import Predictor
 from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
 from engine.runner.loading import Dummy
+from engine.runner.mtp_head import Predictor
 from engine.schedule.batch import Batch, Newest, Segment
 from tests.engine.drafted import MODEL, MakeEngine, assert_same, engine_with_head, prompts
 
@@ -370,7 +370,7 @@ def test_deferred_rows_are_computed_when_their_buffer_is_full(
     monkeypatch.setattr("engine.plugins.speculation.draft_length.WEIGHT", 1 / 8)
     params = SamplingParams(max_tokens=45, temperature=0)
     for capacity in (1, 256):
-        monkeypatch.setattr("engine.plugins.speculation.mtp_kv_buffer.CAPACITY", capacity)
+        monkeypatch.setattr("engine.runner.mtp_kv_buffer.CAPACITY", capacity)
         engine = make_engine("mtp:2", model={"num_experts": 0})
         engine.generate(prompts()[:3], params)
     assert engine.runner._predictor.pending._most == 256

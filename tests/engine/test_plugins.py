@@ -17,9 +17,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config
+from engine.build import engine_plugins
 from engine.host import EngineHost
 from engine.interfaces import Plugin
-from engine.plugins import PATHS, engine_plugins, engine_settings, server_settings
+from engine.plugins import ENGINE, SERVER
 from engine.requests.logit_rules import (
     AllowedTokens,
     BansAndBiases,
@@ -29,6 +30,7 @@ from engine.requests.logit_rules import (
     packed,
     ruled,
 )
+from engine.server.app import PARTS
 from engine.server.context import Dialect
 from engine.server.schemas import TokenizeRequest
 from engine.server.settings import ServerConfig
@@ -48,19 +50,8 @@ class Recording(Plugin):
         super().__init__(config)
         self.calls: list[str] = []
 
-    def size_cache(self, cache: Any, runner: Any) -> Any:
-        self.calls.append("size_cache")
-        return cache
-
-    def open_cache(self, cache: Any, runner: Any, tokenizer: Any) -> Mapping[str, Any]:
-        self.calls.append("open_cache")
-        return {}
-
     def open_manager(self, manager: CacheManager, runner: Any) -> None:
         self.calls.append("open_manager")
-
-    def draft_planner(self, runner: Any, *, shares: bool) -> None:
-        self.calls.append("draft_planner")
 
     def attach(self, engine: Any, manager: CacheManager) -> None:
         self.calls.append("attach")
@@ -79,9 +70,6 @@ class Recording(Plugin):
 
     def on_step_failed(self) -> None:
         self.calls.append("on_step_failed")
-
-    def on_cache_lost(self) -> None:
-        self.calls.append("on_cache_lost")
 
     def on_cache_emptied(self, *, was_lost: bool) -> None:
         self.calls.append(f"on_cache_emptied {was_lost}")
@@ -119,7 +107,7 @@ def take_calls(plugin: Recording) -> list[str]:
 def test_plugins_are_called_in_every_phase_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, plugin = make_engine(monkeypatch)
     assert engine.plugins == {"recording": plugin}
-    built = ["size_cache", "open_cache", "open_manager", "draft_planner", "attach"]
+    built = ["open_manager", "attach"]
     assert take_calls(plugin) == built
 
     engine.generate([[1, 2, 3]], GREEDY)
@@ -236,7 +224,7 @@ def test_plugins_and_triton_are_imported_at_first_use() -> None:
     assert messages == [200, ["diagnostics", "dialects", "tool_calls"]]
     assert unknown == [404, messages[1]]
     assert page == [200, ["diagnostics", "dialects", "observe", "tool_calls"]]
-    assert {path for path in PATHS if not path.endswith("/")} < {*paths}
+    assert {path for path in PARTS.extensions if not path.endswith("/")} < {*paths}
 
 
 class OnlyToken(LogitRule):
@@ -306,7 +294,7 @@ PLUGINS = Path(__file__).parents[2] / "engine" / "plugins"
 @pytest.mark.parametrize("folder", sorted(path.parent for path in PLUGINS.glob("*/__init__.py")))
 def test_the_readme_of_a_plugin_names_flags_that_exist(folder: Path) -> None:
     text = (folder / "README.md").read_text()
-    kinds = (EngineConfig, ServerConfig, *engine_settings(), *server_settings())
+    kinds = (EngineConfig, ServerConfig, *ENGINE, *SERVER)
     settings = {field.name for kind in kinds for field in fields(kind)}
     named = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", text)}
     assert named <= settings

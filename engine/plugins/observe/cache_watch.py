@@ -15,7 +15,7 @@ from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from engine.interfaces import EngineCore
 
 MEMORY_EVERY_S = 0.25
 SLABS_EVERY_S = 0.5
@@ -27,7 +27,7 @@ two steps."""
 class Watch:
     """Follows one engine for all readers. Called in the engine's thread, between two steps."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineCore) -> None:
         """Raises ValueError if the tree has more nodes than a page can show."""
         self._engine = engine
         self._recorder = Recorder()
@@ -184,7 +184,7 @@ def _request_record(
     ).record()
 
 
-def _memory_record(engine: Engine) -> Record:
+def _memory_record(engine: EngineCore) -> Record:
     report = engine.report()
     pools = {"bytes": report.bytes, "kv": report.kv, "slots": report.slots}
     shown: dict[str, Any] = {
@@ -214,7 +214,7 @@ def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
     return "; ".join(filter(None, [policy, str(reason), ", ".join(numbers)]))
 
 
-def _num_nodes(engine: Engine) -> int:
+def _num_nodes(engine: EngineCore) -> int:
     """Return the number of nodes of the tree; 0 if the cache is off."""
     return getattr(engine.cache, "num_nodes", 0)
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.interfaces import Plugin, Runner
+from engine.interfaces import Plugin
 
 
 class TensorParallelPlugin(Plugin):
-    """Replaces the runner by one that coordinates several ranks (setting ``tp``)."""
+    """Line of the start screen for several ranks (setting ``tp``). ``LeadingRunner`` coordinates
+    them."""
 
     name = "tensor_parallel"
-
-    def load_runner(self) -> Runner | None:
-        from engine.plugins.tensor_parallel.coordinator import LeadingRunner
-
-        return LeadingRunner.start(self.config)
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         number = self.config.num_ranks

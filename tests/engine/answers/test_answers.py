@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plugins.tool_calls import calls
+from engine.plugins.tool_calls.forms import call_form
 from engine.plugins.tool_calls.hermes import HermesReader
 from engine.plugins.tool_calls.qwen_xml import QwenXMLReader
 from engine.server.chat import AnswerForm, AnswerReader
@@ -351,6 +352,6 @@ def test_hermes_arguments_round_trip(arguments: dict[str, Any]) -> None:
     ],
 )
 def test_the_form_is_recognised_in_the_template(source: str, reader: type | None) -> None:
-    form = AnswerForm.of(source)
+    form = AnswerForm.of(source, call_form)
     assert form.calls is reader
     assert (form.thinks, form.offers_tools) == ("</think>" in source, "tools" in source)
