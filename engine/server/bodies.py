@@ -451,6 +451,10 @@ async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
                 await working
 
 
+PAUSE = b": waiting\n\n"
+"""Comment, which readers of server-sent events skip."""
+
+
 class EventStream(StreamingResponse):
     """Server-sent events that stop, and close their iterator, when the client disconnects, even
     between events."""
@@ -462,13 +466,15 @@ class EventStream(StreamingResponse):
         events: AsyncIterator[bytes],
         late_headers: Callable[[], Mapping[str, str]] | None = None,
         on_error: Callable[[APIError], bytes] | None = None,
+        pause_s: float | None = None,
     ) -> None:
-        """Prepare a response. With ``on_error`` it starts with the first event.
+        """Prepare a response. With ``on_error`` it starts with the first event, or after
+        ``pause_s`` with a comment. Another comment follows each such pause.
 
         An earlier error is raised and gets its own status; a later one is written by ``on_error``
         as the last event. ``late_headers`` is called when the first event is available.
         """
-        self._late_headers, self._on_error = late_headers, on_error
+        self._late_headers, self._on_error, self._pause_s = late_headers, on_error, pause_s
         super().__init__(
             _one_at_a_time(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
@@ -476,9 +482,11 @@ class EventStream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         if self._on_error is not None:
-            rest = aiter(self.body_iterator)
-            first = await anext(rest, None)
-            if self._late_headers is not None:
+            rest: AsyncIterator[Any] = aiter(self.body_iterator)
+            if self._pause_s is not None:
+                rest = with_pauses(rest, self._pause_s)
+            first = await anext(rest, b"")
+            if self._late_headers is not None and first is not None:
                 self.headers.update(self._late_headers())
             self.body_iterator = _joined(first, rest, self._on_error)
         await super().stream_response(send)
@@ -504,11 +512,10 @@ async def _one_at_a_time(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 async def _joined(
     first: Any, rest: AsyncIterator[Any], on_error: Callable[[APIError], bytes]
 ) -> AsyncIterator[Any]:
-    if first is not None:
-        yield first
+    yield PAUSE if first is None else first
     try:
         async for one in rest:
-            yield one
+            yield PAUSE if one is None else one
     except Exception as error:
         failure = of_failure(error)
         note_error(str(failure))

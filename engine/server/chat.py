@@ -462,7 +462,7 @@ async def chat(context: ServingContext, request: Request, body: ChatRequest) -> 
     diagnostics = session.diagnostics
     writer = _ChatWriter(context, body, session)
     if body.stream:
-        return EventStream(writer.events(), diagnostics.headers, as_event)
+        return EventStream(writer.events(), diagnostics.headers, as_event, context.pause_s)
     answers = await unless_gone(request.receive, session.answers())
     outputs = [answer.output for answer in answers]
     headers = diagnostics.headers()

@@ -38,7 +38,7 @@ async def complete(context: ServingContext, request: Request, body: CompletionRe
         streams = await _submit(context, body, tenant, answer_id)
     answer = _Answer(context, body, answer_id)
     if body.stream:
-        return EventStream(answer.events(streams), answer.headers, as_event)
+        return EventStream(answer.events(streams), answer.headers, as_event, context.pause_s)
     outputs = await unless_gone(request.receive, context.finals(streams))
     shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
     return await context.answer(

@@ -273,6 +273,7 @@ class ServingContext:
         self.engine = engine
         self.model_name = config.served_model_name or engine.model_name
         self.special_in_content = config.special_in_content
+        self.pause_s = config.keep_alive_s
         self._default_max_tokens = config.default_max_tokens
         self.workers = workers
         self._tenants = Tenants.of_server(config, engine.config.kept_folder)

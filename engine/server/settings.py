@@ -135,6 +135,13 @@ class ServerConfig(Settings):
         "origins of web pages that may use this server, as https://host or "
         "http://host:port, or *; by default only the server's own",
     )
+    keep_alive_s: float | None = setting(
+        None,
+        "seconds of silence after which a stream sends its headers and a comment, and again after "
+        "each such time, so that clients and proxies do not give up during a long prefill; such "
+        "headers do not have the cached length; by default a stream begins with its first token",
+        limits=SECONDS,
+    )
     drain_s: float = setting(
         30.0, "after SIGTERM, seconds that running requests may take to finish", limits=DRAIN
     )

@@ -51,7 +51,7 @@ async def messages(context: ServingContext, request: Request, body: MessagesRequ
         def as_event(failure: APIError) -> bytes:
             return named_event(failure.body(ANTHROPIC, name))
 
-        return EventStream(writer.events(), session.diagnostics.headers, as_event)
+        return EventStream(writer.events(), session.diagnostics.headers, as_event, context.pause_s)
     [answer] = await unless_gone(request.receive, session.answers())
     headers = session.diagnostics.headers()
     return await context.answer([answer.output], lambda: writer.whole(answer), headers=headers)

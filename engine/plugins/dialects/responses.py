@@ -212,7 +212,8 @@ class Responses:
                 self._store.put((tenant, response["id"]), stored, stored.num_bytes)
 
         if body.stream:
-            return EventStream(writer.events(keep), session.diagnostics.headers, writer.failed)
+            late = session.diagnostics.headers
+            return EventStream(writer.events(keep), late, writer.failed, context.pause_s)
         [answer] = await unless_gone(request.receive, session.answers())
         num_tokens = len(answer.output.output)
 

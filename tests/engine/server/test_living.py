@@ -441,6 +441,35 @@ def test_idle_server_logs_its_stop(
     assert messages == ["Stopping: no request is running."]
 
 
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "hello", "max_tokens": 2}),
+        ("chat/completions", {"messages": CHAT, "max_tokens": 2}),
+        ("messages", {"messages": CHAT, "max_tokens": 2}),
+        ("responses", {"input": "hello", "max_output_tokens": 2}),
+    ],
+)
+@pytest.mark.parametrize("keep_alive_s", [None, 0.05])
+def test_silent_streams_send_headers_and_comments(
+    serve_oracle: Callable[..., Live], path: str, body: dict[str, Any], keep_alive_s: float | None
+) -> None:
+    live = serve_oracle(ServerConfig(keep_alive_s=keep_alive_s), step_s=0.4)
+    model = live.get("/v1/models").json()["data"][0]["id"]
+    answer = live.post(f"/v1/{path}", {"model": model, "stream": True, **body})
+    assert answer.status_code == 200
+    events = [part for part in answer.text.split("\n\n") if part]
+    comments = [part for part in events if part.startswith(":")]
+    assert set(comments) == (set() if keep_alive_s is None else {": waiting"})
+    assert events[0].startswith(":") == (keep_alive_s is not None)
+    assert ("x-cache-hit-tokens" in answer.headers) == (keep_alive_s is None)
+    assert any(part.startswith(("data:", "event:")) for part in events)
+    assert "event: error" not in answer.text
+
+
 def test_stop_after_a_failure_gives_its_reason(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
