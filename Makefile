@@ -166,10 +166,10 @@ llama:  ## build llama.cpp for this processor, for its benchmark (some minutes)
 		--no-binary llama-cpp-python 'llama-cpp-python==0.3.36' 'gguf>=0.19' diskcache
 
 tune:  ## on a machine with a GPU: write fast launch parameters into kernels/tuned.json
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu.kernels --tune
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu.kernels --mode tune
 
-gpu:  ## on a machine with a GPU: test kernels and exactness, time kernels and serving; can be stopped and continued
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu
+gpu:  ## on a machine with a GPU: check kernels and exactness, time serving and kernels; BUDGET=560 ends the call, the next one continues
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu $(if $(BUDGET),--budget $(BUDGET)) $(if $(TAR),--tar $(TAR))
 
 gpu-dry:  ## run the same script on the CPU: tiny shapes, interpreted
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu --dry

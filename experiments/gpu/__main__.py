@@ -1,102 +1,151 @@
-"""Test and measure kernels, engine and server on a GPU, in one command.
+"""Test and measure kernels, engine and server on a GPU, in calls of a few minutes.
 
-    python -m experiments.gpu [--part kernels bench parity serve http big] [--again] [--tar FILE]
+    python -m experiments.gpu [--part NAME ...] [--budget SECONDS] [--tar FILE] [--again]
     python -m experiments.gpu --dry
 
-`make gpu` and `make gpu-dry` call it.
+`make gpu` and `make gpu-dry` call it; docs/how-to/gpu.md describes a session.
 
-Parts run one after another, each in a separate process and in less than eight minutes:
+Parts run one after another, each in a separate process, in this order:
 
-- kernels: tests of the kernels on the device
-- bench: benchmarks of the kernels
+- check: one call of each kernel at real shapes, compared with its reference
+- repeat: fifty calls of each kernel, which must give equal bits
 - parity: the engine compared with the CPU, and hits with cold runs
+- big: speed of Qwen3-Next-80B-A3B's geometry with 8-bit weights
 - serve: speed of a 2B geometry
 - http: a server of that geometry under load
-- big: speed of Qwen3-Next-80B-A3B's geometry with 8-bit weights
+- bench: times of the kernels
+- tests: tests of the kernels on the device, without float32
+- tune: launch parameters
+- rivals: times of the kernels next to flash-linear-attention's and torch's
+- bundled: `check` with Triton's own assembler, if another one was collected by `make gpu-wheels`
+- float32, tests32: `check` and the tests in float32, which compile for a long time
 
-Each part writes JSON lines into experiments/results/gpu/. A part that passed with the same code (a
-hash of its files, without git) is skipped. A part that failed or ran out of time is repeated;
-`serve` and `big` then keep their finished records. --dry runs the same script with tiny shapes in
-Triton's interpreter and writes into out/gpu-dry/.
+With ``--budget``, the call ends after that many seconds: the part in progress is stopped and later
+ones do not begin. The next call continues. A part that passed with the same code (a hash of its
+files, without git) is skipped; others keep their finished records. A part is skipped alone if a
+package that it needs is missing.
+
+Each part writes JSON lines into out/gpu. All of them are written into one archive after every part,
+and when the call is stopped. --dry runs the same script with tiny shapes in Triton's interpreter
+and writes into out/gpu-dry.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import lzma
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from experiments.provenance import RESULTS, ROOT, code_hash, read_json_lines, write_json_lines
+from experiments.provenance import ROOT, code_hash, read_json_lines, write_json_lines
 
-Verdict = Literal["passed", "failed", "timed out", "done before"]
+Verdict = Literal["passed", "failed", "timed out", "stopped", "not begun", "skipped", "done before"]
 
-LIMITS_S = {
-    "kernels": 310.0,
-    "bench": 290.0,
-    "parity": 170.0,
-    "serve": 170.0,
-    "http": 210.0,
-    "big": 350.0,
-}
-"""Time limit of each part, 25 minutes in total. A part over its limit keeps its records and is
-repeated by the next call."""
+GRACE_S = 5.0
+"""Seconds between the request to stop and the kill of a part."""
+LEAST_S = 20.0
+"""Least budget with which a part begins."""
+COLLECTED = ROOT / ".whl"
+"""Folder of `make gpu-wheels`: wheels, and an assembler for Triton."""
+
+ENGINE = ("msgspec", "jinja2", "tokenizers")
+SERVER = ("fastapi", "uvicorn", "httpx", "pydantic", "prometheus_client", "zmq")
+TESTS = ("pytest", "hypothesis")
+
+
+class Part(NamedTuple):
+    """Command of a part, its time limit and the packages that it needs."""
+
+    command: Callable[[Path, bool], list[str]]
+    """Arguments: folder of the results, and True for a dry run."""
+    limit_s: float
+    needs: tuple[str, ...] = ()
+    files: str = ""
+    """Pattern of its records, relative to the folder of the results."""
+    bundled: bool = False
+    """True to use the assembler of the triton package."""
 
 
 def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
 
 
-def kernels(out: Path, dry: bool) -> list[str]:
-    """Return the command for the kernels' tests.
+def kernels(mode: str, *flags: str) -> Callable[[Path, bool], list[str]]:
+    """Return the command of a mode of `experiments.gpu.kernels`."""
 
-    A dry run tests only one file, because the test suite interprets the others. With pytest-xdist,
-    four processes compile at the same time.
+    def command(out: Path, dry: bool) -> list[str]:
+        arguments = ("--mode", mode, "--out", str(out), *flags, *_dry(dry))
+        each = () if mode == "tune" else ("--each",)
+        return module("experiments.gpu.kernels", *each, *arguments)
+
+    return command
+
+
+def tests(selected: str) -> Callable[[Path, bool], list[str]]:
+    """Return the command for the kernels' tests with names that ``selected`` matches.
+
+    A dry run tests only one file, because the test suite interprets the others. Each file stays in
+    one process, so that a kernel is not compiled in several.
     """
-    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    tests = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels", *parallel]
-    skipped = ["--deselect", "tests/kernels/test_aot.py"]
-    report = [
-        "-o",
-        "junit_family=xunit1",
-        f"--junitxml={out / 'kernels.xml'}",
-    ]  # The other family omits the properties of a test.
-    return module("pytest", "-q", *tests, *skipped, *report)
+
+    def command(out: Path, dry: bool) -> list[str]:
+        parallel = importlib.util.find_spec("xdist") and not dry
+        processes = ["-n", str(max(1, (os.cpu_count() or 2) - 4)), "--dist", "loadfile"]
+        files = ["tests/kernels/test_every_kernel.py" if dry else "tests/kernels"]
+        options = ["-q", "-k", selected, "--deselect", "tests/kernels/test_aot.py"]
+        options += ["-p", "experiments.gpu.recorded_tests", "--records", str(out / "tests.jsonl")]
+        return module("pytest", *files, *options, *(processes if parallel else []))
+
+    return command
 
 
-def bench(out: Path, dry: bool) -> list[str]:
-    return module("experiments.gpu.kernels", "--out", str(out), *_dry(dry))
+def serving(part: str) -> Callable[[Path, bool], list[str]]:
+    def command(out: Path, dry: bool) -> list[str]:
+        arguments = ("--part", part, "--out", str(out), *_dry(dry))
+        return module("experiments.gpu.serving", *arguments)
+
+    return command
 
 
 def parity(out: Path, dry: bool) -> list[str]:
     return module("experiments.gpu.parity", "--out", str(out), *_dry(dry))
 
 
-def serve(out: Path, dry: bool) -> list[str]:
-    return module("experiments.gpu.serving", "--part", "serve", "--out", str(out), *_dry(dry))
+def bundled(out: Path, dry: bool) -> list[str]:
+    return kernels("check")(out / "bundled", dry)
 
 
-def http(out: Path, dry: bool) -> list[str]:
-    return module("experiments.gpu.serving", "--part", "http", "--out", str(out), *_dry(dry))
+def float32(out: Path, dry: bool) -> list[str]:
+    return kernels("check", "--float32")(out, dry)
 
 
-def big(out: Path, dry: bool) -> list[str]:
-    return module("experiments.gpu.serving", "--part", "big", "--out", str(out), *_dry(dry))
-
-
-PARTS: dict[str, Callable[[Path, bool], list[str]]] = {
-    part.__name__: part for part in (kernels, bench, parity, serve, http, big)
+PARTS: dict[str, Part] = {
+    "check": Part(kernels("check"), 200.0, files="check_kernels_*.jsonl"),
+    "repeat": Part(kernels("repeat"), 120.0, files="repeat_kernels_*.jsonl"),
+    "parity": Part(parity, 240.0, ENGINE, "parity.jsonl"),
+    "big": Part(serving("big"), 480.0, ENGINE, "big.jsonl"),
+    "serve": Part(serving("serve"), 240.0, ENGINE, "serve.jsonl"),
+    "http": Part(serving("http"), 210.0, (*ENGINE, *SERVER), "http.jsonl"),
+    "bench": Part(kernels("ours"), 240.0, files="ours_kernels_*.jsonl"),
+    "tests": Part(tests("not float32"), 400.0, TESTS, "tests.jsonl"),
+    "tune": Part(kernels("tune"), 400.0, files="tune_kernels*.jsonl"),
+    "rivals": Part(kernels("bench"), 300.0, files="bench_kernels_*.jsonl"),
+    "bundled": Part(bundled, 200.0, files="bundled/*.jsonl", bundled=True),
+    "float32": Part(float32, 400.0, files="check_float32_*.jsonl"),
+    "tests32": Part(tests("float32"), 500.0, TESTS, "tests.jsonl"),
 }
 
 
@@ -104,59 +153,116 @@ def _dry(dry: bool) -> list[str]:
     return ["--dry"] if dry else []
 
 
-def run_part(part: str, out: Path, dry: bool) -> Verdict:
-    """Run one part until its end or its limit, and write its verdict and duration to
-    ``<part>.done``."""
+def run_part(part: str, out: Path, dry: bool, left_s: float = float("inf")) -> Verdict:
+    """Run one part until its end, its limit or that of the call, and record its verdict."""
+    plan = PARTS[part]
+    missing = [name for name in plan.needs if not importlib.util.find_spec(name)]
+    if missing:
+        print(f"Skipped: {part} needs {', '.join(missing)}.", file=sys.stderr)
+        return record(part, out, "skipped", 0.0, missing=missing)
+    assembler = other_assembler(out)
+    if plan.bundled and (assembler is None or dry):
+        return record(part, out, "skipped", 0.0, missing=["another assembler"])
+    if left_s < LEAST_S:
+        return "not begun"
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     else:
         environment["KERNELS_ON_DEVICE"] = "1"  # Tests fail instead of using the interpreter.
+        environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "out" / "triton"))
+        if assembler is not None and not plan.bundled:
+            environment.setdefault("TRITON_PTXAS_PATH", str(assembler))
     begin = time.monotonic()
-    verdict = run_for(PARTS[part](out, dry), environment, LIMITS_S[part])
-    seconds = time.monotonic() - begin
-    report = out / "kernels.xml"
-    if part == "kernels" and report.exists():
-        write_json_lines(out / "kernels.jsonl", test_records(report))
-        report.unlink()
-    record = {"part": part, "verdict": verdict, "seconds": round(seconds, 1), "device": device()}
-    write_json_lines(done_file(out, part), [record], {"code": code_hash()})
+    limit_s = min(plan.limit_s, left_s)
+    verdict: Verdict = "stopped"
+    try:
+        verdict = run_for(plan.command(out, dry), environment, limit_s)
+        if verdict == "timed out" and limit_s < plan.limit_s:
+            verdict = "stopped"
+    finally:
+        record(part, out, verdict, time.monotonic() - begin)
+    return verdict
+
+
+def record(part: str, out: Path, verdict: Verdict, seconds: float, **more: Any) -> Verdict:
+    """Write the verdict and the duration of a part to its done file."""
+    done = {"part": part, "verdict": verdict, "seconds": round(seconds, 1), "device": device()}
+    write_json_lines(done_file(out, part), [done | more], {"code": code_hash()})
     return verdict
 
 
 def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> Verdict:
-    """Run a command until its end or its limit. All its processes are killed at the limit, because
-    they would share the device with the next part."""
+    """Run a command until its end or its limit.
+
+    All its processes are asked to stop and then killed, because they would share the device with
+    the next part.
+    """
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
         try:
             return "failed" if process.wait(limit_s) else "passed"
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
                 return "timed out"
             raise
 
 
-def test_records(report: Path) -> list[dict[str, object]]:
-    """Return the number of passed tests, the devices and the names of failed tests, per file."""
-    files: dict[str, dict[str, list[str]]] = {}
-    devices: dict[str, set[str]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        found = {child.tag for child in case}
-        outcome = next((tag for tag in ("failure", "error", "skipped") if tag in found), "passed")
-        file = case.get("classname", "")
-        outcomes = files.setdefault(file, {})
-        devices.setdefault(file, set()).update(
-            note.get("value", "") for note in case.iter("property") if note.get("name") == "device"
-        )
-        outcomes.setdefault(outcome, []).append(case.get("name", ""))
-    return [
-        {"file": file, "devices": sorted(devices[file])}
-        | {outcome: len(names) for outcome, names in outcomes.items()}
-        | {"wrong": outcomes.get("failure", []) + outcomes.get("error", [])}
-        for file, outcomes in sorted(files.items())
-    ]
+def other_assembler(out: Path) -> Path | None:
+    """Return the assembler that `make gpu-wheels` collected, unpacked. None if there is none."""
+    packed = COLLECTED / "ptxas.xz"
+    if not packed.exists():
+        return None
+    path = ROOT / "out" / "ptxas"
+    if not path.exists() or path.stat().st_mtime < packed.stat().st_mtime:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(lzma.decompress(packed.read_bytes()))
+        path.chmod(0o755)
+    return path
+
+
+def install_wheels() -> None:
+    """Install the collected wheels that are missing, without a network."""
+    wheels = sorted(COLLECTED.glob("*.whl"))
+    absent = [path for path in wheels if not importlib.util.find_spec(_import_name(path))]
+    if absent:
+        options = ["--no-index", "--no-deps", "--quiet", "--disable-pip-version-check"]
+        # A failure is no end: parts that lack a package are skipped.
+        subprocess.run(module("pip", "install", *options, *map(str, absent)), check=False)
+        importlib.invalidate_caches()
+
+
+def _import_name(wheel: Path) -> str:
+    name = wheel.name.split("-")[0].lower()
+    return {"pyzmq": "zmq", "pytest_xdist": "xdist"}.get(name, name)
+
+
+def write_archive(path: Path, out: Path) -> None:
+    """Write all results into one archive, in place of the former one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with tarfile.open(unfinished, "w:gz") as archive:
+        archive.add(out, arcname=out.name)
+    unfinished.replace(path)
+
+
+def other_bits(out: Path) -> list[str]:
+    """Return the cases whose bits differ between the two assemblers."""
+    found = []
+    for file in sorted((out / "bundled").glob("check_kernels_*.jsonl")):
+        if not (out / file.name).exists():
+            continue
+        digests = [
+            {r["case"]: r.get("digest") for r in read_json_lines(path)[1]}
+            for path in (file, out / file.name)
+        ]
+        found += [case for case, bits in digests[0].items() if digests[1].get(case) != bits]
+    return found
 
 
 def done_file(out: Path, part: str) -> Path:
@@ -166,10 +272,10 @@ def done_file(out: Path, part: str) -> Path:
 def is_done(out: Path, part: str) -> bool:
     """Return True if the part passed with the same code."""
     try:
-        before, [record] = read_json_lines(done_file(out, part))
+        before, [done] = read_json_lines(done_file(out, part))
     except (OSError, ValueError, KeyError, json.JSONDecodeError):
         return False
-    return record["verdict"] == "passed" and before["settings"]["code"] == code_hash()
+    return done["verdict"] == "passed" and before["settings"]["code"] == code_hash()
 
 
 def device() -> str:
@@ -178,6 +284,11 @@ def device() -> str:
     if found is None:
         return "cpu, interpreted"
     return str(torch.get_device_module(found).get_device_name())
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """End this process after its part has ended and the archive is written."""
+    raise SystemExit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,34 +304,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--again", action="store_true", help="repeat parts that passed with this code"
     )
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
+    parser.add_argument("--budget", type=float, help="seconds after which the call ends")
     parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--tar", type=Path, help="write all results into this .tar.gz")
+    parser.add_argument("--tar", type=Path, help="archive of all results (.tar.gz)")
     options = parser.parse_args(arguments)
+    begin = time.monotonic()
     if not options.dry and torch.accelerator.current_accelerator(check_available=True) is None:
         print("No GPU found. Use --dry to test the script without one.", file=sys.stderr)
         return 2
-    out = options.out or (ROOT / "out" / "gpu-dry" if options.dry else RESULTS / "gpu")
-    out = out.resolve()  # Parts run in another directory.
+    out = (options.out or ROOT / "out" / ("gpu-dry" if options.dry else "gpu")).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]
-    if "kernels" in options.part and missing:
-        print(f"Missing for the tests: pip install {' '.join(missing)}.", file=sys.stderr)
-        return 2
+    tar = options.tar or out.with_name(out.name + ".tar.gz")
+    if not options.dry:
+        install_wheels()
+    before = signal.signal(signal.SIGTERM, stop)
     verdicts: dict[str, Verdict] = {}
-    for part in options.part:
-        if not options.again and is_done(out, part):
-            verdicts[part] = "done before"
-            continue
-        if options.again:
-            (out / f"{part}.jsonl").unlink(missing_ok=True)
-        print(f"-- {part}", flush=True)
-        verdicts[part] = run_part(part, out, options.dry)
-    if options.tar:
-        options.tar.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(options.tar, "w:gz") as archive:
-            archive.add(out, arcname=out.name)
+    try:
+        for part in options.part:
+            if not options.again and is_done(out, part):
+                verdicts[part] = "done before"
+                continue
+            if options.again:
+                for file in out.glob(PARTS[part].files):
+                    file.unlink()
+            left_s = float("inf")
+            if options.budget is not None:
+                left_s = options.budget - (time.monotonic() - begin) - GRACE_S
+            print(f"-- {part}", flush=True)
+            verdicts[part] = run_part(part, out, options.dry, left_s)
+            write_archive(tar, out)
+    finally:
+        write_archive(tar, out)
+        signal.signal(signal.SIGTERM, before)
+    changed = other_bits(out)
+    if changed:
+        print(f"Bits differ between assemblers in {len(changed)} cases: {', '.join(changed)}")
     print(f"{device()}: " + ", ".join(f"{part} {verdict}" for part, verdict in verdicts.items()))
-    return int(any(verdict in ("failed", "timed out") for verdict in verdicts.values()))
+    if any(verdict in ("failed", "timed out") for verdict in verdicts.values()):
+        return 1
+    return 3 if any(verdict in ("stopped", "not begun") for verdict in verdicts.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,20 @@
-"""Time each kernel next to flash-linear-attention's, PyTorch's and the limit of the machine.
+"""Check and time each kernel, next to flash-linear-attention's, PyTorch's and the device's limit.
 
     python -m experiments.gpu.kernels [--kernels gdn,conv1d] [--out DIR] [--rivals DIR] [--dry]
-    python -m experiments.gpu.kernels --tune [--kernels linear] [--dry]
+    python -m experiments.gpu.kernels --mode check|repeat|ours|tune [--each] [--float32]
+
+Modes:
+
+- bench (default): times of ours and of rivals; ``ours``: without rivals
+- check: one call of each kernel against its reference, in float64 where the reference can
+- repeat: 50 calls of each kernel, which must give equal bits
+- tune: tries other launch parameters (`experiments.gpu.kernel_tuning`) and writes the fast ones to
+  kernels/tuned.json. With --dry it only checks that each candidate is correct.
+
+A case that raises costs only its own record. With ``--each``, every folder has a process of its
+own. A case after which the device refuses further work ends that process; it is recorded, and the
+next process continues with the next case. Finished cases of the same code, compiler and mode are
+not repeated.
 
 A contender is captured into a device graph, and its replays are timed, so the host's launches do
 not count. A contender that cannot be captured is called while the device is busy with other work,
@@ -14,25 +27,26 @@ timed; if ours is wrong, the run fails. A rival that raises is reported. Without
 fails the run, unless Triton's interpreter cannot run it. `experiments.gpu.kernel_rivals` finds
 flash-linear-attention.
 
-One JSON Lines file per kernel folder is written to DIR (default experiments/results), so a run can
-be made in parts. With --dry, or without a GPU, tiny shapes run in Triton's interpreter. Files are
-then only written if DIR is given, and every time is "not measured".
-
---tune tries other launch parameters (`experiments.gpu.kernel_tuning`) and writes the fast ones to
-kernels/tuned.json for the launchers. With --dry it only checks that each candidate is correct.
+One JSON Lines file per kernel folder is written to DIR (default experiments/results) after every
+case. With --dry, or without a GPU, tiny shapes run in Triton's interpreter. Files are then only
+written if DIR is given, and every time is "not measured".
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
 import pkgutil
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +54,14 @@ import torch
 
 from engine.runner.device import Device
 from experiments.gpu import interpreter, kernel_rivals
-from experiments.provenance import RESULTS, provenance, write_json_lines
+from experiments.provenance import (
+    RESULTS,
+    ROOT,
+    code_hash,
+    provenance,
+    read_json_lines,
+    write_json_lines,
+)
 
 if TYPE_CHECKING:
     from experiments.gpu.kernel_cases import Case, Setup
@@ -49,6 +70,10 @@ ROUNDS = 5
 """Turns of every contender of a case."""
 CALLS = 8
 """Timed calls per turn."""
+REPEATS = 50
+"""Calls of a kernel whose bits are compared."""
+LOST = 70
+"""Exit status of a process whose device refuses further work."""
 
 
 class Machine(NamedTuple):
@@ -98,11 +123,13 @@ class Clock:
         self._device.synchronize()
         if self._resolved.traits.graph_class is None:
             return Prepared(run, host_s, False)
+        stream = self._device.current_stream()
         try:
             replay = self._resolved.recorder()(run)
             replay()
             self._device.synchronize()
         except Exception:  # It reads results on the host, or allocates in a way graphs forbid.
+            self._device.set_stream(stream)  # A capture that fails at its end leaves its own.
             self._device.synchronize()
             return Prepared(run, host_s, False)
         return Prepared(replay, host_s, True)
@@ -143,6 +170,53 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
         1e-30
     )
     return float(ratio.nan_to_num(nan=float("inf"), posinf=float("inf")))
+
+
+def check(case: Case) -> dict[str, Any]:
+    """Return the error of one call, and a digest of its bits."""
+    result = first_call(case)
+    found = error(result, case.expected())
+    is_right = found <= case.tolerance
+    return {
+        "case": case.name,
+        "is_right": is_right,
+        "errors": {"ours": found},
+        "failures": {},
+        "digest": digest(result),
+        "seconds": "not measured",
+    }
+
+
+def repeat(case: Case, times: int = REPEATS) -> dict[str, Any]:
+    """Return how many further calls give the bits of the first one."""
+    first = first_call(case)
+    same = sum(torch.equal(bits(first_call(case)), bits(first)) for _ in range(times))
+    return {
+        "case": case.name,
+        "is_right": same == times,
+        "errors": {"ours": (times - same) / times},
+        "failures": {},
+        "calls": times,
+        "calls_with_other_bits": times - same,
+        "digest": digest(first),
+        "seconds": "not measured",
+    }
+
+
+def first_call(case: Case) -> torch.Tensor:
+    """Return a copy of the result on fresh inputs."""
+    if case.reset:
+        case.reset()
+    return case.run().clone()
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor, which are equal for equal NaN too."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(bits(tensor).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[str, Any]:
@@ -232,35 +306,186 @@ def cases(folder: str, setup: Setup) -> Iterator[Case]:
     return importlib.import_module(f"experiments.gpu.kernel_cases.{folder}").cases(setup)
 
 
-def bench(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
-    """Measure all cases of these folders.
+def compiler() -> dict[str, str]:
+    """Return the versions of Triton and of the assembler that it calls, and its environment.
+
+    Both versions of Triton that this project runs with bundle an assembler with known faults in
+    Hopper's products, so another one may be set by TRITON_PTXAS_PATH.
+    """
+    try:
+        import triton
+    except ImportError:
+        return {}
+    bundled = ROOT.joinpath(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    path = os.environ.get("TRITON_PTXAS_PATH", str(bundled))
+    found = {name: value for name, value in os.environ.items() if name.startswith("TRITON_PTXAS")}
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"V(\d+\.\d+\.\d+)", text)
+        found["ptxas"] = version[1] if version else "unknown"
+    except OSError:
+        found["ptxas"] = "absent"
+    return found | {"triton": triton.__version__}
+
+
+Measure = Callable[["Case"], "dict[str, Any]"]
+
+
+def run_folder(
+    folder: str, setup: Setup, work: Measure, file: Path | None, settings: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the record of each case, and write all of them after each case.
+
+    Records in ``file`` with the same settings are not made again. The case in progress is written
+    first, so that a process which dies in it leaves its name.
+    """
+    known, records = known_records(file, settings), []
+    try:
+        for case in cases(folder, setup):
+            record = known.get(case.name)
+            if record is None:
+                if file:
+                    write_json_lines(file, [*records, {"case": case.name, "begun": True}], settings)
+                record = guarded(case.name, lambda case=case: work(case))
+            records.append(record)
+            if file:
+                write_json_lines(file, records, settings)
+            yield record
+            if record.get("device_lost") and case.name not in known:
+                sys.exit(LOST)
+    except Exception as failure:  # The inputs of a case could not be made.
+        records.append(failed("inputs", failure))
+        if file:
+            write_json_lines(file, records, settings)
+        yield records[-1]
+
+
+def guarded(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of a case, or that of its failure."""
+    try:
+        return work()
+    except Exception as failure:
+        record = failed(name, failure)
+    try:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+    except Exception as failure:  # An invalid access: every later call of this process fails.
+        record |= {"device_lost": f"{type(failure).__name__}: {failure}".splitlines()[0]}
+    return record
+
+
+def failed(name: str, failure: BaseException) -> dict[str, Any]:
+    reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return {
+        "case": name,
+        "is_right": False,
+        "errors": {"ours": float("inf")},
+        "failures": {"ours": reason},
+        "seconds": "not measured",
+    }
+
+
+def known_records(file: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the finished records of the same settings, by case."""
+    try:
+        before, records = read_json_lines(file) if file else ({}, [])
+    except (OSError, ValueError, KeyError):
+        return {}
+    if (before.get("settings") or {}) != settings:
+        return {}
+    return {r["case"]: r for r in records if not r.get("begun") and r["case"] != "inputs"}
+
+
+def run_each(names: list[str], arguments: list[str], prefix: str, out: Path) -> bool:
+    """Run a process per folder, and another one for the rest of a folder whose process died.
+
+    Returns True if all ended with status 0.
+    """
+    is_right = True
+    for folder in names:
+        command = [sys.executable, "-m", "experiments.gpu.kernels", "--kernels", folder, *arguments]
+        file, lost = out / f"{prefix}_{folder}.jsonl", set()
+        while True:
+            status = subprocess.run(command, cwd=ROOT).returncode
+            if status in (0, 1):
+                is_right &= status == 0
+                break
+            is_right = False
+            in_progress = mark_lost(file, status)
+            if in_progress in lost:
+                break
+            lost.add(in_progress)
+    return is_right
+
+
+def mark_lost(file: Path, status: int) -> str | None:
+    """Record the case in which a process ended with ``status``. Returns its name if there is one,
+    else that of the last finished case."""
+    try:
+        before, records = read_json_lines(file)
+    except (OSError, ValueError, KeyError):
+        return None
+    if not records:
+        return None
+    name = str(records[-1]["case"])
+    if records[-1].get("begun"):
+        records[-1] = failed(name, RuntimeError(f"the process ended with status {status}"))
+        write_json_lines(file, records, before.get("settings"))
+    return name
+
+
+def bench(
+    names: list[str],
+    setup: Setup,
+    clock: Clock | None,
+    out: Path | None,
+    mode: str = "bench",
+) -> bool:
+    """Check or measure all cases of these folders.
 
     Returns True if ours is correct everywhere and, with ``is_dry``, every rival ran.
     """
-    machine = clock and clock.machine(setup.device)
+    machine = clock.machine(setup.device) if clock and mode in ("bench", "ours") else None
     if machine:
         print(
             f"{machine.name}: copies {machine.copy_bytes_s:.3g} B/s, GEMM "
             f"{machine.gemm_flops_s:.3g} FLOP/s"
         )
+
+    def time_all(case: Case) -> dict[str, Any]:
+        header = {"machine": machine._asdict() if machine else "not measured"}
+        return measure(case, clock, machine) | header
+
+    def time_ours(case: Case) -> dict[str, Any]:
+        return time_all(replace(case, rivals={}))
+
+    def call_again(case: Case) -> dict[str, Any]:
+        return repeat(case, 2 if setup.is_dry else REPEATS)
+
+    by_mode: dict[str, Measure] = {"check": check, "repeat": call_again, "ours": time_ours}
+    work = by_mode.get(mode, time_all)
+    settings = {"mode": mode, "code": code_hash(), "float32": setup.is_float32, **compiler()}
     counts = {"right": 0, "wrong": 0, "failed rivals": 0}
     for folder in names:
         torch.manual_seed(0)
-        records, start = [], time.monotonic()
-        for case in cases(folder, setup):
-            records.append(measure(case, clock, machine))
-            counts["right" if records[-1]["is_right"] else "wrong"] += 1
+        start, count = time.monotonic(), 0
+        file = out / f"{file_prefix(mode, setup.is_float32)}_{folder}.jsonl" if out else None
+        for record in run_folder(folder, setup, work, file, settings):
+            count += 1
+            counts["right" if record["is_right"] else "wrong"] += 1
             counts["failed rivals"] += sum(
-                not reason.startswith("InterpreterError")
-                for reason in records[-1]["failures"].values()
+                name != "ours" and not reason.startswith("InterpreterError")
+                for name, reason in record["failures"].items()
             )
-            print(row(records[-1]), flush=True)
-        print(f"-- {folder}: {len(records)} cases in {time.monotonic() - start:.0f} s", flush=True)
-        if out:
-            header = {"machine": machine._asdict() if machine else "not measured"}
-            write_json_lines(out / f"bench_kernels_{folder}.jsonl", [header, *records])
+            print(row(record), flush=True)
+        print(f"-- {folder}: {count} cases in {time.monotonic() - start:.0f} s", flush=True)
     print(json.dumps(counts))
     return not counts["wrong"] and not (setup.is_dry and counts["failed rivals"])
+
+
+def file_prefix(mode: str, is_float32: bool) -> str:
+    """Return the start of the names of a mode's files."""
+    return f"{mode}_float32" if is_float32 else f"{mode}_kernels"
 
 
 def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
@@ -292,7 +517,11 @@ def main() -> None:
     parser.add_argument(
         "--rivals", type=Path, default=kernel_rivals.FOLDER, help="folder that contains fla-core"
     )
-    parser.add_argument("--tune", action="store_true", help="search for fast launch parameters")
+    parser.add_argument(
+        "--mode", choices=("bench", "ours", "check", "repeat", "tune"), default="bench"
+    )
+    parser.add_argument("--each", action="store_true", help="a process for each folder")
+    parser.add_argument("--float32", action="store_true", help="float32 instead of bfloat16")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter")
     args = parser.parse_args()
     is_dry = args.dry or not torch.accelerator.is_available()
@@ -301,11 +530,19 @@ def main() -> None:
         interpreter.repair()
     kernel_rivals.find(args.rivals)
     device = "cpu" if is_dry else torch.accelerator.current_accelerator().type
-    setup = importlib.import_module("experiments.gpu.kernel_cases").Setup(device, is_dry)
-    clock = None if is_dry else Clock(device)
+    kind = importlib.import_module("experiments.gpu.kernel_cases").Setup
     names = args.kernels.split(",") if args.kernels else folders()
     out = args.out or (None if is_dry else RESULTS)
-    sys.exit(0 if (tune if args.tune else bench)(names, setup, clock, out) else 1)
+    if args.each:
+        arguments = ["--mode", args.mode, "--out", str(out), "--rivals", str(args.rivals)]
+        arguments += ["--dry"] * args.dry + ["--float32"] * args.float32
+        prefix = file_prefix(args.mode, args.float32)
+        sys.exit(0 if run_each(names, arguments, prefix, out or RESULTS) else 1)
+    setup = kind(device, is_dry, args.float32)
+    clock = None if is_dry or args.mode in ("check", "repeat") else Clock(device)
+    if args.mode == "tune":
+        sys.exit(0 if tune(names, setup, clock, out) else 1)
+    sys.exit(0 if bench(names, setup, clock, out, args.mode) else 1)
 
 
 if __name__ == "__main__":

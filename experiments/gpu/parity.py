@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from experiments.gpu import interpreter
 from experiments.gpu.models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
-from experiments.provenance import write_json_lines
+from experiments.provenance import code_hash, read_json_lines, write_json_lines
 
 FLOAT32_ERROR = 1e-3
 """Maximum root mean square error of logits against the CPU in float32, relative to their standard
@@ -224,27 +225,59 @@ def same_answers(
     }
 
 
-def checks(dry: bool, directory: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of all checks.
+def checks(dry: bool, directory: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return all checks by name, in the order of a run: float32 compiles longest and comes last.
 
     Parity uses stored weights, which are the same on both devices. Other checks draw weights on the
     device.
     """
     geometry = TINY if dry else SMALL
-    written = write_checkpoint(directory / "experts", geometry)
+    path = write_geometry(directory / "drawn", geometry)
     tokens = np.random.default_rng(0).integers(0, 256, 40 if dry else 700).tolist()
     lengths = [70, 40] if dry else [2500, 1, 63, 64, 65, 130, 700, 1030, 333, 96]
-    yield parity(written, dry, "float32", tokens)
+
+    def logits_of(name: str, model: dict[str, Any], dtype: str) -> dict[str, Any]:
+        return parity(write_checkpoint(directory / name, model), dry, dtype, tokens)
+
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
     if not dry:  # Triton's interpreter cannot multiply bfloat16.
-        dense = write_checkpoint(directory / "dense", SMALL_DENSE)
-        yield parity(dense, dry, "bfloat16", tokens)
-    path = write_geometry(directory / "drawn", geometry)
-    for dtype in ("float32",) if dry else ("float32", "bfloat16"):
-        yield exactness(path, dry, dtype, lengths)
-    for quantization in () if dry else ("int8", "fp8"):
-        if Device.resolve(None).supports(quantization):
-            yield exactness(path, dry, "bfloat16", lengths, quantization=quantization)
-    yield same_answers(path, dry, *((2, 66, 1) if dry else (4, 300, 32)))
+        found["hits bfloat16"] = lambda: exactness(path, dry, "bfloat16", lengths)
+        for quantization in ("fp8", "int8"):
+            if Device.resolve(None).supports(quantization):
+                found[f"hits {quantization}"] = partial(
+                    exactness, path, dry, "bfloat16", lengths, quantization=quantization
+                )
+    found["answers"] = lambda: same_answers(path, dry, *((2, 66, 1) if dry else (4, 300, 32)))
+    if not dry:
+        found["parity bfloat16"] = lambda: logits_of("dense", SMALL_DENSE, "bfloat16")
+    found["hits float32"] = lambda: exactness(path, dry, "float32", lengths)
+    found["parity float32"] = lambda: logits_of("experts", geometry, "float32")
+    return found
+
+
+def run(file: Path, dry: bool, code: str) -> list[dict[str, Any]]:
+    """Run the checks that did not pass with this code, and write the records after each."""
+    try:
+        before, records = read_json_lines(file)
+        known = records if (before.get("settings") or {}).get("code") == code else []
+    except (OSError, ValueError, KeyError):
+        known = []
+    passed = {record["name"]: record for record in known if record["passed"]}
+    records = []
+    with tempfile.TemporaryDirectory() as directory:
+        for name, work in checks(dry, Path(directory)).items():
+            record = passed.get(name)
+            if record is None:
+                try:
+                    record = {"name": name} | work()
+                except Exception as failure:  # Costs this check only.
+                    reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+                    record = {"name": name, "passed": False, "failure": reason}
+            print(record, flush=True)
+            records.append(record)
+            left = [r for n, r in passed.items() if n not in {r["name"] for r in records}]
+            write_json_lines(file, [*records, *left], {"code": code})
+    return records
 
 
 def main() -> int:
@@ -254,13 +287,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry:
         interpreter.repair()
-    records = []
-    with tempfile.TemporaryDirectory() as directory:
-        for record in checks(options.dry, Path(directory)):
-            print(record, flush=True)
-            records.append(record)
-            write_json_lines(options.out / "parity.jsonl", records)
-    failed = [record["check"] for record in records if not record["passed"]]
+    records = run(options.out / "parity.jsonl", options.dry, code_hash())
+    failed = [record["name"] for record in records if not record["passed"]]
     print(f"{len(records) - len(failed)} of {len(records)} checks passed.")
     return 1 if failed else 0
 

@@ -301,21 +301,22 @@ def measure(
 def drafted(path: str, dry: bool, scale: Scale, known: Records = ()) -> Iterator[dict[str, Any]]:
     """Yield the records of steps with drafts: as one graph, as a graph per dense piece, and without
     graphs."""
-    before = [record for record in known if record["measure"] == "verifying"]
-    if before:
-        yield from before
-        return
+    before = {
+        (record["graphs"], record["streams"]): record
+        for record in known
+        if record["measure"] == "verifying"
+    }
     bench = Bench(path, dry, scale, draft="tree:4", max_running=MAX_DRAFTED)
     runner = bench.runner
     graphs, verifies = runner.graphs, runner.verify_graphs
     uses: dict[str, Any] = {"all": (graphs, verifies), "pieces": (graphs, None)}
     uses = (uses if verifies is not None else {}) | {"off": ((None, None), None)}
     streams = sorted({min(count, MAX_DRAFTED) for count in scale.streams})
-    records = []
     for name, (runner.graphs, runner.verify_graphs) in uses.items():
-        records += [bench.verifying(count, scale) | {"graphs": name} for count in streams]
+        for count in streams:
+            found = before.get((name, count))
+            yield found or bench.verifying(count, scale) | {"graphs": name}
     bench.close()
-    yield from records
 
 
 def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:

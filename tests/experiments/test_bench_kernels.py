@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from engine.runner.device import TRAITS
 from experiments.gpu import kernels as bench_kernels
 from experiments.gpu.kernel_cases import Case
 from experiments.gpu.kernels import Clock, Machine, error, measure, row
-from experiments.provenance import read_json_lines
+from experiments.provenance import read_json_lines, write_json_lines
 
 MACHINE = Machine("a machine", copy_bytes_s=1e9, gemm_flops_s=1e12)
 
@@ -33,9 +34,19 @@ class _Wall:
         def elapsed_time(self, end: _Wall.Event) -> float:
             return (end.time_s - self.time_s) * 1e3
 
+    stream = "main"
+
     @staticmethod
     def synchronize() -> None:
         pass
+
+    @classmethod
+    def current_stream(cls) -> str:
+        return cls.stream
+
+    @classmethod
+    def set_stream(cls, stream: str) -> None:
+        cls.stream = stream
 
 
 @pytest.fixture
@@ -76,6 +87,7 @@ def test_kernels_that_can_be_captured_are_timed_as_graphs(
 
     def record(work):
         if work is waits:
+            _Wall.set_stream("of the capture")
             raise RuntimeError("operation not permitted when stream is capturing")
 
         def replay():
@@ -95,6 +107,7 @@ def test_kernels_that_can_be_captured_are_timed_as_graphs(
     found = measure(case, clock, MACHINE)
     assert found["not_captured"] == found["host_bound"] == ["waits"]
     assert "waits HOST-BOUND" in row(found)
+    assert _Wall.stream == "main"
     assert set(found["host_s"]) == {"ours", "waits"} and min(found["host_s"].values()) > 0
     timed = bench_kernels.ROUNDS * bench_kernels.CALLS
     assert calls["replays"] == timed + 1 and calls["waits"] >= timed
@@ -146,6 +159,83 @@ def test_nothing_is_timed_without_a_device() -> None:
     assert row(record).endswith("not measured")
 
 
+def test_a_case_that_raises_costs_its_own_record(tmp_path, monkeypatch) -> None:
+    """Finished records of the same settings are not made again."""
+
+    def broken() -> torch.Tensor:
+        raise RuntimeError("out of shared memory\nand a traceback")
+
+    good = [replace(_case(ours=1.0, rival=1.0), name=name) for name in ("first", "last")]
+    listed = [good[0], replace(good[0], name="broken", run=broken), good[1]]
+    monkeypatch.setattr(bench_kernels, "cases", lambda folder, setup: iter(listed))
+    file, calls = tmp_path / "a.jsonl", []
+
+    def work(case: Case) -> dict[str, object]:
+        calls.append(case.name)
+        return bench_kernels.check(case)
+
+    records = list(bench_kernels.run_folder("a", None, work, file, {"code": "1"}))
+    assert [record["is_right"] for record in records] == [True, False, True]
+    assert records[1]["failures"] == {"ours": "RuntimeError: out of shared memory"}
+    assert read_json_lines(file)[1] == records
+    assert list(bench_kernels.run_folder("a", None, work, file, {"code": "1"})) == records
+    assert calls == ["first", "broken", "last"]
+    list(bench_kernels.run_folder("a", None, work, file, {"code": "2"}))
+    assert len(calls) == 6
+
+
+def test_inputs_that_cannot_be_made_are_recorded(tmp_path, monkeypatch) -> None:
+    def listed(folder, setup):
+        yield _case(ours=1.0, rival=1.0)
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(bench_kernels, "cases", listed)
+    records = list(bench_kernels.run_folder("a", None, bench_kernels.check, None, {}))
+    assert [record["case"] for record in records] == ["a case", "inputs"]
+    assert records[1]["failures"] == {"ours": "ValueError: no memory"}
+
+
+def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch) -> None:
+    """The second process continues after the case in which the first one ended."""
+    file, runs = tmp_path / "check_kernels_norm.jsonl", []
+
+    def run(command, **_):
+        runs.append(command)
+        known = bench_kernels.known_records(file, {"code": "1"})
+        if not known:
+            records = [{"case": "one", "is_right": True}, {"case": "two", "begun": True}]
+            write_json_lines(file, records, {"code": "1"})
+            return SimpleNamespace(returncode=-11)
+        assert set(known) == {"one", "two"} and not known["two"]["is_right"]
+        assert known["two"]["failures"]["ours"].endswith("the process ended with status -11")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(bench_kernels, "subprocess", SimpleNamespace(run=run))
+    assert not bench_kernels.run_each(["norm"], [], "check_kernels", tmp_path)
+    assert len(runs) == 2
+
+
+def test_a_folder_whose_process_cannot_begin_is_left(tmp_path, monkeypatch) -> None:
+    runs = []
+
+    def run(command, **_):
+        runs.append(command)
+        return SimpleNamespace(returncode=-9)
+
+    monkeypatch.setattr(bench_kernels, "subprocess", SimpleNamespace(run=run))
+    assert not bench_kernels.run_each(["norm", "gdn"], [], "check_kernels", tmp_path)
+    assert len(runs) == 4
+
+
+def test_calls_with_other_bits_are_counted() -> None:
+    results = iter([1.0, 1.0, 2.0, 1.0])
+    case = replace(_case(ours=1.0, rival=1.0), run=lambda: torch.full((4,), next(results)))
+    record = bench_kernels.repeat(case, 3)
+    assert record["calls_with_other_bits"] == 1 and not record["is_right"]
+    nan = replace(case, run=lambda: torch.full((4,), torch.nan))
+    assert bench_kernels.repeat(nan, 2)["is_right"]
+
+
 @pytest.mark.full
 @pytest.mark.sources("kernels")
 def test_all_cases_and_installed_rivals_are_correct(tmp_path) -> None:
@@ -155,8 +245,8 @@ def test_all_cases_and_installed_rivals_are_correct(tmp_path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     counts, num_cases = json.loads(run.stdout.splitlines()[-1]), 0
     for folder in bench_kernels.folders():
-        _, (machine, *records) = read_json_lines(tmp_path / f"bench_kernels_{folder}.jsonl")
-        assert machine == {"machine": "not measured"}
+        _, records = read_json_lines(tmp_path / f"bench_kernels_{folder}.jsonl")
+        assert {record["machine"] for record in records} == {"not measured"}
         assert {record["seconds"] for record in records} == {"not measured"}
         assert max(max(record["errors"].values()) for record in records) < 6e-2
         num_cases += len(records)
@@ -167,9 +257,9 @@ def test_all_cases_and_installed_rivals_are_correct(tmp_path) -> None:
 @pytest.mark.sources("kernels")
 def test_candidates_of_the_tuner_are_correct(tmp_path) -> None:
     """Only kernels tuned by the number of tokens are run here; their results must be bit-identical.
-    Run the others by hand with --tune."""
+    Run the others by hand with --mode tune."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "experiments.gpu.kernels", "--tune", "--dry"]
+    command = [sys.executable, "-m", "experiments.gpu.kernels", "--mode", "tune", "--dry"]
     command += ["--kernels", "linear,state_copy", "--out", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]

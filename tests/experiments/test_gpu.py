@@ -3,7 +3,9 @@ GPU."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -23,27 +25,19 @@ from experiments.gpu.models import TINY, write_geometry, write_tokenizer
 from experiments.provenance import read_json_lines, write_json_lines
 from tests.engine.numerics.stub_device import stubbed
 
-REPORT = """<testsuites><testsuite>
-<testcase classname="tests.a" name="one"><properties><property name="device" value="a GPU"/></properties></testcase>
-<testcase classname="tests.a" name="two"><failure/></testcase>
-<testcase classname="tests.b" name="three"><skipped/></testcase>
-</testsuite></testsuites>"""
-
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Parts of one line of Python each."""
-    lines = {"kernels": "pass", "bench": "pass", "big": "raise SystemExit(3)"}
-    monkeypatch.setattr(
-        gpu,
-        "PARTS",
-        {
-            name: lambda out, dry, line=line: [sys.executable, "-c", line]
-            for name, line in lines.items()
-        },
-    )
+    lines = {"check": "pass", "bench": "pass", "big": "raise SystemExit(3)"}
+    monkeypatch.setattr(gpu, "PARTS", {name: part_of(line) for name, line in lines.items()})
     monkeypatch.setattr(gpu, "code_hash", lambda: "0123456789ab")
     return lines
+
+
+def part_of(line: str, limit_s: float = 60.0, files: str = "bench.jsonl", **more) -> gpu.Part:
+    """Return a part that runs one line of Python."""
+    return gpu.Part(lambda out, dry: [sys.executable, "-c", line], limit_s, files=files, **more)
 
 
 def run(out: Path, *arguments: str) -> int:
@@ -55,9 +49,7 @@ def test_failed_part_fails_the_run_but_others_still_run(
 ) -> None:
     assert run(tmp_path) == 1
     assert (
-        capfd.readouterr()
-        .out.splitlines()[-1]
-        .endswith(": kernels passed, bench passed, big failed")
+        capfd.readouterr().out.splitlines()[-1].endswith(": check passed, bench passed, big failed")
     )
     _, [record] = read_json_lines(gpu.done_file(tmp_path, "big"))
     assert record["verdict"] == "failed"
@@ -122,8 +114,7 @@ def test_kernel_tests_on_a_device_reject_the_interpreter(interpret: str, forbidd
 def test_hanging_part_is_stopped(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(gpu.LIMITS_S, "big", 0.3)
-    monkeypatch.setitem(gpu.PARTS, "big", lambda out, dry: ["sleep", "60"])
+    monkeypatch.setitem(gpu.PARTS, "big", part_of("import time; time.sleep(60)", 0.3))
     assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
 
 
@@ -131,33 +122,96 @@ def test_hanging_part_is_stopped(
 def test_children_of_a_hanging_part_are_stopped(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(gpu.LIMITS_S, "big", 0.5)
     beacon = tmp_path / "beacon"
     shell = f"(sleep 1.5; touch {beacon}) & sleep 60"
-    monkeypatch.setitem(gpu.PARTS, "big", lambda out, dry: ["sh", "-c", shell])
+    monkeypatch.setitem(gpu.PARTS, "big", gpu.Part(lambda out, dry: ["sh", "-c", shell], 0.5))
     assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
     time.sleep(1.5)
     assert not beacon.exists()
 
 
-def test_missing_test_packages_give_an_install_hint(
+def test_a_call_ends_within_its_budget_and_the_next_one_continues(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LEAST_S", 0.0)
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    monkeypatch.setitem(gpu.PARTS, "big", part_of("import time; time.sleep(60)"))
+    monkeypatch.setitem(gpu.PARTS, "late", part_of("pass"))
+    begin = time.monotonic()
+    assert run(tmp_path, "--budget", "4") == 3
+    assert time.monotonic() - begin < 30
+    _, [record] = read_json_lines(gpu.done_file(tmp_path, "big"))
+    assert record["verdict"] == "stopped"
+    assert [gpu.is_done(tmp_path, part) for part in ("check", "bench", "late")] == [
+        True,
+        True,
+        False,
+    ]
+    monkeypatch.setitem(gpu.PARTS, "big", part_of("pass"))
+    assert run(tmp_path, "--budget", "60") == 0
+    assert gpu.is_done(tmp_path, "late")
+
+
+def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path: Path) -> None:
+    """The parts write a record, and then wait for the signal."""
+    out = tmp_path / "out"
+    line = f"import pathlib, time; pathlib.Path({str(out)!r}, 'one.jsonl').touch(); time.sleep(60)"
+    script = (
+        "import sys\nfrom experiments.gpu import __main__ as gpu\n"
+        f"gpu.PARTS = {{'check': gpu.Part(lambda out, dry: [sys.executable, '-c', {line!r}], 60)}}\n"
+        f"gpu.main(['--dry', '--part', 'check', '--out', {str(out)!r}])"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=gpu.ROOT) as process:
+        while not (out / "one.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with tarfile.open(tmp_path / "out.tar.gz") as found:
+        assert {"out/one.jsonl", "out/check.done.jsonl"} < set(found.getnames())
+
+
+def test_a_part_without_its_packages_is_skipped_alone(
     parts: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    assert run(tmp_path) == 2
-    assert "pip install pytest hypothesis" in capsys.readouterr().err
-    assert run(tmp_path, "--part", "bench") == 0
+    monkeypatch.setitem(gpu.PARTS, "big", part_of("pass", needs=("json", "no_such_package")))
+    assert run(tmp_path) == 0
+    assert "Skipped: big needs no_such_package." in capsys.readouterr().err
+    assert [gpu.is_done(tmp_path, part) for part in parts] == [True, True, False]
 
 
-def test_junit_reports_are_converted_to_records(tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
-    report.write_text(REPORT)
-    assert gpu.test_records(report) == [
-        {"file": "tests.a", "devices": ["a GPU"], "passed": 1, "failure": 1, "wrong": ["two"]},
-        {"file": "tests.b", "devices": [], "skipped": 1, "wrong": []},
+def test_a_dry_run_needs_no_assembler(parts: dict[str, str], tmp_path: Path) -> None:
+    gpu.PARTS["big"] = part_of("raise SystemExit(1)", bundled=True)
+    assert run(tmp_path) == 0
+
+
+def test_cases_with_other_bits_are_named(tmp_path: Path) -> None:
+    for folder, digests in (("", "ab"), ("bundled", "ac")):
+        records = [{"case": str(i), "digest": d} for i, d in enumerate(digests)]
+        write_json_lines(tmp_path / folder / "check_kernels_norm.jsonl", records)
+    assert gpu.other_bits(tmp_path) == ["1"]
+
+
+@pytest.mark.full
+def test_passed_tests_are_not_repeated(tmp_path: Path) -> None:
+    test = tmp_path / "test_two.py"
+    test.write_text("def test_a(): pass\ndef test_b(): assert not __file__\n")
+    records = tmp_path / "tests.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "experiments.gpu.recorded_tests"]
+    command += ["--records", str(records), "--rootdir", str(tmp_path), str(test)]
+    environment = dict(os.environ) | {"PYTHONPATH": str(gpu.ROOT)}
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert "1 failed, 1 passed" in first.stdout, first.stdout + first.stderr
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert "1 failed, 1 deselected" in again.stdout
+    found = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [(r["test"].split("::")[1], r["outcome"]) for r in found] == [
+        ("test_a", "passed"),
+        ("test_b", "failed"),
+        ("test_b", "failed"),
     ]
 
 
@@ -172,14 +226,16 @@ def test_missing_gpu_gives_a_hint(
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_each_part_has_a_command(part: str, tmp_path: Path) -> None:
     """The commands with and without --dry differ in one flag or in the selected tests."""
-    dry, real = (gpu.PARTS[part](tmp_path, is_dry) for is_dry in (True, False))
+    dry, real = (gpu.PARTS[part].command(tmp_path, is_dry) for is_dry in (True, False))
     assert dry[:3] == real[:3]
     assert dry != real
 
 
-def test_time_limits_of_parts_sum_to_at_most_25_minutes():
-    assert gpu.LIMITS_S.keys() == gpu.PARTS.keys()
-    assert sum(gpu.LIMITS_S.values()) <= 25 * 60 and max(gpu.LIMITS_S.values()) < 8 * 60
+def test_every_part_fits_a_call_of_ten_minutes() -> None:
+    assert max(part.limit_s for part in gpu.PARTS.values()) <= 500
+    first = ["check", "repeat", "parity"]
+    assert list(gpu.PARTS)[:3] == first
+    assert sum(gpu.PARTS[part].limit_s for part in first) <= 560
 
 
 @pytest.mark.full

@@ -17,10 +17,13 @@ class Setup:
     is_dry: bool
     """True for tiny shapes, which only check that every case runs. Times are then meaningless."""
 
+    is_float32: bool = False
+    """True for float32 activations at full shapes."""
+
     @property
     def dtype(self) -> torch.dtype:
         """Number format of activations. Triton's interpreter cannot multiply bfloat16."""
-        return torch.float32 if self.is_dry else torch.bfloat16
+        return torch.float32 if self.is_dry or self.is_float32 else torch.bfloat16
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return normal numbers, by default in the activations' dtype."""

@@ -47,7 +47,7 @@ def _prefill(setup: Setup, cached: int, new: int) -> Case:
     layout["packed"] = Packed.from_lengths([new], setup.device)
     group, size = (2, keys.shape[2]) if setup.is_dry else (8, keys.shape[2])
     query = setup.randn(new, group * keys.shape[1], size)
-    wide = [x.float() for x in (query, keys, values)]
+    wide = [x.double() for x in (query, keys, values)]
     seen = cached + (new + 1) / 2
     rows = layout["table"][0].long()
 
@@ -101,7 +101,7 @@ def _flex_prefill(
 def _decode(setup: Setup, num: int, length: int) -> Case:
     keys, values, layout = _pool(setup, num, length)
     query = setup.randn(num, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
-    wide = [x.float() for x in (query, keys, values)]
+    wide = [x.double() for x in (query, keys, values)]
     rows = layout["table"].long()
 
     def in_order() -> tuple[torch.Tensor, ...]:
@@ -126,7 +126,7 @@ def _verify(setup: Setup, num: int, length: int, num_steps: int) -> Case:
     keys, values, layout = _pool(setup, num, length)
     layout["packed"] = Packed.from_lengths([num_steps] * num, setup.device)
     query = setup.randn(num * num_steps, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
-    wide = [x.float() for x in (query, keys, values)]
+    wide = [x.double() for x in (query, keys, values)]
     ends = [length - num_steps + 1 + step for _ in range(num) for step in range(num_steps)]
     rows = [row for row in range(num) for _ in range(num_steps)]
     apart = layout | {"sequences": Sequences.of(rows, ends, setup.device)}

@@ -36,7 +36,7 @@ def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
     return Case(
         name=shape,
         run=partial(fused.linear, x, weight),
-        expected=partial(_float32, x, weight),
+        expected=partial(_exact, x, weight),
         num_bytes=x.nbytes + weight.nbytes + x.element_size() * len(x) * len(weight),
         num_flops=2 * x.numel() * len(weight),
         rivals={"torch": partial(F.linear, x, weight)},
@@ -49,7 +49,7 @@ def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format
     8-bit rows are less exact, at twice the rate of the tensor cores.
     """
     quantized, scale = reference.quantize(weight, format)
-    widened = quantized.float() * scale[:, None]
+    widened = quantized.double() * scale[:, None]
     narrow = widened.to(x.dtype)
     rivals = {"torch, full weights": partial(F.linear, x, narrow)}
     if format == "int8":
@@ -59,7 +59,7 @@ def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format
     return Case(
         name=f"{format} {shape}",
         run=partial(fused.linear_8bit, x, quantized, scale),
-        expected=partial(_float32, x, widened),
+        expected=partial(_exact, x, widened),
         num_bytes=x.nbytes + quantized.nbytes + x.element_size() * len(x) * len(weight),
         num_flops=2 * x.numel() * len(weight),
         rivals=rivals,
@@ -89,5 +89,5 @@ def _torch_fp8(x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor) ->
     return product.to(x.dtype)
 
 
-def _float32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.float() @ weight.float().T
+def _exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.double() @ weight.double().T

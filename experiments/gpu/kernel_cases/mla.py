@@ -51,7 +51,7 @@ def _prefill(setup: Setup, cached: int, new: int) -> Case:
     return Case(
         name=f"mla prefill {new} after {cached}",
         run=partial(fused.prefill_mla, query, pool, **layout),
-        expected=partial(reference.prefill_mla, query.float(), pool.float(), **layout),
+        expected=partial(reference.prefill_mla, query.double(), pool.double(), **layout),
         num_bytes=2 * query.nbytes + pool.nbytes,
         num_flops=int(2 * new * seen * heads * (2 * rank + shared)),
     )
@@ -63,7 +63,7 @@ def _decode(setup: Setup, num: int, length: int) -> Case:
     return Case(
         name=f"mla decode {num} x {length}",
         run=partial(fused.decode_mla, query, pool, **layout),
-        expected=partial(reference.decode_mla, query.float(), pool.float(), **layout),
+        expected=partial(reference.decode_mla, query.double(), pool.double(), **layout),
         num_bytes=2 * query.nbytes + pool.nbytes,
         num_flops=2 * num * length * heads * (2 * rank + shared),
         rivals={"torch": partial(reference.decode_mla, query, pool, **layout)},
@@ -76,7 +76,7 @@ def _products(setup: Setup, num_tokens: int) -> Case:
     return Case(
         name=f"mla heads {num_tokens}",
         run=partial(fused.multiply_heads, x, weight),
-        expected=partial(reference.multiply_heads, x.float(), weight.float()),
+        expected=partial(reference.multiply_heads, x.double(), weight.double()),
         num_bytes=x.nbytes + weight.nbytes + x.element_size() * num_tokens * heads * rank,
         num_flops=2 * num_tokens * weight.numel(),
         rivals={"torch": lambda: torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)},
