@@ -26,6 +26,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows. Cells are text; intervals are written ``mean [low, high]``."""
 TEMPLATE = ROOT / "experiments" / "results_page.md"
 INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
+RIVAL = " beside llama.cpp"
 SLASH = 1.0
 """Points within which policies share one row of a figure."""
 
@@ -265,6 +266,55 @@ def arena_table() -> Table:
     from experiments.studies.arena import table
 
     return table(records_of("study_arena.jsonl"))
+
+
+def linear_layers_table() -> Table:
+    """Return the speed of the CPU's linear layers, one row per method, dtype and threads."""
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    for one in records_of("bench_cpu_kernels.jsonl"):
+        if "layer" in one:
+            key = one["layer"], one["dtype"], str(one["threads"])
+            rows.setdefault(key, {})[one["rows"]] = f"{one['gflop_s']:.0f}"
+    counts = sorted({count for found in rows.values() for count in found})
+    header = ["GFLOP/s", "dtype", "threads", *(f"rows: {count}" for count in counts)]
+    return header, [[*key, *(found[count] for count in counts)] for key, found in rows.items()]
+
+
+def decays_table() -> Table:
+    """Return the time per token of each recurrence by mean decay, and the largest ratio."""
+    times: dict[str, dict[float, float]] = {}
+    for one in records_of("bench_cpu_kernels.jsonl"):
+        if "kernel" in one:
+            times.setdefault(one["kernel"], {})[one["decay"]] = one["us_per_token"]
+    decays = list(next(iter(times.values())))
+    header = ["microseconds per token", *(f"{decay:g}" for decay in decays), "worst / first"]
+    return header, [
+        [
+            kernel,
+            *(f"{found[decay]:.1f}" for decay in decays),
+            f"{max(found.values()) / found[decays[0]]:.2f}",
+        ]
+        for kernel, found in times.items()
+    ]
+
+
+def llama_table() -> Table:
+    """Return the speed of the engine and of llama.cpp."""
+    header = ["measure", "model", "dtype", "unit", "engine", "llama.cpp", "ratio"]
+    return header, [
+        [
+            *(one["measure"].removesuffix(RIVAL), one["size"], one["dtype"], one["unit"]),
+            *(f"{one['ours']:.4g}", f"{one['theirs']:.4g}", f"{one['ratio']:.2f}"),
+        ]
+        for one in records_of("bench_llama.jsonl")
+        if one.get("measure", "").endswith(RIVAL)
+    ]
+
+
+def processor(name: str) -> str:
+    """Return the name of the processor that a result file was measured on."""
+    found, _ = provenance.read_json_lines(provenance.RESULTS / name)
+    return str(found["machine"]["cpu"])
 
 
 # --- Text ---------------------------------------------------------------------------------------
@@ -641,6 +691,30 @@ def _capacity(table: Table) -> str:
     )
 
 
+def _linear_layers(table: Table) -> str:
+    best = max(table[1], key=lambda row: float(row[-1]))
+    return (
+        f"On one {processor('bench_cpu_kernels.jsonl')}, the fastest linear layer (8,192 x 2,048, "
+        f"{table[0][-1]}, threads: {best[2]}) is `{best[0]}` with {best[-1]} GFLOP/s."
+    )
+
+
+def _decays(table: Table) -> str:
+    worst = max(table[1], key=lambda row: float(row[-1]))
+    return (
+        f"On one {processor('bench_cpu_kernels.jsonl')}, no decay takes more than {worst[-1]} "
+        f"times as long as {table[0][1]} (`{worst[0]}`)."
+    )
+
+
+def _llama(table: Table) -> str:
+    ratios = [float(row[-1]) for row in table[1]]
+    return (
+        f"On one {processor('bench_llama.jsonl')}, the engine has {min(ratios):.2f} to "
+        f"{max(ratios):.2f} times the speed of llama.cpp."
+    )
+
+
 HITS = "token hit rate, %"
 OVER = {"default pair": 3, "LRU with fixed rules": 4}
 SECTIONS = {
@@ -711,6 +785,9 @@ SECTIONS = {
         "arena", arena_table, _arena, Dots({"mean": 2}, "arena less ideal, points"),
         "Cost of slabs, by trace.",
     ),
+    "linear layers": Section("cpu-kernels", linear_layers_table, _linear_layers, None),
+    "decays": Section("cpu-kernels", decays_table, _decays, None),
+    "llama": Section("llama", llama_table, _llama, None),
 }  # fmt: skip
 
 
