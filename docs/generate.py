@@ -280,24 +280,22 @@ def _class(name: str, thing: type) -> str:
     if is_made_by_users:
         parts.append(f"`{name.rpartition('.')[2]}{_signature(thing)}`")
     parts.append(text)
+    if thing is PrefixCache:  # its members are those of HybridRadixCache
+        return "\n\n".join(parts)
     init = vars(thing).get("__init__")
     if is_made_by_users and inspect.isfunction(init) and init.__doc__:
         parts.append(_body(init))
     bases = [base.__name__ for base in thing.__bases__ if base.__name__ in hybridcache.__all__]
-    known = set()
-    if thing is not PrefixCache and _members(PrefixCache).keys() <= _members(thing).keys():
-        bases, known = [*bases, "PrefixCache"], {*_members(PrefixCache), *_names(PrefixCache)}
     if bases:
         parts.append(f"It has the members of {' and '.join(f'`{base}`' for base in bases)}.")
     rows = [
         f"| `{_code(field)}` | {_cell(help)} |"
         for field, help in (*_fields(thing), *_properties(thing))
-        if field.partition(":")[0] not in known
     ]
     if rows:
         parts.append("\n".join(["| attribute | |", "|---|---|", *rows]))
     for member, raw in _members(thing).items():
-        if member not in known and not isinstance(raw, property):
+        if not isinstance(raw, property):
             title = f"#### {name.rpartition('.')[2]}.{member}"
             parts += [title, f"`{member}{_signature(raw)}`", _body(raw)]
     return "\n\n".join(parts)
@@ -309,10 +307,6 @@ def _properties(thing: type) -> Iterator[tuple[str, str]]:
         if isinstance(raw, property):
             kind = _signature(raw.fget).rpartition(" -> ")[2]
             yield f"{name}: {kind}", _plain(inspect.getdoc(raw) or "")
-
-
-def _names(thing: type) -> set[str]:
-    return {field.partition(":")[0] for field, _ in _fields(thing)}
 
 
 SECTIONS = (

@@ -2,9 +2,9 @@
 
 Three groups of names:
 
-- the cache: ``build_prefix_cache(CacheConfig(...))`` returns a ``PrefixCache``; a ``Lease`` is one
-  running request's claim on it, and a ``StepPlan`` the work that follows for the tensors, carried
-  out by your ``StepMemory``;
+- the cache: ``build_prefix_cache(CacheConfig(...))`` returns a ``HybridRadixCache``; a ``Lease`` is
+  one running request's claim on it, and a ``StepPlan`` the work that follows for the tensors,
+  carried out by your ``StepMemory``;
 - policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``; a failure of
   one is a ``PolicyError``;
 - the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``.
@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.allocators.moves import StepMemory, StepPlan
-from hybridcache.api import PrefixCache, PrefixMatch
+from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
@@ -91,7 +91,6 @@ __all__ = [
     "PlacementPolicy",
     "PolicyError",
     "Prefill",
-    "PrefixCache",
     "PrefixMatch",
     "ScorePolicy",
     "StepMemory",

@@ -827,7 +827,7 @@ class HybridRadixCache:
                 return
             last = last.parent
 
-    def announce_checkpoint(self, node: NodeHandle | None) -> Checkpoint | None:
+    def announce_checkpoint(self, node: NodeHandle | None) -> Item | None:
         """Mark the checkpoint at or above ``node`` as superseded, because a request that goes on
         from ``node`` has taken, or is about to take, the slot of a deeper one.
 

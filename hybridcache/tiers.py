@@ -699,6 +699,7 @@ class TieredRadixCache(HybridRadixCache):
     offload: OffloadTiers
     """Host and disk tiers."""
     ghosts: TieredGhosts
+    """Nodes with evicted KV, offered to the tiers."""
 
     def attach(
         self, tiers: tuple[Tier, ...], state_rows: int, make: type[OffloadTiers] = OffloadTiers

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache import CacheConfig, PrefixCache, build_prefix_cache
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.api import PrefixCache
 from hybridcache.radix.tree import MAX_BRANCHES
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)

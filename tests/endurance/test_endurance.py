@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.server.api_errors import APIError
-from hybridcache.hybrid import HybridRadixCache
+from hybridcache.cache import HybridRadixCache
 from tests.endurance.__main__ import PARTS, main, run
 
 SERVERS = ("faults", "soak")

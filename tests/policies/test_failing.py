@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache import CacheConfig, Lease, LeaseRequest, PrefixCache, build_prefix_cache
+from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache
+from hybridcache.api import PrefixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
