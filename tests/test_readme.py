@@ -183,7 +183,7 @@ def test_server_metrics_are_documented(server: str) -> None:
 def test_generated_reference_has_every_option_policy_and_name(generate: ModuleType) -> None:
     cli = generate.insert(reference("cli"))
     assert {"## engine serve", "## hybridcache trace stats"} <= set(cli.splitlines())
-    for option in ("--cache-gib", "--admission", "--closed-loop", "--tokenizer", "--once"):
+    for option in ("--cache-gib", "--admission", "--closed-loop", "--tokenizer", "--to"):
         assert f"`{option}" in cli
     policies = generate.insert(reference("policies"))
     for names in (EVICTION_NAMES, PLACEMENT_NAMES, ADMISSION_NAMES):

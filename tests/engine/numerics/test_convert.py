@@ -231,15 +231,15 @@ def test_convert_command(oracles, tmp_path, capsys):
     assert "model.layers.*.mlp.up_proj" in output and "out_proj" in output
     assert main(["convert", source, str(out), "--to", "int8"]) == 2
     assert "exists and is not an empty directory" in capsys.readouterr().err
-    assert main(["inspect", str(out)]) == 0
-    output = capsys.readouterr().out
-    assert "files        int8 with a scale per output channel (compressed-tensors)" in output
     config = json.loads((out / "config.json").read_text())
+    found = read_quantization(config, out)
+    assert (found.describe(), found.label) == (
+        "int8 with a scale per output channel",
+        "compressed-tensors",
+    )
     assert config["tie_word_embeddings"] and "lm_head" in config["quantization_config"]["ignore"]
-    gptq = tmp_path / "gptq.json"
-    gptq.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert main(["inspect", str(gptq), "--json"]) == 0
-    assert "GPTQ weights are not supported" in json.loads(capsys.readouterr().out)["files"]
+    with pytest.raises(ModelError, match="GPTQ weights are not supported"):
+        read_quantization(config | {"quantization_config": {"quant_method": "gptq"}}, tmp_path)
     assert main(["convert", str(out), str(tmp_path / "again"), "--to", "fp8"]) == 2
     assert "is already int8 with a scale per output channel" in capsys.readouterr().err
     assert main(["convert", source, str(tmp_path / "json"), "--to", "fp8", "--json"]) == 2
