@@ -104,40 +104,23 @@ def pytest_collection_finish() -> None:
 
 
 LEFT_OUT = pytest.StashKey[int]()
-HASHES = pytest.StashKey[dict[str, str]]()
-SOURCES_KEY = "hybridcache/sources"
-"""Key in pytest's cache: hashes of the sources that the last green run tested."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the tests that run only in `make test-all`."""
-    is_all = selection.level() == "all"
-    tested = config.cache.get(SOURCES_KEY, {}) if getattr(config, "cache", None) else {}
-    chosen = selection.Selection(tested)
-    is_picked = any("::" in argument for argument in config.args)
-    kept = items if is_picked else chosen.choose(items)
-    for item in items if not is_all else ():
+    if selection.level() == "all":
+        return
+    for item in items:
         selection.draw_fewer(item)
-    config.stash[HASHES] = chosen.hashes
-    if is_all or is_picked:
+    if any("::" in argument for argument in config.args):
         return
-    config.stash[LEFT_OUT] = len(chosen.left_out)
-    config.hook.pytest_deselected(items=chosen.left_out)
+    kept = selection.choose(items)
+    chosen = set(kept)
+    left_out = [item for item in items if item not in chosen]
+    config.stash[LEFT_OUT] = len(left_out)
+    config.hook.pytest_deselected(items=left_out)
     items[:] = kept
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Save the hashes of the tested sources, if all tests passed and none was picked by hand."""
-    config = session.config
-    if hasattr(config, "workerinput"):  # a pytest-xdist worker has no results of other workers
-        return
-    filters = (getattr(config.option, name, None) for name in ("keyword", "markexpr", "lf", "ff"))
-    is_picked = any(filters)
-    if exitstatus == 0 and not is_picked and getattr(config, "cache", None) is not None:
-        tested = config.cache.get(SOURCES_KEY, {})
-        config.cache.set(SOURCES_KEY, tested | config.stash.get(HASHES, {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -4,24 +4,19 @@ The level is "quick" unless the environment variable HYBRIDCACHE_TESTS is "all".
 
 - Tests marked ``full`` are skipped, except for the cases that the mark lists.
 - Of a test with several parameters, each value runs once, not every combination.
-- Of the model families, only REPRESENTATIVES and families with changed files run.
+- Of the model families, only REPRESENTATIVES run.
 - Hypothesis draws fewer examples.
 
-A test marked ``sources`` depends only on certain folders. All of its cases run if these have
-changed since the last green run. pytest's cache stores a hash for each; without an entry, the
-sources count as unchanged. Cases named on the command line (``file::test``) always run.
+Cases named on the command line (``file::test``) always run.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
-import platform
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels", "experiments", "tests")
 REPRESENTATIVES = ("qwen3_next", "granite_moe_hybrid", "qwen3")
 """Model families of `make test`: Gated DeltaNet with experts, Mamba-2, pure attention."""
-SOURCES = {"tests/kernels/": ("kernels",)}
-"""Folders in which all tests count as marked ``sources``, and the folders they depend on."""
 TOGETHER = ("tests/engine/numerics/", "tests/engine/server/")
 """Folders with expensive session fixtures: one worker runs all of their tests."""
 QUICK_SHARE = 4
@@ -177,16 +170,16 @@ def _files_of(name: str, seen: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 @cache
-def imports(path: Path, discovered: bool = True) -> frozenset[Path]:
+def imports(path: Path) -> frozenset[Path]:
     """Return the files of the repository that a Python file imports, at its start or lazily.
 
     Strings in tests and experiments count too: they start modules (``-m engine``) and patch
-    attributes by name. With ``discovered``, all modules of a package count if the file searches it
-    (``iter_modules``) or imports from it by a computed name (``f"kernels.{word}.native"``).
+    attributes by name. All modules of a package count if the file searches it (``iter_modules``) or
+    imports from it by a computed name (``f"kernels.{word}.native"``).
     """
     names = _names_in(path)
     modules, files = set(names.modules), set(names.files)
-    for package in names.searched if discovered else ():
+    for package in names.searched:
         if _module_file(package) is not None:
             folder = ROOT.joinpath(*package.split("."))
             modules.update(map(_name_of, folder.rglob("*.py")))
@@ -202,121 +195,41 @@ def _fixtures_of(file: Path) -> Iterator[Path]:
             yield conftest
 
 
-def closure(start: Path, within: Collection[str] = PACKAGES, discovered: bool = True) -> set[Path]:
-    """Return ``start`` and the files that it imports, directly or indirectly, in the folders or
-    files ``within``."""
+def closure(start: Path) -> set[Path]:
+    """Return ``start`` and the files that it imports, directly or indirectly."""
     found, waiting = {start}, [start]
     while waiting:
         file = waiting.pop()
         if file.suffix != ".py":
             continue
-        named = set(imports(file, discovered))
+        named = set(imports(file))
         if file.name.startswith("test_"):
             named.update(_fixtures_of(file))
-        for other in named - found:
-            place = other.relative_to(ROOT).as_posix()
-            if any(place == root or place.startswith(f"{root}/") for root in within):
-                found.add(other)
-                waiting.append(other)
+        waiting += named - found
+        found |= named
     return found
-
-
-# --- Changed sources ----------------------------------------------------------------------------
-
-
-@cache
-def _versions() -> str:
-    """Return the versions of Python, torch and triton."""
-    named = [f"python {platform.python_version()}"]
-    for package in ("torch", "triton"):
-        try:
-            named.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            named.append(f"no {package}")
-    return ", ".join(named)
-
-
-@cache
-def _content(path: Path) -> bytes:
-    return path.read_bytes()
-
-
-def hash_of(files: Iterable[Path]) -> str:
-    """Return a hash of file names, contents, and the versions of Python, torch and triton."""
-    whole = set(files)
-    digest = hashlib.sha256(_versions().encode())
-    for file in sorted(whole):
-        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + _content(file))
-    return digest.hexdigest()[:16]
-
-
-@cache
-def sources_hash(start: Path, within: tuple[str, ...]) -> str:
-    """Return the hash of the files in those folders that ``start`` imports, and of test helpers.
-
-    All files in the folder of a kernel count: C++ sources and tuned parameters are not imported.
-    """
-    helpers = start.relative_to(ROOT).parent.as_posix()
-    files = {start}
-    for file in {start, *imports(start)}:
-        if file == start or file.relative_to(ROOT).as_posix().startswith((*within, helpers)):
-            files |= closure(file, (*within, helpers), discovered=False)
-    folders = {file.parent for file in files if file.is_relative_to(ROOT / "kernels")}
-    for folder in folders:
-        files.update(file for file in folder.iterdir() if file.is_file())
-    return hash_of(files)
-
-
-def sources_of(item: pytest.Item) -> tuple[str, str] | None:
-    """Return (name, hash) of the sources that a test depends on, or None if none are declared."""
-    mark = item.get_closest_marker("sources")
-    if mark is not None:
-        start, folders = Path(mark.kwargs.get("of", item.path)), mark.args
-    else:
-        start = item.path
-        folders = next((SOURCES[f] for f in SOURCES if item.nodeid.startswith(f)), ())
-    if not folders:
-        return None
-    return start.relative_to(ROOT).as_posix(), sources_hash(start, tuple(folders))
 
 
 # --- Families -----------------------------------------------------------------------------------
 
-FAMILY_FOLDERS = (
-    "engine/models",
-    "hybridcache/geometry/families",
-    "tests/engine/numerics/families",
-)
-FAMILY_SOURCES = (
-    "engine/runner",
-    "engine/layers",
-    "engine/models",
-    "engine/weights",
-    "engine/plugins",
-    "kernels",
-    "hybridcache/geometry",
-    "tests/engine/numerics/families",
-)
+NUMERICS = "tests/engine/numerics/"
 
 
 @cache
 def family_names() -> frozenset[str]:
     """Return the names of all families. Each has one file."""
-    files = (ROOT / FAMILY_FOLDERS[-1]).glob("[a-z]*.py")
-    return frozenset(file.stem for file in files)
+    return frozenset(file.stem for file in (ROOT / NUMERICS / "families").glob("[a-z]*.py"))
 
 
-def _family_files(name: str) -> set[Path]:
-    files = (ROOT / folder / f"{name}.py" for folder in FAMILY_FOLDERS)
-    closures = [closure(file, FAMILY_SOURCES, discovered=False) for file in files if file.is_file()]
-    return set().union(*closures)
-
-
-@cache
-def family_hash(name: str) -> str:
-    """Return the hash of the files that a family needs and no representative needs."""
-    shared = set().union(*map(_family_files, REPRESENTATIVES))
-    return hash_of(_family_files(name) - shared)
+def families(item: pytest.Item) -> list[str]:
+    """Return the families in the parameters of a case. Variants count as their family."""
+    if not item.nodeid.startswith(NUMERICS):
+        return []
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    names = sorted(family_names(), key=len, reverse=True)
+    words = [value for value in values if isinstance(value, str)]
+    found = [[n for n in names if word == n or word.startswith(f"{n}_")] for word in words]
+    return [of_word[0] for of_word in found if of_word]
 
 
 # --- Selection ----------------------------------------------------------------------------------
@@ -365,61 +278,29 @@ def _refuse_unknown_ids(items: Sequence[pytest.Item]) -> None:
             )
 
 
-class Selection:
-    """Deselected items of this run, and hashes of the tested sources."""
+def is_selected(item: pytest.Item) -> bool:
+    """Return whether neither the mark ``full`` nor the family of the item deselects it."""
+    mark = item.get_closest_marker("full")
+    is_named = mark is None or _case(item) in mark.args
+    return is_named and all(family in REPRESENTATIVES for family in families(item))
 
-    def __init__(self, known: dict[str, str]) -> None:
-        self.known = known
-        """Hashes of the last green run, by name."""
-        self.hashes: dict[str, str] = {}
-        self.left_out: list[pytest.Item] = []
 
-    def is_changed(self, name: str, found: str) -> bool:
-        self.hashes[name] = found
-        return name in self.known and self.known[name] != found
+def choose(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Return the items to run, in their order.
 
-    def choose(self, items: Sequence[pytest.Item]) -> list[pytest.Item]:
-        """Return the items to run, in their order.
-
-        Raises UsageError if a mark lists a case that does not exist.
-        """
-        _refuse_unknown_ids(items)
-        kept: set[pytest.Item] = set()
-        products: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            sources = sources_of(item)
-            if sources is not None and self.is_changed(*sources):
-                kept.add(item)
-            elif self._is_selected(item):
-                if hasattr(item, "callspec"):
-                    products.setdefault(item.nodeid.partition("[")[0], []).append(item)
-                else:
-                    kept.add(item)
-        for cases in products.values():
-            kept.update(cases[index] for index in cover([_parameters(case) for case in cases]))
-        self.left_out = [item for item in items if item not in kept]
-        return [item for item in items if item in kept]
-
-    def _is_selected(self, item: pytest.Item) -> bool:
-        """Return whether neither the mark ``full`` nor the family of the item deselects it."""
-        mark = item.get_closest_marker("full")
-        if mark is not None and _case(item) not in mark.args:
-            return False
-        return all(
-            family in REPRESENTATIVES or self.is_changed(f"family {family}", family_hash(family))
-            for family in self._families(item)
-        )
-
-    @staticmethod
-    def _families(item: pytest.Item) -> list[str]:
-        """Return the families in the parameters of a case. Variants count as their family."""
-        if not item.nodeid.startswith(FAMILY_FOLDERS[-1].rpartition("/")[0]):
-            return []
-        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        names = sorted(family_names(), key=len, reverse=True)
-        words = [value for value in values if isinstance(value, str)]
-        found = [[n for n in names if word == n or word.startswith(f"{n}_")] for word in words]
-        return [of_word[0] for of_word in found if of_word]
+    Raises UsageError if a mark lists a case that does not exist.
+    """
+    _refuse_unknown_ids(items)
+    kept: set[pytest.Item] = set()
+    products: dict[str, list[pytest.Item]] = {}
+    for item in filter(is_selected, items):
+        if hasattr(item, "callspec"):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        else:
+            kept.add(item)
+    for cases in products.values():
+        kept.update(cases[index] for index in cover([_parameters(case) for case in cases]))
+    return [item for item in items if item in kept]
 
 
 _FEWER: set[int] = set()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +16,16 @@ from tests import mutation, run, selection
 ROOT = selection.ROOT
 
 
+class Item(SimpleNamespace):
+    """Hashable by identity, like an item of pytest."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
 def item(nodeid: str, ids: list[str] | None = None, **marks: tuple[Any, ...]) -> Any:
     """Return a fake pytest item with the attributes that the selection reads."""
     name, _, case = nodeid.partition("[")
-    made = SimpleNamespace(
+    made = Item(
         nodeid=nodeid,
         path=ROOT / name.partition("::")[0],
         get_closest_marker=lambda mark: (
@@ -36,21 +40,8 @@ def item(nodeid: str, ids: list[str] | None = None, **marks: tuple[Any, ...]) ->
     return made
 
 
-def chosen(*items: Any, known: dict[str, str] | None = None) -> list[str]:
-    kept = selection.Selection(known or {}).choose([_hashable(one) for one in items])
-    return [one.nodeid.partition("::")[2] for one in kept]
-
-
-class _Item(SimpleNamespace):
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-
-def _hashable(one: Any) -> Any:
-    return _Item(**vars(one))
-
-
-def test_doctests_pass() -> None:
-    assert not doctest.testmod(selection).failed
+def chosen(*items: Any) -> list[str]:
+    return [one.nodeid.partition("::")[2] for one in selection.choose(items)]
 
 
 def test_each_value_of_several_parameters_runs_once() -> None:
@@ -79,106 +70,17 @@ def test_only_representative_families_run() -> None:
     assert len(chosen(*elsewhere)) == len(families)
 
 
-def test_family_with_changed_files_runs_too() -> None:
-    known = {f"family {name}": selection.family_hash(name) for name in selection.family_names()}
-    cases = [item(f"tests/engine/numerics/x.py::a[{name}]") for name in selection.family_names()]
-    assert len(chosen(*cases, known=known)) == len(selection.REPRESENTATIVES)
-    known["family kimi_linear"] = "another"
-    assert "a[kimi_linear]" in chosen(*cases, known=known)
-
-
-def test_family_files_include_its_layers_but_not_shared_modules() -> None:
-    shared = set().union(*map(selection._family_files, selection.REPRESENTATIVES))
-    own = {file.stem for file in selection._family_files("kimi_linear") - shared}
-    assert {"kimi_linear", "kda", "mla"} <= own and "decoder" not in own
-
-
 def test_change_selects_the_tests_that_import_it() -> None:
-    some = ("test_house.py", "cache/test_room.py", "engine/server/test_page.py")
-    some += ("kernels/test_gdn.py", "lab/test_page.py")
-    tests = [ROOT / "tests" / name for name in some]
-
-    def names(*changed: str) -> set[str]:
-        found = run.affected(changed, tests)
-        return {test.relative_to(ROOT / "tests").as_posix() for test in found}
-
-    assert names("tests/conftest.py") == set(some)
-    assert names("hybridcache/radix/tree.py") == set(some) - {"kernels/test_gdn.py"}
-    assert names("engine/server/app.py") == {"test_house.py", "engine/server/test_page.py"}
-    assert names("kernels/gdn/native.cpp") >= {"test_house.py", "kernels/test_gdn.py"}
-    assert names("hybridcache/lab/README.md") == {"test_house.py", "lab/test_page.py"}
-    assert names("tests/cache/serving.py") == {"test_house.py", "cache/test_room.py"}
-
-
-def test_all_cases_run_after_a_change_of_their_sources(tree: Path) -> None:
-    cases = [item(f"tests/kernels/test_a.py::a[{a}-{b}]") for a in "xy" for b in "12"]
-    first = selection.Selection({})
-    assert len(first.choose([_hashable(one) for one in cases])) == 2, "a clean clone"
-    assert len(chosen(*cases, known=first.hashes)) == 2, "nothing changed"
-    (tree / "kernels/one/native.cpp").write_text("2")
-    clear_caches()
-    assert len(chosen(*cases, known=first.hashes)) == 4
-    (tree / "kernels/one/native.cpp").write_text("1")
-    (tree / "kernels/other/fused.py").write_text("x = 2")
-    clear_caches()
-    assert len(chosen(*cases, known=first.hashes)) == 2, "another kernel"
-
-
-def clear_caches() -> None:
-    """Clear all function caches of the module, as in a new process."""
-    for function in vars(selection).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
-
-
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Small repository."""
-    files = {
-        "kernels/__init__.py": "",
-        "kernels/one/__init__.py": "",
-        "kernels/one/reference.py": "",
-        "kernels/one/native.cpp": "1",
-        "kernels/other/__init__.py": "",
-        "kernels/other/fused.py": "x = 1",
-        "engine/__init__.py": "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from engine.heavy import Heavy\n",
-        "engine/heavy.py": "Heavy = 1",
-        "engine/light.py": "from engine.__init__ import missing",
-        "engine/plugins/__init__.py": "import pkgutil\nlist(pkgutil.iter_modules(__path__))",
-        "engine/plugins/one.py": "",
-        "tests/kernels/test_a.py": "from kernels.one import reference",
-        "tests/test_light.py": "import engine.light",
-        "tests/test_heavy.py": "from engine import Heavy",
-        "tests/test_plugins.py": "import engine.plugins",
-        "tests/part/test_command.py": "command = ['python', '-m', 'engine.heavy']",
+    """Lazy attributes, searched packages, and modules of commands count as imports."""
+    tests = [ROOT / "tests" / name for name in ("cache/test_rules.py", "kernels/test_gdn.py")]
+    cases = {
+        "hybridcache/radix/tree.py": tests[:1],
+        "kernels/gdn/native.cpp": tests[1:],
+        "tests/cache/serving.py": tests[:1],
+        "tests/conftest.py": tests,
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    for module in (selection, run):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    clear_caches()
-    yield tmp_path
-    clear_caches()
-
-
-@pytest.mark.parametrize(
-    ("test", "needs", "needs_not"),
-    [
-        ("test_light.py", "engine/light.py", "engine/heavy.py"),
-        ("test_light.py", "engine/__init__.py", "engine/plugins/one.py"),
-        ("test_heavy.py", "engine/heavy.py", "engine/light.py"),
-        ("test_plugins.py", "engine/plugins/one.py", "engine/light.py"),
-        ("part/test_command.py", "engine/heavy.py", "engine/light.py"),
-    ],
-)
-def test_closure_follows_imports(tree: Path, test: str, needs: str, needs_not: str) -> None:
-    """Lazy attributes of a package, searched packages and modules of commands count as imports;
-    imports under TYPE_CHECKING do not."""
-    found = selection.closure(tree / "tests" / test)
-    assert tree / needs in found and tree / needs_not not in found
+    for changed, expected in cases.items():
+        assert run.affected([changed], tests) == expected, changed
 
 
 def test_each_test_file_is_in_one_part() -> None:
@@ -236,41 +138,6 @@ def test_forked_processes_report_all_and_are_replaced_if_they_die(tmp_path: Path
         [*command, "-x", "test_a.py"], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert stopped.returncode == 1 and "stopping after 1 failures" in stopped.stdout
-
-
-def test_run_executes_parts_and_prints_failures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    parts = [
-        run.Part("good", ["echo", "3 passed in 0.1s"], cwd=tmp_path),
-        run.Part("bad", ["sh", "-c", "echo why; exit 3"], cwd=tmp_path),
-        run.Part("absent", (), missing="no such thing"),
-    ]
-    assert run.run(parts, tmp_path / "out") == 1
-    shown = capsys.readouterr().out
-    assert "3 passed in 0.1s" in shown and "FAILED (3)" in shown and "    why" in shown
-    assert "not run: no such thing" in shown and "2 of 3 ran, failed: bad." in shown
-    assert run.run(parts[:1], tmp_path / "out") == 0
-    assert "all passed" in capsys.readouterr().out
-
-
-def test_selection_tables_name_existing_folders() -> None:
-    """A moved folder would disable its entry."""
-    for folders in selection.SOURCES.values():
-        assert all((ROOT / folder).is_dir() for folder in folders)
-    named = [*selection.SOURCES, *selection.TOGETHER, *selection.FAMILY_FOLDERS]
-    assert [folder for folder in named if not (ROOT / folder).is_dir()] == []
-
-
-def test_unknown_level_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYBRIDCACHE_TESTS", "most")
-    with pytest.raises(pytest.UsageError, match="must be quick or all"):
-        selection.level()
-    monkeypatch.setenv("HYBRIDCACHE_TESTS", "all")
-    assert selection.num_examples(40) == 40
-    monkeypatch.setenv("HYBRIDCACHE_TESTS", "quick")
-    assert selection.num_examples(40) == 40 // selection.QUICK_SHARE
 
 
 def test_excluded_tests_and_equivalent_mutants_exist() -> None:

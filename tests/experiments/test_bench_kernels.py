@@ -237,7 +237,6 @@ def test_calls_with_other_bits_are_counted() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.sources("kernels")
 def test_all_cases_and_installed_rivals_are_correct(tmp_path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "experiments.gpu.kernels", "--dry", "--out", tmp_path]
@@ -254,7 +253,6 @@ def test_all_cases_and_installed_rivals_are_correct(tmp_path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.sources("kernels")
 def test_candidates_of_the_tuner_are_correct(tmp_path) -> None:
     """Only kernels tuned by the number of tokens are run here; their results must be bit-identical.
     Run the others by hand with --mode tune."""

@@ -239,7 +239,6 @@ def test_every_part_fits_a_call_of_ten_minutes() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_speeds_are_measured_with_and_without_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -262,7 +261,6 @@ def test_speeds_are_measured_with_and_without_graphs(
 
 
 @pytest.mark.full
-@pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_draft_steps_are_measured_with_and_without_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -278,7 +276,6 @@ def test_draft_steps_are_measured_with_and_without_graphs(
 
 
 @pytest.mark.full
-@pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_existing_records_of_the_same_code_are_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

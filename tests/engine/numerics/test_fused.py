@@ -18,9 +18,6 @@ from engine.runner.model_runner import ModelRunner
 from experiments.gpu import interpreter
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.sources(
-    "kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights"
-)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

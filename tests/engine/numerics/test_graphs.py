@@ -24,9 +24,6 @@ from engine.weights.model_config import ModelError
 from experiments.gpu.models import write_geometry
 from kernels.attention import fused, splits
 
-pytestmark = pytest.mark.sources(
-    "kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights"
-)
 KERNEL_OPTION = ",".join(
     f"{name}=fused"
     for name in ("attention", "cache_write", "conv1d", "gdn", "kda", "mamba2", "mla")

@@ -30,9 +30,6 @@ from tests.selection import is_quick
 
 pytest.importorskip("triton")
 pytestmark = [
-    pytest.mark.sources(
-        "kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights"
-    ),
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1",
         reason="launches are intercepted in the interpreter",
