@@ -77,7 +77,7 @@ def best_plan(
     Raises ValueError for a budget or a grid that is not positive and for a trace without a request.
 
     >>> from hybridcache.lab.generators import resend
-    >>> best = best_plan(resend().head(60), capacity_bytes=4 << 30, kv_bytes_per_token=24576,
+    >>> best = best_plan(resend().head(60), capacity_bytes=2 << 30, kv_bytes_per_token=24576,
     ...                  state_bytes=77_266_944)
     >>> 0 < best.reached < best.bound < 1
     True
