@@ -137,8 +137,8 @@ def compile_library(flags: Sequence[str], path: Path, link: Sequence[str] = ()) 
         os.replace(library, path)
 
 
-def compile_levels(folder: Path) -> list[Path]:
-    """Compile every level into ``folder``, on an x86-64 processor with Linux. None on others.
+def compile_levels(folder: Path, levels: Sequence[Level] = LEVELS) -> list[Path]:
+    """Compile ``levels`` into ``folder``, on an x86-64 processor with Linux. None on others.
 
     The libraries do not name OpenMP's runtime: they use that of torch. Raises OSError and
     SubprocessError.
@@ -147,7 +147,7 @@ def compile_levels(folder: Path) -> list[Path]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for level in LEVELS:
+    for level in levels:
         made.append(folder / level.file_name)
         compile_library(level.flags, made[-1], ("-s", "-static-libgcc"))
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from email import message_from_bytes
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,8 @@ from hybridcache.command.extras import (
 )
 from hybridcache.export.events import encode
 from hybridcache.lab.traces.text import load_chat_text
+from kernels import library
+from kernels.library import LEVELS, compile_levels, instructions
 from tests import selection
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +146,55 @@ def test_both_wheels_work_when_installed_together(tmp_path: Path) -> None:
     table = run("-m", "hybridcache", "simulate", "--trace", "sample:short", "--gib", "1")
     assert "120 requests" in table and "(infinite cache)" in table
     assert VERSION in run("-m", "engine", "--version")
+
+
+@pytest.mark.full
+def test_wheel_with_kernels_serves_without_a_compiler(tmp_path: Path) -> None:
+    """The level of this processor, installed with a ``PATH`` that has no compiler. A store of the
+    engine is used again by its next start, and refused by other kernels."""
+    usable = [level for level in LEVELS if level.needs <= instructions()]
+    if sys.platform != "linux" or not usable or library._compiler() is None:
+        pytest.skip("wheels with kernels are built on x86-64 Linux, with a C++ compiler")
+    level = usable[-1]
+    [built] = compile_levels(tmp_path / "levels", [level])
+    # manylinux_2_28: no function of a later C library.
+    needed = {int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", built.read_bytes())}
+    assert max(needed) <= int(wheels.PLATFORM.split("_")[2])
+    engine = wheels.build(ENGINE_DISTRIBUTION, tmp_path, tmp_path / "levels")
+    assert engine.name.endswith(f"-py3-none-{wheels.PLATFORM}.whl")
+    both = [str(wheels.build(CACHE_DISTRIBUTION, tmp_path)), str(engine)]
+    site, home = tmp_path / "site", tmp_path / "home"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, "--target", str(site), *both], check=True, capture_output=True)
+    home.mkdir()
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"},
+        **{"PYTHONPATH": str(site), "PATH": str(home), "HOME": str(home)},
+    }
+    question = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?"
+    command = [sys.executable, "-m", "engine", "generate", "--chat", "--json", "--max-tokens", "20"]
+    command += ["--temperature", "0", "--cache-gib", "0.05", "--exact"]
+    command += ["--state-dir", str(tmp_path / "state"), question, question]
+
+    def answers(*flags: str, refused: bool = False) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [*command, *flags], cwd=home, env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode != 0) == refused, done.stderr
+        assert "ompil" not in done.stderr, "nothing is compiled, and nothing warns"
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    first, again = answers()
+    assert "5 + 3 = 8" in first["text"] and again["text"] == first["text"]
+    restarted, _ = answers()
+    assert restarted["text"] == first["text"] and restarted["cached_tokens"] > 0
+    answers("--kernels", "gdn=reference", refused=True)
+    script = "from kernels.native import kernel_choices; print(kernel_choices()['build'])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=home, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == level.name, done.stderr
+    assert not list(home.rglob("native-*.so"))
 
 
 def test_direct_dependencies_are_pinned_within_their_ranges() -> None:
