@@ -19,6 +19,7 @@ Counters. Each prompt token is a hit or a loss with one cause (``Losses``), coun
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -483,6 +484,15 @@ class LockHandle:
 
     def __exit__(self, *_: object) -> None:
         self.cache.unlock(self)
+
+    def __del__(self) -> None:
+        if self.node is not None:
+            warnings.warn(
+                "a lock was dropped: pass it to cache.unlock, or its path is never evicted",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
 
 
 class Offload(Protocol):

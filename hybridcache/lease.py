@@ -18,6 +18,7 @@ or TypeError for a wrong type. Nothing is changed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Sequence
 from math import lcm
 from operator import index
@@ -419,7 +420,7 @@ class LeaseRequest(NamedTuple):
 
     tokens: Tokens
     """Tokens known before computing: the prompt, or after a preemption the prompt and the tokens
-    generated so far. At least one."""
+    generated so far. At least one. ``begin`` copies them."""
     namespace: Hashable = None
     """Requests in different namespaces share nothing: None, a str, bytes, an int or a tuple of
     these."""
@@ -610,8 +611,13 @@ class Lease:
                 or the request has a state and the cache has no slots.
             TypeError: an argument or a field of ``request`` has another type.
             PolicyError: an own eviction policy has failed. Nothing is held.
+            RuntimeError: leases of another thread are running.
         """
         _refuse_bad_begin(cache, placement, request, exchange)
+        cache.steps.refuse_other_thread()
+        if isinstance(request.tokens, np.ndarray):
+            # The caller may change its array before the tokens are published.
+            request = request._replace(tokens=request.tokens.copy())
         readable = request.tokens if request.reuse else request.tokens[:1]
         found = cache.match(request.tokens, request.namespace)
         if not found.num_tokens:
@@ -656,6 +662,19 @@ class Lease:
             loadable_len = match.loadable[-1].position if match.loadable else 0
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))
         return cls(cache, placement, request, match, receipt, slot)
+
+    def __del__(self) -> None:
+        if getattr(self, "_has_ended", True):
+            return
+        self._receipt.node = None  # One warning is enough.
+        self._cache.steps.num_open -= 1
+        warnings.warn(
+            f"{self!r} was dropped: call finish, preempt or abort, or its rows, slot and lock stay "
+            "taken",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
 
     def __repr__(self) -> str:
         if self._has_ended:
@@ -989,12 +1008,12 @@ class Lease:
                 raise RuntimeError(NOT_TAKEN.format(computed_len))
         first = rows.published_len
         asked = self._request.tokens
-        if first < self.prompt_len and tokens is not asked:
+        if first < self.prompt_len:
             new = slice(first, min(computed_len, self.prompt_len))
             if tokens[new].tobytes() != asked[new].tobytes():
                 raise ValueError(
-                    f"tokens {new.start} to {new.stop} are not those of the LeaseRequest: pass its "
-                    "tokens, followed by those generated so far"
+                    f"tokens {new.start} to {new.stop} are not those of the LeaseRequest, as they "
+                    "were at begin: pass its tokens, followed by those generated so far"
                 )
 
     def _misuse(self, length: int) -> ValueError:

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -297,15 +298,20 @@ class StepQueue:
         "_numbers",
         "_restores",
         "_slab_rows",
+        "_thread",
         "_transfers",
         "_unindexed",
         "num_done",
         "num_moves",
+        "num_open",
         "num_taken",
     )
 
     def __init__(self, num_slabs: int = 0, slab_rows: int = 1) -> None:
         """``num_slabs`` is 0 if rows never move."""
+        self.num_open = 0
+        """Running leases."""
+        self._thread = 0
         self.num_moves = 0
         """Slabs emptied since the last ``take``. A scheduler that allows at most one per step stops
         adding requests to the step when it is 1."""
@@ -334,8 +340,20 @@ class StepQueue:
         """Leases that are notified of moves; 0 if rows never move. O(1)."""
         return len(self._numbers)
 
+    def refuse_other_thread(self) -> None:
+        """Raise RuntimeError if leases of another thread are running. O(1)."""
+        thread = get_ident()
+        if not self.num_open:
+            self._thread = thread
+        elif thread != self._thread:
+            raise RuntimeError(
+                "another thread has running leases of this cache, which is for one thread at a "
+                "time: use it from that thread, or end its leases first."
+            )
+
     def open(self, lease: RunningLease) -> None:
         """Notify ``lease`` of moves until ``close``. O(1) amortised."""
+        self.num_open += 1
         if not len(self._is_in_slab):
             return
         if not self._free_numbers:
@@ -348,6 +366,7 @@ class StepQueue:
 
     def close(self, lease: RunningLease) -> None:
         """Forget ``lease``, its restore and its row write. O(slabs)."""
+        self.num_open -= 1
         self._restores.pop(lease, None)
         self._changed.pop(lease, None)
         number = self._numbers.pop(lease, None)

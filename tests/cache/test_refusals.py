@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from hybridcache import CacheConfig, ScorePolicy, build_prefix_cache
+from hybridcache import (
+    CacheConfig,
+    Lease,
+    LeaseRequest,
+    ScorePolicy,
+    build_prefix_cache,
+    parse_placement,
+)
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror, segments_of
@@ -255,3 +266,69 @@ class Unordered(Oldest):
 def test_repr_of_a_cache_ends_with_the_name_of_its_policy():
     for policy, name in ((Oldest, ":Oldest"), (Unordered(), "Unordered()"), ("lru", "LRU")):
         assert repr(hybrid(eviction=policy)).endswith(f"{name})")
+
+
+def begun(cache, placement, prompt):
+    lease = Lease.begin(cache, placement, LeaseRequest(prompt))
+    assert lease is not None and lease.extend(len(prompt))
+    cache.take_step().done()
+    return lease
+
+
+def small():
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=8))
+    return cache, parse_placement("backoff")
+
+
+def test_prompt_changed_after_begin_is_not_published():
+    """Its KV was computed for other tokens."""
+    cache, placement = small()
+    prompt = np.arange(20, dtype=np.int32)
+    lease = begun(cache, placement, prompt)
+    prompt[7] = 99
+    for call in (lease.publish, lease.finish, lease.preempt):
+        with pytest.raises(ValueError, match="are not those of the LeaseRequest, as they"):
+            call(prompt, 20)
+    prompt[7] = 7
+    lease.finish(prompt, 20)
+    assert cache.match(np.arange(20, dtype=np.int32)).kv_match_len == 20
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_dropped_lease_and_lock_warn():
+    cache, placement = small()
+    prompt = np.arange(20, dtype=np.int32)
+    longer = np.arange(21, dtype=np.int32)
+    lease = begun(cache, placement, prompt)
+    lease.take_checkpoint_slots(0, 20)
+    cache.take_step().done()
+    lease.finish(prompt, 20)
+    assert cache.match(longer).cached_len == 16
+    with pytest.warns(ResourceWarning, match=r"Lease\(.*prompt_len=20.* was dropped: call finish"):
+        begun(cache, placement, prompt)
+        gc.collect()
+    with pytest.warns(ResourceWarning, match="a lock was dropped: pass it to cache.unlock"):
+        cache.lock(cache.match(longer).node)
+        gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begun(cache, placement, prompt).abort()
+        with cache.lock(cache.match(longer).node):
+            pass
+        gc.collect()
+
+
+def test_second_thread_is_refused_while_leases_run():
+    cache, placement = small()
+    prompt = np.arange(20, dtype=np.int32)
+    lease = begun(cache, placement, prompt)
+    with ThreadPoolExecutor(1) as other:
+        with pytest.raises(RuntimeError, match="another thread has running leases of this cache"):
+            other.submit(begun, cache, placement, prompt).result()
+        lease.finish(prompt, 20)
+        later = other.submit(begun, cache, placement, prompt).result()
+        with pytest.raises(RuntimeError, match="another thread"):
+            begun(cache, placement, prompt)
+        other.submit(later.finish, prompt, 20).result()
+    begun(cache, placement, prompt).abort()
+    cache.check(held_tokens=0, held_slots=0)
