@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from hybridcache import lease as lease_module
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
@@ -49,6 +50,8 @@ PLACEMENTS = (
     "none",
 )
 ENDS = ("finish", "finish", "preempt", "abort")
+SPARE_ROWS = (0, 1, 7, lease_module.SPARE_ROWS)
+"""Spare capacities of the rows of a lease. Small ones grow the array inside a request."""
 OWN_LABELS = ("decode", "preempt")
 """Labels of checkpoints that a lease saves without a plan."""
 
@@ -142,8 +145,13 @@ class Tensors:
 class LeaseMachine(RuleBasedStateMachine):
     """Calls of leases in any order that an engine can have."""
 
-    @initialize(seed=st.integers(0, 10**6), placement=st.sampled_from(PLACEMENTS))
-    def make(self, seed, placement):
+    @initialize(
+        seed=st.integers(0, 10**6),
+        placement=st.sampled_from(PLACEMENTS),
+        spare_rows=st.sampled_from(SPARE_ROWS),
+    )
+    def make(self, seed, placement, spare_rows=lease_module.SPARE_ROWS):
+        lease_module.SPARE_ROWS = spare_rows
         rng = random.Random(seed)
         page_size, grid = rng.choice([(1, 1), (1, 4), (2, 4), (4, 4)])
         self.step = step = max(page_size, grid)
@@ -494,6 +502,7 @@ class LeaseMachine(RuleBasedStateMachine):
                 assert sum(rule_.num_saved().values()) == self.num_saved
 
     def teardown(self):
+        lease_module.SPARE_ROWS = SPARE_ROWS[-1]
         if not hasattr(self, "cache"):
             return
         while self.running:

@@ -26,6 +26,7 @@ from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine
 from tests.cache import test_rules, test_tiers
 from tests.cache.test_arena_machine import ArenaLeaseMachine, arena_twins, serve_twins
+from tests.cache.test_lease_machine import LeaseMachine
 from tests.cache.test_machine import CacheMachine
 from tests.cache.test_tiers_machine import TieredMachine
 from tests.export.test_events_machine import EventsMachine
@@ -53,6 +54,18 @@ def leases() -> None:
         state_machine = ArenaLeaseMachine()
         state_machine.make(page_size=1, state_rows=4, num_rows=60, seed=seed % 10)
         state_machine.many_operations(seed, 120)
+
+
+def short_tables() -> None:
+    """Run random operations of leases whose row tables grow."""
+    for seed in range(40):
+        state_machine = LeaseMachine()
+        state_machine.make(seed, "branch,boundary,backoff,end", spare_rows=seed % 2)
+        try:
+            for number in range(4):
+                state_machine.many_operations(1000 * seed + number, 40)
+        finally:
+            state_machine.teardown()
 
 
 # --- Methods of the cache -----------------------------------------------------------------------
@@ -164,6 +177,15 @@ def rejected_slots_are_not_returned(patch: Patch) -> None:
     @patch(HybridRadixCache, "insert")
     def insert(original: Any, self: Any, *args: Any, **more: Any) -> Any:
         return original(self, *args, **more)._replace(rejected_slots=())
+
+
+@FAULTS.detected_by(short_tables)
+def rows_of_the_tree_count_as_read_when_a_table_grows(patch: Patch) -> None:
+    @patch(LeaseRows, "append")
+    def append(original: Any, self: Any, rows: Any) -> None:
+        if self.num_rows + len(rows) > len(self._rows):
+            self._unread_start = self._unread_end
+        original(self, rows)
 
 
 @FAULTS.detected_by(CACHE)
