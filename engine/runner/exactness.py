@@ -24,7 +24,7 @@ from engine.schedule.batch import Batch, Segment
 LENGTH, RESUMED_AT, SHORT_LENGTH, OTHER_LENGTH = 130, 64, 81, 40
 """Tokens of the prompt, the position of its checkpoint, tokens of a prompt with the same beginning,
 and tokens of another one."""
-HEAD_ROWS = (1, 3, 17, 33)
+HEAD_ROWS = (1, 3, 17)
 NUM_REQUESTS = 5
 
 
