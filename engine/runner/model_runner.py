@@ -330,7 +330,7 @@ class ModelRunner:
         """See ``Runner.identity``. O(bytes of the weights), unless their digest is given."""
         device = self.device.torch_device
         words = identity_of(self._config, self.kernels, self.dtype, device, weights_digest)
-        return words | {"numbers": self.exactness.digest}
+        return words | {"computed bits": self.exactness.digest}
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)

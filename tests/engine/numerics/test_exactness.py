@@ -244,9 +244,9 @@ class TestCheckAtTheStart:
         Engine(small_config(**settings)).close()
         break_linear(monkeypatch, lambda weight, rows: True)
         other = identity(engine_config(device="cpu"), load_small(kernels=all_plain()))
-        assert {name for name in words if words[name] != other[name]} == {"numbers"}
-        assert difference(words, other) == "numbers: configure both the same"
-        with pytest.raises(StoreError, match="differs in numbers:"):
+        assert {name for name in words if words[name] != other[name]} == {"computed bits"}
+        assert difference(words, other) == "computed bits: configure both the same"
+        with pytest.raises(StoreError, match="differs in computed bits:"):
             Engine(small_config(**settings))
 
 

@@ -151,9 +151,9 @@ def test_layers_are_sent_during_the_step_that_computes_them(
     assert events[first : first + len(parts)] == parts, "a layer waited for the step's end"
 
 
-@pytest.mark.full("32-tile, numbers, checkpoint grid")
+@pytest.mark.full("32-tile, computed bits, checkpoint grid")
 @pytest.mark.parametrize(
-    ("grid", "differs"), [(128, "checkpoint grid"), (32, "tile, numbers, checkpoint grid")]
+    ("grid", "differs"), [(128, "checkpoint grid"), (32, "tile, computed bits, checkpoint grid")]
 )
 def test_a_different_model_is_refused_in_one_sentence(
     prefill: Engine, caplog: pytest.LogCaptureFixture, grid: int, differs: str
