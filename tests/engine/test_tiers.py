@@ -118,7 +118,7 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
     first.close()
     first.close()  # Does nothing: the disk's thread has ended, and its descriptors may be reused.
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(StoreError, match=r"dtype .*: --dtype\), computed bits, row bytes \(.*: use"):
+    with pytest.raises(StoreError, match=r"--dtype\), computed bits, row bytes \(.*: use"):
         make_engine(state_dir=str(folder), dtype="bfloat16")
     with pytest.raises(StoreError, match="differs in weights"):
         make_engine(state_dir=str(folder), seed=1)
