@@ -24,7 +24,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from hybridcache.policies.protocol import Item
-from hybridcache.radix.tree import NodeHandle, RadixNode
+from hybridcache.radix.tree import Checkpoint, NodeHandle, RadixNode
 from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
@@ -471,13 +471,15 @@ class LockHandle:
     Eviction(num_tokens=10, num_slots=0)
     """
 
-    __slots__ = ("cache", "node")
+    __slots__ = ("cache", "node", "superseded")
 
     def __init__(self, node: RadixNode | None, cache: PrefixCache) -> None:
         self.node = node
         """Locked node. None if nothing was cached, or after ``unlock``."""
         self.cache = cache
         """Cache in which the lock was taken."""
+        self.superseded: Checkpoint | None = None
+        """Checkpoint that counts as superseded until the lock is returned, or None."""
 
     def __enter__(self) -> LockHandle:
         return self
@@ -558,7 +560,7 @@ class PrefixCache(Protocol):
 
     def allocate_kv(self, num_tokens: int) -> Indices | None: ...
 
-    def allocate_slot(self) -> int | None: ...
+    def allocate_slot(self, replaces: LockHandle | None = None) -> int | None: ...
 
     def free_kv(self, kv_indices: Indices) -> None: ...
 
@@ -584,10 +586,6 @@ class PrefixCache(Protocol):
     ) -> InsertResult: ...
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None: ...
-
-    def announce_checkpoint(self, node: NodeHandle | None) -> Item | None: ...
-
-    def withdraw_announcement(self, announced: Item) -> None: ...
 
     def subscribe(self, listener: Listener) -> None: ...
 

@@ -115,11 +115,11 @@ class HybridRadixCache:
         ghost_bytes: int = 0,
         keeps: bool = True,
     ) -> None:
-        self.page_size = pages.page_size
+        self.page_size: int = pages.page_size
         """Tokens of one KV page."""
-        self.grid = grid
+        self.grid: int = grid
         """Checkpoints are at multiples of it, in whole pages."""
-        self.stats = CacheStats()
+        self.stats: CacheStats = CacheStats()
         """Counters since the construction."""
         self.arena = arena_of(pages)
         """Shared memory of rows and slots, or None if rows never move."""
@@ -448,6 +448,12 @@ class HybridRadixCache:
         if not node.locks:
             raise ValueError("this node is not locked in this cache")
         handle.node = None
+        old = handle.superseded
+        if old is not None:
+            handle.superseded = None
+            old.num_successors -= 1
+            if old.node.checkpoint is old and not old.num_successors:
+                self._set_superseded(old, old.deeper is not None)
         node.locks -= 1
         if node.locks:
             return
@@ -457,6 +463,17 @@ class HybridRadixCache:
                 if item in self._withheld:
                     self._withheld.discard(item)
                     self.policy.add(item)
+
+    def _supersede(self, handle: LockHandle) -> None:
+        """Mark the checkpoint that a deeper one below the node of ``handle`` will replace."""
+        node = handle.node
+        if node is None or node.children:
+            return
+        before = last_at(node)
+        if isinstance(before, Checkpoint):
+            handle.superseded = before
+            before.num_successors += 1
+            self._set_superseded(before, True)
 
     def _usable(self, node: NodeHandle | None) -> RadixNode | None:
         """Return the node in which ``node`` ends, or None for None.
@@ -504,9 +521,17 @@ class HybridRadixCache:
             self.stats.refusals += 1
         return rows
 
-    def allocate_slot(self) -> int | None:
+    def allocate_slot(self, replaces: LockHandle | None = None) -> int | None:
         """Take one state slot, evicting as needed. Returns None, with nothing evicted, if none is
-        available."""
+        available.
+
+        ``replaces`` is the lock of a running request that will save a deeper checkpoint in the
+        slot. Until that lock is returned, the checkpoint at or above its node counts as superseded,
+        unless other tokens are cached below the node. So it can be evicted in favour of the new
+        one. O(nodes up to that checkpoint).
+        """
+        if replaces is not None and replaces.superseded is None:
+            self._supersede(replaces)
         slot = self._slots.allocate()
         if slot is None:
             if self._make_room_for_slot():
@@ -606,8 +631,7 @@ class HybridRadixCache:
         slots = self._slots
         budget = slots.budget
         if budget is None or not slots.num_unused:
-            self._evict_one("checkpoint")
-            return slots.num_free > 0
+            return self._evict_one("checkpoint")
         if not self._can_free(slots.unit_bytes, 0):
             return False
         while budget.free_bytes < slots.unit_bytes and self._evict_one(None):
@@ -827,38 +851,6 @@ class HybridRadixCache:
                 return
             last = last.parent
 
-    def announce_checkpoint(self, node: NodeHandle | None) -> Item | None:
-        """Mark the checkpoint at or above ``node`` as superseded, because a request that goes on
-        from ``node`` has taken, or is about to take, the slot of a deeper one.
-
-        So the old checkpoint can be evicted in favour of the new one, while the request still runs.
-        Returns the marked checkpoint, for ``withdraw_announcement``, or None if there is none, or
-        if other tokens are cached below ``node``. O(nodes between).
-        """
-        last = None if node is None else _node_of(node)
-        if last is None or last.children or last.parent is None:
-            return None
-        before = last_at(last)
-        if not isinstance(before, Checkpoint):
-            return None
-        before.num_successors += 1
-        self._set_superseded(before, True)
-        return before
-
-    def withdraw_announcement(self, announced: Item) -> None:
-        """Undo one ``announce_checkpoint``, when the deeper checkpoint was inserted or dropped.
-
-        The checkpoint may have been evicted. O(1).
-
-        Raises:
-            ValueError: ``announced`` is not an open announcement.
-        """
-        if not isinstance(announced, Checkpoint) or not announced.num_successors:
-            raise ValueError(f"expected an open announcement of a checkpoint (got {announced!r})")
-        announced.num_successors -= 1
-        if announced.node.checkpoint is announced and not announced.num_successors:
-            self._set_superseded(announced, announced.deeper is not None)
-
     def install(
         self, tree: RadixTree, ghosts: Iterable[RadixNode], *, now: int, num_items: int
     ) -> None:
@@ -955,7 +947,7 @@ class HybridRadixCache:
                 node = upper
         start, num_tokens = node.end - first, len(tokens)
         if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
-            for end in sorted(at - first for at, _ in checkpoints if at % self._step == 0):
+            for end in sorted([at - first for at, _ in checkpoints if at % self._step == 0]):
                 if start < end < num_tokens:
                     node = tree.grow(node, tokens[start:end])
                     self._store_rows(node, rows[start:end].copy())

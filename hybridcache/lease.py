@@ -28,7 +28,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import NOT_TAKEN, Move, RowWrite
 from hybridcache.api import LockHandle, Losses, PrefixCache, PrefixMatch, losses_of
-from hybridcache.policies.protocol import FetchRule, Item, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
@@ -163,7 +163,6 @@ class CheckpointPlan:
     """
 
     __slots__ = (
-        "_announced",
         "_cache",
         "_interval",
         "_overwritten",
@@ -188,8 +187,6 @@ class CheckpointPlan:
         self._rolling: Saved | None = None
         self._overwritten: Saved | None = None
         """Earlier contents of the rolling slot, until they are overwritten for certain."""
-        self._announced: Item | None = None
-        """Checkpoint of the cache that the rolling one will supersede."""
         self._interval: int | None = None
 
     def ask(self, prefill: Prefill) -> None:
@@ -228,21 +225,21 @@ class CheckpointPlan:
             return self._interval is not None
         return position in self._plan
 
-    def take(self, start: int, end: int, node: NodeHandle | None) -> tuple[Saved, ...]:
-        """See ``Lease.take_checkpoint_slots``. ``node`` is that of the lease."""
+    def take(self, start: int, end: int, receipt: LockHandle) -> tuple[Saved, ...]:
+        """See ``Lease.take_checkpoint_slots``. ``receipt`` is the lock of the lease."""
         if start >= self._prompt_len:
-            return self._roll(start, end, node)
+            return self._roll(start, end, receipt)
         if not self._plan and not self._pending:
             return ()
         self._save(start, end, len(self._plan))
         return tuple(sorted([saved for saved in self._pending if start < saved[0] <= end]))
 
-    def reserve(self, start: int, end: int, max_slots: int, node: NodeHandle | None) -> int:
-        """See ``Lease.reserve_checkpoint_slots``. ``node`` is that of the lease."""
+    def reserve(self, start: int, end: int, max_slots: int, receipt: LockHandle) -> int:
+        """See ``Lease.reserve_checkpoint_slots``. ``receipt`` is the lock of the lease."""
         if start >= self._prompt_len:
             rolls = self._rolling is None and bool(self._crossing(start, end))
             if rolls and max_slots:
-                self._roll(start, end, node)
+                self._roll(start, end, receipt)
                 return 0
             return int(rolls)
         if not self._save(start, end, max_slots):
@@ -263,13 +260,11 @@ class CheckpointPlan:
                 num_taken += 1
         return True
 
-    def _roll(self, start: int, end: int, node: NodeHandle | None) -> tuple[Saved, ...]:
+    def _roll(self, start: int, end: int, receipt: LockHandle) -> tuple[Saved, ...]:
         position = self._crossing(start, end)
         if position is None:
             return ()
-        if self._rolling is None and self._announced is None:
-            self._announced = self._cache.announce_checkpoint(node)
-        slot = self._rolling[1] if self._rolling else self._cache.allocate_slot()
+        slot = self._rolling[1] if self._rolling else self._cache.allocate_slot(receipt)
         if slot is None:
             return ()
         if self._rolling is None or self._rolling[0] != position:
@@ -343,12 +338,6 @@ class CheckpointPlan:
                 placement.on_dropped(position, label)
             else:
                 placement.on_saved(position, label)
-
-    def withdraw_announcement(self) -> None:
-        """Tell the cache that the rolling checkpoint was published or dropped."""
-        if self._announced is not None:
-            self._cache.withdraw_announcement(self._announced)
-            self._announced = None
 
     def abort(self) -> None:
         """Free every slot and drop every plan."""
@@ -623,17 +612,16 @@ class Lease:
         if not found.num_tokens:
             raise ValueError("a request needs at least one token (got no tokens)")
         match = found if request.reuse else cache.match(readable, request.namespace)
-        receipt, is_locked = cache.lock(match.node), True
+        receipt = cache.lock(match.node)
         slot = request.own_slot if request.stateful else None
         try:
             if request.stateful and slot is None:
                 slot = cache.allocate_slot()
                 if slot is None and match.cached_len:
                     cache.unlock(receipt)
-                    is_locked = False
                     slot = cache.allocate_slot()
                     match = cache.match(readable, request.namespace)
-                    receipt, is_locked = cache.lock(match.node), True
+                    receipt = cache.lock(match.node)
                 if slot is None:
                     if not cache.has_slots:
                         raise ValueError(NO_SLOTS)
@@ -653,8 +641,7 @@ class Lease:
                 receipt = cache.lock(match.node)
                 cache.unlock(before)
         except BaseException:  # of a policy or of the exchange
-            if is_locked:
-                cache.unlock(receipt)
+            cache.unlock(receipt)
             if slot is not None and slot != request.own_slot:
                 cache.free_slot(slot)
             raise
@@ -878,7 +865,7 @@ class Lease:
             raise self._misuse(end)
         if start > end:
             raise ValueError(f"start must not be more than end (got {start} and {end})")
-        saves = self._plan.take(start, end, self._node)
+        saves = self._plan.take(start, end, self._receipt)
         if saves:
             num_taken = self._cache.steps.num_taken
             if self._unready_since != num_taken or start < self._unready_from:
@@ -922,7 +909,7 @@ class Lease:
         """
         if end > self._rows.num_rows:
             raise self._misuse(end)
-        return self._plan.reserve(start, end, max_slots, self._node)
+        return self._plan.reserve(start, end, max_slots, self._receipt)
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
         """Pass the computed tokens and finished checkpoints to the tree, and move the lock to the
@@ -951,8 +938,9 @@ class Lease:
         if computed_len - computed_len % cache.page_size <= first:
             return None
         node, num_duplicates = self._insert(tokens, computed_len, self._plan.done(computed_len))
-        receipt = cache.lock(node)
-        cache.unlock(self._receipt)
+        receipt, before = cache.lock(node), self._receipt
+        receipt.superseded, before.superseded = before.superseded, None
+        cache.unlock(before)
         self._node, self._receipt = node, receipt
         return (first, first + num_duplicates) if num_duplicates else None
 
@@ -1127,7 +1115,6 @@ class Lease:
         self._close(self.published_len)
 
     def _close(self, first_held: int) -> None:
-        self._plan.withdraw_announcement()
         if first_held < self._rows.num_rows:
             self._cache.free_kv(self._rows.view(first_held, self._rows.num_rows))
         self._cache.steps.close(self)

@@ -273,7 +273,7 @@ class Checkpoint:
         self.label = label
         self.uses = 0
         self.num_successors = 0
-        """Running requests that will save a deeper checkpoint (``announce_checkpoint``)."""
+        """Running requests that will save a deeper checkpoint (``LockHandle.superseded``)."""
         self.superseded = False
         self.shallower: RadixNode | Checkpoint | None = None
         self.deeper: Checkpoint | None = None
