@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,7 +71,9 @@ class RequestStream:
         self.request_id = request_id
         self.loop = asyncio.get_running_loop()
         self._on_abort = on_abort
-        self._outputs: asyncio.Queue[RequestOutput | RequestError] = asyncio.Queue()
+        self._index = 0
+        self._outputs: asyncio.Queue[tuple[int, RequestOutput | RequestError]] = asyncio.Queue()
+        """Outputs that were not read, with the index of their stream."""
         self._has_all = self._has_ended = self._was_aborted = False
         """``_has_all``: the last output was put. ``_has_ended``: the last output was read."""
 
@@ -83,7 +85,7 @@ class RequestStream:
         request failed; no output follows."""
         if self._has_ended:
             raise StopAsyncIteration
-        output = await self._outputs.get()
+        _, output = await self._outputs.get()
         if isinstance(output, RequestError):
             self._has_ended = True
             raise output
@@ -100,7 +102,30 @@ class RequestStream:
     def put(self, output: RequestOutput | RequestError) -> None:
         """Queue ``output`` for the reader. Must be called in the stream's event loop."""
         self._has_all = isinstance(output, RequestError) or output.is_finished
-        self._outputs.put_nowait(output)
+        self._outputs.put_nowait((self._index, output))
+
+    @staticmethod
+    async def merged(
+        streams: Sequence[RequestStream],
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Yield (index of the stream, output) until all have ended. Raises RequestError if a
+        request failed. All requests are ended when the iterator is closed."""
+        outputs = streams[0]._outputs if len(streams) == 1 else asyncio.Queue()
+        num_open = len(streams)
+        for index, stream in enumerate(streams):
+            while stream._outputs is not outputs and not stream._outputs.empty():
+                outputs.put_nowait((index, stream._outputs.get_nowait()[1]))
+            stream._index, stream._outputs = index, outputs
+        try:
+            while num_open:
+                index, output = await outputs.get()
+                if isinstance(output, RequestError):
+                    raise output
+                num_open -= output.is_finished
+                yield index, output
+        finally:
+            for stream in streams:
+                stream.abort()
 
 
 @dataclass(frozen=True, slots=True)

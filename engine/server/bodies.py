@@ -18,13 +18,11 @@ import re
 import threading
 import time
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
     Iterator,
     Mapping,
-    Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,13 +35,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.async_engine import RequestStream
 from engine.server.api_errors import APIError, of_failure, of_validation
 from engine.server.request_log import note_error
 from engine.server.schemas import Strict
 from engine.server.settings import ServerConfig, flag
 from engine.text.json_text import JSONValueError, read_json, write_json
-from engine.text.outputs import RequestOutput
 
 LONG = 4096
 """Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
@@ -398,40 +394,6 @@ async def with_pauses(items: AsyncIterator[Item], pause_s: float) -> AsyncIterat
         close: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
         if close is not None:
             await close()
-
-
-async def interleave(
-    streams: Sequence[RequestStream],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Yield (index of the stream, output) until all have ended. All requests are ended when the
-    iterator is closed."""
-    outputs: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
-
-    async def forward(index: int, stream: RequestStream) -> None:
-        try:
-            async for output in stream:
-                outputs.put_nowait((index, output))
-        except Exception as error:
-            outputs.put_nowait(error)
-        else:
-            outputs.put_nowait(None)
-
-    tasks = [asyncio.create_task(forward(*pair)) for pair in enumerate(streams)]
-    num_open = len(tasks)
-    try:
-        while num_open:
-            item = await outputs.get()
-            if item is None:
-                num_open -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        for stream in streams:
-            stream.abort()
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:

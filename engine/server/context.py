@@ -32,7 +32,7 @@ from engine.requests.spec import RequestSpec
 from engine.server import request_log
 from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
-from engine.server.bodies import BodyReader, Workers, give_way, interleave, to_json
+from engine.server.bodies import BodyReader, Workers, give_way, to_json
 from engine.server.metrics import Metrics
 from engine.server.schemas import Guided, TokenOptions, described
 from engine.server.settings import ServerConfig
@@ -458,7 +458,7 @@ class ServingContext:
         num_left, last = len(streams), dict[int, RequestOutput]()
         reason: FinishReason = "abort"
         record = request_log.CURRENT.get()
-        merged = interleave(streams)
+        merged = RequestStream.merged(streams)
         try:
             async for index, output in merged:
                 if record is not None:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from engine.plugins.observe import feed
+from engine.server import app
 from engine.server.settings import ServerConfig
 from hybridcache.api import members_of
 from tests.watch.follower import follow, truth
@@ -185,7 +186,7 @@ def test_slow_reader_gets_the_whole_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The backlog of changes for slow readers is bounded."""
-    monkeypatch.setattr(feed.Feed.__init__, "__defaults__", (2000,))
+    monkeypatch.setattr(feed.Feed.__init__, "__defaults__", (2000, 1))
     live = serve_oracle()
     first = read(live)
     first.wait(lambda first: bool(first.events))
@@ -193,7 +194,7 @@ def test_slow_reader_gets_the_whole_state(
     for number in range(6):
         ask(live, PROMPT + f"{number} " * 30)
         first.wait(lambda first, num_asked=number + 1: first.num_ended == num_asked)
-    backlog = live.server._extensions._loaded["observe"]._feed._kept
+    backlog = live.server._extensions._loaded[app._page]._feeds[1]._kept
     assert sum(len(change.data) for change in backlog) <= 2000
     resumed = read(live, first_id)
     resumed.wait(lambda resumed: bool(resumed.events))
