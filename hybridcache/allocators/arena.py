@@ -188,15 +188,6 @@ class ArenaAllocator(BaseAllocator):
         del self._free_slabs[-num_slabs:]
         self._open(opened[::-1])
 
-    def open_slabs(self, slabs: Sequence[int]) -> None:
-        """Turn those of ``slabs`` that are free into KV slabs without living rows.
-
-        O(slabs + rows).
-        """
-        opened = set(slabs).intersection(self._free_slabs)
-        self._free_slabs[:] = [slab for slab in self._free_slabs if slab not in opened]
-        self._open(list(opened))
-
     def _open(self, slabs: list[int]) -> None:
         """Turn ``slabs``, which are not in the list any more, into holes below all others on the
         stack.
@@ -309,17 +300,6 @@ class ArenaPages(PageAllocator):
             self.arena.fill(missing)
         return super().allocate(num_tokens)
 
-    def reserve(self, rows: Indices) -> None:
-        """Take exactly ``rows``, whole pages. O(capacity).
-
-        Raises:
-            ValueError: some are not free.
-        """
-        if len(rows) > self.num_free or len(rows) % self.page_size:
-            raise ValueError(f"{len(rows)} rows asked for, {self.num_free} are free")
-        self.arena.open_slabs(np.unique(rows // self.arena.slab_rows).tolist())
-        super().reserve(rows)
-
     def free_rows(self) -> Indices:
         """Return all rows that are neither KV nor part of a state, unordered. O(capacity)."""
         return self.rows_of(self.arena.free_pages())
@@ -396,22 +376,6 @@ class ArenaSlots(SlotAllocator):
         self.states.remove(slot)
         self.budget.free_bytes += self.unit_bytes
         self._arena._free_slabs.append(slot)
-
-    def reserve(self, slots: Sequence[int]) -> None:
-        """Take exactly ``slots``. O(capacity).
-
-        Raises:
-            ValueError: some are allocated, or contain KV.
-        """
-        taken = set(slots)
-        self._arena.collect_free_slabs()
-        free = self._arena._free_slabs
-        if len(taken) < len(slots) or not taken <= set(free):
-            raise ValueError(f"{len(slots)} slots asked for that are not free")
-        assert self.budget is not None
-        free[:] = [slab for slab in free if slab not in taken]
-        self.states |= taken
-        self.budget.free_bytes -= len(slots) * self.unit_bytes
 
     def free_slots(self) -> list[int]:
         """Return the slabs that are listed as free, unordered. O(slabs)."""

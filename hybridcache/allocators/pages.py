@@ -127,8 +127,8 @@ class PageAllocator(BaseAllocator):
             raise ValueError(f"rows {first}..{last} are not of this pool of {self.capacity}")
         if len(rows) % self.page_size or first % self.page_size or (last + 1) % self.page_size:
             raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
-        if len(rows) > self.num_taken:
-            raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are allocated")
+        if len(rows) > (taken := self.capacity - self.num_unused):
+            raise ValueError(f"{len(rows)} rows given back, {taken} are allocated")
         self.release(rows)
 
     def release(self, rows: Indices) -> None:
@@ -141,24 +141,6 @@ class PageAllocator(BaseAllocator):
         bottom = self._height
         self._height = top = bottom + len(pages)
         self._stack[bottom:top] = pages
-
-    def reserve(self, rows: Indices) -> None:
-        """Take exactly ``rows``, whole pages. O(capacity).
-
-        Raises:
-            ValueError: some are not free, or the budget is too small.
-        """
-        if len(rows) > self.num_free or len(rows) % self.page_size:
-            raise ValueError(f"{len(rows)} rows asked for, {self.num_free} are free")
-        pages = rows[:: self.page_size] // self.page_size
-        kept = self._free_pages()
-        kept = kept[~np.isin(kept, pages)]
-        if len(kept) + len(pages) != self._height:
-            raise ValueError("rows asked for are not free")
-        self._stack[: len(kept)] = kept
-        self._height, self._num_implied = len(kept), 0
-        if self.budget is not None:
-            self.budget.free_bytes -= len(rows) * self.unit_bytes
 
     def free_rows(self) -> Indices:
         """Return all unused rows, unordered: int32[num_unused]. O(capacity)."""

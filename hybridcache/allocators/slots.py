@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import index
 
 from hybridcache.allocators.base import BaseAllocator, ByteBudget
@@ -56,19 +55,6 @@ class SlotAllocator(BaseAllocator):
         if self.budget is not None:
             self.budget.free_bytes += self.unit_bytes
         self._stack.append(slot)
-
-    def reserve(self, slots: Sequence[int]) -> None:
-        """Take exactly ``slots``. O(capacity).
-
-        Raises:
-            ValueError: some are not free, or the budget is too small.
-        """
-        taken = set(slots)
-        if len(slots) > self.num_free or len(taken) < len(slots) or not taken <= set(self._stack):
-            raise ValueError(f"{len(slots)} slots asked for that are not free")
-        self._stack = [slot for slot in self._stack if slot not in taken]
-        if self.budget is not None:
-            self.budget.free_bytes -= len(slots) * self.unit_bytes
 
     def free_slots(self) -> list[int]:
         """Return all unused slots, unordered. O(capacity)."""

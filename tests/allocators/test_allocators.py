@@ -77,16 +77,6 @@ class AllocatorMachine(RuleBasedStateMachine):
     def free_slot(self, data):
         self.slots.free(self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1))))
 
-    @rule()
-    def free_all_and_reserve_the_same(self):
-        for rows in self.rows:
-            self.pages.free(rows)
-        for slot in self.taken:
-            self.slots.free(slot)
-        if self.rows:
-            self.pages.reserve(np.concatenate(self.rows))
-        self.slots.reserve(self.taken)
-
     @invariant()
     def each_index_is_free_or_allocated(self):
         if not hasattr(self, "pages"):
@@ -188,18 +178,6 @@ def test_freeing_an_empty_array_is_allowed():
     assert pages.num_free == 8
 
 
-def test_allocated_indices_cannot_be_reserved():
-    pages, slots = PageAllocator(8, page_size=4), SlotAllocator(2)
-    rows = pages.allocate(4)
-    with pytest.raises(ValueError, match="not free"):
-        pages.reserve(rows)
-    slot = slots.allocate()
-    with pytest.raises(ValueError, match="not free"):
-        slots.reserve([slot])
-    with pytest.raises(ValueError, match="not free"):
-        SlotAllocator(2).reserve([1, 1])
-
-
 def test_a_double_free_is_found_by_check():
     pages, slots = PageAllocator(8), SlotAllocator(4)
     rows = pages.allocate(2)
@@ -239,15 +217,11 @@ def test_free_checks_every_row_of_the_given_pages() -> None:
     for partial in ([1, 5, 6, 7], [0, 1, 3], [0, 4, 5, 6]):
         with pytest.raises(ValueError, match="whole pages"):
             pages.free(np.array(partial, np.int32))
-    with pytest.raises(ValueError, match="2 rows asked for"):
-        PageAllocator(8, page_size=4).reserve(np.arange(2, dtype=np.int32))
 
 
 def test_a_budget_limits_the_pages_that_can_be_allocated() -> None:
     pages = PageAllocator(16, 4, TOKEN_BYTES, ByteBudget(10))
     assert pages.allocate(8) is None
-    with pytest.raises(ValueError, match="8 rows asked for, 4 are free"):
-        pages.reserve(np.arange(8, dtype=np.int32))
     rows = pages.allocate(4)
     assert rows is not None and pages.num_free == 0
 
