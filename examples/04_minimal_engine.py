@@ -54,7 +54,9 @@ class AlwaysLoad:
 class MinimalEngine:
     """Chunked prefill, greedy decode, preemption, checkpoints, and a cache; one thread."""
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, reserves: bool = False) -> None:
+        """With ``reserves``, a request starts only if all that run can then end in memory."""
+        self.reserves = reserves
         self.cache = cache = build_prefix_cache(config)
         self.placement = parse_placement("branch,boundary,end")  # one object for all requests
         self.waiting: deque[Request] = deque()
@@ -97,8 +99,10 @@ class MinimalEngine:
                 one.tokens.append(int(self.states[one.lease.state_slot, 0]) % 50)
 
     def admit(self) -> None:
-        """Start waiting requests, as long as there are slots for their states."""
+        """Start waiting requests, as long as there is memory for them."""
         while self.waiting and not self.follows(one := self.waiting[0]):
+            if self.reserves and self.running and not self.fits(one):
+                return
             resumes = one.lease is not None and one.lease.is_counted  # it was preempted
             request = LeaseRequest(one.ids, boundaries=(one.boundary,), resumes=resumes)
             lease = Lease.begin(self.cache, self.placement, request, AlwaysLoad())
@@ -107,6 +111,20 @@ class MinimalEngine:
             self.running.append(self.waiting.popleft())
             one.lease, one.computed_len = lease, lease.cached_len
             one.cached_len = one.cached_len if resumes else lease.cached_len
+
+    def fits(self, one: Request) -> bool:
+        """Return whether ``one`` and every running request can end without a preemption.
+
+        Otherwise they take memory from each other, and most of the work is done again (thrash).
+        """
+        cache, arena = self.cache, self.cache.arena
+        due = sum(run.max_len - run.lease.published_len for run in self.running)
+        due += one.max_len - cache.match(one.ids).cached_len
+        due += cache.protected().num_tokens  # cached rows that a running request locks
+        if arena is None:
+            return due <= len(self.kv)
+        num_states = 3 * (len(self.running) + 1)  # its own, the one resumed from, the rolling one
+        return due + num_states * arena.slab_rows <= arena.capacity
 
     def follows(self, one: Request) -> bool:
         """Return whether ``one`` should wait for a running prefill of the same prefix."""
@@ -205,8 +223,20 @@ def demonstrate(title: str, config: CacheConfig) -> None:
     print(f"  every KV row and state was the right one; {dict(sorted(engine.counts.items()))}")
 
 
+def compare_admission() -> None:
+    """Serve 120 requests that do not fit together, with and without ``fits``."""
+    preemptions = []
+    for reserves in (False, True):
+        config = CacheConfig(num_kv_tokens=400, num_slots=60, **SIZES)
+        engine = MinimalEngine(config, reserves=reserves)
+        serve(engine, *([*SYSTEM, *range(n, n + 24)] for n in range(120)))
+        preemptions.append(engine.counts["preemptions"])
+    print("preemptions of 120 requests: {}, with `fits` {}".format(*preemptions))
+
+
 if __name__ == "__main__":
     demonstrate("two pools", CacheConfig(num_kv_tokens=96, num_slots=12, **SIZES))
     arena = {"memory": "arena", "total_bytes": 8 * 192}
     demonstrate("one arena", CacheConfig(**arena, **SIZES))
     demonstrate("an arena with a host tier", CacheConfig(**arena, host_bytes=8 * 400, **SIZES))
+    compare_admission()

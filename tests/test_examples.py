@@ -49,6 +49,8 @@ def test_minimal_engine_prints_the_output_on_its_page(capsys: pytest.CaptureFixt
     _, arena, tiers = (part.split("\n")[0] for part in output.split("every KV row and ")[1:])
     assert "'moves': " in arena and "'preemptions': " in arena, "no move or no preemption occurred"
     assert "'loads': " in tiers and "'offloads': " in tiers
+    *_, admission = output.splitlines()
+    assert admission == "preemptions of 120 requests: 1974, with `fits` 0"
 
 
 @pytest.mark.parametrize("kind", ["two pools", "arena", "host tier"])
