@@ -19,6 +19,7 @@ from hybridcache.policies.admission.session_gate import (
     SessionGate,
 )
 from hybridcache.policies.admission.simple import LOOK_AHEAD, TOKENS_A_PASS
+from hybridcache.policies.admission.simple import MOST_WAIT_S as MOST_PASSED_S
 from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import make_admission
 
@@ -134,6 +135,22 @@ def test_a_cold_request_is_overtaken_a_bounded_number_of_times(name: str) -> Non
             older.num_passes += 1
         queue.remove(first)
     assert 1 < num_admitted <= length // TOKENS_A_PASS + 2
+
+
+@pytest.mark.parametrize("name", ["cached-first", "longest-match"])
+def test_the_oldest_request_waits_for_two_minutes_at_most(name: str) -> None:
+    """A short request arrives in every second and is admitted before the long one. Passes alone
+    would allow 781 of them."""
+    policy, load, length = make_admission(name), FakeLoad(), 100_000
+    long, short_len = FakeRequest(0, session(0), length, arrival_s=0.0), length // 2
+    first: FakeRequest = FakeRequest(-1, session(1))
+    while first is not long:
+        load.now_s += 1.0
+        number = int(load.now_s)
+        short = FakeRequest(number, session(number), short_len, short_len - 1, arrival_s=load.now_s)
+        first = next(iter(policy.order([long, short], load)))  # type: ignore[assignment]
+        long.num_passes += first is short
+    assert load.now_s == MOST_PASSED_S
 
 
 @pytest.mark.parametrize("name", ["cached-first", "longest-match", "sessions"])
