@@ -334,7 +334,7 @@ def explain(
         parting,
         _lost(found, shared_len),
         grid,
-        may_be_new and parting is not None and at < grid,
+        may_be_new and parting is not None and at < grid and not continues(earlier, later),
     )
 
 
@@ -402,6 +402,14 @@ def _change(
     if not differs:
         return "template", "changed", path
     return "answer", "changed", f"{path}.{differs[-1]}"
+
+
+def continues(earlier: Outline, later: Outline) -> bool:
+    """Return True if the messages of ``later`` are those of ``earlier`` and further ones, or have
+    two of them in common, whatever the system message is. O(messages)."""
+    old, new = _split(earlier)[1], _split(later)[1]
+    num_common = _common_len(old, new)
+    return num_common > 1 or len(new) > num_common == len(old) == 1
 
 
 def _split(outline: Outline) -> tuple[Sequence[MessageOutline], Sequence[MessageOutline]]:

@@ -24,6 +24,7 @@ from engine.plugins.diagnostics.explain import (
     Outline,
     Parting,
     Said,
+    continues,
     explain,
     explain_alone,
 )
@@ -153,16 +154,19 @@ class RequestMemory(BoundedMemory[tuple[Tenant, str], Remembered]):
             None,
         )
 
-    def nearest(self, later: Remembered) -> tuple[str, Remembered] | None:
+    def nearest(self, later: Remembered, grid: int = 0) -> tuple[str, Remembered] | None:
         """Return (id, request) of the earlier request that shares the most tokens with ``later``,
         or None if none shares any.
 
-        Only requests of its namespace are compared; of equal ones the latest is returned.
+        If that is less than ``grid``, the latest one with the same messages after the system
+        message is returned, because the beginning of a system message may have changed. Only
+        requests of its namespace are compared; of equal ones the latest is returned.
         """
         listed = self.listed()
         at = next((i for i, (_, known) in enumerate(listed) if known is later), 0)
         outline = later.outline
         best, best_len = None, 0
+        continued = None
         for (_, answer_id), other in listed[max(at - NEAREST, 0) : at]:
             if other.outline.namespace != outline.namespace:
                 continue
@@ -170,7 +174,9 @@ class RequestMemory(BoundedMemory[tuple[Tenant, str], Remembered]):
             shared = common_prefix_len(cast(Tokens, other.outline.tokens), cast(Tokens, mine))
             if shared and shared >= best_len:
                 best, best_len = (answer_id, other), shared
-        return best
+            if continues(other.outline, outline):
+                continued = answer_id, other
+        return continued if continued is not None and best_len < grid else best
 
 
 FIRST, LAST = 0xF0000, 0xFFFFD
@@ -337,7 +343,9 @@ class Explanations:
             return None
         head: dict[str, Any] = {"id": found[0], "compared_with": None}
         later = found[1]
-        other = self.memory.find(earlier_id) if earlier_id else self.memory.nearest(later)
+        other = (
+            self.memory.find(earlier_id) if earlier_id else self.memory.nearest(later, self._grid)
+        )
         if other is None:
             alone = explain_alone(later.outline, later.found, grid=self._grid)
             return None if earlier_id else head | alone.as_dict()

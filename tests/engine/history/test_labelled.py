@@ -443,10 +443,17 @@ def test_a_conversation_that_shares_less_than_a_grid_step_is_new() -> None:
     assert found["cause"] == "new" and "new conversation" in found["text"]
     assert "removed" not in found["text"] and found["text"].endswith(found["advice"])
     # The same question after another beginning is new too; the advice covers both.
-    edited = {"messages": [say("system", "Today: " + "Be brief. " * 12), *PLAIN["messages"][1:]]}
-    found = explanation_of(PLAIN, edited)
+    alone = {"messages": [say("system", "Be brief. " * 12), say("user", "How are you?")]}
+    edited = {"messages": [say("system", "Today: " + "Be brief. " * 12), alone["messages"][1]]}
+    found = explanation_of(alone, edited)
     assert found["parted"]["path"] == "messages[0].content" and found["cause"] == "new"
     assert "--volatile-line" in found["advice"]
+    # More of the same messages are the same conversation: a time in the system message changed.
+    more = [*edited["messages"], say("assistant", "Yes."), say("user", "And then?")]
+    for base, later in ((alone, more), (PLAIN, [edited["messages"][0], *PLAIN["messages"][1:]])):
+        found = explanation_of(base, {"messages": later})
+        assert found["parted"]["path"] == "messages[0].content" and found["cause"] == "system"
+        assert "at the end of the system message" in found["advice"]
     # A repeated short prompt is not new: it contains the whole earlier one.
     short = {"messages": [say("user", "Hi.")]}
     assert explanation_of(short, short)["cause"] != "new"
