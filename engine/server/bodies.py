@@ -4,10 +4,8 @@ other clients.
 A body is counted before it is parsed, and its lists before they are validated. An error is one
 sentence about the first fault.
 
-Long work is done by ``Workers`` in threads. A thread that computes in Python holds the interpreter,
-and another thread gets it only after a switch interval. A step of the engine needs it hundreds of
-times and would wait each time. So long work pauses between its pieces (``give_way``) and keeps each
-call into C short, because no other thread runs during the call.
+Long work is done by ``Workers`` in threads, and JSON is read and written by ``msgspec``. The engine
+runs in its own process, so its steps do not wait for this interpreter.
 """
 
 from __future__ import annotations
@@ -15,8 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import threading
-import time
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -28,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import msgspec
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -45,22 +42,16 @@ LONG = 4096
 """Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
 of an answer."""
 NUM_WORKERS = 2
-PAUSE_S = 0.0003
 
 Result = TypeVar("Result")
-_this_thread = threading.local()
 
 
 class Workers:
     """A few threads for long work. Short work is not delayed by it."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(
-            NUM_WORKERS, thread_name_prefix="server", initializer=_become_worker
-        )
-        self._compiler = ThreadPoolExecutor(
-            1, thread_name_prefix="grammars", initializer=_become_worker
-        )
+        self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="server")
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
 
     async def compile(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` in a separate thread for grammars, so that grammars do not delay long
@@ -79,21 +70,8 @@ class Workers:
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _become_worker() -> None:
-    _this_thread.is_worker = True
-
-
-def give_way() -> None:
-    """Pause between two pieces of long work, so that other threads can run. Does nothing outside
-    worker threads."""
-    if getattr(_this_thread, "is_worker", False):
-        time.sleep(PAUSE_S)
-
-
-SLICE = 256
-"""Number of list entries that are written as JSON at a time."""
 PIECE = 1024
-"""Number of strings of a body, or escapes of one string, that are scanned at a time."""
+"""Number of escapes of one string that are scanned at a time."""
 QUOTE = ord('"')
 COMMAS, NAMES = b",", b":[{"
 """Characters that are counted before a body is parsed. A value costs little; a name, a list or an
@@ -145,7 +123,7 @@ class BodyReader:
             raise APIError(400, _NO_HEADER)
         self._check_marks(raw, kind)
         try:
-            body = read_json(raw.decode(), give_way)
+            body = read_json(raw.decode())
         except json.JSONDecodeError as error:
             place = f"line {error.lineno}, column {error.colno}"
             reason = f"The body is not valid JSON ({error.msg}, {place}): send one JSON object."
@@ -254,14 +232,12 @@ def _num_marks(raw: bytes, marks: bytes, limit: int, max_texts: int) -> int:
     if num <= limit:
         return num
     num = end = 0
-    for number in range(max_texts):
+    for _ in range(max_texts):
         start = raw.find(b'"', end)
         num += sum(raw.count(mark, end, start if start >= 0 else None) for mark in marks)
         if num > limit or start < 0:
             return num
         end = _end_of_text(raw, start + 1)
-        if number % PIECE == 0:
-            give_way()
     return num
 
 
@@ -276,7 +252,6 @@ def _end_of_text(raw: bytes, position: int) -> int:
             return position
         if raw[position] == QUOTE:
             return position + 1
-        give_way()
 
 
 class BodyLimit:
@@ -317,36 +292,11 @@ class BodyLimit:
 
 
 def to_json(value: Any) -> bytes:
-    """Return ``value`` as JSON. Long lists are written in slices, so that each step is short. O(its
-    size)."""
-    return "".join(_pieces(value)).encode()
-
-
-def _pieces(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        before = "{"
-        for name, entry in value.items():
-            yield f"{before}{_dumps(name)}:"
-            yield from _pieces(entry)
-            before = ","
-        yield "}" if value else "{}"
-    elif isinstance(value, list) and len(value) > SLICE:
-        for start in range(0, len(value), SLICE):
-            if start:
-                give_way()
-            yield ("," if start else "[") + _dumps(value[start : start + SLICE])[1:-1]
-        yield "]"
-    elif isinstance(value, list):
-        for index, entry in enumerate(value):
-            yield "," if index else "["
-            yield from _pieces(entry)
-        yield "]" if value else "[]"
-    else:
-        yield _dumps(value)
-
-
-def _dumps(value: Any) -> str:
-    return write_json(value, compact=True)
+    """Return ``value`` as JSON. O(its size)."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:  # A lone surrogate.
+        return write_json(value, compact=True).encode()
 
 
 Item = TypeVar("Item")

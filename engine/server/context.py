@@ -18,7 +18,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -32,7 +32,7 @@ from engine.requests.spec import RequestSpec
 from engine.server import request_log
 from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
-from engine.server.bodies import BodyReader, Workers, give_way, to_json
+from engine.server.bodies import BodyReader, Workers, to_json
 from engine.server.metrics import Metrics
 from engine.server.schemas import Guided, TokenOptions, described
 from engine.server.settings import ServerConfig
@@ -557,20 +557,8 @@ def _drafted(drafts: Sequence[DraftCounts], num_new: int) -> dict[str, float | N
     }
 
 
-Score = TypeVar("Score")
 LEAST = -9999.0
 """Log-probability of an impossible token, as in OpenAI's API. JSON has no infinity."""
-SCORES_AT_ONCE = 32
-"""Number of tokens with scores that are written at a time. With their alternatives this takes a
-quarter of a millisecond."""
-
-
-def _paced(scores: Iterable[Score]) -> Iterator[Score]:
-    """Yield ``scores``, with a pause after every ``SCORES_AT_ONCE`` of them."""
-    for number, score in enumerate(scores, 1):
-        if number % SCORES_AT_ONCE == 0:
-            give_way()
-        yield score
 
 
 def finite(logprob: float | None) -> float | None:
@@ -609,7 +597,7 @@ class CompletionScores:
         written: dict[str, list[Any]] = {
             name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
-        for token_id, score in _paced(zip(token_ids, scores, strict=False)):
+        for token_id, score in zip(token_ids, scores, strict=False):
             written["tokens"].append(token_text(self._tokenizer, token_id))
             written["token_logprobs"].append(None if score is None else finite(score.logprob))
             written["top_logprobs"].append(None if score is None else self._top(score))
@@ -637,7 +625,7 @@ def chat_scores(
         }
 
     content = []
-    for score in _paced(scores):
+    for score in scores:
         rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
         content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
     return {"content": content}
@@ -666,9 +654,7 @@ def prompt_score_fields(
     if body.prompt_logprobs is None or scores is None:
         return {}
     num_top = body.prompt_logprobs
-    written = [
-        None if score is None else _entry(tokenizer, score, num_top) for score in _paced(scores)
-    ]
+    written = [None if score is None else _entry(tokenizer, score, num_top) for score in scores]
     return {"prompt_logprobs": written}
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 MAX_DEPTH = 200
 """Maximum nesting of lists and objects. Python's own limit depends on the depth of the caller."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-PIECE = 1024
-"""Number of lists and objects that are checked between two pauses."""
 _HALVES = re.compile("[\ud800-\udfff]")
-_HALF_ESCAPES = (r"\ud", r"\uD")
 _OPENING = ("[", "{")
 
 
@@ -26,23 +24,26 @@ class JSONValueError(ValueError):
     """Valid JSON with a value that an answer cannot contain; the message names the value."""
 
 
-def read_json(text: str, pause: Callable[[], None] = lambda: None) -> Any:
+def read_json(text: str) -> Any:
     """Parse ``text``. Lone surrogates such as ``"\\ud800"`` become U+FFFD, also in names.
 
-    ``pause`` is called regularly while a large value is checked. Raises ValueError if the text is
-    not JSON, and JSONValueError for a number that is not finite or for more than ``MAX_DEPTH``
-    levels. O(len(text)).
+    Raises ValueError if the text is not JSON, and JSONValueError for a number that is not finite or
+    for more than ``MAX_DEPTH`` levels. O(len(text)).
 
     >>> read_json('{"cut": "\\\\ud83d", "whole": "\\\\ud83d\\\\ude00"}')
     {'cut': '\ufffd', 'whole': '😀'}
     """
     try:
-        value = json.loads(text, parse_float=_read_float, parse_constant=_refuse)
-    except RecursionError:
-        raise _too_deep() from None
-    may_have_halves = any(escape in text for escape in _HALF_ESCAPES) or has_half_characters(text)
+        value, may_have_halves = msgspec.json.decode(text), False
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
+        # Wrong or too deep, or with a lone surrogate: Python's module tells which.
+        try:
+            value = json.loads(text, parse_float=_read_float, parse_constant=_refuse)
+        except RecursionError:
+            raise _too_deep() from None
+        may_have_halves = True
     if may_have_halves or sum(map(text.count, _OPENING)) > MAX_DEPTH:
-        value = _settled(value, pause)
+        value = _settled(value)
     return value
 
 
@@ -88,19 +89,15 @@ def _too_deep() -> JSONValueError:
     return JSONValueError(f"lists and objects may be nested at most {MAX_DEPTH} levels deep")
 
 
-def _settled(root: Any, pause: Callable[[], None]) -> Any:
+def _settled(root: Any) -> Any:
     """Return ``root`` with lone surrogates replaced, in place if it is a list or an object. Raises
     JSONValueError if it is nested too deep."""
     holder = [root]
     left: list[tuple[Any, int]] = [(holder, 0)]
-    num_seen = 0
     while left:
         value, depth = left.pop()
         if depth > MAX_DEPTH:
             raise _too_deep()
-        num_seen += 1
-        if num_seen % PIECE == 0:
-            pause()
         if isinstance(value, dict):
             if any(map(has_half_characters, value)):
                 entries = [(whole_text(name), entry) for name, entry in value.items()]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 300_000,
-    "step_lexer_fuel": 30_000,
+    "step_lexer_fuel": 100_000,
     "step_max_items": 2_000,
     "max_items_in_row": 300,
     "max_lexer_states": 5_000,
