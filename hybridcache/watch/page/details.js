@@ -75,7 +75,7 @@ class Details {
     this.body.replaceChildren(
       element("div.missed", {}, element("h3", {}, "Where its prompt tokens came from"), why), missed,
       this.facts([
-        ["prompt", count(one.prompt, "token")], ["reused", percent(one.cached, one.prompt)], ["answer", count(one.answer, "token")], [GOING.has(one.state) ? "state" : "ended by", one.state],
+        ["prompt", count(one.prompt, "token")], ["reused", percent(one.cached, one.prompt)], ["answer", count(one.answer, "token")], [GOING.has(one.state) ? "state" : "ended by", one.state === "stop" ? "stop: its end, or calls of tools" : one.state],
         ["waited", queue === null ? null : seconds(queue)], ["time to first token", seconds(one.first_token_s === null ? null : one.first_token_s - one.arrived_s)], ["tokens a second", rate ? rate.toFixed(1) : null],
         ["preempted", one.preemptions ? count(one.preemptions, "time") : null], ["namespace", one.namespace === null ? null : `tenant ${one.namespace.slice(0, 8)}`],
       ]),

@@ -1,6 +1,7 @@
 // A lane for each conversation, a bar for each request: what was reused, and why the rest was not.
 const MAX_LANES = 80;
 const MAX_BARS = 40;
+const MIN_BAR = 10;
 
 class Lanes {
   constructor(view) {
@@ -56,11 +57,14 @@ class Lanes {
     const who = element("span.who", { title: `conversation ${talk.id}${talk.namespace === null ? "" : `, tenant ${talk.namespace}`}` }, name);
     const bars = element("div.bars");
     const last = element("span.last");
-    return { element: element("li.lane", {}, who, bars, last), bars, last, drawn: new Map() };
+    return { element: element("li.lane", {}, who, bars, last), who, name, bars, last, drawn: new Map() };
   }
 
   fill(row, talk, requests, scale) {
     const chosen = this.view.selectedRequest;
+    const hidden = talk.ids.length - requests.length;
+    row.who.textContent = hidden ? `${row.name} · ${hidden} …` : row.name;
+    row.bars.title = hidden ? `${count(hidden, "earlier request")} not shown` : "";
     const drawn = new Map();
     let before = null;
     for (const one of requests) {
@@ -93,13 +97,13 @@ class Lanes {
   bar(bar, one, scale, isOn) {
     const isRunning = GOING.has(one.state);
     const parts = [];
-    const add = (name, tokens) => { if (tokens > 0) parts.push(element(name === "rest" ? "i.rest" : "i", { style: `width: ${(tokens * scale).toFixed(2)}px;${name === "rest" ? "" : ` background: var(--${name})`}` })); };
+    const add = (name, tokens) => { if (tokens > 0) parts.push(element(name === "rest" ? "i.rest" : "i", { style: `width: ${((100 * tokens) / one.prompt).toFixed(2)}%;${name === "rest" ? "" : ` background: var(--${name})`}` })); };
     if (one.losses) {
       add("hit", one.cached);
       for (const [cause] of CAUSES) add(cause, one.losses[cause]);
     } else add("rest", one.prompt);
     bar.className = `bar${isRunning ? " running" : ""}${one.state === "error" ? " bad" : ""}`;
-    bar.style.width = `${Math.max(one.prompt * scale, 4).toFixed(2)}px`;
+    bar.style.width = `${Math.max(one.prompt * scale, MIN_BAR).toFixed(2)}px`;
     bar.setAttribute("aria-pressed", isOn);
     bar.setAttribute("aria-label", `${count(one.prompt, "token")}, ${percent(one.cached, one.prompt)} reused, ${one.state}`);
     bar.title = `${count(one.prompt, "token")} · ${percent(one.cached, one.prompt)} reused · TTFT ${seconds(one.first_token_s === null ? null : one.first_token_s - one.arrived_s)}`;
