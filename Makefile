@@ -9,7 +9,7 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -170,6 +170,19 @@ tune:  ## on a machine with a GPU: write fast launch parameters into kernels/tun
 
 gpu:  ## on a machine with a GPU: check kernels and exactness, time serving and kernels; BUDGET=560 ends the call, the next one continues
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu $(if $(BUDGET),--budget $(BUDGET)) $(if $(TAR),--tar $(TAR))
+
+# Packages of the engine and of the tests that a machine with torch, triton, numpy, transformers and safetensors may lack.
+GPU_WHEELS := msgspec sortedcontainers tqdm jinja2 markupsafe httpx httpcore h11 anyio idna certifi fastapi starlette pydantic pydantic-core \
+	annotated-types typing-inspection uvicorn click prometheus-client pyzmq llguidance pytest pytest-xdist execnet pluggy iniconfig hypothesis
+
+gpu-wheels:  ## with a network: collect packages and a newer assembler for `make gpu` in .whl/ (25 MB)
+	mkdir -p .whl out/nvcc
+	$(PYTHON) -m pip download $(PIP_FLAGS) --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+		--platform manylinux2014_x86_64 --platform any -d .whl -c constraints.txt $(GPU_WHEELS)
+	$(PYTHON) -m pip download $(PIP_FLAGS) --no-deps --only-binary :all: --platform manylinux2014_x86_64 -d out/nvcc 'nvidia-cuda-nvcc>=13.3'
+	$(PYTHON) -c "import glob, lzma, zipfile; wheel = zipfile.ZipFile(max(glob.glob('out/nvcc/*.whl'))); \
+		name = next(n for n in wheel.namelist() if n.endswith('bin/ptxas')); \
+		open('.whl/ptxas.xz', 'wb').write(lzma.compress(wheel.read(name)))"
 
 gpu-dry:  ## run the same script on the CPU: tiny shapes, interpreted
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu --dry

@@ -3,6 +3,9 @@ next 32."""
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
@@ -10,9 +13,10 @@ SPLIT = 256
 """Keys per decode program. Partial outputs are float32: 1/64 of the KV traffic per query head of a
 KV head."""
 
-WORKSPACE_BYTES = 2**26
-"""Maximum size of the partial outputs. Sequences that exceed it are decoded in several groups. For
-64 sequences of 128k tokens and 16 heads of 256 they would be half a GiB."""
+LEAST_WORKSPACE_BYTES = 2**26
+WORKSPACE_SHARE = 256
+"""Memory of the device per byte of the partial outputs. For 64 sequences of 128k tokens and 16
+heads of 256 they take half a GiB, as much as a device with 128 GiB allows."""
 
 COMBINED = 32
 """Splits combined in parallel: 128k tokens take 16 iterations instead of 512."""
@@ -59,12 +63,22 @@ def combine_splits_kernel(
     tl.store(out + i_bh * D + o_d, (b_o / b_l).to(out.dtype.element_ty), mask=o_d < D)
 
 
+@cache
+def workspace_bytes() -> int:
+    """Return the maximum size of the partial outputs. Sequences that exceed it are decoded in
+    several groups, with equal bits."""
+    if not torch.accelerator.is_available():
+        return LEAST_WORKSPACE_BYTES
+    properties = torch.get_device_module().get_device_properties()
+    return max(LEAST_WORKSPACE_BYTES, properties.total_memory // WORKSPACE_SHARE)
+
+
 def group_size(num_heads: int, num_splits: int, size: int) -> int:
     """Return the number of tokens with partial outputs that fit into the workspace.
 
     A multiple of 4, so that the tables of a group stay aligned.
     """
-    return max(4, WORKSPACE_BYTES // (4 * num_heads * num_splits * size) // 4 * 4)
+    return max(4, workspace_bytes() // (4 * num_heads * num_splits * size) // 4 * 4)
 
 
 def is_one_chunk(num_tokens: int, kv_len: int, num_heads: int, size: int) -> bool:

@@ -201,7 +201,7 @@ def test_verification_equals_decode(backend, heads, kv_heads, dtype, device, mon
     out = cache.verify(backend, spans)
     ends = [(b, end + 1) for b, start, last in spans for end in range(start, last)]
     assert torch.equal(out, cache.decode(backend, ends))
-    monkeypatch.setattr(splits, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(splits, "workspace_bytes", lambda: 1)
     spans *= 2
     assert torch.equal(cache.verify(backend, spans), torch.cat([out, out]))
     assert not len(cache.verify(backend, [(0, 5, 5)]))
@@ -237,7 +237,7 @@ def test_verification_reads_lengths_from_the_device(device, monkeypatch) -> None
     """Lengths on the host are only bounds; the number of sequences may differ."""
     cache = Cache.filled([80, 70, 60], 4, 2, 16, torch.float32, device)
     exact = cache.verify(fused, SPANS)
-    monkeypatch.setattr(splits, "WORKSPACE_BYTES", 36 * 4 * 4 * 16)
+    monkeypatch.setattr(splits, "workspace_bytes", lambda: 36 * 4 * 4 * 16)
     assert splits.is_one_chunk(36, 256, 4, 16) and not splits.is_one_chunk(37, 256, 4, 16)
     assert not splits.is_one_chunk(36, 257, 4, 16)
     lengths = [end - start for _, start, end in SPANS]
@@ -324,7 +324,7 @@ def test_long_sequences_are_decoded_in_groups(device, monkeypatch) -> None:
     ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
     whole = cache.decode(fused, ends)
     assert splits.group_size(2, 2, 32) > 6
-    monkeypatch.setattr(splits, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(splits, "workspace_bytes", lambda: 1)
     assert splits.group_size(2, 2, 32) == 4
     assert torch.equal(cache.decode(fused, ends), whole)
 
@@ -333,7 +333,7 @@ def test_workspace_of_long_sequences_is_bounded() -> None:
     for kv_len in (2048, 131_072, 262_144):
         num_splits = kv_len // splits.SPLIT
         num_bytes = 4 * 16 * num_splits * 256 * splits.group_size(16, num_splits, 256)
-        assert num_bytes <= splits.WORKSPACE_BYTES + 2**22
+        assert num_bytes <= splits.workspace_bytes() + 2**22
 
 
 @pytest.mark.gpu

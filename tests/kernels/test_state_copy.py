@@ -33,18 +33,20 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
     seed=st.integers(0, 9),
 )
 def test_copy_changes_only_the_target_slots(
-    kernel, num_layers, width, order, num_copies, seed
+    kernel, device, num_layers, width, order, num_copies, seed
 ) -> None:
     torch.manual_seed(seed)
     pools = [
-        torch.randn(num_layers, 7, 2, width, 5),
-        torch.randn(num_layers, 7, width, 3).bfloat16(),
-        torch.randn(num_layers, 7, 4),
+        torch.randn(num_layers, 7, 2, width, 5, device=device),
+        torch.randn(num_layers, 7, width, 3, device=device).bfloat16(),
+        torch.randn(num_layers, 7, 4, device=device),
     ]
     before = [pool.clone() for pool in pools]
     sources, targets = order[:num_copies], order[num_copies : 2 * num_copies]
     kernel.copy_states(
-        pools, torch.tensor(sources, dtype=torch.int32), torch.tensor(targets, dtype=torch.int32)
+        pools,
+        torch.tensor(sources, dtype=torch.int32, device=device),
+        torch.tensor(targets, dtype=torch.int32, device=device),
     )
     for pool, old in zip(pools, before, strict=True):
         old[:, targets] = old[:, sources]

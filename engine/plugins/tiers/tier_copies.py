@@ -154,15 +154,16 @@ class TierCopier:
         """Copy rows of the host to the device."""
         if self._device.is_cpu:
             return torch.from_numpy(_gathered(self.host.numpy(), src))
-        taken = torch.empty(
-            (len(src), self.host.shape[1]), dtype=torch.uint8, device=self._rows.device
-        )
-        with self._aside():
+        shape, main = (len(src), self.host.shape[1]), self._device.module.current_stream()
+        # Memory of the other stream: the copy begins while earlier steps are still computed. Rows
+        # of the host are only written on the same stream, or after `_wait`.
+        with self._device.module.stream(self._stream):
+            taken = torch.empty(shape, dtype=torch.uint8, device=self._rows.device)
             for first, end in _runs(src):
                 place = int(src[first])
                 taken[first:end].copy_(self.host[place : place + end - first], non_blocking=True)
-            taken.record_stream(self._stream)
-        self._device.module.current_stream().wait_stream(self._stream)
+        main.wait_stream(self._stream)
+        taken.record_stream(main)
         return taken
 
     def _write(self, tier: str, dst: Indices, data: Rows) -> None:

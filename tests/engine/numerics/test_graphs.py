@@ -313,7 +313,7 @@ def test_attention_in_several_chunks_uses_no_graph(
     expected = verify(driver, PROMPTS, STEPS)
     driver.reset()
     token = 4 * 2 * 16  # Bytes of float32 for 2 heads of 16.
-    monkeypatch.setattr(splits, "WORKSPACE_BYTES", 8 * token)
+    monkeypatch.setattr(splits, "workspace_bytes", lambda: 8 * token)
     recorder = Recorder()
     driver.runner.use_graphs("decode", recorder)
     assert driver.runner.verify_graphs.buckets == [(8, 96), (4, 96)]
