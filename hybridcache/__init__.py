@@ -17,7 +17,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.allocators.moves import StepMemory, StepPlan
-from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
@@ -91,7 +90,6 @@ __all__ = [
     "PlacementPolicy",
     "PolicyError",
     "Prefill",
-    "PrefixMatch",
     "ScorePolicy",
     "StepMemory",
     "StepPlan",

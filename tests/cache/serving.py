@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from hybridcache import CacheConfig, PrefixMatch, build_prefix_cache
+from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.allocators.moves import StepPlan
-from hybridcache.api import InsertResult, PrefixCache
+from hybridcache.api import InsertResult, PrefixCache, PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.tokens import Tokens
 
