@@ -371,6 +371,7 @@ RESTART = {
 """Names that save and restore the state of a cache."""
 
 RESULTS = {
+    "hybridcache.lab.scenario": ("Scenario",),
     "hybridcache.lab.simulation.simulate": ("SimulationResult", "OptimumResult"),
     "hybridcache.lab.simulation.result": ("RunResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),

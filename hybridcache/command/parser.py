@@ -69,4 +69,6 @@ class Parser(argparse.ArgumentParser):
             return f"there is no flag {flag}; give the {flag[2:]} without one"
         near = difflib.get_close_matches(flag, {*self._option_string_actions} - {"--help"}, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
+        if not flag.startswith("-") and "--trace" in self._option_string_actions:
+            hint = f": write --trace {flag}"
         return f"unrecognized arguments: {' '.join(arguments)}{hint}"

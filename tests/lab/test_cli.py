@@ -42,7 +42,9 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("simulate --polciy lru", "--polciy, did you mean --policy? See `hybridcache simulate"),
+        ("simulate --polciy lru", "--polciy lru, did you mean --policy? See `hybridcache"),
+        ("simulate chat", "chat: write --trace chat. See"),
+        ("optimum chat", "required: --trace: write --trace chat. See"),
         ("simulate --trace chat --polciy lru", "--polciy lru, did you mean --policy?"),
         ("optimum --trace=chat --gibb=3", "--gibb=3, did you mean --gib?"),
         ("simulate --trac chat --qqq", "unrecognized arguments: --qqq. See"),
@@ -191,9 +193,9 @@ def test_invalid_closed_loop_options_give_one_line(
         (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 must divide"),
         (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),
         (["simulate", "--trace", "chat", "--host-gib", "1", "--optimum"], "memory alone"),
-        (["simulate", "--trace", "chat", "--host-gb-s", "50"], "say its size with --host-gib"),
+        (["simulate", "--trace", "chat", "--host-gb-s", "40"], "give its size with host_gib"),
         *(
-            ([*command, "--host-gib", "1", "--host-gb-s", "-5"], "--host-gb-s -5: GB/s above 0")
+            ([*command, "--host-gib", "1", "--host-gb-s", "-5"], "host_gb_s -5: GB/s above 0")
             for command in (["simulate", "--trace", "chat"],)
         ),
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
@@ -425,7 +427,7 @@ def test_builtin_model_of_the_engine_can_be_simulated(
     assert code == 0 and out.startswith("short, builtin: 20 requests")
     code, out, _ = run(capsys, *arguments, "--policy", "lru,fifo")
     assert code == 0 and "engine serve --model builtin --cache-gib 0.01" in out
-    monkeypatch.setattr("hybridcache.lab.simulation.simulate.find_spec", lambda _: None)
+    monkeypatch.setattr("hybridcache.lab.scenario.find_spec", lambda _: None)
     code, out, error = run(capsys, *arguments)
     assert code == 2 and "model builtin is part of the engine, which is not installed" in error
 

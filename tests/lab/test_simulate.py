@@ -3,9 +3,7 @@ figures."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import inspect
 import itertools
 import json
 import os
@@ -31,19 +29,14 @@ from hybridcache.lab.figures import FigureStyle
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.intervals import ratio
+from hybridcache.lab.scenario import Scenario, load_model
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.simulate import (
-    SimulationResult,
-    Sweep,
-    load_model,
-    optimum,
-    simulate,
-)
+from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
-from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.sweep import run_cells
 from hybridcache.lab.simulation.target import (
     EngineSteps,
     LeaseTarget,
@@ -196,22 +189,24 @@ def comparable(run: RunResult) -> RunResult:
 
 
 def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
-    jobs = [
-        Job(RunConfig(GEOMETRY, budget_bytes=size << 20, policy=policy), SERVING)
-        for policy in ("lru", "tests.lab.test_simulate:DeepestFirst")
-        for size in (20, 40, 80)
-    ]
+    policies = ("lru", "tests.lab.test_simulate:DeepestFirst")
+    scenario = Scenario("short", model=GEOMETRY, policy=policies)
+    cells = scenario.cells([size / 1024 for size in (20, 40, 80)])
     path = tmp_path / "runs.jsonl"
-    alone = run_sweep(short(), jobs)
+    alone = run_cells(short(), cells)
     done: list[tuple[int, int]] = []
-    first = run_sweep(short(), jobs[:4], resume_from=path)
+    first = run_cells(short(), cells[:4], resume_from=path)
     path.write_text(path.read_text() + '{"key": "torn')
-    both = run_sweep(
-        short(), jobs, processes=2, resume_from=path, progress=lambda *at: done.append(at)
+    both = run_cells(
+        short(),
+        cells,
+        place=Place(processes=2),
+        resume_from=path,
+        progress=lambda *at: done.append(at),
     )
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(600, 720), (720, 720)]
-    assert run_sweep(short(), jobs, resume_from=path) == both
+    assert run_cells(short(), cells, resume_from=path) == both
 
 
 def test_figures_do_not_change_the_matplotlib_backend(tmp_path: Path) -> None:
@@ -230,9 +225,9 @@ def test_sweep_restores_the_garbage_collector() -> None:
     """Freezing would raise the number of frozen objects. It may fall, because some are deleted."""
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
     seen = []
-    run_sweep(
+    run_cells(
         short().head(3),
-        [Job(RunConfig(GEOMETRY, budget_bytes=1 << 28), SERVING)],
+        Scenario("short", model=GEOMETRY).cells([0.25]),
         progress=lambda done, total: seen.append(gc.get_threshold()),
     )
     assert seen == [before] == [gc.get_threshold()] and gc.get_freeze_count() <= frozen
@@ -495,23 +490,40 @@ def test_killed_worker_process_gives_a_clear_error() -> None:
         run_grid(short(), [1, 2], _die, keys=(), read=dict, write=dict, place=place)
 
 
-def test_lab_functions_share_parameter_names_types_and_defaults() -> None:
-    shared = inspect.signature(simulate).parameters
-    fields = {field.name: field for field in dataclasses.fields(Sweep)}
-    assert set(fields) < set(shared), "Sweep must have only arguments of simulate"
-    for name, field in fields.items():
-        assert (shared[name].default, shared[name].annotation) == (field.default, field.type), name
-    for other in (optimum, closed_loop):
-        own = set()
-        if other is closed_loop:  # It takes one size, and always runs requests concurrently.
-            own = {"gib", "max_running"}
-        for name, parameter in inspect.signature(other).parameters.items():
-            assert parameter.kind is not parameter.VAR_KEYWORD
-            if name in shared and name not in own:
-                expected = shared[name].default, shared[name].annotation
-                assert (parameter.default, parameter.annotation) == expected
-    with pytest.raises(TypeError, match="polcy"):
-        simulate("short?head=9", polcy="lru")
+def test_functions_of_the_laboratory_take_a_scenario() -> None:
+    scenario = Scenario("short?head=30", gib=2, policy="lru", rate=2, admission="oldest")
+    by_name = {"gib": 2, "policy": "lru", "rate": 2, "admission": "oldest"}
+    for function in (simulate, closed_loop, optimum):
+        first, again = function(scenario), function("short?head=30", **by_name)
+        for one, two in zip(first.to_dicts(), again.to_dicts(), strict=True):
+            ignored = {"control_us": 0, "wall_s": 0}
+            assert one | ignored == two | ignored
+        with pytest.raises(TypeError, match="no setting 'polcy', did you mean 'policy'"):
+            function("short?head=9", polcy="lru")
+    assert simulate(scenario, policy="fifo").runs[0].label == "fifo"
+
+
+def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: Path) -> None:
+    scenario = Scenario("short?head=30", gib="1,2", policy=("lru", "fifo"), host_gib=1.0)
+    path = tmp_path / "s.toml"
+    path.write_text(scenario.to_toml())
+    assert Scenario.load(path) == scenario
+    cells = scenario.cells((1.0, 2.0))
+    keys = [cell.key(b"trace") for cell in cells]
+    assert len(set(keys)) == 4 and keys == [replace(cell).key(b"trace") for cell in cells]
+    assert cells[0].key(b"another") != keys[0]
+    for change in ({"grid": 32}, {"host_gib": 2.0}, {"model": "qwen3.5-0.8b"}, {"servers": 2}):
+        assert replace(cells[0], **change).key(b"trace") != keys[0]
+    for text, problem in (
+        ("gib = 1", "no trace in the scenario"),
+        ('trace = "short"\npolcy = "lru"', "no setting 'polcy', did you mean 'policy'"),
+        ("trace = ", "Invalid value"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"s.toml: .*{problem}"):
+            Scenario.load(path)
+    with pytest.raises(ValueError, match="name the policy as in"):
+        Scenario("short", policy=lambda: None).to_toml()  # type: ignore[arg-type]
 
 
 def test_optimum_accepts_a_model_and_sizes() -> None:

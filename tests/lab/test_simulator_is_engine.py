@@ -18,8 +18,8 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.simulate import Sweep
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.policies.registry import (
@@ -243,7 +243,7 @@ def test_default_policies_are_the_same_everywhere() -> None:
     assert CacheConfig(num_kv_tokens=8, num_slots=1).eviction == DEFAULT_EVICTION == "survival"
     config = RunConfig(ModelGeometry.preset("qwen3-next"))
     assert (config.policy, config.checkpoints) == (DEFAULT_EVICTION, DEFAULT_PLACEMENT)
-    sweep = Sweep()
+    sweep = Scenario("short")
     assert (sweep.policy, sweep.checkpoints) == (DEFAULT_EVICTION, DEFAULT_PLACEMENT)
     engine = EngineConfig()
     assert (engine.eviction, engine.checkpoints) == (DEFAULT_EVICTION, (DEFAULT_PLACEMENT,))

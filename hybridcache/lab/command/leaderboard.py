@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridcache.lab.command.shared import share, split
+from hybridcache.lab.command.shared import share
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -39,13 +39,16 @@ def add_leaderboard(commands: Commands) -> None:
 def _leaderboard(options: argparse.Namespace) -> int:
     from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
     from hybridcache.lab.progress import shown_progress
+    from hybridcache.policies.registry import split_specs
 
     chosen = Split.load(options.split).head(options.seeds, options.only)
+    named = options.built_in
+    built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))
     with shown_progress(None, "runs") as show:
         board = leaderboard(
             options.policies,
             chosen,
-            built_in=BUILT_IN if options.built_in is None else split(options.built_in),
+            built_in=built_in,
             processes=options.processes,
             resume_from=options.output,
             progress=show,

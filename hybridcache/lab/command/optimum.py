@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
     add_figure_style,
+    add_settings,
     check_figure,
+    given_settings,
     opened,
     share,
 )
@@ -22,7 +24,8 @@ def add_optimum(commands: Commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("optimum", help="the best that any policy could have done")
     add = parser.add_argument
-    share(parser, "--trace", "--model", "--gib", "--state-dtype", "--grid", "--skip-bad")
+    share(parser, "--trace", "--skip-bad")
+    add_settings(parser, "model", "gib", "state_dtype", "grid")
     add(
         "--placement",
         choices=("shared", "every"),
@@ -42,24 +45,18 @@ def add_optimum(commands: Commands) -> None:
 
 def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
+    from hybridcache.lab.scenario import Scenario
     from hybridcache.lab.simulation.grid import check_results_file
-    from hybridcache.lab.simulation.simulate import load_model, optimum
+    from hybridcache.lab.simulation.simulate import optimum
 
     style = check_figure(options)
-    model = load_model(options.model).name
     trace = opened(options.trace, options)
+    scenario = Scenario(trace, **given_settings(options))
+    model = scenario.geometry().name
     if options.output:
         check_results_file(options.output, trace)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    found = optimum(
-        trace,
-        model=options.model,
-        gib=options.gib,
-        placement=options.placement,
-        state_dtype=options.state_dtype,
-        grid=options.grid,
-        counts_running=options.counts_running,
-    )
+    found = optimum(scenario, placement=options.placement, counts_running=options.counts_running)
     if options.output:
         with options.output.open("a", encoding="utf-8") as file:
             for best in found:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict, cast
-
-from hybridcache.config import GRID
-from hybridcache.geometry.model import DTYPE_BYTES
-from hybridcache.lab.defaults import GIB_SPEC, MODEL
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybridcache.lab.figures import FigureStyle
@@ -25,38 +22,13 @@ TRACE_HELP = (
 
 SHARED: dict[str, dict[str, Any]] = {
     "--trace": {"required": True, "help": TRACE_HELP},
-    "--model": {
-        "default": MODEL,
-        "help": "a preset's name, builtin, or the path of a config.json (default %(default)s)",
-    },
-    "--gib": {
-        "default": GIB_SPEC,
-        "help": "memory, GiB: low:high:points (log-spaced), or a,b,c; or shares of the working "
-        "set: 1%%:100%% (default %(default)s)",
-    },
-    "--grid": {
-        "type": int,
-        "default": GRID,
-        "help": "checkpoint positions are multiples of this number of tokens",
-    },
-    "--state-dtype": {
-        "help": f"precision of states: {', '.join(DTYPE_BYTES)} (default: the model's own)"
-    },
-    "--checkpoint-dtype": {
-        "default": "auto",
-        "help": "precision of checkpoints only: bfloat16, int8 or fp8, the last two with :head, "
-        ":row or :column (without them, :column); running states are then not counted in this "
-        "memory (default: auto, the precision of states)",
-    },
-    "--servers": {"type": int, "default": 1, "help": "concurrent prefills, for the TTFT"},
-    "--times": {"help": "file of measured prefill times; default: a roofline of H100s"},
     "--processes": {"type": int, "default": 1, "help": "runs at the same time; changes no result"},
     "--ray": {
         "help": "spread the runs over the Ray cluster at this address (auto: this machine's)"
     },
     "--skip-bad": {"action": "store_true", "help": "skip and count records that cannot be read"},
 }
-"""Options of more than one command."""
+"""Options of more than one command that are no settings of a scenario."""
 
 
 def share(parser: argparse._ActionsContainer, *flags: str) -> None:
@@ -65,46 +37,50 @@ def share(parser: argparse._ActionsContainer, *flags: str) -> None:
         parser.add_argument(flag, **SHARED[flag])
 
 
-def add_tiers(parser: argparse._ActionsContainer) -> None:
-    """Add the options for memory below the device, and its speed."""
-    from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
+def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add flags for fields of ``Scenario``. Flags that are not given leave no trace in the
+    options."""
+    from hybridcache.lab.scenario import Scenario
 
-    for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
-        size = f"{word} memory for entries evicted from the device, GiB; 0: none"
-        speed = (
-            f"bandwidth from {word} to a device, GB/s; decides which entries are loaded "
-            f"(default {rate / 1e9:g})"
+    known = {one.name: one for one in fields(Scenario)}
+    for name in names:
+        facts = known[name].metadata
+        help = facts["help"]
+        if facts["names"] is not None:
+            help += f": {', '.join(facts['names']())}"
+        default = known[name].default
+        usual = ",".join(default) if isinstance(default, tuple) else default
+        if not (usual in (None, "", 0.0) or usual is True or "default" in help):
+            help += f" (default {usual:g})" if isinstance(usual, float) else f" (default {usual})"
+        flag = dict(facts["flag"])
+        if isinstance(default, bool):
+            flag["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help=help.replace("%", "%%"),
+            **flag,
         )
-        parser.add_argument(f"--{word}-gib", type=float, default=0.0, help=size)
-        parser.add_argument(f"--{word}-gb-s", type=float, help=speed)
 
 
-class Tiers(TypedDict):
-    """Arguments of ``simulate`` for tiers below the device."""
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a scenario that were given as flags."""
+    from hybridcache.lab.scenario import Scenario
 
-    host_gib: float
-    host_gb_s: float
-    disk_gib: float
-    disk_gb_s: float
+    given = vars(options)
+    names = [one.name for one in fields(Scenario) if one.name != "trace" and one.name in given]
+    return {name: given[name] for name in names}
 
 
-def tiers_asked(options: argparse.Namespace) -> Tiers:
-    """Return the tiers that were asked for. ValueError for an invalid speed, or the speed of a tier
-    without a size."""
-    from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
+def refuse_settings(given: Iterable[str], names: Iterable[str], reason: str) -> None:
+    """Raise ValueError, with ``reason``, if one of ``names`` was given as a flag."""
+    from hybridcache.lab.scenario import Scenario
 
-    found: dict[str, float] = {}
-    for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
-        gib, gb_s = getattr(options, f"{word}_gib"), getattr(options, f"{word}_gb_s")
-        if gb_s is not None and not gb_s > 0:
-            raise ValueError(f"--{word}-gb-s {gb_s:g}: GB/s above 0 are needed")
-        if gb_s is not None and not gib:
-            raise ValueError(
-                f"--{word}-gb-s is the speed of a tier: say its size with --{word}-gib"
-            )
-        found[f"{word}_gib"] = gib
-        found[f"{word}_gb_s"] = rate / 1e9 if gb_s is None else gb_s
-    return cast(Tiers, found)
+    wrong = set(given) & set(names)
+    for one in fields(Scenario):
+        if one.name in wrong:
+            flag = "--no-" if one.default is True else "--"
+            raise ValueError(f"{flag}{one.name.replace('_', '-')} {reason}")
 
 
 def opened(spec: str, options: argparse.Namespace) -> Trace:
@@ -120,13 +96,6 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
         left_out = f"{trace.bad.count} bad records left out"
         print(f"{spec}: {num_requests} requests, {left_out}", file=sys.stderr)
     return trace
-
-
-def split(words: str) -> tuple[str, ...]:
-    """Split at the commas between names, and omit empty ones."""
-    from hybridcache.policies.registry import split_specs
-
-    return tuple(filter(None, split_specs(words)))
 
 
 def refuse(options: argparse.Namespace, defaults: Mapping[str, Any], reason: str) -> None:

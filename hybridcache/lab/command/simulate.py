@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,61 +12,40 @@ from hybridcache.lab.command.shared import (
     FIGURE_LOOK,
     TRACE_HELP,
     add_figure_style,
-    add_tiers,
+    add_settings,
     check_figure,
     figure_style,
+    given_settings,
     opened,
     refuse,
+    refuse_settings,
     share,
-    split,
-    tiers_asked,
 )
-from hybridcache.lab.defaults import GIB_SPEC
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
+    from hybridcache.lab.scenario import Scenario
     from hybridcache.lab.simulation.simulate import SimulationResult
 
 
 def add_simulate(commands: Commands) -> None:
-    """Add the command's parser."""
-    from hybridcache.lab.baselines import BASELINES
+    """Add the command's parser. Its settings are the fields of ``Scenario``."""
     from hybridcache.lab.report import METRICS
-    from hybridcache.lab.simulation.target import MEMORIES
-    from hybridcache.policies.registry import (
-        DEFAULT_EVICTION,
-        DEFAULT_PLACEMENT,
-        eviction_names,
-        placement_names,
-    )
+    from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS
 
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
-    group = parser.add_argument_group("most used")
+    group = parser.add_argument_group(MOST_USED)
     add = group.add_argument
-    add("--trace", required=True, action="append", help=TRACE_HELP + "; may be repeated")
-    share(group, "--model", "--gib")
-    add(
-        "--policy",
-        default=DEFAULT_EVICTION,
-        help=f"eviction policies, joined by commas (default {DEFAULT_EVICTION}): "
-        f"{', '.join(eviction_names())}, all, module:Class",
-    )
-    add(
-        "--checkpoints",
-        action="append",
-        help=f"placements, joined by commas; repeat to compare (default {DEFAULT_PLACEMENT}): "
-        f"{', '.join(placement_names())}, none, module:Class",
-    )
+    add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
+    add_settings(group, *_in(MOST_USED))
     add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses and bins get files next to it")
     add("--output", type=Path, help="JSON lines, one per run; a repeated command continues")
+    add("--scenario", type=Path, help="TOML file of settings; flags replace those of the file")
+    add("--write-scenario", type=Path, help="TOML file to write the settings to; nothing is run")
     share(group, "--processes")
     group = parser.add_argument_group("results")
     add = group.add_argument
-    add(
-        "--baseline",
-        default="",
-        help=f"caches of other systems, rebuilt; joined by commas: {', '.join(BASELINES)}",
-    )
+    add_settings(group, *_in("results"))
     add(
         "--bound",
         action=argparse.BooleanOptionalAction,
@@ -86,68 +66,30 @@ def add_simulate(commands: Commands) -> None:
         help="also print hit rates by prompt length and by turn of the session",
     )
     share(group, "--skip-bad", "--ray")
-    group = parser.add_argument_group("memory and machine")
-    add = group.add_argument
-    add(
-        "--memory",
-        choices=MEMORIES,
-        default="arena",
-        help="one arena for KV and states, as in the engine; an ideal budget of bytes; or two "
-        "pools",
+    add_settings(parser.add_argument_group(MEMORY), *_in(MEMORY))
+    add_settings(parser.add_argument_group(TIERS), *_in(TIERS))
+    group = parser.add_argument_group(LOAD)
+    group.add_argument(
+        "--closed-loop",
+        action="store_true",
+        help="sessions arrive at a rate, and each request follows the answer and the pause before "
+        "it; requests are scheduled as in the engine",
     )
-    add("--kv-share", type=float, help="with --memory pools: share of the memory for KV, 0 to 1")
-    share(group, "--state-dtype", "--checkpoint-dtype", "--grid")
-    add("--page-size", type=int, default=1, help="tokens of a KV page")
-    add(
-        "--priority-classes",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="evict unreachable KV and superseded checkpoints first; otherwise each policy orders "
-        "all items",
-    )
-    share(group, "--servers", "--times")
-    add("--max-running", type=int, help="requests served at the same time (default: one by one)")
-    add_tiers(parser.add_argument_group("host and disk tiers"))
-    _add_closed_loop(parser.add_argument_group("closed loop"))
+    add_settings(group, *_in(LOAD))
     _add_fleet(parser.add_argument_group("replicas"))
     add_figure_style(parser.add_argument_group("look of figures"))
-    parser.set_defaults(run=_simulate, goes_on=True)
+    parser.set_defaults(run=_simulate, goes_on=True, parser=parser)
 
 
-CLOSED_LOOP: dict[str, dict[str, Any]] = {
-    "--rate": {
-        "help": "sessions a second, low:high:points (log-spaced) or a,b,c (default 0.5:4:5)"
-    },
-    "--admission": {
-        "help": "policies that admit waiting requests, joined by commas (default oldest,sessions)"
-    },
-    "--token-budget": {"type": int, "help": "tokens computed in a step (default 8192)"},
-    "--ttft-limit": {
-        "type": float,
-        "help": "seconds to the first token up to which an answer counts as goodput (default 2)",
-    },
-    "--seeds": {"type": int, "help": "runs with other arrivals, averaged (default 1)"},
-    "--tells-ends": {"action": "store_true", "help": "clients say when a session has ended"},
-}
-"""Options with ``--closed-loop`` only."""
-CLOSED_LOOP_DEFAULTS = dict.fromkeys(CLOSED_LOOP) | {"--tells-ends": False}
-SAME_IN_CLOSED_LOOP = (
-    "model",
-    "checkpoints",
-    "rate",
-    "seeds",
-    "max_running",
-    "token_budget",
-    "tells_ends",
-    "memory",
-    "state_dtype",
-    "page_size",
-    "grid",
-    "times",
-    "processes",
-    "ray",
-)
-"""Options that are arguments of ``closed_loop`` as they are."""
+def _in(group: str) -> list[str]:
+    """Return the settings of a group."""
+    from dataclasses import fields
+
+    from hybridcache.lab.scenario import Scenario
+
+    return [one.name for one in fields(Scenario) if one.metadata.get("group") == group]
+
+
 FLEET: dict[str, dict[str, Any]] = {
     "--load": {
         "type": float,
@@ -166,63 +108,48 @@ FLEET: dict[str, dict[str, Any]] = {
 }
 """Options of fleets, with ``--replicas`` only."""
 ALONE = {
-    "--baseline": "",
     "--optimum": False,
     "--losses": False,
     "--bins": False,
     "--metric": "hit",
-    "--max-running": None,
-    "--figure": None,
-    **FIGURE_LOOK,
-    "--servers": 1,
     "--bound": True,
-    "--priority-classes": True,
-    "--kv-share": None,
-    "--checkpoint-dtype": "auto",
-    "--host-gib": 0.0,
-    "--disk-gib": 0.0,
-    "--host-gb-s": None,
-    "--disk-gb-s": None,
 }
-"""Options without a meaning for fleets, and their defaults."""
+"""Options of replays alone that are no settings, and their defaults."""
+OF_FIGURES = {"--figure": None, **FIGURE_LOOK}
 
 
-def _add_closed_loop(parser: argparse._ActionsContainer) -> None:
-    from hybridcache.policies.registry import admission_names
+def _scenarios(options: argparse.Namespace) -> list[Scenario]:
+    """Return a scenario per trace, from the file and the flags."""
+    from hybridcache.lab.scenario import Scenario
 
-    parser.add_argument(
-        "--closed-loop",
-        action="store_true",
-        help="sessions arrive at a rate, and each request follows the answer and the pause before "
-        "it; requests are scheduled as in the engine",
-    )
-    for flag, facts in CLOSED_LOOP.items():
-        known = f": {', '.join(admission_names())}, module:Class" if flag == "--admission" else ""
-        parser.add_argument(flag, **facts | {"help": facts["help"] + known})
+    given = given_settings(options)
+    base = Scenario.load(options.scenario) if options.scenario else None
+    specs = options.trace or ([] if base is None else [base.trace])
+    if not specs:
+        options.parser.error("the following arguments are required: --trace")
+    return [Scenario.of(replace(base, trace=spec) if base else spec, given) for spec in specs]
 
 
-def _simulate_closed_loop(options: argparse.Namespace) -> int:
+def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
     """Serve every trace at every rate with every admission policy, and print their tables."""
     from hybridcache.lab.figures import closed_loop_figure
+    from hybridcache.lab.scenario import REPLAY_ONLY
     from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.result import ClosedLoopRun
 
-    understood = {"--max-running", "--figure", *FIGURE_LOOK}
-    others = {flag: default for flag, default in ALONE.items() if flag not in understood}
-    refuse(
-        options, others | {"--replicas": None}, "has no meaning with --closed-loop: leave it out"
-    )
+    reason = "has no meaning with --closed-loop: leave it out"
+    refuse(options, ALONE | {"--replicas": None}, reason)
+    refuse_settings(given_settings(options), REPLAY_ONLY, reason)
     style = check_figure(options)
-    asked: dict[str, Any] = {
-        "gib": None if options.gib == GIB_SPEC else options.gib,
-        "policy": split(options.policy),
-        "admission": split(options.admission) if options.admission else None,
-        "ttft_limit_s": options.ttft_limit,
-    } | {name: getattr(options, name) for name in SAME_IN_CLOSED_LOOP}
-    asked = {name: value for name, value in asked.items() if value is not None}
     runs: list[ClosedLoopRun] = []
-    for spec in options.trace:
-        result = closed_loop(opened(spec, options), resume_from=options.output, **asked)
+    for scenario in scenarios:
+        trace = opened(str(scenario.trace), options)
+        result = closed_loop(
+            replace(scenario, trace=trace),
+            processes=options.processes,
+            ray=options.ray,
+            resume_from=options.output,
+        )
         runs += result.runs
         if options.figure:
             closed_loop_figure(runs, options.figure, style=style)
@@ -233,15 +160,24 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> int:
+    from hybridcache.lab.scenario import LOAD
+
+    scenarios = _scenarios(options)
+    if options.write_scenario:
+        if len(scenarios) > 1:
+            raise ValueError("--write-scenario writes the settings of one trace: name one")
+        options.write_scenario.write_text(scenarios[0].to_toml(), encoding="utf-8")
+        print(f"scenario: {options.write_scenario}")
+        return 0
     if options.replicas is None:
         fleet = dict.fromkeys(("--router", *FLEET))
         refuse(options, fleet, "is about several replicas: say how many with --replicas")
     if options.closed_loop:
-        return _simulate_closed_loop(options)
+        return _simulate_closed_loop(options, scenarios)
     reason = "is about sessions that wait for answers: add --closed-loop"
-    refuse(options, CLOSED_LOOP_DEFAULTS, reason)
+    refuse_settings(given_settings(options), _in(LOAD), reason)
     if options.replicas is not None:
-        return _simulate_fleets(options)
+        return _simulate_fleets(options, scenarios)
     from hybridcache.lab.report import bins_table, find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
 
@@ -254,11 +190,10 @@ def _simulate(options: argparse.Namespace) -> int:
     check_figure(options)
     results: list[SimulationResult] = []
     drawn: list[Path] = []
-    for spec in options.trace:
-        trace = opened(spec, options)
+    for scenario in scenarios:
+        trace = opened(str(scenario.trace), options)
         result = simulate(
-            trace,
-            **_asked(options),
+            replace(scenario, trace=trace),
             bound=options.bound,
             optimum=options.optimum,
             processes=options.processes,
@@ -280,32 +215,6 @@ def _simulate(options: argparse.Namespace) -> int:
     for path in drawn:
         print(f"figure: {path}")
     return 0
-
-
-def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of ``simulate`` for competitors, memory and machine."""
-    from hybridcache.policies.registry import DEFAULT_PLACEMENT
-
-    as_they_are = [
-        "model",
-        "gib",
-        "priority_classes",
-        "memory",
-        "kv_share",
-        "state_dtype",
-        "checkpoint_dtype",
-        "page_size",
-        "grid",
-        "servers",
-        "max_running",
-        "times",
-    ]
-    return {name: getattr(options, name) for name in as_they_are} | {
-        **tiers_asked(options),
-        "policy": split(options.policy),
-        "checkpoints": options.checkpoints or DEFAULT_PLACEMENT,
-        "baseline": split(options.baseline),
-    }
 
 
 def _draw(
@@ -351,30 +260,20 @@ def _add_fleet(parser: argparse._ActionsContainer) -> None:
         parser.add_argument(flag, **facts)
 
 
-def _simulate_fleets(options: argparse.Namespace) -> int:
+def _simulate_fleets(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
     """Run every router at every size, and print their tables. Raises ValueError for an option that
     has no meaning with fleets."""
     from hybridcache.lab.progress import shown_progress
     from hybridcache.lab.replicas.fleet import FleetConfig
     from hybridcache.lab.replicas.result import fleet_table
     from hybridcache.lab.replicas.runs import fleet_jobs, run_fleets
+    from hybridcache.lab.scenario import GIB_SPEC, REPLAY_ONLY
     from hybridcache.lab.simulation.grid import Place
-    from hybridcache.lab.simulation.simulate import Sweep
     from hybridcache.lab.simulation.sizes import sizes_for
-    from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
-    refuse(options, ALONE, "has no meaning with --replicas: leave it out")
-    sweep = Sweep(
-        options.model,
-        policy=options.policy.split(","),
-        checkpoints=options.checkpoints or DEFAULT_PLACEMENT,
-        memory=options.memory,
-        state_dtype=options.state_dtype,
-        page_size=options.page_size,
-        grid=options.grid,
-        times=options.times,
-    )
-    geometry = sweep.geometry()
+    reason = "has no meaning with --replicas: leave it out"
+    refuse(options, ALONE | OF_FIGURES, reason)
+    refuse_settings(given_settings(options), (*REPLAY_ONLY, "max_running"), reason)
     fleet = FleetConfig(
         options.replicas,
         load=options.load,
@@ -382,13 +281,14 @@ def _simulate_fleets(options: argparse.Namespace) -> int:
         failures=options.failures or 0,
     )
     routers = (options.router or "checkpoint").split(",")
-    times = sweep.serving(geometry).times
-    for spec in options.trace:
-        trace = opened(spec, options)
-        for config in sweep.competitors(geometry):
-            points = sizes_for(options.gib, trace, geometry)
+    for scenario in scenarios:
+        trace, geometry = opened(str(scenario.trace), options), scenario.geometry()
+        times = scenario.serving(geometry).times
+        points = sizes_for(GIB_SPEC if scenario.gib is None else scenario.gib, trace, geometry)
+        for one in scenario.competitors():
+            config = replace(one, gib=None).config(geometry)
             jobs = fleet_jobs(config, fleet, times, routers, points)
-            with shown_progress(None, "runs", spec) as show:
+            with shown_progress(None, "runs", trace.name) as show:
                 results = run_fleets(
                     trace,
                     jobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +14,12 @@ from hybridcache.lab.replicas.fleet import FleetConfig, Span, times_of
 from hybridcache.lab.replicas.result import FleetResult, summarise_fleet
 from hybridcache.lab.replicas.serving import serve_fleet
 from hybridcache.lab.simulation.grid import Place, run_grid
+from hybridcache.lab.simulation.own_code import source_of
 from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.lab.simulation.sweep import identity_of, key_of
+from hybridcache.lab.simulation.sweep import identity_of
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target, check_words
 from hybridcache.lab.trace import Trace
+from hybridcache.policies.registry import split_specs
 from hybridcache.routing.protocol import ReplicaSpec
 from hybridcache.routing.registry import find_router
 
@@ -31,13 +34,15 @@ class FleetJob:
     times: PrefillTimes
 
     def key(self, trace_identity: bytes) -> str:
-        """Return the key of this run in a results file, which covers all inputs except this
-        project's own code."""
-        policies = (self.config.policy, self.config.checkpoints, self.fleet.router)
-        settings = (self.config, self.fleet, self.times)
-        return key_of(
-            f"{self.config.label}, {self.fleet.router}", policies, settings, trace_identity
-        )
+        """Return the key of this run in a results file: a hash of its settings, and of the source
+        of the user's own policies."""
+        own = ""
+        for policy in (self.config.policy, self.config.checkpoints, self.fleet.router):
+            if not isinstance(policy, str):
+                raise ValueError(f"{policy}: name the policy as in 'mine:Policy', or keep no runs")
+            own += "".join(map(source_of, split_specs(policy)))
+        text = repr((self.config, self.fleet, self.times)) + own
+        return hashlib.sha256(text.encode() + trace_identity).hexdigest()[:16]
 
 
 def check_fleet(config: RunConfig, fleet: FleetConfig) -> None:

@@ -15,31 +15,26 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hybridcache.api import Losses
-from hybridcache.config import GRID, build_prefix_cache
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import PrefillTimes, StepTimes, step_times
+from hybridcache.config import build_prefix_cache
+from hybridcache.geometry.times import StepTimes, step_times
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.defaults import CLOSED_LOOP_GIB, MODEL, RATES
 from hybridcache.lab.progress import Progress, shown_progress
+from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun
-from hybridcache.lab.simulation.simulate import Policies, Sizes, Sweep, named_policies
-from hybridcache.lab.simulation.sizes import budget_bytes, rates, sizes_for
-from hybridcache.lab.simulation.sweep import identity_of, key_of
+from hybridcache.lab.simulation.sizes import rates, sizes_for
+from hybridcache.lab.simulation.sweep import identity_of
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.lab.traces import open_trace
 from hybridcache.policies.admission.base import AdmissionPolicy
 from hybridcache.policies.registry import (
-    DEFAULT_EVICTION,
-    DEFAULT_PLACEMENT,
     AdmissionSpec,
     make_admission,
 )
@@ -54,7 +49,8 @@ if TYPE_CHECKING:
 
     from hybridcache.lab.figures import FigureStyle
 
-Admissions = AdmissionSpec | Sequence[AdmissionSpec]
+MAX_RUNNING = 16
+"""Usual number of requests at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,116 +463,79 @@ class ClosedLoopResult:
         return closed_loop_figure(self.runs, path, style=style)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One run in closed loop."""
+def run_cell_in_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
+    """Serve ``trace`` with the one cache, admission policy, rate and seed of ``cell``."""
+    geometry = cell.geometry()
+    [admission], [rate], [seed] = named_policies(cell.admission), rates(cell.rate), seeds_of(cell)
+    loop = ClosedLoop(
+        step_times(cell.serving(geometry).times),
+        rate,
+        seed=seed,
+        max_running=MAX_RUNNING if cell.max_running is None else cell.max_running,
+        token_budget=cell.token_budget,
+        admission=admission,
+        tells_ends=cell.tells_ends,
+    )
+    return run_closed_loop(trace, cell.config(geometry), loop, cell.ttft_limit_s)
 
-    config: RunConfig
-    loop: ClosedLoop
-    limit_s: float
 
-    def key(self, trace_identity: bytes) -> str:
-        policies = (self.config.policy, self.config.checkpoints, self.loop.admission)
-        label = f"{self.config.label}, {self.loop.admission}"
-        return key_of(label, policies, (self.config, self.loop, self.limit_s), trace_identity)
-
-
-def _run_job(trace: Trace, job: _Job) -> ClosedLoopRun:
-    return run_closed_loop(trace, job.config, job.loop, job.limit_s)
+def seeds_of(scenario: Scenario) -> Sequence[int]:
+    """Return the seeds of the arrivals. ValueError if there is none."""
+    seeds = scenario.seeds
+    found = range(seeds) if isinstance(seeds, int) else seeds
+    if not found:
+        raise ValueError("seeds must be at least 1, or a list of seeds.")
+    return found
 
 
 def closed_loop(
-    trace: str | Trace,
+    scenario: Scenario | str | Trace,
     *,
-    model: str | ModelGeometry = MODEL,
-    gib: Sizes = CLOSED_LOOP_GIB,
-    policy: Policies = DEFAULT_EVICTION,
-    checkpoints: Policies = DEFAULT_PLACEMENT,
-    rate: Sizes = RATES,
-    admission: Admissions = ("oldest", "sessions"),
-    seeds: int | Sequence[int] = 1,
-    max_running: int = 16,
-    token_budget: int = 8192,
-    ttft_limit_s: float = 2.0,
-    tells_ends: bool = False,
-    memory: str = "arena",
-    state_dtype: str | None = None,
-    page_size: int = 1,
-    grid: int = GRID,
-    times: str | PrefillTimes | None = None,
     processes: int = 1,
     ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
+    **settings: Any,
 ) -> ClosedLoopResult:
-    """Serve the sessions of a trace with every cache, admission policy and rate.
+    """Serve the sessions of a trace with every cache, admission policy, rate and seed.
 
     Sessions arrive at a rate, and each request follows the answer and the pause before it. Requests
-    are scheduled as in the engine. Arguments that ``simulate`` has too mean the same.
+    are scheduled as in the engine. Arguments that ``simulate`` has too mean the same. ``settings``
+    are fields of ``Scenario``: ``rate``, ``admission``, ``seeds``, ``token_budget`` and others; 16
+    GiB and 16 running requests are usual. ``times`` are also of decode steps.
 
-    - ``rate``: sessions that arrive in a second, on average; ``low:high:points``, a list, or one
-      number.
-    - ``admission``: one admission policy (a name, ``module:Class(alpha=2)``, a class or a
-      function), or a list of them.
-    - ``seeds``: seeds of the arrivals, a run each; a number stands for the first ones from 0.
-    - ``max_running``, ``token_budget``: requests at once, and tokens computed in a step.
-    - ``ttft_limit_s``: time to first token up to which an answer counts as goodput.
-    - ``tells_ends``: clients say when a session has ended.
-    - ``times``: file or model of times, also of decode steps; a roofline of H100s by default.
-
-    O(requests + steps) per run. Raises the errors of ``simulate``.
+    O(requests + steps) per run. Raises the errors of ``simulate``, and ValueError for settings
+    without a meaning in closed loop.
 
     >>> result = closed_loop("short?head=20", gib=1, rate=4, admission="oldest")
     >>> [row["admission"] for row in result.to_dicts()]
     ['oldest']
     """
-    opened = open_trace(trace) if isinstance(trace, str) else trace
-    sweep = Sweep(
-        model=model,
-        policy=policy,
-        checkpoints=checkpoints,
-        memory=memory,
-        state_dtype=state_dtype,
-        page_size=page_size,
-        grid=grid,
-        times=times,
-    )
-    seeds = range(seeds) if isinstance(seeds, int) else seeds
-    if not seeds:
-        raise ValueError("seeds must be at least 1, or a list of seeds.")
-    geometry = sweep.geometry()
-    known = step_times(sweep.serving(geometry).times)
-    admissions = named_policies(admission)
-    for one in admissions:
-        make_admission(one)
-    jobs = [
-        _Job(
-            replace(config, budget_bytes=budget_bytes(size)),
-            ClosedLoop(
-                known,
-                per_second,
-                seed=seed,
-                max_running=max_running,
-                token_budget=token_budget,
-                admission=one,
-                tells_ends=tells_ends,
-            ),
-            ttft_limit_s,
-        )
-        for config in sweep.competitors(geometry)
-        for size in sizes_for(gib, opened, geometry)
-        for one in admissions
-        for per_second in rates(rate)
-        for seed in seeds
+    asked = Scenario.of(scenario, settings)
+    for one in fields(Scenario):
+        if one.name in REPLAY_ONLY and getattr(asked, one.name) != one.default:
+            raise ValueError(f"{one.name} has no meaning in closed loop: leave it out")
+    opened, geometry = asked.opened(), asked.geometry()
+    known = step_times(asked.serving(geometry).times)
+    admissions = named_policies(asked.admission, split=True)
+    for policy in admissions:
+        make_admission(policy)
+    points = sizes_for(CLOSED_LOOP_GIB if asked.gib is None else asked.gib, opened, geometry)
+    cells = [
+        replace(cell, admission=policy, rate=rate, seeds=(seed,))
+        for cell in replace(asked, trace=opened.full_name).cells(points)
+        for policy in admissions
+        for rate in rates(asked.rate)
+        for seed in seeds_of(asked)
     ]
     kept = Path(resume_from) if resume_from else None
     identity = identity_of(opened) if kept else b""
     with shown_progress(progress, "requests", opened.name) as show:
         runs = run_grid(
             opened,
-            jobs,
-            _run_job,
-            keys=[job.key(identity) for job in jobs] if kept else (),
+            cells,
+            run_cell_in_loop,
+            keys=[cell.key(identity) for cell in cells] if kept else (),
             read=ClosedLoopRun.from_record,
             write=ClosedLoopRun.as_record,
             place=Place(processes, ray),

@@ -22,39 +22,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from hybridcache.command.extras import install_command
-from hybridcache.config import GRID
-from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
+from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.baselines import HOST_TIERS
-from hybridcache.lab.defaults import GIB_SPEC, MODEL
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.optimum.trie import Placement
 from hybridcache.lab.progress import Progress, shown_progress
-from hybridcache.lab.simulation.own_code import spec_of
+from hybridcache.lab.scenario import GIB_SPEC, Scenario
+from hybridcache.lab.simulation.grid import Place
 from hybridcache.lab.simulation.result import RunResult, SweepRuns
-from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.simulation.sizes import budget_bytes, sizes_for, tier_bytes
-from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
-from hybridcache.lab.simulation.target import RunConfig, check_words
+from hybridcache.lab.simulation.sizes import budget_bytes, sizes_for
+from hybridcache.lab.simulation.sweep import identity_of, run_cells
 from hybridcache.lab.trace import Trace
-from hybridcache.lab.traces import open_trace
-from hybridcache.policies.registry import (
-    DEFAULT_EVICTION,
-    DEFAULT_PLACEMENT,
-    EVICTION,
-    AdmissionSpec,
-    EvictionSpec,
-    PlacementSpec,
-)
-from hybridcache.policies.user import OwnPolicy, own_policy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,16 +44,7 @@ if TYPE_CHECKING:
     from hybridcache.lab.figures import FigureStyle, Plot
 
 
-BUILTIN = "builtin"
-"""Name of the built-in model of the engine. The presets of the cache do not include it."""
-
-ALL = "all"
-"""Name of all built-in eviction policies together."""
 Words = str | Sequence[str]
-Policy = EvictionSpec | PlacementSpec
-Policies = Policy | Sequence[Policy]
-AnyPolicy = Policy | AdmissionSpec
-Sizes = str | float | Sequence[float]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -202,257 +175,89 @@ class OptimumResult(Sequence[Optimum]):
         return optimum_figure(self.plans, path, style)
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """Competitors, memory and machine of a sweep; ``simulate`` documents these arguments."""
-
-    model: str | ModelGeometry = MODEL
-    gib: Sizes = GIB_SPEC
-    policy: Policies = DEFAULT_EVICTION
-    checkpoints: Policies = DEFAULT_PLACEMENT
-    baseline: Words = ()
-    priority_classes: bool = True
-    memory: str = "arena"
-    kv_share: float | None = None
-    host_gib: float = 0.0
-    disk_gib: float = 0.0
-    host_gb_s: float = PCIE_BYTES_PER_S / 1e9
-    disk_gb_s: float = DISK_BYTES_PER_S / 1e9
-    state_dtype: str | None = None
-    checkpoint_dtype: str = "auto"
-    page_size: int = 1
-    grid: int = GRID
-    servers: int = 1
-    max_running: int | None = None
-    times: str | PrefillTimes | None = None
-
-    def geometry(self) -> ModelGeometry:
-        """Return the model, with states of the precision asked for."""
-        found = self.model
-        if isinstance(found, str):
-            found = load_model(found, checkpoint_dtype=self.checkpoint_dtype)
-        if found.num_linear_layers and self.state_dtype is not None:
-            return found.with_state_dtype(self.state_dtype)
-        return found
-
-    def serving(self, geometry: ModelGeometry) -> Serving:
-        """Return the machine around the caches."""
-        times = MeasuredTimes.load(self.times) if isinstance(self.times, str) else self.times
-        return Serving(times or Roofline.fitting(geometry), self.servers, self.max_running)
-
-    def competitors(self, geometry: ModelGeometry) -> list[RunConfig]:
-        """Return one config each, without a size: every policy with every placement, then every
-        peer.
-
-        Raises ValueError for an invalid name, if there is no competitor, and if two have the same
-        label."""
-        common = RunConfig(
-            geometry,
-            memory=self.memory,
-            kv_share=self.kv_share,
-            page_size=self.page_size,
-            grid=self.grid,
-            dead_first=self.priority_classes,
-            demote_superseded=self.priority_classes,
-            host_bytes=tier_bytes("host", self.host_gib),
-            disk_bytes=tier_bytes("disk", self.disk_gib),
-            host_bytes_per_s=self.host_gb_s * 1e9,
-            disk_bytes_per_s=self.disk_gb_s * 1e9,
-        )
-        found = [
-            replace(common, policy=policy, checkpoints=placement)
-            for policy in named_policies(self.policy)
-            for placement in named_policies(self.checkpoints)
-        ]
-        peers = (self.baseline,) if isinstance(self.baseline, str) else self.baseline
-        found += [
-            replace(
-                common,
-                baseline=word,
-                host_bytes=common.host_bytes if word in HOST_TIERS else 0,
-                disk_bytes=0,
-            )
-            for word in peers
-        ]
-        if not found:
-            raise ValueError("nothing to simulate: no policy, and no baseline")
-        labels = [config.label for config in found]
-        for config in found:
-            check_words(config)
-            if labels.count(config.label) > 1:
-                raise ValueError(
-                    f"two competitors are called {config.label!r}: name each once, and give "
-                    "functions names"
-                )
-        return found
-
-
-def load_model(name: str, **dtypes: str) -> ModelGeometry:
-    """Return the model ``name``: see ``ModelGeometry.load``, and the engine's ``builtin``.
-
-    Raises the errors of ``ModelGeometry.load``; ValueError if the engine is not installed.
-    """
-    if name == BUILTIN and not Path(name).exists():
-        engine = find_spec("engine")
-        if engine is None or engine.origin is None:
-            raise ValueError(
-                f"model {name} is part of the engine, which is not installed: "
-                f"{install_command('engine')}"
-            )
-        name = str(Path(engine.origin).parent / "models" / BUILTIN)
-    return ModelGeometry.load(name, **dtypes)
-
-
 def simulate(
-    trace: str | Trace,
+    scenario: Scenario | str | Trace,
     *,
-    model: str | ModelGeometry = MODEL,
-    gib: Sizes = GIB_SPEC,
-    policy: Policies = DEFAULT_EVICTION,
-    checkpoints: Policies = DEFAULT_PLACEMENT,
-    baseline: Words = (),
-    priority_classes: bool = True,
     bound: bool = True,
     optimum: bool = False,
-    memory: str = "arena",
-    kv_share: float | None = None,
-    host_gib: float = 0.0,
-    disk_gib: float = 0.0,
-    host_gb_s: float = PCIE_BYTES_PER_S / 1e9,
-    disk_gb_s: float = DISK_BYTES_PER_S / 1e9,
-    state_dtype: str | None = None,
-    checkpoint_dtype: str = "auto",
-    page_size: int = 1,
-    grid: int = GRID,
-    servers: int = 1,
-    max_running: int | None = None,
-    times: str | PrefillTimes | None = None,
     processes: int = 1,
     ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
+    **settings: Any,
 ) -> SimulationResult:
-    """Run every policy with every placement, and every baseline, at every size.
+    """Replay a trace with every policy and placement, and every baseline, at every size.
 
-    - ``trace``: a trace, or a specification that ``open_trace`` reads.
-    - ``model``: name of a preset, path of a config.json, ``builtin`` (the engine's own model), or a
-      geometry.
-    - ``gib``: memory for KV and states together; ``low:high:points``, a list, or one number. With
-      ``%`` (``1%:100%``) they are shares of the working set: KV of every distinct token, and a
-      state a request.
-    - ``policy``: eviction policies: names, ``module:Class(alpha=2)``, classes, functions that make
-      a policy, or policies. ``all``: every built-in one.
-    - ``checkpoints``: one placement (names with commas, or your own), or a list of them.
-    - ``baseline``: names of rebuilt peers.
-    - ``priority_classes``: evict unreachable KV and superseded checkpoints before all else; False
-      leaves the order to each policy.
+    - ``scenario``: a ``Scenario``, or a trace (a specification that ``open_trace`` reads, or a
+      ``Trace``). ``settings`` are fields of ``Scenario``, and replace its own: ``model``, ``gib``,
+      ``policy``, ``checkpoints``, ``baseline`` and others.
     - ``bound``: also compute the reuse of an infinite token-granular cache.
     - ``optimum``: also compute a plan with hindsight at each size, for the device's memory alone.
-    - ``memory``: ``arena``, as in the engine; ``budget``, an ideal that only counts bytes; or
-      ``pools``, two, of which ``kv_share`` is for KV. Peers have their own.
-    - ``host_gib``, ``disk_gib``: tiers below the device, read at ``host_gb_s`` and ``disk_gb_s``
-      GB/s. Peers that offload to the host (``baselines.HOST_TIERS``) get the same host memory.
-    - ``state_dtype``, ``checkpoint_dtype``: precision of states, and of checkpoints alone; the
-      model's own by default.
-    - ``page_size``, ``grid``: tokens of a KV page; checkpoints lie at multiples of ``grid`` tokens.
-    - ``servers``, ``max_running``: prefills at the same time; requests served at the same time
-      (None replays them in turn).
-    - ``times``: file or model of prefill times; by default a roofline of as many H100 as hold the
-      model.
     - ``processes``, ``ray``: number of processes, or the address of a Ray cluster; neither changes
       a result.
     - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
     - ``progress``: function of (requests done, requests of all runs); False for none. By default a
       bar in terminals and notebooks.
 
-    O(requests) per run. Raises ValueError or OSError, each with one sentence, for
-    invalid arguments and unreadable files.
+    Policies may be names, ``module:Class(alpha=2)``, classes, functions that make a policy, or
+    policies. O(requests) per run. Raises ValueError or OSError, each with one sentence, for invalid
+    arguments and unreadable files; TypeError for a setting that does not exist.
     """
-    opened = open_trace(trace) if isinstance(trace, str) else trace
-    sweep = Sweep(
-        model=model,
-        gib=gib,
-        policy=policy,
-        checkpoints=checkpoints,
-        baseline=baseline,
-        priority_classes=priority_classes,
-        memory=memory,
-        kv_share=kv_share,
-        host_gib=host_gib,
-        disk_gib=disk_gib,
-        host_gb_s=host_gb_s,
-        disk_gb_s=disk_gb_s,
-        state_dtype=state_dtype,
-        checkpoint_dtype=checkpoint_dtype,
-        page_size=page_size,
-        grid=grid,
-        servers=servers,
-        max_running=max_running,
-        times=times,
-    )
-    if optimum and (host_gib or disk_gib):
+    asked = Scenario.of(scenario, settings)
+    opened = asked.opened()
+    if optimum and (asked.host_gib or asked.disk_gib):
         raise ValueError(
             "optimum plans the device's memory alone: leave it out, or host_gib and disk_gib."
         )
-    geometry = sweep.geometry()
-    serving = sweep.serving(geometry)
-    competitors = sweep.competitors(geometry)
-    points = sizes_for(gib, opened, geometry)
-    jobs = [
-        Job(replace(config, budget_bytes=budget_bytes(size)), serving)
-        for config in competitors
-        for size in points
-    ]
+    geometry = asked.geometry()
+    times = asked.serving(geometry).times
+    points = sizes_for(GIB_SPEC if asked.gib is None else asked.gib, opened, geometry)
+    cells = replace(asked, trace=opened.full_name).cells(points)
     kept = Path(resume_from) if resume_from else None
     with shown_progress(progress, "requests", opened.name) as show:
-        runs = run_sweep(
-            opened, jobs, processes=processes, ray=ray, resume_from=kept, progress=show
-        )
-    is_known = isinstance(serving.times, Roofline | MeasuredTimes)
+        place = Place(processes, ray)
+        runs = run_cells(opened, cells, place=place, resume_from=kept, progress=show)
     result = SimulationResult(
         opened.name,
         geometry,
         tuple(runs),
         None,
-        times=describe_times(serving.times) if is_known else "",
+        times=describe_times(times) if isinstance(times, Roofline | MeasuredTimes) else "",
         counted_by=opened.counted_by,
     )
     if bound:
         result = _with_bound(result, opened)
     if optimum:
-        result = _with_optimum(result, opened, points, grid)
+        result = _with_optimum(result, opened, points, asked.grid)
     if kept and (bound or optimum):
         identity = identity_of(opened)
-        _complete(kept, [job.key(identity) for job in jobs], result.runs)
+        _complete(kept, [cell.key(identity) for cell in cells], result.runs)
     return result
 
 
 def optimum(
-    trace: str | Trace,
+    scenario: Scenario | str | Trace,
     *,
-    model: str | ModelGeometry = MODEL,
-    gib: Sizes = GIB_SPEC,
     placement: Placement = "shared",
-    state_dtype: str | None = None,
-    checkpoint_dtype: str = "auto",
-    grid: int = GRID,
     counts_running: bool = False,
     progress: Progress = None,
+    **settings: Any,
 ) -> OptimumResult:
     """Compute a plan with hindsight at every size, and the bound of an infinite cache.
 
-    Arguments that ``simulate`` has too mean the same. ``placement``: positions of checkpoints,
-    ``shared`` by several requests or at ``every`` grid point. ``counts_running``: KV and state of
-    the running request take memory too, as in every cache. Raises the errors of ``simulate``.
+    ``scenario`` and ``settings`` are those of ``simulate``; model, sizes, precisions and grid have
+    an effect. ``placement``: positions of checkpoints, ``shared`` by several requests or at
+    ``every`` grid point. ``counts_running``: KV and state of the running request take memory too,
+    as in every cache. Raises the errors of ``simulate``.
     """
-    opened = (open_trace(trace) if isinstance(trace, str) else trace).kept()
-    sweep = Sweep(model=model, state_dtype=state_dtype, checkpoint_dtype=checkpoint_dtype)
+    asked = Scenario.of(scenario, settings)
+    opened = asked.opened().kept()
     if placement not in get_args(Placement):
         raise ValueError(
             f"placement must be {' or '.join(get_args(Placement))} (got {placement!r})."
         )
-    geometry = sweep.geometry()
-    points = sizes_for(gib, opened, geometry)
+    geometry = asked.geometry()
+    points = sizes_for(GIB_SPEC if asked.gib is None else asked.gib, opened, geometry)
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):
@@ -463,7 +268,7 @@ def optimum(
                     capacity_bytes=budget_bytes(size),
                     kv_bytes_per_token=geometry.kv_bytes_per_token,
                     state_bytes=geometry.state_bytes,
-                    grid=grid,
+                    grid=asked.grid,
                     placement=placement,
                     counts_running=counts_running,
                 )
@@ -515,19 +320,3 @@ def _complete(path: Path, keys: Sequence[str], runs: Sequence[RunResult]) -> Non
                 continue  # half a line, left by a process that was killed
             file.write(json.dumps(record | known.get(record.get("key"), {})) + "\n")
     whole.replace(path)
-
-
-def named_policies(given: AnyPolicy | Sequence[AnyPolicy]) -> tuple[str | OwnPolicy, ...]:
-    """Return each policy as its name in specifications, or wrapped if it has none. ``all`` stands
-    for every built-in eviction policy."""
-    if given == ALL or given == (ALL,):
-        return tuple(sorted(EVICTION))
-    several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-    return tuple(map(_policy, several))
-
-
-def _policy(one: AnyPolicy) -> str | OwnPolicy:
-    """Replace a class by its name, if it has one, so that other processes find it."""
-    if isinstance(one, str | OwnPolicy):
-        return one
-    return (isinstance(one, type) and spec_of(one)) or own_policy(one)

@@ -1,0 +1,443 @@
+"""One experiment of the simulator: trace, model, memory, policies, machine and load.
+
+``simulate``, ``closed_loop``, ``optimum``, the command line and the studies take a scenario. Flags
+and their help are made from its fields, and it can be written as TOML.
+
+>>> scenario = Scenario("short?head=20", gib=(1, 2), policy=("lru", "survival"))
+>>> print(scenario.to_toml())
+trace = "short?head=20"
+gib = [1, 2]
+policy = ["lru", "survival"]
+<BLANKLINE>
+>>> Scenario.from_toml(scenario.to_toml()) == scenario
+True
+>>> [(cell.policy, cell.gib) for cell in scenario.cells((1.0, 2.0))]
+[('lru', 1.0), ('lru', 2.0), ('survival', 1.0), ('survival', 2.0)]
+"""
+
+# ruff: noqa: RUF009 (``_setting`` calls ``field`` with the metadata of a flag)
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hybridcache.command.extras import install_command
+from hybridcache.config import GRID
+from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
+from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
+from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
+from hybridcache.lab.baselines import BASELINES, HOST_TIERS
+from hybridcache.lab.simulation.own_code import source_of, spec_of
+from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.sizes import budget_bytes, tier_bytes
+from hybridcache.lab.simulation.target import MEMORIES, RunConfig, check_words
+from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces import open_trace
+from hybridcache.policies.registry import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
+    EVICTION,
+    AdmissionSpec,
+    EvictionSpec,
+    PlacementSpec,
+    admission_names,
+    eviction_names,
+    placement_names,
+    split_specs,
+)
+from hybridcache.policies.user import OwnPolicy, own_policy
+
+BUILTIN = "builtin"
+"""Name of the built-in model of the engine. The presets of the cache do not include it."""
+ALL = "all"
+"""Name of all built-in eviction policies together."""
+GIB_SPEC = "2:200:15"
+"""Sizes of a replay: 15 from 2 to 200 GiB, logarithmically spaced."""
+CLOSED_LOOP_GIB = 16.0
+"""Memory of a closed-loop run."""
+
+Words = str | Sequence[str]
+Policy = EvictionSpec | PlacementSpec
+Policies = Policy | Sequence[Policy]
+Admissions = AdmissionSpec | Sequence[AdmissionSpec]
+AnyPolicy = Policy | AdmissionSpec
+Sizes = str | float | Sequence[float]
+
+
+def _setting(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    names: Callable[[], Sequence[str]] | None = None,
+    **flag: Any,
+) -> Any:
+    """Return a field with its help, group of flags, known names, and details of its flag."""
+    return field(
+        default=default, metadata={"help": help, "group": group, "names": names, "flag": flag}
+    )
+
+
+MOST_USED, MEMORY, TIERS, LOAD = (
+    "most used",
+    "memory and machine",
+    "host and disk tiers",
+    "closed loop",
+)
+"""Groups of settings. Those of ``TIERS`` and some of ``MEMORY`` concern replays alone, those of
+``LOAD`` closed loops alone."""
+REPLAY_ONLY = (
+    *("baseline", "priority_classes", "kv_share", "checkpoint_dtype", "servers"),
+    *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
+)
+"""Settings without a meaning in closed loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Settings of a simulation. Several policies, sizes, rates or seeds stand for a run of each
+    combination; ``cells`` returns these."""
+
+    trace: str | Trace
+    """Trace, or a specification that ``open_trace`` reads."""
+    model: str | ModelGeometry = _setting(
+        "qwen3-next", "a preset's name, builtin, or the path of a config.json", MOST_USED
+    )
+    gib: Sizes | None = _setting(
+        None,
+        "memory for KV and states together, GiB: low:high:points (log-spaced), or a,b,c; or shares "
+        f"of the working set: 1%:100% (default {GIB_SPEC}; {CLOSED_LOOP_GIB:g} in closed loop)",
+        MOST_USED,
+    )
+    policy: Policies = _setting(
+        DEFAULT_EVICTION,
+        "eviction policies, joined by commas, or all",
+        MOST_USED,
+        names=lambda: [*eviction_names(), "module:Class"],
+    )
+    checkpoints: Policies = _setting(
+        DEFAULT_PLACEMENT,
+        "placements, joined by commas; repeat to compare",
+        MOST_USED,
+        names=lambda: [*placement_names(), "none", "module:Class"],
+        action="append",
+    )
+    baseline: Words = _setting(
+        (),
+        "caches of other systems, rebuilt; joined by commas",
+        "results",
+        names=lambda: list(BASELINES),
+    )
+    priority_classes: bool = _setting(
+        True,
+        "evict unreachable KV and superseded checkpoints first; otherwise each policy orders all "
+        "items",
+        MEMORY,
+    )
+    memory: str = _setting(
+        "arena",
+        "one arena for KV and states, as in the engine; an ideal budget of bytes; or two pools",
+        MEMORY,
+        choices=MEMORIES,
+    )
+    kv_share: float | None = _setting(
+        None, "with memory pools: share of the memory for KV, 0 to 1", MEMORY, type=float
+    )
+    state_dtype: str | None = _setting(
+        None, f"precision of states: {', '.join(DTYPE_BYTES)} (default: the model's own)", MEMORY
+    )
+    checkpoint_dtype: str = _setting(
+        "auto",
+        "precision of checkpoints only: bfloat16, int8 or fp8, the last two with :head, :row or "
+        ":column (without them, :column); running states are then not counted in this memory; "
+        "auto: the precision of states",
+        MEMORY,
+    )
+    page_size: int = _setting(1, "tokens of a KV page", MEMORY, type=int)
+    grid: int = _setting(
+        GRID, "checkpoint positions are multiples of this number of tokens", MEMORY, type=int
+    )
+    servers: int = _setting(1, "concurrent prefills, for the TTFT", MEMORY, type=int)
+    max_running: int | None = _setting(
+        None,
+        "requests served at the same time (default: one by one; 16 in closed loop)",
+        MEMORY,
+        type=int,
+    )
+    times: str | PrefillTimes | None = _setting(
+        None, "file of measured prefill times; default: a roofline of H100s", MEMORY
+    )
+    host_gib: float = _setting(
+        0.0, "host memory for entries evicted from the device, GiB; 0: none", TIERS, type=float
+    )
+    host_gb_s: float = _setting(
+        PCIE_BYTES_PER_S / 1e9,
+        "bandwidth from host to a device, GB/s; decides which entries are loaded",
+        TIERS,
+        type=float,
+    )
+    disk_gib: float = _setting(
+        0.0, "disk memory for entries evicted from the device, GiB; 0: none", TIERS, type=float
+    )
+    disk_gb_s: float = _setting(
+        DISK_BYTES_PER_S / 1e9,
+        "bandwidth from disk to a device, GB/s; decides which entries are loaded",
+        TIERS,
+        type=float,
+    )
+    rate: Sizes = _setting(
+        "0.5:4:5", "sessions a second, low:high:points (log-spaced) or a,b,c", LOAD
+    )
+    admission: Admissions = _setting(
+        ("oldest", "sessions"),
+        "policies that admit waiting requests, joined by commas",
+        LOAD,
+        names=lambda: [*admission_names(), "module:Class"],
+    )
+    token_budget: int = _setting(8192, "tokens computed in a step", LOAD, type=int)
+    ttft_limit_s: float = _setting(
+        2.0,
+        "seconds to the first token up to which an answer counts as goodput",
+        LOAD,
+        type=float,
+    )
+    seeds: int | Sequence[int] = _setting(
+        1, "runs with other arrivals, averaged: a number, or a list of seeds", LOAD, type=int
+    )
+    tells_ends: bool = _setting(False, "clients say when a session has ended", LOAD)
+
+    def __post_init__(self) -> None:
+        for tier in ("host", "disk"):
+            gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
+            speed, usual = getattr(self, gb_s), _defaults()[gb_s]
+            if not speed > 0:
+                raise ValueError(f"{gb_s} {speed:g}: GB/s above 0 are needed")
+            if speed != usual and not size:
+                raise ValueError(f"{gb_s} is the speed of a tier: give its size with {tier}_gib")
+
+    @classmethod
+    def of(cls, given: Scenario | str | Trace, settings: dict[str, Any]) -> Scenario:
+        """Return the scenario of a function's arguments: a scenario, or a trace, and settings that
+        replace its own. TypeError for a setting that does not exist."""
+        known = {one.name for one in fields(cls)} - {"trace"}
+        for name in settings:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"there is no setting {name!r}{hint}")
+        if isinstance(given, Scenario):
+            return replace(given, **settings)
+        return cls(given, **settings)
+
+    # --- Files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scenario:
+        """Read a TOML file. ValueError, which names the file, if it is none of a scenario."""
+        try:
+            return cls.from_toml(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_toml(cls, text: str) -> Scenario:
+        """Return the scenario that ``to_toml`` wrote. Settings that are left out have their
+        defaults."""
+        found: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in tomllib.loads(text).items()
+        }
+        if "trace" not in found:
+            raise ValueError("there is no trace in the scenario")
+        return cls.of(found.pop("trace"), found)
+
+    def to_toml(self) -> str:
+        """Return all settings that differ from their defaults. ValueError for a setting that is an
+        object without a name in a file."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        lines = [
+            f"{name} = {_written(name, value)}\n"
+            for name, value in given.items()
+            if name == "trace" or value != _defaults()[name]
+        ]
+        return "".join(lines)
+
+    def key(self, trace_identity: bytes) -> str:
+        """Return the identity of a single run's result: a hash of all settings, of the model's
+        sizes, of the times, and of the trace (see ``identity_of``).
+
+        The source of the user's own policies is part of it, so that an edited policy is another
+        run. ValueError for a policy that is an object, which has no name in a file.
+        """
+        policies = (*_each(self.policy), *_each(self.checkpoints), *_each(self.admission))
+        own = "".join(
+            "".join(map(source_of, split_specs(_written_policy(one)))) for one in policies
+        )
+        geometry = self.geometry()
+        names = [one.name for one in fields(self) if one.name not in ("trace", "model", "times")]
+        text = "".join(f"{name} = {getattr(self, name)!r}\n" for name in names)
+        text += f"{geometry!r}\n{self.serving(geometry).times!r}\n{own}"
+        return hashlib.sha256(text.encode() + trace_identity).hexdigest()[:16]
+
+    # --- Parts ------------------------------------------------------------------------------------
+
+    def opened(self) -> Trace:
+        """Return the trace."""
+        return open_trace(self.trace) if isinstance(self.trace, str) else self.trace
+
+    def geometry(self) -> ModelGeometry:
+        """Return the model, with states of the precision asked for."""
+        found = self.model
+        if isinstance(found, str):
+            found = load_model(found, checkpoint_dtype=self.checkpoint_dtype)
+        if found.num_linear_layers and self.state_dtype is not None:
+            return found.with_state_dtype(self.state_dtype)
+        return found
+
+    def serving(self, geometry: ModelGeometry) -> Serving:
+        """Return the machine around the caches."""
+        times = MeasuredTimes.load(self.times) if isinstance(self.times, str) else self.times
+        return Serving(times or Roofline.fitting(geometry), self.servers, self.max_running)
+
+    def competitors(self) -> list[Scenario]:
+        """Return a scenario per competitor: every policy with every placement, then every peer.
+
+        Raises ValueError for an invalid name, if there is no competitor, and if two have the same
+        label."""
+        found = [
+            replace(self, policy=policy, checkpoints=placement, baseline=())
+            for policy in named_policies(self.policy, split=True)
+            for placement in named_policies(self.checkpoints)
+        ]
+        peers = split_specs(self.baseline) if isinstance(self.baseline, str) else self.baseline
+        found += [
+            replace(
+                self,
+                policy=DEFAULT_EVICTION,
+                checkpoints=DEFAULT_PLACEMENT,
+                baseline=word,
+                host_gib=self.host_gib if word in HOST_TIERS else 0.0,
+                disk_gib=0.0,
+                host_gb_s=self.host_gb_s if word in HOST_TIERS else PCIE_BYTES_PER_S / 1e9,
+                disk_gb_s=DISK_BYTES_PER_S / 1e9,
+            )
+            for word in peers
+            if word
+        ]
+        if not found:
+            raise ValueError("nothing to simulate: no policy, and no baseline")
+        geometry = self.geometry()
+        configs = [one.config(geometry) for one in found]
+        labels = [config.label for config in configs]
+        for config in configs:
+            check_words(config)
+            if labels.count(config.label) > 1:
+                raise ValueError(
+                    f"two competitors are called {config.label!r}: name each once, and give "
+                    "functions names"
+                )
+        return found
+
+    def cells(self, points: Sequence[float]) -> list[Scenario]:
+        """Return a scenario per competitor and size."""
+        return [replace(one, gib=size) for one in self.competitors() for size in points]
+
+    def config(self, geometry: ModelGeometry) -> RunConfig:
+        """Return the cache of a scenario with one competitor; without a size if it has several."""
+        is_one = isinstance(self.gib, int | float)
+        policy, checkpoints = self.policy, self.checkpoints
+        assert isinstance(policy, str | OwnPolicy) and isinstance(checkpoints, str | OwnPolicy)
+        return RunConfig(
+            geometry,
+            budget_bytes=budget_bytes(float(self.gib)) if is_one else None,  # type: ignore[arg-type]
+            memory=self.memory,
+            kv_share=self.kv_share,
+            policy=policy,
+            checkpoints=checkpoints,
+            baseline=str(self.baseline) if self.baseline else None,
+            page_size=self.page_size,
+            grid=self.grid,
+            dead_first=self.priority_classes,
+            demote_superseded=self.priority_classes,
+            host_bytes=tier_bytes("host", self.host_gib),
+            disk_bytes=tier_bytes("disk", self.disk_gib),
+            host_bytes_per_s=self.host_gb_s * 1e9,
+            disk_bytes_per_s=self.disk_gb_s * 1e9,
+        )
+
+
+def _defaults() -> dict[str, Any]:
+    return {one.name: one.default for one in fields(Scenario)}
+
+
+def _written(name: str, value: Any) -> str:
+    """Return a TOML value. ValueError if there is none."""
+    if isinstance(value, Trace) and value.recipe:
+        value = value.recipe
+    elif name in ("policy", "checkpoints", "admission"):
+        words = [_written_policy(one) for one in _each(value)]
+        value = words if isinstance(value, tuple | list) else words[0]
+    try:
+        return json.dumps(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} is an object ({type(value).__name__}), which has no name in a file"
+        ) from None
+
+
+def _each(given: Any) -> Sequence[Any]:
+    """Return several values, or the one in a tuple."""
+    return given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+
+
+def _written_policy(policy: Any) -> str:
+    if isinstance(policy, type) and (spec := spec_of(policy)):
+        return spec
+    if isinstance(policy, str):
+        return policy
+    raise ValueError(
+        f"{policy}: its runs cannot be identified in a file of runs: name the policy as in "
+        "'mine:Policy(weight=2)', or keep no runs"
+    )
+
+
+def load_model(name: str, **dtypes: str) -> ModelGeometry:
+    """Return the model ``name``: see ``ModelGeometry.load``, and the engine's ``builtin``.
+
+    Raises the errors of ``ModelGeometry.load``; ValueError if the engine is not installed.
+    """
+    if name == BUILTIN and not Path(name).exists():
+        engine = find_spec("engine")
+        if engine is None or engine.origin is None:
+            raise ValueError(
+                f"model {name} is part of the engine, which is not installed: "
+                f"{install_command('engine')}"
+            )
+        name = str(Path(engine.origin).parent / "models" / BUILTIN)
+    return ModelGeometry.load(name, **dtypes)
+
+
+def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy, ...]:
+    """Return each policy as its name in specifications, or wrapped if it has none. With ``split``,
+    a text names several with commas between, and ``all`` stands for every built-in eviction
+    policy."""
+    if split and isinstance(given, str):
+        given = tuple(filter(None, split_specs(given)))
+    if split and given in (ALL, (ALL,), [ALL]):
+        return tuple(sorted(EVICTION))
+    return tuple(map(_policy, _each(given)))
+
+
+def _policy(one: Any) -> str | OwnPolicy:
+    """Replace a class by its name, if it has one, so that other processes find it."""
+    if isinstance(one, str | OwnPolicy):
+        return one
+    return (isinstance(one, type) and spec_of(one)) or own_policy(one)
