@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import Engine, engine_config
+from engine import Engine, SamplingParams, engine_config
 from engine.plugins.disaggregation.prefix_buffer import difference, identity
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.runner.backends import all_plain
@@ -177,6 +177,25 @@ def test_rows_of_a_product_do_not_depend_on_the_row_count(shape, dtype):
             expected = product(x)
             for count in (1, 2, 3, 4, 5, 8, 13, 64, 65, 130, 511):
                 assert torch.equal(product(x[64 : 64 + count]), expected[64 : 64 + count])
+
+
+def test_only_preempted_answers_differ_and_none_with_exact(random_tokens):
+    """The first sentence of docs/concepts/exactness.md makes this exception."""
+    prompts = [random_tokens(length, length, 256) for length in (150, 200, 97, 230, 180, 120)]
+    greedy = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, logprobs=3)
+
+    def answers(prompts, **settings):
+        engine = Engine(engine_config(device="cpu", dtype="float32", max_model_len=512, **settings))
+        outputs = engine.generate(prompts, greedy)
+        return outputs, [(output.token_ids, output.logprobs) for output in outputs]
+
+    cold = [answers([prompt], cache_gib=0.01, prefix_cache="none")[1][0] for prompt in prompts]
+    for exact in (True, False):
+        outputs, found = answers(prompts, cache_gib=0.0015, max_running=6, exact=exact)
+        preempted = [output.num_preemptions > 0 for output in outputs]
+        assert any(preempted)
+        for was_preempted, own, expected in zip(preempted, found, cold, strict=True):
+            assert own == expected or (was_preempted and not exact)
 
 
 class TestCheckAtTheStart:
