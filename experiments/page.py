@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from experiments import provenance
 from experiments.provenance import ROOT
 from hybridcache.lab.intervals import Interval, interval, paired, ratio
-from hybridcache.lab.leaderboard import Board, Scores, Split
+from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows. Cells are text; intervals are written ``mean [low, high]``."""
@@ -61,7 +61,7 @@ def leaderboard_table() -> Table:
         Scores(**{name: record[name] for name in Scores.__slots__}) for record in records
     )
     board = Board(Split.load(), records[0]["reference"], scores)
-    return board.heads(), [row.cells() for row in board.rows()]
+    return board.heads(), [row.cells() for row in board.rows() if row.name in BUILT_IN]
 
 
 def default_table() -> Table:
