@@ -10,13 +10,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig
 from engine.text.tokenizer import ByteTokenizer
 from experiments import page, provenance
 from experiments.benchmarks import measure_prefill
-from experiments.studies import admission, capacity, closed_loop, default, hints, tiers
+from experiments.studies import admission, capacity, closed_loop, default, hints, shadows, tiers
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
@@ -238,6 +239,29 @@ def test_loss_is_the_distance_to_the_best_pair_of_each_cell(
         ],
     )
     assert page.losses_table()[1] == [["tuning", "1", "10.0", "10.0", "0 of 1"]]
+
+
+def test_shadows_of_all_sessions_follow_the_better_pair(tmp_path: Path) -> None:
+    """The second candidate reuses everything, the default nothing."""
+    prompt = np.full(200, 1000)
+    better = dict.fromkeys(shadows.CANDIDATES, 0 * prompt)
+    better[shadows.CANDIDATES[1]] = prompt
+    places = np.arange(200)
+    rate = shadows.reached({"prompt": prompt} | better, places, better)
+    assert rate == pytest.approx(100 * 199 / 200), "the first request decides"
+    assert shadows.reached({"prompt": prompt} | better, places[:0], better) == 0.0
+
+    cell = shadows.Cell("tuning", "short?head=60", 0.6, None, "short?head=60&seed=1")
+    geometry = shadows.ModelGeometry.preset("qwen3-next")
+    logs = shadows.logs_of(cell, geometry, tmp_path)
+    again = shadows.logs_of(cell, geometry, tmp_path)
+    assert {name: log.tolist() for name, log in again.items()} == {
+        name: log.tolist() for name, log in logs.items()
+    }
+    found = shadows.figures(logs)
+    assert 0 < found["rates"][default.DEFAULT] <= 100 and set(found["reached"]) > {"1"}
+    record = cell._asdict() | found
+    assert shadows.table([record]).count("shadows") == 7
 
 
 def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:

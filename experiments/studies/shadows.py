@@ -1,0 +1,260 @@
+"""Measure whether shadow caches can choose the pair of eviction and placement.
+
+    python -m experiments.studies.shadows [--split tuning outside] [--logs FOLDER]
+
+A shadow is a cache with leases and without tensors. It runs a candidate pair on a sample of the
+sessions, with the memory scaled by the sampling rate. Whole sessions are sampled, by a hash of
+their first page or of their name. The cache takes the candidate with the most reused tokens in the
+last requests of the sample. A candidate must lead by ``LEAD`` of the prompt tokens.
+
+The study does not run the switching cache itself. It reads each pair's own log: after a switch, a
+request hits as in a cache that always had the new pair. This favours shadows, because a real cache
+has the contents of the old pair. A rule that loses here needs no implementation.
+
+The cost is the number of candidates times the sampling rate, in units of the cache's own work.
+
+Sources: SHARDS (Waldspurger et al., FAST'15); miniature simulations (ATC'17), whose errors are
+below 0.01 for scaled caches of thousands of items; set duelling (Qureshi et al., ISCA'07).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import tomllib
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from experiments.provenance import ROOT
+from experiments.studies.common import STATIC_PLACEMENT, keep, rounded
+from experiments.studies.default import (
+    ARENA_SPLITS,
+    DEFAULT,
+    PAIRS,
+    POOLS,
+    Job,
+    jobs_of,
+)
+from hybridcache import ModelGeometry, open_trace
+from hybridcache.geometry.times import Roofline
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.simulation.sweep import collect_seldom
+from hybridcache.lab.simulation.target import RunConfig, build_target
+from hybridcache.lab.trace import TraceRequest
+
+CANDIDATES = (DEFAULT, "survival@backoff", f"survival@{STATIC_PLACEMENT}", "lru@adaptive")
+RATES = (1.0, 0.5, 0.25, 0.125)
+SAMPLES = ("first page", "session")
+PAGE = 64
+"""Tokens of the first page."""
+WINDOW = 64
+"""Sampled requests after which a request counts half."""
+LEAD = 0.03
+"""Lead, as a part of the prompt tokens, that another candidate needs."""
+
+Tokens = npt.NDArray[np.int64]
+
+
+class Cell(NamedTuple):
+    """One trace in one memory."""
+
+    split: str
+    trace: str
+    gib: float
+    kv_share: float | None
+    path: str
+    """Trace with its seed, as ``open_trace`` takes it."""
+
+    @property
+    def name(self) -> str:
+        """File name of the logs."""
+        facts = f"{self.path.rpartition('/')[2]}|{self.gib:g}|{self.kv_share}"
+        return f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npz"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--split", nargs="+", choices=ARENA_SPLITS, default=["tuning", "outside"])
+    parser.add_argument("--logs", type=Path, help="folder for the logs of finished cells")
+    options = parser.parse_args()
+    collect_seldom()
+    config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
+    geometry, records = ModelGeometry.load(config["model"]), []
+    cells = [cell for split in options.split for cell in cells_of(split, config)]
+    for cell in tqdm(cells, unit=" cells", disable=None):
+        logs = logs_of(cell, geometry, options.logs)
+        records.append(cell._asdict() | {"path": ""} | figures(logs))
+    keep("study_shadows", records)
+    print(table(records))
+
+
+def cells_of(split: str, config: Mapping[str, Any]) -> Iterator[Cell]:
+    """Yield the cells of ``split`` in both memories, with its first seed."""
+    for job in (*jobs_of(split, dict(config), 1), *jobs_of(split + POOLS, dict(config), 1)):
+        for gib in job.gib:
+            yield Cell(split, job.trace, gib, job.kv_share, path_of(job))
+
+
+def path_of(job: Job) -> str:
+    """Return the trace of ``job`` as ``open_trace`` takes it."""
+    return job.path or f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
+
+
+def logs_of(cell: Cell, geometry: ModelGeometry, folder: Path | None) -> dict[str, Tokens]:
+    """Return the reused tokens per request of all pairs and shadows, from ``folder`` if they are
+    there."""
+    path = None if folder is None else folder / cell.name
+    if path is not None and path.exists():
+        with np.load(path) as known:
+            return {name: known[name] for name in known.files}
+    trace = open_trace(cell.path)
+    requests = list(trace)
+    found: dict[str, Tokens] = {"prompt": np.array([r.num_tokens(trace.unit) for r in requests])}
+    for pair in PAIRS:
+        found[pair] = reused(requests, pair, cell, geometry, trace.unit, 1.0)
+    for sample in SAMPLES:
+        shares = positions(requests, sample)
+        for rate in RATES[1:]:
+            places = np.flatnonzero(shares < rate)
+            found[f"{sample}|{rate:g}"] = places
+            chosen = [requests[place] for place in places]
+            for pair in CANDIDATES:
+                of = reused(chosen, pair, cell, geometry, trace.unit, rate)
+                found[f"{sample}|{rate:g}|{pair}"] = of
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, allow_pickle=False, **found)
+    return found
+
+
+def positions(requests: Sequence[TraceRequest], sample: str) -> npt.NDArray[np.float64]:
+    """Return the position of each request's session in [0, 1): it is in a sample of a rate above
+    it."""
+    first: dict[Any, float] = {}
+    for request in requests:
+        key = request.namespace, request.session
+        if key not in first:
+            text = request.tokens[:PAGE].tobytes()
+            hashed = text if sample == "first page" else repr(key).encode() + b"x"
+            first[key] = zlib.crc32(hashed) / 2**32
+    return np.array([first[r.namespace, r.session] for r in requests])
+
+
+def reused(
+    requests: Sequence[TraceRequest],
+    pair: str,
+    cell: Cell,
+    geometry: ModelGeometry,
+    unit: int,
+    rate: float,
+) -> Tokens:
+    """Return the reused tokens of each request, in a memory scaled by ``rate``. 0 for all if the
+    memory holds nothing."""
+    eviction, _, placement = pair.partition("@")
+    config = RunConfig(
+        geometry,
+        budget_bytes=int(budget_bytes(cell.gib) * rate),
+        policy=eviction,
+        checkpoints=placement,
+        memory="arena" if cell.kv_share is None else "pools",
+        kv_share=cell.kv_share,
+    )
+    times = Roofline.fitting(geometry)
+    try:
+        target = build_target(config, unit, times)
+    except ValueError:
+        return np.zeros(len(requests), np.int64)
+    log = serve(target, requests, unit, Serving(times))
+    return np.frombuffer(log.cached_tokens, np.int64).copy()
+
+
+def figures(logs: Mapping[str, Tokens]) -> dict[str, Any]:
+    """Return the rates of all pairs, what switching reaches, and the errors of sampled rates."""
+    prompt = logs["prompt"]
+    total = prompt.sum()
+    rates = {pair: 100 * logs[pair].sum() / total for pair in PAIRS}
+    everything = np.arange(len(prompt))
+    shadows = {"1": reached(logs, everything, {pair: logs[pair] for pair in CANDIDATES})}
+    errors: dict[str, float] = {}
+    for sample in SAMPLES:
+        for rate in RATES[1:]:
+            key = f"{sample}|{rate:g}"
+            places, scaled = logs[key], {pair: logs[f"{key}|{pair}"] for pair in CANDIDATES}
+            shadows[key] = reached(logs, places, scaled)
+            if len(places):
+                sampled = prompt[places].sum()
+                errors[key] = statistics.fmean(
+                    abs(100 * scaled[pair].sum() / sampled - rates[pair]) for pair in CANDIDATES
+                )
+    return {
+        "requests": len(prompt),
+        "rates": rounded({pair: float(rate) for pair, rate in rates.items()}),
+        "reached": rounded(shadows),
+        "errors": rounded(errors),
+    }
+
+
+def reached(
+    logs: Mapping[str, Tokens], places: npt.NDArray[np.int64], shadows: Mapping[str, Tokens]
+) -> float:
+    """Return the hit rate in percent of a cache that follows ``shadows``.
+
+    ``places`` are the requests of the sample. A switch takes effect with the next request.
+    """
+    prompt, chosen, hits = logs["prompt"], DEFAULT, 0
+    earned, asked, fading = dict.fromkeys(CANDIDATES, 0.0), 0.0, 0.5 ** (1 / WINDOW)
+    rank = {int(place): number for number, place in enumerate(places)}
+    for place, length in enumerate(prompt):
+        hits += int(logs[chosen][place])
+        number = rank.get(place)
+        if number is None:
+            continue
+        for pair, of in shadows.items():
+            earned[pair] = fading * earned[pair] + of[number]
+        asked = fading * asked + length
+        best = max(CANDIDATES, key=lambda pair: earned[pair])
+        if earned[best] - earned[chosen] > LEAD * asked:
+            chosen = best
+    return float(100 * hits / prompt.sum())
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return one row per way to choose the pair: its cost, its losses to the best pair of a cell by
+    split, and the error of its hit rates."""
+    splits = list(dict.fromkeys(record["split"] for record in records))
+    ways = [("the default alone", "", 0.0), ("shadows, all sessions", "1", float(len(CANDIDATES)))]
+    for sample in SAMPLES:
+        ways += [
+            (f"shadows, {rate:g} by {sample}", f"{sample}|{rate:g}", rate * len(CANDIDATES))
+            for rate in RATES[1:]
+        ]
+    header = ["choice of the pair", "cost"]
+    for split in splits:
+        header += [f"{split}: mean loss", "worst"]
+    rows = []
+    for title, key, cost in ways:
+        row = [title, f"{cost:g}"]
+        for split in splits:
+            losses = [
+                max(record["rates"].values())
+                - (record["reached"][key] if key else record["rates"][DEFAULT])
+                for record in records
+                if record["split"] == split
+            ]
+            row += [f"{statistics.fmean(losses):.2f}", f"{max(losses):.1f}"]
+        errors = [record["errors"][key] for record in records if key in record["errors"]]
+        rows.append([*row, f"{statistics.fmean(errors):.1f}" if errors else ""])
+    return text_table([*header, "error of hit rates, points"], rows)
+
+
+if __name__ == "__main__":
+    main()
