@@ -5,8 +5,9 @@ An *item* is a unit of eviction: one checkpoint, or the KV of one node. Policies
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 Kind = Literal["kv", "checkpoint"]
@@ -136,8 +137,16 @@ class EvictionPolicy(ABC):
     superseded checkpoints and the rest. Classes are evicted in this order
     (``CacheConfig.dead_first``, ``demote_superseded``)."""
 
+    clock: Callable[[], float] = time.monotonic
+    """Seconds, for policies that depend on time. Simulations set the clock of the simulated
+    machine; ``item.last_used`` and ``created`` count requests."""
+
     def __str__(self) -> str:
         return type(self).__name__
+
+    def set_clock(self, clock: Callable[[], float]) -> None:
+        """Read seconds from ``clock`` from now on."""
+        self.clock = clock
 
     @abstractmethod
     def add(self, item: Item) -> None:

@@ -158,6 +158,9 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def failure(self) -> PolicyError | None:
         return self._failure
 
+    def set_clock(self, clock: Callable[[], float]) -> None:
+        self._policy.set_clock(clock)
+
     def add(self, item: Item) -> None:
         self._held[item] = None
         self._notify(self._policy.add, item)

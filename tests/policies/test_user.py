@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -580,6 +581,33 @@ def test_a_class_without_a_source_file_runs_but_cannot_be_saved(
 class Stingy(FIFO):
     def victim(self, kind: str | None) -> Item | None:
         return None
+
+
+class SeesSeconds(FIFO):
+    seen: ClassVar[list[float]] = []
+
+    def add(self, item: Item) -> None:
+        SeesSeconds.seen.append(self.clock())
+        super().add(item)
+
+
+@pytest.mark.parametrize("orders_classes", [True, False])
+def test_policies_see_the_seconds_of_the_simulated_machine(
+    orders_classes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SeesSeconds, "orders_classes", orders_classes)
+    for run, last_s in (
+        (lambda: simulate("chat?head=40", gib=2, policy=SeesSeconds, bound=False), None),
+        (lambda: closed_loop("chat?head=40", gib=2, rate=1, seeds=1, policy=SeesSeconds), 5.0),
+    ):
+        SeesSeconds.seen.clear()
+        run()
+        times = [request.timestamp_s for request in open_trace("chat?head=40")]
+        if last_s is None:
+            assert set(SeesSeconds.seen) <= set(times) and len(set(SeesSeconds.seen)) > 20
+        else:
+            assert len(set(SeesSeconds.seen)) > 20 and max(SeesSeconds.seen) > last_s
+    assert FIFO().clock() == pytest.approx(time.monotonic(), abs=5)
 
 
 class Misspelled(LRU):

@@ -205,6 +205,8 @@ class _Run:
             owns_states=geometry.checkpoint_bytes is not None,
         )
         self.now_s = 0.0
+        if (policy := getattr(cache, "policy", None)) is not None:
+            policy.set_clock(lambda: self.now_s)
         self.admission: AdmissionPolicy = make_admission(loop.admission)
         self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
             self.manager,

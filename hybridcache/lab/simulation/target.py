@@ -313,9 +313,15 @@ class LeaseTarget:
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in
         units of many tokens it is within the last one."""
         self._stateful, self._own_slot = stateful, own_slot
+        self.now_s = 0.0
+        """Timestamp of the present request: the clock of policies in replays."""
+        policy: EvictionPolicy | None = getattr(cache, "policy", None)
+        if policy is not None:
+            policy.set_clock(lambda: self.now_s)
         self.priority_classes: bool | None = has_priority_classes(getattr(cache, "policy", None))
 
     def begin(self, request: TraceRequest) -> Served | None:
+        self.now_s = request.timestamp_s
         if self._stateful and self._own_slot is None and not self.cache.has_slots:
             return None  # a pool of states that is smaller than one
         asked = LeaseRequest(

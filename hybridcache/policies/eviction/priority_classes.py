@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
@@ -35,6 +35,10 @@ class PriorityClasses(EvictionPolicy):
     def failure(self) -> PolicyError | None:
         """The first failure of a class."""
         return self._rest.failure or self._dead.failure or self._superseded.failure
+
+    def set_clock(self, clock: Callable[[], float]) -> None:
+        for policy in (self._rest, self._dead, self._superseded):
+            policy.set_clock(clock)
 
     def add(self, item: Item) -> None:
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
