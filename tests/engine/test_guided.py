@@ -152,8 +152,9 @@ def test_guided_answers_do_not_depend_on_engine_settings(
         assert sum(output.num_preemptions for output in other.generate(specs)) > 0
 
 
-AMBIGUOUS = Grammar.of_text('start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | ')
+AMBIGUOUS = 'start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | '
 """Grammar with masks that take longer with every token."""
+LATER = AMBIGUOUS.replace("start:", "start: /[a-z]{50}/")
 
 
 STRICT: list[dict[str, Any]] = [
@@ -279,7 +280,7 @@ def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
 ) -> None:
     """The limits count items, not seconds, so every engine ends the answer at the same token."""
     monkeypatch.setattr(guide, "REQUEST_S", 60.0)
-    slow = spec(AMBIGUOUS, max_tokens=200, min_tokens=200)
+    slow = spec(Grammar.of_text(LATER), max_tokens=200, min_tokens=200)
     plain = spec(None, "other", max_tokens=250, ignore_eos=True)
     [reference, _] = oracle().generate([slow, plain])
     engine = oracle(**settings)
@@ -465,6 +466,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         "^tool 'odd': multipleOf must be",
     ),
     "much": (lambda: Grammar.of_regex("a{1000000000}"), "too complex to follow: use"),
+    "ambiguous": (lambda: Grammar.of_text(AMBIGUOUS), "too complex to follow: use"),
 }
 
 
@@ -484,7 +486,7 @@ def test_a_grammar_that_becomes_too_complex_ends_only_its_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = oracle()
-    grammar = Grammar.of_text('root ::= [b-d] [b-d] [b-d] "a"{1000000}')
+    grammar = Grammar.of_text('root ::= [b-d]{45} "a"{1000000}')
     refused, other = engine.generate([spec(grammar), spec(None, max_tokens=9, ignore_eos=True)])
     assert refused.finish_reason == "error" and refused.is_refused
     assert refused.error is not None and "too complex to follow" in refused.error

@@ -33,6 +33,8 @@ LIMITS: Mapping[str, Any] = {
 }
 """Limits of one matcher. 4,900 random ambiguous grammars of up to 1 kB took at most 26 ms for one
 call; schemas of ordinary size take microseconds."""
+NUM_TRIED = 40
+"""Number of tokens of the answer that is tried when a grammar is compiled."""
 MARK = b"\xff"
 """First byte of a token that no text contains, in the library's form."""
 OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
@@ -118,18 +120,21 @@ def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
 
 
 def check_beginning(matcher: Any, ends: Tokens) -> None:
-    """Try the first two tokens of an answer.
+    """Follow one possible answer of at most ``NUM_TRIED`` tokens.
 
-    Raises GrammarError if no token can begin an answer, and TooComplex if it takes too long to find
-    the first or the second token.
+    Raises GrammarError if no token can begin an answer, and TooComplex if the answer reaches the
+    limits. Ambiguous grammars do so within few tokens.
     """
-    tried = matcher.deep_copy()
-    allowed = _allowed(tried)
-    allowed[ends] = 0
-    if not allowed.any():
-        raise GrammarError("no answer fits this grammar, or only the empty one.")
-    tried.consume_token(int(allowed.argmax()))
-    # Limits of repetitions are reached only after the first token.
+    tried, draw = matcher.deep_copy(), np.random.default_rng(0)
+    for number in range(NUM_TRIED):
+        allowed = _allowed(tried)
+        allowed[ends] = 0
+        possible = np.flatnonzero(allowed)
+        if not len(possible) and not number:
+            raise GrammarError("no answer fits this grammar, or only the empty one.")
+        if not len(possible):
+            return
+        tried.consume_token(int(draw.choice(possible)))
     _allowed(tried)
 
 
