@@ -148,6 +148,13 @@ def losses_table() -> Table:
     return (["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows)
 
 
+def shadows_table() -> Table:
+    """Return the losses of a cache that takes the pair of its best shadow, by cost."""
+    from experiments.studies.shadows import table
+
+    return table(records_of("study_shadows.jsonl"))
+
+
 def published_table() -> Table:
     """Return both rates and the gain on the published traces, with intervals over sessions."""
     from experiments.studies.default import COMPARED
@@ -626,6 +633,17 @@ def _losses(table: Table) -> str:
     )
 
 
+def _shadows(table: Table) -> str:
+    alone, whole, *sampled = table[1]
+    means = [f"{float(row[column]):.1f}" for row in (alone, whole) for column in (2, 4)]
+    best = min(float(row[2]) for row in sampled)
+    return (
+        f"Shadows of all sessions take {whole[1]} times the work of the cache. Mean losses change "
+        f"from {means[0]} to {means[2]} and from {means[1]} to {means[3]} points (tuning, "
+        f"outside). Shadows of a sample lose {best:.1f} points or more on the tuning split."
+    )
+
+
 def _gains(gain: int, subject: str) -> Callable[[Table], str]:
     def finding(table: Table) -> str:
         gains = [value(row[gain]).mean for row in table[1]]
@@ -735,6 +753,11 @@ SECTIONS = {
         "default", losses_table, _losses,
         Dots({"mean": 2, "worst cell": 3}, "loss to the best pair of a cell, points"),
         "Mean and largest loss of the default pair in each group of cells.",
+    ),
+    "shadows": Section(
+        "shadows", shadows_table, _shadows,
+        Dots({"tuning": 2, "outside": 4}, "mean loss to the best pair of a cell, points"),
+        "Mean loss by choice of the pair, for both splits.",
     ),
     "published": Section(
         "default", published_table,

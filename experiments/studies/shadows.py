@@ -94,7 +94,7 @@ def main() -> None:
         logs = logs_of(cell, geometry, options.logs)
         records.append(cell._asdict() | {"path": ""} | figures(logs))
     keep("study_shadows", records)
-    print(table(records))
+    print(text_table(*table(records)))
 
 
 def cells_of(split: str, config: Mapping[str, Any]) -> Iterator[Cell]:
@@ -227,9 +227,11 @@ def reached(
     return float(100 * hits / prompt.sum())
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return one row per way to choose the pair: its cost, its losses to the best pair of a cell by
-    split, and the error of its hit rates."""
+def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return a header and one row per way to choose the pair.
+
+    Columns: cost, losses to the best pair of a cell by split, and the error of the hit rates.
+    """
     splits = list(dict.fromkeys(record["split"] for record in records))
     ways = [("the default alone", "", 0.0), ("shadows, all sessions", "1", float(len(CANDIDATES)))]
     for sample in SAMPLES:
@@ -253,7 +255,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             row += [f"{statistics.fmean(losses):.2f}", f"{max(losses):.1f}"]
         errors = [record["errors"][key] for record in records if key in record["errors"]]
         rows.append([*row, f"{statistics.fmean(errors):.1f}" if errors else ""])
-    return text_table([*header, "error of hit rates, points"], rows)
+    return [*header, "error of hit rates, points"], rows
 
 
 if __name__ == "__main__":
