@@ -51,7 +51,7 @@ serve: install  ## serve the built-in model at http://127.0.0.1:8000/v1
 test: install  ## run a representative part of the tests, in four minutes on two cores
 	$(TESTING) $(BIN)/pytest --processes $(JOBS)
 
-test-all: install  ## run every test with long profiles, attack, soak, browser and mutation, part by part (hours)
+test-all: install  ## run every test with long profiles, endurance, and mutants of changed files, part by part (an hour)
 	$(TESTING) $(BIN)/python -m tests.run all
 
 test-changed: install  ## run the tests that the changes since main can affect, by imports

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import mutation
 from tests.endurance.__main__ import PARTS as ENDURANCE
 from tests.selection import ROOT, TOUCHY, closure, has_torch_fixtures
 
@@ -110,8 +111,16 @@ def all_parts() -> list[Part]:
     return [
         *parts,
         *(Part(f"endurance: {name}", [*python, "tests.endurance", name]) for name in ENDURANCE),
-        Part("mutation", ["make", "mutate"]),
+        mutation_part(),
     ]
+
+
+def mutation_part(sample: str = "3") -> Part:
+    """Return a tenth of the mutants of the files that differ from main."""
+    known = {file for group in mutation.GROUPS.values() for file in mutation.files_of(group)}
+    files = sorted(known & set(changed_files(None)))
+    command = ["make", "mutate", f"MUTANTS={' '.join(files)} --sample {sample}"]
+    return Part("mutation", command, missing=None if files else "no mutated file has changed")
 
 
 def run_all(names: Sequence[str]) -> int:
