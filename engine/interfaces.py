@@ -48,7 +48,7 @@ class Exactness(Struct, frozen=True):
     @property
     def sentence(self) -> str:
         if not self.digest:
-            return "not checked on this device"
+            return "not checked: only the kernels of the CPU are"
         if self.different:
             return (
                 f"NOT exact with these kernels on this processor: {', '.join(self.different)} "

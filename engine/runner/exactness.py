@@ -32,9 +32,9 @@ NUM_REQUESTS = 5
 def check_exactness(loaded: LoadedModel) -> Exactness:
     """Compute hits and cold runs with one layer of each kind, and compare all bits.
 
-    Not checked on other devices than a CPU: the first call of each of their kernels takes seconds.
+    Triton kernels are not checked: they take seconds to compile, or to interpret on a CPU.
     """
-    if not loaded.device.is_cpu:
+    if not loaded.device.is_cpu or "fused" in loaded.kernels.words().values():
         return Exactness()
     digest, different = hashlib.blake2b(digest_size=16), []
     for name, cold, others in _Runs(loaded.excerpt(NUM_REQUESTS)).compare():
