@@ -35,6 +35,7 @@ from hybridcache.command.extras import version
 from hybridcache.config import GRID
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import counted
+from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
@@ -206,9 +207,17 @@ class Scores:
     """Mean time to first token in closed loop, by policy."""
 
 
+def _seeded(spec: str, seed: int) -> str:
+    """Return ``spec`` with the seed, or as it is if it names a file with recorded times, which is
+    a single draw."""
+    if spec.partition("?")[0] in GENERATORS or hasattr(open_trace(spec).source, "seed"):
+        return f"{spec}{'&' if '?' in spec else '?'}seed={seed}"
+    return spec
+
+
 def run_job(_trace: Trace, job: BoardJob) -> Scores:
     """Simulate every policy; compute both plans of a replay. O(policies * requests * sizes)."""
-    trace = open_trace(f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}").kept()
+    trace = open_trace(_seeded(job.trace, job.seed)).kept()
     if job.rate is not None:
         return _serve(trace, job, job.rate)
     rates: dict[str, list[float]] = {}
@@ -437,6 +446,9 @@ def leaderboard(
         ValueError: a policy or a trace is unknown, or there is no policy.
     """
     split = split or Split.load()
+    for trace in split.gib:
+        if len(split.seeds) > 1 and _seeded(trace, 0) == trace:
+            raise ValueError(f"{trace} is a single draw: give one seed, and compare by sessions")
     names = tuple(dict.fromkeys((*policies, *built_in)))
     if not names:
         raise ValueError("nothing to compare: name a policy, or keep the built-in ones")

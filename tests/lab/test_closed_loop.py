@@ -622,3 +622,10 @@ def test_worst_tenant_is_named_if_there_are_several(tenants: tuple[str, ...], wo
     ]
     trace = Trace("t", 1, requests.__iter__)
     assert run_closed_loop(trace, small_run(20), ClosedLoop(TIMES, 100.0)).worst_tenant in worst
+
+
+def test_a_trace_without_later_turns_is_named_an_open_loop() -> None:
+    alone = closed_loop("uniform-adversary?requests=20", gib=1, rate=4, admission="oldest")
+    assert "no session has a second request" in alone.table()
+    turns = closed_loop("agent?head=30", gib=1, rate=4, admission="oldest")
+    assert "no session has a second request" not in turns.table()

@@ -155,3 +155,15 @@ def test_invalid_arguments_give_an_error_message(
     assert main(["leaderboard", *arguments]) == 2
     shown = capsys.readouterr().err
     assert error in shown and shown.startswith("hybridcache: "), "a progress bar came first"
+
+
+def test_own_files_are_a_single_draw(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    rows = "".join(f'{n},"{"prompt " * 40}{n % 3}"\n' for n in range(12))
+    path.write_text(f"time,prompt\n{rows}")
+    trace = f"{path}?tokenizer=bytes"
+    split = Split("own", "qwen3-next", (0,), {trace: (0.3,)})
+    [row] = leaderboard((), split, built_in=("lru",)).rows()
+    assert row.name == "lru" and row.hit_rate.mean > 0
+    with pytest.raises(ValueError, match="is a single draw: give one seed"):
+        leaderboard((), replace(split, seeds=(0, 1)), built_in=("lru",))
