@@ -17,7 +17,16 @@ from engine import Engine, EngineConfig
 from engine.text.tokenizer import ByteTokenizer
 from experiments import page, provenance
 from experiments.benchmarks import measure_prefill
-from experiments.studies import admission, capacity, closed_loop, default, hints, shadows, tiers
+from experiments.studies import (
+    admission,
+    capacity,
+    closed_loop,
+    default,
+    hints,
+    overload,
+    shadows,
+    tiers,
+)
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
@@ -239,6 +248,20 @@ def test_loss_is_the_distance_to_the_best_pair_of_each_cell(
         ],
     )
     assert page.losses_table()[1] == [["tuning", "1", "10.0", "10.0", "0 of 1"]]
+
+
+def test_windows_of_overload_do_not_depend_on_later_arrivals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(overload, "WARM_UP_S", 10.0)
+    monkeypatch.setattr(overload, "WINDOW_S", 20.0)
+    assert list(overload.windows(8)) == [(0.0, float("inf")), (10.0, 30.0)]
+    assert [end for _, end in overload.windows(12)][1:] == [30.0, 50.0]
+    records = overload.serve(("oldest", 8, 1))
+    whole, window = records
+    assert whole["requests"] > window["requests"] > 0 and whole["to_s"] is None
+    header, rows = overload.table(records)
+    assert [row[2] for row in rows] == ["whole run", "10 to 30 s"] and len(header) == len(rows[0])
 
 
 def test_shadows_of_all_sessions_follow_the_better_pair(tmp_path: Path) -> None:
