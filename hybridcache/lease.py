@@ -933,7 +933,8 @@ class Lease:
         """
         self._refuse_uncomputed(tokens, computed_len)
         cache = self._cache
-        computed_len = self._publishable(computed_len)
+        if self._request.exact:
+            computed_len = min(computed_len, self.prompt_len)
         first = self._rows.published_len
         if computed_len - computed_len % cache.page_size <= first:
             return None
@@ -1019,9 +1020,6 @@ class Lease:
             "before publish"
         )
 
-    def _publishable(self, computed_len: int) -> int:
-        return min(computed_len, self.prompt_len) if self._request.exact else computed_len
-
     def _insert(
         self, tokens: Tokens, computed_len: int, saved: dict[Saved, str]
     ) -> tuple[NodeHandle | None, int]:
@@ -1083,7 +1081,9 @@ class Lease:
 
     def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str = "") -> None:
         cache = self._cache
-        published_len = self._publishable(computed_len)
+        published_len = computed_len
+        if self._request.exact:
+            published_len = min(computed_len, self.prompt_len)
         own_slot = self._cached_slot
         donate &= computed_len == published_len and computed_len % self._step == 0
         donate &= computed_len > self.match.cached_len
@@ -1094,10 +1094,10 @@ class Lease:
             else:
                 cache.free_slot(own_slot)
         saved = self._plan.end(published_len, donated)
-        first_held, tip = self.published_len, self._node
+        first_held, tip = self._rows.published_len, self._node
         if saved or published_len > first_held:
             tip, _ = self._insert(tokens, published_len, saved)
-            first_held = max(first_held, self.published_len)
+            first_held = max(first_held, self._rows.published_len)
         if stop_reason:
             cache.label_tip(tip, stop_reason)
         self._close(first_held)
@@ -1112,7 +1112,7 @@ class Lease:
         self._plan.abort()
         if self._cached_slot is not None:
             self._cache.free_slot(self._cached_slot)
-        self._close(self.published_len)
+        self._close(self._rows.published_len)
 
     def _close(self, first_held: int) -> None:
         if first_held < self._rows.num_rows:

@@ -43,7 +43,7 @@ from hybridcache.policies.memory import Reader, Writer, load_state, remembers
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
-from hybridcache.tokens import Indices, read_namespace, require_int32, write_namespace
+from hybridcache.tokens import EMPTY, read_namespace, require_int32, write_namespace
 
 FORM = "hybridcache memory 2"
 HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")
@@ -52,7 +52,6 @@ MAX_BYTES = 1 << 28
 """Upper bound of the uncompressed body, for writing and for reading."""
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 """Errors caused by valid JSON that this version did not write."""
-NO_ROWS: Indices = np.empty(0, np.int32)
 DAMAGED = "the warm state is damaged"
 NOTHING = (-1, 0, 0, 0, 0, -1)
 
@@ -206,7 +205,7 @@ class Memory:
                 item.last_used, item.uses = last_used, uses
                 number = tiers[tier] if tier >= 0 else None
                 if number is not None:
-                    item.stored = OffloadedCheckpoint.offered(item, number, NO_ROWS)
+                    item.stored = OffloadedCheckpoint.offered(item, number, EMPTY)
                 node.lost_checkpoint = item
                 self._items.append((item, bool(superseded)))
         return tree, nodes

@@ -19,7 +19,7 @@ import numpy as np
 from engine.plugins.guided.bindings import reason
 from engine.requests.grammar import GrammarError, TooComplex
 from engine.requests.logit_rules import Draws, LogitRule, Mask, Ruling
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import EMPTY, Tokens
 
 SHARE, BURST_S = 0.08, 0.015
 """Share of the engine's time that all grammars may take together, and maximum at once."""
@@ -27,7 +27,6 @@ REQUEST_S, TOKEN_S = 0.05, 1e-4
 """Time that the grammar of one request may take in any case: at once, and for each token."""
 RENEWAL_S = 0.02
 """Maximum time of a compilation that is repeated while an answer is followed."""
-NO_TOKENS: Tokens = np.empty(0, np.int32)
 SPENT_STATES = "lexer error: too many states"
 """Message of a matcher with copies that have together reached the limit of states."""
 
@@ -99,9 +98,7 @@ class GrammarRule(LogitRule):
         ]
 
     @abstractmethod
-    def masks(
-        self, answer: Tokens, drafts: Tokens = NO_TOKENS
-    ) -> Sequence[Mask | GrammarError | None]:
+    def masks(self, answer: Tokens, drafts: Tokens = EMPTY) -> Sequence[Mask | GrammarError | None]:
         """Return 1 + d masks: for the token after ``answer``, and after each beginning of
         ``drafts``, which ``possible`` returned. A mask is None if every token is allowed, and an
         error if the grammar cannot be followed that far.
@@ -125,7 +122,7 @@ class Guide(GrammarRule):
         self._num_taken = 0
         self._spent_s = 0.0
 
-    def masks(self, answer: Tokens, drafts: Tokens = NO_TOKENS) -> list[Mask | GrammarError | None]:
+    def masks(self, answer: Tokens, drafts: Tokens = EMPTY) -> list[Mask | GrammarError | None]:
         masks: list[Mask | GrammarError | None] = []
         try:
             for size in range(1 + len(drafts)):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.plugins.guided.guide import NO_TOKENS, GrammarRule, Guide
+from engine.plugins.guided.guide import GrammarRule, Guide
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import Mask
 from engine.text.answers import CLOSE, OPEN
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import EMPTY, Tokens
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ class MarkGuide(GrammarRule):
         self._last_call: tuple[int, Guide] | None = None
         """The previous call, which the newest token has ended; that token may be taken back."""
 
-    def masks(self, answer: Tokens, drafts: Tokens = NO_TOKENS) -> list[Mask | GrammarError | None]:
+    def masks(self, answer: Tokens, drafts: Tokens = EMPTY) -> list[Mask | GrammarError | None]:
         try:
             self._read(answer)
         except GrammarError as error:
@@ -154,7 +154,7 @@ class MarkGuide(GrammarRule):
         for token in drafts.tolist():
             mark = free.add(self._token_bytes(token))
             if mark is not None:
-                return [*masks, *self._make[mark]().masks(NO_TOKENS)]
+                return [*masks, *self._make[mark]().masks(EMPTY)]
             masks.append(self._free_mask(free))
         return masks
 

@@ -39,9 +39,7 @@ from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tiers import TieredRadixCache
-from hybridcache.tokens import Indices, Tokens
-
-NO_ROWS: Indices = np.empty(0, np.int32)
+from hybridcache.tokens import EMPTY, Tokens
 
 
 class WriteThrough(Listener):
@@ -67,13 +65,13 @@ class WriteThrough(Listener):
     def kv_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.kv is not None:
             rows = node.kv.indices.copy()
-            self._steps.add(Copy("kv", DEVICE, rows, KEPT, NO_ROWS, node.end, _path(node)))
+            self._steps.add(Copy("kv", DEVICE, rows, KEPT, EMPTY, node.end, _path(node)))
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.checkpoint is not None:
             slot = np.array([node.checkpoint.slot], np.int32)
             path = _path(node)
-            self._steps.add(Copy("checkpoint", DEVICE, slot, KEPT, NO_ROWS, node.end, path))
+            self._steps.add(Copy("checkpoint", DEVICE, slot, KEPT, EMPTY, node.end, path))
 
 
 def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
