@@ -31,6 +31,8 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 LEVELS_FOLDER = SOURCES / "levels"
 """Folder of compiled levels, in wheels and images. A checkout has none."""
+DIGEST_FILE = "sources.sha256"
+"""File of that folder with the digest of the sources. Levels of other sources are not loaded."""
 FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-fPIC"),
     # No contraction: an expression gives equal bits wherever it is inlined or vectorised.
@@ -103,6 +105,9 @@ def instructions() -> frozenset[str]:
 
 def best_level(features: frozenset[str]) -> Level | None:
     """Return the highest level that was built and that a processor with these features has."""
+    digest = LEVELS_FOLDER / DIGEST_FILE
+    if not digest.is_file() or digest.read_text() != _sources_digest():
+        return None
     usable = (
         level
         for level in reversed(LEVELS)
@@ -146,6 +151,7 @@ def compile_levels(folder: Path, levels: Sequence[Level] = LEVELS) -> list[Path]
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return []
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / DIGEST_FILE).write_text(_sources_digest())
     made = []
     for level in levels:
         made.append(folder / level.file_name)
@@ -174,7 +180,7 @@ def _load_compiled() -> Library | None:
             ", ".join(COMPILERS),
         )
         return None
-    name = f"native-{_fingerprint(compiler, sources)}.so"
+    name = f"native-{_fingerprint(compiler)}.so"
     reason: Exception | None = None
     for open_folder in (_user_folder, _temporary_folder):
         try:
@@ -217,6 +223,14 @@ def _sources() -> list[Path]:
     return sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*/native*.cpp")])
 
 
+def _sources_digest() -> str:
+    """Return the digest of all sources and headers. O(their bytes)."""
+    digest = hashlib.sha256()
+    for path in (*sorted(SOURCES.glob("*.h")), *_sources()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -251,13 +265,12 @@ def _openmp() -> list[str]:
     return [str(path) for path in folder.glob("lib/libgomp*.so*")][:1]
 
 
-def _fingerprint(compiler: str, sources: list[Path]) -> str:
+def _fingerprint(compiler: str) -> str:
     words = [*FLAGS, *THIS_PROCESSOR, *_openmp(), metadata.version("torch")]
     digest = hashlib.sha256(" ".join(words).encode())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     digest.update(version + platform.machine().encode() + _processor())
-    for path in (*sorted(SOURCES.glob("*.h")), *sources):
-        digest.update(path.read_bytes())
+    digest.update(_sources_digest().encode())
     return digest.hexdigest()[:16]
 
 

@@ -135,10 +135,9 @@ class TestCompiling:
 
     @COMPILED
     def test_library_name_depends_on_the_sources(self, tmp_path) -> None:
-        before = library._fingerprint("c++", [])
-        source = tmp_path / "native.cpp"
-        source.write_text("int f() { return 1; }")
-        assert library._fingerprint("c++", [source]) != before
+        before = library._fingerprint("c++")
+        (tmp_path / "one" / "native.cpp").write_text("int f() { return 1; }")
+        assert library._fingerprint("c++") != before
 
 
 class TestLevels:
@@ -148,6 +147,7 @@ class TestLevels:
         for level in library.LEVELS:
             (tmp_path / level.file_name).touch()
         monkeypatch.setattr(library, "LEVELS_FOLDER", tmp_path)
+        (tmp_path / library.DIGEST_FILE).write_text(library._sources_digest())
         return tmp_path
 
     def test_each_processor_gets_its_highest_level(self, built) -> None:
@@ -159,6 +159,12 @@ class TestLevels:
     @pytest.mark.parametrize("features", [frozenset(), frozenset({"asimd"}), frozenset({"avx2"})])
     def test_other_processors_have_no_level(self, features) -> None:
         assert library.best_level(features) is None
+
+    def test_levels_of_other_sources_are_not_loaded(self, built) -> None:
+        (built / library.DIGEST_FILE).write_text("0" * 64)
+        assert library.best_level(library.LEVELS[-1].needs) is None
+        (built / library.DIGEST_FILE).unlink()
+        assert library.best_level(library.LEVELS[-1].needs) is None
 
     def test_levels_ascend(self) -> None:
         for lower, higher in itertools.pairwise(library.LEVELS):
