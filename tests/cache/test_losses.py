@@ -15,61 +15,6 @@ from tests.cache.serving import (
 )
 
 
-def test_unseen_tokens_count_as_never_seen():
-    assert hybrid().match(ids("hello")).losses == Losses(5, 0, 0, 0, 0)
-
-
-def test_tokens_with_evicted_kv_count_as_kv_evicted():
-    cache = hybrid()
-    serve(cache, ids("hello"), [5])
-    cache.evict(num_tokens=5)
-    assert cache.match(ids("hello!!")).losses == Losses(2, 5, 0, 0, 0)
-
-
-def test_tokens_with_an_evicted_checkpoint_count_as_checkpoint_evicted():
-    cache = hybrid()
-    serve(cache, ids("abcd"), [2, 4])
-    serve(cache, ids("abcd", "ef"), [6])
-    cache.evict(num_slots=2)
-    match = cache.match(ids("abcdX"))
-    assert match.losses == Losses(1, 0, 4, 0, 0)
-    assert match.missed.position == 4
-
-
-def test_tokens_past_the_last_evicted_checkpoint_count_separately():
-    cache = hybrid()
-    serve(cache, ids("abcd"), [2])
-    serve(cache, ids("abcd", "ef"), [6])
-    cache.evict(num_slots=1)
-    assert cache.match(ids("abcdX")).losses == Losses(1, 0, 2, 2, 0)
-
-
-def test_tokens_without_a_checkpoint_count_as_never_checkpointed():
-    cache = hybrid()
-    serve(cache, ids("abcd"), [2])
-    assert cache.match(ids("abcdX")).losses == Losses(1, 0, 0, 2, 0)
-
-
-def test_tokens_past_the_last_grid_position_count_as_below_grid():
-    cache = hybrid(grid=4)
-    serve(cache, ids("abcdefghij"), [4, 8])
-    match = cache.match(ids("abcdefghij"))
-    assert match.cached_len == 8 and match.losses == Losses(0, 0, 0, 0, 2)
-
-
-def test_the_last_token_counts_as_below_grid():
-    cache = hybrid()
-    serve(cache, ids("abcd"), [3, 4])
-    match = cache.match(ids("abcd"))
-    assert match.cached_len == 3 and match.losses == Losses(0, 0, 0, 0, 1)
-
-
-def test_a_prompt_shorter_than_the_grid_counts_as_below_grid():
-    cache = hybrid(grid=64)
-    serve(cache, ids("hello"))
-    assert cache.match(ids("hello")).losses == Losses(0, 0, 0, 0, 5)
-
-
 def test_touch_counts_the_refused_tokens_of_a_changed_match():
     cache = hybrid()
     serve(cache, ids("hello"), [5])

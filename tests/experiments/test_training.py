@@ -14,10 +14,8 @@ import transformers
 
 from engine import Engine, SamplingParams, engine_config
 from engine.plugins.speculation.suffix import HeadDrafter
-from engine.text.tokenizer import ByteTokenizer
 from experiments.training import corpus, tasks, train_builtin
-from experiments.training.model import Model, delta_rule, losses
-from kernels.gdn.reference import gates
+from experiments.training.model import Model, losses
 
 TINY = train_builtin.CONFIG | {
     "hidden_size": 64,
@@ -42,27 +40,6 @@ def test_logits_match_those_of_qwen3_next(tmp_path: Path) -> None:
     with torch.inference_mode():
         found, expected = model(token_ids)[0], oracle(token_ids).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_delta_rule_matches_the_recurrence() -> None:
-    torch.manual_seed(1)
-    batch, heads, length, key_dim, value_dim = 2, 3, 45, 8, 5
-    query, key = torch.randn(2, batch, heads, length, key_dim)
-    key = torch.nn.functional.normalize(key, dim=-1)
-    value = torch.randn(batch, heads, length, value_dim)
-    logits, zeros = torch.randn(2, length, heads), torch.zeros(heads)
-    gate, beta = gates(logits[0], logits[1], zeros, zeros)
-    gate, beta = (x.float().mT.expand(batch, heads, length) for x in (gate, beta))
-    state = torch.zeros(batch, heads, key_dim, value_dim)
-    outs = []
-    for t in range(length):
-        state = state * gate[..., t, None, None].exp()
-        new = (value[:, :, t] - (key[:, :, t, None] @ state)[:, :, 0]) * beta[..., t, None]
-        state = state + key[:, :, t, :, None] * new[:, :, None]
-        outs.append((query[:, :, t, None] @ state)[:, :, 0])
-    torch.testing.assert_close(
-        delta_rule(query, key, value, gate, beta), torch.stack(outs, 2), atol=1e-5, rtol=1e-4
-    )
 
 
 def test_head_at_depth_d_sees_only_d_later_tokens() -> None:
@@ -92,53 +69,6 @@ def test_word_problems_have_correct_answers(num_steps: int) -> None:
             assert before == 0 or steps[before - 1][3] == a
             assert b in re.findall(r"\d+", problem.question)
         assert tasks.answer_of(problem.working) == problem.answer == int(steps[-1][3]) >= 0
-
-
-def test_samples_are_seeded_and_of_all_kinds() -> None:
-    template = ByteTokenizer().chat_template
-    assert template is not None
-
-    def draw(seed: int) -> list[str]:
-        rng = random.Random(seed)
-        return [tasks.sample(rng, template.render) for _ in range(200)]
-
-    assert draw(5) == draw(5) != draw(6)
-    joined = "\n".join(draw(5))
-    for word in ("Question:", "Table:", "Repeat exactly:", "<tool_call>", "My name is"):
-        assert word in joined
-
-
-def test_answers_follow_from_the_text_before_them() -> None:
-    tokenizer, rng = ByteTokenizer(), random.Random(2)
-    assert tokenizer.chat_template is not None
-    answers = []
-    for _ in range(100):
-        text = tasks.sample(rng, tokenizer.chat_template.render)
-        pieces = tasks.parts(text)
-        assert "".join(piece for piece, _ in pieces) == text
-        assert tokenizer.encode(text) == [i for piece, _ in pieces for i in tokenizer.encode(piece)]
-        answers += [piece for piece, is_answer in pieces if is_answer]
-        drawn = "".join(piece for piece, is_answer in pieces if not is_answer)
-        assert not re.search(r"####|\d = \d+\.|<tool_call>\n", drawn)
-    for form in (r" \d+ . \d+ = .*#### \d+\n", r"\d+\.\n", r" \d{3}\n", r"<tool_call>\n.*"):
-        assert any(re.fullmatch(form, answer, re.DOTALL) for answer in answers), form
-
-
-@pytest.mark.full
-def test_loss_weights_depend_on_the_kind_of_token() -> None:
-    token_ids, weights = train_builtin.Data(8, 128, seed=0).batch(0)
-    assert token_ids.shape == weights.shape
-    assert set(weights.unique().tolist()) == set(
-        torch.tensor(
-            [train_builtin.ANSWER_WEIGHT, train_builtin.DRAWN_WEIGHT, train_builtin.CODE_WEIGHT]
-        ).tolist()
-    )
-    logits, counts = [torch.randn(8, 128, 320)], weights[:, 1:].flatten()
-    mean = losses(logits, token_ids, weights)[0]
-    each = torch.nn.functional.cross_entropy(
-        logits[0][:, :-1].flatten(0, 1), token_ids[:, 1:].flatten(), reduction="none"
-    )
-    torch.testing.assert_close(mean, (each * counts).sum() / counts.sum())
 
 
 @pytest.mark.full
