@@ -160,8 +160,8 @@ def run_part(part: str, out: Path, dry: bool, left_s: float = float("inf")) -> V
     if missing:
         print(f"Skipped: {part} needs {', '.join(missing)}.", file=sys.stderr)
         return record(part, out, "skipped", 0.0, missing=missing)
-    assembler = other_assembler(out)
-    if plan.bundled and (assembler is None or dry):
+    assembler = None if dry else other_assembler()
+    if plan.bundled and assembler is None:
         return record(part, out, "skipped", 0.0, missing=["another assembler"])
     if left_s < LEAST_S:
         return "not begun"
@@ -213,7 +213,7 @@ def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> 
             raise
 
 
-def other_assembler(out: Path) -> Path | None:
+def other_assembler() -> Path | None:
     """Return the assembler that `make gpu-wheels` collected, unpacked. None if there is none."""
     packed = COLLECTED / "ptxas.xz"
     if not packed.exists():
@@ -221,7 +221,11 @@ def other_assembler(out: Path) -> Path | None:
     path = ROOT / "out" / "ptxas"
     if not path.exists() or path.stat().st_mtime < packed.stat().st_mtime:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(lzma.decompress(packed.read_bytes()))
+        try:
+            path.write_bytes(lzma.decompress(packed.read_bytes()))
+        except lzma.LZMAError as error:
+            print(f"{packed}: {error}; using Triton's own assembler.", file=sys.stderr)
+            return None
         path.chmod(0o755)
     return path
 

@@ -221,7 +221,7 @@ def test_window_is_written_after_a_barrier(kind, device, monkeypatch) -> None:
         pytest.skip("the test observes the interpreter")
     from triton.runtime.interpreter import InterpreterBuilder
 
-    states = torch.zeros(2, 8, 3)
+    states = torch.zeros(2, 8, 3, device=device)
     window = range(states[1].data_ptr(), states[1].data_ptr() + states[1].nbytes)
     events = []
 
@@ -240,11 +240,15 @@ def test_window_is_written_after_a_barrier(kind, device, monkeypatch) -> None:
     observe("create_masked_load", lambda p, mask, *rest: touched("read", p, mask))
     observe("create_masked_store", lambda p, value, mask, *rest: touched("write", p, mask))
     observe("create_barrier", lambda: ["barrier"])
-    x, weight, slots = torch.ones(1, 8), torch.ones(8, 4), int32([1], device)
+    x, weight = torch.ones(1, 8, device=device), torch.ones(8, 4, device=device)
+    slots = int32([1], device)
     if kind == "decode":
         fused.decode_conv1d(x, weight, None, states=states, slots=slots)
     else:
-        where = {"packed": Packed.from_lengths([1]), "resumed": torch.tensor([True])}
+        where = {
+            "packed": Packed.from_lengths([1], device),
+            "resumed": torch.tensor([True], device=device),
+        }
         fused.prefill_conv1d(x, weight, None, states=states, slots=slots, exports=None, **where)
     read_for_output = events.index("barrier")
     assert events[:read_for_output].count("read") >= 3
