@@ -5,7 +5,8 @@ File format, little-endian:
     8s "HCMEMRY1"  u64 bytes of the body  u32 crc of the body  u32 crc of these 20 bytes
     the body: JSON, compressed by zlib
 
-CRCs are CRC-32 (zlib). The body is an object of ``policies.memory`` values:
+CRCs are CRC-32 (zlib). The body is an object. Arrays are ``{"array": dtype, "shape": [...],
+"data": base64}``, little-endian:
 
 - ``form``, ``page_size``, ``grid``, ``now``, ``num_items``: header.
 - ``tiers``: names of the tiers.
@@ -29,6 +30,7 @@ CRCs are CRC-32 (zlib). The body is an object of ``policies.memory`` values:
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import zlib
@@ -39,7 +41,6 @@ import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.cache import HybridRadixCache
-from hybridcache.policies.memory import Reader, Writer, load_state, remembers
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
@@ -90,14 +91,15 @@ def _body(
         rows.append((above, node.end, *_numbers(item)))
         labels.append("" if item is None else item.label)
         tokens.append(node.tokens)
-    policies, memos, writer = {}, {}, Writer()
+    policies, memos = {}, {}
     for name, policy in _policies(cache):
-        if with_policies and remembers(policy):
-            policies[name] = writer.write(policy)
+        state = policy.state_dict() if with_policies else None
+        if state is not None:
+            policies[name] = state
             memos[name] = [
-                [item.serial, writer.write(item.memo)]
+                [item.serial, memo]
                 for item in _items_of(cache, name, nodes)
-                if item.memo is not None
+                if (memo := policy.memo_state(item)) is not None
             ]
     body = {
         "form": FORM,
@@ -111,10 +113,27 @@ def _body(
         "labels": labels,
         "tokens": np.concatenate(tokens),
     }
-    plain = {name: Writer().write(value) for name, value in body.items()}
-    rules = [Writer().write(rule) for rule in placement if remembers(rule)]
-    plain |= {"policies": policies, "memos": memos, "placement": rules}
-    return json.dumps(plain, separators=(",", ":")).encode()
+    states = [state for rule in placement if (state := rule.state_dict()) is not None]
+    body |= {"policies": policies, "memos": memos, "placement": states}
+    return json.dumps(body, separators=(",", ":"), default=_written).encode()
+
+
+def _written(array: Any) -> dict[str, Any]:
+    """Return the JSON form of an array. Raises TypeError for other objects."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{type(array).__name__} cannot be saved.")
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    data = base64.b64encode(little.tobytes()).decode()
+    return {"array": little.dtype.str, "shape": list(array.shape), "data": data}
+
+
+def _read(plain: dict[str, Any]) -> Any:
+    """Return the array of a JSON object, or the object if it is none."""
+    if "array" not in plain:
+        return plain
+    data = base64.b64decode(plain["data"], validate=True)
+    little = np.frombuffer(data, np.dtype(plain["array"])).reshape(plain["shape"])
+    return little.astype(little.dtype.newbyteorder("="))
 
 
 def pack(body: bytes) -> bytes:
@@ -139,7 +158,10 @@ def unpack(data: bytes) -> Memory:
     body = inflated.decompress(packed, MAX_BYTES)
     if not inflated.eof:
         raise ValueError(f"the warm state unpacks to more than {MAX_BYTES:,} bytes")
-    plain = json.loads(body)
+    try:
+        plain = json.loads(body, object_hook=_read)
+    except UNREADABLE as error:
+        raise ValueError(DAMAGED) from error
     if not isinstance(plain, dict) or plain.get("form") != FORM:
         raise ValueError("the warm state was written by another version")
     return Memory(plain)
@@ -180,10 +202,10 @@ class Memory:
         cache.install(tree, reversed(nodes), now=now, num_items=num_items)
 
     def _build(self, cache: HybridRadixCache) -> tuple[RadixTree, list[RadixNode]]:
-        plain, reader = self._plain, Reader(lambda _: None)
+        plain = self._plain
         tree, nodes = RadixTree(cache.page_size), list[RadixNode]()
         roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
-        rows, tokens = reader.read(plain["nodes"]).tolist(), reader.read(plain["tokens"])
+        rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         require_int32(tokens, "tokens")
         item_bytes, at, names = cache.item_bytes, 0, _tier_names(cache)
         tiers = [names.index(name) if name in names else None for name in plain["tiers"]]
@@ -218,36 +240,33 @@ class Memory:
         Returns the tiers (or ``placement``) with saved state that does not fit. O(memory).
         """
         unfit, recalled = list[str](), set[str]()
-        reader = Reader(lambda _: None)
         for name, policy in _policies(cache):
             is_shared = _is_shared(cache, name)
             if name in self._plain["policies"] and (not is_shared or DEVICE in recalled):
                 try:
-                    self._recall_policy(cache, name, policy, reader)
+                    self._recall_policy(cache, name, policy)
                     recalled.add(name)
                 except UNREADABLE:
                     unfit.append(name)
             if is_shared and DEVICE in recalled and name not in recalled:
                 _share_anew(cache, name)
-        rules = [rule for rule in placement if remembers(rule)]
+        rules = [rule for rule in placement if rule.state_dict() is not None]
         written = self._plain["placement"]
         try:
-            read = [Reader(lambda _: None).read(plain) for plain in written]
-            for rule, remembered in zip(rules, read, strict=True):
-                load_state(rule, remembered)
+            for rule, state in zip(rules, written, strict=True):
+                rule.load_state_dict(state)
         except UNREADABLE:
             unfit.append("placement")
         cache.ghosts.trim()
         return unfit
 
-    def _recall_policy(
-        self, cache: HybridRadixCache, name: str, policy: EvictionPolicy, before: Reader
-    ) -> None:
+    def _recall_policy(self, cache: HybridRadixCache, name: str, policy: EvictionPolicy) -> None:
         states = {} if name == DEVICE else _states(cache, name)
-        reader = Reader(states.get, before)
-        remembered = reader.read(self._plain["policies"][name])
-        memos = {serial: reader.read(memo) for serial, memo in self._plain["memos"][name]}
-        load_state(policy, remembered)
+        learned = self._plain["policies"][name]
+        if policy.state_dict() is None:
+            raise ValueError("The present policy learns nothing.")
+        memos = {serial: policy.memo_of(memo) for serial, memo in self._plain["memos"][name]}
+        policy.load_state_dict(learned, states.get)
         if name == DEVICE:
             for item, _ in self._items:
                 item.memo = memos.get(item.serial)
@@ -290,7 +309,10 @@ def _share_anew(cache: HybridRadixCache, name: str) -> None:
     """Start the policy of ``name`` from the present state of the tier above it. O(tree)."""
     policies, number = dict(_policies(cache)), _tier_names(cache).index(name)
     above = policies[_tier_names(cache)[number - 1] if number else DEVICE]
-    load_state(policies[name], above.for_tier())
+    fresh = above.for_tier()
+    learned = None if fresh is None else fresh.state_dict()
+    if learned is not None:
+        policies[name].load_state_dict(learned, lambda _: None)
     for state in _states(cache, name).values():
         state.memo = None
         policies[name].add(state)

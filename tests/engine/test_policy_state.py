@@ -45,7 +45,7 @@ def learned(engine: Engine) -> dict[str, object]:
     """Return the learned state of policies and placement, and the cache's time."""
     body = json.loads(write_memory(engine.cache, engine._manager.placement.rules))
     for policy in body["policies"].values():
-        del policy["fields"]["_stale"]  # Names of evicted items do not affect decisions.
+        del policy["stale"]  # Names of evicted items do not affect decisions.
     return {name: body[name] for name in ("now", "num_items", "policies", "placement")}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -29,6 +32,24 @@ class Columns:
 
     def __contains__(self, item: Item) -> bool:
         return item in self.places
+
+    def rows(self) -> list[list[Any]]:
+        """Return [serial, cell, time, worth] of each item, in their order."""
+        columns = (
+            column[: len(self.items)].tolist() for column in (self.cells, self.times, self.worths)
+        )
+        serials = [item.serial for item in self.items]
+        return [list(row) for row in zip(serials, *columns, strict=True)]
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Any]], item_of: Callable[[int], Item | None]) -> Columns:
+        """Return the columns with these ``rows``, without items that no longer exist."""
+        found = cls()
+        for serial, cell, time, worth in rows:
+            item = item_of(serial)
+            if item is not None:
+                found.put(item, cell, time, worth)
+        return found
 
     def put(self, item: Item, cell: int, time: int, worth: float) -> None:
         """Add ``item`` or change its numbers. O(1) amortised."""

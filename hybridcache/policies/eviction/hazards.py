@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +141,59 @@ class Hazards:
         """Codes of the stages that ended since the last count, with their ages."""
         self._used: list[int] = []
         """Codes of those that ended in a use."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all classes, counts and open stages, as plain data and arrays. O(size)."""
+        return {
+            "now": self.now,
+            "keys": list(self._rows),
+            "parents": list(self._parents),
+            "models": list(self._models.items()),
+            "priors": list(self._priors),
+            "events": self._events,
+            "reached": self._reached,
+            "partial": self._partial,
+            "index": self.index,
+            "open": np.array(self._open, np.int64),
+            "unused": list(self._unused),
+            "places": list(self._places.items()),
+            "counters": [self._oldest, self._num_opened, self._changes, self._refreshed_at],
+            "ended": list(self._ended),
+            "used": list(self._used),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace everything by the result of ``state_dict``. O(size).
+
+        Raises ValueError or TypeError, with nothing changed, if tables or lengths do not fit.
+        """
+        rows = {as_key(key): row for row, key in enumerate(state["keys"])}
+        parents, priors = list(state["parents"]), list(map(float, state["priors"]))
+        tables = [np.array(state[name]) for name in ("events", "reached", "partial", "index")]
+        codes = np.array(state["open"])
+        oldest, num_opened, changes, refreshed_at = map(int, state["counters"])
+        places, unused = {int(k): int(v) for k, v in state["places"]}, list(state["unused"])
+        if not len(rows) == len(parents) == len(priors) <= len(tables[0]):
+            raise ValueError("The classes have different lengths.")
+        for table in tables:
+            if table.dtype != np.float64 or table.shape != (len(tables[0]), NUM_BINS):
+                raise ValueError("A table of hazards has another layout.")
+        if codes.dtype != np.int64 or codes.shape != (self._max_open,):
+            raise ValueError("The open stages have another layout.")
+        if sorted([*places.values(), *unused]) != list(range(self._max_open)):
+            raise ValueError("A place is lost or used twice.")
+        self._models = {int(row): int(model) for row, model in state["models"]}
+        self._ended, self._used = list(state["ended"]), list(state["used"])
+        self.now, self._rows, self._parents, self._priors = state["now"], rows, parents, priors
+        self._events, self._reached, self._partial, self.index = tables
+        self._open, self._generations = array("q", codes.tolist()), None
+        self._unused, self._places = unused, places
+        self._oldest, self._num_opened, self._changes, self._refreshed_at = (
+            oldest,
+            num_opened,
+            changes,
+            refreshed_at,
+        )
 
     def row(self, key: Key, prior: float = 1.0) -> int:
         """Return the row of class ``key``. Its parent is ``key[:-1]``.
@@ -325,6 +378,11 @@ class Hazards:
         self._events[heavy] *= 0.5
         self._reached[heavy] *= 0.5
         self._partial[heavy] *= 0.5
+
+
+def as_key(plain: Sequence[Any]) -> Any:
+    """Return the key of a class from its form in JSON, lists in place of tuples."""
+    return tuple(tuple(fact) if isinstance(fact, list) else fact for fact in plain)
 
 
 def _sorted_by_parent(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable
-from typing import cast
+from collections.abc import Callable, Hashable
+from typing import Any, cast
 
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, Key, age_bins
+from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, Key, age_bins, as_key
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
@@ -81,6 +81,18 @@ class _Memo:
         self.demand: Class | None = None
         """Class of the evicted tip that the item stands in for, or None."""
 
+    def state(self) -> list[Any]:
+        """Return all fields as plain data."""
+        return [getattr(self, name) for name in self.__slots__]
+
+    @classmethod
+    def of(cls, state: list[Any]) -> _Memo:
+        """Return the memo with the fields of ``state``. Raises ValueError for another number."""
+        memo = cls.__new__(cls)
+        for name, value in zip(cls.__slots__, state, strict=True):
+            setattr(memo, name, as_key(value) if isinstance(value, list) else value)
+        return memo
+
 
 class Survival(EvictionPolicy):
     """Evict the item with the least (index of its class and age) * (tokens lost) / (bytes freed).
@@ -107,6 +119,8 @@ class Survival(EvictionPolicy):
 
     def __init__(self, seed: int = 0) -> None:
         self.hazards = _TipHazards(general_from=GENERAL_FROM)
+        self._owns_hazards = True
+        """False if the hazards are those of a higher tier."""
         self._is_last = True
         """True if there is no lower tier, so that eviction is final."""
         self._random = random.Random(seed)
@@ -124,9 +138,52 @@ class Survival(EvictionPolicy):
     def for_tier(self) -> Survival:
         """Return a policy that shares hazards and clock, so that stages continue in other tiers."""
         lower = Survival()
-        lower.hazards = self.hazards
+        lower.hazards, lower._owns_hazards = self.hazards, False
         self._is_last = False
         return lower
+
+    def state_dict(self) -> dict[str, Any]:
+        version, numbers, spare = self._random.getstate()
+        idle_kv = self._idle_kv
+        return {
+            "policy": "survival",
+            "hazards": self.hazards.state_dict() if self._owns_hazards else None,
+            "random": [version, list(numbers), spare],
+            "checkpoints": self._checkpoints.rows(),
+            "kv": self._kv.rows(),
+            "dead": [item.serial for item in self._dead],
+            "idle_kv": None if idle_kv is None else [item.serial for item in idle_kv],
+            "stale": [item.serial for item in self._stale],
+            "just_used": self._just_used,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], item_of: Callable[[int], Item | None]) -> None:
+        """Replace the learned state. Items that no longer exist are left out."""
+
+        def items(serials: list[int]) -> dict[Item, None]:
+            return {item: None for serial in serials if (item := item_of(serial)) is not None}
+
+        hazards, idle_kv, just_used = state["hazards"], state["idle_kv"], state["just_used"]
+        if state["policy"] != "survival" or (hazards is not None) != self._owns_hazards:
+            raise ValueError("The state is that of another policy or tier.")
+        version, numbers, spare = state["random"]
+        generator = random.Random()
+        generator.setstate((version, tuple(numbers), spare))
+        columns = Columns.of(state["checkpoints"], item_of), Columns.of(state["kv"], item_of)
+        dead, stale = items(state["dead"]), items(state["stale"])
+        idle = None if idle_kv is None else items(idle_kv)
+        if hazards is not None:
+            self.hazards.load_state_dict(hazards)
+        self._random, self._just_used = generator, bool(just_used)
+        self._checkpoints, self._kv = columns
+        self._dead, self._stale, self._idle_kv = dead, stale, idle
+
+    def memo_state(self, item: Item) -> list[Any] | None:
+        memo = item.memo
+        return memo.state() if isinstance(memo, _Memo) else None
+
+    def memo_of(self, state: list[Any]) -> _Memo:
+        return _Memo.of(state)
 
     def add(self, item: Item) -> None:
         hazards = self.hazards

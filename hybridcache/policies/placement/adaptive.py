@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
 from hybridcache.policies.boundaries import end_of_prompt
 from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill, base_label
@@ -42,6 +43,15 @@ the end of that prompt, not of a shared text. It is less than a grid step away, 
 SHARED_USES = 2.0
 """Weight of the uses of shared positions where few checkpoints fit: a use by one conversation
 announces one by another."""
+LEARNED = (
+    "_missed_tokens",
+    "_num_placed",
+    "_mean_prompt",
+    "_num_prompts",
+    "_room",
+    "_saves_answer",
+)
+"""Attributes of ``Adaptive`` that are saved next to its accounts."""
 FEW = 8
 """Checkpoints that a label needs before other labels are compared with it."""
 
@@ -168,6 +178,31 @@ class Adaptive(PlacementPolicy):
     def price_tokens(self) -> float:
         """Tokens displaced by one more checkpoint."""
         return self._missed_tokens / self._num_placed
+
+    def state_dict(self) -> dict[str, Any]:
+        accounts = [
+            [label, {name: getattr(account, name) for name in account.__slots__}]
+            for label, account in self._accounts.items()
+        ]
+        return {"policy": "adaptive", "accounts": accounts} | {
+            name: getattr(self, name) for name in LEARNED
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the learned state."""
+        accounts: dict[str, _Account] = {}
+        for label, fields in state["accounts"]:
+            account = accounts[str(label)] = _Account(0.0, 0.0, 0, 0.0)
+            if fields.keys() != set(account.__slots__):
+                raise ValueError("The account has other fields.")
+            for name, value in fields.items():
+                setattr(account, name, type(getattr(account, name))(value))
+        learned = {name: type(getattr(self, name))(state[name]) for name in LEARNED}
+        if state["policy"] != "adaptive":
+            raise ValueError("The state is that of another policy.")
+        self._accounts, self._latest = accounts, None
+        for name, value in learned.items():
+            setattr(self, name, value)
 
     def num_saved(self) -> dict[str, float]:
         """Return the saved checkpoints counted so far, by label; large counts have faded."""
