@@ -41,7 +41,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         ),
         ("weights", runner.loaded.weights_note),
         ("device", f"{runner.device.describe()}, {_dtype_words(runner)}"),
-        ("kernels", _kernel_words(runner.kernels.words())),
+        ("kernels", _kernel_words(runner.kernels.words()) + _build_words(runner)),
         ("exactness", runner.exactness.sentence),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
         *_said_of_text(engine),
@@ -168,6 +168,16 @@ def _smallest_prefix(engine: Engine) -> list[tuple[str, str]]:
     every = f", and then every {smallest:,}" if smallest > 1 else ""
     words = f"{counted(smallest, 'token')} of a longer prompt{every}"
     return [("smallest hit", words)]
+
+
+def _build_words(runner: ModelRunner) -> str:
+    """Return the build of the native library, if a kernel uses it."""
+    if "native" not in runner.kernels.words().values():
+        return ""
+    from kernels.native import kernel_choices  # Imports torch, which servers of replicas do not.
+
+    build = kernel_choices()["build"]
+    return f" (compiled for {'this processor' if build == 'native' else build})"
 
 
 def _kernel_words(chosen: dict[str, str]) -> str:
