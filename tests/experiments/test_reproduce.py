@@ -139,7 +139,16 @@ def test_replays_in_turn_use_no_admission_policy(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(pytest.fail.Exception):
         hybridcache.closed_loop("chat?head=20", gib=1.0, rate=1.0)
     replays = {part.name for part in reproduce.read_parts() if part.replays}
-    assert replays == {"capacity", "tiers", "router", "grid", "arena", "peers", "memories"}
+    assert replays == {
+        "capacity",
+        "tiers",
+        "router",
+        "grid",
+        "arena",
+        "peers",
+        "memories",
+        "shadows",
+    }
 
 
 @pytest.mark.parametrize("name", ["experiments/tiny_part.py", "experiments/new.py"])
