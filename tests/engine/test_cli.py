@@ -45,7 +45,8 @@ def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline().startswith(b"{")
         process.stdout.close()
-        assert process.stderr.read() == b""
+        said = process.stderr.read().splitlines()
+        assert [line for line in said if not line.startswith(b"No C++ compiler")] == []
     assert process.returncode == 141
 
 
