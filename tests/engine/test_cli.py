@@ -34,12 +34,14 @@ from engine.plugins import ENGINE, SERVER
 from engine.server.settings import ServerConfig
 from hybridcache.command.parser import Parser
 from hybridcache.lab.cli import main as laboratory
+from kernels.native import shared_library
 
 COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
 def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
+    shared_library()  # Compiled here, so that the command does not report it.
     command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
     command += [str(number) for number in range(300)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
