@@ -25,6 +25,9 @@ SHARE, BURST_S = 0.08, 0.015
 """Share of the engine's time that all grammars may take together, and maximum at once."""
 REQUEST_S, TOKEN_S = 0.05, 1e-4
 """Time that the grammar of one request may take in any case: at once, and for each token."""
+CALL_S = 0.01
+"""Maximum time that one call is charged. The library's limits end a call earlier; a longer one
+contains a garbage collection or page faults, and these must not fail a request."""
 RENEWAL_S = 0.02
 """Maximum time of a compilation that is repeated while an answer is followed."""
 SPENT_STATES = "lexer error: too many states"
@@ -171,6 +174,7 @@ class Guide(GrammarRule):
         return found
 
     def _charge(self, seconds: float, num_tokens: int) -> None:
+        seconds = min(seconds, CALL_S)
         self._spent_s += seconds
         is_over = self._shared.step_time.spend(seconds, time.perf_counter())
         if is_over and self._spent_s > REQUEST_S + TOKEN_S * num_tokens:
