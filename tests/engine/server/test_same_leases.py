@@ -136,7 +136,7 @@ def test_server_and_simulation_of_its_log_have_the_same_leases(
     )
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(lines))
-    trace = open_trace(f"http-log:{log}?tokenizer=bytes&template={template}")
+    trace = open_trace(f"messages:{log}?tokenizer=bytes&template={template}")
     memory = engine.runner.memory
     config = RunConfig(
         engine.runner.geometry,
