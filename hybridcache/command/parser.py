@@ -29,7 +29,9 @@ class Parser(argparse.ArgumentParser):
 
     _given: Sequence[str] = ()
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, input_flag: str = "", **options: Any) -> None:
+        """``input_flag`` is the flag to suggest for a value without a flag."""
+        self._input_flag = input_flag
         super().__init__(*args, **{"formatter_class": HelpFormatter} | options)
 
     def format_help(self) -> str:
@@ -69,6 +71,6 @@ class Parser(argparse.ArgumentParser):
             return f"there is no flag {flag}; give the {flag[2:]} without one"
         near = difflib.get_close_matches(flag, {*self._option_string_actions} - {"--help"}, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        if not flag.startswith("-") and "--trace" in self._option_string_actions:
-            hint = f": write --trace {flag}"
+        if self._input_flag and not flag.startswith("-"):
+            hint = f": write {self._input_flag} {flag}"
         return f"unrecognized arguments: {' '.join(arguments)}{hint}"

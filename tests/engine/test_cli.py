@@ -97,7 +97,8 @@ def run(*arguments: str) -> int:
         ("generate x --prefix-cache radix", "use hybrid, or none"),
         ("generate x --temperature -1", "temperature must be a finite number from 0"),
         ("generate x --max-tokens 10000000", "shorten the prompt or lower --max-tokens"),
-        ("generate x --cache-gib 100000", "are free): lower --cache-gib"),
+        ("generate x --cache-gib 100000", "generate: --cache-gib takes 100,000 GiB, but "),
+        ("generate x --cache-gib 100000", " GiB of memory are available: use less."),
         (
             "generate x --cache-gib 0.1 --max-running 100000000",
             "or --max-running",

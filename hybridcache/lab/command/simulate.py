@@ -33,7 +33,9 @@ def add_simulate(commands: Commands) -> None:
     from hybridcache.lab.report import METRICS
     from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS
 
-    parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
+    parser = commands.add_parser(
+        "simulate", help="replay a trace through caches of many sizes", input_flag="--trace"
+    )
     group = parser.add_argument_group(MOST_USED)
     add = group.add_argument
     add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
