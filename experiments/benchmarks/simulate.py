@@ -41,11 +41,11 @@ from hybridcache import (
     ModelGeometry,
     Placed,
     Prefill,
-    PrefixCache,
     Trace,
     TraceRequest,
     build_prefix_cache,
 )
+from hybridcache.api import PrefixCache
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import GENERATORS

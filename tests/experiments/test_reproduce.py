@@ -290,3 +290,13 @@ def test_missing_published_traces_are_named(
     (tmp_path / "traces").mkdir()
     (tmp_path / name).touch()
     assert name not in reproduce.missing_traces()
+
+
+def test_each_module_can_be_imported() -> None:
+    """A name that the library removed shows here, and not in the middle of a long run."""
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            assert error.name == "sglang", f"{name}: {error}"
