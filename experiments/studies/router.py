@@ -3,8 +3,8 @@
     python -m experiments.studies.router [--traces chat,agent] [--resume FOLDER] [--processes 2]
         [--seeds 0,1,2]
 
-The routers ignore the caches, estimate them from the routed prompts, follow KV events, or follow
-the resumable lengths.
+The routers ignore the caches, estimate them from the routed prompts, or follow the resumable
+lengths by events.
 
 All replicas have the same size. The load would keep them busy all the time if every prompt were
 computed cold. There are three conditions:
@@ -13,7 +13,7 @@ computed cold. There are three conditions:
 - more memory: a replica has the middle size, where one cache for all requests is short of memory
 - late and failing: little memory, events 5 s late, and four failing replicas
 
-A seed determines the trace, the failing replicas, and random choices of routers.
+A seed determines the trace and the failing replicas.
 """
 
 from __future__ import annotations
@@ -41,19 +41,7 @@ TIED = 0.01
 """Largest difference of token hit rates that is a tie: one point."""
 TTFT_TIED = 0.05
 """Largest relative difference of mean TTFTs that is a tie."""
-ROUTERS = (
-    "round_robin",
-    "least_loaded",
-    "session",
-    "text",
-    "text-ray",
-    "kv",
-    "kv-seconds",
-    "checkpoint",
-    "oracle",
-)
-CONTROLS = ("kv-seconds", "oracle")
-"""Variants of ``checkpoint`` with less information, and with perfect information."""
+ROUTERS = ("least_loaded", "text", "checkpoint")
 
 
 class Condition(NamedTuple):
@@ -187,11 +175,7 @@ def _lost(figures: dict[str, Figures]) -> list[str]:
     """Return the figures in which another router is better than ``checkpoint`` by more than a
     tie."""
     ours = figures.get("checkpoint")
-    rivals = {
-        router: found
-        for router, found in figures.items()
-        if router not in (*CONTROLS, "checkpoint")
-    }
+    rivals = {router: found for router, found in figures.items() if router != "checkpoint"}
     if ours is None or not rivals:
         return []
     losses = []
@@ -218,7 +202,6 @@ def draw(cells: Cells) -> None:
         for number, router in enumerate(_routers(cells)):
             found = [by_router[router] for by_router in figures]
             style = {"color": COLOURS[number % len(COLOURS)], "label": router, "marker": "."}
-            style["linestyle"] = "--" if router in CONTROLS else "-"
             hits = [100 * one.hits for one in found]
             ranges = [100 * one.spread[0] for one in found], [100 * one.spread[1] for one in found]
             axes[place].plot(traces, hits, **style, linewidth=1.1)
@@ -234,8 +217,7 @@ def draw(cells: Cells) -> None:
     num_seeds = len({run.fleet.seed for runs in cells.values() for run in runs})
     caption = (
         "Eight replicas at a load of 1 (every prompt computed cold would keep all of them busy), "
-        f"LRU, default placement; means of {num_seeds} seeds, bars: their range. Dashed: the "
-        "`checkpoint` rule with KV lengths only, and with perfect information."
+        f"LRU, default placement; means of {num_seeds} seeds, bars: their range."
     )
     save(figure, axes, figure_path("study_router"), caption)
 

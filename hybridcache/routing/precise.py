@@ -1,18 +1,17 @@
-"""Routers that mirror each replica's cache from its events: by KV, or by resumable length."""
+"""Router that mirrors each replica's cache from its events and compares expected seconds."""
 
 from __future__ import annotations
 
 import math
-import random
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Hashable, Iterable
+from hashlib import blake2b
 from typing import ClassVar
 
 from hybridcache.export.events import CheckpointStored, Event
 from hybridcache.export.mirror import Mirror, MirrorMatch
 from hybridcache.policies.protocol import Prefill
-from hybridcache.routing.hashing import rendezvous
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
 from hybridcache.tokens import common_tuple_len
 
@@ -54,101 +53,7 @@ class SavedShares:
         return 2 * saved >= self._planned.get(label, 0.0) + EVIDENCE
 
 
-class MirrorRouter(Router):
-    """Base of routers that mirror each replica's cache. Memory is O(tokens cached)."""
-
-    follows_events: ClassVar[bool] = True
-
-    def __init__(self, spec: ReplicaSpec) -> None:
-        super().__init__(spec)
-        self.mirrors: dict[ReplicaId, Mirror] = {}
-
-    def joined(self, replica: ReplicaId, now: float) -> None:
-        super().joined(replica, now)
-        self.mirrors[replica] = self._empty_mirror()
-
-    def _empty_mirror(self) -> Mirror:
-        return Mirror(self.spec.page_size, None if self.spec.stateful else self.spec.grid)
-
-    def left(self, replica: ReplicaId, now: float) -> tuple[object, ...]:
-        self.mirrors.pop(replica, None)
-        return super().left(replica, now)
-
-    def num_held(self, replica: ReplicaId) -> int:
-        """Return the number of ids with KV on ``replica``. O(1)."""
-        return self.mirrors[replica].num_tokens
-
-    def used_bytes(self, replica: ReplicaId) -> int:
-        """Return the bytes of KV and checkpoints on ``replica``. O(1)."""
-        mirror, spec = self.mirrors[replica], self.spec
-        return mirror.num_tokens * spec.kv_bytes + mirror.num_checkpoints * spec.state_bytes
-
-    def used(self, replica: ReplicaId) -> float:
-        """Return the used fraction of a replica's memory, or 0 if its capacity is unknown. O(1)."""
-        capacity = self.spec.capacity_bytes
-        return min(self.used_bytes(replica) / capacity, 1.0) if capacity else 0.0
-
-    def on_events(
-        self,
-        replica: ReplicaId,
-        sequence: int,
-        events: Iterable[Event],
-        covered: Iterable[Hashable] = (),
-    ) -> None:
-        """Apply a batch of events to the mirror of ``replica``.
-
-        Batch 0 resets the mirror: a replica sends it first, and again if a batch that was requested
-        again is no longer stored. Events of a replica that has left are ignored.
-        """
-        if replica not in self.mirrors:
-            return
-        if sequence == 0:
-            self.mirrors[replica] = self._empty_mirror()
-        self.mirrors[replica].apply_batch(sequence, events)
-
-    def check(self) -> None:
-        super().check()
-        assert self.mirrors.keys() == self.loads.keys()
-        for mirror in self.mirrors.values():
-            segments = mirror.segments()
-            assert mirror.num_tokens == sum(len(segment[4]) for segment in segments)
-            assert mirror.num_checkpoints == sum(segment[5] for segment in segments)
-
-
-class KVScores(MirrorRouter):
-    """Rule of llm-d's endpoint picker with the precise scorer.
-
-    The score is 3 x the cached fraction of the prompt's KV + 2 x the shortness of the queue + 2 x
-    the free fraction of the KV cache. Each term is from 0 to 1. Ties are broken at random.
-    """
-
-    def __init__(
-        self, spec: ReplicaSpec, *, prefix: float = 3.0, queue: float = 2.0, free: float = 2.0
-    ) -> None:
-        super().__init__(spec)
-        self._weights = prefix, queue, free
-        self._lots = random.Random(spec.seed)
-
-    def choose(self, request: RouteRequest, now: float) -> Choice:
-        waiting = [load.num_waiting for load in self.loads.values()]
-        most, span = max(waiting), max(waiting) - min(waiting)
-        best: list[Choice] = []
-        best_score = float("-inf")
-        for replica, load in self.loads.items():
-            mirror = self.mirrors[replica]
-            kv_match_len = mirror.match(request.tokens, request.namespace).kv_match_len
-            share = kv_match_len / max(len(request.tokens), 1)
-            shortness = (most - load.num_waiting) / span if span else 1.0
-            parts = share, shortness, 1.0 - self.used(replica)
-            score = sum(w * part for w, part in zip(self._weights, parts, strict=True))
-            if score > best_score:
-                best, best_score = [], score
-            if score == best_score:
-                best.append(Choice(replica, min(kv_match_len, max(len(request.tokens) - 1, 0))))
-        return self._lots.choice(best)
-
-
-class CheckpointSeconds(MirrorRouter):
+class CheckpointSeconds(Router):
     """Choose the replica on which a request costs the whole fleet the least time, in seconds.
 
     There are no parameters. The cost has three parts:
@@ -164,11 +69,14 @@ class CheckpointSeconds(MirrorRouter):
 
     Ties, such as prompts seen by no replica, are broken by consistent hashing of the branch: the
     tokens after the resumable prefix. Prompts that share a branch then meet before any event
-    arrives. O(replicas x matched nodes).
+    arrives. O(replicas x matched nodes). Memory is O(tokens cached).
     """
+
+    follows_events: ClassVar[bool] = True
 
     def __init__(self, spec: ReplicaSpec) -> None:
         super().__init__(spec)
+        self.mirrors: dict[ReplicaId, Mirror] = {}
         self.in_flight: dict[ReplicaId, InFlightPrompts] = {}
         self.write_rates: dict[ReplicaId, WriteRate] = {}
         self._without_first_token: set[Hashable] = set()
@@ -178,10 +86,15 @@ class CheckpointSeconds(MirrorRouter):
 
     def joined(self, replica: ReplicaId, now: float) -> None:
         super().joined(replica, now)
+        self.mirrors[replica] = self._empty_mirror()
         self.in_flight[replica] = InFlightPrompts()
         self.write_rates[replica] = WriteRate(self.spec.capacity_bytes, now)
 
+    def _empty_mirror(self) -> Mirror:
+        return Mirror(self.spec.page_size, None if self.spec.stateful else self.spec.grid)
+
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
+        self.mirrors.pop(replica, None)
         gone = self.in_flight.pop(replica, None)
         for request in () if gone is None else gone.requests():
             self._planned.pop(request, None)
@@ -194,9 +107,9 @@ class CheckpointSeconds(MirrorRouter):
         """Match a prompt in the mirror of ``replica``."""
         return self.mirrors[replica].match(request.tokens, request.namespace)
 
-    def wait_s(self, replica: ReplicaId, now: float) -> float:
-        """Return the seconds until ``replica`` has finished its present prefills."""
-        return self.loads[replica].wait_s(now)
+    def num_held(self, replica: ReplicaId) -> int:
+        """Return the number of ids with KV on ``replica``. O(1)."""
+        return self.mirrors[replica].num_tokens
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
         num_ids = len(request.tokens)
@@ -204,14 +117,14 @@ class CheckpointSeconds(MirrorRouter):
         cost: dict[ReplicaId, float] = {}
         per_id = self.seconds(0, num_ids) / max(num_ids, 1)
         pressures, delays = self.pressures(now), 1.0 / (1.0 - self.utilisation(now))
-        for replica in self.loads:
+        for replica, load in self.loads.items():
             found = self.find(replica, request)
             depth = max(found.cached_len, self.in_flight[replica].depth(request))
             depths[replica] = depth
             new_bytes = self.new_bytes(request, depth, found.kv_match_len)
             lost = pressures[replica] * self.displaced(replica, new_bytes)
             work = self.seconds(depth, num_ids) + per_id * lost
-            cost[replica] = self.wait_s(replica, now) + delays * work
+            cost[replica] = load.wait_s(now) + delays * work
         least = min(cost.values())
         equal = [replica for replica, seconds in cost.items() if seconds <= least]
         chosen = rendezvous(self._branch(request, max(depths.values())), equal)
@@ -306,12 +219,19 @@ class CheckpointSeconds(MirrorRouter):
         events: Iterable[Event],
         covered: Iterable[Hashable] = (),
     ) -> None:
-        events = tuple(events)
-        super().on_events(replica, sequence, events)
-        if replica not in self.in_flight:
+        """Apply a batch of events to the mirror of ``replica``.
+
+        Batch 0 resets the mirror: a replica sends it first, and again if a batch that was requested
+        again is no longer stored. Events of a replica that has left are ignored.
+        """
+        if replica not in self.mirrors:
             return
+        events = tuple(events)
+        if sequence == 0:
+            self.mirrors[replica] = self._empty_mirror()
+        self.mirrors[replica].apply_batch(sequence, events)
         # Batch 0 can repeat checkpoints that were already counted.
-        counts = self.follows_events and sequence > 0
+        counts = sequence > 0
         if counts:
             for event in events:
                 if isinstance(event, CheckpointStored):
@@ -327,7 +247,12 @@ class CheckpointSeconds(MirrorRouter):
 
     def check(self) -> None:
         super().check()
-        assert self.in_flight.keys() == self.write_rates.keys() == self.loads.keys()
+        assert self.mirrors.keys() == self.in_flight.keys() == self.loads.keys()
+        assert self.write_rates.keys() == self.loads.keys()
+        for mirror in self.mirrors.values():
+            segments = mirror.segments()
+            assert mirror.num_tokens == sum(len(segment[4]) for segment in segments)
+            assert mirror.num_checkpoints == sum(segment[5] for segment in segments)
         for write_rate in self.write_rates.values():
             write_rate.check()
         assert self._without_first_token <= self._where.keys()
@@ -335,17 +260,6 @@ class CheckpointSeconds(MirrorRouter):
         assert sorted(map(repr, self._planned)) == sorted(map(repr, underway))
         for way in self.in_flight.values():
             way.check()
-
-
-class KVSeconds(CheckpointSeconds):
-    """Control experiment: the same rule, assuming that KV without a state can be resumed."""
-
-    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
-        kv_match_len = super().find(replica, request).kv_match_len
-        return MirrorMatch(min(kv_match_len, max(len(request.tokens) - 1, 0)), kv_match_len)
-
-    def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
-        return list(range(self.spec.grid, len(request.tokens), self.spec.grid))
 
 
 # --- Prompts without events yet -------------------------------------------------------------------
@@ -465,3 +379,21 @@ class WriteRate:
         assert sums[-1] <= self._bytes and seconds[-1] <= self._seconds
         if self._capacity is not None and len(sums) > 2:
             assert sums[1] > self._bytes - self._capacity
+
+
+# --- Ties -----------------------------------------------------------------------------------------
+
+
+def rendezvous(key: bytes, replicas: Iterable[ReplicaId]) -> ReplicaId:
+    """Return the highest-ranked replica for ``key`` (Thaler and Ravishankar, 1998). O(replicas).
+
+    When a replica leaves or joins, only its own keys move. Raises ValueError without replicas.
+
+    >>> rendezvous(b"a", (0, 1, 2)) == rendezvous(b"a", (2, 1, 0))
+    True
+    """
+    return max(replicas, key=lambda replica: _rank(key, replica))
+
+
+def _rank(key: bytes, replica: ReplicaId) -> bytes:
+    return blake2b(key, digest_size=8, key=repr(replica).encode()[:64]).digest()

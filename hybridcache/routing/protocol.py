@@ -45,8 +45,6 @@ class ReplicaSpec:
     """False for attention-only models, which can resume at any position of the grid."""
     placement: PlacementPolicy | None = None
     """Placement policy of the replicas with positions in ids, or None if unknown."""
-    seed: int = 0
-    """Seed of routers that draw at random."""
 
 
 class RouteRequest(NamedTuple):
@@ -56,8 +54,6 @@ class RouteRequest(NamedTuple):
     """Unique among running requests."""
     tokens: tuple[int, ...]
     namespace: Hashable = None
-    session: Hashable = None
-    """Session stated by the client, or None."""
     boundaries: tuple[int, ...] = ()
     """Positions that later prompts are known to share, as passed to the placement policy."""
 

@@ -6,25 +6,14 @@ from collections.abc import Callable
 from typing import cast
 
 from hybridcache.policies.user import load
-from hybridcache.routing.precise import CheckpointSeconds, KVScores, KVSeconds
+from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import ReplicaSpec, Router
-from hybridcache.routing.without_events import (
-    CacheAware,
-    LeastLoaded,
-    PrefixAffinity,
-    RoundRobin,
-    Sticky,
-)
+from hybridcache.routing.without_events import CacheAware, LeastLoaded
 
 ROUTERS: dict[str, type[Router]] = {
-    "round_robin": RoundRobin,
-    "least_loaded": LeastLoaded,
-    "session": Sticky,
-    "text": CacheAware,
-    "text-ray": PrefixAffinity,
-    "kv": KVScores,
-    "kv-seconds": KVSeconds,
     "checkpoint": CheckpointSeconds,
+    "text": CacheAware,
+    "least_loaded": LeastLoaded,
 }
 
 

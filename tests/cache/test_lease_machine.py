@@ -256,7 +256,7 @@ class LeaseMachine(RuleBasedStateMachine):
         boundaries = tuple(sorted(rng.sample(range(1, prompt_len + 1), min(prompt_len, 2))))
         self.num_requests += 1
         routed = RouteRequest(
-            self.num_requests, tuple(tokens[:prompt_len].tolist()), namespace, None, boundaries
+            self.num_requests, tuple(tokens[:prompt_len].tolist()), namespace, boundaries
         )
         forecast = self.router.forecast(routed, 0, 0)
         assert self.router.forecast(routed, 0, 0) == forecast

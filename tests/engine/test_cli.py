@@ -82,7 +82,7 @@ def run(*arguments: str) -> int:
         ),
         ("serve --modle x", "did you mean --model? See `engine serve --help`."),
         ("sevre --port 1", "did you mean serve? See `engine --help`."),
-        ("serve --port 0 --router kv", "--router and --ray need --replicas"),
+        ("serve --port 0 --router text", "--router and --ray need --replicas"),
         ("serve --port 0 --salt-by-key", "--salt-by-key needs keys: give --api-key-file"),
         ("serve x", "unrecognized arguments: x. See `engine serve --help`."),
         ("generate x --max-tokens=3 --no-such", "--no-such. See `engine generate --help`."),

@@ -134,7 +134,7 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
         (["--closed-loop", "--baseline", "vllm"], "--baseline has no meaning with --closed-loop"),
         (["--closed-loop", "--no-bound"], "--no-bound has no meaning with --closed-loop"),
         (["--closed-loop", "--replicas", "2"], "--replicas has no meaning with --closed-loop"),
-        (["--closed-loop", "--router", "session"], "--router is about several replicas"),
+        (["--closed-loop", "--router", "text"], "--router is about several replicas"),
     ],
 )
 def test_invalid_closed_loop_options_give_one_line(

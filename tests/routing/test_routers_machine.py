@@ -14,7 +14,7 @@ from hybridcache.export.events import CheckpointStored, EventStream
 from hybridcache.export.mirror import EventsLost
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
-from hybridcache.routing.precise import MOST_BUSY, CheckpointSeconds, KVSeconds, MirrorRouter
+from hybridcache.routing.precise import MOST_BUSY, CheckpointSeconds
 from hybridcache.routing.protocol import (
     Choice,
     NoReplica,
@@ -101,7 +101,7 @@ class RoutersMachine(RuleBasedStateMachine):
     def route(self, number, prefix_len, new):
         tokens = (*self.prompts[number % len(self.prompts)][:prefix_len], *new)
         self.num_requests += 1
-        request = RouteRequest(self.num_requests, tokens, None, number % 3)
+        request = RouteRequest(self.num_requests, tokens)
         if not self.replicas:
             with pytest.raises(NoReplica):
                 self.router.route(request, self.now)
@@ -149,7 +149,7 @@ class RoutersMachine(RuleBasedStateMachine):
 
     @invariant()
     def mirrors_equal_caches_without_pending_batches(self):
-        if not hasattr(self, "router") or not isinstance(self.router, MirrorRouter):
+        if not hasattr(self, "router") or not isinstance(self.router, CheckpointSeconds):
             return
         for name, replica in self.replicas.items():
             if not replica.batches:
@@ -227,19 +227,14 @@ def test_a_replica_is_chosen_after_almost_no_time() -> None:
         assert router.route(RouteRequest(number, (0,)), now).replica == 0
 
 
-def test_kv_seconds_expects_a_hit_where_a_checkpoint_is_missing() -> None:
+def test_a_missing_checkpoint_is_not_expected_as_a_hit() -> None:
     replica = Replica()
-    request = RouteRequest("first", tuple(range(20)))
-    replica.compute(request)
-    batch = replica.batches[0]
-    expected_len = {}
-    for name in ("checkpoint", "kv-seconds"):
-        router = fleet(name, 1)
-        router.on_events(0, *batch)
-        expected_len[name] = router.route(RouteRequest(1, (*range(11), 99)), 0.0).expected_len
+    replica.compute(RouteRequest("first", tuple(range(20))))
+    router = fleet("checkpoint", 1)
+    router.on_events(0, *replica.batches[0])
+    expected_len = router.route(RouteRequest(1, (*range(11), 99)), 0.0).expected_len
     actual = replica.cache.match(np.array((*range(11), 99), np.int32))
-    assert expected_len == {"checkpoint": actual.cached_len, "kv-seconds": 11}
-    assert actual.cached_len == 0
+    assert expected_len == actual.cached_len == 0 and actual.kv_match_len == 11
 
 
 def test_a_queue_and_a_prefix_are_compared_in_seconds() -> None:
@@ -381,26 +376,10 @@ def test_text_router_applies_the_thresholds_of_sglang() -> None:
     assert router.route(RouteRequest("last", (*range(10), 5)), 0).replica == 1
 
 
-def test_kv_router_adds_the_three_scores_of_llm_d() -> None:
-    replica = Replica()
-    replica.compute(RouteRequest("first", tuple(range(40))))
-    router = fleet("kv", 2, capacity_bytes=None)
-    router.on_events(0, *replica.batches[0])
-    assert router.route(RouteRequest(1, tuple(range(40))), 0) == (0, 39)
-    # The prefix scores 3 x 10 / 40, less than 2 for the shorter queue.
-    assert router.route(RouteRequest(2, (*range(10), *range(100, 130))), 0).replica == 1
-
-
-@pytest.mark.parametrize("name", ["session", "round_robin", "least_loaded"])
-def test_routers_without_cache_events(name: str) -> None:
-    router = fleet(name)
-    chosen = [router.route(RouteRequest(n, (1,), None, n % 3), 0).replica for n in range(9)]
-    if name == "session":
-        assert chosen[:3] * 3 == chosen
-        router.left(next(replica for replica in range(3) if replica not in chosen[:1]), 0)
-        assert router.route(RouteRequest("x", (1,), None, 0), 0).replica == chosen[0]
-    else:
-        assert sorted(chosen) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+def test_the_router_by_load_spreads_requests_evenly() -> None:
+    router = fleet("least_loaded")
+    chosen = [router.route(RouteRequest(number, (1,)), 0).replica for number in range(9)]
+    assert chosen == [0, 1, 2] * 3
 
 
 def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
@@ -438,7 +417,7 @@ def test_a_custom_router_is_found_by_its_path() -> None:
     router.joined(0, 0)
     router.joined(1, 0)
     assert router.route(RouteRequest(1, (1,)), 0).replica == 1
-    with pytest.raises(ValueError, match=r"router must be one of round_robin, .* \(got 'best'\)"):
+    with pytest.raises(ValueError, match=r"router must be one of checkpoint, .* \(got 'best'\)"):
         find_router("best")
     with pytest.raises(ValueError, match="does not implement Router: derive NotARouter from"):
         find_router(f"{here}:NotARouter")
@@ -448,7 +427,3 @@ def test_a_custom_router_is_found_by_its_path() -> None:
         abstract = Router(spec())
         abstract.joined(0, 0)
         abstract.route(RouteRequest(1, (1,)), 0)
-
-
-def test_kv_seconds_shares_the_rule_of_checkpoint_seconds() -> None:
-    assert KVSeconds.choose is CheckpointSeconds.choose

@@ -32,8 +32,8 @@ class ReplicasConfig(PluginConfig):
     )
     router: str = setting(
         "checkpoint",
-        "with replicas: policy that chooses one for a request: checkpoint, kv, text, session, "
-        "least_loaded, round_robin, or module:Class",
+        "with replicas: policy that chooses one for a request: checkpoint, text, least_loaded, "
+        "or module:Class",
     )
 
     def __post_init__(self) -> None:

@@ -248,7 +248,7 @@ def _add_fleet(parser: argparse._ActionsContainer) -> None:
     """Add the options of fleets."""
     from hybridcache.routing.registry import ROUTERS
 
-    words = ", ".join((*ROUTERS, "oracle"))
+    words = ", ".join(ROUTERS)
     parser.add_argument(
         "--replicas",
         type=int,

@@ -30,7 +30,7 @@ class FleetConfig:
 
     replicas: int = 8
     router: str = "checkpoint"
-    """A word, ``oracle`` too, or ``module:Class``."""
+    """A word of ``ROUTERS``, or ``module:Class``."""
     load: float | None = None
     """Share of the trace's time that all prompts, computed cold, would keep the replicas busy. It
     sets their speed; None keeps the prefill times."""
@@ -43,7 +43,7 @@ class FleetConfig:
     tpot_s: float = 0.02
     """Seconds an answer token takes; decoding delays no prefill."""
     seed: int = 0
-    """For routers that draw lots, and of which replicas die."""
+    """Number of the replica that fails first."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:

@@ -53,8 +53,7 @@ def check_fleet(config: RunConfig, fleet: FleetConfig) -> None:
             "out for a fleet"
         )
     check_words(config)
-    if fleet.router != "oracle":
-        find_router(fleet.router)
+    find_router(fleet.router)
 
 
 def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
@@ -74,7 +73,6 @@ def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
         config.budget_bytes,
         stateful,
         config.placement(unit),
-        fleet.seed,
     )
     make = cast(Callable[[], LeaseTarget], partial(build_target, config, unit))
     log = serve_fleet(make, trace.in_order(), unit, fleet, times, span, spec)

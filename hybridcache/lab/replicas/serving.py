@@ -14,22 +14,15 @@ import heapq
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from hybridcache.api import PrefixCache
 from hybridcache.export.events import Event, EventStream
-from hybridcache.export.mirror import MirrorMatch
 from hybridcache.geometry.times import PrefillTimes
 from hybridcache.lab.replicas.fleet import FleetConfig, Span
 from hybridcache.lab.simulation.log import RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, Served
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.routing.load import ReplicaLoad
-from hybridcache.routing.precise import CheckpointSeconds
-from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, Router, RouteRequest
+from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import find_router
 
 
@@ -54,8 +47,6 @@ class _Replica:
         self.queue: deque[_Asked] = deque()
         self.prefilling: _Asked | None = None
         self.decoding: dict[int, _Asked] = {}
-        self.load = ReplicaLoad()
-        """The true one, for the oracle."""
         self.outbox: list[Event] = []
         self.covered: list[int] = []
         self.num_batches = 0
@@ -123,20 +114,10 @@ class _Fleet:
         self._expected = array("q")
         self._rerouted = self._broken = 0
         self._last_s = 0.0
-        self.router = self._make_router(spec)
+        self.router = find_router(config.router)(spec)
         for place in range(config.replicas):
             self._places.append(None)
             self._join(place, 0.0)
-
-    def _make_router(self, spec: ReplicaSpec) -> Router:
-        if self._config.router != "oracle":
-            return find_router(self._config.router)(spec)
-
-        truth = Truth(
-            lambda replica: self._replicas[replica].target.cache,
-            lambda replica, now: self._replicas[replica].load.wait_s(now),
-        )
-        return Oracle(spec, truth)
 
     def _join(self, place: int, now: float) -> None:
         replica = _Replica(self._num_replicas, self._make_target())
@@ -205,14 +186,11 @@ class _Fleet:
             asked.number,
             tuple(request.tokens.tolist()),
             request.namespace,
-            request.session,
             request.boundaries,
         )
         choice = self.router.route(known, now)
         replica = self._replicas[choice.replica]
         asked.replica, asked.expected_len = replica, choice.expected_len
-        cached = replica.target.cache.match(request.tokens, request.namespace).cached_len
-        replica.load.sent(asked.number, self.router.seconds(cached, len(request.tokens)), now)
         replica.queue.append(asked)
         self._start(replica, now)
 
@@ -241,7 +219,6 @@ class _Fleet:
         self._expected.append(asked.expected_len * self._unit)
         self._last_s = now
         self.router.prefilled(asked.number, now)
-        replica.load.prefilled(asked.number, now)
         replica.prefilling = None
         replica.decoding[asked.number] = asked
         replica.covered.append(asked.number)
@@ -256,7 +233,6 @@ class _Fleet:
         if asked.served is not None:
             asked.served.finish()
         del replica.decoding[asked.number]
-        replica.load.ended(asked.number, now)
         self.router.ended(asked.number, now)
         self._publish(replica, now)
         self._next_turn(asked.request.session, now)
@@ -307,40 +283,3 @@ class _Fleet:
             self._route(asked, now)
         for asked in replica.decoding.values():
             self._next_turn(asked.request.session, now)
-
-
-# --- The oracle ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Truth:
-    """View of the replicas that the oracle reads."""
-
-    cache: Callable[[ReplicaId], PrefixCache]
-    wait_s: Callable[[ReplicaId, float], float]
-
-
-class Oracle(CheckpointSeconds):
-    """Router with the rule of ``CheckpointSeconds`` on the true state of the replicas, instead of
-    their events. The cost of a choice for later requests is estimated as in that rule."""
-
-    follows_events: ClassVar[bool] = False
-
-    def __init__(self, spec: ReplicaSpec, truth: Truth) -> None:
-        super().__init__(spec)
-        self._truth = truth
-
-    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
-        tokens = np.array(request.tokens, np.int32)
-        found = self._truth.cache(replica).match(tokens, request.namespace)
-        return MirrorMatch(found.cached_len, found.kv_match_len)
-
-    def wait_s(self, replica: ReplicaId, now: float) -> float:
-        return self._truth.wait_s(replica, now)
-
-    def num_held(self, replica: ReplicaId) -> int:
-        return self._truth.cache(replica).cached_tokens
-
-    def used_bytes(self, replica: ReplicaId) -> int:
-        cache, spec = self._truth.cache(replica), self.spec
-        return cache.cached_tokens * spec.kv_bytes + cache.num_checkpoints * spec.state_bytes

@@ -214,7 +214,7 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
 
 def test_a_death_before_the_first_token_moves_the_request() -> None:
     async def live() -> None:
-        engine, handle = await fleet_of(2, "round_robin")
+        engine, handle = await fleet_of(2, "least_loaded")
         stream = engine.submit(make_spec(7, max_tokens=2))
         while not handle.chosen:  # Without a pause in which the answer could begin.
             await asyncio.sleep(0)
@@ -231,7 +231,7 @@ def test_a_death_before_the_first_token_moves_the_request() -> None:
 
 def test_an_answer_that_differs_when_repeated_fails() -> None:
     async def live() -> None:
-        engine, handle = await fleet_of(2, "round_robin")
+        engine, handle = await fleet_of(2, "least_loaded")
         stream = engine.submit(make_spec(8, max_tokens=400))
         begun = await anext(stream)
         [progress] = [

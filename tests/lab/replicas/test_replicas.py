@@ -37,7 +37,7 @@ def cell(router: str, trace: Trace = SHORT, gib: float = 1.0, **fleet: object) -
     return run_fleet(trace, job)
 
 
-@pytest.mark.parametrize("router", [*ROUTERS, "oracle"])
+@pytest.mark.parametrize("router", list(ROUTERS))
 def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     """With every router, requests have the hits and times of the simulator's concurrent mode."""
     one = cell(router, replicas=1, load=None)
@@ -49,9 +49,9 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
 
 
 def test_routers_have_the_expected_order_of_hit_rates() -> None:
-    rates = {router: cell(router, gib=3.0).token_hit_rate for router in (*ROUTERS, "oracle")}
-    assert rates["round_robin"] < rates["session"] < rates["checkpoint"] - 0.05
-    assert rates["kv-seconds"] <= rates["checkpoint"] and rates["kv"] <= rates["checkpoint"]
+    rates = {router: cell(router, gib=3.0).token_hit_rate for router in ROUTERS}
+    assert rates["least_loaded"] < rates["text"]
+    assert rates["least_loaded"] < rates["checkpoint"] - 0.05
     assert rates["text"] - 0.01 <= rates["checkpoint"]
 
 
@@ -59,7 +59,7 @@ def test_immediate_events_cause_no_overpromised_tokens() -> None:
     """The memory is so large that nothing is evicted between routing and prefill."""
     result = cell("checkpoint", gib=20.0)
     assert result.overpromised_tokens == 0
-    assert cell("kv-seconds", gib=20.0).overpromised_tokens > 0
+    assert cell("text", gib=1.0).overpromised_tokens > 0, "it does not learn of evictions"
 
 
 class BusiestReplica(Router):
@@ -96,7 +96,7 @@ def test_subclass_of_a_router_gives_the_same_results(
     assert found == expected and found["cached_tokens"]
 
 
-@pytest.mark.parametrize("router", ["checkpoint", "text", "oracle", "session"])
+@pytest.mark.parametrize("router", list(ROUTERS))
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_each_request_is_served_once_despite_failures(
     router: str, replicas: int, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +129,7 @@ def test_each_request_is_served_once_despite_failures(
 def test_late_events_reduce_hits_only_a_little() -> None:
     immediate, late = cell("checkpoint", gib=3.0), cell("checkpoint", gib=3.0, delay_s=5.0)
     assert late.token_hit_rate <= immediate.token_hit_rate + 0.02
-    assert late.token_hit_rate > cell("session", gib=3.0).token_hit_rate
+    assert late.token_hit_rate > cell("least_loaded", gib=3.0).token_hit_rate
 
 
 def equal_prompts(*at: float) -> Trace:
@@ -182,7 +182,7 @@ def test_load_scales_the_prefill_times() -> None:
 
 def test_sweep_of_fleets_resumes(tmp_path) -> None:
     path = tmp_path / "runs.jsonl"
-    jobs = fleet_jobs(RunConfig(GEOMETRY), FleetConfig(2), TIMES, ["session", "checkpoint"], [1.0])
+    jobs = fleet_jobs(RunConfig(GEOMETRY), FleetConfig(2), TIMES, ["text", "checkpoint"], [1.0])
     short = open_trace("short?head=30")
     first = run_fleets(short, jobs[:1], resume_from=path)
     path.write_text(path.read_text() + '{"key": "half')
@@ -198,12 +198,12 @@ def test_command_prints_a_table_and_writes_lines(
 ) -> None:
     path = tmp_path / "runs.jsonl"
     arguments = ["simulate", "--trace", "short?head=40", "--gib", "2", "--replicas", "3"]
-    more = ["--router", "session,kv,checkpoint", "--load", "1", "--event-delay", "2"]
+    more = ["--router", "text,least_loaded,checkpoint", "--load", "1", "--event-delay", "2"]
     assert main([*arguments, *more, "--failures", "1", "--output", str(path)]) == 0
     out = capsys.readouterr().out
     assert "3 replicas of 2 GiB" in out and "events 2 s late, 1 failures" in out
     rows = [line.split()[0] for line in out.splitlines() if line[:1].isalpha()][2:]
-    assert rows == ["session", "kv", "checkpoint"]
+    assert rows == ["text", "least_loaded", "checkpoint"]
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["fleet"]["router"] for record in records] == rows
 
@@ -211,9 +211,9 @@ def test_command_prints_a_table_and_writes_lines(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--router", "kv"], "--router is about several replicas"),
+        (["--router", "text"], "--router is about several replicas"),
         (["--replicas", "0"], "replicas must be at least 1"),
-        (["--replicas", "2", "--router", "best"], "router must be one of round_robin"),
+        (["--replicas", "2", "--router", "best"], "router must be one of checkpoint"),
         (["--replicas", "2", "--baseline", "vllm"], "--baseline has no meaning with --replicas"),
         *(
             (["--replicas", "2", flag, *value], f"{flag} has no meaning with --replicas")
@@ -258,6 +258,6 @@ def test_fleets_use_or_reject_every_flag(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_trace_without_duration_is_rejected() -> None:
     with pytest.raises(ValueError, match="come at once"):
-        cell("session", equal_prompts(1.0, 1.0))
+        cell("least_loaded", equal_prompts(1.0, 1.0))
     with pytest.raises(ValueError, match="no request"):
-        cell("session", equal_prompts())
+        cell("least_loaded", equal_prompts())
