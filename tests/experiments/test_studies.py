@@ -288,6 +288,7 @@ def test_shadows_of_all_sessions_follow_the_better_pair(tmp_path: Path) -> None:
     assert len(rows) == 8 and all(len(row) == len(header) for row in rows)
 
 
+@pytest.mark.full
 def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:
     """One session at a time: processor time then cannot change hits."""
     options = argparse.Namespace(sessions=12, max_running=4, repeats=1)

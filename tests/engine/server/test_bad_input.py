@@ -458,6 +458,11 @@ def test_every_number_of_a_body_has_a_range(
 ODD = (True, "odd", 1.5, -1, 2**64, -(10**40), 1e308, [], ["a", 1], {}, {"odd": 1}, "a\nb\u2028")
 
 
+@pytest.mark.full(
+    "/v1/completions-CompletionRequest-body0",
+    "/detokenize-DetokenizeRequest-body3",
+    "/v1/messages-MessagesRequest-body4",
+)
 @pytest.mark.parametrize(("path", "kind", "body"), BODIES)
 def test_refusals_are_one_line_and_name_the_parameter(
     live: Live, path: str, kind: type[Strict], body: dict[str, Any]
