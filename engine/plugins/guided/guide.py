@@ -26,8 +26,8 @@ SHARE, BURST_S = 0.08, 0.015
 REQUEST_S, TOKEN_S = 0.05, 1e-4
 """Time that the grammar of one request may take in any case: at once, and for each token."""
 CALL_S = 0.01
-"""Maximum time that one call is charged. The library's limits end a call earlier; a longer one
-contains a garbage collection or page faults, and these must not fail a request."""
+"""Maximum time that one call is charged, so that a garbage collection, page faults or a repeated
+compilation in one call do not fail a request."""
 RENEWAL_S = 0.02
 """Maximum time of a compilation that is repeated while an answer is followed."""
 SPENT_STATES = "lexer error: too many states"
