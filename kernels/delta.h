@@ -7,16 +7,21 @@
 constexpr float L2_EPS = 1e-6f;
 constexpr int64_t MAX_KEY = 512;
 
+// Factor that gives a row the length `scale`.
 template <class T>
-static float unit(const T* from, float* to, int64_t size, float scale) {
+static float unit_factor(const T* from, int64_t size, float scale) {
     Lanes squares = {};
     for (int64_t i = 0; i < size; i += LANES) {
         Lanes b = load(from + i);
         squares = multiply_add(b, b, squares);
     }
-    float factor = scale / __builtin_sqrtf(sum(squares) + L2_EPS);
+    return scale / __builtin_sqrtf(sum(squares) + L2_EPS);
+}
+
+template <class T>
+static void unit(const T* from, float* to, int64_t size, float scale) {
+    float factor = unit_factor(from, size, scale);
     for (int64_t i = 0; i < size; i++) to[i] = widen(from[i]) * factor;
-    return factor;
 }
 
 struct OneDecay {

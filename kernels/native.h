@@ -18,6 +18,7 @@
 
 typedef float Lanes __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Numbers __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 constexpr int64_t LANES = 16;
 
@@ -63,12 +64,15 @@ static inline Lanes load(const BFloat16* from) {
 
 static inline void store(float* to, Lanes x) { *(Lanes*)to = x; }
 
-// Equals narrow.
-static inline void store(BFloat16* to, Lanes x) {
+// The bits of narrow, in the lower halves.
+static inline Words narrow_bits(Lanes x) {
     Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     Words no_number = (Words)((bits & 0x7fffffff) > 0x7f800000);
-    rounded = (no_number & 0x7fc0) | (~no_number & rounded);
-    *(Halves*)to = __builtin_convertvector(rounded, Halves);
+    return (no_number & 0x7fc0) | (~no_number & rounded);
+}
+
+static inline void store(BFloat16* to, Lanes x) {
+    *(Halves*)to = __builtin_convertvector(narrow_bits(x), Halves);
 }
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -125,6 +129,16 @@ static inline Lanes larger(Lanes a, Lanes b) {
 #else
     for (int i = 0; i < LANES; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
     return b;
+#endif
+}
+
+static inline float largest(Lanes x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
 #endif
 }
 
@@ -200,6 +214,23 @@ static inline float exponential(float x) {
     return p * power;
 }
 
+// The same for each lane.
+static inline Lanes exponential(Lanes x) {
+    x = x > 88.3f ? all(88.3f) : x;
+    x = x < -87.3f ? all(-87.3f) : x;
+    constexpr float ROUNDER = 12582912.0f;  // numbers of its size have no fractions
+    Lanes n = (x * 1.44269504f + ROUNDER) - ROUNDER;
+    Lanes r = multiply_add(n, all(-0.693359375f), x);
+    r = multiply_add(n, all(2.12194440e-4f), r);
+    Lanes p = multiply_add(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
+    p = multiply_add(p, r, all(8.3334519073e-3f));
+    p = multiply_add(p, r, all(4.1665795894e-2f));
+    p = multiply_add(p, r, all(1.6666665459e-1f));
+    p = multiply_add(p, r, all(5.0000001201e-1f));
+    p = multiply_add(p, r * r, r) + 1.0f;
+    return p * (Lanes)((__builtin_convertvector(n, Numbers) + 127) << 23);
+}
+
 static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
 // Computed by libm, for the few numbers that scale a whole state.
@@ -267,11 +298,11 @@ static void for_each(int64_t count, int threads, const Work& work, Settings... s
 }
 
 // The same for items of unequal cost.
-template <class Work>
+template <class Region = Arithmetic, class Work>
 static void for_each_unequal(int64_t count, int threads, const Work& work) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Arithmetic mode;
+        Region region;
         run_dynamic(count, work);
     }
 }

@@ -9,16 +9,16 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from kernels import library
-from kernels.packed import Packed
+from kernels.packed import Packed, ScanInputs
 
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
 
@@ -71,12 +71,13 @@ def kernel_choices() -> dict[str, str]:
     """Return the method that computes each operation, the build of the library, and the C library.
 
     Made once per process, after asking the system for permission to use AMX. Processes with equal
-    choices compute equal bits. The name of a linear layer's exported function has its method:
+    choices compute equal bits. The names of exported functions for linear layers and for prompts
+    (attention and scans) have the method:
 
     - ``amx``: tiles of 16 words;
     - ``pairs``: products of two bfloat16, summed in one instruction (AVX512_BF16);
     - ``halves``: float32 products of bfloat16 numbers, for processors where ``pairs`` is slower;
-    - ``lanes``: one output per lane of a register (AVX-512, and VNNI for int8).
+    - ``lanes``: one output per lane of a register (AVX-512, and VNNI for int8), in float32.
 
     "reference" if the native library lacks the operation. ``build`` is ``library.Library.build``.
     """
@@ -86,12 +87,72 @@ def kernel_choices() -> dict[str, str]:
         "linear_float32": _first("linear_float32_{}", "lanes"),
         "linear_bfloat16": _first("linear_bfloat16_{}", tiles, pairs, "halves"),
         "linear_int8": _first("linear_int8_{}_float32", tiles, "lanes"),
+        "prompts_float32": _first("prefill_attention_float32_{}", "lanes"),
+        "prompts_bfloat16": _first("prefill_attention_bfloat16_{}", tiles, pairs, "lanes"),
     }
-    scans = "avx512" if has("chunk_gdn_float32_float32") else "reference"
     found = loaded_library()
     build = "none" if found is None else found.build
     libc = " ".join(platform.libc_ver()) or "unknown"
-    return choices | {"scans": scans, "build": build, "libc": libc}
+    return choices | {"build": build, "libc": libc}
+
+
+MAX_KEY = 512
+"""Maximum key size of a recurrence."""
+
+
+def fits_states(tokens: Sequence[torch.Tensor], states: torch.Tensor) -> bool:
+    """Return True if native recurrences serve tokens and ``states [S, HV, K, V]`` of these dtypes
+    and sizes."""
+    dtype, (key_dim, value_dim) = tokens[0].dtype, states.shape[2:]
+    return (
+        dtype in DTYPES
+        and states.dtype in DTYPES
+        and all(x.dtype is dtype for x in tokens)
+        and key_dim % LANES == 0
+        and value_dim % LANES == 0
+        and key_dim <= MAX_KEY
+        and has_whole_rows(states)
+    )
+
+
+def scan(
+    kernel: str,
+    tokens: tuple[torch.Tensor, ...],
+    factors: tuple[torch.Tensor, ...],
+    out_like: torch.Tensor,
+    num_groups: int,
+    scale: float | None = None,
+    **where: Unpack[ScanInputs],
+) -> torch.Tensor | None:
+    """Scan prompts by tiles, as the reference of ``kernel`` does. None if the library cannot.
+
+    Inputs are tokens and float32 factors. Threads share the work by head and sequence.
+    """
+    states, packed, exports = where["states"], where["packed"], where["exports"]
+    kinds = "p" * len(tokens + factors) + "piipppppppiiiiiii" + ("ft" if scale else "t")
+    run = prompts_function(kernel, tokens[0].dtype, kinds)
+    if run is None or not fits_states(tokens, states):
+        return None
+    tokens = same_stride(tokens)
+    factors = tuple(part.float().contiguous() for part in factors)
+    tables = packed.no_exports if exports is None else exports.tables
+    out = torch.empty(out_like.shape, dtype=out_like.dtype)
+    run(
+        *(part.data_ptr() for part in tokens + factors),
+        states.data_ptr(), states.dtype is not torch.float32, states.stride(0),
+        where["slots"].data_ptr(), where["resumed"].data_ptr(), packed.cu_seqlens.data_ptr(),
+        *(table.data_ptr() for table in tables),
+        out.data_ptr(), tokens[0].stride(0), packed.tile_size, len(where["slots"]), num_groups,
+        *states.shape[1:], *([scale] if scale else []), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def prompts_function(kernel: str, dtype: torch.dtype, kinds: str) -> Callable[..., None] | None:
+    """Return the function of a kernel for prompts of ``dtype``. None if the library has none."""
+    name = DTYPES.get(dtype)
+    method = kernel_choices().get(f"prompts_{name}", "reference")
+    return None if method == "reference" else function(f"{kernel}_{name}_{method}", kinds)
 
 
 def _first(name: str, *methods: str | None) -> str:

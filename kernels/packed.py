@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -124,6 +124,16 @@ class Exports:
                 _int32(ends, device), _int32(slots, device), _int32(running_sum(counts), device)
             ),
         )
+
+
+class ScanInputs(TypedDict):
+    """Arguments that all scans of prompts have: see ``gdn.reference.chunk_gdn``."""
+
+    states: torch.Tensor
+    packed: Packed
+    slots: torch.Tensor
+    resumed: torch.Tensor
+    exports: Exports | None
 
 
 def num_tiles(length: int, tile_size: int = TILE) -> int:

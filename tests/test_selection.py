@@ -72,7 +72,7 @@ def test_only_representative_families_run() -> None:
 
 def test_change_selects_the_tests_that_import_it() -> None:
     """Lazy attributes, searched packages, and modules of commands count as imports."""
-    tests = [ROOT / "tests" / name for name in ("cache/test_rules.py", "kernels/test_gdn.py")]
+    tests = [ROOT / "tests" / name for name in ("cache/test_rules.py", "kernels/test_scan.py")]
     cases = {
         "hybridcache/radix/tree.py": tests[:1],
         "kernels/gdn/native.cpp": tests[1:],

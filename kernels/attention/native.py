@@ -1,19 +1,79 @@
-"""Attention with native decoding and verification (``native.cpp``), reading KV rows in place; see
-``reference``."""
+"""Attention in C++, reading KV rows in place; see ``reference``."""
 
 from __future__ import annotations
 
 import torch
 
 from kernels.attention import reference
-from kernels.attention.reference import prefill_attention
 from kernels.attention.sequences import Sequences
-from kernels.native import DTYPES, address, function, has_whole_rows, whole_rows
+from kernels.native import (
+    DTYPES,
+    address,
+    function,
+    has_whole_rows,
+    prompts_function,
+    whole_rows,
+)
 from kernels.packed import Packed
 
 __all__ = ["decode_attention", "prefill_attention", "verify_attention"]
 
 MAX_HEAD = 512
+"""Maximum head size of decoding."""
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    packed: Packed,
+    scale: float,
+) -> torch.Tensor:
+    """Compute ``reference.prefill_attention``. Threads share the work by queries and heads."""
+    out = prefill(query, key_pool, value_pool, table, sequences, packed, scale, query.shape[-1])
+    if out is None:
+        return reference.prefill_attention(
+            query,
+            key_pool,
+            value_pool,
+            table=table,
+            sequences=sequences,
+            packed=packed,
+            scale=scale,
+        )
+    return out
+
+
+def prefill(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    table: torch.Tensor,
+    sequences: Sequences,
+    packed: Packed,
+    scale: float,
+    value_dim: int,
+) -> torch.Tensor | None:
+    """Compute attention of prompts with the first ``value_dim`` numbers of values: ``[T, HQ,
+    value_dim]``. None if the library cannot."""
+    kernel = prompts_function("prefill_attention", query.dtype, "pippipippppiiiiift")
+    if kernel is None or not _is_served(query, key_pool, value_pool):
+        return None
+    query = whole_rows(query)
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads = key_pool.shape[1]
+    out = torch.empty(len(query), num_heads, value_dim, dtype=query.dtype)
+    kernel(
+        query.data_ptr(), query.stride(0), key_pool.data_ptr(), value_pool.data_ptr(),
+        key_pool.stride(0), table.data_ptr(), table.stride(0), sequences.row_table.data_ptr(),
+        sequences.kv_len_table.data_ptr(), packed.cu_seqlens.data_ptr(), out.data_ptr(),
+        len(sequences.row_table), num_kv_heads, num_heads // num_kv_heads, head_dim, value_dim,
+        scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def decode_attention(
@@ -26,7 +86,7 @@ def decode_attention(
     scale: float,
 ) -> torch.Tensor:
     """Compute ``reference.decode_attention``."""
-    if not _is_served(query, key_pool, value_pool):
+    if not _decodes(query, key_pool, value_pool):
         return reference.decode_attention(
             query, key_pool, value_pool, table=table, sequences=sequences, scale=scale
         )
@@ -47,7 +107,7 @@ def verify_attention(
 
     Lengths are those of ``packed.cu_seqlens``.
     """
-    if not _is_served(query, key_pool, value_pool):
+    if not _decodes(query, key_pool, value_pool):
         return reference.verify_attention(
             query,
             key_pool,
@@ -60,12 +120,14 @@ def verify_attention(
     return _decode(query, key_pool, value_pool, table, sequences, packed.cu_seqlens, scale)
 
 
+def _decodes(query: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor) -> bool:
+    return query.shape[-1] <= MAX_HEAD and _is_served(query, key_pool, value_pool)
+
+
 def _is_served(query: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor) -> bool:
-    head_dim = query.shape[-1]
     return (
         query.dtype in DTYPES
         and query.dtype is key_pool.dtype
-        and head_dim <= MAX_HEAD
         and key_pool.stride() == value_pool.stride()
         and key_pool.shape == value_pool.shape
         and has_whole_rows(key_pool)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet with ``native.cpp`` and ``native_chunk.cpp``; see ``reference``."""
+"""Gated DeltaNet in C++; see ``reference``."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ import torch
 
 from kernels.gdn import reference
 from kernels.gdn.reference import gates
-from kernels.native import (
-    DTYPES,
-    LANES,
-    function,
-    has,
-    has_whole_rows,
-    same_stride,
-    step_addresses,
-)
-from kernels.packed import Exports, Packed
+from kernels.native import DTYPES, fits_states, function, same_stride, scan, step_addresses
+from kernels.packed import Exports, Packed, ScanInputs
 
 __all__ = ["chunk_gdn", "decode_gdn", "gates"]
-
-MAX_KEY = 512
 
 
 def chunk_gdn(
@@ -37,33 +27,11 @@ def chunk_gdn(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Compute ``reference.chunk_gdn``. Threads share the work by head and sequence."""
-    tokens = query, key, value
-    name = f"chunk_gdn_{DTYPES.get(query.dtype)}_{DTYPES.get(states.dtype)}"
-    if not _fits(tokens, states) or not has(name):
-        return reference.chunk_gdn(
-            *tokens,
-            gate,
-            beta,
-            states=states,
-            packed=packed,
-            slots=slots,
-            resumed=resumed,
-            exports=exports,
-            scale=scale,
-        )
-    query, key, value = same_stride(tokens)
-    gate, beta = gate.float().contiguous(), beta.float().contiguous()
-    ends, export_slots, cu_exports = packed.no_exports if exports is None else exports.tables
-    out = torch.empty(value.shape, dtype=value.dtype)
-    function(name, "ppppppipppppppiiiiiiift")(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), gate.data_ptr(), beta.data_ptr(),
-        states.data_ptr(), states.stride(0), slots.data_ptr(), resumed.data_ptr(),
-        packed.cu_seqlens.data_ptr(), ends.data_ptr(), export_slots.data_ptr(),
-        cu_exports.data_ptr(), out.data_ptr(), value.stride(0), packed.tile_size, len(slots),
-        key.shape[1], value.shape[1], *states.shape[2:], scale or key.shape[-1] ** -0.5,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    tokens, factors = (query, key, value), (gate, beta)
+    where = ScanInputs(states=states, packed=packed, slots=slots, resumed=resumed, exports=exports)
+    scale = scale or key.shape[-1] ** -0.5
+    out = scan("chunk_gdn", tokens, factors, value, key.shape[1], scale, **where)
+    return reference.chunk_gdn(*tokens, *factors, scale=scale, **where) if out is None else out
 
 
 def decode_gdn(
@@ -84,7 +52,7 @@ def decode_gdn(
 ) -> torch.Tensor:
     """Compute ``reference.decode_gdn``. Lengths are those of ``packed.cu_seqlens``."""
     tokens = query, key, value, a, b
-    if not (A_log.dtype is dt_bias.dtype is torch.float32 and _fits(tokens, states)):
+    if not (A_log.dtype is dt_bias.dtype is torch.float32 and fits_states(tokens, states)):
         return reference.decode_gdn(
             *tokens,
             A_log,
@@ -110,16 +78,3 @@ def decode_gdn(
         value_dim, key_dim**-0.5 if scale is None else scale, max_beta, torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _fits(tokens: tuple[torch.Tensor, ...], states: torch.Tensor) -> bool:
-    dtype, key_dim, value_dim = tokens[0].dtype, states.shape[2], states.shape[3]
-    return (
-        dtype in DTYPES
-        and states.dtype in DTYPES
-        and all(x.dtype is dtype for x in tokens)
-        and key_dim % LANES == 0
-        and value_dim % LANES == 0
-        and key_dim <= MAX_KEY
-        and has_whole_rows(states)
-    )

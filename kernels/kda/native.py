@@ -1,25 +1,45 @@
-"""Kimi Delta Attention with native decoding (``native.cpp``); see ``reference``."""
+"""Kimi Delta Attention in C++; see ``reference``."""
 
 from __future__ import annotations
 
 import torch
 
 from kernels.kda import reference
-from kernels.kda.reference import chunk_kda, gates
+from kernels.kda.reference import gates
 from kernels.native import (
     DTYPES,
-    LANES,
+    fits_states,
     function,
-    has_whole_rows,
     same_stride,
+    scan,
     step_addresses,
     whole_rows,
 )
-from kernels.packed import Packed
+from kernels.packed import Exports, Packed, ScanInputs
 
 __all__ = ["chunk_kda", "decode_kda", "gates"]
 
-MAX_KEY = 512
+
+def chunk_kda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    packed: Packed,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Compute ``reference.chunk_kda``. Threads share the work by head and sequence."""
+    tokens, factors = (query, key, value), (gate, beta)
+    where = ScanInputs(states=states, packed=packed, slots=slots, resumed=resumed, exports=exports)
+    scale = scale or key.shape[-1] ** -0.5
+    out = scan("chunk_kda", tokens, factors, value, key.shape[1], scale, **where)
+    return reference.chunk_kda(*tokens, *factors, scale=scale, **where) if out is None else out
 
 
 def decode_kda(
@@ -38,17 +58,8 @@ def decode_kda(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Compute ``reference.decode_kda``. Lengths are those of ``packed.cu_seqlens``."""
-    tokens, key_dim, value_dim = (query, key, value, a, b), *states.shape[2:]
-    if not (
-        query.dtype in DTYPES
-        and states.dtype in DTYPES
-        and all(x.dtype is query.dtype for x in tokens)
-        and A_log.dtype is dt_bias.dtype is torch.float32
-        and key_dim % LANES == 0
-        and value_dim % LANES == 0
-        and key_dim <= MAX_KEY
-        and has_whole_rows(states)
-    ):
+    tokens = query, key, value, a, b
+    if not (A_log.dtype is dt_bias.dtype is torch.float32 and fits_states(tokens, states)):
         return reference.decode_kda(
             *tokens,
             A_log,
@@ -66,7 +77,7 @@ def decode_kda(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
         A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
         slots.data_ptr(), *step_addresses(slots, packed, step_slots), out.data_ptr(),
-        value.stride(0), a.stride(0), b.stride(0), len(value), len(slots), value.shape[1], key_dim,
-        value_dim, key_dim**-0.5 if scale is None else scale, torch.get_num_threads(),
+        value.stride(0), a.stride(0), b.stride(0), len(value), len(slots), *states.shape[1:],
+        states.shape[2] ** -0.5 if scale is None else scale, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -1,106 +1,68 @@
-// Mamba-2 tile by tile: see reference.chunk_mamba2. For a tile of a head with the state S before it:
-//     O = (C B^T * L) diag(dt) X + D X + exp(G) (C S)        S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
-#include "../tile.h"
+// Mamba-2 tile by tile: see reference.chunk_mamba2 and scan.h. B and C are operands as they are; steps
+// and decays are factors of rows and of products.
+#include "../scan.h"
 
 #ifdef __AVX512F__
 
-struct Sizes {
-    int64_t stride, H, HV, K, V;
-};
-
-struct Room {
-    std::vector<float> floats;
-    float *B, *C, *B_columns, *products, *x, *read, *state;
-
-    void make(int64_t K, int64_t V) {
-        floats.resize(3 * TILE * K + TILE * TILE + 2 * TILE * V + K * V);
-        float* next = floats.data();
-        auto take = [&](int64_t count) { return (next += count) - count; };
-        B = take(TILE * K), C = take(TILE * K), B_columns = take(TILE * K);
-        products = take(TILE * TILE);
-        x = take(TILE * V), read = take(TILE * V), state = take(K * V);
-    }
-};
-
-template <class T>
-static void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t size, float* to) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < size; i += LANES) store(to + r * size + i, load(from + r * stride + i));
-}
-
-// One tile of one head.
-template <class T>
-static void advance(
-    const Room& room, const T* x, const float* gate, const float* step, float D, int64_t rows,
-    T* out, float* state, const Sizes& sizes) {
-    int64_t K = sizes.K, V = sizes.V, HV = sizes.HV, width = width_of(rows);
-    float total[TILE] = {}, steps[TILE] = {}, opened[TILE], closing[TILE];
-    for (int64_t r = 0; r < rows; r++) {
-        total[r] = (r ? total[r - 1] : 0.0f) + gate[r * HV];
-        steps[r] = step[r * HV];
-    }
-    float last = total[rows - 1];
-    for (int64_t r = 0; r < width; r++) opened[r] = exponential(total[r]);
-    for (int64_t r = 0; r < width; r++) closing[r] = exponential(last - total[r]) * steps[r];
-    multiply_with_earlier(rows, room.C, room.B_columns, K, room.products);
-    for (int64_t r = 0; r < rows; r++) {
-        float decay[TILE], *weights = room.products + r * TILE;
-        for (int64_t j = 0; j < width; j++) decay[j] = exponential(total[r] - total[j]) * steps[j];
-        for (int64_t j = 0; j < width; j++) weights[j] = j <= r ? weights[j] * decay[j] : 0.0f;
-        weights[r] += D;
-    }
-    widen_rows(x, sizes.stride, rows, V, room.x);
-    multiply(rows, {room.C, K}, {state, V}, V, K, room.read, V, 0.0f);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t v = 0; v < V; v += LANES) {
-            float* read = room.read + r * V + v;
-            store(read, load(read) * opened[r]);
-        }
-    multiply_lower(rows, {room.products, TILE}, {room.x, V}, V, room.read, V, 1.0f);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t v = 0; v < V; v += LANES) {
-            store(out + r * HV * V + v, load(room.read + r * V + v));
-            float* own = room.x + r * V + v;
-            store(own, load(own) * closing[r]);
-        }
-    multiply(K, {room.B_columns, TILE}, {room.x, V}, V, rows, state, V, exponential(last));
-}
-
-template <class T, class S>
+template <class M, class T>
 static void chunk(
     const T* x, const T* B, const T* C, const float* gate, const float* step, const float* D,
-    const Walk<S>& walk, T* out, int64_t sequences, const Sizes& sizes, int threads) {
-    int64_t K = sizes.K, V = sizes.V, HV = sizes.HV, group = HV / sizes.H;
-    for_each_unequal(sequences * HV, threads, [&](int64_t item) {
-        static thread_local Room room;
-        room.make(K, V);
-        int64_t head = item % HV;
-        walk_tiles(walk, item / HV, head, room.state, [&](int64_t at, int64_t rows, float* state) {
-            int64_t keys = at * sizes.stride + head / group * K;
-            widen_rows(B + keys, sizes.stride, rows, K, room.B);
-            widen_rows(C + keys, sizes.stride, rows, K, room.C);
-            transpose(room.B, rows, K, room.B_columns);
-            advance(
-                room, x + at * sizes.stride + head * V, gate + at * HV + head, step + at * HV + head,
-                D[head], rows, out + (at * HV + head) * V, state, sizes);
+    const Walk& walk, T* out, int64_t sequences, const Sizes& sizes, int threads) {
+    int64_t K = sizes.K, V = sizes.V, HV = sizes.HV, group = HV / sizes.H, stride = sizes.stride;
+    auto task = [&](int64_t item) {
+        static thread_local Tile<M> tile;
+        tile.make(K, V);
+        int64_t head = item % HV, keys = head / group * K;
+        walk.each_tile(item / HV, head, tile.state, [&](int64_t at, int64_t rows) {
+            Decays decays(gate + at * HV + head, HV, rows);
+            float steps[TILE] = {};
+            for (int64_t r = 0; r < rows; r++) {
+                steps[r] = step[(at + r) * HV + head];
+                tile.query_factor[r] = decays.opened[r];
+                tile.writer_factor[r] = decays.closing[r] * steps[r];
+                for (int64_t v = 0; v < V; v += LANES)
+                    store(tile.news + r * V + v, load(x + (at + r) * stride + head * V + v));
+            }
+            for (int64_t i = 0; i < K; i++) tile.keep[i] = decays.opened[rows - 1];
+            copy_rows(C + at * stride + keys, stride, rows, K, tile.query, tile.width);
+            copy_rows(B + at * stride + keys, stride, rows, K, tile.reader, tile.width);
+            tile.transpose_rows(tile.reader);
+            tile.multiply_earlier(tile.query, rows, tile.weights);
+            for (int64_t r = 0; r < rows; r++) {
+                float* weights = tile.weights + r * TILE;
+                for (int64_t j = 0; j < TILE; j += LANES) {
+                    Lanes factor = decays.until(r, j) * load(steps + j);
+                    store(weights + j, up_to(r, j, load(weights + j) * factor));
+                }
+                weights[r] += D[head];
+            }
+            tile.template advance<false>(rows, out + (at * HV + head) * V, HV * V);
         });
-    });
+    };
+    for_each_unequal<typename M::Region>(sequences * HV, threads, task);
 }
 
-#define CHUNKS(T, S, NAME)                                                                        \
+#define CHUNKS(NAME, T, ...)                                                                      \
     EXPORT void chunk_mamba2_##NAME(                                                              \
         const T* x, const T* B, const T* C, const float* gate, const float* step, const float* D, \
-        S* states, int64_t slot_stride, const int32_t* slots, const bool* resumed,                \
-        const int32_t* cu_seqlens, const int32_t* ends, const int32_t* export_slots,              \
-        const int32_t* cu_exports, T* out, int64_t stride, int64_t tile_size,                     \
-        int64_t sequences, int64_t H, int64_t HV, int64_t K, int64_t V, int threads) {            \
-        Walk<S> walk = {states, slot_stride, K * V, slots, cu_seqlens, ends, export_slots,        \
-                        cu_exports, resumed, tile_size};                                          \
-        chunk(x, B, C, gate, step, D, walk, out, sequences, {stride, H, HV, K, V}, threads);      \
+        void* states, int64_t is_narrow, int64_t slot_stride, const int32_t* slots,               \
+        const bool* resumed, const int32_t* cu_seqlens, const int32_t* ends,                      \
+        const int32_t* export_slots, const int32_t* cu_exports, T* out, int64_t stride,           \
+        int64_t tile_size, int64_t sequences, int64_t H, int64_t HV, int64_t K, int64_t V,        \
+        int threads) {                                                                            \
+        Walk walk = {states, is_narrow, slot_stride, K * V, slots, cu_seqlens, ends,              \
+                     export_slots, cu_exports, resumed, tile_size};                               \
+        chunk<__VA_ARGS__>(                                                                       \
+            x, B, C, gate, step, D, walk, out, sequences, {stride, H, HV, K, V}, threads);        \
     }
 
-CHUNKS(float, float, float32_float32)
-CHUNKS(BFloat16, float, bfloat16_float32)
-CHUNKS(float, BFloat16, float32_bfloat16)
-CHUNKS(BFloat16, BFloat16, bfloat16_bfloat16)
+CHUNKS(float32_lanes, float, Singles)
+CHUNKS(bfloat16_lanes, BFloat16, Singles)
+CHUNKS(bfloat16_plain_tiles, BFloat16, TilePairs<PlainTiles>)
+#ifdef __AVX512BF16__
+CHUNKS(bfloat16_pairs, BFloat16, Pairs)
+#endif
+#ifdef HAS_AMX
+CHUNKS(bfloat16_amx, BFloat16, TilePairs<AmxTiles>)
+#endif
 #endif

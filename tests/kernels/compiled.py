@@ -5,23 +5,90 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from kernels.native import shared_library
+from kernels.native import has, kernel_choices, shared_library
 
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
+WITHOUT_NATIVE = pytest.mark.skipif(
+    not ON_CPU or shared_library() is None, reason="no C++ compiler, or tensors on a GPU"
+)
 
 
 def native(name: str) -> Any:
     """Return ``kernels.NAME.native`` as a parameter; skipped without a compiler or on a GPU."""
-    usable = ON_CPU and shared_library() is not None
-    return pytest.param(
-        importlib.import_module(f"kernels.{name}.native"),
-        id="native",
-        marks=pytest.mark.skipif(not usable, reason="no C++ compiler, or tensors on a GPU"),
-    )
+    module = importlib.import_module(f"kernels.{name}.native")
+    return pytest.param(module, id="native", marks=WITHOUT_NATIVE)
+
+
+def methods_of_prompts(dtype: torch.dtype) -> list[str]:
+    """Return the native methods of prompts that this processor can execute."""
+    if dtype is torch.float32:
+        return ["lanes"]
+    methods = ["lanes", "pairs", "plain_tiles"]
+    if kernel_choices()["prompts_bfloat16"] == "amx":
+        methods.append("amx")
+    return [name for name in methods if has(f"prefill_attention_bfloat16_{name}")]
+
+
+@contextmanager
+def prompts_by(method: str, dtype: torch.dtype) -> Iterator[None]:
+    """Compute prompts of ``dtype`` with this native method."""
+    name = f"prompts_{str(dtype).removeprefix('torch.')}"
+    choices = kernel_choices()
+    former = choices[name]
+    choices[name] = method
+    try:
+        yield
+    finally:
+        choices[name] = former
+
+
+class OneMethod:
+    """The functions of a native module, with one method for prompts."""
+
+    def __init__(self, module: ModuleType, method: str, dtype: torch.dtype) -> None:
+        self._module, self._method, self._dtype = module, method, dtype
+        self.__name__ = module.__name__
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with prompts_by(self._method, self._dtype):
+                return function(*args, **kwargs)
+
+        return call
+
+
+def backends(*names: str, prompts: bool = True) -> list[Any]:
+    """Return parameters (backend, dtype) for float32 and bfloat16: all backends of the kernels
+    ``names``, and every native method if ``prompts``. A backend is a module or a `OneMethod`."""
+    found = []
+    for name in names:
+        for dtype, word in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            for kind in ("reference", "fused", "native"):
+                try:
+                    module = importlib.import_module(f"kernels.{name}.{kind}")
+                except ImportError:  # Mamba-1 has one backend, and machines can lack Triton.
+                    continue
+                marks = (WITHOUT_NATIVE,) if kind == "native" else ()
+                methods = [None]
+                if kind == "native" and prompts and shared_library() is not None:
+                    methods = methods_of_prompts(dtype)
+                for method in methods:
+                    backend = module if method is None else OneMethod(module, method, dtype)
+                    words = (
+                        [name] * (len(names) > 1) + [word, kind] + [method] * (method is not None)
+                    )
+                    found.append(pytest.param(backend, dtype, id="-".join(words), marks=marks))
+    return found
 
 
 def triton_functions(folder: str) -> dict[str, Any]:

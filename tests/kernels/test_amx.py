@@ -1,21 +1,28 @@
-"""The AMX product: its compiled code on an emulator, or on the processor if it has AMX."""
+"""Products with AMX tiles: compiled code on an emulator, or on the processor if it has AMX."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kernels import library, native
+from kernels.attention import native as attention
 from kernels.library import COMPILERS, FLAGS, SOURCES, THIS_PROCESSOR
 from kernels.linear import reference
 from kernels.linear.native import NativeInt8Linear, NativeLinear
+from tests.kernels.compiled import OneMethod
+from tests.kernels.test_attention import Cache
+from tests.kernels.test_scan import Scan, Sizes
 
 AMX_FLAGS = (*THIS_PROCESSOR, "-shared", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 IS_PERMITTED = native.kernel_choices()["linear_bfloat16"] == "amx"
@@ -25,48 +32,67 @@ pytestmark = pytest.mark.skipif(
     or platform.machine() != "x86_64",
     reason="no C++ compiler, or no AVX-512",
 )
+SOURCES_OF = {
+    "prefill_attention": "attention/native_prefill.cpp",
+    "chunk_gdn": "gdn/native_chunk.cpp",
+    "chunk_kda": "kda/native_chunk.cpp",
+    "chunk_mamba2": "mamba2/native_chunk.cpp",
+    "linear": "linear/native.cpp",
+    "permit_amx": "linear/native.cpp",
+    "pack_words": "linear/native.cpp",
+}
+"""Sources with AMX code, by words in the names of their functions."""
 ROWS = (0, 1, 5, 8, 16, 17, 33, 49, 140, 193)
 SHAPES = [(130, 64), (70, 1100), (40, 36), (64, 30), (7, 2), (64, 512), (20, 288)]
 """Outputs and inputs: partial panels, and partial and several blocks of tiles."""
 
 
+class AmxKernels:
+    """Native functions with AMX, compiled at their first use, and the emulator."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._compiled = folder, {}
+        flags = (*THIS_PROCESSOR, "-shared")
+        self.emulator = self._compile(Path(__file__).parent / "amx_emulator.cpp", flags)
+        self.emulator.end_emulation.restype = ctypes.c_int64
+
+    def __getattr__(self, name: str) -> Any:
+        source = next((path for word, path in SOURCES_OF.items() if word in name), None)
+        if source is None:
+            raise AttributeError(name)
+        if source not in self._compiled:
+            self._compiled[source] = self._compile(SOURCES / source, AMX_FLAGS)
+        return getattr(self._compiled[source], name)
+
+    def _compile(self, source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+        compiler = next(filter(None, map(shutil.which, COMPILERS)))
+        made = self._folder / f"{source.parent.name}.so"
+        command = [compiler, *FLAGS, *flags, source, *library._openmp(), "-o", made]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(made))
+
+
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """Return the linear kernels with AMX and the emulator, compiled for this test."""
-    folder = tmp_path_factory.mktemp("amx")
-    compiler = next(filter(None, map(shutil.which, COMPILERS)))
-    openmp = library._openmp()
-    sources = {
-        "linear": (SOURCES / "linear/native.cpp", AMX_FLAGS),
-        "emulator": (Path(__file__).parent / "amx_emulator.cpp", (*THIS_PROCESSOR, "-shared")),
-    }
-    started = [
-        subprocess.Popen([compiler, *FLAGS, *flags, source, *openmp, "-o", folder / f"{name}.so"])
-        for name, (source, flags) in sources.items()
-    ]
-    assert [process.wait() for process in started] == [0, 0]
-    linear, emulator = (ctypes.CDLL(str(folder / f"{name}.so")) for name in sources)
-    emulator.end_emulation.restype = ctypes.c_int64
-    return linear, emulator
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> AmxKernels:
+    return AmxKernels(tmp_path_factory.mktemp("amx"))
 
 
 @pytest.fixture
-def emulator(libraries, monkeypatch):
-    """Run native functions from the library with AMX. Its instructions are emulated if needed."""
-    linear, emulator = libraries
-    monkeypatch.setattr(native, "shared_library", lambda: linear)
+def emulator(kernels, monkeypatch):
+    """Run native functions that are compiled with AMX. Its instructions are emulated if needed."""
+    monkeypatch.setattr(native, "shared_library", lambda: kernels)
     native.function.cache_clear()
     if not IS_PERMITTED:
-        emulator.start_emulation()
+        kernels.emulator.start_emulation()
     yield
-    emulated = emulator.end_emulation()
+    emulated = kernels.emulator.end_emulation()
     native.function.cache_clear()
     assert IS_PERMITTED or emulated > 0
 
 
-def test_permission_is_refused_without_amx(libraries) -> None:
+def test_permission_is_refused_without_amx(kernels) -> None:
     answer = ctypes.c_int64(7)
-    libraries[0].permit_amx(ctypes.byref(answer))
+    kernels.permit_amx(ctypes.byref(answer))
     assert answer.value == IS_PERMITTED
 
 
@@ -82,6 +108,33 @@ def test_compiled_code_equals_plain_tiles(emulator, shape, num_threads) -> None:
     for rows in ROWS:
         assert torch.equal(amx(x[:rows]), expected[:rows]), rows
     assert torch.equal(amx(x[7:28]), expected[7:28])
+
+
+def test_attention_equals_plain_tiles(emulator) -> None:
+    cache = Cache.filled([70, 17], 3, 1, 40, torch.bfloat16, "cpu")
+    spans = [(0, 0, 70), (1, 16, 17)]
+    amx, plain = (
+        cache.prefill(OneMethod(attention, method, torch.bfloat16), spans)
+        for method in ("amx", "plain_tiles")
+    )
+    for own, expected in zip(amx, plain, strict=True):
+        assert torch.equal(own, expected)
+
+
+@pytest.mark.full("kda")
+@pytest.mark.parametrize("name", ["gdn", "kda", "mamba2"])
+def test_scans_equal_plain_tiles(emulator, name) -> None:
+    module = importlib.import_module(f"kernels.{name}.native")
+    torch.manual_seed(0)
+    sizes = Sizes(2, 2, 48, 80)
+    results = []
+    for method in ("amx", "plain_tiles"):
+        torch.manual_seed(0)
+        scan = Scan(OneMethod(module, method, torch.bfloat16))
+        prompt = scan.draw(90, sizes, torch.bfloat16)
+        results.append(scan.run(prompt, [70, 20], torch.randn(2, 2, 48, 80), [0, 1]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1][:2], results[1][1][:2])
 
 
 @pytest.mark.parametrize("shape", [(130, 64), (70, 1101), (20, 300)])

@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 from kernels.attention import reference
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed, running_sum
-from tests.kernels.compiled import native
+from tests.kernels.compiled import backends
 
 fused = pytest.importorskip("kernels.attention.fused")
 decode = pytest.importorskip("kernels.attention.decode")
 splits = pytest.importorskip("kernels.attention.splits")
-BACKENDS = pytest.mark.parametrize(
-    "backend",
-    [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("attention")],
-)
+PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends("attention"))
+DECODES = pytest.mark.parametrize(("backend", "dtype"), backends("attention", prompts=False))
 
 
 class Cache(SimpleNamespace):
@@ -111,12 +109,11 @@ class Cache(SimpleNamespace):
         return torch.einsum("htj,jhd->thd", weights, values).to(self.queries[b].dtype)
 
 
-@BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@PROMPTS
 @pytest.mark.parametrize(
     "heads, kv_heads, size",
-    [(4, 2, 64), (3, 1, 128), (2, 2, 256), (6, 2, 40)],
-    ids=["HQ4-HKV2-D64", "HQ3-HKV1-D128", "HQ2-HKV2-D256", "HQ6-HKV2-D40"],
+    [(4, 2, 64), (3, 1, 128), (2, 2, 256), (20, 1, 40)],
+    ids=["HQ4-HKV2-D64", "HQ3-HKV1-D128", "HQ2-HKV2-D256", "HQ20-HKV1-D40"],
 )
 def test_attention_equals_the_formula(
     backend, heads, kv_heads, size, dtype, device, assert_close
@@ -130,7 +127,7 @@ def test_attention_equals_the_formula(
     assert_close(decoded, torch.stack([expected[0][-1], expected[3][-1], expected[2][-1]]))
 
 
-@BACKENDS
+@PROMPTS
 @settings(max_examples=6)
 @given(
     length=st.integers(1, 150),
@@ -139,48 +136,38 @@ def test_attention_equals_the_formula(
     seed=st.integers(0, 9),
 )
 def test_any_page_size_and_start_equal_the_formula(
-    backend, length, page_size, resumed_tiles, seed, device, assert_close
+    backend, dtype, length, page_size, resumed_tiles, seed, device, assert_close
 ) -> None:
-    cache = Cache.filled([length, 30], 2, 1, 32, torch.float32, device, page_size, seed)
+    cache = Cache.filled([length, 30], 2, 1, 32, dtype, device, page_size, seed)
     start = min(resumed_tiles * 64, (length - 1) // 64 * 64)
     out, _ = cache.prefill(backend, [(0, start, length), (1, 0, 30)])
     assert_close(out, cache.formula(0)[start:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@PROMPTS
 @pytest.mark.parametrize(
     "heads, kv_heads, size, num_threads",
-    [(4, 1, 64, 1), (4, 1, 64, 2), (3, 1, 128, 1), (2, 2, 256, 1)],
+    [(4, 1, 64, 1), (20, 1, 64, 2), (3, 1, 128, 1), (2, 2, 256, 1)],
 )
-def test_reference_resume_changes_no_bit(heads, kv_heads, size, dtype, num_threads) -> None:
+def test_resume_changes_no_bit(backend, heads, kv_heads, size, dtype, num_threads, device) -> None:
     """Resumes at multiples of 64 up to any length, in a batch with other sequences."""
     torch.set_num_threads(num_threads)
-    cache = Cache.filled([700, 560, 70], heads, kv_heads, size, dtype, "cpu")
-    cold = [cache.prefill(reference, [(b, 0, n)])[0] for b, n in ((0, 700), (1, 560), (2, 70))]
-    for start in (0, 64, 448, 512, 640):
+    starts, lengths = (0, 64, 448, 512, 640), (700, 560, 70)
+    if backend.__name__.endswith("fused"):
+        starts, lengths = (0, 64), (100, 90, 7)
+        heads, kv_heads, size = 2, 1, 32
+    cache = Cache.filled(lengths, heads, kv_heads, size, dtype, device)
+    cold = [cache.prefill(backend, [(b, 0, n)])[0] for b, n in enumerate(lengths)]
+    for start in starts:
         for end in (start + 1, start + 60, start + 300):
-            spans = [(2, 0, 70), (0, start, min(end, 700)), (1, 512, 560)]
-            for (b, first, last), out in zip(spans, cache.prefill(reference, spans), strict=True):
+            spans = [(2, 0, lengths[2]), (0, start, min(end, lengths[0]))]
+            spans.append((1, starts[-2], lengths[1]))
+            for (b, first, last), out in zip(spans, cache.prefill(backend, spans), strict=True):
                 assert torch.equal(out, cold[b][first:last])
 
 
-@pytest.mark.full("fp32")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_fused_resume_changes_no_bit(dtype, device) -> None:
-    cache = Cache.filled([150, 90], 2, 1, 32, dtype, device)
-    cold = cache.prefill(fused, [(0, 0, 150)])[0], cache.prefill(fused, [(1, 0, 90)])[0]
-    for spans in (
-        [(0, 64, 150), (1, 0, 90)],
-        [(1, 64, 90), (0, 128, 129)],
-        [(0, 0, 70), (1, 0, 64)],
-    ):
-        for (b, start, end), out in zip(spans, cache.prefill(fused, spans), strict=True):
-            assert torch.equal(out, cold[b][start:end])
-
-
 @pytest.mark.full("bf16-fused", "fp32-native")
-@BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@DECODES
 def test_decode_is_independent_of_the_batch(backend, dtype, device) -> None:
     cache = Cache.filled([600, 40, 257, 1], 4, 2, 32, dtype, device)
     ends = [(0, 600), (1, 40), (2, 257), (3, 1)]
@@ -191,8 +178,7 @@ def test_decode_is_independent_of_the_batch(backend, dtype, device) -> None:
 
 
 @pytest.mark.full("4-2-fp32-fused", "20-1-bf16-native", "20-1-fp32-reference")
-@BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@DECODES
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (20, 1)])
 def test_verification_equals_decode(backend, heads, kv_heads, dtype, device, monkeypatch) -> None:
     """The spans cross a split, fill several blocks of tokens, and do not see later tokens."""

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from kernels.attention.sequences import Sequences
-from kernels.mla import reference
 from kernels.native import shared_library
 from kernels.packed import Packed
+from tests.kernels.compiled import backends
 
 fused = pytest.importorskip("kernels.mla.fused")
-BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
+PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends("mla"))
+BACKENDS = pytest.mark.parametrize(("backend", "dtype"), backends("mla", prompts=False))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -97,8 +98,7 @@ class Cache(SimpleNamespace):
         return out.to(self.queries[b].dtype)
 
 
-@BACKENDS
-@DTYPES
+@PROMPTS
 @pytest.mark.parametrize(
     ("sizes", "length"),
     [((4, 64, 32, 32), 70), ((18, 24, 8, 16), 18)],
@@ -118,35 +118,27 @@ def test_attention_equals_expanded_keys_and_values(
     assert_close(decoded, last, factor=2)
 
 
-@DTYPES
+@PROMPTS
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize(
     "sizes", [(4, 512, 64, 128), (3, 40, 8, 24)], ids=["H4-R512-P64", "H3-R40-P8"]
 )
-def test_reference_resume_changes_no_bit(sizes, num_threads, dtype) -> None:
+def test_resume_changes_no_bit(backend, sizes, num_threads, dtype, device) -> None:
     """Resumes at multiples of 64 up to any length, in a batch with other sequences."""
     torch.set_num_threads(num_threads)
-    cache = Cache.filled([400, 70], *sizes, dtype, "cpu")
-    cold = [cache.prefill(reference, [(b, 0, n)])[0] for b, n in ((0, 400), (1, 70))]
-    for start, end in ((0, 1), (64, 65), (64, 190), (256, 257), (320, 400)):
-        spans = [(1, 0, 70), (0, start, end), (1, 64, 70)]
-        for (b, i, j), out in zip(spans, cache.prefill(reference, spans), strict=True):
+    lengths, spans = (400, 70), ((0, 1), (64, 65), (64, 190), (256, 257), (320, 400))
+    if backend is fused:
+        sizes, lengths, spans = (3, 32, 16, 16), (130, 70), ((64, 130), (128, 129))
+    cache = Cache.filled(lengths, *sizes, dtype, device)
+    cold = [cache.prefill(backend, [(b, 0, n)])[0] for b, n in enumerate(lengths)]
+    for start, end in spans:
+        batch = [(1, 0, 70), (0, start, end), (1, 64, 70)]
+        for (b, i, j), out in zip(batch, cache.prefill(backend, batch), strict=True):
             assert torch.equal(out, cold[b][i:j])
-
-
-@pytest.mark.full
-@DTYPES
-def test_fused_resume_changes_no_bit(dtype, device) -> None:
-    cache = Cache.filled([130, 70], 3, 32, 16, 16, dtype, device)
-    cold = [cache.prefill(fused, [(b, 0, n)])[0] for b, n in ((0, 130), (1, 70))]
-    for spans in ([(0, 64, 130), (1, 0, 66)], [(1, 64, 70), (0, 128, 129)]):
-        for (b, start, end), out in zip(spans, cache.prefill(fused, spans), strict=True):
-            assert torch.equal(out, cold[b][start:end])
 
 
 @pytest.mark.full("fp32-reference")
 @BACKENDS
-@DTYPES
 def test_decode_is_independent_of_the_batch(backend, dtype, device, monkeypatch) -> None:
     """The batch has several tokens of one sequence, as in a verification, and more tokens than fit
     into a workspace."""
@@ -181,7 +173,6 @@ def test_head_products_of_real_sizes_are_independent_of_the_batch(
 
 
 @BACKENDS
-@DTYPES
 def test_head_products_are_independent_of_the_batch(backend, dtype, device, assert_close) -> None:
     """Inputs are slices of wider rows."""
     torch.manual_seed(1)
