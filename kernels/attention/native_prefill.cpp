@@ -60,14 +60,14 @@ struct Room {
     }
 };
 
-// Makes right operands of keys [D, BLOCK] and values [BLOCK, DV]. Rows from `count` on are 0.
+// Makes right operands of `count` keys [D, BLOCK] and values [BLOCK, DV]. Values after them are 0, since
+// the weights are; scores of keys after them are not used.
 template <class M, class T>
 static void read_block(
     const Prompts<T>& prompts, const int32_t* indices, int64_t head, int64_t count, const Room<M>& room) {
     int64_t D = padded(prompts.D), width = width_of(prompts.DV), at = head * prompts.D;
     for (int64_t j = 0; j < count; j++)
         copy_row(prompts.keys + indices[j] * prompts.stride + at, prompts.D, room.rows + j * D, D);
-    memset(room.rows + count * D, 0, (BLOCK - count) * D * sizeof *room.rows);
     transpose((float*)room.rows, D / M::DEPTH, BLOCK, D / M::DEPTH, room.keys, BLOCK);
     for (int64_t j = 0; j < BLOCK; j += M::DEPTH)
         for (int64_t d = 0; d < width; d += LANES) {

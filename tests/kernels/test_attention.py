@@ -112,8 +112,8 @@ class Cache(SimpleNamespace):
 @PROMPTS
 @pytest.mark.parametrize(
     "heads, kv_heads, size",
-    [(4, 2, 64), (3, 1, 128), (2, 2, 256), (20, 1, 40)],
-    ids=["HQ4-HKV2-D64", "HQ3-HKV1-D128", "HQ2-HKV2-D256", "HQ20-HKV1-D40"],
+    [(4, 2, 64), (3, 1, 128), (2, 2, 256), (17, 1, 40)],
+    ids=["HQ4-HKV2-D64", "HQ3-HKV1-D128", "HQ2-HKV2-D256", "HQ17-HKV1-D40"],
 )
 def test_attention_equals_the_formula(
     backend, heads, kv_heads, size, dtype, device, assert_close
@@ -121,6 +121,9 @@ def test_attention_equals_the_formula(
     cache = Cache.filled([63, 0, 1, 130], heads, kv_heads, size, dtype, device)
     expected = [cache.formula(b) for b in range(4)]
     spans = [(3, 0, 130), (1, 0, 0), (0, 0, 63), (2, 0, 1)]
+    if not backend.__name__.endswith("fused"):  # Native kernels use their memory again.
+        no_numbers = torch.full_like(cache.values, torch.nan)
+        Cache(**vars(cache) | {"values": no_numbers}).prefill(backend, spans)
     for (b, _, _), out in zip(spans, cache.prefill(backend, spans), strict=True):
         assert_close(out, expected[b])
     decoded = cache.decode(backend, [(0, 63), (3, 130), (2, 1)])

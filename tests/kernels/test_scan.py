@@ -226,7 +226,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
 def test_prompts_and_exports_follow_the_recurrence(backend, dtype, device) -> None:
     torch.manual_seed(0)
     scan = Scan(backend, device)
-    sizes = Sizes(1, 2, 40, 24) if scan.is_fused else Sizes(2, 4, 48, 80)
+    sizes = Sizes(1, 2, 40, 24) if scan.is_fused else Sizes(2, 4, 80, 80)
     shape = scan.state_shape(sizes)
     prompt = scan.draw(sum(LENGTHS), sizes, dtype)
     slots, resumed = [7, 2, 9, 0, 4, 5], [True, False, False, True, False, True]
@@ -236,15 +236,19 @@ def test_prompts_and_exports_follow_the_recurrence(backend, dtype, device) -> No
         if is_resumed:  # Other slots keep NaN, which must not affect the results.
             states[slot] = torch.randn(shape, device=device)
     before = states.clone()
+    leave_nan_in_memory(scan, dtype)
     planned = [(*key, slot) for key, slot in exports.items()]
     out = scan.chunk(prompt, LENGTHS, states, slots, planned, resumed)
     assert out.dtype == dtype
     tolerance, start = 4 * TOLERANCE[dtype], 0
+    limit = tolerance / (8 if scan.is_fused else 20)
     for sequence, length in enumerate(LENGTHS):
         initial = before[slots[sequence]] if resumed[sequence] else torch.zeros_like(before[0])
         expected, path = scan.recurrence(prompt.rows(start, start + length), initial)
         if length:
             close(out[start : start + length], expected, tolerance)
+        if length > 60:
+            assert error(out[start : start + length], expected) < limit
         start += length
         ends = {end: slot for (owner, end), slot in exports.items() if owner == sequence}
         if length:
@@ -254,6 +258,20 @@ def test_prompts_and_exports_follow_the_recurrence(backend, dtype, device) -> No
     written = {s for s, n in zip(slots, LENGTHS, strict=True) if n} | set(exports.values())
     others = [slot for slot in range(17) if slot not in written]
     assert torch.equal(states[others].nan_to_num(7.0), before[others].nan_to_num(7.0))
+
+
+def leave_nan_in_memory(scan: Scan, dtype: torch.dtype) -> None:
+    """Run a larger prompt of NaN, because native kernels use their memory again."""
+    if not scan.is_fused:
+        prompt = scan.draw(64, Sizes(1, 1, 128, 128), dtype)
+        prompt.tokens[0].fill_(torch.nan)
+        initial = torch.full((1, *scan.state_shape(Sizes(1, 1, 128, 128))), torch.nan)
+        scan.run(prompt, [64], initial, [0])
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the root mean square error relative to the numbers."""
+    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 @STATE_DTYPES
@@ -384,7 +402,7 @@ def test_decode_follows_the_recurrence(backend, dtype, is_aligned, device) -> No
     """Native kernels serve whole registers; others are the reference's."""
     torch.manual_seed(4)
     scan = Scan(backend, device)
-    sizes = Sizes(2, 4, 32, 80) if is_aligned else Sizes(1, 3, 20, 16)
+    sizes = Sizes(2, 4, 80, 80) if is_aligned else Sizes(1, 3, 20, 16)
     states, slots = torch.randn(6, *scan.state_shape(sizes), device=device), [5, 0, 2]
     initial = states.clone()
     first, second = (scan.draw_steps(3, sizes, dtype) for _ in range(2))
