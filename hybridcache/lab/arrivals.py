@@ -1,4 +1,4 @@
-"""ReceivedPrefix processes of sessions, pauses between turns, and the resulting order of requests.
+"""Arrival processes of sessions, pauses between turns, and the resulting order of requests.
 
 A session is a list of turns without times. ``interleave`` gives each session a start (Poisson,
 fixed, bursts) and each turn a pause, and merges them by time. It holds only the open sessions.

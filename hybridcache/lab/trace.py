@@ -24,7 +24,7 @@ class TraceRequest(NamedTuple):
     """One request, prompt and answer, in ids of ``Trace.unit`` tokens each."""
 
     timestamp_s: float
-    """ReceivedPrefix, seconds from the start of the trace."""
+    """Arrival, seconds from the start of the trace."""
     session: Hashable
     """Conversation or agent run that the request belongs to. Requests of one session never overlap
     in time."""
@@ -253,20 +253,6 @@ class FreshIds:
             raise OverflowError("more than 2**30 unknown answer ids in one trace")
         self._next -= num_ids
         return np.arange(self._next + 1, self._next + 1 + num_ids, dtype=np.int32)
-
-
-class TextIds:
-    """Source of ids for prompts of unknown tokens. It counts up from 0."""
-
-    def __init__(self) -> None:
-        self.num_taken = 0
-
-    def take(self, num_ids: int) -> Tokens:
-        """Return int32[num_ids], never taken before. Raises OverflowError when all are taken."""
-        first, self.num_taken = self.num_taken, self.num_taken + num_ids
-        if self.num_taken > FreshIds.FLOOR:
-            raise OverflowError("more than 2**30 tokens in one trace")
-        return np.arange(first, self.num_taken, dtype=np.int32)
 
 
 def units(num_tokens: int, unit: int) -> int:

@@ -568,7 +568,6 @@ GOLDEN_FILES = {
 GOLDEN_TRACES = {
     "mooncake": (f"{SAMPLES / 'mooncake.jsonl.gz'}?head=250", (20, 60)),
     "coding-agent": (f"{SAMPLES / 'coding_agent.jsonl.gz'}", (4, 12)),
-    "sharegpt-counts": (f"{SAMPLES / 'sharegpt_counts.jsonl.gz'}?head=150", (4, 16)),
     "chat": ("chat?head=200", (4,)),
     "agent-tree": ("agent-tree?tasks=4", (2, 6)),
 }

@@ -67,7 +67,8 @@ def _trace_stats(options: argparse.Namespace) -> int:
 
 
 def _trace_convert(options: argparse.Namespace) -> int:
-    from hybridcache.lab.traces import hashes, jsonl, open_trace
+    from hybridcache.lab.traces import open_trace
+    from hybridcache.lab.traces.write import write_mooncake, write_own
 
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
     target = options.target
@@ -75,9 +76,9 @@ def _trace_convert(options: argparse.Namespace) -> int:
         raise ValueError(f"{target} is the trace itself: name another file to write")
     with _written_whole(target) as file:
         if options.to == "jsonl":
-            num_requests = jsonl.write(trace, file)
+            num_requests = write_own(trace, file)
         else:
-            num_requests = hashes.write(trace, file, options.block)
+            num_requests = write_mooncake(trace, file, options.block)
         if not num_requests:
             raise ValueError(f"{options.trace}: {trace.is_empty_because}")
     print(f"{num_requests} requests to {target}, {trace.bad.count} bad records left out")

@@ -11,7 +11,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.trace import Trace
-from hybridcache.lab.traces.base import shown
+from hybridcache.lab.traces.frame import shown
 
 TOO_LARGE_GIB = 2.0**50
 """Sizes of this many GiB or more are refused as mistakes."""

@@ -23,7 +23,7 @@ from hybridcache.lab.baselines import (
     build_baseline,
 )
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.lab.traces.base import LONGEST
+from hybridcache.lab.traces.frame import LONGEST
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.placement.rules import Placement

@@ -13,7 +13,6 @@ generator with options.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -25,38 +24,33 @@ from urllib.parse import parse_qsl, urlencode
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
-from hybridcache.lab.traces.base import (
+from hybridcache.lab.traces.coding_agent import CodingAgentReader
+from hybridcache.lab.traces.conversations import ConversationsReader, TauBenchReader
+from hybridcache.lab.traces.fetch import find_published, path_of
+from hybridcache.lab.traces.frame import (
     COUNTS_ALONE,
     DAMAGED,
-    TraceReader,
+    FileReader,
     csv_lines,
+    json_array,
     json_lines,
     looks_like_csv,
     open_bytes,
 )
-from hybridcache.lab.traces.coding_agent import CodingAgentReader
-from hybridcache.lab.traces.fetch import find_published, path_of
 from hybridcache.lab.traces.hashes import BailianReader, MooncakeReader
 from hybridcache.lab.traces.jsonl import OwnReader
-from hybridcache.lab.traces.sharegpt import (
-    ShareGPTCountsReader,
-    ShareGPTReader,
-    json_array,
-    packaged_file,
-)
-from hybridcache.lab.traces.taubench import TauBenchReader
+from hybridcache.lab.traces.messages import CsvReader, MessagesReader
+from hybridcache.lab.traces.sharegpt import ShareGPTReader, packaged_file
 from hybridcache.lab.traces.text import NO_TOKENIZER
-from hybridcache.lab.traces.texts import ConversationsReader, CsvReader, MessagesReader
 
 # Formats are tried in this order.
-READERS: dict[str, type[Any]] = {
+READERS: dict[str, type[FileReader]] = {
     reader.word: reader
     for reader in (
         OwnReader,
         CodingAgentReader,
         BailianReader,
         MooncakeReader,
-        ShareGPTCountsReader,
         ShareGPTReader,
         TauBenchReader,
         ConversationsReader,
@@ -74,7 +68,7 @@ SAMPLES = {
 """Sample traces contained in the package, by name, and the generators that wrote them (with ``trace
 convert``). A test compares the two."""
 
-__all__ = ["READERS", "SAMPLES", "TraceReader", "open_trace", "recognise"]
+__all__ = ["READERS", "SAMPLES", "open_trace", "recognise"]
 
 
 def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
@@ -188,21 +182,7 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
                 f"no trace {rest!r}: no such file or generator{hint} known: {', '.join(GENERATORS)}"
             )
         word = recognise(path)
-    reader_class = READERS[word]
-    known = {field.name: str(field.type) for field in fields(reader_class)}
-    values: dict[str, Any] = {}
-    for name, value in options.items():
-        if name == "starts" and name in known:
-            values[name] = parse_starts(value)
-        elif name == "pause" and "pauses" in known:
-            values["pauses"] = Pauses(median_s=_number(name, value, float))
-        elif name in known and name not in ("path", "bad", "pauses"):
-            values[name] = _value(known[name], name, value)
-        else:
-            named = ["pause" if field == "pauses" else field for field in known]
-            options_known = [field for field in named if field not in ("path", "bad")]
-            raise _no_option(f"format {word}", name, options_known)
-    reader: TraceReader = reader_class(path=path, bad=bad, **values)
+    reader = READERS[word](path=path, bad=bad, **_options(word, options))
     unit = reader.unit
     if unit < 1:
         raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
@@ -214,18 +194,32 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     return Trace(path.name.split(".")[0], unit, reader, bad, counted_by, recipe, columns)
 
 
+def _options(word: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of the reader ``word`` that ``options`` set."""
+    known = {field.name: str(field.type) for field in fields(READERS[word])}
+    known = {name: kind for name, kind in known.items() if name not in ("path", "bad")}
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "starts" and name in known:
+            values[name] = parse_starts(value)
+        elif name == "pause" and "pauses" in known:
+            values["pauses"] = Pauses(median_s=_number(name, value, float))
+        elif name in known and name != "pauses":
+            values[name] = _value(known[name], name, value)
+        else:
+            names = ("pause" if each == "pauses" else each for each in known)
+            raise _no_option(f"format {word}", name, names)
+    return values
+
+
 def recognise(path: Path) -> str:
     """Return the word for the format of a file, detected from its first record. Raises ValueError
     if the file has no record, or one of an unknown format."""
     head = b""
     with open_bytes(path) as file, suppress(*DAMAGED):
         head = file.read(4096).lstrip()
-    if re.match(rb'"?[A-Za-z][^{}\[\]:,\n]*;[^{}\[\],\n]*\n', head):
-        raise ValueError(f"{path}: its columns are separated by semicolons: use commas")
-    records = json_array if head.startswith(b"[") else json_lines
     is_csv = looks_like_csv(head)
-    if is_csv:
-        records = csv_lines
+    records = csv_lines if is_csv else json_array if head.startswith(b"[") else json_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))
     if first is None:
         next(records(path, BadRecords(skip=False)), None)  # raises at the first unreadable record
@@ -233,15 +227,10 @@ def recognise(path: Path) -> str:
     for word, reader in READERS.items():
         if reader.is_csv == is_csv and reader.recognises(first):
             return word
+    kind, form, formats = "field", "messages", f"; formats: {', '.join(READERS)}"
     if is_csv:
-        columns = ", ".join(first)
-        raise ValueError(
-            f"{path}: no format recognises its columns ({columns}); a file of prompts has a "
-            f"column prompt or messages, or is named csv:{path}?prompt=COLUMN. {COUNTS_ALONE}"
-        )
-    fields = ", ".join(first) or "none"
+        kind, form, formats = "column", "csv", f". {COUNTS_ALONE}"
     raise ValueError(
-        f"{path}: no format recognises its first record (fields: {fields}); a file of texts has a "
-        f"field prompt or messages, or is named messages:{path}?prompt=FIELD; formats: "
-        f"{', '.join(READERS)}"
+        f"{path}: no format recognises its {kind}s ({', '.join(first) or 'none'}); a file of texts "
+        f"has a {kind} prompt or messages, or is named {form}:{path}?prompt={kind.upper()}{formats}"
     )

@@ -6,29 +6,28 @@ import hashlib
 import os
 import tempfile
 import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 from hybridcache.lab.progress import Progress, shown_progress
 
 _GITHUB = "https://raw.githubusercontent.com"
 _MOONCAKE = f"{_GITHUB}/kvcache-ai/Mooncake/main/FAST25-release/traces"
 _BAILIAN = f"{_GITHUB}/alibaba-edu/qwen-bailian-usagetraces-anon/main"
+_TAUBENCH = f"{_GITHUB}/sierra-research/tau-bench/main/historical_trajectories"
 CHUNK_BYTES = 1 << 16
 TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(NamedTuple):
     """One trace that others publish."""
 
-    content: str
     word: str
     """Reader of the format."""
     address: str
-    licence: str
+    content: str
+    licence: str = "Apache-2.0"
     sha256: str = ""
     """Checksum of the file, or empty if no copy was available to compute it."""
 
@@ -37,54 +36,31 @@ class Published:
         return self.address.rpartition("/")[2]
 
 
+def _bailian(name: str, content: str) -> Published:
+    return Published("bailian", f"{_BAILIAN}/qwen_{name}_blksz_16.jsonl", f"{content}, hashes")
+
+
 PUBLISHED = {
     "mooncake-conversation": Published(
-        "12,031 requests of a chat service, block hashes",
         "mooncake",
         f"{_MOONCAKE}/conversation_trace.jsonl",
-        "Apache-2.0",
-        "b8cbb061a85206d729d91cdc2981f43c9e0d99209dce588d3af5f7934408b9df",
+        "12,031 requests of a chat service, hashes",
+        sha256="b8cbb061a85206d729d91cdc2981f43c9e0d99209dce588d3af5f7934408b9df",
     ),
     "mooncake-toolagent": Published(
-        "23,608 requests of tool agents, block hashes",
-        "mooncake",
-        f"{_MOONCAKE}/toolagent_trace.jsonl",
-        "Apache-2.0",
+        "mooncake", f"{_MOONCAKE}/toolagent_trace.jsonl", "23,608 requests of tool agents, hashes"
     ),
     "mooncake-synthetic": Published(
-        "3,993 synthetic requests, block hashes",
-        "mooncake",
-        f"{_MOONCAKE}/synthetic_trace.jsonl",
-        "Apache-2.0",
+        "mooncake", f"{_MOONCAKE}/synthetic_trace.jsonl", "3,993 synthetic requests, hashes"
     ),
-    "bailian-chat": Published(
-        "two hours of a chat service, block hashes",
-        "bailian",
-        f"{_BAILIAN}/qwen_traceA_blksz_16.jsonl",
-        "Apache-2.0",
-    ),
-    "bailian-api": Published(
-        "two hours of an API service, block hashes",
-        "bailian",
-        f"{_BAILIAN}/qwen_traceB_blksz_16.jsonl",
-        "Apache-2.0",
-    ),
-    "bailian-coder": Published(
-        "requests to a coding model, block hashes",
-        "bailian",
-        f"{_BAILIAN}/qwen_coder_blksz_16.jsonl",
-        "Apache-2.0",
-    ),
-    "bailian-thinking": Published(
-        "requests to a reasoning model, block hashes",
-        "bailian",
-        f"{_BAILIAN}/qwen_thinking_blksz_16.jsonl",
-        "Apache-2.0",
-    ),
+    "bailian-chat": _bailian("traceA", "two hours of a chat service"),
+    "bailian-api": _bailian("traceB", "two hours of an API service"),
+    "bailian-coder": _bailian("coder", "requests to a coding model"),
+    "bailian-thinking": _bailian("thinking", "requests to a reasoning model"),
     "taubench-airline": Published(
-        "200 trajectories of a tool agent, texts",
         "taubench",
-        f"{_GITHUB}/sierra-research/tau-bench/main/historical_trajectories/gpt-4o-airline.json",
+        f"{_TAUBENCH}/gpt-4o-airline.json",
+        "200 trajectories of a tool agent, texts",
         "MIT",
         "e9e6c0297660c537f83d4fd9c476ce7a9a86ecd2784874b7bfc13be598e37bfa",
     ),
@@ -119,34 +95,22 @@ def fetch(name: str, *, progress: Progress = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     number, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
     try:
-        with open(number, "wb") as file, shown_progress(progress, "bytes", name) as show:
-            digest = _download(published.address, file.write, show)
+        with open(number, "w+b") as file, shown_progress(progress, "bytes", name) as show:
+            with urllib.request.urlopen(published.address, timeout=TIMEOUT_S) as response:
+                total = int(response.headers.get("Content-Length") or 0)
+                while chunk := response.read(CHUNK_BYTES):
+                    file.write(chunk)
+                    show(file.tell(), total)
+            if total and file.tell() != total:
+                raise OSError(f"it ended after {file.tell():,} of {total:,} bytes")
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if published.sha256 and digest != published.sha256:
-            raise OSError(
-                f"{published.address} has the checksum {digest}, expected {published.sha256}: it "
-                "has changed, or something on the way changed it"
-            )
+            raise OSError(f"it has the checksum {digest}, expected {published.sha256}")
         os.replace(part, path)
     except (OSError, HTTPException) as error:
-        raise OSError(f"trace {name} was not fetched: {error}") from error
+        problem = f"trace {name} was not fetched from {published.address}: {error}"
+        raise OSError(problem) from error
     finally:
         Path(part).unlink(missing_ok=True)
     return path
-
-
-def _download(
-    address: str, write: Callable[[bytes], object], show: Callable[[int, int], None]
-) -> str:
-    """Pass the content of ``address`` to ``write`` and return its SHA-256. OSError if it ends
-    early."""
-    hashed, done = hashlib.sha256(), 0
-    with urllib.request.urlopen(address, timeout=TIMEOUT_S) as response:
-        total = int(response.headers.get("Content-Length") or 0)
-        while chunk := response.read(CHUNK_BYTES):
-            hashed.update(chunk)
-            write(chunk)
-            done += len(chunk)
-            show(done, total)
-    if total and done != total:
-        raise OSError(f"{address} ended after {done:,} of {total:,} bytes")
-    return hashed.hexdigest()

@@ -1,95 +1,119 @@
-"""Messages of OpenAI's and Anthropic's dialects as role and text.
+"""Requests as texts, in the tokens of a named tokenizer: JSON lines, or comma-separated values.
 
-Each message becomes one text, so that every chat template accepts it. Tool calls and their results
-are in the form of Hermes, and tool definitions precede the system message. The text can differ from
-the one a server's own template writes, but two prompts agree wherever those would.
+The records are those of ``prompts.py``. Times count from the first request. Without a session, a
+prompt continues the session whose last prompt it begins with. Fields that are not read are named,
+with counts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
-from hybridcache.lab.traces.base import Record, objects, shown, text
+from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.lab.traces.frame import (
+    COUNTS_ALONE,
+    FileReader,
+    Record,
+    csv_lines,
+    in_order,
+    warn,
+)
+from hybridcache.lab.traces.prompts import Named, PromptParser
+from hybridcache.lab.traces.text import load_chat_text
 
-
-def plain_chat(
-    messages: Iterable[Record], system: Any = None, tools: Any = None
-) -> list[dict[str, str]]:
-    """Return a prompt as ``{"role", "content"}`` messages. Raises ValueError or KeyError if it is
-    invalid."""
-    chat = [{"role": _role(message), "content": message_text(message)} for message in messages]
-    if not chat:
-        raise ValueError("there is no message in it")
-    leading = [json.dumps(tools, sort_keys=True)] if tools else []
-    leading += [content_text(system)] if system else []
-    if chat[0]["role"] == "system" and leading:
-        leading.append(chat.pop(0)["content"])
-    return [{"role": "system", "content": "\n\n".join(leading)}, *chat] if leading else chat
-
-
-def message_text(message: Record) -> str:
-    """Return the text of a message, including its thoughts and tool calls."""
-    words = content_text(message.get("parts", message.get("content")))
-    if message.get("reasoning_content"):
-        words = _thought(text(message, "reasoning_content")) + words
-    calls: list[Any] = objects(message, "tool_calls") if message.get("tool_calls") else []
-    if message.get("function_call"):
-        calls = [{"function": message["function_call"]}]
-    return words + "".join(_call(call["function"]) for call in calls)
+ABSENT = {
+    "time": "one second between records",
+    "session": "prompts that continue another",
+    "answer": "unknown",
+}
+"""Rules for fields that are absent."""
 
 
-def content_text(content: Any) -> str:
-    """Return a text, or a list of parts, as one text; empty for null. Raises ValueError
-    otherwise."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, str | dict) for part in content):
-        parts = [part if isinstance(part, str) else _part(part) for part in content]
-        return "".join(parts)
-    raise ValueError(f"content is {shown(content)}, not a text or a list of parts")
+@dataclass(frozen=True, slots=True)
+class MessagesReader(FileReader):
+    """JSON lines of requests, or of single messages."""
+
+    word: ClassVar[str] = "messages"
+    tokenizer: str = ""
+    template: str = "chatml"
+    prompt: str = ""
+    """Name of the field of prompts in a file with other names; so are the next five."""
+    time: str = ""
+    session: str = ""
+    answer: str = ""
+    length: str = ""
+    tenant: str = ""
+    """Name of the field of tenants. Prompts of different tenants share no prefix."""
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """Return whether the record has messages, a prompt, or a role with a content."""
+        named = Named(record, {})
+        return named.is_request or (named.is_message and "content" in named.used)
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        parser = PromptParser(load_chat_text(self.tokenizer, self.template), self._names)
+        began_s: float | None = None
+        for request in in_order(self.path, self.records(self.bad), parser.parse, self.bad):
+            began_s = request.timestamp_s if began_s is None else began_s
+            yield request._replace(timestamp_s=request.timestamp_s - began_s)
+        problems = list(parser.usage.problems(f"{self.word}:{self.path}"))
+        if unanswered := parser.num_unanswered():
+            problems.insert(0, f"{unanswered:,} messages without an answer are no requests")
+        if problems:
+            warn(f"{self.path}: {'; '.join(problems)}")
+
+    @property
+    def _names(self) -> dict[str, str]:
+        fields = ("prompt", "time", "session", "answer", "length", "tenant")
+        return {name: getattr(self, name) for name in fields}
+
+    def describe(self) -> str:
+        """Return the names that are read for each field in the first record.
+
+        Raises ValueError if there is nothing to read, or if all prompts of a CSV file are whole
+        numbers.
+        """
+        records = self.records(BadRecords(skip=True))
+        first = next(records, (0, None))[1]
+        if first is None:
+            return ""
+        try:
+            named = Named(first, self._names)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        if not named.is_request and "content" not in named.used:
+            raise ValueError(
+                f"{self.path}: there is no column prompt or messages ({', '.join(first)}): name "
+                f"it as in {self.word}:{self.path}?prompt=COLUMN. {COUNTS_ALONE}"
+            )
+        found = [f"{name}={column}" for name, column in named.used.items()]
+        if named.is_message:
+            return f"{', '.join(found)} (an answer is a request after all messages of its session)"
+        prompt = named.get("prompt")
+        if self.is_csv and prompt and "messages" not in named.used:
+            texts = (row.get(named.used["prompt"]) for _, row in records)
+            if prompt.strip().isdecimal() and all(one.strip().isdecimal() for one in texts if one):
+                raise ValueError(
+                    f"{self.path}: all prompts in column {named.used['prompt']!r} are whole "
+                    f"numbers, as {prompt!r}. {COUNTS_ALONE}"
+                )
+        missing = ABSENT.keys() - named.used.keys()
+        missing -= {"answer"} if "length" in named.used else set()
+        found += [f"{name}=none ({rule})" for name, rule in ABSENT.items() if name in missing]
+        return ", ".join(found)
 
 
-def _role(message: Record) -> str:
-    role = text(message, "role")
-    if role == "user":  # In Anthropic's dialect, tool results are part of a user's message.
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        kinds = {part.get("type") for part in parts if isinstance(part, dict)}
-        return "tool" if kinds == {"tool_result"} else role
-    return {"developer": "system", "model": "assistant"}.get(role, role)
+@dataclass(frozen=True, slots=True)
+class CsvReader(MessagesReader):
+    """Comma-separated values, a request or a message per row."""
 
+    word: ClassVar[str] = "csv"
+    is_csv: ClassVar[bool] = True
 
-def _part(part: Record) -> str:
-    kind = part.get("type")
-    if kind in ("text", "input_text", "output_text"):
-        return text(part, "text" if "text" in part else "content")
-    if kind in ("thinking", "reasoning"):
-        return _thought(text(part, "thinking" if kind == "thinking" else "content"))
-    if kind in ("tool_use", "tool_call"):
-        arguments = part.get("input", part.get("arguments"))
-        return _call({"name": part["name"], "arguments": arguments})
-    if kind in ("tool_result", "tool_call_response"):
-        result = part.get("content", part.get("response", part.get("result")))
-        return content_text(result) if _is_content(result) else json.dumps(result, sort_keys=True)
-    # The number of tokens of an image or a file is unknown: a unique mark replaces it.
-    mark = hashlib.blake2b(json.dumps(part, sort_keys=True).encode(), digest_size=8)
-    return f"<{kind} {mark.hexdigest()}>"
-
-
-def _is_content(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(part, dict) and "type" in part for part in value)
-    return value is None or isinstance(value, str)
-
-
-def _thought(words: str) -> str:
-    return f"<think>\n{words}\n</think>\n\n"
-
-
-def _call(function: Any) -> str:
-    return f"\n<tool_call>\n{json.dumps(function, sort_keys=True)}\n</tool_call>"
+    def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+        """Yield (line, row). Empty fields are None."""
+        for line, row in csv_lines(self.path, bad):
+            yield line, Record((name, value or None) for name, value in row.items())

@@ -103,33 +103,9 @@ def _requests(
         length += answer + int(draw.lognormal(6, 1.3))
 
 
-def chats_by_length(seed: int = 3, chats: int = 120) -> Iterator[Record]:
-    """Yield chats as lengths. One in ten has the first message of an earlier chat."""
-    draw = np.random.default_rng(seed)
-    openings: list[tuple[int, list[int]]] = []
-    next_block = 0
-    for number in range(chats):
-        if openings and draw.random() < 0.1:
-            first, blocks = openings[int(draw.integers(len(openings)))]
-        else:
-            first = _count(draw, 60)
-            blocks = list(range(next_block, next_block + first // 16))
-            next_block += len(blocks)
-            openings.append((first, blocks))
-        turns: list[list[Any]] = [["u", first], ["a", _count(draw, 250)]]
-        for _ in range(int(draw.geometric(0.2)) - 1):
-            turns += [["u", _count(draw, 30)], ["a", _count(draw, 250)]]
-        yield {"id": f"made-up-{number}", "turns": turns, "first_msg_blocks16": blocks}
-
-
-def _count(draw: np.random.Generator, median: int) -> int:
-    return max(1, int(draw.lognormal(np.log(median), 0.9)))
-
-
 SAMPLES = {
     "mooncake.jsonl.gz": blocks_of_512,
     "coding_agent.jsonl.gz": agent_sessions,
-    "sharegpt_counts.jsonl.gz": chats_by_length,
 }
 
 

@@ -1,0 +1,130 @@
+"""Messages and answers of OpenAI's and Anthropic's dialects as role and text.
+
+Each message becomes one text, so that every chat template accepts it. Tool calls and their results
+are in the form of Hermes, and tool definitions precede the system message. The text can differ from
+the one a server's own template writes, but two prompts agree wherever those would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from hybridcache.lab.traces.frame import LONGEST, Record, shown
+
+Chat = list[dict[str, str]]
+STOP_REASONS = {
+    "stop": "end_turn",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "max_tokens": "length",
+    **{reason: reason for reason in ("end_turn", "tool_use", "stop_sequence", "length")},
+}
+"""Stop reasons of a trace, by those of OpenAI's and Anthropic's answers."""
+
+
+def decoded(value: Any) -> Any:
+    """Return ``value``, decoded if it is JSON text; other texts are unchanged."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None) -> Chat:
+    """Return a prompt as ``{"role", "content"}`` messages. Raises ValueError or KeyError if it is
+    invalid."""
+    chat = [{"role": _role(message), "content": message_text(message)} for message in messages]
+    if not chat:
+        raise ValueError("there is no message in it")
+    leading = [json.dumps(tools, sort_keys=True)] if tools else []
+    leading += [_content(system)] if system else []
+    if chat[0]["role"] == "system" and leading:
+        leading.append(chat.pop(0)["content"])
+    return [{"role": "system", "content": "\n\n".join(leading)}, *chat] if leading else chat
+
+
+def message_text(message: Record) -> str:
+    """Return the text of a message, including its thoughts and tool calls."""
+    words = _content(message.get("parts", message.get("content")))
+    if message.get("reasoning_content"):
+        words = _thought(message.text("reasoning_content")) + words
+    calls = list[Any](message.objects("tool_calls")) if message.get("tool_calls") else []
+    if message.get("function_call"):
+        calls = [{"function": message["function_call"]}]
+    return words + "".join(_call(call["function"]) for call in calls)
+
+
+def answer_of(response: Any) -> tuple[str | None, int, str]:
+    """Return (text, number of tokens, stop reason) of an answer.
+
+    ``response`` is a text, a message, or a whole response of OpenAI's or Anthropic's APIs. The text
+    is None, the number 0 and the reason empty if the response does not contain them.
+    """
+    if isinstance(response, str):
+        if response.startswith(("data:", "event:")):
+            raise ValueError("an answer is a stream of events: log its text instead")
+        return response, 0, ""
+    if not isinstance(response, dict):
+        return None, 0, ""
+    choices = response.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else {}
+    choice = choice if isinstance(choice, dict) else {}
+    said = response.get("stop_reason") or choice.get("finish_reason")
+    reason = STOP_REASONS.get(said, "") if isinstance(said, str) else ""
+    message = response if "content" in response else choice.get("message")
+    if isinstance(message, dict):
+        return message_text(Record(message)), 0, reason
+    if isinstance(choice.get("text"), str):
+        return choice["text"], 0, reason
+    usage = response.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    length = counts.get("completion_tokens", counts.get("output_tokens"))
+    return None, length if isinstance(length, int) and 0 <= length <= LONGEST else 0, reason
+
+
+def _role(message: Record) -> str:
+    role, content = message.text("role"), message.get("content")
+    if role == "user" and isinstance(content, list):  # Anthropic's tool results are the user's
+        kinds = {part.get("type") for part in content if isinstance(part, dict)}
+        return "tool" if kinds == {"tool_result"} else role
+    return {"developer": "system", "model": "assistant"}.get(role, role)
+
+
+def _content(content: Any) -> str:
+    """Return a text, or a list of parts, as one text; empty for null."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(part, str | dict) for part in content):
+        return "".join(part if isinstance(part, str) else _part(Record(part)) for part in content)
+    raise ValueError(f"content is {shown(content)}, not a text or a list of parts")
+
+
+def _part(part: Record) -> str:
+    kind = part.get("type")
+    if kind in ("text", "input_text", "output_text"):
+        return part.text("text" if "text" in part else "content")
+    if kind in ("thinking", "reasoning"):
+        return _thought(part.text("thinking" if kind == "thinking" else "content"))
+    if kind in ("tool_use", "tool_call"):
+        return _call({"name": part["name"], "arguments": part.get("input", part.get("arguments"))})
+    if kind in ("tool_result", "tool_call_response"):
+        result = part.get("content", part.get("response", part.get("result")))
+        is_parts = isinstance(result, list) and all(
+            isinstance(each, dict) and "type" in each for each in result
+        )
+        is_content = is_parts or result is None or isinstance(result, str)
+        return _content(result) if is_content else json.dumps(result, sort_keys=True)
+    # The number of tokens of an image or a file is unknown: a unique mark replaces it.
+    mark = hashlib.blake2b(json.dumps(part, sort_keys=True).encode(), digest_size=8)
+    return f"<{kind} {mark.hexdigest()}>"
+
+
+def _thought(words: str) -> str:
+    return f"<think>\n{words}\n</think>\n\n"
+
+
+def _call(function: Any) -> str:
+    return f"\n<tool_call>\n{json.dumps(function, sort_keys=True)}\n</tool_call>"

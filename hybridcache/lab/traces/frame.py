@@ -1,0 +1,484 @@
+"""Frame of all trace readers: files, typed fields, errors with file and line, and order of time.
+
+A format is a small class: ``recognises`` looks at the first record, and ``parser`` returns the
+function that converts a record to requests, or to sessions of requests (``SessionReader``).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import heapq
+import io
+import json
+import math
+import re
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from hybridcache.lab.arrivals import Pauses, Poisson, Starts, interleave
+from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.tokens import Tokens
+
+LONGEST = 1 << 24
+"""Longest plausible prompt or answer in a trace, in tokens."""
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
+"""Errors raised when reading a truncated or damaged gzip file."""
+WINDOW, WINDOW_IDS = 1024, 1 << 24
+"""Requests read ahead of the one that is yielded, and ids in their prompts and answers. A request
+can be moved before at most that many others."""
+COUNTS_ALONE = (
+    'Counts of tokens do not tell which prompts agree: the tutorial "Your own trace" turns them '
+    "into a trace"
+)
+"""End of errors about files that hold counts instead of texts or ids."""
+_CHUNK = 1 << 22
+_OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
+_T = TypeVar("_T")
+
+
+class TraceFieldsWarning(UserWarning):
+    """Warning that a trace file has data that is not used."""
+
+
+class TraceOrderWarning(UserWarning):
+    """Warning that some lines of a trace file were not in order of time, and were sorted."""
+
+
+def warn(message: str, category: type[UserWarning] = TraceFieldsWarning) -> None:
+    """Issue a warning at the code that called this package. O(depth of the stack)."""
+    package = __name__.partition(".")[0]
+    frame, level = sys._getframe(0), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(category(message), stacklevel=level)
+
+
+# --- Fields -------------------------------------------------------------------------------------
+
+
+class Record(dict[str, Any]):
+    """An object of a trace file. Its methods return a field of one type.
+
+    They raise KeyError if the field is missing, and ValueError, which names it, if it is invalid.
+    """
+
+    def optional(self, read: Callable[[str], _T], name: str, default: _T) -> _T:
+        """Return ``read(name)``, or ``default`` if there is no such field."""
+        return read(name) if name in self else default
+
+    def first(self, names: Iterable[str]) -> str | None:
+        """Return the first of ``names`` with a value other than null, or None."""
+        return next((name for name in names if self.get(name) is not None), None)
+
+    def whole(self, name: str, least: int = 0, most: int = LONGEST) -> int:
+        """Return a whole number in [least, most]; 3.0 is accepted."""
+        value = self[name]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{name} is {shown(value)}, not a whole number in [{least}, {most}]")
+        return value
+
+    def seconds(self, name: str) -> float:
+        """Return a finite number of at least 0."""
+        value = self[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {shown(value)}, not a finite number of at least 0")
+        return float(value)
+
+    def moment(self, name: str) -> float:
+        """Return a time in seconds: a number, or a date in ISO 8601 as seconds since 1970 (UTC if
+        it names no zone)."""
+        value = self[name]
+        if not isinstance(value, str):
+            return self.seconds(name)
+        try:
+            when = datetime.fromisoformat(value)
+            return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            problem = f"{name} is {shown(value)}, not a number and not a time in ISO 8601"
+            raise ValueError(problem) from None
+
+    def text(self, name: str) -> str:
+        """Return a text, possibly empty."""
+        value = self[name]
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {shown(value)}, not a text")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """Return true or false."""
+        value = self[name]
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {shown(value)}, not true or false")
+        return value
+
+    def key(self, name: str) -> str | int:
+        """Return the name of a session or namespace: a text or a whole number."""
+        value = self[name]
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise ValueError(f"{name} is {shown(value)}, not a text or a whole number")
+        return value
+
+    def values_of(self, name: str) -> list[Any]:
+        """Return a list."""
+        value = self[name]
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {shown(value)}, not a list")
+        return value
+
+    def objects(self, name: str) -> list[Record]:
+        """Return a list of JSON objects."""
+        values = self.values_of(name)
+        if not all(isinstance(each, dict) for each in values):
+            raise ValueError(f"{name} is {shown(values)}, not a list of objects")
+        return [Record(each) for each in values]
+
+    def ids(self, name: str) -> Tokens:
+        """Return a flat list of whole numbers in [0, 2**31) as int32[n]. O(n)."""
+        values = self.values_of(name)
+        try:
+            ids = np.asarray(values) if values else np.zeros(0, np.int32)
+        except ValueError:  # nested lists of several lengths
+            ids = np.zeros(0)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"{name} holds an id that is not a whole number in [0, 2**31)")
+        if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
+            raise ValueError(f"{name} holds an id that is not a whole number in [0, 2**31)")
+        return ids.astype(np.int32)
+
+
+def shown(value: object) -> str:
+    """Return a value in the form quoted by error messages."""
+    whole_text = repr(value)
+    return whole_text if len(whole_text) <= 40 else whole_text[:37] + "..."
+
+
+class TraceClock:
+    """Times of a file's records: all have one, or none."""
+
+    def __init__(self) -> None:
+        self._now = -1.0
+        self._has_times: bool | None = None
+        """Whether the first record has a time; None before it."""
+
+    def at(self, when_s: float | None) -> float:
+        """Return ``when_s``, or a second after the record before if no record has a time. Raises
+        ValueError if only some have one."""
+        has_time = when_s is not None
+        if self._has_times is None:
+            self._has_times = has_time
+        elif self._has_times != has_time:
+            here, above = ("a time", "no time") if has_time else ("no time", "one")
+            raise ValueError(f"it has {here}, but the records above have {above}")
+        self._now = self._now + 1.0 if when_s is None else when_s
+        return self._now
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+    """Open a file, plain or gzipped (by its first two bytes), and skip its byte order mark if
+    present.
+
+    Reading raises one of ``DAMAGED`` if a gzipped file is damaged or truncated.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
+        with suppress(*DAMAGED):  # the next read reports the line
+            if opened.peek(3)[:3] == b"\xef\xbb\xbf":
+                opened.read(3)
+        yield opened
+
+
+@contextmanager
+def open_text(path: str | Path) -> Iterator[io.TextIOWrapper]:
+    """Open a file of UTF-8 as ``open_bytes`` does. Other bytes become surrogates, so that the
+    record with them can be named."""
+    with open_bytes(path) as file:
+        yield io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
+
+
+def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    """Yield (line number, object) for every line of a JSONL file. Blank lines are skipped, bad ones
+    reported.
+
+    A truncated gzip file ends with the last whole line before the cut, which is reported.
+    """
+    with open_bytes(path) as file:
+        number = 0
+        while True:
+            number += 1
+            try:
+                line = file.readline()
+            except DAMAGED as error:
+                bad.report(path, number, f"the gzip file is damaged from here on ({error})")
+                return
+            if not line:
+                return
+            if line.strip():
+                try:
+                    record = json.loads(line.decode().rstrip())
+                except UnicodeDecodeError:
+                    bad.report(path, number, "not UTF-8")
+                except (ValueError, RecursionError) as error:
+                    bad.report(path, number, f"not JSON ({error})")
+                else:
+                    yield from _objects(path, number, record, bad)
+
+
+def _objects(path: str | Path, line: int, value: Any, bad: BadRecords) -> Iterator[Any]:
+    """Yield (line, ``value``) if it is a JSON object. Other values are reported."""
+    if isinstance(value, dict):
+        yield line, Record(value)
+    else:
+        bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}")
+
+
+def json_array(
+    path: str | Path, bad: BadRecords, first_key: str = "id"
+) -> Iterator[tuple[int, Record]]:
+    """Yield (line number, object) for every record of a JSON array, one at a time.
+
+    If a record is invalid, it is reported, and reading continues at the next that begins with
+    ``{"<first_key>"``. A file that ends inside of a record ends with the one before, and a warning.
+    Holds one record and 4 MiB.
+    """
+    decoder, begins = json.JSONDecoder(), re.compile(rf'\{{\s*"{first_key}"')
+    waiting, place, line, num_found, blank = "", 0, 1, 0, _OPENING
+    with open_text(path) as file:
+        while True:
+            start = place + len(blank.match(waiting, place).group())  # type: ignore[union-attr]
+            line += waiting.count("\n", place, start)
+            value, end, problem = None, 0, ""
+            try:
+                value, end = decoder.raw_decode(waiting, start)
+            except (ValueError, RecursionError) as error:
+                problem = f"not JSON ({getattr(error, 'msg', error)})"
+            if not isinstance(value, dict) and not waiting.startswith("]", start):
+                try:
+                    more = file.read(_CHUNK)
+                except DAMAGED as error:
+                    bad.report(path, line, f"the gzip file is damaged from here on ({error})")
+                    return
+                if more:
+                    waiting, place = waiting[start:] + more, 0
+                    continue
+            if start == len(waiting) or waiting.startswith("]", start):
+                return
+            if problem:
+                following = begins.search(waiting, start + 1)
+                if following is None and num_found:
+                    warn(f"{path}: it ends inside of the record on line {line}, which is left out")
+                    return
+                bad.report(path, line, problem)
+                if following is None:
+                    return
+                end = following.start()
+            elif not _is_utf8(waiting[start:end]):
+                bad.report(path, line, "not UTF-8")
+            else:
+                num_found += 1
+                yield from _objects(path, line, value, bad)
+            line += waiting.count("\n", start, end)
+            place, blank = end, _BLANK
+
+
+def looks_like_csv(head: bytes) -> bool:
+    """Return whether a file that begins with ``head`` has a header line of column names."""
+    first = head.partition(b"\n")[0].strip()
+    return re.fullmatch(rb'"?[A-Za-z][^{}\[\]:]*[,;][^{}\[\]:]*|prompt', first) is not None
+
+
+def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    """Yield (line number, {column: text}) for every row of comma-separated values under a header
+    line. Rows of another length, with a quote that is not closed, or not in UTF-8 are reported."""
+    with open_text(path) as file:
+        rows = csv.reader(file, strict=True)
+        names: list[str] = []
+        while True:
+            line, problem, row = rows.line_num + 1, "", None
+            try:
+                row = next(rows, None)
+            except DAMAGED as error:
+                bad.report(path, line, f"the gzip file is damaged from here on ({error})")
+                return
+            except csv.Error as error:
+                problem = f"not comma-separated values ({error})"
+            else:
+                if row is None:
+                    return
+                if not _is_utf8(",".join(row)):
+                    problem = "not UTF-8"
+                elif names and row and len(row) != len(names):
+                    problem = f"{len(row)} fields under {len(names)} names"
+            if problem:
+                bad.report(path, line, problem)
+                if not names:
+                    return
+            elif not names:
+                names = row or []
+                if len(names) == 1 and ";" in names[0]:
+                    raise ValueError(f"{path}: its columns are separated by semicolons: use commas")
+            elif row:
+                yield line, Record(zip(names, row, strict=True))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+# --- Readers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FileReader:
+    """Reader of the file at ``path``. Each iteration reads it again, one record at a time."""
+
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    word: ClassVar[str]
+    """Name of the format, as in ``word:path``."""
+    is_csv: ClassVar[bool] = False
+    """True if the file has comma-separated values, false if it has JSON."""
+
+    @property
+    def unit(self) -> int:
+        """Tokens per id."""
+        return 1
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """Return whether ``record``, the first of a file, is of this format."""
+        raise NotImplementedError
+
+    def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+        """Yield (line, record). Records that cannot be read are reported to ``bad``."""
+        return json_lines(self.path, bad)
+
+    def parser(self) -> Callable[[Record], Iterable[Any]]:
+        """Return the function that converts the next record to requests.
+
+        It raises KeyError, ValueError or OverflowError, without any other effect, if the record is
+        invalid.
+        """
+        raise NotImplementedError
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        """Yield the requests in order of time. Raises BadRecordError, which names the record, if
+        one cannot be read."""
+        return in_order(self.path, self.records(self.bad), self.parser(), self.bad)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionReader(FileReader):
+    """Reader of sessions without arrival times: ``starts`` sets them."""
+
+    starts: Starts = field(default_factory=lambda: Poisson(1.0))
+    seed: int = 0
+
+    @property
+    def pauses(self) -> Pauses | None:
+        """Pauses between turns; None if the file tells them."""
+        return None
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        sessions = parsed(self.path, self.records(self.bad), self.parser(), self.bad)
+        turns = (session for _, session in sessions)
+        return interleave(turns, self.starts, self.pauses, unit=self.unit, seed=self.seed)
+
+
+def parsed(
+    path: str | Path,
+    records: Iterable[tuple[int, Record]],
+    parse: Callable[[Record], Iterable[_T]],
+    bad: BadRecords,
+) -> Iterator[tuple[int, _T]]:
+    """Yield (line, result of ``parse``). A record with missing fields, or fields of the wrong type,
+    is reported and skipped."""
+    for number, record in records:
+        try:
+            found = list(parse(record))
+        except KeyError as error:
+            bad.report(path, number, f"field {error} is missing")
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            bad.report(path, number, f"a text holds {half}, half of a character")
+        except (ValueError, OverflowError) as error:
+            bad.report(path, number, str(error))
+        else:
+            yield from ((number, one) for one in found)
+
+
+def in_order(
+    path: str | Path,
+    records: Iterable[tuple[int, Record]],
+    parse: Callable[[Record], Iterable[TraceRequest]],
+    bad: BadRecords,
+) -> Iterator[TraceRequest]:
+    """Yield the results of ``parse``, as ``parsed`` does, in order of time.
+
+    Logs that are written at the end of each request are slightly out of order. They are sorted,
+    with one TraceOrderWarning per file. A request that should precede more than ``WINDOW`` requests
+    (or ``WINDOW_IDS`` ids) already read is reported as a bad record: a file is read lazily and
+    cannot be sorted whole. Requests of the same time keep the order of their lines. O(log WINDOW)
+    per request.
+    """
+    waiting: list[tuple[float, int, TraceRequest]] = []
+    newest_s = given_s = -math.inf
+    num_read = num_ids = 0
+    is_sorted = True
+    failure: Exception | None = None
+    # An error is raised after the requests above it, as if nothing were read ahead.
+    try:
+        for line, request in parsed(path, records, parse, bad):
+            now_s = request.timestamp_s
+            if now_s < given_s:
+                problem = (
+                    f"its time {now_s:g} s is before {given_s:g} s, the time of a request more "
+                    f"than {len(waiting):,} requests above, and no more are read ahead: sort the "
+                    "file by time"
+                )
+                bad.report(path, line, problem)
+                continue
+            if now_s < newest_s and is_sorted:
+                is_sorted = False
+                message = (
+                    f"{path}: lines are not in order of time (the first is line {line}); requests "
+                    f"are sorted, each before at most {WINDOW:,} others"
+                )
+                warn(message, TraceOrderWarning)
+            newest_s = max(newest_s, now_s)
+            heapq.heappush(waiting, (now_s, num_read, request))
+            num_read += 1
+            num_ids += len(request.tokens) + len(request.output)
+            while len(waiting) > WINDOW or (num_ids > WINDOW_IDS and len(waiting) > 1):
+                given_s, _, request = heapq.heappop(waiting)
+                num_ids -= len(request.tokens) + len(request.output)
+                yield request
+    except Exception as error:
+        failure = error
+    while waiting:
+        yield heapq.heappop(waiting)[2]
+    if failure is not None:
+        raise failure

@@ -1,0 +1,202 @@
+"""Records of prompts: the names of their fields, and their conversion to requests.
+
+A record is one of two kinds:
+
+- a request: ``prompt`` (the whole text sent to the model) or ``messages`` (OpenAI's or
+  Anthropic's), possibly inside of ``request``, ``request_body`` or ``body``;
+- a single message: ``role``, ``content`` and a session; each answer of an assistant is a request
+  whose prompt is all messages of the session before it.
+
+Times are seconds, milliseconds since 1970 if above 10**11, or ISO 8601. Failed requests
+(``status`` of 400 or more) are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.traces.dialects import Chat, answer_of, plain_chat
+from hybridcache.lab.traces.frame import Record, TraceClock
+from hybridcache.lab.traces.sessions import Usage
+from hybridcache.lab.traces.text import ChatText
+
+NAMES: dict[str, tuple[str, ...]] = {
+    field: tuple(names.split())
+    for field, names in {
+        "prompt": "prompt",
+        "messages": "messages",
+        "role": "role",
+        "content": "content",
+        "time": "timestamp ts time seconds arrival_time start_time created created_at",
+        "session": "session_id session conversation_id conversation chat_id thread_id",
+        "answer": "answer response output completion response_body reply generated_text",
+        "length": "output_tokens completion_tokens answer_tokens output_length "
+        "max_tokens max_completion_tokens max_output_tokens",
+        "model": "model",
+        "system": "system",
+        "tools": "tools",
+        "tenant": "cache_salt tenant tenant_id namespace",
+        "status": "status_code status",
+    }.items()
+}
+"""Fields of a record and the names that contain them. The first name with a value counts."""
+BODIES = ("request", "request_body", "body")
+"""Names of an object that holds the fields of a request."""
+PARAMETERS = frozenset(
+    (
+        *("id", "object", "user", "n", "seed", "stop", "stream", "stream_options", "type", "index"),
+        *("temperature", "top_p", "top_k", "logprobs", "metadata", "tool_choice", "request_id"),
+        *("response_format", "presence_penalty", "frequency_penalty"),
+    )
+)
+"""Names without a meaning for a cache. They are not counted as unread fields."""
+
+
+class Named:
+    """A record whose fields are found by ``NAMES``, or by the names that the user gave."""
+
+    def __init__(self, record: Record, names: dict[str, str]) -> None:
+        """Raises ValueError if a name that the user gave is missing."""
+        body = None if {"messages", "prompt"} & record.keys() else record.first(BODIES)
+        inner = _json(record[body], dict) if body else None
+        if isinstance(inner, dict):
+            record = Record(inner | {name: each for name, each in record.items() if name != body})
+        self.record = record
+        self.used: dict[str, str] = {}
+        """Name of each field that the record has."""
+        for field, known in NAMES.items():
+            own = names.get(field)
+            if own and own not in record:
+                raise ValueError(f"there is no column {own!r}; it has {', '.join(record)}")
+            if found := record.first((own,) if own else known):
+                self.used[field] = found
+        if names.get("prompt"):
+            self.used.pop("messages", None)
+        self.is_request = "messages" in self.used or "prompt" in self.used
+        self.is_message = "role" in self.used and not self.is_request
+
+    def get(self, field: str, kind: type | None = None) -> Any:
+        """Return the value of a field, decoded if it is JSON text of ``kind``; None without it."""
+        value = self.record[self.used[field]] if field in self.used else None
+        return value if kind is None else _json(value, kind)
+
+    def number(self, field: str) -> str:
+        """Return the name of a field whose value, if it is a number as text, becomes a number."""
+        name = self.used[field]
+        with suppress(ValueError, TypeError):
+            self.record[name] = float(self.record[name])
+        return name
+
+    def time_s(self) -> float | None:
+        """Return the time in seconds; None without one."""
+        if "time" not in self.used:
+            return None
+        when = self.record.moment(self.number("time"))
+        is_date = isinstance(self.get("time"), str)
+        return when / 1000 if when > 1e11 and not is_date else when
+
+    def namespace(self) -> str | None:
+        """Return a name for model and tenant; None if there is neither."""
+        parts = {"model": self.get("model"), "cache_salt": self.get("tenant")}
+        parts = {name: value for name, value in parts.items() if value is not None}
+        is_plain = set(parts) == {"model"} and isinstance(parts["model"], str)
+        return parts["model"] if is_plain else json.dumps(parts) if parts else None
+
+
+def _json(value: Any, kind: type) -> Any:
+    """Return ``value``, decoded if it is the JSON text of an object, or of a list of objects."""
+    with suppress(ValueError, RecursionError):
+        inner = json.loads(value) if isinstance(value, str) else None
+        is_list = isinstance(inner, list) and all(isinstance(each, dict) for each in inner)
+        return inner if isinstance(inner, kind) and (is_list or kind is dict) else value
+    return value
+
+
+class PromptParser:
+    """Converts records to requests. Assembles single messages to prompts."""
+
+    def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
+        self._chat, self._names = chat, names
+        self._fresh, self._clock, self.usage = FreshIds(), TraceClock(), Usage()
+        self._said: dict[str | int, Chat] = {}
+        self._asked_s: dict[str | int, float] = {}
+
+    def parse(self, raw: Record) -> Iterator[TraceRequest]:
+        """Yield the request of a record; none if it failed, or is a message of a user."""
+        record = Named(raw, self._names)
+        with suppress(TypeError, ValueError):
+            if float(record.get("status") or 0) >= 400:
+                return
+        names = {name for name, value in record.record.items() if value is not None and name}
+        self.usage.unread.update(names - {*record.used.values()} - PARAMETERS)
+        session = record.record.key(record.used["session"]) if "session" in record.used else None
+        if record.is_message:
+            yield from self._message(record, session)
+            return
+        request, said = self._request(record)
+        now, namespace = self._clock.at(record.time_s()), record.namespace()
+        session = self.usage.session(session, namespace, said)
+        yield request._replace(timestamp_s=now, session=session, namespace=namespace)
+
+    def _request(self, record: Named) -> tuple[TraceRequest, str]:
+        """Return the request without session and time, and its prompt as one text."""
+        answer, length, reason = answer_of(record.get("answer", dict))
+        self.usage.num_answers += answer is not None
+        if answer is None and not length and "length" in record.used:
+            length = record.record.whole(record.number("length"))
+        if "messages" in record.used:
+            messages = Record(messages=record.get("messages", list)).objects("messages")
+            said = plain_chat(messages, record.get("system"), record.get("tools", list))
+            turn = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
+            request = turn.request("")
+            # A text that begins with the text of every earlier part of the chat.
+            text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
+        else:
+            prompt = record.get("prompt") or ""
+            text = prompt if isinstance(prompt, str) else ""
+            ids = self._prompt(prompt)
+            request = TraceRequest(0.0, "", None, ids, self._chat.encode(answer or ""))
+        if answer is None:
+            request = request._replace(output=self._fresh.take(length))
+        return request._replace(stop_reason=reason), text
+
+    def _prompt(self, prompt: Any) -> Any:
+        """Return the ids of a prompt: a text, a list of ids, or either in a list of one."""
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if isinstance(prompt, list) and any(isinstance(part, str) for part in prompt):
+            raise ValueError("several prompts in one request are not read")
+        is_text = isinstance(prompt, str)
+        ids = self._chat.encode(prompt) if is_text else Record(prompt=prompt).ids("prompt")
+        if not len(ids):
+            raise ValueError("the prompt is empty")
+        return ids
+
+    def _message(self, record: Named, session: str | int | None) -> Iterator[TraceRequest]:
+        """Add one message to its session; yield a request if it is an answer."""
+        if session is None:
+            raise ValueError("a single message needs a session: name its field with session=")
+        content = _json(record.record["content"], list)
+        [message] = plain_chat([Record(role=record.get("role"), content=content)])
+        now = self._clock.at(record.time_s())
+        before = self._said.setdefault(session, [])
+        if message["role"] == "assistant" and before:
+            asked_s = self._asked_s.get(session, now)
+            self.usage.num_requests += 1
+            self.usage.num_answers += 1
+            turn = self._chat.turn(before, message["content"], tools=True)
+            yield turn.request(session)._replace(
+                timestamp_s=asked_s,
+                namespace=record.namespace(),
+                service_s=max(0.0, now - asked_s) if "time" in record.used else None,
+            )
+        self._said[session] = [*before, message]
+        self._asked_s[session] = now
+
+    def num_unanswered(self) -> int:
+        """Return the number of sessions whose last message has no answer."""
+        return sum(said[-1]["role"] != "assistant" for said in self._said.values() if said)

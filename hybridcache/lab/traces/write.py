@@ -1,0 +1,90 @@
+"""Conversion of traces: our own format, and the hashes of Mooncake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable
+from typing import Any, TextIO
+
+import numpy as np
+
+from hybridcache.lab.trace import Trace
+from hybridcache.tokens import Tokens, common_prefix_len
+
+
+def write_own(trace: Trace, file: TextIO) -> int:
+    """Write ``trace`` as ``jsonl`` and return the number of requests. Prompts that repeat their
+    session are written as ``prefix``."""
+    header: dict[str, Any] = {"format": "hybridcache", "version": 1, "unit": trace.unit}
+    if trace.counted_by:
+        header["counted_by"] = trace.counted_by
+    file.write(json.dumps(header) + "\n")
+    last: dict[Hashable, Tokens] = {}
+    num_requests = 0
+    for request in trace:
+        num_requests += 1
+        before = last.get(request.session)
+        kept = 0 if before is None else common_prefix_len(before, request.tokens)
+        ids = request.tokens[kept:].tolist()
+        optional: dict[str, tuple[Any, Any]] = {  # (value, the value that is left out)
+            "namespace": (_plain(request.namespace), None),
+            "output_length": (request.answer_tokens if trace.unit > 1 else None, None),
+            "boundaries": (list(request.boundaries), []),
+            "partial": (request.partial_tokens, None),
+            "answer_survives": (request.answer_survives, True),
+            "service": (request.service_s, None),
+            "stop_reason": (request.stop_reason, ""),
+            "session_end": (request.session_end, False),
+        }
+        record = {
+            "timestamp": round(request.timestamp_s, 6),
+            "session": _plain(request.session),
+            **({"prefix": [kept, *ids]} if kept else {"tokens": ids}),
+            "output": request.output.tolist(),
+            **{name: value for name, (value, default) in optional.items() if value != default},
+        }
+        file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        last[request.session] = np.concatenate((request.tokens, request.output))
+    return num_requests
+
+
+def _plain(value: Hashable) -> Hashable:
+    return value if value is None or isinstance(value, int | str) else str(value)
+
+
+def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
+    """Write ``trace`` as ``mooncake`` and return the number of requests.
+
+    Two numbers of blocks are equal if the blocks and all blocks before them are, as in Mooncake's
+    own traces; the length of the last, partial block is part of its identity. The format has no
+    boundaries or contents of answers. A prompt that repeats an answer is therefore new there, as
+    for a server that generates its own answers. Namespaces share no block.
+
+    Raises ValueError if ``block_tokens`` is not a multiple of the trace's unit.
+    """
+    unit = trace.unit
+    if block_tokens < 1 or block_tokens % unit:
+        raise ValueError(
+            f"blocks of {block_tokens} tokens are not made of ids of {unit}: take a multiple"
+        )
+    numbers: dict[tuple[Hashable, int, bytes], int] = {}
+    num_requests = 0
+    for request in trace:
+        num_requests += 1
+        length, hashes = request.num_tokens(unit), list[int]()
+        before: Hashable = (request.namespace,)
+        for start in range(0, len(request.tokens), block_tokens // unit):
+            block = np.ascontiguousarray(request.tokens[start : start + block_tokens // unit])
+            size = min(block_tokens, length - start * unit)
+            digest = hashlib.blake2b(block.tobytes(), digest_size=16).digest()
+            hashes.append(numbers.setdefault((before, size, digest), len(numbers)))
+            before = hashes[-1]
+        record = {
+            "timestamp": round(request.timestamp_s * 1000),
+            "input_length": length,
+            "output_length": max(1, request.num_answer_tokens(unit)),
+            "hash_ids": hashes,
+        }
+        file.write(json.dumps(record) + "\n")
+    return num_requests
