@@ -555,4 +555,6 @@ def _score(task: Task, logits: Any, sampler: TokenSampler) -> PendingTokens:
     """Start scoring the prompt tokens that follow the task's tokens."""
     request = task.request
     following = request.tokens[task.start + 1 : min(task.end + 1, request.prompt_len)]
-    return sampler.score(logits[: len(following)], following.tolist(), request.prompt_logprobs or 0)
+    return sampler.score(
+        logits[: len(following)], following.tolist(), request.spec.prompt_logprobs or 0
+    )

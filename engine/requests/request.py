@@ -73,22 +73,11 @@ class Request(ScheduledRequest):
         text_stream: TextStream | None = None,
         rules: Sequence[LogitRule] = (),
     ) -> None:
-        """Start a request from a checked ``spec``: its prompt is token ids, its boundaries are
-        ascending."""
+        """Start a request from a valid ``spec`` with a name: its prompt is token ids, its
+        boundaries are ascending."""
         prompt = np.asarray(spec.prompt, np.int32)
-        super().__init__(
-            f"request-{arrival}" if spec.request_id is None else spec.request_id,
-            prompt,
-            namespace=spec.namespace,
-            boundaries=tuple(spec.boundaries),
-            answer_survives=spec.answer_survives,
-            ends_session=spec.ends_session,
-            choice_of=spec.choice_of,
-            save_at=tuple(spec.save_at),
-            arrival=arrival,
-            arrival_s=arrival_s,
-            max_len=max_len,
-        )
+        super().__init__(spec, prompt, arrival=arrival, arrival_s=arrival_s, max_len=max_len)
+        self.spec: RequestSpec
         self.params = spec.sampling or SamplingParams()
         self.seed = seed
         self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
@@ -97,7 +86,6 @@ class Request(ScheduledRequest):
         """Row of this request among the tokens drawn by the newest step."""
         self.drafts: DraftCounts | None = None
         self.end_token_ids = end_token_ids
-        self._call_marks = tuple(spec.call_marks)
         self._met_stop_string = False
         """True if the answer ended with a stop string."""
         self._rules = tuple(rules)
@@ -105,9 +93,6 @@ class Request(ScheduledRequest):
         """(draw, error) of the first draw that a grammar could not be followed to."""
         self.text_stream = text_stream
         self.logprobs: list[SampledToken] = []
-        self.prompt_logprobs = spec.prompt_logprobs
-        """Number of alternatives to report with the prompt's log-probabilities, or None to report
-        none."""
         self.scores: list[SampledToken] = []
         self._prompt_scores: tuple[SampledToken | None, ...] = ()
         """Log-probabilities that were reported, of prompt tokens 1, 2, ..."""
@@ -131,7 +116,7 @@ class Request(ScheduledRequest):
     def wants_scores(self) -> bool:
         """True if prompt log-probabilities are requested and not complete, so every prompt position
         must be computed."""
-        return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
+        return self.spec.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
 
     @property
     def stop_reason(self) -> str:
@@ -142,9 +127,9 @@ class Request(ScheduledRequest):
             return reason
         if self.finish_reason == "length":
             return "length"
-        if self._call_marks:
+        if self.spec.call_marks:
             answer = "".join((*self._text, self._new_text)).rpartition(CLOSE)[2]
-            if any(mark in answer for mark in self._call_marks):
+            if any(mark in answer for mark in self.spec.call_marks):
                 return "tool_use"
         return "stop_sequence" if self._met_stop_string else "end_turn"
 
@@ -294,9 +279,10 @@ class Request(ScheduledRequest):
 
     def _reported_scores(self) -> tuple[SampledToken | None, ...] | None:
         """Return one tuple that all steps share, rebuilt when scores were added."""
-        if self.prompt_logprobs is not None and len(self._prompt_scores) <= len(self.scores):
+        wanted = self.spec.prompt_logprobs is not None
+        if wanted and len(self._prompt_scores) <= len(self.scores):
             self._prompt_scores = (None, *self.scores)
-        return None if self.prompt_logprobs is None else self._prompt_scores
+        return self._prompt_scores if wanted else None
 
 
 def _seconds(start_s: float, end_s: float | None) -> float | None:
@@ -443,8 +429,9 @@ class Intake:
         sampling, prompt = spec.sampling or self._default_sampling, np.asarray(spec.prompt)
         end_token_ids = self._end_token_ids(sampling)
         arrival, limit = next(self._arrivals), self._max_model_len
+        name = f"request-{arrival}" if spec.request_id is None else spec.request_id
         return Request(
-            spec,
+            structs.replace(spec, request_id=name),
             arrival=arrival,
             arrival_s=self._clock() if spec.arrival_s is None else spec.arrival_s,
             max_len=limit if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,

@@ -84,11 +84,11 @@ class CacheManager:
         asked = LeaseRequest(
             tokens=request.tokens[:prefill_len],
             namespace=request.namespace,
-            boundaries=request.boundaries,
+            boundaries=tuple(request.spec.boundaries),
             reuse=not request.wants_scores,
             exact=self._exact,
             stateful=self._stateful,
-            answer_survives=request.answer_survives,
+            answer_survives=request.spec.answer_survives,
             table_row=self._free_rows[-1],
             own_slot=self._free_rows[-1] if self._owns_states else None,
             resumes=request.is_counted,
@@ -97,7 +97,7 @@ class CacheManager:
         lease = Lease.begin(self.cache, self.placement, asked, exchange)
         if lease is None:
             return False
-        for position in request.save_at:
+        for position in request.spec.save_at:
             lease.plan_checkpoint(position, "asked")
         row = self._free_rows.pop()
         self._requests[row] = request
@@ -274,7 +274,7 @@ class CacheManager:
             cached_len=0,
             kv_match_len=seen_len,
             seen_len=seen_len,
-            boundaries=request.boundaries,
+            boundaries=tuple(request.spec.boundaries),
             grid=self.checkpoint_grid,
         )
         return tuple(prefill.on_grid(self.placement.plan(prefill)))

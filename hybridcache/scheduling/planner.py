@@ -221,8 +221,8 @@ class StepPlanner(Generic[R]):
             request.tokens[: request.prompt_len],
             self.now_s,
             tenant=request.namespace,
-            boundaries=request.boundaries,
-            choice_of=request.choice_of,
+            boundaries=tuple(request.spec.boundaries),
+            choice_of=request.spec.choice_of,
         )
         insort(self._waiting, request, key=_age)
         self._admission.arrived(request, self._load)
@@ -344,7 +344,7 @@ class StepPlanner(Generic[R]):
             self._account()
         self._sessions.left(request.session, request.num_tokens, self.now_s)
         self._admission.left(request, self._load)
-        if request.ends_session and not request.session.num_open:
+        if request.spec.ends_session and not request.session.num_open:
             self.end_session(request.session.newest_id)
 
     def _decoding(self) -> list[R]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -10,6 +11,45 @@ from hybridcache.api import Losses
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import Session
 from hybridcache.tokens import Tokens
+
+
+class RequestFields(Protocol):
+    """Fields of a request that its run only reads: a message of an engine, or a turn of a trace."""
+
+    @property
+    def request_id(self) -> str | None:
+        """Name."""
+        ...
+
+    @property
+    def namespace(self) -> Hashable:
+        """Requests of different namespaces share nothing."""
+        ...
+
+    @property
+    def boundaries(self) -> Sequence[int]:
+        """Positions that later prompts keep, ascending."""
+        ...
+
+    @property
+    def answer_survives(self) -> bool:
+        """False if later prompts do not contain the answer."""
+        ...
+
+    @property
+    def ends_session(self) -> bool:
+        """True if no request of its session follows."""
+        ...
+
+    @property
+    def choice_of(self) -> str | None:
+        """Name of the first request, if this is another choice of the same answer."""
+        ...
+
+    @property
+    def save_at(self) -> Sequence[int]:
+        """Further positions of checkpoints."""
+        ...
 
 
 class ScheduledRequest:
@@ -21,72 +61,46 @@ class ScheduledRequest:
 
     __slots__ = (
         "_buffer",
-        "answer_survives",
         "arrival",
         "arrival_s",
-        "boundaries",
         "cached_len",
-        "choice_of",
         "computed_len",
-        "ends_session",
         "fetched_len",
         "is_counted",
         "lease",
         "losses",
         "max_len",
-        "namespace",
         "num_drawn",
         "num_passes",
         "num_preemptions",
         "num_tokens",
         "prefill_len",
         "prompt_len",
-        "request_id",
         "row",
-        "save_at",
         "scheduled_len",
         "scheduled_s",
         "session",
+        "spec",
     )
 
     def __init__(
         self,
-        request_id: str,
+        spec: RequestFields,
         prompt: Tokens,
         *,
-        namespace: Hashable = None,
-        boundaries: tuple[int, ...] = (),
-        answer_survives: bool = True,
-        ends_session: bool = False,
-        choice_of: str | None = None,
-        save_at: tuple[int, ...] = (),
         arrival: int,
         arrival_s: float,
         max_len: int,
     ) -> None:
         """
         Args:
-            request_id: name.
+            spec: its fields, with a name.
             prompt: int32[n].
-            namespace: requests of different namespaces share nothing.
-            boundaries: ascending positions that later prompts keep.
-            answer_survives: False if later prompts do not contain the answer.
-            ends_session: True if no request of its session follows.
-            choice_of: name of the first request, if this is another choice of the same answer.
-            save_at: further positions of checkpoints.
             arrival: rank among all requests: older is smaller.
             arrival_s: time of arrival, of the planner's clock.
             max_len: most tokens of prompt and answer together.
         """
-        self.request_id = request_id
-        self.namespace = namespace
-        self.boundaries = boundaries
-        self.answer_survives = answer_survives
-        self.ends_session = ends_session
-        """True if no request of its session follows."""
-        self.choice_of = choice_of
-        """Name of the first request, if this is another choice of the same answer."""
-        self.save_at = save_at
+        self.spec = spec
         self.arrival = arrival
         """Rank among all requests: older is smaller."""
         self.arrival_s = arrival_s
@@ -118,6 +132,17 @@ class ScheduledRequest:
         """Requests that arrived later and were admitted before this one."""
         self.session: Session
         """Set when it is queued."""
+
+    @property
+    def request_id(self) -> str:
+        """Name of the request."""
+        assert self.spec.request_id is not None, "requests are named before they are scheduled"
+        return self.spec.request_id
+
+    @property
+    def namespace(self) -> Hashable:
+        """Requests of different namespaces share nothing."""
+        return self.spec.namespace
 
     @property
     def tokens(self) -> Tokens:
@@ -171,7 +196,7 @@ class ScheduledRequest:
     @property
     def stop_reason(self) -> str:
         """Reason why the answer ended, as ``Lease.finish`` takes it. Empty if it is not known."""
-        return "session_end" if self.ends_session else ""
+        return "session_end" if self.spec.ends_session else ""
 
     @property
     def must_see_its_token(self) -> bool:

@@ -310,7 +310,13 @@ class Nothing(Ones):
 
 def requests(count: int) -> list[Request]:
     return [
-        Request(RequestSpec([1, 2]), arrival=i, arrival_s=0.0, max_len=99, seed=0)
+        Request(
+            RequestSpec([1, 2], request_id=f"request-{i}"),
+            arrival=i,
+            arrival_s=0.0,
+            max_len=99,
+            seed=0,
+        )
         for i in range(count)
     ]
 

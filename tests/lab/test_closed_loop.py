@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from hybridcache import CacheConfig, build_prefix_cache
@@ -31,6 +31,9 @@ from hybridcache.lab.simulation.closed_loop import (
     closed_loop,
     run_closed_loop,
     simulate_closed_loop,
+)
+from hybridcache.lab.simulation.closed_loop import (
+    Turn as SimulatedTurn,
 )
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -144,17 +147,19 @@ class PlannerMachine(RuleBasedStateMachine):
             text = fresh[: self.memory.max_request_len]
         first: str | None = None
         for _ in range(num_choices):
-            request = SimulatedRequest(
+            number = self.num_submitted
+            turn = SimulatedTurn(
                 text.copy(),
                 max(1, len(text) - answer),
-                self.num_submitted,
-                0,
-                namespace=tenant,
+                0.0,
+                tenant,
+                (),
+                True,
+                "",
+                f"request-{number}",
                 choice_of=first,
-                arrival=self.num_submitted,
-                arrival_s=self.now_s,
-                max_len=max(2, len(text)),
             )
+            request = SimulatedRequest(turn, number, 0, arrival=number, arrival_s=self.now_s)
             self.num_submitted += 1
             self.requests.append(request)
             self.passes[request] = 0
@@ -265,7 +270,8 @@ def test_text_that_a_tier_can_load_counts_as_cached_for_admission() -> None:
     )
     for number in (0, 1, 2, 0):
         prompt = np.arange(260, dtype=np.int32) + 1000 * number
-        request = ScheduledRequest("one", prompt, arrival=len(found), arrival_s=0.0, max_len=261)
+        spec = RequestSpec(prompt, request_id="one")
+        request = ScheduledRequest(spec, prompt, arrival=len(found), arrival_s=0.0, max_len=261)
         planner.add(request)
         while request.computed_len < 260:
             for one, end in planner.choose().items():

@@ -165,7 +165,7 @@ class PeerFetcher:
             request.tokens[: end + 1].copy(),
             SamplingParams(max_tokens=1, temperature=0),
             namespace=namespace,
-            boundaries=request.boundaries,
+            boundaries=request.spec.boundaries,
             answer_survives=False,
             save_at=(end,),
         )

@@ -92,6 +92,11 @@ class Turn:
     answer_survives: bool
     stop_reason: str
     """Reason why the answer ends, if the trace names one."""
+    request_id: str
+    """Name of its session."""
+    ends_session: bool = False
+    choice_of: str | None = None
+    save_at: tuple[int, ...] = ()
 
 
 class SimulatedRequest(ScheduledRequest):
@@ -101,15 +106,17 @@ class SimulatedRequest(ScheduledRequest):
 
     def __init__(
         self,
-        text: Tokens,
-        prompt_len: int,
+        spec: Turn,
         place: int,
         turn: int,
-        stop_reason: str = "",
-        **options: Any,
+        *,
+        arrival: int,
+        arrival_s: float,
     ) -> None:
-        super().__init__(f"request-{place}", text[:prompt_len], **options)
-        self._buffer, self._stop_reason = text, stop_reason
+        text = spec.text
+        prompt = text[: spec.prompt_len]
+        super().__init__(spec, prompt, arrival=arrival, arrival_s=arrival_s, max_len=len(text))
+        self._buffer, self._stop_reason = text, spec.stop_reason
         self.place, self.turn = place, turn
         self.first_token_s: float | None = None
 
@@ -161,10 +168,10 @@ def sessions_of(trace: Trace) -> list[list[Turn]]:
     found: dict[Hashable, list[TraceRequest]] = {}
     for request in trace:
         found.setdefault(request.session, []).append(request)
-    return [[*_turns(requests, trace.unit)] for requests in found.values()]
+    return [[*_turns(n, requests, trace.unit)] for n, requests in enumerate(found.values())]
 
 
-def _turns(requests: Sequence[TraceRequest], unit: int) -> Iterator[Turn]:
+def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterator[Turn]:
     free_s = requests[0].timestamp_s
     for request in requests:
         prompt_len, answer_len = request.num_tokens(unit), request.num_answer_tokens(unit)
@@ -184,6 +191,7 @@ def _turns(requests: Sequence[TraceRequest], unit: int) -> Iterator[Turn]:
             tuple(position * unit for position in request.boundaries),
             request.answer_survives,
             request.stop_reason,
+            f"request-{session}",
         )
         free_s = request.timestamp_s + (request.service_s or 0.0)
 
@@ -258,19 +266,7 @@ class _Run:
             table.num_refused += 1
             self._go_on(number, None)
             return
-        request = SimulatedRequest(
-            turn.text,
-            turn.prompt_len,
-            number,
-            place,
-            turn.stop_reason,
-            namespace=turn.namespace,
-            boundaries=turn.boundaries,
-            answer_survives=turn.answer_survives,
-            arrival=self.num_asked,
-            arrival_s=when_s,
-            max_len=len(turn.text),
-        )
+        request = SimulatedRequest(turn, number, place, arrival=self.num_asked, arrival_s=when_s)
         self.num_asked += 1
         self.planner.add(request)
 
