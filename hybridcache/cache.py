@@ -24,8 +24,8 @@ from math import lcm
 
 import numpy as np
 
-from hybridcache.allocators.arena import arena_of, step_queue_of
-from hybridcache.allocators.moves import StepPlan
+from hybridcache.allocators.arena import arena_of
+from hybridcache.allocators.moves import StepPlan, StepQueue
 from hybridcache.allocators.pages import PageAllocator, are_distinct
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import (
@@ -125,7 +125,7 @@ class HybridRadixCache:
         """Shared memory of rows and slots, or None if rows never move."""
         self.offload: Offload | None = None
         """Host and disk tiers, or None if there are none."""
-        self.steps = step_queue_of(pages)
+        self.steps = StepQueue()
         """Step plan under construction. Leases register here."""
         self.policy = policy
         """Eviction policy, for inspection."""
@@ -152,7 +152,7 @@ class HybridRadixCache:
         """Buffer of each row, if rows can move, else None."""
         if self.arena is not None:
             self._owners = RowIndex(pages.capacity, self._gathered)
-            self.arena.holders[self._owners] = None
+            self.arena.holders |= {self.steps: None, self._owners: None}
         self._listener: Listener | None = None
         self._withheld: set[Checkpoint | Segment] = set()
         """Locked victims, withheld from the policy until they are unlocked."""
@@ -590,7 +590,7 @@ class HybridRadixCache:
             pass
         self.ghosts.clear()
         self._gathered.clear()
-        self.steps.forget_open_plan()
+        self.steps.open_plan = None
 
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.

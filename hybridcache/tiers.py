@@ -597,7 +597,7 @@ class OffloadTiers:
         tier = self.tiers[number]
         tier.pages.release(rows)
         if tier.name == DISK:
-            self._steps.add(Drop(DISK, rows))
+            self._steps.transfers.append(Drop(DISK, rows))
 
     def _copy(
         self,
@@ -612,7 +612,9 @@ class OffloadTiers:
         key = src_tier, dst_tier
         self.copied_rows[key] = self.copied_rows.get(key, 0) + num_rows
         path = path_of(node) if dst_tier == DISK else None
-        self._steps.add(Copy(kind, src_tier, src.copy(), dst_tier, dst.copy(), node.end, path))
+        self._steps.transfers.append(
+            Copy(kind, src_tier, src.copy(), dst_tier, dst.copy(), node.end, path)
+        )
 
 
 def path_of(node: RadixNode) -> tuple[object, Tokens]:
@@ -689,10 +691,12 @@ class TieredRadixCache(HybridRadixCache):
 
     The next step plan has the copies in both directions:
 
-    >>> [(copy.kind, copy.src_tier, copy.dst_tier) for copy in cache.take_step().transfers]
+    >>> plan = cache.take_step()
+    >>> [(copy.kind, copy.src_tier, copy.dst_tier) for copy in plan.transfers]
     ... # doctest: +NORMALIZE_WHITESPACE
     [('checkpoint', 'device', 'host'), ('kv', 'device', 'host'),
      ('kv', 'host', 'device'), ('checkpoint', 'host', 'device')]
+    >>> plan.done()
     >>> cache.check(held_tokens=0, held_slots=0)
     """
 

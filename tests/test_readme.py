@@ -18,7 +18,6 @@ import pytest
 import engine
 import hybridcache
 from engine import Engine, EngineConfig
-from hybridcache.allocators.moves import RunningLease
 from hybridcache.api import PrefixCache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.baselines import BASELINES
@@ -212,7 +211,7 @@ def test_reference_contains_the_docstrings_of_all_public_members(generate: Modul
         if name == "HybridRadixCache":
             public = [one for one in public if not hasattr(PrefixCache, one.__name__)]
         for one in public:
-            if one.__name__ in vars(RunningLease):
+            if one.__name__ == "rows_moved":
                 assert f"#### {name}.{one.__name__}" not in api, "the reference shows internals"
                 continue
             for paragraph in (inspect.getdoc(one) or "").split("\n\n"):

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.allocators.base import BaseAllocator, ByteBudget
-from hybridcache.allocators.moves import Move, RowHolder, StepQueue
+from hybridcache.allocators.moves import Move, RowHolder
 from hybridcache.allocators.pages import PageAllocator, are_distinct
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.tokens import Indices
@@ -251,16 +251,6 @@ def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:
     """
     rows = -(-state_bytes // row_bytes)
     return -(-rows // page_size) * page_size
-
-
-def step_queue_of(pages: PageAllocator) -> StepQueue:
-    """Return an empty step queue. If ``pages`` belong to an arena, it is notified of every move."""
-    arena = arena_of(pages)
-    if arena is None or not arena.num_slabs:
-        return StepQueue()
-    queue = StepQueue(arena.num_slabs, arena.slab_rows)
-    arena.holders[queue] = None
-    return queue
 
 
 def arena_of(pages: PageAllocator) -> ArenaAllocator | None:

@@ -15,9 +15,8 @@ again. The bytes follow later: the owner of the tensors takes one ``StepPlan`` b
 Then the step computes, and writes the KV rows and checkpoint slots that it was given.
 
 ``StepPlan.carry_out`` does this with the owner's methods, in this order, once. An owner that works
-through the plan by itself calls ``StepPlan.done`` afterwards. A plan that was not taken, or not
-carried out, is noticed: the next ``take_step`` raises RuntimeError, as do ``publish``, ``finish``
-and ``preempt`` of a lease that depends on it.
+through the plan by itself calls ``StepPlan.done`` afterwards. ``cache.check`` raises AssertionError
+while a plan that was taken is not carried out, and the next ``take_step`` RuntimeError.
 
 The fixed order is safe. A slot is allocated after its slab was emptied, so all writes to slots (3
 and the step) must follow the transfers (1). A move that comes later in the same plan writes and
@@ -37,9 +36,8 @@ for it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from threading import get_ident
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -191,8 +189,8 @@ class StepPlan:
     restores: tuple[tuple[int, int], ...] = ()
     """(checkpoint slot, own slot) of each request that resumes. The first is a slot of the cache.
     So is the second, unless the request has an ``own_slot``: that one is in the caller's memory."""
-    _queue: StepQueue | None = field(default=None, init=False, repr=False, compare=False)
-    _number: int = field(default=0, init=False, repr=False, compare=False)
+    is_done: bool = False
+    """True once the plan was carried out."""
 
     def __bool__(self) -> bool:
         """Return True if any work is due."""
@@ -207,8 +205,11 @@ class StepPlan:
             TypeError: ``memory`` lacks a method that this plan needs. Nothing is done.
             RuntimeError: the plan was carried out before.
         """
-        if self._queue is not None and self._queue.num_done >= self._number:
-            raise RuntimeError(DONE_TWICE)
+        if self.is_done and self:
+            raise RuntimeError(
+                "this step plan was carried out before: doing its moves again destroys rows. Take "
+                "one plan per step with cache.take_step()"
+            )
         for name, is_needed in (
             ("move", any(isinstance(one, Move) for one in self.transfers)),
             ("copy", any(isinstance(one, Copy) for one in self.transfers)),
@@ -231,195 +232,62 @@ class StepPlan:
             memory.write_row(write)
         for checkpoint, own in self.restores:
             memory.restore(checkpoint, own)
-        self.done()
+        self.is_done = True
 
     def done(self) -> None:
-        """Note that all of the work is done, or queued before the step on the same device. O(1).
-
-        Raises:
-            RuntimeError: the plan was carried out before.
-        """
-        queue = self._queue
-        if queue is not None:
-            if queue.num_done >= self._number:
-                raise RuntimeError(DONE_TWICE)
-            queue.num_done = self._number
-
-
-DONE_TWICE = (
-    "this step plan was carried out before: doing its moves again destroys rows. Take one plan per "
-    "step with cache.take_step()"
-)
-NOT_DONE = (
-    "the last step plan was taken but not carried out, so rows and states are not what the cache "
-    "counts on: call plan.carry_out(memory), or plan.done() after doing its work yourself. If it "
-    "failed half-way, abort all leases and call cache.reset()"
-)
-NOT_TAKEN = (
-    "tokens up to {} were computed before the step plan of their rows and slots was carried out, "
-    "so they may be wrong: abort this lease. Call cache.take_step().carry_out(memory) after begin, "
-    "extend and take_checkpoint_slots, and before computing, or .done() if there are no tensors"
-)
-
-
-class RunningLease(Protocol):
-    """Row numbers of one running request. Hashable, by identity."""
-
-    def rows_moved(self, move: Move) -> int:
-        """Rename the kept rows of ``move.src``; return how many of them the lease holds."""
-        ...
-
-    def rows_from(self, start: int) -> Indices:
-        """Return the known KV rows of positions from ``start`` on: int32[k]."""
-        ...
-
-    def row_write(self) -> RowWrite | None:
-        """Return the positions that changed since ``row_write_taken``, or None if there are
-        none."""
-        ...
-
-    def row_write_taken(self) -> None:
-        """Note that a plan contains ``row_write()``."""
-        ...
+        """Note that all of the work is done, or queued before the step on the same device. O(1)."""
+        self.is_done = True
 
 
 class StepQueue:
-    """The next ``StepPlan`` of one cache while it grows. A row holder for all running leases.
-
-    For an arena it keeps a table of the slabs in which each lease has rows. A move then renames
-    rows of the leases that have some in the emptied slab, and no other lease is looked at.
-    """
+    """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves."""
 
     __slots__ = (
-        "_changed",
-        "_free_numbers",
-        "_is_in_slab",
-        "_leases",
-        "_numbers",
-        "_restores",
-        "_slab_rows",
-        "_thread",
-        "_transfers",
-        "_unindexed",
-        "num_done",
-        "num_moves",
-        "num_open",
-        "num_taken",
+        *("_row_writes", "num_moves", "num_open", "open_plan", "restores", "thread", "transfers"),
     )
 
-    def __init__(self, num_slabs: int = 0, slab_rows: int = 1) -> None:
-        """``num_slabs`` is 0 if rows never move."""
-        self.num_open = 0
-        """Running leases."""
-        self._thread = 0
+    def __init__(self) -> None:
+        self.num_open = self.thread = 0
+        """Number of running leases, and the thread that began the last one."""
         self.num_moves = 0
         """Slabs emptied since the last ``take``. A scheduler that allows at most one per step stops
         adding requests to the step when it is 1."""
-        self.num_taken = self.num_done = 0
-        """Number of plans taken, and carried out. Empty plans count as carried out."""
-        self._transfers: list[Transfer] = []
-        self._restores: dict[RunningLease, tuple[int, int]] = {}
-        self._changed: dict[RunningLease, None] = {}
-        self._numbers: dict[RunningLease, int] = {}
-        self._slab_rows = slab_rows
-        # The last column is the tail of the arena, from which no row ever moves.
-        self._is_in_slab = np.zeros((8 if num_slabs else 0, num_slabs + 1), np.bool_)
-        self._leases: list[RunningLease | None] = [None] * len(self._is_in_slab)
-        self._free_numbers = list(range(len(self._is_in_slab)))
-        # First position of each lease that is not in the table yet. Rows are added to the table
-        # when a slab moves: many leases end before one does.
-        self._unindexed: dict[RunningLease, int] = {}
-
-    @property
-    def num_transfers(self) -> int:
-        """Transfers that no plan contains yet. O(1)."""
-        return len(self._transfers)
-
-    @property
-    def num_leases(self) -> int:
-        """Leases that are notified of moves; 0 if rows never move. O(1)."""
-        return len(self._numbers)
-
-    def refuse_other_thread(self) -> None:
-        """Raise RuntimeError if leases of another thread are running. O(1)."""
-        thread = get_ident()
-        if not self.num_open:
-            self._thread = thread
-        elif thread != self._thread:
-            raise RuntimeError(
-                "another thread has running leases of this cache, which is for one thread at a "
-                "time: use it from that thread, or end its leases first."
-            )
-
-    def open(self, lease: RunningLease) -> None:
-        """Notify ``lease`` of moves until ``close``. O(1) amortised."""
-        self.num_open += 1
-        if not len(self._is_in_slab):
-            return
-        if not self._free_numbers:
-            count = len(self._leases)
-            self._is_in_slab = np.concatenate((self._is_in_slab, np.zeros_like(self._is_in_slab)))
-            self._leases += [None] * count
-            self._free_numbers = list(range(count, 2 * count))
-        number = self._free_numbers.pop()
-        self._numbers[lease], self._leases[number] = number, lease
-
-    def close(self, lease: RunningLease) -> None:
-        """Forget ``lease``, its restore and its row write. O(slabs)."""
-        self.num_open -= 1
-        self._restores.pop(lease, None)
-        self._changed.pop(lease, None)
-        number = self._numbers.pop(lease, None)
-        if number is not None:
-            self._unindexed.pop(lease, None)
-            self._is_in_slab[number] = False
-            self._leases[number] = None
-            self._free_numbers.append(number)
-
-    def rows_added(self, lease: RunningLease, start: int) -> None:
-        """Note that ``lease`` has other rows from position ``start`` on. O(1)."""
-        if lease in self._numbers and start < self._unindexed.get(lease, start + 1):
-            self._unindexed[lease] = start
-
-    def row_write_due(self, lease: RunningLease) -> None:
-        """Include ``lease.row_write()`` in the next plan. O(1)."""
-        self._changed[lease] = None
-
-    def restore(self, lease: RunningLease, src: int, dst: int) -> None:
-        """Include the copy of the state in slot ``src`` to ``dst`` in the next plan. O(1)."""
-        self._restores[lease] = src, dst
-
-    def add(self, transfer: Transfer) -> None:
-        """Include ``transfer`` in the next plan. O(1)."""
-        self._transfers.append(transfer)
-        self.num_moves += isinstance(transfer, Move)
+        self.transfers: list[Transfer] = []
+        """Transfers that no plan contains yet."""
+        self.restores: dict[Hashable, tuple[int, int]] = {}
+        """(checkpoint slot, own slot) of each lease with a restore that no plan contains yet."""
+        # (table row, start, end, function that returns all rows) of each lease with changed rows.
+        self._row_writes: dict[Hashable, tuple[int, int, int, Callable[[], Indices]]] = {}
+        self.open_plan: StepPlan | None = None
+        """Plan that was taken last, or None if nothing was due."""
 
     def rows_moved(self, move: Move) -> int:
-        """Rename the rows of all leases (``RowHolder``); return how many of them the leases hold.
+        """Include ``move`` in the next plan, and return 0: no row is owned here."""
+        self.transfers.append(move)
+        self.num_moves += 1
+        return 0
 
-        O(leases / 8 + rows of the leases that have some in the slab + rows added since the last
-        move).
-        """
-        self.add(move)
-        if not self._numbers:
-            return 0
-        self._index()
-        table, num_held = self._is_in_slab, 0
-        numbers = table[:, move.slab].nonzero()[0]
-        if not len(numbers):
-            return 0
-        for number in numbers.tolist():
-            lease = self._leases[number]
-            assert lease is not None
-            num_held += lease.rows_moved(move)
-        table[numbers, move.slab] = False
-        table[numbers[:, None], np.unique(move.dst // self._slab_rows)] = True
-        return num_held
+    def row_write_due(
+        self, lease: Hashable, table_row: int, start: int, end: int, rows: Callable[[], Indices]
+    ) -> None:
+        """Include positions [start, end) of ``rows()`` in the next plan. O(1)."""
+        if lease in self._row_writes:
+            _, first, last, _ = self._row_writes[lease]
+            start, end = min(start, first), max(end, last)
+        self._row_writes[lease] = table_row, start, end, rows
 
-    def _index(self) -> None:
-        for lease, start in self._unindexed.items():
-            self._is_in_slab[self._numbers[lease], lease.rows_from(start) // self._slab_rows] = True
-        self._unindexed.clear()
+    def due_row_writes(self) -> tuple[RowWrite, ...]:
+        """Return the row writes of the next plan, which stay due. O(rows written)."""
+        return tuple(
+            RowWrite(table_row, start, rows()[start:end].copy())
+            for table_row, start, end, rows in self._row_writes.values()
+        )
+
+    def close(self, lease: Hashable) -> None:
+        """Forget the restore and the row write of ``lease``, which has ended. O(1)."""
+        self.num_open -= 1
+        self.restores.pop(lease, None)
+        self._row_writes.pop(lease, None)
 
     def take(self) -> StepPlan:
         """Return the plan and begin an empty one. O(transfers + rows written).
@@ -427,63 +295,28 @@ class StepQueue:
         Raises:
             RuntimeError: the last plan was not carried out.
         """
-        if self.num_done < self.num_taken:
-            raise RuntimeError(NOT_DONE)
-        self.num_taken += 1
-        if not (self._transfers or self._changed or self._restores):
-            self.num_done = self.num_taken
-            return NOTHING_DUE
-        plan = StepPlan(
-            tuple(self._transfers),
-            self.due_row_writes(),
-            tuple(self._restores.values()),
-        )
-        plan._queue, plan._number = self, self.num_taken
-        for lease in self._changed:
-            lease.row_write_taken()
-        self._transfers, self.num_moves = [], 0
-        self._changed.clear()
-        self._restores.clear()
+        if self.open_plan is not None and not self.open_plan.is_done:
+            raise RuntimeError(
+                "the last step plan was taken but not carried out, so rows and states are not what "
+                "the cache counts on: call plan.carry_out(memory), or plan.done() after doing its "
+                "work yourself. If it failed half-way, abort all leases and call cache.reset()"
+            )
+        if not (self.transfers or self._row_writes or self.restores):
+            return StepPlan(is_done=True)
+        row_writes = self.due_row_writes() if self._row_writes else ()
+        plan = StepPlan(tuple(self.transfers), row_writes, tuple(self.restores.values()))
+        self.transfers, self.num_moves = [], 0
+        self._row_writes.clear()
+        self.restores.clear()
+        self.open_plan = plan
         return plan
-
-    @property
-    def is_due(self) -> bool:
-        """True if any work is not carried out, in a plan that was taken or in the next. O(1)."""
-        is_open = self.num_done < self.num_taken
-        return is_open or bool(self._transfers or self._changed or self._restores)
-
-    def forget_open_plan(self) -> None:
-        """Forget a plan that was taken but not carried out, as everything that needed it is gone.
-
-        O(1).
-        """
-        self.num_done = self.num_taken
 
     def take_transfers(self) -> tuple[Transfer, ...]:
         """Return the transfers alone and forget them; the rest stays due."""
-        transfers, self._transfers, self.num_moves = tuple(self._transfers), [], 0
+        transfers, self.transfers, self.num_moves = tuple(self.transfers), [], 0
         return transfers
 
-    def due_row_writes(self) -> tuple[RowWrite, ...]:
-        """Return the row writes of the next plan, which stay due. O(rows written)."""
-        writes = [lease.row_write() for lease in self._changed]
-        return tuple(write for write in writes if write is not None)
-
-    @property
-    def num_restores(self) -> int:
-        """Restores that no plan contains yet. O(1)."""
-        return len(self._restores)
-
     def check(self) -> None:
-        """AssertionError unless the table names every slab in which a lease has rows. O(rows)."""
-        for lease, number in self._numbers.items():
-            assert self._leases[number] is lease, f"lease {number} is not notified of moves"
-            end = self._unindexed.get(lease)
-            rows = lease.rows_from(0)
-            if end is not None:
-                rows = rows[: len(rows) - len(lease.rows_from(end))]
-            is_known = self._is_in_slab[number, rows // self._slab_rows]
-            assert is_known.all(), f"rows of lease {number} are in a slab that is not noted"
-
-
-NOTHING_DUE = StepPlan()
+        """AssertionError if the last plan was not carried out. O(1)."""
+        is_done = self.open_plan is None or self.open_plan.is_done
+        assert is_done, "the last step plan was taken but not carried out"

@@ -447,7 +447,10 @@ class RadixTree:
         if family is None:
             return node, None, base
         stop = base + len(tokens)
-        starts_with, token = tokens.tobytes().startswith, tokens.item
+        ids: object = tokens.base
+        if type(ids) is not bytes or len(ids) != tokens.nbytes:  # else a view of all of them
+            ids = tokens.tobytes()
+        starts_with, token = ids.startswith, tokens.item
         page_size = self.page_size
         child: RadixNode | None
         while family is not None:

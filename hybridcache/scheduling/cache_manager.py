@@ -12,7 +12,7 @@ from math import lcm
 
 import numpy as np
 
-from hybridcache.allocators.moves import NOTHING_DUE, RowWrite, StepPlan
+from hybridcache.allocators.moves import RowWrite, StepPlan
 from hybridcache.api import PrefixCache, PrefixMatch
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.placement.rules import Placement
@@ -73,7 +73,7 @@ class CacheManager:
         self._num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
         self._arrivals: dict[ReceivedPrefix, None] = {}
-        self._step = NOTHING_DUE
+        self._step = StepPlan()
 
     def begin(self, request: ScheduledRequest) -> bool:
         """Assign a lease and a row to ``request``, and set its lengths from the cached prefix.
@@ -237,7 +237,7 @@ class CacheManager:
     @property
     def has_moves(self) -> bool:
         """True if moves or copies of rows are not contained in any batch yet."""
-        return self.cache.steps.num_transfers > 0
+        return bool(self.cache.steps.transfers)
 
     def take_step(self) -> StepPlan:
         """Return the work on the tensors that the next batch does before it computes, once. Call
@@ -260,8 +260,8 @@ class CacheManager:
         """Return, after a failed step, whether the moves of the last batch are uncertain. If so, no
         cached row can be trusted. Moves that no batch has taken remain for the next one. The other
         work of the batch is forgotten: its requests have no lease any more."""
-        lost, self._step = bool(self._step.transfers), NOTHING_DUE
-        self.cache.steps.forget_open_plan()
+        lost, self._step = bool(self._step.transfers), StepPlan()
+        self.cache.steps.open_plan = None
         return lost
 
     def checkpoint_positions(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
@@ -296,7 +296,7 @@ class CacheManager:
         """Check that the runner's request table lists the lease's rows for every request, with the
         writes of the next batch included. Raises AssertionError otherwise. Call only between two
         steps. O(tokens of the running requests)."""
-        assert not self.cache.steps.num_restores, "a state copy was claimed, but no batch took it"
+        assert not self.cache.steps.restores, "a state copy was claimed, but no batch took it"
         writes = {write.table_row: write for write in self.cache.steps.due_row_writes()}
         for row, request in self._requests.items():
             expected = request.claims[0].kv_indices[: request.max_len]

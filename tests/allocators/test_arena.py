@@ -215,7 +215,7 @@ def test_the_emptiest_slab_is_moved_into_the_fullest_slabs():
     assert move.slab == emptied and len(move.src) == 3
     assert (move.dst // 10).tolist() == [fullest, next_full, next_full]
     assert arena.num_moves == 1 and arena.num_moved_rows == 3
-    assert not take_transfers(moves) and moves.num_transfers == 0
+    assert not take_transfers(moves) and moves.num_moves == 0
     arena.check()
 
 
@@ -272,9 +272,9 @@ def test_moves_are_taken_once_and_in_order():
     made = [Move(slab, rows, rows, rows) for slab in (3, 1, 2)]
     for move in made:
         assert moves.rows_moved(move) == 0
-    assert moves.num_transfers == 3
+    assert moves.num_moves == 3
     assert [move.slab for move in take_transfers(moves)] == [3, 1, 2]
-    assert not take_transfers(moves) and moves.num_transfers == 0
+    assert not take_transfers(moves) and moves.num_moves == 0
 
 
 def test_a_slab_has_whole_pages_and_fits_one_state():
@@ -316,60 +316,3 @@ def test_a_double_free_is_found_by_check():
     arena.pages._stack[arena.pages._height - 1] = arena.pages._stack[arena.pages._height - 2]
     with pytest.raises(AssertionError, match="twice"):
         arena.check()
-
-
-class FakeLease:
-    """Running lease with a list of rows. It counts the calls of ``rows_moved``."""
-
-    def __init__(self, rows):
-        self.rows = np.array(rows, np.int32)
-        self.num_calls = 0
-
-    def rows_moved(self, move):
-        self.num_calls += 1
-        return len(move.rename(self.rows))
-
-    def rows_from(self, start):
-        return self.rows[start:]
-
-    def row_write(self):
-        return None
-
-    def row_write_taken(self):
-        pass
-
-
-def make_move(slab, size, places):
-    """Return a move of rows of ``slab``; ``places`` maps each row to its new row."""
-    new_rows = np.arange(slab * size, (slab + 1) * size, dtype=np.int32)
-    for row, new in places.items():
-        new_rows[row - slab * size] = new
-    src, dst = (np.array(rows, np.int32) for rows in (list(places), list(places.values())))
-    return Move(slab, src, dst, new_rows)
-
-
-def test_a_move_calls_only_leases_with_rows_in_its_slab():
-    steps = StepQueue(num_slabs=100, slab_rows=10)
-    leases = [FakeLease([10 * slab, 10 * slab + 1] if slab else [950]) for slab in range(20)]
-    for lease in leases:
-        steps.open(lease)
-        steps.rows_added(lease, 0)
-    assert steps.rows_moved(make_move(3, 10, {30: 707, 31: 708})) == 2
-    assert [lease.num_calls for lease in leases] == [0] * 3 + [1] + [0] * 16
-    assert leases[3].rows.tolist() == [707, 708]
-    steps.check()
-    assert steps.rows_moved(make_move(70, 10, {707: 999, 708: 55})) == 2, (
-        "moved rows can move again"
-    )
-    leases[4].rows = np.array([40, 41, 993], np.int32)
-    steps.rows_added(leases[4], 2)
-    assert steps.rows_moved(make_move(99, 10, {993: 5, 999: 6})) == 2
-    assert (leases[3].rows.tolist(), leases[4].rows.tolist()) == ([6, 55], [40, 41, 5])
-    assert [lease.num_calls for lease in leases[3:6]] == [3, 1, 0]
-    steps.check()
-    steps.close(leases[3])
-    later = FakeLease([200])
-    steps.open(later)
-    assert steps.rows_moved(make_move(0, 10, {5: 300})) == 1
-    assert later.num_calls == 0, "a new lease reused the entry of an ended one"
-    assert len(take_transfers(steps)) == 4 and not steps.take()

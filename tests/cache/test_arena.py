@@ -123,7 +123,7 @@ def test_a_lease_follows_moves_of_cached_rows():
         cache.free_kv(rows)
     carried_out(cache)
     lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens, table_row=7))
-    assert lease.cached_len > 0 and cache.steps.num_leases == 1
+    assert lease.cached_len > 0 and lease in cache.arena.holders
     before = lease.kv_indices.copy()
     plan = carried_out(cache)
     assert [(write.start, write.kv_indices.tolist()) for write in plan.row_writes] == [
@@ -140,7 +140,7 @@ def test_a_lease_follows_moves_of_cached_rows():
     assert (row, start, start + len(rows)) == (7, changed[0], changed[-1] + 1)
     cache.check(held_tokens=0, held_slots=1 + len(slots))
     lease.abort()
-    assert cache.steps.num_leases == 0, "an ended lease is still notified of moves"
+    assert lease not in cache.arena.holders, "an ended lease is still notified of moves"
 
 
 def test_a_lease_claims_held_rows_and_rewrites_all_moved_rows():
@@ -156,7 +156,7 @@ def test_a_lease_claims_held_rows_and_rewrites_all_moved_rows():
     rows, claimed = np.empty(0, np.int32), []
     for slab in (0, 1):  # only the lease is notified, so the cache is not used afterwards
         new_rows = np.arange(15 * slab + 60, 15 * slab + 75, dtype=np.int32)
-        claimed.append(cache.steps.rows_moved(Move(slab, rows, rows, new_rows)))
+        claimed.append(lease.rows_moved(Move(slab, rows, rows, new_rows)))
     assert claimed == [0, 8]
     [write] = carried_out(cache).row_writes
     assert (write.start, len(write.kv_indices)) == (0, 20)

@@ -119,8 +119,8 @@ class Running:
     planned: Counter[Placed] = field(default_factory=Counter)
     settled: Counter[Placed] = field(default_factory=Counter)
     """Planned checkpoints that were reported to the placement policy as saved or dropped."""
-    needs_plan_from: int | None = None
-    """First position with rows, slots or a state that the next plan makes valid."""
+    needs_restore: bool = False
+    """True if the next plan restores the state of the request."""
 
 
 class Tensors:
@@ -290,9 +290,8 @@ class LeaseMachine(RuleBasedStateMachine):
         assert lease.losses.not_fetched == max(loadable_len - reached_len, 0)
         assert lease_request.reuse or not (lease.losses.not_fetched or lease.match.loadable)
         start = lease.cached_len
-        request = Running(
-            self.num_requests, tokens, prompt_len, lease, start, needs_plan_from=start
-        )
+        request = Running(self.num_requests, tokens, prompt_len, lease, start)
+        request.needs_restore = lease.restore is not None
         self.running.append(request)
 
     def num_loaded_rows(self) -> int:
@@ -308,10 +307,7 @@ class LeaseMachine(RuleBasedStateMachine):
         """Extend the lease of ``request``. The first successful call counts the request."""
         prefills = self.ledger.prefills
         requests = self.cache.stats.total.requests
-        before_len = request.lease.extended_len
         extended = request.lease.extend(to_len)
-        if request.lease.extended_len > before_len and request.needs_plan_from is None:
-            request.needs_plan_from = before_len
         counts = extended and to_len > request.lease.cached_len and not request.is_counted
         assert self.ledger.prefills - prefills == int(counts and self.is_hybrid)
         assert self.cache.stats.total.requests - requests in (0, int(counts))
@@ -325,13 +321,6 @@ class LeaseMachine(RuleBasedStateMachine):
                 )
                 assert request.lease.planned == tuple(sorted(at for at, _ in request.planned))
         return extended
-
-    def take_slots(self, request: Running, start: int, end: int) -> None:
-        """Take the slots of the checkpoints in a chunk."""
-        if request.lease.take_checkpoint_slots(start, end):
-            request.needs_plan_from = (
-                start if request.needs_plan_from is None else min(start, request.needs_plan_from)
-            )
 
     def settle(self, request: Running, inserted: int) -> None:
         """Check that the policy was notified of each checkpoint that the cache took."""
@@ -349,20 +338,20 @@ class LeaseMachine(RuleBasedStateMachine):
     def carry_out(self, request: Running, to_len: int, how: int) -> None:
         """Carry out the step plan, and check that it cannot be omitted, taken or applied twice."""
         steps = self.cache.steps
-        is_due = bool(steps.num_transfers or steps.num_restores or steps.due_row_writes())
-        needs_plan = request.needs_plan_from is not None and request.needs_plan_from < to_len
-        if how == 1 and is_due and needs_plan:
+        is_due = bool(steps.transfers or steps.restores or steps.due_row_writes())
+        assert not request.needs_restore or is_due
+        if request.needs_restore and to_len > request.lease.published_len:
             self.assert_refuses(request, to_len)
         plan = self.cache.take_step()
         assert bool(plan) == is_due
         if how == 2 and plan:
-            if needs_plan:
-                self.assert_refuses(request, to_len)
+            with pytest.raises(AssertionError, match="taken but not carried out"):
+                self.cache.check()
             with pytest.raises(RuntimeError, match="taken but not carried out"):
                 self.cache.take_step()
         plan.carry_out(self.tensors)
         for other in self.running:
-            other.needs_plan_from = None
+            other.needs_restore = False
         if how == 3 and plan:
             with pytest.raises(RuntimeError, match="carried out before"):
                 plan.carry_out(self.tensors)
@@ -375,7 +364,7 @@ class LeaseMachine(RuleBasedStateMachine):
         counts.clear()
 
     def assert_refuses(self, request: Running, to_len: int) -> None:
-        """Check that nothing computed without its plan can be published."""
+        """Check that nothing computed from another state can be published."""
         before = request.lease.published_len, self.cache.cached_tokens
         for call in (request.lease.publish, request.lease.finish, request.lease.preempt):
             with pytest.raises(RuntimeError, match="abort this lease"):
@@ -393,7 +382,7 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         if size % 3 == 0:
             request.lease.reserve_checkpoint_slots(start, end, 1)
-        self.take_slots(request, start, end)
+        request.lease.take_checkpoint_slots(start, end)
         inserted = self.cache.stats.inserted_slots
         self.carry_out(request, end, size % 4)
         request.lease.publish(request.tokens, end)
@@ -418,7 +407,7 @@ class LeaseMachine(RuleBasedStateMachine):
         end = min(start + drafted, len(request.tokens))
         if end == start or not self.extend(request, end):
             return
-        self.take_slots(request, start, end)
+        request.lease.take_checkpoint_slots(start, end)
         request.computed_len = min(start + accepted, end)
         request.lease.roll_back(request.computed_len, unwritten)
         self.carry_out(request, request.computed_len, drafted % 4)
@@ -445,7 +434,9 @@ class LeaseMachine(RuleBasedStateMachine):
         if request is None:
             return
         self.running.remove(request)
-        inserted = self.cache.stats.inserted_slots
+        inserted, lease = self.cache.stats.inserted_slots, request.lease
+        cached_rows = lease.kv_indices[: lease.published_len]
+        assert cached_rows.tolist() == self.cache.gather(lease.node).tolist()
         if how == "abort":
             request.lease.abort()
         elif how == "finish":

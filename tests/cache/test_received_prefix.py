@@ -146,7 +146,9 @@ def test_rows_of_an_arrival_follow_moves() -> None:
     slots = []
     while (slot := cache.allocate_slot()) is not None:
         slots.append(slot)
-    moves = cache.take_step().transfers
+    plan = cache.take_step()
+    plan.done()
+    moves = plan.transfers
     assert moves, "no row moved"
     for move in moves:
         contents[move.dst] = contents[move.src]

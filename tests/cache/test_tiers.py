@@ -177,7 +177,7 @@ def test_an_item_that_the_host_would_evict_first_is_not_offloaded():
     serve(cache, ids("abcd"), [2, 4])
     carried_out(cache)
     cache.evict(num_slots=1)
-    assert not cache.steps.num_transfers
+    assert not cache.steps.transfers
     assert loadable(cache, ids("abX")) == [] and loadable(cache, ids("wxyzX"))
 
 

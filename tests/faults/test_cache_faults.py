@@ -15,7 +15,7 @@ from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import EventStream
-from hybridcache.lease import Lease, LeaseRows
+from hybridcache.lease import Lease
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION
 from hybridcache.routing.outbox import Outbox
@@ -181,11 +181,13 @@ def rejected_slots_are_not_returned(patch: Patch) -> None:
 
 @FAULTS.detected_by(short_tables)
 def rows_of_the_tree_count_as_read_when_a_table_grows(patch: Patch) -> None:
-    @patch(LeaseRows, "append")
-    def append(original: Any, self: Any, rows: Any) -> None:
-        if self.num_rows + len(rows) > len(self._rows):
-            self._unread_start = self._unread_end
-        original(self, rows)
+    @patch(Lease, "extend")
+    def extend(original: Any, self: Any, to_len: int) -> Any:
+        capacity = len(self._rows)
+        extended = original(self, to_len)
+        if len(self._rows) > capacity:
+            self._unread_len = 0
+        return extended
 
 
 @FAULTS.detected_by(CACHE)
@@ -291,7 +293,7 @@ def moves_are_taken_twice(patch: Patch) -> None:
     def take(original: Any, self: Any) -> Any:
         plan = original(self)
         for move in plan.transfers[:1]:
-            self.add(move)
+            self.rows_moved(move)
         return plan
 
 
@@ -309,23 +311,27 @@ def moved_rows_are_gathered_from_their_old_place(patch: Patch) -> None:
 
 @FAULTS.detected_by(leases)
 def a_lease_does_not_report_moved_rows(patch: Patch) -> None:
-    @patch(Lease, "row_write")
-    def row_write(original: Any, self: Any) -> None:
-        return None
-
-
-@FAULTS.detected_by(leases)
-def new_rows_of_a_lease_do_not_follow_moves(patch: Patch) -> None:
-    @patch(StepQueue, "rows_added")
-    def rows_added(original: Any, self: Any, lease: Any, start: int) -> None:
+    @patch(StepQueue, "row_write_due")
+    def row_write_due(original: Any, self: Any, *arguments: Any) -> None:
         pass
 
 
 @FAULTS.detected_by(leases)
+def new_rows_of_a_lease_do_not_follow_moves(patch: Patch) -> None:
+    @patch(Lease, "rows_moved")
+    def rows_moved(original: Any, self: Any, move: Any) -> Any:
+        self._indexed_len = self.extended_len
+        return original(self, move)
+
+
+@FAULTS.detected_by(leases)
 def a_lease_does_not_report_replaced_duplicates(patch: Patch) -> None:
-    @patch(LeaseRows, "publish")
-    def publish(original: Any, self: Any, to_len: int, num_duplicates: int) -> None:
-        original(self, to_len, 0)
+    @patch(Lease, "publish")
+    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
+        unread_len = self._unread_len
+        changed = original(self, tokens, computed_len)
+        self._unread_len = unread_len
+        return changed
 
 
 @FAULTS.detected_by(leases)
@@ -337,9 +343,10 @@ def an_aborted_lease_keeps_its_memory(patch: Patch) -> None:
 
 @FAULTS.detected_by(leases)
 def a_state_is_not_copied_before_resuming(patch: Patch) -> None:
-    @patch(StepQueue, "restore")
-    def restore(original: Any, self: Any, lease: Any, src: int, dst: int) -> None:
-        pass
+    @patch(StepQueue, "take")
+    def take(original: Any, self: Any) -> Any:
+        self.restores.clear()
+        return original(self)
 
 
 @FAULTS.detected_by(leases)

@@ -65,13 +65,17 @@ class WriteThrough(Listener):
     def kv_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.kv is not None:
             rows = node.kv.indices.copy()
-            self._steps.add(Copy("kv", DEVICE, rows, KEPT, EMPTY, node.end, _path(node)))
+            self._steps.transfers.append(
+                Copy("kv", DEVICE, rows, KEPT, EMPTY, node.end, _path(node))
+            )
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.checkpoint is not None:
             slot = np.array([node.checkpoint.slot], np.int32)
             path = _path(node)
-            self._steps.add(Copy("checkpoint", DEVICE, slot, KEPT, EMPTY, node.end, path))
+            self._steps.transfers.append(
+                Copy("checkpoint", DEVICE, slot, KEPT, EMPTY, node.end, path)
+            )
 
 
 def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
@@ -355,7 +359,7 @@ class TierPlugin(Plugin):
             offload.open(DISK)
         else:
             offload.close(DISK)
-        if self._cache.steps.num_transfers:
+        if self._cache.steps.transfers:
             return  # rows that a transfer is about to fill are not lost
         if disk.has_lost_rows:
             self._cache.drop_lost(DISK, disk.is_lost)
@@ -421,7 +425,7 @@ class TierPlugin(Plugin):
         elif disk is not None and self.policy_state is not None:
             for transfer in steps.take_transfers():
                 if not (isinstance(transfer, Copy) and transfer.dst_tier == KEPT):
-                    steps.add(transfer)
+                    steps.transfers.append(transfer)
             disk.clear()
             self.policy_state.remove()
 

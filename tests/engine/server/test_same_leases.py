@@ -16,7 +16,7 @@ from hybridcache import open_trace
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
-from hybridcache.lease import CheckpointPlan, Lease, LeaseRequest
+from hybridcache.lease import Lease, LeaseRequest
 from tests.engine.server.conftest import ScriptedSampler, serving
 from tests.oracle import OracleRunner
 
@@ -44,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Asked]]:
     found: list[Asked] = []
     namespaces: dict[Any, int] = {}
     by_lease: dict[Lease, Asked] = {}
-    begin, finish, ask = Lease.begin.__func__, Lease.finish, CheckpointPlan.ask  # type: ignore[attr-defined]
+    begin, finish, count = Lease.begin.__func__, Lease.finish, Lease._count  # type: ignore[attr-defined]
 
     def begin_recorded(cls: Any, cache: Any, placement: Any, request: LeaseRequest, *more: Any):
         lease = begin(cls, cache, placement, request, *more)
@@ -62,14 +62,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Asked]]:
         )
         found.append(one)
         by_lease[lease] = one
-        plans[lease._plan] = one
         return lease
 
-    plans: dict[CheckpointPlan, Asked] = {}
-
-    def ask_recorded(plan: CheckpointPlan, prefill: Any) -> None:
-        ask(plan, prefill)
-        plans[plan].planned[:] = sorted(plan._plan.items())
+    def count_recorded(lease: Lease) -> None:
+        count(lease)
+        by_lease[lease].planned[:] = sorted(lease._planned.items())
 
     def finish_recorded(lease: Lease, tokens: Any, computed_len: int, *rest: Any, **more: Any):
         reason = more.get("stop_reason", rest[1] if len(rest) > 1 else "")
@@ -77,7 +74,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Asked]]:
         finish(lease, tokens, computed_len, *rest, **more)
 
     monkeypatch.setattr(Lease, "begin", classmethod(begin_recorded))
-    monkeypatch.setattr(CheckpointPlan, "ask", ask_recorded)
+    monkeypatch.setattr(Lease, "_count", count_recorded)
     monkeypatch.setattr(Lease, "finish", finish_recorded)
     yield found
 
