@@ -26,7 +26,6 @@ import hybridcache.allocators.arena
 import hybridcache.api
 import hybridcache.policies.admission.base
 import hybridcache.radix.tree
-from hybridcache.api import PrefixCache
 
 MARK = re.compile(r"^\(`make docs` inserts this list: (\w+)\)$", re.MULTILINE)
 
@@ -279,8 +278,6 @@ def _class(name: str, thing: type) -> str:
     if is_made_by_users:
         parts.append(f"`{name.rpartition('.')[2]}{_signature(thing)}`")
     parts.append(text)
-    if thing is PrefixCache:  # its members are those of HybridRadixCache
-        return "\n\n".join(parts)
     init = vars(thing).get("__init__")
     if is_made_by_users and inspect.isfunction(init) and init.__doc__:
         parts.append(_body(init))

@@ -16,7 +16,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.api import Losses, PrefixCache
+from hybridcache.api import Losses
+from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror
 from hybridcache.lab.figures import COLOURS, LOSSES, panels, save
@@ -91,7 +92,7 @@ def run() -> Steps:
     )
 
 
-def serve(cache: PrefixCache, prompt: np.ndarray[Any, np.dtype[np.int32]]) -> tuple[int, ...]:
+def serve(cache: HybridRadixCache, prompt: np.ndarray[Any, np.dtype[np.int32]]) -> tuple[int, ...]:
     """Compute a prompt, and return the positions of its new checkpoints."""
     lease = Lease.begin(cache, parse_placement("branch,backoff"), LeaseRequest(prompt))
     assert lease is not None and lease.extend(len(prompt))

@@ -12,7 +12,7 @@ from engine.requests.logit_rules import GrammarCompiler
 from engine.schedule.batch import DraftPlanner
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.scheduler import Scheduler
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -105,7 +105,7 @@ class Assembled(NamedTuple):
 
     kind: str
     """Kind of the cache."""
-    cache: PrefixCache
+    cache: HybridRadixCache
     manager: CacheManager
     scheduler: Scheduler
     drafting: DraftPlanner | None
@@ -181,7 +181,7 @@ def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
 
 def make_manager(
     config: EngineConfig,
-    cache: PrefixCache,
+    cache: HybridRadixCache,
     memory: MemorySizes,
     options: Mapping[str, Any],
 ) -> CacheManager:

@@ -33,7 +33,7 @@ from engine.schedule.batch import (
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, cache_report
 from engine.text.outputs import FinishReason, RequestOutput
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.registry import parse_placement
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Engine:
         return self._scheduler.num_waiting
 
     @property
-    def cache(self) -> PrefixCache:
+    def cache(self) -> HybridRadixCache:
         """Cache of this engine, for listeners; read-only."""
         return self._cache
 

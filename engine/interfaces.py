@@ -15,7 +15,7 @@ from engine.schedule.batch import Batch, Newest, PendingTokens, StepHooks
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport
 from engine.text.outputs import FinishReason, RequestOutput
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
@@ -195,7 +195,7 @@ class EngineCore(Protocol):
     @property
     def model_name(self) -> str: ...
     @property
-    def cache(self) -> PrefixCache: ...
+    def cache(self) -> HybridRadixCache: ...
     @property
     def requests(self) -> Collection[Request]: ...
     def report(self) -> CacheReport: ...

@@ -1,4 +1,4 @@
-"""Data that a prefix cache returns, its counters, and its signatures as a protocol.
+"""Data that a prefix cache returns, its counters, and its listeners.
 
 A prefix cache keeps two resources for prefixes that may come again. *KV indices* are rows of the KV
 pool of the full-attention layers, one per token. *Checkpoints* are state slots: one holds the conv
@@ -19,17 +19,12 @@ Counters. Each prompt token is a hit or a loss with one cause (``Losses``), coun
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
 
-from hybridcache.policies.protocol import Item
-from hybridcache.radix.tree import Checkpoint, NodeHandle, RadixNode
-from hybridcache.tokens import Indices, Tokens
-
-if TYPE_CHECKING:
-    from hybridcache.allocators.arena import ArenaAllocator
-    from hybridcache.allocators.moves import StepPlan, StepQueue
+from hybridcache.policies.protocol import FetchRule, Item
+from hybridcache.radix.tree import NodeHandle, RadixNode
+from hybridcache.tokens import Indices
 
 
 class Losses(NamedTuple):
@@ -66,6 +61,8 @@ class Resumable(NamedTuple):
     """Number of rows to copy to the device, per tier, the nearest tier first."""
     node: RadixNode
     """Node that ends at ``position``, for ``fetch``."""
+    num_bytes: Mapping[str, int]
+    """Number of bytes to copy to the device, by tier."""
 
 
 class PrefixMatch(NamedTuple):
@@ -113,6 +110,17 @@ class PrefixMatch(NamedTuple):
         if self.missed is None:
             return 0
         return max(int(self.missed.position) - self.cached_len - self.losses.refused, 0)
+
+    def best_load(self, exchange: FetchRule) -> Resumable | None:
+        """Return the position whose load saves the most time, or None if none saves any."""
+        best, most = None, 0.0
+        for one in self.loadable:
+            seconds_saved = exchange.seconds_saved(
+                self.cached_len, one.position, self.num_tokens, one.num_bytes
+            )
+            if seconds_saved > most:
+                best, most = one, seconds_saved
+        return best
 
 
 NEAREST_FIRST = (2, 3, 4, 1, 0)
@@ -359,39 +367,34 @@ class CacheStats:
         return f"CacheStats({_shown(self.as_dict())})"
 
 
-class Listener(Protocol):
+class Listener:
     """Subscriber to the changes of a cache.
 
     A method is called right after the change (stored, split) or right before it (chosen, removed).
     It must not change the cache. It should not raise: the change is completed nevertheless, the
     listener is unsubscribed and its error is logged.
 
-    ``node.kv.serial`` identifies a resident node. It is unique for the lifetime of the cache.
+    Methods that a subclass does not define do nothing. ``node.kv.serial`` identifies a resident
+    node. It is unique for the lifetime of the cache.
     """
 
     def kv_stored(self, node: RadixNode) -> None:
         """Handle that ``node`` became resident. Its parent already is."""
-        ...
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
         """Handle that ``lower`` was split; ``upper`` is the new node above it."""
-        ...
 
     def kv_removed(self, node: RadixNode) -> None:
         """Handle that a leaf loses its KV. Its checkpoint was removed before."""
-        ...
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         """Handle that ``node``, which is resident, has a checkpoint at its end."""
-        ...
 
     def checkpoint_removed(self, node: RadixNode) -> None:
         """Handle that ``node`` loses its checkpoint. Its KV remains for now."""
-        ...
 
     def chosen(self, item: Item) -> None:
         """Handle that the policy chose ``item`` as the victim. The removals follow."""
-        ...
 
 
 class Listeners(Listener):
@@ -432,163 +435,3 @@ class Listeners(Listener):
                 logging.getLogger("hybridcache").exception(
                     "%r raised when notified of %s: it is notified no more", member, change
                 )
-
-
-def members_of(listener: Listener | None) -> tuple[Listener, ...]:
-    """Return the listeners that ``listener`` forwards to, itself alone, or none."""
-    if isinstance(listener, Listeners):
-        return listener.members
-    return () if listener is None else (listener,)
-
-
-def joined(members: tuple[Listener, ...]) -> Listener | None:
-    """Return one listener for all ``members``, or None if there are none."""
-    return Listeners(members) if members else None
-
-
-def introduce(listener: Listener, nodes: Iterable[RadixNode]) -> None:
-    """Notify ``listener`` of everything cached in ``nodes``, parents before children. O(nodes)."""
-    for node in nodes:
-        if node.kv is not None:
-            listener.kv_stored(node)
-        if node.checkpoint is not None:
-            listener.checkpoint_stored(node)
-
-
-class LockHandle:
-    """Lock on one node and its path.
-
-    Return it with ``cache.unlock(handle)``, or use it in a ``with`` statement.
-
-    >>> import numpy as np
-    >>> from hybridcache import CacheConfig, build_prefix_cache
-    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
-    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
-    >>> with cache.lock(result.node):
-    ...     cache.evict(num_tokens=10), cache.protected().num_tokens
-    (Eviction(num_tokens=0, num_slots=0), 10)
-    >>> cache.evict(num_tokens=10)
-    Eviction(num_tokens=10, num_slots=0)
-    """
-
-    __slots__ = ("cache", "node", "superseded")
-
-    def __init__(self, node: RadixNode | None, cache: PrefixCache) -> None:
-        self.node = node
-        """Locked node. None if nothing was cached, or after ``unlock``."""
-        self.cache = cache
-        """Cache in which the lock was taken."""
-        self.superseded: Checkpoint | None = None
-        """Checkpoint that counts as superseded until the lock is returned, or None."""
-
-    def __enter__(self) -> LockHandle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cache.unlock(self)
-
-    def __del__(self) -> None:
-        if self.node is not None:
-            warnings.warn(
-                "a lock was dropped: pass it to cache.unlock, or its path is never evicted",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
-
-
-class Offload(Protocol):
-    """Host and disk tiers of a cache (``hybridcache.tiers``), as an engine uses them."""
-
-    names: tuple[str, ...]
-    """Names of the tiers, the nearest first: ``host``, ``disk``."""
-    row_bytes: int
-    """Bytes of one row, the same in all tiers."""
-    state_rows: int
-    """Rows that one state takes in a tier."""
-    copied_rows: dict[tuple[str, str], int]
-    """Rows copied so far, by (source tier, destination tier)."""
-
-
-class PrefixCache(Protocol):
-    """Signatures of ``HybridRadixCache``, for engines to type against; its methods are documented
-    there."""
-
-    page_size: int
-    grid: int
-    stats: CacheStats
-    arena: ArenaAllocator | None
-    offload: Offload | None
-    steps: StepQueue
-    cached_tokens: int
-    num_checkpoints: int
-
-    @property
-    def free_tokens(self) -> int: ...
-
-    @property
-    def free_slots(self) -> int: ...
-
-    @property
-    def has_slots(self) -> bool: ...
-
-    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch: ...
-
-    def gather(self, node: NodeHandle | None) -> Indices: ...
-
-    def continuation(
-        self,
-        tokens: Tokens,
-        max_tokens: int,
-        namespace: Hashable = None,
-        after: NodeHandle | None = None,
-    ) -> Tokens: ...
-
-    def protected(self) -> Protected: ...
-
-    def iter_nodes(self) -> Iterator[RadixNode]: ...
-
-    def render(self, max_nodes: int = 1000) -> str: ...
-
-    def touch(self, match: PrefixMatch, resumes: bool = False) -> None: ...
-
-    def lock(self, node: NodeHandle | None) -> LockHandle: ...
-
-    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> LockHandle: ...
-
-    def unlock(self, handle: LockHandle) -> None: ...
-
-    def allocate_kv(self, num_tokens: int) -> Indices | None: ...
-
-    def allocate_slot(self, replaces: LockHandle | None = None) -> int | None: ...
-
-    def free_kv(self, kv_indices: Indices) -> None: ...
-
-    def free_slot(self, slot: int) -> None: ...
-
-    def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction: ...
-
-    def reset(self) -> None: ...
-
-    def take_step(self) -> StepPlan: ...
-
-    def fetch(self, resumable: Resumable) -> bool: ...
-
-    def insert(
-        self,
-        tokens: Tokens,
-        kv_indices: Indices,
-        checkpoints: Sequence[tuple[int, int]] = (),
-        namespace: Hashable = None,
-        owned_from: int = 0,
-        labels: Sequence[str] = (),
-        after: NodeHandle | None = None,
-    ) -> InsertResult: ...
-
-    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None: ...
-
-    def subscribe(self, listener: Listener) -> None: ...
-
-    def unsubscribe(self, listener: Listener) -> None: ...
-
-    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None: ...

@@ -19,8 +19,10 @@ every use.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from math import lcm
+from typing import Any
 
 import numpy as np
 
@@ -33,15 +35,11 @@ from hybridcache.api import (
     Eviction,
     InsertResult,
     Listener,
-    LockHandle,
+    Listeners,
     Losses,
-    Offload,
     PrefixMatch,
     Protected,
     Resumable,
-    introduce,
-    joined,
-    members_of,
 )
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, base_label, raise_failure
 from hybridcache.radix.check import check_tree, is_superseded
@@ -58,7 +56,6 @@ from hybridcache.radix.tree import (
     RadixTree,
     Segment,
     ghosts_above,
-    members,
 )
 from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
 
@@ -66,6 +63,48 @@ EVICTED = (
     "the node of this match or result was evicted: match again, and lock the node before the next "
     "eviction"
 )
+
+
+class LockHandle:
+    """Lock on one node and its path.
+
+    Return it with ``cache.unlock(handle)``, or use it in a ``with`` statement.
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+    >>> with cache.lock(result.node):
+    ...     cache.evict(num_tokens=10), cache.protected().num_tokens
+    (Eviction(num_tokens=0, num_slots=0), 10)
+    >>> cache.evict(num_tokens=10)
+    Eviction(num_tokens=10, num_slots=0)
+    """
+
+    __slots__ = ("cache", "node", "superseded")
+
+    def __init__(self, node: RadixNode | None, cache: HybridRadixCache) -> None:
+        self.node = node
+        """Locked node. None if nothing was cached, or after ``unlock``."""
+        self.cache = cache
+        """Cache in which the lock was taken."""
+        self.superseded: Checkpoint | None = None
+        """Checkpoint that counts as superseded until the lock is returned, or None."""
+
+    def __enter__(self) -> LockHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cache.unlock(self)
+
+    def __del__(self) -> None:
+        if self.node is not None:
+            warnings.warn(
+                "a lock was dropped: pass it to cache.unlock, or its path is never evicted",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
 
 
 class HybridRadixCache:
@@ -123,8 +162,8 @@ class HybridRadixCache:
         """Counters since the construction."""
         self.arena = arena_of(pages)
         """Shared memory of rows and slots, or None if rows never move."""
-        self.offload: Offload | None = None
-        """Host and disk tiers, or None if there are none."""
+        self.offload: Any = None
+        """Host and disk tiers (``hybridcache.tiers.OffloadTiers``), or None if there are none."""
         self.steps = StepQueue()
         """Step plan under construction. Leases register here."""
         self.policy = policy
@@ -153,13 +192,15 @@ class HybridRadixCache:
         if self.arena is not None:
             self._owners = RowIndex(pages.capacity, self._gathered)
             self.arena.holders |= {self.steps: None, self._owners: None}
-        self._listener: Listener | None = None
+        self._listener: Listeners | None = None
         self._withheld: set[Checkpoint | Segment] = set()
         """Locked victims, withheld from the policy until they are unlocked."""
-        self._locked_tokens = 0
-        """KV rows on the paths of locked nodes, shared paths counted once."""
-        self._locked_slots = 0
-        """Checkpoints at locked nodes."""
+        self._locked: dict[RadixNode, None] = {}
+        """Locked nodes."""
+        self._locked_len = 0
+        """Sum of the lengths of their paths, which counts shared ones repeatedly."""
+        self._protected: Protected | None = None
+        """Result of ``protected`` since the last change, or None."""
 
     def __repr__(self) -> str:
         return (
@@ -298,8 +339,22 @@ class HybridRadixCache:
         return self._tree.continuation(node, tokens[node.end :], max_tokens)
 
     def protected(self) -> Protected:
-        """Return how much of the cached memory is locked, shared paths counted once. O(1)."""
-        return Protected(self._locked_tokens, self._locked_slots)
+        """Return how much of the cached memory is locked, shared paths counted once.
+
+        O(1) unless a lock changed since the last call, else O(nodes on locked paths).
+        """
+        found = self._protected
+        if found is None:
+            num_tokens, num_slots, counted = 0, 0, set()
+            for locked in self._locked:
+                num_slots += locked.checkpoint is not None
+                node = locked
+                while (parent := node.parent) is not None and node not in counted:
+                    counted.add(node)
+                    num_tokens += node.end - parent.end
+                    node = parent
+            found = self._protected = Protected(num_tokens, num_slots)
+        return found
 
     def iter_nodes(self) -> Iterator[RadixNode]:
         """Iterate over the nodes of the tree, parents before children, ghosts included. O(tree).
@@ -403,7 +458,7 @@ class HybridRadixCache:
         ``node`` is None, it protects nothing. To protect a whole prompt, lock the node of a longer
         match, because ``match`` never returns the last token of its argument:
         ``lock(match(np.append(prompt, np.int32(0))).node)``. In an attention-only cache this splits
-        an edge if the hit ends inside it. O(nodes up to the next locked path).
+        an edge if the hit ends inside it. O(1).
 
         Raises:
             ValueError: ``node`` was evicted, or belongs to another cache.
@@ -414,7 +469,8 @@ class HybridRadixCache:
                 last = self._split(last, node.length)
             last.locks += 1
             if last.locks == 1:
-                self._pin(last, 1)
+                self._locked[last] = self._protected = None
+                self._locked_len += last.end
         return LockHandle(last, self)
 
     def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> LockHandle:
@@ -433,7 +489,7 @@ class HybridRadixCache:
         return self.lock(None if node is root else node)
 
     def unlock(self, handle: LockHandle) -> None:
-        """Return a lock. A second call does nothing. O(nodes up to the next locked path).
+        """Return a lock. A second call does nothing. O(1).
 
         Raises:
             ValueError: another cache returned it, or it is not a handle.
@@ -457,7 +513,9 @@ class HybridRadixCache:
         node.locks -= 1
         if node.locks:
             return
-        self._pin(node, -1)
+        del self._locked[node]
+        self._locked_len -= node.end
+        self._protected = None
         if self._withheld:
             for item in (node.checkpoint, node.kv):
                 if item in self._withheld:
@@ -488,22 +546,6 @@ class HybridRadixCache:
         if last.kv.item_bytes is not self.item_bytes:  # each cache has its own object
             raise ValueError("this node belongs to another cache: match the tokens in this one")
         return last
-
-    def _pin(self, node: RadixNode, change: int) -> None:
-        """Count ``node`` as locked (``change`` 1) or as unlocked (-1).
-
-        ``RadixNode.pins`` is 1 for a lock of the node, plus 1 per pinned child. O(nodes up to one
-        with another pin).
-        """
-        if node.checkpoint is not None:
-            self._locked_slots += change
-        last_pins = 1 if change > 0 else 0
-        while (parent := node.parent) is not None:
-            node.pins += change
-            if node.pins != last_pins:
-                return
-            self._locked_tokens += change * (node.end - parent.end)
-            node = parent
 
     # --- Memory -----------------------------------------------------------------------------------
 
@@ -644,13 +686,16 @@ class HybridRadixCache:
         Under a shared budget this is ``wanted_bytes`` in all, else ``short_tokens`` beyond the free
         ones.
         """
-        pages = self._pages
-        num_tokens = self.cached_tokens - self._locked_tokens
-        if pages.budget is None:
+        pages, budget = self._pages, self._pages.budget
+        if budget is None and short_tokens <= self.cached_tokens - self._locked_len:
+            return True
+        locked_tokens, locked_slots = self.protected()
+        num_tokens = self.cached_tokens - locked_tokens
+        if budget is None:
             return short_tokens <= num_tokens
-        num_slots = self.num_checkpoints - self._locked_slots
+        num_slots = self.num_checkpoints - locked_slots
         num_bytes = num_tokens * pages.unit_bytes + num_slots * self._slots.unit_bytes
-        return wanted_bytes - pages.budget.free_bytes <= num_bytes
+        return wanted_bytes - budget.free_bytes <= num_bytes
 
     def _evict_one(self, kind: Kind | None) -> bool:
         """Evict the policy's victim. Returns False if nothing evictable remains.
@@ -1045,7 +1090,7 @@ class HybridRadixCache:
             self._set_superseded(before, True)
         node.checkpoint = checkpoint
         if node.locks:
-            self._locked_slots += 1
+            self._protected = None
         node.lost_checkpoint = None
         self.policy.add(checkpoint)
         if revives is not None:
@@ -1077,8 +1122,6 @@ class HybridRadixCache:
         if lower.deeper is not None:
             link(upper, lower.deeper)
             lower.deeper = None
-        if lower.pins:
-            upper.pins = 1
         cut = position - upper.start
         upper.kv = Segment(upper, kv.indices[:cut], kv.created, self.num_items, self.item_bytes)
         self.num_items += 1
@@ -1112,11 +1155,15 @@ class HybridRadixCache:
         Raises:
             ValueError: it is already subscribed.
         """
-        members = members_of(self._listener)
+        members = () if self._listener is None else self._listener.members
         if listener in members:
             raise ValueError("this listener is subscribed already: unsubscribe it first")
-        introduce(listener, self._tree.nodes())
-        self._listener = joined((*members, listener))
+        for node in self._tree.nodes():
+            if node.kv is not None:
+                listener.kv_stored(node)
+            if node.checkpoint is not None:
+                listener.checkpoint_stored(node)
+        self._listener = Listeners((*members, listener))
 
     def unsubscribe(self, listener: Listener) -> None:
         """Stop notifying ``listener``. O(listeners).
@@ -1124,10 +1171,11 @@ class HybridRadixCache:
         Raises:
             ValueError: it is not subscribed.
         """
-        members = members_of(self._listener)
+        members = () if self._listener is None else self._listener.members
         if listener not in members:
             raise ValueError("this listener is not subscribed")
-        self._listener = joined(tuple(one for one in members if one is not listener))
+        left = tuple(one for one in members if one is not listener)
+        self._listener = Listeners(left) if left else None
 
     # --- Invariants -------------------------------------------------------------------------------
 
@@ -1171,14 +1219,18 @@ class HybridRadixCache:
             assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
 
     def _check_locks(self) -> None:
-        num_tokens = num_slots = 0
-        for node in self._tree.nodes():
-            pins = (node.locks > 0) + sum(child.pins > 0 for child in members(node.children))
-            assert node.pins == pins, f"{node} has {node.pins} pins, not {pins}"
-            num_tokens += (node.end - node.start) * (pins > 0)
-            num_slots += node.locks > 0 and node.checkpoint is not None
-        assert num_tokens == self._locked_tokens, f"{num_tokens} tokens are locked, counted others"
-        assert num_slots == self._locked_slots, f"{num_slots} checkpoints are locked"
+        locked = [node for node in self._tree.nodes() if node.locks]
+        assert set(locked) == set(self._locked), f"{locked} are locked, counted {self._locked}"
+        assert sum(node.end for node in locked) == self._locked_len, "paths have another length"
+        paths: set[RadixNode] = set()
+        for above in locked:
+            while above.parent is not None:
+                paths.add(above)
+                above = above.parent
+        num_tokens = sum(len(node.tokens) for node in paths)
+        num_slots = sum(node.checkpoint is not None for node in locked)
+        known = self.protected()
+        assert known == (num_tokens, num_slots), f"{num_tokens}, {num_slots} locked, not {known}"
 
     def _check_candidates(self) -> None:
         for item in self._withheld:

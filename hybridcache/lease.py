@@ -28,7 +28,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hybridcache.allocators.moves import Move
-from hybridcache.api import LockHandle, Losses, PrefixCache, PrefixMatch, losses_of
+from hybridcache.api import Losses, PrefixMatch, losses_of
+from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
@@ -38,25 +39,6 @@ SPARE_ROWS = 512
 
 Saved = tuple[int, int]
 """(position, slot) of a checkpoint in a held slot, written or about to be written."""
-
-
-def fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> bool:
-    """Load the checkpoint of ``match.loadable`` that saves the most time.
-
-    Returns False if none saves any, or the device has no room for it.
-    """
-    offload = cache.offload
-    assert offload is not None
-    best, most = None, 0.0
-    for one in match.loadable:
-        num_bytes = {
-            name: rows * offload.row_bytes
-            for name, rows in zip(offload.names, one.rows, strict=True)
-        }
-        saved = exchange.seconds_saved(match.cached_len, one.position, match.num_tokens, num_bytes)
-        if saved > most:
-            best, most = one, saved
-    return best is not None and cache.fetch(best)
 
 
 # Owner of the KV row of each token. All borders except computed_len are multiples of page_size.
@@ -120,7 +102,7 @@ class LeaseRequest(NamedTuple):
 
 
 def _refuse_bad_begin(
-    cache: PrefixCache,
+    cache: HybridRadixCache,
     placement: PlacementPolicy,
     request: LeaseRequest,
     exchange: FetchRule | None,
@@ -208,7 +190,7 @@ class Lease:
 
     def __init__(
         self,
-        cache: PrefixCache,
+        cache: HybridRadixCache,
         placement: PlacementPolicy,
         request: LeaseRequest,
         prompt: bytes,
@@ -271,7 +253,7 @@ class Lease:
     @classmethod
     def begin(
         cls,
-        cache: PrefixCache,
+        cache: HybridRadixCache,
         placement: PlacementPolicy,
         request: LeaseRequest,
         exchange: FetchRule | None = None,
@@ -336,7 +318,8 @@ class Lease:
                         raise ValueError(NO_SLOTS)
                     cache.unlock(receipt)
                     return None
-            if match.loadable and exchange is not None and fetch_best(cache, match, exchange):
+            best = None if exchange is None else match.best_load(exchange)
+            if best is not None and cache.fetch(best):
                 match, before = cache.match(tokens, namespace), receipt
                 receipt = cache.lock(match.node)
                 cache.unlock(before)

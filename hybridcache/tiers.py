@@ -753,7 +753,9 @@ class TieredRadixCache(HybridRadixCache):
             if entry is not None and entry.state is not None and node.end < num_tokens:
                 rows = list(num_rows)
                 rows[entry.state.tier] += self.offload.state_rows
-                found.append(Resumable(node.end, tuple(rows), node))
+                num_bytes = [num * self.offload.row_bytes for num in rows]
+                by_tier = dict(zip(self.offload.names, num_bytes, strict=True))
+                found.append(Resumable(node.end, tuple(rows), node, by_tier))
         return tuple(found)
 
     def fetch(self, resumable: Resumable) -> bool:

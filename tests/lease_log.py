@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy
 
@@ -74,7 +74,7 @@ def logged_lease(log: LeaseLog) -> type[Lease]:
         @classmethod
         def begin(
             cls,
-            cache: PrefixCache,
+            cache: HybridRadixCache,
             placement: PlacementPolicy,
             request: LeaseRequest,
             exchange: FetchRule | None = None,
@@ -99,7 +99,7 @@ def _recording(log: LeaseLog, verb: str) -> Callable[..., Any]:
     return call
 
 
-def replay(cache: PrefixCache, placement: PlacementPolicy, log: LeaseLog) -> LeaseLog:
+def replay(cache: HybridRadixCache, placement: PlacementPolicy, log: LeaseLog) -> LeaseLog:
     """Repeat the recorded calls on ``cache`` and return their record.
 
     It equals ``log`` if both caches made the same decisions. Stops at the first ``begin`` or

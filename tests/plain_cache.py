@@ -306,7 +306,7 @@ class PlainCache:
         return sum(p.end - p.start for p in free), slots
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """See ``PrefixCache.allocate_kv``. Evicts nothing if not enough is evictable."""
+        """See ``HybridRadixCache.allocate_kv``. Evicts nothing if not enough is evictable."""
         rows = self.pages.allocate(num_tokens)
         if rows is not None:
             return rows
@@ -325,7 +325,7 @@ class PlainCache:
         return self.pages.allocate(num_tokens)
 
     def allocate_slot(self) -> int | None:
-        """See ``PrefixCache.allocate_slot``. Evicts nothing if not enough is evictable."""
+        """See ``HybridRadixCache.allocate_slot``. Evicts nothing if not enough is evictable."""
         slot = self.slots.allocate()
         if slot is not None:
             return slot

@@ -45,7 +45,7 @@ from hybridcache import (
     TraceRequest,
     build_prefix_cache,
 )
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import GENERATORS
@@ -134,7 +134,7 @@ def decisions_of(requests: Sequence[TraceRequest], config: RunConfig) -> tuple[l
     return work, sum(log.cached_tokens)
 
 
-def bare_loop(cache: PrefixCache, work: Sequence[Work]) -> int:
+def bare_loop(cache: HybridRadixCache, work: Sequence[Work]) -> int:
     """Apply the operations of leases to ``cache`` with pages of one token. Returns the number of
     cached tokens."""
     cached_tokens = 0
@@ -187,7 +187,7 @@ def floor_per_s(requests: Sequence[TraceRequest], config: RunConfig) -> float:
 class Timed:
     """Cache with a timer on each operation."""
 
-    def __init__(self, cache: PrefixCache) -> None:
+    def __init__(self, cache: HybridRadixCache) -> None:
         self._cache = cache
         self.calls: Counter[str] = Counter()
         self.nanoseconds: Counter[str] = Counter()

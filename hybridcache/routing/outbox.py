@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import Event, EventStream
 from hybridcache.export.mirror import EventsLost
 
@@ -41,7 +41,7 @@ class Outbox:
     [EventBatch(sequence=0, events=(), covered=('request',))]
     """
 
-    def __init__(self, cache: PrefixCache, kept: int = KEPT) -> None:
+    def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
         self._cache = cache
         self._lock = threading.Lock()
         self._batches: deque[EventBatch] = deque(maxlen=kept)

@@ -13,7 +13,8 @@ from math import lcm
 import numpy as np
 
 from hybridcache.allocators.moves import RowWrite, StepPlan
-from hybridcache.api import PrefixCache, PrefixMatch
+from hybridcache.api import PrefixMatch
+from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import FetchRule, Prefill
@@ -35,7 +36,7 @@ class CacheManager:
 
     def __init__(
         self,
-        cache: PrefixCache,
+        cache: HybridRadixCache,
         placement: Placement,
         *,
         num_rows: int,

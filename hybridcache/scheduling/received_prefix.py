@@ -13,7 +13,7 @@ from collections.abc import Hashable
 import numpy as np
 
 from hybridcache.allocators.moves import Move
-from hybridcache.api import LockHandle, PrefixCache
+from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
 LABEL = "arrived"
@@ -28,7 +28,7 @@ class ReceivedPrefix:
 
     def __init__(
         self,
-        cache: PrefixCache,
+        cache: HybridRadixCache,
         tokens: Tokens,
         namespace: Hashable,
         receipt: LockHandle,
@@ -47,7 +47,7 @@ class ReceivedPrefix:
 
     @classmethod
     def begin(
-        cls, cache: PrefixCache, tokens: Tokens, namespace: Hashable = None, *, stateful: bool
+        cls, cache: HybridRadixCache, tokens: Tokens, namespace: Hashable = None, *, stateful: bool
     ) -> ReceivedPrefix | None:
         """Reserve rows, and with ``stateful`` a slot, for the missing part of a prefix.
 

@@ -8,12 +8,12 @@ import numpy as np
 
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.allocators.moves import StepPlan
-from hybridcache.api import InsertResult, PrefixCache, PrefixMatch
+from hybridcache.api import InsertResult, PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.tokens import Tokens
 
 
-def carried_out(cache: PrefixCache) -> StepPlan:
+def carried_out(cache: HybridRadixCache) -> StepPlan:
     """Take the step plan, mark it as carried out and return it. Nothing is copied."""
     plan = cache.take_step()
     plan.done()
@@ -41,7 +41,7 @@ def hybrid(num_kv_tokens: int = 1000, num_slots: int = 10, **options: object) ->
 
 
 def publish(
-    cache: PrefixCache,
+    cache: HybridRadixCache,
     tokens: Tokens,
     positions: Iterable[int] = (),
     namespace: Hashable = None,
@@ -67,7 +67,7 @@ def publish(
 
 
 def serve(
-    cache: PrefixCache,
+    cache: HybridRadixCache,
     tokens: Tokens,
     positions: Iterable[int] = (),
     namespace: Hashable = None,

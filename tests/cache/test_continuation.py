@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.radix.tree import MAX_BRANCHES
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)
 
 
-def make(kind: str, page_size: int, num_kv_tokens: int = 400) -> PrefixCache:
+def make(kind: str, page_size: int, num_kv_tokens: int = 400) -> HybridRadixCache:
     return build_prefix_cache(
         CacheConfig(
             prefix_cache=kind,
@@ -26,7 +26,7 @@ def make(kind: str, page_size: int, num_kv_tokens: int = 400) -> PrefixCache:
     )
 
 
-def insert(cache: PrefixCache, tokens: list[int], namespace: str | None = None) -> None:
+def insert(cache: HybridRadixCache, tokens: list[int], namespace: str | None = None) -> None:
     whole = len(tokens) - len(tokens) % cache.page_size
     rows = cache.allocate_kv(-(-len(tokens) // cache.page_size) * cache.page_size)
     assert rows is not None

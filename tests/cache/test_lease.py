@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
@@ -30,7 +30,7 @@ def tokens(length: int, first: int = 0) -> Tokens:
 
 
 def begin(
-    cache: PrefixCache, prompt: Tokens, placement: str = "backoff", **options: object
+    cache: HybridRadixCache, prompt: Tokens, placement: str = "backoff", **options: object
 ) -> Lease:
     lease = Lease.begin(cache, parse_placement(placement), LeaseRequest(prompt, **options))
     assert lease is not None
@@ -47,7 +47,7 @@ def prefill(lease: Lease, prompt: Tokens, end: int | None = None) -> tuple[tuple
     return exports
 
 
-def check(cache: PrefixCache, *leases: Lease) -> None:
+def check(cache: HybridRadixCache, *leases: Lease) -> None:
     cache.check(sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases))
 
 
@@ -104,7 +104,7 @@ def answer(lease: Lease, text: Tokens) -> None:
     carried_out(lease._cache)
 
 
-def reusable_len(cache: PrefixCache, text: Tokens) -> int:
+def reusable_len(cache: HybridRadixCache, text: Tokens) -> int:
     """Return the cached length of a prompt that goes on from ``text``."""
     return cache.match(np.append(text, np.int32(7))).cached_len
 
@@ -455,7 +455,7 @@ def test_a_position_with_a_reserved_slot_is_not_planned_again() -> None:
 def test_a_replayed_log_makes_the_same_decisions() -> None:
     placement = parse_placement("branch,backoff,end")
 
-    def serve(log: LeaseLog, cache: PrefixCache) -> None:
+    def serve(log: LeaseLog, cache: HybridRadixCache) -> None:
         rng = np.random.default_rng(7)
         for _ in range(60):
             prompt = tokens(int(rng.integers(1, 400)), first=1000 * int(rng.integers(3)))
@@ -508,7 +508,7 @@ def test_resumed_is_none_if_the_lease_does_not_resume() -> None:
 # --- Misuse --------------------------------------------------------------------------------------
 
 
-def ended(how: str) -> tuple[PrefixCache, Lease, Tokens]:
+def ended(how: str) -> tuple[HybridRadixCache, Lease, Tokens]:
     """Return a cache with an ended lease, and its prompt."""
     cache, prompt = make_cache(grid=8), tokens(40)
     lease = begin(cache, prompt)
@@ -712,7 +712,7 @@ class RecordingMemory:
             setattr(self, name, lambda *_, name=name: self.work.append(name))
 
 
-def begin_resumed(cache: PrefixCache, prompt: Tokens) -> Lease:
+def begin_resumed(cache: HybridRadixCache, prompt: Tokens) -> Lease:
     """Begin a request that resumes and has rows to write."""
     first = begin(cache, prompt)
     prefill(first, prompt)

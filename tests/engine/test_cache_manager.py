@@ -8,7 +8,7 @@ import pytest
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from hybridcache.allocators.moves import Move
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -147,7 +147,7 @@ def test_row_writes_end_at_the_maximum_length_of_the_request() -> None:
 class Filler:
     """Holder of arena rows other than a request."""
 
-    def __init__(self, cache: PrefixCache, num_rows: int) -> None:
+    def __init__(self, cache: HybridRadixCache, num_rows: int) -> None:
         self.rows = cache.allocate_kv(num_rows)
         cache.arena.holders[self] = None
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
@@ -42,7 +42,7 @@ def failing(base: type, method: str, calls: int) -> type:
     return Failing
 
 
-def serve(cache: PrefixCache, placement: PlacementPolicy, seed: int) -> int:
+def serve(cache: HybridRadixCache, placement: PlacementPolicy, seed: int) -> int:
     """Serve random overlapping requests and return the number of policy failures.
 
     After each failure the request is aborted.

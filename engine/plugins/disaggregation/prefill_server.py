@@ -34,7 +34,7 @@ from engine.plugins.disaggregation.prefix_buffer import (
 )
 from engine.requests.request import Request
 from engine.schedule.batch import StepHooks
-from hybridcache.api import PrefixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
 
@@ -123,7 +123,7 @@ class Outgoing:
         self.is_whole = True
         self._finish(wire.Done())
 
-    def _settle(self, unit: PrefixBuffer, cache: PrefixCache) -> bool:
+    def _settle(self, unit: PrefixBuffer, cache: HybridRadixCache) -> bool:
         """Lock the prefix if it is complete."""
         request = self.request
         if request is not None and request.finish_reason is None:
@@ -136,7 +136,7 @@ class Outgoing:
         self._receipt = cache.lock(match.node)
         return True
 
-    def give_up(self, why: str, cache: PrefixCache, abort: Callable[[str], object]) -> None:
+    def give_up(self, why: str, cache: HybridRadixCache, abort: Callable[[str], object]) -> None:
         """End without sending the rest. ``abort`` ends a request by its id."""
         if self._receipt is not None:
             cache.unlock(self._receipt)

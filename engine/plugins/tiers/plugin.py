@@ -30,7 +30,8 @@ from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue
 from hybridcache.allocators.pages import MAX_ROWS
-from hybridcache.api import Listener, PrefixCache
+from hybridcache.api import Listener
+from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig
 from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB, format_bytes
@@ -269,7 +270,7 @@ class TierPlugin(Plugin):
         return replace(cache, host_bytes=sizes.host, disk_bytes=sizes.disk)
 
     def open_cache(
-        self, cache: PrefixCache, runner: Runner, tokenizer: Tokenizer | None
+        self, cache: HybridRadixCache, runner: Runner, tokenizer: Tokenizer | None
     ) -> Mapping[str, Any]:
         """See ``Plugin``. Raises StoreError if the folder has another fingerprint, or cannot be
         used."""

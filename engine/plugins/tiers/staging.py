@@ -170,25 +170,12 @@ class Staging(Fetcher):
 
     @property
     def _tier(self) -> int:
-        offload = self._manager.cache.offload
-        assert offload is not None
-        return offload.names.index(DISK)
+        number: int = self._manager.cache.offload.names.index(DISK)
+        return number
 
     def _best(self, match: PrefixMatch) -> Resumable | None:
         """Return the best resumable position, or None if nothing of it is on disk."""
-        offload = self._manager.cache.offload
-        assert offload is not None
-        best, most = None, 0.0
-        for one in match.loadable:
-            num_bytes = {
-                tier: rows * offload.row_bytes
-                for tier, rows in zip(offload.names, one.rows, strict=True)
-            }
-            saved = self._exchange.seconds_saved(
-                match.cached_len, one.position, match.num_tokens, num_bytes
-            )
-            if saved > most:
-                best, most = one, saved
+        best = match.best_load(self._exchange)
         return best if best is not None and best.rows[self._tier] else None
 
 

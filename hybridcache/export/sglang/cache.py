@@ -36,8 +36,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import split_node_hash_value
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
-from hybridcache.api import Listener, LockHandle
-from hybridcache.cache import HybridRadixCache
+from hybridcache.api import Listener
+from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.export.sglang.states import Offer, RequestStates
 from hybridcache.export.sglang.translation import (
     LossMeter,

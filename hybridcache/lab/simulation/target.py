@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE, DISK, HOST
-from hybridcache.api import Losses, PrefixCache
+from hybridcache.api import Losses
+from hybridcache.cache import HybridRadixCache
 from hybridcache.config import GRID, CacheConfig, build_prefix_cache
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import ModelGeometry
@@ -295,7 +296,7 @@ class LeaseTarget:
 
     def __init__(
         self,
-        cache: PrefixCache,
+        cache: HybridRadixCache,
         placement: PlacementPolicy,
         stateful: bool = True,
         unit: int = 1,
