@@ -28,8 +28,7 @@ import numpy as np
 
 from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.moves import StepPlan, StepQueue
-from hybridcache.allocators.pages import PageAllocator, are_distinct
-from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.allocators.pools import PageAllocator, SlotAllocator, are_distinct
 from hybridcache.api import (
     CacheStats,
     Eviction,
@@ -43,19 +42,23 @@ from hybridcache.api import (
 )
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, base_label, raise_failure
 from hybridcache.radix.check import check_tree, is_superseded
-from hybridcache.radix.checkpoints import Link, is_last_above, last_above, last_at, link
 from hybridcache.radix.compact import compact_rows
 from hybridcache.radix.ghosts import GhostList, read_ghosts
 from hybridcache.radix.rows import GatherCache, RowIndex
 from hybridcache.radix.tree import (
     Checkpoint,
     ItemBytes,
+    Link,
     NodeHandle,
     PathPart,
     RadixNode,
     RadixTree,
     Segment,
     ghosts_above,
+    is_last_above,
+    last_above,
+    last_at,
+    link,
 )
 from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
 

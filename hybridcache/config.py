@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from math import lcm
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
-from hybridcache.allocators.base import ByteBudget
 from hybridcache.allocators.moves import DISK, HOST
-from hybridcache.allocators.pages import PageAllocator
-from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.priority_classes import PriorityClasses

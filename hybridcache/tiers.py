@@ -25,13 +25,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop, StepQueue
-from hybridcache.allocators.pages import PageAllocator, are_distinct
+from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, raise_failure
-from hybridcache.radix.checkpoints import Link
 from hybridcache.radix.ghosts import GhostList
-from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, members, tail_bytes
+from hybridcache.radix.tree import (
+    Checkpoint,
+    ItemBytes,
+    Link,
+    RadixNode,
+    RadixTree,
+    members,
+    tail_bytes,
+)
 from hybridcache.tokens import EMPTY, Indices, Tokens, require_int32
 
 

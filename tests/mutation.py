@@ -75,11 +75,7 @@ GROUPS = {
     ),
     # A file's last group counts. These files need only one test file: a minute instead of ten.
     "near": Group(
-        (
-            "hybridcache/allocators/base.py",
-            "hybridcache/allocators/pages.py",
-            "hybridcache/allocators/slots.py",
-        ),
+        ("hybridcache/allocators/pools.py",),
         ("tests/allocators/test_allocators.py",),
     ),
 }

@@ -15,8 +15,7 @@ import numpy as np
 
 from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.moves import Move
-from hybridcache.allocators.pages import PageAllocator
-from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.api import Losses
 from hybridcache.policies.protocol import Kind
 from hybridcache.radix.ghosts import GHOST_NODE_BYTES

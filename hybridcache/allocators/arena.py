@@ -35,10 +35,14 @@ from operator import index
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.allocators.base import BaseAllocator, ByteBudget
 from hybridcache.allocators.moves import Move, RowHolder
-from hybridcache.allocators.pages import PageAllocator, are_distinct
-from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.allocators.pools import (
+    BaseAllocator,
+    ByteBudget,
+    PageAllocator,
+    SlotAllocator,
+    are_distinct,
+)
 from hybridcache.tokens import Indices
 
 

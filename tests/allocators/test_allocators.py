@@ -7,10 +7,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.allocators import pages as allocators_pages
-from hybridcache.allocators.base import ByteBudget
-from hybridcache.allocators.pages import MAX_ROWS, PageAllocator
-from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.allocators import pools as allocators_pages
+from hybridcache.allocators.pools import MAX_ROWS, ByteBudget, PageAllocator, SlotAllocator
 
 TOKEN_BYTES, SLOT_BYTES = 2, 37
 

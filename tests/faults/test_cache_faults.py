@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from hybridcache.allocators.moves import Move, StepQueue
-from hybridcache.allocators.pages import PageAllocator
-from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import EventStream
 from hybridcache.lease import Lease

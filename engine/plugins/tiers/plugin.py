@@ -29,7 +29,7 @@ from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue
-from hybridcache.allocators.pages import MAX_ROWS
+from hybridcache.allocators.pools import MAX_ROWS
 from hybridcache.api import Listener
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig

@@ -14,7 +14,7 @@ from sglang.srt.runtime_context import (
     mamba_checkpoint_grid,
 )
 
-from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_on
 from hybridcache.export.sglang.cache import HybridRadixBackend

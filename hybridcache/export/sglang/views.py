@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybridcache.allocators.pages import PageAllocator
-from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.tokens import Indices
 
 

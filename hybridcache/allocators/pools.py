@@ -1,11 +1,80 @@
-"""Allocator of KV rows in whole pages."""
+"""Allocators of KV rows in whole pages and of state slots, and the byte budget they can share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from operator import index
+
 import numpy as np
 
-from hybridcache.allocators.base import BaseAllocator, ByteBudget
 from hybridcache.tokens import INT32, Indices, require_int32
+
+
+class ByteBudget:
+    """Counter of free bytes, which the allocators that share it change.
+
+    >>> budget = ByteBudget(100)
+    >>> budget.free_bytes -= 60
+    >>> budget.free_bytes
+    40
+    >>> budget.free_bytes += 60
+    >>> budget.free_bytes
+    100
+    """
+
+    __slots__ = ("free_bytes", "total_bytes")
+
+    def __init__(self, total_bytes: int) -> None:
+        """Raise ValueError if ``total_bytes`` is not positive."""
+        if total_bytes <= 0:
+            raise ValueError(f"total_bytes must be positive, got {total_bytes}")
+        self.total_bytes = total_bytes
+        self.free_bytes = total_bytes
+
+
+class BaseAllocator(ABC):
+    """Allocator of units of one kind from a fixed range of indices, each with one owner at a time.
+
+    With a ``budget``, several allocators share one number of bytes, and each can allocate only the
+    rest. Allocators evict nothing: they return None if a request does not fit.
+    """
+
+    def __init__(self, capacity: int, unit_bytes: int, budget: ByteBudget | None):
+        """Raise ValueError if ``capacity`` is negative, or a ``budget`` has no ``unit_bytes``."""
+        if capacity < 0:
+            raise ValueError(f"capacity must not be negative, got {capacity}")
+        if budget is not None and unit_bytes < 1:
+            raise ValueError(f"a share of a budget needs the bytes of one unit, got {unit_bytes}")
+        self.capacity = capacity
+        """Total number of units."""
+        self.unit_bytes = unit_bytes
+        self.budget = budget
+
+    @property
+    @abstractmethod
+    def num_unused(self) -> int:
+        """Number of unallocated units, even if the budget does not allow to take them. O(1)."""
+
+    @property
+    def num_free(self) -> int:
+        """Number of units that ``allocate`` can return now. O(1)."""
+        if self.budget is None:
+            return self.num_unused
+        return min(self.num_unused, self.budget.free_bytes // self.unit_bytes)
+
+    @property
+    def num_taken(self) -> int:
+        """Number of allocated units. O(1)."""
+        return self.capacity - self.num_unused
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check that every free index is in range and listed once. O(capacity).
+
+        Raises:
+            AssertionError: one is not.
+        """
+
 
 MAX_ROWS = 1 << 31
 BLOCK = 1 << 16
@@ -154,3 +223,61 @@ class PageAllocator(BaseAllocator):
         if len(free):
             assert free.min() >= 0 and free.max() < len(self._stack), "a page is out of range"
         assert are_distinct(free), "a KV page is free twice"
+
+
+class SlotAllocator(BaseAllocator):
+    """Stack of free slots. The slot freed last is returned first. Every operation is O(1).
+
+    >>> slots = SlotAllocator(2)
+    >>> slots.allocate(), slots.allocate(), slots.allocate()
+    (0, 1, None)
+    >>> slots.free(1)
+    >>> slots.num_free
+    1
+    """
+
+    def __init__(
+        self, num_slots: int, slot_bytes: int = 0, budget: ByteBudget | None = None
+    ) -> None:
+        super().__init__(num_slots, slot_bytes, budget)
+        self._stack = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_unused(self) -> int:
+        return len(self._stack)
+
+    def allocate(self) -> int | None:
+        """Return a slot, or None if none is free. O(1)."""
+        if not self._stack:
+            return None
+        if self.budget is not None:
+            if self.budget.free_bytes < self.unit_bytes:
+                return None
+            self.budget.free_bytes -= self.unit_bytes
+        return self._stack.pop()
+
+    def free(self, slot: int) -> None:
+        """Return ``slot``, which was allocated, to the pool. O(1).
+
+        A slot that is freed twice while others are allocated is found only by ``check``, because it
+        would need a search.
+
+        Raises:
+            ValueError: the slot is out of range, or no slot is allocated.
+            TypeError: it is not an integer.
+        """
+        if not 0 <= index(slot) < self.capacity:
+            raise ValueError(f"slot {slot} is not one of {self.capacity}")
+        if len(self._stack) == self.capacity:
+            raise ValueError(f"slot {slot} given back, but none is allocated")
+        if self.budget is not None:
+            self.budget.free_bytes += self.unit_bytes
+        self._stack.append(slot)
+
+    def free_slots(self) -> list[int]:
+        """Return all unused slots, unordered. O(capacity)."""
+        return list(self._stack)
+
+    def check(self) -> None:
+        assert len(set(self._stack)) == len(self._stack), "a slot is free twice"
+        assert all(0 <= slot < self.capacity for slot in self._stack), "a free slot is out of range"
