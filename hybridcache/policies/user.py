@@ -12,22 +12,14 @@ import importlib
 import inspect
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-from hybridcache.policies.admission.base import (
-    AdmissionPolicy,
-    AdmittedRequest,
-    Load,
-    Session,
-    WaitingRequest,
-)
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 from hybridcache.policies.protocol import (
     EvictionPolicy,
@@ -40,15 +32,11 @@ from hybridcache.policies.protocol import (
     raise_failure,
 )
 
-MAX_OUTSIDE = 50
-"""Number of positions outside of every prompt after which a warning is issued."""
 MAX_WITHOUT = 50
 """Number of successive calls of ``victim`` without a result, although there are candidates, after
 which a policy has failed. Memory that is never freed would let requests wait for ever."""
 OURS = "hybridcache.policies."
 """Package prefix of built-in policies, which need no guard."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +100,19 @@ def admission_of(given: object) -> AdmissionPolicy:
     return policy if ours else GuardedAdmission(own.label, policy)
 
 
+# --- Guards ---------------------------------------------------------------------------------------
+
+
+def _called(name: str) -> Any:
+    """Return a method that calls the method ``name`` of the user's policy."""
+    return lambda self, *arguments: self._call(name, *arguments)
+
+
+def _noted(name: str) -> Any:
+    """Return a method that calls the method ``name`` of the user's policy until one fails."""
+    return lambda self, *arguments: self._note(name, *arguments)
+
+
 class _Guarded:
     """Caller of a user's methods. Their exceptions become a PolicyError with method and line."""
 
@@ -119,25 +120,38 @@ class _Guarded:
         self._label = label
         self._policy = policy
         self._failure: PolicyError | None = None
-        """First failure of ``_notify``."""
+        """First failure of ``_note``."""
 
     def __str__(self) -> str:
         return self._label
 
-    def _call(self, method: Callable[..., Result], *arguments: object) -> Result:
+    def _call(self, name: str, *arguments: object, as_list: bool = False) -> Any:
         try:
-            return method(*arguments)
+            found = getattr(self._policy, name)(*arguments)
+            return list(found) if as_list else found
+        except PolicyError:
+            raise
         except Exception as error:  # user code can raise anything
-            _blame(self._label, self._policy, method.__name__, error)
+            file = inspect.getfile(type(self._policy))
+            frames = [
+                one for one in traceback.extract_tb(error.__traceback__) if one.filename == file
+            ]
+            where = f" ({Path(file).name}, line {frames[-1].lineno})" if frames else ""
+            # The method of the user may have been called by one of its base class.
+            name = frames[0].name if frames else name
+            raise self._error(f"{name} raised {type(error).__name__}: {error}{where}") from error
 
-    def _notify(self, method: Callable[..., None], *arguments: object) -> None:
-        """Call ``method``. A failure is kept, so that the operation of the cache is finished, and
-        ends all notifications."""
+    def _note(self, name: str, *arguments: object) -> None:
+        """Call a method that returns nothing. A failure is kept, so that the operation of the cache
+        is finished, and ends all notifications."""
         if self._failure is None:
             try:
-                self._call(method, *arguments)
+                self._call(name, *arguments)
             except PolicyError as error:
                 self._failure = error
+
+    def _error(self, fault: str) -> PolicyError:
+        return PolicyError(f"{self._label!r}: {fault}")
 
 
 class GuardedEviction(_Guarded, EvictionPolicy):
@@ -146,6 +160,12 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     Refuses a victim that was never offered. A policy that has failed is not called any more; see
     ``failure``. O(1) in addition to the policy.
     """
+
+    touch = _noted("touch")
+    on_relabelled = _noted("on_relabelled")
+    on_ghost_hit = _noted("on_ghost_hit")
+    on_ghost_hit_above = _noted("on_ghost_hit_above")
+    set_clock = _called("set_clock")
 
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
@@ -158,39 +178,20 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def failure(self) -> PolicyError | None:
         return self._failure
 
-    def set_clock(self, clock: Callable[[], float]) -> None:
-        self._policy.set_clock(clock)
-
     def add(self, item: Item) -> None:
         self._held[item] = None
-        self._notify(self._policy.add, item)
+        self._note("add", item)
 
     def discard(self, item: Item, evicted: bool) -> None:
         self._held.pop(item, None)
-        self._notify(self._policy.discard, item, evicted)
-
-    def touch(self, item: Item) -> None:
-        self._notify(self._policy.touch, item)
-
-    def on_relabelled(self, item: Item) -> None:
-        self._notify(self._policy.on_relabelled, item)
-
-    def on_ghost_hit(self, item: Item) -> None:
-        self._notify(self._policy.on_ghost_hit, item)
-
-    def on_ghost_hit_above(self, item: Item) -> None:
-        self._notify(self._policy.on_ghost_hit_above, item)
+        self._note("discard", item, evicted)
 
     def for_tier(self) -> EvictionPolicy | None:
         """Return the policy's result, guarded as well."""
-        lower = self._call(self._policy.for_tier)
-        if lower is None:
-            return None
-        if not isinstance(lower, EvictionPolicy):
-            raise PolicyError(
-                f"{self._label!r}: for_tier returned {lower!r}; return an EvictionPolicy, or None"
-            )
-        return GuardedEviction(self._label, lower)
+        lower = self._call("for_tier")
+        if lower is not None and not isinstance(lower, EvictionPolicy):
+            raise self._error(f"for_tier returned {lower!r}; return an EvictionPolicy, or None")
+        return None if lower is None else GuardedEviction(self._label, lower)
 
     def candidates(self) -> Iterable[Item]:
         """Return all items that the policy was offered, unordered."""
@@ -199,34 +200,27 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def victim(self, kind: Kind | None) -> Item | None:
         if self._failure is None:
             try:
-                return self._call(self._victim, kind)
+                return self._checked(kind, self._call("victim", kind))
             except PolicyError as error:
                 self._failure = error
         return next((item for item in self._held if kind in (None, item.kind)), None)
 
-    def _victim(self, kind: Kind | None) -> Item | None:
-        victim: Item | None = self._policy.victim(kind)
+    def _checked(self, kind: Kind | None, victim: Item | None) -> Item | None:
         if victim is None:
-            self._watch(kind)
-            return None
-        if victim in self._held and kind in (None, victim.kind):
+            self._num_without += any(kind in (None, item.kind) for item in self._held)
+            if self._num_without >= MAX_WITHOUT:
+                raise self._error(
+                    f"victim returned None {MAX_WITHOUT} times although there were candidates, so "
+                    "nothing is evicted; return one of the items that were added"
+                )
+        elif victim in self._held and kind in (None, victim.kind):
             self._num_without = 0
-            return victim
-        raise PolicyError(
-            f"{self._label!r}: victim({kind!r}) returned {victim!r}, which is not a candidate of "
-            "that kind; "
-            "return an item that was added and not discarded since, or None"
-        )
-
-    def _watch(self, kind: Kind | None) -> None:
-        """Count a call without a victim. PolicyError after ``MAX_WITHOUT`` of them."""
-        if any(kind in (None, item.kind) for item in self._held):
-            self._num_without += 1
-        if self._num_without >= MAX_WITHOUT:
-            raise PolicyError(
-                f"{self._label!r}: victim returned None {MAX_WITHOUT} times although there were "
-                "candidates, so nothing is evicted; return one of the items that were added"
+        else:
+            raise self._error(
+                f"victim({kind!r}) returned {victim!r}, which is not a candidate of that kind; "
+                "return an item that was added and not discarded since, or None"
             )
+        return victim
 
 
 class GuardedAdmission(_Guarded, AdmissionPolicy):
@@ -235,116 +229,60 @@ class GuardedAdmission(_Guarded, AdmissionPolicy):
     Refuses requests that do not wait, and repeated requests.
     """
 
-    def arrived(self, request: WaitingRequest, load: Load) -> None:
-        self._call(self._policy.arrived, request, load)
+    arrived = _called("arrived")
+    admitted = _called("admitted")
+    computed = _called("computed")
+    left = _called("left")
+    session_ended = _called("session_ended")
+    wakes_at_s = _called("wakes_at_s")
+    report = _called("report")
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
-        return self._call(self._order, waiting, load)
-
-    def _order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
-        ordered = list(self._policy.order(waiting, load))
+        ordered: list[WaitingRequest] = self._call("order", waiting, load, as_list=True)
         if len(set(ordered)) < len(ordered) or not set(ordered) <= set(waiting):
-            raise PolicyError(
-                f"{self._label!r}: order must return waiting requests, each at most once (got "
-                f"{len(ordered)} for {len(waiting)} that wait)"
+            raise self._error(
+                f"order must return waiting requests, each at most once (got {len(ordered)} for "
+                f"{len(waiting)} that wait)"
             )
         return ordered
-
-    def admitted(self, request: AdmittedRequest, load: Load) -> None:
-        self._call(self._policy.admitted, request, load)
-
-    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
-        self._call(self._policy.computed, num_tokens, seconds, load)
-
-    def left(self, request: WaitingRequest, load: Load) -> None:
-        self._call(self._policy.left, request, load)
-
-    def session_ended(self, session: Session, load: Load) -> None:
-        self._call(self._policy.session_ended, session, load)
-
-    def wakes_at_s(self) -> float | None:
-        wakes_at_s: float | None = self._call(self._policy.wakes_at_s)
-        return wakes_at_s
-
-    def report(self) -> Mapping[str, float | str]:
-        return self._call(self._policy.report)
 
 
 class GuardedPlacement(_Guarded, PlacementPolicy):
     """Wrapper of a user's placement policy. Forwards every call that a built-in policy gets.
 
-    Refuses malformed positions, and warns once if all positions are outside the prompt. The first
-    failure of a notification is raised by the next ``plan``.
+    Refuses malformed positions. The first failure of a notification is raised by the next ``plan``.
     """
 
-    def __init__(self, label: str, policy: PlacementPolicy) -> None:
-        super().__init__(label, policy)
-        self._num_outside: int | None = 0
-        """Number of positions so far, all unusable. None after the first usable one or the
-        warning."""
+    on_prefill = _noted("on_prefill")
+    on_hit = _noted("on_hit")
+    on_ghost_hit = _noted("on_ghost_hit")
+    on_saved = _noted("on_saved")
+    on_dropped = _noted("on_dropped")
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         raise_failure(self._failure)
-        return self._call(self._plan, prefill)
-
-    def _plan(self, prefill: Prefill) -> list[Placed]:
         wanted = []
-        for placed in self._policy.plan(prefill):
-            wanted.append(self._checked(placed))
-            if self._num_outside is not None:
-                self._watch(wanted[-1].position, prefill)
+        for placed in self._call("plan", prefill, as_list=True):
+            is_pair = isinstance(placed, tuple) and len(placed) == 2
+            if not (is_pair and hasattr(placed[0], "__index__") and isinstance(placed[1], str)):
+                raise self._error(
+                    f"plan returned {placed!r}; return Placed(position, label) with an integer and "
+                    "a string"
+                )
+            wanted.append(Placed(int(placed[0]), placed[1]))
         return wanted
 
-    def _watch(self, position: int, prefill: Prefill) -> None:
-        """Warn once if none of the first ``MAX_OUTSIDE`` positions can be saved at."""
-        assert self._num_outside is not None
-        if prefill.floor(position) is not None:
-            self._num_outside = None
-            return
-        self._num_outside += 1
-        if self._num_outside == MAX_OUTSIDE:
-            self._num_outside = None
-            warnings.warn(
-                f"{self._label!r}: none of its first {MAX_OUTSIDE} positions can be saved at; "
-                "return positions with "
-                "cached_len < position <= prompt_len, in tokens from the prompt's start, of at "
-                f"least {prefill.grid} (the grid)",
-                stacklevel=2,
-            )
-
-    def _checked(self, placed: Any) -> Placed:
-        if isinstance(placed, tuple) and len(placed) == 2:
-            position, label = placed
-            if hasattr(position, "__index__") and isinstance(label, str):
-                return Placed(int(position), label)
-        raise PolicyError(
-            f"{self._label!r}: plan returned {placed!r}; "
-            "return Placed(position, label) with an integer and a string"
-        )
-
     def decode_interval(self) -> int | None:
-        interval = self._call(self._policy.decode_interval)
+        interval: int | None = self._call("decode_interval")
         if interval is None or (type(interval) is int and interval >= 1):
             return interval
-        raise PolicyError(
-            f"{self._label!r}: decode_interval returned {interval!r}; return the number of tokens "
-            "between checkpoints, or None"
+        raise self._error(
+            f"decode_interval returned {interval!r}; return the number of tokens between "
+            "checkpoints, or None"
         )
 
-    def on_prefill(self, prefill: Prefill) -> None:
-        self._notify(self._policy.on_prefill, prefill)
 
-    def on_hit(self, item: Item) -> None:
-        self._notify(self._policy.on_hit, item)
-
-    def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        self._notify(self._policy.on_ghost_hit, item, num_tokens)
-
-    def on_saved(self, position: int, label: str) -> None:
-        self._notify(self._policy.on_saved, position, label)
-
-    def on_dropped(self, position: int, label: str) -> None:
-        self._notify(self._policy.on_dropped, position, label)
+# --- Loading --------------------------------------------------------------------------------------
 
 
 def load(spec: str, protocol: type[Any]) -> OwnPolicy:
@@ -357,30 +295,28 @@ def load(spec: str, protocol: type[Any]) -> OwnPolicy:
         ValueError: the module or the class is not found or does not fit. The message is one
             sentence.
     """
-    module_name, _, rest = spec.partition(":")
-    class_name, arguments, keywords = _arguments(spec, rest)
+    module_name, _, call = spec.partition(":")
+    class_name = call
+    arguments: list[Any] = []
+    keywords: dict[str, Any] = {}
+    if "(" in call:
+        try:
+            tree = ast.parse(call, mode="eval").body
+            if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+                raise ValueError("it is not a call")
+            class_name = tree.func.id
+            arguments = [_literal(part) for part in tree.args]
+            keywords = {str(part.arg): _literal(part.value) for part in tree.keywords}
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(
+                f"{spec!r}: write module:Class(alpha=2), with numbers, strings and lists ({error})"
+            ) from error
     found = getattr(import_module(spec, module_name), class_name, None)
     if not isinstance(found, type):
         raise ValueError(f"{spec!r}: {module_name} has no class {class_name!r}")
     _refuse_unfit(OwnPolicy(spec, found), found, protocol)
     make = partial(found, *arguments, **keywords) if arguments or keywords else found
     return OwnPolicy(spec, make)
-
-
-def _arguments(spec: str, call: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """Parse ``Class`` or ``Class(1, alpha=2)`` into (name, arguments, keyword arguments)."""
-    if "(" not in call:
-        return call, [], {}
-    try:
-        tree = ast.parse(call, mode="eval").body
-        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-            raise ValueError("it is not a call")
-        keywords = {str(part.arg): _literal(part.value) for part in tree.keywords}
-        return tree.func.id, [_literal(part) for part in tree.args], keywords
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"{spec!r}: write module:Class(alpha=2), with numbers, strings and lists ({error})"
-        ) from error
 
 
 def _literal(node: ast.expr) -> Any:
@@ -392,18 +328,16 @@ def _literal(node: ast.expr) -> Any:
 
 def _refuse_unfit(own: OwnPolicy, found: type[Any], protocol: type[Any]) -> None:
     """Raise ValueError if ``found``, the class of ``own``, does not implement ``protocol``."""
+    fault = f"{own.label!r}: it does not implement {protocol.__name__}"
     if not issubclass(found, protocol):
         home = "hybridcache" if protocol.__module__.startswith(OURS) else protocol.__module__
         hint = f"derive {found.__name__} from {home}.{protocol.__name__}"
         if found.__module__ == "builtins":
             hint = f"give a name, or a class derived from {home}.{protocol.__name__}"
-        raise ValueError(f"{own.label!r}: it does not implement {protocol.__name__}: {hint}")
+        raise ValueError(f"{fault}: {hint}")
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
-        raise ValueError(
-            f"{own.label!r}: it does not implement {protocol.__name__}: it lacks "
-            f"{', '.join(missing)}"
-        )
+        raise ValueError(f"{fault}: it lacks {', '.join(missing)}")
 
 
 def import_module(spec: str, module_name: str) -> ModuleType:
@@ -434,41 +368,8 @@ def _made(own: OwnPolicy, protocol: type[Any]) -> Any:
             f"{own.label!r}: it cannot be created ({type(error).__name__}: {error}){hint}"
         ) from error
     _refuse_unfit(own, type(policy), protocol)
-    _warn_of_misspelled(own.label, type(policy))
     if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
         raise ValueError(
             f"{own.label!r}: the __init__ of {type(policy).__name__} must call super().__init__()"
         )
     return policy
-
-
-def _warn_of_misspelled(label: str, found: type[Any]) -> None:
-    """Warn if a user's class has a name that is nearly, and not quite, one of its base classes."""
-    ours = [base for base in found.__mro__ if base.__module__.startswith(OURS)]
-    theirs = [base for base in found.__mro__ if base not in (*ours, object)]
-    own = {name for base in theirs for name in vars(base)}
-    known = {name for base in ours for name in vars(base) if not name.startswith("_")}
-    for name in sorted(own - known):
-        if name.startswith("_"):
-            continue
-        near = get_close_matches(name, known - own, n=1, cutoff=0.85)
-        if near:
-            warnings.warn(
-                f"{label!r}: {found.__name__} has an attribute {name!r}, which has no effect; did "
-                f"you mean {near[0]!r}?",
-                stacklevel=2,
-            )
-
-
-def _blame(label: str, policy: object, method: str, error: Exception) -> NoReturn:
-    """Raise a PolicyError with the method and line at which a user's policy failed."""
-    if isinstance(error, PolicyError):
-        raise error
-    file = inspect.getfile(type(policy))
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
-    ]
-    where = f" ({Path(file).name}, line {frames[-1].lineno})" if frames else ""
-    # The method of the user may have been called by one of its base class.
-    name = frames[0].name if frames else method.lstrip("_")
-    raise PolicyError(f"{label!r}: {name} raised {type(error).__name__}: {error}{where}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,6 @@ from hybridcache.policies.registry import (
     make_eviction,
     parse_placement,
 )
-from hybridcache.policies.user import MAX_OUTSIDE
 from hybridcache.tiers import TieredRadixCache
 from tests.cache.serving import ids, serve, traffic
 from tests.cache.twins import VictimLog
@@ -266,10 +264,6 @@ class Within(PlacementPolicy):
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
         yield Placed(self.offset + prefill.prompt_len, "custom")
-
-
-class Beyond(Within):
-    offset = 64
 
 
 class Spaced(PlacementPolicy):
@@ -610,13 +604,6 @@ def test_policies_see_the_seconds_of_the_simulated_machine(
     assert FIFO().clock() == pytest.approx(time.monotonic(), abs=5)
 
 
-class Misspelled(LRU):
-    orders_class = False
-
-    def on_ghost_hits(self, item: Item) -> None:
-        pass
-
-
 def _generate() -> None:
     config = EngineConfig(eviction=f"{__name__}:Stingy")
     engine = Engine(config, runner=OracleRunner(200, 4), sampler=OracleSampler())
@@ -643,19 +630,6 @@ def test_a_policy_that_never_gives_a_victim_ends_with_one_sentence(
         run()
 
 
-def test_misspelled_names_warn() -> None:
-    with pytest.warns(UserWarning, match="which has no effect") as caught:
-        simulate("short?head=9", gib=1, policy=Misspelled, bound=False)
-    attributes = {str(warning.message).partition("has an attribute ")[2] for warning in caught}
-    assert attributes == {
-        "'orders_class', which has no effect; did you mean 'orders_classes'?",
-        "'on_ghost_hits', which has no effect; did you mean 'on_ghost_hit'?",
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        simulate("short?head=60", gib=0.3, policy=[Deepest, Weighted, InTiers], bound=False)
-
-
 def test_an_error_for_an_unknown_name_suggests_a_similar_one() -> None:
     for name, near in (("lur", "lru"), ("LRU", "lru"), ("Survival", "survival")):
         with pytest.raises(ValueError, match=f"{name!r}, did you mean {near!r}"):
@@ -664,14 +638,3 @@ def test_an_error_for_an_unknown_name_suggests_a_similar_one() -> None:
         parse_placement("branch,adaptiv")
     with pytest.raises(ValueError, match="unknown eviction policy 'xyzzy'; known: lru"):
         make_eviction("xyzzy")
-
-
-def test_a_placement_with_positions_outside_all_prompts_warns_once() -> None:
-    with pytest.warns(
-        UserWarning, match="none of its first 50 positions can be saved at"
-    ) as caught:
-        simulate("short", gib=1, checkpoints=Beyond, bound=False)
-    assert len(caught) == 1 and MAX_OUTSIDE == 50
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        simulate("short", gib=1, checkpoints=Within, bound=False)
