@@ -242,26 +242,6 @@ class Usage:
         self.missed_tokens = 0
         """Number of tokens that those checkpoints would have saved."""
 
-    def record(self, match: PrefixMatch) -> None:
-        """Count one request. O(1)."""
-        cached_len = match.cached_len
-        self.requests += 1
-        self.prompt_tokens += match.num_tokens
-        if cached_len:
-            self.hits += 1
-            self.cached_tokens += cached_len
-        losses = match.losses
-        self.never_seen += losses[0]
-        self.kv_evicted += losses[1]
-        self.checkpoint_evicted += losses[2]
-        self.never_checkpointed += losses[3]
-        self.below_grid += losses[4]
-        self.refused += losses[5]
-        self.not_fetched += losses[6]
-        if match.missed is not None:
-            self.missed += 1
-            self.missed_tokens += match.missed_tokens
-
     def merge(self, other: Usage) -> None:
         """Add the counters of ``other``."""
         for name in self.__slots__:
@@ -338,7 +318,23 @@ class CacheStats:
             usage = self.others
             if len(self.by_namespace) < MAX_NAMESPACES:
                 usage = self.by_namespace[match.namespace] = Usage()
-        usage.record(match)
+        cached_len = match.cached_len
+        usage.requests += 1
+        usage.prompt_tokens += match.num_tokens
+        if cached_len:
+            usage.hits += 1
+            usage.cached_tokens += cached_len
+        losses = match.losses
+        usage.never_seen += losses[0]
+        usage.kv_evicted += losses[1]
+        usage.checkpoint_evicted += losses[2]
+        usage.never_checkpointed += losses[3]
+        usage.below_grid += losses[4]
+        usage.refused += losses[5]
+        usage.not_fetched += losses[6]
+        if match.missed is not None:
+            usage.missed += 1
+            usage.missed_tokens += match.missed_tokens
 
     @property
     def total(self) -> Usage:

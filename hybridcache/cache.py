@@ -441,17 +441,18 @@ class HybridRadixCache:
             return
         last = node if isinstance(node, RadixNode) else _node_of(node)
         now, policy = self.now, self.policy
+        notes_uses = type(policy).touch is not EvictionPolicy.touch
         checkpoint = last.checkpoint
         if checkpoint is not None:
             checkpoint.last_used = now
             checkpoint.uses += 1
-            if checkpoint not in self._withheld:
+            if notes_uses and checkpoint not in self._withheld:
                 policy.touch(checkpoint)
         kv = last.kv
         if kv is not None:
             kv.last_used = now
             kv.uses += 1
-            if not last.children and kv not in self._withheld:
+            if notes_uses and not last.children and kv not in self._withheld:
                 policy.touch(kv)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
@@ -751,13 +752,42 @@ class HybridRadixCache:
 
     def _drop_leaf(self, leaf: RadixNode) -> None:
         """Free the KV and checkpoint of an unlocked leaf, and the stateless nodes above it, because
-        nothing could resume from those any more. O(nodes freed, and those up to a checkpoint)."""
+        nothing could resume from those any more.
+
+        They become ghosts and pass their recency up. O(nodes freed, and those up to a checkpoint).
+        """
         assert leaf.kv is not None
         self.policy.discard(leaf.kv, evicted=True)
         while True:
             if leaf.checkpoint is not None:
                 self._drop_checkpoint(leaf)
-            parent = self._fade(leaf)
+            kv, parent = leaf.kv, leaf.parent
+            assert kv is not None and parent is not None
+            if self._listener is not None:
+                self._listener.kv_removed(leaf)
+            rows = kv.indices
+            num_rows = len(rows)
+            self._pages.release(rows)
+            self.cached_tokens = cached_tokens = self.cached_tokens - num_rows
+            self.stats.evicted_tokens += num_rows
+            above, living = parent.kv, None
+            if above is not None:
+                above.uses += kv.uses
+                if kv.last_used > above.last_used:
+                    above.last_used = kv.last_used
+                if rows.base is not None:
+                    living = compact_rows(parent, rows)
+            if self._owners is not None:
+                self._owners.shrink(rows, living)
+            gathered = self._gathered
+            if kv in gathered.rows:
+                gathered.discard(kv)
+            if gathered.num_rows > cached_tokens:
+                gathered.trim(cached_tokens)
+            leaf.kv = None
+            kv.indices = EMPTY  # a policy's queue may hold the segment for a while yet
+            self._tree.fade(leaf)
+            self.ghosts.add(leaf, rows)
             only = parent.children
             if only is not None:
                 if not isinstance(only, dict) and only.deeper is not None and parent.parent:
@@ -774,37 +804,6 @@ class HybridRadixCache:
                 self.policy.add(parent.kv)
                 return
             leaf = parent
-
-    def _fade(self, leaf: RadixNode) -> RadixNode:
-        """Turn a leaf into a ghost, free its rows, pass its recency up, and return the parent."""
-        kv, parent = leaf.kv, leaf.parent
-        assert kv is not None and parent is not None
-        if self._listener is not None:
-            self._listener.kv_removed(leaf)
-        rows = kv.indices
-        num_rows = len(rows)
-        self._pages.release(rows)
-        self.cached_tokens = cached_tokens = self.cached_tokens - num_rows
-        self.stats.evicted_tokens += num_rows
-        above, living = parent.kv, None
-        if above is not None:
-            above.uses += kv.uses
-            if kv.last_used > above.last_used:
-                above.last_used = kv.last_used
-            if rows.base is not None:
-                living = compact_rows(parent, rows)
-        if self._owners is not None:
-            self._owners.shrink(rows, living)
-        gathered = self._gathered
-        if kv in gathered.rows:
-            gathered.discard(kv)
-        if gathered.num_rows > cached_tokens:
-            gathered.trim(cached_tokens)
-        leaf.kv = None
-        kv.indices = EMPTY  # a policy's queue may hold the segment for a while yet
-        self._tree.fade(leaf)
-        self.ghosts.add(leaf, rows)
-        return parent
 
     # --- Publishing -------------------------------------------------------------------------------
 
@@ -995,8 +994,9 @@ class HybridRadixCache:
                 node = upper
         start, num_tokens = node.end - first, len(tokens)
         if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
-            for end in sorted([at - first for at, _ in checkpoints if at % self._step == 0]):
-                if start < end < num_tokens:
+            for position, _ in sorted(checkpoints):
+                end = position - first
+                if position % self._step == 0 and start < end < num_tokens:
                     node = tree.grow(node, tokens[start:end])
                     self._store_rows(node, rows[start:end].copy())
                     start = end

@@ -468,7 +468,9 @@ class RadixTree:
         Raises:
             ValueError: the namespace is invalid (``hybridcache.tokens``).
         """
-        node = self.find_root(namespace)
+        if type(namespace) not in PLAIN:
+            require_namespace(namespace)
+        node = self.roots.get(namespace)
         if node is None:
             node = self.roots[namespace] = RadixNode(None, namespace, b"", 0)
         return node
@@ -514,7 +516,10 @@ class RadixTree:
             else:
                 child = family
             if not starts_with(child.edge, at * TOKEN_BYTES):
-                if end >= stop or child.key != first_page(tokens, at, page_size):
+                if end >= stop:
+                    break
+                key = token(at) if page_size == 1 else first_page(tokens, at, page_size)
+                if child.key != key:
                     break
                 shared = common_prefix_len(edge_tokens(child.edge), tokens[at:], page_size)
                 return node, child, end + shared
