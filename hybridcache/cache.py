@@ -428,8 +428,9 @@ class HybridRadixCache:
             self.refresh(match.node)
         if match.missed is not None:
             policy = self.policy
-            policy.on_ghost_hit(match.missed)
-            # Most policies ignore further ghost hits: then the path is not searched for them.
+            # Most policies ignore ghost hits, or all but the first: then no path is searched.
+            if type(policy).on_ghost_hit is not EvictionPolicy.on_ghost_hit:
+                policy.on_ghost_hit(match.missed)
             is_asked = type(policy).on_ghost_hit_above is not EvictionPolicy.on_ghost_hit_above
             if is_asked and isinstance(match.missed, Checkpoint):
                 for ghost in ghosts_above(match.missed.node):

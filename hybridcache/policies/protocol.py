@@ -141,6 +141,11 @@ class EvictionPolicy(ABC):
     """Seconds, for policies that depend on time. Simulations set the clock of the simulated
     machine; ``item.last_used`` and ``created`` count requests."""
 
+    failure: PolicyError | None = None
+    """First failure of a user's policy, or None. The cache finishes the operation in which the
+    policy failed, and evicts in the order of arrival from then on. Every later ``match`` raises the
+    failure."""
+
     def __str__(self) -> str:
         return type(self).__name__
 
@@ -167,15 +172,6 @@ class EvictionPolicy(ABC):
         ``kind`` restricts the choice; it is None if both kinds share one budget. The item remains a
         candidate until the cache calls ``discard``.
         """
-
-    @property
-    def failure(self) -> PolicyError | None:
-        """First failure of a user's policy, or None.
-
-        The cache finishes the operation in which the policy failed, and evicts in the order of
-        arrival from then on. Every later ``match`` raises the failure.
-        """
-        return None
 
     def touch(self, item: Item) -> None:  # noqa: B027
         """Record a use of the candidate ``item``. Its ``last_used`` and ``uses`` include it."""

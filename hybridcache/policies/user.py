@@ -119,7 +119,7 @@ class _Guarded:
     def __init__(self, label: str, policy: Any) -> None:
         self._label = label
         self._policy = policy
-        self._failure: PolicyError | None = None
+        self.failure: PolicyError | None = None
         """First failure of ``_note``."""
 
     def __str__(self) -> str:
@@ -144,11 +144,11 @@ class _Guarded:
     def _note(self, name: str, *arguments: object) -> None:
         """Call a method that returns nothing. A failure is kept, so that the operation of the cache
         is finished, and ends all notifications."""
-        if self._failure is None:
+        if self.failure is None:
             try:
                 self._call(name, *arguments)
             except PolicyError as error:
-                self._failure = error
+                self.failure = error
 
     def _error(self, fault: str) -> PolicyError:
         return PolicyError(f"{self._label!r}: {fault}")
@@ -174,10 +174,6 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         """Number of calls since the last victim that had none although there were candidates."""
         self.orders_classes = bool(policy.orders_classes)
 
-    @property
-    def failure(self) -> PolicyError | None:
-        return self._failure
-
     def add(self, item: Item) -> None:
         self._held[item] = None
         self._note("add", item)
@@ -198,11 +194,11 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         return self._held
 
     def victim(self, kind: Kind | None) -> Item | None:
-        if self._failure is None:
+        if self.failure is None:
             try:
                 return self._checked(kind, self._call("victim", kind))
             except PolicyError as error:
-                self._failure = error
+                self.failure = error
         return next((item for item in self._held if kind in (None, item.kind)), None)
 
     def _checked(self, kind: Kind | None, victim: Item | None) -> Item | None:
@@ -260,7 +256,7 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
     on_dropped = _noted("on_dropped")
 
     def plan(self, prefill: Prefill) -> list[Placed]:
-        raise_failure(self._failure)
+        raise_failure(self.failure)
         wanted = []
         for placed in self._call("plan", prefill, as_list=True):
             is_pair = isinstance(placed, tuple) and len(placed) == 2

@@ -32,7 +32,7 @@ class PriorityClasses(EvictionPolicy):
         return str(self._rest)
 
     @property
-    def failure(self) -> PolicyError | None:
+    def failure(self) -> PolicyError | None:  # type: ignore[override]
         """The first failure of a class."""
         return self._rest.failure or self._dead.failure or self._superseded.failure
 
