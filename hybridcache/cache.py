@@ -59,6 +59,7 @@ from hybridcache.radix.tree import (
     last_above,
     last_at,
     link,
+    members,
 )
 from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
 
@@ -198,12 +199,14 @@ class HybridRadixCache:
         self._listener: Listeners | None = None
         self._withheld: set[Checkpoint | Segment] = set()
         """Locked victims, withheld from the policy until they are unlocked."""
-        self._locked: dict[RadixNode, None] = {}
-        """Locked nodes."""
         self._locked_len = 0
-        """Sum of the lengths of their paths, which counts shared ones repeatedly."""
-        self._protected: Protected | None = None
-        """Result of ``protected`` since the last change, or None."""
+        """Sum of the path lengths of locked nodes: at least ``_locked_tokens``."""
+        self._locked_slots = 0
+        """Checkpoints at locked nodes."""
+        self._locked_tokens = 0
+        """KV rows on the paths of locked nodes, shared paths counted once, up to ``_unsettled``."""
+        self._unsettled: dict[RadixNode, int] = {}
+        """Nodes locked (1) and unlocked (-1) since ``_locked_tokens`` was counted."""
 
     def __repr__(self) -> str:
         return (
@@ -344,20 +347,12 @@ class HybridRadixCache:
     def protected(self) -> Protected:
         """Return how much of the cached memory is locked, shared paths counted once.
 
-        O(1) unless a lock changed since the last call, else O(nodes on locked paths).
+        O(1), plus one step per node up to the next locked path for each lock that was taken or
+        returned since the last count.
         """
-        found = self._protected
-        if found is None:
-            num_tokens, num_slots, counted = 0, 0, set()
-            for locked in self._locked:
-                num_slots += locked.checkpoint is not None
-                node = locked
-                while (parent := node.parent) is not None and node not in counted:
-                    counted.add(node)
-                    num_tokens += node.end - parent.end
-                    node = parent
-            found = self._protected = Protected(num_tokens, num_slots)
-        return found
+        if self._unsettled:
+            self._count_locks()
+        return Protected(self._locked_tokens, self._locked_slots)
 
     def iter_nodes(self) -> Iterator[RadixNode]:
         """Iterate over the nodes of the tree, parents before children, ghosts included. O(tree).
@@ -474,8 +469,10 @@ class HybridRadixCache:
                 last = self._split(last, node.length)
             last.locks += 1
             if last.locks == 1:
-                self._locked[last] = self._protected = None
                 self._locked_len += last.end
+                self._locked_slots += last.checkpoint is not None
+                if self._unsettled.pop(last, None) is None:
+                    self._unsettled[last] = 1
         return LockHandle(last, self)
 
     def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> LockHandle:
@@ -518,9 +515,10 @@ class HybridRadixCache:
         node.locks -= 1
         if node.locks:
             return
-        del self._locked[node]
         self._locked_len -= node.end
-        self._protected = None
+        self._locked_slots -= node.checkpoint is not None
+        if self._unsettled.pop(node, None) is None:
+            self._unsettled[node] = -1
         if self._withheld:
             for item in (node.checkpoint, node.kv):
                 if item in self._withheld:
@@ -551,6 +549,23 @@ class HybridRadixCache:
         if last.kv.item_bytes is not self.item_bytes:  # each cache has its own object
             raise ValueError("this node belongs to another cache: match the tokens in this one")
         return last
+
+    def _count_locks(self) -> None:
+        """Add the changes of locks to the count of locked rows.
+
+        ``RadixNode.pins`` is 1 for a lock of the node, plus 1 per pinned child. O(nodes up to one
+        with another pin), per change.
+        """
+        changes, self._unsettled = self._unsettled, {}
+        for change in (1, -1):
+            for locked, its_change in changes.items():
+                node = locked
+                while its_change == change and (parent := node.parent) is not None:
+                    node.pins += change
+                    if node.pins != (change > 0):
+                        break
+                    self._locked_tokens += change * (node.end - parent.end)
+                    node = parent
 
     # --- Memory -----------------------------------------------------------------------------------
 
@@ -686,21 +701,19 @@ class HybridRadixCache:
         return budget.free_bytes >= slots.unit_bytes
 
     def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
-        """Return whether eviction could free that much. O(1).
+        """Return whether eviction could free that much.
 
         Under a shared budget this is ``wanted_bytes`` in all, else ``short_tokens`` beyond the free
-        ones.
+        ones. O(1) if it could even if locks shared no path, else as ``protected``.
         """
         pages, budget = self._pages, self._pages.budget
-        if budget is None and short_tokens <= self.cached_tokens - self._locked_len:
+        if budget is not None:
+            num_slots = self.num_checkpoints - self._locked_slots
+            wanted_bytes -= budget.free_bytes + num_slots * self._slots.unit_bytes
+            short_tokens = -(-wanted_bytes // pages.unit_bytes)
+        if short_tokens <= self.cached_tokens - self._locked_len:
             return True
-        locked_tokens, locked_slots = self.protected()
-        num_tokens = self.cached_tokens - locked_tokens
-        if budget is None:
-            return short_tokens <= num_tokens
-        num_slots = self.num_checkpoints - locked_slots
-        num_bytes = num_tokens * pages.unit_bytes + num_slots * self._slots.unit_bytes
-        return wanted_bytes - budget.free_bytes <= num_bytes
+        return short_tokens <= self.cached_tokens - self.protected().num_tokens
 
     def _evict_one(self, kind: Kind | None) -> bool:
         """Evict the policy's victim. Returns False if nothing evictable remains.
@@ -758,6 +771,8 @@ class HybridRadixCache:
         They become ghosts and pass their recency up. O(nodes freed, and those up to a checkpoint).
         """
         assert leaf.kv is not None
+        if leaf.pins:
+            self._count_locks()
         self.policy.discard(leaf.kv, evicted=True)
         while True:
             if leaf.checkpoint is not None:
@@ -1094,7 +1109,7 @@ class HybridRadixCache:
             self._set_superseded(before, True)
         node.checkpoint = checkpoint
         if node.locks:
-            self._protected = None
+            self._locked_slots += 1
         node.lost_checkpoint = None
         self.policy.add(checkpoint)
         if revives is not None:
@@ -1123,6 +1138,8 @@ class HybridRadixCache:
         """Split a resident node with its KV rows, which become two views of one array. O(page)."""
         upper, kv = self._tree.split(lower, position), lower.kv
         assert kv is not None
+        if lower.pins:
+            upper.pins = 1
         if lower.deeper is not None:
             link(upper, lower.deeper)
             lower.deeper = None
@@ -1223,18 +1240,16 @@ class HybridRadixCache:
             assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
 
     def _check_locks(self) -> None:
-        locked = [node for node in self._tree.nodes() if node.locks]
-        assert set(locked) == set(self._locked), f"{locked} are locked, counted {self._locked}"
-        assert sum(node.end for node in locked) == self._locked_len, "paths have another length"
-        paths: set[RadixNode] = set()
-        for above in locked:
-            while above.parent is not None:
-                paths.add(above)
-                above = above.parent
-        num_tokens = sum(len(node.tokens) for node in paths)
-        num_slots = sum(node.checkpoint is not None for node in locked)
-        known = self.protected()
+        known, nodes = self.protected(), list(self._tree.nodes())
+        locked_len = num_tokens = num_slots = 0
+        for node in nodes:
+            pins = (node.locks > 0) + sum(child.pins > 0 for child in members(node.children))
+            assert node.pins == pins, f"{node} has {node.pins} pins, not {pins}"
+            num_tokens += (node.end - node.start) * (pins > 0)
+            num_slots += node.locks > 0 and node.checkpoint is not None
+            locked_len += node.end * (node.locks > 0)
         assert known == (num_tokens, num_slots), f"{num_tokens}, {num_slots} locked, not {known}"
+        assert locked_len == self._locked_len, f"locked paths have {locked_len} tokens"
 
     def _check_candidates(self) -> None:
         for item in self._withheld:

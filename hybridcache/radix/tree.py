@@ -96,6 +96,7 @@ class RadixNode(NodeHandle):
         "lost_checkpoint",
         "offloaded",
         "parent",
+        "pins",
     )
 
     def __init__(self, parent: RadixNode | None, key: Hashable, edge: Edge, end: int) -> None:
@@ -123,6 +124,8 @@ class RadixNode(NodeHandle):
         """
         # First checkpoint of the run, if this node is the top of a run .
         self.deeper: Checkpoint | None = None
+        # 1 if the node is locked, plus the number of children with pins (``_count_locks``).
+        self.pins = 0
         # Offloaded KV and state of this node, or None (``hybridcache.tiers.OffloadedEntry``).
         self.offloaded: Any = None
 
