@@ -246,13 +246,6 @@ class SlotAllocator(BaseAllocator):
     def num_unused(self) -> int:
         return len(self._stack)
 
-    @property
-    def num_free(self) -> int:
-        """Number of slots that ``allocate`` can return now. O(1)."""
-        if self.budget is None:
-            return len(self._stack)
-        return min(self.num_unused, self.budget.free_bytes // self.unit_bytes)
-
     def allocate(self) -> int | None:
         """Return a slot, or None if none is free. O(1)."""
         if not self._stack:
