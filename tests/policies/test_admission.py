@@ -14,13 +14,11 @@ from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, 
 from hybridcache.policies.admission.session_gate import (
     CREDIT_S,
     FLOOR,
-    MAX_TURNS,
     MOST_WAIT_S,
     SessionGate,
 )
 from hybridcache.policies.admission.simple import LOOK_AHEAD, TOKENS_A_PASS
 from hybridcache.policies.admission.simple import MOST_WAIT_S as MOST_PASSED_S
-from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import make_admission
 
 
@@ -153,19 +151,6 @@ def test_the_oldest_request_waits_for_two_minutes_at_most(name: str) -> None:
     assert load.now_s == MOST_PASSED_S
 
 
-@pytest.mark.parametrize("name", ["cached-first", "longest-match", "sessions"])
-def test_a_step_matches_a_bounded_number_of_prompts(name: str) -> None:
-    policy, load = make_admission(name), FakeLoad()
-    congest(policy, load)
-    load.now_s += 1.0
-    requests = waiting([0] * 1000)
-    for _ in range(3):
-        load.matched.clear()
-        assert list(policy.order(requests, load))
-    bound = 0 if name == "sessions" else 64  # "sessions" does not match a lost prompt again
-    assert len(load.matched) <= bound
-
-
 # --- sessions -------------------------------------------------------------------------------------
 
 
@@ -215,19 +200,6 @@ def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
     )
 
 
-def test_idle_time_is_limited_to_the_compute_time_of_the_prompt() -> None:
-    policy, load = make_admission("sessions"), FakeLoad(num_running=0, session_share=0.4)
-    congest(policy, load)
-    requests = waiting([0, 0], num_tokens=4000)
-    assert arrivals(policy.order(requests, load)) == [0], "withheld although there is room"
-    load.open_sessions = [session(7), session(8)]
-    assert arrivals(policy.order(requests, load)) == []
-    wakes_at_s = policy.wakes_at_s()
-    assert wakes_at_s == pytest.approx(load.now_s + 4000 / 8000, rel=0.01)
-    load.now_s = wakes_at_s
-    assert arrivals(policy.order(requests, load)) == [0]
-
-
 @pytest.mark.parametrize(("pause_s", "withholds"), [(1.0, True), (50.0, False)])
 def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
     pause_s: float, withholds: bool
@@ -273,19 +245,6 @@ def test_the_next_turn_of_a_session_waits_a_bounded_time() -> None:
     assert arrivals(policy.order([new, later, resident], load)) == [1, 3]
 
 
-def test_tokens_that_were_not_evicted_add_no_debt() -> None:
-    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
-    before = policy.report()
-    for number in range(100):
-        load.now_s += 1.0
-        policy.computed(8000, 1.0, load)
-        policy.admitted(
-            FakeRequest(number, session(number, known_len=8000), 8000, evicted_len=0), load
-        )
-    after = policy.report()
-    assert after["debt_s"] == before["debt_s"] and after["memory_limit"] == 1.0
-
-
 def cycle(policy: AdmissionPolicy, load: FakeLoad, number: int, *, is_lost: bool) -> None:
     """Serve one request of 8,000 tokens after a pause of two seconds. It takes one second."""
     load.now_s += 3.0
@@ -298,16 +257,6 @@ def cycle(policy: AdmissionPolicy, load: FakeLoad, number: int, *, is_lost: bool
     load.now_s += 1.0
     policy.computed(8000 if is_lost else 80, 1.0 if is_lost else 0.01, load)
     policy.left(request, load)
-
-
-def test_the_memory_limit_falls_with_losses_and_grows_without() -> None:
-    policy, load = make_admission("sessions"), FakeLoad(session_share=0.1)
-    limits = []
-    for number in range(60):
-        cycle(policy, load, number, is_lost=number < 12)
-        limits.append(policy.report()["memory_limit"])
-    assert limits[11] == pytest.approx(max(0.1, 0.9**12), rel=0.2)
-    assert limits[12:] == sorted(limits[12:]) and limits[-1] == 1.0
 
 
 @pytest.mark.parametrize(("share", "enters"), [(0.1, False), (0.9, True)])
@@ -330,14 +279,6 @@ def test_sessions_are_protected_only_if_throughput_grows(share: float, enters: b
     assert bool(list(policy.order([request], load))) == enters
 
 
-def test_a_preempted_request_is_never_withheld() -> None:
-    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
-    congest(policy, load)
-    requests = waiting([0, 0])
-    requests[1].num_preemptions = 1
-    assert arrivals(policy.order(requests, load)) == [1]
-
-
 def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:
     policy, load = SessionGate(), FakeLoad(num_running=1)
     congest(policy, load, lost=80_000)
@@ -353,44 +294,6 @@ def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:
         assert choices[1] in policy._entered, "a running choice is no resident session"
 
 
-def test_an_entering_request_is_overtaken_a_bounded_number_of_times() -> None:
-    """The debt stays high, and resident sessions always have another request."""
-    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
-    congest(policy, load, lost=10**9)
-    cold = FakeRequest(0, session(0, num_requests=1))
-    for number in range(1, 10 * MAX_TURNS):
-        queue = [cold, FakeRequest(number, session(number), cached=1000, cached_len=1000)]
-        first = next(iter(policy.order(queue, load)))
-        policy.admitted(first, load)
-        if first is cold:
-            break
-    assert MAX_TURNS <= number <= MAX_TURNS + 1
-
-
-def test_the_report_has_the_withheld_requests_and_the_reason() -> None:
-    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
-    assert policy.report()["debt_s"] == -CREDIT_S
-    congest(policy, load, lost=80_000)
-    list(policy.order(waiting([0, 1000, 0]), load))
-    report = policy.report()
-    assert report["withheld_requests"] == 2
-    assert report["debt_s"] == pytest.approx(80_000 / 8000 - CREDIT_S, rel=0.05)
-    assert report["last_lost_tokens"] == 80_000
-    assert report["reason"] == "lost text is being repaid"
-
-
-def test_state_of_finished_requests_is_dropped() -> None:
-    policy, load = SessionGate(), FakeLoad(num_running=1)
-    congest(policy, load)
-    requests = waiting([0] * 50)
-    list(policy.order(requests, load))
-    for request in requests[:25]:
-        policy.admitted(request, load)
-    for request in requests:
-        policy.left(request, load)
-    assert not policy._lost and not policy._entered
-
-
 # --- Custom policies ------------------------------------------------------------------------------
 
 
@@ -402,45 +305,9 @@ class NewestFirst(AdmissionPolicy):
         return reversed(waiting[self.keep :])
 
 
-class Twice(AdmissionPolicy):
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
-        return [*waiting, waiting[0]]
-
-
-class Raises(AdmissionPolicy):
-    def admitted(self, request: WaitingRequest, load: Load) -> None:
-        raise KeyError("mine")
-
-
 def test_a_custom_admission_policy_orders_requests() -> None:
     requests = waiting([0, 0, 0])
     name = f"{__name__}:NewestFirst"
     assert arrivals(make_admission(name).order(requests, FakeLoad())) == [2, 1, 0]
     assert arrivals(make_admission(f"{name}(keep=1)").order(requests, FakeLoad())) == [2, 1]
     assert arrivals(make_admission(NewestFirst).order(requests, FakeLoad())) == [2, 1, 0]
-
-
-def test_errors_of_custom_admission_policies_are_explained() -> None:
-    with pytest.raises(PolicyError, match=r"Twice.*each at most once"):
-        make_admission(Twice).order(waiting([0, 0]), FakeLoad())
-    with pytest.raises(PolicyError, match=r"Raises.*admitted raised KeyError"):
-        make_admission(Raises).admitted(waiting([0])[0], FakeLoad())
-    with pytest.raises(ValueError, match=r"known: oldest.*sessions.*live:N"):
-        make_admission("youngest")
-    with pytest.raises(ValueError, match="whole number of at least 1"):
-        make_admission("live:0")
-
-
-def test_limit_reports_that_an_idle_session_keeps_its_place() -> None:
-    policy, load = make_admission("live:1"), FakeLoad(now_s=10.0)
-    first, second = Session(0, None, 0.0), Session(1, None, 10.0)
-    request = FakeRequest(0, first)
-    assert list(policy.order([request], load)) == [request]
-    assert "reason" not in policy.report()
-    first.idle_since_s = 10.0
-    assert list(policy.order([FakeRequest(1, second)], load)) == []
-    assert policy.wakes_at_s() == 310.0
-    assert "idle session" in str(policy.report()["reason"])
-    policy.session_ended(first, load)
-    assert len(list(policy.order([FakeRequest(1, second)], load))) == 1
-    assert "reason" not in policy.report()

@@ -19,8 +19,7 @@ from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, PolicyError
-from hybridcache.policies.user import eviction_of, placement_of
-from tests.policies.items import FakeItem
+from hybridcache.policies.user import placement_of
 
 EVICTION = ("add", "discard", "touch", "victim", "on_ghost_hit", "on_ghost_hit_above")
 PLACEMENT = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped", "plan")
@@ -139,14 +138,3 @@ def test_a_failing_exchange_rule_leaks_nothing() -> None:
     with pytest.raises(RuntimeError, match="boom"):
         Lease.begin(cache, Placement((Adaptive(),)), LeaseRequest(tokens), FailingExchange())
     cache.check(held_tokens=0, held_slots=0)
-
-
-def test_a_failed_policy_is_no_longer_called() -> None:
-    kind = failing(LRU, "add", 1)
-    policy = eviction_of(kind)()
-    first, second = FakeItem("first"), FakeItem("second")
-    policy.add(first)
-    policy.add(second)
-    assert isinstance(policy.failure, PolicyError)
-    assert kind.left == 0  # type: ignore[attr-defined]
-    assert policy.victim(None) is first

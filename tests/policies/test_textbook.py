@@ -63,22 +63,3 @@ def test_items_are_conserved_while_some_are_locked(
     cache = ItemCache(EVICTION[eviction](), capacity).serve(pages)
     num_requests = len(cache.evicted) + len(cache.items) + cache.hits + cache.refused
     assert num_requests == len(pages) and len(cache.items) <= capacity
-
-
-@given(requests, st.integers(1, 7))
-def test_lru_has_the_inclusion_property(pages: str, capacity: int) -> None:
-    small, large = (ItemCache(EVICTION["lru"](), size) for size in (capacity, capacity + 1))
-    for page in pages:
-        small.serve(page)
-        large.serve(page)
-        assert small.items.keys() <= large.items.keys()
-    assert small.hits <= large.hits
-
-
-def test_fifo_has_beladys_anomaly() -> None:
-    """Belady 1969: nine faults with three frames, ten with four."""
-    pages = "123412512345"
-    faults = [
-        len(pages) - ItemCache(EVICTION["fifo"](), frames).serve(pages).hits for frames in (3, 4)
-    ]
-    assert faults == [9, 10]

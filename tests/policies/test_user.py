@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import ClassVar
 
 import pytest
@@ -19,12 +17,9 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.leaderboard import Split, leaderboard
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
-from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.protocol import (
-    EvictionPolicy,
     Item,
     Placed,
     PlacementPolicy,
@@ -33,15 +28,12 @@ from hybridcache.policies.protocol import (
 )
 from hybridcache.policies.registry import (
     EVICTION,
-    PLACEMENT_NAMES,
     make_eviction,
     parse_placement,
 )
-from hybridcache.tiers import TieredRadixCache
-from tests.cache.serving import ids, serve, traffic
+from tests.cache.serving import serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
-from tests.policies.items import FakeItem, offer
 
 MODULE = """
 from typing import NamedTuple
@@ -215,57 +207,6 @@ def test_an_error_in_a_custom_policy_is_one_line(
     assert printed.startswith("hybridcache: ") and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("Bare", r"plan returned \d+; return Placed\(position, label\)"),
-        ("Half", r"plan returned Placed\(position=\d+.\d+, label='half'\); return Placed"),
-        ("Lost", "plan raised RuntimeError: no idea .user_policies.py, line"),
-        (
-            "Often",
-            "decode_interval returned 'often'; return the number of tokens between checkpoints, or",
-        ),
-    ],
-)
-def test_an_error_in_a_custom_placement_is_explained(name: str, message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
-        simulate("short?head=60", gib=1, checkpoints=f"user_policies:{name}", bound=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("broken:X", "no module 'broken' can be imported .invalid syntax"),
-        ("nowhere:X", "no module 'nowhere' can be imported"),
-        ("user_policies.py:NaN", "leave out .py"),
-        ("user_policies:MODULE", "user_policies has no class 'MODULE'"),
-    ],
-)
-def test_a_module_that_cannot_be_imported_raises_an_explanation(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_eviction(name)
-
-
-def test_the_guard_of_a_custom_policy_forwards_all_calls() -> None:
-    policy: EvictionPolicy = make_eviction("user_policies:CheapestFirst")()
-    cheap, costly = FakeItem("cheap", span=1), FakeItem("costly", span=9)
-    policy.on_ghost_hit(cheap)
-    assert offer(policy, costly, cheap) == ["cheap", "costly"]
-    assert policy.victim(None) is None
-
-
-class Deepest(ScorePolicy):
-    def score(self, item: object) -> float:
-        return -float(item.position)  # type: ignore[attr-defined]
-
-
-class Within(PlacementPolicy):
-    offset = 0
-
-    def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        yield Placed(self.offset + prefill.prompt_len, "custom")
-
-
 class Spaced(PlacementPolicy):
     def __init__(self, interval: int) -> None:
         self.interval = interval
@@ -274,19 +215,6 @@ class Spaced(PlacementPolicy):
         for position in range(prefill.prompt_len, 0, -1):
             if position % self.interval == 0:
                 yield Placed(position, "custom")
-
-
-def test_a_class_and_its_name_give_the_same_results(tmp_path: Path) -> None:
-    runs = simulate("short?head=60", gib=0.3, policy=[Deepest], checkpoints=Within).runs
-    by_name = simulate(
-        "short?head=60",
-        gib=0.3,
-        policy=f"{__name__}:Deepest",
-        checkpoints=f"{__name__}:Within",
-        resume_from=tmp_path / "runs.jsonl",
-    ).runs
-    assert runs[0].label == f"{__name__}:Deepest @ {__name__}:Within" == by_name[0].label
-    assert runs[0].cached_tokens == by_name[0].cached_tokens > 0
 
 
 class Weighted(ScorePolicy):
@@ -305,30 +233,6 @@ class Weighted(ScorePolicy):
 
 class InTiers(Weighted):
     orders_classes = False
-
-
-@pytest.mark.parametrize(("policy", "number"), [(Weighted, 1), (InTiers, 3)])
-@pytest.mark.parametrize("by_name", [True, False])
-def test_a_policy_is_created_once_per_cache_or_once_per_class(
-    policy: type[Weighted], number: int, by_name: bool
-) -> None:
-    Weighted.instances.clear()
-    eviction = f"{__name__}:{policy.__name__}" if by_name else policy
-    build_prefix_cache(
-        CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=eviction)
-    )
-    assert len(Weighted.instances) == number
-
-
-def test_a_custom_policy_sees_unreachable_and_superseded_items() -> None:
-    Weighted.instances.clear()
-    config = CacheConfig(num_kv_tokens=1000, num_slots=9, state_bytes=9, grid=1, eviction=Weighted)
-    cache = build_prefix_cache(config)
-    serve(cache, ids("one"), [2, 3])
-    serve(cache, ids("two"))
-    [policy] = Weighted.instances
-    items = list(policy.candidates())
-    assert any(item.dead for item in items) and any(item.superseded for item in items)
 
 
 @pytest.mark.parametrize(
@@ -356,60 +260,9 @@ def test_a_policy_takes_parameters(policy: object) -> None:
     assert "Weighted" in runs[2].label or "lambda" in runs[2].label
 
 
-def test_the_command_line_accepts_two_policies_with_parameters(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    names = f"{__name__}:Weighted(weight=2),{__name__}:Weighted(weight=-2)"
-    command = ["simulate", "--trace", "short?head=9", "--gib", "1", "--no-bound"]
-    assert main([*command, "--policy", names]) == 0
-    out = capsys.readouterr().out
-    assert f"{__name__}:Weighted(weight=2) " in out and "Weighted(weight=-2)" in out
-
-
-@pytest.mark.parametrize("policy", [FIFO, EVICTION["sieve"], LRU])
-def test_a_built_in_class_and_its_name_give_the_same_results(policy: type[EvictionPolicy]) -> None:
-    [name] = [name for name, found in EVICTION.items() if found is policy]
-    by_class = simulate("short?head=60", gib=0.3, policy=policy, bound=False).runs[0]
-    by_name = simulate("short?head=60", gib=0.3, policy=name, bound=False).runs[0]
-    assert by_class.cached_tokens == by_name.cached_tokens
-
-
 def same(policy: type[object]) -> type[object]:
     """Return a subclass of a built-in policy that changes nothing."""
     return type(f"Same{policy.__name__}", (policy,), {"__module__": __name__})
-
-
-def outcomes(trace: Trace, **options: object) -> list[dict[str, object]]:
-    """Return all results of a simulation except CPU time."""
-    records = []
-    for run in simulate(trace, bound=False, **options).runs:
-        record = run.as_record()
-        records.append({name: record[name] for name in record if name not in RUN_IDENTITY})
-    return records
-
-
-RUN_IDENTITY = ("config", "control_us")
-PRESSURED = {
-    "short": ("short?head=60", {"gib": 0.3}),
-    "searches": ("tree-search?head=80", {"gib": 0.35}),
-    "host": ("few-shot?head=60", {"gib": 0.35, "host_gib": 0.4}),
-    "pools": ("short?head=60", {"gib": 0.5, "memory": "pools", "kv_share": 0.5}),
-    "ample": ("chat?head=25", {"gib": 12}),
-}
-
-
-@pytest.mark.full("host", "short")
-@pytest.mark.parametrize("cell", list(PRESSURED))
-def test_a_subclass_of_any_policy_gives_the_same_simulation(cell: str) -> None:
-    spec, options = PRESSURED[cell]
-    trace, names = open_trace(spec).kept(), sorted(EVICTION)
-    checkpoints = "branch,boundary,backoff:2,end"
-    expected = outcomes(trace, policy=names, checkpoints=checkpoints, **options)
-    actual = outcomes(
-        trace, policy=[same(EVICTION[name]) for name in names], checkpoints=checkpoints, **options
-    )
-    assert dict(zip(names, actual, strict=True)) == dict(zip(names, expected, strict=True))
-    assert (cell == "ample") == (not any(run["evicted_checkpoints"] for run in expected))
 
 
 class ItemLog(VictimLog):
@@ -461,115 +314,11 @@ def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -
     assert found[0] == found[1] and found[0]
 
 
-PLACEMENTS = [
-    f"{name}:{rule.example}" if rule.example else name for name, rule in PLACEMENT_NAMES.items()
-]
-
-
-@pytest.mark.full("host")
-@pytest.mark.parametrize("cell", ["searches", "host", "ample"])
-def test_a_subclass_of_any_placement_gives_the_same_simulation(cell: str) -> None:
-    spec, options = PRESSURED[cell]
-    trace = open_trace(spec).kept()
-
-    def subclass(spec: str) -> Callable[[], PlacementPolicy]:
-        name, _, number = spec.partition(":")
-        derived = same(PLACEMENT_NAMES[name].make)
-        return partial(derived, int(number)) if number else derived  # type: ignore[return-value]
-
-    expected = outcomes(trace, checkpoints=PLACEMENTS, policy="survival", **options)
-    actual = outcomes(
-        trace, checkpoints=[subclass(spec) for spec in PLACEMENTS], policy="survival", **options
-    )
-    assert dict(zip(PLACEMENTS, actual, strict=True)) == dict(
-        zip(PLACEMENTS, expected, strict=True)
-    )
-
-
-class Shared(Weighted):
-    """Policy with one instance per priority class, each of which has an instance per tier."""
-
-    orders_classes = False
-    ghost_hits: ClassVar[list[tuple[str, int]]] = []
-
-    def on_ghost_hit(self, item: Item) -> None:
-        self.ghost_hits.append(("deepest", item.position))
-
-    def on_ghost_hit_above(self, item: Item) -> None:
-        self.ghost_hits.append(("above", item.position))
-
-    def for_tier(self) -> Shared:
-        return Shared()
-
-
-def test_all_priority_classes_get_ghost_hits_and_are_shared_with_tiers() -> None:
-    Shared.ghost_hits.clear()
-    config = CacheConfig(
-        num_kv_tokens=100, num_slots=9, state_bytes=9, host_bytes=12, grid=1, eviction=Shared
-    )
-    cache = build_prefix_cache(config)
-    assert isinstance(cache, TieredRadixCache)
-    assert all(tier.is_shared for tier in cache.offload.tiers)
-    serve(cache, ids("abcdefgh"), [2, 4, 6])
-    cache.evict(num_tokens=100)
-    serve(cache, ids("abcdefgh"))
-    expected = [("deepest", 6), ("above", 4), ("above", 2)]
-    assert sorted(Shared.ghost_hits) == sorted(expected * 2), "one per class of checkpoints"
-
-
-@pytest.mark.parametrize("name", sorted(EVICTION))
-def test_a_copied_policy_gives_the_same_order(name: str) -> None:
-    instance = make_eviction(name)()
-    orders = []
-    for policy in (copy.deepcopy(instance), instance):
-        items = [FakeItem(f"{n}", last_used=n, created=n, span=9 - n) for n in range(4)]
-        orders.append(offer(policy, *items))
-    assert orders[0] == orders[1] and len(orders[0]) == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("user_policies:CheapestFirst(", "write module:Class.alpha=2."),
-        ("user_policies:CheapestFirst(open('x'))", "write module:Class.alpha=2."),
-        ("user_policies:CheapestFirst(3)", "it cannot be created .TypeError"),
-    ],
-)
-def test_invalid_policy_parameters_raise_an_explanation(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        simulate("short?head=9", gib=1, policy=name, bound=False)
-
-
 def test_a_placement_takes_parameters() -> None:
     for placement in (Spaced(128), lambda: Spaced(128), f"{__name__}:Spaced(128)"):
         actual = simulate("short?head=60", gib=1, checkpoints=placement, bound=False).runs[0]
         expected = simulate("short?head=60", gib=1, checkpoints="every:128", bound=False).runs[0]
         assert actual.cached_tokens == expected.cached_tokens > 0
-
-
-def test_a_local_class_cannot_be_saved_or_sent_to_a_process(tmp_path: Path) -> None:
-    class Local(Deepest):
-        pass
-
-    assert "Local" in simulate("short?head=9", gib=1, policy=Local, bound=False).runs[0].label
-    path = tmp_path / "runs.jsonl"
-    with pytest.raises(ValueError, match="name the policy as in 'mine:Policy"):
-        simulate("short?head=9", gib=1, policy=Local, resume_from=path)
-    with pytest.raises(ValueError, match="cannot be sent to another process"):
-        simulate("short?head=9", gib=(1, 2), policy=Local, processes=2)
-
-
-def test_a_class_without_a_source_file_runs_but_cannot_be_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Classes of a notebook have a module without source text."""
-    cell = ModuleType("cell")
-    exec(MODULE, cell.__dict__)
-    monkeypatch.setitem(sys.modules, "cell", cell)
-    own = cell.__dict__["CheapestFirst"]
-    assert simulate("short?head=9", gib=1, policy=own).runs[0].label == "cell:CheapestFirst"
-    with pytest.raises(ValueError, match="its source cannot be read"):
-        simulate("short?head=9", gib=1, policy=own, resume_from=tmp_path / "runs.jsonl")
 
 
 class Stingy(FIFO):
@@ -628,13 +377,3 @@ def test_a_policy_that_never_gives_a_victim_ends_with_one_sentence(
     """Memory is never freed, so requests would wait for ever."""
     with pytest.raises(PolicyError, match=r"Stingy'?: victim returned None 50 times although"):
         run()
-
-
-def test_an_error_for_an_unknown_name_suggests_a_similar_one() -> None:
-    for name, near in (("lur", "lru"), ("LRU", "lru"), ("Survival", "survival")):
-        with pytest.raises(ValueError, match=f"{name!r}, did you mean {near!r}"):
-            make_eviction(name)
-    with pytest.raises(ValueError, match="did you mean 'adaptive'"):
-        parse_placement("branch,adaptiv")
-    with pytest.raises(ValueError, match="unknown eviction policy 'xyzzy'; known: lru"):
-        make_eviction("xyzzy")
