@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, RequestSpec, SamplingParams, engine_config
-from engine.command.cli import main
 from engine.text.tokenizer import IdTokenizer
 from engine.worker.screen import start_screen
 from experiments.gpu.models import TINY, write_geometry
@@ -76,11 +75,6 @@ def test_text_without_a_tokenizer_is_refused_in_one_sentence(
     assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
 
 
-def test_named_tokenizer_must_exist(directory: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"put the model's tokenizer\.json there"):
-        make_engine(directory, tokenizer=str(directory))
-
-
 @pytest.fixture
 def with_recommendations(tmp_path: Path) -> Path:
     path = Path(write_geometry(tmp_path, TINY))
@@ -112,36 +106,3 @@ def test_sampling_defaults_come_from_the_model(with_recommendations: Path) -> No
     engine = make_engine(with_recommendations)
     request = engine.make(engine.validate(RequestSpec(IDS)))
     assert (request.params.temperature, request.params.top_k) == (0.6, 20)
-
-
-def test_sampling_defaults_of_the_model_can_be_ignored(with_recommendations: Path) -> None:
-    engine = make_engine(with_recommendations, sampling_defaults="none")
-    assert engine.sampling_defaults == {} and "where a request" not in start_screen(engine, "")
-    assert engine.make(engine.validate(RequestSpec(IDS))).params == SamplingParams()
-    assert engine.tokenizer.eos_token_ids == {7}
-
-
-def test_command_line_uses_model_defaults_without_flags(
-    with_recommendations: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    used: list[SamplingParams] = []
-    stream = Engine.stream
-    monkeypatch.setattr(
-        Engine,
-        "stream",
-        lambda self, spec: used.append(spec.sampling) or stream(self, spec),
-    )
-    common = ["--model", str(with_recommendations), "--load-format", "dummy", "--device", "cpu"]
-    for flags in ([], ["--temperature", "1", "--max-tokens", "2"]):
-        assert main(["generate", "5 17", "--cache-gib", "0.02", *common, *flags]) == 0
-    assert [(p.temperature, p.top_k, p.max_tokens) for p in used] == [(0.6, 20, 16), (1, 20, 2)]
-    assert capsys.readouterr().out.split()
-
-
-def test_bad_sampling_default_of_a_model_is_reported(with_recommendations: Path) -> None:
-    (with_recommendations / "generation_config.json").write_text('{"top_p": 7, "top_k": 0}')
-    with pytest.raises(ValueError, match=r"generation_config\.json: top_p must be .*defaults none"):
-        make_engine(with_recommendations)
-    assert make_engine(with_recommendations, sampling_defaults="none").sampling_defaults == {}
-    (with_recommendations / "generation_config.json").write_text('{"top_k": 0, "min_p": null}')
-    assert make_engine(with_recommendations).sampling_defaults == {}

@@ -8,15 +8,11 @@ import json
 import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import openai
 import pytest
-from openai.types.chat.completion_create_params import CompletionCreateParamsBase
-from openai.types.shared.reasoning_effort import ReasoningEffort
 
-from engine.plugins.dialects.responses_body import ResponsesRequest
-from engine.server.schemas import ChatRequest
 from engine.text.tokenizer import ByteTokenizer
 
 from .conftest import Live
@@ -28,21 +24,6 @@ CHAT = [
     {"role": "system", "content": "Be brief. " * 20},
     {"role": "user", "content": "Hello there"},
 ]
-
-
-def test_completion_reports_its_usage(live: Live) -> None:
-    answer = live.client.completions.create(
-        prompt="first " + LONG, max_tokens=5, extra_body={"ignore_eos": True}, **GREEDY
-    )
-    assert answer.object == "text_completion" and answer.model == "builtin"
-    [choice] = answer.choices
-    assert choice.finish_reason == "length"
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens == len("first " + LONG)
-    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (
-        5,
-        5 + len("first " + LONG),
-    )
 
 
 def test_chats_and_responses_count_the_same_written_tokens(live: Live) -> None:
@@ -69,18 +50,6 @@ def test_repeated_prompt_reports_its_hit(live: Live) -> None:
     assert details[1].cached_tokens == (len(prompt) - 1) // 64 * 64
     for detail in details:
         assert detail.cached_tokens + sum(detail.lost_tokens.values()) == len(prompt)
-
-
-def test_salts_do_not_share_cached_tokens(live: Live) -> None:
-    def cached(salt: str) -> int:
-        answer = live.client.completions.create(
-            prompt="third " + LONG, max_tokens=1, extra_body={"cache_salt": salt}, **GREEDY
-        )
-        return answer.usage.prompt_tokens_details.cached_tokens
-
-    assert cached("a") == 0
-    assert cached("b") == 0
-    assert cached("a") > 0
 
 
 @pytest.mark.parametrize("server", ["live", "builtin"])
@@ -148,20 +117,6 @@ def test_next_turn_resumes_at_the_stable_boundary(live: Live) -> None:
     second = live.client.chat.completions.create(messages=chat, **options)
     stable = first.usage.prompt_tokens - len(tokenizer.encode("<think>\n"))
     assert second.usage.prompt_tokens_details.cached_tokens == stable // 64 * 64 > 0
-
-
-@pytest.mark.parametrize(
-    "names",
-    [("max_tokens",), ("max_completion_tokens",), ("max_tokens", "max_completion_tokens")],
-    ids=len,
-)
-def test_token_limit_has_two_names(live: Live, names: tuple[str, ...]) -> None:
-    """Both may be sent if they are equal."""
-    options: dict[str, Any] = {"extra_body": {"ignore_eos": True}, **GREEDY}
-    options |= dict.fromkeys(names, 3)
-    answer = live.client.chat.completions.create(messages=CHAT, **options)
-    assert answer.usage is not None and answer.usage.completion_tokens == 3
-    assert answer.choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -253,11 +208,6 @@ def test_echo_scores_the_prompt_without_the_cache(builtin: Live) -> None:
     assert first == second[: len(prompt)]
 
 
-def test_echo_without_new_tokens_returns_the_prompt(live: Live) -> None:
-    answer = live.client.completions.create(prompt="hé 😀", max_tokens=0, echo=True, **GREEDY)
-    assert answer.choices[0].text == "hé 😀" and answer.choices[0].logprobs is None
-
-
 def test_asynchronous_client_with_concurrent_requests(live: Live) -> None:
     async def ask_all() -> list[str]:
         async with live.async_client as client:
@@ -296,64 +246,6 @@ def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
     assert answer.status_code == 200, "the model's name is optional"
 
 
-def test_options_without_effect_are_accepted(live: Live) -> None:
-    answer = live.client.chat.completions.create(
-        messages=[
-            {
-                "role": "user",
-                "content": [{"type": "text", "text": "parts"}, {"type": "text", "text": "two"}],
-            }
-        ],
-        max_tokens=1,
-        user="me",
-        store=False,
-        logit_bias={},
-        response_format={"type": "text"},
-        tool_choice="auto",
-        metadata={"a": "b"},
-        service_tier="auto",
-        seed=None,
-        **GREEDY,
-    )
-    assert answer.usage.prompt_tokens == len(
-        ByteTokenizer().encode("<|im_start|>user\nparts\ntwo<|im_end|>\n<|im_start|>assistant\n")
-    )
-
-
-LEVELS = {
-    "reasoning_effort": get_args(get_args(ReasoningEffort)[0]),
-    "verbosity": ("low", "medium", "high"),
-    "service_tier": ("auto", "default", "flex", "scale", "priority", "fast"),
-    "prompt_cache_retention": ("in_memory", "24h"),
-}
-
-
-def test_every_level_of_the_client_is_accepted() -> None:
-    fields = get_type_hints(CompletionCreateParamsBase)
-    for name, levels in LEVELS.items():
-        assert all(repr(level) in str(fields[name]) for level in levels), "the client has changed"
-        for level in levels:
-            ChatRequest.model_validate({"messages": CHAT, name: level})
-    for effort in LEVELS["reasoning_effort"]:
-        ResponsesRequest.model_validate({"input": "x", "reasoning": {"effort": effort}})
-
-
-@pytest.mark.parametrize("effort", ["none", "low"])
-def test_reasoning_effort_works_alike_in_chats_and_responses(
-    serve_answer: Callable[..., Live], effort: str
-) -> None:
-    live = serve_answer("a</think>b")
-    chat = {"messages": CHAT, "reasoning_effort": effort}
-    answer = live.post("/v1/chat/completions", chat).json()["choices"][0]["message"]
-    response = live.post("/v1/responses", {"input": CHAT, "reasoning": {"effort": effort}}).json()
-    kinds = [item["type"] for item in response["output"]]
-    assert kinds == (["message"] if effort == "none" else ["reasoning", "message"])
-    assert ("reasoning_content" in answer) == (effort != "none")
-    switched = chat | {"chat_template_kwargs": {"enable_thinking": effort == "none"}}
-    [choice] = live.post("/v1/chat/completions", switched).json()["choices"]
-    assert ("reasoning_content" in choice["message"]) == (effort == "none")
-
-
 FUNCTION = {"name": "f", "arguments": "{}"}
 
 
@@ -369,36 +261,6 @@ FUNCTION = {"name": "f", "arguments": "{}"}
 )
 def test_answer_without_text_can_be_sent_back(live: Live, message: dict[str, Any]) -> None:
     chat = [*CHAT, {"role": "assistant", **message}, {"role": "user", "content": "And?"}]
-    answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 2})
-    assert answer.status_code == 200, answer.text
-
-
-def test_tool_turns_are_accepted(live: Live) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    chat = [
-        {"role": "user", "content": "go"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "1", "content": "42"},
-    ]
-    tools = [
-        {
-            "type": "function",
-            "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
-        }
-    ]
-    answer = live.client.chat.completions.create(messages=chat, tools=tools, max_tokens=2, **GREEDY)
-    assert answer.usage.completion_tokens in (1, 2)
-
-
-@pytest.mark.parametrize("arguments", ['{"city": "Ro', "[]", ""])
-def test_truncated_tool_call_can_be_sent_back(live: Live, arguments: str) -> None:
-    """Agents send answers back that ``max_tokens`` cut in the middle."""
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    chat = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c", "content": "what?"},
-    ]
     answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 2})
     assert answer.status_code == 200, answer.text
 

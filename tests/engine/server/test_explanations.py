@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import httpx
 import pytest
 from openai.types.responses.response import PromptCacheDiagnostics
 from pydantic import TypeAdapter
 
-from engine import server_config
-from engine.plugins.diagnostics.explain import ADVICE, CAUSES, NEW, Change
+from engine.plugins.diagnostics.explain import ADVICE, NEW
 
 from .conftest import Live
 
@@ -112,59 +111,6 @@ def test_messages_explain_in_anthropics_fields(live: Live) -> None:
     assert "diagnostics" not in live.post("/v1/messages", {**request, "system": "C"}).json()
 
 
-def test_each_cause_has_advice() -> None:
-    assert set(ADVICE) == {*get_args(Change), *CAUSES, NEW}
-
-
-def test_unknown_id_may_have_been_dropped_for_space(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle(server_config(explain_mib=0))
-    answer_id = live.post("/v1/chat/completions", body("Gone.")).json()["id"]
-    answer = live.get(f"/v1/cache/explanations/{answer_id}")
-    assert answer.status_code == 404 and "raise --explain-mib" in answer.text
-
-
-def test_without_a_cache_nothing_is_written_or_explained(
-    serve_oracle: Callable[..., Live],
-) -> None:
-    live = serve_oracle(prefix_cache="none")
-    answer = live.post("/v1/chat/completions", body("Cold.")).json()
-    assert answer["usage"]["prompt_tokens_details"]["cache_write_tokens"] == 0
-    explanation = live.get(f"/v1/cache/explanations/{answer['id']}")
-    assert explanation.status_code == 404 and "the prefix cache is off" in explanation.text
-
-
-def test_responses_explain_in_openais_fields(live: Live) -> None:
-    create = live.client.responses.create
-    model = live.engine.model_name
-    first = create(model=model, input="Why?", instructions=SYSTEM + "R", max_output_tokens=4)
-    assert first.prompt_cache_diagnostics is None
-    body = {"prompt_cache_options": {"comparison_response_id": first.id}}
-    second = create(
-        model=model,
-        input="Why?",
-        instructions="R" + SYSTEM + "R",
-        max_output_tokens=4,
-        extra_body=body,
-    )
-    diagnostics = second.prompt_cache_diagnostics
-    assert (
-        diagnostics is not None
-        and diagnostics.type == "cache_miss"
-        and diagnostics.reason == "input_changed"
-    )
-    stream = create(
-        model=model,
-        input="Why?",
-        instructions=SYSTEM + "R",
-        max_output_tokens=4,
-        stream=True,
-        extra_body=body,
-    )
-    assert int(stream.response.headers["x-cache-hit-tokens"]) > 0
-    last = list(stream)[-1]
-    assert last.response.prompt_cache_diagnostics.type == "cache_hit"
-
-
 @pytest.mark.parametrize(("salt", "later"), [("a", "b"), ("a", None), (None, "a")])
 def test_requests_of_other_tenants_are_unknown(
     live: Live, salt: str | None, later: str | None
@@ -181,29 +127,6 @@ def test_requests_of_other_tenants_are_unknown(
     assert answer["cache_explanation"] is None
     assert answer["diagnostics"] == {"cache_miss_reason": {"type": "previous_message_not_found"}}
     assert answer["prompt_cache_diagnostics"] == {"type": "comparison_response_not_found"}
-
-
-def test_answer_stopped_by_the_client_is_compared(
-    serve_oracle: Callable[..., Live],
-) -> None:
-    live = serve_oracle(step_s=0.005)
-    request = body(SYSTEM) | {"stream": True, "max_tokens": 500, "ignore_eos": True}
-    text = ""
-    with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=request) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: "):
-                event = json.loads(line.removeprefix("data: "))
-                text += event["choices"][0]["delta"].get("content") or ""
-            if len(text) > 30:
-                break
-    live.wait_until_idle()
-    stopped_id = event["id"]
-    chat = [*request["messages"], {"role": "assistant", "content": text}]
-    next_turn = body("Go on.") | {"messages": [*chat, {"role": "user", "content": "Go on."}]}
-    next_id = live.post("/v1/chat/completions", next_turn).json()["id"]
-    explanation = live.get(f"/v1/cache/explanations/{next_id}").json()
-    assert explanation["compared_with"] == stopped_id
-    assert explanation["cause"] != "new"
 
 
 def test_first_chat_of_a_server_is_explained(
@@ -231,51 +154,6 @@ def test_first_chat_of_a_server_is_explained(
     )
     assert "no stored request shares any of it" in first_explanation["text"]
     assert second_explanation["compared_with"] == first["id"] and second_explanation["cause"] != NEW
-
-
-def test_first_chat_after_a_completion_is_not_new(serve_oracle: Callable[..., Live]) -> None:
-    """The text completion computed the prompt, but is not explained itself."""
-    live = serve_oracle()
-    request = body(SYSTEM)
-    tokens = live.post("/tokenize", {"messages": request["messages"]}).json()["tokens"]
-    completion = live.post("/v1/completions", {"prompt": tokens, "max_tokens": 1}).json()
-    chat = live.post("/v1/chat/completions", request).json()
-    explanation = live.get(f"/v1/cache/explanations/{chat['id']}").json()
-    assert explanation["cause"] == "below_grid" and explanation["cached_tokens"] > 0
-    assert (
-        sum(explanation["lost"].values())
-        == explanation["shared_tokens"] - explanation["cached_tokens"]
-    )
-    assert "tokens that the cache knew: " in explanation["text"]
-    unknown = live.get(f"/v1/cache/explanations/{completion['id']}")
-    assert unknown.status_code == 404 and "not text completions" in unknown.text
-
-
-@pytest.mark.parametrize(
-    ("changes", "field", "names_reasoning"),
-    [
-        ({"content": "b ok"}, "content", False),
-        ({"reasoning_content": None}, "reasoning_content", True),
-        ({"content": "b ok", "reasoning_content": None}, "reasoning_content", True),
-    ],
-)
-def test_advice_names_the_changed_part_of_an_answer(
-    serve_answer: Callable[..., Live], changes: dict[str, Any], field: str, names_reasoning: bool
-) -> None:
-    live = serve_answer("a</think>b")
-    request = body(str(changes) + SYSTEM, reasoning_effort="low") | {"max_tokens": 40}
-    answer = live.post("/v1/chat/completions", request).json()
-    message = answer["choices"][0]["message"] | changes
-    messages = [*request["messages"], message, {"role": "user", "content": "Go on."}]
-    later = live.post("/v1/chat/completions", request | {"messages": messages}).json()
-    query = f"{later['id']}?compared_with={answer['id']}"
-    explanation = live.get(f"/v1/cache/explanations/{query}").json()
-    assert (explanation["cause"], explanation["parted"]["path"]) == (
-        "answer",
-        f"messages[2].{field}",
-    )
-    assert explanation["advice"].startswith("Send answers back as they came.")
-    assert ("--preserve-thinking" in explanation["advice"]) == names_reasoning
 
 
 def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:

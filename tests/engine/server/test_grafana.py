@@ -53,23 +53,3 @@ def test_panel_uses_existing_metrics_and_labels(
             assert name in labels_of, name
         for labels in LABELS.findall(target["expr"]):
             assert set(labels.split(", ")) <= set.union(*(labels_of[name] for name in names))
-
-
-def test_panels_do_not_overlap_and_have_unique_ids() -> None:
-    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
-    taken: set[tuple[int, int]] = set()
-    for place in (panel["gridPos"] for panel in PANELS):
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not cells & taken and place["x"] + place["w"] <= 24
-        taken |= cells
-
-
-def test_hit_rate_is_weighted_by_tokens() -> None:
-    [panel] = [panel for panel in PANELS if panel["title"] == "Prompt tokens reused"]
-    [target] = panel["targets"]
-    names = NAME.findall(target["expr"])
-    assert names == ["engine_cached_tokens_total", "engine_prompt_tokens_total"]

@@ -8,42 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import socket
-import threading
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
-import httpx
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
 
-from engine import EngineConfig, RequestSpec, server_config
-from engine.requests.request import Intake
-from engine.server import serve
-from engine.server.api_errors import APIError
-from engine.server.bodies import LONG, BodyReader, Workers, _num_marks, to_json
-from engine.server.context import CompletionScores, chat_scores
-from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
-from engine.server.serve import (
-    FEWEST,
-    MOST_DESCRIPTORS,
-    RESERVED,
-    most_connections,
-    raise_descriptor_limit,
-)
-from engine.server.settings import ACCEPTED_AT_ONCE, ServerConfig
-from engine.text.json_text import read_json, write_json
-from engine.text.outputs import SampledToken
-from engine.text.tokenizer import ByteTokenizer
+from engine.server.settings import ServerConfig
 
 from .conftest import Live
-from .test_bad_input import check_error
 from .test_living import http_answer
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -65,61 +40,38 @@ CALL = {
 }
 """1,200 commas and colons."""
 MANY_NAMES = {"id": "1", "type": "function", "function": CALL}
+CALLS = {"role": "assistant", "tool_calls": [MANY_NAMES, MANY_NAMES]}
+PARTS = {"role": "user", "content": [PART] * 6}
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
-    ("/v1/completions", {"prompt": [1] * 3000}, "more than 2000 commas .* raise --max-values"),
-    ("/v1/completions", {"prompt": [[]] * 2000}, "more than 2000 colons .* raise --max-names"),
-    (
-        "/v1/chat/completions",
-        {"messages": CHAT, "tools": [{"a": [1] * 3000}]},
-        "more than 2000 commas .* raise --max-names",
-    ),
-    ("/tokenize", {"prompt": "x" * 101}, "This makes 101 tokens .* raise --max-prompt-ids"),
-    ("/v1/completions", {"prompt": [1] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
-    ("/v1/completions", {"prompt": [[1] * 51] * 2}, "'prompt' has 102 .* raise --max-prompt-ids"),
-    ("/v1/completions", {"prompt": ["x"] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
-    (
-        "/v1/completions",
-        {"prompt": "x", "n": 11, "allowed_token_ids": [1] * 10},
-        "'allowed_token_ids' has 110 .* raise --max-prompt-ids",
-    ),
-    ("/v1/completions", {"prompt": "x", "stop": ["y"] * 5}, "'stop' has 5 .* raise --max-stops"),
-    (
-        "/v1/completions",
-        {"prompt": "x", "bad_words": ["y" * 17]},
-        "'bad_words' has 17 .* raise --max-stop-chars",
-    ),
-    ("/v1/completions", {"prompt": "x", "stop": "y" * 17}, "'stop' has 17 .* --max-stop-chars"),
-    ("/v1/completions", {"prompt": "x", "stop": ["y" * 17]}, "'stop' has 17 .* --max-stop-chars"),
-    ("/v1/completions", {"prompt": "x", "stop_token_ids": [1] * 5}, "'stop_token_ids' has 5"),
-    ("/v1/chat/completions", {"messages": [1] * 11}, "'messages' has 11 .* raise --max-messages"),
-    ("/tokenize", {"messages": CHAT * 11}, "'messages' has 11 .* raise --max-messages"),
-    (
-        "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": [PART] * 6}] * 2},
-        "'messages' has 12 text parts, more than 10: send fewer, or raise --max-parts",
-    ),
-    ("/detokenize", {"tokens": [1] * 101}, "'tokens' has 101 .* raise --max-detokenize-ids"),
-    (
-        "/v1/chat/completions",
-        {"messages": [{"role": "assistant", "tool_calls": [MANY_NAMES, MANY_NAMES]}]},
-        "calls in 'messages' have more than 2000 commas, .* raise --max-names",
-    ),
-    (
-        "/v1/responses",
-        {"input": [{"type": "function_call", **CALL}, {"type": "function_call", **CALL}]},
-        "calls in 'input' have more than 2000 commas, .* raise --max-names",
-    ),
+    (COMPLETIONS, {"prompt": [1] * 3000}, "values"),
+    (COMPLETIONS, {"prompt": [[]] * 2000}, "names"),
+    (CHATS, {"messages": CHAT, "tools": [{"a": [1] * 3000}]}, "names"),
+    ("/tokenize", {"prompt": "x" * 101}, "prompt-ids"),
+    (COMPLETIONS, {"prompt": [1] * 101}, "prompt-ids"),
+    (COMPLETIONS, {"prompt": [[1] * 51] * 2}, "prompt-ids"),
+    (COMPLETIONS, {"prompt": ["x"] * 101}, "prompt-ids"),
+    (COMPLETIONS, {"prompt": "x", "n": 11, "allowed_token_ids": [1] * 10}, "prompt-ids"),
+    (COMPLETIONS, {"prompt": "x", "stop": ["y"] * 5}, "stops"),
+    (COMPLETIONS, {"prompt": "x", "stop": ["y" * 17]}, "stop-chars"),
+    (COMPLETIONS, {"prompt": "x", "bad_words": ["y" * 17]}, "stop-chars"),
+    (COMPLETIONS, {"prompt": "x", "stop_token_ids": [1] * 5}, "stops"),
+    (CHATS, {"messages": [1] * 11}, "messages"),
+    ("/tokenize", {"messages": CHAT * 11}, "messages"),
+    (CHATS, {"messages": [PARTS] * 2}, "parts"),
+    (CHATS, {"messages": [CALLS]}, "names"),
+    ("/v1/responses", {"input": [{"type": "function_call", **CALL}] * 2}, "names"),
+    ("/detokenize", {"tokens": [1] * 101}, "detokenize-ids"),
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "message"), TOO_MANY, ids=[m for *_, m in TOO_MANY])
+@pytest.mark.parametrize(("path", "body", "limit"), TOO_MANY)
 def test_exceeded_limit_names_its_flag(
-    serve_oracle: Callable[..., Live], path: str, body: dict[str, Any], message: str
+    serve_oracle: Callable[..., Live], path: str, body: dict[str, Any], limit: str
 ) -> None:
     live = serve_oracle(SMALL)
-    error = check_error(live.post(path, body), 400, "")
-    first, *rest = message.split(" .* ")
-    assert first in error["message"] and all(part in error["message"] for part in rest)
+    answer = live.post(path, body)
+    assert answer.status_code == 400 and f"--max-{limit}" in answer.json()["error"]["message"]
     live.check_conserved()
 
 
@@ -131,39 +83,6 @@ def test_request_at_the_limits_is_served(serve_oracle: Callable[..., Live]) -> N
         ("/detokenize", {"tokens": [65] * 100}),
     ):
         assert live.post(path, body).status_code == 200, path
-
-
-WRONG_EVERYWHERE: list[tuple[type[BaseModel], dict[str, Any]]] = [
-    (ChatRequest, {"messages": [1] * 4096}),
-    (ChatRequest, {"messages": [{"role": "user", "content": [1] * 4096}]}),
-    (ChatRequest, {"messages": [{"role": "user", "tool_calls": [1] * 10_000}]}),
-    (ChatRequest, {"messages": CHAT, "tools": [1] * 10_000}),
-    (CompletionRequest, {"prompt": "x", "stop": [1] * 64}),
-    (CompletionRequest, {"prompt": "x", "stop_token_ids": ["x"] * 64}),
-    (CompletionRequest, {"prompt": "x"} | {f"name{n}": 1 for n in range(10_000)}),
-    (ChatRequest, {"messages": [{"role": "user", "content": [{f"n{n}": 1 for n in range(9999)}]}]}),
-    (DetokenizeRequest, {"tokens": ["x"] * 10_000}),
-]
-
-
-@pytest.mark.parametrize(("kind", "body"), WRONG_EVERYWHERE)
-def test_many_wrong_entries_give_few_errors(kind: type[BaseModel], body: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError) as failure:
-        kind.model_validate(body)
-    assert failure.value.error_count() <= 3
-
-
-def test_refusal_of_a_million_entries_takes_little_memory() -> None:
-    reader = BodyReader(ServerConfig(), Workers())
-    raw = b'{"messages": [' + b",".join([b"1"] * 1_000_000) + b"]}"
-    tracemalloc.start()
-    try:
-        with pytest.raises(APIError, match="raise --max-names"):
-            reader._parse(raw, True, ChatRequest)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 3 * len(raw)
 
 
 @pytest.mark.parametrize(
@@ -186,108 +105,11 @@ def test_error_does_not_quote_a_long_value(live: Live, path: str, body: dict[str
     assert answer.status_code in (400, 404) and len(answer.content) < 1000
 
 
-def test_commas_inside_texts_are_not_counted(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle(replace(SMALL, max_prompt_ids=12_000))
-    body = {"prompt": ',:[{\\"' * 2000}
-    assert live.post("/tokenize", body).status_code == 200
-
-
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('a,:[{"\\é'), max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=20,
 )
-
-
-def _expected_marks(value: Any) -> tuple[int, int]:
-    """Return the number of commas, and of colons and opening brackets, outside texts."""
-    if not isinstance(value, dict | list):
-        return 0, 0
-    inner = [
-        _expected_marks(entry) for entry in (value.values() if isinstance(value, dict) else value)
-    ]
-    names = 1 + (len(value) if isinstance(value, dict) else 0)
-    return (
-        max(len(value) - 1, 0) + sum(commas for commas, _ in inner),
-        names + sum(others for _, others in inner),
-    )
-
-
-@given(values, st.booleans())
-def test_json_values_are_counted_without_parsing(value: Any, ascii_only: bool) -> None:
-    raw = json.dumps(value, ensure_ascii=ascii_only).encode()
-    for marks, num in zip((b",", b":[{"), _expected_marks(value), strict=True):
-        assert _num_marks(raw, marks, num, 1000) == num
-        assert num == 0 or _num_marks(raw, marks, num - 1, 1000) > num - 1
-
-
-def test_unterminated_text_is_scanned_once() -> None:
-    """A retry at each quote in it took half an hour for a megabyte."""
-    assert _num_marks(b'{"a":"' + b'\\",' * 100, b",", 50, 1000) == 0
-    assert _num_marks(b'{"a":"b,c,\\', b",", 1, 1000) == 0
-
-
-def test_number_of_skipped_strings_is_limited() -> None:
-    raw = b'"" ' * 20 + b"," * 10
-    assert _num_marks(raw, b",", 5, 10) == 0  # Ten adjacent strings are not JSON.
-    assert _num_marks(raw, b",", 5, 21) == 10
-
-
-def test_choices_share_what_is_checked_and_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 choices with many token ids or words would stop the event loop for seconds."""
-    body = {"prompt": "x", "n": 8, "seed": 3, "allowed_token_ids": [5] * 10, "bad_words": ["ab"]}
-    first, *others = CompletionRequest.model_validate(body).samplings(4, None, {})
-    assert all(other.allowed_token_ids is first.allowed_token_ids for other in others)
-    assert [each.seed for each in (first, *others)] == list(range(3, 11))
-    tokenizer, encoded = ByteTokenizer(), list[str]()
-    encode = tokenizer.encode
-    monkeypatch.setattr(
-        tokenizer, "encode", lambda text, how: encoded.append(text) or encode(text, how)
-    )
-    intake = Intake(EngineConfig(), tokenizer, vocab_size=320, max_model_len=4096)
-    for sampling in (first, *others):
-        intake.make(intake.validate(RequestSpec([1], sampling)))
-    assert encoded == ["ab", " ab"]
-
-
-@given(values)
-def test_written_json_is_read_as_the_same_value(value: Any) -> None:
-    assert json.loads(to_json(value)) == value == read_json(to_json(value).decode())
-
-
-class ThreadRecorder:
-    """Tokenizer that records the threads in which it is used."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.threads: set[str] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        self.threads.add(threading.current_thread().name.split("_")[0])
-        return getattr(self._tokenizer, name)
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/completions", {"prompt": "x" * 2 * LONG}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * LONG}),
-        ("/tokenize", {"messages": [{"role": "user", "content": ""}] * LONG}),
-        ("/detokenize", {"tokens": [65] * 2 * LONG}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_long_work_leaves_the_event_loop(
-    serve_oracle: Callable[..., Live], path: str, body: dict[str, Any]
-) -> None:
-    live = serve_oracle()
-    served: Any = live.server._engine
-    tokenizer = served.tokenizer = ThreadRecorder(served.tokenizer)
-    live.post(path, body)
-    tokenizer.threads.discard("engine")
-    # The event loop may read a field (the size of the vocabulary), so only the presence of a worker
-    # is checked.
-    assert "server" in tokenizer.threads
 
 
 def test_long_echoed_prompts_are_returned_whole(serve_oracle: Callable[..., Live]) -> None:
@@ -301,14 +123,6 @@ def test_long_echoed_prompts_are_returned_whole(serve_oracle: Callable[..., Live
 
 def _nested(depth: int) -> Any:
     return json.loads("[" * depth + "]" * depth)
-
-
-@pytest.mark.parametrize("depth", [600, 100_000])
-def test_deep_tool_arguments_are_no_server_error(live: Live, depth: int) -> None:
-    call = {"function": {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}}
-    chat = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 1})
-    assert answer.status_code in (200, 400), answer.text
 
 
 @pytest.mark.parametrize("depth", [200, 600, 900])
@@ -518,46 +332,6 @@ def test_bad_json_of_a_model_gives_a_valid_answer(
         assert stored.status_code == 200 and len(strict_json(stored.text)) == 1
 
 
-@pytest.mark.parametrize("depth", [50, 150, 199, 400, 700])
-def test_deep_stored_response_can_be_read(live: Live, depth: int) -> None:
-    parameters = {"type": "object", "properties": _nested(depth)}
-    tool = {"type": "function", "name": "f", "parameters": parameters}
-    for stream in (False, True):
-        body = {"input": "x", "max_output_tokens": 2, "tools": [tool], "stream": stream}
-        answer = live.post("/v1/responses", body)
-        assert answer.status_code == (200 if depth < 190 else 400), answer.text
-        if answer.status_code == 200:
-            [*_, last] = strict_json(answer.text)
-            stored = live.get(f"/v1/responses/{last.get('response', last)['id']}")
-            assert stored.json()["tools"][0]["parameters"] == parameters
-
-
-def test_score_of_minus_infinity_is_written_as_a_number() -> None:
-    score = SampledToken(65, float("-inf"), ((65, float("-inf")), (66, -1.0)))
-    for written in (
-        CompletionScores(ByteTokenizer(), 2).write([65], [score]),
-        chat_scores(ByteTokenizer(), [score], 2),
-    ):
-        assert "-9999.0" in to_json(written).decode() and strict_json(to_json(written).decode())
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(st.characters(), max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
-)
-
-
-@given(json_values)
-def test_written_json_can_be_read(value: Any) -> None:
-    """With or without escapes, by the server and by clients."""
-    for text in (write_json(value), to_json(value).decode()):
-        [read] = strict_json(text)
-        assert read_json(text) == read
-        text.encode()
-    if all(isinstance(entry, str) or math.isfinite(entry) for _, entry in places(value)):
-        assert read_json(json.dumps(value)) == read
-
-
 def test_unfinished_body_times_out(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(ServerConfig(body_timeout_s=0.1))
     with live.connect() as connection:
@@ -603,100 +377,3 @@ def test_unfinished_headers_time_out(serve_oracle: Callable[..., Live]) -> None:
         assert read_all(silent) == b""
     assert http_answer(slow).startswith("HTTP/1.1 200")
     slow.close()
-
-
-def test_idle_connections_make_room_at_the_limit(
-    monkeypatch: pytest.MonkeyPatch, serve_oracle: Callable[..., Live]
-) -> None:
-    """The longest idle one is closed first, then one with an unfinished body, never one with a
-    running request."""
-    monkeypatch.setattr(serve, "STALLED_S", 1000.0)
-    live = serve_oracle(ServerConfig(max_connections=8), step_s=0.02)
-    with contextlib.ExitStack() as stack:
-        running = stack.enter_context(
-            live.send("/v1/completions", {"prompt": "x", "max_tokens": 150, "ignore_eos": True})
-        )
-        live.wait_for(lambda report: report["num_running"] == 1)
-        upload = stack.enter_context(live.connect())
-        upload.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 100\r\n\r\n{"
-        )
-        # After an answer on another connection, the server has read the headers above.
-        assert httpx.get(f"{live.url}/health", timeout=30).status_code == 200
-        idle = [stack.enter_context(live.connect()) for _ in range(30)]
-        for connection in idle:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.sendall(HALF_HEADER)
-        for _ in range(3):  # A persistent connection could be closed.
-            assert httpx.get(f"{live.url}/health", timeout=30).status_code == 200
-        still_open = [connection for connection in idle if not has_ended(connection)]
-        assert 0 < len(still_open) <= 6 and still_open == idle[-len(still_open) :]
-        assert not has_ended(upload)
-        time.sleep(1.1 * serve.NEW_S)
-        monkeypatch.setattr(serve, "STALLED_S", 0.0)
-        for _ in range(7):
-            stack.enter_context(live.send("/v1/completions", SLOW))
-        assert read_all(upload).startswith(b"HTTP/1.1 503")
-        refused = stack.enter_context(live.connect())
-        refused.sendall(HEALTH)
-        answer = read_all(refused)
-        assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 1" in answer
-        assert not has_ended(running)
-    live.wait_until_idle()
-
-
-SLOW = {"prompt": "y", "max_tokens": 150, "ignore_eos": True}
-
-
-def has_ended(connection: socket.socket) -> bool:
-    """Return True if the server has closed the connection or has answered."""
-    connection.setblocking(False)
-    try:
-        return connection.recv(1, socket.MSG_PEEK) is not None
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
-    finally:
-        connection.settimeout(30)
-
-
-@pytest.mark.parametrize("soft", [20, 256, 1 << 20])
-def test_connection_limit_leaves_file_descriptors(
-    monkeypatch: pytest.MonkeyPatch, soft: int
-) -> None:
-    resource = pytest.importorskip("resource")
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
-    monkeypatch.setattr("os.listdir", lambda _: ["0"] * 40)
-    left = soft - most_connections()
-    assert left == 40 + RESERVED or most_connections() == FEWEST
-    assert most_connections() >= FEWEST and RESERVED >= 8 * ACCEPTED_AT_ONCE
-    raised: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (min(soft, 100), soft))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
-    raise_descriptor_limit()
-    assert raised == ([(min(soft, MOST_DESCRIPTORS), soft)] if soft > 100 else [])
-
-
-def test_openapi_page_describes_bodies(live: Live) -> None:
-    description = httpx.get(live.url + "/openapi.json", timeout=60).json()
-    version = httpx.get(live.url + "/version", timeout=60).json()["version"]
-    assert description["info"]["version"] == version
-    body = description["paths"]["/v1/completions"]["post"]["requestBody"]
-    assert "prompt" in body["content"]["application/json"]["schema"]["properties"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_messages": 0}, r"max_messages must be an integer of 1 or more \(got 0\)"),
-        ({"max_stops": 65}, "max_stops must be an integer from 1 to 64"),
-        ({"body_timeout_s": 0}, "body_timeout_s must be a number of seconds above 0"),
-        ({"header_timeout_s": -1}, "header_timeout_s must be a number of seconds above 0"),
-        ({"max_connections": 0}, "max_connections must be an integer of 1 or more"),
-    ],
-)
-def test_bad_limits_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        server_config(**settings)

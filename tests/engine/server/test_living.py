@@ -11,7 +11,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -19,11 +19,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine import server_config
 from engine.interfaces import Exactness
 from engine.server import serve
-from engine.server.bodies import EventStream
-from engine.server.settings import ServerConfig, bind
+from engine.server.settings import ServerConfig
 
 from .conftest import Live, oracle_engine, serving
 
@@ -38,39 +36,6 @@ def _metrics(live: Live) -> dict[str, float]:
             label = ".".join(sample.labels.values())
             samples[f"{sample.name}.{label}" if label else sample.name] = sample.value
     return samples
-
-
-async def _accepted_nodelay(listener: socket.socket) -> int:
-    """Return TCP_NODELAY of a connection that asyncio's server accepted."""
-    found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = writer.get_extra_info("socket")
-        found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
-        writer.close()
-
-    async with await asyncio.start_server(accept, sock=listener):
-        _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
-        option = await found
-        writer.close()
-        return option
-
-
-def _has_ipv6() -> bool:
-    """Return True if the system has the address ::1; Python may support the family without it."""
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_accepted_connections_have_tcp_nodelay(host: str) -> None:
-    """Delayed writes cost 40 ms per answer on a persistent connection and send tokens in bursts."""
-    if host == "::1" and not _has_ipv6():
-        pytest.skip("IPv6 is not available")
-    assert asyncio.run(_accepted_nodelay(bind(ServerConfig(host=host, port=0)))) != 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -101,28 +66,6 @@ def test_disconnect_frees_memory(
         assert metrics["engine_ttft_seconds_count"] == 1
 
 
-def test_disconnect_during_upload_logs_no_error(
-    serve_oracle: Callable[..., Live],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    live = serve_oracle()
-    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
-    head = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    framings = "Content-Length: 9999\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n1\r\n{"
-    for path in ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"):
-        for framing in framings:
-            connection = live.connect()
-            connection.sendall((head.format(path) + framing).encode())
-            while not live.server.server_state.tasks:
-                time.sleep(0.005)
-            connection.close()
-            while live.server.server_state.tasks:
-                time.sleep(0.005)
-    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
-    live.check_conserved()
-
-
 def test_disconnect_frees_the_place_in_the_queue(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(step_s=0.005, max_running=1)
     running = live.send("/v1/completions", {"prompt": "running", "stream": True, **ENDLESS})
@@ -137,14 +80,6 @@ def test_disconnect_frees_the_place_in_the_queue(serve_oracle: Callable[..., Liv
     live.wait_for(lambda report: report["num_waiting"] == 0)
     assert live.report()["num_running"] == 1
     running.close()
-    live.check_conserved()
-
-
-def test_slow_reader_does_not_stall_others(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle()
-    with live.send("/v1/completions", {"prompt": "slow", "stream": True, **ENDLESS}):
-        answer = live.client.completions.create(model="builtin", prompt="quick", max_tokens=5)
-        assert answer.choices and live.report()["num_running"] == 1
     live.check_conserved()
 
 
@@ -355,34 +290,6 @@ def http_answer(connection: socket.socket) -> str:
     return head + body
 
 
-def test_burst_of_events_ends_at_a_disconnect() -> None:
-    """All events are ready and the connection breaks at the second. asyncio would log a warning for
-    later writes."""
-    num_sent = 0
-
-    async def main() -> None:
-        gone = asyncio.Event()
-
-        async def events() -> AsyncIterator[bytes]:
-            for _ in range(64):
-                yield b"data: {}"
-
-        async def send(message: dict[str, object]) -> None:
-            nonlocal num_sent
-            num_sent += 1
-            if num_sent == 2:
-                asyncio.get_running_loop().call_soon(gone.set)
-
-        async def receive() -> dict[str, str]:
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        await EventStream(events())({"type": "http"}, receive, send)
-
-    asyncio.run(main())
-    assert 2 <= num_sent <= 5
-
-
 @pytest.mark.parametrize("drain_s", [0.2, 500.0], ids=["in time", "until a second signal"])
 def test_requests_unfinished_after_a_drain_get_an_error(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, drain_s: float
@@ -430,17 +337,6 @@ def test_requests_unfinished_after_a_drain_get_an_error(
     live.engine.check()
 
 
-def test_idle_server_logs_its_stop(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with serving(oracle_engine(), ServerConfig(drain_s=0.2)) as live:
-        live.server.should_exit = True
-    messages = [
-        record.getMessage() for record in caplog.records if record.name == "engine.server.serve"
-    ]
-    assert messages == ["Stopping: no request is running."]
-
-
 CHAT = [{"role": "user", "content": "hello"}]
 
 
@@ -468,61 +364,6 @@ def test_silent_streams_send_headers_and_comments(
     assert ("x-cache-hit-tokens" in answer.headers) == (keep_alive_s is None)
     assert any(part.startswith(("data:", "event:")) for part in events)
     assert "event: error" not in answer.text
-
-
-def test_stop_after_a_failure_gives_its_reason(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serving(oracle_engine(), ServerConfig(drain_s=0.2)) as live:
-        monkeypatch.setattr(type(live.server._engine), "failure", "It was killed.")
-        live.server.should_exit = True
-    assert "Stopping: the engine has ended. It was killed." in caplog.text
-
-
-def test_bad_settings_are_refused() -> None:
-    for settings, message in (
-        ({"port": 70000}, "port must be a port from 0 to 65535"),
-        ({"host": ""}, "--host must not be empty"),
-        ({"max_body_mib": 0}, "above 0"),
-        ({"max_body_mib": float("inf")}, "finite"),
-        ({"drain_s": -1}, "0 or more"),
-        ({"drain_s": float("inf")}, "finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            server_config(**settings)
-
-
-def test_drafts_are_counted_in_usage_and_metrics(
-    serve_oracle: Callable[..., Live],
-) -> None:
-    """The second answer is drafted from the first; the counts of two choices are added."""
-    live = serve_oracle(draft="tree:4")
-    body = {"prompt": "x" * 100, "max_tokens": 25, "ignore_eos": True, "n": 2}
-    first, second = (live.post("/v1/completions", body).json() for _ in range(2))
-    assert first["choices"] == second["choices"]
-    usage = second["usage"]["completion_tokens_details"]
-    accepted, rejected = usage["accepted_prediction_tokens"], usage["rejected_prediction_tokens"]
-    assert accepted >= 2 * 18 and accepted + usage["verifications"] <= 2 * 24
-    live.wait_until_idle()
-    metrics = _metrics(live)
-
-    def total(name: str) -> float:
-        return sum(value for key, value in metrics.items() if key.startswith(f"engine_{name}."))
-
-    usages = [answer["usage"]["completion_tokens_details"] for answer in (first, second)]
-    assert total("accepted_tokens_total") == sum(u["accepted_prediction_tokens"] for u in usages)
-    assert (
-        total("drafted_tokens_total") - total("accepted_tokens_total")
-        == rejected + (usages[0]["rejected_prediction_tokens"])
-    )
-    assert metrics["engine_verifications_total"] == sum(u["verifications"] for u in usages)
-    assert usage["acceptance_length"] == 1 + accepted / usage["verifications"]
-    assert usage["tokens_per_step"] == 50 / (50 - accepted) > 3
-    accepted += usages[0]["accepted_prediction_tokens"]
-    assert metrics["engine_token_steps_total"] == 100 - accepted
-    assert any(
-        name.startswith("engine_accepted_tokens_total.") and "tree" in name for name in metrics
-    )
 
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -560,19 +401,6 @@ def test_client_can_end_its_session(
     assert 'policy="sessions",reason="nothing is gained by withholding: oldest first"' in metrics
 
 
-def test_deleting_the_newest_response_of_a_chain_ends_its_session(
-    serve_oracle: Callable[..., Live],
-) -> None:
-    live = serve_oracle()
-    body = {"input": "hello", "max_output_tokens": 4}
-    first = live.post("/v1/responses", body).json()["id"]
-    second = live.post("/v1/responses", body | {"previous_response_id": first}).json()["id"]
-    for response_id, num_live in ((first, 1), (second, 0)):
-        live.wait_for(lambda report: report["queue"]["live_sessions"] == 1)
-        assert live.http.delete(f"/v1/responses/{response_id}").json()["deleted"]
-        assert live.report()["queue"]["live_sessions"] == num_live
-
-
 def _lines(live: Live, caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
     """Wait for ``number`` request lines and return all; a line is written after its answer."""
     deadline = time.monotonic() + 20
@@ -585,45 +413,6 @@ def _lines(live: Live, caplog: pytest.LogCaptureFixture, number: int) -> list[st
             return lines
         assert time.monotonic() < deadline, lines
         time.sleep(0.005)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_request_log_has_one_line_per_request(
-    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, stream: bool
-) -> None:
-    caplog.set_level(logging.INFO, "engine.server.request_log")
-    live = serve_oracle(ServerConfig(log_requests=True))
-    body = {"prompt": "x" * 200, "max_tokens": 5, "ignore_eos": True, "stream": stream}
-    live.post("/v1/completions", body)
-    _lines(live, caplog, 1)
-    live.post("/v1/completions", body | {"n": 2, "prompt": ["x" * 200, "y" * 100]})
-    live.get("/health")
-    live.get("/no%1b[31m%0Asuch?key=secret")
-    first, second, third = _lines(live, caplog, 3)
-    assert re.fullmatch(
-        r"POST /v1/completions 200  prompt 200  cached 0  answer 5  \d+ ms  cmpl-\w+", first
-    )
-    fields = re.fullmatch(
-        r"POST /v1/completions 200  prompt 300  cached (\d+)  answer 20  \d+ ms  cmpl-\w+", second
-    )
-    assert fields and 0 < int(fields[1]) < 200, "a prompt counts once for two answers"
-    assert re.fullmatch(r"GET /no%1B%5B31m%0Asuch 404  \d+ ms  The path /no.*", third)
-    assert third.isprintable(), "control characters must not reach a terminal"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_request_log_has_refusals_and_answer_ids(
-    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, stream: bool
-) -> None:
-    caplog.set_level(logging.INFO, "engine.server.request_log")
-    live = serve_oracle(ServerConfig(log_requests=True))
-    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": stream}
-    live.post("/v1/chat/completions", chat | {"top_k": -9})
-    live.post("/v1/chat/completions", chat)
-    refused, answered = _lines(live, caplog, 2)
-    assert refused.endswith("ms  'top_k' must be at least -1 (got -9).")
-    [answer_id] = re.findall(r"  (chatcmpl-\w+)$", answered)
-    assert live.get(f"/v1/cache/explanations/{answer_id}").json()["id"] == answer_id
 
 
 def test_request_log_has_disconnected_requests(
@@ -640,16 +429,6 @@ def test_request_log_has_disconnected_requests(
         "not sent completely",
         line,
     )
-
-
-def test_requests_are_not_logged_without_a_terminal(
-    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "engine.server.request_log")
-    live = serve_oracle()
-    live.get("/v1/models")
-    live.wait_until_idle()
-    assert not [record for record in caplog.records if record.name == "engine.server.request_log"]
 
 
 def test_health_and_answers_say_whether_hits_are_exact() -> None:

@@ -9,11 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.plugins.dialects.anthropic_body import MessagesRequest
 from engine.server.settings import ServerConfig
 
 from .conftest import Live, ServeAnswer
-from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL
+from .test_tools import BONN, HERMES_CALL, SCHEMA
 
 ASK: dict[str, Any] = {
     "model": "builtin",
@@ -43,97 +42,6 @@ def events(live: Live, **changes: Any) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("template", "call", "opening"),
-    [(None, HERMES_CALL, "<think>"), (QWEN_XML, XML_CALL, "")],
-    ids=["hermes", "xml"],
-)
-def test_thinking_text_and_tools_agree_whole_and_streamed(
-    serve_answer: ServeAnswer, template: str | None, call: str, opening: str
-) -> None:
-    live = serve_answer(f"{opening}Hm.\n</think>\n\nLet me look.\n{call}\n{call}", template)
-    whole = message(live, tools=TOOLS)
-    assert (whole["type"], whole["role"], whole["stop_reason"]) == (
-        "message",
-        "assistant",
-        "tool_use",
-    )
-    thinking, text, *uses = whole["content"]
-    assert (thinking["type"], thinking["thinking"]) == ("thinking", "Hm.")
-    assert text == {"type": "text", "text": "Let me look."}
-    assert [use["input"] for use in uses] == [BONN, BONN] and uses[0]["id"] != uses[1]["id"]
-    streamed = events(live, tools=TOOLS)
-    kinds = [event["type"] for event in streamed]
-    assert kinds[:3] == ["message_start", "ping", "content_block_start"]
-    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
-    blocks: list[dict[str, Any]] = []
-    for event in streamed:
-        if event["type"] == "content_block_start":
-            assert event["index"] == len(blocks)
-            blocks.append(event["content_block"] | {"partial": ""})
-        elif event["type"] == "content_block_delta":
-            assert event["index"] == len(blocks) - 1
-            for name, value in event["delta"].items():
-                field = {"partial_json": "partial"}.get(name, name)
-                if field != "type":
-                    blocks[-1][field] += value
-    assert blocks[0]["thinking"] == "Hm." and blocks[0]["signature"] == thinking["signature"] != ""
-    assert blocks[1]["text"] == "Let me look."
-    assert [json.loads(block["partial"]) for block in blocks[2:]] == [BONN, BONN]
-    last = streamed[-2]
-    assert last["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
-    assert last["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
-
-
-def test_returned_conversation_reaches_the_template(serve_answer: ServeAnswer) -> None:
-    """Thinking, tool uses and results reach the template; errors are marked."""
-    live = serve_answer(f"Hm.</think>Now.\n{XML_CALL}", QWEN_XML)
-    content = message(live, tools=TOOLS)["content"]
-    result = {
-        "type": "tool_result",
-        "tool_use_id": content[-1]["id"],
-        "content": [{"type": "text", "text": "no such city"}],
-        "is_error": True,
-    }
-    extra_text = {"type": "text", "text": "Hurry."}
-    chat = [
-        *ASK["messages"],
-        {"role": "assistant", "content": content},
-        {"role": "user", "content": [result, extra_text]},
-    ]
-    body = {"model": "builtin", "messages": chat, "tools": TOOLS, "system": "Be brief."}
-    counted = live.post("/v1/messages/count_tokens", body).json()
-    call = {"function": {"name": "weather", "arguments": json.dumps(BONN)}}
-    same = [
-        {"role": "system", "content": "Be brief."},
-        *ASK["messages"],
-        {
-            "role": "assistant",
-            "content": "Now.",
-            "reasoning_content": "Hm.",
-            "tool_calls": [call],
-        },
-        {"role": "tool", "content": "Error: no such city"},
-        {"role": "user", "content": "Hurry."},
-    ]
-    function = {"name": "weather", "description": "Weather of a city.", "parameters": SCHEMA}
-    tools = [{"type": "function", "function": function}]
-    assert counted == {
-        "input_tokens": live.post("/tokenize", {"messages": same, "tools": tools}).json()["count"]
-    }
-
-
-def test_only_text_after_a_call_is_joined_without_a_line_break() -> None:
-    texts = [{"type": "text", "text": text} for text in "abcd"]
-    texts[0]["cache_control"] = texts[2]["cache_control"] = {"type": "ephemeral"}
-    call = {"type": "tool_use", "id": "t", "name": "weather", "input": {}}
-    content = [texts[0], texts[1], call, texts[2], texts[3]]
-    turns = [*ASK["messages"], {"role": "assistant", "content": content}, *ASK["messages"]]
-    chat = MessagesRequest.model_validate(ASK | {"messages": turns}).as_chat()
-    assert chat.messages[1].as_template_input()["content"] == "a\nbc\nd"
-    assert list(chat.messages[1].marks()) == [1, 2]
-
-
 def test_usage_counts_cache_reads_and_writes(serve_answer: ServeAnswer) -> None:
     live = serve_answer("Yes.")
     system = [{"type": "text", "text": "Marked. " + LONG, "cache_control": EPHEMERAL}]
@@ -152,83 +60,6 @@ def test_usage_counts_cache_reads_and_writes(serve_answer: ServeAnswer) -> None:
         assert len(LONG) <= written < count - 90 if is_marked else written == 0
 
 
-@pytest.mark.parametrize("tools", [None, TOOLS])
-def test_stop_reasons(serve_answer: ServeAnswer, tools: Any) -> None:
-    live = serve_answer("One STOP two")
-    options = {"stop_sequences": ["never", "STOP"]} | ({"tools": tools} if tools else {})
-    stopped = message(live, **options)
-    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "STOP")
-    assert stopped["content"] == [{"type": "text", "text": "One "}] or tools
-    assert message(live)["stop_reason"] == "end_turn"
-    assert message(live, max_tokens=3)["stop_reason"] == "max_tokens"
-    live = serve_answer(HERMES_CALL)
-    cut = message(live, tools=TOOLS, max_tokens=60)
-    assert cut["stop_reason"] == "max_tokens"
-    [text] = cut["content"]
-    assert HERMES_CALL.startswith(text["text"]) and "breaks off" in cut["warning"]
-    broken_options = {"tools": TOOLS, "stop_sequences": ["Bonn"]}
-    stopped = message(live, **broken_options)
-    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "Bonn")
-    assert stopped["content"] == [{"type": "text", "text": HERMES_CALL.partition("Bonn")[0]}]
-    delta = events(live, **broken_options)[-2]["delta"]
-    assert delta["stop_reason"] == "stop_sequence" and "breaks off" in delta["warning"]
-
-
-BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
-    ({"max_tokens": None}, "'max_tokens' is missing"),
-    ({"max_tokens": 0}, "'max_tokens' must be at least 1 (got 0)."),
-    ({"messages": []}, "'messages' must have at least 1 entry"),
-    ({"container": "x"}, "'container' is not a parameter of this endpoint"),
-    ({"messages": [{"role": "assistant", "content": "I"}]}, "end with a message of the user"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-        "'image' blocks are not supported",
-    ),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
-        "'messages.0.content.0.text' must be text (got 5).",
-    ),
-    (
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "thinking", "thinking": "a", "signature": ""}]}
-            ]
-        },
-        "A 'thinking' must be in a message of the assistant",
-    ),
-    ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "'web_search_20250305' tools are not"),
-    ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "no tool 'g'"),
-    ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "must have a 'name'"),
-    ({"thinking": {"type": "enabled", "budget_tokens": 2**31}}, "'thinking.budget_tokens' must"),
-    (
-        {"thinking": {"type": "enabled", "budget_tokens": 8}, "max_tokens": 8},
-        "'thinking.budget_tokens' must be below 'max_tokens', 8 (got 8).",
-    ),
-    ({"output_config": {"effort": "none"}}, "'output_config.effort' must be 'low', 'medium'"),
-    ({"service_tier": "flex"}, "'service_tier' must be 'auto' or 'standard_only'"),
-    ({"thinking": {"type": "enabled", "display": "updates"}}, "'thinking.display' must be 'summarized'"),
-    ({"speed": "fast"}, "'speed' must be 'standard'"),
-    ({"tools": [TOOLS[0] | {"defer_loading": True}]}, "defer_loading' must be"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": EPHEMERAL}] * 6}]},
-        "at most 4",
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"), BAD_REQUESTS, ids=[expected for _, expected in BAD_REQUESTS]
-)
-def test_errors_have_anthropics_shape(
-    serve_answer: ServeAnswer, changes: dict[str, Any], expected: str
-) -> None:
-    answer = serve_answer("x").post("/v1/messages", ASK | changes)
-    assert answer.status_code == 400, answer.text
-    body = answer.json()
-    assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
-    assert expected in body["error"]["message"], body
-
-
 def test_other_errors_have_their_types(
     serve_answer: ServeAnswer, serve_oracle: Callable[..., Live]
 ) -> None:
@@ -245,21 +76,6 @@ def test_other_errors_have_their_types(
     small = serve_oracle(ServerConfig(max_body_mib=0.001))
     large = small.post("/v1/messages", ASK | {"system": LONG * 10})
     assert (large.status_code, large.json()["error"]["type"]) == (413, "request_too_large")
-
-
-def test_thinking_can_be_switched(serve_answer: ServeAnswer) -> None:
-    live = serve_answer("a</think>b")
-    on = message(live, thinking={"type": "enabled", "budget_tokens": 1024}, max_tokens=2048)
-    assert [block["type"] for block in on["content"]] == ["thinking", "text"]
-    off = message(live, thinking={"type": "disabled"}, metadata={"user_id": "me"})
-    assert off["content"] == [{"type": "text", "text": "a</think>b"}]
-
-
-def test_thinking_budget_may_exceed_the_limit_with_tools(serve_answer: ServeAnswer) -> None:
-    """With Anthropic's interleaved thinking, the budget is that of the whole turn."""
-    thinking = {"type": "enabled", "budget_tokens": 1024}
-    answer = message(serve_answer("a</think>b"), thinking=thinking, max_tokens=400, tools=TOOLS)
-    assert [block["type"] for block in answer["content"]] == ["thinking", "text"]
 
 
 def test_omitted_thinking_keeps_its_signature(serve_answer: ServeAnswer) -> None:
@@ -325,10 +141,6 @@ def test_billing_header_is_not_part_of_the_prompt(serve_answer: ServeAnswer) -> 
     assert live.post(count, body | only).json() == live.post(count, body).json()
 
 
-def num_input(usage: dict[str, int]) -> int:
-    return sum(value for name, value in usage.items() if "input_tokens" in name)
-
-
 @pytest.mark.parametrize("budget", [5, 40])
 def test_thinking_ends_at_its_budget(live: Live, budget: int) -> None:
     """The answer equals that of /v1/chat/completions, which returns token ids."""
@@ -342,14 +154,6 @@ def test_thinking_ends_at_its_budget(live: Live, budget: int) -> None:
     [reasoning, text] = message(live, **request, thinking=thinking, max_tokens=90)["content"]
     assert reasoning["thinking"] == choice["message"]["reasoning_content"]
     assert text["text"] == choice["message"]["content"]
-
-
-def test_guided_output_follows_thinking_cut_by_its_budget(live: Live) -> None:
-    pytest.importorskip("llguidance")
-    body = {"messages": ASK["messages"], "chat_template_kwargs": {"enable_thinking": True}}
-    body |= {"max_tokens": 90, "thinking_token_budget": 9, "guided_choice": ["yes", "no"]}
-    [choice] = live.post("/v1/chat/completions", body).json()["choices"]
-    assert choice["message"]["content"].strip() in ("yes", "no")
 
 
 FIRST_ONLY = """\
@@ -374,23 +178,6 @@ def test_system_message_in_the_middle_keeps_its_place(serve_answer: ServeAnswer)
     items = [developer, *chat]
     answer = live.client.responses.create(model="builtin", instructions="Be brief.", input=items)
     assert answer.output_text == "Yes."
-
-
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/chat/completions"])
-def test_closed_connection_frees_its_memory(serve_oracle: Callable[..., Live], path: str) -> None:
-    live = serve_oracle(step_s=0.01)
-    question = {"messages": ASK["messages"]} | {"input": "x"}
-    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
-    field = "input" if path.endswith("responses") else "messages"
-    body = {"model": "builtin", limit: 3000, "stream": True, field: question[field]}
-    for read in (0, 300):
-        connection = live.send(path, body)
-        live.wait_for(lambda report: report["kv"]["held"] > 0)
-        if read:
-            connection.recv(read)
-        connection.close()
-        live.wait_until_idle()
-    live.check_conserved()
 
 
 def test_anthropic_client_runs_a_tool_loop(serve_answer: ServeAnswer) -> None:

@@ -16,11 +16,9 @@ import pytest
 
 from engine.plugins.observe import feed
 from engine.server import app
-from engine.server.settings import ServerConfig
-from hybridcache.api import members_of
 from tests.watch.follower import follow, truth
 
-from .conftest import Live, oracle_engine, serving
+from .conftest import Live
 
 PROMPT = "the same beginning for all who ask here, "
 
@@ -107,28 +105,11 @@ def ask(live: Live, text: str, **more: Any) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def num_listeners(live: Live) -> int:
-    return len(members_of(live.engine.cache._listener))  # type: ignore[attr-defined]
-
-
 def test_page_is_served_and_loads_no_other_files(live: Live) -> None:
     answer = live.get("/")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert live.http.head("/").status_code == 200, "Claude Code sends HEAD before its first request"
-
-
-def test_api_page_needs_no_other_server(live: Live) -> None:
-    answer = live.get("/docs")
-    assert answer.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert "<script" not in answer.text and "http" not in answer.text
-    document = live.get("/openapi.json").json()
-    for path, methods in document["paths"].items():
-        for method in methods:
-            assert f"{method.upper()} {path}<" in answer.text
-    assert "<code>context_management</code>" in answer.text
-    assert live.get("/redoc").status_code == 404
 
 
 def test_reader_follows_the_tree_and_the_requests(
@@ -201,34 +182,6 @@ def test_slow_reader_gets_the_whole_state(
     assert resumed.events[0][0] == "whole" and resumed.nodes == truth(live.engine.cache)
 
 
-def test_cache_has_no_listener_without_readers(
-    serve_oracle: Callable[..., Live],
-    read: Callable[..., Reader],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(feed, "LINGER_S", 0.2)
-    live = serve_oracle()
-    ask(live, PROMPT)
-    assert num_listeners(live) == 0 and live.engine.recent.listeners == []
-    readers = [read(live), read(live)]
-    for reader in readers:
-        reader.wait(lambda reader: bool(reader.events))
-    assert num_listeners(live) == 1 and len(live.engine.recent.listeners) == 1
-    for reader in readers:
-        reader.close()
-    deadline = time.monotonic() + 10
-    while num_listeners(live):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert live.engine.recent.listeners == []
-
-
-def test_number_of_readers_is_limited(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "MAX_READERS", 0)
-    answer = live.get("/v1/cache/events")
-    assert answer.status_code == 429 and "close one" in answer.json()["error"]["message"]
-
-
 def test_chat_has_the_id_of_its_answer_and_an_explanation(
     live: Live, read: Callable[..., Reader]
 ) -> None:
@@ -244,39 +197,6 @@ def test_chat_has_the_id_of_its_answer_and_an_explanation(
     assert set(ids) <= reader.requests.keys()
     explanation = live.get(f"/v1/cache/explanations/{ids[1]}").json()
     assert explanation["compared_with"] == ids[0] and explanation["text"]
-
-
-def test_too_large_tree_is_refused(
-    serve_oracle: Callable[..., Live],
-    read: Callable[..., Reader],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    live = serve_oracle()
-    ask(live, PROMPT)
-    monkeypatch.setattr("engine.plugins.observe.cache_watch.MAX_NODES", 1)
-    answer = live.get("/v1/cache/events")
-    assert answer.status_code == 503 and "1 at most" in answer.json()["error"]["message"]
-    assert num_listeners(live) == 0
-    monkeypatch.undo()
-    reader = read(live)
-    reader.wait(lambda reader: bool(reader.events))
-
-
-def test_server_without_a_cache_shows_its_requests(
-    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
-) -> None:
-    live = serve_oracle(prefix_cache="none")
-    reader = read(live)
-    ask(live, PROMPT)
-    reader.wait(lambda reader: bool(reader.events) and reader.num_ended == 1)
-    assert reader.nodes == {}
-
-
-def test_open_page_does_not_delay_the_shutdown(read: Callable[..., Reader]) -> None:
-    with serving(oracle_engine(), ServerConfig(drain_s=10_000)) as live:
-        reader = read(live)
-        reader.wait(lambda reader: bool(reader.events))
-    reader.wait(lambda reader: reader.has_ended)
 
 
 def test_node_shows_its_text_except_that_of_tenants(

@@ -1,0 +1,251 @@
+"""One client for chat completions, responses and messages, so that a test states a rule once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from .conftest import Live
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+}
+TOOL: dict[str, Any] = {"name": "weather", "parameters": SCHEMA}
+CHAT = [{"role": "user", "content": "Rain in Bonn?"}]
+BONN = {"city": "Bonn", "days": 2}
+
+
+@dataclass
+class Answer:
+    """Parts of an answer, whole or put together from its events."""
+
+    reasoning: str = ""
+    text: str = ""
+    calls: list[tuple[str, Any]] = field(default_factory=list)
+    """(name, arguments) of each call of a tool."""
+    reason: str = ""
+    """"stop", "length" or "call"."""
+    num_written: int = 0
+    """Tokens of the answer."""
+    warning: str | None = None
+    turn: list[dict[str, Any]] = field(default_factory=list, compare=False)
+    """The answer as a client sends it back. Empty if it was streamed."""
+
+
+class Dialect:
+    """Requests and answers of one endpoint."""
+
+    path: str
+    limit = "max_tokens"
+    field = "messages"
+
+    def body(
+        self,
+        chat: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        choice: str | None = None,
+        limit: int = 400,
+        effort: str | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Return a request. ``tools`` have the fields of a function in chat completions."""
+        made = {"model": "builtin", self.field: chat, self.limit: limit} | more
+        if tools is not None:
+            made["tools"] = [self.tool(tool) for tool in tools]
+        if choice is not None:
+            made["tool_choice"] = self.choice(choice)
+        return made | (self.effort(effort) if effort else {})
+
+    def ask(self, live: Live, stream: bool = False, **options: Any) -> Answer:
+        """Send a request and return its answer."""
+        received = live.post(self.path, self.body(**({"chat": CHAT} | options), stream=stream))
+        assert received.status_code == 200, received.text
+        if not stream:
+            return self.whole(received.json())
+        lines = received.text.splitlines()
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        return self.streamed(events)
+
+    def tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def choice(self, choice: str) -> Any:
+        return choice
+
+    def effort(self, effort: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def whole(self, body: dict[str, Any]) -> Answer:
+        raise NotImplementedError
+
+    def streamed(self, events: list[dict[str, Any]]) -> Answer:
+        raise NotImplementedError
+
+    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
+        """Return the turns after ``answer``: the result of its last call."""
+        raise NotImplementedError
+
+
+class Chat(Dialect):
+    path = "/v1/chat/completions"
+
+    def tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "function", "function": tool}
+
+    def effort(self, effort: str) -> dict[str, Any]:
+        return {"reasoning_effort": effort}
+
+    def whole(self, body: dict[str, Any]) -> Answer:
+        [choice] = body["choices"]
+        message, reason = choice["message"], choice["finish_reason"]
+        calls = [call["function"] for call in message.get("tool_calls") or ()]
+        return Answer(
+            message.get("reasoning_content") or "",
+            message["content"] or "",
+            [(call["name"], json.loads(call["arguments"])) for call in calls],
+            {"tool_calls": "call"}.get(reason, reason),
+            body["usage"]["completion_tokens"],
+            choice.get("warning"),
+            [message],
+        )
+
+    def streamed(self, events: list[dict[str, Any]]) -> Answer:
+        answer, calls = Answer(), []
+        for event in events:
+            answer.num_written = (event.get("usage") or {}).get("completion_tokens", 0)
+            for choice in event["choices"]:
+                delta = choice["delta"]
+                answer.reasoning += delta.get("reasoning_content") or ""
+                answer.text += delta.get("content") or ""
+                for call in delta.get("tool_calls") or ():
+                    if call.get("id"):
+                        calls.append([call["function"]["name"], ""])
+                    calls[call["index"]][1] += call["function"].get("arguments") or ""
+                reason = choice["finish_reason"] or answer.reason
+                answer.reason = {"tool_calls": "call"}.get(reason, reason)
+                answer.warning = choice.get("warning") or answer.warning
+        answer.calls = [(name, json.loads(arguments)) for name, arguments in calls]
+        return answer
+
+    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
+        call = answer.turn[0]["tool_calls"][-1]["id"]
+        return [{"role": "tool", "tool_call_id": call, "content": text}]
+
+
+class Responses(Dialect):
+    path = "/v1/responses"
+    limit = "max_output_tokens"
+    field = "input"
+
+    def tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "function"} | tool
+
+    def effort(self, effort: str) -> dict[str, Any]:
+        return {"reasoning": {"effort": effort}}
+
+    def whole(self, body: dict[str, Any]) -> Answer:
+        made = Answer(turn=body["output"], warning=body.get("warning"))
+        for item in body["output"]:
+            if item["type"] == "function_call":
+                made.calls.append((item["name"], json.loads(item["arguments"])))
+                continue
+            text = "".join(part["text"] for part in item["content"])
+            if item["type"] == "reasoning":
+                made.reasoning += text
+            else:
+                made.text += text
+        is_cut = body["status"] == "incomplete"
+        made.reason = "length" if is_cut else "call" if made.calls else "stop"
+        made.num_written = body["usage"]["output_tokens"]
+        return made
+
+    def streamed(self, events: list[dict[str, Any]]) -> Answer:
+        """Compare the pieces of each item with the whole answer in the last event."""
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        items: dict[str, str] = {}
+        kinds: dict[str, str] = {}
+        for event in events:
+            if event["type"] == "response.output_item.added":
+                assert event["output_index"] == len(items)
+                items[event["item"]["id"]] = ""
+                kinds[event["item"]["id"]] = event["item"]["type"]
+            elif event["type"].endswith(".delta"):
+                items[event["item_id"]] += event["delta"]
+        answer = self.whole(events[-1]["response"])
+        pieces = list(zip(kinds.values(), items.values(), strict=True))
+        assert "".join(text for kind, text in pieces if kind == "message") == answer.text
+        assert "".join(text for kind, text in pieces if kind == "reasoning") == answer.reasoning
+        calls = [json.loads(text) for kind, text in pieces if kind == "function_call"]
+        assert calls == [arguments for _, arguments in answer.calls]
+        return answer
+
+    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
+        call = answer.turn[-1]["call_id"]
+        return [{"type": "function_call_output", "call_id": call, "output": text}]
+
+
+REASONS = {
+    "tool_use": "call",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+}
+
+
+class Messages(Dialect):
+    path = "/v1/messages"
+
+    def body(self, *args: Any, **options: Any) -> dict[str, Any]:
+        if "stop" in options:
+            options["stop_sequences"] = [options.pop("stop")]
+        return super().body(*args, **options)
+
+    def tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        tool = dict(tool)
+        return {"input_schema": tool.pop("parameters"), **tool}
+
+    def choice(self, choice: str) -> Any:
+        return {"type": {"required": "any"}.get(choice, choice)}
+
+    def effort(self, effort: str) -> dict[str, Any]:
+        budget = {"type": "enabled", "budget_tokens": 99}
+        return {"thinking": {"type": "disabled"} if effort == "none" else budget}
+
+    def whole(self, body: dict[str, Any]) -> Answer:
+        made = Answer(turn=[{"role": "assistant", "content": body["content"]}])
+        for block in body["content"]:
+            made.reasoning += block.get("thinking", "")
+            made.text += block.get("text", "")
+            if block["type"] == "tool_use":
+                made.calls.append((block["name"], block["input"]))
+        made.reason = REASONS[body["stop_reason"]]
+        made.num_written = body["usage"]["output_tokens"]
+        made.warning = body.get("warning")
+        return made
+
+    def streamed(self, events: list[dict[str, Any]]) -> Answer:
+        kinds = [event["type"] for event in events]
+        assert (kinds[0], kinds[-2:]) == ("message_start", ["message_delta", "message_stop"])
+        blocks: list[dict[str, Any]] = []
+        for event in events:
+            if event["type"] == "content_block_start":
+                assert event["index"] == len(blocks)
+                blocks.append(event["content_block"] | {"partial_json": ""})
+            elif event["type"] == "content_block_delta":
+                assert event["index"] == len(blocks) - 1
+                [name] = event["delta"].keys() - {"type"}
+                blocks[-1][name] += event["delta"][name]
+        for block in blocks:
+            if block["type"] == "tool_use":
+                block["input"] = json.loads(block["partial_json"])
+        return self.whole({"content": blocks, "usage": events[-2]["usage"]} | events[-2]["delta"])
+
+    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
+        call = answer.turn[0]["content"][-1]["id"]
+        content = [{"type": "tool_result", "tool_use_id": call, "content": text}]
+        return [{"role": "user", "content": content}]
+
+
+DIALECTS = (Chat(), Responses(), Messages())

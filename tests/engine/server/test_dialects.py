@@ -1,0 +1,262 @@
+"""Rules that hold alike in chat completions, responses and messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from .conftest import Live, ServeAnswer
+from .dialects import BONN, CHAT, DIALECTS, TOOL, Dialect
+from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
+
+DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda one: one.path)
+FORM = pytest.mark.parametrize(
+    ("template", "call", "opening"),
+    [(None, HERMES_CALL, "<think>\n"), (QWEN_XML, XML_CALL, "")],
+    ids=["hermes", "xml"],
+)
+
+
+@DIALECT
+@FORM
+def test_reasoning_text_and_calls_agree_whole_and_streamed(
+    serve_answer: ServeAnswer, dialect: Dialect, template: str | None, call: str, opening: str
+) -> None:
+    live = serve_answer(f"{opening}Hm.\n</think>\n\nLook.\n{call}\n{call}", template)
+    usage = {"stream_options": {"include_usage": True}} if "chat" in dialect.path else {}
+    whole = dialect.ask(live, tools=[TOOL])
+    assert (whole.reasoning, whole.text, whole.reason) == ("Hm.", "Look.", "call")
+    assert whole.calls == [("weather", BONN)] * 2 and whole.warning is None
+    assert dialect.ask(live, stream=True, tools=[TOOL], **usage) == whole
+
+
+@DIALECT
+@FORM
+def test_next_turn_accepts_the_returned_answer_and_has_its_prompt(
+    serve_answer: ServeAnswer, dialect: Dialect, template: str | None, call: str, opening: str
+) -> None:
+    """The template gets the reasoning, the call and the result."""
+    live = serve_answer(f"{opening}Hm.</think>Now.\n{call}", template)
+    answer = dialect.ask(live, tools=[TOOL])
+    chat = [*CHAT, *answer.turn, *dialect.result(answer, "dry")]
+    function = {"name": "weather", "arguments": json.dumps(BONN)}
+    same = [
+        *CHAT,
+        {
+            "role": "assistant",
+            "content": "Now.",
+            "reasoning_content": "Hm.",
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "dry"},
+    ]
+    tools = [{"type": "function", "function": TOOL}]
+    tokens = live.post("/tokenize", {"messages": same, "tools": tools}).json()["tokens"]
+    prompt = live.post("/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert call in prompt and "dry" in prompt
+    later = serve_answer("Dry.</think>It is." if template else "It is.", template)
+    body = dialect.body(chat, tools=[TOOL])
+    usage = later.post(dialect.path, body).json()["usage"]
+    counted = [usage[name] for name in usage if name in ("prompt_tokens", "input_tokens")]
+    counted += [usage.get(f"cache_{name}_input_tokens", 0) for name in ("read", "creation")]
+    assert sum(counted) == len(tokens)
+
+
+@DIALECT
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("limits", "reason"), [({"stop": "Bonn"}, "stop"), ({"limit": 60}, "length")]
+)
+@pytest.mark.parametrize("choice", [None, "required"])
+def test_truncated_call_is_text_with_a_warning(
+    serve_answer: ServeAnswer,
+    dialect: Dialect,
+    choice: str | None,
+    limits: dict[str, Any],
+    reason: str,
+    stream: bool,
+) -> None:
+    if choice:
+        pytest.importorskip("llguidance")
+    if "stop" in limits and dialect.path.endswith("responses"):
+        pytest.skip("this dialect has no stop strings")
+    live = serve_answer(HERMES_CALL)
+    answer = dialect.ask(live, stream=stream, tools=[TOOL], choice=choice, **limits)
+    assert answer.reason == reason and not answer.calls
+    assert answer.text and HERMES_CALL.startswith(answer.text) and answer.warning
+
+
+@DIALECT
+@pytest.mark.parametrize("num_more", [0, 4], ids=["at the end", "in the next call"])
+@pytest.mark.parametrize("choice", [None, "required"])
+def test_limit_after_a_complete_call_keeps_the_call(
+    serve_answer: ServeAnswer, dialect: Dialect, choice: str | None, num_more: int
+) -> None:
+    """An agent loop that repeats on the reason "call" continues. A truncated next call is
+    dropped."""
+    if choice:
+        pytest.importorskip("llguidance")
+    live = serve_answer(f"{HERMES_CALL}\n{HERMES_CALL}")
+    limit = len(HERMES_CALL) + num_more
+    answer = dialect.ask(live, tools=[TOOL], choice=choice, limit=limit)
+    assert answer.calls == [("weather", BONN)]
+    assert (answer.reason == "length") == bool(num_more)
+
+
+@DIALECT
+@pytest.mark.parametrize(
+    ("tools", "choice", "call"),
+    [
+        ([TOOL], None, '{"name": "weather", "arguments": {"city": }}'),
+        ([TOOL], None, '{"name": "weather", "arguments": {"city": "Bonn}}'),
+        ([TOOL], None, '{"name": "rm", "arguments": {}}'),
+        ([TOOL], None, '{"name": "weather", "arguments": {"days": 1e999}}'),
+        ([TOOL], "none", json.dumps({"name": "weather", "arguments": BONN})),
+        ([], None, "plain"),
+        (None, None, json.dumps({"name": "weather", "arguments": BONN})),
+    ],
+    ids=["no JSON", "open", "not offered", "infinite", "not allowed", "empty", "no tools"],
+)
+def test_text_that_is_no_call_stays_text(
+    serve_answer: ServeAnswer,
+    dialect: Dialect,
+    tools: list[dict[str, Any]] | None,
+    choice: str | None,
+    call: str,
+) -> None:
+    script = f"Well.\n<tool_call>\n{call}\n</tool_call>"
+    live = serve_answer(script)
+    whole = dialect.ask(live, tools=tools, choice=choice)
+    assert (whole.text, whole.calls, whole.reason) == (script, [], "stop")
+    assert bool(whole.warning) == bool(tools)
+    streamed = dialect.ask(live, stream=True, tools=tools, choice=choice)
+    assert replace(streamed, num_written=whole.num_written) == whole
+
+
+STRICT = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Bonn", "Ulm"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+        "deep": {
+            "type": "object",
+            "properties": {"a": {"type": "boolean"}},
+            "required": ["a"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+WRONG_CALLS = {
+    None: 'Sure.\n<tool_call>\n{"name": "wether", '
+    '"arguments": {"city": "Rome", "x": [], "days": 77}}',
+    QWEN_XML: "<tool_call>\n<function=wether>\n<parameter=town>\nRome\n</parameter>\n"
+    "<parameter=days>\n77\n</parameter>\n</function>\n</tool_call>",
+}
+"""Calls that break the schema, in both forms: wrong tool, names and values."""
+
+
+@DIALECT
+@pytest.mark.parametrize("template", [None, QWEN_XML], ids=["hermes", "xml"])
+def test_strict_tool_call_follows_its_schema(
+    serve_answer: ServeAnswer, dialect: Dialect, template: str | None
+) -> None:
+    """The schema applies from the start of the call on. Without ``strict``, the same answer has no
+    call. A schema that cannot be followed is refused."""
+    pytest.importorskip("llguidance")
+    reasoning = "Hm. <tool_call> {</think>" if template else "<think>a <tool_call> {</think>"
+    live = serve_answer(f"{reasoning}Well, < 5.\n{WRONG_CALLS[template]}", template)
+    for strict in (True, False):
+        answer = dialect.ask(
+            live, tools=[{"name": "weather", "parameters": STRICT, "strict": strict}]
+        )
+        assert answer.text.startswith("Well, < 5.")
+        if not strict:
+            assert not answer.calls and "wether" in answer.text
+            continue
+        [(name, arguments)] = answer.calls[:1]
+        assert name == "weather" and arguments["city"] in ("Bonn", "Ulm")
+        assert 1 <= arguments["days"] <= 9 and set(arguments) <= {"city", "days", "deep"}
+    bad = {"name": "f", "strict": True, "parameters": {"properties": {"a": {"pattern": "(a"}}}}
+    refused = live.post(dialect.path, dialect.body(CHAT, tools=[bad]))
+    assert refused.status_code == 400 and "'f'" in refused.json()["error"]["message"]
+
+
+@DIALECT
+def test_reasoning_can_be_switched(serve_answer: ServeAnswer, dialect: Dialect) -> None:
+    live = serve_answer("a</think>b")
+    on, off = (dialect.ask(live, effort=effort) for effort in ("low", "none"))
+    assert (on.reasoning, on.text) == ("a", "b")
+    assert not off.reasoning and "b" in off.text
+
+
+@DIALECT
+@pytest.mark.parametrize("read", [0, 300])
+def test_closed_connection_frees_its_memory(
+    serve_oracle: Callable[..., Live], dialect: Dialect, read: int
+) -> None:
+    live = serve_oracle(step_s=0.01)
+    connection = live.send(dialect.path, dialect.body(CHAT, limit=3000, stream=True))
+    live.wait_for(lambda report: report["kv"]["held"] > 0)
+    if read:
+        connection.recv(read)
+    connection.close()
+    live.check_conserved()
+
+
+NULLS = {"toolset_name": None, "x": None}
+BLOCK = {"type": "text", "text": "x"}
+NESTED: list[tuple[Dialect, str, Callable[[dict[str, Any]], Any]]] = [
+    *((one, f"{one.field}.0", lambda more: [CHAT[0] | more]) for one in DIALECTS[1:]),
+    *(
+        (one, f"{one.field}.0.content.0", lambda more: [CHAT[0] | {"content": [BLOCK | more]}])
+        for one in (DIALECTS[0], DIALECTS[2])
+    ),
+    (DIALECTS[0], "response_format", lambda more: {"type": "text"} | more),
+    (DIALECTS[1], "text.format", lambda more: {"format": {"type": "text"} | more}),
+    (DIALECTS[2], "thinking", lambda more: {"type": "disabled"} | more),
+]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "place", "make"), NESTED, ids=[f"{one.path} {place}" for one, place, _ in NESTED]
+)
+def test_null_counts_as_absent_at_every_depth(
+    serve_answer: ServeAnswer, dialect: Dialect, place: str, make: Any
+) -> None:
+    """Clients send answers back with every field. Unknown fields with a value are refused by
+    name."""
+    live, name = serve_answer("x"), place.split(".")[0]
+    accepted = live.post(dialect.path, dialect.body(CHAT) | {name: make(NULLS)})
+    assert accepted.status_code == 200, accepted.text
+    refused = live.post(dialect.path, dialect.body(CHAT) | {name: make({"toolset_name": "x"})})
+    assert refused.status_code == 400
+    assert f"{place}.toolset_name" in refused.json()["error"]["message"]
+
+
+@DIALECT
+def test_nulls_of_a_returned_answer_do_not_reach_the_template(
+    serve_answer: ServeAnswer, dialect: Dialect
+) -> None:
+    live = serve_answer(f"<think>Hm.</think>Look.\n{HERMES_CALL}", then="Dry.")
+    answer = dialect.ask(live, tools=[TOOL])
+    result = dialect.result(answer, "dry")
+    first = answer.turn[0]
+    nulls = [first | NULLS] if "chat" in dialect.path else answer.turn
+    if isinstance(first.get("content"), list) and dialect.path.endswith("messages"):
+        nulls = [first | {"content": [block | NULLS for block in first["content"]]}]
+    elif dialect.path.endswith("responses"):
+        nulls = [item | NULLS for item in answer.turn]
+    counts = []
+    for turn in (answer.turn, nulls):
+        body = dialect.body([*CHAT, *turn, *result], tools=[TOOL])
+        usage = live.post(dialect.path, body).json()["usage"]
+        counts.append(
+            sum(n for name, n in usage.items() if name.endswith(("prompt_tokens", "input_tokens")))
+        )
+    assert counts[0] == counts[1] > 0
