@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
-from engine.config import ConfigError
+from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from hybridcache.geometry.checkpoints import CODE_BYTES, SCALINGS, CheckpointFormat
 from hybridcache.geometry.units import GIB
 from kernels.state_copy.narrow import LARGEST, narrow, widen
-from tests.engine.test_hits_change_nothing import HYBRID, SIDE_BY_SIDE, prompts
+from tests.engine.test_hits_change_nothing import HYBRID, prompts
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=2)
 
@@ -35,27 +34,6 @@ def make_engine(folder: Path, model: dict[str, object], **settings: object) -> E
 
 def tokens_and_logprobs(outputs: list[RequestOutput]) -> list[object]:
     return [(output.token_ids, output.logprobs) for output in outputs]
-
-
-@pytest.mark.full("hybrid")
-@pytest.mark.parametrize("model", [HYBRID, SIDE_BY_SIDE], ids=["hybrid", "side-by-side"])
-def test_checkpoints_without_rounding_change_no_bit(
-    tmp_path: Path, model: dict[str, object]
-) -> None:
-    """Check 16-bit checkpoints of 16-bit states: they take the copy path but round nothing."""
-    numbers = {"state_dtype": "bfloat16", "exact": True}
-    cold = make_engine(tmp_path, model, **numbers, prefix_cache="none", max_running=1)
-    expected = tokens_and_logprobs(cold.generate(prompts(), GREEDY))
-    for settings in (
-        {"token_budget": 64},
-        {"max_running": 3, "draft": "tree", "exact": False},
-        {"cache_gib": None, "kv_gib": 0.002, "state_gib": 0.002},
-    ):
-        engine = make_engine(tmp_path, model, checkpoint_dtype="bfloat16", **(numbers | settings))
-        assert tokens_and_logprobs(engine.generate(prompts(), GREEDY)) == expected
-        again = engine.generate(prompts(), GREEDY)
-        assert tokens_and_logprobs(again) == expected
-        assert sum(output.cached_len for output in again) > 1000
 
 
 @pytest.mark.full("int8")
@@ -153,9 +131,3 @@ def test_codes_are_close_and_do_not_depend_on_other_rows(dtype: torch.dtype, per
     alone = narrow(x[1:2], dtype, dims)
     assert torch.equal(alone[0].view(torch.uint8), codes[1:2].view(torch.uint8))
     assert torch.equal(alone[1], scales[1:2])
-
-
-@pytest.mark.parametrize("spec", ["int4", "bfloat16:row", "int8:", "int8:layer", "float32"])
-def test_unknown_formats_are_refused(spec: str) -> None:
-    with pytest.raises(ConfigError, match="checkpoint_dtype must be auto, bfloat16, int8 or fp8"):
-        EngineConfig(checkpoint_dtype=spec)

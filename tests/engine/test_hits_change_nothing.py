@@ -159,30 +159,46 @@ def test_rows_leave_a_slab_before_a_state_is_copied_into_it(make_engine: MakeEng
         assert torch.equal(states[:, 1].view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.full("hybrid-float32", "side-by-side-float32-states16", "attention-only-bfloat16")
+@pytest.mark.full(
+    "64-hybrid-float32",
+    "64-side-by-side-float32-states16",
+    "64-attention-only-bfloat16",
+    "16-hybrid-bfloat16-states16",
+    "32-side-by-side-float32",
+)
 @formats
 @pytest.mark.parametrize(
     "model",
     [HYBRID, ATTENTION_ONLY, SIDE_BY_SIDE],
     ids=["hybrid", "attention-only", "side-by-side"],
 )
+@pytest.mark.parametrize("grid", [64, 32, 16])
 def test_hits_equal_cold_runs_bit_for_bit(
-    make_engine: MakeEngine, model: dict[str, object], numbers: dict[str, str]
+    make_engine: MakeEngine, grid: int, model: dict[str, object], numbers: dict[str, str]
 ) -> None:
-    cold = make_engine(model, **numbers, prefix_cache="none", max_running=1)
+    """With any chunks, batches, pages, memory, drafts and preemptions, and with checkpoints that
+    are copied into another format without rounding."""
+    cold = make_engine(model, **numbers, grid=grid, prefix_cache="none", max_running=1)
     expected = cold.generate(prompts(), REPORT)
     assert len({tuple(output.token_ids) for output in expected}) > 4
-    for settings in (
+    some: list[dict[str, object]] = [
         {"token_budget": 64},
         {"max_running": 3, "overlap": "on"},
-        {"page_size": 16},
-        {"memory": "pools"},
-    ):
-        engine = make_engine(model, **numbers, **settings)
+        {"memory": "pools", "page_size": 16},
+        {"draft": "tree:5", "exact": True, "checkpoints": (f"every:{grid}",)},
+        {"kv_tokens": 448, "slots": 3, "exact": True},
+    ]
+    if numbers.get("state_dtype") == "bfloat16" and model is not ATTENTION_ONLY:
+        some += [{"checkpoint_dtype": "bfloat16", "exact": True, "slots": 100}]
+    for settings in some:
+        engine = make_engine(model, **numbers, **settings, grid=grid)
         first, second = engine.generate(prompts(), REPORT), engine.generate(prompts(), REPORT)
         assert_same(first, expected)
         assert_same(second, expected)
-        assert sum(output.cached_len for output in second) > 1000
+        assert all(output.cached_len % grid == 0 for output in second)
+        assert sum(output.cached_len for output in second) > (
+            1000 if "slots" not in settings else 0
+        )
 
 
 def test_answers_are_the_same_when_requests_wait_for_memory(make_engine: MakeEngine) -> None:

@@ -3,26 +3,21 @@ partial output after errors."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import FineGrainedFP8Config
 
 from engine import engine_config
 from engine.command.cli import main
-from engine.plugins.convert import converter as module
-from engine.plugins.convert.converter import convert, plan_pieces, quantize_rows
+from engine.plugins.convert.converter import convert, plan_pieces
 from engine.runner.build import load_runner
-from engine.weights import tensor_files
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
 from engine.weights.scheme import Scheme
 from engine.weights.tensor_files import open_file
-from kernels.linear.reference import quantize
 from tests.engine.numerics import eight_bit
 
 BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
@@ -80,57 +75,6 @@ def test_fp8_files_equal_their_dequantised_weights(
     save_file(dequantise(tmp_path / "out"), plain / "model.safetensors")
     expected = driver_class(load(plain)).cold(tokens, logits="all")
     assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
-
-
-def test_rounding_is_to_nearest(monkeypatch):
-    monkeypatch.setattr(module, "BAND_ELEMENTS", 500)
-    weight = torch.randn(70, 40, dtype=torch.bfloat16)
-    stored, scale, error = quantize_rows(weight, Scheme("int8", (1, None), "weight_scale"))
-    expected, expected_scale = quantize(weight, "int8")
-    assert torch.equal(stored, expected) and torch.equal(scale[:, 0], expected_scale)
-    difference = stored.float() * scale - weight.float()
-    assert error == pytest.approx(float(difference.norm() / weight.float().norm()), rel=1e-4)
-    blocks, scale, error = quantize_rows(weight, Scheme("fp8", (16, 16), "weight_scale_inv"))
-    assert scale.shape == (5, 3)
-    for i, j in ((0, 0), (4, 2), (2, 1)):
-        tile = slice(16 * i, 16 * i + 16), slice(16 * j, 16 * j + 16)
-        exact = weight[tile].float()
-        assert scale[i, j] == exact.abs().max() / 448
-        assert torch.equal(blocks[tile].float(), (exact / scale[i, j]).to(blocks.dtype).float())
-    assert 0.01 < error < 0.04
-
-
-def test_unquantised_modules(oracles, tmp_path):
-    """Defaults, ``--ignore``, and weights that are not whole blocks."""
-    source = oracles("qwen3_next").path
-    scheme = Scheme("fp8", (16, 4), "weight_scale_inv")
-    report = convert(
-        source,
-        tmp_path / "out",
-        "fp8",
-        ("linear_attn.out_proj", r"re:.*layers\.3\.self_attn"),
-        scheme=scheme,
-        show_progress=False,
-    )
-    reasons = {entry.module: entry.reason for entry in report.modules if entry.reason}
-    assert reasons["model.layers.0.linear_attn.out_proj"] == "selected by --ignore"
-    assert reasons["model.layers.3.self_attn.k_proj"] == "selected by --ignore"
-    assert (
-        reasons["model.layers.0.mlp.gate"]
-        == reasons["lm_head"]
-        == "few numbers with a large effect"
-    )
-    assert reasons["model.layers.0.mlp.experts.0.gate_proj"] == "not whole blocks"
-    assert "model.layers.1.mlp.gate_proj" not in reasons
-    section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    assert set(reasons) < set(section["modules_to_not_convert"])
-    assert "model.layers.0.linear_attn.conv1d" in section["modules_to_not_convert"]
-    assert (
-        FineGrainedFP8Config(**section).modules_to_not_convert == section["modules_to_not_convert"]
-    )
-    files = read_quantization({"quantization_config": section})
-    assert files.scheme("model.layers.1.mlp.gate_proj").block == (16, 4)
-    load(tmp_path / "out")
 
 
 def test_unquantised_modules_of_a_published_model(tmp_path):
@@ -197,32 +141,6 @@ def test_shards_and_other_files_of_the_directory(oracles, driver_class, random_t
     assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens), whole)
 
 
-def test_refusals_leave_no_output(oracles, tmp_path, monkeypatch):
-    source, out = oracles("qwen3_5").path, tmp_path / "out"
-    with pytest.raises(ModelError, match=r"--ignore mlp\.gat matches no linear layer"):
-        convert(source, out, "int8", ("mlp.gat",))
-    with pytest.raises(ModelError, match="there is no linear layer to convert"):
-        convert(source, out, "int8", ("re:.*",))
-    with pytest.raises(ModelError, match="there is no folder"):
-        convert(tmp_path / "nowhere", out, "int8")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_bytes((source / "config.json").read_bytes())
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(ModelError, match=r"0\.mlp\.up_proj\.weight contains numbers that are not"):
-        convert(broken, out, "int8", show_progress=False)
-
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tensor_files.os, "pwrite", full_disk)
-    with pytest.raises(ModelError, match="out cannot be written: No space left"):
-        convert(source, out, "int8", show_progress=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
-
-
 def test_convert_command(oracles, tmp_path, capsys):
     source, out = str(oracles("qwen3_5").path), tmp_path / "out"
     assert main(["convert", source, str(out), "--to", "int8", "--ignore", "out_proj"]) == 0
@@ -244,19 +162,6 @@ def test_convert_command(oracles, tmp_path, capsys):
     assert "is already int8 with a scale per output channel" in capsys.readouterr().err
     assert main(["convert", source, str(tmp_path / "json"), "--to", "fp8", "--json"]) == 2
     assert "no linear layer to convert: all are " in capsys.readouterr().err
-
-
-def test_the_built_in_model_can_be_converted_and_chatted_with(tmp_path, monkeypatch, capsys):
-    """Its tokenizer and template have no files, so they are named."""
-    out = str(tmp_path / "int8")
-    assert main(["convert", "builtin", out, "--to", "int8"]) == 0
-    question = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?\n"
-    chat = ["chat", "--model", out, "--temperature", "0", "--cache-gib", "0.05"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(question))
-    assert main([*chat, "--tokenizer", "builtin"]) == 0
-    assert "5 + 3 = 8. #### 8" in capsys.readouterr().out
-    assert main(chat) == 2
-    assert "has no chat template" in capsys.readouterr().err
 
 
 def test_transformers_reads_fp8_files(oracles, tmp_path):

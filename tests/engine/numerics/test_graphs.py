@@ -17,14 +17,12 @@ import pytest
 import torch
 
 from engine import engine_config
-from engine.config import EngineConfig
 from engine.runner.build import load_runner
 from engine.runner.device import TRAITS, Device
-from engine.runner.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
 from engine.schedule.batch import Batch, Segment
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
-from kernels.attention import fused, splits
+from kernels.attention import fused
 from tests.engine.numerics.stub_device import stubbed
 
 KERNEL_OPTION = ",".join(
@@ -306,42 +304,6 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     driver.reset()
     assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
     assert recorder.num_recorded == 2 * (len(used) + 1)
-
-
-@pytest.mark.full
-def test_attention_in_several_chunks_uses_no_graph(
-    make_verify_driver, check_launch_bounds, monkeypatch
-):
-    driver = make_verify_driver()
-    expected = verify(driver, PROMPTS, STEPS)
-    driver.reset()
-    token = 4 * 2 * 16  # Bytes of float32 for 2 heads of 16.
-    monkeypatch.setattr(splits, "workspace_bytes", lambda: 8 * token)
-    recorder = Recorder()
-    driver.runner.use_graphs("decode", recorder)
-    assert driver.runner.verify_graphs.buckets == [(8, 96), (4, 96)]
-    assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
-    assert recorder.num_recorded == 3  # (8, 96), a step without drafts, (4, 96).
-    monkeypatch.setattr(fused, "is_one_chunk", lambda *sizes: False)
-    driver.runner.use_graphs("decode", recorder)
-    assert driver.runner.verify_graphs is None
-
-
-def test_decode_and_prefill_buckets():
-    for max_running in (1, 3, 8, 64, 65, 300):
-        sizes = decode_buckets(max_running)
-        assert sizes[-1] >= max_running
-        assert all(a < b for a, b in itertools.pairwise(sizes))
-    assert bucket_for(1, PREFILL_BUCKETS) == 64
-    assert bucket_for(64, PREFILL_BUCKETS) == 64
-    assert bucket_for(65, PREFILL_BUCKETS) == 128
-    assert bucket_for(PREFILL_BUCKETS[-1] + 1, PREFILL_BUCKETS) is None
-
-
-def test_graphs_on_a_cpu_are_refused():
-    config = EngineConfig(device="cpu", graphs="all", cache_gib=0.01)
-    with pytest.raises(ModelError, match="has no graphs"):
-        load_runner(config)
 
 
 def test_graphs_require_kernels_with_device_lengths(drivers, monkeypatch):

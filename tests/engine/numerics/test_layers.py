@@ -6,8 +6,6 @@ multipliers, and latent rows. It runs on pools and on an arena, after hits, and 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,19 +15,11 @@ from engine.layers.attention import Attention
 from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.layers.linear import Part
 from engine.layers.mla import LatentAttention
-from engine.layers.mlp import MLP
-from engine.layers.norm import RMSNorm
-from engine.layers.parameters import Build, WeightSpec
 from engine.layers.residual import FeedForwardStep, MixerStep, Parallel
 from engine.layers.shortconv import ShortConv
-from engine.models import families, read_model
 from engine.models.decoder import Decoder
 from engine.runner import loaded_model
-from engine.runner.backends import Kernels
 from engine.runner.build import load_runner
-from engine.runner.device import Device
-from engine.runner.loading import Dummy
-from engine.schedule.batch import Batch
 from engine.weights.model_config import ModelConfig, ModelError, Rope
 from hybridcache.geometry.mixers import (
     AttentionSizes,
@@ -144,28 +134,6 @@ def test_hits_are_exact_on_pools_and_arenas(make, random_tokens):
     assert keeps == list(SIZES.specs())
 
 
-@torch.inference_mode()
-def test_steps_run_in_their_order(make, random_tokens):
-    driver = make(**POOLS)
-    runner, model = driver.runner, driver.runner.model
-    sequence, write = driver.begin(random_tokens(70, seed=3, vocab_size=97))
-    batch = Batch((driver.prefill_segment(sequence, 70, logits="all"),), (), (write,))
-    logits = runner.forward(batch)
-    token_ids, inputs = runner.step_inputs.of(batch)
-    stream, pools = model.embedding(token_ids), iter(runner.tensors.pools)
-    _, *steps, norm, head = model._parts
-    assert [type(step).__name__[0] for step in steps] == list("FMFMMFMF")
-    for step in steps:
-        x, _ = step.enter(stream, None)
-        if isinstance(step, MixerStep):
-            projected = step.block.project(x)
-            mixed = step.block.mix(projected, inputs, next(pools))
-            stream = stream + step.leave(step.block.finish(mixed, projected))
-        else:
-            stream = stream + step.leave(step.block(x, 70))
-    torch.testing.assert_close(head(norm(stream))[:70], logits, rtol=1e-5, atol=1e-5)
-
-
 def test_graphs_of_pieces_change_no_bit(make, random_tokens):
     tokens = random_tokens(150, seed=2, vocab_size=97)
     driver = make(**POOLS)
@@ -182,41 +150,6 @@ def test_graphs_of_pieces_change_no_bit(make, random_tokens):
     driver.runner.graphs = None, driver.runner.graphs[1]
     assert torch.equal(run(driver, tokens), plain)
     assert len(recorded) == 2 * 5  # Two buckets, four mixers.
-
-
-def test_norm_after_a_block_with_a_multiplier():
-    spec = WeightSpec(torch.device("cpu"), torch.float32)
-    build = Build(Kernels.choose(Device.resolve("cpu")), spec)
-    norm = RMSNorm("after", 8, build, eps=1e-6)
-    step = FeedForwardStep(MLP("mlp", 8, 12, build), after=norm, multiplier=0.5)
-    Dummy(0).fill(step)
-    step.seal()
-    out, residual = torch.randn(4, 8), torch.randn(4, 8)
-    added, stream = step(out, residual, 4)
-    assert torch.equal(stream, out + residual)
-    assert torch.equal(added, norm(step.block(stream, 4)) * 0.5)
-    assert step(out, None, 4)[1] is out
-
-
-def test_gate_and_up_may_be_one_matrix():
-    spec = WeightSpec(torch.device("cpu"), torch.float32)
-    build = Build(Kernels.choose(Device.resolve("cpu")), spec)
-    mlp = MLP("shared_mlp", 8, 12, build, inputs=["input_linear"], output="output_linear")
-    shapes = {name: tuple(parameter.target.shape) for name, parameter in mlp.parameters()}
-    assert shapes == {
-        "shared_mlp.input_linear.weight": (24, 8),
-        "shared_mlp.output_linear.weight": (8, 12),
-    }
-
-
-def test_each_family_is_found_by_its_file():
-    files = {path.stem for path in Path("engine/models").glob("*.py")}
-    helpers = {"__init__", "decoder"}
-    assert {family.__module__.rpartition(".")[2] for family in families().values()} == (
-        files - helpers
-    )
-    with pytest.raises(ModelError, match=r"'mamba' are not supported; supported are .*qwen3_next"):
-        read_model({"model_type": "mamba"})
 
 
 def test_model_without_kv_is_refused(monkeypatch):

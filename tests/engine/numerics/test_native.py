@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import engine_config
 from engine.runner import backends
-from engine.runner.backends import all_plain
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
@@ -64,20 +63,6 @@ def test_batches_and_recording_change_no_bit(
             assert torch.equal(logits, batched[step][rank])
 
 
-@COMPILED
-@pytest.mark.parametrize("name", ["granite_moe_hybrid_dense", "lfm2"])
-def test_steps_of_other_families_are_recorded(driver_class, random_tokens, oracles, name) -> None:
-    runner = make_runner(model=str(oracles(name).path))
-    assert runner.graphs[0] is not None
-    prompts = [random_tokens(length, length, runner.vocab_size) for length in (70, 7)]
-    batched = decode_logits(driver_class, runner, prompts, 3)
-    runner.use_graphs("off")
-    for rank, prompt in enumerate(prompts):
-        single = decode_logits(driver_class, runner, [prompt], 3)
-        for step, [logits] in enumerate(single):
-            assert torch.equal(logits, batched[step][rank])
-
-
 @pytest.mark.full("float32-None", "bfloat16-int8")
 @COMPILED
 @FORMATS
@@ -85,15 +70,6 @@ def test_recorded_verification_equals_single_steps(
     driver_class, random_tokens, dtype, quantization
 ) -> None:
     runner = make_runner(dtype, quantization=quantization, draft="tree:8")
-    check_verification_equals_single_steps(driver_class, random_tokens, runner)
-
-
-@COMPILED
-@pytest.mark.parametrize("name", ["granite_moe_hybrid_dense", "lfm2"])
-def test_recorded_verification_of_other_families(
-    driver_class, random_tokens, oracles, name
-) -> None:
-    runner = make_runner(model=str(oracles(name).path), draft="tree:8")
     check_verification_equals_single_steps(driver_class, random_tokens, runner)
 
 
@@ -160,15 +136,6 @@ def states_of(runner, sequence) -> list[torch.Tensor]:
     return [pool[:, slot].clone() for pool in runner.tensors.states]
 
 
-@pytest.mark.full("float32-None", "bfloat16-fp8")
-@COMPILED
-@FORMATS
-def test_hit_changes_no_bit(driver_class, random_tokens, dtype, quantization) -> None:
-    runner, tokens = make_runner(dtype, quantization=quantization), random_tokens(150, 5)
-    cold, mixed = driver_class(runner, scatter_seed=3).cold_and_mixed(tokens)
-    assert torch.equal(mixed[1:], cold[64:])
-
-
 @COMPILED
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 0.1)])
 def test_logits_are_close_to_the_references(driver_class, random_tokens, dtype, error) -> None:
@@ -204,22 +171,6 @@ def count(**config: Any) -> tuple[int, int]:
         with Counting() as counting, recorded(calls.append):
             decode.step()
     return counting.names.total(), len(calls)
-
-
-@COMPILED
-def test_step_dispatches_less_than_half_of_the_operators() -> None:
-    plain, native, repeated = (
-        count(**config) for config in ({"kernels": all_plain()}, {"graphs": "off"}, {})
-    )
-    assert plain[1] == 0 < native[1]
-    assert 2 * native[0] < plain[0]
-    assert 8 * repeated[0] < native[0]
-
-
-@COMPILED
-def test_steps_with_a_reference_kernel_are_not_recorded(driver_class, random_tokens) -> None:
-    runner = make_runner(kernels="attention=reference")
-    assert runner.graphs == (None, None)
 
 
 def test_engine_works_without_a_compiler(monkeypatch, driver_class, random_tokens) -> None:

@@ -9,11 +9,9 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import CONFIG_MAPPING
 
 from engine.models import families, read_model
-from engine.weights.model_config import ModelError, check_all_read
 from hybridcache.geometry.config_format import COMMON, ROPE_KEYS, WITHOUT_EFFECT, fits
 from hybridcache.geometry.families import COMPOSITES, format_of
 from hybridcache.geometry.model import ModelGeometry
-from tests.engine.numerics.families import qwen3
 
 LFM2 = {
     "model_type": "lfm2",
@@ -33,7 +31,6 @@ LFM2 = {
     "torch_dtype": "bfloat16",
     "vocab_size": 65536,
 }
-QWEN3 = {"model_type": "qwen3", **qwen3.CONFIG}
 FULL = [4, 8, 12, 16, 20, 24, 27]
 KIMI_LINEAR = {
     "model_type": "kimi_linear",
@@ -126,75 +123,3 @@ def test_fields_have_the_names_types_and_defaults_of_transformers(model_type) ->
     pairs = {frozenset(pair) for pair in text_class.attribute_map.items()}
     our_aliases = {frozenset(pair) for pair in ours.aliases.items()}
     assert {pair for pair in pairs if pair & set(ours.fields)} <= our_aliases
-
-
-def test_unread_key_is_refused() -> None:
-    """A key that a family forgets to read must not be ignored silently."""
-    config = format_of("qwen3").read({"vocab_size": 9, "hidden_act": "gelu", "head_dim": 128})
-    assert config["vocab_size"] == 9
-    with pytest.raises(ModelError, match=r"hidden_act 'gelu' .* is not supported; remove it"):
-        check_all_read(config)
-    config.ignore("hidden_act")
-    check_all_read(config)
-    assert format_of("qwen3").read({"colour": 1, "bos_token_id": 2}).unknown == ("colour",)
-
-
-def test_yarn_extends_the_context() -> None:
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
-    _, config = read_model(QWEN3 | {"rope_scaling": scaling})
-    assert (config.max_position, config.max_len) == (4096, 4096)
-    _, config = read_model(QWEN3 | {"rope_scaling": scaling | {"factor": 8}})
-    assert config.max_len == 8192
-    assert read_model(QWEN3 | {"rope_scaling": None})[1].max_len == 4096
-
-
-NULL_LEN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}
-"""Section with a null that transformers refuses, although the top level has a value."""
-
-
-@pytest.mark.parametrize(
-    ("raw", "changes", "message"),
-    [
-        (LFM2, {"conv_L_cache": 0}, "conv_L_cache must be at least 1"),
-        (LFM2, {"layer_types": ["conv"] * 15 + ["mamba"]}, "layer_types has unknown types: mamba"),
-        (LFM2, {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' .* not supported"),
-        (
-            QWEN3,
-            {"rope_scaling": NULL_LEN, "original_max_position_embeddings": 48},
-            "original_max_position_embeddings .* must be a number",
-        ),
-        (
-            {"model_type": "qwen3_5_moe_text", "intermediate_size": 96},
-            {"num_experts": 0},
-            "num_experts must be at least 1",
-        ),
-        (KIMI_LINEAR, {"q_lora_rank": 1536}, "q_lora_rank 1536 is not supported; None is"),
-        (KIMI_LINEAR, {"num_expert_group": 8}, r"num_expert_group \(n_group\) must be 1"),
-        (
-            KIMI_LINEAR,
-            {"num_expert_group": None},
-            "num_expert_group in config.json must be an integer",
-        ),
-        (QWEN3, {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window must be"),
-        (QWEN3, {"layer_types": ["sliding_attention"] * 4}, "sliding-window attention is not"),
-        (LFM2, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; 'silu' is"),
-        (KIMI_LINEAR, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        (KIMI_LINEAR, {"moe_router_activation_func": "softmax"}, "'softmax' is not supported"),
-        (KIMI_LINEAR, {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported; 1 is"),
-        (KIMI_LINEAR, {"mla_use_nope": False}, "mla_use_nope False is not supported"),
-        (KIMI_LINEAR, {"mlp_layer_types": ["dense"]}, "mlp_layer_types .* must name 27 layers"),
-        (
-            KIMI_LINEAR,
-            {"linear_attn_config": None},
-            "linear_attn_config in config.json must be an object",
-        ),
-        (
-            KIMI_LINEAR,
-            {"linear_attn_config": 5},
-            "linear_attn_config in config.json must be an object",
-        ),
-    ],
-)
-def test_unsupported_values_are_refused(raw, changes, message) -> None:
-    with pytest.raises(ModelError, match=message):
-        read_model(raw | changes)

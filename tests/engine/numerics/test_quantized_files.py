@@ -19,10 +19,8 @@ from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loading import WeightFiles, WeightsError
 from engine.schedule.batch import Batch
-from engine.weights.layer_names import Names
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
-from engine.weights.scheme import Scheme, widen
 from tests.engine.numerics import eight_bit
 
 BLOCK = (16, 48)
@@ -107,25 +105,6 @@ def test_combined_input_projection_of_mamba2(code, checkpoint, driver_class, ran
     assert torch.equal(hit, cold[64:])
 
 
-def test_missing_exception_in_qwens_list_is_named(checkpoint):
-    """The list may omit conv1d and norms, but not a gate."""
-    path = checkpoint("qwen3_next")
-    fp8(path)
-    config = json.loads((path / "config.json").read_text())
-    exceptions = config["quantization_config"]["modules_to_not_convert"]
-    assert (
-        "model.layers.0.mlp.gate" in exceptions and "model.layers.0.mlp.gate_proj" not in exceptions
-    )
-    exceptions.remove("model.layers.0.linear_attn.in_proj_ba")
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError) as error:
-        load(path)
-    assert "but their type differs (model.layers.0.linear_attn.in_proj_ba.weight is F32)" in str(
-        error.value
-    )
-    assert "list them under modules_to_not_convert" in str(error.value)
-
-
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
 def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_class, random_tokens):
     """Activations are rounded per token or not at all, so the test uses a bound."""
@@ -182,28 +161,6 @@ def test_fp8_per_channel_equals_its_dequantised_weights(checkpoint, driver_class
     plain = eight_bit.rewrite(path, code, "weight_scale", section)
     expected = driver_class(load(plain)).cold(tokens)
     assert torch.equal(driver_class(load(path)).cold(tokens), expected)
-
-
-def test_fp8_without_a_list_of_exceptions_loads(checkpoint):
-    """Published files of dense models list no exceptions; only the head is unquantised."""
-    path = checkpoint("qwen3")
-    fp8(path)
-    config = json.loads((path / "config.json").read_text())
-    del config["quantization_config"]["modules_to_not_convert"]
-    (path / "config.json").write_text(json.dumps(config))
-    load(path)
-
-
-def test_tied_head_may_be_listed_as_an_exception(checkpoint):
-    """Lists of compressed-tensors begin with the head, which files of a tied model lack."""
-    path = checkpoint("qwen3")
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    tensors = load_file(path / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, path / "model.safetensors")
-    int8(path, lambda _: eight_bit.compressed_section(["lm_head"]))
-    load(path)
 
 
 def test_parts_of_one_product_may_have_different_formats(checkpoint, driver_class, random_tokens):
@@ -269,31 +226,6 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
     torch.testing.assert_close(quantised(hidden), plain(hidden), rtol=1e-4, atol=1e-4)
 
 
-def test_number_of_blocks_is_rounded_up():
-    scheme = Scheme("fp8", (128, 128), "weight_scale_inv")
-    assert scheme.scale_shape(129, 257) == (2, 3)
-    stored, scale, expected = eight_bit.fp8_blocks(
-        torch.randn(129, 257), (128, 128), torch.bfloat16
-    )
-    got = torch.empty(129, 257)
-    widen(got, stored, scheme.row_scales(scale, 129, 257), 128)
-    assert torch.equal(got, expected)
-    exponents = torch.full((2, 3), 125, dtype=torch.uint8)
-    assert (scheme.row_scales(exponents, 129, 257) == 0.25).all()
-
-
-def test_module_names_match_whole_components():
-    full = Names.of(["model.layers.1.mlp.gate", "lm_head", "visual"], anywhere=True)
-    assert full.has("model.language_model.layers.1.mlp.gate") and full.has("lm_head")
-    assert full.has("model.visual.blocks.0.attn") and not full.has("model.layers.1.mlp.gate_proj")
-    assert not full.has("model.layers.11.mlp.gate") and not full.has("model.layers.1.mlp")
-    patterns = Names.of([r"re:.*mlp\.gate$", "re:model.language_model.layers.0.", "lm_head"])
-    assert patterns.has("model.layers.7.mlp.gate") and patterns.has("model.layers.0.mlp.up_proj")
-    assert not patterns.has("model.layers.7.mlp.gate_proj") and not patterns.has("x.lm_head")
-    with pytest.raises(ModelError, match="not a regular expression"):
-        Names.of(["re:("])
-
-
 COMPRESSED = eight_bit.compressed_section(["lm_head"])
 
 
@@ -352,51 +284,6 @@ def test_8_bit_weights_without_8_bit_activations(dtype, checkpoint, driver_class
     assert torch.equal(hit, cold[64:])
 
 
-HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"location": "weight_input"}]}}}
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        ({"transform_config": HADAMARD}, "transform_config of compressed-tensors is not supported"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme of compressed-tensors is not"),
-        ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config of compressed-tensors"),
-        ({"sparsity_config": {"format": "dense"}, "transform_config": {}}, None),
-    ],
-)
-def test_parts_of_a_format_that_change_values_are_refused(more, message):
-    section = {"quantization_config": COMPRESSED | more}
-    if message is None:
-        assert read_quantization(section) is not None
-        return
-    with pytest.raises(ModelError, match=message):
-        read_quantization(section)
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [("num_bits", 4), ("type", "float"), ("symmetric", False), ("strategy", "tensor")],
-)
-def test_unsupported_activations_are_refused(key, value):
-    section = eight_bit.compressed_section(["lm_head"])
-    section["config_groups"]["group_0"]["input_activations"][key] = value
-    with pytest.raises(ModelError, match=f"input_activations with {key} {value!r}"):
-        read_quantization({"quantization_config": section})
-
-
-def test_static_activations_are_refused(tmp_path):
-    group = COMPRESSED["config_groups"]["group_0"]
-    static = {**group, "input_activations": {"num_bits": 8, "dynamic": False}}
-    with pytest.raises(ModelError, match="input_activations with dynamic False"):
-        read_quantization(
-            {"quantization_config": {**COMPRESSED, "config_groups": {"group_0": static}}}
-        )
-    file = tmp_path / "quant_model_description.json"
-    file.write_text(json.dumps({"model.layers.0.mlp.up_proj.weight": "W8A8"}))
-    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.up_proj is W8A8 in"):
-        read_quantization({}, tmp_path)
-
-
 def check_refused(path, change, match):
     """Check that loading fails in one sentence after ``change`` to the tensors and the section."""
     tensors = load_file(path / "model.safetensors")
@@ -441,68 +328,3 @@ def test_files_that_differ_from_their_config_are_refused(change, match, checkpoi
     path = checkpoint("qwen3")
     fp8(path)
     check_refused(path, change, match)
-
-
-SCALES = {
-    "NaN": lambda scale: scale[0].fill_(torch.nan),
-    "infinite": lambda scale: scale[-1].fill_(torch.inf),
-    "negative": lambda scale: scale[0].neg_(),
-    "of zero": lambda scale: scale[0].zero_(),
-}
-
-
-@pytest.mark.parametrize("code", [fp8, int8], ids=["fp8", "int8"])
-@pytest.mark.parametrize("kind", SCALES)
-def test_bad_scales_are_refused(code, kind, checkpoint):
-    path = checkpoint("qwen3")
-    code(path)
-    scale_name = f"{UP}_scale" + ("_inv" if code is fp8 else "")
-    check_refused(
-        path,
-        lambda tensors, _: SCALES[kind](tensors[scale_name]),
-        rf"up_proj\.weight_scale\w* contains .*{kind}",
-    )
-
-
-def test_integer_scales_are_refused(checkpoint):
-    path = checkpoint("qwen3")
-    fp8(path)
-    scale_name = f"{UP}_scale_inv"
-    check_refused(
-        path,
-        lambda tensors, _: tensors.update({scale_name: tensors[scale_name].int()}),
-        r"up_proj\.weight_scale_inv has type int32: scales must be float32",
-    )
-
-
-@pytest.mark.parametrize("code", [0x7F, 0xFF])
-def test_fp8_nan_codes_are_refused(code, checkpoint):
-    path = checkpoint("qwen3")
-    fp8(path)
-    check_refused(
-        path,
-        lambda tensors, _: tensors[UP].view(torch.uint8)[-1, -1:].fill_(code),
-        r"up_proj\.weight contains NaN or infinite numbers",
-    )
-
-
-def test_scale_of_zero_is_valid_for_zero_weights(checkpoint):
-    path = checkpoint("qwen3")
-    int8(path)
-    tensors = load_file(path / "model.safetensors")
-    tensors[UP][3] = 0
-    tensors[f"{UP}_scale"][3] = 0
-    save_file(tensors, path / "model.safetensors")
-    load(path)
-
-
-def test_truncated_file_is_refused(checkpoint):
-    path = checkpoint("qwen3")
-    int8(path)
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=r"model\.safetensors is truncated or corrupted"):
-        load(path)
-    file.rename(path / "model.gguf")
-    with pytest.raises(WeightsError, match=r"GGUF is not supported, and there are no \.safe"):
-        load(path)

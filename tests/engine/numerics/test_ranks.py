@@ -26,7 +26,6 @@ from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import Scheme
-from engine.weights.tensor_files import WeightsError
 from tests.engine.numerics import eight_bit
 
 REFUSED = {
@@ -136,17 +135,6 @@ def test_two_ranks_agree_with_one(family, oracles, driver_class, random_tokens) 
     assert (cold - single).abs().max() < 1e-4
 
 
-def test_ranks_share_key_heads_if_there_are_too_few(oracles, driver_class, random_tokens) -> None:
-    """Two ranks each hold the same key head; sums have four summands."""
-    config = config_of(oracles("qwen3").path)
-    work = cold_and_hit(driver_class, random_tokens(80, 4))
-    ((single, _),) = run_ranks(1, config, work)
-    (cold, hit), *others = run_ranks(4, config, work)
-    assert torch.equal(cold, hit)
-    assert all(torch.equal(cold, other) for other, _ in others)
-    assert (cold - single).abs().max() < 1e-4
-
-
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_8_bit_weights_are_split_with_their_scales(
     kind, oracles, tmp_path, driver_class, random_tokens
@@ -170,17 +158,6 @@ def test_8_bit_weights_are_split_with_their_scales(
         assert (cold - single).norm() < 0.1 * single.norm()
     else:
         assert (cold - single).abs().max() < 1e-4
-
-
-def test_split_inside_a_block_is_refused(oracles, tmp_path) -> None:
-    path = tmp_path / "model"
-    shutil.copytree(oracles("qwen3_next").path, path)
-    code = partial(eight_bit.fp8_blocks, block=(16, 48), scale_dtype=torch.bfloat16)
-    section = partial(eight_bit.fp8_section, block=(16, 48))
-    eight_bit.rewrite(path, code, "weight_scale_inv", section)
-    sentence = r"^--tp would split blocks of 48 columns that share a scale: .* use fewer ranks\.$"
-    with pytest.raises(WeightsError, match=sentence):
-        run_ranks(2, config_of(path), lambda runner: None)
 
 
 @pytest.mark.parametrize("least", [1, 2**30], ids=["runs", "bands"])

@@ -7,11 +7,8 @@ import pytest
 import torch
 
 from engine import engine_config
-from engine.config import EngineConfig
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.runner.build import load_runner
-from engine.runner.memory_plan import state_slot_bytes
-from engine.runner.warm_up import rehearsals
 from engine.schedule.batch import Batch, Segment
 
 ANSWER = 14
@@ -197,28 +194,3 @@ def test_slot_has_the_newest_state_when_it_is_read(make_driver, random_tokens) -
     runner.forward(Batch((driver.decode_segment(other, 7),)))
     assert runner.running.at(sequence.slot) == sequence.slot, "after a step without a commit"
     runner.running.check()
-
-
-def test_step_states_are_outside_the_planned_slots(make_driver) -> None:
-    for memory in ("pools", "arena"):
-        runner = make_driver("qwen3_5", memory=memory).runner
-        assert runner.num_step_states == len(runner.tensors.step_slots) == 4 * 5
-        slots = {*range(runner.memory.num_slots), runner.tensors.padding_slot}
-        assert not slots & set(runner.tensors.step_slots)
-        slot_bytes = state_slot_bytes(runner.config.sizes, runner.dtype, runner.state_dtype)
-        assert runner.loaded.step_state_bytes == 20 * slot_bytes
-    attention = make_driver("qwen3").runner
-    assert attention.loaded.step_state_bytes == 0 and not len(attention.tensors.step_slots)
-
-
-def test_warm_up_rehearses_verification(make_driver) -> None:
-    """Rehearsals use only padding, so no state changes."""
-    runner = make_driver("qwen3_next").runner
-    before = states_of(runner, 0)
-    verify_segment = [b for b in rehearsals(runner) if any(s.num_drafts for s in b.segments)]
-    assert sorted(len(batch.segments) for batch in verify_segment) == [1, 2, 3, 4]
-    for batch in verify_segment:
-        assert runner.forward(batch).shape == (2 * len(batch.segments), runner.vocab_size)
-    assert all(map(torch.equal, states_of(runner, 0), before))
-    plain = EngineConfig(device="cpu", kv_gib=0.05, state_gib=0.05)
-    assert not any(s.num_drafts for b in rehearsals(load_runner(plain)) for s in b.segments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import traceback
 
 import numpy as np
@@ -13,17 +12,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from engine import engine_config
-from engine.config import MAX_SCORED
 from engine.engine import Engine
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import TreeDrafter
 from engine.requests.spec import SamplingParams
 from engine.runner.build import load_runner
-from engine.runner.graphs import DecodeGraphs
 from engine.runner.memory_plan import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
-from engine.runner.warm_up import captures, lengths, rehearsals
-from engine.weights.model_config import ModelError
+from engine.runner.warm_up import captures
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
 from tests.selection import is_quick
@@ -109,29 +105,6 @@ def test_requests_need_no_capture_or_compilation(
         assert launches.seen == compiled
 
 
-def test_requests_without_a_warm_up_need_captures(monkeypatch, tmp_path) -> None:
-    """The test above can fail."""
-    with stubbed(monkeypatch) as (device, launches):
-        engine = make_engine(tmp_path, warm_up=False, kv_gib=0.02, state_gib=0.02)
-        assert not device.counts["graphs"]
-        compiled = set(launches.seen)
-        serve(engine, 0)
-        assert launches.seen > compiled and device.counts["graphs"]
-        assert engine.runner.warmed is None
-
-
-@pytest.mark.full
-def test_graph_sizes_descend_within_the_token_budget(monkeypatch, tmp_path) -> None:
-    with stubbed(monkeypatch):
-        runner = make_engine(tmp_path, kv_gib=0.02, state_gib=0.02).runner
-        decodes, prefills = runner.graphs
-        assert decodes.buckets == [(size, 600) for size in (8, 4, 2, 1)]
-        assert prefills.buckets == [200, 192, 128, 64]
-        assert runner.warmed.num_decode_graphs == 4 and runner.warmed.num_prefill_graphs == 4
-        few = make_engine(tmp_path, token_budget=64, max_running=100, kv_gib=0.02, state_gib=0.02)
-        assert few.runner.graphs[1].buckets == [164, 128, 64]
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("cached_mib, draft", [(0, "none"), (100, "none"), (0, "tree:4")])
 def test_pools_leave_memory_for_graphs(monkeypatch, tmp_path, cached_mib, draft) -> None:
@@ -149,88 +122,6 @@ def test_pools_leave_memory_for_graphs(monkeypatch, tmp_path, cached_mib, draft)
         assert runner.warmed.num_bytes == needed
         budget = int((FREE_BYTES - needed) * ACCELERATOR_SHARE)
         assert 0 <= budget - runner.memory.total_bytes < runner.memory.row_bytes
-
-
-@pytest.mark.full
-def test_pools_without_room_for_graphs_are_refused(monkeypatch, tmp_path) -> None:
-    def full(self, bucket):
-        raise torch.OutOfMemoryError
-
-    with stubbed(monkeypatch):
-        capture = DecodeGraphs.capture
-        few = iter(range(2))  # Those of the rehearsal.
-        monkeypatch.setattr(
-            DecodeGraphs,
-            "capture",
-            lambda self, bucket: (capture if next(few, None) is not None else full)(self, bucket),
-        )
-        with pytest.raises(ModelError, match="no memory left for graphs"):
-            make_engine(tmp_path, kv_gib=0.02, state_gib=0.02)
-
-
-@pytest.mark.full
-def test_steps_with_decodes_stay_within_the_token_budget(monkeypatch, tmp_path) -> None:
-    with stubbed(monkeypatch):
-        engine = make_engine(tmp_path, kv_gib=0.02, state_gib=0.02)
-        sizes = []
-        forward = engine.runner.forward
-        monkeypatch.setattr(
-            engine.runner, "forward", lambda b, *a: (sizes.append(b.num_tokens), forward(b, *a))[1]
-        )
-        serve(engine, 5)
-        assert 190 < max(sizes) <= 200
-
-
-def test_default_token_budget_is_larger_on_a_device(monkeypatch, tmp_path) -> None:
-    with stubbed(monkeypatch):
-        engine = make_engine(
-            tmp_path, token_budget=None, warm_up=False, kv_gib=0.02, state_gib=0.02
-        )
-        assert engine.config.token_budget == engine.runner.most_step_tokens == 8192
-        assert engine.runner.graphs[1].buckets[0] == 2048  # Longer steps use no graph.
-    on_cpu = make_engine(tmp_path, token_budget=None, device="cpu", kv_gib=0.02, state_gib=0.02)
-    assert on_cpu.config.token_budget == on_cpu.runner.most_step_tokens == 1024
-
-
-def test_rehearsed_lengths_are_powers_of_two_and_the_largest() -> None:
-    assert lengths(1) == [1]
-    assert lengths(64) == [64, 32, 16, 8, 4, 2, 1]
-    assert lengths(100) == [100, 64, 32, 16, 8, 4, 2, 1]
-
-
-def test_rehearsals_limit_the_rows_of_logits(monkeypatch, tmp_path) -> None:
-    """Logits of all tokens with a vocabulary of 151,936 would take 2.5 GB from the pools."""
-    with stubbed(monkeypatch):
-        engine = make_engine(
-            tmp_path, token_budget=8192, warm_up=False, kv_gib=0.02, state_gib=0.02
-        )
-        batches = list(rehearsals(engine.runner))
-        assert max(batch.num_tokens for batch in batches) == 8192
-        rows = [sum(segment.num_logits for segment in batch.segments) for batch in batches]
-        scored = MAX_SCORED + -(-8192 // engine.runner.max_model_len)
-        assert max(rows) <= scored < 1200
-
-
-def test_computing_threads_make_the_device_current(monkeypatch, tmp_path) -> None:
-    with stubbed(monkeypatch) as (device, _):
-        engine = make_engine(tmp_path, warm_up=False, kv_gib=0.02, state_gib=0.02)
-        assert device.threads == {threading.get_ident()}
-        thread = threading.Thread(target=lambda: engine.generate([[1, 2, 3]], MIXES[0]))
-        thread.start()
-        ident = thread.ident
-        thread.join()
-        assert ident in device.threads
-
-
-def test_pools_have_the_state_dtype(monkeypatch, tmp_path) -> None:
-    with stubbed(monkeypatch):
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            settings = {"state_dtype": name, "warm_up": False, "kv_gib": 0.02, "state_gib": 0.02}
-            runner = make_engine(tmp_path, **settings).runner
-            assert runner.tensors.pools[0][1].dtype == dtype  # Pools of a layer: conv, recurrent.
-            assert runner.geometry.state_dtype == name
-            num_bytes = sum(pool[:, 0].nbytes for pool in runner.tensors.states)
-            assert num_bytes == runner.geometry.state_bytes
 
 
 WAITING_CALLS = """

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import re
 import shutil
-import threading
 
 import pytest
 import torch
@@ -15,19 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import engine_config
-from engine.config import BUILTIN_DIR, EngineConfig
-from engine.layers.parameters import Build, Parameter, WeightSpec
-from engine.models import decoder, read_model
+from engine.config import EngineConfig
+from engine.layers.parameters import Build, WeightSpec
+from engine.models import read_model
 from engine.runner import loading as weights
 from engine.runner.backends import Kernels
 from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.loading import Dummy, WeightsError, resolve_dtype
-from engine.weights import tensor_files
-from engine.weights.model_config import ModelError, read_config
-from engine.weights.tensor_files import find_files
+from engine.runner.loading import Dummy, WeightsError
+from engine.weights.model_config import ModelError
 from experiments.gpu.models import TINY
-from hybridcache.geometry.units import format_count
 
 
 @pytest.fixture
@@ -69,25 +63,6 @@ def test_sharded_checkpoint(checkpoint, drivers, random_tokens):
     (path / "model-1.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"missing: model-1\.safetensors"):
         load(path)
-
-
-def test_each_file_is_opened_once_and_closed(checkpoint, monkeypatch):
-    path, tensors = checkpoint("qwen3_next")
-    names = sorted(tensors)
-    for i in range(2):
-        save_file({name: tensors[name] for name in names[i::2]}, path / f"model-{i}.safetensors")
-    (path / "model.safetensors").unlink()
-    opened = []
-
-    def open_file(file_path):
-        tensors = tensor_files.open_file(file_path)
-        opened.append((file_path.name, tensors[0].file))
-        return tensors
-
-    monkeypatch.setattr(weights, "open_file", open_file)
-    load(path)
-    assert sorted(name for name, _ in opened) == ["model-0.safetensors", "model-1.safetensors"]
-    assert all(file.closed for _, file in opened)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -189,26 +164,6 @@ def test_top_level_config_decides_whether_a_composite_is_tied(
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_weights_note_counts_the_parameters(checkpoint, model):
-    path, tensors = checkpoint(model)
-    number = sum(tensor.numel() for tensor in tensors.values())
-    for load_format in ("auto", "dummy"):
-        assert load(path, load_format=load_format).loaded.weights_note.startswith(
-            f"{number:,} parameters"
-        )
-
-
-def test_parameters_of_the_prediction_head_are_counted_separately():
-    tensors = load_file(BUILTIN_DIR / "model.safetensors")
-    heads = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("mtp."))
-    number = sum(tensor.numel() for tensor in tensors.values()) - heads
-    expected = (
-        f"{format_count(number)} parameters and {format_count(heads)} of its multi-token head; "
-    )
-    assert load(BUILTIN_DIR, draft="mtp").loaded.weights_note.startswith(expected)
-    assert load(BUILTIN_DIR).loaded.weights_note.startswith(f"{format_count(number)} parameters; ")
-
-
 def test_all_mismatched_tensors_are_named_at_once(checkpoint):
     path, tensors = checkpoint("qwen3")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -236,36 +191,6 @@ def test_tensors_larger_than_a_chunk_are_read_by_several_workers(
     check_same_logits(path, "qwen3_next", drivers, random_tokens)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["not last", "last"])
-def test_error_while_sealing_ends_the_load(checkpoint, monkeypatch, last):
-    path, _ = checkpoint("qwen3")
-    part = decoder.Head if last else decoder.Embedding
-
-    def fails(self):
-        raise MemoryError("none left")
-
-    monkeypatch.setattr(part, "seal", fails)
-    with pytest.raises(MemoryError, match="none left"):
-        load(path)
-    assert not [thread for thread in threading.enumerate() if thread.name == "sealing"]
-
-
-def test_adjacent_rows_are_read_in_runs():
-    rows = torch.tensor([4, 5, 6, 0, 1, 9, 2])
-    parameter = Parameter(torch.empty(7, 3), rows=rows)
-    assert parameter.runs() == [(0, 4, 3), (3, 0, 2), (5, 9, 1), (6, 2, 1)]
-    assert Parameter(torch.empty(7, 3)).runs() == [(0, 0, 7)]
-
-
-def test_file_truncated_during_the_read_is_refused(checkpoint):
-    path, expected = checkpoint("qwen3")
-    tensors = tensor_files.open_file(path / "model.safetensors")
-    os.truncate(path / "model.safetensors", tensors[-1].start)
-    with pytest.raises(WeightsError, match=rf"cut off within {re.escape(tensors[-1].name)}"):
-        tensors[-1].read()
-    assert torch.equal(tensors[0].read(), expected[tensors[0].name])
-
-
 NAMES = ["model.embed_tokens.weight", "model.layers.3.self_attn.q_proj.weight", "model.norm.weight"]
 
 
@@ -281,83 +206,6 @@ def test_nan_and_infinite_weights_are_refused(name, bad, dtype, checkpoint):
         load(path, dtype=dtype)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 200, 20_000])
-def test_truncated_file_is_refused(keep, checkpoint):
-    path, _ = checkpoint("qwen3")
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(WeightsError, match=r"model\.safetensors is truncated or corrupted"):
-        load(path)
-
-
-def test_corrupted_header_is_refused(checkpoint):
-    path, _ = checkpoint("qwen3")
-    file = path / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[8:40] = b"\xff" * 32
-    file.write_bytes(data)
-    with pytest.raises(WeightsError, match="truncated or corrupted"):
-        load(path)
-
-
-def test_directories_without_a_model_are_refused(tmp_path, checkpoint):
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        load(tmp_path)
-    path, _ = checkpoint("qwen3")
-    (path / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"no \.safetensors files"):
-        load(path)
-    (path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="not valid JSON"):
-        load(path)
-
-
-def test_unsupported_configs_are_named():
-    with pytest.raises(ModelError, match=r"'llama' are not supported; .*qwen3_next"):
-        read_model({"model_type": "llama"})
-    shape = {"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"hidden_size": 64, "vocab_size": 9, "num_key_value_heads": 1, "intermediate_size": 8}
-    with pytest.raises(ModelError, match=r"'dynamic' \(rope_scaling\) are not supported"):
-        read_model({**shape, "rope_scaling": {"rope_type": "dynamic"}})
-    for wrong, message in (
-        ({"num_hidden_layers": None}, r"num_hidden_layers .* an integer \(got null\)"),
-        ({"num_hidden_layers": "many"}, "num_hidden_layers .* must be an integer"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
-        ({"rope_parameters": 5}, "rope_parameters in config.json must be an object or null"),
-        ({"text_config": 5}, "text_config in config.json must be an object"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1"),
-        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
-        ({"head_dim": 15}, "15 of 15 dimensions of a head .* an even number"),
-    ):
-        with pytest.raises(ModelError, match=message):
-            read_model(shape | wrong)
-
-
-def test_folders_that_are_no_models_say_what_they_are(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.touch()
-    with pytest.raises(ModelError, match=r"model\.safetensors is a file: name the folder that"):
-        read_config(file)
-    file.unlink()
-    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin is not supported: convert it"):
-        find_files(tmp_path)
-    with pytest.raises(ModelError, match=r"'mamba2' are not supported; supported are [^']*\.$"):
-        read_model({"model_type": "mamba2"})
-
-
-@pytest.mark.parametrize("name", ["float8", "float8_e4m3fn", "int8"])
-def test_dtype_that_is_not_supported_is_refused(name):
-    config = read_model(json.loads((BUILTIN_DIR / "config.json").read_text()))[1]
-    config = dataclasses.replace(config, dtype=name)
-    cpu = Device.resolve("cpu")
-    with pytest.raises(ModelError, match=rf"dtype '{name}' is not supported: use --dtype float32"):
-        resolve_dtype("auto", config, cpu)
-    assert resolve_dtype("bfloat16", config, cpu) == torch.bfloat16
-    half = dataclasses.replace(config, dtype="float16")
-    assert resolve_dtype("auto", half, cpu) == torch.float32
-
-
 def test_dummy_weights_depend_only_on_the_seed(checkpoint, random_tokens, drivers):
     path, _ = checkpoint("qwen3_next")
     (path / "model.safetensors").unlink()
@@ -369,15 +217,6 @@ def test_dummy_weights_depend_only_on_the_seed(checkpoint, random_tokens, driver
     assert torch.equal(first, repeated)
     assert not torch.equal(first, other)
     assert first.isfinite().all()
-
-
-def test_weights_larger_than_memory_are_refused(checkpoint):
-    path, _ = checkpoint("qwen3")
-    config = json.loads((path / "config.json").read_text())
-    config |= {"vocab_size": 10**7, "hidden_size": 10**7}
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="do not fit the memory of cpu"):
-        load(path, load_format="dummy")
 
 
 def test_too_small_pool_names_the_needed_size(oracles):
@@ -412,13 +251,3 @@ def test_gates_of_8_bit_models_keep_full_precision(model_type):
     )
     torch.testing.assert_close(rounded_gates, gates, rtol=1e-5, atol=1e-6)
     assert (rounded - mixed).abs().max() > 1e-4 * mixed.abs().max()
-
-
-def test_module_name_decides_its_precision():
-    weights = WeightSpec(torch.device("cpu"), torch.float32, "int8")
-    stem = "model.layers.3"
-    for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.experts", "linear_attn.in_proj_qkvz"):
-        assert weights.precision(f"{stem}.{name}") == "int8"
-    for name in ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"):
-        assert weights.precision(f"{stem}.{name}") is None
-    assert weights.precision("lm_head") is None
