@@ -95,29 +95,6 @@ def expected() -> list[list[int]]:
     return serve(Engine(config, runner=OracleRunner(4000, 4), sampler=OracleSampler()))
 
 
-@pytest.mark.full("branch,boundary,backoff,end-496-1-off", "every:64,end-700-16-on")
-@pytest.mark.parametrize("overlap", ["off", "on"])
-@pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("num_rows", [496, 700, 1100])
-@pytest.mark.parametrize("checkpoints", ["branch,boundary,backoff,end", "every:64,end"])
-def test_answers_do_not_depend_on_moves(
-    expected: list[list[int]], overlap: str, page_size: int, num_rows: int, checkpoints: str
-) -> None:
-    num_rows -= num_rows % page_size
-    engine = make_engine(
-        num_rows, overlap=overlap, page_size=page_size, checkpoints=tuple(checkpoints.split(","))
-    )
-    assert serve(engine) == expected
-    assert serve(engine) == expected
-    runner = engine.runner
-    assert isinstance(runner, MovingRunner) and runner.num_moves >= 3
-    assert runner.num_moves == engine._cache.arena.num_moves
-    report = engine.report()
-    assert report.memory == "arena" and (num_rows < 1000 or report.usage["cached_tokens"] > 500)
-    assert report.bytes.total == num_rows * 10 == engine.runner.memory.total_bytes
-    assert report.bytes.held == 0 < report.bytes.cached
-
-
 def _interrupt_before(runner: MovingRunner, batch: Batch) -> None:
     raise KeyboardInterrupt
 

@@ -177,15 +177,6 @@ def test_the_queue_holds_exactly_max_queue_waiting_requests() -> None:
     serve(scenario, gated=True, max_queue=3, max_running=1)
 
 
-def test_finished_requests_free_their_queue_places_and_streams() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        for i in range(9):
-            assert (await read(engine.submit([i], ONE)))[-1].is_finished
-        assert await engine.call(lambda _: dict(engine._streams)) == {}
-
-    serve(scenario, max_queue=2)
-
-
 @pytest.mark.parametrize("end", ["drain", "stop"])
 def test_drain_and_stop_end_an_idle_engine(end: str) -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
@@ -216,44 +207,6 @@ def test_drain_finishes_running_requests_and_refuses_new_ones() -> None:
             await engine.call(lambda e: e.report())
 
     serve(scenario, gated=True)
-
-
-def test_an_engine_that_never_started_can_be_stopped() -> None:
-    engine = AsyncEngine(Engine(runner=OracleRunner(512, 4), sampler=OracleSampler()))
-    engine.stop()
-    asyncio.run(engine.drain())
-    assert not engine.is_alive
-
-
-def test_requests_of_an_engine_that_never_started_fail_at_its_end() -> None:
-    for end in (AsyncEngine.stop, lambda engine: asyncio.run(engine.drain())):
-        engine = AsyncEngine(Engine(runner=OracleRunner(512, 4), sampler=OracleSampler()))
-
-        async def main(engine: AsyncEngine = engine, end: object = end) -> None:
-            stream = engine.submit([1, 2, 3], LONG)
-            await asyncio.to_thread(end, engine)
-            with pytest.raises(EngineStopped, match="before the answer was done"):
-                await asyncio.wait_for(anext(stream), 5)
-            with pytest.raises(EngineStopped):
-                await engine.call(lambda e: e.report())
-
-        asyncio.run(main())
-
-
-@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
-def test_a_call_that_raises_system_exit_ends_neither_thread_nor_loop(
-    end: type[BaseException],
-) -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        def end_process(_: Engine) -> None:
-            raise end("enough")
-
-        with pytest.raises(RuntimeError, match="enough"):
-            await asyncio.wait_for(engine.call(end_process), 5)
-        assert engine.is_alive
-        assert len(await read(engine.submit([4, 5], LONG))) == 200
-
-    serve(scenario)
 
 
 def test_stop_fails_unfinished_requests() -> None:
@@ -301,35 +254,5 @@ def test_single_failed_steps_do_not_end_the_engine() -> None:
                 await read(failed)
             runner.fails = False
             assert len(await read(engine.submit([4, 5], LONG))) == 200
-
-    serve(scenario)
-
-
-def test_requests_of_a_failed_step_end_without_a_reader() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        runner.fails = True
-        runner.allow(1)
-        stream = engine.submit([1, 2, 3], ENDLESS)
-        while not engine._channel.host.last_step_failed:
-            await asyncio.sleep(0.001)
-        runner.fails = False
-        runner.allow()
-        assert not await engine.call(lambda e: e.has_work())
-        with pytest.raises(StepFailed):
-            await read(stream)
-
-    serve(scenario, gated=True)
-
-
-def test_results_and_errors_of_calls_return_from_the_thread() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        await read(engine.submit(list(range(100)), LONG))
-        report = (await engine.report()).as_dict()
-        assert report["kv"]["cached"] > 0
-        await engine.reset_prefix_cache()
-        assert (await engine.report()).as_dict()["kv"]["cached"] == 0
-        with pytest.raises(ZeroDivisionError):
-            await engine.call(lambda e: 1 // 0)
-        assert engine.is_alive
 
     serve(scenario)

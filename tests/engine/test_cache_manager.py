@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
@@ -79,69 +78,12 @@ def test_a_request_aborted_before_its_batch_leaves_no_copies() -> None:
     manager.check(table.row)
 
 
-def compute_one_prompt_twice(manager: CacheManager, table: Table) -> Request:
-    """Compute the same prompt in two requests at the same time. Return the second one.
-
-    Its rows have just been replaced by those of the first.
-    """
-    requests = make_request(0), make_request(1)
-    for request in requests:
-        assert manager.begin(request) and manager.extend(request, 100)
-    for request in requests:
-        table.write(manager)
-        request.computed_len = 100
-        manager.publish(request)
-    return requests[1]
-
-
-def test_check_compares_the_rows_of_the_runner() -> None:
-    manager, table = make_manager(), Table()
-    request = compute_one_prompt_twice(manager, table)
-    manager.check(table.row)  # The row write is pending, and the next batch makes it.
-    assert manager.extend(request, 110)
-    manager.check(table.row)
-    table.write(manager)
-    manager.check(table.row)
-    table.rows[request.row, 109] += 1
-    with pytest.raises(AssertionError, match="at position 109 of request 1 the runner reads"):
-        manager.check(table.row)
-
-
-def test_check_finds_a_lost_row_write() -> None:
-    manager, table = make_manager(), Table()
-    compute_one_prompt_twice(manager, table)
-    manager.take_step()
-    manager.step_done()
-    with pytest.raises(AssertionError, match="a row write was lost: at position 0 of request 1"):
-        manager.check(table.row)
-
-
-def test_check_finds_a_state_copy_that_is_still_due() -> None:
-    manager, table = make_manager(), Table()
-    first, second = make_request(0), make_request(1)
-    prefill(manager, first, table)
-    assert manager.begin(second) and manager.extend(second, 100)
-    with pytest.raises(AssertionError, match="a state copy was claimed"):
-        manager.check(table.row)
-    table.write(manager)
-    manager.check(table.row)
-
-
 def test_at_most_num_rows_requests_run() -> None:
     manager = make_manager()
     requests = [make_request(i, 10) for i in range(3)]
     assert [manager.begin(request) for request in requests] == [True, True, False]
     manager.abort(requests[0])
     assert manager.begin(requests[2])
-
-
-def test_row_writes_end_at_the_maximum_length_of_the_request() -> None:
-    manager = make_manager(page_size=64)
-    request = make_request(0)
-    assert manager.begin(request) and manager.extend(request, 100)
-    assert len(request.lease.kv_indices) == 128
-    [(_, start, indices)] = manager.take_step().row_writes
-    assert start + len(indices) == request.max_len == 116
 
 
 class Filler:

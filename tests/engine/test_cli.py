@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import fcntl
 import importlib
 import io
@@ -20,20 +18,18 @@ import sys
 import termios
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 from msgspec import structs
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.command.cli import main
-from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
-from engine.config import BUILTIN_PROMPTS, ConfigError, setting
-from engine.hub import resolve_config
+from engine.command.flags import add_flags, flags_of, read_config
+from engine.config import BUILTIN_PROMPTS, setting
 from engine.plugins import ENGINE, SERVER
 from engine.server.settings import ServerConfig
 from hybridcache.command.parser import Parser
-from hybridcache.lab.cli import main as laboratory
 from kernels.native import shared_library
 
 COMMAND = (sys.executable, "-m", "engine")
@@ -59,59 +55,6 @@ def run(*arguments: str) -> int:
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ("frobnicate", "invalid choice: 'frobnicate'"),
-        (
-            "serve --prefix-cache lru",
-            "invalid choice: 'lru' (choose from 'hybrid', 'radix', 'none')",
-        ),
-        ("serve --port 99999", "--port must be a port from 0 to 65535 (got 99999)."),
-        ("serve --port eighty", "argument --port: invalid int value: 'eighty'"),
-        ("serve --port 0 --cors-origin foo", "--cors-origin 'foo' is not an origin"),
-        ("serve --host no.such.host.invalid", "choose another --port or --host"),
-        ("serve --port 0 --max-running 0", "serve: --max-running must be an integer of 1 or more"),
-        ("serve --port 0 --cache-gib -1", "serve: --cache-gib must be a positive number of GiB"),
-        ("serve --port 0 --grid 5", "serve: --grid must be 16 or 32"),
-        (
-            "serve --port 0 --disk-gib 1",
-            "--disk-gib requires --state-dir",
-        ),
-        ("serve --modle x", "did you mean --model? See `engine serve --help`."),
-        ("sevre --port 1", "did you mean serve? See `engine --help`."),
-        ("serve --port 0 --router text", "--router and --ray need --replicas"),
-        ("serve --port 0 --salt-by-key", "--salt-by-key needs keys: give --api-key-file"),
-        ("serve x", "unrecognized arguments: x. See `engine serve --help`."),
-        ("generate x --max-tokens=3 --no-such", "--no-such. See `engine generate --help`."),
-        ("serve --port 0 --kv-gib 1", "unrecognized arguments: --kv-gib 1"),
-        ("generate x --checkpoints branch,wherever", "'wherever'"),
-        ("generate x --checkpoints every:x", "'every' needs a whole number"),
-        ("generate x --eviction oracle", "unknown eviction policy 'oracle'"),
-        ("serve --port 0 --model /no/such/model", "/no/such/model"),
-        ("generate x --device banana", "unknown device 'banana'"),
-        ("generate x --kernels attention=banana", "no backend 'banana'"),
-        ("generate x --cache-gib 0.0001", "are needed"),
-        ("generate x --prefix-cache radix", "use hybrid, or none"),
-        ("generate x --temperature -1", "temperature must be a finite number from 0"),
-        ("generate x --max-tokens 10000000", "shorten the prompt or lower --max-tokens"),
-        ("generate x --cache-gib 100000", "generate: --cache-gib takes 100,000 GiB, but "),
-        ("generate x --cache-gib 100000", " GiB of memory are available: use less."),
-        (
-            "generate x --cache-gib 0.1 --max-running 100000000",
-            "or --max-running",
-        ),
-    ],
-)
-def test_wrong_input_gives_one_sentence_and_exit_code_2(
-    arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(*arguments.split()) == 2
-    printed = capsys.readouterr()
-    assert sentence in printed.err
-    assert printed.err.count("\n") == 1 and "Traceback" not in printed.err
 
 
 TINY = {
@@ -168,15 +111,6 @@ def test_broken_model_directories_are_refused_in_one_sentence(
     assert sentence in error and error.count("\n") == 1, error
 
 
-def test_a_tokenizer_directory_without_a_tokenizer_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    flags = ("--load-format", "dummy", "--cache-gib", "0.05", "--tokenizer", str(tmp_path))
-    assert run("generate", "x", "--model", str(tmp_path), *flags) == 2
-    assert "put the model's tokenizer.json there" in capsys.readouterr().err
-
-
 def test_an_occupied_port_is_reported_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -187,17 +121,6 @@ def test_an_occupied_port_is_reported_before_loading(capsys: pytest.CaptureFixtu
     first, *others = capsys.readouterr().err.splitlines()
     assert f"Cannot listen on 127.0.0.1:{port} (Address already in use)" in first
     assert "/no/key" in others[0] and "fifoo" in others[1] and len(others) == 2
-
-
-def test_hugging_faces_kernels_package_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    info = tmp_path / "kernels-0.9.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert run("serve") == 2
-    assert "'kernels' 0.9.0 is installed in the same environment" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["serve", "generate", "chat"])
@@ -211,25 +134,6 @@ def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[
     assert max(map(len, text.splitlines())) <= 110
 
 
-def test_help_of_serve_begins_with_the_twelve_most_used_flags(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run("serve", "--help") == 0
-    text = capsys.readouterr().out
-    used = text.split("most used:\n")[1].split("\n\n")[0]
-    assert len(flags := re.findall(r"^  (--[\w-]+)", used, re.M)) == 12
-    assert {"--model", "--port", "--cache-gib", "--log-requests"} <= set(flags)
-    assert text.index("most used:") < text.index("limits of one request:")
-    assert "engine serve --model Qwen/Qwen3-0.6B" in text
-
-
-def test_every_setting_is_in_exactly_one_group_of_help() -> None:
-    names = [field.name for field in dataclasses.fields(Settings)]
-    for groups in ({"all but one": " ".join(names[1:])}, {"one": " ".join(names), "two": names[0]}):
-        with pytest.raises(ValueError, match=names[0]):
-            add_grouped_flags(Parser(), (Settings,), groups)
-
-
 def test_the_builtin_model_solves_the_prompts_of_the_start_screen(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -238,18 +142,6 @@ def test_the_builtin_model_solves_the_prompts_of_the_start_screen(
         assert run("generate", *flags, *sampling, *BUILTIN_PROMPTS) == 0
         answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
         assert [answer.split("####")[1].strip() for answer in answers] == ["8", "18", "12"]
-
-
-@pytest.mark.parametrize("verb", ["serve", "generate", "chat", "convert", "record"])
-def test_help_names_flags_instead_of_fields(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(verb, "--help") == 0
-    text = capsys.readouterr().out
-    titles = re.findall(r"^(\w.*):$", text, re.M)
-    assert len(titles) == len(set(titles))
-    assert "`" not in text and "None" not in text
-    configs = [EngineConfig, SamplingParams, ServerConfig, *ENGINE, *SERVER]
-    named = {flag.name for config in configs for flag in flags_of(config) if "_" in flag.name}
-    assert not named & set(re.findall(r"\w+", text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,35 +185,6 @@ def test_without_flags_the_config_is_the_default(config: type) -> None:
     assert read_config(config, parser.parse_args([])) == config()
 
 
-def test_the_builtin_model_can_be_given_by_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Check the name that clients use; a folder of that name takes precedence."""
-    monkeypatch.chdir(tmp_path)
-    assert resolve_config(EngineConfig(model="builtin")).model is None
-    (tmp_path / "builtin").mkdir()
-    assert resolve_config(EngineConfig(model="builtin")).model == "builtin"
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"cache_gib": 0.01}, r"limited by the memory \(--cache-gib\); the model's is 32,768"),
-        ({"cache_gib": 0.05, "max_model_len": 300}, r"300 tokens$"),
-        ({"cache_gib": 0.5, "max_model_len": 40_000}, r"but the model was made for 32,768"),
-    ],
-)
-def test_the_start_screen_names_the_limit_of_the_context(
-    settings: dict[str, Any], expected: str
-) -> None:
-    from engine import Engine
-    from engine.worker.screen import start_screen
-
-    screen = start_screen(Engine(EngineConfig(**settings)), "http://here/v1")
-    [context] = re.findall(r"^ *context +(.*)$", screen, re.MULTILINE)
-    assert re.search(expected, context)
-
-
 def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "Twice told tales. " * 20
     flags = ("--json", "--max-tokens", "4", "--temperature", "0", "--ignore-eos", *SMALL)
@@ -330,14 +193,6 @@ def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[st
     assert first["text"] == second["text"] and first["token_ids"] == second["token_ids"]
     assert (first["cached_tokens"], second["cached_tokens"]) == (0, (len(prompt) - 1) // 64 * 64)
     assert second["cached_tokens"] + sum(second["lost_tokens"].values()) == len(prompt)
-
-
-def test_generate_reports_log_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--json", "--max-tokens", "3", "--ignore-eos", "--logprobs", "2", *SMALL)
-    assert run("generate", "abc", *flags) == 0
-    record = json.loads(capsys.readouterr().out)
-    assert [score["token_id"] for score in record["logprobs"]] == record["token_ids"]
-    assert all(len(score["top_logprobs"]) == 2 for score in record["logprobs"])
 
 
 def test_commands_report_a_failed_answer(
@@ -358,34 +213,6 @@ def test_commands_report_a_failed_answer(
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
     assert run("chat", *SMALL) == 0
     assert "[not a number]" in capsys.readouterr().err
-
-
-def test_stop_strings_may_contain_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampled = []
-    monkeypatch.setattr(
-        "engine.engine.Engine.stream",
-        lambda self, spec: sampled.append(spec.sampling) or (),
-    )
-    with contextlib.suppress(UnboundLocalError):  # no output
-        run("generate", "x", "--stop", "a, b", "--stop", "c", *SMALL)
-    assert sampled[0].stop == ("a, b", "c")
-
-
-def test_generate_streams_a_chat_and_prints_its_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("generate", "--chat", "hello", "--max-tokens", "3", *SMALL) == 0
-    printed = capsys.readouterr()
-    assert re.search(
-        r"\[\d+ prompt tokens, 0 from the cache; \d generated, \w+; TTFT .*s\]", printed.err
-    )
-
-
-def test_the_number_of_load_workers_follows_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, workers in ((1, 1), (2, 1), (8, 4), (96, 16)):
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
-        assert EngineConfig().settled(on_cpu=True).load_workers == workers
-        assert EngineConfig(load_workers=3).settled(on_cpu=True).load_workers == 3
-    with pytest.raises(ConfigError, match="load_workers must be an integer of 1 or more"):
-        EngineConfig(load_workers=0)
 
 
 @pytest.mark.parametrize("command", ["engine.command.cli", "hybridcache.lab.cli"])
@@ -460,13 +287,6 @@ def test_chat_skips_a_message_that_does_not_fit(
     printed = capsys.readouterr()
     assert len(printed.err.splitlines()) == 3 and "shorten" in printed.err.splitlines()[0]
     assert len(printed.out.splitlines()) == 2
-
-
-def test_chat_requires_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    flags = ("--load-format", "dummy", "--cache-gib", "0.05", "--model", str(tmp_path))
-    assert run("chat", *flags) == 2
-    assert "has no chat template: use `engine generate`" in capsys.readouterr().err
 
 
 @pytest.mark.full("ctrl-c")
@@ -558,36 +378,3 @@ def test_commands_without_their_extras_name_the_missing_extra() -> None:
                 r"engine( \w+)?: \w+ is not installed: pip install 'hybrid-radix-cache\[.+\]'\n"
             )
             assert code == "2" and re.fullmatch(sentence, printed), (command, printed)
-
-
-def test_both_commands_print_their_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--version") == 0
-    assert re.fullmatch(r"engine \S+\n", capsys.readouterr().out)
-    with pytest.raises(SystemExit) as stop:
-        laboratory(["--version"])
-    assert stop.value.code == 0
-    assert re.fullmatch(r"hybridcache \S+\n", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
-)
-def test_waiting_threads_sleep_early_unless_the_user_chose(
-    chosen: dict[str, str], expected: str
-) -> None:
-    """The setting has an effect only before torch is imported."""
-    code = (
-        "import os, sys\n"
-        "from engine.command import cli\n"
-        "assert 'torch' not in sys.modules\n"
-        "sys.argv = ['engine', '--version']\n"
-        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
-        "print(os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    env = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env | chosen, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split()[-1] == expected

@@ -67,29 +67,6 @@ def _wait_until_ready(url: str) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.full("--volatile-line-(-is not a regular expression")
-@pytest.mark.parametrize(
-    ("flag", "value", "reason"),
-    [
-        ("--api-key-file", "/nowhere/key", "cannot be read"),
-        ("--volatile-line", "(", "is not a regular expression"),
-    ],
-)
-def test_wrong_flags_are_refused_before_the_start_screen(
-    flag: str, value: str, reason: str
-) -> None:
-    done = subprocess.run(
-        [*ENGINE, "serve", "--port", "0", *SMALL, flag, value],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"{flag} " in done.stderr and reason in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     "server", [("--log-requests", "--log-level", "error", "--host", "0.0.0.0")], indirect=True
 )
@@ -131,19 +108,6 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     assert re.search(
         r"^\d\d:\d\d:\d\d GET /nothing 404  \d+ ms  The path /nothing does not exist", log, re.M
     ), log
-
-
-@pytest.mark.full
-def test_the_start_screen_shows_a_place_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYBRIDCACHE_API_KEY", "secret")
-    with _start(*SMALL) as server:
-        screen, url = _address(server)
-        _wait_until_ready(url)
-        [line] = re.findall(r"^ +try +curl (.*)$", screen, re.M)
-        pasted, _, key, _, kind, _, content = shlex.split(line.replace("KEY", "secret"))
-        headers = dict(header.split(": ") for header in (key, kind))
-        assert httpx.post(pasted, content=content, headers=headers, timeout=60).status_code == 200
-        server.terminate()
 
 
 def _is_gone(pid: int) -> bool:

@@ -3,9 +3,6 @@ requests."""
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,18 +14,13 @@ from hypothesis import strategies as st
 from engine import RequestSpec
 from engine.plugins.speculation import suffix
 from engine.plugins.speculation.draft_length import (
-    MAX_GAP,
-    MAX_IDLE,
     MAX_REST,
     MIN_REST,
     DraftLength,
-    GlobalAcceptance,
 )
-from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.plugins.speculation.suffix import (
     BYTES_PER_TOKEN,
     MAX_KEPT,
-    MAX_READ,
     MAX_TEXTS,
     SIZES,
     IndexMemory,
@@ -144,36 +136,6 @@ def test_ended_texts_are_kept_for_their_namespace() -> None:
     assert memory.used_bytes == 0
 
 
-def test_a_step_reads_at_most_one_piece_of_long_texts() -> None:
-    """Check the limit over all requests; the drafter returns None until a text is read."""
-    drafter = SuffixDrafter(shares=True, memory=IndexMemory(1 << 22))
-    ids = np.random.default_rng(0).integers(0, 1000, 20_000).astype(np.int32)
-    texts = [np.concatenate([ids, ids[:number]]) for number in (10, 20)]
-    running: list[Any] = [FakeRequest(tokens=text, namespace=None) for text in texts]
-    read: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        inner = SuffixIndex.read
-
-        def spy(index: SuffixIndex, tokens: Any, most: int | None = None) -> int:
-            assert most is not None
-            read.append(inner(index, tokens, most))
-            return read[-1]
-
-        patch.setattr(SuffixIndex, "read", spy)
-        for step in range(100):
-            read.clear()
-            found = drafter.propose([(one, 3) for one in running])
-            assert sum(read) <= MAX_READ
-            if step == 0:
-                assert list(found) == [None, None]
-            if all(one is not None for one in found):
-                break
-    assert step == sum(map(len, texts)) // MAX_READ
-    assert [one.tolist() for one in found if one is not None] == [
-        ids[number:][:3].tolist() for number in (10, 20)
-    ]
-
-
 def test_the_memory_of_indices_is_bounded() -> None:
     """Check that a text that does not fit is not indexed, and that ended texts are displaced
     first."""
@@ -226,88 +188,6 @@ def test_a_drafter_that_is_never_right_drafts_rarely() -> None:
     assert len(tried) < 60
 
 
-def test_the_draft_length_recovers_after_an_accepted_draft() -> None:
-    length = DraftLength(8)
-    assert len(drafts_in(length, range(MAX_MISSES))) == MAX_MISSES
-    first = MAX_MISSES + MIN_REST
-    lengths = [1, 2, 4, 8, 8]
-    assert drafts_in(length, range(MAX_MISSES, first + 5), 8) == [
-        (first + rank, length) for rank, length in enumerate(lengths)
-    ]
-    length.learn(99, 8, 3)
-    assert length.length == 4
-
-
-def test_a_drafter_without_drafts_is_called_less_often() -> None:
-    length = DraftLength(8)
-    steps = [step for step, _ in drafts_in(length, range(24), None)]
-    assert steps == [0, 1, 3, 7, 15, 23]
-    assert drafts_in(length, range(24, 24 + MAX_IDLE), 2) == [(31, 4)]
-    assert length.length == 3
-    length.learn(32, 0, 0)
-    assert length.wakes == 33 and length.length == 3
-
-
-def test_a_new_request_begins_with_the_acceptance_of_others() -> None:
-    acceptance = GlobalAcceptance()
-    trials = [drafts_in(DraftLength(3, acceptance), range(200)) for _ in range(9)]
-    assert trials[0][0][1] > 1 and trials[-1] == [(0, 1), (17, 1), (50, 1), (115, 1)]
-    # A request that is always right is found at its first draft, which raises the acceptance of the
-    # next request.
-    found = drafts_in(DraftLength(3, acceptance), range(60), 9)
-    assert found[0] == (0, 1) and len(found) == 60 and found[-1][1] >= 3
-    assert DraftLength(3, acceptance).length > 1
-
-
-def test_trials_of_all_requests_and_drafters_are_spread_over_steps() -> None:
-    """Check that requests and drafters share the steps between trials, and stop sharing once one is
-    right."""
-    first, others = Ones(), Ones("others")
-    sources = [
-        Source(drafter, partial(DraftLength, 4, GlobalAcceptance())) for drafter in (first, others)
-    ]
-    drafting = Drafting(sources, max_verified=50)
-    running, tried, sources_tried = requests(3), [], Counter[str]()
-    for step in range(1, 1200):
-        if step % 40 == 0:
-            drafting.forget(running.pop(0))
-            running += requests(1)
-        expected, before = drafting.may_guess(running), first.num_asked + others.num_asked
-        drafts = drafting.propose([(request, 9) for request in running])
-        assert expected == (first.num_asked + others.num_asked > before)
-        for request, draft in drafts.items():
-            drafting.learn(request, draft, int(step > 900), 1 + (step > 900))
-            sources_tried[draft.source] += 300 < step < 900
-        tried += [step] * bool(drafts)
-    wrong = [step for step in tried if 300 < step < 900]
-    assert {b - a for a, b in pairwise(wrong)} == {MAX_GAP}
-    assert min(sources_tried.values()) > sources_tried.total() / 3
-    right = [step for step in tried if step > 900]
-    assert 1200 - right[0] == len(right), "an accepted draft ends the trials"
-
-
-class Ones:
-    """Drafter that returns as many ones as it may."""
-
-    def __init__(self, name: str = "ones") -> None:
-        self.name, self.num_asked = name, 0
-
-    def propose(self, wanted: Any) -> list[np.ndarray]:
-        self.num_asked += len(wanted)
-        return [np.ones(most, np.int32) for _, most in wanted]
-
-    def forget(self, request: Request) -> None:
-        pass
-
-    def reset(self) -> None:
-        pass
-
-
-class Nothing(Ones):
-    def propose(self, wanted: Any) -> list[np.ndarray]:
-        return [np.ones(0, np.int32) for _ in wanted]
-
-
 def requests(count: int) -> list[Request]:
     return [
         Request(
@@ -319,25 +199,3 @@ def requests(count: int) -> list[Request]:
         )
         for i in range(count)
     ]
-
-
-def test_drafts_get_shorter_as_a_step_fills() -> None:
-    for count, lengths in [(1, [4]), (4, [4] * 4), (6, [2] * 6), (10, [1] * 10), (20, [1] * 10)]:
-        sources = [
-            Source(drafter, partial(DraftLength, 4)) for drafter in (Nothing("nothing"), Ones())
-        ]
-        drafting = Drafting(sources, max_verified=20)
-        drafts = drafting.propose([(request, 50) for request in requests(count)])
-        assert [len(draft.tokens) for draft in drafts.values()] == lengths
-        assert {draft.source for draft in drafts.values()} == {"ones"}
-    drafting = Drafting([Source(Ones(), partial(DraftLength, 4))], max_verified=20)
-    one, other = requests(2)
-    drafts = drafting.propose([(one, 0), (other, 2)])
-    assert [len(draft.tokens) for draft in drafts.values()] == [2] and other in drafts
-    drafting.learn(other, drafts[other], 1, 2)
-    assert other.drafts.acceptance_len == 2.0
-    assert other.drafts.drafted == {("ones", 1): 1, ("ones", 2): 1}
-    assert other.drafts.accepted == {("ones", 1): 1}
-    assert drafting.requests == {one, other}
-    drafting.forget(one)
-    assert drafting.requests == {other}

@@ -31,13 +31,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from engine import SamplingParams, engine_config
-from engine.config import ConfigError
+from engine import SamplingParams
 from engine.requests.spec import SamplingInput
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Draft, Task
@@ -98,61 +96,6 @@ def test_drafts_do_not_change_answers_of_any_family(family: str, make_engine: Ma
     assert_same(drafted.generate(prompts(), GREEDY), plain.generate(prompts(), GREEDY))
 
 
-@pytest.mark.full("bfloat16-arena")
-@pytest.mark.parametrize(
-    "numbers",
-    [
-        {"dtype": "bfloat16", "state_dtype": "bfloat16"},
-        {"dtype": "float32", "cache_gib": None, "kv_gib": 0.01, "state_gib": 0.005},
-    ],
-    ids=["bfloat16-arena", "float32-pools"],
-)
-def test_tree_drafts_do_not_change_answers_in_other_formats(
-    numbers: dict[str, Any], make_engine: MakeEngine
-) -> None:
-    """Check drafts of the tree: each prompt is sent twice, so the tree drafts its first answer."""
-    plain, drafted = make_engine(**numbers), make_engine(draft="tree:5", **numbers)
-    for _ in range(2):
-        outputs = drafted.generate(prompts(), GREEDY)
-        assert_same(outputs, plain.generate(prompts(), GREEDY))
-    assert sum(output.drafts.accepted["tree", 1] for output in outputs) > 20
-    assert sum(output.drafts.num_verified for output in outputs) < 6 * 40 / 2
-
-
-def test_hits_are_the_same_with_drafts(make_engine: MakeEngine) -> None:
-    reports = []
-    for draft in ("none", "tree:5"):
-        engine = make_engine(draft=draft)
-        for _ in range(2):
-            outputs = engine.generate(prompts(), GREEDY)
-        reports.append(([output.cached_len for output in outputs], engine.report().usage))
-        assert engine.report().kv.held == engine.report().slots.held == 0
-    assert reports[0] == reports[1]
-    assert reports[0][0][0] == 128
-
-
-@pytest.mark.full("16")
-@pytest.mark.parametrize("grid", [64, 16])
-def test_the_next_turn_resumes_inside_an_accepted_run(make_engine: MakeEngine, grid: int) -> None:
-    """Check an answer that crosses the grid inside a run: the next turn finds a state there, with
-    the bits of single steps."""
-    (prompt,) = [prompts()[5]]
-    settings = {"checkpoints": ("end",), "grid": grid}
-    drafter = ScriptedDrafter(lambda done, most: most)
-    plain = make_engine(**settings)
-    first = plain.generate([prompt], GREEDY)
-    drafter.learn(first)
-    drafted = make_engine(drafter, **settings)
-    assert_same(drafted.generate([prompt], GREEDY), first)
-    turn = prompt + first[0].token_ids + [3, 1, 4]
-    further = plain.generate([turn], GREEDY)
-    drafter.learn(further)
-    outputs = drafted.generate([turn], GREEDY)
-    answered_len = len(prompt) + len(first[0].token_ids) - 1
-    assert outputs[0].cached_len == answered_len // grid * grid > len(prompt)
-    assert_same(outputs, further)
-
-
 def test_rejected_drafts_are_never_published(make_engine: MakeEngine) -> None:
     """Check that rejected drafts beyond the grid leave no token and no state in the tree."""
     (prompt,) = [prompts()[5]]
@@ -170,40 +113,6 @@ def test_rejected_drafts_are_never_published(make_engine: MakeEngine) -> None:
         (ours.cached_len, ours.kv_match_len) == (theirs.cached_len, theirs.kv_match_len) == (0, 63)
     )
     assert drafted.report().kv.cached == 63
-
-
-def test_a_prompt_tail_of_one_token_is_prefilled(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = make_engine(draft="tree:5", checkpoints=("every:64",))
-    segments = []
-    forward = engine.runner.forward
-
-    def spy(batch: Any, *drawn: Any) -> Any:
-        segments.extend(batch.segments)
-        return forward(batch, *drawn)
-
-    monkeypatch.setattr(engine.runner, "forward", spy)
-    stem = prompts()[0]
-    engine.generate([stem[:64]], SamplingParams(max_tokens=1))
-    engine.generate([stem[:65]], SamplingParams(max_tokens=1))
-    assert [(s.start, s.end, s.is_decode, s.num_drafts) for s in segments] == [
-        (0, 64, False, 0),
-        (64, 65, False, 0),
-    ]
-
-
-def test_preempted_requests_resume_with_the_same_answer(make_engine: MakeEngine) -> None:
-    settings = {"cache_gib": None, "kv_gib": 0.0001, "state_gib": 0.001, "exact": True}
-    params = SamplingParams(max_tokens=60, temperature=0, logprobs=1)
-    plain = make_engine(prefix_cache="none").generate(prompts(), params)
-    drafter = ScriptedDrafter()
-    drafter.learn(plain)
-    outputs = make_engine(drafter, **settings).generate(prompts(), params)
-    assert sum(output.num_preemptions for output in outputs) > 0
-    for output, expected in zip(outputs, plain, strict=True):
-        assert output.token_ids == expected.token_ids
-        assert output.logprobs == expected.logprobs
 
 
 def test_answers_end_inside_an_accepted_run(make_engine: MakeEngine) -> None:
@@ -294,12 +203,3 @@ def test_drafts_do_not_change_the_sampled_distribution() -> None:
         < 3 * (count / 4) ** 0.5
     )
     assert ((pairs - count * likely) ** 2 / (count * likely)).sum() < 37.7  # p = 0.001
-
-
-@pytest.mark.parametrize(
-    "spec",
-    ["tre", "tree:0", "tree:33", "tree:x", "tree:", "tree,", "", "mtp:5", "tree,tree", "none,mtp"],
-)
-def test_a_wrong_draft_setting_is_refused_with_the_valid_ones(spec: str) -> None:
-    with pytest.raises(ConfigError, match=r"tree .1 to 32 .*mtp .1 to 4 tokens, as in mtp:3.; not"):
-        engine_config(draft=spec)

@@ -9,24 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 from engine import (
     Engine,
     EngineConfig,
     RequestOutput,
-    RequestSpec,
     SamplingParams,
     engine_config,
 )
 from engine.interfaces import StepReport
 from engine.schedule.batch import Batch
 from engine.text.tokenizer import ByteTokenizer
-from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.policies.registry import parse_placement
-from hybridcache.scheduling import cache_manager
-from tests.lease_log import LeaseLog, logged_lease, replay
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 GREEDY = SamplingParams(max_tokens=8)
@@ -92,47 +86,12 @@ def test_equal_prompts_that_arrive_together_are_computed_once(token_budget: int)
     assert engine.runner.num_tokens_computed == 1000 + 3 * 40 + 4 * 4
 
 
-def test_forked_prompts_share_the_common_prefix() -> None:
-    engine = make_engine()
-    prompts = [ids(640) + ids(70, first=100 + i) for i in range(5)]
-    outputs = engine.generate(prompts, SamplingParams(max_tokens=1))
-    assert [output.cached_len for output in outputs] == [0, 640, 640, 640, 640]
-
-
-@pytest.mark.parametrize("settings", [{"checkpoints": ("none",)}, {"prefix_cache": "none"}])
-def test_equal_prompts_do_not_wait_if_nothing_is_cached(settings: dict[str, object]) -> None:
-    engine = make_engine(**settings)
-    outputs = engine.generate([ids(320)] * 2, SamplingParams(max_tokens=1))
-    assert [output.cached_len for output in outputs] == [0, 0]
-    assert outputs[0].num_preemptions == outputs[1].num_preemptions == 0
-    assert engine.runner.num_steps == 1
-
-
 def test_a_request_does_not_wait_for_a_prefix_that_is_cached() -> None:
     engine = make_engine()
     engine.generate([ids(640)], GREEDY)
     engine.submit(ids(640), SamplingParams(max_tokens=1), prompt_logprobs=0)
     engine.submit(ids(640), SamplingParams(max_tokens=1))
     assert [output.cached_len for output in engine.step()] == [0, 576]
-
-
-def test_the_youngest_request_is_preempted_first() -> None:
-    engine = make_engine(kv_tokens=512, token_budget=256)
-    answers = SamplingParams(max_tokens=130)
-    outputs = engine.generate([ids(140), ids(140), ids(70, first=99)], answers)
-    assert outputs[1].timings.queue_s > outputs[2].timings.queue_s
-    assert [output.num_preemptions > 0 for output in outputs] == [False, False, True]
-
-
-def test_chunks_end_on_the_grid_or_at_the_end() -> None:
-    engine = make_engine(token_budget=150, max_running=4)
-    seen: list[tuple[int, int]] = []
-    forward = engine.runner.forward
-    engine.runner.forward = lambda batch: (  # type: ignore[method-assign]
-        seen.extend((s.start, s.end) for s in batch.segments if not s.is_decode) or forward(batch)
-    )
-    engine.generate([ids(300), ids(90, first=50)], GREEDY)
-    assert seen == [(0, 128), (128, 256), (256, 300), (0, 90)]
 
 
 def test_a_running_request_decodes_while_another_prefills() -> None:
@@ -151,36 +110,6 @@ def test_a_running_request_decodes_while_another_prefills() -> None:
         engine.step()
     mixed = [r for r in reports if r.num_prefill_tokens and r.num_decode_tokens]
     assert len(mixed) == 10
-
-
-def test_waiting_for_the_device_is_reported_apart_from_commit_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    reports: list[StepReport] = []
-    now = [0.0]
-    sampler = OracleSampler()
-    launch = sampler.launch
-
-    class SlowDraw:
-        def __init__(self, drawn: Any) -> None:
-            self.tokens = drawn.tokens
-            self._drawn = drawn
-
-        def wait(self) -> Any:
-            now[0] += 1.0
-            return self._drawn.wait()
-
-    monkeypatch.setattr(sampler, "launch", lambda *given: SlowDraw(launch(*given)))
-    engine = Engine(
-        EngineConfig(),
-        runner=OracleRunner(4096, 16),
-        sampler=sampler,
-        observer=reports.append,
-        clock=lambda: now[0],
-    )
-    engine.generate([ids(10)], SamplingParams(max_tokens=3))
-    assert [report.wait_s for report in reports] == [1.0] * 3
-    assert {report.commit_s for report in reports} == {0.0}
 
 
 def engine_short_of_kv(**settings: object) -> tuple[Engine, list[list[int]]]:
@@ -259,47 +188,6 @@ def test_the_extra_step_of_a_stopped_answer_leaves_nothing() -> None:
     assert turn.token_ids == cold.token_ids
 
 
-@pytest.mark.parametrize(("overlap", "cached_len"), [("off", 128), ("on", 0)])
-def test_a_state_beyond_the_end_is_not_saved(overlap: str, cached_len: int) -> None:
-    """Check an answer that stops on the grid, at 128, without a slot for a copy.
-
-    A step made ahead has advanced its own state by one token.
-    """
-    prompt = ids(100)
-    [free] = make_engine().generate([prompt], SamplingParams(max_tokens=60))
-    assert free.token_ids[28] not in free.token_ids[:28]
-    placement = "branch,boundary,backoff,end"
-    engine = make_engine(slots=2, overlap=overlap, checkpoints=placement)
-    other = engine.submit(ids(10, first=200), SamplingParams(max_tokens=60))
-    stop = SamplingParams(max_tokens=60, stop_token_ids=(free.token_ids[28],))
-    [stopped] = engine.generate([prompt], stop)
-    engine.abort(other)
-    assert stopped.token_ids == free.token_ids[:29]
-    turn = prompt + stopped.token_ids + [1, 2]
-    [hit] = engine.generate([turn], GREEDY)
-    [cold] = make_engine().generate([turn], GREEDY)
-    assert (hit.cached_len, hit.token_ids) == (cached_len, cold.token_ids)
-
-
-def test_requests_with_penalties_are_not_overlapped() -> None:
-    engine = make_engine(overlap="on")
-    num_late = record_late_tokens(engine)
-    penalised = SamplingParams(max_tokens=20, frequency_penalty=0.5)
-    [output] = engine.generate([ids(30)], penalised)
-    assert len(output.token_ids) == 20 and not any(num_late)
-
-
-def test_penalties_do_not_stop_the_overlap_of_other_requests() -> None:
-    engine = make_engine(overlap="on")
-    num_late = record_late_tokens(engine)
-    prompts = [ids(30, first=40 * i) for i in range(4)]
-    alone = [make_engine().generate([p], SamplingParams(max_tokens=20))[0] for p in prompts]
-    rules = [SamplingParams(max_tokens=20, frequency_penalty=0.5 * (i == 2)) for i in range(4)]
-    outputs = engine.generate(prompts, rules)
-    assert [o.token_ids for o in outputs] == [o.token_ids for o in alone]
-    assert num_late[:20] == [0] + [3] * 19
-
-
 def test_an_abort_frees_everything_in_any_state_of_the_request() -> None:
     engine = make_engine(max_running=2, token_budget=64)
     prefilling = engine.submit(ids(300), GREEDY)
@@ -316,19 +204,6 @@ def test_an_abort_frees_everything_in_any_state_of_the_request() -> None:
     assert report.kv.held == report.slots.held == report.num_running == report.num_waiting == 0
     assert report.kv.free + report.kv.cached == report.kv.total
     assert engine.abort(decoding) is None
-
-
-@pytest.mark.parametrize("overlap", ["off", "on"])
-def test_the_next_turn_resumes_in_an_aborted_answer(overlap: str) -> None:
-    engine = make_engine(overlap=overlap)
-    streamed = engine.stream(ids(100), SamplingParams(max_tokens=1000))
-    outputs = itertools.islice(streamed, 100)
-    answer = [token for output in outputs for token in output.new_token_ids]
-    streamed.close()  # Ends the request.
-    [second] = engine.generate([ids(100) + answer + [1, 2, 3]], GREEDY)
-    [alone] = make_engine().generate([ids(100) + answer + [1, 2, 3]], GREEDY)
-    assert second.cached_len == 192
-    assert second.token_ids == alone.token_ids
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
@@ -370,24 +245,6 @@ def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
     assert not engine.has_work()
 
 
-def test_a_discarded_stream_ends_its_request() -> None:
-    engine = make_engine()
-    stream = engine.stream(ids(5), GREEDY)
-    assert engine.has_work()
-    del stream
-    assert not engine.has_work() and engine.step() == []
-
-
-def test_streams_and_a_batch_can_be_read_in_turns() -> None:
-    engine = make_engine()
-    one, other = engine.stream(ids(5), GREEDY), engine.stream(ids(6), GREEDY)
-    first = [next(one), next(other), next(one)]
-    [batch] = engine.generate([ids(7)], GREEDY)
-    first += [*one, *other]
-    assert sum(len(output.new_token_ids) for output in first) == 16
-    assert len(batch.token_ids) == 8
-
-
 def test_stop_tokens_and_stop_strings_end_an_answer() -> None:
     engine = make_engine(tokenizer=ByteTokenizer())
     long = SamplingParams(max_tokens=60, ignore_eos=True)
@@ -403,22 +260,6 @@ def test_stop_tokens_and_stop_strings_end_an_answer() -> None:
     assert cut.finish_reason == "stop"
     assert cut.text == free.text[: free.text.index(stop)]
     assert len(cut.token_ids) < 60
-
-
-def test_outputs_of_a_request_share_their_text_and_prompt_scores() -> None:
-    """Check that a step costs only its own tokens, however long prompt and answer are."""
-    engine = make_engine(tokenizer=ByteTokenizer())
-    sampling = SamplingParams(max_tokens=50, ignore_eos=True)
-    spec = RequestSpec(ids(100), sampling, prompt_logprobs=0)
-    outputs = [*engine.stream(spec)]
-    assert len(outputs) == 50 and len(outputs[-1].text) > 9
-    text = ""
-    for output in outputs:
-        text += output.new_text
-        assert output.text == text
-        assert output.all_text is outputs[0].all_text
-        assert output.prompt_logprobs is outputs[0].prompt_logprobs
-    assert len(outputs[-1].prompt_logprobs) == 100
 
 
 def test_prompt_logprobs_read_no_cache_but_publish() -> None:
@@ -450,30 +291,3 @@ def test_a_reset_removes_every_prefix() -> None:
     assert engine.report().kv.cached == engine.report().slots.cached == 0
     [cold] = engine.generate([ids(200)], GREEDY)
     assert cold.cached_len == 0
-
-
-@pytest.mark.full("True")
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_lease_log_replays_the_same_on_a_fresh_cache(
-    exact: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = LeaseLog()
-    monkeypatch.setattr(cache_manager, "Lease", logged_lease(log))
-    engine = make_engine(kv_tokens=640, slots=6, token_budget=64, max_running=4, exact=exact)
-    rng = np.random.default_rng(3)
-    prompts = [ids(int(rng.integers(1, 300)), first=80 * int(rng.integers(3))) for _ in range(40)]
-    outputs = engine.generate(prompts, SamplingParams(max_tokens=120))
-    assert any(output.num_preemptions for output in outputs)
-    assert any(output.cached_len for output in outputs)
-    memory = engine.runner.memory
-    fresh = build_prefix_cache(
-        CacheConfig(
-            num_kv_tokens=640,
-            num_slots=6,
-            kv_bytes_per_token=memory.row_bytes,
-            state_bytes=memory.state_bytes,
-        )
-    )
-    again = replay(fresh, parse_placement(",".join(engine.config.checkpoints)), log)
-    assert again.events == log.events
-    assert fresh.stats.as_dict() == engine.report().usage

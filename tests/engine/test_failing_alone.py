@@ -12,7 +12,7 @@ import torch
 
 from engine import AsyncEngine, Engine, RequestOutput, SamplingParams, engine_config
 from engine.async_engine import RequestStream
-from engine.errors import EngineStopped, StepFailed
+from engine.errors import StepFailed
 from engine.requests.grammar import Grammar
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
@@ -179,16 +179,6 @@ def test_nan_prompt_scores_fail_only_their_request(tmp_path: Path) -> None:
     assert scored.finish_reason == "length" and len(scored.prompt_logprobs or ()) == 100
 
 
-def test_a_request_can_be_aborted_despite_a_detokenizer_error() -> None:
-    engine = make_engine({0: "flush"})
-    request_id = engine.submit(ids(5, 0), ANSWER)
-    engine.step()
-    output = engine.abort(request_id)
-    assert output is not None and output.is_finished
-    assert not engine.has_work()
-    engine.check()
-
-
 def break_publishing_of(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, times: int = 1
 ) -> None:
@@ -224,21 +214,6 @@ def test_outputs_finished_by_a_failed_commit_are_returned(
     assert {output.finish_reason for output in outputs} == {"length"}
 
 
-def test_a_request_aborted_after_a_failed_commit_is_reported_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine = make_engine()
-    break_publishing_of(engine, ids(9, 50), monkeypatch)
-    first, second = (engine.submit(ids(length, 50), ANSWER) for length in (8, 9))
-    with pytest.raises(MemoryError):
-        engine.step()
-    output = engine.abort(first)
-    assert output is not None and len(output.new_token_ids) == 1
-    assert engine.take_outputs() == []
-    engine.abort(second)
-    assert not engine.has_work()
-
-
 def test_a_request_with_a_failed_finish_ends_with_its_output(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -262,50 +237,6 @@ async def read(stream: RequestStream) -> list[RequestOutput]:
     return [output async for output in stream]
 
 
-def test_clients_get_a_result_after_a_failed_commit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine = make_engine()
-    break_publishing_of(engine, ids(9, 50), monkeypatch)
-
-    async def main() -> None:
-        server = AsyncEngine(engine)
-        one_token = SamplingParams(max_tokens=1, ignore_eos=True)
-        finished, failed = (server.submit(ids(length, 50), one_token) for length in (8, 9))
-        server.start()
-        try:
-            outputs = await asyncio.wait_for(read(finished), 10)
-            assert outputs[-1].finish_reason == "length"
-            with pytest.raises(StepFailed, match="the step that computed it failed"):
-                await asyncio.wait_for(read(failed), 10)
-            again = await asyncio.wait_for(read(server.submit(ids(9, 50), one_token)), 10)
-            assert again[-1].finish_reason == "length"
-        finally:
-            await asyncio.to_thread(server.stop)
-
-    asyncio.run(main())
-
-
-def test_a_finished_answer_is_delivered_although_the_engine_ends(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine = make_engine(max_running=2)
-    break_publishing_of(engine, ids(9, 50), monkeypatch, times=2)
-
-    async def main() -> None:
-        server = AsyncEngine(engine)
-        one_token = SamplingParams(max_tokens=1, ignore_eos=True)
-        streams = [server.submit(ids(length, 50), one_token) for length in (8, 9, 9)]
-        server.start()
-        read_all = asyncio.gather(*map(read, streams), return_exceptions=True)
-        finished, failed, ended = await asyncio.wait_for(read_all, 10)
-        assert finished[-1].finish_reason == "length"
-        assert isinstance(failed, StepFailed) and isinstance(ended, EngineStopped)
-        await asyncio.to_thread(server.stop)
-
-    asyncio.run(main())
-
-
 def test_only_the_client_of_a_failed_request_gets_the_error() -> None:
     engine = make_engine({1: "push"})
 
@@ -322,41 +253,3 @@ def test_only_the_client_of_a_failed_request_gets_the_error() -> None:
         assert isinstance(failed, StepFailed) and str(failed) == "KeyError: 'Ā'"
 
     asyncio.run(main())
-
-
-def test_a_failing_command_leaves_no_stream_and_no_call_unanswered() -> None:
-    """Check that later commands are answered: the first failure ends the engine, the second is left
-    to ``close``."""
-    engine = make_engine()
-
-    async def main() -> None:
-        server = AsyncEngine(engine)
-        running = server.submit(ids(8, 0), ANSWER)
-
-        def fail() -> None:
-            raise RuntimeError("no such command")
-
-        server._channel.host.call_soon(fail)
-        server._channel.host.call_soon(fail)
-        behind = server.submit(ids(8, 50), ANSWER)
-        answer = asyncio.ensure_future(server.call(lambda engine: engine.num_waiting))
-        await asyncio.sleep(0)
-        server.start()
-        for stream in (running, behind):
-            with pytest.raises(EngineStopped):
-                await asyncio.wait_for(read(stream), 10)
-        assert await asyncio.wait_for(answer, 10) == 2
-        await asyncio.to_thread(server.stop)
-
-    asyncio.run(main())
-
-
-def test_a_request_that_was_never_scheduled_has_no_losses() -> None:
-    engine = make_engine(kv_tokens=512)
-    engine.submit(ids(440, 0), ANSWER)
-    engine.step()
-    waiting = engine.submit(ids(200, 100), ANSWER)
-    engine.step()
-    output = engine.abort(waiting)
-    assert output is not None and output.timings.queue_s is None
-    assert output.losses is None and output.cached_len == 0

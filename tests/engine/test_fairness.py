@@ -114,17 +114,6 @@ def test_a_short_prompt_overtakes_only_if_both_may_run() -> None:
     assert firsts[2] == [4, 10, 11] and firsts[3] == [6, 11, 1]
 
 
-def test_prompts_with_scores_are_scored_in_parts() -> None:
-    load = Load(token_budget=4096)
-    for i in range(3):
-        load.add(f"scored-{i}", tokens(2500, i), max_tokens=1, prompt_logprobs=0)
-    load.add("plain", tokens(6000, 9), max_tokens=1)
-    load.run()
-    assert all(len(load.outputs[f"scored-{i}"].prompt_logprobs) == 2500 for i in range(3))
-    assert load.first["plain"] == 2  # the other requests get the rest of a step
-    assert load.prefilled[0] == 4096
-
-
 @given(
     sizes=st.lists(st.one_of(st.integers(1, 200), st.integers(1, 3000)), min_size=1, max_size=12),
     token_budget=st.sampled_from([64, 100, 128, 256, 1000]),

@@ -4,7 +4,6 @@ right whether the load succeeds or fails."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -103,9 +102,6 @@ def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> No
         runner._write_state(arrival.slot, OracleState(arrival.end, before, request.namespace))
 
 
-MakeEngine = Callable[..., Engine]
-
-
 def make(
     fetcher: SlowFetcher, kv: int = 4096, slots: int = 16, slab: int = 0, **settings: object
 ) -> Engine:
@@ -185,26 +181,6 @@ def test_answers_do_not_depend_on_the_result_of_a_load(slab: int, fails: bool) -
         assert finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
 
 
-def test_lost_moves_cancel_every_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetcher = SlowFetcher(delay=1000)
-    engine = make(fetcher)
-    prompt = pattern(0, 300)
-    name = engine.submit(prompt, GREEDY)
-    engine.step()
-    assert fetcher.pending
-    engine.submit(pattern(1, 10), GREEDY)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine._manager, "lost_moves", lambda: True)
-        patch.setattr(engine.runner, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        engine.step()
-    assert not fetcher.pending
-    finals = {}
-    while engine.has_work():
-        finals |= {output.request_id: output for output in engine.step() if output.is_finished}
-    assert finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
-    assert finals[name].cached_len == 0
-
-
 NEVER = 10**9
 
 
@@ -245,31 +221,6 @@ def test_full_load_slots_do_not_delay_requests_without_loads(most: int, num_long
         late <= alone + delay
         for late, alone in zip(finished_in(num_long), finished_in(0), strict=True)
     )
-
-
-def test_held_requests_load_oldest_first_as_slots_become_free() -> None:
-    fetcher = SlowFetcher(delay=5, most=2)
-    engine = make(fetcher)
-    names = [engine.submit(pattern(10 + k, 200), GREEDY) for k in range(6)]
-    finals = last_outputs(engine, set(names))
-    assert fetcher.num_begun == 6 and list(finals) == names
-    assert {output.cached_len for output in finals.values()} == {192}
-
-
-def test_a_held_request_loads_after_the_loading_one_was_aborted() -> None:
-    fetcher = SlowFetcher(delay=NEVER, most=1)
-    engine = make(fetcher)
-    loading = engine.submit(pattern(0, 300), GREEDY)
-    sharing = engine.submit(pattern(0, 250) + pattern(1, 60), GREEDY)
-    other = engine.submit(pattern(2, 300), GREEDY)
-    engine.step()
-    assert [fetch.request.request_id for fetch in fetcher.pending] == [loading]
-    engine.abort(loading)
-    engine.step()
-    assert [fetch.request.request_id for fetch in fetcher.pending] == [sharing]
-    engine.abort(sharing)
-    engine.step()
-    assert [fetch.request.request_id for fetch in fetcher.pending] == [other]
 
 
 class FetchMachine(RuleBasedStateMachine):

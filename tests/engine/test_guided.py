@@ -4,13 +4,8 @@ tokens stay the same."""
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import random
 import re
-import sys
-import time
-from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams, engine_config
+from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided import guide
-from engine.plugins.guided import guides as registry
 from engine.plugins.guided.guides import Guides
 from engine.plugins.guided.marks import Overshoots
 from engine.plugins.tool_calls.call_grammars import grammar_of_calls, grammar_of_strict_calls
-from engine.requests.grammar import GrammarError
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
-from hybridcache.command.extras import install_command
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 pytest.importorskip("llguidance")
@@ -293,40 +285,6 @@ def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
     engine.check()
 
 
-def test_a_grammar_that_takes_the_engines_time_ends_only_its_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Check that a grammar may take its own allowance, and more while others take little."""
-    monkeypatch.setattr(guide, "REQUEST_S", 0.0)
-    monkeypatch.setattr(guide, "TOKEN_S", 0.0)
-    [kept] = oracle().generate([spec(GRAMMARS["regex"][0])])
-    assert kept.finish_reason == "stop"
-    monkeypatch.setattr(guide, "BURST_S", 0.0)
-    monkeypatch.setattr(guide, "SHARE", 0.0)
-    plain = spec(None, max_tokens=9, ignore_eos=True)
-    refused, other = oracle().generate([spec(GRAMMARS["regex"][0]), plain])
-    assert refused.is_refused and refused.error is not None
-    assert "of the engine's time" in refused.error
-    assert other.finish_reason == "length" and other.error is None
-
-
-def test_only_processor_time_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count(0.0, 60.0)
-    monkeypatch.setattr(guide.time, "perf_counter", lambda: next(clock))
-    [output] = oracle().generate([spec(GRAMMARS["regex"][0])])
-    assert output.finish_reason == "stop", output.error
-
-
-def test_the_vocabulary_is_built_once_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guard against a build in a request, which would stop every thread for a second."""
-    engine = oracle()
-    engine.prepare_grammars()
-    monkeypatch.setattr(registry, "make_vocabulary", None)
-    engine.compile(GRAMMARS["regex"][0])
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    oracle().prepare_grammars()
-
-
 def test_forbidden_drafts_are_cut(engine: Engine) -> None:
     other = oracle(draft="tree:8")
     grammar = Grammar.of_regex("[ab]{40}c")
@@ -340,146 +298,14 @@ def test_forbidden_drafts_are_cut(engine: Engine) -> None:
     assert output.text == engine.generate([spec(grammar)])[0].text
 
 
-def test_guided_requests_do_not_stop_the_overlap() -> None:
-    """Check that no request is left out of a step because of a mask."""
-    steps: dict[bool, int] = {}
-    for guided in (False, True):
-        engine = oracle(asynchronous=True, overlap="on")
-        grammar = Grammar.of_regex("[a-z]{50,90}") if guided else None
-        engine.submit(spec(None, "other", max_tokens=40, ignore_eos=True))
-        engine.submit(spec(grammar, "one", max_tokens=40, ignore_eos=True))
-        steps[guided] = 0
-        while engine.has_work():
-            engine.step()
-            steps[guided] += 1
-    assert steps[True] == steps[False]
-
-
-def test_answers_are_right_after_an_abort_and_a_failed_step(engine: Engine) -> None:
-    grammar, expected = GRAMMARS["regex"]
-    other = oracle(asynchronous=True, overlap="on")
-    whole = engine.generate([spec(grammar)])[0].text
-    first = other.submit(spec(grammar))
-    kept = other.submit(spec(grammar))
-    for _ in range(4):
-        other.step()
-    other.abort(first)
-    forward, other.runner.forward = other.runner.forward, None  # type: ignore[method-assign]
-    with pytest.raises(TypeError):
-        other.step()
-    other.runner.forward = forward  # type: ignore[method-assign]
-    box = other._mailboxes.setdefault(kept, deque())
-    while other.has_work():
-        other.step()
-    assert box[-1].text == whole and re.fullmatch(expected, whole)
-
-
-def test_guided_requests_do_not_change_the_tokens_of_others() -> None:
-    engine = Engine(EngineConfig(cache_gib=0.05, max_model_len=512, max_running=4))
-    plain = [
-        SamplingParams(max_tokens=12, seed=seed, temperature=temperature, logprobs=2)
-        for seed, temperature in enumerate((0.0, 1.0, 0.7))
-    ]
-    alone = engine.generate(["abc"] * 3, plain)
-    guided = spec(Grammar.of_choices(["yes, of course"]), seed=1, logprobs=2)
-    specs = [RequestSpec("abc", sampling) for sampling in plain]
-    *others, answer = engine.generate([*specs, guided])
-    assert [o.token_ids for o in others] == [o.token_ids for o in alone]
-    assert [o.logprobs for o in others] == [o.logprobs for o in alone]
-    assert answer.text == "yes, of course"
-    # Log-probabilities are those before the mask, so forbidden tokens are among the alternatives.
-    assert answer.logprobs is not None and all(s.logprob < 0 for s in answer.logprobs)
-    assert any(best[0][0] != s.token_id for s in answer.logprobs if (best := s.top_logprobs))
-
-
-RULES = [f"r{number}" for number in range(900)]
-HOSTILE: dict[str, Any] = {
-    "deep": lambda: Grammar.of_schema('{"items":' * 5000 + "{}" + "}" * 5000),
-    "wide": lambda: Grammar.of_schema(
-        {
-            "allOf": [
-                {"anyOf": [{"properties": {f"{a}{b}": {}}} for a in range(8)]} for b in range(8)
-            ]
-        }
-    ),
-    "multiple": lambda: Grammar.of_schema({"type": "integer", "multipleOf": 999983}),
-    "multiples": lambda: Grammar.of_schema({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}),
-    "circle": lambda: Grammar.of_schema({"$ref": "#"}),
-    "elsewhere": lambda: Grammar.of_schema({"$ref": "http://127.0.0.1:1/x.json"}),
-    "impossible": lambda: Grammar.of_schema({"type": "integer", "minimum": 5, "maximum": 3}),
-    "not": lambda: Grammar.of_schema({"not": {}}),
-    "many choices": lambda: Grammar.of_choices(["x"] * 5000),
-    "empty choice": lambda: Grammar.of_choices(["", "x"]),
-    "parentheses": lambda: Grammar.of_regex("(" * 100_000 + "a" + ")" * 100_000),
-    "nothing": lambda: Grammar.of_regex("[^\\x00-\\U0010FFFF]"),
-    "empty": lambda: Grammar.of_regex(""),
-    "long": lambda: Grammar.of_regex("a" * 300_000),
-    "nested": lambda: Grammar.of_text('start: %json {"multipleOf": 999983}'),
-    "broken": lambda: Grammar.of_text("start: foo"),
-    "loop": lambda: Grammar.of_text("start: start"),
-    "many rules": lambda: Grammar.of_text(
-        "start: " + "|".join(RULES) + "".join(f'\n{rule}: "a"' for rule in RULES)
-    ),
-    "gbnf": lambda: Grammar.of_text("root ::= " + "(" * 7000 + '"a"' + ")" * 7000),
-    "no tool": lambda: grammar_of_calls(TOOLS, "dance"),
-    "repeated": lambda: Grammar.of_regex("a{1000000000}"),
-    "repeated rule": lambda: Grammar.of_text('root ::= "a"{1000000}'),
-    "repeated later": lambda: Grammar.of_text('root ::= "b" "a"{1000000}'),
-}
-
-
 @pytest.fixture(scope="module")
 def guides() -> Iterator[Guides]:
     yield Guides(ByteTokenizer(), 320)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_unusable_grammars_are_refused_quickly_in_one_sentence(guides: Guides, name: str) -> None:
-    began = time.process_time()
-    try:
-        guides.compile(HOSTILE[name]())
-    except GrammarError as error:
-        assert "\n" not in str(error) and len(str(error)) > 20
-    else:
-        # A large grammar within the limits is served, and each of its tokens is fast too.
-        assert name == "many rules", name
-    assert time.process_time() - began < 5
-
-
-WRONG: dict[str, tuple[Any, str]] = {
-    "group": (lambda: Grammar.of_regex("(a"), "expression in it is wrong, unclosed group."),
-    "class": (lambda: Grammar.of_regex("["), "is wrong, unclosed character class."),
-    "range": (lambda: Grammar.of_regex("a{5,2}"), "the start must be <= the end."),
-    "look": (lambda: Grammar.of_regex("(?=a)"), "is wrong, look-around, "),
-    "in lark": (
-        lambda: Grammar.of_text("start: /(a/"),
-        r": at 1\(8\): a regular .* unclosed group",
-    ),
-    "pattern": (lambda: Grammar.of_schema({"pattern": "(a"}), "is wrong, unclosed group."),
-    "endless": (lambda: Grammar.of_text("root ::= root"), "rules never ends."),
-    "tool": (
-        lambda: grammar_of_calls([*TOOLS, tool('say "x"', {"a": {"pattern": "(a"}})]),
-        r"""^tool 'say "x"': .* unclosed group\.$""",
-    ),
-    "tool of ours": (
-        lambda: grammar_of_calls([*TOOLS, tool("odd", {"a": {"multipleOf": 0}})]),
-        "^tool 'odd': multipleOf must be",
-    ),
-    "much": (lambda: Grammar.of_regex("a{1000000000}"), "too complex to follow: use"),
-    "ambiguous": (lambda: Grammar.of_text(AMBIGUOUS), "too complex to follow: use"),
-}
-
-
 def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
     parameters = {"type": "object", "properties": properties}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_errors_of_a_grammar_name_the_place(guides: Guides, name: str) -> None:
-    make, message = WRONG[name]
-    with pytest.raises(GrammarError, match=message):
-        guides.compile(make())
 
 
 def test_a_grammar_that_becomes_too_complex_ends_only_its_request(
@@ -493,18 +319,6 @@ def test_a_grammar_that_becomes_too_complex_ends_only_its_request(
     assert other.finish_reason == "length" and other.error is None and not other.is_refused
     [record] = [record for record in caplog.records if record.levelname != "INFO"]
     assert record.exc_info is None and "\n" not in record.getMessage()
-
-
-def test_limits_do_not_depend_on_the_number_of_answers() -> None:
-    """Guard against a limit reached by copies of a matcher, which share their states: 2^18 here."""
-    guides = Guides(ByteTokenizer(), ByteTokenizer().vocab_size)
-    grammar, draw = Grammar.of_regex("(a|b)*a(a|b){18}"), random.Random(1)
-    for _ in range(120):
-        guide = guides.rule(grammar)
-        answer = np.frombuffer(bytes(draw.choices(b"ab", k=200)), np.uint8).astype(np.int32)
-        for length in range(0, 200, 10):
-            guide.masks(answer[:length], answer[length : length + 8])
-            assert not guide.is_done(answer[:length])
 
 
 def test_whitespace_in_json_is_limited(guides: Guides) -> None:
@@ -522,14 +336,6 @@ def test_whitespace_in_json_is_limited(guides: Guides) -> None:
         tokens = np.array(encode(text), np.int32)
         kept = guides.rule(grammar).possible(tokens[:0], tokens)
         assert len(kept) == (len(tokens) if length is None else length), text
-
-
-def test_without_the_library_the_error_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(GrammarError, match=re.escape(install_command("engine"))):
-        Guides(ByteTokenizer(), 320).compile(Grammar.of_object())
 
 
 def test_masks_equal_a_trial_of_every_token(guides: Guides) -> None:

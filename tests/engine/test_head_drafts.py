@@ -33,15 +33,13 @@ from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from engine import Grammar, RequestOutput, RequestSpec, SamplingParams
+from engine import RequestOutput, SamplingParams
 from engine.layers.parameters import Parameter
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.plugins.speculation.draft_length import MIN_REST
 from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
@@ -168,53 +166,10 @@ def test_drafts_depend_only_on_the_tokens(
     assert 80 < len(drafts) < 6 * 20
 
 
-@pytest.mark.full("tree,mtp-right")
-@pytest.mark.parametrize("head", ["random", "right"])
-@pytest.mark.parametrize("draft", ["mtp:3", "tree,mtp"])
-def test_drafts_of_a_head_do_not_change_guided_answers(
-    head: str, draft: str, make_engine: MakeEngine, eager: None, request: pytest.FixtureRequest
-) -> None:
-    """Check that forbidden drafts are cut and no answer changes. The second pass has the first
-    answers in the tree."""
-    pytest.importorskip("llguidance")
-    if head == "right":
-        request.getfixturevalue("right_head")
-    grammars = (
-        Grammar.of_regex("[0-9]{3}-[a-c]{1,20}z"),
-        Grammar.of_regex("[ -~@`]{9,20}"),
-        Grammar.of_choices(["red", "blue and green"]),
-        None,
-    )
-    params = SamplingParams(max_tokens=24, temperature=0, logprobs=2)
-    specs = [
-        RequestSpec([*prompt[:70], 33], params, grammar=grammar)
-        for prompt, grammar in zip(prompts(), grammars, strict=False)
-    ]
-    plain, drafted = make_engine("none"), make_engine(draft)
-    for _ in range(2):
-        expected = plain.generate(specs)
-        outputs = drafted.generate(specs)
-        assert_same(outputs, expected)
-    assert [output.finish_reason for output in outputs[:3]] == ["stop"] * 3
-    if head == "right" or "tree" in draft:
-        assert accepted(outputs[:3]) > 0
-
-
 def assert_same_answers(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
     """Compare tokens and log-probabilities, not the cached lengths."""
     for one, other in zip(some, others, strict=True):
         assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
-
-
-def test_hits_are_the_same_with_drafts(make_engine: MakeEngine) -> None:
-    reports = []
-    for draft in ("none", "mtp", "tree,mtp"):
-        engine = make_engine(draft)
-        for _ in range(2):
-            outputs = engine.generate(prompts(), GREEDY)
-        reports.append(([output.cached_len for output in outputs], engine.report().usage))
-    assert reports[0] == reports[1] == reports[2]
-    assert reports[0][0][0] == 128
 
 
 def test_a_right_head_is_accepted_after_a_hit(make_engine: MakeEngine, right_head: None) -> None:
@@ -244,53 +199,6 @@ def test_a_right_head_is_accepted_after_a_hit(make_engine: MakeEngine, right_hea
     (output,) = engine.generate([turn], params)
     assert output.cached_len == 128  # 128 is the last position of the grid below 161 tokens
     assert accepted([output]) == output.drafts.drafted.total()
-
-
-def test_the_head_follows_recorded_steps(
-    make_engine: MakeEngine, drafts: dict[bytes, list[int]]
-) -> None:
-    """Check that drafts are the same after a pause of a drafter that is never right.
-
-    Steps in the pause are single ones: recorded with native kernels, and launched ahead with
-    overlap.
-    """
-    params = SamplingParams(max_tokens=50, temperature=0, logprobs=1)
-    outputs = []
-    for settings in ({"graphs": "off"}, {"graphs": "off", "overlap": "on"}, {"overlap": "on"}, {}):
-        engine = make_engine("mtp:2", model={"num_experts": 0}, **settings)
-        outputs.append(engine.generate(prompts()[:3], params))
-        num_single = sum(
-            len(o.output) - 1 - o.drafts.num_verified - accepted([o]) for o in outputs[-1]
-        )
-        assert num_single > 40
-    for other in outputs[1:]:
-        assert_same(outputs[0], other)
-    native = engine.runner.kernels.words().get("linear") == "native"
-    assert (engine.runner.graphs[0] is not None) == native
-
-
-def test_deferred_rows_are_computed_before_a_transfer(make_engine: MakeEngine) -> None:
-    """Check that deferred rows are computed before they are sent, and dropped after a failed
-    step."""
-    runner = make_engine("mtp:1", model={"num_experts": 0}).runner
-    pending = runner._predictor.pending
-    ids, rows = np.arange(64, dtype=np.int32), np.arange(80, dtype=np.int32)
-    runner.forward(Batch((Segment(0, 3, ids, 0, False),), (), ((0, 0, rows),)))
-    decodes = [Segment(0, 3, ids[at : at + 1], 64 + at, True) for at in range(8)]
-    for segment in decodes[:6]:
-        runner.forward(Batch((segment,)))
-    assert pending._num_held == 6
-    part = len(PrefixBuffer.of(runner).part_bytes) - 1
-    sent = PrefixBuffer.of(runner).read_rows(part, rows[60:71]).wait()
-    assert not pending._num_held
-    assert torch.equal(sent, PrefixBuffer.of(runner).read_rows(part, rows[60:71]).wait())
-    computed, runner._logits = runner._logits, Mock(side_effect=MemoryError)
-    with pytest.raises(MemoryError):
-        runner.forward(Batch((decodes[6],)))
-    assert not pending._num_held
-    runner._logits = computed
-    runner.forward(Batch((decodes[6],)))
-    assert pending._num_held == 1
 
 
 @pytest.mark.parametrize("graphs", ["off", "auto"])
@@ -362,20 +270,6 @@ def test_deferred_rows_equal_those_of_single_steps(graphs: str, make_engine: Mak
         assert one.isfinite().any()
 
 
-def test_deferred_rows_are_computed_when_their_buffer_is_full(
-    make_engine: MakeEngine, drafts: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check that the drafts after a pause are the same with a buffer for one step and for many."""
-    monkeypatch.setattr("engine.plugins.speculation.draft_length.WEIGHT", 1 / 8)
-    params = SamplingParams(max_tokens=45, temperature=0)
-    for capacity in (1, 256):
-        monkeypatch.setattr("engine.runner.mtp_kv_buffer.CAPACITY", capacity)
-        engine = make_engine("mtp:2", model={"num_experts": 0})
-        engine.generate(prompts()[:3], params)
-    assert engine.runner._predictor.pending._most == 256
-    assert len(drafts) > 10
-
-
 def count_moves(runner: Any) -> list[Any]:
     """Return a list that collects the moves of all later steps."""
     moves: list[Any] = []
@@ -428,16 +322,3 @@ def test_answers_survive_preemptions_and_moves(
         assert engine.abort(request_id).drafts.num_verified > 0
         engine.check()
         assert engine.report().kv.held == engine.report().slots.held == 0
-
-
-def test_sampled_answers_depend_only_on_their_seeds(
-    make_engine: MakeEngine, right_head: None, eager: None
-) -> None:
-    """Check drafts that are often right: draws depend on seed and position, so tokens are those
-    without drafts."""
-    params = [SamplingParams(max_tokens=25, temperature=1.5, seed=seed) for seed in range(6)]
-    plain = make_engine("none").generate(prompts(), params)
-    outputs = make_engine("mtp:3").generate(prompts(), params)
-    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
-    drafted = sum(output.drafts.drafted.total() for output in outputs)
-    assert 0 < accepted(outputs) < drafted

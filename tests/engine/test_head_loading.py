@@ -3,7 +3,6 @@ one."""
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from engine import engine_config
 from engine.runner.build import load_runner
 from engine.runner.loading import Dummy, load_model
 from engine.runner.warm_up import guesses
-from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import WeightsError
 from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
 
@@ -24,21 +22,6 @@ from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
 @pytest.fixture
 def make_engine(tmp_path: Path) -> MakeEngine:
     return partial(engine_with_head, tmp_path)
-
-
-def test_the_memory_plan_includes_the_head(make_engine: MakeEngine) -> None:
-    plain, drafted = (make_engine(draft).runner for draft in ("none", "mtp:3"))
-    head, hidden = 2 * MODEL["head_dim"], MODEL["hidden_size"]
-    before, after = plain.geometry, drafted.geometry
-    assert after.kv_bytes_per_token - before.kv_bytes_per_token == 4 * head
-    assert after.state_bytes - before.state_bytes == 4 * hidden
-    assert after.num_full_layers == before.num_full_layers == 2
-    assert after.num_linear_layers == before.num_linear_layers == 2
-    assert drafted.memory.row_bytes == after.kv_bytes_per_token
-    assert drafted.memory.state_bytes == after.state_bytes
-    rows = drafted.tensors.rows
-    assert rows is not None
-    assert len(rows) == drafted.tensors.padding_row + 1 + 3 * drafted.max_running_rows
 
 
 def test_the_warm_up_includes_drafts(make_engine: MakeEngine) -> None:
@@ -51,19 +34,6 @@ def test_the_warm_up_includes_drafts(make_engine: MakeEngine) -> None:
         assert len(runner.guess(newest, [1] * len(newest))) == len(newest)
     assert torch.equal(runner.tensors.rows[: runner.memory.num_kv_tokens], before)
     assert guesses(make_engine("tree").runner) == []
-
-
-def test_unusable_heads_are_refused(tmp_path: Path, make_engine: MakeEngine) -> None:
-    config = {**MODEL, "model_type": "qwen3", "num_experts": 0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01}
-    with pytest.raises(ModelError, match="not supported for Qwen3: use --draft tree, or none"):
-        load_runner(engine_config(draft="mtp", load_format="dummy", **settings))
-    (tmp_path / "config.json").write_text(json.dumps(MODEL))
-    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"has none \(no tensor mtp.*use --draft tree, or none"):
-        load_runner(engine_config(draft="mtp", **settings))
-    assert make_engine("none").runner.geometry.num_full_layers == 2
 
 
 def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) -> None:

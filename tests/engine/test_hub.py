@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ import pytest
 from engine import EngineConfig, engine_config
 from engine.command.cli import main
 from engine.config import BUILTIN_DIR, HubError
-from engine.hub import check, display_name, is_hub_name, resolve_config, resolve_folder
+from engine.hub import display_name, is_hub_name, resolve_config, resolve_folder
 
 NAME, COMMIT = "some-org/Tiny-Model", "a" * 40
 WEIGHTS = (BUILTIN_DIR / "model.safetensors").read_bytes()
@@ -199,68 +197,6 @@ def test_a_broken_download_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     assert 0 <= part - first < 1000 and hub.sent_bytes == part + len(WEIGHTS) - first
 
 
-def _index(*files: str) -> bytes:
-    return json.dumps({"weight_map": {f"tensor.{file}": file for file in files}}).encode()
-
-
-def test_after_a_failed_download_complete_files_are_kept(hub: Hub) -> None:
-    shards = ("model-1.safetensors", "model-2.safetensors")
-    del hub.files["model.safetensors"]
-    hub.files |= dict.fromkeys((*shards, "consolidated.safetensors"), b"\0" * 5000)
-    hub.files["model.safetensors.index.json"] = _index(*shards)
-    hub.broken_file = shards[1]
-    hub.files[shards[0]] = b"\1" * 5000
-    with pytest.raises(HubError, match=r"broke off .*500.*Run the same command again"):
-        resolve_folder(NAME, with_weights=True, report=lambda _: None)
-    hub.broken_file, first = "", len(hub.requests)
-    lines: list[str] = []
-    folder = Path(resolve_folder(NAME, with_weights=True, report=lines.append))
-    assert all((folder / shard).stat().st_size == 5000 for shard in shards)
-    again = [
-        path for verb, path, _ in hub.requests[first:] if verb == "GET" and "/resolve/" in path
-    ]
-    assert again == [f"/{NAME}/resolve/{COMMIT}/{shards[1]}"]
-    assert "in 1 file; 1 file of weights are here already" in lines[0]
-    assert "consolidated.safetensors" not in hub.downloads(), "not in the index"
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"refusal": (404, "RepoNotFound")}, "has no model of that name .*check the name"),
-        ({"refusal": (401, "")}, "has no model of that name|refuses access"),
-        ({"refusal": (403, "GatedRepo")}, "is gated: accept its terms at http.*HF_TOKEN"),
-        ({"file_refusal": (403, "GatedRepo")}, "is gated: accept its terms"),
-        ({"refusal": (500, "")}, "answers 500"),
-        ({"files": {"config.json": CONFIG}}, "no .safetensors files: choose"),
-        ({"files": {"model.safetensors": WEIGHTS}}, "no config.json"),
-    ],
-)
-def test_refusals_of_the_hub_are_one_sentence(
-    hub: Hub, changes: dict[str, object], words: str
-) -> None:
-    for name, value in changes.items():
-        setattr(hub, name, value)
-    with pytest.raises(HubError, match=words) as caught:
-        resolve_config(EngineConfig(model=NAME), lambda _: None)
-    assert "\n" not in str(caught.value) and not hub.sent_bytes
-
-
-def test_an_unknown_revision_is_refused(hub: Hub) -> None:
-    with pytest.raises(HubError, match=r"no revision 'v9': give a branch, a tag or a commit"):
-        resolve_config(EngineConfig(model=NAME, revision="v9"))
-    with pytest.raises(HubError, match=r"--revision v9 needs a model of the hub"):
-        resolve_config(EngineConfig(revision="v9"))
-
-
-@pytest.mark.full
-def test_an_unsupported_family_is_refused_before_the_download(hub: Hub) -> None:
-    hub.files["config.json"] = json.dumps({"model_type": "qwen3_nest"}).encode()
-    with pytest.raises(HubError, match=r"not downloaded: .*'qwen3_nest'.*nearest is 'qwen3_next'"):
-        resolve_config(EngineConfig(model=NAME, device="cpu"), lambda _: None)
-    assert hub.sent_bytes == 0
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_model_too_large_is_refused_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, device: str
@@ -273,33 +209,6 @@ def test_a_model_too_large_is_refused_before_the_download(
     if device == "cuda":  # Each rank has its own device.
         resolve_config(engine_config(model=NAME, tp=3), lambda _: None)
         assert hub.sent_bytes == len(WEIGHTS)
-
-
-def test_a_slow_check_ends_with_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.hub.CHECK_TIMEOUT_S", 0.01)
-    with pytest.raises(HubError, match=r"not be checked before its download in 0.01 s: try again"):
-        resolve_config(EngineConfig(model=NAME, device="cpu"), lambda _: None)
-    assert hub.sent_bytes == 0
-
-
-def test_a_full_disk_is_reported_before_the_download(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("engine.hub.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(HubError, match=r"MiB more on the disk .* HF_HOME"):
-        resolve_config(EngineConfig(model=NAME), lambda _: None)
-    assert hub.sent_bytes == 0
-
-
-def test_weights_are_counted_in_their_runtime_format() -> None:
-    """Check against the built-in model, with files in bfloat16."""
-    size = len(WEIGHTS)
-    assert json.loads(CONFIG).get("dtype", json.loads(CONFIG).get("torch_dtype")) == "bfloat16"
-    own, wide, eight = (
-        check(str(BUILTIN_DIR), size, "cpu", dtype, quantization)["needed_bytes"]
-        for dtype, quantization in (("auto", None), ("float32", None), ("auto", "int8"))
-    )
-    assert (own, wide, eight) == (size, 2 * size, size // 2)
 
 
 @pytest.mark.full
@@ -349,23 +258,3 @@ def test_commands_accept_names_of_the_hub(hub: Hub, capsys: pytest.CaptureFixtur
     assert main(["generate", "--model", "no/such", "x"]) == 2
     error = capsys.readouterr().err
     assert "There is no folder no/such here" in error and error.count("\n") == 1
-
-
-@pytest.mark.full
-def test_environment_variables_of_the_hub_library_apply(hub: Hub, tmp_path: Path) -> None:
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_secret",
-        "HF_HUB_OFFLINE": "0",
-    }
-    environment.pop("HF_HUB_CACHE", None)
-    code = f"from engine.hub import resolve_folder; print(resolve_folder({NAME!r}))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and COMMIT in done.stdout, done.stderr
-    assert hub.tokens == {"Bearer hf_secret"}
-    assert (tmp_path / "home/hub/models--some-org--Tiny-Model/refs/main").read_text() == COMMIT
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert again.stdout == done.stdout

@@ -102,13 +102,6 @@ def test_a_wrong_read_or_write_is_refused(broken: Batch, sentence: str) -> None:
         runner_with().forward(broken)
 
 
-def test_a_replaced_row_is_checked_again() -> None:
-    runner = runner_with()
-    runner.forward(Batch((segment(0, 0, 3, [8]),), (), (write(0, 3, 3),)))
-    with pytest.raises(AssertionError, match="no namespace"):
-        runner.forward(Batch((segment(0, 0, 4, [9]),), (), (write(0, 1, 6), write(0, 4, 4))))
-
-
 def test_a_read_across_namespaces_is_refused() -> None:
     resumed = segment(1, 1, 2, [9], "b")
     batch = Batch((resumed,), ((3, 1),), (write(1, 0, 0, 1, 4),))

@@ -80,12 +80,6 @@ def test_the_search_for_stop_strings_is_linear() -> None:
     assert num_compared < 3 * 20 * 501
 
 
-def test_held_back_text_is_sent_once_it_cannot_be_a_stop_string() -> None:
-    pieces, stopped = feed("ab<|ab<|end", ("<|end",))
-    assert stopped
-    assert pieces == ["a", "b", "", "", "<|a", "b", "", "", "", "", ""]
-
-
 def test_unfinished_characters_are_sent_at_the_end() -> None:
     stream = TextStream(ByteTokenizer().stream_decoder())
     assert stream.push(0xC3) == ("", False)

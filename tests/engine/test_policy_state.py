@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
-import logging
-import os
-import shutil
 import time
 from pathlib import Path
 
@@ -16,7 +12,7 @@ import pytest
 from engine import Engine, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.plugins.tiers.plugin import NAME
-from hybridcache.export.warm_state import unpack, write_memory
+from hybridcache.export.warm_state import write_memory
 from tests.engine.test_hits_change_nothing import (
     MakeEngine,
     always_loads,  # noqa: F401
@@ -72,46 +68,6 @@ def test_a_restarted_engine_has_the_learned_state_of_the_stopped_one(
     again.close()
 
 
-def test_a_killed_engine_loses_only_the_state_learned_since_its_save(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    first = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    serve(first, prompts(12))
-    first.plugins["tiers"].policy_state.save()
-    first.plugins["tiers"].disk.flush()
-    shutil.copytree(tmp_path / "state", tmp_path / "killed")
-    serve(first, prompts(16)[12:])
-    first.plugins["tiers"].disk.flush()
-    for path in (tmp_path / "state").iterdir():  # later records, but the earlier learned state
-        if path.name != NAME:
-            shutil.copy(path, tmp_path / "killed")
-    first.close()
-    again = make_engine(state_dir=str(tmp_path / "killed"), **LEARNING)
-    assert again.cache.now == 12
-    again.check()
-    assert sum(serve(again, prompts(16)[12:])) > 0, "later records were not adopted"
-    again.check()
-    again.close()
-
-
-def test_learned_state_of_other_policies_is_skipped_with_one_warning(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    first = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    serve(first, prompts(8))
-    first.close()
-    caplog.clear()
-    plain = {**LEARNING, "eviction": "lru", "checkpoints": ("branch", "end")}
-    again = make_engine(state_dir=str(tmp_path / "state"), **plain)
-    [warning] = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "(device, disk, placement) in" in warning
-    again.check()
-    again.close()
-
-
 @pytest.mark.full("30")
 @pytest.mark.parametrize("cut", [0, 10, 30, -1])
 def test_a_truncated_file_is_skipped(
@@ -143,62 +99,6 @@ def test_reset_removes_the_learned_state(
     engine.reset_prefix_cache()
     engine.plugins["tiers"].disk.flush()
     assert not (tmp_path / "state" / NAME).exists()
-    engine.close()
-
-
-def test_learned_state_that_is_too_large_is_reported_and_not_written(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    engine.plugins["tiers"].policy_state._max_bytes = 100
-    serve(engine, prompts(4))
-    engine.close()
-    assert "is not written" in caplog.text and not (tmp_path / "state" / NAME).exists()
-
-
-def test_write_errors_are_reported_once_and_the_engine_goes_on(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-
-    engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    monkeypatch.setattr("engine.plugins.tiers.disk.write_atomically", refuse)
-    for number in range(2):
-        serve(engine, prompts(3)[number:])
-        engine.plugins["tiers"].policy_state.save()
-        engine.plugins["tiers"].disk.flush()
-        assert engine.report().offload.folder.errors == number + 1
-    assert caplog.text.count(os.strerror(errno.EDQUOT)) == 1
-    engine.check()
-    engine.close()
-
-
-def test_learned_state_is_saved_when_idle_and_rarely_otherwise(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    policy_state, now = engine.plugins["tiers"].policy_state, 0.0
-    policy_state._clock = lambda: now
-    policy_state._saved_at = policy_state._took_s = 0.0
-    assert policy_state.rest(is_idle=True) is None, "nothing new to save"
-    serve(engine, prompts(2))
-    now = 0.25
-    assert policy_state.rest(is_idle=True) == 0.75
-    now = 20.0
-    assert policy_state.rest(is_idle=False) == 10.0
-    assert policy_state.rest(is_idle=True) is None
-    policy_state._took_s = 1.0
-    serve(engine, prompts(3)[2:])
-    assert policy_state.rest(is_idle=True) == 200.0, "a save that takes 1 s may run every 200 s"
-    engine.plugins["tiers"].disk.flush()
-    assert unpack((tmp_path / "state" / NAME).read_bytes())._plain["now"] == 2
     engine.close()
 
 

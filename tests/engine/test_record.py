@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gzip
 import json
 import random
 import signal
@@ -25,7 +24,6 @@ import openai
 import pytest
 import uvicorn
 
-from engine.plugins.record.command import record
 from engine.plugins.record.proxy import Proxy, TraceWriter, read_answer
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from hybridcache import open_trace, simulate
@@ -147,32 +145,6 @@ def test_requests_that_are_not_recorded_are_counted_by_reason(
     assert list(writer.skipped.values()) == [1, 1]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "not JSON objects" in warnings[0] and "see the log" in warnings[1]
-
-
-def test_wrong_addresses_and_files_are_refused_at_the_start(tmp_path: Path) -> None:
-    existing = tmp_path / "there"
-    existing.touch()
-    for upstream, out, match in (
-        ("localhost:8000", tmp_path / "new", "is not an address"),
-        ("http://localhost:1", existing, "cannot be created"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            record(upstream, out, host="127.0.0.1", port=0, keeps_text=False, tokenizer=None)
-
-
-def test_an_unreachable_server_gives_a_502(tmp_path: Path) -> None:
-    from starlette.testclient import TestClient
-
-    with (tmp_path / "log").open("w+b") as file:
-        writer = TraceWriter(file, keeps_text=False, tokenizer=None)
-        with TestClient(Proxy("http://127.0.0.1:9", writer)) as client:
-            answer = client.post("/v1/chat/completions", json={"messages": []})
-            message = client.post("/v1/messages", json={"messages": []})
-    assert answer.status_code == 502 and "does not answer" in answer.json()["error"]["message"]
-    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
-    assert message.json()["type"] == "error"
-    assert message.json()["error"]["type"] == "api_error"
-    assert writer.num_requests == 0
 
 
 class Upstream:
@@ -305,23 +277,6 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
     made.stop()
 
 
-def test_lines_are_written_in_order_of_arrival(setup: Setup) -> None:
-    """Check that a line waits for those of earlier requests, and for no later one."""
-    for number in range(2):
-        assert setup.ask(f"short {number}").result().status_code == 200
-    wait_until(lambda: setup.prompts() == ["short 0", "short 1"])
-    middle = setup.ask("middle", wait="middle", stream=True)
-    long = setup.ask("long", wait="long")
-    assert setup.ask("late").result().status_code == 200
-    setup.end("middle")
-    assert middle.result().text.count("data:") == 2
-    wait_until(lambda: setup.prompts() == ["short 0", "short 1", "middle"])
-    setup.end("long")
-    assert long.result().status_code == 200
-    wait_until(lambda: setup.prompts() == ["short 0", "short 1", "middle", "long", "late"])
-    assert setup.writer.num_requests == 5
-
-
 @pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(3))
 def test_a_trace_of_overlapping_requests_can_be_replayed(setup: Setup, seed: int) -> None:
@@ -374,27 +329,6 @@ def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> N
     assert silent.result().status_code == 503
 
 
-TARGETS = (
-    "/v1/models/%2e%2e/%2E%2e/health",
-    "/v1/models/../x/./y",
-    "/v1/responses/a%2Fb%3Fc",
-    "//evil.example/v1/models",
-    "/%00",
-    "/%0a",
-    "/v1/%ff?x=%ff&y=%C3%A9&&=",
-    "/v1/models#fragment",
-    "/@evil.example/",
-    "/http://evil.example/",
-    "/a%20b+c;d=e?",
-)
-
-
-def test_paths_reach_the_server_byte_for_byte(setup: Setup) -> None:
-    for target in TARGETS:
-        raw(setup.front.port, target)
-        assert setup.upstream.requests[-1][1].decode() == target.removesuffix("?"), target
-
-
 def raw(port: int, target: str, *headers: str) -> bytes:
     """Return the answer to a GET of ``target``, which is sent unchanged."""
     with socket.create_connection(("127.0.0.1", port), 20) as connection:
@@ -404,47 +338,6 @@ def raw(port: int, target: str, *headers: str) -> bytes:
         while piece := connection.recv(65536):
             answer += piece
     return answer
-
-
-def test_odd_paths_get_the_same_answer_as_without_the_proxy(tmp_path: Path) -> None:
-    """Compare the answers through the proxy with direct ones."""
-    engine = ScriptedEngine()
-    with engine.serving() as upstream, (tmp_path / "log").open("x+b") as file:
-        writer = TraceWriter(file, keeps_text=False, tokenizer=None)
-        front = ServerThread(Proxy(upstream, writer), date_header=False)
-        port = int(upstream.rsplit(":", 1)[1].split("/")[0])
-        for target in TARGETS:
-            through, direct = (raw(each, target) for each in (front.port, port))
-            statuses = [answer.split(b"\r\n")[0] for answer in (through, direct)]
-            assert statuses[0] == statuses[1], target
-            assert b" 4" in statuses[0][:12] or target not in ("//evil.example/v1/models", "/%00")
-            assert through.split(b"\r\n\r\n")[1] == direct.split(b"\r\n\r\n")[1], target
-        front.stop()
-
-
-def test_headers_pass_unchanged_and_cookies_are_not_shared(setup: Setup) -> None:
-    answer = httpx.get(f"{setup.front.url}/x", headers={"x-mine": "1", "accept-encoding": "gzip"})
-    assert answer.headers.get_list("set-cookie") == ["a=1", "b=2"]
-    assert answer.headers["x-odd"].encode("latin-1") == b"\xe9"
-    httpx.get(f"{setup.front.url}/x")
-    _, _, headers, _ = setup.upstream.requests[-1]
-    assert b"cookie" not in headers, "the cookie of another client"
-    raw(setup.front.port, "/x", "X-Twice: 1", "X-Twice: 2", "User-Agent: mine")
-    _, _, headers, _ = setup.upstream.requests[-1]
-    assert headers[b"x-twice"] == [b"1", b"2"] and headers[b"user-agent"] == [b"mine"]
-    packed = gzip.compress(json.dumps(chat("packed")).encode())
-    httpx.post(setup.url, content=packed, headers={"content-encoding": "gzip"})
-    _, _, headers, body = setup.upstream.requests[-1]
-    assert body == packed and headers[b"content-encoding"] == [b"gzip"]
-    wait_until(lambda: setup.writer.skipped.total() == 1)  # Compressed content is not JSON.
-
-
-@pytest.mark.full
-def test_more_than_a_hundred_streams_run_at_once(setup: Setup) -> None:
-    """Check concurrency: each stream waits until all others have begun."""
-    streams = [setup.ask(f"{number}", wait="all", stream=True) for number in range(120)]
-    setup.end("all")
-    assert {stream.result().status_code for stream in streams} == {200}
 
 
 @contextlib.contextmanager
@@ -483,43 +376,6 @@ def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: in
     assert "an estimate" in trace.counted_by
     assert "counted by: 4 characters as a token" in stats_table(trace_stats(trace))
     assert [len(request.tokens) for request in trace] == [16, 16]
-
-
-def test_a_signal_before_the_first_request_ends_the_recording(tmp_path: Path) -> None:
-    """Send the signal before the proxy handles signals."""
-    flags = ("--tokenizer", "builtin")
-    with recording("http://127.0.0.1:9", tmp_path / "trace.jsonl", *flags) as (process, _):
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout is not None
-        printed = process.stdout.read()
-        command = f"hybridcache simulate --trace {tmp_path / 'trace.jsonl'} --model builtin"
-        assert f"0 requests; {command}\n" in printed
-        assert "tokens counted by: the tokenizer of builtin" in printed
-        assert process.wait(30) == 0
-
-
-def test_an_occupied_port_leaves_no_file(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port, path = taken.getsockname()[1], tmp_path / "trace.jsonl"
-        with pytest.raises(ValueError, match="choose another --port"):
-            record(
-                "http://127.0.0.1:9",
-                path,
-                host="127.0.0.1",
-                port=port,
-                keeps_text=False,
-                tokenizer=None,
-            )
-    assert not path.exists()
-
-
-def test_events_with_odd_characters_and_cut_answers_are_read() -> None:
-    text = "a\u2028b\x85c\x0bd"
-    event = json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}, ensure_ascii=False)
-    raw = f"data: {event}\r\n\r\ndata: {event}\n\ndata: [DONE]\n\n".encode()
-    for end in range(len(raw) + 1):
-        assert read_answer(raw[:end])["content"] in ("", text, text + text)
-    assert read_answer(raw)["content"] == text + text
 
 
 def test_whole_and_streamed_answers_are_read_alike() -> None:

@@ -16,7 +16,6 @@ from engine.requests.spec import SamplingInput, SamplingParams
 from engine.runner import sampler
 from engine.runner.sampler import Sampler, uniform
 from engine.text.outputs import NO_TOKEN
-from kernels.upload import upload
 
 VOCAB = 67
 NONE = np.empty(0, dtype=np.int32)
@@ -99,11 +98,6 @@ def test_filters_keep_exactly_the_likely_tokens(params):
     assert set(draws(logits, 3000, **params)) == set(order[:num_kept].tolist())
 
 
-def test_top_k_one_is_greedy():
-    logits = random_logits(1)
-    assert set(draws(logits, 50, top_k=1)) == {int(logits.argmax())}
-
-
 MIXES = st.lists(
     st.fixed_dictionaries(
         {
@@ -149,18 +143,6 @@ def test_a_draw_is_found_by_exact_sums(logits, seed):
     assert sum(exact[:token]) <= point < sum(exact[: token + 1])
 
 
-def test_the_largest_number_draws_the_last_token_with_a_probability(monkeypatch):
-    monkeypatch.setattr(sampler, "uniform", lambda seed, draw: 1 - 2**-53)
-    probabilities = torch.tensor([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0]])
-    assert sampler._look_up(probabilities, [request(), request()]).tolist() == [1, 0]
-
-
-def test_draws_depend_on_their_number():
-    logits = random_logits(1).expand(200, VOCAB)
-    at_each = drawn(logits, *(request(5, output=np.zeros(n, np.int32)) for n in range(200)))
-    assert len(set(at_each)) > 10
-
-
 def test_penalties_apply_to_prompt_or_answer_tokens():
     logits = torch.zeros(1, VOCAB)
     logits[0, :3] = torch.tensor([4.0, 3.9, 3.8])
@@ -177,37 +159,6 @@ def test_penalties_apply_to_prompt_or_answer_tokens():
     assert logits[0, 0] == 4.0  # the caller's logits are not changed
 
 
-def test_the_repetition_penalty_lowers_positive_and_negative_logits():
-    logits = torch.zeros(1, VOCAB)
-    logits[0, :2] = torch.tensor([4.0, 3.9])
-    output = np.array([0], dtype=np.int32)
-    assert drawn(logits, request(temperature=0, repetition_penalty=2.0, output=output)) == [1]
-    negative = torch.full((1, VOCAB), -9.0)
-    negative[0, :2] = torch.tensor([-4.0, -4.1])
-    assert drawn(negative, request(temperature=0, repetition_penalty=2.0, output=output)) == [1]
-
-
-@pytest.mark.parametrize("filters", [{"min_p": 0.5}, {"top_k": 2}])
-def test_a_draw_of_zero_picks_no_filtered_token(monkeypatch, filters):
-    monkeypatch.setattr(sampler, "uniform", lambda seed, draw: 0.0)
-    logits = torch.full((1, VOCAB), -9.0)
-    logits[0, 5:7] = torch.tensor([3.9, 4.0])
-    assert drawn(logits, request(**filters))[0] in (5, 6)
-
-
-def test_logprobs_are_returned_for_the_requested_rows():
-    logits = random_logits(4)
-    wanted = (None, 0, None, 3)
-    sampled = Sampler(VOCAB).sample(logits, [request(temperature=0, logprobs=n) for n in wanted])
-    expected = logits.log_softmax(-1)
-    for row, num_top in enumerate(wanted):
-        one = sampled[row]
-        assert (one.logprob is None) == (num_top is None)
-        assert len(one.top_logprobs) == (num_top or 0)
-        if num_top is not None:
-            assert one.logprob == pytest.approx(float(expected[row, one.token_id]), abs=1e-6)
-
-
 def test_logprobs_are_those_before_filters_and_temperature():
     logits = random_logits(2)
     expected = logits.log_softmax(-1)
@@ -220,13 +171,6 @@ def test_logprobs_are_those_before_filters_and_temperature():
     given = Sampler(VOCAB).score(logits, [7, 9], 0).wait()
     assert [s.token_id for s in given] == [7, 9]
     assert given[1].logprob == pytest.approx(float(expected[1, 9]), abs=1e-6)
-
-
-def test_top_p_applies_after_top_k():
-    """Check 64 tokens with k = 20 and p = 0.8: 25 of all tokens, but 14 of the remaining 20."""
-    logits = torch.full((1, VOCAB), -torch.inf)
-    logits[0, :64] = torch.linspace(4, 0, 64)
-    assert set(draws(logits, 3000, top_k=20, top_p=0.8)) == set(range(14))
 
 
 def warped(logits, params):
@@ -299,26 +243,6 @@ def test_draws_among_equal_logits_do_not_depend_on_the_batch():
     together = Sampler(2048).sample(logits, alone + mates)[:100]
     assert together == Sampler(2048).sample(logits[:100], alone)
     assert {token.token_id for token in together} <= set(range(50))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40, 9e-6])
-def test_a_temperature_next_to_zero_is_greedy(temperature):
-    logits = random_logits(3)
-    rows = [request(seed, temperature=temperature) for seed in range(3)]
-    assert drawn(logits, *rows) == logits.argmax(-1).tolist()
-    assert torch.isfinite(sampler._tempered(logits, [request(temperature=1e-5)] * 3)).all()
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-def test_the_number_of_uploads_does_not_depend_on_the_rows(rows, monkeypatch):
-    uploads = []
-    monkeypatch.setattr(
-        sampler, "upload", lambda *args: uploads.append(args) or upload(*args), raising=True
-    )
-    seen = np.array([3, 3, 5], dtype=np.int32)
-    params = {"temperature": 0, "repetition_penalty": 1.2, "frequency_penalty": 0.5}
-    drawn(random_logits(rows), *[request(prompt=seen, output=seen, **params)] * rows)
-    assert len(uploads) == 2
 
 
 def test_uniform_is_uniform():

@@ -12,7 +12,7 @@ import pytest
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.interfaces import StepReport
 from engine.requests.spec import SamplingInput
-from tests.engine.test_engine import ids, make_engine, record_late_tokens
+from tests.engine.test_engine import ids, make_engine
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 
@@ -66,12 +66,6 @@ def test_prefills_use_the_budget_left_by_decodes_or_one_tile(
         assert report.num_prefill_tokens <= room
 
 
-def test_a_prompt_that_just_fits_the_budget_is_computed_in_one_step() -> None:
-    engine = make_engine(token_budget=100)
-    engine.generate([ids(100)], answer(1))
-    assert engine.runner.num_steps == 1
-
-
 def test_with_overlap_the_oldest_waits_one_step_for_memory() -> None:
     """Check that a younger request is preempted right after the step in flight, although it has
     rows for 16 tokens more."""
@@ -101,15 +95,6 @@ def test_no_request_is_preempted_while_a_step_is_in_flight(monkeypatch: pytest.M
     )
     engine.generate([ids(100), ids(90, first=99), ids(80, first=200)], answer(150))
     assert was_in_flight and not any(was_in_flight)
-
-
-def test_steps_overlap_again_after_a_shortage_of_memory() -> None:
-    engine = make_engine(kv_tokens=320, overlap="on", checkpoints=("none",))
-    outputs = engine.generate([ids(100), ids(90, first=99)], answer(150))
-    assert any(output.num_preemptions for output in outputs)
-    num_late = record_late_tokens(engine)
-    engine.generate([ids(50, first=200)], answer(20))
-    assert num_late == [0] + [1] * 19
 
 
 def test_memory_freed_by_preemption_goes_to_running_requests(
@@ -153,21 +138,6 @@ def test_a_follower_is_admitted_as_soon_as_it_can_resume(
     assert [output.cached_len for output in engine.step()] == [0, 576]
 
 
-def test_a_follower_waits_for_the_deepest_state_it_can_resume_from() -> None:
-    engine = make_engine(token_budget=128, checkpoints=("every:64",))
-    outputs = engine.generate([ids(640)] * 2, answer(1))
-    assert [output.cached_len for output in outputs] == [0, 576]
-
-
-@pytest.mark.parametrize("options", [{"prompt_logprobs": 0}, {"namespace": "other"}])
-def test_a_request_that_cannot_share_a_prefix_does_not_wait(options: dict[str, Any]) -> None:
-    engine = make_engine(token_budget=1024)
-    engine.submit(ids(640), answer(1))
-    engine.submit(ids(640), answer(1), **options)
-    engine.step()
-    assert engine.report().num_running == 1 and engine.num_waiting == 0
-
-
 def test_a_follower_does_not_wait_for_a_preempted_leader() -> None:
     engine = make_engine(kv_tokens=512, token_budget=64, checkpoints=("end",))
     engine.submit(ids(128, first=50), answer(200))
@@ -201,16 +171,6 @@ def test_draws_are_numbered_from_zero_with_and_without_overlap(overlap: str) -> 
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_a_chunk_without_a_draw_does_not_shift_other_tokens(overlap: str) -> None:
-    """Check a chunk of a long prompt before a short prompt that is admitted in the same step."""
-    prompts = [ids(300), ids(20, first=50), ids(30, first=90)]
-    alone = [make_engine().generate([prompt], answer(9))[0].token_ids for prompt in prompts]
-    engine = make_engine(token_budget=150, overlap=overlap)
-    outputs: list[RequestOutput] = engine.generate(prompts, answer(9))
-    assert [output.token_ids for output in outputs] == alone
-
-
-@pytest.mark.parametrize("overlap", ["off", "on"])
 def test_scores_of_a_preempted_prompt_are_reported_once(overlap: str) -> None:
     engine = make_engine(kv_tokens=384, token_budget=64, overlap=overlap)
     engine.submit(ids(120, first=50), answer(140))
@@ -233,13 +193,6 @@ def test_decodes_come_before_an_older_prompt_admitted_later() -> None:
     assert [output.token_ids for output in outputs] == alone
 
 
-def test_a_prompt_without_a_draw_has_no_row_of_drawn_tokens() -> None:
-    engine = make_engine(overlap="on")
-    engine.submit(ids(50), answer(0), prompt_logprobs=0)
-    other = engine.submit(ids(60, first=90), answer(9))
-    assert run(engine)[other] == list(range(1, 10))
-
-
 def test_a_preempted_request_is_queued_before_later_ones() -> None:
     engine = make_engine(kv_tokens=330, max_running=2, checkpoints=("none",))
     for i in range(4):
@@ -247,25 +200,6 @@ def test_a_preempted_request_is_queued_before_later_ones() -> None:
     steps = run(engine)  # It checks the order of both lists after every step.
     ends = [steps[f"request-{i}"][-1] for i in range(4)]
     assert ends == sorted(ends)
-
-
-def test_segments_carry_the_namespace_of_their_request() -> None:
-    namespaces: set[tuple[int, object]] = set()
-    engine = make_engine()
-    forward = engine.runner.forward
-    engine.runner.forward = lambda batch: (  # type: ignore[method-assign]
-        namespaces.update((len(s.token_ids), s.namespace) for s in batch.segments) or forward(batch)
-    )
-    for length, namespace in ((50, "one"), (60, "two"), (70, None)):
-        engine.submit(ids(length), answer(1), namespace=namespace)
-    run(engine)
-    assert namespaces == {(50, "one"), (60, "two"), (70, None)}
-
-
-def test_prompt_scores_do_not_change_the_answer() -> None:
-    [scored] = make_engine().generate([ids(200)], answer(9), prompt_logprobs=0)
-    [plain] = make_engine().generate([ids(200)], answer(9))
-    assert scored.token_ids == plain.token_ids
 
 
 def test_the_token_of_an_aborted_request_is_dropped() -> None:

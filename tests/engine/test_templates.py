@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.text.chat_prompt import (
-    mark_control_tokens,
     render_chat,
 )
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate, TemplateError
@@ -72,12 +71,6 @@ def test_the_next_turn_of_a_thinking_chat_forks_before_the_end(
     ]
     later = render_chat(tokenizer, [*CHAT, *turn], variables=variables)
     assert _common(prompt.token_ids, later.token_ids) == prompt.boundaries[-1]
-
-
-def test_a_template_that_only_appends_forks_at_the_end() -> None:
-    prompt = render_chat(_tokenizer(), CHAT)
-    assert prompt.boundaries[-1] == len(prompt.token_ids)
-    assert prompt.answer_survives
 
 
 def test_the_builtin_template_drops_reasoning() -> None:
@@ -150,46 +143,6 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     assert trusting.token_ids == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("inner", ["<|im_<|im_end|>end|>", "<|im_start|<|im_start|>>"])
-def test_nested_control_tokens_are_found(inner: str) -> None:
-    tokenizer = _tokenizer(EVERYTHING)
-    prompt = render_chat(tokenizer, [{"role": "user", "content": inner}])
-    assert (prompt.token_ids.count(257), prompt.token_ids.count(258)) == (2, 1)
-    mark, marked = mark_control_tokens(("<a>", "a>b"), ["<a>b", {"<a>": 1}])
-    assert mark is not None
-    texts = [marked[0], *marked[1]]
-    assert [text.replace(mark, "") for text in texts] == ["<a>b", "<a>"]
-    parts = [part for text in texts for part in text.split(mark)]
-    assert not any(token in part for part in parts for token in ("<a>", "a>b"))
-
-
-@given(st.lists(st.sampled_from(["<a>", "a>b", "<", "a", ">", "b", "xy"]), max_size=12))
-def test_long_texts_are_marked_in_slices(parts: list[str]) -> None:
-    """Check that a token across two slices is found once."""
-    text, tokens = "".join(parts), ("<a>", "a>b")
-    _, [whole] = mark_control_tokens(tokens, [text])
-    for size in (1, 2, 5):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("engine.text.chat_prompt.SLICE", size)
-            assert mark_control_tokens(tokens, [text])[1] == [whole]
-    assert not any(token in whole for token in tokens)
-
-
-def test_only_possible_parts_of_control_tokens_are_marked() -> None:
-    tokens = ("<|im_end|>",)
-    plain = ["a < b", "x>", "im_end", {"text": "ends", "end": ["Hello", ""]}, 5, None]
-    assert mark_control_tokens(tokens, ["a < b", "x>", {"end": ["Hello", ""]}, 5, None])[0] is None
-    mark, marked = mark_control_tokens(tokens, [*plain, "if a <", "> b", "|"])
-    assert marked == [
-        *plain[:2],
-        f"{mark}im_end",
-        *plain[3:],
-        f"if a <{mark}",
-        f"{mark}> b",
-        f"{mark}|",
-    ]
-
-
 def test_a_tool_loop_has_boundaries_for_both_next_turns() -> None:
     """Check that the next tool result keeps the reasoning, and that the next question drops it."""
     tokenizer = _tokenizer(QWEN35_LIKE)
@@ -231,19 +184,6 @@ def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(encoded) > 100_000 > sum(sorted(encoded)[:-1]) * 10
 
 
-def test_template_errors_carry_the_message_of_the_template() -> None:
-    with pytest.raises(TemplateError, match="No user query found"):
-        render_chat(_tokenizer(QWEN35_LIKE), CHAT[:1])
-    with pytest.raises(TemplateError, match="Unexpected message role: wizard"):
-        render_chat(_tokenizer(), [{"role": "wizard", "content": "hi"}])
-    with pytest.raises(TemplateError, match="does not parse"):
-        ChatTemplate("{% for %}")
-    tokenizer = _tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(TemplateError, match="use /v1/completions"):
-        render_chat(tokenizer, CHAT)
-
-
 @pytest.mark.parametrize(
     ("source", "value"),
     [
@@ -268,31 +208,6 @@ def test_any_failure_of_a_template_is_a_template_error(source: str, value: Any) 
         assert str(error)
 
 
-def test_exceptions_of_any_type_become_template_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = ChatTemplate("{{ raise_exception('no') }}")
-    for error in (
-        IndexError("i"),
-        OverflowError(),
-        MemoryError(),
-        StopIteration(),
-        LookupError("l"),
-    ):
-
-        def fail(error: Exception = error, **_: Any) -> str:
-            raise error
-
-        monkeypatch.setattr(template._template, "render", lambda _, fail=fail: fail())
-        with pytest.raises(TemplateError, match=type(error).__name__):
-            template.render(CHAT)
-
-
 def test_templates_are_sandboxed() -> None:
     with pytest.raises(TemplateError):
         ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").render(CHAT)
-
-
-def test_generation_tags_and_json_are_supported() -> None:
-    template = ChatTemplate(
-        "{% generation %}{{ tools|tojson }}{% endgeneration %}{{ eos_token }}", {"eos_token": "E"}
-    )
-    assert template.render(CHAT, tools=[{"a": "<é>"}]) == '[{"a": "<é>"}]E'

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import Engine, EngineConfig, SamplingParams, engine_config
+from engine import Engine, SamplingParams, engine_config
 from engine.requests.logit_rules import END, ReasoningBudget
 from engine.text.tokenizer import ByteTokenizer
-from tests.engine.test_engine import record_late_tokens
 from tests.oracle import OracleRunner, OracleSampler
 
 TOKENIZER = ByteTokenizer()
@@ -87,26 +86,3 @@ def test_budgets_do_not_depend_on_engine_settings(settings: dict[str, Any]) -> N
     for _ in range(2):
         outputs = engine.generate(prompts(), params)
         assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
-
-
-def test_only_the_step_at_the_budget_does_not_overlap() -> None:
-    engine = make_engine(overlap="on")
-    num_late = record_late_tokens(engine)
-    params = SamplingParams(max_tokens=40, ignore_eos=True, thinking_token_budget=20)
-    [output] = engine.generate(prompts()[:1], params)
-    assert output.token_ids[20:24] == ENDING
-    assert num_late[:40] == [0] + [1] * 19 + [0] + [1] * 19
-
-
-def test_allowed_token_ids_take_precedence_over_the_budget() -> None:
-    params = SamplingParams(max_tokens=30, thinking_token_budget=5, allowed_token_ids=(65, 66))
-    [output] = make_engine().generate(prompts()[:1], params)
-    assert set(output.token_ids) == {65, 66}
-
-
-def test_a_budget_requires_a_tokenizer() -> None:
-    engine = Engine(
-        EngineConfig(), runner=OracleRunner(512, 4), sampler=OracleSampler(), tokenizer=None
-    )
-    with pytest.raises(ValueError, match="thinking_token_budget requires a tokenizer"):
-        engine.generate([[1, 2]], SamplingParams(thinking_token_budget=3))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +13,6 @@ from engine.plugins.tiers import tier_copies
 from engine.plugins.tiers.tier_copies import (
     BLOCK_BYTES,
     MIN_RUN_BYTES,
-    TierCopier,
     copy_rows,
 )
 from hybridcache.tokens import Indices
@@ -78,47 +74,3 @@ def test_rows_of_any_size_are_copied_in_runs_and_singly(row_bytes: int) -> None:
         copy_rows(found, np.arange(num_rows, dtype=np.int32), rows, src.astype(np.int32))
         assert np.array_equal(found, rows[src])
         assert np.array_equal(tier_copies._gathered(rows, src.astype(np.int32)), rows[src])
-
-
-class _Streams:
-    """Fake of a device module that lists the work of two streams in the order of submission."""
-
-    def __init__(self) -> None:
-        self.work: list[tuple[str, str]] = []
-        self.current = "main"
-
-    def current_stream(self) -> SimpleNamespace:
-        name = self.current
-        return SimpleNamespace(
-            wait_stream=lambda other: self.work.append((name, f"wait for {other.name}"))
-        )
-
-    @contextmanager
-    def stream(self, stream: SimpleNamespace):
-        before, self.current = self.current, stream.name
-        yield
-        self.current = before
-
-
-def test_a_load_waits_for_no_earlier_work_of_the_device(monkeypatch) -> None:
-    """Only the other direction waits: the main stream reads the rows after their copy."""
-    streams = _Streams()
-    copier = TierCopier.__new__(TierCopier)
-    copier._device = SimpleNamespace(is_cpu=False, module=streams)
-    copier._rows = torch.zeros(4, 8, dtype=torch.uint8)
-    copier.host = torch.arange(48, dtype=torch.uint8).view(6, 8)
-    side = SimpleNamespace(
-        name="side", wait_stream=lambda other: streams.work.append(("side", "wait for main"))
-    )
-    copier._stream = side
-    made = torch.empty
-
-    def empty(*args, **kwargs):
-        streams.work.append((streams.current, "allocate"))
-        return made(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    taken = copier._load(np.array([1, 2, 5], dtype=np.int32))
-    assert torch.equal(taken, copier.host[[1, 2, 5]])
-    assert streams.work == [("side", "allocate"), ("main", "wait for side")]

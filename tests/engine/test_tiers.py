@@ -9,24 +9,17 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 
-from engine import Engine, SamplingParams, engine_config
-from engine.config import ConfigError
-from engine.plugins.replicas.replicas_client import summed
-from engine.plugins.tiers import plugin as tiers_plugin
+from engine import Engine, SamplingParams
 from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
-from engine.plugins.tiers.records import SUFFIX, RecordStore
-from engine.plugins.tiers.staging import MAX_READS, MeasuredExchange
+from engine.plugins.tiers.records import SUFFIX
+from engine.plugins.tiers.staging import MeasuredExchange
 from engine.schedule.batch import Batch, Segment, Step, Task
-from engine.server.metrics import Metrics
-from engine.worker.screen import start_screen
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from tests.engine.test_hits_change_nothing import (
@@ -37,7 +30,6 @@ from tests.engine.test_hits_change_nothing import (
     make_engine,  # noqa: F401
     prompts,
 )
-from tests.served import serving
 
 SMALL = {"kv_tokens": 700, "slots": 6}
 ONE = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
@@ -123,53 +115,6 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
     with pytest.raises(StoreError, match="differs in weights"):
         make_engine(state_dir=str(folder), seed=1)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.full
-@pytest.mark.usefixtures("always_loads")
-def test_a_second_engine_reads_the_records_of_the_first(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    texts = prompts(12)
-    first = make_engine(exact=True, state_dir=str(tmp_path / "state"))
-    expected = generate_in_turn(first, texts)
-    first.plugins["tiers"].disk.flush()
-    second = make_engine(exact=True, state_dir=str(tmp_path / "state"), **SMALL)
-    assert_same(expected, generate_in_turn(second, texts))
-    assert_same(expected, generate_in_turn(second, texts))
-    assert copied_rows(second)["disk", "device"] > 0 and ("device", "disk") not in copied_rows(
-        second
-    )
-    assert_same(expected, generate_in_turn(first, texts))
-    second.close()
-    first.close()
-
-
-@pytest.mark.full
-@pytest.mark.usefixtures("always_loads")
-@pytest.mark.parametrize("share", [0.3, 0.9])
-def test_damaged_records_are_computed_again(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    share: float,
-) -> None:
-    """Change bytes after the given share of each file."""
-    texts = prompts(8)
-    expected = generate_in_turn(make_engine(prefix_cache="none"), texts)
-    first = make_engine(exact=True, state_dir=str(tmp_path / "state"))
-    generate_in_turn(first, texts)
-    first.close()
-    again = make_engine(exact=True, state_dir=str(tmp_path / "state"), **SMALL)
-    for path in (tmp_path / "state").glob(f"*{SUFFIX}"):
-        raw = bytearray(path.read_bytes())
-        for place in range(int(len(raw) * share), len(raw), 97):
-            raw[place] ^= 255
-        path.write_bytes(raw)
-    assert_same(expected, generate_in_turn(again, texts))
-    again.check()
-    again.plugins["tiers"].disk.check()
-    again.close()
 
 
 @pytest.mark.usefixtures("always_loads")
@@ -326,75 +271,6 @@ def test_the_engine_serves_despite_errors_of_the_file_system(
     last.close()
 
 
-@pytest.mark.usefixtures("always_loads")
-def test_health_reports_a_disk_that_does_not_respond(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faults = Faults(monkeypatch)
-    engine = Engine(engine_config(cache_gib=0.02, state_dir=str(tmp_path / "state")))
-    with serving(engine) as (_, port):
-
-        def health() -> dict[str, str]:
-            answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
-            assert answer.status_code == 200
-            return answer.json()
-
-        def complete() -> None:
-            body = {"model": engine.model_name, "prompt": [7] * 70, "max_tokens": 2}
-            answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
-            assert answer.status_code == 200
-
-        complete()
-        assert health()["status"] == "ok"
-        monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 0.05)
-        faults.responds.clear()
-        while (found := health())["status"] == "ok":
-            engine.plugins["tiers"].disk.remove_file("nothing")
-        assert found["status"] == "degraded" and "has not responded" in found["state_dir"]
-        complete()
-        monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 60)
-        faults.heal()
-        complete()
-        assert health()["status"] == "degraded"
-
-
-@pytest.mark.usefixtures("always_loads")
-@pytest.mark.parametrize("num_kept", [1, MAX_READS + 2], ids=["one read", "more than may read"])
-def test_a_slow_disk_delays_only_requests_that_read_it(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    num_kept: int,
-) -> None:
-    kept, other = [[100 + number] * 170 for number in range(num_kept)], [5] * 70
-    folder = str(tmp_path / "state")
-    first = make_engine(state_dir=folder)
-    before = first.generate(kept, ONE)
-    first.close()
-    engine = make_engine(state_dir=folder)
-    may_read, read = threading.Event(), RecordStore.read
-
-    def slow(store: RecordStore, number: int, out: memoryview) -> bool:
-        assert may_read.wait(60)
-        return read(store, number, out)
-
-    monkeypatch.setattr(RecordStore, "read", slow)
-    waiting = [engine.submit(prompt, ONE) for prompt in kept]
-    running = engine.submit(other, SamplingParams(max_tokens=9, temperature=0))
-    finished = {}
-    while engine.has_work():
-        for output in engine.step():
-            if output.is_finished:
-                finished[output.request_id] = output
-        if running in finished and not may_read.is_set():
-            assert list(finished) == [running], "a request did not wait for the disk"
-            may_read.set()
-    assert finished.keys() == {running, *waiting}
-    for name, cold in zip(waiting, before, strict=True):
-        assert finished[name].cached_len > 0 and finished[name].logprobs == cold.logprobs
-    engine.close()
-
-
 def test_prefixes_that_are_computed_faster_are_not_loaded() -> None:
     rates: dict[str, float | None] = {"host": None, "disk": None}
     geometry = ModelGeometry.preset("qwen3-next")
@@ -428,95 +304,3 @@ def test_reset_removes_the_records(make_engine: MakeEngine, tmp_path: Path) -> N
         assert generate_in_turn(engine, texts)[0].cached_len == 0
         engine.reset_prefix_cache()
         engine.close()
-
-
-@pytest.mark.usefixtures("always_loads")
-def test_report_metrics_and_screen_show_the_contents_of_tiers(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    settings = {"state_dir": str(tmp_path / "state"), "host_gib": 2e-4, **SMALL}
-    first = make_engine(**settings)
-    generate_in_turn(first, prompts(12))
-    generate_in_turn(first, prompts(12))
-    first.plugins["tiers"].disk.flush()
-    report = first.report()
-    assert report.offload is not None and report.offload.folder is not None
-    assert [tier.tier for tier in report.offload.tiers] == ["host", "disk"]
-    for tier in report.offload.tiers:
-        assert tier.free + tier.cached == tier.total
-        assert tier.cached <= tier.taken_in and tier.fetched <= tier.taken_in
-    kept = sum(path.stat().st_size for path in (tmp_path / "state").glob(f"*{SUFFIX}"))
-    folder = report.offload.folder
-    assert report.offload.tiers[0].cached and 0 < kept <= folder.kept <= folder.total
-    assert folder.errors == 0 and folder.problem is None
-    assert any("v below" in line for line in first.outline().splitlines())
-    metrics = Metrics().render(report).decode()
-    assert f"engine_state_dir_bytes {float(report.offload.folder.kept)}" in metrics
-    assert 'engine_tier_bytes{owner="cached",tier="host"}' in metrics
-    assert summed([report, report], {}).offload.tiers[0].total == 2 * report.offload.tiers[0].total
-    broken = replace(folder, problem="No space left on device")
-    other = replace(report, offload=replace(report.offload, folder=broken))
-    assert summed([report, other], {}).offload.folder == broken, (
-        "the problem of one replica is reported"
-    )
-    second = make_engine(**settings)
-    assert not second.report().offload.folder.is_written
-    screen = start_screen(second, "http://here/v1")
-    assert "kept of" in screen and "; read only" in screen
-    for engine in (second, first):
-        engine.close()
-
-
-def test_a_disk_limit_above_the_free_space_gives_a_warning(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    too_much = (usage.free + usage.total) / 2 / 2**30
-    for disk_gib, is_warned in ((0.01, False), (too_much, True)):
-        caplog.clear()
-        settings = {"state_dir": str(tmp_path / str(disk_gib)), "disk_gib": disk_gib, **SMALL}
-        make_engine(**settings).close()
-        assert ("--disk-gib allows" in caplog.text) == is_warned
-
-
-def test_default_disk_limit_fits_the_disk(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = tmp_path / "state"
-    folder.mkdir()
-    (folder / "kept").write_bytes(bytes(1000))
-
-    def limit(free: int) -> int:
-        usage = shutil._ntuple_diskusage(10**15, 10**15 - free, free)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-        return tiers_plugin._folder_bytes(folder, None, usual=10_000)
-
-    assert limit(10**9) == 10_000
-    assert limit(5_000) == 5_000 * 9 // 10 + 1000
-    with pytest.raises(ConfigError, match=r"room for .* too little for a state with a page"):
-        make_engine(state_dir=str(folder), **{**SMALL, "disk_gib": None})
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"host_gib": 1e-9}, "host_gib 1e-09 is too small for a single state"),
-        ({"disk_gib": 1e-9}, "disk_gib 1e-09 is too small for a single state"),
-        ({"disk_gib": 1e6}, r"disk_gib 1e\+06 is more than the disk of .*: use less, or omit it"),
-        ({"host_gib": 1e6}, "host_gib take 1,000,000 GiB, but .* of memory are available"),
-    ],
-)
-def test_wrong_tier_sizes_are_refused_with_the_name_of_the_setting(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    settings: dict[str, object],
-    sentence: str,
-) -> None:
-    folder = {"state_dir": str(tmp_path / "state")} if "disk_gib" in settings else {}
-    with pytest.raises(ConfigError, match=sentence):
-        make_engine(**settings, **folder)

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from engine import Engine, EngineConfig, SamplingParams
 from engine.plugins.observe.step_trace import Trace, start_trace
 from engine.text.tokenizer import ByteTokenizer
@@ -62,21 +60,3 @@ def test_a_trace_ends_at_its_limit_and_stays_valid(tmp_path: Path) -> None:
     engine.generate(["a" * 300], SamplingParams(max_tokens=200, ignore_eos=True))
     trace.close()
     assert file.stat().st_size < 6000 and json.loads(file.read_text())[-1]["ph"] == "i"
-
-
-def test_a_failing_disk_ends_the_trace_but_not_the_step(tmp_path: Path) -> None:
-    engine = make_engine()
-    trace = start_trace(engine, str(tmp_path / "trace.json"))
-
-    class Full:
-        def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-    trace._file = Full()  # type: ignore[assignment]
-    [output] = engine.generate(["a" * 300], SamplingParams(max_tokens=3, ignore_eos=True))
-    assert len(output.output) == 3
-
-
-def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be written"):
-        start_trace(make_engine(), str(tmp_path / "nowhere" / "trace.json"))

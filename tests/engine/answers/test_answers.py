@@ -207,18 +207,6 @@ def test_answers_are_read_the_same_in_any_pieces(
         assert read(form, text, size) == expected
 
 
-def test_reasoning_may_begin_in_the_prompt() -> None:
-    assert read(XML, "so\n</think>\n\nYes", is_thinking=True) == ("so", "Yes", [])
-    assert read(XML, "so ", is_thinking=True) == ("so", "", [])
-    plain = AnswerForm(thinks=False, offers_tools=True, calls=None)
-    assert read(plain, "<think>a</think>b") == ("", "<think>a</think>b", [])
-
-
-def test_calls_without_tools_are_text() -> None:
-    text = hermes("f", "{}")
-    assert read(HERMES, text, tools=None) == ("", text, [])
-
-
 def test_truncated_calls_are_text() -> None:
     text = xml("weather", city="Bonn")
     cut = text[: text.index("</function>")]
@@ -230,16 +218,6 @@ def test_truncated_calls_are_text() -> None:
     for is_cut in (False, True):
         assert read(XML, inside, is_cut=is_cut) == ("", inside, [])
     assert read(XML, text[:-3], is_cut=True)[1] == "", "a cut closing mark is not text"
-
-
-def test_invalid_types_in_a_schema_are_ignored() -> None:
-    """Guard against schemas below 'parameters', which are not validated."""
-    for kind in ({"a": 1}, [{"a": 1}, "integer"], 5, None):
-        properties = {"x": {"type": kind}, "y": {"anyOf": [{"type": kind}]}}
-        function = {"name": "f", "parameters": {"properties": properties}}
-        _, _, [(_, arguments)] = read(XML, xml("f", x="1", y="2"), tools=[{"function": function}])
-        number = 1 if isinstance(kind, list) else "1"
-        assert json.loads(arguments)["x"] == number
 
 
 @pytest.mark.parametrize(("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x")])
@@ -282,12 +260,6 @@ def test_truncated_answers_have_only_calls_with_json_arguments(form: AnswerForm,
         found.add((len(made), is_broken))
     assert {is_broken for _, is_broken in found} == {True, False}
     assert max(number for number, _ in found) == text.count("</tool_call>")
-
-
-def test_a_truncated_closing_mark_is_not_text() -> None:
-    text = '<tool_call>\n{"name": "f", "arguments": {"a": true}}\n</tool_call>'
-    assert read(HERMES, text[:-3], is_cut=True) == ("", "", [("f", '{"a": true}')])
-    assert read(HERMES, text[:-3])[1] == "</tool_ca"
 
 
 PIECES = st.sampled_from(

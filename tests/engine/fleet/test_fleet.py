@@ -6,21 +6,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams, engine_config, server_config
+from engine import Engine, EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replica_output import Order, Progress
 from engine.plugins.replicas.replicas_client import FleetChannel, summed
-from engine.plugins.replicas.start_replicas import spec_of, start_replicas
+from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import OutputDelta, RequestOutput
+from engine.text.outputs import OutputDelta
 from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)
@@ -322,105 +321,6 @@ def test_aborts_limits_and_the_end_of_a_fleet() -> None:
     asyncio.run(live())
 
 
-@pytest.mark.parametrize("reason", ["stop", "abort"])
-def test_an_abort_has_the_same_reason_as_with_one_engine(reason: Any) -> None:
-    async def last_output(engine: Any) -> RequestOutput:
-        stream = engine.submit(make_spec(max_tokens=600))
-        await anext(stream)
-        stream.abort(reason)
-        return [output async for output in stream][-1]
-
-    async def live() -> None:
-        single = AsyncEngine(Engine(CONFIG))
-        single.start()
-        engine, handle = await fleet_of(2)
-        outputs = [await last_output(single), await last_output(engine)]
-        assert [output.finish_reason for output in outputs] == [reason, reason]
-        assert all(output.new_token_ids == () for output in outputs)
-        replica = handle.replicas[handle.chosen[0]]
-        while (await replica.report(Order())).num_running:
-            await asyncio.sleep(0.02)
-        assert engine._channel._fleet._placed == {}
-        for each in (single, engine):
-            await each.drain()
-
-    asyncio.run(live())
-
-
-def test_an_answer_is_aborted_if_its_replica_cannot_end_it() -> None:
-    async def live() -> None:
-        engine, handle = await fleet_of(1)
-
-        async def end(order: Order) -> None:
-            raise RuntimeError("the replica does not answer")
-
-        handle.replicas["r0"].end = end
-        stream = engine.submit(make_spec(max_tokens=600))
-        await anext(stream)
-        stream.abort("stop")
-        assert [output async for output in stream][-1].finish_reason == "abort"
-        await engine.drain()
-
-    asyncio.run(live())
-
-
-def test_a_request_placed_after_its_end_leaves_no_load() -> None:
-    """Guard against Ray Serve, which places requests in its own thread, also cancelled ones."""
-
-    async def live() -> None:
-        engine, handle = await fleet_of(2)
-        orders: list[Order] = []
-        place = handle.fleet.place
-
-        def spy(order: Order, candidates: list[str]) -> str | None:
-            orders.append(order)
-            return place(order, candidates)
-
-        handle.fleet.place = spy
-        stream = engine.submit(make_spec(max_tokens=600))
-        await anext(stream)
-        stream.abort()
-        await wait_until(lambda: not engine._channel._orders)
-        [order] = [order for order in orders if order.route is not None]
-        assert place(order, handle.replicas) in handle.replicas
-        router = engine._channel._fleet._router
-        assert all(load.num_running == load.num_waiting == 0 for load in router.loads.values())
-        assert engine._channel._fleet._placed == {}
-        router.check()
-        assert (await answer(engine, make_spec(1)))[-1].finish_reason == "length"
-        await engine.drain()
-
-    asyncio.run(live())
-
-
-def test_choices_of_one_answer_refer_to_the_first_ones_new_id() -> None:
-    async def live() -> None:
-        engine, handle = await fleet_of(1)
-        specs: list[RequestSpec] = []
-        place = handle.fleet.place
-
-        def spy(order: Order, candidates: list[str]) -> str | None:
-            if order.spec is not None:
-                specs.append(order.spec)
-            return place(order, candidates)
-
-        handle.fleet.place = spy
-        await answer(engine, make_spec(request_id="a"))
-        later = (make_spec(request_id=f"a-{n}", choice_of="a") for n in (1, 2))
-        await asyncio.gather(*(answer(engine, spec) for spec in later))
-        first, *others = specs
-        assert first.request_id != "a" and first.choice_of is None
-        assert [spec.choice_of for spec in others] == [first.request_id] * 2
-        await engine.drain()
-
-    asyncio.run(live())
-
-
-def test_a_sum_of_no_reports_is_refused() -> None:
-    with pytest.raises(ValueError, match="no replica is up"):
-        summed([], {})
-
-
 def test_each_number_of_a_report_is_summed() -> None:
     """Check that new fields of ``CacheReport`` are summed, unless they are settings or rates."""
     settings, rates = {"grid", "page_size"}, {"token_hit_rate", "request_hit_rate"}
@@ -439,18 +339,3 @@ def test_each_number_of_a_report_is_summed() -> None:
     sums |= {name: numbers[name] for name in settings}
     assert changed == sums | {"token_hit_rate": 0.5, "request_hit_rate": 0.25}
     assert total["usage"] == {name: 2 * number for name, number in usage.items()}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"trace": "trace.json"}, "--trace writes the steps of one engine: remove --replicas"),
-        (
-            {"role": "decode", "prefill": ("127.0.0.1:7000",)},
-            "--replicas 2 and --role cannot be combined",
-        ),
-    ],
-)
-def test_replicas_refuse_settings_of_one_engine(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        start_replicas(engine_config(**settings), server_config(replicas=2), "here")

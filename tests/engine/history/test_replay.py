@@ -3,7 +3,6 @@ changes."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ import pytest
 
 from engine import server_config
 from engine.config import BUILTIN_NAME
-from engine.plugins.diagnostics import DiagnosticsConfig
-from engine.plugins.diagnostics.server import VolatileLines
 from engine.server.settings import ServerConfig
 from engine.text.chat_prompt import ChatPrompt, render_chat
 from engine.text.hugging_face import HFTokenizer
@@ -76,42 +73,6 @@ def test_sampled_tokens_replace_the_text_of_an_answer(
     )
     assert (prompt.num_replayed, plain.num_replayed) == (1, 0)
     assert prompt.boundaries[-1] == len(prompt.token_ids)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_equal_text_keeps_the_prompt_text(tokenizer: HFTokenizer, seed: int) -> None:
-    written = SAMPLED.replace(
-        '"read","arguments":{"path":"a"}', '"read", "arguments": {"path": "a"}'
-    )
-    turn = SampledTurn(HEADER, sampled_like(tokenizer, written, seed), "So.")
-    prompt, plain = render(tokenizer, CHAT, turn), render(tokenizer, CHAT)
-    assert prompt.token_ids != plain.token_ids
-    assert text_of(tokenizer, prompt) == text_of(tokenizer, plain)
-
-
-def test_reasoning_is_dropped_by_the_template_unless_it_is_preserved(
-    tokenizer: HFTokenizer,
-) -> None:
-    chat = [*CHAT, {"role": "assistant", "content": "Done."}, {"role": "user", "content": "And b?"}]
-    turn = SampledTurn(HEADER, tokenizer.encode(SAMPLED), "So.")
-    dropped, plain = render(tokenizer, chat, turn), render(tokenizer, chat)
-    assert dropped.token_ids == plain.token_ids and dropped.num_replayed == 0
-    kept = render(tokenizer, chat, turn, keeps_thinking=True)
-    assert "<think>\nSo.\n</think>" in text_of(tokenizer, kept)
-    assert kept.boundaries[-1] == len(kept.token_ids), "the next answer will keep its reasoning too"
-
-
-@pytest.mark.parametrize(
-    "turn",
-    [
-        SampledTurn("<|im_start|>assistant\n<think>\n\n</think>\n\n", [7], ""),
-        SampledTurn(HEADER, [7], "Other."),
-    ],
-)
-def test_turns_with_another_header_or_reasoning_are_not_replayed(
-    tokenizer: HFTokenizer, turn: SampledTurn
-) -> None:
-    assert render(tokenizer, CHAT, turn).num_replayed == 0
 
 
 @pytest.mark.parametrize(
@@ -311,25 +272,3 @@ def test_in_each_dialect_hits_reach_the_end_of_the_answer(tmp_path: Path, ask: A
             first, _, cacheable = ask(url, None)
             _, num_read, _ = ask(url, first)
             assert num_read >= cacheable - 64, one
-
-
-def test_volatile_lines_are_moved_or_dropped_and_logged(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    lines = "^(billing|Date):"
-    system = {"role": "system", "content": "billing: 1\nBe brief.\nDate: today\nBe kind."}
-    chat = [system, {"role": "user", "content": "Date: never"}]
-    caplog.set_level(logging.INFO)
-    moved, question = VolatileLines(DiagnosticsConfig(volatile_line=lines, volatile="move")).settle(
-        chat
-    )
-    assert moved["content"] == "Be brief.\nBe kind.\nbilling: 1\nDate: today"
-    assert question == chat[1]
-    assert "2 lines of message 0 were moved" in caplog.text
-    [dropped, _] = VolatileLines(DiagnosticsConfig(volatile_line=lines, volatile="drop")).settle(
-        chat
-    )
-    assert dropped["content"] == "Be brief.\nBe kind."
-    assert VolatileLines(DiagnosticsConfig()).settle(chat) == chat
-    with pytest.raises(ValueError, match="is not a regular expression"):
-        DiagnosticsConfig(volatile_line="(")

@@ -8,17 +8,13 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
-import msgspec
 import numpy as np
 import pytest
 
 from engine import (
     Engine,
-    EngineConfig,
-    Grammar,
-    QueueFull,
     RequestOutput,
     RequestSpec,
     SamplingParams,
@@ -26,9 +22,7 @@ from engine import (
 )
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import EngineStopped, StepFailed
-from engine.messages import ToEngine, plain
 from engine.text.tokenizer import ByteTokenizer
-from engine.worker import process_channel
 from engine.worker.process_channel import start_engine
 from tests.oracle import OracleRunner, OracleSampler
 
@@ -163,35 +157,6 @@ def test_256_streams_at_once_lose_no_token() -> None:
     run(scenario, kv_tokens=32_768, max_running=256, max_queue=256, check=False)
 
 
-def test_wrong_requests_are_refused_by_submit() -> None:
-    async def scenario(engine: AsyncEngine) -> None:
-        with pytest.raises(ValueError, match="empty"):
-            engine.submit([])
-        with pytest.raises(ValueError, match="from 0 to"):
-            engine.submit(RequestSpec([1], SamplingParams(logit_bias={9999: 1.0})))
-        with pytest.raises(ValueError, match="does not fit into 64 bits"):
-            engine.submit(RequestSpec([1], SamplingParams(stop_token_ids=(2**70,))))
-        with pytest.raises(ValueError, match="lone surrogates"):
-            engine.submit(RequestSpec([1], SamplingParams(stop=("\ud800",))))
-        streams = [engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))]
-        with pytest.raises(ValueError, match="the id 'mine' is being answered already"):
-            engine.submit(RequestSpec([2], ENDLESS, request_id="mine"))
-        await anext(streams[0])
-        streams += [engine.submit(RequestSpec([i], ENDLESS)) for i in range(3)]
-        with pytest.raises(QueueFull):
-            engine.submit([9])
-        await asyncio.sleep(0.1)
-        with pytest.raises(QueueFull):
-            engine.submit([9])
-        for stream in streams:
-            stream.abort()
-        assert [(await read(s))[-1].finish_reason for s in streams] == ["abort"] * 4
-        assert (await read(engine.submit(RequestSpec([2], request_id="mine"))))[-1].is_finished
-        await assert_nothing_held(engine)
-
-    run(scenario, step="time.sleep(0.01)", max_queue=3, max_running=1)
-
-
 def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
     step = "if self.num_steps in (5, 20, 21): raise MemoryError('no room for this step')"
 
@@ -239,21 +204,6 @@ def test_a_killed_process_fails_all_waiting_callers(number: int, reason: str) ->
     assert reason in str(run(scenario, step="time.sleep(0.02)").failure)
 
 
-def test_a_step_that_never_ends_does_not_block_stop(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(process_channel, "PATIENCE_S", 0.2)
-
-    async def scenario(engine: AsyncEngine) -> None:
-        stream = engine.submit(RequestSpec([1], ENDLESS))
-        await asyncio.sleep(0.2)
-        await asyncio.to_thread(engine.stop)
-        with pytest.raises(EngineStopped, match="stopped before the answer was done"):
-            await read(stream)
-
-    assert run(scenario, step="time.sleep(10_000)").failure is None
-
-
 def test_the_process_ignores_signals_and_finishes_a_drain() -> None:
     async def scenario(engine: AsyncEngine) -> None:
         await engine.stop_accepting()  # Only for other engines.
@@ -268,32 +218,6 @@ def test_the_process_ignores_signals_and_finishes_a_drain() -> None:
         await drained
 
     assert run(scenario).failure is None
-
-
-@contextlib.asynccontextmanager
-async def closing(stream: RequestStream) -> AsyncIterator[RequestStream]:
-    try:
-        yield stream
-    finally:
-        stream.abort()
-
-
-def test_the_data_of_the_page_is_available_across_processes() -> None:
-    async def scenario(engine: AsyncEngine) -> None:
-        watch = await engine.watch()
-        async with closing(engine.submit(RequestSpec([1] * 300, LONG))) as stream:
-            assert len(await read(stream)) == 200
-        kinds = {record[0] for record in await watch.take()}
-        missed, state = await watch.whole()
-        assert {"time", "request"} <= kinds | {record[0] for record in missed}
-        assert state["meta"]["title"] == "builtin" and len(state["records"]) > 3
-        nodes = [await watch.node(number) for number in range(1, 9)]
-        assert any(found and found["tokens"][:3] == [1, 1, 1] for found in nodes)
-        await watch.close()
-        with pytest.raises(RuntimeError):
-            await watch.take()
-
-    run(scenario)
 
 
 def test_marks_of_tool_calls_reach_the_cache() -> None:
@@ -314,38 +238,3 @@ def test_marks_of_tool_calls_reach_the_cache() -> None:
             await watch.close()
 
     run(scenario)
-
-
-def test_every_field_of_a_request_reaches_the_process() -> None:
-    spec = RequestSpec(
-        np.array([3, 1, 2], np.int32),
-        SamplingParams(temperature=0.5, stop=("end",), logit_bias=((4, 1.5),)),
-        namespace="tenant",
-        boundaries=(1, 3),
-        answer_survives=False,
-        ends_session=True,
-        answer_starts_text=True,
-        call_marks=("<call>",),
-        save_at=(2,),
-        prompt_logprobs=2,
-        request_id="one",
-        choice_of="first",
-        grammar=Grammar.of_choices(["yes", "no"]),
-        arrival_s=1.5,
-    )
-    default = RequestSpec([1])
-    names = RequestSpec.__struct_fields__
-    assert all(getattr(spec, name) != getattr(default, name) for name in names if name != "prompt")
-    sent = msgspec.msgpack.encode(spec, enc_hook=plain)
-    found = msgspec.msgpack.decode(sent, type=ToEngine)
-    assert found.prompt.tolist() == [3, 1, 2]
-    for name in names[1:]:
-        sent_value, value = getattr(found, name), getattr(spec, name)
-        assert (tuple(sent_value) if isinstance(value, tuple) else sent_value) == value, name
-
-
-def test_load_errors_are_reported_in_one_sentence(tmp_path: object) -> None:
-    with pytest.raises(ValueError, match=r"no config.json"):
-        start_engine(EngineConfig(model=str(tmp_path)), "here")
-    with pytest.raises(ValueError, match="ended with exit code 7 before the model was loaded"):
-        start_engine(EngineConfig(), "here", boot="raise SystemExit(7)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -14,9 +13,8 @@ import numpy as np
 import pytest
 
 from engine.plugins.tiers import disk as disk_module
-from engine.plugins.tiers import records
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
-from engine.plugins.tiers.prefixes import Prefixes, Run, State, covering
+from engine.plugins.tiers.prefixes import State, covering
 from engine.plugins.tiers.records import RecordStore
 from hybridcache.tokens import Indices, Tokens
 
@@ -154,23 +152,6 @@ def test_loaded_rows_equal_the_offloaded_ones(
     disk.close()
 
 
-def test_the_oldest_records_without_rows_are_evicted_first(tmp_path: Path) -> None:
-    disk = open_disk(tmp_path, max_bytes=1 << 16)
-    paths = [prompt(number, 200) for number in range(16)]
-    pinned = np.arange(200, dtype=np.int32)
-    disk.offload("kv", paths[0], pinned, reader(paths[0], 200))
-    for path in paths[1:]:
-        write(disk, path)
-        disk.touch(*paths[1])
-    found = [bool(disk.prefixes.find(*path)) for path in paths]
-    assert found[0] and found[1] and found[15], "pinned, used or newest records were evicted"
-    assert not all(found) and disk.num_skipped == 0
-    disk = settled(disk)
-    assert on_disk(tmp_path) <= disk.num_bytes <= 1 << 16
-    assert np.array_equal(loaded(disk, pinned), rows_of(paths[0]))
-    disk.close()
-
-
 @pytest.mark.parametrize("rows", [7, 60, 3000])
 def test_the_disk_never_exceeds_its_limit(tmp_path: Path, rows: int) -> None:
     """Check the limit after every few writes too: a removal precedes the write that it makes room
@@ -207,33 +188,6 @@ def test_a_damaged_record_is_removed_with_its_descendants(tmp_path: Path) -> Non
     assert loaded(disk, upper) is None and loaded(disk, rows) is None
     assert readable(settled(disk), first, path, other) == [False, False, True]
     assert len(list(tmp_path.glob("*.record"))) == 1
-    disk.close()
-
-
-def test_prefixes_accept_only_runs_that_fork_from_their_parent() -> None:
-    prefixes = Prefixes()
-    upper = Run(0, 0, np.array([1, 2, 3, 4], np.int32), "n")
-    assert prefixes.add(1, upper) and not prefixes.add(2, upper)
-    assert not prefixes.add(2, Run(1, 2, np.array([3], np.int32), "n")), "the parent has that token"
-    assert not prefixes.add(2, Run(1, 5, np.array([3], np.int32), "n")), "beyond the parent's end"
-    assert not prefixes.add(2, Run(1, 2, np.array([9], np.int32), "m")), "another namespace"
-    assert prefixes.add(2, Run(1, 2, np.array([9, 8], np.int32), "n"))
-    assert prefixes.add(3, State(2, 4)) and not prefixes.add(4, State(2, 2))
-    path = "n", np.array([1, 2, 9, 8, 7], np.int32)
-    pieces = prefixes.find(*path)
-    assert pieces == [(1, 0, 2), (2, 0, 2)] and prefixes.state(pieces, 4) == 3
-    assert covering(pieces, 1, 3) == [(1, 1, 1), (2, 0, 1)]
-    assert prefixes.path(3)[1].tolist() == [1, 2, 9, 8] and prefixes.descendants(1) == [1, 2, 3]
-    assert list(prefixes.used) == [3, 2, 1] and prefixes.is_leaf(3) and not prefixes.is_leaf(2)
-
-
-def test_a_lower_limit_is_applied_at_the_start(tmp_path: Path) -> None:
-    disk = open_disk(tmp_path, max_bytes=1 << 18)
-    write(disk, *(prompt(number, 200) for number in range(40)))
-    disk.close()
-    disk = settled(open_disk(tmp_path, max_bytes=1 << 16))
-    assert on_disk(tmp_path) <= disk.num_bytes <= 1 << 16
-    assert readable(disk, prompt(39, 200), prompt(0, 200)) == [True, False]
     disk.close()
 
 
@@ -302,125 +256,6 @@ def test_failed_writes_are_forgotten_and_writing_resumes_later(
     disk.close()
 
 
-def test_a_payload_that_the_device_fails_to_send_is_forgotten(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail() -> Rows:
-        raise RuntimeError("the device is gone")
-
-    disk = open_disk(tmp_path)
-    disk.write_through("kv", prompt(0), 30, lambda *_: fail)
-    write(settled(disk), prompt(1))
-    assert readable(disk, prompt(0), prompt(1)) == [False, True]
-    assert "the device is gone" in caplog.text
-    disk.close()
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.EPERM, errno.EROFS])
-def test_files_that_cannot_be_removed_are_counted_and_retried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
-) -> None:
-    now, limit = [0.0], 1 << 16
-    disk = open_disk(tmp_path, limit, clock=lambda: now[0])
-    system = FailingSystem(monkeypatch, "unlink")
-    system.number = number
-    for place in range(60):
-        write(disk, prompt(place, 200))
-        now[0] += disk_module.RETRY_S / 5
-        settled(disk)
-        assert on_disk(tmp_path) <= disk.num_bytes <= limit, "more bytes than given"
-    assert 0 < system.count == disk.num_errors and os.strerror(number) in caplog.text
-    assert "remove a record" in disk.problem
-    system.number = None
-    now[0] += disk_module.RETRY_S
-    write(disk, prompt(99, 200))
-    assert settled(disk).problem is None and readable(disk, prompt(99, 200)) == [True]
-    num_known = len(disk.prefixes)
-    write(disk, *(prompt(place, 200) for place in range(100, 120)))
-    settled(disk)
-    assert not disk._unwanted, "leftover files were not removed first"
-    assert len(disk.prefixes) >= num_known
-    disk.close()
-    disk = open_disk(tmp_path, limit)
-    assert readable(disk, prompt(119, 200)) == [True]
-    settled(disk).close()
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE])
-def test_a_record_that_cannot_be_read_is_kept_for_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
-) -> None:
-    disk = open_disk(tmp_path)
-    path, longer, other = (None, prompt(0)[1][:20]), prompt(0), prompt(1)
-    write(disk, path, longer, other)
-    settled(disk)
-    system = FailingSystem(monkeypatch, "open")
-    system.number = number
-    rows = np.arange(30, dtype=np.int32)
-    disk.bind(rows, disk.prefixes.find(*longer))
-    staged = disk.stage(rows)
-    disk.wait(staged, 10)
-    assert not disk.is_staged(staged), "losses are settled first"
-    disk.settle()
-    assert disk.has_lost_rows and disk.is_lost(rows) and loaded(disk, rows) is None
-    assert disk.num_errors >= 1 and os.strerror(number) in caplog.text and disk.is_writable
-    system.number = None
-    assert readable(settled(disk), path, longer, other) == [False, False, True]
-    assert len(list(tmp_path.glob("*.record"))) == 3
-    disk.close()
-    disk = open_disk(tmp_path)
-    assert readable(settled(disk), path, longer, other) == [True, True, True]
-    disk.close()
-
-
-def test_a_deleted_folder_loses_its_records(tmp_path: Path) -> None:
-    folder = tmp_path / "state"
-    disk = open_disk(folder)
-    write(disk, prompt(0), prompt(1))
-    settled(disk)
-    shutil.rmtree(folder)
-    assert readable(disk, prompt(0)) == [False]
-    write(disk, prompt(2))
-    assert readable(settled(disk), prompt(2)) == [False] and not disk.is_writable
-    successor = open_disk(folder)
-    write(successor, prompt(3))
-    assert not disk.is_writable
-    assert settled(successor).num_bytes == sum(successor._sizes.values())
-    disk.close()
-    assert readable(successor, prompt(3)) == [True]
-    successor.close()
-
-
-def test_a_failed_sync_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    disk = open_disk(tmp_path)
-    write(disk, prompt(0))
-    system = FailingSystem(monkeypatch, "sync_file_system", records)
-    system.number = errno.EIO
-    disk.close()
-    assert disk.num_errors == 1
-    assert "sync the folder" in caplog.text and "Input/output error" in caplog.text
-
-
-def test_clear_syncs_after_removing_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = open_disk(tmp_path)
-    write(disk, prompt(0), prompt(1))
-    disk.flush()
-    order: list[str] = []
-    unlink, sync = os.unlink, records.sync_file_system
-    monkeypatch.setattr(os, "unlink", lambda *a, **k: (order.append("unlink"), unlink(*a, **k)))
-    monkeypatch.setattr(
-        records, "sync_file_system", lambda file: (order.append("sync"), sync(file))
-    )
-    disk.clear()
-    settled(disk)
-    assert order[:3] == ["unlink", "unlink", "sync"] and not list(tmp_path.glob("*.record"))
-    disk.close()
-
-
 class HungReads:
     """File system that does not answer reads until ``responds`` is set."""
 
@@ -469,32 +304,6 @@ def test_reads_and_writes_do_not_wait_for_a_hung_file_system(
     disk.close()
     disk = open_disk(tmp_path)
     assert readable(disk, prompt(0), prompt(1)) == [True, True]
-    disk.close()
-
-
-def test_an_offload_waits_for_a_slow_disk_but_not_for_a_hung_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = open_disk(tmp_path)
-    monkeypatch.setattr(disk_module, "MAX_PENDING_BYTES", 2000)
-    monkeypatch.setattr(disk_module, "DEADLINE_S", 0.02)
-    responds, write_record = threading.Event(), RecordStore.write
-
-    def hang(store: RecordStore, *args: object) -> None:
-        assert responds.wait(60)
-        write_record(store, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(RecordStore, "write", hang)
-    for place in range(8):
-        rows = np.arange(30 * place, 30 * place + 30, dtype=np.int32)
-        disk.offload("kv", prompt(place), rows, reader(prompt(place), 30))
-    assert disk.num_skipped > 0 and disk.is_off
-    monkeypatch.setattr(disk_module, "DEADLINE_S", 60)
-    responds.set()
-    assert disk.flush()
-    disk.close()
-    disk = open_disk(tmp_path)
-    assert sum(readable(disk, *(prompt(place) for place in range(8)))) >= 2
     disk.close()
 
 

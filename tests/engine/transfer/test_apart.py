@@ -16,8 +16,6 @@ from engine import Engine
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.plugins.disaggregation.prefix_fetch import PeerFetch
 from engine.plugins.disaggregation.wire import Piece
-from engine.server.context import usage
-from engine.text.outputs import OutputAccumulator, delta_of
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,
@@ -62,32 +60,6 @@ def test_two_processes_give_the_bits_of_one_engine(prefill: tuple[int, int], pla
     sent = {name: count - before[name] for name, count in asdict(transferred).items()}
     assert sent["tokens"] == (len(longer) - 1) // 64 * 64 - len(first)
     engine.check()
-
-
-def test_outputs_report_their_transfers(prefill: tuple[int, int]) -> None:
-    """Check the sum too: all requests together equal the engine's counts."""
-    engine = decode_engine(prefill[1])
-    transferred = engine.plugins["disaggregation"].counts
-    buffer = PrefixBuffer.of(engine.runner)
-    row, state = buffer.row_bytes, buffer.state_bytes
-    outputs = engine.generate([text(20, 300), text(21, 200), text(22, 30)], GREEDY)
-    transfers = [output.transferred for output in outputs]
-    assert transfers[2] is None
-    assert [one and one[:2] for one in transfers[:2]] == [
-        (256, 256 * row + state),
-        (192, 192 * row + state),
-    ]
-    whole = usage(outputs, outputs)["prompt_tokens_details"]["transferred"]
-    counts = asdict(transferred)
-    assert whole == {name: counts[name] for name in ("tokens", "needed_bytes", "wire_bytes")}
-    deltas = [delta_of(output) for output in outputs]
-    answers = [
-        OutputAccumulator(one.request_id, output.prompt_token_ids).add(one)
-        for output, one in zip(outputs, deltas, strict=True)
-    ]
-    assert [answer.transferred for answer in answers] == transfers
-    hit = engine.generate([text(20, 300)], GREEDY)[0]
-    assert "transferred" not in usage([hit], [hit])["prompt_tokens_details"]
 
 
 @pytest.mark.full

@@ -17,25 +17,18 @@ import numpy as np
 import pytest
 import zmq
 
-from engine import Engine, SamplingParams, engine_config
-from engine.config import ConfigError
+from engine import Engine, SamplingParams
 from engine.errors import WireError
 from engine.messages import plain as bytes_of
-from engine.plugins.disaggregation import prefill_server, prefix_buffer, wire
-from engine.plugins.disaggregation.prefill_server import Outgoing
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
+from engine.plugins.disaggregation.prefix_buffer import identity
 from engine.plugins.disaggregation.wire import (
     Alive,
-    Ask,
     Connection,
     Done,
     Failed,
     Piece,
-    Taken,
     ToDecode,
 )
-from engine.runner.build import load_runner
-from engine.server.metrics import Metrics
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.engine.transfer.pair import (
     GREEDY,
@@ -127,30 +120,6 @@ def test_rows_and_hidden_vectors_of_a_head_are_transferred(plain: Engine) -> Non
     assert counts_of(engine)["prefixes"] == 2
 
 
-def test_layers_are_sent_during_the_step_that_computes_them(
-    prefill: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[object] = []
-    put, advance = Outgoing._put, Outgoing.advance
-
-    def spy_put(self, piece, copied):
-        events.append(piece.part)
-        put(self, piece, copied)
-
-    def spy_advance(self, buffer, manager):
-        events.append("step")
-        advance(self, buffer, manager)
-
-    monkeypatch.setattr(Outgoing, "_put", spy_put)
-    monkeypatch.setattr(Outgoing, "advance", spy_advance)
-    assert_same(plain, decode_engine(port_of(prefill)), [text(20, 1500)])
-    parts = list(range(len(PrefixBuffer.of(prefill.runner).part_bytes)))  # type: ignore[attr-defined]
-    computed = [event for event in events if event != "step"]
-    assert computed == [*parts, *parts, None]  # two chunks, and the state at the end
-    first = events.index(0)
-    assert events[first : first + len(parts)] == parts, "a layer waited for the step's end"
-
-
 @pytest.mark.full("32-tile, computed bits, checkpoint grid")
 @pytest.mark.parametrize(
     ("grid", "differs"), [(128, "checkpoint grid"), (32, "tile, computed bits, checkpoint grid")]
@@ -164,13 +133,6 @@ def test_a_different_model_is_refused_in_one_sentence(
     [warning] = caplog.messages
     assert warning.endswith(f"it differs in {differs}: configure both the same.")
     assert counts_of(engine)["failed"] == 1
-
-
-def test_an_unreachable_prefill_engine_loses_no_token(plain: Engine) -> None:
-    engine = decode_engine(1)
-    assert_same(plain, engine, [text(31, 300), text(32, 300)])
-    assert counts_of(engine)["failed"] >= 1 and counts_of(engine)["prefixes"] == 0
-    engine.check()
 
 
 def test_an_abort_during_a_transfer_frees_both_engines(
@@ -222,18 +184,6 @@ def test_failures_of_the_prefill_engine_are_logged_and_computed_here(
     wait_until_idle(prefill)
 
 
-def test_a_refused_prompt_does_not_affect_the_next_one(
-    prefill: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check that only an engine that fails is not used for a while."""
-    engine = decode_engine(port_of(prefill))
-    monkeypatch.setattr(prefill._intake, "_max_model_len", 200)
-    for number, length in ((52, 300), (53, 150)):
-        assert_same(plain, engine, [text(number, length)])
-    assert (counts_of(engine)["failed"], counts_of(engine)["prefixes"]) == (1, 1)
-    wait_until_idle(prefill)
-
-
 @pytest.mark.full
 def test_an_engine_that_does_not_step_counts_as_gone(
     prefill: Engine,
@@ -252,19 +202,6 @@ def test_an_engine_that_does_not_step_counts_as_gone(
     assert counts_of(engine)["failed"] == 1 and "computed here" in caplog.text
     monkeypatch.undo()
     wait_until_idle(prefill)
-
-
-def test_another_protocol_version_is_refused_by_name(
-    prefill: Engine,
-    plain: Engine,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(prefix_buffer, "PROTOCOL", "2")
-    engine = decode_engine(port_of(prefill))
-    with caplog.at_level(logging.WARNING):
-        assert_same(plain, engine, [text(80, 300)])
-    assert caplog.messages[0].endswith("differs in transfer protocol: configure both the same.")
 
 
 @contextlib.contextmanager
@@ -335,53 +272,6 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
     assert not prefill.plugins["disaggregation"].server._sessions
 
 
-def test_a_message_that_is_too_large_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_ASK_BYTES", 10_000)
-    with (
-        prefill_thread() as prefill,
-        stranger(port_of(prefill)) as large,
-        stranger(port_of(prefill)) as small,
-    ):
-        large.rcvtimeo = 300
-        large.send(bytes(10_001))
-        with pytest.raises(zmq.Again):
-            large.recv()
-        small.send(bytes(9_000))
-        assert isinstance(msgspec.msgpack.decode(small.recv(), type=ToDecode), Failed)
-
-
-def test_a_slow_decode_engine_holds_little_memory_and_delays_no_other(
-    prefill: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check a client that confirms nothing until another one has been served."""
-    limit, buffer = 50_000, PrefixBuffer.of(prefill.runner)  # type: ignore[arg-type]
-    monkeypatch.setattr(prefill_server, "MAX_QUEUED_BYTES", limit)
-    monkeypatch.setattr(prefill_server, "PIECE_BYTES", 10_000)
-    prompt, own = np.asarray(text(83, 641), np.int32), identity(prefill.config, prefill.runner)
-    with stranger(port_of(prefill)) as slow:
-        slow.send(msgspec.msgpack.encode(Ask(own, 0, prefix(prompt.tobytes())), enc_hook=bytes_of))
-        received, is_first = 0, True
-        while True:
-            message, *rest = slow.recv_multipart()
-            reply = msgspec.msgpack.decode(message, type=ToDecode)
-            received += sum(map(len, rest))
-            if isinstance(reply, Piece) and is_first:
-                engine, is_first = decode_engine(port_of(prefill)), False
-                assert_same(plain, engine, [text(84, 300)])
-                assert counts_of(engine)["prefixes"] == 1
-                [session] = prefill.plugins["disaggregation"].server._sessions.values()
-                assert not session.has_ended
-                assert received < session.num_queued_bytes <= limit + 10_000
-            if isinstance(reply, Piece):
-                slow.send(msgspec.msgpack.encode(Taken(received)))
-            elif not isinstance(reply, Alive):
-                break
-        assert isinstance(reply, Done)
-        assert received == 640 * buffer.row_bytes + buffer.state_bytes
-        slow.send(msgspec.msgpack.encode(["End"]))
-    wait_until_idle(prefill)
-
-
 @contextlib.contextmanager
 def impostor(answers: Sequence[Sequence[bytes] | None]) -> Iterator[int]:
     """Open a port where each request for a prefix gets ``answers``. None ends the connection."""
@@ -440,41 +330,3 @@ def test_wrong_answers_of_a_prefill_engine_lose_no_token(
         engine.check()
         engine.close()
     assert reason in caplog.text
-
-
-def test_transferred_bytes_are_reported(prefill: Engine, plain: Engine) -> None:
-    assert_same(plain, decode_engine(port_of(prefill)), [text(70, 300)])
-    shown = Metrics().render(prefill.report()).decode()
-    assert f"engine_transferred_prefixes_total {prefill.report().transfers['prefixes']}.0" in shown
-    assert prefill.report().as_dict()["transfers"]["needed_bytes"] > 0
-
-
-def test_wrong_settings_are_refused_in_one_sentence() -> None:
-    for settings, text in (
-        ({"role": "prefill"}, "--transfer-at"),
-        ({"role": "decode"}, "--prefill"),
-        ({"prefill": ("127.0.0.1:7000",)}, "--role decode"),
-        ({"role": "decode", "prefill": ("somewhere",)}, "HOST:PORT"),
-        ({"role": "prefill", "transfer_at": "host:99999"}, "HOST:PORT"),
-        ({"role": "both"}, "role must be one of none, prefill, decode"),
-        ({"role": "prefill", "transfer_at": "h:1", "prefix_cache": "none"}, "--prefix-cache none"),
-        ({"role": "prefill", "transfer_at": "h:1", "tp": 2}, "--tp does not support roles"),
-        ({"role": "prefill", "transfer_at": "h:1", "host_gib": 1.0}, "--host-gib"),
-        ({"fetch_above": 0}, "fetch_above"),
-        ({"transfer_timeout_s": 0.0}, "transfer_timeout_s"),
-    ):
-        with pytest.raises(ConfigError, match=text):
-            engine_config(**settings)  # type: ignore[arg-type]
-
-
-def test_an_occupied_address_is_refused_in_one_sentence(prefill: Engine) -> None:
-    config = engine_config(
-        role="prefill", transfer_at=f"127.0.0.1:{port_of(prefill)}", cache_gib=0.05, device="cpu"
-    )
-    with pytest.raises(ConfigError, match="--transfer-at"):
-        Engine(config, runner=load_runner(config), sampler=prefill._sampler)
-
-
-def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"203\.0\.113\.7:0: this machine does not have that"):
-        Engine(engine_config(role="prefill", transfer_at="203.0.113.7:0", cache_gib=0.01))
