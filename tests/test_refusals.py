@@ -1,0 +1,206 @@
+"""Refused input: each refusal is one line, names the parameter or its value, and changes nothing.
+
+The parameters are read from the types, so a new parameter is tested without a new case. Bodies of
+HTTP requests have the same test in ``tests/engine/server/test_bad_input.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from engine import EngineConfig, SamplingParams
+from engine.command.cli import main as engine
+from engine.plugins import ENGINE, SERVER
+from engine.server.settings import ServerConfig
+from hybridcache import CacheConfig, closed_loop, simulate
+from hybridcache.lab import scenario as lab_scenario
+from hybridcache.lab.cli import main as hybridcache
+from hybridcache.lab.scenario import LOAD, Scenario
+from tests.engine.test_engine import make_engine
+
+WRONG: dict[Any, tuple[Any, ...]] = {
+    int: ("odd", 1.5, -(2**80)),
+    float: ("odd", math.nan, -math.inf),
+    typing.Literal: ("odd", 7, "a\nb"),
+}
+"""Values that no parameter of a type accepts."""
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "model": ("",),
+    "host": ("",),
+    "state_dir": ("",),
+    "checkpoint_dtype": ("odd",),
+    "draft": ("odd",),
+    "stop": ((7,), ("",)),
+    "stop_token_ids": (("odd",), (-1,)),
+    "bad_words": ((7,),),
+    "cors_origin": (
+        *(("foo",), ("https://",), ("https://a/",), ("https://a.b/c",), ("https://me@a.b",)),
+        *(("",), ("*.a",)),
+    ),
+    "router": ("odd",),
+    "prefix_cache": ("odd",),
+    "memory": ("odd",),
+    "eviction": ("odd",),
+}
+"""Wrong values of parameters whose type does not tell them."""
+CONFIGS: tuple[type, ...] = (
+    *(EngineConfig, SamplingParams, ServerConfig, CacheConfig),
+    *(*ENGINE, *SERVER),
+)
+LATER = {"eviction", "model"}
+"""Parameters that an engine checks when it loads them. ``test_wrong_flag`` tests these."""
+
+
+def wrong_values(config: type) -> Iterator[tuple[str, Any]]:
+    """Yield (parameter, wrong value) of a class of settings."""
+    hints = typing.get_type_hints(config)
+    for name in inspect.signature(config).parameters:
+        parts = typing.get_args(hints[name])
+        kinds = parts if isinstance(hints[name], types.UnionType) else (hints[name],)
+        for kind in kinds:
+            for value in WRONG.get(typing.get_origin(kind) or kind, ()):
+                yield name, value
+        yield from ((name, value) for value in OTHERS.get(name, ()))
+
+
+def check_refusal(message: str, name: str, value: Any) -> None:
+    """Check that a message is one line that names the parameter, as field or as flag, or ``value``
+    if that is a word."""
+    flat = message.replace("-", " ").replace("_", " ")
+    is_named = name.replace("_", " ") in flat or (value == "odd" and "odd" in message)
+    assert is_named, f"{name}={value!r}: {message}"
+    assert len(message.splitlines()) == 1 and len(message) < 1000, message
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_wrong_values_of_settings_are_refused(config: type) -> None:
+    base = {"num_kv_tokens": 64, "num_slots": 4} if config is CacheConfig else {}
+    for name, value in wrong_values(config):
+        if config is EngineConfig and name in LATER and value:
+            continue
+        with pytest.raises((ValueError, TypeError)) as caught:
+            config(**base | {name: value})
+            pytest.fail(f"{name}={value!r} is accepted")
+        check_refusal(str(caught.value), name, value)
+
+
+def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    try:
+        return command(arguments)
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+def test_wrong_values_of_a_scenario_are_refused() -> None:
+    hints = typing.get_type_hints(Scenario, localns=vars(lab_scenario))
+    for one in dataclasses.fields(Scenario)[1:]:
+        kinds = {hints[one.name], *typing.get_args(hints[one.name])}
+        if bool in kinds or one.name == "ttft_limit_s":
+            continue
+        value: Any = -1 if kinds & {int, float} else "odd"
+        run = closed_loop if one.metadata["group"] == LOAD else simulate
+        with pytest.raises((ValueError, OSError)) as caught:
+            run("short?head=3", **{"gib": 1.0} | {one.name: value})
+            pytest.fail(f"{one.name}={value!r} is accepted")
+        check_refusal(str(caught.value), one.name, value)
+    with pytest.raises(OSError, match="odd"):
+        simulate("odd")
+
+
+FLAGS = {
+    "serve": (EngineConfig, ServerConfig, *ENGINE, *SERVER),
+    "generate": (EngineConfig, SamplingParams, *ENGINE),
+    "chat": (EngineConfig, SamplingParams, *ENGINE),
+}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_wrong_flag_of_the_engine_is_refused(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No model is loaded: a flag that is accepted by mistake fails at the missing model."""
+    assert exit_code(engine, [verb, "--help"]) == 0
+    known = capsys.readouterr().out
+    tried = [pair for config in FLAGS[verb] for pair in wrong_values(config)]
+    tried += [(name, "odd") for name in ("admission", "checkpoints", "kernels")]
+    first = ["--port", "0"] if verb == "serve" else ["x"] if verb == "generate" else []
+    for name, value in dict(tried).items():
+        flag = "--" + name.replace("_", "-")
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        is_loaded = name in ("eviction", "admission", "checkpoints", "kernels")
+        if f" {flag} " not in known or text in ("", "7") or (is_loaded and verb != "chat"):
+            continue
+        model = ["--cache-gib", "0.05"] if is_loaded else ["--model", "/no"]
+        assert exit_code(engine, [verb, *first, *model, f"{flag}={text}"]) == 2, flag
+        check_refusal(capsys.readouterr().err, name, value)
+
+
+def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for one in dataclasses.fields(Scenario)[1:]:
+        if one.type != "bool":
+            flag = f"--{one.name.replace('_', '-')}=odd"
+            loop = ["--closed-loop"] if one.metadata["group"] == LOAD else ["--gib=1"]
+            command = ["simulate", "--trace=short?head=3", *loop, flag]
+            assert exit_code(hybridcache, command) == 2, flag
+            check_refusal(capsys.readouterr().err, one.name, "odd")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            "frobnicate",
+            "serve --modle x",
+            "sevre --port 1",
+            "serve x",
+            "serve --port 0 --kv-gib x",
+        ),
+        *("serve --port 0 --disk-gib 1", "serve --port 0 --router text", "serve --salt-by-key"),
+        *("serve --host no.such.host.invalid", "generate x --cache-gib 0.0001"),
+        *("generate x --prefix-cache radix", "generate x --max-tokens 10000000"),
+        *("generate x --cache-gib 100000", "generate x --cache-gib 0.1 --max-running 100000000"),
+        *("serve --port 0 --model /no/such/model", "generate x --device banana"),
+        "generate x --kernels attention=banana",
+    ],
+)
+def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The values fit their flags, but not the machine, the model or each other."""
+    assert exit_code(engine, arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "Traceback" not in error
+    words = arguments.replace("=", " ").split()
+    assert any(word.lstrip("-") in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "named"),
+    [
+        ([], {}, "prompt"),
+        ([1, 320], {}, "token ids"),
+        ([-1, 2**70], {}, "token ids"),
+        ([[1], [2, 3]], {}, "token ids"),
+        ([1.5], {}, "token ids"),
+        ("text", {}, "tokenizer"),
+        ([1], {"sampling": SamplingParams(stop=("x",))}, "stop"),
+        ([1] * 5000, {}, "context length"),
+        ([1] * 4090, {"sampling": SamplingParams(max_tokens=7)}, "context length"),
+        ([1], {"sampling": SamplingParams(max_tokens=0)}, "max_tokens"),
+        ([1], {"prompt_logprobs": -1}, "prompt_logprobs"),
+        ([1], {"namespace": True}, "namespace"),
+        ([1], {"namespace": [1]}, "namespace"),
+    ],
+)
+def test_impossible_request_is_refused(prompt: Any, options: dict[str, Any], named: str) -> None:
+    made = make_engine()
+    before = made.report()
+    with pytest.raises(ValueError) as caught:
+        made.submit(prompt, **options)
+    assert named in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert made.report() == before and not made.has_work()
