@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +24,7 @@ from pathlib import Path
 
 from tests import mutation
 from tests.endurance.__main__ import PARTS as ENDURANCE
-from tests.selection import ROOT, TOUCHY, closure, has_torch_fixtures
+from tests.selection import ROOT, TOUCHY, closure
 
 PYTEST = (sys.executable, "-m", "pytest", "--processes", "2")
 OUT = ROOT / "out"
@@ -215,38 +213,9 @@ def _sh(script: str, command: Sequence[str | Path]) -> list[str]:
     return ["sh", "-c", script, "sh", *map(str, command)]
 
 
-def _needs(*programs: str, root: bool = False) -> str | None:
-    """Return a message about missing programs or rights, or None if nothing is missing."""
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
-        return f"{', '.join(missing)} not found"
-    return "needs root rights" if root and os.geteuid() != 0 else None
-
-
-def without_root_rights(command: Sequence[str | Path], folder: Path) -> list[str]:
-    """Return a command that runs without root rights, in a copy of the repository in ``folder``.
-
-    If a parent folder of the interpreter is not accessible to other users (``/root``), a mount
-    namespace replaces it by a folder that contains only the interpreter.
-    """
-    for name in _git("ls-files", "--cached", "--others", "--exclude-standard"):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    subprocess.run(["chown", "-R", "65534:65534", str(folder)], check=True)
-    script = ["set -e"]
-    needed = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
-    for path in sorted(needed):
-        closed = [parent for parent in path.parents if not parent.stat().st_mode & 0o001]
-        if closed:
-            hold = shlex.quote(f"/tmp/.hold-{path.name}")
-            at, cover = shlex.quote(str(path)), shlex.quote(str(closed[-1]))
-            script.append(f"mkdir -p {hold}; mount --bind {at} {hold}")
-            script.append(f"mount -t tmpfs -o mode=755 none {cover}")
-            script.append(f"mkdir -p {at}; mount --bind {hold} {at}")
-    rights = "--reuid=65534 --regid=65534 --clear-groups --inh-caps=-all --no-new-privs"
-    script.append(f'exec setpriv {rights} -- "$@"')
-    return ["unshare", "--mount", *_sh("\n".join(script), command)]
+def _needs(program: str) -> str | None:
+    """Return a message if a program is missing, else None."""
+    return None if shutil.which(program) else f"{program} not found"
 
 
 @contextmanager
@@ -259,43 +228,6 @@ def busy(count: int) -> Iterator[None]:
         for process in spin:
             process.kill()
             process.wait()
-
-
-def requirements_without_torch() -> list[str]:
-    """Return the requirements of the tests without torch, which not every Python has."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    named = [*project["dependencies"], *extras["dev"]]
-    for extra in ("engine", "lab", "serve-extras"):
-        named += extras[extra]
-    return [one for one in named if not one.startswith(("torch", "triton"))]
-
-
-def find_python(version: str) -> str | None:
-    """Return an interpreter of ``version`` from the PATH or pyenv, or None."""
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = [shutil.which(f"python{version}"), *pyenv.glob(f"versions/{version}.*/bin/python")]
-    runs = (p for p in found if p and not subprocess.run([p, "-V"], capture_output=True).returncode)
-    return next(map(str, runs), None)
-
-
-def python_part(version: str, command: Sequence[str | Path]) -> Part:
-    """Return the suite under another Python, in a new environment without torch."""
-    name, python = f"Python {version}", find_python(version)
-    if python is None:
-        return Part(name, (), missing=f"python{version} not found")
-    home = OUT / "environments" / f"python{version}"
-    pip = [home / "bin" / "pip", "install", "-q"]
-    steps = [
-        [python, "-m", "venv", home],
-        [*pip, "-c", "constraints.txt", *requirements_without_torch()],
-        [*pip, "--no-build-isolation", "--no-deps", "-e", "."],
-        ["touch", home / ".made"],
-    ]
-    make = " && ".join(shlex.join(map(str, step)) for step in steps)
-    usable = [word for word in command[1:] if not has_torch_fixtures(ROOT / word)]
-    own = [home / "bin" / "python", *usable]
-    return Part(name, _sh(f'test -e {home}/.made || {{ {make}; }} && exec "$@"', own))
 
 
 NUMERICS = (Path("tests/kernels"), Path("tests/engine/numerics"))
@@ -334,36 +266,8 @@ def environments(tests: Sequence[Path]) -> Iterator[Part]:
     yield Part("closed stdin", _sh('exec "$@" <&-', command))
     with busy(8):
         yield Part("load of 8", command)
-    yield _on_tmpfs(command)
     yield Part("read-only HOME", command, home)
     yield Part("LANG=C", command, {"LANG": "C", "LC_ALL": "C"})
-    net = 'ip link set lo up && sysctl -qw net.ipv6.conf.all.disable_ipv6=1 && exec "$@"'
-    missing = _needs("unshare", "ip", "sysctl", root=True)
-    yield Part("no IPv6", ["unshare", "--net", *_sh(net, command)], missing=missing)
-    missing = _needs("unshare", "setpriv", root=True)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        env = {"HOME": folder, "TMPDIR": folder, "PYTHONPATH": str(copy)}
-        if missing is None:
-            Path(folder).chmod(0o777)
-            part = without_root_rights(command, copy)
-            yield Part("user without root rights", part, env, cwd=copy)
-        elif os.geteuid() != 0:
-            yield Part("user without root rights", command)
-        else:
-            yield Part("user without root rights", (), missing=missing)
-    for version in ("3.11", "3.12", "3.13"):
-        if sys.version.startswith(f"{version}."):
-            yield Part(f"Python {version}", command)
-        else:
-            yield python_part(version, command)
-
-
-def _on_tmpfs(command: Sequence[str | Path]) -> Part:
-    """Return the suite with its temporary files in memory."""
-    memory = Path("/dev/shm")
-    missing = None if os.access(memory, os.W_OK) else "no /dev/shm"
-    return Part("TMPDIR on tmpfs", command, {"TMPDIR": str(memory)}, missing)
 
 
 def run_environments(names: Sequence[str], tests: Sequence[Path]) -> int:

@@ -52,140 +52,60 @@ def num_examples(full_count: int) -> int:
 
 # --- Imports ------------------------------------------------------------------------------------
 
-
-def _module_file(name: str) -> Path | None:
-    """Return the file of a dotted module of this repository."""
-    if name.split(".")[0] not in PACKAGES:
-        return None
-    path = ROOT.joinpath(*name.split("."))
-    candidates = (path / "__init__.py", path.with_suffix(".py"))
-    return next((file for file in candidates if file.is_file()), None)
+NAMED = re.compile(rf"\b(?:{'|'.join(PACKAGES)})(?:[./]\w+)+")
+"""Module or file in a string of a test: a command, a path, or a patched attribute."""
 
 
-def _name_of(file: Path) -> str:
-    """Return the dotted name of a module's file."""
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-class _Names(ast.NodeVisitor):
-    """Collector of the modules that a file names, without imports for type checkers."""
-
-    def __init__(self, path: Path) -> None:
-        self.modules: set[str] = set()
-        self.searched: set[str] = set()
-        """Packages that the file searches for modules at run time."""
-        self.bound: dict[str, str] = {}
-        """Imported name -> module that defines it, imports for type checkers included."""
-        self.files: set[Path] = set()
-        self._package = path.relative_to(ROOT).parent.parts
-        # Strings in the files directly in tests/ do not count: they mention every module.
-        is_part = path.parent != ROOT / "tests"
-        self._reads_strings = is_part and self._package[0] in ("tests", "experiments")
-        self._typing = 0
-
-    def visit_If(self, node: ast.If) -> None:
-        is_typing = ast.unparse(node.test).endswith("TYPE_CHECKING")
-        self._typing += is_typing
-        for child in node.body:
-            self.visit(child)
-        self._typing -= is_typing
-        for child in node.orelse:
-            self.visit(child)
-
-    def visit_Import(self, node: ast.Import) -> None:
-        if not self._typing:
-            self.modules.update(alias.name for alias in node.names)
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        parts = self._package
-        base = parts[: len(parts) - node.level + 1] if node.level else ()
-        module = ".".join((*base, *filter(None, (node.module or "").split("."))))
-        if module == "pkgutil":
-            self.searched.add(".".join(parts))
-        for alias in node.names:
-            self.bound[alias.asname or alias.name] = module
-            if not self._typing:
-                self.modules.add(f"{module}.{alias.name}")
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr in ("iter_modules", "walk_packages"):
-            self.searched.add(".".join(self._package))
-        if isinstance(node.value, ast.Name) and node.value.id in PACKAGES:
-            self.modules.add(f"{node.value.id}.{node.attr}")
-        self.generic_visit(node)
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        first = node.values[0] if node.values else None
-        if isinstance(first, ast.Constant) and str(first.value).endswith("."):
-            self.searched.add(str(first.value)[:-1])
-        self.generic_visit(node)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        if not self._reads_strings or not isinstance(node.value, str):
-            return
-        if node.value in PACKAGES:  # a command
-            self.modules.add(f"{node.value}.__main__")
-        elif DOTTED.fullmatch(node.value):
-            self.modules.add(node.value)
-        elif len(node.value) > 20:  # code for another process
-            self.modules.update(DOTTED.findall(node.value))
-        self.files.update(ROOT / found for found in PATH.findall(node.value))
-
-
-DOTTED = re.compile(r"\b(?:{})(?:\.\w+)+".format("|".join(PACKAGES)))
-PATH = re.compile(r"(?:{})(?:/[\w.]+)+".format("|".join(PACKAGES)))
+def _nodes(node: ast.AST, types: bool) -> Iterator[ast.AST]:
+    """Yield all nodes, without those for type checkers unless ``types``."""
+    for child in ast.iter_child_nodes(node):
+        if types or not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from _nodes(child, types)
 
 
 @cache
-def _names_in(path: Path) -> _Names:
-    names = _Names(path)
-    names.visit(ast.parse(path.read_text(encoding="utf-8")))
-    return names
+def modules_in(path: Path, types: bool = False) -> frozenset[str]:
+    """Return the dotted names that a Python file imports, at its start or lazily."""
+    package, found = path.relative_to(ROOT).parent.parts, set()
+    for node in _nodes(ast.parse(path.read_text(encoding="utf-8")), types):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, (node.module or "").split("."))))
+            found.update(f"{module}.{alias.name}" for alias in node.names)
+    return frozenset(found)
 
 
-def modules_in(path: Path) -> set[str]:
-    """Return the dotted names that a Python file imports at its start or lazily."""
-    return _names_in(path).modules
-
-
-def _files_of(name: str, seen: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the file of a dotted name, and the file of each package around it.
-
-    A lazy attribute of a package (``hybridcache.simulate``) is followed to its module.
-    """
+def _files_of(name: str) -> set[Path]:
+    """Return the file of a dotted name. A lazy attribute of a package is in another file."""
     parts = name.split(".")
-    for count in range(len(parts), 0, -1):
-        file = _module_file(".".join(parts[:count]))
-        if file is None:
-            continue
-        yield file
-        for folder in file.relative_to(ROOT).parents:
-            if (init := ROOT / folder / "__init__.py").is_file():
-                yield init
-        if count < len(parts) and file.name == "__init__.py" and name not in seen:
-            defined = _names_in(file).bound.get(parts[count])
-            if defined is not None:
-                yield from _files_of(f"{defined}.{parts[count]}", seen | {name})
-        return
+    for count in range(len(parts) if parts[0] in PACKAGES else 0, 0, -1):
+        place = ROOT.joinpath(*parts[:count])
+        init = place / "__init__.py"
+        if place.with_suffix(".py").is_file():
+            return {place.with_suffix(".py")}
+        if init.is_file():
+            lazy = [one for one in modules_in(init, types=True) if one.endswith(f".{parts[-1]}")]
+            others = (_files_of(one) for one in lazy if one != name)
+            return {init}.union(*others)
+    return set()
 
 
 @cache
 def imports(path: Path) -> frozenset[Path]:
-    """Return the files of the repository that a Python file imports, at its start or lazily.
-
-    Strings in tests and experiments count too: they start modules (``-m engine``) and patch
-    attributes by name. All modules of a package count if the file searches it (``iter_modules``) or
-    imports from it by a computed name (``f"kernels.{word}.native"``).
-    """
-    names = _names_in(path)
-    modules, files = set(names.modules), set(names.files)
-    for package in names.searched:
-        if _module_file(package) is not None:
-            folder = ROOT.joinpath(*package.split("."))
-            modules.update(map(_name_of, folder.rglob("*.py")))
-    for name in modules:
-        files.update(_files_of(name))
-    return frozenset(file for file in files if file.is_file() and file != path)
+    """Return the files of the repository that a Python file imports, or that a test names."""
+    names, text = set(modules_in(path)), path.read_text(encoding="utf-8")
+    if path.parent != ROOT / "tests" and path.parts[len(ROOT.parts)] in ("tests", "experiments"):
+        names.update(name.replace("/", ".") for name in NAMED.findall(text))
+        names.update(f"{name}.__main__" for name in re.findall(r'"(engine|hybridcache)"', text))
+    found = set().union(*map(_files_of, names))
+    for package in re.findall(r'f"(kernels|engine\.[\w.]+)\.\{', text):  # loaded by a name
+        found.update(ROOT.joinpath(*package.split(".")).rglob("*.py"))
+    if path.name == "__init__.py" and "iter_modules(" in text:  # loads all modules of its folder
+        found.update(path.parent.rglob("*.py"))
+    return frozenset(found - {path})
 
 
 def _fixtures_of(file: Path) -> Iterator[Path]:

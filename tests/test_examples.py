@@ -104,34 +104,6 @@ def test_minimal_engine_answers_correctly_with_any_memory_layout(
     assert bool(engine.counts["loads"]) == ("host_bytes" in sizes)
 
 
-def test_minimal_engine_stores_a_long_answer_in_few_nodes(folder: pytest.MonkeyPatch) -> None:
-    example = importlib.import_module("04_minimal_engine")
-    engine = example.MinimalEngine(CacheConfig(num_kv_tokens=400, num_slots=4, **example.SIZES))
-    one = engine.submit(list(range(16)), num_new=200)
-    while engine.running or engine.waiting:
-        engine.step()
-    assert len(one.tokens) == 216 and engine.cache.cached_tokens == 216
-    assert engine.cache.num_nodes <= 4
-
-
-@pytest.mark.parametrize(
-    ("sizes", "error", "message"),
-    [
-        ({"num_kv_tokens": 20, "num_slots": 4}, MemoryError, "even alone"),
-        ({"num_kv_tokens": 99, "num_slots": 0}, ValueError, "no state slots"),
-        ({"memory": "arena", "total_bytes": 56}, MemoryError, "no slot for the state"),
-    ],
-    ids=str,
-)
-def test_minimal_engine_rejects_a_request_that_never_fits(
-    folder: pytest.MonkeyPatch, sizes: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    example = importlib.import_module("04_minimal_engine")
-    engine = example.MinimalEngine(CacheConfig(**sizes, **example.SIZES))
-    with pytest.raises(error, match=message):
-        example.serve(engine, list(range(30)))
-
-
 @pytest.mark.parametrize("name", ["02_own_policy:TokensPerByte", "second_chance:SecondChance"])
 def test_example_eviction_policies_keep_the_invariants(
     folder: pytest.MonkeyPatch, name: str
@@ -158,35 +130,6 @@ def test_example_eviction_policies_keep_the_invariants(
         lease.finish(prompt, len(prompt))
         cache.check(held_tokens=0, held_slots=0)
     assert cache.stats.evictions > 10
-
-
-def test_example_placement_policy_learns_popular_lengths(folder: pytest.MonkeyPatch) -> None:
-    cls = importlib.import_module("popular_length").PopularLength
-    placement = cls()
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=40, grid=8))
-
-    def serve(prompt: np.ndarray) -> int:
-        lease = Lease.begin(cache, placement, LeaseRequest(prompt))
-        assert lease is not None and lease.extend(len(prompt))
-        cached_len = lease.cached_len
-        lease.take_checkpoint_slots(cached_len, len(prompt))
-        cache.take_step().done()
-        lease.publish(prompt, len(prompt))
-        lease.abort()
-        return cached_len
-
-    rng = np.random.default_rng(0)
-    template = rng.integers(0, 99, 32, dtype=np.int32)
-    serve(template)
-    for _ in range(3):
-        assert serve(np.concatenate((template, rng.integers(0, 99, 9, dtype=np.int32)))) == 32
-    assert placement.resumed == {32: 3} and placement.num_saved == 4
-    other = rng.integers(100, 199, 64, dtype=np.int32)
-    serve(other)
-    assert serve(np.concatenate((other[:32], template))) == 32, "no checkpoint at a popular length"
-    placements = "branch,end,popular_length:PopularLength"
-    [run] = simulate("short?head=40", gib=1, checkpoints=placements, bound=False).runs
-    assert run.checkpoints_made
 
 
 def test_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:

