@@ -193,6 +193,13 @@ def test_decodes_come_before_an_older_prompt_admitted_later() -> None:
     assert [output.token_ids for output in outputs] == alone
 
 
+def test_a_prompt_without_a_draw_has_no_row_of_drawn_tokens() -> None:
+    engine = make_engine(overlap="on")
+    engine.submit(ids(50), answer(0), prompt_logprobs=0)
+    other = engine.submit(ids(60, first=90), answer(9))
+    assert run(engine)[other] == list(range(1, 10))
+
+
 def test_a_preempted_request_is_queued_before_later_ones() -> None:
     engine = make_engine(kv_tokens=330, max_running=2, checkpoints=("none",))
     for i in range(4):
