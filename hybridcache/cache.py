@@ -771,10 +771,10 @@ class HybridRadixCache:
         They become ghosts and pass their recency up. O(nodes freed, and those up to a checkpoint).
         """
         assert leaf.kv is not None
-        if leaf.pins:
-            self._count_locks()
         self.policy.discard(leaf.kv, evicted=True)
         while True:
+            if leaf.pins:  # Of a returned lock. A ghost may be split, and has no pins then.
+                self._count_locks()
             if leaf.checkpoint is not None:
                 self._drop_checkpoint(leaf)
             kv, parent = leaf.kv, leaf.parent
