@@ -172,8 +172,8 @@ gpu:  ## on a machine with a GPU: check kernels and exactness, time serving and 
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu $(if $(BUDGET),--budget $(BUDGET)) $(if $(TAR),--tar $(TAR))
 
 # Packages of the engine and of the tests that a machine with torch, triton, numpy, transformers and safetensors may lack.
-GPU_WHEELS := msgspec sortedcontainers tqdm jinja2 markupsafe httpx httpcore h11 anyio idna certifi fastapi starlette pydantic pydantic-core \
-	annotated-types typing-inspection uvicorn click prometheus-client pyzmq pytest pytest-xdist execnet pluggy iniconfig hypothesis
+GPU_WHEELS := msgspec sortedcontainers tqdm jinja2 markupsafe httpx httpcore h11 anyio idna certifi starlette \
+	typing-extensions uvicorn click prometheus-client pyzmq pytest pytest-xdist execnet pluggy iniconfig hypothesis
 
 gpu-wheels:  ## with a network: collect packages and a newer assembler for `make gpu` in .whl/ (18 MB)
 	mkdir -p .whl out/nvcc

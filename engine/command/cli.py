@@ -46,8 +46,7 @@ GROUPS = {
     "scheduling": "admission token_budget max_queue",
     "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
     "keep_alive_s drain_s special_in_content max_connections header_timeout_s body_timeout_s",
-    "limits of one request": "max_body_mib max_values max_names max_prompt_ids max_detokenize_ids "
-    "max_messages max_parts max_stops max_stop_chars default_max_tokens",
+    "limits of one request": "max_body_mib default_max_tokens",
     "logs and checks": "log_level check",
 }
 """Titles of the help -> settings of the core in that group."""

@@ -3,6 +3,7 @@ their ids."""
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import hashlib
 import hmac
@@ -22,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.api_errors import ANTHROPIC, APIError
@@ -39,7 +41,7 @@ NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
 
 
-def install(app: FastAPI, config: ServerConfig) -> None:
+def install(app: Starlette, config: ServerConfig) -> None:
     """Add the middleware to ``app``, the last one outermost. Raises ValueError if a key file is
     missing or empty."""
     if keys := _distinct_keys(config):
@@ -174,9 +176,15 @@ def given_key(scope: Scope) -> bytes:
     return bytes(given.strip())
 
 
+UNREAD_S = 120.0
+"""Seconds that a client may read nothing of a waiting answer before the answer is broken off. Until
+then the rest of it is computed and kept in memory."""
+
+
 class RequestNames:
     """ASGI middleware that adds an ``X-Request-Id`` to every answer: the one of the request, or a
-    new one. Anthropic's clients read it as ``request-id``."""
+    new one. Anthropic's clients read it as ``request-id``. An answer that its client does not read
+    is broken off."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -196,7 +204,8 @@ class RequestNames:
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *headers]
-            await send(message)
+            async with asyncio.timeout(UNREAD_S):
+                await send(message)
 
         await self._app(scope, receive, named)
 

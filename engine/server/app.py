@@ -3,150 +3,123 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from fastapi import FastAPI, Request, Response
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
-from engine.requests.grammar import Grammar
-from engine.server import access, api_description, api_errors
-from engine.server.access import Operator
-from engine.server.api_errors import APIError, PlainJSON
-from engine.server.bodies import BodyLimit, BodyReader, ClientGone, Workers
-from engine.server.chat import chat
-from engine.server.completions import complete
-from engine.server.context import (
-    ChatHooks,
-    Dialect,
-    Extensions,
-    ServerExtension,
-    ServerParts,
-    ServingContext,
+from engine.plugins.diagnostics.server import Hooks, explanation
+from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
+from engine.plugins.dialects.responses import Responses, ResponsesRequest
+from engine.plugins.dialects.tokens import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+    tokenizer_info,
 )
+from engine.plugins.observe.server import Page
+from engine.plugins.tool_calls.call_grammars import call_grammar
+from engine.plugins.tool_calls.forms import call_form
+from engine.server import access
+from engine.server.access import Operator
+from engine.server.api_errors import HANDLERS, APIError
+from engine.server.bodies import Body, BodyReader, ClientGone, Workers, json_response
+from engine.server.chat import chat
+from engine.server.completions import CompletionRequest, complete
+from engine.server.context import ChatParts, ServingContext
 from engine.server.request_log import RequestLog, is_wanted
-from engine.server.schemas import ChatRequest, CompletionRequest
+from engine.server.schemas import ChatRequest
 from engine.server.settings import ServerConfig
-from engine.text.answers import CallForm
-from engine.text.tokenizer import Tokenizer
 from hybridcache.command.extras import version as installed_version
 
 HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
+Answer = Callable[[Request, Any, int], Awaitable[Response]]
+"""Answers a request with its body, and the size of the body in bytes."""
 
 
-def _chat_hooks(tokenizer: Tokenizer, config: ServerConfig, grid: int) -> ChatHooks:
-    from engine.plugins.diagnostics.server import Hooks
-
-    return Hooks(tokenizer, config, grid)
-
-
-def _call_form(template: str) -> CallForm | None:
-    from engine.plugins.tool_calls.forms import call_form
-
-    return cast("CallForm | None", call_form(template))
-
-
-def _call_grammar(
-    body: ChatRequest, form: Literal["hermes", "xml"], may_think: bool
-) -> Grammar | None:
-    from engine.plugins.tool_calls.call_grammars import call_grammar
-
-    return call_grammar(body, form, may_think)
-
-
-def _page() -> type[ServerExtension]:
-    from engine.plugins.observe.server import ObserveExtension
-
-    return ObserveExtension
-
-
-def _explanations() -> type[ServerExtension]:
-    from engine.plugins.diagnostics.server import DiagnosticsExtension
-
-    return DiagnosticsExtension
-
-
-def _dialects() -> type[ServerExtension]:
-    from engine.plugins.dialects.server import DialectsExtension
-
-    return DialectsExtension
-
-
-PARTS = ServerParts(
-    _chat_hooks,
-    _call_form,
-    _call_grammar,
-    {
-        "/": _page,
-        "/v1/cache/events": _page,
-        "/v1/cache/nodes/": _page,
-        "/v1/cache/explanations/": _explanations,
-        "/v1/messages": _dialects,
-        "/v1/messages/": _dialects,
-        "/v1/responses": _dialects,
-        "/v1/responses/": _dialects,
-        "/tokenize": _dialects,
-        "/detokenize": _dialects,
-        "/tokenizer_info": _dialects,
-        "/version": _dialects,
-    },
-)
-"""Plugins of a server, each imported when it is first needed."""
-
-
-def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     """Make the application that serves ``engine``. The engine starts and stops with it."""
-    workers = Workers()
-    context = ServingContext(engine, config, workers, PARTS)
-    reader = BodyReader(config, workers)
+    workers, operator = Workers(), Operator.of(config)
+    assert engine.tokenizer is not None, "a served engine always has a tokenizer"
+    grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
+    hooks = Hooks(engine.tokenizer, config, grid)
+    context = ServingContext(
+        engine, config, workers, ChatParts(hooks, cast("Any", call_form), call_grammar)
+    )
+    responses, page = Responses(context, config), Page(context, operator)
+    bodies: dict[str, tuple[type[Body], Answer]] = {
+        "/v1/completions": (CompletionRequest, partial(complete, context)),
+        "/v1/chat/completions": (ChatRequest, partial(chat, context)),
+        "/v1/messages": (MessagesRequest, partial(messages, context)),
+        "/v1/messages/count_tokens": (CountRequest, partial(count_tokens, context)),
+        "/v1/responses": (ResponsesRequest, responses.create),
+        "/tokenize": (TokenizeRequest, partial(tokenize, context)),
+        "/detokenize": (DetokenizeRequest, partial(detokenize, context)),
+    }
+    reader = BodyReader(int(config.max_body_mib * 2**20), config.body_timeout_s, workers)
+
+    def body_route(path: str, kind: type[Body], answer: Answer) -> Route:
+        async def operation(request: Request) -> Response:
+            return await answer(request, *await reader.read(request, kind))
+
+        return Route(path, operation, methods=["POST"])
+
+    async def openapi(request: Request) -> Response:
+        return json_response(_described(routes, {path: kind for path, (kind, _) in bodies.items()}))
+
+    async def version(request: Request) -> Response:
+        return json_response({"version": installed_version()})
+
+    routes = [
+        *(body_route(path, *of_path) for path, of_path in bodies.items()),
+        *_model_routes(context),
+        *_operator_routes(context, operator),
+        *page.routes(),
+        Route("/v1/responses/{response_id}", responses.retrieve),
+        Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
+        Route("/v1/cache/explanations/{answer_id}", partial(explanation, context, hooks, operator)),
+        Route("/tokenizer_info", partial(tokenizer_info, context)),
+        Route("/version", version),
+        Route("/openapi.json", openapi, include_in_schema=False),
+    ]
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         engine.start()
         yield
         await engine.drain()
         workers.close()
 
-    app = FastAPI(
-        title="hybridcache engine",
-        version=installed_version(),
+    app = Starlette(
+        routes=routes,
         lifespan=lifespan,
-        default_response_class=PlainJSON,
-        docs_url=None,
-        redoc_url=None,
+        exception_handlers={**HANDLERS, ClientGone: _gone},
     )
-    app.state.metrics = context.metrics
-    api_errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
-
-    @app.exception_handler(ClientGone)
-    async def _gone(request: Request, error: ClientGone) -> Response:
-        return Response(status_code=499)
-
-    _add_generation(app, context, reader)
-    _add_watching(app, context)
-    operator = Operator.of(config)
-    _add_administration(app, context, operator)
-    app.state.extensions = Extensions(app, context, config, reader, operator)
+    app.state.metrics, app.state.page = context.metrics, page
     access.install(app, config)
     if is_wanted(config.log_requests):
         app.add_middleware(RequestLog)
-    api_description.install(app)
     return app
 
 
-def _add_generation(app: FastAPI, context: ServingContext, reader: BodyReader) -> None:
-    own = (
-        Dialect("/v1/completions", CompletionRequest, partial(complete, context), "completions"),
-        Dialect("/v1/chat/completions", ChatRequest, partial(chat, context), "chat_completions"),
-    )
-    for dialect in own:
-        dialect.add_to(app, reader)
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+def _model_routes(context: ServingContext) -> list[Route]:
+    """Return the routes of models, health and metrics."""
+    state = Health(context.engine)
 
     def card() -> dict[str, Any]:
         return {
@@ -163,17 +136,30 @@ def _add_generation(app: FastAPI, context: ServingContext, reader: BodyReader) -
             "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
         }
 
-    @app.head("/v1/models", include_in_schema=False)
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> Response:
         one = card()
         ends = {"first_id": one["id"], "last_id": one["id"], "has_more": False}
-        return {"object": "list", "data": [one], **ends}
+        return json_response({"object": "list", "data": [one], **ends})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        context.check_model(name)
-        return card()
+    async def model(request: Request) -> Response:
+        context.check_model(request.path_params["name"])
+        return json_response(card())
+
+    async def health(request: Request) -> Response:
+        if not context.engine.is_alive:
+            raise APIError(503, "The engine has stopped; see the server's log for the reason.")
+        return json_response(await state.check())
+
+    async def metrics(request: Request) -> Response:
+        report = await context.engine.report()
+        return Response(context.metrics.render(report), media_type=context.metrics.content_type)
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+        Route("/metrics", metrics),
+    ]
 
 
 class Health:
@@ -207,34 +193,39 @@ class Health:
             self._problem = None if folder is None else folder.problem
 
 
-def _add_watching(app: FastAPI, context: ServingContext) -> None:
-    state = Health(context.engine)
+def _operator_routes(context: ServingContext, operator: Operator) -> list[Route]:
+    """Return the operator's paths, which show or empty the cache of all clients."""
 
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        if not context.engine.is_alive:
-            raise APIError(503, "The engine has stopped; see the server's log for the reason.")
-        return await state.check()
-
-    @app.head("/metrics", include_in_schema=False)
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        report = await context.engine.report()
-        return Response(context.metrics.render(report), media_type=context.metrics.content_type)
-
-
-def _add_administration(app: FastAPI, context: ServingContext, operator: Operator) -> None:
-    """Add the operator's paths, which show or empty the cache of all clients."""
-
-    @app.get("/v1/cache")
-    async def cache(request: Request) -> dict[str, Any]:
+    async def cache(request: Request) -> Response:
         operator.check(request)
-        return await context.engine.cache_view()
+        return json_response(await context.engine.cache_view())
 
-    @app.post("/flush_cache")  # SGLang's name
-    @app.post("/reset_prefix_cache")
-    async def reset_prefix_cache(request: Request) -> dict[str, bool]:
+    async def reset(request: Request) -> Response:
         operator.check(request)
         await context.engine.reset_prefix_cache()
-        return {"reset": True}
+        return json_response({"reset": True})
+
+    return [
+        Route("/v1/cache", cache),
+        Route("/flush_cache", reset, methods=["POST"]),  # SGLang's name.
+        Route("/reset_prefix_cache", reset, methods=["POST"]),
+    ]
+
+
+def _described(routes: Sequence[Route], bodies: dict[str, type[Body]]) -> dict[str, Any]:
+    """Return the OpenAPI description of ``routes``, generated from the types of their bodies."""
+    place = "#/components/schemas/{name}"
+    schemas, shapes = msgspec.json.schema_components(bodies.values(), ref_template=place)
+    paths: dict[str, dict[str, Any]] = {}
+    of_body = dict(zip(bodies, schemas, strict=True))
+    for route in routes:
+        if not route.include_in_schema:
+            continue
+        for method in sorted((route.methods or set()) - {"HEAD"}):
+            operation: dict[str, Any] = {"responses": {"200": {"description": "Done."}}}
+            if route.path in of_body and method == "POST":
+                content = {"application/json": {"schema": of_body[route.path]}}
+                operation["requestBody"] = {"required": True, "content": content}
+            paths.setdefault(route.path.replace(":path", ""), {})[method.lower()] = operation
+    info = {"title": "hybridcache engine", "version": installed_version()}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": shapes}}

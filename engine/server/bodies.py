@@ -1,47 +1,40 @@
-"""Bodies of requests, read within limits, and of answers, also as streams of events. Neither delays
-other clients.
+"""Bodies of requests, decoded within limits, and of answers, also as streams of events.
 
-A body is counted before it is parsed, and its lists before they are validated. An error is one
-sentence about the first fault.
-
-Long work is done by ``Workers`` in threads, and JSON is read and written by ``msgspec``. The engine
-runs in its own process, so its steps do not wait for this interpreter.
+``msgspec`` decodes a body field by field into a typed structure. It holds the interpreter while it
+works, so values without a fixed form are limited in size, and long bodies are decoded in a thread.
+The engine runs in its own process: its steps do not wait for this interpreter.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from difflib import get_close_matches
+from functools import lru_cache, partial
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
-from fastapi import Request
-from pydantic import ValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from msgspec import Raw
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from engine.server.api_errors import APIError, of_failure, of_validation
+from engine.server.api_errors import APIError, of_failure
 from engine.server.request_log import note_error
-from engine.server.schemas import Strict
-from engine.server.settings import ServerConfig, flag
-from engine.text.json_text import JSONValueError, read_json, write_json
+from engine.text.json_text import read_json, write_json
 
 LONG = 4096
 """Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
 of an answer."""
 NUM_WORKERS = 2
+MAX_NAMES = 64
+"""Maximum number of names of a body."""
+LARGE, MAX_NODES = 256 << 10, 1 << 16
+"""Number of bytes above which a value without a fixed form, such as a tool, may have at most so
+many names, lists and objects. Decoding one holds the interpreter for at most 50 ms."""
 
 Result = TypeVar("Result")
 
@@ -70,225 +63,277 @@ class Workers:
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-PIECE = 1024
-"""Number of escapes of one string that are scanned at a time."""
-QUOTE = ord('"')
-COMMAS, NAMES = b",", b":[{"
-"""Characters that are counted before a body is parsed. A value costs little; a name, a list or an
-object costs ten times as much."""
+class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Object of a fixed form inside a body. Unknown names are refused unless they are null."""
 
-Body = TypeVar("Body", bound=Strict)
-_INSIDE = re.compile(rb'(?:[^"\\]++|\\.?){0,%d}+' % PIECE, re.DOTALL)
-_NOT_JSON = (
-    "The body is not valid UTF-8 JSON, or has a number that is too long: send one JSON object."
-)
-_NO_OBJECT = "The body must be one JSON object, with names and values between { and }."
-_NO_HEADER = (
-    "The body needs the header Content-Type: application/json. "
-    "With curl, add -H 'Content-Type: application/json'."
-)
+
+class Body(msgspec.Struct, kw_only=True):
+    """Base of all bodies. A null is ignored, also for an unknown name, because clients send answers
+    back with all the fields that their classes have."""
+
+    NEUTRAL: ClassVar[Mapping[str, Container[Any]]] = {}
+    """Parameters that are not supported, with the values that have no effect."""
+
+
+class Entry(msgspec.Struct, gc=False):
+    """Entry of a list of objects, of which nothing is read."""
+
+
+Kind = TypeVar("Kind", bound=Body)
+_OBJECT = msgspec.json.Decoder(dict[str, Raw])
+_ENTRIES = msgspec.json.Decoder(list[Entry])
+"""Refuses wrong entries without making an object of each."""
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|u[dD][89a-fA-F]\w\w|.)", re.DOTALL)
+
+
+@lru_cache(maxsize=64)
+def _fields(kind: type[Body]) -> dict[str, tuple[str, Any, msgspec.json.Decoder[Any], bool]]:
+    """Return name -> (attribute, type, decoder, whether it is required) of a body's fields."""
+    return {
+        field.encode_name: (
+            field.name,
+            field.type,
+            msgspec.json.Decoder(field.type),
+            field.required,
+        )
+        for field in msgspec.structs.fields(kind)
+    }
+
+
+@lru_cache(maxsize=64)
+def _known(kind: type[Body]) -> msgspec.json.Decoder[Any]:
+    """Return a decoder that stops at the first unknown name."""
+    names = (*_fields(kind), *kind.NEUTRAL)
+    fields: list[tuple[str, Any, Any]] = [(name, Raw, None) for name in names]
+    return msgspec.json.Decoder(msgspec.defstruct("Names", fields, forbid_unknown_fields=True))
+
+
+def decode(kind: type[Kind], raw: bytes) -> Kind:
+    """Return the body ``raw`` as ``kind``; lone surrogates become U+FFFD. Raises APIError 400 with
+    one sentence about the first fault. O(its size)."""
+    try:
+        return _decoded(kind, raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        fault: Exception = error
+    except RecursionError:
+        raise APIError(400, "The body is nested too deep: send one flat JSON object.") from None
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        return _decoded(kind, _ESCAPE.sub(_whole_escape, raw.decode()).encode())
+    raise APIError(400, f"The body is not valid JSON ({fault}): send one JSON object.")
+
+
+def _whole_escape(escape: re.Match[str]) -> str:
+    is_half = len(escape[0]) == 6 and escape[0][1] == "u"
+    return r"\ufffd" if is_half else escape[0]
+
+
+def _decoded(kind: type[Kind], raw: bytes) -> Kind:
+    try:
+        if len(raw) > LARGE:  # Otherwise many unknown names would take long.
+            _known(kind).decode(raw)
+        given = _OBJECT.decode(raw)
+    except msgspec.ValidationError as error:
+        if "unknown field" in str(error):
+            raise _unknown(str(error).split("`")[1], _fields(kind)) from None
+        raise APIError(
+            400, "The body must be one JSON object, with names and values between { and }."
+        ) from None
+    if len(given) > MAX_NAMES:
+        raise APIError(400, f"The body may have at most {MAX_NAMES} names (got {len(given)}).")
+    fields, values = _fields(kind), dict[str, Any]()
+    for name, piece in given.items():
+        if bytes(memoryview(piece)[:5]) == b"null":
+            continue
+        if name in kind.NEUTRAL:
+            if json_value(piece, name) not in kind.NEUTRAL[name]:
+                raise APIError(400, f"'{name}' is not supported: omit it.", param=name)
+        elif name not in fields:
+            raise _unknown(name, fields)
+        else:
+            attribute, of_type, decoder, _ = fields[name]
+            values[attribute] = _field(name, piece, of_type, decoder)
+    for name, (attribute, _, _, is_required) in fields.items():
+        if is_required and attribute not in values:
+            raise APIError(400, f"'{name}' is missing: add it.", param=name)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise APIError(400, str(error), param=_named(str(error))) from None
+
+
+def _field(name: str, piece: Raw, of_type: Any, decoder: msgspec.json.Decoder[Any]) -> Any:
+    """Return the value of a field. Objects and values of any form are bounded; lists of them are
+    typed as ``Raw`` and read one by one."""
+    begin = bytes(memoryview(piece)[:1])
+    if of_type is not Any and begin != b"{":
+        try:
+            if begin == b"[" and "Raw" in str(of_type):
+                _ENTRIES.decode(piece)
+            elif begin == b"[" and bytes(piece).count(b"],") > MAX_NODES:
+                raise APIError(400, f"'{name}' has too many lists: send fewer.", param=name)
+            return decoder.decode(piece)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):  # 3.0 is an integer.
+                raise of_validation(error, name) from None
+    return converted(json_value(piece, name), of_type, name)
+
+
+def converted(value: Any, of_type: type[Result], name: str) -> Result:
+    """Return the JSON ``value`` of the field ``name`` as ``of_type``. Nulls count as absent, and
+    3.0 is an integer. Raises APIError 400."""
+    try:
+        return msgspec.convert(value, of_type, str_keys=True)
+    except msgspec.ValidationError:
+        try:
+            return msgspec.convert(_settled(value), of_type, str_keys=True)
+        except msgspec.ValidationError as error:
+            raise of_validation(error, name) from None
+
+
+def _settled(value: Any) -> Any:
+    """Return ``value`` without the nulls of objects, and with 3 in place of 3.0."""
+    if isinstance(value, dict):
+        return {name: _settled(entry) for name, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_settled(entry) for entry in value]
+    is_whole = isinstance(value, float) and abs(value) <= 2**53 and value.is_integer()
+    return int(value) if is_whole else value
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> APIError:
+    near = get_close_matches(name[:MAX_NAMES], known, n=1, cutoff=0.75)
+    remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
+    message = f"'{_cut(name)}' is not a parameter of this endpoint: {remedy}"
+    return APIError(400, message, param=name, code="unknown_parameter")
+
+
+def _named(message: str) -> str | None:
+    """Return the first name in quotation marks of ``message``, if there is one."""
+    found = re.search(r"'(\w[\w.]*)'", message)
+    return None if found is None else found[1]
+
+
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def of_validation(error: msgspec.ValidationError, name: str) -> APIError:
+    """Describe an ``error`` of ``msgspec`` in the value of ``name`` in one sentence."""
+    text, _, path = str(error).partition(" - at `")
+    path = "" if path.startswith("key") else path.rstrip("`").replace("[...]", "")
+    param = name + re.sub(r"\[(\d+)\]", r".\1", path)[1:]
+    text = text.rstrip(".")
+    if text.startswith("Object missing required field"):
+        param = f"{param}.{text.split('`')[1]}"
+        return APIError(400, f"'{_cut(param)}' is missing: add it.", param=param)
+    if text.startswith("Object contains unknown field"):
+        param = f"{param}.{text.split('`')[1]}"
+        message = f"'{_cut(param)}' is not a parameter: check its spelling or drop it."
+        return APIError(400, message, param=param, code="unknown_parameter")
+    if text.startswith("Expected "):
+        what = re.sub(
+            r"`([^`]*)`",
+            lambda kinds: " or ".join(WORDS.get(one, one) for one in kinds[1].split(" | ")),
+            text.removeprefix("Expected "),
+        )
+        return APIError(400, f"'{_cut(param)}' must be {what}.", param=param)
+    if text.startswith("Invalid "):
+        value = _cut(text.removeprefix("Invalid ").removeprefix("enum ").removeprefix("value "))
+        return APIError(400, f"'{_cut(param)}' must not be {value}.", param=param)
+    said = text if f"'{name}" in text else f"'{_cut(param)}': {text}"
+    return APIError(400, f"{said}.", param=param)
+
+
+def _cut(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def json_object(piece: Raw, name: str) -> dict[str, Any]:
+    """Return an object of any form, without nulls. See ``json_value``."""
+    value = json_value(piece, name)
+    if not isinstance(value, dict):
+        raise APIError(400, f"'{_cut(name)}' must be an object.", param=name)
+    return {key: entry for key, entry in value.items() if entry is not None}
+
+
+def json_value(piece: Raw, name: str) -> Any:
+    """Return a value without a fixed form, in the field ``name``. Raises APIError 400 if it is too
+    large or nested too deep."""
+    text = str(memoryview(piece), "utf-8")
+    try:
+        check_nodes(text)
+        return read_json(text)
+    except ValueError as error:
+        raise APIError(400, f"'{_cut(name)}' cannot be read: {error}.", param=name) from None
+
+
+def check_nodes(text: str) -> None:
+    """Raise ValueError for a long JSON ``text`` with many values. O(its length)."""
+    if len(text) > LARGE and sum(map(text.count, "[{:")) > MAX_NODES:
+        raise ValueError(
+            f"a value of {len(text):,} characters has more than {MAX_NODES:,} names, lists and "
+            "objects"
+        )
+
+
+class ClientGone(Exception):
+    """The client disconnected before its answer was ready."""
 
 
 class BodyReader:
     """Reads the bodies of one server, within its limits."""
 
-    def __init__(self, config: ServerConfig, workers: Workers) -> None:
-        self._config = config
-        self._workers = workers
+    def __init__(self, max_bytes: int, timeout_s: float, workers: Workers) -> None:
+        self._max_bytes, self._timeout_s, self._workers = max_bytes, timeout_s, workers
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
-        """Return the body of ``request`` as ``kind``.
+    async def read(self, request: Request, kind: type[Kind]) -> tuple[Kind, int]:
+        """Return the body of ``request`` as ``kind``, and its size in bytes.
 
-        Raises APIError 400 for an invalid body or one beyond a limit, and 408 if it does not arrive
-        in time.
+        Raises APIError 400 for an invalid body, 408 if it does not arrive in time, and 413 if it is
+        too large.
         """
         try:
-            raw = await asyncio.wait_for(request.body(), self._config.body_timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                raw = await self._receive(request)
         except TimeoutError:
             raise APIError(408, "The body did not arrive in time: send it again.") from None
         except ClientDisconnect:
             raise ClientGone from None
-        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        is_json = content_type == "application/json" or (
-            content_type.startswith("application/") and content_type.endswith("+json")
-        )
-        return await self._workers.run(len(raw), lambda: self._parse(raw, is_json, kind))
-
-    def _parse(self, raw: bytes, is_json: bool, kind: type[Body]) -> Body:
         if not raw:
             raise APIError(400, "The body is empty. Send one JSON object.")
-        if not is_json:
+        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if not re.fullmatch(r"application/(.*\+)?json", content_type):
             # Foreign web pages cannot set this header without permission, so they cannot post to a
             # server on localhost.
-            raise APIError(400, _NO_HEADER)
-        self._check_marks(raw, kind)
-        try:
-            body = read_json(raw.decode())
-        except json.JSONDecodeError as error:
-            place = f"line {error.lineno}, column {error.colno}"
-            reason = f"The body is not valid JSON ({error.msg}, {place}): send one JSON object."
-            raise APIError(400, reason) from None
-        except JSONValueError as error:
-            raise APIError(400, f"The body cannot be read: {error}.") from None
-        except ValueError:
-            raise APIError(400, _NOT_JSON) from None
-        if not isinstance(body, dict):
-            raise APIError(400, _NO_OBJECT)
-        self._check_lists(body)
-        try:
-            return kind.model_validate(body)
-        except ValidationError as error:
-            names = [field.alias or name for name, field in kind.model_fields.items()]
-            raise of_validation(error, body, names) from None
-
-    def _check_marks(self, raw: bytes, kind: type[Body]) -> None:
-        """Refuse bodies that would take long to parse. Without token ids, a list of values is
-        walked through more than once, so the lower limit applies."""
-        limits = self._config
-        max_texts = limits.max_values + limits.max_names + 2
-        for setting, marks, what in (
-            ("max_values" if kind.HOLDS_IDS else "max_names", COMMAS, "commas"),
-            ("max_names", NAMES, "colons and opening brackets"),
-        ):
-            limit = getattr(limits, setting)
-            if _num_marks(raw, marks, limit, max_texts) > limit:
-                raise APIError(
-                    400,
-                    f"The body has more than {limit} {what}: send fewer, or raise {flag(setting)}.",
-                )
-
-    def _check_lists(self, body: dict[str, Any]) -> None:
-        """Refuse lists longer than a setting allows. O(messages + prompts)."""
-        prompt, messages = body.get("prompt"), body.get("messages")
-        if isinstance(prompt, list):
-            num_ids = sum(len(part) if isinstance(part, list) else 1 for part in prompt)
-            self._check("max_prompt_ids", num_ids, "token ids or prompts", "prompt")
-        if isinstance(tokens := body.get("tokens"), list):
-            self._check("max_detokenize_ids", len(tokens), "token ids", "tokens")
-        for name, entries in (("messages", messages), ("input", body.get("input"))):
-            if isinstance(entries, list):
-                self._check("max_messages", len(entries), "messages", name)
-                contents = (entry.get("content") for entry in entries if isinstance(entry, dict))
-                num_parts = sum(len(content) for content in contents if isinstance(content, list))
-                self._check("max_parts", num_parts, "text parts", name)
-                self._check_arguments(entries, name)
-        allowed, num_choices = body.get("allowed_token_ids"), body.get("n")
-        if isinstance(allowed, list):
-            num_ids = len(allowed) * (num_choices if isinstance(num_choices, int) else 1)
-            self._check("max_prompt_ids", num_ids, "token ids in all choices", "allowed_token_ids")
-        for name in ("stop", "stop_sequences", "stop_token_ids", "bad_words"):
-            if isinstance(stops := body.get(name), list):
-                self._check("max_stops", len(stops), "of them", name)
-            for text in stops if isinstance(stops, list) else (stops,):
-                if isinstance(text, str):
-                    self._check("max_stop_chars", len(text), "characters in a string", name)
-
-    def _check_arguments(self, entries: list[Any], name: str) -> None:
-        """Refuse calls with long arguments, which are JSON inside strings. O(its bytes)."""
-        limit, num = self._config.max_names, 0
-        for text in _arguments(entries):
-            num += _num_marks(text.encode("utf-8", "replace"), NAMES + COMMAS, limit, limit + 2)
-            if num > limit:
-                raise APIError(
-                    400,
-                    f"The calls in '{name}' have more than {limit} commas, colons and opening "
-                    f"brackets in their arguments: send fewer, or raise {flag('max_names')}.",
-                    param=name,
-                )
-
-    def _check(self, setting: str, number: int, of_what: str, param: str) -> None:
-        limit = getattr(self._config, setting)
-        if number > limit:
             raise APIError(
                 400,
-                f"'{param}' has {number} {of_what}, more than {limit}: "
-                f"send fewer, or raise {flag(setting)}.",
-                param=param,
+                "The body needs the header Content-Type: application/json. "
+                "With curl, add -H 'Content-Type: application/json'.",
             )
+        return await self._workers.run(len(raw), partial(decode, kind, raw)), len(raw)
 
-
-def _arguments(entries: list[Any]) -> Iterator[str]:
-    """Yield the arguments of calls in messages (OpenAI's chats) or items (its responses)."""
-    for entry in entries:
-        calls = entry.get("tool_calls") if isinstance(entry, dict) else None
-        made = [call.get("function") for call in _objects(calls)]
-        for holder in _objects([entry, *made]):
-            if isinstance(text := holder.get("arguments"), str):
-                yield text
-
-
-def _objects(entries: Any) -> list[dict[str, Any]]:
-    found = entries if isinstance(entries, list) else []
-    return [entry for entry in found if isinstance(entry, dict)]
-
-
-def _num_marks(raw: bytes, marks: bytes, limit: int, max_texts: int) -> int:
-    """Count ``marks`` in a JSON text, up to ``limit`` or ``max_texts`` strings.
-
-    A text with more strings is not valid JSON. Marks inside strings are only subtracted if the
-    total exceeds ``limit``. O(bytes), without creating objects.
-    """
-    num = sum(raw.count(mark) for mark in marks)
-    if num <= limit:
-        return num
-    num = end = 0
-    for _ in range(max_texts):
-        start = raw.find(b'"', end)
-        num += sum(raw.count(mark, end, start if start >= 0 else None) for mark in marks)
-        if num > limit or start < 0:
-            return num
-        end = _end_of_text(raw, start + 1)
-    return num
-
-
-def _end_of_text(raw: bytes, position: int) -> int:
-    """Return the end of the string around ``position``, or the end of the text if it is not
-    closed."""
-    while True:
-        found = _INSIDE.match(raw, position)
-        assert found is not None, "it also matches the empty text"
-        position = found.end()
-        if position == len(raw):
-            return position
-        if raw[position] == QUOTE:
-            return position + 1
-
-
-class BodyLimit:
-    """ASGI middleware that answers 413 to bodies above ``max_bytes``, with or without a
-    Content-Length."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(announced) > self._max_bytes:
-            await self._refusal().response(scope)(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                # An HTTPException, because FastAPI turns other errors during the reading of a body
-                # into 400.
-                raise HTTPException(413, str(self._refusal()))
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _refusal(self) -> APIError:
-        limit = self._max_bytes / 2**20
-        return APIError(
-            413, f"The body is larger than {limit:g} MiB: send less, or raise --max-body-mib."
-        )
+    async def _receive(self, request: Request) -> bytes:
+        pieces, num_bytes = list[bytes](), int(request.headers.get("content-length", 0))
+        if num_bytes <= self._max_bytes:
+            num_bytes = 0
+            async for piece in request.stream():
+                pieces.append(piece)
+                num_bytes += len(piece)
+                if num_bytes > self._max_bytes:
+                    break
+        if num_bytes > self._max_bytes:
+            limit = self._max_bytes / 2**20
+            raise APIError(
+                413, f"The body is larger than {limit:g} MiB: send less, or raise --max-body-mib."
+            )
+        return b"".join(pieces)
 
 
 def to_json(value: Any) -> bytes:
@@ -299,12 +344,15 @@ def to_json(value: Any) -> bytes:
         return write_json(value, compact=True).encode()
 
 
+def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:
+    """Return ``value`` as a response."""
+    return Response(to_json(value), media_type="application/json", headers=headers)
+
+
 Item = TypeVar("Item")
 DONE = b"data: [DONE]\n\n"
-
-
-class ClientGone(Exception):
-    """The client disconnected before its answer was ready."""
+PAUSE = b": waiting\n\n"
+"""Comment, which readers of server-sent events skip."""
 
 
 def event(data: dict[str, Any]) -> bytes:
@@ -341,9 +389,13 @@ async def with_pauses(items: AsyncIterator[Item], pause_s: float) -> AsyncIterat
         waiting.cancel()
         with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
             await waiting
-        close: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
-        if close is not None:
-            await close()
+        await _close(items)
+
+
+async def _close(items: AsyncIterator[Any]) -> None:
+    close: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
+    if close is not None:
+        await close()
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
@@ -363,11 +415,13 @@ async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
                 await working
 
 
-PAUSE = b": waiting\n\n"
-"""Comment, which readers of server-sent events skip."""
+async def _hang_up(receive: Receive) -> None:
+    """Return when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """Server-sent events that stop, and close their iterator, when the client disconnects, even
     between events."""
 
@@ -386,55 +440,43 @@ class EventStream(StreamingResponse):
         An earlier error is raised and gets its own status; a later one is written by ``on_error``
         as the last event. ``late_headers`` is called when the first event is available.
         """
-        self._late_headers, self._on_error, self._pause_s = late_headers, on_error, pause_s
-        super().__init__(
-            _one_at_a_time(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
-        self._events = events
-
-    async def stream_response(self, send: Send) -> None:
-        if self._on_error is not None:
-            rest: AsyncIterator[Any] = aiter(self.body_iterator)
-            if self._pause_s is not None:
-                rest = with_pauses(rest, self._pause_s)
-            first = await anext(rest, b"")
-            if self._late_headers is not None and first is not None:
-                self.headers.update(self._late_headers())
-            self.body_iterator = _joined(first, rest, self._on_error)
-        await super().stream_response(send)
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._late_headers, self._on_error = late_headers, on_error
+        self._events: AsyncIterator[bytes | None] = events
+        if pause_s is not None:
+            self._events = with_pauses(events, pause_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(OSError, ClientGone):  # OSError: the client left during a send.
-                await unless_gone(receive, self.stream_response(send))
+                await unless_gone(receive, self._send_all(send))
         finally:
-            close: Callable[[], Awaitable[None]] | None = getattr(self._events, "aclose", None)
-            if close is not None:
-                await close()
+            await _close(self._events)
+
+    async def _send_all(self, send: Send) -> None:
+        first = await anext(self._events, b"") if self._on_error is not None else b""
+        if self._late_headers is not None and first is not None:
+            self.headers.update(self._late_headers())
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(head)
+        try:
+            await _send_piece(send, first)
+            async for one in self._events:
+                await _send_piece(send, one)
+        except Exception as error:
+            if self._on_error is None or isinstance(error, OSError):
+                raise
+            failure = of_failure(error)
+            note_error(str(failure))
+            await _send_piece(send, self._on_error(failure))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _one_at_a_time(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield ``events``, and give the event loop a turn after each. Otherwise a burst is written to
-    a closed connection, and asyncio logs a warning."""
-    async for one in events:
-        yield one
+async def _send_piece(send: Send, piece: bytes | None) -> None:
+    """Send one event, or a comment for None, and give the event loop a turn. Otherwise a burst is
+    written to a closed connection, and asyncio logs a warning."""
+    body = PAUSE if piece is None else piece
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
         await asyncio.sleep(0)
-
-
-async def _joined(
-    first: Any, rest: AsyncIterator[Any], on_error: Callable[[APIError], bytes]
-) -> AsyncIterator[Any]:
-    yield PAUSE if first is None else first
-    try:
-        async for one in rest:
-            yield PAUSE if one is None else one
-    except Exception as error:
-        failure = of_failure(error)
-        note_error(str(failure))
-        yield on_error(failure)
-
-
-async def _hang_up(receive: Receive) -> None:
-    """Return when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -14,7 +14,8 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from engine.async_engine import RequestStream
 from engine.requests.grammar import Grammar
@@ -32,7 +33,7 @@ from engine.server.context import (
     token_id_fields,
     usage,
 )
-from engine.server.schemas import ChatRequest, NamedTool, TokenizeRequest, cuts_of
+from engine.server.schemas import Chat, ChatRequest, NamedTool, cuts_of
 from engine.text.answers import (
     CLOSE,
     BrokenCall,
@@ -183,19 +184,19 @@ class ChatDelta:
 
 
 async def render(
-    context: ServingContext, body: ChatRequest | TokenizeRequest, size: int, tenant: Tenant
+    context: ServingContext, body: Chat, size: int, tenant: Tenant
 ) -> tuple[ChatPrompt, Any]:
     """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the handle of its
     answer. Raises APIError 400 if the template rejects it."""
 
     def settled(cut: Cut) -> Cut:
-        if cut.content is None or cut.message is None or body.messages is None:
+        if cut.content is None or cut.message is None:
             return cut
         part = {"role": body.messages[cut.message].role, "content": cut.content}
         return cut._replace(content=context.chats.kept(part)["content"])
 
     def work() -> tuple[ChatPrompt, Any]:
-        messages = [message.as_template_input() for message in body.messages or ()]
+        messages = [message.as_template_input() for message in body.messages]
         tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
         chat = context.chats.before_render(messages, tools, body.chat_template_kwargs, tenant)
         prompt = render_chat(
@@ -255,11 +256,12 @@ async def ask(
     tenant: Tenant,
     answer_id: AnswerId,
     prompt_name: str = "messages",
+    format_name: str = "response_format",
 ) -> ChatSession:
     """Submit a chat of ``size`` bytes. An answer ends at the latest with the context.
 
-    ``prompt_name`` is the name of the prompt in the dialect. Raises APIError or RequestError if the
-    chat is refused.
+    ``prompt_name`` and ``format_name`` are the dialect's names of the prompt and of the answer's
+    format. Raises APIError or RequestError if the chat is refused.
     """
     context.check_model(body.model)
     context.check_number(body.n)
@@ -278,7 +280,7 @@ async def ask(
         written = "hermes" if form.calls is None else form.calls.FORM
         return context.parts.call_grammar(body, written, form.thinks)
 
-    grammar = await context.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
+    grammar = await context.grammar_of(body, call_grammar, prompt.is_thinking, format_name)
 
     def diagnose() -> ChatDiagnostics:
         asked = AskedChat(
@@ -452,13 +454,13 @@ QUIET_S = 5.0
 stream while a long call is generated."""
 
 
-async def chat(context: ServingContext, request: Request, body: ChatRequest) -> Response:
+async def chat(context: ServingContext, request: Request, body: ChatRequest, size: int) -> Response:
     """Answer one chat request."""
     context.check_limit(body.max_tokens, "max_tokens")
     context.check_limit(body.max_completion_tokens, "max_completion_tokens")
     tenant = context.tenant_of(request, body.cache_salt)
     with context.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
-        session = await ask(context, body, len(await request.body()), tenant, answer_id)
+        session = await ask(context, body, size, tenant, answer_id)
     diagnostics = session.diagnostics
     writer = _ChatWriter(context, body, session)
     if body.stream:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request, Response
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
 
 from engine.async_engine import RequestStream
 from engine.requests.spec import RequestSpec
@@ -22,12 +24,42 @@ from engine.server.context import (
     token_id_fields,
     usage,
 )
-from engine.server.schemas import CompletionRequest, says_session_end
+from engine.server.schemas import Count, NumScores, Sampling
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions
 
+PromptId = Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": 2**31 - 1})]
+"""Token id, which the engine compares with its vocabulary."""
 
-async def complete(context: ServingContext, request: Request, body: CompletionRequest) -> Response:
+
+class CompletionRequest(Sampling, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str | PromptId | list[PromptId]], Meta(min_length=1)]
+    """Text, list of texts, list of token ids, or list of such lists."""
+    max_tokens: Count = 16
+    echo: bool = False
+    logprobs: NumScores | None = None
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len({*map(type, self.prompt)}) > 1:
+            raise ValueError(
+                "'prompt' must be a text, a list of texts, a list of token ids or a list of such "
+                "lists."
+            )
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """List of prompts, with one entry per prompt."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+
+
+async def complete(
+    context: ServingContext, request: Request, body: CompletionRequest, size: int
+) -> Response:
     """Answer one completion request."""
     context.check_model(body.model)
     prompts = body.prompts
@@ -82,7 +114,7 @@ async def _submit(
             request_id=answer_id.request_id(number),
             choice_of=answer_id.request_id(number - number % body.n) if number % body.n else None,
             grammar=grammar,
-            ends_session=says_session_end(body.metadata),
+            ends_session=body.ends_session,
         )
         for number, (prompt, sampling) in enumerate(choices)
     )

@@ -1,19 +1,16 @@
-"""Common parts of all endpoints and dialects: interfaces of dialects, extensions and hooks around
-chats, the context of one server, and the fields of answers about tokens and the cache."""
+"""Common parts of all endpoints and dialects: hooks around chats, the context of one server, and
+the fields of answers about tokens and the cache."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import (
     AsyncGenerator,
-    Awaitable,
     Callable,
     Collection,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -21,9 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
 from msgspec import structs
-from starlette.types import Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import Response
 
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
@@ -32,9 +29,9 @@ from engine.requests.spec import RequestSpec
 from engine.server import request_log
 from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
-from engine.server.bodies import BodyReader, Workers, to_json
+from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
-from engine.server.schemas import Guided, TokenOptions, described
+from engine.server.schemas import Guided, TokenOptions
 from engine.server.settings import ServerConfig
 from engine.text.answers import CLOSE, CallForm
 from engine.text.outputs import (
@@ -49,9 +46,9 @@ from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer
 from hybridcache.api import Losses
 
 if TYPE_CHECKING:
-    from engine.server.access import Operator
     from engine.text.chat_prompt import ChatPrompt
 
+logger = logging.getLogger(__name__)
 Message = dict[str, Any]
 
 
@@ -146,158 +143,37 @@ class ChatHooks(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
-    """One path of an API, with the model of its body and the function that answers a request.
+class ChatParts:
+    """Objects of plugins that every chat of a server uses."""
 
-    The function converts the body to a ``ChatRequest``, submits it with ``chat.ask``, and
-    writes the answer in its own form.
-    """
-
-    path: str
-    body: type[Any]
-    answer: Callable[[Request, Any], Awaitable[Response]]
-    name: str
-    """Name of the operation in the API's description."""
-
-    def add_to(self, app: FastAPI, reader: BodyReader) -> None:
-        """Add the path to ``app``."""
-
-        async def operation(request: Request) -> Response:
-            return await self.answer(request, await reader.read(request, self.body))
-
-        app.post(self.path, openapi_extra=described(self.body), name=self.name)(operation)
-
-
-class ServerExtension:
-    """Optional part of one server. Every method does nothing unless it is overridden."""
-
-    def __init__(self, context: ServingContext, config: ServerConfig) -> None:
-        self.context, self.config = context, config
-
-    def dialects(self) -> Iterator[Dialect]:
-        """Yield the dialects to serve."""
-        yield from ()
-
-    def add_routes(self, app: FastAPI, operator: Operator) -> None:
-        """Add routes that are not dialects."""
-
-    def close(self) -> None:
-        """End open streams when the server shuts down."""
-
-
-ExtensionLoader = Callable[[], type[ServerExtension]]
-
-
-@dataclass(frozen=True, slots=True)
-class ServerParts:
-    """Functions of plugins that the composition root hands over. Each imports its plugin."""
-
-    chat_hooks: Callable[[Tokenizer, ServerConfig, int], ChatHooks]
-    """Makes the hooks around chats."""
+    hooks: ChatHooks
     call_form: Callable[[str], CallForm | None]
     """Returns the reader of the calls in the source of a chat template, or None."""
     call_grammar: Callable[[Any, Literal["hermes", "xml"], bool], Grammar | None]
     """Returns the grammar of the calls of a chat request, or None."""
-    extensions: Mapping[str, ExtensionLoader]
-    """Path -> extension that serves it. A path that ends with a slash stands for all longer ones,
-    except ``/``."""
-
-
-class Extensions:
-    """Extensions of one server. Each is loaded by the first request for one of its paths."""
-
-    def __init__(
-        self,
-        app: FastAPI,
-        context: ServingContext,
-        config: ServerConfig,
-        reader: BodyReader,
-        operator: Operator,
-    ) -> None:
-        self._app, self._context, self._config = app, context, config
-        self._reader, self._operator = reader, operator
-        self._paths = context.parts.extensions
-        self._loaded: dict[ExtensionLoader, ServerExtension] = {}
-        self._lock = asyncio.Lock()
-        self._not_found = app.router.default
-        app.router.default = self._serve
-
-    def load_all(self) -> None:
-        """Load every extension, for the description of the API."""
-        for load in dict.fromkeys(self._paths.values()):
-            self._load(load)
-
-    def close(self) -> None:
-        """End open streams."""
-        for extension in self._loaded.values():
-            extension.close()
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request for a path that is not served yet."""
-        load = self._of_path(scope["path"]) if scope["type"] == "http" else None
-        if load is None or load in self._loaded:
-            return await self._not_found(scope, receive, send)
-        async with self._lock:
-            # Its imports take 0.1 s, in which other requests go on.
-            await asyncio.to_thread(load)
-            self._load(load)
-        await self._app.router(scope, receive, send)
-
-    def _of_path(self, path: str) -> ExtensionLoader | None:
-        folders = (name for name in self._paths if len(name) > 1 and name.endswith("/"))
-        return self._paths.get(next(filter(path.startswith, folders), path))
-
-    def _load(self, load: ExtensionLoader) -> None:
-        if load in self._loaded:
-            return
-        self._loaded[load] = extension = load()(self._context, self._config)
-        for dialect in extension.dialects():
-            dialect.add_to(self._app, self._reader)
-        extension.add_routes(self._app, self._operator)
-
-
-logger = logging.getLogger(__name__)
 
 
 class ServingContext:
     """One engine with its model name."""
 
     def __init__(
-        self,
-        engine: AsyncEngine,
-        config: ServerConfig,
-        workers: Workers,
-        parts: ServerParts,
+        self, engine: AsyncEngine, config: ServerConfig, workers: Workers, parts: ChatParts
     ) -> None:
-        self.parts = parts
-        self.engine = engine
+        self.engine, self.workers = engine, workers
+        self.parts, self.chats = parts, parts.hooks
         self.model_name = config.served_model_name or engine.model_name
         self.special_in_content = config.special_in_content
         self.pause_s = config.keep_alive_s
         self._default_max_tokens = config.default_max_tokens
-        self.workers = workers
         self._tenants = Tenants.of_server(config, engine.config.kept_folder)
         self.ids = AnswerIds()
         self.metrics = Metrics(lambda: engine.pid)
-        self._config = config
-        self._chats: ChatHooks | None = None
-        self._loading = threading.Lock()
         self.created = int(time.time())
 
     @property
     def tokenizer(self) -> Tokenizer:
         assert self.engine.tokenizer is not None, "a served engine always has a tokenizer"
         return self.engine.tokenizer
-
-    @property
-    def chats(self) -> ChatHooks:
-        """Hooks around every chat, loaded by the first one."""
-        with self._loading:
-            if self._chats is None:
-                engine = self.engine.config
-                grid = engine.grid if engine.prefix_cache == "hybrid" else 0
-                self._chats = self.parts.chat_hooks(self.tokenizer, self._config, grid)
-            return self._chats
 
     def check_model(self, model: str | None) -> None:
         """Raise APIError 404 if a client names another model."""
@@ -343,13 +219,17 @@ class ServingContext:
         body: Guided,
         calls: Callable[[], Grammar | None] = lambda: None,
         is_thinking: bool = False,
+        format_name: str = "response_format",
     ) -> Grammar | None:
         """Compile the grammar of the answer, or return None if the answer is free.
 
         The grammar comes from the ``body`` or from the required ``calls``. If the prompt ends
-        inside reasoning, the grammar applies after it. Raises APIError 400 if it cannot be used.
+        inside reasoning, the grammar applies after it. ``format_name`` is the dialect's name of
+        ``response_format``. Raises APIError 400 if it cannot be used.
         """
         param = body.form_name
+        if param == "response_format":
+            param = format_name
 
         def work() -> Grammar | None:
             grammar = calls() or body.grammar()
@@ -421,12 +301,16 @@ class ServingContext:
         record = request_log.CURRENT.get()
         if record is not None:
             record.answer_id = answer_id.public
+        valid: list[RequestSpec] = []
         try:
             for spec in specs:
+                valid.append(self.engine.validate(spec))
+                await asyncio.sleep(0)  # Let the event loop run between two choices.
+            for spec in valid:
                 if record is not None:
                     record.expect(spec)
-                streams.append(self.engine.submit(spec))
-                await asyncio.sleep(0)  # Let the event loop run between two choices.
+                streams.append(self.engine.submit_valid(spec))
+                await asyncio.sleep(0)
         except BaseException as error:
             for stream in streams:
                 stream.abort()

@@ -1,8 +1,7 @@
 """The server process: connections of clients, memory, start and stop.
 
-At the limit of connections, an unused one is closed for a new one: the one without a request for
-the longest time, or one with a stalled request body. So clients that hold unused connections cannot
-lock others out.
+uvicorn limits the size of headers and closes idle connections. Late headers, and requests on more
+connections than the process has descriptors for, are refused here.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import itertools
 import json
 import logging
 import math
@@ -19,14 +17,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
@@ -43,14 +42,11 @@ RESERVED = 64
 """Number of descriptors reserved for the rest of the process."""
 FEWEST = 8
 """Minimum number of allowed connections."""
-NEW_S, STALLED_S = 0.5, 5.0
-"""Seconds after which a connection without a request, and one with an incomplete body, are closed
-first."""
-UNREAD_S = 120.0
-"""Seconds that a client may read nothing of a waiting answer before its connection is closed. Until
-then the rest of the answer is computed and kept in memory."""
 MOST_DESCRIPTORS = 1 << 16
 """Upper limit to which the number of descriptors is raised, if the system allows it."""
+GC_THRESHOLDS = (50_000, 20, 1000)
+"""Objects of a long body would start full collections, each of which stops all clients. Reference
+counts free nearly everything."""
 
 
 def raise_descriptor_limit() -> None:
@@ -78,172 +74,71 @@ def most_connections() -> int:
     return max(limit - num_used - RESERVED, FEWEST)
 
 
-class Connections:
-    """All connections of one server. Belongs to its event loop."""
+class ClientConnection(H11Protocol):
+    """Connection of a client, closed if the headers of a request do not arrive in time."""
 
-    def __init__(self, limit: int, header_timeout_s: float) -> None:
-        """Allow ``limit`` open connections. The headers of a request must be complete
-        ``header_timeout_s`` after the connection was made, or after the last answer."""
-        self._limit = limit
-        self._header_timeout_s = header_timeout_s
-        self._busy: dict[ClientConnection, float] = {}
-        """Start times of connections with a request, oldest first."""
-        self._waiting: dict[ClientConnection, float] = {}
-        """Start times of connections without a request, oldest first."""
-        self._unread: dict[ClientConnection, float] = {}
-        """Times since when connections take no more bytes, oldest first."""
-
-    def protocol(self, **how: Any) -> ClientConnection:
-        """Make the protocol of a new connection for uvicorn."""
-        return ClientConnection(self, **how)
-
-    @property
-    def num_busy(self) -> int:
-        """Number of connections with a request."""
-        return len(self._busy)
-
-    @property
-    def has_room(self) -> bool:
-        return len(self._busy) + len(self._waiting) < self._limit
-
-    def wait(self, connection: ClientConnection) -> None:
-        """Record that ``connection`` has no request, or its request has ended."""
-        self._busy.pop(connection, None)
-        self._waiting[connection] = asyncio.get_running_loop().time()
-
-    def begin(self, connection: ClientConnection) -> None:
-        """Record that a request has begun."""
-        if self._waiting.pop(connection, None) is not None:
-            self._busy[connection] = asyncio.get_running_loop().time()
-
-    def stall(self, connection: ClientConnection) -> None:
-        """Record that ``connection`` takes no more bytes."""
-        self._unread[connection] = asyncio.get_running_loop().time()
-
-    def flow(self, connection: ClientConnection) -> None:
-        """Record that ``connection`` takes bytes again."""
-        self._unread.pop(connection, None)
-
-    def remove(self, connection: ClientConnection) -> None:
-        self._unread.pop(connection, None)
-        self._waiting.pop(connection, None)
-        self._busy.pop(connection, None)
-
-    def make_room(self) -> bool:
-        """Close a connection without a complete request. Returns False if there is none.
-        O(connections)."""
-        now_s = asyncio.get_running_loop().time()
-        receiving = {one: since_s for one, since_s in self._busy.items() if one.is_receiving}
-        for candidates, least_s in (
-            (self._waiting, NEW_S),
-            (receiving, STALLED_S),
-            (self._waiting, 0.0),
-            (receiving, 0.0),
-        ):
-            oldest, since_s = next(iter(candidates.items()), (None, now_s))
-            if oldest is not None and now_s - since_s >= least_s:
-                oldest.turn_away(_too_many())
-                return True
-        return False
-
-    def sweep(self) -> None:
-        """Close the connections with late headers, and those with an answer that is not read."""
-        for connection in _older(self._waiting, self._header_timeout_s):
-            connection.turn_away(
-                APIError(408, "The headers of the request did not arrive in time: send it again.")
-            )
-        for connection in _older(self._unread, UNREAD_S):
-            logger.warning("A client read nothing for %g s; its connection is closed.", UNREAD_S)
-            connection.transport.abort()  # closing would wait for the client
-
-
-def _older(since: dict[ClientConnection, float], age_s: float) -> list[ClientConnection]:
-    """Return the connections in ``since``, oldest first, that are there for ``age_s``."""
-    latest_s = asyncio.get_running_loop().time() - age_s
-    return [*itertools.takewhile(lambda one: since[one] <= latest_s, since)]
-
-
-class ClientConnection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """One connection that reports the begin and end of its requests to ``Connections``."""
-
-    def __init__(self, connections: Connections, **how: Any) -> None:
-        super().__init__(**how)
-        self._all = connections
-        self._has_begun = False
+    header_timeout_s = 10.0
+    _deadline: asyncio.TimerHandle | None = None
+    _has_begun = False
+    """True if a part of the next request has arrived."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        has_room = self._all.has_room or self._all.make_room()
-        self._all.wait(self)
-        if not has_room:
-            self._has_begun = True
-            self.turn_away(_too_many())
+        self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
         self._has_begun = True
         super().data_received(data)
-        if self._has_request:
-            self._all.begin(self)
 
     def on_response_complete(self) -> None:
-        self._has_begun = False
-        self._all.wait(self)
         super().on_response_complete()
-        if self._has_request:  # the next request was already sent
-            self._all.begin(self)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._all.stall(self)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._all.flow(self)
+        self._wait_for_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._all.remove(self)
         super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
 
-    @property
-    def _has_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+    def _wait_for_headers(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._has_begun = False
+        self._deadline = self.loop.call_later(self.header_timeout_s, self._refuse_late_headers)
 
-    @property
-    def is_receiving(self) -> bool:
-        """True if the body of its request is incomplete."""
-        return self._has_request and self.cycle.more_body and not self.cycle.response_started
-
-    def turn_away(self, error: APIError) -> None:
-        """Close the connection, with an error response if a request had begun."""
-        self._all.remove(self)
-        if self.transport.is_closing():
+    def _refuse_late_headers(self) -> None:
+        has_request = self.cycle is not None and not self.cycle.response_complete
+        if has_request or self.transport.is_closing():
             return
         if self._has_begun:
-            self.transport.write(_response(error))
+            self.transport.write(LATE_HEADERS)
         self.transport.close()
 
 
-def _too_many() -> APIError:
-    return APIError(
-        503,
-        "The server has reached its limit of connections: try again later.",
-        code="too_many_connections",
-        headers={"Retry-After": "1"},
-    )
+LATE_HEADERS = (
+    b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    + json.dumps(
+        APIError(408, "The headers of the request did not arrive in time: send it again.").body()
+    ).encode()
+)
 
 
-def _response(error: APIError) -> bytes:
-    """Return ``error`` as a response that ends its connection."""
-    body = json.dumps(error.body()).encode()
-    phrase = {408: "Request Timeout", 503: "Service Unavailable"}[error.status]
-    headers = {
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        "Connection": "close",
-        **(error.headers or {}),
-    }
-    lines = [f"HTTP/1.1 {error.status} {phrase}", *(f"{k}: {v}" for k, v in headers.items())]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+class ConnectionLimit:
+    """ASGI middleware that refuses requests if too many connections are open."""
+
+    def __init__(self, app: ASGIApp, connections: Collection[Any], limit: int) -> None:
+        self._app, self._connections, self._limit = app, connections, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or len(self._connections) <= self._limit:
+            await self._app(scope, receive, send)
+            return
+        refusal = APIError(
+            503,
+            "The server has reached its limit of connections: try again later.",
+            code="too_many_connections",
+            headers={"Retry-After": "1", "Connection": "close"},
+        )
+        await refusal.response(scope)(scope, receive, send)
 
 
 TRIM_S = 30
@@ -287,11 +182,12 @@ class Server(uvicorn.Server):
         """``must_end`` is called ten times per second; True ends the server."""
         app = create_app(engine, config)
         limit = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
-        self._connections = Connections(limit, config.header_timeout_s)
+        limits = {"header_timeout_s": config.header_timeout_s}
         super().__init__(
             uvicorn.Config(
                 app,
-                http=self._connections.protocol,  # type: ignore[arg-type]
+                http=type("LimitedConnection", (ClientConnection,), limits),
+                timeout_keep_alive=math.ceil(config.header_timeout_s),
                 ws="none",
                 log_level=config.log_level,
                 access_log=False,
@@ -301,8 +197,9 @@ class Server(uvicorn.Server):
                 timeout_notify=TRIM_S,
             )
         )
-        self._engine = engine
-        self._extensions = app.state.extensions
+        self._engine, self._page = engine, app.state.page
+        connections = self.server_state.connections
+        app.add_middleware(ConnectionLimit, connections=connections, limit=limit)
         self._drain_s = config.drain_s
         self._must_end = must_end
         self._hurry: Callable[[], object] | None = None
@@ -320,11 +217,10 @@ class Server(uvicorn.Server):
             listener.listen(BACKLOG)
 
     async def on_tick(self, counter: int) -> bool:
-        self._connections.sweep()
         return await super().on_tick(counter) or self._must_end()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._extensions.close()
+        self._page.close()
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
         ending.cancel()
@@ -334,7 +230,7 @@ class Server(uvicorn.Server):
         signal."""
         if self._engine.failure is not None:
             logger.warning("Stopping: the engine has ended. %s", self._engine.failure)
-        elif num_left := self._connections.num_busy:
+        elif num_left := len(self.server_state.tasks):
             logger.warning(
                 "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
                 "until a second signal.",
@@ -355,7 +251,7 @@ class Server(uvicorn.Server):
                 with suppress(EngineStopped):
                     await self._engine.stop_accepting()
                 await asyncio.Event().wait()
-        if num_left := self._connections.num_busy:
+        if num_left := len(self.server_state.tasks):
             logger.warning(
                 "%s had not ended after %.1f s and %s broken off.",
                 counted(num_left, "request"),
@@ -392,4 +288,5 @@ def serve(
     # second per run.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     Server(engine, config, lambda: bool(told) or must_end()).run(sockets=[listener])

@@ -21,11 +21,8 @@ from engine.config import (
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Name of the environment variable with an API key."""
-MAX_STOPS = 64
-"""Maximum number that the engine supports."""
 PORT = Limits("a port from 0 to 65535", 0, 65535, is_whole=True)
 BODY_MIB = Limits("a finite number of MiB above 0", ABOVE_0)
-STOPS = Limits(f"an integer from 1 to {MAX_STOPS}", 1, MAX_STOPS, is_whole=True)
 DRAIN = Limits("a finite number of seconds, 0 or more", 0)
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
 """An origin in the form that browsers send and compare: in lower case, with nothing after the port.
@@ -73,36 +70,10 @@ class ServerConfig(Settings):
     )
     max_connections: int | None = setting(
         None,
-        "connections that may be open at once; at the limit, idle ones are closed; "
+        "connections that may be open at once; requests on further ones are refused; "
         "by default as many as the system's limit of open files allows (ulimit -n)",
         limits=COUNT,
     )
-    max_values: int = setting(
-        300_000,
-        "values in the JSON of one body, counted by its commas, for bodies that may have token ids",
-        limits=COUNT,
-    )
-    max_names: int = setting(
-        65_536,
-        "names, lists and objects of one body, counted by its colons and brackets; "
-        "for a chat also values, counted by its commas, and the arguments of its calls",
-        limits=COUNT,
-    )
-    max_prompt_ids: int = setting(
-        300_000,
-        "token ids in the prompts of one body, in its list of allowed tokens times the number of "
-        "choices, and in an answer of /tokenize",
-        limits=COUNT,
-    )
-    max_detokenize_ids: int = setting(
-        262_144, "token ids in one request to /detokenize", limits=COUNT
-    )
-    max_messages: int = setting(4096, "messages in one chat", limits=COUNT)
-    max_parts: int = setting(4096, "text parts in all messages of one chat", limits=COUNT)
-    max_stops: int = setting(
-        MAX_STOPS, "stop strings, stop token ids, or bad words of one request", limits=STOPS
-    )
-    max_stop_chars: int = setting(1024, "characters in one stop string or bad word", limits=COUNT)
     default_max_tokens: int | None = setting(
         None,
         "maximum tokens of an answer to a chat without a limit; by default as many as "

@@ -62,7 +62,7 @@ COLLECTED = ROOT / ".whl"
 """Folder of `make gpu-wheels`: wheels, and an assembler for Triton."""
 
 ENGINE = ("msgspec", "jinja2", "tokenizers")
-SERVER = ("fastapi", "uvicorn", "httpx", "pydantic", "prometheus_client", "zmq")
+SERVER = ("starlette", "uvicorn", "httpx", "prometheus_client", "zmq")
 TESTS = ("pytest", "hypothesis")
 
 

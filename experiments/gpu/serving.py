@@ -324,7 +324,7 @@ def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
 
     Uses a server process if its packages are installed, else an engine in this process.
     """
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     scale = replace(scale, max_model_len=scale.max_model_len // 2)  # Twice the longest prompt.
     device = Device.resolve("cpu" if dry else None)
     settings: dict[str, Any] = {

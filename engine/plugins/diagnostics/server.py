@@ -10,14 +10,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from starlette.requests import Request
+from starlette.responses import Response
 
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.explain import SYSTEM_ROLES
 from engine.plugins.diagnostics.explanations import Explanations
 from engine.server.access import Operator, Tenant
 from engine.server.api_errors import APIError, quoted
-from engine.server.context import ChatInput, Message, ServerExtension
+from engine.server.bodies import json_response
+from engine.server.context import ChatInput, Message, ServingContext
 from engine.server.settings import ServerConfig
 from engine.text.chat_prompt import ChatPrompt
 from engine.text.outputs import RequestOutput
@@ -127,23 +129,18 @@ def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
     return message
 
 
-class DiagnosticsExtension(ServerExtension):
-    """Explains cache misses to the operator."""
-
-    def add_routes(self, app: FastAPI, operator: Operator) -> None:
-        hooks = self.context.chats
-        assert isinstance(hooks, Hooks)
-
-        @app.get("/v1/cache/explanations/{answer_id}")
-        async def explanation(
-            request: Request, answer_id: str, compared_with: str | None = None
-        ) -> dict[str, Any]:
-            operator.check(request)
-            if self.context.engine.config.prefix_cache == "none":
-                raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
-            told = hooks.explanations.look_up(answer_id, compared_with)
-            if told is None:
-                names = [answer_id] if compared_with is None else [answer_id, compared_with]
-                unknown = [name for name in names if hooks.explanations.memory.find(name) is None]
-                raise APIError(404, _why_unknown(unknown, hooks.explanations.memory.has_forgotten))
-            return told
+async def explanation(
+    context: ServingContext, hooks: Hooks, operator: Operator, request: Request
+) -> Response:
+    """Explain the cache misses of an answer to the operator."""
+    operator.check(request)
+    if context.engine.config.prefix_cache == "none":
+        raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
+    answer_id = request.path_params["answer_id"]
+    compared_with = request.query_params.get("compared_with")
+    told = hooks.explanations.look_up(answer_id, compared_with)
+    if told is None:
+        names = [answer_id] if compared_with is None else [answer_id, compared_with]
+        unknown = [name for name in names if hooks.explanations.memory.find(name) is None]
+        raise APIError(404, _why_unknown(unknown, hooks.explanations.memory.has_forgotten))
+    return json_response(told)

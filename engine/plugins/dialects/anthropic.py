@@ -1,20 +1,54 @@
-"""POST /v1/messages: Anthropic's dialect of a chat."""
+"""POST /v1/messages: Anthropic's dialect of a chat.
+
+Blocks become the messages of chat templates: a tool result is a separate message, thinking is the
+assistant's ``reasoning_content``, and a tool use is one of its calls.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from fastapi import Request, Response
+from msgspec import Meta, Raw
+from starlette.requests import Request
+from starlette.responses import Response
 
-from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
+from engine.requests.spec import MAX_COUNT
 from engine.server.access import AnswerId, new_id
 from engine.server.api_errors import ANTHROPIC, APIError, request_name
-from engine.server.bodies import EventStream, named_event, to_json, unless_gone, with_pauses
+from engine.server.bodies import (
+    Body,
+    EventStream,
+    Part,
+    converted,
+    json_object,
+    json_response,
+    named_event,
+    unless_gone,
+    with_pauses,
+)
 from engine.server.chat import ChatDelta, ChatSession, Finish, ask, render, settle_system
 from engine.server.context import ServingContext
-from engine.server.schemas import ChatRequest, parsed_arguments
+from engine.server.schemas import (
+    MAX_MESSAGES,
+    AnswerLimit,
+    CacheControl,
+    ChatRequest,
+    Diagnostics,
+    FunctionName,
+    Message,
+    Name,
+    NamedSchema,
+    NamedTool,
+    ResponseFormat,
+    Stops,
+    Temperature,
+    TextPart,
+    TopK,
+    TopP,
+    parsed_arguments,
+)
 from engine.text.answers import (
     CallArguments,
     CallBegin,
@@ -25,6 +59,7 @@ from engine.text.answers import (
 )
 from engine.text.outputs import RequestOutput
 
+Entry = TypeVar("Entry")
 PING_S = 10.0
 """Silence after which a stream sends a ping."""
 REASONS: dict[Finish | None, str] = {
@@ -32,18 +67,333 @@ REASONS: dict[Finish | None, str] = {
     "length": "max_tokens",
     "tool_calls": "tool_use",
 }
+BILLING = "x-anthropic-billing-header:"
+"""Start of a system block that Claude Code writes for Anthropic's servers. It differs in every
+request, so the prompt is made without it: otherwise no request would find a cached prefix."""
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-async def messages(context: ServingContext, request: Request, body: MessagesRequest) -> Response:
+class Text(Part, kw_only=True, tag_field="type", tag="text"):
+    text: str
+    cache_control: CacheControl | None = None
+    citations: Annotated[list[Any], Meta(max_length=0)] | None = None
+    parsed_output: Any = None
+    """Added by Anthropic's client according to the requested format; ignored."""
+
+
+class Thinking(Part, kw_only=True, tag_field="type", tag="thinking"):
+    """Thinking of an earlier answer. Its signature is not checked, because clients may write
+    thinking themselves."""
+
+    thinking: str
+    signature: str | None = None
+
+
+class ToolUse(Part, kw_only=True, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+    caller: dict[str, Any] | None = None
+
+
+class ToolResult(Part, kw_only=True, tag_field="type", tag="tool_result"):
+    tool_use_id: str
+    content: str | list[Text] | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+    def as_message(self) -> Message:
+        """Return the tool message. Templates do not support failed tools, so the failure is added
+        to the text."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = "\n".join(part.text for part in parts) if parts else str(self.content or "")
+        if self.is_error and not text.lower().startswith("error"):
+            text = f"Error: {text}"
+        marks = [one for one in (self.cache_control, *(p.cache_control for p in parts)) if one]
+        return Message(
+            role="tool",
+            content=text,
+            cache_control=marks[0] if marks else None,
+            extra={"tool_call_id": self.tool_use_id},
+        )
+
+
+class Turn(Part, kw_only=True):
+    """One message, in blocks."""
+
+    role: Literal["user", "assistant", "system"]
+    content: (
+        str | Annotated[list[Text | Thinking | ToolUse | ToolResult], Meta(max_length=MAX_MESSAGES)]
+    )
+
+    def as_messages(self) -> Iterator[Message]:
+        """Yield the chat messages of this message, in the order of its blocks."""
+        if isinstance(self.content, str):
+            yield Message(role=self.role, content=self.content)
+        elif self.role == "assistant":
+            yield self._of_assistant()
+        else:
+            yield from self._of_user()
+
+    def _of_assistant(self) -> Message:
+        parts: list[TextPart] = []
+        message = Message(role="assistant", content=parts)
+        thoughts: list[str] = []
+        is_after_call = False
+        for block in self.content:
+            match block:
+                case Text(text=text, cache_control=mark):
+                    if parts and is_after_call:  # Calls divide the text of one answer.
+                        parts[-1].text = f"{parts[-1].text}{text}"
+                        parts[-1].cache_control = mark or parts[-1].cache_control
+                    else:
+                        parts.append(TextPart(text=text, cache_control=mark))
+                case Thinking(thinking=text):
+                    thoughts.append(text)
+                case ToolUse():
+                    function = {"name": block.name, "arguments": block.input}
+                    call = {"id": block.id, "type": "function", "function": function}
+                    message.tool_calls = [*(message.tool_calls or ()), call]
+                    message.cache_control = block.cache_control or message.cache_control
+                case _:
+                    raise ValueError("A 'tool_result' must be in a message of the user.")
+            is_after_call = isinstance(block, ToolUse) or (
+                is_after_call and isinstance(block, Thinking)
+            )
+        if thoughts:
+            message.extra = {"reasoning_content": "\n".join(thoughts)}
+        return message
+
+    def _of_user(self) -> Iterator[Message]:
+        parts: list[TextPart] = []
+        for block in self.content:
+            if isinstance(block, Text):
+                parts.append(TextPart(text=block.text, cache_control=block.cache_control))
+            elif isinstance(block, ToolResult):
+                if parts:
+                    yield Message(role=self.role, content=parts)
+                    parts = []
+                yield block.as_message()
+            else:
+                kind = "thinking" if isinstance(block, Thinking) else "tool_use"
+                raise ValueError(f"A '{kind}' must be in a message of the assistant.")
+        if parts or not self.content:
+            yield Message(role=self.role, content=parts)
+
+
+class Tool(Part, kw_only=True):
+    """A custom tool. ``eager_input_streaming`` is ignored: input is sent when it is complete."""
+
+    type: Literal["custom"] | None = None
+    name: Name
+    description: str | None = None
+    input_schema: dict[str, Any]
+    cache_control: CacheControl | None = None
+    strict: bool | None = None
+    eager_input_streaming: bool | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
+
+    def as_tool(self) -> dict[str, Any]:
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "strict": self.strict,
+            "parameters": self.input_schema,
+        }
+        mark = {} if self.cache_control is None else {"cache_control": {"type": "ephemeral"}}
+        return {"type": "function", "function": function, **mark}
+
+
+class ToolChoice(Part, kw_only=True):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError(
+                "A 'tool_choice' must have a 'name' if its type is 'tool', and only then"
+            )
+
+    def as_choice(self) -> str | NamedTool:
+        if self.name is not None:
+            return NamedTool(type="function", function=FunctionName(name=self.name))
+        return CHOICES[self.type]
+
+
+class ThinkingConfig(Part, kw_only=True):
+    """Thinking ends at the latest after ``budget_tokens``."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Meta(ge=1, le=MAX_COUNT)] | None = None
+    display: Literal["summarized", "omitted"] | None = None
+    """``omitted``: thinking blocks have a signature and no text."""
+
+
+class JSONFormat(Part, kw_only=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(Part, kw_only=True):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    """Variable ``reasoning_effort`` of the template."""
+    format: JSONFormat | None = None
+
+
+if TYPE_CHECKING:
+    Turns = list[Turn]
+    Blocks = list[Text]
+    Tools = list[Tool]
+else:  # Read one by one in ``__post_init__``.
+    Turns = Annotated[list[Raw], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    Blocks = Annotated[list[Raw], Meta(max_length=MAX_MESSAGES)]
+    Tools = list[Raw]
+
+
+def _read(entries: Any, of_type: type[Entry], name: str) -> list[Entry]:
+    return [
+        converted(json_object(raw, f"{name}.{at}"), of_type, f"{name}.{at}")
+        for at, raw in enumerate(entries)
+    ]
+
+
+class CountRequest(Body, kw_only=True):
+    """POST /v1/messages/count_tokens: the fields that determine the prompt."""
+
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {"mcp_servers": ([],), "fallbacks": ([],)}
+
+    model: str
+    messages: Turns
+    system: str | Blocks | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: ThinkingConfig | None = None
+    output_config: OutputConfig | None = None
+    cache_control: CacheControl | None = None
+    """Later prompts will share all of this one."""
+    diagnostics: Diagnostics | None = None
+    cache_salt: str | None = None
+    """Requests with different salts share no cache entries."""
+    service_tier: str | None = None
+    """Ignored."""
+    speed: Literal["standard"] | None = None
+    """Ignored."""
+    context_management: Any = None
+    """Ignored: the answer says that no edit was applied."""
+    metadata: Any = None
+    """Ignored except ``session_end``, which declares that no request of the session follows."""
+
+    def __post_init__(self) -> None:
+        self.messages = _read(self.messages, Turn, "messages")
+        if isinstance(self.system, list):
+            self.system = _read(self.system, Text, "system")
+        if self.tools is not None:
+            self.tools = _read(self.tools, Tool, "tools")
+        if self.messages[-1].role == "assistant":
+            raise ValueError(
+                "The last of 'messages' is the assistant's, and continuing an answer is not "
+                "supported: end with a message of the user."
+            )
+
+    @property
+    def marks_end(self) -> bool:
+        """True if ``cache_control`` marks the end of the chat."""
+        content = self.messages[-1].content
+        last = content[-1] if isinstance(content, list) and content else None
+        is_marked = last is not None and getattr(last, "cache_control", None) is not None
+        return is_marked or self.cache_control is not None
+
+    def _chat_messages(self) -> Iterator[Message]:
+        if isinstance(self.system, str):
+            yield Message(role="system", content=self.system)
+        elif self.system is not None:
+            parts = [
+                TextPart(text=part.text, cache_control=part.cache_control)
+                for part in self.system
+                if not part.text.startswith(BILLING)
+            ]
+            if parts:
+                yield Message(role="system", content=parts)
+        for turn in self.messages:
+            yield from turn.as_messages()
+
+    def as_chat(self, **sampling: Any) -> ChatRequest:
+        """Return the chat request, with the fields ``sampling``. Raises APIError 400 if a field is
+        not supported. O(blocks)."""
+        choice, config = self.tool_choice, self.output_config or OutputConfig()
+        switches: dict[str, Any] = {}
+        if config.effort is not None:
+            switches["reasoning_effort"] = config.effort
+        if self.thinking is not None and self.thinking.type != "adaptive":
+            switches["enable_thinking"] = self.thinking.type == "enabled"
+        form = None
+        if config.format is not None:
+            named = NamedSchema(schema=config.format.schema)
+            form = ResponseFormat(type="json_schema", json_schema=named)
+        try:
+            return ChatRequest(
+                model=self.model,
+                messages=list(self._chat_messages()),
+                diagnostics=self.diagnostics,
+                tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
+                tool_choice=None if choice is None else choice.as_choice(),
+                parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
+                chat_template_kwargs=switches or None,
+                response_format=form,
+                cache_salt=self.cache_salt,
+                metadata=self.metadata,
+                **sampling,
+            )
+        except ValueError as error:
+            raise APIError(400, str(error), param="messages") from error
+
+
+class MessagesRequest(CountRequest, kw_only=True):
+    """POST /v1/messages."""
+
+    max_tokens: AnswerLimit
+    stream: bool = False
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    stop_sequences: Stops | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        budget = self.thinking and self.thinking.budget_tokens
+        # With tools, the budget may be that of a whole turn (interleaved thinking).
+        if budget and budget >= self.max_tokens and not self.tools:
+            raise ValueError(
+                f"'thinking.budget_tokens' must be below 'max_tokens', {self.max_tokens} (got "
+                f"{budget})."
+            )
+
+    def as_chat(self, **sampling: Any) -> ChatRequest:
+        return super().as_chat(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop_sequences,
+            thinking_token_budget=self.thinking and self.thinking.budget_tokens,
+        )
+
+
+async def messages(
+    context: ServingContext, request: Request, body: MessagesRequest, size: int
+) -> Response:
     """Answer one request.
 
     ``max_tokens`` may be more than the context. It is required, so clients send that of Anthropic's
     models: Claude Code 32,000, pydantic-ai 16,384.
     """
-    size = len(await request.body())
     tenant = context.tenant_of(request, body.cache_salt)
     chat = await _chat_of(context, body, size)
-    session = await ask(context, chat, size, tenant, AnswerId.random("msg", "_"))
+    answer_id, format_name = AnswerId.random("msg", "_"), "output_config.format"
+    session = await ask(context, chat, size, tenant, answer_id, format_name=format_name)
     writer = _MessagesWriter(context, body, session)
     if body.stream:
         name = request_name(request.scope)
@@ -57,14 +407,14 @@ async def messages(context: ServingContext, request: Request, body: MessagesRequ
     return await context.answer([answer.output], lambda: writer.whole(answer), headers=headers)
 
 
-async def count_tokens(context: ServingContext, request: Request, body: CountRequest) -> Response:
+async def count_tokens(
+    context: ServingContext, request: Request, body: CountRequest, size: int
+) -> Response:
     """Return the length of the prompt of a request."""
     context.check_model(body.model)
-    size = len(await request.body())
     tenant = context.tenant_of(request, body.cache_salt)
     prompt, _ = await render(context, await _chat_of(context, body, size), size, tenant)
-    counts = {"input_tokens": len(prompt.token_ids)}
-    return Response(to_json(counts), media_type="application/json")
+    return json_response({"input_tokens": len(prompt.token_ids)})
 
 
 async def _chat_of(context: ServingContext, body: CountRequest, size: int) -> ChatRequest:

@@ -1,22 +1,59 @@
-"""/v1/responses: OpenAI's dialect of a conversation that the server may store."""
+"""/v1/responses: OpenAI's dialect of a conversation that the server may store.
+
+A conversation is a flat list of items. The assistant's items between two messages of the user
+(reasoning, text, calls) are one message of a chat; the result of a call is a separate message.
+"""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import Request, Response
+import msgspec
+from msgspec import Meta, Raw
+from starlette.requests import Request
+from starlette.responses import Response
 
-from engine.plugins.dialects.responses_body import ResponsesRequest, TextConfig
+from engine.plugins.dialects import DialectsConfig
 from engine.server.access import AnswerId, Tenant, new_id
 from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import EventStream, named_event, to_json, unless_gone
+from engine.server.bodies import (
+    Body,
+    EventStream,
+    Part,
+    converted,
+    json_object,
+    json_response,
+    named_event,
+    to_json,
+    unless_gone,
+)
 from engine.server.chat import ChatSession, Finish, ask, settle_system
 from engine.server.context import ServingContext
-from engine.server.schemas import ChatRequest
+from engine.server.schemas import (
+    MAX_MESSAGES,
+    AnswerLimit,
+    CacheOptions,
+    ChatRequest,
+    Effort,
+    FunctionName,
+    Message,
+    Name,
+    NamedSchema,
+    NamedTool,
+    ResponseFormat,
+    StreamOptions,
+    Temperature,
+    TopP,
+    Verbosity,
+    check_streamed,
+    parsed_arguments,
+)
+from engine.server.settings import ServerConfig
 from engine.text.answers import (
     CallArguments,
     CallBegin,
@@ -36,6 +73,348 @@ WORDS: dict[Kind, str] = {
     "function_call": "function_call_arguments",
 }
 """Name of an item's text in its events."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "truncation": ("disabled",),
+    "conversation": (),
+    "prompt": (),
+    "max_tool_calls": (),
+    "top_logprobs": (0,),
+    "context_management": ([],),
+}
+"""Parameters of OpenAI's API that are not supported, with the values that have no effect."""
+
+
+class ContentPart(Part, kw_only=True, omit_defaults=True):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    parsed: Any = None
+    """Added by OpenAI's client according to the requested format; ignored."""
+
+
+class ReasoningPart(Part, kw_only=True):
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+Content = str | Annotated[list[ContentPart], Meta(max_length=MAX_MESSAGES)]
+
+
+class Item(Part, kw_only=True, tag_field="type", omit_defaults=True):
+    id: str | None = None
+    status: str | None = None
+
+
+class MessageItem(Item, kw_only=True, tag="message"):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    phase: str | None = None
+
+
+class ReasoningItem(Item, kw_only=True, tag="reasoning"):
+    summary: list[ReasoningPart] | None = None
+    content: list[ReasoningPart] | None = None
+    encrypted_content: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.encrypted_content is not None and not self.content:
+            raise ValueError("Encrypted reasoning in 'input' is not supported: remove it")
+
+
+class CallItem(Item, kw_only=True, tag="function_call"):
+    call_id: str
+    name: str
+    arguments: str
+    namespace: str | None = None
+    caller: dict[str, Any] | None = None
+    parsed_arguments: Any = None
+    """Added by OpenAI's client; ignored."""
+
+
+class ResultItem(Item, kw_only=True, tag="function_call_output"):
+    call_id: str
+    output: Content
+
+
+AnyItem = MessageItem | ReasoningItem | CallItem | ResultItem
+Included = Literal[
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+"""Values of ``include``: parts of items that answers never contain. Reasoning is returned as text
+and never encrypted."""
+
+
+def _joined(namespace: str | None, name: str) -> str:
+    """Return the name by which the model calls a function of ``namespace``."""
+    return name if namespace is None else f"{namespace}__{name}"
+
+
+class FunctionTool(Part, kw_only=True, tag_field="type", tag="function"):
+    """A function."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: bool | None = None
+
+    def as_told(self) -> dict[str, Any]:
+        """Return the tool as part of a response, in which a missing schema is empty."""
+        return {
+            "type": "function",
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters or {},
+            "strict": bool(self.strict),
+        }
+
+    def as_tool(self, namespace: str | None = None, description: str | None = None) -> Any:
+        said = "\n".join(text for text in (description, self.description) if text)
+        function = {
+            "name": _joined(namespace, self.name),
+            "description": said or None,
+            "strict": self.strict,
+            "parameters": self.parameters,
+        }
+        return {"type": "function", "function": function}
+
+
+class NamespaceTool(Part, kw_only=True, tag_field="type", tag="namespace"):
+    """Functions with a common name before theirs, as Codex groups the tools of a server."""
+
+    name: Name
+    description: str | None = None
+    tools: list[FunctionTool]
+
+    def as_told(self) -> dict[str, Any]:
+        tools = [one.as_told() for one in self.tools]
+        return {
+            "type": "namespace",
+            "name": self.name,
+            "description": self.description,
+            "tools": tools,
+        }
+
+
+AnyTool = FunctionTool | NamespaceTool
+
+
+def _placed(name: str, entries: Sequence[Any]) -> Iterator[tuple[str, Raw]]:
+    """Yield the place and the text of each entry of a list."""
+    yield from ((f"{name}.{index}", raw) for index, raw in enumerate(entries))
+
+
+class NamedFunction(Part, kw_only=True):
+    type: Literal["function"]
+    name: Name
+
+
+Summary = Literal["auto", "concise", "detailed"]
+
+
+class Reasoning(Part, kw_only=True):
+    """Reasoning options. ``summary`` is ignored: reasoning is returned unchanged."""
+
+    effort: Effort | None = None
+    """``reasoning_effort`` of a chat."""
+    summary: Summary | None = None
+    generate_summary: Summary | None = None
+    context: Literal["auto", "all_turns"] | None = None
+    """Ignored: the template decides on the reasoning of earlier turns."""
+
+
+class TextFormat(Part, kw_only=True, omit_defaults=True):
+    """``response_format`` of a chat with the fields of its schema on one level."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def as_told(self) -> dict[str, Any]:
+        told: dict[str, Any] = msgspec.to_builtins(self)
+        return told
+
+    def __post_init__(self) -> None:
+        if self.type == "json_schema" and self.schema is None:
+            raise ValueError("A 'text.format' of type json_schema requires a 'schema'")
+
+    def of_chat(self) -> ResponseFormat:
+        if self.type != "json_schema":
+            return ResponseFormat(type=self.type)
+        return ResponseFormat(type=self.type, json_schema=NamedSchema(schema=self.schema))
+
+
+class TextConfig(Part, kw_only=True):
+    format: TextFormat | None = None
+    verbosity: Verbosity | None = None
+
+
+if TYPE_CHECKING:
+    Input = str | list[AnyItem]
+    Tools = list[FunctionTool | NamespaceTool]
+else:  # Read one by one in ``__post_init__``.
+    Input = str | Annotated[list[Raw], Meta(max_length=MAX_MESSAGES)]
+    Tools = list[Raw]
+
+
+class ResponsesRequest(Body, kw_only=True):
+    """POST /v1/responses."""
+
+    NEUTRAL = NEUTRAL
+
+    model: str | None = None
+    input: Input
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool = True
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_output_tokens: AnswerLimit | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    tools: Tools | None = None
+    tool_choice: str | NamedFunction = "auto"
+    parallel_tool_calls: bool = True
+    reasoning: Reasoning | None = None
+    text: TextConfig | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_options: CacheOptions | None = None
+    cache_salt: str | None = None
+    """Requests with different salts share neither cache entries nor stored responses."""
+    # These change no answer. Codex sends the last one.
+    include: list[Included] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    client_metadata: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        check_streamed(self.stream, self.stream_options)
+        given: Any = self.input
+        self.input = [
+            converted({"type": "message"} | json_object(raw, place), AnyItem, place)  # type: ignore[arg-type]
+            for place, raw in _placed("input", [] if isinstance(given, str) else given)
+        ]
+        if isinstance(given, str):
+            self.input = [MessageItem(role="user", content=given)]
+        if self.tools is not None:
+            self.tools = [
+                converted({"type": "function"} | json_object(raw, place), AnyTool, place)  # type: ignore[arg-type]
+                for place, raw in _placed("tools", self.tools)
+            ]
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The input as items in plain data. O(its size)."""
+        return [msgspec.to_builtins(item) for item in self.input]
+
+    def _functions(self) -> Iterator[dict[str, Any]]:
+        for tool in self.tools or ():
+            if isinstance(tool, FunctionTool):
+                yield tool.as_tool()
+            else:
+                yield from (one.as_tool(tool.name, tool.description) for one in tool.tools)
+
+    @property
+    def namespaces(self) -> dict[str, tuple[str, str]]:
+        """Joined name of a function -> (its namespace, its name)."""
+        groups = [tool for tool in self.tools or () if isinstance(tool, NamespaceTool)]
+        pairs = [(group.name, one.name) for group in groups for one in group.tools]
+        return {_joined(*pair): pair for pair in pairs}
+
+    def as_chat(self, before: Sequence[dict[str, Any]]) -> ChatRequest:
+        """Return the chat request, after the items of earlier responses. Raises APIError 400 if a
+        field is not supported. O(all items)."""
+        items = [*msgspec.convert(before, list[AnyItem]), *self.input]
+        try:
+            messages = _messages(self.instructions, items)
+        except ValueError as error:
+            raise APIError(400, f"'input' cannot be read: {error}.", param="input") from error
+        if not messages:
+            raise APIError(400, "'input' is empty. Send at least one item.", param="input")
+        choice: Any = self.tool_choice
+        if isinstance(choice, NamedFunction):
+            choice = NamedTool(type="function", function=FunctionName(name=choice.name))
+        asked = None if self.text is None else self.text.format
+        try:
+            return ChatRequest(
+                model=self.model,
+                messages=messages,
+                tools=list(self._functions()) or None,
+                tool_choice=choice,
+                parallel_tool_calls=self.parallel_tool_calls,
+                max_completion_tokens=self.max_output_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
+                response_format=None if asked is None else asked.of_chat(),
+                cache_salt=self.cache_salt,
+                prompt_cache_options=self.prompt_cache_options,
+                metadata=self.metadata,
+            )
+        except ValueError as error:
+            raise APIError(400, str(error), param="input") from error
+
+
+def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Message]:
+    """Return the messages of a chat. Templates support one system message at the beginning, so
+    instructions and developer messages at the beginning are joined."""
+    beginning = list(itertools.takewhile(_is_system, items))
+    texts = [] if instructions is None else [instructions]
+    texts.extend(_text(item.content) for item in beginning if isinstance(item, MessageItem))
+    messages = [Message(role="system", content="\n\n".join(texts))] if texts else []
+    for item in items[len(beginning) :]:
+        match item:
+            case MessageItem(role="assistant"):
+                last = _assistant(messages, lambda last: last.content is None or last.tool_calls)
+                last.content = f"{last.content or ''}{_text(item.content)}"
+            case MessageItem():
+                role = "user" if item.role == "user" else "system"
+                messages.append(Message(role=role, content=_text(item.content)))
+            case ReasoningItem():
+                last = _assistant(messages, lambda last: last == Message(role="assistant"))
+                thoughts = "\n".join(part.text for part in item.content or item.summary or ())
+                last.extra = {"reasoning_content": thoughts}
+            case CallItem():
+                name = _joined(item.namespace, item.name)
+                function = {"name": name, "arguments": parsed_arguments(item.arguments)}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                last = _assistant(messages, lambda last: True)
+                last.tool_calls = [*(last.tool_calls or ()), call]
+            case ResultItem():
+                result = {"tool_call_id": item.call_id}
+                messages.append(Message(role="tool", content=_text(item.output), extra=result))
+    return messages
+
+
+def _text(content: Content) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _is_system(item: AnyItem) -> bool:
+    return isinstance(item, MessageItem) and item.role in ("system", "developer")
+
+
+def _assistant(messages: list[Message], is_open: Callable[[Message], Any]) -> Message:
+    """Return the last message if it is the assistant's and may have the next part, else a new one.
+
+    Reasoning comes before text, and text before calls. Text continues after calls that have no
+    result yet.
+    """
+    if not messages or messages[-1].role != "assistant" or not is_open(messages[-1]):
+        messages.append(Message(role="assistant"))
+    return messages[-1]
 
 
 class ResponseItems:
@@ -170,13 +549,14 @@ class Responses:
     """Answers requests, and stores the responses that they may continue, separately for each
     tenant."""
 
-    def __init__(self, context: ServingContext, limit_bytes: int) -> None:
+    def __init__(self, context: ServingContext, config: ServerConfig) -> None:
         self._context = context
+        limit_bytes = int(config.of(DialectsConfig).responses_mib * 2**20)
         self._store = BoundedMemory[tuple[Tenant, str], StoredResponse](limit_bytes)
 
-    async def create(self, request: Request, body: ResponsesRequest) -> Response:
+    async def create(self, request: Request, body: ResponsesRequest, size: int) -> Response:
         """Answer one request. Raises APIError 400 if the response to continue is not stored."""
-        context, size = self._context, len(await request.body())
+        context = self._context
         context.check_limit(body.max_output_tokens, "max_output_tokens")
         tenant = context.tenant_of(request, body.cache_salt)
         before = None
@@ -201,7 +581,7 @@ class Responses:
         chat, new, items_bytes = await context.workers.run(size, read)
         chat = settle_system(context, chat)
         answer_id = AnswerId.random("resp", "_")
-        session = await ask(context, chat, size, tenant, answer_id, prompt_name="input")
+        session = await ask(context, chat, size, tenant, answer_id, "input", "text.format")
         writer = _ResponsesWriter(context, body, session)
 
         def keep(response: dict[str, Any]) -> None:
@@ -228,8 +608,9 @@ class Responses:
         headers = session.diagnostics.headers()
         return Response(content, media_type="application/json", headers=headers)
 
-    async def retrieve(self, request: Request, response_id: str) -> Response:
+    async def retrieve(self, request: Request) -> Response:
         """Return a stored response. Raises APIError 404 if the tenant has none with this id."""
+        response_id = request.path_params["response_id"]
         if request.query_params.get("stream", "false").lower() == "true":
             raise APIError(400, "'stream' is not supported: omit it.", param="stream")
         stored = self._store.get((self._context.tenant_of(request), response_id))
@@ -240,13 +621,14 @@ class Responses:
         )
         return Response(content, media_type="application/json")
 
-    async def delete(self, request: Request, response_id: str) -> dict[str, Any]:
+    async def delete(self, request: Request) -> Response:
         """Remove a stored response; the newest one of a chain ends its session. Raises APIError as
         ``retrieve``."""
+        response_id = request.path_params["response_id"]
         if not self._store.delete((self._context.tenant_of(request), response_id)):
             raise self._unknown(response_id)
         await self._context.engine.end_session(response_id)
-        return {"id": response_id, "object": "response", "deleted": True}
+        return json_response({"id": response_id, "object": "response", "deleted": True})
 
     def _unknown(self, response_id: str) -> APIError:
         return APIError(
@@ -267,6 +649,7 @@ class _ResponsesWriter:
         self.items = ResponseItems(body.namespaces)
         self._num_events = 0
         choice = body.tool_choice
+        asked = (body.text and body.text.format) or TextFormat(type="text")
         self._head = {
             "id": session.diagnostics.answer_id,
             "object": "response",
@@ -284,9 +667,9 @@ class _ResponsesWriter:
             },
             "store": body.store,
             "temperature": body.temperature,
-            "text": {"format": (body.text or TextConfig()).as_asked()},
-            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [_tool(tool.model_dump()) for tool in body.tools or ()],
+            "text": {"format": asked.as_told()},
+            "tool_choice": choice if isinstance(choice, str) else msgspec.to_builtins(choice),
+            "tools": [tool.as_told() for tool in body.tools or ()],
             "top_p": body.top_p,
             "truncation": "disabled",
         }
@@ -367,10 +750,3 @@ class _ResponsesWriter:
             },
             "total_tokens": num_prompt + num_new,
         }
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool as part of a response, in which a missing schema is empty."""
-    if tool["type"] == "namespace":
-        return tool | {"tools": [_tool(one) for one in tool["tools"]]}
-    return tool | {"parameters": tool["parameters"] or {}, "strict": bool(tool["strict"])}

@@ -2,46 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from msgspec import Meta, field
+from starlette.requests import Request
+from starlette.responses import Response
 
-from engine.server.api_errors import APIError, PlainJSON
-from engine.server.bodies import to_json
+from engine.server.api_errors import APIError
+from engine.server.bodies import Body, json_response, to_json
 from engine.server.chat import render
 from engine.server.context import ServingContext
-from engine.server.schemas import DetokenizeRequest, TokenizeRequest
+from engine.server.schemas import (
+    MAX_COUNT_OF_IDS,
+    Chat,
+    Effort,
+    Messages,
+    TokenId,
+    Tools,
+)
 from engine.text.tokenizer import EncodeOptions
-from hybridcache.command.extras import version as installed_version
+
+
+class TokenizeRequest(Body, Chat, kw_only=True):
+    """POST /tokenize: a text, or a chat as /v1/chat/completions would render it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    messages: Messages = field(default_factory=list)
+    tools: Tools | None = None
+    """Functions."""
+    add_generation_prompt: bool | None = None
+    """Append the beginning of an answer. None means True unless ``continue_final_message`` is
+    set."""
+    continue_final_message: bool = False
+    """Continue the last message."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Switches of the template, such as ``enable_thinking``."""
+    reasoning_effort: Effort | None = None
+    """Variable of the template. ``none`` also disables reasoning, and any other value enables it,
+    unless ``chat_template_kwargs`` has ``enable_thinking``."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("Send either 'prompt' or 'messages'.")
+        self.read_chat()
+
+
+class DetokenizeRequest(Body, kw_only=True):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Meta(max_length=MAX_COUNT_OF_IDS)]
 
 
 async def tokenize(
-    context: ServingContext, max_prompt_ids: int, request: Request, body: TokenizeRequest
+    context: ServingContext, request: Request, body: TokenizeRequest, size: int
 ) -> Response:
-    """Return the ids of a text or of a chat, at most ``max_prompt_ids``."""
+    """Return the ids of a text or of a chat, at most ``MAX_COUNT_OF_IDS``."""
     context.check_model(body.model)
     answer: dict[str, Any] = {"max_model_len": context.engine.max_model_len}
     tenant = context.tenant_of(request)
     if body.messages:
-        prompt, _ = await render(context, body, len(await request.body()), tenant)
+        prompt, _ = await render(context, body, size, tenant)
         token_ids = prompt.token_ids
         answer["boundaries"] = list(prompt.boundaries)
     else:
         how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
         [token_ids] = await context.encode([body.prompt or ""], how)
-    if len(token_ids) > max_prompt_ids:
-        raise APIError(
-            400,
-            f"This makes {len(token_ids)} tokens, more than {max_prompt_ids}: send it in parts, or "
-            "raise --max-prompt-ids.",
-        )
+    if len(token_ids) > MAX_COUNT_OF_IDS:
+        message = f"This makes {len(token_ids)} tokens, more than {MAX_COUNT_OF_IDS}"
+        raise APIError(400, f"{message}: send it in parts.")
     answer |= {"count": len(token_ids), "tokens": token_ids}
     content = await context.workers.run(len(token_ids), lambda: to_json(answer))
     return Response(content, media_type="application/json")
 
 
 async def detokenize(
-    context: ServingContext, request: Request, body: DetokenizeRequest
+    context: ServingContext, request: Request, body: DetokenizeRequest, size: int
 ) -> Response:
     """Return the text of token ids."""
     context.check_model(body.model)
@@ -52,28 +90,16 @@ async def detokenize(
             raise APIError(400, f"'tokens' must be ids from 0 to {num_ids - 1}.", param="tokens")
         return context.tokenizer.decode(body.tokens, skip_special_tokens=False)
 
-    return PlainJSON({"prompt": await context.workers.run(len(body.tokens), work)})
+    return json_response({"prompt": await context.workers.run(len(body.tokens), work)})
 
 
-def add_facts(app: FastAPI, context: ServingContext) -> None:
-    """Add the paths with facts about the server."""
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": installed_version()}
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
-        return _tokenizer_info(context)
-
-
-def _tokenizer_info(context: ServingContext) -> dict[str, Any]:
+async def tokenizer_info(context: ServingContext, request: Request) -> Response:
     """Return the properties of the tokenizer that lm-eval and vLLM's clients request."""
     tokenizer, template = context.tokenizer, context.tokenizer.chat_template
     named = {} if template is None else template.special_tokens
     ends = sorted(tokenizer.eos_token_ids)
     end = tokenizer.token_bytes(ends[0]).decode("utf-8", "replace") if ends else None
-    return {
+    facts = {
         "tokenizer_class": type(tokenizer).__name__,
         "vocab_size": tokenizer.vocab_size,
         "model_max_length": context.engine.max_model_len,
@@ -83,3 +109,4 @@ def _tokenizer_info(context: ServingContext) -> dict[str, Any]:
         "unk_token": named.get("unk_token") or None,
         "chat_template": None if template is None else template.source,
     }
+    return json_response(facts)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import FastAPI, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from engine.plugins.observe.feed import Feed
 from engine.server.access import Operator
 from engine.server.api_errors import APIError
-from engine.server.bodies import EventStream
-from engine.server.context import ServerExtension, ServingContext
-from engine.server.settings import ServerConfig
+from engine.server.bodies import EventStream, json_response
+from engine.server.context import ServingContext
 from hybridcache.watch.page import POLICY, live_page
 
 MAX_REPLICAS = 1024
@@ -23,53 +22,63 @@ HEADERS = {
 }
 
 
-class ObserveExtension(ServerExtension):
+class Page:
     """Serves the page. The page itself holds no data and is public; its data require the operator's
     key."""
 
-    def __init__(self, context: ServingContext, config: ServerConfig) -> None:
-        super().__init__(context, config)
+    def __init__(self, context: ServingContext, operator: Operator) -> None:
+        self._context, self._operator = context, operator
         self._feeds: dict[int, Feed] = {}
         """Feed of each replica, by its number; 1 is the only engine of other servers."""
 
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self._page, include_in_schema=False),
+            Route("/v1/cache/events", self._events),
+            Route("/v1/cache/nodes/{number}", self._node),
+        ]
+
     def close(self) -> None:
-        """See ``ServerExtension``: open pages would delay the shutdown."""
+        """Close open pages, which would delay the shutdown."""
         for feed in self._feeds.values():
             feed.close()
 
-    def _feed(self, replica: int) -> Feed:
+    def _feed(self, request: Request) -> Feed:
+        self._operator.check(request)
+        replica = _number(request.query_params.get("replica", "1"), "replica")
         if replica not in self._feeds:
             if not 1 <= replica <= MAX_REPLICAS:
                 raise APIError(400, f"replica must be between 1 and {MAX_REPLICAS}.")
-            context = self.context
+            context = self._context
             self._feeds[replica] = Feed(context.engine, context.workers, replica=replica)
         return self._feeds[replica]
 
-    def add_routes(self, app: FastAPI, operator: Operator) -> None:
-        context = self.context
+    async def _page(self, request: Request) -> Response:
+        return Response(live_page(), media_type="text/html", headers=HEADERS)
 
-        @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-        async def page() -> Response:
-            return Response(live_page(), media_type="text/html", headers=HEADERS)
+    async def _events(self, request: Request) -> Response:
+        feed = self._feed(request)
+        return EventStream(await feed.subscribe(request.headers.get("last-event-id")))
 
-        @app.get("/v1/cache/events")
-        async def events(request: Request, replica: int = 1) -> Response:
-            operator.check(request)
-            feed = self._feed(replica)
-            return EventStream(await feed.subscribe(request.headers.get("last-event-id")))
+    async def _node(self, request: Request) -> Response:
+        number = _number(request.path_params["number"], "number")
+        found = await self._feed(request).node(number)
+        if found is None:
+            raise APIError(404, "This node is not in the cache, or no page is connected.")
+        tokens, text = found.pop("tokens"), None
+        if tokens is not None:
+            tokenizer = self._context.tokenizer
+            text = await self._context.workers.run(
+                len(tokens), lambda: tokenizer.decode(tokens, skip_special_tokens=False)
+            )
+        is_cut = tokens is not None and len(tokens) == 4096
+        return json_response(found | {"text": text, "is_cut": is_cut})
 
-        @app.get("/v1/cache/nodes/{number}")
-        async def node(request: Request, number: int, replica: int = 1) -> dict[str, Any]:
-            operator.check(request)
-            found = await self._feed(replica).node(number)
-            if found is None:
-                raise APIError(404, "This node is not in the cache, or no page is connected.")
-            tokens = found.pop("tokens")
-            text = None
-            if tokens is not None:
 
-                def decode() -> str:
-                    return context.tokenizer.decode(tokens, skip_special_tokens=False)
-
-                text = await context.workers.run(len(tokens), decode)
-            return found | {"text": text, "is_cut": tokens is not None and len(tokens) == 4096}
+def _number(text: str, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise APIError(
+            400, f"'{name}' in the address must be a whole number.", param=name
+        ) from None

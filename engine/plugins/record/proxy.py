@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import httpx
 
-from engine.server.api_errors import APIError, PlainJSON
+from engine.server.api_errors import APIError
 from engine.text.chat_prompt import render_chat
 from engine.text.tokenizer import EncodeOptions, TemplateError, Tokenizer
 
@@ -396,7 +396,7 @@ async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send)
 
 async def _refuse(scope: Message, send: Send, status: int, message: str) -> None:
     """Answer with an error in the form of the API of the path."""
-    answer = PlainJSON(APIError(status, message).body(scope["path"]), status)
+    answer = APIError(status, message).response(scope)
     await send({"type": "http.response.start", "status": status, "headers": answer.raw_headers})
     await send({"type": "http.response.body", "body": answer.body})
 

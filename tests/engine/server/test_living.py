@@ -20,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.interfaces import Exactness
-from engine.server import serve
+from engine.server import access, serve
 from engine.server.settings import ServerConfig
 
 from .conftest import Live, oracle_engine, serving
@@ -87,22 +87,15 @@ def test_client_that_stops_reading_is_disconnected(
     serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its request is aborted and its memory freed. A slow reader still gets its answer."""
-    monkeypatch.setattr(serve, "UNREAD_S", 0.5)
-    make_protocol = serve.Connections.protocol
+    monkeypatch.setattr(access, "UNREAD_S", 0.5)
+    accept = serve.ClientConnection.connection_made
 
-    def with_small_buffers(*args: Any, **options: Any) -> serve.Connection:
-        connection = make_protocol(*args, **options)
-        accept = connection.connection_made
+    def with_small_buffers(self: serve.ClientConnection, transport: Any) -> None:
+        client = transport.get_extra_info("socket")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+        accept(self, transport)
 
-        def connection_made(transport: Any) -> None:
-            connection_socket = transport.get_extra_info("socket")
-            connection_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
-            accept(transport)
-
-        connection.connection_made = connection_made
-        return connection
-
-    monkeypatch.setattr(serve.Connections, "protocol", with_small_buffers)
+    monkeypatch.setattr(serve.ClientConnection, "connection_made", with_small_buffers)
     live = serve_oracle()
     body = {"prompt": "say much", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     silent = live.send("/v1/completions", body | {"logprobs": 20})

@@ -15,7 +15,6 @@ import httpx
 import pytest
 
 from engine.plugins.observe import feed
-from engine.server import app
 from tests.watch.follower import follow, truth
 
 from .conftest import Live
@@ -175,7 +174,7 @@ def test_slow_reader_gets_the_whole_state(
     for number in range(6):
         ask(live, PROMPT + f"{number} " * 30)
         first.wait(lambda first, num_asked=number + 1: first.num_ended == num_asked)
-    backlog = live.server._extensions._loaded[app._page]._feeds[1]._kept
+    backlog = live.server._page._feeds[1]._kept
     assert sum(len(change.data) for change in backlog) <= 2000
     resumed = read(live, first_id)
     resumed.wait(lambda resumed: bool(resumed.events))
