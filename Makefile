@@ -38,11 +38,11 @@ lock: install  ## write requirements.lock again, with the hashes of all packages
 		--no-emit-find-links --no-emit-trusted-host --unsafe-package torch --unsafe-package triton \
 		-c constraints.txt $(addprefix --extra ,dev engine lab serve-extras) -o requirements.lock pyproject.toml
 
-demo: install  ## serve conversations with and without the cache; prints a table and draws a figure
-	@$(BIN)/python -m experiments.run_sharegpt --name demo --out out
+demo: install  ## replay a chat through caches of three sizes; prints a table and draws a figure
+	@$(BIN)/python -m hybridcache.lab.cli simulate --trace "chat?head=160" --gib 1,4,16 --policy survival,lru --figure out/demo.png
 	@echo "Next: make serve: the built-in model and its page on http://127.0.0.1:8000"
 	@echo "      $(BIN)/engine chat: a chat in this terminal"
-	@echo "      $(BIN)/hybridcache simulate --trace chat --gib 1,4,16: the cache on a made-up trace"
+	@echo "      $(BIN)/hybridcache simulate --help: your own traces, models and policies"
 
 serve: install  ## serve the built-in model at http://127.0.0.1:8000/v1
 	$(BIN)/engine serve
@@ -70,14 +70,12 @@ bench: install  ## run the timed benchmarks; the machine must be idle
 	$(BIN)/python -m experiments.benchmarks.tree
 	$(BIN)/python -m experiments.benchmarks.simulate
 	$(BIN)/python -m experiments.benchmarks.overhead
-	$(BIN)/python -m experiments.benchmarks.engine
 
 reproduce: install  ## regenerate every published figure at one commit, and docs/results.md (hours; can be stopped and continued)
 	$(BIN)/python -m experiments.reproduce
 
-tiers: install  ## kill the writer of a disk store 200 times; measure restarts, offloading and memory
+tiers: install  ## kill the writer of a disk store 200 times
 	$(BIN)/python -m tests.endurance stores --size large
-	$(BIN)/python -m experiments.benchmarks.tiers
 
 stress: install  ## run ten million random operations on the cache and check its invariants
 	$(BIN)/python -m tests.endurance cache --size large

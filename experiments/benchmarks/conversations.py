@@ -7,214 +7,28 @@ private: it is only turned into token ids, never printed or written.
 from __future__ import annotations
 
 import importlib.util
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache import TraceRequest
-from hybridcache.lab.arrivals import Pauses, Poisson, interleave
 from hybridcache.lab.traces.sharegpt import Conversation
 from hybridcache.lab.traces.text import ChatText
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "a",
-    "in",
-    "is",
-    "that",
-    "it",
-    "for",
-    "was",
-    "on",
-    "are",
-    "as",
-    "with",
-    "his",
-    "they",
-    "at",
-    "be",
-    "this",
-    "have",
-    "from",
-    "or",
-    "one",
-    "had",
-    "by",
-    "word",
-    "but",
-    "not",
-    "what",
-    "all",
-    "were",
-    "we",
-    "when",
-    "your",
-    "can",
-    "said",
-    "there",
-    "use",
-    "an",
-    "each",
-    "which",
-    "she",
-    "do",
-    "how",
-    "their",
-    "if",
-    "will",
-    "up",
-    "other",
-    "about",
-    "out",
-    "many",
-    "then",
-    "them",
-    "these",
-    "so",
-    "some",
-    "her",
-    "would",
-    "make",
-    "like",
-    "him",
-    "into",
-    "time",
-    "has",
-    "look",
-    "two",
-    "more",
-    "write",
-    "go",
-    "see",
-    "number",
-    "no",
-    "way",
-    "could",
-    "people",
-    "my",
-    "than",
-    "first",
-    "water",
-    "been",
-    "call",
-    "who",
-    "oil",
-    "its",
-    "now",
-    "find",
-    "long",
-    "down",
-    "day",
-    "did",
-    "get",
-    "come",
-    "made",
-    "may",
-    "part",
-    "over",
-    "new",
-    "sound",
-    "take",
-    "only",
-    "little",
-    "work",
-    "know",
-    "place",
-    "year",
-    "live",
-    "me",
-    "back",
-    "give",
-    "most",
-    "very",
-    "after",
-    "thing",
-    "our",
-    "just",
-    "name",
-    "good",
-    "sentence",
-    "man",
-    "think",
-    "say",
-    "great",
-    "where",
-    "help",
-    "through",
-    "much",
-    "before",
-    "line",
-    "right",
-    "too",
-    "mean",
-    "old",
-    "any",
-    "same",
-    "tell",
-    "boy",
-    "follow",
-    "came",
-    "want",
-    "show",
-    "also",
-    "around",
-    "form",
-    "three",
-    "small",
-    "set",
-    "put",
-    "end",
-    "does",
-    "another",
-    "well",
-    "large",
-    "must",
-    "big",
-    "even",
-    "such",
-    "because",
-    "turn",
-    "here",
-    "why",
-    "ask",
-    "went",
-    "men",
-    "read",
-    "need",
-    "land",
-    "different",
-    "home",
-    "us",
-    "move",
-    "try",
-    "kind",
-    "hand",
-    "picture",
-    "again",
-    "change",
-    "off",
-    "play",
-    "spell",
-    "air",
-    "away",
-    "animal",
-    "house",
-    "point",
-    "page",
-    "letter",
-    "mother",
-    "answer",
-    "found",
-    "study",
-    "still",
-    "learn",
-]
+WORDS = """
+the of and to a in is that it for was on are as with his they at be this have from or one
+had by word but not what all were we when your can said there use an each which she do how
+their if will up other about out many then them these so some her would make like him into
+time has look two more write go see number no way could people my than first water been
+call who oil its now find long down day did get come made may part over new sound take
+only little work know place year live me back give most very after thing our just name
+good sentence man think say great where help through much before line right too mean old
+any same tell boy follow came want show also around form three small set put end does
+another well large must big even such because turn here why ask went men read need land
+different home us move try kind hand picture again change off play spell air away animal
+house point page letter mother answer found study still learn
+""".split()  # noqa: SIM905
 """Words of generated texts, the most common first (Zipf)."""
 MAX_CHARS = 6000
 """Maximum length of one generated text."""
@@ -275,23 +89,3 @@ def synthetic_conversations(num_conversations: int, seed: int = 0) -> Iterator[C
             turns.append(("user", text(4.53, 1.41) if turn else text(5.0, 1.51)))
             turns.append(("assistant", text(6.85, 1.08)))
         yield Conversation(f"synthetic-{number}", tuple(turns))
-
-
-def load_trace(
-    conversations: Iterable[Conversation],
-    chat: ChatText,
-    *,
-    num_conversations: int,
-    cap: int,
-    per_s: float,
-    pause_s: float,
-    seed: int = 0,
-) -> list[TraceRequest]:
-    """Return the requests of the first conversations that have any, interleaved.
-
-    ``per_s`` conversations begin per second. Pauses between turns have the median ``pause_s``.
-    """
-    sessions = (session(conversation, chat, cap) for conversation in conversations)
-    wanted = itertools.islice(filter(None, sessions), num_conversations)
-    shown = tqdm(wanted, "reading", num_conversations, unit=" conversations", leave=False)
-    return list(interleave(shown, Poisson(per_s), Pauses(median_s=pause_s), seed=seed))

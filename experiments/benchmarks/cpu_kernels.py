@@ -13,7 +13,6 @@ import argparse
 import importlib
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +23,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from experiments.benchmarks.timing import Call, medians
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.lab.report import text_table
 from kernels.linear import native as linear
 from kernels.linear import prepacked, reference
 from kernels.native import has, kernel_choices
@@ -38,8 +39,6 @@ PROMPT, STREAMS = 512, 8
 HEADS, KEY, VALUE, SIZE = 16, 128, 128, 2048
 """Sizes of a recurrent layer: value heads, their key and value sizes, and channels of Mamba-1."""
 RECURRENCES = ("gdn", "kda", "mamba2", "mamba1")
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +100,6 @@ def speeds(num_threads: int, turns: int) -> Iterator[Speed]:
             for (layer, dtype), seconds in medians(calls, turns, clock).items():
                 flop = 2 * rows * OUTPUTS * INPUTS
                 yield Speed(layer, dtype, rows, threads, flop / seconds / 1e9)
-
-
-def medians(
-    calls: dict[Any, Call], turns: int, clock: Callable[[], float], prepare: Call = lambda: None
-) -> dict[Any, float]:
-    """Return the median seconds of calls that alternate, each after ``prepare``."""
-    taken: dict[Any, list[float]] = {key: [] for key in calls}
-    for turn in range(turns + 1):
-        for key, call in calls.items():
-            prepare()
-            start = clock()
-            call()
-            if turn:
-                taken[key].append(clock() - start)
-    return {key: statistics.median(seconds) for key, seconds in taken.items()}
 
 
 def decay_times(turns: int) -> Iterator[DecayTime]:
@@ -207,19 +191,22 @@ def draw(num_tokens: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 def table(found: list[Speed], times: list[DecayTime]) -> str:
     """Return both tables."""
-    lines = [f"{'GFLOP/s, by rows':24} {'dtype':9} {'threads':>7}" + columns(ROWS)]
-    for key in dict.fromkeys((s.layer, s.dtype, s.threads) for s in found):
-        figures = [s.gflop_s for s in found if (s.layer, s.dtype, s.threads) == key]
-        lines.append(f"{key[0]:24} {key[1]:9} {key[2]:7}" + "".join(f"{x:9.0f}" for x in figures))
-    lines.append(f"{'us per token, by decay':42}" + columns(DECAYS))
-    for kernel in dict.fromkeys(t.kernel for t in times):
-        own = [t.us_per_token for t in times if t.kernel == kernel]
-        lines.append(f"{kernel:42}" + "".join(f"{x:9.1f}" for x in own))
-    return "\n".join(lines)
-
-
-def columns(values: tuple[float, ...]) -> str:
-    return "".join(f"{value:9}" for value in values)
+    speeds: dict[tuple[str, str, str], list[str]] = {}
+    for one in found:
+        key = one.layer, one.dtype, str(one.threads)
+        speeds.setdefault(key, []).append(f"{one.gflop_s:.0f}")
+    by_kernel: dict[str, list[str]] = {}
+    for two in times:
+        by_kernel.setdefault(two.kernel, []).append(f"{two.us_per_token:.1f}")
+    first = text_table(
+        ["GFLOP/s, by rows", "dtype", "threads", *map(str, ROWS)],
+        [[*key, *figures] for key, figures in speeds.items()],
+    )
+    second = text_table(
+        ["us per token, by decay", *map(str, DECAYS)],
+        [[kernel, *figures] for kernel, figures in by_kernel.items()],
+    )
+    return f"{first}\n\n{second}"
 
 
 def main() -> None:

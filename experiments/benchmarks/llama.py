@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,18 +31,16 @@ from engine import EngineConfig
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from experiments.benchmarks import llama_cpp as rival
-from experiments.benchmarks.engine import (
+from experiments.benchmarks.models import (
     GEOMETRY_7M,
     GEOMETRY_530M,
     Decode,
-    Result,
-    Turns,
-    compare,
     make_checkpoint,
     prefill,
-    table,
 )
+from experiments.benchmarks.timing import CLOCKS, Call, Compared
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.lab.report import text_table
 
 NOT_DENSE_QWEN35 = {"model_type", "full_attention_interval", "num_experts", "dtype"}
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -62,10 +59,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 experts in every layer."""
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 GOALS = {
-    ("530m", "one stream"): 1.0,
-    ("530m", "8 streams"): 1.3,
-    ("530m", "prefill"): 1.3,
-    ("7m", "one stream"): 0.6,
+    ("530m", "one stream", "llama.cpp"): 1.0,
+    ("530m", "8 streams", "llama.cpp"): 1.3,
+    ("530m", "prefill", "llama.cpp"): 1.3,
+    ("7m", "one stream", "llama.cpp"): 0.6,
+    ("530m", "prefill", "bfloat16"): 1.5,
+    ("530m", "one stream", "bfloat16"): 1.8,
 }
 PROMPT, CONTEXT, ROOM = 512, 128, 768
 TURNS = {"7m": 60, "530m": 15}
@@ -94,9 +93,8 @@ def against_llama(
     size: str,
     dtype: str,
     directory: str,
-    turns: Turns,
     options: argparse.Namespace,
-) -> Iterator[Result]:
+) -> Iterator[dict[str, Any]]:
     """Compare prefill, one stream and eight streams on the checkpoint in ``directory``.
 
     Raises:
@@ -116,8 +114,9 @@ def against_llama(
 
     if dtype == "float32":
         check(ours, theirs, tokens)
-    seconds = turns.time(lambda: prefill(ours, tokens), prefill_theirs, TURNS[size] // 3)
-    yield result("prefill", size, dtype, seconds, PROMPT)
+    yield record(
+        "prefill", size, dtype, options, lambda: prefill(ours, tokens), prefill_theirs, PROMPT
+    )
     for streams in (1, 8):
         theirs.clear()
         for stream in range(streams):
@@ -131,9 +130,8 @@ def against_llama(
             position += 1
             return seconds
 
-        seconds = turns.time(decode.step, step_theirs, TURNS[size])
         name = "one stream" if streams == 1 else f"{streams} streams"
-        yield result(name, size, dtype, seconds, streams)
+        yield record(name, size, dtype, options, decode.step, step_theirs, streams)
     theirs.close()
     path.unlink()
 
@@ -152,25 +150,36 @@ def check(ours: ModelRunner, theirs: rival.Remote, tokens: np.ndarray) -> None:
         )
 
 
-def result(
-    measure: str, size: str, dtype: str, seconds: tuple[list[float], list[float]], tokens: int
-) -> Result:
-    goal = GOALS.get((size, measure), 0.0)
-    return compare(f"{measure} beside llama.cpp", size, dtype, *seconds, tokens=tokens, goal=goal)
+def record(
+    measure: str,
+    size: str,
+    dtype: str,
+    options: argparse.Namespace,
+    ours: Call,
+    theirs: Call,
+    tokens: int,
+    rival: str = "llama.cpp",
+) -> dict[str, Any]:
+    """Time both sides and return one line of the result file."""
+    turns = TURNS[size] // (3 if tokens == PROMPT else 1)
+    clock = CLOCKS[options.clock]
+    found = Compared.of(
+        ours, theirs, tokens=tokens, turns=round(turns * options.share), clock=clock
+    )
+    place = {"measure": f"{measure} beside {rival}", "size": size, "dtype": dtype}
+    goal = GOALS.get((size, measure, rival), 0.0)
+    reached = {"goal": f">= {goal}", "reached": found.ratio >= goal}
+    return place | {"unit": "tokens/s"} | asdict(found) | reached
 
 
-def eight_bits(size: str, directory: str, turns: Turns) -> Iterator[Result]:
+def eight_bits(size: str, directory: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Compare int8 with bfloat16, both in this engine."""
     int8, wide = (runner_of(directory, dtype) for dtype in ("int8", "bfloat16"))
     tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
-    seconds = turns.time(
-        lambda: prefill(int8, tokens), lambda: prefill(wide, tokens), TURNS[size] // 3
-    )
-    name = "int8 beside bfloat16"
-    yield compare(f"prefill, {name}", size, "int8", *seconds, tokens=PROMPT, goal=1.5)
+    prefills = (lambda: prefill(int8, tokens), lambda: prefill(wide, tokens))
+    yield record("prefill", size, "int8", options, *prefills, PROMPT, "bfloat16")
     first, second = (Decode(runner, tokens[:CONTEXT], 1) for runner in (int8, wide))
-    seconds = turns.time(first.step, second.step, TURNS[size])
-    yield compare(f"one stream, {name}", size, "int8", *seconds, tokens=1, goal=1.8)
+    yield record("one stream", size, "int8", options, first.step, second.step, 1, "bfloat16")
 
 
 def main() -> None:
@@ -181,7 +190,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="share of the runs per measure")
     parser.add_argument(
         "--clock",
-        choices=("wall", "cpu"),
+        choices=CLOCKS,
         default="wall",
         help="cpu: time of this thread, for a busy machine with --threads 1",
     )
@@ -193,8 +202,7 @@ def main() -> None:
         print(rival.ABSENT)
         return
     torch.set_num_threads(args.threads)
-    turns = Turns(time.perf_counter if args.clock == "wall" else time.thread_time, args.share)
-    results: list[Result] = []
+    results: list[dict[str, Any]] = []
     crashes: list[dict[str, str]] = []
     sizes, dtypes = args.sizes.split(","), args.dtypes.split(",")
     with tqdm(total=len(sizes) * len(dtypes), unit="part") as progress, torch.inference_mode():
@@ -204,20 +212,18 @@ def main() -> None:
                 for dtype in dtypes:
                     progress.set_description(f"{size} {dtype}")
                     try:
-                        for found in against_llama(modules[1], size, dtype, directory, turns, args):
-                            results.append(found)
+                        results += against_llama(modules[1], size, dtype, directory, args)
                     except rival.CrashError as crash:
                         crashes.append({"size": size, "dtype": dtype, "failure": str(crash)})
                     if dtype == "int8" and size == "530m":
-                        results += eight_bits(size, directory, turns)
+                        results += eight_bits(size, directory, args)
                     progress.update()
     version = modules[0].__version__
-    lines = (
-        {"threads": args.threads, "clock": args.clock, "llama_cpp": version, **asdict(r)}
-        for r in results
-    )
-    write_json_lines(args.out, [*lines, *crashes])
-    print(table(results))
+    facts = {"threads": args.threads, "clock": args.clock, "llama_cpp": version}
+    write_json_lines(args.out, [*(facts | found for found in results), *crashes])
+    columns = ("measure", "size", "dtype", "ours", "theirs", "ratio", "spread", "goal")
+    rows = [[f"{r[c]:.4g}" if isinstance(r[c], float) else r[c] for c in columns] for r in results]
+    print(text_table(columns, rows))
     for found in crashes:
         print(f"{found['size']} {found['dtype']}: {found['failure']}")
 

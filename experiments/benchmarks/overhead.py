@@ -9,7 +9,6 @@ and tokens are available at its end. Conversations start and end all the time, s
 matching, publishing and evicting.
 
     python -m experiments.benchmarks.overhead
-    python -m experiments.benchmarks.overhead --starts 5      # time until `engine serve` answers
     python -m experiments.benchmarks.overhead --waiting 1000  # time to order waiting requests
 """
 
@@ -17,14 +16,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,8 +35,9 @@ from engine.text.outputs import SampledToken, delta_of
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.sockets import Sockets
 from experiments.provenance import RESULTS, write_json_lines
+from experiments.studies.common import rounded
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
-from hybridcache.lab.simulation.closed_loop import SimulatedRequest
+from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
 from hybridcache.policies.admission.session_gate import SessionGate
 from hybridcache.policies.registry import DEFAULT_PLACEMENT, make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -264,7 +259,11 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
         length = len(text)
         waiting.append(
             SimulatedRequest(
-                text, length - 1, number, 0, arrival=number, arrival_s=0.0, max_len=length
+                Turn(text, length - 1, 0.0, None, (), True, "", str(number)),
+                number,
+                0,
+                arrival=number,
+                arrival_s=0.0,
             )
         )
         planner.add(waiting[-1])
@@ -292,37 +291,14 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
     }
 
 
-def start_s() -> float:
-    """Return the seconds from the start of ``engine serve``, with the built-in model, to its first
-    answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    begin = time.perf_counter()
-    command = [sys.executable, "-m", "engine", "serve", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        while process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
-                    return time.perf_counter() - begin
-            except OSError:
-                time.sleep(0.01)
-        raise RuntimeError(f"engine serve ended with code {process.returncode}")
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--starts", type=int, default=0, help="only time this many server starts")
     parser.add_argument("--steps", type=int, default=1000, help="measured steps per row")
     parser.add_argument("--waiting", type=int, default=0, help="only order this many requests")
     parser.add_argument(
         "--out",
         type=Path,
-        help="result file (default: overhead.jsonl, starts.jsonl or ordering.jsonl in results)",
+        help="result file (default: overhead.jsonl or ordering.jsonl in results)",
     )
     arguments = parser.parse_args()
     if arguments.waiting:
@@ -333,38 +309,15 @@ def main() -> None:
             print(f"{admission:18} {same:.3f} ms, after a change of the cache {changed:.3f} ms")
         write_json_lines(arguments.out or RESULTS / "ordering.jsonl", orders)
         return
-    if arguments.starts:
-        times = [start_s() for _ in range(arguments.starts)]
-        print(f"engine serve answers after {statistics.median(times):.2f} s: median of", end=" ")
-        print(*(f"{seconds:.2f}" for seconds in times))
-        median = {"median_s": statistics.median(times), "times_s": times}
-        write_json_lines(arguments.out or RESULTS / "starts.jsonl", [median])
-        return
     torch.set_num_threads(1)
     records = [
         {"running": n, "hidden_behind_ms": ms} | hidden(n, ms, arguments.steps)
         for n in (1, 8, 64)
         for ms in (5.0, 10.0)
     ]
+    records += run(arguments.steps)
     for record in records:
-        print(
-            f"{record['running']:7} running, {record['hidden_behind_ms']:g} ms per step: "
-            f"{record['host_us']:.0f} µs of host work, {record['hidden']:.0%} hidden"
-        )
-    print(
-        f"{'running':>7}  "
-        f"{'sampling':16}{'schedule':>9}{'sample':>9}{'commit':>9}{'send':>9}{'all':>9}{'p99':>9}  "
-        "µs"
-    )
-    for record in run(arguments.steps):
-        records.append(record)
-        numbers = [
-            record[f"{key}_us"] for key in ("schedule", "sample", "commit", "send", "total", "p99")
-        ]
-        print(
-            f"{record['running']:7}  {record['sampling']:16}"
-            + "".join(f"{n:9.0f}" for n in numbers)
-        )
+        print(", ".join(f"{name} {rounded(value)}" for name, value in record.items()))
     write_json_lines(arguments.out or RESULTS / "overhead.jsonl", records)
 
 

@@ -30,11 +30,12 @@ from experiments.studies.common import published
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import LinearSteps
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.closed_loop import ClosedLoop, run_closed_loop
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.closed_loop import run_closed_loop
 from hybridcache.lab.simulation.result import ClosedLoopRun
-from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 
 HERE = Path(__file__).resolve().parents[1]
@@ -189,26 +190,25 @@ def admissions(name: str) -> tuple[str, ...]:
     return *UNLIMITED, *(f"live:{limit}" for limit in WORKLOADS[name].fixed)
 
 
-def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
+def serve(job: tuple[str, int, float, str]) -> ClosedLoopRun:
     """Simulate one cell. Clients report the end of a session only to policies with a fixed
     limit."""
-    name, seed, rate, admission = cell
+    name, seed, rate, admission = job
     workload, geometry = WORKLOADS[name], ModelGeometry.preset("qwen3-next")
-    config = RunConfig(
-        geometry,
-        budget_bytes=workload.num_rows * geometry.kv_bytes_per_token,
+    cell = Scenario(
+        name,
+        model=geometry,
+        gib=workload.num_rows * geometry.kv_bytes_per_token / GIB,
         policy="survival",
         checkpoints="adaptive",
-    )
-    loop = ClosedLoop(
-        LinearSteps(),
-        rate,
-        seed=seed,
+        times=LinearSteps(),
+        rate=rate,
+        seeds=(seed,),
         token_budget=workload.token_budget,
         admission=admission,
         tells_ends=admission.startswith("live"),
     )
-    return run_closed_loop(workload.trace(name, seed), config, loop)
+    return run_closed_loop(workload.trace(name, seed), cell)
 
 
 def hashes() -> dict[str, str]:

@@ -40,10 +40,11 @@ from experiments.benchmarks.measure_prefill import measure, mixed_step_seconds
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.closed_loop import ClosedLoop, memory_sizes, run_closed_loop
-from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.closed_loop import memory_sizes, run_closed_loop
 from hybridcache.lab.trace import Trace, TraceRequest
 
 MAX_LEN = 4096
@@ -233,20 +234,22 @@ def compare(
 
     found, trace = serve(engine, clock, sessions, rate, seed, measure_steps, options.repeats)
     memory = engine.runner.memory
-    config = RunConfig(geometry_of(engine), budget_bytes=memory.total_bytes)
-    sizes = memory_sizes(config)
-    assert (sizes.row_bytes, sizes.state_bytes) == (memory.row_bytes, memory.state_bytes)
-    assert engine.config.token_budget is not None
     times = step_times(tables)
-    loop = ClosedLoop(
-        MixedSteps(MeasuredSteps(times), fmean(mixed)),
-        rate,
-        seed=seed,
+    assert engine.config.token_budget is not None
+    cell = Scenario(
+        trace,
+        model=geometry_of(engine),
+        gib=memory.total_bytes / GIB,
+        times=MixedSteps(MeasuredSteps(times), fmean(mixed)),
+        rate=rate,
+        seeds=(seed,),
         max_running=options.max_running,
         token_budget=engine.config.token_budget,
         admission=admission,
     )
-    run = run_closed_loop(trace, config, loop)
+    sizes = memory_sizes(cell)
+    assert (sizes.row_bytes, sizes.state_bytes) == (memory.row_bytes, memory.state_bytes)
+    run = run_closed_loop(trace, cell)
     forecast = {
         "hit": 100 * run.token_hit_rate,
         "ttft_mean_s": run.ttft_mean_s,

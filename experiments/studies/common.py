@@ -17,10 +17,10 @@ from experiments.provenance import ROOT, write_json_lines
 from experiments.studies.hindsight import Hindsights
 from hybridcache import ModelGeometry, Trace, open_trace, parse_placement, simulate
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.simulate import SimulationResult
 from hybridcache.lab.simulation.sizes import sizes
-from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, make_eviction
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")

@@ -42,13 +42,13 @@ from tqdm import tqdm
 from experiments.provenance import RESULTS, ROOT
 from experiments.studies.common import STATIC_PLACEMENT, figure_path, keep, published, rounded
 from hybridcache import ModelGeometry, Trace, closed_loop, open_trace, simulate
-from hybridcache.geometry.times import Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.grid import collect_seldom
+from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.lab.simulation.target import RunConfig, build_target
+from hybridcache.lab.simulation.target import build_target
 
 NAME = "study_default"
 MEMORIES = "study_memories"
@@ -248,13 +248,9 @@ def serve_sessions(trace: Trace, model: str, pair: str, job: Job, rate: float) -
 
 def session_sums(trace: Trace, model: str, gib: float, pair: str) -> list[list[int]]:
     """Return reused and prompt tokens of each session, in the order of the first requests."""
-    geometry = ModelGeometry.load(model)
     eviction, _, placement = pair.partition("@")
-    config = RunConfig(
-        geometry, budget_bytes=budget_bytes(gib), policy=eviction, checkpoints=placement
-    )
-    times = Roofline.fitting(geometry)
-    log = serve(build_target(config, trace.unit, times), trace, trace.unit, Serving(times))
+    cell = Scenario(trace, model=model, gib=gib, policy=eviction, checkpoints=placement)
+    log = serve(build_target(cell, trace.unit), trace, trace.unit, cell)
     sums: dict[Any, list[int]] = {}
     for request, cached, prompt in zip(trace, log.cached_tokens, log.prompt_tokens, strict=True):
         of_session = sums.setdefault(request.session, [0, 0])

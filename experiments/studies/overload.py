@@ -25,9 +25,10 @@ from experiments.studies.admission import WORKLOADS
 from experiments.studies.common import keep, rounded
 from hybridcache import ModelGeometry
 from hybridcache.geometry.times import LinearSteps
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.closed_loop import ClosedLoop, simulate_closed_loop
-from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
 
 WORKLOAD, RATE = "agents", 0.2
 POLICIES = ("oldest", "sessions", "live:18")
@@ -55,21 +56,20 @@ def serve(case: Case) -> list[dict[str, Any]]:
     admission, num_sessions, seed = case
     workload = replace(WORKLOADS[WORKLOAD], num_sessions=num_sessions)
     geometry = ModelGeometry.preset("qwen3-next")
-    config = RunConfig(
-        geometry,
-        budget_bytes=workload.num_rows * geometry.kv_bytes_per_token,
+    cell = Scenario(
+        WORKLOAD,
+        model=geometry,
+        gib=workload.num_rows * geometry.kv_bytes_per_token / GIB,
         policy="survival",
         checkpoints="adaptive",
-    )
-    loop = ClosedLoop(
-        LinearSteps(),
-        RATE,
-        seed=seed,
+        times=LinearSteps(),
+        rate=RATE,
+        seeds=(seed,),
         token_budget=workload.token_budget,
         admission=admission,
         tells_ends=admission.startswith("live"),
     )
-    served = simulate_closed_loop(workload.trace(WORKLOAD, seed), config, loop)
+    served = simulate_closed_loop(workload.trace(WORKLOAD, seed), cell)
     asked_s, first_s = np.array(served.asked_s), np.array(served.first_token_s)
     cached, prompt = np.array(served.cached_tokens), np.array(served.prompt_tokens)
     facts = {"admission": admission, "sessions": num_sessions, "seed": seed}

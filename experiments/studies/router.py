@@ -19,6 +19,7 @@ A seed determines the trace and the failing replicas.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -26,14 +27,10 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
-from hybridcache.geometry.times import Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
-from hybridcache.lab.replicas.fleet import FleetConfig
-from hybridcache.lab.replicas.result import FleetResult
-from hybridcache.lab.replicas.runs import fleet_jobs, run_fleets
-from hybridcache.lab.simulation.grid import Place
-from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.fleet import FleetConfig, FleetJob, FleetResult, run_fleet
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.grid import Place, collect_seldom, run_grid
 
 REPLICAS = 8
 LOAD = 1.0
@@ -99,22 +96,25 @@ def _cell(
     fleet = FleetConfig(
         REPLICAS, load=LOAD, delay_s=condition.delay_s, failures=condition.failures, seed=seed
     )
-    jobs = fleet_jobs(
-        RunConfig(
-            workload.geometry, grid=workload.grid, policy="lru", checkpoints=STATIC_PLACEMENT
-        ),
-        fleet,
-        Roofline.fitting(workload.geometry),
-        options.routers.split(","),
-        [float(f"{workload.middle * condition.share:.4g}")],
+    cell = Scenario(
+        trace,
+        model=workload.geometry,
+        gib=float(f"{workload.middle * condition.share:.4g}"),
+        grid=workload.grid,
+        policy="lru",
+        checkpoints=STATIC_PLACEMENT,
     )
+    jobs = [FleetJob(cell, replace(fleet, router=router)) for router in options.routers.split(",")]
 
     def show(done: int, total: int) -> None:
         bar.set_postfix_str(f"seed {seed}: {done} of {total}")
 
-    return run_fleets(
+    return run_grid(
         workload.open(trace, options.full, seed),
         jobs,
+        run_fleet,
+        read=FleetResult.from_record,
+        write=FleetResult.as_record,
         place=Place(options.processes, options.ray),
         resume_from=options.resume / f"{trace}.jsonl" if options.resume else None,
         progress=show,

@@ -43,12 +43,11 @@ from experiments.studies.default import (
     jobs_of,
 )
 from hybridcache import ModelGeometry, open_trace
-from hybridcache.geometry.times import Roofline
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.lab.simulation.target import RunConfig, build_target
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.grid import collect_seldom
+from hybridcache.lab.simulation.serving import serve
+from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import TraceRequest
 
 CANDIDATES = (DEFAULT, "survival@backoff", f"survival@{STATIC_PLACEMENT}", "lru@adaptive")
@@ -160,20 +159,20 @@ def reused(
     """Return the reused tokens of each request, in a memory scaled by ``rate``. 0 for all if the
     memory holds nothing."""
     eviction, _, placement = pair.partition("@")
-    config = RunConfig(
-        geometry,
-        budget_bytes=int(budget_bytes(cell.gib) * rate),
+    scenario = Scenario(
+        cell.trace,
+        model=geometry,
+        gib=cell.gib * rate,
         policy=eviction,
         checkpoints=placement,
         memory="arena" if cell.kv_share is None else "pools",
         kv_share=cell.kv_share,
     )
-    times = Roofline.fitting(geometry)
     try:
-        target = build_target(config, unit, times)
+        target = build_target(scenario, unit)
     except ValueError:
         return np.zeros(len(requests), np.int64)
-    log = serve(target, requests, unit, Serving(times))
+    log = serve(target, requests, unit, scenario)
     return np.frombuffer(log.cached_tokens, np.int64).copy()
 
 

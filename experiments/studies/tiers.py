@@ -43,15 +43,16 @@ from tqdm import tqdm
 from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import PrefillTimes, Roofline
+from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.intervals import interval
 from hybridcache.lab.report import text_table
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.result import RunResult, summarise
-from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
+from hybridcache.lab.simulation.serving import serve
+from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace
 from hybridcache.radix.tree import Checkpoint, RadixNode
 from hybridcache.tiers import OffloadTiers, TieredRadixCache
@@ -127,41 +128,31 @@ def servable(trace: Trace, geometry: ModelGeometry) -> Trace:
     return replace(trace, source=[request for request, size in sizes if size <= room].__iter__)
 
 
-def run(
-    trace: Trace, config: RunConfig, times: PrefillTimes, change: Change | None = None
-) -> RunResult:
+def run(trace: Trace, cell: Scenario, change: Change | None = None) -> RunResult:
     """Replay the trace once, one request after the other."""
-    target = build_target(config, trace.unit, times)
+    target = build_target(cell, trace.unit)
     if change is not None:
         assert isinstance(target, LeaseTarget)
         change(target)
-    serving = Serving(times)
-    log = serve(target, trace, trace.unit, serving)
-    return summarise(config, serving, log, target, trace.name)
+    return summarise(cell, serve(target, trace, trace.unit, cell), target, trace.name)
 
 
-def cells(config: RunConfig, only_goal: bool) -> dict[str, tuple[RunConfig, str, Change | None]]:
-    """Return the runs by name: (config, clock, change from the served configuration)."""
+def cells(base: Scenario, only_goal: bool) -> dict[str, tuple[Scenario, str, Change | None]]:
+    """Return the runs by name: (cell, clock, change from the served configuration)."""
 
-    def tiered(host: float, disk: float = 0, rate: float = PCIE_BYTES_PER_S) -> RunConfig:
-        return replace(
-            config,
-            budget_bytes=DEVICE_GIB * GIB,
-            host_bytes=int(host * GIB),
-            disk_bytes=int(disk * GIB),
-            host_bytes_per_s=rate,
-        )
+    def tiered(host: float, disk: float = 0, rate: float = PCIE_BYTES_PER_S) -> Scenario:
+        return replace(base, gib=DEVICE_GIB, host_gib=host, disk_gib=disk, host_gb_s=rate / 1e9)
 
-    found: dict[str, tuple[RunConfig, str, Change | None]] = {}
+    found: dict[str, tuple[Scenario, str, Change | None]] = {}
     for gib in (DEVICE_GIB, GOAL[1]):
-        found[f"device {gib}"] = replace(config, budget_bytes=gib * GIB), "shared", None
-        found[f"device {gib}, alone"] = replace(config, budget_bytes=gib * GIB), "alone", None
+        found[f"device {gib}"] = replace(base, gib=gib), "shared", None
+        found[f"device {gib}, alone"] = replace(base, gib=gib), "alone", None
     found["host 16"] = tiered(GOAL[0]), "shared", None
     found["host 16, alone"] = tiered(GOAL[0]), "alone", None
     if only_goal:
         return found
     for gib in CURVE:
-        found[f"device {gib}"] = replace(config, budget_bytes=gib * GIB), "shared", None
+        found[f"device {gib}"] = replace(base, gib=gib), "shared", None
     for host in HOSTS:
         found[f"host {host}"] = tiered(host), "shared", None
     found["host 16, disk 64"] = tiered(16, 64), "shared", None
@@ -189,15 +180,16 @@ def measure(job: tuple[str, int, str, bool]) -> list[dict[str, Any]]:
     trace = servable(trace, workload.geometry)
     alone = Roofline.fitting(workload.geometry)
     clocks = {"alone": alone, "shared": replace(alone, bytes_per_s=1e30, overhead_s=0.0)}
-    config = RunConfig(
-        workload.geometry,
+    base = Scenario(
+        trace,
+        model=workload.geometry,
         policy=policy,
         checkpoints="adaptive" if policy == ALL_CELLS else STATIC_PLACEMENT,
         grid=max(workload.grid, trace.unit),
     )
     records = []
-    for name, (cell, clock, change) in cells(config, seed > 0 or policy != ALL_CELLS).items():
-        result = run(trace, cell, clocks[clock], change)
+    for name, (cell, clock, change) in cells(base, seed > 0 or policy != ALL_CELLS).items():
+        result = run(trace, replace(cell, times=clocks[clock]), change)
         records.append(
             {
                 "trace": trace_name,

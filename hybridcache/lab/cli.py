@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Command = options.run
     try:
         if arguments is None:  # only as the main program of a process
-            from hybridcache.lab.simulation.sweep import collect_seldom
+            from hybridcache.lab.simulation.grid import collect_seldom
 
             collect_seldom()
         with warnings.catch_warnings():

@@ -278,7 +278,7 @@ def sweep_figure(
 
 
 def _sizes(results: Sequence[SweepRuns]) -> list[float]:
-    return sorted({run.gib for result in results for run in result.runs if run.gib})
+    return sorted({run.gib for result in results for run in result.runs})
 
 
 def _facts(result: SweepRuns) -> list[str]:
@@ -362,8 +362,8 @@ def bins_figure(
 
 def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
     if gib is None:
-        return sorted(runs, key=lambda run: run.gib or 0.0)[len(runs) // 2]
-    return min(runs, key=lambda run: abs((run.gib or 0.0) - gib))
+        return sorted(runs, key=lambda run: run.gib)[len(runs) // 2]
+    return min(runs, key=lambda run: abs((run.gib) - gib))
 
 
 LOSSES = dict(
@@ -406,7 +406,7 @@ def losses_figure(
 
 def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
     """Stack the lost tokens by cause over the sizes of ``runs``, from the top."""
-    sizes = [run.gib or 0.0 for run in runs]
+    sizes = [run.gib for run in runs]
     if len(sizes) == 1:  # an area needs two points
         sizes, runs = [sizes[0] / 1.1, sizes[0] * 1.1], [*runs, *runs]
     top = [100.0] * len(runs)
@@ -451,7 +451,7 @@ def draw_curves(
     lines = []
     for number, (label, runs) in enumerate(by_label.items()):
         points = [(run.gib, metric.value(run)) for run in runs]
-        kept = [(gib, value) for gib, value in points if gib is not None and value is not None]
+        kept = [(gib, value) for gib, value in points if value is not None]
         look = line_look(number, len(by_label))
         if colours:
             look["color"] = colours[number % len(colours)]
@@ -519,9 +519,7 @@ def label_directly(axis: Any, lines: Sequence[Any], font_size: float | None = No
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:
     """Draw the limits of token hit rates: the best plan with hindsight and the infinite cache."""
-    plans = sorted(
-        {(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens and run.gib}
-    )
+    plans = sorted({(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens})
     colour = axis.spines["bottom"].get_edgecolor()
     if plans:
         axis.plot(

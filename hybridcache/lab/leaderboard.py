@@ -39,9 +39,9 @@ from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
+from hybridcache.lab.scenario import source_of
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
-from hybridcache.lab.simulation.own_code import source_of
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.trace import Trace
@@ -177,7 +177,7 @@ class BoardJob:
         rate = "" if self.rate is None else f", {self.rate:g} sessions/s"
         return f"{self.trace}{rate}, seed {self.seed}"
 
-    def key(self) -> str:
+    def key(self, _trace_identity: bytes) -> str:
         """Return an identity of the job, the version, and the code of own policies."""
         own = "".join(
             source_of(word)
@@ -458,7 +458,6 @@ def leaderboard(
         Trace("leaderboard", 1, tuple),
         jobs,
         run_job,
-        keys=[job.key() for job in jobs] if resume_from else (),
         read=lambda record: Scores(**{name: record[name] for name in Scores.__slots__}),
         write=asdict,
         place=Place(processes),

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from hybridcache.api import Losses
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.intervals import FEWEST_UNITS
-from hybridcache.lab.simulation.identity import SIZES
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
 
@@ -110,14 +109,14 @@ def sweep_table(result: SweepRuns, word: str = "hit") -> str:
     """
     metric = find_metric(word)
     by_label = result.by_label()
-    by_size: dict[tuple[Any, ...], RunResult] = {}
-    for run in sorted(result.runs, key=lambda run: run.gib or 0.0):
-        by_size.setdefault(_size(run), run)
+    by_size: dict[float, RunResult] = {}
+    for run in sorted(result.runs, key=lambda run: run.gib):
+        by_size.setdefault(run.gib, run)
     first = list(by_size.values())
     header = [f"{metric.title}, at GiB", *(size_label(run) for run in first)]
     rows = []
     for label, runs in by_label.items():
-        cells = {_size(run): _marked(run, word) for run in runs}
+        cells = {run.gib: _marked(run, word) for run in runs}
         rows.append([label, *(cells.get(size, "-") for size in by_size)])
     if word == "hit" and any(run.optimum_tokens for run in first):
         rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
@@ -156,9 +155,9 @@ def sweep_line(result: SweepRuns) -> str:
     if not result.runs:
         return f"{result.trace}: no runs"
     best = max(result.runs, key=lambda run: run.token_hit_rate)
-    num_sizes = len({_size(run) for run in result.runs})
-    at = "" if best.gib is None else f" at {best.gib:.4g} GiB"
-    equal = [run.label for run in result.runs if _size(run) == _size(best) and ties(run, best)]
+    num_sizes = len({run.gib for run in result.runs})
+    at = f" at {best.gib:.4g} GiB"
+    equal = [run.label for run in result.runs if run.gib == best.gib and ties(run, best)]
     return (
         f"{result.trace}, {result.geometry.name}: {counted(best.requests, 'request')}, "
         f"{counted(len(result.by_label()), 'competitor')}, {counted(num_sizes, 'size')}; "
@@ -185,13 +184,13 @@ def verdict(result: SweepRuns) -> str:
     labels = dict.fromkeys(run.label for run in ours)
     if len(labels) < 2:
         return ""
-    best: dict[tuple[Any, ...], RunResult] = {}
+    best: dict[float, RunResult] = {}
     for run in ours:
-        if run.token_hit_rate > best.setdefault(_size(run), run).token_hit_rate:
-            best[_size(run)] = run
+        if run.token_hit_rate > best.setdefault(run.gib, run).token_hit_rate:
+            best[run.gib] = run
     wins = dict.fromkeys(labels, 0)
     for run in ours:
-        wins[run.label] += ties(run, best[_size(run)])
+        wins[run.label] += ties(run, best[run.gib])
     most = max(wins.values())
     means = {
         label: sum(run.token_hit_rate for run in ours if run.label == label) for label in labels
@@ -199,12 +198,11 @@ def verdict(result: SweepRuns) -> str:
     first = sorted(
         (label for label, count in wins.items() if count == most), key=lambda one: -means[one]
     )
-    largest = max((run for run in ours if run.label == first[0]), key=lambda run: run.gib or 0.0)
+    largest = max((run for run in ours if run.label == first[0]), key=lambda run: run.gib)
     sizes = "the only size" if len(best) == 1 else f"{most} of {len(best)} sizes"
     has = "have" if len(first) > 1 else "has"
     command = f"engine serve --model {_served_as(result)}"
-    if largest.gib is not None:
-        command += f" --cache-gib {largest.gib:.4g}"
+    command += f" --cache-gib {largest.gib:.4g}"
     names = (shlex.quote(str(name)) for name in (largest.config.policy, largest.config.checkpoints))
     command += " --eviction {} --checkpoints {}".format(*names)
     return f"{', '.join(first)} {has} the most hits, or as many, at {sizes}; to serve: {command}"
@@ -218,15 +216,15 @@ def _served_as(result: SweepRuns) -> str:
 def sweep_html(result: SweepRuns) -> str:
     """Return the token hit rates as an HTML table: a row per competitor with a curve over the
     sizes, a column per size, the best of each size in bold."""
-    by_size: dict[tuple[Any, ...], RunResult] = {}
-    for run in sorted(result.runs, key=lambda run: run.gib or 0.0):
-        best = by_size.setdefault(_size(run), run)
+    by_size: dict[float, RunResult] = {}
+    for run in sorted(result.runs, key=lambda run: run.gib):
+        best = by_size.setdefault(run.gib, run)
         if run.token_hit_rate > best.token_hit_rate:
-            by_size[_size(run)] = run
+            by_size[run.gib] = run
     heads = ["token hit rate, %", "", *(f"{size_label(run)} GiB" for run in by_size.values())]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     for label, runs in result.by_label().items():
-        runs_at = {_size(run): run for run in runs}
+        runs_at = {run.gib: run for run in runs}
         rates = {size: run.token_hit_rate for size, run in runs_at.items()}
         cells = [f"<th>{escape(label)}</th>", f"<td>{_sparkline([*rates.values()])}</td>"]
         for size, best in by_size.items():
@@ -365,11 +363,6 @@ def _closed_loop_cells(runs: Sequence[ClosedLoopRun], has_tenants: bool) -> list
     ]
 
 
-def _size(run: RunResult) -> tuple[Any, ...]:
-    """Return the key of a table's column: the sizes of all memories."""
-    return tuple(getattr(run.config, name) for name in SIZES)
-
-
 def tier_notes(result: SweepRuns) -> list[str]:
     """Name the policies with and without priority classes."""
     by_classes = {
@@ -487,8 +480,6 @@ def hindsight_percent(run: RunResult) -> float:
 
 def size_label(run: RunResult) -> str:
     """Return a run's GiB, as short as it can be read."""
-    if run.gib is None:
-        return "pools"
     return f"{run.gib:.0f}" if run.gib >= 100 else f"{run.gib:.3g}"
 
 

@@ -20,7 +20,9 @@ True
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -29,18 +31,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.command.extras import install_command
-from hybridcache.config import GRID
-from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
+from hybridcache.config import GRID, CacheConfig
+from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
-from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
-from hybridcache.lab.baselines import BASELINES, HOST_TIERS
-from hybridcache.lab.simulation.own_code import source_of, spec_of
-from hybridcache.lab.simulation.serving import Serving
+from hybridcache.geometry.times import (
+    MeasuredTimes,
+    PrefillTimes,
+    Roofline,
+    StepTimes,
+    step_times,
+)
+from hybridcache.geometry.units import GIB, format_bytes
+from hybridcache.lab.baselines import BASELINES, HOST_TIERS, BaselineConfig
 from hybridcache.lab.simulation.sizes import budget_bytes, tier_bytes
-from hybridcache.lab.simulation.target import MEMORIES, RunConfig, check_words
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces.frame import LONGEST
+from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
@@ -50,10 +59,13 @@ from hybridcache.policies.registry import (
     PlacementSpec,
     admission_names,
     eviction_names,
+    in_units,
+    make_eviction,
+    parse_placement,
     placement_names,
     split_specs,
 )
-from hybridcache.policies.user import OwnPolicy, own_policy
+from hybridcache.policies.user import OwnPolicy, import_module, own_policy
 
 BUILTIN = "builtin"
 """Name of the built-in model of the engine. The presets of the cache do not include it."""
@@ -63,6 +75,9 @@ GIB_SPEC = "2:200:15"
 """Sizes of a replay: 15 from 2 to 200 GiB, logarithmically spaced."""
 CLOSED_LOOP_GIB = 16.0
 """Memory of a closed-loop run."""
+
+MEMORIES = ("arena", "budget", "pools")
+"""Divisions of the memory between KV and states."""
 
 Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec
@@ -95,7 +110,7 @@ MOST_USED, MEMORY, TIERS, LOAD = (
 """Groups of settings. Those of ``TIERS`` and some of ``MEMORY`` concern replays alone, those of
 ``LOAD`` closed loops alone."""
 REPLAY_ONLY = (
-    *("baseline", "priority_classes", "kv_share", "checkpoint_dtype", "servers"),
+    *("baseline", "priority_classes", "kv_share", "checkpoint_dtype", "servers", "tpot_s"),
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 """Settings without a meaning in closed loop."""
@@ -172,8 +187,11 @@ class Scenario:
         MEMORY,
         type=int,
     )
-    times: str | PrefillTimes | None = _setting(
+    times: str | PrefillTimes | StepTimes | None = _setting(
         None, "file of measured prefill times; default: a roofline of H100s", MEMORY
+    )
+    tpot_s: float = _setting(
+        0.02, "seconds of an answer token, with max_running", MEMORY, type=float
     )
     host_gib: float = _setting(
         0.0, "host memory for entries evicted from the device, GiB; 0: none", TIERS, type=float
@@ -215,6 +233,30 @@ class Scenario:
     tells_ends: bool = _setting(False, "clients say when a session has ended", LOAD)
 
     def __post_init__(self) -> None:
+        for name in ("page_size", "grid", "servers", "max_running"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1 (got {number}).")
+        if self.grid > LONGEST:
+            raise ValueError(
+                f"grid {self.grid}: no prompt is longer than {LONGEST} tokens, so none would have "
+                "a checkpoint"
+            )
+        if not self.tpot_s >= 0:
+            raise ValueError(f"tpot_s must be at least 0 seconds (got {self.tpot_s:g}).")
+        if self.token_budget < 64:
+            raise ValueError(f"token_budget must be at least 64 (got {self.token_budget}).")
+        if self.memory not in MEMORIES:
+            raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
+        if self.kv_share is None and self.memory == "pools":
+            raise ValueError("memory 'pools' has no share for KV: give kv_share between 0 and 1")
+        if self.kv_share is not None and self.memory != "pools":
+            raise ValueError(
+                f"kv_share {self.kv_share} has no meaning with memory {self.memory!r}: "
+                "use memory 'pools', or leave it out"
+            )
+        if self.kv_share is not None and not 0 <= self.kv_share <= 1:
+            raise ValueError(f"kv_share {self.kv_share} must lie in 0..1")
         for tier in ("host", "disk"):
             gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
             speed, usual = getattr(self, gb_s), _defaults()[gb_s]
@@ -222,6 +264,7 @@ class Scenario:
                 raise ValueError(f"{gb_s} {speed:g}: GB/s above 0 are needed")
             if speed != usual and not size:
                 raise ValueError(f"{gb_s} is the speed of a tier: give its size with {tier}_gib")
+            tier_bytes(tier, size)
 
     @classmethod
     def of(cls, given: Scenario | str | Trace, settings: dict[str, Any]) -> Scenario:
@@ -284,7 +327,7 @@ class Scenario:
         geometry = self.geometry()
         names = [one.name for one in fields(self) if one.name not in ("trace", "model", "times")]
         text = "".join(f"{name} = {getattr(self, name)!r}\n" for name in names)
-        text += f"{geometry!r}\n{self.serving(geometry).times!r}\n{own}"
+        text += f"{geometry!r}\n{self.prefill_times(geometry)!r}\n{own}"
         return hashlib.sha256(text.encode() + trace_identity).hexdigest()[:16]
 
     # --- Parts ------------------------------------------------------------------------------------
@@ -302,25 +345,32 @@ class Scenario:
             return found.with_state_dtype(self.state_dtype)
         return found
 
-    def serving(self, geometry: ModelGeometry) -> Serving:
-        """Return the machine around the caches."""
+    def prefill_times(self, geometry: ModelGeometry) -> Any:
+        """Return the times of prefills; a roofline of H100s if none were given."""
         times = MeasuredTimes.load(self.times) if isinstance(self.times, str) else self.times
-        return Serving(times or Roofline.fitting(geometry), self.servers, self.max_running)
+        return times or Roofline.fitting(geometry)
+
+    def step_times(self, geometry: ModelGeometry) -> Any:
+        """Return the times of whole steps. ValueError if ``times`` has none."""
+        times = self.prefill_times(geometry)
+        return times if hasattr(times, "step_seconds") else step_times(times)
 
     def competitors(self) -> list[Scenario]:
         """Return a scenario per competitor: every policy with every placement, then every peer.
 
         Raises ValueError for an invalid name, if there is no competitor, and if two have the same
         label."""
+        geometry = self.geometry()
+        base = replace(self, model=geometry, state_dtype=None, baseline=())
         found = [
-            replace(self, policy=policy, checkpoints=placement, baseline=())
+            replace(base, policy=policy, checkpoints=placement)
             for policy in named_policies(self.policy, split=True)
             for placement in named_policies(self.checkpoints)
         ]
         peers = split_specs(self.baseline) if isinstance(self.baseline, str) else self.baseline
         found += [
             replace(
-                self,
+                base,
                 policy=DEFAULT_EVICTION,
                 checkpoints=DEFAULT_PLACEMENT,
                 baseline=word,
@@ -334,14 +384,12 @@ class Scenario:
         ]
         if not found:
             raise ValueError("nothing to simulate: no policy, and no baseline")
-        geometry = self.geometry()
-        configs = [one.config(geometry) for one in found]
-        labels = [config.label for config in configs]
-        for config in configs:
-            check_words(config)
-            if labels.count(config.label) > 1:
+        labels = [one.label for one in found]
+        for one in found:
+            one.check_words(geometry)
+            if labels.count(one.label) > 1:
                 raise ValueError(
-                    f"two competitors are called {config.label!r}: name each once, and give "
+                    f"two competitors are called {one.label!r}: name each once, and give "
                     "functions names"
                 )
         return found
@@ -350,28 +398,125 @@ class Scenario:
         """Return a scenario per competitor and size."""
         return [replace(one, gib=size) for one in self.competitors() for size in points]
 
-    def config(self, geometry: ModelGeometry) -> RunConfig:
-        """Return the cache of a scenario with one competitor; without a size if it has several."""
-        is_one = isinstance(self.gib, int | float)
-        policy, checkpoints = self.policy, self.checkpoints
-        assert isinstance(policy, str | OwnPolicy) and isinstance(checkpoints, str | OwnPolicy)
-        return RunConfig(
-            geometry,
-            budget_bytes=budget_bytes(float(self.gib)) if is_one else None,  # type: ignore[arg-type]
-            memory=self.memory,
-            kv_share=self.kv_share,
-            policy=policy,
-            checkpoints=checkpoints,
-            baseline=str(self.baseline) if self.baseline else None,
-            page_size=self.page_size,
-            grid=self.grid,
+    # --- One cell: one competitor at one size -----------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """Name of the competitor in tables and figures."""
+        name = str(self.policy)
+        if self.baseline:
+            name = f"{self.baseline} (rebuilt)"
+        elif self.checkpoints != DEFAULT_PLACEMENT:
+            name = f"{name} @ {self.checkpoints}"
+        for word, size in ((HOST, self.host_gib), (DISK, self.disk_gib)):
+            if size:
+                name = f"{name} + {size:.3g} GiB {word}"
+        if self.baseline or self.memory == "arena":
+            return name
+        if self.kv_share is None:
+            return f"{name} ({self.memory})"
+        return f"{name} ({self.memory} {self.kv_share:.0%} KV)"
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes for KV and states together."""
+        assert isinstance(self.gib, int | float), "a cell has one size"
+        return budget_bytes(self.gib)
+
+    def pools(self, geometry: ModelGeometry) -> tuple[int, int]:
+        """Return (KV tokens, slots) of two pools."""
+        share, num_slots = self.kv_share or 0.0, 0
+        if geometry.num_linear_layers:
+            num_slots = round((1 - share) * self.budget_bytes) // geometry.state_bytes
+        return round(share * self.budget_bytes) // geometry.kv_bytes_per_token, num_slots
+
+    def cache_config(self, geometry: ModelGeometry, unit: int) -> CacheConfig:
+        """Return the cache in units of the trace: a row holds ``unit`` tokens, and the grid is
+        at least one unit. ValueError for a page or a grid that is neither whole units nor a part
+        of one, and for a tier that can hold nothing."""
+        for name, size in (("page_size", self.page_size), ("grid", self.grid)):
+            if size % unit and unit % size:
+                raise ValueError(
+                    f"{name} {size} must divide the trace's unit ({unit} tokens), or be a multiple "
+                    "of it"
+                )
+        tiers = {word: tier_bytes(word, getattr(self, f"{word}_gib")) for word in (HOST, DISK)}
+        least = geometry.state_bytes + max(self.page_size, unit) * geometry.kv_bytes_per_token
+        for word, num_bytes in tiers.items():
+            if 0 < num_bytes < least:
+                raise ValueError(
+                    f"{word}_gib {num_bytes / GIB:.3g} is too little for a single state with a "
+                    f"page of KV, which take {format_bytes(least)}: give more, or 0"
+                )
+        in_pools = self.memory == "pools"
+        num_kv_tokens, num_slots = self.pools(geometry) if in_pools else (0, 0)
+        assert isinstance(self.policy, str | OwnPolicy), "a cell has one policy"
+        return CacheConfig(
+            prefix_cache="hybrid" if geometry.num_linear_layers else "radix",
+            total_bytes=None if in_pools else self.budget_bytes,
+            memory="budget" if in_pools else self.memory,
+            num_kv_tokens=num_kv_tokens // unit,
+            num_slots=num_slots,
+            kv_bytes_per_token=geometry.kv_bytes_per_token * unit,
+            state_bytes=max(geometry.state_bytes, 1),
+            page_size=max(1, self.page_size // unit),
+            grid=max(1, self.grid // unit),
+            eviction=self.policy,
             dead_first=self.priority_classes,
             demote_superseded=self.priority_classes,
-            host_bytes=tier_bytes("host", self.host_gib),
-            disk_bytes=tier_bytes("disk", self.disk_gib),
-            host_bytes_per_s=self.host_gb_s * 1e9,
-            disk_bytes_per_s=self.disk_gb_s * 1e9,
+            host_bytes=tiers[HOST],
+            disk_bytes=tiers[DISK],
         )
+
+    def placement(self, unit: int) -> Placement:
+        """Return the placement rules, their numbers in units."""
+        words: Any = self.checkpoints
+        return parse_placement(in_units(words, unit) if isinstance(words, str) else words)
+
+    def exchange(self, geometry: ModelGeometry, unit: int) -> Exchange | None:
+        """Return the rule that compares seconds of copies with seconds of prefill, for lengths in
+        units. None if there is nothing below the device.
+
+        The devices of a roofline share the bytes from host memory as they share the work, each with
+        its own link; those from disk go to all devices together.
+        """
+        if not self.host_gib and not self.disk_gib:
+            return None
+        times = self.prefill_times(geometry)
+        num_links = times.devices if isinstance(times, Roofline) else 1
+        rates = {HOST: num_links * self.host_gb_s * 1e9, DISK: self.disk_gb_s * 1e9}
+        return Exchange(times, rates, unit=unit)
+
+    def baseline_config(self, geometry: ModelGeometry, unit: int) -> BaselineConfig:
+        """Return the memory and model of a rebuilt peer."""
+        return BaselineConfig(
+            budget_bytes=self.budget_bytes,
+            kv_bytes_per_token=geometry.kv_bytes_per_token,
+            state_bytes=geometry.state_bytes,
+            num_full_layers=geometry.num_full_layers,
+            num_linear_layers=geometry.num_linear_layers,
+            grid=self.grid,
+            unit=unit,
+            host_bytes=tier_bytes(HOST, self.host_gib),
+            token_flops=geometry.flops_per_token,
+            pair_flops=geometry.attention_flops_per_pair,
+        )
+
+    def check_words(self, geometry: ModelGeometry) -> None:
+        """Raise ValueError for a policy, placement or baseline that does not exist, and for a peer
+        without states to keep, before anything runs."""
+        if not self.baseline:
+            make_eviction(self.policy)  # type: ignore[arg-type]
+            parse_placement(self.checkpoints)  # type: ignore[arg-type]
+        elif self.baseline not in BASELINES:
+            raise ValueError(f"no baseline {self.baseline!r}; known: {', '.join(BASELINES)}")
+        elif self.disk_gib or (self.host_gib and self.baseline not in HOST_TIERS):
+            raise ValueError(f"baseline {self.baseline} is not rebuilt with this tier below it")
+        elif not geometry.num_linear_layers:
+            raise ValueError(
+                f"baseline {self.baseline}: {geometry.name} has no linear layers, and peers "
+                "are rebuilt for hybrid models only; compare policies for this model"
+            )
 
 
 def _defaults() -> dict[str, Any]:
@@ -399,7 +544,7 @@ def _each(given: Any) -> Sequence[Any]:
 
 
 def _written_policy(policy: Any) -> str:
-    if isinstance(policy, type) and (spec := spec_of(policy)):
+    if isinstance(policy, type) and (spec := _spec_of(policy)):
         return spec
     if isinstance(policy, str):
         return policy
@@ -440,4 +585,34 @@ def _policy(one: Any) -> str | OwnPolicy:
     """Replace a class by its name, if it has one, so that other processes find it."""
     if isinstance(one, str | OwnPolicy):
         return one
-    return (isinstance(one, type) and spec_of(one)) or own_policy(one)
+    return (isinstance(one, type) and _spec_of(one)) or own_policy(one)
+
+
+def source_of(spec: str) -> str:
+    """Return the source of the module in a spec like ``module:Class``; empty for other specs,
+    including numbered ones such as ``marconi:2``.
+
+    Raises:
+        ValueError: the source cannot be read.
+    """
+    module_name, colon, rest = spec.strip().partition(":")
+    if not colon or rest.replace(".", "", 1).isdecimal():
+        return ""
+    try:
+        return inspect.getsource(import_module(spec, module_name))
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"{spec!r}: its source cannot be read, so stored runs cannot be matched with this "
+            "class; put the class in a file, or store no runs"
+        ) from error
+
+
+def _spec_of(own: type[Any]) -> str | None:
+    """Return ``module:Class`` of a class that is an attribute of its module, or None.
+
+    Works for classes defined in a notebook cell.
+    """
+    module_name, name = own.__module__, own.__qualname__
+    if getattr(sys.modules.get(module_name), name, None) is not own:
+        return None
+    return f"{module_name}:{name}"

@@ -20,9 +20,9 @@ from hybridcache import (
 )
 from hybridcache.api import Listener
 from hybridcache.export.warm_state import CRC, HEAD, _read, _written, pack, unpack, write_memory
-from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import agent, chat
-from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.policies.eviction.hazards import NUM_BINS
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.survival import Survival
@@ -56,10 +56,9 @@ class VictimLog(Listener):
 def make(trace, gib=1.0, disk_gib=8.0, **options):
     """Build a simulated target with one byte budget. The order of free rows is then irrelevant."""
     settings = {"policy": "survival", "checkpoints": "adaptive", "memory": "budget"} | options
-    config = RunConfig(
-        GEOMETRY, int(gib * GIB), disk_bytes=int(disk_gib * GIB), disk_bytes_per_s=1e12, **settings
-    )
-    target = build_target(config, trace.unit)
+    tier = {"disk_gib": disk_gib, "disk_gb_s": 1e3} if disk_gib else {}
+    cell = Scenario("own", model=GEOMETRY, gib=gib, **tier, **settings)
+    target = build_target(cell, trace.unit)
     assert isinstance(target, LeaseTarget) and isinstance(target.cache, TieredRadixCache)
     return target
 

@@ -133,8 +133,6 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
         (["--closed-loop", "--admission", "fastest"], "unknown admission policy 'fastest'"),
         (["--closed-loop", "--baseline", "vllm"], "--baseline has no meaning with --closed-loop"),
         (["--closed-loop", "--no-bound"], "--no-bound has no meaning with --closed-loop"),
-        (["--closed-loop", "--replicas", "2"], "--replicas has no meaning with --closed-loop"),
-        (["--closed-loop", "--router", "text"], "--router is about several replicas"),
     ],
 )
 def test_invalid_closed_loop_options_give_one_line(
@@ -360,7 +358,6 @@ def test_edited_policy_or_imported_module_is_simulated_again(tmp_path: Path) -> 
 COMMANDS_WITH_RESULTS = {
     "simulate": "simulate --trace TRACE --gib 1",
     "closed loop": "simulate --closed-loop --trace TRACE --gib 1 --rate 1 --admission oldest",
-    "fleet": "simulate --replicas 2 --trace TRACE --gib 1",
     "optimum": "optimum --trace TRACE --gib 1",
     "leaderboard": "leaderboard --built-in lru --split split.toml",
 }

@@ -23,9 +23,10 @@ from engine.weights.model_config import read_config
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import LinearSteps
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.report import closed_loop_table
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import (
-    ClosedLoop,
     RequestTable,
     SimulatedRequest,
     closed_loop,
@@ -35,7 +36,6 @@ from hybridcache.lab.simulation.closed_loop import (
 from hybridcache.lab.simulation.closed_loop import (
     Turn as SimulatedTurn,
 )
-from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.registry import make_admission, parse_placement
@@ -434,16 +434,20 @@ def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(
         clock=lambda: runner.now_s,
     )
     lines, trace, has_withheld = serve(engine, sessions, rate, seed)
-    run = RunConfig(
-        geometry,
-        budget_bytes=runner.memory.total_bytes,
+    cell = Scenario(
+        trace,
+        model=geometry,
+        gib=runner.memory.total_bytes / GIB,
         policy="survival",
         checkpoints="adaptive",
+        times=TIMES,
+        rate=rate,
+        seeds=(seed,),
+        max_running=max_running,
+        token_budget=256,
+        admission=admission,
     )
-    loop = ClosedLoop(
-        TIMES, rate, seed=seed, max_running=max_running, token_budget=256, admission=admission
-    )
-    table = simulate_closed_loop(trace, run, loop)
+    table = simulate_closed_loop(trace, cell)
     assert len(lines) > 30
     assert has_withheld or "SessionGate" not in admission
     assert engine.report().usage["evicted_tokens"] > 0
@@ -473,10 +477,12 @@ def small_load(
     return Trace("small", 1, tuple(requests).__iter__)
 
 
-def small_run(num_sessions_that_fit: int) -> RunConfig:
+def small_cell(num_sessions_that_fit: int, rate: float, **settings: Any) -> Scenario:
+    """Return a cell whose memory holds that many sessions of ``small_load``."""
     geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
-    rows = num_sessions_that_fit * 2200
-    return RunConfig(geometry, budget_bytes=rows * geometry.kv_bytes_per_token)
+    gib = num_sessions_that_fit * 2200 * geometry.kv_bytes_per_token / GIB
+    settings = {"times": TIMES, "admission": "sessions", "seeds": (0,)} | settings
+    return Scenario("small", model=geometry, gib=gib, rate=rate, **settings)
 
 
 @pytest.mark.full("1.0-1.0")
@@ -486,9 +492,7 @@ def test_session_limits_keep_hits_that_oldest_first_loses(pause_s: float, rate: 
     slow = LinearSteps(prefill_token_s=1 / 2000)
     trace = small_load(24, turns=15, pause_s=pause_s)
     oldest, fixed, gate = (
-        run_closed_loop(
-            trace, small_run(6), ClosedLoop(slow, rate, admission=policy, tells_ends=True)
-        )
+        run_closed_loop(trace, small_cell(6, rate, times=slow, admission=policy, tells_ends=True))
         for policy in ("oldest", "live:4", "sessions")
     )
     assert {run.num_requests for run in (oldest, fixed, gate)} == {360}
@@ -502,7 +506,7 @@ def test_session_limits_keep_hits_that_oldest_first_loses(pause_s: float, rate: 
 
 def test_session_controller_changes_nothing_if_all_sessions_fit() -> None:
     tables = [
-        simulate_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 2.0, admission=policy))
+        simulate_closed_loop(small_load(), small_cell(20, 2.0, admission=policy))
         for policy in ("oldest", "sessions")
     ]
     assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
@@ -527,7 +531,7 @@ def test_lookups_do_not_count_as_uses() -> None:
     slow = LinearSteps(prefill_token_s=1 / 2000)
     tables = [
         simulate_closed_loop(
-            small_load(16), small_run(6), ClosedLoop(slow, 5.0, max_running=2, admission=admission)
+            small_load(16), small_cell(6, 5.0, times=slow, max_running=2, admission=admission)
         )
         for admission in ("oldest", LooksUpAll)
     ]
@@ -536,7 +540,7 @@ def test_lookups_do_not_count_as_uses() -> None:
 
 
 def test_live_sessions_and_makespan_follow_the_clock() -> None:
-    run = run_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 100.0))
+    run = run_closed_loop(small_load(), small_cell(20, 100.0))
     assert run.live_most == 12
     assert 1 < run.live_mean <= 12
     assert run.makespan_s > 5 * 0.2  # five pauses
@@ -547,14 +551,14 @@ def test_live_sessions_and_makespan_follow_the_clock() -> None:
 def test_step_that_only_empties_slabs_is_followed_by_the_next_one() -> None:
     """Such a step computes nothing, but the clock must not move to the next arrival."""
     load = small_load(24, turns=15, pause_s=1.0)
-    table = simulate_closed_loop(load, small_run(6), ClosedLoop(TIMES, 0.3))
+    table = simulate_closed_loop(load, small_cell(6, 0.3))
     waits_s = np.array(table.first_token_s) - np.array(table.asked_s)
     assert len(waits_s) == 360 and waits_s.max() < 0.5
 
 
 def test_only_tables_of_several_tenants_have_columns_of_fairness() -> None:
     one, two = (
-        closed_loop_table([run_closed_loop(load, small_run(60), ClosedLoop(TIMES, 1000.0))])
+        closed_loop_table([run_closed_loop(load, small_cell(60, 1000.0))])
         for load in (small_load(4), small_load(4, tenant_of_each=2))
     )
     assert "Jain" not in one and "tenant" not in one
@@ -564,13 +568,13 @@ def test_only_tables_of_several_tenants_have_columns_of_fairness() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 0.0}, "rate must be above 0"),
-        ({"token_budget": 10}, "token_budget at least 64"),
+        ({"rate": 0.0}, "rates above 0 are needed"),
+        ({"token_budget": 10}, "token_budget must be at least 64"),
     ],
 )
 def test_invalid_loads_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ClosedLoop(TIMES, **{"rate": 1.0} | options)
+        closed_loop("short?head=9", **options)
 
 
 # --- many runs ------------------------------------------------------------------------------------
@@ -627,7 +631,7 @@ def test_worst_tenant_is_named_if_there_are_several(tenants: tuple[str, ...], wo
         for tenant in tenants
     ]
     trace = Trace("t", 1, requests.__iter__)
-    assert run_closed_loop(trace, small_run(20), ClosedLoop(TIMES, 100.0)).worst_tenant in worst
+    assert run_closed_loop(trace, small_cell(20, 100.0)).worst_tenant in worst
 
 
 def test_a_trace_without_later_turns_is_named_an_open_loop() -> None:

@@ -1,12 +1,8 @@
-"""Tests of simulated fleets: a fleet of one, properties of all routers, late events, failures, and
-the command line."""
+"""Tests of simulated fleets: a fleet of one, properties of all routers, late events, failures."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +10,18 @@ import pytest
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
-from hybridcache.lab.cli import _parser, main
-from hybridcache.lab.replicas.fleet import FleetConfig, Span, times_of
-from hybridcache.lab.replicas.result import FleetResult, fleet_table
-from hybridcache.lab.replicas.runs import FleetJob, fleet_jobs, run_fleet, run_fleets
-from hybridcache.lab.replicas.serving import _Fleet
-from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.target import RunConfig, build_target
+from hybridcache.lab.fleet import (
+    FleetConfig,
+    FleetJob,
+    FleetResult,
+    Span,
+    _Fleet,
+    run_fleet,
+    times_of,
+)
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.serving import serve
+from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
 from hybridcache.routing.protocol import Choice, Router
@@ -33,16 +34,16 @@ SHORT = open_trace("short").kept()
 
 def cell(router: str, trace: Trace = SHORT, gib: float = 1.0, **fleet: object) -> FleetResult:
     facts = {"replicas": 4, "load": 1.0} | fleet
-    [job] = fleet_jobs(RunConfig(GEOMETRY), FleetConfig(**facts), TIMES, [router], [gib])
-    return run_fleet(trace, job)
+    scenario = Scenario(trace, gib=gib, times=TIMES)
+    return run_fleet(trace, FleetJob(scenario, FleetConfig(router=router, **facts)))
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     """With every router, requests have the hits and times of the simulator's concurrent mode."""
     one = cell(router, replicas=1, load=None)
-    config = RunConfig(GEOMETRY, budget_bytes=1 << 30)
-    log = serve(build_target(config, 1), SHORT, 1, Serving(TIMES, max_running=10_000))
+    alone = Scenario(SHORT, gib=1.0, times=TIMES, max_running=10_000)
+    log = serve(build_target(alone, 1), SHORT, 1, alone)
     assert one.cached_tokens == sum(log.cached_tokens)
     assert one.ttft_mean_s == pytest.approx(np.mean(log.ttft_s))
     assert (one.imbalance, one.rerouted, one.broken) == (1.0, 0, 0)
@@ -70,7 +71,7 @@ class BusiestReplica(Router):
 
 
 def test_bad_router_gives_bad_figures() -> None:
-    name = "tests.lab.replicas.test_replicas:BusiestReplica"
+    name = "tests.lab.test_fleet:BusiestReplica"
     bad, good = cell(name, gib=3.0), cell("checkpoint", gib=3.0)
     assert bad.imbalance > 2 > good.imbalance
     assert bad.ttft_mean_s > 3 * good.ttft_mean_s
@@ -150,9 +151,9 @@ class Seconds:
         return 10.0 * (end - start) / 128
 
 
-def fleet_log(trace: Trace, **fleet: object):
-    job = FleetJob(RunConfig(GEOMETRY, budget_bytes=1 << 32), FleetConfig(**fleet), Seconds())
-    return run_fleet(trace, job)
+def fleet_log(trace: Trace, tpot_s: float, **fleet: object):
+    cell = Scenario(trace, gib=4.0, times=Seconds(), tpot_s=tpot_s)
+    return run_fleet(trace, FleetJob(cell, FleetConfig(**fleet)))
 
 
 def test_request_is_rerouted_if_its_replica_dies_before_the_first_token() -> None:
@@ -178,82 +179,6 @@ def test_load_scales_the_prefill_times() -> None:
     cold = sum(times.seconds(0, len(request.tokens)) for request in SHORT)
     assert cold == pytest.approx(0.5 * 4 * span.seconds)
     assert times_of(replace(config, load=None), span, GEOMETRY, TIMES) is TIMES
-
-
-def test_sweep_of_fleets_resumes(tmp_path) -> None:
-    path = tmp_path / "runs.jsonl"
-    jobs = fleet_jobs(RunConfig(GEOMETRY), FleetConfig(2), TIMES, ["text", "checkpoint"], [1.0])
-    short = open_trace("short?head=30")
-    first = run_fleets(short, jobs[:1], resume_from=path)
-    path.write_text(path.read_text() + '{"key": "half')
-    seen: list[tuple[int, int]] = []
-    both = run_fleets(short, jobs, resume_from=path, progress=lambda *at: seen.append(at))
-    assert both[0] == first[0] and seen == [(2, 2)]
-    assert run_fleets(short, jobs) == both
-    assert all(run.fleet.router in fleet_table(both) for run in both)
-
-
-def test_command_prints_a_table_and_writes_lines(
-    capsys: pytest.CaptureFixture[str], tmp_path
-) -> None:
-    path = tmp_path / "runs.jsonl"
-    arguments = ["simulate", "--trace", "short?head=40", "--gib", "2", "--replicas", "3"]
-    more = ["--router", "text,least_loaded,checkpoint", "--load", "1", "--event-delay", "2"]
-    assert main([*arguments, *more, "--failures", "1", "--output", str(path)]) == 0
-    out = capsys.readouterr().out
-    assert "3 replicas of 2 GiB" in out and "events 2 s late, 1 failures" in out
-    rows = [line.split()[0] for line in out.splitlines() if line[:1].isalpha()][2:]
-    assert rows == ["text", "least_loaded", "checkpoint"]
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["fleet"]["router"] for record in records] == rows
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--router", "text"], "--router is about several replicas"),
-        (["--replicas", "0"], "replicas must be at least 1"),
-        (["--replicas", "2", "--router", "best"], "router must be one of checkpoint"),
-        (["--replicas", "2", "--baseline", "vllm"], "--baseline has no meaning with --replicas"),
-        *(
-            (["--replicas", "2", flag, *value], f"{flag} has no meaning with --replicas")
-            for flag, *value in (
-                ("--no-bound",),
-                ("--no-priority-classes",),
-                ("--kv-share", "0.5"),
-                ("--checkpoint-dtype", "int8"),
-                ("--host-gib", "1"),
-                ("--disk-gib", "1"),
-                ("--host-gb-s", "50"),
-                ("--disk-gb-s", "6"),
-            )
-        ),
-        (["--replicas", "2", "--load", "0"], "load must be above 0"),
-        (["--replicas", "2", "--ray", "x", "--processes", "2"], "give one of them"),
-    ],
-)
-def test_invalid_arguments_give_one_line(
-    more: Iterable[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["simulate", "--trace", "short?head=5", "--gib", "1", *more]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
-def test_fleets_use_or_reject_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: set[str] = set()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            argparse.Namespace,
-            "__getattribute__",
-            lambda self, name: read.add(name) or object.__getattribute__(self, name),
-        )
-        arguments = ["simulate", "--trace", "short?head=5", "--gib", "1", "--replicas", "2"]
-        options = _parser().parse_args(arguments)
-        read.clear()
-        assert options.run(options) == 0
-    flags = set(vars(options)) - {"run", "goes_on", "parser", "gib"}
-    assert len(flags) > 20 and flags <= read
 
 
 def test_trace_without_duration_is_rejected() -> None:

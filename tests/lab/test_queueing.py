@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from hybridcache.lab.generators import short
-from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.target import (
-    RunConfig,
-    build_target,
-)
 from hybridcache.lab.trace import TraceRequest
-from tests.lab.test_simulate import GEOMETRY, SERVING, SMALL
+from tests.lab.test_simulate import GEOMETRY, SMALL, one_cell, served
 
 
 def test_concurrent_mode_serves_distant_requests_sequentially() -> None:
     """Requests that are far apart get the same hits and times in both modes."""
     trace = short()
-    config = RunConfig(GEOMETRY, budget_bytes=60 << 20)
+    cell = one_cell(60 << 20, GEOMETRY)
     apart = [request._replace(timestamp_s=1e4 * n) for n, request in enumerate(trace)]
-    logs = [
-        serve(build_target(config, 1), apart, 1, replace(SERVING, max_running=limit))
-        for limit in (None, 4)
-    ]
+    logs = [served(cell, apart, max_running=limit) for limit in (None, 4)]
     assert list(logs[0].cached_tokens) == list(logs[1].cached_tokens)
     assert list(logs[0].ttft_s) == pytest.approx(list(logs[1].ttft_s), abs=1e-6)
 
@@ -33,9 +23,9 @@ def test_concurrent_mode_serves_distant_requests_sequentially() -> None:
 def test_requests_in_flight_give_no_hits() -> None:
     prompt = np.arange(1000, dtype=np.int32)
     twice = [TraceRequest(0.0, n, None, prompt, prompt[:4]) for n in range(2)]
-    config = RunConfig(GEOMETRY, budget_bytes=1 << 30)
-    together = serve(build_target(config, 1), twice, 1, replace(SERVING, servers=2, max_running=2))
-    after = serve(build_target(config, 1), twice, 1, replace(SERVING, servers=1, max_running=2))
+    cell = one_cell(1 << 30, GEOMETRY)
+    together = served(cell, twice, servers=2, max_running=2)
+    after = served(cell, twice, servers=1, max_running=2)
     assert list(together.cached_tokens) == [0, 0]
     assert list(after.cached_tokens) == [0, 960]
 
@@ -47,9 +37,12 @@ def test_requests_wait_for_memory_and_for_their_session() -> None:
         TraceRequest(0.0, session, None, prompt, prompt)
         for session, prompt in zip(sessions, prompts, strict=True)
     ]
-    config = RunConfig(SMALL, num_kv_tokens=250, num_slots=8)
-    log = serve(build_target(config, 1), requests, 1, replace(SERVING, servers=3, max_running=3))
-    decode_s = 100 * SERVING.tpot_s
+    kv_bytes, state_bytes = 250 * SMALL.kv_bytes_per_token, 8 * SMALL.state_bytes
+    share = kv_bytes / (kv_bytes + state_bytes)
+    cell = one_cell(kv_bytes + state_bytes, memory="pools", kv_share=share)
+    assert cell.pools(SMALL) == (250, 8)
+    log = served(cell, requests, servers=3, max_running=3)
+    decode_s = 100 * cell.tpot_s
     assert log.num_bypassed == 0
     assert log.ttft_s[0] < decode_s and log.ttft_s[1] >= 0
     assert log.ttft_s[2] < decode_s, "the wait must begin when the first request is answered"
@@ -66,9 +59,8 @@ def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
         TraceRequest(when, session, None, tokens, answer)
         for when, session in ((0.0, "a"), (1.0, "a"), (2.0, "b"), (100.0, "a"))
     ]
-    target = build_target(RunConfig(GEOMETRY, budget_bytes=1 << 30), 1)
-    serving = Serving(Seconds(), servers=1, max_running=3, tpot_s=0.5)
-    log = serve(target, requests, 1, serving)
+    cell = one_cell(1 << 30, GEOMETRY, times=Seconds())
+    log = served(cell, requests, max_running=3, tpot_s=0.5)
     # Starts: first of a at 0, b at 10, second of a at 35 (the first is answered), last at 100.
     assert list(log.arrival_s) == [0.0, 2.0, 1.0, 100.0]
     assert list(log.ttft_s) == [10.0, 18.0, 10.0, 10.0]
@@ -85,8 +77,8 @@ def test_queueing_times_match_hand_computed_ones() -> None:
     ]
 
     def ttft(servers: int) -> list[float]:
-        target = build_target(RunConfig(GEOMETRY, budget_bytes=1 << 30), 1)
-        return list(serve(target, requests, 1, Serving(Seconds(), servers)).ttft_s)
+        cell = one_cell(1 << 30, GEOMETRY, times=Seconds())
+        return list(served(cell, requests, servers=servers).ttft_s)
 
     assert ttft(1) == [10.0, 19.0, 28.0]
     assert ttft(2) == [10.0, 10.0, 18.0]

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,14 +34,17 @@ from hybridcache.lab.scenario import Scenario, load_model
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
-from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
+from hybridcache.lab.simulation.serving import RequestLog, serve
+from hybridcache.lab.simulation.simulate import (
+    SimulationResult,
+    optimum,
+    run_cells,
+    simulate,
+)
 from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
-from hybridcache.lab.simulation.sweep import run_cells
 from hybridcache.lab.simulation.target import (
     EngineSteps,
     LeaseTarget,
-    RunConfig,
     build_target,
 )
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -51,9 +55,19 @@ from hybridcache.policies.registry import EVICTION
 
 SAMPLES = Path(__file__).parent / "samples"
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
-SERVING = Serving(Roofline(GEOMETRY))
 SMALL = replace(GEOMETRY, kv_bytes_per_token=10, recurrent_elements=0, conv_bytes=640)
 """Model with a state as large as the KV of 64 tokens."""
+
+
+def one_cell(num_bytes: int, model: ModelGeometry = SMALL, **settings: Any) -> Scenario:
+    """Return a cell with a memory of ``num_bytes``."""
+    settings = {"times": Roofline(model)} | settings
+    return Scenario("own", model=model, gib=num_bytes / GIB, **settings)
+
+
+def served(cell: Scenario, requests: Iterable[TraceRequest], **how: Any) -> RequestLog:
+    """Return the log of ``requests``, served by the cache of ``cell``."""
+    return serve(build_target(cell, 1), requests, 1, replace(cell, **how))
 
 
 def random_requests(seed: int, count: int) -> list[TraceRequest]:
@@ -82,14 +96,12 @@ def test_policy_conserves_tokens_and_stays_below_the_bound(
     policy: str, seed: int, budget: int, max_running: int | None
 ) -> None:
     requests = random_requests(seed, 40)
-    config = RunConfig(
-        SMALL, budget_bytes=budget, policy=policy, checkpoints="branch,backoff,every:128,end"
-    )
+    cell = one_cell(budget, policy=policy, checkpoints="branch,backoff,every:128,end")
     runs = []
     for _ in range(2):
-        target = build_target(config, unit=1)
+        target = build_target(cell, unit=1)
         assert isinstance(target, LeaseTarget)
-        log = serve(target, requests, 1, replace(SERVING, max_running=max_running))
+        log = serve(target, requests, 1, replace(cell, max_running=max_running))
         target.cache.check(held_tokens=0, held_slots=0)
         runs.append((list(log.cached_tokens), list(log.ttft_s), log.losses))
         assert sum(log.losses) + sum(log.cached_tokens) == sum(log.prompt_tokens)
@@ -108,7 +120,7 @@ def test_running_state_takes_a_slot_only_with_plain_checkpoints(
     """As in the engine, running states in another format than checkpoints do not use the cache's
     memory."""
     geometry = ModelGeometry.load("qwen3.5-0.8b", checkpoint_dtype=checkpoint_dtype)
-    target = build_target(RunConfig(geometry, budget_bytes=1 << 30, checkpoints="none"), unit=1)
+    target = build_target(one_cell(1 << 30, geometry, checkpoints="none"), unit=1)
     assert isinstance(target, LeaseTarget)
     prompt = np.arange(100, dtype=np.int32)
     served = target.begin(TraceRequest(0.0, 0, None, prompt, prompt))
@@ -120,15 +132,15 @@ def test_running_state_takes_a_slot_only_with_plain_checkpoints(
 @pytest.mark.parametrize("baseline", sorted(BASELINES))
 def test_baseline_stays_below_the_bound_and_has_no_unknown_figures(baseline: str) -> None:
     trace = short()
-    config = RunConfig(GEOMETRY, budget_bytes=200 << 20, baseline=baseline)
-    target = build_target(config, unit=1)
-    log = serve(target, trace, 1, SERVING)
+    cell = one_cell(200 << 20, GEOMETRY, baseline=baseline)
+    target = build_target(cell, unit=1)
+    log = serve(target, trace, 1, cell)
     bound = InfiniteCache()
     assert all(
         cached <= bound.ideal_tokens(request, 1)
         for cached, request in zip(log.cached_tokens, trace, strict=True)
     )
-    result = summarise(config, SERVING, log, target, trace.full_name)
+    result = summarise(cell, log, target, trace.full_name)
     assert result.losses is None and result.checkpoints_made is None
     record = result.as_record()
     for name in ("missed_requests", "missed_tokens", "missed_flops", "checkpoint_copies"):
@@ -156,8 +168,7 @@ def test_unlimited_memory_gives_the_most_hits(seed: int, budget: int) -> None:
     requests = random_requests(seed, 40)
 
     def cached(size: int) -> int:
-        target = build_target(RunConfig(SMALL, budget_bytes=size), unit=1)
-        return sum(serve(target, requests, 1, SERVING).cached_tokens)
+        return sum(served(one_cell(size), requests).cached_tokens)
 
     everything = cached(10_000_000)
     assert cached(budget) <= everything == cached(20_000_000)
@@ -176,10 +187,10 @@ def test_requests_that_do_not_fit_are_bypassed() -> None:
 
 
 def test_allocating_in_engine_steps_changes_hits_by_at_most_2_percent() -> None:
-    config = RunConfig(ModelGeometry.preset("qwen3-next"), budget_bytes=8 << 30)
+    cell = one_cell(8 << 30, ModelGeometry.preset("qwen3-next"))
     hits = [
-        sum(serve(build_target(variant, 1), chat().head(160), 1, SERVING).cached_tokens)
-        for variant in (config, replace(config, steps=EngineSteps()))
+        sum(serve(build_target(cell, 1, steps), chat().head(160), 1, cell).cached_tokens)
+        for steps in (None, EngineSteps())
     ]
     assert hits[0] == pytest.approx(hits[1], rel=0.02)
 
@@ -301,12 +312,12 @@ def test_result_contains_the_memory_layout() -> None:
 
 
 def test_kv_share_divides_the_budget_between_pools() -> None:
-    config = RunConfig(SMALL, budget_bytes=100_000, memory="pools", kv_share=0.25)
-    num_kv_tokens, num_slots = config.pools
+    cell = one_cell(100_000, memory="pools", kv_share=0.25)
+    num_kv_tokens, num_slots = cell.pools(SMALL)
     assert num_kv_tokens == 25_000 // SMALL.kv_bytes_per_token
     assert num_slots == 75_000 // SMALL.state_bytes
-    half = replace(config, kv_share=0.5)
-    assert half.pools == (50_000 // SMALL.kv_bytes_per_token, 50_000 // SMALL.state_bytes)
+    half = replace(cell, kv_share=0.5)
+    assert half.pools(SMALL) == (50_000 // SMALL.kv_bytes_per_token, 50_000 // SMALL.state_bytes)
 
 
 def test_sizes_are_parsed_from_text() -> None:
@@ -397,7 +408,7 @@ def test_figures_of_a_run_are_consistent() -> None:
 
 
 def test_log_needs_at_most_80_bytes_per_request() -> None:
-    log = serve(build_target(RunConfig(GEOMETRY, budget_bytes=1 << 28), 1), short(), 1, SERVING)
+    log = served(one_cell(1 << 28, GEOMETRY), short())
     columns = [log.arrival_s, log.prompt_tokens, log.cached_tokens, log.missed_tokens, log.turns]
     assert sum(column.itemsize for column in columns) + 8 <= 80
 
@@ -487,7 +498,7 @@ def _die(_trace: Trace, _job: int) -> int:
 def test_killed_worker_process_gives_a_clear_error() -> None:
     place = Place(processes=2)
     with pytest.raises(ChildProcessError, match="lack of memory: use fewer processes"):
-        run_grid(short(), [1, 2], _die, keys=(), read=dict, write=dict, place=place)
+        run_grid(short(), [1, 2], _die, read=dict, write=dict, place=place)
 
 
 def test_functions_of_the_laboratory_take_a_scenario() -> None:
@@ -626,7 +637,7 @@ def test_repr_of_a_result_is_one_line_with_its_best_run(small: SimulationResult)
 
 
 def test_best_run_is_of_a_simulated_size(small: SimulationResult) -> None:
-    known = sorted({run.gib for run in small.runs if run.gib is not None})
+    known = sorted({run.gib for run in small.runs})
     for size in known:
         best = small.best(float(f"{size:.4g}"))
         assert best.gib == size

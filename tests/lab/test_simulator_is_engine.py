@@ -18,9 +18,10 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
+from hybridcache.lab.simulation.serving import serve
+from hybridcache.lab.simulation.target import EngineSteps, build_target
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
@@ -80,17 +81,25 @@ def engine_of(
     return Engine(config, runner=runner, sampler=sampler)
 
 
-def run_config(policy: str, engine: Engine) -> RunConfig:
+STEPS = EngineSteps(token_budget=256)
+
+
+def cell_of(policy: str, engine: Engine) -> Scenario:
     """Return the simulator's settings for ``engine``."""
-    memory = engine.runner.memory
-    sizes = {"num_kv_tokens": memory.num_kv_tokens, "num_slots": memory.num_slots}
-    return RunConfig(
-        engine.runner.geometry,
-        **({"budget_bytes": memory.total_bytes} if memory.memory == "arena" else sizes),
+    memory, geometry = engine.runner.memory, engine.runner.geometry
+    settings: dict[str, Any] = {"gib": memory.total_bytes / GIB}
+    if memory.memory == "pools":
+        kv_bytes = memory.num_kv_tokens * geometry.kv_bytes_per_token
+        total_bytes = kv_bytes + memory.num_slots * geometry.state_bytes
+        settings = {"gib": total_bytes / GIB, "memory": "pools", "kv_share": kv_bytes / total_bytes}
+    return Scenario(
+        "own",
+        model=geometry,
+        times=Roofline(geometry),
         page_size=memory.page_size,
         policy=policy,
         checkpoints=",".join(engine.config.checkpoints),
-        steps=EngineSteps(token_budget=256),
+        **settings,
     )
 
 
@@ -120,9 +129,9 @@ def assert_simulator_agrees(
     """Check that the simulator has the hits and evictions of the engine for the same requests."""
     by_engine = list(evictions)
     evictions.clear()
-    config = run_config(policy, engine)
-    target = build_target(config, unit=1)
-    log = serve(target, served, 1, Serving(Roofline(config.geometry)))
+    cell = cell_of(policy, engine)
+    target = build_target(cell, 1, STEPS)
+    log = serve(target, served, 1, cell)
     assert list(log.cached_tokens) == [int(request.timestamp_s) for request in served]
     assert sum(log.cached_tokens) > 0 and len(by_engine) > 8
     assert evictions == by_engine
@@ -211,7 +220,7 @@ def test_replaying_the_lease_log_gives_the_same_hits_and_evictions(
             engine.step()
     by_engine = list(evictions)
     evictions.clear()
-    cache = build_prefix_cache(run_config(policy, engine).cache_config(unit=1))
+    cache = build_prefix_cache(cell_of(policy, engine).cache_config(engine.runner.geometry, unit=1))
     again = replay(cache, parse_placement(checkpoints), log)
     hits = [event.result for event in log.events if event.verb == "begin"]
     assert [event.result for event in again.events if event.verb == "begin"] == hits
@@ -241,8 +250,6 @@ def test_leases_end_with_the_reason_why_an_answer_ended(monkeypatch: pytest.Monk
 
 def test_default_policies_are_the_same_everywhere() -> None:
     assert CacheConfig(num_kv_tokens=8, num_slots=1).eviction == DEFAULT_EVICTION == "survival"
-    config = RunConfig(ModelGeometry.preset("qwen3-next"))
-    assert (config.policy, config.checkpoints) == (DEFAULT_EVICTION, DEFAULT_PLACEMENT)
     sweep = Scenario("short")
     assert (sweep.policy, sweep.checkpoints) == (DEFAULT_EVICTION, DEFAULT_PLACEMENT)
     engine = EngineConfig()

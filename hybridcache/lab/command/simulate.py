@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
-    FIGURE_LOOK,
     TRACE_HELP,
     add_figure_style,
     add_settings,
@@ -78,7 +77,6 @@ def add_simulate(commands: Commands) -> None:
         "it; requests are scheduled as in the engine",
     )
     add_settings(group, *_in(LOAD))
-    _add_fleet(parser.add_argument_group("replicas"))
     add_figure_style(parser.add_argument_group("look of figures"))
     parser.set_defaults(run=_simulate, goes_on=True, parser=parser)
 
@@ -92,23 +90,6 @@ def _in(group: str) -> list[str]:
     return [one.name for one in fields(Scenario) if one.metadata.get("group") == group]
 
 
-FLEET: dict[str, dict[str, Any]] = {
-    "--load": {
-        "type": float,
-        "help": "share of the trace's time that computing all prompts without a cache would keep "
-        "the replicas busy (default: given by the prefill times)",
-    },
-    "--event-delay": {
-        "type": float,
-        "help": "seconds until a change in a cache reaches a router (default 0)",
-    },
-    "--failures": {
-        "type": int,
-        "help": "replicas that fail, evenly over the trace, each replaced by an empty one after "
-        "30 s (default 0)",
-    },
-}
-"""Options of fleets, with ``--replicas`` only."""
 ALONE = {
     "--optimum": False,
     "--losses": False,
@@ -117,7 +98,6 @@ ALONE = {
     "--bound": True,
 }
 """Options of replays alone that are no settings, and their defaults."""
-OF_FIGURES = {"--figure": None, **FIGURE_LOOK}
 
 
 def _scenarios(options: argparse.Namespace) -> list[Scenario]:
@@ -140,7 +120,7 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
     from hybridcache.lab.simulation.result import ClosedLoopRun
 
     reason = "has no meaning with --closed-loop: leave it out"
-    refuse(options, ALONE | {"--replicas": None}, reason)
+    refuse(options, ALONE, reason)
     refuse_settings(given_settings(options), REPLAY_ONLY, reason)
     style = check_figure(options)
     runs: list[ClosedLoopRun] = []
@@ -171,15 +151,10 @@ def _simulate(options: argparse.Namespace) -> int:
         options.write_scenario.write_text(scenarios[0].to_toml(), encoding="utf-8")
         print(f"scenario: {options.write_scenario}")
         return 0
-    if options.replicas is None:
-        fleet = dict.fromkeys(("--router", *FLEET))
-        refuse(options, fleet, "is about several replicas: say how many with --replicas")
     if options.closed_loop:
         return _simulate_closed_loop(options, scenarios)
     reason = "is about sessions that wait for answers: add --closed-loop"
     refuse_settings(given_settings(options), _in(LOAD), reason)
-    if options.replicas is not None:
-        return _simulate_fleets(options, scenarios)
     from hybridcache.lab.report import bins_table, find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
 
@@ -239,64 +214,3 @@ def _draw(
 
 def _beside(path: Path, word: str) -> Path:
     return path.with_name(f"{path.stem}-{word}{path.suffix}")
-
-
-# --- Fleets -------------------------------------------------------------------------------------
-
-
-def _add_fleet(parser: argparse._ActionsContainer) -> None:
-    """Add the options of fleets."""
-    from hybridcache.routing.registry import ROUTERS
-
-    words = ", ".join(ROUTERS)
-    parser.add_argument(
-        "--replicas",
-        type=int,
-        help="number of caches behind a router, each of --gib; prints other tables",
-    )
-    parser.add_argument(
-        "--router",
-        help=f"with --replicas, commas between (default checkpoint): {words}, module:Class",
-    )
-    for flag, facts in FLEET.items():
-        parser.add_argument(flag, **facts)
-
-
-def _simulate_fleets(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
-    """Run every router at every size, and print their tables. Raises ValueError for an option that
-    has no meaning with fleets."""
-    from hybridcache.lab.progress import shown_progress
-    from hybridcache.lab.replicas.fleet import FleetConfig
-    from hybridcache.lab.replicas.result import fleet_table
-    from hybridcache.lab.replicas.runs import fleet_jobs, run_fleets
-    from hybridcache.lab.scenario import GIB_SPEC, REPLAY_ONLY
-    from hybridcache.lab.simulation.grid import Place
-    from hybridcache.lab.simulation.sizes import sizes_for
-
-    reason = "has no meaning with --replicas: leave it out"
-    refuse(options, ALONE | OF_FIGURES, reason)
-    refuse_settings(given_settings(options), (*REPLAY_ONLY, "max_running"), reason)
-    fleet = FleetConfig(
-        options.replicas,
-        load=options.load,
-        delay_s=options.event_delay or 0.0,
-        failures=options.failures or 0,
-    )
-    routers = (options.router or "checkpoint").split(",")
-    for scenario in scenarios:
-        trace, geometry = opened(str(scenario.trace), options), scenario.geometry()
-        times = scenario.serving(geometry).times
-        points = sizes_for(GIB_SPEC if scenario.gib is None else scenario.gib, trace, geometry)
-        for one in scenario.competitors():
-            config = replace(one, gib=None).config(geometry)
-            jobs = fleet_jobs(config, fleet, times, routers, points)
-            with shown_progress(None, "runs", trace.name) as show:
-                results = run_fleets(
-                    trace,
-                    jobs,
-                    place=Place(options.processes, options.ray),
-                    resume_from=options.output,
-                    progress=show,
-                )
-            print(fleet_table(results), end="\n\n")
-    return 0

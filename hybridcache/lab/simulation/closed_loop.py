@@ -23,21 +23,15 @@ import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
-from hybridcache.geometry.times import StepTimes, step_times
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun
 from hybridcache.lab.simulation.sizes import rates, sizes_for
-from hybridcache.lab.simulation.sweep import identity_of
-from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy
-from hybridcache.policies.registry import (
-    AdmissionSpec,
-    make_admission,
-)
+from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
@@ -51,31 +45,6 @@ if TYPE_CHECKING:
 
 MAX_RUNNING = 16
 """Usual number of requests at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClosedLoop:
-    """The load, and the engine that serves it."""
-
-    times: StepTimes
-    rate: float
-    """Sessions that arrive in a second, on average."""
-    seed: int = 0
-    """Seed of the arrivals."""
-    max_running: int = 16
-    token_budget: int = 8192
-    admission: AdmissionSpec = "sessions"
-    tells_ends: bool = False
-    """The client says when a session has ended."""
-
-    def __post_init__(self) -> None:
-        if not self.rate > 0:
-            raise ValueError(f"rate must be above 0 sessions per second (got {self.rate}).")
-        if self.max_running < 1 or self.token_budget < 64:
-            raise ValueError(
-                f"max_running must be at least 1 and token_budget at least 64 (got "
-                f"{self.max_running} and {self.token_budget})."
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +127,9 @@ class RequestTable:
         self.max_live = 0
 
 
-def simulate_closed_loop(trace: Trace, config: RunConfig, loop: ClosedLoop) -> RequestTable:
-    """Serve the sessions of ``trace`` as ``loop`` says, with the cache of ``config``."""
-    return _Run(config, loop).run(sessions_of(trace))
+def simulate_closed_loop(trace: Trace, cell: Scenario) -> RequestTable:
+    """Serve the sessions of ``trace`` with the one cache, admission, rate and seed of ``cell``."""
+    return _Run(cell).run(sessions_of(trace))
 
 
 def sessions_of(trace: Trace) -> list[list[Turn]]:
@@ -199,32 +168,32 @@ def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterato
 class _Run:
     """One run: an event loop around a planner."""
 
-    def __init__(self, config: RunConfig, loop: ClosedLoop) -> None:
-        built = config.cache_config(unit=1)
-        cache = build_prefix_cache(built)
-        geometry = config.geometry
-        stateful = bool(geometry.num_linear_layers)
-        self.memory = memory = memory_sizes(config)
+    def __init__(self, cell: Scenario) -> None:
+        geometry = cell.geometry()
+        cache = build_prefix_cache(cell.cache_config(geometry, unit=1))
+        max_running = max_running_of(cell)
+        self.memory = memory = memory_sizes(cell)
         self.manager = CacheManager(
             cache,
-            config.placement(unit=1),
-            num_rows=loop.max_running,
-            stateful=stateful,
+            cell.placement(unit=1),
+            num_rows=max_running,
+            stateful=bool(geometry.num_linear_layers),
             owns_states=geometry.checkpoint_bytes is not None,
         )
         self.now_s = 0.0
         if (policy := getattr(cache, "policy", None)) is not None:
             policy.set_clock(lambda: self.now_s)
-        self.admission: AdmissionPolicy = make_admission(loop.admission)
+        self.admission: AdmissionPolicy = make_admission(cell.admission)  # type: ignore[arg-type]
         self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
             self.manager,
-            max_running=loop.max_running,
-            token_budget=loop.token_budget,
+            max_running=max_running,
+            token_budget=cell.token_budget,
             memory=memory,
             admission=self.admission,
             clock=lambda: self.now_s,
         )
-        self.loop, self.times = loop, loop.times
+        self.tells_ends, self.times = cell.tells_ends, cell.step_times(geometry)
+        [self.rate], [self.seed] = rates(cell.rate), seeds_of(cell)
         self.table = RequestTable()
         self.events: list[tuple[float, int, int]] = []
         """(time, order, session) of the next request of each session that has one."""
@@ -234,8 +203,8 @@ class _Run:
 
     def run(self, sessions: Sequence[Sequence[Turn]]) -> RequestTable:
         self.sessions = sessions
-        rng = np.random.default_rng(self.loop.seed)
-        starts = np.cumsum(rng.exponential(1 / self.loop.rate, len(sessions)))
+        rng = np.random.default_rng(self.seed)
+        starts = np.cumsum(rng.exponential(1 / self.rate, len(sessions)))
         for number, start_s in enumerate(starts.tolist()):
             self._push(start_s, number)
         self.next_turns = [0] * len(sessions)
@@ -278,7 +247,7 @@ class _Run:
             self._push(self.now_s + self.sessions[number][place].pause_s, number)
             return
         self.num_live -= 1
-        if self.loop.tells_ends and request is not None:
+        if self.tells_ends and request is not None:
             self.planner.end_session(request.session.newest_id)
 
     def _step(self) -> None:
@@ -375,13 +344,13 @@ class _Run:
         table.lost = [a + b for a, b in zip(table.lost, losses, strict=True)]
 
 
-def run_closed_loop(
-    trace: Trace, config: RunConfig, loop: ClosedLoop, limit_s: float = 2.0
-) -> ClosedLoopRun:
-    """Serve ``trace`` as ``loop`` says, and return the figures. ValueError if no request fits."""
-    table = simulate_closed_loop(trace, config, loop)
+def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
+    """Serve ``trace`` with the one cache, admission policy, rate and seed of ``cell``, and return
+    the figures. ValueError if no request fits."""
+    table = simulate_closed_loop(trace, cell)
     if not table.session:
         raise ValueError(f"{trace.name}: no request fits in the memory ({table.num_refused} tried)")
+    [rate], [seed], limit_s = rates(cell.rate), seeds_of(cell), cell.ttft_limit_s
     asked_s = np.array(table.asked_s)
     ttft_s = np.array(table.first_token_s) - asked_s
     tenants: dict[Hashable, list[float]] = {}
@@ -392,14 +361,13 @@ def run_closed_loop(
     worst = max(means, key=lambda tenant: means[tenant])
     losses = Losses(*table.lost)
     p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
-    budget = config.budget_bytes
     return ClosedLoopRun(
         trace=trace.name,
-        label=config.label,
-        admission=str(loop.admission),
-        rate=loop.rate,
-        seed=loop.seed,
-        gib=None if budget is None else budget / GIB,
+        label=cell.label,
+        admission=str(cell.admission),
+        rate=rate,
+        seed=seed,
+        gib=cell.budget_bytes / GIB,
         num_requests=len(ttft_s),
         num_refused=table.num_refused,
         prompt_tokens=sum(table.prompt_tokens),
@@ -418,10 +386,10 @@ def run_closed_loop(
         jain=jain_index(in_time),
         worst_tenant="-" if worst is None or len(means) == 1 else str(worst),
         worst_ttft_s=means[worst],
-        model=config.geometry.name,
-        max_running=loop.max_running,
-        token_budget=loop.token_budget,
-        tells_ends=loop.tells_ends,
+        model=cell.geometry().name,
+        max_running=max_running_of(cell),
+        token_budget=cell.token_budget,
+        tells_ends=cell.tells_ends,
         num_sessions=len(set(table.session)),
     )
 
@@ -461,20 +429,9 @@ class ClosedLoopResult:
         return closed_loop_figure(self.runs, path, style=style)
 
 
-def run_cell_in_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
-    """Serve ``trace`` with the one cache, admission policy, rate and seed of ``cell``."""
-    geometry = cell.geometry()
-    [admission], [rate], [seed] = named_policies(cell.admission), rates(cell.rate), seeds_of(cell)
-    loop = ClosedLoop(
-        step_times(cell.serving(geometry).times),
-        rate,
-        seed=seed,
-        max_running=MAX_RUNNING if cell.max_running is None else cell.max_running,
-        token_budget=cell.token_budget,
-        admission=admission,
-        tells_ends=cell.tells_ends,
-    )
-    return run_closed_loop(trace, cell.config(geometry), loop, cell.ttft_limit_s)
+def max_running_of(cell: Scenario) -> int:
+    """Return the number of requests at once."""
+    return MAX_RUNNING if cell.max_running is None else cell.max_running
 
 
 def seeds_of(scenario: Scenario) -> Sequence[int]:
@@ -514,7 +471,7 @@ def closed_loop(
         if one.name in REPLAY_ONLY and getattr(asked, one.name) != one.default:
             raise ValueError(f"{one.name} has no meaning in closed loop: leave it out")
     opened, geometry = asked.opened(), asked.geometry()
-    known = step_times(asked.serving(geometry).times)
+    known = asked.step_times(geometry)
     admissions = named_policies(asked.admission, split=True)
     for policy in admissions:
         make_admission(policy)
@@ -527,13 +484,11 @@ def closed_loop(
         for seed in seeds_of(asked)
     ]
     kept = Path(resume_from) if resume_from else None
-    identity = identity_of(opened) if kept else b""
     with shown_progress(progress, "requests", opened.name) as show:
         runs = run_grid(
             opened,
             cells,
-            run_cell_in_loop,
-            keys=[cell.key(identity) for cell in cells] if kept else (),
+            run_closed_loop,
             read=ClosedLoopRun.from_record,
             write=ClosedLoopRun.as_record,
             place=Place(processes, ray),
@@ -554,17 +509,17 @@ def jain_index(shares: Sequence[float]) -> float:
     return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
 
 
-def memory_sizes(config: RunConfig) -> MemorySizes:
-    """Return the memory that ``config`` describes, in rows and slots."""
-    built, geometry = config.cache_config(unit=1), config.geometry
-    row = geometry.kv_bytes_per_token
+def memory_sizes(cell: Scenario) -> MemorySizes:
+    """Return the memory of ``cell``, in rows and slots."""
+    geometry = cell.geometry()
+    row, page_size = geometry.kv_bytes_per_token, cell.page_size
     state = geometry.state_bytes if geometry.num_linear_layers else 0
     owns_states = bool(state) and geometry.checkpoint_bytes is not None
-    if built.total_bytes is None:
-        sizes = built.num_kv_tokens, built.num_slots or 0
-        return MemorySizes("pools", *sizes, row, state, built.page_size, owns_states)
-    num_rows = built.total_bytes // row
-    num_rows -= num_rows % built.page_size
-    whole = MemorySizes("arena", num_rows, 1, row, state, built.page_size)
+    if cell.memory == "pools":
+        sizes = cell.pools(geometry)
+        return MemorySizes("pools", *sizes, row, state, page_size, owns_states)
+    num_rows = cell.budget_bytes // row
+    num_rows -= num_rows % page_size
+    whole = MemorySizes("arena", num_rows, 1, row, state, page_size)
     num_slots = num_rows // whole.slab_rows if whole.slab_rows else 0
-    return MemorySizes("arena", num_rows, num_slots, row, state, built.page_size, owns_states)
+    return MemorySizes("arena", num_rows, num_slots, row, state, page_size, owns_states)

@@ -4,6 +4,7 @@ resumable, the same results in the same order wherever they ran."""
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -62,7 +63,6 @@ def run_grid(
     jobs: Sequence[Job],
     run: Run[Job, Result],
     *,
-    keys: Sequence[str],
     read: Callable[[dict[str, Any]], Result],
     write: Callable[[Result], dict[str, Any]],
     place: Place,
@@ -71,10 +71,10 @@ def run_grid(
 ) -> list[Result]:
     """Return ``run(trace, job)`` for each of ``jobs``, in their order.
 
-    With ``resume_from``, runs that are in that file under a job's key are read from it, and new
-    ones are appended as they finish, one JSON line each. ``progress`` is called with (requests
-    done, requests of all runs), the second 0 while it is unknown; with (runs done, all) if results
-    have no ``num_requests``.
+    With ``resume_from``, runs that are in that file under a job's key (``job.key(identity of the
+    trace)``) are read from it, and new ones are appended as they finish, one JSON line each.
+    ``progress`` is called with (requests done, requests of all runs), the second 0 while it is
+    unknown; with (runs done, all) if results have no ``num_requests``.
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
     be pickled for the process or machine that computes it, or if ``resume_from`` is not a file of
@@ -85,8 +85,9 @@ def run_grid(
     if not place.is_here:
         pickled(f"trace {trace.name!r}", trace)
         for job in jobs:
-            pickled(str(getattr(getattr(job, "config", job), "label", job)), job)
+            pickled(str(getattr(job, "label", job)), job)
     results: dict[int, Result] = {}
+    keys = keys_of(trace, jobs) if resume_from else []
     known = dict(_read(resume_from, set(keys), read)) if resume_from else {}
     for number, key in enumerate(keys):
         if key in known:
@@ -103,6 +104,27 @@ def run_grid(
                 file.flush()
             progressed.run_done(getattr(result, "num_requests", 1))
     return [results[number] for number in range(len(jobs))]
+
+
+def keys_of(trace: Trace, jobs: Sequence[Any]) -> list[str]:
+    """Return the key of each job in a file of results. O(bytes of the trace's file)."""
+    identity = identity_of(trace)
+    return [job.key(identity) for job in jobs]
+
+
+def identity_of(trace: Trace) -> bytes:
+    """Return bytes that identify a trace: its recipe, and the content of its file if it has one.
+    O(bytes of the file)."""
+    name = repr((trace.name, trace.unit)).encode()
+    identity = name + pickled(f"trace {trace.name!r}", trace.source)
+    reader: Any = trace.source
+    while hasattr(reader, "source"):  # the head of another
+        reader = reader.source
+    path = getattr(reader, "path", None)
+    if path is None:
+        return identity
+    with open(path, "rb") as file:
+        return identity + hashlib.file_digest(file, "sha256").digest()
 
 
 TICK = 256

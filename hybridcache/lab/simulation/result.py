@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -11,16 +11,111 @@ import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import prefill_seconds
+from hybridcache.geometry.times import describe_times, prefill_seconds
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import Interval, linear_ratio
-from hybridcache.lab.simulation.identity import RunIdentity, identify, names, without_size
-from hybridcache.lab.simulation.log import RequestLog
-from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.simulation.target import RunConfig, Target
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.serving import RequestLog
+from hybridcache.lab.simulation.target import Target
 
 PERCENTILES = (5, 50, 95, 99)
 SAME_SIZE = 1e-3
 """Relative difference up to which two sizes are the same: tables show four digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """One cell of a sweep as plain text and numbers, as in a results file."""
+
+    trace: str
+    """As ``open_trace`` takes it, options and seed included."""
+    label: str
+    """Name in tables and figures. Two cells with one label may differ in other fields; see
+    ``names``."""
+    model: str
+    state_dtype: str
+    gib: float
+    """GiB for KV and states together."""
+    memory: str | None
+    """Division of the memory: ``arena``, ``budget`` or ``pools``; None for a peer, which has its
+    own."""
+    kv_share: float | None
+    """Share of ``gib`` for KV, with two pools."""
+    policy: str | None
+    """Eviction policy; None for a peer."""
+    checkpoints: str | None
+    """Checkpoint placement; None for a peer."""
+    priority_classes: bool | None
+    """True if the cache evicts unreachable KV and superseded checkpoints before all other items;
+    False if ``policy`` orders them too; None for a peer."""
+    baseline: str | None
+    page_size: int
+    grid: int
+    servers: int
+    max_running: int | None
+    tpot_s: float
+    times: str
+    """Source of the prefill times."""
+    checkpoint_dtype: str = "auto"
+    host_gib: float = 0.0
+    disk_gib: float = 0.0
+    host_bytes_per_s: float | None = None
+    """Speed of copies from host memory; None if there is no such tier."""
+    disk_bytes_per_s: float | None = None
+    """Speed of copies from disk; None if there is no such tier."""
+
+
+def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> RunIdentity:
+    """Return the identity of a cell over the trace with the recipe ``trace``."""
+    geometry, is_ours = scenario.geometry(), not scenario.baseline
+    return RunIdentity(
+        trace=trace,
+        label=scenario.label,
+        model=geometry.name,
+        state_dtype=geometry.state_dtype,
+        gib=scenario.budget_bytes / GIB,
+        memory=scenario.memory if is_ours else None,
+        kv_share=scenario.kv_share,
+        policy=str(scenario.policy) if is_ours else None,
+        checkpoints=str(scenario.checkpoints) if is_ours else None,
+        priority_classes=priority_classes,
+        baseline=str(scenario.baseline) if scenario.baseline else None,
+        page_size=scenario.page_size,
+        grid=scenario.grid,
+        servers=scenario.servers,
+        max_running=scenario.max_running,
+        tpot_s=scenario.tpot_s,
+        times=describe_times(scenario.prefill_times(geometry)),
+        checkpoint_dtype=geometry.checkpoint_dtype,
+        host_gib=scenario.host_gib,
+        disk_gib=scenario.disk_gib,
+        host_bytes_per_s=scenario.host_gb_s * 1e9 if scenario.host_gib else None,
+        disk_bytes_per_s=scenario.disk_gb_s * 1e9 if scenario.disk_gib else None,
+    )
+
+
+def without_size(identity: RunIdentity) -> RunIdentity:
+    """Return the identity of the same competitor without a memory size."""
+    return replace(identity, gib=0.0)
+
+
+def names(identities: Iterable[RunIdentity]) -> dict[RunIdentity, str]:
+    """Return a name for each competitor: its label, and the differing fields if labels are
+    equal."""
+    competitors = dict.fromkeys(map(without_size, identities))
+    by_label: dict[str, list[RunIdentity]] = {}
+    for competitor in competitors:
+        by_label.setdefault(competitor.label, []).append(competitor)
+    return {each: _name(each, by_label[each.label]) for each in competitors}
+
+
+def _name(identity: RunIdentity, same: Sequence[RunIdentity]) -> str:
+    differing = [
+        f"{field.name} {getattr(identity, field.name)}"
+        for field in fields(identity)
+        if len({getattr(other, field.name) for other in same}) > 1
+    ]
+    return f"{identity.label} ({', '.join(differing)})" if differing else identity.label
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +215,8 @@ class RunResult:
 
     def __repr__(self) -> str:
         """Return one line: competitor, size and token hit rate. ``as_record`` has all figures."""
-        size = "" if self.gib is None else f", {self.gib:.4g} GiB"
         rate = 100 * self.token_hit_rate
-        return f"RunResult({self.label}{size}: token hit rate {rate:.1f} %)"
+        return f"RunResult({self.label}, {self.gib:.4g} GiB: token hit rate {rate:.1f} %)"
 
     @property
     def label(self) -> str:
@@ -130,8 +224,8 @@ class RunResult:
         return self.config.label
 
     @property
-    def gib(self) -> float | None:
-        """Memory for KV and states, GiB; None for two pools."""
+    def gib(self) -> float:
+        """Memory for KV and states, GiB."""
         return self.config.gib
 
     @property
@@ -223,8 +317,8 @@ class ClosedLoopRun:
     """Sessions that arrived in a second."""
     seed: int
     """Seed of the arrivals."""
-    gib: float | None
-    """Memory for KV and states, GiB; None for two pools."""
+    gib: float
+    """Memory for KV and states, GiB."""
     num_requests: int
     """Number of answered requests."""
     num_refused: int
@@ -290,8 +384,7 @@ class ClosedLoopRun:
 
 
 def summarise(
-    config: RunConfig,
-    serving: Serving,
+    scenario: Scenario,
     log: RequestLog,
     target: Target,
     trace: str,
@@ -299,28 +392,29 @@ def summarise(
     """Return the figures of one run of ``target`` over the trace with the recipe ``trace``.
     O(requests)."""
     counters = target.counters()
-    geometry = config.geometry
+    geometry = scenario.geometry()
+    times = scenario.prefill_times(geometry)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)
     cached = np.frombuffer(log.cached_tokens, np.int64)
     missed = np.frombuffer(log.missed_tokens, np.int64)
-    flops_saved = int(_flops(config, cached))
+    flops_saved = int(_flops(geometry, cached))
     ttft = np.asarray(log.ttft_s, dtype=np.float64)
     resumed = int((cached > 0).sum())
     made, copies = counters.get("inserted_slots"), counters.get("checkpoint_copies")
     moved = counters.get("moved_tokens")
     written, evicted = counters.get("inserted_tokens"), counters.get("evicted_tokens")
     copied = sum(log.copy_s)
-    spent = sum(prefill_seconds(serving.times, cached, lengths)) + copied
-    cold = sum(prefill_seconds(serving.times, np.zeros_like(lengths), lengths))
+    spent = sum(prefill_seconds(times, cached, lengths)) + copied
+    cold = sum(prefill_seconds(times, np.zeros_like(lengths), lengths))
     return RunResult(
-        config=identify(config, serving, trace, target.priority_classes),
+        config=identify(scenario, trace, target.priority_classes),
         requests=len(lengths),
         hits=resumed,
         bypassed=log.num_bypassed,
         prompt_tokens=int(lengths.sum()),
         cached_tokens=int(cached.sum()),
         losses=Losses(*log.losses) if log.has_losses else None,
-        flops=int(_flops(config, lengths)) - flops_saved,
+        flops=int(_flops(geometry, lengths)) - flops_saved,
         flops_saved=flops_saved,
         seconds=spent,
         seconds_saved=cold - spent,
@@ -328,7 +422,9 @@ def summarise(
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
         missed_requests=int((missed > 0).sum()) if log.has_missed else None,
         missed_tokens=int(missed.sum()) if log.has_missed else None,
-        missed_flops=int(_flops(config, cached + missed)) - flops_saved if log.has_missed else None,
+        missed_flops=int(_flops(geometry, cached + missed)) - flops_saved
+        if log.has_missed
+        else None,
         checkpoints_made=made,
         checkpoint_copies=copies,
         copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,
@@ -340,7 +436,7 @@ def summarise(
         moved_slabs=counters.get("moved_slabs"),
         moved_kv_bytes=None if moved is None else moved * log.unit * geometry.kv_bytes_per_token,
         copy_seconds=copied,
-        tier_bytes=_tier_bytes(counters) if config.host_bytes or config.disk_bytes else None,
+        tier_bytes=_tier_bytes(counters) if scenario.host_gib or scenario.disk_gib else None,
         by_length=_bins(lengths, lengths, cached, first=256),
         by_turn=_bins(np.frombuffer(log.turns, np.int32), lengths, cached, first=1),
         by_session=_sessions(log, lengths, cached),
@@ -366,10 +462,9 @@ def _tier_bytes(counters: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in counters.items() if name.endswith("_bytes")}
 
 
-def _flops(config: RunConfig, ends: Any) -> int:
+def _flops(geometry: ModelGeometry, ends: Any) -> int:
     """Return the FLOPs of computing the first ``ends[i]`` tokens, summed over i. They exceed 64
     bits, so they are Python integers."""
-    geometry = config.geometry
     tokens = int(ends.sum())
     pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in np.array_split(ends, 64))
     return tokens * geometry.flops_per_token + pairs * geometry.attention_flops_per_pair
@@ -450,7 +545,7 @@ class SweepRuns:
         Raises:
             ValueError: this size was not simulated. The message names the simulated sizes.
         """
-        simulated = sorted({run.gib for run in self.runs if run.gib is not None})
+        simulated = sorted({run.gib for run in self.runs})
         nearest = min(simulated, key=lambda size: abs(size - gib), default=0.0)
         if not math.isclose(nearest, gib, rel_tol=SAME_SIZE):
             known = ", ".join(f"{size:.4g}" for size in simulated) or "none"

@@ -18,46 +18,106 @@ from array import array
 from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from operator import add
 from time import perf_counter
 from typing import Literal
 
 import numpy as np
 
+from hybridcache.api import Losses
 from hybridcache.geometry.times import PrefillTimes, prefill_seconds
-from hybridcache.lab.simulation.log import RequestLog
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import Served, Target
 from hybridcache.lab.trace import TraceRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """The machine around the cache."""
+class RequestLog:
+    """One entry a request, in the order in which they were begun. Tokens and seconds."""
 
-    times: PrefillTimes
-    servers: int = 1
-    """Prefills at the same time; all share one cache."""
-    max_running: int | None = None
-    """Number of requests that hold memory at the same time, or None to serve them in turn."""
-    tpot_s: float = 0.02
-    """Seconds per answer token, concurrent mode only."""
+    def __init__(self, unit: int) -> None:
+        self.unit = unit
+        self.arrival_s = array("d")
+        self.prompt_tokens = array("q")
+        self.cached_tokens = array("q")
+        self.missed_tokens = array("q")
+        """Further tokens that a checkpoint which was evicted would have saved."""
+        self.turns = array("i")
+        """Number of earlier requests of the same session."""
+        self.sessions = array("i")
+        """Number of the request's session, in the order of their first requests."""
+        self.session_names: list[Hashable] = []
+        self._of_session: dict[Hashable, list[int]] = {}
+        """Number of each session, and of its requests so far."""
+        self.copy_s = array("d")
+        """Seconds of copies from lower tiers."""
+        self.ttft_s = array("d")
+        self.num_bypassed = 0
+        """Requests that could not hold memory at all, and were computed without the cache."""
+        self._lost_ids = [0] * len(Losses._fields)
+        """By cause, in the order of ``Losses``."""
+        self._bypassed_tokens = 0
+        self.has_losses = True
+        self.has_missed = True
+        """False if the target does not report the tokens that evicted checkpoints would have
+        saved."""
+        self.control_s = 0.0
+        """Spent in the cache's own code."""
 
-    def __post_init__(self) -> None:
-        if self.servers < 1:
-            raise ValueError(f"servers must be at least 1, got {self.servers}")
-        if self.max_running is not None and self.max_running < 1:
-            raise ValueError(f"max_running must be at least 1, got {self.max_running}")
+    def add(self, request: TraceRequest, served: Served | None, control_s: float) -> int:
+        """Record that a request has begun, and return its place."""
+        unit = self.unit
+        length = request.num_tokens(unit)
+        cached = missed = 0
+        self.copy_s.append(0.0 if served is None else served.copy_s)
+        if served is None:
+            self.num_bypassed += 1
+            self._bypassed_tokens += length
+        else:
+            cached = served.cached_len * unit
+            missed_len = served.missed_len
+            if missed_len is None:
+                self.has_missed = False
+            elif missed_len > served.cached_len:
+                missed = missed_len * unit - cached
+            losses = served.losses
+            if losses is None:
+                self.has_losses = False
+            else:
+                self._lost_ids = list(map(add, self._lost_ids, losses))
+        self.arrival_s.append(request.timestamp_s)
+        self.prompt_tokens.append(length)
+        self.cached_tokens.append(cached)
+        self.missed_tokens.append(missed)
+        known = self._of_session.get(request.session)
+        if known is None:
+            known = self._of_session[request.session] = [len(self.session_names), 0]
+            self.session_names.append(request.session)
+        self.sessions.append(known[0])
+        self.turns.append(known[1])
+        known[1] += 1
+        self.control_s += control_s
+        return len(self.turns) - 1
+
+    @property
+    def losses(self) -> list[int]:
+        """Tokens lost by cause, in the order of ``Losses``. Tokens without another cause count as
+        never seen: a prompt's last id may stand for less than a unit. O(requests)."""
+        lost = Losses(*(num_ids * self.unit for num_ids in self._lost_ids))
+        known = lost._replace(never_seen=0, refused=lost.refused + self._bypassed_tokens)
+        never_seen = sum(self.prompt_tokens) - sum(self.cached_tokens) - sum(known)
+        return list(known._replace(never_seen=never_seen))
 
 
 def serve(
-    target: Target, requests: Iterable[TraceRequest], unit: int, serving: Serving
+    target: Target, requests: Iterable[TraceRequest], unit: int, scenario: Scenario
 ) -> RequestLog:
-    """Serve all of ``requests`` and return their log."""
-    log = RequestLog(unit)
-    if serving.max_running is None:
+    """Serve all of ``requests`` on the machine of ``scenario``, and return their log."""
+    log, times = RequestLog(unit), scenario.prefill_times(scenario.geometry())
+    if scenario.max_running is None:
         _serve_in_turn(target, requests, log)
-        log.ttft_s = _queue(log, serving)
+        log.ttft_s = _queue(log, times, scenario.servers)
     else:
-        _Concurrent(target, unit, serving, serving.max_running, log).run(requests)
+        _Concurrent(target, unit, times, scenario, log).run(requests)
     return log
 
 
@@ -72,15 +132,15 @@ def _serve_in_turn(target: Target, requests: Iterable[TraceRequest], log: Reques
         add(request, served, perf_counter() - start)
 
 
-def _queue(log: RequestLog, serving: Serving) -> array[float]:
+def _queue(log: RequestLog, times: PrefillTimes, servers: int) -> array[float]:
     """Return the time to first token of each request: waiting for a server, then its prefill.
     O(n log servers)."""
-    free_at = [0.0] * serving.servers
+    free_at = [0.0] * servers
     cached = np.frombuffer(log.cached_tokens, np.int64)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)
     found = array("d")
     for arrival, copied, spent in zip(
-        log.arrival_s, log.copy_s, prefill_seconds(serving.times, cached, lengths), strict=True
+        log.arrival_s, log.copy_s, prefill_seconds(times, cached, lengths), strict=True
     ):
         done = max(arrival, free_at[0]) + copied + spent
         heapq.heapreplace(free_at, done)
@@ -104,10 +164,10 @@ class _Concurrent:
     """The event loop of the concurrent mode."""
 
     def __init__(
-        self, target: Target, unit: int, serving: Serving, max_running: int, log: RequestLog
+        self, target: Target, unit: int, times: PrefillTimes, scenario: Scenario, log: RequestLog
     ) -> None:
-        self._target, self._unit, self._serving, self._log = target, unit, serving, log
-        self._max_running = max_running
+        self._target, self._unit, self._times, self._log = target, unit, times, log
+        self._max_running, self._tpot_s = scenario.max_running or 1, scenario.tpot_s
         # With when each could be asked.
         self._waiting: deque[tuple[TraceRequest, float]] = deque()
         # Sessions with a waiting or running request, and their requests that arrived meanwhile.
@@ -115,7 +175,7 @@ class _Concurrent:
         self._events: list[tuple[float, int, _Kind, _Running]] = []
         self._num_events = 0
         self._num_running = 0
-        self._free_servers = serving.servers
+        self._free_servers = scenario.servers
 
     def run(self, requests: Iterable[TraceRequest]) -> None:
         for request in requests:
@@ -145,7 +205,7 @@ class _Concurrent:
             self._free_servers -= 1
             cached = self._log.cached_tokens[place]
             length = self._log.prompt_tokens[place]
-            spent = self._log.copy_s[place] + self._serving.times.seconds(cached, length)
+            spent = self._log.copy_s[place] + self._times.seconds(cached, length)
             self._push(now + spent, "prefilled", running)
 
     def _next_turn(self, session: Hashable, now: float) -> None:
@@ -169,7 +229,7 @@ class _Concurrent:
                 served.prefilled()
             self._log.ttft_s[running.number] = now - running.asked_s
             self._free_servers += 1
-            decode_s = len(running.request.output) * self._unit * self._serving.tpot_s
+            decode_s = len(running.request.output) * self._unit * self._tpot_s
             self._push(now + decode_s, "finished", running)
         else:
             if served is not None:

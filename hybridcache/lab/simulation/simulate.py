@@ -20,7 +20,7 @@ True
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -32,10 +32,11 @@ from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.optimum.trie import Placement
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
-from hybridcache.lab.simulation.grid import Place
-from hybridcache.lab.simulation.result import RunResult, SweepRuns
+from hybridcache.lab.simulation.grid import Place, keys_of, run_grid
+from hybridcache.lab.simulation.result import RunResult, SweepRuns, summarise
+from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes_for
-from hybridcache.lab.simulation.sweep import identity_of, run_cells
+from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def simulate(
             "optimum plans the device's memory alone: leave it out, or host_gib and disk_gib."
         )
     geometry = asked.geometry()
-    times = asked.serving(geometry).times
+    times = asked.prefill_times(geometry)
     points = sizes_for(GIB_SPEC if asked.gib is None else asked.gib, opened, geometry)
     cells = replace(asked, trace=opened.full_name).cells(points)
     kept = Path(resume_from) if resume_from else None
@@ -230,8 +231,39 @@ def simulate(
     if optimum:
         result = _with_optimum(result, opened, points, asked.grid)
     if kept and (bound or optimum):
-        identity = identity_of(opened)
-        _complete(kept, [cell.key(identity) for cell in cells], result.runs)
+        _complete(kept, keys_of(opened, cells), result.runs)
+    return result
+
+
+def run_cells(
+    trace: Trace,
+    cells: Sequence[Scenario],
+    *,
+    place: Place | None = None,
+    resume_from: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[RunResult]:
+    """Return the result of each of ``cells`` (``Scenario.cells``), in their order; see
+    ``run_grid``. ValueError for a trace without a request."""
+    return run_grid(
+        trace,
+        cells,
+        run_cell,
+        read=RunResult.from_record,
+        write=RunResult.as_record,
+        place=place or Place(),
+        resume_from=resume_from,
+        progress=progress,
+    )
+
+
+def run_cell(trace: Trace, cell: Scenario) -> RunResult:
+    """Replay ``trace`` through the one cache of ``cell``."""
+    target = build_target(cell, trace.unit)
+    log = serve(target, trace.in_order(), trace.unit, cell)
+    result = summarise(cell, log, target, trace.full_name)
+    if not result.requests:
+        raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     return result
 
 
@@ -301,8 +333,7 @@ def _with_optimum(
         for size in points
     }
     runs = tuple(
-        replace(run, optimum_tokens=int(best[run.gib or 0.0].cached_tokens.sum()))
-        for run in result.runs
+        replace(run, optimum_tokens=int(best[run.gib].cached_tokens.sum())) for run in result.runs
     )
     return replace(result, runs=runs)
 

@@ -1,5 +1,4 @@
-"""Simulated caches: the project's own behind leases, or a rebuilt peer, described by one small
-config."""
+"""Simulated caches: the project's own behind leases, or a rebuilt peer."""
 
 from __future__ import annotations
 
@@ -8,38 +7,17 @@ from typing import Protocol
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE, DISK, HOST
+from hybridcache.allocators.moves import DEVICE, HOST
 from hybridcache.api import Losses
 from hybridcache.cache import HybridRadixCache
-from hybridcache.config import GRID, CacheConfig, build_prefix_cache
-from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import PrefillTimes, Roofline
-from hybridcache.geometry.units import GIB, format_bytes
-from hybridcache.lab.baselines import (
-    BASELINES,
-    HOST_TIERS,
-    BaselineConfig,
-    PeerSession,
-    build_baseline,
-)
+from hybridcache.config import build_prefix_cache
+from hybridcache.geometry.exchange import Exchange
+from hybridcache.lab.baselines import BaselineConfig, PeerSession, build_baseline
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.lab.traces.frame import LONGEST
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
-from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, raise_failure
-from hybridcache.policies.registry import (
-    DEFAULT_EVICTION,
-    DEFAULT_PLACEMENT,
-    in_units,
-    make_eviction,
-    parse_placement,
-)
-from hybridcache.policies.user import OwnPolicy
-
-MEMORIES = ("arena", "budget", "pools")
-"""Words for ``RunConfig.memory``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,157 +35,6 @@ class EngineSteps:
     """Chunks end on its multiples, or with the prompt."""
     decode_piece: int = 32
     """Rows taken ahead while decoding."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunConfig:
-    """One cell of a sweep: cache, memory and model. Sizes are in tokens and bytes, for any unit of
-    the trace."""
-
-    geometry: ModelGeometry
-    budget_bytes: int | None = None
-    """Bytes for KV and states together, divided as ``memory`` states; None for two pools of
-    ``num_kv_tokens`` and ``num_slots``."""
-    num_kv_tokens: int = 0
-    num_slots: int = 0
-    memory: str = "arena"
-    """Division of ``budget_bytes``: ``arena``, as in the engine; ``budget``, an ideal that only
-    counts bytes; or ``pools``, two, of which ``kv_share`` is for KV."""
-    kv_share: float | None = None
-    policy: str | OwnPolicy = DEFAULT_EVICTION
-    """Eviction policy: a name, ``module:Class``, or an object that makes one."""
-    checkpoints: str | OwnPolicy = DEFAULT_PLACEMENT
-    """Placement: words with commas between, numbers in tokens, or ``module:Class``; or your own."""
-    baseline: str | None = None
-    """A rebuilt peer instead of the project's own cache; ``policy`` and ``checkpoints`` then mean
-    nothing."""
-    page_size: int = 1
-    grid: int = GRID
-    dead_first: bool = True
-    demote_superseded: bool = True
-    steps: EngineSteps | None = None
-    """Tokens computed at once, as in the engine, for traces of single tokens. None computes a
-    prompt as one piece and its answer as another."""
-    host_bytes: int = 0
-    """Bytes of host memory below the device, or 0."""
-    disk_bytes: int = 0
-    host_bytes_per_s: float = PCIE_BYTES_PER_S
-    """Bytes per second from host memory to one device. The devices of a roofline share the bytes as
-    they share the work, each with its own link."""
-    disk_bytes_per_s: float = DISK_BYTES_PER_S
-    """From disk to all devices together."""
-
-    def __post_init__(self) -> None:
-        if self.page_size < 1 or self.grid < 1:
-            raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
-        if self.grid > LONGEST:
-            raise ValueError(
-                f"grid {self.grid}: no prompt is longer than {LONGEST} tokens, so none would have "
-                "a checkpoint"
-            )
-        if self.memory not in MEMORIES:
-            raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
-        if self.kv_share is None and self.memory == "pools":
-            raise ValueError("memory 'pools' has no share for KV: give kv_share between 0 and 1")
-        if self.kv_share is not None and self.memory != "pools":
-            raise ValueError(
-                f"kv_share {self.kv_share} has no meaning with memory {self.memory!r}: "
-                "use memory 'pools', or leave it out"
-            )
-        if self.kv_share is not None and not 0 <= self.kv_share <= 1:
-            raise ValueError(f"kv_share {self.kv_share} must lie in 0..1")
-
-    @property
-    def label(self) -> str:
-        """Name in tables and figures."""
-        name = str(self.policy)
-        if self.baseline is not None:
-            name = f"{self.baseline} (rebuilt)"
-        elif self.checkpoints != DEFAULT_PLACEMENT:
-            name = f"{name} @ {self.checkpoints}"
-        for word, size in ((HOST, self.host_bytes), (DISK, self.disk_bytes)):
-            if size:
-                name = f"{name} + {size / GIB:.3g} GiB {word}"
-        if self.baseline is not None or self.budget_bytes is None or self.memory == "arena":
-            return name
-        if self.kv_share is None:
-            return f"{name} ({self.memory})"
-        return f"{name} ({self.memory} {self.kv_share:.0%} KV)"
-
-    @property
-    def pools(self) -> tuple[int, int]:
-        """Return (KV tokens, slots) of two pools, rounded down."""
-        if self.budget_bytes is None:
-            return self.num_kv_tokens, self.num_slots
-        geometry, share = self.geometry, self.kv_share or 0.0
-        num_slots = 0
-        if geometry.num_linear_layers:
-            num_slots = int((1 - share) * self.budget_bytes) // geometry.state_bytes
-        return int(share * self.budget_bytes) // geometry.kv_bytes_per_token, num_slots
-
-    def cache_config(self, unit: int) -> CacheConfig:
-        """Return the cache in units of the trace: a row holds ``unit`` tokens, and the grid is
-        at least one unit. ValueError for a page or a grid that is neither whole units nor a part
-        of one."""
-        geometry = self.geometry
-        for name, size in (("page_size", self.page_size), ("grid", self.grid)):
-            if size % unit and unit % size:
-                raise ValueError(
-                    f"{name} {size} must divide the trace's unit ({unit} tokens), or be a multiple "
-                    "of it"
-                )
-        _check_tiers(self, unit)
-        in_pools = self.budget_bytes is None or self.memory == "pools"
-        num_kv_tokens, num_slots = self.pools if in_pools else (0, 0)
-        return CacheConfig(
-            prefix_cache="hybrid" if geometry.num_linear_layers else "radix",
-            total_bytes=None if in_pools else self.budget_bytes,
-            memory="budget" if in_pools else self.memory,
-            num_kv_tokens=num_kv_tokens // unit,
-            num_slots=num_slots,
-            kv_bytes_per_token=geometry.kv_bytes_per_token * unit,
-            state_bytes=max(geometry.state_bytes, 1),
-            page_size=max(1, self.page_size // unit),
-            grid=max(1, self.grid // unit),
-            eviction=self.policy,
-            dead_first=self.dead_first,
-            demote_superseded=self.demote_superseded,
-            host_bytes=self.host_bytes,
-            disk_bytes=self.disk_bytes,
-        )
-
-    def exchange(self, unit: int, times: PrefillTimes) -> Exchange | None:
-        """Return the rule that compares seconds of copies with seconds of prefill, for lengths in
-        units. None if there is nothing below the device."""
-        if not self.host_bytes and not self.disk_bytes:
-            return None
-        num_links = times.devices if isinstance(times, Roofline) else 1
-        rates = {HOST: num_links * self.host_bytes_per_s, DISK: self.disk_bytes_per_s}
-        return Exchange(times, rates, unit=unit)
-
-    def placement(self, unit: int) -> Placement:
-        """Return the placement rules, their numbers in units."""
-        words = self.checkpoints
-        return parse_placement(in_units(words, unit) if isinstance(words, str) else words)
-
-    def baseline_config(self, unit: int) -> BaselineConfig:
-        geometry = self.geometry
-        budget = self.budget_bytes
-        if budget is None:
-            budget = self.num_kv_tokens * geometry.kv_bytes_per_token
-            budget += self.num_slots * geometry.state_bytes
-        return BaselineConfig(
-            budget_bytes=budget,
-            kv_bytes_per_token=geometry.kv_bytes_per_token,
-            state_bytes=geometry.state_bytes,
-            num_full_layers=geometry.num_full_layers,
-            num_linear_layers=geometry.num_linear_layers,
-            grid=self.grid,
-            unit=unit,
-            host_bytes=self.host_bytes,
-            token_flops=geometry.flops_per_token,
-            pair_flops=geometry.attention_flops_per_pair,
-        )
 
 
 class Served(Protocol):
@@ -249,46 +76,17 @@ class Target(Protocol):
         ...
 
 
-def check_words(config: RunConfig) -> None:
-    """Raise ValueError for a policy, placement or baseline that does not exist, and for a peer
-    without states to keep, before anything runs."""
-    if config.baseline is None:
-        make_eviction(config.policy)
-        parse_placement(config.checkpoints)
-    elif config.baseline not in BASELINES:
-        raise ValueError(f"no baseline {config.baseline!r}; known: {', '.join(BASELINES)}")
-    elif config.disk_bytes or (config.host_bytes and config.baseline not in HOST_TIERS):
-        raise ValueError(f"baseline {config.baseline} is not rebuilt with this tier below it")
-    elif not config.geometry.num_linear_layers:
-        raise ValueError(
-            f"baseline {config.baseline}: {config.geometry.name} has no linear layers, and peers "
-            "are rebuilt for hybrid models only; compare policies for this model"
-        )
-
-
-def _check_tiers(config: RunConfig, unit: int) -> None:
-    """Raise ValueError for a tier below the device that can hold nothing."""
-    geometry = config.geometry
-    least = geometry.state_bytes + max(config.page_size, unit) * geometry.kv_bytes_per_token
-    for word, num_bytes in ((HOST, config.host_bytes), (DISK, config.disk_bytes)):
-        if 0 < num_bytes < least:
-            raise ValueError(
-                f"{word}_gib {num_bytes / GIB:.3g} is too little for a single state with a page of "
-                f"KV, which take {format_bytes(least)}: give more, or 0"
-            )
-
-
-def build_target(config: RunConfig, unit: int, times: PrefillTimes | None = None) -> Target:
-    """Build an empty target. ``times`` are the prefill times that copies are compared with; a
-    roofline if None."""
-    exchange = config.exchange(unit, times or Roofline.fitting(config.geometry))
-    if config.baseline is not None:
-        return BaselineTarget(config.baseline, config.baseline_config(unit), exchange)
-    cache = build_prefix_cache(config.cache_config(unit))
-    stateful = bool(config.geometry.num_linear_layers)
-    own_slot = None if config.geometry.checkpoint_bytes is None else 0
-    placement = config.placement(unit)
-    return LeaseTarget(cache, placement, stateful, unit, config.steps, own_slot, exchange)
+def build_target(scenario: Scenario, unit: int, steps: EngineSteps | None = None) -> Target:
+    """Build an empty target for a cell of ``scenario``, at one size."""
+    geometry = scenario.geometry()
+    exchange = scenario.exchange(geometry, unit)
+    if scenario.baseline:
+        peer = scenario.baseline_config(geometry, unit)
+        return BaselineTarget(str(scenario.baseline), peer, exchange)
+    cache = build_prefix_cache(scenario.cache_config(geometry, unit))
+    stateful = bool(geometry.num_linear_layers)
+    own_slot = None if geometry.checkpoint_bytes is None else 0
+    return LeaseTarget(cache, scenario.placement(unit), stateful, unit, steps, own_slot, exchange)
 
 
 class LeaseTarget:

@@ -18,7 +18,7 @@ from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from engine.weights.model_config import ModelError
-from experiments.benchmarks.engine import Decode
+from experiments.benchmarks.models import Decode
 from kernels.native import recorded, shared_library
 
 COMPILED = pytest.mark.skipif(shared_library() is None, reason="no C++ compiler")

@@ -13,9 +13,10 @@ import pytest
 from engine import Engine, engine_config
 from engine.text.tokenizer import BUILTIN_TEMPLATE, ByteTokenizer
 from hybridcache import open_trace
-from hybridcache.geometry.times import Roofline
-from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
+from hybridcache.geometry.units import GIB
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.serving import serve
+from hybridcache.lab.simulation.target import EngineSteps, build_target
 from hybridcache.lease import Lease, LeaseRequest
 from tests.engine.server.conftest import ScriptedSampler, serving
 from tests.oracle import OracleRunner
@@ -135,14 +136,13 @@ def test_server_and_simulation_of_its_log_have_the_same_leases(
     log.write_text("\n".join(lines))
     trace = open_trace(f"messages:{log}?tokenizer=bytes&template={template}")
     memory = engine.runner.memory
-    config = RunConfig(
-        engine.runner.geometry,
-        num_kv_tokens=memory.num_kv_tokens,
-        num_slots=memory.num_slots,
-        steps=EngineSteps(token_budget=256),
-    )
-    target = build_target(config, unit=1)
-    serve(target, list(trace), 1, Serving(Roofline(config.geometry)))
+    geometry = engine.runner.geometry
+    kv_bytes = memory.num_kv_tokens * geometry.kv_bytes_per_token
+    total_bytes = kv_bytes + memory.num_slots * geometry.state_bytes
+    pools = {"memory": "pools", "kv_share": kv_bytes / total_bytes}
+    cell = Scenario("own", model=geometry, gib=total_bytes / GIB, **pools)
+    target = build_target(cell, 1, EngineSteps(token_budget=256))
+    serve(target, list(trace), 1, cell)
     assert len(served) == len(asked) == 15
     for ours, theirs in zip(asked, served, strict=True):
         assert ours._replace(ended=[]) == theirs._replace(ended=[])

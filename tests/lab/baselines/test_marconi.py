@@ -11,7 +11,8 @@ from hybridcache.lab.baselines import BaselineConfig, build_baseline, replay
 from hybridcache.lab.baselines.marconi import LayerFlops, MarconiCache, Reading
 from hybridcache.lab.baselines.prefix_tree import nodes
 from hybridcache.lab.generators import few_shot, short
-from hybridcache.lab.simulation.target import BaselineTarget, RunConfig, build_target
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.target import BaselineTarget, build_target
 from hybridcache.tokens import Tokens
 from tests.lab.baselines.prompts import QWEN3_NEXT, repeated_hits, text
 
@@ -54,8 +55,8 @@ def test_flops_are_those_of_the_simulated_model() -> None:
     """The paper's 7B model is used only if a configuration has no model."""
     for name in ("qwen3-next", "marconi-7b"):
         geometry = ModelGeometry.preset(name)
-        run = RunConfig(geometry, budget_bytes=1 << 30, baseline="marconi")
-        target = build_target(run, unit=1)
+        cell = Scenario("own", model=geometry, gib=1.0, baseline="marconi")
+        target = build_target(cell, unit=1)
         assert isinstance(target, BaselineTarget) and isinstance(target.baseline, MarconiCache)
         for length in (1, 64, 100_000):
             assert target.baseline.flops.total(length) == pytest.approx(geometry.flops(0, length))

@@ -10,20 +10,201 @@ later.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from hybridcache.export.events import Event, EventStream
-from hybridcache.geometry.times import PrefillTimes
-from hybridcache.lab.replicas.fleet import FleetConfig, Span
-from hybridcache.lab.simulation.log import RequestLog
-from hybridcache.lab.simulation.target import LeaseTarget, Served
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import PrefillTimes, describe_times
+from hybridcache.geometry.units import GIB
+from hybridcache.lab.scenario import Scenario, source_of
+from hybridcache.lab.simulation.result import PERCENTILES
+from hybridcache.lab.simulation.serving import RequestLog
+from hybridcache.lab.simulation.target import LeaseTarget, Served, build_target
+from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import find_router
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Prefill times proportional to FLOPs, as on a server with large batches, where the cost of
+    reading weights is shared."""
+
+    geometry: ModelGeometry
+    flops_per_s: float
+
+    def seconds(self, start: int, end: int) -> float:
+        if end <= start:
+            return 0.0
+        return self.geometry.flops(start, end) / self.flops_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class FleetConfig:
+    """Replicas and their router."""
+
+    replicas: int = 8
+    router: str = "checkpoint"
+    """A word of ``ROUTERS``, or ``module:Class``."""
+    load: float | None = None
+    """Share of the trace's time that all prompts, computed cold, would keep the replicas busy. It
+    sets their speed; None keeps the prefill times."""
+    delay_s: float = 0.0
+    """Seconds from a change in a cache until its event reaches the router."""
+    failures: int = 0
+    """Number of replicas that fail, evenly over the trace; each is replaced by an empty one."""
+    replaced_s: float = 30.0
+    """Until the one that replaces it is up."""
+    seed: int = 0
+    """Number of the replica that fails first."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"replicas must be at least 1, got {self.replicas}")
+        if self.load is not None and not self.load > 0:
+            raise ValueError(f"load must be above 0, got {self.load}")
+        if self.delay_s < 0 or self.replaced_s < 0:
+            raise ValueError("delay_s and replaced_s must be at least 0")
+        if self.failures < 0:
+            raise ValueError(f"failures must be at least 0, got {self.failures}")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Total work of a trace."""
+
+    first_s: float
+    last_s: float
+    cold_flops: int
+    """FLOPs of computing every prompt from its first token."""
+    requests: int
+
+    @classmethod
+    def of(cls, requests: Iterable[TraceRequest], unit: int, geometry: ModelGeometry) -> Span:
+        """Add up the work of ``requests``. O(requests). ValueError if there is none."""
+        first_s = last_s = 0.0
+        flops = count = 0
+        for request in requests:
+            if not count:
+                first_s = request.timestamp_s
+            last_s = request.timestamp_s
+            flops += geometry.flops(0, request.num_tokens(unit))
+            count += 1
+        if not count:
+            raise ValueError("there is no request in the trace")
+        return cls(first_s, last_s, flops, count)
+
+    @property
+    def seconds(self) -> float:
+        return self.last_s - self.first_s
+
+
+def times_of(
+    config: FleetConfig, span: Span, geometry: ModelGeometry, times: PrefillTimes
+) -> PrefillTimes:
+    """Return ``times``, or with a load the times that keep the replicas that busy. ValueError for
+    a load of a trace that takes no time."""
+    if config.load is None:
+        return times
+    if span.seconds <= 0:
+        raise ValueError(
+            "load is a share of the trace's time, and all its requests come at once: name starts "
+            "(starts=poisson:2), or leave the load out"
+        )
+    return Arithmetic(geometry, span.cold_flops / (config.load * config.replicas * span.seconds))
+
+
+@dataclass(frozen=True, slots=True)
+class FleetJob:
+    """One run: the caches and the machine of a cell of ``scenario`` (``gib`` is the memory of one
+    replica), in a fleet."""
+
+    scenario: Scenario
+    fleet: FleetConfig
+
+    @property
+    def label(self) -> str:
+        return f"{self.fleet.router}, {self.scenario.label}"
+
+    def key(self, trace_identity: bytes) -> str:
+        """Return the key of this run in a results file."""
+        text = self.scenario.key(trace_identity) + repr(self.fleet) + source_of(self.fleet.router)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetResult:
+    """One cell. Counts are in tokens, for any unit of the trace; sizes are those of one replica."""
+
+    trace: str
+    model: str
+    gib: float
+    policy: str
+    checkpoints: str
+    fleet: FleetConfig
+    times: str
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    overpromised_tokens: int
+    """Tokens that the router expected on the chosen replica and that were computed."""
+    underpromised_tokens: int
+    """Reused tokens that the router did not expect."""
+    ttft_s: dict[int, float]
+    """Percentiles of the time from when a request could be asked to its first token."""
+    ttft_mean_s: float
+    cold_mean_s: float
+    """Mean prefill time of a prompt without any reuse, for comparison."""
+    busy_share: float
+    """Share of the fleet's time spent in prefills."""
+    imbalance: float
+    """Prefill seconds of the busiest place over the mean; 1 is perfect."""
+    rerouted: int
+    """Requests that lost their replica before the first token, and were routed again."""
+    broken: int
+    """Requests that lost their replica after the first token: their answers ended early."""
+    bypassed: int
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def as_record(self) -> dict[str, Any]:
+        """Return a record for JSON."""
+        return asdict(self) | {"token_hit_rate": self.token_hit_rate}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> FleetResult:
+        """Restore the result of ``as_record`` after a trip through JSON."""
+        values = {field.name: record[field.name] for field in fields(cls)}
+        values["fleet"] = FleetConfig(**record["fleet"])
+        values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
+        return cls(**values)
+
+
+def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
+    """Run one cell over a trace, which is best held in memory (``Trace.kept``). O(events log
+    events). ValueError for a router that does not exist, and for a rebuilt peer."""
+    cell, fleet, unit = job.scenario, job.fleet, trace.unit
+    if cell.baseline:
+        raise ValueError(
+            f"baseline {cell.baseline}: rebuilt peers publish no events for routers: leave it "
+            "out for a fleet"
+        )
+    geometry = cell.geometry()
+    span = Span.of(trace, unit, geometry)
+    times = times_of(fleet, span, geometry, cell.prefill_times(geometry))
+    loop = _Fleet(cell, geometry, unit, fleet, times)
+    loop.plan_failures(span)
+    return summarise_fleet(job, geometry, loop.run(trace.in_order()), times, trace.full_name)
 
 
 class _Asked:
@@ -71,21 +252,6 @@ class FleetLog(NamedTuple):
     """And after it."""
 
 
-def serve_fleet(
-    make_target: Callable[[], LeaseTarget],
-    requests: Iterable[TraceRequest],
-    unit: int,
-    config: FleetConfig,
-    times: PrefillTimes,
-    span: Span,
-    spec: ReplicaSpec,
-) -> FleetLog:
-    """Serve all of ``requests``, in order of their timestamps. O(events log events)."""
-    fleet = _Fleet(make_target, unit, config, times, spec)
-    fleet.plan_failures(span)
-    return fleet.run(requests)
-
-
 _Change = Callable[[float], None]
 
 
@@ -94,13 +260,13 @@ class _Fleet:
 
     def __init__(
         self,
-        make_target: Callable[[], LeaseTarget],
+        cell: Scenario,
+        geometry: ModelGeometry,
         unit: int,
         config: FleetConfig,
         times: PrefillTimes,
-        spec: ReplicaSpec,
     ) -> None:
-        self._make_target, self._unit, self._config, self._times = make_target, unit, config, times
+        self._cell, self._unit, self._config, self._times = cell, unit, config, times
         self._events: list[tuple[float, int, _Change]] = []
         self._num_events = 0
         self._replicas: dict[ReplicaId, _Replica] = {}
@@ -114,13 +280,27 @@ class _Fleet:
         self._expected = array("q")
         self._rerouted = self._broken = 0
         self._last_s = 0.0
+        cache, stateful = cell.cache_config(geometry, unit), bool(geometry.num_linear_layers)
+        spec = ReplicaSpec(
+            times,
+            unit,
+            cache.page_size,
+            cache.grid,
+            cache.kv_bytes_per_token,
+            geometry.state_bytes if stateful else 0,
+            cell.budget_bytes,
+            stateful,
+            cell.placement(unit),
+        )
         self.router = find_router(config.router)(spec)
         for place in range(config.replicas):
             self._places.append(None)
             self._join(place, 0.0)
 
     def _join(self, place: int, now: float) -> None:
-        replica = _Replica(self._num_replicas, self._make_target())
+        target = build_target(self._cell, self._unit)
+        assert isinstance(target, LeaseTarget)
+        replica = _Replica(self._num_replicas, target)
         self._num_replicas += 1
         self._places[place] = replica
         self._replicas[replica.id] = replica
@@ -223,7 +403,7 @@ class _Fleet:
         replica.decoding[asked.number] = asked
         replica.covered.append(asked.number)
         self._publish(replica, now)
-        decode_s = len(asked.request.output) * self._unit * self._config.tpot_s
+        decode_s = len(asked.request.output) * self._unit * self._cell.tpot_s
         self._push(now + decode_s, lambda then: self._finished(asked, replica, then))
         self._start(replica, now)
 
@@ -283,3 +463,41 @@ class _Fleet:
             self._route(asked, now)
         for asked in replica.decoding.values():
             self._next_turn(asked.request.session, now)
+
+
+def summarise_fleet(
+    job: FleetJob, geometry: ModelGeometry, log: FleetLog, times: PrefillTimes, trace: str
+) -> FleetResult:
+    """Return the figures of one run. O(requests)."""
+    requests = log.requests
+    lengths = np.frombuffer(requests.prompt_tokens, np.int64)
+    cached = np.frombuffer(requests.cached_tokens, np.int64)
+    expected = np.frombuffer(log.expected_tokens, np.int64)
+    ttft = np.frombuffer(requests.ttft_s, np.float64)
+    cold = [times.seconds(0, length) for length in lengths.tolist()]
+    busy = np.array(log.busy_s)
+    cell, fleet = job.scenario, job.fleet
+    return FleetResult(
+        trace=trace,
+        model=geometry.name,
+        gib=cell.budget_bytes / GIB,
+        policy=str(cell.policy),
+        checkpoints=str(cell.checkpoints),
+        fleet=fleet,
+        times=f"arithmetic at {times.flops_per_s:.4g} FLOP/s"
+        if isinstance(times, Arithmetic)
+        else describe_times(times),
+        requests=len(lengths),
+        prompt_tokens=int(lengths.sum()),
+        cached_tokens=int(cached.sum()),
+        overpromised_tokens=int(np.maximum(expected - cached, 0).sum()),
+        underpromised_tokens=int(np.maximum(cached - expected, 0).sum()),
+        ttft_s={rank: float(np.percentile(ttft, rank)) for rank in PERCENTILES},
+        ttft_mean_s=float(ttft.mean()),
+        cold_mean_s=float(np.mean(cold)),
+        busy_share=float(busy.sum() / (fleet.replicas * log.seconds)) if log.seconds else 0.0,
+        imbalance=float(busy.max() / busy.mean()) if busy.sum() else 1.0,
+        rerouted=log.rerouted,
+        broken=log.broken,
+        bypassed=requests.num_bypassed,
+    )

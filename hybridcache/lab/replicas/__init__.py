@@ -1,1 +1,0 @@
-"""Simulation of several caches behind one router: hit rates and times to first token."""
