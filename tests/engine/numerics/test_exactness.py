@@ -222,7 +222,7 @@ class TestCheckAtTheStart:
         expected = load_small(**settings).exactness
         break_linear(monkeypatch, lambda weight, rows: rows > 96)
         found = load_small(**settings)
-        assert found.exactness.different == ("hits", "batches")
+        assert {"hits", "batches"} <= set(found.exactness.different)
         assert found.exactness.digest != expected.digest
         assert found.exactness.fingerprint.startswith("inexact-")
         assert found.exactness.sentence.startswith("NOT exact")
