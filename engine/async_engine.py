@@ -54,7 +54,7 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import Intake
 from engine.requests.spec import Prompt, RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
-from engine.text.outputs import FinishReason, OutputAccumulator, RequestOutput
+from engine.text.outputs import Answer, FinishReason, RequestOutput
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -67,8 +67,14 @@ class RequestStream:
     """Outputs of one request: ``async for output in stream``. Belongs to the event loop it was made
     in."""
 
-    def __init__(self, request_id: str, on_abort: Callable[[str, FinishReason], None]) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        prompt: np.ndarray,
+        on_abort: Callable[[str, FinishReason], None],
+    ) -> None:
         self.request_id = request_id
+        self.answer = Answer(prompt)
         self.loop = asyncio.get_running_loop()
         self._on_abort = on_abort
         self._index = 0
@@ -290,7 +296,7 @@ class AsyncEngine:
         )
         self.sampling_defaults = self._intake.sampling_defaults
         """Sampling parameters that the model's files recommend."""
-        self._streams: dict[str, tuple[RequestStream, OutputAccumulator]] = {}
+        self._streams: dict[str, RequestStream] = {}
         self._replies: dict[int, Future[Any]] = {}
         self._numbers = itertools.count()
         self._is_open = True
@@ -344,9 +350,8 @@ class AsyncEngine:
             raise DuplicateId(request_id)
         if self._channel.num_queued >= self.config.max_queue:
             raise QueueFull(self.config.max_queue)
-        stream = RequestStream(request_id, self.abort)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
-        self._streams[request_id] = stream, OutputAccumulator(request_id, tokens)
+        stream = self._streams[request_id] = RequestStream(request_id, tokens, self.abort)
         try:
             self._channel.send(
                 structs.replace(
@@ -389,16 +394,17 @@ class AsyncEngine:
     def _take(self, outputs: Outputs) -> None:
         deliveries: list[Delivery] = []
         for news in outputs.news:
-            followed = self._streams.get(news.request_id)
-            if followed is not None:
-                stream, answer = followed
-                deliveries.append((stream, answer.add(news)))
+            stream = self._streams.get(news.request_id)
+            if stream is not None:
+                # An engine in this process sends its own answer.
+                whole = stream.answer.add(news) if news.answer is None else news
+                deliveries.append((stream, whole))
                 if news.finish_reason is not None:
                     del self._streams[news.request_id]
         for ended in outputs.ended:
-            followed = self._streams.pop(ended.request_id, None)
-            if followed is not None:
-                deliveries.append((followed[0], RequestError.from_wire(ended.error)))
+            stream = self._streams.pop(ended.request_id, None)
+            if stream is not None:
+                deliveries.append((stream, RequestError.from_wire(ended.error)))
         _deliver(deliveries)
 
     def _answered(self, said: Reply) -> None:
@@ -413,7 +419,7 @@ class AsyncEngine:
     def closed(self, failure: str | None) -> None:
         """Fail all pending requests and questions: the engine has ended."""
         self._is_open, self._end = False, failure or "The engine has stopped."
-        streams = [self._streams.pop(request_id)[0] for request_id in tuple(self._streams)]
+        streams = [self._streams.pop(request_id) for request_id in tuple(self._streams)]
         _deliver([(stream, EngineStopped(failure or STOPPED)) for stream in streams])
         for number in tuple(self._replies):
             self._answered(Reply(number, error=EngineStopped(failure or STOPPED).to_wire()))

@@ -105,9 +105,10 @@ def setting(default: T, help: str, **metadata: Any) -> T:
 
 
 def check_fields(settings: Any) -> None:
-    """Raise ConfigError unless every field has a word of its ``Literal``, and a number in its
-    limits. None is allowed where its annotation has it."""
-    words, optional = _words(settings.__class__)
+    """Raise ConfigError unless every field has a word of its ``Literal``, a number in its limits,
+    or text (also a path) where its annotation is ``str``. None is allowed where its annotation has
+    it."""
+    words, optional, texts = _words(settings.__class__)
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
         if value is None and name in optional:
@@ -115,21 +116,24 @@ def check_fields(settings: Any) -> None:
         if name in words and value not in words[name]:
             allowed = [*(("none",) if name in optional else ()), *words[name]]
             raise ConfigError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
+        if name in texts and not isinstance(value, str | os.PathLike):
+            raise ConfigError(f"{name} must be text (got {value!r}).")
         limits: Limits | None = field.metadata.get("limits")
         if limits is not None:
             limits.check(name, value)
 
 
 @functools.cache
-def _words(kind: type) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """Return (words of each field that is annotated with a ``Literal``, fields that may be
-    None)."""
+def _words(kind: type) -> tuple[dict[str, tuple[str, ...]], frozenset[str], frozenset[str]]:
+    """Return (words of each field that is annotated with a ``Literal``, fields that may be None,
+    fields with text)."""
     hints = typing.get_type_hints(kind).items()
     parts = [(name, part) for name, hint in hints for part in (hint, *typing.get_args(hint))]
+    texts = frozenset(name for name, hint in hints if hint in (str, str | None))
     words = {
         name: typing.get_args(part) for name, part in parts if typing.get_origin(part) is Literal
     }
-    return words, frozenset(name for name, part in parts if part is type(None))
+    return words, frozenset(name for name, part in parts if part is type(None)), texts
 
 
 class DraftSizes(NamedTuple):

@@ -46,7 +46,7 @@ from engine.messages import (
 )
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import OutputDelta, RequestOutput, delta_of
+from engine.text.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -284,13 +284,13 @@ class EngineHost:
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         """Send the outputs of a step."""
-        news: list[OutputDelta] = []
+        news: list[RequestOutput] = []
         ended: list[RequestFailed] = []
         for output in outputs:
             if output.request_id not in self._request_ids:
                 continue
             if output.error is None:
-                news.append(delta_of(output))
+                news.append(output)
             else:
                 ended.append(RequestFailed(output.request_id, failed(output).to_wire()))
             if output.is_finished:
@@ -298,7 +298,7 @@ class EngineHost:
         self._send_outputs(tuple(news), tuple(ended))
 
     def _send_outputs(
-        self, news: tuple[OutputDelta, ...], ended: tuple[RequestFailed, ...]
+        self, news: tuple[RequestOutput, ...], ended: tuple[RequestFailed, ...]
     ) -> None:
         counts = self._num_received, self.engine.num_waiting
         if news or ended or counts != self._last_counts:

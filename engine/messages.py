@@ -12,7 +12,7 @@ from engine.errors import WireError
 from engine.interfaces import Exactness
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import FinishReason, OutputDelta
+from engine.text.outputs import Answer, FinishReason, RequestOutput
 
 
 class EngineMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -143,7 +143,7 @@ class Outputs(EngineMessage, frozen=True):
     num_received: int
     """Number of requests received so far."""
     num_waiting: int
-    news: tuple[OutputDelta, ...]
+    news: tuple[RequestOutput, ...]
     ended: tuple[RequestFailed, ...]
 
 
@@ -159,7 +159,9 @@ FromEngine = Ready | Refused | Outputs | Reply
 
 
 def plain(value: Any) -> Any:
-    """Return the bytes of a prompt: the ``enc_hook`` of msgspec."""
+    """Return the bytes of a prompt, or None for an answer: the ``enc_hook`` of msgspec."""
     if isinstance(value, np.ndarray):
         return value.data
+    if isinstance(value, Answer):
+        return None  # The receiver has all of it except the new part.
     raise TypeError(f"{type(value).__name__} cannot be sent")

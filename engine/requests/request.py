@@ -41,6 +41,7 @@ from engine.requests.spec import (
 from engine.text.answers import CLOSE
 from engine.text.outputs import (
     NO_TOKEN,
+    Answer,
     DraftCounts,
     FinishReason,
     RequestOutput,
@@ -92,10 +93,9 @@ class Request(ScheduledRequest):
         self._fault: tuple[int, GrammarError] | None = None
         """(draw, error) of the first draw that a grammar could not be followed to."""
         self.text_stream = text_stream
-        self.logprobs: list[SampledToken] = []
+        self.answer = Answer(self._buffer[: self.prompt_len])
         self.scores: list[SampledToken] = []
-        self._prompt_scores: tuple[SampledToken | None, ...] = ()
-        """Log-probabilities that were reported, of prompt tokens 1, 2, ..."""
+        """Log-probabilities of prompt tokens 1, 2, ..."""
         self.transferred: Transferred | None = None
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
@@ -105,7 +105,7 @@ class Request(ScheduledRequest):
         self.finished_s: float | None = None
         self._reported = self.prompt_len
         self._new_text = ""
-        self._text: list[str] = []
+        self._num_chars = 0
 
     @property
     def output(self) -> npt.NDArray[np.int32]:
@@ -128,7 +128,7 @@ class Request(ScheduledRequest):
         if self.finish_reason == "length":
             return "length"
         if self.spec.call_marks:
-            answer = "".join((*self._text, self._new_text)).rpartition(CLOSE)[2]
+            answer = "".join((*self.answer.text, self._new_text)).rpartition(CLOSE)[2]
             if any(mark in answer for mark in self.spec.call_marks):
                 return "tool_use"
         return "stop_sequence" if self._met_stop_string else "end_turn"
@@ -207,7 +207,7 @@ class Request(ScheduledRequest):
         token_id = sampled.token_id
         self.append(token_id)
         if self.params.logprobs is not None:
-            self.logprobs.append(sampled)
+            self.answer.logprobs.append(sampled)
         if self.first_token_s is None:
             self.first_token_s = now_s
         if token_id in self.end_token_ids:
@@ -245,21 +245,25 @@ class Request(ScheduledRequest):
 
     def report(self) -> RequestOutput:
         """Return the output with the tokens since the last report. O(new tokens), amortised."""
+        answer, first = self.answer, self._reported - self.prompt_len
         new = self._buffer[self._reported : self.num_tokens]
-        first = self._reported - self.prompt_len
         self._reported = self.num_tokens
+        answer.tokens = self._buffer[self.prompt_len :]
         new_text, self._new_text = self._new_text, ""
         if new_text:
-            self._text.append(new_text)
+            answer.text.append(new_text)
+            self._num_chars += len(new_text)
+        scores = None
+        if first == 0 and self.spec.prompt_logprobs is not None:
+            answer.prompt_logprobs = scores = (None, *self.scores)
         return RequestOutput(
             request_id=self.request_id,
-            prompt_token_ids=self._buffer[: self.prompt_len],
             new_token_ids=tuple(new.tolist()),
             new_text=new_text,
-            new_logprobs=tuple(self.logprobs[first:]) if self.logprobs else (),
-            output=self.output,
-            all_text=self._text,
-            num_pieces=len(self._text),
+            new_logprobs=tuple(answer.logprobs[first:]) if answer.logprobs else (),
+            new_prompt_logprobs=scores,
+            num_tokens=self.num_tokens - self.prompt_len,
+            num_chars=self._num_chars,
             cached_len=self.cached_len,
             losses=self.losses,
             finish_reason=self.finish_reason,
@@ -271,18 +275,10 @@ class Request(ScheduledRequest):
                 _seconds(self.arrival_s, self.finished_s),
             ),
             num_preemptions=self.num_preemptions,
-            all_logprobs=self.logprobs,
-            prompt_logprobs=self._reported_scores(),
-            drafts=self.drafts,
+            drafts=None if self.drafts is None else self.drafts.copy(),
             transferred=self.transferred,
+            answer=answer,
         )
-
-    def _reported_scores(self) -> tuple[SampledToken | None, ...] | None:
-        """Return one tuple that all steps share, rebuilt when scores were added."""
-        wanted = self.spec.prompt_logprobs is not None
-        if wanted and len(self._prompt_scores) <= len(self.scores):
-            self._prompt_scores = (None, *self.scores)
-        return self._prompt_scores if wanted else None
 
 
 def _seconds(start_s: float, end_s: float | None) -> float | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from operator import attrgetter
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -53,8 +52,11 @@ class DraftCounts(Struct, array_like=True):
     """Number of accepted draft tokens, by the same keys."""
 
     def __post_init__(self) -> None:
-        # Copies, so that a count that is sent does not change with the request.
         self.drafted, self.accepted = Counter(self.drafted), Counter(self.accepted)
+
+    def copy(self) -> DraftCounts:
+        """Return the present counts, which do not change with the request."""
+        return DraftCounts(self.num_verified, self.drafted, self.accepted)
 
     @property
     def acceptance_len(self) -> float | None:
@@ -101,11 +103,40 @@ class Transferred(NamedTuple):
     """All bytes sent and received, including messages and incomplete transfers."""
 
 
-class OutputDelta(Struct, frozen=True, array_like=True, gc=False):
-    """New output of one step for one request, as one process sends it to another.
+class Answer:
+    """Everything that was generated for one request so far. It only grows, so that the outputs of
+    earlier steps stay as they are."""
 
-    It omits everything that the receiver already has: prompt, earlier tokens and text. The worker
-    process and replicas send it; an ``OutputAccumulator`` rebuilds complete outputs from it.
+    __slots__ = ("logprobs", "prompt", "prompt_logprobs", "text", "tokens")
+
+    def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
+        self.prompt = prompt
+        self.tokens = np.empty(64, np.int32)
+        """Generated tokens, and room for further ones."""
+        self.text: list[str] = []
+        """Pieces of the text."""
+        self.logprobs: list[SampledToken] = []
+        self.prompt_logprobs: tuple[SampledToken | None, ...] | None = None
+
+    def add(self, output: RequestOutput) -> RequestOutput:
+        """Append the new part of ``output``, which another process has sent, and return the output
+        with this answer. O(new tokens), amortised."""
+        end, new = output.num_tokens, output.new_token_ids
+        if end > len(self.tokens):
+            self.tokens = np.concatenate((self.tokens, np.empty(end, np.int32)))
+        self.tokens[end - len(new) : end] = new
+        if output.new_text:
+            self.text.append(output.new_text)
+        self.logprobs.extend(output.new_logprobs)
+        if output.new_prompt_logprobs is not None:
+            self.prompt_logprobs = output.new_prompt_logprobs
+        return structs.replace(output, answer=self)
+
+
+class RequestOutput(Struct, frozen=True, array_like=True):
+    """Output of one step for one request: the new part, and the whole ``answer`` so far.
+
+    Other processes are sent only the new part; see ``Answer.add``.
     """
 
     request_id: str
@@ -116,6 +147,12 @@ class OutputDelta(Struct, frozen=True, array_like=True, gc=False):
     """New text that is certain: it contains no possible beginning of a stop string."""
     new_logprobs: tuple[SampledToken, ...] = ()
     """One per new token if the request has log-probabilities."""
+    new_prompt_logprobs: tuple[SampledToken | None, ...] | None = None
+    """Log-probabilities of the prompt, with the first tokens only. See ``prompt_logprobs``."""
+    num_tokens: int = 0
+    """Number of tokens generated so far."""
+    num_chars: int = 0
+    """Length of the text so far."""
     cached_len: int = 0
     """Number of prompt tokens that were not computed."""
     losses: Losses | None = None
@@ -123,41 +160,32 @@ class OutputDelta(Struct, frozen=True, array_like=True, gc=False):
     if the request ended before it was scheduled."""
     finish_reason: FinishReason | None = None
     """Reason why the request ended, or None if it goes on."""
-    timings: Timings = Timings(None, None, None)
-    """Times of the request's stages."""
-    num_preemptions: int = 0
-    """Number of times that the request gave up its memory for an older one."""
-    prompt_logprobs: tuple[SampledToken | None, ...] | None = None
-    """One per prompt token, None for the first; set from the first token on if the request has
-    them. Sent with the first tokens only."""
-    drafts: DraftCounts | None = None
-    """Draft statistics of the request, which keep changing. None if no step could have drafts."""
-    transferred: Transferred | None = None
-    """Transfer statistics, or None if no other engine was involved."""
-
-
-class RequestOutput(OutputDelta, frozen=True, array_like=False, gc=True, kw_only=True):
-    """Output of one step for one request: the new part, and the whole output so far."""
-
-    prompt_token_ids: npt.NDArray[np.int32]
-    """Tokens of the prompt, int32[n]."""
-    output: npt.NDArray[np.int32]
-    """All generated tokens, int32[m]: a view that is never overwritten."""
-    all_text: Sequence[str]
-    """Pieces of its text, in a list to which the request appends. Use ``text`` instead."""
-    num_pieces: int
-    """Number of pieces that belong to this step and earlier ones."""
-    all_logprobs: Sequence[SampledToken]
-    """Log-probabilities, in a list to which the request appends. Use ``logprobs`` instead."""
     error: str | None = None
     """Short reason of ``finish_reason`` "error", else None."""
     is_refused: bool = False
     """True if the ``error`` is a fault of the request, not of the engine."""
+    timings: Timings = Timings(None, None, None)
+    """Times of the request's stages."""
+    num_preemptions: int = 0
+    """Number of times that the request gave up its memory for an older one."""
+    drafts: DraftCounts | None = None
+    """Draft statistics of the request. None if no step could have drafts."""
+    transferred: Transferred | None = None
+    """Transfer statistics, or None if no other engine was involved."""
+    answer: Any = None
+    """The ``Answer`` so far. Other processes are sent None."""
 
     @property
-    def text(self) -> str:
-        """All text that is certain. O(its length)."""
-        return "".join(self.all_text[: self.num_pieces])
+    def prompt_token_ids(self) -> npt.NDArray[np.int32]:
+        """Tokens of the prompt, int32[n]."""
+        prompt: npt.NDArray[np.int32] = self.answer.prompt
+        return prompt
+
+    @property
+    def output(self) -> npt.NDArray[np.int32]:
+        """All generated tokens, int32[m]: a view that is never overwritten."""
+        tokens: npt.NDArray[np.int32] = self.answer.tokens[: self.num_tokens]
+        return tokens
 
     @property
     def token_ids(self) -> list[int]:
@@ -165,9 +193,21 @@ class RequestOutput(OutputDelta, frozen=True, array_like=False, gc=True, kw_only
         return [int(token) for token in self.output]
 
     @property
+    def text(self) -> str:
+        """All text that is certain. O(its length)."""
+        return "".join(self.answer.text)[: self.num_chars]
+
+    @property
     def logprobs(self) -> list[SampledToken] | None:
         """One per generated token, or None if not requested."""
-        return list(self.all_logprobs[: len(self.output)]) or None
+        return self.answer.logprobs[: self.num_tokens] or None
+
+    @property
+    def prompt_logprobs(self) -> tuple[SampledToken | None, ...] | None:
+        """One per prompt token, None for the first; set from the first token on if the request has
+        them."""
+        found: tuple[SampledToken | None, ...] | None = self.answer.prompt_logprobs
+        return found
 
     @property
     def is_finished(self) -> bool:
@@ -210,57 +250,3 @@ class TextStream:
     def _read(self, new: str, search: MarkSearch) -> tuple[str, bool]:
         text, stop, _ = search.push(new)
         return text + (stop or "") * self._keeps_stop, stop is not None
-
-
-_sent = attrgetter(*OutputDelta.__struct_fields__)
-
-
-def delta_of(output: RequestOutput) -> OutputDelta:
-    """Return ``output`` without the parts that its receiver already has."""
-    delta = OutputDelta(*_sent(output))
-    if delta.drafts is not None:
-        delta = structs.replace(delta, drafts=DraftCounts(*structs.astuple(delta.drafts)))
-    if delta.prompt_logprobs is not None and len(output.output) > len(output.new_token_ids):
-        delta = structs.replace(delta, prompt_logprobs=None)
-    return delta
-
-
-class OutputAccumulator:
-    """Rebuilds the outputs of one request from deltas."""
-
-    def __init__(self, request_id: str, prompt: npt.NDArray[np.int32]) -> None:
-        """``request_id`` replaces the id in the deltas."""
-        self._request_id, self._prompt = request_id, prompt
-        self._buffer = np.empty(64, np.int32)
-        self.num_tokens = 0
-        """Number of tokens of the answer so far."""
-        self._text: list[str] = []
-        self._logprobs: list[SampledToken] = []
-        self._prompt_logprobs: tuple[SampledToken | None, ...] | None = None
-        self.last: RequestOutput | None = None
-        """Newest output, or None before the first."""
-
-    def add(self, delta: OutputDelta) -> RequestOutput:
-        """Return the complete output that ``delta`` was made of. O(new tokens), amortised."""
-        end = self.num_tokens + len(delta.new_token_ids)
-        if end > len(self._buffer):
-            self._buffer = np.concatenate((self._buffer, np.empty(end, np.int32)))
-        self._buffer[self.num_tokens : end] = delta.new_token_ids
-        self.num_tokens = end
-        if delta.new_text:
-            self._text.append(delta.new_text)
-        self._logprobs.extend(delta.new_logprobs)
-        if delta.prompt_logprobs is not None:
-            self._prompt_logprobs = delta.prompt_logprobs
-        delta = structs.replace(
-            delta, request_id=self._request_id, prompt_logprobs=self._prompt_logprobs
-        )
-        self.last = RequestOutput(
-            *_sent(delta),
-            prompt_token_ids=self._prompt,
-            output=self._buffer[:end],
-            all_text=self._text,
-            num_pieces=len(self._text),
-            all_logprobs=self._logprobs,
-        )
-        return self.last

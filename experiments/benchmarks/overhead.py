@@ -31,7 +31,7 @@ from engine.interfaces import StepReport
 from engine.messages import FromEngine, Outputs
 from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
-from engine.text.outputs import SampledToken, delta_of
+from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.sockets import Sockets
 from experiments.provenance import RESULTS, write_json_lines
@@ -191,7 +191,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
     while len(reports) < 50 + num_steps:
         outputs = engine.step()
         begin = time.perf_counter()
-        channel.send(Outputs(num_running, 0, tuple(map(delta_of, outputs)), ()))
+        channel.send(Outputs(num_running, 0, tuple(outputs), ()))
         sending_s.append(time.perf_counter() - begin)
         while server.receive() is not None:
             pass  # Work of the receiving process.

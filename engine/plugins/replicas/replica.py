@@ -19,7 +19,7 @@ from engine.interfaces import StepReport
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.requests.spec import SamplingParams
 from engine.schedule.report import CacheReport
-from engine.text.outputs import OutputDelta, delta_of
+from engine.text.outputs import RequestOutput
 from engine.worker.screen import screen_rows
 from hybridcache.routing.outbox import EventBatch, Outbox
 
@@ -101,7 +101,7 @@ class EngineReplica:
             exactness=self._engine.runner.exactness,
         )
 
-    async def generate(self, order: Order) -> AsyncIterator[OutputDelta | WireError]:
+    async def generate(self, order: Order) -> AsyncIterator[RequestOutput | WireError]:
         """Yield outputs without the prompt and without earlier tokens, which the server has.
 
         An error of the request is yielded last. The request ends if the reader stops.
@@ -115,7 +115,7 @@ class EngineReplica:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
                     await self._cover(order.request_id)
-                yield delta_of(output)
+                yield structs.replace(output, answer=None)
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
                 logger.exception("The request %s failed.", order.request_id)

@@ -9,7 +9,7 @@ from msgspec import structs
 from engine.interfaces import Exactness
 from engine.messages import Question
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import FinishReason, OutputDelta
+from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.geometry.units import counted
 from hybridcache.routing.protocol import RouteRequest
 
@@ -70,7 +70,7 @@ class Progress:
         self._num_chars = 0
         self._at_token = self._at_char = 0
         """Tokens and characters that the present replica has sent."""
-        self._last = OutputDelta(request_id)
+        self._last = RequestOutput(request_id)
 
     @property
     def num_tokens(self) -> int:
@@ -86,7 +86,7 @@ class Progress:
         """Expect the answer from its beginning."""
         self._at_token = self._at_char = 0
 
-    def add(self, delta: OutputDelta) -> OutputDelta:
+    def add(self, delta: RequestOutput) -> RequestOutput:
         """Return the new part of the next output, with the id of the front end. O(new tokens).
 
         Raises Diverged if a repeated token is another one.
@@ -107,6 +107,8 @@ class Progress:
             new_token_ids=new,
             new_text=text[num_chars:],
             new_logprobs=delta.new_logprobs[len(repeated) :],
+            num_tokens=len(self._tokens),
+            num_chars=self._num_chars,
         )
         return self._last
 
@@ -118,7 +120,7 @@ class Progress:
             "answer; send the request again"
         )
 
-    def aborted(self) -> OutputDelta:
+    def aborted(self) -> RequestOutput:
         """Return the last output of an aborted answer."""
         return structs.replace(
             self._last, new_token_ids=(), new_text="", new_logprobs=(), finish_reason="abort"

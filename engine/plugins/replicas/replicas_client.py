@@ -48,7 +48,7 @@ from engine.requests.request import Intake
 from engine.requests.spec import RequestSpec
 from engine.schedule.report import CacheReport, OffloadReport, PoolReport, TierReport
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.outputs import OutputDelta
+from engine.text.outputs import RequestOutput
 from hybridcache.routing.outbox import EventsLost
 from hybridcache.routing.protocol import RouteRequest
 from hybridcache.scheduling.planner import AdmissionReport
@@ -363,7 +363,7 @@ class FleetChannel(EngineChannel):
     def _fail(self, order: Order, progress: Progress, error: RequestError) -> None:
         self._end(order, progress, RequestFailed(progress.request_id, error.to_wire()))
 
-    def _end(self, order: Order, progress: Progress, last: OutputDelta | RequestFailed) -> None:
+    def _end(self, order: Order, progress: Progress, last: RequestOutput | RequestFailed) -> None:
         """Send the last output of a request, and release its id. Does nothing if it has ended."""
         found = self._orders.get(progress.request_id)
         if found is None or found[0] is not order:  # Another request may have this id by now.
@@ -371,7 +371,7 @@ class FleetChannel(EngineChannel):
         del self._orders[progress.request_id]
         self._fleet.ended(order.request_id)
         self._waiting.discard(order.request_id)
-        if isinstance(last, OutputDelta):
+        if isinstance(last, RequestOutput):
             self._front.receive(Outputs(0, 0, (last,), ()))
         else:
             self._front.receive(Outputs(0, 0, (), (last,)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+from msgspec import structs
 
 from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.plugins.replicas.replica_output import Progress
-from engine.text.outputs import OutputAccumulator, delta_of
+from engine.text.outputs import Answer
 from engine.text.tokenizer import ByteTokenizer
 from tests.oracle import OracleRunner, OracleSampler
 
@@ -23,10 +24,10 @@ def test_answers_are_assembled_from_the_new_tokens_of_each_step() -> None:
     sampling = SamplingParams(max_tokens=400, ignore_eos=True, logprobs=0)
     sent, outputs = [], []
     for output in engine.stream(RequestSpec([*range(300)], sampling)):
-        sent.append(pickle.dumps(delta_of(output)))
+        sent.append(pickle.dumps(structs.replace(output, answer=None)))
         outputs.append(output)
     progress = Progress("mine")
-    answer = OutputAccumulator("mine", outputs[0].prompt_token_ids)
+    answer = Answer(outputs[0].prompt_token_ids)
     arrived = [answer.add(progress.add(pickle.loads(one))) for one in sent]
     for ours, theirs in zip(arrived, outputs, strict=True):
         assert (ours.text, ours.logprobs) == (theirs.text, theirs.logprobs)

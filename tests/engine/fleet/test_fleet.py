@@ -19,7 +19,7 @@ from engine.plugins.replicas.replica_output import Order, Progress
 from engine.plugins.replicas.replicas_client import FleetChannel, summed
 from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import OutputDelta
+from engine.text.outputs import RequestOutput
 from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)
@@ -274,10 +274,11 @@ def test_repeated_outputs_leave_out_what_was_sent() -> None:
     """Check every division of an answer into outputs, before and after the restart."""
     tokens, texts = (5, 6, 7, 8), ("a", "", "bc", "d")
 
-    def outputs(cuts: tuple[int, ...]) -> list[OutputDelta]:
+    def outputs(cuts: tuple[int, ...]) -> list[RequestOutput]:
         edges = (0, *cuts, len(tokens))
         return [
-            OutputDelta("x", tokens[a:b], "".join(texts[a:b])) for a, b in itertools.pairwise(edges)
+            RequestOutput("x", tokens[a:b], "".join(texts[a:b]))
+            for a, b in itertools.pairwise(edges)
         ]
 
     cuts = [cut for n in range(4) for cut in itertools.combinations(range(1, 4), n)]

@@ -91,4 +91,4 @@ def assert_same(one: Engine, other: Engine, prompts: list[list[int]]) -> None:
         one.generate(prompts, GREEDY), other.generate(prompts, GREEDY), strict=True
     ):
         assert left.output.tolist() == right.output.tolist()
-        assert left.all_logprobs == right.all_logprobs
+        assert left.logprobs == right.logprobs
