@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 lock: install  ## write requirements.lock again, with the hashes of all packages (minutes)
 	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-header --no-annotate --no-emit-index-url \
 		--no-emit-find-links --no-emit-trusted-host --unsafe-package torch --unsafe-package triton \
-		-c constraints.txt $(addprefix --extra ,dev engine lab serve-extras) -o requirements.lock pyproject.toml
+		-c constraints.txt $(addprefix --extra ,dev engine lab) -o requirements.lock pyproject.toml
 
 demo: install  ## replay a chat through caches of three sizes; prints a table and draws a figure
 	@$(BIN)/python -m hybridcache.lab.cli simulate --trace "chat?head=160" --gib 1,4,16 --policy survival,lru --figure out/demo.png

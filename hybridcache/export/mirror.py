@@ -10,14 +10,11 @@ from hybridcache.export.events import (
     CheckpointRemoved,
     CheckpointStored,
     Event,
-    EventStream,
     KVRemoved,
     KVSplit,
     KVStored,
 )
-from hybridcache.export.namespaces import Namespace, write_namespace
-from hybridcache.radix.tree import RadixNode
-from hybridcache.tokens import common_tuple_len
+from hybridcache.tokens import common_tuple_len, require_namespace
 
 
 class EventsLost(ValueError):
@@ -66,30 +63,26 @@ class Mirror:
         self.page_size = page_size
         self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
         self._pieces: dict[int, _Piece] = {}
-        self._roots: dict[Namespace, dict[tuple[int, ...], int]] = {}
-        self._next_sequence = 0
+        self._roots: dict[Hashable, dict[tuple[int, ...], int]] = {}
+        self.next_sequence = 0
+        """Number of the next batch."""
         self.num_tokens = 0
         """Number of tokens with KV."""
         self.num_checkpoints = 0
 
-    @property
-    def next_sequence(self) -> int:
-        """Number of the next batch."""
-        return self._next_sequence
-
     def apply_batch(self, sequence: int, events: Iterable[Event]) -> None:
-        """Apply the result of ``decode``. O(tokens).
+        """Apply one numbered batch. O(tokens).
 
         Raises EventsLost unless ``sequence`` is the next batch.
         """
-        if sequence != self._next_sequence:
+        if sequence != self.next_sequence:
             raise EventsLost(
-                f"batch {sequence} of events arrived, but {self._next_sequence} was expected: "
+                f"batch {sequence} of events arrived, but {self.next_sequence} was expected: "
                 "follow a new subscription with an empty mirror."
             )
         for event in events:
             self.apply(event)
-        self._next_sequence = sequence + 1
+        self.next_sequence = sequence + 1
 
     def apply(self, event: Event) -> None:
         """Apply one event. O(tokens of the segment).
@@ -122,10 +115,6 @@ class Mirror:
 
     def _follows(self, event: Event) -> bool:
         """Return True if ``event`` is consistent with the mirror. O(page)."""
-        try:
-            hash(event)
-        except TypeError:
-            return False
         if isinstance(event, KVStored):
             return event.id not in self._pieces and self._fits(event)
         piece = self._pieces.get(event.id)
@@ -176,7 +165,8 @@ class Mirror:
     def match(self, tokens: Sequence[int], namespace: Hashable = None) -> MirrorMatch:
         """Match ``tokens``. O(len(tokens)), or O(matched tokens) if it is a tuple."""
         ids = tokens if type(tokens) is tuple else tuple(int(token) for token in tokens)
-        children = self._roots.get(write_namespace(namespace), {})
+        require_namespace(namespace)
+        children = self._roots.get(namespace, {})
         end = cached_len = 0
         while (found := children.get(ids[end : end + self.page_size])) is not None:
             piece = self._pieces[found]
@@ -194,31 +184,9 @@ class Mirror:
             cached_len = reachable - reachable % self._kv_step
         return MirrorMatch(cached_len, end)
 
-    def segments(self) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:
-        """Return (id, parent, namespace, start, tokens, checkpoint?) of all segments.
-
-        Equals ``segments_of`` of the mirrored cache.
-        """
+    def segments(self) -> set[tuple[int, int | None, Hashable, int, tuple[int, ...], bool]]:
+        """Return (id, parent, namespace, start, tokens, checkpoint?) of all segments."""
         return {
             (id_, p.parent, p.namespace, p.start, p.tokens, p.checkpoint)
             for id_, p in self._pieces.items()
         }
-
-
-def segments_of(
-    nodes: Iterable[RadixNode],
-) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:
-    """Return the expected ``Mirror.segments`` of resident ``nodes``, read from the tree. O(tokens).
-
-    ``nodes`` lists parents before children.
-    """
-    found: list[Event] = []
-    stream = EventStream(found.append)
-    segments = set()
-    for node in nodes:
-        if node.kv is not None:
-            stream.kv_stored(node)
-            stored = found.pop()
-            if isinstance(stored, KVStored):
-                segments.add((*stored, node.checkpoint is not None))
-    return segments

@@ -25,7 +25,6 @@ from zlib import crc32
 
 from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.api import Listener, Losses
-from hybridcache.policies.protocol import Item
 from hybridcache.radix.tree import NodeHandle, RadixNode
 
 Record = list[Any]
@@ -87,9 +86,6 @@ class Recorder(Listener):
 
     def checkpoint_removed(self, node: RadixNode) -> None:
         self._records.append(["checkpoint-gone", _id(node)])
-
-    def chosen(self, item: Item) -> None:
-        """Ignored: the removal is recorded when it happens."""
 
 
 def node_id(node: NodeHandle | None) -> int | None:

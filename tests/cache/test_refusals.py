@@ -19,9 +19,10 @@ from hybridcache import (
 )
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream
-from hybridcache.export.mirror import Mirror, segments_of
+from hybridcache.export.mirror import Mirror
 from tests.cache.serving import hybrid, ids, publish
 from tests.cache.twins import VictimLog
+from tests.export.segments import segments_of
 
 INVALID_IDS = (
     [1, 2, 3, 4],

@@ -10,18 +10,14 @@ import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.export.events import (
-    Batches,
     CheckpointRemoved,
     CheckpointStored,
     EventStream,
     KVRemoved,
     KVSplit,
     KVStored,
-    decode,
-    encode,
 )
-from hybridcache.export.mirror import EventsLost, Mirror, segments_of
-from hybridcache.export.namespaces import write_namespace
+from hybridcache.export.mirror import EventsLost, Mirror
 from tests.cache.serving import (
     hybrid,
     ids,
@@ -29,6 +25,7 @@ from tests.cache.serving import (
     serve,
     traffic,
 )
+from tests.export.segments import segments_of
 
 
 def play(cache, num_requests, seed=0, step=1):
@@ -41,21 +38,14 @@ def play(cache, num_requests, seed=0, step=1):
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("form", ["json", "msgpack"])
-def test_mirror_equals_the_tree_and_gives_the_same_matches(page_size, form):
-    if form == "msgpack":
-        pytest.importorskip("msgpack")
+def test_mirror_equals_the_tree_and_gives_the_same_matches(page_size):
     cache = hybrid(num_kv_tokens=960, page_size=page_size)
-    mirror = Mirror(page_size)
-    sent, batches = [], Batches(form)
+    mirror, sent = Mirror(page_size), []
     cache.subscribe(EventStream(sent.append))
-    cache.subscribe(EventStream(batches))
     for seed in range(4):
         play(cache, 60, seed, page_size)
-        assert len(batches) == len(sent) > 0
-        sequence, events = decode(batches.take(), form)
-        assert sequence == seed and events == sent
-        mirror.apply_batch(sequence, events)
+        assert sent
+        mirror.apply_batch(seed, sent)
         sent.clear()
         assert mirror.segments() == segments_of(cache._tree.nodes())
         for tokens in traffic(seed, 60):
@@ -134,20 +124,12 @@ def test_lost_checkpoint_removal_is_detected_when_its_kv_is_removed():
 
 
 def test_lost_batch_is_detected_by_the_next_one():
-    cache, batches, mirror = hybrid(), Batches(), Mirror(page_size=1)
-    cache.subscribe(EventStream(batches))
-    mirror.apply_batch(*decode(batches.take()))
-    serve(cache, ids("one"), [3])
-    batches.take()
-    serve(cache, ids("two"), [3])
-    late = decode(batches.take())
+    mirror = Mirror(page_size=1)
+    mirror.apply_batch(0, [])
     for _ in range(2):
         with pytest.raises(EventsLost, match="batch 2 of events arrived, but 1 was expected"):
-            mirror.apply_batch(*late)
-    new_batches, follower = Batches(), Mirror(page_size=1)
-    cache.subscribe(EventStream(new_batches))
-    follower.apply_batch(*decode(new_batches.take()))
-    assert follower.segments() == segments_of(cache._tree.nodes())
+            mirror.apply_batch(2, [KVStored(0, None, None, 0, (1,))])
+    assert mirror.segments() == set()
 
 
 def test_each_subscriber_receives_events_until_it_unsubscribes():
@@ -198,8 +180,8 @@ def test_event_of_a_segment_needs_no_walk_to_the_root():
 
 
 def test_namespaces_with_similar_text_are_different():
-    cache, batches = hybrid(num_slots=20), Batches()
-    cache.subscribe(EventStream(batches))
+    cache, mirror = hybrid(num_slots=20), Mirror(page_size=1)
+    cache.subscribe(EventStream(mirror.apply))
     tenants = [
         ("a", 1),
         "('a', 1)",
@@ -218,77 +200,18 @@ def test_namespaces_with_similar_text_are_different():
     ]
     for number, tenant in enumerate(tenants):
         serve(cache, ids("shared", range(number)), [6], tenant)
-    mirror = Mirror(page_size=1)
-    mirror.apply_batch(*decode(batches.take()))
     for number, tenant in enumerate(tenants):
         assert mirror.match(ids("shared", range(number)), tenant).kv_match_len == 6 + number
         assert mirror.match(ids("shared", range(40)), tenant).kv_match_len == 6 + number
     cache.reset()
-    mirror.apply_batch(*decode(batches.take()))
     assert mirror.segments() == set()
 
 
-@pytest.mark.parametrize("namespace", ["x" * 10_000, "\ud800", 2**70, -(2**63), ("a", (1, None))])
-def test_both_encodings_preserve_namespaces(namespace):
-    pytest.importorskip("msgpack")
-    cache, sent = hybrid(), []
-    cache.subscribe(EventStream(sent.append))
-    serve(cache, ids([1, 2, 2**31 - 1]), [3], namespace)
-    for form in ("json", "msgpack"):
-        assert decode(encode(0, sent, form), form) == (0, sent)
-
-
-@pytest.mark.parametrize("event", [CheckpointStored(0, 1, "\ud800"), KVRemoved(2**70)])
-def test_both_encodings_reject_values_that_one_does_not_support(event):
-    pytest.importorskip("msgpack")
-    for form in ("json", "msgpack"):
-        with pytest.raises(ValueError, match="cannot be encoded"):
-            encode(0, [event], form)
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        b"",
-        b"[1]",
-        b'[0,[["Unknown",1]]]',
-        b'[0,[["KVRemoved"]]]',
-        b"\xff",
-        b"[" * 100_000,
-        b'[0,[["KVStored",1,null,' + b"[" * 400 + b"]" * 400 + b",0,[1]]]]" + b"]" * 600,
-        b'["0",[]]',
-        b'[0,[["KVRemoved",[1]]]]',
-        b'[0,[["KVRemoved","1"]]]',
-        b'[0,[["KVStored",1,[2],null,0,[1]]]]',
-        b'[0,[["KVStored",1,null,{},0,[1]]]]',
-        b'[0,[["KVStored",1,null,null,0,["a"]]]]',
-        b'[0,[["CheckpointStored",1,2,3]]]',
-    ],
-)
-def test_invalid_batches_are_rejected(batch):
-    pytest.importorskip("msgpack")
-    for form in ("json", "msgpack"):
-        with pytest.raises(ValueError, match="not a batch of events"):
-            decode(batch, form)
-
-
-@pytest.mark.parametrize(
-    "event",
-    [
-        KVRemoved([1]),
-        KVSplit({}, 1, 2),
-        KVStored([1], None, None, 0, (1, 2)),
-        KVStored(1, None, [], 0, (1, 2)),
-        KVStored(1, None, None, 0, [1, 2]),
-        KVStored(1, None, None, 0, ()),
-        KVStored(1, None, None, 0, (1, 2, 3)),
-        CheckpointStored([1], 2, ""),
-    ],
-)
-def test_mirror_rejects_malformed_events(event):
+@pytest.mark.parametrize("tokens", [(), (1, 2, 3)])
+def test_mirror_rejects_segments_of_part_of_a_page(tokens):
     mirror = Mirror(page_size=2)
     with pytest.raises(EventsLost, match="was lost before"):
-        mirror.apply_batch(0, [event])
+        mirror.apply_batch(0, [KVStored(1, None, None, 0, tokens)])
     assert mirror.segments() == set() and mirror.match([1, 2]) == (0, 0)
 
 
@@ -309,7 +232,6 @@ def test_mirror_finds_equal_namespaces_of_different_types(equals):
             assert stored == equal
             match = cache.match(prompt, equal)
             assert mirror.match(prompt, equal) == (match.cached_len, match.kv_match_len) == (3, 4)
-    assert len({write_namespace(equal) for equal in equals}) == 1
 
 
 @pytest.mark.parametrize("other", [True, 1.0, np.float64(1), np.int64(1), 1 + 0j, Decimal(1)])
@@ -332,15 +254,6 @@ def test_values_that_only_compare_equal_to_a_namespace_are_rejected(other, wrap)
         with pytest.raises(ValueError, match="use None, a str, bytes, an int, or a tuple of these"):
             method()
     cache.check(held_tokens=4, held_slots=0)
-
-
-def test_unknown_encodings_are_rejected():
-    with pytest.raises(ValueError, match="json or msgpack"):
-        encode(0, [], "xml")
-    with pytest.raises(ValueError, match="json or msgpack"):
-        decode(b"", "xml")
-    with pytest.raises(ValueError, match="json or msgpack"):
-        Batches("xml")
 
 
 def test_mirror_of_an_attention_only_cache_matches_at_the_grid() -> None:

@@ -6,9 +6,10 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.export.events import Batches, EventStream, decode
-from hybridcache.export.mirror import Mirror, segments_of
+from hybridcache.export.events import Event, EventStream
+from hybridcache.export.mirror import Mirror
 from tests.cache.serving import hybrid
+from tests.export.segments import segments_of
 
 INDEX = st.integers(0, 1000)
 PREFIX_LEN = st.integers(0, 20)
@@ -23,10 +24,9 @@ class EventsMachine(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 3]),
         grid=st.sampled_from([1, 6]),
         num_slots=st.integers(2, 8),
-        form=st.sampled_from(["json", "msgpack"]),
         ghost_bytes=st.sampled_from([0, 3_000]),
     )
-    def make(self, page_size, grid, num_slots, form, ghost_bytes):
+    def make(self, page_size, grid, num_slots, ghost_bytes):
         self.options = {
             "num_kv_tokens": 96,
             "num_slots": num_slots,
@@ -35,7 +35,6 @@ class EventsMachine(RuleBasedStateMachine):
             "ghost_bytes": ghost_bytes,
         }
         self.step = max(page_size, grid)
-        self.form = form
         self.cache = hybrid(**self.options)
         self.receipts = []
         self.prompts = {}
@@ -44,8 +43,8 @@ class EventsMachine(RuleBasedStateMachine):
     def watch(self):
         """Create all subscribers. They first receive the current contents."""
         self.mirror, self.remote = (Mirror(self.options["page_size"]) for _ in range(2))
-        self.batches = Batches(self.form)
-        sinks = (self.mirror.apply, self.batches)
+        self.batch: list[Event] = []
+        sinks = (self.mirror.apply, self.batch.append)
         self.streams = [EventStream(sink) for sink in sinks]
         for stream in self.streams:
             self.cache.subscribe(stream)
@@ -110,8 +109,9 @@ class EventsMachine(RuleBasedStateMachine):
 
     @rule()
     def deliver(self):
-        """Deliver the collected batches."""
-        self.remote.apply_batch(*decode(self.batches.take(), self.form))
+        """Deliver the collected events."""
+        self.remote.apply_batch(self.remote.next_sequence, self.batch)
+        self.batch.clear()
         assert self.remote.segments() == segments_of(self.cache._tree.nodes())
 
     @rule()

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from hybridcache.export.mirror import EventsLost, Mirror, segments_of
+from hybridcache.export.mirror import EventsLost, Mirror
 from hybridcache.routing.outbox import Outbox
 from tests.cache.serving import hybrid
+from tests.export.segments import segments_of
 
 
 class OutboxMachine(RuleBasedStateMachine):

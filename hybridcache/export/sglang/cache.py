@@ -47,7 +47,6 @@ from hybridcache.export.sglang.translation import (
     tokens_of,
 )
 from hybridcache.export.sglang.views import RowView, to_host
-from hybridcache.policies.protocol import Item
 from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.tokens import Indices, Tokens
 
@@ -454,15 +453,6 @@ class EventRecorder(Listener):
     def kv_removed(self, node: RadixNode) -> None:
         assert node.kv is not None
         self.recorder.record_remove(self._shadows.pop(node.kv.serial))
-
-    def checkpoint_stored(self, node: RadixNode) -> None:
-        """Ignored: SGLang has no such event."""
-
-    def checkpoint_removed(self, node: RadixNode) -> None:
-        """Ignored: SGLang has no such event."""
-
-    def chosen(self, item: Item) -> None:
-        """Ignored: SGLang has no such event."""
 
 
 def _namespace(node: RadixNode) -> Hashable:
