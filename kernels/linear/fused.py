@@ -5,8 +5,8 @@ tokens only the narrow side of the tile shrinks. The tensor cores compute the sa
 same order, and 8-bit weights are widened in the registers that feed them.
 
 The sum over N is divided into spans that depend only on the weight's shape. With few tokens, each
-span has separate programs and a second kernel adds the spans. With many tokens, one program adds
-span after span. The additions and their order are the same.
+span has separate programs, and the last of them to end adds the spans. With many tokens, one
+program adds span after span. The additions and their order are the same.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ PROGRAMS = 256
 """Number of programs up to which spans are divided with few tokens: two for each multiprocessor of
 an H100."""
 LEAST_SPAN = 512
+LEAST_ROWS, LEAST_TOKENS = 64, 16
+"""Smallest tile: rows of a weight, and tokens."""
 BLOCK = tl.constexpr(SCALE_BLOCK)
 
 
@@ -80,6 +82,29 @@ def store_tile(b_y, bias, y, o_m, o_t, M, mask):
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def add_spans(b_span, p_span, stride, counter, mask):
+    """Add the spans ``[BM, BT]`` of one tile, each computed by another program.
+
+    The last program that arrives adds all of them in their order, so the result does not depend on
+    which one it is. Returns (sum, True) for that program, and a value without meaning and False
+    for the others. The counter is zero before and after.
+    """
+    num_spans = tl.num_programs(2)
+    tl.store(p_span + tl.program_id(2) * stride, b_span, mask=mask)
+    # All threads have stored before one of them publishes the stores with an addition that
+    # releases them, and acquires those of the other programs.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_spans - 1
+    b_total = tl.zeros_like(b_span)
+    if is_last:
+        for i_s in range(num_spans):
+            # Not from the cache of one multiprocessor, which other programs do not write.
+            b_total += tl.load(p_span + i_s * stride, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(counter, 0)
+    return b_total, is_last
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def linear_kernel(
     x,
@@ -88,6 +113,8 @@ def linear_kernel(
     block_scale,
     bias,
     y,
+    spans,
+    counters,
     num_tokens,
     M,
     N,
@@ -96,11 +123,12 @@ def linear_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    SPANS_APART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
+    """Program (i_m, i_t, i_s): computes a tile of ``y``, or its span i_s if ``spans`` is given."""
+    i_m, i_t, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_t = i_t * BT + tl.arange(0, BT)
     m_m, m_t = o_m < M, o_t < num_tokens
     mask = m_m[:, None] & m_t[None, :]
     p_w = w + o_m.to(tl.int64) * N
@@ -110,8 +138,7 @@ def linear_kernel(
         p_channel += o_m
     if block_scale is not None:
         p_scale += o_m * tl.cdiv(N, BLOCK)
-    i_s = tl.program_id(2)
-    first, last = (i_s * span, tl.minimum(i_s * span + span, N)) if SPANS_APART else (0, N)
+    first, last = (0, N) if spans is None else (i_s * span, tl.minimum(i_s * span + span, N))
     b_total = tl.zeros([BM, BT], tl.float32)
     # Used for one span too: on Hopper, storing a product's own accumulator would make the products
     # wait for each other.
@@ -120,48 +147,31 @@ def linear_kernel(
         b_total += multiply_span(
             p_w, p_x, p_channel, p_scale, m_m, m_t, start, end, BM, BT, BK, PRECISION
         )
-    if SPANS_APART:
-        p_y = y + (i_s.to(tl.int64) * num_tokens + o_t[None, :]) * M + o_m[:, None]
-        tl.store(p_y, b_total, mask=mask)
-    else:
+    if spans is None:
         store_tile(b_total, bias, y, o_m, o_t, M, mask)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def add_spans_kernel(
-    partial_y,
-    bias,
-    y,
-    num_tokens,
-    num_spans,
-    M,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-):
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
-    mask = (o_m < M)[:, None] & (o_t < num_tokens)[None, :]
-    p_y = partial_y + o_t.to(tl.int64)[None, :] * M + o_m[:, None]
-    b_total = tl.zeros([BM, BT], tl.float32)
-    for _ in range(num_spans):
-        b_total += tl.load(p_y, mask=mask, other=0.0)
-        p_y += num_tokens * M
-    store_tile(b_total, bias, y, o_m, o_t, M, mask)
+    else:
+        p_span = spans + o_t[None, :] * M + o_m[:, None]
+        counter = counters + i_t * tl.num_programs(0) + i_m
+        b_total, is_last = add_spans(b_total, p_span, num_tokens * M, counter, mask)
+        if is_last:
+            store_tile(b_total, bias, y, o_m, o_t, M, mask)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Compute ``x @ weight.T + bias``; see ``reference.linear``.
 
-    Sums in float32 and rounds once. x may be a view of wider rows.
+    Sums in float32 and rounds once. x may be a view of wider rows. A prepared product saves the
+    clearing of counters in each call.
     """
-    return _product(x, weight, None, bias)
+    return _product(x, weight, None, bias, _counters(weight))
 
 
 def prepare(
     weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return ``linear`` with this weight."""
-    return partial(linear, weight=weight.contiguous(), bias=bias)
+    """Return ``linear`` with this weight, for calls on one stream at a time."""
+    weight = weight.contiguous()
+    return partial(_product, weight=weight, scale=None, bias=bias, counters=_counters(weight))
 
 
 def linear_8bit(
@@ -174,7 +184,7 @@ def linear_8bit(
 
     See ``reference.linear_8bit``.
     """
-    return _product(x, quantized, scale, bias)
+    return _product(x, quantized, scale, bias, _counters(quantized))
 
 
 def prepare_8bit(
@@ -183,8 +193,9 @@ def prepare_8bit(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return ``linear_8bit`` with this weight, for x of any dtype."""
-    return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
+    """Return ``linear_8bit`` with this weight, for x of any dtype and one stream at a time."""
+    counters = _counters(quantized)
+    return partial(_product, weight=quantized, scale=scale, bias=bias, counters=counters)
 
 
 def _product(
@@ -192,6 +203,7 @@ def _product(
     weight: torch.Tensor,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
+    counters: torch.Tensor,
 ) -> torch.Tensor:
     num_tokens, size = x.shape
     num_outputs = len(weight)
@@ -200,41 +212,39 @@ def _product(
         return y
     by_channel, by_block = scales_of(weight, scale)
     span = span_of(num_outputs, size)
-    num_spans = triton.cdiv(size, span)
-    apart = num_spans > 1 and num_tokens <= FEW_TOKENS
+    num_spans = triton.cdiv(size, span) if num_tokens <= FEW_TOKENS else 1
     tile = tile_config(num_tokens, x.dtype, weight.dtype)
     if by_block is None:
         key = x.dtype, weight.dtype, num_outputs, size, token_class(num_tokens)
         tile |= tuned("linear.linear_kernel", *key)
-    grid = (triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"]))
-    target = y.new_empty(num_spans, num_tokens, num_outputs, dtype=torch.float32) if apart else y
-    linear_kernel[(*grid, num_spans if apart else 1)](
+    spans = None
+    if num_spans > 1:
+        spans = y.new_empty(num_spans, num_tokens, num_outputs, dtype=torch.float32)
+    linear_kernel[
+        (triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"]), num_spans)
+    ](
         x,
         weight,
         by_channel,
         by_block,
         bias,
-        target,
+        y,
+        spans,
+        None if spans is None else counters,
         num_tokens,
         num_outputs,
         size,
         span,
         x.stride(0),
-        SPANS_APART=apart,
         **tile,
     )
-    if apart:
-        add_spans_kernel[grid](
-            target,
-            bias,
-            y,
-            num_tokens,
-            num_spans,
-            num_outputs,
-            BM=tile["BM"],
-            BT=tile["BT"],
-        )
     return y
+
+
+def _counters(weight: torch.Tensor) -> torch.Tensor:
+    """Return a counter of arrived spans for each tile of few tokens, int32."""
+    num_tiles = triton.cdiv(len(weight), LEAST_ROWS) * triton.cdiv(FEW_TOKENS, LEAST_TOKENS)
+    return torch.zeros(num_tiles, dtype=torch.int32, device=weight.device)
 
 
 def scales_of(
@@ -267,10 +277,10 @@ def tile_config(
     8-bit weights need a third accumulator, so their tile has half the size.
     """
     wide = num_tokens > FEW_TOKENS and dtype != torch.float32
-    narrow = min(64, max(16, triton.next_power_of_2(num_tokens)))
+    narrow = min(64, max(LEAST_TOKENS, triton.next_power_of_2(num_tokens)))
     tokens = 128 if wide and weight_dtype == dtype else narrow
     return {
-        "BM": 128 if wide else 64,
+        "BM": 128 if wide else LEAST_ROWS,
         "BT": tokens,
         "BK": depth_of(dtype, weight_dtype),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -230,6 +232,29 @@ def test_fused_rows_are_independent_of_the_batch(dtype, device) -> None:
     batched = fused.linear(x, weight)
     for rows in (slice(0, 33), slice(20, 60)):
         assert torch.equal(fused.linear(x[rows], weight), batched[rows])
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0)])
+def test_the_last_program_adds_the_spans(order, device, monkeypatch) -> None:
+    """Spans are added in their order by any program, and the counters are zero afterwards."""
+    x, weight = torch.randn(3, 1600, device=device), torch.randn(70, 1600, device=device)
+    assert fused.span_of(*weight.shape) == 640
+    counters = fused._counters(weight)
+    run = partial(fused._product, x, weight, None, None, counters)
+    expected = run()
+    assert not counters.any()
+    if device == "cpu":  # On a device the order is arbitrary.
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        set_place = InterpreterBuilder.set_grid_idx
+        places = {place: order[place] for place in range(3)}
+        monkeypatch.setattr(
+            InterpreterBuilder,
+            "set_grid_idx",
+            lambda builder, x, y, z: set_place(builder, x, y, places[z]),
+        )
+    assert torch.equal(run(), expected)
+    assert not counters.any()
 
 
 @pytest.mark.gpu

@@ -37,7 +37,10 @@ SUMS = {
 
 
 def calls_of(function: Any) -> Iterator[str]:
-    """Yield the names of called functions, nested calls included; ``tl.name`` is ``.name``."""
+    """Yield the names of called functions, nested calls included; ``tl.name`` is ``.name``.
+
+    Without additions of the constant 1, which count programs.
+    """
     seen, waiting = set(), [function]
     while waiting:
         function = waiting.pop()
@@ -46,7 +49,8 @@ def calls_of(function: Any) -> Iterator[str]:
             if not isinstance(node, ast.Call):
                 continue
             if isinstance(node.func, ast.Attribute):
-                yield f".{node.func.attr}"
+                if "atomic_add(counter, 1, " not in ast.unparse(node):
+                    yield f".{node.func.attr}"
             elif isinstance(node.func, ast.Name) and node.func.id not in seen:
                 seen.add(node.func.id)
                 inner = function.__globals__.get(node.func.id)

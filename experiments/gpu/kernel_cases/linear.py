@@ -35,7 +35,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
     return Case(
         name=shape,
-        run=partial(fused.linear, x, weight),
+        run=partial(fused.prepare(weight), x),
         expected=partial(_exact, x, weight),
         num_bytes=x.nbytes + weight.nbytes + x.element_size() * len(x) * len(weight),
         num_flops=2 * x.numel() * len(weight),
@@ -58,7 +58,7 @@ def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format
         rivals["torch, rows in 8 bits"] = partial(_torch_fp8, x, quantized, scale)
     return Case(
         name=f"{format} {shape}",
-        run=partial(fused.linear_8bit, x, quantized, scale),
+        run=partial(fused.prepare_8bit(quantized, scale, None, x.dtype), x),
         expected=partial(_exact, x, widened),
         num_bytes=x.nbytes + quantized.nbytes + x.element_size() * len(x) * len(weight),
         num_flops=2 * x.numel() * len(weight),

@@ -347,7 +347,6 @@ def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
 LAUNCHES = {
     "rms_norm_kernel": 8,
     "linear_kernel": 12,
-    "add_spans_kernel": 8,
     "decode_kernel": 2,
     "route_kernel": 2,
     "silu_and_mul_kernel": 2,
