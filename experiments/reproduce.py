@@ -123,18 +123,27 @@ def dirty_files() -> list[str]:
     return [line[3:] for line in done.stdout.splitlines()]
 
 
+def named_traces() -> list[str]:
+    """Return the specifications of all traces that the splits and the studies name."""
+    from experiments.studies import admission, common, grid
+
+    text = (common.ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8")
+    splits = tomllib.loads(text)
+    named = [file["trace"] for file in splits["stop-reasons"]["file"]]
+    for split in ("tuning", "evaluation", "outside"):
+        for kind in ("gib", "closed-loop", "files"):
+            named += splits["default-pair"][split].get(kind, ())
+    named += [workload.file for workload in admission.WORKLOADS.values() if workload.file]
+    named += [workload.spec for workload in grid.WORKLOADS.values()]
+    return [*dict.fromkeys(named)]
+
+
 def missing_traces() -> list[str]:
     """Return the published traces that the studies name and that no data folder has."""
-    from experiments.studies import admission, common
+    from experiments.studies.common import published
 
-    path = common.ROOT / "experiments" / "splits.toml"
-    splits = tomllib.loads(path.read_text(encoding="utf-8"))
-    named = [*splits["default-pair"]["evaluation"]["files"]]
-    named += [file["trace"] for file in splits["stop-reasons"]["file"]]
-    named += [workload.file for workload in admission.WORKLOADS.values() if workload.file]
-    named += [workload.spec for workload in common.WORKLOADS.values() if workload.is_file]
-    files = dict.fromkeys(spec.partition("?")[0] for spec in named)
-    return [name for name in files if common.published(name) is None]
+    files = dict.fromkeys(spec.partition("?")[0] for spec in named_traces())
+    return [name for name in files if "." in name and published(name) is None]
 
 
 def read_record() -> dict[str, Any]:

@@ -286,7 +286,7 @@ def test_missing_published_traces_are_named(
     monkeypatch.setattr(reproduce, "run", lambda *_: 0)
     assert reproduce.main(["--part", "tree"]) == 0
     name = "traces/mooncake_conversation_trace.jsonl.gz"
-    assert capsys.readouterr().err.count(name) == 1 and len(reproduce.missing_traces()) == 4
+    assert capsys.readouterr().err.count(name) == 1 and len(reproduce.missing_traces()) == 6
     (tmp_path / "traces").mkdir()
     (tmp_path / name).touch()
     assert name not in reproduce.missing_traces()

@@ -15,7 +15,7 @@ import pytest
 
 from engine import Engine, EngineConfig
 from engine.text.tokenizer import ByteTokenizer
-from experiments import page, provenance
+from experiments import page, provenance, reproduce
 from experiments.benchmarks import measure_prefill
 from experiments.studies import (
     admission,
@@ -31,6 +31,8 @@ from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
 from hybridcache.lab.leaderboard import Split
+from hybridcache.lab.traces import recognise
+from tests.lab.test_bad_traces import GOOD, written
 from tests.oracle import OracleRunner, OracleSampler
 
 STUDIES = ("capacity", "grid", "arena")
@@ -100,6 +102,33 @@ def test_without_hints_removes_only_boundaries() -> None:
         assert (other.tokens == one.tokens).all() and other.session == one.session
     gain = hints.gains(records)["lru, fixed rules"][1]
     assert gain.mean > 0, "hints must help, because each turn of a chat starts at a boundary"
+
+
+FORMATS = {
+    "mooncake_conversation_trace.jsonl.gz": "mooncake",
+    "oasst_trees.jsonl.gz": "jsonl",
+    "sharegpt_qwen35_turns.jsonl.gz": "sharegpt-counts",
+    "taubench_gpt-4o-airline.json.gz": "taubench",
+    "toolbench_dfs.jsonl.gz": "jsonl",
+    "weka_claude_code_train.rle.jsonl.gz": "coding-agent",
+}
+"""Format of each published trace."""
+
+
+@pytest.mark.parametrize("spec", reproduce.named_traces())
+def test_named_trace_is_read_by_a_reader_or_generator(
+    spec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A small file of its format stands for a published trace, with the options of the studies."""
+    name, _, _ = spec.partition("?")
+    if "." in name:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        word = FORMATS[Path(name).name]
+        written(tmp_path / name, word, GOOD[word])
+        assert recognise(tmp_path / name) == word
+        monkeypatch.setattr(lab, "DATA", (tmp_path,))
+        spec = str(lab.published(spec)).replace("tokenizer=qwen3.5", "tokenizer=bytes")
+    assert len(next(iter(open_trace(spec))).tokens)
 
 
 def test_missing_workload_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,28 @@ def test_conversation_ends_at_the_cap(tmp_path: Path) -> None:
     assert sorted(capped) == lengths[:2]
 
 
+def test_conversations_of_lengths_share_the_blocks_of_their_first_message(tmp_path: Path) -> None:
+    """Each message is framed by five ids, and a prompt ends in a thought of two."""
+    turns = [["u", 40], ["a", 6], ["u", 3], ["a", 4]]
+    path = lines(
+        tmp_path / "c.jsonl",
+        {"id": "x", "turns": turns, "first_msg_blocks16": [5, 9]},
+        {"id": "y", "turns": turns, "first_msg_blocks16": [5, 8]},
+    )
+    first, second, other, _ = sorted(
+        open_trace(f"{path}?starts=fixed:1&pause=20"), key=lambda request: request.session
+    )
+    assert (first.session, other.session) == ("x", "y")
+    assert [len(request.tokens) for request in (first, second)] == [
+        50,
+        48 + 6 + 2 + (3 + 3 + 2) + 5,
+    ]
+    assert [len(request.output) for request in (first, second)] == [7, 5]
+    assert common(first, other) == 3 + 16 and common(first, second) == first.boundaries[-1] == 48
+    assert not first.answer_survives and first.timestamp_s < second.timestamp_s
+    assert [len(request.tokens) for request in open_trace(f"{path}?cap=60")] == [50, 50]
+
+
 @given(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<think>", "a", "\n", "é", "<|"])))
 def test_encoding_handles_special_tokens_in_any_text(parts: list[str]) -> None:
     chat = load_chat_text("bytes")
