@@ -23,6 +23,7 @@ from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import Record, SessionReader, json_array, parsed
 from hybridcache.lab.traces.text import ChatTurn, load_chat_text
 from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.tokens import Tokens
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}
 
@@ -94,15 +95,15 @@ class ShareGPTCountsReader(SessionReader):
         return "turns" in record and "first_msg_blocks16" in record
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
-        fresh, end, thought = FreshIds(), np.int32([5, 6]), np.int32([7, 8])
-        headers = {role: np.int32([0, number, 4]) for number, role in enumerate("uas", 1)}
+        fresh, empty, end, thought = FreshIds(), *map(_ids, ([], [5, 6], [7, 8]))
+        headers = {role: _ids([0, number, 4]) for number, role in enumerate("uas", 1)}
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             name, blocks = record.key("id"), record.ids("first_msg_blocks16")
             if len(blocks) and blocks.max() >= 1 << 20:
                 raise ValueError("first_msg_blocks16 holds a block that is not below 2**20")
             shared = (9 + 16 * blocks[:, None] + np.arange(16, dtype=np.int32)).reshape(-1)
-            history, asked, found = np.int32([]), False, []
+            history, asked, found = empty, False, []
             for turn in record.values_of("turns"):
                 if not isinstance(turn, list) or len(turn) != 2 or turn[0] not in tuple(headers):
                     raise ValueError('turns has an item that is not ["u", "a" or "s", tokens]')
@@ -120,6 +121,10 @@ class ShareGPTCountsReader(SessionReader):
             yield found
 
         return parse
+
+
+def _ids(values: list[int]) -> Tokens:
+    return np.asarray(values, np.int32)
 
 
 def packaged_file() -> Path:
