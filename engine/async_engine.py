@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
@@ -30,7 +29,6 @@ from engine.errors import (
     RequestError,
 )
 from engine.host import EngineHost
-from engine.interfaces import Exactness
 from engine.messages import (
     Abort,
     AskCacheView,
@@ -39,6 +37,7 @@ from engine.messages import (
     Compile,
     EndEngine,
     EndSession,
+    EngineFacts,
     FindNode,
     FromEngine,
     OpenView,
@@ -134,21 +133,11 @@ class RequestStream:
                 stream.abort()
 
 
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """Facts about an engine for its front end."""
-
-    config: EngineConfig
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    max_model_len: int
-    model_name: str
-    exactness: Exactness
-
-
 class EngineChannel(ABC):
     """Connection of a front end to an engine."""
 
+    config: EngineConfig
+    tokenizer: Tokenizer | None
     facts: EngineFacts
 
     @property
@@ -196,15 +185,9 @@ class ThreadChannel(EngineChannel):
     """Connection to an engine in a thread of this process."""
 
     def __init__(self, engine: Engine) -> None:
-        self.facts = EngineFacts(
-            engine.config,
-            engine.tokenizer,
-            engine.runner.vocab_size,
-            engine.max_model_len,
-            engine.model_name,
-            engine.runner.exactness,
-        )
+        self.config, self.tokenizer = engine.config, engine.tokenizer
         self.host = EngineHost(engine, lambda message: self._front.receive(message))
+        self.facts = self.host.facts
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -259,20 +242,20 @@ class View:
 
     async def take(self) -> list[Record]:
         """Return the changes that were not taken yet."""
-        return cast("list[Record]", await self._front.ask(TakeChanges, self._number, False))
+        return cast("list[Record]", await self._front.ask(TakeChanges(self._number, False)))
 
     async def whole(self) -> tuple[list[Record], dict[str, Any]]:
         """Return (changes not yet taken, the state with them)."""
-        changes, state = await self._front.ask(TakeChanges, self._number, True)
+        changes, state = await self._front.ask(TakeChanges(self._number, True))
         return changes, state
 
     async def node(self, id_: int) -> dict[str, Any] | None:
         """Return details of one node, or None if it is gone."""
-        return cast("dict[str, Any] | None", await self._front.ask(FindNode, self._number, id_))
+        return cast("dict[str, Any] | None", await self._front.ask(FindNode(self._number, id_)))
 
     async def close(self) -> None:
         """Close the view."""
-        await self._front.ask(CloseView, self._number)
+        await self._front.ask(CloseView(self._number))
 
 
 class AsyncEngine:
@@ -284,13 +267,11 @@ class AsyncEngine:
     def __init__(self, served: Engine | EngineChannel) -> None:
         """Serve an engine in a thread of this process, or connect to the one behind a channel."""
         self._channel = ThreadChannel(served) if isinstance(served, Engine) else served
-        facts = self._channel.facts
-        self.config, self.tokenizer = facts.config, facts.tokenizer
-        self.model_name, self.max_model_len = facts.model_name, facts.max_model_len
-        self.exactness = facts.exactness
+        self.config, self.tokenizer = self._channel.config, self._channel.tokenizer
+        self.facts = facts = self._channel.facts
         self._intake = Intake(
-            facts.config,
-            facts.tokenizer,
+            self.config,
+            self.tokenizer,
             vocab_size=facts.vocab_size,
             max_model_len=facts.max_model_len,
         )
@@ -424,54 +405,54 @@ class AsyncEngine:
         for number in tuple(self._replies):
             self._answered(Reply(number, error=EngineStopped(failure or STOPPED).to_wire()))
 
-    def _question(self, kind: type[Question], *arguments: Any) -> Future[Any]:
+    def _question(self, question: Question) -> Future[Any]:
         if self._end is not None:
             raise EngineStopped(self._end)
         number = next(self._numbers)
         reply = self._replies[number] = Future()
         try:
-            self._channel.send(cast("ToEngine", kind(number, *arguments)))
+            self._channel.send(cast("ToEngine", structs.replace(question, number=number)))
         except BaseException:
             self._replies.pop(number, None)
             raise
         return reply
 
-    async def ask(self, kind: type[Question], *arguments: Any) -> Any:
-        """Return the value of the reply to a question. Raises the RequestError in the reply, if
+    async def ask(self, question: Question) -> Any:
+        """Return the value of the reply to ``question``. Raises the RequestError in the reply, if
         any."""
-        return await asyncio.wrap_future(self._question(kind, *arguments))
+        return await asyncio.wrap_future(self._question(question))
 
     def compile(self, grammar: Grammar) -> None:
         """See ``Engine.compile``. Call it from a separate thread, because it may take long."""
-        self._question(Compile, grammar).result()
+        self._question(Compile(grammar)).result()
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""
-        found = await self.ask(AskReport)
+        found = await self.ask(AskReport())
         return found if isinstance(found, CacheReport) else msgspec.convert(found, CacheReport)
 
     async def cache_view(self) -> dict[str, Any]:
         """See ``Engine.cache_view``."""
-        return cast("dict[str, Any]", await self.ask(AskCacheView))
+        return cast("dict[str, Any]", await self.ask(AskCacheView()))
 
     async def reset_prefix_cache(self) -> None:
         """See ``Engine.reset_prefix_cache``."""
-        await self.ask(ResetCache)
+        await self.ask(ResetCache())
 
     async def end_session(self, request_id: str) -> None:
         """See ``Engine.end_session``."""
-        await self.ask(EndSession, request_id)
+        await self.ask(EndSession(request_id))
 
     async def stop_accepting(self) -> None:
         """See ``Engine.stop_accepting``."""
-        await self.ask(StopAccepting)
+        await self.ask(StopAccepting())
 
     async def watch(self, replica: int = 1) -> View:
         """Return a view of the cache and its requests, or those of one replica, counted from 1.
 
         Raises ValueError if the tree is too large to show, or if there is no such replica.
         """
-        return View(self, await self.ask(OpenView, replica))
+        return View(self, await self.ask(OpenView(replica)))
 
     async def call(self, function: Callable[[Engine], Result]) -> Result:
         """Return ``function(engine)`` for an engine of this process, called in its thread between

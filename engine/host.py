@@ -32,6 +32,7 @@ from engine.messages import (
     Compile,
     EndEngine,
     EndSession,
+    EngineFacts,
     FindNode,
     FromEngine,
     OpenView,
@@ -85,6 +86,14 @@ class EngineHost:
         self.has_failed = self.last_step_failed = False
         """``has_failed``: ``run`` ended because the engine failed."""
         engine.on_work(self._notify)
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Facts about the engine for a front end."""
+        engine, runner = self.engine, self.engine.runner
+        return EngineFacts(
+            runner.vocab_size, engine.max_model_len, engine.model_name, runner.exactness
+        )
 
     @property
     def num_queued(self) -> int:

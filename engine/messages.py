@@ -33,11 +33,11 @@ class EndEngine(EngineMessage, frozen=True):
     at_once: bool
 
 
-class Question(EngineMessage, frozen=True):
+class Question(EngineMessage, frozen=True, kw_only=True):
     """Base of the messages with a ``Reply``. All but ``Compile`` are answered between two steps."""
 
-    number: int
-    """Number of the reply."""
+    number: int = 0
+    """Number of the reply, set by the front end that sends the question."""
 
 
 class Compile(Question, frozen=True):
@@ -113,13 +113,19 @@ ToEngine = (
 )
 
 
-class Ready(EngineMessage, frozen=True):
-    """The model is loaded."""
+class EngineFacts(msgspec.Struct, frozen=True, array_like=True):
+    """Facts about a loaded engine for its front end."""
 
     vocab_size: int
     max_model_len: int
     model_name: str
     exactness: Exactness
+
+
+class Ready(EngineMessage, frozen=True):
+    """The model is loaded."""
+
+    facts: EngineFacts
     screen: str
     """Text of the start screen."""
 

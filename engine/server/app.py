@@ -127,12 +127,12 @@ def _model_routes(context: ServingContext) -> list[Route]:
             "object": "model",
             "created": context.created,
             "owned_by": "hybridcache",
-            "max_model_len": context.engine.max_model_len,
+            "max_model_len": context.engine.facts.max_model_len,
             # Fields of Anthropic's API.
             "type": "model",
             "display_name": context.model_name,
-            "max_input_tokens": context.engine.max_model_len,
-            "max_tokens": context.engine.max_model_len,
+            "max_input_tokens": context.engine.facts.max_model_len,
+            "max_tokens": context.engine.facts.max_model_len,
             "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
         }
 
@@ -181,7 +181,7 @@ class Health:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._ask())
             await asyncio.wait({self._asking}, timeout=HEALTH_WAIT_S)
-        exactness = {"exactness": self._engine.exactness.sentence}
+        exactness = {"exactness": self._engine.facts.exactness.sentence}
         if self._problem is None:
             return {"status": "ok"} | exactness
         return {"status": "degraded", "state_dir": self._problem} | exactness

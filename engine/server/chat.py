@@ -483,7 +483,7 @@ class _ChatWriter:
             "id": session.diagnostics.answer_id,
             "created": int(time.time()),
             "model": context.model_name,
-            "system_fingerprint": context.engine.exactness.fingerprint,
+            "system_fingerprint": context.engine.facts.exactness.fingerprint,
         }
 
     def whole(self, answers: Sequence[ChatDelta]) -> dict[str, Any]:

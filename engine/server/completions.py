@@ -135,7 +135,7 @@ class _Answer:
             "object": "text_completion",
             "created": int(time.time()),
             "model": context.model_name,
-            "system_fingerprint": context.engine.exactness.fingerprint,
+            "system_fingerprint": context.engine.facts.exactness.fingerprint,
         }
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class ServingContext:
     ) -> None:
         self.engine, self.workers = engine, workers
         self.parts, self.chats = parts, parts.hooks
-        self.model_name = config.served_model_name or engine.model_name
+        self.model_name = config.served_model_name or engine.facts.model_name
         self.special_in_content = config.special_in_content
         self.pause_s = config.keep_alive_s
         self._default_max_tokens = config.default_max_tokens
@@ -258,7 +258,7 @@ class ServingContext:
     def check_length(self, num_tokens: int, param: str, min_answer: int = 1) -> None:
         """Raise APIError 400 unless a prompt of ``num_tokens`` leaves room for an answer of
         ``min_answer`` tokens. ``param`` names the prompt in the body."""
-        limit = self.engine.max_model_len
+        limit = self.engine.facts.max_model_len
         if num_tokens + min_answer > limit:
             raise of_failure(ContextOverflow(num_tokens, min_answer, limit), param=param)
 
@@ -268,7 +268,7 @@ class ServingContext:
         ``param`` names the limit in the body. The error has no code for a long prompt, because a
         shorter prompt would not help.
         """
-        most = self.engine.max_model_len
+        most = self.engine.facts.max_model_len
         if limit is not None and limit > most:
             raise APIError(
                 400,
@@ -282,7 +282,7 @@ class ServingContext:
         ``--default-max-tokens`` if the request names none, or None if only the context limits
         it."""
         limit = self._default_max_tokens if limit is None else limit
-        fits = limit is not None and num_tokens + limit <= self.engine.max_model_len
+        fits = limit is not None and num_tokens + limit <= self.engine.facts.max_model_len
         return limit if fits else None
 
     async def as_arrays(self, prompts: Sequence[list[int]]) -> list[list[int] | np.ndarray]:

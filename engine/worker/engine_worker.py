@@ -45,11 +45,7 @@ class EngineWorker:
     def run(self, engine: Engine, screen: str) -> bool:
         """Serve ``engine`` until the server ends it. Returns False if the engine failed."""
         self._host = EngineHost(engine, self._sockets.send)
-        runner = engine.runner
-        ready = Ready(
-            runner.vocab_size, engine.max_model_len, engine.model_name, runner.exactness, screen
-        )
-        self._sockets.send(ready)
+        self._sockets.send(Ready(self._host.facts, screen))
         self._host.run()
         self._sockets.finish()
         return not self._host.has_failed

@@ -20,12 +20,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from tempfile import TemporaryDirectory
 
-from engine.async_engine import AsyncEngine, EngineChannel, EngineFacts
+from engine.async_engine import AsyncEngine, EngineChannel
 from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
 from engine.errors import FAILED, describe_exit
-from engine.messages import EndEngine, FromEngine, Outputs, Ready, Refused, ToEngine
+from engine.messages import EndEngine, EngineFacts, FromEngine, Outputs, Ready, Refused, ToEngine
 from engine.requests.spec import RequestSpec
+from engine.text.tokenizer import Tokenizer
 from engine.worker.sockets import Sockets
 
 logger = logging.getLogger(__name__)
@@ -64,16 +65,9 @@ def start_engine(
                 meanwhile()
             tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
             ready = _wait_for(process, sockets)
-            tokenizer = tokenizer or load_tokenizer_of(config, ready.vocab_size)
-            known = EngineFacts(
-                config,
-                tokenizer,
-                ready.vocab_size,
-                ready.max_model_len,
-                ready.model_name,
-                ready.exactness,
-            )
-            return AsyncEngine(ProcessChannel(known, process, sockets)), ready.screen
+            tokenizer = tokenizer or load_tokenizer_of(config, ready.facts.vocab_size)
+            channel = ProcessChannel(config, tokenizer, ready.facts, process, sockets)
+            return AsyncEngine(channel), ready.screen
         except BaseException:
             process.kill()
             process.communicate()
@@ -114,12 +108,14 @@ class ProcessChannel(EngineChannel):
 
     def __init__(
         self,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
         facts: EngineFacts,
         process: subprocess.Popen[bytes],
         sockets: Sockets[FromEngine],
     ) -> None:
         """Take over ``process`` and ``sockets``, which ``stop`` or ``drain`` ends."""
-        self.facts = facts
+        self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._failure: str | None = None
         self._process, self._sockets = process, sockets
         self._num_sent = self._num_received = self._num_waiting = 0

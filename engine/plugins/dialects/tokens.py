@@ -61,7 +61,7 @@ async def tokenize(
 ) -> Response:
     """Return the ids of a text or of a chat, at most ``MAX_COUNT_OF_IDS``."""
     context.check_model(body.model)
-    answer: dict[str, Any] = {"max_model_len": context.engine.max_model_len}
+    answer: dict[str, Any] = {"max_model_len": context.engine.facts.max_model_len}
     tenant = context.tenant_of(request)
     if body.messages:
         prompt, _ = await render(context, body, size, tenant)
@@ -102,7 +102,7 @@ async def tokenizer_info(context: ServingContext, request: Request) -> Response:
     facts = {
         "tokenizer_class": type(tokenizer).__name__,
         "vocab_size": tokenizer.vocab_size,
-        "model_max_length": context.engine.max_model_len,
+        "model_max_length": context.engine.facts.max_model_len,
         "bos_token": named.get("bos_token") or None,
         "eos_token": named.get("eos_token") or end,
         "pad_token": named.get("pad_token") or None,

@@ -16,9 +16,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import RequestError, WireError
 from engine.interfaces import StepReport
+from engine.messages import Abort, ResetCache
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.requests.spec import SamplingParams
-from engine.schedule.report import CacheReport
 from engine.text.outputs import RequestOutput
 from engine.worker.screen import screen_rows
 from hybridcache.routing.outbox import EventBatch, Outbox
@@ -88,8 +88,7 @@ class EngineReplica:
         memory, cache = self._engine.runner.memory, self._engine.cache
         report = await self._async.report()
         return ReplicaFacts(
-            vocab_size=self._engine.runner.vocab_size,
-            max_model_len=self._engine.max_model_len,
+            engine=self._async.facts,
             grid=cache.grid,
             page_size=cache.page_size,
             kv_bytes=memory.row_bytes,
@@ -98,7 +97,6 @@ class EngineReplica:
             stateful=memory.is_stateful,
             prefill_tokens_per_s=self._tokens_per_s,
             screen=tuple(screen_rows(self._engine, order.address)) if order.address else (),
-            exactness=self._engine.runner.exactness,
         )
 
     async def generate(self, order: Order) -> AsyncIterator[RequestOutput | WireError]:
@@ -123,10 +121,6 @@ class EngineReplica:
         finally:
             if stream is not None:
                 stream.abort()
-
-    async def end(self, order: Order) -> None:
-        """End one request with the reason of ``order``. Its last output follows the others."""
-        self._async.abort(order.request_id, order.reason)
 
     async def _cover(self, request_id: str) -> None:
         self._outbox.cover(request_id)
@@ -154,26 +148,14 @@ class EngineReplica:
             if not batches:
                 await self._news.wait()
 
-    async def report(self, order: Order) -> CacheReport:
-        """See ``Engine.report``."""
+    async def tell(self, order: Order) -> Any:
+        """Pass ``order.message`` to the engine, and return the reply to a question."""
         self._check_address(order)
-        return await self._async.report()
-
-    async def view(self, order: Order) -> dict[str, Any]:
-        """See ``AsyncEngine.cache_view``."""
-        self._check_address(order)
-        return await self._async.cache_view()
-
-    async def ask(self, order: Order) -> Any:
-        """Return the engine's reply to ``order.question``."""
-        self._check_address(order)
-        question = order.question
-        assert question is not None
-        _, *values = structs.astuple(question)
-        return await self._async.ask(type(question), *values)
-
-    async def reset(self, order: Order) -> None:
-        """Remove every prefix that no running request uses."""
-        self._check_address(order)
-        await self._async.reset_prefix_cache()
-        await self._flush()
+        if isinstance(order.message, Abort):
+            # The last output of the request follows the others.
+            return self._async.abort(order.message.request_id, order.message.reason)
+        assert order.message is not None
+        reply = await self._async.ask(order.message)
+        if isinstance(order.message, ResetCache):
+            await self._flush()
+        return reply

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from engine.interfaces import Exactness
-from engine.messages import Question
+from engine.messages import Abort, EngineFacts, Question
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import FinishReason, RequestOutput
+from engine.text.outputs import RequestOutput
 from hybridcache.geometry.units import counted
 from hybridcache.routing.protocol import RouteRequest
 
@@ -25,20 +24,17 @@ class Order:
     replica: str | None = None
     sequence: int = 0
     """Number of the batch of events that is requested."""
-    reason: FinishReason = "abort"
-    """Reason for which a request ends."""
-    question: Question | None = None
-    """Question about one replica's cache."""
+    message: Question | Abort | None = None
+    """Message to the engine of the replica."""
     address: str = ""
     """Address of the server, for the start screen."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFacts:
-    """Facts about the engines for the server."""
+    """Facts about the engines for the server and its router."""
 
-    vocab_size: int
-    max_model_len: int
+    engine: EngineFacts
     grid: int
     page_size: int
     kv_bytes: int
@@ -49,7 +45,6 @@ class ReplicaFacts:
     """Measured at the start."""
     screen: tuple[tuple[str, str], ...]
     """Rows of the start screen of one engine; empty if the order had no address."""
-    exactness: Exactness
 
 
 class Diverged(Exception):

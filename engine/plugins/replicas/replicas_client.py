@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
-from engine.async_engine import AsyncEngine, EngineChannel, EngineFacts
+from engine.async_engine import AsyncEngine, EngineChannel
 from engine.build import load_tokenizer_of, make_grammars
 from engine.config import EngineConfig
 from engine.errors import (
@@ -44,7 +44,6 @@ from engine.messages import (
 )
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica_output import Diverged, Order, Progress, ReplicaFacts
-from engine.requests.request import Intake
 from engine.requests.spec import RequestSpec
 from engine.schedule.report import CacheReport, OffloadReport, PoolReport, TierReport
 from engine.text.bounded_memory import BoundedMemory
@@ -145,19 +144,12 @@ class FleetChannel(EngineChannel):
         """``handle`` is Ray Serve's, of ``EngineReplica``. ``is_death`` returns True for an error
         that means that a replica is gone, and False for an error of the replica itself."""
         self.replica_facts = facts
-        self._config, size = config, facts.vocab_size
-        tokenizer = load_tokenizer_of(config, size)
-        self.facts = EngineFacts(
-            config, tokenizer, size, facts.max_model_len, model_name, facts.exactness
-        )
-        self._intake = Intake(
-            config,
-            tokenizer,
-            vocab_size=size,
-            max_model_len=facts.max_model_len,
-            make_grammars=make_grammars,
-        )
+        self.config, size = config, facts.engine.vocab_size
+        self.tokenizer = load_tokenizer_of(config, size)
+        self.facts = structs.replace(facts.engine, model_name=model_name)
+        self._grammars = make_grammars(self.tokenizer, size)
         self._handle, self._fleet = handle, fleet
+        self._tell_replica = handle.options(method_name="tell")
         self._shut_down, self._is_death = shut_down, is_death
         self._orders: dict[str, tuple[Order, asyncio.Task[None]]] = {}
         """Order and task of each request in progress, by the front end's id."""
@@ -239,7 +231,7 @@ class FleetChannel(EngineChannel):
                 self._abort(message)
             case Compile():
                 # Replicas compile the grammar again when they receive it.
-                self._intake.grammars.compile(message.grammar)
+                self._grammars.compile(message.grammar)
                 self._front.receive(Reply(message.number))
             case EndEngine():
                 pass
@@ -258,7 +250,7 @@ class FleetChannel(EngineChannel):
         # A replica may still end an earlier request of this id.
         unique_id = f"{request_id}#{number}"
         if sampling.seed is None:
-            sampling = sampling.with_seed(self._config.seed + number)
+            sampling = sampling.with_seed(self.config.seed + number)
         spec = structs.replace(
             asked,
             sampling=sampling,
@@ -295,14 +287,16 @@ class FleetChannel(EngineChannel):
         if message.reason == "abort":
             task.cancel()
             return
-        ending = self._run(self._end_early(replace(order, spec=None, reason=message.reason)))
+        # Its route leads to the replica that has the request.
+        early = Abort(order.request_id, message.reason)
+        ending = self._run(self._tell(replace(order, spec=None, message=early)))
         ending.add_done_callback(
             lambda ending: task.cancel() if ending.cancelled() or ending.exception() else None
         )
 
-    async def _end_early(self, order: Order) -> None:
-        # Its route leads to the replica that has the request.
-        await asyncio.wait_for(self._handle.options(method_name="end").remote(order), CALL_S)
+    async def _tell(self, order: Order) -> Any:
+        """Return the reply of a replica to the message of ``order``."""
+        return await asyncio.wait_for(self._tell_replica.remote(order), CALL_S)
 
     async def _follow_answer(self, order: Order, progress: Progress) -> None:
         """Pass on the outputs of one request. If its replica dies, the request starts again on
@@ -376,10 +370,10 @@ class FleetChannel(EngineChannel):
         else:
             self._front.receive(Outputs(0, 0, (), (last,)))
 
-    async def _each(self, method: str) -> dict[str, Any]:
-        """Return the results of a method, for each replica that is up and responds."""
+    async def _each(self, question: Question) -> dict[str, Any]:
+        """Return the replies to ``question``, for each replica that is up and responds."""
         asked = {
-            replica: self._handle.options(method_name=method).remote(Order(replica=replica))
+            replica: self._tell_replica.remote(Order(replica=replica, message=question))
             for replica in self._fleet.members
         }
         found = {}
@@ -387,7 +381,7 @@ class FleetChannel(EngineChannel):
             try:
                 found[replica] = await asyncio.wait_for(response, CALL_S)
             except Exception as error:  # Ray raises errors of many types while a replica ends.
-                logger.info("replica %s did not answer %s: %s", replica, method, error)
+                logger.info("replica %s did not answer %s: %s", replica, question, error)
         if not found:
             raise EngineStopped("No replica answers.")
         return found
@@ -408,12 +402,12 @@ class FleetChannel(EngineChannel):
         """
         match question:
             case AskReport():
-                return await self._report()
+                return await self._report(question)
             case AskCacheView():
-                replicas = await self._each("view")
-                return (await self._report()).as_dict() | {"replicas": replicas}
+                replicas = await self._each(question)
+                return (await self._report(AskReport())).as_dict() | {"replicas": replicas}
             case ResetCache():
-                await self._each("reset")
+                await self._each(question)
             case OpenView():
                 return await self._open_view(question)
             case TakeChanges() | FindNode() | CloseView():
@@ -444,17 +438,15 @@ class FleetChannel(EngineChannel):
 
     async def _ask(self, replica: str, question: Question) -> Any:
         """Return one replica's reply. Raises EngineStopped if it is gone."""
-        order = Order(replica=replica, question=question)
         try:
-            asked = self._handle.options(method_name="ask").remote(order)
-            return await asyncio.wait_for(asked, CALL_S)
+            return await self._tell(Order(replica=replica, message=question))
         except RequestError:
             raise
         except Exception as error:  # Ray raises errors of many types while a replica ends.
             raise EngineStopped(f"Replica {replica} does not answer: {_cause(error)}") from error
 
-    async def _report(self) -> CacheReport:
-        found = await self._each("report")
+    async def _report(self, question: AskReport) -> CacheReport:
+        found = await self._each(question)
         members = self._fleet.members
         for replica in [each for each in self._reports if each not in members]:
             self._gone.update(self._reports.pop(replica).usage)

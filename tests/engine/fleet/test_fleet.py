@@ -13,6 +13,7 @@ import pytest
 from engine import Engine, EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
+from engine.messages import AskReport
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replica_output import Order, Progress
@@ -202,7 +203,7 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
         assert (await engine.report()).kv.cached == 0
         await wait_until(lambda: all(mirror.num_tokens == 0 for mirror in router.mirrors.values()))
         with pytest.raises(ReplicaGone):
-            await handle.replicas["r2"].report(Order(replica=home))
+            await handle.replicas["r2"].tell(Order(replica=home, message=AskReport()))
         await engine.drain()
         assert not engine.is_alive and not engine._channel._followers
         with pytest.raises(EngineStopped):
@@ -302,10 +303,10 @@ def test_aborts_limits_and_the_end_of_a_fleet() -> None:
         await wait_until(lambda: not engine._channel._orders)
         [replica] = handle.replicas.values()
         for _ in range(200):
-            if not (await replica.report(Order())).num_running:
+            if not (await replica.tell(Order(message=AskReport()))).num_running:
                 break
             await asyncio.sleep(0.02)
-        assert (await replica.report(Order())).num_running == 0
+        assert (await replica.tell(Order(message=AskReport()))).num_running == 0
         with pytest.raises(ValueError, match="maximum context length"):
             engine.submit(make_spec(max_tokens=100_000))
         waiting = [engine.submit(make_spec(max_tokens=700)) for _ in range(2)]

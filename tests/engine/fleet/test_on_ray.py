@@ -19,7 +19,7 @@ import numpy as np
 import openai
 import pytest
 
-from engine import EngineConfig, SamplingParams
+from engine import AsyncEngine, EngineConfig, SamplingParams
 from engine.errors import DuplicateId, QueueFull
 from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.replicas import start_replicas as start
@@ -162,7 +162,7 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
 
 def test_errors_keep_their_types_and_request_ids_are_unique(cluster: str) -> None:
     config = EngineConfig(cache_gib=0.05, max_model_len=4096, max_running=1, max_queue=1)
-    fleet = start_fleet(config, ReplicasConfig(1), "least_loaded", "refusing")
+    fleet = AsyncEngine(start_fleet(config, ReplicasConfig(1), "least_loaded", "refusing"))
     fleet.config = replace(config, max_queue=100)  # so that only the replica refuses
     endless = SamplingParams(max_tokens=3000, ignore_eos=True)
 
@@ -197,7 +197,8 @@ def test_replicas_scale_with_load_and_finish_before_they_end(
     monkeypatch.setattr(start, "UPSCALE_S", 1.0)
     monkeypatch.setattr(start, "DOWNSCALE_S", 1.0)
     config = EngineConfig(cache_gib=0.05, max_model_len=4096, max_running=4)
-    fleet = start_fleet(config, ReplicasConfig(1, 2), "least_loaded", "scaled")
+    channel = start_fleet(config, ReplicasConfig(1, 2), "least_loaded", "scaled")
+    fleet = AsyncEngine(channel)
 
     async def ask(number: int) -> None:
         prompt = np.full(64, number, np.int32)
@@ -206,7 +207,7 @@ def test_replicas_scale_with_load_and_finish_before_they_end(
         assert len(outputs[-1].output) == 1000
 
     def members() -> int:
-        return len(fleet._fleet.members)
+        return len(channel._fleet.members)
 
     async def ask_while(condition: Callable[[], bool]) -> int:
         number = 0
@@ -225,7 +226,7 @@ def test_replicas_scale_with_load_and_finish_before_they_end(
         async with asyncio.timeout(120):
             more = await asyncio.gather(*(ask_while(lambda: members() > 1) for _ in range(2)))
         assert (await fleet.report()).usage["requests"] >= before and min(more) > 0
-        assert len(fleet._followers) == 1
+        assert len(channel._followers) == 1
         await fleet.drain()
 
     asyncio.run(live())
