@@ -17,7 +17,9 @@ from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
-from engine.plugins.diagnostics.server import Hooks, explanation
+from engine.plugins.diagnostics import DiagnosticsConfig
+from engine.plugins.diagnostics.explanations import Explanations
+from engine.plugins.diagnostics.server import explanation
 from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
 from engine.plugins.dialects.responses import Responses, ResponsesRequest
 from engine.plugins.dialects.tokens import (
@@ -36,7 +38,7 @@ from engine.server.api_errors import HANDLERS, APIError
 from engine.server.bodies import Body, BodyReader, ClientGone, Workers, json_response
 from engine.server.chat import chat
 from engine.server.completions import CompletionRequest, complete
-from engine.server.context import ChatParts, ServingContext
+from engine.server.context import ServingContext
 from engine.server.request_log import RequestLog, is_wanted
 from engine.server.schemas import ChatRequest
 from engine.server.settings import ServerConfig
@@ -53,9 +55,10 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     workers, operator = Workers(), Operator.of(config)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
-    hooks = Hooks(engine.tokenizer, config, grid)
+    explain_bytes = int(config.of(DiagnosticsConfig).explain_mib * 2**20)
+    explanations = Explanations(engine.tokenizer, explain_bytes, grid)
     context = ServingContext(
-        engine, config, workers, ChatParts(hooks, cast("Any", call_form), call_grammar)
+        engine, config, workers, cast("Any", call_form), call_grammar, explanations.diagnose
     )
     responses, page = Responses(context, config), Page(context, operator)
     bodies: dict[str, tuple[type[Body], Answer]] = {
@@ -88,7 +91,10 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
         *page.routes(),
         Route("/v1/responses/{response_id}", responses.retrieve),
         Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
-        Route("/v1/cache/explanations/{answer_id}", partial(explanation, context, hooks, operator)),
+        Route(
+            "/v1/cache/explanations/{answer_id}",
+            partial(explanation, context, explanations, operator),
+        ),
         Route("/tokenizer_info", partial(tokenizer_info, context)),
         Route("/version", version),
         Route("/openapi.json", openapi, include_in_schema=False),

@@ -7,11 +7,10 @@ which the dialect writes in its own form.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from starlette.requests import Request
@@ -34,101 +33,20 @@ from engine.server.context import (
     usage,
 )
 from engine.server.schemas import Chat, ChatRequest, NamedTool, cuts_of
+from engine.text.answer_reader import AnswerDelta, AnswerForm, AnswerReader
 from engine.text.answers import (
-    CLOSE,
-    BrokenCall,
     CallArguments,
     CallBegin,
-    CallEnd,
-    CallForm,
     Event,
     ReasoningDelta,
-    ReasoningReader,
     TextDelta,
     as_message,
     joined,
 )
 from engine.text.chat_prompt import ChatPrompt, Cut, no_chat, render_chat
 from engine.text.outputs import RequestOutput, SampledToken
+from engine.text.replay import Place
 from engine.text.tokenizer import TemplateError
-
-PIECE = 512
-"""Number of characters that are read at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerForm:
-    """Form in which a model writes reasoning and tool calls."""
-
-    thinks: bool
-    offers_tools: bool
-    """True if the template shows tools to the model."""
-    calls: CallForm | None
-    """Reader of the model's calls, or None if it makes none or their form is not supported."""
-
-    @classmethod
-    @lru_cache(maxsize=4)
-    def of(cls, template: str, call_form: Callable[[str], CallForm | None]) -> AnswerForm:
-        """Return the form for the source of a chat template. ``call_form`` returns the reader of
-        its calls. O(len(template)) for a new one."""
-        offers_tools = "tools" in template
-        calls = call_form(template) if offers_tools else None
-        return cls(CLOSE in template, offers_tools, calls)
-
-
-class AnswerReader:
-    """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
-    text arrives."""
-
-    def __init__(
-        self,
-        form: AnswerForm,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        is_thinking: bool = False,
-    ) -> None:
-        """``tools``: tools with calls that are read, or None to treat calls as text. Without any
-        tool, every call is text with a warning. ``is_thinking``: the prompt ends inside
-        reasoning."""
-        self._reasoning = ReasoningReader(is_thinking) if form.thinks else None
-        self._calls = form.calls(tools) if form.calls and tools is not None else None
-
-    @property
-    def is_thinking(self) -> bool:
-        """True if the next text is reasoning, as far as is known."""
-        return self._reasoning is not None and self._reasoning.is_inside
-
-    def push(self, text: str) -> list[Event]:
-        """Return the events that are certain after ``text``. O(len(text)), over an answer."""
-        events: list[Event] = []
-        for start in range(0, len(text), PIECE):
-            events.extend(self._read(text[start : start + PIECE]))
-        return joined(events)
-
-    def flush(self, is_cut: bool = False) -> list[Event]:
-        """Return the events held back, after the end of the text.
-
-        ``is_cut``: the answer was cut off, so a call in progress stays as it is and may be
-        incomplete JSON.
-        """
-        events: list[Event] = []
-        if self._reasoning is not None:
-            thoughts, rest = self._reasoning.flush()
-            events = [*thoughts, *self._answer(rest)]
-        if self._calls is not None:
-            events.extend(self._calls.flush(is_cut))
-        return joined(events)
-
-    def _read(self, text: str) -> list[Event]:
-        if self._reasoning is None:
-            return self._answer(text)
-        thoughts, rest = self._reasoning.push(text)
-        return [*thoughts, *self._answer(rest)]
-
-    def _answer(self, text: str) -> list[Event]:
-        if not text:
-            return []
-        return [TextDelta(text)] if self._calls is None else self._calls.push(text)
 
 
 def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
@@ -164,41 +82,26 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
     return body.tools
 
 
-BROKEN = "A call of a tool was left in the text, because "
-"""Start of the warning about an answer; the reason follows."""
-Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class ChatDelta:
-    """Result of one step of the engine for one answer."""
-
-    index: int
-    """Index of the answer within the request."""
-    events: list[Event]
-    output: RequestOutput
-    finish: Finish | None
-    """Reason why the answer ended, in its last delta."""
-    warning: str | None = None
-    """Set in the last delta if part of the text looks like a call that cannot be made."""
-
-
 async def render(
     context: ServingContext, body: Chat, size: int, tenant: Tenant
-) -> tuple[ChatPrompt, Any]:
-    """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the handle of its
+) -> tuple[ChatPrompt, Place]:
+    """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the place of its
     answer. Raises APIError 400 if the template rejects it."""
+
+    history = context.history
 
     def settled(cut: Cut) -> Cut:
         if cut.content is None or cut.message is None:
             return cut
         part = {"role": body.messages[cut.message].role, "content": cut.content}
-        return cut._replace(content=context.chats.kept(part)["content"])
+        return cut._replace(content=history.lines.without(part)["content"])
 
-    def work() -> tuple[ChatPrompt, Any]:
+    def work() -> tuple[ChatPrompt, Place]:
         messages = [message.as_template_input() for message in body.messages]
         tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
-        chat = context.chats.before_render(messages, tools, body.chat_template_kwargs, tenant)
+        chat = history.restore(
+            messages, tools, body.chat_template_kwargs, tenant, is_known=tenant.is_known
+        )
         prompt = render_chat(
             context.tokenizer,
             chat.messages,
@@ -266,8 +169,7 @@ async def ask(
     context.check_model(body.model)
     context.check_number(body.n)
     template = context.tokenizer.chat_template
-    source = "" if template is None else template.source
-    form = AnswerForm.of(source, context.parts.call_form)
+    form = context.form
     tools = None if template is None else callable_tools(body, form)
     prompt, place = await render(context, body, size, tenant)
     context.check_length(len(prompt.token_ids), prompt_name)
@@ -278,7 +180,7 @@ async def ask(
 
     def call_grammar() -> Grammar | None:
         written = "hermes" if form.calls is None else form.calls.FORM
-        return context.parts.call_grammar(body, written, form.thinks)
+        return context.call_grammar(body, written, form.thinks)
 
     grammar = await context.grammar_of(body, call_grammar, prompt.is_thinking, format_name)
 
@@ -296,7 +198,7 @@ async def ask(
             compared_with=body.compared_with,
             wants_diagnostics=body.diagnostics is not None,
         )
-        return context.chats.diagnose(asked)
+        return context.diagnose(asked)
 
     diagnostics = await context.workers.run(size, diagnose)
     specs = (
@@ -317,10 +219,18 @@ async def ask(
         for choice, sampling in enumerate(samplings)
     )
     streams = await context.submit(specs, answer_id)
-    readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
-    is_single, ends = not body.parallel_tool_calls, context.tokenizer.eos_token_ids
-    readings = [_Reading(each, is_single, ends) for each in readers]
-    return ChatSession(context, prompt, streams, readings, diagnostics, place)
+    readers = [
+        AnswerReader(
+            form,
+            tools=tools,
+            is_thinking=prompt.is_thinking,
+            is_single=not body.parallel_tool_calls,
+            index=index,
+            end_token_ids=context.tokenizer.eos_token_ids,
+        )
+        for index in range(len(streams))
+    ]
+    return ChatSession(context, prompt, streams, readers, diagnostics, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,9 +240,9 @@ class ChatSession:
     _context: ServingContext
     prompt: ChatPrompt
     _streams: Sequence[RequestStream]
-    _readings: Sequence[_Reading]
+    _readers: Sequence[AnswerReader]
     diagnostics: ChatDiagnostics
-    _place: Any
+    _place: Place
 
     @property
     def num_answers(self) -> int:
@@ -340,7 +250,7 @@ class ChatSession:
 
     def num_reasoning_tokens(self, index: int = 0) -> int:
         """Return the number of reasoning tokens so far."""
-        return self._readings[index].num_reasoning_tokens
+        return self._readers[index].num_reasoning_tokens
 
     def written(self, output: RequestOutput) -> dict[str, int]:
         """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
@@ -349,104 +259,41 @@ class ChatSession:
         shared = 0 if is_off else max(self.prompt.boundaries, default=0)
         return {"cache_write_tokens": max(0, shared - output.cached_len)}
 
-    async def news(self) -> AsyncIterator[ChatDelta]:
+    async def news(self) -> AsyncIterator[AnswerDelta]:
         """Yield the deltas of all answers until all have ended, or the client has left."""
         unended: RequestOutput | None = None
         """Last output of the first answer, until its end was reported."""
         try:
             async with aclosing(self._context.outputs(self._streams)) as outputs:
                 async for index, output in outputs:
-                    reading = self._readings[index]
-                    events, finish = reading.read(output), reading.finish(output)
+                    reader = self._readers[index]
+                    delta = reader.read(output)
                     if index == 0:
                         unended = output
                         await self.diagnostics.see(output, self._context.workers)
-                    if reading.is_over and finish is None:
-                        self._streams[index].abort("stop")
-                    if finish is not None:
-                        message = as_message(reading.events)
-                        if not reading.is_over:
-                            self._context.chats.after_answer(
-                                self.prompt, self._place, message, output
-                            )
+                    if delta.finish is not None:
+                        message = as_message(reader.events)
+                        if not reader.is_over:
+                            header = self.prompt.header
+                            self._context.history.keep(header, self._place, message, output)
                         if index == 0:
                             self.diagnostics.end(output, message)
                             unended = None
-                    warning = reading.warning if finish else None
-                    yield ChatDelta(index, events, output, finish, warning)
+                    elif reader.is_over:
+                        self._streams[index].abort("stop")
+                    yield delta
         finally:
             if unended is not None:
-                self.diagnostics.end(unended, as_message(self._readings[0].events))
+                self.diagnostics.end(unended, as_message(self._readers[0].events))
 
-    async def answers(self) -> list[ChatDelta]:
+    async def answers(self) -> list[AnswerDelta]:
         """Wait for all answers. Returns the last delta of each, in order, with all of its
         events."""
         ends = {news.index: news async for news in self.news() if news.finish is not None}
         return [
-            replace(ends[index], events=joined(reading.events))
-            for index, reading in enumerate(self._readings)
+            replace(ends[index], events=joined(reader.events))
+            for index, reader in enumerate(self._readers)
         ]
-
-
-class _Reading:
-    """Reads one answer, at most up to the end of its first call if ``is_single``."""
-
-    def __init__(self, reader: AnswerReader, is_single: bool, ends: Container[int]) -> None:
-        """``ends``: tokens with which the model ends its answer."""
-        self._reader = reader
-        self._is_single = is_single
-        self._ends = ends
-        self._has_calls = False
-        self._ends_in_call = False
-        """True if the last event that was read is the end of a call."""
-        self._is_broken_off = False
-        """True if a limit or a stop string ended the answer inside a call."""
-        self.warning: str | None = None
-        """Reason why the first of the calls that cannot be made is part of the text."""
-        self.events: list[Event] = []
-        """All events so far."""
-        self.is_over = False
-        """True if the first call ended and the rest is ignored."""
-        self.num_reasoning_tokens = 0
-
-    def read(self, output: RequestOutput) -> list[Event]:
-        """Return the events that ``output`` adds."""
-        if self.is_over:
-            return []
-        was_thinking = self._reader.is_thinking
-        events = self._reader.push(output.new_text)
-        if was_thinking or self._reader.is_thinking:
-            self.num_reasoning_tokens += len(output.new_token_ids)
-        if output.is_finished:
-            is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
-            rest = self._reader.flush(is_cut)
-            self._is_broken_off = is_cut and any(isinstance(one, BrokenCall) for one in rest)
-            events = [*events, *rest]
-        for one in events:
-            if isinstance(one, BrokenCall) and self.warning is None:
-                self.warning = f"{BROKEN}{one.why}."
-        events = joined(one for one in events if not isinstance(one, BrokenCall))
-        self._has_calls = self._has_calls or any(isinstance(one, CallBegin) for one in events)
-        if self._is_single:
-            ends = (at for at, one in enumerate(events, 1) if isinstance(one, CallEnd))
-            end = next(ends, None)
-            self.is_over = end is not None
-            events = events[:end]
-        self.events += events
-        if events:
-            self._ends_in_call = isinstance(events[-1], CallEnd)
-        return events
-
-    def finish(self, output: RequestOutput) -> Finish | None:
-        """Return the reason why the answer ended, or None."""
-        if output.finish_reason is None:
-            return None
-        has_stopped = output.finish_reason == "stop" and not self._is_broken_off
-        # A call that ends exactly at the limit is complete: the client can run it.
-        is_whole = output.finish_reason == "length" and self._ends_in_call
-        if self.is_over or (self._has_calls and has_stopped) or is_whole:
-            return "tool_calls"
-        return output.finish_reason
 
 
 QUIET_S = 5.0
@@ -486,7 +333,7 @@ class _ChatWriter:
             "system_fingerprint": context.engine.facts.exactness.fingerprint,
         }
 
-    def whole(self, answers: Sequence[ChatDelta]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[AnswerDelta]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
@@ -554,7 +401,7 @@ class _ChatWriter:
         """Return the explanation of cache misses, if it was requested."""
         return self._diagnostics.told() | self._diagnostics.diagnostics()
 
-    def _delta(self, deltas: _Deltas, news: ChatDelta) -> dict[str, Any]:
+    def _delta(self, deltas: _Deltas, news: AnswerDelta) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)
         choice = _choice(news.index, deltas.write(news.events), scores, news.finish)
         new = news.output.new_token_ids

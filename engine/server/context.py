@@ -1,5 +1,5 @@
-"""Common parts of all endpoints and dialects: hooks around chats, the context of one server, and
-the fields of answers about tokens and the cache."""
+"""Common parts of all endpoints and dialects: the context of one server, and the fields of answers
+about tokens and the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from msgspec import structs
@@ -33,6 +33,7 @@ from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
 from engine.server.schemas import Guided, TokenOptions
 from engine.server.settings import ServerConfig
+from engine.text.answer_reader import AnswerForm
 from engine.text.answers import CLOSE, CallForm
 from engine.text.outputs import (
     DraftCounts,
@@ -41,28 +42,11 @@ from engine.text.outputs import (
     SampledToken,
     Transferred,
 )
-from engine.text.splices import SampledTurn
+from engine.text.replay import Replay, VolatileLines
 from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer
 from hybridcache.api import Losses
 
-if TYPE_CHECKING:
-    from engine.text.chat_prompt import ChatPrompt
-
 logger = logging.getLogger(__name__)
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ChatInput:
-    """Inputs for rendering a chat."""
-
-    messages: list[Message]
-    variables: Mapping[str, Any] | None
-    sampled: Mapping[int, SampledTurn]
-    """Tokens that were sampled for earlier answers, by index of the message."""
-    keeps_thinking: bool
-    place: Any
-    """Handle of the answer's position in the chat, for ``ChatHooks.after_answer``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +58,7 @@ class AskedChat:
     """Prompt, int32[n]."""
     model: str
     tenant: Tenant
-    messages: Sequence[Message]
+    messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
     variables: Mapping[str, Any] | None = None
     size: int = 0
@@ -114,53 +98,32 @@ class ChatDiagnostics(Protocol):
         ...
 
 
-class ChatHooks(Protocol):
-    """Hooks around every chat of a server, in any dialect."""
-
-    def before_render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
-        tenant: Tenant,
-    ) -> ChatInput:
-        """Return the inputs for rendering a chat. O(its size)."""
-        ...
-
-    def kept(self, message: Message) -> Message:
-        """Return ``message`` without lines that ``before_render`` moves or drops. O(its size)."""
-        ...
-
-    def diagnose(self, asked: AskedChat) -> ChatDiagnostics:
-        """Return the observer of a chat before it is answered. O(its size)."""
-        ...
-
-    def after_answer(
-        self, prompt: ChatPrompt, place: Any, message: Message, output: RequestOutput
-    ) -> None:
-        """Process a complete answer, sent to the client as ``message``. O(its size)."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ChatParts:
-    """Objects of plugins that every chat of a server uses."""
-
-    hooks: ChatHooks
-    call_form: Callable[[str], CallForm | None]
-    """Returns the reader of the calls in the source of a chat template, or None."""
-    call_grammar: Callable[[Any, Literal["hermes", "xml"], bool], Grammar | None]
-    """Returns the grammar of the calls of a chat request, or None."""
-
-
 class ServingContext:
     """One engine with its model name."""
 
     def __init__(
-        self, engine: AsyncEngine, config: ServerConfig, workers: Workers, parts: ChatParts
+        self,
+        engine: AsyncEngine,
+        config: ServerConfig,
+        workers: Workers,
+        call_form: Callable[[str], CallForm | None],
+        call_grammar: Callable[[Any, Literal["hermes", "xml"], bool], Grammar | None],
+        diagnose: Callable[[AskedChat], ChatDiagnostics],
     ) -> None:
+        """Connect the engine with functions of plugins.
+
+        ``call_form`` returns the reader of the calls in the source of a chat template, or None.
+        ``call_grammar`` returns the grammar of the calls of a chat request, or None. ``diagnose``
+        returns the observer of a chat before it is answered, in O(its size).
+        """
         self.engine, self.workers = engine, workers
-        self.parts, self.chats = parts, parts.hooks
+        self._call_form, self.call_grammar, self.diagnose = call_form, call_grammar, diagnose
+        self.history = Replay(
+            self.tokenizer,
+            int(config.replay_mib * 2**20),
+            VolatileLines(config.volatile_pattern, drops=config.volatile == "drop"),
+            keeps_thinking=config.preserve_thinking,
+        )
         self.model_name = config.served_model_name or engine.facts.model_name
         self.special_in_content = config.special_in_content
         self.pause_s = config.keep_alive_s
@@ -174,6 +137,12 @@ class ServingContext:
     def tokenizer(self) -> Tokenizer:
         assert self.engine.tokenizer is not None, "a served engine always has a tokenizer"
         return self.engine.tokenizer
+
+    @property
+    def form(self) -> AnswerForm:
+        """Form of the model's answers to chats."""
+        template = self.tokenizer.chat_template
+        return AnswerForm.of("" if template is None else template.source, self._call_form)
 
     def check_model(self, model: str | None) -> None:
         """Raise APIError 404 if a client names another model."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from engine.text.replay import SYSTEM_ROLES
 from hybridcache.api import Losses
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import Tokens, common_prefix_len
@@ -26,7 +27,6 @@ Said = tuple[Digest, ...]
 SAID_FIELDS = ("content", "tool_calls", "reasoning_content")
 ENTRY_BYTES = 512
 """Approximate size of an outline without its tokens and digests."""
-SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)

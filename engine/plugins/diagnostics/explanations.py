@@ -318,7 +318,7 @@ class Explanations:
         self.memory = RequestMemory(limit_bytes)
 
     def diagnose(self, asked: AskedChat) -> ObservedChat:
-        """See ``ChatHooks``. O(size of the chat)."""
+        """Return the observer of a chat before it is answered. O(size of the chat)."""
         return ObservedChat(self, asked, self.outliner.outline(asked))
 
     def compare(self, later: Remembered, tenant: Tenant, earlier_id: str) -> Explanation | None:

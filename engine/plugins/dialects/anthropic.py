@@ -28,7 +28,7 @@ from engine.server.bodies import (
     unless_gone,
     with_pauses,
 )
-from engine.server.chat import ChatDelta, ChatSession, Finish, ask, render, settle_system
+from engine.server.chat import ChatSession, ask, render, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import (
     MAX_MESSAGES,
@@ -49,6 +49,7 @@ from engine.server.schemas import (
     TopP,
     parsed_arguments,
 )
+from engine.text.answer_reader import AnswerDelta, Finish
 from engine.text.answers import (
     CallArguments,
     CallBegin,
@@ -437,7 +438,7 @@ class _MessagesWriter:
         thinking = body.thinking
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
 
-    def whole(self, answer: ChatDelta) -> dict[str, Any]:
+    def whole(self, answer: AnswerDelta) -> dict[str, Any]:
         ending = self._ending(answer)
         content = _content(answer.events, self._omits_thinking)
         return self._message(content, ending, self._usage(answer.output)) | self._told
@@ -480,7 +481,7 @@ class _MessagesWriter:
             **self._session.diagnostics.diagnostics(),
         }
 
-    def _ending(self, answer: ChatDelta) -> dict[str, Any]:
+    def _ending(self, answer: AnswerDelta) -> dict[str, Any]:
         """Return the reason of the end, and a warning if there is one."""
         finish, output = answer.finish, answer.output
         reason, stop = REASONS.get(finish, "end_turn"), None

@@ -32,7 +32,7 @@ from engine.server.bodies import (
     to_json,
     unless_gone,
 )
-from engine.server.chat import ChatSession, Finish, ask, settle_system
+from engine.server.chat import ChatSession, ask, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import (
     MAX_MESSAGES,
@@ -54,6 +54,7 @@ from engine.server.schemas import (
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
+from engine.text.answer_reader import Finish
 from engine.text.answers import (
     CallArguments,
     CallBegin,

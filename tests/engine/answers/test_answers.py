@@ -14,7 +14,7 @@ from engine.plugins.tool_calls import calls
 from engine.plugins.tool_calls.forms import call_form
 from engine.plugins.tool_calls.hermes import HermesReader
 from engine.plugins.tool_calls.qwen_xml import QwenXMLReader
-from engine.server.chat import AnswerForm, AnswerReader
+from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import (
     BrokenCall,
     CallArguments,

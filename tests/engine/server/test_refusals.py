@@ -34,8 +34,8 @@ from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.request import Request
 from engine.server.app import create_app
-from engine.server.chat import AnswerReader
 from engine.server.settings import ServerConfig
+from engine.text.answer_reader import AnswerReader
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.process_channel import start_engine
 from hybridcache.routing.registry import find_router

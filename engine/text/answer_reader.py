@@ -1,0 +1,176 @@
+"""Reader of one answer: events of its reasoning, text and tool calls, and the reason of its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from engine.text.answers import (
+    CLOSE,
+    BrokenCall,
+    CallBegin,
+    CallEnd,
+    CallForm,
+    Event,
+    ReasoningReader,
+    TextDelta,
+    joined,
+)
+from engine.text.outputs import RequestOutput
+
+PIECE = 512
+"""Number of characters that are read at a time."""
+BROKEN = "A call of a tool was left in the text, because "
+"""Start of the warning about an answer; the reason follows."""
+Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """Form in which a model writes reasoning and tool calls."""
+
+    thinks: bool
+    offers_tools: bool
+    """True if the template shows tools to the model."""
+    calls: CallForm | None
+    """Reader of the model's calls, or None if it makes none or their form is not supported."""
+
+    @classmethod
+    @lru_cache(maxsize=4)
+    def of(cls, template: str, call_form: Callable[[str], CallForm | None]) -> AnswerForm:
+        """Return the form for the source of a chat template. ``call_form`` returns the reader of
+        its calls. O(len(template)) for a new one."""
+        offers_tools = "tools" in template
+        calls = call_form(template) if offers_tools else None
+        return cls(CLOSE in template, offers_tools, calls)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta:
+    """Result of one step of the engine for one answer."""
+
+    index: int
+    """Index of the answer within the request."""
+    events: list[Event]
+    output: RequestOutput
+    finish: Finish | None
+    """Reason why the answer ended, in its last delta."""
+    warning: str | None = None
+    """Set in the last delta if part of the text looks like a call that cannot be made."""
+
+
+class AnswerReader:
+    """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
+    text arrives."""
+
+    def __init__(
+        self,
+        form: AnswerForm,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        is_thinking: bool = False,
+        is_single: bool = False,
+        index: int = 0,
+        end_token_ids: Container[int] = (),
+    ) -> None:
+        """``tools``: tools with calls that are read, or None to treat calls as text. Without any
+        tool, every call is text with a warning. ``is_thinking``: the prompt ends inside reasoning.
+        ``is_single``: the answer is read only up to the end of its first call. ``end_token_ids``:
+        tokens with which the model ends its answer."""
+        self._reasoning = ReasoningReader(is_thinking) if form.thinks else None
+        self._calls = form.calls(tools) if form.calls and tools is not None else None
+        self._is_single, self._index, self._ends = is_single, index, end_token_ids
+        self._has_calls = False
+        self._ends_in_call = False
+        """True if the last event that was read is the end of a call."""
+        self._is_broken_off = False
+        """True if a limit or a stop string ended the answer inside a call."""
+        self._warning: str | None = None
+        """Reason why the first of the calls that cannot be made is part of the text."""
+        self.events: list[Event] = []
+        """All events so far."""
+        self.is_over = False
+        """True if the first call ended and the rest is ignored."""
+        self.num_reasoning_tokens = 0
+
+    @property
+    def is_thinking(self) -> bool:
+        """True if the next text is reasoning, as far as is known."""
+        return self._reasoning is not None and self._reasoning.is_inside
+
+    def read(self, output: RequestOutput) -> AnswerDelta:
+        """Return the new part of the answer in ``output``."""
+        events = [] if self.is_over else self._read(output)
+        finish = self._finish(output)
+        return AnswerDelta(
+            self._index, events, output, finish, None if finish is None else self._warning
+        )
+
+    def _read(self, output: RequestOutput) -> list[Event]:
+        was_thinking = self.is_thinking
+        events = self.push(output.new_text)
+        if was_thinking or self.is_thinking:
+            self.num_reasoning_tokens += len(output.new_token_ids)
+        if output.is_finished:
+            is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
+            rest = self.flush(is_cut)
+            self._is_broken_off = is_cut and any(isinstance(one, BrokenCall) for one in rest)
+            events = [*events, *rest]
+        for one in events:
+            if isinstance(one, BrokenCall) and self._warning is None:
+                self._warning = f"{BROKEN}{one.why}."
+        events = joined(one for one in events if not isinstance(one, BrokenCall))
+        self._has_calls = self._has_calls or any(isinstance(one, CallBegin) for one in events)
+        if self._is_single:
+            ends = (at for at, one in enumerate(events, 1) if isinstance(one, CallEnd))
+            end = next(ends, None)
+            self.is_over = end is not None
+            events = events[:end]
+        self.events += events
+        if events:
+            self._ends_in_call = isinstance(events[-1], CallEnd)
+        return events
+
+    def _finish(self, output: RequestOutput) -> Finish | None:
+        """Return the reason why the answer ended, or None."""
+        if output.finish_reason is None:
+            return None
+        has_stopped = output.finish_reason == "stop" and not self._is_broken_off
+        # A call that ends exactly at the limit is complete: the client can run it.
+        is_whole = output.finish_reason == "length" and self._ends_in_call
+        if self.is_over or (self._has_calls and has_stopped) or is_whole:
+            return "tool_calls"
+        return output.finish_reason
+
+    def push(self, text: str) -> list[Event]:
+        """Return the events that are certain after ``text``. O(len(text)), over an answer."""
+        events: list[Event] = []
+        for start in range(0, len(text), PIECE):
+            piece = text[start : start + PIECE]
+            if self._reasoning is not None:
+                thoughts, piece = self._reasoning.push(piece)
+                events += thoughts
+            events += self._parts(piece)
+        return joined(events)
+
+    def flush(self, is_cut: bool = False) -> list[Event]:
+        """Return the events held back, after the end of the text.
+
+        ``is_cut``: the answer was cut off, so a call in progress stays as it is and may be
+        incomplete JSON.
+        """
+        events: list[Event] = []
+        if self._reasoning is not None:
+            thoughts, rest = self._reasoning.flush()
+            events = [*thoughts, *self._parts(rest)]
+        if self._calls is not None:
+            events.extend(self._calls.flush(is_cut))
+        return joined(events)
+
+    def _parts(self, text: str) -> list[Event]:
+        """Return the events in text after the reasoning."""
+        if not text:
+            return []
+        return [TextDelta(text)] if self._calls is None else self._calls.push(text)
