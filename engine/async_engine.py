@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -71,14 +71,14 @@ class RequestStream:
         request_id: str,
         prompt: np.ndarray,
         on_abort: Callable[[str, FinishReason], None],
+        outputs: OutputQueue | None = None,
     ) -> None:
+        """``outputs``: queue of all requests of one reader, who reads it instead of the streams."""
         self.request_id = request_id
         self.answer = Answer(prompt)
         self.loop = asyncio.get_running_loop()
         self._on_abort = on_abort
-        self._index = 0
-        self._outputs: asyncio.Queue[tuple[int, RequestOutput | RequestError]] = asyncio.Queue()
-        """Outputs that were not read, with the index of their stream."""
+        self._outputs: OutputQueue = asyncio.Queue() if outputs is None else outputs
         self._has_all = self._has_ended = self._was_aborted = False
         """``_has_all``: the last output was put. ``_has_ended``: the last output was read."""
 
@@ -107,30 +107,10 @@ class RequestStream:
     def put(self, output: RequestOutput | RequestError) -> None:
         """Queue ``output`` for the reader. Must be called in the stream's event loop."""
         self._has_all = isinstance(output, RequestError) or output.is_finished
-        self._outputs.put_nowait((self._index, output))
+        self._outputs.put_nowait((self, output))
 
-    @staticmethod
-    async def merged(
-        streams: Sequence[RequestStream],
-    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Yield (index of the stream, output) until all have ended. Raises RequestError if a
-        request failed. All requests are ended when the iterator is closed."""
-        outputs = streams[0]._outputs if len(streams) == 1 else asyncio.Queue()
-        num_open = len(streams)
-        for index, stream in enumerate(streams):
-            while stream._outputs is not outputs and not stream._outputs.empty():
-                outputs.put_nowait((index, stream._outputs.get_nowait()[1]))
-            stream._index, stream._outputs = index, outputs
-        try:
-            while num_open:
-                index, output = await outputs.get()
-                if isinstance(output, RequestError):
-                    raise output
-                num_open -= output.is_finished
-                yield index, output
-        finally:
-            for stream in streams:
-                stream.abort()
+
+OutputQueue = asyncio.Queue[tuple[RequestStream, RequestOutput | RequestError]]
 
 
 class EngineChannel(ABC):
@@ -320,8 +300,9 @@ class AsyncEngine:
         """See ``Engine.validate``."""
         return self._intake.validate(spec)
 
-    def submit_valid(self, spec: RequestSpec) -> RequestStream:
-        """Queue a request that another front end has validated."""
+    def submit_valid(self, spec: RequestSpec, outputs: OutputQueue | None = None) -> RequestStream:
+        """Queue a request that another front end has validated. ``outputs``: see
+        ``RequestStream``."""
         if self.failure is not None:
             raise EngineStopped(self.failure)
         if not self._is_open or self._end is not None:
@@ -332,7 +313,7 @@ class AsyncEngine:
         if self._channel.num_queued >= self.config.max_queue:
             raise QueueFull(self.config.max_queue)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
-        stream = self._streams[request_id] = RequestStream(request_id, tokens, self.abort)
+        stream = self._streams[request_id] = RequestStream(request_id, tokens, self.abort, outputs)
         try:
             self._channel.send(
                 structs.replace(

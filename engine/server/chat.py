@@ -16,13 +16,13 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.async_engine import RequestStream
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server.access import AnswerId, Tenant, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
+    Answers,
     AskedChat,
     ChatDiagnostics,
     ServingContext,
@@ -218,7 +218,7 @@ async def ask(
         )
         for choice, sampling in enumerate(samplings)
     )
-    streams = await context.submit(specs, answer_id)
+    answers = await context.submit(specs, answer_id)
     readers = [
         AnswerReader(
             form,
@@ -228,9 +228,9 @@ async def ask(
             index=index,
             end_token_ids=context.tokenizer.eos_token_ids,
         )
-        for index in range(len(streams))
+        for index in range(len(answers.streams))
     ]
-    return ChatSession(context, prompt, streams, readers, diagnostics, place)
+    return ChatSession(context, prompt, answers, readers, diagnostics, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,14 +239,14 @@ class ChatSession:
 
     _context: ServingContext
     prompt: ChatPrompt
-    _streams: Sequence[RequestStream]
+    _answers: Answers
     _readers: Sequence[AnswerReader]
     diagnostics: ChatDiagnostics
     _place: Place
 
     @property
     def num_answers(self) -> int:
-        return len(self._streams)
+        return len(self._readers)
 
     def num_reasoning_tokens(self, index: int = 0) -> int:
         """Return the number of reasoning tokens so far."""
@@ -264,7 +264,7 @@ class ChatSession:
         unended: RequestOutput | None = None
         """Last output of the first answer, until its end was reported."""
         try:
-            async with aclosing(self._context.outputs(self._streams)) as outputs:
+            async with aclosing(self._context.outputs(self._answers)) as outputs:
                 async for index, output in outputs:
                     reader = self._readers[index]
                     delta = reader.read(output)
@@ -280,7 +280,7 @@ class ChatSession:
                             self.diagnostics.end(output, message)
                             unended = None
                     elif reader.is_over:
-                        self._streams[index].abort("stop")
+                        self._answers.streams[index].abort("stop")
                     yield delta
         finally:
             if unended is not None:

@@ -11,11 +11,11 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.async_engine import RequestStream
 from engine.requests.spec import RequestSpec
 from engine.server.access import AnswerId, Tenant
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
+    Answers,
     CompletionScores,
     ServingContext,
     cache_details,
@@ -67,11 +67,11 @@ async def complete(
     context.check_limit(body.max_tokens, "max_tokens")
     tenant = context.tenant_of(request, body.cache_salt)
     with context.ids.claimed("cmpl", tenant, body.request_id) as answer_id:
-        streams = await _submit(context, body, tenant, answer_id)
+        answers = await _submit(context, body, tenant, answer_id)
     answer = _Answer(context, body, answer_id)
     if body.stream:
-        return EventStream(answer.events(streams), answer.headers, as_event, context.pause_s)
-    outputs = await unless_gone(request.receive, context.finals(streams))
+        return EventStream(answer.events(answers), answer.headers, as_event, context.pause_s)
+    outputs = await unless_gone(request.receive, context.finals(answers))
     shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
     return await context.answer(
         outputs,
@@ -83,7 +83,7 @@ async def complete(
 
 async def _submit(
     context: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: AnswerId
-) -> list[RequestStream]:
+) -> Answers:
     """Submit all prompts and choices of ``body``. Raises APIError or RequestError if one is
     refused."""
     how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
@@ -157,17 +157,19 @@ class _Answer:
         output."""
         return {} if self._first is None else cache_headers(self._first)
 
-    async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
+    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
         """Yield one event per output. Text that was sent is never retracted."""
-        choices = [_Choice(self._context, self._body, index) for index in range(len(streams))]
+        choices = [
+            _Choice(self._context, self._body, index) for index in range(len(answers.streams))
+        ]
         last: dict[int, RequestOutput] = {}
-        async for index, output in self._context.outputs(streams):
+        async for index, output in self._context.outputs(answers):
             is_first = index not in last
             self._first = self._first or output
             last[index] = output
             so_far = dict(last) if self._body.repeats_usage else {}
             yield await self._event(choices[index], output, is_first, so_far)
-        outputs = [last[index] for index in range(len(streams))]
+        outputs = [last[index] for index in range(len(answers.streams))]
         if details := cache_details(self._body, outputs):
             yield event({**self._head, "choices": [], **details})
         if self._body.includes_usage:

@@ -15,14 +15,14 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.async_engine import AsyncEngine, RequestStream
+from engine.async_engine import AsyncEngine, OutputQueue, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
@@ -96,6 +96,13 @@ class ChatDiagnostics(Protocol):
     def diagnostics(self) -> dict[str, Any]:
         """Return the explanation in Anthropic's form, if it was requested."""
         ...
+
+
+class Answers(NamedTuple):
+    """Requests in progress for one client, and the queue of their outputs."""
+
+    streams: list[RequestStream]
+    queue: OutputQueue
 
 
 class ServingContext:
@@ -261,12 +268,10 @@ class ServingContext:
             sum(map(len, prompts)), lambda: [_as_array(prompt) for prompt in prompts]
         )
 
-    async def submit(
-        self, specs: Iterable[RequestSpec], answer_id: AnswerId
-    ) -> list[RequestStream]:
-        """Submit ``specs`` and return their streams in order; all are submitted or none. Raises
+    async def submit(self, specs: Iterable[RequestSpec], answer_id: AnswerId) -> Answers:
+        """Submit ``specs`` and return their answers in order; all are submitted or none. Raises
         RequestError if the engine refuses one."""
-        streams: list[RequestStream] = []
+        streams, queue = list[RequestStream](), OutputQueue()
         record = request_log.CURRENT.get()
         if record is not None:
             record.answer_id = answer_id.public
@@ -278,7 +283,7 @@ class ServingContext:
             for spec in valid:
                 if record is not None:
                     record.expect(spec)
-                streams.append(self.engine.submit_valid(spec))
+                streams.append(self.engine.submit_valid(spec, queue))
                 await asyncio.sleep(0)
         except BaseException as error:
             for stream in streams:
@@ -290,7 +295,7 @@ class ServingContext:
             if not self._count_refusal(error):
                 self.metrics.count_unanswered("error", 1)
             raise RequestError.of(error) from error
-        return streams
+        return Answers(streams, queue)
 
     def _count_refusal(self, error: Exception) -> bool:
         """Count a request that was refused before it was queued. Returns True if it was."""
@@ -298,22 +303,25 @@ class ServingContext:
         self.metrics.rejected.inc(is_full)
         return is_full or isinstance(error, ValueError)
 
-    async def outputs(
-        self, streams: Sequence[RequestStream]
-    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Yield the outputs of the streams, and count each ended request.
+    async def outputs(self, answers: Answers) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Yield (index of the answer, output) until all have ended, and count each ended request.
 
-        If the iterator is closed early, the remaining requests count as aborted, with the tokens of
-        their last outputs. Raises RequestError if a request ended without an answer; an engine in
-        another process refuses requests this way. If the request failed, the remaining ones count
-        as errors.
+        If the iterator is closed early, the remaining requests end, and count as aborted with the
+        tokens of their last outputs. Raises RequestError if a request ended without an answer; an
+        engine in another process refuses requests this way. If the request failed, the remaining
+        ones count as errors.
         """
+        streams, queue = answers
+        index_of = {stream.request_id: index for index, stream in enumerate(streams)}
         num_left, last = len(streams), dict[int, RequestOutput]()
         reason: FinishReason = "abort"
         record = request_log.CURRENT.get()
-        merged = RequestStream.merged(streams)
         try:
-            async for index, output in merged:
+            while num_left:
+                stream, output = await queue.get()
+                if isinstance(output, RequestError):
+                    raise output
+                index = index_of[stream.request_id]
                 if record is not None:
                     record.take(index, output)
                 last[index] = output
@@ -329,14 +337,13 @@ class ServingContext:
             for output in last.values():
                 self.metrics.observe(structs.replace(output, finish_reason=reason))
             self.metrics.count_unanswered(reason, max(0, num_left - len(last)))
-            await merged.aclose()
+            for stream in streams:
+                stream.abort()
 
-    async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:
-        """Return the last output of each stream, in order."""
-        finals: dict[int, RequestOutput] = {}
-        async for index, output in self.outputs(streams):
-            finals[index] = output
-        return [finals[index] for index in range(len(streams))]
+    async def finals(self, answers: Answers) -> list[RequestOutput]:
+        """Return the last output of each answer, in order."""
+        finals = {index: output async for index, output in self.outputs(answers)}
+        return [finals[index] for index in range(len(answers.streams))]
 
     async def answer(
         self,
