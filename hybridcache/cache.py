@@ -1240,16 +1240,22 @@ class HybridRadixCache:
             assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
 
     def _check_locks(self) -> None:
-        known, nodes = self.protected(), list(self._tree.nodes())
+        """Check the count of locked rows without settling it, as pending changes are a part of it.
+        """
+        pending = self._unsettled
         locked_len = num_tokens = num_slots = 0
-        for node in nodes:
-            pins = (node.locks > 0) + sum(child.pins > 0 for child in members(node.children))
+        for node in self._tree.nodes():
+            pins = (node.locks > 0) - pending.get(node, 0)
+            pins += sum(child.pins > 0 for child in members(node.children))
             assert node.pins == pins, f"{node} has {node.pins} pins, not {pins}"
+            assert node.kv is not None or not pins, f"ghost {node} is pinned"
             num_tokens += (node.end - node.start) * (pins > 0)
             num_slots += node.locks > 0 and node.checkpoint is not None
             locked_len += node.end * (node.locks > 0)
+        known = self._locked_tokens, self._locked_slots
         assert known == (num_tokens, num_slots), f"{num_tokens}, {num_slots} locked, not {known}"
         assert locked_len == self._locked_len, f"locked paths have {locked_len} tokens"
+        assert all(node.kv is not None for node in pending), "a ghost has a change that is pending"
 
     def _check_candidates(self) -> None:
         for item in self._withheld:

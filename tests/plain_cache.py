@@ -304,6 +304,22 @@ class PlainCache:
         slots = sum(p.state is not None and not p.locks for p in self.pieces)
         return sum(p.end - p.start for p in free), slots
 
+    def lock_kv(self, tokens: Tokens, namespace: Hashable) -> Piece | None:
+        """Lock the piece that ends where the KV of ``tokens`` ends, or return None without any."""
+        length = self.match(tokens, namespace).kv_match_len
+        if not length:
+            return None
+        self._cut(tuple(tokens[:length].tolist()), namespace)
+        piece = self.piece_at(tokens, length, namespace)
+        piece.locks += 1
+        return piece
+
+    def protected(self) -> tuple[int, int]:
+        """Return the numbers of locked tokens and slots."""
+        locked = [p for p in self.pieces if p.rows is not None and self._locked_path(p)]
+        slots = sum(p.state is not None and p.locks > 0 for p in self.pieces)
+        return sum(p.end - p.start for p in locked), slots
+
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         """See ``HybridRadixCache.allocate_kv``. Evicts nothing if not enough is evictable."""
         rows = self.pages.allocate(num_tokens)

@@ -19,7 +19,7 @@ from hybridcache.policies.registry import EVICTION
 from tests import selection
 from tests.cache.twins import Twins
 
-NAMESPACES = st.sampled_from([None, "tenant", 7, ("model", "adapter")])
+NAMESPACES = st.sampled_from([None] * 5 + ["tenant", 7, ("model", "adapter")])
 TOP_ID = 2**31 - 1
 
 
@@ -84,14 +84,14 @@ class CacheMachine(RuleBasedStateMachine):
         if len(self.twins.requests) < 4:
             self.twins.begin(self.draw_prompt(data), namespace)
 
-    @rule(data=st.data(), namespace=NAMESPACES)
-    def serve_whole(self, data: st.DataObject, namespace: object) -> None:
+    @rule(data=st.data(), namespace=NAMESPACES, saves=st.booleans())
+    def serve_whole(self, data: st.DataObject, namespace: object, saves: bool) -> None:
         request = self.twins.begin(self.draw_prompt(data), namespace)
         if request is not None:
             n = len(request.tokens)
             grid = self.twins.cache._step
-            wanted = {n // grid * grid, (n - 1) // grid * grid, request.match.seen_len}
-            self.twins.publish(request, n, sorted(wanted - {0}), data.draw(st.booleans()))
+            wanted = {n // grid * grid, (n - 1) // grid * grid, request.match.seen_len} - {0}
+            self.twins.publish(request, n, sorted(wanted) * saves, data.draw(st.booleans()))
             self.twins.end(request)
 
     @precondition(lambda self: self.twins.requests)
@@ -139,6 +139,21 @@ class CacheMachine(RuleBasedStateMachine):
     def free_slot(self) -> None:
         self.twins.free_slot(self.twins.held_slots[-1])
 
+    @rule(data=st.data(), namespace=NAMESPACES)
+    def lock_kv(self, data: st.DataObject, namespace: object) -> None:
+        if len(self.twins.locks) < 4:
+            self.twins.lock_kv(self.draw_prompt(data), namespace)
+
+    @precondition(lambda self: self.twins.locks)
+    @rule(data=st.data())
+    def unlock(self, data: st.DataObject) -> None:
+        self.twins.unlock(data.draw(st.integers(0, len(self.twins.locks) - 1)))
+
+    @rule()
+    def protected(self) -> None:
+        """Count the locked memory: changes of locks are pending until it or an eviction does."""
+        self.twins.protected()
+
     @rule()
     def reset(self) -> None:
         self.twins.reset()
@@ -152,6 +167,8 @@ class CacheMachine(RuleBasedStateMachine):
         if hasattr(self, "twins"):
             for request in list(self.twins.requests):
                 self.twins.end(request)
+            while self.twins.locks:
+                self.twins.unlock(0)
             for rows in self.twins.held_rows:
                 self.twins.free_kv(rows)
             self.twins.held_rows = []

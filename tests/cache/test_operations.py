@@ -290,6 +290,22 @@ def test_reset_drops_all_gathered_rows() -> None:
     assert len(cache.gather(handle.node)) == 500
 
 
+def test_the_path_of_a_returned_lock_can_be_evicted_revived_and_split():
+    """Locks are counted late: the return of one must not be lost with the node that had it."""
+    cache = hybrid()
+    above = cache.lock(publish(cache, ids("ab")).node)
+    handle = cache.lock(publish(cache, ids("abcdef")).node)
+    assert cache.protected() == (6, 0)
+    publish(cache, ids("abcdefgh"))
+    cache.unlock(handle)
+    cache.evict(num_tokens=1)
+    assert cache.cached_tokens == 2, "the KV above the leaf is of no use without it"
+    publish(cache, ids("abcdX"))
+    assert cache.protected() == (2, 0)
+    cache.check(held_tokens=0, held_slots=0)
+    assert len(cache.allocate_kv(998)) == 998 and above.node is not None
+
+
 def test_a_lock_is_a_context_manager_and_is_released_once():
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
     result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))

@@ -12,13 +12,13 @@ import numpy as np
 from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.allocators.moves import Move
 from hybridcache.api import PrefixMatch
-from hybridcache.cache import HybridRadixCache
+from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.policies.registry import make_eviction
 from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Tokens
-from tests.plain_cache import PlainCache, Victim
+from tests.plain_cache import Piece, PlainCache, Victim
 
 
 class CandidateLedger(EvictionPolicy):
@@ -152,6 +152,8 @@ class Twins:
         self.held_slots: list[int] = []
         self.held_rows: list[np.ndarray] = []
         self.requests: list[Request] = []
+        self.locks: list[tuple[LockHandle, Piece | None]] = []
+        """Locks of callers without a request."""
         self.moves: list[Move] = []
         """Moves of the cache that the plain twin has not repeated yet."""
         if config.memory == "arena":
@@ -218,6 +220,19 @@ class Twins:
         self._follow()
         assert tuple(eviction) == self.plain.evict(num_tokens, num_slots)
         self._agree_on_victims()
+
+    def lock_kv(self, tokens: Tokens, namespace: Hashable) -> None:
+        """Lock the cached KV of ``tokens``, which may end inside an edge and without a state."""
+        handle = self.cache.lock_kv(tokens, namespace)
+        piece = self.plain.lock_kv(tokens, namespace)
+        assert (0 if handle.node is None else handle.node.end) == (0 if piece is None else piece.end)
+        self.locks.append((handle, piece))
+
+    def unlock(self, number: int) -> None:
+        self._unlock(*self.locks.pop(number))
+
+    def protected(self) -> None:
+        assert tuple(self.cache.protected()) == self.plain.protected()
 
     def reset(self) -> None:
         self.cache.reset()
