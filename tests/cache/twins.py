@@ -225,7 +225,8 @@ class Twins:
         """Lock the cached KV of ``tokens``, which may end inside an edge and without a state."""
         handle = self.cache.lock_kv(tokens, namespace)
         piece = self.plain.lock_kv(tokens, namespace)
-        assert (0 if handle.node is None else handle.node.end) == (0 if piece is None else piece.end)
+        assert (handle.node is None) == (piece is None)
+        assert piece is None or handle.node.end == piece.end
         self.locks.append((handle, piece))
 
     def unlock(self, number: int) -> None:
