@@ -7,6 +7,7 @@ which the dialect writes in its own form.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -296,6 +297,34 @@ class ChatSession:
         ]
 
 
+class ChatWriter(ABC):
+    """Writes the answers of one chat in the form of a dialect."""
+
+    def __init__(self, context: ServingContext, session: ChatSession) -> None:
+        self._context, self._session = context, session
+
+    @abstractmethod
+    def whole(self, answers: Sequence[AnswerDelta]) -> dict[str, Any]:
+        """Return the body of a response that is not streamed."""
+
+    @abstractmethod
+    def events(self) -> AsyncIterator[bytes]:
+        """Yield the events of a stream. Text that was sent is never retracted."""
+
+    def failed(self, failure: APIError) -> bytes:
+        """Return the event of a failure in the middle of a stream."""
+        return as_event(failure)
+
+    async def respond(self, request: Request, is_stream: bool) -> Response:
+        """Return the response with all answers."""
+        headers = self._session.diagnostics.headers
+        if is_stream:
+            return EventStream(self.events(), headers, self.failed, self._context.pause_s)
+        answers = await unless_gone(request.receive, self._session.answers())
+        outputs = [answer.output for answer in answers]
+        return await self._context.answer(outputs, lambda: self.whole(answers), headers=headers())
+
+
 QUIET_S = 5.0
 """Seconds without an event after which an empty one is sent. It keeps proxies from closing the
 stream while a long call is generated."""
@@ -308,22 +337,14 @@ async def chat(context: ServingContext, request: Request, body: ChatRequest, siz
     tenant = context.tenant_of(request, body.cache_salt)
     with context.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
         session = await ask(context, body, size, tenant, answer_id)
-    diagnostics = session.diagnostics
-    writer = _ChatWriter(context, body, session)
-    if body.stream:
-        return EventStream(writer.events(), diagnostics.headers, as_event, context.pause_s)
-    answers = await unless_gone(request.receive, session.answers())
-    outputs = [answer.output for answer in answers]
-    headers = diagnostics.headers()
-    return await context.answer(outputs, lambda: writer.whole(answers), headers=headers)
+    return await _ChatWriter(context, body, session).respond(request, body.stream)
 
 
-class _ChatWriter:
-    """Writes a chat's answers, as a whole or as events."""
+class _ChatWriter(ChatWriter):
+    """Writes OpenAI's chat completions."""
 
     def __init__(self, context: ServingContext, body: ChatRequest, session: ChatSession) -> None:
-        self._context = context
-        self._session = session
+        super().__init__(context, session)
         self._diagnostics = session.diagnostics
         self._body = body
         self._head = {
@@ -363,8 +384,7 @@ class _ChatWriter:
         return ids | prompt_score_fields(self._context.tokenizer, self._body, output)
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Yield the role of each choice, then one event per output. Text that was sent is never
-        retracted."""
+        """Yield the role of each choice, then one event per output."""
         session = self._session
         last: dict[int, RequestOutput] = {}
         deltas = [_Deltas() for _ in range(session.num_answers)]

@@ -19,16 +19,14 @@ from engine.server.access import AnswerId, new_id
 from engine.server.api_errors import ANTHROPIC, APIError, request_name
 from engine.server.bodies import (
     Body,
-    EventStream,
     Part,
     converted,
     json_object,
     json_response,
     named_event,
-    unless_gone,
     with_pauses,
 )
-from engine.server.chat import ChatSession, ask, render, settle_system
+from engine.server.chat import ChatSession, ChatWriter, ask, render, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import (
     MAX_MESSAGES,
@@ -395,17 +393,8 @@ async def messages(
     chat = await _chat_of(context, body, size)
     answer_id, format_name = AnswerId.random("msg", "_"), "output_config.format"
     session = await ask(context, chat, size, tenant, answer_id, format_name=format_name)
-    writer = _MessagesWriter(context, body, session)
-    if body.stream:
-        name = request_name(request.scope)
-
-        def as_event(failure: APIError) -> bytes:
-            return named_event(failure.body(ANTHROPIC, name))
-
-        return EventStream(writer.events(), session.diagnostics.headers, as_event, context.pause_s)
-    [answer] = await unless_gone(request.receive, session.answers())
-    headers = session.diagnostics.headers()
-    return await context.answer([answer.output], lambda: writer.whole(answer), headers=headers)
+    writer = _MessagesWriter(context, body, session, request_name(request.scope))
+    return await writer.respond(request, body.stream)
 
 
 async def count_tokens(
@@ -423,22 +412,29 @@ async def _chat_of(context: ServingContext, body: CountRequest, size: int) -> Ch
     return settle_system(context, chat)
 
 
-class _MessagesWriter:
-    """Writes one answer, as a whole or as events."""
+class _MessagesWriter(ChatWriter):
+    """Writes one message."""
 
     def __init__(
-        self, context: ServingContext, body: MessagesRequest, session: ChatSession
+        self,
+        context: ServingContext,
+        body: MessagesRequest,
+        session: ChatSession,
+        request_name: str | None,
     ) -> None:
-        self._context = context
-        self._body = body
-        self._session = session
+        super().__init__(context, session)
+        self._body, self._request_name = body, request_name
         # The answer says that no edit was applied.
         asked = body.context_management is not None
         self._told: dict[str, Any] = {"context_management": {"applied_edits": []}} if asked else {}
         thinking = body.thinking
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
 
-    def whole(self, answer: AnswerDelta) -> dict[str, Any]:
+    def failed(self, failure: APIError) -> bytes:
+        return named_event(failure.body(ANTHROPIC, self._request_name))
+
+    def whole(self, answers: Sequence[AnswerDelta]) -> dict[str, Any]:
+        [answer] = answers
         ending = self._ending(answer)
         content = _content(answer.events, self._omits_thinking)
         return self._message(content, ending, self._usage(answer.output)) | self._told

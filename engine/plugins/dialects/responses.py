@@ -23,16 +23,14 @@ from engine.server.access import AnswerId, Tenant, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import (
     Body,
-    EventStream,
     Part,
     converted,
     json_object,
     json_response,
     named_event,
     to_json,
-    unless_gone,
 )
-from engine.server.chat import ChatSession, ask, settle_system
+from engine.server.chat import ChatSession, ChatWriter, ask, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import (
     MAX_MESSAGES,
@@ -54,7 +52,7 @@ from engine.server.schemas import (
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
-from engine.text.answer_reader import Finish
+from engine.text.answer_reader import AnswerDelta, Finish
 from engine.text.answers import (
     CallArguments,
     CallBegin,
@@ -583,7 +581,6 @@ class Responses:
         chat = settle_system(context, chat)
         answer_id = AnswerId.random("resp", "_")
         session = await ask(context, chat, size, tenant, answer_id, "input", "text.format")
-        writer = _ResponsesWriter(context, body, session)
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
@@ -592,22 +589,8 @@ class Responses:
                 stored = StoredResponse(items, response, items_bytes + held_bytes(output))
                 self._store.put((tenant, response["id"]), stored, stored.num_bytes)
 
-        if body.stream:
-            late = session.diagnostics.headers
-            return EventStream(writer.events(keep), late, writer.failed, context.pause_s)
-        [answer] = await unless_gone(request.receive, session.answers())
-        num_tokens = len(answer.output.output)
-
-        def work() -> dict[str, Any]:
-            for _ in writer.items.write(answer.events):
-                pass
-            return writer.ended(answer.finish, answer.output, answer.warning)
-
-        response = await context.workers.run(num_tokens, work)
-        keep(response)
-        content = await context.workers.run(num_tokens, lambda: to_json(response))
-        headers = session.diagnostics.headers()
-        return Response(content, media_type="application/json", headers=headers)
+        writer = _ResponsesWriter(context, body, session, keep)
+        return await writer.respond(request, body.stream)
 
     async def retrieve(self, request: Request) -> Response:
         """Return a stored response. Raises APIError 404 if the tenant has none with this id."""
@@ -639,14 +622,19 @@ class Responses:
         )
 
 
-class _ResponsesWriter:
-    """Writes one response, as a whole or as events."""
+class _ResponsesWriter(ChatWriter):
+    """Writes one response."""
 
     def __init__(
-        self, context: ServingContext, body: ResponsesRequest, session: ChatSession
+        self,
+        context: ServingContext,
+        body: ResponsesRequest,
+        session: ChatSession,
+        keep: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._body = body
-        self._session = session
+        """``keep`` stores the whole response."""
+        super().__init__(context, session)
+        self._keep = keep
         self.items = ResponseItems(body.namespaces)
         self._num_events = 0
         choice = body.tool_choice
@@ -675,7 +663,13 @@ class _ResponsesWriter:
             "truncation": "disabled",
         }
 
-    async def events(self, keep: Callable[[dict[str, Any]], None]) -> AsyncIterator[bytes]:
+    def whole(self, answers: Sequence[AnswerDelta]) -> dict[str, Any]:
+        [answer] = answers
+        for _ in self.items.write(answer.events):
+            pass
+        return self._ended(answer)
+
+    async def events(self) -> AsyncIterator[bytes]:
         """Yield ``response.created`` with the first output, which has the cached length, then the
         items, and the whole response at the end."""
         has_begun = False
@@ -688,8 +682,7 @@ class _ResponsesWriter:
                 yield said
             if news.finish is not None:
                 closing = self._close(news.finish)
-                response = self.ended(news.finish, news.output, news.warning)
-                keep(response)
+                response = self._ended(news)
                 last = {"type": f"response.{response['status']}", "response": response}
                 yield b"".join(map(self._event, [*closing, last]))
 
@@ -705,14 +698,15 @@ class _ResponsesWriter:
         events = ({"type": f"response.{name}", "response": response} for name in names)
         return b"".join(map(self._event, events))
 
-    def ended(
-        self, finish: Finish | None, output: RequestOutput, warning: str | None = None
-    ) -> dict[str, Any]:
-        """Return the response with everything written so far."""
-        self._close(finish)
-        status = "incomplete" if finish == "length" else "completed"
-        response = self._response(status, self.items.output, self._usage(output))
-        return response if warning is None else response | {"warning": warning}
+    def _ended(self, last: AnswerDelta) -> dict[str, Any]:
+        """Return, and keep, the response with everything written so far."""
+        self._close(last.finish)
+        status = "incomplete" if last.finish == "length" else "completed"
+        response = self._response(status, self.items.output, self._usage(last.output))
+        if last.warning is not None:
+            response["warning"] = last.warning
+        self._keep(response)
+        return response
 
     def _close(self, finish: Finish | None) -> list[dict[str, Any]]:
         return list(self.items.close("incomplete" if finish == "length" else "completed"))
