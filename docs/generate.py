@@ -343,9 +343,9 @@ def api() -> str:
 
 
 STEPS = {
-    "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite"),
+    "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.api": ("CacheStats", "Losses"),
-    "hybridcache.policies.protocol": ("FetchRule",),
+    "hybridcache.policies.protocol": ("FetchRule", "PolicyError"),
     "hybridcache.geometry.exchange": ("Exchange",),
     "hybridcache.geometry.times": ("PrefillTimes",),
 }
@@ -357,6 +357,7 @@ SCHEDULING = {
     "hybridcache.scheduling.request": ("ScheduledRequest",),
     "hybridcache.scheduling.memory_sizes": ("MemorySizes",),
     "hybridcache.policies.registry": ("make_admission",),
+    "hybridcache.policies.admission.base": ("AdmissionPolicy",),
 }
 """Names for an engine that uses the scheduler."""
 
@@ -411,7 +412,8 @@ OTHER = "Types in these signatures"
 def _others(page: str) -> list[str]:
     """Return the classes that ``page`` names in code and does not describe yet."""
     code = " ".join(re.findall(r"^(?:\| )?`([^`]+)`(?: \||$)", page, re.MULTILINE))
-    shown = {*hybridcache.__all__, *OF_FILES, *(name for names in STEPS.values() for name in names)}
+    listed = (name for part in (STEPS, SCHEDULING) for names in part.values() for name in names)
+    shown = {*hybridcache.__all__, *OF_FILES, *listed}
     named = set(re.findall(r"\b[A-Z]\w+", code)) - shown
     texts = []
     for module in (

@@ -3,10 +3,8 @@
 Three groups of names:
 
 - the cache: ``build_prefix_cache(CacheConfig(...))`` returns a ``HybridRadixCache``; a ``Lease`` is
-  one running request's claim on it, and a ``StepPlan`` the work that follows for the tensors,
-  carried out by your ``StepMemory``;
-- policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``; a failure of
-  one is a ``PolicyError``;
+  one running request's claim on it, and a ``StepPlan`` the work that follows for the tensors;
+- policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``;
 - the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``.
 
 The laboratory and the policies are imported when they are first used. All other names are imported
@@ -16,7 +14,7 @@ from their modules. A cache is not thread-safe: one thread calls it, or callers 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.allocators.moves import StepMemory, StepPlan
+from hybridcache.allocators.moves import StepPlan
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
@@ -27,14 +25,12 @@ if TYPE_CHECKING:
     from hybridcache.lab.simulation.simulate import optimum, simulate
     from hybridcache.lab.trace import Trace, TraceRequest
     from hybridcache.lab.traces import open_trace
-    from hybridcache.policies.admission.base import AdmissionPolicy
     from hybridcache.policies.eviction.scored import ScorePolicy
     from hybridcache.policies.protocol import (
         EvictionPolicy,
         Item,
         Placed,
         PlacementPolicy,
-        PolicyError,
         Prefill,
     )
     from hybridcache.policies.registry import parse_placement
@@ -47,13 +43,11 @@ _LAZY = {
     "Trace": "lab.trace",
     "TraceRequest": "lab.trace",
     "open_trace": "lab.traces",
-    "AdmissionPolicy": "policies.admission.base",
     "ScorePolicy": "policies.eviction.scored",
     "EvictionPolicy": "policies.protocol",
     "Item": "policies.protocol",
     "Placed": "policies.protocol",
     "PlacementPolicy": "policies.protocol",
-    "PolicyError": "policies.protocol",
     "Prefill": "policies.protocol",
     "parse_placement": "policies.registry",
 }
@@ -78,7 +72,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "AdmissionPolicy",
     "CacheConfig",
     "EvictionPolicy",
     "HybridRadixCache",
@@ -88,10 +81,8 @@ __all__ = [
     "ModelGeometry",
     "Placed",
     "PlacementPolicy",
-    "PolicyError",
     "Prefill",
     "ScorePolicy",
-    "StepMemory",
     "StepPlan",
     "Trace",
     "TraceRequest",

@@ -205,6 +205,6 @@ def test_public_names_are_few_and_have_docstrings() -> None:
     import hybridcache
 
     assert sorted(hybridcache.__all__) == hybridcache.__all__
-    assert len(hybridcache.__all__) <= 23
+    assert len(hybridcache.__all__) <= 20
     for name in hybridcache.__all__:
         assert (getattr(hybridcache, name).__doc__ or "").strip(), f"{name} has no docstring"

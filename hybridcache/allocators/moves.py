@@ -221,7 +221,7 @@ class StepPlan:
             if is_needed and not (is_own and callable(method)):
                 raise TypeError(
                     f"this step plan needs a method {name!r}, which {type(memory).__name__} does "
-                    "not have: see hybridcache.StepMemory"
+                    "not have: see hybridcache.allocators.moves.StepMemory"
                 )
         for transfer in self.transfers:
             if isinstance(transfer, Move):

@@ -309,28 +309,13 @@ class Prefill(NamedTuple):
         >>> prefill = Prefill(200, 64, 64, 64, (), 64)
         >>> prefill.on_grid([Placed(199, "end"), Placed(192, "again"), Placed(70, "low")])
         {192: 'end'}
-
-        Raises:
-            PolicyError: ``wanted`` is not made of pairs.
         """
         found: dict[int, str] = {}
-        if not hasattr(wanted, "__iter__"):
-            raise _not_placed(wanted)
-        for placed in wanted:
-            try:
-                position, label = placed
-            except (TypeError, ValueError):
-                raise _not_placed(placed) from None
+        for position, label in wanted:
             floored = position - position % self.grid
             if self.cached_len < floored <= self.prompt_len and floored not in found:
                 found[floored] = label
         return found
-
-
-def _not_placed(found: object) -> PolicyError:
-    return PolicyError(
-        f"plan of a placement policy must return a list of Placed(position, label) (got {found!r})."
-    )
 
 
 class PlacementPolicy(ABC):

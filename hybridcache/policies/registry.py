@@ -37,7 +37,7 @@ from hybridcache.policies.placement.rules import (
     Placement,
 )
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.policies.user import OwnPolicy, admission_of, eviction_of, load, placement_of
+from hybridcache.policies.user import OwnPolicy, factory_of, load
 
 EvictionSpec = str | OwnPolicy | EvictionPolicy | Callable[[], EvictionPolicy]
 """Policy name, ``module:Class`` or ``module:Class(alpha=2)``, a class, a factory function, or an
@@ -136,10 +136,7 @@ def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
     Raises:
         ValueError: the name is unknown, or a class lacks methods. The message lists them.
     """
-    if not isinstance(spec, str):
-        return eviction_of(spec)
-    found = _maker("eviction policy", EVICTION_NAMES, spec)
-    return eviction_of(load(spec, EvictionPolicy)) if found is None else found
+    return _maker("eviction policy", EVICTION_NAMES, spec, EvictionPolicy)
 
 
 def parse_placement(spec: PlacementSpec) -> Placement:
@@ -152,17 +149,15 @@ def parse_placement(spec: PlacementSpec) -> Placement:
         ValueError: a name is unknown, or its number is missing, superfluous or wrong.
     """
     if not isinstance(spec, str):
-        return Placement((placement_of(spec)(),))
+        return Placement((factory_of(spec, PlacementPolicy)(),))
     if spec.strip() == "none":
         return Placement(())
     rules, cap, parts = [], None, split_specs(spec)
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
     for part in parts:
-        make = _maker("checkpoint placement", _PLACEMENT_AND_CAP, part)
-        if make is None:
-            rules.append(placement_of(load(part, PlacementPolicy))())
-        elif part.partition(":")[0] == "cap":
+        make = _maker("checkpoint placement", _PLACEMENT_AND_CAP, part, PlacementPolicy)
+        if part.partition(":")[0] == "cap":
             cap = make()
         else:
             rules.append(make())
@@ -179,10 +174,7 @@ def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
     Raises:
         ValueError: the name is unknown, or a class lacks methods. The message lists them.
     """
-    if not isinstance(spec, str):
-        return admission_of(spec)
-    make = _maker("admission policy", ADMISSION_NAMES, spec)
-    policy: AdmissionPolicy = make() if make else admission_of(load(spec, AdmissionPolicy))
+    policy: AdmissionPolicy = _maker("admission policy", ADMISSION_NAMES, spec, AdmissionPolicy)()
     return policy
 
 
@@ -215,13 +207,17 @@ def in_units(spec: str, unit: int) -> str:
     return ",".join(convert())
 
 
-def _maker(what: str, table: Mapping[str, Entry], text: str) -> Callable[[], Any] | None:
-    """Return the factory for ``text``, or None if it has the form ``module:Class``."""
-    name, colon, number = text.partition(":")
+def _maker(
+    what: str, table: Mapping[str, Entry], spec: object, protocol: type[Any]
+) -> Callable[[], Any]:
+    """Return the factory for a name of ``table``, ``module:Class``, or a user's object."""
+    if not isinstance(spec, str):
+        return factory_of(spec, protocol)
+    name, colon, number = spec.partition(":")
     entry = table.get(name)
     if entry is None:
         if colon and not number.isdecimal():
-            return None
+            return factory_of(load(spec, protocol), protocol)
         near = get_close_matches(name.lower(), table, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ";"
         raise ValueError(
@@ -231,12 +227,12 @@ def _maker(what: str, table: Mapping[str, Entry], text: str) -> Callable[[], Any
         make: Callable[[], Any] = entry.make
         return make
     if not entry.counts:
-        raise ValueError(f"{what} {name!r} takes no number, got {text!r}")
+        raise ValueError(f"{what} {name!r} takes no number, got {spec!r}")
     value = _number(entry.counts, number)
     if value is None:
         kind = "number of at least 0" if entry.counts == "alpha" else "whole number of at least 1"
         as_in = f", as in {name}:{entry.example}" if entry.example else ""
-        raise ValueError(f"{what} {name!r} needs a {kind} ({entry.counts}){as_in}, got {text!r}")
+        raise ValueError(f"{what} {name!r} needs a {kind} ({entry.counts}){as_in}, got {spec!r}")
     return partial(entry.make, value)
 
 

@@ -19,7 +19,7 @@ from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, PolicyError
-from hybridcache.policies.user import placement_of
+from hybridcache.policies.user import factory_of
 
 EVICTION = ("add", "discard", "touch", "victim", "on_ghost_hit", "on_ghost_hit_above")
 PLACEMENT = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped", "plan")
@@ -109,7 +109,7 @@ def test_a_failing_eviction_leaves_the_cache_consistent(
 @given(method=st.sampled_from(PLACEMENT), calls=st.integers(1, 40))
 def test_a_failing_placement_leaves_the_cache_consistent(method: str, calls: int) -> None:
     kind = failing(Adaptive, method, calls)
-    num_failed = check_serving(LRU, Placement((placement_of(kind)(),)))
+    num_failed = check_serving(LRU, Placement((factory_of(kind, PlacementPolicy)(),)))
     has_failed = kind.left <= 0  # type: ignore[attr-defined]
     assert has_failed or not num_failed
     # A failure in a notification after the last plan is not raised.

@@ -189,7 +189,7 @@ def test_a_custom_placement_runs_wherever_a_name_does() -> None:
         ("Nothing", "Nothing.score returned None for a checkpoint item"),
         ("Word", "Word.score returned 'high' for a checkpoint item: a number or a tuple of"),
         ("Words", r"Words.score returned \(1.0, '\w+'\) for a checkpoint item"),
-        ("Arguments(weight=x)", r"Class\(alpha=2\).* \(x is not a number, string or list\)"),
+        ("Arguments(weight=x)", r"write module:Class\(alpha=2\), with numbers, strings and lists"),
         ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
         ("Foreign", "victim.* returned .* which is not a candidate of that kind"),

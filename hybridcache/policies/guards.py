@@ -1,0 +1,209 @@
+"""Guards of users' policies: each failure is reported in one sentence, with method and line.
+
+No guard changes a decision of a policy that works.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.protocol import (
+    EvictionPolicy,
+    Item,
+    Kind,
+    Placed,
+    PlacementPolicy,
+    PolicyError,
+    Prefill,
+    raise_failure,
+)
+
+MAX_WITHOUT = 50
+"""Number of successive calls of ``victim`` without a result, although there are candidates, after
+which a policy has failed. Memory that is never freed would let requests wait for ever."""
+
+
+def _called(name: str) -> Any:
+    """Return a method that calls the method ``name`` of the user's policy."""
+    return lambda self, *arguments: self._call(name, *arguments)
+
+
+def _noted(name: str) -> Any:
+    """Return a method that calls the method ``name`` of the user's policy until one fails.
+
+    The failure is kept, so that the operation of the cache is finished.
+    """
+
+    def note(self: _Guard, *arguments: object) -> None:
+        if self.failure is None:
+            try:
+                self._call(name, *arguments)
+            except PolicyError as error:
+                self.failure = error
+
+    return note
+
+
+class _Guard:
+    """Caller of a user's methods. Their exceptions become a PolicyError with method and line."""
+
+    def __init__(self, label: str, policy: Any) -> None:
+        self._label, self._policy = label, policy
+        self.failure: PolicyError | None = None
+        """First failure of a notification, which ends all notifications."""
+
+    def __str__(self) -> str:
+        return self._label
+
+    def _call(self, name: str, *arguments: object, as_list: bool = False) -> Any:
+        try:
+            found = getattr(self._policy, name)(*arguments)
+            return list(found) if as_list else found
+        except PolicyError:
+            raise
+        except Exception as error:  # user code can raise anything
+            file = inspect.getfile(type(self._policy))
+            frames = [
+                one for one in traceback.extract_tb(error.__traceback__) if one.filename == file
+            ]
+            where = f" ({Path(file).name}, line {frames[-1].lineno})" if frames else ""
+            # The method of the user may have been called by one of its base class.
+            name = frames[0].name if frames else name
+            raise self._error(f"{name} raised {type(error).__name__}: {error}{where}") from error
+
+    def _error(self, fault: str) -> PolicyError:
+        return PolicyError(f"{self._label!r}: {fault}")
+
+
+class GuardedEviction(_Guard, EvictionPolicy):
+    """A user's eviction policy. Refuses a victim that is no candidate. O(1) in addition to it.
+
+    After its first failure it is not called any more; see ``EvictionPolicy.failure``.
+    """
+
+    touch = _noted("touch")
+    on_relabelled = _noted("on_relabelled")
+    on_ghost_hit = _noted("on_ghost_hit")
+    on_ghost_hit_above = _noted("on_ghost_hit_above")
+    set_clock = _called("set_clock")
+    _add = _noted("add")
+    _discard = _noted("discard")
+
+    def __init__(self, label: str, policy: EvictionPolicy) -> None:
+        super().__init__(label, policy)
+        self._held: dict[Item, None] = {}
+        self._num_without = 0
+        """Number of calls since the last victim that had none although there were candidates."""
+        self.orders_classes = bool(policy.orders_classes)
+
+    def add(self, item: Item) -> None:
+        self._held[item] = None
+        self._add(item)
+
+    def discard(self, item: Item, evicted: bool) -> None:
+        self._held.pop(item, None)
+        self._discard(item, evicted)
+
+    def for_tier(self) -> EvictionPolicy | None:
+        lower = self._call("for_tier")
+        if lower is not None and not isinstance(lower, EvictionPolicy):
+            raise self._error(f"for_tier returned {lower!r}; return an EvictionPolicy, or None")
+        return None if lower is None else GuardedEviction(self._label, lower)
+
+    def candidates(self) -> Iterable[Item]:
+        return self._held
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        if self.failure is None:
+            try:
+                victim: Item | None = self._call("victim", kind)
+                self._check(kind, victim)
+                return victim
+            except PolicyError as error:
+                self.failure = error
+        return next((item for item in self._held if kind in (None, item.kind)), None)
+
+    def _check(self, kind: Kind | None, victim: Item | None) -> None:
+        """Raise PolicyError if ``victim`` is no candidate, or if there was none too often."""
+        if victim is None:
+            self._num_without += any(kind in (None, item.kind) for item in self._held)
+            if self._num_without >= MAX_WITHOUT:
+                raise self._error(
+                    f"victim returned None {MAX_WITHOUT} times although there were candidates, so "
+                    "nothing is evicted; return one of the items that were added"
+                )
+        elif victim in self._held and kind in (None, victim.kind):
+            self._num_without = 0
+        else:
+            raise self._error(
+                f"victim({kind!r}) returned {victim!r}, which is not a candidate of that kind; "
+                "return an item that was added and not discarded since, or None"
+            )
+
+
+class GuardedAdmission(_Guard, AdmissionPolicy):
+    """A user's admission policy. Refuses requests that do not wait, and repeated requests."""
+
+    arrived = _called("arrived")
+    admitted = _called("admitted")
+    computed = _called("computed")
+    left = _called("left")
+    session_ended = _called("session_ended")
+    wakes_at_s = _called("wakes_at_s")
+    report = _called("report")
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
+        ordered: list[WaitingRequest] = self._call("order", waiting, load, as_list=True)
+        if len(set(ordered)) < len(ordered) or not set(ordered) <= set(waiting):
+            raise self._error(
+                f"order must return waiting requests, each at most once (got {len(ordered)} for "
+                f"{len(waiting)} that wait)"
+            )
+        return ordered
+
+
+class GuardedPlacement(_Guard, PlacementPolicy):
+    """A user's placement policy. Refuses malformed positions.
+
+    The first failure of a notification is raised by the next ``plan``.
+    """
+
+    on_prefill = _noted("on_prefill")
+    on_hit = _noted("on_hit")
+    on_ghost_hit = _noted("on_ghost_hit")
+    on_saved = _noted("on_saved")
+    on_dropped = _noted("on_dropped")
+
+    def plan(self, prefill: Prefill) -> list[Placed]:
+        raise_failure(self.failure)
+        wanted = []
+        for placed in self._call("plan", prefill, as_list=True):
+            is_pair = isinstance(placed, tuple) and len(placed) == 2
+            if not (is_pair and hasattr(placed[0], "__index__") and isinstance(placed[1], str)):
+                raise self._error(
+                    f"plan returned {placed!r}; return Placed(position, label) with an integer and "
+                    "a string"
+                )
+            wanted.append(Placed(int(placed[0]), placed[1]))
+        return wanted
+
+    def decode_interval(self) -> int | None:
+        interval: int | None = self._call("decode_interval")
+        if interval is None or (type(interval) is int and interval >= 1):
+            return interval
+        raise self._error(
+            f"decode_interval returned {interval!r}; return the number of tokens between "
+            "checkpoints, or None"
+        )
+
+
+GUARDS: dict[type[Any], type[Any]] = {
+    EvictionPolicy: GuardedEviction,
+    AdmissionPolicy: GuardedAdmission,
+    PlacementPolicy: GuardedPlacement,
+}
