@@ -9,30 +9,22 @@ import logging
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import httpx
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
 
 from engine.server.api_errors import APIError
+from engine.server.bodies import ClientGone, unless_gone
 from engine.text.chat_prompt import render_chat
 from engine.text.tokenizer import EncodeOptions, TemplateError, Tokenizer
 
 Fields = Mapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 RECORDED = "/chat/completions"
 """End of the paths of recorded requests."""
@@ -109,11 +101,10 @@ class TraceWriter:
         if exchange.line is not None:
             return
         try:
-            exchange.line = self._line_of(exchange) or b""
-        except Exception as error:
-            logger.exception("A request could not be written. Its answer was passed on.")
+            exchange.line = self._line_of(exchange)
+        except Exception as error:  # The body of a request may be anything.
             exchange.line = b""
-            self._skip(f"{type(error).__name__}: see the log")
+            self._skip(f"its body cannot be read ({type(error).__name__}: {error})")
         self._write()
 
     def finish(self) -> None:
@@ -132,19 +123,12 @@ class TraceWriter:
                 except OSError as error:
                     self._skip(f"the file cannot be written ({error.strerror})")
 
-    def _line_of(self, exchange: Exchange) -> bytes | None:
+    def _line_of(self, exchange: Exchange) -> bytes:
         if exchange.status is None:
             self._skip("requests without an answer are not written")
-            return None
         if exchange.status != 200:
-            return None
-        try:
-            body = json.loads(exchange.body)
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict):
-            self._skip("bodies that are not JSON objects are not written")
-            return None
+            return b""
+        body = json.loads(exchange.body)
         answer = read_answer(b"".join(exchange.pieces))
         ids, boundaries = self._prompt(body)
         output = self._ids(_texts(_message(answer))[1:])
@@ -191,7 +175,7 @@ class TraceWriter:
         """Return the ids of consecutive texts. No id spans two of them."""
         if self._tokenizer is not None:
             return [i for text in texts for i in self._tokenizer.encode(text, ALONE)]
-        return [_number(piece.encode("utf-8", "replace")) for text in texts for piece in _cut(text)]
+        return [one for text in texts for one in _piece_ids(text)]
 
     def _hashed(self, ids: Sequence[int]) -> list[int]:
         chain, hashed = self._key, []
@@ -277,12 +261,10 @@ def _texts(message: Fields) -> list[str]:
     return [f"{HEADER}{message.get('role')}\n", said, END]
 
 
-def _cut(text: str) -> Iterable[str]:
-    return (text[start : start + PIECE] for start in range(0, len(text), PIECE))
-
-
-def _number(piece: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(piece, digest_size=4).digest(), "little") & 0x7FFFFFFF
+def _piece_ids(text: str) -> Iterator[int]:
+    for start in range(0, len(text), PIECE):
+        piece = text[start : start + PIECE].encode("utf-8", "replace")
+        yield int.from_bytes(hashlib.blake2b(piece, digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
 class Proxy:
@@ -300,7 +282,7 @@ class Proxy:
         self._thread.shutdown()
         self._writer.finish()
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await receive()
             async with self._client:
@@ -311,39 +293,22 @@ class Proxy:
         elif scope["type"] == "http":
             await self._serve(scope, receive, send)
 
-    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one request, while its client is connected."""
-        body = bytearray()
-        while (message := await receive())["type"] == "http.request":
-            body += message.get("body", b"")
-            if not message.get("more_body", False):
-                break
-        else:
-            return  # The client has disconnected.
-        passing = asyncio.ensure_future(self._pass_on(scope, bytes(body), send))
-        leaving = asyncio.ensure_future(_client_gone(receive))
-        with suppress(asyncio.CancelledError):  # The server stops.
-            await asyncio.wait((passing, leaving), return_when=asyncio.FIRST_COMPLETED)
-        for task in (passing, leaving):
-            task.cancel()
-        await asyncio.wait((passing, leaving))
-        if not passing.cancelled():
-            passing.result()
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, while its client is connected and the server runs."""
+        with suppress(ClientDisconnect, ClientGone, asyncio.CancelledError):
+            body = await Request(scope, receive).body()
+            await unless_gone(receive, self._pass_on(scope, body, receive, send))
 
-    async def _pass_on(self, scope: Message, body: bytes, send: Send) -> None:
+    async def _pass_on(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         is_recorded = scope["method"] == "POST" and scope["path"].endswith(RECORDED)
         exchange = self._writer.begin(body) if is_recorded else None
         try:
             answer = await self._client.send(self._request(scope, body), stream=True)
-        except httpx.LocalProtocolError as error:
-            await _refuse(scope, send, 400, f"This request cannot be passed on ({error}).")
-        except httpx.RequestError as error:
-            message = f"The server at {self._url} does not answer ({error})."
-            await _refuse(scope, send, 502, message)
-        except asyncio.CancelledError:
-            message = "The recording has ended: send requests to the server itself."
-            await _refuse(scope, send, 503, message)
-            raise
+        except (httpx.RequestError, asyncio.CancelledError) as error:
+            # An error in the form of the API of the path.
+            await self._refusal(error).response(scope)(scope, receive, send)
+            if isinstance(error, asyncio.CancelledError):
+                raise
         else:
             if exchange is not None:
                 exchange.status = answer.status_code
@@ -355,7 +320,15 @@ class Proxy:
             if exchange is not None:
                 self._thread.submit(self._writer.end, exchange)
 
-    def _request(self, scope: Message, body: bytes) -> httpx.Request:
+    def _refusal(self, error: BaseException) -> APIError:
+        """Return the answer to a request that ``error`` has kept from being passed on."""
+        if isinstance(error, httpx.LocalProtocolError):
+            return APIError(400, f"This request cannot be passed on ({error}).")
+        if isinstance(error, httpx.RequestError):
+            return APIError(502, f"The server at {self._url} does not answer ({error}).")
+        return APIError(503, "The recording has ended: send requests to the server itself.")
+
+    def _request(self, scope: Scope, body: bytes) -> httpx.Request:
         """Return the request for upstream, with path and query byte for byte.
 
         ``httpx.AsyncClient.build_request`` is not used: it would add cookies of other clients.
@@ -392,15 +365,3 @@ async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send)
         logger.warning("An answer ended early (%s).", error or type(error).__name__)
         return
     await send({"type": "http.response.body", "body": b""})
-
-
-async def _refuse(scope: Message, send: Send, status: int, message: str) -> None:
-    """Answer with an error in the form of the API of the path."""
-    answer = APIError(status, message).response(scope)
-    await send({"type": "http.response.start", "status": status, "headers": answer.raw_headers})
-    await send({"type": "http.response.body", "body": answer.body})
-
-
-async def _client_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
