@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.layers.experts import ExpertNames, Experts
+from engine.layers.inputs import pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Composite
 from hybridcache.geometry.sizes import ExpertsSizes
@@ -93,17 +94,25 @@ class ExpertsMLP(Composite):
         )
         if stacked_names:
             names = ExpertNames((f"{stem}.gate_up_proj",), f"{stem}.down_proj")
-        self._experts = Experts(stem, hidden_size, sizes, names, build)
+        shared_name = f"{name}.shared_expert"
+        shared_names = ExpertNames(
+            (f"{shared_name}.gate_proj.weight", f"{shared_name}.up_proj.weight"),
+            f"{shared_name}.down_proj.weight",
+        )
+        self._experts = Experts(stem, hidden_size, sizes, names, build, shared=shared_names)
         # Router and shared gate have the same input, so they are one product.
         gates = [
             Part(f"{name}.gate", sizes.num_experts),
             Part(f"{name}.shared_expert_gate", 1),
         ]
         self._router = Linear(hidden_size, gates, build)
-        self._shared = MLP(
-            f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build, sums=False
-        )
-        self.layers = self._router, self._shared, self._experts
+        self._shared: MLP | None = None
+        if not self._experts.has_shared:
+            self._shared = MLP(
+                shared_name, hidden_size, sizes.shared_intermediate, build, sums=False
+            )
+        layers = self._router, self._shared, self._experts
+        self.layers = [layer for layer in layers if layer is not None]
         self._rank = build.rank
         self._route = build.kernels["moe"].route
         self._gate = build.kernels["activation"].sigmoid_mul
@@ -114,6 +123,10 @@ class ExpertsMLP(Composite):
         scores = self._router(x)
         logits, shared_gate = scores.split([self._num_experts, 1], dim=-1)
         weights, experts = self._route(logits[:num_tokens], self._k, self._renormalises)
-        out = self._gate(self._shared(x, num_tokens), shared_gate)
-        out[:num_tokens] += self._experts(x[:num_tokens], weights, experts)
+        routed = x[:num_tokens], weights, experts
+        if self._shared is None:
+            out = pad_rows(self._experts(*routed, shared_gate[:num_tokens]), len(x))
+        else:
+            out = self._gate(self._shared(x, num_tokens), shared_gate)
+            out[:num_tokens] += self._experts(*routed)
         return self._rank.sum(out)

@@ -1,9 +1,11 @@
 """Mixture of experts in Triton: routing, sorting tokens by expert, and grouped products.
 
 A (token, choice) pair is one row of work. Rows are grouped into blocks that share an expert: sorted
-by expert and padded to whole blocks, or, with few tokens, one row per block. Three launches follow:
-``silu(gate) * up`` of every block, the down projection, and each token's weighted sum. As in
-``kernels.linear.fused`` weights are the left operand, so a row's sums have one order in any block.
+by expert and padded to whole blocks, or, with few tokens, one row per block. A shared expert adds
+one pair per token, after all others; its blocks come first, and need no table. Three launches
+follow: ``silu(gate) * up`` of every block, the down projection, and each token's weighted sum. As
+in ``kernels.linear.fused``, weights are the left operand, so a row's sums have one order in any
+block.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from kernels.target import pipeline_stages
 from kernels.tuning import tuned
 
 __all__ = ["experts", "experts_8bit", "prepare", "prepare_8bit", "quantize_experts", "route"]
+
+JOINS_SHARED = True
+"""See ``reference.JOINS_SHARED``."""
 
 FEW_TOKENS = 16
 """Maximum number of tokens with one row per block. Few tokens rarely share experts, and sorting
@@ -151,13 +156,37 @@ def place_pairs_kernel(experts, ranks, rows, pairs, num_pairs, E: tl.constexpr, 
 
 
 @triton.jit
-def block_rows(pairs, i_block, num_pairs, BT: tl.constexpr):
-    """Return the pairs of a block, ``[BT]``; ``num_pairs`` for padding."""
+def block_rows(
+    pairs, block_experts, i_block, num_pairs,
+    K: tl.constexpr, BT: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Return the expert of a block, its pairs and their tokens ``[BT]``, and which of them exist.
+
+    SHARED: number of the shared expert, or None. Its pairs follow the ``num_pairs`` of the others.
+    """
     o_t = tl.arange(0, BT)
+    num_shared = 0 if SHARED is None else tl.cdiv(num_pairs // K, BT)
+    is_shared, i_routed = i_block < num_shared, i_block - num_shared
     if pairs is None:
-        return tl.where(o_t == 0, i_block, num_pairs)
+        o_p = tl.where(o_t == 0, i_routed, num_pairs)
     else:
-        return tl.load(pairs + i_block * BT + o_t)
+        o_p = tl.load(pairs + i_routed * BT + o_t, mask=i_routed >= 0, other=num_pairs)
+    i_e = tl.load(block_experts + i_routed, mask=i_routed >= 0, other=0)
+    o_token, mask = o_p // K, o_p < num_pairs
+    if SHARED is not None:
+        o_row = i_block * BT + o_t
+        i_e = tl.where(is_shared, SHARED, i_e)
+        o_p = tl.where(is_shared, num_pairs + o_row, o_p)
+        o_token = tl.where(is_shared, o_row, o_token)
+        mask = tl.where(is_shared, o_row < num_pairs // K, mask)
+    return i_e.to(tl.int64), o_p.to(tl.int64), o_token.to(tl.int64), mask
+
+
+@triton.jit
+def is_unused(i_block, block_count, num_pairs, K, BT, SHARED: tl.constexpr):
+    """Return True if a block has no pairs, which is known on the device only."""
+    num_shared = 0 if SHARED is None else tl.cdiv(num_pairs // K, BT)
+    return i_block - num_shared >= tl.load(block_count)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -175,25 +204,25 @@ def gate_up_kernel(
     x_stride,
     K: tl.constexpr,
     INNER: tl.constexpr,
+    SHARED: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Compute ``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[p // K]``.
+    """Compute ``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[token of p]``.
 
-    Gate and up rows of w are read together. If not GATED: ``relu(w[e] @ x[p // K])^2``.
+    Gate and up rows of w are read together. If not GATED: ``relu(w[e] @ x[token of p])^2``.
     """
     i_block = tl.program_id(1)
     if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
-        if i_block >= tl.load(block_count):
+        if is_unused(i_block, block_count, num_pairs, K, BT, SHARED):
             return
-    i_e = tl.load(block_experts + i_block).to(tl.int64)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_p = block_rows(pairs, i_block, num_pairs, BT)
-    m_m, m_t = o_m < INNER, o_p < num_pairs
-    p_x = x + (o_p // K).to(tl.int64) * x_stride
+    i_e, o_p, o_token, m_t = block_rows(pairs, block_experts, i_block, num_pairs, K, BT, SHARED)
+    m_m = o_m < INNER
+    p_x = x + o_token * x_stride
     first = i_e * (2 if GATED else 1) * INNER
     p_gate = w + (first + o_m) * size
     p_up = w + (first + INNER + o_m) * size
@@ -237,7 +266,7 @@ def gate_up_kernel(
     else:
         b_gate = tl.maximum(b_gate, 0.0)
         b_inner = b_gate * b_gate
-    p_inner = inner + o_p.to(tl.int64)[None, :] * INNER + o_m[:, None]
+    p_inner = inner + o_p[None, :] * INNER + o_m[:, None]
     tl.store(p_inner, b_inner.to(inner.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
 
@@ -253,7 +282,9 @@ def down_kernel(
     block_count,
     num_pairs,
     size,
+    K: tl.constexpr,
     H: tl.constexpr,
+    SHARED: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -262,13 +293,12 @@ def down_kernel(
     """Compute ``y[p] = w[e] @ inner[p]``."""
     i_block = tl.program_id(1)
     if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
-        if i_block >= tl.load(block_count):
+        if is_unused(i_block, block_count, num_pairs, K, BT, SHARED):
             return
-    i_e = tl.load(block_experts + i_block).to(tl.int64)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_p = block_rows(pairs, i_block, num_pairs, BT)
-    m_m, m_t = o_m < H, o_p < num_pairs
-    p_inner = inner + o_p.to(tl.int64) * size
+    i_e, o_p, _, m_t = block_rows(pairs, block_experts, i_block, num_pairs, K, BT, SHARED)
+    m_m = o_m < H
+    p_inner = inner + o_p * size
     p_w = w + (i_e * H + o_m) * size
     p_channel, p_scale = w_scale, block_scale
     if w_scale is not None:
@@ -276,18 +306,25 @@ def down_kernel(
     if block_scale is not None:
         p_scale += (i_e * H + o_m) * tl.cdiv(size, BLOCK)
     b_y = multiply_span(p_w, p_inner, p_channel, p_scale, m_m, m_t, 0, size, BM, BT, BK, PRECISION)
-    p_y = y + o_p.to(tl.int64)[None, :] * H + o_m[:, None]
+    p_y = y + o_p[None, :] * H + o_m[:, None]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
 
-@triton.jit
-def weighted_sum_kernel(results, weights, y, K: tl.constexpr, H: tl.constexpr, BH: tl.constexpr):
+@triton.jit(do_not_specialize=["num_pairs"])
+def weighted_sum_kernel(
+    results, weights, shared_gate, y, num_pairs, gate_stride,
+    K: tl.constexpr, H: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     b_y = tl.zeros([BH], tl.float32)
     for i in tl.static_range(K):
         b_result = tl.load(results + (i_t * K + i) * H + o_h, mask=o_h < H, other=0.0)
         b_y += b_result.to(tl.float32) * tl.load(weights + i_t * K + i)
+    if shared_gate is not None:
+        gate = tl.sigmoid(tl.load(shared_gate + i_t * gate_stride).to(tl.float32))
+        b_result = tl.load(results + (num_pairs + i_t) * H + o_h, mask=o_h < H, other=0.0)
+        b_y += b_result.to(tl.float32) * gate
     tl.store(y + i_t * H + o_h, b_y.to(y.dtype.element_ty), mask=o_h < H)
 
 
@@ -320,9 +357,10 @@ def experts(
     experts: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
+    shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the weighted sum of each token's experts; see ``reference.experts``."""
-    return _experts(hidden, weights, experts, w13, None, w2, None)
+    return _experts(hidden, weights, experts, w13, None, w2, None, shared_gate)
 
 
 def experts_8bit(
@@ -333,18 +371,18 @@ def experts_8bit(
     w13_scale: torch.Tensor,
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
+    shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute ``experts`` with 8-bit weights and their scales, per row or per block of a row.
 
     See ``reference.experts_8bit``.
     """
-    return _experts(hidden, weights, experts, w13, w13_scale, w2, w2_scale)
+    return _experts(hidden, weights, experts, w13, w13_scale, w2, w2_scale, shared_gate)
 
 
-def prepare(
-    w13: torch.Tensor, w2: torch.Tensor
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return ``experts`` with these weights: (hidden, weights, experts) to ``[T, H]``."""
+def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return ``experts`` with these weights: (hidden, weights, experts, shared_gate=None) to ``[T,
+    H]``."""
     return partial(experts, w13=w13, w2=w2)
 
 
@@ -354,7 +392,7 @@ def prepare_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+) -> Callable[..., torch.Tensor]:
     """Return ``experts_8bit`` with these weights, for hidden states of any dtype."""
     return partial(experts_8bit, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale)
 
@@ -367,18 +405,25 @@ def _experts(
     w13_scale: torch.Tensor | None,
     w2: torch.Tensor,
     w2_scale: torch.Tensor | None,
+    shared_gate: torch.Tensor | None,
 ) -> torch.Tensor:
     num_tokens, k = experts.shape
     num_experts, hidden_size, inner_size = w2.shape
     out = torch.empty(num_tokens, hidden_size, dtype=hidden.dtype, device=hidden.device)
     if num_tokens == 0:
         return out
-    blocks = make_blocks(experts, num_experts)
+    shared = None if shared_gate is None else num_experts - 1
+    blocks = make_blocks(experts, num_experts if shared is None else shared)
+    num_shared = 0 if shared is None else triton.cdiv(num_tokens, blocks.rows)
+    num_blocks = num_shared + blocks.num_blocks
     num_pairs = num_tokens * k
-    inner = hidden.new_empty(num_pairs, inner_size)
-    results = hidden.new_empty(num_pairs, hidden_size)
+    num_rows = num_pairs if shared is None else num_pairs + num_tokens
+    inner = hidden.new_empty(num_rows, inner_size)
+    results = hidden.new_empty(num_rows, hidden_size)
     where = (blocks.pairs, blocks.experts, blocks.count, num_pairs)
     config = {
+        "K": k,
+        "SHARED": shared,
         "BM": 64,
         "BT": blocks.rows,
         "BK": depth_of(hidden.dtype, w13.dtype),
@@ -389,7 +434,7 @@ def _experts(
     if w13_scale is None or w13_scale.ndim == 2:
         up |= tuned("moe.gate_up_kernel", *dtypes, inner_size, hidden_size, blocks.rows)
         down |= tuned("moe.down_kernel", *dtypes, hidden_size, inner_size, blocks.rows)
-    gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), blocks.num_blocks)](
+    gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), num_blocks)](
         hidden,
         w13,
         *scales_of(w13, w13_scale),
@@ -397,16 +442,23 @@ def _experts(
         *where,
         w13.shape[2],
         hidden.stride(0),
-        K=k,
         INNER=inner_size,
         GATED=w13.shape[1] == 2 * inner_size,
         **up,
     )
-    down_kernel[(triton.cdiv(hidden_size, down["BM"]), blocks.num_blocks)](
+    down_kernel[(triton.cdiv(hidden_size, down["BM"]), num_blocks)](
         inner, w2, *scales_of(w2, w2_scale), results, *where, inner_size, H=hidden_size, **down
     )
     weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
-        results, weights, out, K=k, H=hidden_size, BH=min(1024, triton.next_power_of_2(hidden_size))
+        results,
+        weights,
+        shared_gate,
+        out,
+        num_pairs,
+        0 if shared_gate is None else shared_gate.stride(0),
+        K=k,
+        H=hidden_size,
+        BH=min(1024, triton.next_power_of_2(hidden_size)),
     )
     return out
 

@@ -10,6 +10,7 @@ import torch
 from kernels.linear import native
 from kernels.moe import reference
 from kernels.moe.reference import (
+    JOINS_SHARED,
     experts,
     experts_8bit,
     quantize_experts,
@@ -19,6 +20,7 @@ from kernels.moe.reference import (
 )
 
 __all__ = [
+    "JOINS_SHARED",
     "experts",
     "experts_8bit",
     "prepare",
@@ -30,9 +32,7 @@ __all__ = [
 ]
 
 
-def prepare(
-    w13: torch.Tensor, w2: torch.Tensor
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Return ``reference.prepare`` with native products."""
     products = [
         (native.prepare(up), native.prepare(down)) for up, down in zip(w13, w2, strict=True)
@@ -48,7 +48,7 @@ def prepare_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+) -> Callable[..., torch.Tensor]:
     """Return ``reference.prepare_8bit`` with native products."""
     products = [
         (

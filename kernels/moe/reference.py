@@ -7,10 +7,14 @@ from functools import partial
 
 import torch
 
-from kernels.activation.reference import relu_squared, sigmoid, silu_and_mul
+from kernels.activation.reference import relu_squared, sigmoid, sigmoid_mul, silu_and_mul
 from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, quantize
 from kernels.linear.reference import prepare as prepare_linear
 from kernels.linear.reference import prepare_8bit as prepare_linear_8bit
+
+JOINS_SHARED = False
+"""True if a shared expert that is as large as the others is faster as the last of them than by
+itself."""
 
 
 def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +85,7 @@ def experts(
     experts: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
+    shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute ``sum_i weights[t, i] * w2[e] (silu(a) * b)`` with ``(a, b) = w13[e] hidden[t]``.
 
@@ -91,6 +96,8 @@ def experts(
         weights, experts: ``[T, k]``, from ``route``.
         w13: ``[E, 2I, H]``, gate rows above up rows, or ``[E, I, H]`` without gates; w2: ``[E, H,
             I]``.
+        shared_gate: ``[T, 1]`` to compute the last expert for all tokens and add its output times
+            ``sigmoid(shared_gate)``. It is then not one of ``experts``.
 
     Returns:
         ``[T, H]`` in hidden's dtype, summed in float32 in the order of the k. O(T * k * H * I).
@@ -99,15 +106,15 @@ def experts(
         (partial(linear, weight=up), partial(linear, weight=down))
         for up, down in zip(w13, w2, strict=True)
     ]
-    return sum_of_products(hidden, weights, experts, products, activation(w13, w2))
+    return sum_of_products(
+        hidden, weights, experts, shared_gate, products=products, activate=activation(w13, w2)
+    )
 
 
-def prepare(
-    w13: torch.Tensor, w2: torch.Tensor
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Return ``experts`` with these weights in the fastest form.
 
-    The result maps (hidden, weights, experts) to ``[T, H]``.
+    The result maps (hidden, weights, experts, shared_gate=None) to ``[T, H]``.
     """
     products = [
         (prepare_linear(up), prepare_linear(down)) for up, down in zip(w13, w2, strict=True)
@@ -123,6 +130,7 @@ def experts_8bit(
     w13_scale: torch.Tensor,
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
+    shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute ``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``.
 
@@ -135,7 +143,9 @@ def experts_8bit(
         )
         for e in range(len(w13))
     ]
-    return sum_of_products(hidden, weights, experts, products, activation(w13, w2))
+    return sum_of_products(
+        hidden, weights, experts, shared_gate, products=products, activate=activation(w13, w2)
+    )
 
 
 def prepare_8bit(
@@ -144,7 +154,7 @@ def prepare_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+) -> Callable[..., torch.Tensor]:
     """Return ``experts_8bit`` with these weights, for hidden states of ``dtype``.
 
     See ``linear.reference.prepare_8bit``.
@@ -172,6 +182,8 @@ def sum_of_products(
     hidden: torch.Tensor,
     weights: torch.Tensor,
     experts: torch.Tensor,
+    shared_gate: torch.Tensor | None = None,
+    *,
     products: Sequence[tuple[Product, Product]],
     activate: Product,
 ) -> torch.Tensor:
@@ -188,7 +200,11 @@ def sum_of_products(
             rows = slice(start, start + count)
             results[order[rows]] = down(activate(up(grouped[rows])))
             start += count
-    return weighted_sum(results.view(num_tokens, k, hidden.shape[1]), weights)
+    total = weighted_sum(results.view(num_tokens, k, hidden.shape[1]), weights)
+    if shared_gate is None:
+        return total
+    up, down = products[-1]
+    return sigmoid_mul(down(activate(up(hidden))), shared_gate).add_(total)
 
 
 def activation(w13: torch.Tensor, w2: torch.Tensor) -> Product:

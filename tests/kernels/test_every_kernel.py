@@ -208,7 +208,8 @@ def meta_calls() -> dict[str, Callable[[], object]]:
     add("moe", "quantize_experts", w13, "int8")
     products = [(lambda rows: new(len(rows), 16), lambda rows: new(len(rows), 256))] * 4
     reference = importlib.import_module("kernels.activation.reference")
-    add("moe", "sum_of_products", x, *chosen, products, reference.silu_and_mul)
+    by = {"products": products, "activate": reference.silu_and_mul}
+    add("moe", "sum_of_products", x, *chosen, new(5, 1), **by)
     add("moe", "activation", w13, w2)
     add("moe", "weighted_sum", new(5, 2, 256), chosen[0])
     add("norm", "rms_norm", x, new(256), 1e-6, residual=x)

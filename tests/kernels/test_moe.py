@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -33,8 +34,12 @@ def layer(
     }
 
 
-def formula(hidden, weights, experts, w13, w2) -> torch.Tensor:
+def formula(hidden, weights, experts, w13, w2, shared_gate=None) -> torch.Tensor:
     """Compute the output token by token in float64."""
+    if shared_gate is not None:
+        weights = torch.cat([weights.double(), shared_gate.double().sigmoid()], dim=1)
+        shared = torch.full_like(experts[:, :1], len(w13) - 1)
+        experts = torch.cat([experts, shared], dim=1)
     out = torch.zeros_like(hidden, dtype=torch.float64)
     for t, (row, chosen) in enumerate(zip(weights.double(), experts.long(), strict=True)):
         for weight, expert in zip(row, chosen, strict=True):
@@ -168,6 +173,39 @@ def test_experts_with_block_scales_equal_the_formula(
     ]
     expected = formula(case["hidden"], weights, experts, *widened)
     assert_close(run(case["hidden"], weights, experts), expected, factor=2)
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("format", [None, "int8"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 40])
+def test_the_last_expert_can_be_shared(
+    backend, dtype, format, num_tokens, device, assert_close
+) -> None:
+    """It is computed for all tokens, whose results do not depend on the batch."""
+    if format and dtype == torch.bfloat16:
+        pytest.skip("the interpreter converts int8 to bfloat16 by its bits")
+    case = layer(num_tokens, 6, 48, 40, dtype, device)
+    scores = case["logits"]
+    if format is None:
+        run = backend.prepare(case["w13"], case["w2"])
+        w13, w2 = case["w13"], case["w2"]
+    else:
+        eight_bit = [part for name in ("w13", "w2") for part in quantize(case[name], format)]
+        names = "w13", "w13_scale", "w2", "w2_scale"
+        run = partial(backend.experts_8bit, **dict(zip(names, eight_bit, strict=True)))
+        w13, w2 = (eight_bit[i].float() * eight_bit[i + 1][..., None] for i in (0, 2))
+
+    def output(rows: slice) -> torch.Tensor:
+        routed = backend.route(scores[rows, :5], 3, True)
+        return run(case["hidden"][rows], *routed, shared_gate=scores[rows, 5:])
+
+    weights, experts = reference.route(scores[:, :5], 3, True)
+    whole = output(slice(None))
+    expected = formula(case["hidden"], weights, experts, w13, w2, scores[:, 5:])
+    assert_close(whole, expected, factor=2)
+    for first, last in ((0, 1), (3, 5), (7, 31)):
+        assert torch.equal(output(slice(first, last)), whole[first:last])
 
 
 @pytest.mark.full("fp32-reference")

@@ -346,11 +346,10 @@ def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
 
 LAUNCHES = {
     "rms_norm_kernel": 8,
-    "linear_kernel": 12,
+    "linear_kernel": 8,
     "decode_kernel": 2,
     "route_kernel": 2,
-    "silu_and_mul_kernel": 2,
-    "gate_mul_kernel": 3,
+    "gate_mul_kernel": 1,
     "gate_up_kernel": 2,
     "down_kernel": 2,
     "weighted_sum_kernel": 2,

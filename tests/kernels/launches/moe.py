@@ -1,4 +1,5 @@
-"""Launches of Qwen3-Next's experts for few tokens and for a prefill, in bfloat16 and 8-bit."""
+"""Launches of Qwen3-Next's experts with the shared one, for few tokens and for a prefill, in
+bfloat16 and 8-bit."""
 
 import torch
 import triton
@@ -7,28 +8,30 @@ from kernels.moe.fused import experts, experts_8bit, route, route_sigmoid
 
 
 def _experts(num_tokens: int) -> None:
-    weights, chosen = route(torch.empty(num_tokens, 512, dtype=torch.bfloat16), 10, True)
+    scores = torch.empty(num_tokens, 513, dtype=torch.bfloat16)
+    weights, chosen = route(scores[:, :512], 10, True)
     hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
     w13, w2 = _weights(torch.bfloat16)
-    experts(hidden, weights, chosen, w13, w2)
+    experts(hidden, weights, chosen, w13, w2, scores[:, 512:])
 
 
 def _experts_8bit(num_tokens: int, dtype: torch.dtype, *, in_blocks: bool = False) -> None:
     target = triton.runtime.driver.active.get_current_target()
     if dtype != torch.int8 and (target.backend != "cuda" or target.arch < 89):
         return
-    weights, chosen = route(torch.empty(num_tokens, 512, dtype=torch.bfloat16), 10, True)
+    scores = torch.empty(num_tokens, 513, dtype=torch.bfloat16)
+    weights, chosen = route(scores[:, :512], 10, True)
     hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
     blocks = ((16,), (4,)) if in_blocks else ((), ())
-    scales = torch.empty(512, 1024, *blocks[0]), torch.empty(512, 2048, *blocks[1])
+    scales = torch.empty(513, 1024, *blocks[0]), torch.empty(513, 2048, *blocks[1])
     w13, w2 = _weights(dtype)
-    experts_8bit(hidden, weights, chosen, w13, scales[0], w2, scales[1])
+    experts_8bit(hidden, weights, chosen, w13, scales[0], w2, scales[1], scores[:, 512:])
 
 
 def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
     """Return both weights as expanded single elements, because nothing reads them."""
     element = torch.empty(1, 1, 1, dtype=dtype)
-    return [element.expand(shape) for shape in ((512, 1024, 2048), (512, 2048, 512))]
+    return [element.expand(shape) for shape in ((513, 1024, 2048), (513, 2048, 512))]
 
 
 def _without_gates() -> None:
