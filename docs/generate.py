@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -168,6 +169,37 @@ def admission() -> str:
     from hybridcache.policies.registry import ADMISSION_NAMES
 
     return _table(ADMISSION_NAMES)
+
+
+# --- Metrics ------------------------------------------------------------------------------------
+
+
+def metrics() -> str:
+    """Return the metrics of a server whose engine has a host tier and a state folder."""
+    from engine import Engine, engine_config
+    from engine.server.metrics import TRANSFERS, Metrics
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = engine_config(cache_gib=0.05, host_gib=0.05, state_dir=folder, disk_gib=0.1)
+        engine = Engine(config)
+        text = Metrics().render(engine.report()).decode()
+        engine.close()
+    kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)", text, re.MULTILINE))
+    found = re.findall(r"^# HELP (\w+) (.*)", text, re.MULTILINE)
+    rows = [(name, kinds[name], help) for name, help in found]
+    rows += [
+        (f"engine_{name}_total", "counter, with `--role`", help) for name, _, help in TRANSFERS
+    ]
+    lines = [f"| `{name}` | {kind} | {_cell(help)} |" for name, kind, help in rows]
+    return "\n".join(["| metric | type | meaning |", "|---|---|---|", *lines, ""])
+
+
+def measures() -> str:
+    """Return the metrics of the simulator."""
+    from hybridcache.lab.report import METRICS
+
+    rows = [f"| `{name}` | {_cell(metric.title)} |" for name, metric in METRICS.items()]
+    return "\n".join(["| metric | figure |", "|---|---|", *rows, ""])
 
 
 # --- Library ------------------------------------------------------------------------------------
@@ -438,6 +470,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "eviction": eviction,
     "placement": placement,
     "admission": admission,
+    "metrics": metrics,
+    "measures": measures,
     "api": api,
 }
 """Generated parts by name."""
