@@ -307,10 +307,10 @@ class Engine:
     def _forward(self, step: Step) -> Any:
         before = self._in_flight.drawn if self._in_flight is not None else None
         logits = None
-        if step.batch.late_tokens and before is not None:
-            logits = self.runner.forward(step.batch, before.tokens)
-        elif step.tasks or step.batch.moves:
-            logits = self.runner.forward(step.batch)
+        if step.late_tokens and before is not None:
+            logits = self.runner.forward(step, before.tokens)
+        elif step.segments or step.moves:
+            logits = self.runner.forward(step)
         if step is not EMPTY:
             self._manager.step_done()
         self._laps.append(self.clock())
@@ -322,13 +322,13 @@ class Engine:
         Does not wait, except if a grammar depends on a token of the previous step: then it waits
         for that token while the device computes this step.
         """
-        late_tokens = dict(step.batch.late_tokens)
+        late_tokens = dict(step.late_tokens)
         inputs: list[SamplingInput] = []
         rows: list[int] = []
         scores: list[PendingTokens] = []
         num_rows = 0
-        for index, (task, segment) in enumerate(zip(step.tasks, step.batch.segments, strict=True)):
-            first, num_rows = num_rows, num_rows + segment.num_logits
+        for index, task in enumerate(step.segments):
+            first, num_rows = num_rows, num_rows + task.num_logits
             if task.scores:
                 scores.append(_score(task, logits[first:num_rows], self._sampler))
             if task.samples:
@@ -350,7 +350,7 @@ class Engine:
         device has probably finished."""
         if not self._overlaps:
             return step
-        due, self._in_flight = self._in_flight, step if step.tasks else None
+        due, self._in_flight = self._in_flight, step if step.segments else None
         return due or EMPTY
 
     def _commit(self, step: Step) -> list[RequestOutput]:
@@ -362,7 +362,7 @@ class Engine:
         self._committing = step
         taken = self._scheduler.commit(step, tokens, scored)
         if taken:
-            self.runner.commit(step.batch, taken)
+            self.runner.commit(step, taken)
         self._committing = EMPTY
         outputs = self.take_outputs()
         if self.config.check:
@@ -395,7 +395,7 @@ class Engine:
                 sample_s=launched - computed,
                 wait_s=waited - launched,
                 commit_s=self.clock() - waited,
-                num_prefill_tokens=step.batch.num_tokens - num_decode_tokens,
+                num_prefill_tokens=step.num_tokens - num_decode_tokens,
                 num_decode_tokens=num_decode_tokens,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,

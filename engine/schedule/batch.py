@@ -1,10 +1,10 @@
-"""One step as data: the batch that the model runner reads, drafts, the task of each request, and
-the hooks around steps."""
+"""One step as data: the runner's batch of segments, the engine's step of tasks, which extends it,
+drafts, and the hooks around steps."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -60,10 +60,10 @@ class Segment(Struct, frozen=True):
         return len(self.token_ids) if self.logits == "all" else int(self.logits == "last")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
-    """Input of one step: decode segments without drafts, then those with drafts, then prefill
-    segments.
+    """Input of the runner for one step: decode segments without drafts, then those with drafts,
+    then prefill segments.
 
     Before the forward pass, ``moves``, ``row_writes`` and ``restores`` are executed, in this order.
     A batch without segments is executed for its moves only. A batch with neither segments nor moves
@@ -89,6 +89,10 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments if segment.is_decode)
 
     @property
     def saved_by_decodes(self) -> list[tuple[int, int]]:
@@ -251,71 +255,66 @@ UNKNOWN: Tokens = np.zeros(1, np.int32)
 """Placeholder for a token that is drawn but has not reached the host."""
 
 
-class Task(Struct, frozen=True):
-    """One request's part of a step."""
+class Task(Segment, frozen=True, kw_only=True):
+    """A segment with its request. Other processes receive the segment alone."""
 
     request: Request
     lease: object
     """Lease of the request when the step was planned. If the request has lost it in the meantime,
     the results of the step do not apply to it."""
-    start: int
-    end: int
-    """``computed_len`` before and after the step."""
-    is_decode: bool
     samples: bool
     """True if the logits of the last position give the next token."""
-    scores: bool
-    """True if the logits of all positions are needed, for the prompt's log-probabilities."""
-    draft: Draft | None
-    """Draft that is verified in this step; its tokens are the last below ``end``."""
-    is_late: bool = False
-    """True if the token to compute is drawn but has not reached the host."""
+    draft: Draft | None = None
+    """Draft that is verified in this step; its tokens are the last of ``token_ids``."""
 
     @classmethod
-    def of(cls, request: Request, end: int, draft: Draft | None = None) -> Task:
+    def of(
+        cls,
+        request: Request,
+        end: int,
+        exports: tuple[tuple[int, int], ...],
+        draft: Draft | None = None,
+    ) -> Task:
         """Make the task that computes ``request`` from its scheduled length up to ``end``, and
-        ``draft``."""
-        is_decode = request.scheduled_len >= request.prefill_len
+        ``draft``. See ``Segment`` for ``exports``."""
+        lease, row = request.claims
+        start = request.scheduled_len
+        is_decode = start >= request.prefill_len
+        samples = end == request.known_len < request.max_len
+        token_ids = request.tokens[start:end] if end <= request.num_tokens else UNKNOWN
+        scores = not is_decode and request.wants_scores
         return cls(
-            request=request,
-            lease=request.lease,
-            start=request.scheduled_len,
-            end=end + (0 if draft is None else len(draft.tokens)),
+            row=row,
+            slot=lease.state_slot,
+            token_ids=token_ids if draft is None else np.concatenate([token_ids, draft.tokens]),
+            start=start,
             is_decode=is_decode,
-            samples=end == request.known_len < request.max_len,
-            scores=not is_decode and request.wants_scores,
+            exports=exports,
+            logits="all" if scores or draft else "last" if samples else "none",
+            namespace=request.namespace,
+            num_drafts=0 if draft is None else len(draft.tokens),
+            request=request,
+            lease=lease,
+            samples=samples,
             draft=draft,
-            is_late=end > request.num_tokens,
         )
+
+    def __reduce__(self) -> tuple[type[Segment], tuple[object, ...]]:
+        return Segment, tuple(getattr(self, name) for name in Segment.__struct_fields__)
+
+    @property
+    def is_late(self) -> bool:
+        """True if the token to compute is drawn but has not reached the host."""
+        return self.token_ids is UNKNOWN
+
+    @property
+    def scores(self) -> bool:
+        """True if the logits of all positions are needed, for the prompt's log-probabilities."""
+        return self.logits == "all" and self.draft is None
 
     @property
     def drafts(self) -> Tokens:
         return NO_TOKENS if self.draft is None else self.draft.tokens
-
-    @property
-    def token_ids(self) -> Tokens:
-        """Token ids to compute, with a placeholder for a late one."""
-        if self.is_late:
-            return UNKNOWN
-        if self.draft is None:
-            return self.request.tokens[self.start : self.end]
-        sure = self.request.tokens[self.start : self.end - len(self.draft.tokens)]
-        return np.concatenate([sure, self.draft.tokens])
-
-    def segment(self, exports: tuple[tuple[int, int], ...]) -> Segment:
-        """Return the segment of this task; see ``Segment`` for ``exports``."""
-        lease, row = self.request.claims
-        return Segment(
-            row=row,
-            slot=lease.state_slot,
-            token_ids=self.token_ids,
-            start=self.start,
-            is_decode=self.is_decode,
-            exports=exports,
-            logits="all" if self.scores or self.draft else "last" if self.samples else "none",
-            namespace=self.request.namespace,
-            num_drafts=0 if self.draft is None else len(self.draft.tokens),
-        )
 
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
         """Return the tokens that the step gave the request: the accepted drafts and one more.
@@ -348,32 +347,26 @@ class PendingTokens(Protocol):
 
 
 @dataclass(slots=True)
-class Step:
-    """One step: the batch that the runner computes, its tasks in the same order, and its
-    results."""
+class Step(Batch):
+    """One step: the batch of its tasks, and its results. Other processes receive the batch
+    alone."""
 
-    batch: Batch
-    tasks: tuple[Task, ...]
+    segments: tuple[Task, ...]
     drawn: PendingTokens | None = None
     """Next token of each task that samples, and one after each of its drafts; None if no task
     samples, and before they are drawn."""
     scores: Sequence[PendingTokens] = ()
     """Prompt tokens with their log-probabilities, for each task that scores."""
 
-    @property
-    def num_decode_tokens(self) -> int:
-        return sum(task.end - task.start for task in self.tasks if task.is_decode)
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return self.batch.num_tokens - self.num_decode_tokens
+    def __reduce__(self) -> tuple[type[Batch], tuple[object, ...]]:
+        return Batch, tuple(getattr(self, field.name) for field in fields(Batch))
 
     @property
     def has_drafts(self) -> bool:
-        return any(task.draft is not None for task in self.tasks)
+        return any(task.draft is not None for task in self.segments)
 
 
-EMPTY = Step(Batch(()), ())
+EMPTY = Step(())
 """Step without work: the runner is not called."""
 
 

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.requests.request import Request
-from engine.schedule.batch import EMPTY, Batch, Draft, DraftPlanner, Segment, Step, Task
+from engine.schedule.batch import EMPTY, Draft, DraftPlanner, Step, Task
 from engine.text.outputs import NO_TOKEN, FinishReason, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 
-Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
 
 
@@ -100,38 +99,37 @@ class Scheduler(StepPlanner[Request]):
             return EMPTY
         ends = self.choose()
         drafts = self._drafts(ends)
-        tasks = [Task.of(request, end, drafts.get(request)) for request, end in ends.items()]
-        tasks.sort(key=lambda task: (not task.is_decode, task.draft is not None))
-        ready = [
-            (task, exports)
-            for task in tasks
-            if (exports := self._manager.take_checkpoint_slots(task.request, task.end)) is not None
-        ]
-        if not ready and not self._manager.has_moves:
-            # Changes that ``publish`` makes to a request's row wait for the next batch with tasks.
-            return EMPTY
-        self._num_in_flight += bool(ready)
-        self._verifies = bool(drafts)
-        return Step(self._batch(ready), tuple(task for task, _ in ready))
-
-    def _batch(self, ready: Sequence[tuple[Task, Exports]]) -> Batch:
-        """Build the batch of the tasks, with every copy that is due before it."""
-        segments: list[Segment] = []
+        tasks: list[Task] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
-        for task, exports in ready:
-            request = task.request
+        for request in sorted(ends, key=lambda one: (self._is_prefill(one), one in drafts)):
+            draft, end = drafts.get(request), ends[request]
+            full_end = end if draft is None else end + len(draft.tokens)
+            exports = self._manager.take_checkpoint_slots(request, full_end)
+            if exports is None:
+                continue
+            task = Task.of(request, end, exports, draft)
             if task.is_late:
-                late_tokens.append((len(segments), request.drawn_row))
-            segments.append(task.segment(exports))
-            request.scheduled_len = task.end
+                late_tokens.append((len(tasks), request.drawn_row))
+            tasks.append(task)
+            request.scheduled_len = full_end
             if task.samples:
                 request.num_drawn += 1
                 request.drawn_row = num_drawn
                 num_drawn += 1
-        step = self._manager.take_step()
-        late = tuple(late_tokens)
-        return Batch(tuple(segments), step.restores, step.row_writes, late, step.transfers)
+        if not tasks and not self._manager.has_moves:
+            # Changes that ``publish`` makes to a request's row wait for the next batch with tasks.
+            return EMPTY
+        self._num_in_flight += bool(tasks)
+        self._verifies = bool(drafts)
+        copies = self._manager.take_step()
+        return Step(
+            tuple(tasks), copies.restores, copies.row_writes, tuple(late_tokens), copies.transfers
+        )
+
+    @staticmethod
+    def _is_prefill(request: Request) -> bool:
+        return request.scheduled_len < request.prefill_len
 
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory for them.
@@ -144,7 +142,7 @@ class Scheduler(StepPlanner[Request]):
         decoding = [
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
-            if request.scheduled_len >= request.prefill_len and end == request.num_tokens
+            if not self._is_prefill(request) and end == request.num_tokens
         ]
         drafts = self._drafting.propose(decoding)
         return {
@@ -175,10 +173,10 @@ class Scheduler(StepPlanner[Request]):
         Returns the number of computed tokens that count for each task with a draft, in the step's
         order.
         """
-        self._num_in_flight -= bool(step.tasks)
+        self._num_in_flight -= bool(step.segments)
         taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
-        for task in step.tasks:
+        for task in step.segments:
             run = task.run_of(tokens)
             request = task.request
             scored_now = next(scores) if task.scores else ()

@@ -192,7 +192,15 @@ def test_drafts_do_not_change_the_sampled_distribution() -> None:
     pairs = np.zeros((4, 4))
     for one, other in zip(drawn[::2], drawn[1::2], strict=True):
         task = Task(
-            None, None, 0, 2, True, True, False, Draft(np.array([drafted_token], np.int32), "x")
+            row=0,
+            slot=None,
+            token_ids=np.zeros(2, np.int32),
+            start=0,
+            is_decode=True,
+            request=None,  # type: ignore[arg-type]
+            lease=None,
+            samples=True,
+            draft=Draft(np.array([drafted_token], np.int32), "x"),
         )
         run = task.run_of(iter([one, other]))
         assert len(run) == 1 + (one.token_id == drafted_token)

@@ -19,7 +19,7 @@ from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import SUFFIX
 from engine.plugins.tiers.staging import MeasuredExchange
-from engine.schedule.batch import Batch, Segment, Step, Task
+from engine.schedule.batch import Batch, Segment
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from tests.engine.test_hits_change_nothing import (
@@ -280,9 +280,8 @@ def test_prefixes_that_are_computed_faster_are_not_loaded() -> None:
         "a load is tried while nothing is measured"
     )
     for num_tokens in (1024, 512, 2048):
-        task = Task(None, None, 0, num_tokens, False, True, False, None)  # type: ignore[arg-type]
         segment = Segment(0, 0, np.zeros(num_tokens, np.int32), 0, False)
-        exchange.learn(Step(Batch((segment,)), (task,)), 5.0 + num_tokens / 1000)
+        exchange.learn(Batch((segment,)), 5.0 + num_tokens / 1000)
     rates["host"] = 1e9
     saved = exchange.seconds_saved(0, 640, 1000, state)
     assert 0.4 < saved < 0.6, (

@@ -338,7 +338,7 @@ class TierPlugin(Plugin):
     def after_step(self, step: Step, seconds: float) -> None:
         self.exchange.learn(step, seconds)
         self._follow_disk()
-        if self.policy_state is not None and step.tasks:
+        if self.policy_state is not None and step.segments:
             self.policy_state.has_changes = True
             self.policy_state.rest(is_idle=False)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.plugins.tiers.disk import Disk
 from engine.requests.request import Request
-from engine.schedule.batch import Step
+from engine.schedule.batch import Batch
 from engine.schedule.fetching import Fetch, Fetcher
 from hybridcache.allocators.moves import DISK
 from hybridcache.api import PrefixMatch, Resumable
@@ -61,11 +61,11 @@ class MeasuredExchange:
                 return float(slope / UNIT)
         return float(y / x / UNIT)
 
-    def learn(self, step: Step, seconds: float) -> None:
+    def learn(self, step: Batch, seconds: float) -> None:
         """Record a step that was computed in ``seconds``. Steps with decodes are ignored."""
-        if not step.tasks or step.num_decode_tokens:
+        if not step.segments or step.num_decode_tokens:
             return
-        x = sum(self._geometry.flops(task.start, task.end) for task in step.tasks) / UNIT
+        x = sum(self._geometry.flops(one.start, one.end) for one in step.segments) / UNIT
         self._sums = FADING * self._sums + (1, x, seconds, x * x, x * seconds)
 
     def seconds_saved(
