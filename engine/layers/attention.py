@@ -13,7 +13,6 @@ from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Composite
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.mixers import AttentionSizes
-from hybridcache.geometry.shares import share
 
 
 class Attention(Composite):
@@ -59,7 +58,7 @@ class Attention(Composite):
             bias=bias if output_bias is None else output_bias,
             shares_inputs=True,
         )
-        self.sizes = sizes = share(sizes, build.rank.count)
+        self.sizes = sizes = sizes.share(build.rank.count)
         self.keeps, self._rotates = sizes.keeps, rotates
         queries, kept = (n * sizes.head_dim for n in (sizes.num_heads, sizes.num_kv_heads))
         self._widths = [queries * sizes.gated, queries, kept, kept]

@@ -9,8 +9,7 @@ import torch
 
 from engine.layers.linear import as_kernels_take
 from engine.layers.parameters import Build, Parameter, Storage
-from hybridcache.geometry.shares import part
-from hybridcache.geometry.sizes import ExpertsSizes
+from hybridcache.geometry.sizes import ExpertsSizes, part
 
 Scales = torch.Tensor | None
 

@@ -11,7 +11,6 @@ from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
 from hybridcache.geometry.mixers import DeltaSizes
-from hybridcache.geometry.shares import share
 
 
 class GatedDeltaNet(Composite):
@@ -57,7 +56,7 @@ class GatedDeltaNet(Composite):
         channels = list(convs.values())
         self._convs = dict(zip(convs, rank.cuts(channels, [keys, keys, values]), strict=True))
         self._heads_cut = rank.cut(each)
-        self.sizes = sizes = share(sizes, rank.count)
+        self.sizes = sizes = sizes.share(rank.count)
         self._channels = [
             size if cut is None else len(cut)
             for size, cut in zip(channels, self._convs.values(), strict=True)

@@ -12,7 +12,6 @@ from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
 from hybridcache.geometry.mixers import DeltaSizes
-from hybridcache.geometry.shares import share
 
 
 class KimiDeltaAttention(Composite):
@@ -40,7 +39,7 @@ class KimiDeltaAttention(Composite):
         outputs = [Part(f"{name}.o_proj", hidden_size)]
         self._output = Linear(width, outputs, build, shares_inputs=True)
         self._channels_cut, self._heads_cut = rank.cut(by_head), rank.cut((heads, 1), dim=2)
-        sizes = share(sizes, rank.count)
+        sizes = sizes.share(rank.count)
         self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
         heads, width = sizes.num_value_heads, sizes.value_width
         self._narrow_widths = [sizes.conv_channels, head, head, heads]

@@ -12,7 +12,6 @@ from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
 from hybridcache.geometry.mixers import MambaSizes
-from hybridcache.geometry.shares import share
 
 
 class Mamba1(Composite):
@@ -43,7 +42,7 @@ class Mamba1(Composite):
         self._steps = Linear(rank, steps, build)
         outputs = [Part(f"{name}.out_proj", hidden_size)]
         self._output = Linear(inner, outputs, build, bias=bias, shares_inputs=True)
-        self._cut, sizes = build.rank.cut(channels), share(sizes, build.rank.count)
+        self._cut, sizes = build.rank.cut(channels), sizes.share(build.rank.count)
         self.name, self.sizes, self.keeps, inner = name, sizes, sizes.keeps, sizes.inner
         self.projected_size, self.mixed_shape = 2 * inner, (inner,)
         self._norms = [

@@ -13,7 +13,6 @@ from engine.layers.parameters import Build, Composite, Parameter
 from engine.layers.shortconv import CausalConv
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.mixers import MambaSizes
-from hybridcache.geometry.shares import share
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class Mamba2(Composite):
         self.layers = self._projection, self._output
         self._conv_cut = rank.cut(by_head, groups, groups)
         self._heads_cut, self._channels_cut = rank.cut(each), rank.cut(by_head)
-        sizes = share(sizes, rank.count)
+        sizes = sizes.share(rank.count)
         self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
         self._limits, self._gated_norm = limits, norm
         heads, keys = sizes.num_heads, sizes.num_groups * sizes.state_dim

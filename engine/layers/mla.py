@@ -12,7 +12,6 @@ from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Composite, Parameter
 from hybridcache.geometry.mixers import LatentAttentionSizes
-from hybridcache.geometry.shares import share
 
 
 class LatentAttention(Composite):
@@ -49,7 +48,7 @@ class LatentAttention(Composite):
             bias=bias,
             shares_inputs=True,
         )
-        self._expand_cut, sizes = rank.cut(expanded), share(sizes, rank.count)
+        self._expand_cut, sizes = rank.cut(expanded), sizes.share(rank.count)
         self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
         heads = sizes.num_heads
         self._widths = [heads * by_head[1], sizes.rank, beside]

@@ -10,7 +10,6 @@ from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, pad_
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Composite, Parameter
 from hybridcache.geometry.mixers import ShortConvSizes
-from hybridcache.geometry.shares import share
 
 
 class CausalConv:
@@ -47,7 +46,7 @@ class ShortConv(Composite):
         self._projection = Linear(hidden_size, inputs, build, bias=bias)
         self._output = Linear(sizes.channels, outputs, build, bias=bias, shares_inputs=True)
         self.layers = self._projection, self._output
-        self._cut, sizes = build.rank.cut(channels), share(sizes, build.rank.count)
+        self._cut, sizes = build.rank.cut(channels), sizes.share(build.rank.count)
         self.name, self.keeps = name, sizes.keeps
         width = sizes.channels
         self.projected_size, self.mixed_shape = 3 * width, (width,)

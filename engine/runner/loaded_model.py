@@ -23,7 +23,6 @@ from engine.weights.model_config import ModelConfig, ModelError, read_config
 from engine.weights.quantized_formats import read_quantization
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.shares import share_of
 from hybridcache.geometry.sizes import ModelSizes, SizesError
 
 
@@ -166,6 +165,6 @@ def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:
     """Return the sizes of one of ``num_ranks``. Raises ModelError if they cannot be divided
     evenly."""
     try:
-        return share_of(config.sizes, num_ranks)
+        return config.sizes.share(num_ranks)
     except SizesError as error:
         raise ModelError(f"--tp {num_ranks} is not possible for this model: {error}.") from None

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import PrefillTimes, Roofline
+from hybridcache.geometry.times import PrefillTimes
 
 PCIE_BYTES_PER_S = 50e9
 """One-way bandwidth of PCIe 5.0 x16 from pinned memory: 63 GB/s by its data sheet, less protocol
@@ -61,12 +60,3 @@ class Exchange:
         unit, seconds = self.unit, self.times.seconds
         without = seconds(cached_len * unit, prompt_len * unit)
         return without - seconds(position * unit, prompt_len * unit) - self.copy_seconds(num_bytes)
-
-
-def tokens_per_byte(geometry: ModelGeometry, bytes_per_s: float) -> float:
-    """Return the number of tokens that a device computes in the time its link carries one byte.
-
-    This is the price of a copy in tokens, by arithmetic alone, at half of an H100's peak. With
-    several devices, each has its own link and its own share of the bytes.
-    """
-    return Roofline(geometry).flops_per_s / geometry.flops_per_token / bytes_per_s

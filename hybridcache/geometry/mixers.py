@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
-from hybridcache.geometry.sizes import KVSpec, Spec, StateSpec
+from hybridcache.geometry.sizes import KVSpec, SizesError, Spec, StateSpec, part, part_or_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class AttentionSizes:
         queries = 2 if self.gated else 1
         width = self.num_heads * self.head_dim
         return hidden * ((queries + 1) * width + 2 * self.num_kv_heads * self.head_dim)
+
+    def share(self, count: int) -> Self:
+        heads = part(self.num_heads, count, "heads of attention")
+        kv_heads = part_or_copy(self.num_kv_heads, count, "heads of keys and values")
+        return replace(self, num_heads=heads, num_kv_heads=kv_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,10 @@ class LatentAttentionSizes:
         down = hidden * (self.rank + self.rope_dim)
         up = self.rank * self.num_heads * (self.nope_dim + self.value_dim)
         return queries + down + up + self.num_heads * self.value_dim * hidden
+
+    def share(self, count: int) -> Self:
+        """Divide the heads. The latent row is replicated."""
+        return replace(self, num_heads=part(self.num_heads, count, "heads of latent attention"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,11 @@ class DeltaSizes:
     def num_params(self, hidden: int) -> int:
         return hidden * (2 * self.key_width + 3 * self.value_width)  # q, k; v, gate, out
 
+    def share(self, count: int) -> Self:
+        keys = part(self.num_key_heads, count, "key heads of linear attention")
+        values = part(self.num_value_heads, count, "value heads of linear attention")
+        return replace(self, num_key_heads=keys, num_value_heads=values)
+
 
 @dataclass(frozen=True, slots=True)
 class MambaSizes:
@@ -139,6 +154,14 @@ class MambaSizes:
     def num_params(self, hidden: int) -> int:
         return hidden * (2 * self.inner + self.conv_channels)  # x, B, C; gate; out
 
+    def share(self, count: int) -> Self:
+        if not self.num_groups:  # Mamba-1: its channels are one head.
+            channels = part(self.head_dim, count, "channels of a state space")
+            return replace(self, head_dim=channels)
+        heads = part(self.num_heads, count, "heads of a state space")
+        groups = part_or_copy(self.num_groups, count, "groups of a state space")
+        return replace(self, num_heads=heads, num_groups=groups)
+
 
 @dataclass(frozen=True, slots=True)
 class ShortConvSizes:
@@ -159,6 +182,9 @@ class ShortConvSizes:
     def num_params(self, hidden: int) -> int:
         return 4 * hidden * hidden
 
+    def share(self, count: int) -> Self:
+        return replace(self, channels=part(self.channels, count, "channels of a convolution"))
+
 
 @dataclass(frozen=True, slots=True)
 class StatedSizes:
@@ -177,6 +203,9 @@ class StatedSizes:
 
     def num_params(self, hidden: int) -> int:
         return 0
+
+    def share(self, count: int) -> Self:
+        raise SizesError("Layers of which only the state sizes are known cannot be divided")
 
 
 def conv_window(channels: int, width: int) -> tuple[StateSpec, ...]:

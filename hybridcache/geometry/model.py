@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -36,7 +36,6 @@ from hybridcache.geometry.sizes import (
     ExpertsSizes,
     KVSpec,
     LayerSizes,
-    MixerSizes,
     MLPSizes,
     ModelSizes,
     SizesError,
@@ -90,14 +89,12 @@ class ModelGeometry:
             ValueError: no preset or several presets match. The message lists the names.
         """
         full_name = preset_name(name)
-        shape = presets()[full_name]
-        dtypes = {"state_dtype": shape.get("state_dtype", "float32")} | dtypes
-        geometry = cls.from_sizes(full_name, sizes_of_shape(shape), **dtypes)
-        if "active_params" not in shape:
-            return geometry
-        # Published figures where a shape states them.
-        active, total = shape["active_params"], shape["total_params"]
-        return replace(geometry, active_params=active, total_params=total)
+        preset = presets()[full_name]
+        dtypes = {"state_dtype": preset.get("state_dtype", "float32")} | dtypes
+        geometry = cls.from_sizes(full_name, _sizes_of(preset), **dtypes)
+        # Published figures, where a preset has them, replace the sums over its layers.
+        stated = {key: preset[key] for key in ("active_params", "total_params") if key in preset}
+        return replace(geometry, **stated)
 
     @classmethod
     def from_config(
@@ -236,20 +233,25 @@ def _refuse_unknown(**dtypes: str) -> None:
 
 # --- Bundled models -----------------------------------------------------------------------------
 
-Shape = Mapping[str, Any]
-"""One bundled model as published: the kind of its linear layers, the number of layers of each type,
-and their dimensions. Kinds are ``gated_deltanet``, ``kda+mla``, ``mamba2``, ``mamba1``,
-``lightning``, ``shortconv``, and ``stated`` if only the state size is known."""
-
-_PRESETS_FILE = "presets.json"
+KINDS: Mapping[str, Callable[..., Any]] = {
+    "attention": AttentionSizes,
+    "latent_attention": LatentAttentionSizes,
+    "delta": DeltaSizes,
+    "mamba": MambaSizes,
+    "short_conv": ShortConvSizes,
+    "stated": StatedSizes,
+    "mlp": MLPSizes,
+    "experts": ExpertsSizes,
+}
+"""Kinds of layers in ``presets.json``, where feed-forward blocks are layers of their own."""
 
 
 @cache
 def presets() -> dict[str, dict[str, Any]]:
-    """Return all bundled shapes, by full name."""
-    text = files(__package__).joinpath(_PRESETS_FILE).read_text(encoding="utf-8")
-    shapes: dict[str, dict[str, Any]] = json.loads(text)
-    return shapes
+    """Return all bundled models as published, by full name."""
+    text = files(__package__).joinpath("presets.json").read_text(encoding="utf-8")
+    found: dict[str, dict[str, Any]] = json.loads(text)
+    return found
 
 
 def preset_name(name: str) -> str:
@@ -281,63 +283,11 @@ def preset_name(name: str) -> str:
     raise ValueError(f"model {name!r} is none of: {', '.join(names)}{hint}")
 
 
-def sizes_of_shape(shape: Shape) -> ModelSizes:
-    """Build layers with the counts of a shape. Their order has no meaning, only their sums do."""
-    num_linear, linear = _linear(shape)
-    full = LayerSizes((_attention(shape),))
-    num_mlps: int = shape.get("ffn_layers", shape["num_layers"])
-    layers = (full,) * shape["full_attn_layers"] + (LayerSizes((linear,)),) * num_linear
-    mlps = (LayerSizes(mlp=_mlp(shape)),) * num_mlps
-    return ModelSizes(shape["hidden"], shape.get("vocab", 0), layers + mlps)
-
-
-def _attention(shape: Shape) -> MixerSizes:
-    heads = int(shape.get("attn_heads") or shape["hidden"] // shape["head_dim"])
-    if "mla_kv_lora_rank" in shape:
-        rank, rope = shape["mla_kv_lora_rank"], shape["mla_qk_rope_head_dim"]
-        return LatentAttentionSizes(heads, rank, rope)
-    gated = bool(shape.get("attention_gate"))
-    return AttentionSizes(heads, shape["kv_heads"], shape["head_dim"], gated)
-
-
-def _linear(shape: Shape) -> tuple[int, MixerSizes]:
-    """Return the number of linear layers and the sizes of each."""
-    kind: str = shape["kind"]
-    if kind in ("gated_deltanet", "kda+mla", "lightning"):
-        heads = shape["linear_v_heads"]
-        return shape["linear_layers"], DeltaSizes(
-            num_key_heads=shape.get("linear_k_heads", heads),
-            num_value_heads=heads,
-            key_dim=shape["linear_k_dim"],
-            value_dim=shape["linear_v_dim"],
-            conv_width=shape["conv_kernel"],
-        )
-    if kind in ("mamba1", "mamba2"):
-        return shape["mamba_layers"], MambaSizes(
-            num_heads=shape.get("mamba_heads") or shape["mamba_d_inner"],
-            head_dim=shape.get("mamba_head_dim", 1),
-            state_dim=shape["mamba_d_state"],
-            num_groups=shape.get("mamba_groups", 0),
-            conv_width=shape["conv_kernel"],
-        )
-    if kind == "shortconv":
-        return shape["conv_layers"], ShortConvSizes(shape["hidden"], shape["conv_L_cache"])
-    if kind == "stated":
-        return shape["linear_layers"], StatedSizes(shape["state_elements"], shape["conv_elements"])
-    raise ValueError(f"linear layers of unknown kind {kind!r}")
-
-
-def _mlp(shape: Shape) -> MLPSizes | ExpertsSizes:
-    matrices = shape.get("ffn_matrices", 3)
-    if not shape.get("experts"):
-        return MLPSizes(shape.get("intermediate", 0), matrices)
-    size = shape.get("moe_intermediate", 0)
-    shared = shape.get("shared_expert_intermediate", 0) or shape.get("shared_experts", 0) * size
-    return ExpertsSizes(
-        num_experts=shape["experts"],
-        experts_per_token=shape["topk"],
-        intermediate=size,
-        shared_intermediate=shared,
-        width=shape.get("moe_hidden"),
-        matrices=matrices,
-    )
+def _sizes_of(preset: Mapping[str, Any]) -> ModelSizes:
+    """Build the layers of a preset. Their order has no meaning, only their sums do."""
+    layers: list[LayerSizes] = []
+    for count, kind, sizes in preset["layers"]:
+        made = KINDS[kind](**sizes)
+        is_mlp = isinstance(made, MLPSizes | ExpertsSizes)
+        layers += [LayerSizes(mlp=made) if is_mlp else LayerSizes((made,))] * count
+    return ModelSizes(preset["hidden"], preset["vocab"], tuple(layers))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self
 
 MOST_LAYERS = 10_000
 
@@ -71,6 +71,25 @@ class MixerSizes(Protocol):
         ``hidden``."""
         ...
 
+    def share(self, count: int) -> Self:
+        """Return the sizes that one of ``count`` ranks computes and stores.
+
+        Heads and channels are divided. Raises SizesError if that is not possible evenly.
+        """
+        ...
+
+
+def part(size: int, count: int, what: str) -> int:
+    """Divide ``size`` evenly over ``count`` ranks. Raises SizesError if that is not possible."""
+    if size % count:
+        raise SizesError(f"{count} ranks cannot divide {size} {what} evenly")
+    return size // count
+
+
+def part_or_copy(size: int, count: int, what: str) -> int:
+    """Divide ``size`` evenly, or return 1 if each unit is replicated on several ranks."""
+    return 1 if 0 < size < count and count % size == 0 else part(size, count, what)
+
 
 @dataclass(frozen=True, slots=True)
 class MLPSizes:
@@ -84,6 +103,10 @@ class MLPSizes:
         """Return (weights used per token, total weights)."""
         count = self.matrices * hidden * self.intermediate
         return count, count
+
+    def share(self, count: int) -> Self:
+        """Divide the inner width over ``count`` ranks; see ``MixerSizes.share``."""
+        return replace(self, intermediate=part(self.intermediate, count, "units of an MLP"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +132,14 @@ class ExpertsSizes:
         always = shared + hidden * self.num_experts + narrowing
         return always + self.experts_per_token * expert, always + self.num_experts * expert
 
+    def share(self, count: int) -> Self:
+        """Divide every expert over all ranks, so that the load is even for any routing."""
+        return replace(
+            self,
+            intermediate=part(self.intermediate, count, "units of an expert"),
+            shared_intermediate=part(self.shared_intermediate, count, "units of a shared expert"),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
@@ -121,6 +152,11 @@ class LayerSizes:
     def keeps(self) -> tuple[Spec, ...]:
         """Stored tensors of all mixers, in order."""
         return tuple(spec for mixer in self.mixers for spec in mixer.keeps)
+
+    def share(self, count: int) -> LayerSizes:
+        """Divide all parts over ``count`` ranks; see ``MixerSizes.share``."""
+        mixers = tuple(mixer.share(count) for mixer in self.mixers)
+        return LayerSizes(mixers, None if self.mlp is None else self.mlp.share(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,3 +199,10 @@ class ModelSizes:
         mixers = sum(mixer.num_params(self.hidden) for mixer in self.mixers)
         mlps = [layer.mlp.num_params(self.hidden) for layer in self.layers if layer.mlp is not None]
         return mixers + sum(active for active, _ in mlps), mixers + sum(total for _, total in mlps)
+
+    def share(self, count: int) -> ModelSizes:
+        """Divide the layers over ``count`` ranks of a tensor-parallel model.
+
+        Width and vocabulary stay whole. Raises SizesError if a layer cannot be divided evenly.
+        """
+        return replace(self, layers=tuple(layer.share(count) for layer in self.layers))
