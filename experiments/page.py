@@ -27,6 +27,9 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 TEMPLATE = ROOT / "experiments" / "results_page.md"
 INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
 RIVAL = " beside llama.cpp"
+SHAREGPT_CAUSES = ("never_seen", "kv_evicted", "checkpoint_evicted", "never_checkpointed")
+SHAREGPT_POLICIES = ("survival", "lru", "marconi")
+HITS = "token hit rate, %"
 SLASH = 1.0
 """Points within which policies share one row of a figure."""
 
@@ -318,6 +321,32 @@ def llama_table() -> Table:
     ]
 
 
+def sharegpt_table() -> Table:
+    """Return hits and times of each cache of the engine on conversations."""
+    rows = [
+        [
+            one["cache"],
+            f"{one['gib']:g}",
+            f"{100 * one['saved_share']:.1f}",
+            f"{one['hit_tokens']:,}",
+            *(f"{one['lost_tokens'][cause]:,}" for cause in SHAREGPT_CAUSES),
+            *(f"{1000 * one[name]:.0f}" for name in ("ttft_mean_s", "ttft_p95_s")),
+        ]
+        for one in records_of("sharegpt.jsonl")
+    ]
+    lost = [cause.replace("_", " ") for cause in SHAREGPT_CAUSES]
+    return ["cache", "GiB", HITS, "hit tokens", *lost, "mean TTFT, ms", "p95, ms"], rows
+
+
+def sharegpt_simulated_table() -> Table:
+    """Return token hit rates on ShareGPT's lengths, one row per size."""
+    rates: dict[float, dict[str, str]] = {}
+    for one in records_of("sharegpt_simulated.jsonl"):
+        rates.setdefault(one["gib"], {})[one["policy"]] = f"{100 * one['saved_share']:.1f}"
+    rows = [["ShareGPT", f"{gib:.3g}", ", ".join(of.values())] for gib, of in rates.items()]
+    return ["trace", "GiB", f"{', '.join(SHAREGPT_POLICIES)}: {HITS}"], rows
+
+
 def processor(name: str) -> str:
     """Return the name of the processor that a result file was measured on."""
     found, _ = provenance.read_json_lines(provenance.RESULTS / name)
@@ -502,6 +531,7 @@ class Curves:
     """Column with one number per series, separated by commas."""
     series: Sequence[str]
     axes: tuple[str, str]
+    log_y: bool = True
 
     def draw(self, table: Table) -> Any:
         """Return the figure."""
@@ -513,7 +543,7 @@ class Curves:
             name: [[(x, y[i], y[i], y[i]) for x, y in points] for i in range(len(self.series))]
             for name, points in panels.items()
         }
-        return panel_lines(lines, self.series, self.axes, log_y=True)
+        return panel_lines(lines, self.series, self.axes, log_y=self.log_y)
 
 
 def panel_lines(
@@ -523,7 +553,8 @@ def panel_lines(
     log_y: bool = False,
 ) -> Any:
     """Return a figure with two panels a row; a point is (x, y, low, high)."""
-    figure, places = drawing(math.ceil(len(panels) / 2), 2, 0.6 + 1.3 * math.ceil(len(panels) / 2))
+    num_rows = math.ceil(len(panels) / 2)
+    figure, places = drawing(num_rows, min(len(panels), 2), 0.6 + 1.3 * num_rows)
     for axis in places[len(panels) :]:
         axis.remove()
     for number, (name, lines) in enumerate(panels.items()):
@@ -687,6 +718,22 @@ def _tiers(table: Table) -> str:
     )
 
 
+def _sharegpt(table: Table) -> str:
+    none, *_, best = table[1]
+    return (
+        f"In the engine, checkpoints save {best[2]} % of the prompt tokens of conversations, and "
+        f"the mean TTFT is {best[-2]} instead of {none[-2]} ms; KV alone saves nothing."
+    )
+
+
+def _sharegpt_simulated(table: Table) -> str:
+    rates = [[float(one) for one in row[2].split(", ")] for row in table[1]]
+    gain, at = max(
+        (ours - lru, row[1]) for (ours, lru, _), row in zip(rates, table[1], strict=True)
+    )
+    return f"`survival` hits up to {gain:.1f} points more than `lru` (at {at} GiB)."
+
+
 def _grids(table: Table) -> str:
     gains = [value(row[4]).mean for row in table[1]]
     trace = max(table[1], key=lambda row: value(row[4]).mean)[0]
@@ -733,7 +780,6 @@ def _llama(table: Table) -> str:
     )
 
 
-HITS = "token hit rate, %"
 OVER = {"default pair": 3, "LRU with fixed rules": 4}
 SECTIONS = {
     "leaderboard": Section(
@@ -807,6 +853,15 @@ SECTIONS = {
     "arena": Section(
         "arena", arena_table, _arena, Dots({"mean": 2}, "arena less ideal, points"),
         "Cost of slabs, by trace.",
+    ),
+    "sharegpt": Section(
+        "sharegpt", sharegpt_table, _sharegpt, Dots({"saved": 2}, "saved prompt tokens, %", (0, 1)),
+        "Share of prompt tokens that each cache saves, by memory in GiB.",
+    ),
+    "sharegpt simulated": Section(
+        "sharegpt-simulated", sharegpt_simulated_table, _sharegpt_simulated,
+        Curves(2, SHAREGPT_POLICIES, ("memory, GiB", HITS), log_y=False),
+        "Token hit rate of three eviction policies over memory.",
     ),
     "linear layers": Section("cpu-kernels", linear_layers_table, _linear_layers, None),
     "decays": Section("cpu-kernels", decays_table, _decays, None),

@@ -1,0 +1,202 @@
+"""Measure the prompt tokens and the time that prefix caches save on conversations.
+
+Every turn of a conversation is a request with its full history. By default the requests run through
+the engine with its built-in model: without a cache, with KV alone (`radix`) and with KV and state
+checkpoints (`hybrid`). With --simulate they run through the same caches without arithmetic, for
+more conversations, sizes and policies.
+
+    python -m experiments.run_sharegpt
+    python -m experiments.run_sharegpt --data conversations.json --requests 200
+    python -m experiments.run_sharegpt --simulate --data sharegpt --policy survival lru --gib 2:32:5
+
+The engine generates the first token of a turn, which is timed. Then a second request computes the
+answer of the data, so that the cache contains it as after generation; learned policies see both.
+Ids are taken modulo the size of the vocabulary. Texts are never printed or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from experiments.provenance import RESULTS, write_json_lines
+from experiments.studies.common import published, rounded
+from hybridcache import Trace, TraceRequest, open_trace, simulate
+from hybridcache.api import Losses
+from hybridcache.geometry.units import format_seconds
+from hybridcache.lab.report import text_table
+from hybridcache.lab.scenario import BUILTIN, Scenario
+from hybridcache.lab.simulation.sizes import sizes
+from hybridcache.lab.traces import recognise
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
+
+CACHES = ("none", "radix", "hybrid")
+GENERATED = "sharegpt-like?sessions=6&sessions_per_s=0.05"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.run_sharegpt",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", default=GENERATED, help="a trace: ShareGPT's JSON, its lengths (sharegpt-counts),"
+        " sharegpt for the installed package, or a generator (default: %(default)s)")  # fmt: skip
+    add("--requests", type=int, default=60, help="first requests only (default: %(default)s)")
+    add("--simulate", action="store_true", help="run the caches without a model")
+    add("--caches", nargs="+", choices=CACHES, default=CACHES)
+    add("--gib", default="0.01,0.03", help="sizes, as in simulate (default: %(default)s)")
+    add("--policy", nargs="+", default=[DEFAULT_EVICTION], help="eviction policies of `hybrid`")
+    add("--checkpoints", nargs="+", default=[DEFAULT_PLACEMENT], help="placements of `hybrid`")
+    add("--model", default=BUILTIN, help="model directory, or with --simulate also a preset")
+    add("--name", default="sharegpt", help="name of the result file (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        trace = conversations(options.data, options.requests)
+        records = []
+        for cache, cell in cells(trace, options):
+            records.append(simulated(cache, cell) if options.simulate else served(cache, cell))
+        print(table(records))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"run_sharegpt: {error}", file=sys.stderr)
+        return 2
+    path = RESULTS / f"{options.name}.jsonl"
+    write_json_lines(path, map(rounded, records))
+    print(path)
+    return 0
+
+
+def conversations(spec: str, num_requests: int) -> Trace:
+    """Return the first requests of the trace ``spec`` in memory. The built-in model has a token per
+    byte, so ShareGPT's texts are read as bytes if ``spec`` names no tokenizer."""
+    spec = (published(spec) if "." in spec.partition("?")[0] else None) or spec
+    path = Path(spec.partition("?")[0])
+    if "tokenizer=" not in spec and path.is_file() and recognise(path) == "sharegpt":
+        spec += ("&" if "?" in spec else "?") + "tokenizer=bytes"
+    trace = open_trace(spec).head(num_requests).kept()
+    return replace(trace, name=path.name.partition(".")[0], recipe="")
+
+
+def cells(trace: Trace, options: argparse.Namespace) -> Iterator[tuple[str, Scenario]]:
+    """Yield (cache, scenario) for every cache, size and pair of policies. The size has no effect
+    without a cache."""
+    points = sizes(options.gib)
+    for cache in options.caches:
+        is_hybrid = cache == "hybrid"
+        pairs = product(options.policy, options.checkpoints) if is_hybrid else [("lru", "none")]
+        for (policy, placement), gib in product(pairs, points[-1:] if cache == "none" else points):
+            cell = Scenario(trace, model=options.model, gib=gib, policy=policy)
+            yield cache, replace(cell, checkpoints=placement)
+
+
+def simulated(cache: str, cell: Scenario) -> dict[str, Any]:
+    """Return the record of a replay without arithmetic."""
+    [run] = simulate(cell, bound=False, progress=False).runs
+    assert run.losses is not None, "this cache reports the causes of losses"
+    is_cached = cache != "none"
+    lost = run.losses if is_cached else Losses(run.prompt_tokens, 0, 0, 0, 0)
+    found = {"requests": run.requests, "prompt_tokens": run.prompt_tokens}
+    found["hit_tokens"] = run.cached_tokens * is_cached
+    return record("simulation", cache, cell, found, lost, run.ttft_s | {0: run.ttft_mean_s})
+
+
+def served(cache: str, cell: Scenario) -> dict[str, Any]:
+    """Return the record of a run through the engine, one request after the other."""
+    requests = list(cell.opened())
+    longest = max(len(request.tokens) + len(request.output) for request in requests)
+    clock = TraceClock()
+    engine = Engine(
+        EngineConfig(
+            model=None if cell.model == BUILTIN else str(cell.model),
+            prefix_cache="none" if cache == "none" else "hybrid",
+            checkpoints=tuple(str(cell.checkpoints).split(",")),
+            eviction=str(cell.policy),
+            cache_gib=float(cell.gib),  # type: ignore[arg-type]
+            max_model_len=longest + 1,
+            max_running=1,
+        ),
+        clock=clock,
+    )
+    answer(engine, TraceRequest(0.0, "", None, np.zeros(200, np.int32), np.zeros(0, np.int32)))
+    engine.reset_prefix_cache()
+    outputs, times = [], []
+    for request in tqdm(requests, f"{cache}, {cell.gib:g} GiB", disable=None, leave=False):
+        clock.now_s = max(clock.now_s, request.timestamp_s)
+        started_s = perf_counter()
+        outputs.append(answer(engine, request))
+        times.append(perf_counter() - started_s)
+        if cache != "none" and len(request.output):
+            whole = np.concatenate((request.tokens, request.output))
+            answer(engine, request._replace(tokens=whole))
+    engine.check()
+    engine.close()
+    num_tokens = sum(len(request.tokens) for request in requests)
+    found = {"requests": len(requests), "prompt_tokens": num_tokens}
+    found["hit_tokens"] = sum(output.cached_len for output in outputs)
+    lost = Losses(*map(sum, zip(*(output.losses or () for output in outputs), strict=True)))
+    percentiles = {part: float(np.percentile(times, part)) for part in (50, 95)}
+    return record("engine", cache, cell, found, lost, percentiles | {0: float(np.mean(times))})
+
+
+class TraceClock:
+    """Clock of the engine's policies: the time of the present request in the trace."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def answer(engine: Engine, request: TraceRequest) -> RequestOutput:
+    """Return the output with the first token of an answer."""
+    engine.submit(
+        request.tokens % engine.runner.vocab_size,
+        SamplingParams(max_tokens=1, temperature=0, ignore_eos=True),
+        boundaries=request.boundaries,
+        answer_survives=request.answer_survives,
+    )
+    while True:
+        for output in engine.step():
+            if output.is_finished:
+                return output
+
+
+def record(
+    mode: str, cache: str, cell: Scenario, found: dict[str, int], lost: Losses, ttft_s: Any
+) -> dict[str, Any]:
+    """Return one result. ``ttft_s`` has percentiles, and the mean under 0."""
+    place = {"mode": mode, "trace": cell.opened().name, "cache": cache, "gib": cell.gib}
+    policies = {"policy": str(cell.policy), "checkpoints": str(cell.checkpoints)}
+    times = {"ttft_mean_s": ttft_s[0], "ttft_p50_s": ttft_s[50], "ttft_p95_s": ttft_s[95]}
+    share = {"saved_share": found["hit_tokens"] / found["prompt_tokens"]}
+    return place | policies | found | share | {"lost_tokens": lost._asdict()} | times
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Return a line per record, with the causes of lost tokens that occur."""
+    causes = [name for name in Losses._fields if any(one["lost_tokens"][name] for one in records)]
+    header = ["cache", "GiB", "hit tokens", "of prompt", *causes, "TTFT p50", "p95"]
+    rows = []
+    for one in records:
+        policies = f" {one['policy']} @ {one['checkpoints']}" if one["cache"] == "hybrid" else ""
+        row = [one["cache"] + policies, f"{one['gib']:.3g}", f"{one['hit_tokens']:,}"]
+        row += [f"{one['saved_share']:.1%}", *(f"{one['lost_tokens'][name]:,}" for name in causes)]
+        rows.append([*row, *(format_seconds(one[f"ttft_{of}_s"]) for of in ("p50", "p95"))])
+    return text_table(header, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Tests of the study of conversations, through the engine and without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import run_sharegpt
+from experiments.provenance import read_json_lines
+
+SECRET = "the private word of somebody"
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """File of texts in ShareGPT's format."""
+    monkeypatch.setattr(run_sharegpt, "RESULTS", tmp_path)
+    turns = [
+        {"from": role, "value": f"{SECRET} {turn} " * 4}
+        for turn in range(3)
+        for role in ("human", "gpt")
+    ]
+    records = [{"id": f"chat{number}_0", "conversations": turns} for number in range(3)]
+    path = tmp_path / "conversations.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def run(data: object, *arguments: str) -> list[dict[str, Any]]:
+    given = ["--data", str(data), "--gib", "0.05", *arguments]
+    assert run_sharegpt.main(given) == 0
+    _, records = read_json_lines(run_sharegpt.RESULTS / "sharegpt.jsonl")
+    for record in records:
+        assert record["hit_tokens"] + sum(record["lost_tokens"].values()) == record["prompt_tokens"]
+        assert 0 < record["ttft_p50_s"] <= record["ttft_p95_s"]
+    return records
+
+
+def test_engine_and_simulation_agree_on_conversations(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(data)
+    assert [record["cache"] for record in found] == ["none", "radix", "hybrid"]
+    none, radix, hybrid = found
+    assert hybrid["requests"] == 9 and hybrid["hit_tokens"] > none["hit_tokens"] == 0
+    assert radix["hit_tokens"] == 0 < radix["lost_tokens"]["never_checkpointed"]
+    printed = capsys.readouterr().out
+    assert "never_checkpointed" in printed and "TTFT" in printed and SECRET not in printed
+    assert SECRET not in (data.parent / "sharegpt.jsonl").read_text()
+    dry = run(data, "--simulate")
+    assert [record["hit_tokens"] for record in dry] == [record["hit_tokens"] for record in found]
+    assert {record["mode"] for record in dry} == {"simulation"}
+
+
+def test_lengths_and_generated_conversations_are_simulated(data: Path) -> None:
+    lengths = data.with_name("lengths.jsonl")
+    turns = [["u", 300], ["a", 50], ["u", 20], ["a", 9]]
+    lengths.write_text(json.dumps({"id": "x", "turns": turns, "first_msg_blocks16": [1]}))
+    for source in (lengths, run_sharegpt.GENERATED):
+        policies = ("--simulate", "--policy", "lru", "survival", "--caches", "hybrid")
+        records = run(source, *policies, "--gib", "0.05,1", "--model", "qwen3-next")
+        cells = [(record["policy"], record["gib"]) for record in records]
+        assert cells == [("lru", 0.05), ("lru", 1), ("survival", 0.05), ("survival", 1)]
+        assert records[1]["hit_tokens"] > 0
+
+
+def test_bad_request_is_one_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_sharegpt.main(["--data", "absent.json", "--simulate"]) == 2
+    assert capsys.readouterr().err.startswith("run_sharegpt: no trace 'absent.json'")
