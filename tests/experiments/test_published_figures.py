@@ -219,6 +219,7 @@ def quotes() -> dict[str, list[str]]:
             ),
             f"hit rate {hit(0.2, 'sessions'):.1f} % with `sessions` admission, {hit(0.2, 'oldest'):.1f} % oldest first; 99th percentile of TTFT {p99('sessions'):.0f} s, {p99('oldest'):.0f} s",
             "{} traces | {:.1f} % of the prefill time".format(*tier_share("host 16")),
+            f"{100 * result('sharegpt')[-1]['saved_share']:.0f} % of the prompt tokens saved",
             f"mean {slab['request_us_mean']:.0f} µs in one arena, {pools['request_us_mean']:.0f} µs in two pools; medians {slab['request_us_median']:.0f} and {pools['request_us_median']:.0f} µs",
             f"{llama('prefill beside llama.cpp', 'bfloat16'):.1f}x prefill, {llama('one stream beside llama.cpp', 'bfloat16'):.1f}x one stream",
         ],
