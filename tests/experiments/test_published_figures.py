@@ -278,7 +278,7 @@ def quotes() -> dict[str, list[str]]:
             "{:.2f} to {:.2f} times with the best drafter".format(*extent(at_once)),
         ],
         "docs/how-to/eight-bit.md": [
-            f"int8 took {llama('prefill, int8 beside bfloat16', 'int8'):.1f} times the prefill speed and {llama('one stream, int8 beside bfloat16', 'int8'):.1f} times the decoding speed of bfloat16",
+            f"int8 took {llama('prefill beside bfloat16', 'int8'):.1f} times the prefill speed and {llama('one stream beside bfloat16', 'int8'):.1f} times the decoding speed of bfloat16",
         ],
         "docs/how-to/tiers.md": [
             f"host memory saved {tier_share('host 16')[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share('device 4')[1]:.1f} %",
