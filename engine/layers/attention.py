@@ -4,6 +4,7 @@ gate."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -66,11 +67,8 @@ class Attention(Composite):
         self._norms = norms
         self.layers = self._projection, self._output, *(norms or ())
         self._scale = sizes.head_dim**-0.5 if scale is None else scale
-        self._attention, self._cache_write = (
-            build.kernels["attention"],
-            build.kernels["cache_write"],
-        )
-        self._rotary, self._activation = build.kernels["rotary"], build.kernels["activation"]
+        self._attention, self._activation = build.kernels["attention"], build.kernels["activation"]
+        self._rotate_and_write = build.kernels["rotary"].rotate_and_write
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._projection(hidden)
@@ -97,32 +95,17 @@ class Attention(Composite):
 
     def write(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Write this step's KV. Returns the queries, ``[T, HQ, D]``."""
-        tokens = inputs.num_tokens
-        _, query, key, value = projected[:tokens].split(self._widths, dim=-1)
-        query, key = self._prepare(query, key, inputs)
-        value = value.view(tokens, -1, self.sizes.head_dim)
-        self._cache_write.write_kv(key, value, *pools, inputs.kv_indices)
-        return query
-
-    def _prepare(
-        self, query: torch.Tensor, key: torch.Tensor, inputs: LayerInputs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split queries and keys by head, and apply norms and rotation."""
-        per_head = inputs.num_tokens, -1, self.sizes.head_dim
-        if self._norms is None:
-            query, key = query.view(per_head), key.view(per_head)
-        elif self._norms[0].size == self.sizes.head_dim:
-            query = self._norms[0](query.view(per_head))
-            key = self._norms[1](key.view(per_head))
-        else:
-            query = self._norms[0](query).view(per_head)
-            key = self._norms[1](key).view(per_head)
-        if not self._rotates:
-            return query, key
-        rotated: tuple[torch.Tensor, torch.Tensor] = self._rotary.rotate(
-            query, key, inputs.cos, inputs.sin
-        )
-        return rotated
+        parts = projected[: inputs.num_tokens].split(self._widths, dim=-1)[1:]
+        options: dict[str, Any] = {}
+        if self._norms is not None and self._norms[0].size == self.sizes.head_dim:
+            options = {"norms": [norm.weight for norm in self._norms], "eps": self._norms[0].eps}
+        elif self._norms is not None:
+            parts = *(norm(x) for norm, x in zip(self._norms, parts, strict=False)), parts[2]
+        if self._rotates:
+            options["angles"] = inputs.cos, inputs.sin
+        heads = [part.unflatten(-1, (-1, self.sizes.head_dim)) for part in parts]
+        written: torch.Tensor = self._rotate_and_write(*heads, *pools, inputs.kv_indices, **options)
+        return written
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from kernels.cache_write.native import write_kv
 from kernels.native import DTYPES, function, whole_rows
+from kernels.norm.native import rms_norm
 from kernels.rotary import reference
 
-__all__ = ["rotate"]
+__all__ = ["rotate", "rotate_and_write"]
 
 
 def rotate(
@@ -27,3 +29,24 @@ def rotate(
         key.shape[1], head_dim, cos.shape[1],
     )  # fmt: skip
     return out
+
+
+def rotate_and_write(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Compute ``reference.rotate_and_write``."""
+    if norms is not None:
+        query, key = (rms_norm(x, w, eps) for x, w in zip((query, key), norms, strict=True))
+    if angles is not None:
+        query, key = rotate(query, key, *angles)
+    write_kv(key, value, key_pool, value_pool, indices)
+    return query

@@ -215,6 +215,8 @@ def meta_calls() -> dict[str, Callable[[], object]]:
     add("norm", "rms_norm", x, new(256), 1e-6, residual=x)
     add("norm", "gated_rms_norm", unit, new(heads, wide), unit, 1e-6)
     add("norm", "gated_rms_norm", unit, new(wide), unit, 1e-6, gate_first=True)
+    turned = {"norms": (new(wide),) * 2, "angles": (new(3, 8),) * 2}
+    add("rotary", "rotate_and_write", unit, *(new(3, 1, wide),) * 2, *pools, int32(3), **turned)
     add("rotary", "rotate", unit, unit, new(3, 8), new(3, 8))
     pool, checkpoints = new(2, 6, heads, wide, wide), new(8, 8192, dtype=torch.uint8)
     moved = new(2, dtype=torch.int64), new(2, dtype=torch.int64)

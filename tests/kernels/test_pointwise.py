@@ -105,6 +105,41 @@ def test_rotate_equals_complex_multiplication(
         assert_close(out, expected.to(dtype))
 
 
+@backends("rotary")
+@DTYPES
+@pytest.mark.parametrize("size, turned", [(24, 8), (16, 16), (40, 0)])
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 6])
+def test_rotate_and_write_equals_its_parts(
+    backend, dtype, size, turned, has_norms, num_tokens, device, assert_close
+) -> None:
+    """The parts are those of the same backend, which round after each of them."""
+    name = backend.__name__.rpartition(".")[2]
+    norm, cache_write = (getattr(getattr(kernels, x), name) for x in ("norm", "cache_write"))
+    projected = randn(num_tokens, 9 * size, dtype=dtype, device=device)[:, size:]
+    query, key, value = (
+        x.unflatten(1, (-1, size)) for x in projected.split([4 * size, 2 * size, 2 * size], dim=1)
+    )
+    norms = (torch.randn(size, device=device), torch.randn(size, device=device))
+    angles = torch.rand(num_tokens, turned // 2, device=device) * 6
+    cos, sin = (torch.cat([f(angles)] * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))
+    options = {"norms": norms, "eps": 1e-6} if has_norms else {}
+    options |= {"angles": (cos, sin)} if turned else {}
+    pools = randn(20, 2, 2, size, dtype=dtype, device=device)
+    expected = pools.clone()
+    indices = torch.randperm(20)[:num_tokens].to(device)
+    out = backend.rotate_and_write(query, key, value, *pools.unbind(1), indices, **options)
+    if has_norms:
+        query, key = norm.rms_norm(query, norms[0], 1e-6), norm.rms_norm(key, norms[1], 1e-6)
+    if turned:
+        query, key = backend.rotate(query, key, cos, sin)
+    cache_write.write_kv(key, value, *expected.unbind(1), indices)
+    assert_close(out, query)
+    assert_close(pools, expected)
+    others = [row for row in range(20) if row not in indices]
+    assert torch.equal(pools[others], expected[others])
+
+
 @backends("activation")
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 2), (5, 600), (3, 4, 34), (0, 16), (2, 2100)])

@@ -28,6 +28,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         yield _silu_and_mul(setup, num_tokens)
         yield _sigmoid_mul(setup, num_tokens)
         yield _write(setup, num_tokens)
+        yield _rotate_and_write(setup, num_tokens)
 
 
 def _rotary(setup: Setup, num_tokens: int) -> Case:
@@ -86,6 +87,31 @@ def _write(setup: Setup, num_tokens: int) -> Case:
             "torch": partial(write, kernels.cache_write.reference.write_kv),
             "torch index_copy": partial(write, _index_copy),
         },
+    )
+
+
+def _rotate_and_write(setup: Setup, num_tokens: int) -> Case:
+    size, turned = (16, 8) if setup.is_dry else (256, 64)
+    heads = setup.randn(num_tokens, 20, size).split([16, 2, 2], dim=1)
+    angles = tuple(setup.randn(num_tokens, turned // 2).repeat(1, 2) for _ in range(2))
+    norms = setup.randn(2, size, dtype=torch.float32)
+    indices = torch.randperm(2 * num_tokens, device=setup.device)[:num_tokens]
+    pools = [
+        torch.zeros(2 * num_tokens, 2, size, dtype=setup.dtype, device=setup.device) for _ in "kv"
+    ]
+
+    def run(module) -> torch.Tensor:
+        options = {"norms": norms.unbind(), "eps": 1e-6, "angles": angles}
+        query = module.rotate_and_write(*heads, *pools, indices, **options)
+        return torch.cat([query, pools[0][indices]], dim=1)
+
+    kept = heads[0].nbytes + heads[1].nbytes
+    return Case(
+        name=f"rotate_and_write, and read back {num_tokens}",
+        run=partial(run, kernels.rotary.fused),
+        expected=partial(run, kernels.rotary.reference),
+        num_bytes=2 * sum(x.nbytes for x in heads) + 2 * kept + heads[1].nbytes,
+        rivals={"torch": partial(run, kernels.rotary.reference)},
     )
 
 

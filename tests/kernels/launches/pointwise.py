@@ -5,7 +5,7 @@ import torch
 from kernels.activation.fused import relu_squared, sigmoid_mul, silu_and_mul, silu_mul
 from kernels.cache_write.fused import move_rows, write_kv, write_rows
 from kernels.norm.fused import gated_rms_norm, rms_norm
-from kernels.rotary.fused import rotate
+from kernels.rotary.fused import rotate, rotate_and_write
 from tests.kernels.arena import make_arena
 
 
@@ -26,6 +26,14 @@ def _norm() -> None:
 def _rotary() -> None:
     angles = _bfloat16(64, 64)
     rotate(_bfloat16(64, 16, 256), _bfloat16(64, 2, 256), angles, angles)
+    arena = make_arena(4, torch.bfloat16, torch.float32, fill=None)
+    query, key, value = _bfloat16(64, 20, 256).split([16, 2, 2], dim=1)
+    rotate_and_write(
+        *(query, key, value, arena.keys[5], arena.values[5], torch.zeros(64, dtype=torch.int64)),
+        norms=(torch.empty(256), torch.empty(256)),
+        eps=1e-6,
+        angles=(angles, angles),
+    )
 
 
 def _activation() -> None:
