@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes
 
@@ -20,15 +20,10 @@ def complete(values: Values) -> None:
 
 FORMATS = {
     "falcon_h1": Format(
-        table(
+        fields.decoder(
             vocab_size=128000,
-            tie_word_embeddings=False,
-            hidden_size=4096,
             intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
             num_key_value_heads=Field(int | None, 8),
-            hidden_act="silu",
             rms_norm_eps=1e-5,
             max_position_embeddings=8192,
             mamba_d_ssm=Field(int | None, 1024),

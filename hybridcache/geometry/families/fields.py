@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.config_format import Config, Field, table
 from hybridcache.geometry.mixers import (
     AttentionSizes,
     DeltaSizes,
@@ -16,12 +16,24 @@ from hybridcache.geometry.sizes import (
     MOST_LAYERS,
     ExpertsSizes,
     LayerSizes,
+    MixerSizes,
     MLPSizes,
     ModelSizes,
     SizesError,
 )
 
 Fields = Mapping[str, Any]
+MLP = MLPSizes | ExpertsSizes | None
+
+DECODER: Mapping[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+"""Fields of most families, with their usual defaults."""
 
 EXPERT_KEYS = (
     "decoder_sparse_step",
@@ -56,6 +68,36 @@ def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
         if isinstance(layer.mlp, MLPSizes):
             check_size("intermediate_size", layer.mlp.intermediate)
     return made
+
+
+def decoder(**own: Any) -> Mapping[str, Field]:
+    """Build a table of ``DECODER`` and a family's own fields, or other defaults."""
+    return table(**{**DECODER, **own})
+
+
+def by_type(
+    text: Fields,
+    mixers: Mapping[str, MixerSizes],
+    mlps: MLP | Sequence[MLP],
+    name: str = "layer_types",
+) -> ModelSizes:
+    """Build a model with one layer per type in the list ``name``.
+
+    Args:
+        text: Fields of the config.
+        mixers: Mixer of each type.
+        mlps: Feed-forward block of all layers, or one block per layer.
+        name: Key of the list.
+
+    Raises:
+        SizesError: a type is unknown, or their number is not the number of layers.
+    """
+    types = sorts(text, mixers, name)
+    each = mlps if isinstance(mlps, Sequence) else [mlps] * len(types)
+    return model(
+        text,
+        tuple(LayerSizes((mixers[sort],), mlp) for sort, mlp in zip(types, each, strict=True)),
+    )
 
 
 def hidden(text: Fields) -> int:

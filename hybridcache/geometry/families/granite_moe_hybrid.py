@@ -6,11 +6,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.sizes import LayerSizes, MixerSizes, MLPSizes, ModelSizes
-
-SORTS = "linear_attention", "full_attention"
+from hybridcache.geometry.sizes import MLPSizes, ModelSizes
 
 
 def complete(values: Values) -> None:
@@ -22,17 +20,11 @@ def complete(values: Values) -> None:
 
 FORMATS = {
     "granitemoehybrid": Format(
-        table(
+        fields.decoder(
             vocab_size=32000,
-            hidden_size=4096,
             intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
             num_key_value_heads=Field(int | None),
-            hidden_act="silu",
             max_position_embeddings=2048,
-            rms_norm_eps=1e-6,
-            tie_word_embeddings=False,
             attention_bias=False,
             embedding_multiplier=1.0,
             logits_scaling=1.0,
@@ -63,11 +55,7 @@ FORMATS = {
 
 def sizes(config: Config) -> ModelSizes:
     """Compute the sizes. Raises SizesError for an unknown layer type."""
-    types = fields.sorts(config, SORTS)
     shared, experts = fields.size_of(config, "shared_intermediate_size"), fields.experts(config)
     mlp = MLPSizes(shared) if experts is None else replace(experts, shared_intermediate=shared)
-    made: dict[str, MixerSizes] = {
-        "full_attention": fields.attention(config),
-        "linear_attention": fields.mamba2(config),
-    }
-    return fields.model(config, tuple(LayerSizes((made[sort],), mlp) for sort in types))
+    attention, mamba = fields.attention(config), fields.mamba2(config)
+    return fields.by_type(config, {"full_attention": attention, "linear_attention": mamba}, mlp)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
@@ -24,16 +24,10 @@ def complete(values: Values) -> None:
 
 FORMATS = {
     "jamba": Format(
-        table(
+        fields.decoder(
             vocab_size=65536,
-            tie_word_embeddings=False,
-            hidden_size=4096,
             intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
             num_key_value_heads=8,
-            hidden_act="silu",
-            rms_norm_eps=1e-6,
             max_position_embeddings=262144,
             num_experts_per_tok=2,
             num_experts=16,

@@ -7,7 +7,7 @@ from typing import Any
 from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import DeltaSizes
-from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
+from hybridcache.geometry.sizes import ModelSizes, SizesError
 
 MARK = "linear_attn_config"
 SORTS = "linear_attention", "full_attention"
@@ -123,10 +123,5 @@ def sizes(config: Config) -> ModelSizes:
     kinds = fields.sorts(config, ("dense", "sparse"), "mlp_layer_types")
     if experts is None and "sparse" in kinds:
         raise SizesError("num_experts must be at least 1 in config.json: layers are sparse.")
-    layers = [
-        LayerSizes(
-            (mla if sort == "full_attention" else kda,), dense if kind == "dense" else experts
-        )
-        for sort, kind in zip(fields.sorts(config, SORTS), kinds, strict=True)
-    ]
-    return fields.model(config, tuple(layers))
+    mlps = [dense if kind == "dense" else experts for kind in kinds]
+    return fields.by_type(config, {"linear_attention": kda, "full_attention": mla}, mlps)

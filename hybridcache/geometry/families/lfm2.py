@@ -7,14 +7,7 @@ from typing import Any
 from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import ShortConvSizes
-from hybridcache.geometry.sizes import (
-    ExpertsSizes,
-    LayerSizes,
-    MixerSizes,
-    MLPSizes,
-    ModelSizes,
-    SizesError,
-)
+from hybridcache.geometry.sizes import ModelSizes, SizesError
 
 SORTS = ("conv", "full_attention")
 SHARED: dict[str, Any] = {
@@ -102,21 +95,13 @@ FORMATS = {
 
 def sizes(config: Config) -> ModelSizes:
     """Compute the sizes. Raises SizesError for an unknown layer type."""
-    width = fields.size_of(config, "conv_L_cache")
-    mixers: dict[str, MixerSizes] = {
-        "conv": ShortConvSizes(fields.hidden(config), width),
-        "full_attention": fields.attention(config),
-    }
-    layers = zip(fields.sorts(config, SORTS), mlps(config), strict=True)
-    return fields.model(config, tuple(LayerSizes((mixers[sort],), mlp) for sort, mlp in layers))
-
-
-def mlps(config: Config) -> list[MLPSizes | ExpertsSizes]:
-    """Return the block of every layer. The first ``num_dense_layers`` have no experts."""
+    conv = ShortConvSizes(fields.hidden(config), fields.size_of(config, "conv_L_cache"))
     count, dense, experts = fields.num_layers(config), fields.dense(config), fields.experts(config)
-    if "num_experts" not in config:
-        return [dense] * count
-    num_dense = min(max(0, config["num_dense_layers"]), count)
-    if experts is None:
+    num_dense = min(max(0, config.get("num_dense_layers", count)), count)
+    if "num_experts" in config and experts is None:
         raise SizesError("num_experts must be at least 1 in config.json (got 0).")
-    return [dense] * num_dense + [experts] * (count - num_dense)
+    return fields.by_type(
+        config,
+        {"conv": conv, "full_attention": fields.attention(config)},
+        [dense] * num_dense + [experts] * (count - num_dense),
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
+from hybridcache.geometry.sizes import ModelSizes
 
 SORTS = "linear_attention", "full_attention"
 
@@ -32,17 +32,13 @@ def complete(values: Values) -> None:
 
 FORMATS = {
     "olmo_hybrid": Format(
-        table(
+        fields.decoder(
             vocab_size=100352,
             hidden_size=3840,
             intermediate_size=11008,
-            num_hidden_layers=32,
             num_attention_heads=30,
             num_key_value_heads=Field(int | None),
-            hidden_act="silu",
             max_position_embeddings=65536,
-            rms_norm_eps=1e-6,
-            tie_word_embeddings=False,
             attention_bias=False,
             layer_types=Field(list[str] | None),
             linear_num_key_heads=Field(int | None),
@@ -64,6 +60,4 @@ FORMATS = {
 def sizes(config: Config) -> ModelSizes:
     attention, mlp = fields.attention(config), fields.dense(config)
     linear = fields.gated_delta_net(config)
-    mixers: dict[str, MixerSizes] = {"linear_attention": linear, "full_attention": attention}
-    types = fields.sorts(config, SORTS)
-    return fields.model(config, tuple(LayerSizes((mixers[sort],), mlp) for sort in types))
+    return fields.by_type(config, {"linear_attention": linear, "full_attention": attention}, mlp)

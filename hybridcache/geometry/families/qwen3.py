@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, table
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.sizes import LayerSizes, ModelSizes
+from hybridcache.geometry.sizes import ModelSizes
 
 
 def complete(values: Values) -> None:
@@ -21,18 +21,12 @@ def complete(values: Values) -> None:
 
 FORMATS = {
     "qwen3": Format(
-        table(
+        fields.decoder(
             vocab_size=151936,
-            hidden_size=4096,
             intermediate_size=22016,
-            num_hidden_layers=32,
-            num_attention_heads=32,
             num_key_value_heads=Field(int | None, 32),
             head_dim=128,
-            hidden_act="silu",
             max_position_embeddings=32768,
-            rms_norm_eps=1e-6,
-            tie_word_embeddings=False,
             attention_bias=False,
             use_sliding_window=False,
             sliding_window=Field(int | None, 4096),
@@ -46,6 +40,5 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    layer = LayerSizes((fields.attention(config),), fields.dense(config))
-    kinds = fields.sorts(config, ("full_attention", "sliding_attention"))
-    return fields.model(config, (layer,) * len(kinds))
+    mixers = dict.fromkeys(("full_attention", "sliding_attention"), fields.attention(config))
+    return fields.by_type(config, mixers, fields.dense(config))

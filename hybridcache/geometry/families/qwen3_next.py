@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.sizes import LayerSizes, ModelSizes
+from hybridcache.geometry.sizes import ModelSizes
 
-SORTS = "linear_attention", "full_attention"
 SHARED: dict[str, Any] = {
     "num_attention_heads": 16,
-    "hidden_act": "silu",
     "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
     "attention_bias": False,
     "head_dim": 256,
     "linear_conv_kernel_dim": 4,
@@ -48,7 +44,7 @@ def complete(values: Values) -> None:
 
 
 def _format(**own: Any) -> Format:
-    return Format(table(**SHARED, **own), extras=EXTRAS, unused=UNUSED, complete=complete)
+    return Format(fields.decoder(**SHARED, **own), extras=EXTRAS, unused=UNUSED, complete=complete)
 
 
 NEXT = _format(
@@ -88,17 +84,14 @@ FORMATS = {
 def sizes(config: Config) -> ModelSizes:
     """Compute the sizes. Raises SizesError for an unknown layer type."""
     attention = fields.attention(config, gated=True)
-    types = fields.sorts(config, SORTS)
     linear = fields.gated_delta_net(config)
     dense, experts = fields.dense(config), fields.experts(config)
     if experts is None and "intermediate_size" not in config:
         fields.check_size("num_experts", 0)  # the family has no dense blocks
     always_dense = set(config.get("mlp_only_layers", ()))
     step = fields.check_size("decoder_sparse_step", config.get("decoder_sparse_step", 1))
-    layers = []
-    for layer, sort in enumerate(types):
-        mixer = linear if sort == "linear_attention" else attention
-        sparse = layer not in always_dense and (layer + 1) % step == 0
-        mlp = experts if experts is not None and sparse else dense
-        layers.append(LayerSizes((mixer,), mlp))
-    return fields.model(config, tuple(layers))
+    mlps = [
+        experts if experts and layer not in always_dense and (layer + 1) % step == 0 else dense
+        for layer in range(fields.num_layers(config))
+    ]
+    return fields.by_type(config, {"linear_attention": linear, "full_attention": attention}, mlps)
