@@ -357,16 +357,16 @@ class AsyncEngine:
         deliveries: list[Delivery] = []
         for news in outputs.news:
             stream = self._streams.get(news.request_id)
-            if stream is not None:
+            if stream is None:
+                continue
+            if news.finish_reason is not None:
+                del self._streams[news.request_id]
+            if news.failure is not None:
+                deliveries.append((stream, RequestError.from_wire(news.failure)))
+            else:
                 # An engine in this process sends its own answer.
                 whole = stream.answer.add(news) if news.answer is None else news
                 deliveries.append((stream, whole))
-                if news.finish_reason is not None:
-                    del self._streams[news.request_id]
-        for ended in outputs.ended:
-            stream = self._streams.pop(ended.request_id, None)
-            if stream is not None:
-                deliveries.append((stream, RequestError.from_wire(ended.error)))
         _deliver(deliveries)
 
     def _answered(self, said: Reply) -> None:

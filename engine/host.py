@@ -18,7 +18,6 @@ from engine.errors import (
     STOPPING,
     DuplicateId,
     EngineStopped,
-    InvalidRequest,
     QueueFull,
     RequestError,
     StepFailed,
@@ -39,7 +38,6 @@ from engine.messages import (
     Outputs,
     Question,
     Reply,
-    RequestFailed,
     ResetCache,
     StopAccepting,
     TakeChanges,
@@ -50,12 +48,6 @@ from engine.requests.spec import RequestSpec
 from engine.text.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
-
-
-def failed(output: RequestOutput) -> RequestError:
-    """Return the ``error`` of ``output``, the last output of its request."""
-    assert output.error is not None
-    return (InvalidRequest if output.is_refused else StepFailed)(output.error)
 
 
 class EngineHost:
@@ -135,9 +127,9 @@ class EngineHost:
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
                 logger.exception("The request %s could not be submitted.", spec.request_id)
-            ended = RequestFailed(spec.request_id, RequestError.of(error).to_wire())
+            failed = RequestOutput.failed(spec.request_id, RequestError.of(error))
             self._num_received += 1
-            self._send(Outputs(self._num_received, self.engine.num_waiting, (), (ended,)))
+            self._send(Outputs(self._num_received, self.engine.num_waiting, (failed,)))
 
     def _enqueue(self, request: Request) -> None:
         """Queue a request before the next step. Raises QueueFull, EngineStopped or
@@ -262,12 +254,10 @@ class EngineHost:
             self._deliver(outputs)
 
     def _fail(self, request_ids: Sequence[str]) -> None:
-        error = StepFailed("the step that computed it failed").to_wire()
+        error = StepFailed("the step that computed it failed")
         for request_id in request_ids:
             self.engine.abort(request_id)
-        known = [each for each in request_ids if each in self._request_ids]
-        self._request_ids.difference_update(known)
-        self._send_outputs((), tuple(RequestFailed(each, error) for each in known))
+        self._deliver([RequestOutput.failed(each, error) for each in request_ids])
 
     def _run_commands(self) -> bool:
         """Run all queued commands, and wait for one if there is nothing to compute. Returns False
@@ -292,27 +282,13 @@ class EngineHost:
                 return False
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        """Send the outputs of a step."""
-        news: list[RequestOutput] = []
-        ended: list[RequestFailed] = []
-        for output in outputs:
-            if output.request_id not in self._request_ids:
-                continue
-            if output.error is None:
-                news.append(output)
-            else:
-                ended.append(RequestFailed(output.request_id, failed(output).to_wire()))
-            if output.is_finished:
-                self._request_ids.discard(output.request_id)
-        self._send_outputs(tuple(news), tuple(ended))
-
-    def _send_outputs(
-        self, news: tuple[RequestOutput, ...], ended: tuple[RequestFailed, ...]
-    ) -> None:
+        """Send the outputs of a step, except of requests that have ended for the front end."""
+        news = tuple(each for each in outputs if each.request_id in self._request_ids)
+        self._request_ids.difference_update(each.request_id for each in news if each.is_finished)
         counts = self._num_received, self.engine.num_waiting
-        if news or ended or counts != self._last_counts:
+        if news or counts != self._last_counts:
             self._last_counts = counts
-            self._send(Outputs(*counts, news, ended))
+            self._send(Outputs(*counts, news))
 
     def close(self) -> None:
         """End the host after ``run``, or in place of it: requests of the front end fail when it

@@ -136,13 +136,6 @@ class Refused(EngineMessage, frozen=True):
     reason: str
 
 
-class RequestFailed(msgspec.Struct, frozen=True, array_like=True):
-    """A request that failed; no further output follows."""
-
-    request_id: str
-    error: WireError
-
-
 class Outputs(EngineMessage, frozen=True):
     """All outputs of one step."""
 
@@ -150,7 +143,6 @@ class Outputs(EngineMessage, frozen=True):
     """Number of requests received so far."""
     num_waiting: int
     news: tuple[RequestOutput, ...]
-    ended: tuple[RequestFailed, ...]
 
 
 class Reply(EngineMessage, frozen=True):

@@ -410,13 +410,13 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
 def _print_answer(engine: Engine, spec: RequestSpec) -> RequestOutput:
     """Print an answer while it is generated, and return its last output. Raises RequestError if the
     answer failed."""
-    from engine.host import failed
+    from engine.errors import RequestError
 
     for output in engine.stream(spec):  # Leaving the loop aborts the request.
         print(output.new_text, end="", flush=True)
     print(flush=True)
-    if output.error is not None:
-        raise failed(output)
+    if output.failure is not None:
+        raise RequestError.from_wire(output.failure)
     return output
 
 

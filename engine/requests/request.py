@@ -17,7 +17,7 @@ import numpy.typing as npt
 from msgspec import structs
 
 from engine.config import EngineConfig
-from engine.errors import ContextOverflow
+from engine.errors import ContextOverflow, InvalidRequest, StepFailed, WireError
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import (
     FREE,
@@ -267,8 +267,7 @@ class Request(ScheduledRequest):
             cached_len=self.cached_len,
             losses=self.losses,
             finish_reason=self.finish_reason,
-            error=self.error,
-            is_refused=self.is_refused,
+            failure=self._failure,
             timings=Timings(
                 _seconds(self.arrival_s, self.scheduled_s),
                 _seconds(self.arrival_s, self.first_token_s),
@@ -279,6 +278,12 @@ class Request(ScheduledRequest):
             transferred=self.transferred,
             answer=answer,
         )
+
+    @property
+    def _failure(self) -> WireError | None:
+        if self.error is None:
+            return None
+        return (InvalidRequest if self.is_refused else StepFailed)(self.error).to_wire()
 
 
 def _seconds(start_s: float, end_s: float | None) -> float | None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
+from engine.errors import RequestError, WireError
 from engine.text.answers import MarkSearch
 from hybridcache.api import Losses
 
@@ -160,10 +161,8 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     if the request ended before it was scheduled."""
     finish_reason: FinishReason | None = None
     """Reason why the request ended, or None if it goes on."""
-    error: str | None = None
-    """Short reason of ``finish_reason`` "error", else None."""
-    is_refused: bool = False
-    """True if the ``error`` is a fault of the request, not of the engine."""
+    failure: WireError | None = None
+    """Reason of ``finish_reason`` "error", else None."""
     timings: Timings = Timings(None, None, None)
     """Times of the request's stages."""
     num_preemptions: int = 0
@@ -208,6 +207,16 @@ class RequestOutput(Struct, frozen=True, array_like=True):
         them."""
         found: tuple[SampledToken | None, ...] | None = self.answer.prompt_logprobs
         return found
+
+    @classmethod
+    def failed(cls, request_id: str, error: RequestError) -> RequestOutput:
+        """Return the last output of a request that failed with ``error``."""
+        return cls(request_id, finish_reason="error", failure=error.to_wire())
+
+    @property
+    def error(self) -> str | None:
+        """Short reason of ``finish_reason`` "error", else None."""
+        return None if self.failure is None else self.failure.message
 
     @property
     def is_finished(self) -> bool:

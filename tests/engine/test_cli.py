@@ -27,6 +27,7 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.command.cli import main
 from engine.command.flags import add_flags, flags_of, read_config
 from engine.config import BUILTIN_PROMPTS, setting
+from engine.errors import WireError
 from engine.plugins import ENGINE, SERVER
 from engine.server.settings import ServerConfig
 from hybridcache.command.parser import Parser
@@ -203,7 +204,8 @@ def test_commands_report_a_failed_answer(
         Engine,
         "stream",
         lambda self, spec: (
-            structs.replace(output, error="not a number") for output in stream(self, spec)
+            structs.replace(output, failure=WireError("failed", "not a number"))
+            for output in stream(self, spec)
         ),
     )
     assert run("generate", "abc", "--json", "--max-tokens", "1", *SMALL) == 1

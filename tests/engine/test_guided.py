@@ -278,7 +278,7 @@ def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
     engine = oracle(**settings)
     for _ in range(2):  # With drafts, the second answer is drafted from the first.
         refused, other = engine.generate([slow, plain])
-        assert refused.finish_reason == "error" and refused.is_refused
+        assert refused.finish_reason == "error" and refused.failure.kind == "invalid"
         assert refused.error is not None and "too complex to follow" in refused.error
         assert refused.token_ids == reference.token_ids and len(refused.token_ids) > 5
         assert other.finish_reason == "length" and other.error is None
@@ -314,9 +314,9 @@ def test_a_grammar_that_becomes_too_complex_ends_only_its_request(
     engine = oracle()
     grammar = Grammar.of_text('root ::= [b-d]{45} "a"{1000000}')
     refused, other = engine.generate([spec(grammar), spec(None, max_tokens=9, ignore_eos=True)])
-    assert refused.finish_reason == "error" and refused.is_refused
+    assert refused.finish_reason == "error" and refused.failure.kind == "invalid"
     assert refused.error is not None and "too complex to follow" in refused.error
-    assert other.finish_reason == "length" and other.error is None and not other.is_refused
+    assert other.finish_reason == "length" and other.failure is None
     [record] = [record for record in caplog.records if record.levelname != "INFO"]
     assert record.exc_info is None and "\n" not in record.getMessage()
 

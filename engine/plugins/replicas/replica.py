@@ -14,7 +14,7 @@ from msgspec import structs
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import RequestError, WireError
+from engine.errors import RequestError
 from engine.interfaces import StepReport
 from engine.messages import Abort, ResetCache
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
@@ -99,7 +99,7 @@ class EngineReplica:
             screen=tuple(screen_rows(self._engine, order.address)) if order.address else (),
         )
 
-    async def generate(self, order: Order) -> AsyncIterator[RequestOutput | WireError]:
+    async def generate(self, order: Order) -> AsyncIterator[RequestOutput]:
         """Yield outputs without the prompt and without earlier tokens, which the server has.
 
         An error of the request is yielded last. The request ends if the reader stops.
@@ -117,7 +117,7 @@ class EngineReplica:
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
                 logger.exception("The request %s failed.", order.request_id)
-            yield RequestError.of(error).to_wire()
+            yield RequestOutput.failed(order.request_id, RequestError.of(error))
         finally:
             if stream is not None:
                 stream.abort()

@@ -23,7 +23,6 @@ from engine.errors import (
     EngineStopped,
     RequestError,
     StepFailed,
-    WireError,
 )
 from engine.messages import (
     Abort,
@@ -37,7 +36,6 @@ from engine.messages import (
     Outputs,
     Question,
     Reply,
-    RequestFailed,
     ResetCache,
     TakeChanges,
     ToEngine,
@@ -308,9 +306,6 @@ class FleetChannel(EngineChannel):
             outputs = generate.remote(order)
             try:
                 async for output in outputs:
-                    if isinstance(output, WireError):
-                        self._end(order, progress, RequestFailed(progress.request_id, output))
-                        return
                     if not progress.has_begun and output.new_token_ids:
                         self._waiting.discard(order.request_id)
                         self._fleet.prefilled(order.request_id)
@@ -319,7 +314,7 @@ class FleetChannel(EngineChannel):
                         self._end(order, progress, whole)
                         return
                     if whole.new_token_ids or whole.new_text:
-                        self._front.receive(Outputs(0, 0, (whole,), ()))
+                        self._front.receive(Outputs(0, 0, (whole,)))
                 return
             except asyncio.CancelledError:
                 outputs.cancel()
@@ -355,9 +350,9 @@ class FleetChannel(EngineChannel):
             self._end(order, progress, progress.aborted())
 
     def _fail(self, order: Order, progress: Progress, error: RequestError) -> None:
-        self._end(order, progress, RequestFailed(progress.request_id, error.to_wire()))
+        self._end(order, progress, RequestOutput.failed(progress.request_id, error))
 
-    def _end(self, order: Order, progress: Progress, last: RequestOutput | RequestFailed) -> None:
+    def _end(self, order: Order, progress: Progress, last: RequestOutput) -> None:
         """Send the last output of a request, and release its id. Does nothing if it has ended."""
         found = self._orders.get(progress.request_id)
         if found is None or found[0] is not order:  # Another request may have this id by now.
@@ -365,10 +360,7 @@ class FleetChannel(EngineChannel):
         del self._orders[progress.request_id]
         self._fleet.ended(order.request_id)
         self._waiting.discard(order.request_id)
-        if isinstance(last, RequestOutput):
-            self._front.receive(Outputs(0, 0, (last,), ()))
-        else:
-            self._front.receive(Outputs(0, 0, (), (last,)))
+        self._front.receive(Outputs(0, 0, (last,)))
 
     async def _each(self, question: Question) -> dict[str, Any]:
         """Return the replies to ``question``, for each replica that is up and responds."""
