@@ -1240,7 +1240,7 @@ class HybridRadixCache:
             assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
 
     def _check_locks(self) -> None:
-        """Check the count of locked rows without settling it, as pending changes are a part of it."""
+        """Check the count of locked rows without settling it: pending changes are a part."""
         pending = self._unsettled
         locked_len = num_tokens = num_slots = 0
         for node in self._tree.nodes():
