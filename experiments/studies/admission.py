@@ -29,13 +29,13 @@ from experiments.provenance import ROOT, code_hash, provenance, simulation_code
 from experiments.studies.common import published
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import LinearSteps
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import run_closed_loop
 from hybridcache.lab.simulation.result import ClosedLoopRun
+from hybridcache.lab.simulation.step_times import LinearSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
 HERE = Path(__file__).resolve().parents[1]

@@ -39,12 +39,13 @@ from engine.weights.model_config import read_config
 from experiments.benchmarks.measure_prefill import measure, mixed_step_seconds
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
+from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import memory_sizes, run_closed_loop
+from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
 MAX_LEN = 4096

@@ -24,11 +24,11 @@ import numpy as np
 from experiments.studies.admission import WORKLOADS
 from experiments.studies.common import keep, rounded
 from hybridcache import ModelGeometry
-from hybridcache.geometry.times import LinearSteps
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
+from hybridcache.lab.simulation.step_times import LinearSteps
 
 WORKLOAD, RATE = "agents", 0.2
 POLICIES = ("oldest", "sessions", "live:18")

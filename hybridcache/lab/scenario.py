@@ -36,16 +36,11 @@ from hybridcache.command.extras import install_command
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
-from hybridcache.geometry.times import (
-    MeasuredTimes,
-    PrefillTimes,
-    Roofline,
-    StepTimes,
-    step_times,
-)
+from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.baselines import BASELINES, HOST_TIERS, BaselineConfig
 from hybridcache.lab.simulation.sizes import budget_bytes, tier_bytes
+from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.frame import LONGEST

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from hybridcache.export.events import Event
+from hybridcache.geometry.times import PrefillTimes
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.routing.load import ReplicaLoad
 
@@ -17,19 +18,11 @@ ReplicaId = int | str
 """Identifier of a replica. Never reused: a replica that returns gets a new id and is empty."""
 
 
-class Seconds(Protocol):
-    """Model of prefill times (see ``hybridcache.geometry.times``)."""
-
-    def seconds(self, start: int, end: int) -> float:
-        """Return the seconds to compute tokens [start, end) after ``start`` reused tokens."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
     """Properties that all replicas of a fleet share."""
 
-    times: Seconds
+    times: PrefillTimes
     unit: int = 1
     """Tokens per id."""
     page_size: int = 1

@@ -29,8 +29,9 @@ from experiments.studies import (
 )
 from experiments.studies import common as lab
 from hybridcache import open_trace
-from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
+from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.lab.leaderboard import Split
+from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.traces import recognise
 from tests.lab.test_bad_traces import GOOD, written
 from tests.oracle import OracleRunner, OracleSampler

@@ -22,7 +22,6 @@ from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import LinearSteps
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.report import closed_loop_table
 from hybridcache.lab.scenario import Scenario
@@ -36,6 +35,7 @@ from hybridcache.lab.simulation.closed_loop import (
 from hybridcache.lab.simulation.closed_loop import (
     Turn as SimulatedTurn,
 )
+from hybridcache.lab.simulation.step_times import LinearSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.registry import make_admission, parse_placement

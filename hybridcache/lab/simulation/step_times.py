@@ -1,0 +1,134 @@
+"""Times of an engine's steps: linear in the tokens, from a roofline, or from a measured table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, locate
+
+
+class StepTimes(Protocol):
+    """Seconds of one step of an engine."""
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """Return the seconds of a step with these prefills and decodes.
+
+        Args:
+            prefills: Token range [start, end) of each prefill.
+            num_decodes: Number of requests that decode one token.
+            context: Total length of these requests, including the new tokens.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSteps:
+    """Step times that are linear in the number of tokens."""
+
+    step_s: float = 0.006
+    prefill_token_s: float = 1 / 8000
+    decode_token_s: float = 0.0004
+
+    def describe(self) -> str:
+        """Describe the three coefficients in one line."""
+        return (
+            f"{1e3 * self.step_s:g} ms a step, {1e3 * self.prefill_token_s:g} ms a prompt token, "
+            f"{1e3 * self.decode_token_s:g} ms a decoded one"
+        )
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``."""
+        num_tokens = sum(end - start for start, end in prefills)
+        return self.step_s + num_tokens * self.prefill_token_s + num_decodes * self.decode_token_s
+
+
+@dataclass(frozen=True, slots=True)
+class RooflineSteps:
+    """Step times from first principles: all tokens of a step share one read of the weights."""
+
+    roofline: Roofline
+
+    def describe(self) -> str:
+        """Describe the assumed machine in one line."""
+        return self.roofline.describe().replace("a prefill", "a step")
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``."""
+        machine, geometry = self.roofline, self.roofline.geometry
+        num_tokens = num_decodes + sum(end - start for start, end in prefills)
+        params = min(geometry.total_params, geometry.active_params * num_tokens)
+        num_rows = context + sum(end for _, end in prefills)
+        moved = params * machine.weight_bytes_per_param + num_rows * geometry.kv_bytes_per_token
+        moved += 2 * geometry.state_bytes * num_decodes
+        flops = num_decodes * geometry.flops_per_token
+        flops += context * geometry.attention_flops_per_pair
+        flops += sum(geometry.flops(start, end) for start, end in prefills)
+        slower = max(flops / machine.flops_per_s, moved / machine.bytes_per_s)
+        return machine.overhead_s + slower / machine.devices
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSteps:
+    """Step times from a measured table of prefills and one of decode steps.
+
+    The time of a step is the sum over its prefills and decodes, with the fixed cost counted once.
+    The fixed cost is the time of a decode step extrapolated to zero requests.
+    """
+
+    table: MeasuredTimes
+
+    def __post_init__(self) -> None:
+        if not self.table.decodes:
+            raise ValueError(
+                f"{self.table.source} has no times of decode steps: measure it again with "
+                "experiments.benchmarks.measure_prefill"
+            )
+
+    def describe(self) -> str:
+        """Describe the source in one line."""
+        return self.table.describe()
+
+    @property
+    def fixed_s(self) -> float:
+        """Seconds of a step that do not depend on its tokens."""
+        return max(0.0, self._decode_s(0))
+
+    def _decode_s(self, num_decodes: int) -> float:
+        index, part = locate(self.table.decodes, num_decodes)
+        line = self.table.decode_s
+        if len(line) == 1:
+            return line[0]
+        return max(0.0, line[index] + part * (line[index + 1] - line[index]))
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``. Decode steps were measured at one ``context``, so it has no effect."""
+        fixed_s = self.fixed_s
+        seconds = sum(self.table.seconds(start, end) - fixed_s for start, end in prefills)
+        if num_decodes:
+            seconds += self._decode_s(num_decodes) - fixed_s
+        return fixed_s + max(0.0, seconds)
+
+
+def step_times(times: PrefillTimes) -> RooflineSteps | MeasuredSteps:
+    """Return the step times that match ``times``.
+
+    Raises:
+        ValueError: ``times`` contains no times of decode steps.
+    """
+    if isinstance(times, Roofline):
+        return RooflineSteps(times)
+    if isinstance(times, MeasuredTimes):
+        return MeasuredSteps(times)
+    raise ValueError(
+        f"{type(times).__qualname__} has no times of whole steps: use Roofline or MeasuredTimes"
+    )
