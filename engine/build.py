@@ -43,10 +43,6 @@ def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
         from engine.plugins.disaggregation.plugin import DisaggregationPlugin
 
         plugins.append(DisaggregationPlugin(config))
-    if config.uses("observe"):
-        from engine.plugins.observe.plugin import ObservePlugin
-
-        plugins.append(ObservePlugin(config))
     return tuple(plugins)
 
 

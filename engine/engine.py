@@ -397,8 +397,6 @@ class Engine:
                 commit_s=self.clock() - waited,
                 num_prefill_tokens=step.num_tokens - num_decode_tokens,
                 num_decode_tokens=num_decode_tokens,
-                num_running=self._scheduler.num_running,
-                num_waiting=self._scheduler.num_waiting,
             )
         )
 

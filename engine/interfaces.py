@@ -77,8 +77,6 @@ class StepReport:
     commit_s: float
     num_prefill_tokens: int
     num_decode_tokens: int
-    num_running: int
-    num_waiting: int
 
 
 Observer = Callable[[StepReport], None]

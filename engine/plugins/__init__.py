@@ -15,7 +15,6 @@ from engine.config import EngineConfig, PluginConfig, Settings
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.dialects import DialectsConfig
 from engine.plugins.disaggregation import DisaggregationConfig
-from engine.plugins.observe import ObserveConfig
 from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.tensor_parallel import TensorParallelConfig
@@ -31,7 +30,6 @@ ENGINE: tuple[type[PluginConfig], ...] = (
     SpeculationConfig,
     TierConfig,
     DisaggregationConfig,
-    ObserveConfig,
 )
 """Settings of the plugins of an engine."""
 SERVER: tuple[type[PluginConfig], ...] = (ReplicasConfig, DialectsConfig, DiagnosticsConfig)

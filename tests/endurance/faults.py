@@ -90,8 +90,7 @@ time_t time(time_t *at) {
 
 The clock is a day ahead in odd seconds and a day behind in even ones.
 """
-FLAGS = ("--body-timeout-s", "2", "--trace", "/dev/full", "--max-running", "8")
-"""Flags of the server. The disk of its trace is full from the start."""
+FLAGS = ("--body-timeout-s", "2", "--max-running", "8")
 SETTLE_S = 120.0
 BODY = {"ignore_eos": True, "temperature": 0}
 

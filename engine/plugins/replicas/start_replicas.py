@@ -32,10 +32,6 @@ def start_replicas(
             f"--replicas {settings.replicas} and --role cannot be combined: start one server for "
             "each role, without --replicas."
         )
-    if config.uses("observe"):
-        raise ConfigError(
-            "--trace writes the steps of one engine: remove --replicas and --max-replicas."
-        )
     config = resolve_config(config)
     name = f"engine-{os.getpid()}"
     fleet = start_fleet(config, settings, settings.router, name, server.drain_s, address)
