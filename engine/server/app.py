@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -58,7 +58,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     explain_bytes = int(config.of(DiagnosticsConfig).explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
     context = ServingContext(
-        engine, config, workers, cast("Any", call_form), call_grammar, explanations.diagnose
+        engine, config, workers, call_form, call_grammar, explanations.diagnose
     )
     responses, page = Responses(context, config), Page(context, operator)
     bodies: dict[str, tuple[type[Body], Answer]] = {

@@ -34,7 +34,8 @@ from engine.server.metrics import Metrics
 from engine.server.schemas import Guided, TokenOptions
 from engine.server.settings import ServerConfig
 from engine.text.answer_reader import AnswerForm
-from engine.text.answers import CLOSE, CallForm
+from engine.text.answers import CLOSE
+from engine.text.calls import CallReader
 from engine.text.outputs import (
     DraftCounts,
     FinishReason,
@@ -113,7 +114,7 @@ class ServingContext:
         engine: AsyncEngine,
         config: ServerConfig,
         workers: Workers,
-        call_form: Callable[[str], CallForm | None],
+        call_form: Callable[[str], type[CallReader] | None],
         call_grammar: Callable[[Any, Literal["hermes", "xml"], bool], Grammar | None],
         diagnose: Callable[[AskedChat], ChatDiagnostics],
     ) -> None:

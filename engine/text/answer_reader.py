@@ -12,12 +12,12 @@ from engine.text.answers import (
     BrokenCall,
     CallBegin,
     CallEnd,
-    CallForm,
     Event,
     ReasoningReader,
     TextDelta,
     joined,
 )
+from engine.text.calls import CallReader
 from engine.text.outputs import RequestOutput
 
 PIECE = 512
@@ -34,12 +34,12 @@ class AnswerForm:
     thinks: bool
     offers_tools: bool
     """True if the template shows tools to the model."""
-    calls: CallForm | None
+    calls: type[CallReader] | None
     """Reader of the model's calls, or None if it makes none or their form is not supported."""
 
     @classmethod
     @lru_cache(maxsize=4)
-    def of(cls, template: str, call_form: Callable[[str], CallForm | None]) -> AnswerForm:
+    def of(cls, template: str, call_form: Callable[[str], type[CallReader] | None]) -> AnswerForm:
         """Return the form for the source of a chat template. ``call_form`` returns the reader of
         its calls. O(len(template)) for a new one."""
         offers_tools = "tools" in template

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 OPEN, CLOSE = "<think>", "</think>"
 """Marks around the reasoning before an answer; the first may be in the prompt."""
@@ -59,31 +59,6 @@ class BrokenCall:
 
 Event = ReasoningDelta | TextDelta | CallBegin | CallArguments | CallEnd | BrokenCall
 _TEXTS = (ReasoningDelta, TextDelta, CallArguments)
-
-
-class CallReading(Protocol):
-    """Reads one answer's text and calls as the answer grows."""
-
-    def push(self, text: str) -> list[Event]:
-        """Return the events that are certain after ``text``."""
-        ...
-
-    def flush(self, is_cut: bool) -> list[Event]:
-        """Return the events held back, after the end of the text."""
-        ...
-
-
-class CallForm(Protocol):
-    """One form of tool calls."""
-
-    FORM: Literal["hermes", "xml"]
-    """Name of the form, for grammars of calls."""
-    MARKS: tuple[str, ...]
-    """Texts with which a call begins."""
-
-    def __call__(self, tools: Sequence[Mapping[str, Any]]) -> CallReading:
-        """Return a reader of one answer that may call ``tools``."""
-        ...
 
 
 def joined(events: Iterable[Event]) -> list[Event]:

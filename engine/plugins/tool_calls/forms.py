@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engine.plugins.tool_calls.calls import CallReader
 from engine.plugins.tool_calls.hermes import HermesReader
 from engine.plugins.tool_calls.qwen_xml import FUNCTION, QwenXMLReader
 from engine.text.answers import CALL_OPEN
+from engine.text.calls import CallReader
 
 
 def call_form(template: str) -> type[CallReader] | None:

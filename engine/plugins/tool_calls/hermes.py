@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from engine.plugins.tool_calls.calls import (
+from engine.text.calls import (
     BROKEN_OFF,
     MAX_NAME,
     NOT_JSON,

@@ -7,15 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.plugins.tool_calls.calls import (
+from engine.text.answers import CALL_CLOSE as CLOSE
+from engine.text.answers import CALL_OPEN as OPEN
+from engine.text.answers import MarkSearch
+from engine.text.calls import (
     BROKEN_OFF,
     MAX_NAME,
     CallReader,
     State,
 )
-from engine.text.answers import CALL_CLOSE as CLOSE
-from engine.text.answers import CALL_OPEN as OPEN
-from engine.text.answers import MarkSearch
 from engine.text.json_text import read_json
 
 FUNCTION, END_FUNCTION = "<function=", "</function>"

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.plugins.tool_calls import calls
 from engine.plugins.tool_calls.forms import call_form
 from engine.plugins.tool_calls.hermes import HermesReader
 from engine.plugins.tool_calls.qwen_xml import QwenXMLReader
+from engine.text import calls
 from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import (
     BrokenCall,
