@@ -239,6 +239,8 @@ class Scenario:
             )
         if not self.tpot_s >= 0:
             raise ValueError(f"tpot_s must be at least 0 seconds (got {self.tpot_s:g}).")
+        if not self.ttft_limit_s > 0:
+            raise ValueError(f"ttft_limit_s must be above 0 seconds (got {self.ttft_limit_s:g}).")
         if self.token_budget < 64:
             raise ValueError(f"token_budget must be at least 64 (got {self.token_budget}).")
         if self.memory not in MEMORIES:

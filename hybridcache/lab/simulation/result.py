@@ -464,9 +464,10 @@ def _tier_bytes(counters: dict[str, int]) -> dict[str, int]:
 
 def _flops(geometry: ModelGeometry, ends: Any) -> int:
     """Return the FLOPs of computing the first ``ends[i]`` tokens, summed over i. They exceed 64
-    bits, so they are Python integers."""
+    bits, so they are Python integers. Squares of 2**14 lengths (2**24 at most) do not."""
     tokens = int(ends.sum())
-    pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in np.array_split(ends, 64))
+    parts = (ends[first : first + (1 << 14)] for first in range(0, len(ends), 1 << 14))
+    pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in parts)
     return tokens * geometry.flops_per_token + pairs * geometry.attention_flops_per_pair
 
 

@@ -259,6 +259,7 @@ def run_cells(
 
 def run_cell(trace: Trace, cell: Scenario) -> RunResult:
     """Replay ``trace`` through the one cache of ``cell``."""
+    cell = replace(cell, model=cell.geometry(), state_dtype=None)  # Read the model once.
     target = build_target(cell, trace.unit)
     log = serve(target, trace.in_order(), trace.unit, cell)
     result = summarise(cell, log, target, trace.full_name)
