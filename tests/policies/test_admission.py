@@ -181,7 +181,7 @@ def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
     congest(policy, load)
     requests = waiting([0, 1000, 0, 600])  # the prefixes of 0 and 2 were evicted
-    requests[2].session.number = -5  # the oldest session
+    requests[2].arrival_s = 1e6  # before that of request 0
     assert arrivals(policy.order(requests, load)) == [1, 3]
     wakes_at_s = policy.wakes_at_s()
     assert wakes_at_s is not None and wakes_at_s > load.now_s
@@ -277,6 +277,28 @@ def test_sessions_are_protected_only_if_throughput_grows(share: float, enters: b
     request = FakeRequest(99, session(99, num_requests=1), 8000)
     assert (float(policy.report()["debt_s"]) == -CREDIT_S) == enters
     assert bool(list(policy.order([request], load))) == enters
+
+
+def test_prompts_of_others_do_not_lower_the_worth() -> None:
+    """Answers take one second, plus the prompts of others that are computed meanwhile."""
+    worths = []
+    for prompts_s in (0.0, 20.0):
+        policy, load = make_admission("sessions"), FakeLoad(session_share=0.4)
+        for number in range(100):
+            request = FakeRequest(number, session(number, num_requests=3), 8000)
+            request.session.idle_since_s, request.arrival_s = load.now_s, load.now_s + 1.0
+            load.now_s += 1.0
+            policy.arrived(request, load)
+            policy.admitted(request, load)
+            for _ in range(int(prompts_s)):
+                load.now_s += 1.0
+                policy.computed(8000, 1.0, load)
+            load.now_s += 1.0
+            policy.computed(80, 0.01, load)
+            policy.left(request, load)
+        worths.append(float(policy.report()["worth"]))
+    assert worths[0] == pytest.approx(worths[1], rel=0.01)
+    assert worths[0] == pytest.approx(1 / (0.4 * 2), rel=0.02)
 
 
 def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:

@@ -45,7 +45,7 @@ FORGETTING = 0.999
 OPEN = "nothing is gained by withholding: oldest first"
 ENTERING = "one session enters at a time"
 LOST = "lost text is being repaid"
-TURN = "the oldest session has waited long enough"
+TURN = "the oldest request has waited long enough"
 LATE = "the next turn of a session has waited long enough"
 
 
@@ -59,7 +59,7 @@ class SessionGate(AdmissionPolicy):
 
     - Debt below ``-CREDIT_S``: requests are admitted oldest first.
     - Debt above it: resident sessions go first. Entering requests are admitted one prefill at a
-      time, the oldest session first.
+      time, the one that has waited longest first.
     - Positive debt: requests enter only if no resident session has an open request and they fit
       next to the active sessions, or if nothing was computed for a while.
 
@@ -99,9 +99,12 @@ class SessionGate(AdmissionPolicy):
         """Average time from a session's answer to its next request."""
         self._answer_s, self._prompt_tokens, self._held_s = 0.0, 0.0, 0.0
         """Averages: seconds from admission to the last token; tokens of a prompt that no other
-        session shares; a session's share of the memory times seconds of a pause and an answer."""
-        self._admitted_at_s: dict[WaitingRequest, float] = {}
-        """Times at which unanswered requests were admitted."""
+        session shares; a session's share of the memory times seconds of a pause and an answer,
+        without the prompts computed meanwhile."""
+        self._prompts_s = 0.0
+        """Seconds spent on prompts so far."""
+        self._admitted_at_s: dict[WaitingRequest, tuple[float, float]] = {}
+        """Times at which unanswered requests were admitted, and ``_prompts_s`` at that time."""
         self._limit, self._moves_at_s = 1.0, 0.0
         """Share of the memory that live sessions may fill, and when it may change again."""
         self._left_s = 0.0
@@ -116,6 +119,7 @@ class SessionGate(AdmissionPolicy):
     def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
         self._squares = FORGETTING * self._squares + num_tokens * num_tokens
         self._products = FORGETTING * self._products + num_tokens * seconds
+        self._prompts_s += num_tokens * self._token_s
 
     @property
     def _token_s(self) -> float:
@@ -145,6 +149,8 @@ class SessionGate(AdmissionPolicy):
 
         With n sessions in memory, one request of each is answered in every cycle of a pause and an
         answer. Without memory for them, one request is answered in the time of a whole prompt.
+        Prompts that are computed during an answer do not count: with them, answers would be long
+        where sessions are not kept, and the number would stay low for that reason alone.
         """
         return self._prompt_s / self._held_s if self._held_s else 1.0
 
@@ -166,7 +172,7 @@ class SessionGate(AdmissionPolicy):
         if any(request.is_prefilling for request in running):
             self._reason = ENTERING
             return resident
-        first = min(entering, key=lambda request: (request.session.number, request.arrival))
+        first = min(entering, key=lambda request: request.arrival_s)
         begun = (request for request in entering if request.session.num_requests > 1)
         longest = min(begun, key=lambda request: request.arrival_s, default=None)
         late_at_s = longest.arrival_s + MOST_WAIT_S if longest is not None else inf
@@ -262,7 +268,7 @@ class SessionGate(AdmissionPolicy):
             debt_s += lost_len * self._token_s
             self._last_lost_tokens = lost_len
         self._asked.append((now_s, request.num_tokens))
-        self._admitted_at_s[request] = now_s
+        self._admitted_at_s[request] = now_s, self._prompts_s
         own = request.num_tokens - session.shared_len
         self._prompt_tokens = _averaged(self._prompt_tokens, own)
         self._debt_s, self._debt_at_s = debt_s, now_s
@@ -279,11 +285,13 @@ class SessionGate(AdmissionPolicy):
 
     def left(self, request: WaitingRequest, load: Load) -> None:
         self._left_s = load.now_s
-        admitted_at_s = self._admitted_at_s.pop(request, None)
-        if admitted_at_s is not None:
-            self._answer_s = _averaged(self._answer_s, load.now_s - admitted_at_s)
-            held_s = load.now_s - admitted_at_s + self._pause_s
-            self._held_s = _averaged(self._held_s, load.footprint(request.session) * held_s)
+        if request in self._admitted_at_s:
+            admitted_at_s, prompts_s = self._admitted_at_s.pop(request)
+            answer_s = load.now_s - admitted_at_s
+            self._answer_s = _averaged(self._answer_s, answer_s)
+            quiet_s = max(0.0, answer_s - (self._prompts_s - prompts_s))
+            held_s = load.footprint(request.session) * (quiet_s + self._pause_s)
+            self._held_s = _averaged(self._held_s, held_s)
         self._lost.pop(request, None)
         self._entered.pop(request, None)
 
