@@ -20,7 +20,8 @@ Counters. Each prompt token is a hit or a loss with one cause (``Losses``), coun
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from hybridcache.policies.protocol import FetchRule, Item
 from hybridcache.radix.tree import NodeHandle, RadixNode
@@ -188,59 +189,35 @@ MAX_NAMESPACES = 1024
 counted in ``CacheStats.others``."""
 
 
+@dataclass(slots=True, repr=False)
 class Usage:
     """Counters of the requests of one namespace, in tokens except for ``requests``, ``hits`` and
     ``missed``.
 
-    ``cached_tokens`` and the loss causes (``never_seen`` to ``not_fetched``) sum to
-    ``prompt_tokens``.
+    ``never_seen`` to ``not_fetched`` are sums of the fields of ``Losses``. With ``cached_tokens``,
+    they sum to ``prompt_tokens``.
     """
 
-    __slots__ = (
-        "below_grid",
-        "cached_tokens",
-        "checkpoint_evicted",
-        "hits",
-        "kv_evicted",
-        "missed",
-        "missed_tokens",
-        "never_checkpointed",
-        "never_seen",
-        "not_fetched",
-        "prompt_tokens",
-        "refused",
-        "requests",
-    )
-
-    def __init__(self) -> None:
-        self.requests = 0
-        """Number of requests that began to compute, without those that resumed after a
-        preemption."""
-        self.hits = 0
-        """Number of requests that reused at least one token."""
-        self.prompt_tokens = 0
-        """Length of all prompts."""
-        self.cached_tokens = 0
-        """Number of prompt tokens that were reused."""
-        self.never_seen = 0
-        """Sum of ``Losses.never_seen``."""
-        self.kv_evicted = 0
-        """Sum of ``Losses.kv_evicted``."""
-        self.checkpoint_evicted = 0
-        """Sum of ``Losses.checkpoint_evicted``."""
-        self.never_checkpointed = 0
-        """Sum of ``Losses.never_checkpointed``."""
-        self.below_grid = 0
-        """Sum of ``Losses.below_grid``."""
-        self.refused = 0
-        """Sum of ``Losses.refused``: tokens with a checkpoint that could not be used, because no
-        slot was available for the request."""
-        self.not_fetched = 0
-        """Sum of ``Losses.not_fetched``."""
-        self.missed = 0
-        """Number of requests that would have resumed deeper from an evicted checkpoint."""
-        self.missed_tokens = 0
-        """Number of tokens that those checkpoints would have saved."""
+    requests: int = 0
+    """Number of requests that began to compute, without those that resumed after a
+    preemption."""
+    hits: int = 0
+    """Number of requests that reused at least one token."""
+    prompt_tokens: int = 0
+    """Length of all prompts."""
+    cached_tokens: int = 0
+    """Number of prompt tokens that were reused."""
+    never_seen: int = 0
+    kv_evicted: int = 0
+    checkpoint_evicted: int = 0
+    never_checkpointed: int = 0
+    below_grid: int = 0
+    refused: int = 0
+    not_fetched: int = 0
+    missed: int = 0
+    """Number of requests that would have resumed deeper from an evicted checkpoint."""
+    missed_tokens: int = 0
+    """Number of tokens that those checkpoints would have saved."""
 
     def merge(self, other: Usage) -> None:
         """Add the counters of ``other``."""
@@ -393,32 +370,26 @@ class Listener:
         """Handle that the policy chose ``item`` as the victim. The removals follow."""
 
 
+def _told(change: str) -> Any:
+    """Return a method that notifies all members of ``change``."""
+    return lambda self, *what: self._tell(change, *what)
+
+
 class Listeners(Listener):
     """Several listeners, notified one after another.
 
     A listener that raises is removed, and the logger ``hybridcache`` reports the error.
     """
 
+    kv_stored = _told("kv_stored")
+    kv_split = _told("kv_split")
+    kv_removed = _told("kv_removed")
+    checkpoint_stored = _told("checkpoint_stored")
+    checkpoint_removed = _told("checkpoint_removed")
+    chosen = _told("chosen")
+
     def __init__(self, members: tuple[Listener, ...]) -> None:
         self.members = members
-
-    def kv_stored(self, node: RadixNode) -> None:
-        self._tell("kv_stored", node)
-
-    def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        self._tell("kv_split", upper, lower)
-
-    def kv_removed(self, node: RadixNode) -> None:
-        self._tell("kv_removed", node)
-
-    def checkpoint_stored(self, node: RadixNode) -> None:
-        self._tell("checkpoint_stored", node)
-
-    def checkpoint_removed(self, node: RadixNode) -> None:
-        self._tell("checkpoint_removed", node)
-
-    def chosen(self, item: Item) -> None:
-        self._tell("chosen", item)
 
     def _tell(self, change: str, *what: object) -> None:
         for member in self.members:
