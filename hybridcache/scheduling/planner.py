@@ -142,7 +142,55 @@ class AdmissionReport:
 
 
 class StepPlanner(Generic[R]):
-    """Waiting and running requests, and the rules between them."""
+    """Waiting and running requests, and the rules between them.
+
+    An engine of your own can use it. Refuse requests that are longer than
+    ``memory.max_request_len``. Two requests with the same prompt:
+
+    >>> from types import SimpleNamespace
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
+    >>> from hybridcache.policies.registry import make_admission
+    >>> from hybridcache.scheduling.cache_manager import CacheManager
+    >>> from hybridcache.scheduling.memory_sizes import MemorySizes
+    >>> from hybridcache.scheduling.request import ScheduledRequest
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=40))
+    >>> manager = CacheManager(cache, parse_placement("adaptive"), num_rows=8, stateful=True)
+    >>> memory = MemorySizes(
+    ...     "pools", num_kv_tokens=4000, num_slots=40, row_bytes=1, state_bytes=64
+    ... )
+    >>> planner = StepPlanner(
+    ...     manager, max_running=8, token_budget=256, memory=memory,
+    ...     admission=make_admission("sessions"), clock=lambda: 0.0,
+    ... )
+    >>> prompt, reused = np.arange(300, dtype=np.int32), []
+    >>> for number in range(2):
+    ...     spec = SimpleNamespace(
+    ...         request_id=str(number), namespace=None, boundaries=(), answer_survives=True,
+    ...         ends_session=False, choice_of=None, save_at=(),
+    ...     )
+    ...     planner.add(ScheduledRequest(spec, prompt, arrival=number, arrival_s=0.0, max_len=303))
+    >>> while planner.has_work():
+    ...     ends = planner.choose()  # with memory for the tokens up to each end
+    ...     saves = {one: manager.take_checkpoint_slots(one, end) for one, end in ends.items()}
+    ...     manager.take_step().done()  # or carry_out(memory); its table_row is one.row
+    ...     for one, end in ends.items():
+    ...         if saves[one] is None:  # no free slab in this step
+    ...             continue
+    ...         # here: compute [one.scheduled_len, end) with one.lease
+    ...         one.scheduled_len = end
+    ...         planner.advance(one, end)  # publishes prompts
+    ...         if end == one.num_tokens:
+    ...             one.append(7)  # the sampled token
+    ...             if one.num_tokens == one.max_len:
+    ...                 planner.leave(one)
+    ...                 reused.append(one.cached_len)
+    >>> reused
+    [0, 256]
+
+    ``remove(request)`` aborts one. If ``choose`` returns nothing, call it again when a request
+    arrives or leaves, or at ``wakes_at_s``.
+    """
 
     def __init__(
         self,

@@ -11,9 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from experiments import provenance
-from experiments.studies import arena, grid, tiers
+from experiments.studies import arena, tiers
 from experiments.studies.default import COMPARED, DEFAULT
-from hybridcache.lab.intervals import paired
 from tests.documents import ROOT
 
 Record = dict[str, Any]
@@ -39,7 +38,7 @@ def extent(values: Iterable[float]) -> tuple[float, float]:
 
 # --- Sources --------------------------------------------------------------------------------------
 
-TAU, CLAUDE, LONG = "airline agents (tau-bench)", "Claude Code", "long chats"
+LONG = "long chats"
 
 
 @cache
@@ -73,12 +72,6 @@ def makespan(policy: str) -> float:
     return seconds[policy] / min(s for name, s in seconds.items() if name.startswith("live:"))
 
 
-def hits(trace: str, policy: str) -> tuple[float, float]:
-    return extent(
-        run["hit"] for (name, _, of), run in closed_loop().items() if (name, of) == (trace, policy)
-    )
-
-
 def ratios(field: str, *traces: str, least: float = 0.0) -> tuple[float, float]:
     """Return the extent of ``sessions`` relative to ``oldest``, over the rates of the traces from
     ``least`` on."""
@@ -98,16 +91,6 @@ def stop_reasons(trace: str) -> dict[tuple[str, float], float]:
             gain = 100 * (run["with_stop_reasons"] - run["without_stop_reasons"])
             gains.setdefault((run["trace"], run["gib"]), []).append(gain)
     return {cell: fmean(of) for cell, of in gains.items()}
-
-
-def grid_gains(*traces: str) -> list[float]:
-    """Return the gains of grid 16 over 64 with the default policies, in points."""
-    return [
-        paired(by_grid[16], by_grid[64]).mean
-        for trace, by_size in grid.rates(result("study_grid")).items()
-        if trace in traces
-        for by_grid in by_size.values()
-    ]
 
 
 def pair(name: str, split: str = "evaluation") -> float:
@@ -225,21 +208,8 @@ def quotes() -> dict[str, list[str]]:
         ],
         "docs/concepts/admission.md": [
             f"reuse {hit(0.1, 'oldest'):.0f} % of their prompt tokens at 0.1 sessions per second, and {hit(0.2, 'oldest'):.0f} % at 0.2",
-            f"`oldest` reuses {hit(0.2, 'oldest'):.0f} % of the prompt tokens and takes {makespan('oldest'):.1f} times as long as the best fixed number",
             f"`sessions` reuses {hit(0.2, 'sessions'):.0f} % and takes {makespan('sessions'):.2f} times as long",
             f"rises from {p99('oldest'):.0f} to {p99('sessions'):.0f} s",
-            "`sessions` takes {:.2f} to {:.2f} times as long as `oldest`".format(
-                *ratios("makespan_s", TAU, CLAUDE)
-            ),
-            "reuses {:.0f} to {:.0f} % of tau-bench's prompt tokens, with bytes as tokens (`oldest` {:.0f} to {:.0f} %)".format(
-                *hits(TAU, "sessions"), *hits(TAU, "oldest")
-            ),
-            "time to first token is {:.1f} to {:.1f} times that of `oldest`".format(
-                *ratios("ttft_mean_s", TAU, CLAUDE)
-            ),
-            "is {:.1f} to {:.1f} times that of `oldest` on tau-bench, and {:.2f} to {:.2f} times on Claude Code".format(
-                *ratios("goodput", TAU), *ratios("goodput", CLAUDE)
-            ),
         ],
         "experiments/results_page.md": [
             "all work ends {:.0f} to {:.0f} % later than with `oldest`".format(
@@ -260,13 +230,6 @@ def quotes() -> dict[str, list[str]]:
         "docs/concepts/eviction.md": [
             f"they add {least[0]:.1f} and {least[1]:.1f} points of hit rate in the two cells with the least memory, and cost at most {-min(claude.values()):.1f} points elsewhere",
             f"within noise at two sizes and {min(tau.values()):.1f} points at the third",
-        ],
-        "docs/concepts/placement.md": [
-            "gains {:.0f} to {:.0f} points of hit rate on short prompts that branch early".format(
-                *extent(grid_gains("tree-of-thoughts"))
-            ),
-            f"up to {max(grid_gains('chat', 'branch', 'few-shot')):.1f} points on long prompts",
-            f"loses at most {-min(grid_gains('chat', 'branch', 'few-shot', 'short')):.1f} points",
         ],
         "docs/how-to/drafts.md": [
             f"built-in model on {threads} threads",
