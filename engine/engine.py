@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from engine.build import assemble, engine_plugins, load, make_grammars
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
@@ -419,6 +417,8 @@ class Engine:
         each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
+        from tqdm import tqdm  # Here, because a server does not need it.
+
         finals: dict[str, RequestOutput] = {}
         unfinished: set[str] = set()
         order: list[str] = []

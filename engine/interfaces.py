@@ -22,15 +22,11 @@ from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
 
-class HostTier(Protocol):
-    """Host memory that holds rows offloaded from the device."""
+class TierCopies(Protocol):
+    """Executes transfers between tiers."""
 
     host_bytes_per_s: float | None
-    """Measured bandwidth to the device; None if there is no host tier."""
-
-
-class TierCopies(HostTier, Protocol):
-    """Executes transfers between tiers."""
+    """Measured bandwidth from host memory to the device; None if there is no host tier."""
 
     def make(self, order: Any) -> None:
         """Execute one transfer. The effect is as if it were complete before the next operation."""
@@ -149,10 +145,13 @@ class Runner(Protocol):
         """
         ...
 
-    def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> HostTier:
+    def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> float | None:
         """Execute transfers between tiers with the copier that ``copier`` makes for this runner's
-        arena and ``num_host_rows`` of host memory. Raises ModelError if that cannot be
-        allocated."""
+        arena and ``num_host_rows`` of host memory.
+
+        Returns ``TierCopies.host_bytes_per_s``. Raises ModelError if the memory cannot be
+        allocated.
+        """
         ...
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:

@@ -147,11 +147,9 @@ class OracleRunner:
         assigned them."""
         return self._table.get(row, np.empty(0, np.int32))[:end]
 
-    def attach_tiers(self, copier: object, num_host_rows: int) -> OracleRunner:
+    def attach_tiers(self, copier: object, num_host_rows: int) -> None:
         """See ``Runner.attach_tiers``. Transfers are simulated here, and ``copier`` is ignored."""
-        return self
 
-    host_bytes_per_s: float | None = None
     exactness = Exactness()
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.interfaces import Exactness, HostTier, TierCopierFactory
+from engine.interfaces import Exactness, TierCopierFactory
 from engine.layers.inputs import LayerInputs, Pools, RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.backends import identity_of
@@ -320,11 +320,11 @@ class ModelRunner:
         at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
         return self._predictor.guess(at, most)
 
-    def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> HostTier:
+    def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> float | None:
         """See ``Runner.attach_tiers``."""
-        tier = copier(self.tensors.rows, self.memory, self.device, num_host_rows)
-        self._copies.copier = tier
-        return tier
+        made = copier(self.tensors.rows, self.memory, self.device, num_host_rows)
+        self._copies.copier = made
+        return made.host_bytes_per_s
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """See ``Runner.identity``. O(bytes of the weights), unless their digest is given."""

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engine.config import MAX_SCORED, TILE
 from engine.runner.graphs import WarmUp
@@ -34,6 +33,8 @@ def warm_up(runner: ModelRunner) -> WarmUp:
     ]
     steps += [partial(runner.guess, newest, [1] * len(newest)) for newest in guesses(runner)]
     works = [*decodes, *verifies, *prefills, *steps]
+    from tqdm import tqdm  # Here, because a start without warm-up does not need it.
+
     for work in tqdm(works, desc="warm-up", leave=False, disable=None):
         work()
     runner.device.synchronize()

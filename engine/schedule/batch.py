@@ -189,33 +189,6 @@ class Newest(NamedTuple):
     """Position of the token, 1 or more."""
 
 
-class Drafter:
-    """Source of drafts. A wrong draft costs time but changes no token. Every method does nothing
-    unless it is overridden.
-
-    It is called between two steps, once for all requests that may take drafts. A drafter that
-    computes, such as the model's multi-token head, makes one pass over the batch. It reads a hidden
-    vector of each request, declared as a state of the sequence: like any other state, it is saved
-    with checkpoints and advanced by commits.
-    """
-
-    name: str
-
-    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens | None]:
-        """Return a draft for each (request, maximum number of tokens), in order: int32[d].
-
-        None if the drafter needs more steps; the next step calls it again. Must take a bounded
-        time, because all requests wait for it.
-        """
-        return [NO_TOKENS] * len(wanted)
-
-    def forget(self, request: Request) -> None:
-        """Drop the state of ``request``, which has ended."""
-
-    def reset(self) -> None:
-        """Drop the state of requests that ended: the cache was emptied."""
-
-
 class DraftPlanner(Protocol):
     """Decides which decoding requests get drafts, and how long the drafts are; see ``Drafting``."""
 
@@ -226,15 +199,11 @@ class DraftPlanner(Protocol):
 
     def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
         """Return drafts for some of the decoding (request, maximum number of tokens that still
-        fit)."""
+        fit). Called once per step."""
         ...
 
     def may_guess(self, decoding: Collection[Request]) -> bool:
         """Return True if any of them may get a draft in its next step."""
-        ...
-
-    def pass_over(self) -> None:
-        """Count a step without drafts."""
         ...
 
     def learn(self, request: Request, draft: Draft, num_accepted: int, num_new: int) -> None:

@@ -136,13 +136,11 @@ class Scheduler(StepPlanner[Request]):
         No request is preempted for a draft."""
         if self._drafting is None:
             return {}
-        if self._num_in_flight:
-            self._drafting.pass_over()
-            return {}
+        # A draft follows the newest token, which a step in flight has yet to draw.
         decoding = [
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
-            if not self._is_prefill(request) and end == request.num_tokens
+            if not (self._num_in_flight or self._is_prefill(request)) and end == request.num_tokens
         ]
         drafts = self._drafting.propose(decoding)
         return {

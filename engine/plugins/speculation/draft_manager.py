@@ -13,6 +13,7 @@ from engine.plugins.speculation.draft_length import (
     ProbeSchedule,
 )
 from engine.plugins.speculation.suffix import (
+    Drafter,
     Guess,
     HeadDrafter,
     IndexMemory,
@@ -20,7 +21,7 @@ from engine.plugins.speculation.suffix import (
     TreeDrafter,
 )
 from engine.requests.request import Request
-from engine.schedule.batch import Draft, Drafter
+from engine.schedule.batch import Draft
 from engine.text.outputs import DraftCounts
 
 
@@ -175,10 +176,6 @@ class Drafting:
                 if known.wakes <= self._step + 1:
                     return True
         return False
-
-    def pass_over(self) -> None:
-        """Count a step without ``propose``, after ``may_guess`` was False."""
-        self._step += 1
 
     def _as_fits(self, drafts: dict[Request, Draft]) -> dict[Request, Draft]:
         """Return the first of ``drafts`` that fit into a step."""

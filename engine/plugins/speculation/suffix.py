@@ -9,13 +9,40 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.requests.request import Request
-from engine.schedule.batch import Drafter, Newest
+from engine.schedule.batch import NO_TOKENS, Newest
 from hybridcache.tokens import Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16
 """Maximum number of finished texts that are kept, and of their tokens in total."""
 MAX_READ = 1024
 """Maximum number of tokens indexed in one step, for all requests: 0.2 ms."""
+
+
+class Drafter:
+    """Source of drafts. A wrong draft costs time but changes no token. Every method does nothing
+    unless it is overridden.
+
+    It is called between two steps, once for all requests that may take drafts. A drafter that
+    computes, such as the model's multi-token head, makes one pass over the batch. It reads a hidden
+    vector of each request, declared as a state of the sequence: like any other state, it is saved
+    with checkpoints and advanced by commits.
+    """
+
+    name: str
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens | None]:
+        """Return a draft for each (request, maximum number of tokens), in order: int32[d].
+
+        None if the drafter needs more steps; the next step calls it again. Must take a bounded
+        time, because all requests wait for it.
+        """
+        return [NO_TOKENS] * len(wanted)
+
+    def forget(self, request: Request) -> None:
+        """Drop the state of ``request``, which has ended."""
+
+    def reset(self) -> None:
+        """Drop the state of requests that ended: the cache was emptied."""
 
 
 class TreeDrafter(Drafter):

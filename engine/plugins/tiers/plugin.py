@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.config import ConfigError, EngineConfig
-from engine.interfaces import HostTier, Plugin, Runner, TierCopies
+from engine.interfaces import Plugin, Runner, TierCopies
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.prefixes import RunPart, covering
@@ -254,7 +254,6 @@ class TierPlugin(Plugin):
     name = "tiers"
     _cache: TieredRadixCache
     _manager: CacheManager
-    _host: HostTier
     exchange: MeasuredExchange
 
     def __init__(self, config: EngineConfig) -> None:
@@ -280,7 +279,8 @@ class TierPlugin(Plugin):
         if self.folder is not None:
             fields = fingerprint_of(self.config, runner, tokenizer)
             self._open_disk(self.folder, fields, runner.memory, rows[DISK])
-        self._host = runner.attach_tiers(partial(_copier, self.disk), rows.get(HOST, 0))
+        copier = partial(_copier, self.disk)
+        self._host_bytes_per_s = runner.attach_tiers(copier, rows.get(HOST, 0))
         self.exchange = cost = MeasuredExchange(runner.geometry, self._bytes_per_s)
         options: dict[str, Any] = {"exchange": cost, "after_reading": cost.after_reading}
         if self.disk is not None:
@@ -326,7 +326,7 @@ class TierPlugin(Plugin):
     def _bytes_per_s(self) -> Mapping[str, float | None]:
         disk = self.disk
         return {
-            HOST: self._host.host_bytes_per_s,
+            HOST: self._host_bytes_per_s,
             DISK: None if disk is None else disk.bytes_per_s,
         }
 
