@@ -43,8 +43,8 @@ def shared(parts: Sequence[Part], kinds: Kinds, rank: Rank) -> list[Part]:
 class Linear:
     """``x @ weight.T + bias``. Each row of the result is independent of the number of rows.
 
-    The outputs of all parts are concatenated. The name of a part determines its storage format;
-    adjacent parts of the same format are one product.
+    The outputs of all parts are next to each other. The name of a part determines its storage
+    format; adjacent parts of the same format are one product.
     """
 
     def __init__(
@@ -72,20 +72,18 @@ class Linear:
         ]
         self._kernel = build.kernels["linear"]
         self._rank = build.rank if shares_inputs and sums else ALONE
-        self._products: list[Product] = []
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         for stack in self._stacks:
             yield from stack.parameters()
 
     def seal(self) -> None:
-        self._products = [stack.product(self._kernel) for stack in self._stacks]
+        products = [stack.product(self._kernel) for stack in self._stacks]
+        self._product: Product = self._kernel.join(products)
         self._stacks.clear()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self._products) == 1:
-            return self._rank.sum(self._products[0](x))
-        return self._rank.sum(torch.cat([product(x) for product in self._products], dim=-1))
+        return self._rank.sum(self._product(x))
 
 
 class _Stack:

@@ -11,13 +11,15 @@ program adds span after span. The additions and their order are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels.linear import reference
 from kernels.linear.reference import SCALE_BLOCK, Format, quantize
 from kernels.target import pipeline_stages
 from kernels.tuning import token_class, tuned
@@ -25,7 +27,7 @@ from kernels.tuning import token_class, tuned
 ROWS = 4
 """Rows per padding unit, as ``reference.ROWS``."""
 
-__all__ = ["ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
+__all__ = ["ROWS", "join", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
 PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset(
     {("int8", None), ("fp8", None), ("fp8", SCALE_BLOCK)}
@@ -39,6 +41,8 @@ an H100."""
 LEAST_SPAN = 512
 LEAST_ROWS, LEAST_TOKENS = 64, 16
 """Smallest tile: rows of a weight, and tokens."""
+MOST_GATES = 512
+"""Most outputs of a product that shares a launch with a larger one."""
 BLOCK = tl.constexpr(SCALE_BLOCK)
 
 
@@ -74,23 +78,22 @@ def multiply_span(
 
 
 @triton.jit
-def store_tile(b_y, bias, y, o_m, o_t, M, mask):
+def store_tile(b_y, bias, y, o_m, o_t, M, y_stride, mask):
     """Store ``y[t, m] = b_y[m, t] + bias[m]`` for a tile ``[BM, BT]``."""
     if bias is not None:
         b_y += tl.load(bias + o_m, mask=o_m < M, other=0.0).to(tl.float32)[:, None]
-    p_y = y + o_t.to(tl.int64)[None, :] * M + o_m[:, None]
+    p_y = y + o_t.to(tl.int64)[None, :] * y_stride + o_m[:, None]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def add_spans(b_span, p_span, stride, counter, mask):
+def add_spans(b_span, p_span, stride, num_spans, counter, mask):
     """Add the spans ``[BM, BT]`` of one tile, each computed by another program.
 
     The last program that arrives adds all of them in their order, so the result does not depend on
     which one it is. Returns (sum, True) for that program, and a value without meaning and False
     for the others. The counter is zero before and after.
     """
-    num_spans = tl.num_programs(2)
     tl.store(p_span + tl.program_id(2) * stride, b_span, mask=mask)
     # All threads have stored before one of them publishes the stores with an addition that
     # releases them, and acquires those of the other programs.
@@ -103,6 +106,45 @@ def add_spans(b_span, p_span, stride, counter, mask):
             b_total += tl.load(p_span + i_s * stride, mask=mask, other=0.0, cache_modifier=".cg")
         tl.store(counter, 0)
     return b_total, is_last
+
+
+@triton.jit
+def compute_tile(
+    x, w, scale, block_scale, bias, y, spans, counter, first_row, num_tokens, M, N, span, x_stride,
+    y_stride, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute a tile of ``y = x @ w.T + bias`` from row ``first_row`` of w on, or the span of this
+    program if ``spans`` is given."""
+    o_m = first_row + tl.arange(0, BM)
+    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
+    m_m, m_t = o_m < M, o_t < num_tokens
+    mask = m_m[:, None] & m_t[None, :]
+    p_w = w + o_m.to(tl.int64) * N
+    p_x = x + o_t.to(tl.int64) * x_stride
+    p_channel, p_scale = scale, block_scale
+    if scale is not None:
+        p_channel += o_m
+    if block_scale is not None:
+        p_scale += o_m * tl.cdiv(N, BLOCK)
+    own = tl.program_id(2) * span
+    first, last = (0, N) if spans is None else (own, tl.minimum(own + span, N))
+    b_total = tl.zeros([BM, BT], tl.float32)
+    # Used for one span too: on Hopper, storing a product's own accumulator would make the products
+    # wait for each other.
+    for start in range(first, last, span):
+        end = tl.minimum(start + span, N)
+        b_total += multiply_span(
+            p_w, p_x, p_channel, p_scale, m_m, m_t, start, end, BM, BT, BK, PRECISION
+        )
+    is_last = True
+    if spans is not None:
+        p_span = spans + o_t[None, :] * y_stride + o_m[:, None]
+        num_spans, stride = tl.cdiv(N, span), num_tokens * y_stride
+        is_last = num_spans == 1
+        if num_spans > 1:
+            b_total, is_last = add_spans(b_total, p_span, stride, num_spans, counter, mask)
+    if is_last:
+        store_tile(b_total, bias, y, o_m, o_t, M, y_stride, mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -126,35 +168,164 @@ def linear_kernel(
     PRECISION: tl.constexpr,
 ):
     """Program (i_m, i_t, i_s): computes a tile of ``y``, or its span i_s if ``spans`` is given."""
-    i_m, i_t, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_m = i_m * BM + tl.arange(0, BM)
-    o_t = i_t * BT + tl.arange(0, BT)
-    m_m, m_t = o_m < M, o_t < num_tokens
-    mask = m_m[:, None] & m_t[None, :]
-    p_w = w + o_m.to(tl.int64) * N
-    p_x = x + o_t.to(tl.int64) * x_stride
-    p_channel, p_scale = scale, block_scale
-    if scale is not None:
-        p_channel += o_m
-    if block_scale is not None:
-        p_scale += o_m * tl.cdiv(N, BLOCK)
-    first, last = (0, N) if spans is None else (i_s * span, tl.minimum(i_s * span + span, N))
-    b_total = tl.zeros([BM, BT], tl.float32)
-    # Used for one span too: on Hopper, storing a product's own accumulator would make the products
-    # wait for each other.
-    for start in range(first, last, span):
-        end = tl.minimum(start + span, N)
-        b_total += multiply_span(
-            p_w, p_x, p_channel, p_scale, m_m, m_t, start, end, BM, BT, BK, PRECISION
+    counter = counters
+    if spans is not None:
+        counter += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    compute_tile(
+        x, w, scale, block_scale, bias, y, spans, counter, tl.program_id(0) * BM, num_tokens, M, N,
+        span, x_stride, M, BM, BT, BK, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def joined_kernel(
+    x,
+    w,
+    scale,
+    block_scale,
+    gates_w,
+    y,
+    spans,
+    counters,
+    num_tokens,
+    M,
+    GATES_M,
+    N,
+    span,
+    gates_span,
+    x_stride,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    GATES_BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute ``[x @ w.T | x @ gates_w.T]``, as ``linear_kernel`` computes each part.
+
+    The gates have few rows, so they come first and have more spans. Programs without a span end.
+    """
+    num_gates = tl.cdiv(GATES_M, BM)
+    i_m, i_s = tl.program_id(0), tl.program_id(2)
+    counter = counters
+    if spans is not None:
+        counter += tl.program_id(1) * tl.num_programs(0) + i_m
+    if i_m < num_gates:
+        if i_s * gates_span < N:
+            gates_spans = spans
+            if spans is not None:
+                gates_spans += M
+            compute_tile(
+                x, gates_w, None, None, None, y + M, gates_spans, counter, i_m * BM, num_tokens,
+                GATES_M, N, gates_span, x_stride, M + GATES_M, BM, BT, GATES_BK, PRECISION,
+            )  # fmt: skip
+    elif i_s * span < N:
+        compute_tile(
+            x, w, scale, block_scale, None, y, spans, counter, (i_m - num_gates) * BM, num_tokens,
+            M, N, span, x_stride, M + GATES_M, BM, BT, BK, PRECISION,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Product with a prepared weight, for calls on one stream at a time."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    counters: torch.Tensor
+    """int32: number of arrived spans of each tile of few tokens, zero between calls."""
+
+    @classmethod
+    def of(
+        cls, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> Product:
+        return cls(weight, scale, bias, _counters(len(weight), weight.device))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        num_outputs, (num_tokens, size) = len(self.weight), x.shape
+        y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
+        if num_tokens == 0:
+            return y
+        span = span_of(num_outputs, size)
+        num_spans = triton.cdiv(size, span) if num_tokens <= FEW_TOKENS else 1
+        tile = self.tile(x)
+        rows, columns = triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"])
+        linear_kernel[(rows, columns, num_spans)](
+            x,
+            self.weight,
+            *scales_of(self.weight, self.scale),
+            self.bias,
+            y,
+            *_spans_of(y, num_spans, self.counters),
+            num_tokens,
+            num_outputs,
+            size,
+            span,
+            x.stride(0),
+            **tile,
         )
-    if spans is None:
-        store_tile(b_total, bias, y, o_m, o_t, M, mask)
-    else:
-        p_span = spans + o_t[None, :] * M + o_m[:, None]
-        counter = counters + i_t * tl.num_programs(0) + i_m
-        b_total, is_last = add_spans(b_total, p_span, num_tokens * M, counter, mask)
-        if is_last:
-            store_tile(b_total, bias, y, o_m, o_t, M, mask)
+        return y
+
+    def tile(self, x: torch.Tensor) -> dict[str, Any]:
+        """Return tile and pipeline for ``x``, from the device's table if it has them."""
+        tile = tile_config(len(x), x.dtype, self.weight.dtype)
+        if scales_of(self.weight, self.scale)[1] is None:
+            key = x.dtype, self.weight.dtype, *self.weight.shape, token_class(len(x))
+            tile |= tuned("linear.linear_kernel", *key)
+        return tile
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A product, and one of few outputs with a full-precision weight, in one launch. Each part has
+    the bits that it has alone."""
+
+    product: Product
+    gates: Product
+    counters: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        num_outputs, num_gates = len(self.product.weight), len(self.gates.weight)
+        num_tokens, size = x.shape
+        y = torch.empty(num_tokens, num_outputs + num_gates, dtype=x.dtype, device=x.device)
+        if num_tokens == 0:
+            return y
+        span, gates_span = span_of(num_outputs, size), span_of(num_gates, size)
+        num_spans = triton.cdiv(size, min(span, gates_span)) if num_tokens <= FEW_TOKENS else 1
+        tile = self.product.tile(x)
+        rows = triton.cdiv(num_outputs, tile["BM"]) + triton.cdiv(num_gates, tile["BM"])
+        joined_kernel[(rows, triton.cdiv(num_tokens, tile["BT"]), num_spans)](
+            x,
+            self.product.weight,
+            *scales_of(self.product.weight, self.product.scale),
+            self.gates.weight,
+            y,
+            *_spans_of(y, num_spans, self.counters),
+            num_tokens,
+            num_outputs,
+            num_gates,
+            size,
+            span,
+            gates_span,
+            x.stride(0),
+            GATES_BK=depth_of(x.dtype, self.gates.weight.dtype),
+            **tile,
+        )
+        return y
+
+
+def _spans_of(
+    y: torch.Tensor, num_spans: int, counters: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Return memory for the spans of ``y`` with their counters, or None if there is one span."""
+    if num_spans == 1:
+        return None, None
+    return y.new_empty(num_spans, *y.shape, dtype=torch.float32), counters
+
+
+def _counters(num_outputs: int, device: torch.device) -> torch.Tensor:
+    num_tiles = triton.cdiv(num_outputs, LEAST_ROWS) * triton.cdiv(FEW_TOKENS, LEAST_TOKENS)
+    return torch.zeros(num_tiles, dtype=torch.int32, device=device)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -163,15 +334,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Sums in float32 and rounds once. x may be a view of wider rows. A prepared product saves the
     clearing of counters in each call.
     """
-    return _product(x, weight, None, bias, _counters(weight))
+    return Product.of(weight, None, bias)(x)
 
 
-def prepare(
-    weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return ``linear`` with this weight, for calls on one stream at a time."""
-    weight = weight.contiguous()
-    return partial(_product, weight=weight, scale=None, bias=bias, counters=_counters(weight))
+def prepare(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+    """Return ``linear`` with this weight."""
+    return Product.of(weight.contiguous(), None, bias)
 
 
 def linear_8bit(
@@ -184,7 +352,7 @@ def linear_8bit(
 
     See ``reference.linear_8bit``.
     """
-    return _product(x, quantized, scale, bias, _counters(quantized))
+    return Product.of(quantized, scale, bias)(x)
 
 
 def prepare_8bit(
@@ -192,59 +360,28 @@ def prepare_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return ``linear_8bit`` with this weight, for x of any dtype and one stream at a time."""
-    counters = _counters(quantized)
-    return partial(_product, weight=quantized, scale=scale, bias=bias, counters=counters)
+) -> Product:
+    """Return ``linear_8bit`` with this weight, for x of any dtype."""
+    return Product.of(quantized, scale, bias)
 
 
-def _product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    counters: torch.Tensor,
-) -> torch.Tensor:
-    num_tokens, size = x.shape
-    num_outputs = len(weight)
-    y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
-    if num_tokens == 0:
-        return y
-    by_channel, by_block = scales_of(weight, scale)
-    span = span_of(num_outputs, size)
-    num_spans = triton.cdiv(size, span) if num_tokens <= FEW_TOKENS else 1
-    tile = tile_config(num_tokens, x.dtype, weight.dtype)
-    if by_block is None:
-        key = x.dtype, weight.dtype, num_outputs, size, token_class(num_tokens)
-        tile |= tuned("linear.linear_kernel", *key)
-    spans = None
-    if num_spans > 1:
-        spans = y.new_empty(num_spans, num_tokens, num_outputs, dtype=torch.float32)
-    linear_kernel[
-        (triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"]), num_spans)
-    ](
-        x,
-        weight,
-        by_channel,
-        by_block,
-        bias,
-        y,
-        spans,
-        None if spans is None else counters,
-        num_tokens,
-        num_outputs,
-        size,
-        span,
-        x.stride(0),
-        **tile,
-    )
-    return y
+def join(products: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """Return the product with the outputs of all ``products``; see ``reference.join``.
 
-
-def _counters(weight: torch.Tensor) -> torch.Tensor:
-    """Return a counter of arrived spans for each tile of few tokens, int32."""
-    num_tiles = triton.cdiv(len(weight), LEAST_ROWS) * triton.cdiv(FEW_TOKENS, LEAST_TOKENS)
-    return torch.zeros(num_tiles, dtype=torch.int32, device=weight.device)
+    One launch for a product and gates, which have at most ``MOST_GATES`` outputs.
+    """
+    if len(products) == 2:
+        product, gates = products
+        if (
+            isinstance(product, Product)
+            and isinstance(gates, Product)
+            and product.bias is None
+            and (gates.scale, gates.bias) == (None, None)
+            and len(gates.weight) <= MOST_GATES
+        ):
+            num_outputs = len(product.weight) + len(gates.weight) + LEAST_ROWS
+            return Joined(product, gates, _counters(num_outputs, gates.weight.device))
+    return reference.join(products)
 
 
 def scales_of(

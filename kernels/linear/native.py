@@ -12,10 +12,19 @@ import torch.nn.functional as F
 
 from kernels import huge_pages
 from kernels.linear import reference
-from kernels.linear.reference import PRODUCTS, linear, linear_8bit, quantize, widened
+from kernels.linear.reference import PRODUCTS, join, linear, linear_8bit, quantize, widened
 from kernels.native import DTYPES, address, function, kernel_choices
 
-__all__ = ["PRODUCTS", "ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
+__all__ = [
+    "PRODUCTS",
+    "ROWS",
+    "join",
+    "linear",
+    "linear_8bit",
+    "prepare",
+    "prepare_8bit",
+    "quantize",
+]
 
 ROWS = 1
 """Rows per padding unit, as ``reference.ROWS``."""

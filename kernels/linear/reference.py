@@ -6,7 +6,7 @@ shape of every call is the same for any number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -67,6 +67,14 @@ def quantize(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.
     if dtype is torch.int8:
         scaled = scaled.round_()
     return scaled.clamp_(-largest, largest).to(dtype), scale
+
+
+def join(products: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """Return the product with the outputs of all ``products``, one after the other: ``[T, sum of
+    M]``."""
+    if len(products) == 1:
+        return products[0]
+    return lambda x: torch.cat([product(x) for product in products], dim=-1)
 
 
 def linear_8bit(

@@ -31,6 +31,7 @@ WGMMA_KERNELS = {
     "prefill_mla_kernel",
     "multiply_heads_kernel",
     "linear_kernel",
+    "joined_kernel",
     "gate_up_kernel",
     "down_kernel",
 }

@@ -191,6 +191,7 @@ def meta_calls() -> dict[str, Callable[[], object]]:
     x = new(5, 256)
     add("linear", "linear", x, weight, new(32))
     add("linear", "prepare", weight)
+    add("linear", "join", [lambda rows: rows])
     add("linear", "quantize", weight, "int8")
     for scale in (new(32), new(32, 2)):
         add("linear", "linear_8bit", x, quantized, scale, new(32))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -239,10 +237,9 @@ def test_the_last_program_adds_the_spans(order, device, monkeypatch) -> None:
     """Spans are added in their order by any program, and the counters are zero afterwards."""
     x, weight = torch.randn(3, 1600, device=device), torch.randn(70, 1600, device=device)
     assert fused.span_of(*weight.shape) == 640
-    counters = fused._counters(weight)
-    run = partial(fused._product, x, weight, None, None, counters)
-    expected = run()
-    assert not counters.any()
+    product = fused.prepare(weight)
+    expected = product(x)
+    assert not product.counters.any()
     if device == "cpu":  # On a device the order is arbitrary.
         from triton.runtime.interpreter import InterpreterBuilder
 
@@ -253,8 +250,37 @@ def test_the_last_program_adds_the_spans(order, device, monkeypatch) -> None:
             "set_grid_idx",
             lambda builder, x, y, z: set_place(builder, x, y, places[z]),
         )
-    assert torch.equal(run(), expected)
-    assert not counters.any()
+    assert torch.equal(product(x), expected)
+    assert not product.counters.any()
+
+
+@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("num_outputs", [70, 330])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 66])
+def test_joined_products_have_the_bits_of_each(format, num_outputs, num_tokens, device) -> None:
+    """Outputs and gates may have different numbers of spans."""
+    weight, gates = (torch.randn(size, 1100, device=device) for size in (num_outputs, 8))
+    x = torch.randn(num_tokens, 1100, device=device)
+    product = fused.prepare(weight)
+    if format is not None:
+        product = fused.prepare_8bit(*fused.quantize(weight, format), None, x.dtype)
+    parts = [product, fused.prepare(gates)]
+    joined = fused.join(parts)
+    assert isinstance(joined, fused.Joined)
+    expected = torch.cat([part(x) for part in parts], dim=1)
+    for _ in range(2):
+        assert torch.equal(joined(x), expected)
+    assert not joined.counters.any()
+
+
+@BACKENDS
+def test_any_products_can_be_joined(backend, device) -> None:
+    x, bias = torch.randn(3, 40, device=device), torch.randn(30, device=device)
+    weights = torch.randn(3, 30, 40, device=device)
+    products = [backend.prepare(weight, bias) for weight in weights]
+    for count in (1, 2, 3):
+        expected = torch.cat([product(x) for product in products[:count]], dim=1)
+        assert torch.equal(backend.join(products[:count])(x), expected)
 
 
 @pytest.mark.gpu

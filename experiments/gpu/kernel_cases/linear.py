@@ -30,6 +30,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             yield _full(shape, x, weight)
             for format in formats:
                 yield _quantized(shape, x, weight, format)
+            yield _joined(shape, x, weight, setup.randn(64, size))
 
 
 def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
@@ -64,6 +65,24 @@ def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format
         num_flops=2 * x.numel() * len(weight),
         rivals=rivals,
         rival_tolerance=6e-2,
+    )
+
+
+def _joined(shape: str, x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor) -> Case:
+    """Return a case with full-precision gates in the launch of a product in int8."""
+    quantized, scale = reference.quantize(weight, "int8")
+    widened = torch.cat([quantized.double() * scale[:, None], gates.double()])
+    parts = [fused.prepare_8bit(quantized, scale, None, x.dtype), fused.prepare(gates)]
+    return Case(
+        name=f"int8 with gates {shape}",
+        run=partial(fused.join(parts), x),
+        expected=partial(_exact, x, widened),
+        num_bytes=x.nbytes
+        + quantized.nbytes
+        + gates.nbytes
+        + x.element_size() * len(x) * len(widened),
+        num_flops=2 * x.numel() * len(widened),
+        rivals={"torch, full weights": partial(F.linear, x, widened.to(x.dtype))},
     )
 
 

@@ -346,7 +346,8 @@ def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
 
 LAUNCHES = {
     "rms_norm_kernel": 6,
-    "linear_kernel": 8,
+    "linear_kernel": 6,
+    "joined_kernel": 1,
     "decode_kernel": 2,
     "route_kernel": 2,
     "gate_mul_kernel": 1,

@@ -6,7 +6,7 @@ fp8 is launched only on targets that support it.
 import torch
 import triton
 
-from kernels.linear.fused import linear, linear_8bit
+from kernels.linear.fused import join, linear, linear_8bit, prepare, prepare_8bit
 
 
 def _linear(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -30,7 +30,21 @@ def _quantized(num_tokens: int, dtype: torch.dtype, *blocks: int) -> None:
     linear_8bit(x, weight, scale)
 
 
+def _joined(num_tokens: int, dtype: torch.dtype) -> None:
+    """Launch the input product of a Gated DeltaNet layer, whose gates are not quantised."""
+    target = triton.runtime.driver.active.get_current_target()
+    if dtype != torch.int8 and (target.backend != "cuda" or target.arch < 89):
+        return
+    weight = torch.empty(1, 1, dtype=dtype).expand(12288, 2048)
+    gates = prepare(torch.empty(64, 2048, dtype=torch.bfloat16))
+    product = prepare_8bit(weight, torch.empty(12288), None, torch.bfloat16)
+    join([product, gates])(torch.empty(num_tokens, 2048, dtype=torch.bfloat16))
+
+
 LAUNCHES = {
+    "joined_int8_one": lambda: _joined(1, torch.int8),
+    "joined_fp8_some": lambda: _joined(64, torch.float8_e4m3fn),
+    "joined_fp8_prefill": lambda: _joined(512, torch.float8_e4m3fn),
     "one": lambda: _linear(1),
     "prefill": lambda: _linear(512),
     "some": lambda: _linear(64),
