@@ -382,9 +382,6 @@ class Lease:
         Read it again in every step, after ``take_step``: rows of an arena move, and ``publish``
         replaces duplicates. O(1), but O(``published_len``) if rows of the tree were not read yet.
         """
-        return self._all_rows()
-
-    def _all_rows(self) -> Indices:
         if self._unread_len:
             unread_len, self._unread_len, self._indexed_len = self._unread_len, 0, 0
             self._rows[:unread_len] = self._cache.gather(self._receipt.node)[:unread_len]
@@ -482,7 +479,8 @@ class Lease:
         """Put the rows of positions [start, end) into the next step plan."""
         table_row = self._request.table_row
         if table_row is not None:
-            self._cache.steps.row_write_due(self, table_row, start, end, self._all_rows)
+            steps = self._cache.steps
+            steps.row_write_due(self, table_row, start, end, lambda: self.kv_indices)
 
     def rows_moved(self, move: Move) -> int:
         """Rename the rows of an emptied slab (``RowHolder``), and return how many of them are held.

@@ -44,7 +44,7 @@ from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.frame import LONGEST
-from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
@@ -465,7 +465,7 @@ class Scenario:
             disk_bytes=tiers[DISK],
         )
 
-    def placement(self, unit: int) -> Placement:
+    def placement(self, unit: int) -> PlacementPolicy:
         """Return the placement rules, their numbers in units."""
         words: Any = self.checkpoints
         return parse_placement(in_units(words, unit) if isinstance(words, str) else words)

@@ -346,6 +346,11 @@ class PlacementPolicy(ABC):
         error, with nothing changed, if it does not fit."""
         raise ValueError(f"{type(self).__name__} keeps no learned state.")
 
+    @property
+    def rules(self) -> tuple[PlacementPolicy, ...]:
+        """Policies that this one combines, in order; itself if it is no combination."""
+        return (self,)
+
     def decode_interval(self) -> int | None:
         """Return the distance of checkpoints during decode, or None for no checkpoints.
 

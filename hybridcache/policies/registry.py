@@ -139,7 +139,7 @@ def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
     return _maker("eviction policy", EVICTION_NAMES, spec, EvictionPolicy)
 
 
-def parse_placement(spec: PlacementSpec) -> Placement:
+def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
     """Parse a placement such as ``"branch,boundary,backoff,every:1024"``.
 
     ``"none"`` (alone) saves nothing. ``cap:N`` limits the checkpoints of a prefill. A user's
@@ -149,10 +149,11 @@ def parse_placement(spec: PlacementSpec) -> Placement:
         ValueError: a name is unknown, or its number is missing, superfluous or wrong.
     """
     if not isinstance(spec, str):
-        return Placement((factory_of(spec, PlacementPolicy)(),))
+        return factory_of(spec, PlacementPolicy)()
     if spec.strip() == "none":
         return Placement(())
-    rules, cap, parts = [], None, split_specs(spec)
+    rules: list[PlacementPolicy] = []
+    cap, parts = None, split_specs(spec)
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
     for part in parts:
@@ -165,7 +166,7 @@ def parse_placement(spec: PlacementSpec) -> Placement:
         raise ValueError(
             f"{spec!r} saves nothing: cap limits other rules, as in branch,every:512,cap:2"
         )
-    return Placement(tuple(rules), cap)
+    return rules[0] if len(rules) == 1 and cap is None else Placement(tuple(rules), cap)
 
 
 def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:

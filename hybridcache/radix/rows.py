@@ -64,23 +64,13 @@ class GatherCache:
         parts.reverse()
         rows = np.concatenate(parts)
         rows.setflags(write=False)
-        self.keep(segment, rows, extends, limit_rows)
-        return rows
-
-    def keep(
-        self, segment: Segment, rows: Indices, extends: Segment | None, limit_rows: int
-    ) -> None:
-        """Store a result. O(1) amortised.
-
-        A result that a later one ``extends`` is evicted before all others, because its conversation
-        continued.
-        """
-        if extends is not None:
+        if extends is not None:  # Evicted before all others, because its conversation continued.
             self.rows.move_to_end(extends, last=False)
         self.rows[segment] = rows
         self.num_rows += len(rows) + ENTRY_ROWS
         if self.num_rows > limit_rows:
             self.trim(limit_rows)
+        return rows
 
     def discard(self, segment: Segment) -> None:
         """Remove the result of ``segment``, which is no longer resident. O(1)."""

@@ -167,7 +167,17 @@ class PathPart(NodeHandle):
 class Segment:
     """KV rows of the edge of one node: an evictable item of kind ``kv``."""
 
-    __slots__ = ("created", "indices", "item_bytes", "last_used", "memo", "node", "serial", "uses")
+    __slots__ = (
+        "created",
+        "indices",
+        "item_bytes",
+        "last_used",
+        "memo",
+        "node",
+        "position",
+        "serial",
+        "uses",
+    )
 
     kind: Literal["kv"] = "kv"
     superseded = False
@@ -177,16 +187,13 @@ class Segment:
         self, node: RadixNode, indices: Indices, now: int, serial: int, item_bytes: ItemBytes
     ) -> None:
         self.node = node
+        self.position = node.end
         self.indices = indices
         self.created = self.last_used = now
         self.serial = serial
         self.item_bytes = item_bytes
         self.uses = 0
         self.memo: Any = None
-
-    @property
-    def position(self) -> int:
-        return self.node.end
 
     @property
     def above(self) -> Checkpoint | None:
@@ -198,8 +205,7 @@ class Segment:
         """Checkpoint at its own end or, if there is none, the nearest one above, resident or
         evicted. O(nodes between)."""
         node = self.node
-        own = node.checkpoint or node.lost_checkpoint
-        return own or next(ghosts_above(node), None) or self.above
+        return node.checkpoint or node.lost_checkpoint or checkpoint_above(node, or_lost=True)
 
     @property
     def dead(self) -> bool:
@@ -245,6 +251,7 @@ class Checkpoint:
         "memo",
         "node",
         "num_successors",
+        "position",
         "serial",
         "shallower",
         "slot",
@@ -266,6 +273,7 @@ class Checkpoint:
         label: str,
     ) -> None:
         self.node = node
+        self.position = node.end
         self.slot = slot
         self.created = self.last_used = now
         self.serial = serial
@@ -284,10 +292,6 @@ class Checkpoint:
         self.memo: Any = None
 
     @property
-    def position(self) -> int:
-        return self.node.end
-
-    @property
     def above(self) -> Checkpoint | None:
         """Nearest checkpoint above. O(1) on its own run, else O(nodes between)."""
         before = self.shallower
@@ -298,7 +302,7 @@ class Checkpoint:
     @property
     def predecessor(self) -> Checkpoint | None:
         """Nearest checkpoint above, resident or evicted. O(nodes between)."""
-        return next(ghosts_above(self.node), None) or self.above
+        return checkpoint_above(self.node, or_lost=True)
 
     @property
     def span(self) -> int:
@@ -324,13 +328,15 @@ class Checkpoint:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
 
 
-def checkpoint_above(node: RadixNode) -> Checkpoint | None:
+def checkpoint_above(node: RadixNode, or_lost: bool = False) -> Checkpoint | None:
     """Return the nearest checkpoint strictly above the end of ``node``, or None.
 
-    O(nodes between).
+    With ``or_lost`` it may have been evicted. O(nodes between).
     """
     above = node.parent
     while above is not None and above.checkpoint is None:
+        if or_lost and above.lost_checkpoint is not None:
+            return above.lost_checkpoint
         above = above.parent
     return None if above is None else above.checkpoint
 

@@ -16,8 +16,7 @@ from hybridcache.allocators.moves import RowWrite, StepPlan
 from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.placement.rules import Placement
-from hybridcache.policies.protocol import FetchRule, Prefill
+from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, Tokens
@@ -37,7 +36,7 @@ class CacheManager:
     def __init__(
         self,
         cache: HybridRadixCache,
-        placement: Placement,
+        placement: PlacementPolicy,
         *,
         num_rows: int,
         stateful: bool,

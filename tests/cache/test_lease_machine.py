@@ -82,7 +82,7 @@ class Ledger(Placement):
 
     def __init__(self, spec: str) -> None:
         inner = parse_placement(spec)
-        super().__init__(inner.rules, inner.cap)
+        super().__init__((inner,))
         self.planned: dict[int, str] = {}
         self.prefills = 0
         self.saved: list[Placed] = []
@@ -488,7 +488,7 @@ class LeaseMachine(RuleBasedStateMachine):
             sum(holder.held_tokens for holder in holders),
             sum(holder.held_slots for holder in holders),
         )
-        for rule_ in self.ledger.rules:
+        for rule_ in self.ledger.rules[0].rules:
             if isinstance(rule_, Adaptive):
                 assert sum(rule_.num_saved().values()) == self.num_saved
 

@@ -161,7 +161,7 @@ def test_kv_has_the_generation_of_the_checkpoint_at_its_end() -> None:
     cache.evict(num_slots=3)
     [tip] = [node for node in cache.iter_nodes() if node.checkpoint is not None]
     assert tip.end == 400 and tip.checkpoint.memo.turn == 3
-    cache.policy._rank_kv()
+    assert cache.policy.victim("kv") is tip.kv
     assert tip.kv.predecessor is tip.checkpoint
     assert tip.kv.memo.turn == 3
 

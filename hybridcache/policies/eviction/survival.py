@@ -17,6 +17,7 @@ COMMON = frozenset(
 )
 """Labels of positions where prompts are known to diverge. All other labels are speculative."""
 SPECULATIVE_PRIOR = 0.125
+"""Assumed hazard of classes with a speculative label relative to common ones, without evidence."""
 FORKS = frozenset({"branch", "boundary"})
 """Labels of ends of text that other conversations may share. Their class has no generation."""
 REJOIN = "rejoin"
@@ -280,7 +281,10 @@ class Survival(EvictionPolicy):
         self._revalue()
         chosen = None if kind == "kv" else self._least(self._checkpoints)
         if chosen is None and kind != "checkpoint":
-            self._rank_kv()
+            if self._idle_kv is not None:  # It has a separate pool, or no checkpoint is left.
+                waiting, self._idle_kv = self._idle_kv, None
+                for item in waiting:
+                    self.add(item)
             chosen = self._least(self._kv)
         return chosen
 
@@ -296,13 +300,6 @@ class Survival(EvictionPolicy):
             if place is not None:
                 columns.worths[place] = _worth(item)
         self._stale.clear()
-
-    def _rank_kv(self) -> None:
-        """Rank leaf KV from now on: it has a separate pool, or no checkpoint is left."""
-        if self._idle_kv is not None:
-            waiting, self._idle_kv = self._idle_kv, None
-            for item in waiting:
-                self.add(item)
 
     def _used(self, item: Item, memo: _Memo) -> None:
         self.hazards.close(memo.stage, item.last_used, used=True)
@@ -323,9 +320,9 @@ class Survival(EvictionPolicy):
         demand = None if item.superseded else memo.demand
         if demand is not None:
             memo.key = ((True, memo.key[0][1]), *memo.key[1:])
-        row = hazards.row(memo.key, _prior(memo.key))
+        row = hazards.row(memo.key, SPECULATIVE_PRIOR if memo.key[0][1] else 1.0)
         if demand is not None:
-            tip_row = hazards.row(demand, _prior(demand))
+            tip_row = hazards.row(demand, SPECULATIVE_PRIOR if demand[0][1] else 1.0)
             age = hazards.now - memo.active
             if hazards.index_at(tip_row, age) >= hazards.index_at(row, age):
                 memo.key, row = demand, tip_row
@@ -387,11 +384,6 @@ def _class_of(item: Item, turn: int) -> Class:
         2 * octave + (position << 2 >> octave) % 2,
     )
     return (*found, stop_reason) if stop_reason else found
-
-
-def _prior(key: Class) -> float:
-    """Return the assumed hazard of the class relative to a common tip."""
-    return SPECULATIVE_PRIOR if key[0][1] else 1.0
 
 
 def _worth(item: Item) -> float:

@@ -213,7 +213,8 @@ class Adaptive(PlacementPolicy):
         if latest is not None and latest[0] is prefill:
             self._latest = None
             return latest[1]
-        return self._choose(prefill, _back_offs(prefill))[0]
+        shared, own_end = _split_boundaries(prefill)
+        return self._choose(prefill, shared, _back_offs(prefill, own_end))[0]
 
     def decode_interval(self) -> int | None:
         return 1 if self._saves_answer else None
@@ -224,11 +225,12 @@ class Adaptive(PlacementPolicy):
         self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
         if prefill.free_slots is not None:
             self._room = prefill.free_slots + prefill.num_checkpoints
-        back_offs = _back_offs(prefill)
+        shared, own_end = _split_boundaries(prefill)
+        back_offs = _back_offs(prefill, own_end)
         # The assumed earnings of shared positions start before those of the other labels.
         if prefill.forks and prefill.seen_len > prefill.cached_len:
             self._account("branch")
-        if any(boundary > prefill.cached_len for boundary in _shared_boundaries(prefill)):
+        if shared and shared[-1] > prefill.cached_len:
             self._account("boundary")
         labels = [label for _, label in back_offs]
         if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
@@ -239,7 +241,7 @@ class Adaptive(PlacementPolicy):
         for label in labels:
             account = self._account(label)
             account.offer(_pays(account, bars))
-        planned, self._saves_answer = self._choose(prefill, back_offs)
+        planned, self._saves_answer = self._choose(prefill, shared, back_offs)
         self._latest = prefill, planned
 
     def on_hit(self, item: Item) -> None:
@@ -261,7 +263,9 @@ class Adaptive(PlacementPolicy):
             self._num_placed *= 0.5
             self._missed_tokens *= 0.5
 
-    def _choose(self, prefill: Prefill, back_offs: list[Placed]) -> tuple[list[Placed], bool]:
+    def _choose(
+        self, prefill: Prefill, shared: tuple[int, ...], back_offs: list[Placed]
+    ) -> tuple[list[Placed], bool]:
         """Return the positions to save, by descending priority, and whether to save the end of the
         answer."""
         cached_len, free_slots = prefill.cached_len, prefill.free_slots
@@ -272,7 +276,7 @@ class Adaptive(PlacementPolicy):
                 wanted.append(Placed(prefill.seen_len, "branch"))
             elif self._wants(REJOIN, None, bars):
                 wanted.append(Placed(prefill.seen_len, REJOIN))
-        for boundary in reversed(_shared_boundaries(prefill)):
+        for boundary in reversed(shared):
             if boundary > cached_len:
                 wanted.append(Placed(boundary, "boundary"))
         end = self._end(prefill)
@@ -364,23 +368,18 @@ def _hope(label: str) -> float:
     return HOPE if label in END_LABELS or label in SHARED else SPECULATIVE_HOPE
 
 
-def _shared_boundaries(prefill: Prefill) -> tuple[int, ...]:
-    """Return the boundaries of ``prefill`` without the one at the end of the prompt."""
+def _split_boundaries(prefill: Prefill) -> tuple[tuple[int, ...], int | None]:
+    """Return (shared boundaries, boundary at the end of the prompt itself or None)."""
     boundaries = prefill.boundaries
-    return boundaries if _own_end(prefill) is None else boundaries[:-1]
-
-
-def _own_end(prefill: Prefill) -> int | None:
-    """Return the boundary at the end of the prompt itself, or None if there is none."""
     longest = max(1, min(HEADER, prefill.grid - 1))
-    return end_of_prompt(prefill.prompt_len, prefill.boundaries, longest)
+    own_end = end_of_prompt(prefill.prompt_len, boundaries, longest)
+    return boundaries if own_end is None else boundaries[:-1], own_end
 
 
-def _back_offs(prefill: Prefill) -> list[Placed]:
+def _back_offs(prefill: Prefill, own_end: int | None) -> list[Placed]:
     """Return the back-offs of ``prefill``, deepest first. O(log prompt)."""
     found = []
     distance, furthest = 1, prefill.prompt_len - prefill.cached_len - prefill.grid
-    own_end = _own_end(prefill)
     while distance <= furthest:
         position = prefill.prompt_len - distance
         if distance == 1 and own_end is not None:

@@ -87,15 +87,19 @@ class Placement(PlacementPolicy):
     """
 
     def __init__(self, rules: tuple[PlacementPolicy, ...], cap: int | None = None) -> None:
-        self.rules = rules
-        self.cap = cap
+        self._rules = rules
+        self._cap = cap
         self._learning = [rule for rule in rules if type(rule) not in STATELESS]
+
+    @property
+    def rules(self) -> tuple[PlacementPolicy, ...]:
+        return self._rules
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         placed: list[Placed] = []
-        for rule in self.rules:
+        for rule in self._rules:
             placed += rule.plan(prefill)
-        return placed if self.cap is None else list(self._capped(placed, prefill, self.cap))
+        return placed if self._cap is None else list(self._capped(placed, prefill, self._cap))
 
     def _capped(self, asked: list[Placed], prefill: Prefill, cap: int) -> Iterator[Placed]:
         taken: set[int] = set()
@@ -109,7 +113,7 @@ class Placement(PlacementPolicy):
     def decode_interval(self) -> int | None:
         """Return the shortest interval of any rule. The caller rounds it up to the grid."""
         shortest: int | None = None
-        for rule in self.rules:
+        for rule in self._rules:
             interval = rule.decode_interval()
             if interval is not None and (shortest is None or interval < shortest):
                 shortest = interval
