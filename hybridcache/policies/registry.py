@@ -149,7 +149,8 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
         ValueError: a name is unknown, or its number is missing, superfluous or wrong.
     """
     if not isinstance(spec, str):
-        return factory_of(spec, PlacementPolicy)()
+        own: PlacementPolicy = factory_of(spec, PlacementPolicy)()
+        return own
     if spec.strip() == "none":
         return Placement(())
     rules: list[PlacementPolicy] = []
