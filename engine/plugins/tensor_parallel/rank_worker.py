@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import signal
-import socket
 import sys
+import time
 import traceback
 from contextlib import suppress
+from multiprocessing.connection import Connection
 
 import torch
 
 from engine.interfaces import RunnerLost
 from engine.layers.rank import Rank
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
-from engine.plugins.tensor_parallel.rank_messages import Commit, Forward, Line, RankReport, Start
+from engine.plugins.tensor_parallel.rank_messages import Commit, Forward, RankReport, Start
 from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError
@@ -22,7 +23,7 @@ from engine.weights.model_config import ModelError
 def main(descriptor: int) -> None:
     """Run the rank with ``descriptor`` as its end of the connection, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 handles this signal.
-    line = Line(socket.socket(fileno=descriptor))
+    line = Connection(descriptor)
     last_words = _follow(line)
     if last_words is not None:
         with suppress(OSError):
@@ -30,7 +31,7 @@ def main(descriptor: int) -> None:
         sys.exit(1)
 
 
-def _follow(line: Line) -> RankReport | None:
+def _follow(line: Connection) -> RankReport | None:
     """Return the reason of the end, or None if rank 0 closed the connection."""
     try:
         _run(line)
@@ -46,8 +47,8 @@ def _follow(line: Line) -> RankReport | None:
     return None
 
 
-def _run(line: Line) -> None:
-    start: Start = line.receive()
+def _run(line: Connection) -> None:
+    start: Start = line.recv()
     line.send(RankReport("here"))
     device = Device.resolve(start.config.device).of_rank(start.number)
     if device.is_cpu:
@@ -59,7 +60,11 @@ def _run(line: Line) -> None:
     line.send(RankReport("ready"))
     group.set_timeout(TIMEOUT_S)
     while True:
-        order: Forward | Commit = line.receive(group.spin_s)
+        # Waking up costs more than a small step.
+        end_s = time.perf_counter() + group.spin_s
+        while time.perf_counter() < end_s and not line.poll():
+            pass
+        order: Forward | Commit = line.recv()
         if isinstance(order, Commit):
             runner.commit(order.batch, order.taken)
         elif order.num_drawn is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,14 +12,16 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import describe_exit
 from engine.interfaces import RunnerLost
-from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TIMEOUT_S
-from engine.plugins.tensor_parallel.rank_messages import Line, RankEvent, RankReport, Start
+from engine.plugins.tensor_parallel.group import START_TIMEOUT_S
+from engine.plugins.tensor_parallel.rank_messages import RankEvent, RankReport, Start
 from engine.plugins.tensor_parallel.shared_memory import make_memory
 from engine.weights.model_config import ModelError
 
@@ -39,7 +40,15 @@ class Follower:
 
     number: int
     process: subprocess.Popen[bytes]
-    line: Line
+    line: Connection
+
+    def receive(self, timeout_s: float) -> RankReport:
+        """Return the next report. Raises EOFError or OSError if the rank has gone, and
+        TimeoutError if none arrived."""
+        if not self.line.poll(timeout_s):
+            raise TimeoutError("there was no report")
+        report: RankReport = self.line.recv()
+        return report
 
 
 class Followers:
@@ -68,14 +77,11 @@ class Followers:
         else."""
         for one in self._all:
             try:
-                answer: RankReport = one.line.receive()
+                answer = one.receive(START_TIMEOUT_S)
             except (EOFError, OSError) as error:
                 raise self.lost(error) from None
             if answer.event != event:
                 raise self.lost(RunnerLost("it was not ready"), {one.number: answer})
-        if event == "ready":
-            for one in self._all:
-                one.line.set_timeout(TIMEOUT_S)
 
     def order(self, order: object) -> None:
         """Send a command to all ranks. Raises RunnerLost if one has gone."""
@@ -97,10 +103,9 @@ class Followers:
         deadline = time.monotonic() + LAST_WORDS_S
         is_own = not isinstance(error, RunnerLost | OSError | EOFError)
         for one in () if is_own else self._all:
-            one.line.set_timeout(max(0.01, deadline - time.monotonic()))
             with suppress(EOFError, OSError):
                 while one.number not in said:
-                    answer: RankReport = one.line.receive()
+                    answer = one.receive(max(0.01, deadline - time.monotonic()))
                     if answer.is_last:
                         said[one.number] = answer
         refused = [answer.sentence for answer in said.values() if answer.event == "refused"]
@@ -158,7 +163,7 @@ class Followers:
 
 
 def _start(number: int, memory: int | None) -> Follower:
-    ours, theirs = socket.socketpair()
+    ours, theirs = Pipe()
     with theirs:
         descriptor = theirs.fileno()
         code = CODE.format(paths=[path or os.getcwd() for path in sys.path], fd=descriptor)
@@ -168,7 +173,7 @@ def _start(number: int, memory: int | None) -> Follower:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    return Follower(number, process, Line(ours, START_TIMEOUT_S))
+    return Follower(number, process, ours)
 
 
 def _await(
