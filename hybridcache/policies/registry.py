@@ -27,7 +27,6 @@ from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, Random
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.placement.adaptive import Adaptive
-from hybridcache.policies.placement.planned import Planned
 from hybridcache.policies.placement.rules import (
     Backoff,
     Boundary,
@@ -92,7 +91,6 @@ PLACEMENT_NAMES: dict[str, Entry] = {
     "backoff": Entry(Backoff, "checkpoints"),
     "adaptive": Entry(Adaptive),
     "every": Entry(Every, "tokens", "1024"),
-    "planned": Entry(Planned, "checkpoints", "4"),
 }
 """Names of checkpoint placement rules, combined with commas."""
 

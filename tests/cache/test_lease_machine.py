@@ -45,7 +45,7 @@ PLACEMENTS = (
     "adaptive",
     "adaptive,every:8,cap:2",
     "branch,boundary,backoff,end",
-    "planned:2,end",
+    "backoff:2,end",
     "every:8",
     "none",
 )

@@ -1,15 +1,13 @@
-"""Placement policies: their positions, and the plan over overlaps compared with brute force."""
+"""Placement policies: their positions."""
 
 from __future__ import annotations
 
 import random
-from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.placement.planned import Planned, plan
 from hybridcache.policies.placement.rules import Backoff
 from hybridcache.policies.protocol import Placed, Prefill
 from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement
@@ -32,7 +30,6 @@ def positions_of(spec: str, **changes: object) -> list[int]:
         ("backoff:3,cap:2", [896, 960]),
         ("backoff:99", list(range(64, 961, 64))),
         ("every:256", [256, 512, 768]),
-        ("planned:2", [960]),
         ("every:512,backoff,cap:1", [512]),
         ("backoff,backoff,every:512,cap:2", [512, 960]),
     ],
@@ -75,7 +72,7 @@ def specs_with_numbers() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("spec", [*specs_with_numbers(), "adaptive,planned:2,cap:3"])
+@pytest.mark.parametrize("spec", [*specs_with_numbers(), "adaptive,every:512,cap:3"])
 def test_planning_does_not_change_a_placement(spec: str) -> None:
     """Routers call ``plan`` for requests that may never arrive. Later plans must not change."""
     rng = random.Random(7)
@@ -102,45 +99,3 @@ def test_planning_does_not_change_a_placement(spec: str) -> None:
         for placement in (forecasting, plain):
             for position, wanted in planned.items():
                 placement.on_saved(position, wanted)
-
-
-def expected_loss(depths: list[int], weights: list[float], positions: tuple[int, ...]) -> float:
-    return sum(
-        weight * (depth - max((p for p in positions if p <= depth), default=0))
-        for depth, weight in zip(depths, weights, strict=True)
-    )
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=7),
-    st.integers(1, 4),
-)
-def test_the_plan_has_the_minimal_expected_loss(
-    overlaps: list[tuple[int, int]], count: int
-) -> None:
-    histogram = dict(overlaps)
-    depths = sorted(histogram)
-    weights = [float(histogram[depth]) for depth in depths]
-    best = min(
-        expected_loss(depths, weights, chosen)
-        for size in range(min(count, len(depths)) + 1)
-        for chosen in combinations(depths, size)
-    )
-    planned = plan(depths, weights, count)
-    assert len(planned) <= count
-    assert expected_loss(depths, weights, planned) == pytest.approx(best)
-
-
-def test_planned_follows_recent_overlaps() -> None:
-    rule = Planned(1)
-    prompt = Prefill(1000, 0, 0, 0, (), 1)
-
-    def overlap(seen_len: int, times: int) -> list[int]:
-        for _ in range(times):
-            rule.on_prefill(prompt._replace(seen_len=seen_len))
-        return [position for position, _ in rule.plan(prompt)]
-
-    assert overlap(300, 30) == [300]
-    overlap(300, 170)
-    # 300 was seen 200 times, then 700 60 times: without decay 300 would save more
-    assert overlap(700, 60) == [700]

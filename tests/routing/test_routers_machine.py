@@ -288,7 +288,7 @@ def test_the_write_rate_counts_kv_and_states_of_sent_requests() -> None:
 
 def test_forecasts_do_not_train_the_placement_policy() -> None:
     """The copy of each replica's policy learns only from requests that the replica computed."""
-    for placement in ("branch,boundary,backoff", "adaptive", "planned:2"):
+    for placement in ("branch,boundary,backoff", "adaptive"):
         router = fleet("checkpoint", 4, placement=placement)
         assert isinstance(router, CheckpointSeconds)
         found = []
