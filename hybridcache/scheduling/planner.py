@@ -25,7 +25,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from itertools import takewhile
 from math import inf
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from hybridcache.lease import Lease
     from hybridcache.scheduling.request import ScheduledRequest
 
-LIVE_S = 300.0
-"""Seconds for which an idle session counts as live."""
 TILE = 64
 """Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute
 multiples of it."""
@@ -132,7 +129,7 @@ class AdmissionReport:
     """State of the queue and of the policy that orders it."""
 
     live_sessions: int
-    """Sessions with an open request, or idle for ``LIVE_S`` at most."""
+    """Sessions with an open request, or idle for a short time (``Sessions.num_live``)."""
     waiting_sessions: int
     """Sessions with a waiting request."""
     oldest_wait_s: float
@@ -374,11 +371,8 @@ class StepPlanner(Generic[R]):
     def admission_report(self) -> AdmissionReport:
         """Return the state of queue and policy. O(waiting + live sessions)."""
         now_s = self._clock()
-        since_s = now_s - LIVE_S
-        newest = reversed(tuple(self._sessions.idle))
-        idle = takewhile(lambda session: session.idle_since_s >= since_s, newest)
         return AdmissionReport(
-            live_sessions=len(self._sessions.open) + sum(1 for _ in idle),
+            live_sessions=self._sessions.num_live(now_s),
             waiting_sessions=len({request.session for request in self._waiting}),
             oldest_wait_s=max(
                 (now_s - request.arrival_s for request in self._waiting), default=0.0

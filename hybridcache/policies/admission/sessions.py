@@ -26,6 +26,8 @@ from hybridcache.tokens import Tokens
 
 MAX_KNOWN = 4096
 """Number of idle sessions that are remembered: the most recently active ones."""
+LIVE_S = 300.0
+"""Seconds for which an idle session counts as live."""
 TAIL_LEN = 64
 """Maximum number of tokens at the end of a prompt that a chat template rewrites in the next one."""
 BLIND_TAIL_LEN = 8
@@ -58,6 +60,15 @@ class Sessions:
     def idle(self) -> Collection[Session]:
         """Remembered sessions without an open request; the one idle for longest first."""
         return self._idle.keys()
+
+    def num_live(self, now_s: float) -> int:
+        """Return the number of sessions that are open, or idle for ``LIVE_S`` at most. O(them)."""
+        num_live = len(self._open)
+        for session in reversed(self._idle):
+            if now_s - session.idle_since_s > LIVE_S:
+                break
+            num_live += 1
+        return num_live
 
     def arrived(
         self,
