@@ -33,6 +33,9 @@ FEW_TOKENS = 16
 """Maximum number of tokens with one row per block. Few tokens rarely share experts, and sorting
 would cost more than reading some experts twice."""
 
+FEW_PAIRS = 4096
+"""Maximum number of pairs that are sorted in one launch. Each of its programs reads all of them."""
+
 PART = 128
 """Pairs per ranking program, which compares each pair with each."""
 
@@ -88,6 +91,39 @@ def route_kernel(
         b_weights = b_weights / tl.sum(b_weights, axis=0)
     tl.store(weights + i_t * K + o_k, b_weights, mask=o_k < K)
     tl.store(experts + i_t * K + o_k, b_experts, mask=o_k < K)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def sort_pairs_kernel(
+    experts, pairs, block_experts, block_count, num_pairs,
+    E: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Program e: counts the pairs of all experts, and writes those of expert e in their order.
+
+    It also stores the expert of its blocks, and pads the last block.
+    """
+    i_e = tl.program_id(0)
+    o_e, o_p, o_t = tl.arange(0, BE), tl.arange(0, BP), tl.arange(0, BT)
+    b_total = tl.zeros([BE], tl.int32)
+    for start in range(0, num_pairs, BP):
+        m_p = start + o_p < num_pairs
+        b_total += tl.histogram(tl.load(experts + start + o_p, mask=m_p, other=E), BE)
+    b_blocks = tl.where(o_e < E, (b_total + BT - 1) // BT, 0)  # [BE]
+    first = tl.sum(tl.where(o_e < i_e, b_blocks, 0), axis=0)
+    num_blocks = tl.sum(tl.where(o_e == i_e, b_blocks, 0), axis=0)
+    row = first * BT
+    for start in range(0, num_pairs, BP):
+        m_p = start + o_p < num_pairs
+        b_is_own = (tl.load(experts + start + o_p, mask=m_p, other=E) == i_e).to(tl.int32)
+        b_row = row + tl.cumsum(b_is_own, axis=0) - b_is_own
+        tl.store(pairs + b_row, start + o_p, mask=b_is_own > 0)
+        row += tl.sum(b_is_own, axis=0)
+    for i_block in range(first, first + num_blocks):
+        tl.store(block_experts + i_block, i_e)
+        o_row = i_block * BT + o_t
+        tl.store(pairs + o_row, tl.zeros([BT], tl.int32) + num_pairs, mask=o_row >= row)
+    if i_e == E - 1:
+        tl.store(block_count, first + num_blocks)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -466,37 +502,58 @@ def _experts(
 def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
     """Build the blocks for ``experts [T, k]``, in the order of tokens within an expert.
 
-    Values stay on the device. A counting sort: each pair is read twice, and compared with the pairs
-    of its part.
+    Values stay on the device.
     """
     num_tokens, k = experts.shape
     num_pairs = num_tokens * k
     if num_tokens <= FEW_TOKENS:
         return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
     # By powers of two of tokens: one step in each range compiles all kernels of that range.
-    mean = triton.cdiv(triton.next_power_of_2(num_tokens) * k, num_experts)
+    most_pairs = triton.next_power_of_2(num_tokens) * k
+    mean = triton.cdiv(most_pairs, num_experts)
     rows = min(64, max(16, triton.next_power_of_2(mean)))
     num_blocks = num_pairs // rows + min(num_experts, num_pairs)
+    block_experts = torch.empty(num_blocks, dtype=torch.int32, device=experts.device)
+    pairs = torch.empty(num_blocks * rows, dtype=torch.int32, device=experts.device)
+    count = torch.empty(1, dtype=torch.int32, device=experts.device)
+    blocks = Blocks(pairs, block_experts, count, num_blocks, rows)
+    if most_pairs <= FEW_PAIRS:
+        sort_pairs_kernel[(num_experts,)](
+            experts,
+            pairs,
+            block_experts,
+            count,
+            num_pairs,
+            E=num_experts,
+            BE=triton.next_power_of_2(num_experts + 1),
+            BT=rows,
+            BP=FEW_PAIRS // 4,
+        )
+    else:
+        _sort_by_parts(experts, blocks, num_experts)
+    return blocks
+
+
+def _sort_by_parts(experts: torch.Tensor, blocks: Blocks, num_experts: int) -> None:
+    """Fill ``blocks`` with a counting sort: each pair is read twice, and compared with the pairs of
+    its part."""
+    num_pairs = experts.numel()
     num_parts = triton.cdiv(num_pairs, PART)
     tables = torch.zeros(num_parts + 1, num_experts, dtype=torch.int32, device=experts.device)
     counts, totals = tables[1:], tables[0]
     ranks = torch.empty(num_pairs, dtype=torch.int32, device=experts.device)
-    count = torch.empty(1, dtype=torch.int32, device=experts.device)
-    block_experts = torch.empty(num_blocks, dtype=torch.int32, device=experts.device)
-    pairs = torch.empty(num_blocks * rows, dtype=torch.int32, device=experts.device)
     sizes = {"E": num_experts, "BP": PART}
     rank_pairs_kernel[(num_parts,)](experts, ranks, counts, totals, num_pairs, num_warps=8, **sizes)
     place_experts_kernel[(num_experts,)](
         counts,
         totals,
-        pairs,
-        block_experts,
-        count,
+        blocks.pairs,
+        blocks.experts,
+        blocks.count,
         num_pairs,
         num_parts,
         BE=triton.next_power_of_2(num_experts),
-        BT=rows,
+        BT=blocks.rows,
         **sizes,
     )
-    place_pairs_kernel[(num_parts,)](experts, ranks, counts, pairs, num_pairs, **sizes)
-    return Blocks(pairs, block_experts, count, num_blocks, rows)
+    place_pairs_kernel[(num_parts,)](experts, ranks, counts, blocks.pairs, num_pairs, **sizes)

@@ -224,21 +224,24 @@ def test_tokens_are_independent_of_the_batch(backend, dtype, device) -> None:
 
 
 @pytest.mark.full
-@settings(max_examples=12)
+@settings(max_examples=24)
 @given(
     num_tokens=st.integers(17, 60),
     k=st.integers(1, 3),
     num_experts=st.sampled_from([3, 5, 16]),
     part=st.sampled_from([4, 8, 128]),
+    few_pairs=st.sampled_from([0, 64, 4096]),
     seed=st.integers(0, 99),
 )
-def test_blocks_have_each_pair_once(num_tokens, k, num_experts, part, seed, device) -> None:
-    """Pairs are sorted by expert and token and padded to whole blocks, for any number of counting
-    parts."""
+def test_blocks_have_each_pair_once(
+    num_tokens, k, num_experts, part, few_pairs, seed, device
+) -> None:
+    """Pairs are sorted by expert and token and padded to whole blocks, in one launch or with any
+    number of counting parts."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num_tokens, num_experts, generator=generator)
     experts = scores.topk(k, dim=-1).indices.int().to(device)
-    with patch.object(fused, "PART", part):
+    with patch.object(fused, "PART", part), patch.object(fused, "FEW_PAIRS", few_pairs):
         blocks = fused.make_blocks(experts, num_experts)
     count = int(blocks.count)
     assert count <= blocks.num_blocks

@@ -363,7 +363,7 @@ LAUNCHES = {
 A layer with Gated DeltaNet, one with attention, and the head. Fewer are an improvement. In 16 bits
 the projections of a layer are one product, which saves two launches.
 """
-SORTING = {"rank_pairs_kernel": 2, "place_experts_kernel": 2, "place_pairs_kernel": 2}
+SORTING = {"sort_pairs_kernel": 2}
 """Launches that sort more tokens than that by expert."""
 
 
