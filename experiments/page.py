@@ -469,6 +469,8 @@ class Dots:
     """Columns that name a row."""
     near: str = ""
     """Row within ``SLASH`` points of which others are not drawn, but counted."""
+    log: bool = False
+    """True for a logarithmic axis."""
 
     def rows(self, table: Table) -> list[tuple[str, list[Interval], str]]:
         """Return name, values and written first value of each drawn row."""
@@ -518,6 +520,9 @@ class Dots:
         axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xlabel(self.axis, fontsize=8, color=TEXT)
+        if self.log:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(x=0.05)
         legend(figure, axis)
         return figure
@@ -553,6 +558,8 @@ def panel_lines(
     log_y: bool = False,
 ) -> Any:
     """Return a figure with two panels a row; a point is (x, y, low, high)."""
+    from matplotlib.ticker import NullLocator
+
     num_rows = math.ceil(len(panels) / 2)
     figure, places = drawing(num_rows, min(len(panels), 2), 0.6 + 1.3 * num_rows)
     for axis in places[len(panels) :]:
@@ -562,13 +569,17 @@ def panel_lines(
         for colour, mark, label, points in zip(SERIES, MARKS, series, lines, strict=False):
             x, y, low, high = zip(*points, strict=True)
             axis.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+            mark = mark if len(x) <= 8 else ""
             axis.plot(x, y, color=colour, marker=mark, markersize=2.5, linewidth=1.3, label=label)
         axis.set_xscale("log", base=2)
+        if len(x) <= 8:
+            axis.set_xticks(x[::2])
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         if log_y:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("")
+            axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title(name, fontsize=8, color=TEXT, loc="left")
         if number >= len(panels) - 2:
             axis.set_xlabel(axes[0], fontsize=8, color=TEXT)
@@ -608,7 +619,7 @@ def svg(figure: Any) -> str:
     """Return a drawing as SVG whose colours follow those of the page."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "results", "path.simplify": True}):
+    with matplotlib.rc_context({"svg.hashsalt": "results", "svg.fonttype": "none"}):
         file = StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     rules = "".join(
@@ -616,9 +627,17 @@ def svg(figure: Any) -> str:
         for light, dark in LIGHT_AND_DARK.items()
         for kind in ("fill", "stroke")
     )
-    style = f"<style>@media (prefers-color-scheme: dark) {{{rules}}}</style>"
-    text = re.sub(r"<!DOCTYPE.*?>\s*", "", file.getvalue(), flags=re.S)
-    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + "\n " + style, text, count=1)
+    dark = f"@media (prefers-color-scheme: dark) {{{rules}}}"
+    style = f"<style>text{{font-family:sans-serif}}{dark}</style>"
+    text = re.sub(r"(<svg [^>]*>)", lambda found: found[1] + style, file.getvalue(), count=1)
+    for unused in (
+        r"<!DOCTYPE[^>]*>", r"<metadata>.*?</metadata>", r"<!--.*?-->", r"\s*<g id=[^>]*/>",
+        r" font-family: [^;]*;", r' transform="rotate\(-0 [^"]*"',
+    ):  # fmt: skip
+        text = re.sub(unused, "", text, flags=re.S)
+    in_hundredths = r' (d|x|y|transform)="[^"]*"'
+    text = re.sub(in_hundredths, lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
+    return re.sub(r"\s*\n\s*", "\n", text)
 
 
 # --- Sections -----------------------------------------------------------------------------------
@@ -632,8 +651,8 @@ class Section(NamedTuple):
     table: Callable[[], Table]
     finding: Callable[[Table], str]
     """Returns the sentence with the result."""
-    figure: Dots | Curves | CapacityCurves | None
-    alt: str = ""
+    figure: Dots | Curves | CapacityCurves
+    alt: str
     """Description of the figure."""
 
 
@@ -863,9 +882,19 @@ SECTIONS = {
         Curves(2, SHAREGPT_POLICIES, ("memory, GiB", HITS), log_y=False),
         "Token hit rate of three eviction policies over memory.",
     ),
-    "linear layers": Section("cpu-kernels", linear_layers_table, _linear_layers, None),
-    "decays": Section("cpu-kernels", decays_table, _decays, None),
-    "llama": Section("llama", llama_table, _llama, None),
+    "linear layers": Section(
+        "cpu-kernels", linear_layers_table, _linear_layers,
+        Dots({"512 rows": -1, "1 row": 3}, "GFLOP/s (logarithmic)", (0, 1, 2), log=True),
+        "Speed of each method with one row and with 512, by precision and threads.",
+    ),
+    "decays": Section(
+        "cpu-kernels", decays_table, _decays, Dots({"ratio": -1}, "slowest decay, times the first"),
+        "Slowest decay of each recurrence in times of the first.",
+    ),
+    "llama": Section(
+        "llama", llama_table, _llama, Dots({"ratio": -1}, "speed, times llama.cpp", (1, 2, 0)),
+        "Speed of the engine in times of llama.cpp, by model and precision.",
+    ),
 }  # fmt: skip
 
 
@@ -875,16 +904,16 @@ def render(name: str, section: Section, figures: dict[Path, str]) -> str:
         table = section.table()
     except FileNotFoundError as error:
         return f"No results yet: `{Path(error.filename or str(error)).name}`."
-    parts = [f"**{section.finding(table)}**"]
-    if section.figure is not None:
-        path = provenance.FIGURES / f"results_{name.replace(' ', '_')}.svg"
-        figures[path] = svg(section.figure.draw(table))
-        parts.append(f"![{section.alt}](../experiments/figures/{path.name})")
-    command = f"`python -m experiments.reproduce --part {section.part}`"
-    parts.append(
-        f"<details><summary>Table</summary>\n\n{markdown(table)}\n\n{command}\n\n</details>"
+    path = provenance.FIGURES / f"results_{name.replace(' ', '_')}.svg"
+    figures[path] = svg(section.figure.draw(table))
+    return "\n\n".join(
+        (
+            f"**{section.finding(table)}**",
+            f"![{section.alt}](../experiments/figures/{path.name})",
+            f"`python -m experiments.reproduce --part {section.part}`",
+            f"<details><summary>Table</summary>\n\n{markdown(table)}\n\n</details>",
+        )
     )
-    return "\n\n".join(parts)
 
 
 def page(template: Path, parts: Callable[[], Table]) -> tuple[str, dict[Path, str]]:
