@@ -19,13 +19,11 @@ from typing import Any
 from experiments.studies.common import (
     WORKLOADS,
     arguments,
-    figure_path,
     keep,
     rounded,
     workloads,
 )
 from hybridcache import simulate
-from hybridcache.lab.figures import COLOURS, panels, save, size_axis
 from hybridcache.lab.intervals import interval
 from hybridcache.lab.report import text_table
 
@@ -43,7 +41,6 @@ def main() -> None:
             records += measure(name, seed, options)
         keep(NAME, records)
     print(text_table(*table(records)))
-    draw([record for record in records if record["seed"] == 0])
 
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -119,25 +116,6 @@ def mean_differences(cells: list[dict[str, Any]]) -> list[float]:
     for cell in cells:
         by_seed.setdefault(cell["seed"], []).append(cell["points"])
     return [statistics.mean(points) for points in by_seed.values()]
-
-
-def draw(records: list[dict[str, Any]]) -> None:
-    """Draw the difference in points over sizes, and the KV that was moved."""
-    figure, axes = panels(2, columns=2, width=5.4, height=3.6)
-    for number, (name, cells) in enumerate(by_trace(records).items()):
-        sizes = [cell["gib"] for cell in cells]
-        for axis, key, scale in ((axes[0], "points", 1), (axes[1], "kv_moved_per_kv_written", 100)):
-            values = [scale * cell[key] for cell in cells]
-            axis.plot(sizes, values, ".-", color=COLOURS[number % len(COLOURS)], label=name)
-    axes[0].set_ylabel("arena minus ideal budget, points of token hit rate")
-    axes[1].set_ylabel("KV moved, % of the KV written")
-    for axis in axes:
-        size_axis(axis)
-    caption = (
-        "Hit rate of the arena against a budget that only counts bytes; the default policies, "
-        "seed 0."
-    )
-    save(figure, axes, figure_path(NAME), caption)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The default pair and LRU with fixed rules run with ``--seeds`` seeds of each gen
 curves get 95 % bands. The gain of the default pair gets an interval at each size, paired by seed.
 Published traces have one seed and no band.
 
-Results and figure are written after every trace. With --resume, every single run is stored and a
+Results are written after every trace. With --resume, every single run is stored and a
 stopped study continues. On the long traces, and with --few on all, five policies represent all 21.
 Marconi's score then has one weight, because tuning it replays the trace 21 times.
 """
@@ -15,7 +15,6 @@ Marconi's score then has one weight, because tuning it replays the trace 21 time
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -25,20 +24,13 @@ from experiments.studies.common import (
     WORKLOADS,
     arguments,
     by_competitor,
-    figure_path,
     keep,
     plan_next_to_running,
     rounded,
     sweep,
     workloads,
 )
-from hybridcache.lab.figures import (
-    COLOURS,
-    PLAN,
-    panels,
-    save,
-    size_axis,
-)
+from hybridcache.lab.figures import PLAN
 from hybridcache.lab.intervals import FEWEST_UNITS, band
 from hybridcache.lab.simulation.simulate import SimulationResult, simulate
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION
@@ -50,16 +42,6 @@ PEERS = ("vllm", "sglang", "lightllm", "marconi")
 LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
 FEW_PEERS = (*PEERS[:-1], "marconi-static")
 FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
-CAPTION = (
-    "Left of each pair: token hit rate. Right: the same as a share of the best plan with "
-    "hindsight (greedy). "
-    "Policies differ where memory is short; the gain that hindsight would still allow is largest "
-    "at the left. Grey: between the best and the worst of all other policies. Marconi saves "
-    "states at any token, and its running requests are not counted; all others and the plan use "
-    "the grid. marconi-static has one fixed weight. LightLLM's states are in host memory, which "
-    "the size does not count. Both can pass 100 %. Lines: one seed. Coloured bands: 95 % of the "
-    "mean over seeds."
-)
 
 
 def main() -> None:
@@ -91,7 +73,6 @@ def main() -> None:
                 record |= bands.get(record["label"], {})
         lines += added
         path = keep("study_capacity", lines)
-        draw(lines, (OURS, "lru", *options.policy), options.full)
     for result in results:
         print(result.table(), result.table("optimum"), sep="\n\n", end="\n\n")
     print(path)
@@ -163,82 +144,6 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
         "infinite_cache": rounded(result.bound_rate),
     }
     return [*lines, common | limits]
-
-
-def draw(lines: list[dict[str, Any]], highlighted: Sequence[str], full: bool) -> None:
-    """Draw two panels per trace: the hit rate, and its share of the best plan.
-
-    Policies in ``highlighted`` and rebuilt systems are lines, all others a band.
-    """
-    names = list(dict.fromkeys(record["trace"] for record in lines))
-    figure, axes = panels(2 * len(names), width=4.3, height=2.9, columns=4)
-    for number, name in enumerate(names):
-        *runs, limits = (record for record in lines if record["trace"] == name)
-        hit, share = axes[2 * number : 2 * number + 2]
-        _draw(hit, runs, highlighted, "token_hit_rate")
-        _draw(share, runs, highlighted, "share_of_optimum")
-        _draw_limits(hit, limits)
-        share.axhline(100, color="black", linewidth=0.8)
-        hit.set_ylim(0, min(100, 125 * limits["infinite_cache"]))
-        share.set_ylim(0, 120)
-        hit.set_ylabel("token hit rate, %")
-        share.set_ylabel("share of the best plan, %")
-        first = "" if full or WORKLOADS[name].quick is None else "first "
-        for axis in (hit, share):
-            size_axis(axis)
-            axis.set_title(
-                f"{name}, {first}{limits['requests']:,} requests ({limits['model']})", fontsize=8.5
-            )
-    save(figure, axes, figure_path("study_capacity"), CAPTION)
-
-
-def _draw(axis: Any, runs: Sequence[dict[str, Any]], highlighted: Sequence[str], key: str) -> None:
-    lines = {run["label"]: [100 * (value or 0) for value in run[key]] for run in runs}
-    sizes = runs[0]["gib"]
-    rebuilt = [label for label in lines if label.endswith("(rebuilt)")]
-    highlighted = [label for label in (*highlighted, *rebuilt) if label in lines]
-    others = [line for label, line in lines.items() if label not in highlighted]
-    if others:
-        low, high = (_envelope(others, pick) for pick in (min, max))
-        axis.fill_between(
-            sizes, low, high, color="#cccccc", alpha=0.6, linewidth=0, label="all other policies"
-        )
-    for number, label in enumerate(highlighted):
-        [line] = [run for run in runs if run["label"] == label]
-        if key == "token_hit_rate" and "low" in line:
-            low, high = ([100 * rate for rate in line[end]] for end in ("low", "high"))
-            colour = COLOURS[number % len(COLOURS)]
-            axis.fill_between(sizes, low, high, color=colour, alpha=0.25, linewidth=0)
-        axis.plot(
-            sizes,
-            lines[label],
-            color=COLOURS[number % len(COLOURS)],
-            linewidth=2.2 if label == OURS else 1.2,
-            linestyle="--" if label in rebuilt else "-",
-            label=label,
-        )
-
-
-def _draw_limits(axis: Any, limits: dict[str, Any]) -> None:
-    sizes = limits["gib"]
-    plan = [100 * rate for rate in limits["token_hit_rate"]]
-    axis.plot(sizes, plan, "k.-", linewidth=1.0, markersize=4, label=PLAN)
-    if "next_to_running" in limits:
-        counted = [100 * rate for rate in limits["next_to_running"]]
-        axis.plot(sizes, counted, "k:", linewidth=1.0, label="plan next to running requests")
-    axis.axhline(
-        100 * limits["infinite_cache"],
-        color="black",
-        linewidth=0.8,
-        linestyle=":",
-        label="infinite cache",
-    )
-
-
-def _envelope(
-    lines: Sequence[Sequence[float]], pick: Callable[[Sequence[float]], float]
-) -> list[float]:
-    return [pick(column) for column in zip(*lines, strict=True)]
 
 
 if __name__ == "__main__":

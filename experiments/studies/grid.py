@@ -8,20 +8,17 @@ of the other grids.
 
 from __future__ import annotations
 
-from statistics import fmean
 from typing import Any
 
 from experiments.studies.common import (
     WORKLOADS,
     Workload,
     arguments,
-    figure_path,
     keep,
     slim,
     workloads,
 )
 from hybridcache import simulate
-from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.report import text_table
 
@@ -51,7 +48,6 @@ def main() -> None:
                 )
                 records += [slim(name, run, seed=seed) for run in found.runs]
     keep("study_grid", records)
-    draw(records, list(dict.fromkeys(record["trace"] for record in records)))
     print(text_table(*table(records)))
 
 
@@ -79,34 +75,6 @@ def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         f"grid {first}, %",
         *(f"gain of {grid}, points" for grid in others),
     ], rows
-
-
-def draw(records: list[dict[str, Any]], names: list[str]) -> None:
-    """Draw the hit rate over memory: one panel per trace, one line per grid."""
-    figure, axes = panels(len(names), columns=3)
-    for axis, name in zip(axes, names, strict=False):
-        by_size = rates(records)[name]
-        for colour, grid in zip(COLOURS, GRIDS, strict=False):
-            axis.plot(
-                list(by_size),
-                [fmean(by_grid[grid]) for by_grid in by_size.values()],
-                color=colour,
-                marker="o",
-                markersize=3,
-                linewidth=1.3,
-                linestyle=":" if grid == 1 else "-",
-                label=f"grid {grid}",
-            )
-        axis.set_title(name, fontsize=9)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("memory for KV and states, GiB")
-        axis.set_ylabel("token hit rate, %")
-    caption = (
-        "The default pair, Qwen3-Next's sizes, the engine's arena, means over seeds. The engine "
-        "has grids of 64 (default), 32 and 16. Dotted: 1, only in the simulator."
-    )
-    save(figure, axes, figure_path("study_grid"), caption)
 
 
 if __name__ == "__main__":

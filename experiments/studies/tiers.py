@@ -40,12 +40,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
+from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, keep, rounded
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.intervals import interval
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
@@ -64,7 +63,6 @@ CURVE = (4, 5, 6, 8, 10, 14, 20, 36, 68)
 HOSTS = (4, 16, 64)
 GOAL = (16, 20)
 GOAL_CELL = f"device {GOAL[1]}"
-SAVED = "prefill seconds saved,\n% of those with 20 GiB"
 RATES = (1e9, 4e9, 12e9, 25e9, 200e9)
 """Other bandwidths than PCIe 5.0 from host to device, in bytes per second."""
 SHORT = {
@@ -325,111 +323,6 @@ def text(table: Table) -> str:
     return text_table(header, rows)
 
 
-def draw(table: Table, policy: str) -> None:
-    """Draw four panels: the goal, the worth of a byte, kinds of offload, and bandwidths."""
-    figure, axes = panels(4, 5.0, 3.6, columns=2)
-    names = [name for name, eviction in table if eviction == policy]
-    _draw_goal(axes[0], table, policy, names)
-    _draw_worth(axes[1], table, policy, names)
-    _draw_kinds(axes[2], table, policy)
-    _draw_rates(axes[3], table, policy)
-    caption = (
-        f"A device with 4 GiB for KV and states, and its tiers; eviction and placement `{policy}`. "
-        "Top left: each trace relative to 20 GiB on the device; dashed: the goal, 95 %. "
-        f"Top right: device memory that a GiB of host memory replaces, of up to "
-        f"{CURVE[-1] - DEVICE_GIB} GiB; 1: as good as device memory. Bottom left: points are "
-        "traces, diamonds means. Bottom right: 16 GiB of host memory at other bandwidths, mean of "
-        "the traces. Prefills share their steps. Requests wait for copies, except in the third "
-        "bars."
-    )
-    save(figure, axes, figure_path("study_tiers"), caption)
-
-
-def _draw_goal(axis: Any, table: Table, policy: str, names: list[str]) -> None:
-    places = np.arange(len(names))
-    cells = {
-        (f"device {DEVICE_GIB}", False): "4 GiB",
-        ("host 16", False): "and 16 GiB of host memory",
-        ("host 16", True): "overlapped copies",
-    }
-    bars = []
-    for number, (cell, overlapped) in enumerate(cells):
-        found = [share(table[name, policy], cell, GOAL_CELL, overlapped) for name in names]
-        heights = [100 * (value or 0) for value in found]
-        bars.append(axis.bar(places + 0.27 * number, heights, width=0.25, color=COLOURS[number]))
-    axis.axhline(95, color="#555555", linewidth=0.8, linestyle="--")
-    axis.set_xticks(places + 0.27, names, rotation=60, ha="right", fontsize=6)
-    axis.set_ylim(0, 122)
-    axis.set_ylabel(SAVED)
-    axis.legend(bars, cells.values(), fontsize=6, loc="upper left", ncol=3)
-
-
-def _draw_worth(axis: Any, table: Table, policy: str, names: list[str]) -> None:
-    lines: dict[str, Any] = {}
-    for name in names:
-        worth = [worth_gib(table[name, policy], f"host {host}") for host in HOSTS]
-        if None not in worth:
-            number = len(lines)
-            values = [(gib or 0) / host for gib, host in zip(worth, HOSTS, strict=True)]
-            (lines[name],) = axis.plot(
-                HOSTS,
-                values,
-                "-" if number < len(COLOURS) else ":",
-                color=COLOURS[number % len(COLOURS)],
-                marker="o",
-                markersize=3,
-            )
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(HOSTS, [str(host) for host in HOSTS])
-    axis.set_xlabel("GiB of host memory, with a device of 4 GiB")
-    axis.set_ylabel("GiB of device memory\nthat a GiB of it replaces")
-    axis.legend(lines.values(), lines.keys(), fontsize=6, ncol=2, loc="upper right")
-    axis.set_ylim(-0.05, 2.1)
-
-
-def _draw_kinds(axis: Any, table: Table, policy: str) -> None:
-    kinds = {
-        "host 16": "host 16,\non eviction",
-        "through": "host 16,\nwrite-through",
-        "states alone": "host 16,\nstates only",
-        "disk 64": "disk 64",
-        "host 16, disk 64": "host 16\nand disk 64",
-    }
-    for number, cell in enumerate(kinds):
-        found = [100 * value for value in shares(table, policy, cell, GOAL_CELL)]
-        axis.plot([number] * len(found), found, "o", color="#9aa5b1", markersize=3)
-        axis.plot([number], [float(np.mean(found))], "D", color=COLOURS[0], markersize=6)
-    axis.set_xticks(range(len(kinds)), kinds.values(), fontsize=6)
-    axis.set_ylabel(SAVED)
-
-
-def _draw_rates(axis: Any, table: Table, policy: str) -> None:
-    rates = sorted((*RATES, PCIE_BYTES_PER_S))
-    slow = [rate for rate in rates if rate < PCIE_BYTES_PER_S]
-    drawn = {}
-    for number, (label, cell, tried) in enumerate(
-        (("load if faster", "rate", rates), ("always load", "whatever", slow))
-    ):
-        (drawn[label],) = axis.plot(
-            [rate / 1e9 for rate in tried],
-            [_mean(table, policy, rate, cell) for rate in tried],
-            color=COLOURS[number],
-            marker="o",
-            markersize=3,
-        )
-    alone = 100 * float(np.mean(shares(table, policy, f"device {DEVICE_GIB}", GOAL_CELL)))
-    drawn["no host memory"] = axis.axhline(alone, color="#555555", linewidth=0.8, linestyle="--")
-    axis.set_xscale("log")
-    axis.set_xlabel("GB/s from host memory to the device")
-    axis.set_ylabel(SAVED)
-    axis.legend(drawn.values(), drawn.keys(), fontsize=6)
-
-
-def _mean(table: Table, policy: str, rate: float, cell: str) -> float:
-    name = "host 16" if rate == PCIE_BYTES_PER_S else f"{cell} {rate / 1e9:g}"
-    return 100 * float(np.mean(shares(table, policy, name, GOAL_CELL)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--traces", default=",".join(WORKLOADS), help="names of WORKLOADS")
@@ -452,7 +345,6 @@ def main() -> None:
     table = by_cell(records)
     if names == list(WORKLOADS):
         keep("study_tiers", records)
-        draw(table, policies[0])
     print(text(table))
     for policy in policies:
         print(policy, text_table(*over_seeds(records, policy)), sep="\n")

@@ -41,7 +41,7 @@ STUDIES = ("capacity", "grid", "arena")
 
 @pytest.mark.full("capacity")
 @pytest.mark.parametrize("study", STUDIES)
-def test_study_writes_records_and_a_figure(
+def test_study_writes_records(
     study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
@@ -58,7 +58,6 @@ def test_study_writes_records_and_a_figure(
         rates = record["token_hit_rate"]
         assert record["trace"] == "short"
         assert all(0 <= rate <= 1 for rate in (rates if isinstance(rates, list) else [rates]))
-    assert (tmp_path / f"study_{study}.png").stat().st_size > 10_000
     if study in ("grid", "arena"):
         header, rows = page.SECTIONS[study].table()
         assert header[0] == "trace" and rows[0][0] == "short" and "[" in str(rows)
