@@ -41,9 +41,7 @@ STUDIES = ("capacity", "grid", "arena")
 
 @pytest.mark.full("capacity")
 @pytest.mark.parametrize("study", STUDIES)
-def test_study_writes_records(
-    study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     monkeypatch.setattr(provenance, "FIGURES", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
