@@ -202,6 +202,14 @@ def measures() -> str:
     return "\n".join(["| metric | figure |", "|---|---|", *rows, ""])
 
 
+def generators() -> str:
+    """Return the generators of traces."""
+    from hybridcache.lab.generators import GENERATORS
+
+    rows = [f"| `{name}` | {_cell(_plain(_first(make)))} |" for name, make in GENERATORS.items()]
+    return "\n".join(["| generator | trace |", "|---|---|", *rows, ""])
+
+
 # --- Library ------------------------------------------------------------------------------------
 
 
@@ -472,6 +480,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "admission": admission,
     "metrics": metrics,
     "measures": measures,
+    "generators": generators,
     "api": api,
 }
 """Generated parts by name."""

@@ -176,8 +176,10 @@ def test_embedding_pages_import_only_public_names(page: str, generate: ModuleTyp
     ],
     ids=["readers", "generators", "baselines", "routers"],
 )
-def test_registered_names_are_in_the_reference(names: dict[str, object], page: str) -> None:
-    documented = set(re.findall(r"`([\w-]+)`", reference(page)))
+def test_registered_names_are_in_the_reference(
+    names: dict[str, object], page: str, generate: ModuleType
+) -> None:
+    documented = set(re.findall(r"`([\w-]+)`", generate.insert(reference(page))))
     assert set(names) - documented == set()
 
 

@@ -171,6 +171,32 @@ class Memory:
     """Contents of one file, to be restored into an empty cache with or without tiers.
 
     Call ``recall_tree``, then adopt the contents of lower tiers, then call ``recall_policies``.
+    KV and states are not in the file: entries of the device count as evicted.
+
+    One process saves it:
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache
+    >>> from hybridcache import parse_placement
+    >>> config = CacheConfig(num_kv_tokens=400, num_slots=8, grid=8)
+    >>> cache, placement = build_prefix_cache(config), parse_placement("adaptive")
+    >>> prompt = np.arange(100, dtype=np.int32)
+    >>> lease = Lease.begin(cache, placement, LeaseRequest(prompt))
+    >>> assert lease.extend(100) and lease.take_checkpoint_slots(0, 100)
+    >>> cache.take_step().done()  # no tensors here; else carry_out(memory)
+    >>> lease.finish(prompt, 100)
+    >>> body = pack(write_memory(cache, placement.rules))
+
+    Another one loads it, into an empty cache with the same page size and grid:
+
+    >>> cache, placement = build_prefix_cache(config), parse_placement("adaptive")
+    >>> memory = unpack(body)  # ValueError if the file is damaged
+    >>> memory.recall_tree(cache)
+    >>> memory.recall_policies(cache, placement.rules)  # names of policies whose state does not fit
+    []
+    >>> losses = cache.match(prompt).losses
+    >>> losses.never_seen, losses.kv_evicted
+    (0, 100)
     """
 
     def __init__(self, plain: dict[str, Any]) -> None:
