@@ -28,7 +28,7 @@ def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
     """Return the plugins with settings in ``config``, in the order in which they are called."""
     plugins: list[Plugin] = []
     if config.uses("tensor_parallel"):
-        from engine.plugins.tensor_parallel.plugin import TensorParallelPlugin
+        from engine.plugins.tensor_parallel.coordinator import TensorParallelPlugin
 
         plugins.append(TensorParallelPlugin(config))
     if config.uses("speculation"):

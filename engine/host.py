@@ -22,7 +22,7 @@ from engine.errors import (
     RequestError,
     StepFailed,
 )
-from engine.interfaces import Losable, RunnerLost
+from engine.interfaces import RunnerLost
 from engine.messages import (
     Abort,
     AskCacheView,
@@ -216,8 +216,6 @@ class EngineHost:
     def run(self) -> None:
         """Step until ``EndEngine``, or until the engine fails. All requests have an answer or an
         error afterwards."""
-        if isinstance(self.engine.runner, Losable):
-            self.engine.runner.when_lost(self.call_soon)
         try:
             while self._run_commands():
                 self._step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -84,16 +84,6 @@ row_bytes]``, its sizes, and the device."""
 
 class RunnerLost(RuntimeError):
     """The runner can compute nothing any more; the message gives the reason in one sentence."""
-
-
-@runtime_checkable
-class Losable(Protocol):
-    """Runner with processes or devices that may fail while it is idle."""
-
-    def when_lost(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
-        """Register ``call_soon``, which runs a command between two steps. It is called from
-        any thread when a part fails, with a command that raises RunnerLost."""
-        ...
 
 
 class Runner(Protocol):

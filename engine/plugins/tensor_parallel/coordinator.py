@@ -1,4 +1,5 @@
-"""Runner of rank 0, which makes the other ranks compute every batch with it."""
+"""Tensor parallelism in rank 0: its runner makes the other ranks compute every batch with it, and
+its plugin ends the engine if one of them has ended."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from engine.config import EngineConfig
-from engine.interfaces import RunnerLost
+from engine.interfaces import EngineCore, Plugin, RunnerLost
 from engine.layers.rank import Group, Rank
 from engine.models import read_model
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
@@ -20,6 +21,7 @@ from engine.runner.loaded_model import shared_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from engine.weights.model_config import read_config
+from hybridcache.scheduling.cache_manager import CacheManager
 from kernels import exchange
 
 
@@ -94,10 +96,15 @@ class LeadingRunner(ModelRunner):
             self._followers.lost(error)
             raise
 
-    def when_lost(self, order: Callable[[Callable[[], None]], None]) -> None:
-        """See ``Losable``."""
+    def watch(self, on_end: Callable[[], None]) -> None:
+        """Call the method ``on_end`` in a thread when a rank ends. Keeps no object alive."""
         if self._followers is not None:
-            self._followers.watch(order)
+            self._followers.watch(on_end)
+
+    def check_ranks(self) -> None:
+        """Raise RunnerLost if a rank has ended before ``close``."""
+        if self._followers is not None:
+            self._followers.check()
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -108,3 +115,35 @@ class LeadingRunner(ModelRunner):
         """End the other processes."""
         if self._followers is not None:
             self._followers.close()
+
+
+class TensorParallelPlugin(Plugin):
+    """Ends an idle engine too when a rank has gone (setting ``tp``)."""
+
+    name = "tensor_parallel"
+    _runner: LeadingRunner
+    _has_news = False
+
+    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
+        if isinstance(engine.runner, LeadingRunner):
+            self._runner = engine.runner
+            self._runner.watch(self._rank_ended)
+
+    def _rank_ended(self) -> None:
+        self._has_news = True
+        self.wake()
+
+    @property
+    def has_work(self) -> bool:
+        return self._has_news
+
+    def before_step(self) -> None:
+        """See ``StepHooks``. Raises RunnerLost if a rank has ended."""
+        if self._has_news:
+            self._has_news = False
+            self._runner.check_ranks()
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        number = self.config.num_ranks
+        words = f"{number}, each with its part of every layer; memory is what one of them has"
+        return [("ranks", words)]

@@ -143,15 +143,14 @@ class Followers:
         """Process ids, in the order of ranks."""
         return tuple(one.process.pid for one in self._all)
 
-    def watch(self, order: Callable[[Callable[[], None]], None]) -> None:
-        """Call ``order`` in a thread, with a function that raises RunnerLost, when a rank ends
-        unexpectedly. Keeps no object alive."""
-        bound = weakref.WeakMethod(self._check), weakref.WeakMethod(order)
+    def watch(self, on_end: Callable[[], None]) -> None:
+        """Call the method ``on_end`` in a thread when a rank ends. Keeps no object alive."""
         for one in self._all:
-            arguments = one.process, *bound
+            arguments = one.process, weakref.WeakMethod(on_end)
             threading.Thread(target=_await, args=arguments, name="ranks", daemon=True).start()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise RunnerLost if a rank has ended before ``close``."""
         if self._sentence:
             raise RunnerLost(self._sentence)
         if self._end.alive:
@@ -176,14 +175,11 @@ def _start(number: int, memory: int | None) -> Follower:
     return Follower(number, process, ours)
 
 
-def _await(
-    process: subprocess.Popen[bytes], check: weakref.WeakMethod[Any], order: weakref.WeakMethod[Any]
-) -> None:
+def _await(process: subprocess.Popen[bytes], on_end: weakref.WeakMethod[Any]) -> None:
     process.wait()
-    found, give = check(), order()
-    if found is not None and give is not None:
-        with suppress(RuntimeError):  # The receiver of commands has stopped.
-            give(found)
+    found = on_end()
+    if found is not None:
+        found()
 
 
 def _end(
