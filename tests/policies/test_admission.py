@@ -221,6 +221,20 @@ def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
     assert (float(policy.report()["worth"]) > 1) == withholds
 
 
+@pytest.mark.parametrize(("new_waits_s", "first"), [(15.0, 1), (25.0, 0)])
+def test_the_longest_wait_enters_first_and_counts_twice_in_a_begun_session(
+    new_waits_s: float, first: int
+) -> None:
+    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    congest(policy, load, lost=44_000)  # half a second of debt
+    load.now_s += 2.0
+    new, lost = (
+        FakeRequest(number, session(number, num_requests), arrival_s=load.now_s - wait_s)
+        for number, num_requests, wait_s in ((0, 1, new_waits_s), (1, 2, 10.0))
+    )
+    assert arrivals(policy.order([new, lost], load)) == [first]
+
+
 def test_the_next_turn_of_a_session_waits_a_bounded_time() -> None:
     """The debt stays high, and resident sessions always have another request."""
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
