@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
+from engine.config import BUILTIN_DIR, EngineConfig
 from engine.interfaces import EngineCore, Plugin, Runner, TokenSampler
 from engine.requests.logit_rules import GrammarCompiler
 from engine.schedule.batch import DraftPlanner
@@ -153,14 +153,8 @@ def assemble(
 
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
-    """Return the config of the cache for the runner's pools. Raises ConfigError if the model does
-    not support it."""
+    """Return the config of the cache for the runner's pools."""
     memory, kind = runner.memory, config.prefix_cache
-    if memory.is_stateful and kind == "radix":
-        raise ConfigError(
-            "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that "
-            "need their state too: use hybrid, or none."
-        )
     return CacheConfig(
         prefix_cache="radix" if kind == "hybrid" and not memory.is_stateful else kind,
         memory="arena" if memory.slab_rows else "budget",

@@ -30,9 +30,6 @@ CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
 8,192. On a fast device, more tokens share that cost. On a CPU, a longer step only delays decoding
 requests."""
 
-MAX_LOAD_WORKERS = 16
-"""Maximum number of threads by default."""
-
 BUILTIN_NAME = "builtin"
 BUILTIN_DIR = Path(__file__).parent / "models" / BUILTIN_NAME
 """Directory of the built-in model, a small hybrid over bytes, similar to Qwen3-Next.
@@ -237,11 +234,6 @@ class EngineConfig(Settings):
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "auto: read the weights; dummy: seeded random weights for any config.json"
     )
-    load_workers: int | None = setting(
-        None,
-        "threads that read weights; by default one for every two cores, at most 16",
-        limits=COUNT,
-    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "number format of weights and KV; auto: that of the model"
     )
@@ -279,8 +271,8 @@ class EngineConfig(Settings):
     )
     seed: int = setting(0, "seed of dummy weights, and of requests without a seed", limits=SEED)
 
-    prefix_cache: Literal["hybrid", "radix", "none"] = setting(
-        "hybrid", "hybrid: KV and state checkpoints; radix: only KV, for attention-only models"
+    prefix_cache: Literal["hybrid", "none"] = setting(
+        "hybrid", "hybrid: KV, and checkpoints of states if the model has any; none: no cache"
     )
     checkpoints: tuple[str, ...] = setting(
         ("adaptive",),
@@ -359,7 +351,6 @@ class EngineConfig(Settings):
         return dataclasses.replace(
             self,
             token_budget=self.token_budget or budget,
-            load_workers=self.load_workers or default_load_workers(),
         )
 
     @property
@@ -432,13 +423,13 @@ class EngineConfig(Settings):
         self._keep_used()
 
 
-def default_load_workers() -> int:
-    """Return one for every two cores, and at most ``MAX_LOAD_WORKERS``.
+def num_load_workers() -> int:
+    """Return the number of threads that read weights: one for every two cores, at most 16.
 
     Packing also needs the cores: on two, 16 threads took 1.2 to 1.7 times as long as one, and 1.7
     times the processor time.
     """
-    return min(max(num_cores() // 2, 1), MAX_LOAD_WORKERS)
+    return min(max(num_cores() // 2, 1), 16)
 
 
 def num_cores() -> int:

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from engine.config import EngineConfig, check_no_foreign_kernels
+from engine.config import EngineConfig, check_no_foreign_kernels, num_load_workers
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import find_files
@@ -189,7 +189,7 @@ def identity_of(
 def _weights(config: EngineConfig, known: str | None) -> str:
     if config.load_format == "dummy":
         return f"dummy, seed {config.seed}"
-    return known or weights_digest(config.model_dir, config.load_workers or 1)
+    return known or weights_digest(config.model_dir, num_load_workers())
 
 
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, num_load_workers
 from engine.layers.parameters import Build, WeightSpec
 from engine.layers.prediction import PredictionHead
 from engine.layers.rank import ALONE, Rank
@@ -69,7 +69,7 @@ class LoadedModel:
             model_config,
             Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank),
             load_format=config.load_format,
-            num_workers=config.load_workers or 1,
+            num_workers=num_load_workers(),
             seed=config.seed,
             with_head=config.drafts.head_len > 0,
         )

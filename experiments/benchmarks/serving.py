@@ -92,7 +92,7 @@ def _parser() -> Parser:
     add("--output", type=int, default=64, help="maximum tokens of an answer (default: 64)")
     add("--concurrency", type=int, nargs="*", help="concurrent jobs (default: 1 4 16 64 256)")
     add("--rates", type=float, nargs="*", default=[], help="jobs per second, at random times")
-    add("--caches", nargs="+", choices=("hybrid", "radix", "none"), default=["hybrid", "none"])
+    add("--caches", nargs="+", choices=("hybrid", "none"), default=["hybrid", "none"])
     add("--seconds", type=float, default=60.0, help="time limit per load (default: 60)")
     add("--ttft-target-ms", type=float, default=1000.0, help="for goodput (default: 1000)")
     add("--tpot-target-ms", type=float, default=50.0, help="for goodput (default: 50)")

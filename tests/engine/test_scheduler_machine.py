@@ -78,7 +78,8 @@ def make_engine(
     ``host_rows`` and ``disk_rows`` add tiers; ``owns_states`` puts running states next to the
     arena.
     """
-    config = engine_config(prefix_cache=prefix_cache, **settings)
+    kind = "hybrid" if prefix_cache == "radix" else prefix_cache
+    config = engine_config(prefix_cache=kind, **settings)
     if slab_rows is not None and prefix_cache == "hybrid":
         least = 10 * (slab_rows + 2 * config.page_size)
         if host_rows is not None:
