@@ -413,7 +413,7 @@ RESULTS = {
     "hybridcache.lab.simulation.result": ("RunResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
-    "hybridcache.lab.figures": ("Plot", "FigureStyle"),
+    "hybridcache.lab.figures": ("Plot",),
     "hybridcache.lab.leaderboard": ("leaderboard", "Board"),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }

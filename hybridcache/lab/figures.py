@@ -7,14 +7,12 @@ drawn.
 from __future__ import annotations
 
 import math
-import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hybridcache.api import Losses
 from hybridcache.command.extras import explain_missing
@@ -43,77 +41,10 @@ _MARKERS = "osD^vPX"
 PLAN = "best plan with hindsight"
 """Label of the optimum in figures."""
 
-Labels = Literal["legend", "direct"]
-
-
-@dataclass(frozen=True, slots=True)
-class FigureStyle:
-    """Look of a figure, for a page of a paper or a slide."""
-
-    size: tuple[float, float] | None = None
-    """Width and height of one panel in inches, axis labels included; None for the figure's own.
-    Legend and notes add to the height."""
-    font: str = ""
-    """Font family; empty for matplotlib's."""
-    font_size: float = 9.0
-    """Size of the titles in points; other texts are in proportion."""
-    labels: Labels = "legend"
-    """``direct`` writes the names of competitors at the ends of their lines."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Other names of competitors, by label."""
-    titles: bool = True
-    """False leaves out the title that all panels share."""
-    notes: bool = True
-    """False leaves out the notes below the panels."""
-
-    def __post_init__(self) -> None:
-        if self.labels not in get_args(Labels):
-            known = " or ".join(get_args(Labels))
-            raise ValueError(f"labels must be {known} (got {self.labels!r})")
-
-    def points(self, size: float) -> float:
-        """Return a font size that is ``size`` points in the default style."""
-        return size * self.font_size / 9
-
-    def name(self, label: str) -> str:
-        """Return the name of a competitor."""
-        return self.names.get(label, label)
-
-    def check_names(self, results: Sequence[SweepRuns]) -> None:
-        """Raise ValueError if a label in ``names`` is that of no competitor."""
-        known = dict.fromkeys(label for result in results for label in result.by_label())
-        for label in self.names:
-            if label not in known:
-                raise ValueError(f"no competitor is called {label!r}; there are {', '.join(known)}")
-
-    @contextmanager
-    def applied(self) -> Iterator[FigureStyle]:
-        """Draw with these fonts, and return this style. Text in PDF files stays text."""
-        matplotlib = _matplotlib()
-        changed: dict[str, Any] = {"font.size": self.points(9), **_TRUETYPE}
-        changed |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), self.points(8))
-        if self.font:
-            check_font(self.font)
-            changed["font.family"] = self.font
-        with matplotlib.rc_context(changed):
-            yield self
-
-
-def check_font(font: str) -> None:
-    """Raise ValueError, with similar names, if matplotlib has no font of this family."""
-    _matplotlib()
-    from matplotlib.font_manager import fontManager
-
-    generic = ("serif", "sans-serif", "cursive", "fantasy", "monospace")
-    known = {name.lower(): name for name in (*fontManager.get_font_names(), *generic)}
-    if font.lower() not in known:
-        near = get_close_matches(font.lower(), known, n=3, cutoff=0.4)
-        similar = ", ".join(known[name] for name in near) or ", ".join(generic)
-        raise ValueError(f"no font {font!r} is installed here; similar names: {similar}")
-
-
 _TRUETYPE = {"pdf.fonttype": 42, "ps.fonttype": 42}
-DEFAULT_STYLE = FigureStyle()
+"""Text in PDF files stays text."""
+_FONTS = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, **_TRUETYPE}
+Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 
 @explain_missing()
@@ -122,6 +53,17 @@ def _matplotlib() -> Any:
     import matplotlib
 
     return matplotlib
+
+
+def _with_fonts(draw: Draw) -> Draw:
+    """Return ``draw`` with the fonts of this package's own figures."""
+
+    @wraps(draw)
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        with _matplotlib().rc_context(_FONTS):
+            return draw(*arguments, **options)
+
+    return cast(Draw, drawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,52 +79,38 @@ class Plot:
         ax: Axes | None = None,
         metric: str = "hit",
         *,
-        labels: Labels = "legend",
-        names: Mapping[str, str] | None = None,
         limits: bool = True,
     ) -> Axes:
         """Plot a metric over the memory size, a line per competitor.
 
-        ``labels`` and ``names`` are those of ``FigureStyle``; labels at the ends of lines need a
-        figure with ``layout="constrained"``. ``limits`` adds the infinite cache and the best plan,
-        if the result has them and the metric is the token hit rate.
+        ``limits`` adds the infinite cache and the best plan, if the result has them and the metric
+        is the token hit rate.
         """
         ax = _axes(ax)
         found = find_metric(metric)
-        style = FigureStyle(names=names or {}, labels=labels)
-        style.check_names([self.result])
-        lines = draw_curves(ax, self.result, found, style=style)
+        draw_curves(ax, self.result, found)
         if limits and metric == "hit":
             draw_limits(ax, self.result)
         size_axis(ax, sizes=_sizes([self.result]))
         ax.set_ylabel(found.title)
-        if labels == "direct":
-            label_directly(ax, lines)
-            if ax.get_legend_handles_labels()[1]:  # of the limits
-                _legend_below(ax)
-        else:
-            ax.legend()
+        ax.legend()
         return ax
 
     def losses(
         self,
         ax: Axes | None = None,
         gib: float | None = None,
-        *,
-        names: Mapping[str, str] | None = None,
     ) -> Axes:
         """Plot reused and lost prompt tokens by cause, a bar per competitor.
 
-        ``gib`` is a simulated size (the middle one if None). ``names`` are those of
-        ``FigureStyle``. ValueError if no run has causes, and for a size that was not simulated.
+        ``gib`` is a simulated size (the middle one if None). ValueError if no run has causes, and
+        for a size that was not simulated.
         """
         if gib is not None:
             self.result.best(gib)
         ax = _axes(ax)
-        style = FigureStyle(names=names or {})
-        style.check_names([self.result])
         shown = {
-            style.name(label): run
+            label: run
             for label, runs in self.result.by_label().items()
             if (run := _nearest(runs, gib)).losses is not None
         }
@@ -241,40 +169,36 @@ def _words(cause: str) -> str:
     return cause.replace("kv_", "KV ").replace("_", " ")
 
 
+@_with_fonts
 def sweep_figure(
     results: Sequence[SweepRuns],
     path: str | Path | None,
     words: str | Sequence[str] | None = None,
-    style: FigureStyle | None = None,
 ) -> Figure:
     """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
 
     Without ``words``, a panel of token hit rates is followed by one of shares of the best plan with
     hindsight, if plans were computed. Plans and bounds are black lines.
     """
-    with (style or DEFAULT_STYLE).applied() as style:
-        if words is None:
-            known = any(run.optimum_tokens for result in results for run in result.runs)
-            words = ("hit", "optimum") if known else "hit"
-        words = [words] if isinstance(words, str) else list(words)
-        style.check_names(results)
-        count = len(words) * len(results)
-        size = style.size or ((4.6, 3.5) if count == 1 else (3.4, 2.7))
-        figure, axes = panels(count, columns=3 if len(words) % 2 else 2, size=size)
-        titles, direct = [], []
-        for number, result in enumerate(results):
-            for word, axis in zip(words, axes[number * len(words) :], strict=False):
-                metric = find_metric(word)
-                lines = draw_curves(axis, result, metric, COLOURS, style)
-                if word == "hit":
-                    draw_limits(axis, result)
-                size_axis(axis, sizes=_sizes([result]))
-                axis.set_ylabel(metric.title)
-                titles.append(_facts(result))
-                if style.labels == "direct":
-                    direct += lines
-        set_titles(figure, axes, titles, style)
-        return save(figure, axes, path, " ".join(_notes(results, words)), style, direct)
+    if words is None:
+        known = any(run.optimum_tokens for result in results for run in result.runs)
+        words = ("hit", "optimum") if known else "hit"
+    words = [words] if isinstance(words, str) else list(words)
+    count = len(words) * len(results)
+    size = (4.6, 3.5) if count == 1 else (3.4, 2.7)
+    figure, axes = panels(count, columns=3 if len(words) % 2 else 2, size=size)
+    titles = []
+    for number, result in enumerate(results):
+        for word, axis in zip(words, axes[number * len(words) :], strict=False):
+            metric = find_metric(word)
+            draw_curves(axis, result, metric, COLOURS)
+            if word == "hit":
+                draw_limits(axis, result)
+            size_axis(axis, sizes=_sizes([result]))
+            axis.set_ylabel(metric.title)
+            titles.append(_facts(result))
+    set_titles(figure, axes, titles)
+    return save(figure, axes, path, " ".join(_notes(results, words)))
 
 
 def _sizes(results: Sequence[SweepRuns]) -> list[float]:
@@ -287,13 +211,11 @@ def _facts(result: SweepRuns) -> list[str]:
     return [result.trace, num_requests, result.geometry.name]
 
 
-def set_titles(
-    figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]], style: FigureStyle
-) -> None:
+def set_titles(figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]]) -> None:
     """Write the parts that all panels share above the figure, and the others above each panel.
     The title of a single panel is above it."""
     shared = [part for part in parts[0] if all(part in others for others in parts)]
-    size = style.points(9)
+    size = 9
     width = figure.get_size_inches()[0]
 
     def wrapped(words: Sequence[str], inches: float) -> str:
@@ -304,7 +226,7 @@ def set_titles(
         rest = [part for part in own if part not in shared]
         if rest:
             axis.set_title(wrapped(rest, 0.75 * width / columns), fontsize=size)
-    if style.titles and shared:
+    if shared:
         figure.suptitle(wrapped(shared, width), fontsize=size)
 
 
@@ -316,48 +238,46 @@ def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     ]
 
 
+@_with_fonts
 def bins_figure(
     results: Sequence[SweepRuns],
     path: str | Path | None,
     gib: float | None = None,
-    style: FigureStyle | None = None,
 ) -> Figure:
     """Draw two panels per trace, at the size nearest to ``gib`` (the middle one if None): token hit
     rate by prompt length, and by the number of earlier requests of the session."""
-    with (style or DEFAULT_STYLE).applied() as style:
-        style.check_names(results)
-        figure, axes = panels(2 * len(results), columns=2, size=style.size or (3.8, 2.9))
-        titles = []
-        for number, result in enumerate(results):
-            for axis, by, words in zip(
-                axes[2 * number :],
-                ("length", "turn"),
-                ("prompt tokens", "earlier requests of the session"),
-                strict=False,
-            ):
-                starts: set[int] = set()
-                for place, (label, runs) in enumerate(result.by_label().items()):
-                    run = _nearest(runs, gib)
-                    bins = run.by_length if by == "length" else run.by_turn
-                    starts.update(bin_.start for bin_ in bins)
-                    axis.plot(
-                        [bin_.start for bin_ in bins],
-                        [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
-                        color=COLOURS[place % len(COLOURS)],
-                        **line_look(place, len(result.by_label())),
-                        label=style.name(label),
-                    )
-                axis.set_xscale("symlog", base=2, linthresh=256 if by == "length" else 1)
-                axis.set_xticks(sorted(starts))
-                axis.xaxis.set_major_formatter("{x:,g}")
-                axis.xaxis.set_minor_formatter("")
-                axis.set_ylim(0, 100)
-                axis.set_xlabel(f"{words}, from")
-                axis.set_ylabel(METRICS["hit"].title)
-                size = _nearest(result.runs, gib)
-                titles.append([*_facts(result), f"{size_label(size)} GiB"])
-        set_titles(figure, axes, titles, style)
-        return save(figure, axes, path, style=style)
+    figure, axes = panels(2 * len(results), columns=2, size=(3.8, 2.9))
+    titles = []
+    for number, result in enumerate(results):
+        for axis, by, words in zip(
+            axes[2 * number :],
+            ("length", "turn"),
+            ("prompt tokens", "earlier requests of the session"),
+            strict=False,
+        ):
+            starts: set[int] = set()
+            for place, (label, runs) in enumerate(result.by_label().items()):
+                run = _nearest(runs, gib)
+                bins = run.by_length if by == "length" else run.by_turn
+                starts.update(bin_.start for bin_ in bins)
+                axis.plot(
+                    [bin_.start for bin_ in bins],
+                    [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
+                    color=COLOURS[place % len(COLOURS)],
+                    **line_look(place, len(result.by_label())),
+                    label=label,
+                )
+            axis.set_xscale("symlog", base=2, linthresh=256 if by == "length" else 1)
+            axis.set_xticks(sorted(starts))
+            axis.xaxis.set_major_formatter("{x:,g}")
+            axis.xaxis.set_minor_formatter("")
+            axis.set_ylim(0, 100)
+            axis.set_xlabel(f"{words}, from")
+            axis.set_ylabel(METRICS["hit"].title)
+            size = _nearest(result.runs, gib)
+            titles.append([*_facts(result), f"{size_label(size)} GiB"])
+    set_titles(figure, axes, titles)
+    return save(figure, axes, path)
 
 
 def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
@@ -377,31 +297,28 @@ LOSSES = dict(
 NO_CAUSES = "none of these runs has loss causes: rebuilt peers do not record them"
 
 
-def losses_figure(
-    results: Sequence[SweepRuns], path: str | Path | None, style: FigureStyle | None = None
-) -> Figure:
+@_with_fonts
+def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
     was reused. ValueError if no run has causes."""
-    with (style or DEFAULT_STYLE).applied() as style:
-        style.check_names(results)
-        shown = [
-            (result, label, runs)
-            for result in results
-            for label, runs in result.by_label().items()
-            if all(run.losses is not None for run in runs)
-        ]
-        if not shown:
-            raise ValueError(NO_CAUSES)
-        figure, axes = panels(len(shown), columns=3, size=style.size or (3.4, 2.7))
-        for axis, (result, _, runs) in zip(axes, shown, strict=True):
-            stack_losses(axis, runs)
-            draw_limits(axis, result)
-            size_axis(axis, sizes=_sizes([result]))
-            axis.set_ylim(0, 100)
-            axis.set_ylabel("prompt tokens, %")
-        titles = [[*_facts(result), style.name(label)] for result, label, _ in shown]
-        set_titles(figure, axes, titles, style)
-        return save(figure, axes, path, LOSSES_NOTE, style)
+    shown = [
+        (result, label, runs)
+        for result in results
+        for label, runs in result.by_label().items()
+        if all(run.losses is not None for run in runs)
+    ]
+    if not shown:
+        raise ValueError(NO_CAUSES)
+    figure, axes = panels(len(shown), columns=3, size=(3.4, 2.7))
+    for axis, (result, _, runs) in zip(axes, shown, strict=True):
+        stack_losses(axis, runs)
+        draw_limits(axis, result)
+        size_axis(axis, sizes=_sizes([result]))
+        axis.set_ylim(0, 100)
+        axis.set_ylabel("prompt tokens, %")
+    titles = [[*_facts(result), label] for result, label, _ in shown]
+    set_titles(figure, axes, titles)
+    return save(figure, axes, path, LOSSES_NOTE)
 
 
 def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
@@ -443,7 +360,6 @@ def draw_curves(
     result: SweepRuns,
     metric: Metric,
     colours: Sequence[str] = (),
-    style: FigureStyle = DEFAULT_STYLE,
 ) -> list[Any]:
     """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
     Without ``colours`` those of the axes are used. Return the lines."""
@@ -458,63 +374,10 @@ def draw_curves(
         lines += axis.plot(
             [gib for gib, _ in kept],
             [value for _, value in kept],
-            label=style.name(label),
+            label=label,
             **look,
         )
     return lines
-
-
-def label_directly(axis: Any, lines: Sequence[Any], font_size: float | None = None) -> None:
-    """Write the label of each line at its right end, in its colour, and take it out of the legend.
-    Labels are moved apart so that none overlaps another; long ones have several lines."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.text import Text
-
-    size = font_size or FontProperties(size="small").get_size_in_points()
-    width = axis.get_position().width * axis.figure.get_size_inches()[0]
-    limit = max(8, int(0.25 * width * 72 / (0.55 * size)))
-    ends = []
-    for line in lines:
-        x, y = line.get_data()
-        if len(x):
-            label = line.get_label()
-            text = re.sub(r"([:,/]) ?| (?=[@(+])", "\\1\n", label) if len(label) > limit else label
-            ends.append(((x[-1], y[-1]), line, text))
-            line.set_label(f"_{label}")
-    axis.autoscale_view()
-    ends.sort(key=lambda end: float(axis.transData.transform(end[0])[1]))
-
-    def places() -> list[float]:
-        """Return the places of the labels in the present axes, as parts of their height."""
-        gap = 1.25 * size * axis.figure.dpi / 72 / axis.get_window_extent().height
-        rooms = [gap * (1 + text.count("\n")) for _, _, text in ends]
-        to_axes = axis.transData + axis.transAxes.inverted()
-        found: list[float] = []
-        for number, (end, _, _) in enumerate(ends):
-            place = float(to_axes.transform(end)[1])
-            lowest = found[-1] + (rooms[number - 1] + rooms[number]) / 2 if found else place
-            found.append(max(place, lowest))
-        top = 1.0
-        for number in reversed(range(len(found))):  # back down from the upper edge
-            found[number] = min(found[number], top - rooms[number] / 2)
-            top = found[number] - rooms[number] / 2
-        return found
-
-    class EndLabel(Text):
-        """A label that is placed when it is drawn, because a layout may change the axes."""
-
-        def draw(self, renderer: Any) -> None:
-            place = places()[labels.index(self)]
-            if self.get_position()[1] != place:
-                self.set_y(place)
-            super().draw(renderer)
-
-    labels: list[Any] = []
-    for place, (_, line, text) in zip(places(), ends, strict=True):
-        look = {"color": line.get_color(), "fontsize": size, "va": "center"}
-        label = EndLabel(1.02, place, text, transform=axis.transAxes, **look)
-        label.set_clip_on(False)
-        labels.append(axis.add_artist(label))
 
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:
@@ -621,23 +484,19 @@ def save(
     axes: Sequence[Any],
     path: str | Path | None,
     caption: str = "",
-    style: FigureStyle = DEFAULT_STYLE,
-    direct: Sequence[Any] = (),
 ) -> Figure:
-    """Add one legend for all panels and the caption below them, label the lines ``direct`` at their
-    ends, and write the figure to ``path``, if there is one. The figure grows by the height of
-    legend and caption."""
+    """Add one legend for all panels and the caption below them, and write the figure to ``path``
+    (None for no file). The figure grows by the height of legend and caption."""
     entries = {
         label: handle
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        if handle not in direct
     }
     width, height = figure.get_size_inches()
     below = 0.05  # inches
     text = None
-    if caption and style.notes:
-        text = figure.text(0.5, 0, caption, ha="center", va="bottom", fontsize=style.points(8))
+    if caption:
+        text = figure.text(0.5, 0, caption, ha="center", va="bottom", fontsize=8)
         per_inch = len(caption) / (text.get_window_extent().width / figure.dpi)
         text.set_text(textwrap.fill(caption, max(12, int(0.94 * width * per_inch))))
         below += text.get_window_extent().height / figure.dpi + 0.05
@@ -649,7 +508,7 @@ def save(
             loc="lower center",
             borderaxespad=0,
             ncol=columns,
-            fontsize=style.points(8),
+            fontsize=8,
             frameon=False,
         )
         legend.set_in_layout(False)
@@ -668,32 +527,26 @@ def save(
         legend.set_bbox_to_anchor((0.5, below / height), figure.transFigure)
     area = (0, added / height, 1, 1 - added / height)
     figure.set_layout_engine("constrained", rect=area)
-    if direct:
-        figure.draw_without_rendering()  # the labels' places depend on the height of the panels
-        for axis in axes:
-            label_directly(axis, [one for one in axis.lines if one in direct], style.points(8))
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130 if style.size is None else 300)
+        figure.savefig(path, dpi=130)
     return figure
 
 
-def optimum_figure(
-    found: Sequence[Optimum], path: str | Path | None, style: FigureStyle | None = None
-) -> Figure:
+@_with_fonts
+def optimum_figure(found: Sequence[Optimum], path: str | Path | None) -> Figure:
     """Draw plan and bound over the size."""
-    with (style or DEFAULT_STYLE).applied() as style:
-        figure, axes = panels(1, columns=1, size=style.size)
-        sizes = [best.capacity_bytes / GIB for best in found]
-        axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
-        bounds = [100 * best.bound for best in found]
-        axes[0].plot(sizes, bounds, "k:", linewidth=0.8, label="infinite cache")
-        axes[0].set_ylim(0, 100)
-        size_axis(axes[0], sizes=sorted(sizes))
-        axes[0].set_ylabel(METRICS["hit"].title)
-        facts = [found[0].trace, f"{found[0].num_requests:,} requests"]
-        set_titles(figure, axes, [facts], style)
-        return save(figure, axes, path, "", style)
+    figure, axes = panels(1, columns=1)
+    sizes = [best.capacity_bytes / GIB for best in found]
+    axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
+    bounds = [100 * best.bound for best in found]
+    axes[0].plot(sizes, bounds, "k:", linewidth=0.8, label="infinite cache")
+    axes[0].set_ylim(0, 100)
+    size_axis(axes[0], sizes=sorted(sizes))
+    axes[0].set_ylabel(METRICS["hit"].title)
+    facts = [found[0].trace, f"{found[0].num_requests:,} requests"]
+    set_titles(figure, axes, [facts])
+    return save(figure, axes, path)
 
 
 CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
@@ -704,52 +557,50 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 }
 
 
+@_with_fonts
 def closed_loop_figure(
     runs: Sequence[ClosedLoopRun],
     path: str | Path | None,
     caption: str = "",
-    style: FigureStyle | None = None,
 ) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: a row of panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
     smallest to the largest."""
-    with (style or DEFAULT_STYLE).applied() as style:
-        cells = list(dict.fromkeys((run.trace, run.label, run.gib) for run in runs))
-        admissions = list(dict.fromkeys(run.admission for run in runs))
-        style_size = style.size or (2.8, 2.5)
-        figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), columns=4, size=style_size)
-        titles: list[list[str]] = []
-        for row, cell in enumerate(cells):
-            here = [run for run in runs if (run.trace, run.label, run.gib) == cell]
-            for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
-                axis = axes[row * len(CLOSED_LOOP_PANELS) + column]
-                for place, admission in enumerate(admissions):
-                    points = _over_rates([run for run in here if run.admission == admission], value)
-                    if not points:
-                        continue
-                    rates, means, lows, highs = zip(*points, strict=True)
-                    axis.errorbar(
-                        rates,
-                        means,
-                        yerr=(lows, highs),
-                        color=COLOURS[place % len(COLOURS)],
-                        linestyle=_DASHES[place % len(_DASHES)],
-                        marker="o",
-                        markersize=3,
-                        linewidth=2.0 if admission == "sessions" else 1.1,
-                        elinewidth=0.6,
-                        label=style.name(admission),
-                    )
-                size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
-                axis.set_ylabel(name)
-                if name.endswith("TTFT, s"):
-                    _log_values(axis)
-                else:
-                    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-                facts = [cell[0], *([] if cell[2] is None else [f"{cell[2]:.3g} GiB"])]
-                titles.append([*facts, style.name(cell[1])])
-        set_titles(figure, axes, titles, style)
-        return save(figure, axes, path, caption, style)
+    cells = list(dict.fromkeys((run.trace, run.label, run.gib) for run in runs))
+    admissions = list(dict.fromkeys(run.admission for run in runs))
+    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), columns=4, size=(2.8, 2.5))
+    titles: list[list[str]] = []
+    for row, cell in enumerate(cells):
+        here = [run for run in runs if (run.trace, run.label, run.gib) == cell]
+        for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
+            axis = axes[row * len(CLOSED_LOOP_PANELS) + column]
+            for place, admission in enumerate(admissions):
+                points = _over_rates([run for run in here if run.admission == admission], value)
+                if not points:
+                    continue
+                rates, means, lows, highs = zip(*points, strict=True)
+                axis.errorbar(
+                    rates,
+                    means,
+                    yerr=(lows, highs),
+                    color=COLOURS[place % len(COLOURS)],
+                    linestyle=_DASHES[place % len(_DASHES)],
+                    marker="o",
+                    markersize=3,
+                    linewidth=2.0 if admission == "sessions" else 1.1,
+                    elinewidth=0.6,
+                    label=admission,
+                )
+            size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
+            axis.set_ylabel(name)
+            if name.endswith("TTFT, s"):
+                _log_values(axis)
+            else:
+                axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+            facts = [cell[0], *([] if cell[2] is None else [f"{cell[2]:.3g} GiB"])]
+            titles.append([*facts, cell[1]])
+    set_titles(figure, axes, titles)
+    return save(figure, axes, path, caption)
 
 
 def _over_rates(

@@ -202,12 +202,6 @@ def test_invalid_closed_loop_options_give_one_line(
         (["simulate", "--trace", "chat", "--gib", "1,0,2"], "gib '1,0,2': GiB above 0"),
         (["optimum", "--trace", "chat", "--gib", "1,-3"], "are needed (-3 is not)"),
         (["simulate", "--trace", "chat", "--figure", f"{SAMPLE}/f.png"], f"{SAMPLE}: File exists"),
-        (["simulate", "--trace", "chat", "--figure-size", "3x2"], "name its file with --figure"),
-        (["optimum", "--trace", "chat", "--no-figure-notes"], "--no-figure-notes is about a fig"),
-        (
-            ["simulate", "--trace", "chat", "--figure", "f.png", "--figure-font", "DejaVu Sanz"],
-            "no font 'DejaVu Sanz' is installed here; similar names: DejaVu Sans",
-        ),
     ],
 )
 def test_invalid_arguments_give_one_line(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -26,7 +26,6 @@ from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
-from hybridcache.lab.figures import FigureStyle
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.intervals import ratio
@@ -719,7 +718,7 @@ def test_plots_use_the_axes_and_the_style_of_the_user(small: SimulationResult) -
     own = {"axes.prop_cycle": cycler(color=["#112233", "#445566", "#778899"])}
     with pyplot.rc_context(own | {"axes.edgecolor": "#ffffff", "lines.linewidth": 3}):
         _, (left, right) = pyplot.subplots(1, 2)
-        assert small.plot.capacity(left, labels="direct") is left
+        assert small.plot.capacity(left) is left
         assert small.plot.losses(right, gib=2) is right
     lines = {line.get_color(): line for line in left.get_lines() if line.get_marker() != "None"}
     assert [*lines] == ["#112233", "#445566", "#778899"], "the user's colours must be used"
@@ -732,11 +731,6 @@ def test_plots_use_the_axes_and_the_style_of_the_user(small: SimulationResult) -
     for line, runs in zip(lines.values(), small.by_label().values(), strict=True):
         assert list(line.get_xdata()) == [1, 2], "each simulated size needs a marker"
         assert list(line.get_ydata()) == [100 * run.token_hit_rate for run in runs]
-    heights = sorted(text.get_position()[1] for text in left.texts)
-    assert {text.get_text().replace("\n", " ") for text in left.texts} == set(small.by_label())
-    assert min(b - a for a, b in itertools.pairwise(heights)) > 0.02, "labels overlap"
-    legend = left.get_legend_handles_labels()[1]
-    assert legend == ["infinite cache"], "directly labelled lines must not be in the legend"
     bars = {bar.get_label(): [part.get_width() for part in bar] for bar in right.containers}
     ours = [run for run in small.runs if run.losses is not None and run.gib == 2]
     assert bars["reused"] == [pytest.approx(100 * run.token_hit_rate) for run in ours]
@@ -751,15 +745,6 @@ def test_plots_use_the_axes_and_the_style_of_the_user(small: SimulationResult) -
     planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum=True)
     assert len(planned.figure(metric="hit").axes) == 1
     assert len(planned.figure().axes) == 2
-    _, axis = pyplot.subplots(figsize=(3.3, 2.2), layout="constrained")
-    planned.plot.capacity(axis, labels="direct")
-    axis.figure.draw_without_rendering()
-    legend = axis.get_legend().get_window_extent()
-    assert not legend.overlaps(axis.get_window_extent()), "the legend covers data"
-    for text in axis.get_legend().get_texts():
-        box = text.get_window_extent()
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= axis.figure.bbox.x1, "text is cut off"
-    pyplot.close("all")
 
 
 def _is_inside(figure: Any) -> bool:
@@ -776,37 +761,11 @@ def _is_inside(figure: Any) -> bool:
     return within and not any(a.overlaps(b) for a, b in pairs)
 
 
-@pytest.mark.full("direct")
-@pytest.mark.parametrize("labels", ["legend", "direct"])
-def test_figures_of_a_paper_column_are_not_cut_off(
-    small: SimulationResult, labels: Literal["legend", "direct"]
-) -> None:
+def test_figures_are_not_cut_off(small: SimulationResult) -> None:
     pytest.importorskip("matplotlib")
-    style = FigureStyle(size=(3.3, 2.4), labels=labels)
-    figure = small.figure(style=style)
-    assert _is_inside(figure) and figure.get_size_inches()[0] == pytest.approx(3.3)
-    [axis] = figure.axes
-    assert axis.get_position().width > 0.5, "labels take most of the panel"
-    assert _is_inside(small.losses_figure(style=style)) and _is_inside(small.losses_figure())
+    assert _is_inside(small.figure()) and _is_inside(small.losses_figure())
     assert _is_inside(small.figure(metric=["hit", "ttft-p50"])) and _is_inside(small.bins_figure())
     assert small.losses_figure().get_size_inches()[0] < 11
-
-
-def test_labels_do_not_overlap_after_a_layout_change() -> None:
-    """The legend of the second plot shrinks both axes after the first one was labelled."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    result = simulate("sample:chat", gib=[0.5, 1, 4], policy=["lru", "gdsf", "survival"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    result.plot.capacity(left, labels="direct")
-    result.plot.losses(right, gib=1)
-    for _ in range(2):
-        figure.canvas.draw()
-    boxes = sorted((text.get_window_extent() for text in left.texts), key=lambda box: box.y0)
-    assert len(boxes) > 1
-    assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
-    below = right.xaxis.label.get_window_extent().y0
-    assert right.get_legend().get_window_extent().y1 <= below + 1
-    pyplot.close(figure)
 
 
 def test_ticks_are_at_the_simulated_sizes(small: SimulationResult) -> None:
@@ -817,7 +776,7 @@ def test_ticks_are_at_the_simulated_sizes(small: SimulationResult) -> None:
             replace(run, config=replace(run.config, gib=size))
             for size, run in zip(gib, itertools.cycle(small.runs[:1]), strict=False)
         )
-        axis = replace(small, runs=runs).figure(style=FigureStyle(size=(3.3, 2.4))).axes[0].xaxis
+        axis = replace(small, runs=runs).figure().axes[0].xaxis
         return list(axis.get_majorticklocs()), list(axis.get_minorticklocs())
 
     powers = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
@@ -829,10 +788,9 @@ def test_ticks_are_at_the_simulated_sizes(small: SimulationResult) -> None:
     assert ticks([2.0])[0] == [2.0]
 
 
-def test_names_titles_and_notes_of_figures_are_options(small: SimulationResult) -> None:
+def test_figures_have_one_shared_title_and_notes(small: SimulationResult) -> None:
     pytest.importorskip("matplotlib")
     chosen = replace(small, counted_by="qwen3.5")
-    label = next(iter(small.by_label()))
 
     def texts(figure: Any) -> list[str]:
         from matplotlib.text import Text
@@ -842,14 +800,6 @@ def test_names_titles_and_notes_of_figures_are_options(small: SimulationResult) 
     shown = " ".join(texts(chosen.losses_figure()) + texts(chosen.figure()))
     assert shown.count(small.geometry.name) == 2, "each figure must have one shared title"
     assert "Tokens counted by: qwen3.5." in " ".join(shown.split())
-    style = FigureStyle(names={label: "ours"}, titles=False, notes=False)
-    for figure in (chosen.losses_figure(style=style), chosen.figure(style=style)):
-        shown = " ".join(texts(figure))
-        assert "ours" in shown and small.geometry.name not in shown and "qwen3.5" not in shown
-    ours = small.plot.losses(gib=2, names={label: "ours"})
-    assert "ours" in [text.get_text() for text in ours.get_yticklabels()]
-    with pytest.raises(ValueError, match=f"no competitor is called 'mine'; there are {label}"):
-        small.figure(style=FigureStyle(names={"mine": "ours"}))
 
 
 @pytest.mark.full("panels")
@@ -872,27 +822,14 @@ def test_pdf_files_have_truetype_fonts(kind: str, small: SimulationResult, tmp_p
 
 @pytest.mark.full("pdf")
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_figure_options_set_size_and_fonts(tmp_path: Path, suffix: str) -> None:
+def test_suffix_sets_the_format_of_a_figure(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"f.{suffix}"
     sweep = ["simulate", "--trace", "short?head=20", "--gib", "1,2", "--policy", "lru,fifo"]
-    look = ["--figure-size", "3x2", "--figure-font-size", "5", "--figure-labels", "direct"]
-    look += ["--figure-name", "lru=least, recent", "--no-figure-notes", "--no-figure-titles"]
-    assert main([*sweep, "--figure", str(path), *look, "--figure-font", "serif", "--losses"]) == 0
+    assert main([*sweep, "--figure", str(path), "--losses"]) == 0
     content = path.read_bytes()
     assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
     assert path.with_name(f"f-losses.{suffix}").exists()
-    if suffix == "svg":
-        width = float(content.decode().split('width="')[1].split("pt")[0])
-        assert width == pytest.approx(3 * 72)
-        assert b"least" in content
-        assert b"20 requests" not in content
-
-
-@pytest.mark.parametrize("size", ["3", "3x", "ax2", "0x2", "3x-1"])
-def test_invalid_figure_size_is_rejected(size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["simulate", "--trace", "short?head=2", "--gib", "1", "--figure-size", size]) == 2
-    assert "width and height in inches are needed" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

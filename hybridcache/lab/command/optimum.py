@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
-    add_figure_style,
     add_settings,
     check_figure,
     given_settings,
@@ -39,7 +38,6 @@ def add_optimum(commands: Commands) -> None:
     )
     add("--output", type=Path, help="JSON lines, one per size")
     add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound")
-    add_figure_style(parser)
     parser.set_defaults(run=_optimum)
 
 
@@ -49,7 +47,7 @@ def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.simulation.grid import check_results_file
     from hybridcache.lab.simulation.simulate import optimum
 
-    style = check_figure(options)
+    check_figure(options)
     trace = opened(options.trace, options)
     scenario = Scenario(trace, **given_settings(options))
     model = scenario.geometry().name
@@ -63,6 +61,6 @@ def _optimum(options: argparse.Namespace) -> int:
                 file.write(json.dumps(best.record() | {"model": model}) + "\n")
     print(found.table())
     if options.figure:
-        optimum_figure(found.plans, options.figure, style)
+        optimum_figure(found.plans, options.figure)
         print(f"figure: {options.figure}")
     return 0

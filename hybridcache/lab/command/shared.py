@@ -9,7 +9,6 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybridcache.lab.figures import FigureStyle
     from hybridcache.lab.trace import Trace
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -106,98 +105,11 @@ def refuse(options: argparse.Namespace, defaults: Mapping[str, Any], reason: str
             raise ValueError(f"{said} {reason}")
 
 
-def check_figure(options: argparse.Namespace) -> FigureStyle:
-    """Return the look of the figures that were asked for, and create the folder of ``--figure``.
-
-    Raises ValueError if no figure can be written to the file of ``--figure``, if a look is invalid,
-    or if there is a look without a figure. OSError if the folder cannot be created.
-    """
-    style, path = figure_style(options), options.figure
-    if path is None:
-        refuse(options, FIGURE_LOOK, "is about a figure: name its file with --figure")
-    elif path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--figure {path}: its name must end in .png, .svg or .pdf")
-    else:
+def check_figure(options: argparse.Namespace) -> None:
+    """Create the folder of ``--figure``. ValueError if no figure can be written to that file,
+    OSError if the folder cannot be created."""
+    path = options.figure
+    if path is not None:
+        if path.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--figure {path}: its name must end in .png, .svg or .pdf")
         path.parent.mkdir(parents=True, exist_ok=True)
-    return style
-
-
-FIGURE_LOOK: dict[str, Any] = {
-    "--figure-size": None,
-    "--figure-font": "",
-    "--figure-font-size": 9.0,
-    "--figure-labels": "legend",
-    "--figure-name": None,
-    "--figure-titles": True,
-    "--figure-notes": True,
-}
-"""Options for the look of figures, and their defaults."""
-
-
-def add_figure_style(parser: argparse._ActionsContainer) -> None:
-    """Add the options for the look of figures."""
-    add = parser.add_argument
-    add("--figure-size", help="inches of a panel, as in 3.3x2.4 (default: the figure's own)")
-    add("--figure-font", default="", help="font family of figures (default: matplotlib's)")
-    add(
-        "--figure-font-size",
-        type=float,
-        default=9.0,
-        help="points of titles in figures, other texts in proportion (default %(default)s)",
-    )
-    add(
-        "--figure-labels",
-        choices=("legend", "direct"),
-        default="legend",
-        help="names of competitors in a legend or at the ends of lines (default %(default)s)",
-    )
-    add(
-        "--figure-name",
-        action="append",
-        metavar="LABEL=NAME",
-        help="another name of a competitor in figures, as in 'mine:Policy=ours'; may be repeated",
-    )
-    for word, what in (("titles", "the title that all panels share"), ("notes", "notes below")):
-        add(
-            f"--figure-{word}",
-            action=argparse.BooleanOptionalAction,
-            default=True,
-            help=f"draw {what} (default: yes)",
-        )
-
-
-def figure_style(options: argparse.Namespace) -> FigureStyle:
-    """Return the look of figures that was asked for. ValueError for an invalid size or font."""
-    from hybridcache.lab.figures import FigureStyle, check_font
-
-    size = None
-    if options.figure_size is not None:
-        width, _, height = options.figure_size.partition("x")
-        try:
-            size = float(width), float(height)
-        except ValueError:
-            size = 0.0, 0.0
-        if not all(0 < length < 100 for length in size):
-            raise ValueError(
-                f"--figure-size {options.figure_size}: width and height in inches are needed, as "
-                "in 3.3x2.4"
-            )
-    if not 0 < options.figure_font_size < 100:
-        raise ValueError(f"--figure-font-size {options.figure_font_size:g}: points are needed")
-    names = {}
-    for renamed in options.figure_name or ():
-        label, is_given, name = renamed.rpartition("=")
-        if not is_given:
-            raise ValueError(f"--figure-name {renamed}: write LABEL=NAME, as in 'lru=LRU'")
-        names[label] = name
-    if options.figure_font:
-        check_font(options.figure_font)
-    return FigureStyle(
-        size,
-        options.figure_font,
-        options.figure_font_size,
-        options.figure_labels,
-        names,
-        options.figure_titles,
-        options.figure_notes,
-    )

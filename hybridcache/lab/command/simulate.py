@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
     TRACE_HELP,
-    add_figure_style,
     add_settings,
     check_figure,
-    figure_style,
     given_settings,
     opened,
     refuse,
@@ -77,7 +75,6 @@ def add_simulate(commands: Commands) -> None:
         "it; requests are scheduled as in the engine",
     )
     add_settings(group, *_in(LOAD))
-    add_figure_style(parser.add_argument_group("look of figures"))
     parser.set_defaults(run=_simulate, goes_on=True, parser=parser)
 
 
@@ -122,7 +119,7 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
     reason = "has no meaning with --closed-loop: leave it out"
     refuse(options, ALONE, reason)
     refuse_settings(given_settings(options), REPLAY_ONLY, reason)
-    style = check_figure(options)
+    check_figure(options)
     runs: list[ClosedLoopRun] = []
     for scenario in scenarios:
         trace = opened(str(scenario.trace), options)
@@ -134,7 +131,7 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
         )
         runs += result.runs
         if options.figure:
-            closed_loop_figure(runs, options.figure, style=style)
+            closed_loop_figure(runs, options.figure)
         print(result.table(), end="\n\n")
     if options.figure:
         print(f"figure: {options.figure}")
@@ -201,14 +198,13 @@ def _draw(
     from hybridcache.lab.figures import bins_figure, losses_figure, sweep_figure
 
     drawn: list[Path] = [options.figure]
-    style = figure_style(options)
-    sweep_figure(results, options.figure, metrics, style=style)
+    sweep_figure(results, options.figure, metrics)
     if options.losses:
         drawn.append(_beside(options.figure, "losses"))
-        losses_figure(results, drawn[-1], style=style)
+        losses_figure(results, drawn[-1])
     if options.bins:
         drawn.append(_beside(options.figure, "bins"))
-        bins_figure(results, drawn[-1], style=style)
+        bins_figure(results, drawn[-1])
     return drawn
 
 

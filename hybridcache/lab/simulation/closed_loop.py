@@ -41,7 +41,6 @@ from hybridcache.tokens import Tokens
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hybridcache.lab.figures import FigureStyle
 
 MAX_RUNNING = 16
 """Usual number of requests at once."""
@@ -421,12 +420,12 @@ class ClosedLoopResult:
 
         return closed_loop_table(self.runs, self.times)
 
-    def figure(self, path: str | Path | None = None, style: FigureStyle | None = None) -> Figure:
+    def figure(self, path: str | Path | None = None) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
         The figure is also written to ``path`` (PNG, SVG or PDF), if there is one."""
         from hybridcache.lab.figures import closed_loop_figure
 
-        return closed_loop_figure(self.runs, path, style=style)
+        return closed_loop_figure(self.runs, path)
 
 
 def max_running_of(cell: Scenario) -> int:

@@ -42,7 +42,7 @@ from hybridcache.lab.trace import Trace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hybridcache.lab.figures import FigureStyle, Plot
+    from hybridcache.lab.figures import Plot
 
 
 Words = str | Sequence[str]
@@ -105,34 +105,30 @@ class SimulationResult(SweepRuns):
         self,
         path: str | Path | None = None,
         metric: Words | None = None,
-        style: FigureStyle | None = None,
     ) -> Figure:
         """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
         of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
-        SVG or PDF), if there is one. ``style`` has the size, fonts and names."""
+        SVG or PDF), if there is one."""
         from hybridcache.lab.figures import sweep_figure
 
-        return sweep_figure([self], path, metric, style)
+        return sweep_figure([self], path, metric)
 
     def bins_figure(
         self,
         path: str | Path | None = None,
         gib: float | None = None,
-        style: FigureStyle | None = None,
     ) -> Figure:
         """Draw the token hit rate by prompt length and by turn, at the size nearest to ``gib`` (the
         middle one if None)."""
         from hybridcache.lab.figures import bins_figure
 
-        return bins_figure([self], path, gib, style)
+        return bins_figure([self], path, gib)
 
-    def losses_figure(
-        self, path: str | Path | None = None, style: FigureStyle | None = None
-    ) -> Figure:
+    def losses_figure(self, path: str | Path | None = None) -> Figure:
         """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
         from hybridcache.lab.figures import losses_figure
 
-        return losses_figure([self], path, style)
+        return losses_figure([self], path)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -168,12 +164,12 @@ class OptimumResult(Sequence[Optimum]):
 
         return optimum_table(self.plans)
 
-    def figure(self, path: str | Path | None = None, style: FigureStyle | None = None) -> Figure:
+    def figure(self, path: str | Path | None = None) -> Figure:
         """Draw plan and bound over the sizes. The figure is also written to ``path`` (PNG, SVG or
         PDF), if there is one."""
         from hybridcache.lab.figures import optimum_figure
 
-        return optimum_figure(self.plans, path, style)
+        return optimum_figure(self.plans, path)
 
 
 def simulate(
