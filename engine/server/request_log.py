@@ -24,8 +24,8 @@ class RequestRecord:
     """Token counts of one HTTP request. A prompt with several answers counts once."""
 
     def __init__(self) -> None:
-        self._prompts: list[int] = []
-        """Identity of each generation's prompt: choices of one prompt share its ids."""
+        self._are_firsts: list[bool] = []
+        """False for each generation that is another choice of an earlier one's prompt."""
         self._outputs: dict[int, RequestOutput] = {}
         self.answer_id = ""
         """Id of the answer. Empty if there is none."""
@@ -34,7 +34,7 @@ class RequestRecord:
 
     def expect(self, spec: RequestSpec) -> None:
         """Record one more generation of the request."""
-        self._prompts.append(id(spec.prompt))
+        self._are_firsts.append(spec.choice_of is None)
 
     def take(self, index: int, output: RequestOutput) -> None:
         """Record the latest output of one generation."""
@@ -44,11 +44,7 @@ class RequestRecord:
         """Return the token counts, or "" if nothing was generated."""
         if not self._outputs:
             return ""
-        firsts = [
-            output
-            for index, output in sorted(self._outputs.items())
-            if self._prompts.index(self._prompts[index]) == index
-        ]
+        firsts = [output for index, output in self._outputs.items() if self._are_firsts[index]]
         prompt = sum(len(output.prompt_token_ids) for output in firsts)
         cached = sum(output.cached_len for output in firsts)
         answer = sum(len(output.output) for output in self._outputs.values())
