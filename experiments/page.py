@@ -347,6 +347,46 @@ def sharegpt_simulated_table() -> Table:
     return ["trace", "GiB", f"{', '.join(SHAREGPT_POLICIES)}: {HITS}"], rows
 
 
+def router_table() -> Table:
+    """Return hits and waiting times of each router, as means over traces and seeds."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in records_of("study_router.jsonl"):
+        cells.setdefault((one["condition"], one["fleet"]["router"]), []).append(one)
+    rows = [
+        [
+            condition,
+            f"`{router}`",
+            f"{100 * fmean(one['token_hit_rate'] for one in of):.1f}",
+            f"{fmean(one['ttft_mean_s'] / one['cold_mean_s'] for one in of):.2f}",
+        ]
+        for (condition, router), of in cells.items()
+    ]
+    return ["condition", "router", HITS, "mean TTFT, times a cold prefill"], rows
+
+
+def checkpoint_dtype_table() -> Table:
+    """Return the cost of each format on two kinds of text, and the hit rates of LRU with it."""
+    costs: dict[str, list[str]] = {}
+    for one in records_of("study_checkpoint_dtype.jsonl"):
+        if "text" in one and one["checkpoint_dtype"] != "auto":
+            costs.setdefault(one["checkpoint_dtype"], []).append(f"{1e6 * one['kl_mean']:.0f}")
+    return ["format", "KL on code, millionths of a nat", "KL on problems"], [
+        [dtype, *of] for dtype, of in costs.items()
+    ]
+
+
+def speculation_table() -> Table:
+    """Return the speed of each drafter in times of no drafts, for each number of streams."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for one in records_of("speculation.jsonl"):
+        if one["draft"] != "none":
+            cell = cells.setdefault((one["workload"], one["draft"]), [])
+            cell += [f"{one['ratio']:.2f}", f"{one['acceptance_len'] or 1:.1f}"]
+    header = ["workload", "drafter", "1 stream, ratio", "acceptance length"]
+    header += ["8 streams, ratio", "acceptance length"]
+    return header, [[*cell, *of] for cell, of in cells.items()]
+
+
 def processor(name: str) -> str:
     """Return the name of the processor that a result file was measured on."""
     found, _ = provenance.read_json_lines(provenance.RESULTS / name)
@@ -753,6 +793,32 @@ def _sharegpt_simulated(table: Table) -> str:
     return f"`survival` hits up to {gain:.1f} points more than `lru` (at {at} GiB)."
 
 
+def _router(table: Table) -> str:
+    hits: dict[str, dict[str, float]] = {}
+    for condition, router, rate, _ in table[1]:
+        hits.setdefault(condition, {})[router] = float(rate)
+    best = [max(of, key=lambda name: of[name]) for of in hits.values()]
+    most = max(best, key=best.count)
+    return f"{most} has the most hits in {best.count(most)} of {len(best)} conditions."
+
+
+def _checkpoint_dtype(table: Table) -> str:
+    worst = max(table[1], key=lambda row: float(row[1]))
+    return (
+        f"No format of checkpoints changes the distribution of the next token by more than "
+        f"{worst[1]} millionths of a nat on code (`{worst[0]}`)."
+    )
+
+
+def _speculation(table: Table) -> str:
+    best = max(table[1], key=lambda row: float(row[2]))
+    slower = sum(float(row[4]) < 1 for row in table[1])
+    return (
+        f"Drafts decode up to {best[2]} times as fast (`{best[1]}` on {best[0]}, one stream); with "
+        f"eight streams {slower} of {len(table[1])} cells are slower than without drafts."
+    )
+
+
 def _grids(table: Table) -> str:
     gains = [value(row[4]).mean for row in table[1]]
     trace = max(table[1], key=lambda row: value(row[4]).mean)[0]
@@ -881,6 +947,20 @@ SECTIONS = {
         "sharegpt-simulated", sharegpt_simulated_table, _sharegpt_simulated,
         Curves(2, SHAREGPT_POLICIES, ("memory, GiB", HITS), log_y=False),
         "Token hit rate of three eviction policies over memory.",
+    ),
+    "router": Section(
+        "router", router_table, _router, Dots({"hits": 2}, HITS, (0, 1)),
+        "Token hit rate of each routing policy, by condition.",
+    ),
+    "checkpoint dtype": Section(
+        "checkpoint-dtype", checkpoint_dtype_table, _checkpoint_dtype,
+        Dots({"code": 1, "problems": 2}, "KL, millionths of a nat per token"),
+        "Change of the next token's distribution by format of the checkpoints.",
+    ),
+    "speculation": Section(
+        "speculation", speculation_table, _speculation,
+        Dots({"1 stream": 2, "8 streams": 4}, "speed, times no drafts", (0, 1)),
+        "Speed of each drafter in times of no drafts, by workload.",
     ),
     "linear layers": Section(
         "cpu-kernels", linear_layers_table, _linear_layers,

@@ -2,7 +2,6 @@
 
     python -m experiments.benchmarks.speculation               # about 15 minutes on two cores
     python -m experiments.benchmarks.speculation --model DIR --repeats 1 --threads 2
-    python -m experiments.benchmarks.speculation --draw        # only the figure, from results
 
 Every workload is a fixed list of prompts, the same for every drafter. The engines of all drafters
 alternate and start from an empty cache. Decoding is greedy, except ``noise``, which samples at a
@@ -22,7 +21,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,8 @@ from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import ByteTokenizer
-from experiments.provenance import RESULTS, read_json_lines, write_json_lines
-from experiments.studies.common import figure_path
+from experiments.provenance import RESULTS, write_json_lines
 from experiments.training import corpus, tasks
-from hybridcache.geometry.units import counted
-from hybridcache.lab.figures import COLOURS, panels, save
 
 DRAFTS = ("none", "tree", "mtp", "tree,mtp")
 Thread = list[str]
@@ -187,40 +183,6 @@ def make_engine(model: str | None, draft: str) -> Engine:
     return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
 
 
-def draw(results: Sequence[Mapping[str, Any]], drafts: Sequence[str]) -> None:
-    """Draw tokens per second relative to no drafts, one panel per number of streams.
-
-    The number in each bar is the acceptance length.
-    """
-    streams = sorted({result["streams"] for result in results})
-    workloads = list(dict.fromkeys(result["workload"] for result in results))
-    figure, axes = panels(len(streams), width=5.6, columns=2)
-    width = 0.8 / len(drafts)
-    for axis, count in zip(axes, streams, strict=True):
-        for rank, (draft, colour) in enumerate(zip(drafts, COLOURS, strict=False)):
-            by_workload = {
-                result["workload"]: result
-                for result in results
-                if (result["draft"], result["streams"]) == (draft, count)
-            }
-            places = [at + (rank - (len(drafts) - 1) / 2) * width for at in range(len(workloads))]
-            ratios = [by_workload[workload]["ratio"] for workload in workloads]
-            axis.bar(places, ratios, width * 0.9, color=colour, label=f"--draft {draft}")
-            for at, workload in zip(places, workloads, strict=True):
-                length = by_workload[workload]["acceptance_len"]
-                text = "" if length is None else f"{length:.1f}"
-                axis.text(at, 0.03, text, color="white", ha="center", fontsize=7)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(workloads)), workloads)
-        axis.set_ylabel("tokens/s relative to no drafts")
-        axis.set_title(counted(count, "stream"), fontsize=9)
-    caption = (
-        "The built-in model on one core. In a bar: acceptance length, the tokens of a "
-        "verification including the one that is not drafted."
-    )
-    save(figure, axes, figure_path("speculation"), caption)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="model directory (default: the built-in model)")
@@ -234,17 +196,7 @@ def main() -> None:
     )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--draw", action="store_true", help="only draw the results in --out")
     args = parser.parse_args()
-    if not args.draw:
-        measure(args)
-    _, recorded = read_json_lines(args.out)
-    drafts = dict.fromkeys(result["draft"] for result in recorded)
-    draw(recorded, [draft for draft in drafts if draft != "none"])
-
-
-def measure(args: argparse.Namespace) -> None:
-    """Run every cell and write the results."""
     torch.set_num_threads(args.threads)
     engines = {draft: make_engine(args.model, draft) for draft in args.drafts}
     results: list[Result] = []

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,11 +34,10 @@ from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from engine.text.tokenizer import ByteTokenizer
-from experiments.provenance import FIGURES, RESULTS, write_json_lines
+from experiments.provenance import RESULTS, write_json_lines
 from experiments.studies.common import STATIC_PLACEMENT
 from experiments.training import corpus, tasks
 from hybridcache import ModelGeometry, simulate
-from hybridcache.lab.figures import COLOURS, panels, save, size_axis
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.simulate import SimulationResult
 
@@ -263,38 +262,6 @@ def gains(trace: str, gib: str) -> dict[str, SimulationResult]:
     }
 
 
-def draw(records: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the cost of each format, and its gain in one panel per trace."""
-    figure, axes = panels(1 + len(found))
-    dtypes = [dtype for dtype in DTYPES if dtype != "auto"]
-    for colour, kind in zip(COLOURS, ("code", "problems"), strict=False):
-        costs_of = {r["checkpoint_dtype"]: r["kl_mean"] for r in records if r.get("text") == kind}
-        axes[0].plot(
-            [costs_of[dtype] for dtype in dtypes], dtypes, "o", color=colour, label=f"KL on {kind}"
-        )
-    axes[0].axvline(GOAL, color="grey", linestyle=":", label="accepted loss")
-    axes[0].set_xscale("log")
-    axes[0].set_xlabel("KL, nats per token")
-    for axis, (trace, results) in zip(axes[1:], found.items(), strict=True):
-        for colour, (dtype, result) in zip(COLOURS[2:], results.items(), strict=False):
-            axis.plot(
-                [run.gib for run in result.runs],
-                [100 * run.token_hit_rate for run in result.runs],
-                color=colour,
-                label=f"{dtype} ({result.geometry.state_bytes / 2**20:.0f} MiB)",
-            )
-        size_axis(axis)
-        axis.set_ylim(0, 100)
-        axis.set_ylabel("token hit rate, %")
-        axis.set_title(trace, fontsize=9)
-    caption = (
-        "Left: the built-in model, with the second half of a text computed from a checkpoint in "
-        "each format. Right: LRU on the arena with Qwen3-Next's sizes. Running states are outside "
-        "the arena if checkpoints have another format."
-    )
-    save(figure, axes, FIGURES / "study_checkpoint_dtype.png", caption)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--texts", type=int, default=8, help="texts of each kind")
@@ -341,7 +308,6 @@ def main() -> None:
                 for run in result.runs
             ]
     write_json_lines(RESULTS / "study_checkpoint_dtype.jsonl", records, vars(options))
-    draw(records, found)
 
 
 if __name__ == "__main__":

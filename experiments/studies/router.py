@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
-from hybridcache.lab.figures import COLOURS, panels, save
+from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, keep, rounded
 from hybridcache.lab.fleet import FleetConfig, FleetJob, FleetResult, run_fleet
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Place, collect_seldom, run_grid
@@ -85,7 +84,6 @@ def main() -> None:
                     for run in _cell(trace, condition, seed, options, bar)
                 ]
     keep("study_router", _records(cells))
-    draw(cells)
     _report(cells)
 
 
@@ -188,38 +186,6 @@ def _lost(figures: dict[str, Figures]) -> list[str]:
     if fastest.ttft_s * (1 + TTFT_TIED) < ours.ttft_s:
         losses.append(f"mean TTFT of {router} is {ours.ttft_s / fastest.ttft_s:.2f}x shorter")
     return losses
-
-
-def draw(cells: Cells) -> None:
-    """Draw hit rates with their range over seeds, and mean TTFTs below, one column per condition.
-
-    TTFTs are shares of a cold prefill.
-    """
-    figure, axes = panels(2 * len(CONDITIONS), width=5.2, height=3.6, columns=len(CONDITIONS))
-    for place, condition in enumerate(CONDITIONS):
-        traces = [trace for trace, name in cells if name == condition.name]
-        figures = [_figures(cells[trace, condition.name]) for trace in traces]
-        for number, router in enumerate(_routers(cells)):
-            found = [by_router[router] for by_router in figures]
-            style = {"color": COLOURS[number % len(COLOURS)], "label": router, "marker": "."}
-            hits = [100 * one.hits for one in found]
-            ranges = [100 * one.spread[0] for one in found], [100 * one.spread[1] for one in found]
-            axes[place].plot(traces, hits, **style, linewidth=1.1)
-            axes[place].vlines(traces, *ranges, color=style["color"], alpha=0.35, linewidth=2.5)
-            waits = [one.wait for one in found]
-            axes[place + len(CONDITIONS)].plot(traces, waits, **style, linewidth=1.1)
-        axes[place].set_title(condition.name, fontsize=9)
-        axes[place].set_ylabel("token hit rate, %")
-        axes[place + len(CONDITIONS)].set_ylabel("mean TTFT / cold prefill")
-        axes[place + len(CONDITIONS)].set_yscale("log")
-    for axis in axes:
-        axis.tick_params(axis="x", labelrotation=60, labelsize=7)
-    num_seeds = len({run.fleet.seed for runs in cells.values() for run in runs})
-    caption = (
-        "Eight replicas at a load of 1 (every prompt computed cold would keep all of them busy), "
-        f"LRU, default placement; means of {num_seeds} seeds, bars: their range."
-    )
-    save(figure, axes, figure_path("study_router"), caption)
 
 
 def _routers(cells: Cells) -> list[str]:
