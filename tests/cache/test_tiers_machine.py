@@ -9,10 +9,12 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
 
+from hybridcache.cache import LockHandle
 from hybridcache.config import CacheConfig
 from tests.cache.test_machine import at_least
 from tests.cache.tiers import TieredMemory
@@ -58,6 +60,7 @@ class TieredMachine(RuleBasedStateMachine):
         self.memory = TieredMemory(config)
         self.step = self.memory.cache._step
         self.seen = [np.empty(0, np.int32)]
+        self.locks: list[LockHandle] = []
 
     def draw_prompt(self, data: st.DataObject) -> np.ndarray:
         before = self.seen[data.draw(st.integers(0, len(self.seen) - 1))]
@@ -75,6 +78,17 @@ class TieredMachine(RuleBasedStateMachine):
         steps = st.integers(1, max(len(prompt) // self.step, 1))
         wanted = data.draw(st.sets(steps, max_size=2))
         self.memory.serve(prompt, namespace, sorted(self.step * at for at in wanted), fetch)
+
+    @rule(data=st.data(), namespace=NAMESPACES)
+    def lock_kv(self, data: st.DataObject, namespace: object) -> None:
+        if len(self.locks) < 3:
+            self.locks.append(self.memory.cache.lock_kv(self.draw_prompt(data), namespace))
+
+    @precondition(lambda self: self.locks)
+    @rule(data=st.data())
+    def unlock(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.locks) - 1))
+        self.memory.cache.unlock(self.locks.pop(number))
 
     @rule(tokens=st.integers(0, 40), slots=st.integers(0, 2))
     def evict(self, tokens: int, slots: int) -> None:
@@ -106,6 +120,8 @@ class TieredMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "memory"):
+            while self.locks:
+                self.memory.cache.unlock(self.locks.pop())
             self.memory.cache.reset()
             self.memory.check()
             assert self.memory.cache.num_nodes == 0
