@@ -302,18 +302,6 @@ class EngineConfig(Settings):
         "and the largest step leave",
         limits=GIB_SIZE,
     )
-    kv_gib: float | None = setting(
-        None,
-        "memory for KV only, GiB: two pools in place of the arena, for comparisons",
-        is_flag=False,
-        limits=GIB_SIZE,
-    )
-    state_gib: float | None = setting(
-        None,
-        "memory for states only, GiB: two pools, as with kv_gib",
-        is_flag=False,
-        limits=GIB_SIZE,
-    )
     max_model_len: int | None = setting(
         None,
         "maximum number of tokens of prompt and answer; by default that of the model",
@@ -390,8 +378,7 @@ class EngineConfig(Settings):
     @property
     def cache_bytes(self) -> dict[str, int]:
         """Memory of the device that each setting reserves, in bytes, for all ranks together."""
-        sizes = {name: getattr(self, name) for name in ("cache_gib", "kv_gib", "state_gib")}
-        return {name: int(gib * GIB) for name, gib in sizes.items() if gib is not None}
+        return {} if self.cache_gib is None else {"cache_gib": int(self.cache_gib * GIB)}
 
     @property
     def host_bytes(self) -> dict[str, int]:
@@ -408,8 +395,6 @@ class EngineConfig(Settings):
         if self.grid % TILE and self.grid not in SMALL_TILES:
             small = " or ".join(map(str, SMALL_TILES))
             raise ConfigError(f"grid must be {small} or a multiple of {TILE}, not {self.grid}.")
-        if self.cache_gib is not None and (self.kv_gib is not None or self.state_gib is not None):
-            raise ConfigError("set cache_gib only, or kv_gib and state_gib, not both.")
         try:
             CheckpointFormat.parse(self.checkpoint_dtype)
         except ValueError as error:

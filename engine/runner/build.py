@@ -39,8 +39,6 @@ def load_runner_as(kind: type[Kind], config: EngineConfig, rank: Rank) -> Kind:
         loaded.sizes,
         loaded.dtype,
         loaded.device,
-        kv_bytes=_bytes(config.kv_gib),
-        state_bytes=_bytes(config.state_gib),
         cache_bytes=_bytes(config.cache_gib),
         page_size=config.page_size,
         state_dtype=loaded.state_dtype,

@@ -23,8 +23,6 @@ ACCELERATOR_SHARE = 0.9
 """Share of the memory that remains after weights, graphs and the largest step. The rest is for
 sampling and fragmentation."""
 MIN_KV_TOKENS = 256
-MIN_SLOTS = 2
-"""Minimum number of slots in a pool: one for a running request and one for a checkpoint."""
 
 
 class MemoryPlan(MemorySizes):
@@ -39,8 +37,6 @@ class MemoryPlan(MemorySizes):
         dtype: torch.dtype,
         device: Device,
         *,
-        kv_bytes: int | None,
-        state_bytes: int | None,
         cache_bytes: int | None,
         page_size: int = 1,
         state_dtype: torch.dtype = torch.float32,
@@ -48,32 +44,22 @@ class MemoryPlan(MemorySizes):
         checkpoints: CheckpointFormat | None = None,
         num_ranks: int = 1,
     ) -> MemoryPlan:
-        """Return the sizes for one rank; the given bytes are for all ``num_ranks``.
+        """Return the sizes of one arena for one rank; ``cache_bytes`` are for all ``num_ranks``.
 
-        The memory is one arena of ``cache_bytes``, or two pools if bytes are given for one of them.
-        The other pool then has its given bytes, or half the default. The default on a CPU is a
-        quarter of the memory that is free after ``reserved_bytes``, at most 4 GiB, and on other
-        devices 90 % of it. Raises ModelError with the number of bytes that are needed.
+        The default on a CPU is a quarter of the memory that is free after ``reserved_bytes``, at
+        most 4 GiB, and on other devices 90 % of it. Raises ModelError with the number of bytes that
+        are needed.
         """
         row = kv_row_bytes(sizes, dtype)
         state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
         owns = checkpoints is not None and state > 0
         if not row:
             raise ModelError("a model without a single attention layer is not supported.")
-        kv_bytes, state_bytes, cache_bytes = (
-            None if given is None else given // num_ranks
-            for given in (kv_bytes, state_bytes, cache_bytes)
-        )
-        if kv_bytes is None and state_bytes is None:
-            if cache_bytes is None:
-                cache_bytes = default_cache_bytes(device, reserved_bytes, num_ranks)
-            return replace(cls._arena(cache_bytes, row, state, page_size), owns_states=owns)
-        if kv_bytes is None or (state_bytes is None and state):
-            other = default_cache_bytes(device, reserved_bytes, num_ranks) // (2 if state else 1)
-            kv_bytes = other if kv_bytes is None else kv_bytes
-            state_bytes = other if state_bytes is None else state_bytes
-        plan = cls._pools(kv_bytes, state_bytes or 0, row, state, page_size)
-        return replace(plan, owns_states=owns)
+        if cache_bytes is None:
+            cache_bytes = default_cache_bytes(device, reserved_bytes, num_ranks)
+        else:
+            cache_bytes //= num_ranks
+        return replace(cls._arena(cache_bytes, row, state, page_size), owns_states=owns)
 
     def agreed(self, rank: Rank, device: Device) -> MemoryPlan:
         """Return sizes that fit on every rank: those of the rank with the least memory."""
@@ -96,24 +82,6 @@ class MemoryPlan(MemorySizes):
                 f"{MIN_KV_TOKENS} tokens{states}, {gib_words(least * row)}, are needed."
             )
         return cls("arena", num_rows, num_rows // slab if slab else 0, row, state, page_size)
-
-    @classmethod
-    def _pools(
-        cls, kv_bytes: int, state_bytes: int, row: int, state: int, page_size: int
-    ) -> MemoryPlan:
-        num_rows = kv_bytes // row // page_size * page_size
-        num_slots = state_bytes // state if state else 0
-        if num_rows < MIN_KV_TOKENS:
-            raise ModelError(
-                f"{gib_words(kv_bytes)} for KV hold {num_rows} tokens of this model; "
-                f"at least {MIN_KV_TOKENS} tokens, {gib_words(MIN_KV_TOKENS * row)}, are needed."
-            )
-        if state and num_slots < MIN_SLOTS:
-            raise ModelError(
-                f"{gib_words(state_bytes)} for states hold {num_slots} of this model's; "
-                f"at least {MIN_SLOTS}, {gib_words(MIN_SLOTS * state)}, are needed."
-            )
-        return cls("pools", num_rows, num_slots, row, state, page_size)
 
     @classmethod
     def smallest(

@@ -99,7 +99,7 @@ def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner
     """Return a runner on the device with all kernels fused, or on the CPU with the interpreter if
     ``dry``."""
     placement: dict[str, Any] = {"device": "cpu", "kernels": all_fused()} if dry else {}
-    memory = {"kv_gib": 0.01, "state_gib": 0.01} if dry else {"kv_gib": 2.0, "state_gib": 8.0}
+    memory = {"cache_gib": 0.02 if dry else 10.0}
     config = engine_config(
         model=path,
         dtype=dtype,
@@ -118,7 +118,7 @@ def parity(path: str, dry: bool, dtype: str, tokens: list[int]) -> dict[str, Any
         return feed.forward([(feed.place(tokens), 0, len(tokens))])[0].float()
 
     def on_cpu(dtype: str) -> torch.Tensor:
-        plain: dict[str, Any] = {"device": "cpu", "kernels": "", "kv_gib": 0.1, "state_gib": 0.5}
+        plain: dict[str, Any] = {"device": "cpu", "kernels": "", "cache_gib": 0.6}
         return logits(make_runner(path, dry, dtype, **plain))
 
     expected = on_cpu("float32")

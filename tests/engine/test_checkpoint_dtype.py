@@ -75,14 +75,9 @@ def test_a_step_with_many_checkpoints_is_computed_in_pieces(
     assert staged[0] == 1024 // 64 + 16 and staged[1] == 1 and 1 < staged[2] < 8
 
 
-@pytest.mark.parametrize("memory", ["arena", "pools"])
 @pytest.mark.parametrize("spec", ["bfloat16", "int8:head", "fp8:row", "int8:column"])
-def test_slots_have_the_size_that_the_geometry_gives(
-    tmp_path: Path, memory: str, spec: str
-) -> None:
+def test_slots_have_the_size_that_the_geometry_gives(tmp_path: Path, spec: str) -> None:
     budget: dict[str, object] = {"checkpoint_dtype": spec, "cache_gib": 0.002}
-    if memory == "pools":
-        budget |= {"cache_gib": None, "kv_gib": 0.001, "state_gib": 0.001}
     runner = make_engine(tmp_path, HYBRID, **budget).runner
     held = runner.tensors.checkpoints
     assert runner.memory.state_bytes == runner.geometry.state_bytes == held.slots.shape[1]
@@ -94,8 +89,7 @@ def test_slots_have_the_size_that_the_geometry_gives(
     assert size <= runner.memory.state_bytes < size + 48
     native = make_engine(tmp_path, HYBRID, **(budget | {"checkpoint_dtype": "auto"})).runner
     assert native.tensors.checkpoints is None
-    assert native.memory.num_slots < runner.memory.num_slots or memory == "arena"
-    total = (GIB // 1000 if memory == "pools" else 2 * GIB // 1000) / runner.memory.slot_bytes
+    total = 2 * GIB // 1000 / runner.memory.slot_bytes
     assert runner.memory.num_slots == pytest.approx(total, abs=2)
 
 

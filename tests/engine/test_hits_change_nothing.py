@@ -97,18 +97,13 @@ def make_engine(tmp_path: Path) -> MakeEngine:
         model: dict[str, object] = HYBRID,
         kv_tokens: int = 4096,
         slots: int = 32,
-        memory: str = "arena",
         **settings: object,
     ) -> Engine:
         (tmp_path / "config.json").write_text(json.dumps(model))
         settings = {"model": str(tmp_path), "load_format": "dummy", "device": "cpu"} | settings
-        sizes = load_runner(engine_config(**settings, kv_gib=0.01, state_gib=0.01)).geometry
-        kv_gib = kv_tokens * sizes.kv_bytes_per_token / GIB
-        state_gib = slots * max(sizes.state_bytes, 1) / GIB
-        budget = {"cache_gib": kv_gib + state_gib}
-        if memory == "pools":
-            budget = {"kv_gib": kv_gib, "state_gib": state_gib}
-        config = engine_config(**settings, **budget, check=True)
+        sizes = load_runner(engine_config(**settings, cache_gib=0.02)).geometry
+        cache_bytes = kv_tokens * sizes.kv_bytes_per_token + slots * max(sizes.state_bytes, 1)
+        config = engine_config(**settings, cache_gib=cache_bytes / GIB, check=True)
         runner = load_runner(config)
         if runner.tensors.rows is not None:
             runner.tensors.rows.fill_(255)
@@ -184,7 +179,7 @@ def test_hits_equal_cold_runs_bit_for_bit(
     some: list[dict[str, object]] = [
         {"token_budget": 64},
         {"max_running": 3, "overlap": "on"},
-        {"memory": "pools", "page_size": 16},
+        {"page_size": 16},
         {"draft": "tree:5", "exact": True, "checkpoints": (f"every:{grid}",)},
         {"kv_tokens": 448, "slots": 3, "exact": True},
     ]
@@ -286,9 +281,10 @@ class OffsetOracle:
         """Check that the state in ``slot`` equals that of a cold run of its tokens."""
         tokens = np.array(self._tokens[slot], np.int32)
         rows = np.arange(len(tokens), dtype=np.int32)
-        cold = Segment(0, 0, tokens, 0, is_decode=False, logits="none")
+        last = self._fresh.memory.num_slots - 1  # Its slab is after the rows of the tokens.
+        cold = Segment(0, last, tokens, 0, is_decode=False, logits="none")
         self._fresh.forward(Batch((cold,), (), ((0, 0, rows),)))
-        held, expected = states_in(self._runner, slot), states_in(self._fresh, 0)
+        held, expected = states_in(self._runner, slot), states_in(self._fresh, last)
         assert len(held) == 2 * 2  # conv and recurrent, two linear layers
         assert all(map(torch.equal, held, expected))
         self.proved += 1
@@ -296,9 +292,7 @@ class OffsetOracle:
 
 def test_every_restored_state_belongs_to_its_prefix(make_engine: MakeEngine) -> None:
     engine = make_engine(exact=True, kv_tokens=640, slots=8, token_budget=128, max_running=4)
-    engine.runner = oracle = OffsetOracle(
-        engine.runner, make_engine(slots=2, memory="pools").runner
-    )
+    engine.runner = oracle = OffsetOracle(engine.runner, make_engine().runner)
     for _ in range(3):
         engine.generate(prompts(), SamplingParams(max_tokens=24, temperature=0))
     assert oracle.proved >= 10

@@ -12,7 +12,7 @@ from experiments.gpu import parity as gpu_parity
 from experiments.gpu.models import TINY, write_checkpoint
 from experiments.gpu.parity import Feed, compare, make_runner
 
-PLAIN = {"device": "cpu", "kernels": "", "kv_gib": 0.01, "state_gib": 0.01}
+PLAIN = {"device": "cpu", "kernels": "", "cache_gib": 0.02}
 
 
 def logits(path: str, dtype: str, tokens: list[int]) -> torch.Tensor:

@@ -137,19 +137,11 @@ def assert_simulator_agrees(
     assert evictions == by_engine
 
 
-@pytest.mark.full("arena")
-@pytest.mark.parametrize(
-    "memory",
-    [
-        {"kv_gib": 1200 * 640 / 2**30, "state_gib": 7 * 215040 / 2**30},
-        {"cache_gib": (1200 * 640 + 7 * 215040) / 2**30},
-    ],
-    ids=["pools", "arena"],
-)
 def test_builtin_model_has_the_simulated_hits_and_evictions(
-    memory: dict[str, float], evictions: list[EvictionRecord]
+    evictions: list[EvictionRecord],
 ) -> None:
-    engine = Engine(engine_config(token_budget=256, **memory))
+    cache_bytes = 1200 * 640 + 7 * 215040
+    engine = Engine(engine_config(token_budget=256, cache_gib=cache_bytes / 2**30))
     served = serve_in_turn(engine, prompts(seed=3, sessions=3, vocab=256))
     assert_simulator_agrees(DEFAULT_EVICTION, engine, served, evictions)
 

@@ -198,8 +198,7 @@ def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
                 dtype=dtype,
                 state_dtype=state_dtype,
                 grid=grid,
-                kv_gib=0.05,
-                state_gib=0.05,
+                cache_gib=0.1,
                 max_running=40,
             )
             by_key[key] = Driver(load_runner(config))

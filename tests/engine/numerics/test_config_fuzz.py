@@ -281,7 +281,7 @@ def compare(case: Case, names: set[str], directory: Path, tokens: list[int]) -> 
 
 
 def engine_logits(directory: Path, tokens: list[int]) -> torch.Tensor:
-    options = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
+    options = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
     options |= {"max_running": 2, "max_model_len": 2 * NUM_TOKENS}
     runner = load_runner(engine_config(model=str(directory), **options))
     return Driver(runner).cold(tokens, logits="all")

@@ -25,7 +25,7 @@ BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
 
 
 def load(path, **options):
-    config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
+    config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
     return load_runner(engine_config(model=str(path), **(config | options)))
 
 

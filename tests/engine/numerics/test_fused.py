@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
     config = engine_config(
-        model=str(path), device=device, dtype="float32", kv_gib=0.02, state_gib=0.02, **options
+        model=str(path), device=device, dtype="float32", cache_gib=0.04, **options
     )
     return load_runner(config)
 

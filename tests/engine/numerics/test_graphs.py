@@ -83,10 +83,7 @@ def test_prefill_graphs_change_no_bit(model, drivers, random_tokens):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "memory", [{"kv_gib": 0.001, "state_gib": 0.002}, {"cache_gib": 0.003}], ids=["pools", "arena"]
-)
-def test_decode_graphs_change_no_bit(oracles, drivers, random_tokens, memory):
+def test_decode_graphs_change_no_bit(oracles, drivers, random_tokens):
     path = str(oracles("qwen3_5").path)
     config = engine_config(
         model=path,
@@ -94,7 +91,7 @@ def test_decode_graphs_change_no_bit(oracles, drivers, random_tokens, memory):
         dtype="float32",
         kernels=KERNEL_OPTION,
         max_model_len=96,
-        **memory,
+        cache_gib=0.003,
     )
     driver = type(drivers("qwen3_5"))(load_runner(config))
     prompts = [random_tokens(length, seed=length) for length in (5, 2, 3)]
@@ -248,7 +245,7 @@ MODELS = {
 def make_verify_driver(tmp_path, driver_class):
     """Return a function that makes a driver with drafts and without graphs."""
 
-    def make(model="states", draft="tree:4", **memory):
+    def make(model="states", draft="tree:4"):
         config = engine_config(
             model=write_geometry(tmp_path, MODELS[model]),
             device="cpu",
@@ -259,7 +256,7 @@ def make_verify_driver(tmp_path, driver_class):
             max_running=6,
             draft=draft,
             graphs="off",
-            **memory or {"kv_gib": 0.001, "state_gib": 0.001},
+            cache_gib=0.002,
         )
         return driver_class(load_runner(config))
 
@@ -274,12 +271,12 @@ PROMPTS = ((3, 5, 8, 1), (7, 4), (9, 2, 6), (1, 1, 2), (5,))
     "options",
     [
         {},
-        {"draft": "mtp:4", "cache_gib": 0.002},
-        {"model": "attention", "kv_gib": 0.001},
+        {"draft": "mtp:4"},
+        {"model": "attention"},
         {"model": "mamba2"},
         {"model": "latents"},
     ],
-    ids=["pools", "mtp-arena", "attention", "mamba2", "latents"],
+    ids=["tree", "mtp", "attention", "mamba2", "latents"],
 )
 def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_bounds, monkeypatch):
     """Sequences have drafts or not, and fill a graph or less.

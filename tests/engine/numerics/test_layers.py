@@ -104,14 +104,11 @@ class EveryLayer(Decoder):
 def make(monkeypatch, driver_class):
     monkeypatch.setattr(loaded_model, "read_model", lambda raw: (EveryLayer, CONFIG))
 
-    def driver(**memory):
-        config = engine_config(device="cpu", load_format="dummy", max_model_len=256, **memory)
+    def driver():
+        config = engine_config(device="cpu", load_format="dummy", max_model_len=256, cache_gib=0.02)
         return driver_class(load_runner(config))
 
     return driver
-
-
-ARENA, POOLS = {"cache_gib": 0.02}, {"kv_gib": 0.01, "state_gib": 0.01}
 
 
 def run(driver, tokens):
@@ -121,12 +118,10 @@ def run(driver, tokens):
     return torch.cat([cold, mixed])
 
 
-def test_hits_are_exact_on_pools_and_arenas(make, random_tokens):
-    tokens = random_tokens(150, seed=1, vocab_size=97)
-    on_pools = run(make(**POOLS), tokens)
-    driver = make(**ARENA)
-    assert torch.equal(run(driver, tokens), on_pools)
-    assert on_pools.isfinite().all() and on_pools.std() > 0
+def test_hits_are_exact(make, random_tokens):
+    driver = make()
+    logits = run(driver, random_tokens(150, seed=1, vocab_size=97))
+    assert logits.isfinite().all() and logits.std() > 0
     runner = driver.runner
     assert runner.geometry.kv_bytes_per_token == runner.memory.row_bytes == 4 * (64 + 32)
     assert runner.geometry.num_full_layers == 2 and runner.geometry.num_linear_layers == 3
@@ -136,7 +131,7 @@ def test_hits_are_exact_on_pools_and_arenas(make, random_tokens):
 
 def test_graphs_of_pieces_change_no_bit(make, random_tokens):
     tokens = random_tokens(150, seed=2, vocab_size=97)
-    driver = make(**POOLS)
+    driver = make()
     plain = run(driver, tokens)
     driver.reset()
     recorded = []

@@ -134,6 +134,6 @@ def test_scaled_rope_equals_transformers(
     unscaled = reference(plain)
     scaled = reference(plain | {"rope_scaling": {"rope_type": scaling} | SCALINGS[scaling]})
     assert (scaled - unscaled).abs().max() > 0.01
-    options = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
+    options = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
     runner = load_runner(engine_config(model=str(path), **options))
     assert_close(driver_class(runner).cold(tokens, logits="all"), scaled)

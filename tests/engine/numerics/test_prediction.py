@@ -131,8 +131,9 @@ def make_head(drivers, driver_class, oracles, monkeypatch):
         oracle = oracles(name)
         driver, reference = drivers(name), Reference(oracle.model)
         if draft != "none":
-            sizes = {"kv_gib": 0.02, "state_gib": 0.02}
-            config = engine_config(model=str(oracle.path), device="cpu", draft=draft, **sizes)
+            config = engine_config(
+                model=str(oracle.path), device="cpu", draft=draft, cache_gib=0.04
+            )
             driver = driver_class(load_runner(config))
         return driver, Head(driver, reference, monkeypatch), reference
 

@@ -184,8 +184,7 @@ def test_hits_are_exact(
                 dtype=dtype,
                 quantization=quantization,
                 kernels=all_plain() if backend == "reference" else "",
-                kv_gib=0.03,
-                state_gib=0.15,
+                cache_gib=0.18,
             )
         )
         assert runner.exactness.digest and runner.exactness.different == ()

@@ -85,7 +85,7 @@ def run_ranks(count: int, config: EngineConfig, work: Callable[[ModelRunner], An
 
 
 def config_of(path: Any, **settings: Any) -> EngineConfig:
-    budget = {"kv_gib": 0.02, "state_gib": 0.02, "max_running": 8}
+    budget = {"cache_gib": 0.04, "max_running": 8}
     return engine_config(
         **({"model": str(path), "device": "cpu", "dtype": "float32"} | budget | settings)
     )

@@ -19,10 +19,9 @@ LENGTHS = (58, 5)
 def make_driver(oracles, driver_class):
     by_key = {}
 
-    def make(model, dtype="float32", state_dtype="float32", memory="pools"):
-        key = model, dtype, state_dtype, memory
+    def make(model, dtype="float32", state_dtype="float32"):
+        key = model, dtype, state_dtype
         if key not in by_key:
-            sizes = {"cache_gib": 0.1} if memory == "arena" else {"kv_gib": 0.05, "state_gib": 0.05}
             config = engine_config(
                 model=str(oracles(model).path),
                 device="cpu",
@@ -30,7 +29,7 @@ def make_driver(oracles, driver_class):
                 state_dtype=state_dtype,
                 draft="tree:4",
                 max_running=16,
-                **sizes,
+                cache_gib=0.1,
             )
             by_key[key] = driver_class(load_runner(config))
         by_key[key].reset()
@@ -127,7 +126,7 @@ def test_verification_equals_single_steps(model, formats, make_driver, random_to
 
 def test_state_after_rejected_tokens_is_not_saved(make_driver, random_tokens) -> None:
     """A request without an accepted token keeps its state, in an arena, too."""
-    driver = make_driver("qwen3_next", memory="arena")
+    driver = make_driver("qwen3_next")
     runner = driver.runner
     prompts = [random_tokens(62, 0), random_tokens(9, 1)]
     sequences = prefill(driver, prompts)
@@ -156,7 +155,7 @@ def test_state_after_rejected_tokens_is_not_saved(make_driver, random_tokens) ->
 def test_slot_has_the_newest_state_when_it_is_read(make_driver, random_tokens) -> None:
     """After a commit the newest state is outside its slot. Reads other than the next verification
     move it there first."""
-    driver = make_driver("qwen3_next", memory="arena")
+    driver = make_driver("qwen3_next")
     runner = driver.runner
     prompts, answer = [random_tokens(62, 0)], random_tokens(ANSWER, 3)
     _, (states,) = single_steps(driver, prompts, [answer])

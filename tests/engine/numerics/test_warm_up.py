@@ -86,7 +86,7 @@ def test_requests_need_no_capture_or_compilation(
     monkeypatch, tmp_path, fixed_drafts, shape, graphs, draft
 ) -> None:
     with stubbed(monkeypatch) as (device, launches):
-        memory = {"kv_gib": 0.02, "state_gib": 0.2}
+        memory = {"cache_gib": 0.22}
         engine = make_engine(tmp_path, shape, graphs=graphs, draft=draft, **memory)
         num_graphs, compiled = device.counts["graphs"], set(launches.seen)
         assert compiled and (num_graphs > 0) == (graphs != "off")
@@ -186,7 +186,7 @@ class OperatorWaitRecorder(TorchDispatchMode):
 @pytest.mark.parametrize("graphs, draft", [("all", "none"), ("off", "none"), ("all", "tree:4")])
 def test_step_waits_only_for_its_tokens(monkeypatch, tmp_path, fixed_drafts, graphs, draft) -> None:
     with stubbed(monkeypatch) as (device, _):
-        engine = make_engine(tmp_path, graphs=graphs, draft=draft, kv_gib=0.02, state_gib=0.02)
+        engine = make_engine(tmp_path, graphs=graphs, draft=draft, cache_gib=0.04)
         wait, num_waits = Drawn.wait, device.counts["waits"]
         watch, hidden = WaitRecorder(), OperatorWaitRecorder()
 
@@ -206,7 +206,7 @@ def test_step_waits_only_for_its_tokens(monkeypatch, tmp_path, fixed_drafts, gra
 def test_captured_work_copies_nothing_from_the_host(monkeypatch, tmp_path, draft) -> None:
     """A replay would copy the same values again."""
     with stubbed(monkeypatch):
-        memory = {"kv_gib": 0.02, "state_gib": 0.02}
+        memory = {"cache_gib": 0.04}
         runner = make_engine(tmp_path, "large", draft=draft, warm_up=False, **memory).runner
         watch, hidden = WaitRecorder(uploads=True), OperatorWaitRecorder()
 

@@ -37,7 +37,7 @@ def checkpoint(oracles, tmp_path):
 
 
 def load(path, **options):
-    config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
+    config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
     return load_runner(engine_config(model=str(path), **(config | options)))
 
 
@@ -219,18 +219,11 @@ def test_dummy_weights_depend_only_on_the_seed(checkpoint, random_tokens, driver
     assert first.isfinite().all()
 
 
-def test_too_small_pool_names_the_needed_size(oracles):
-    with pytest.raises(ModelError, match=r"at least 256 tokens, .* GiB, are needed"):
-        load_runner(EngineConfig(model=str(oracles("qwen3_5").path), device="cpu", kv_gib=1e-6))
-    with pytest.raises(ModelError, match=r"for states hold 0 .* at least 2, .* GiB"):
-        load_runner(
-            EngineConfig(
-                model=str(oracles("qwen3_5").path), device="cpu", kv_gib=0.01, state_gib=1e-9
-            )
-        )
-    small = EngineConfig(
-        model=str(oracles("qwen3_5").path), device="cpu", kv_gib=0.001, max_model_len=100_000
-    )
+def test_too_small_memory_names_the_needed_size(oracles):
+    path = str(oracles("qwen3_5").path)
+    with pytest.raises(ModelError, match=r"at least 256 tokens and 3 states, .* GiB, are needed"):
+        load_runner(EngineConfig(model=path, device="cpu", cache_gib=1e-6))
+    small = EngineConfig(model=path, device="cpu", cache_gib=0.003, max_model_len=100_000)
     with pytest.raises(ModelError, match="one request of max_model_len 100000 needs"):
         load_runner(small)
 

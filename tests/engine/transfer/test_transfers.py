@@ -76,13 +76,13 @@ def wait_until_idle(engine: Engine) -> None:
 
 FORMS = {
     "int8-checkpoints": (HYBRID, {"checkpoint_dtype": "int8", "checkpoints": ("every:128",)}),
-    "pools-bfloat16": (SIDE_BY_SIDE, {"dtype": "bfloat16", "kv_gib": 0.01, "state_gib": 0.01}),
+    "bfloat16": (SIDE_BY_SIDE, {"dtype": "bfloat16"}),
     "attention-only": (ATTENTION_ONLY, {"page_size": 16}),
     "short-tiles": (HYBRID, {"grid": 16}),
 }
 
 
-@pytest.mark.full("int8-checkpoints", "pools-bfloat16", "attention-only")
+@pytest.mark.full("int8-checkpoints", "bfloat16", "attention-only")
 @pytest.mark.parametrize("form", FORMS)
 def test_every_memory_format_can_be_transferred(form: str, tmp_path: Path) -> None:
     """Check narrow checkpoints too: a request resumes from the same rounded state as in one
@@ -90,10 +90,7 @@ def test_every_memory_format_can_be_transferred(form: str, tmp_path: Path) -> No
     model, settings = FORMS[form]
     (tmp_path / "config.json").write_text(json.dumps(model))
     settings = {"model": str(tmp_path), "load_format": "dummy", "grid": 128} | settings
-    if "kv_gib" not in settings:
-        settings["cache_gib"] = 0.02
-    else:
-        settings["cache_gib"] = None
+    settings["cache_gib"] = 0.02
     prompts = [text(0, 400), text(0, 140) + text(1, 200), text(2, 30)]
     with prefill_thread(**settings) as prefill:
         engine = decode_engine(port_of(prefill), **settings)
