@@ -194,11 +194,7 @@ class Bench:
         self.engine.reset_prefix_cache()
         self.answer(prompts, scale.num_output)
         done = self.answer(prompts, scale.num_output)
-        full = [
-            s
-            for s in self.steps
-            if not s.num_prefill_tokens and s.num_decode_tokens > s.num_running
-        ]
+        full = [s for s in self.steps if not s.num_prefill_tokens and s.num_decode_tokens > streams]
         lengths = [output.drafts.acceptance_len for output in done]
         return {
             "measure": "verifying",

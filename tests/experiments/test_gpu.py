@@ -22,8 +22,8 @@ from experiments import provenance
 from experiments.gpu import __main__ as gpu
 from experiments.gpu import serving as gpu_serving
 from experiments.gpu.models import TINY, write_geometry, write_tokenizer
+from experiments.gpu.stub_device import stubbed
 from experiments.provenance import read_json_lines, write_json_lines
-from tests.engine.numerics.stub_device import stubbed
 
 
 @pytest.fixture
@@ -269,10 +269,10 @@ def test_draft_steps_are_measured_with_and_without_graphs(
     path, scale = write_geometry(tmp_path, TINY), replace(gpu_serving.DRY, streams=(1, 2, 8))
     with stubbed(monkeypatch):
         records = list(gpu_serving.drafted(path, False, scale))
+        assert list(gpu_serving.drafted(path, False, scale, records)) == records
     assert [(r["graphs"], r["streams"]) for r in records] == [
         (graphs, streams) for graphs in ("all", "pieces", "off") for streams in (1, 2, 4)
     ]
-    assert list(gpu_serving.drafted(path, False, scale, records)) == records
 
 
 @pytest.mark.full

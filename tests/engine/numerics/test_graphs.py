@@ -22,8 +22,8 @@ from engine.runner.device import TRAITS, Device
 from engine.schedule.batch import Batch, Segment
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
+from experiments.gpu.stub_device import stubbed
 from kernels.attention import fused
-from tests.engine.numerics.stub_device import stubbed
 
 KERNEL_OPTION = ",".join(
     f"{name}=fused"

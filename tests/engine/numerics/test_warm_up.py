@@ -21,7 +21,7 @@ from engine.runner.memory_plan import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
 from engine.runner.warm_up import captures
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
-from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
+from experiments.gpu.stub_device import FREE_BYTES, stubbed
 from tests.selection import is_quick
 
 pytest.importorskip("triton")
