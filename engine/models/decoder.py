@@ -44,6 +44,8 @@ class Decoder(ABC):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """Supported ``model_type`` values of a config.json."""
+    own_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of a config.json that only the layers of this family use, as ``config.own``."""
     centred_norms: ClassVar[bool] = False
     """True if the norms of the residual stream are stored around zero."""
     embedding_name: ClassVar[str] = "model.embed_tokens"
@@ -95,7 +97,8 @@ class Decoder(ABC):
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         """Read the config of a model of this family. Raises ModelError."""
         attention = mixer_of(sizes, AttentionSizes)
-        return ModelConfig(**common(config, sizes), rope=read_rope(config, attention.head_dim))
+        rope = read_rope(config, attention.head_dim)
+        return ModelConfig(**common(config, sizes, cls.own_keys), rope=rope)
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

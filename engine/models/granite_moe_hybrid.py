@@ -6,7 +6,6 @@ Most models have experts in addition to the MLP.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from engine.layers.experts import ExpertNames
 from engine.layers.mamba2 import GatedNorm, Mamba2
@@ -20,27 +19,10 @@ from engine.weights.model_config import (
     common,
     mixer_of,
     read_rope,
-    time_limits,
 )
 from hybridcache.geometry.config_format import ROPE_KEYS, Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraniteMoeHybridConfig(ModelConfig):
-    """Numbers of the family in addition to the sizes.
-
-    ``mamba_bias`` and ``conv_bias`` are True for products with a bias. ``attention_scale``
-    multiplies the products of queries and keys, ``residual_multiplier`` the output of each block.
-    ``time_limits`` are those of Mamba's time steps.
-    """
-
-    mamba_bias: bool
-    conv_bias: bool
-    attention_scale: float
-    residual_multiplier: float
-    time_limits: tuple[float, float]
 
 
 class GraniteMoeHybrid(Decoder):
@@ -48,7 +30,10 @@ class GraniteMoeHybrid(Decoder):
     them; gate and up of every MLP are one matrix."""
 
     model_types = ("granitemoehybrid",)
-    config: GraniteMoeHybridConfig
+    own_keys = (
+        *("mamba_proj_bias", "mamba_conv_bias", "time_step_limit"),
+        *("attention_multiplier", "residual_multiplier"),
+    )
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
@@ -64,37 +49,33 @@ class GraniteMoeHybrid(Decoder):
         if config["position_embedding_type"] == "rope":
             rope = read_rope(config, mixer_of(sizes, AttentionSizes).head_dim)
         config.ignore(*ROPE_KEYS, "intermediate_size", "num_experts_per_tok")
-        return GraniteMoeHybridConfig(
-            **common(config, sizes),
+        return ModelConfig(
+            **common(config, sizes, cls.own_keys),
             rope=rope,
             embedding_multiplier=config["embedding_multiplier"],
             logit_multiplier=1.0 / config["logits_scaling"],
-            mamba_bias=config["mamba_proj_bias"],
-            conv_bias=config["mamba_conv_bias"],
-            attention_scale=config["attention_multiplier"],
-            residual_multiplier=config["residual_multiplier"],
-            time_limits=time_limits(config),
         )
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         assert sizes.mlp is not None
+        multiplier = self.config.own["residual_multiplier"]
         return [
             MixerStep(
                 self.mixer(name, sizes.mixers[0]),
                 before=self.norm_of(f"{name}.input_layernorm"),
-                multiplier=self.config.residual_multiplier,
+                multiplier=multiplier,
             ),
             FeedForwardStep(
                 self.mlp(name, sizes.mlp),
                 before=self.norm_of(f"{name}.post_attention_layernorm"),
-                multiplier=self.config.residual_multiplier,
+                multiplier=multiplier,
             ),
         ]
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
-        config = self.config
+        config, own = self.config, self.config.own
         if isinstance(sizes, AttentionSizes):
-            return self.attention(f"{name}.self_attn", sizes, scale=config.attention_scale)
+            return self.attention(f"{name}.self_attn", sizes, scale=own["attention_multiplier"])
         assert isinstance(sizes, MambaSizes)
         return Mamba2(
             f"{name}.mamba",
@@ -103,9 +84,9 @@ class GraniteMoeHybrid(Decoder):
             self.build,
             norm=GatedNorm(config.norm_eps, gate_first=True),
             limits=config.time_limits,
-            bias=config.mamba_bias,
-            output_bias=config.mamba_bias,
-            conv_bias=config.conv_bias,
+            bias=own["mamba_proj_bias"],
+            output_bias=own["mamba_proj_bias"],
+            conv_bias=own["mamba_conv_bias"],
         )
 
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from engine.layers.experts import ExpertNames
 from engine.layers.mamba1 import Mamba1
@@ -17,22 +16,12 @@ from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JambaConfig(ModelConfig):
-    """Numbers of the family. ``mamba_bias`` and ``conv_bias`` are True for products with a bias.
-    ``step_rank`` is the inner size of the product for Mamba's time steps."""
-
-    mamba_bias: bool
-    conv_bias: bool
-    step_rank: int
-
-
 class Jamba(Decoder):
     """Decoder without rotation in attention: the state space layers provide positions."""
 
     model_types = ("jamba",)
+    own_keys = "mamba_proj_bias", "mamba_conv_bias", "mamba_dt_rank"
     norm_name = "model.final_layernorm"
-    config: JambaConfig
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
@@ -42,13 +31,7 @@ class Jamba(Decoder):
             raise ModelError(
                 f"mamba_dt_rank must be auto or 1 or more in config.json (got {rank})."
             )
-        return JambaConfig(
-            **common(config, sizes),
-            rope=None,
-            mamba_bias=config["mamba_proj_bias"],
-            conv_bias=config["mamba_conv_bias"],
-            step_rank=rank,
-        )
+        return ModelConfig(**common(config, sizes, cls.own_keys), rope=None)
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         assert sizes.mlp is not None
@@ -59,7 +42,7 @@ class Jamba(Decoder):
         ]
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
-        config, hidden = self.config, self.config.hidden_size
+        own, hidden = self.config.own, self.config.hidden_size
         if isinstance(sizes, AttentionSizes):
             return self.attention(f"{name}.self_attn", sizes, bias=False)
         assert isinstance(sizes, MambaSizes)
@@ -67,11 +50,11 @@ class Jamba(Decoder):
             f"{name}.mamba",
             hidden,
             sizes,
-            config.step_rank,
+            own["mamba_dt_rank"],
             self.build,
-            eps=config.norm_eps,
-            bias=config.mamba_bias,
-            conv_bias=config.conv_bias,
+            eps=self.config.norm_eps,
+            bias=own["mamba_proj_bias"],
+            conv_bias=own["mamba_conv_bias"],
         )
 
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:

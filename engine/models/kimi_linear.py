@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from engine.layers.experts import ExpertNames
 from engine.layers.kda import KimiDeltaAttention
@@ -29,21 +28,12 @@ LATENT_NORM_EPS = 1e-6
 """Epsilon of the latent's norm, independent of the config."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KimiLinearConfig(ModelConfig):
-    """Numbers of the family. With ``renormalises``, the weights of a token's experts are scaled to
-    sum to one, before they are multiplied with ``expert_scale``."""
-
-    renormalises: bool
-    expert_scale: float
-
-
 class KimiLinear(Decoder):
     """Decoder with the names of the published checkpoint: ``mlp`` in dense layers,
     ``block_sparse_moe`` in layers with experts."""
 
     model_types = ("kimi_linear",)
-    config: KimiLinearConfig
+    own_keys = "norm_topk_prob", "routed_scaling_factor"
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
@@ -66,12 +56,7 @@ class KimiLinear(Decoder):
                 "num_key_value_heads must be num_attention_heads in config.json: latent attention "
                 "has no groups of heads."
             )
-        return KimiLinearConfig(
-            **common(config, sizes),
-            rope=None,
-            renormalises=config["norm_topk_prob"],
-            expert_scale=config["routed_scaling_factor"],
-        )
+        return ModelConfig(**common(config, sizes, cls.own_keys), rope=None)
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,15 +77,15 @@ class KimiLinear(Decoder):
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         if isinstance(sizes, MLPSizes):
             return super().mlp(name, sizes)
-        config, hidden, name = self.config, self.config.hidden_size, f"{name}.block_sparse_moe"
+        own, hidden, name = self.config.own, self.config.hidden_size, f"{name}.block_sparse_moe"
         router = SigmoidRouter(
             f"{name}.gate",
             hidden,
             sizes,
             self.build,
             bias=f"{name}.gate.e_score_correction_bias",
-            renormalises=config.renormalises,
-            scale=config.expert_scale,
+            renormalises=own["norm_topk_prob"],
+            scale=own["routed_scaling_factor"],
         )
         stem = f"{name}.experts.{{}}"
         names = ExpertNames((f"{stem}.w1.weight", f"{stem}.w3.weight"), f"{stem}.w2.weight")

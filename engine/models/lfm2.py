@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from engine.layers.experts import ExpertNames
 from engine.layers.mlp import MLP
@@ -19,40 +18,19 @@ from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLP
 ROPE_THETA = 1e6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lfm2Config(ModelConfig):
-    """Numbers of the family.
-
-    ``conv_bias`` applies to the convolutions and their products. With ``expert_bias``, a bias is
-    part of the selection of experts. With ``renormalises``, their weights are scaled to sum to one,
-    before they are multiplied with ``expert_scale``.
-    """
-
-    conv_bias: bool
-    expert_bias: bool
-    renormalises: bool
-    expert_scale: float
-
-
 class Lfm2(Decoder):
     """Decoder with a mixer and an MLP in every layer, each after a norm. The last norm is named
     after the embedding."""
 
     model_types = ("lfm2", "lfm2_moe")
+    own_keys = "conv_bias", "use_expert_bias", "norm_topk_prob", "routed_scaling_factor"
     norm_name = "model.embedding_norm"
-    config: Lfm2Config
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         head_dim = mixer_of(sizes, AttentionSizes).head_dim
-        return Lfm2Config(
-            **common(config, sizes, eps="norm_eps"),
-            rope=read_rope(config, head_dim, theta=ROPE_THETA),
-            conv_bias=config["conv_bias"],
-            expert_bias=config.get("use_expert_bias", False),
-            renormalises=config.get("norm_topk_prob", False),
-            expert_scale=config.get("routed_scaling_factor", 1.0),
-        )
+        rope = read_rope(config, head_dim, theta=ROPE_THETA)
+        return ModelConfig(**common(config, sizes, cls.own_keys, eps="norm_eps"), rope=rope)
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         assert sizes.mlp is not None
@@ -64,15 +42,15 @@ class Lfm2(Decoder):
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         if isinstance(sizes, ShortConvSizes):
-            name, config = f"{name}.conv", self.config
-            return ShortConv(name, config.hidden_size, sizes, self.build, bias=config.conv_bias)
+            name, bias = f"{name}.conv", self.config.own["conv_bias"]
+            return ShortConv(name, self.config.hidden_size, sizes, self.build, bias=bias)
         assert isinstance(sizes, AttentionSizes)
         name, size = f"{name}.self_attn", sizes.head_dim
         norms = self.norm_of(f"{name}.q_layernorm", size), self.norm_of(f"{name}.k_layernorm", size)
         return self.attention(name, sizes, norms=norms, output="out_proj")
 
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
-        config, hidden, name = self.config, self.config.hidden_size, f"{name}.feed_forward"
+        own, hidden, name = self.config.own, self.config.hidden_size, f"{name}.feed_forward"
         if isinstance(sizes, MLPSizes):
             inputs, output = ("w1", "w3"), "w2"
             return MLP(name, hidden, sizes.intermediate, self.build, inputs=inputs, output=output)
@@ -81,9 +59,9 @@ class Lfm2(Decoder):
             hidden,
             sizes,
             self.build,
-            bias=f"{name}.expert_bias" if config.expert_bias else None,
-            renormalises=config.renormalises,
-            scale=config.expert_scale,
+            bias=f"{name}.expert_bias" if own["use_expert_bias"] else None,
+            renormalises=own["norm_topk_prob"],
+            scale=own["routed_scaling_factor"],
             eps=1e-6,
         )
         stem = f"{name}.experts.{{}}"

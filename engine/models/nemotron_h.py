@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from engine.layers.experts import ExpertNames
 from engine.layers.linear import Part
@@ -12,37 +11,23 @@ from engine.layers.mlp import SquaredReluMLP
 from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.layers.routed import Beside, RoutedExperts, SigmoidRouter
 from engine.models.decoder import Decoder, Step
-from engine.weights.model_config import ACTIVATIONS, ModelConfig, check_only, common, time_limits
+from engine.weights.model_config import ACTIVATIONS, ModelConfig, check_only, common
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NemotronHConfig(ModelConfig):
-    """Numbers of the family.
-
-    ``mamba_bias``, ``conv_bias`` and ``mlp_bias`` are True for products with a bias.
-    ``time_limits`` are those of Mamba's time steps. With ``renormalises``, the weights of a token's
-    experts are scaled to sum to one, before they are multiplied with ``expert_scale``.
-    """
-
-    mamba_bias: bool
-    conv_bias: bool
-    mlp_bias: bool
-    time_limits: tuple[float, float]
-    renormalises: bool
-    expert_scale: float
 
 
 class NemotronH(Decoder):
     """Decoder without rotation in attention: the state space layers provide positions."""
 
     model_types = ("nemotron_h",)
+    own_keys = (
+        *("use_bias", "use_conv_bias", "mlp_bias", "time_step_limit"),
+        *("norm_topk_prob", "routed_scaling_factor"),
+    )
     embedding_name = "backbone.embeddings"
     layers_name = "backbone.layers"
     norm_name = "backbone.norm_f"
-    config: NemotronHConfig
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
@@ -50,16 +35,8 @@ class NemotronH(Decoder):
         has."""
         check_only(config, mlp_hidden_act=("relu2",), mamba_hidden_act=ACTIVATIONS)
         check_only(config, sliding_window=(None,), n_group=(1,), topk_group=(1,))
-        return NemotronHConfig(
-            **common(config, sizes, eps="layer_norm_epsilon"),
-            rope=None,
-            mamba_bias=config["use_bias"],
-            conv_bias=config["use_conv_bias"],
-            mlp_bias=config["mlp_bias"],
-            time_limits=time_limits(config),
-            renormalises=config["norm_topk_prob"],
-            expert_scale=config["routed_scaling_factor"],
-        )
+        shared = common(config, sizes, cls.own_keys, eps="layer_norm_epsilon")
+        return ModelConfig(**shared, rope=None)
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         before, block = self.norm_of(f"{name}.norm"), f"{name}.mixer"
@@ -69,7 +46,7 @@ class NemotronH(Decoder):
         return [FeedForwardStep(self.mlp(block, sizes.mlp), before=before)]
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
-        config = self.config
+        config, own = self.config, self.config.own
         if isinstance(sizes, AttentionSizes):
             return self.attention(name, sizes, bias=False)
         assert isinstance(sizes, MambaSizes)
@@ -80,23 +57,23 @@ class NemotronH(Decoder):
             self.build,
             norm=GatedNorm(config.norm_eps, gate_first=True),
             limits=config.time_limits,
-            bias=config.mamba_bias,
-            output_bias=config.mamba_bias,
-            conv_bias=config.conv_bias,
+            bias=own["use_bias"],
+            output_bias=own["use_bias"],
+            conv_bias=own["use_conv_bias"],
         )
 
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         if isinstance(sizes, MLPSizes):
             return self.squared_relu(name, sizes.intermediate)
-        config, hidden = self.config, self.config.hidden_size
+        own, hidden = self.config.own, self.config.hidden_size
         router = SigmoidRouter(
             f"{name}.gate",
             hidden,
             sizes,
             self.build,
             bias=f"{name}.gate.e_score_correction_bias",
-            renormalises=config.renormalises,
-            scale=config.expert_scale,
+            renormalises=own["norm_topk_prob"],
+            scale=own["routed_scaling_factor"],
         )
         stem = f"{name}.experts"
         experts = RoutedExperts(
@@ -108,7 +85,7 @@ class NemotronH(Decoder):
             self.build,
             narrow=Part(f"{name}.fc1_latent_proj", sizes.width) if sizes.width else None,
             widen=Part(f"{name}.fc2_latent_proj", hidden) if sizes.width else None,
-            bias=config.mlp_bias,
+            bias=own["mlp_bias"],
         )
         shared = self.squared_relu(f"{name}.shared_experts", sizes.shared_intermediate)
         return Beside([experts, shared])
@@ -117,5 +94,5 @@ class NemotronH(Decoder):
         """Return an MLP without a gate."""
         config = self.config
         return SquaredReluMLP(
-            name, config.hidden_size, intermediate_size, self.build, bias=config.mlp_bias
+            name, config.hidden_size, intermediate_size, self.build, bias=config.own["mlp_bias"]
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from engine.layers.gated_delta_net import GatedDeltaNet
@@ -20,13 +19,6 @@ OUTPUT_EPS = 1e-5
 """Epsilon of the norm after the scan, independent of the config."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OlmoHybridConfig(ModelConfig):
-    """Numbers of the family. ``max_beta`` is the largest step of the delta rule."""
-
-    max_beta: float
-
-
 class OlmoHybrid(Decoder):
     """Decoder with norms before the linear layers and after the attention layers.
 
@@ -35,16 +27,13 @@ class OlmoHybrid(Decoder):
     """
 
     model_types = ("olmo_hybrid",)
-    config: OlmoHybridConfig
+    own_keys = ("linear_allow_neg_eigval",)
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         head_dim = mixer_of(sizes, AttentionSizes).head_dim
-        return OlmoHybridConfig(
-            **common(config, sizes),
-            rope=read_rope(config, head_dim, is_optional=True),
-            max_beta=2.0 if config["linear_allow_neg_eigval"] else 1.0,
-        )
+        rope = read_rope(config, head_dim, is_optional=True)
+        return ModelConfig(**common(config, sizes, cls.own_keys), rope=rope)
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,5 +90,5 @@ class OlmoHybrid(Decoder):
             convs={f"{word}_conv1d": width for word, width in qkv.items()},
             output="o_proj",
             norm="o_norm",
-            max_beta=self.config.max_beta,
+            max_beta=2.0 if self.config.own["linear_allow_neg_eigval"] else 1.0,
         )

@@ -4,7 +4,6 @@ shared one."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,31 +20,20 @@ from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen3NextConfig(ModelConfig):
-    """Numbers of the family. With ``renormalises``, the weights of a token's experts are scaled to
-    sum to one."""
-
-    renormalises: bool
-
-
 class Qwen3Next(Decoder):
     """Decoder with input projections interleaved by key head in the linear layers, and separate
     experts."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_next",)
+    own_keys = ("norm_topk_prob",)
     centred_norms = True
-    config: Qwen3NextConfig
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         check_only(config, attn_output_gate=(True,))
         attention = mixer_of(sizes, AttentionSizes)
-        return Qwen3NextConfig(
-            **common(config, sizes),
-            rope=read_rope(config, attention.head_dim, fraction=0.25),
-            renormalises=config.get("norm_topk_prob", True),
-        )
+        rope = read_rope(config, attention.head_dim, fraction=0.25)
+        return ModelConfig(**common(config, sizes, cls.own_keys), rope=rope)
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         if isinstance(sizes, AttentionSizes):
@@ -78,7 +66,7 @@ class Qwen3Next(Decoder):
             self.config.hidden_size,
             sizes,
             self.build,
-            renormalises=self.config.renormalises,
+            renormalises=self.config.own.get("norm_topk_prob", True),
             stacked_names=self.stacked_experts,
         )
 

@@ -148,7 +148,7 @@ class WeightFiles:
         if complaints:
             raise WeightsError(
                 f"the checkpoint's tensors do not match its config.json: {'; '.join(complaints)}"
-                + (f"; its sizes are {sizes}." if sizes and misshaped else ".")
+                + (f"; its sizes are {sizes}." if sizes else ".")
             )
 
     def _check_dtypes(self, schemes: Mapping[str, Scheme | None]) -> None:

@@ -1,14 +1,14 @@
 """Reader of the engine's settings in a ``config.json``.
 
-The sizes are read by ``hybridcache.geometry``. A family adds its numbers in a subclass of
-``ModelConfig``.
+The sizes are read by ``hybridcache.geometry``, which also has the names of all keys. A family lists
+the keys of its layers (``Decoder.own_keys``).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -110,6 +110,8 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     """Factor of the embeddings at the start of the residual stream."""
     logit_multiplier: float = 1.0
+    own: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Values of config.json that only the family's layers use, by key."""
     described_sizes: str = field(default="", compare=False)
     """Keys of config.json that determine shapes of tensors, for errors."""
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
@@ -122,6 +124,12 @@ class ModelConfig:
     @property
     def hidden_size(self) -> int:
         return self.sizes.hidden
+
+    @property
+    def time_limits(self) -> tuple[float, float]:
+        """Bounds of Mamba-2's time steps."""
+        low, high = self.own["time_step_limit"]
+        return float(low), float(high)
 
     @property
     def max_len(self) -> int:
@@ -138,13 +146,18 @@ class Common(TypedDict):
     max_position: int
     dtype: str
     attention_bias: bool
+    own: Mapping[str, Any]
     described_sizes: str
     unknown_keys: tuple[str, ...]
 
 
-def common(config: Config, sizes: ModelSizes, *, eps: str = "rms_norm_eps") -> Common:
-    """Read the settings that all families share. ``eps`` is the key of the norms' epsilon. Raises
-    ModelError."""
+def common(
+    config: Config, sizes: ModelSizes, own: Sequence[str] = (), *, eps: str = "rms_norm_eps"
+) -> Common:
+    """Read the settings that all families share, and those of the keys ``own``.
+
+    ``eps`` is the key of the norms' epsilon. Raises ModelError.
+    """
     check_only(config, hidden_act=ACTIVATIONS, is_causal=(True,), per_layer_config=(None, {}))
     check_only(config, transformers_weights=(None,), fusion_config=(None,))
     for name in CONVOLUTIONS:
@@ -159,6 +172,9 @@ def common(config: Config, sizes: ModelSizes, *, eps: str = "rms_norm_eps") -> C
             raise ModelError(f"{name} must be at least 1 in config.json (got {size}).")
     if config[eps] < 0:
         raise ModelError(f"{eps} must be 0 or more in config.json (got {config[eps]}).")
+    limits = config.get("time_step_limit", (0.0, math.inf))
+    if len(limits) != 2:
+        raise ModelError(f"time_step_limit must be two numbers in config.json (got {limits}).")
     dtype, older = config.get("dtype"), config.get("torch_dtype")
     return {
         "sizes": sizes,
@@ -167,6 +183,7 @@ def common(config: Config, sizes: ModelSizes, *, eps: str = "rms_norm_eps") -> C
         "max_position": longest,
         "dtype": (dtype or older or "float32").removeprefix("torch."),
         "attention_bias": bool(config.get("attention_bias")),
+        "own": {key: config[key] for key in own if key in config},
         "described_sizes": config.describe_sizes(),
         "unknown_keys": config.unknown,
     }
@@ -317,14 +334,6 @@ def _positive(name: str, value: object) -> float:
     if number <= 0:
         raise ModelError(f"{name} must be greater than 0 in config.json (got {number}).")
     return number
-
-
-def time_limits(config: Config) -> tuple[float, float]:
-    """Return the bounds of Mamba-2's time steps. Raises ModelError."""
-    limits = config["time_step_limit"]
-    if len(limits) != 2:
-        raise ModelError(f"time_step_limit must be two numbers in config.json (got {limits}).")
-    return float(limits[0]), float(limits[1])
 
 
 def check_only(config: Config, **served: tuple[object, ...]) -> None:
