@@ -236,16 +236,10 @@ class Operator:
         if its name was rebound to this address.
         """
         if self.key is not None:
-            scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            # Header bytes as received: starlette decodes them as latin-1.
-            is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.key)
-            is_bearer = scheme.lower() == "bearer"
-            if not is_bearer or not is_right:
-                raise APIError(
-                    401,
-                    operator_message(is_bearer and bool(given.strip())),
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+            given = given_key(request.scope)
+            if not hmac.compare_digest(given, self.key):
+                challenge = {"WWW-Authenticate": "Bearer"}
+                raise APIError(401, operator_message(bool(given)), headers=challenge)
             return
         headers = request.headers
         origin = headers.get("origin")
