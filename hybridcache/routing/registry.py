@@ -7,8 +7,8 @@ from typing import cast
 
 from hybridcache.policies.user import load
 from hybridcache.routing.precise import CheckpointSeconds
-from hybridcache.routing.protocol import ReplicaSpec, Router
-from hybridcache.routing.without_events import CacheAware, LeastLoaded
+from hybridcache.routing.protocol import LeastLoaded, ReplicaSpec, Router
+from hybridcache.routing.text_tree import CacheAware
 
 ROUTERS: dict[str, type[Router]] = {
     "checkpoint": CheckpointSeconds,

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.policies.eviction.queues import (
-    BothKinds,
-    Queue,
-    QueuePolicy,
-    Record,
-)
+from hybridcache.policies.eviction.queues import BothKinds, Queue, QueuePolicy, Record
 from hybridcache.policies.protocol import Item
 
 
@@ -86,5 +81,4 @@ class ARC(BothKinds):
     exist for checkpoints only, so KV's target stays 0 and its used items are kept longest.
     """
 
-    def __init__(self) -> None:
-        super().__init__(ArcQueues(), ArcQueues())
+    queues = ArcQueues

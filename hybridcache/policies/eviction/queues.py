@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
@@ -170,8 +171,12 @@ class BothKinds(EvictionPolicy):
 
     orders_classes = False
 
-    def __init__(self, kv: QueuePolicy, checkpoint: QueuePolicy) -> None:
-        self._policies: dict[Kind, QueuePolicy] = {"kv": kv, "checkpoint": checkpoint}
+    queues: ClassVar[Callable[[], QueuePolicy]]
+    """Factory of both instances."""
+
+    def __init__(self) -> None:
+        make = type(self).queues
+        self._policies: dict[Kind, QueuePolicy] = {"kv": make(), "checkpoint": make()}
 
     def add(self, item: Item) -> None:
         self._policies[item.kind].add(item)
@@ -231,8 +236,7 @@ class Clock(BothKinds):
     Two kinds: one ring for each. Sizes are ignored.
     """
 
-    def __init__(self) -> None:
-        super().__init__(ClockQueue(), ClockQueue())
+    queues = ClockQueue
 
 
 class SieveQueue(QueuePolicy):
@@ -282,5 +286,4 @@ class Sieve(BothKinds):
     Two kinds: one queue and one hand for each. Sizes are ignored.
     """
 
-    def __init__(self) -> None:
-        super().__init__(SieveQueue(), SieveQueue())
+    queues = SieveQueue

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.policies.eviction.queues import (
-    BothKinds,
-    Queue,
-    QueuePolicy,
-    Record,
-)
+from hybridcache.policies.eviction.queues import BothKinds, Queue, QueuePolicy, Record
 from hybridcache.policies.protocol import Item
 
 
@@ -78,5 +73,4 @@ class S3Fifo(BothKinds):
     ghost queue.
     """
 
-    def __init__(self) -> None:
-        super().__init__(S3FifoQueues(), S3FifoQueues())
+    queues = S3FifoQueues

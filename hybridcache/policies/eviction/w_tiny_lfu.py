@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.policies.eviction.queues import (
-    BothKinds,
-    Queue,
-    QueuePolicy,
-    Record,
-)
+from hybridcache.policies.eviction.queues import BothKinds, Queue, QueuePolicy, Record
 from hybridcache.policies.protocol import Item
 
 AGE_AFTER = 10
@@ -115,5 +110,4 @@ class WTinyLFU(BothKinds):
     ghost hits.
     """
 
-    def __init__(self) -> None:
-        super().__init__(TinyLfuQueues(), TinyLfuQueues())
+    queues = TinyLfuQueues
