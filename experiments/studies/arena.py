@@ -33,7 +33,7 @@ MEMORIES = ("arena", "budget")
 
 
 def main() -> None:
-    options = arguments(__doc__, *WORKLOADS, seeds=True)
+    options = arguments(__doc__, *WORKLOADS)
     records: list[dict[str, Any]] = []
     for name in (bar := workloads(options)):
         for seed in WORKLOADS[name].seeds(options.seeds):

@@ -1,15 +1,15 @@
-"""Compare eviction policies over memory with rebuilt systems and the best plan with hindsight.
+"""Compare eviction policies over memory with rebuilt systems.
 
-    python -m experiments.studies.capacity [--traces chat,agent] [--few] [--points 8] [--full]
+    python -m experiments.studies.capacity [--traces chat,agent] [--points 8] [--full]
     [--resume out/capacity] [--seeds 10]
 
 The default pair and LRU with fixed rules run with ``--seeds`` seeds of each generated trace. Their
 curves get 95 % bands. The gain of the default pair gets an interval at each size, paired by seed.
-Published traces have one seed and no band.
+Published traces have one seed and no band. The leaderboard has the other policies, and plans with
+hindsight.
 
-Results are written after every trace. With --resume, every single run is stored and a
-stopped study continues. On the long traces, and with --few on all, five policies represent all 21.
-Marconi's score then has one weight, because tuning it replays the trace 21 times.
+Results are written after every trace. With --resume, every single run is stored and a stopped study
+continues.
 """
 
 from __future__ import annotations
@@ -23,59 +23,55 @@ from experiments.studies.common import (
     STATIC_PLACEMENT,
     WORKLOADS,
     arguments,
-    by_competitor,
     keep,
-    plan_next_to_running,
     rounded,
-    sweep,
     workloads,
 )
-from hybridcache.lab.figures import PLAN
 from hybridcache.lab.intervals import FEWEST_UNITS, band
 from hybridcache.lab.simulation.simulate import SimulationResult, simulate
-from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
 OURS = f"{DEFAULT_EVICTION} @ {DEFAULT_PLACEMENT}"
 """The default pair. All other policies use ``STATIC_PLACEMENT``."""
 LRU_PAIR = ("lru", STATIC_PLACEMENT)
-PEERS = ("vllm", "sglang", "lightllm", "marconi")
-LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
-FEW_PEERS = (*PEERS[:-1], "marconi-static")
-FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
+PEERS = ("vllm", "sglang", "lightllm", "marconi-static")
+"""Rebuilt systems. Marconi with one fixed weight, because tuning it replays a trace 21 times."""
+POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
 
 
 def main() -> None:
-    options = arguments(__doc__, *WORKLOADS, policy=True, few=True, seeds=True)
+    options = arguments(__doc__, *WORKLOADS)
     lines: list[dict[str, Any]] = []
-    results: list[SimulationResult] = []
     for name in (bar := workloads(options)):
-        few = options.few or name in LONG
-        result = sweep(
-            name,
-            options,
-            bar,
-            policy=(*(FEW_POLICIES if few else sorted(EVICTION)), *options.policy),
-            baseline=FEW_PEERS if few else PEERS,
-        )
-        ours = sweep(
-            name,
-            options,
-            bar,
-            policy=DEFAULT_EVICTION,
-            checkpoints=DEFAULT_PLACEMENT,
-            bound=False,
-        )
-        results.append(result.beside(ours))
-        added = records(results[-1])
-        added[-1]["next_to_running"] = plan_next_to_running(results[-1], name, options.full)
+        rivals = sweep(name, options, bar, policy=POLICIES, baseline=PEERS)
+        ours = sweep(name, options, bar, policy=DEFAULT_EVICTION, checkpoints=DEFAULT_PLACEMENT)
+        result = rivals.beside(ours)
+        added = records(result)
         if bands := over_seeds(name, options, bar):
             for record in added:
                 record |= bands.get(record["label"], {})
         lines += added
-        path = keep("study_capacity", lines)
-    for result in results:
-        print(result.table(), result.table("optimum"), sep="\n\n", end="\n\n")
-    print(path)
+        keep("study_capacity", lines)
+        print(result.table(), end="\n\n")
+
+
+def sweep(
+    name: str, options: argparse.Namespace, bar: tqdm[Any], **settings: Any
+) -> SimulationResult:
+    """Simulate a workload over its sizes, with ``STATIC_PLACEMENT`` unless ``settings`` differ."""
+    workload = WORKLOADS[name]
+    bar.set_description(name)
+    return simulate(
+        workload.open(name, options.full),
+        **{"checkpoints": STATIC_PLACEMENT} | settings,
+        model=workload.geometry,
+        grid=workload.grid,
+        gib=workload.sizes(options.points),
+        bound=False,
+        processes=options.processes,
+        resume_from=options.resume / f"{name}.jsonl" if options.resume else None,
+        progress=lambda done, total: bar.set_postfix_str(f"{done} of {total}"),
+    )
 
 
 def over_seeds(name: str, options: argparse.Namespace, bar: tqdm[Any]) -> dict[str, dict[str, Any]]:
@@ -115,35 +111,28 @@ def over_seeds(name: str, options: argparse.Namespace, bar: tqdm[Any]) -> dict[s
 
 
 def records(result: SimulationResult) -> list[dict[str, Any]]:
-    """Return one record per competitor with one figure per size. The last is the best plan with
-    hindsight."""
-    by_label = by_competitor(result)
-    first = next(iter(by_label.values()))
-    common = {
-        "trace": result.trace,
-        "model": result.geometry.name,
-        "requests": first[0].requests,
-        "prompt_tokens": first[0].prompt_tokens,
-        "grid": first[0].config.grid,
-        "gib": rounded([run.gib for run in first]),
-    }
-    lines = [
-        common
-        | {
-            "label": label,
-            "token_hit_rate": rounded([run.token_hit_rate for run in runs]),
-            "share_of_optimum": rounded([run.share_of_optimum for run in runs]),
-            "ttft_p99_s": rounded([run.ttft_s[99] for run in runs]),
-        }
-        for label, runs in by_label.items()
-    ]
-    plan = [(run.optimum_tokens or 0) / run.prompt_tokens for run in first]
-    limits = {
-        "label": PLAN,
-        "token_hit_rate": rounded(plan),
-        "infinite_cache": rounded(result.bound_rate),
-    }
-    return [*lines, common | limits]
+    """Return one record per competitor with one figure per size. A policy is named ``eviction`` if
+    its placement is ``STATIC_PLACEMENT``, else ``eviction @ placement``."""
+    lines = []
+    for label, runs in result.by_label().items():
+        config = runs[0].config
+        if config.baseline is None:
+            is_static = config.checkpoints == STATIC_PLACEMENT
+            label = f"{config.policy}" + (f" @ {config.checkpoints}" if not is_static else "")
+        lines.append(
+            {
+                "trace": result.trace,
+                "model": result.geometry.name,
+                "requests": runs[0].requests,
+                "prompt_tokens": runs[0].prompt_tokens,
+                "grid": config.grid,
+                "gib": rounded([run.gib for run in runs]),
+                "label": label,
+                "token_hit_rate": rounded([run.token_hit_rate for run in runs]),
+                "ttft_p99_s": rounded([run.ttft_s[99] for run in runs]),
+            }
+        )
+    return lines
 
 
 if __name__ == "__main__":

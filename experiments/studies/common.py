@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ from tqdm import tqdm
 
 from experiments import provenance
 from experiments.provenance import ROOT, write_json_lines
-from experiments.studies.hindsight import Hindsights
-from hybridcache import ModelGeometry, Trace, open_trace, parse_placement, simulate
+from hybridcache import ModelGeometry, Trace, open_trace, simulate
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.result import RunResult
-from hybridcache.lab.simulation.simulate import SimulationResult
 from hybridcache.lab.simulation.sizes import sizes
-from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, make_eviction
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")
@@ -64,10 +61,7 @@ class Workload:
         return range(1 if self.has_times else count)
 
     def sizes(self, points: int | None = None) -> tuple[float, ...]:
-        """Return sizes in GiB, logarithmically spaced.
-
-        With fewer ``points`` these are a subset, so all studies share the plans for a size.
-        """
+        """Return sizes in GiB, logarithmically spaced. Fewer ``points`` are a subset."""
         all_sizes = sizes(self.gib)
         if points is None or points >= len(all_sizes):
             return all_sizes
@@ -132,46 +126,19 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
-def arguments(
-    description: str | None,
-    *traces: str,
-    policy: bool = False,
-    checkpoints: bool = False,
-    few: bool = False,
-    seeds: bool = False,
-) -> argparse.Namespace:
-    """Parse the flags of a study.
-
-    All studies have flags for traces, sizes and processes. ``policy`` and ``checkpoints`` add flags
-    for more policies, ``few`` for fewer of them, and ``seeds`` for the number of seeds.
-    """
+def arguments(description: str | None, *traces: str) -> argparse.Namespace:
+    """Parse the flags of a study: traces, sizes, seeds and processes."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--traces", default=",".join(traces), help="names of WORKLOADS")
     parser.add_argument("--full", action="store_true", help="whole traces, not only their start")
     parser.add_argument("--points", type=int, help="sizes per trace (default: 15)")
-    if policy:
-        help = "more evictions: names or module:Class, separated by commas"
-        parser.add_argument("--policy", default=(), type=_split, help=help)
-    if few:
-        parser.add_argument("--few", action="store_true", help="fewer policies on all traces")
-    if seeds:
-        parser.add_argument("--seeds", type=int, default=10, help="seeds of generated traces")
-    if checkpoints:
-        help = "one more placement: names or module:Class, separated by commas; may be repeated"
-        parser.add_argument("--checkpoints", default=[], action="append", help=help)
+    parser.add_argument("--seeds", type=int, default=10, help="seeds of generated traces")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
         "--resume", type=Path, help="folder for finished runs, to continue a stopped study"
     )
     options = parser.parse_args()
     collect_seldom()
-    try:  # Report an unknown policy before minutes are spent on the others.
-        for spec in getattr(options, "policy", ()):
-            make_eviction(spec)
-        for spec in getattr(options, "checkpoints", ()):
-            parse_placement(spec)
-    except ValueError as error:
-        parser.error(str(error))
     return options
 
 
@@ -204,95 +171,10 @@ def hit_rates(
     return [rounded(run.token_hit_rate) for run in result.runs]
 
 
-def _split(names: str) -> tuple[str, ...]:
-    return tuple(filter(None, names.split(",")))
-
-
-def sweep(
-    name: str,
-    options: argparse.Namespace,
-    bar: tqdm[Any],
-    *,
-    plan_grid: int | None = None,
-    **settings: Any,
-) -> SimulationResult:
-    """Simulate a workload over its sizes, and add the best plan with hindsight to each run.
-
-    Args:
-        name: workload.
-        options: flags of the study.
-        bar: progress bar.
-        plan_grid: grid of the plan, if it differs from the runs' grid.
-        settings: arguments of ``simulate`` that replace the defaults: the workload's model, sizes
-            and grid, LRU, and ``STATIC_PLACEMENT``.
-    """
-    workload = WORKLOADS[name]
-    defaults: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
-    defaults |= {"policy": "lru", "checkpoints": STATIC_PLACEMENT}
-    settings = defaults | {"gib": workload.sizes(options.points)} | settings
-    bar.set_description(name)
-
-    def show(done: int, total: int) -> None:
-        bar.set_postfix_str(f"{done} of {total}")
-
-    result = simulate(
-        workload.open(name, options.full),
-        processes=options.processes,
-        resume_from=options.resume / f"{name}.jsonl" if options.resume else None,
-        progress=show,
-        **settings,
-    )
-    bar.set_postfix_str("hindsight")
-    return with_plans(result, name, options.full, plan_grid or settings["grid"])
-
-
-def with_plans(
-    result: SimulationResult,
-    name: str,
-    full: bool,
-    grid: int | None = None,
-) -> SimulationResult:
-    """Return ``result`` with the best plan with hindsight for each size."""
-    grid = WORKLOADS[name].grid if grid is None else grid
-    hindsights = _hindsights(WORKLOADS[name], name, full)
-    plans = {
-        gib: hindsights.at(gib, result.geometry, grid)
-        for gib in {run.gib for run in result.runs}
-        if gib is not None
-    }
-    runs = (
-        replace(run, optimum_tokens=plans[run.gib].cached_tokens) if run.gib in plans else run
-        for run in result.runs
-    )
-    return replace(result, runs=tuple(runs))
-
-
-def plan_next_to_running(result: SimulationResult, name: str, full: bool) -> list[float]:
-    """Return hit rates of the plan that leaves memory for running requests, one per size."""
-    hindsights = _hindsights(WORKLOADS[name], name, full)
-    sizes = dict.fromkeys(run.gib for run in result.runs if run.gib is not None)
-    grid = WORKLOADS[name].grid
-    plans = (hindsights.at(gib, result.geometry, grid, counts_running=True) for gib in sizes)
-    return [rounded(plan.reached) for plan in plans]
-
-
-@cache
-def _hindsights(workload: Workload, name: str, full: bool) -> Hindsights:
-    return Hindsights(workload.open(name, full).kept())
-
-
 def workloads(options: argparse.Namespace) -> tqdm[Any]:
     """Return the names of the requested traces that are available, with a progress bar."""
     names = [name for name in options.traces.split(",") if WORKLOADS[name].is_available]
     return tqdm(names, disable=None)
-
-
-def title(result: SimulationResult, options: argparse.Namespace) -> str:
-    """Return the title of a panel: the trace, a note if only its start is used, and the model."""
-    workload = WORKLOADS[result.trace]
-    first = "" if options.full or workload.quick is None else "first "
-    num_requests = f"{first}{result.runs[0].requests:,} requests"
-    return f"{result.trace}, {num_requests} ({result.geometry.name})"
 
 
 RECORDED = (
@@ -312,21 +194,6 @@ RECORDED = (
     "copied_bytes",
     "bypassed",
 )
-
-
-def by_competitor(result: SimulationResult) -> dict[str, list[RunResult]]:
-    """Return the runs of each policy by name.
-
-    The name is ``eviction`` if the placement is ``STATIC_PLACEMENT``, else ``eviction @
-    placement``.
-    """
-    found: dict[str, list[RunResult]] = {}
-    for label, runs in result.by_label().items():
-        config = runs[0].config
-        is_static = config.checkpoints == STATIC_PLACEMENT
-        name = str(config.policy) if is_static else f"{config.policy} @ {config.checkpoints}"
-        found[name if config.baseline is None else label] = list(runs)
-    return found
 
 
 def slim(trace: str, run: RunResult, **more: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ Rates = list[float]
 
 
 def main() -> None:
-    options = arguments(__doc__, *TRACES, seeds=True)
+    options = arguments(__doc__, *TRACES)
     records: list[dict[str, Any]] = []
     for name in (bar := workloads(options)):
         workload = WORKLOADS[name]

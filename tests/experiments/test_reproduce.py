@@ -202,7 +202,6 @@ def named_results(pages: Sequence[Path]) -> set[str]:
 
 NO_PART = {
     "results/reproduce.json",
-    "results/hindsight.jsonl",  # plans that the studies share
     "results/kernel_code.jsonl",  # kernels/README.md
     "figures/page_dark.png",  # a screenshot
     "figures/page_light.png",
