@@ -41,7 +41,7 @@ def engine_config(base: EngineConfig | None = None, /, **settings: Any) -> Engin
     included. Raises ConfigError.
 
     >>> engine_config(max_running=2, draft="tree:4").plugins
-    (SpeculationConfig(draft='tree:4', draft_index_mib=64.0, draft_running=None),)
+    (SpeculationConfig(draft='tree:4', draft_running=None),)
     """
     return _changed(base or EngineConfig(), ENGINE, settings)
 

@@ -102,8 +102,6 @@ class CacheReport:
 
     offload: OffloadReport | None = None
     """Tiers outside the device, or None if there are none."""
-    draft_index_bytes: int = 0
-    """Host memory that the drafters' text indices take."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -176,14 +176,12 @@ def _labelled(
 def _numbers(report: CacheReport) -> Iterator[Number]:
     """Yield the metrics without labels."""
     queue, usage = report.queue, report.usage
-    index_bytes = report.draft_index_bytes
     yield from (
         (GAUGE, "running_requests", "Requests being computed.", report.num_running),
         (GAUGE, "waiting_requests", "Requests in the queue.", report.num_waiting),
         (GAUGE, "live_sessions", LIVE, queue.live_sessions),
         (GAUGE, "waiting_sessions", "Sessions with a waiting request.", queue.waiting_sessions),
         (GAUGE, "oldest_wait_seconds", "Age of the oldest waiting request.", queue.oldest_wait_s),
-        (GAUGE, "draft_index_bytes", "Host memory of the drafters' text indices.", index_bytes),
         (COUNTER, "evicted_tokens", "KV rows evicted from the cache.", usage["evicted_tokens"]),
         (COUNTER, "evicted_checkpoints", EVICTED, usage["evicted_slots"]),
         (COUNTER, "allocation_refusals", REFUSALS, usage["refusals"]),

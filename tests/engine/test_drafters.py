@@ -1,5 +1,4 @@
-"""Tests of drafters: suffix lookup and its memory, draft lengths, and sharing a step between
-requests."""
+"""Tests of drafters: suffix lookup, draft lengths, and sharing a step between requests."""
 
 from __future__ import annotations
 
@@ -19,83 +18,51 @@ from engine.plugins.speculation.draft_length import (
     DraftLength,
 )
 from engine.plugins.speculation.suffix import (
-    BYTES_PER_TOKEN,
     MAX_KEPT,
     MAX_TEXTS,
     SIZES,
-    IndexMemory,
     SuffixDrafter,
-    SuffixIndex,
+    continuation,
 )
 from engine.requests.request import Request
 
 
+def reference(texts: list[list[int]], size: int, most: int) -> list[int]:
+    """Return the continuation of the latest run of ``size`` tokens that ends ``texts[0]``, in the
+    first text that has one. In ``texts[0]`` it wraps around."""
+    run = texts[0][-size:]
+    for number, text in enumerate(texts if len(run) == size else []):
+        ends = [end for end in range(size, len(text)) if text[end - size : end] == run]
+        if ends:
+            rest = text[ends[-1] :]
+            return [rest[i % len(rest)] for i in range(most)] if number == 0 else rest[:most]
+    return []
+
+
 @given(
-    tokens=st.lists(st.integers(0, 2), min_size=1, max_size=60),
-    cuts=st.lists(st.integers(1, 60), max_size=4),
-    piece=st.integers(1, 40),
-    max_tokens=st.integers(1, 9),
-    first_tokens=st.sampled_from([2, 8, 256]),
+    texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=60), min_size=1, max_size=5),
+    most=st.integers(1, 9),
+    block=st.sampled_from([1, 7, 256]),
 )
 def test_suffix_lookup_finds_the_latest_equal_run(
-    tokens: list[int], cuts: list[int], piece: int, max_tokens: int, first_tokens: int
+    texts: list[list[int]], most: int, block: int
 ) -> None:
-    """Compare with a reading of the text: the latest earlier run of six equal tokens, else of
-    three.
-
-    The result does not depend on how the text grew or in which pieces it was read.
-    """
-    index, ids = SuffixIndex(), np.array(tokens, np.int32)
+    """Compare with a reading of the text: the latest earlier run of six equal tokens, also in other
+    texts, else of three in the own text. The result does not depend on the blocks."""
+    own, *others = (np.array(text, np.int32) for text in texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suffix, "FIRST_TOKENS", first_tokens)
-        patch.setattr(suffix, "MAX_TOKENS", 16)
-        for cut in [*sorted(cuts), len(ids)]:
-            while not index.has_read(ids[: min(cut, len(ids))]):
-                assert 0 < index.read(ids[: min(cut, len(ids))], piece) <= piece
-    expected: list[int] = []
-    for size in SIZES:
-        ends = [
-            end
-            for end in range(size, len(tokens))
-            if len(tokens) >= size and tokens[end - size : end] == tokens[-size:]
-        ]
-        if ends:
-            period = tokens[ends[-1] :]
-            expected = [period[i % len(period)] for i in range(max_tokens)]
-            break
-    assert index.continuation(ids, max_tokens).tolist() == expected
+        patch.setattr(suffix, "BLOCK", block)
+        found = continuation(own, most, others).tolist()
+    long, short = SIZES
+    assert found == (reference(texts, long, most) or reference(texts[:1], short, most))
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=2, max_size=5))
-def test_other_texts_are_looked_up_if_the_own_text_has_no_long_match(
-    texts: list[list[int]],
-) -> None:
-    """Check that the first text with six equal tokens is used; three are not enough in other
-    texts."""
-    others = []
-    for text in texts[1:]:
-        other = SuffixIndex()
-        other.text = np.array(text, np.int32)
-        other.read(other.text)
-        others.append(other)
-    own, most = np.array(texts[0], np.int32), 4
-    index = SuffixIndex()
-    index.read(own)
-    alone = index.continuation(own, most).tolist()
-    size = SIZES[0]
-
-    def behind(text: list[int]) -> list[int]:
-        ends = [
-            end
-            for end in range(size, len(text))
-            if len(own) >= size and text[end - size : end] == texts[0][-size:]
-        ]
-        return text[ends[-1] :][:most] if ends else []
-
-    expected = alone
-    if not behind(texts[0]):
-        expected = next(filter(None, map(behind, texts[1:])), alone)
-    assert index.continuation(own, most, others).tolist() == expected
+def test_only_the_latest_part_of_a_long_text_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suffix, "MAX_SEARCHED", 100)
+    run = np.arange(6, dtype=np.int32)
+    for distance, found in ((80, True), (120, False)):
+        between = np.arange(100, 100 + distance, dtype=np.int32)
+        assert bool(len(continuation(np.concatenate([run, between, run]), 4))) == found
 
 
 class FakeRequest(SimpleNamespace):
@@ -109,19 +76,17 @@ def test_ended_texts_are_kept_for_their_namespace() -> None:
         return FakeRequest(tokens=np.array(tokens, np.int32), namespace=namespace)
 
     def draft(drafter: SuffixDrafter, request: Any) -> list[int]:
-        while (found := drafter.propose([(request, 3)])[0]) is None:
-            pass
+        (found,) = drafter.propose([(request, 3)])
         drafter.forget(request)
         return found.tolist()
 
     text = [*range(10), *range(50, 60)]
     for shares in (True, False):
-        drafter = SuffixDrafter(shares=shares, memory=IndexMemory(1 << 22))
+        drafter = SuffixDrafter(shares=shares)
         assert draft(drafter, make_request(text, "a")) == []
         assert draft(drafter, make_request(text[:10], "b")) == []
         assert draft(drafter, make_request(text[:10], "a")) == [50, 51, 52] * shares
-    memory = IndexMemory(1 << 22)
-    drafter = SuffixDrafter(shares=True, memory=memory)
+    drafter = SuffixDrafter(shares=True)
     draft(drafter, make_request(text, "a"))
     drafter.reset()
     assert draft(drafter, make_request(text[:10], "a")) == []
@@ -132,34 +97,6 @@ def test_ended_texts_are_kept_for_their_namespace() -> None:
     for number in range(100, 100 + MAX_TEXTS):
         draft(drafter, make_request([number] * 5, "b"))
     assert draft(drafter, make_request(text[:10], "a")) == [], "newer texts displaced it"
-    drafter.reset()
-    assert memory.used_bytes == 0
-
-
-def test_the_memory_of_indices_is_bounded() -> None:
-    """Check that a text that does not fit is not indexed, and that ended texts are displaced
-    first."""
-    memory = IndexMemory(BYTES_PER_TOKEN * 1024)
-    drafter = SuffixDrafter(shares=True, memory=memory)
-    ids = np.arange(3000, dtype=np.int32) % 1000
-    ended, running, long = (
-        FakeRequest(tokens=ids[:size], namespace="a") for size in (500, 700, 3000)
-    )
-    drafter.propose([(ended, 3)])
-    drafter.forget(ended)
-    assert memory.used_bytes == BYTES_PER_TOKEN * 512
-    drafter.propose([(running, 3)])
-    assert memory.used_bytes == BYTES_PER_TOKEN * 1024, "the ended text was displaced"
-    for _ in range(5):
-        (found,) = drafter.propose([(long, 3)])
-        assert found is not None and not len(found)
-    drafter.forget(running)
-    for _ in range(5):
-        drafter.propose([(long, 3)])
-        assert memory.used_bytes <= memory.max_bytes
-    drafter.forget(long)
-    drafter.reset()
-    assert memory.used_bytes == 0
 
 
 def drafts_in(length: DraftLength, steps: range, right: int | None = 0) -> list[tuple[int, int]]:

@@ -69,7 +69,7 @@ class Recording(Plugin):
         self.calls.append("close")
 
     def report(self) -> Mapping[str, Any]:
-        return {"draft_index_bytes": 7}
+        return {"transfers": {"prefixes": 7}}
 
 
 def make_engine(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Recording]:

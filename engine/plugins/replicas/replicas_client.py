@@ -75,7 +75,6 @@ def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheRepo
         request_hit_rate=_rate(usage["hits"], usage["requests"]),
         usage=usage,
         offload=_offload([each.offload for each in reports if each.offload is not None]),
-        draft_index_bytes=sum(each.draft_index_bytes for each in reports),
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from engine.config import (
     COUNT,
-    MIB_SIZE,
     ConfigError,
     DraftSizes,
     PluginConfig,
@@ -22,7 +20,7 @@ DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 
 @dataclass(frozen=True, slots=True)
 class SpeculationConfig(PluginConfig):
-    """Drafters and their memory."""
+    """Drafters."""
 
     plugin: ClassVar[str] = "speculation"
     title: ClassVar[str] = "speculative decoding"
@@ -33,13 +31,6 @@ class SpeculationConfig(PluginConfig):
         "that followed earlier, in the cache or in the request itself; at most 8 tokens), mtp:3 "
         "(the model's own multi-token head), tree,mtp (the head if the tree has no draft), or none",
     )
-    draft_index_mib: float = setting(
-        64.0,
-        "with draft tree: host memory for the index of running and ended texts, 24 to 48 "
-        "bytes per token, MiB; without a place in it, drafts of a text come from the cache only",
-        limits=MIB_SIZE,
-    )
-
     draft_running: int | None = setting(
         None,
         "maximum number of requests that decode in a step with drafts (default: 4 on a CPU, where "
@@ -54,10 +45,6 @@ class SpeculationConfig(PluginConfig):
     @property
     def is_used(self) -> bool:
         return self.draft != "none"
-
-    @property
-    def host_bytes(self) -> Mapping[str, int]:
-        return {"draft_index_mib": int(self.draft_index_mib * 2**20)}
 
     @property
     def drafters(self) -> dict[str, int]:

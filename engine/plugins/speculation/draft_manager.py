@@ -16,7 +16,6 @@ from engine.plugins.speculation.suffix import (
     Drafter,
     Guess,
     HeadDrafter,
-    IndexMemory,
     SuffixDrafter,
     TreeDrafter,
 )
@@ -77,13 +76,11 @@ class Drafting:
         guess: Guess,
         *,
         shares: bool,
-        memory: IndexMemory | None = None,
         max_decoding: int | None = None,
     ) -> Drafting:
         """Make a manager for the drafters named by ``words``, with their maximum lengths.
 
         ``guess`` is ``Runner.guess``. ``shares``: drafts may use the texts of other requests.
-        ``memory`` is for the indices of all texts.
         """
         sources: list[Source] = []
         for word, most in words.items():
@@ -91,8 +88,7 @@ class Drafting:
                 shared = GlobalAcceptance()
                 sources.append(Source(HeadDrafter(guess), partial(DraftLength, most, shared)))
                 continue
-            memory = memory or IndexMemory(64 << 20)
-            suffixes = SuffixDrafter(shares=shares, memory=memory)
+            suffixes = SuffixDrafter(shares=shares)
             sources.append(Source(TreeDrafter(), partial(DraftLength, most)))
             sources.append(Source(suffixes, partial(DraftLength, most)))
         return cls(sources, max_verified=max_verified, max_decoding=max_decoding)
@@ -135,8 +131,6 @@ class Drafting:
             if not missing:
                 continue
             for (request, _), tokens in zip(missing, drafter.propose(missing), strict=True):
-                if tokens is None:
-                    continue
                 if not len(tokens):
                     self._known[request].turns[rank].learn(self._step, 0, 0)
                     continue

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from engine.config import EngineConfig
 from engine.interfaces import Plugin, Runner
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_manager import Drafting
-from engine.plugins.speculation.suffix import IndexMemory
 from engine.schedule.batch import DraftPlanner
 from hybridcache.geometry.units import counted, format_bytes
 
@@ -25,15 +23,12 @@ class SpeculationPlugin(Plugin):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.settings = config.of(SpeculationConfig)
-        self._memory = IndexMemory(int(self.settings.draft_index_mib * 2**20))
 
     def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
         words, room = self.settings.drafters, self.config.num_step_states
         self._state_bytes = getattr(getattr(runner, "loaded", None), "step_state_bytes", 0)
         limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
-        return Drafting.of(
-            words, room, runner.guess, shares=shares, memory=self._memory, max_decoding=limit
-        )
+        return Drafting.of(words, room, runner.guess, shares=shares, max_decoding=limit)
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         longest, number = self.config.drafts.max_len, self.config.num_step_states
@@ -43,6 +38,3 @@ class SpeculationPlugin(Plugin):
             f"verified a step{states if self._state_bytes else ''}"
         )
         return [("drafts", words)]
-
-    def report(self) -> Mapping[str, Any]:
-        return {"draft_index_bytes": self._memory.used_bytes}
