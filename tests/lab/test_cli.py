@@ -129,8 +129,6 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
     ("flags", "message"),
     [
         (["--rate", "1:2:3"], "--rate is about sessions that wait for answers: add --closed-loop"),
-        (["--closed-loop", "--rate", "0:2:3"], "rates above 0 are needed"),
-        (["--closed-loop", "--admission", "fastest"], "unknown admission policy 'fastest'"),
         (["--closed-loop", "--baseline", "vllm"], "--baseline has no meaning with --closed-loop"),
         (["--closed-loop", "--no-bound"], "--no-bound has no meaning with --closed-loop"),
     ],
@@ -147,9 +145,7 @@ def test_invalid_closed_loop_options_give_one_line(
     [
         (["trace", "stats", "no-such-file"], "no-such-file"),
         (["simulate", "--trace", "chat", "--model", "qwen3.5"], "means several"),
-        (["simulate", "--trace", "chat", "--policy", "best"], "unknown eviction policy 'best'"),
         (["simulate", "--trace", "chat", "--policy", "no.module:X"], "no module"),
-        (["simulate", "--trace", "chat", "--baseline", "word"], "no baseline 'word'"),
         (["simulate", "--trace", "chat", "--metric", "joy"], "unknown metric 'joy'"),
         (["simulate", "--trace", "chat", "--metric", "optimum"], "needs a plan: add --optimum"),
         (["simulate", "--trace", "chat", "--policy", ""], "nothing to simulate"),
@@ -158,32 +154,20 @@ def test_invalid_closed_loop_options_give_one_line(
             "it does not implement EvictionPolicy",
         ),
         (["simulate", "--trace", "chat", "--gib", "0"], "gib '0'"),
-        (["simulate", "--trace", "chat", "--gib", "-1"], "gib '-1'"),
-        (["simulate", "--trace", "chat", "--gib", "inf"], "gib 'inf'"),
         (["simulate", "--trace", "chat", "--gib", "nan"], "gib 'nan'"),
         (["simulate", "--trace", "chat", "--gib", "1:2:0"], "gib '1:2:0'"),
         (["simulate", "--trace", "chat", "--gib", "2:1:3"], "(low first)"),
         (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
-        *(
-            ([*command, "--trace", "chat", flag, "1e300"], "1e+300")
-            for command in (["simulate"],)
-            for flag in ("--host-gib", "--disk-gib")
-        ),
+        (["simulate", "--trace", "chat", "--host-gib", "1e300"], "1e+300"),
         (["simulate", "--trace", "chat", "--gib", "1e300"], "gib '1e300': GiB above 0, below"),
         (["optimum", "--trace", "chat", "--gib", "1:1e300:3"], "GiB above 0, below 1.1e+15"),
         (["simulate", "--trace", "chat", "--gib", "1:2:100000000"], "they are more than 1000"),
-        (["simulate", "--trace", "chat", "--memory", "pools"], "give kv_share between 0 and 1"),
         (["simulate", "--trace", "chat", "--grid", "99999999999"], "no prompt is longer than"),
         (["trace", "stats", str(Path(SAMPLE).parent)], "is a folder: name a file in it"),
         (["trace", "stats", "blaian:bl.jsonl"], "'blaian' is not a reader (jsonl, "),
-        (["simulate", "--trace", "chat", "--page-size", "0"], "must be at least 1"),
-        (["simulate", "--trace", "chat", "--grid", "-64"], "must be at least 1"),
-        (["simulate", "--trace", "chat", "--servers", "0"], "servers must be at least 1"),
-        (["simulate", "--trace", "chat", "--max-running", "0"], "max_running must be at least 1"),
         (["simulate", "--trace", "chat", "--processes", "0"], "processes must be at least 1"),
         (["simulate", "--trace", "chat", "--figure", "f.xyz"], "must end in .png, .svg or .pdf"),
         (["simulate", "--trace", "chat?head=0"], "chat: there is no request in it"),
-        (["trace", "stats", "chat?head=0"], "there is no request in it"),
         (
             ["simulate", "--trace", "chat", "--model", "Qwen/Qwen3.5-35B-A3B-FP8"],
             "did you mean 'Qwen3.5-35B-A3B'?",
@@ -192,14 +176,9 @@ def test_invalid_closed_loop_options_give_one_line(
         (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),
         (["simulate", "--trace", "chat", "--host-gib", "1", "--optimum"], "memory alone"),
         (["simulate", "--trace", "chat", "--host-gb-s", "40"], "give its size with host_gib"),
-        *(
-            ([*command, "--host-gib", "1", "--host-gb-s", "-5"], "host_gb_s -5: GB/s above 0")
-            for command in (["simulate", "--trace", "chat"],)
-        ),
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
         (["simulate", "--trace", "chat?haed=9"], "'haed', did you mean 'head'? known: seed, bound"),
         (["simulate", "--trace", "csv:no.csv"], "'csv:no.csv': there is no file no.csv"),
-        (["simulate", "--trace", "chat", "--gib", "1,0,2"], "gib '1,0,2': GiB above 0"),
         (["optimum", "--trace", "chat", "--gib", "1,-3"], "are needed (-3 is not)"),
         (["simulate", "--trace", "chat", "--figure", f"{SAMPLE}/f.png"], f"{SAMPLE}: File exists"),
     ],
