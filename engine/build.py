@@ -19,7 +19,7 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 
 if TYPE_CHECKING:
-    from engine.plugins.speculation.plugin import SpeculationPlugin
+    from engine.plugins.speculation.draft_manager import SpeculationPlugin
     from engine.plugins.tiers.plugin import TierPlugin
     from engine.text.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
 
         plugins.append(TensorParallelPlugin(config))
     if config.uses("speculation"):
-        from engine.plugins.speculation.plugin import SpeculationPlugin
+        from engine.plugins.speculation.draft_manager import SpeculationPlugin
 
         plugins.append(SpeculationPlugin(config))
     if config.uses("tiers"):

@@ -1,4 +1,5 @@
-"""Draft manager: selects the requests that get drafts in a step, their drafters and lengths."""
+"""Draft manager: selects the requests that get drafts in a step, their drafters and lengths. The
+plugin makes it from the settings."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple
 
+from engine.config import EngineConfig
+from engine.interfaces import Plugin, Runner
+from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_length import (
     MAX_REST,
     DraftLength,
@@ -20,8 +24,9 @@ from engine.plugins.speculation.suffix import (
     TreeDrafter,
 )
 from engine.requests.request import Request
-from engine.schedule.batch import Draft
+from engine.schedule.batch import Draft, DraftPlanner
 from engine.text.outputs import DraftCounts
+from hybridcache.geometry.units import counted, format_bytes
 
 
 class Source(NamedTuple):
@@ -210,3 +215,32 @@ class Drafting:
         known = self._known[request] = _Known([make() for _, make in self._sources])
         request.drafts = request.drafts or DraftCounts()
         return known
+
+
+RUNNING_ON_CPU = 4
+"""Maximum number of decoding requests with drafts where each token of a step costs time."""
+
+
+class SpeculationPlugin(Plugin):
+    """Plans drafts (setting ``draft``)."""
+
+    name = "speculation"
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.settings = config.of(SpeculationConfig)
+
+    def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
+        words, room = self.settings.drafters, self.config.num_step_states
+        self._state_bytes = getattr(getattr(runner, "loaded", None), "step_state_bytes", 0)
+        limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
+        return Drafting.of(words, room, runner.guess, shares=shares, max_decoding=limit)
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        longest, number = self.config.drafts.max_len, self.config.num_step_states
+        states = f", whose states take {format_bytes(self._state_bytes)}"
+        words = (
+            f"{self.settings.draft}: up to {counted(longest, 'token')} a request; up to {number} "
+            f"verified a step{states if self._state_bytes else ''}"
+        )
+        return [("drafts", words)]

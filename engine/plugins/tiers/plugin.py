@@ -19,10 +19,10 @@ from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Plugin, Runner, TierCopies
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
+from engine.plugins.tiers.fingerprint import load_digest, save_digest
 from engine.plugins.tiers.prefixes import RunPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
-from engine.plugins.tiers.weights_digest import load_digest, save_digest
 from engine.schedule.batch import KEPT, Step
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
