@@ -34,6 +34,10 @@ BEGUN_WEIGHT = 2.0
 """Weight of a second that the next turn of a session waits to enter, relative to a second that a
 new session waits. With 1, more sessions take turns in memory than fit, and in a long overload the
 mean wait is longer than with the best fixed limit. With 3 and more, new sessions wait longest."""
+LEAST_WORTH = 1.2
+"""Least gain in requests from keeping sessions in memory at which others are withheld. Above 1,
+because answers of kept sessions wait for some prompts too. Agents have 1.2 to 5 (coding agents),
+tau-bench 0.7, long chats 0.5, chats 0.25."""
 ACTIVE_PAUSES = 1.5
 """Number of average pauses after which an idle session is considered ended."""
 PAUSE_WEIGHT, MAX_PAUSE_S = 0.05, 60.0
@@ -86,7 +90,7 @@ class SessionGate(AdmissionPolicy):
     """
 
     def __init__(
-        self, credit_s: float = CREDIT_S, floor: float = FLOOR, least_worth: float = 1.0
+        self, credit_s: float = CREDIT_S, floor: float = FLOOR, least_worth: float = LEAST_WORTH
     ) -> None:
         self._credit_s, self._floor, self._least_worth = credit_s, floor, least_worth
         self._debt_s, self._debt_at_s = -credit_s, 0.0
@@ -149,15 +153,15 @@ class SessionGate(AdmissionPolicy):
     @property
     def _worth(self) -> float:
         """Number of requests that are answered if sessions are kept in memory, relative to the
-        number if their prompts are repeated. Below ``least_worth``, nothing is withheld. 1 if
-        nothing is known.
+        number if their prompts are repeated. Below ``least_worth``, nothing is withheld.
+        ``least_worth`` if nothing is known.
 
         With n sessions in memory, one request of each is answered in every cycle of a pause and an
         answer. Without memory for them, one request is answered in the time of a whole prompt.
         Prompts that are computed during an answer do not count: with them, answers would be long
         where sessions are not kept, and the number would stay low for that reason alone.
         """
-        return self._prompt_s / self._held_s if self._held_s else 1.0
+        return self._prompt_s / self._held_s if self._held_s else self._least_worth
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         debt_s = self._debt(load.now_s)
