@@ -32,9 +32,11 @@ from engine.schedule.batch import Batch, Segment
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from experiments.gpu.serving import BIG
 from experiments.gpu.stub_device import Launches, StubDevice, stubbed
+from kernels.attention import splits
 
+MEMORY_BYTES = 141 * 10**9
 MEMORY_BYTES_S = 4.8e12
-"""Bandwidth of an H200 by its data sheet."""
+"""Size and bandwidth of an H200's memory by its data sheet."""
 COPY_BYTES_S = 4.3e12
 """Assumed bandwidth of a long copy."""
 PRODUCT_FLOPS_S = 790e12
@@ -150,6 +152,7 @@ class RecordedModel:
             (torch.Tensor, "pin_memory", lambda x: x),
             (Dummy, "draw", lambda *arguments: None),
             (Launches, "record", self._record),
+            (splits, "workspace_bytes", lambda: MEMORY_BYTES // splits.WORKSPACE_SHARE),
         ):
             stack.enter_context(patch.object(owner, name, value))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -161,8 +164,7 @@ class RecordedModel:
             max_model_len=2 * PROMPT,
             token_budget=PROMPT,
             warm_up=False,
-            kv_gib=0.2,
-            state_gib=0.2,
+            cache_gib=0.5,
         )
         self._runner = load_runner(config)
         assert isinstance(self._runner, ModelRunner)
