@@ -35,7 +35,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,15 +91,15 @@ def _body(
         rows.append((above, node.end, *_numbers(item)))
         labels.append("" if item is None else item.label)
         tokens.append(node.tokens)
-    policies, memos = {}, {}
-    for name, policy in _policies(cache):
-        state = policy.state_dict() if with_policies else None
+    policies, memos, levels = {}, {}, _levels(cache)
+    for level in levels:
+        state = level.policy.state_dict() if with_policies else None
         if state is not None:
-            policies[name] = state
-            memos[name] = [
+            policies[level.name] = state
+            memos[level.name] = [
                 [item.serial, memo]
-                for item in _items_of(cache, name, nodes)
-                if (memo := policy.memo_state(item)) is not None
+                for item in _items_of(level, nodes)
+                if (memo := level.policy.memo_state(item)) is not None
             ]
     body = {
         "form": FORM,
@@ -107,7 +107,7 @@ def _body(
         "grid": cache.grid,
         "now": cache.now,
         "num_items": cache.num_items,
-        "tiers": list(_tier_names(cache)),
+        "tiers": [level.name for level in levels[1:]],
         "namespaces": list(namespaces),
         "nodes": np.array(rows, np.int64).reshape(-1, 8),
         "labels": labels,
@@ -233,8 +233,9 @@ class Memory:
         roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         require_int32(tokens, "tokens")
-        item_bytes, at, names = cache.item_bytes, 0, _tier_names(cache)
-        tiers = [names.index(name) if name in names else None for name in plain["tiers"]]
+        item_bytes, at = cache.item_bytes, 0
+        numbers = {level.name: level.number for level in _levels(cache)}
+        tiers = [numbers.get(name) for name in plain["tiers"]]
         for row, label in zip(rows, plain["labels"], strict=True):
             above, end, serial, created, last_used, uses, superseded, tier = row
             parent = nodes[above] if above >= 0 else roots[-1 - above]
@@ -266,16 +267,17 @@ class Memory:
         Returns the tiers (or ``placement``) with saved state that does not fit. O(memory).
         """
         unfit, recalled = list[str](), set[str]()
-        for name, policy in _policies(cache):
-            is_shared = _is_shared(cache, name)
-            if name in self._plain["policies"] and (not is_shared or DEVICE in recalled):
+        levels = _levels(cache)
+        for level in levels:
+            must_follow = level.is_shared and DEVICE not in recalled
+            if level.name in self._plain["policies"] and not must_follow:
                 try:
-                    self._recall_policy(cache, name, policy)
-                    recalled.add(name)
+                    self._recall_policy(cache, level)
+                    recalled.add(level.name)
                 except UNREADABLE:
-                    unfit.append(name)
-            if is_shared and DEVICE in recalled and name not in recalled:
-                _share_anew(cache, name)
+                    unfit.append(level.name)
+            if level.is_shared and not must_follow and level.name not in recalled:
+                _share_anew(cache, level, levels[level.number].policy)
         rules = [rule for rule in placement if rule.state_dict() is not None]
         written = self._plain["placement"]
         try:
@@ -286,69 +288,62 @@ class Memory:
         cache.ghosts.trim()
         return unfit
 
-    def _recall_policy(self, cache: HybridRadixCache, name: str, policy: EvictionPolicy) -> None:
-        states = {} if name == DEVICE else _states(cache, name)
-        learned = self._plain["policies"][name]
+    def _recall_policy(self, cache: HybridRadixCache, level: _Level) -> None:
+        name, policy = level.name, level.policy
+        states = _states(cache, level)
         if policy.state_dict() is None:
             raise ValueError("The present policy learns nothing.")
         memos = {serial: policy.memo_of(memo) for serial, memo in self._plain["memos"][name]}
-        policy.load_state_dict(learned, states.get)
-        if name == DEVICE:
-            for item, _ in self._items:
+        policy.load_state_dict(self._plain["policies"][name], states.get)
+        for item, superseded in self._items:
+            if name == DEVICE:
                 item.memo = memos.get(item.serial)
-            return
-        number = _tier_names(cache).index(name)
-        for item, _ in self._items:
-            if item.stored is not None and item.stored.tier == number:
+                continue
+            if item.stored is not None and item.stored.tier == level.number:
                 item.stored.memo = memos.get(item.serial)
-        was_superseded = {item.serial: superseded for item, superseded in self._items}
+            if item.serial in memos and item.serial in states:
+                states[item.serial].superseded = superseded
         for serial, state in states.items():
             state.memo = memos.get(serial)
-            if serial in memos:
-                state.superseded = was_superseded.get(serial, state.superseded)
-            else:
+            if serial not in memos:
                 policy.add(state)
 
 
-def _tiers(cache: HybridRadixCache) -> dict[str, tuple[EvictionPolicy, bool]]:
-    """Return the policy of each tier, the nearest first, and whether it is shared."""
-    if not isinstance(cache, TieredRadixCache):
-        return {}
-    return {tier.name: (tier.policy, tier.is_shared) for tier in cache.offload.tiers}
+class _Level(NamedTuple):
+    """Memory with an eviction policy: the device or a tier."""
+
+    name: str
+    number: int
+    """Number of the tier, -1 for the device."""
+    policy: EvictionPolicy
+    is_shared: bool
+    """True if the policy shares the learned state of the level above."""
 
 
-def _tier_names(cache: HybridRadixCache) -> tuple[str, ...]:
-    return () if cache.offload is None else cache.offload.names
+def _levels(cache: HybridRadixCache) -> list[_Level]:
+    """Return the device and the tiers, the nearest first."""
+    tiers = cache.offload.tiers if isinstance(cache, TieredRadixCache) else ()
+    return [
+        _Level(DEVICE, -1, cache.policy, False),
+        *(_Level(tier.name, n, tier.policy, tier.is_shared) for n, tier in enumerate(tiers)),
+    ]
 
 
-def _policies(cache: HybridRadixCache) -> Iterator[tuple[str, EvictionPolicy]]:
-    yield DEVICE, cache.policy
-    for name, (policy, _) in _tiers(cache).items():
-        yield name, policy
-
-
-def _is_shared(cache: HybridRadixCache, name: str) -> bool:
-    return name != DEVICE and _tiers(cache)[name][1]
-
-
-def _share_anew(cache: HybridRadixCache, name: str) -> None:
-    """Start the policy of ``name`` from the present state of the tier above it. O(tree)."""
-    policies, number = dict(_policies(cache)), _tier_names(cache).index(name)
-    above = policies[_tier_names(cache)[number - 1] if number else DEVICE]
+def _share_anew(cache: HybridRadixCache, level: _Level, above: EvictionPolicy) -> None:
+    """Start the policy of ``level`` from the present state of the level above it. O(tree)."""
     fresh = above.for_tier()
     learned = None if fresh is None else fresh.state_dict()
     if learned is not None:
-        policies[name].load_state_dict(learned, lambda _: None)
-    for state in _states(cache, name).values():
+        level.policy.load_state_dict(learned, lambda _: None)
+    for state in _states(cache, level).values():
         state.memo = None
-        policies[name].add(state)
+        level.policy.add(state)
 
 
-def _states(cache: HybridRadixCache, name: str) -> dict[int, OffloadedCheckpoint]:
-    """Return the states stored in tier ``name``, by serial. O(tree)."""
-    number = _tier_names(cache).index(name)
+def _states(cache: HybridRadixCache, level: _Level) -> dict[int, OffloadedCheckpoint]:
+    """Return the states stored in a tier, by serial; none for the device. O(tree)."""
     states = (node.offloaded.state for node in cache.iter_nodes() if node.offloaded is not None)
-    return {state.serial: state for state in states if state is not None and state.tier == number}
+    return {s.serial: s for s in states if s is not None and s.tier == level.number}
 
 
 def _latest(cache: HybridRadixCache) -> list[RadixNode]:
@@ -407,18 +402,14 @@ def _numbers(item: Checkpoint | OffloadedCheckpoint | None) -> tuple[int, int, i
     return item.serial, item.created, item.last_used, item.uses, int(item.superseded), tier
 
 
-def _items_of(
-    cache: HybridRadixCache, name: str, nodes: list[RadixNode]
-) -> Iterator[Checkpoint | OffloadedCheckpoint]:
-    """Yield the items at ``nodes`` that the policy of ``name`` tracks, or tracked until evicted."""
+def _items_of(level: _Level, nodes: list[RadixNode]) -> Iterator[Checkpoint | OffloadedCheckpoint]:
+    """Yield the items at ``nodes`` that the policy tracks, or tracked until their eviction."""
     for node in nodes:
         checkpoint = node.checkpoint or node.lost_checkpoint
-        if name == DEVICE:
-            if checkpoint is not None:
-                yield checkpoint
-            continue
         state = None if node.offloaded is None else node.offloaded.state
         if state is None and checkpoint is not None:
             state = checkpoint.stored
-        if state is not None and _tier_names(cache)[state.tier] == name:
+        if level.name == DEVICE and checkpoint is not None:
+            yield checkpoint
+        elif state is not None and state.tier == level.number:
             yield state
