@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 
 from experiments import provenance
 from experiments.provenance import ROOT
+from experiments.studies import admission, arena, capacity, conditions, grid, hints, shadows, tiers
+from experiments.studies.default import COMPARED, DEFAULT, MEMORIES
 from hybridcache.lab.intervals import Interval, interval, paired, ratio
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
+from hybridcache.lab.simulation.result import ClosedLoopRun
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows. Cells are text; intervals are written ``mean [low, high]``."""
@@ -67,20 +70,8 @@ def leaderboard_table() -> Table:
     return board.heads(), [row.cells() for row in board.rows() if row.name in BUILT_IN]
 
 
-def default_table() -> Table:
-    """Return hit rates of the candidate pairs on the generated traces of the evaluation split."""
-    return pairs_table("evaluation")
-
-
-def service_table() -> Table:
-    """Return hit rates and waiting times of the candidate pairs in closed loops."""
-    return pairs_table("closed loop")
-
-
 def pairs_table(split: str) -> Table:
     """Return one row per pair: hit rate and gain as means over cells, and mean TTFT if known."""
-    from experiments.studies.default import DEFAULT
-
     rates: dict[str, dict[int, list[float]]] = {}
     ttfts: dict[str, dict[str, list[float]]] = {}
     for record in records_of("study_default.jsonl"):
@@ -115,8 +106,6 @@ def pairs_table(split: str) -> Table:
 
 def losses_table() -> Table:
     """Return the loss of the default pair to the best pair of each cell, in points."""
-    from experiments.studies.default import DEFAULT, MEMORIES
-
     splits = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8"))
     seen = splits["default-pair"]["evaluation"]["seen"]
     by_cell: dict[tuple[str, str, float], dict[str, list[float]]] = {}
@@ -151,17 +140,8 @@ def losses_table() -> Table:
     return (["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows)
 
 
-def shadows_table() -> Table:
-    """Return the losses of a cache that takes the pair of its best shadow, by cost."""
-    from experiments.studies.shadows import table
-
-    return table(records_of("study_shadows.jsonl"))
-
-
 def published_table() -> Table:
     """Return both rates and the gain on the published traces, with intervals over sessions."""
-    from experiments.studies.default import COMPARED
-
     runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
     for record in records_of("study_default.jsonl"):
         if record["seed"] is None:
@@ -202,22 +182,18 @@ def capacity_table() -> Table:
 
 def hints_table() -> Table:
     """Return the gain from boundary hints."""
-    from experiments.studies.hints import gains
-
     rows = [
         [pair, *map(str, figures)]
-        for pair, figures in gains(records_of("study_hints.jsonl")).items()
+        for pair, figures in hints.gains(records_of("study_hints.jsonl")).items()
     ]
     return (["pair", "token hit rate with hints, %", "gain from hints, points"], rows)
 
 
 def conditions_table() -> Table:
     """Return hit rates of the default pair and of LRU, one row per condition."""
-    from experiments.studies.conditions import gains
-
     rows = [
         [condition, value + " at once" * value.isdecimal(), *map(str, rates), str(gain)]
-        for condition, value, rates, gain in gains(records_of("study_conditions.jsonl"))
+        for condition, value, rates, gain in conditions.gains(records_of("study_conditions.jsonl"))
     ]
     header = ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"]
     return (header, rows)
@@ -227,20 +203,17 @@ def admission_table() -> Table:
     """Return hit rates and waiting times at each rate.
 
     The last columns are ratios to the best fixed number of live sessions, chosen for each."""
-    from experiments.studies.admission import best_simple, cells, mean
-    from hybridcache.lab.simulation.result import ClosedLoopRun
-
     runs = [ClosedLoopRun(**record) for record in records_of("admission.jsonl")]
     rows = []
-    for trace, rate, by_policy in cells(runs):
+    for trace, rate, by_policy in admission.cells(runs):
         pair = by_policy["oldest"], by_policy["sessions"]
         oldest, sessions = ([100 * run.token_hit_rate for run in runs] for runs in pair)
         row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
         row.append(str(paired(sessions, oldest)))
         for field in ("ttft_mean_s", "ttft_p99_s"):
-            row.append(", ".join(f"{mean(runs, field):.1f}" for runs in pair))
+            row.append(", ".join(f"{admission.mean(runs, field):.1f}" for runs in pair))
         for field in ("ttft_mean_s", "makespan_s"):
-            best = [getattr(run, field) for run in best_simple(by_policy, field)]
+            best = [getattr(run, field) for run in admission.best_simple(by_policy, field)]
             compared = ratio([getattr(run, field) for run in by_policy["sessions"]], best)
             row.append(f"{compared:.2f}")
         rows.append(row)
@@ -255,27 +228,6 @@ def closed_loop_table() -> Table:
     from experiments.studies.closed_loop import table
 
     return table(records_of("closed_loop.jsonl"))
-
-
-def tiers_table() -> Table:
-    """Return the seconds that host memory saves, for each trace."""
-    from experiments.studies.tiers import over_seeds
-
-    return over_seeds(records_of("study_tiers.jsonl"), "survival")
-
-
-def grid_table() -> Table:
-    """Return the gains of finer checkpoint grids."""
-    from experiments.studies.grid import table
-
-    return table(records_of("study_grid.jsonl"))
-
-
-def arena_table() -> Table:
-    """Return the cost of slabs, for each trace."""
-    from experiments.studies.arena import table
-
-    return table(records_of("study_arena.jsonl"))
 
 
 def linear_layers_table() -> Table:
@@ -635,12 +587,10 @@ class CapacityCurves:
 
     def draw(self, table: Table) -> Any:
         """Return the figure of the traces in the table."""
-        from experiments.studies.capacity import OURS
-
         panels: dict[str, list[list[tuple[float, float, float, float]]]] = {}
         for name in column(table, 1):
             lines = []
-            for label in (OURS, "lru"):
+            for label in (capacity.OURS, "lru"):
                 [run] = (
                     r for r in records_of("study_capacity.jsonl")
                     if (r["trace"], r.get("label")) == (name, label)
@@ -873,11 +823,11 @@ SECTIONS = {
         "Token hit rate of each policy in closed loops and in replays, with intervals.",
     ),
     "default": Section(
-        "default", default_table, _pairs, Dots({"replay": 1}, HITS),
+        "default", lambda: pairs_table("evaluation"), _pairs, Dots({"replay": 1}, HITS),
         "Token hit rate of each pair in replays, with intervals.",
     ),
     "pairs in closed loop": Section(
-        "default", service_table, _pairs, Dots({"closed loop": 1}, HITS),
+        "default", lambda: pairs_table("closed loop"), _pairs, Dots({"closed loop": 1}, HITS),
         "Token hit rate of each pair in closed loops, with intervals.",
     ),
     "losses": Section(
@@ -886,7 +836,7 @@ SECTIONS = {
         "Mean and largest loss of the default pair in each group of cells.",
     ),
     "shadows": Section(
-        "shadows", shadows_table, _shadows,
+        "shadows", lambda: shadows.table(records_of("study_shadows.jsonl")), _shadows,
         Dots({"tuning": 2, "outside": 4}, "mean loss to the best pair of a cell, points"),
         "Mean loss by choice of the pair, for both splits.",
     ),
@@ -926,17 +876,18 @@ SECTIONS = {
         "Gain from boundary hints, by pair.",
     ),
     "tiers": Section(
-        "tiers", tiers_table, _tiers,
+        "tiers", lambda: tiers.over_seeds(records_of("study_tiers.jsonl"), "survival"), _tiers,
         Dots({"4 GiB + 16 GiB host": 2, "4 GiB alone": 1}, "saved prefill time, % of 20 GiB"),
         "Prefill time that host memory saves, by trace.",
     ),
     "grid": Section(
-        "grid", grid_table, _grids,
+        "grid", lambda: grid.table(records_of("study_grid.jsonl")), _grids,
         Dots({"grid of 16": 4, "grid of 32": 3}, "gain over a grid of 64, points", (0, 1)),
         "Gain of finer grids, by trace and memory in GiB.",
     ),
     "arena": Section(
-        "arena", arena_table, _arena, Dots({"mean": 2}, "arena less ideal, points"),
+        "arena", lambda: arena.table(records_of("study_arena.jsonl")), _arena,
+        Dots({"mean": 2}, "arena less ideal, points"),
         "Cost of slabs, by trace.",
     ),
     "sharegpt": Section(
