@@ -192,7 +192,7 @@ def test_pairs_are_compared_in_closed_loop(monkeypatch: pytest.MonkeyPatch, tmp_
     records = [r for job in jobs for r in default.run("qwen3-next", default.COMPARED, job)]
     assert all(0 < r["ttft_mean_s"] < r["makespan_s"] for r in records)
     lab.keep("study_default", records)
-    rows = {row[0]: row for row in page.service_table()[1]}
+    rows = {row[0]: row for row in page.pairs_table("closed loop")[1]}
     assert rows[f"`{default.DEFAULT}`"][3:] == ["1.00", "1.00", "1.00"]
     assert page.losses_table()[1][0][:2] == ["closed loop", "1"]
 
