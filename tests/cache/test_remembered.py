@@ -244,7 +244,7 @@ def test_a_truncated_or_corrupted_file_is_refused():
         {"labels": []},
         {"tokens": {"array": "<i4", "shape": [0], "data": ""}},
         {"now": "soon"},
-        {"form": "hybridcache memory 2"},
+        {"form": "hybridcache memory 1"},
     ],
 )
 def test_malformed_data_is_refused_and_changes_nothing(change):
