@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,10 @@ class Scenario:
     tells_ends: bool = _setting(False, "clients say when a session has ended", LOAD)
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "grid", "servers", "max_running"):
+        for name in ("page_size", "grid", "servers", "max_running", "token_budget"):
             number = getattr(self, name)
+            if number is not None and not isinstance(number, Integral):
+                raise ValueError(f"{name} must be a whole number (got {number!r}).")
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1 (got {number}).")
         if self.grid > LONGEST:

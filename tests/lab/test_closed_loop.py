@@ -570,6 +570,7 @@ def test_only_tables_of_several_tenants_have_columns_of_fairness() -> None:
     [
         ({"rate": 0.0}, "rates above 0 are needed"),
         ({"token_budget": 10}, "token_budget must be at least 64"),
+        ({"max_running": 1.5}, "max_running must be a whole number"),
     ],
 )
 def test_invalid_loads_are_rejected(options: dict[str, Any], message: str) -> None:
