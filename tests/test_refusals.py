@@ -165,7 +165,7 @@ def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[s
         ),
         *("serve --port 0 --disk-gib 1", "serve --port 0 --router text", "serve --salt-by-key"),
         *("serve --host no.such.host.invalid", "generate x --cache-gib 0.0001"),
-        *("generate x --prefix-cache radix", "generate x --max-tokens 10000000"),
+        "generate x --max-tokens 10000000",
         *("generate x --cache-gib 100000", "generate x --cache-gib 0.1 --max-running 100000000"),
         *("serve --port 0 --model /no/such/model", "generate x --device banana"),
         "generate x --kernels attention=banana",
