@@ -24,7 +24,7 @@ import inspect
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -47,18 +47,19 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.frame import LONGEST
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.registry import (
+    ADMISSION_NAMES,
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
     EVICTION,
+    EVICTION_NAMES,
+    PLACEMENT_NAMES,
+    PLACEMENT_PARTS,
     AdmissionSpec,
     EvictionSpec,
     PlacementSpec,
-    admission_names,
-    eviction_names,
-    in_units,
+    known_names,
     make_eviction,
     parse_placement,
-    placement_names,
     split_specs,
 )
 from hybridcache.policies.user import OwnPolicy, import_module, own_policy
@@ -132,13 +133,13 @@ class Scenario:
         DEFAULT_EVICTION,
         "eviction policies, joined by commas, or all",
         MOST_USED,
-        names=lambda: [*eviction_names(), "module:Class"],
+        names=lambda: [*known_names(EVICTION_NAMES), "module:Class"],
     )
     checkpoints: Policies = _setting(
         DEFAULT_PLACEMENT,
         "placements, joined by commas; repeat to compare",
         MOST_USED,
-        names=lambda: [*placement_names(), "none", "module:Class"],
+        names=lambda: [*known_names(PLACEMENT_PARTS), "none", "module:Class"],
         action="append",
     )
     baseline: Words = _setting(
@@ -214,7 +215,7 @@ class Scenario:
         ("oldest", "sessions"),
         "policies that admit waiting requests, joined by commas",
         LOAD,
-        names=lambda: [*admission_names(), "module:Class"],
+        names=lambda: [*known_names(ADMISSION_NAMES), "module:Class"],
     )
     token_budget: int = _setting(8192, "tokens computed in a step", LOAD, type=int)
     ttft_limit_s: float = _setting(
@@ -471,7 +472,7 @@ class Scenario:
     def placement(self, unit: int) -> PlacementPolicy:
         """Return the placement rules, their numbers in units."""
         words: Any = self.checkpoints
-        return parse_placement(in_units(words, unit) if isinstance(words, str) else words)
+        return parse_placement(_in_units(words, unit) if isinstance(words, str) else words)
 
     def exchange(self, geometry: ModelGeometry, unit: int) -> Exchange | None:
         """Return the rule that compares seconds of copies with seconds of prefill, for lengths in
@@ -568,6 +569,19 @@ def load_model(name: str, **dtypes: str) -> ModelGeometry:
             )
         name = str(Path(engine.origin).parent / "models" / BUILTIN)
     return ModelGeometry.load(name, **dtypes)
+
+
+def _in_units(spec: str, unit: int) -> str:
+    """Convert the lengths in the placement ``spec`` from tokens to units of ``unit`` tokens."""
+
+    def convert() -> Iterator[str]:
+        for text in split_specs(spec):
+            name, _, number = text.partition(":")
+            entry = PLACEMENT_NAMES.get(name)
+            is_length = entry is not None and entry.counts == "tokens" and number.isdecimal()
+            yield f"{name}:{max(1, int(number) // unit)}" if is_length else text
+
+    return ",".join(convert())
 
 
 def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy, ...]:

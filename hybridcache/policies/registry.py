@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from math import isfinite
@@ -103,29 +103,14 @@ ADMISSION_NAMES: dict[str, Entry] = {
 }
 """Names of admission policies."""
 
-_CAP = Entry(int, "checkpoints", "2")
-_PLACEMENT_AND_CAP = PLACEMENT_NAMES | {"cap": _CAP}
+PLACEMENT_PARTS = PLACEMENT_NAMES | {"cap": Entry(int, "checkpoints", "2")}
+"""Names of the parts of a placement: rules, and the limit of their checkpoints."""
 
 
 def known_names(table: Mapping[str, Entry]) -> list[str]:
     """Return the names of ``table``, as ``name:N`` if a number is possible."""
     plain = [name for name, entry in table.items() if not entry.example]
     return [*plain, *(f"{name}:N" for name, entry in table.items() if entry.counts)]
-
-
-def eviction_names() -> list[str]:
-    """Return the names that ``make_eviction`` accepts in addition to ``module:Class``."""
-    return known_names(EVICTION_NAMES)
-
-
-def placement_names() -> list[str]:
-    """Return the names for ``parse_placement``, in addition to ``none`` and ``module:Class``."""
-    return known_names(_PLACEMENT_AND_CAP)
-
-
-def admission_names() -> list[str]:
-    """Return the names that ``make_admission`` accepts in addition to ``module:Class``."""
-    return known_names(ADMISSION_NAMES)
 
 
 def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
@@ -156,7 +141,7 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
     for part in parts:
-        make = _maker("checkpoint placement", _PLACEMENT_AND_CAP, part, PlacementPolicy)
+        make = _maker("checkpoint placement", PLACEMENT_PARTS, part, PlacementPolicy)
         if part.partition(":")[0] == "cap":
             cap = make()
         else:
@@ -192,19 +177,6 @@ def split_specs(text: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part.strip() for part in parts]
-
-
-def in_units(spec: str, unit: int) -> str:
-    """Convert the lengths in the placement ``spec`` from tokens to units of ``unit`` tokens."""
-
-    def convert() -> Iterator[str]:
-        for text in split_specs(spec):
-            name, _, number = text.partition(":")
-            entry = PLACEMENT_NAMES.get(name)
-            is_length = entry is not None and entry.counts == "tokens" and number.isdecimal()
-            yield f"{name}:{max(1, int(number) // unit)}" if is_length else text
-
-    return ",".join(convert())
 
 
 def _maker(

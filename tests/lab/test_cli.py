@@ -21,7 +21,7 @@ from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.simulation.simulate import simulate
-from hybridcache.policies.registry import eviction_names, placement_names
+from hybridcache.policies.registry import EVICTION_NAMES, PLACEMENT_PARTS, known_names
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
 
@@ -269,7 +269,12 @@ def test_help_lists_all_policies_baselines_and_metrics(
     with pytest.raises(SystemExit):
         main(["simulate", "--help"])
     words = capsys.readouterr().out.replace(",", " ").split()
-    assert {*eviction_names(), *placement_names(), *BASELINES, *METRICS} <= set(words)
+    assert {
+        *known_names(EVICTION_NAMES),
+        *known_names(PLACEMENT_PARTS),
+        *BASELINES,
+        *METRICS,
+    } <= set(words)
 
 
 def test_table_notes_name_the_machine_and_the_loss_causes(
