@@ -57,6 +57,16 @@ def move_rows_kernel(p_arena, p_sources, p_targets, width, stride_row, BLOCK_BYT
     copy_block(p_source, p_target, width, tl.program_id(1), BLOCK_BYTES)
 
 
+@triton.jit(do_not_specialize_on_alignment=["p_indices"])
+def gather_rows_kernel(
+    p_rows, p_indices, p_out, width, stride_row, stride_out, BLOCK_BYTES: tl.constexpr
+):
+    """Program (i_row, i_block): copies one block of one row."""
+    i_row = tl.program_id(0).to(tl.int64)
+    p_source = p_rows + tl.load(p_indices + i_row).to(tl.int64) * stride_row
+    copy_block(p_source, p_out + i_row * stride_out, width, tl.program_id(1), BLOCK_BYTES)
+
+
 def write_kv(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -121,4 +131,24 @@ def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor)
     if len(sources):
         move_rows_kernel[(len(sources), triton.cdiv(num_bytes, block))](
             arena, sources, targets, width, stride, BLOCK_BYTES=block, num_warps=4
+        )
+
+
+def gather_rows(rows: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy ``out[n] = rows[indices[n]]``; see ``reference.gather_rows``.
+
+    ``rows`` may be page-locked memory of the host, which the device reads over its bus. One launch.
+    """
+    num_bytes = rows.shape[1] * rows.element_size()
+    block = min(BLOCK_BYTES, triton.next_power_of_2(num_bytes))
+    if len(indices):
+        gather_rows_kernel[(len(indices), triton.cdiv(num_bytes, block))](
+            rows,
+            indices,
+            out,
+            rows.shape[1],
+            row_stride("a row", rows),
+            row_stride("a row", out),
+            BLOCK_BYTES=block,
+            num_warps=4,
         )

@@ -59,3 +59,12 @@ def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor)
     parts = sources.split(num_rows), targets.long().split(num_rows)
     for source, target in zip(*parts, strict=True):
         words.index_copy_(0, target, words.index_select(0, source))
+
+
+def gather_rows(rows: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy ``out[n] = rows[indices[n]]`` for every n.
+
+    ``rows``: ``[N, E]``; ``indices``: int32[n]; ``out``: ``[n, E]``, of the same dtype. A row of
+    both is contiguous.
+    """
+    out.copy_(rows[indices.long()])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,8 +18,10 @@ from engine.plugins.tiers import tier_copies
 from engine.plugins.tiers.tier_copies import (
     BLOCK_BYTES,
     MIN_RUN_BYTES,
+    TierCopier,
     copy_rows,
 )
+from engine.runner.device import TRAITS
 from hybridcache.tokens import Indices
 
 ROWS = 4000
@@ -74,3 +81,37 @@ def test_rows_of_any_size_are_copied_in_runs_and_singly(row_bytes: int) -> None:
         copy_rows(found, np.arange(num_rows, dtype=np.int32), rows, src.astype(np.int32))
         assert np.array_equal(found, rows[src])
         assert np.array_equal(tier_copies._gathered(rows, src.astype(np.int32)), rows[src])
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
+@pytest.mark.parametrize(
+    "is_locked, src, is_gathered",
+    [
+        (True, range(0, 160, 2), True),
+        (True, range(80), False),
+        (False, range(0, 160, 2), False),
+    ],
+)
+def test_scattered_rows_of_locked_memory_are_gathered_by_a_kernel(
+    is_locked: bool, src: range, is_gathered: bool
+) -> None:
+    fused = pytest.importorskip("kernels.cache_write.fused")
+    module = MagicMock(stream=lambda stream: nullcontext())
+    device = SimpleNamespace(
+        is_cpu=False,
+        module=module,
+        traits=TRAITS["cuda"],
+        register=lambda host: is_locked,
+        synchronize=lambda: None,
+    )
+    with (
+        patch.object(fused, "gather_rows", wraps=fused.gather_rows) as gather,
+        patch.object(torch.Tensor, "record_stream", lambda x, stream: None),
+    ):
+        memory = SimpleNamespace(slab_rows=1)
+        copier = TierCopier(torch.zeros(4, 640, dtype=torch.uint8), memory, device, 200, None)
+        copier.host.copy_(torch.randint(256, copier.host.shape))
+        gather.reset_mock()
+        taken = copier._load(np.array(src, dtype=np.int32))
+    assert torch.equal(taken, copier.host[list(src)])
+    assert gather.called == is_gathered

@@ -154,6 +154,7 @@ def meta_calls() -> dict[str, Callable[[], object]]:
     add("mla", "prepare_heads", new(heads, wide, 8))
     add("cache_write", "write_kv", *(new(3, 1, wide),) * 2, *pools, int32(3))
     add("cache_write", "write_rows", new(3, wide), new(512, wide), int32(3))
+    add("cache_write", "gather_rows", new(512, wide), int32(3), new(3, wide))
     add("cache_write", "move_rows", new(512, wide), int32(3), int32(3))
     windows, taps = new(8, wide, 3), (new(wide, 4), None)
     add("conv1d", "prefill_conv1d", new(num_tokens, wide), *taps, states=windows, **prompt)

@@ -10,6 +10,8 @@ pinned memory comes in powers of two, up to twice the size.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,12 +34,18 @@ from kernels.upload import upload
 
 MIN_RUN_BYTES = 1 << 14
 """Minimum average length of runs of consecutive rows for which copying run by run pays off."""
+MOST_COPIES = 32
+"""Maximum number of copies from host memory for one load. More runs of consecutive rows are
+gathered by a kernel, because submitting each copy takes the host some microseconds."""
 BLOCK_BYTES = 1 << 18
 """Size of single rows that are gathered before they are scattered, so that they stay in cache."""
 POPULATED_BYTES = 1 << 22
 """Memory that is populated at a time, which bounds the wait for the disk thread."""
 PROBE_BYTES = 1 << 26
 """Size of the copy that measures the bandwidth from host memory to the device."""
+
+GatherRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""See ``kernels.cache_write.reference.gather_rows``."""
 
 
 class TierCopier:
@@ -61,9 +69,10 @@ class TierCopier:
         self._slab_rows = memory.slab_rows
         self._device = device
         self.host = allocate((num_host_rows, rows.shape[1]), torch.uint8, Device.resolve("cpu"))
-        device.register(self.host)
+        is_locked = device.register(self.host)
         self.disk = disk
         self._stream: Any = None if device.is_cpu else device.module.Stream()
+        self._gather = self._find_gather() if is_locked else None
         self.host_bytes_per_s = self._measure() if num_host_rows else None
         """Measured bandwidth to the device, or None if there is no host tier."""
         if disk is not None and device.is_cpu:
@@ -159,12 +168,31 @@ class TierCopier:
         # of the host are only written on the same stream, or after `_wait`.
         with self._device.module.stream(self._stream):
             taken = torch.empty(shape, dtype=torch.uint8, device=self._rows.device)
-            for first, end in _runs(src):
+            runs = list(_runs(src))
+            if self._gather is not None and len(runs) > MOST_COPIES:
+                self._gather(self.host, upload(src, torch.int32, taken.device), taken)
+                runs = []
+            for first, end in runs:
                 place = int(src[first])
                 taken[first:end].copy_(self.host[place : place + end - first], non_blocking=True)
         main.wait_stream(self._stream)
         taken.record_stream(main)
         return taken
+
+    def _find_gather(self) -> GatherRows | None:
+        """Return the kernel that gathers rows of the host's page-locked memory, or None if the
+        device cannot run it or cannot read that memory."""
+        if not self._device.traits.has_triton or importlib.util.find_spec("triton") is None:
+            return None
+        gather_rows: GatherRows = importlib.import_module("kernels.cache_write.fused").gather_rows
+        num_rows = min(2, len(self.host))
+        self.host[:num_rows] = torch.arange(num_rows, dtype=torch.uint8)[:, None]
+        found = self._rows.new_empty(num_rows, self.host.shape[1])
+        try:
+            gather_rows(self.host, upload(range(num_rows), torch.int32, found.device), found)
+        except (RuntimeError, ValueError):  # Triton refuses addresses that the device cannot read.
+            return None
+        return gather_rows if torch.equal(found.cpu(), self.host[:num_rows]) else None
 
     def _write(self, tier: str, dst: Indices, data: Rows) -> None:
         if tier == HOST or self._device.is_cpu:

@@ -3,7 +3,7 @@
 import torch
 
 from kernels.activation.fused import relu_squared, sigmoid_mul, silu_and_mul, silu_mul
-from kernels.cache_write.fused import move_rows, write_kv, write_rows
+from kernels.cache_write.fused import gather_rows, move_rows, write_kv, write_rows
 from kernels.norm.fused import gated_rms_norm, rms_norm
 from kernels.rotary.fused import rotate, rotate_and_write
 from tests.kernels.arena import make_arena
@@ -51,6 +51,7 @@ def _cache_write() -> None:
     write_rows(latents, latents, torch.zeros(64, dtype=torch.int64))
     rows = torch.zeros(64, dtype=torch.int32)
     move_rows(arena.rows, rows, rows)
+    gather_rows(arena.rows, rows, torch.empty_like(arena.rows[:64]))
 
 
 LAUNCHES = {
