@@ -19,7 +19,7 @@ CRCs are CRC-32 (zlib). The body is an object. Arrays are ``{"array": dtype, "sh
   4. creation time of the checkpoint;
   5. last use of the checkpoint;
   6. uses of the checkpoint;
-  7. 1 if the checkpoint was superseded;
+  7. 1 if the checkpoint was superseded on the device, plus 2 if it was in its tier;
   8. index in ``tiers`` of its present or last tier, or -1 for the device.
 
 - ``labels``: label of each node's checkpoint.
@@ -46,7 +46,7 @@ from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
 from hybridcache.tokens import EMPTY, read_namespace, require_int32, write_namespace
 
-FORM = "hybridcache memory 2"
+FORM = "hybridcache memory 3"
 HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")
 MAGIC = b"HCMEMRY1"
 MAX_BYTES = 1 << 28
@@ -88,7 +88,7 @@ def _body(
             text = write_namespace(parent.key)
             above = -1 - namespaces.setdefault(text, len(namespaces))
         item = _item_at(node)
-        rows.append((above, node.end, *_numbers(item)))
+        rows.append((above, node.end, *_numbers(node, item)))
         labels.append("" if item is None else item.label)
         tokens.append(node.tokens)
     policies, memos, levels = {}, {}, _levels(cache)
@@ -202,7 +202,9 @@ class Memory:
     def __init__(self, plain: dict[str, Any]) -> None:
         self._plain = plain
         self._items: list[tuple[Checkpoint, bool]] = []
-        """Checkpoints of the file, each with a flag: superseded when saved."""
+        """Checkpoints of the file, each with a flag: superseded in its tier when saved."""
+        self._memos: dict[int, Any] = {}
+        """Memos by serial. A shared tier has those of the levels above it."""
 
     def recall_tree(self, cache: HybridRadixCache) -> None:
         """Restore the tokens as ghosts, and the clock. O(nodes).
@@ -251,12 +253,13 @@ class Memory:
             at += length
             if serial >= 0:
                 item = Checkpoint(node, -1, created, serial, item_bytes, label)
-                item.last_used, item.uses = last_used, uses
+                item.last_used, item.uses, item.superseded = last_used, uses, bool(superseded & 1)
                 number = tiers[tier] if tier >= 0 else None
                 if number is not None:
                     item.stored = OffloadedCheckpoint.offered(item, number, EMPTY)
+                    item.stored.superseded = bool(superseded & 2)
                 node.lost_checkpoint = item
-                self._items.append((item, bool(superseded)))
+                self._items.append((item, bool(superseded & 2)))
         return tree, nodes
 
     def recall_policies(
@@ -293,7 +296,12 @@ class Memory:
         states = _states(cache, level)
         if policy.state_dict() is None:
             raise ValueError("The present policy learns nothing.")
-        memos = {serial: policy.memo_of(memo) for serial, memo in self._plain["memos"][name]}
+        if not level.is_shared:
+            self._memos = {}
+        memos: dict[int, Any] = {}
+        for serial, state in self._plain["memos"][name]:
+            memos[serial] = self._memos.get(serial) or policy.memo_of(state)
+        self._memos |= memos
         policy.load_state_dict(self._plain["policies"][name], states.get)
         for item, superseded in self._items:
             if name == DEVICE:
@@ -394,12 +402,19 @@ def _item_at(node: RadixNode) -> Checkpoint | OffloadedCheckpoint | None:
     return node.checkpoint or node.lost_checkpoint
 
 
-def _numbers(item: Checkpoint | OffloadedCheckpoint | None) -> tuple[int, int, int, int, int, int]:
+def _numbers(
+    node: RadixNode, item: Checkpoint | OffloadedCheckpoint | None
+) -> tuple[int, int, int, int, int, int]:
     if item is None:
         return NOTHING
+    own = node.checkpoint or node.lost_checkpoint or item
     stored = item if isinstance(item, OffloadedCheckpoint) else item.stored
-    tier = -1 if stored is None else stored.tier
-    return item.serial, item.created, item.last_used, item.uses, int(item.superseded), tier
+    superseded = int(own.superseded)
+    if stored is None:
+        tier = -1
+    else:
+        tier, superseded = stored.tier, superseded | 2 * stored.superseded
+    return item.serial, item.created, item.last_used, item.uses, superseded, tier
 
 
 def _items_of(level: _Level, nodes: list[RadixNode]) -> Iterator[Checkpoint | OffloadedCheckpoint]:
