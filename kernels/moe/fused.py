@@ -215,7 +215,7 @@ def block_rows(
         o_p = tl.where(is_shared, num_pairs + o_row, o_p)
         o_token = tl.where(is_shared, o_row, o_token)
         mask = tl.where(is_shared, o_row < num_pairs // K, mask)
-    return i_e.to(tl.int64), o_p.to(tl.int64), o_token.to(tl.int64), mask
+    return i_e.to(tl.int64), o_p, o_token, mask
 
 
 @triton.jit
@@ -258,7 +258,7 @@ def gate_up_kernel(
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     i_e, o_p, o_token, m_t = block_rows(pairs, block_experts, i_block, num_pairs, K, BT, SHARED)
     m_m = o_m < INNER
-    p_x = x + o_token * x_stride
+    p_x = x + o_token.to(tl.int64) * x_stride
     first = i_e * (2 if GATED else 1) * INNER
     p_gate = w + (first + o_m) * size
     p_up = w + (first + INNER + o_m) * size
@@ -302,7 +302,7 @@ def gate_up_kernel(
     else:
         b_gate = tl.maximum(b_gate, 0.0)
         b_inner = b_gate * b_gate
-    p_inner = inner + o_p[None, :] * INNER + o_m[:, None]
+    p_inner = inner + o_p.to(tl.int64)[None, :] * INNER + o_m[:, None]
     tl.store(p_inner, b_inner.to(inner.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
 
@@ -334,7 +334,7 @@ def down_kernel(
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     i_e, o_p, _, m_t = block_rows(pairs, block_experts, i_block, num_pairs, K, BT, SHARED)
     m_m = o_m < H
-    p_inner = inner + o_p * size
+    p_inner = inner + o_p.to(tl.int64) * size
     p_w = w + (i_e * H + o_m) * size
     p_channel, p_scale = w_scale, block_scale
     if w_scale is not None:
@@ -342,7 +342,7 @@ def down_kernel(
     if block_scale is not None:
         p_scale += (i_e * H + o_m) * tl.cdiv(size, BLOCK)
     b_y = multiply_span(p_w, p_inner, p_channel, p_scale, m_m, m_t, 0, size, BM, BT, BK, PRECISION)
-    p_y = y + o_p[None, :] * H + o_m[:, None]
+    p_y = y + o_p.to(tl.int64)[None, :] * H + o_m[:, None]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
 
