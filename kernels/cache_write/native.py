@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from kernels.cache_write import reference
-from kernels.cache_write.reference import move_rows
+from kernels.cache_write.reference import gather_rows, move_rows
 from kernels.native import function, has_whole_rows, whole_rows
 
-__all__ = ["move_rows", "write_kv", "write_rows"]
+__all__ = ["gather_rows", "move_rows", "write_kv", "write_rows"]
 
 
 def write_kv(
