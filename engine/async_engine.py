@@ -199,7 +199,10 @@ class ThreadChannel(EngineChannel):
 
     async def drain(self) -> None:
         self.send(EndEngine(at_once=False))
-        await asyncio.to_thread(self._join)
+        if self._thread.ident is None:
+            self._join()
+        else:  # Not self._join: the helper thread may keep its function, and so all memory.
+            await asyncio.to_thread(self._thread.join)
 
     def stop(self) -> None:
         self.send(EndEngine(at_once=True))
