@@ -345,7 +345,7 @@ def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
             bench.close()
 
     if missing:
-        print(f"Measured without HTTP, because {' and '.join(missing)} is not installed.")
+        print(f"Measured without HTTP, which needs {' and '.join(missing)}.")
         servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
     else:
         servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}

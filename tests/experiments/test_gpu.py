@@ -308,7 +308,7 @@ def test_load_test_uses_the_engine_directly_without_server_packages(
     write_tokenizer(tmp_path)
     records = gpu_serving.http(path, True, gpu_serving.DRY)
     assert len(runners) == 2
-    assert "Without starlette and uvicorn there is no server here" in capsys.readouterr().out
+    assert "Measured without HTTP, which needs starlette and uvicorn." in capsys.readouterr().out
     assert [(r["by"], r["cache"], r["errors"]) for r in records] == [
         ("engine", "hybrid", 0),
         ("engine", "none", 0),
