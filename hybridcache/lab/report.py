@@ -178,7 +178,9 @@ def ties(run: RunResult, best: RunResult) -> bool:
 def verdict(result: SweepRuns) -> str:
     """Return one sentence: the policies with the most hits, and the command that serves with them.
 
-    Empty if fewer than two policies and placements of our own were run.
+    A policy also counts at a size if its hits do not differ from the best ones there (``ties``). Of
+    equal policies the one with the highest mean comes first and is in the command. Empty if fewer
+    than two policies and placements of our own were run.
     """
     ours = [run for run in result.runs if run.config.baseline is None]
     labels = dict.fromkeys(run.label for run in ours)
@@ -205,7 +207,11 @@ def verdict(result: SweepRuns) -> str:
     command += f" --cache-gib {largest.gib:.4g}"
     names = (shlex.quote(str(name)) for name in (largest.config.policy, largest.config.checkpoints))
     command += " --eviction {} --checkpoints {}".format(*names)
-    return f"{', '.join(first)} {has} the most hits, or as many, at {sizes}; to serve: {command}"
+    names_first = ", ".join(first)
+    return (
+        f"{names_first} {has} the most hits, or no fewer by the intervals, at {sizes}; "
+        f"to serve: {command}"
+    )
 
 
 def _served_as(result: SweepRuns) -> str:

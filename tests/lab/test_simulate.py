@@ -363,7 +363,9 @@ def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
 def test_ties_are_named() -> None:
     result = simulate("short?head=60", gib=50, policy=("lru", "survival", "fifo"))
     assert "lru, survival, fifo at 50 GiB" in repr(result)
-    assert result.verdict().startswith("lru, survival, fifo have the most hits, or as many, at the")
+    assert result.verdict().startswith(
+        "lru, survival, fifo have the most hits, or no fewer by the intervals, at the"
+    )
     assert "--eviction lru --checkpoints adaptive" in result.verdict()
     assert simulate("short?head=20", gib=1, policy="lru").verdict() == ""
 

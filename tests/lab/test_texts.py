@@ -309,11 +309,20 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
         open_trace(f"{spec}&prompt=ask")
 
 
-@pytest.mark.parametrize("times", [(5, 7), ("5", "7.0"), (1.7e12, 1.7e12 + 2000)])
-def test_times_are_seconds_or_milliseconds_since_1970(times: Any, tmp_path: Path) -> None:
+SINCE_1970 = [(1.7e9 * unit, 1.7e9 * unit + 2 * unit) for unit in (1, 1e3, 1e6, 1e9)]
+
+
+@pytest.mark.parametrize("times", [(5, 7), ("5", "7.0"), *SINCE_1970])
+def test_times_are_seconds_or_parts_of_a_second_since_1970(times: Any, tmp_path: Path) -> None:
     rows = ({"prompt": "a", "created": when} for when in (*times, times[0])[:2])
     found = open_trace(f"{lines(tmp_path / 't.jsonl', *rows)}?tokenizer=bytes")
     assert [request.timestamp_s for request in found] == [0, 2]
+
+
+def test_a_time_of_true_is_refused(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"prompt": "a", "created": True})
+    with pytest.raises(ValueError, match="created is True, not a finite number"):
+        list(open_trace(f"{path}?tokenizer=bytes"))
 
 
 @pytest.mark.parametrize("column", ["tenant", "namespace", "customer"])

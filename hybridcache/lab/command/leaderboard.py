@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.lab.command.shared import share
 
@@ -55,7 +56,16 @@ def _leaderboard(options: argparse.Namespace) -> int:
         )
     if options.json:
         for row in board.rows():
-            print(json.dumps(asdict(row)))
+            print(json.dumps(_finite(asdict(row))))
     else:
         print(board.table())
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -472,6 +472,8 @@ def closed_loop(
     opened, geometry = asked.opened(), asked.geometry()
     known = asked.step_times(geometry)
     admissions = named_policies(asked.admission, split=True)
+    if not admissions:
+        raise ValueError("nothing to simulate: no admission policy")
     for policy in admissions:
         make_admission(policy)
     points = sizes_for(CLOSED_LOOP_GIB if asked.gib is None else asked.gib, opened, geometry)

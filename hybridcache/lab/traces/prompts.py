@@ -7,8 +7,8 @@ A record is one of two kinds:
 - a single message: ``role``, ``content`` and a session; each answer of an assistant is a request
   whose prompt is all messages of the session before it.
 
-Times are seconds, milliseconds since 1970 if above 10**11, or ISO 8601. Failed requests
-(``status`` of 400 or more) are left out.
+Times are seconds, or milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601. Failed
+requests (``status`` of 400 or more) are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from hybridcache.lab.traces.frame import Record, TraceClock
 from hybridcache.lab.traces.sessions import Usage
 from hybridcache.lab.traces.text import ChatText
 
+SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+"""Numbers above the first value are times since 1970, in the second value's parts of a second."""
 NAMES: dict[str, tuple[str, ...]] = {
     field: tuple(names.split())
     for field, names in {
@@ -87,8 +89,9 @@ class Named:
     def number(self, field: str) -> str:
         """Return the name of a field whose value, if it is a number as text, becomes a number."""
         name = self.used[field]
-        with suppress(ValueError, TypeError):
-            self.record[name] = float(self.record[name])
+        if not isinstance(self.record[name], bool):
+            with suppress(ValueError, TypeError):
+                self.record[name] = float(self.record[name])
         return name
 
     def time_s(self) -> float | None:
@@ -97,7 +100,9 @@ class Named:
             return None
         when = self.record.moment(self.number("time"))
         is_date = isinstance(self.get("time"), str)
-        return when / 1000 if when > 1e11 and not is_date else when
+        if is_date:
+            return when
+        return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
 
     def namespace(self) -> str | None:
         """Return a name for model and tenant; None if there is neither."""
