@@ -210,6 +210,17 @@ def test_fine_tuning_files_are_whole_conversations(tmp_path: Path) -> None:
     assert "brief" in text_of(found[1]) and text_of(found[1]).count("hello") == 1
 
 
+def test_unread_contents_of_whole_conversations_are_named_once(tmp_path: Path) -> None:
+    asked = {"messages": [*CHAT], "timestamp": 5}
+    rows = ({"messages": CHAT[:2]}, asked, asked)
+    with pytest.warns(TraceFieldsWarning) as found:
+        requests = list(open_trace(f"{lines(tmp_path / 'c.jsonl', *rows)}?tokenizer=bytes"))
+    assert len(requests) == 3
+    ends, times = (str(one.message) for one in found)
+    assert "messages after the last answer are left out (first in conversation 2)" in ends
+    assert "timestamp of whole conversations is not read" in times
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
 def test_single_messages_are_assembled_to_prompts(name: str, tmp_path: Path) -> None:
     said = [

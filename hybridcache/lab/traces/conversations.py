@@ -13,9 +13,12 @@ from typing import ClassVar
 from hybridcache.lab.arrivals import Pauses, Poisson, Starts
 from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat
-from hybridcache.lab.traces.frame import Record, SessionReader, json_array
+from hybridcache.lab.traces.frame import Record, SessionReader, json_array, warn
 from hybridcache.lab.traces.prompts import NAMES
 from hybridcache.lab.traces.text import load_chat_text
+
+ANSWERS = ("assistant", "model")
+"""Roles of answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +34,21 @@ class ConversationsReader(SessionReader):
     def recognises(record: Record) -> bool:
         said = record.get("messages")
         last = said[-1] if isinstance(said, list) and said else None
-        is_whole = isinstance(last, dict) and last.get("role") in ("assistant", "model")
+        is_whole = isinstance(last, dict) and last.get("role") in ANSWERS
         return is_whole and record.first(NAMES["answer"]) is None
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         chat, number = load_chat_text(self.tokenizer, self.template), 0
+        told = set[str]()
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             nonlocal number
             number += 1
             name, messages = self.conversation(record, number)
+            for problem in self.unread(record, messages):
+                if problem not in told:
+                    told.add(problem)
+                    warn(f"{self.path}: {problem} (first in conversation {number})")
             said = plain_chat(messages, None, record.get("tools"))
             num_added = len(said) - len(messages)  # a system message with the tools
             found = []
@@ -57,6 +65,13 @@ class ConversationsReader(SessionReader):
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         """Return (session, messages) of the ``number``-th record."""
         return number, record.objects("messages")
+
+    def unread(self, record: Record, messages: list[Record]) -> Iterator[str]:
+        """Yield sentences about contents that no request shows."""
+        if messages and messages[-1].get("role") not in ANSWERS:
+            yield "messages after the last answer are left out"
+        if time := record.first(NAMES["time"]):
+            yield f"{time} of whole conversations is not read: starts= and pause= set the times"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +92,6 @@ class TauBenchReader(ConversationsReader):
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         name = f"task {record.key('task_id')}, trial {record.key('trial')}"
         return name, record.objects("traj")
+
+    def unread(self, record: Record, messages: list[Record]) -> Iterator[str]:
+        return iter(())  # A customer has the last word.
