@@ -40,6 +40,8 @@ class Exactness(Struct, frozen=True):
     """Digest of the checked numbers. Empty if nothing was checked."""
     different: tuple[str, ...] = ()
     """Results with different bits: ``hits``, ``batches``, ``logits``."""
+    rounded_to: str = ""
+    """Format to which checkpoints are rounded, so that hits differ. Empty if they are not."""
 
     @property
     def sentence(self) -> str:
@@ -50,6 +52,11 @@ class Exactness(Struct, frozen=True):
                 f"NOT exact with these kernels on this processor: {', '.join(self.different)} "
                 "differ from a cold run in the last bits; the server continues"
             )
+        if self.rounded_to:
+            return (
+                f"NOT exact: checkpoints are rounded to {self.rounded_to}, so hits differ slightly "
+                "from cold runs; --checkpoint-dtype auto is exact"
+            )
         return "hits on prompt tokens equal cold runs bit for bit (checked at the start)"
 
     @property
@@ -58,7 +65,8 @@ class Exactness(Struct, frozen=True):
         fingerprints compute equal bits."""
         if not self.digest:
             return "unchecked"
-        return f"{'inexact' if self.different else 'exact'}-{self.digest[:12]}"
+        is_exact = not self.different and not self.rounded_to
+        return f"{'exact' if is_exact else 'inexact'}-{self.digest[:12]}"
 
 
 @dataclass(frozen=True, slots=True)

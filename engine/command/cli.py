@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = command(parsed)
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
         return code
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         print(f"engine {parsed.verb}: {with_flags(str(error), vars(parsed))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

@@ -17,6 +17,7 @@ import torch
 
 from engine.interfaces import Exactness
 from engine.runner.loaded_model import LoadedModel
+from engine.runner.loading import DTYPES
 from engine.runner.memory_plan import MemoryPlan, kv_row_bytes, state_slot_bytes
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
@@ -41,7 +42,10 @@ def check_exactness(loaded: LoadedModel) -> Exactness:
         digest.update(cold.contiguous().view(torch.uint8).numpy().tobytes())
         if not torch.equal(cold, others) and name not in different:
             different.append(name)
-    return Exactness(digest.hexdigest(), tuple(different))
+    saved = loaded.checkpoints
+    is_rounded = saved is not None and DTYPES.get(saved.dtype) is not loaded.state_dtype
+    rounded_to = saved.spec if saved is not None and is_rounded else ""
+    return Exactness(digest.hexdigest(), tuple(different), rounded_to)
 
 
 class _Runs:

@@ -154,6 +154,8 @@ def open_file(path: Path) -> list[Tensor]:
         end = data + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != os.fstat(file.fileno()).st_size:
             raise ValueError(f"{end} bytes are listed")
+    except PermissionError:
+        raise WeightsError(f"{path} cannot be read: check its permissions.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{path.name} is truncated or corrupted ({error}); download it again."

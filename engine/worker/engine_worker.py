@@ -79,7 +79,7 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
     except ModuleNotFoundError as error:
         worker.refuse(how_to_install(error, "engine"))
         return 2
-    except (ValueError, FileNotFoundError, RunnerLost) as error:
+    except (ValueError, FileNotFoundError, PermissionError, RunnerLost) as error:
         worker.refuse(str(error))
         return 2
     sys.setswitchinterval(SWITCH_S)

@@ -227,6 +227,16 @@ class TestCheckAtTheStart:
         assert found.exactness.fingerprint.startswith("inexact-")
         assert found.exactness.sentence.startswith("NOT exact")
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8:head"])
+    def test_rounded_checkpoints_are_not_called_exact(self, dtype):
+        found = load_small(checkpoint_dtype=dtype).exactness
+        assert found.different == () and found.fingerprint.startswith("inexact-")
+        assert found.sentence.startswith(f"NOT exact: checkpoints are rounded to {dtype}")
+        unchanged = load_small(checkpoint_dtype="bfloat16", state_dtype="bfloat16").exactness
+        assert unchanged.fingerprint.startswith("exact-")
+        with pytest.raises(ValueError, match="exact needs checkpoints that are not rounded"):
+            small_config(checkpoint_dtype=dtype, exact=True)
+
     def test_single_rows_of_the_head_are_compared(self, monkeypatch):
         vocab_size = load_small().vocab_size
         break_linear(
