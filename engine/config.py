@@ -396,14 +396,9 @@ class EngineConfig(Settings):
             small = " or ".join(map(str, SMALL_TILES))
             raise ConfigError(f"grid must be {small} or a multiple of {TILE}, not {self.grid}.")
         try:
-            saved = CheckpointFormat.parse(self.checkpoint_dtype)
+            CheckpointFormat.parse(self.checkpoint_dtype)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        if self.exact and saved is not None and saved.dtype != self.state_dtype:
-            raise ConfigError(
-                f"exact needs checkpoints that are not rounded (got checkpoint_dtype "
-                f"{self.checkpoint_dtype!r}); leave one of the two out."
-            )
         if self.model == "":
             raise ConfigError("model must name a directory; omit it for the built-in one.")
         places = self.checkpoints

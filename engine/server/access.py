@@ -133,7 +133,7 @@ class Keys:
             return
         message = "This server requires a key: send it as Authorization: Bearer KEY."
         if given_key(scope):
-            message = "This key is unknown: send one of the keys of --api-key-file."
+            message = f"This key is unknown: send one of --api-key-file or {API_KEY_VARIABLE}."
         if self._has_operator and scope["path"].startswith(OPERATORS):
             message = operator_message(bool(given_key(scope)))
         refusal = APIError(
