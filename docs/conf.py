@@ -20,6 +20,7 @@ import match_figure  # noqa: E402
 project = "hybridcache"
 author = "The hybridcache authors"
 copyright = "2026, the hybridcache authors"
+smartquotes = False  # Flags keep their two hyphens.
 extensions = ["myst_nb"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
