@@ -11,8 +11,7 @@ after, nor (there is one layer) on other rows of the head. So
   contains h[s - 1], from which a request that resumes there writes row s as a cold one does;
 - position 0 has no such row. The contents of its row are never read: the head's keys begin at 1.
 
-``follow`` writes the rows of a step that the model has computed, and updates ``hidden``. If the
-rows can wait, ``carry`` only updates ``hidden``, and ``write`` writes the rows later. ``draft``
+``follow`` writes the rows of a step that the model has computed, and updates ``hidden``. ``draft``
 drafts tokens from a state that includes all but the newest token. It writes to separate rows, so
 nothing has to be rolled back.
 
@@ -56,7 +55,6 @@ class PredictionHead(Composite):
         self._attention, self._mlp = attention, mlp
         self._embedding_norm, self._hidden_norm, self._norm = norms
         self._row_multiple: int = build.kernels["linear"].ROWS
-        self._write_rows = build.kernels["cache_write"].write_rows
         self._fc = Linear(2 * hidden_size, [Part(f"{name}.fc", hidden_size)], build)
         self.layers = self._fc, *norms, attention, mlp
         self.keeps: tuple[Spec, ...] = (
@@ -82,23 +80,13 @@ class PredictionHead(Composite):
         carried = pools[-1]
         befores, kept = _trail(hidden, inputs, carried)
         before = befores[0] if len(befores) == 1 else torch.cat(befores)
-        self.write(embedded, pad_rows(before, len(hidden)), inputs, pools)
-        for slots, last in kept:
-            carried[slots] = last
-
-    def write(
-        self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
-    ) -> None:
-        """Write the rows of tokens from their embeddings and the h before each: ``[num_rows, H]``.
-        Costs two small products per token and no attention."""
+        before = pad_rows(before, len(hidden))
         projected, _ = self._attention.project(self._enter(embedded, before), None)
         block = self._attention.block
         assert isinstance(block, Attention)
         block.write(projected, inputs, pools[:2])
-
-    def carry(self, hidden: torch.Tensor, part: DecodePart, pools: Pools) -> None:
-        """Store h of a step with decodes only; its rows are left for `write`."""
-        self._write_rows(hidden[: len(part.slots)], pools[-1], part.slots)
+        for slots, last in kept:
+            carried[slots] = last
 
     def draft(
         self,

@@ -111,11 +111,9 @@ class ModelRunner:
         self.exactness = Exactness()
         self.use_graphs(config.graphs)
 
-    def flush_pending(self) -> None:
-        """Complete pending writes and move displaced states to the slots of their requests, except
-        for a step that is not committed yet."""
-        if self._predictor is not None:
-            self._predictor.pending.settle()
+    def return_states(self) -> None:
+        """Move displaced states to the slots of their requests, except for a step that is not
+        committed yet."""
         self._copies.return_states(self.running)
 
     def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
@@ -234,14 +232,10 @@ class ModelRunner:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
-        if self._predictor is not None:
-            self._predictor.pending.admit(batch)
         self._copies.move(batch.moves)
         self.table.write(batch.row_writes)
         self._copies.restore(batch.restores)
         logits = self._logits(batch, drawn)
-        if self._predictor is not None:
-            self._predictor.pending.count()
         saved = batch.saved_by_decodes
         if self.tensors.checkpoints is not None:
             exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
@@ -288,8 +282,6 @@ class ModelRunner:
                 places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
                 token_ids[places] = drawn[rows]
 
-        if self._predictor is not None:
-            self._predictor.pending.hold(batch)
         rows = logit_rows(batch.segments)
         decodes, prefills = self.graphs
         if all(segment.is_decode for segment in batch.segments):

@@ -14,7 +14,6 @@ from engine.layers.prediction import PredictionHead, ahead
 from engine.models.decoder import Decoder
 from engine.runner.graphs import Record, Replay
 from engine.runner.memory import Memory
-from engine.runner.mtp_kv_buffer import PendingRows
 from engine.runner.step_inputs import RequestTable
 from engine.schedule.batch import Newest
 from hybridcache.tokens import Tokens
@@ -39,8 +38,6 @@ class Predictor:
         self._pools, self._table, self._rotary = memory.pools[-1], table, rotary
         self._first_row = memory.padding_row + 1
         self._row_multiple: int = model.build.kernels["linear"].ROWS
-        self.pending = PendingRows(head, model, memory, table, rotary)
-        """Rows of steps that were only processed by `PendingRows.carry`."""
         self._passes: Passes | None = None
 
     def record(self, record: Record) -> None:
@@ -53,14 +50,10 @@ class Predictor:
         )  # fmt: skip
         passes.capture()
         self._passes = passes
-        self.pending.record(record)
 
     def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
-        """Process a step that the model has computed with the result ``hidden``. The rows of a step
-        with decodes only become ``pending``."""
-        if step.decode is not None and step.num_decode == step.num_tokens:
-            self.pending.carry(token_ids, hidden, step)
-            return
+        """Write the head's rows of a step that the model has computed with the result
+        ``hidden``."""
         hidden = hidden[: len(token_ids)]
         self._head.follow(self._model.embedding(token_ids), hidden, step, self._pools)
 
@@ -70,7 +63,6 @@ class Predictor:
 
         Takes one pass of the head per token, over all requests that still need one.
         """
-        self.pending.settle()
         order = sorted(range(len(newest)), key=lambda rank: -most[rank])
         requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
         if self._passes is not None:

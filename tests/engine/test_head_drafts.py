@@ -20,7 +20,6 @@ test_scheduler_machine.py, f: test_head_loading.py; faults without a head are in
 | rows that an arena moved are read at their old place | answers_survive_preemptions_and_moves |
 | an abort leaves rows or slots allocated | answers_survive_preemptions_and_moves, m |
 | decode graphs leave the head without its rows | the_head_follows_recorded_steps |
-| deferred rows overwrite those of another request | deferred_rows_equal_those_of_single_steps |
 | the head's pools are not counted: out of memory later | the_memory_plan_includes_the_head (f) |
 | wrong or missing weights: drafts that are never right | p, unusable_heads_are_refused (f) |
 | a drafter that is never right makes serving slow | test_drafters.py |
@@ -31,10 +30,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -44,8 +41,6 @@ from engine.plugins.speculation.draft_length import MIN_REST
 from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
 from engine.runner.loading import Dummy
-from engine.runner.mtp_head import Predictor
-from engine.schedule.batch import Batch, Newest, Segment
 from tests.engine.drafted import MODEL, MakeEngine, assert_same, engine_with_head, prompts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
@@ -198,75 +193,6 @@ def test_a_right_head_is_accepted_after_a_hit(make_engine: MakeEngine, right_hea
     (output,) = engine.generate([turn], params)
     assert output.cached_len == 128  # 128 is the last position of the grid below 161 tokens
     assert accepted([output]) == output.drafts.drafted.total()
-
-
-@pytest.mark.parametrize("graphs", ["off", "auto"])
-def test_deferred_rows_equal_those_of_single_steps(graphs: str, make_engine: MakeEngine) -> None:
-    """Compare bits after each event that ends the deferral: a draft, another kind of step, a reused
-    row, a full buffer."""
-    pools: list[list[torch.Tensor]] = []
-
-    def follow(self: Predictor, token_ids: torch.Tensor, hidden: torch.Tensor, step: Any) -> None:
-        embedded = self._model.embedding(token_ids)
-        self._head.follow(embedded, hidden[: len(token_ids)], step, self._pools)
-
-    for defers in (False, True):
-        setting = graphs if defers else "off"
-        runner = make_engine("mtp:1", model={"num_experts": 0}, graphs=setting).runner
-        pending = runner._predictor.pending
-        if not defers:
-            runner._predictor.follow = MethodType(follow, runner._predictor)
-            pending.hold, pending.count = lambda *_: None, lambda: None
-        counts: list[int] = []
-
-        def forward(
-            *segments: Segment,
-            writes: Any = (),
-            runner: Any = runner,
-            pending: Any = pending,
-            counts: Any = counts,
-        ) -> None:
-            runner.forward(Batch(segments, (), writes))
-            counts.append(pending._num_held * len(pending._rows))
-
-        ids = (np.arange(128, dtype=np.int32).reshape(2, 64) * 7) % 320
-        rows = np.arange(200, dtype=np.int32).reshape(2, 100) + 100
-        forward(
-            *(Segment(b, b + 20, ids[b], 0, False) for b in range(2)),
-            writes=[(b, 0, rows[b]) for b in range(2)],
-        )
-        decodes = [
-            [Segment(b, b + 20, ids[b, at : at + 1], 64 + at, True) for b in range(2)]
-            for at in range(34)
-        ]
-        for step in decodes[:5]:
-            forward(*step)
-        forward(decodes[5][0])
-        forward(decodes[5][1])
-        # Row 1 belongs to another request from here on: deferred rows go where they belonged.
-        forward(decodes[6][0], writes=[(1, 0, rows[1] + 100)])
-        runner.guess([Newest(0, 20, 5, 71)], [1])
-        assert not pending._num_held
-        for step in decodes[7:9]:
-            forward(step[0])
-        forward(
-            Segment(0, 20, ids[0, 9:11], 73, True, logits="all", num_drafts=1),
-        )
-        runner.commit(Batch((Segment(0, 20, ids[0, 9:11], 73, True, num_drafts=1),)), [2])
-        for step in decodes[11:20]:
-            forward(step[0])
-        # An earlier row belongs to another request from here on: it must not be written later.
-        forward(decodes[20][0], writes=[(0, 70, rows[0, 70:71] + 100)])
-        for step in decodes[21:30]:
-            forward(step[0])
-        pending.settle()
-        head = [pool[100:300].clone() for pool in runner.tensors.pools[-1][:2]]
-        pools.append([*head, runner.tensors.pools[-1][2][20:22].clone()])
-        many = [*range(1, 10), *range(1, 11)]
-        assert counts == [0, 2, 4, 6, 8, 10, 1, 1, 1, 1, 2, 0, *many] or not defers
-    for one, other in zip(*pools, strict=True):
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-        assert one.isfinite().any()
 
 
 def count_moves(runner: Any) -> list[Any]:

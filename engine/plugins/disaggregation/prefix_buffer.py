@@ -96,7 +96,7 @@ class PrefixBuffer:
     @classmethod
     def of(cls, runner: ModelRunner) -> PrefixBuffer:
         """Return the buffer of a runner's memory."""
-        return cls(runner.tensors, runner.pool_specs, runner.flush_pending)
+        return cls(runner.tensors, runner.pool_specs, runner.return_states)
 
     @property
     def row_bytes(self) -> int:
