@@ -22,6 +22,21 @@ slot."""
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of hidden states that are tokens. All other rows are padding."""
+
+    count: int
+    """Number of rows from the first one on that may be tokens."""
+    live: torch.Tensor | None = None
+    """int64 ``[count]``: zero for padding among them, which a graph knows on the device only. None
+    if all are tokens."""
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows of ``x`` that may be tokens."""
+        return x[: self.count]
+
+
+@dataclass(frozen=True, slots=True)
 class DecodePart:
     """The first D tokens: one of each decoding sequence."""
 
@@ -126,9 +141,15 @@ class LayerInputs:
     prefill: PrefillPart | None
     num_verify: int = 0
     verify: VerifyPart | None = None
+    live: torch.Tensor | None = None
+    """See ``Rows.live``, with T as count."""
     on_mixed: Callable[[int], None] | None = None
     """Called with the rank of every mixer when its work was launched. Rows and states up to this
     mixer are then those after the step."""
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.num_tokens, self.live)
 
     def by_part(self, compute: Callable[[StepPart, slice], torch.Tensor]) -> torch.Tensor:
         """Call ``compute`` with each part and its range of tokens, and concatenate the results."""

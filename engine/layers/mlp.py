@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.layers.experts import ExpertNames, Experts
-from engine.layers.inputs import pad_rows
+from engine.layers.inputs import Rows, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Composite
 from hybridcache.geometry.sizes import ExpertsSizes
@@ -43,7 +43,7 @@ class MLP(Composite):
         self._gate_multiplier = gate_multiplier
         self._activate = build.kernels["activation"].silu_and_mul
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         gate_up = self.gate_up(x)
         if self._gate_multiplier != 1.0:
             gate, up = gate_up.chunk(2, dim=-1)
@@ -67,7 +67,7 @@ class SquaredReluMLP(Composite):
         self.layers = self.up, self.down
         self._activate = build.kernels["activation"].relu_squared
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return self.down(self._activate(self.up(x)))
 
 
@@ -117,16 +117,16 @@ class ExpertsMLP(Composite):
         self._route = build.kernels["moe"].route
         self._gate = build.kernels["activation"].sigmoid_mul
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Compute the block. Padding rows are not routed, because they would load experts for
         nothing."""
         scores = self._router(x)
         logits, shared_gate = scores.split([self._num_experts, 1], dim=-1)
-        weights, experts = self._route(logits[:num_tokens], self._k, self._renormalises)
-        routed = x[:num_tokens], weights, experts
+        weights, experts = self._route(rows.of(logits), self._k, self._renormalises, live=rows.live)
+        routed = rows.of(x), weights, experts
         if self._shared is None:
-            out = pad_rows(self._experts(*routed, shared_gate[:num_tokens]), len(x))
+            out = pad_rows(self._experts(*routed, rows.of(shared_gate)), len(x))
         else:
-            out = self._gate(self._shared(x, num_tokens), shared_gate)
-            out[:num_tokens] += self._experts(*routed)
+            out = self._gate(self._shared(x, rows), shared_gate)
+            rows.of(out).add_(self._experts(*routed))
         return self._rank.sum(out)

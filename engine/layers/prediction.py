@@ -116,13 +116,13 @@ class PredictionHead(Composite):
         self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
     ) -> torch.Tensor:
         """Compute ``draft`` with ``inputs`` from `ahead`."""
-        count, num_rows = inputs.num_tokens, inputs.num_rows
+        num_rows = inputs.num_rows
         entered = self._enter(pad_rows(embedded, num_rows), pad_rows(before, num_rows))
         projected, residual = self._attention.project(entered, None)
         mixed = self._attention.block.mix(projected, inputs, pools[:2])
         hidden = self._attention.finish(mixed, projected)
-        hidden, residual = self._mlp(hidden, residual, count)
-        return self._norm.add(hidden, residual)[0][:count]
+        hidden, residual = self._mlp(hidden, residual, inputs.rows)
+        return self._norm.add(hidden, residual)[0][: inputs.num_tokens]
 
 
 def ahead(

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from engine.layers.inputs import LayerInputs, Pools
+from engine.layers.inputs import LayerInputs, Pools, Rows
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Composite, Layer
 from hybridcache.geometry.sizes import Spec
@@ -54,8 +54,8 @@ class Mixer(Layer, Protocol):
 class FeedForward(Layer, Protocol):
     """A block that processes each token separately."""
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Convert ``[num_rows, H]`` to the same shape; rows after ``num_tokens`` are padding."""
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Convert ``[num_rows, H]`` to the same shape; ``rows`` are those that are tokens."""
         ...
 
 
@@ -114,11 +114,11 @@ class FeedForwardStep(Residual[FeedForward]):
     """An MLP or experts, and their norms."""
 
     def __call__(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, num_tokens: int
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (the output that is added to the stream, the stream)."""
         normed, residual = self.enter(hidden, residual)
-        return self.leave(self.block(normed, num_tokens)), residual
+        return self.leave(self.block(normed, rows)), residual
 
 
 class Parallel(Composite):

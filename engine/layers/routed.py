@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from engine.layers.experts import ExpertNames, Experts
-from engine.layers.inputs import pad_rows
+from engine.layers.inputs import Rows, pad_rows
 from engine.layers.linear import Linear, Part
 from engine.layers.parameters import Build, Composite, Layer, Parameter
 from engine.layers.residual import FeedForward
@@ -19,9 +19,8 @@ from hybridcache.geometry.sizes import ExpertsSizes
 class Router(Layer, Protocol):
     """Selects the experts of each token and their weights."""
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights ``[T, k]`` and experts ``[T, k]`` of the first tokens of ``x [num_rows,
-        H]``."""
+    def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights and experts ``[T, k]`` of the ``rows`` of ``x [num_rows, H]``."""
         ...
 
 
@@ -38,8 +37,10 @@ class SoftmaxRouter(Composite):
         self.layers = (self._linear,)
         self._route = build.kernels["moe"].route
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, experts = self._route(self._linear(x)[:num_tokens], self._k, self._renormalises)
+    def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = self._route(
+            rows.of(self._linear(x)), self._k, self._renormalises, live=rows.live
+        )
         return weights, experts
 
 
@@ -74,14 +75,15 @@ class SigmoidRouter(Composite):
         if self._bias is not None and self._bias_name is not None:
             yield self._bias_name, Parameter(self._bias)
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         weights, experts = self._route(
-            self._linear(x.float())[:num_tokens],
+            rows.of(self._linear(x.float())),
             self._bias,
             self._k,
             self._renormalises,
             scale=self._scale,
             eps=self._eps,
+            live=rows.live,
         )
         return weights, experts
 
@@ -113,12 +115,12 @@ class RoutedExperts(Composite):
         self.layers = [layer for layer in layers if layer is not None]
         self._rank = build.rank
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Compute the block. Padding rows are not routed, because they would load experts for
         nothing."""
-        weights, experts = self._router(x, num_tokens)
+        weights, experts = self._router(x, rows)
         inner = x if self._narrow is None else self._narrow(x)
-        out = self._rank.sum(self._experts(inner[:num_tokens], weights, experts))
+        out = self._rank.sum(self._experts(rows.of(inner), weights, experts))
         out = pad_rows(out, len(x))
         return out if self._widen is None else self._widen(out)
 
@@ -129,6 +131,6 @@ class Beside(Composite):
     def __init__(self, blocks: Sequence[FeedForward]) -> None:
         self.layers = self._blocks = blocks
 
-    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        outs = [block(x, num_tokens) for block in self._blocks]
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        outs = [block(x, rows) for block in self._blocks]
         return sum(outs[1:], outs[0])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.layers.attention import Attention
-from engine.layers.inputs import LayerInputs, Pools
+from engine.layers.inputs import LayerInputs, Pools, Rows
 from engine.layers.linear import Linear, Part
 from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
@@ -162,18 +162,18 @@ class Decoder(ABC):
     ) -> torch.Tensor:
         """Compute the hidden states ``[num_rows, H]`` after the final norm, and update the pools,
         one entry per mixer."""
-        out, residual = self.start(token_ids, inputs.num_tokens)
+        out, residual = self.start(token_ids, inputs.rows)
         for rank, step in enumerate(self.mixers):
             mixed = step.block.mix(out, inputs, pools[rank])
             if inputs.on_mixed is not None:
                 inputs.on_mixed(rank)
-            out, residual = self.resume(rank, mixed, out, residual, inputs.num_tokens)
+            out, residual = self.resume(rank, mixed, out, residual, inputs.rows)
         return out
 
-    def start(self, token_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(self, token_ids: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the layers up to the first mixer. Returns (its input product, the residual
         stream)."""
-        return self._advance(0, self.embedding(token_ids), None, num_tokens)
+        return self._advance(0, self.embedding(token_ids), None, rows)
 
     def resume(
         self,
@@ -181,7 +181,7 @@ class Decoder(ABC):
         mixed: torch.Tensor,
         projected: torch.Tensor,
         residual: torch.Tensor,
-        num_tokens: int,
+        rows: Rows,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Continue after mixer ``rank``, with its output.
 
@@ -189,13 +189,13 @@ class Decoder(ABC):
         residual stream).
         """
         hidden = self.mixers[rank].finish(mixed, projected)
-        return self._advance(rank + 1, hidden, residual, num_tokens)
+        return self._advance(rank + 1, hidden, residual, rows)
 
     def _advance(
-        self, rank: int, hidden: torch.Tensor, residual: torch.Tensor | None, num_tokens: int
+        self, rank: int, hidden: torch.Tensor, residual: torch.Tensor | None, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         for step in self._between[rank]:
-            hidden, residual = step(hidden, residual, num_tokens)
+            hidden, residual = step(hidden, residual, rows)
         if rank == len(self.mixers):
             return self.norm.add(hidden, residual)
         return self.mixers[rank].project(hidden, residual)

@@ -4,7 +4,7 @@ The launches of a graph are captured once and replayed, to reduce the host's wor
 
 A graph repeats the same launches on the same memory. Therefore inputs are copied into buffers with
 fixed addresses, and sizes are rounded up to buckets. The unused entries are padding, which reads
-and writes the padding rows and slots of the pools.
+and writes the padding rows and slots of the pools, and is not routed to experts.
 
 - `DecodeGraphs`: a step with decodes only is one graph.
 - `VerifyGraphs`: a step of decodes, some of them with drafts, is one graph.
@@ -28,7 +28,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.layers.inputs import DecodePart, LayerInputs, RotaryTable, VerifyPart, tokens_before
+from engine.layers.inputs import (
+    DecodePart,
+    LayerInputs,
+    RotaryTable,
+    Rows,
+    VerifyPart,
+    tokens_before,
+)
 from engine.layers.residual import Mixer
 from engine.models.decoder import Decoder
 from engine.runner.memory import Memory
@@ -102,13 +109,14 @@ class DecodeGraphs:
         self._bounds = kv_bounds(table.host.shape[1])
         self._replays: dict[tuple[int, int], Replay] = {}
         slot = memory.padding_slot or 0
-        column = np.array([0, 0, memory.padding_row, table.padding_row, 1, slot])
+        column = np.array([0, 0, memory.padding_row, table.padding_row, 1, slot, 0])
         most = self._sizes[-1]
         self._padding = upload(
             np.repeat(column[:, None], most, axis=1), torch.int64, table.device.device
         )
         self._inputs = self._padding.clone()
-        """int64[6, D]: token, position, KV index, row, KV length and slot of each sequence."""
+        """int64[7, D]: token, position, KV index, row, KV length and slot of each sequence, and one
+        if it is not padding."""
         self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
 
     @property
@@ -148,6 +156,7 @@ class DecodeGraphs:
                 segment.row,
                 segment.end,
                 segment.slot or 0,
+                1,
             )
             for segment in segments
         ]
@@ -160,7 +169,8 @@ class DecodeGraphs:
         self._inputs.copy_(self._padding)
 
         def work() -> None:
-            token_ids, positions, kv_indices, rows, kv_lens, slots = self._inputs[:, :size].unbind()
+            columns = self._inputs[:, :size].unbind()
+            token_ids, positions, kv_indices, rows, kv_lens, slots, live = columns
             cos, sin = self._rotary(positions)
             sequences = Sequences(
                 rows=(self._table.padding_row,) * size,
@@ -178,6 +188,7 @@ class DecodeGraphs:
                 table=self._table.device,
                 decode=DecodePart(sequences, slots.int()),
                 prefill=None,
+                live=live,
             )
             self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
 
@@ -194,6 +205,9 @@ class PrefillGraphs:
         self._replays: dict[int, list[Replay]] = {}
         weight = model.embedding.weight
         self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=weight.device)
+        ones = torch.ones_like(self._token_ids)
+        self._live, self._steps = ones, torch.cat([ones, torch.zeros_like(ones)])
+        """See ``Rows.live``, and its values for every number of tokens."""
         self._residual = weight.new_zeros(self._sizes[-1], weight.shape[1])
         self._hidden = torch.zeros_like(self._residual)
         self._buffers: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -221,6 +235,8 @@ class PrefillGraphs:
             self.capture(size)
         self._token_ids[: step.num_tokens].copy_(token_ids[: step.num_tokens])
         self._token_ids[step.num_tokens : size].zero_()
+        first = self._sizes[-1] - step.num_tokens
+        self._live[:size].copy_(self._steps[first : first + size])
         step = replace(step, num_rows=size)
         *replays, last = self._replays[size]
         pools_of = self._pools[: len(replays)]
@@ -250,11 +266,12 @@ class PrefillGraphs:
     def _piece(self, rank: int, size: int) -> None:
         """Compute the layers between the mixers ``rank - 1`` and ``rank``."""
         mixers, residual = self._mixers, self._residual[:size]
+        rows = Rows(size, self._live[:size])
         if rank == 0:
-            out, stream = self._model.start(self._token_ids[:size], size)
+            out, stream = self._model.start(self._token_ids[:size], rows)
         else:
             projected, mixed = (x[:size] for x in self._buffers_of(mixers[rank - 1]))
-            out, stream = self._model.resume(rank - 1, mixed, projected, residual, size)
+            out, stream = self._model.resume(rank - 1, mixed, projected, residual, rows)
         if rank == len(mixers):
             self._hidden[:size].copy_(out)
         else:
@@ -333,8 +350,9 @@ class VerifyGraphs:
         self._replays: dict[Bucket, Replay] = {}
         most, device = self._sizes[-1], table.device.device
         # Rows of a multiple of 16 bytes, because kernels are compiled for aligned tables.
-        self._host_tokens = np.zeros((4, most), np.int64)
-        """Id, position and KV index of each token, and the index of the token before it."""
+        self._host_tokens = np.zeros((5, most), np.int64)
+        """Id, position and KV index of each token, the index of the token before it, and one if it
+        is not padding."""
         self._host_tables = np.zeros((7, -(-(most + 1) // 4) * 4), np.int32)
         """Slot of the state after each token, its row and KV length; row, KV length and slot of
         each sequence; start of each sequence."""
@@ -383,8 +401,8 @@ class VerifyGraphs:
             tables[3:6, b] = segment.row, segment.end, self._running.at(slot)
         count, slot, live = firsts[-1], memory.padding_slot or 0, len(segments)
         row = self._table.padding_row
-        tokens[3, :count] = tokens_before(lengths, size)
-        for part, padding in zip(tokens, (0, 0, memory.padding_row, 0), strict=True):
+        tokens[3, :count], tokens[4, :count] = tokens_before(lengths, size), 1
+        for part, padding in zip(tokens, (0, 0, memory.padding_row, 0, 0), strict=True):
             part[count:size] = padding
         tables[0, count:size], tables[1, count:size] = slot, row
         tables[2, :size] = tokens[1, :size] + 1
@@ -403,7 +421,7 @@ class VerifyGraphs:
     def _recorded(self, size: int, bound: int) -> Replay:
         """Compute the step in the input tables, and return the function that computes the next
         one."""
-        token_ids, positions, kv_indices, before = self._tokens[:, :size].unbind()
+        token_ids, positions, kv_indices, before, live = self._tokens[:, :size].unbind()
         step_slots, token_rows, token_kv_lens = self._tables[:3, :size].unbind()
         rows, kv_lens, slots = self._tables[3:6, :size].unbind()
         bounds = _in_pieces(size, self._longest)
@@ -429,6 +447,7 @@ class VerifyGraphs:
                 decode=None,
                 prefill=None,
                 num_verify=size,
+                live=live,
                 verify=VerifyPart(packed, sequences, tokens, slots, step_slots, before),
             )
             self._logits[:size].copy_(self._head(self._forward(token_ids, step)))

@@ -32,7 +32,6 @@ from engine.schedule.batch import Batch, Segment
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from experiments.gpu.serving import BIG
 from experiments.gpu.stub_device import Launches, StubDevice, stubbed
-from kernels.attention import splits
 
 MEMORY_BYTES = 141 * 10**9
 MEMORY_BYTES_S = 4.8e12
@@ -142,6 +141,8 @@ class RecordedModel:
     """Model on a device without memory, with one period of layers, that records its launches."""
 
     def __init__(self, stack: ExitStack) -> None:
+        from kernels.attention import splits  # Imports triton.
+
         meta = StubDevice(torch_device=torch.device("meta"))
         cpu = Device.resolve("cpu")
         patches = stack.enter_context(pytest.MonkeyPatch.context())

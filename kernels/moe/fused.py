@@ -20,6 +20,7 @@ import triton.language as tl
 
 from kernels.linear.fused import BLOCK, depth_of, multiply_span, scales_of
 from kernels.moe.reference import quantize_experts
+from kernels.moe.sigmoid import NO_EXPERT
 from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
 from kernels.target import pipeline_stages
 from kernels.tuning import tuned
@@ -58,6 +59,7 @@ class Blocks(NamedTuple):
 @triton.jit
 def route_kernel(
     logits,
+    live,
     weights,
     experts,
     stride,
@@ -89,6 +91,8 @@ def route_kernel(
         b_experts = tl.where(o_k == i, chosen, b_experts)
     if RENORMALISE:
         b_weights = b_weights / tl.sum(b_weights, axis=0)
+    if live is not None:
+        b_experts = tl.where(tl.load(live + i_t) != 0, b_experts, NO_EXPERT)
     tl.store(weights + i_t * K + o_k, b_weights, mask=o_k < K)
     tl.store(experts + i_t * K + o_k, b_experts, mask=o_k < K)
 
@@ -107,14 +111,16 @@ def sort_pairs_kernel(
     b_total = tl.zeros([BE], tl.int32)
     for start in range(0, num_pairs, BP):
         m_p = start + o_p < num_pairs
-        b_total += tl.histogram(tl.load(experts + start + o_p, mask=m_p, other=E), BE)
+        b_e = tl.load(experts + start + o_p, mask=m_p, other=NO_EXPERT)
+        b_total += tl.histogram(tl.where(b_e == NO_EXPERT, E, b_e), BE)
     b_blocks = tl.where(o_e < E, (b_total + BT - 1) // BT, 0)  # [BE]
     first = tl.sum(tl.where(o_e < i_e, b_blocks, 0), axis=0)
     num_blocks = tl.sum(tl.where(o_e == i_e, b_blocks, 0), axis=0)
     row = first * BT
     for start in range(0, num_pairs, BP):
         m_p = start + o_p < num_pairs
-        b_is_own = (tl.load(experts + start + o_p, mask=m_p, other=E) == i_e).to(tl.int32)
+        b_is_own = tl.load(experts + start + o_p, mask=m_p, other=NO_EXPERT) == i_e
+        b_is_own = b_is_own.to(tl.int32)
         b_row = row + tl.cumsum(b_is_own, axis=0) - b_is_own
         tl.store(pairs + b_row, start + o_p, mask=b_is_own > 0)
         row += tl.sum(b_is_own, axis=0)
@@ -132,12 +138,12 @@ def rank_pairs_kernel(experts, ranks, counts, totals, num_pairs, E: tl.constexpr
     o_p = tl.arange(0, BP)
     o_pair = tl.program_id(0) * BP + o_p
     mask = o_pair < num_pairs
-    b_e = tl.load(experts + o_pair, mask=mask, other=-1)  # [BP]
+    b_e = tl.load(experts + o_pair, mask=mask, other=NO_EXPERT)  # [BP]
     b_same = b_e[:, None] == b_e[None, :]
     b_rank = tl.sum((b_same & (o_p[:, None] > o_p[None, :])).to(tl.int32), axis=1)
     b_count = tl.sum(b_same.to(tl.int32), axis=1)
     tl.store(ranks + o_pair, b_rank, mask=mask)
-    is_last = mask & (b_rank == b_count - 1)
+    is_last = (b_e != NO_EXPERT) & (b_rank == b_count - 1)
     tl.store(counts + tl.program_id(0) * E + b_e, b_count, mask=is_last)
     tl.atomic_add(totals + b_e, b_count, mask=is_last, sem="relaxed")
 
@@ -185,8 +191,8 @@ def place_experts_kernel(
 def place_pairs_kernel(experts, ranks, rows, pairs, num_pairs, E: tl.constexpr, BP: tl.constexpr):
     """Program i: writes its BP pairs to their rows."""
     o_pair = tl.program_id(0) * BP + tl.arange(0, BP)
-    mask = o_pair < num_pairs
-    b_e = tl.load(experts + o_pair, mask=mask, other=0)
+    b_e = tl.load(experts + o_pair, mask=o_pair < num_pairs, other=NO_EXPERT)
+    mask = b_e != NO_EXPERT
     b_row = tl.load(rows + tl.program_id(0) * E + b_e, mask=mask, other=0)
     tl.store(pairs + b_row + tl.load(ranks + o_pair, mask=mask, other=0), o_pair, mask=mask)
 
@@ -219,10 +225,15 @@ def block_rows(
 
 
 @triton.jit
-def is_unused(i_block, block_count, num_pairs, K, BT, SHARED: tl.constexpr):
-    """Return True if a block has no pairs, which is known on the device only."""
-    num_shared = 0 if SHARED is None else tl.cdiv(num_pairs // K, BT)
-    return i_block - num_shared >= tl.load(block_count)
+def is_unused(i_block, block_experts, block_count, num_pairs, K, BT, SHARED: tl.constexpr):
+    """Return True if a block has no pairs, or one without an expert. Both are known on the device
+    only."""
+    i_routed = i_block - (0 if SHARED is None else tl.cdiv(num_pairs // K, BT))
+    if block_count is None:
+        unused = tl.load(block_experts + i_routed, mask=i_routed >= 0, other=0) == NO_EXPERT
+    else:
+        unused = i_routed >= tl.load(block_count)
+    return unused
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -252,9 +263,8 @@ def gate_up_kernel(
     Gate and up rows of w are read together. If not GATED: ``relu(w[e] @ x[token of p])^2``.
     """
     i_block = tl.program_id(1)
-    if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
-        if is_unused(i_block, block_count, num_pairs, K, BT, SHARED):
-            return
+    if is_unused(i_block, block_experts, block_count, num_pairs, K, BT, SHARED):
+        return
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     i_e, o_p, o_token, m_t = block_rows(pairs, block_experts, i_block, num_pairs, K, BT, SHARED)
     m_m = o_m < INNER
@@ -328,9 +338,8 @@ def down_kernel(
 ):
     """Compute ``y[p] = w[e] @ inner[p]``."""
     i_block = tl.program_id(1)
-    if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
-        if is_unused(i_block, block_count, num_pairs, K, BT, SHARED):
-            return
+    if is_unused(i_block, block_experts, block_count, num_pairs, K, BT, SHARED):
+        return
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     i_e, o_p, _, m_t = block_rows(pairs, block_experts, i_block, num_pairs, K, BT, SHARED)
     m_m = o_m < H
@@ -348,14 +357,15 @@ def down_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def weighted_sum_kernel(
-    results, weights, shared_gate, y, num_pairs, gate_stride,
+    results, weights, experts, shared_gate, y, num_pairs, gate_stride,
     K: tl.constexpr, H: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     b_y = tl.zeros([BH], tl.float32)
     for i in tl.static_range(K):
-        b_result = tl.load(results + (i_t * K + i) * H + o_h, mask=o_h < H, other=0.0)
+        mask = (o_h < H) & (tl.load(experts + i_t * K + i) != NO_EXPERT)
+        b_result = tl.load(results + (i_t * K + i) * H + o_h, mask=mask, other=0.0)
         b_y += b_result.to(tl.float32) * tl.load(weights + i_t * K + i)
     if shared_gate is not None:
         gate = tl.sigmoid(tl.load(shared_gate + i_t * gate_stride).to(tl.float32))
@@ -364,7 +374,9 @@ def weighted_sum_kernel(
     tl.store(y + i_t * H + o_h, b_y.to(y.dtype.element_ty), mask=o_h < H)
 
 
-def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits: torch.Tensor, k: int, renormalise: bool, live: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the k most probable experts of each token; see ``reference.route``.
 
     logits may be a view of wider rows.
@@ -375,6 +387,7 @@ def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor
     if num_tokens:
         route_kernel[(num_tokens,)](
             logits,
+            live,
             weights,
             experts,
             logits.stride(0),
@@ -488,6 +501,7 @@ def _experts(
     weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
         results,
         weights,
+        experts,
         shared_gate,
         out,
         num_pairs,

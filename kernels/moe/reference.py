@@ -16,8 +16,13 @@ JOINS_SHARED = False
 """True if a shared expert that is as large as the others is faster as the last of them than by
 itself."""
 
+NO_EXPERT = -1
+"""Expert of padding rows, which read no weight of a routed expert and get zeros from them."""
 
-def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+
+def route(
+    logits: torch.Tensor, k: int, renormalise: bool, live: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the k most probable experts of each token: softmax over all experts, then the top k.
 
     Ties go to the lower index.
@@ -25,6 +30,7 @@ def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor
     Args:
         logits: ``[T, E]``.
         renormalise: True to divide the k weights by their sum.
+        live: ``[T]``, zero for padding rows, which get ``NO_EXPERT``. None if there are none.
 
     Returns:
         Weights float32 ``[T, k]`` in descending order, and experts int32 ``[T, k]``.
@@ -40,7 +46,7 @@ def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor
     weights = probabilities.gather(-1, experts)
     if renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, experts.int()
+    return weights, _of_live(experts, live)
 
 
 def route_sigmoid(
@@ -51,6 +57,7 @@ def route_sigmoid(
     *,
     scale: float = 1.0,
     eps: float = 1e-20,
+    live: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the k experts of each token with the highest ``sigmoid(logit) + bias``.
 
@@ -60,6 +67,7 @@ def route_sigmoid(
     Args:
         logits: ``[T, E]``. bias: float32 ``[E]`` or None.
         renormalise: True to divide the k weights by their sum plus ``eps``.
+        live: As in ``route``.
 
     Returns:
         Weights float32 ``[T, k]`` and experts int32 ``[T, k]``, by descending score.
@@ -72,7 +80,12 @@ def route_sigmoid(
     weights = scores.gather(-1, experts)
     if renormalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + eps)
-    return weights * scale, experts.int()
+    return weights * scale, _of_live(experts, live)
+
+
+def _of_live(experts: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    experts = experts.int()
+    return experts if live is None else experts.masked_fill(live[:, None] == 0, NO_EXPERT)
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -191,10 +204,11 @@ def sum_of_products(
     num_tokens, k = experts.shape
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
-    counts = flat.bincount(minlength=len(products)).tolist()
+    start, *counts = (flat + 1).bincount(minlength=len(products) + 1).tolist()
     grouped = hidden[order // k]
     results = torch.empty_like(grouped)
-    start = 0
+    if start:  # Pairs without an expert come first.
+        results[order[:start]] = 0.0
     for (up, down), count in zip(products, counts, strict=True):
         if count:
             rows = slice(start, start + count)

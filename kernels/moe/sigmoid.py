@@ -6,11 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.moe import reference
+
+NO_EXPERT = tl.constexpr(reference.NO_EXPERT)
+
 
 @triton.jit
 def route_sigmoid_kernel(
     logits,
     bias,
+    live,
     weights,
     experts,
     stride,
@@ -48,6 +53,8 @@ def route_sigmoid_kernel(
         b_weights = tl.where(o_k == i, weight, b_weights)
     if RENORMALISE:
         b_weights = b_weights / (tl.sum(b_weights, axis=0) + eps)
+    if live is not None:
+        b_experts = tl.where(tl.load(live + i_t) != 0, b_experts, NO_EXPERT)
     tl.store(weights + i_t * K + o_k, b_weights * scale, mask=o_k < K)
     tl.store(experts + i_t * K + o_k, b_experts, mask=o_k < K)
 
@@ -60,6 +67,7 @@ def route_sigmoid(
     *,
     scale: float = 1.0,
     eps: float = 1e-20,
+    live: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the k experts of each token with the highest ``sigmoid(logit) + bias``.
 
@@ -72,6 +80,7 @@ def route_sigmoid(
         route_sigmoid_kernel[(num_tokens,)](
             logits,
             bias,
+            live,
             weights,
             experts,
             logits.stride(0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from unittest.mock import patch
 
@@ -275,3 +276,62 @@ def test_row_count_changes_no_bit(format, device) -> None:
     assert {fused.make_blocks(experts[:n], 32).rows for n in counts} == {16, 32, 64}
     for n in counts:
         assert torch.equal(product(hidden[:n], weights[:n], experts[:n]), whole[:n]), n
+
+
+@pytest.fixture
+def addresses(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Addresses of the elements of every load."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs the Triton interpreter")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found: list[torch.Tensor] = []
+    load = InterpreterBuilder.create_masked_load
+
+    def recording(builder, pointers, mask, *rest):
+        found.append(torch.from_numpy(pointers.data[mask.data].astype("int64")))
+        return load(builder, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", recording)
+    return found
+
+
+def experts_read(addresses: list[torch.Tensor], weight: torch.Tensor) -> set[int]:
+    """Return the experts of which a load read a weight."""
+    ranks = (torch.cat(addresses) - weight.data_ptr()) // weight[0].nbytes
+    return set(ranks[(ranks >= 0) & (ranks < len(weight))].tolist())
+
+
+@pytest.mark.parametrize("has_shared", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_live", "most_pairs"),
+    [(4, 3, 0), (16, 9, 0), (40, 21, 4096), (80, 65, 16), (3, 0, 0)],
+)
+def test_padding_rows_read_no_expert(
+    num_tokens, num_live, most_pairs, has_shared, device, addresses
+) -> None:
+    """Padding rows have logits of experts 6 and 7, which no token selects."""
+    inputs = layer(num_tokens, 9, 32, 16, torch.float32, device)
+    logits, hidden, gate = inputs["logits"][:, :8], inputs["hidden"], inputs["logits"][:, 8:]
+    logits[:num_live, 6:], logits[num_live:, 6:] = -50.0, 50.0
+    live = torch.arange(num_tokens, device=device) < num_live
+    weights = [inputs["w13"], inputs["w2"]]
+    shared = {"shared_gate": gate} if has_shared else {}
+    for name in ("route", "route_sigmoid"):
+        bias = (torch.zeros(8, device=device),) if name == "route_sigmoid" else ()
+        routed = getattr(fused, name)(logits, *bias, 2, True, live=live.long())
+        expected = getattr(reference, name)(logits, *bias, 2, True, live=live.long())
+        assert torch.equal(routed[1], expected[1])
+        assert (routed[1][num_live:] == reference.NO_EXPERT).all()
+        addresses.clear()
+        with patch.object(fused, "FEW_PAIRS", most_pairs):
+            out = fused.experts(hidden, *routed, *weights, **shared)
+        used = set(routed[1][:num_live].flatten().tolist()) | ({8} if has_shared else set())
+        assert all(experts_read(addresses, weight) == used for weight in weights)
+        plain = reference.experts(hidden, *expected, *weights, **shared)
+        torch.testing.assert_close(out, plain)
+        if not has_shared:
+            assert not out[num_live:].any() and not plain[num_live:].any()
+        own = (x[:num_live] for x in (hidden, *routed))
+        own_shared = {name: x[:num_live] for name, x in shared.items()}
+        assert torch.equal(out[:num_live], fused.experts(*own, *weights, **own_shared))

@@ -24,10 +24,11 @@ from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from experiments.gpu.stub_device import stubbed
 from kernels.attention import fused
+from kernels.moe import fused as moe
 
 KERNEL_OPTION = ",".join(
     f"{name}=fused"
-    for name in ("attention", "cache_write", "conv1d", "gdn", "kda", "mamba2", "mla")
+    for name in ("attention", "cache_write", "conv1d", "gdn", "kda", "mamba2", "mla", "moe")
 )
 
 
@@ -301,6 +302,24 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     driver.reset()
     assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
     assert recorder.num_recorded == 2 * (len(used) + 1)
+
+
+def test_padding_of_graphs_is_not_routed(make_verify_driver, monkeypatch):
+    """Steps of a prefill, of decodes, and of decodes with drafts."""
+    driver, rows = make_verify_driver(), []
+    make_blocks = moe.make_blocks
+
+    def recording(experts, num_experts):
+        rows.append((len(experts), int((experts >= 0).all(dim=1).sum())))
+        return make_blocks(experts, num_experts)
+
+    monkeypatch.setattr(moe, "make_blocks", recording)
+    driver.runner.use_graphs("all", Recorder())
+    serve(driver, PROMPTS, 2)
+    driver.reset()
+    verify(driver, PROMPTS, STEPS[:1])
+    captured = {(64, 64), (8, 0), (4, 0)}
+    assert set(rows) == captured | {(64, 13), (8, 5), (4, 4), (8, 5)}
 
 
 def test_graphs_require_kernels_with_device_lengths(drivers, monkeypatch):

@@ -9,7 +9,8 @@ from kernels.moe.fused import experts, experts_8bit, route, route_sigmoid
 
 def _experts(num_tokens: int) -> None:
     scores = torch.empty(num_tokens, 513, dtype=torch.bfloat16)
-    weights, chosen = route(scores[:, :512], 10, True)
+    live = torch.empty(num_tokens, dtype=torch.int64)
+    weights, chosen = route(scores[:, :512], 10, True, live=live)
     hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
     w13, w2 = _weights(torch.bfloat16)
     experts(hidden, weights, chosen, w13, w2, scores[:, 512:])
