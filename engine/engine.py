@@ -21,12 +21,12 @@ from engine.requests.request import Intake, RecentRequests, Request
 from engine.requests.spec import Prompt, RequestSpec, SamplingInput, SamplingParams
 from engine.schedule.batch import (
     EMPTY,
+    Batch,
     BytesLost,
     DraftPlanner,
     PendingTokens,
-    Step,
+    Segment,
     StepHooks,
-    Task,
 )
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, cache_report
@@ -105,7 +105,7 @@ class Engine:
         self._overlaps = config.overlap == "on" or (
             config.overlap == "auto" and runner.is_asynchronous
         )
-        self._in_flight: Step | None = None
+        self._in_flight: Batch | None = None
         self.interrupted: tuple[str, ...] = ()
         """Requests that were running when a step last failed."""
         self._requests: dict[str, Request] = {}
@@ -291,7 +291,7 @@ class Engine:
                 self.interrupted = interrupted
                 raise
 
-    def _schedule(self) -> Step:
+    def _schedule(self) -> Batch:
         self._laps = [self.clock()]
         step = self._scheduler.schedule()
         if step is EMPTY and self._in_flight is None:
@@ -302,7 +302,7 @@ class Engine:
         self._laps.append(self.clock())
         return step
 
-    def _forward(self, step: Step) -> Any:
+    def _forward(self, step: Batch) -> Any:
         before = self._in_flight.drawn if self._in_flight is not None else None
         logits = None
         if step.late_tokens and before is not None:
@@ -314,7 +314,7 @@ class Engine:
         self._laps.append(self.clock())
         return logits
 
-    def _sample(self, step: Step, logits: Any) -> None:
+    def _sample(self, step: Batch, logits: Any) -> None:
         """Start drawing the step's tokens, and scoring prompts if requested.
 
         Does not wait, except if a grammar depends on a token of the previous step: then it waits
@@ -325,25 +325,25 @@ class Engine:
         rows: list[int] = []
         scores: list[PendingTokens] = []
         num_rows = 0
-        for index, task in enumerate(step.segments):
-            first, num_rows = num_rows, num_rows + task.num_logits
-            if task.scores:
-                scores.append(_score(task, logits[first:num_rows], self._sampler))
-            if task.samples:
-                request = task.request
+        for index, segment in enumerate(step.segments):
+            first, num_rows = num_rows, num_rows + segment.num_logits
+            if segment.scores:
+                scores.append(_score(segment, logits[first:num_rows], self._sampler))
+            if segment.samples:
+                request = segment.request
                 drawn = (
                     partial(_token, self._in_flight, late_tokens[index])
                     if index in late_tokens
                     else None
                 )
-                inputs += request.sampling_inputs(task.drafts, drawn)
-                rows += range(num_rows - 1 - len(task.drafts), num_rows)
+                inputs += request.sampling_inputs(segment.drafts, drawn)
+                rows += range(num_rows - 1 - len(segment.drafts), num_rows)
         if inputs:
             step.drawn = self._sampler.launch(logits, inputs, rows)
         step.scores = scores
         self._laps.append(self.clock())
 
-    def _due(self, step: Step) -> Step:
+    def _due(self, step: Batch) -> Batch:
         """Return the step to commit now: this one, or with overlap the previous one, which the
         device has probably finished."""
         if not self._overlaps:
@@ -351,7 +351,7 @@ class Engine:
         due, self._in_flight = self._in_flight, step if step.segments else None
         return due or EMPTY
 
-    def _commit(self, step: Step) -> list[RequestOutput]:
+    def _commit(self, step: Batch) -> list[RequestOutput]:
         tokens = step.drawn.wait() if step.drawn is not None else ()
         scored = [score.wait() for score in step.scores]
         self._laps.append(self.clock())
@@ -381,7 +381,7 @@ class Engine:
         self._deliver(outputs)
         return outputs
 
-    def _tell_observer(self, step: Step) -> None:
+    def _tell_observer(self, step: Batch) -> None:
         if self._observer is None:
             return
         started, scheduled, computed, launched, waited = self._laps
@@ -543,16 +543,16 @@ class Engine:
         self._manager.check(self.runner.table_row)
 
 
-def _token(before: Step | None, row: int) -> int:
+def _token(before: Batch | None, row: int) -> int:
     """Wait for the token in ``row`` of those drawn by the step ``before``."""
     assert before is not None and before.drawn is not None
     return before.drawn.wait()[row].token_id
 
 
-def _score(task: Task, logits: Any, sampler: TokenSampler) -> PendingTokens:
-    """Start scoring the prompt tokens that follow the task's tokens."""
-    request = task.request
-    following = request.tokens[task.start + 1 : min(task.end + 1, request.prompt_len)]
+def _score(segment: Segment, logits: Any, sampler: TokenSampler) -> PendingTokens:
+    """Start scoring the prompt tokens that follow the segment's tokens."""
+    request = segment.request
+    following = request.tokens[segment.start + 1 : min(segment.end + 1, request.prompt_len)]
     return sampler.score(
         logits[: len(following)], following.tolist(), request.spec.prompt_logprobs or 0
     )

@@ -1,10 +1,9 @@
-"""One step as data: the runner's batch of segments, the engine's step of tasks, which extends it,
-drafts, and the hooks around steps."""
+"""One step as data: a batch of segments with its results, drafts, and the hooks around steps."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -24,8 +23,38 @@ class BytesLost(RuntimeError):
     """Data that a batch had to load is missing, so its rows must not be read."""
 
 
+UNKNOWN: Tokens = np.zeros(1, np.int32)
+"""Placeholder for a token that is drawn but has not reached the host."""
+
+
+NO_TOKENS: Tokens = np.empty(0, np.int32)
+NO_TOKENS.setflags(write=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens proposed as a continuation of a request."""
+
+    tokens: Tokens
+    """int32[d] with d of 1 or more."""
+    source: str
+    """Name of the drafter."""
+
+
+class PendingTokens(Protocol):
+    """Tokens that the device may still be computing."""
+
+    tokens: Any
+    """Argument of ``Runner.forward``, before the tokens have arrived."""
+
+    def wait(self) -> Sequence[SampledToken]:
+        """Wait until the tokens are computed, and return them."""
+        ...
+
+
 class Segment(Struct, frozen=True):
-    """One request's tokens in one step."""
+    """One request's tokens in one step. Other processes receive the fields up to
+    ``num_drafts``."""
 
     row: int
     """Row in the RequestTable, which already lists a KV index for every position up to ``end``."""
@@ -49,10 +78,86 @@ class Segment(Struct, frozen=True):
     num_drafts: int = 0
     """Number of draft tokens at the end of a decode. ``Runner.commit`` writes its state and its
     exports."""
+    request: Request = None  # type: ignore[assignment]
+    """Request of the tokens; set in every segment that the scheduler makes."""
+    lease: object = None
+    """Lease of the request when the step was planned. If the request has lost it in the meantime,
+    the results of the step do not apply to it."""
+    samples: bool = False
+    """True if the logits of the last position give the next token."""
+    drafter: str = ""
+    """Name of the source of the drafts."""
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        end: int,
+        exports: tuple[tuple[int, int], ...],
+        draft: Draft | None = None,
+    ) -> Segment:
+        """Make the segment that computes ``request`` from its scheduled length up to ``end``, and
+        ``draft``."""
+        lease, row = request.claims
+        start = request.scheduled_len
+        is_decode = start >= request.prefill_len
+        samples = end == request.known_len < request.max_len
+        token_ids = request.tokens[start:end] if end <= request.num_tokens else UNKNOWN
+        scores = not is_decode and request.wants_scores
+        return cls(
+            row,
+            lease.state_slot,
+            token_ids if draft is None else np.concatenate([token_ids, draft.tokens]),
+            start,
+            is_decode,
+            exports,
+            "all" if scores or draft else "last" if samples else "none",
+            request.namespace,
+            0 if draft is None else len(draft.tokens),
+            request,
+            lease,
+            samples,
+            "" if draft is None else draft.source,
+        )
+
+    def __reduce__(self) -> tuple[type[Segment], tuple[object, ...]]:
+        return Segment, tuple(getattr(self, name) for name in self.__struct_fields__[:9])
 
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
+
+    @property
+    def is_late(self) -> bool:
+        """True if the token to compute is drawn but has not reached the host."""
+        return self.token_ids is UNKNOWN
+
+    @property
+    def scores(self) -> bool:
+        """True if the logits of all positions are needed, for the prompt's log-probabilities."""
+        return self.logits == "all" and not self.num_drafts
+
+    @property
+    def drafts(self) -> Tokens:
+        return self.token_ids[-self.num_drafts :] if self.num_drafts else NO_TOKENS
+
+    def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
+        """Return the tokens that the step gave the request: the accepted drafts and one more.
+
+        Consumes all tokens that were drawn for the segment. Each was drawn as if the drafts before
+        it were accepted.
+        """
+        if not self.samples:
+            return []
+        run = [next(sampled)]
+        if not self.num_drafts:
+            return run
+        drawn = [next(sampled) for _ in range(self.num_drafts)]
+        for guess, token in zip(self.drafts.tolist(), drawn, strict=True):
+            if run[-1].token_id != guess:
+                break
+            run.append(token)
+        return run
 
     @property
     def num_logits(self) -> int:
@@ -62,8 +167,8 @@ class Segment(Struct, frozen=True):
 
 @dataclass(slots=True)
 class Batch:
-    """Input of the runner for one step: decode segments without drafts, then those with drafts,
-    then prefill segments.
+    """One step: decode segments without drafts, then those with drafts, then prefill segments; and
+    its results. Other processes receive it without results.
 
     Before the forward pass, ``moves``, ``row_writes`` and ``restores`` are executed, in this order.
     A batch without segments is executed for its moves only. A batch with neither segments nor moves
@@ -81,6 +186,15 @@ class Batch:
     moves: tuple[Transfer, ...] = ()
     """Moves of arena rows and transfers between tiers, in this order; see
     ``hybridcache.allocators.moves``."""
+    drawn: PendingTokens | None = None
+    """Next token of each segment that samples, and one after each of its drafts; None if no segment
+    samples, and before they are drawn."""
+    scores: Sequence[PendingTokens] = ()
+    """Prompt tokens with their log-probabilities, for each segment that scores."""
+
+    def __reduce__(self) -> tuple[type[Batch], tuple[object, ...]]:
+        inputs = self.segments, self.restores, self.row_writes, self.late_tokens, self.moves
+        return Batch, inputs
 
     def __post_init__(self) -> None:
         copies = self.restores or self.row_writes
@@ -93,6 +207,10 @@ class Batch:
     @property
     def num_decode_tokens(self) -> int:
         return sum(len(segment.token_ids) for segment in self.segments if segment.is_decode)
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(segment.num_drafts for segment in self.segments)
 
     @property
     def saved_by_decodes(self) -> list[tuple[int, int]]:
@@ -162,20 +280,6 @@ def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
     return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
 
 
-NO_TOKENS: Tokens = np.empty(0, np.int32)
-NO_TOKENS.setflags(write=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Tokens proposed as a continuation of a request."""
-
-    tokens: Tokens
-    """int32[d] with d of 1 or more."""
-    source: str
-    """Name of the drafter."""
-
-
 class Newest(NamedTuple):
     """Newest token of a request, which is not computed yet, and where the device stores the tokens
     before it."""
@@ -206,9 +310,9 @@ class DraftPlanner(Protocol):
         """Return True if any of them may get a draft in its next step."""
         ...
 
-    def learn(self, request: Request, draft: Draft, num_accepted: int, num_new: int) -> None:
-        """Record how many tokens of a draft were accepted. ``num_new`` tokens of the step are part
-        of the answer, which may have ended inside the draft."""
+    def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
+        """Record how many drafts of ``segment`` were accepted. ``num_new`` tokens of the step are
+        part of the answer, which may have ended inside the draft."""
         ...
 
     def forget(self, request: Request) -> None:
@@ -220,122 +324,7 @@ class DraftPlanner(Protocol):
         ...
 
 
-UNKNOWN: Tokens = np.zeros(1, np.int32)
-"""Placeholder for a token that is drawn but has not reached the host."""
-
-
-class Task(Segment, frozen=True, kw_only=True):
-    """A segment with its request. Other processes receive the segment alone."""
-
-    request: Request
-    lease: object
-    """Lease of the request when the step was planned. If the request has lost it in the meantime,
-    the results of the step do not apply to it."""
-    samples: bool
-    """True if the logits of the last position give the next token."""
-    draft: Draft | None = None
-    """Draft that is verified in this step; its tokens are the last of ``token_ids``."""
-
-    @classmethod
-    def of(
-        cls,
-        request: Request,
-        end: int,
-        exports: tuple[tuple[int, int], ...],
-        draft: Draft | None = None,
-    ) -> Task:
-        """Make the task that computes ``request`` from its scheduled length up to ``end``, and
-        ``draft``. See ``Segment`` for ``exports``."""
-        lease, row = request.claims
-        start = request.scheduled_len
-        is_decode = start >= request.prefill_len
-        samples = end == request.known_len < request.max_len
-        token_ids = request.tokens[start:end] if end <= request.num_tokens else UNKNOWN
-        scores = not is_decode and request.wants_scores
-        return cls(
-            row=row,
-            slot=lease.state_slot,
-            token_ids=token_ids if draft is None else np.concatenate([token_ids, draft.tokens]),
-            start=start,
-            is_decode=is_decode,
-            exports=exports,
-            logits="all" if scores or draft else "last" if samples else "none",
-            namespace=request.namespace,
-            num_drafts=0 if draft is None else len(draft.tokens),
-            request=request,
-            lease=lease,
-            samples=samples,
-            draft=draft,
-        )
-
-    def __reduce__(self) -> tuple[type[Segment], tuple[object, ...]]:
-        return Segment, tuple(getattr(self, name) for name in Segment.__struct_fields__)
-
-    @property
-    def is_late(self) -> bool:
-        """True if the token to compute is drawn but has not reached the host."""
-        return self.token_ids is UNKNOWN
-
-    @property
-    def scores(self) -> bool:
-        """True if the logits of all positions are needed, for the prompt's log-probabilities."""
-        return self.logits == "all" and self.draft is None
-
-    @property
-    def drafts(self) -> Tokens:
-        return NO_TOKENS if self.draft is None else self.draft.tokens
-
-    def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
-        """Return the tokens that the step gave the request: the accepted drafts and one more.
-
-        Consumes all tokens that were drawn for the task. Each was drawn as if the drafts before it
-        were accepted.
-        """
-        if not self.samples:
-            return []
-        run = [next(sampled)]
-        if self.draft is None:
-            return run
-        drawn = [next(sampled) for _ in self.drafts]
-        for guess, token in zip(self.drafts.tolist(), drawn, strict=True):
-            if run[-1].token_id != guess:
-                break
-            run.append(token)
-        return run
-
-
-class PendingTokens(Protocol):
-    """Tokens that the device may still be computing."""
-
-    tokens: Any
-    """Argument of ``Runner.forward``, before the tokens have arrived."""
-
-    def wait(self) -> Sequence[SampledToken]:
-        """Wait until the tokens are computed, and return them."""
-        ...
-
-
-@dataclass(slots=True)
-class Step(Batch):
-    """One step: the batch of its tasks, and its results. Other processes receive the batch
-    alone."""
-
-    segments: tuple[Task, ...]
-    drawn: PendingTokens | None = None
-    """Next token of each task that samples, and one after each of its drafts; None if no task
-    samples, and before they are drawn."""
-    scores: Sequence[PendingTokens] = ()
-    """Prompt tokens with their log-probabilities, for each task that scores."""
-
-    def __reduce__(self) -> tuple[type[Batch], tuple[object, ...]]:
-        return Batch, tuple(getattr(self, field.name) for field in fields(Batch))
-
-    @property
-    def has_drafts(self) -> bool:
-        return any(task.draft is not None for task in self.segments)
-
-
-EMPTY = Step(())
+EMPTY = Batch(())
 """Step without work: the runner is not called."""
 
 
@@ -353,7 +342,7 @@ class StepHooks:
     def wait(self) -> None:
         """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
 
-    def after_step(self, step: Step, seconds: float) -> None:
+    def after_step(self, step: Batch, seconds: float) -> None:
         """Record that ``step`` was computed in ``seconds``. It is committed next."""
 
     def on_step_failed(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.requests.request import Request
-from engine.schedule.batch import EMPTY, Draft, DraftPlanner, Step, Task
+from engine.schedule.batch import EMPTY, Batch, Draft, DraftPlanner, Segment
 from engine.text.outputs import NO_TOKEN, FinishReason, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
@@ -85,8 +85,8 @@ class Scheduler(StepPlanner[Request]):
         progressed, self._progressed = self._progressed, []
         return progressed
 
-    def schedule(self) -> Step:
-        """Choose the next step's tasks and claim the memory for it.
+    def schedule(self) -> Batch:
+        """Choose the next step's segments and claim the memory for it.
 
         A step may be scheduled before the previous one is committed. Requests then continue from
         ``scheduled_len``, with tokens that are only on the device. No request is preempted, and
@@ -99,7 +99,7 @@ class Scheduler(StepPlanner[Request]):
             return EMPTY
         ends = self.choose()
         drafts = self._drafts(ends)
-        tasks: list[Task] = []
+        segments: list[Segment] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
         for request in sorted(ends, key=lambda one: (self._is_prefill(one), one in drafts)):
@@ -108,23 +108,27 @@ class Scheduler(StepPlanner[Request]):
             exports = self._manager.take_checkpoint_slots(request, full_end)
             if exports is None:
                 continue
-            task = Task.of(request, end, exports, draft)
-            if task.is_late:
-                late_tokens.append((len(tasks), request.drawn_row))
-            tasks.append(task)
+            segment = Segment.of(request, end, exports, draft)
+            if segment.is_late:
+                late_tokens.append((len(segments), request.drawn_row))
+            segments.append(segment)
             request.scheduled_len = full_end
-            if task.samples:
+            if segment.samples:
                 request.num_drawn += 1
                 request.drawn_row = num_drawn
                 num_drawn += 1
-        if not tasks and not self._manager.has_moves:
-            # Changes that ``publish`` makes to a request's row wait for the next batch with tasks.
+        if not segments and not self._manager.has_moves:
+            # Changes that ``publish`` makes to a request's row wait for the next segments.
             return EMPTY
-        self._num_in_flight += bool(tasks)
+        self._num_in_flight += bool(segments)
         self._verifies = bool(drafts)
         copies = self._manager.take_step()
-        return Step(
-            tuple(tasks), copies.restores, copies.row_writes, tuple(late_tokens), copies.transfers
+        return Batch(
+            tuple(segments),
+            copies.restores,
+            copies.row_writes,
+            tuple(late_tokens),
+            copies.transfers,
         )
 
     @staticmethod
@@ -158,41 +162,41 @@ class Scheduler(StepPlanner[Request]):
 
     def commit(
         self,
-        step: Step,
+        step: Batch,
         sampled: Sequence[SampledToken],
         scored: Sequence[Sequence[SampledToken]] = (),
     ) -> tuple[int, ...]:
         """Commit a computed step: publish, append tokens, end finished requests.
 
-        ``sampled`` has one token for each task that samples and each token of its draft. ``scored``
-        has the log-probabilities for each task that scores. Both are in the step's order. A request
-        with an invalid token or NaN logits ends alone, with its ``error``.
+        ``sampled`` has one token for each segment that samples and each of its drafts. ``scored``
+        has the log-probabilities for each segment that scores. Both are in the step's order. A
+        request with an invalid token or NaN logits ends alone, with its ``error``.
 
-        Returns the number of computed tokens that count for each task with a draft, in the step's
+        Returns the number of computed tokens that count for each segment with drafts, in the step's
         order.
         """
         self._num_in_flight -= bool(step.segments)
         taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
-        for task in step.segments:
-            run = task.run_of(tokens)
-            request = task.request
-            scored_now = next(scores) if task.scores else ()
-            if request.lease is not task.lease:
-                taken += [0] * (task.draft is not None)
+        for segment in step.segments:
+            run = segment.run_of(tokens)
+            request = segment.request
+            scored_now = next(scores) if segment.scores else ()
+            if request.lease is not segment.lease:
+                taken += [0] * bool(segment.num_drafts)
                 continue
-            request.num_drawn -= task.samples
+            request.num_drawn -= segment.samples
             num_before = request.num_tokens
             has_logits = all(one.token_id != NO_TOKEN for one in (*run, *scored_now))
             if has_logits:
                 request.scores.extend(scored_now)
-            self.advance(request, task.end, publishes=has_logits)
+            self.advance(request, segment.end, publishes=has_logits)
             is_scored_through = request.computed_len >= request.max_len
             if run or is_scored_through or not has_logits:
                 self._accept(request, run, now_s, has_logits)
-            if task.draft is not None:
+            if segment.num_drafts:
                 num_new = request.num_tokens - num_before
-                settled = self._settle(task, task.draft, len(run) - 1, num_new) if has_logits else 0
+                settled = self._settle(segment, len(run) - 1, num_new) if has_logits else 0
                 taken.append(settled)
             self._end_if_finished(request, has_logits)
         return tuple(taken)
@@ -223,19 +227,19 @@ class Scheduler(StepPlanner[Request]):
             self.leave(request, publishes=has_logits)
             self._forget_drafts(request)
 
-    def _settle(self, task: Task, draft: Draft, num_accepted: int, num_new: int) -> int:
+    def _settle(self, segment: Segment, num_accepted: int, num_new: int) -> int:
         """Move a request to the end of the accepted part of its draft. Returns the number of the
-        task's tokens that count.
+        segment's tokens that count.
 
         The newest token is not computed. Tokens after a stop do not count: ``num_new`` are part of
         the answer.
         """
         assert self._drafting is not None
-        request = task.request
+        request = segment.request
         request.computed_len = request.scheduled_len = request.num_tokens - 1
         self._manager.roll_back(request)
-        self._drafting.learn(request, draft, num_accepted, num_new)
-        return request.computed_len - task.start
+        self._drafting.learn(segment, num_accepted, num_new)
+        return request.computed_len - segment.start
 
     def _fail(self, request: Request, error: Exception) -> None:
         """End ``request`` alone with an error that was raised for it."""

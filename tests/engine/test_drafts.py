@@ -38,7 +38,7 @@ import pytest
 from engine import SamplingParams
 from engine.requests.spec import SamplingInput
 from engine.runner.sampler import Sampler
-from engine.schedule.batch import Draft, Task
+from engine.schedule.batch import Segment
 from tests.engine.drafted import MakeEngine, ScriptedDrafter, assert_same, drafting_engine, prompts
 from tests.engine.numerics import families
 
@@ -191,18 +191,9 @@ def test_drafts_do_not_change_the_sampled_distribution() -> None:
     drawn = sampler.sample(torch.stack([first, second]).repeat(count, 1), inputs)
     pairs = np.zeros((4, 4))
     for one, other in zip(drawn[::2], drawn[1::2], strict=True):
-        task = Task(
-            row=0,
-            slot=None,
-            token_ids=np.zeros(2, np.int32),
-            start=0,
-            is_decode=True,
-            request=None,  # type: ignore[arg-type]
-            lease=None,
-            samples=True,
-            draft=Draft(np.array([drafted_token], np.int32), "x"),
-        )
-        run = task.run_of(iter([one, other]))
+        tokens = np.array([0, drafted_token], np.int32)
+        segment = Segment(0, None, tokens, 0, True, num_drafts=1, samples=True)
+        run = segment.run_of(iter([one, other]))
         assert len(run) == 1 + (one.token_id == drafted_token)
         # After a rejected draft, the next step draws the second token, with the same number.
         pairs[one.token_id, run[1].token_id if len(run) == 2 else other.token_id] += 1

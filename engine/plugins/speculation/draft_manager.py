@@ -24,7 +24,7 @@ from engine.plugins.speculation.suffix import (
     TreeDrafter,
 )
 from engine.requests.request import Request
-from engine.schedule.batch import Draft, DraftPlanner
+from engine.schedule.batch import Draft, DraftPlanner, Segment
 from engine.text.outputs import DraftCounts
 from hybridcache.geometry.units import counted, format_bytes
 
@@ -189,16 +189,17 @@ class Drafting:
                     self._tried[rank] = self._step
         return fitting
 
-    def learn(self, request: Request, draft: Draft, num_accepted: int, num_new: int) -> None:
+    def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
         """See ``DraftPlanner``. Counted are tokens of the answer: one of them is not a draft."""
-        turns = self._known[request].turns[self._ranks[draft.source]]
+        known, num_drafts = self._known[segment.request], segment.num_drafts
+        turns = known.turns[self._ranks[segment.drafter]]
         if turns.is_trying:
             self._tries.learn(self._step, num_accepted > 0)
-        turns.learn(self._step, len(draft.tokens), num_accepted)
-        self._known[request].wakes = 0
-        counts = request.drafts
+        turns.learn(self._step, num_drafts, num_accepted)
+        known.wakes = 0
+        counts = segment.request.drafts
         assert counts is not None
-        counts.count(draft.source, len(draft.tokens), max(0, min(num_accepted, num_new - 1)))
+        counts.count(segment.drafter, num_drafts, max(0, min(num_accepted, num_new - 1)))
 
     def forget(self, request: Request) -> None:
         """Drop the state of ``request``, which has ended."""

@@ -23,7 +23,7 @@ from engine.plugins.tiers.fingerprint import load_digest, save_digest
 from engine.plugins.tiers.prefixes import RunPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
-from engine.schedule.batch import KEPT, Step
+from engine.schedule.batch import KEPT, Batch
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.text.tokenizer import Tokenizer
@@ -335,7 +335,7 @@ class TierPlugin(Plugin):
         """See ``StepHooks``: transfers wait for a batch."""
         return self._manager.has_moves
 
-    def after_step(self, step: Step, seconds: float) -> None:
+    def after_step(self, step: Batch, seconds: float) -> None:
         self.exchange.learn(step, seconds)
         self._follow_disk()
         if self.policy_state is not None and step.segments:
