@@ -81,7 +81,7 @@ GROUPS = {
 }
 NOT_MUTATED = ("*/radix/check.py",)
 """Checks that only tests call."""
-SLOW = ("test_remembered", "gathered_arrays_is_limited")
+SLOW = ("test_remembered",)
 """Slow tests that detect no mutant that other tests do not detect."""
 CONFIG = """
 [tool.mutmut]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
-from hybridcache.allocators.moves import Move, StepQueue
+from hybridcache.allocators.moves import StepQueue
 
 ROW_BYTES = 3
 
@@ -219,14 +219,6 @@ def test_the_emptiest_slab_is_moved_into_the_fullest_slabs():
     arena.check()
 
 
-def test_rows_are_allocated_from_used_slabs_before_an_unused_one():
-    arena = ArenaAllocator(40, 1, 10)
-    rows = arena.pages.allocate(10)
-    arena.pages.free(rows[:3])
-    assert set(rows[:3].tolist()) < set(arena.pages.allocate(5).tolist())
-    arena.check()
-
-
 def test_a_slab_without_live_rows_is_taken_without_a_move():
     arena = ArenaAllocator(30, 1, 10)
     holders = [rows_in(arena, 10) for _ in range(3)]
@@ -257,56 +249,9 @@ def test_rows_after_the_last_slab_hold_kv_only():
     arena.check()
 
 
-def test_without_states_all_memory_is_for_kv():
-    arena = ArenaAllocator(25, 1, 0, page_size=4)
-    assert (arena.capacity, arena.num_slabs) == (24, 0)
-    assert arena.slots.allocate() is None and arena.slots.num_free == 0
-    assert not arena.free_slabs
-    arena.check()
-    assert len(arena.pages.allocate(24)) == 24
-    arena.check()
-
-
-def test_moves_are_taken_once_and_in_order():
-    moves, rows = StepQueue(), np.empty(0, np.int32)
-    made = [Move(slab, rows, rows, rows) for slab in (3, 1, 2)]
-    for move in made:
-        assert moves.rows_moved(move) == 0
-    assert moves.num_moves == 3
-    assert [move.slab for move in take_transfers(moves)] == [3, 1, 2]
-    assert not take_transfers(moves) and moves.num_moves == 0
-
-
 def test_a_slab_has_whole_pages_and_fits_one_state():
     assert [slab_rows(12, 2), slab_rows(13, 2), slab_rows(13, 2, 4)] == [6, 7, 8]
     assert ArenaAllocator(400, 2, 13, 4).slab_rows == 8
-
-
-def test_rename_changes_only_moved_rows():
-    new_rows = np.array([4, 11, 6, 12], np.int32)
-    move = Move(1, np.array([5, 7], np.int32), np.array([11, 12], np.int32), new_rows)
-    rows = np.array([7, 3, 8, 5, 0, 4], np.int32)
-    assert move.rename(rows).tolist() == [0, 3, 5]
-    assert rows.tolist() == [12, 3, 8, 11, 0, 4]
-
-
-def test_an_invalid_call_changes_nothing():
-    for bad in ((100, 0, 5, 1), (100, 1, -1, 1), (100, 1, 5, 0)):
-        with pytest.raises(ValueError, match="must be at least 1"):
-            ArenaAllocator(*bad)
-    with pytest.raises(ValueError, match="must hold at least one page"):
-        ArenaAllocator(7, 2, 5, 4)
-    arena = ArenaAllocator(20, 1, 10)
-    assert arena.pages.allocate(5) is not None
-    slot = arena.slots.allocate()
-    with pytest.raises(ValueError, match="not taken"):
-        arena.slots.free(1 - slot)
-    with pytest.raises(TypeError):
-        arena.slots.free(None)
-    with pytest.raises(ValueError, match="6 rows given back, 5 are allocated"):
-        arena.pages.free(np.arange(6, dtype=np.int32))
-    assert (arena.pages.num_taken, arena.slots.num_taken, arena.num_unused) == (5, 1, 5)
-    arena.check()
 
 
 def test_a_double_free_is_found_by_check():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.allocators.moves import Move
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.events import EventStream
 from hybridcache.lease import Lease, LeaseRequest
@@ -73,45 +72,6 @@ def test_an_arena_sends_the_same_events_as_a_budget():
     assert arena.arena.num_moves > 0
 
 
-def test_an_attention_only_cache_has_an_arena_without_slabs():
-    cache = arena_cache("radix", num_rows=120)
-    assert cache.arena.num_slabs == 0 and cache.free_slots == 0 and cache.free_tokens == 120
-    assert [serve(cache, tokens, stateful=False) for tokens in prompts(3, 40)] != [0] * 40
-    assert cache.arena.num_moves == 0
-
-
-def test_leases_without_a_prefix_cache_follow_moves():
-    cache = arena_cache("none", num_rows=60, state_rows=15)
-    first, second = (
-        Lease.begin(
-            cache, parse_placement("none"), LeaseRequest(tokens, stateful=False, table_row=row)
-        )
-        for row, tokens in enumerate(prompts(4, 2))
-    )
-    for end in (5, 10, 15):
-        assert first.extend(end) and second.extend(end)
-    held = second.kv_indices.tolist()
-    first_write, second_write = carried_out(cache).row_writes
-    assert (first_write.table_row, first_write.kv_indices.tolist()) == (
-        0,
-        first.kv_indices.tolist(),
-    )
-    assert (second_write.table_row, second_write.kv_indices.tolist()) == (1, held)
-    first.abort()
-    slots = [cache.allocate_slot() for _ in range(3)]
-    assert None not in slots and cache.arena.num_moves == 1
-    [write] = carried_out(cache).row_writes
-    assert not cache.take_step()
-    changed = np.flatnonzero(second.kv_indices != held)
-    assert (write.table_row, write.start) == (1, changed[0])
-    assert write.kv_indices.tolist() == second.kv_indices[changed[0] : changed[-1] + 1].tolist()
-    row_slabs = {row // cache.arena.slab_rows for row in second.kv_indices.tolist()}
-    assert row_slabs.isdisjoint(slots)
-    cache.check(held_tokens=15, held_slots=3)
-    second.abort()
-    cache.check(held_tokens=0, held_slots=3)
-
-
 def test_a_lease_follows_moves_of_cached_rows():
     cache = arena_cache(num_rows=240, state_rows=20)
     tokens, other = prompts(5, 2)[0][:10], prompts(6, 1)[0][:10]
@@ -141,26 +101,6 @@ def test_a_lease_follows_moves_of_cached_rows():
     cache.check(held_tokens=0, held_slots=1 + len(slots))
     lease.abort()
     assert lease not in cache.arena.holders, "an ended lease is still notified of moves"
-
-
-def test_a_lease_claims_held_rows_and_rewrites_all_moved_rows():
-    cache, tokens = arena_cache(num_rows=120, state_rows=15), np.arange(20, dtype=np.int32)
-    request = LeaseRequest(tokens, stateful=False, table_row=0)
-    lease = Lease.begin(cache, parse_placement("none"), request)
-    assert lease.extend(20)
-    carried_out(cache)
-    lease.publish(tokens, 12)
-    carried_out(cache)
-    slabs = lease.kv_indices // 15
-    assert slabs.tolist() == [0] * 5 + [1] * 15
-    rows, claimed = np.empty(0, np.int32), []
-    for slab in (0, 1):  # only the lease is notified, so the cache is not used afterwards
-        new_rows = np.arange(15 * slab + 60, 15 * slab + 75, dtype=np.int32)
-        claimed.append(lease.rows_moved(Move(slab, rows, rows, new_rows)))
-    assert claimed == [0, 8]
-    [write] = carried_out(cache).row_writes
-    assert (write.start, len(write.kv_indices)) == (0, 20)
-    assert (lease.kv_indices // 15 == slabs + 4).all()
 
 
 def test_invalid_memory_options_raise():

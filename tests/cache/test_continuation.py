@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,17 +77,6 @@ def test_the_most_recently_used_continuation_is_chosen() -> None:
     assert cache.continuation(ids, 2).tolist() == [3, 4]
 
 
-def test_a_resident_continuation_is_preferred_to_an_evicted_one() -> None:
-    cache = make("radix", 1)
-    insert(cache, [1, 2, 3])
-    insert(cache, [1, 2, 30])
-    cache.evict(num_tokens=1)
-    ids = np.array([1, 2, 3], np.int32)
-    assert cache.match(ids).kv_match_len == 2 and cache.continuation(ids[:2], 1).tolist() == [30]
-    insert(cache, [1, 2, 3])
-    assert cache.continuation(ids[:2], 1).tolist() == [3]
-
-
 def test_at_most_max_branches_are_compared_newest_first() -> None:
     cache = make("radix", 1)
     texts = [[1, number, 1000 + number, 7] for number in range(MAX_BRANCHES + 6)]
@@ -101,21 +89,3 @@ def test_at_most_max_branches_are_compared_newest_first() -> None:
     assert cache.cached_tokens == 0
     for tokens in texts:  # the second token selects the branch
         assert cache.continuation(np.array(tokens[:2], np.int32), 2).tolist() == tokens[2:]
-
-
-def test_a_continuation_stays_in_its_namespace_or_starts_at_a_node() -> None:
-    cache = make("hybrid", 1)
-    insert(cache, list(range(12)), "a")
-    ids = np.arange(6, dtype=np.int32)
-    assert not len(cache.continuation(ids, 3))
-    assert cache.continuation(ids, 3, "a").tolist() == [6, 7, 8]
-    node = cache.insert(ids[:4], cache.allocate_kv(4), (), "a").node
-    assert node.end == 4
-    assert cache.continuation(ids, 3, "unknown", node).tolist() == [6, 7, 8]
-    assert cache.continuation(ids[:2], 3, "a", node).tolist() == [2, 3, 4]
-
-
-@pytest.mark.parametrize("kind", ["hybrid", "none"])
-def test_an_empty_cache_returns_no_continuation(kind: str) -> None:
-    cache = make(kind, 1)
-    assert cache.continuation(np.arange(3, dtype=np.int32), 5).tolist() == []

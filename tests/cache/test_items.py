@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
@@ -91,21 +90,3 @@ def test_position_span_and_above_match_the_path(seed):
         assert item.span == item.position - (above.position if above else 0)
         dead = item.kind == "kv" and not item.node.children and item.node.checkpoint is None
         assert item.dead == dead
-
-
-def test_uses_and_last_used_are_updated():
-    cache = cache_of("hybrid", 0, 0)
-    for tokens in traffic(1, 20):
-        serve(cache, tokens, [len(tokens) // 4 * 4] if len(tokens) >= 4 else ())
-    now = cache.now
-    assert now == 20
-    items = list(cache.candidates())
-    assert all(item.created <= item.last_used <= now for item in items)
-    checkpoint = next(item for item in items if item.kind == "checkpoint")
-    tokens, node = [], checkpoint.node
-    while node.parent is not None:
-        tokens = node.tokens.tolist() + tokens
-        node = node.parent
-    uses = checkpoint.uses
-    cache.touch(cache.match(np.array([*tokens, 9], np.int32)))
-    assert checkpoint.uses == uses + 1 and checkpoint.last_used == now + 1

@@ -51,53 +51,6 @@ def check(cache: HybridRadixCache, *leases: Lease) -> None:
     cache.check(sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases))
 
 
-def test_a_finished_prompt_is_reused_up_to_its_checkpoint() -> None:
-    cache, prompt = make_cache(), tokens(200)
-    lease = begin(cache, prompt)
-    assert (lease.cached_len, lease.restore) == (0, None)
-    [(position, slot)] = prefill(lease, prompt)
-    assert position == 192 and slot != lease.state_slot
-    lease.finish(prompt, 200)
-    check(cache)
-    again = begin(cache, prompt)
-    assert again.cached_len == 192
-    assert again.restore == (slot, again.state_slot)
-    assert sum(again.losses) == 8
-    check(cache, again)
-    again.abort()
-    check(cache)
-
-
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-def test_duplicate_rows_are_replaced_by_rows_of_the_tree(page_size: int) -> None:
-    cache, prompt = make_cache(page_size=page_size), tokens(200)
-    first, second = begin(cache, prompt), begin(cache, prompt)
-    assert first.extend(200) and second.extend(200)
-    kept = first.kv_indices[:192].copy()
-    assert first.publish(prompt, 200) is None
-    assert second.publish(prompt, 200) == (0, 200 // page_size * page_size)
-    assert second.kv_indices[:192].tolist() == kept.tolist()
-    check(cache, first, second)
-    second.finish(prompt, 200)
-    first.finish(prompt, 200)
-    check(cache)
-
-
-def test_cached_rows_survive_growth_of_the_row_array() -> None:
-    cache, history = make_cache(kv_tokens=2048), tokens(1000)
-    first = begin(cache, history[:200])
-    prefill(first, history[:200])
-    first.finish(history[:200], 200)
-    lease = begin(cache, history[:200])
-    assert lease.cached_len == 192
-    cached = lease.kv_indices.copy()
-    assert lease.extend(1000)
-    assert lease.kv_indices[:192].tolist() == cached.tolist()
-    assert len(set(lease.kv_indices.tolist())) == 1000
-    lease.abort()
-    check(cache)
-
-
 def answer(lease: Lease, text: Tokens) -> None:
     """Decode up to the end of ``text``, in one step."""
     assert lease.extend(len(text)) and lease.take_checkpoint_slots(lease.prompt_len, len(text))
@@ -157,94 +110,6 @@ def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
     assert [reusable_len(cache, text) for text in texts] == [192, 0, 192, 192]
 
 
-def test_an_aborted_lease_publishes_only_committed_chunks() -> None:
-    cache, prompt = make_cache(), tokens(300)
-    lease = begin(cache, prompt)
-    prefill(lease, prompt, 128)
-    assert lease.published_len == 128
-    assert lease.extend(300)
-    assert lease.take_checkpoint_slots(128, 300) == ((256, 1),)
-    lease.abort()
-    check(cache)
-    assert cache.match(prompt).kv_match_len == 128
-    assert cache.free_slots == 8
-
-
-@pytest.mark.parametrize("end", ["finish", "preempt"])
-def test_a_checkpoint_past_the_computed_length_is_not_published(end: str) -> None:
-    cache, prompt = make_cache(), tokens(300)
-    lease = begin(cache, prompt)
-    prefill(lease, prompt, 100)
-    assert lease.extend(300) and lease.take_checkpoint_slots(100, 300) == ((256, 1),)
-    getattr(lease, end)(prompt, 100)
-    check(cache)
-    assert (cache.num_checkpoints, cache.match(prompt).kv_match_len) == (0, 100)
-
-
-def test_a_lease_copies_the_checkpoint_into_its_own_slot() -> None:
-    cache, prompt = make_cache(slots=3), tokens(200)
-    first = begin(cache, prompt)
-    [(_, checkpoint)] = prefill(first, prompt)
-    first.finish(prompt, 200)
-    second, third = begin(cache, prompt), begin(cache, prompt)
-    assert second.restore == (checkpoint, second.state_slot)
-    assert third.restore == (checkpoint, third.state_slot)
-    assert len({checkpoint, second.state_slot, third.state_slot}) == 3
-    check(cache, second, third)
-    assert Lease.begin(cache, parse_placement("none"), LeaseRequest(prompt)) is None
-    second.abort()
-    third.abort()
-    check(cache)
-
-
-def test_a_request_may_evict_its_own_checkpoint_to_get_a_slot() -> None:
-    cache, prompt = make_cache(slots=2), tokens(200)
-    first = begin(cache, prompt)
-    prefill(first, prompt)
-    first.finish(prompt, 200)
-    other = begin(cache, tokens(10, first=500), "none")
-    lease = begin(cache, prompt)
-    assert (lease.cached_len, lease.losses.refused, sum(lease.losses)) == (0, 192, 200)
-    assert lease.extend(64)
-    assert cache.stats.total.refused == 192
-    check(cache, other, lease)
-
-
-def test_a_position_without_a_slot_is_skipped() -> None:
-    cache, prompt = make_cache(slots=2), tokens(300)
-    lease = begin(cache, prompt, "every:64")
-    assert lease.extend(300)
-    assert lease.planned == (64, 128, 192, 256)
-    assert lease.take_checkpoint_slots(0, 300) == ((256, 1),)  # the deepest has priority
-    lease.finish(prompt, 300)
-    check(cache)
-
-
-def test_the_state_slot_is_donated_at_a_planned_position() -> None:
-    cache, prompt = make_cache(slots=1), tokens(128)
-    lease = begin(cache, prompt, "every:128")
-    own = lease.state_slot
-    assert lease.extend(128)
-    assert lease.take_checkpoint_slots(0, 128) == ()
-    lease.publish(prompt, 128)
-    lease.finish(prompt, 128)
-    check(cache)
-    assert cache.match(np.append(prompt, 1).astype(np.int32)).checkpoint == own
-
-
-@pytest.mark.parametrize("computed_len, cached_len", [(128, 128), (150, 0)])
-def test_preemption_donates_the_state_slot_at_a_grid_position(
-    computed_len: int, cached_len: int
-) -> None:
-    cache, prompt = make_cache(), tokens(300)
-    lease = begin(cache, prompt, "none")
-    prefill(lease, prompt, computed_len)
-    lease.preempt(prompt, computed_len)
-    check(cache)
-    match = cache.match(prompt)
-    assert (match.cached_len, match.kv_match_len) == (cached_len, computed_len)
-
-
 def decode(lease: Lease, history: Tokens, start: int) -> list[tuple[int, int]]:
     exports: list[tuple[int, int]] = []
     for position in range(start, len(history)):
@@ -266,31 +131,6 @@ def test_decode_keeps_one_rolling_checkpoint() -> None:
     check(cache)
     assert cache.match(history).cached_len == 320
     assert cache.num_checkpoints == 1
-
-
-@pytest.mark.parametrize("unwritten", [True, False])
-def test_roll_back_removes_a_rolling_checkpoint_of_rejected_drafts(unwritten: bool) -> None:
-    """A step computes drafts past a grid position, but only tokens before it are accepted. The slot
-    is freed if it had no checkpoint before, or if the step may have overwritten that one."""
-    cache, history = make_cache(), tokens(340)
-    lease = begin(cache, history[:100], "end")
-    prefill(lease, history[:100])
-    num_held = lease.held_slots
-    assert lease.extend(220)
-    assert [position for position, _ in lease.take_checkpoint_slots(120, 133)] == [128]
-    lease.roll_back(127, unwritten)
-    check(cache, lease)
-    assert lease.held_slots == num_held
-    assert lease.reserve_checkpoint_slots(127, 130, 5) == 0  # the step is not launched
-    ((position, slot),) = lease.take_checkpoint_slots(127, 131)
-    lease.roll_back(129, unwritten)
-    assert (position, lease.held_slots) == (128, num_held + 1)
-    assert lease.take_checkpoint_slots(185, 194) == ((192, slot),)
-    lease.roll_back(190, unwritten)
-    check(cache, lease)
-    lease.finish(history[:190], 190)
-    check(cache)
-    assert cache.match(history).cached_len == (128 if unwritten else 0)
 
 
 @pytest.mark.parametrize("unwritten", [True, False])
@@ -401,57 +241,6 @@ def test_a_placement_policy_is_notified_once_despite_refusals() -> None:
     assert placement.num_prefills == 1
 
 
-def test_an_attention_only_lease_takes_no_slot() -> None:
-    cache, prompt = make_cache("radix", slots=0), tokens(200)
-    first = begin(cache, prompt, "every:64,end", stateful=False)
-    prefill(first, prompt)
-    assert (first.state_slot, first.planned) == (None, ())
-    decode(first, tokens(300), 200)
-    first.finish(tokens(300), 300)
-    lease = begin(cache, tokens(290), stateful=False)
-    assert (lease.cached_len, lease.restore) == (256, None)
-    check(cache, lease)
-
-
-def test_a_lease_on_a_null_cache_frees_everything() -> None:
-    cache, prompt = make_cache("none"), tokens(200)
-    lease = begin(cache, prompt, "every:64")
-    prefill(lease, prompt)
-    assert lease.published_len == 0
-    check(cache, lease)
-    lease.finish(prompt, 200)
-    check(cache)
-    assert (cache.free_tokens, cache.free_slots) == (1024, 8)
-
-
-def test_a_position_planned_by_another_request_is_saved() -> None:
-    cache, prompt = make_cache(), tokens(300)
-    lease = begin(cache, prompt, "none")
-    assert lease.extend(300)
-    lease.plan_checkpoint(130, "branch")
-    lease.plan_checkpoint(128, "branch")
-    lease.plan_checkpoint(400, "branch")
-    with pytest.raises(TypeError, match=r"position must be an integer \(got 47.5\)"):
-        lease.plan_checkpoint(47.5, "branch")  # type: ignore[arg-type]
-    assert lease.planned == (128,)
-    assert [position for position, _ in prefill(lease, prompt)] == [128]
-
-
-def test_a_position_with_a_reserved_slot_is_not_planned_again() -> None:
-    """A lease can wait with reserved slots for a slab to be emptied. Meanwhile another request may
-    plan the same positions."""
-    cache, prompt = make_cache(), tokens(300)
-    lease = begin(cache, prompt, "every:64")
-    assert lease.extend(300)
-    assert lease.reserve_checkpoint_slots(0, 300, 2) == 2
-    for position in (64, 128, 192, 256):
-        lease.plan_checkpoint(position, "branch")
-    saved = lease.take_checkpoint_slots(0, 300)
-    assert [position for position, _ in saved] == [64, 128, 192, 256]
-    lease.abort()
-    check(cache)
-
-
 def test_a_replayed_log_makes_the_same_decisions() -> None:
     placement = parse_placement("branch,backoff,end")
 
@@ -474,35 +263,6 @@ def test_a_replayed_log_makes_the_same_decisions() -> None:
     assert fresh.stats.as_dict() == cache.stats.as_dict()
     smaller = replay(make_cache(kv_tokens=512, slots=5), placement, log)
     assert smaller.events[-1] != log.events[len(smaller.events) - 1]
-
-
-class RecordingPlacement(PlacementPolicy):
-    """Placement policy that saves nothing and records the prefills."""
-
-    def __init__(self) -> None:
-        self.prefills: list[Prefill] = []
-
-    def plan(self, prefill: Prefill) -> tuple[Placed, ...]:
-        self.prefills.append(prefill)
-        return ()
-
-
-def test_resumed_is_none_if_the_lease_does_not_resume() -> None:
-    """Two cases: ``reuse=False``, and a request that took the slot of its checkpoint."""
-    cache, prompt = make_cache(slots=2), tokens(200)
-    lease = begin(cache, prompt)
-    prefill(lease, prompt)
-    lease.finish(prompt, 200)
-    unread = begin(cache, prompt, reuse=False)
-    assert unread.match.cached_len == 0 and unread.match.resumed is None
-    placement = RecordingPlacement()
-    refused = Lease.begin(cache, placement, LeaseRequest(prompt))
-    assert refused is not None and refused.match.losses.refused == 192
-    assert refused.match.resumed is None
-    assert refused.extend(200) and placement.prefills[0].resumed is None
-    unread.abort()
-    refused.abort()
-    check(cache)
 
 
 # --- Misuse --------------------------------------------------------------------------------------
@@ -572,20 +332,6 @@ def test_an_invalid_length_is_refused_and_the_lease_stays_usable(
     assert [position for position, _ in saves] == [8, 16] and cache.num_checkpoints == 2
 
 
-@pytest.mark.parametrize("bad", [tokens(10), list(range(20)), np.arange(20)], ids=str)
-@pytest.mark.parametrize("call", ["publish", "finish", "preempt"])
-def test_incomplete_tokens_are_refused_without_losing_a_checkpoint(call: str, bad: Any) -> None:
-    cache, prompt = make_cache(grid=8), tokens(20)
-    lease = begin(cache, prompt)
-    assert lease.extend(20) and lease.take_checkpoint_slots(0, 20)
-    with pytest.raises(ValueError, match=r"only 10 tokens: pass all|must be a numpy array int32"):
-        getattr(lease, call)(bad, 20)
-    check(cache, lease)
-    lease.finish(prompt, 20)
-    assert cache.match(prompt).cached_len == 16
-    check(cache)
-
-
 def test_begin_refuses_invalid_arguments_immediately() -> None:
     cache, placement, request = make_cache(), parse_placement("backoff"), LeaseRequest(tokens(9))
     refused: list[tuple[tuple[Any, ...], type[Exception], str]] = [
@@ -618,28 +364,6 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
     check(cache)
 
 
-WITHOUT_SLOTS: list[dict[str, Any]] = [
-    {"num_kv_tokens": 100, "num_slots": 0},
-    {"num_kv_tokens": 100, "prefix_cache": "radix"},
-    {"num_kv_tokens": 100, "prefix_cache": "none"},
-    {"total_bytes": 100, "prefix_cache": "radix"},
-    {"total_bytes": 100, "prefix_cache": "radix", "memory": "arena"},
-]
-
-
-@pytest.mark.parametrize("options", WITHOUT_SLOTS, ids=str)
-def test_a_stateful_request_on_a_cache_without_slots_raises_a_remedy(options: Any) -> None:
-    cache, prompt = build_prefix_cache(CacheConfig(**options)), tokens(20)
-    with pytest.raises(ValueError, match=r"num_slots, or pass LeaseRequest\(stateful=False\)"):
-        begin(cache, prompt)
-    check(cache)
-    for remedy in ({"stateful": False}, {"own_slot": 3}):
-        lease = begin(cache, prompt, **remedy)
-        prefill(lease, prompt)
-        lease.finish(prompt, 20)
-    check(cache)
-
-
 @pytest.mark.parametrize("call", ["publish", "finish", "preempt"])
 def test_tokens_of_another_request_are_refused(call: str) -> None:
     cache, prompt, answer = make_cache(grid=8), tokens(20), tokens(4, 50)
@@ -665,17 +389,6 @@ def test_tokens_of_another_request_are_refused(call: str) -> None:
     check(cache)
 
 
-def test_the_rows_of_a_lease_are_read_only() -> None:
-    cache, prompt = make_cache(), tokens(200)
-    for _ in range(2):
-        lease = begin(cache, prompt)
-        prefill(lease, prompt)
-        with pytest.raises(ValueError, match="read-only"):
-            lease.kv_indices[0] = 5
-        lease.finish(prompt, 200)
-    check(cache)
-
-
 def test_a_preempted_and_resumed_request_is_counted_once() -> None:
     cache, prompt = make_cache(grid=8), tokens(40)
     is_counted = False
@@ -690,17 +403,6 @@ def test_a_preempted_and_resumed_request_is_counted_once() -> None:
     begin(cache, prompt).extend(40)
     assert (cache.stats.total.requests, cache.stats.total.hits) == (2, 1)
     assert "requests=2" in repr(cache.stats) and "cached_tokens=24" in repr(cache.stats)
-
-
-def test_repr_of_lease_and_cache_shows_their_lengths() -> None:
-    cache, prompt = make_cache(grid=8), tokens(40)
-    lease = begin(cache, prompt)
-    prefill(lease, prompt)
-    shown = "Lease(prompt_len=40, cached_len=0, published_len=40, extended_len=40, state_slot=0)"
-    assert repr(lease) == shown
-    lease.finish(prompt, 40)
-    assert repr(lease) == "Lease(ended)"
-    assert repr(cache).startswith("HybridRadixCache(cached_tokens=40, free_tokens=984, num_check")
 
 
 class RecordingMemory:
@@ -770,38 +472,6 @@ def test_publishing_before_the_state_is_restored_raises(end: str) -> None:
     lease.abort()
     cache.reset()
     assert not cache.take_step(), "a reset did not drop the plan"
-    check(cache)
-
-
-def test_a_step_can_be_published_while_the_next_plan_is_pending() -> None:
-    """An engine with overlapped steps publishes a step while the next plan is being built."""
-    cache, prompt = make_cache(), tokens(200)
-    before = begin(cache, tokens(128, first=900))
-    assert before.extend(100)
-    carried_out(cache)
-    after = begin_resumed(cache, prompt)
-    assert after.extend(200) and before.extend(128) and cache.steps.restores
-    before.publish(tokens(128, first=900), 100)
-    carried_out(cache)
-    before.finish(tokens(128, first=900), 128)
-    after.finish(prompt, 200)
-    check(cache)
-
-
-def test_a_plan_that_fails_midway_does_not_count_as_carried_out() -> None:
-    cache, prompt = make_cache(), tokens(200)
-    lease = begin_resumed(cache, prompt)
-    failing = RecordingMemory()
-    failing.restore = lambda *_: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        cache.take_step().carry_out(failing)
-    with pytest.raises(RuntimeError, match="If it failed half-way, abort all leases and call"):
-        cache.take_step()
-    lease.abort()
-    cache.reset()
-    again = begin(cache, prompt)
-    prefill(again, prompt)
-    again.finish(prompt, 200)
     check(cache)
 
 

@@ -15,7 +15,6 @@ import pytest
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.tree import RadixNode
-from tests import selection
 from tests.cache.serving import hybrid, ids, publish
 
 STEP = 16
@@ -82,21 +81,6 @@ def test_the_cost_per_inserted_checkpoint_is_constant(steps: Steps) -> None:
         assert many < 1.2 * 16 * few
 
 
-def fork_churn(cache: HybridRadixCache) -> None:
-    """Insert and evict short prompts that fork from the chain at its first checkpoint."""
-    publish(cache, ids(range(STEP)), [STEP])
-    for index in range(20):
-        publish(cache, ids(range(STEP), [10**6 + index]), [STEP + 1])
-        cache.evict(num_tokens=1)
-
-
-def state_churn(cache: HybridRadixCache) -> None:
-    """Insert the start of the chain repeatedly. Its state is saved and evicted each time."""
-    for _ in range(20):
-        publish(cache, ids(range(2 * STEP)), [2 * STEP])
-        cache.evict(num_slots=1)
-
-
 @pytest.mark.parametrize("eviction", ["lru", "fifo", "random", "gdsf", "survival"])
 def test_the_cost_of_evicting_a_checkpoint_is_independent_of_depth(
     steps: Steps, eviction: str
@@ -109,19 +93,6 @@ def test_the_cost_of_evicting_a_checkpoint_is_independent_of_depth(
         per_item.append(steps.count / num_states)
         cache.check()
     assert per_item[1] <= 1.2 * per_item[0]
-
-
-@pytest.mark.parametrize("churn", [fork_churn, state_churn])
-def test_the_cost_of_a_short_request_ignores_tombstones_after_it(steps: Steps, churn) -> None:
-    counts = []
-    for num_states in (100, 800):
-        cache = chain(num_states)
-        cache.evict(num_slots=num_states - 1)
-        steps.count = 0
-        churn(cache)
-        counts.append(steps.count)
-        cache.check()
-    assert counts[1] <= 1.2 * counts[0]
 
 
 def with_locked_paths(num_live: int, num_nodes: int) -> HybridRadixCache:
@@ -174,55 +145,6 @@ def test_a_lock_costs_two_steps_and_locked_paths_are_counted_once_per_change(ste
     assert steps.count == 0
 
 
-POOLS = {
-    "static": ({"num_kv_tokens": 100, "num_slots": 10}, 20, 60),
-    "shared": (
-        {"num_kv_tokens": None, "num_slots": None, "total_bytes": 120}
-        | {"kv_bytes_per_token": 1, "state_bytes": 10},
-        20,
-        70,
-    ),
-}
-"""Pool sizes, free tokens with 80 locked tokens and two states, and with 40 tokens and one."""
-
-
-@pytest.mark.parametrize("pools", POOLS)
-def test_memory_left_by_locks_is_exact_after_splits_and_evictions(pools: str) -> None:
-    budget, free_before, free_after = POOLS[pools]
-    cache = hybrid(**budget)
-    tail = publish(cache, ids(range(60)), [60])
-    fork = publish(cache, ids(range(20), range(100, 120)), [40])
-    first, second = cache.lock(tail.node), cache.lock(fork.node)
-    assert cache.allocate_kv(free_before + 1) is None
-    publish(cache, ids(range(10), range(200, 205)))
-    cache.unlock(first)
-    assert cache.evict(num_tokens=100).num_tokens == 5 + 40
-    cache.check()
-    assert cache.allocate_kv(free_after + 1) is None
-    rows = cache.allocate_kv(free_after)
-    assert rows is not None
-    cache.unlock(second)
-    cache.check(held_tokens=free_after, held_slots=0)
-    cache.free_kv(rows)
-    assert cache.allocate_kv(100) is not None
-    cache.check()
-
-
-def test_a_checkpoint_added_under_a_lock_counts_as_locked() -> None:
-    budget, _, _ = POOLS["shared"]
-    cache = hybrid(**budget)
-    handle = cache.lock(publish(cache, ids(range(40))).node)
-    assert cache.allocate_kv(81) is None
-    publish(cache, ids(range(40)), [40])
-    cache.check()
-    assert cache.allocate_kv(71) is None
-    cache.unlock(handle)
-    assert cache.allocate_kv(121) is None
-    cache.check()
-    assert cache.allocate_kv(120) is not None
-    cache.check()
-
-
 def num_nodes_alive() -> int:
     return sum(type(item) is RadixNode for item in gc.get_objects())
 
@@ -251,16 +173,6 @@ def test_gathered_rows_are_freed_with_their_node() -> None:
     cache.unlock(resident)
 
 
-def test_the_number_of_gathered_arrays_is_limited() -> None:
-    cache = hybrid(8000, 1000)
-    for index in range(selection.num_examples(800)):
-        result = publish(cache, ids(range(10 * index, 10 * index + 10)), [10])
-        cache.gather(result.node)
-        cache.check()
-    gathered = cache._gathered
-    assert 0 < len(gathered) <= cache.cached_tokens // 64
-
-
 @pytest.mark.full("lru")
 @pytest.mark.parametrize("eviction", ["lru", "gdsf", "lfu"])
 def test_tokens_and_rows_are_freed_while_a_queue_lists_their_node(eviction: str) -> None:
@@ -280,32 +192,6 @@ def test_tokens_and_rows_are_freed_while_a_queue_lists_their_node(eviction: str)
     assert taken < 80 * 2048, f"{taken} bytes in an empty cache"
 
 
-def test_reset_drops_all_gathered_rows() -> None:
-    cache = hybrid(1000)
-    handle = cache.lock(publish(cache, ids(range(500)), [500]).node)
-    cache.gather(handle.node)
-    cache.reset()
-    assert len(cache._gathered) == 0
-    cache.check()
-    assert len(cache.gather(handle.node)) == 500
-
-
-def test_the_path_of_a_returned_lock_can_be_evicted_revived_and_split():
-    """Locks are counted late: the return of one must not be lost with the node that had it."""
-    cache = hybrid()
-    above = cache.lock(publish(cache, ids("ab")).node)
-    handle = cache.lock(publish(cache, ids("abcdef")).node)
-    assert cache.protected() == (6, 0)
-    publish(cache, ids("abcdefgh"))
-    cache.unlock(handle)
-    cache.evict(num_tokens=1)
-    assert cache.cached_tokens == 2, "the KV above the leaf is of no use without it"
-    publish(cache, ids("abcdX"))
-    assert cache.protected() == (2, 0)
-    cache.check(held_tokens=0, held_slots=0)
-    assert len(cache.allocate_kv(998)) == 998 and above.node is not None
-
-
 def test_a_lock_is_a_context_manager_and_is_released_once():
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
     result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
@@ -322,32 +208,3 @@ def test_a_lock_is_a_context_manager_and_is_released_once():
     with pytest.raises(ValueError, match="not locked"):
         cache.unlock(LockHandle(result.node, cache))
     cache.check(held_tokens=0, held_slots=0)
-
-
-def test_iter_nodes_yields_parents_first_and_every_row():
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=2))
-    for tail in range(3):
-        tokens = np.array([1, 2, 3, 4, 10 + tail, 20], np.int32)
-        rows = cache.allocate_kv(6)
-        result = cache.insert(tokens, rows, [(6, cache.allocate_slot())])
-        cache.free_kv(result.duplicates)
-    cache.evict(num_slots=1)
-    seen, num_rows, num_states = set(), 0, 0
-    for node in cache.iter_nodes():
-        assert node.parent.parent is None or node.parent in seen
-        seen.add(node)
-        num_rows += 0 if node.kv is None else len(node.kv.indices)
-        num_states += node.checkpoint is not None
-    assert (num_rows, num_states) == (cache.cached_tokens, cache.num_checkpoints)
-    assert len(seen) == cache.num_nodes and [root.key for root in cache.roots()] == [None]
-
-
-def test_make_room_evicts_no_more_than_needed():
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=20, num_slots=1, grid=2))
-    cache.insert(np.arange(8, dtype=np.int32), cache.allocate_kv(8), [(8, cache.allocate_slot())])
-    assert cache.make_room(num_tokens=12) and cache.cached_tokens == 8
-    with cache.lock(cache.match(np.arange(9, dtype=np.int32)).node):
-        assert not cache.make_room(num_slots=1) and not cache.make_room(num_tokens=13)
-    assert cache.make_room(num_slots=1) and cache.free_slots == 1
-    with pytest.raises(ValueError, match="one slot at a time"):
-        cache.make_room(num_slots=2)

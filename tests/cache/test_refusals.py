@@ -13,7 +13,6 @@ from hybridcache import (
     CacheConfig,
     Lease,
     LeaseRequest,
-    ScorePolicy,
     build_prefix_cache,
     parse_placement,
 )
@@ -65,22 +64,6 @@ def test_ids_and_rows_that_are_not_int32_raise_in_every_cache(prefix_cache, bad)
     cache.check(held_tokens=4, held_slots=0)
 
 
-def test_strided_native_int32_ids_are_accepted():
-    cache = hybrid()
-    publish(cache, ids("abcd"), [4])
-    prompt = ids("a-b-c-d-e-")[::2].view(np.dtype("=i4").newbyteorder("="))
-    assert cache.match(prompt).cached_len == 4
-
-
-def test_negative_ids_are_valid():
-    cache = hybrid()
-    publish(cache, ids([-1, -2, -3, -4]), [4])
-    publish(cache, ids([-1, -2, -7]), [3])
-    assert cache.match(ids([-1, -2, -3, -4, 5])).cached_len == 4
-    assert cache.match(ids([-1, -2, -7, 5])).cached_len == 3
-    cache.check(held_tokens=0, held_slots=0)
-
-
 def test_a_float_namespace_raises():
     cache = hybrid()
     rows = cache.allocate_kv(2)
@@ -118,23 +101,6 @@ def test_malformed_checkpoints_raise_before_anything_changes(positions, slots, l
     assert cache.cached_tokens == 0
 
 
-def test_an_attention_only_cache_checks_checkpoints_before_inserting():
-    cache = attention_only()
-    with pytest.raises(TypeError):
-        cache.insert(ids("abc"), cache.allocate_kv(3), [3])
-    assert cache.num_nodes == 0
-
-
-@pytest.mark.parametrize("owned_from", [-2, 6])
-def test_owned_from_outside_the_prompt_raises(owned_from):
-    cache = hybrid()
-    publish(cache, ids("abcdefgh"), [8])
-    rows = cache.allocate_kv(5)
-    with pytest.raises(ValueError, match="must be from 0"):
-        cache.insert(ids("abcde"), rows, owned_from=owned_from)
-    cache.check(held_tokens=5, held_slots=0)
-
-
 @pytest.mark.parametrize("make", [hybrid, attention_only])
 def test_evicted_nodes_can_neither_be_locked_read_nor_extended(make):
     cache = make()
@@ -149,19 +115,6 @@ def test_evicted_nodes_can_neither_be_locked_read_nor_extended(make):
     with pytest.raises(ValueError, match="not locked"):
         cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
     cache.check(held_tokens=6, held_slots=0)
-
-
-def test_insert_after_an_unlocked_node_raises():
-    cache = hybrid()
-    publish(cache, ids("abcde"), [5])
-    match = cache.match(ids("abcdef"))
-    rows = np.concatenate([cache.gather(match.node), cache.allocate_kv(1)])
-    with pytest.raises(ValueError, match="not locked"):
-        cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
-    handle = cache.lock(match.node)
-    assert cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node).inserted_len == 6
-    cache.unlock(handle)
-    cache.check(held_tokens=0, held_slots=0)
 
 
 def test_a_lock_handle_of_another_cache_is_refused_and_stays_valid():
@@ -208,67 +161,6 @@ def test_a_listener_that_raises_is_unsubscribed_and_breaks_nothing(event, caplog
         cache.unsubscribe(broken)
 
 
-def test_a_listener_that_raises_in_subscribe_is_not_subscribed():
-    def closed(_):
-        raise OSError("the socket is closed")
-
-    cache = hybrid()
-    publish(cache, ids("abc"), [3])
-    with pytest.raises(OSError, match="closed"):
-        cache.subscribe(EventStream(closed))
-    publish(cache, ids("abX"), [3])
-    cache.check(held_tokens=0, held_slots=0)
-
-
-@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
-def test_nodes_of_another_cache_and_invalid_handles_are_refused(prefix_cache):
-    config = CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, num_slots=2, grid=2)
-    cache, other = build_prefix_cache(config), build_prefix_cache(config)
-    for each in (cache, other):
-        publish(each, ids("abcdefgh"), [4])
-    node = other.match(ids("abcde")).node
-    with pytest.raises(ValueError, match="belongs to another cache"):
-        cache.lock(node)
-    with pytest.raises(ValueError, match="expected the result of lock"):
-        cache.unlock("x")
-    with other.lock(node):
-        other.evict(10, 10)
-        assert other.match(ids("abcde")).cached_len == 4
-    for each in (cache, other):
-        each.check(held_tokens=0, held_slots=0)
-
-
-@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
-def test_a_whole_prompt_is_protected_by_locking_a_longer_match(prefix_cache):
-    """``match`` never reuses the last token of its argument, so the prompt itself has no node."""
-    cache = build_prefix_cache(
-        CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, num_slots=2, grid=4)
-    )
-    system = ids("abcd")
-    publish(cache, system, [4])
-    longer = np.append(system, np.int32(0))
-    with cache.lock(cache.match(longer).node):
-        cache.evict(100, 100)
-        assert cache.match(longer).cached_len == 4
-    cache.reset()
-    assert cache.match(longer).cached_len == 0
-    cache.check(held_tokens=0, held_slots=0)
-
-
-class Oldest(ScorePolicy):
-    def score(self, item):
-        return item.last_used
-
-
-class Unordered(Oldest):
-    orders_classes = False
-
-
-def test_repr_of_a_cache_ends_with_the_name_of_its_policy():
-    for policy, name in ((Oldest, ":Oldest"), (Unordered(), "Unordered()"), ("lru", "LRU")):
-        assert repr(hybrid(eviction=policy)).endswith(f"{name})")
-
-
 def begun(cache, placement, prompt):
     lease = Lease.begin(cache, placement, LeaseRequest(prompt))
     assert lease is not None and lease.extend(len(prompt))
@@ -279,21 +171,6 @@ def begun(cache, placement, prompt):
 def small():
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=8))
     return cache, parse_placement("backoff")
-
-
-def test_prompt_changed_after_begin_is_not_published():
-    """Its KV was computed for other tokens."""
-    cache, placement = small()
-    prompt = np.arange(20, dtype=np.int32)
-    lease = begun(cache, placement, prompt)
-    prompt[7] = 99
-    for call in (lease.publish, lease.finish, lease.preempt):
-        with pytest.raises(ValueError, match="are not those of the LeaseRequest, as they"):
-            call(prompt, 20)
-    prompt[7] = 7
-    lease.finish(prompt, 20)
-    assert cache.match(np.arange(20, dtype=np.int32)).kv_match_len == 20
-    cache.check(held_tokens=0, held_slots=0)
 
 
 def test_dropped_lease_and_lock_warn():

@@ -29,13 +29,6 @@ def test_kv_without_a_checkpoint_is_not_reusable():
     assert match.losses.never_checkpointed == 5
 
 
-def test_the_last_token_is_never_reused():
-    cache = hybrid()
-    publish(cache, ids("hello"), [4, 5])
-    assert cache.match(ids("hello")).cached_len == 4
-    assert cache.match(ids("hello!")).cached_len == 5
-
-
 def test_a_fork_inside_an_edge_splits_it_and_keeps_both_sides():
     cache = hybrid()
     serve(cache, ids("system", "one"), [9])
@@ -79,13 +72,6 @@ def test_the_cache_copies_the_arrays_of_the_caller():
     assert cache.match(ids("hello!")).kv_match_len == 5
 
 
-def test_insert_raises_if_the_tree_lacks_rows_before_owned_from():
-    cache = hybrid()
-    with pytest.raises(ValueError, match="keep a lock"):
-        cache.insert(ids("hello"), cache.allocate_kv(5), owned_from=3)
-    assert cache.num_nodes == 0 and not cache._tree.roots
-
-
 def test_match_changes_nothing():
     cache = hybrid()
     publish(cache, ids("hello world"), [5, 11])
@@ -94,14 +80,6 @@ def test_match_changes_nothing():
         cache.match(ids(prompt))
     assert cache.render() == before
     assert cache.stats.total.requests == 0
-
-
-def test_namespaces_do_not_share_prefixes():
-    cache = hybrid()
-    publish(cache, ids("hello"), [5], namespace="a")
-    assert cache.match(ids("hello!"), "a").cached_len == 5
-    for other in (None, "b", ("a",), 0):
-        assert cache.match(ids("hello!"), other).losses.never_seen == 6
 
 
 def test_a_chain_of_2000_nodes_and_100000_tokens():
@@ -132,17 +110,6 @@ def test_a_chain_of_2000_nodes_and_100000_tokens():
 
 
 @pytest.mark.parametrize("eviction", ["lru", "sieve"])
-def test_unreachable_kv_is_evicted_first(eviction):
-    cache = hybrid(eviction=eviction)
-    serve(cache, ids("alive"), [5])
-    serve(cache, ids("dead!"))
-    cache.touch(cache.match(ids("dead!!")))
-    cache.evict(num_tokens=1)
-    assert cache.match(ids("dead!!")).kv_match_len == 0
-    assert cache.match(ids("alive!")).cached_len == 5
-
-
-@pytest.mark.parametrize("eviction", ["lru", "sieve"])
 def test_a_superseded_checkpoint_is_evicted_before_an_older_one(eviction):
     cache = hybrid(eviction=eviction)
     serve(cache, ids("older"), [5])
@@ -152,93 +119,6 @@ def test_a_superseded_checkpoint_is_evicted_before_an_older_one(eviction):
     assert cache.match(ids("older!")).cached_len == 5
     assert cache.match(ids("chatX")).cached_len == 0
     assert cache.match(ids("chatchat!")).cached_len == 8
-
-
-def test_a_hit_refreshes_only_the_checkpoint_it_resumes_from():
-    cache = hybrid(demote_superseded=False)
-    serve(cache, ids("ab"), [2])
-    serve(cache, ids("ab", "cd"), [4])
-    serve(cache, ids("other"), [5])
-    cache.touch(cache.match(ids("abcd!")))
-    cache.evict(num_slots=1)
-    assert cache.match(ids("abX")).cached_len == 0, "'ab' was used long before 'other'"
-    assert cache.match(ids("other!")).cached_len == 5
-
-
-def test_a_chat_with_more_turns_than_slots_keeps_its_latest_turns():
-    cache, turn = hybrid(num_slots=48), 5
-    chat = ids(range(100 * turn))
-    for end in range(turn, len(chat) + 1, turn):
-        match = serve(cache, chat[:end], [end])
-        assert match.cached_len == end - turn, "a turn does not resume from the previous one"
-    assert cache.num_checkpoints == 48 and cache.stats.evicted_slots == 52
-    assert cache.cached_tokens == len(chat), "KV was evicted too"
-    for end in range(turn, len(chat), turn):
-        edited = cache.match(ids(chat[:end].tolist(), "!"))
-        is_kept = end > len(chat) - 48 * turn
-        assert edited.cached_len == (end if is_kept else 0)
-        assert edited.losses.checkpoint_evicted == (0 if is_kept else end)
-
-
-def test_evicting_an_inner_checkpoint_leaves_a_tombstone():
-    cache = hybrid()
-    serve(cache, ids("ab"), [2])
-    serve(cache, ids("ab", "cd"), [4])
-    assert cache.evict(num_slots=1) == (0, 1)
-    match = cache.match(ids("abX"))
-    assert (match.cached_len, match.kv_match_len) == (0, 2)
-    assert match.losses.checkpoint_evicted == 2
-    assert cache.match(ids("abcd!")).cached_len == 4
-
-
-def test_a_cascading_eviction_stops_at_checkpoints_forks_and_locks():
-    for stop in ("checkpoint", "fork", "lock"):
-        cache = hybrid()
-        serve(cache, ids("ab"), [2])
-        serve(cache, ids("ab", "cd"), [4])
-        serve(cache, ids("ab", "cd", "ef"), [6])
-        if stop == "fork":
-            serve(cache, ids("ab", "cd", "XY"), [6])
-        handle = cache.lock(cache.match(ids("abcd!")).node)
-        cache.evict(num_slots=1)
-        if stop != "lock":
-            cache.unlock(handle)
-        leaf = cache.match(ids("abcdef!"))
-        assert leaf.cached_len == 6
-        cache._drop_leaf(leaf.node)
-        cache.check(held_tokens=0, held_slots=0)
-        assert cache.match(ids("abcdef!")).kv_match_len == 4
-
-
-def shared(**options):
-    config = CacheConfig(
-        **({"total_bytes": 100, "kv_bytes_per_token": 2, "state_bytes": 20, "grid": 1} | options)
-    )
-    return build_prefix_cache(config)
-
-
-def test_a_refused_allocation_evicts_nothing():
-    cache = hybrid(num_kv_tokens=20, num_slots=3)
-    serve(cache, ids("aaaaa"), [5])
-    serve(cache, ids("bbbbb"), [5])
-    handle = cache.lock(cache.match(ids("aaaaa!")).node)
-    held = cache.allocate_kv(8)
-    assert cache.allocate_kv(8) is None, "2 free and 5 evictable rows cannot give 8"
-    assert cache.match(ids("bbbbb!")).cached_len == 5
-    assert cache.stats.refusals == 1
-    assert len(cache.allocate_kv(7)) == 7
-    assert cache.match(ids("bbbbb!")).cached_len == 0
-    cache.unlock(handle)
-    cache.free_kv(held)
-
-
-def test_a_budget_evicts_the_older_item_of_both_kinds():
-    cache = shared(total_bytes=64, dead_first=False)
-    serve(cache, ids("aa"))
-    serve(cache, ids("bb"), [2])
-    assert len(cache.allocate_kv(19)) == 19
-    assert cache.match(ids("aa!")).kv_match_len == 0
-    assert cache.match(ids("bb!")).cached_len == 2
 
 
 def test_a_ghost_gives_no_hit_but_a_seen_len():
@@ -251,52 +131,12 @@ def test_a_ghost_gives_no_hit_but_a_seen_len():
     assert cache.ghost_tokens == 11
 
 
-def test_the_deepest_evicted_checkpoint_counts_as_missed():
-    cache = hybrid()
-    serve(cache, ids("abcdefgh"), [2, 4, 8])
-    serve(cache, ids("abcdX"), [5])
-    cache.touch(cache.match(ids("abcdX!")))
-    cache.touch(cache.match(ids("abZ")))
-    locks = [cache.lock(cache.match(ids(prompt)).node) for prompt in ("abcdX!", "abZ")]
-    cache.evict(num_slots=10)
-    match = cache.match(ids("abcdefgh!"))
-    assert (match.cached_len, match.kv_match_len, match.seen_len) == (2, 4, 8)
-    assert match.losses.checkpoint_evicted == 2, "the tombstone at 4 ends the loss"
-    assert match.missed.position == 8
-    assert len(locks) == 2
-
-
 @pytest.mark.parametrize("ghost_bytes", [0, 1000])
 def test_ghosts_never_exceed_their_byte_limit(ghost_bytes):
     cache = hybrid(ghost_bytes=ghost_bytes)
     for number in range(100):
         serve(cache, ids([number], "x" * number), [number + 1])
         assert cache.ghosts.num_bytes <= ghost_bytes
-
-
-def test_an_attention_only_cache_resumes_anywhere_on_grid_and_page():
-    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=4))
-    result = publish(cache, ids("abcdefghij"))
-    for prompt, cached in (("abcdefghijk", 8), ("abcdefgh", 4), ("abcdefX", 4), ("abX", 0)):
-        match = cache.match(ids(prompt))
-        assert match.cached_len == cached
-        expected = cache.gather(result.node)[:cached].tolist()
-        assert cache.gather(match.node).tolist() == expected
-        assert sum(match.losses) + cached == len(prompt)
-
-
-def test_an_attention_only_lock_protects_only_the_used_part_of_an_edge():
-    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=1))
-    publish(cache, ids("abcdef"))
-    match = cache.match(ids("abcX"))
-    handle = cache.lock(match.node)
-    rows = cache.gather(match.node)
-    assert cache.evict(num_tokens=6).num_tokens == 3
-    new = cache.allocate_kv(1)
-    result = cache.insert(ids("abcX"), np.concatenate([rows, new]), owned_from=3, after=match.node)
-    assert cache.gather(result.node).tolist() == [*rows.tolist(), *new.tolist()]
-    cache.unlock(handle)
-    cache.check(held_tokens=0)
 
 
 def test_a_null_cache_stores_nothing():

@@ -68,61 +68,6 @@ def loadable(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[i
     return [(found.position, found.rows) for found in cache.match(tokens).loadable]
 
 
-def test_a_cache_without_tiers_offloads_nothing():
-    config = CacheConfig(num_kv_tokens=20, num_slots=2, grid=1, state_bytes=10)
-    cache = build_prefix_cache(config)
-    serve(cache, ids("abcd"), [4])
-    assert cache.offload is None and cache.match(ids("abcd")).loadable == ()
-
-
-def test_evicted_state_and_kv_are_offloaded_to_the_host():
-    cache = tiered()
-    serve(cache, ids("abcd"), [4])
-    cache.evict(num_tokens=4)
-    assert loadable(cache, ids("abcdX")) == [(4, (4 + 5,))]
-    assert loadable(cache, ids("abcX")) == []
-
-
-def test_kv_without_a_dependent_state_is_not_offloaded():
-    cache = tiered()
-    serve(cache, ids("abcd"), [2])
-    cache.evict(num_tokens=1)
-    assert [copy.kind for copy in carried_out(cache).transfers] == []
-    assert cache.match(ids("abcd")).kv_match_len == 2
-    cache.evict(num_tokens=1)
-    assert [copy.kind for copy in carried_out(cache).transfers] == ["checkpoint", "kv"]
-
-
-def test_fetching_for_a_tombstone_loads_only_its_state():
-    cache = tiered(num_slots=1)
-    serve(cache, ids("abcd"), [2])
-    cache.evict(num_slots=1)
-    assert loadable(cache, ids("abX")) == [(2, (5,))]
-    assert cache.fetch(cache.match(ids("abX")).loadable[0])
-    assert cache.match(ids("abX")).cached_len == 2
-    cache.check(held_tokens=0, held_slots=0)
-
-
-def test_recomputed_data_is_removed_from_the_host():
-    cache = tiered()
-    serve(cache, ids("abcd"), [4])
-    cache.evict(num_tokens=4)
-    serve(cache, ids("abcd"), [4])
-    assert cache.match(ids("abcdX")).cached_len == 4
-    assert all(tier.pages.num_taken == 0 for tier in cache.offload.tiers)
-
-
-def test_a_failed_fetch_changes_nothing():
-    cache = tiered(num_slots=1)
-    serve(cache, ids("abcd"), [4])
-    cache.evict(num_tokens=4)
-    slot = cache.allocate_slot()
-    before = loadable(cache, ids("abcdX"))
-    assert not cache.fetch(cache.match(ids("abcdX")).loadable[0])
-    assert slot is not None and loadable(cache, ids("abcdX")) == before
-    cache.check(held_tokens=0, held_slots=1)
-
-
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "lhd", "survival"])
 def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
     cache = tiered(eviction=eviction)
@@ -134,39 +79,6 @@ def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
         match = cache.match(ids("abcdX"))
         cache.touch(match)
         assert match.node.checkpoint.uses == uses
-
-
-def test_a_failed_fetch_does_not_count_as_a_use():
-    cache = tiered(num_slots=1)
-    serve(cache, ids("abcd"), [4])
-    cache.evict(num_tokens=4)
-    cache.allocate_slot()
-    match = cache.match(ids("abcdX"))
-    assert not cache.fetch(match.loadable[0])
-    assert match.loadable[0].node.offloaded.state.uses == 0
-
-
-def test_making_room_for_a_fetch_does_not_evict_its_own_path():
-    cache = tiered(num_kv_tokens=6, num_slots=2)
-    serve(cache, ids("abcd"), [2, 4])
-    cache.evict(num_tokens=2)
-    serve(cache, ids("wxyz"), [4])
-    assert (cache.free_tokens, cache.free_slots) == (0, 0)
-    assert cache.fetch(cache.match(ids("abcdX")).loadable[0])
-    assert cache.match(ids("abcdX")).cached_len == 4
-    cache.check(held_tokens=0, held_slots=0)
-
-
-def test_victims_of_the_host_policy_move_to_the_disk():
-    cache = tiered(host_bytes=2 * 9, disk_bytes=200)
-    for prompt in ("abcd", "efgh"):
-        serve(cache, ids(prompt), [4])
-    cache.evict(num_tokens=8)
-    assert cache.match(ids("abcdX")).loadable[0].rows == (0, 9)
-    assert cache.match(ids("efghX")).loadable[0].rows == (9, 0)
-    written = [copy for copy in carried_out(cache).transfers if getattr(copy, "path", None)]
-    assert {copy.kind for copy in written} == {"kv", "checkpoint"}
-    assert all(copy.path[1].tolist() == ids("abcd").tolist() for copy in written)
 
 
 def test_an_item_that_the_host_would_evict_first_is_not_offloaded():
@@ -238,39 +150,6 @@ def test_refused_and_not_fetched_tokens_are_counted_separately(rate: float | Non
     cache.check(held_tokens=0, held_slots=1)
 
 
-def test_a_request_without_reuse_has_no_not_fetched_tokens():
-    cache = tiered(host_bytes=400)
-    serve(cache, ids("abcdefgh"), [8])
-    cache.evict(num_slots=1)
-    found = cache.match(ids("abcdefghX"))
-    assert [at.position for at in found.loadable] == [8]
-    request = LeaseRequest(ids("abcdefghX"), reuse=False)
-    lease = Lease.begin(cache, parse_placement("none"), request)
-    assert lease.match.loadable == () and lease.losses == found.losses
-    lease.abort()
-
-
-def test_a_checkpoint_evicted_by_its_own_request_is_loadable():
-    """The checkpoint is offloaded to the host when the request takes its slot."""
-    cache = without_a_free_slot(num_slots=3)
-    cache.free_slot(2)
-    serve(cache, ids("xy"), [2])
-    handle = cache.lock(cache.match(ids("xyX")).node)
-    offered: list[tuple[int, int]] = []
-
-    class RecordingRate(Rate):
-        def seconds_saved(self, cached_len, position, prompt_len, num_bytes):
-            offered.append((cached_len, position))
-            return 0.0
-
-    lease = Lease.begin(cache, parse_placement("end"), LeaseRequest(ids("abcdX")), RecordingRate(0))
-    assert lease is not None and lease.cached_len == 0
-    assert offered == [(0, 2), (0, 4)]
-    assert (lease.losses.refused, lease.losses.not_fetched, sum(lease.losses)) == (2, 2, 5)
-    lease.abort()
-    cache.unlock(handle)
-
-
 class Linear:
     """Compute time of 0.25 s per token."""
 
@@ -289,66 +168,6 @@ def test_exchange_subtracts_copy_time_from_saved_prefill_time():
         Exchange(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bytes_per_s must have an entry for disk"):
         Exchange(Linear(), {"host": 1.0}).copy_seconds({"host": 3, "disk": 4, "far": 0})
-
-
-def test_states_of_an_earlier_process_are_adopted_and_fetched():
-    memory = TieredMemory(
-        CacheConfig(
-            num_kv_tokens=20,
-            num_slots=2,
-            grid=2,
-            kv_bytes_per_token=2,
-            state_bytes=10,
-            disk_bytes=100,
-        )
-    )
-    memory.adopt(ids("abcd"), None, "disk")
-    memory.adopt(ids("abcdef"), None, "disk")
-    memory.adopt(ids("abxy"), None, "disk")
-    memory.check()
-    assert loadable(memory.cache, ids("abcdefX")) == [(4, (9,)), (6, (11,))]
-    assert loadable(memory.cache, ids("abxyX")) == [(4, (9,))]
-    memory.serve(ids("abcdefX"), None, [], 1)
-    memory.check()
-    assert memory.cache.match(ids("abcdefX")).cached_len == 6
-    assert memory.cache.adopt(ids("abcd"), None, "disk") is None
-    with pytest.raises(ValueError, match=r"tier must be one of .* \(got 'host'\)"):
-        memory.cache.adopt(ids("ab"), None, "host")
-    with pytest.raises(ValueError, match="multiple of 2"):
-        memory.cache.adopt(ids("abc"), None, "disk")
-
-
-def test_kv_follows_its_state_to_the_disk_when_a_fetch_fails():
-    """Making room for a state moves a deeper one from the host to the disk. If the fetch then fails
-    for lack of rows, the KV above must follow instead of staying on the host."""
-    cache = tiered(host_bytes=2 * 13, disk_bytes=400, eviction="lru")
-    serve(cache, ids("abcdefgh"), [4, 8])
-    cache.evict(num_tokens=8, num_slots=2)
-    near, far = cache.match(ids("abcdefghX")).loadable
-    assert (near.rows, far.rows) == ((4, 5), (13, 0)), "the shallow state is not on disk"
-    serve(cache, ids("xy"), [2])
-    held = cache.allocate_kv(17)
-    assert held is not None and cache.allocate_slot() is not None
-    assert not cache.fetch(near)
-    cache.check(held_tokens=17, held_slots=1)
-    near, far = cache.match(ids("abcdefghX")).loadable
-    assert (near.rows, far.rows) == ((0, 9), (0, 13)), "a part of the path is not on disk"
-
-
-def test_a_prefix_under_a_reloaded_node_can_be_adopted():
-    """The node's KV was loaded from the disk; that of its child is still there."""
-    cache = tiered(host_bytes=2 * 9, disk_bytes=400)
-    serve(cache, ids("abcd"), [2, 4])
-    cache.evict(num_tokens=4)
-    for other in ("efgh", "ijkl"):
-        serve(cache, ids(other), [4])
-    cache.evict(num_tokens=8)
-    near, _ = cache.match(ids("abcdX")).loadable
-    assert near.rows[0] == 0 < near.rows[1], "not on disk"
-    assert cache.fetch(near) and cache.match(ids("abcdX")).cached_len == 2
-    assert cache.fetch(cache.match(ids("ijklX")).loadable[0]), "the fetch from the host failed"
-    taken = cache.adopt(ids("abxy"), None, "host")
-    assert taken is not None and taken[0] == 2
 
 
 def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():
@@ -371,22 +190,6 @@ def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():
     memory.adopt(ids("abxy"), None, "host")
     memory.check()
     assert loadable(memory.cache, ids("abxyX")) == [(4, (7, 0))]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"host_bytes": 5}, "host_bytes must hold at least one state"),
-        ({"prefix_cache": "radix"}, "host_bytes needs a hybrid cache"),
-        (
-            {"kv_bytes_per_token": 1, "state_bytes": 1},
-            "kv_bytes_per_token and state_bytes must be given",
-        ),
-    ],
-)
-def test_invalid_tier_options_raise(options: dict[str, object], message: str):
-    with pytest.raises(ValueError, match=message):
-        tiered(**options)
 
 
 def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():

@@ -79,19 +79,3 @@ def test_splits_do_not_change_walks(tokens, data):
         edges = edge_tokens(node.edge).tolist() + edges
         node = node.parent
     assert edges == tokens
-
-
-def test_a_walk_can_start_below_the_root():
-    tree = RadixTree(1)
-    leaf = grow_path(tree, [1, 2, 3, 4, 5], [2, 5])
-    assert tree.walk(leaf.parent, int32([3, 4, 9])) == (leaf.parent, leaf, 4)
-
-
-def test_nodes_yields_parents_before_children():
-    tree = RadixTree(1)
-    grow_path(tree, [1, 2, 3, 4], [1, 2, 4])
-    seen = [tree.root(None)]
-    for node in tree.nodes():
-        assert node.parent in seen
-        seen.append(node)
-    assert len(seen) == 4
