@@ -1,4 +1,4 @@
-"""Dense projections."""
+"""Dense products, and norms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.layers.parameters import Build, Parameter, Storage
+from engine.layers.parameters import Build, Composite, Parameter, Role, Storage
 from engine.layers.rank import ALONE, Kinds, Rank, RankCut
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -145,3 +145,32 @@ class _Stack:
 def as_kernels_take(scale: torch.Tensor) -> torch.Tensor:
     """Return scales ``[..., M, blocks]`` as ``[..., M]`` if a row has one block."""
     return scale.squeeze(-1) if scale.shape[-1] == 1 else scale
+
+
+class RMSNorm(Composite):
+    """``x / rms(x) * weight``. With ``centred`` the weight is stored around zero: ``* (1 +
+    weight)``."""
+
+    def __init__(
+        self, name: str, size: int, build: Build, *, eps: float, centred: bool = False
+    ) -> None:
+        self.size, self.eps, self._offset = size, eps, 1.0 if centred else 0.0
+        self.weight = build.weights.empty(size)
+        role: Role = "centred_norm" if centred else "norm"
+        self.own = [(f"{name}.weight", Parameter(self.weight, role))]
+        self._norm = build.kernels["norm"].rms_norm
+
+    def seal(self) -> None:
+        super().seal()
+        self.weight = self.weight.float() + self._offset
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x, self.weight, self.eps)
+
+    def add(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm of x + residual, x + residual). ``residual`` is None in the first layer."""
+        if residual is None:
+            return self(x), x
+        return self._norm(x, self.weight, self.eps, residual=residual)

@@ -1,20 +1,23 @@
-"""Feed-forward block of a layer: a dense MLP, or experts."""
+"""Feed-forward blocks of a layer: a dense MLP, experts with any router and names, or both in
+parallel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from engine.layers.experts import ExpertNames, Experts
 from engine.layers.inputs import Rows, pad_rows
-from engine.layers.linear import Linear, Part, shared
-from engine.layers.parameters import Build, Composite
-from hybridcache.geometry.sizes import ExpertsSizes
+from engine.layers.linear import Linear, Part, as_kernels_take, shared
+from engine.layers.parameters import Build, Composite, Parameter, Storage
+from engine.layers.residual import FeedForward
+from hybridcache.geometry.sizes import ExpertsSizes, part
 
 
 class MLP(Composite):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``; gate and up are one product."""
+    """SwiGLU, ``down(silu(gate(x)) * up(x))``, in which gate and up are one product; or without
+    gate ``down(relu(up(x))^2)``."""
 
     def __init__(
         self,
@@ -26,14 +29,17 @@ class MLP(Composite):
         inputs: Sequence[str] = ("gate_proj", "up_proj"),
         output: str = "down_proj",
         bias: bool = False,
+        gated: bool = True,
         gate_multiplier: float = 1.0,
         sums: bool = True,
     ) -> None:
         """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down.
-        ``gate_multiplier``: factor before silu. ``sums``: see ``Linear``."""
-        rows = 2 * intermediate_size // len(inputs)
+        ``gated``: False if there is no gate. ``gate_multiplier``: factor before silu. ``sums``: see
+        ``Linear``."""
+        num_parts = 1 + gated
+        rows = num_parts * intermediate_size // len(inputs)
         parts = [Part(f"{name}.{word}", rows) for word in inputs]
-        parts = shared(parts, [(intermediate_size, 1)] * 2, build.rank)
+        parts = shared(parts, [(intermediate_size, 1)] * num_parts, build.rank)
         self.gate_up = Linear(hidden_size, parts, build, bias=bias)
         outputs = [Part(f"{name}.{output}", hidden_size)]
         self.down = Linear(
@@ -41,7 +47,8 @@ class MLP(Composite):
         )
         self.layers = self.gate_up, self.down
         self._gate_multiplier = gate_multiplier
-        self._activate = build.kernels["activation"].silu_and_mul
+        activation = build.kernels["activation"]
+        self._activate = activation.silu_and_mul if gated else activation.relu_squared
 
     def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         gate_up = self.gate_up(x)
@@ -51,24 +58,133 @@ class MLP(Composite):
         return self.down(self._activate(gate_up))
 
 
-class SquaredReluMLP(Composite):
-    """``down(relu(up(x))^2)``."""
+Scales = torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """Names of the matrices of experts in the weight files.
+
+    A name with ``{}`` is that of one expert, by number; a name without belongs to all.
+    """
+
+    inputs: tuple[str, ...]
+    """Gate and up, or one name of both; or only up, for experts without gates."""
+    output: str
+
+
+class Experts:
+    """All experts of a layer: SwiGLU, or squared ReLU if ``sizes.matrices`` is 2. All have the same
+    storage format, because they are multiplied together."""
 
     def __init__(
-        self, name: str, hidden_size: int, intermediate_size: int, build: Build, *, bias: bool
+        self,
+        name: str,
+        width: int,
+        sizes: ExpertsSizes,
+        names: ExpertNames,
+        build: Build,
+        *,
+        shared: ExpertNames | None = None,
     ) -> None:
-        inputs, outputs = [
-            [Part(f"{name}.{word}", size)]
-            for word, size in (("up_proj", intermediate_size), ("down_proj", hidden_size))
-        ]
-        inputs = shared(inputs, [(intermediate_size, 1)], build.rank)
-        self.up = Linear(hidden_size, inputs, build, bias=bias)
-        self.down = Linear(intermediate_size, outputs, build, bias=bias, shares_inputs=True)
-        self.layers = self.up, self.down
-        self._activate = build.kernels["activation"].relu_squared
+        """``name``: common name, which selects the precision. ``width``: size of their input.
+        ``shared``: names of a shared expert, which becomes the last one if ``has_shared`` says
+        so."""
+        self._names, self._weights = names, build.weights
+        self._rank, own = build.rank, part(sizes.intermediate, build.rank.count, "units")
+        self._count, self._inner = sizes.num_experts, (sizes.matrices - 1) * own
+        self._kinds = [(sizes.intermediate, 1)] * (sizes.matrices - 1)
+        self._storage, self._moe = self._stored_as(name), build.kernels["moe"]
+        self._shared = None
+        if shared is not None and sizes.shared_intermediate == sizes.intermediate:
+            self._shared = shared if self._joins(shared) else None
+        self._w13, self._w13_scale = self._allocate(self._inner, width)
+        self._w2, self._w2_scale = self._allocate(width, own)
 
-    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return self.down(self._activate(self.up(x)))
+    @property
+    def has_shared(self) -> bool:
+        """True if the shared expert is computed here: it has the size and the format of the others,
+        and the kernels are faster with all of them together."""
+        return self._shared is not None
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._parameters_of(self._names, range(self._count))
+        if self._shared is not None:
+            yield from self._parameters_of(self._shared, range(self._count, self._count + 1))
+
+    def _parameters_of(self, names: ExpertNames, experts: range) -> Iterator[tuple[str, Parameter]]:
+        size, num_inputs = self._inner // len(names.inputs), len(names.inputs)
+        weights = *self._w13.split(size, dim=1), self._w2
+        scales: tuple[Scales, ...] = (num_inputs + 1) * (None,)
+        if self._w13_scale is not None and self._w2_scale is not None:
+            scales = *self._w13_scale.split(size, dim=1), self._w2_scale
+        for name, weight, scale in zip((*names.inputs, names.output), weights, scales, strict=True):
+            is_stack = len(experts) > 1 and "{}" not in name
+            kinds, dim = self._kinds[: len(self._kinds) // num_inputs], int(is_stack)
+            if name == names.output:
+                kinds, dim = self._kinds[:1], dim + 1
+            cut = self._rank.cut(*kinds, dim=dim)
+            if is_stack:
+                yield name, Parameter(weight[: len(experts)], cut=cut)
+                continue
+            for expert in experts:
+                own = name.format(expert)
+                scheme = self._weights.scheme(own.removesuffix(".weight"))
+                factor = None if scale is None else scale[expert]
+                yield own, Parameter(weight[expert], scheme=scheme, scale=factor, cut=cut)
+
+    def _joins(self, shared: ExpertNames) -> bool:
+        names = *shared.inputs, shared.output
+        stored = {self._weights.storage(name.removesuffix(".weight")) for name in names}
+        return bool(self._moe.JOINS_SHARED) and stored == {self._storage}
+
+    def _stored_as(self, name: str) -> Storage:
+        weights, names = self._weights, (*self._names.inputs, self._names.output)
+        asked = Storage(weights.precision(name))
+        if weights.files is None or not all("{}" in own for own in names):
+            return asked
+        found = {
+            weights.storage(own.format(expert).removesuffix(".weight"))
+            for expert in range(self._count)
+            for own in names
+        }
+        return found.pop() if len(found) == 1 else asked
+
+    def _allocate(self, rows: int, columns: int) -> tuple[torch.Tensor, Scales]:
+        storage, weights = self._storage, self._weights
+        count = self._count + self.has_shared
+        weight = weights.empty(count, rows, columns, dtype=storage.dtype)
+        if storage.dtype is None:
+            return weight, None
+        shape = storage.scales(rows, columns)
+        return weight, weights.empty(count, *shape, dtype=torch.float32)
+
+    def seal(self) -> None:
+        precision, dtype = self._storage.precision, self._weights.dtype
+        if precision is None:
+            self._product = self._moe.prepare(self._w13, self._w2)
+        else:
+            if self._w13_scale is None or self._w2_scale is None:
+                self._w13, up_scale = self._moe.quantize_experts(self._w13, precision)
+                self._w2, down_scale = self._moe.quantize_experts(self._w2, precision)
+            else:
+                up_scale = as_kernels_take(self._w13_scale)
+                down_scale = as_kernels_take(self._w2_scale)
+            self._product = self._moe.prepare_8bit(self._w13, up_scale, self._w2, down_scale, dtype)
+        del self._w13, self._w2, self._w13_scale, self._w2_scale
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        shared_gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute this rank's summand of the output ``[T, width]`` from ``x`` of the same shape;
+        ``weights`` and ``experts`` are ``[T, k]``. The shared expert is included if its gate ``[T,
+        1]`` is given."""
+        out: torch.Tensor = self._product(x, weights, experts, shared_gate=shared_gate)
+        return out
 
 
 class ExpertsMLP(Composite):
@@ -130,3 +246,117 @@ class ExpertsMLP(Composite):
             out = self._gate(self._shared(x, rows), shared_gate)
             rows.of(out).add_(self._experts(*routed))
         return self._rank.sum(out)
+
+
+class SoftmaxRouter(Composite):
+    """Selects the most probable experts, weighted by their probabilities.
+
+    A router returns weights ``[T, k]`` and experts ``[T, k]`` of the T ``rows`` of ``x [num_rows,
+    H]``.
+    """
+
+    def __init__(
+        self, name: str, hidden_size: int, sizes: ExpertsSizes, build: Build, *, renormalises: bool
+    ) -> None:
+        """``renormalises``: True if the weights of the selected experts are scaled to sum to
+        one."""
+        self._k, self._renormalises = sizes.experts_per_token, renormalises
+        self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], build)
+        self.layers = (self._linear,)
+        self._route = build.kernels["moe"].route
+
+    def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = self._route(
+            rows.of(self._linear(x)), self._k, self._renormalises, live=rows.live
+        )
+        return weights, experts
+
+
+class SigmoidRouter(Composite):
+    """Selects the experts with the highest sigmoids plus a bias that affects only the selection; in
+    float32."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: ExpertsSizes,
+        build: Build,
+        *,
+        bias: str | None,
+        renormalises: bool,
+        scale: float,
+        eps: float = 1e-20,
+    ) -> None:
+        """``bias``: name of its tensor, or None. ``renormalises``: True if the selected sigmoids
+        are divided by their sum plus ``eps``. ``scale``: factor applied afterwards."""
+        self._k = sizes.experts_per_token
+        self._renormalises, self._scale, self._eps = renormalises, scale, eps
+        exact = replace(build, weights=replace(build.weights, dtype=torch.float32))
+        self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], exact)
+        self.layers = (self._linear,)
+        self._bias: torch.Tensor | None = None
+        if bias is not None:
+            self._bias = exact.weights.empty(sizes.num_experts)
+            self.own = [(bias, Parameter(self._bias))]
+        self._route = build.kernels["moe"].route_sigmoid
+
+    def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = self._route(
+            rows.of(self._linear(x.float())),
+            self._bias,
+            self._k,
+            self._renormalises,
+            scale=self._scale,
+            eps=self._eps,
+            live=rows.live,
+        )
+        return weights, experts
+
+
+class RoutedExperts(Composite):
+    """A few experts per token, selected by a router. If ``sizes.width`` is set, a product before
+    the experts narrows and one after them widens."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: ExpertsSizes,
+        router: SoftmaxRouter | SigmoidRouter,
+        names: ExpertNames,
+        build: Build,
+        *,
+        narrow: Part | None = None,
+        widen: Part | None = None,
+        bias: bool = False,
+    ) -> None:
+        """``name``: common name of the experts, which selects the precision. ``bias``: True if the
+        products around them have one."""
+        width = sizes.width or hidden_size
+        self._router, self._experts = router, Experts(name, width, sizes, names, build)
+        self._narrow = None if narrow is None else Linear(hidden_size, [narrow], build, bias=bias)
+        self._widen = None if widen is None else Linear(width, [widen], build, bias=bias)
+        layers = self._router, self._experts, self._narrow, self._widen
+        self.layers = [layer for layer in layers if layer is not None]
+        self._rank = build.rank
+
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Compute the block. Padding rows are not routed, because they would load experts for
+        nothing."""
+        weights, experts = self._router(x, rows)
+        inner = x if self._narrow is None else self._narrow(x)
+        out = self._rank.sum(self._experts(rows.of(inner), weights, experts))
+        out = pad_rows(out, len(x))
+        return out if self._widen is None else self._widen(out)
+
+
+class Beside(Composite):
+    """Parallel feed-forward blocks on one input, with summed outputs: routed and shared experts."""
+
+    def __init__(self, blocks: Sequence[FeedForward]) -> None:
+        self.layers = self._blocks = blocks
+
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        outs = [block(x, rows) for block in self._blocks]
+        return sum(outs[1:], outs[0])

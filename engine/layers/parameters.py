@@ -145,20 +145,23 @@ class Layer(Protocol):
 
 
 class Composite:
-    """Layer made of other layers. Subclasses with additional weights extend the methods."""
+    """Layer made of other layers, and of weights of its own."""
 
-    layers: Sequence[Layer]
-    """Layers in the order of their parameters."""
+    layers: Sequence[Layer] = ()
+    own: list[tuple[str, Parameter]]
+    """Its own weights with their names, until it is sealed. Not set if there are none."""
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         """See ``Layer``."""
         for layer in self.layers:
             yield from layer.parameters()
+        yield from getattr(self, "own", ())
 
     def seal(self) -> None:
         """See ``Layer``."""
         for layer in self.layers:
             layer.seal()
+        self.own = []
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,7 @@ import torch
 
 from engine.layers.attention import Attention
 from engine.layers.inputs import DecodePart, LayerInputs, Pools, RotaryTable, pad_rows
-from engine.layers.linear import Linear, Part
-from engine.layers.norm import RMSNorm
+from engine.layers.linear import Linear, Part, RMSNorm
 from engine.layers.parameters import Build, Composite
 from engine.layers.residual import FeedForwardStep, MixerStep
 from hybridcache.geometry.sizes import Spec, StateSpec

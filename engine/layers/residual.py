@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from engine.layers.inputs import LayerInputs, Pools, Rows
-from engine.layers.norm import RMSNorm
+from engine.layers.linear import RMSNorm
 from engine.layers.parameters import Composite, Layer
 from hybridcache.geometry.sizes import Spec
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 
 from engine.layers.attention import Attention
 from engine.layers.inputs import LayerInputs, Pools, Rows
-from engine.layers.linear import Linear, Part
+from engine.layers.linear import Linear, Part, RMSNorm
 from engine.layers.mlp import MLP
-from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Layer, Parameter
 from engine.layers.prediction import PredictionHead
 from engine.layers.rank import RankCut

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.layers.experts import ExpertNames
-from engine.layers.mamba2 import GatedNorm, Mamba2
-from engine.layers.mlp import MLP
+from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SoftmaxRouter
+from engine.layers.recurrent import GatedNorm, Mamba2
 from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.routed import Beside, RoutedExperts, SoftmaxRouter
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import (
     ModelConfig,

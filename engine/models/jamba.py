@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.layers.experts import ExpertNames
-from engine.layers.mamba1 import Mamba1
-from engine.layers.mlp import MLP
+from engine.layers.mlp import MLP, ExpertNames, RoutedExperts, SoftmaxRouter
+from engine.layers.recurrent import Mamba1
 from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.routed import RoutedExperts, SoftmaxRouter
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ModelConfig, ModelError, common
 from hybridcache.geometry.config_format import Config

@@ -9,13 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from engine.layers.experts import ExpertNames
-from engine.layers.kda import KimiDeltaAttention
-from engine.layers.mla import LatentAttention
-from engine.layers.mlp import MLP
-from engine.layers.norm import RMSNorm
+from engine.layers.attention import LatentAttention
+from engine.layers.linear import RMSNorm
+from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SigmoidRouter
+from engine.layers.recurrent import KimiDeltaAttention
 from engine.layers.residual import FeedForward, Mixer
-from engine.layers.routed import Beside, RoutedExperts, SigmoidRouter
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, check_only, common
 from engine.weights.tensor_files import Tensor

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.layers.experts import ExpertNames
-from engine.layers.mlp import MLP
+from engine.layers.mlp import MLP, ExpertNames, RoutedExperts, SigmoidRouter
+from engine.layers.recurrent import ShortConv
 from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.routed import RoutedExperts, SigmoidRouter
-from engine.layers.shortconv import ShortConv
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from hybridcache.geometry.config_format import Config

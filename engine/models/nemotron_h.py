@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.layers.experts import ExpertNames
 from engine.layers.linear import Part
-from engine.layers.mamba2 import GatedNorm, Mamba2
-from engine.layers.mlp import SquaredReluMLP
+from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SigmoidRouter
+from engine.layers.recurrent import GatedNorm, Mamba2
 from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.routed import Beside, RoutedExperts, SigmoidRouter
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ACTIVATIONS, ModelConfig, check_only, common
 from hybridcache.geometry.config_format import Config
@@ -93,6 +91,12 @@ class NemotronH(Decoder):
     def squared_relu(self, name: str, intermediate_size: int) -> FeedForward:
         """Return an MLP without a gate."""
         config = self.config
-        return SquaredReluMLP(
-            name, config.hidden_size, intermediate_size, self.build, bias=config.own["mlp_bias"]
+        return MLP(
+            name,
+            config.hidden_size,
+            intermediate_size,
+            self.build,
+            inputs=["up_proj"],
+            bias=config.own["mlp_bias"],
+            gated=False,
         )

@@ -11,12 +11,10 @@ import torch
 
 from engine import engine_config
 from engine.config import EngineConfig
-from engine.layers.attention import Attention
-from engine.layers.gated_delta_net import GatedDeltaNet
+from engine.layers.attention import Attention, LatentAttention
 from engine.layers.linear import Part
-from engine.layers.mla import LatentAttention
+from engine.layers.recurrent import GatedDeltaNet, ShortConv
 from engine.layers.residual import FeedForwardStep, MixerStep, Parallel
-from engine.layers.shortconv import ShortConv
 from engine.models.decoder import Decoder
 from engine.runner import loaded_model
 from engine.runner.build import load_runner

@@ -1,0 +1,511 @@
+"""Recurrent mixers: a short causal convolution, and a scan after it (Gated DeltaNet, Kimi Delta
+Attention, Mamba-1, Mamba-2) or a gate (LFM2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, pad_rows
+from engine.layers.linear import Linear, Part, RMSNorm, shared
+from engine.layers.parameters import Build, Composite, Parameter
+from engine.layers.rank import RankCut
+from engine.weights.model_config import ModelError
+from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
+
+
+class CausalConv:
+    """Convolution of each channel over its last few inputs, which are its state, the window."""
+
+    def __init__(
+        self, channels: int, width: int, build: Build, *, bias: bool = False, silu: bool = True
+    ) -> None:
+        """``silu``: True to apply SiLU to the sums."""
+        self.weight = build.weights.empty(channels, width)
+        self.bias = build.weights.empty(channels) if bias else None
+        self._kernel, self._silu = build.kernels["conv1d"], silu
+
+    def parameters(
+        self, cuts: Mapping[str, RankCut | None], sizes: Sequence[int] = ()
+    ) -> Iterator[tuple[str, Parameter]]:
+        """Yield the parameters of the convolutions named in ``cuts``, which follow each other.
+        ``sizes`` are their numbers of channels on this rank; by default all are equal."""
+        weights = self.weight.unsqueeze(1).split(list(sizes) or len(self.weight) // len(cuts))
+        for (name, cut), weight in zip(cuts.items(), weights, strict=True):
+            yield f"{name}.weight", Parameter(weight, cut=cut)
+            if self.bias is not None:
+                yield f"{name}.bias", Parameter(self.bias, cut=cut)
+
+    def __call__(self, x: torch.Tensor, part: StepPart, windows: torch.Tensor) -> torch.Tensor:
+        """Convolve the tokens ``[T, C]`` of a part of the step, and update its windows."""
+        kernel, is_prefill = self._kernel, isinstance(part, PrefillPart)
+        convolve = kernel.prefill_conv1d if is_prefill else kernel.decode_conv1d
+        out: torch.Tensor = convolve(
+            x, self.weight, self.bias, states=windows, silu=self._silu, **part.scan_inputs
+        )
+        return out
+
+
+class Recurrent(Composite):
+    """Mixer that convolves and scans, starting from each sequence's state and updating it in its
+    slot."""
+
+    keeps: tuple[Any, ...]
+    projected_size: int
+    mixed_shape: tuple[int, ...]
+    _projection: Linear
+    _output: Linear
+    _conv: CausalConv
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._projection(hidden)
+
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Return ``[T, *mixed_shape]``."""
+        x, *gates = self._inputs(projected[: inputs.num_tokens])
+        windows, *states = pools
+
+        def mix(part: StepPart, tokens: slice) -> torch.Tensor:
+            convolved = self._conv(x[tokens], part, windows)
+            return self._scan(convolved, [gate[tokens] for gate in gates], part, *states)
+
+        return inputs.by_part(mix)
+
+    def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return the input of the convolution, and further inputs of the scan."""
+        raise NotImplementedError
+
+    def _scan(
+        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
+    ) -> torch.Tensor:
+        """Scan one part of the step, after the convolution."""
+        raise NotImplementedError
+
+
+class ShortConv(Recurrent):
+    """``out(C * conv(B * x))``; B, C and x are one product ``[B | C | x]``."""
+
+    def __init__(
+        self, name: str, hidden_size: int, sizes: ShortConvSizes, build: Build, *, bias: bool
+    ) -> None:
+        """``bias``: True if both products and the convolution have one."""
+        channels = sizes.channels, 1
+        inputs = shared([Part(f"{name}.in_proj", 3 * sizes.channels)], [channels] * 3, build.rank)
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        self._output = Linear(sizes.channels, outputs, build, bias=bias, shares_inputs=True)
+        self.layers = self._projection, self._output
+        cut, sizes = build.rank.cut(channels), sizes.share(build.rank.count)
+        self.keeps = sizes.keeps
+        width = sizes.channels
+        self.projected_size, self.mixed_shape = 3 * width, (width,)
+        self._conv = CausalConv(width, sizes.conv_width, build, bias=bias, silu=False)
+        self.own = [*self._conv.parameters({f"{name}.conv": cut})]
+
+    def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
+        gate, _, x = projected.chunk(3, dim=-1)
+        return [gate * x]
+
+    def _scan(
+        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
+    ) -> torch.Tensor:
+        return x
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, ``[num_rows, H]``."""
+        gate = projected[: len(mixed)].chunk(3, dim=-1)[1]
+        return self._output(pad_rows(gate * mixed, len(projected)))
+
+
+class GatedDeltaNet(Recurrent):
+    """Layer in which all inputs are one product ``[query | key | value | z | b | a]``.
+
+    With 8-bit weights, the gates b and a are a separate product, because their few rows determine
+    the whole state.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: DeltaSizes,
+        inputs: Sequence[Part],
+        build: Build,
+        *,
+        eps: float,
+        convs: Mapping[str, int] | None = None,
+        output: str = "out_proj",
+        norm: str = "norm",
+        max_beta: float = 1.0,
+    ) -> None:
+        """Make the layer.
+
+        ``inputs`` are the matrices of the input product, in the order of its layout. ``convs`` maps
+        the names of the convolutions to their numbers of channels; None means one, ``conv1d``.
+        ``output`` and ``norm`` name the last product and the norm before it, with epsilon ``eps``.
+        ``max_beta`` is the largest step of the delta rule.
+        """
+        rank, weights = build.rank, build.weights
+        keys, values = (
+            (sizes.num_key_heads, sizes.key_dim),
+            (sizes.num_value_heads, sizes.value_dim),
+        )
+        each = sizes.num_value_heads, 1
+        inputs = shared(inputs, [keys, keys, values, values, each, each], rank)
+        self._projection = Linear(hidden_size, inputs, build)
+        outputs = [Part(f"{name}.{output}", hidden_size)]
+        self._output = Linear(sizes.value_width, outputs, build, shares_inputs=True)
+        self.layers = self._projection, self._output
+        convs = convs or {"conv1d": sizes.conv_channels}
+        channels = list(convs.values())
+        cuts = rank.cuts(channels, [keys, keys, values])
+        heads_cut, sizes = rank.cut(each), sizes.share(rank.count)
+        self.sizes, self.keeps, self._eps, self._max_beta = sizes, sizes.keeps, eps, max_beta
+        heads = sizes.num_value_heads
+        self._widths = [sizes.conv_channels, sizes.value_width, heads, heads]
+        self.projected_size = sum(self._widths)
+        self.mixed_shape = heads, sizes.value_dim
+        self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build)
+        self._A_log = weights.empty(heads, dtype=torch.float32)
+        self._dt_bias = weights.empty(heads, dtype=torch.float32)
+        self._norm_weight = weights.empty(sizes.value_dim)
+        self._gdn, self._norm = build.kernels["gdn"], build.kernels["norm"]
+        named = {f"{name}.{conv}": cut for conv, cut in zip(convs, cuts, strict=True)}
+        counts = [n if cut is None else len(cut) for n, cut in zip(channels, cuts, strict=True)]
+        self.own = [
+            *self._conv.parameters(named, counts),
+            (f"{name}.A_log", Parameter(self._A_log, "log_decay", cut=heads_cut)),
+            (f"{name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=heads_cut)),
+            (f"{name}.{norm}.weight", Parameter(self._norm_weight, "norm")),
+        ]
+
+    def seal(self) -> None:
+        super().seal()
+        self._norm_weight = self._norm_weight.float()
+
+    def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
+        qkv, _, b, a = projected.split(self._widths, dim=-1)
+        return qkv, a, b
+
+    def _scan(
+        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
+    ) -> torch.Tensor:
+        sizes = self.sizes
+        widths = [sizes.key_width, sizes.key_width, sizes.value_width]
+        keys = sizes.num_key_heads, sizes.key_dim
+        parts = zip(x.split(widths, dim=-1), (keys, keys, self.mixed_shape), strict=True)
+        heads = [one.view(len(x), *shape) for one, shape in parts]
+        gates = *gates, self._A_log, self._dt_bias
+        out: torch.Tensor
+        if isinstance(part, PrefillPart):
+            gate, beta = self._gdn.gates(*gates, max_beta=self._max_beta)
+            out = self._gdn.chunk_gdn(*heads, gate, beta, states=states[0], **part.scan_inputs)
+        else:
+            out = self._gdn.decode_gdn(
+                *heads, *gates, states=states[0], max_beta=self._max_beta, **part.scan_inputs
+            )
+        return out
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, ``[num_rows, H]``."""
+        first, width = self._widths[:2]
+        z = projected[: len(mixed), first : first + width]
+        gated = self._norm.gated_rms_norm(mixed, self._norm_weight, z.view(mixed.shape), self._eps)
+        return self._output(pad_rows(gated.flatten(1), len(projected)))
+
+
+class KimiDeltaAttention(Recurrent):
+    """Layer in which decays and the output gate are two products each, through a width of one head.
+
+    The input of ``mix`` and ``finish`` is laid out as ``[query | key | value | decay | gate |
+    beta]``.
+    """
+
+    def __init__(
+        self, name: str, hidden_size: int, sizes: DeltaSizes, build: Build, norm: RMSNorm
+    ) -> None:
+        """``norm``: norm over a head, before the output gate."""
+        heads, head, width = sizes.num_value_heads, sizes.value_dim, sizes.value_width
+        rank, by_head, all_of_it = build.rank, (heads, head), (1, head)
+        inputs = [Part(f"{name}.{word}_proj", width) for word in "qkv"]
+        inputs += [Part(f"{name}.{word}_a_proj", head) for word in "gf"]
+        inputs += [Part(f"{name}.b_proj", heads)]
+        kinds = [*[by_head] * 3, all_of_it, all_of_it, (heads, 1)]
+        self._projection = Linear(hidden_size, shared(inputs, kinds, rank), build)
+        self._decay, self._gate = (
+            Linear(head, shared([Part(f"{name}.{word}_b_proj", width)], [by_head], rank), build)
+            for word in "fg"
+        )
+        outputs = [Part(f"{name}.o_proj", hidden_size)]
+        self._output = Linear(width, outputs, build, shares_inputs=True)
+        channels_cut, heads_cut = rank.cut(by_head), rank.cut((heads, 1), dim=2)
+        sizes = sizes.share(rank.count)
+        self.keeps = sizes.keeps
+        heads, width = sizes.num_value_heads, sizes.value_width
+        self._narrow_widths = [sizes.conv_channels, head, head, heads]
+        self._widths = [sizes.conv_channels, width, width, heads]
+        self.projected_size, self.mixed_shape = sum(self._widths), (heads, head)
+        self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build)
+        self._A_log = build.weights.empty(heads, dtype=torch.float32)
+        self._dt_bias = build.weights.empty(heads, head, dtype=torch.float32)
+        self._norm, self._kda = norm, build.kernels["kda"]
+        self.layers = self._projection, self._decay, self._gate, norm, self._output
+        self._sigmoid_mul = build.kernels["activation"].sigmoid_mul
+        decays, steps = self._A_log.view(1, 1, -1, 1), self._dt_bias.flatten()
+        self.own = [
+            *self._conv.parameters({f"{name}.{word}_conv1d": channels_cut for word in "qkv"}),
+            (f"{name}.A_log", Parameter(decays, "log_decay", cut=heads_cut)),
+            (f"{name}.dt_bias", Parameter(steps, "time_bias", cut=channels_cut)),
+        ]
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        qkv, gate, decay, beta = self._projection(hidden).split(self._narrow_widths, dim=-1)
+        decay, gate = self._decay(decay.contiguous()), self._gate(gate.contiguous())
+        return torch.cat([qkv, decay, gate, beta], dim=-1)
+
+    def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
+        qkv, decay, _, beta = projected.split(self._widths, dim=-1)
+        return qkv, decay, beta
+
+    def _scan(
+        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
+    ) -> torch.Tensor:
+        decay, beta = gates
+        *heads, decay = (one.unflatten(1, self.mixed_shape) for one in (*x.chunk(3, dim=-1), decay))
+        gates = decay, beta, self._A_log, self._dt_bias
+        out: torch.Tensor
+        if isinstance(part, PrefillPart):
+            gates = self._kda.gates(*gates)
+            out = self._kda.chunk_kda(*heads, *gates, states=states[0], **part.scan_inputs)
+        else:
+            out = self._kda.decode_kda(*heads, *gates, states=states[0], **part.scan_inputs)
+        return out
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, ``[num_rows, H]``."""
+        gate = projected[: len(mixed)].split(self._widths, dim=-1)[2]
+        gated = self._sigmoid_mul(self._norm(mixed).flatten(1), gate)
+        return self._output(pad_rows(gated, len(projected)))
+
+
+class Mamba1(Recurrent):
+    """Layer with an input product ``[x | z]``, and Jamba's norms. Time steps, B and C are products
+    of the convolution's output, so ``mix`` contains dense products."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: MambaSizes,
+        rank: int,
+        build: Build,
+        *,
+        eps: float,
+        bias: bool = False,
+        conv_bias: bool = True,
+    ) -> None:
+        """``rank``: inner size of the time steps' product. ``eps``: epsilon of the norms. ``bias``:
+        True if input and output products have one."""
+        inner, state, weights = sizes.inner, sizes.state_dim, build.weights
+        self._widths, channels = [rank, state, state], (inner, 1)
+        inputs = shared([Part(f"{name}.in_proj", 2 * inner)], [channels] * 2, build.rank)
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        selected = [Part(f"{name}.x_proj", sum(self._widths))]
+        self._selection = Linear(inner, selected, build, shares_inputs=True)
+        steps = shared([Part(f"{name}.dt_proj", inner)], [channels], build.rank)
+        self._steps = Linear(rank, steps, build)
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._output = Linear(inner, outputs, build, bias=bias, shares_inputs=True)
+        cut, sizes = build.rank.cut(channels), sizes.share(build.rank.count)
+        self.keeps, self._inner = sizes.keeps, sizes.inner
+        inner = sizes.inner
+        self.projected_size, self.mixed_shape = 2 * inner, (inner,)
+        self._norms = [
+            RMSNorm(f"{name}.{word}_layernorm", size, build, eps=eps)
+            for word, size in zip(("dt", "b", "c"), self._widths, strict=True)
+        ]
+        products = self._projection, self._selection, self._steps, self._output
+        self.layers = *products, *self._norms
+        self._conv = CausalConv(inner, sizes.conv_width, build, bias=conv_bias)
+        self._A_log = weights.empty(inner, state, dtype=torch.float32)
+        self._dt_bias = weights.empty(inner, dtype=torch.float32)
+        self._D = weights.empty(inner, dtype=torch.float32)
+        self._mamba1 = build.kernels["mamba1"]
+        self._gate = build.kernels["activation"].silu_mul
+        self.own = [
+            *self._conv.parameters({f"{name}.conv1d": cut}),
+            (f"{name}.A_log", Parameter(self._A_log, "log_decay", cut=cut)),
+            (f"{name}.dt_proj.bias", Parameter(self._dt_bias, "time_bias", cut=cut)),
+            (f"{name}.D", Parameter(self._D, "skip", cut=cut)),
+        ]
+
+    def seal(self) -> None:
+        super().seal()
+        self._A = self._A_log.exp().neg().mT.contiguous()
+        del self._A_log
+
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Return ``[T, V]``."""
+        x = projected[: inputs.num_tokens, : self._inner]
+        windows, states = pools[0], pools[1][:, 0]
+        x = inputs.by_part(lambda part, tokens: self._conv(x[tokens], part, windows))
+        selected = self._selection(pad_rows(x, inputs.num_rows)).split(self._widths, dim=-1)
+        dt, B, C = (norm(part) for norm, part in zip(self._norms, selected, strict=True))
+        gates = B, C, self._steps(dt)
+        return inputs.by_part(
+            lambda part, tokens: self._scan(
+                x[tokens], [gate[tokens] for gate in gates], part, states
+            )
+        )
+
+    def _scan(
+        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
+    ) -> torch.Tensor:
+        B, C, dt = gates
+        out: torch.Tensor
+        if isinstance(part, PrefillPart):
+            step = self._mamba1.time_steps(dt, self._dt_bias)
+            out = self._mamba1.chunk_mamba1(
+                x, B, C, step, self._A, self._D, states=states[0], **part.scan_inputs
+            )
+        else:
+            own = self._A, self._dt_bias, self._D
+            out = self._mamba1.decode_mamba1(
+                x, B, C, dt, *own, states=states[0], **part.scan_inputs
+            )
+        return out
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, ``[num_rows, H]``."""
+        z = projected[: len(mixed), self._inner :]
+        return self._output(pad_rows(self._gate(mixed, z), len(projected)))
+
+
+@dataclass(frozen=True, slots=True)
+class GatedNorm:
+    """Norm before the output product of ``Mamba2``, over each group of channels separately."""
+
+    eps: float
+    gate_first: bool
+    """True if the gate is applied before the norm, False if after it."""
+
+
+class Mamba2(Recurrent):
+    """Layer in which all inputs are one product ``[z | x | B | C | dt]``."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: MambaSizes,
+        build: Build,
+        *,
+        norm: GatedNorm | None,
+        limits: tuple[float, float],
+        bias: bool = False,
+        output_bias: bool = False,
+        conv_bias: bool = True,
+        multipliers: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0),
+    ) -> None:
+        """Make the layer.
+
+        Without ``norm``, the output is only gated. ``limits`` are those of time steps. ``bias``,
+        ``output_bias`` and ``conv_bias`` are True for the products and the convolution with a bias.
+        ``multipliers`` are those of z, x, B, C and dt.
+        """
+        if norm is not None and sizes.num_groups % build.rank.count:
+            raise ModelError(
+                f"--tp {build.rank.count} is not supported if the norm after a scan covers the "
+                f"parts of several ranks: {name} has {sizes.num_groups} groups of channels."
+            )
+        rank, groups = build.rank, (sizes.num_groups, sizes.state_dim)
+        by_head, each = (sizes.num_heads, sizes.head_dim), (sizes.num_heads, 1)
+        inputs = [Part(f"{name}.in_proj", sizes.inner + sizes.conv_channels + sizes.num_heads)]
+        inputs = shared(inputs, [by_head, by_head, groups, groups, each], rank)
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._output = Linear(sizes.inner, outputs, build, bias=output_bias, shares_inputs=True)
+        self.layers = self._projection, self._output
+        conv_cut = rank.cut(by_head, groups, groups)
+        heads_cut, channels_cut = rank.cut(each), rank.cut(by_head)
+        sizes = sizes.share(rank.count)
+        self.sizes, self.keeps = sizes, sizes.keeps
+        self._limits, self._gated_norm = limits, norm
+        heads, keys = sizes.num_heads, sizes.num_groups * sizes.state_dim
+        self._widths = [sizes.inner, sizes.conv_channels, heads]
+        self._mixed_widths = [sizes.inner, keys, keys]
+        self.projected_size, self.mixed_shape = sum(self._widths), (heads, sizes.head_dim)
+        weights = build.weights
+        self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build, bias=conv_bias)
+        self._A_log = weights.empty(heads, dtype=torch.float32)
+        self._dt_bias = weights.empty(heads, dtype=torch.float32)
+        self._D = weights.empty(heads, dtype=torch.float32)
+        self._norm_weight = weights.empty(sizes.inner) if norm is not None else None
+        self._multipliers = None
+        if set(multipliers) != {1.0}:
+            spans = [sizes.inner, *self._mixed_widths, heads]
+            pairs = zip(multipliers, spans, strict=True)
+            values = [value for factor, span in pairs for value in [factor] * span]
+            self._multipliers = torch.tensor(values, dtype=weights.dtype, device=weights.device)
+        self._mamba2, self._norm = build.kernels["mamba2"], build.kernels["norm"]
+        self._activation = build.kernels["activation"]
+        self.own = [
+            *self._conv.parameters({f"{name}.conv1d": conv_cut}),
+            (f"{name}.A_log", Parameter(self._A_log, "log_decay", cut=heads_cut)),
+            (f"{name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=heads_cut)),
+            (f"{name}.D", Parameter(self._D, "skip", cut=heads_cut)),
+        ]
+        if self._norm_weight is not None:
+            weight = Parameter(self._norm_weight, "norm", cut=channels_cut)
+            self.own.append((f"{name}.norm.weight", weight))
+
+    def seal(self) -> None:
+        super().seal()
+        if self._norm_weight is not None:
+            self._norm_weight = self._norm_weight.float().view(self.sizes.num_groups, -1)
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        projected = self._projection(hidden)
+        return projected if self._multipliers is None else projected * self._multipliers
+
+    def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
+        return projected.split(self._widths, dim=-1)[1:]
+
+    def _scan(
+        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
+    ) -> torch.Tensor:
+        sizes = self.sizes
+        x, B, C = x.split(self._mixed_widths, dim=-1)
+        groups = len(x), sizes.num_groups, sizes.state_dim
+        heads = x.view(len(x), sizes.num_heads, sizes.head_dim), B.view(groups), C.view(groups)
+        gates, D, limits = (*gates, self._A_log, self._dt_bias), self._D, self._limits
+        out: torch.Tensor
+        if isinstance(part, PrefillPart):
+            gate, step = self._mamba2.gates(*gates, limits)
+            out = self._mamba2.chunk_mamba2(
+                *heads, gate, step, D, states=states[0], **part.scan_inputs
+            )
+        else:
+            out = self._mamba2.decode_mamba2(
+                *heads, *gates, D, states=states[0], limits=limits, **part.scan_inputs
+            )
+        return out
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, ``[num_rows, H]``."""
+        mixed, z = mixed.flatten(1), projected[: len(mixed), : self.sizes.inner]
+        if self._gated_norm is None:
+            gated = self._activation.silu_mul(mixed, z)
+        else:
+            groups = len(mixed), self.sizes.num_groups, -1
+            gated = self._norm.gated_rms_norm(
+                mixed.view(groups),
+                self._norm_weight,
+                z.view(groups),
+                self._gated_norm.eps,
+                gate_first=self._gated_norm.gate_first,
+            ).flatten(1)
+        return self._output(pad_rows(gated, len(projected)))
