@@ -18,8 +18,7 @@ from starlette.routing import Route
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
 from engine.plugins.diagnostics import DiagnosticsConfig
-from engine.plugins.diagnostics.explanations import Explanations
-from engine.plugins.diagnostics.server import explanation
+from engine.plugins.diagnostics.explanations import Explanations, explanation
 from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
 from engine.plugins.dialects.responses import Responses, ResponsesRequest
 from engine.plugins.dialects.tokens import (
@@ -58,7 +57,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     explain_bytes = int(config.of(DiagnosticsConfig).explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
     context = ServingContext(
-        engine, config, workers, call_form, call_grammar, explanations.diagnose
+        engine, config, workers, call_form, call_grammar, explanations.remember
     )
     responses, page = Responses(context, config), Page(context, operator)
     bodies: dict[str, tuple[type[Body], Answer]] = {

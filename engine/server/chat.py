@@ -23,11 +23,11 @@ from engine.server.access import AnswerId, Tenant, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
+    AnsweredChat,
     Answers,
-    AskedChat,
-    ChatDiagnostics,
     ServingContext,
     cache_details,
+    cache_headers,
     chat_scores,
     prompt_score_fields,
     token_id_fields,
@@ -185,23 +185,6 @@ async def ask(
 
     grammar = await context.grammar_of(body, call_grammar, prompt.is_thinking, format_name)
 
-    def diagnose() -> ChatDiagnostics:
-        asked = AskedChat(
-            answer_id.public,
-            np.asarray(token_ids, np.int32),
-            context.model_name,
-            tenant,
-            [message.as_template_input() for message in body.messages],
-            body.tools,
-            body.chat_template_kwargs,
-            size,
-            request_id=answer_id.request_id(0),
-            compared_with=body.compared_with,
-            wants_diagnostics=body.diagnostics is not None,
-        )
-        return context.diagnose(asked)
-
-    diagnostics = await context.workers.run(size, diagnose)
     specs = (
         RequestSpec(
             token_ids,
@@ -231,19 +214,24 @@ async def ask(
         )
         for index in range(len(answers.streams))
     ]
-    return ChatSession(context, prompt, answers, readers, diagnostics, place)
+    return ChatSession(context, body, size, tenant, answer_id, prompt, answers, readers, place)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChatSession:
     """A chat in progress."""
 
     _context: ServingContext
+    _body: ChatRequest
+    _size: int
+    _tenant: Tenant
+    answer_id: AnswerId
     prompt: ChatPrompt
     _answers: Answers
     _readers: Sequence[AnswerReader]
-    diagnostics: ChatDiagnostics
     _place: Place
+    _first: RequestOutput | None = None
+    """Latest output of the first answer."""
 
     @property
     def num_answers(self) -> int:
@@ -260,32 +248,45 @@ class ChatSession:
         shared = 0 if is_off else max(self.prompt.boundaries, default=0)
         return {"cache_write_tokens": max(0, shared - output.cached_len)}
 
+    def headers(self) -> dict[str, str]:
+        """Return the cache headers, or {} before the first output."""
+        return {} if self._first is None else cache_headers(self._first)
+
     async def news(self) -> AsyncIterator[AnswerDelta]:
         """Yield the deltas of all answers until all have ended, or the client has left."""
-        unended: RequestOutput | None = None
-        """Last output of the first answer, until its end was reported."""
         try:
             async with aclosing(self._context.outputs(self._answers)) as outputs:
                 async for index, output in outputs:
                     reader = self._readers[index]
                     delta = reader.read(output)
                     if index == 0:
-                        unended = output
-                        await self.diagnostics.see(output, self._context.workers)
-                    if delta.finish is not None:
-                        message = as_message(reader.events)
-                        if not reader.is_over:
-                            header = self.prompt.header
-                            self._context.history.keep(header, self._place, message, output)
-                        if index == 0:
-                            self.diagnostics.end(output, message)
-                            unended = None
-                    elif reader.is_over:
+                        self._first = output
+                    if delta.finish is not None and not reader.is_over:
+                        header, message = self.prompt.header, as_message(reader.events)
+                        self._context.history.keep(header, self._place, message, output)
+                    elif reader.is_over and delta.finish is None:
                         self._answers.streams[index].abort("stop")
                     yield delta
         finally:
-            if unended is not None:
-                self.diagnostics.end(unended, as_message(self._readers[0].events))
+            if self._first is not None:
+                self._remember(self._first)
+
+    def _remember(self, output: RequestOutput) -> None:
+        if output.losses is not None:
+            answered = AnsweredChat(
+                self.answer_id,
+                self._tenant,
+                self._body.messages,
+                self._body.tools,
+                self._body.chat_template_kwargs,
+                self._size,
+                np.concatenate((output.prompt_token_ids, output.output)),
+                len(output.prompt_token_ids),
+                output.cached_len,
+                output.losses,
+                as_message(self._readers[0].events),
+            )
+            self._context.remember(answered)
 
     async def answers(self) -> list[AnswerDelta]:
         """Wait for all answers. Returns the last delta of each, in order, with all of its
@@ -317,7 +318,7 @@ class ChatWriter(ABC):
 
     async def respond(self, request: Request, is_stream: bool) -> Response:
         """Return the response with all answers."""
-        headers = self._session.diagnostics.headers
+        headers = self._session.headers
         if is_stream:
             return EventStream(self.events(), headers, self.failed, self._context.pause_s)
         answers = await unless_gone(request.receive, self._session.answers())
@@ -345,10 +346,9 @@ class _ChatWriter(ChatWriter):
 
     def __init__(self, context: ServingContext, body: ChatRequest, session: ChatSession) -> None:
         super().__init__(context, session)
-        self._diagnostics = session.diagnostics
         self._body = body
         self._head = {
-            "id": session.diagnostics.answer_id,
+            "id": session.answer_id.public,
             "created": int(time.time()),
             "model": context.model_name,
             "system_fingerprint": context.engine.facts.exactness.fingerprint,
@@ -374,7 +374,6 @@ class _ChatWriter(ChatWriter):
             "usage": self._usage(outputs),
             **self._of_prompt(outputs[0]),
             **cache_details(self._body, outputs),
-            **self._told(),
         }
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
@@ -406,9 +405,7 @@ class _ChatWriter(ChatWriter):
         if details := cache_details(self._body, outputs):
             yield self._event([], **details)
         if self._body.includes_usage:
-            yield self._event([], usage=self._usage(outputs), **self._told())
-        elif told := self._told():
-            yield self._event([], **told)
+            yield self._event([], usage=self._usage(outputs))
         yield DONE
 
     def _usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -416,10 +413,6 @@ class _ChatWriter(ChatWriter):
         counts = usage(outputs, outputs[:1])
         counts["prompt_tokens_details"] |= self._session.written(outputs[0])
         return counts
-
-    def _told(self) -> dict[str, Any]:
-        """Return the explanation of cache misses, if it was requested."""
-        return self._diagnostics.told() | self._diagnostics.diagnostics()
 
     def _delta(self, deltas: _Deltas, news: AnswerDelta) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)

@@ -15,7 +15,8 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from msgspec import structs
@@ -31,7 +32,7 @@ from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
 from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
-from engine.server.schemas import Guided, TokenOptions
+from engine.server.schemas import Guided, Message, TokenOptions
 from engine.server.settings import ServerConfig
 from engine.text.answer_reader import AnswerForm
 from engine.text.answers import CLOSE
@@ -50,53 +51,29 @@ from hybridcache.api import Losses
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class AskedChat:
-    """A rendered chat that is about to be answered."""
+@dataclass(frozen=True)
+class AnsweredChat:
+    """A chat with its first answer, so that a later one's cache misses can be explained."""
 
-    answer_id: str
-    token_ids: np.ndarray
-    """Prompt, int32[n]."""
-    model: str
+    answer_id: AnswerId
     tenant: Tenant
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] | None = None
-    variables: Mapping[str, Any] | None = None
-    size: int = 0
+    sent: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None
+    variables: Mapping[str, Any] | None
+    size: int
     """Bytes of its body."""
-    request_id: str | None = None
-    """The engine's id of the request, or None if it is not needed."""
-    compared_with: str | None = None
-    """Id of an earlier answer to compare with."""
-    wants_diagnostics: bool = False
-    """True if the explanation is requested in Anthropic's form, even without an earlier answer."""
+    tokens: np.ndarray
+    """Prompt and answer, int32[n]."""
+    prompt_len: int
+    cached_len: int
+    losses: Losses
+    message: Mapping[str, Any]
+    """The answer as a message."""
 
-
-class ChatDiagnostics(Protocol):
-    """Observes one chat while it is answered, and explains its cache misses if requested."""
-
-    @property
-    def answer_id(self) -> str: ...
-
-    async def see(self, output: RequestOutput, workers: Workers) -> None:
-        """Process the next output of the first answer."""
-        ...
-
-    def end(self, output: RequestOutput, message: Mapping[str, Any]) -> None:
-        """Process the last output of the first answer, and the answer as a message."""
-        ...
-
-    def headers(self) -> dict[str, str]:
-        """Return response headers about the cache, or {} before the first output."""
-        ...
-
-    def told(self) -> dict[str, Any]:
-        """Return the explanation in OpenAI's form, if it was requested."""
-        ...
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Return the explanation in Anthropic's form, if it was requested."""
-        ...
+    @cached_property
+    def messages(self) -> list[dict[str, Any]]:
+        """Messages as the template reads them."""
+        return [message.as_template_input() for message in self.sent]
 
 
 class Answers(NamedTuple):
@@ -116,16 +93,16 @@ class ServingContext:
         workers: Workers,
         call_form: Callable[[str], type[CallReader] | None],
         call_grammar: Callable[[Any, Literal["hermes", "xml"], bool], Grammar | None],
-        diagnose: Callable[[AskedChat], ChatDiagnostics],
+        remember: Callable[[AnsweredChat], None],
     ) -> None:
         """Connect the engine with functions of plugins.
 
         ``call_form`` returns the reader of the calls in the source of a chat template, or None.
-        ``call_grammar`` returns the grammar of the calls of a chat request, or None. ``diagnose``
-        returns the observer of a chat before it is answered, in O(its size).
+        ``call_grammar`` returns the grammar of the calls of a chat request, or None. ``remember``
+        stores a chat that was answered, for explanations.
         """
         self.engine, self.workers = engine, workers
-        self._call_form, self.call_grammar, self.diagnose = call_form, call_grammar, diagnose
+        self._call_form, self.call_grammar, self.remember = call_form, call_grammar, remember
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),

@@ -513,22 +513,15 @@ class NamedTool(Part, kw_only=True):
 
 class CacheOptions(Part, kw_only=True):
     """OpenAI's ``prompt_cache_options``. ``mode`` and ``ttl`` are ignored, because the cache's
-    policies decide on placement and eviction."""
+    policies decide on placement and eviction, and so is the comparison: see
+    ``/v1/cache/explanations``."""
 
     mode: Literal["implicit"] | None = None
     ttl: str | None = None
     comparison_response_id: str | None = None
-    """Id of an earlier answer; the response explains its cache misses by comparison with that
-    answer."""
     session_end: bool | None = None
     """True if no request of this session follows. Not part of OpenAI's API: a hint for admission
     and eviction."""
-
-
-class Diagnostics(Part, kw_only=True):
-    """Anthropic's ``diagnostics``."""
-
-    previous_message_id: str | None = None
 
 
 if TYPE_CHECKING:
@@ -597,7 +590,6 @@ class ChatRequest(Sampling, Chat, kw_only=True):
     parallel_tool_calls: bool = True
     """False to end the answer after its first call."""
     prompt_cache_options: CacheOptions | None = None
-    diagnostics: Diagnostics | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -630,14 +622,6 @@ class ChatRequest(Sampling, Chat, kw_only=True):
         """Maximum number of tokens of an answer, by either name, or None if only the context limits
         it."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def compared_with(self) -> str | None:
-        """Id of the earlier answer to compare this one with."""
-        options, asked = self.prompt_cache_options, self.diagnostics
-        if options is not None and options.comparison_response_id is not None:
-            return options.comparison_response_id
-        return None if asked is None else asked.previous_message_id
 
     @property
     def ends_session(self) -> bool:

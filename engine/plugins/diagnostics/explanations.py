@@ -1,469 +1,407 @@
-"""Explanations of cache misses: memory of recent requests, and the forms of the answer."""
+"""Explanations of cache misses: where a prompt differs from an earlier one, and why shared tokens
+were computed again.
+
+Recent chats are kept as they were sent. They are compared only when the operator asks.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import secrets
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from starlette.requests import Request
+from starlette.responses import Response
 
-from engine.plugins.diagnostics.explain import (
-    Change,
-    Digest,
-    Explanation,
-    Found,
-    Marks,
-    MessageOutline,
-    Outline,
-    Parting,
-    Said,
-    continues,
-    explain,
-    explain_alone,
-)
-from engine.server.access import Tenant
-from engine.server.bodies import Workers
-from engine.server.context import AskedChat, cache_headers
+from engine.server.access import Operator
+from engine.server.api_errors import APIError, quoted
+from engine.server.bodies import json_response
+from engine.server.context import AnsweredChat, ServingContext
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.outputs import RequestOutput
-from engine.text.replay import said_by
-from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
-from hybridcache.tokens import Tokens, common_prefix_len
+from engine.text.replay import SYSTEM_ROLES, said_by
+from engine.text.tokenizer import Tokenizer
+from hybridcache.geometry.units import counted
+from hybridcache.tokens import common_prefix_len
 
+ENTRY_BYTES = 512
+"""Approximate size of a chat without its tokens and messages."""
 NEAREST = 64
-"""Number of requests that are searched for the one that shares the most tokens."""
-
-
-class Outliner:
-    """Makes the outlines of one server, with a secret key, so that texts or ids cannot be guessed
-    from stored digests."""
-
-    def __init__(self, key: bytes, control_ids: Sequence[int]) -> None:
-        """``control_ids``: tokens that begin and end a turn."""
-        self._key = key
-        self._control_ids = np.asarray(control_ids, np.int32)
-        seed = np.frombuffer(self._digest("ids"), np.uint64)
-        self._secret, self._stride = seed[0], seed[1] | np.uint64(1)
-
-    def outline(self, asked: AskedChat) -> Outline:
-        """Return the outline of a prompt. O(its size)."""
-        tokens, namespace = asked.token_ids, asked.tenant.namespace
-        ends = np.flatnonzero(np.isin(tokens, self._control_ids))
-        variables = sorted((asked.variables or {}).items())
-        return Outline(
-            asked.model,
-            namespace,
-            tuple(self._digest(tool) for tool in asked.tools or ()),
-            tuple((name, self._digest(value)) for name, value in variables),
-            tuple(self._message(message) for message in asked.messages),
-            self._kept(tokens, namespace),
-            len(tokens),
-            int(ends[-1]) if len(ends) else len(tokens),
-        )
-
-    def answered(
-        self, outline: Outline, answer: Tokens, message: Mapping[str, Any] | None = None
-    ) -> Outline:
-        """Return ``outline`` with the ids of its answer, and with the digest of its ``message``.
-        O(its tokens)."""
-        kept = self._kept(answer, outline.namespace, outline.prompt_len)
-        tokens: Any = np.concatenate((outline.tokens[: outline.prompt_len], kept))
-        said = None if message is None else self._said(message)
-        return replace(outline, tokens=tokens, answer=said)
-
-    def _said(self, message: Mapping[str, Any]) -> Said:
-        return tuple(self._digest(value) for value in said_by(message))
-
-    def _message(self, message: Mapping[str, Any]) -> MessageOutline:
-        fields = []
-        for name, value in message.items():
-            if name == "role" or value in (None, "", []):
-                continue
-            if isinstance(value, list):
-                entries = enumerate(value)
-                fields += [(f"{name}[{index}]", self._digest(entry)) for index, entry in entries]
-            else:
-                fields.append((name, self._digest(value)))
-        return MessageOutline(str(message.get("role")), tuple(fields), self._said(message))
-
-    def _digest(self, value: Any) -> Digest:
-        """Return the digest of ``value`` as JSON in its given order, which is the order in which a
-        template prints it."""
-        text = json.dumps(value, default=repr).encode()
-        return hashlib.blake2b(text, key=self._key, digest_size=16).digest()
-
-    def _kept(self, tokens: Tokens, namespace: Hashable, start: int = 0) -> Marks:
-        if namespace is None:
-            return np.array(tokens, np.int32)
-        places = np.arange(start, start + len(tokens), dtype=np.uint64)
-        mixed = places * self._stride + tokens.astype(np.uint64) * self._secret + self._secret
-        # The finaliser of splitmix64 (Steele, Lea and Flood 2014).
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        result: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
-        return result
+"""Number of chats that are searched for the one that shares the most tokens."""
+SHOWN = 12
+"""Number of tokens shown on each side of the difference."""
+NEW = "new"
+"""Cause of a chat that does not continue the earlier one: only the beginning is the same."""
+SAID_FIELDS = ("content", "tool_calls", "reasoning_content")
+"""Fields that ``said_by`` returns."""
+LOST = {
+    "refused": "without memory to resume in",
+    "not_fetched": "in a lower tier and not worth fetching",
+    "checkpoint_evicted": "past a state that was evicted",
+    "never_checkpointed": "past the last state that was saved",
+    "below_grid": "past the last position at which a state may be saved",
+    "kv_evicted": "evicted",
+    "forgotten": "no longer known to the cache",
+}
+"""Causes for which shared tokens were computed again, in the order of their positions: those of
+``Losses``, and ``forgotten`` for tokens that the cache does not even remember."""
+USUAL = ("never_checkpointed", "below_grid")
+CHANGED = {
+    "tools": "the tools differ",
+    "system": "the system message differs",
+    "variables": "the template's variables differ",
+    "messages": "an earlier message differs",
+    "answer": "the earlier answer came back other than it was sampled",
+    "template": "the template writes the same messages otherwise",
+}
+"""Causes of a difference between two prompts."""
+_MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
+_ALONE = "no stored request shares any of it."
+ADVICE = {
+    "tools": "Send the same tools in the same order with each request.",
+    "system": "Put text that changes at the end of the system message or into the last message, or "
+    "start the server with --volatile-line.",
+    "variables": "Send the same chat_template_kwargs with each request.",
+    "messages": "Only append to a conversation.",
+    "answer": "Send answers back as they came, with their reasoning, or use --preserve-thinking.",
+    "template": "Start the server with --preserve-thinking if the template drops reasoning.",
+    **dict.fromkeys(("refused", "checkpoint_evicted", "kv_evicted", "forgotten"), _MORE_MEMORY),
+    "not_fetched": "Nothing is to be done: computing them was faster than loading.",
+    "never_checkpointed": "Mark the end of the shared part with cache_control, or try other "
+    "--checkpoints.",
+    "below_grid": "Nothing is to be done: it is less than one step of --grid.",
+    NEW: "Nothing is to be done, unless the system message begins with text that changes: put such "
+    "text at its end, or start the server with --volatile-line.",
+}
+"""Advice by the cause of an explanation."""
 
 
 @dataclass(frozen=True, slots=True)
-class ChatParts:
-    """Inputs of a rendered chat of ``size`` bytes."""
+class Parting:
+    """Place at which two prompts differ."""
 
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] | None
-    variables: Mapping[str, Any] | None
-    size: int
+    at: int
+    """Number of tokens that both share."""
+    change: str
+    """One of ``CHANGED``."""
+    path: str | None
+    """Part of the request, such as ``messages[3].content``, or None if not known."""
+    before: str | None = None
+    """Last tokens that both share, as text. None in a namespace, where no text is shown."""
+    was: str | None = None
+    now: str | None = None
+    """Next tokens of the earlier and of the later request, as text."""
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
-    """One request, and the part of it that the cache had."""
+class Explanation:
+    """Reasons why a chat computed its tokens, compared with an earlier one."""
 
-    outline: Outline
-    found: Found
-    chat: ChatParts | None = None
-    """Chat, to name the part at a position. None in a namespace, where it is not kept."""
-    request_id: str | None = None
-    """The engine's id of the request, or None if it is not needed."""
+    prompt_len: int
+    cached_len: int
+    earlier_len: int
+    """Number of tokens of the earlier prompt, or 0 without one."""
+    known_len: int
+    """Number of tokens of the earlier prompt and its answer."""
+    shared_len: int
+    """Number of tokens that could have been read if the cache kept all of the earlier chat, or
+    without one, all tokens that it knew."""
+    parting: Parting | None
+    """Difference, or None if one prompt is a beginning of the other chat."""
+    lost: dict[str, int]
+    """Number of tokens below ``shared_len`` that were computed again, by cause."""
+    grid: int
+    """Distance of the positions at which a state may be saved, in tokens; 0 if none are."""
+    is_new: bool
+    """True if less than one step of ``grid`` is shared with the nearest earlier chat."""
 
     @property
-    def num_bytes(self) -> int:
-        """Approximate size."""
-        return self.outline.num_bytes + (self.chat.size if self.chat is not None else 0)
+    def cause(self) -> str | None:
+        """The cause that cost the most tokens, or None if all shared tokens were read.
 
-
-class RequestMemory(BoundedMemory[tuple[Tenant, str], Remembered]):
-    """Recent requests by tenant and id of their answer, in the order of their ends."""
-
-    def find(self, name: str) -> tuple[str, Remembered] | None:
-        """Return (id, request) of the latest answer with this id or ``request_id``, of any tenant.
-
-        For the operator. O(requests)."""
-        return next(
-            (
-                (answer_id, known)
-                for (_, answer_id), known in reversed(self.listed())
-                if name in (answer_id, known.request_id)
-            ),
-            None,
-        )
-
-    def nearest(self, later: Remembered, grid: int = 0) -> tuple[str, Remembered] | None:
-        """Return (id, request) of the earlier request that shares the most tokens with ``later``,
-        or None if none shares any.
-
-        If that is less than ``grid``, the latest one with the same messages after the system
-        message is returned, because the beginning of a system message may have changed. Only
-        requests of its namespace are compared; of equal ones the latest is returned.
+        A missing state at the difference, and positions off the grid, are normal. These two causes
+        count only without any other.
         """
-        listed = self.listed()
-        at = next((i for i, (_, known) in enumerate(listed) if known is later), 0)
-        outline = later.outline
-        best, best_len = None, 0
-        continued = None
-        for (_, answer_id), other in listed[max(at - NEAREST, 0) : at]:
-            if other.outline.namespace != outline.namespace:
-                continue
-            mine = outline.tokens[: outline.prompt_len]
-            shared = common_prefix_len(cast(Tokens, other.outline.tokens), cast(Tokens, mine))
-            if shared and shared >= best_len:
-                best, best_len = (answer_id, other), shared
-            if continues(other.outline, outline):
-                continued = answer_id, other
-        return continued if continued is not None and best_len < grid else best
-
-
-FIRST, LAST = 0xF0000, 0xFFFFD
-"""Private-use characters that serve as marks."""
-_TOOL, _SYSTEM = "tool_to_find", "text to find"
-_MARK = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
-
-
-def locate(
-    template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    variables: Mapping[str, Any] | None,
-    num_chars: int,
-) -> str | None:
-    """Return the field of the chat, such as ``messages[3].content``, at position ``num_chars`` of
-    the rendered text.
-
-    None before the first field, or if the chat contains marks itself. Takes one render.
-    """
-    paths: list[str] = []
-    chat = [
-        {name: _marked(value, f"messages[{i}].{name}", paths) for name, value in message.items()}
-        for i, message in enumerate(messages)
-    ]
-    offered = None if tools is None else _marked(tools, "tools", paths)
-    if len(paths) > LAST - FIRST or _MARK.search(json.dumps([messages, tools], ensure_ascii=False)):
+        if self.is_new:
+            return NEW
+        costs = {name: number for name, number in self.lost.items() if name not in USUAL}
+        if self.parting is not None:
+            costs[self.parting.change] = max(self.known_len - self.parting.at, 1)
+        for some in (costs, {name: self.lost[name] for name in USUAL}):
+            worst = max(some, key=lambda name: some[name])
+            if some[worst]:
+                return worst
         return None
-    try:
-        text = template.render(chat, tools=offered, add_generation_prompt=True, variables=variables)
-    except TemplateError:
-        return None
-    found = None
-    for before, mark in enumerate(_MARK.finditer(text)):
-        if mark.start() - before > num_chars:
-            break
-        index = ord(mark.group()) - FIRST
-        found = paths[index] if index < len(paths) else None
-    return found
 
+    @property
+    def advice(self) -> str | None:
+        """Change that makes more of such a prompt reusable. None if there is no cause.
 
-def _marked(value: Any, path: str, paths: list[str]) -> Any:
-    """Return ``value`` with a mark in each of its texts, after leading blanks, which templates
-    strip. Roles are unchanged."""
-    if isinstance(value, str) and not path.endswith((".role", ".type", ".id", "_id")):
-        paths.append(path)
-        stripped = value.lstrip()
-        blanks = value[: len(value) - len(stripped)]
-        return f"{blanks}{chr(FIRST + len(paths) - 1)}{stripped}"
-    if isinstance(value, Mapping):
-        return {name: _marked(entry, f"{path}.{name}", paths) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_marked(entry, f"{path}[{i}]", paths) for i, entry in enumerate(value)]
-    return value
+        Without a grid position between the cached and the shared length, no state could be saved
+        there: the tokens in between are computed again however much memory there is.
+        """
+        if self.cause is None:
+            return None
+        is_tail = self.shared_len - self.cached_len < self.grid and not self.cached_len % self.grid
+        is_memory = ADVICE[self.cause] is _MORE_MEMORY
+        return ADVICE["below_grid" if is_tail and is_memory else self.cause]
 
+    @property
+    def text(self) -> str:
+        """The explanation in one or two sentences."""
+        computed, shared = self.prompt_len - self.cached_len, counted(self.shared_len, "token")
+        words = [
+            f"{self.cached_len:,} of {self.prompt_len:,} tokens were reused, {computed:,} computed."
+        ]
+        parting = self.parting
+        if self.is_new:
+            known = (
+                f"no earlier request shares more than its first {shared}, less than one step of "
+            )
+            known = f"{known}--grid ({self.grid})." if self.earlier_len else _ALONE
+            words.append(f"It is a new conversation, or its beginning changed: {known}")
+        elif not self.earlier_len:
+            words.append(_ALONE.capitalize())
+        elif parting is not None:
+            where = "" if parting.path is None else f" ({parting.path})"
+            shown = "" if parting.was is None else f", {parting.was!r} became {parting.now!r}"
+            at = f"It differs from the earlier request after {counted(parting.at, 'token')}"
+            words.append(f"{at}: {CHANGED[parting.change]}{where}{shown}.")
+        lost = [f"{number:,} {LOST[name]}" for name, number in self.lost.items() if number]
+        if lost and not self.is_new:
+            sharing = "that both share" if self.earlier_len else "that the cache knew"
+            words.append(f"Of the {shared} {sharing}: {', '.join(lost)}.")
+        return " ".join([*words, *([] if self.advice is None else [self.advice])])
 
-def writes_tools_first(template: ChatTemplate) -> bool:
-    """Return True if tools come before the text of the system message. Takes one render."""
-    tool = {"type": "function", "function": {"name": _TOOL, "parameters": {}}}
-    chat = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "hi"}]
-    try:
-        text = template.render(chat, tools=[tool])
-    except TemplateError:
-        return True
-    return text.find(_TOOL) < text.find(_SYSTEM)
-
-
-ANTHROPIC: dict[Change, str] = {
-    "model": "model_changed",
-    "system": "system_changed",
-    "tools": "tools_changed",
-    "messages": "messages_changed",
-    "variables": "unavailable",
-}
-"""Anthropic's name of each cause. ``unavailable`` is a change in another parameter of the
-prompt."""
-OPENAI: dict[Change, str] = {
-    "model": "model_changed",
-    "system": "input_changed",
-    "tools": "tools_changed",
-    "messages": "input_changed",
-}
-EFFORT = ("reasoning_effort", "enable_thinking", "thinking", "thinking_budget")
-"""Switches of templates that control the amount of reasoning."""
-
-
-def for_anthropic(explanation: Explanation | None) -> dict[str, Any] | None:
-    """Return ``diagnostics`` of an answer with a comparison, or None if the requests do not differ.
-    ``explanation`` is None if the earlier message is not known."""
-    if explanation is None:
-        return {"cache_miss_reason": {"type": "previous_message_not_found"}}
-    parting = explanation.parting
-    kind = None if parting is None else ANTHROPIC.get(parting.change)
-    if parting is None or kind is None:
-        return None
-    reason: dict[str, Any] = {"type": kind}
-    if kind != "unavailable":
-        reason["cache_missed_input_tokens"] = explanation.prompt_len - parting.at
-    return {"cache_miss_reason": reason}
-
-
-def for_openai(explanation: Explanation | None) -> dict[str, Any]:
-    """Return ``prompt_cache_diagnostics`` of an answer with a comparison. ``explanation`` is None
-    if the earlier response is not known."""
-    if explanation is None:
-        return {"type": "comparison_response_not_found"}
-    parting = explanation.parting
-    if parting is None or parting.change in ("answer", "template"):
-        return {"type": "cache_hit"}
-    reason = _openai_reason(parting)
-    if reason is None:
-        return {"type": "unavailable"}
-    return {
-        "type": "cache_miss",
-        "reason": reason,
-        "cache_missed_tokens": max(explanation.earlier_len - parting.at, 0),
-        "comparison_reusable_tokens": explanation.earlier_len,
-    }
-
-
-def _openai_reason(parting: Parting) -> str | None:
-    if parting.change == "variables":
-        name = (parting.path or "").rpartition(".")[2]
-        return "reasoning_effort_changed" if name in EFFORT else None
-    if parting.change == "messages" and parting.how == "removed":
-        return "context_compacted"
-    return OPENAI.get(parting.change)
+    def as_dict(self) -> dict[str, Any]:
+        """Return the explanation for JSON. docs/engine/capabilities.md describes the fields."""
+        parting = self.parting
+        parted = None if parting is None else {n: getattr(parting, n) for n in Parting.__slots__}
+        return {
+            "prompt_tokens": self.prompt_len,
+            "cached_tokens": self.cached_len,
+            "earlier_tokens": self.earlier_len,
+            "shared_tokens": self.shared_len,
+            "new_tokens": self.prompt_len - self.shared_len,
+            "parted": parted,
+            "lost": {name: number for name, number in self.lost.items() if number},
+            "cause": self.cause,
+            "advice": self.advice,
+            "text": self.text,
+        }
 
 
 class Explanations:
-    """Stores the requests of one server, and explains their computation in comparison with other
-    requests."""
+    """Recent chats of one server in ``limit_bytes``, and explanations of their computation."""
 
     def __init__(self, tokenizer: Tokenizer, limit_bytes: int, grid: int = 0) -> None:
         """``grid``: distance of positions at which states may be saved; 0 if none are."""
         self._tokenizer, self._grid = tokenizer, grid
-        control_ids = [i for text in tokenizer.control_tokens for i in tokenizer.encode(text)[:1]]
-        self.outliner = Outliner(secrets.token_bytes(32), control_ids)
-        self.memory = RequestMemory(limit_bytes)
+        self._control_ids = [
+            i for text in tokenizer.control_tokens for i in tokenizer.encode(text)[:1]
+        ]
+        self.memory = BoundedMemory[str, AnsweredChat](limit_bytes)
+        """Chats by the engine's id of their first answer, in the order of their ends."""
 
-    def diagnose(self, asked: AskedChat) -> ObservedChat:
-        """Return the observer of a chat before it is answered. O(size of the chat)."""
-        return ObservedChat(self, asked, self.outliner.outline(asked))
+    def remember(self, chat: AnsweredChat) -> None:
+        """Store a chat that was answered. O(1)."""
+        num_bytes = ENTRY_BYTES + chat.size + chat.tokens.nbytes
+        self.memory.put(chat.answer_id.unique, chat, num_bytes)
 
-    def compare(self, later: Remembered, tenant: Tenant, earlier_id: str) -> Explanation | None:
-        """Explain the computation of ``later`` in comparison with an earlier request of the same
-        tenant, or return None if that request is not known.
-
-        The earlier text is shown only if a secret identifies the tenant.
-        """
-        earlier = self.memory.get((tenant, earlier_id), is_use=False)
-        if earlier is None:
-            return None
-        return self._explain(earlier, later, shows_earlier=tenant.is_known)
-
-    def look_up(self, answer_id: str, earlier_id: str | None) -> dict[str, Any] | None:
-        """Return the same explanation for a request that ended; for the operator.
-
-        It is compared by default with the earlier request that shares the most tokens, and with
-        none if no request shares any. None if a request is not known.
-        """
-        found = self.memory.find(answer_id)
-        if found is None:
-            return None
-        head: dict[str, Any] = {"id": found[0], "compared_with": None}
-        later = found[1]
-        other = (
-            self.memory.find(earlier_id) if earlier_id else self.memory.nearest(later, self._grid)
+    def find(self, name: str) -> AnsweredChat | None:
+        """Return the latest chat with this id of its answer or of its request, of any tenant.
+        O(chats)."""
+        listed = reversed(self.memory.listed())
+        return next(
+            (chat for unique, chat in listed if name in (chat.answer_id.public, unique)), None
         )
-        if other is None:
-            alone = explain_alone(later.outline, later.found, grid=self._grid)
-            return None if earlier_id else head | alone.as_dict()
-        head["compared_with"], earlier = other
-        if earlier.outline.namespace != later.outline.namespace:
-            return None
-        is_nearest = earlier_id is None
-        told = self._explain(earlier, later, shows_earlier=True, may_be_new=is_nearest)
-        return head | told.as_dict()
 
-    def _explain(
-        self,
-        earlier: Remembered,
-        later: Remembered,
-        *,
-        shows_earlier: bool,
-        may_be_new: bool = False,
-    ) -> Explanation:
-        tokenizer, chat = self._tokenizer, later.chat
-
-        def decode(token_ids: Sequence[int]) -> str:
-            return tokenizer.decode(token_ids, skip_special_tokens=False)
-
-        def where(position: int) -> str | None:
-            if chat is None or tokenizer.chat_template is None:
+    def look_up(self, name: str, earlier_name: str | None) -> dict[str, Any] | None:
+        """Explain a chat, by default in comparison with the earlier one that shares the most
+        tokens. None if a chat is not known, or both are in different namespaces."""
+        later = self.find(name)
+        earlier = None if later is None else self.nearest(later)
+        if later is not None and earlier_name is not None:
+            earlier = self.find(earlier_name)
+            if earlier is None or earlier.tenant.namespace != later.tenant.namespace:
                 return None
-            num_chars = len(decode(later.outline.tokens[:position].tolist()))
-            parts = chat.messages, chat.tools, chat.variables
-            return locate(tokenizer.chat_template, *parts, num_chars)
+        if later is None:
+            return None
+        told = self.explain(earlier, later, may_be_new=earlier_name is None).as_dict()
+        compared_with = None if earlier is None else earlier.answer_id.public
+        return {"id": later.answer_id.public, "compared_with": compared_with, **told}
 
-        return explain(
-            earlier.outline,
-            later.outline,
-            later.found,
-            decode=decode,
-            locate=where,
-            tools_first=self._tools_first,
-            shows_earlier=shows_earlier,
-            grid=self._grid,
-            may_be_new=may_be_new,
+    def nearest(self, later: AnsweredChat) -> AnsweredChat | None:
+        """Return the earlier chat that shares the most tokens with ``later``, or None if none
+        shares any.
+
+        If that is less than one step of the grid, the latest one with the same messages after the
+        system message is returned, because the beginning of a system message may have changed. Only
+        chats of its namespace are compared; of equal ones the latest is returned.
+        """
+        listed = [chat for _, chat in self.memory.listed()]
+        at = next((i for i, chat in enumerate(listed) if chat is later), 0)
+        best, best_len = None, 0
+        continued = None
+        for other in listed[max(at - NEAREST, 0) : at]:
+            if other.tenant.namespace != later.tenant.namespace:
+                continue
+            shared = common_prefix_len(other.tokens, later.tokens[: later.prompt_len])
+            if shared and shared >= best_len:
+                best, best_len = other, shared
+            if _continues(other, later):
+                continued = other
+        return continued if continued is not None and best_len < self._grid else best
+
+    def explain(
+        self, earlier: AnsweredChat | None, later: AnsweredChat, *, may_be_new: bool = False
+    ) -> Explanation:
+        """Explain why ``later`` was computed although ``earlier`` had been, if it is not None.
+        O(tokens and messages). ``may_be_new``: ``earlier`` may belong to another conversation."""
+        limit, losses, cached_len = later.prompt_len, later.losses, later.cached_len
+        parting, earlier_len, known_len = None, 0, 0
+        if earlier is None:  # Tokens may be cached from completions or from before a restart.
+            shared_len = min(limit - losses.never_seen, limit - 1)
+            is_new = shared_len < max(self._grid, 1)
+        else:
+            earlier_len, known_len = earlier.prompt_len, len(earlier.tokens)
+            at = common_prefix_len(earlier.tokens, later.tokens[:limit])
+            # The last token of an answer was never computed, and the last one of a prompt always.
+            shared_len = min(at, max(known_len - 1, 0), limit - 1)
+            if at < min(known_len, limit):
+                parting = self._part(earlier, later, at)
+            is_new = may_be_new and parting is not None and at < self._grid
+            is_new = is_new and not _continues(earlier, later)
+        by_cause = losses._asdict() | {"forgotten": losses.never_seen}
+        start, lost = cached_len, dict[str, int]()
+        for name in LOST:
+            end = start + by_cause[name]
+            lost[name] = max(min(end, shared_len) - start, 0)
+            start = end
+        return Explanation(
+            limit, cached_len, earlier_len, known_len, shared_len, parting, lost, self._grid, is_new
         )
 
-    @cached_property
-    def _tools_first(self) -> bool:
-        template = self._tokenizer.chat_template
-        return template is None or writes_tools_first(template)
+    def _part(self, earlier: AnsweredChat, later: AnsweredChat, at: int) -> Parting:
+        ends = np.flatnonzero(np.isin(earlier.tokens[: earlier.prompt_len], self._control_ids))
+        turn_start = int(ends[-1]) if len(ends) else earlier.prompt_len
+        change, path = _change(earlier, later, is_in_answer=at >= turn_start)
+        if later.tenant.namespace is not None:
+            return Parting(at, change, path)
+        left, right = earlier.tokens, later.tokens[: later.prompt_len]
+        spans = right[max(at - SHOWN, 0) : at], left[at : at + SHOWN], right[at : at + SHOWN]
+        texts = (self._tokenizer.decode(span.tolist(), skip_special_tokens=False) for span in spans)
+        return Parting(at, change, path, *texts)
 
 
-class ObservedChat:
-    """One chat while it is answered, and the requested explanations of its cache misses."""
+def _change(
+    earlier: AnsweredChat, later: AnsweredChat, is_in_answer: bool
+) -> tuple[str, str | None]:
+    """Return (one of ``CHANGED``, part of the later request) of two chats with different prompts.
+    ``is_in_answer``: they differ in the turn of the earlier answer, or behind it."""
+    for name, old, new in (
+        ("tools", earlier.tools or (), later.tools or ()),
+        ("system", earlier.messages[: _system_len(earlier)], later.messages[: _system_len(later)]),
+    ):
+        if _differ(old, new):
+            return name, _path("messages" if name == "system" else name, old, new)
+    skipped = _system_len(later)
+    old, new = earlier.messages[_system_len(earlier) :], later.messages[skipped:]
+    if _differ(old, new[: len(old)]):
+        return "messages", _path("messages", old, new, skipped)
+    before, after = _fields(earlier.variables or {}), _fields(later.variables or {})
+    if before != after:
+        return (
+            "variables",
+            f"chat_template_kwargs.{min(n for n, _ in before.items() ^ after.items())}",
+        )
+    if not is_in_answer:
+        return "template", None
+    index = len(earlier.messages)
+    path = f"messages[{index}]"
+    if index >= len(later.messages):
+        return "answer", path
+    pairs = zip(SAID_FIELDS, said_by(later.messages[index]), said_by(earlier.message), strict=True)
+    differs = [name for name, echo, said in pairs if echo != said]
+    return ("answer", f"{path}.{differs[-1]}") if differs else ("template", path)
 
-    def __init__(self, explanations: Explanations, asked: AskedChat, outline: Outline) -> None:
-        self._explanations, self._asked, self._outline = explanations, asked, outline
-        self._first: RequestOutput | None = None
-        self.explanation: Explanation | None = None
-        """Explanation after the first output, if a comparison was requested and is possible."""
 
-    @property
-    def answer_id(self) -> str:
-        return self._asked.answer_id
+def _system_len(chat: AnsweredChat) -> int:
+    """Return the number of system messages at the beginning."""
+    roles = [message.get("role") in SYSTEM_ROLES for message in chat.messages]
+    return roles.index(False) if False in roles else len(roles)
 
-    def remembered(self, output: RequestOutput) -> Remembered | None:
-        """Return the chat in the form in which it is stored, or None if it was not scheduled."""
-        if output.losses is None:
-            return None
-        asked, found = self._asked, Found(output.cached_len, output.losses)
-        is_shown = asked.tenant.namespace is None
-        chat = ChatParts(asked.messages, asked.tools, asked.variables, asked.size)
-        return Remembered(self._outline, found, chat if is_shown else None, asked.request_id)
 
-    async def see(self, output: RequestOutput, workers: Workers) -> None:
-        """Process the next output of the first answer. O(tokens of the prompt) for the first output
-        with a comparison."""
-        if self._first is not None:
-            return
-        self._first = output
-        asked, later = self._asked, self.remembered(output)
-        if later is not None and (earlier_id := asked.compared_with) is not None:
-            self.explanation = await workers.run(
-                len(output.prompt_token_ids),
-                lambda: self._explanations.compare(later, asked.tenant, earlier_id),
-            )
+def _continues(earlier: AnsweredChat, later: AnsweredChat) -> bool:
+    """Return True if the messages of ``later`` are those of ``earlier`` and further ones, or have
+    two of them in common, whatever the system message is. O(messages)."""
+    old, new = earlier.messages[_system_len(earlier) :], later.messages[_system_len(later) :]
+    num_common = _common_len(old, new)
+    return num_common > 1 or len(new) > num_common == len(old) == 1
 
-    def end(self, output: RequestOutput, message: Mapping[str, Any] | None = None) -> None:
-        """Store the chat with its answer, which was sent as ``message``. O(its tokens)."""
-        remembered = self.remembered(output)
-        if remembered is not None:
-            answer = np.asarray(output.output, np.int32)
-            outline = self._explanations.outliner.answered(self._outline, answer, message)
-            remembered = replace(remembered, outline=outline)
-            key = self._asked.tenant, self._asked.answer_id
-            self._explanations.memory.put(key, remembered, remembered.num_bytes)
 
-    def headers(self) -> dict[str, str]:
-        """Return ``cache_headers``, and ``x-cache-parted`` if a comparison was requested and is
-        possible. Empty before the first output."""
-        if self._first is None:
-            return {}
-        headers = cache_headers(self._first)
-        if self.explanation is not None:
-            parting = self.explanation.parting
-            said = "no" if parting is None else f"{parting.change}; at={parting.at}"
-            headers["x-cache-parted"] = said
-        return headers
+def _differ(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
+    return _common_len(old, new) < max(len(old), len(new))
 
-    def told(self) -> dict[str, Any]:
-        """Return the requested explanation in OpenAI's form and in the engine's."""
-        if self._asked.compared_with is None:
-            return {}
-        whole = None if self.explanation is None else self.explanation.as_dict()
-        return {
-            "prompt_cache_diagnostics": for_openai(self.explanation),
-            "cache_explanation": whole,
-        }
 
-    def diagnostics(self) -> dict[str, Any]:
-        """Return the requested explanation in Anthropic's form."""
-        if not self._asked.wants_diagnostics:
-            return {}
-        is_compared = self._asked.compared_with is not None
-        return {"diagnostics": for_anthropic(self.explanation) if is_compared else None}
+def _common_len(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of equal messages or tools at the beginning of both."""
+    pairs = enumerate(zip(old, new, strict=False))
+    return next((i for i, (a, b) in pairs if _fields(a) != _fields(b)), min(len(old), len(new)))
+
+
+def _path(
+    name: str, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], skipped: int = 0
+) -> str:
+    """Return the first entry that differs; of a message that both have, also its field."""
+    index = _common_len(old, new)
+    path = f"{name}[{index + skipped}]"
+    if name == "tools" or index >= min(len(old), len(new)):
+        return path
+    before, after = _fields(old[index]), _fields(new[index])
+    differs = (field for field in after | before if after.get(field) != before.get(field))
+    return f"{path}.{next(differs)}"
+
+
+def _fields(value: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields of a message, and the entries of those that are lists, as JSON in the order
+    in which a template prints them. Empty fields are left out."""
+    fields: dict[str, str] = {}
+    for name, entry in sorted(value.items(), key=lambda pair: pair[0] != "role"):
+        if entry in (None, "", []):
+            continue
+        many = (
+            {f"{name}[{i}]": one for i, one in enumerate(entry)} if isinstance(entry, list) else {}
+        )
+        many = many or {name: entry}
+        fields |= {path: json.dumps(one, default=repr) for path, one in many.items()}
+    return fields
+
+
+async def explanation(
+    context: ServingContext, explanations: Explanations, operator: Operator, request: Request
+) -> Response:
+    """Explain the cache misses of an answer to the operator."""
+    operator.check(request)
+    if context.engine.config.prefix_cache == "none":
+        raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
+    names = [request.path_params["answer_id"]]
+    if (compared_with := request.query_params.get("compared_with")) is not None:
+        names.append(compared_with)
+    told = explanations.look_up(names[0], compared_with)
+    if told is not None:
+        return json_response(told)
+    unknown = [name for name in names if explanations.find(name) is None]
+    if not unknown:
+        why = "The two answers have different salts (cache_salt): they share no cache entries."
+    elif unknown[0].startswith("cmpl"):
+        why = "Only chats are explained, not text completions: send the 'id' of a chat's answer."
+    else:
+        why = (
+            f"No chat answer with the id {quoted(unknown[0])} is stored: send the 'id' of an "
+            "answer. The request log also shows it."
+        )
+        if explanations.memory.has_forgotten:
+            why += " Older ones were evicted: raise --explain-mib to store more."
+    raise APIError(404, why)

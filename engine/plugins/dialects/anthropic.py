@@ -33,7 +33,6 @@ from engine.server.schemas import (
     AnswerLimit,
     CacheControl,
     ChatRequest,
-    Diagnostics,
     FunctionName,
     Message,
     Name,
@@ -273,7 +272,8 @@ class CountRequest(Body, kw_only=True):
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
     """Later prompts will share all of this one."""
-    diagnostics: Diagnostics | None = None
+    diagnostics: Any = None
+    """Ignored: ``/v1/cache/explanations`` explains misses."""
     cache_salt: str | None = None
     """Requests with different salts share no cache entries."""
     service_tier: str | None = None
@@ -336,7 +336,6 @@ class CountRequest(Body, kw_only=True):
             return ChatRequest(
                 model=self.model,
                 messages=list(self._chat_messages()),
-                diagnostics=self.diagnostics,
                 tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
                 tool_choice=None if choice is None else choice.as_choice(),
                 parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
@@ -467,14 +466,13 @@ class _MessagesWriter(ChatWriter):
         self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]
     ) -> dict[str, Any]:
         return {
-            "id": self._session.diagnostics.answer_id,
+            "id": self._session.answer_id.public,
             "type": "message",
             "role": "assistant",
             "model": self._context.model_name,
             "content": content,
             **ending,
             "usage": usage,
-            **self._session.diagnostics.diagnostics(),
         }
 
     def _ending(self, answer: AnswerDelta) -> dict[str, Any]:

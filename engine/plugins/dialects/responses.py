@@ -640,7 +640,7 @@ class _ResponsesWriter(ChatWriter):
         choice = body.tool_choice
         asked = (body.text and body.text.format) or TextFormat(type="text")
         self._head = {
-            "id": session.diagnostics.answer_id,
+            "id": session.answer_id.public,
             "object": "response",
             "created_at": int(time.time()),
             "background": False,
@@ -722,7 +722,6 @@ class _ResponsesWriter(ChatWriter):
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "output": list(output),
             "usage": usage,
-            **({} if usage is None else self._session.diagnostics.told()),
         }
 
     def _event(self, data: dict[str, Any]) -> bytes:

@@ -238,8 +238,8 @@ def ask(live: Live, path: str, body: dict[str, Any], headers: dict[str, str]) ->
 def test_tenants_stay_isolated_in_every_dialect(
     serve_oracle: Callable[..., Live], tmp_path: Path, seed: int
 ) -> None:
-    """Random requests that name answers of other tenants: ids are unique per tenant, and no answer
-    contains another tenant's text."""
+    """Random requests of several tenants: ids are unique per tenant, and no answer contains another
+    tenant's text."""
     rng = random.Random(seed)
     live, keys = serve_with_keys(serve_oracle, tmp_path)
     tenants = [
@@ -259,27 +259,10 @@ def test_tenants_stay_isolated_in_every_dialect(
         body["stream"] = rng.random() < 0.5
         if path in ("/v1/completions", "/v1/chat/completions"):
             body["request_id"] = rng.choice(["1", "order-17"])
-        owners = [other for other in range(len(tenants)) if ids_of[other]]
-        owner = rng.choice(owners) if owners and rng.random() < 0.7 else None
-        earlier = None
-        if owner is not None:
-            earlier = rng.choice([*ids_of[owner]])
-            if path == "/v1/messages":
-                body["diagnostics"] = {"previous_message_id": earlier}
-            elif path != "/v1/completions":
-                body["prompt_cache_options"] = {"comparison_response_id": earlier}
         text, answer = ask(live, path, body, tenants[number])
         foreign = [secret for other, secret in enumerate(secrets) if other != number]
         assert not any(secret in text for secret in foreign)
         assert answer["id"] not in ids_of[number]
-        if earlier is not None and path in ("/v1/chat/completions", "/v1/responses"):
-            has_prompt = ids_of[number].get(earlier, "/v1/completions") != "/v1/completions"
-            assert (answer["cache_explanation"] is not None) == has_prompt
-            assert has_prompt == (answer["prompt_cache_diagnostics"]["type"].startswith("cache_"))
-        if earlier is not None and path == "/v1/messages":
-            reason = (answer["diagnostics"] or {}).get("cache_miss_reason", {}).get("type")
-            has_prompt = ids_of[number].get(earlier, "/v1/completions") != "/v1/completions"
-            assert (reason != "previous_message_not_found") == has_prompt
         ids_of[number][answer["id"]] = path
         if path == "/v1/responses":
             for other, headers in enumerate(tenants):
@@ -295,41 +278,6 @@ def test_tenants_stay_isolated_in_every_dialect(
     assert len(set(all_ids)) < len(all_ids), "an id may belong to several tenants"
     assert any("order-17-" in answer_id for answer_id in all_ids), "but only once to each"
     live.check_conserved()
-
-
-def chat_with(text: str, answer_id: str) -> dict[str, Any]:
-    options = {"comparison_response_id": answer_id}
-    messages = [{"role": "user", "content": text}]
-    return {"messages": messages, "max_tokens": 1, "prompt_cache_options": options}
-
-
-def test_anonymous_clients_see_no_text_of_earlier_requests(
-    serve_oracle: Callable[..., Live],
-) -> None:
-    """Without a key or a salt, the server cannot distinguish clients. They see only how far prompts
-    agree, which the cache counts reveal anyway."""
-    live = serve_oracle()
-    secret = "My card number is 4929-1113-2211-8765."
-    body = {"messages": [{"role": "user", "content": secret, "private_field": "x"}]}
-    body |= {"max_tokens": 2, "request_id": "order-17", "chat_template_kwargs": {"hidden_name": 1}}
-    victim = live.post("/v1/chat/completions", body).json()["id"]
-    for guess in ("", "My card", secret):
-        answer = live.post("/v1/chat/completions", chat_with(guess + "\x01", victim))
-        explained = answer.json()["cache_explanation"]
-        parted = explained["parted"]
-        assert parted["was"] is None and parted["now"] is not None
-        assert parted["at"] == len("?user\n" + guess)
-        assert not any(
-            secret_text in answer.text
-            for secret_text in ("4929-1113", "private_field", "hidden_name")
-        )
-        explanation = live.get(
-            f"/v1/cache/explanations/{answer.json()['id']}?compared_with={victim}"
-        )
-        rest = (secret + "<|im_end|>")[len(guess) :]
-        assert rest.startswith(explanation.json()["parted"]["was"][:4]), (
-            "the operator sees the text"
-        )
 
 
 def test_reasoning_is_restored_only_in_the_same_chat(

@@ -39,6 +39,14 @@ class Agent(ABC):
         """Add a message of the user."""
         self._messages.append({"role": "user", "content": text})
 
+    def cause(self, answer_id: str, earlier: str | None) -> str | None:
+        """Return the cause of the misses of an answer, compared with an ``earlier`` one."""
+        if earlier is None:
+            return None
+        url = f"{self._url}/v1/cache/explanations/{answer_id}"
+        cause: str | None = httpx.get(url, params={"compared_with": earlier}).json()["cause"]
+        return cause
+
     @abstractmethod
     def ask(self, max_tokens: int) -> tuple[ServedRequest, int]:
         """Send the conversation. Returns (figures of the request, number of tool calls)."""
@@ -65,7 +73,6 @@ class OpenAIAgent(Agent):
             max_tokens=max_tokens,
             extra_body={
                 "chat_template_kwargs": {} if self._thinks else {"enable_thinking": False},
-                "prompt_cache_options": {"comparison_response_id": earlier} if earlier else {},
             },
         )
         message, usage = answer.choices[0].message, answer.usage
@@ -74,9 +81,8 @@ class OpenAIAgent(Agent):
         self._earlier = answer.id
         prompt_len, cached_len = usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
         context_len = prompt_len + usage.completion_tokens - 1
-        explanation = getattr(answer, "cache_explanation", None) or {}
-        served = ServedRequest(prompt_len, cached_len, context_len, explanation.get("cause"))
-        return served, len(self._calls)
+        cause = self.cause(answer.id, earlier)
+        return ServedRequest(prompt_len, cached_len, context_len, cause), len(self._calls)
 
     def results(self, texts: Sequence[str]) -> None:
         self._messages += [
@@ -101,7 +107,6 @@ class AnthropicAgent(Agent):
             tools=[_tool(one["function"]) for one in scripts.TOOLS],
             thinking={"type": "adaptive" if self._thinks else "disabled"},
             max_tokens=max_tokens,
-            extra_body={"diagnostics": {"previous_message_id": earlier}} if earlier else {},
         )
         blocks = [block.model_dump(exclude_none=True) for block in answer.content]
         for block in blocks:
@@ -110,11 +115,7 @@ class AnthropicAgent(Agent):
         self._messages.append({"role": "assistant", "content": blocks})
         self._calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
         self._earlier, usage = answer.id, answer.usage
-        cause = None
-        if earlier is not None:  # The documented diagnostics only name changes by the client.
-            compared = {"compared_with": earlier}
-            found = httpx.get(f"{self._url}/v1/cache/explanations/{answer.id}", params=compared)
-            cause = found.json()["cause"]
+        cause = self.cause(answer.id, earlier)
         cached_len = usage.cache_read_input_tokens
         prompt_len = usage.input_tokens + cached_len + usage.cache_creation_input_tokens
         context_len = prompt_len + usage.output_tokens - 1
