@@ -20,13 +20,14 @@ every use.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from math import lcm
 from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.arena import arena_of
+from hybridcache.allocators.arena import RowIndex, arena_of
 from hybridcache.allocators.moves import StepPlan, StepQueue
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator, are_distinct
 from hybridcache.api import (
@@ -42,9 +43,7 @@ from hybridcache.api import (
 )
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, base_label, raise_failure
 from hybridcache.radix.check import check_tree, is_superseded
-from hybridcache.radix.compact import compact_rows
 from hybridcache.radix.ghosts import GhostList, read_ghosts
-from hybridcache.radix.rows import GatherCache, RowIndex
 from hybridcache.radix.tree import (
     Checkpoint,
     ItemBytes,
@@ -54,6 +53,7 @@ from hybridcache.radix.tree import (
     RadixNode,
     RadixTree,
     Segment,
+    compact_rows,
     ghosts_above,
     is_last_above,
     last_above,
@@ -109,6 +109,84 @@ class LockHandle:
                 source=self,
                 stacklevel=2,
             )
+
+
+ENTRY_ROWS = 64
+"""Overhead of one cached result, in rows of 4 bytes (measured: array header and dictionary entry).
+"""
+
+
+class GatherCache:
+    """Recent results of ``gather``, by their last segment.
+
+    A result is valid while its segment is resident, regardless of splits, until rows move (then all
+    are dropped). It is removed with its segment. All together weigh no more than the cached rows,
+    or only the newest remains: then they exceed the limit by at most ``ENTRY_ROWS``.
+    """
+
+    __slots__ = ("num_rows", "rows")
+
+    def __init__(self) -> None:
+        self.rows: OrderedDict[Segment, Indices] = OrderedDict()
+        """Rows from the root to the end of each segment."""
+        self.num_rows = 0
+        """Weight of all results, in rows."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def join(self, segment: Segment, limit_rows: int) -> Indices:
+        """Concatenate the rows from the root to the end of ``segment``, and keep the result.
+        O(rows).
+
+        The result is read-only.
+        """
+        parts = [segment.indices]
+        extends = None
+        above = segment.node.parent
+        while above is not None and above.kv is not None:
+            known = self.rows.get(above.kv)
+            if known is not None:
+                parts.append(known)
+                extends = above.kv
+                break
+            parts.append(above.kv.indices)
+            above = above.parent
+        parts.reverse()
+        rows = np.concatenate(parts)
+        rows.setflags(write=False)
+        if extends is not None:  # Evicted before all others, because its conversation continued.
+            self.rows.move_to_end(extends, last=False)
+        self.rows[segment] = rows
+        self.num_rows += len(rows) + ENTRY_ROWS
+        if self.num_rows > limit_rows:
+            self.trim(limit_rows)
+        return rows
+
+    def discard(self, segment: Segment) -> None:
+        """Remove the result of ``segment``, which is no longer resident. O(1)."""
+        self.num_rows -= len(self.rows.pop(segment)) + ENTRY_ROWS
+
+    def trim(self, limit_rows: int) -> None:
+        """Remove the oldest results until the others fit in ``limit_rows``, or only the newest
+        remains."""
+        known = self.rows
+        while self.num_rows > limit_rows and len(known) > 1:
+            _, rows = known.popitem(last=False)
+            self.num_rows -= len(rows) + ENTRY_ROWS
+
+    def check(self, limit_rows: int) -> None:
+        """Recompute the weight and check all results. O(results)."""
+        num_rows = sum(len(rows) + ENTRY_ROWS for rows in self.rows.values())
+        assert num_rows == self.num_rows, f"gathers weigh {num_rows} rows, counted {self.num_rows}"
+        assert num_rows <= limit_rows + ENTRY_ROWS, "gathers are over their limit"
+        for segment, rows in self.rows.items():
+            assert segment.node.kv is segment, f"gather of {segment}, which is gone"
+            assert len(rows) == segment.position, f"gather of {segment} has {len(rows)} rows"
+
+    def clear(self) -> None:
+        self.rows.clear()
+        self.num_rows = 0
 
 
 class HybridRadixCache:
@@ -194,7 +272,7 @@ class HybridRadixCache:
         self._owners: RowIndex | None = None
         """Buffer of each row, if rows can move, else None."""
         if self.arena is not None:
-            self._owners = RowIndex(pages.capacity, self._gathered)
+            self._owners = RowIndex(pages.capacity, self._gathered.clear)
             self.arena.holders |= {self.steps: None, self._owners: None}
         self._listener: Listeners | None = None
         self._withheld: set[Checkpoint | Segment] = set()

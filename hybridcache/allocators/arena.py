@@ -29,7 +29,7 @@ follow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 
 import numpy as np
@@ -37,7 +37,6 @@ import numpy.typing as npt
 
 from hybridcache.allocators.moves import Move, RowHolder
 from hybridcache.allocators.pools import (
-    BaseAllocator,
     ByteBudget,
     PageAllocator,
     SlotAllocator,
@@ -46,7 +45,7 @@ from hybridcache.allocators.pools import (
 from hybridcache.tokens import Indices
 
 
-class ArenaAllocator(BaseAllocator):
+class ArenaAllocator:
     """Arena with two allocators: ``pages`` for KV rows and ``slots`` for states. Counts in rows.
 
     ``row_bytes`` and ``state_bytes`` are the sizes of one token's KV and of one state. With
@@ -81,8 +80,10 @@ class ArenaAllocator(BaseAllocator):
                 f"total_bytes must hold at least one page: {page_size} rows of {row_bytes} bytes "
                 f"(got {total_bytes})."
             )
-        budget = ByteBudget(capacity * row_bytes)
-        super().__init__(capacity, row_bytes, budget)
+        budget = self.budget = ByteBudget(capacity * row_bytes)
+        self.capacity = capacity
+        """Total number of rows."""
+        self.unit_bytes = row_bytes
         self.page_size = page_size
         self.slab_rows = (
             capacity if not state_bytes else slab_rows(state_bytes, row_bytes, page_size)
@@ -106,7 +107,6 @@ class ArenaAllocator(BaseAllocator):
     @property
     def num_unused(self) -> int:
         """Number of rows that are neither KV nor part of a state. O(1)."""
-        assert self.budget is not None
         return self.budget.free_bytes // self.unit_bytes
 
     @property
@@ -126,10 +126,6 @@ class ArenaAllocator(BaseAllocator):
             self._collect(slabs, counts)
         else:
             self._empty(emptiest, slabs, counts)
-
-    def collect_free_slabs(self) -> None:
-        """List KV slabs without living rows as free. O(slabs + holes)."""
-        self._collect(*self._count_holes())
 
     def occupancy(self) -> npt.NDArray[np.int64]:
         """Return the number of living KV rows of each slab, 0 for free slabs and states. O(slabs +
@@ -215,7 +211,6 @@ class ArenaAllocator(BaseAllocator):
         Raises:
             AssertionError: an invariant fails.
         """
-        assert self.budget is not None
         free = self.free_pages()
         num_pages = self.capacity // self.page_size
         assert not len(free) or (free.min() >= 0 and free.max() < num_pages), (
@@ -233,7 +228,6 @@ class ArenaAllocator(BaseAllocator):
         assert used == self.capacity, (
             f"{used} rows are free, KV or under states, not {self.capacity}"
         )
-        assert self.pages.num_taken >= 0, "more rows are under states than there are"
 
     def check_taken(self, rows: Indices) -> None:
         """Check that none of ``rows``, which are allocated KV rows, is part of a state. O(rows).
@@ -265,24 +259,13 @@ def arena_of(pages: PageAllocator) -> ArenaAllocator | None:
 class ArenaPages(PageAllocator):
     """KV rows of the arena.
 
-    ``capacity`` is the whole arena. Rows of states are neither unused nor free.
+    ``capacity`` is the whole arena. Rows of states count as unused, and are not free.
     """
 
     def __init__(self, arena: ArenaAllocator, budget: ByteBudget) -> None:
         super().__init__(arena.capacity, arena.page_size, arena.unit_bytes, budget)
         self.arena: ArenaAllocator = arena
         self._height = self._num_implied = 0
-
-    @property
-    def num_unused(self) -> int:
-        """Number of rows that are not KV, whether free or part of a state. O(1)."""
-        return self.num_free + len(self.arena.slots.states) * self.arena.slab_rows
-
-    @property
-    def num_free(self) -> int:
-        """Number of rows that ``allocate`` can return now, in whole pages. O(1)."""
-        assert self.budget is not None
-        return self.budget.free_bytes // self.unit_bytes
 
     def allocate(self, num_tokens: int) -> Indices | None:
         """Return rows as ``PageAllocator.allocate``.
@@ -336,11 +319,6 @@ class ArenaSlots(SlotAllocator):
         """Allocated slots."""
         self._arena = arena
 
-    @property
-    def num_unused(self) -> int:
-        """Number of slots that are not allocated, whether free or KV. O(1)."""
-        return self.capacity - len(self.states)
-
     def allocate(self) -> int | None:
         """Return a slot, or None if fewer rows are free than it takes.
 
@@ -353,6 +331,7 @@ class ArenaSlots(SlotAllocator):
         if not arena._free_slabs:
             arena.find_slab()
         slot = arena._free_slabs.pop()
+        self.num_taken += 1
         self.states.add(slot)
         self.budget.free_bytes -= self.unit_bytes
         return slot
@@ -367,6 +346,7 @@ class ArenaSlots(SlotAllocator):
         if index(slot) not in self.states:
             raise ValueError(f"slot {slot} given back, which is not taken")
         assert self.budget is not None
+        self.num_taken -= 1
         self.states.remove(slot)
         self.budget.free_bytes += self.unit_bytes
         self._arena._free_slabs.append(slot)
@@ -377,3 +357,110 @@ class ArenaSlots(SlotAllocator):
 
     def check(self) -> None:
         assert all(0 <= slot < self.capacity for slot in self.states), "a state is out of range"
+        assert len(self.states) == self.num_taken, f"{self.num_taken} states counted"
+
+
+class RowIndex:
+    """Row buffers of one tree. A ``RowHolder``, which owns the cached rows.
+
+    Finds the rows of an emptied slab without a search. The rows of one insertion are one buffer,
+    and nodes that result from splits hold views of it (``radix.tree.compact_rows``). So a row has
+    one buffer regardless of splits, and renaming it there renames it in the node. A table of all
+    rows holds the numbers of their buffers. It is updated only when a slab is emptied: until then,
+    a change costs one dictionary entry.
+    """
+
+    __slots__ = ("_free_numbers", "_moved", "_numbered", "_numbers", "new")
+
+    def __init__(self, num_rows: int, moved: Callable[[], None]) -> None:
+        """``moved`` is called before rows are renamed."""
+        self._moved = moved
+        # By row the number of its buffer: right for rows that the tree had at the last move and
+        # still has. Host memory is taken as rows are used.
+        self._numbers = np.zeros(num_rows, np.int32)
+        self._numbered: list[Indices | None] = []
+        """Living part of each buffer, by number."""
+        self._free_numbers: list[int] = []
+        self.new: dict[int, Indices] = {}
+        """Buffers without a number yet, by identity. Callers add each new buffer here."""
+
+    def shrink(self, gone: Indices, living: Indices | None) -> None:
+        """Remove ``gone``, the last rows of a buffer. O(1).
+
+        ``living`` is the remaining part, possibly in a new array, or None if nothing remains.
+        """
+        if self.new.pop(id(gone if gone.base is None else gone.base), None) is not None:
+            if living is not None:
+                self.new[id(_buffer(living))] = living
+            return
+        number = self._numbers.item(gone.item(0))
+        self._numbered[number] = living
+        if living is None:
+            self._free_numbers.append(number)
+
+    def rows_moved(self, move: Move) -> int:
+        """Rename the rows of ``move`` in their buffers, and return how many of them are cached.
+
+        O(rows of those buffers + rows added since the last move).
+        """
+        self._moved()
+        self._number_new()
+        numbers = self._numbers.take(move.src)
+        self._numbers[move.dst.astype(np.intp)] = numbers
+        found = [
+            # A row that left the tree keeps its old number, which may be unused or reused by now.
+            # Only the rows in the buffer count.
+            rows
+            for number in np.flatnonzero(np.bincount(numbers)).tolist()
+            if number < len(self._numbered) and (rows := self._numbered[number]) is not None
+        ]
+        if not found:
+            return 0
+        renamed, start = np.concatenate(found), 0
+        num_owned = len(move.rename(renamed))
+        for rows in found:
+            end = start + len(rows)
+            rows[:] = renamed[start:end]
+            start = end
+        return num_owned
+
+    def _number_new(self) -> None:
+        if not self.new:
+            return
+        buffers = list(self.new.values())
+        self.new.clear()
+        numbers = []
+        for rows in buffers:
+            if self._free_numbers:
+                numbers.append(number := self._free_numbers.pop())
+                self._numbered[number] = rows
+            else:
+                numbers.append(len(self._numbered))
+                self._numbered.append(rows)
+        lengths = [len(rows) for rows in buffers]
+        # Four times as fast as with int32 for an index, which numpy casts a piece at a time.
+        index = np.concatenate(buffers, dtype=np.intp)
+        self._numbers[index] = np.repeat(np.array(numbers, np.int32), lengths)
+
+    def check(self, segments: list[Indices]) -> None:
+        """Check that each row of ``segments``, the rows of all resident nodes, is in its buffer.
+        O(rows).
+
+        Raises:
+            AssertionError: one is not.
+        """
+        numbered = [rows for rows in self._numbered if rows is not None]
+        lengths: dict[int, int] = {}
+        for rows in segments:
+            base = _buffer(rows)
+            lengths[id(base)] = lengths.get(id(base), 0) + len(rows)
+        known = {id(_buffer(rows)): len(rows) for rows in (*numbered, *self.new.values())}
+        assert known == lengths, "the buffers known are not those of the tree"
+        for number, living in enumerate(self._numbered):
+            if living is not None:
+                assert (self._numbers[living] == number).all(), f"a row of buffer {number} is lost"
+            assert (living is None) == (number in self._free_numbers), f"number {number} is lost"
+
+
+def _buffer(rows: Indices) -> Indices:
+    return rows if rows.base is None else rows.base

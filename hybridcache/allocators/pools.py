@@ -39,6 +39,9 @@ class BaseAllocator(ABC):
     rest. Allocators evict nothing: they return None if a request does not fit.
     """
 
+    page_size = 1
+    """Units that are allocated together."""
+
     def __init__(self, capacity: int, unit_bytes: int, budget: ByteBudget | None):
         """Raise ValueError if ``capacity`` is negative, or a ``budget`` has no ``unit_bytes``."""
         if capacity < 0:
@@ -49,23 +52,22 @@ class BaseAllocator(ABC):
         """Total number of units."""
         self.unit_bytes = unit_bytes
         self.budget = budget
+        self.num_taken = 0
+        """Number of allocated units."""
 
     @property
-    @abstractmethod
     def num_unused(self) -> int:
         """Number of unallocated units, even if the budget does not allow to take them. O(1)."""
+        return self.capacity - self.num_taken
 
     @property
     def num_free(self) -> int:
-        """Number of units that ``allocate`` can return now. O(1)."""
-        if self.budget is None:
-            return self.num_unused
-        return min(self.num_unused, self.budget.free_bytes // self.unit_bytes)
-
-    @property
-    def num_taken(self) -> int:
-        """Number of allocated units. O(1)."""
-        return self.capacity - self.num_unused
+        """Number of units that ``allocate`` can return now, rows in whole pages. O(1)."""
+        num_unused, budget = self.capacity - self.num_taken, self.budget
+        if budget is None:
+            return num_unused
+        affordable = budget.free_bytes // self.unit_bytes
+        return min(num_unused, affordable - affordable % self.page_size)
 
     @abstractmethod
     def check(self) -> None:
@@ -127,18 +129,6 @@ class PageAllocator(BaseAllocator):
         self._height = self._num_implied = num_pages
         self._offsets = np.arange(page_size, dtype=np.int32)
 
-    @property
-    def num_unused(self) -> int:
-        return self._height * self.page_size
-
-    @property
-    def num_free(self) -> int:
-        """Number of rows that ``allocate`` can return now, in whole pages. O(1)."""
-        if self.budget is None:
-            return self._height * self.page_size
-        affordable = self.budget.free_bytes // self.unit_bytes
-        return min(self.num_unused, affordable - affordable % self.page_size)
-
     def allocate(self, num_tokens: int) -> Indices | None:
         """Return rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]. O(n).
 
@@ -159,8 +149,10 @@ class PageAllocator(BaseAllocator):
         if top - num_pages < self._num_implied:
             self._write_implied(top - num_pages)
         pages = self._stack[top - num_pages : top]
+        num_rows = num_pages * self.page_size
         if self.budget is not None:
-            self.budget.free_bytes -= num_pages * self.page_size * self.unit_bytes
+            self.budget.free_bytes -= num_rows * self.unit_bytes
+        self.num_taken += num_rows
         self._height = top - num_pages
         if self.page_size == 1:
             return pages.copy()
@@ -196,14 +188,15 @@ class PageAllocator(BaseAllocator):
             raise ValueError(f"rows {first}..{last} are not of this pool of {self.capacity}")
         if len(rows) % self.page_size or first % self.page_size or (last + 1) % self.page_size:
             raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
-        if len(rows) > (taken := self.capacity - self.num_unused):
-            raise ValueError(f"{len(rows)} rows given back, {taken} are allocated")
+        if len(rows) > self.num_taken:
+            raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are allocated")
         self.release(rows)
 
     def release(self, rows: Indices) -> None:
         """Free ``rows`` without checks, for rows that the cache itself kept. O(n)."""
         if self.budget is not None:
             self.budget.free_bytes += len(rows) * self.unit_bytes
+        self.num_taken -= len(rows)
         pages = rows
         if self.page_size > 1:
             pages = rows[:: self.page_size] // self.page_size
@@ -223,6 +216,8 @@ class PageAllocator(BaseAllocator):
         if len(free):
             assert free.min() >= 0 and free.max() < len(self._stack), "a page is out of range"
         assert are_distinct(free), "a KV page is free twice"
+        num_free = len(free) * self.page_size
+        assert num_free == self.num_unused, f"{num_free} rows free, counted {self.num_unused}"
 
 
 class SlotAllocator(BaseAllocator):
@@ -242,10 +237,6 @@ class SlotAllocator(BaseAllocator):
         super().__init__(num_slots, slot_bytes, budget)
         self._stack = list(range(num_slots - 1, -1, -1))
 
-    @property
-    def num_unused(self) -> int:
-        return len(self._stack)
-
     def allocate(self) -> int | None:
         """Return a slot, or None if none is free. O(1)."""
         if not self._stack:
@@ -254,6 +245,7 @@ class SlotAllocator(BaseAllocator):
             if self.budget.free_bytes < self.unit_bytes:
                 return None
             self.budget.free_bytes -= self.unit_bytes
+        self.num_taken += 1
         return self._stack.pop()
 
     def free(self, slot: int) -> None:
@@ -268,10 +260,11 @@ class SlotAllocator(BaseAllocator):
         """
         if not 0 <= index(slot) < self.capacity:
             raise ValueError(f"slot {slot} is not one of {self.capacity}")
-        if len(self._stack) == self.capacity:
+        if not self.num_taken:
             raise ValueError(f"slot {slot} given back, but none is allocated")
         if self.budget is not None:
             self.budget.free_bytes += self.unit_bytes
+        self.num_taken -= 1
         self._stack.append(slot)
 
     def free_slots(self) -> list[int]:
@@ -281,3 +274,4 @@ class SlotAllocator(BaseAllocator):
     def check(self) -> None:
         assert len(set(self._stack)) == len(self._stack), "a slot is free twice"
         assert all(0 <= slot < self.capacity for slot in self._stack), "a free slot is out of range"
+        assert len(self._stack) == self.num_unused, f"slots free: counted {self.num_unused}"

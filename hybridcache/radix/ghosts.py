@@ -10,8 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from hybridcache.radix.compact import compact_edges
-from hybridcache.radix.tree import TOKEN_BYTES, Checkpoint, RadixNode, RadixTree
+from hybridcache.radix.tree import (
+    TOKEN_BYTES,
+    Checkpoint,
+    RadixNode,
+    RadixTree,
+    compact_edges,
+)
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
 GHOST_NODE_BYTES = 640

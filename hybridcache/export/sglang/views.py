@@ -42,7 +42,7 @@ class RowView(PageAllocator):
         return self.num_unused
 
     @property
-    def num_taken(self) -> int:
+    def num_taken(self) -> int:  # type: ignore[override]
         """Number of cached or held rows. O(1)."""
         return int(self._theirs.size) - self.num_unused
 
@@ -106,7 +106,12 @@ class SlotView(SlotAllocator):
         return int(self._theirs.available_size())
 
     @property
-    def num_taken(self) -> int:
+    def num_free(self) -> int:
+        """Number of slots available without evicting. O(1)."""
+        return self.num_unused
+
+    @property
+    def num_taken(self) -> int:  # type: ignore[override]
         """Number of cached or held slots. O(1)."""
         return int(self._theirs.size) - self.num_unused
 
