@@ -3,15 +3,10 @@ conversion of weights."""
 
 from __future__ import annotations
 
-import json
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments.benchmarks import llama as bench_llama
 from experiments.benchmarks import llama_cpp as llama
 
 CONFIG = {
@@ -21,41 +16,6 @@ CONFIG = {
     "linear_value_head_dim": 2,
     "tie_word_embeddings": True,
 }
-
-
-def test_missing_llama_cpp_gives_a_message(tmp_path, monkeypatch, capsys) -> None:
-    out = tmp_path / "results.jsonl"
-    arguments = ["bench_llama", "--llama", str(tmp_path), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    bench_llama.main()
-    assert capsys.readouterr().out == f"{llama.ABSENT}\n"
-    assert not out.exists()
-
-
-def test_a_crash_of_llama_cpp_is_reported_and_the_benchmark_continues(
-    tmp_path, monkeypatch, capsys
-) -> None:
-    """The module here ends its process with the signal of an unknown instruction."""
-    (tmp_path / "llama_cpp").mkdir()
-    (tmp_path / "llama_cpp" / "__init__.py").write_text(
-        "import os, signal\ndef llama_backend_init(): os.kill(os.getpid(), signal.SIGILL)\n"
-    )
-    (tmp_path / "gguf.py").write_text("")
-    modules = SimpleNamespace(__version__="0"), SimpleNamespace()
-    monkeypatch.setattr(llama, "load", lambda folder: modules)
-    monkeypatch.setattr(llama, "export", lambda *arguments: None)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(bench_llama, "make_checkpoint", lambda *arguments: None)
-    out = tmp_path / "results.jsonl"
-    arguments = ["bench_llama", "--llama", str(tmp_path), "--out", str(out), "--sizes", "7m"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--dtypes", "float32,int8", "--threads", "1"])
-    bench_llama.main()
-    failures = [json.loads(line) for line in out.read_text().splitlines()][1:]
-    message = "the other side crashed (SIGILL)"
-    assert failures == [
-        {"size": "7m", "dtype": dtype, "failure": message} for dtype in ("float32", "int8")
-    ]
-    assert f"7m int8: {message}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layer", [0, 11])

@@ -3,27 +3,21 @@ GPU."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from engine.runner.model_runner import ModelRunner
-from experiments import provenance
 from experiments.gpu import __main__ as gpu
 from experiments.gpu import serving as gpu_serving
-from experiments.gpu.models import TINY, write_geometry, write_tokenizer
+from experiments.gpu.models import TINY, write_geometry
 from experiments.gpu.stub_device import stubbed
-from experiments.provenance import read_json_lines, write_json_lines
+from experiments.provenance import read_json_lines
 
 
 @pytest.fixture
@@ -69,53 +63,6 @@ def test_only_failed_parts_run_again_with_the_same_code(
     assert not (tmp_path / "bench.jsonl").exists()  # Old records are deleted.
     monkeypatch.setattr(gpu, "code_hash", lambda: "ba9876543210")
     assert not gpu.is_done(tmp_path, "bench")
-
-
-def test_code_hash_covers_code_but_not_results_and_docs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    for name in (
-        "engine/a.py",
-        "kernels/tuned.json",
-        "experiments/results/gpu/b.json",
-        "docs/c.py",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
-    before, hashes = provenance.code_hash(), {}
-    for path in tmp_path.rglob("*.*"):
-        path.write_text("2")
-        hashes[path.name] = provenance.code_hash()
-        path.write_text("1")
-    assert {name for name, found in hashes.items() if found != before} == {"a.py", "tuned.json"}
-    assert provenance.code_hash() == before
-
-
-def test_results_are_packed_into_one_archive(parts: dict[str, str], tmp_path: Path) -> None:
-    archive = tmp_path / "away" / "gpu.tar.gz"
-    assert run(tmp_path / "here", "--tar", str(archive)) == 1  # includes that of a failed part
-    with tarfile.open(archive) as found:
-        assert {f"here/{part}.done.jsonl" for part in parts} < set(found.getnames())
-
-
-@pytest.mark.parametrize(("interpret", "forbidden"), [("1", True), ("", False)])
-def test_kernel_tests_on_a_device_reject_the_interpreter(interpret: str, forbidden: bool) -> None:
-    """This holds even if /dev has no file of a GPU driver."""
-    environment = dict(os.environ) | {"KERNELS_ON_DEVICE": "1", "TRITON_INTERPRET": interpret}
-    code = "import tests.conftest, os; print(os.environ['TRITON_INTERPRET'])"
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=gpu.ROOT
-    )
-    assert ("KERNELS_ON_DEVICE=1 and TRITON_INTERPRET=1 exclude" in found.stderr) == forbidden
-    assert forbidden or found.stdout == "\n"
-
-
-def test_hanging_part_is_stopped(
-    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(gpu.PARTS, "big", part_of("import time; time.sleep(60)", 0.3))
-    assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
 
 
 @pytest.mark.full
@@ -171,73 +118,6 @@ def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path: Path) -> N
         assert {"out/one.jsonl", "out/check.done.jsonl"} < set(found.getnames())
 
 
-def test_a_part_without_its_packages_is_skipped_alone(
-    parts: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setitem(gpu.PARTS, "big", part_of("pass", needs=("json", "no_such_package")))
-    assert run(tmp_path) == 0
-    assert "Skipped: big needs no_such_package." in capsys.readouterr().err
-    assert [gpu.is_done(tmp_path, part) for part in parts] == [True, True, False]
-
-
-def test_a_dry_run_needs_no_assembler(parts: dict[str, str], tmp_path: Path) -> None:
-    gpu.PARTS["big"] = part_of("raise SystemExit(1)", bundled=True)
-    assert run(tmp_path) == 0
-
-
-def test_cases_with_other_bits_are_named(tmp_path: Path) -> None:
-    for folder, digests in (("", "ab"), ("bundled", "ac")):
-        records = [{"case": str(i), "digest": d} for i, d in enumerate(digests)]
-        write_json_lines(tmp_path / folder / "check_kernels_norm.jsonl", records)
-    assert gpu.other_bits(tmp_path) == ["1"]
-
-
-@pytest.mark.full
-def test_passed_tests_are_not_repeated(tmp_path: Path) -> None:
-    test = tmp_path / "test_two.py"
-    test.write_text("def test_a(): pass\ndef test_b(): assert not __file__\n")
-    records = tmp_path / "tests.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "experiments.gpu.recorded_tests"]
-    command += ["--records", str(records), "--rootdir", str(tmp_path), str(test)]
-    environment = dict(os.environ) | {"PYTHONPATH": str(gpu.ROOT)}
-    first = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert "1 failed, 1 passed" in first.stdout, first.stdout + first.stderr
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert "1 failed, 1 deselected" in again.stdout
-    found = [json.loads(line) for line in records.read_text().splitlines()]
-    assert [(r["test"].split("::")[1], r["outcome"]) for r in found] == [
-        ("test_a", "passed"),
-        ("test_b", "failed"),
-        ("test_b", "failed"),
-    ]
-
-
-def test_missing_gpu_gives_a_hint(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    assert gpu.main([]) == 2
-    assert "--dry" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("part", gpu.PARTS)
-def test_each_part_has_a_command(part: str, tmp_path: Path) -> None:
-    """The commands with and without --dry differ in one flag or in the selected tests."""
-    dry, real = (gpu.PARTS[part].command(tmp_path, is_dry) for is_dry in (True, False))
-    assert dry[:3] == real[:3]
-    assert dry != real
-
-
-def test_every_part_fits_a_call_of_ten_minutes() -> None:
-    assert max(part.limit_s for part in gpu.PARTS.values()) <= 500
-    first = ["check", "repeat", "parity"]
-    assert list(gpu.PARTS)[:3] == first
-    assert sum(gpu.PARTS[part].limit_s for part in first) <= 560
-
-
 @pytest.mark.full
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_speeds_are_measured_with_and_without_graphs(
@@ -258,77 +138,3 @@ def test_speeds_are_measured_with_and_without_graphs(
     assert speeds == [(m, graphs) for graphs in ("all", "decode", "off") for m in measures]
     fast, exact, ratio = (record for record in measured if record["measure"] == "exact")
     assert fast["token_hit_rate"] > exact["token_hit_rate"] and "ttft_ratio_median" in ratio
-
-
-@pytest.mark.full
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
-def test_draft_steps_are_measured_with_and_without_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    path, scale = write_geometry(tmp_path, TINY), replace(gpu_serving.DRY, streams=(1, 2, 8))
-    with stubbed(monkeypatch):
-        records = list(gpu_serving.drafted(path, False, scale))
-        assert list(gpu_serving.drafted(path, False, scale, records)) == records
-    assert [(r["graphs"], r["streams"]) for r in records] == [
-        (graphs, streams) for graphs in ("all", "pieces", "off") for streams in (1, 2, 4)
-    ]
-
-
-@pytest.mark.full
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
-def test_existing_records_of_the_same_code_are_reused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    path = write_geometry(tmp_path, TINY)
-    with stubbed(monkeypatch):
-        _, *first = gpu_serving.measure(path, False, gpu_serving.DRY)
-        file = tmp_path / "big.jsonl"
-        write_json_lines(file, [*first[:3], *first[-3:]], {"code": "abc"})
-        assert gpu_serving.known_records(file, "other") == []
-        assert gpu_serving.known_records(tmp_path / "none", "abc") == []
-        known = gpu_serving.known_records(file, "abc")
-        _, *second = gpu_serving.measure(path, False, gpu_serving.DRY, known)
-    assert [r["measure"] for r in second] == [r["measure"] for r in first]
-    assert [a == b for a, b in zip(second, first, strict=True)] == [
-        index < 3 or index >= len(first) - 3 for index in range(len(first))
-    ]
-
-
-@pytest.mark.full
-def test_load_test_uses_the_engine_directly_without_server_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu_serving.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu_serving, "all_fused", str)  # slow in the interpreter
-    runners: list[weakref.ref[ModelRunner]] = []
-    monkeypatch.setattr(gpu_serving, "Bench", checks_release(gpu_serving.Bench, runners))
-    path = write_geometry(tmp_path, TINY)
-    write_tokenizer(tmp_path)
-    records = gpu_serving.http(path, True, gpu_serving.DRY)
-    assert len(runners) == 2
-    assert "Measured without HTTP, which needs starlette and uvicorn." in capsys.readouterr().out
-    assert [(r["by"], r["cache"], r["errors"]) for r in records] == [
-        ("engine", "hybrid", 0),
-        ("engine", "none", 0),
-    ]
-    assert {(r["max_running"], r["token_budget"], r["cache_gib"]) for r in records} == {
-        (256, 1024, 0.02)
-    }
-
-
-def checks_release(bench: type, runners: list[weakref.ref[ModelRunner]]) -> type:
-    """Return a subclass of ``bench`` that checks that closed runners are garbage-collected."""
-
-    class ChecksRelease(bench):
-        def __init__(self, *args, **options) -> None:
-            assert not any(runner() for runner in runners)
-            super().__init__(*args, **options)
-            runners.append(weakref.ref(self.runner))
-
-        def close(self) -> None:
-            super().close()
-            assert runners[-1]() is None
-
-    return ChecksRelease

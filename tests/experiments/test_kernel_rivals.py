@@ -89,36 +89,6 @@ def heads(count: int, num_heads: int, size: int) -> torch.Tensor:
     return torch.randn(count, num_heads, size, dtype=torch.bfloat16)
 
 
-def test_prefill_passes_the_arguments_of_fla(calls) -> None:
-    packed = Packed.from_lengths([5, 3])
-    inputs = heads(8, 2, 16), heads(8, 2, 16), heads(8, 4, 32), torch.randn(8, 4), torch.randn(8, 4)
-    rival = kernel_rivals.chunk_gdn(*inputs, packed, torch.zeros(2, 4, 16, 32))["fla"]
-    assert rival().shape == (8, 4, 32)
-    [call] = calls
-    assert call["q"].shape == call["k"].shape == (1, 8, 2, 16)
-    assert (call["v"].shape, call["g"].shape, call["beta"].shape) == (
-        (1, 8, 4, 32),
-        (1, 8, 4),
-        (1, 8, 4),
-    )
-    assert call["g"].dtype == torch.float32
-    assert call["cu_seqlens"].tolist() == [0, 5, 8]
-    assert call["initial_state"].shape == (2, 4, 16, 32)
-    assert call["output_final_state"] and call["use_qk_l2norm_in_kernel"]
-
-
-def test_decode_passes_the_arguments_of_fla(calls) -> None:
-    tokens = heads(3, 2, 16), heads(3, 2, 16), heads(3, 4, 32)
-    inputs = torch.randn(3, 4), torch.randn(3, 4), torch.randn(4), torch.randn(4)
-    rival = kernel_rivals.decode_gdn(*tokens, *inputs, torch.zeros(3, 4, 16, 32))["fla"]
-    assert rival().shape == (3, 4, 32)
-    [call] = calls
-    assert (call["q"].shape, call["v"].shape) == ((3, 1, 2, 16), (3, 1, 4, 32))
-    assert call["g"].shape == call["beta"].shape == (3, 1, 4)
-    assert call["A_log"].shape == call["dt_bias"].shape == (4,)
-    assert call["use_gate_in_kernel"] and call["use_beta_sigmoid_in_kernel"]
-
-
 def test_other_kernels_pass_the_arguments_of_fla(calls) -> None:
     x, weight = torch.randn(8, 24), torch.randn(24)
     taps, packed = torch.randn(24, 4), Packed.from_lengths([8])

@@ -58,15 +58,6 @@ def test_fastest_correct_candidate_is_chosen() -> None:
     assert trial.best()[1] == pytest.approx(0.5, rel=0.05)
 
 
-def test_kernels_tuned_by_tokens_must_be_bit_identical() -> None:
-    key = (64, 16)
-    cases = [case(BY_TOKENS, key, {1: 1.0, 2: 1.0, 4: 1.0001, 8: None})]
-    times = {1: 1.5, 2: 2.0, 4: 1.0, 8: 0.1}
-    [trial] = tune(cases, error, seconds_of(times, BY_TOKENS, key))
-    assert trial.refused == {2: "other bits", 3: "RuntimeError: out of resources"}
-    assert table_of([trial]) == {(BY_TOKENS, key): {"num_warps": 1}}
-
-
 def test_choice_must_be_correct_for_all_cases_and_clearly_faster() -> None:
     key = (64,)
     right = dict.fromkeys((1, 2, 4, 8), 1.0)
@@ -77,18 +68,3 @@ def test_choice_must_be_correct_for_all_cases_and_clearly_faster() -> None:
     assert set(trial.ratios) == {0, 1, 2}
     assert table_of([trial]) == {}
     assert trial.record()["chosen"] is None
-
-
-def test_case_is_reset_before_each_call() -> None:
-    state = torch.ones(4)
-
-    def run() -> torch.Tensor:
-        tuning.tuned(PLAIN, 1)
-        return state.mul_(2)
-
-    moving = Case(
-        "a case", run, lambda: torch.full((4,), 2.0), num_bytes=1, reset=lambda: state.fill_(1.0)
-    )
-    [trial] = tune([moving], error, None)
-    assert trial.refused == {}
-    assert table_of([trial]) == {}

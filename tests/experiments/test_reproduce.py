@@ -13,10 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import hybridcache
 from experiments import page, provenance, reproduce
-from experiments.studies import common
-from hybridcache.scheduling.planner import StepPlanner
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -132,25 +129,6 @@ print(*(module.__file__ for module in sys.modules.values() if getattr(module, "_
     assert len(own) > 100 and not others
 
 
-def test_replays_in_turn_use_no_admission_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hash of parts that replay leaves these policies out."""
-    monkeypatch.setattr(StepPlanner, "__init__", lambda *_, **__: pytest.fail("used"))
-    hybridcache.simulate("chat?head=20", gib=1.0, bound=False)
-    with pytest.raises(pytest.fail.Exception):
-        hybridcache.closed_loop("chat?head=20", gib=1.0, rate=1.0)
-    replays = {part.name for part in reproduce.read_parts() if part.replays}
-    assert replays == {
-        "capacity",
-        "tiers",
-        "router",
-        "grid",
-        "arena",
-        "peers",
-        "memories",
-        "shadows",
-    }
-
-
 @pytest.mark.parametrize("name", ["experiments/tiny_part.py", "experiments/new.py"])
 def test_dirty_tree_is_rejected(name: str, tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     with (tree.root / name).open("a") as file:
@@ -175,23 +153,6 @@ def test_failed_part_does_not_stop_the_others_and_is_not_recorded(
     assert "silent failed: it did not write results/never.jsonl" in printed.err
     assert "absent: skipped, needs out/nowhere (make nowhere)" in printed.out
     assert list(reproduce.read_record()) == ["tiny"]
-
-
-def test_part_is_not_recorded_if_the_code_changes_while_it_runs(
-    tree: Tree, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with (tree.root / "experiments" / "tiny_part.py").open("a") as file:
-        file.write("Path(__file__).with_name('edited.py').touch()\n")
-    tree.commit()
-    assert reproduce.run([tree.part()]) == 1 and tree.runs == 1
-    assert "tiny failed: the code changed while it ran" in capsys.readouterr().err
-    assert not reproduce.read_record()
-
-
-def test_nothing_runs_outside_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert reproduce.main(["--part", "tree"]) == 2
 
 
 def named_results(pages: Sequence[Path]) -> set[str]:
@@ -223,34 +184,11 @@ def test_each_committed_or_published_result_is_the_output_of_one_part() -> None:
     assert len(named) > 10 and (named | stored) - set(made) <= NO_PART
 
 
-def test_parts_exist_and_take_at_most_six_hours() -> None:
-    parts = reproduce.read_parts()
-    assert sum(part.minutes for part in parts) <= 360
-    for part in parts:
-        assert importlib.util.find_spec(part.command.split()[0]), part.name
-
-
 def test_results_page_is_up_to_date() -> None:
     """Update it by ``python -m experiments.reproduce --page``."""
     text, figures = page.page(page.TEMPLATE, reproduce.parts_table)
     assert reproduce.PAGE.read_text(encoding="utf-8") == text
     assert all(path.is_file() for path in figures)
-
-
-def test_figures_follow_the_colours_of_the_page_and_count_near_rows() -> None:
-    rows = [[name, f"{hits} [{hits - 1}, {hits + 2}]"] for name, hits in RANKED.items()]
-    dots = page.Dots({"hits": 1}, "%", near="lru")
-    drawn = dots.rows((["policy", "hits"], rows))
-    assert [(name, written) for name, _, written in drawn] == [
-        ("best", "70.0 ± 2.0"), ("lru and 2 more", "50.0 ± 2.0"), ("worst", "9.0 ± 2.0"),
-    ]  # fmt: skip
-    text = page.svg(dots.draw((["policy", "hits"], rows)))
-    assert "prefers-color-scheme: dark" in text
-    for light, dark in page.LIGHT_AND_DARK.items():
-        assert f"fill:{dark} !important" in text and light != dark
-
-
-RANKED = {"best": 70.0, "sieve": 50.9, "lru": 50.0, "arc": 49.1, "worst": 9.0}
 
 
 def test_finished_part_says_so_and_can_be_compared(
@@ -276,19 +214,6 @@ def test_finished_part_says_so_and_can_be_compared(
     reproduce.write_record(part, part.code, 1.0)
     assert reproduce.run([part]) == 0
     assert "tiny: finished, " in capsys.readouterr().out
-
-
-def test_missing_published_traces_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(common, "DATA", (tmp_path,))
-    monkeypatch.setattr(reproduce, "run", lambda *_: 0)
-    assert reproduce.main(["--part", "tree"]) == 0
-    name = "traces/mooncake_conversation_trace.jsonl.gz"
-    assert capsys.readouterr().err.count(name) == 1 and len(reproduce.missing_traces()) == 6
-    (tmp_path / "traces").mkdir()
-    (tmp_path / name).touch()
-    assert name not in reproduce.missing_traces()
 
 
 def test_each_module_can_be_imported() -> None:

@@ -65,8 +65,3 @@ def test_lengths_and_generated_conversations_are_simulated(data: Path) -> None:
         cells = [(record["policy"], record["gib"]) for record in records]
         assert cells == [("lru", 0.05), ("lru", 1), ("survival", 0.05), ("survival", 1)]
         assert records[1]["hit_tokens"] > 0
-
-
-def test_bad_request_is_one_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_sharegpt.main(["--data", "absent.json", "--simulate"]) == 2
-    assert capsys.readouterr().err.startswith("run_sharegpt: no trace 'absent.json'")

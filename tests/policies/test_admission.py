@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
 from hybridcache.policies.admission.session_gate import (
-    CREDIT_S,
     FLOOR,
     MOST_WAIT_S,
     SessionGate,
 )
 from hybridcache.policies.admission.simple import LOOK_AHEAD, TOKENS_A_PASS
-from hybridcache.policies.admission.simple import MOST_WAIT_S as MOST_PASSED_S
 from hybridcache.policies.registry import make_admission
 
 
@@ -135,22 +133,6 @@ def test_a_cold_request_is_overtaken_a_bounded_number_of_times(name: str) -> Non
     assert 1 < num_admitted <= length // TOKENS_A_PASS + 2
 
 
-@pytest.mark.parametrize("name", ["cached-first", "longest-match"])
-def test_the_oldest_request_waits_for_two_minutes_at_most(name: str) -> None:
-    """A short request arrives in every second and is admitted before the long one. Passes alone
-    would allow 781 of them."""
-    policy, load, length = make_admission(name), FakeLoad(), 100_000
-    long, short_len = FakeRequest(0, session(0), length, arrival_s=0.0), length // 2
-    first: FakeRequest = FakeRequest(-1, session(1))
-    while first is not long:
-        load.now_s += 1.0
-        number = int(load.now_s)
-        short = FakeRequest(number, session(number), short_len, short_len - 1, arrival_s=load.now_s)
-        first = next(iter(policy.order([long, short], load)))  # type: ignore[assignment]
-        long.num_passes += first is short
-    assert load.now_s == MOST_PASSED_S
-
-
 # --- sessions -------------------------------------------------------------------------------------
 
 
@@ -221,20 +203,6 @@ def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
     assert (float(policy.report()["worth"]) > 1) == withholds
 
 
-@pytest.mark.parametrize(("new_waits_s", "first"), [(15.0, 1), (25.0, 0)])
-def test_the_longest_wait_enters_first_and_counts_twice_in_a_begun_session(
-    new_waits_s: float, first: int
-) -> None:
-    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
-    congest(policy, load, lost=44_000)  # half a second of debt
-    load.now_s += 2.0
-    new, lost = (
-        FakeRequest(number, session(number, num_requests), arrival_s=load.now_s - wait_s)
-        for number, num_requests, wait_s in ((0, 1, new_waits_s), (1, 2, 10.0))
-    )
-    assert arrivals(policy.order([new, lost], load)) == [first]
-
-
 def test_the_next_turn_of_a_session_waits_a_bounded_time() -> None:
     """The debt stays high, and resident sessions always have another request."""
     policy, load = make_admission("sessions"), FakeLoad(num_running=1)
@@ -271,48 +239,6 @@ def cycle(policy: AdmissionPolicy, load: FakeLoad, number: int, *, is_lost: bool
     load.now_s += 1.0
     policy.computed(8000 if is_lost else 80, 1.0 if is_lost else 0.01, load)
     policy.left(request, load)
-
-
-@pytest.mark.parametrize(("share", "enters"), [(0.1, False), (0.9, True)])
-def test_sessions_are_protected_only_if_throughput_grows(share: float, enters: bool) -> None:
-    """Ten resident sessions finish ten requests in three seconds. Computing a prompt again takes
-    one second, so protection pays off. It does not if only one session fits."""
-    policy, load = make_admission("sessions"), FakeLoad(session_share=share)
-    for number in range(3):
-        cycle(policy, load, number, is_lost=True)
-    for _ in range(100):
-        load.now_s += 1.0
-        policy.computed(8000, 1.0, load)
-    for number in range(8):
-        lost = FakeRequest(number, session(number, known_len=8000), 8000)
-        policy.admitted(lost, load)
-        policy.left(lost, load)
-    load.open_sessions = [session(100 + i) for i in range(12)]
-    request = FakeRequest(99, session(99, num_requests=1), 8000)
-    assert (float(policy.report()["debt_s"]) == -CREDIT_S) == enters
-    assert bool(list(policy.order([request], load))) == enters
-
-
-def test_prompts_of_others_do_not_lower_the_worth() -> None:
-    """Answers take one second, plus the prompts of others that are computed meanwhile."""
-    worths = []
-    for prompts_s in (0.0, 20.0):
-        policy, load = make_admission("sessions"), FakeLoad(session_share=0.4)
-        for number in range(100):
-            request = FakeRequest(number, session(number, num_requests=3), 8000)
-            request.session.idle_since_s, request.arrival_s = load.now_s, load.now_s + 1.0
-            load.now_s += 1.0
-            policy.arrived(request, load)
-            policy.admitted(request, load)
-            for _ in range(int(prompts_s)):
-                load.now_s += 1.0
-                policy.computed(8000, 1.0, load)
-            load.now_s += 1.0
-            policy.computed(80, 0.01, load)
-            policy.left(request, load)
-        worths.append(float(policy.report()["worth"]))
-    assert worths[0] == pytest.approx(worths[1], rel=0.01)
-    assert worths[0] == pytest.approx(1 / (0.4 * 2), rel=0.02)
 
 
 def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.lhd import LHD
-from hybridcache.policies.eviction.marconi import Marconi
-from hybridcache.policies.eviction.queues import Clock
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
 from hybridcache.policies.eviction.scored import (
     GDSF,
@@ -18,27 +15,7 @@ from hybridcache.policies.eviction.scored import (
 )
 from hybridcache.policies.protocol import Item
 from hybridcache.policies.registry import EVICTION, make_eviction
-from tests.policies.items import FakeItem, ItemCache, offer
-
-
-def test_ghost_hits_change_the_target_size_of_arc() -> None:
-    policy = ARC()
-    cache = ItemCache(policy, 2).serve("abc")
-    assert cache.evicted == "a"
-    lists = policy._policies["checkpoint"]
-    assert lists.target_bytes == 0
-    cache.serve("a")
-    assert lists.target_bytes == 1, "a ghost of the recent list must add the bytes of one item"
-    assert [item.name for _, item in lists.frequent] == ["a"]
-
-
-def test_arc_ignores_ghosts_of_other_instances() -> None:
-    """Tiers pass a ghost to all of their instances. One that never held it must keep its target."""
-    policy, other = ARC(), ARC()
-    cache = ItemCache(other, 2).serve("abc")
-    policy.add(FakeItem("z"))
-    policy.on_ghost_hit(cache.ghosts["a"])
-    assert policy._policies["checkpoint"].target_bytes == 0
+from tests.policies.items import FakeItem, offer
 
 
 def test_a_ghost_hit_expires() -> None:
@@ -91,11 +68,6 @@ def test_gdsf_weighs_cost_uses_and_size() -> None:
     assert offer(policy, old) == ["old", "again"]
 
 
-def test_the_kind_with_the_older_use_is_evicted_first() -> None:
-    kv, checkpoint = FakeItem("kv", kind="kv", last_used=3), FakeItem("checkpoint", last_used=2)
-    assert offer(Clock(), kv, checkpoint) == ["checkpoint", "kv"]
-
-
 def test_random_is_seeded_and_evicts_every_item() -> None:
     names = "abcdefgh"
     orders = [offer(Random(seed=3), *(FakeItem(name) for name in names)) for _ in range(2)]
@@ -119,26 +91,6 @@ def test_lhd_learns_the_age_at_which_items_are_used() -> None:
     fresh = FakeItem("fresh", kind="kv", created=1198, last_used=1198)
     policy.add(fresh)
     assert policy.victim(None) is fresh
-
-
-def test_marconi_trades_recency_for_flops_per_byte() -> None:
-    def items() -> list[FakeItem]:
-        return [
-            FakeItem("old_rich", last_used=1, span=1000, position=1000),
-            FakeItem("middle", last_used=5, span=500, position=500),
-            FakeItem("new_poor", last_used=9, span=10, position=10),
-        ]
-
-    assert offer(Marconi(0.0), *items()) == ["old_rich", "middle", "new_poor"]
-    # alpha 2: 0 + 2, 0.5 + about 1, 1 + 0; then of the two left 0 + 2 against 1 + 0
-    assert offer(Marconi(2.0), *items())[0] == "new_poor"
-
-
-def test_unreachable_kv_is_evicted_before_all_other_items() -> None:
-    for make in (EVICTION["marconi"], EVICTION["survival"]):
-        dead = FakeItem("dead", kind="kv", dead=True, last_used=100)
-        alive = FakeItem("alive", last_used=1)
-        assert offer(make(), alive, dead) == ["dead", "alive"]
 
 
 @pytest.mark.parametrize("eviction", [*sorted(EVICTION), "marconi:0.5"])
@@ -169,16 +121,3 @@ def test_custom_scored_and_sampled_policies() -> None:
     items = [FakeItem(str(n), position=64 * n, last_used=n) for n in (1, 3, 2)]
     assert offer(ShallowLast(), *items) == ["3", "2", "1"]
     assert offer(Newest(), *items) == ["3", "2", "1"]
-
-
-def test_a_score_that_grew_is_updated_before_eviction() -> None:
-    class LongestLast(ScorePolicy):
-        def score(self, item: Item) -> float:
-            return item.span
-
-    policy = LongestLast()
-    lone, neighbour = FakeItem("lone", span=50), FakeItem("neighbour", span=80)
-    policy.add(lone)
-    policy.add(neighbour)
-    lone.span = 500
-    assert policy.victim(None) is neighbour

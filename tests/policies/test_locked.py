@@ -35,19 +35,6 @@ def test_a_locked_victim_does_not_count_as_an_eviction(eviction: str) -> None:
     assert LEARNED[eviction](policy) != before
 
 
-def test_a_locked_tip_does_not_pass_its_demand_to_its_parent() -> None:
-    policy = EVICTION["survival"]()
-    first = FakeItem("first", superseded=True, position=10, span=10)
-    tip = FakeItem("tip", above=first, created=1, position=20, span=10)
-    policy.add(first)
-    policy.add(tip)
-    policy.discard(tip, evicted=False)
-    assert first.memo.demand is None
-    policy.add(tip)
-    policy.discard(tip, evicted=True)
-    assert first.memo.demand == tip.memo.key
-
-
 def test_a_tip_evicted_with_its_kv_passes_its_demand_to_its_parent() -> None:
     """With two pools, the KV of the leaf is the victim and its checkpoint is evicted with it."""
     cache = hybrid(eviction="survival")
@@ -59,17 +46,6 @@ def test_a_tip_evicted_with_its_kv_passes_its_demand_to_its_parent() -> None:
     cache.evict(num_tokens=1)
     assert tip.node.checkpoint is None
     assert first.memo.demand == tip.memo.key
-
-
-def test_a_locked_loser_of_a_duel_does_not_promote_the_winner() -> None:
-    policy = EVICTION["w-tinylfu"]()
-    queues = policy._policies["checkpoint"]
-    loser, winner = FakeItem("loser"), FakeItem("winner", created=1, last_used=1)
-    for item in (loser, winner):
-        policy.add(item)
-    queues._duel = (loser, winner)
-    policy.discard(loser, evicted=False)
-    assert winner.memo.queue is queues.window
 
 
 @pytest.mark.parametrize("eviction", sorted(EVICTION))

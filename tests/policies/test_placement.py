@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.placement.rules import Backoff
 from hybridcache.policies.protocol import Placed, Prefill
 from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement
 from tests.policies.items import FakeItem
@@ -36,16 +35,6 @@ def positions_of(spec: str, **changes: object) -> list[int]:
 )
 def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int]) -> None:
     assert positions_of(spec) == positions
-
-
-def test_backoff_stops_at_the_resumed_position() -> None:
-    assert positions_of("backoff:3", cached_len=896) == [960]
-    assert positions_of("backoff:3", prompt_len=960) == [768, 832, 896]
-    assert positions_of("backoff:3", prompt_len=64) == []
-    with pytest.raises(ValueError, match="K >= 1"):
-        Backoff(0)
-    with pytest.raises(ValueError, match="takes no number"):
-        parse_placement("branch:2")
 
 
 @given(st.integers(1, 5000), st.data())

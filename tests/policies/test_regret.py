@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.lab.generators import append_only_chat, chat, conversations, resend
+from hybridcache.lab.generators import chat
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.hazards import (
     EDGES,
     NUM_BINS,
-    Hazards,
     age_bins,
     index_of,
 )
@@ -22,7 +21,6 @@ from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import parse_placement
-from hybridcache.tiers import TieredRadixCache
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944
@@ -68,102 +66,11 @@ def test_the_index_follows_a_falling_hazard_and_grows_towards_a_due_use() -> Non
     assert index[due + 1] < index[0], "the index must fall after the due time"
 
 
-def test_the_index_follows_the_share_of_stages_with_a_use() -> None:
-    survival = Hazards()
-    row = survival.row(("class",))
-    for start in range(0, 2000, 2):
-        stage = survival.open(row, start)
-        survival.close(stage, start + 10, used=start % 4 == 0)
-        survival.refresh(start + 10)
-    # Half of all stages end in a use after ten requests: the hazard is about 0.5 / 10 until then.
-    index = survival.index[row]
-    assert index[0] == pytest.approx(0.05, rel=0.2)
-    assert index[int(age_bins(np.array([10]), 10)[0])] > 2 * index[0]
-
-
 def test_superseded_and_speculative_checkpoints_are_evicted_before_tips() -> None:
     tip = FakeItem("tip", label="decode")
     superseded = FakeItem("superseded", label="decode", superseded=True)
     guess = FakeItem("guess", label="back:64", superseded=True)
     assert offer(Survival(), tip, superseded, guess) == ["guess", "superseded", "tip"]
-
-
-def test_items_are_ranked_by_tokens_per_byte() -> None:
-    valuable = FakeItem("valuable", span=100, size_bytes=10)
-    large = FakeItem("large", span=100, size_bytes=50)
-    short = FakeItem("short", span=20, size_bytes=20)
-    assert offer(Survival(), valuable, large, short) == ["short", "large", "valuable"]
-
-
-def test_demand_passes_to_the_successor_and_back() -> None:
-    policy = Survival()
-    first = FakeItem("first", label="decode", created=1, last_used=1, span=100, position=100)
-    policy.add(first)
-    first.uses, first.last_used = 1, 2
-    policy.touch(first)
-    second = FakeItem("second", label="decode", created=2, last_used=2, above=first, position=150)
-    second.span = 1
-    policy.add(second)
-    policy.discard(first, evicted=False)
-    first.superseded = True
-    policy.add(first)
-    assert (first.memo.turn, second.memo.turn) == (0, 1)
-    successor_class = second.memo.key
-    first.span = 10_000
-    assert policy.victim(None) is second
-    policy.discard(second, evicted=True)
-    policy.discard(first, evicted=False)
-    first.superseded = False
-    policy.add(first)
-    assert first.memo.key == successor_class, (
-        "the predecessor did not inherit the demand of the evicted tip"
-    )
-
-
-def test_the_generation_goes_on_through_forks() -> None:
-    """A fork has no generation in its class, but a tip after it counts the tips before it. This
-    holds no matter whether the fork was cached before the request. Heads that no tip precedes add
-    nothing."""
-    policy = Survival()
-    head = FakeItem("head", label="boundary", position=64, uses=3)
-    policy.add(head)
-    first = FakeItem("first", label="decode", above=head, position=200)
-    policy.add(first)
-    assert (head.memo.turn, first.memo.turn) == (0, 0)
-    policy.discard(first, evicted=True)
-    fork = FakeItem("fork", label="boundary", created=1, position=300, evicted_above=first)
-    policy.add(fork)
-    answer = FakeItem("answer", label="decode", created=1, above=fork, position=400)
-    policy.add(answer)
-    fork.uses = 1
-    later = FakeItem("later", label="decode", created=2, above=fork, position=500)
-    policy.add(later)
-    assert (answer.memo.turn, later.memo.turn) == (1, 1)
-    generation = 3
-    assert [item.memo.key[generation] for item in (head, fork, later)] == [0, 0, 1]
-
-
-def test_kv_has_the_generation_of_the_checkpoint_at_its_end() -> None:
-    """Earlier tips are superseded and evicted before it, in the pool of states."""
-    config = CacheConfig(num_kv_tokens=1000, num_slots=9, grid=1, eviction="survival")
-    cache = build_prefix_cache(config)
-    tokens = np.arange(500, dtype=np.int32)
-    after = 0
-    for end in range(100, 500, 100):
-        match = cache.match(tokens[:end])
-        cache.touch(match)
-        held = cache.lock(match.node)
-        rows = np.concatenate((cache.gather(match.node), cache.allocate_kv(end - after)))
-        slot = cache.allocate_slot()
-        cache.insert(tokens[:end], rows, ((end, slot),), None, after, (), match.node)
-        cache.unlock(held)
-        after = end
-    cache.evict(num_slots=3)
-    [tip] = [node for node in cache.iter_nodes() if node.checkpoint is not None]
-    assert tip.end == 400 and tip.checkpoint.memo.turn == 3
-    assert cache.policy.victim("kv") is tip.kv
-    assert tip.kv.predecessor is tip.checkpoint
-    assert tip.kv.memo.turn == 3
 
 
 def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
@@ -182,20 +89,6 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     policy.on_ghost_hit_above(FakeItem("from a file"))
     open_stages = len(survival._places)
     assert open_stages == 0, "stages remain open after their use"
-
-
-def test_a_part_of_a_loop_that_does_not_fit_is_kept() -> None:
-    trace = resend(seed=1)
-    budget = 6 << 30
-    assert hit_rate(trace, "lru", "end,branch,backoff", total_bytes=budget) < 0.05
-    assert hit_rate(trace, "survival", "adaptive", total_bytes=budget) > 0.55
-
-
-def test_survival_evicts_finished_conversations_earlier_than_lru() -> None:
-    trace = conversations(live=48).head(2000)
-    pools = {"num_kv_tokens": 200_000, "num_slots": 300}
-    lru = hit_rate(trace, "lru", "end,branch", **pools)
-    assert hit_rate(trace, "survival", "end,branch", **pools) > lru + 0.003
 
 
 def prefill(number: int, **changes: object) -> Prefill:
@@ -224,22 +117,6 @@ def test_labels_without_hits_are_dropped_and_tried_again() -> None:
     assert 1 <= sum("back:64" in labels for labels in late) <= 4, (
         "it must be tried again less and less often"
     )
-
-
-def test_a_label_with_hits_stays_and_pressure_raises_the_price() -> None:
-    placement = Adaptive()
-    used_item = FakeItem("used", label="back:64", span=900, position=900)
-    for number in range(300):
-        used = used_item if number % 3 == 0 else None
-        labels = labels_of(placement, prefill(number, resumed=used))
-    assert "back:64" in labels
-    end = FakeItem("end", label="back:1", span=900, position=999)
-    for number in range(300):
-        found = {"missed": end} if number % 4 == 0 else {"resumed": end}
-        labels = labels_of(placement, prefill(number, **found))
-    assert placement.price_tokens > 50
-    assert "back:1" in labels
-    assert "back:64" not in labels
 
 
 def test_branches_and_boundaries_are_always_placed() -> None:
@@ -296,81 +173,9 @@ def test_the_placement_counts_only_checkpoints_that_were_saved(
     assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
 
 
-@pytest.mark.parametrize(
-    ("num_checkpoints", "num_planned"), [(0, 1), (1, 1), (3, 1), (4, 2), (40, 4)]
-)
-def test_one_prompt_takes_at_most_half_of_all_checkpoints(
-    num_checkpoints: int, num_planned: int
-) -> None:
-    """The end of the answer counts, and equal positions count once."""
-    placement = Adaptive()
-    new = prefill(
-        0,
-        grid=64,
-        boundaries=(100, 101, 500),
-        seen_len=101,
-        num_checkpoints=num_checkpoints,
-        free_slots=0,
-    )
-    placement.on_prefill(new)
-    positions = new.on_grid(placement.plan(new))
-    assert len(positions) + (placement.decode_interval() is not None) == num_planned
-    shared = {"branch", "boundary"}
-    assert shared & {*positions.values()}, "shared positions have priority"
-
-
-def test_a_prefill_has_the_number_of_free_slots_and_checkpoints() -> None:
-    prefills: list[Prefill] = []
-
-    class Recording(Adaptive):
-        def on_prefill(self, prefill: Prefill) -> None:
-            prefills.append(prefill)
-            super().on_prefill(prefill)
-
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=10_000, num_slots=6, grid=1))
-    for number in range(3):
-        prompt = np.full(100, number, np.int32)
-        lease = Lease.begin(cache, Recording(), LeaseRequest(prompt, answer_survives=False))
-        assert lease is not None and lease.extend(100)
-        lease.take_checkpoint_slots(0, 100)
-        cache.take_step().done()
-        lease.finish(prompt, 100)
-    assert prefills[0].free_slots == 5, "the request's state has one slot"
-    assert prefills[0].num_checkpoints == 0 < prefills[1].num_checkpoints
-    assert [(each.free_slots or 0) + each.num_checkpoints for each in prefills] == [5, 5, 5]
-
-
-def test_adaptive_keeps_some_sessions_of_a_loop_that_does_not_fit() -> None:
-    """At first every end is evicted before its use. The default must keep as many sessions as
-    ``backoff`` does."""
-    trace = append_only_chat(sessions=25, turns=12)
-    rates = [
-        hit_rate(trace, "survival", spec, total_bytes=1 << 30) for spec in ("adaptive", "backoff")
-    ]
-    assert rates[0] > 0.98 * rates[1] > 0.1
-
-
 @pytest.mark.full
 def test_survival_and_adaptive_reach_the_bound_with_ample_memory() -> None:
     assert hit_rate(chat().head(120), "survival", "adaptive", total_bytes=40 << 30) > 0.8
-
-
-def test_tiers_share_the_hazards_learned_on_the_device() -> None:
-    size = 1 << 22
-    config = CacheConfig(
-        total_bytes=size,
-        host_bytes=size,
-        disk_bytes=size,
-        eviction="survival",
-        kv_bytes_per_token=KV_BYTES,
-        state_bytes=1 << 16,
-    )
-    cache = build_prefix_cache(config)
-    assert isinstance(cache, TieredRadixCache)
-    policies = [cache.policy, *(tier.policy for tier in cache.offload.tiers)]
-    assert all(tier.is_shared for tier in cache.offload.tiers)
-    assert all(isinstance(policy, Survival) for policy in policies)
-    assert len({id(policy.hazards) for policy in policies}) == 1
 
 
 def test_demand_passes_on_only_if_the_tip_leaves_the_last_tier() -> None:

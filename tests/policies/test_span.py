@@ -57,21 +57,3 @@ def test_an_evicted_fork_does_not_change_span_or_size() -> None:
     assert cache.evict(num_tokens=1).num_tokens == 10
     assert leaf.start == 990
     assert [(item.span, item.size_bytes) for item in (leaf.kv, leaf.checkpoint)] == before
-
-
-def test_kv_and_checkpoint_of_a_leaf_have_equal_span_and_size() -> None:
-    """They are evicted together. The rows of a fork above them stay, but its tokens must be
-    computed again, too."""
-    cache = hybrid(2000, 10)
-    serve(cache, ids(range(400)), [100, 400])
-    serve(cache, ids(range(300), range(5000, 5010)), [310])
-    leaf = cache.match(ids(range(401))).node
-    assert leaf.start == 300 and leaf.kv.span == leaf.checkpoint.span == 300
-    assert leaf.kv.size_bytes == leaf.checkpoint.size_bytes == 100 + 2
-
-
-def test_without_states_the_span_of_kv_is_its_own_tokens() -> None:
-    cache = hybrid(2000, 0, prefix_cache="radix")
-    serve(cache, ids(range(400)))
-    serve(cache, ids(range(300), range(5000, 5010)))
-    assert [item.span for item in cache.candidates()] == [100, 10]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -21,15 +21,11 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.protocol import (
     Item,
-    Placed,
-    PlacementPolicy,
     PolicyError,
-    Prefill,
 )
 from hybridcache.policies.registry import (
     EVICTION,
     make_eviction,
-    parse_placement,
 )
 from tests.cache.serving import serve, traffic
 from tests.cache.twins import VictimLog
@@ -168,14 +164,6 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
     assert make_eviction(name)().orders_classes is not name.endswith("InTiers")
 
 
-def test_a_custom_placement_runs_wherever_a_name_does() -> None:
-    spec = "user_policies:Thirds,boundary,cap:3"
-    result = simulate("short?head=60", gib=1, checkpoints=spec, bound=False)
-    assert result.runs[0].checkpoints_made
-    with pytest.raises(ValueError, match="has no class 'thirds'"):
-        parse_placement("user_policies:thirds")
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -205,16 +193,6 @@ def test_an_error_in_a_custom_policy_is_one_line(
     assert main([*command, "--policy", f"user_policies:{name}"]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("hybridcache: ") and printed.count("\n") == 1
-
-
-class Spaced(PlacementPolicy):
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
-
-    def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        for position in range(prefill.prompt_len, 0, -1):
-            if position % self.interval == 0:
-                yield Placed(position, "custom")
 
 
 class Weighted(ScorePolicy):
@@ -312,13 +290,6 @@ def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -
             cache.unlock(handle)
         found.append(log.items)
     assert found[0] == found[1] and found[0]
-
-
-def test_a_placement_takes_parameters() -> None:
-    for placement in (Spaced(128), lambda: Spaced(128), f"{__name__}:Spaced(128)"):
-        actual = simulate("short?head=60", gib=1, checkpoints=placement, bound=False).runs[0]
-        expected = simulate("short?head=60", gib=1, checkpoints="every:128", bound=False).runs[0]
-        assert actual.cached_tokens == expected.cached_tokens > 0
 
 
 class Stingy(FIFO):
