@@ -227,7 +227,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments, plugins=SERVER)
     engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
     from engine.server.settings import bind
-    from engine.worker.process_channel import start_engine
+    from engine.worker.spawn import spawn
 
     served: AsyncEngine
     try:
@@ -253,11 +253,11 @@ def _serve(arguments: argparse.Namespace) -> int:
             _server().serve(served, server_config, listener)
             return 0
         engine_config = resolve_config(engine_config)
+        spawned = spawn(engine_config, address, log_level=server_config.log_level)
+        from engine.worker.process_channel import start_engine  # While the process starts.
+
         engine, screen = start_engine(
-            engine_config,
-            address,
-            meanwhile=lambda: _server().check(server_config),
-            log_level=server_config.log_level,
+            engine_config, spawned, meanwhile=lambda: _server().check(server_config)
         )
         try:
             print(_with_key(screen, server_config), flush=True)

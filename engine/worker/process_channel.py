@@ -1,4 +1,4 @@
-"""Start of an engine in a separate process, and the connection to it.
+"""Connection to an engine in a separate process.
 
 No step of that engine waits for the interpreter of the HTTP server. The process is a new
 interpreter, not a fork, because neither torch nor a device survives a fork. It blocks the signals
@@ -9,16 +9,11 @@ a request to stop, or is gone.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import pickle
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from tempfile import TemporaryDirectory
 
 from engine.async_engine import AsyncEngine, EngineChannel
 from engine.build import load_tokenizer_of, names_tokenizer
@@ -28,12 +23,9 @@ from engine.messages import EndEngine, EngineFacts, FromEngine, Outputs, Ready, 
 from engine.requests.spec import RequestSpec
 from engine.text.tokenizer import Tokenizer
 from engine.worker.sockets import Sockets
+from engine.worker.spawn import Spawned
 
 logger = logging.getLogger(__name__)
-BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from engine.worker.engine_worker import main; sys.exit(main(*sys.argv[2:]))"
-)
 POLL_S = 0.1
 MEET_S = 10.0
 """Seconds from the first message of the process until it can receive one. It takes milliseconds,
@@ -43,22 +35,18 @@ PATIENCE_S = 5.0
 
 
 def start_engine(
-    config: EngineConfig,
-    address: str,
-    boot: str | None = None,
-    meanwhile: Callable[[], object] | None = None,
-    log_level: str = "warning",
+    config: EngineConfig, spawned: Spawned, meanwhile: Callable[[], object] | None = None
 ) -> tuple[AsyncEngine, str]:
-    """Start an engine and return (the engine, its start screen).
+    """Connect to the process that loads the model of ``config``, and return (the engine, its start
+    screen).
 
-    ``boot`` is the code for the new interpreter, by default ``BOOT``. ``meanwhile`` is called while
-    the model is loaded. Raises ValueError if the model cannot be loaded.
+    ``meanwhile`` is called while the model is loaded. Raises ValueError if the model cannot be
+    loaded.
     """
+    process = spawned.process
     # The folder is removed when both sides are connected, so that no other process can connect.
-    with TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True) as folder:
+    with spawned.folder as folder:
         sockets: Sockets[FromEngine] = Sockets(folder, is_server=True)
-        facts = [folder, pickle.dumps(config).hex(), address, log_level]
-        process = _spawn([sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts])
         try:
             # The process loads the model during this time.
             if meanwhile is not None:
@@ -73,15 +61,6 @@ def start_engine(
             process.communicate()
             sockets.close()
             raise
-
-
-def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start ``command`` with SIGINT and SIGTERM blocked from its first instruction."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        return subprocess.Popen(command, stdin=subprocess.PIPE)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets[FromEngine]) -> Ready:

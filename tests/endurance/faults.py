@@ -34,7 +34,7 @@ from tests.selection import ROOT
 
 FAILS = """
 import os
-import engine.worker.process_channel as client
+import engine.worker.spawn as client
 client.BOOT = '''
 import os
 import engine.runner.model_runner as runner

@@ -24,6 +24,7 @@ from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import EngineStopped, StepFailed
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.process_channel import start_engine
+from engine.worker.spawn import spawn
 from tests.oracle import OracleRunner, OracleSampler
 
 BOOT = """
@@ -65,7 +66,8 @@ def run(
     ``step`` is code that runs before every step.
     """
     boot = BOOT.format(step=step, kv_tokens=kv_tokens)
-    engine, screen = start_engine(engine_config(**{"check": True} | settings), "here", boot=boot)
+    config = engine_config(**{"check": True} | settings)
+    engine, screen = start_engine(config, spawn(config, "here", boot))
     assert screen == "oracle at here"
 
     async def main() -> None:

@@ -38,6 +38,7 @@ from engine.server.settings import ServerConfig
 from engine.text.answer_reader import AnswerReader
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.process_channel import start_engine
+from engine.worker.spawn import spawn
 from hybridcache.routing.registry import find_router
 from tests.engine.fleet.test_fleet import Handle
 from tests.oracle import OracleSampler
@@ -147,7 +148,7 @@ async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, h
     if kind == "thread":
         engine = AsyncEngine(make_engine(config))
     elif kind == "process":
-        engine, _ = await asyncio.to_thread(start_engine, config, "here", boot=BOOT)
+        engine, _ = await asyncio.to_thread(start_engine, config, spawn(config, "here", BOOT))
     else:
         engine = await fleet_of_one(config)
     app = create_app(engine, ServerConfig())

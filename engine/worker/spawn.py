@@ -1,0 +1,43 @@
+"""Start of the engine's process. Imports little, so that the process starts before the server is
+imported."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from engine.config import EngineConfig
+
+BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from engine.worker.engine_worker import main; sys.exit(main(*sys.argv[2:]))"
+)
+
+
+class Spawned(NamedTuple):
+    """A process that loads a model; see ``process_channel.start_engine``."""
+
+    process: subprocess.Popen[bytes]
+    """It ends when its standard input closes."""
+    folder: TemporaryDirectory[str]
+    """Folder of the sockets."""
+
+
+def spawn(
+    config: EngineConfig, address: str, boot: str | None = None, log_level: str = "warning"
+) -> Spawned:
+    """Start a new interpreter with ``boot``, by default ``BOOT``, which loads the model of
+    ``config``. SIGINT and SIGTERM are blocked in it from its first instruction."""
+    folder = TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True)
+    facts = [folder.name, pickle.dumps(config).hex(), address, log_level]
+    command = [sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return Spawned(subprocess.Popen(command, stdin=subprocess.PIPE), folder)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
