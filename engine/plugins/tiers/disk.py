@@ -9,11 +9,10 @@ Restart and disk tier share their records:
 - If there is no room, records without such rows are removed, the least recently used first.
 
 All methods are for the engine's thread. ``RecordStore`` is used by the disk thread alone, after the
-constructor. An ``OSError`` there is counted and logged, and comes back to the engine's thread as an
-event that ``settle`` handles. A record that was not written or cannot be read is forgotten; a file
-that cannot be removed still counts. After a failed write or removal nothing is written for
-``RETRY_S``. If a job of the disk thread takes longer than ``DEADLINE_S``, the disk is off until
-the engine starts again.
+constructor. An ``OSError`` there is counted and logged. A record that was not written or cannot be
+read is forgotten by ``settle``, with its file. A file that cannot be removed takes its room from
+the others. After a failed write or removal nothing is written for ``RETRY_S``. If a job of the disk
+thread takes longer than ``DEADLINE_S``, the disk is off until the engine starts again.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from concurrent.futures import Future, wait
 from functools import partial
 from queue import PriorityQueue
 from threading import Condition
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.plugins.tiers.atomic_file import write_atomically
+from engine.plugins.tiers.fingerprint import write_atomically
 from engine.plugins.tiers.prefixes import Pointers, Prefixes, Run, RunPart, State, covering
 from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
 from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
@@ -139,20 +138,6 @@ FADING = 0.95
 logger = logging.getLogger(__name__)
 
 
-class _Event(NamedTuple):
-    """A failure that the disk thread reports to the engine's thread."""
-
-    record_id: int
-    what: Literal["missing", "skipped", "unreadable", "undeleted"]
-    """Kind of failure.
-
-    ``missing``: the record does not exist or is damaged; ``skipped``: there was no room for it;
-    ``unreadable``: the file may be readable later; ``undeleted``: the file could not be removed.
-    """
-    size: int = 0
-    """Disk space of an undeleted file."""
-
-
 class Disk:
     """The records of one ``RecordStore`` as prefixes, and the rows that point into them."""
 
@@ -181,13 +166,12 @@ class Disk:
         """Disk space of all records, once the queued jobs are done."""
         self.num_bytes = 0
         """Disk space of all records together."""
-        self._unwanted: deque[int] = deque()
-        """Records with a file that still has to be removed."""
         self._pointers = Pointers(num_rows)
         self._pending: dict[int, FutureRows] = {}
         self._pending_bytes = 0
         self._written = Condition()
-        self._events: deque[_Event] = deque()
+        self._failed: deque[int] = deque()
+        """Records that were not written, or cannot be read."""
         self._staged: dict[int, Future[Rows | None]] = {}
         self._retry_at = 0.0
         self._failure: str | None = None
@@ -202,18 +186,20 @@ class Disk:
         """Number of runs and states not written for lack of room or time."""
         record_bytes_limit = min(MAX_RECORD_BYTES, store.max_bytes // MIN_RECORDS)
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
+        unknown: list[int] = []
         for record in store.scan():
-            self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
             item = self._parse(record.kind, record.meta, record.payload_bytes)
-            if item is None or not self.prefixes.add(record.id, item):
-                self._unwanted.append(record.id)
+            is_known = item is not None and self.prefixes.add(record.id, item)
+            if is_known or not self.is_read_only:
+                self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
+                unknown += [] if is_known else [record.id]
         self._thread = DiskThread()
         self._next_id = store.next_id
-        self.max_bytes = store.max_bytes - store.other_bytes
-        """Limit of the disk space of all records."""
+        self.max_bytes = store.max_bytes
+        """Limit of the disk space of all records, without files that cannot be removed."""
+        for number in unknown:
+            self._remove(number)
         if not self.is_read_only:
-            while self._unwanted:
-                self._remove(self._unwanted.popleft())
             self._make_room(0, 0)  # the limit may have been higher before
 
     @property
@@ -319,7 +305,7 @@ class Disk:
 
         Losses are handled first, by ``settle`` and ``has_lost_rows``.
         """
-        if self._events or self.has_lost_rows:
+        if self._failed or self.has_lost_rows:
             return False
         return self.is_off or all(
             number not in self._staged or self._staged[number].done() for number in record_ids
@@ -343,8 +329,6 @@ class Disk:
         self.unbind_all()
         for number in sorted(self.prefixes.used, reverse=True):
             self._forget(number)
-        while self._unwanted:
-            self._remove(self._unwanted.popleft())
         self._run_later("sync the folder", self._store.sync)
 
     def unbind_all(self) -> None:
@@ -353,18 +337,16 @@ class Disk:
         self.has_lost_rows = False
 
     def settle(self) -> None:
-        """Handle the failures that the disk thread reported. O(failures)."""
-        while self._events:
-            number, what, size = self._events.popleft()
-            if what == "undeleted":
-                self._count(number, size)
-                self._unwanted.append(number)
-            elif number in self.prefixes:
-                self.num_skipped += what == "skipped"
-                self._lose(number, is_readable_later=what == "unreadable")
-            elif number in self._sizes and what != "unreadable":
-                self._unwanted.remove(number)
-                self._remove(number)
+        """Forget the records that failed in the disk thread, with their descendants. O(records that
+        failed)."""
+        while self._failed:
+            number = self._failed.popleft()
+            if number not in self.prefixes:
+                continue
+            for one in reversed(self.prefixes.descendants(number)):
+                self.has_lost_rows |= one in self._pointers
+                self._pointers.lose(one)
+                self._forget(one)
 
     def write_file(self, name: str, content: Callable[[], bytes | None]) -> None:
         """Replace a file in the folder, in the background.
@@ -409,9 +391,7 @@ class Disk:
         """Raise AssertionError unless every invariant holds. O(records + rows of the tier)."""
         self._pointers.check()
         assert self.num_bytes == sum(self._sizes.values())
-        unwanted = set(self._unwanted)
-        assert not unwanted & set(self.prefixes.used)
-        assert set(self._sizes) == unwanted | set(self.prefixes.used)
+        assert set(self._sizes) == set(self.prefixes.used)
 
     def _run_later(self, what: str, work: Callable[[], object]) -> None:
         """Run ``work`` in the disk thread. ``what`` names it in the report of an OSError."""
@@ -516,17 +496,17 @@ class Disk:
         self, number: int, kind: int, meta: bytes, payload: FutureRows, num_bytes: int
     ) -> None:
         """Write a record, in the disk thread."""
-        failure: _Event | None = _Event(number, "missing")
+        is_written = False
         try:
             self._store.write(number, kind, meta, payload().data.cast("B"))
-            failure = self._failure = None
+            self._failure, is_written = None, True
         except StoreFull:  # a file that should have made room could not be removed
-            failure = _Event(number, "skipped")
+            pass
         except OSError as error:
             self._pause("write a record", error)
         finally:
-            if failure is not None:
-                self._events.append(failure)
+            if not is_written:
+                self._failed.append(number)
             del self._pending[number]
             with self._written:
                 self._pending_bytes -= num_bytes
@@ -545,8 +525,6 @@ class Disk:
     def _make_room(self, size: int, new: int) -> bool:
         """Remove records without rows, the least recently used first, until ``size`` bytes fit.
         Returns False if they do not."""
-        while self._unwanted and self.num_bytes + size > self.max_bytes:
-            self._remove(self._unwanted.popleft())
         for _ in range(2 * len(self.prefixes)):
             if self.num_bytes + size <= self.max_bytes:
                 return True
@@ -578,22 +556,7 @@ class Disk:
             self._store.remove(number)
         except OSError as error:
             self._pause("remove a record", error)
-            self._events.append(_Event(number, "undeleted", size))
-
-    def _lose(self, number: int, *, is_readable_later: bool) -> None:
-        """Forget a record that cannot be read, and its descendants.
-
-        Files that may be readable later are left for the next start, unless their room is needed.
-        """
-        for one in reversed(self.prefixes.descendants(number)):
-            self.has_lost_rows |= one in self._pointers
-            self._pointers.lose(one)
-            if is_readable_later:
-                self.prefixes.remove(one)
-                self._staged.pop(one, None)
-                self._unwanted.append(one)
-            else:
-                self._forget(one)
+            self.max_bytes -= size
 
     def _payload(self, number: int) -> Rows | None:
         """Return the rows of a record, or None if it cannot be read."""
@@ -628,13 +591,12 @@ class Disk:
             try:
                 if not self._store.read(number, out.data.cast("B")):
                     logger.warning("Record %x on disk is damaged: it is computed again.", number)
-                    self._events.append(_Event(number, "missing"))
+                    self._failed.append(number)
                     return None
             except OSError as error:
-                is_gone = isinstance(error, FileNotFoundError)
-                if not (is_gone and self.is_read_only):  # the writer of the folder removes records
-                    self._report("read a record", error)
-                self._events.append(_Event(number, "missing" if is_gone else "unreadable"))
+                if not (isinstance(error, FileNotFoundError) and self.is_read_only):
+                    self._report("read a record", error)  # Not if the folder's writer removed it.
+                self._failed.append(number)
                 return None
             self._read_s = FADING * self._read_s + time.perf_counter() - start
             self._read_bytes = FADING * self._read_bytes + out.nbytes

@@ -1,10 +1,10 @@
 """Fingerprint of a store: all properties that the bytes of its records depend on, field by field.
 
 ``fingerprint.json`` is written before the first record: ``{"digest": hex, "fields": {...}}``. If
-any field differs, opening fails and the folder is left unchanged.
+any field differs, opening fails and the folder is left unchanged. Each record contains the digest
+too.
 
-Each record contains the digest too. If ``fingerprint.json`` is damaged or missing and all records
-have the engine's digest, the folder is the engine's, and the file is rebuilt.
+Files are replaced atomically: after a kill or a power loss a file has the old or the new content.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from engine.plugins.tiers.atomic_file import open_folder, write_atomically
 
 NAME = "fingerprint.json"
 FORMAT = "engine state 2"
@@ -44,15 +44,14 @@ def digest_of(fields: Mapping[str, str]) -> bytes:
 def check_fingerprint(
     folder: Path,
     fields: Mapping[str, str],
-    record_digests: Callable[[], Iterable[bytes]],
     *,
+    has_records: bool,
     may_write: bool,
 ) -> bytes:
     """Check that ``folder`` belongs to ``fields``, and write its fingerprint if it has none.
 
     Args:
-        record_digests: yields the digest of each record in the folder; called only if
-            ``fingerprint.json`` is missing or damaged.
+        has_records: True if there are records in the folder, so that it has a fingerprint.
         may_write: False if another process writes to the folder.
 
     Returns:
@@ -66,17 +65,10 @@ def check_fingerprint(
     path = folder / NAME
     stored = _read(path)
     if stored is None:
-        digests = set(record_digests())
-        if digests - {digest_of(ours)}:
+        if has_records:
             raise StoreError(
-                f"{path} is missing or damaged, and records of another model or setting are "
-                f"in it: use another folder, or delete {folder} with its contents."
-            )
-        if digests or path.exists():
-            logger.warning(
-                "%s is missing or damaged and is rebuilt: all records in the folder carry the "
-                "fingerprint of this engine.",
-                path,
+                f"{path} is missing or damaged, so the records next to it cannot be used: use "
+                f"another folder, or delete {folder} with its contents."
             )
         if may_write:
             content = {"digest": digest_of(ours).hex(), "fields": ours}
@@ -179,3 +171,44 @@ def _files(files_dir: Path) -> Files:
         times = stat.st_mtime_ns, stat.st_ctime_ns
         found.append([str(path), stat.st_size, *times, stat.st_ino])
     return found
+
+
+PART = ".part"
+
+
+@contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    """Open ``folder`` and yield its descriptor. Raises OSError."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def write_atomically(folder_fd: int, name: str, data: bytes) -> None:
+    """Replace the content of file ``name`` by ``data``.
+
+    File and folder are synced, in this order. Raises OSError; the file is then unchanged, or may be
+    after a power loss.
+    """
+    part = name + PART
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with open(os.open(part, flags, 0o600, dir_fd=folder_fd), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part, dir_fd=folder_fd)
+        raise
+    try:
+        os.fsync(folder_fd)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some do not sync folders
+            raise

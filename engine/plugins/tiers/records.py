@@ -44,7 +44,6 @@ HEAD_BYTES = HEAD.size + CRC.size
 FIRST_READ_BYTES = 1 << 13
 """Number of bytes read at once when head and meta of a file are checked."""
 SUFFIX, PART, LOCK_NAME = ".record", ".part", "lock"
-OLD_NAMES = ("whose.json", ".segment")
 BLOCK_BYTES, ENTRY_BYTES = 1 << 12, 1 << 6
 """Allocation unit of a file, and size of its entry in the folder, as counted towards
 ``max_bytes``."""
@@ -101,9 +100,8 @@ class RecordStore:
         self._lock_fd = lock_fd
         self._digest = b""
         self._sizes: dict[int, int] = {}
-        self.other_bytes = 0
-        """Disk space of files that are not records and could not be removed."""
-        self._num_bytes = 0
+        self.num_bytes = 0
+        """Disk space of all record files, at most ``max_bytes`` after every ``write``."""
         self.next_id = time.time_ns()
         """Larger than every id used so far, by this process or an earlier one."""
 
@@ -129,9 +127,9 @@ class RecordStore:
             try:
                 store = cls(folder, max_bytes, folder_fd, None)
                 store._lock_fd = store._lock()
-                store._check_format()
+                has_records = any(name.endswith(SUFFIX) for name in store._names())
                 store._digest = check_fingerprint(
-                    folder, fields, store._digests, may_write=not store.is_read_only
+                    folder, fields, has_records=has_records, may_write=not store.is_read_only
                 )
             except BaseException:
                 store.close()
@@ -147,11 +145,6 @@ class RecordStore:
     def is_read_only(self) -> bool:
         """True if this process may not write to the folder."""
         return self._lock_fd is None
-
-    @property
-    def num_bytes(self) -> int:
-        """Disk space of all record files, at most ``max_bytes`` after every ``write``."""
-        return self._num_bytes + self.other_bytes
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -177,17 +170,19 @@ class RecordStore:
                 continue
             except OSError as error:
                 logger.warning("%s cannot be read: %s.", self.folder / name, error.strerror)
-                self.other_bytes += self._size_of(name)
                 continue
             if record is not None:
                 size = record_bytes(len(record.meta), record.payload_bytes)
                 self._sizes[record.id] = size
-                self._num_bytes += size
+                self.num_bytes += size
                 self.next_id = max(self.next_id, record.id + 1)
                 yield record
             elif not self.is_read_only:
                 num_damaged += name.endswith(SUFFIX)
-                self._remove_leftover(name)
+                try:
+                    self.remove_file(name)
+                except OSError as error:
+                    logger.warning("%s cannot be removed: %s.", self.folder / name, error.strerror)
         if num_damaged:
             logger.warning(
                 "Damaged records ignored in %s: %d. Their contents are computed again.",
@@ -226,7 +221,7 @@ class RecordStore:
             raise
         self.next_id = record_id + 1
         self._sizes[record_id] = size
-        self._num_bytes += size
+        self.num_bytes += size
 
     def read(self, record_id: int, out: memoryview) -> bool:
         """Read the payload of a record into ``out``, which has its length.
@@ -262,7 +257,7 @@ class RecordStore:
         with suppress(FileNotFoundError):
             os.unlink(_name(record_id), dir_fd=self.folder_fd)
         del self._sizes[record_id]
-        self._num_bytes -= size
+        self.num_bytes -= size
 
     def remove_file(self, name: str) -> None:
         """Remove another file from the folder, if it exists. Raises OSError."""
@@ -297,24 +292,9 @@ class RecordStore:
             raise
         return file
 
-    def _check_format(self) -> None:
-        if any(entry.name.endswith(OLD_NAMES) for entry in os.scandir(self.folder_fd)):
-            raise StoreError(
-                f"{self.folder} contains a store of an earlier version, which this version cannot "
-                "read: delete it, or use another folder."
-            )
-
     def _names(self) -> list[str]:
         names = (entry.name for entry in os.scandir(self.folder_fd))
         return sorted(name for name in names if _id_of(name) is not None)
-
-    def _digests(self) -> Iterator[bytes]:
-        """Yield the fingerprint digests of all files with a valid head. O(records)."""
-        for name in self._names():
-            with suppress(OSError):
-                head = _Head.parse(self._read_start(name, HEAD_BYTES)[0])
-                if head is not None:
-                    yield head.digest
 
     def _check_file(self, name: str) -> Record | None:
         """Return the record in file ``name``, or None if it is not a complete one of this
@@ -343,19 +323,6 @@ class RecordStore:
             return os.pread(file, num_bytes, 0), os.fstat(file).st_size
         finally:
             os.close(file)
-
-    def _remove_leftover(self, name: str) -> None:
-        size = self._size_of(name)
-        try:
-            os.unlink(name, dir_fd=self.folder_fd)
-        except OSError as error:
-            logger.warning("%s cannot be removed: %s.", self.folder / name, error.strerror)
-            self.other_bytes += size
-
-    def _size_of(self, name: str) -> int:
-        with suppress(OSError):
-            return _disk_bytes(os.stat(name, dir_fd=self.folder_fd).st_size)
-        return 0
 
     def _write_file(self, name: str, parts: list[Bytes]) -> None:
         """Write ``parts``, in one call if the system takes all of them. Between two calls a thread

@@ -76,7 +76,7 @@ def settled(disk: Disk) -> Disk:
     """Finish all queued work, compare all counts, and return ``disk``."""
     disk.flush()
     disk.check()
-    assert disk.num_bytes == disk._store.num_bytes - disk._store.other_bytes
+    assert disk.num_bytes == disk._store.num_bytes
     return disk
 
 
