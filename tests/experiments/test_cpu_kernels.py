@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
 import torch
 
 from experiments.benchmarks import cpu_kernels
 
 
+@pytest.mark.full
 def test_all_layers_and_recurrences_have_figures(tmp_path, monkeypatch, capsys) -> None:
     sizes = {"OUTPUTS": 64, "INPUTS": 64, "ROWS": (1, 3), "PROMPT": 70, "HEADS": 2, "SIZE": 32}
     sizes |= {"KEY": 16, "VALUE": 16, "DECAYS": (-0.01, -100.0)}

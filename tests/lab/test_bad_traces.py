@@ -6,15 +6,14 @@ from __future__ import annotations
 import gzip
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hybridcache.lab.simulation.simulate import simulate
-from hybridcache.lab.trace import BadRecordError, Trace, TraceRequest
+from hybridcache.lab.trace import BadRecordError
 from hybridcache.lab.traces import frame, open_trace
 from hybridcache.lab.traces.frame import TraceFieldsWarning, TraceOrderWarning
 from tests.lab.records import SEGMENTS, agent_request, agent_session, lines
@@ -82,76 +81,6 @@ def refusal(spec: str) -> str:
 
 def agent(**fields: Any) -> dict[str, Any]:
     return agent_session("a", 0, 0, [agent_request(0, 64, [1, 1]) | fields])
-
-
-@pytest.mark.parametrize(
-    ("reader", "change", "named"),
-    [
-        ("jsonl", {"tokens": [-1]}, "tokens"),
-        ("jsonl", {"tokens": [1.5]}, "tokens"),
-        ("jsonl", {"tokens": [1 << 31]}, "tokens"),
-        ("jsonl", {"tokens": [[1, 2], [3, 4]]}, "tokens"),
-        ("jsonl", {"tokens": []}, "prompt"),
-        ("jsonl", {"tokens": None}, "tokens"),
-        ("jsonl", {"prefix": [0, 1]}, "prefix"),
-        ("jsonl", {"output": 3}, "output"),
-        ("jsonl", {"output_length": 1}, "output_length"),
-        ("jsonl", {"timestamp": -2}, "timestamp"),
-        ("jsonl", {"timestamp": "5"}, "timestamp"),
-        ("jsonl", {"timestamp": float("nan")}, "timestamp"),
-        ("jsonl", {"time": 1}, "time"),
-        ("jsonl", {"partial": 7}, "partial"),
-        ("jsonl", {"boundaries": [3]}, "boundaries"),
-        ("jsonl", {"namespace": {}}, "namespace"),
-        ("jsonl", {"session": [1]}, "session"),
-        ("jsonl", {"session": True}, "session"),
-        ("jsonl", {"answer_survives": "no"}, "answer_survives"),
-        ("jsonl", {"session_end": 1}, "session_end"),
-        ("jsonl", {"service": -1}, "service"),
-        ("jsonl", {"stop_reason": 5}, "stop_reason"),
-        ("mooncake", {"hash_ids": [7, 8, 9]}, "hash_ids"),
-        ("mooncake", {"hash_ids": [1.5, 2]}, "hash_ids"),
-        ("mooncake", {"input_length": 0}, "input_length"),
-        ("mooncake", {"output_length": 1 << 40}, "output_length"),
-        ("bailian", {"hash_ids": []}, "hash_ids"),
-        ("bailian", {"chat_id": None}, "chat_id"),
-        ("coding-agent", agent(hash_ids=[[2, 1]]), "hash_ids"),
-        ("coding-agent", agent(hash_ids=[[0, 1 << 29]]), "hash_ids"),
-        ("coding-agent", agent(hash_ids=[[1, 2]]), "blocks"),
-        ("messages", {"messages": []}, "message"),
-        ("messages", {"messages": [{"role": "user", "content": 5}]}, "content"),
-        ("messages", {"messages": [{"role": "user", "content": "\ud800"}]}, "U+D800"),
-        ("messages", {"messages": None, "prompt": ["a", "b"]}, "prompt"),
-        (
-            "messages",
-            {"messages": None, "role": "user", "content": "a", "session": None},
-            "session",
-        ),
-        ("messages", {"response": 'data: {"choices": []}'}, "stream"),
-        ("messages", {"timestamp": "noon"}, "timestamp"),
-        ("messages", {"timestamp": None}, "time"),
-        ("messages", {"response": None, "max_tokens": "many"}, "max_tokens"),
-        ("taubench", {"trial": None}, "trial"),
-        ("sharegpt", {"conversations": [{"from": "human"}]}, "value"),
-        ("sharegpt-counts", {"turns": [["x", 1]]}, "turns"),
-        ("sharegpt-counts", {"first_msg_blocks16": [1 << 20]}, "first_msg_blocks16"),
-    ],
-)
-def test_invalid_field_is_named(
-    reader: str, change: dict[str, Any], named: str, tmp_path: Path
-) -> None:
-    good = GOOD[reader]
-    spec = written(tmp_path / "t", reader, good, good | change)
-    line = 3 if reader in ARRAYS else 2
-    error = refusal(spec)
-    assert error.startswith(f"{tmp_path}/t, line {line}: ") and named in error.partition(": ")[2]
-    trace = open_trace(spec, skip_bad=True)
-    assert len({request.session for request in trace}) == 1 and trace.bad.count == 1
-
-
-def test_prefix_of_more_ids_than_the_session_has_is_refused(tmp_path: Path) -> None:
-    row = {"session": "new", "prefix": [5, 1]}
-    assert "prefix" in refusal(f"jsonl:{lines(tmp_path / 't', row)}")
 
 
 WRONG = [None, True, -1, 1.5, float("nan"), 1 << 40, 1 << 70, "x", [1], [[2, 1], [3]], {"a": 1}]
@@ -230,27 +159,6 @@ def test_file_that_no_reader_can_read_is_refused(
     with pytest.raises(ValueError, match=problem) as caught:
         open_trace(str(path))
     assert str(caught.value).startswith(str(path))
-
-
-@pytest.mark.parametrize(
-    ("row", "named"),
-    [
-        (b"0,hello,many", "max_tokens"),
-        (b"noon,hello,1", "time"),
-        (b",hello,1", "time"),
-        (b"0,,1", "prompt"),
-        (b"0,a,1,2", "fields"),
-        (b"0,\xe4,1", "UTF-8"),
-        (b'0,"hello,1', "comma-separated"),
-    ],
-)
-def test_invalid_row_is_named(row: bytes, named: str, tmp_path: Path) -> None:
-    path = tmp_path / "p.csv"
-    path.write_bytes(b"time,prompt,max_tokens\n0,hello,1\n" + row + b"\n")
-    assert f"{path}, line 3: " in refusal(f"{path}?tokenizer=bytes")
-    assert named in refusal(f"{path}?tokenizer=bytes")
-    trace = open_trace(f"{path}?tokenizer=bytes", skip_bad=True)
-    assert len(list(trace)) == 1 and trace.bad.count == 1
 
 
 def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path) -> None:
@@ -356,89 +264,4 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
     assert len(list(open_trace(f"{path}?head=2"))) == 2
 
 
-DISTINCT_FIELDS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "jsonl": lambda k: {"timestamp": 1 + k, "tokens": [k], "session": k},
-    "mooncake": lambda k: {"timestamp": 1 + k, "hash_ids": [k, 8]},
-    "bailian": lambda k: {"timestamp": 1 + k, "hash_ids": [k, 8], "chat_id": k},
-    "messages": lambda k: {"timestamp": 1 + k, "prompt": f"hello {k}", "messages": None},
-}
-"""Fields of the k-th request of a format that differ from those of other requests."""
-
-
-@pytest.mark.filterwarnings("ignore::hybridcache.lab.traces.frame.TraceFieldsWarning")
-@pytest.mark.parametrize("reader", DISTINCT_FIELDS)
-def test_formats_with_times_are_sorted(tmp_path: Path, reader: str) -> None:
-    """A shuffled file gives the same requests as the ordered file."""
-    records = [GOOD[reader] | DISTINCT_FIELDS[reader](k) for k in range(6)]
-    expected = renumbered(open_trace(written(tmp_path / "sorted", reader, *records)))
-    assert len({tuple(tokens) for _, tokens in expected}) == 6
-    shuffled = [records[place] for place in (2, 0, 1, 5, 4, 3)]
-    with pytest.warns(TraceOrderWarning):
-        found = renumbered(open_trace(written(tmp_path / "shuffled", reader, *shuffled)))
-    assert found == expected and found[0][0] >= 0
-
-
-def renumbered(requests: Iterable[TraceRequest]) -> list[tuple[float, list[int]]]:
-    """Return times and tokens, with ids numbered in the order in which they appear."""
-    numbers: dict[int, int] = {}
-    return [
-        (one.timestamp_s, [numbers.setdefault(each, len(numbers)) for each in one.tokens.tolist()])
-        for one in requests
-    ]
-
-
-def test_records_without_any_time_are_a_second_apart(tmp_path: Path) -> None:
-    path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]})
-    assert [request.timestamp_s for request in open_trace(str(path))] == [0.0, 1.0]
-
-
-def test_unknown_fields_give_one_warning_with_their_names(tmp_path: Path) -> None:
-    record = {"tokens": [1], "time": 3, "sesion": "a", "output_lenght": 5}
-    path = lines(tmp_path / "t.jsonl", record, record)
-    with pytest.warns(TraceFieldsWarning, match="sesion, output_lenght") as caught:
-        first, _ = open_trace(str(path))
-    assert len(caught) == 1 and caught[0].filename == __file__ and first.timestamp_s == 3
-    texts = {"request": {"prompt": "a"}, "answer": {}}  # of engine record --text
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        list(open_trace(str(lines(path, {"tokens": [1]} | texts))))
-
-
 # --- Traces of programs -------------------------------------------------------------------------
-
-IDS = np.arange(3, dtype=np.int32)
-REQUEST = TraceRequest(0.0, "s", None, IDS, IDS)
-
-
-@pytest.mark.parametrize(
-    ("field", "wrong"),
-    [
-        *(("timestamp_s", wrong) for wrong in (-10.0, float("nan"), "1", 1.0)),
-        *(("tokens", wrong) for wrong in ([1.5], [[1], [2, 3]], [1 << 31], [])),
-        *(("output", wrong) for wrong in (None, np.array([-1]))),
-    ],
-)
-def test_invalid_request_of_a_program_is_named(field: str, wrong: Any) -> None:
-    second = REQUEST._replace(**{"timestamp_s": 3.0} | {field: wrong})
-    requests = (REQUEST._replace(timestamp_s=2.0), second)
-    with pytest.raises(ValueError, match=f"^mine, request 2: {field}") as caught:
-        simulate(Trace("mine", 1, lambda: requests), gib=1, policy="lru")
-    assert "\n" not in str(caught.value)
-
-
-def test_lists_of_ids_are_converted() -> None:
-    given = [REQUEST._replace(tokens=[1, 2], output=[]), REQUEST._replace(tokens=IDS.astype(int))]  # type: ignore[arg-type]
-    for request, ids in zip(Trace("mine", 1, lambda: given), ([1, 2], [0, 1, 2]), strict=True):
-        assert request.tokens.dtype == request.output.dtype == np.int32
-        assert request.tokens.tolist() == ids
-    with pytest.raises(ValueError, match=r"request 1: a TraceRequest is needed \(got tuple\)"):
-        list(Trace("mine", 1, lambda: [(0.0, "a")]))  # type: ignore[list-item]
-
-
-def test_requests_that_can_be_iterated_only_once_are_an_error() -> None:
-    rows = (REQUEST._replace(timestamp_s=float(k)) for k in range(9))
-    with pytest.raises(ValueError, match="mine: it gave 9 requests at first and 0 now"):
-        simulate(Trace("mine", 1, lambda: rows), gib=1, policy="lru")
-    trace = open_trace("short?head=9")
-    next(iter(trace))  # a part of a pass is not counted
-    assert len(list(trace)) == len(list(trace)) == len(list(trace.kept())) == 9

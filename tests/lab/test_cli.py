@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -125,71 +124,6 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
     assert "null" not in out and len(output.read_text().splitlines()) == 3 * 2 * 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--rate", "1:2:3"], "--rate is about sessions that wait for answers: add --closed-loop"),
-        (["--closed-loop", "--baseline", "vllm"], "--baseline has no meaning with --closed-loop"),
-        (["--closed-loop", "--no-bound"], "--no-bound has no meaning with --closed-loop"),
-    ],
-)
-def test_invalid_closed_loop_options_give_one_line(
-    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    code, out, error = run(capsys, "simulate", "--trace", "short?head=4", "--gib", "1", *flags)
-    assert code and not out and message in error and "Traceback" not in error
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["trace", "stats", "no-such-file"], "no-such-file"),
-        (["simulate", "--trace", "chat", "--model", "qwen3.5"], "means several"),
-        (["simulate", "--trace", "chat", "--policy", "no.module:X"], "no module"),
-        (["simulate", "--trace", "chat", "--metric", "joy"], "unknown metric 'joy'"),
-        (["simulate", "--trace", "chat", "--metric", "optimum"], "needs a plan: add --optimum"),
-        (["simulate", "--trace", "chat", "--policy", ""], "nothing to simulate"),
-        (
-            ["simulate", "--trace", "chat", "--policy", "json:JSONDecoder"],
-            "it does not implement EvictionPolicy",
-        ),
-        (["simulate", "--trace", "chat", "--gib", "0"], "gib '0'"),
-        (["simulate", "--trace", "chat", "--gib", "nan"], "gib 'nan'"),
-        (["simulate", "--trace", "chat", "--gib", "1:2:0"], "gib '1:2:0'"),
-        (["simulate", "--trace", "chat", "--gib", "2:1:3"], "(low first)"),
-        (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
-        (["simulate", "--trace", "chat", "--host-gib", "1e300"], "1e+300"),
-        (["simulate", "--trace", "chat", "--gib", "1e300"], "gib '1e300': GiB above 0, below"),
-        (["optimum", "--trace", "chat", "--gib", "1:1e300:3"], "GiB above 0, below 1.1e+15"),
-        (["simulate", "--trace", "chat", "--gib", "1:2:100000000"], "they are more than 1000"),
-        (["simulate", "--trace", "chat", "--grid", "99999999999"], "no prompt is longer than"),
-        (["trace", "stats", str(Path(SAMPLE).parent)], "is a folder: name a file in it"),
-        (["trace", "stats", "blaian:bl.jsonl"], "'blaian' is not a reader (jsonl, "),
-        (["simulate", "--trace", "chat", "--processes", "0"], "processes must be at least 1"),
-        (["simulate", "--trace", "chat", "--figure", "f.xyz"], "must end in .png, .svg or .pdf"),
-        (["simulate", "--trace", "chat?head=0"], "chat: there is no request in it"),
-        (
-            ["simulate", "--trace", "chat", "--model", "Qwen/Qwen3.5-35B-A3B-FP8"],
-            "did you mean 'Qwen3.5-35B-A3B'?",
-        ),
-        (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 must divide"),
-        (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),
-        (["simulate", "--trace", "chat", "--host-gib", "1", "--optimum"], "memory alone"),
-        (["simulate", "--trace", "chat", "--host-gb-s", "40"], "give its size with host_gib"),
-        (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
-        (["simulate", "--trace", "chat?haed=9"], "'haed', did you mean 'head'? known: seed, bound"),
-        (["simulate", "--trace", "csv:no.csv"], "'csv:no.csv': there is no file no.csv"),
-        (["optimum", "--trace", "chat", "--gib", "1,-3"], "are needed (-3 is not)"),
-        (["simulate", "--trace", "chat", "--figure", f"{SAMPLE}/f.png"], f"{SAMPLE}: File exists"),
-    ],
-)
-def test_invalid_arguments_give_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    code, out, error = run(capsys, *arguments)
-    assert code == 2 and message in error and error.count("\n") == 1 and not out
-
-
 def test_skipped_bad_records_are_counted_by_every_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -208,13 +142,6 @@ def test_closed_output_pipe_is_not_an_error() -> None:
     command = f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2 | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-
-
-def test_figure_is_written_after_the_output_pipe_is_closed(tmp_path: Path) -> None:
-    figure = tmp_path / "f.png"
-    command = f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2"
-    subprocess.run(f"{command} --figure {figure} | true", shell=True, check=True)
-    assert figure.stat().st_size > 10_000
 
 
 @contextlib.contextmanager
@@ -275,18 +202,6 @@ def test_help_lists_all_policies_baselines_and_metrics(
         *BASELINES,
         *METRICS,
     } <= set(words)
-
-
-def test_table_notes_name_the_machine_and_the_loss_causes(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = ["simulate", "--trace", "short?head=20", "--gib", "1", "--metric", "ttft-p50"]
-    _, out, _ = run(capsys, *command, "--losses")
-    assert "a roofline of 4 x H100 SXM: 494.5 TFLOP/s" in out
-    assert "under the first cause on its path" in out and "as at Qwen3-Next's sizes" not in out
-    model = ["--model", "qwen3.5-0.8b", "--policy", "marconi:0.5", "--metric", "hit"]
-    _, out, _ = run(capsys, *command[:-2], *model)
-    assert "as at Qwen3-Next's sizes, not this model's" in out and "H100" not in out
 
 
 def test_policy_module_in_the_working_directory_is_found(tmp_path: Path) -> None:
@@ -371,15 +286,6 @@ def test_output_never_overwrites_a_file_without_results(
         assert code == 0 and Path("new.jsonl").read_text().count("\n") >= 1
 
 
-def test_command_resumes_runs_written_from_python(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    lines = tmp_path / "runs.jsonl"
-    simulate("short?head=20", gib=1, policy="lru").write_jsonl(lines)
-    arguments = ["simulate", "--trace", "short?head=20", "--gib", "1", "--output", str(lines)]
-    assert run(capsys, *arguments)[0] == 0
-
-
 def test_optimum_prints_a_table_and_writes_lines(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -394,71 +300,10 @@ def test_optimum_prints_a_table_and_writes_lines(
     assert [line["capacity_bytes"] for line in lines] == [2 << 30, 4 << 30]
 
 
-def test_builtin_model_of_the_engine_can_be_simulated(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["simulate", "--trace", "short?head=20", "--gib", "0.01", "--model", "builtin"]
-    code, out, _ = run(capsys, *arguments)
-    assert code == 0 and out.startswith("short, builtin: 20 requests")
-    code, out, _ = run(capsys, *arguments, "--policy", "lru,fifo")
-    assert code == 0 and "engine serve --model builtin --cache-gib 0.01" in out
-    monkeypatch.setattr("hybridcache.lab.scenario.find_spec", lambda _: None)
-    code, out, error = run(capsys, *arguments)
-    assert code == 2 and "model builtin is part of the engine, which is not installed" in error
-
-
-def test_share_of_the_optimum_is_in_the_table() -> None:
-    result = simulate("short?head=60", gib=(1, 8), optimum=True)
-    for run_ in result.runs:
-        assert run_.share_of_optimum is not None and run_.share_of_optimum > 0
-    table = result.table("optimum")
-    assert "% of best plan" in table and "not always the optimum" in table
-    assert "best plan:" not in result.table("hit")
-    assert "(with hindsight)" in result.table() and "(with hindsight)" not in result.table("flops")
-
-
-def test_star_marks_hits_above_the_plan() -> None:
-    result = simulate("resend?head=45", gib=(2, 8), optimum=True)
-    plan = result.runs[0].optimum_tokens
-    assert plan is not None
-    above = replace(result.runs[0], cached_tokens=plan + 1)
-    table = replace(result, runs=(above, result.runs[1])).table("optimum")
-    assert "100.0*" in table and "* above the plan" in table
-
-
 @pytest.mark.parametrize("metric", list(METRICS))
 def test_each_metric_has_a_table(metric: str) -> None:
     result = simulate("short?head=20", gib=(1, 2))
     assert METRICS[metric].title in result.table(metric)
-
-
-def test_folders_of_output_and_figures_are_created(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    paths = [
-        tmp_path / "a" / "b" / "runs.jsonl",
-        tmp_path / "c" / "f.png",
-    ]
-    files = [
-        word
-        for flag, path in zip(("--output", "--figure"), paths, strict=True)
-        for word in (flag, str(path))
-    ]
-    code, _, error = run(capsys, "simulate", "--trace", "short?head=5", "--gib", "1", *files)
-    assert code == 0, error
-    assert all(path.stat().st_size for path in paths)
-    plans = tmp_path / "e" / "plans.jsonl"
-    optimum = ("optimum", "--trace", "short?head=5", "--gib", "1")
-    assert run(capsys, *optimum, "--output", str(plans))[0] == 0 and plans.stat().st_size
-
-
-def test_help_and_error_name_the_same_precisions(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["simulate", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    _, _, error = run(capsys, "simulate", "--trace", "short?head=3", "--state-dtype", "int4")
-    names = error.partition("must be one of ")[2].partition(" (got")[0]
-    assert names.count(",") == 4 and f"precision of states: {names} (default" in text
 
 
 def test_command_line_imports_no_heavy_libraries() -> None:
@@ -469,31 +314,3 @@ def test_command_line_imports_no_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_optimum_is_in_the_written_lines_and_its_price_in_the_table(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    trace, lines = "short?head=60", tmp_path / "runs.jsonl"
-    figure = tmp_path / "f.png"
-    sweep = ["simulate", "--trace", trace, "--gib", "0.5,4", "--output", str(lines)]
-    extra = ("--optimum", "--losses", "--bins", "--figure", str(figure))
-    code, out, _ = run(capsys, *sweep, *extra)
-    assert code == 0 and "(with hindsight)" in out
-    assert {path.name for path in tmp_path.glob("*.png")} == {"f.png", "f-losses.png", "f-bins.png"}
-    records = [json.loads(line) for line in lines.read_text().splitlines()]
-    for record in records:
-        reached = record["optimum_tokens"] / record["prompt_tokens"]
-        assert record["token_hit_rate"] <= reached
-        assert record["share_of_optimum"] == record["cached_tokens"] / record["optimum_tokens"]
-    main(sweep)
-    capsys.readouterr()
-    again = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert again == records, "existing results must be kept and not run again"
-
-    found = tmp_path / "optimum.jsonl"
-    planned = ["optimum", "--trace", trace, "--gib", "0.5,4"]
-    code, out, _ = run(capsys, *planned, "--output", str(found), "--figure", str(figure))
-    assert code == 0 and "gap, %" in out
-    scarce, ample = (json.loads(line) for line in found.read_text().splitlines())
-    assert scarce["reached"] < ample["reached"] <= ample["bound"] == scarce["bound"]

@@ -23,7 +23,6 @@ from engine.weights.model_config import read_config
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.report import closed_loop_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import (
     RequestTable,
@@ -504,14 +503,6 @@ def test_session_limits_keep_hits_that_oldest_first_loses(pause_s: float, rate: 
     assert gate.oldest_wait_s < gate.makespan_s
 
 
-def test_session_controller_changes_nothing_if_all_sessions_fit() -> None:
-    tables = [
-        simulate_closed_loop(small_load(), small_cell(20, 2.0, admission=policy))
-        for policy in ("oldest", "sessions")
-    ]
-    assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
-
-
 class LooksUpAll(AdmissionPolicy):
     """Oldest-first policy that looks up every waiting request twice."""
 
@@ -519,11 +510,6 @@ class LooksUpAll(AdmissionPolicy):
         once = [load.cached_len(request) for request in waiting]
         assert once == [load.cached_len(request) for request in waiting]
         return waiting
-
-
-def test_memory_that_fits_no_request_raises_an_error() -> None:
-    with pytest.raises(ValueError, match="no request fits in the memory"):
-        closed_loop("short?head=20", gib=0.01, rate=4, admission="oldest", progress=False)
 
 
 def test_lookups_do_not_count_as_uses() -> None:
@@ -539,43 +525,12 @@ def test_lookups_do_not_count_as_uses() -> None:
     assert tables[0].lost == tables[1].lost and sum(tables[0].lost) > 0
 
 
-def test_live_sessions_and_makespan_follow_the_clock() -> None:
-    run = run_closed_loop(small_load(), small_cell(20, 100.0))
-    assert run.live_most == 12
-    assert 1 < run.live_mean <= 12
-    assert run.makespan_s > 5 * 0.2  # five pauses
-    assert run.goodput == pytest.approx(run.num_requests / run.makespan_s)
-    assert run.jain == 1.0
-
-
 def test_step_that_only_empties_slabs_is_followed_by_the_next_one() -> None:
     """Such a step computes nothing, but the clock must not move to the next arrival."""
     load = small_load(24, turns=15, pause_s=1.0)
     table = simulate_closed_loop(load, small_cell(6, 0.3))
     waits_s = np.array(table.first_token_s) - np.array(table.asked_s)
     assert len(waits_s) == 360 and waits_s.max() < 0.5
-
-
-def test_only_tables_of_several_tenants_have_columns_of_fairness() -> None:
-    one, two = (
-        closed_loop_table([run_closed_loop(load, small_cell(60, 1000.0))])
-        for load in (small_load(4), small_load(4, tenant_of_each=2))
-    )
-    assert "Jain" not in one and "tenant" not in one
-    assert "Jain  worst tenant, s" in two and two.splitlines()[3].endswith((" (a)", " (b)"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rate": 0.0}, "rates above 0 are needed"),
-        ({"token_budget": 10}, "token_budget must be at least 64"),
-        ({"max_running": 1.5}, "max_running must be a whole number"),
-    ],
-)
-def test_invalid_loads_are_rejected(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        closed_loop("short?head=9", **options)
 
 
 # --- many runs ------------------------------------------------------------------------------------
@@ -599,44 +554,3 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     assert "\n" not in repr(result)
     titles = [axis.get_title() for axis in result.figure().axes]
     assert all("lru" in title for title in titles[:4]) and all("fifo" in t for t in titles[4:])
-
-
-def test_seeds_are_a_number_or_a_list() -> None:
-    first, _, third = closed_loop("short?head=20", gib=1, rate=4, admission="oldest", seeds=3).runs
-    assert closed_loop("short?head=20", gib=1, rate=4, admission="oldest", seeds=[2, 0]).runs == (
-        third,
-        first,
-    )
-    assert first.makespan_s != third.makespan_s, "seeds must draw other arrivals"
-
-
-def test_custom_admission_policy_is_given_as_a_class() -> None:
-    result = closed_loop("short?head=20", gib=1, rate=4, admission=[Newest, "oldest"])
-    assert [run.admission for run in result.runs] == [f"{__name__}:Newest", "oldest"]
-    with pytest.raises(ValueError, match="seeds must be at least 1"):
-        closed_loop("short?head=20", gib=1, rate=4, seeds=0)
-
-
-class Newest(AdmissionPolicy):
-    """Policy that admits the newest request first."""
-
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
-        return reversed(waiting)
-
-
-@pytest.mark.parametrize(("tenants", "worst"), [(("a",), "-"), (("a", "b"), "ab")])
-def test_worst_tenant_is_named_if_there_are_several(tenants: tuple[str, ...], worst: str) -> None:
-    requests = [
-        request._replace(namespace=tenant, session=f"{request.session}{tenant}")
-        for request in small_load()
-        for tenant in tenants
-    ]
-    trace = Trace("t", 1, requests.__iter__)
-    assert run_closed_loop(trace, small_cell(20, 100.0)).worst_tenant in worst
-
-
-def test_a_trace_without_later_turns_is_named_an_open_loop() -> None:
-    alone = closed_loop("uniform-adversary?requests=20", gib=1, rate=4, admission="oldest")
-    assert "no session has a second request" in alone.table()
-    turns = closed_loop("agent?head=30", gib=1, rate=4, admission="oldest")
-    assert "no session has a second request" not in turns.table()

@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 
 from hybridcache.lab.cli import main
-from hybridcache.lab.traces import READERS, fetch, open_trace
+from hybridcache.lab.traces import fetch, open_trace
 
 NAME = "mooncake-conversation"
 CONTENT = (
@@ -100,26 +100,3 @@ def test_failed_download_leaves_no_file(
     assert error.startswith(f"hybridcache: trace {NAME} was not fetched") and problem in error
     assert error.count("\n") == 1
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_interrupted_download_leaves_no_file(
-    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    set_published_entry(monkeypatch, f"{address}/t.jsonl")
-
-    def stop(*_: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fetch.fetch(NAME, progress=stop)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_fetch_without_a_name_lists_all_traces(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trace", "fetch"]) == 0
-    out = capsys.readouterr().out
-    for name, published in fetch.PUBLISHED.items():
-        assert f"{name} " in out and published.licence in out
-        assert published.word in READERS and published.address.startswith("https://")
-    assert main(["trace", "fetch", "mooncake"]) == 2
-    assert "known: mooncake-conversation" in capsys.readouterr().err

@@ -3,15 +3,12 @@ bootstrap."""
 
 from __future__ import annotations
 
-import math
 import random
 
 import numpy as np
 import pytest
 
 from hybridcache.lab.intervals import (
-    Interval,
-    band,
     interval,
     paired,
     ratio,
@@ -50,11 +47,6 @@ def test_paired_interval_cancels_the_variation_between_seeds() -> None:
         paired(first, second[:9])
 
 
-def test_rate_over_sessions_is_a_ratio_of_sums() -> None:
-    found = ratio([80, 30], [260, 140])
-    assert found.mean == 110 / 400 and math.isnan(found.low), "two sessions are too few"
-
-
 def test_ratio_interval_agrees_with_a_plain_bootstrap() -> None:
     draw = random.Random(7)
     wholes = [draw.randrange(50, 500) for _ in range(40)]
@@ -68,11 +60,3 @@ def test_ratio_interval_agrees_with_a_plain_bootstrap() -> None:
     # The expanded limits are a little outside of the plain ones.
     assert 0.8 < (rates[3900] - rates[99]) / (found.high - found.low) < 1.02
     assert found.low < sum(parts) / sum(wholes) < found.high
-
-
-def test_equal_values_have_zero_width_and_band_has_one_interval_per_size() -> None:
-    assert interval([4.0] * 5) == Interval(4, 4, 4)
-    points = band([[10, 20], [12, 21], [11, 22], [13, 20], [11.5, 22]])
-    assert [point.mean for point in points] == [11.5, 21]
-    assert str(points[0]) == f"11.5 [{points[0].low:.1f}, {points[0].high:.1f}]"
-    assert str(interval([1.0, 2.0])) == "1.5", "two values have no interval"

@@ -3,31 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from hybridcache.lab.generators import short
 from hybridcache.lab.trace import TraceRequest
 from tests.lab.test_simulate import GEOMETRY, SMALL, one_cell, served
-
-
-def test_concurrent_mode_serves_distant_requests_sequentially() -> None:
-    """Requests that are far apart get the same hits and times in both modes."""
-    trace = short()
-    cell = one_cell(60 << 20, GEOMETRY)
-    apart = [request._replace(timestamp_s=1e4 * n) for n, request in enumerate(trace)]
-    logs = [served(cell, apart, max_running=limit) for limit in (None, 4)]
-    assert list(logs[0].cached_tokens) == list(logs[1].cached_tokens)
-    assert list(logs[0].ttft_s) == pytest.approx(list(logs[1].ttft_s), abs=1e-6)
-
-
-def test_requests_in_flight_give_no_hits() -> None:
-    prompt = np.arange(1000, dtype=np.int32)
-    twice = [TraceRequest(0.0, n, None, prompt, prompt[:4]) for n in range(2)]
-    cell = one_cell(1 << 30, GEOMETRY)
-    together = served(cell, twice, servers=2, max_running=2)
-    after = served(cell, twice, servers=1, max_running=2)
-    assert list(together.cached_tokens) == [0, 0]
-    assert list(after.cached_tokens) == [0, 960]
 
 
 def test_requests_wait_for_memory_and_for_their_session() -> None:

@@ -3,7 +3,6 @@ figures."""
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import os
@@ -13,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -25,11 +23,10 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.cli import main
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.intervals import ratio
-from hybridcache.lab.scenario import Scenario, load_model
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
@@ -42,7 +39,6 @@ from hybridcache.lab.simulation.simulate import (
 )
 from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
 from hybridcache.lab.simulation.target import (
-    EngineSteps,
     LeaseTarget,
     build_target,
 )
@@ -112,22 +108,6 @@ def test_policy_conserves_tokens_and_stays_below_the_bound(
         assert all(cached <= best for cached, best in zip(runs[0][0], ideal, strict=True))
 
 
-@pytest.mark.parametrize(("checkpoint_dtype", "num_own"), [("auto", 1), ("int8", 0)])
-def test_running_state_takes_a_slot_only_with_plain_checkpoints(
-    checkpoint_dtype: str, num_own: int
-) -> None:
-    """As in the engine, running states in another format than checkpoints do not use the cache's
-    memory."""
-    geometry = ModelGeometry.load("qwen3.5-0.8b", checkpoint_dtype=checkpoint_dtype)
-    target = build_target(one_cell(1 << 30, geometry, checkpoints="none"), unit=1)
-    assert isinstance(target, LeaseTarget)
-    prompt = np.arange(100, dtype=np.int32)
-    served = target.begin(TraceRequest(0.0, 0, None, prompt, prompt))
-    assert served is not None
-    target.cache.check(held_tokens=100, held_slots=num_own)
-    assert not target.cache.take_step()
-
-
 @pytest.mark.parametrize("baseline", sorted(BASELINES))
 def test_baseline_stays_below_the_bound_and_has_no_unknown_figures(baseline: str) -> None:
     trace = short()
@@ -144,19 +124,6 @@ def test_baseline_stays_below_the_bound_and_has_no_unknown_figures(baseline: str
     record = result.as_record()
     for name in ("missed_requests", "missed_tokens", "missed_flops", "checkpoint_copies"):
         assert record[name] is None, "an unknown figure must not be 0"
-
-
-@pytest.mark.parametrize("baseline", sorted(BASELINES))
-def test_baselines_reject_a_model_without_states(baseline: str) -> None:
-    config = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    model = ModelGeometry.from_config(config, "plain")
-    with pytest.raises(ValueError, match="plain has no linear layers"):
-        simulate("short?head=20", model=model, gib=1, policy=(), baseline=baseline)
 
 
 @given(st.integers(0, 10**6), st.integers(1_000, 20_000))
@@ -185,15 +152,6 @@ def test_requests_that_do_not_fit_are_bypassed() -> None:
     assert "do not fit" not in simulate("short?head=20", gib=1).table()
 
 
-def test_allocating_in_engine_steps_changes_hits_by_at_most_2_percent() -> None:
-    cell = one_cell(8 << 30, ModelGeometry.preset("qwen3-next"))
-    hits = [
-        sum(serve(build_target(cell, 1, steps), chat().head(160), 1, cell).cached_tokens)
-        for steps in (None, EngineSteps())
-    ]
-    assert hits[0] == pytest.approx(hits[1], rel=0.02)
-
-
 def comparable(run: RunResult) -> RunResult:
     return replace(run, control_us=0.0)
 
@@ -217,30 +175,6 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(600, 720), (720, 720)]
     assert run_cells(short(), cells, resume_from=path) == both
-
-
-def test_figures_do_not_change_the_matplotlib_backend(tmp_path: Path) -> None:
-    import matplotlib
-    from matplotlib import pyplot
-
-    matplotlib.use("svg")
-    result = simulate("short?head=40", gib=(0.5, 1))
-    drawn = [result.figure(), result.bins_figure(), result.losses_figure()]
-    assert matplotlib.get_backend() == "svg" and pyplot.get_fignums() == []
-    assert all(figure.get_axes() for figure in drawn)
-    assert result.figure(tmp_path / "f.png") is not None and (tmp_path / "f.png").exists()
-
-
-def test_sweep_restores_the_garbage_collector() -> None:
-    """Freezing would raise the number of frozen objects. It may fall, because some are deleted."""
-    before, frozen = gc.get_threshold(), gc.get_freeze_count()
-    seen = []
-    run_cells(
-        short().head(3),
-        Scenario("short", model=GEOMETRY).cells([0.25]),
-        progress=lambda done, total: seen.append(gc.get_threshold()),
-    )
-    assert seen == [before] == [gc.get_threshold()] and gc.get_freeze_count() <= frozen
 
 
 def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
@@ -279,13 +213,6 @@ class DeepestFirst(EvictionPolicy):
         return max(fitting, key=lambda item: (item.position, item.serial), default=None)
 
 
-def test_state_dtype_of_the_model_is_the_default() -> None:
-    halved = ModelGeometry.preset("qwen3-next", state_dtype="bfloat16")
-    for dtype, expected in ((None, "bfloat16"), ("int8", "int8")):
-        result = simulate("short?head=5", model=halved, gib=1, state_dtype=dtype)
-        assert result.runs[0].config.state_dtype == expected == result.geometry.state_dtype
-
-
 def test_result_contains_the_memory_layout() -> None:
     runs = [
         simulate("short?head=60", gib=2, bound=False, **options).runs[0]
@@ -308,20 +235,6 @@ def test_result_contains_the_memory_layout() -> None:
             simulate("short?head=60", gib=2, **options)
     with pytest.raises(ValueError, match="none of arena, budget, pools"):
         simulate("short?head=60", gib=2, memory="ram")
-
-
-def test_kv_share_divides_the_budget_between_pools() -> None:
-    cell = one_cell(100_000, memory="pools", kv_share=0.25)
-    num_kv_tokens, num_slots = cell.pools(SMALL)
-    assert num_kv_tokens == 25_000 // SMALL.kv_bytes_per_token
-    assert num_slots == 75_000 // SMALL.state_bytes
-    half = replace(cell, kv_share=0.5)
-    assert half.pools(SMALL) == (50_000 // SMALL.kv_bytes_per_token, 50_000 // SMALL.state_bytes)
-
-
-def test_sizes_are_parsed_from_text() -> None:
-    assert len(sizes("2:200:15")) == 15 and sizes("2:200:15")[-1] == 200
-    assert sizes("6,40") == (6, 40) and sizes(3) == (3.0,) and sizes([1, 2]) == (1.0, 2.0)
 
 
 def test_sizes_may_be_shares_of_the_working_set() -> None:
@@ -360,41 +273,6 @@ def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
     assert "±" not in few and "no intervals: 3 sessions, fewer than 5" in few
 
 
-def test_ties_are_named() -> None:
-    result = simulate("short?head=60", gib=50, policy=("lru", "survival", "fifo"))
-    assert "lru, survival, fifo at 50 GiB" in repr(result)
-    assert result.verdict().startswith(
-        "lru, survival, fifo have the most hits, or no fewer by the intervals, at the"
-    )
-    assert "--eviction lru --checkpoints adaptive" in result.verdict()
-    assert simulate("short?head=20", gib=1, policy="lru").verdict() == ""
-
-
-def test_all_stands_for_every_built_in_policy() -> None:
-    runs = simulate("short?head=9", gib=1, policy="all", bound=False).runs
-    assert [run.label for run in runs] == sorted(EVICTION)
-
-
-def test_times_at_the_minimum_of_the_machine_are_explained() -> None:
-    fast = simulate("chat?head=30", gib=1, model="builtin")
-    assert "every prefill takes 5.0 ms: it reads the weights once" in fast.table("ttft-p50")
-    slower = Roofline(load_model("builtin"), flops_per_s=1e9, bytes_per_s=1e9, overhead_s=0)
-    slow = simulate("chat?head=30", gib=1, model="builtin", times=slower)
-    assert "every prefill" not in slow.table("ttft-p50")
-
-
-def test_progress_within_a_run_counts_its_requests() -> None:
-    seen: list[tuple[int, int]] = []
-    simulate("conversations?head=600", gib=1, bound=False, progress=lambda *at: seen.append(at))
-    assert seen == [(255, 600), (511, 600), (600, 600)]
-
-
-def test_result_survives_json() -> None:
-    result = simulate("short", gib=0.05, model="qwen3.5-0.8b")
-    [run] = result.runs
-    assert RunResult.from_record(json.loads(json.dumps(run.as_record()))) == run
-
-
 def test_figures_of_a_run_are_consistent() -> None:
     [run] = simulate("chat", gib=8).runs
     assert run.losses is not None and run.bound_tokens is not None
@@ -406,12 +284,6 @@ def test_figures_of_a_run_are_consistent() -> None:
     assert run.flops + run.flops_saved == sum(geometry.flops(0, length) for length in prompts)
     assert run.cached_tokens <= run.bound_tokens
     assert run.ttft_s[5] <= run.ttft_s[50] <= run.ttft_s[99]
-
-
-def test_log_needs_at_most_80_bytes_per_request() -> None:
-    log = served(one_cell(1 << 28, GEOMETRY), short())
-    columns = [log.arrival_s, log.prompt_tokens, log.cached_tokens, log.missed_tokens, log.turns]
-    assert sum(column.itemsize for column in columns) + 8 <= 80
 
 
 GOLDEN_BASELINES = ["vllm", "sglang", "lightllm", "marconi"]
@@ -439,42 +311,6 @@ def test_different_configurations_have_different_rows() -> None:
         coarse.beside(simulate("short?head=40&seed=3", gib=[1.0], bound=False))
     with pytest.raises(ValueError, match="two competitors are called 'lru'"):
         simulate("short?head=9", gib=1, policy=["lru", "lru"])
-
-
-def test_result_contains_its_configuration(tmp_path: Path) -> None:
-    options = {"gib": 1, "grid": 128, "page_size": 16, "servers": 2, "max_running": 3}
-    result = simulate("short?seed=3&head=20", policy=["sieve", "survival"], **options)
-    result.write_jsonl(tmp_path / "runs.jsonl")
-    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [RunResult.from_record(record) for record in records] == list(result.runs)
-    config = result.runs[0].config
-    assert config.trace == "short?seed=3&boundaries=true&head=20"
-    assert (config.gib, config.grid, config.page_size, config.memory) == (1.0, 128, 16, "arena")
-    assert (config.servers, config.max_running, config.tpot_s) == (2, 3, 0.02)
-    assert config.times.startswith("a roofline of")
-    assert [run.config.priority_classes for run in result.runs] == [True, False]
-    assert (
-        "evicted first: unreachable KV, then superseded checkpoints, then the policy's choice: "
-        "sieve\n" in result.table()
-    )
-    assert "evicted: the policy's choice among all items: survival" in result.table()
-
-
-def test_different_traces_have_different_full_names() -> None:
-    specs = ("chat", "chat?seed=3", "chat?head=9", "chat?seed=3&head=9")
-    assert len({open_trace(spec).full_name for spec in specs}) == 4
-    assert {open_trace(spec).name for spec in specs} == {"chat"}
-    for spec in specs:
-        full_name = open_trace(spec).full_name
-        assert open_trace(full_name).full_name == full_name
-
-
-def test_trace_that_cannot_be_pickled_is_rejected_with_processes(tmp_path: Path) -> None:
-    own = Trace("mine", 1, lambda: iter(open_trace("short?head=9")))
-    assert simulate(own, gib=1, bound=False).runs[0].requests == 9
-    for option in ({"processes": 2}, {"resume_from": tmp_path / "runs.jsonl"}):
-        with pytest.raises(ValueError, match="trace 'mine' cannot be sent to another process"):
-            simulate(own, gib=(1, 2), **option)
 
 
 @pytest.mark.full
@@ -538,41 +374,6 @@ def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: 
         Scenario("short", policy=lambda: None).to_toml()  # type: ignore[arg-type]
 
 
-def test_optimum_accepts_a_model_and_sizes() -> None:
-    found = optimum("resend?head=45", model="qwen3-next", gib=[2, 4])
-    assert [plan.capacity_bytes for plan in found] == [2 << 30, 4 << 30] and len(found) == 2
-    assert found[0].reached <= found[1].reached
-    assert "bound, %" in found.table() and "\n" not in repr(found) and "at 2 GiB" in repr(found)
-    shares = simulate("resend?head=45", gib=[2, 4], optimum=True, bound=False).runs
-    for run, plan in zip(shares, found, strict=True):
-        assert run.optimum_tokens == plan.cached_tokens.sum()
-    rows = found.to_dicts()
-    assert [(row["gib"], row["reached"]) for row in rows] == [
-        (size, plan.reached) for size, plan in zip((2, 4), found, strict=True)
-    ]
-    [whole] = optimum("short?head=45", gib=0.3)
-    [counted] = optimum("short?head=45", gib=0.3, counts_running=True)
-    assert counted.reached < whole.reached
-
-
-def test_progress_is_a_function_or_disabled(capfd: pytest.CaptureFixture[str]) -> None:
-    seen: list[tuple[int, int]] = []
-    sweep = {"gib": [1, 2], "bound": False}
-    simulate("short?head=9", **sweep, progress=lambda *at: seen.append(at))
-    assert seen[-1] == (18, 18) and seen == sorted(seen), "two runs of nine requests"
-    simulate("short?head=9", **sweep)
-    simulate("short?head=9", **sweep, progress=False)
-    optimum("short?head=9", gib=1)
-    assert capfd.readouterr().err == "", "bars must appear only on a terminal"
-
-
-def test_table_notes_baselines_that_cannot_hit() -> None:
-    result = simulate("short?head=9", gib=1, baseline=["vllm", "marconi"])
-    [note] = [line for line in result.table().splitlines() if "no hit is possible" in line]
-    assert note.startswith("vllm (rebuilt): ") and "1,056 tokens" in note and "has 380" in note
-    assert "no hit is possible" not in simulate("chat?head=9", gib=1, baseline="vllm").table()
-
-
 GOLDEN_FILES = {
     "budget": Path(__file__).parent / "golden_hits.json",
     "arena": Path(__file__).parent / "golden_hits_arena.json",
@@ -627,55 +428,6 @@ def small() -> SimulationResult:
     return simulate("short?head=30", gib=[1, 2], policy=["lru", "fifo"], baseline=["vllm"])
 
 
-def test_repr_of_a_result_is_one_line_with_its_best_run(small: SimulationResult) -> None:
-    best = max(small.runs, key=lambda run: run.token_hit_rate)
-    for text in (repr(small), str(small)):
-        assert "\n" not in text and len(text) < 200
-        assert "3 competitors, 2 sizes" in text and "30 requests" in text
-        assert f"{100 * best.token_hit_rate:.1f} %" in text
-    assert len(repr(best)) < 100 and best.label in repr(best)
-    assert "no runs" in repr(replace(small, runs=()))
-
-
-def test_best_run_is_of_a_simulated_size(small: SimulationResult) -> None:
-    known = sorted({run.gib for run in small.runs})
-    for size in known:
-        best = small.best(float(f"{size:.4g}"))
-        assert best.gib == size
-        rates = [run.token_hit_rate for run in small.runs if run.gib == size]
-        assert best.token_hit_rate == max(rates)
-    with pytest.raises(ValueError, match=rf"gib must be a simulated size: {known[0]:.4g}.*got 99"):
-        small.best(99)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"gib": [-1]}, r"^gib \[-1\]: GiB above 0"),
-        ({"host_gib": -1}, "^host_gib -1: GiB of 0"),
-        ({"model": "foo"}, "^model 'foo' is none of"),
-        ({"ray": "x", "processes": 2}, "^ray spreads the runs over a cluster, processes over"),
-        ({"memory": "pools"}, "give kv_share between 0 and 1"),
-    ],
-)
-def test_errors_of_functions_name_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        simulate("short?head=3", **arguments)
-    assert "--" not in str(caught.value)
-
-
-def test_html_of_a_result_contains_every_rate(small: SimulationResult) -> None:
-    html = small._repr_html_()
-    table = ElementTree.fromstring(html)  # Raises an error if an element is not closed.
-    rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
-    assert [row[0] for row in rows[1:]] == [*small.by_label()]
-    for row, runs in zip(rows[1:], small.by_label().values(), strict=True):
-        assert row[2:] == [f"{100 * run.token_hit_rate:.1f}" for run in runs]
-    assert len(list(table.iter("svg"))) == 3
-    odd = replace(small.runs[0], config=replace(small.runs[0].config, label="<b>&"))
-    assert "<b>&<" not in replace(small, runs=(odd,))._repr_html_()
-
-
 def test_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None:
     rows = small.to_dicts()
     assert len(rows) == len(small.runs) and len({frozenset(row) for row in rows}) == 1
@@ -692,22 +444,6 @@ def test_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None
         else:
             assert row["cached_tokens"] + sum(lost) == row["prompt_tokens"]
     json.dumps(rows)
-
-
-def test_smaller_checkpoints_give_more_hits_and_are_separate_runs(tmp_path: Path) -> None:
-    """The format is part of a run's key, so runs of one format do not resume those of the other."""
-    found = {
-        dtype: simulate(
-            "short",
-            gib=1.0,
-            bound=False,
-            checkpoint_dtype=dtype,
-            resume_from=tmp_path / "runs.jsonl",
-        ).runs[0]
-        for dtype in ("auto", "int8")
-    }
-    assert found["int8"].token_hit_rate > found["auto"].token_hit_rate
-    assert [run.config.checkpoint_dtype for run in found.values()] == ["auto", "int8"]
 
 
 # --- Plots --------------------------------------------------------------------------------------
@@ -768,70 +504,6 @@ def test_figures_are_not_cut_off(small: SimulationResult) -> None:
     assert _is_inside(small.figure()) and _is_inside(small.losses_figure())
     assert _is_inside(small.figure(metric=["hit", "ttft-p50"])) and _is_inside(small.bins_figure())
     assert small.losses_figure().get_size_inches()[0] < 11
-
-
-def test_ticks_are_at_the_simulated_sizes(small: SimulationResult) -> None:
-    pytest.importorskip("matplotlib")
-
-    def ticks(gib: list[float]) -> tuple[list[float], list[float]]:
-        runs = tuple(
-            replace(run, config=replace(run.config, gib=size))
-            for size, run in zip(gib, itertools.cycle(small.runs[:1]), strict=False)
-        )
-        axis = replace(small, runs=runs).figure().axes[0].xaxis
-        return list(axis.get_majorticklocs()), list(axis.get_minorticklocs())
-
-    powers = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
-    assert ticks(powers)[0] == powers
-    many = [round(1.1**step, 3) for step in range(40)]
-    major, minor = ticks(many)
-    assert {many[0], many[-1]} < set(major) < set(many) and 3 < len(major) < 15
-    assert set(minor) | set(major) == set(many)
-    assert ticks([2.0])[0] == [2.0]
-
-
-def test_figures_have_one_shared_title_and_notes(small: SimulationResult) -> None:
-    pytest.importorskip("matplotlib")
-    chosen = replace(small, counted_by="qwen3.5")
-
-    def texts(figure: Any) -> list[str]:
-        from matplotlib.text import Text
-
-        return [text.get_text() for text in figure.findobj(Text)]
-
-    shown = " ".join(texts(chosen.losses_figure()) + texts(chosen.figure()))
-    assert shown.count(small.geometry.name) == 2, "each figure must have one shared title"
-    assert "Tokens counted by: qwen3.5." in " ".join(shown.split())
-
-
-@pytest.mark.full("panels")
-@pytest.mark.parametrize("kind", ["panels", "losses", "bins", "optimum", "closed loop"])
-def test_pdf_files_have_truetype_fonts(kind: str, small: SimulationResult, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    draw = {
-        "panels": lambda: small.figure,
-        "losses": lambda: small.losses_figure,
-        "bins": lambda: small.bins_figure,
-        "optimum": lambda: optimum("short?head=9", gib=[1, 2]).figure,
-        "closed loop": lambda: closed_loop("short?head=9", gib=1, rate=[1, 2]).figure,
-    }[kind]()
-    path = tmp_path / "f.pdf"
-    figure = draw(path)
-    assert b"Type3" not in path.read_bytes()
-    figure.savefig(path)
-    assert b"Type3" not in path.read_bytes(), "a second save must not use Type 3 fonts either"
-
-
-@pytest.mark.full("pdf")
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_suffix_sets_the_format_of_a_figure(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / f"f.{suffix}"
-    sweep = ["simulate", "--trace", "short?head=20", "--gib", "1,2", "--policy", "lru,fifo"]
-    assert main([*sweep, "--figure", str(path), "--losses"]) == 0
-    content = path.read_bytes()
-    assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
-    assert path.with_name(f"f-losses.{suffix}").exists()
 
 
 if __name__ == "__main__":

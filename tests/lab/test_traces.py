@@ -18,20 +18,16 @@ from hypothesis import strategies as st
 from hybridcache.lab.cli import main
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.trace import (
-    BadRecordError,
-    FreshIds,
     Trace,
     TraceRequest,
 )
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import SAMPLES as PACKAGED
 from hybridcache.lab.traces import open_trace, recognise
-from hybridcache.lab.traces.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.jsonl import OwnReader
-from hybridcache.lab.traces.sharegpt import iter_conversations
-from hybridcache.lab.traces.text import ChatText, load_chat_text
+from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.lab.traces.write import write_mooncake, write_own
-from tests.lab.records import SEGMENTS, agent_request, agent_session, lines
+from tests.lab.records import agent_request, agent_session, lines
 from tests.lab.samples import make
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -83,18 +79,6 @@ def test_first_sharegpt_conversations_have_the_expected_counts() -> None:
     assert (stats.ideal_tokens, stats.ideal_by_page[16]) == (909_476, 906_096)
 
 
-def test_mooncake_answer_fills_the_partial_block_first(tmp_path: Path) -> None:
-    path = lines(
-        tmp_path / "m.jsonl",
-        {"timestamp": 1500, "input_length": 600, "output_length": 424, "hash_ids": [7, 8]},
-        {"timestamp": 1600, "input_length": 512, "output_length": 1, "hash_ids": [7]},
-    )
-    first, second = open_trace(str(path))
-    assert first.timestamp_s == 1.5 and first.tokens.tolist() == [0, 1]
-    assert first.num_tokens(512) == 600 and len(first.output) == 0
-    assert second.num_tokens(512) == 512 and len(second.output) == 1
-
-
 def bailian(chat: int, parent: int, when: float, length: int, ids: list[int]) -> dict[str, Any]:
     names = {"chat_id": chat, "parent_chat_id": parent, "timestamp": when, "hash_ids": ids}
     return names | {"input_length": length, "output_length": 8, "type": "text", "turn": 1}
@@ -122,27 +106,6 @@ def test_bailian_conversations_are_trees(tmp_path: Path) -> None:
     assert stats.ideal_tokens == 32 + 32 + 64 + 15
 
 
-def test_bailian_prompt_may_lack_the_hash_of_its_last_block(tmp_path: Path) -> None:
-    path = lines(tmp_path / "q.jsonl", bailian(1, -1, 0, 40, [10, 11]), bailian(2, 1, 1, 9, []))
-    first, second = open_trace(str(path))
-    assert first.tokens.tolist()[:2] == [0, 1] and first.tokens[2] >= FreshIds.FLOOR
-    assert (first.num_tokens(16), second.num_tokens(16)) == (40, 9)
-
-
-def test_hashes_of_any_size_and_texts_are_renumbered(tmp_path: Path) -> None:
-    small, large = [5, 9], [(1 << 64) - 1, 1 << 40]
-    for ids in (small, large, ["0xff", "0x0e"]):
-        rows = (bailian(1, -1, 0, 32, ids), bailian(2, 1, 1, 32, ids[::-1]))
-        first, second = open_trace(str(lines(tmp_path / "q.jsonl", *rows)))
-        assert (first.tokens.tolist(), second.tokens.tolist()) == ([0, 1], [1, 0])
-
-
-def test_mooncake_like_records_may_have_sessions(tmp_path: Path) -> None:
-    row = {"timestamp": 0, "input_length": 512, "output_length": 1, "hash_ids": [3]}
-    path = lines(tmp_path / "m.jsonl", row | {"session_id": "a"}, row, row | {"session_id": "a"})
-    assert [request.session for request in open_trace(str(path))] == ["a", 2, "a"]
-
-
 def agent_trace(tmp_path: Path, *sessions: dict[str, Any]) -> list[TraceRequest]:
     return list(open_trace(str(lines(tmp_path / "a.jsonl", *sessions)) + "?starts=fixed:0.01"))
 
@@ -167,18 +130,6 @@ def test_agent_sessions_share_only_tools_and_system_prompt(tmp_path: Path) -> No
     assert a.boundaries == (3, 10) and c.boundaries == (6, 10)
 
 
-def test_agent_requests_may_have_runs_partial_blocks_and_single_ids(tmp_path: Path) -> None:
-    first, second = agent_trace(
-        tmp_path,
-        agent_session(
-            "a", 64, 0, [agent_request(0, 330, [1, 3], 9, 4), agent_request(8, 128, [1, 2])]
-        ),
-    )
-    assert len(first.tokens) == 6 and first.num_tokens(64) == 330
-    assert second.timestamp_s - first.timestamp_s == 8 and common(first, second) == 2
-    assert first.tokens[5] >= FreshIds.FLOOR
-
-
 def test_subagents_are_separate_sessions(tmp_path: Path) -> None:
     subagent = {
         "t": 5.0,
@@ -199,26 +150,6 @@ def test_subagents_are_separate_sessions(tmp_path: Path) -> None:
     assert common(found[1], found[2]) == 4 and common(found[0], found[3]) == 10
 
 
-def test_duplicate_sessions_are_read_only_on_request(tmp_path: Path) -> None:
-    twice = agent_session("a", 0, 0, [agent_request(0, 64, [1, 1])]) | {"dup": True}
-    path = lines(tmp_path / "a.jsonl", twice)
-    assert list(CodingAgentReader(path)()) == []
-    assert len(list(open_trace(f"{path}?duplicates=1"))) == 1
-
-
-def test_segments_merge_and_truncated_file_ends_with_its_last_record(tmp_path: Path) -> None:
-    path = tmp_path / "s.json"
-    path.write_text(json.dumps([*SEGMENTS, SEGMENTS[0]], indent=2)[:-70])
-    first, second = iter_conversations(path)
-    assert first.turns == (
-        ("user", "one"),
-        ("assistant", "two"),
-        ("user", "three"),
-        ("assistant", "four"),
-    )
-    assert second.id == "y" and second.turns[1] == ("assistant", "six")
-
-
 def test_dropped_reasoning_follows_the_chat_template(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     thinking = [
@@ -237,52 +168,6 @@ def test_dropped_reasoning_follows_the_chat_template(tmp_path: Path) -> None:
     assert plain.answer_survives and following.answer_survives
     whole = np.concatenate((plain.tokens, plain.output))
     assert (following.tokens[: len(whole)] == whole).all()
-
-
-TOOL_LOOP = """\
-{%- set ns = namespace(asked=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}
-{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' and loop.index0 > ns.asked %}{{- '<think>' }}{% endif %}
-{{- m.content + '<|im_end|>\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>' }}{% endif %}"""
-"""Template like Qwen3.5's: reasoning stays during a tool loop, and the next question drops it."""
-
-
-def test_reasoning_stays_within_a_tool_loop() -> None:
-    chat = ChatText(lambda text: list(text.encode()), {"<think>": 300}, TOOL_LOOP)
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    plain, with_tools = chat.turn(messages, "a"), chat.turn(messages, "a", tools=True)
-    length = len(plain.prompt)
-    assert plain.boundaries.positions[-1] == length - 1
-    assert with_tools.boundaries.positions[-2:] == (length - 1, length)
-    assert not plain.request("s").answer_survives and with_tools.request("s").answer_survives
-
-
-def test_error_of_the_chat_template_names_file_and_line(tmp_path: Path) -> None:
-    template, path = tmp_path / "t.jinja", tmp_path / "s.json"
-    template.write_text("{{ raise_exception('no ' + messages[0].content) }}")
-    path.write_text("[\n" + ",\n".join(json.dumps(segment) for segment in SEGMENTS) + "]")
-    spec = f"sharegpt:{path}?tokenizer=bytes&template={template}"
-    with pytest.raises(
-        BadRecordError, match=r"s\.json, line 2: the chat template refuses: no one$"
-    ):
-        list(open_trace(spec))
-    trace = open_trace(spec, skip_bad=True)
-    assert list(trace) == [] and trace.bad.count == 2
-    template.write_text("{% if %}")
-    with pytest.raises(ValueError, match="the chat template does not parse"):
-        list(open_trace(spec))
-
-
-def test_conversation_ends_at_the_cap(tmp_path: Path) -> None:
-    path = tmp_path / "s.json"
-    path.write_text(json.dumps(SEGMENTS))
-    spec = f"sharegpt:{path}?tokenizer=bytes&template=chatml&starts=fixed:1"
-    lengths = sorted(len(request.tokens) for request in open_trace(spec))
-    assert len(lengths) == 3
-    capped = [len(request.tokens) for request in open_trace(f"{spec}&cap={lengths[1]}")]
-    assert sorted(capped) == lengths[:2]
 
 
 def test_conversations_of_lengths_share_the_blocks_of_their_first_message(tmp_path: Path) -> None:
@@ -391,17 +276,6 @@ def test_native_format_round_trip(
         assert one._replace(tokens=0, output=0) == two._replace(tokens=0, output=0)
 
 
-def test_native_format_accepts_prefixes_and_answer_lengths(tmp_path: Path) -> None:
-    path = lines(
-        tmp_path / "t.jsonl",
-        {"session": "s", "tokens": [1, 2, 3], "output_length": 2},
-        {"session": "s", "prefix": [4, 9], "output": [5]},
-    )
-    first, second = open_trace(str(path))
-    assert (first.timestamp_s, second.timestamp_s) == (0.0, 1.0)
-    assert second.tokens.tolist() == [1, 2, 3, int(first.output[0]), 9]
-
-
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.sampled_from("ab")),
@@ -431,58 +305,6 @@ def test_packaged_trace_matches_its_generator(name: str) -> None:
         assert (found.timestamp_s, found.boundaries) == (expected.timestamp_s, expected.boundaries)
     assert open_trace(f"sample:{name}?head=3").recipe == f"sample:{name}?head=3"
     assert len(list(open_trace(f"sample:{name}?head=3"))) == 3
-
-
-def test_native_format_accepts_iso_dates(tmp_path: Path) -> None:
-    path = lines(
-        tmp_path / "t.jsonl",
-        {"timestamp": "2026-01-01T00:00:00Z", "tokens": [1]},
-        {"timestamp": "2026-01-01T01:00:02.5+01:00", "tokens": [1]},
-        {"timestamp": "2026-01-01T00:00:04", "tokens": [1]},
-    )
-    first, second, third = (request.timestamp_s for request in open_trace(str(path)))
-    assert (second - first, third - first) == (2.5, 4.0)
-
-
-@pytest.mark.parametrize(
-    ("spec", "named"),
-    [
-        ("{path}?cap=7", "'cap'"),
-        *((f"{{path}}?head={value}", "'head'") for value in ("x", "-1", "1.5")),
-        ("chat?nonsense=1", "'nonsense'"),
-        ("chat?seed=1.5", "'seed'"),
-        ("chat?seed", "'seed'"),
-        ("chat?boundaries=maybe", "'boundaries'"),
-        ("sharegpt-like?sessions_per_s=0", "'sessions_per_s'"),
-        ("mooncake:", "'mooncake:'"),
-        ("mooncake:{path}?unit=0", "unit"),
-        *(
-            (f"taubench:{{path}}?starts={starts}", f"'{starts}'")
-            for starts in (
-                "poisson:0",
-                "poisson:x",
-                "fixed:-1",
-                "bursts:1:0",
-                "fixed:inf",
-                "soon:1",
-            )
-        ),
-        ("taubench:{path}?pause=-1", "'pause'"),
-        ("taubench:{path}?pauses=1", "'pauses'"),
-        ("{path}?path=x", "'path'"),
-        ("sample:none", "'none'"),
-        ("published:none", "'none'"),
-        ("no.jsonl", "'no.jsonl'"),
-        ("none:x.jsonl", "'none'"),
-        ("{folder}", "folder"),
-    ],
-)
-def test_invalid_specification_is_refused(spec: str, named: str, tmp_path: Path) -> None:
-    path = lines(tmp_path / "t.jsonl", {"tokens": [1]})
-    with pytest.raises((ValueError, OSError)) as caught:
-        open_trace(spec.format(path=path, folder=tmp_path))
-    assert named in str(caught.value) and "\n" not in str(caught.value)
-    assert next(iter(open_trace("chat?seed=0&boundaries=no"))).boundaries == ()
 
 
 # --- Conversion ---------------------------------------------------------------------------------
@@ -606,13 +428,3 @@ def test_failed_conversion_changes_no_file(
     link.symlink_to(old)
     command = ["trace", "convert", f"jsonl:{source}", str(link), "--to", to, "--skip-bad"]
     assert main(command) == 0 and link.is_symlink() and old.read_text() != "kept"
-
-
-@pytest.mark.parametrize(("length", "fits"), [(0, 0), (4, 0), (5, 1), (8, 1), (12, 1), (13, 0)])
-def test_answer_length_must_match_the_number_of_ids(
-    length: int, fits: bool, tmp_path: Path
-) -> None:
-    head = {"format": "hybridcache", "version": 1, "unit": 4}
-    row = {"tokens": [1], "output": [2, 3], "output_length": length}
-    trace = open_trace(str(lines(tmp_path / "t.jsonl", head, row)), skip_bad=True)
-    assert [each.num_answer_tokens(4) for each in trace] == [length] * fits

@@ -20,62 +20,15 @@ from hybridcache.lab.baselines import (
     PeerSession,
     build_baseline,
 )
-from hybridcache.lab.baselines.vllm import ChunkStore, VllmCache
+from hybridcache.lab.baselines.vllm import ChunkStore
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.tokens import Tokens
-from tests.lab.baselines.prompts import GIB, QWEN3_NEXT, text
 
 
 def begin(peer: Baseline, tokens: Tokens) -> PeerSession:
     session = peer.begin(tokens)
     assert session is not None
     return session
-
-
-def serve(peer: Baseline, tokens: Tokens, output: Tokens) -> tuple[int, int]:
-    """Return (reused tokens, loaded bytes)."""
-    session = begin(peer, tokens)
-    session.finish(output)
-    peer.check()
-    return session.cached_len, session.fetched_bytes
-
-
-def test_vllm_stores_whole_blocks_of_the_prompt_and_their_states() -> None:
-    config = replace(QWEN3_NEXT, budget_bytes=GIB // 2, host_bytes=4 * GIB)
-    peer = VllmCache(config)
-    prompt, block = text(0, 5000), peer.block_bytes
-    assert serve(peer, prompt, text(1, 3000)) == (0, 0)
-    assert peer.spilled_bytes == (4 + 3) * block, "four of attention, three for the last state"
-    for seed in range(2, 6):
-        serve(peer, text(seed, 9000), text(9, 2))
-    assert serve(peer, prompt, text(9, 2)) == (4224, (4 + 3) * block)
-    assert serve(peer, prompt, text(9, 2)) == (4224, 0), "the prefix is on the device now"
-    for seed in range(12, 16):
-        serve(peer, text(seed, 9000), text(9, 2))
-    parting = np.concatenate((prompt[:3400], text(7, 300)))
-    assert serve(peer, parting, text(9, 2)) == (0, 0), "attention matches to 3,168, without a state"
-
-
-def test_store_evicts_the_end_of_the_oldest_request_first() -> None:
-    store: ChunkStore[str] = ChunkStore(6)
-    first, second = store.tick(), store.tick()
-    assert store.offer({"a1": 1, "a2": 2, "a3": 3}, first)
-    assert store.offer({"b1": 1, "b2": 2, "b3": 3}, second)
-    store.finish(("a1", "a2", "a3"))
-    store.finish(("b1", "b2", "b3"))
-    assert store.offer({"c1": 1, "a1": 1}, store.tick())
-    assert [key in store for key in ("a1", "a2", "a3", "c1")] == [True, True, False, True]
-    assert not store.offer({f"d{n}": n for n in range(7)}, store.tick()), "larger than the store"
-    assert len(store) == 6
-    store.check()
-
-
-def test_offer_does_not_evict_its_own_chunks() -> None:
-    store: ChunkStore[str] = ChunkStore(2)
-    first, second = store.tick(), store.tick()
-    assert store.offer({"a1": 1}, first) and store.offer({"b1": 1}, second)
-    assert store.offer({"a1": 1, "a2": 2}, first)
-    assert set(store) == {"a1", "a2"}
 
 
 @pytest.mark.parametrize("size", record_vllm_store.SIZES)

@@ -37,19 +37,6 @@ def test_lightllm_has_one_state_at_the_last_whole_page() -> None:
     assert replay(peer, prompt[:1536], text(2, 50)) == 0, "the last token is not hashed"
 
 
-def test_lightllm_big_pages_are_reused_from_the_second_prompt() -> None:
-    assert (
-        repeated_hits(LightllmCache(QWEN3_NEXT, big_page=1024), text(0, 1500)) == [0] + [1024] * 5
-    )
-
-
-def test_lightllm_never_reuses_an_answer() -> None:
-    peer = LightllmCache(QWEN3_NEXT, page=64)
-    prompt, answer = text(0, 640), text(1, 640)
-    replay(peer, prompt, answer)
-    assert replay(peer, np.concatenate((prompt, answer, text(2, 10))), text(3, 1)) == 576
-
-
 def test_lightllm_states_use_the_budget_only_if_counted() -> None:
     """The budget fits two prompts of 512 tokens, or one if its state and the state of the running
     request take 1,000 rows each."""
@@ -74,12 +61,6 @@ def test_sglang_reuses_a_prefix_from_the_third_prompt_on_the_grid() -> None:
     assert repeated_hits(sglang(), text(0, 1500), 4) == [0, 0, 1472, 1472]
 
 
-def test_sglang_gives_the_hits_of_its_own_branching_test() -> None:
-    """In SGLang's test of branches, prompts with a shared prefix of 257 tokens have 0, 0 and 256
-    cached tokens."""
-    assert repeated_hits(sglang(), text(0, 257), 3) == [0, 0, 256]
-
-
 def test_sglang_end_placement_never_reuses_a_system_prompt() -> None:
     """Published: of 2,000 first turns, 1,986 match the KV of their system prompt, but none has a
     state."""
@@ -97,31 +78,6 @@ def test_sglang_end_placement_never_reuses_a_system_prompt() -> None:
     assert (len(opened), matched) == (60, 60 - 16)
 
 
-def test_sglang_does_not_cache_short_prompts_and_short_answers() -> None:
-    peer = sglang()
-    assert [replay(peer, text(0, 60), text(1, 20)) for _ in range(3)] == [0, 0, 0]
-    prompt, answer = text(2, 640), text(3, 100)
-    replay(peer, prompt, answer)
-    following = np.concatenate((prompt, answer, text(4, 100)))
-    assert replay(peer, following, text(5, 1)) == 640, "no decode boundary was crossed"
-    peer = sglang()
-    answer = text(6, 300)
-    replay(peer, prompt, answer)
-    following = np.concatenate((prompt, answer, text(7, 100)))
-    assert replay(peer, following, text(8, 1)) == 768, "decode crossed a multiple of 256"
-
-
-def test_sglang_evicting_a_leaf_state_takes_its_kv() -> None:
-    peer = sglang(placement="end", num_kv_tokens=100_000, num_slots=2)
-    first, second = text(0, 500), text(1, 500)
-    replay(peer, first, text(2, 10))
-    replay(peer, second, text(3, 10))
-    assert (peer.free_tokens, peer.free_slots) == (100_000 - 1020, 0)
-    replay(peer, text(4, 500), text(5, 10))
-    assert peer.free_tokens == 100_000 - 1020, "the oldest leaf must be evicted with its state"
-    peer.check()
-
-
 def test_sglang_cap_drops_the_shallowest_states_of_a_path() -> None:
     peer = sglang(placement="end", num_kv_tokens=100_000, num_slots=9, max_states_per_path=2)
     history = text(0, 100)
@@ -130,21 +86,6 @@ def test_sglang_cap_drops_the_shallowest_states_of_a_path() -> None:
         history = np.concatenate((history, text(10 + turn, 20), text(20 + turn, 80)))
     assert len(peer.states) == 2
     peer.check()
-
-
-def test_sglang_rejects_requests_that_do_not_fit() -> None:
-    peer = sglang(placement="end", num_kv_tokens=1000, num_slots=2)
-    first = peer.begin(text(0, 600))
-    assert first is not None
-    assert peer.begin(text(1, 600)) is None
-    peer.check()
-    first.finish(text(2, 10))
-    assert peer.begin(text(1, 600)) is not None
-
-
-def test_unknown_baseline_is_rejected() -> None:
-    with pytest.raises(ValueError, match="vllm"):
-        build_baseline("vlmm", QWEN3_NEXT)
 
 
 @pytest.mark.parametrize("baseline", sorted(BASELINES))

@@ -6,12 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.lab.generators import GENERATORS
-from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum import MemoryBudget, best_plan
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.trie import build_trie
@@ -85,20 +82,6 @@ def test_counting_running_requests_changes_nothing_with_ample_memory(
         assert counted.reached == free.reached
 
 
-def test_running_request_reduces_the_memory_of_the_plan() -> None:
-    """The third prompt can resume at 3 only if 5 bytes stay cached next to the 6 bytes of the
-    second."""
-    first, other = [1, 2, 3, 9], [5, 6, 7, 8]
-    trace = trace_of([(first, []), (other, []), (first, [])])
-    for capacity, free, counted in ((5, 3, 3), (10, 3, 0), (11, 3, 3)):
-        sizes = {"capacity_bytes": capacity, "kv_bytes_per_token": 1, "state_bytes": 2}
-        best = best_plan(trace, **sizes)
-        with_running = best_plan(trace, **sizes, counts_running=True)
-        assert best.cached_tokens.tolist() == [0, 0, free]
-        # With 5 bytes no request fits, so none is counted.
-        assert with_running.cached_tokens.tolist() == [0, 0, counted]
-
-
 def test_optimum_of_a_worked_example() -> None:
     """Two prompts of 4 and 3 tokens alternate, and each comes twice. The memory fits KV and state
     of only one."""
@@ -108,37 +91,3 @@ def test_optimum_of_a_worked_example() -> None:
         budget = MemoryBudget(capacity, kv_bytes_per_token=1, state_bytes=2)
         trie = build_trie(trace_of(pairs))
         assert clairvoyant_greedy(trie, budget).cached_lens(trie).tolist() == cached
-
-
-def test_unlimited_memory_reaches_the_infinite_cache() -> None:
-    trace = GENERATORS["chat"]().head(80)
-    best = best_plan(
-        trace, capacity_bytes=1 << 50, kv_bytes_per_token=24576, state_bytes=77_266_944
-    )
-    infinite = InfiniteCache()
-    reused = sum(infinite.ideal_tokens(request, trace.unit) for request in trace)
-    assert best.gap == pytest.approx(0, abs=1e-9)
-    assert int(best.cached_tokens.sum()) == reused
-
-
-def test_units_scale_bytes_and_tokens() -> None:
-    pairs = [([1, 2, 3], [4]), ([1, 2, 3, 4, 5], [])]
-    plain = best_plan(trace_of(pairs), capacity_bytes=1000, kv_bytes_per_token=64, state_bytes=64)
-    units = best_plan(
-        trace_of(pairs, unit=64), capacity_bytes=1000, kv_bytes_per_token=1, state_bytes=64
-    )
-    assert (units.cached_tokens == plain.cached_tokens * 64).all()
-    assert units.reached == plain.reached == 4 / 8
-
-
-def test_invalid_settings_are_rejected() -> None:
-    with pytest.raises(ValueError, match="positive capacity"):
-        best_plan(trace_of([([1], [])]), capacity_bytes=0, kv_bytes_per_token=1, state_bytes=1)
-    with pytest.raises(ValueError, match="grid"):
-        best_plan(
-            trace_of([([1], [])], 512),
-            capacity_bytes=1,
-            kv_bytes_per_token=1,
-            state_bytes=1,
-            grid=3,
-        )
