@@ -390,38 +390,6 @@ class HybridRadixCache:
             rows = self._gathered.join(last.kv, self.cached_tokens)
         return rows[: node.length] if isinstance(node, PathPart) else rows
 
-    def continuation(
-        self,
-        tokens: Tokens,
-        max_tokens: int,
-        namespace: Hashable = None,
-        after: NodeHandle | None = None,
-    ) -> Tokens:
-        """Return up to ``max_tokens`` ids that followed ``tokens`` in earlier requests of this
-        namespace.
-
-        The result is empty if ``tokens`` never occurred, and follows the branch that was used last.
-        Ghosts count: evicted KV does not matter. Changes nothing. ``after`` is a locked node with a
-        prefix of ``tokens`` as its path, as in ``insert``. O(n minus the position of that node).
-
-        Raises:
-            ValueError: ``tokens`` is not int32[n].
-
-        >>> from hybridcache import CacheConfig, build_prefix_cache
-        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
-        >>> _ = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
-        >>> cache.continuation(np.arange(4, dtype=np.int32), 3).tolist()
-        [4, 5, 6]
-        """
-        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
-            require_int32(tokens, "tokens")
-        node = self._tree.find_root(namespace) if after is None else _node_of(after)
-        while node is not None and node.end > len(tokens):
-            node = node.parent
-        if node is None:
-            return EMPTY
-        return self._tree.continuation(node, tokens[node.end :], max_tokens)
-
     def protected(self) -> Protected:
         """Return how much of the cached memory is locked, shared paths counted once.
 
@@ -440,9 +408,9 @@ class HybridRadixCache:
         """
         return self._tree.nodes()
 
-    def roots(self) -> list[RadixNode]:
-        """Return the root of each namespace, the oldest first; ``root.key`` is the namespace."""
-        return list(self._tree.roots.values())
+    def root(self, namespace: Hashable = None) -> RadixNode | None:
+        """Return the root of ``namespace``, for reading only, or None if nothing is in it. O(1)."""
+        return self._tree.find_root(namespace)
 
     def render(self, max_nodes: int = 1000) -> str:
         """Draw the tree as text, one line per node. O(nodes drawn).

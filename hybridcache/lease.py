@@ -168,7 +168,7 @@ class Lease:
     Made by ``begin``. After ``finish``, ``preempt`` or ``abort`` it holds nothing: ``kv_indices``
     is empty and ``state_slot`` is None. ``abort`` then does nothing, and every other call that
     takes, plans or publishes raises ValueError. ``match``, ``cached_len``, ``losses`` and
-    ``is_counted`` keep their values. The results of ``is_saving_at``, ``continuation`` and
+    ``is_counted`` keep their values. The results of ``is_saving_at`` and
     ``num_quiet_tokens`` then mean nothing.
 
     The placement policy is notified of each planned checkpoint, whether saved or dropped.
@@ -201,7 +201,8 @@ class Lease:
         """Take ownership of ``receipt`` (a lock on ``match.node``) and of ``state_slot``; see
         ``begin``. ``prompt`` has the bytes of ``request.tokens``."""
         cached_len = match.cached_len
-        self._cache = cache
+        self.cache = cache
+        """Cache in which the request has its claims."""
         self._placement = placement
         self._request = request
         self._prompt = prompt
@@ -337,7 +338,7 @@ class Lease:
         if getattr(self, "_has_ended", True):
             return
         self._receipt.node = None  # One warning is enough.
-        self._cache.steps.num_open -= 1
+        self.cache.steps.num_open -= 1
         warnings.warn(
             f"{self!r} was dropped: call finish, preempt or abort, or its rows, slot and lock stay "
             "taken",
@@ -384,7 +385,7 @@ class Lease:
         """
         if self._unread_len:
             unread_len, self._unread_len, self._indexed_len = self._unread_len, 0, 0
-            self._rows[:unread_len] = self._cache.gather(self._receipt.node)[:unread_len]
+            self._rows[:unread_len] = self.cache.gather(self._receipt.node)[:unread_len]
         rows = self._rows[: self.extended_len]
         rows.flags.writeable = False
         return rows
@@ -424,16 +425,6 @@ class Lease:
             num_rows if interval is None else min(num_rows, interval - 1 - computed_len % interval)
         )
 
-    def continuation(self, tokens: Tokens, max_tokens: int) -> Tokens:
-        """Return up to ``max_tokens`` ids that followed ``tokens``, all tokens of the request so
-        far.
-
-        O(tokens past ``published_len``).
-        """
-        return self._cache.continuation(
-            tokens, max_tokens, self._request.namespace, self._receipt.node
-        )
-
     # --- Rows -------------------------------------------------------------------------------------
 
     def extend(self, to_len: int) -> bool:
@@ -459,8 +450,8 @@ class Lease:
             return True
         if self._has_ended:
             raise ValueError(ENDED)
-        page = self._cache.page_size
-        new = self._cache.allocate_kv(-((start - to_len) // page) * page)
+        page = self.cache.page_size
+        new = self.cache.allocate_kv(-((start - to_len) // page) * page)
         if new is None:
             return False
         end = start + len(new)
@@ -479,7 +470,7 @@ class Lease:
         """Put the rows of positions [start, end) into the next step plan."""
         table_row = self._request.table_row
         if table_row is not None:
-            steps = self._cache.steps
+            steps = self.cache.steps
             steps.row_write_due(self, table_row, start, end, lambda: self.kv_indices)
 
     def rows_moved(self, move: Move) -> int:
@@ -505,7 +496,7 @@ class Lease:
         self.is_counted = True
         request, match, placement = self._request, self.match, self._placement
         if request.reuse:
-            self._cache.touch(match, request.resumes)
+            self.cache.touch(match, request.resumes)
         if not request.stateful:
             return
         if request.reuse:
@@ -524,8 +515,8 @@ class Lease:
             match.missed,
             match.forks,
             request.answer_survives and not request.exact,
-            self._cache.free_slots,
-            self._cache.num_checkpoints,
+            self.cache.free_slots,
+            self.cache.num_checkpoints,
         )
         placement.on_prefill(prefill)
         asked = self._planned
@@ -614,7 +605,7 @@ class Lease:
         num_taken = 0
         for position, label in tuple(self._planned.items()):
             if start < position <= end and num_taken < max_slots:
-                slot = self._cache.allocate_slot()
+                slot = self.cache.allocate_slot()
                 if slot is None:
                     return False
                 del self._planned[position]
@@ -635,7 +626,7 @@ class Lease:
         if position is None:
             return ()
         rolling = self._rolling
-        slot = self._cache.allocate_slot(self._receipt) if rolling is None else rolling[1]
+        slot = self.cache.allocate_slot(self._receipt) if rolling is None else rolling[1]
         if slot is None:
             return ()
         if rolling is None or rolling[0] != position:
@@ -659,7 +650,7 @@ class Lease:
         if self._rolling is not None and self._rolling[0] > computed_len:
             kept = self._overwritten if unwritten else None
             if kept is None:
-                self._cache.free_slot(self._rolling[1])
+                self.cache.free_slot(self._rolling[1])
             self._rolling = kept
 
     # --- Publishing -------------------------------------------------------------------------------
@@ -684,7 +675,7 @@ class Lease:
             TypeError: ``computed_len`` is not an integer.
         """
         self._refuse_uncomputed(tokens, computed_len)
-        cache, first = self._cache, self.published_len
+        cache, first = self.cache, self.published_len
         if self._request.exact:
             computed_len = min(computed_len, self.prompt_len)
         if computed_len - computed_len % cache.page_size <= first:
@@ -765,7 +756,7 @@ class Lease:
         if saved or published_len > self.published_len:
             tip, _ = self._insert(tokens, published_len, saved)
         if stop_reason:
-            self._cache.label_tip(tip, stop_reason)
+            self.cache.label_tip(tip, stop_reason)
         self._close(donate)
 
     def _drop_unfinished(self, published_len: int) -> list[tuple[int, int, str]]:
@@ -779,7 +770,7 @@ class Lease:
             if one[0] <= published_len:
                 finished.append(one)
             else:
-                self._cache.free_slot(one[1])
+                self.cache.free_slot(one[1])
                 self._placement.on_dropped(one[0], one[2])
         for position, label in self._planned.items():
             self._placement.on_dropped(position, label)
@@ -791,7 +782,7 @@ class Lease:
     ) -> tuple[NodeHandle | None, int]:
         """Insert and return (node that ends at the new ``published_len``, number of duplicate
         rows)."""
-        cache, first = self._cache, self.published_len
+        cache, first = self.cache, self.published_len
         checkpoints, labels = [], []
         for position, slot, label in saved:
             checkpoints.append((position, slot))
@@ -836,7 +827,7 @@ class Lease:
                 f"computed_len is {computed_len}, but there are only {len(tokens)} tokens: pass "
                 "all tokens so far"
             )
-        if computed_len > first and self in self._cache.steps.restores:
+        if computed_len > first and self in self.cache.steps.restores:
             raise RuntimeError(NOT_RESTORED.format(computed_len))
         end = min(computed_len, self.prompt_len)
         new = np.ascontiguousarray(tokens[first:end])
@@ -862,7 +853,7 @@ class Lease:
 
     def _close(self, donate: bool) -> None:
         """Return everything that is still held. ``donate``: the own slot is the cache's now."""
-        cache, held = self._cache, self._rows[self.published_len : self.extended_len]
+        cache, held = self.cache, self._rows[self.published_len : self.extended_len]
         if self.state_slot is not None and self._request.own_slot is None and not donate:
             cache.free_slot(self.state_slot)
         if len(held):

@@ -18,14 +18,13 @@ The tree has no policy and no memory: the cache decides when a node changes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Hashable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Collection, Hashable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.tokens import EMPTY, PLAIN, Indices, Tokens, common_prefix_len, require_namespace
+from hybridcache.tokens import PLAIN, Indices, Tokens, common_prefix_len, require_namespace
 
 TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
@@ -448,9 +447,6 @@ def link(before: Link, after: Checkpoint | None) -> None:
 
 # --- The tree -------------------------------------------------------------------------------------
 
-MAX_BRANCHES = 64
-"""Number of children, the newest, that are compared if several continue alike."""
-
 Walk = tuple[RadixNode, RadixNode | None, int]
 """Result of following a prompt through the resident part of the tree:
 
@@ -619,62 +615,6 @@ class RadixTree:
             below = [*members(node.children), *members(node.ghosts)]
             yield from below
             stack += below
-
-    def continuation(self, node: RadixNode, tokens: Tokens, max_tokens: int) -> Tokens:
-        """Return up to ``max_tokens`` ids that followed ``tokens`` after the end of ``node``
-        before.
-
-        The result is empty if they never did. Changes nothing. At a fork, the child that was used
-        last is followed, resident ones before ghosts. O(length of ``tokens``, compared as bytes,
-        plus nodes on the path, plus up to ``MAX_BRANCHES`` per fork).
-        """
-        rest, at, found = tokens.tobytes(), 0, [EMPTY]
-        num_missing = max_tokens
-        while num_missing > 0:
-            child = self._next(node, tokens, at)
-            if child is None:
-                break
-            end = min(at + len(child.edge) // TOKEN_BYTES, len(tokens))
-            shared = (end - at) * TOKEN_BYTES
-            if child.edge[:shared] != rest[at * TOKEN_BYTES : end * TOKEN_BYTES]:
-                break
-            if shared < len(child.edge):
-                found.append(edge_tokens(child.edge[shared:])[:num_missing])
-                num_missing -= len(found[-1])
-            node, at = child, end
-        return np.concatenate(found)
-
-    def _next(self, node: RadixNode, tokens: Tokens, at: int) -> RadixNode | None:
-        """Return the child on which ``tokens`` continue at ``at``, or None.
-
-        If less than a page remains, this is the child used last of those that begin with it.
-        """
-        families = (node.children, node.ghosts)
-        if len(tokens) - at >= self.page_size:
-            key = first_page(tokens, at, self.page_size)
-            for family in families:
-                child = family.get(key) if isinstance(family, dict) else family
-                if child is not None and child.key == key:
-                    return child
-            return None
-        start = tokens[at:].tobytes()
-        alike = [
-            child
-            for family in families
-            for child in _newest(family)
-            if child.edge[: len(start)] == start
-        ]
-        return max(alike, key=_last_used, default=None)
-
-
-def _newest(family: Family) -> Iterable[RadixNode]:
-    if isinstance(family, dict):
-        return islice(reversed(family.values()), MAX_BRANCHES)
-    return members(family)
-
-
-def _last_used(node: RadixNode) -> int:
-    return -sys.maxsize if node.kv is None else node.kv.last_used
 
 
 # --- Compaction -----------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ cache manager gives each request a lease and turns its changes into work for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from math import lcm
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,8 @@ from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
-from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.tokens import Indices
 
 TableRow = Callable[[int, int], Indices]
 """Function of (row, end). Returns the KV indices that a runner was given for positions of a row
@@ -61,18 +61,19 @@ class CacheManager:
         """
         self.cache = cache
         self.placement = placement
-        self._stateful = stateful
+        self.stateful = stateful
         self._exact = exact
         self._owns_states = owns_states
         self._exchange = exchange
         self._after_reading = after_reading
-        self._publishing = publishing
+        self.publishing = publishing
         self.checkpoint_grid = lcm(cache.grid, cache.page_size)
         """Checkpoints are saved at multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
-        self._arrivals: dict[ReceivedPrefix, None] = {}
+        self.other_holders: dict[Any, None] = {}
+        """Other owners of rows and slots, with ``held_tokens`` and ``held_slots``."""
         self._step = StepPlan()
 
     def begin(self, request: ScheduledRequest) -> bool:
@@ -87,7 +88,7 @@ class CacheManager:
             boundaries=tuple(request.spec.boundaries),
             reuse=not request.wants_scores,
             exact=self._exact,
-            stateful=self._stateful,
+            stateful=self.stateful,
             answer_survives=request.spec.answer_survives,
             table_row=self._free_rows[-1],
             own_slot=self._free_rows[-1] if self._owns_states else None,
@@ -164,23 +165,6 @@ class CacheManager:
         """Return the length from which waiting ``request`` could resume now. O(its length)."""
         return self.match(request).cached_len
 
-    def begin_arrival(self, tokens: Tokens, namespace: Hashable) -> ReceivedPrefix | None:
-        """Allocate memory for the missing part of ``tokens``, in whole grid steps, to be received
-        from another engine (see ``ReceivedPrefix.begin``). Must be followed by ``end_arrival``."""
-        arrival = ReceivedPrefix.begin(self.cache, tokens, namespace, stateful=self._stateful)
-        if arrival is not None:
-            self._arrivals[arrival] = None
-        return arrival
-
-    def end_arrival(self, arrival: ReceivedPrefix, *, is_whole: bool) -> None:
-        """Publish the received entries, or free their memory if they are incomplete."""
-        del self._arrivals[arrival]
-        if is_whole:
-            with self._publishing():
-                arrival.publish()
-        else:
-            arrival.abort()
-
     def can_save(self, request: ScheduledRequest, position: int) -> bool:
         """Return whether the entries needed to resume at ``position`` are planned by ``request``
         but not published yet."""
@@ -188,7 +172,7 @@ class CacheManager:
         if position > request.scheduled_len:
             return True
         return position > request.computed_len and (
-            not self._stateful or lease.is_saving_at(position)
+            not self.stateful or lease.is_saving_at(position)
         )
 
     def plan_checkpoint(self, request: ScheduledRequest, position: int) -> None:
@@ -199,7 +183,7 @@ class CacheManager:
     def publish(self, request: ScheduledRequest) -> None:
         """Publish the computed part of ``request`` in the tree."""
         lease, _ = request.claims
-        with self._publishing():
+        with self.publishing():
             lease.publish(request.tokens, request.computed_len)
 
     def finish(self, request: ScheduledRequest) -> None:
@@ -207,7 +191,7 @@ class CacheManager:
         donated if a step planned earlier still advances it."""
         lease, _ = request.claims
         is_state_final = request.scheduled_len == request.computed_len
-        with self._publishing():
+        with self.publishing():
             lease.finish(request.tokens, request.computed_len, is_state_final, request.stop_reason)
         self._release(request)
 
@@ -215,7 +199,7 @@ class CacheManager:
         """End the lease of a request that will begin again. Publishes everything computed and keeps
         the state if possible."""
         lease, _ = request.claims
-        with self._publishing():
+        with self.publishing():
             lease.preempt(request.tokens, request.computed_len)
         self._release(request)
         request.computed_len = request.scheduled_len = 0
@@ -267,7 +251,7 @@ class CacheManager:
     def checkpoint_positions(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
         """Return the positions where ``request`` would save its state if only the KV of its first
         ``seen_len`` tokens were cached, without a checkpoint."""
-        if not self._stateful:
+        if not self.stateful:
             return (seen_len - seen_len % self.checkpoint_grid,)
         prefill = Prefill(
             prompt_len=request.num_tokens,
@@ -280,9 +264,9 @@ class CacheManager:
         return tuple(prefill.on_grid(self.placement.plan(prefill)))
 
     def held(self) -> tuple[int, int]:
-        """Return (KV rows, slots) held by running requests and by prefixes being received."""
+        """Return (KV rows, slots) held by running requests and by ``other_holders``."""
         leases = [request.claims[0] for request in self._requests.values()]
-        holders: list[Lease | ReceivedPrefix] = [*leases, *self._arrivals]
+        holders = [*leases, *self.other_holders]
         return sum(one.held_tokens for one in holders), sum(one.held_slots for one in holders)
 
     def check(self, table_row: TableRow) -> None:

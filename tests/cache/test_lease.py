@@ -42,7 +42,7 @@ def prefill(lease: Lease, prompt: Tokens, end: int | None = None) -> tuple[tuple
     end = len(prompt) if end is None else end
     assert lease.extend(end)
     exports = lease.take_checkpoint_slots(lease.published_len, end)
-    carried_out(lease._cache)
+    carried_out(lease.cache)
     lease.publish(prompt, end)
     return exports
 
@@ -54,7 +54,7 @@ def check(cache: HybridRadixCache, *leases: Lease) -> None:
 def answer(lease: Lease, text: Tokens) -> None:
     """Decode up to the end of ``text``, in one step."""
     assert lease.extend(len(text)) and lease.take_checkpoint_slots(lease.prompt_len, len(text))
-    carried_out(lease._cache)
+    carried_out(lease.cache)
 
 
 def reusable_len(cache: HybridRadixCache, text: Tokens) -> int:

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from engine.plugins.disaggregation.received_prefix import ReceivedPrefix
 from hybridcache import lease as lease_module
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
@@ -35,7 +36,6 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
-from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from hybridcache.tokens import Tokens
 from tests.cache.test_machine import at_least
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine.plugins.disaggregation.received_prefix import ReceivedPrefix, begin_arrival, end_arrival
 from engine.requests.request import Request
 from hybridcache.api import PrefixMatch
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
 from tests.oracle import OracleRunner, OracleSampler, OracleState, fingerprint
@@ -34,7 +34,7 @@ class SlowFetch:
 
     def settle(self, is_whole: bool) -> None:
         self.num_fetched = len(self.arrival.rows) if is_whole else 0
-        self.fetcher.engine._manager.end_arrival(self.arrival, is_whole=is_whole)
+        end_arrival(self.fetcher.engine._manager, self.arrival, is_whole=is_whole)
         self.fetcher.pending.remove(self)
         self.has_ended = True
 
@@ -63,7 +63,7 @@ class SlowFetcher:
     def begin(self, request: Request, match: PrefixMatch) -> SlowFetch | None:
         assert self.has_room and self.wants(request, match)
         end = (request.num_tokens - 1) // 64 * 64
-        arrival = self.engine._manager.begin_arrival(request.tokens[:end], request.namespace)
+        arrival = begin_arrival(self.engine._manager, request.tokens[:end], request.namespace)
         if arrival is None:
             return None
         self.num_begun += 1

@@ -246,7 +246,6 @@ def test_values_that_only_compare_equal_to_a_namespace_are_rejected(other, wrap)
     rows = cache.allocate_kv(4)
     for method in (
         lambda: cache.match(prompt, other),
-        lambda: cache.continuation(prompt[:2], 2, other),
         lambda: cache.lock_kv(prompt, other),
         lambda: cache.insert(prompt, rows, (), other),
         lambda: mirror.match(prompt, other),

@@ -20,13 +20,17 @@ import zmq
 from engine.errors import InvalidRequest, RequestError
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer
+from engine.plugins.disaggregation.received_prefix import (
+    ReceivedPrefix,
+    begin_arrival,
+    end_arrival,
+)
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec, SamplingParams
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
 from hybridcache.geometry.units import counted
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.received_prefix import ReceivedPrefix
 
 logger = logging.getLogger(__name__)
 MAX_FETCHES = 8
@@ -155,7 +159,7 @@ class PeerFetcher:
         peer, end, namespace = self._choose(), self._end(request), request.namespace
         if peer is None:
             return None
-        arrival = self._manager.begin_arrival(request.tokens[:end].copy(), namespace)
+        arrival = begin_arrival(self._manager, request.tokens[:end].copy(), namespace)
         if arrival is None:
             return None
         fetch = PeerFetch(self, peer, arrival)
@@ -225,7 +229,7 @@ class PeerFetcher:
     def end(self, fetch: PeerFetch, *, is_whole: bool) -> None:
         """Publish a complete prefix, or release its memory."""
         self._active.remove(fetch)
-        self._manager.end_arrival(fetch.arrival, is_whole=is_whole)
+        end_arrival(self._manager, fetch.arrival, is_whole=is_whole)
         if fetch.connection is not None:
             fetch.connection.close()
             fetch.wire_bytes = fetch.connection.num_bytes

@@ -4,12 +4,22 @@ multi-token head."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 
 from engine.requests.request import Request
 from engine.schedule.batch import NO_TOKENS, Newest
+from hybridcache.radix.tree import (
+    TOKEN_BYTES,
+    Family,
+    NodeHandle,
+    RadixNode,
+    edge_tokens,
+    first_page,
+    members,
+)
 from hybridcache.tokens import Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16
@@ -53,10 +63,78 @@ class TreeDrafter(Drafter):
     name = "tree"
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
-        return [
-            request.claims[0].continuation(request.tokens, max_tokens)
-            for request, max_tokens in wanted
-        ]
+        drafts = []
+        for request, max_tokens in wanted:
+            lease = request.claims[0]
+            node = lease.node or lease.cache.root(request.namespace)
+            drafts.append(following(lease.cache.page_size, node, request.tokens, max_tokens))
+        return drafts
+
+
+MAX_BRANCHES = 64
+"""Number of children, the newest, that are compared if several continue alike."""
+
+
+def following(page_size: int, node: NodeHandle | None, tokens: Tokens, max_tokens: int) -> Tokens:
+    """Return up to ``max_tokens`` ids that followed ``tokens`` in earlier requests.
+
+    ``node`` is a node on the path of ``tokens``, or None. At a fork, the child used last is
+    followed, resident ones before ghosts. The result is empty if ``tokens`` never occurred.
+    O(tokens after ``node``, compared as bytes, plus up to ``MAX_BRANCHES`` per fork).
+    """
+    while isinstance(node, RadixNode) and node.end > len(tokens):
+        node = node.parent
+    if not isinstance(node, RadixNode):
+        return NO_TOKENS
+    first = node.end
+    rest, at, found = tokens[first:].tobytes(), 0, [NO_TOKENS]
+    num_missing, num_left = max_tokens, len(tokens) - first
+    while num_missing > 0:
+        child = _next(node, page_size, tokens[first + at :])
+        if child is None:
+            break
+        end = min(at + len(child.edge) // TOKEN_BYTES, num_left)
+        shared = (end - at) * TOKEN_BYTES
+        if child.edge[:shared] != rest[at * TOKEN_BYTES : end * TOKEN_BYTES]:
+            break
+        if shared < len(child.edge):
+            found.append(edge_tokens(child.edge[shared:])[:num_missing])
+            num_missing -= len(found[-1])
+        node, at = child, end
+    return np.concatenate(found)
+
+
+def _next(node: RadixNode, page_size: int, tokens: Tokens) -> RadixNode | None:
+    """Return the child on which ``tokens`` continue, or None.
+
+    If less than a page remains, this is the child used last of those that begin with it.
+    """
+    families = (node.children, node.ghosts)
+    if len(tokens) >= page_size:
+        key = first_page(tokens, 0, page_size)
+        for family in families:
+            child = family.get(key) if isinstance(family, dict) else family
+            if child is not None and child.key == key:
+                return child
+        return None
+    start = tokens.tobytes()
+    alike = [
+        child
+        for family in families
+        for child in _newest_children(family)
+        if child.edge[: len(start)] == start
+    ]
+    return max(alike, key=_last_used, default=None)
+
+
+def _newest_children(family: Family) -> Iterable[RadixNode]:
+    if isinstance(family, dict):
+        return islice(reversed(family.values()), MAX_BRANCHES)
+    return members(family)
+
+
+def _last_used(node: RadixNode) -> int:
+    return -1 if node.kv is None else node.kv.last_used
 
 
 class SuffixDrafter(Drafter):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from engine.plugins.disaggregation.received_prefix import ReceivedPrefix
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import EVICTION
-from hybridcache.scheduling.received_prefix import ReceivedPrefix
 from tests.cache.test_lease import begin, prefill, tokens
 
 

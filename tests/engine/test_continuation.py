@@ -6,9 +6,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.plugins.speculation.suffix import MAX_BRANCHES, following
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.cache import HybridRadixCache
-from hybridcache.radix.tree import MAX_BRANCHES
+from hybridcache.tokens import Tokens
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)
 
@@ -34,6 +35,10 @@ def insert(cache: HybridRadixCache, tokens: list[int], namespace: str | None = N
     cache.free_kv(np.concatenate([result.duplicates, rows[whole:]]))
 
 
+def continuation(cache: HybridRadixCache, tokens: Tokens, max_tokens: int) -> Tokens:
+    return following(cache.page_size, cache.root(), tokens, max_tokens)
+
+
 @given(
     inserted=texts,
     prompt=st.lists(st.integers(0, 2), max_size=10),
@@ -56,7 +61,7 @@ def test_a_continuation_follows_an_inserted_text_and_changes_nothing(
     if evicted:
         cache.evict(num_tokens=7)
     ids, before = np.array(prompt, np.int32), cache.render()
-    found = cache.continuation(ids, max_tokens).tolist()
+    found = continuation(cache, ids, max_tokens).tolist()
     assert cache.render() == before
     whole = [tokens[: len(tokens) - len(tokens) % page_size] for tokens in inserted]
     longer = [t for t in whole if t[: len(prompt)] == prompt and len(t) > len(prompt)]
@@ -72,9 +77,9 @@ def test_the_most_recently_used_continuation_is_chosen() -> None:
     insert(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     insert(cache, [1, 2, 30, 40, 50, 60])
     ids = np.array([1, 2], np.int32)
-    assert cache.continuation(ids, 2).tolist() == [30, 40]
+    assert continuation(cache, ids, 2).tolist() == [30, 40]
     cache.touch(cache.match(np.array([1, 2, 3, 4, 5], np.int32)))
-    assert cache.continuation(ids, 2).tolist() == [3, 4]
+    assert continuation(cache, ids, 2).tolist() == [3, 4]
 
 
 def test_at_most_max_branches_are_compared_newest_first() -> None:
@@ -84,8 +89,8 @@ def test_at_most_max_branches_are_compared_newest_first() -> None:
         insert(cache, tokens)
     cache.touch(cache.match(np.array([*texts[0], 0], np.int32)))
     start = np.array([1], np.int32)
-    assert cache.continuation(start, 3).tolist() == texts[-1][1:]
+    assert continuation(cache, start, 3).tolist() == texts[-1][1:]
     cache.evict(num_tokens=400)
     assert cache.cached_tokens == 0
     for tokens in texts:  # the second token selects the branch
-        assert cache.continuation(np.array(tokens[:2], np.int32), 2).tolist() == tokens[2:]
+        assert continuation(cache, np.array(tokens[:2], np.int32), 2).tolist() == tokens[2:]

@@ -1,4 +1,4 @@
-"""Reservation for a prefix that is copied into the cache from another engine or another tier.
+"""Reservation for a prefix that is copied into the cache from another engine.
 
 A ``Lease`` belongs to a computed prefix, a ``ReceivedPrefix`` to a copied one. It holds rows for
 the tokens without KV in the cache, and a slot for the state at the end. ``publish`` moves both into
@@ -14,6 +14,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import Move
 from hybridcache.cache import HybridRadixCache, LockHandle
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
 LABEL = "arrived"
@@ -144,3 +145,24 @@ class ReceivedPrefix:
         self._cache.unlock(self._receipt)
         self.slot = None
         self._rows = self._rows[:0]
+
+
+def begin_arrival(
+    manager: CacheManager, tokens: Tokens, namespace: Hashable
+) -> ReceivedPrefix | None:
+    """Allocate memory for the missing part of ``tokens``, in whole grid steps; see
+    ``ReceivedPrefix.begin``. Must be followed by ``end_arrival``."""
+    arrival = ReceivedPrefix.begin(manager.cache, tokens, namespace, stateful=manager.stateful)
+    if arrival is not None:
+        manager.other_holders[arrival] = None
+    return arrival
+
+
+def end_arrival(manager: CacheManager, arrival: ReceivedPrefix, *, is_whole: bool) -> None:
+    """Publish the received entries, or free their memory if they are incomplete."""
+    del manager.other_holders[arrival]
+    if is_whole:
+        with manager.publishing():
+            arrival.publish()
+    else:
+        arrival.abort()
