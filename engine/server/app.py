@@ -29,8 +29,6 @@ from engine.plugins.dialects.tokens import (
     tokenizer_info,
 )
 from engine.plugins.observe.server import Page
-from engine.plugins.tool_calls.call_grammars import call_grammar
-from engine.plugins.tool_calls.forms import call_form
 from engine.server import access
 from engine.server.access import Operator
 from engine.server.api_errors import HANDLERS, APIError
@@ -56,9 +54,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.of(DiagnosticsConfig).explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
-    context = ServingContext(
-        engine, config, workers, call_form, call_grammar, explanations.remember
-    )
+    context = ServingContext(engine, config, workers, explanations.remember)
     responses, page = Responses(context, config), Page(context, operator)
     bodies: dict[str, tuple[type[Body], Answer]] = {
         "/v1/completions": (CompletionRequest, partial(complete, context)),

@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server.access import AnswerId, Tenant, new_id
@@ -153,6 +155,26 @@ def _plain(tool: dict[str, object]) -> dict[str, object]:
     return plain
 
 
+def _call_grammar(body: ChatRequest, form: AnswerForm) -> Grammar | None:
+    """Return the grammar of required calls, or of strict calls that the answer may contain; None
+    without either.
+
+    Raises ValueError if a tool's schema cannot be used, or if another form is requested too.
+    """
+    written = "hermes" if form.calls is None else form.calls.FORM
+    if body.has_strict_calls:
+        return grammar_of_strict_calls(body.tools or (), written, may_think=form.thinks)
+    if not body.demands_call:
+        return None
+    if body.has_form:
+        raise ValueError(
+            "'tool_choice' requires a call, so no other form of the answer can be requested."
+        )
+    choice = body.tool_choice
+    name = choice.function.name if isinstance(choice, NamedTool) else "required"
+    return grammar_of_calls(body.tools or (), name, written, in_parallel=body.parallel_tool_calls)
+
+
 async def ask(
     context: ServingContext,
     body: ChatRequest,
@@ -179,11 +201,8 @@ async def ask(
     [token_ids] = await context.as_arrays([prompt.token_ids])
     samplings = body.samplings(limit, num_top, context.engine.sampling_defaults)
 
-    def call_grammar() -> Grammar | None:
-        written = "hermes" if form.calls is None else form.calls.FORM
-        return context.call_grammar(body, written, form.thinks)
-
-    grammar = await context.grammar_of(body, call_grammar, prompt.is_thinking, format_name)
+    calls = partial(_call_grammar, body, form)
+    grammar = await context.grammar_of(body, calls, prompt.is_thinking, format_name)
 
     specs = (
         RequestSpec(

@@ -16,7 +16,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec import structs
@@ -36,7 +36,6 @@ from engine.server.schemas import Guided, Message, TokenOptions
 from engine.server.settings import ServerConfig
 from engine.text.answer_reader import AnswerForm
 from engine.text.answers import CLOSE
-from engine.text.calls import CallReader
 from engine.text.outputs import (
     DraftCounts,
     FinishReason,
@@ -91,18 +90,11 @@ class ServingContext:
         engine: AsyncEngine,
         config: ServerConfig,
         workers: Workers,
-        call_form: Callable[[str], type[CallReader] | None],
-        call_grammar: Callable[[Any, Literal["hermes", "xml"], bool], Grammar | None],
         remember: Callable[[AnsweredChat], None],
     ) -> None:
-        """Connect the engine with functions of plugins.
-
-        ``call_form`` returns the reader of the calls in the source of a chat template, or None.
-        ``call_grammar`` returns the grammar of the calls of a chat request, or None. ``remember``
-        stores a chat that was answered, for explanations.
-        """
+        """``remember`` stores a chat that was answered, for explanations."""
         self.engine, self.workers = engine, workers
-        self._call_form, self.call_grammar, self.remember = call_form, call_grammar, remember
+        self.remember = remember
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),
@@ -127,7 +119,7 @@ class ServingContext:
     def form(self) -> AnswerForm:
         """Form of the model's answers to chats."""
         template = self.tokenizer.chat_template
-        return AnswerForm.of("" if template is None else template.source, self._call_form)
+        return AnswerForm.of("" if template is None else template.source)
 
     def check_model(self, model: str | None) -> None:
         """Raise APIError 404 if a client names another model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from engine.text.answers import (
     TextDelta,
     joined,
 )
-from engine.text.calls import CallReader
+from engine.text.calls import CallReader, call_form
 from engine.text.outputs import RequestOutput
 
 PIECE = 512
@@ -39,9 +39,8 @@ class AnswerForm:
 
     @classmethod
     @lru_cache(maxsize=4)
-    def of(cls, template: str, call_form: Callable[[str], type[CallReader] | None]) -> AnswerForm:
-        """Return the form for the source of a chat template. ``call_form`` returns the reader of
-        its calls. O(len(template)) for a new one."""
+    def of(cls, template: str) -> AnswerForm:
+        """Return the form for the source of a chat template. O(len(template)) for a new one."""
         offers_tools = "tools" in template
         calls = call_form(template) if offers_tools else None
         return cls(CLOSE in template, offers_tools, calls)

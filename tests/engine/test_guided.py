@@ -17,7 +17,7 @@ from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided import guide
 from engine.plugins.guided.guides import Guides
 from engine.plugins.guided.marks import Overshoots
-from engine.plugins.tool_calls.call_grammars import grammar_of_calls, grammar_of_strict_calls
+from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler

@@ -10,9 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.plugins.tool_calls.forms import call_form
-from engine.plugins.tool_calls.hermes import HermesReader
-from engine.plugins.tool_calls.qwen_xml import QwenXMLReader
 from engine.text import calls
 from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import (
@@ -25,6 +22,7 @@ from engine.text.answers import (
     TextDelta,
     joined,
 )
+from engine.text.calls import HermesReader, QwenXMLReader
 
 SCHEMA = {
     "type": "object",
@@ -227,7 +225,7 @@ def test_broken_calls_are_read_in_linear_time(
     num_read = 0
     search = calls.CallReader._text
 
-    def counting(reader: calls.CallReader, text: str) -> str | None:
+    def counting(reader: calls.CallReader, text: str) -> str:
         nonlocal num_read
         num_read += len(text)
         return search(reader, text)
@@ -324,6 +322,6 @@ def test_hermes_arguments_round_trip(arguments: dict[str, Any]) -> None:
     ],
 )
 def test_the_form_is_recognised_in_the_template(source: str, reader: type | None) -> None:
-    form = AnswerForm.of(source, call_form)
+    form = AnswerForm.of(source)
     assert form.calls is reader
     assert (form.thinks, form.offers_tools) == ("</think>" in source, "tools" in source)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.plugins.tool_calls.qwen_xml import END_FUNCTION, FUNCTION, PARAMETER, json_types
 from engine.requests.grammar import (
     CALL,
     MAX_CHARS,
@@ -15,9 +14,9 @@ from engine.requests.grammar import (
     json_rule,
     quoted,
 )
-from engine.server.schemas import ChatRequest, NamedTool
 from engine.text.answers import CALL_CLOSE as CLOSE
 from engine.text.answers import CALL_OPEN as OPEN
+from engine.text.calls import END_FUNCTION, FUNCTION, PARAMETER, json_types
 
 Form = Literal["hermes", "xml"]
 """Form of calls: JSON objects, or a tag per argument as in Qwen3-Coder."""
@@ -35,27 +34,6 @@ STRING_LIMITS = ("pattern", "format", "minLength", "maxLength")
 ANY_OBJECT = {"type": "object"}
 MAX_SHOWN = 64
 """Maximum length of a name in an error."""
-
-
-def call_grammar(body: ChatRequest, form: Form, may_think: bool) -> Grammar | None:
-    """Return the grammar of required calls, or of strict calls that the answer may contain; None
-    without either.
-
-    ``form`` is the model's form of calls; ``may_think`` is True if the answer may begin with
-    reasoning. Raises ValueError if a tool's schema cannot be used, or if another form is requested
-    too.
-    """
-    if body.has_strict_calls:
-        return grammar_of_strict_calls(body.tools or (), form, may_think=may_think)
-    if not body.demands_call:
-        return None
-    if body.has_form:
-        raise ValueError(
-            "'tool_choice' requires a call, so no other form of the answer can be requested."
-        )
-    choice = body.tool_choice
-    name = choice.function.name if isinstance(choice, NamedTool) else "required"
-    return grammar_of_calls(body.tools or (), name, form, in_parallel=body.parallel_tool_calls)
 
 
 def grammar_of_calls(
