@@ -19,12 +19,6 @@ class ReplicasConfig(PluginConfig):
     replicas: int = setting(
         1, "number of engines on Ray Serve, with one core each, behind one router", limits=COUNT
     )
-    max_replicas: int | None = setting(
-        None,
-        "maximum number of engines on Ray Serve under load; one that is no longer needed finishes "
-        "its requests and ends; by default always --replicas",
-        limits=COUNT,
-    )
     ray: str | None = setting(
         None,
         "with replicas: address of their Ray cluster (auto: the one that ray start created "
@@ -38,14 +32,10 @@ class ReplicasConfig(PluginConfig):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ConfigError(
-                f"--max-replicas {self.max_replicas} must not be below --replicas {self.replicas}."
-            )
         if not self.is_used and (self.ray, self.router) != (None, "checkpoint"):
-            raise ConfigError("--router and --ray need --replicas (2 or more) or --max-replicas.")
+            raise ConfigError("--router and --ray need --replicas (2 or more).")
 
     @property
     def is_used(self) -> bool:
         """See ``PluginConfig``: a router is in front of engines of Ray Serve."""
-        return self.replicas > 1 or self.max_replicas is not None
+        return self.replicas > 1

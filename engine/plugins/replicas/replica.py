@@ -17,11 +17,13 @@ from engine.engine import Engine
 from engine.errors import RequestError
 from engine.interfaces import StepReport
 from engine.messages import Abort, ResetCache
-from engine.plugins.replicas.replica_output import Order, ReplicaFacts
+from engine.plugins.replicas.replica_output import Order, PerToken, ReplicaFacts
 from engine.requests.spec import SamplingParams
 from engine.text.outputs import RequestOutput
 from engine.worker.screen import screen_rows
+from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import EventBatch, Outbox
+from hybridcache.routing.protocol import ReplicaSpec
 
 logger = logging.getLogger(__name__)
 TRIAL_TOKENS = 512
@@ -86,18 +88,19 @@ class EngineReplica:
     async def facts(self, order: Order) -> ReplicaFacts:
         """Return the facts of this replica."""
         memory, cache = self._engine.runner.memory, self._engine.cache
-        report = await self._async.report()
-        return ReplicaFacts(
-            engine=self._async.facts,
-            grid=cache.grid,
+        report, rules = await self._async.report(), self._engine.config.checkpoints
+        spec = ReplicaSpec(
+            PerToken(self._tokens_per_s),
             page_size=cache.page_size,
+            grid=cache.grid,
             kv_bytes=memory.row_bytes,
             state_bytes=memory.state_bytes,
             capacity_bytes=report.bytes.total,
             stateful=memory.is_stateful,
-            prefill_tokens_per_s=self._tokens_per_s,
-            screen=tuple(screen_rows(self._engine, order.address)) if order.address else (),
+            placement=parse_placement(",".join(rules)) if memory.is_stateful else None,
         )
+        screen = tuple(screen_rows(self._engine, order.address)) if order.address else ()
+        return ReplicaFacts(self._async.facts, spec, self._tokens_per_s, screen)
 
     async def generate(self, order: Order) -> AsyncIterator[RequestOutput]:
         """Yield outputs without the prompt and without earlier tokens, which the server has.

@@ -10,7 +10,7 @@ from engine.messages import Abort, EngineFacts, Question
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import RequestOutput
 from hybridcache.geometry.units import counted
-from hybridcache.routing.protocol import RouteRequest
+from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,24 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class PerToken:
+    """A constant rate that a replica measured at its start."""
+
+    tokens_per_s: float
+
+    def seconds(self, start: int, end: int) -> float:
+        """Return the seconds to compute the tokens [start, end)."""
+        return max(end - start, 0) / self.tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaFacts:
     """Facts about the engines for the server and its router."""
 
     engine: EngineFacts
-    grid: int
-    page_size: int
-    kv_bytes: int
-    state_bytes: int
-    capacity_bytes: int
-    stateful: bool
-    prefill_tokens_per_s: float
-    """Measured at the start."""
+    spec: ReplicaSpec
+    tokens_per_s: float
+    """Speed of prefills, measured at the start."""
     screen: tuple[tuple[str, str], ...]
     """Rows of the start screen of one engine; empty if the order had no address."""
 

@@ -9,8 +9,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 from msgspec import structs
@@ -43,12 +43,11 @@ from engine.messages import (
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica_output import Diverged, Order, Progress, ReplicaFacts
 from engine.requests.spec import RequestSpec
-from engine.schedule.report import CacheReport, OffloadReport, PoolReport, TierReport
+from engine.schedule.report import CacheReport, FolderReport
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
 from hybridcache.routing.outbox import EventsLost
 from hybridcache.routing.protocol import RouteRequest
-from hybridcache.scheduling.planner import AdmissionReport
 
 
 def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
@@ -59,54 +58,44 @@ def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheRepo
     """
     if not reports:
         raise ValueError("no replica is up")
-    usage = {
-        name: gone.get(name, 0) + sum(each.usage[name] for each in reports)
-        for name in reports[0].usage
-    }
+    total = cast("CacheReport", _sum(reports))
+    total.usage.update((name, total.usage[name] + gone.get(name, 0)) for name in total.usage)
+    usage, first = total.usage, reports[0]
     return replace(
-        reports[0],
-        bytes=_pool([each.bytes for each in reports]),
-        kv=_pool([each.kv for each in reports]),
-        slots=_pool([each.slots for each in reports]),
-        num_running=sum(each.num_running for each in reports),
-        num_waiting=sum(each.num_waiting for each in reports),
-        queue=_queue([each.queue for each in reports]),
+        total,
+        grid=first.grid,
+        page_size=first.page_size,
+        queue=replace(
+            total.queue,
+            oldest_wait_s=max(each.queue.oldest_wait_s for each in reports),
+            figures=first.queue.figures,
+        ),
         token_hit_rate=_rate(usage["cached_tokens"], usage["prompt_tokens"]),
         request_hit_rate=_rate(usage["hits"], usage["requests"]),
-        usage=usage,
-        offload=_offload([each.offload for each in reports if each.offload is not None]),
     )
 
 
-def _queue(reports: Sequence[AdmissionReport]) -> AdmissionReport:
-    """Add up sessions and take the longest wait; the figures of the policy are those of the
-    first."""
-    return AdmissionReport(
-        sum(each.live_sessions for each in reports),
-        sum(each.waiting_sessions for each in reports),
-        max(each.oldest_wait_s for each in reports),
-        reports[0].figures,
-    )
+def _sum(values: Sequence[Any]) -> Any:
+    """Add up numbers, also inside of other values; take the first of anything else.
 
-
-def _pool(pools: Sequence[PoolReport]) -> PoolReport:
-    names = [field.name for field in fields(PoolReport)]
-    return PoolReport(**{name: sum(getattr(pool, name) for pool in pools) for name in names})
-
-
-def _offload(reports: Sequence[OffloadReport]) -> OffloadReport | None:
-    """Add up the tiers. The folder is shared by the replicas of one machine: the report of the
-    first replica with a problem is used, or the first report."""
-    if not reports:
-        return None
-    names = [field.name for field in fields(TierReport) if field.name != "tier"]
-    tiers = tuple(
-        replace(same[0], **{name: sum(getattr(tier, name) for tier in same) for name in names})
-        for same in zip(*(report.tiers for report in reports), strict=True)
-    )
-    folders = [report.folder for report in reports if report.folder is not None]
-    folders.sort(key=lambda folder: folder.problem is None)
-    return OffloadReport(tiers, folders[0] if folders else None)
+    Folders are not added up, because the replicas of one machine share theirs: the first with a
+    problem is used, or the first.
+    """
+    first, kind = values[0], cast("Any", type(values[0]))
+    if isinstance(first, FolderReport):
+        return min(values, key=lambda folder: folder.problem is None)
+    if isinstance(first, int | float):
+        return sum(values)
+    if isinstance(first, dict):
+        return {name: _sum([each[name] for each in values]) for name in first}
+    if is_dataclass(first):
+        names = [field.name for field in fields(first)]
+        return type(first)(
+            **{name: _sum([getattr(each, name) for each in values]) for name in names}
+        )
+    if isinstance(first, tuple) and first and is_dataclass(first[0]):
+        return tuple(_sum(same) for same in zip(*values, strict=True))
+    return first
 
 
 def _rate(part: int, whole: int) -> float:

@@ -12,12 +12,10 @@ from engine.config import BUILTIN_NAME, ConfigError, EngineConfig
 from engine.hub import resolve_config
 from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.replicas.fleet import FLEETS, Fleet
-from engine.plugins.replicas.replica_output import Order, ReplicaFacts
+from engine.plugins.replicas.replica_output import Order
 from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.server.settings import ServerConfig
 from engine.worker.screen import screen_text
-from hybridcache.policies.registry import parse_placement
-from hybridcache.routing.protocol import ReplicaSpec
 from hybridcache.routing.registry import find_router
 
 
@@ -36,15 +34,15 @@ def start_replicas(
     name = f"engine-{os.getpid()}"
     fleet = start_fleet(config, settings, settings.router, name, server.drain_s, address)
     facts = fleet.replica_facts
-    number = str(settings.replicas)
-    if settings.max_replicas is not None:
-        number += f" to {settings.max_replicas}"
     model, *of_each = facts.screen
     rows = [
         model,
-        ("replicas", f"{number} on Ray Serve, one core each; the facts below are those of one"),
+        (
+            "replicas",
+            f"{settings.replicas} on Ray Serve, one core each; the facts below are those of one",
+        ),
         ("router", settings.router),
-        ("prefill", f"{facts.prefill_tokens_per_s:,.0f} tokens/s, measured"),
+        ("prefill", f"{facts.tokens_per_s:,.0f} tokens/s, measured"),
         *of_each,
     ]
     return AsyncEngine(fleet), screen_text(rows)
@@ -54,24 +52,6 @@ START_S = 600.0
 """Maximum seconds for the replicas to load their models."""
 BESIDE_REQUESTS = 64
 """Maximum number of other calls to a replica in addition to requests: its events and reports."""
-TARGET_SHARE = 0.75
-"""Average share of the requests a replica can run at once, above which another replica is
-started."""
-UPSCALE_S, DOWNSCALE_S = 10.0, 120.0
-"""Seconds of too much or too little load before a replica is started or ended."""
-LOOK_BACK_S = 15.0
-"""Seconds over which the load is averaged; Ray Serve counts every ten seconds."""
-
-
-class PerToken:
-    """A constant rate that a replica measured at its start."""
-
-    def __init__(self, tokens_per_s: float) -> None:
-        self._tokens_per_s = tokens_per_s
-
-    def seconds(self, start: int, end: int) -> float:
-        """Return the seconds to compute the tokens [start, end)."""
-        return max(end - start, 0) / self._tokens_per_s
 
 
 def start_fleet(
@@ -126,7 +106,7 @@ def start_fleet(
             .remote(Order(address=address))
             .result(timeout_s=START_S)
         )
-        fleet.begin(make(spec_of(facts, config)))
+        fleet.begin(make(facts.spec))
     except BaseException:
         shut_down()
         raise
@@ -170,7 +150,7 @@ def _run(
     serve.start(proxy_location="Disabled")
     threads = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_paths())}}
     deployment = serve.deployment(
-        **_number(size, config),
+        num_replicas=size.replicas,
         max_ongoing_requests=config.max_queue + config.max_running + BESIDE_REQUESTS,
         ray_actor_options={"num_cpus": 1, "runtime_env": threads},
         request_router_config=RequestRouterConfig(
@@ -183,42 +163,10 @@ def _run(
     return serve.run(deployment.bind(config), name=name, route_prefix=None)
 
 
-def _number(size: ReplicasConfig, config: EngineConfig) -> dict[str, Any]:
-    """Return the number of replicas as arguments of Ray Serve."""
-    if size.max_replicas is None:
-        return {"num_replicas": size.replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": size.replicas,
-            "initial_replicas": size.replicas,
-            "max_replicas": size.max_replicas,
-            # The stream of its events is also a request to Ray.
-            "target_ongoing_requests": 1 + config.max_running * TARGET_SHARE,
-            "upscale_delay_s": UPSCALE_S,
-            "downscale_delay_s": DOWNSCALE_S,
-            "look_back_period_s": LOOK_BACK_S,
-        }
-    }
-
-
 def _paths() -> list[str]:
     """Return the import paths of this project, for processes that start elsewhere."""
     here = str(Path(__file__).resolve().parents[3])
     return [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-
-
-def spec_of(facts: ReplicaFacts, config: EngineConfig) -> ReplicaSpec:
-    """Return the specification of the replicas for the router."""
-    return ReplicaSpec(
-        PerToken(facts.prefill_tokens_per_s),
-        page_size=facts.page_size,
-        grid=facts.grid,
-        kv_bytes=facts.kv_bytes,
-        state_bytes=facts.state_bytes,
-        capacity_bytes=facts.capacity_bytes,
-        stateful=facts.stateful,
-        placement=parse_placement(",".join(config.checkpoints)) if facts.stateful else None,
-    )
 
 
 def is_death(error: Exception) -> bool:

@@ -18,7 +18,6 @@ from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replica_output import Order, Progress
 from engine.plugins.replicas.replicas_client import FleetChannel, summed
-from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import RequestOutput
 from hybridcache.routing.registry import find_router
@@ -102,7 +101,7 @@ async def fleet_of(count: int, router: str = "checkpoint") -> tuple[AsyncEngine,
     facts = await handle.replicas["r0"].facts(Order())
     fleet = handle.fleet = Fleet()
     fleet.set_members(handle.replicas)
-    fleet.begin(find_router(router)(spec_of(facts, CONFIG)))
+    fleet.begin(find_router(router)(facts.spec))
 
     def shut_down() -> None:
         for replica in handle.replicas.values():

@@ -31,7 +31,6 @@ from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica
 from engine.plugins.replicas.replica_output import Order
 from engine.plugins.replicas.replicas_client import FleetChannel
-from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
@@ -135,7 +134,7 @@ async def fleet_of_one(config: EngineConfig) -> AsyncEngine:
     facts = await handle.replicas["r0"].facts(Order())
     fleet = handle.fleet = Fleet()
     fleet.set_members(handle.replicas)
-    fleet.begin(find_router("text")(spec_of(facts, config)))
+    fleet.begin(find_router("text")(facts.spec))
     stop = handle.replicas["r0"]._async.stop
     channel = FleetChannel(config, handle, fleet, facts, "builtin", stop, lambda error: False)
     return AsyncEngine(channel)
