@@ -89,10 +89,8 @@ def _sum(values: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return {name: _sum([each[name] for each in values]) for name in first}
     if is_dataclass(first):
-        names = [field.name for field in fields(first)]
-        return type(first)(
-            **{name: _sum([getattr(each, name) for each in values]) for name in names}
-        )
+        columns = [[getattr(each, field.name) for each in values] for field in fields(first)]
+        return kind(*map(_sum, columns))
     if isinstance(first, tuple) and first and is_dataclass(first[0]):
         return tuple(_sum(same) for same in zip(*values, strict=True))
     return first
