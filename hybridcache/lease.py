@@ -550,7 +550,9 @@ class Lease:
         if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
             self._planned.setdefault(position, label)
 
-    def take_checkpoint_slots(self, start: int, end: int) -> tuple[Saved, ...]:
+    def take_checkpoint_slots(
+        self, start: int, end: int, max_slots: int | None = None
+    ) -> tuple[Saved, ...] | None:
         """Return (position, slot) of each checkpoint to save while computing [start, end).
 
         Save into ``slot`` the state after exactly ``position`` tokens, before ``publish``.
@@ -558,6 +560,10 @@ class Lease:
         position without an available slot is skipped. The rolling checkpoint overwrites its
         predecessor. A caller that works one step ahead, and finds that the request ended before it,
         has neither.
+
+        ``max_slots`` limits the new slots, for callers that limit the number of slabs emptied per
+        step. Returns None if more are needed, which is never so without a limit. Those taken are
+        kept: call again in the next step.
 
         Raises:
             ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``), or
@@ -568,64 +574,33 @@ class Lease:
         if start > end:
             raise ValueError(f"start must not be more than end (got {start} and {end})")
         if start >= self.prompt_len:
-            return self._roll(start, end)
-        if self._planned:
-            self._save(start, end, len(self._planned))
+            return self._roll(start, end, max_slots)
+        num_taken = 0
+        for position, label in tuple(self._planned.items()):
+            if start < position <= end:
+                if num_taken == max_slots:
+                    return None
+                slot = self.cache.allocate_slot()
+                if slot is None:
+                    break
+                del self._planned[position]
+                self._pending.append((position, slot, label))
+                num_taken += 1
         saves = []
         for position, slot, _ in self._pending:
             if start < position <= end:
                 saves.append((position, slot))
         return tuple(sorted(saves))
 
-    def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
-        """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, and keep
-        them.
-
-        Returns how many slots are still missing. For callers that limit the number of slabs emptied
-        per step.
-
-        Raises:
-            ValueError: as for ``take_checkpoint_slots``.
-        """
-        if end > self.extended_len:
-            raise self._misuse(end)
-        if start >= self.prompt_len:
-            if self._rolling is not None or self._crossing(start, end) is None:
-                return 0
-            if not max_slots:
-                return 1
-            self._roll(start, end)
-        elif self._save(start, end, max_slots):
-            return sum(start < position <= end for position in self._planned)
-        return 0
-
-    def _save(self, start: int, end: int, max_slots: int) -> bool:
-        """Take slots for planned positions in (start, end]. Return False if none is available for
-        the next one."""
-        num_taken = 0
-        for position, label in tuple(self._planned.items()):
-            if start < position <= end and num_taken < max_slots:
-                slot = self.cache.allocate_slot()
-                if slot is None:
-                    return False
-                del self._planned[position]
-                self._pending.append((position, slot, label))
-                num_taken += 1
-        return True
-
-    def _crossing(self, start: int, end: int) -> int | None:
-        """Return the last position in (start, end] at which decode saves a state, or None."""
+    def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
+        """Move the rolling checkpoint to the last position in (start, end] at which decode saves a
+        state, if there is one."""
         interval = self._interval
-        if interval is None or end // interval * interval <= start:
-            return None
-        return end // interval * interval
-
-    def _roll(self, start: int, end: int) -> tuple[Saved, ...]:
-        """Move the rolling checkpoint to the last crossing in (start, end]."""
-        position = self._crossing(start, end)
-        if position is None:
+        if interval is None or (position := end // interval * interval) <= start:
             return ()
         rolling = self._rolling
+        if rolling is None and max_slots == 0:
+            return None
         slot = self.cache.allocate_slot(self._receipt) if rolling is None else rolling[1]
         if slot is None:
             return ()

@@ -18,16 +18,15 @@ class LeaseEvent(NamedTuple):
     """One call on a lease, or on the cache itself."""
 
     verb: str
-    """Name of the method: begin, extend, reserve_checkpoint_slots, take_checkpoint_slots,
-    roll_back, plan_checkpoint, publish, finish, preempt or abort of a lease, or reset of the cache.
-    """
+    """Name of the method: begin, extend, take_checkpoint_slots, roll_back, plan_checkpoint,
+    publish, finish, preempt or abort of a lease, or reset of the cache."""
     lease: int | None
     """Number of the lease, counted from 0. None if ``begin`` was refused, or for calls on the
     cache."""
     arguments: tuple[Any, ...]
     result: Any
-    """Returned value: cached_len or None (begin), bool (extend), int (reserve_checkpoint_slots),
-    ((position, slot), ...) (take_checkpoint_slots). None for the others."""
+    """Returned value: cached_len or None (begin), bool (extend), ((position, slot), ...)
+    or None (take_checkpoint_slots). None for the others."""
 
 
 class LeaseLog:
@@ -61,7 +60,7 @@ class LeaseLog:
 
 
 VERBS = (
-    *("extend", "reserve_checkpoint_slots", "take_checkpoint_slots", "roll_back"),
+    *("extend", "take_checkpoint_slots", "roll_back"),
     *("plan_checkpoint", "publish", "finish", "preempt", "abort"),
 )
 """Recorded methods of a lease."""

@@ -126,13 +126,11 @@ class CacheManager:
         to ``end``. Returns None if more slabs must be emptied than one step allows. In that case,
         call again in the next step; slots already taken are kept."""
         lease, _ = request.claims
-        span = request.scheduled_len, end
-        num_wanted = lease.reserve_checkpoint_slots(*span, 0) if self.cache.arena else 0
-        while num_wanted > (num_slots := self._num_slots_at_hand(num_wanted)):
-            if not num_slots:
-                return None
-            num_wanted = lease.reserve_checkpoint_slots(*span, num_slots)
-        return lease.take_checkpoint_slots(*span)
+        while True:
+            num_slots = self._num_slots_at_hand
+            saves = lease.take_checkpoint_slots(request.scheduled_len, end, num_slots)
+            if saves is not None or not num_slots:
+                return saves
 
     def roll_back(self, request: ScheduledRequest) -> None:
         """Discard the work of the last step at and after ``computed_len``."""
@@ -144,18 +142,16 @@ class CacheManager:
     def must_wait_for_slab(self) -> bool:
         """True if no request may begin before the next step, because its slot could need one more
         slab to be emptied than a step allows."""
-        return self._num_slots_at_hand(1) == 0
+        return self._num_slots_at_hand == 0
 
-    def _num_slots_at_hand(self, num_wanted: int) -> int:
-        """Return how many of ``num_wanted`` slots can be taken without emptying more than
-        ``MAX_MOVES`` slabs for the next batch. Returns 0 if loads have already emptied that
-        many."""
+    @property
+    def _num_slots_at_hand(self) -> int | None:
+        """Number of slots that can be taken without emptying more than ``MAX_MOVES`` slabs for the
+        next batch; None if there is no limit. It is 0 if loads have already emptied that many."""
         arena = self.cache.arena
         if arena is None:
-            return num_wanted
-        return max(
-            0, min(len(arena.free_slabs) + MAX_MOVES - self.cache.steps.num_moves, num_wanted)
-        )
+            return None
+        return max(0, len(arena.free_slabs) + MAX_MOVES - self.cache.steps.num_moves)
 
     def match(self, request: ScheduledRequest) -> PrefixMatch:
         """Return the current match of waiting ``request`` in the cache. O(its length)."""

@@ -284,7 +284,6 @@ def test_an_ended_lease_refuses_every_call(how: str) -> None:
     calls: dict[str, Any] = {
         "extend": (41,),
         "take_checkpoint_slots": (0, 40),
-        "reserve_checkpoint_slots": (0, 40, 1),
         "plan_checkpoint": (8, "branch"),
         "roll_back": (0,),
         "publish": (prompt, 40),
@@ -308,7 +307,6 @@ LENGTHS = [
     ("finish", (9,), "10 tokens are published"),
     ("preempt", (9,), "10 tokens are published"),
     ("take_checkpoint_slots", (10, 21), "call extend first"),
-    ("reserve_checkpoint_slots", (10, 21, 4), "call extend first"),
     ("roll_back", (9,), "roll back before publish"),
     ("take_checkpoint_slots", (15, 10), "start must not be more than end .got 15 and 10."),
 ]

@@ -381,7 +381,7 @@ class LeaseMachine(RuleBasedStateMachine):
         if not self.extend(request, end):
             return
         if size % 3 == 0:
-            request.lease.reserve_checkpoint_slots(start, end, 1)
+            request.lease.take_checkpoint_slots(start, end, 1)
         request.lease.take_checkpoint_slots(start, end)
         inserted = self.cache.stats.inserted_slots
         self.carry_out(request, end, size % 4)

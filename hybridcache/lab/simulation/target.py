@@ -197,7 +197,7 @@ class _LeasedRequest:
             end = (start + steps.token_budget) // steps.tile * steps.tile
         if not self._lease.extend(end):
             return False
-        self._target.num_exports += len(self._lease.take_checkpoint_slots(start, end))
+        self._target.num_exports += len(self._lease.take_checkpoint_slots(start, end) or ())
         self._target.cache.take_step().done()  # There are no tensors.
         self._end = end
         return True
@@ -220,7 +220,7 @@ class _LeasedRequest:
         if target.steps is None:
             decoded_len = computed_len if lease.extend(computed_len) else num_ids
             if decoded_len > num_ids:
-                target.num_exports += len(lease.take_checkpoint_slots(num_ids, decoded_len))
+                target.num_exports += len(lease.take_checkpoint_slots(num_ids, decoded_len) or ())
         else:
             decoded_len = self._decode(computed_len, target.steps)
         target.cache.take_step().done()
@@ -242,7 +242,9 @@ class _LeasedRequest:
                 ahead = max(following, min(rows + steps.decode_piece, max_len))
                 if not (lease.extend(ahead) or lease.extend(following)):
                     return at
-            self._target.num_exports += len(lease.take_checkpoint_slots(following - 1, following))
+            self._target.num_exports += len(
+                lease.take_checkpoint_slots(following - 1, following) or ()
+            )
             at = following
         return at
 
