@@ -1,5 +1,4 @@
-"""Access control: API keys, the operator, CORS, request ids, and the tenants that own requests and
-their ids."""
+"""Access control: API keys, the operator, CORS, request ids, and the tenants that own requests."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import codecs
 import hashlib
 import hmac
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -16,9 +14,8 @@ import re
 import secrets
 import tempfile
 import uuid
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -277,13 +274,11 @@ def _is_here(host: str | None) -> bool:
 SALT_HEADER = "x-cache-salt"
 """Header for the salt of a request, as an alternative to ``cache_salt`` in the body, on every
 method."""
-MAX_USED = 16_384
-"""Maximum number of remembered ids chosen by clients, the latest of all tenants together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Owner of requests, of the answers to them and of their ids."""
+    """Owner of requests and of the answers to them."""
 
     key: int | None = None
     """Index of the API key among those of the server, or None if the server requires none."""
@@ -394,59 +389,9 @@ def _header_salt(value: bytes) -> str:
         ) from None
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerId:
-    """Id of one answer."""
-
-    public: str
-    """Id in the answer, unique for its tenant."""
-    unique: str
-    """Id of the request in the engine, unique for all tenants."""
-
-    def request_id(self, choice: int) -> str:
-        """Return the engine's id for one of the answer's choices."""
-        return f"{self.unique}-{choice}" if choice else self.unique
-
-    @classmethod
-    def random(cls, kind: str, joint: str = "-") -> AnswerId:
-        """Return an id that cannot be guessed."""
-        name = new_id(kind, joint)
-        return cls(name, name)
-
-
-class AnswerIds:
-    """Ids of the answers of one server, of which clients choose a part by ``request_id``. Used in
-    the event loop only.
-
-    The same id may belong to several tenants, so a tenant cannot find out the ids of others.
-    """
-
-    def __init__(self) -> None:
-        self._used: OrderedDict[tuple[Tenant, str], None] = OrderedDict()
-        self._numbers = itertools.count(1)
-
-    @contextmanager
-    def claimed(self, kind: str, tenant: Tenant, name: str | None) -> Iterator[AnswerId]:
-        """Yield an id made of ``kind`` and the ``name`` that a client chose, with a random end if
-        the tenant has used it before.
-
-        The id counts as used unless the block raises. O(1).
-        """
-        if name is None:
-            yield AnswerId.random(kind)
-            return
-        public = f"{kind}-{name}"
-        if (tenant, public) in self._used:
-            public = new_id(public)
-        self._used[tenant, public] = None
-        if len(self._used) > MAX_USED:
-            self._used.popitem(last=False)
-        try:
-            # Another tenant may have this id at the same time, and choices end with numbers too.
-            yield AnswerId(public, f"{public}#{next(self._numbers)}")
-        except BaseException:
-            self._used.pop((tenant, public), None)
-            raise
+def choice_id(answer_id: str, choice: int) -> str:
+    """Return the engine's id for one of an answer's choices."""
+    return f"{answer_id}-{choice}" if choice else answer_id
 
 
 def new_id(kind: str, joint: str = "-") -> str:

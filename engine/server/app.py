@@ -26,7 +26,6 @@ from engine.plugins.dialects.tokens import (
     TokenizeRequest,
     detokenize,
     tokenize,
-    tokenizer_info,
 )
 from engine.plugins.observe.server import Page
 from engine.server import access
@@ -90,7 +89,6 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
             "/v1/cache/explanations/{answer_id}",
             partial(explanation, context, explanations, operator),
         ),
-        Route("/tokenizer_info", partial(tokenizer_info, context)),
         Route("/version", version),
         Route("/openapi.json", openapi, include_in_schema=False),
     ]

@@ -21,14 +21,13 @@ from starlette.responses import Response
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
-from engine.server.access import AnswerId, Tenant, new_id
+from engine.server.access import Tenant, choice_id, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     AnsweredChat,
     Answers,
     ServingContext,
-    cache_details,
     cache_headers,
     chat_scores,
     prompt_score_fields,
@@ -180,7 +179,7 @@ async def ask(
     body: ChatRequest,
     size: int,
     tenant: Tenant,
-    answer_id: AnswerId,
+    answer_id: str,
     prompt_name: str = "messages",
     format_name: str = "response_format",
 ) -> ChatSession:
@@ -214,8 +213,8 @@ async def ask(
             ends_session=body.ends_session,
             answer_starts_text=not body.continue_final_message,
             call_marks=form.calls.MARKS if form.calls is not None and tools else (),
-            request_id=answer_id.request_id(choice),
-            choice_of=answer_id.request_id(0) if choice else None,
+            request_id=choice_id(answer_id, choice),
+            choice_of=answer_id if choice else None,
             grammar=grammar,
             prompt_logprobs=body.prompt_logprobs,
         )
@@ -244,7 +243,7 @@ class ChatSession:
     _body: ChatRequest
     _size: int
     _tenant: Tenant
-    answer_id: AnswerId
+    answer_id: str
     prompt: ChatPrompt
     _answers: Answers
     _readers: Sequence[AnswerReader]
@@ -355,8 +354,7 @@ async def chat(context: ServingContext, request: Request, body: ChatRequest, siz
     context.check_limit(body.max_tokens, "max_tokens")
     context.check_limit(body.max_completion_tokens, "max_completion_tokens")
     tenant = context.tenant_of(request, body.cache_salt)
-    with context.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
-        session = await ask(context, body, size, tenant, answer_id)
+    session = await ask(context, body, size, tenant, new_id("chatcmpl"))
     return await _ChatWriter(context, body, session).respond(request, body.stream)
 
 
@@ -367,7 +365,7 @@ class _ChatWriter(ChatWriter):
         super().__init__(context, session)
         self._body = body
         self._head = {
-            "id": session.answer_id.public,
+            "id": session.answer_id,
             "created": int(time.time()),
             "model": context.model_name,
             "system_fingerprint": context.engine.facts.exactness.fingerprint,
@@ -392,7 +390,6 @@ class _ChatWriter(ChatWriter):
             "choices": choices,
             "usage": self._usage(outputs),
             **self._of_prompt(outputs[0]),
-            **cache_details(self._body, outputs),
         }
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
@@ -421,8 +418,6 @@ class _ChatWriter(ChatWriter):
                 sent_s = time.monotonic()
                 yield self._event([choice], **more)
         outputs = [last[index] for index in range(session.num_answers)]
-        if details := cache_details(self._body, outputs):
-            yield self._event([], **details)
         if self._body.includes_usage:
             yield self._event([], usage=self._usage(outputs))
         yield DONE

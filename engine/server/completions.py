@@ -12,13 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.spec import RequestSpec
-from engine.server.access import AnswerId, Tenant
+from engine.server.access import Tenant, choice_id, new_id
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     Answers,
     CompletionScores,
     ServingContext,
-    cache_details,
     cache_headers,
     prompt_score_fields,
     token_id_fields,
@@ -66,8 +65,8 @@ async def complete(
     context.check_number(len(prompts) * body.n)
     context.check_limit(body.max_tokens, "max_tokens")
     tenant = context.tenant_of(request, body.cache_salt)
-    with context.ids.claimed("cmpl", tenant, body.request_id) as answer_id:
-        answers = await _submit(context, body, tenant, answer_id)
+    answer_id = new_id("cmpl")
+    answers = await _submit(context, body, tenant, answer_id)
     answer = _Answer(context, body, answer_id)
     if body.stream:
         return EventStream(answer.events(answers), answer.headers, as_event, context.pause_s)
@@ -82,7 +81,7 @@ async def complete(
 
 
 async def _submit(
-    context: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: AnswerId
+    context: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: str
 ) -> Answers:
     """Submit all prompts and choices of ``body``. Raises APIError or RequestError if one is
     refused."""
@@ -111,8 +110,8 @@ async def _submit(
             sampling,
             namespace=tenant.namespace,
             prompt_logprobs=num_scores,
-            request_id=answer_id.request_id(number),
-            choice_of=answer_id.request_id(number - number % body.n) if number % body.n else None,
+            request_id=choice_id(answer_id, number),
+            choice_of=choice_id(answer_id, number - number % body.n) if number % body.n else None,
             grammar=grammar,
             ends_session=body.ends_session,
         )
@@ -124,14 +123,12 @@ async def _submit(
 class _Answer:
     """Writes one completion's answer, as a whole or as events."""
 
-    def __init__(
-        self, context: ServingContext, body: CompletionRequest, answer_id: AnswerId
-    ) -> None:
+    def __init__(self, context: ServingContext, body: CompletionRequest, answer_id: str) -> None:
         self._context = context
         self._body = body
         self._first: RequestOutput | None = None
         self._head = {
-            "id": answer_id.public,
+            "id": answer_id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": context.model_name,
@@ -149,7 +146,6 @@ class _Answer:
             **self._head,
             "choices": choices,
             "usage": usage(outputs, outputs[:: self._body.n]),
-            **cache_details(self._body, outputs),
         }
 
     def headers(self) -> dict[str, str]:
@@ -170,8 +166,6 @@ class _Answer:
             so_far = dict(last) if self._body.repeats_usage else {}
             yield await self._event(choices[index], output, is_first, so_far)
         outputs = [last[index] for index in range(len(answers.streams))]
-        if details := cache_details(self._body, outputs):
-            yield event({**self._head, "choices": [], **details})
         if self._body.includes_usage:
             counts = usage(outputs, outputs[:: self._body.n])
             yield event({**self._head, "choices": [], "usage": counts})

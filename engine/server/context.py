@@ -28,7 +28,7 @@ from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
-from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
+from engine.server.access import Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
 from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 class AnsweredChat:
     """A chat with its first answer, so that a later one's cache misses can be explained."""
 
-    answer_id: AnswerId
+    answer_id: str
     tenant: Tenant
     sent: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None
@@ -106,7 +106,6 @@ class ServingContext:
         self.pause_s = config.keep_alive_s
         self._default_max_tokens = config.default_max_tokens
         self._tenants = Tenants.of_server(config, engine.config.kept_folder)
-        self.ids = AnswerIds()
         self.metrics = Metrics(lambda: engine.pid)
         self.created = int(time.time())
 
@@ -238,13 +237,13 @@ class ServingContext:
             sum(map(len, prompts)), lambda: [_as_array(prompt) for prompt in prompts]
         )
 
-    async def submit(self, specs: Iterable[RequestSpec], answer_id: AnswerId) -> Answers:
+    async def submit(self, specs: Iterable[RequestSpec], answer_id: str) -> Answers:
         """Submit ``specs`` and return their answers in order; all are submitted or none. Raises
         RequestError if the engine refuses one."""
         streams, queue = list[RequestStream](), OutputQueue()
         record = request_log.CURRENT.get()
         if record is not None:
-            record.answer_id = answer_id.public
+            record.answer_id = answer_id
         valid: list[RequestSpec] = []
         try:
             for spec in specs:
@@ -502,16 +501,6 @@ def _entry(tokenizer: Tokenizer, score: SampledToken, num_top: int) -> dict[str,
         }
         for token, logprob in best
     }
-
-
-def cache_details(body: TokenOptions, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Return SGLang's ``sglext`` with the number of cached tokens of the first answer's prompt.
-
-    All are counted as read on the device, because tokens from other tiers are copied there first.
-    """
-    if not body.return_cached_tokens_details:
-        return {}
-    return {"sglext": {"cached_tokens_details": {"device": outputs[0].cached_len}}}
 
 
 def cache_headers(output: RequestOutput) -> dict[str, str]:

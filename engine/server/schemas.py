@@ -61,6 +61,7 @@ BROKEN = "INVALID_JSON"
 """Name for the arguments of a call that are not a JSON object, as in Anthropic's API."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "priority": (0,),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("auto", "none"),
@@ -112,38 +113,33 @@ class StructuredOutputs(Part, kw_only=True):
     json_object: bool | None = None
 
 
+MAKERS: dict[str, Callable[[Any], Grammar]] = {
+    "json": Grammar.of_schema,
+    "regex": Grammar.of_regex,
+    "choice": Grammar.of_choices,
+    "grammar": Grammar.of_text,
+}
+"""Functions that make the grammar of a field of ``StructuredOutputs``."""
+
+
 class Guided(Body, kw_only=True):
     """Part of a request that determines the form of an answer."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Any = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
 
     @property
     def forms(self) -> dict[str, Callable[[], Grammar]]:
         """Requested forms of the answer: parameter -> function that makes its grammar, in O(its
         length), and may raise GrammarError."""
-        asked, newer = self.response_format, self.structured_outputs or StructuredOutputs()
+        asked, given = self.response_format, self.structured_outputs
         forms: dict[str, Callable[[], Grammar]] = {}
         if asked is not None and asked.type != "text":
             forms["response_format"] = asked.grammar
-        makers: tuple[tuple[str, Callable[[Any], Grammar], Any], ...] = (
-            ("guided_json", Grammar.of_schema, self.guided_json),
-            ("guided_regex", Grammar.of_regex, self.guided_regex),
-            ("guided_choice", Grammar.of_choices, self.guided_choice),
-            ("guided_grammar", Grammar.of_text, self.guided_grammar),
-            ("structured_outputs.json", Grammar.of_schema, newer.json),
-            ("structured_outputs.regex", Grammar.of_regex, newer.regex),
-            ("structured_outputs.choice", Grammar.of_choices, newer.choice),
-            ("structured_outputs.grammar", Grammar.of_text, newer.grammar),
-        )
-        for name, make, value in makers:
-            if value is not None:
-                forms[name] = partial(make, value)
-        if newer.json_object:
+        for name, make in MAKERS.items():
+            if (value := getattr(given, name, None)) is not None:
+                forms[f"structured_outputs.{name}"] = partial(make, value)
+        if given is not None and given.json_object:
             forms["structured_outputs.json_object"] = Grammar.of_object
         return forms
 
@@ -186,12 +182,6 @@ class TokenOptions(Guided, kw_only=True):
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: NumScores | None = None
     return_token_ids: bool = False
-    return_cached_tokens_details: bool = False
-    """Report SGLang's ``sglext``."""
-    request_id: Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)] | None = None
-    """End of the answer's id."""
-    priority: Annotated[int, Meta(ge=0, le=0)] = 0
-    """Only 0 is supported: requests are served in order of arrival."""
 
 
 class StreamOptions(Part, kw_only=True):
@@ -250,12 +240,6 @@ class Sampling(TokenOptions, kw_only=True):
                     f"'logit_bias.{token[:MAX_ID_CHARS]}' must be a token id with a number from "
                     f"-{MAX_BIAS:g} to {MAX_BIAS:g}."
                 )
-        if self.request_id is not None and not re.fullmatch(
-            r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*", self.request_id
-        ):
-            raise ValueError(
-                "'request_id' must not contain control characters: send one line of text."
-            )
         num_ids = len(self.allowed_token_ids or ()) * self.n
         if num_ids > MAX_COUNT_OF_IDS:
             raise ValueError(

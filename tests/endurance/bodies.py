@@ -35,8 +35,14 @@ GOOD: tuple[tuple[str, dict[str, Any]], ...] = (
             "cache_salt": "a",
         },
     ),
-    ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4, "guided_regex": "a{2}b"}),
-    ("/v1/completions", {"prompt": "a", "max_tokens": 6, "guided_grammar": 'root ::= "a"{2}'}),
+    (
+        "/v1/chat/completions",
+        {"messages": CHAT, "max_tokens": 4, "structured_outputs": {"regex": "a{2}b"}},
+    ),
+    (
+        "/v1/completions",
+        {"prompt": "a", "max_tokens": 6, "structured_outputs": {"grammar": 'root ::= "a"{2}'}},
+    ),
     ("/tokenize", {"messages": CHAT}),
     ("/tokenize", {"prompt": "hello"}),
     ("/detokenize", {"tokens": [65, 66]}),

@@ -163,23 +163,27 @@ OPTIONAL = {
 SLOW_TEXT = {"type": "string", "pattern": "^(.|\\n)*e(.|\\n){14}e(.|\\n)*$"}
 HOSTILE_TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": SLOW_TEXT}}}
 GRAMMARS: dict[str, dict[str, Any]] = {
-    "ambiguous": {"guided_grammar": AMBIGUOUS},
-    "ambiguous, n=4": {"guided_grammar": AMBIGUOUS, "n": 4},
-    "ambiguous, eight at once": {"guided_grammar": "start: e\ne: e e e e e e e e | /[a-z]/ | "},
-    "ambiguous behind text": {"guided_grammar": AMBIGUOUS.replace("start:", "start: /[a-z]{50}/")},
+    "ambiguous": {"structured_outputs": {"grammar": AMBIGUOUS}},
+    "ambiguous, n=4": {"structured_outputs": {"grammar": AMBIGUOUS}, "n": 4},
+    "ambiguous, eight at once": {
+        "structured_outputs": {"grammar": "start: e\ne: e e e e e e e e | /[a-z]/ | "}
+    },
+    "ambiguous behind text": {
+        "structured_outputs": {"grammar": AMBIGUOUS.replace("start:", "start: /[a-z]{50}/")}
+    },
     "empty rules": {
-        "guided_grammar": 'start: (a? b? c?)*\na: "a"?\nb: "b"*\nc: ("a"|"b")*',
+        "structured_outputs": {"grammar": 'start: (a? b? c?)*\na: "a"?\nb: "b"*\nc: ("a"|"b")*'},
         "n": 4,
     },
-    "60 x 30 empty rules": {"guided_grammar": WIDE},
+    "60 x 30 empty rules": {"structured_outputs": {"grammar": WIDE}},
     "palindromes, n=4": {
-        "guided_grammar": "start: p\np: /[a-z]/ p /[a-z]/ | /[a-z]/ |",
+        "structured_outputs": {"grammar": "start: p\np: /[a-z]/ p /[a-z]/ | /[a-z]/ |"},
         "n": 4,
     },
-    "GBNF": {"guided_grammar": "root ::= e\ne ::= e e | [a-z] | e e e e"},
-    "2^16 states": {"guided_regex": r"(.|\n)*e(.|\n){16}e(.|\n)*"},
-    "words": {"guided_regex": r"(\w+\s?){60}\p{L}{50}"},
-    "14 optional names": {"guided_json": OPTIONAL, "n": 4},
+    "GBNF": {"structured_outputs": {"grammar": "root ::= e\ne ::= e e | [a-z] | e e e e"}},
+    "2^16 states": {"structured_outputs": {"regex": r"(.|\n)*e(.|\n){16}e(.|\n)*"}},
+    "words": {"structured_outputs": {"regex": r"(\w+\s?){60}\p{L}{50}"}},
+    "14 optional names": {"structured_outputs": {"json": OPTIONAL}, "n": 4},
 }
 """Grammars of at most 1 kB."""
 
@@ -199,7 +203,7 @@ def _unique_grammar(**fields: Any) -> Callable[[], bytes]:
 
     def make() -> bytes:
         grammar = AMBIGUOUS.replace('"+"', f'"{next(_numbers)}"')
-        return json.dumps(fields | {"guided_grammar": grammar}).encode()
+        return json.dumps(fields | {"structured_outputs": {"grammar": grammar}}).encode()
 
     return make
 
@@ -220,8 +224,9 @@ SLOW_TO_FOLLOW = (
         "grammar: ambiguous, behind reasoning",
         CHAT,
         _body(
-            messages=[USER], max_tokens=400, guided_grammar=AMBIGUOUS, ignore_eos=True, n=4,
-            chat_template_kwargs={"enable_thinking": True}, thinking_token_budget=8,
+            messages=[USER], max_tokens=400, structured_outputs={"grammar": AMBIGUOUS},
+            ignore_eos=True, n=4, chat_template_kwargs={"enable_thinking": True},
+            thinking_token_budget=8,
         ),
         _body(messages=[USER], max_tokens=400, ignore_eos=True, n=4),
     ),

@@ -202,35 +202,27 @@ class Explanations:
             i for text in tokenizer.control_tokens for i in tokenizer.encode(text)[:1]
         ]
         self.memory = BoundedMemory[str, AnsweredChat](limit_bytes)
-        """Chats by the engine's id of their first answer, in the order of their ends."""
+        """Chats by the id of their answer, in the order of their ends."""
 
     def remember(self, chat: AnsweredChat) -> None:
         """Store a chat that was answered. O(1)."""
         num_bytes = ENTRY_BYTES + chat.size + chat.tokens.nbytes
-        self.memory.put(chat.answer_id.unique, chat, num_bytes)
-
-    def find(self, name: str) -> AnsweredChat | None:
-        """Return the latest chat with this id of its answer or of its request, of any tenant.
-        O(chats)."""
-        listed = reversed(self.memory.listed())
-        return next(
-            (chat for unique, chat in listed if name in (chat.answer_id.public, unique)), None
-        )
+        self.memory.put(chat.answer_id, chat, num_bytes)
 
     def look_up(self, name: str, earlier_name: str | None) -> dict[str, Any] | None:
         """Explain a chat, by default in comparison with the earlier one that shares the most
         tokens. None if a chat is not known, or both are in different namespaces."""
-        later = self.find(name)
+        later = self.memory.get(name, is_use=False)
         earlier = None if later is None else self.nearest(later)
         if later is not None and earlier_name is not None:
-            earlier = self.find(earlier_name)
+            earlier = self.memory.get(earlier_name, is_use=False)
             if earlier is None or earlier.tenant.namespace != later.tenant.namespace:
                 return None
         if later is None:
             return None
         told = self.explain(earlier, later, may_be_new=earlier_name is None).as_dict()
-        compared_with = None if earlier is None else earlier.answer_id.public
-        return {"id": later.answer_id.public, "compared_with": compared_with, **told}
+        compared_with = None if earlier is None else earlier.answer_id
+        return {"id": later.answer_id, "compared_with": compared_with, **told}
 
     def nearest(self, later: AnsweredChat) -> AnsweredChat | None:
         """Return the earlier chat that shares the most tokens with ``later``, or None if none
@@ -392,7 +384,7 @@ async def explanation(
     told = explanations.look_up(names[0], compared_with)
     if told is not None:
         return json_response(told)
-    unknown = [name for name in names if explanations.find(name) is None]
+    unknown = [name for name in names if explanations.memory.get(name) is None]
     if not unknown:
         why = "The two answers have different salts (cache_salt): they share no cache entries."
     elif unknown[0].startswith("cmpl"):

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.spec import MAX_COUNT
-from engine.server.access import AnswerId, new_id
+from engine.server.access import new_id
 from engine.server.api_errors import ANTHROPIC, APIError, request_name
 from engine.server.bodies import (
     Body,
@@ -390,7 +390,7 @@ async def messages(
     """
     tenant = context.tenant_of(request, body.cache_salt)
     chat = await _chat_of(context, body, size)
-    answer_id, format_name = AnswerId.random("msg", "_"), "output_config.format"
+    answer_id, format_name = new_id("msg", "_"), "output_config.format"
     session = await ask(context, chat, size, tenant, answer_id, format_name=format_name)
     writer = _MessagesWriter(context, body, session, request_name(request.scope))
     return await writer.respond(request, body.stream)
@@ -466,7 +466,7 @@ class _MessagesWriter(ChatWriter):
         self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]
     ) -> dict[str, Any]:
         return {
-            "id": self._session.answer_id.public,
+            "id": self._session.answer_id,
             "type": "message",
             "role": "assistant",
             "model": self._context.model_name,

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.plugins.dialects import DialectsConfig
-from engine.server.access import AnswerId, Tenant, new_id
+from engine.server.access import Tenant, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import (
     Body,
@@ -579,7 +579,7 @@ class Responses:
 
         chat, new, items_bytes = await context.workers.run(size, read)
         chat = settle_system(context, chat)
-        answer_id = AnswerId.random("resp", "_")
+        answer_id = new_id("resp", "_")
         session = await ask(context, chat, size, tenant, answer_id, "input", "text.format")
 
         def keep(response: dict[str, Any]) -> None:
@@ -640,7 +640,7 @@ class _ResponsesWriter(ChatWriter):
         choice = body.tool_choice
         asked = (body.text and body.text.format) or TextFormat(type="text")
         self._head = {
-            "id": session.answer_id.public,
+            "id": session.answer_id,
             "object": "response",
             "created_at": int(time.time()),
             "background": False,

@@ -1,4 +1,4 @@
-"""Paths of vLLM's and SGLang's clients: tokenization, and facts about the server."""
+"""Tokenization, as in vLLM."""
 
 from __future__ import annotations
 
@@ -91,22 +91,3 @@ async def detokenize(
         return context.tokenizer.decode(body.tokens, skip_special_tokens=False)
 
     return json_response({"prompt": await context.workers.run(len(body.tokens), work)})
-
-
-async def tokenizer_info(context: ServingContext, request: Request) -> Response:
-    """Return the properties of the tokenizer that lm-eval and vLLM's clients request."""
-    tokenizer, template = context.tokenizer, context.tokenizer.chat_template
-    named = {} if template is None else template.special_tokens
-    ends = sorted(tokenizer.eos_token_ids)
-    end = tokenizer.token_bytes(ends[0]).decode("utf-8", "replace") if ends else None
-    facts = {
-        "tokenizer_class": type(tokenizer).__name__,
-        "vocab_size": tokenizer.vocab_size,
-        "model_max_length": context.engine.facts.max_model_len,
-        "bos_token": named.get("bos_token") or None,
-        "eos_token": named.get("eos_token") or end,
-        "pad_token": named.get("pad_token") or None,
-        "unk_token": named.get("unk_token") or None,
-        "chat_template": None if template is None else template.source,
-    }
-    return json_response(facts)

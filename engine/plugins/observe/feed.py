@@ -1,18 +1,18 @@
 """GET /v1/cache/events: one stream of changes for all readers, as server-sent events.
 
 While there is a reader, the engine is asked for changes twenty times a second. Each answer is
-encoded once and kept, up to a limit. A reader that falls behind the limit gets the complete state
-again; so does one that reconnects with an older ``Last-Event-ID``.
+encoded once and queued for every reader. A reader that falls behind a limit gets the complete state
+again; so does one that reconnects.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from engine.async_engine import AsyncEngine, View
 from engine.errors import EngineStopped
@@ -24,42 +24,47 @@ from hybridcache.watch.recorder import Record
 EVERY_S = 0.05
 """Seconds between two requests for changes."""
 LINGER_S = 5.0
-"""Seconds for which changes are still collected after the last reader left, for one that
-reconnects."""
+"""Seconds for which changes are still collected after the last reader left."""
 ALIVE_S = 10.0
 """Maximum seconds without a message to a reader."""
-MAX_KEPT_BYTES = 4 << 20
+MAX_QUEUED_BYTES = 4 << 20
+"""Maximum size of the changes that wait for one reader."""
 MAX_READERS = 32
 BYTES = 40
 """Approximate size of a record as JSON."""
 
 
-class _Change(NamedTuple):
-    number: int
-    data: bytes
+class _Reader:
+    """Events that one page has not received."""
+
+    def __init__(self) -> None:
+        self.queue: deque[bytes] = deque()
+        self.num_bytes = 0
+        self.is_behind = True
+        """True if it must get the complete state next."""
+        self.news = asyncio.Event()
+
+    def put(self, event: bytes) -> None:
+        """Queue ``event``, or drop all events if they are too many."""
+        self.num_bytes += len(event)
+        self.queue.append(event)
+        if self.num_bytes > MAX_QUEUED_BYTES:
+            self.is_behind = True
+            self.clear()
+        self.news.set()
+
+    def clear(self) -> None:
+        self.queue.clear()
+        self.num_bytes = 0
 
 
 class Feed:
-    """The readers of one engine, and the changes that they may still request. Lives in the server's
-    event loop."""
+    """The readers of one engine. Lives in the server's event loop."""
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        workers: Workers,
-        max_kept_bytes: int = MAX_KEPT_BYTES,
-        replica: int = 1,
-    ) -> None:
+    def __init__(self, engine: AsyncEngine, workers: Workers, replica: int = 1) -> None:
         self._engine, self._workers, self._replica = engine, workers, replica
-        self._max_kept_bytes = max_kept_bytes
         self._watch: View | None = None
-        self._name = ""
-        """Prefix of the event ids of this watch, which are unknown to other watches."""
-        self._kept: deque[_Change] = deque()
-        self._num_kept_bytes = 0
-        self._last = 0
-        self._num_readers = 0
-        self._news = asyncio.Event()
+        self._readers: set[_Reader] = set()
         self._asking: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         self._is_closed = False
@@ -67,21 +72,28 @@ class Feed:
     def close(self) -> None:
         """End all streams, because the server stops."""
         self._is_closed = True
-        self._tell()
+        self._wake()
 
-    async def subscribe(self, after: str | None) -> AsyncIterator[bytes]:
-        """Yield the complete state, or the changes after the event ``after``, and then every
-        change.
+    def _wake(self) -> None:
+        for reader in self._readers:
+            reader.news.set()
+
+    async def subscribe(self) -> AsyncIterator[bytes]:
+        """Yield the complete state, and then every change.
 
         Raises APIError with 429 for too many readers, and 503 for a tree that is too large or a
         replica that does not exist; EngineStopped if the engine has ended.
         """
-        if self._num_readers >= MAX_READERS:
+        if len(self._readers) >= MAX_READERS:
             raise APIError(429, f"{MAX_READERS} pages are connected already: close one.")
         async with self._turn:
             if self._asking is None or self._asking.done():
-                await self._begin()
-        return self._events(after)
+                try:
+                    self._watch = await self._engine.watch(self._replica)
+                except ValueError as error:
+                    raise APIError(503, str(error)) from error
+                self._asking = asyncio.create_task(self._ask(self._watch))
+        return self._events()
 
     async def node(self, id_: int) -> dict[str, Any] | None:
         """Return details of one node, or None if there is no reader or the node is gone."""
@@ -90,44 +102,28 @@ class Feed:
             return None
         return await watch.node(id_)
 
-    async def _begin(self) -> None:
+    async def _events(self) -> AsyncIterator[bytes]:
+        reader = _Reader()
+        self._readers.add(reader)
         try:
-            self._watch = await self._engine.watch(self._replica)
-        except ValueError as error:
-            raise APIError(503, str(error)) from error
-        self._name, self._last = secrets.token_hex(4), 0
-        self._kept.clear()
-        self._num_kept_bytes = 0
-        self._asking = asyncio.create_task(self._ask(self._watch))
-
-    async def _events(self, after: str | None) -> AsyncIterator[bytes]:
-        self._num_readers += 1
-        try:
-            at = self._number_of(after)
             while not self._is_closed:
-                if at is None or not self._has_all_since(at):
-                    at, data = await self._whole()
-                    yield data
-                for change in [change for change in self._kept if change.number > at]:
-                    if change.number > at + 1 or not self._has_all_since(at):
-                        break
-                    at = change.number
-                    yield change.data
-                if at == self._last and not await self._wait():
+                if reader.is_behind:
+                    yield await self._whole(reader)
+                while reader.queue:
+                    reader.num_bytes -= len(reader.queue[0])
+                    yield reader.queue.popleft()
+                if self._asking is not None and self._asking.done() and not self._is_closed:
+                    raise EngineStopped("The engine has stopped.")
+                try:
+                    async with asyncio.timeout(ALIVE_S):
+                        await reader.news.wait()
+                    reader.news.clear()
+                except TimeoutError:
                     yield b": nothing new\n\n"
         except EngineStopped as error:
-            yield _event("ended", None, _dump(str(error)))
+            yield _event("ended", _dump(str(error)))
         finally:
-            self._num_readers -= 1
-
-    def _number_of(self, after: str | None) -> int | None:
-        name, _, number = (after or "").partition("-")
-        if name != self._name or not number.isdecimal() or len(number) > 15:
-            return None
-        return int(number) if int(number) <= self._last else None
-
-    def _has_all_since(self, number: int) -> bool:
-        return number == self._last or (bool(self._kept) and self._kept[0].number <= number + 1)
+            self._readers.discard(reader)
 
     async def _ask(self, watch: View) -> None:
         """Collect changes until there has been no reader for a while or the engine has ended."""
@@ -137,61 +133,37 @@ class Feed:
                 async with self._turn:
                     await self._keep(await watch.take())
                 await asyncio.sleep(EVERY_S)
-                idle_s = 0.0 if self._num_readers else idle_s + EVERY_S
+                idle_s = 0.0 if self._readers else idle_s + EVERY_S
         finally:
             self._watch = None
-            self._tell()
+            self._wake()
             with suppress(EngineStopped):
                 await watch.close()
 
     async def _keep(self, records: list[Record]) -> None:
-        if not records:
-            return
-        data = await self._workers.run(BYTES * len(records), lambda: _dump({"records": records}))
-        self._last += 1
-        self._kept.append(_Change(self._last, _event("changes", self._id(), data)))
-        self._num_kept_bytes += len(self._kept[-1].data)
-        while self._num_kept_bytes > self._max_kept_bytes:
-            self._num_kept_bytes -= len(self._kept.popleft().data)
-        self._tell()
+        if records:
+            work = partial(_dump, {"records": records})
+            change = _event("changes", await self._workers.run(BYTES * len(records), work))
+            for reader in self._readers:
+                reader.put(change)
 
-    def _tell(self) -> None:
-        """Wake all waiting readers."""
-        self._news.set()
-        self._news = asyncio.Event()
-
-    def _id(self) -> str:
-        return f"{self._name}-{self._last}"
-
-    async def _whole(self) -> tuple[int, bytes]:
-        """Return (number of the last change in it, the event with the complete state)."""
+    async def _whole(self, reader: _Reader) -> bytes:
+        """Return the event with the complete state, which later changes of ``reader`` follow."""
         async with self._turn:
             watch = self._watch
             if watch is None:
                 raise EngineStopped("The engine has stopped.")
             missed, state = await watch.whole()
             await self._keep(missed)
-            number, id_ = self._last, self._id()
-        data = await self._workers.run(BYTES * len(state["records"]), lambda: _dump(state))
-        return number, _event("whole", id_, data)
-
-    async def _wait(self) -> bool:
-        """Wait for changes. Returns False if there were none for a while; raises EngineStopped if
-        there can be none."""
-        news = self._news
-        if self._asking is not None and self._asking.done() and not self._is_closed:
-            raise EngineStopped("The engine has stopped.")
-        try:
-            await asyncio.wait_for(news.wait(), ALIVE_S)
-        except TimeoutError:
-            return False
-        return True
+            reader.clear()
+            reader.is_behind = False
+        work = partial(_dump, state)
+        return _event("whole", await self._workers.run(BYTES * len(state["records"]), work))
 
 
 def _dump(data: object) -> bytes:
     return write_json(data, compact=True).encode()
 
 
-def _event(name: str, id_: str | None, data: bytes) -> bytes:
-    head = f"event: {name}\n" + (f"id: {id_}\n" if id_ is not None else "")
-    return head.encode() + b"data: " + data + b"\n\n"
+def _event(name: str, data: bytes) -> bytes:
+    return f"event: {name}\n".encode() + b"data: " + data + b"\n\n"

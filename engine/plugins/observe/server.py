@@ -58,7 +58,7 @@ class Page:
 
     async def _events(self, request: Request) -> Response:
         feed = self._feed(request)
-        return EventStream(await feed.subscribe(request.headers.get("last-event-id")))
+        return EventStream(await feed.subscribe())
 
     async def _node(self, request: Request) -> Response:
         number = _number(request.path_params["number"], "number")

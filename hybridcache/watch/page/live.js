@@ -62,8 +62,7 @@ class Live {
       let reason = "The connection broke off";
       try {
         listen();
-        const headers = this.last ? { "Last-Event-ID": this.last } : {};
-        const response = await this.ask(`/v1/cache/events${location.search}`, { signal: stop.signal, headers });
+        const response = await this.ask(`/v1/cache/events${location.search}`, { signal: stop.signal });
         this.tries = 0;
         for await (const one of serverEvents(response.body)) {
           listen();
@@ -86,9 +85,8 @@ class Live {
     place.replaceChildren("replica ", ...links.flatMap((link) => [link, " "]));
   }
 
-  take({ event, id, data }) {
+  take({ event, data }) {
     const message = JSON.parse(data);
-    this.last = id;
     if (event === "whole") {
       const model = new Model(message.meta);
       for (const record of message.records) model.apply(record, true);

@@ -12,7 +12,7 @@ import pytest
 
 from engine import RequestSpec
 from engine.plugins.diagnostics.explanations import Explanation, Explanations
-from engine.server.access import AnswerId, Tenant
+from engine.server.access import Tenant
 from engine.server.context import AnsweredChat
 from engine.server.schemas import KNOWN, Message
 from engine.text.answer_reader import AnswerForm, AnswerReader
@@ -286,7 +286,7 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[Explanation, Explanat
         reader = AnswerReader(FORM, is_thinking=prompt.is_thinking)
         answer = as_message([*reader.push(output.text), *reader.flush()])
         store(explanations, name, output, body, answer, namespace)
-    first, second = (explanations.find(name) for name in ("first", "second"))
+    first, second = (explanations.memory.get(name) for name in ("first", "second"))
     assert first is not None and second is not None
     return explanations.explain(first, second), explanations
 
@@ -310,7 +310,7 @@ def store(
     tokens, prompt = output.output, output.prompt_token_ids
     explanations.remember(
         AnsweredChat(
-            AnswerId(name, name), Tenant(0, namespace), sent, body.get("tools"),
+            name, Tenant(0, namespace), sent, body.get("tools"),
             body.get("variables"), 100, np.concatenate((prompt, tokens)), len(prompt),
             output.cached_len, output.losses, answer,
         )
@@ -403,7 +403,7 @@ def test_the_memory_is_bounded_and_drops_the_oldest() -> None:
         output = RequestOutput("", losses=losses, answer=Answer(tokens[number:]))
         store(explanations, str(number), output, {}, {})
         explanations.memory.check()
-    last = explanations.find("9")
-    assert last is not None and explanations.find("0") is None
+    last = explanations.memory.get("9")
+    assert last is not None and explanations.memory.get("0") is None
     assert explanations.memory.num_bytes > 15_000
     assert explanations.nearest(last) is None, "no two requests begin alike"

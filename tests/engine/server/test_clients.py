@@ -293,10 +293,10 @@ def test_answers_follow_the_requested_grammar(live: Live) -> None:
     )
     assert all(json.loads(c.message.content or "")["kind"] in "ab" for c in chat.choices)
     for form, expected in (
-        ({"guided_json": json.dumps(schema)}, r'\{\s*"kind"\s*:\s*"[ab]"\s*\}'),
-        ({"guided_regex": "x[0-9]{2}"}, "x[0-9]{2}"),
-        ({"guided_choice": ["up", "down"]}, "up|down"),
-        ({"guided_grammar": 'root ::= "l" | "r"'}, "l|r"),
+        ({"structured_outputs": {"json": json.dumps(schema)}}, r'\{\s*"kind"\s*:\s*"[ab]"\s*\}'),
+        ({"structured_outputs": {"regex": "x[0-9]{2}"}}, "x[0-9]{2}"),
+        ({"structured_outputs": {"choice": ["up", "down"]}}, "up|down"),
+        ({"structured_outputs": {"grammar": 'root ::= "l" | "r"'}}, "l|r"),
         ({"structured_outputs": {"choice": ["up", "down"]}}, "up|down"),
         ({"structured_outputs": {"json": schema}}, r'\{\s*"kind"\s*:\s*"[ab]"\s*\}'),
     ):

@@ -65,18 +65,15 @@ def test_allowed_and_forbidden_tokens(live: Live) -> None:
 
 
 def test_extra_fields_of_an_answer(live: Live) -> None:
-    body = {"return_token_ids": True, "prompt_logprobs": 2, "return_cached_tokens_details": True}
-    answer = complete(live, request_id="mine", n=2, **body)
-    assert answer["id"] == "cmpl-mine"
+    body = {"return_token_ids": True, "prompt_logprobs": 2}
+    answer = complete(live, n=2, **body)
     [choice, _] = answer["choices"]
     assert choice["prompt_token_ids"] == list(b"tell me") and len(choice["token_ids"]) == 12
     assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == 7
     assert set(choice["prompt_logprobs"][1]["101"]) == {"logprob", "rank", "decoded_token"}
-    details = {"device": answer["usage"]["prompt_tokens_details"]["cached_tokens"]}
-    assert answer["sglext"] == {"cached_tokens_details": details}
     chat = live.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4, **body}).json()
     assert len(chat["prompt_logprobs"]) == len(chat["prompt_token_ids"])
-    assert len(chat["choices"][0]["token_ids"]) <= 4 and "sglext" in chat
+    assert len(chat["choices"][0]["token_ids"]) <= 4
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -86,7 +83,6 @@ def test_extra_fields_of_a_stream(live: Live, path: str) -> None:
         path,
         {"prompt" if path == "/v1/completions" else "messages": "x" if "chat" not in path else CHAT}
         | {"max_tokens": 5, "ignore_eos": True, "return_token_ids": True}
-        | {"return_cached_tokens_details": True}
         | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     )
     sent = [c["token_ids"] for e in received for c in e["choices"] if "token_ids" in c]
@@ -97,7 +93,6 @@ def test_extra_fields_of_a_stream(live: Live, path: str) -> None:
         e for e in received if "prompt_token_ids" in (e if "chat" in path else json.dumps(e))
     ]
     assert len(prompts) == 1
-    assert sum("sglext" in e for e in received) == 1
 
 
 def test_cached_tokens_during_a_stream_are_those_of_the_first_choice(
@@ -159,8 +154,6 @@ def test_answer_continues_the_last_message(live: Live) -> None:
 
 def test_paths_of_other_servers(live: Live) -> None:
     assert live.get("/version").json()["version"]
-    info = live.get("/tokenizer_info").json()
-    assert info["eos_token"] == "<|im_end|>" and "{%" in info["chat_template"]
     assert live.post("/flush_cache", {}).json() == {"reset": True}
     assert (
         httpx.get(live.url + "/health", headers={"x-request-id": "seven"}).headers["x-request-id"]
@@ -191,25 +184,3 @@ def test_api_keys_and_cors_origins(
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     with pytest.raises(ValueError, match="--api-key-file"):
         serve_oracle(ServerConfig(api_key_file=str(tmp_path / "none")))
-
-
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_concurrent_requests_may_share_an_id(serve_oracle: Callable[..., Live], path: str) -> None:
-    """Each gets a unique id, and none can block or end another."""
-    live = serve_oracle(step_s=0.01)
-    body = {"prompt": "x"} if "chat" not in path else {"messages": CHAT}
-    body |= {"max_tokens": 3000, "ignore_eos": True, "stream": True, "request_id": "mine"}
-    first = live.send(path, body)
-    live.wait_for(lambda report: report["num_running"] == 1)
-    second = live.send(path, body)
-    live.wait_for(lambda report: report["num_running"] == 2)
-    short = body | {"max_tokens": 2, "stream": False}
-    third = live.post(path, short)
-    assert third.status_code == 200 and "-mine-" in third.json()["id"]
-    second.close()
-    live.wait_for(lambda report: report["num_running"] == 1)
-    other = live.post(path, short | {"cache_salt": "another tenant"})
-    assert other.json()["id"].endswith("-mine"), "another tenant's ids have no effect"
-    assert live.report()["num_running"] == 1, "the end of the second does not end the first"
-    first.close()
-    live.check_conserved()

@@ -1,4 +1,4 @@
-"""The live page and its event stream: snapshots, resumption, limits and access."""
+"""The live page and its event stream: snapshots, limits and access."""
 
 from __future__ import annotations
 
@@ -25,27 +25,24 @@ PROMPT = "the same beginning for all who ask here, "
 class Reader:
     """Reader of /v1/cache/events, in a thread."""
 
-    def __init__(self, live: Live, after: str | None = None) -> None:
-        self.events: list[tuple[str, str | None, Any]] = []
-        headers = {} if after is None else {"Last-Event-ID": after}
+    def __init__(self, live: Live) -> None:
+        self.events: list[tuple[str, Any]] = []
         self._connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=30)
-        self._connection.request("GET", "/v1/cache/events", headers=headers)
+        self._connection.request("GET", "/v1/cache/events")
         self._lines = self._connection.getresponse()
         self.has_ended = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        name, id_ = "", None
+        name = ""
         with contextlib.suppress(OSError, http.client.HTTPException):
             for line in self._lines:
                 key, _, value = line.decode().rstrip("\n").partition(": ")
                 if key == "event":
                     name = value
-                elif key == "id":
-                    id_ = value
                 elif key == "data":
-                    self.events.append((name, id_, json.loads(value)))
+                    self.events.append((name, json.loads(value)))
         self.has_ended = True
 
     def close(self) -> None:
@@ -56,16 +53,14 @@ class Reader:
     def wait(self, condition: Callable[[Reader], bool]) -> None:
         deadline = time.monotonic() + 20
         while not condition(self):
-            assert time.monotonic() < deadline, [(name, id_) for name, id_, _ in self.events]
+            assert time.monotonic() < deadline, [name for name, _ in self.events]
             time.sleep(0.01)
 
     @property
     def records(self) -> list[list[Any]]:
         """Records since the last whole state, that state included."""
-        start = max(
-            (at for at, (name, _, _) in enumerate(self.events) if name == "whole"), default=0
-        )
-        return [record for _, _, data in self.events[start:] for record in data["records"]]
+        start = max((at for at, (name, _) in enumerate(self.events) if name == "whole"), default=0)
+        return [record for _, data in self.events[start:] for record in data["records"]]
 
     @property
     def nodes(self) -> dict[int, dict[str, Any]]:
@@ -91,8 +86,8 @@ class Reader:
 def read() -> Iterator[Callable[..., Reader]]:
     with contextlib.ExitStack() as stack:
 
-        def start(live: Live, after: str | None = None) -> Reader:
-            reader = Reader(live, after)
+        def start(live: Live) -> Reader:
+            reader = Reader(live)
             stack.callback(reader.close)
             return reader
 
@@ -135,50 +130,21 @@ def test_reader_follows_the_tree_and_the_requests(
     assert second.nodes == reader.nodes and second.requests == reader.requests
 
 
-def test_resumed_reader_gets_missed_changes_or_the_whole_state(
-    serve_oracle: Callable[..., Live],
-    read: Callable[..., Reader],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(feed, "LINGER_S", 600.0)  # A loaded machine may reconnect late.
-    live = serve_oracle()
-    first = read(live)
-    first.wait(
-        lambda first: bool(first.events)
-    )  # Otherwise the whole state may include the request.
-    ask(live, PROMPT)
-    first.wait(lambda first: first.num_ended == 1 and first.events[-1][0] == "changes")
-    last = first.events[-1][1]
-    first.close()
-    ask(live, PROMPT * 2)
-    resumed = read(live, last)
-    resumed.wait(lambda resumed: bool(resumed.events))
-    assert {name for name, _, _ in resumed.events} == {"changes"}
-    for wrong in ("", "other-1", f"{last}9", "x"):
-        other = read(live, wrong)
-        other.wait(lambda other: bool(other.events))
-        assert other.events[0][0] == "whole"
-
-
 def test_slow_reader_gets_the_whole_state(
     serve_oracle: Callable[..., Live],
     read: Callable[..., Reader],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The backlog of changes for slow readers is bounded."""
-    monkeypatch.setattr(feed.Feed.__init__, "__defaults__", (2000, 1))
+    """The queue of a slow reader is bounded: here each change alone is over the limit."""
+    monkeypatch.setattr(feed, "MAX_QUEUED_BYTES", 100)
     live = serve_oracle()
-    first = read(live)
-    first.wait(lambda first: bool(first.events))
-    first_id = first.events[0][1]
+    reader = read(live)
+    reader.wait(lambda reader: bool(reader.events))
     for number in range(6):
         ask(live, PROMPT + f"{number} " * 30)
-        first.wait(lambda first, num_asked=number + 1: first.num_ended == num_asked)
-    backlog = live.server._page._feeds[1]._kept
-    assert sum(len(change.data) for change in backlog) <= 2000
-    resumed = read(live, first_id)
-    resumed.wait(lambda resumed: bool(resumed.events))
-    assert resumed.events[0][0] == "whole" and resumed.nodes == truth(live.engine.cache)
+        reader.wait(lambda reader, num_asked=number + 1: reader.num_ended == num_asked)
+    assert {name for name, _ in reader.events} == {"whole"}
+    assert reader.nodes == truth(live.engine.cache)
 
 
 def test_chat_has_the_id_of_its_answer_and_an_explanation(

@@ -238,8 +238,7 @@ def ask(live: Live, path: str, body: dict[str, Any], headers: dict[str, str]) ->
 def test_tenants_stay_isolated_in_every_dialect(
     serve_oracle: Callable[..., Live], tmp_path: Path, seed: int
 ) -> None:
-    """Random requests of several tenants: ids are unique per tenant, and no answer contains another
-    tenant's text."""
+    """Random requests of several tenants: no answer contains another tenant's text."""
     rng = random.Random(seed)
     live, keys = serve_with_keys(serve_oracle, tmp_path)
     tenants = [
@@ -257,8 +256,6 @@ def test_tenants_stay_isolated_in_every_dialect(
         path = rng.choice([*MAKE_BODY])
         body = MAKE_BODY[path](f"{secrets[number]} and step {step}. " * 3)
         body["stream"] = rng.random() < 0.5
-        if path in ("/v1/completions", "/v1/chat/completions"):
-            body["request_id"] = rng.choice(["1", "order-17"])
         text, answer = ask(live, path, body, tenants[number])
         foreign = [secret for other, secret in enumerate(secrets) if other != number]
         assert not any(secret in text for secret in foreign)
@@ -274,9 +271,6 @@ def test_tenants_stay_isolated_in_every_dialect(
                 }
                 status = live.post(path, more, **headers).status_code
                 assert status == (200 if other == number else 400)
-    all_ids = [answer_id for ids in ids_of.values() for answer_id in ids]
-    assert len(set(all_ids)) < len(all_ids), "an id may belong to several tenants"
-    assert any("order-17-" in answer_id for answer_id in all_ids), "but only once to each"
     live.check_conserved()
 
 
