@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hybridcache.policies.protocol import FetchRule, Item
 from hybridcache.radix.tree import NodeHandle, RadixNode
@@ -368,37 +368,3 @@ class Listener:
 
     def chosen(self, item: Item) -> None:
         """Handle that the policy chose ``item`` as the victim. The removals follow."""
-
-
-def _told(change: str) -> Any:
-    """Return a method that notifies all members of ``change``."""
-    return lambda self, *what: self._tell(change, *what)
-
-
-class Listeners(Listener):
-    """Several listeners, notified one after another.
-
-    A listener that raises is removed, and the logger ``hybridcache`` reports the error.
-    """
-
-    kv_stored = _told("kv_stored")
-    kv_split = _told("kv_split")
-    kv_removed = _told("kv_removed")
-    checkpoint_stored = _told("checkpoint_stored")
-    checkpoint_removed = _told("checkpoint_removed")
-    chosen = _told("chosen")
-
-    def __init__(self, members: tuple[Listener, ...]) -> None:
-        self.members = members
-
-    def _tell(self, change: str, *what: object) -> None:
-        for member in self.members:
-            try:
-                getattr(member, change)(*what)
-            except Exception:
-                self.members = tuple(one for one in self.members if one is not member)
-                import logging  # not at the top: it is needed here alone
-
-                logging.getLogger("hybridcache").exception(
-                    "%r raised when notified of %s: it is notified no more", member, change
-                )

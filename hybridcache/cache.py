@@ -35,7 +35,6 @@ from hybridcache.api import (
     Eviction,
     InsertResult,
     Listener,
-    Listeners,
     Losses,
     PrefixMatch,
     Protected,
@@ -274,7 +273,7 @@ class HybridRadixCache:
         if self.arena is not None:
             self._owners = RowIndex(pages.capacity, self._gathered.clear)
             self.arena.holders |= {self.steps: None, self._owners: None}
-        self._listener: Listeners | None = None
+        self._listeners: tuple[Listener, ...] = ()
         self._withheld: set[Checkpoint | Segment] = set()
         """Locked victims, withheld from the policy until they are unlocked."""
         self._locked_len = 0
@@ -776,8 +775,8 @@ class HybridRadixCache:
             self.policy.discard(item, evicted=False)
             self._withheld.add(item)  # type: ignore[arg-type]
         self.stats.evictions += 1
-        if self._listener is not None:
-            self._listener.chosen(item)
+        if self._listeners:
+            self._notify("chosen", item)
         if item.kind == "checkpoint" and node.children:
             self._drop_checkpoint(node)
         else:
@@ -793,8 +792,8 @@ class HybridRadixCache:
         """
         checkpoint = node.checkpoint
         assert checkpoint is not None
-        if self._listener is not None:
-            self._listener.checkpoint_removed(node)
+        if self._listeners:
+            self._notify("checkpoint_removed", node)
         self.policy.discard(checkpoint, evicted=True)
         before, below = checkpoint.shallower, checkpoint.deeper
         assert before is not None
@@ -825,8 +824,8 @@ class HybridRadixCache:
                 self._drop_checkpoint(leaf)
             kv, parent = leaf.kv, leaf.parent
             assert kv is not None and parent is not None
-            if self._listener is not None:
-                self._listener.kv_removed(leaf)
+            if self._listeners:
+                self._notify("kv_removed", leaf)
             rows = kv.indices
             num_rows = len(rows)
             self._pages.release(rows)
@@ -1081,8 +1080,8 @@ class HybridRadixCache:
             self._owners.new[id(rows)] = rows
         self.cached_tokens += num_tokens
         self.stats.inserted_tokens += num_tokens
-        if self._listener is not None:
-            self._listener.kv_stored(node)
+        if self._listeners:
+            self._notify("kv_stored", node)
 
     def _place(
         self,
@@ -1160,8 +1159,8 @@ class HybridRadixCache:
         self.policy.add(checkpoint)
         if revives is not None:
             self.policy.add(revives)
-        if self._listener is not None:
-            self._listener.checkpoint_stored(node)
+        if self._listeners:
+            self._notify("checkpoint_stored", node)
         return before
 
     def _expect_child(self, parent: RadixNode) -> None:
@@ -1193,8 +1192,8 @@ class HybridRadixCache:
         upper.kv = Segment(upper, kv.indices[:cut], kv.created, self.num_items, self.item_bytes)
         self.num_items += 1
         kv.indices = kv.indices[cut:]
-        if self._listener is not None:
-            self._listener.kv_split(upper, lower)
+        if self._listeners:
+            self._notify("kv_split", upper, lower)
         return upper
 
     def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
@@ -1222,15 +1221,14 @@ class HybridRadixCache:
         Raises:
             ValueError: it is already subscribed.
         """
-        members = () if self._listener is None else self._listener.members
-        if listener in members:
+        if listener in self._listeners:
             raise ValueError("this listener is subscribed already: unsubscribe it first")
         for node in self._tree.nodes():
             if node.kv is not None:
                 listener.kv_stored(node)
             if node.checkpoint is not None:
                 listener.checkpoint_stored(node)
-        self._listener = Listeners((*members, listener))
+        self._listeners = (*self._listeners, listener)
 
     def unsubscribe(self, listener: Listener) -> None:
         """Stop notifying ``listener``. O(listeners).
@@ -1238,11 +1236,23 @@ class HybridRadixCache:
         Raises:
             ValueError: it is not subscribed.
         """
-        members = () if self._listener is None else self._listener.members
-        if listener not in members:
+        if listener not in self._listeners:
             raise ValueError("this listener is not subscribed")
-        left = tuple(one for one in members if one is not listener)
-        self._listener = Listeners(left) if left else None
+        self._listeners = tuple(one for one in self._listeners if one is not listener)
+
+    def _notify(self, change: str, *what: object) -> None:
+        """Call the method ``change`` of each listener. One that raises is unsubscribed, and the
+        logger ``hybridcache`` reports the error."""
+        for listener in self._listeners:
+            try:
+                getattr(listener, change)(*what)
+            except Exception:
+                self.unsubscribe(listener)
+                import logging  # not at the top: it is needed here alone
+
+                logging.getLogger("hybridcache").exception(
+                    "%r raised when notified of %s: it is notified no more", listener, change
+                )
 
     # --- Invariants -------------------------------------------------------------------------------
 

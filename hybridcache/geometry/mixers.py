@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from hybridcache.geometry.sizes import KVSpec, SizesError, Spec, StateSpec, part, part_or_copy
+from hybridcache.geometry.sizes import (
+    KVSpec,
+    MixerSizes,
+    SizesError,
+    Spec,
+    StateSpec,
+    part,
+    part_or_copy,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionSizes:
+class AttentionSizes(MixerSizes):
     """Softmax attention with grouped queries."""
 
     num_heads: int
@@ -39,7 +47,7 @@ class AttentionSizes:
 
 
 @dataclass(frozen=True, slots=True)
-class LatentAttentionSizes:
+class LatentAttentionSizes(MixerSizes):
     """Multi-head latent attention.
 
     Each token stores one latent vector and one key that all heads share (rotated or not).
@@ -75,7 +83,7 @@ class LatentAttentionSizes:
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaSizes:
+class DeltaSizes(MixerSizes):
     """Linear attention with key-by-value states: Gated DeltaNet, Kimi Delta Attention, lightning
     attention."""
 
@@ -108,10 +116,6 @@ class DeltaSizes:
         shape = self.num_value_heads, self.key_dim, self.value_dim
         return *conv_window(self.conv_channels, self.conv_width), recurrent(shape)
 
-    @property
-    def pair_flops(self) -> int:
-        return 0
-
     def num_params(self, hidden: int) -> int:
         return hidden * (2 * self.key_width + 3 * self.value_width)  # q, k; v, gate, out
 
@@ -122,7 +126,7 @@ class DeltaSizes:
 
 
 @dataclass(frozen=True, slots=True)
-class MambaSizes:
+class MambaSizes(MixerSizes):
     """Selective state space: Mamba-1 (one head per channel, no groups) or Mamba-2."""
 
     num_heads: int
@@ -147,10 +151,6 @@ class MambaSizes:
         shape = self.num_heads, self.state_dim, self.head_dim
         return *conv_window(self.conv_channels, self.conv_width), recurrent(shape)
 
-    @property
-    def pair_flops(self) -> int:
-        return 0
-
     def num_params(self, hidden: int) -> int:
         return hidden * (2 * self.inner + self.conv_channels)  # x, B, C; gate; out
 
@@ -164,7 +164,7 @@ class MambaSizes:
 
 
 @dataclass(frozen=True, slots=True)
-class ShortConvSizes:
+class ShortConvSizes(MixerSizes):
     """Gated causal convolution. Its state is the window of the last inputs."""
 
     channels: int
@@ -175,10 +175,6 @@ class ShortConvSizes:
     def keeps(self) -> tuple[Spec, ...]:
         return conv_window(self.channels, self.conv_width)
 
-    @property
-    def pair_flops(self) -> int:
-        return 0
-
     def num_params(self, hidden: int) -> int:
         return 4 * hidden * hidden
 
@@ -187,7 +183,7 @@ class ShortConvSizes:
 
 
 @dataclass(frozen=True, slots=True)
-class StatedSizes:
+class StatedSizes(MixerSizes):
     """Recurrence with known state sizes and unknown internals."""
 
     state_size: int
@@ -196,10 +192,6 @@ class StatedSizes:
     @property
     def keeps(self) -> tuple[Spec, ...]:
         return StateSpec("conv", (self.conv_size,), "conv"), recurrent((self.state_size,))
-
-    @property
-    def pair_flops(self) -> int:
-        return 0
 
     def num_params(self, hidden: int) -> int:
         return 0

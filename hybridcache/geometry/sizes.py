@@ -7,9 +7,10 @@ the engine's pools and the size of a checkpoint are sums over these declarations
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 MOST_LAYERS = 10_000
 
@@ -53,30 +54,32 @@ class StateSpec:
 Spec = KVSpec | StateSpec
 
 
-class MixerSizes(Protocol):
+class MixerSizes(ABC):
     """Sizes of the part of a layer that mixes tokens."""
 
+    __slots__ = ()
+
     @property
+    @abstractmethod
     def keeps(self) -> tuple[Spec, ...]:
         """Stored tensors, in the order in which the engine passes them."""
-        ...
 
     @property
     def pair_flops(self) -> int:
         """FLOPs of one query with one key. 0 for a recurrence."""
-        ...
+        return 0
 
+    @abstractmethod
     def num_params(self, hidden: int) -> int:
         """Return the number of weights that a token is multiplied with, for a model of width
         ``hidden``."""
-        ...
 
+    @abstractmethod
     def share(self, count: int) -> Self:
         """Return the sizes that one of ``count`` ranks computes and stores.
 
         Heads and channels are divided. Raises SizesError if that is not possible evenly.
         """
-        ...
 
 
 def part(size: int, count: int, what: str) -> int:

@@ -149,7 +149,7 @@ def test_each_subscriber_receives_events_until_it_unsubscribes():
         assert mirror.segments() == before
         with pytest.raises(ValueError, match="not subscribed"):
             cache.unsubscribe(stream)
-    assert cache._listener is None
+    assert not cache._listeners
 
 
 @pytest.mark.parametrize("kind", ["none", "radix", "hybrid"])
