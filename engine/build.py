@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.interfaces import EngineCore, Plugin, Runner, TokenSampler
 from engine.requests.logit_rules import GrammarCompiler
 from engine.schedule.batch import DraftPlanner
 from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.report import cache_kind
 from engine.schedule.scheduler import Scheduler
-from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory_sizes import MemorySizes
 
 if TYPE_CHECKING:
     from engine.plugins.speculation.draft_manager import SpeculationPlugin
@@ -96,19 +95,6 @@ def names_tokenizer(config: EngineConfig) -> bool:
     return named or has_tokenizer(Path(str(config.model)))
 
 
-class Assembled(NamedTuple):
-    """Parts of an engine around its runner."""
-
-    kind: str
-    """Kind of the cache."""
-    cache: HybridRadixCache
-    manager: CacheManager
-    scheduler: Scheduler
-    drafting: DraftPlanner | None
-    fetching: Fetching | None
-    """Loads of prefixes, or None if nothing loads them."""
-
-
 def assemble(
     config: EngineConfig,
     runner: Runner,
@@ -118,9 +104,11 @@ def assemble(
     drafting: DraftPlanner | None,
     fetcher: Fetcher | None,
     clock: Callable[[], float],
-) -> Assembled:
-    """Make the cache, its manager and the scheduler. ``drafting`` and ``fetcher`` replace those of
-    ``plugins``. Raises ConfigError."""
+) -> Scheduler:
+    """Make the scheduler, with the cache and its manager.
+
+    ``drafting`` and ``fetcher`` replace those of ``plugins``. Raises ConfigError.
+    """
     settings = cache_config(config, runner)
     options: Mapping[str, Any] = {}
     tiers = cast("TierPlugin | None", plugins.get("tiers"))
@@ -129,34 +117,41 @@ def assemble(
     cache = build_prefix_cache(settings)
     if tiers is not None:
         options = tiers.open_cache(cache, runner, tokenizer)
-    manager = make_manager(config, cache, runner.memory, options)
+    caches = config.prefix_cache != "none"
+    manager = CacheManager(
+        cache,
+        parse_placement(",".join(config.checkpoints) if caches else "none"),
+        num_rows=config.max_running,
+        stateful=runner.memory.is_stateful,
+        exact=config.exact,
+        owns_states=runner.memory.owns_states,
+        **options,
+    )
     for plugin in plugins.values():
         found = plugin.open_manager(manager, runner)
         fetcher = found if fetcher is None else fetcher
     fetching = None if fetcher is None else Fetching(manager, fetcher)
-    shares = config.prefix_cache != "none"
     speculation = cast("SpeculationPlugin | None", plugins.get("speculation"))
     if drafting is None and speculation is not None:
-        drafting = speculation.draft_planner(runner, shares=shares)
-    scheduler = Scheduler(
+        drafting = speculation.draft_planner(runner, shares=caches)
+    return Scheduler(
         manager,
         max_running=config.max_running,
         token_budget=config.token_budget,
         memory=runner.memory,
         admission=make_admission(config.admission),
-        shares=shares,
+        shares=caches,
         drafting=drafting,
         fetching=fetching,
         clock=clock,
     )
-    return Assembled(settings.prefix_cache, cache, manager, scheduler, drafting, fetching)
 
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
     """Return the config of the cache for the runner's pools."""
-    memory, kind = runner.memory, config.prefix_cache
+    memory = runner.memory
     return CacheConfig(
-        prefix_cache="radix" if kind == "hybrid" and not memory.is_stateful else kind,
+        prefix_cache=cache_kind(config, memory),
         memory="arena" if memory.slab_rows else "budget",
         total_bytes=memory.total_bytes if memory.slab_rows else None,
         num_kv_tokens=0 if memory.slab_rows else memory.num_kv_tokens,
@@ -166,23 +161,4 @@ def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
         eviction=config.eviction,
         kv_bytes_per_token=memory.row_bytes,
         state_bytes=max(memory.state_bytes, 1),
-    )
-
-
-def make_manager(
-    config: EngineConfig,
-    cache: HybridRadixCache,
-    memory: MemorySizes,
-    options: Mapping[str, Any],
-) -> CacheManager:
-    """Make the manager of the requests' leases on ``cache``. ``options`` come from plugins."""
-    words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
-    return CacheManager(
-        cache,
-        parse_placement(words),
-        num_rows=config.max_running,
-        stateful=memory.is_stateful,
-        exact=config.exact,
-        owns_states=memory.owns_states,
-        **options,
     )

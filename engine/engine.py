@@ -96,12 +96,11 @@ class Engine:
         self._observer = observer
         self.clock = clock
         self.recent = RecentRequests()
-        parts = assemble(
+        self._scheduler = scheduler = assemble(
             config, runner, tokenizer, self.plugins, drafting=drafting, fetcher=fetcher, clock=clock
         )
-        self._cache, self._manager, self._scheduler = parts.cache, parts.manager, parts.scheduler
-        self._drafting, self._fetching = parts.drafting, parts.fetching
-        self._cache_kind = parts.kind
+        self._manager, self._fetching = scheduler.manager, scheduler.fetching
+        self._cache = scheduler.manager.cache
         self._overlaps = config.overlap == "on" or (
             config.overlap == "auto" and runner.is_asynchronous
         )
@@ -492,8 +491,8 @@ class Engine:
 
     def _forget(self, *, was_lost: bool) -> None:
         self._cache.reset()
-        if self._drafting is not None:
-            self._drafting.reset()
+        if self._scheduler.drafting is not None:
+            self._scheduler.drafting.reset()
         for hooks in self._hooks:
             hooks.on_cache_emptied(was_lost=was_lost)
 
@@ -501,7 +500,6 @@ class Engine:
         """Return the current sizes, rates and losses of the cache."""
         return cache_report(
             self.config,
-            self._cache_kind,
             self._manager,
             self.runner.memory,
             num_running=self._scheduler.num_running,

@@ -22,17 +22,6 @@ from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
 
-class TierCopies(Protocol):
-    """Executes transfers between tiers."""
-
-    host_bytes_per_s: float | None
-    """Measured bandwidth from host memory to the device; None if there is no host tier."""
-
-    def make(self, order: Any) -> None:
-        """Execute one transfer. The effect is as if it were complete before the next operation."""
-        ...
-
-
 class Exactness(Struct, frozen=True):
     """Result of the check at the start that hits equal cold runs; see ``runner.exactness``."""
 
@@ -85,9 +74,6 @@ class StepReport:
 
 Observer = Callable[[StepReport], None]
 """Called after every step."""
-TierCopierFactory = Callable[..., TierCopies]
-"""Makes a copier from ``(rows, memory, device, num_host_rows)``: the arena as uint8 ``[N,
-row_bytes]``, its sizes, and the device."""
 
 
 class RunnerLost(RuntimeError):
@@ -143,12 +129,12 @@ class Runner(Protocol):
         """
         ...
 
-    def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> float | None:
-        """Execute transfers between tiers with the copier that ``copier`` makes for this runner's
-        arena and ``num_host_rows`` of host memory.
+    def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
+        """Execute transfers between tiers with the copier that ``copier`` makes for this runner: of
+        the arena (uint8 ``[N, row_bytes]``), its sizes, the device and ``num_host_rows``.
 
-        Returns ``TierCopies.host_bytes_per_s``. Raises ModelError if the memory cannot be
-        allocated.
+        Returns the measured bandwidth from host memory to the device; None if there is no host
+        tier. Raises ModelError if the memory cannot be allocated.
         """
         ...
 

@@ -47,6 +47,8 @@ class Decoder(ABC):
     """Keys of a config.json that only the layers of this family use, as ``config.own``."""
     centred_norms: ClassVar[bool] = False
     """True if the norms of the residual stream are stored around zero."""
+    step_norms: ClassVar[tuple[str, str]] = "input_layernorm", "post_attention_layernorm"
+    """Names of the norms before the mixer and before the MLP of a layer."""
     embedding_name: ClassVar[str] = "model.embed_tokens"
     layers_name: ClassVar[str] = "model.layers"
     norm_name: ClassVar[str] = "model.norm"
@@ -106,13 +108,14 @@ class Decoder(ABC):
         return dict(tensors)
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
-        """Return the steps of the layer ``name``. By default a mixer and an MLP, each after a
-        norm."""
+        """Return the steps of the layer ``name``. By default a mixer and an MLP, each after a norm
+        and multiplied by ``residual_multiplier``, if the family has that key."""
         assert sizes.mlp is not None
-        before, between = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
+        before, between = (self.norm_of(f"{name}.{norm}") for norm in self.step_norms)
+        factor = self.config.own.get("residual_multiplier", 1.0)
         return [
-            MixerStep(self.mixer(name, sizes.mixers[0]), before=self.norm_of(before)),
-            FeedForwardStep(self.mlp(name, sizes.mlp), before=self.norm_of(between)),
+            MixerStep(self.mixer(name, sizes.mixers[0]), before=before, multiplier=factor),
+            FeedForwardStep(self.mlp(name, sizes.mlp), before=between, multiplier=factor),
         ]
 
     @abstractmethod

@@ -5,12 +5,10 @@ Most models have experts in addition to the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SoftmaxRouter
 from engine.layers.recurrent import GatedNorm, Mamba2
-from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.models.decoder import Decoder, Step
+from engine.layers.residual import FeedForward, Mixer
+from engine.models.decoder import Decoder
 from engine.weights.model_config import (
     ModelConfig,
     ModelError,
@@ -20,7 +18,7 @@ from engine.weights.model_config import (
 )
 from hybridcache.geometry.config_format import ROPE_KEYS, Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
 
 
 class GraniteMoeHybrid(Decoder):
@@ -53,22 +51,6 @@ class GraniteMoeHybrid(Decoder):
             embedding_multiplier=config["embedding_multiplier"],
             logit_multiplier=1.0 / config["logits_scaling"],
         )
-
-    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
-        assert sizes.mlp is not None
-        multiplier = self.config.own["residual_multiplier"]
-        return [
-            MixerStep(
-                self.mixer(name, sizes.mixers[0]),
-                before=self.norm_of(f"{name}.input_layernorm"),
-                multiplier=multiplier,
-            ),
-            FeedForwardStep(
-                self.mlp(name, sizes.mlp),
-                before=self.norm_of(f"{name}.post_attention_layernorm"),
-                multiplier=multiplier,
-            ),
-        ]
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         config, own = self.config, self.config.own

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from engine.layers.mlp import MLP, ExpertNames, RoutedExperts, SoftmaxRouter
 from engine.layers.recurrent import Mamba1
-from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.models.decoder import Decoder, Step
+from engine.layers.residual import FeedForward, Mixer
+from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, common
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
 
 
 class Jamba(Decoder):
@@ -19,6 +17,7 @@ class Jamba(Decoder):
 
     model_types = ("jamba",)
     own_keys = "mamba_proj_bias", "mamba_conv_bias", "mamba_dt_rank"
+    step_norms = "input_layernorm", "pre_ff_layernorm"
     norm_name = "model.final_layernorm"
 
     @classmethod
@@ -30,14 +29,6 @@ class Jamba(Decoder):
                 f"mamba_dt_rank must be auto or 1 or more in config.json (got {rank})."
             )
         return ModelConfig(**common(config, sizes, cls.own_keys), rope=None)
-
-    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
-        assert sizes.mlp is not None
-        before, between = f"{name}.input_layernorm", f"{name}.pre_ff_layernorm"
-        return [
-            MixerStep(self.mixer(name, sizes.mixers[0]), before=self.norm_of(before)),
-            FeedForwardStep(self.mlp(name, sizes.mlp), before=self.norm_of(between)),
-        ]
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         own, hidden = self.config.own, self.config.hidden_size

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from engine.layers.mlp import MLP, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.recurrent import ShortConv
-from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.models.decoder import Decoder, Step
+from engine.layers.residual import FeedForward, Mixer
+from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
 
 ROPE_THETA = 1e6
 
@@ -22,6 +20,7 @@ class Lfm2(Decoder):
 
     model_types = ("lfm2", "lfm2_moe")
     own_keys = "conv_bias", "use_expert_bias", "norm_topk_prob", "routed_scaling_factor"
+    step_norms = "operator_norm", "ffn_norm"
     norm_name = "model.embedding_norm"
 
     @classmethod
@@ -29,14 +28,6 @@ class Lfm2(Decoder):
         head_dim = mixer_of(sizes, AttentionSizes).head_dim
         rope = read_rope(config, head_dim, theta=ROPE_THETA)
         return ModelConfig(**common(config, sizes, cls.own_keys, eps="norm_eps"), rope=rope)
-
-    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
-        assert sizes.mlp is not None
-        mixer, mlp = self.mixer(name, sizes.mixers[0]), self.mlp(name, sizes.mlp)
-        return [
-            MixerStep(mixer, before=self.norm_of(f"{name}.operator_norm")),
-            FeedForwardStep(mlp, before=self.norm_of(f"{name}.ffn_norm")),
-        ]
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         if isinstance(sizes, ShortConvSizes):

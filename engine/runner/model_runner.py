@@ -4,12 +4,13 @@ step."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.interfaces import Exactness, TierCopierFactory
+from engine.interfaces import Exactness
 from engine.layers.inputs import LayerInputs, Pools, RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.backends import identity_of
@@ -312,11 +313,11 @@ class ModelRunner:
         at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
         return self._predictor.guess(at, most)
 
-    def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> float | None:
+    def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
         """See ``Runner.attach_tiers``."""
         made = copier(self.tensors.rows, self.memory, self.device, num_host_rows)
-        self._copies.copier = made
-        return made.host_bytes_per_s
+        self._copies.transfer = made.make
+        return cast("float | None", made.host_bytes_per_s)
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """See ``Runner.identity``. O(bytes of the weights), unless their digest is given."""

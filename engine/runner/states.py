@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 
-from engine.interfaces import TierCopies
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.memory import Memory
@@ -107,8 +106,8 @@ class Copies:
     """Executes copies of rows and states, in the order of the device's operations."""
 
     def __init__(self, tensors: Memory, kernels: Kernels, device: Device) -> None:
-        self.copier: TierCopies | None = None
-        """Executes transfers between tiers; None if there is only the device."""
+        self.transfer: Callable[[Transfer], None] | None = None
+        """Executes a transfer between tiers; None if there is only the device."""
         self._tensors, self._device = tensors, device.torch_device
         self._cache_write, self._state_copy = kernels["cache_write"], kernels["state_copy"]
 
@@ -117,8 +116,8 @@ class Copies:
         wrote."""
         for transfer in transfers:
             if not isinstance(transfer, Move):
-                assert self.copier is not None, "there is no tier outside the device"
-                self.copier.make(transfer)
+                assert self.transfer is not None, "there is no tier outside the device"
+                self.transfer(transfer)
                 continue
             rows = self._tensors.rows
             assert rows is not None, "rows of a pool do not move"

@@ -107,9 +107,15 @@ class CacheReport:
         return dataclasses.asdict(self)
 
 
+def cache_kind(config: EngineConfig, memory: MemorySizes) -> str:
+    """Return the kind of cache in use: ``hybrid``, ``radix`` for a model without states, or
+    ``none``."""
+    is_radix = config.prefix_cache == "hybrid" and not memory.is_stateful
+    return "radix" if is_radix else config.prefix_cache
+
+
 def cache_report(
     config: EngineConfig,
-    kind: str,
     manager: CacheManager,
     memory: MemorySizes,
     *,
@@ -121,7 +127,7 @@ def cache_report(
     """Build the report from the allocators, the tree and the leases. O(running requests +
     namespaces).
 
-    ``kind`` is the cache in use; ``optional`` has the fields that plugins report.
+    ``optional`` has the fields that plugins report.
     """
     cache = manager.cache
     held_tokens, held_slots = manager.held()
@@ -129,7 +135,7 @@ def cache_report(
     slots = _pool(cache.free_slots, cache.num_checkpoints, held_slots)
     total = cache.stats.total
     return CacheReport(
-        prefix_cache=kind,
+        prefix_cache=cache_kind(config, memory),
         eviction=config.eviction,
         checkpoints=config.checkpoints,
         grid=cache.grid,

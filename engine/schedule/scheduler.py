@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.requests.request import Request
 from engine.schedule.batch import EMPTY, Batch, Draft, DraftPlanner, Segment
+from engine.schedule.fetching import Fetching
 from engine.text.outputs import NO_TOKEN, FinishReason, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
@@ -23,12 +24,17 @@ class Scheduler(StepPlanner[Request]):
     """Plans steps and commits their results."""
 
     def __init__(
-        self, manager: CacheManager, *, drafting: DraftPlanner | None = None, **options: Any
+        self,
+        manager: CacheManager,
+        *,
+        drafting: DraftPlanner | None = None,
+        fetching: Fetching | None = None,
+        **options: Any,
     ) -> None:
         """Prepare the scheduler. With ``drafting``, decoding requests may get several tokens per
         step. ``options`` are those of ``StepPlanner``."""
-        super().__init__(manager, **options)
-        self._drafting = drafting
+        super().__init__(manager, fetching=fetching, **options)
+        self.manager, self.drafting, self.fetching = manager, drafting, fetching
         self._verifies = False
         self._progressed: list[Request] = []
 
@@ -138,7 +144,7 @@ class Scheduler(StepPlanner[Request]):
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory for them.
         No request is preempted for a draft."""
-        if self._drafting is None:
+        if self.drafting is None:
             return {}
         # A draft follows the newest token, which a step in flight has yet to draw.
         decoding = [
@@ -146,7 +152,7 @@ class Scheduler(StepPlanner[Request]):
             for request, end in ends.items()
             if not (self._num_in_flight or self._is_prefill(request)) and end == request.num_tokens
         ]
-        drafts = self._drafting.propose(decoding)
+        drafts = self.drafting.propose(decoding)
         return {
             request: draft
             for request, draft in drafts.items()
@@ -154,11 +160,11 @@ class Scheduler(StepPlanner[Request]):
         }
 
     def _may_guess(self) -> bool:
-        return self._drafting is not None and self._drafting.may_guess(self._decoding())
+        return self.drafting is not None and self.drafting.may_guess(self._decoding())
 
     def _forget_drafts(self, request: Request) -> None:
-        if self._drafting is not None:
-            self._drafting.forget(request)
+        if self.drafting is not None:
+            self.drafting.forget(request)
 
     def commit(
         self,
@@ -234,11 +240,11 @@ class Scheduler(StepPlanner[Request]):
         The newest token is not computed. Tokens after a stop do not count: ``num_new`` are part of
         the answer.
         """
-        assert self._drafting is not None
+        assert self.drafting is not None
         request = segment.request
         request.computed_len = request.scheduled_len = request.num_tokens - 1
         self._manager.roll_back(request)
-        self._drafting.learn(segment, num_accepted, num_new)
+        self.drafting.learn(segment, num_accepted, num_new)
         return request.computed_len - segment.start
 
     def _fail(self, request: Request, error: Exception) -> None:
@@ -252,4 +258,4 @@ class Scheduler(StepPlanner[Request]):
     def check(self) -> None:
         super().check()
         known = set(self._waiting) | set(self._running)
-        assert self._drafting is None or self._drafting.requests <= known
+        assert self.drafting is None or self.drafting.requests <= known

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.config import ConfigError, EngineConfig
-from engine.interfaces import Plugin, Runner, TierCopies
+from engine.interfaces import Plugin, Runner
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.fingerprint import load_digest, save_digest
@@ -455,7 +455,7 @@ class TierPlugin(Plugin):
         return {"offload": self.usage()}
 
 
-def _copier(disk: Disk | None, *arena: Any) -> TierCopies:
+def _copier(disk: Disk | None, *arena: Any) -> Any:
     """Make the copier of ``Runner.attach_tiers``. Imports torch."""
     from engine.plugins.tiers.tier_copies import TierCopier
 
