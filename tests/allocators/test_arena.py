@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
-from hybridcache.allocators.moves import StepQueue
+from hybridcache.allocators.moves import Move, StepQueue
 
 ROW_BYTES = 3
 
@@ -226,6 +226,18 @@ def test_a_slab_without_live_rows_is_taken_without_a_move():
     arena.pages.free(freed.rows)
     assert arena.slots.allocate() == freed.rows[0] // 10
     assert arena.num_moves == 0
+
+
+def test_moves_are_taken_once_and_in_order():
+    """The only check that detects the reverse order (``tests/faults``)."""
+    steps, rows = StepQueue(), np.empty(0, np.int32)
+    for slab in (3, 1, 2):
+        assert steps.rows_moved(Move(slab, rows, rows, rows)) == 0
+    assert steps.num_moves == 3
+    plan = steps.take()
+    plan.done()
+    assert [move.slab for move in plan.transfers] == [3, 1, 2]
+    assert not steps.take() and steps.num_moves == 0
 
 
 def test_moving_rows_without_a_holder_raises():
