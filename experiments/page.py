@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments import provenance
 from experiments.provenance import ROOT
-from experiments.studies import admission, arena, capacity, conditions, grid, hints, shadows, tiers
-from experiments.studies.default import COMPARED, DEFAULT, MEMORIES
-from hybridcache.lab.intervals import Interval, interval, paired, ratio
+from experiments.studies import (
+    admission,
+    arena,
+    capacity,
+    conditions,
+    default,
+    grid,
+    hints,
+    overload,
+    router,
+    shadows,
+    tiers,
+)  # fmt: skip
+from hybridcache.lab.intervals import Interval
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
 from hybridcache.lab.simulation.result import ClosedLoopRun
 
@@ -33,6 +43,8 @@ RIVAL = " beside llama.cpp"
 SHAREGPT_CAUSES = ("never_seen", "kv_evicted", "checkpoint_evicted", "never_checkpointed")
 SHAREGPT_POLICIES = ("survival", "lru", "marconi")
 HITS = "token hit rate, %"
+VERBS = ("match", "insert")
+"""Operations of the tree whose growth is shown."""
 SLASH = 1.0
 """Points within which policies share one row of a figure."""
 
@@ -71,98 +83,16 @@ def leaderboard_table() -> Table:
 
 
 def pairs_table(split: str) -> Table:
-    """Return one row per pair: hit rate and gain as means over cells, and mean TTFT if known."""
-    rates: dict[str, dict[int, list[float]]] = {}
-    ttfts: dict[str, dict[str, list[float]]] = {}
-    for record in records_of("study_default.jsonl"):
-        if record["split"] == split and record["seed"] is not None:
-            by_seed = rates.setdefault(record["pair"], {})
-            by_seed.setdefault(record["seed"], []).append(100 * record["token_hit_rate"])
-            by_trace = ttfts.setdefault(record["pair"], {})
-            by_trace.setdefault(record["trace"], []).append(record.get("ttft_mean_s", 0.0))
-    if not rates:
-        raise FileNotFoundError(f"study_default.jsonl has no records of the split {split}")
-    means = {
-        pair: [fmean(values) for values in by_seed.values()] for pair, by_seed in rates.items()
-    }
-    reference = DEFAULT if DEFAULT in means else next(iter(means))
-    header = ["eviction@placement", "token hit rate, %", f"gain over `{reference}`, points"]
-    rows = [
-        [f"`{pair}`", str(interval(values)), str(paired(values, means[reference]))]
-        for pair, values in sorted(means.items(), key=lambda item: -fmean(item[1]))
-    ]
-    if split == "closed loop":
-        header += ["mean TTFT, ratio", "lowest", "highest"]
-        for row in rows:
-            cells = [
-                fmean(of) / fmean(ours)
-                for of, ours in zip(
-                    ttfts[row[0].strip("`")].values(), ttfts[reference].values(), strict=True
-                )
-            ]
-            row += [f"{value:.2f}" for value in (geometric_mean(cells), min(cells), max(cells))]
-    return (header, rows)
+    """Return one row per pair of policies."""
+    return default.pairs_table(records_of("study_default.jsonl"), split)
 
 
 def losses_table() -> Table:
-    """Return the loss of the default pair to the best pair of each cell, in points."""
-    splits = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8"))
-    seen = splits["default-pair"]["evaluation"]["seen"]
-    by_cell: dict[tuple[str, str, float], dict[str, list[float]]] = {}
-    generated: set[str] = set()
+    """Return the losses in both memories, as far as they were run."""
     records = records_of("study_default.jsonl")
-    if (provenance.RESULTS / f"{MEMORIES}.jsonl").exists():
-        records += records_of(f"{MEMORIES}.jsonl")
-    for record in records:
-        cell = by_cell.setdefault((record["split"], record["trace"], record["gib"]), {})
-        cell.setdefault(record["pair"], []).append(100 * record["token_hit_rate"])
-        if record["seed"] is not None:
-            generated.add(record["trace"])
-    found: dict[str, list[list[float]]] = {}
-    for (split, trace, _), rates in by_cell.items():
-        best = max(rates.values(), key=fmean)
-        losses = [one - ours for one, ours in zip(best, rates[DEFAULT], strict=True)]
-        groups = [split]
-        if split.startswith("evaluation"):
-            kind = "generated" if trace in generated else "published traces"
-            groups = [f"{split}, {kind}"] + [f"{split}, {kind}, unseen"] * (
-                trace.partition(", ")[0] not in seen
-            )
-        for group in groups:
-            found.setdefault(group, []).append(losses)
-    rows = []
-    for group, cells in found.items():
-        means = [fmean(losses) for losses in cells]
-        over_seeds = [fmean(losses) for losses in zip(*cells, strict=True)]
-        near = sum(mean <= 0.5 for mean in means)
-        loss = str(interval(over_seeds))
-        rows.append([group, str(len(cells)), loss, f"{max(means):.1f}", f"{near} of {len(cells)}"])
-    return (["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows)
-
-
-def published_table() -> Table:
-    """Return both rates and the gain on the published traces, with intervals over sessions."""
-    runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
-    for record in records_of("study_default.jsonl"):
-        if record["seed"] is None:
-            runs.setdefault((record["trace"], record["gib"]), {})[record["pair"]] = record
-    rows = []
-    for (trace, gib), by_pair in runs.items():
-        ours, lru = (by_pair[pair] for pair in COMPARED)
-        rates = [100 * record["token_hit_rate"] for record in (ours, lru)]
-        num_sessions = "unknown" if "sessions" in ours else "-"
-        figures = [f"{rate:.1f}" for rate in (*rates, rates[0] - rates[1])]
-        # Sessions are unknown if there is one per request.
-        if len(ours.get("sessions", ())) < ours.get("requests", 0):
-            prompts = [prompt for _, prompt in ours["sessions"]]
-            reused = [[cached for cached, _ in record["sessions"]] for record in (ours, lru)]
-            saved = [one - other for one, other in zip(*reused, strict=True)]
-            num_sessions = str(len(prompts))
-            figures = [str(ratio(part, prompts).scaled(100)) for part in (*reused, saved)]
-        name = Path(trace.partition("?")[0]).name.partition(".")[0]
-        rows.append([f"`{name}`", f"{gib:g}", num_sessions, *figures])
-    header = ["trace", "GiB", "sessions", "default, %", "LRU with fixed rules, %", "gain, points"]
-    return (header, rows)
+    if (provenance.RESULTS / f"{default.MEMORIES}.jsonl").exists():
+        records += records_of(f"{default.MEMORIES}.jsonl")
+    return default.losses_table(records)
 
 
 def capacity_table() -> Table:
@@ -180,47 +110,16 @@ def capacity_table() -> Table:
     return (["trace", "seeds", "small memory", "medium", "large"], rows)
 
 
-def hints_table() -> Table:
-    """Return the gain from boundary hints."""
-    rows = [
-        [pair, *map(str, figures)]
-        for pair, figures in hints.gains(records_of("study_hints.jsonl")).items()
-    ]
-    return (["pair", "token hit rate with hints, %", "gain from hints, points"], rows)
-
-
-def conditions_table() -> Table:
-    """Return hit rates of the default pair and of LRU, one row per condition."""
-    rows = [
-        [condition, value + " at once" * value.isdecimal(), *map(str, rates), str(gain)]
-        for condition, value, rates, gain in conditions.gains(records_of("study_conditions.jsonl"))
-    ]
-    header = ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"]
-    return (header, rows)
-
-
-def admission_table() -> Table:
-    """Return hit rates and waiting times at each rate.
-
-    The last columns are ratios to the best fixed number of live sessions, chosen for each."""
-    runs = [ClosedLoopRun(**record) for record in records_of("admission.jsonl")]
+def tree_table() -> Table:
+    """Return the time of each operation over the size of the tree, in microseconds."""
     rows = []
-    for trace, rate, by_policy in admission.cells(runs):
-        pair = by_policy["oldest"], by_policy["sessions"]
-        oldest, sessions = ([100 * run.token_hit_rate for run in runs] for runs in pair)
-        row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
-        row.append(str(paired(sessions, oldest)))
-        for field in ("ttft_mean_s", "ttft_p99_s"):
-            row.append(", ".join(f"{admission.mean(runs, field):.1f}" for runs in pair))
-        for field in ("ttft_mean_s", "makespan_s"):
-            best = [getattr(run, field) for run in admission.best_simple(by_policy, field)]
-            compared = ratio([getattr(run, field) for run in by_policy["sessions"]], best)
-            row.append(f"{compared:.2f}")
-        rows.append(row)
-    header = ["workload", "sessions/s", "hits, `oldest`, %", "`sessions`, %", "gain, points"]
-    header += [f"{name} TTFT, s: `oldest`, `sessions`" for name in ("mean", "p99")]
-    header += ["mean TTFT to best limit", "makespan to best limit"]
-    return (header, rows)
+    for one in records_of("bench_tree.jsonl"):
+        if "us_without_allocation" in one:
+            size, kind = one["measure"].replace(",", "").split(" ", 1)
+            times = [one["verb_us_median"][verb] for verb in VERBS] + [one["eviction_us_per_item"]]
+            written = ", ".join(f"{time:.1f}" for time in times)
+            rows.append([f"by {kind}", f"{int(size) / 1000:g}", written])
+    return ["growth", "thousands", f"{', '.join(VERBS)}, eviction: microseconds"], rows
 
 
 def closed_loop_table() -> Table:
@@ -297,23 +196,6 @@ def sharegpt_simulated_table() -> Table:
         rates.setdefault(one["gib"], {})[one["policy"]] = f"{100 * one['saved_share']:.1f}"
     rows = [["ShareGPT", f"{gib:.3g}", ", ".join(of.values())] for gib, of in rates.items()]
     return ["trace", "GiB", f"{', '.join(SHAREGPT_POLICIES)}: {HITS}"], rows
-
-
-def router_table() -> Table:
-    """Return hits and waiting times of each router, as means over traces and seeds."""
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in records_of("study_router.jsonl"):
-        cells.setdefault((one["condition"], one["fleet"]["router"]), []).append(one)
-    rows = [
-        [
-            condition,
-            f"`{router}`",
-            f"{100 * fmean(one['token_hit_rate'] for one in of):.1f}",
-            f"{fmean(one['ttft_mean_s'] / one['cold_mean_s'] for one in of):.2f}",
-        ]
-        for (condition, router), of in cells.items()
-    ]
-    return ["condition", "router", HITS, "mean TTFT, times a cold prefill"], rows
 
 
 def checkpoint_dtype_table() -> Table:
@@ -684,20 +566,16 @@ def _shadows(table: Table) -> str:
     )
 
 
-def _gains(gain: int, subject: str) -> Callable[[Table], str]:
+def between(index: int, sentence: str, timed: str = "") -> Callable[[Table], str]:
+    """Return the finding with the lowest and the highest mean of a column as ``low`` and ``high``,
+    and the processor of the result file ``timed`` as ``cpu``."""
+
     def finding(table: Table) -> str:
-        gains = [value(row[gain]).mean for row in table[1]]
-        return f"{subject} by {min(gains):.1f} to {max(gains):.1f} points."
+        means = [value(row[index]).mean for row in table[1]]
+        cpu = processor(timed) if timed else ""
+        return sentence.format(low=min(means), high=max(means), cpu=cpu)
 
     return finding
-
-
-def _speed(table: Table) -> str:
-    ratios = [float(row[4]) for row in table[1]]
-    return (
-        f"The default pair takes {min(ratios):.2f} to {max(ratios):.2f} times the CPU time of LRU "
-        "per simulated request."
-    )
 
 
 def _admission(table: Table) -> str:
@@ -745,8 +623,8 @@ def _sharegpt_simulated(table: Table) -> str:
 
 def _router(table: Table) -> str:
     hits: dict[str, dict[str, float]] = {}
-    for condition, router, rate, _ in table[1]:
-        hits.setdefault(condition, {})[router] = float(rate)
+    for condition, name, rate, _ in table[1]:
+        hits.setdefault(condition, {})[name] = float(rate)
     best = [max(of, key=lambda name: of[name]) for of in hits.values()]
     most = max(best, key=best.count)
     return f"{most} has the most hits in {best.count(most)} of {len(best)} conditions."
@@ -778,11 +656,6 @@ def _grids(table: Table) -> str:
     )
 
 
-def _arena(table: Table) -> str:
-    costs = [value(row[2]).mean for row in table[1]]
-    return f"One arena costs at most {max(-min(costs), 0):.2f} points of hit rate on a workload."
-
-
 def _capacity(table: Table) -> str:
     gains = [value(cell.partition(": ")[2]).mean for row in table[1] for cell in row[2:]]
     return (
@@ -807,12 +680,33 @@ def _decays(table: Table) -> str:
     )
 
 
-def _llama(table: Table) -> str:
-    ratios = [float(row[-1]) for row in table[1]]
+def _overload(table: Table) -> str:
+    last = table[1][-1]
+    width = len(overload.POLICIES)
+    (hits, *_, worst), (seconds, *_) = last[3 : 2 + width], last[3 + width :]
     return (
-        f"On one {processor('bench_llama.jsonl')}, the engine has {min(ratios):.2f} to "
-        f"{max(ratios):.2f} times the speed of llama.cpp."
+        f"In the last window of {last[0]}, `sessions` hits {hits} % and `oldest` {last[2]} %; the "
+        f"mean TTFT is {seconds} and {last[2 + width]} s (`{overload.POLICIES[-1]}`: {worst} %, "
+        f"{last[1 + 2 * width]} s)."
     )
+
+
+def _tree(table: Table) -> str:
+    growth: dict[str, list[float]] = {}
+    for kind, _, times in table[1]:
+        growth.setdefault(kind, []).append(float(times.split(", ")[0]))
+    ratios = [of[-1] / of[0] for of in growth.values()]
+    return f"A match in a tree 100 times as large takes at most {max(ratios):.1f} times as long."
+
+
+def study(name: str, table: Callable[[list[dict[str, Any]]], Table]) -> Callable[[], Table]:
+    """Return the function that makes the table of a result file."""
+    return lambda: table(records_of(f"{name}.jsonl"))
+
+
+def of_runs(records: list[dict[str, Any]]) -> Table:
+    """Return the table of the study of admission."""
+    return admission.table([ClosedLoopRun(**record) for record in records])
 
 
 OVER = {"default pair": 3, "LRU with fixed rules": 4}
@@ -836,24 +730,37 @@ SECTIONS = {
         "Mean and largest loss of the default pair in each group of cells.",
     ),
     "shadows": Section(
-        "shadows", lambda: shadows.table(records_of("study_shadows.jsonl")), _shadows,
+        "shadows", study("study_shadows", shadows.table), _shadows,
         Dots({"tuning": 2, "outside": 4}, "mean loss to the best pair of a cell, points"),
         "Mean loss by choice of the pair, for both splits.",
     ),
     "published": Section(
-        "default", published_table,
-        _gains(5, "On published traces the default pair differs from LRU with fixed rules"),
+        "default", study("study_default", default.published_table),
+        between(5, "On published traces the default pair differs from LRU with fixed rules by "
+                "{low:.1f} to {high:.1f} points."),
         Dots(OVER, HITS, (0, 1)), "Token hit rate of both on published traces, by memory in GiB.",
     ),
     "default speed": Section(
-        "default-speed", default_speed_table, _speed,
+        "default-speed", default_speed_table,
+        between(4, "The default pair takes {low:.2f} to {high:.2f} times the CPU time of LRU per "
+                "simulated request."),
         Dots({"default pair": 2, "LRU with fixed rules": 3}, HITS, (0, 1)),
         "Token hit rate of both at one size per trace.",
     ),
     "admission": Section(
-        "admission", admission_table, _admission,
+        "admission", study("admission", of_runs), _admission,
         Curves(5, ("oldest", "sessions"), ("sessions/s", "mean TTFT, s")),
         "Mean time to first token over the rate of sessions, one panel per workload.",
+    ),
+    "overload": Section(
+        "overload", study("overload", overload.table), _overload,
+        Dots(dict(zip(overload.POLICIES, (5, 6, 7), strict=True)), "mean TTFT, s", (0, 1)),
+        "Mean time to first token by window and number of sessions.",
+    ),
+    "tree": Section(
+        "tree", tree_table, _tree,
+        Curves(2, (*VERBS, "eviction"), ("thousands", "microseconds"), log_y=False),
+        "Time of operations over the size of the tree, by cached tokens and by nodes.",
     ),
     "closed loop": Section(
         "closed-loop", closed_loop_table, _forecast,
@@ -861,8 +768,9 @@ SECTIONS = {
         "Difference of forecast and engine, by sessions per second and admission.",
     ),
     "conditions": Section(
-        "conditions", conditions_table,
-        _gains(4, "The default pair differs from LRU with fixed rules"),
+        "conditions", study("study_conditions", conditions.table),
+        between(4, "The default pair differs from LRU with fixed rules by {low:.1f} to {high:.1f} "
+                "points."),
         Dots({"default pair": 2, "LRU with fixed rules": 3}, HITS, (1,)),
         "Token hit rate of both under each condition.",
     ),
@@ -871,22 +779,25 @@ SECTIONS = {
         "Token hit rate over memory with bands, one panel per trace.",
     ),
     "hints": Section(
-        "hints", hints_table, _gains(2, "Boundary hints raise the hit rate"),
+        "hints", study("study_hints", hints.table),
+        between(2, "Boundary hints raise the hit rate by {low:.1f} to {high:.1f} points."),
         Dots({"gain from hints": 2}, "points of token hit rate"),
         "Gain from boundary hints, by pair.",
     ),
     "tiers": Section(
-        "tiers", lambda: tiers.over_seeds(records_of("study_tiers.jsonl"), "survival"), _tiers,
+        "tiers", study("study_tiers", tiers.over_seeds), _tiers,
         Dots({"4 GiB + 16 GiB host": 2, "4 GiB alone": 1}, "saved prefill time, % of 20 GiB"),
         "Prefill time that host memory saves, by trace.",
     ),
     "grid": Section(
-        "grid", lambda: grid.table(records_of("study_grid.jsonl")), _grids,
+        "grid", study("study_grid", grid.table), _grids,
         Dots({"grid of 16": 4, "grid of 32": 3}, "gain over a grid of 64, points", (0, 1)),
         "Gain of finer grids, by trace and memory in GiB.",
     ),
     "arena": Section(
-        "arena", lambda: arena.table(records_of("study_arena.jsonl")), _arena,
+        "arena", study("study_arena", arena.table),
+        between(2, "One arena changes the hit rate of a workload by {low:+.2f} to {high:+.2f} "
+                "points."),
         Dots({"mean": 2}, "arena less ideal, points"),
         "Cost of slabs, by trace.",
     ),
@@ -900,7 +811,7 @@ SECTIONS = {
         "Token hit rate of three eviction policies over memory.",
     ),
     "router": Section(
-        "router", router_table, _router, Dots({"hits": 2}, HITS, (0, 1)),
+        "router", study("study_router", router.table), _router, Dots({"hits": 2}, HITS, (0, 1)),
         "Token hit rate of each routing policy, by condition.",
     ),
     "checkpoint dtype": Section(
@@ -923,7 +834,10 @@ SECTIONS = {
         "Slowest decay of each recurrence in times of the first.",
     ),
     "llama": Section(
-        "llama", llama_table, _llama, Dots({"ratio": -1}, "speed, times llama.cpp", (1, 2, 0)),
+        "llama", llama_table,
+        between(-1, "On one {cpu}, the engine has {low:.2f} to {high:.2f} times the speed of "
+                "llama.cpp.", "bench_llama.jsonl"),
+        Dots({"ratio": -1}, "speed, times llama.cpp", (1, 2, 0)),
         "Speed of the engine in times of llama.cpp, by model and precision.",
     ),
 }  # fmt: skip

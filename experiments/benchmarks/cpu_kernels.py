@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks.timing import Call, medians
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.lab.report import text_table
+from experiments.studies.common import show
 from kernels.linear import native as linear
 from kernels.linear import prepacked, reference
 from kernels.native import has, kernel_choices
@@ -189,26 +189,6 @@ def draw(num_tokens: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def table(found: list[Speed], times: list[DecayTime]) -> str:
-    """Return both tables."""
-    speeds: dict[tuple[str, str, str], list[str]] = {}
-    for one in found:
-        key = one.layer, one.dtype, str(one.threads)
-        speeds.setdefault(key, []).append(f"{one.gflop_s:.0f}")
-    by_kernel: dict[str, list[str]] = {}
-    for two in times:
-        by_kernel.setdefault(two.kernel, []).append(f"{two.us_per_token:.1f}")
-    first = text_table(
-        ["GFLOP/s, by rows", "dtype", "threads", *map(str, ROWS)],
-        [[*key, *figures] for key, figures in speeds.items()],
-    )
-    second = text_table(
-        ["us per token, by decay", *map(str, DECAYS)],
-        [[kernel, *figures] for kernel, figures in by_kernel.items()],
-    )
-    return f"{first}\n\n{second}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -220,7 +200,8 @@ def main() -> None:
         times = list(tqdm(decay_times(args.turns), desc="decays", disable=None))
     settings = {"outputs": OUTPUTS, "inputs": INPUTS, "kernels": kernel_choices()}
     write_json_lines(args.out, [asdict(line) for line in (*found, *times)], settings)
-    print(table(found, times))
+    for lines in (found, times):
+        show([asdict(line) for line in lines])
 
 
 if __name__ == "__main__":

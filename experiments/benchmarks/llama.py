@@ -40,7 +40,7 @@ from experiments.benchmarks.models import (
 )
 from experiments.benchmarks.timing import CLOCKS, Call, Compared
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.lab.report import text_table
+from experiments.studies.common import show
 
 NOT_DENSE_QWEN35 = {"model_type", "full_attention_interval", "num_experts", "dtype"}
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -221,9 +221,7 @@ def main() -> None:
     version = modules[0].__version__
     facts = {"threads": args.threads, "clock": args.clock, "llama_cpp": version}
     write_json_lines(args.out, [*(facts | found for found in results), *crashes])
-    columns = ("measure", "size", "dtype", "ours", "theirs", "ratio", "spread", "goal")
-    rows = [[f"{r[c]:.4g}" if isinstance(r[c], float) else r[c] for c in columns] for r in results]
-    print(text_table(columns, rows))
+    show(results)
     for found in crashes:
         print(f"{found['size']} {found['dtype']}: {found['failure']}")
 

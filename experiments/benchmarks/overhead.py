@@ -35,7 +35,7 @@ from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.sockets import Sockets
 from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import rounded
+from experiments.studies.common import show
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
 from hybridcache.policies.admission.session_gate import SessionGate
@@ -305,8 +305,7 @@ def main() -> None:
         orders = []
         for admission in ADMISSIONS:
             orders.append(ordering(admission, arguments.waiting))
-            same, changed = (orders[-1][f"{key}_ms"] for key in ("same", "changed"))
-            print(f"{admission:18} {same:.3f} ms, after a change of the cache {changed:.3f} ms")
+        show(orders)
         write_json_lines(arguments.out or RESULTS / "ordering.jsonl", orders)
         return
     torch.set_num_threads(1)
@@ -316,8 +315,8 @@ def main() -> None:
         for ms in (5.0, 10.0)
     ]
     records += run(arguments.steps)
-    for record in records:
-        print(", ".join(f"{name} {rounded(value)}" for name, value in record.items()))
+    show(records[:6])
+    show(records[6:])
     write_json_lines(arguments.out or RESULTS / "overhead.jsonl", records)
 
 

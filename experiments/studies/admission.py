@@ -8,8 +8,7 @@ and four chat workloads at five rates each, with the default pair of policies.
 Three workloads replay sessions of published traces. Their files are looked up in ``data/`` and
 ``../shared/data/``, and a missing one is skipped. Finished runs are kept in
 ``results/admission.jsonl``, and not repeated while the code is the same. Changes of ``sessions``
-repeat its own runs alone. ``results/admission.txt`` and ``figures/admission.png`` are made from all
-of them. Seeds, rates and memory are declared in ``splits.toml``.
+repeat its own runs alone. Seeds, rates and memory are declared in ``splits.toml``.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from experiments.studies.common import published
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.figures import closed_loop_figure
+from hybridcache.lab.intervals import paired, ratio
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import run_closed_loop
@@ -40,14 +40,11 @@ from hybridcache.lab.trace import Trace, TraceRequest
 
 HERE = Path(__file__).resolve().parents[1]
 SPLITS = tomllib.loads((HERE / "splits.toml").read_text(encoding="utf-8"))["admission"]
-RESULTS, TABLE = HERE / "results/admission.jsonl", HERE / "results/admission.txt"
-FIGURE = HERE / "figures/admission.png"
+RESULTS = HERE / "results/admission.jsonl"
 VOCABULARY = 50_000
 UNLIMITED = ("oldest", "cached-first", "sessions")
 SESSIONS = "hybridcache/policies/admission/session_gate.py"
 """Module of the policy `sessions`. Runs with other policies do not depend on it."""
-NEAR = 1.05
-"""Factor of the best makespan and mean TTFT that still counts as near the best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,32 +255,26 @@ def mean(runs: Sequence[ClosedLoopRun], field: str) -> float:
     return sum(getattr(run, field) for run in runs) / len(runs)
 
 
-def summary(runs: Sequence[ClosedLoopRun]) -> str:
-    """Return one row per workload and rate, with ratios to the best simple rule."""
-    header = ["workload, sessions/s", "seeds", "best simple: mean TTFT, p99, makespan"]
-    for policy in UNLIMITED:
-        header += [f"{policy}: hit, %", "TTFT", "p99", "goodput/s", "makespan"]
+def table(runs: Sequence[ClosedLoopRun]) -> tuple[list[str], list[list[str]]]:
+    """Return a header and one row per workload and rate.
+
+    The last columns are ratios to the best fixed number of live sessions, chosen for each."""
     rows = []
-    for name, rate, by_policy in cells(runs):
-        ttft_s, p99_s, makespan_s = (
-            mean(best_simple(by_policy, field), field)
-            for field in ("ttft_mean_s", "ttft_p99_s", "makespan_s")
-        )
-        num_seeds = len(by_policy[UNLIMITED[0]])
-        best = f"{ttft_s:.2f}, {p99_s:.1f}, {makespan_s:.0f} s"
-        row = [f"{name}, {rate:g}", str(num_seeds), best]
-        for policy in UNLIMITED:
-            found = by_policy[policy]
-            row += [
-                f"{100 * mean(found, 'token_hit_rate'):.1f}",
-                f"{mean(found, 'ttft_mean_s') / ttft_s:.2f}x",
-                f"{mean(found, 'ttft_p99_s') / p99_s:.2f}x",
-                f"{mean(found, 'goodput'):.2f}",
-                f"{mean(found, 'makespan_s') / makespan_s:.3f}x",
-            ]
+    for trace, rate, by_policy in cells(runs):
+        pair = by_policy["oldest"], by_policy["sessions"]
+        oldest, sessions = ([100 * run.token_hit_rate for run in runs] for runs in pair)
+        row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
+        row.append(str(paired(sessions, oldest)))
+        for field in ("ttft_mean_s", "ttft_p99_s"):
+            row.append(", ".join(f"{mean(runs, field):.1f}" for runs in pair))
+        for field in ("ttft_mean_s", "makespan_s"):
+            best = [getattr(run, field) for run in best_simple(by_policy, field)]
+            row.append(f"{ratio([getattr(run, field) for run in by_policy['sessions']], best):.2f}")
         rows.append(row)
-    note = "Ratios to the best of `oldest` and four fixed numbers, chosen for each separately."
-    return f"{text_table(header, rows)}\n{note}\n"
+    header = ["workload", "sessions/s", "hits, `oldest`, %", "`sessions`, %", "gain, points"]
+    header += [f"{name} TTFT, s: `oldest`, `sessions`" for name in ("mean", "p99")]
+    header += ["mean TTFT to best limit", "makespan to best limit"]
+    return header, rows
 
 
 def main() -> None:
@@ -312,16 +303,7 @@ def main() -> None:
             out.write(json.dumps(asdict(run)) + "\n")
             out.flush()
             runs.append(run)
-    TABLE.write_text(summary(runs), encoding="utf-8")
-    print(TABLE.read_text(encoding="utf-8"))
-    seeds = sorted({run.seed for run in runs})
-    closed_loop_figure(
-        runs,
-        FIGURE,
-        f"Admission in closed loop, {len(seeds)} seeds: bars reach from minimum to maximum. "
-        "live:N admits at most N sessions, and clients report their ends.",
-    )
-    print(FIGURE)
+    print(text_table(*table(runs)))
 
 
 if __name__ == "__main__":

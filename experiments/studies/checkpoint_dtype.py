@@ -35,10 +35,9 @@ from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import STATIC_PLACEMENT
+from experiments.studies.common import STATIC_PLACEMENT, show
 from experiments.training import corpus, tasks
 from hybridcache import ModelGeometry, simulate
-from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.simulate import SimulationResult
 
 DTYPES = (
@@ -225,7 +224,6 @@ def family_costs(count: int, length: int, dtypes: Sequence[str]) -> list[dict[st
                         "answers": count,
                     }
                 )
-                print(*records[-1].values(), flush=True)
     return records
 
 
@@ -274,25 +272,11 @@ def main() -> None:
     torch.set_grad_enabled(False)
     if options.families:
         records = family_costs(options.texts, options.length, options.formats.split(","))
-        rows = [
-            (
-                *(r["family"], r["checkpoint_dtype"], f"{r['state_bytes']:,}"),
-                *(f"{r['kl_mean']:.2g}", f"{r['kl_max']:.2g}"),
-                f"{r['answers_changed']} of {r['answers']}",
-            )
-            for r in records
-        ]
-        print(text_table(["family", "format", "bytes", "KL", "max KL", "answers changed"], rows))
+        show(records)
         write_json_lines(RESULTS / "study_checkpoint_families.jsonl", records, vars(options))
         return
     records = costs(options.texts, options.length)
-    rows = [
-        [r["checkpoint_dtype"], r["text"], f"{r['state_bytes']:,}"]
-        + [f"{r[name]:.2g}" for name in ("kl_mean", "kl_first_64", "kl_max", "choices_changed")]
-        for r in records
-    ]
-    header = ["format", "text", "bytes", "KL", "KL, first 64", "max KL", "choices changed"]
-    print(text_table(header, rows), end="\n\n", flush=True)
+    show(records)
     found = {trace: gains(trace, options.gib) for trace in options.traces.split(",")}
     for trace, results in found.items():
         for dtype, result in results.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from experiments import provenance
 from experiments.provenance import ROOT, write_json_lines
 from hybridcache import ModelGeometry, Trace, open_trace, simulate
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.sizes import sizes
@@ -220,5 +221,14 @@ def keep(name: str, records: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def figure_path(name: str) -> Path:
-    return provenance.FIGURES / f"{name}.png"
+def show(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print the numbers and texts of records, a row each, if there are any."""
+    fields = records[0].items() if records else ()
+    names = [name for name, value in fields if isinstance(value, str | float | int)]
+    if names:
+        rows = [[_cell(record.get(name, "")) for name in names] for record in records]
+        print(text_table(names, rows))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

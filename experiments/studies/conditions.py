@@ -24,7 +24,7 @@ from tqdm import tqdm
 from experiments.studies.common import PAIRS, hit_rates, keep, rounded
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
-from hybridcache.lab.intervals import Interval, interval, paired
+from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.closed_loop import closed_loop
 
@@ -125,17 +125,18 @@ def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     return [same | {"pair": pair, "token_hit_rate": rounded(rate(seed, pair))} for pair in PAIRS]
 
 
-def gains(
-    records: list[dict[str, Any]],
-) -> Iterator[tuple[str, str, list[Interval], Interval]]:
-    """Yield (condition, value, rates of both pairs, gain of the default pair), in percent."""
+def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return a header and one row per condition: rates of both pairs and the gain, in percent."""
+    rows = []
     for condition, value in dict.fromkeys(
         (record["condition"], record["value"]) for record in records
     ):
         key = condition, value
         cells = [r for r in records if (r["condition"], r["value"]) == key]
         rates = [[100 * r["token_hit_rate"] for r in cells if r["pair"] == pair] for pair in PAIRS]
-        yield condition, value, [interval(pair_rates) for pair_rates in rates], paired(*rates)
+        row = [condition, value + " at once" * value.isdecimal(), *map(str, map(interval, rates))]
+        rows.append([*row, str(paired(*rates))])
+    return ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"], rows
 
 
 def main() -> None:
@@ -148,9 +149,7 @@ def main() -> None:
         found = list(tqdm(pool.map(measure, jobs), total=len(jobs), disable=None))
     records = [record for several in found for record in several]
     keep("study_conditions", records)
-    table = [[*key, *map(str, rates), str(gain)] for *key, rates, gain in gains(records)]
-    header = ["condition", "value", *(f"{pair}, %" for pair in PAIRS), "gain, points"]
-    print(text_table(header, table))
+    print(text_table(*table(records)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python -m experiments.studies.default                   # all splits, both memories
     python -m experiments.studies.default --split tuning
-    python -m experiments.studies.default --draw            # only the table and the figure
 
 Traces, sizes and seeds are those of ``experiments/splits.toml``. A cell is one trace at one size.
 The loss of a pair in a cell is the mean over seeds of its token hit rate, in points below that of
@@ -19,42 +18,37 @@ checkpoints. The split ``outside`` has published traces on which no policy was t
 Published traces run once. Records of those of the evaluation split have the reused and prompt
 tokens of each session, for intervals over sessions.
 
-Runs of the chosen splits and pairs are replaced, others are kept. The row "evaluation, unseen"
-excludes cells that were looked at while rules were chosen.
+Runs of the chosen splits and pairs are replaced, others are kept. Rows "unseen" exclude cells that
+were looked at while rules were chosen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tomllib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from experiments.provenance import RESULTS, ROOT
-from experiments.studies.common import STATIC_PLACEMENT, figure_path, keep, published, rounded
+from experiments.studies.common import STATIC_PLACEMENT, keep, published, rounded
 from hybridcache import ModelGeometry, Trace, closed_loop, open_trace, simulate
-from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.intervals import interval, paired, ratio
 from hybridcache.lab.report import text_table
-from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import collect_seldom
-from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.lab.simulation.target import build_target
 
 NAME = "study_default"
 MEMORIES = "study_memories"
 """Results of the outside traces and of two pools."""
-POOLS, UNSEEN = ", pools", ", unseen"
-"""Ends of the names of splits that are replayed in two pools, or that were not looked at."""
+POOLS = ", pools"
+"""End of the names of splits that are replayed in two pools."""
 ARENA_SPLITS = ("tuning", "evaluation", "outside")
 SPLITS = (*ARENA_SPLITS, *(split + POOLS for split in ARENA_SPLITS), "closed loop")
 KV_SHARES = (0.15, 0.3, 0.53)
@@ -79,10 +73,8 @@ PAIRS = (
 COMPARED = (DEFAULT, f"lru@{STATIC_PLACEMENT}")
 """Pairs that are compared on published traces, with intervals over sessions."""
 
-Cell = tuple[str, float]
-"""(trace, GiB)."""
-Losses = dict[str, dict[Cell, float]]
-"""Points below the best pair, by pair and cell."""
+Records = list[dict[str, Any]]
+Table = tuple[list[str], list[list[str]]]
 
 
 class Job(NamedTuple):
@@ -113,24 +105,18 @@ def main() -> None:
         help="run only these and keep the runs of the others",
     )
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--draw", action="store_true", help="only draw earlier results")
     options = parser.parse_args()
-    config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
-    if not options.draw:
-        for name in dict.fromkeys(map(results_of, options.split)):
-            splits = [split for split in options.split if results_of(split) == name]
-            simulate_splits(name, splits, config, options)
+    config = splits_file()
+    for name in dict.fromkeys(map(results_of, options.split)):
+        splits = [split for split in options.split if results_of(split) == name]
+        simulate_splits(name, splits, config, options)
     records = read(RESULTS / f"{NAME}.jsonl") + read(RESULTS / f"{MEMORIES}.jsonl")
-    by_split = {split: losses(records, split) for split in SPLITS}
-    seen = set(config["evaluation"]["seen"])
-    unseen = [record for record in records if record["trace"] not in seen]
-    by_split["evaluation" + UNSEEN] = losses(unseen, "evaluation")
-    for split, found in by_split.items():
-        if found:
-            print(table(split, found), end="\n\n")
-            split = split.removesuffix(UNSEEN)
-            print(worst_cells(records, found[DEFAULT], split), end="\n\n")
-    draw({split: found for split, found in by_split.items() if found})
+    print(text_table(*losses_table(records)))
+
+
+def splits_file() -> dict[str, Any]:
+    """Return the traces, sizes, rates and seeds of this study."""
+    return tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
 
 
 def results_of(split: str) -> str:
@@ -215,7 +201,9 @@ def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
             record |= {"pair": pair, "token_hit_rate": rate}
             if job.split == "evaluation" and job.seed is None and pair in COMPARED:
                 record["requests"] = simulated.requests
-                record["sessions"] = session_sums(trace, model, gib, pair)
+                record["sessions"] = [
+                    [one.cached_tokens, one.prompt_tokens] for one in simulated.by_session
+                ]
             records.append(record)
     return records
 
@@ -246,88 +234,90 @@ def serve_sessions(trace: Trace, model: str, pair: str, job: Job, rate: float) -
     }
 
 
-def session_sums(trace: Trace, model: str, gib: float, pair: str) -> list[list[int]]:
-    """Return reused and prompt tokens of each session, in the order of the first requests."""
-    eviction, _, placement = pair.partition("@")
-    cell = Scenario(trace, model=model, gib=gib, policy=eviction, checkpoints=placement)
-    log = serve(build_target(cell, trace.unit), trace, trace.unit, cell)
-    sums: dict[Any, list[int]] = {}
-    for request, cached, prompt in zip(trace, log.cached_tokens, log.prompt_tokens, strict=True):
-        of_session = sums.setdefault(request.session, [0, 0])
-        of_session[0] += cached
-        of_session[1] += prompt
-    return list(sums.values())
-
-
-def losses(records: list[dict[str, Any]], split: str) -> Losses:
-    """Return the loss of each pair in each cell."""
-    rates: dict[Cell, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def pairs_table(records: Records, split: str) -> Table:
+    """Return one row per pair: hit rate and gain as means over cells, and mean TTFT if known."""
+    records = [r for r in records if r["split"] == split and r["seed"] is not None]
+    if not records:
+        raise FileNotFoundError(f"{NAME}.jsonl has no records of the split {split}")
+    rates: dict[str, dict[int, list[float]]] = {}
     for record in records:
-        if record["split"] == split:
-            cell = record["trace"], record["gib"]
-            rates[cell][record["pair"]].append(100 * record["token_hit_rate"])
-    found: Losses = {}
-    for cell, by_pair in rates.items():
-        means = {pair: statistics.mean(values) for pair, values in by_pair.items()}
-        best = max(means.values())
-        for pair, mean in means.items():
-            found.setdefault(pair, {})[cell] = best - mean
-    return {pair: found[pair] for pair in PAIRS if pair in found}
-
-
-def table(split: str, found: Losses) -> str:
-    """Return one row per pair: mean, median, ninth decile and largest loss."""
-    rows = []
-    for pair, by_cell in found.items():
-        values = list(by_cell.values())
-        figures = (
-            statistics.mean(values),
-            statistics.median(values),
-            float(np.quantile(values, 0.9)),
-            max(values),
-        )
-        within = sum(loss <= 0.5 for loss in values)
-        rows.append([pair, *(f"{figure:.2f}" for figure in figures), f"{within} of {len(values)}"])
-    header = [f"{split}: points below the best", "mean", "median", "p90", "max", "within 0.5"]
-    return text_table(header, rows)
-
-
-def worst_cells(records: list[dict[str, Any]], found: dict[Cell, float], split: str) -> str:
-    """Return the cells with the largest losses of the default pair, and the best pair of each."""
-    rows = []
-    for cell in sorted(found, key=lambda cell: -found[cell])[:8]:
-        rates: dict[str, list[float]] = defaultdict(list)
+        by_seed = rates.setdefault(record["pair"], {})
+        by_seed.setdefault(record["seed"], []).append(100 * record["token_hit_rate"])
+    means = {pair: [fmean(of) for of in by_seed.values()] for pair, by_seed in rates.items()}
+    reference = DEFAULT if DEFAULT in means else next(iter(means))
+    header = ["eviction@placement", "token hit rate, %", f"gain over `{reference}`, points"]
+    ranked = sorted(means, key=lambda pair: -fmean(means[pair]))
+    rows = [
+        [f"`{pair}`", str(interval(means[pair])), str(paired(means[pair], means[reference]))]
+        for pair in ranked
+    ]
+    if split == "closed loop":
+        header += ["mean TTFT, ratio", "lowest", "highest"]
+        ttfts: dict[str, dict[str, list[float]]] = {}
         for record in records:
-            if record["split"] == split and (record["trace"], record["gib"]) == cell:
-                rates[record["pair"]].append(100 * record["token_hit_rate"])
-        means = {pair: statistics.mean(values) for pair, values in rates.items()}
-        best = max(means, key=lambda pair: means[pair])
-        rows.append([*map(str, cell), f"{means[DEFAULT]:.1f}", f"{means[best]:.1f}", best])
-    return text_table(["trace", "GiB", "default", "best", "pair"], rows)
+            by_trace = ttfts.setdefault(record["pair"], {})
+            by_trace.setdefault(record["trace"], []).append(record["ttft_mean_s"])
+        for pair, row in zip(ranked, rows, strict=True):
+            both = zip(ttfts[pair].values(), ttfts[reference].values(), strict=True)
+            cells = [fmean(of) / fmean(ours) for of, ours in both]
+            row += [f"{value:.2f}" for value in (geometric_mean(cells), min(cells), max(cells))]
+    return header, rows
 
 
-def draw(found: dict[str, Losses]) -> None:
-    """Draw the share of the cells within a loss: one panel per split, one line per pair."""
-    if not found:
-        return
-    figure, axes = panels(len(found), width=5.4, height=3.4)
-    for axis, (split, by_pair) in zip(axes, found.items(), strict=True):
-        for colour, (pair, by_cell) in zip(COLOURS, by_pair.items(), strict=False):
-            values = np.sort(list(by_cell.values()))
-            shares = np.arange(1, len(values) + 1) / len(values)
-            width = 2.5 if pair == DEFAULT else 1.2
-            axis.step(values, 100 * shares, where="post", color=colour, linewidth=width, label=pair)
-        axis.set_xscale("symlog", linthresh=0.5)
-        axis.set_xlim(0)
-        axis.set_ylim(0, 101)
-        axis.set_title(f"{split}, {len(values)} cells")
-        axis.set_xlabel("points of token hit rate below the best pair")
-        axis.set_ylabel("cells, %")
-    caption = (
-        "Share of the cells (one trace at one size) in which a pair loses at most this much, mean "
-        "over the seeds. Higher is better."
-    )
-    save(figure, axes, figure_path(NAME), caption)
+def losses_table(records: Records) -> Table:
+    """Return the loss of the default pair to the best pair of each cell, in points."""
+    seen = splits_file()["evaluation"]["seen"]
+    by_cell: dict[tuple[str, str, float], dict[str, list[float]]] = {}
+    generated: set[str] = set()
+    for record in records:
+        cell = by_cell.setdefault((record["split"], record["trace"], record["gib"]), {})
+        cell.setdefault(record["pair"], []).append(100 * record["token_hit_rate"])
+        if record["seed"] is not None:
+            generated.add(record["trace"])
+    found: dict[str, list[list[float]]] = {}
+    for (split, trace, _), rates in by_cell.items():
+        best = max(rates.values(), key=fmean)
+        losses = [one - ours for one, ours in zip(best, rates[DEFAULT], strict=True)]
+        groups = [split]
+        if split.startswith("evaluation"):
+            kind = "generated" if trace in generated else "published traces"
+            groups = [f"{split}, {kind}"]
+            groups += [f"{split}, {kind}, unseen"] * (trace.partition(", ")[0] not in seen)
+        for group in groups:
+            found.setdefault(group, []).append(losses)
+    rows = []
+    for group, cells in found.items():
+        means = [fmean(losses) for losses in cells]
+        over_seeds = [fmean(losses) for losses in zip(*cells, strict=True)]
+        near = sum(mean <= 0.5 for mean in means)
+        loss = str(interval(over_seeds))
+        rows.append([group, str(len(cells)), loss, f"{max(means):.1f}", f"{near} of {len(cells)}"])
+    return ["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows
+
+
+def published_table(records: Records) -> Table:
+    """Return both rates and the gain on the published traces, with intervals over sessions."""
+    runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        if record["seed"] is None:
+            runs.setdefault((record["trace"], record["gib"]), {})[record["pair"]] = record
+    rows = []
+    for (trace, gib), pairs in runs.items():
+        ours, lru = (pairs[pair] for pair in COMPARED)
+        rates = [100 * record["token_hit_rate"] for record in (ours, lru)]
+        num_sessions = "unknown" if "sessions" in ours else "-"
+        figures = [f"{rate:.1f}" for rate in (*rates, rates[0] - rates[1])]
+        # Sessions are unknown if there is one per request.
+        if len(ours.get("sessions", ())) < ours.get("requests", 0):
+            prompts = [prompt for _, prompt in ours["sessions"]]
+            reused = [[cached for cached, _ in record["sessions"]] for record in (ours, lru)]
+            saved = [one - other for one, other in zip(*reused, strict=True)]
+            num_sessions = str(len(prompts))
+            figures = [str(ratio(part, prompts).scaled(100)) for part in (*reused, saved)]
+        name = Path(trace.partition("?")[0]).name.partition(".")[0]
+        rows.append([f"`{name}`", f"{gib:g}", num_sessions, *figures])
+    header = ["trace", "GiB", "sessions", "default, %", "LRU with fixed rules, %", "gain, points"]
+    return header, rows
 
 
 if __name__ == "__main__":

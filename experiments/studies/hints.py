@@ -18,40 +18,28 @@ from __future__ import annotations
 import argparse
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
 from experiments.provenance import ROOT
-from experiments.studies.common import PAIRS, hit_rates, keep, published
-from hybridcache import Trace, TraceRequest, open_trace
-from hybridcache.lab.intervals import Interval, interval, paired
+from experiments.studies.common import PAIRS, hit_rates, keep, published, show
+from hybridcache import Trace, open_trace
+from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.report import text_table
-
-
-@dataclass(frozen=True, slots=True)
-class FixedRequests:
-    """Requests of a trace, with some fields removed."""
-
-    requests: tuple[TraceRequest, ...]
-
-    def __call__(self) -> Any:
-        return iter(self.requests)
+from hybridcache.lab.trace import Held
 
 
 def without_hints(trace: Trace) -> Trace:
     """Return the trace with no boundary in any request."""
-    requests = tuple(request._replace(boundaries=()) for request in trace)
-    return replace(trace, source=FixedRequests(requests))
+    return replace(trace, source=Held(tuple(one._replace(boundaries=()) for one in trace)))
 
 
 def without_stop_reasons(trace: Trace) -> Trace:
     """Return the trace with no stop reason in any request."""
-    return replace(
-        trace, source=FixedRequests(tuple(one._replace(stop_reason="") for one in trace))
-    )
+    return replace(trace, source=Held(tuple(one._replace(stop_reason="") for one in trace)))
 
 
 def rates(
@@ -106,40 +94,18 @@ def measure_stop_reasons(processes: int = 1) -> list[dict[str, Any]]:
     return records
 
 
-def stop_reason_table(records: list[dict[str, Any]]) -> str:
-    """Return one row per trace and size: both hit rates and the gain, as means over seeds."""
+def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return a header and one row per pair: hit rate with hints and the gain from them, in percent,
+    over seeds."""
     rows = []
-    for name, gib in dict.fromkeys((record["trace"], record["gib"]) for record in records):
-        cell = [record for record in records if (record["trace"], record["gib"]) == (name, gib)]
-        means = {
-            key: [100 * record[f"{key}_stop_reasons"] for record in cell]
-            for key in ("with", "without")
-        }
-        both = [f"{sum(rates) / len(rates):.1f}" for rates in means.values()]
-        gain = paired(*means.values()).mean if len(cell) == 1 else paired(*means.values())
-        rows.append(
-            [
-                name,
-                f"{gib:g}",
-                str(len(cell)),
-                *both,
-                f"{gain:+.1f}" if isinstance(gain, float) else str(gain),
-            ]
-        )
-    return text_table(["trace", "GiB", "seeds", "with, %", "without, %", "gain, points"], rows)
-
-
-def gains(records: list[dict[str, Any]]) -> dict[str, tuple[Interval, Interval]]:
-    """Return the hit rate with hints and the gain from them, by pair, over seeds, in percent."""
-    found = {}
     for pair in dict.fromkeys(record["pair"] for record in records):
         means: dict[str, list[float]] = {"with_hints": [], "without_hints": []}
         for seed in dict.fromkeys(record["seed"] for record in records):
             cells = [one for one in records if one["pair"] == pair and one["seed"] == seed]
             for key, several in means.items():
                 several.append(100 * sum(one[key] for one in cells) / len(cells))
-        found[pair] = interval(means["with_hints"]), paired(*means.values())
-    return found
+        rows.append([pair, str(interval(means["with_hints"])), str(paired(*means.values()))])
+    return ["pair", "token hit rate with hints, %", "gain from hints, points"], rows
 
 
 def main() -> None:
@@ -154,12 +120,11 @@ def main() -> None:
     if options.stop_reasons:
         records = measure_stop_reasons(options.processes)
         keep("study_stop_reasons", records)
-        print(stop_reason_table(records))
+        show(records)
         return
     records = measure(Split.load().head(options.seeds, options.only), options.processes)
     keep("study_hints", records)
-    rows = [[pair, *map(str, both)] for pair, both in gains(records).items()]
-    print(text_table(["pair", "token hit rate with hints, %", "gain from hints, points"], rows))
+    print(text_table(*table(records)))
 
 
 if __name__ == "__main__":

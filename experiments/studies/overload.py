@@ -33,6 +33,13 @@ from hybridcache.lab.simulation.step_times import LinearSteps
 WORKLOAD, RATE = "agents", 0.2
 POLICIES = ("oldest", "sessions", "live:18")
 WARM_UP_S, WINDOW_S = 150.0, 150.0
+FIGURES = (
+    ("token_hit_rate", "hits, %", 100),
+    ("ttft_mean_s", "mean TTFT, s", 1),
+    ("ttft_p99_s", "p99, s", 1),
+    ("first_tokens", "first tokens", 1),
+)
+"""Field, title and scale of each figure."""
 
 Case = tuple[str, int, int]
 """(admission, number of sessions, seed)."""
@@ -115,21 +122,20 @@ def window_figures(
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return a header and one row per policy, length and window, as means over seeds."""
-    groups: dict[tuple[str, int, float, float | None], list[Mapping[str, Any]]] = {}
+    """Return a header and one row per length and window, as means over seeds."""
+    cells: dict[tuple[int, float, float | None], dict[str, list[Mapping[str, Any]]]] = {}
     for one in records:
-        key = one["admission"], one["sessions"], one["from_s"], one["to_s"]
-        groups.setdefault(key, []).append(one)
+        cell = cells.setdefault((one["sessions"], one["from_s"], one["to_s"]), {})
+        cell.setdefault(one["admission"], []).append(one)
     rows = []
-    for (admission, num_sessions, start_s, end_s), of in groups.items():
+    for (num_sessions, start_s, end_s), of in cells.items():
         window = f"{start_s:g} to {end_s:g} s" if end_s is not None else "whole run"
-        figures = [fmean(one[name] for one in of) for name in ("ttft_mean_s", "ttft_p99_s")]
-        hits = 100 * fmean(one["token_hit_rate"] for one in of)
-        first = fmean(one["first_tokens"] for one in of)
-        rows.append([admission, str(num_sessions), window, f"{hits:.1f}"])
-        rows[-1] += [*(f"{figure:.1f}" for figure in figures), f"{first:.0f}"]
-    header = ["admission", "sessions", "window", "hits, %", "mean TTFT, s", "p99, s"]
-    return [*header, "first tokens"], rows
+        row = [f"{num_sessions} sessions", window]
+        for name, _, scale in FIGURES:
+            row += [f"{scale * fmean(one[name] for one in of[policy]):.1f}" for policy in POLICIES]
+        rows.append(row)
+    heads = [f"{title}: `{policy}`" for _, title, _ in FIGURES for policy in POLICIES]
+    return ["length", "window", *heads], rows
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ A seed determines the trace and the failing replicas.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -28,15 +29,12 @@ from tqdm import tqdm
 
 from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, keep, rounded
 from hybridcache.lab.fleet import FleetConfig, FleetJob, FleetResult, run_fleet
+from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Place, collect_seldom, run_grid
 
 REPLICAS = 8
 LOAD = 1.0
-TIED = 0.01
-"""Largest difference of token hit rates that is a tie: one point."""
-TTFT_TIED = 0.05
-"""Largest relative difference of mean TTFTs that is a tie."""
 ROUTERS = ("least_loaded", "text", "checkpoint")
 
 
@@ -83,8 +81,9 @@ def main() -> None:
                     for seed in map(int, options.seeds.split(","))
                     for run in _cell(trace, condition, seed, options, bar)
                 ]
-    keep("study_router", _records(cells))
-    _report(cells)
+    records = _records(cells)
+    keep("study_router", records)
+    print(text_table(*table(records)))
 
 
 def _cell(
@@ -127,69 +126,21 @@ def _records(cells: Cells) -> list[dict[str, Any]]:
     ]
 
 
-class Figures(NamedTuple):
-    """Figures of one router in one cell, over all seeds."""
-
-    hits: float
-    """Mean token hit rate."""
-    ttft_s: float
-    """Mean of the mean TTFTs."""
-    wait: float
-    """Mean TTFT as a share of a cold prefill."""
-    spread: tuple[float, float]
-    """Lowest and highest hit rate."""
-
-
-def _figures(runs: list[FleetResult]) -> dict[str, Figures]:
-    by_router: dict[str, list[FleetResult]] = {}
-    for run in runs:
-        by_router.setdefault(run.fleet.router, []).append(run)
-    return {
-        router: Figures(
-            fmean(run.token_hit_rate for run in found),
-            fmean(run.ttft_mean_s for run in found),
-            fmean(run.ttft_mean_s / run.cold_mean_s for run in found),
-            (min(run.token_hit_rate for run in found), max(run.token_hit_rate for run in found)),
-        )
-        for router, found in by_router.items()
-    }
-
-
-def _report(cells: Cells) -> None:
-    """Print one line per cell with hit rates, and the cells where another router is better than
-    ``checkpoint``."""
-    print(f"{'':36}" + "".join(f"{router:>14}" for router in _routers(cells)))
-    behind = []
-    for (trace, condition), runs in cells.items():
-        figures = _figures(runs)
-        rates = "".join(f"{100 * one.hits:9.1f}{one.ttft_s:5.2g}" for one in figures.values())
-        print(f"{trace:16}{condition:20}{rates}")
-        behind += [f"{trace}, {condition}: {loss}" for loss in _lost(figures)]
-    print(f"token hit rate in %, mean TTFT in s, means over seeds; {len(cells)} cells")
-    print("\n".join(behind) or "checkpoint is best or tied in every cell")
-
-
-def _lost(figures: dict[str, Figures]) -> list[str]:
-    """Return the figures in which another router is better than ``checkpoint`` by more than a
-    tie."""
-    ours = figures.get("checkpoint")
-    rivals = {router: found for router, found in figures.items() if router != "checkpoint"}
-    if ours is None or not rivals:
-        return []
-    losses = []
-    router, best = max(rivals.items(), key=lambda item: item[1].hits)
-    if best.hits > ours.hits + TIED:
-        low, high = (f"{100 * rate:.1f}" for rate in ours.spread)
-        gap = f"{100 * (best.hits - ours.hits):.1f}"
-        losses.append(f"{router} hits {gap} points more (checkpoint {low} to {high} %)")
-    router, fastest = min(rivals.items(), key=lambda item: item[1].ttft_s)
-    if fastest.ttft_s * (1 + TTFT_TIED) < ours.ttft_s:
-        losses.append(f"mean TTFT of {router} is {ours.ttft_s / fastest.ttft_s:.2f}x shorter")
-    return losses
-
-
-def _routers(cells: Cells) -> list[str]:
-    return list(_figures(next(iter(cells.values()))))
+def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return a header and one row per condition and router, as means over traces and seeds."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in records:
+        cells.setdefault((one["condition"], one["fleet"]["router"]), []).append(one)
+    rows = [
+        [
+            condition,
+            f"`{router}`",
+            f"{100 * fmean(one['token_hit_rate'] for one in of):.1f}",
+            f"{fmean(one['ttft_mean_s'] / one['cold_mean_s'] for one in of):.2f}",
+        ]
+        for (condition, router), of in cells.items()
+    ]
+    return ["condition", "router", "token hit rate, %", "mean TTFT, times a cold prefill"], rows
 
 
 if __name__ == "__main__":
