@@ -153,9 +153,13 @@ class GuardedAdmission(_Guard, AdmissionPolicy):
     admitted = _called("admitted")
     computed = _called("computed")
     left = _called("left")
-    session_ended = _called("session_ended")
-    wakes_at_s = _called("wakes_at_s")
     report = _called("report")
+
+    @property
+    def wakes_at_s(self) -> float | None:  # type: ignore[override]
+        """Attribute of the user's policy."""
+        wakes_at_s: float | None = self._policy.wakes_at_s
+        return wakes_at_s
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
         ordered: list[WaitingRequest] = self._call("order", waiting, load, as_list=True)

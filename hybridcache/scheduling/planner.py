@@ -345,14 +345,12 @@ class StepPlanner(Generic[R]):
     def end_session(self, request_id: str) -> None:
         """End the idle session with ``request_id`` as its newest request, if there is one: its
         client sends no further request. O(1)."""
-        session = self._sessions.end(request_id)
-        if session is not None:
-            self._admission.session_ended(session, self._load)
+        self._sessions.end(request_id)
 
     @property
     def wakes_at_s(self) -> float | None:
         """Time at which the policy withholds less; None if it names none that is still to come."""
-        time_s = self._admission.wakes_at_s()
+        time_s = self._admission.wakes_at_s
         return time_s if time_s is not None and self.now_s < time_s < inf else None
 
     @property

@@ -59,7 +59,6 @@ class RandomPolicy(AdmissionPolicy):
         self.dice = random.Random(seed)
         self.seen: dict[WaitingRequest, int] = {}
         """Number of admissions of each waiting or running request."""
-        self.wakes: float | None = None
         self.withheld: set[WaitingRequest] = set()
 
     def arrived(self, request: WaitingRequest, load: Load) -> None:
@@ -72,7 +71,7 @@ class RandomPolicy(AdmissionPolicy):
         assert set(waiting) <= set(self.seen)
         chosen = self.dice.sample(list(waiting), self.dice.randint(0, len(waiting)))
         self.withheld = set(waiting) - set(chosen)
-        self.wakes = load.now_s + 0.05 if self.withheld and self.dice.random() < 0.5 else None
+        self.wakes_at_s = load.now_s + 0.05 if self.withheld and self.dice.random() < 0.5 else None
         if chosen:
             assert load.cached_len(chosen[0]) <= chosen[0].num_tokens
         return chosen
@@ -84,9 +83,6 @@ class RandomPolicy(AdmissionPolicy):
 
     def left(self, request: WaitingRequest, load: Load) -> None:
         del self.seen[request]
-
-    def wakes_at_s(self) -> float | None:
-        return self.wakes
 
 
 class PlannerMachine(RuleBasedStateMachine):
@@ -195,7 +191,7 @@ class PlannerMachine(RuleBasedStateMachine):
             if request not in admitted:
                 self.passes[request] += newer
                 assert request.num_passes >= self.passes[request]
-        if isinstance(self.policy, RandomPolicy) and self.policy.wakes and not held:
+        if isinstance(self.policy, RandomPolicy) and self.policy.wakes_at_s and not held:
             assert not set(admitted) & self.policy.withheld
         if waiting and not held and planner.wakes_at_s is None:
             assert planner.num_running, "no request runs although the policy set no wake-up time"

@@ -165,7 +165,7 @@ def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
     requests = waiting([0, 1000, 0, 600])  # the prefixes of 0 and 2 were evicted
     requests[2].arrival_s = 1e6  # before that of request 0
     assert arrivals(policy.order(requests, load)) == [1, 3]
-    wakes_at_s = policy.wakes_at_s()
+    wakes_at_s = policy.wakes_at_s
     assert wakes_at_s is not None and wakes_at_s > load.now_s
     load.now_s = wakes_at_s - 1e-3
     assert arrivals(policy.order(requests, load)) == [1, 3]
@@ -216,7 +216,7 @@ def test_the_next_turn_of_a_session_waits_a_bounded_time() -> None:
     queue = [new, later, lost, resident]
     load.now_s = begun_s + MOST_WAIT_S - 0.1
     assert arrivals(policy.order(queue, load)) == [3]
-    assert policy.wakes_at_s() == pytest.approx(begun_s + MOST_WAIT_S)
+    assert policy.wakes_at_s == pytest.approx(begun_s + MOST_WAIT_S)
     load.now_s = begun_s + MOST_WAIT_S
     assert arrivals(policy.order(queue, load)) == [2, 3]
     lost.is_running = True

@@ -12,6 +12,7 @@ class Session:
     __slots__ = (
         "anchors",
         "began_s",
+        "has_ended",
         "idle_since_s",
         "known_len",
         "newest_id",
@@ -31,6 +32,8 @@ class Session:
         """Namespace of its requests."""
         self.began_s = began_s
         """Time at which the first request arrived."""
+        self.has_ended = False
+        """True if its client said that no further request follows."""
         self.newest_id = ""
         """Id of the newest request; of several choices, the id of the first one."""
         self.num_requests = 0
@@ -176,6 +179,10 @@ class AdmissionPolicy:
       ``wakes_at_s`` is None.
     """
 
+    wakes_at_s: float | None = None
+    """Time at which ``order`` would withhold less than it last did, if nothing else happens before;
+    None if it would not. Set by ``order``."""
+
     def arrived(self, request: WaitingRequest, load: Load) -> None:
         """Record that ``request`` waits from now on."""
 
@@ -193,14 +200,6 @@ class AdmissionPolicy:
 
     def left(self, request: WaitingRequest, load: Load) -> None:
         """Record that ``request`` was answered or aborted."""
-
-    def session_ended(self, session: Session, load: Load) -> None:
-        """Record that ``session`` will send no further request."""
-
-    def wakes_at_s(self) -> float | None:
-        """Return the time at which ``order`` would withhold less than it last did, if nothing else
-        happens before; None if it would not."""
-        return None
 
     def report(self) -> Mapping[str, float | str]:
         """Return figures for ``/metrics`` and the live page, by name."""

@@ -120,7 +120,6 @@ class SessionGate(AdmissionPolicy):
         """Time at which the last request was answered."""
         self._num_turns = 0
         """Admissions of resident sessions since the last entry, while requests waited to enter."""
-        self._wakes_at_s: float | None = None
         self._num_withheld = 0
         self._last_lost_tokens = 0
         self._reason = OPEN
@@ -165,7 +164,7 @@ class SessionGate(AdmissionPolicy):
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         debt_s = self._debt(load.now_s)
-        self._wakes_at_s, self._num_withheld = None, 0
+        self.wakes_at_s, self._num_withheld = None, 0
         if debt_s <= -self._credit_s or self._worth < self._least_worth:
             self._num_turns = 0
             self._reason = OPEN
@@ -195,7 +194,7 @@ class SessionGate(AdmissionPolicy):
             self._reason = ENTERING
             return *resident, first
         self._reason = LOST
-        self._wakes_at_s = min(late_at_s, load.now_s + debt_s / self._pace)
+        self.wakes_at_s = min(late_at_s, load.now_s + debt_s / self._pace)
         if resident:
             return resident
         enters_at_s = inf
@@ -204,7 +203,7 @@ class SessionGate(AdmissionPolicy):
         if enters_at_s <= load.now_s:
             self._reason = ENTERING
             return (first,)
-        self._wakes_at_s = min(self._wakes_at_s, enters_at_s)
+        self.wakes_at_s = min(self.wakes_at_s, enters_at_s)
         return ()
 
     def _next_entry_s(
@@ -303,9 +302,6 @@ class SessionGate(AdmissionPolicy):
             self._held_s = _averaged(self._held_s, held_s)
         self._lost.pop(request, None)
         self._entered.pop(request, None)
-
-    def wakes_at_s(self) -> float | None:
-        return self._wakes_at_s
 
     def report(self) -> Mapping[str, float | str]:
         return {

@@ -130,13 +130,14 @@ class Sessions:
             self._forget(oldest)
 
     def end(self, request_id: str) -> Session | None:
-        """Forget the idle session with ``request_id`` as its newest request, and return it. None if
-        there is no such session. O(1)."""
+        """End and forget the idle session with ``request_id`` as its newest request, and return it.
+        None if there is no such session. O(1)."""
         session = self._by_newest.get(request_id)
         if session is None or session not in self._idle:
             return None
         del self._idle[session]
         self._forget(session)
+        session.has_ended = True
         return session
 
     def _prefix_hashes(self, tokens: Tokens) -> npt.NDArray[np.uint64]:

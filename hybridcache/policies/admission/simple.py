@@ -78,10 +78,10 @@ class Live(AdmissionPolicy):
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._live: dict[Session, None] = {}
-        self._wakes_at_s: float | None = None
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
-        self._wakes_at_s, has_place = None, True
+        self.wakes_at_s, has_place = None, True
+        self._live = {session: None for session in self._live if not session.has_ended}
         for request in waiting:
             session = request.session
             if session not in self._live:
@@ -101,20 +101,14 @@ class Live(AdmissionPolicy):
         if oldest.idle_since_s + KEPT_S <= now_s:
             del self._live[oldest]
             return True
-        self._wakes_at_s = oldest.idle_since_s + KEPT_S
+        self.wakes_at_s = oldest.idle_since_s + KEPT_S
         return False
-
-    def wakes_at_s(self) -> float | None:
-        return self._wakes_at_s
-
-    def session_ended(self, session: Session, load: Load) -> None:
-        self._live.pop(session, None)
 
     def report(self) -> Mapping[str, float | str]:
         said: dict[str, float | str] = {
             "limit_sessions": self._limit,
             "admitted_sessions": len(self._live),
         }
-        if self._wakes_at_s is not None:
+        if self.wakes_at_s is not None:
             said["reason"] = f"all places are taken; an idle session keeps its own for {KEPT_S:g} s"
         return said
