@@ -39,9 +39,16 @@ def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
 
         plugins.append(TierPlugin(config))
     if config.uses("disaggregation"):
-        from engine.plugins.disaggregation.plugin import DisaggregationPlugin
+        from engine.plugins.disaggregation import DisaggregationConfig
 
-        plugins.append(DisaggregationPlugin(config))
+        if config.of(DisaggregationConfig).role == "prefill":
+            from engine.plugins.disaggregation.prefill_server import PrefillServer
+
+            plugins.append(PrefillServer(config))
+        else:
+            from engine.plugins.disaggregation.prefix_fetch import DecodePlugin
+
+            plugins.append(DecodePlugin(config))
     return tuple(plugins)
 
 

@@ -112,9 +112,10 @@ class Engine:
         """The step that is being published."""
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
         """Outputs of the requests that ``stream`` and ``generate`` follow, not yet taken."""
-        attached = [plugin.attach(self, self._manager) for plugin in plugins]
-        hooks = (self._fetching, *plugins, *attached)
-        self._hooks: tuple[StepHooks, ...] = tuple(one for one in hooks if one is not None)
+        for plugin in plugins:
+            plugin.attach(self, self._manager)
+        own = () if self._fetching is None else (self._fetching,)
+        self._hooks: tuple[StepHooks, ...] = (*own, *plugins)
         self._is_closed = False
 
     @property

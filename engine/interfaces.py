@@ -217,9 +217,8 @@ class Plugin(StepHooks):
         """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""
         return None
 
-    def attach(self, engine: EngineCore, manager: CacheManager) -> StepHooks | None:
-        """Start work for the complete engine. Returns further hooks around its steps, or None."""
-        return None
+    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
+        """Start work for the complete engine."""
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         """Return lines of the start screen: (title, text)."""

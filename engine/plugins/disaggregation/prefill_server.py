@@ -8,14 +8,15 @@ one trusted network.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
@@ -23,17 +24,19 @@ import numpy as np
 import zmq
 from msgspec import structs
 
+from engine.config import ConfigError, EngineConfig
 from engine.errors import EngineStopped, RequestError, StepFailed
-from engine.interfaces import EngineCore
+from engine.interfaces import EngineCore, Plugin
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.prefix_buffer import (
     PIECE_BYTES,
     Copied,
     PrefixBuffer,
     difference,
+    identity,
 )
 from engine.requests.request import Request
-from engine.schedule.batch import StepHooks
+from engine.runner.model_runner import ModelRunner
 from hybridcache.cache import HybridRadixCache
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
@@ -162,23 +165,18 @@ class Outgoing:
         self.post(self, piece, copied)
 
 
-class PrefillServer(StepHooks):
-    """Computes prefixes for other engines."""
+class PrefillServer(Plugin):
+    """Computes prefixes for other engines (setting ``role`` prefill)."""
 
-    def __init__(
-        self,
-        engine: EngineCore,
-        manager: CacheManager,
-        unit: PrefixBuffer,
-        settings: DisaggregationConfig,
-        own: Mapping[str, str],
-        counts: wire.TransferCounts,
-        wake: Callable[[], None],
-    ) -> None:
-        """Start listening. ``own``: the engine's identity. ``wake`` is called by any thread when
-        there is work. Raises OSError if the address is not available."""
-        self._engine, self._manager, self._unit, self._own = engine, manager, unit, own
-        self._timeout_s, self.counts, self.wake = settings.transfer_timeout_s, counts, wake
+    name = "disaggregation"
+    _engine: EngineCore
+    _manager: CacheManager
+    _unit: PrefixBuffer
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.settings = config.of(DisaggregationConfig)
+        self._timeout_s, self.counts = self.settings.transfer_timeout_s, wire.TransferCounts()
         self._asked: queue.SimpleQueue[Outgoing] = queue.SimpleQueue()
         self._posted: queue.SimpleQueue[tuple[Outgoing, wire.ToDecode, Copied | None]]
         self._posted = queue.SimpleQueue()
@@ -196,8 +194,22 @@ class PrefillServer(StepHooks):
         self._decoder: msgspec.msgpack.Decoder[wire.ToPrefill] = msgspec.msgpack.Decoder(
             wire.ToPrefill
         )
+
+    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
+        """Start listening. Raises ConfigError if the address is not available."""
+        self._engine, self._manager = engine, manager
+        self._unit = PrefixBuffer.of(engine.runner)
+        self._own = identity(self.config, engine.runner)
         self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
-        self.address = self._listen(settings.addresses[0])
+        try:
+            self.address = self._listen(self.settings.addresses[0])
+        except OSError as error:
+            why = str(error.strerror or error)
+            if error.errno == errno.EADDRNOTAVAIL:
+                why = "this machine does not have that address; use 0.0.0.0 to listen on all"
+            raise ConfigError(f"--transfer-at {self.settings.transfer_at}: {why}.") from error
+        assert isinstance(engine.runner, ModelRunner), "PrefixBuffer.of has checked it"
+        engine.runner.watch_layers(self.send_layer)
         self._bell, self._ear = socket.socketpair()  # wakes the thread up
         self._bell.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="transfers", daemon=True)
@@ -442,3 +454,9 @@ class PrefillServer(StepHooks):
         self._closes_s = time.monotonic() + CLOSE_S
         self._ring()
         self._thread.join(CLOSE_S + JOIN_S)
+
+    def report(self) -> Mapping[str, Any]:
+        return {"transfers": asdict(self.counts)}
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        return [("role", "prefill, for decode engines at {}:{}".format(*self.address))]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
+from engine.interfaces import Runner
 from engine.runner.backends import digest_of
 from engine.runner.memory import Memory
 from engine.runner.model_runner import ModelRunner
@@ -28,7 +29,7 @@ PIECE_BYTES = 4 << 20
 """Maximum size of one piece, except for a state and the KV of a single token."""
 
 
-def identity(config: EngineConfig, runner: ModelRunner) -> dict[str, str]:
+def identity(config: EngineConfig, runner: Runner) -> dict[str, str]:
     """Describe all properties that two engines must share. O(bytes of the weights)."""
     return {
         "transfer protocol": PROTOCOL,
@@ -94,8 +95,11 @@ class PrefixBuffer:
         """Layout as text. Two memories with the same layout can exchange prefixes."""
 
     @classmethod
-    def of(cls, runner: ModelRunner) -> PrefixBuffer:
-        """Return the buffer of a runner's memory."""
+    def of(cls, runner: Runner) -> PrefixBuffer:
+        """Return the buffer of a runner's memory. Raises ConfigError for a runner without memory
+        that can be read and written between two steps."""
+        if not isinstance(runner, ModelRunner):
+            raise ConfigError("a role requires a ModelRunner, because its memory is read.")
         return cls(runner.tensors, runner.pool_specs, runner.return_states)
 
     @property

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import zmq
 
 from engine.errors import InvalidRequest, RequestError
+from engine.interfaces import Plugin, Runner
 from engine.plugins.disaggregation import DisaggregationConfig, wire
-from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer
+from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer, identity
 from engine.plugins.disaggregation.received_prefix import (
     ReceivedPrefix,
     begin_arrival,
@@ -251,6 +252,24 @@ class PeerFetcher:
         """See ``Fetcher``."""
         for fetch in tuple(self._active):
             fetch.cancel()
+
+
+class DecodePlugin(Plugin):
+    """Has prompts computed by prefill engines (setting ``role`` decode)."""
+
+    name = "disaggregation"
+
+    def open_manager(self, manager: CacheManager, runner: Runner) -> PeerFetcher:
+        """See ``Plugin``."""
+        self.settings, self.counts = self.config.of(DisaggregationConfig), wire.TransferCounts()
+        buffer, own = PrefixBuffer.of(runner), identity(self.config, runner)
+        return PeerFetcher(manager, buffer, self.settings, own, self.counts)
+
+    def report(self) -> Mapping[str, Any]:
+        return {"transfers": asdict(self.counts)}
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        return [("role", f"decode, with prefill at {', '.join(self.settings.prefill)}")]
 
 
 def _tensor(data: memoryview) -> torch.Tensor:

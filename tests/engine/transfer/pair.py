@@ -63,7 +63,7 @@ def prefill_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
     code = (
         "from tests.engine.transfer.pair import *\n"
         "with prefill_thread() as engine:\n"
-        "    print(engine.plugins['disaggregation'].server.address[1], flush=True)\n"
+        "    print(engine.plugins['disaggregation'].address[1], flush=True)\n"
         "    sys.stdin.read()\n"
     )
     process = subprocess.Popen(

@@ -68,7 +68,7 @@ class GatedEngine:
         self.running = AsyncEngine(self.engine)
         if starts:
             self.running.start()
-        self.address: tuple[str, int] = self.engine.plugins["disaggregation"].server.address
+        self.address: tuple[str, int] = self.engine.plugins["disaggregation"].address
 
     def open(self) -> None:
         self.is_open = True
@@ -242,9 +242,7 @@ def test_two_roles_end_in_any_order_under_load(seed: int) -> None:
     choose = random.Random(seed)
     plain = plain_engine()
     prefill = Engine(prefill_config())
-    decode = decode_engine(
-        prefill.plugins["disaggregation"].server.address[1], transfer_timeout_s=3.0
-    )
+    decode = decode_engine(prefill.plugins["disaggregation"].address[1], transfer_timeout_s=3.0)
     engines = {"prefill": AsyncEngine(prefill), "decode": AsyncEngine(decode)}
     prompts = [text(100 * seed + k, choose.choice([30, 300, 700])) for k in range(14)]
     expected = {k: output.token_ids for k, output in enumerate(plain.generate(prompts, FEW))}

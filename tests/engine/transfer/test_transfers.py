@@ -56,8 +56,7 @@ def plain() -> Engine:
 
 
 def port_of(engine: Engine) -> int:
-    assert engine.plugins["disaggregation"].server is not None
-    return engine.plugins["disaggregation"].server.address[1]
+    return engine.plugins["disaggregation"].address[1]
 
 
 def counts_of(engine: Engine) -> dict[str, int]:
@@ -66,9 +65,8 @@ def counts_of(engine: Engine) -> dict[str, int]:
 
 def wait_until_idle(engine: Engine) -> None:
     """Wait until a prefill engine has no work left."""
-    assert engine.plugins["disaggregation"].server is not None
     for _ in range(500):
-        if not (engine.has_work() or engine.plugins["disaggregation"].server.has_work):
+        if not (engine.has_work() or engine.plugins["disaggregation"].has_work):
             return
         time.sleep(0.01)
     raise AssertionError("the engine never became idle")
@@ -189,7 +187,7 @@ def test_an_engine_that_does_not_step_counts_as_gone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Check an engine with a live connection that does not step: it sends no signs of life."""
-    server = prefill.plugins["disaggregation"].server
+    server = prefill.plugins["disaggregation"]
     assert server is not None
     engine = decode_engine(port_of(prefill), transfer_timeout_s=1.0)
     monkeypatch.setattr(server, "_timeout_s", 1.0)
@@ -266,7 +264,7 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
     for connection in silent:
         connection.close()
     wait_until_idle(prefill)
-    assert not prefill.plugins["disaggregation"].server._sessions
+    assert not prefill.plugins["disaggregation"]._sessions
 
 
 @contextlib.contextmanager
