@@ -39,7 +39,7 @@ from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Ex
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.geometry.units import GIB, format_bytes
-from hybridcache.lab.baselines import BASELINES, HOST_TIERS, BaselineConfig
+from hybridcache.lab.baselines import BASELINES, BaselineConfig
 from hybridcache.lab.simulation.sizes import budget_bytes, tier_bytes
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
@@ -375,9 +375,9 @@ class Scenario:
                 policy=DEFAULT_EVICTION,
                 checkpoints=DEFAULT_PLACEMENT,
                 baseline=word,
-                host_gib=self.host_gib if word in HOST_TIERS else 0.0,
+                host_gib=0.0,
                 disk_gib=0.0,
-                host_gb_s=self.host_gb_s if word in HOST_TIERS else PCIE_BYTES_PER_S / 1e9,
+                host_gb_s=PCIE_BYTES_PER_S / 1e9,
                 disk_gb_s=DISK_BYTES_PER_S / 1e9,
             )
             for word in peers
@@ -498,7 +498,6 @@ class Scenario:
             num_linear_layers=geometry.num_linear_layers,
             grid=self.grid,
             unit=unit,
-            host_bytes=tier_bytes(HOST, self.host_gib),
             token_flops=geometry.flops_per_token,
             pair_flops=geometry.attention_flops_per_pair,
         )
@@ -511,8 +510,8 @@ class Scenario:
             parse_placement(self.checkpoints)  # type: ignore[arg-type]
         elif self.baseline not in BASELINES:
             raise ValueError(f"no baseline {self.baseline!r}; known: {', '.join(BASELINES)}")
-        elif self.disk_gib or (self.host_gib and self.baseline not in HOST_TIERS):
-            raise ValueError(f"baseline {self.baseline} is not rebuilt with this tier below it")
+        elif self.disk_gib or self.host_gib:
+            raise ValueError(f"baseline {self.baseline} is not rebuilt with a tier below it")
         elif not geometry.num_linear_layers:
             raise ValueError(
                 f"baseline {self.baseline}: {geometry.name} has no linear layers, and peers "

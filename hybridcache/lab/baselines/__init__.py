@@ -42,13 +42,6 @@ it: LightLLM's states in host memory, and the needs of running requests, which M
 ignores."""
 
 
-HOST_TIERS = frozenset(word for word in BASELINES if word.startswith("vllm")) | {
-    "lightllm",
-    "lightllm-64",
-}
-"""Baselines that use host memory in addition to their budget."""
-
-
 def build_baseline(word: str, config: BaselineConfig) -> Baseline:
     """Return the baseline called ``word``. Raises ValueError, with a list of the names, if there is
     none."""
@@ -61,7 +54,6 @@ def build_baseline(word: str, config: BaselineConfig) -> Baseline:
 
 __all__ = [
     "BASELINES",
-    "HOST_TIERS",
     "Baseline",
     "BaselineConfig",
     "PeerSession",

@@ -66,8 +66,7 @@ class LightllmCache:
     default: off).
 
     ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of
-    host buffers. If host memory is given, it holds as many states as fit, and ``num_host_states``
-    is ignored. Raises ValueError if ``big_page`` is not a multiple of ``page``.
+    host buffers. Raises ValueError if ``big_page`` is not a multiple of ``page``.
     """
 
     def __init__(
@@ -87,11 +86,6 @@ class LightllmCache:
         self.num_tokens = config.budget_bytes // row_bytes
         self.state_rows = -(-config.state_bytes // row_bytes) if counted else 0
         """Rows of the budget that a state takes."""
-        self.copied_bytes = 0 if counted else config.state_bytes
-        """Bytes copied per state, from host memory or to it."""
-        if config.host_bytes:
-            num_host_states = config.host_bytes // config.state_bytes
-        self.spilled_bytes = 0
         self.num_states = self.num_tokens // self.state_rows if counted else num_host_states
         self.free_states = self.num_states
         self.free_tokens = self.num_tokens
@@ -217,7 +211,6 @@ class LightllmCache:
     def _save_state(self, node: _Page) -> None:
         if not self.num_states:
             return
-        self.spilled_bytes += self.copied_bytes
         if not self.free_states:
             _, oldest = self.small_states.popitem(0)
             self.leaves.pop(self._leaf_key(oldest), None)
@@ -273,7 +266,6 @@ class LightllmSession:
         self.tokens = tokens
         self.path = found.path
         self.cached_len = found.length
-        self.fetched_bytes = cache.copied_bytes if found.length else 0
         self.held = len(tokens) - found.length
         state_at = (len(tokens) - 1) // cache.page * cache.page
         stops = {len(tokens), state_at}

@@ -156,8 +156,6 @@ class MarconiCache:
             cache must: one state and the KV that the prompt adds. The artifact does not.
     """
 
-    spilled_bytes = 0
-
     def __init__(
         self,
         config: BaselineConfig,
@@ -405,7 +403,6 @@ class MarconiSession:
     """One running request. It holds memory only if running requests are ``counted``."""
 
     num_chunks = 1
-    fetched_bytes = 0
 
     def __init__(
         self,

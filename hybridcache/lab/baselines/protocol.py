@@ -34,8 +34,6 @@ class BaselineConfig:
     """Tokens per id of the trace (1; 64 or 512 for traces of block hashes)."""
     prefill_chunk: int = 8192
     """Most prompt tokens computed in one forward pass."""
-    host_bytes: int = 0
-    """Bytes of host memory in addition to the budget, or 0 if there is none."""
     token_flops: float = 0.0
     """FLOPs of a token without attention to earlier tokens, or 0 if the model is not described."""
     pair_flops: float = 0.0
@@ -49,8 +47,6 @@ class PeerSession(Protocol):
     """Prompt ids reused (in trace units)."""
     num_chunks: int
     """Number of forward passes of the prefill."""
-    fetched_bytes: int
-    """Bytes loaded from host memory to the device before the prompt could be computed."""
 
     def finish(self, output: Tokens) -> None:
         """Decode ``output``, then release the request. Call once."""
@@ -59,11 +55,6 @@ class PeerSession(Protocol):
 
 class Baseline(Protocol):
     """Prefix cache of a peer."""
-
-    @property
-    def spilled_bytes(self) -> int:
-        """Bytes copied from the device to host memory so far."""
-        ...
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> PeerSession | None:
         """Match ``tokens``, take memory for the prefill (evicting if needed), and compute the

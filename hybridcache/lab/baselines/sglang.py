@@ -75,7 +75,7 @@ class SglangCache:
         self.num_tokens = self.free_tokens = num_kv_tokens
         self.num_slots = self.free_slots = num_slots
         self.held_tokens = self.held_slots = 0
-        self.clock = self.spilled_bytes = 0
+        self.clock = 0
         self.roots: dict[Hashable, PrefixNode] = {}
         self.states: OrderedDict[PrefixNode, None] = OrderedDict()
         self.leaves: SortedDict[int, PrefixNode] = SortedDict()
@@ -241,7 +241,6 @@ class SglangSession:
         self.held = 0
         self.num_slots = 0
         self.num_chunks = 0
-        self.fetched_bytes = 0
         cache.lock(node, 1)
 
     def prefill(self, kv_len: int) -> bool:

@@ -24,10 +24,9 @@ Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block poo
   request's attention blocks. At the end the attention blocks are released, deepest first, then the
   states. The last decoded token is never computed.
 - Blocks are never de-duplicated: content computed again is stored again.
-- *Host memory*, if there is any: see ``ChunkStore``.
 
 Left out: preemption, waiting for a state that another request produces in the same step, and states
-exported from within a chunk (an option of one backend).
+exported from within a chunk (an option of one backend), and offload to host memory.
 """
 
 from __future__ import annotations
@@ -35,13 +34,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Generic, TypeVar
 
 import numpy as np
-from sortedcontainers import SortedDict
 
 from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.tokens import Tokens
@@ -117,14 +113,6 @@ class VllmCache:
         self.block_bytes = self.block_tokens * config.kv_bytes_per_token
         num_blocks = config.budget_bytes // self.block_bytes
         self.pool = BlockPool(max(0, num_blocks - 1))
-        self.store: ChunkStore[tuple[int, bytes]] = ChunkStore(
-            config.host_bytes // self.block_bytes
-        )
-
-    @property
-    def spilled_bytes(self) -> int:
-        """See ``Baseline``."""
-        return self.store.num_stored * self.block_bytes
 
     @property
     def partial(self) -> bool:
@@ -145,25 +133,9 @@ class VllmCache:
         return VllmSession(self, tokens, hashes, hit)
 
     def check(self) -> None:
-        """Check the accounting of the pool and the store. Raises AssertionError if it is
-        inconsistent. O(blocks)."""
+        """Check the accounting of the pool. Raises AssertionError if it is inconsistent.
+        O(blocks)."""
         self.pool.check()
-        self.store.check()
-
-    def num_stored(self, digests: list[bytes], hit: _Hit, limit: int) -> int:
-        """Return the number of blocks past ``hit`` that can be loaded: contiguous attention, with
-        states at its end."""
-        first, per_block = hit.length // self.block_size, self.block_size // self.unit
-        if hit.length % self.block_size:
-            return 0
-        depth = first
-        ends = [digests[end * per_block - 1] for end in range(1, limit // self.block_size + 1)]
-        while depth < len(ends) and (_ATTENTION, ends[depth]) in self.store:
-            depth += 1
-        groups = range(self.num_state_groups)
-        while depth > first and not all((group, ends[depth - 1]) in self.store for group in groups):
-            depth -= 1
-        return depth - first
 
     def _match(self, digests: list[bytes], limit: int) -> _Hit:
         """Match attention from left to right, then the deepest state at or before its end. At most
@@ -235,14 +207,6 @@ class VllmSession:
         self._save_tail = False
         for block in (*hit.attention, *hit.states):
             self.pool.take(block)
-        self._recency = cache.store.tick()
-        self._accessed: dict[tuple[int, bytes], int] = {}
-        """Entries of the store that this request used: key, and end position in the text."""
-        self._num_offered = 0
-        num_fetched = cache.num_stored(hashes.digests, hit, self._length - 1)
-        self.fetched_bytes = 0
-        if num_fetched:
-            self._fetch(num_fetched)
         start = self.cached_len
         while start < self._length:
             end = self._chunk_end(start)
@@ -259,8 +223,6 @@ class VllmSession:
             if len(self.pool.free) <= self.cache.num_state_groups:
                 break
             self._step(end - 1, end)
-        ends = sorted((end, group, digest) for (group, digest), end in self._accessed.items())
-        self.cache.store.finish((group, digest) for _, group, digest in ends)
         self.pool.release(reversed(self._attention))
         for table in self._states:
             self.pool.release(table[depth] for depth in sorted(table, reverse=True))
@@ -297,46 +259,8 @@ class VllmSession:
         self._retire(computed)
         copied = self._allocate(end)
         self._register_attention(end)
-        saved = self._register_states(end)
+        self._register_states(end)
         self.pool.release(copied)
-        if self.cache.store.num_chunks and end <= self._length:
-            self._offer(end, saved)
-
-    def _fetch(self, num_blocks: int) -> None:
-        """Append blocks from the store to those of the hit, with the states at their end."""
-        cache, size = self.cache, self.cache.block_size
-        first = len(self._attention)
-        length = (first + num_blocks) * size
-        for depth in range(first, first + num_blocks):
-            self._attention.append(self.pool.allocate())
-            self._access(_ATTENTION, (depth + 1) * size)
-        for group, table in enumerate(self._states):
-            table[first + num_blocks - 1] = self.pool.allocate()
-            self._access(group, length)
-        cache.store.use(self._accessed, self._recency)
-        self._num_columns = self._num_offered = first + num_blocks
-        self._num_registered = first
-        self._register_attention(length)
-        self._register_states(length)
-        self.fetched_bytes = (num_blocks + cache.num_state_groups) * cache.block_bytes
-        self.cached_len = length
-
-    def _access(self, group: int, length: int) -> dict[tuple[int, bytes], int]:
-        key = group, self._hashes.digests[length // self.cache.unit - 1]
-        self._accessed[key] = length
-        return {key: length}
-
-    def _offer(self, end: int, saved: list[tuple[int, int]]) -> None:
-        """Offer the results of a prompt pass to the store: states, each (group, end position), then
-        attention that was not yet stored."""
-        store, size = self.cache.store, self.cache.block_size
-        for group, length in saved:
-            store.offer(self._access(group, length), self._recency)
-        offered: dict[tuple[int, bytes], int] = {}
-        for depth in range(self._num_offered, end // size):
-            offered |= self._access(_ATTENTION, (depth + 1) * size)
-        if store.offer(offered, self._recency):
-            self._num_offered = max(self._num_offered, end // size)
 
     def _retire(self, computed: int) -> None:
         """Release states that are a block or more behind."""
@@ -378,21 +302,18 @@ class VllmSession:
         if boundary % size and boundary <= end:
             self._register(self._attention[boundary // size], _ATTENTION, boundary)
 
-    def _register_states(self, end: int) -> list[tuple[int, int]]:
-        """Register the current states. Returns those at block boundaries: (group, end position)."""
-        saved = []
+    def _register_states(self, end: int) -> None:
+        """Register the current states."""
         size, unit = self.cache.block_size, self.cache.unit
         at_tail = end % size != 0 and end == (self._length - 1) // unit * unit
         for group, table in enumerate(self._states):
             for depth in range(self._num_registered, end // size):
                 if depth in table and self._keeps(depth + 1):
                     self._register(table[depth], group, (depth + 1) * size)
-                    saved.append((group, (depth + 1) * size))
             if at_tail:
                 self._register(table[end // size], group, end)
         self._save_tail = at_tail
         self._num_registered = max(self._num_registered, end // size)
-        return saved
 
     def _keeps(self, num_blocks: int) -> bool:
         """Return whether the state after ``num_blocks`` blocks is worth a key."""
@@ -501,101 +422,3 @@ class BlockPool:
             if not blocks:
                 del self._blocks_of[key]
         return keys
-
-
-# --- Host memory ----------------------------------------------------------------------------------
-
-_Key = TypeVar("_Key", bound=Hashable)
-
-
-class ChunkStore(Generic[_Key]):
-    """vLLM's native offload: a store of blocks in host memory next to its block pool.
-
-    ``num_chunks`` chunks by key; the next to be evicted is found in O(log n). Keys must be
-    orderable.
-
-    Source: the published behaviour of its ``OffloadingConnector`` and CPU manager at 0.33,
-    defaults.
-
-    - A chunk is one block of any group, so a state takes as many as there are state groups.
-    - *Stored* as soon as they are computed: whole attention blocks of the *prompt*, and the states
-      at block boundaries of the prompt that the device's cache keeps (its retention). Answers and
-      parts of a block are never stored. Blocks that the device already had are offered too, unless
-      the request loaded some.
-    - An offer is stored whole or not at all. It may evict older entries, but none that it names.
-    - *Loaded*: looked up past the device's own hit. Attention must be present block after block, up
-      to the deepest boundary that has all state groups; at most ``prompt - 1`` tokens. Attention
-      that the device still has past its last state does not count. Everything found is loaded.
-    - *Order*: a request's blocks are as recent as the request's end, and deeper blocks are older. A
-      state that is hit on the device is not refreshed.
-
-    Left out: parts of a block (with a match unit; the device's tail is then not extended), copies
-    that are still in progress, ARC, and the tiers below.
-    """
-
-    def __init__(self, num_chunks: int) -> None:
-        self.num_chunks = num_chunks
-        self.num_stored = 0
-        """Chunks written so far."""
-        self._rank_of: dict[_Key, tuple[int, int, _Key]] = {}
-        self._by_rank: SortedDict[tuple[int, int, _Key], _Key] = SortedDict()
-        self._clock = 0
-
-    def __contains__(self, key: _Key) -> bool:
-        return key in self._rank_of
-
-    def __len__(self) -> int:
-        return len(self._rank_of)
-
-    def tick(self) -> int:
-        """Return the recency of a new request, later than all before."""
-        self._clock += 1
-        return self._clock
-
-    def offer(self, keys: Mapping[_Key, int], recency: int) -> bool:
-        """Store the missing ones of ``keys``, a map from key to end position. Returns False, and
-        stores and evicts nothing, if there is no room for them next to the rest of the offer.
-        O(keys log n + keys that are kept)."""
-        self.use(keys, recency)
-        missing = [key for key in keys if key not in self._rank_of]
-        if len(keys) > self.num_chunks:
-            return not missing
-        excess = len(self._rank_of) + len(missing) - self.num_chunks
-        if excess > 0:
-            old = (key for key in self._by_rank.values() if key not in keys)
-            for key in list(islice(old, excess)):
-                del self._by_rank[self._rank_of.pop(key)]
-        for key in missing:
-            self._set(key, (recency, -keys[key], key))
-        self.num_stored += len(missing)
-        return True
-
-    def use(self, keys: Mapping[_Key, int], recency: int) -> None:
-        """Refresh the stored ones of ``keys`` to the ``recency`` of a request that used them."""
-        for key, end in keys.items():
-            rank = self._rank_of.get(key)
-            if rank is not None and rank[:2] < (recency, -end):
-                self._set(key, (recency, -end, key))
-
-    def finish(self, keys: Iterable[_Key]) -> None:
-        """Record the end of a request that used ``keys``, ordered from head to tail: the tail is
-        older."""
-        for key in reversed(list(keys)):
-            if key in self._rank_of:
-                self._set(key, (self.tick(), 0, key))
-
-    def __iter__(self) -> Iterator[_Key]:
-        return iter(self._rank_of)
-
-    def check(self) -> None:
-        """Check that no more is stored than fits and that both indices agree. Raises AssertionError
-        otherwise. O(n)."""
-        assert len(self._rank_of) <= self.num_chunks, "more chunks than there is room for"
-        assert {key: rank for rank, key in self._by_rank.items()} == self._rank_of, "two orders"
-
-    def _set(self, key: _Key, rank: tuple[int, int, _Key]) -> None:
-        old = self._rank_of.get(key)
-        if old is not None:
-            del self._by_rank[old]
-        self._rank_of[key] = rank
-        self._by_rank[rank] = key

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE, HOST
+from hybridcache.allocators.moves import DEVICE
 from hybridcache.api import Losses
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import build_prefix_cache
@@ -79,10 +79,9 @@ class Target(Protocol):
 def build_target(scenario: Scenario, unit: int, steps: EngineSteps | None = None) -> Target:
     """Build an empty target for a cell of ``scenario``, at one size."""
     geometry = scenario.geometry()
-    exchange = scenario.exchange(geometry, unit)
     if scenario.baseline:
-        peer = scenario.baseline_config(geometry, unit)
-        return BaselineTarget(str(scenario.baseline), peer, exchange)
+        return BaselineTarget(str(scenario.baseline), scenario.baseline_config(geometry, unit))
+    exchange = scenario.exchange(geometry, unit)
     cache = build_prefix_cache(scenario.cache_config(geometry, unit))
     stateful = bool(geometry.num_linear_layers)
     own_slot = None if geometry.checkpoint_bytes is None else 0
@@ -253,34 +252,25 @@ class _LeasedRequest:
 
 
 class BaselineTarget:
-    """A rebuilt peer. ``exchange``: cost of its copies from host memory; None if it has none."""
+    """A rebuilt peer."""
 
     priority_classes: bool | None = None
 
-    def __init__(self, word: str, config: BaselineConfig, exchange: Exchange | None = None) -> None:
+    def __init__(self, word: str, config: BaselineConfig) -> None:
         self.baseline = build_baseline(word, config)
-        self.exchange = exchange
-        self.num_chunks = self.fetched_bytes = 0
+        self.num_chunks = 0
 
     def begin(self, request: TraceRequest) -> PeerRequest | None:
         session = self.baseline.begin(request.tokens, request.namespace)
         if session is None:
             return None
         self.num_chunks += session.num_chunks
-        served = PeerRequest(session, request)
-        if self.exchange is not None:
-            self.fetched_bytes += session.fetched_bytes
-            served.copy_s = self.exchange.copy_seconds({HOST: session.fetched_bytes})
-        return served
+        return PeerRequest(session, request)
 
     def counters(self) -> dict[str, int]:
-        found = {"prefill_chunks": self.num_chunks}
         # Peers without pages reuse single tokens.
-        found["page_tokens"] = getattr(self.baseline, "page_tokens", 1)
-        if self.exchange is not None:
-            found[f"{DEVICE}_to_{HOST}_bytes"] = self.baseline.spilled_bytes
-            found[f"{HOST}_to_{DEVICE}_bytes"] = self.fetched_bytes
-        return found
+        page_tokens = getattr(self.baseline, "page_tokens", 1)
+        return {"prefill_chunks": self.num_chunks, "page_tokens": page_tokens}
 
 
 class PeerRequest:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from experiments.studies.record_vllm import VARIANTS, summary
 from hybridcache.lab.baselines.vllm import BlockPool, VllmCache
 from hybridcache.lab.generators import GENERATORS
 from tests.lab.baselines.prompts import (
@@ -19,6 +18,7 @@ from tests.lab.baselines.prompts import (
     repeated_hits,
     text,
 )
+from tests.lab.baselines.record_vllm import VARIANTS, summary
 
 RECORD: dict[str, dict[str, dict[str, Any]]] = json.loads(
     (Path(__file__).parent / "vllm_hits.json").read_text()

@@ -2,7 +2,7 @@
 
 Tests compare the rebuilt cache with the record.
 
-`python -m experiments.studies.record_vllm` writes tests/lab/baselines/vllm_hits.json. Run it in a
+`python -m tests.lab.baselines.record_vllm` writes vllm_hits.json next to it. Run it in a
 separate environment with `vllm==0.33.0` and this project. No device is needed, because only the
 scheduler's side of vLLM runs: its `KVCacheManager` (one attention group, three state groups) and
 its chunk split. Requests run one at a time, with copies as in vLLM's scheduler.
@@ -24,7 +24,7 @@ from hybridcache import TraceRequest
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import GENERATORS
 
-RECORD = Path(__file__).parents[2] / "tests" / "lab" / "baselines" / "vllm_hits.json"
+RECORD = Path(__file__).with_name("vllm_hits.json")
 KV_BYTES = 24_576
 PREFILL_CHUNK = 8192
 WORKLOADS = ("chat", "few-shot", "agent", "branch", "resend", "short")
