@@ -46,7 +46,7 @@ GROUPS = {
     "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
     "keep_alive_s drain_s special_in_content max_connections header_timeout_s body_timeout_s",
     "limits of one request": "max_body_mib default_max_tokens",
-    "memory of chats": "replay_mib preserve_thinking volatile_line volatile",
+    "memory of chats": "replay_mib preserve_thinking",
     "logs and checks": "log_level check",
 }
 """Titles of the help -> settings of the core in that group."""

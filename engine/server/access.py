@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import secrets
-import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -296,43 +295,33 @@ SECRET_FILE, SECRET_BYTES = "salt-secret", 32
 """Name and size of the file in a kept folder with the key of the hashes of salts."""
 
 
-def read_secret(folder: str | None) -> bytes:
-    """Return the key with which salts are hashed.
+def _for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
-    It is a new one, unless the cache is kept in ``folder`` for the next start. Then it is kept
-    there too, in a file for its owner only.
-    """
+
+def read_secret(folder: str | None) -> bytes:
+    """Return the key with which salts are hashed: a new one, or the one of ``folder``, in which the
+    cache is kept for the next start. It is there in a file for its owner only."""
     made = secrets.token_bytes(SECRET_BYTES)
     if folder is None:
         return made
     file = Path(folder) / SECRET_FILE
     try:
-        descriptor, part = tempfile.mkstemp(dir=folder)  # mode 0600
-        try:
-            with open(descriptor, "wb") as whole:
-                whole.write(made)
-                whole.flush()
-                os.fsync(whole.fileno())
-            # Unlike a rename, a link fails if another process was first.
-            with suppress(FileExistsError):
-                os.link(part, file)
-        finally:
-            os.unlink(part)
-    except OSError:
-        pass  # The folder is read only, or full. Another engine may have made the file.
-    try:
+        with suppress(FileExistsError), open(file, "xb", opener=_for_owner) as new:
+            new.write(made)
         kept = file.read_bytes()
-        if len(kept) != SECRET_BYTES:
-            raise OSError(f"it has {len(kept)} bytes and not {SECRET_BYTES}; delete it")
+        if len(kept) == SECRET_BYTES:
+            return kept
+        why = f"it has {len(kept)} bytes and not {SECRET_BYTES}; delete it"
     except OSError as error:
-        logger.warning(
-            "Entries of requests with a salt, or with one of several keys, will not be found after "
-            "a restart: %s cannot be used (%s).",
-            file,
-            error.strerror or error,
-        )
-        return made
-    return kept
+        why = error.strerror or str(error)
+    logger.warning(
+        "Entries of requests with a salt, or with one of several keys, will not be found after a "
+        "restart: %s cannot be used (%s).",
+        file,
+        why,
+    )
+    return made
 
 
 class Tenants:

@@ -45,7 +45,7 @@ from engine.text.answers import (
     as_message,
     joined,
 )
-from engine.text.chat_prompt import ChatPrompt, Cut, no_chat, render_chat
+from engine.text.chat_prompt import ChatPrompt, no_chat, render_chat
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.replay import Place
 from engine.text.tokenizer import TemplateError
@@ -90,18 +90,10 @@ async def render(
     """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the place of its
     answer. Raises APIError 400 if the template rejects it."""
 
-    history = context.history
-
-    def settled(cut: Cut) -> Cut:
-        if cut.content is None or cut.message is None:
-            return cut
-        part = {"role": body.messages[cut.message].role, "content": cut.content}
-        return cut._replace(content=history.lines.without(part)["content"])
-
     def work() -> tuple[ChatPrompt, Place]:
         messages = [message.as_template_input() for message in body.messages]
         tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
-        chat = history.restore(
+        chat = context.history.restore(
             messages, tools, body.chat_template_kwargs, tenant, is_known=tenant.is_known
         )
         prompt = render_chat(
@@ -113,7 +105,7 @@ async def render(
             variables=chat.variables,
             special_in_content=context.special_in_content,
             namespace=tenant.namespace,
-            cuts=[settled(cut) for cut in cuts_of(body.messages, body.tools)],
+            cuts=cuts_of(body.messages, body.tools),
             sampled=chat.sampled,
             keeps_thinking=chat.keeps_thinking,
         )

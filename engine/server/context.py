@@ -43,7 +43,7 @@ from engine.text.outputs import (
     SampledToken,
     Transferred,
 )
-from engine.text.replay import Replay, VolatileLines
+from engine.text.replay import Replay
 from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer
 from hybridcache.api import Losses
 
@@ -98,7 +98,6 @@ class ServingContext:
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),
-            VolatileLines(config.volatile_pattern, drops=config.volatile == "drop"),
             keeps_thinking=config.preserve_thinking,
         )
         self.model_name = config.served_model_name or engine.facts.model_name

@@ -97,15 +97,6 @@ class ServerConfig(Settings):
         "keep reasoning in the history as it was sampled, even if the chat template or the client "
         "drops it; a request can override this with chat_template_kwargs",
     )
-    volatile_line: str | None = setting(
-        None,
-        "regular expression of lines of the system message that change with every request, such as "
-        "^x-anthropic-billing-header:|^Today's date",
-    )
-    volatile: Literal["move", "drop"] = setting(
-        "move",
-        "move: such lines are moved to the end of the system message; drop: they are removed",
-    )
     admin_key_file: str | None = setting(
         None,
         "file with the key that /v1/cache and /reset_prefix_cache then require (Authorization: "
@@ -148,20 +139,7 @@ class ServerConfig(Settings):
                     f"--cors-origin {origin!r} is not an origin: write it as https://host or "
                     "https://host:port, in lower case, without a path, or * for all."
                 )
-        _ = self.volatile_pattern
         self._keep_used()
-
-    @property
-    def volatile_pattern(self) -> re.Pattern[str] | None:
-        """Compiled ``volatile_line``; None if there is none. Raises ConfigError."""
-        if self.volatile_line is None:
-            return None
-        try:
-            return re.compile(self.volatile_line)
-        except re.error as error:
-            raise ConfigError(
-                f"--volatile-line {self.volatile_line!r} is not a regular expression ({error})."
-            ) from error
 
 
 def server_address(url: str) -> str:

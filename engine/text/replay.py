@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
 import sys
 from array import array
 from collections.abc import Hashable, Mapping, Sequence
@@ -19,10 +17,8 @@ from engine.text.outputs import RequestOutput
 from engine.text.splices import SampledTurn
 from engine.text.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
 KEEPS_THINKING = "preserve_thinking"
 """Template variable of newer templates; emulated for templates that do not support it."""
-SYSTEM_ROLES = ("system", "developer")
 ENTRY_BYTES = 512
 """Approximate size of an answer without its ids and its reasoning."""
 MAX_ALIKE = 8
@@ -150,45 +146,6 @@ class Place:
     replaced with their reasoning at any place."""
 
 
-class VolatileLines:
-    """Lines of the system message that change with every request, so that the cache would not match
-    after them."""
-
-    def __init__(self, pattern: re.Pattern[str] | None = None, *, drops: bool = False) -> None:
-        """``pattern``: such lines, or None without any. ``drops``: they are removed instead of
-        moved."""
-        self._pattern, self._drops = pattern, drops
-        if pattern is not None:
-            done = "dropped from" if drops else "moved to the end of"
-            logger.warning("Lines that match %r are %s the system message.", pattern.pattern, done)
-
-    def without(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return ``message`` without these lines, if it is a system message. O(its size)."""
-        if self._pattern is None or message.get("role") not in SYSTEM_ROLES:
-            return message
-        lines = str(message.get("content") or "").split("\n")
-        return {**message, "content": "\n".join(x for x in lines if not self._pattern.search(x))}
-
-    def settle(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return ``messages`` with these lines at the end of their system message, or without them.
-        O(its size)."""
-        chat = list(messages)
-        if self._pattern is None:
-            return chat
-        for index, message in enumerate(chat):
-            if message.get("role") not in SYSTEM_ROLES:
-                break
-            lines = str(message.get("content") or "").split("\n")
-            moved = [line for line in lines if self._pattern.search(line)]
-            if moved:
-                kept = [line for line in lines if not self._pattern.search(line)]
-                told = "dropped" if self._drops else "moved"
-                logger.info("%d lines of message %d were %s.", len(moved), index, told)
-                text = "\n".join(kept if self._drops else [*kept, *moved])
-                chat[index] = {**message, "content": text}
-        return chat
-
-
 @dataclass(frozen=True, slots=True)
 class RestoredChat:
     """Inputs for rendering a chat whose earlier answers are replayed."""
@@ -204,18 +161,17 @@ class RestoredChat:
 
 class Replay:
     """Sampled answers of one server. Replayed prompts keep the beginning of earlier ones: sampled
-    tokens replace answers that come back, and volatile lines are moved or dropped."""
+    tokens replace answers that come back."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         limit_bytes: int,
-        lines: VolatileLines,
         *,
         keeps_thinking: bool = False,
     ) -> None:
         """``keeps_thinking``: the default of requests without the switch ``KEEPS_THINKING``."""
-        self.answers, self.lines = AnswerMemory(limit_bytes), lines
+        self.answers = AnswerMemory(limit_bytes)
         self._keeps_thinking = keeps_thinking
         self._end_ids = tokenizer.eos_token_ids
         control = [text for text in tokenizer.control_tokens if text not in MARKS]
@@ -238,13 +194,13 @@ class Replay:
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
         if keeps:
             variables = {**(variables or {}), KEEPS_THINKING: True}
-        chat = self.lines.settle(messages)
+        chat = list(messages)
         sampled: dict[int, SampledTurn] = {}
         seen = None if is_known else hashlib.blake2b(digest_size=16)
         _see(seen, tools)
         for index, message in enumerate(chat):
             before = None if seen is None else seen.digest()
-            _see(seen, [message.get("role"), *said_by(self.lines.without(message))[:2]])
+            _see(seen, [message.get("role"), *said_by(message)[:2]])
             turn = self.answers.find(tenant, index, message, keeps, before)
             if turn is not None:
                 sampled[index] = turn

@@ -20,7 +20,7 @@ from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import json_response
 from engine.server.context import AnsweredChat, ServingContext
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.replay import SYSTEM_ROLES, said_by
+from engine.text.replay import said_by
 from engine.text.tokenizer import Tokenizer
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import common_prefix_len
@@ -33,6 +33,7 @@ SHOWN = 12
 """Number of tokens shown on each side of the difference."""
 NEW = "new"
 """Cause of a chat that does not continue the earlier one: only the beginning is the same."""
+SYSTEM_ROLES = ("system", "developer")
 SAID_FIELDS = ("content", "tool_calls", "reasoning_content")
 """Fields that ``said_by`` returns."""
 LOST = {
@@ -60,8 +61,7 @@ _MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) wo
 _ALONE = "no stored request shares any of it."
 ADVICE = {
     "tools": "Send the same tools in the same order with each request.",
-    "system": "Put text that changes at the end of the system message or into the last message, or "
-    "start the server with --volatile-line.",
+    "system": "Put text that changes at the end of the system message or into the last message.",
     "variables": "Send the same chat_template_kwargs with each request.",
     "messages": "Only append to a conversation.",
     "answer": "Send answers back as they came, with their reasoning, or use --preserve-thinking.",
@@ -72,7 +72,7 @@ ADVICE = {
     "--checkpoints.",
     "below_grid": "Nothing is to be done: it is less than one step of --grid.",
     NEW: "Nothing is to be done, unless the system message begins with text that changes: put such "
-    "text at its end, or start the server with --volatile-line.",
+    "text at its end.",
 }
 """Advice by the cause of an explanation."""
 

@@ -7,7 +7,6 @@ A conversation is a flat list of items. The assistant's items between two messag
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -313,11 +312,6 @@ class ResponsesRequest(Body, kw_only=True):
                 for place, raw in _placed("tools", self.tools)
             ]
 
-    @property
-    def items(self) -> list[dict[str, Any]]:
-        """The input as items in plain data. O(its size)."""
-        return [msgspec.to_builtins(item) for item in self.input]
-
     def _functions(self) -> Iterator[dict[str, Any]]:
         for tool in self.tools or ():
             if isinstance(tool, FunctionTool):
@@ -332,10 +326,10 @@ class ResponsesRequest(Body, kw_only=True):
         pairs = [(group.name, one.name) for group in groups for one in group.tools]
         return {_joined(*pair): pair for pair in pairs}
 
-    def as_chat(self, before: Sequence[dict[str, Any]]) -> ChatRequest:
+    def as_chat(self, before: Sequence[AnyItem]) -> ChatRequest:
         """Return the chat request, after the items of earlier responses. Raises APIError 400 if a
         field is not supported. O(all items)."""
-        items = [*msgspec.convert(before, list[AnyItem]), *self.input]
+        items = [*before, *self.input]
         try:
             messages = _messages(self.instructions, items)
         except ValueError as error:
@@ -501,47 +495,20 @@ class ResponseItems:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-ENTRY_BYTES = 512
-"""Size of a stored response without its contents."""
-
-
-def held_bytes(value: Any) -> int:
-    """Return the memory of a JSON ``value`` that shares nothing with other values. O(values in it).
-
-    An object that occurs several times in it, such as a key of a parsed text, counts once.
-
-    >>> held_bytes([{"text": "a" * 1000}]) > 1000
-    True
-    """
-    num_bytes, left, seen = 0, [value], set[int]()
-    while left:
-        one = left.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        num_bytes += sys.getsizeof(one)
-        if isinstance(one, dict):
-            left.extend(one)
-            left.extend(one.values())
-        elif isinstance(one, list | tuple):
-            left.extend(one)
-    return num_bytes
-
-
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
     """One response with the conversation that it ends."""
 
-    items: list[dict[str, Any]]
+    items: Sequence[AnyItem]
     """All items from the beginning; entries may be shared with the previous response."""
-    response: dict[str, Any]
     items_bytes: int
-    """Memory of the ``items``, counting shared entries fully."""
+    """Size of the bodies and responses with these items, counting shared entries fully."""
+    content: bytes
+    """The response as JSON."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the whole entry, counted in the same way. O(values in the response)."""
-        return ENTRY_BYTES + self.items_bytes + held_bytes(self.response)
+
+ITEM_FACTOR = 4
+"""Approximate memory of parsed items relative to the size of their JSON."""
 
 
 class Responses:
@@ -570,24 +537,19 @@ class Responses:
                     code="previous_response_not_found",
                 )
             size += before.items_bytes
-        earlier = [] if before is None else before.items
-        earlier_bytes = 0 if before is None else before.items_bytes
-
-        def read() -> tuple[ChatRequest, list[dict[str, Any]], int]:
-            new = body.items
-            return body.as_chat(earlier), new, earlier_bytes + held_bytes(new)
-
-        chat, new, items_bytes = await context.workers.run(size, read)
+        earlier = () if before is None else before.items
+        chat = await context.workers.run(size, lambda: body.as_chat(earlier))
         chat = settle_system(context, chat)
         answer_id = new_id("resp", "_")
         session = await ask(context, chat, size, tenant, answer_id, "input", "text.format")
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
-                output = response["output"]
-                items = [*earlier, *new, *output]
-                stored = StoredResponse(items, response, items_bytes + held_bytes(output))
-                self._store.put((tenant, response["id"]), stored, stored.num_bytes)
+                content = to_json(response)
+                items = [*earlier, *body.input, *msgspec.convert(response["output"], list[AnyItem])]
+                stored = StoredResponse(items, size + len(content), content)
+                num_bytes = ITEM_FACTOR * stored.items_bytes + len(content)
+                self._store.put((tenant, response["id"]), stored, num_bytes)
 
         writer = _ResponsesWriter(context, body, session, keep)
         return await writer.respond(request, body.stream)
@@ -600,10 +562,7 @@ class Responses:
         stored = self._store.get((self._context.tenant_of(request), response_id))
         if stored is None:
             raise self._unknown(response_id)
-        content = await self._context.workers.run(
-            stored.items_bytes, lambda: to_json(stored.response)
-        )
-        return Response(content, media_type="application/json")
+        return Response(stored.content, media_type="application/json")
 
     async def delete(self, request: Request) -> Response:
         """Remove a stored response; the newest one of a chain ends its session. Raises APIError as

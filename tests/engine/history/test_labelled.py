@@ -380,7 +380,7 @@ def test_a_conversation_that_shares_less_than_a_grid_step_is_new() -> None:
     edited = {"messages": [say("system", "Today: " + "Be brief. " * 12), alone["messages"][1]]}
     found = explanation_of(alone, edited)
     assert found["parted"]["path"] == "messages[0].content" and found["cause"] == "new"
-    assert "--volatile-line" in found["advice"]
+    assert "put such text at its end" in found["advice"]
     # More of the same messages are the same conversation: a time in the system message changed.
     more = [*edited["messages"], say("assistant", "Yes."), say("user", "And then?")]
     for base, later in ((alone, more), (PLAIN, [edited["messages"][0], *PLAIN["messages"][1:]])):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from engine.plugins import server_config
 from hybridcache.policies.eviction.survival import Survival
 
-from .conftest import Live, ServeAnswer
+from .conftest import ServeAnswer
 
 QWEN_XML = """\
 {%- if tools %}{{ '<|im_start|>system\\n' ~ tools|tojson ~ '<|im_end|>\\n' }}{% endif %}
@@ -174,20 +172,3 @@ def test_cache_control_sets_boundaries(serve_answer: ServeAnswer) -> None:
     del system[0]["cache_control"], chat[1]["content"][0]["cache_control"]
     del chat[3]["content"][0]["cache_control"]
     assert live.post("/tokenize", body).json()["tokens"] == tokens
-
-
-@pytest.mark.parametrize("volatile", ["move", "drop"])
-def test_marked_part_ends_without_its_volatile_lines(
-    serve_oracle: Callable[..., Live], volatile: str
-) -> None:
-    """The lines are at the end of the system message, or nowhere, so the part must be, too."""
-    live = serve_oracle(server_config(volatile_line="^Date:", volatile=volatile))
-    part = {"type": "text", "text": "A\nDate: today\nZ", "cache_control": {"type": "ephemeral"}}
-    system = {"role": "system", "content": [part, {"type": "text", "text": "B"}]}
-    body = {"messages": [system, {"role": "user", "content": "C"}]}
-    answer = live.post("/tokenize", body).json()
-    written = [
-        live.post("/detokenize", {"tokens": answer["tokens"][:end]}).json()["prompt"]
-        for end in answer["boundaries"]
-    ]
-    assert any(text.rstrip().endswith("A\nZ") for text in written), written
