@@ -7,8 +7,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -51,7 +50,6 @@ from engine.text.outputs import (
     Transferred,
 )
 from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions, IdTokenizer
-from hybridcache.api import Losses
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 
@@ -243,6 +241,12 @@ class Request(ScheduledRequest):
         self.finish_reason = reason
         self.finished_s = now_s
 
+    def release(self, now_s: float) -> None:
+        """Drop everything that only the next token needs. It has ended, by ``now_s``."""
+        self._rules, self.text_stream = (), None
+        self.finish_reason = self.finish_reason or "abort"
+        self.finished_s = now_s if self.finished_s is None else self.finished_s
+
     def report(self) -> RequestOutput:
         """Return the output with the tokens since the last report. O(new tokens), amortised."""
         answer, first = self.answer, self._reported - self.prompt_len
@@ -292,68 +296,31 @@ def _seconds(start_s: float, end_s: float | None) -> float | None:
 
 MAX_RECENT = 256
 MAX_RECENT_TOKENS = 1 << 21
-"""Maximum number of tokens of all kept requests together. Their ids take 8 MiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """One request that ended. Times are those of the engine's clock, or None if not reached."""
-
-    request_id: str
-    arrival: int
-    namespace: Hashable
-    tokens: Tokens
-    """Prompt and answer: a view of the request's tokens."""
-    prompt_len: int
-    session: int
-    """Number of the session of this request."""
-    cached_len: int
-    losses: Losses | None
-    num_preemptions: int
-    reason: FinishReason
-    arrival_s: float
-    scheduled_s: float | None
-    first_token_s: float | None
-    finished_s: float
+"""Maximum number of tokens of all kept requests together. Their ids take 16 MiB."""
 
 
 class RecentRequests:
     """Bounded queue of the requests that ended last, with listeners. O(1) per request."""
 
     def __init__(self) -> None:
-        self._ended: deque[Ended] = deque()
+        self._ended: deque[Request] = deque()
         self._num_tokens = 0
         self.num_ended = 0
-        self.listeners: list[Callable[[Ended], None]] = []
+        self.listeners: list[Callable[[Request], None]] = []
 
-    def __iter__(self) -> Iterator[Ended]:
+    def __iter__(self) -> Iterator[Request]:
         return iter(self._ended)
 
     def add(self, request: Request, now_s: float) -> None:
         """Append ``request``, which has ended, and notify the listeners."""
-        ended = Ended(
-            request.request_id,
-            request.arrival,
-            request.namespace,
-            request.tokens,
-            request.prompt_len,
-            request.session.number,
-            request.cached_len,
-            request.losses,
-            request.num_preemptions,
-            request.finish_reason or "abort",
-            request.arrival_s,
-            request.scheduled_s,
-            request.first_token_s,
-            now_s if request.finished_s is None else request.finished_s,
-        )
+        request.release(now_s)
         self.num_ended += 1
-        self._ended.append(ended)
-        self._num_tokens += len(ended.tokens)
+        self._ended.append(request)
+        self._num_tokens += len(request.tokens)
         while len(self._ended) > MAX_RECENT or self._num_tokens > MAX_RECENT_TOKENS:
             self._num_tokens -= len(self._ended.popleft().tokens)
         for listener in self.listeners:
-            listener(ended)
+            listener(request)
 
 
 MAX_LOGPROBS = 50

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.requests.request import Ended, Request
+from engine.requests.request import Request
 from hybridcache.command.extras import version
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record
@@ -130,16 +130,17 @@ class Watch:
             "checkpoints": list(config.checkpoints),
         }
 
-    def _on_end(self, ended: Ended) -> None:
+    def _on_end(self, ended: Request) -> None:
         self._ended.append(self._of_ended(ended))
 
-    def _of_ended(self, ended: Ended) -> Record:
+    def _of_ended(self, ended: Request) -> Record:
         node = node_id(self._engine.cache.match(ended.tokens, ended.namespace).node)
-        progress = ended.reason, len(ended.tokens), len(ended.tokens) - ended.prompt_len, node
-        return _request_record(ended, ended.session, progress, ended.finished_s)
+        reason, num_tokens = ended.finish_reason or "abort", len(ended.tokens)
+        progress = reason, num_tokens, num_tokens - ended.prompt_len, node
+        return _request_record(ended, progress, ended.finished_s)
 
     def _of_request(self, request: Request) -> Record:
-        return _request_record(request, request.session.number, _progress(request), None)
+        return _request_record(request, _progress(request), None)
 
     def _memory_changes(self) -> list[Record]:
         engine, now_s = self._engine, self._engine.clock()
@@ -158,8 +159,7 @@ class Watch:
 
 
 def _request_record(
-    one: Request | Ended,
-    session: int,
+    one: Request,
     progress: tuple[str, int, int, int | None],
     finished_s: float | None,
 ) -> Record:
@@ -167,7 +167,7 @@ def _request_record(
     state, computed_len, answer_len, node = progress
     return RequestShown(
         id=one.request_id,
-        conversation=session,
+        conversation=one.session.number,
         namespace=one.namespace,
         state=state,
         prompt=one.prompt_len,
