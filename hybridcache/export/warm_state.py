@@ -1,14 +1,9 @@
 """Warm state: tokens seen, evicted checkpoints, clock and learned policy state, saved for restart.
 
-File format, little-endian:
+A file is ``MAGIC``, then JSON compressed by zlib, which detects damage by its checksum. Arrays are
+``{"array": dtype, "shape": [...], "data": base64}``, little-endian. The JSON is one object:
 
-    8s "HCMEMRY1"  u64 bytes of the body  u32 crc of the body  u32 crc of these 20 bytes
-    the body: JSON, compressed by zlib
-
-CRCs are CRC-32 (zlib). The body is an object. Arrays are ``{"array": dtype, "shape": [...],
-"data": base64}``, little-endian:
-
-- ``form``, ``page_size``, ``grid``, ``now``, ``num_items``: header.
+- ``page_size``, ``grid``, ``now``, ``num_items``: header.
 - ``tiers``: names of the tiers.
 - ``namespaces``: encoded namespaces.
 - ``nodes``: one row of eight numbers per node, parents first:
@@ -32,7 +27,6 @@ from __future__ import annotations
 
 import base64
 import json
-import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -46,9 +40,7 @@ from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
 from hybridcache.tokens import EMPTY, read_namespace, require_int32, write_namespace
 
-FORM = "hybridcache memory 3"
-HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")
-MAGIC = b"HCMEMRY1"
+MAGIC = b"HCMEMRY2"
 MAX_BYTES = 1 << 28
 """Upper bound of the uncompressed body, for writing and for reading."""
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
@@ -102,7 +94,6 @@ def _body(
                 if (memo := level.policy.memo_state(item)) is not None
             ]
     body = {
-        "form": FORM,
         "page_size": cache.page_size,
         "grid": cache.grid,
         "now": cache.now,
@@ -138,33 +129,23 @@ def _read(plain: dict[str, Any]) -> Any:
 
 def pack(body: bytes) -> bytes:
     """Compress the result of ``write_memory`` into the bytes of a file. O(bytes)."""
-    packed = zlib.compress(body, 1)
-    head = HEAD.pack(MAGIC, len(packed), zlib.crc32(packed))
-    return head + CRC.pack(zlib.crc32(head)) + packed
+    return MAGIC + zlib.compress(body, 1)
 
 
 def unpack(data: bytes) -> Memory:
     """Read the bytes of a file. Raises ValueError if they are damaged or of another version."""
-    head, first = data[: HEAD.size], HEAD.size + CRC.size
-    if len(data) < first or data[HEAD.size : first] != CRC.pack(zlib.crc32(head)):
-        raise ValueError(DAMAGED)
-    magic, size, crc = HEAD.unpack(head)
-    packed = data[first : first + size]
-    if magic != MAGIC:
+    if len(data) >= len(MAGIC) and not data.startswith(MAGIC):
         raise ValueError("the warm state was written by another version")
-    if len(packed) != size or zlib.crc32(packed) != crc:
-        raise ValueError(DAMAGED)
     inflated = zlib.decompressobj()
-    body = inflated.decompress(packed, MAX_BYTES)
-    if not inflated.eof:
-        raise ValueError(f"the warm state unpacks to more than {MAX_BYTES:,} bytes")
     try:
-        plain = json.loads(body, object_hook=_read)
-    except UNREADABLE as error:
+        body = inflated.decompress(data[len(MAGIC) :], MAX_BYTES)
+        if not inflated.eof and len(body) == MAX_BYTES:
+            raise ValueError(f"the warm state unpacks to more than {MAX_BYTES:,} bytes")
+        if not inflated.eof:
+            raise ValueError(DAMAGED)
+        return Memory(dict(json.loads(body, object_hook=_read)))
+    except (zlib.error, json.JSONDecodeError, TypeError, KeyError) as error:
         raise ValueError(DAMAGED) from error
-    if not isinstance(plain, dict) or plain.get("form") != FORM:
-        raise ValueError("the warm state was written by another version")
-    return Memory(plain)
 
 
 class Memory:

@@ -17,7 +17,7 @@ from hybridcache import (
     parse_placement,
 )
 from hybridcache.api import Listener
-from hybridcache.export.warm_state import _read, _written, pack, unpack, write_memory
+from hybridcache.export.warm_state import MAGIC, _read, _written, pack, unpack, write_memory
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
@@ -178,17 +178,27 @@ def test_state_of_other_policies_is_ignored_and_reported():
     fresh.cache.check(0, 0)
 
 
+def _unpacks_to(body: bytes, data: bytes) -> bool:
+    try:
+        return zlib.decompress(data[len(MAGIC) :]) == body
+    except zlib.error:
+        return False
+
+
 def test_a_truncated_or_corrupted_file_is_refused():
     trace = TRACES["agent"]
     target = make(trace)
     serve(target, list(trace)[:20])
-    data = pack(write_memory(target.cache, target.placement.rules))
+    body = write_memory(target.cache, target.placement.rules)
+    data = pack(body)
     ends = {*range(64), *range(0, len(data), 997), len(data) - 1}
     for end in ends:
         with pytest.raises(ValueError, match="damaged"):
             unpack(data[:end])
         flipped = bytearray(data)
         flipped[end] ^= 1 << end % 8
+        if end >= len(MAGIC) and _unpacks_to(body, bytes(flipped)):
+            continue  # a bit that the format does not use
         with pytest.raises(ValueError, match=r"damaged|version"):
             unpack(bytes(flipped))
     assert unpack(data + b"more of something").recall_tree(make(trace).cache) is None
@@ -203,7 +213,6 @@ def test_a_truncated_or_corrupted_file_is_refused():
         {"labels": []},
         {"tokens": {"array": "<i4", "shape": [0], "data": ""}},
         {"now": "soon"},
-        {"form": "hybridcache memory 1"},
     ],
 )
 def test_malformed_data_is_refused_and_changes_nothing(change):
