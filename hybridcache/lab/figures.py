@@ -238,48 +238,6 @@ def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     ]
 
 
-@_with_fonts
-def bins_figure(
-    results: Sequence[SweepRuns],
-    path: str | Path | None,
-    gib: float | None = None,
-) -> Figure:
-    """Draw two panels per trace, at the size nearest to ``gib`` (the middle one if None): token hit
-    rate by prompt length, and by the number of earlier requests of the session."""
-    figure, axes = panels(2 * len(results), columns=2, size=(3.8, 2.9))
-    titles = []
-    for number, result in enumerate(results):
-        for axis, by, words in zip(
-            axes[2 * number :],
-            ("length", "turn"),
-            ("prompt tokens", "earlier requests of the session"),
-            strict=False,
-        ):
-            starts: set[int] = set()
-            for place, (label, runs) in enumerate(result.by_label().items()):
-                run = _nearest(runs, gib)
-                bins = run.by_length if by == "length" else run.by_turn
-                starts.update(bin_.start for bin_ in bins)
-                axis.plot(
-                    [bin_.start for bin_ in bins],
-                    [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
-                    color=COLOURS[place % len(COLOURS)],
-                    **line_look(place, len(result.by_label())),
-                    label=label,
-                )
-            axis.set_xscale("symlog", base=2, linthresh=256 if by == "length" else 1)
-            axis.set_xticks(sorted(starts))
-            axis.xaxis.set_major_formatter("{x:,g}")
-            axis.xaxis.set_minor_formatter("")
-            axis.set_ylim(0, 100)
-            axis.set_xlabel(f"{words}, from")
-            axis.set_ylabel(METRICS["hit"].title)
-            size = _nearest(result.runs, gib)
-            titles.append([*_facts(result), f"{size_label(size)} GiB"])
-    set_titles(figure, axes, titles)
-    return save(figure, axes, path)
-
-
 def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
     if gib is None:
         return sorted(runs, key=lambda run: run.gib)[len(runs) // 2]

@@ -7,7 +7,6 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -217,46 +216,6 @@ def verdict(result: SweepRuns) -> str:
 def _served_as(result: SweepRuns) -> str:
     name = result.geometry.name
     return name if name == "builtin" else f"ORG/{name}"
-
-
-def sweep_html(result: SweepRuns) -> str:
-    """Return the token hit rates as an HTML table: a row per competitor with a curve over the
-    sizes, a column per size, the best of each size in bold."""
-    by_size: dict[float, RunResult] = {}
-    for run in sorted(result.runs, key=lambda run: run.gib):
-        best = by_size.setdefault(run.gib, run)
-        if run.token_hit_rate > best.token_hit_rate:
-            by_size[run.gib] = run
-    heads = ["token hit rate, %", "", *(f"{size_label(run)} GiB" for run in by_size.values())]
-    rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
-    for label, runs in result.by_label().items():
-        runs_at = {run.gib: run for run in runs}
-        rates = {size: run.token_hit_rate for size, run in runs_at.items()}
-        cells = [f"<th>{escape(label)}</th>", f"<td>{_sparkline([*rates.values()])}</td>"]
-        for size, best in by_size.items():
-            if size not in rates:
-                cells.append("<td>-</td>")
-                continue
-            text = f"{100 * rates[size]:.1f}"
-            is_best = ties(runs_at[size], best)
-            cells.append(f"<td>{f'<b>{text}</b>' if is_best else text}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    bound = ""
-    if result.bound_rate is not None:
-        bound = f" An infinite cache reuses {100 * result.bound_rate:.1f} %."
-    return f"<table><caption>{escape(sweep_line(result))}.{bound}</caption>{''.join(rows)}</table>"
-
-
-def _sparkline(rates: Sequence[float]) -> str:
-    """Return a curve of ``rates``, 0 to 1, as SVG of 80 by 20 pixels."""
-    step = 76 / max(1, len(rates) - 1)
-    points = " ".join(
-        f"{2 + index * step:.1f},{18 - 16 * rate:.1f}" for index, rate in enumerate(rates)
-    )
-    return (
-        '<svg width="80" height="20" role="img" aria-label="token hit rate over the sizes">'
-        f'<polyline points="{points}" fill="none" stroke="#13857c" stroke-width="1.5"/></svg>'
-    )
 
 
 def flat_record(run: RunResult) -> dict[str, Any]:

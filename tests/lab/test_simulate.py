@@ -502,7 +502,7 @@ def _is_inside(figure: Any) -> bool:
 def test_figures_are_not_cut_off(small: SimulationResult) -> None:
     pytest.importorskip("matplotlib")
     assert _is_inside(small.figure()) and _is_inside(small.losses_figure())
-    assert _is_inside(small.figure(metric=["hit", "ttft-p50"])) and _is_inside(small.bins_figure())
+    assert _is_inside(small.figure(metric=["hit", "ttft-p50"]))
     assert small.losses_figure().get_size_inches()[0] < 11
 
 

@@ -37,7 +37,7 @@ def add_simulate(commands: Commands) -> None:
     add = group.add_argument
     add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
     add_settings(group, *_in(MOST_USED))
-    add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses and bins get files next to it")
+    add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses get a file next to it")
     add("--output", type=Path, help="JSON lines, one per run; a repeated command continues")
     add("--scenario", type=Path, help="TOML file of settings; flags replace those of the file")
     add("--write-scenario", type=Path, help="TOML file to write the settings to; nothing is run")
@@ -195,18 +195,12 @@ def _draw(
     results: Sequence[SimulationResult], options: argparse.Namespace, metrics: Sequence[str]
 ) -> list[Path]:
     """Draw the figures that were asked for, of the traces so far."""
-    from hybridcache.lab.figures import bins_figure, losses_figure, sweep_figure
+    from hybridcache.lab.figures import losses_figure, sweep_figure
 
     drawn: list[Path] = [options.figure]
     sweep_figure(results, options.figure, metrics)
     if options.losses:
-        drawn.append(_beside(options.figure, "losses"))
+        path: Path = options.figure
+        drawn.append(path.with_name(f"{path.stem}-losses{path.suffix}"))
         losses_figure(results, drawn[-1])
-    if options.bins:
-        drawn.append(_beside(options.figure, "bins"))
-        bins_figure(results, drawn[-1])
     return drawn
-
-
-def _beside(path: Path, word: str) -> Path:
-    return path.with_name(f"{path.stem}-{word}{path.suffix}")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -59,10 +60,8 @@ class SimulationResult(SweepRuns):
         return f"{type(self).__name__}({sweep_line(self)})"
 
     def _repr_html_(self) -> str:
-        """Return the table of token hit rates for a notebook, with a curve per competitor."""
-        from hybridcache.lab.report import sweep_html
-
-        return sweep_html(self)
+        """Return the table of token hit rates for a notebook."""
+        return f"<pre>{escape(self.table())}</pre>"
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per run: its settings, rates, times and lost tokens by cause.
@@ -112,17 +111,6 @@ class SimulationResult(SweepRuns):
         from hybridcache.lab.figures import sweep_figure
 
         return sweep_figure([self], path, metric)
-
-    def bins_figure(
-        self,
-        path: str | Path | None = None,
-        gib: float | None = None,
-    ) -> Figure:
-        """Draw the token hit rate by prompt length and by turn, at the size nearest to ``gib`` (the
-        middle one if None)."""
-        from hybridcache.lab.figures import bins_figure
-
-        return bins_figure([self], path, gib)
 
     def losses_figure(self, path: str | Path | None = None) -> Figure:
         """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
