@@ -95,45 +95,6 @@ def expected() -> list[list[int]]:
     return serve(Engine(config, runner=OracleRunner(4000, 4), sampler=OracleSampler()))
 
 
-def _interrupt_before(runner: MovingRunner, batch: Batch) -> None:
-    raise KeyboardInterrupt
-
-
-def _interrupt_after_moves(runner: MovingRunner, batch: Batch) -> None:
-    OracleRunner.forward(runner, Batch((), moves=batch.moves))
-    raise KeyboardInterrupt
-
-
-def _interrupt_after_step(runner: MovingRunner, batch: Batch) -> None:
-    OracleRunner.forward(runner, batch, [0] * 8)
-    raise KeyboardInterrupt
-
-
-@pytest.mark.full("_interrupt_after_moves-on", "_interrupt_after_step-off")
-@pytest.mark.parametrize("overlap", ["off", "on"])
-@pytest.mark.parametrize(
-    "interrupt", [_interrupt_before, _interrupt_after_moves, _interrupt_after_step]
-)
-def test_interrupted_steps_lose_no_move(
-    expected: list[list[int]], interrupt: Interrupt, overlap: str
-) -> None:
-    """Check that no later hit reads a row that was not moved, wherever the step is interrupted."""
-    engine = make_engine(overlap=overlap)
-    runner = engine.runner
-    assert isinstance(runner, MovingRunner)
-    num_interrupted = 0
-
-    def interrupt_moves(runner: MovingRunner, batch: Batch) -> None:
-        nonlocal num_interrupted
-        if batch.moves and num_interrupted < 12:
-            num_interrupted += 1
-            interrupt(runner, batch)
-
-    runner.before_forward = interrupt_moves
-    assert serve(engine) == serve(engine) == expected
-    assert num_interrupted >= 3
-
-
 @pytest.mark.full("on")
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_requests_can_be_aborted_while_rows_move(expected: list[list[int]], overlap: str) -> None:
@@ -201,15 +162,3 @@ def test_the_oracle_refuses_reads_of_overwritten_rows_and_states() -> None:
     with pytest.raises(AssertionError, match="a KV row of no namespace"):
         moved.forward(decode(0, 0))
     moved.forward(decode(0, 0, (0, 0, np.arange(140, 180, dtype=np.int32))))
-
-
-def test_the_longest_request_fits_together_with_its_checkpoints() -> None:
-    """Check the largest demand: resume from a checkpoint, keep one at the prompt's end, and roll
-    one during decode."""
-    engine = make_engine(3 * SLAB + 300, token_budget=512)
-    assert engine.max_model_len == 300
-    prompt = [(7 * i) % 320 for i in range(192)]
-    for length in (64, 129, 192):
-        params = SamplingParams(max_tokens=300 - length, ignore_eos=True, temperature=0)
-        [output] = engine.generate([prompt[:length]], params)
-        assert len(output.token_ids) == 300 - length

@@ -100,23 +100,6 @@ def test_a_slow_reader_neither_blocks_others_nor_loses_outputs() -> None:
     serve(scenario)
 
 
-def test_a_closed_or_cancelled_stream_ends_its_request() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        async def stop_early() -> None:
-            async for _ in engine.generate([1, 2, 3], ENDLESS):
-                return
-
-        await stop_early()
-        cancelled = asyncio.create_task(read(engine.generate([9, 8], ENDLESS)))
-        await asyncio.sleep(0.05)
-        cancelled.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await cancelled
-        assert await engine.call(lambda e: e.report().num_running) == 0
-
-    serve(scenario)
-
-
 def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.submit([1, 2, 3], ENDLESS)
@@ -134,18 +117,6 @@ def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
     serve(scenario, gated=True)
 
 
-def test_an_abort_before_the_request_was_received_ends_it() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        running = engine.submit([5], ENDLESS)
-        stream = engine.submit([1, 2, 3], ENDLESS)
-        stream.abort()
-        running.abort()
-        runner.allow()
-        assert await engine.call(lambda e: e.has_work()) is False
-
-    serve(scenario, gated=True)
-
-
 def test_empty_prompts_and_a_full_queue_are_refused_by_submit() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         with pytest.raises(ValueError, match="empty"):
@@ -159,22 +130,6 @@ def test_empty_prompts_and_a_full_queue_are_refused_by_submit() -> None:
         assert all(outputs[-1].is_finished for outputs in await asyncio.gather(*map(read, streams)))
 
     serve(scenario, gated=True, max_queue=4, max_running=1)
-
-
-def test_the_queue_holds_exactly_max_queue_waiting_requests() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        streams = [engine.submit([0], ONE)]
-        while (
-            not engine._channel.host.engine.report().num_running
-        ):  # It runs, and its step waits for a permit.
-            await asyncio.sleep(0.001)
-        streams += [engine.submit([i], ONE) for i in range(3)]
-        with pytest.raises(QueueFull):
-            engine.submit([9], ONE)
-        runner.allow()
-        await asyncio.gather(*map(read, streams))
-
-    serve(scenario, gated=True, max_queue=3, max_running=1)
 
 
 @pytest.mark.parametrize("end", ["drain", "stop"])
@@ -243,16 +198,3 @@ def test_repeated_step_failures_end_the_engine_with_an_error(
 
     asyncio.run(main())
     assert "the device is gone" in caplog.text
-
-
-def test_single_failed_steps_do_not_end_the_engine() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        for _ in range(4):
-            runner.fails = True
-            failed = engine.submit([1, 2, 3], LONG)
-            with pytest.raises(StepFailed):
-                await read(failed)
-            runner.fails = False
-            assert len(await read(engine.submit([4, 5], LONG))) == 200
-
-    serve(scenario)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,16 +35,6 @@ def test_prefills_never_exceed_the_budget(
         assert budget.tokens >= 0 and budget.scored >= 0
 
 
-@pytest.mark.parametrize(
-    ("tokens", "num_for_short"), [(64, 0), (70, 6), (84, 20), (86, 21), (256, 64), (1024, 256)]
-)
-def test_short_prefills_have_a_quarter_but_leave_one_tile(tokens: int, num_for_short: int) -> None:
-    budget = PrefillBudget.of(tokens, is_shared=True)
-    assert budget.num_for_short == num_for_short
-    assert budget.room(scores=False) == tokens - num_for_short >= TILE
-    assert PrefillBudget.of(tokens, is_shared=False).room(scores=False) == tokens
-
-
 def test_a_step_begins_at_most_twice_the_tiles_that_its_budget_fills() -> None:
     budget = PrefillBudget.of(256, is_shared=True)
     for _ in range(8):
@@ -56,11 +45,3 @@ def test_a_step_begins_at_most_twice_the_tiles_that_its_budget_fills() -> None:
     whole = PrefillBudget.of(256, is_shared=False)
     whole.spend(256, scores=False)
     assert whole.tiles == 4  # Whole tiles are never the limit.
-
-
-def test_a_scored_prefill_is_limited_by_the_remaining_scores() -> None:
-    budget = PrefillBudget.of(4096, is_shared=True)
-    budget.spend(MAX_SCORED - 100, scores=True)
-    assert budget.most(101, scores=True) == 100 and budget.most(101, scores=False) == 101
-    budget.spend(100, scores=True)
-    assert budget.most(1, scores=True) == 0 == budget.room(scores=True)

@@ -67,25 +67,6 @@ def test_begin_restores_a_state_and_writes_a_row_once() -> None:
     assert not manager.take_step()
 
 
-def test_a_request_aborted_before_its_batch_leaves_no_copies() -> None:
-    manager, table = make_manager(), Table()
-    first, second = make_request(0), make_request(1)
-    prefill(manager, first, table)
-    assert manager.begin(second) and manager.extend(second, 100)
-    manager.abort(second)
-    assert not manager.take_step()
-    assert second.lease is second.row is None
-    manager.check(table.row)
-
-
-def test_at_most_num_rows_requests_run() -> None:
-    manager = make_manager()
-    requests = [make_request(i, 10) for i in range(3)]
-    assert [manager.begin(request) for request in requests] == [True, True, False]
-    manager.abort(requests[0])
-    assert manager.begin(requests[2])
-
-
 class Filler:
     """Holder of arena rows other than a request."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import importlib
 import io
@@ -16,21 +15,15 @@ import socket
 import subprocess
 import sys
 import termios
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import pytest
 from msgspec import structs
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine
 from engine.command.cli import main
-from engine.command.flags import add_flags, flags_of, read_config
-from engine.config import BUILTIN_PROMPTS, setting
+from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
-from engine.plugins import ENGINE, SERVER
-from engine.server.settings import ServerConfig
-from hybridcache.command.parser import Parser
 from kernels.native import shared_library
 
 COMMAND = (sys.executable, "-m", "engine")
@@ -124,17 +117,6 @@ def test_an_occupied_port_is_reported_before_loading(capsys: pytest.CaptureFixtu
     assert "/no/key" in others[0] and "fifoo" in others[1] and len(others) == 2
 
 
-@pytest.mark.parametrize("verb", ["serve", "generate", "chat"])
-def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(verb, "--help") == 0
-    text = capsys.readouterr().out
-    configs = [EngineConfig, *ENGINE]
-    configs += [ServerConfig, *SERVER] if verb == "serve" else []
-    for name in (flag.name for config in configs for flag in flags_of(config)):
-        assert len(re.findall(rf"^ +--{name.replace('_', '-')}(?![\w-])", text, re.M)) == 1, name
-    assert max(map(len, text.splitlines())) <= 110
-
-
 def test_the_builtin_model_solves_the_prompts_of_the_start_screen(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -143,47 +125,6 @@ def test_the_builtin_model_solves_the_prompts_of_the_start_screen(
         assert run("generate", *flags, *sampling, *BUILTIN_PROMPTS) == 0
         answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
         assert [answer.split("####")[1].strip() for answer in answers] == ["8", "18", "12"]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Example settings for tests of flags."""
-
-    names: tuple[str, ...] = field(default=("a", "b"), metadata={"help": "some 100% names"})
-    kind: Literal["x", "y"] = setting("x", "kind of thing")
-    fast: bool = setting(False, "do it fast")
-    tidy: bool = setting(True, "clean up afterwards")
-    limit: int | None = setting(None, "upper limit, unless --kind is set")
-
-
-def test_flags_come_from_dataclasses() -> None:
-    parser = Parser(prog="t")
-    add_flags(parser, Settings, "settings")
-
-    def read(*arguments: str) -> Settings:
-        return read_config(Settings, parser.parse_args(arguments))
-
-    assert read() == Settings()
-    assert read(
-        "--names", "c, d", "--kind", "y", "--fast", "--no-tidy", "--limit", "3"
-    ) == Settings(("c", "d"), "y", True, False, 3)
-    text = parser.format_help()
-    for help in (
-        "some 100% names (default: a,b)",
-        "kind of thing (default: x)",
-        "upper limit, unless --kind is set",
-    ):
-        assert help in re.sub(r"\s+", " ", text)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [EngineConfig, ServerConfig, SamplingParams, *ENGINE, *SERVER],
-)
-def test_without_flags_the_config_is_the_default(config: type) -> None:
-    parser = argparse.ArgumentParser()
-    add_flags(parser, config, "all", skip=["logit_bias"])
-    assert read_config(config, parser.parse_args([])) == config()
 
 
 def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,16 +220,6 @@ def test_chat_prints_the_reused_tokens_of_each_turn(
     turns = [tuple(map(int, one)) for one in re.findall(counts, printed.err)]
     assert all(reused + computed == prompt for prompt, reused, computed in turns)
     assert [reused > 0 for _, reused, _ in turns] == [False, True]
-
-
-def test_chat_skips_a_message_that_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 5000 + "\n" + TURNS))
-    assert run("chat", *SMALL, "--device", "cpu", "--temperature", "0", "--system", "Sum.") == 0
-    printed = capsys.readouterr()
-    assert len(printed.err.splitlines()) == 3 and "shorten" in printed.err.splitlines()[0]
-    assert len(printed.out.splitlines()) == 2
 
 
 @pytest.mark.full("ctrl-c")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams
 from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from tests.engine.drafted import MakeEngine, ScriptedDrafter, drafting_engine, prompts
@@ -51,32 +51,6 @@ def test_the_next_step_waits_for_drafts_of_an_aborted_request() -> None:
     engine.abort(leaving)
     (output,) = engine.generate(prompts[1:], params)
     assert output.token_ids == expected[1].token_ids
-
-
-def test_drafts_take_no_memory_from_other_requests() -> None:
-    """Check that drafts are dropped if there are rows only for the next tokens of both requests.
-
-    The younger request is not preempted.
-    """
-    drafter = ScriptedDrafter(lambda done, most: most)
-    prompts = [list(range(100)), list(range(100, 200))]
-    params = [SamplingParams(max_tokens=60), SamplingParams(max_tokens=2)]
-
-    def serve(drafting: Drafting | None) -> list[RequestOutput]:
-        engine = Engine(
-            EngineConfig(check=True),
-            runner=OracleRunner(204, 8),
-            sampler=OracleSampler(),
-            drafting=drafting,
-        )
-        return engine.generate(prompts, params)
-
-    plain = serve(None)
-    drafter.learn(plain)
-    outputs = serve(Drafting([Source(drafter, partial(DraftLength, 4))], max_verified=20))
-    assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
-    assert [output.num_preemptions for output in (*plain, *outputs)] == [0] * 4
-    assert outputs[0].drafts.accepted.total() > 40
 
 
 def test_entries_published_by_a_failed_commit_are_forgotten(make_engine: MakeEngine) -> None:

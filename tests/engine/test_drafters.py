@@ -57,14 +57,6 @@ def test_suffix_lookup_finds_the_latest_equal_run(
     assert found == (reference(texts, long, most) or reference(texts[:1], short, most))
 
 
-def test_only_the_latest_part_of_a_long_text_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suffix, "MAX_SEARCHED", 100)
-    run = np.arange(6, dtype=np.int32)
-    for distance, found in ((80, True), (120, False)):
-        between = np.arange(100, 100 + distance, dtype=np.int32)
-        assert bool(len(continuation(np.concatenate([run, between, run]), 4))) == found
-
-
 class FakeRequest(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 

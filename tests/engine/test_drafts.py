@@ -40,7 +40,6 @@ from engine.requests.spec import SamplingInput
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Segment
 from tests.engine.drafted import MakeEngine, ScriptedDrafter, assert_same, drafting_engine, prompts
-from tests.engine.numerics import families
 
 
 @pytest.fixture
@@ -77,42 +76,6 @@ def test_drafts_do_not_change_answers(sampling: str, exact: bool, make_engine: M
     assert sum(output.drafts.drafted.total() for output in outputs) > accepted
     alone = make_engine(drafter, exact=exact, max_running=1)
     assert_same(alone.generate(prompts()[3:4], params), plain[3:4])
-
-
-@pytest.mark.parametrize("family", [n for n, f in families.find().items() if not f.is_variant])
-def test_drafts_do_not_change_answers_of_any_family(family: str, make_engine: MakeEngine) -> None:
-    """Check hits too: the prompts are sent twice."""
-    transformers = pytest.importorskip("transformers")
-    config_class, _ = families.find()[family].classes
-    config = families.find()[family].config | {"vocab_size": 320}
-    make = partial(make_engine, geometry=getattr(transformers, config_class)(**config).to_dict())
-    plain, drafter = make(), ScriptedDrafter()
-    expected = plain.generate(prompts(), GREEDY)
-    drafter.learn(expected)
-    drafted = make(drafter)
-    outputs = drafted.generate(prompts(), GREEDY)
-    assert_same(outputs, expected)
-    assert sum(output.drafts.accepted.total() for output in outputs) > 30
-    assert_same(drafted.generate(prompts(), GREEDY), plain.generate(prompts(), GREEDY))
-
-
-def test_rejected_drafts_are_never_published(make_engine: MakeEngine) -> None:
-    """Check that rejected drafts beyond the grid leave no token and no state in the tree."""
-    (prompt,) = [prompts()[5]]
-    params = SamplingParams(max_tokens=14, temperature=0)  # one past the grid
-    settings = {"checkpoints": ("end",)}
-    drafter = ScriptedDrafter(lambda done, most: 0)
-    plain = make_engine(**settings)
-    first = plain.generate([prompt], params)
-    drafter.learn(first)
-    drafted = make_engine(drafter, **settings)
-    assert_same(drafted.generate([prompt], params), first)
-    tokens = np.array([*prompt, *first[0].token_ids, 9], np.int32)
-    ours, theirs = (engine._cache.match(tokens) for engine in (drafted, plain))
-    assert (
-        (ours.cached_len, ours.kv_match_len) == (theirs.cached_len, theirs.kv_match_len) == (0, 63)
-    )
-    assert drafted.report().kv.cached == 63
 
 
 def test_answers_end_inside_an_accepted_run(make_engine: MakeEngine) -> None:
@@ -152,28 +115,6 @@ def test_a_hit_gets_drafts_at_once(make_engine: MakeEngine) -> None:
     verified = output.drafts.num_verified
     assert verified <= 9  # 39 tokens after the first: 4 and one, then 5 and one at a time
     assert output.drafts.accepted.total() >= 39 - verified
-
-
-def test_an_abort_frees_all_memory(make_engine: MakeEngine) -> None:
-    engine = make_engine(draft="tree:5")
-    engine.generate(prompts()[:1], GREEDY)
-    request_id = engine.submit(prompts()[0], GREEDY)
-    for _ in range(4):
-        engine.step()
-    output = engine.abort(request_id)
-    assert output.finish_reason == "abort" and output.drafts.num_verified > 0
-    engine.check()
-    assert engine.report().kv.held == engine.report().slots.held == 0
-
-
-def test_namespaces_do_not_share_drafts(make_engine: MakeEngine) -> None:
-    engine = make_engine(draft="tree:5")
-    prompt = prompts()[0]
-    engine.generate([prompt], GREEDY, namespace="a")
-    (output,) = engine.generate([prompt], GREEDY, namespace="b")
-    assert not [source for source, _ in output.drafts.drafted if source == "tree"]
-    (output,) = engine.generate([prompt], GREEDY, namespace="a")
-    assert output.drafts.accepted["tree", 1] > 0
 
 
 def test_drafts_do_not_change_the_sampled_distribution() -> None:

@@ -166,19 +166,6 @@ def test_nan_logits_fail_only_their_request(
         assert again.token_ids == expected[2].token_ids
 
 
-def test_nan_prompt_scores_fail_only_their_request(tmp_path: Path) -> None:
-    engine = drafting_engine(tmp_path)
-    poison(engine, 50)
-    nothing = SamplingParams(max_tokens=0)
-    specs = [
-        RequestSpec([*range(100)], nothing, prompt_logprobs=1, namespace=namespace)
-        for namespace in ("bad", None)
-    ]
-    failed, scored = engine.generate(specs)
-    assert failed.finish_reason == "error" and "for the prompt are NaN" in (failed.error or "")
-    assert scored.finish_reason == "length" and len(scored.prompt_logprobs or ()) == 100
-
-
 def break_publishing_of(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, times: int = 1
 ) -> None:
@@ -212,25 +199,6 @@ def test_outputs_finished_by_a_failed_commit_are_returned(
         engine.check()
     assert sorted(output.request_id for output in outputs) == submitted
     assert {output.finish_reason for output in outputs} == {"length"}
-
-
-def test_a_request_with_a_failed_finish_ends_with_its_output(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine = make_engine()
-
-    def failing(request: Request) -> None:
-        monkeypatch.undo()
-        raise MemoryError("no room to publish")
-
-    monkeypatch.setattr(engine._manager, "finish", failing)
-    engine.submit(ids(8, 50), SamplingParams(max_tokens=1, ignore_eos=True))
-    with pytest.raises(MemoryError):
-        engine.step()
-    assert engine.interrupted == () and engine.has_work()
-    [output] = engine.step()
-    assert output.finish_reason == "length" and not engine.has_work()
-    engine.check()
 
 
 async def read(stream: RequestStream) -> list[RequestOutput]:

@@ -82,38 +82,6 @@ def test_a_single_short_prompt_overtakes_a_running_long_one() -> None:
     assert load.prefilled[:2] == [256, 242]  # chunks of the long prompt end on the grid
 
 
-def test_long_prompts_get_the_tokens_that_short_ones_leave() -> None:
-    load = Load(token_budget=1024)
-    for i in range(3):
-        load.add(f"long-{i}", tokens(4096, i), max_tokens=1)
-    load.run()
-    assert load.prefilled == [1024] * 12
-    assert [load.first[f"long-{i}"] for i in range(3)] == [4, 8, 12]  # one at a time
-
-
-def test_short_prompts_get_at_most_their_share_of_a_step() -> None:
-    load = Load(token_budget=1024)
-    load.add("long", tokens(8192, 0), max_tokens=1)
-    for i in range(60):
-        load.add(f"short-{i}", tokens(128, 1 + i), max_tokens=1)
-    load.run()
-    assert load.first["long"] == 11  # it gets at least three quarters of each step
-    assert sum(load.first[f"short-{i}"] <= 10 for i in range(60)) == 20  # two in each of its steps
-
-
-def test_a_short_prompt_overtakes_only_if_both_may_run() -> None:
-    """Check that otherwise the long prompt would wait for the whole answer of the short one."""
-    firsts = {}
-    for max_running in (2, 3):
-        load = Load(token_budget=256, max_running=max_running)
-        load.add("first", tokens(1024, 0), max_tokens=300)
-        load.add("second", tokens(1024, 1), max_tokens=1)
-        load.add("short", tokens(3, 2), max_tokens=300)
-        load.run()
-        firsts[max_running] = [load.first[name] for name in ("first", "second", "short")]
-    assert firsts[2] == [4, 10, 11] and firsts[3] == [6, 11, 1]
-
-
 @given(
     sizes=st.lists(st.one_of(st.integers(1, 200), st.integers(1, 3000)), min_size=1, max_size=12),
     token_budget=st.sampled_from([64, 100, 128, 256, 1000]),
@@ -134,16 +102,3 @@ def test_steps_are_full_while_requests_wait(sizes: list[int], token_budget: int)
         left -= prefilled
         is_full = prefilled > token_budget - TILE or tiles >= TILES * token_budget // TILE
         assert is_full or not left, (load.prefilled, sizes)
-
-
-def test_a_step_takes_few_short_prompt_tails() -> None:
-    """Check the limit on prompt tails: each costs nearly half a tile, so decodes would wait for all
-    of them."""
-    load, prompt = Load(token_budget=64, max_running=200), tokens(900, 0)
-    load.add("decodes", tokens(10, 1), max_tokens=80)
-    load.step()
-    for i in range(100):
-        load.add(f"choice-{i}", prompt, max_tokens=1)
-    load.run()
-    ends = [load.first[f"choice-{i}"] for i in range(1, 100)]
-    assert max(ends.count(step) for step in ends) == 2

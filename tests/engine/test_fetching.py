@@ -117,43 +117,6 @@ def make(
     return engine
 
 
-def test_a_request_waits_for_its_prefix_while_others_run() -> None:
-    fetcher = SlowFetcher(delay=6)
-    engine = make(fetcher)
-    far = engine.submit(pattern(0, 300), GREEDY)
-    near = engine.submit(pattern(1, 60), GREEDY)
-    finished = {}
-    for step in range(40):
-        for output in engine.step():
-            if output.is_finished:
-                finished[output.request_id] = (step, output)
-    assert finished[near][0] < 6 <= finished[far][0]
-    assert finished[far][1].cached_len == 256 and finished[near][1].cached_len == 0
-    for name, prompt in ((far, pattern(0, 300)), (near, pattern(1, 60))):
-        assert finished[name][1].output.tolist() == answer(prompt, GREEDY, True)[0]
-    assert fetcher.num_waits > 0
-    engine.check()
-
-
-def test_requests_wait_for_a_shared_load_and_load_only_the_rest() -> None:
-    fetcher = SlowFetcher(delay=3)
-    engine = make(fetcher)
-    prompts = [pattern(0, 256) + pattern(k, 100) for k in (3, 4, 4)]
-    begun: list[tuple[int, int]] = []
-    begin = fetcher.begin
-
-    def spy(request: Request, match: PrefixMatch) -> SlowFetch | None:
-        fetch = begin(request, match)
-        if fetch is not None:
-            begun.append((fetch.arrival.start, fetch.end))
-        return fetch
-
-    fetcher.begin = spy  # type: ignore[method-assign]
-    outputs = engine.generate(prompts, GREEDY)
-    assert begun == [(0, 320), (256, 320)]
-    assert [output.cached_len for output in outputs] == [320, 320, 320]
-
-
 @pytest.mark.parametrize("slab", [0, 40], ids=["pools", "arena"])
 @pytest.mark.parametrize("fails", [False, True], ids=["whole", "lossy"])
 def test_answers_do_not_depend_on_the_result_of_a_load(slab: int, fails: bool) -> None:

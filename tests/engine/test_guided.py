@@ -7,7 +7,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import pytest
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided import guide
 from engine.plugins.guided.guides import Guides
-from engine.plugins.guided.marks import Overshoots
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
@@ -24,16 +22,6 @@ from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 pytest.importorskip("llguidance")
 
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 5},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "kind": {"enum": ["home", "work"]},
-    },
-    "required": ["name", "age", "kind"],
-    "additionalProperties": False,
-}
 TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
@@ -89,24 +77,6 @@ def test_answers_match_their_grammar(engine: Engine, name: str) -> None:
         [output] = engine.generate([spec(grammar, f"{number}: ")])
         assert re.fullmatch(expected, output.text), output.text
         assert output.finish_reason == "stop" and output.error is None
-
-
-def test_answers_follow_a_json_schema(engine: Engine) -> None:
-    for number in range(4):
-        [output] = engine.generate([spec(Grammar.of_schema(SCHEMA), str(number), max_tokens=900)])
-        answer = json.loads(output.text)
-        assert list(answer) == ["name", "age", "kind"] and 0 <= answer["age"] <= 150
-        assert len(answer["name"]) <= 5 and answer["kind"] in ("home", "work")
-
-
-def test_any_of_the_tools_may_be_called(engine: Engine) -> None:
-    texts = [
-        engine.generate([spec(grammar_of_calls(TOOLS, in_parallel=False), f"#{number}")])[0].text
-        for number in range(12)
-    ]
-    calls = [json.loads(text[12:-13]) for text in texts if text.endswith("</tool_call>")]
-    assert {call["name"] for call in calls} == {"look", "stop"}
-    assert all(call["arguments"]["at"] in ("sky", "sea") for call in calls if "look" in call)
 
 
 @pytest.mark.full(
@@ -233,37 +203,6 @@ def test_strict_calls_follow_their_grammar_after_the_mark(settings: dict[str, An
     )
 
 
-def test_no_token_continues_beyond_a_mark() -> None:
-    """Check that tokens which would continue beyond the mark are forbidden."""
-    texts = [
-        b"<",
-        b"tool",
-        b"_call",
-        b">",
-        b">\n",
-        b"_call>{",
-        b"<tool_call>",
-        b"x<tool_call>y",
-        b"z",
-    ]
-    tokenizer: Any = SimpleNamespace(vocab_size=len(texts), token_bytes=lambda token: texts[token])
-    overshoots = Overshoots([b"<tool_call>"], tokenizer, 16)
-
-    def forbidden(text: bytes) -> set[bytes]:
-        mask = overshoots.mask(text)
-        if mask is None:
-            return set()
-        allowed = np.unpackbits(mask, bitorder="little")[: len(texts)]
-        return {one for one, may in zip(texts, allowed, strict=True) if not may}
-
-    always = {b"x<tool_call>y"}
-    assert forbidden(b"") == forbidden(b"abc <tool_ca") == always
-    assert forbidden(b"5 <tool") == always | {b"_call>{"}
-    assert forbidden(b"<tool_call") == always | {b">\n"}
-    plain: Any = SimpleNamespace(vocab_size=3, token_bytes=lambda token: texts[token])
-    assert Overshoots([b"<tool_call>"], plain, 3).mask(b"<tool_call") is None
-
-
 @pytest.mark.parametrize(
     "settings", [{}, {"asynchronous": True, "overlap": "on"}, {"draft": "tree:4"}], ids=str
 )
@@ -306,36 +245,6 @@ def guides() -> Iterator[Guides]:
 def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
     parameters = {"type": "object", "properties": properties}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
-def test_a_grammar_that_becomes_too_complex_ends_only_its_request(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    engine = oracle()
-    grammar = Grammar.of_text('root ::= [b-d]{45} "a"{1000000}')
-    refused, other = engine.generate([spec(grammar), spec(None, max_tokens=9, ignore_eos=True)])
-    assert refused.finish_reason == "error" and refused.failure.kind == "invalid"
-    assert refused.error is not None and "too complex to follow" in refused.error
-    assert other.finish_reason == "length" and other.failure is None
-    [record] = [record for record in caplog.records if record.levelname != "INFO"]
-    assert record.exc_info is None and "\n" not in record.getMessage()
-
-
-def test_whitespace_in_json_is_limited(guides: Guides) -> None:
-    grammar = Grammar.of_schema(SCHEMA)
-    encode = ByteTokenizer().encode
-    for text, length in (
-        ('{"name": "x",   ', 14),
-        ('{"name" \n', 8),
-        ("{\n\n", 2),
-        ("{\n" + " " * 40, 10),
-        ('{"name":"x","age":1,"kind":"home"}', None),
-        (json.dumps({"name": "x", "age": 1, "kind": "home"}), None),
-        (json.dumps({"name": "x", "age": 1, "kind": "home"}, indent=4), None),
-    ):
-        tokens = np.array(encode(text), np.int32)
-        kept = guides.rule(grammar).possible(tokens[:0], tokens)
-        assert len(kept) == (len(tokens) if length is None else length), text
 
 
 def test_masks_equal_a_trial_of_every_token(guides: Guides) -> None:

@@ -37,7 +37,6 @@ import torch
 
 from engine import RequestOutput, SamplingParams
 from engine.layers.parameters import Parameter
-from engine.plugins.speculation.draft_length import MIN_REST
 from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
 from engine.runner.loading import Dummy
@@ -193,55 +192,3 @@ def test_a_right_head_is_accepted_after_a_hit(make_engine: MakeEngine, right_hea
     (output,) = engine.generate([turn], params)
     assert output.cached_len == 128  # 128 is the last position of the grid below 161 tokens
     assert accepted([output]) == output.drafts.drafted.total()
-
-
-def count_moves(runner: Any) -> list[Any]:
-    """Return a list that collects the moves of all later steps."""
-    moves: list[Any] = []
-    forward = runner.forward
-
-    def spy(batch: Any, *drawn: Any) -> Any:
-        moves.extend(batch.moves)
-        return forward(batch, *drawn)
-
-    runner.forward = spy
-    return moves
-
-
-@pytest.mark.full("random")
-@pytest.mark.parametrize("head", ["random", "right"])
-def test_answers_survive_preemptions_and_moves(
-    head: str,
-    make_engine: MakeEngine,
-    drafts: Any,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Cover preemptions, moved rows, stops inside an accepted run, aborts, and a next turn."""
-    if head == "right":
-        request.getfixturevalue("right_head")
-    monkeypatch.setattr(
-        "engine.plugins.speculation.draft_length.MAX_GAP", MIN_REST
-    )  # Drafts for short requests too.
-    params = SamplingParams(max_tokens=60, temperature=0, logprobs=1)
-    model = {"num_experts": 0}
-    plain = make_engine("none", model=model, prefix_cache="none").generate(prompts(), params)
-    engine = make_engine("mtp:3", model=model, cache_gib=0.00014, exact=True)
-    moves = count_moves(engine.runner)
-    outputs = engine.generate(prompts(), params)
-    assert_same_answers(outputs, plain)
-    assert moves or sum(output.num_preemptions for output in outputs) > 0
-    for place in (1, 5, 6, 7):
-        stopped = SamplingParams(
-            max_tokens=60, temperature=0, stop_token_ids=(plain[0].token_ids[place],)
-        )
-        (output,) = engine.generate(prompts()[:1], stopped)
-        end = plain[0].token_ids.index(plain[0].token_ids[place])
-        assert output.token_ids == plain[0].token_ids[: end + 1]
-    request_id = engine.submit(prompts()[0], params)
-    (running,) = engine.requests
-    while not running.drafts or not running.drafts.num_verified:
-        engine.step()
-    assert engine.abort(request_id).drafts.num_verified > 0
-    engine.check()
-    assert engine.report().kv.held == engine.report().slots.held == 0

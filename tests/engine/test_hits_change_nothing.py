@@ -3,7 +3,6 @@ on other requests, bit for bit."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
-from hybridcache.allocators.moves import Move
 from hybridcache.geometry.sizes import StateSpec
 from hybridcache.geometry.units import GIB
 
@@ -140,20 +138,6 @@ def assert_same(some: list[RequestOutput], others: list[RequestOutput]) -> None:
         assert one.logprobs == other.logprobs
 
 
-def test_rows_leave_a_slab_before_a_state_is_copied_into_it(make_engine: MakeEngine) -> None:
-    runner = make_engine().runner
-    size = runner.memory.slab_rows
-    rows = runner.tensors.rows
-    rows.copy_(torch.arange(rows.numel()).view(rows.shape) % 251)
-    before = rows.clone()
-    saved = [states[:, 0].clone() for states in runner.tensors.states]
-    src = np.arange(size, 2 * size, dtype=np.int32)
-    runner.forward(Batch((), restores=((0, 1),), moves=(Move(1, src, src + 2 * size, src),)))
-    assert torch.equal(rows[3 * size : 4 * size], before[size : 2 * size])
-    for states, expected in zip(runner.tensors.states, saved, strict=True):
-        assert torch.equal(states[:, 1].view(torch.uint8), expected.view(torch.uint8))
-
-
 @pytest.mark.full(
     "64-hybrid-float32",
     "64-side-by-side-float32-states16",
@@ -196,18 +180,6 @@ def test_hits_equal_cold_runs_bit_for_bit(
         )
 
 
-def test_answers_are_the_same_when_requests_wait_for_memory(make_engine: MakeEngine) -> None:
-    """Check rows that change while requests wait: the second prompt's row becomes the first's, and
-    the third takes its old one."""
-    tokens = [[7] + [1] * 63, [7] + [2] * 199, [9] + [3] * 79]
-    params = [dataclasses.replace(REPORT, max_tokens=n) for n in (2, 1, 6)]
-    runs = []
-    for settings in ({"prefix_cache": "none", "max_running": 1}, {"overlap": "on", "exact": True}):
-        engine = make_engine(kv_tokens=256, token_budget=128, **settings)
-        runs.append(engine.generate(tokens, params) + engine.generate(tokens[1:2], params[1]))
-    assert_same(*runs)
-
-
 @pytest.mark.full("bfloat16-states16")
 @formats
 def test_exact_mode_covers_next_turns_and_preemptions(
@@ -230,15 +202,6 @@ def test_exact_mode_covers_next_turns_and_preemptions(
     assert any(output.num_preemptions for output in again + next_turns)
     assert engine._cache.arena.num_moved_rows > 0
     assert any(output.cached_len for output in next_turns)
-
-
-def test_seeded_tokens_do_not_depend_on_other_requests(make_engine: MakeEngine) -> None:
-    seeded = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=5)
-    engine = make_engine(exact=True)
-    [alone] = engine.generate([prompts()[3]], seeded)
-    crowd = [seeded, *[SamplingParams(max_tokens=30, temperature=2.0) for _ in range(9)]]
-    outputs = engine.generate([prompts()[3], *prompts()[:9]], crowd)
-    assert outputs[0].token_ids == alone.token_ids
 
 
 def states_in(runner: ModelRunner, slot: int) -> list[torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from engine import EngineConfig, engine_config
-from engine.command.cli import main
 from engine.config import BUILTIN_DIR, HubError
-from engine.hub import display_name, is_hub_name, resolve_config, resolve_folder
+from engine.hub import display_name, resolve_config, resolve_folder
 
 NAME, COMMIT = "some-org/Tiny-Model", "a" * 40
 WEIGHTS = (BUILTIN_DIR / "model.safetensors").read_bytes()
@@ -234,27 +232,3 @@ def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.Mo
     assert resolve_config(EngineConfig(model=NAME)).model == whole
     with pytest.raises(HubError, match=r"cannot be reached: check the network, or HF_ENDPOINT"):
         resolve_config(EngineConfig(model="other/model"))
-
-
-def test_a_folder_takes_precedence_over_a_name_of_the_hub(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(BUILTIN_DIR, tmp_path / NAME)
-    assert not is_hub_name(NAME) and resolve_config(EngineConfig(model=NAME)).model == NAME
-    assert not hub.requests
-    for path in ("/a/b", "./a", "a", "a/b/c", "../a", "~/a", "a/b.json", "config.json"):
-        assert not is_hub_name(path), path
-
-
-@pytest.mark.full
-def test_commands_accept_names_of_the_hub(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    resolve_folder(NAME)
-    assert hub.sent_bytes == 0, "a tokenizer's folder needs no weights"
-    small = ("--cache-gib", "0.05", "--max-model-len", "2048", "--device", "cpu")
-    assert main(["generate", "--model", NAME, *small, "--max-tokens", "1", "1 2 3"]) == 0
-    printed = capsys.readouterr()
-    assert "Downloading" in printed.err and "from the cache" in printed.err
-    assert main(["generate", "--model", "no/such", "x"]) == 2
-    error = capsys.readouterr().err
-    assert "There is no folder no/such here" in error and error.count("\n") == 1

@@ -38,22 +38,6 @@ def test_pieces_add_up_to_the_text_before_the_first_stop_string(text: str, stop:
     assert "".join(pieces) == expected
 
 
-def naive_overlap(text: str, stop: str) -> int:
-    """Return the length of the longest proper prefix of ``stop`` that ends ``text``."""
-    lengths = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((length for length in lengths if text.endswith(stop[:length])), 0)
-
-
-@given(st.text("ab", max_size=60), st.lists(st.text("ab", min_size=1, max_size=9), min_size=1))
-def test_only_a_possible_stop_string_is_held_back(text: str, stop: list[str]) -> None:
-    pieces, _ = feed(text, tuple(stop))
-    sent = ""
-    for end, piece in enumerate(pieces[:-1], start=1):
-        sent += piece
-        if not any(s in text[:end] for s in stop):
-            assert sent == text[: end - max(naive_overlap(text[:end], s) for s in stop)]
-
-
 def test_the_search_for_stop_strings_is_linear() -> None:
     """Count the compared characters of an answer that often matches a long stop string except its
     end."""
@@ -78,9 +62,3 @@ def test_the_search_for_stop_strings_is_linear() -> None:
     for _ in range(20):
         assert stop.read(Text("a" * 500 + "c")) is None
     assert num_compared < 3 * 20 * 501
-
-
-def test_unfinished_characters_are_sent_at_the_end() -> None:
-    stream = TextStream(ByteTokenizer().stream_decoder())
-    assert stream.push(0xC3) == ("", False)
-    assert stream.flush() == ("\N{REPLACEMENT CHARACTER}", False)

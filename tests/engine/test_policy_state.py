@@ -68,40 +68,6 @@ def test_a_restarted_engine_has_the_learned_state_of_the_stopped_one(
     again.close()
 
 
-@pytest.mark.full("30")
-@pytest.mark.parametrize("cut", [0, 10, 30, -1])
-def test_a_truncated_file_is_skipped(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    cut: int,
-) -> None:
-    first = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    hits = serve(first, prompts(8)) and serve(first, prompts(8))
-    first.close()
-    path = tmp_path / "state" / NAME
-    path.write_bytes(path.read_bytes()[:cut])
-    caplog.clear()
-    again = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    assert "the warm state is damaged" in caplog.text
-    assert serve(again, prompts(8)) == hits, "the records do not depend on the learned state"
-    again.check()
-    again.close()
-
-
-def test_reset_removes_the_learned_state(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    serve(engine, prompts(4))
-    engine.plugins["tiers"].policy_state.save()
-    engine.reset_prefix_cache()
-    engine.plugins["tiers"].disk.flush()
-    assert not (tmp_path / "state" / NAME).exists()
-    engine.close()
-
-
 def test_an_idle_engine_saves_its_learned_state(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,

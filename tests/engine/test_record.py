@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +22,7 @@ import openai
 import pytest
 import uvicorn
 
-from engine.plugins.record.proxy import Proxy, TraceWriter, read_answer
+from engine.plugins.record.proxy import Proxy, TraceWriter
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from hybridcache import open_trace, simulate
 from hybridcache.lab.report import stats_table
@@ -117,34 +115,6 @@ def test_a_conversation_becomes_a_readable_trace(
         assert tokenizer.decode(lines[1]["output"]) == "It is alpha.\n"
     result = simulate(str(path), gib=[1.0], processes=1)
     assert result.runs[0].requests == 2
-
-
-def test_requests_that_are_not_recorded_are_counted_by_reason(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from starlette.testclient import TestClient
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(400 if b"bad" in request.content else 200, json={})
-
-    upstream = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
-    monkeypatch.setattr("engine.plugins.record.proxy.httpx.AsyncClient", upstream)
-    with (tmp_path / "log").open("w+b") as file:
-        writer = TraceWriter(file, keeps_text=False, tokenizer=None)
-        with TestClient(Proxy("http://upstream", writer)) as client:
-            for path, body in (
-                ("chat/completions", {"messages": "bad"}),
-                ("chat/completions", ["no object"]),
-                ("chat/completions", {"messages": "refused"}),
-                ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
-                ("completions", {"prompt": "a"}),
-            ):
-                client.post(f"/v1/{path}", json=body)
-            client.get("/v1/responses/resp_1")
-    assert writer.num_requests == 1
-    assert sum(writer.skipped.values()) == 2
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert all("cannot be read" in warning for warning in warnings)
 
 
 class Upstream:
@@ -329,17 +299,6 @@ def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> N
     assert silent.result().status_code == 503
 
 
-def raw(port: int, target: str, *headers: str) -> bytes:
-    """Return the answer to a GET of ``target``, which is sent unchanged."""
-    with socket.create_connection(("127.0.0.1", port), 20) as connection:
-        lines = [f"GET {target} HTTP/1.1", "Host: x", "Connection: close", *headers, "", ""]
-        connection.sendall("\r\n".join(lines).encode("latin-1"))
-        answer = b""
-        while piece := connection.recv(65536):
-            answer += piece
-    return answer
-
-
 @contextlib.contextmanager
 def recording(to: str, out: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Yield (recording process, its address). It starts as under a shell that ignores SIGINT."""
@@ -376,26 +335,3 @@ def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: in
     assert "an estimate" in trace.counted_by
     assert "counted by: 4 characters as a token" in stats_table(trace_stats(trace))
     assert [len(request.tokens) for request in trace] == [16, 16]
-
-
-def test_whole_and_streamed_answers_are_read_alike() -> None:
-    """Cover reasoning, text and calls."""
-    function = {"name": "read", "arguments": '{"path": "a"}'}
-    answer = {
-        "role": "assistant",
-        "content": "so",
-        "reasoning_content": "hm",
-        "tool_calls": [{"type": "function", "function": function}],
-    }
-    chunks: list[Any] = [
-        {"reasoning_content": "hm"},
-        {"content": "s"},
-        {"content": "o"},
-        {"tool_calls": [{"index": 0, "function": {"name": "read", "arguments": ""}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": '{"path": "a"}'}}]},
-    ]
-    whole = {"choices": [{"message": {**answer, "tool_calls": [{"function": function}]}}]}
-    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in chunks]
-    lines = [f"event: x\ndata: {json.dumps(event)}\n\n" for event in events]
-    for raw in (json.dumps(whole), "".join(lines) + "data: [DONE]\n\n"):
-        assert read_answer(raw.encode()) == answer

@@ -73,27 +73,6 @@ def test_the_next_turn_of_a_thinking_chat_forks_before_the_end(
     assert _common(prompt.token_ids, later.token_ids) == prompt.boundaries[-1]
 
 
-def test_the_builtin_template_drops_reasoning() -> None:
-    tokenizer = _tokenizer()
-    prompt = render_chat(tokenizer, CHAT, variables={"enable_thinking": True})
-    text = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
-    assert "hm" not in text and text.endswith("<|im_start|>assistant\n<think>\n")
-    assert prompt.boundaries[-1] == len(prompt.token_ids) - 2
-
-
-@pytest.mark.parametrize("first_word", ["Hi", "\ue000", "<|im_start|>x", ""])
-def test_the_first_boundary_is_where_the_question_begins(first_word: str) -> None:
-    """Check that the boundary covers the part shared by all chats with this system prompt, for any
-    user text."""
-    tokenizer = _tokenizer(QWEN35_LIKE)
-    chat = [CHAT[0], {"role": "user", "content": first_word + " there"}]
-    other = [CHAT[0], {"role": "user", "content": "Completely different"}]
-    prompt, another = render_chat(tokenizer, chat), render_chat(tokenizer, other)
-    shared = _common(prompt.token_ids, another.token_ids)
-    assert another.boundaries[0] == shared
-    assert shared <= prompt.boundaries[0] <= shared + len(tokenizer.encode("\ue000"))
-
-
 EVERYTHING = """\
 {%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ (m.name or '') ~ m.content }}
 {%- for call in m.tool_calls or [] %}{{ call|tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
@@ -141,33 +120,6 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
         tokenizer, chat, tools=tools, variables=variables, special_in_content=True
     )
     assert trusting.token_ids == tokenizer.encode(text)
-
-
-def test_a_tool_loop_has_boundaries_for_both_next_turns() -> None:
-    """Check that the next tool result keeps the reasoning, and that the next question drops it."""
-    tokenizer = _tokenizer(QWEN35_LIKE)
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    step = [
-        {
-            "role": "assistant",
-            "content": "",
-            "reasoning_content": "look it up",
-            "tool_calls": [call],
-        },
-        {"role": "tool", "content": "42"},
-    ]
-    loop = [*CHAT, *step]
-    prompt = render_chat(tokenizer, loop)
-    next_tool = render_chat(tokenizer, [*loop, *step])
-    finished = [
-        *loop,
-        {"role": "assistant", "content": "It is 42."},
-        {"role": "user", "content": "Thanks"},
-    ]
-    next_question = render_chat(tokenizer, finished)
-    assert _common(prompt.token_ids, next_tool.token_ids) in prompt.boundaries
-    assert _common(prompt.token_ids, next_question.token_ids) in prompt.boundaries
-    assert prompt.boundaries[-1] == len(prompt.token_ids) > prompt.boundaries[-2]
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:

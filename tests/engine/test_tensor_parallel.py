@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,15 +106,3 @@ def test_drafts_change_no_token_and_a_stopped_rank_is_named(
         engine.generate([BEGINNING], params)
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
-
-
-@pytest.mark.full
-def test_an_idle_engine_ends_when_a_rank_has_ended() -> None:
-    engine, is_awake = make_engine(2), threading.Event()
-    engine.on_work(is_awake.set)
-    assert isinstance(engine.runner, LeadingRunner)
-    (process,) = engine.runner.processes
-    os.kill(process, signal.SIGKILL)
-    assert is_awake.wait(10) and engine.has_work()
-    with pytest.raises(RunnerLost, match=r"^rank 1 of 2 .*; start the engine again\.$"):
-        engine.step()

@@ -11,16 +11,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from engine import Engine, SamplingParams
 from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import SUFFIX
-from engine.plugins.tiers.staging import MeasuredExchange
-from engine.schedule.batch import Batch, Segment
-from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from tests.engine.test_hits_change_nothing import (
     REPORT,
@@ -269,37 +265,3 @@ def test_the_engine_serves_despite_errors_of_the_file_system(
     last = make_engine(**settings)
     generate(last, 0)
     last.close()
-
-
-def test_prefixes_that_are_computed_faster_are_not_loaded() -> None:
-    rates: dict[str, float | None] = {"host": None, "disk": None}
-    geometry = ModelGeometry.preset("qwen3-next")
-    exchange = MeasuredExchange(geometry, lambda: rates)
-    state = {"host": geometry.state_bytes, "disk": 0}
-    assert exchange.seconds_saved(0, 640, 1000, state) > 0, (
-        "a load is tried while nothing is measured"
-    )
-    for num_tokens in (1024, 512, 2048):
-        segment = Segment(0, 0, np.zeros(num_tokens, np.int32), 0, False)
-        exchange.learn(Batch((segment,)), 5.0 + num_tokens / 1000)
-    rates["host"] = 1e9
-    saved = exchange.seconds_saved(0, 640, 1000, state)
-    assert 0.4 < saved < 0.6, (
-        "640 tokens take about 0.6 s without the step's overhead, 74 MiB 0.08 s"
-    )
-    rates["host"] = 1e8
-    assert exchange.seconds_saved(0, 640, 1000, state) < 0
-    rates["disk"], on_disk = 1.0, {"host": 0, "disk": geometry.state_bytes}
-    assert exchange.seconds_saved(0, 640, 1000, on_disk) < 0
-    assert exchange.after_reading.seconds_saved(0, 640, 1000, on_disk) > 0, (
-        "a record that was read has no disk time"
-    )
-
-
-def test_reset_removes_the_records(make_engine: MakeEngine, tmp_path: Path) -> None:  # noqa: F811
-    texts = prompts(4)
-    for _ in range(2):
-        engine = make_engine(state_dir=str(tmp_path / "state"))
-        assert generate_in_turn(engine, texts)[0].cached_len == 0
-        engine.reset_prefix_cache()
-        engine.close()

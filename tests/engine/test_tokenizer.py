@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,14 +100,6 @@ def test_any_ids_decode_the_same_whole_and_in_pieces(token_ids: list[int]) -> No
     "".join(pieces).encode("utf-8")
 
 
-def test_special_tokens_are_single_and_hidden() -> None:
-    tokenizer = ByteTokenizer()
-    token_ids = tokenizer.encode("<|im_start|>user\nhi<|im_end|>")
-    assert token_ids[0] == 257 and token_ids[-1] == 258 and 258 in tokenizer.eos_token_ids
-    assert tokenizer.decode(token_ids) == "user\nhi"
-    assert tokenizer.decode(tokenizer.encode("<think>x</think>")) == "<think>x</think>"
-
-
 @pytest.mark.parametrize("text", [*CORPUS, "hello 😀 " * 5, "λ and 你 mixed\n\n"])
 def test_directories_round_trip_whole_and_in_pieces(model_dir: Path, text: str) -> None:
     tokenizer = HFTokenizer(model_dir)
@@ -119,27 +110,6 @@ def test_directories_round_trip_whole_and_in_pieces(model_dir: Path, text: str) 
     pieces = _pieces(tokenizer, token_ids)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_an_answer_is_decoded_after_its_prompt(model_dir: Path) -> None:
-    """Some tokenizers omit the space before the first word of a text."""
-    tokenizer = HFTokenizer(model_dir)
-    token_ids = tokenizer.encode("hello world hello " * 3)
-    for end in range(1, len(token_ids)):
-        prompt, answer = token_ids[:end], token_ids[end:]
-        text = tokenizer.decode(prompt) + "".join(_pieces(tokenizer, answer, prompt))
-        assert text == tokenizer.decode(token_ids)
-
-
-def test_random_ids_of_a_directory_decode_the_same(model_dir: Path) -> None:
-    tokenizer = HFTokenizer(model_dir)
-    draw = random.Random(0)
-    for _ in range(50):
-        token_ids = [draw.randrange(tokenizer.vocab_size) for _ in range(20)]
-        "".join(_pieces(tokenizer, token_ids)).encode("utf-8")
-        if tokenizer._is_byte_level:
-            assert "".join(_pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids)
-            assert tokenizer.decode(token_ids) == tokenizer._backend.decode(token_ids)
 
 
 def test_tokens_outside_the_byte_alphabet_decode_to_themselves(tmp_path: Path) -> None:
@@ -205,19 +175,6 @@ def test_remembered_pieces_are_not_shared_between_namespaces(tmp_path: Path) -> 
     tokenizer.encode("long " * 20_000, BARE)
     assert len(tokenizer._pieces) == num_known > 0
     tokenizer._pieces.check()
-
-
-def test_end_tokens_are_read_from_the_files_of_a_directory(model_dir: Path, tmp_path: Path) -> None:
-    eos_id = HFTokenizer(model_dir)._backend.token_to_id(EOS)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((model_dir / name).read_bytes())
-    assert HFTokenizer(tmp_path).eos_token_ids == {eos_id}
-    (tmp_path / "config.json").write_text('{"text_config": null}')
-    assert HFTokenizer(tmp_path).eos_token_ids == {eos_id}
-    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 5}}')
-    assert HFTokenizer(tmp_path).eos_token_ids == {eos_id, 5}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert HFTokenizer(tmp_path).eos_token_ids == {eos_id, 7, 8}
 
 
 def test_chat_templates_are_found_in_all_their_places(model_dir: Path, tmp_path: Path) -> None:

@@ -205,19 +205,6 @@ def test_answers_are_read_the_same_in_any_pieces(
         assert read(form, text, size) == expected
 
 
-def test_truncated_calls_are_text() -> None:
-    text = xml("weather", city="Bonn")
-    cut = text[: text.index("</function>")]
-    assert read(XML, cut, is_cut=True) == ("", cut, [])
-    assert read(XML, cut)[2] == [("weather", '{"city": "Bonn"}')], (
-        "only an answer cut at its limit is text"
-    )
-    inside = text[: text.index("nn")]
-    for is_cut in (False, True):
-        assert read(XML, inside, is_cut=is_cut) == ("", inside, [])
-    assert read(XML, text[:-3], is_cut=True)[1] == "", "a cut closing mark is not text"
-
-
 @pytest.mark.parametrize(("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x")])
 def test_broken_calls_are_read_in_linear_time(
     monkeypatch: pytest.MonkeyPatch, form: AnswerForm, mark: str
@@ -286,31 +273,6 @@ def test_random_texts_are_read_the_same_in_any_pieces(
     assert read(form, text, 1, **options) == whole
     size = data.draw(st.integers(1, max(1, len(text))))
     assert read(form, text, size, **options) == whole
-
-
-@settings(max_examples=200)
-@given(st.sampled_from([HERMES, XML]), st.lists(PIECES, max_size=14).map("".join))
-def test_no_letter_is_lost(form: AnswerForm, text: str) -> None:
-    """Check that letters are returned as reasoning, text, names or arguments, even from broken
-    calls."""
-    reasoning, rest, calls = read(form, "<think>" + text)
-    everything = "".join((reasoning, rest, *(name + given for name, given in calls)))
-    assert everything.count("x") >= text.count("x")
-    assert everything.count("[1]") >= (text.count("[1]") if not calls else 0)
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
-
-
-@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=3))
-def test_hermes_arguments_round_trip(arguments: dict[str, Any]) -> None:
-    text = hermes("f", json.dumps(arguments, ensure_ascii=False))
-    [(_, returned)] = read(HERMES, text, 1)[2]
-    assert json.loads(returned) == arguments
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,19 @@ Serve's handle."""
 from __future__ import annotations
 
 import asyncio
-import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
-from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
+from engine.errors import EngineStopped, QueueFull, RequestError
 from engine.messages import AskReport
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
-from engine.plugins.replicas.replica_output import Order, Progress
-from engine.plugins.replicas.replicas_client import FleetChannel, summed
+from engine.plugins.replicas.replica_output import Order
+from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import RequestOutput
 from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)
@@ -228,71 +225,6 @@ def test_a_death_before_the_first_token_moves_the_request() -> None:
     asyncio.run(live())
 
 
-def test_an_answer_that_differs_when_repeated_fails() -> None:
-    async def live() -> None:
-        engine, handle = await fleet_of(2, "least_loaded")
-        stream = engine.submit(make_spec(8, max_tokens=400))
-        begun = await anext(stream)
-        [progress] = [
-            task.get_coro().cr_frame.f_locals["progress"]
-            for _, task in engine._channel._orders.values()
-        ]
-        progress._tokens[0] += 1
-        assert begun.new_token_ids
-        kill(handle, handle.chosen[0])
-        with pytest.raises(StepFailed, match=r"died after \d+ tokens? of the answer; send"):
-            async for _ in stream:
-                pass
-        await engine.drain()
-
-    asyncio.run(live())
-
-
-def test_a_death_after_the_last_output_is_no_error(caplog) -> None:
-    """Another request may have the id by then."""
-
-    async def live() -> None:
-        engine, _ = await fleet_of(1)
-        spec = make_spec(9, max_tokens=1, request_id="same")
-        for _ in range(2):
-            assert (await answer(engine, spec))[-1].finish_reason == "length"
-        channel = engine._channel
-        waiting = engine.submit(make_spec(9, max_tokens=600, request_id="same"))
-        await anext(waiting)
-        [(order, _)] = channel._orders.values()
-        channel._end(replace(order), Progress("same"), Progress("same").aborted())
-        assert channel._orders["same"][0] is order
-        waiting.abort()
-        await wait_until(lambda: not channel._orders)
-        await engine.drain()
-
-    asyncio.run(live())
-    assert not caplog.records
-
-
-def test_repeated_outputs_leave_out_what_was_sent() -> None:
-    """Check every division of an answer into outputs, before and after the restart."""
-    tokens, texts = (5, 6, 7, 8), ("a", "", "bc", "d")
-
-    def outputs(cuts: tuple[int, ...]) -> list[RequestOutput]:
-        edges = (0, *cuts, len(tokens))
-        return [
-            RequestOutput("x", tokens[a:b], "".join(texts[a:b]))
-            for a, b in itertools.pairwise(edges)
-        ]
-
-    cuts = [cut for n in range(4) for cut in itertools.combinations(range(1, 4), n)]
-    for before, after in itertools.product(cuts, cuts):
-        for num_sent in range(len(before) + 1):
-            progress = Progress("mine")
-            sent = [progress.add(delta) for delta in outputs(before)[:num_sent]]
-            progress.restart()
-            sent += [progress.add(delta) for delta in outputs(after)]
-            assert tuple(t for delta in sent for t in delta.new_token_ids) == tokens
-            assert "".join(delta.new_text for delta in sent) == "abcd"
-            assert {delta.request_id for delta in sent} == {"mine"}
-
-
 def test_aborts_limits_and_the_end_of_a_fleet() -> None:
     async def live() -> None:
         engine, handle = await fleet_of(1)
@@ -320,23 +252,3 @@ def test_aborts_limits_and_the_end_of_a_fleet() -> None:
         await engine.drain()
 
     asyncio.run(live())
-
-
-def test_each_number_of_a_report_is_summed() -> None:
-    """Check that new fields of ``CacheReport`` are summed, unless they are settings or rates."""
-    settings, rates = {"grid", "page_size"}, {"token_hit_rate", "request_hit_rate"}
-    report = Engine(CONFIG).report()
-    numbers = {
-        name: number
-        for number, (name, value) in enumerate(report.as_dict().items(), 1)
-        if type(value) in (int, float)
-    }
-    assert settings | rates <= set(numbers)
-    usage = report.usage | {"hits": 1, "requests": 4, "cached_tokens": 2, "prompt_tokens": 4}
-    report = replace(report, **numbers, usage=usage)
-    total = summed([report, report], {}).as_dict()
-    changed = {name: total[name] for name in numbers}
-    sums = {name: 2 * number for name, number in numbers.items()}
-    sums |= {name: numbers[name] for name in settings}
-    assert changed == sums | {"token_hit_rate": 0.5, "request_hit_rate": 0.25}
-    assert total["usage"] == {name: 2 * number for name, number in usage.items()}

@@ -360,41 +360,6 @@ for _pair in REPEATED:
     _pair.base = {"messages": SAME}
 
 
-def explanation_of(base: Chat, later: Chat, **engine: Any) -> dict[str, Any]:
-    """Return the explanation of ``later`` for an operator, without the id of an earlier request."""
-    pair = Pair("", lambda chat: (chat.clear(), chat.update(later))[0], None, base=base,
-                template=None, answer="Yes.<|im_end|>", engine=engine)  # fmt: skip
-    _, explanations = run(pair)
-    found = explanations.look_up("second", None)
-    assert found is not None
-    return found
-
-
-def test_a_conversation_that_shares_less_than_a_grid_step_is_new() -> None:
-    later = {"messages": [say("user", "Something else entirely. " * 9)]}
-    found = explanation_of(PLAIN, later)
-    assert found["cause"] == "new" and "new conversation" in found["text"]
-    assert "removed" not in found["text"] and found["text"].endswith(found["advice"])
-    # The same question after another beginning is new too; the advice covers both.
-    alone = {"messages": [say("system", "Be brief. " * 12), say("user", "How are you?")]}
-    edited = {"messages": [say("system", "Today: " + "Be brief. " * 12), alone["messages"][1]]}
-    found = explanation_of(alone, edited)
-    assert found["parted"]["path"] == "messages[0].content" and found["cause"] == "new"
-    assert "put such text at its end" in found["advice"]
-    # More of the same messages are the same conversation: a time in the system message changed.
-    more = [*edited["messages"], say("assistant", "Yes."), say("user", "And then?")]
-    for base, later in ((alone, more), (PLAIN, [edited["messages"][0], *PLAIN["messages"][1:]])):
-        found = explanation_of(base, {"messages": later})
-        assert found["parted"]["path"] == "messages[0].content" and found["cause"] == "system"
-        assert "at the end of the system message" in found["advice"]
-    # A repeated short prompt is not new: it contains the whole earlier one.
-    short = {"messages": [say("user", "Hi.")]}
-    assert explanation_of(short, short)["cause"] != "new"
-    # More than a grid step is shared.
-    longer = {"messages": [say("system", "Be brief. " * 12 + "Now."), say("user", "Else?")]}
-    assert explanation_of(PLAIN, longer)["cause"] == "system"
-
-
 def test_the_memory_is_bounded_and_drops_the_oldest() -> None:
     explanations = Explanations(ByteTokenizer(), 20_000)
     tokens = np.arange(1000, dtype=np.int32) % 250

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from engine import engine_config
 from engine.command.cli import main
-from engine.plugins.convert.converter import convert, plan_pieces
+from engine.plugins.convert.converter import convert
 from engine.runner.build import load_runner
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
 from engine.weights.scheme import Scheme
-from engine.weights.tensor_files import open_file
 from tests.engine.numerics import eight_bit
 
 BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
@@ -61,84 +60,6 @@ def test_int8_files_equal_int8_loading(model, oracles, driver_class, random_toke
     errors = [entry.error for entry in report.modules if entry.error is not None]
     assert len(errors) > 10 and all(0.001 < error < 0.02 for error in errors)
     assert not any("gate_up_proj" in name for name in load_file(tmp_path / "out/model.safetensors"))
-
-
-@pytest.mark.parametrize("kind", ["qwen3_next", "kimi_linear", "jamba"])
-def test_fp8_files_equal_their_dequantised_weights(
-    kind, oracles, driver_class, random_tokens, tmp_path
-):
-    source, tokens = oracles(kind).path, random_tokens(70, seed=2)
-    convert(source, tmp_path / "out", "fp8", scheme=BLOCKS, show_progress=False)
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    (plain / "config.json").write_bytes((source / "config.json").read_bytes())
-    save_file(dequantise(tmp_path / "out"), plain / "model.safetensors")
-    expected = driver_class(load(plain)).cold(tokens, logits="all")
-    assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
-
-
-def test_unquantised_modules_of_a_published_model(tmp_path):
-    """Visual tower, embeddings, gates and the joint projection of the prediction head. An ignored
-    stacked tensor of experts stays one tensor."""
-    few = "few numbers with a large effect"
-    expected = {
-        "model.language_model.embed_tokens.weight": None,
-        "model.language_model.layers.0.linear_attn.in_proj_qkv.weight": "",
-        "model.language_model.layers.0.linear_attn.in_proj_z.weight": "",
-        "model.language_model.layers.0.linear_attn.in_proj_b.weight": few,
-        "model.language_model.layers.0.linear_attn.in_proj_a.weight": few,
-        "model.language_model.layers.0.mlp.gate.weight": few,
-        "model.language_model.layers.0.mlp.gate_proj.weight": "",
-        "model.language_model.layers.0.mlp.shared_expert_gate.weight": few,
-        "model.layers.0.block_sparse_moe.router.layer.weight": few,
-        "model.visual.blocks.0.attn.qkv.weight": None,
-        "mtp.fc.weight": few,
-        "mtp.layers.0.self_attn.q_proj.weight": "",
-        "lm_head.weight": few,
-    }
-    tensors = {name: torch.randn(8, 8) for name in expected}
-    tensors["model.layers.0.linear_attn.A_log"] = torch.randn(8)
-    tensors["model.layers.0.linear_attn.conv1d.weight"] = torch.randn(8, 1, 4)
-    tensors["model.layers.1.mlp.experts.gate_up_proj"] = torch.randn(3, 8, 4)
-    tensors["model.layers.2.mlp.experts.gate_up_proj"] = torch.randn(3, 8, 4)
-    tensors["model.layers.3.moe.input_linear.weight"] = torch.randn(3, 8, 4)
-    save_file(tensors, tmp_path / "model.safetensors")
-    scheme = Scheme("int8", (1, None), "weight_scale")
-    pieces = plan_pieces(
-        open_file(tmp_path / "model.safetensors"), scheme, ("layers.2.mlp.experts",)
-    )
-    planned = {piece.name: piece for piece in pieces}
-    for name, reason in expected.items():
-        assert (planned[name].scheme is not None) == (reason == ""), name
-        assert planned[name].reason == (reason or ""), name
-    assert planned["model.layers.0.linear_attn.A_log"].scheme is None
-    assert planned["model.layers.0.linear_attn.conv1d.weight"].reason == ""
-    up = planned["model.layers.1.mlp.experts.2.up_proj.weight"]
-    stacked = tensors["model.layers.1.mlp.experts.gate_up_proj"]
-    assert torch.equal(up.source.read_part(up.first, up.shape), stacked[2, 4:])
-    assert planned["model.layers.2.mlp.experts.gate_up_proj"].reason == "selected by --ignore"
-    assert planned["model.layers.3.moe.input_linear.weight"].reason == "stacked under one name"
-
-
-def test_shards_and_other_files_of_the_directory(oracles, driver_class, random_tokens, tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for file in oracles("qwen3").path.iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
-    (source / "tokenizer.json").write_text("{}")
-    (source / "chat_template.jinja").write_text("{{ messages }}")
-    (source / "old.bin").write_text("weights")
-    (tmp_path / "out").mkdir()  # An empty directory is accepted.
-    report = convert(source, tmp_path / "out", "int8", shard_bytes=60_000, show_progress=False)
-    assert report.num_files > 2 and report.written_bytes < report.source_bytes
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} < names
-    assert "old.bin" not in names and "model-00001-of-00003.safetensors" not in source.iterdir()
-    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {n for n in names if n.endswith(".safetensors")}
-    tokens = random_tokens(20, seed=3)
-    whole = driver_class(load(source, quantization="int8")).cold(tokens)
-    assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens), whole)
 
 
 def test_convert_command(oracles, tmp_path, capsys):

@@ -96,18 +96,6 @@ def test_hits_are_exact_in_any_batch(
         assert_hits_are_exact(driver, prompts, np.random.default_rng(seed), 64)
 
 
-@pytest.mark.parametrize("grid", [16, 32])
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_hits_are_exact_on_a_finer_grid(model, grid, state_dtype, drivers, random_tokens):
-    """The kernels' tiles have the length of the grid: bfloat16 states are rounded after each."""
-    dtype = "float32" if state_dtype == "float32" and grid == 16 else "bfloat16"
-    driver = drivers(model, dtype, state_dtype, grid)
-    driver.scatter_seed = grid
-    driver.reset()
-    prompts = [random_tokens(length, seed=length) for length in (150, 97, 33)]
-    assert_hits_are_exact(driver, prompts, np.random.default_rng(grid), grid)
-
-
 def assert_hits_are_exact(driver, prompts, random, grid):
     """Check that all prompts, resumed from random checkpoints, give the logits of cold runs."""
     colds = [cold_run(driver, prompt, grid) for prompt in prompts]
@@ -150,18 +138,6 @@ def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tok
             assert torch.equal(logits[0], step[rank])
             segment = driver.decode_segment(sequence, int(logits.argmax()))
             logits = driver.runner.forward(Batch((segment,)))
-
-
-def test_decode_exports_are_copies_of_the_live_state(drivers, random_tokens):
-    driver = drivers("qwen3_next")
-    sequence, write = driver.begin(random_tokens(127, seed=1))
-    prefill = driver.prefill_segment(sequence, 127)
-    driver.runner.forward(Batch((prefill,), (), (write,)))
-    target = driver.slot()
-    driver.runner.forward(Batch((driver.decode_segment(sequence, 5, exports=((128, target),)),)))
-    for pool in driver.runner.tensors.states:
-        assert pool[:, sequence.slot].abs().sum() > 0
-        assert torch.equal(pool[:, target], pool[:, sequence.slot])
 
 
 @both_dtypes

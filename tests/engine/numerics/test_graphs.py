@@ -20,7 +20,6 @@ from engine import engine_config
 from engine.runner.build import load_runner
 from engine.runner.device import TRAITS, Device
 from engine.schedule.batch import Batch, Segment
-from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from experiments.gpu.stub_device import stubbed
 from kernels.attention import fused
@@ -57,30 +56,6 @@ def serve(driver, prompts, num_steps):
         segments = tuple(driver.decode_segment(s, 7 + step) for s in active)
         logits.append(driver.runner.forward(Batch(segments)))
     return logits
-
-
-def test_prefill_graphs_change_no_bit(model, drivers, random_tokens):
-    driver = drivers(model)
-    prompts = [random_tokens(length, seed=length) for length in (70, 3, 128)]
-    plain = serve(driver, prompts, 3)
-    recorder = Recorder()
-    driver.reset()
-    driver.runner.use_graphs("all", recorder)
-    driver.runner.graphs = (
-        None,
-        driver.runner.graphs[1],
-    )  # The CPU's decode kernels read lengths from the host.
-    try:
-        graphed = serve(driver, prompts, 3)
-    finally:
-        driver.runner.use_graphs("off")
-    layers = driver.runner.config.sizes.layers
-    num_pieces = (
-        sum(bool(layer.mixers) for layer in layers) + 1
-    )  # One before each mixer, and the end.
-    assert recorder.num_recorded == 2 * num_pieces  # Buckets of 256 and 64.
-    for expected, found in zip(plain, graphed, strict=True):
-        assert torch.equal(expected, found)
 
 
 @pytest.mark.full
@@ -320,15 +295,6 @@ def test_padding_of_graphs_is_not_routed(make_verify_driver, monkeypatch):
     verify(driver, PROMPTS, STEPS[:1])
     captured = {(64, 64), (8, 0), (4, 0)}
     assert set(rows) == captured | {(64, 13), (8, 5), (4, 4), (8, 5)}
-
-
-def test_graphs_require_kernels_with_device_lengths(drivers, monkeypatch):
-    runner = drivers("qwen3_5").runner
-    monkeypatch.setattr(runner, "device", Device(torch.device("cpu"), TRAITS["cuda"]))
-    runner.use_graphs("auto")
-    assert runner.graphs == (None, None)
-    with pytest.raises(ModelError, match=r"not used for .*attention.*--graphs off"):
-        runner.use_graphs("all")
 
 
 def test_graphs_of_a_recorder_share_one_pool(monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from engine import engine_config
-from engine.config import EngineConfig
 from engine.layers.attention import Attention, LatentAttention
 from engine.layers.linear import Part
 from engine.layers.recurrent import GatedDeltaNet, ShortConv
@@ -18,7 +17,7 @@ from engine.layers.residual import FeedForwardStep, MixerStep, Parallel
 from engine.models.decoder import Decoder
 from engine.runner import loaded_model
 from engine.runner.build import load_runner
-from engine.weights.model_config import ModelConfig, ModelError, Rope
+from engine.weights.model_config import ModelConfig, Rope
 from hybridcache.geometry.mixers import (
     AttentionSizes,
     DeltaSizes,
@@ -143,18 +142,3 @@ def test_graphs_of_pieces_change_no_bit(make, random_tokens):
     driver.runner.graphs = None, driver.runner.graphs[1]
     assert torch.equal(run(driver, tokens), plain)
     assert len(recorded) == 2 * 5  # Two buckets, four mixers.
-
-
-def test_model_without_kv_is_refused(monkeypatch):
-    stateful = ModelSizes(48, 97, (LayerSizes((DELTA,), MLP_SIZES),))
-    config = ModelConfig(
-        sizes=stateful,
-        norm_eps=1e-6,
-        rope=None,
-        tie_embeddings=True,
-        max_position=512,
-        dtype="float32",
-    )
-    monkeypatch.setattr(loaded_model, "read_model", lambda raw: (EveryLayer, config))
-    with pytest.raises(ModelError, match="without a single attention layer"):
-        load_runner(EngineConfig(device="cpu", load_format="dummy", cache_gib=0.01))

@@ -10,8 +10,6 @@ import torch
 
 from engine.config import BUILTIN_DIR
 from engine.models import read_model
-from engine.runner import device as device_module
-from engine.runner.backends import Kernels
 from engine.runner.device import TRAITS, Device
 from engine.runner.memory import Memory
 from engine.runner.memory_plan import (
@@ -21,14 +19,11 @@ from engine.runner.memory_plan import (
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.weights.model_config import ModelError, read_config
-from hybridcache.geometry.model import ModelGeometry
+from engine.weights.model_config import read_config
 from hybridcache.geometry.units import GIB
-from kernels.native import shared_library
 
 BUILTIN = read_config(BUILTIN_DIR)
 MODEL = read_model(BUILTIN)[1].sizes
-ATTENTION_ONLY = read_model({**BUILTIN, "model_type": "qwen3"})[1].sizes
 CPU = Device.resolve("cpu")
 
 
@@ -51,16 +46,6 @@ def fit(model, **budget):
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 STATE_DTYPES = pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 PAGE_SIZES = pytest.mark.parametrize("page_size", [1, 64])
-
-
-@DTYPES
-@STATE_DTYPES
-def test_row_and_slot_bytes_equal_the_geometry(dtype, state_dtype):
-    names = (str(dtype_).removeprefix("torch.") for dtype_ in (dtype, dtype, state_dtype))
-    dtypes = dict(zip(("kv_dtype", "conv_dtype", "state_dtype"), names, strict=True))
-    geometry = ModelGeometry.from_config(BUILTIN, **dtypes)
-    assert kv_row_bytes(MODEL, dtype) == geometry.kv_bytes_per_token
-    assert state_slot_bytes(MODEL, dtype, state_dtype) == geometry.state_bytes
 
 
 @DTYPES
@@ -125,40 +110,6 @@ def test_each_arena_byte_belongs_to_one_row_and_one_slot(dtype, state_dtype, pag
     assert memory.padding_slot * slab >= plan.num_kv_tokens
 
 
-@pytest.mark.parametrize(
-    ("config", "budget", "sentence"),
-    [
-        (
-            MODEL,
-            {"cache_bytes": 5 * 10**5},
-            "0.000466 GiB hold 781 tokens .* 256 tokens and 3 states, ",
-        ),
-        (ATTENTION_ONLY, {"cache_bytes": 10**5}, "hold 39 tokens .* 256 tokens, .*, are needed"),
-    ],
-)
-def test_too_little_memory_is_refused_in_one_sentence(config, budget, sentence):
-    with pytest.raises(ModelError, match=sentence) as error:
-        fit(config, **budget)
-    assert str(error.value).count(". ") == 0 and str(error.value).endswith("are needed.")
-
-
-def test_kernels_are_chosen_by_name():
-    chosen = Kernels.choose(CPU, "attention=fused, norm=reference")
-    assert chosen.words() == {}  # No kernel is in use.
-    assert chosen["attention"].__name__ == "kernels.attention.fused"
-    backend = "reference" if shared_library() is None else "native"
-    assert chosen["gdn"].__name__ == f"kernels.gdn.{backend}"
-    assert chosen.words() == {"attention": "fused", "gdn": backend}
-    assert {"moe", "norm", "state_copy"} < set(chosen)
-    for text, sentence in (
-        ("attn=fused", "unknown kernel 'attn'; choose from activation, attention"),
-        ("gdn=cutlass", "no backend 'cutlass'; choose reference or fused or native"),
-        ("gdn", "no backend ''"),
-    ):
-        with pytest.raises(ModelError, match=sentence):
-            Kernels.choose(CPU, text)
-
-
 def test_only_the_device_module_names_cuda():
     for folder in ("engine", "kernels"):
         for path in (Path(__file__).parents[3] / folder).rglob("*.py"):
@@ -172,13 +123,3 @@ def test_memory_of_graphs_is_subtracted_from_pools(monkeypatch):
     assert default_cache_bytes(device) == int(10 * GIB * ACCELERATOR_SHARE)
     assert default_cache_bytes(device, 4 * GIB) == int(6 * GIB * ACCELERATOR_SHARE)
     assert default_cache_bytes(device, 11 * GIB) == 0
-
-
-def test_limit_of_a_container_counts(monkeypatch, tmp_path):
-    files = {"max": "1000", "current": "900", "stat": "anon 100\ninactive_file 300"}
-    for name, text in files.items():
-        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
-    monkeypatch.setattr(device_module, "CGROUP", tmp_path)
-    assert device_module.host_free_bytes() == 400
-    (tmp_path / "memory.max").write_text("max\n")
-    assert device_module.host_free_bytes() > 10**6

@@ -17,7 +17,7 @@ from engine.layers.parameters import Build, WeightSpec
 from engine.runner.backends import Kernels
 from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.loading import WeightFiles, WeightsError
+from engine.runner.loading import WeightFiles
 from engine.schedule.batch import Batch
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
@@ -94,17 +94,6 @@ def test_fp8_blocks_equal_their_dequantised_weights(
     assert torch.equal(hit, cold[64:])
 
 
-@pytest.mark.parametrize("code", [fp8, int8], ids=["fp8", "int8"])
-def test_combined_input_projection_of_mamba2(code, checkpoint, driver_class, random_tokens):
-    """Gate, x, B, C and time steps are one matrix with a partial last block of rows."""
-    path, tokens = checkpoint("granite_moe_hybrid_dense"), random_tokens(70, seed=6)
-    plain = code(path, is_quantized=lambda module: module.endswith("mamba.in_proj"))
-    cold, hit = cold_and_hit(driver_class, load(path), tokens)
-    expected, _ = cold_and_hit(driver_class, load(plain), tokens)
-    assert (cold - expected).norm() <= (0.05 if code is int8 else 0.0) * expected.norm()
-    assert torch.equal(hit, cold[64:])
-
-
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
 def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_class, random_tokens):
     """Activations are rounded per token or not at all, so the test uses a bound."""
@@ -119,72 +108,6 @@ def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_cl
     expected, _ = cold_and_hit(driver_class, load(plain), tokens)
     assert (cold - expected).norm() < 0.05 * expected.norm()
     assert torch.equal(hit, cold[64:])
-
-
-def test_quantisation_before_and_during_loading_is_equal(checkpoint, driver_class, random_tokens):
-    """With equal rounding, files of compressed-tensors and of ModelSlim give the bits of
-    ``--quantization int8``."""
-    path, tokens = checkpoint("qwen3_5"), random_tokens(70, seed=5)
-    whole = load(path, quantization="int8")
-    expected, _ = cold_and_hit(driver_class, whole, tokens)
-    int8(path, section=eight_bit.compressed_section)
-    assert torch.equal(cold_and_hit(driver_class, load(path), tokens)[0], expected)
-
-    tensors = load_file(path / "model.safetensors")
-    kinds: dict[str, object] = {"model_quant_type": "W8A8_DYNAMIC", "group_size": 0}
-    for name in list(tensors):
-        is_int8 = tensors[name].dtype is torch.int8
-        kinds[name] = "W8A8_DYNAMIC" if is_int8 or "weight_scale" in name else "FLOAT"
-        if is_int8:
-            tensors[f"{name}_offset"] = torch.zeros(len(tensors[name]), 1)
-    (path / "model.safetensors").unlink()
-    file = "quant_model_weights-00001-of-00001.safetensors"
-    save_file(tensors, path / file)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)}
-    (path / "quant_model_weights.safetensors.index.json").write_text(json.dumps(index))
-    (path / "quant_model_description.json").write_text(json.dumps(kinds))
-    config = json.loads((path / "config.json").read_text())
-    del config["quantization_config"]
-    (path / "config.json").write_text(json.dumps(config))
-    assert torch.equal(cold_and_hit(driver_class, load(path), tokens)[0], expected)
-
-    offset = next(name for name in tensors if name.endswith("offset"))
-    save_file(tensors | {offset: torch.ones_like(tensors[offset])}, path / file)
-    with pytest.raises(WeightsError, match="weight_offset is not zero: only symmetric"):
-        load(path)
-
-
-def test_fp8_per_channel_equals_its_dequantised_weights(checkpoint, driver_class, random_tokens):
-    path, tokens = checkpoint("qwen3"), random_tokens(30, seed=6)
-    code = partial(eight_bit.channels, dtype=torch.float8_e4m3fn)
-    section = partial(eight_bit.compressed_section, kind="float")
-    plain = eight_bit.rewrite(path, code, "weight_scale", section)
-    expected = driver_class(load(plain)).cold(tokens)
-    assert torch.equal(driver_class(load(path)).cold(tokens), expected)
-
-
-def test_parts_of_one_product_may_have_different_formats(checkpoint, driver_class, random_tokens):
-    """Keys, up-projections and one expert are not quantised."""
-    path, tokens = checkpoint("qwen3_5_moe"), random_tokens(70, seed=7)
-
-    def is_quantized(module):
-        is_exception = module.endswith(("k_proj", "shared_expert.up_proj", "experts.3.up_proj"))
-        return eight_bit.QUANTIZED.fullmatch(module) and not is_exception
-
-    plain = int8(path, is_quantized=is_quantized)
-    expected = driver_class(load(plain)).cold(tokens)
-    got = driver_class(load(path)).cold(tokens)
-    assert 0 < (got - expected).norm() < 0.05 * expected.norm()
-
-
-def test_quantization_option_overrides_the_files(checkpoint, driver_class, random_tokens):
-    """Weights in another 8-bit format are widened and quantised again."""
-    path, tokens = checkpoint("qwen3_5"), random_tokens(70, seed=8)
-    plain = fp8(path)
-    expected = driver_class(load(plain, quantization="int8")).cold(tokens)
-    runner = load(path, quantization="int8")
-    assert "brought into int8" in runner.loaded.weights_note
-    assert torch.equal(driver_class(runner).cold(tokens), expected)
 
 
 def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
@@ -262,26 +185,6 @@ def test_unsupported_quantization_is_named(section, message):
     with pytest.raises(ModelError, match=message) as error:
         read_quantization({"quantization_config": section})
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
-def test_8_bit_weights_without_8_bit_activations(dtype, checkpoint, driver_class, random_tokens):
-    """Without ``input_activations``, logits equal those of the dequantised weights."""
-    path, tokens = checkpoint("qwen3_next"), random_tokens(90, seed=9)
-    kind = "int" if dtype is torch.int8 else "float"
-
-    def section(exceptions):
-        config_section = eight_bit.compressed_section(exceptions, kind=kind)
-        config_section["config_groups"]["group_0"]["input_activations"] = None
-        return config_section
-
-    code = partial(eight_bit.channels, dtype=dtype)
-    plain = eight_bit.rewrite(path, code, "weight_scale", section)
-    runner = load(path)
-    assert "output channel, weights only, widened to float32" in runner.loaded.weights_note
-    cold, hit = cold_and_hit(driver_class, runner, tokens)
-    assert torch.equal(cold, cold_and_hit(driver_class, load(plain), tokens)[0])
-    assert torch.equal(hit, cold[64:])
 
 
 def check_refused(path, change, match):

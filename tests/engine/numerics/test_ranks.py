@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,8 +23,6 @@ from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from engine.weights.model_config import ModelError
-from engine.weights.scheme import Scheme
-from tests.engine.numerics import eight_bit
 
 REFUSED = {
     "granite_moe_hybrid": "has 1 groups of channels",
@@ -135,31 +131,6 @@ def test_two_ranks_agree_with_one(family, oracles, driver_class, random_tokens) 
     assert (cold - single).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_8_bit_weights_are_split_with_their_scales(
-    kind, oracles, tmp_path, driver_class, random_tokens
-) -> None:
-    """fp8 is widened, so results agree. With int8 each rank rounds its activations, so the test
-    uses a bound."""
-    path = tmp_path / "model"
-    shutil.copytree(oracles("qwen3_next").path, path)
-    if kind == "int8":
-        code = partial(eight_bit.channels, dtype=torch.int8)
-        eight_bit.rewrite(path, code, "weight_scale", eight_bit.compressed_section)
-    else:
-        code = partial(eight_bit.fp8_blocks, block=(16, 2), scale_dtype=torch.bfloat16)
-        section = partial(eight_bit.fp8_section, block=(16, 2))
-        eight_bit.rewrite(path, code, "weight_scale_inv", section)
-    work = cold_and_hit(driver_class, random_tokens(90, 5))
-    ((single, _),) = run_ranks(1, config_of(path), work)
-    (cold, hit), _ = run_ranks(2, config_of(path), work)
-    assert torch.equal(cold, hit)
-    if kind == "int8":
-        assert (cold - single).norm() < 0.1 * single.norm()
-    else:
-        assert (cold - single).abs().max() < 1e-4
-
-
 @pytest.mark.parametrize("least", [1, 2**30], ids=["runs", "bands"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rank_reads_only_its_part(dtype, least, tmp_path, monkeypatch) -> None:
@@ -202,20 +173,3 @@ def test_rank_reads_only_its_part(dtype, least, tmp_path, monkeypatch) -> None:
     files.close()
     for name, part in expected.items():
         assert torch.equal(parameters[name].target, part.to(dtype)), name
-
-
-def test_scales_are_split_with_their_rows_and_columns() -> None:
-    scheme = Scheme("fp8", (4, 2), "weight_scale_inv")
-    stored = torch.randn(8, 12).to(torch.float8_e4m3fn)
-    scale = torch.rand(2, 6)
-    for cut in (RankCut(12, torch.arange(6, 12), 1), RankCut(8, torch.tensor([2, 3, 6]))):
-        shape = list(stored.shape)
-        shape[cut.dim] = len(cut)
-        target, rank_scale = (
-            torch.empty(shape).to(stored.dtype),
-            torch.empty(shape[0], shape[1] // 2),
-        )
-        Parameter(target, scheme=scheme, scale=rank_scale, cut=cut).fill(stored, scale)
-        whole = stored.float() * scale.repeat_interleave(4, 0).repeat_interleave(2, 1)
-        rank_weight = target.float() * rank_scale.repeat_interleave(2, 1)
-        assert torch.equal(rank_weight, cut.of(whole))

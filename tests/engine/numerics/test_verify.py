@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from engine import engine_config
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.runner.build import load_runner
 from engine.schedule.batch import Batch, Segment
 
@@ -150,46 +149,3 @@ def test_state_after_rejected_tokens_is_not_saved(make_driver, random_tokens) ->
     runner.forward(Batch((next_segment,)))
     runner.commit(Batch((next_segment,)), (1,))
     assert all(map(torch.equal, states_of(runner, saved), steps[1]))
-
-
-def test_slot_has_the_newest_state_when_it_is_read(make_driver, random_tokens) -> None:
-    """After a commit the newest state is outside its slot. Reads other than the next verification
-    move it there first."""
-    driver = make_driver("qwen3_next")
-    runner = driver.runner
-    prompts, answer = [random_tokens(62, 0)], random_tokens(ANSWER, 3)
-    _, (states,) = single_steps(driver, prompts, [answer])
-    sequence, other = prefill(driver, prompts * 2)
-    num_done = 0
-
-    def verify(restores=()):
-        nonlocal num_done
-        batch = Batch((verify_segment(sequence, answer, num_done, 1, 2),), restores)
-        runner.forward(batch)
-        runner.commit(batch, (2,))
-        num_done += 2
-        return runner.running.at(sequence.slot) != sequence.slot
-
-    def is_newest(slot):
-        return all(map(torch.equal, states_of(runner, slot), states[num_done - 1]))
-
-    def is_home():
-        return runner.running.at(sequence.slot) == sequence.slot and is_newest(sequence.slot)
-
-    assert verify() and is_newest(sequence.slot)
-    assert verify() and is_newest(sequence.slot), "resumes outside the slot"
-    runner.forward(Batch((driver.decode_segment(other, 7),)))
-    assert is_home(), "after a step without the sequence"
-    assert verify()
-    buffer = PrefixBuffer.of(runner)
-    buffer.write_state(other.slot, buffer.read_state(sequence.slot).wait())
-    assert is_home() and is_newest(other.slot)
-    assert verify()
-    num_done -= 2
-    assert verify(((other.slot, sequence.slot),)), "resumes from the restored checkpoint"
-    assert is_newest(sequence.slot)
-    assert verify()
-    runner.forward(Batch((verify_segment(sequence, answer, num_done, 1, 2),)))
-    runner.forward(Batch((driver.decode_segment(other, 7),)))
-    assert runner.running.at(sequence.slot) == sequence.slot, "after a step without a commit"
-    runner.running.check()

@@ -19,7 +19,6 @@ from engine.requests.spec import SamplingParams
 from engine.runner.build import load_runner
 from engine.runner.memory_plan import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
-from engine.runner.warm_up import captures
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from experiments.gpu.stub_device import FREE_BYTES, stubbed
 from tests.selection import is_quick
@@ -199,44 +198,3 @@ def test_step_waits_only_for_its_tokens(monkeypatch, tmp_path, fixed_drafts, gra
             serve(engine, 3)
         assert not watch.found and not hidden.found
         assert device.counts["waits"] == num_waits
-
-
-@pytest.mark.full("none")
-@pytest.mark.parametrize("draft", ["none", "tree:4", "mtp:2"])
-def test_captured_work_copies_nothing_from_the_host(monkeypatch, tmp_path, draft) -> None:
-    """A replay would copy the same values again."""
-    with stubbed(monkeypatch):
-        memory = {"cache_gib": 0.04}
-        runner = make_engine(tmp_path, "large", draft=draft, warm_up=False, **memory).runner
-        watch, hidden = WaitRecorder(uploads=True), OperatorWaitRecorder()
-
-        def record(work):
-            with watch, hidden:
-                work()
-            return work
-
-        runner.use_graphs("all", record)
-        for kind in captures(runner):
-            for capture in kind:
-                capture()
-        assert (runner.verify_graphs is not None) == (draft != "none")
-        assert not watch.found and not hidden.found
-
-
-@pytest.mark.parametrize(
-    "wait",
-    [
-        lambda x: x.sum().item(),
-        lambda x: x.tolist(),
-        lambda x: bool(x.any()),
-        lambda x: x[[0, 1]],
-        lambda x: x[x > 0],
-        lambda x: torch.tensor([1.0, 2.0]),
-        lambda x: x.nonzero(),
-    ],
-)
-def test_wait_recorders_detect_waits(wait) -> None:
-    watch, hidden = WaitRecorder(), OperatorWaitRecorder()
-    with watch, hidden:
-        wait(torch.ones(3))
-    assert watch.found or hidden.found

@@ -12,15 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import engine_config
-from engine.config import EngineConfig
 from engine.layers.parameters import Build, WeightSpec
 from engine.models import read_model
-from engine.runner import loading as weights
 from engine.runner.backends import Kernels
 from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loading import Dummy, WeightsError
-from engine.weights.model_config import ModelError
 from experiments.gpu.models import TINY
 
 
@@ -111,14 +108,6 @@ def test_multimodal_checkpoint_with_mtp(checkpoint, drivers, random_tokens):
     )
 
 
-def test_files_written_by_transformers(family, oracles, driver_class, random_tokens, tmp_path):
-    """``save_pretrained`` and published checkpoints name and split some tensors differently."""
-    oracle, tokens = oracles(family), random_tokens(70, seed=1)
-    oracle.model.save_pretrained(tmp_path)
-    logits = driver_class(load(tmp_path)).cold(tokens, logits="all")
-    torch.testing.assert_close(logits, oracle.logits(tokens), atol=1e-4, rtol=1e-4)
-
-
 TIED = [("qwen3", "model.embed_tokens.weight"), ("lfm2", "model.embed_tokens.weight")]
 
 
@@ -142,53 +131,6 @@ def test_tied_head_with_and_without_its_tensor(
         expected = model(torch.tensor([tokens]), use_cache=False).logits[0]
     logits = driver_class(load(path)).cold(tokens, logits="all")
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("top", [True, False])
-def test_top_level_config_decides_whether_a_composite_is_tied(
-    top, oracles, driver_class, random_tokens, tmp_path
-):
-    oracle, tokens = oracles("qwen3_5_with_vision"), random_tokens(70, seed=1)
-    oracle.model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": top}
-    config["text_config"]["tie_word_embeddings"] = not top
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tensors = load_file(tmp_path / "model.safetensors")
-    if top:
-        del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    model = type(oracle.model).from_pretrained(tmp_path, dtype=torch.float32)
-    with torch.inference_mode():
-        expected = model(torch.tensor([tokens]), use_cache=False).logits[0]
-    logits = driver_class(load(tmp_path)).cold(tokens, logits="all")
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_all_mismatched_tensors_are_named_at_once(checkpoint):
-    path, tensors = checkpoint("qwen3")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    tensors["model.layers.9.odd"] = torch.zeros(3)
-    tensors["model.norm.weight"] = torch.zeros(65)
-    save_file(tensors, path / "model.safetensors")
-    with pytest.raises(WeightsError) as error:
-        load(path)
-    message = str(error.value)
-    assert "1 missing: model.layers.1.mlp.up_proj.weight" in message
-    assert "1 unexpected: model.layers.9.odd" in message
-    assert "model.norm.weight is [65] instead of [64]" in message
-    assert "; its sizes are attention_bias true, head_dim 32, " in message
-    assert "hidden_size 64, " in message and "(default)" not in message
-    assert "\n" not in message
-
-
-def test_tensors_larger_than_a_chunk_are_read_by_several_workers(
-    checkpoint, drivers, random_tokens, monkeypatch
-):
-    path, _ = checkpoint("qwen3_next")
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)
-    check_same_logits(path, "qwen3_next", drivers, random_tokens)
-    monkeypatch.setattr(weights, "LEAST_READ_BYTES", 1)
-    check_same_logits(path, "qwen3_next", drivers, random_tokens)
 
 
 NAMES = ["model.embed_tokens.weight", "model.layers.3.self_attn.q_proj.weight", "model.norm.weight"]
@@ -217,15 +159,6 @@ def test_dummy_weights_depend_only_on_the_seed(checkpoint, random_tokens, driver
     assert torch.equal(first, repeated)
     assert not torch.equal(first, other)
     assert first.isfinite().all()
-
-
-def test_too_small_memory_names_the_needed_size(oracles):
-    path = str(oracles("qwen3_5").path)
-    with pytest.raises(ModelError, match=r"at least 256 tokens and 3 states, .* GiB, are needed"):
-        load_runner(EngineConfig(model=path, device="cpu", cache_gib=1e-6))
-    small = EngineConfig(model=path, device="cpu", cache_gib=0.003, max_model_len=100_000)
-    with pytest.raises(ModelError, match="one request of max_model_len 100000 needs"):
-        load_runner(small)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5"])

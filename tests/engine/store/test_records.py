@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.plugins.tiers.fingerprint import NAME, StoreError
+from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
 from tests.engine.store.reference import ReferenceStore
 
@@ -160,41 +160,6 @@ StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=2
 TestStore = StoreMachine.TestCase
 
 
-def test_truncated_files_are_not_records(tmp_path: Path) -> None:
-    store, (record_id,) = filled(tmp_path, 1)
-    store.close()
-    (path,) = files(tmp_path)
-    raw = path.read_bytes()
-    for size in range(len(raw)):
-        path.write_bytes(raw[:size])
-        store, found = reopen(tmp_path)
-        assert found == [] and store.num_bytes == 0 and not files(tmp_path)
-        store.close()
-    path.write_bytes(raw)
-    store, found = reopen(tmp_path)
-    assert found == [record_id] and read(store, record_id, 1000) == payload_of(0, 1000)
-    store.close()
-
-
-def test_ids_are_never_reused(tmp_path: Path) -> None:
-    """Guard against a file restored by an unfinished unlink, which must not become another record's
-    parent."""
-    store, ids = filled(tmp_path)
-    restored = files(tmp_path)[-1].read_bytes()
-    for record_id in ids:
-        store.remove(record_id)
-    store.close()
-    store, found = reopen(tmp_path)
-    assert not found
-    later = write(store, b"later")
-    store.close()
-    (tmp_path / f"{ids[-1]:016x}.record").write_bytes(restored)
-    store, found = reopen(tmp_path)
-    assert found == [ids[-1], later] and store.next_id > later
-    assert read(store, ids[-1], 1000) == payload_of(5, 1000)
-    store.close()
-
-
 def test_a_folder_with_another_fingerprint_is_refused_and_unchanged(tmp_path: Path) -> None:
     store, _ = filled(tmp_path)
     store.close()
@@ -245,18 +210,6 @@ def test_a_read_only_folder_can_be_read(
     store.close()
 
 
-def test_a_changed_payload_is_detected_by_read(tmp_path: Path) -> None:
-    store, ids = filled(tmp_path)
-    path = files(tmp_path)[2]
-    raw = bytearray(path.read_bytes())
-    raw[-500] ^= 1
-    path.write_bytes(raw)
-    assert read(store, ids[2], 1000) is None
-    assert read(store, ids[3], 1000) == payload_of(3, 1000)
-    assert read(store, ids[3], 999) is None, "the buffer has another length"
-    store.close()
-
-
 def fail_calls(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int = 10**9) -> None:
     """Make ``os.<name>`` fail the next ``times`` times."""
     real, remaining = getattr(os, name), [times]
@@ -296,14 +249,3 @@ def test_a_failed_write_leaves_nothing(
     assert [read(store, one, 1000) for one in ids] == [payload_of(i, 1000) for i in range(7)]
     store.close()
     assert reopen(tmp_path)[1] == ids
-
-
-def test_two_starts_at_once_agree_on_one_fingerprint(tmp_path: Path) -> None:
-    """Check that the fingerprint is compared under the lock, so the second start cannot replace the
-    first's."""
-    first, _ = reopen(tmp_path)
-    (tmp_path / NAME).unlink()  # As before the first engine has written it.
-    second = RecordStore.open(tmp_path, THEIRS, MAX_BYTES)
-    assert second.is_read_only and not (tmp_path / NAME).exists()
-    second.close()
-    first.close()

@@ -102,19 +102,6 @@ def test_every_memory_format_can_be_transferred(form: str, tmp_path: Path) -> No
         engine.check()
 
 
-@pytest.mark.full
-def test_rows_and_hidden_vectors_of_a_head_are_transferred(plain: Engine) -> None:
-    settings = {"draft": "mtp:3"}
-    prompt = list(b"for i in range(10): print(i)\n" * 14)
-    with prefill_thread(**settings) as prefill:
-        engine = decode_engine(port_of(prefill), **settings)
-        single = plain_engine(**settings)
-        assert_same(single, engine, [prompt])
-        left, right = (one.generate([prompt + prompt], GREEDY)[0] for one in (single, engine))
-        assert left.drafts == right.drafts and left.drafts is not None
-    assert counts_of(engine)["prefixes"] == 2
-
-
 @pytest.mark.full("32-tile, computed bits, checkpoint grid")
 @pytest.mark.parametrize(
     ("grid", "differs"), [(128, "checkpoint grid"), (32, "tile, computed bits, checkpoint grid")]
@@ -176,26 +163,6 @@ def test_failures_of_the_prefill_engine_are_logged_and_computed_here(
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(51, 300)])
     assert "maximum context length is 200 tokens" in caplog.text
-    wait_until_idle(prefill)
-
-
-@pytest.mark.full
-def test_an_engine_that_does_not_step_counts_as_gone(
-    prefill: Engine,
-    plain: Engine,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Check an engine with a live connection that does not step: it sends no signs of life."""
-    server = prefill.plugins["disaggregation"]
-    assert server is not None
-    engine = decode_engine(port_of(prefill), transfer_timeout_s=1.0)
-    monkeypatch.setattr(server, "_timeout_s", 1.0)
-    monkeypatch.setattr(server, "before_step", lambda: time.sleep(0.05))
-    with caplog.at_level(logging.WARNING):
-        assert_same(plain, engine, [text(60, 300)])
-    assert counts_of(engine)["failed"] == 1 and "computed here" in caplog.text
-    monkeypatch.undo()
     wait_until_idle(prefill)
 
 
