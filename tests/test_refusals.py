@@ -35,6 +35,7 @@ WRONG: dict[Any, tuple[Any, ...]] = {
 OTHERS: dict[str, tuple[Any, ...]] = {
     "model": ("",),
     "host": ("",),
+    "served_model_name": ("",),
     "state_dir": ("",),
     "checkpoint_dtype": ("odd", 5),
     "admission": (5,),
@@ -168,7 +169,7 @@ def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[s
         "generate x --max-tokens 10000000",
         *("generate x --cache-gib 100000", "generate x --cache-gib 0.1 --max-running 100000000"),
         *("serve --port 0 --model /no/such/model", "generate x --device banana"),
-        "generate x --kernels attention=banana",
+        *("generate x --kernels attention=banana", "serve --port 0 --replicas 2 --state-dir x"),
     ],
 )
 def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:

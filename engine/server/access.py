@@ -33,6 +33,7 @@ OPEN = ("/", "/health", "/metrics")
 """Paths that require no key."""
 OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
 """Beginnings of the paths that only the operator may use."""
+KEY = re.compile(rb"[\x21-\x7e]+")
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
 
@@ -86,7 +87,7 @@ def separates_keys(config: ServerConfig) -> bool:
 
 def read_keys(setting: str, file: str) -> list[bytes]:
     """Read the keys in the ``file`` of this ``setting``, one per line. Raises ValueError if it
-    cannot be read or is empty."""
+    cannot be read or is empty, or a key cannot be sent in a header."""
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
@@ -94,6 +95,12 @@ def read_keys(setting: str, file: str) -> list[bytes]:
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
         raise ValueError(f"{flag(setting)} {file} is empty. Write a key into it.")
+    for number, key in enumerate(keys, 1):
+        if not KEY.fullmatch(key):
+            raise ValueError(
+                f"{flag(setting)} {file}: key {number} of {len(keys)} must be printable ASCII "
+                "without spaces; `openssl rand -hex 24` prints such a key."
+            )
     return keys
 
 

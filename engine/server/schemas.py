@@ -321,10 +321,14 @@ KNOWN = ("role", "content", "tool_calls", "cache_control")
 """Names of a message that have a fixed form."""
 
 
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+"""Roles of OpenAI's API."""
+
+
 class Message(msgspec.Struct, kw_only=True):
     """One message. Unknown names such as ``reasoning_content`` are passed to the template."""
 
-    role: str
+    role: Role
     content: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
     tool_calls: list[dict[str, Any]] | None = None
     cache_control: CacheControl | None = None

@@ -43,7 +43,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         ("device", f"{runner.device.describe()}, {_dtype_words(runner)}"),
         ("kernels", _kernel_words(runner.kernels.words()) + _build_words(runner)),
         ("exactness", runner.exactness.sentence),
-        ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
+        ("warm-up", _warm_up_words(runner)),
         *_said_of_text(engine),
         ("context", _context_words(engine)),
         ("memory", _memory_words(runner.memory, report)),
@@ -79,6 +79,12 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         ("address", address),
     ]
     return rows
+
+
+def _warm_up_words(runner: ModelRunner) -> str:
+    if runner.warmed is not None:
+        return runner.warmed.describe()
+    return "none needed on a CPU" if runner.device.is_cpu else "none, because of --no-warm-up"
 
 
 def _dtype_words(runner: ModelRunner) -> str:

@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from engine.worker.engine_worker import main; sys.exit(main(*sys.argv[2:]))"
+    "from engine.worker.engine_worker import main, leave; leave(main(*sys.argv[2:]))"
 )
 
 

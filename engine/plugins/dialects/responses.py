@@ -43,6 +43,7 @@ from engine.server.schemas import (
     NamedSchema,
     NamedTool,
     ResponseFormat,
+    Role,
     StreamOptions,
     Temperature,
     TopP,
@@ -373,7 +374,7 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Messag
                 last = _assistant(messages, lambda last: last.content is None or last.tool_calls)
                 last.content = f"{last.content or ''}{_text(item.content)}"
             case MessageItem():
-                role = "user" if item.role == "user" else "system"
+                role: Role = "user" if item.role == "user" else "system"
                 messages.append(Message(role=role, content=_text(item.content)))
             case ReasoningItem():
                 last = _assistant(messages, lambda last: last == Message(role="assistant"))

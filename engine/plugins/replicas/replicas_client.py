@@ -43,7 +43,7 @@ from engine.messages import (
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica_output import Diverged, Order, Progress, ReplicaFacts
 from engine.requests.spec import RequestSpec
-from engine.schedule.report import CacheReport, FolderReport
+from engine.schedule.report import CacheReport
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
 from hybridcache.routing.outbox import EventsLost
@@ -76,14 +76,8 @@ def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheRepo
 
 
 def _sum(values: Sequence[Any]) -> Any:
-    """Add up numbers, also inside of other values; take the first of anything else.
-
-    Folders are not added up, because the replicas of one machine share theirs: the first with a
-    problem is used, or the first.
-    """
+    """Add up numbers, also inside of other values; take the first of anything else."""
     first, kind = values[0], cast("Any", type(values[0]))
-    if isinstance(first, FolderReport):
-        return min(values, key=lambda folder: folder.problem is None)
     if isinstance(first, int | float):
         return sum(values)
     if isinstance(first, dict):

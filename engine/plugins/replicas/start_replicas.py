@@ -30,6 +30,11 @@ def start_replicas(
             f"--replicas {settings.replicas} and --role cannot be combined: start one server for "
             "each role, without --replicas."
         )
+    if config.kept_folder is not None:
+        raise ConfigError(
+            f"--replicas {settings.replicas} and --state-dir {config.kept_folder} cannot be "
+            "combined, because a folder belongs to one engine: remove one of them."
+        )
     config = resolve_config(config)
     name = f"engine-{os.getpid()}"
     fleet = start_fleet(config, settings, settings.router, name, server.drain_s, address)

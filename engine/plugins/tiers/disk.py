@@ -189,28 +189,21 @@ class Disk:
         unknown: list[int] = []
         for record in store.scan():
             item = self._parse(record.kind, record.meta, record.payload_bytes)
-            is_known = item is not None and self.prefixes.add(record.id, item)
-            if is_known or not self.is_read_only:
-                self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
-                unknown += [] if is_known else [record.id]
+            self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
+            if item is None or not self.prefixes.add(record.id, item):
+                unknown.append(record.id)
         self._thread = DiskThread()
         self._next_id = store.next_id
         self.max_bytes = store.max_bytes
         """Limit of the disk space of all records, without files that cannot be removed."""
         for number in unknown:
             self._remove(number)
-        if not self.is_read_only:
-            self._make_room(0, 0)  # the limit may have been higher before
-
-    @property
-    def is_read_only(self) -> bool:
-        """True if this process may not write to the folder."""
-        return self._store.is_read_only
+        self._make_room(0, 0)  # the limit may have been higher before
 
     @property
     def is_writable(self) -> bool:
         """True if records can be written now."""
-        return not (self.is_read_only or self.is_off or self._clock() < self._retry_at)
+        return not (self.is_off or self._clock() < self._retry_at)
 
     @property
     def is_off(self) -> bool:
@@ -377,8 +370,7 @@ class Disk:
 
     def close(self) -> None:
         """Write pending records, so that they survive a power loss too, and release the folder."""
-        if not self.is_read_only:
-            self._run_later("sync the folder", self._store.sync)
+        self._run_later("sync the folder", self._store.sync)
         if self.flush(CLOSE_DEADLINE_S) and self._thread.close(CLOSE_DEADLINE_S):
             self._store.close()
         else:
@@ -545,8 +537,7 @@ class Disk:
         """Queue the removal of a record's file."""
         size = self._sizes.pop(number)
         self.num_bytes -= size
-        if not self.is_read_only:
-            self._thread.run_later(lambda: self._remove_record(number, size))
+        self._thread.run_later(lambda: self._remove_record(number, size))
 
     def _remove_record(self, number: int, size: int) -> None:
         """Remove a record's file, in the disk thread; it may never have been written."""
@@ -594,8 +585,7 @@ class Disk:
                     self._failed.append(number)
                     return None
             except OSError as error:
-                if not (isinstance(error, FileNotFoundError) and self.is_read_only):
-                    self._report("read a record", error)  # Not if the folder's writer removed it.
+                self._report("read a record", error)
                 self._failed.append(number)
                 return None
             self._read_s = FADING * self._read_s + time.perf_counter() - start

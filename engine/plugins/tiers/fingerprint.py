@@ -46,13 +46,11 @@ def check_fingerprint(
     fields: Mapping[str, str],
     *,
     has_records: bool,
-    may_write: bool,
 ) -> bytes:
     """Check that ``folder`` belongs to ``fields``, and write its fingerprint if it has none.
 
     Args:
         has_records: True if there are records in the folder, so that it has a fingerprint.
-        may_write: False if another process writes to the folder.
 
     Returns:
         The digest of the fingerprint, for the records.
@@ -70,10 +68,9 @@ def check_fingerprint(
                 f"{path} is missing or damaged, so the records next to it cannot be used: use "
                 f"another folder, or delete {folder} with its contents."
             )
-        if may_write:
-            content = {"digest": digest_of(ours).hex(), "fields": ours}
-            with open_folder(folder) as folder_fd:
-                write_atomically(folder_fd, NAME, json.dumps(content, indent=1).encode())
+        content = {"digest": digest_of(ours).hex(), "fields": ours}
+        with open_folder(folder) as folder_fd:
+            write_atomically(folder_fd, NAME, json.dumps(content, indent=1).encode())
     elif stored != ours:
         raise StoreError(_refusal(folder, stored, ours))
     return digest_of(ours)

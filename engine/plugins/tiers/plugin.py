@@ -189,8 +189,7 @@ class PolicyStateFile:
 
     def remove(self) -> None:
         """Remove the file: the cache was emptied on request."""
-        if not self._disk.is_read_only:
-            self._disk.remove_file(NAME)
+        self._disk.remove_file(NAME)
 
 
 USUAL_DISK = 2.5
@@ -307,13 +306,6 @@ class TierPlugin(Plugin):
         self.policy_state = PolicyStateFile(cache, disk, folder, sizes.memory)
         self.policy_state.load_tree()
         self.adopt()
-        if disk.is_read_only:
-            cache.offload.close(DISK)
-            logger.warning(
-                "Another engine writes to %s, or it is not writable: its entries are read, and "
-                "entries of this engine are not written.",
-                folder,
-            )
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """See ``Plugin``. The fetcher reads from disk for waiting requests."""
@@ -448,7 +440,7 @@ class TierPlugin(Plugin):
                 f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
                 f"the next start too, in {self.folder}"
             )
-            rows.append(("disk", words if folder.is_written else f"{words}; read only"))
+            rows.append(("disk", words))
         return rows
 
     def report(self) -> Mapping[str, Any]:

@@ -93,11 +93,11 @@ class _Head(NamedTuple):
 class RecordStore:
     """The records of one folder. Create it with ``open``, then call ``scan`` once."""
 
-    def __init__(self, folder: Path, max_bytes: int, folder_fd: int, lock_fd: int | None) -> None:
+    def __init__(self, folder: Path, max_bytes: int, folder_fd: int) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
         self.folder_fd = folder_fd
-        self._lock_fd = lock_fd
+        self._lock_fd: int | None = None
         self._digest = b""
         self._sizes: dict[int, int] = {}
         self.num_bytes = 0
@@ -109,14 +109,13 @@ class RecordStore:
     def open(cls, folder: Path, fields: Mapping[str, str], max_bytes: int) -> RecordStore:
         """Open the store in ``folder``, creating it if there is none.
 
-        It is read only if another process writes to it, or if the folder is not writable.
-
         Args:
             fields: the fingerprint: everything that the bytes of a record depend on.
             max_bytes: limit of the disk space of all records.
 
         Raises:
-            StoreError: the folder belongs to another fingerprint or format, or cannot be used.
+            StoreError: the folder belongs to another fingerprint or format, another process uses
+                it, or it cannot be written.
                 Nothing in it was changed.
         """
         try:
@@ -125,26 +124,19 @@ class RecordStore:
             folder.mkdir(parents=True, exist_ok=True)
             folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                store = cls(folder, max_bytes, folder_fd, None)
+                store = cls(folder, max_bytes, folder_fd)
                 store._lock_fd = store._lock()
                 has_records = any(name.endswith(SUFFIX) for name in store._names())
-                store._digest = check_fingerprint(
-                    folder, fields, has_records=has_records, may_write=not store.is_read_only
-                )
+                store._digest = check_fingerprint(folder, fields, has_records=has_records)
             except BaseException:
                 store.close()
                 raise
         except OSError as error:
             raise StoreError(
-                f"The folder {folder} cannot be made or opened ({error.strerror}): give another "
+                f"The folder {folder} cannot be made or written ({error.strerror}): give another "
                 "--state-dir, or make it writable."
             ) from error
         return store
-
-    @property
-    def is_read_only(self) -> bool:
-        """True if this process may not write to the folder."""
-        return self._lock_fd is None
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -155,7 +147,7 @@ class RecordStore:
     def scan(self) -> Iterator[Record]:
         """Yield all complete records, by ascending id.
 
-        The writer removes every other ``.record`` and ``.part`` file. O(records); no payload is
+        All other ``.record`` and ``.part`` files are removed. O(records); no payload is
         read. Raises StoreError if the folder cannot be listed.
         """
         num_damaged = 0
@@ -166,8 +158,6 @@ class RecordStore:
         for name in names:
             try:
                 record = self._check_file(name)
-            except FileNotFoundError:  # removed by the writer of the folder
-                continue
             except OSError as error:
                 logger.warning("%s cannot be read: %s.", self.folder / name, error.strerror)
                 continue
@@ -177,7 +167,7 @@ class RecordStore:
                 self.num_bytes += size
                 self.next_id = max(self.next_id, record.id + 1)
                 yield record
-            elif not self.is_read_only:
+            else:
                 num_damaged += name.endswith(SUFFIX)
                 try:
                     self.remove_file(name)
@@ -200,7 +190,6 @@ class RecordStore:
             StoreFull: the record does not fit into ``max_bytes``.
             OSError: the file system refused.
         """
-        assert not self.is_read_only, "this process may not write to the store"
         assert record_id >= self.next_id, "the id was used before"
         view = memoryview(payload).cast("B")
         size = record_bytes(len(meta), len(view))
@@ -275,20 +264,21 @@ class RecordStore:
             os.close(self._lock_fd)
             self._lock_fd = None
 
-    def _lock(self) -> int | None:
-        """Lock the folder for this process. Returns None if it is locked, or not writable."""
-        try:
-            file = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=self.folder_fd)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                return None
-            raise
+    def _lock(self) -> int:
+        """Lock the folder for this process. Raises StoreError if another process has it, and
+        OSError if it is not writable."""
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        file = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=self.folder_fd)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(file)
             if isinstance(error, BlockingIOError):
-                return None
+                raise StoreError(
+                    f"Another engine uses {self.folder}: stop it, or give this one another "
+                    "--state-dir."
+                ) from None
             raise
         return file
 

@@ -48,7 +48,7 @@ def make(config):
     return Made(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
 worker.Engine = make
 worker.start_screen = lambda made, address: "oracle at " + address
-sys.exit(worker.main(*sys.argv[2:]))
+worker.leave(worker.main(*sys.argv[2:]))
 """
 """Code that starts a process with an oracle in place of a model, which is fast."""
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)

@@ -121,7 +121,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "/v1/chat/completions": [
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "a\nb\rc", "content": "x"}]}, "role"),
+        *(({"messages": [CHAT[0] | {"role": one}]}, "role") for one in ("a\nb\rc", "bogus", None)),
+        ({"messages": None}, "'messages' is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "image_url"),
         ({"messages": [*CHAT, {"role": "user"}]}, "messages.1"),

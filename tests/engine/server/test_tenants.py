@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from engine import Engine, engine_config, server_config
+from engine.server.serve import check
 from engine.server.settings import ServerConfig
 
 from .conftest import Live, serving
@@ -202,6 +203,17 @@ def serve_with_keys(
     keys = [{"Authorization": f"Bearer {key}"} for key in ("key-one", "key-two", "operator")]
     live.headers = keys[2]
     return live, keys
+
+
+@pytest.mark.parametrize("content", [b"", b"a\nb\xff\x00c\n", b"two words", b"\x93\xd0\x07"])
+@pytest.mark.parametrize("setting", ["api_key_file", "admin_key_file"])
+def test_files_without_a_key_that_clients_can_send_are_refused(
+    setting: str, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(ValueError, match=r"is empty|must be printable ASCII") as caught:
+        check(ServerConfig(**{setting: str(tmp_path / "key")}))
+    assert "--" + setting.replace("_", "-") in str(caught.value)
 
 
 MAKE_BODY: dict[str, Callable[[str], dict[str, Any]]] = {

@@ -16,7 +16,7 @@ FIELDS = {"weights": "a" * 32, "checkpoint grid": "64", "exact": "False"}
 
 
 def check(folder: Path, fields: dict[str, str]) -> bytes:
-    return check_fingerprint(folder, fields, has_records=False, may_write=True)
+    return check_fingerprint(folder, fields, has_records=False)
 
 
 def test_a_refusal_names_readable_values_and_flags(tmp_path: Path) -> None:

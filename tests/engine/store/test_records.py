@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.plugins.tiers.fingerprint import StoreError
+from engine.plugins.tiers.fingerprint import NAME, StoreError
 from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
 from tests.engine.store.reference import ReferenceStore
 
@@ -170,44 +170,33 @@ def test_a_folder_with_another_fingerprint_is_refused_and_unchanged(tmp_path: Pa
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_a_second_store_reads_while_the_first_writes(tmp_path: Path) -> None:
-    store, ids = filled(tmp_path)
-    reader, found = reopen(tmp_path)
-    assert reader.is_read_only and not store.is_read_only and found == ids
-    store.remove(ids[0])
-    later = write(store, b"later")
-    with pytest.raises(FileNotFoundError):
-        read(reader, ids[0], 1000)
-    assert read(reader, ids[1], 1000) == payload_of(1, 1000) and later not in reader
-    with pytest.raises(AssertionError, match="may not write"):
-        reader.write(reader.next_id, 1, b"", b"")
-    removed = sum(path.stat().st_size for path in files(tmp_path))
-    assert removed <= store.num_bytes, "removed records are still on the disk"
-    reader.close()
-    store.close()
-    store, found = reopen(tmp_path)
-    assert not store.is_read_only and found == [*ids[1:], later]
-    store.close()
+def test_a_folder_in_use_is_refused_and_unchanged(tmp_path: Path) -> None:
+    """Check that the fingerprint is compared under the lock, so the second start cannot replace the
+    first's."""
+    first, _ = reopen(tmp_path)
+    (tmp_path / NAME).unlink()  # As before the first engine has written it.
+    with pytest.raises(StoreError, match=f"Another engine uses {tmp_path}: stop it"):
+        RecordStore.open(tmp_path, THEIRS, MAX_BYTES)
+    assert not (tmp_path / NAME).exists()
+    first.close()
+    reopen(tmp_path)[0].close()
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_a_read_only_folder_can_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+@pytest.mark.parametrize("call", ["access", "open"])
+def test_a_folder_that_is_not_writable_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    store, ids = filled(tmp_path)
-    store.close()
+    filled(tmp_path)[0].close()
     opened = os.open
 
     def refuse(path: object, flags: int, *args: object, **options: object) -> int:
         if flags & (os.O_CREAT | os.O_RDWR | os.O_WRONLY):
-            raise OSError(number, os.strerror(number))
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return opened(path, flags, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(os, "open", refuse)
-    store, found = reopen(tmp_path)
-    assert store.is_read_only and found == ids
-    assert read(store, ids[0], 1000) == payload_of(0, 1000)
-    store.close()
+    monkeypatch.setattr(os, call, refuse if call == "open" else lambda *_: False)
+    with pytest.raises(StoreError, match=r"cannot be made or written .*: give another --state-dir"):
+        reopen(tmp_path)
 
 
 def fail_calls(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int = 10**9) -> None:
