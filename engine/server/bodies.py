@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -349,10 +350,11 @@ def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Respo
     return Response(to_json(value), media_type="application/json", headers=headers)
 
 
-Item = TypeVar("Item")
 DONE = b"data: [DONE]\n\n"
 PAUSE = b": waiting\n\n"
 """Comment, which readers of server-sent events skip."""
+QUIET_S = 5.0
+"""Seconds of silence between two events that are filled."""
 
 
 def event(data: dict[str, Any]) -> bytes:
@@ -368,28 +370,6 @@ def as_event(failure: APIError) -> bytes:
 def named_event(data: dict[str, Any]) -> bytes:
     """Return one server-sent event named after its ``type``."""
     return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
-
-
-async def with_pauses(items: AsyncIterator[Item], pause_s: float) -> AsyncIterator[Item | None]:
-    """Yield ``items``, and None whenever none arrived for ``pause_s``."""
-    waiting = asyncio.ensure_future(anext(items))
-    try:
-        while True:
-            done, _ = await asyncio.wait((waiting,), timeout=pause_s)
-            if not done:
-                yield None
-                continue
-            try:
-                item = waiting.result()
-            except StopAsyncIteration:
-                return
-            waiting = asyncio.ensure_future(anext(items))
-            yield item
-    finally:
-        waiting.cancel()
-        with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-            await waiting
-        await _close(items)
 
 
 async def _close(items: AsyncIterator[Any]) -> None:
@@ -423,7 +403,7 @@ async def _hang_up(receive: Receive) -> None:
 
 class EventStream(Response):
     """Server-sent events that stop, and close their iterator, when the client disconnects, even
-    between events."""
+    between events. Silence is filled, so that proxies do not close the stream."""
 
     media_type = "text/event-stream"
 
@@ -432,51 +412,69 @@ class EventStream(Response):
         events: AsyncIterator[bytes],
         late_headers: Callable[[], Mapping[str, str]] | None = None,
         on_error: Callable[[APIError], bytes] | None = None,
-        pause_s: float | None = None,
+        keep_alive_s: float | None = None,
+        pause: bytes = PAUSE,
     ) -> None:
         """Prepare a response. With ``on_error`` it starts with the first event, or after
-        ``pause_s`` with a comment. Another comment follows each such pause.
+        ``keep_alive_s`` with a comment. ``pause`` is sent in each silence of ``QUIET_S``, or
+        ``keep_alive_s``, between two events.
 
         An earlier error is raised and gets its own status; a later one is written by ``on_error``
         as the last event. ``late_headers`` is called when the first event is available.
         """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._late_headers, self._on_error = late_headers, on_error
-        self._events: AsyncIterator[bytes | None] = events
-        if pause_s is not None:
-            self._events = with_pauses(events, pause_s)
+        self._events, self._late_headers, self._on_error = events, late_headers, on_error
+        self._keep_alive_s, self._pause = keep_alive_s, pause
+        self._has_begun = self._has_event = self._is_sending = False
+        self._sent_s = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        filler = asyncio.create_task(self._fill_pauses(send))
         try:
             with suppress(OSError, ClientGone):  # OSError: the client left during a send.
                 await unless_gone(receive, self._send_all(send))
         finally:
+            filler.cancel()
             await _close(self._events)
 
     async def _send_all(self, send: Send) -> None:
-        first = await anext(self._events, b"") if self._on_error is not None else b""
-        if self._late_headers is not None and first is not None:
-            self.headers.update(self._late_headers())
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(head)
+        if self._on_error is None:
+            await self._send(send, b"")
         try:
-            await _send_piece(send, first)
-            async for one in self._events:
-                await _send_piece(send, one)
+            async for event in self._events:
+                if self._late_headers is not None and not self._has_begun:
+                    self.headers.update(self._late_headers())
+                self._has_event = True
+                await self._send(send, event)
         except Exception as error:
-            if self._on_error is None or isinstance(error, OSError):
+            if self._on_error is None or not self._has_begun or isinstance(error, OSError):
                 raise
             failure = of_failure(error)
             note_error(str(failure))
-            await _send_piece(send, self._on_error(failure))
+            await self._send(send, self._on_error(failure))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _fill_pauses(self, send: Send) -> None:
+        pause_s = self._keep_alive_s or QUIET_S
+        while True:
+            await asyncio.sleep(max(self._sent_s + pause_s - time.monotonic(), 0.01))
+            if self._is_sending or time.monotonic() < self._sent_s + pause_s:
+                continue
+            self._sent_s = time.monotonic()
+            if self._has_begun or self._keep_alive_s is not None:
+                with suppress(OSError):  # Also of a timeout. The sender of events finds out.
+                    await self._send(send, self._pause if self._has_event else PAUSE)
 
-async def _send_piece(send: Send, piece: bytes | None) -> None:
-    """Send one event, or a comment for None, and give the event loop a turn. Otherwise a burst is
-    written to a closed connection, and asyncio logs a warning."""
-    body = PAUSE if piece is None else piece
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        await asyncio.sleep(0)
+    async def _send(self, send: Send, piece: bytes) -> None:
+        """Send a piece, after the headers, and give the event loop a turn. Otherwise a burst is
+        written to a closed connection, and asyncio logs a warning."""
+        self._is_sending = True
+        if not self._has_begun:
+            self._has_begun = True
+            headers = self.raw_headers
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if piece:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)
+        self._is_sending, self._sent_s = False, time.monotonic()

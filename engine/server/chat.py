@@ -23,7 +23,7 @@ from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server.access import Tenant, choice_id, new_id
 from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
+from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     AnsweredChat,
     Answers,
@@ -311,6 +311,9 @@ class ChatSession:
 class ChatWriter(ABC):
     """Writes the answers of one chat in the form of a dialect."""
 
+    PAUSE = PAUSE
+    """Event that fills silence."""
+
     def __init__(self, context: ServingContext, session: ChatSession) -> None:
         self._context, self._session = context, session
 
@@ -330,15 +333,11 @@ class ChatWriter(ABC):
         """Return the response with all answers."""
         headers = self._session.headers
         if is_stream:
-            return EventStream(self.events(), headers, self.failed, self._context.pause_s)
+            keep_alive_s = self._context.keep_alive_s
+            return EventStream(self.events(), headers, self.failed, keep_alive_s, self.PAUSE)
         answers = await unless_gone(request.receive, self._session.answers())
         outputs = [answer.output for answer in answers]
         return await self._context.answer(outputs, lambda: self.whole(answers), headers=headers())
-
-
-QUIET_S = 5.0
-"""Seconds without an event after which an empty one is sent. It keeps proxies from closing the
-stream while a long call is generated."""
 
 
 async def chat(context: ServingContext, request: Request, body: ChatRequest, size: int) -> Response:
@@ -395,7 +394,6 @@ class _ChatWriter(ChatWriter):
         session = self._session
         last: dict[int, RequestOutput] = {}
         deltas = [_Deltas() for _ in range(session.num_answers)]
-        sent_s = time.monotonic()
         async for news in session.news():
             is_first = not last
             if is_first:
@@ -406,8 +404,7 @@ class _ChatWriter(ChatWriter):
             if self._body.repeats_usage:
                 more["usage"] = self._usage(list(last.values()))
             choice = self._delta(deltas[news.index], news)
-            if more or choice != _choice(news.index, {}) or sent_s + QUIET_S < time.monotonic():
-                sent_s = time.monotonic()
+            if more or choice != _choice(news.index, {}):
                 yield self._event([choice], **more)
         outputs = [last[index] for index in range(session.num_answers)]
         if self._body.includes_usage:

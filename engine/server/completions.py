@@ -69,7 +69,7 @@ async def complete(
     answers = await _submit(context, body, tenant, answer_id)
     answer = _Answer(context, body, answer_id)
     if body.stream:
-        return EventStream(answer.events(answers), answer.headers, as_event, context.pause_s)
+        return EventStream(answer.events(answers), answer.headers, as_event, context.keep_alive_s)
     outputs = await unless_gone(request.receive, context.finals(answers))
     shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
     return await context.answer(

@@ -24,7 +24,6 @@ from engine.server.bodies import (
     json_object,
     json_response,
     named_event,
-    with_pauses,
 )
 from engine.server.chat import ChatSession, ChatWriter, ask, render, settle_system
 from engine.server.context import ServingContext
@@ -58,8 +57,7 @@ from engine.text.answers import (
 from engine.text.outputs import RequestOutput
 
 Entry = TypeVar("Entry")
-PING_S = 10.0
-"""Silence after which a stream sends a ping."""
+PING = named_event({"type": "ping"})
 REASONS: dict[Finish | None, str] = {
     "stop": "end_turn",
     "length": "max_tokens",
@@ -414,6 +412,8 @@ async def _chat_of(context: ServingContext, body: CountRequest, size: int) -> Ch
 class _MessagesWriter(ChatWriter):
     """Writes one message."""
 
+    PAUSE = PING
+
     def __init__(
         self,
         context: ServingContext,
@@ -443,16 +443,12 @@ class _MessagesWriter(ChatWriter):
         block at a time, and ``ping`` in pauses."""
         blocks = _Blocks(self._omits_thinking)
         has_begun = False
-        async for news in with_pauses(self._session.news(), PING_S):
-            if news is None:
-                if has_begun:
-                    yield named_event({"type": "ping"})
-                continue
+        async for news in self._session.news():
             if not has_begun:
                 has_begun = True
                 message = self._message([], _NO_ENDING, self._usage(news.output))
                 yield named_event({"type": "message_start", "message": message})
-                yield named_event({"type": "ping"})
+                yield PING
             said = b"".join(map(named_event, blocks.write(news.events)))
             if said:
                 yield said

@@ -25,8 +25,6 @@ EVERY_S = 0.05
 """Seconds between two requests for changes."""
 LINGER_S = 5.0
 """Seconds for which changes are still collected after the last reader left."""
-ALIVE_S = 10.0
-"""Maximum seconds without a message to a reader."""
 MAX_QUEUED_BYTES = 4 << 20
 """Maximum size of the changes that wait for one reader."""
 MAX_READERS = 32
@@ -114,12 +112,8 @@ class Feed:
                     yield reader.queue.popleft()
                 if self._asking is not None and self._asking.done() and not self._is_closed:
                     raise EngineStopped("The engine has stopped.")
-                try:
-                    async with asyncio.timeout(ALIVE_S):
-                        await reader.news.wait()
-                    reader.news.clear()
-                except TimeoutError:
-                    yield b": nothing new\n\n"
+                await reader.news.wait()
+                reader.news.clear()
         except EngineStopped as error:
             yield _event("ended", _dump(str(error)))
         finally:
