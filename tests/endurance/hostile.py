@@ -6,8 +6,8 @@ follow, connections with endless headers, and long prompts with drafts.
 
 For each attack the output has the longest time between two tokens of the first client, its tokens
 per second, and the loss relative to a control. The control of a grammar is the same request without
-it, that of a prompt with drafts is the same without drafts. For other attacks it is the time
-before.
+it, that of a prompt with drafts is the same on a server without drafts just before. For other
+attacks it is the time before.
 
 Other processes of the machine influence both. Each figure is therefore also given net, without the
 time in which the involved threads waited for a processor (as reported by Linux). The limits apply
@@ -303,19 +303,21 @@ class Reader(threading.Thread):
         self._port = port
         self._server, self._engine = server, child_of(server)
         self._ends = False
+        self._may_read = threading.Event()
+        self._may_read.set()
         self.gaps: list[tuple[Piece, Piece]] = []
         """Pairs of consecutive pieces of one answer."""
 
     def run(self) -> None:
         fields = {"prompt": "Tell me more.", "max_tokens": 3000, "ignore_eos": True, "stream": True}
         threads = [(self._server, self._server), (os.getpid(), threading.get_native_id())]
-        while not self._ends:
+        while self._may_read.wait() and not self._ends:
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
             headers = {"Content-Type": "application/json"}
             connection.request("POST", COMPLETIONS, json.dumps(fields), headers)
             answer = connection.getresponse()
             before: Piece | None = None
-            while not self._ends and (line := answer.readline()):
+            while self._may_read.is_set() and not self._ends and (line := answer.readline()):
                 if line.startswith(b"data: {"):
                     engine_s = _waited_s(self._engine, self._engine)
                     others_s = sum(_waited_s(*thread) for thread in threads)
@@ -325,8 +327,17 @@ class Reader(threading.Thread):
                     before = piece
             connection.close()
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read during the block only."""
+        self._may_read.set()
+        time.sleep(1)
+        yield
+        self._may_read.clear()
+
     def end(self) -> None:
         self._ends = True
+        self._may_read.set()
         self.join()
 
     def tokens_per_s(self, start_s: float, end_s: float) -> float:
@@ -378,6 +389,17 @@ def attack(
     status = _post_all(port, hostile.path, payloads) if any(payloads) else 200
     sent = f"{hostile.path} {hostile.name}", sum(map(len, payloads)) / 2**20, status
     return _outcome(reader, sent, start_s, control_per_s, is_judged)
+
+
+def compare(plain: tuple[int, Reader], drafting: tuple[int, Reader], body: Hostile) -> Outcome:
+    """Attack two servers, one after the other. The first is the control; each is given as its port
+    and its reader, which reads only meanwhile."""
+    speed: float | None = None
+    for port, reader in (plain, drafting):
+        with reader.reading():
+            outcome = attack(port, reader, body, speed)
+        speed = outcome.tokens_per_s
+    return outcome
 
 
 def _outcome(
@@ -498,13 +520,14 @@ def run(seed: int, num_rounds: int, only: str = "") -> dict[str, float]:
         if only in "connections":
             attacks.append(partial(hold_connections, port, reader))
         found = measure(attacks, num_rounds)
-        undrafted = [[attack(port, reader, body) for _ in range(num_rounds)] for body in drafted]
         peak_mib = _peak_mib(server.pid)
     if drafted:
-        with serving("--draft", "tree:8") as (port, reader, _):
-            speeds = [_median(outcomes).tokens_per_s for outcomes in undrafted]
-            pairs = zip(drafted, speeds, strict=True)
-            found += measure([partial(attack, port, reader, *pair) for pair in pairs], num_rounds)
+        with serving() as plain, serving("--draft", "tree:8") as drafting:
+            servers = plain[:2], drafting[:2]
+            for _, reader in servers:
+                with reader.reading():
+                    pass
+            found += measure([partial(compare, *servers, body) for body in drafted], num_rounds)
     rows = [_median(outcomes) for outcomes in found]
     header = f"{'token ms':>9} {'worst ms':>9} {'net ms':>7} {'tokens/s':>9} {'loss':>6}"
     print(f"{'MiB':>5} {'status':>6} {'s':>6} {header}  attack")
