@@ -1,21 +1,12 @@
-"""Measure the server under load, with the prefix cache and without.
+"""Parts of benchmarks of the server: start it, send it conversations, and print a table.
 
-Starts `engine serve` on a free loopback port, once with the cache and once without, and loads it
-over HTTP. Requests are conversations of ShareGPT, each turn with its history, or prompts of random
-tokens, at a fixed concurrency or at a rate. Prints the usual table of serving benchmarks, and
-writes experiments/results/NAME.jsonl.
-
-    python -m experiments.benchmarks.serving --concurrency 1 4 16
-    python -m experiments.benchmarks.serving --data random --input 1024 --output 128 --shared 512 \\
-        --rates 1 2 4 -- --model DIR
-
-Arguments after -- are passed to `engine serve`. With --in-process the engine runs in this process,
-without HTTP. ShareGPT contains private conversations: their text is never printed or written.
+A server runs with the prefix cache and without, and is loaded over HTTP or in process, at a fixed
+concurrency or at a rate. ``experiments.gpu`` uses these parts. ShareGPT contains private
+conversations: their text is never printed or written.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import socket
@@ -23,16 +14,8 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from engine.async_engine import AsyncEngine
-from engine.command.flags import add_flags, read_config
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.plugins import ENGINE
 from engine.text.hugging_face import load_tokenizer
 from experiments.benchmarks.conversations import (
     chat_text,
@@ -42,7 +25,6 @@ from experiments.benchmarks.conversations import (
 )
 from experiments.benchmarks.serving_load import (
     Client,
-    EngineClient,
     HTTPClient,
     Job,
     Load,
@@ -51,71 +33,11 @@ from experiments.benchmarks.serving_load import (
     drive,
     summary,
 )
-from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.command.parser import Parser
+from hybridcache.lab.report import text_table
 from hybridcache.lab.traces.sharegpt import iter_conversations
 
 START_S = 300.0
 """Time limit for the start of a server, in seconds."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    try:
-        options = _parser().parse_args(arguments[:split])
-        records = asyncio.run(_measure(options, arguments[split + 1 :]))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, TimeoutError) as error:
-        print(f"bench_serving: {error}", file=sys.stderr)
-        return 2
-    path = options.out / f"{options.name}.jsonl"
-    write_json_lines(path, records)
-    print(table(records))
-    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-    return 0
-
-
-def _parser() -> Parser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        prog="python -m experiments.benchmarks.serving",
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data", choices=("sharegpt", "random"), default="sharegpt", help="default: %(default)s")
-    add("--jobs", type=int, default=32, help="conversations, or random prompts (default: 32)")
-    add("--cap", type=int, default=4096, help="longest prompt of a conversation (default: 4096)")
-    add("--input", type=int, default=1024, help="mean length of a random prompt (default: 1024)")
-    add("--shared", type=int, default=0, help="shared prefix of random prompts (default: 0)")
-    add("--output", type=int, default=64, help="maximum tokens of an answer (default: 64)")
-    add("--concurrency", type=int, nargs="*", help="concurrent jobs (default: 1 4 16 64 256)")
-    add("--rates", type=float, nargs="*", default=[], help="jobs per second, at random times")
-    add("--caches", nargs="+", choices=("hybrid", "none"), default=["hybrid", "none"])
-    add("--seconds", type=float, default=60.0, help="time limit per load (default: 60)")
-    add("--ttft-target-ms", type=float, default=1000.0, help="for goodput (default: 1000)")
-    add("--tpot-target-ms", type=float, default=50.0, help="for goodput (default: 50)")
-    add("--in-process", action="store_true", help="no server, no HTTP")
-    add("--name", default="serving", help="name of the results (default: %(default)s)")
-    add("--out", type=Path, default=RESULTS, help="folder of the results")
-    return parser
-
-
-async def _measure(options: argparse.Namespace, flags: Sequence[str]) -> list[dict[str, Any]]:
-    concurrency = options.concurrency
-    if concurrency is None:
-        concurrency = [] if options.rates else [1, 4, 16, 64, 256]
-    loads = [Load(concurrency=n) for n in concurrency] + [Load(per_s=r) for r in options.rates]
-    start = in_process if options.in_process else over_http
-    records = await sweep(
-        {cache: start([*flags, "--prefix-cache", cache]) for cache in options.caches},
-        make_jobs(options, engine_config(flags)),
-        loads,
-        Targets(options.ttft_target_ms / 1e3, options.tpot_target_ms / 1e3),
-        options.seconds,
-    )
-    return [record | {"data": options.data} for record in records]
 
 
 async def sweep(
@@ -144,15 +66,6 @@ async def sweep(
     return records
 
 
-def engine_config(flags: Sequence[str]) -> EngineConfig:
-    """Return the configuration of ``engine serve`` with these flags."""
-    parser = Parser(prog="engine serve")
-    plugins = ENGINE
-    for config in (EngineConfig, *plugins):
-        add_flags(parser, config, config.__name__)
-    return read_config(EngineConfig, parser.parse_args(list(flags)), plugins=plugins)
-
-
 @asynccontextmanager
 async def over_http(flags: Sequence[str]) -> AsyncIterator[Client]:
     """Start a server process and yield its client. The server ends with the context."""
@@ -176,24 +89,6 @@ async def over_http(flags: Sequence[str]) -> AsyncIterator[Client]:
         server.wait()
 
 
-@asynccontextmanager
-async def in_process(flags: Sequence[str]) -> AsyncIterator[Client]:
-    """Yield a client of an engine in this process."""
-    client = EngineClient(AsyncEngine(Engine(engine_config(flags))))
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-def make_jobs(options: argparse.Namespace, config: EngineConfig) -> list[Job]:
-    """Return the jobs, the same for every cache and load."""
-    if options.data == "random":
-        return random_jobs(options.jobs, options.input, options.output, options.shared)
-    source = config.tokenizer or config.model
-    return conversation_jobs(source, options.jobs, cap=options.cap, num_output=options.output)
-
-
 def conversation_jobs(
     model: str | None, count: int, *, cap: int, num_output: int, generated: bool = False
 ) -> list[Job]:
@@ -213,23 +108,6 @@ def conversation_jobs(
     ]
 
 
-def random_jobs(
-    count: int, num_input: int, num_output: int, shared: int, seed: int = 0
-) -> list[Job]:
-    """Return prompts of one turn with ``shared`` common tokens, and 0.5 to 1.5 times ``num_input``
-    tokens."""
-    if not 0 <= shared < num_input // 2:
-        raise ValueError(
-            f"--shared must be less than half of --input (got {shared} and "
-            f"{num_input}), because each prompt needs unique tokens."
-        )
-    draw = np.random.default_rng(seed)
-    common = draw.integers(0, 256, shared, dtype=np.int32)
-    lengths = draw.integers(num_input // 2, num_input * 3 // 2, count, endpoint=True) - shared
-    unique = [draw.integers(0, 256, length, dtype=np.int32) for length in lengths]
-    return [[Prompt(np.concatenate([common, tokens]), num_output)] for tokens in unique]
-
-
 def progress(record: dict[str, Any]) -> str:
     """Return one line of progress."""
     return (
@@ -243,7 +121,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Return one line per load: rates, then mean / P50 / P99 of each time in ms."""
     header = ["cache", "load", "req/s", "in tok/s", "out tok/s", "goodput/s", "hit rate"]
     times = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
-    rows = [[*header, *(f"{name[:-3].upper()} ms" for name in times)]]
+    header += [f"{name[:-3].upper()} ms" for name in times]
+    rows = []
     for record in records:
         spreads = (record[name] for name in times)
         rows.append(
@@ -258,12 +137,4 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 *("/".join(f"{x:.3g}" for x in s.values()) if s else "-" for s in spreads),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return text_table(header, rows)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 
 from engine.async_engine import AsyncEngine
@@ -14,11 +15,12 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.text.tokenizer import ByteTokenizer
 from experiments.benchmarks import overhead
-from experiments.benchmarks.serving import random_jobs, sweep, table
+from experiments.benchmarks.serving import sweep, table
 from experiments.benchmarks.serving_load import (
     Answer,
     EngineClient,
     Load,
+    Prompt,
     Run,
     Targets,
     summary,
@@ -62,7 +64,10 @@ def test_summary_follows_the_definitions() -> None:
 
 
 def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
-    jobs = random_jobs(6, 300, 5, shared=140)
+    draw = np.random.default_rng(0)
+    lengths = [140, *draw.integers(10, 300, 6)]
+    shared, *unique = (draw.integers(0, 256, length, dtype=np.int32) for length in lengths)
+    jobs = [[Prompt(np.concatenate((shared, tokens)), 5)] for tokens in unique]
     loads = [Load(concurrency=1), Load(concurrency=4), Load(per_s=200.0)]
     servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
     records = asyncio.run(sweep(servers, jobs, loads, TARGETS, seconds=60))
@@ -72,7 +77,7 @@ def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
     # The second prompt saves a state at the branch. Later ones hit 128 of the 140 shared tokens.
     total = sum(len(job[0].tokens) for job in jobs)
     assert records[0]["token_hit_rate"] == pytest.approx(4 * 128 / total)
-    assert len(table(records).splitlines()) == 7
+    assert len(table(records).splitlines()) == 8
 
 
 @pytest.mark.parametrize("admission", overhead.ADMISSIONS)
