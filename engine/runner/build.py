@@ -1,19 +1,29 @@
-"""Builds a model runner in two phases: the weights, then the memory from a plan."""
+"""Builds a model runner in two phases: the weights, then the memory from a plan. Checks that hits
+equal cold runs on this machine, and captures graphs and compiles kernels before the first request.
+"""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from engine.config import EngineConfig
+from engine.config import MAX_SCORED, TILE, EngineConfig
+from engine.interfaces import Exactness
 from engine.layers.rank import ALONE, Rank
 from engine.runner.device import Device
-from engine.runner.exactness import check_exactness
+from engine.runner.graphs import WarmUp
 from engine.runner.loaded_model import LoadedModel
-from engine.runner.memory_plan import MemoryPlan, check_sizes
+from engine.runner.loading import DTYPES
+from engine.runner.memory_plan import MemoryPlan, check_sizes, kv_row_bytes, state_slot_bytes
 from engine.runner.model_runner import ModelRunner
-from engine.runner.warm_up import measure, warm_up
+from engine.schedule.batch import Batch, Newest, Segment
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB, counted
 
@@ -88,3 +98,220 @@ def _max_model_len(loaded: LoadedModel, plan: MemoryPlan) -> int:
             f"there is room for {counted(longest, 'token')}."
         )
     return asked
+
+
+LENGTH, RESUMED_AT, SHORT_LENGTH, OTHER_LENGTH = 130, 64, 81, 40
+"""Tokens of the prompt, the position of its checkpoint, tokens of a prompt with the same beginning,
+and tokens of another one."""
+HEAD_ROWS = (1, 3, 17)
+NUM_REQUESTS = 5
+
+
+@torch.inference_mode()
+def check_exactness(loaded: LoadedModel) -> Exactness:
+    """Compute hits and cold runs with one layer of each kind, and compare all bits.
+
+    A prompt is computed in one step, from a state at position 64 in a batch with another prompt,
+    and token by token after it. The digest of all rows is part of the identity of a store: it
+    changes with anything that changes bits, for example another instruction set, version of a
+    library, or number of threads. Triton kernels are not checked: they take seconds to compile, or
+    to interpret on a CPU.
+    """
+    if not loaded.device.is_cpu or "fused" in loaded.kernels.words().values():
+        return Exactness()
+    digest, different = hashlib.blake2b(digest_size=16), []
+    for name, cold, others in _Runs(loaded.excerpt(NUM_REQUESTS)).compare():
+        digest.update(cold.contiguous().view(torch.uint8).numpy().tobytes())
+        if not torch.equal(cold, others) and name not in different:
+            different.append(name)
+    saved = loaded.checkpoints
+    is_rounded = saved is not None and DTYPES.get(saved.dtype) is not loaded.state_dtype
+    rounded_to = saved.spec if saved is not None and is_rounded else ""
+    return Exactness(digest.hexdigest(), tuple(different), rounded_to)
+
+
+class _Runs:
+    """Steps of an excerpt of a model, on memory that only they use."""
+
+    def __init__(self, excerpt: LoadedModel) -> None:
+        row = kv_row_bytes(excerpt.sizes, excerpt.dtype)
+        state = state_slot_bytes(excerpt.sizes, excerpt.dtype, excerpt.state_dtype)
+        num_slots = NUM_REQUESTS if state else 0
+        plan = MemoryPlan("pools", NUM_REQUESTS * LENGTH, num_slots, row, state, 1)
+        self._runner = ModelRunner(excerpt, plan, max_model_len=LENGTH)
+        self._is_stateful = state > 0
+        ids = np.arange(LENGTH + OTHER_LENGTH) * 7919 % excerpt.config.vocab_size
+        self._prompt, self._other = np.split(ids.astype(np.int32), [LENGTH])
+        rows = np.arange(NUM_REQUESTS * LENGTH, dtype=np.int32).reshape(-1, LENGTH)
+        rows[[1, 4], :RESUMED_AT] = rows[0, :RESUMED_AT]
+        self._runner.table.write([(request, 0, own) for request, own in enumerate(rows)])
+
+    def compare(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Yield names of results, the rows of a cold run, and rows that must be equal to them.
+
+        Requests 0 and 3 run alone. Requests 1 and 4 continue from the checkpoint of 0: 1 in steps
+        with 2, and 4, which ends earlier, alone.
+        """
+        exports = ((RESUMED_AT, 1),) if self._is_stateful else ()
+        cold = self._step(self._prefill(0, self._prompt, 0, exports))
+        for states in self._runner.tensors.states:
+            states[:, 4] = states[:, 1]
+        short = self._step(self._prefill(4, self._prompt[RESUMED_AT:SHORT_LENGTH], RESUMED_AT))
+        middle, end = LENGTH - 2 - RESUMED_AT, len(self._other) - 1
+        first = self._step(
+            self._prefill(1, self._prompt[RESUMED_AT:-2], RESUMED_AT),
+            self._prefill(2, self._other[:end], 0),
+        )
+        second = self._step(self._decode(2, end), self._prefill(1, self._prompt[-2:], LENGTH - 2))
+        alone = self._step(self._prefill(3, self._other[:end], 0))
+        token = self._step(self._decode(3, end))
+        yield "hits", cold[RESUMED_AT:], torch.cat([first[:middle], second[1:]])
+        yield "hits", cold[RESUMED_AT:SHORT_LENGTH], short
+        yield "batches", torch.cat([alone, token]), torch.cat([first[middle:], second[:1]])
+        for states in self._runner.tensors.states:
+            yield "states", states[:, 0], states[:, 1]
+            yield "states", states[:, 3], states[:, 2]
+        logits = self._logits(cold[: HEAD_ROWS[-1]])
+        for count in HEAD_ROWS:
+            yield "logits", logits[:count], self._logits(cold[:count])
+
+    def _prefill(
+        self,
+        request: int,
+        tokens: npt.NDArray[np.int32],
+        start: int,
+        exports: tuple[tuple[int, int], ...] = (),
+    ) -> Segment:
+        return Segment(request, self._slot(request), tokens, start, False, exports)
+
+    def _decode(self, request: int, start: int) -> Segment:
+        return Segment(request, self._slot(request), self._other[start:], start, True)
+
+    def _slot(self, request: int) -> int | None:
+        return request if self._is_stateful else None
+
+    def _step(self, *segments: Segment) -> torch.Tensor:
+        """Return the hidden states of all tokens."""
+        token_ids, step = self._runner.step_inputs.of(Batch(segments))
+        hidden = self._runner.model.forward(token_ids, step, self._runner.tensors.pools)
+        return hidden[: step.num_tokens]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._runner.model.head(hidden)
+
+
+@torch.inference_mode()
+def warm_up(runner: ModelRunner) -> WarmUp:
+    """Capture every graph that ``runner`` may replay, largest first, and compile all other
+    kernels.
+
+    The launch parameters of a kernel change with the number of tokens, at powers of two. So one
+    step in every octave of lengths is rehearsed, and a later step of any length finds its kernels
+    compiled. All steps are computed on padding: they read and write no request's memory.
+    """
+    began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
+    decodes, verifies, prefills = captures(runner)
+    steps: list[Callable[[], object]] = [
+        partial(runner.forward, batch) for batch in rehearsals(runner)
+    ]
+    steps += [partial(runner.guess, newest, [1] * len(newest)) for newest in guesses(runner)]
+    works = [*decodes, *verifies, *prefills, *steps]
+    from tqdm import tqdm  # Here, because a start without warm-up does not need it.
+
+    for work in tqdm(works, desc="warm-up", leave=False, disable=None):
+        work()
+    runner.device.synchronize()
+    return WarmUp(
+        num_steps=len(steps),
+        num_decode_graphs=len(decodes),
+        num_verify_graphs=len(verifies),
+        num_prefill_graphs=len(prefills),
+        num_bytes=max(0, free_bytes - runner.device.free_bytes()),
+        seconds=time.perf_counter() - began,
+    )
+
+
+@torch.inference_mode()
+def measure(runner: ModelRunner) -> int:
+    """Measure the additional bytes that graphs and the largest step take.
+
+    The first graph of each kind takes the memory that all share; the second is used to estimate
+    each further one. Before each reading except the last, torch releases its cached memory.
+    Otherwise memory cached during loading would count as used until a capture releases it, and
+    graphs would seem to take nothing. The memory that the step leaves cached is needed by it, and
+    counts.
+    """
+    device = runner.device
+    before, num_bytes = device.unused_bytes(), 0
+    for kind in captures(runner):
+        for capture in kind[:1]:
+            capture()
+        shared = device.unused_bytes()
+        for capture in kind[1:2]:
+            capture()
+        num_bytes += (shared - device.unused_bytes()) * max(0, len(kind) - 2)
+    runner.forward(next(rehearsals(runner)))
+    for newest in guesses(runner):
+        runner.guess(newest, [1] * len(newest))
+    device.synchronize()
+    return num_bytes + max(0, before - device.free_bytes())
+
+
+def captures(runner: ModelRunner) -> tuple[list[Callable[[], None]], ...]:
+    """Return functions that capture each decode graph, each verify graph, and each bucket of
+    prefill graphs, largest of each kind first."""
+    (decodes, prefills), verifies = runner.graphs, runner.verify_graphs
+    return (
+        [partial(decodes.capture, bucket) for bucket in decodes.buckets] if decodes else [],
+        [partial(verifies.capture, bucket) for bucket in verifies.buckets] if verifies else [],
+        [partial(prefills.capture, size) for size in prefills.buckets] if prefills else [],
+    )
+
+
+def lengths(most: int) -> list[int]:
+    """Return ``most`` and the smaller powers of two, down to 1."""
+    return [most, *(2**power for power in reversed(range((most - 1).bit_length())))]
+
+
+def guesses(runner: ModelRunner) -> list[list[Newest]]:
+    """Return the inputs for rehearsing a multi-token head, if there is one."""
+    slot = runner.tensors.padding_slot
+    if not runner.num_guesses or slot is None:
+        return []
+    newest = Newest(runner.table.padding_row, slot, 0, runner.max_model_len - 1)
+    return [[newest] * count for count in (4, 3, 2, 1) if count <= runner.max_running_rows]
+
+
+def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
+    """Yield steps of every kind, largest first."""
+    row = runner.table.padding_row
+    slot, saved = runner.tensors.padding_slot, runner.tensors.padding_checkpoint
+    longest = runner.max_model_len
+
+    def prefill(length: int, logits: Literal["all", "last"]) -> Segment:
+        last = length // TILE * TILE
+        exports = ((last, saved),) if last and saved is not None else ()
+        return Segment(row, slot, np.zeros(length, np.int32), 0, False, exports, logits)
+
+    def prefills(length: int, logits: Literal["all", "last"]) -> Iterator[Segment]:
+        for start in range(0, length, longest):
+            yield prefill(min(longest, length - start), logits)
+
+    def decode() -> Segment:
+        exports = () if saved is None else ((longest, saved),)
+        return Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
+
+    def verified(num_drafts: int) -> Segment:
+        tokens, start = np.zeros(1 + num_drafts, np.int32), longest - 1 - num_drafts
+        return Segment(row, slot, tokens, start, True, logits="all", num_drafts=num_drafts)
+
+    for length in lengths(runner.most_step_tokens):
+        num_scored = min(length, MAX_SCORED)
+        yield Batch((*prefills(num_scored, "all"), *prefills(length - num_scored, "last")))
+    for count in (4, 3, 2, 1):
+        if count <= runner.max_running_rows:
+            copies = () if slot is None or saved is None else ((saved, slot),) * count
+            yield Batch((*[decode()] * count, prefill(1, "all")), restores=copies)
+            yield Batch((decode(),) * count)
+            if 2 * count <= min(runner.num_step_states, 2 * (longest - 1)):
+                yield Batch((verified(1),) * count)

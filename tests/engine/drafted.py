@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine import Engine, RequestOutput, engine_config
-from engine.plugins.speculation.draft_length import DraftLength
-from engine.plugins.speculation.draft_manager import Drafting, Source
+from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
 from engine.requests.request import Request
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler

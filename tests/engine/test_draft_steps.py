@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.plugins.speculation.draft_length import DraftLength
-from engine.plugins.speculation.draft_manager import Drafting, Source
+from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
 from tests.engine.drafted import MakeEngine, ScriptedDrafter, drafting_engine, prompts
 from tests.oracle import OracleRunner, OracleSampler
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine import RequestSpec
 from engine.plugins.speculation import suffix
-from engine.plugins.speculation.draft_length import (
+from engine.plugins.speculation.draft_manager import (
     MAX_REST,
     MIN_REST,
     DraftLength,

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from engine import engine_config
-from engine.runner.build import load_runner
+from engine.runner.build import guesses, load_runner
 from engine.runner.loading import Dummy, load_model
-from engine.runner.warm_up import guesses
 from engine.weights.tensor_files import WeightsError
 from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
-from engine.plugins.speculation.draft_length import DraftLength
-from engine.plugins.speculation.draft_manager import Drafting, Source
+from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
 from engine.plugins.tiers import TierConfig
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Newest

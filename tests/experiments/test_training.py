@@ -83,7 +83,7 @@ def test_engine_drafts_match_the_training_model(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HeadDrafter, "propose", spy)
-        patch.setattr("engine.plugins.speculation.draft_length.MIN_ACCEPTANCE", 0.0)
+        patch.setattr("engine.plugins.speculation.draft_manager.MIN_ACCEPTANCE", 0.0)
         prompts = [torch.randint(0, 250, (length,)).tolist() for length in (5, 70, 70)]
         prompts[2][:66] = prompts[1][:66]
         params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)

@@ -15,7 +15,7 @@ import pytest
 from msgspec import structs
 
 from engine import Engine, SamplingParams
-from engine.plugins.speculation.draft_length import DraftLength
+from engine.plugins.speculation.draft_manager import DraftLength
 from engine.plugins.tiers.records import RecordStore
 from engine.requests.logit_rules import TokenCounts
 from engine.schedule.batch import Batch

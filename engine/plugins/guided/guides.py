@@ -1,11 +1,18 @@
-"""Compiles grammars for one vocabulary, and caches them."""
+"""Compiles grammars for one vocabulary, caches them, and follows answers that have a grammar only
+after a mark, such as the one that opens a tool call.
+
+Before a mark, and after the text that its grammar allows, an answer is free and costs nothing. Only
+tokens that would complete a mark and continue after it are forbidden, so that a mark ends with a
+token.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +25,212 @@ from engine.plugins.guided.bindings import (
     make_vocabulary,
 )
 from engine.plugins.guided.guide import Compiled, GrammarRule, Guide, Shared, StepTime
-from engine.plugins.guided.marks import FreeText, MarkGuide, Overshoots
 from engine.requests.grammar import Grammar, GrammarError
+from engine.requests.logit_rules import Mask
+from engine.text.answers import CLOSE, OPEN
+from hybridcache.tokens import EMPTY, Tokens
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
+
+THINK, END_THINK = OPEN.encode(), CLOSE.encode()
+
+
+class Overshoots:
+    """Tokens of one vocabulary that complete a mark and continue after it."""
+
+    def __init__(self, marks: Sequence[bytes], tokenizer: Tokenizer, vocab_size: int) -> None:
+        """Search the vocabulary. O(vocabulary)."""
+        self.marks = tuple(marks)
+        self._vocab_size = vocab_size
+        self._always: list[int] = []
+        self._behind: dict[bytes, list[int]] = {}
+        """Tokens by the rest of a mark with which they begin."""
+        self._masks: dict[tuple[bytes, ...], Mask] = {}
+        lasts = {mark[-1:] for mark in marks}
+        for token in range(min(vocab_size, tokenizer.vocab_size)):
+            text = tokenizer.token_bytes(token)
+            if len(text) > 1 and any(last in text for last in lasts):
+                self._look_at(token, text)
+
+    def _look_at(self, token: int, text: bytes) -> None:
+        for end in range(1, len(text)):
+            head = text[:end]
+            for mark in self.marks:
+                if mark.endswith(head):
+                    self._behind.setdefault(head, []).append(token)
+                if head.endswith(mark):
+                    self._always.append(token)
+
+    def mask(self, text: bytes) -> Mask | None:
+        """Return the mask after ``text``, the end of the free part of an answer, or None if every
+        token is allowed."""
+        rests = tuple(
+            mark[size:]
+            for mark in self.marks
+            for size in range(1, len(mark))
+            if text.endswith(mark[:size]) and mark[size:] in self._behind
+        )
+        if not rests and not self._always:
+            return None
+        if rests not in self._masks:
+            allowed = np.ones(-(-self._vocab_size // 8) * 8, np.uint8)
+            allowed[self._always] = 0
+            for rest in rests:
+                allowed[self._behind[rest]] = 0
+            self._masks[rests] = np.packbits(allowed, bitorder="little")
+        return self._masks[rests]
+
+
+class FreeText:
+    """End of the free part of an answer, as far as it affects the next token."""
+
+    __slots__ = ("_longest", "_marks", "_may_think", "_thinks", "text")
+
+    def __init__(self, marks: Sequence[bytes], *, thinks: bool, may_think: bool) -> None:
+        """``thinks``: the answer begins inside reasoning; ``may_think``: it may begin with
+        reasoning."""
+        self._marks = marks
+        self._longest = max(len(text) for text in (*marks, THINK, END_THINK))
+        self._thinks = thinks
+        self._may_think = may_think and not thinks
+        self.text = b""
+        """End of the text that may be the beginning of a mark."""
+
+    def copy(self) -> FreeText:
+        other = FreeText(self._marks, thinks=self._thinks, may_think=self._may_think)
+        other.text = self.text
+        return other
+
+    @property
+    def is_reasoning(self) -> bool:
+        """True if marks are ignored so far."""
+        return self._thinks or self._may_think
+
+    def add(self, text: bytes) -> bytes | None:
+        """Append ``text``. Returns the mark with which the text ends, or None."""
+        self.text += text
+        if self._may_think:
+            begin = self.text.lstrip()
+            if len(begin) < len(THINK) and THINK.startswith(begin):
+                return None
+            self._thinks, self._may_think = begin.startswith(THINK), False
+        if self._thinks:
+            at = self.text.find(END_THINK)
+            if at < 0:
+                self.text = self.text[1 - self._longest :]
+                return None
+            self._thinks, self.text = False, self.text[at + len(END_THINK) :]
+        found = next((mark for mark in self._marks if self.text.endswith(mark)), None)
+        self.text = self.text[1 - self._longest :]
+        return found
+
+
+class MarkGuide(GrammarRule):
+    """Follows an answer that is free except after marks."""
+
+    def __init__(
+        self,
+        free: FreeText,
+        make: Mapping[bytes, Callable[[], Guide]],
+        overshoots: Overshoots,
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
+        """``make`` has a function for each mark, which makes the guide of the text after it."""
+        self._make = make
+        self._overshoots = overshoots
+        self._token_bytes = token_bytes
+        self._free, self._begin = free, free.copy()
+        """The free text so far, and its state at ``_free_from``."""
+        self._free_from = self._num_read = 0
+        self._call: tuple[int, Guide] | None = None
+        """Start of the text after a mark, and its guide."""
+        self._last_call: tuple[int, Guide] | None = None
+        """The previous call, which the newest token has ended; that token may be taken back."""
+
+    def masks(self, answer: Tokens, drafts: Tokens = EMPTY) -> list[Mask | GrammarError | None]:
+        try:
+            self._read(answer)
+        except GrammarError as error:
+            return [error] * (1 + len(drafts))
+        if self._call is not None:
+            start, guide = self._call
+            masks = guide.masks(answer[start:], drafts)
+            with suppress(GrammarError):
+                if len(drafts) and guide.is_done(np.concatenate([answer[start:], drafts])):
+                    masks[-1] = self._overshoots.mask(b"")
+            return masks
+        free = self._free.copy()
+        masks = [self._free_mask(free)]
+        for token in drafts.tolist():
+            mark = free.add(self._token_bytes(token))
+            if mark is not None:
+                return [*masks, *self._make[mark]().masks(EMPTY)]
+            masks.append(self._free_mask(free))
+        return masks
+
+    def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
+        """See ``LogitRule``. Drafts end where a mark, or the text after one, ends."""
+        try:
+            self._read(answer)
+            if self._call is not None:
+                start, guide = self._call
+                drafts = guide.possible(answer[start:], drafts)
+                for size in range(1, len(drafts) + 1):
+                    if guide.is_done(np.concatenate([answer[start:], drafts[:size]])):
+                        return drafts[:size]
+                return drafts
+        except GrammarError:
+            return drafts[:0]
+        free = self._free.copy()
+        for size, token in enumerate(drafts.tolist()):
+            mask = self._free_mask(free)
+            if mask is not None and not mask[token >> 3] >> (token & 7) & 1:
+                return drafts[:size]
+            if free.add(self._token_bytes(token)) is not None:
+                return drafts[: size + 1]
+        return drafts
+
+    def is_done(self, answer: Tokens) -> bool:
+        """Return False, because a free answer may always continue. Raises TooComplex as
+        ``Guide.is_done``."""
+        self._read(answer)
+        return False
+
+    def _free_mask(self, free: FreeText) -> Mask | None:
+        return None if free.is_reasoning else self._overshoots.mask(free.text)
+
+    def _read(self, answer: Tokens) -> None:
+        """Read ``answer``. Raises TooComplex as ``Guide.is_done``."""
+        if len(answer) < self._num_read:
+            self._go_back(len(answer))
+        while self._num_read < len(answer):
+            end = self._num_read + 1
+            if self._call is not None:
+                start, guide = self._call
+                if guide.is_done(answer[start:end]):
+                    self._last_call, self._call = self._call, None
+                    self._free = FreeText(self._overshoots.marks, thinks=False, may_think=False)
+                    self._begin, self._free_from = self._free.copy(), end
+            else:
+                mark = self._free.add(self._token_bytes(int(answer[end - 1])))
+                if mark is not None:
+                    self._call = end, self._make[mark]()
+                elif end > self._free_from + 1:
+                    self._last_call = None
+            self._num_read = end
+
+    def _go_back(self, length: int) -> None:
+        """Go back to ``length``, because the newest token was taken back."""
+        if self._call is not None and self._call[0] > length:
+            self._call = None
+        if self._call is None and length < self._free_from:
+            assert self._last_call is not None, "more than the newest token was taken back"
+            self._call, self._last_call = self._last_call, None
+        if self._call is None:
+            self._free, length = self._begin.copy(), self._free_from
+        self._num_read = length
+
 
 NUM_REMEMBERED = 64
 """Number of compiled grammars that are cached."""

@@ -20,9 +20,8 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.errors import describe_exit
 from engine.interfaces import RunnerLost
-from engine.plugins.tensor_parallel.group import START_TIMEOUT_S
+from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, make_memory
 from engine.plugins.tensor_parallel.rank_messages import RankEvent, RankReport, Start
-from engine.plugins.tensor_parallel.shared_memory import make_memory
 from engine.weights.model_config import ModelError
 
 LAST_WORDS_S = 5.0
