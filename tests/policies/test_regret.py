@@ -119,6 +119,18 @@ def test_labels_without_hits_are_dropped_and_tried_again() -> None:
     )
 
 
+def test_every_position_is_saved_in_spare_slots() -> None:
+    """A label that never paid is saved again if KV is evicted while slots are free."""
+    placement = Adaptive()
+    for number in range(100):
+        labels_of(placement, prefill(number))
+    missed = FakeItem("lost", label="back:1", position=900)
+    every = {"back:1", "back:4", "back:16", "back:64", "back:256"}
+    for free_slots, expected in ((7, every), (6, {"back:1"})):
+        request = prefill(0, missed=missed, free_slots=free_slots, num_checkpoints=20)
+        assert labels_of(placement, request) == expected
+
+
 def test_branches_and_boundaries_are_always_placed() -> None:
     placement = Adaptive()
     placed = dict(placement.plan(prefill(0, seen_len=300, boundaries=(200, 950))))

@@ -140,7 +140,7 @@ class Adaptive(PlacementPolicy):
     earns ``MARGIN`` times as much. With ample memory nothing is displaced, and every label with
     earnings is saved. Trials of a label that does not pay become rarer with each failure.
 
-    Six rules keep useful positions from being starved or displaced:
+    Seven rules keep useful positions from being starved or displaced:
 
     - *Succession*: a prompt that resumes from the tip of its conversation saves the end, of prompt
       or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
@@ -152,6 +152,8 @@ class Adaptive(PlacementPolicy):
       forks.
     - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
       saved in trials.
+    - *Spare slots*: if tokens were missed and a slot for each position is still free, KV is short
+      and not slots. A checkpoint then displaces nothing, and every position is saved.
     - *Room*: a prompt with its answer takes at most half of the checkpoints that fit, and at least
       one. Positions with the highest expected savings go first: the uses per checkpoint of their
       label times the tokens since the resumed position. Only shared positions have assumed uses.
@@ -271,6 +273,10 @@ class Adaptive(PlacementPolicy):
         cached_len, free_slots = prefill.cached_len, prefill.free_slots
         wanted: list[Placed] = []
         bars = self._bars()
+        num_positions = len(shared) + len(back_offs) + 2
+        spare = free_slots is not None and free_slots >= num_positions and self._missed_tokens > 0
+        if spare:
+            bars = -inf, -inf
         if prefill.seen_len > cached_len:
             if prefill.forks:
                 wanted.append(Placed(prefill.seen_len, "branch"))
@@ -281,11 +287,11 @@ class Adaptive(PlacementPolicy):
                 wanted.append(Placed(boundary, "boundary"))
         end = self._end(prefill)
         for placed in back_offs:
-            free = None if free_slots is None else free_slots // 2 - len(wanted)
+            free = None if free_slots is None or spare else free_slots // 2 - len(wanted)
             if placed.label == end or self._wants(placed.label, free, bars):
                 wanted.append(placed)
         saves_answer = end == "decode" or self._wants("decode", None, bars)
-        if free_slots is None:
+        if free_slots is None or spare:
             return wanted, saves_answer
         room = max((free_slots + prefill.num_checkpoints) // 2, 1)
         if len(wanted) + saves_answer <= room:
