@@ -46,6 +46,7 @@ from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
+from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION, split_specs
 
 BUILT_IN = tuple(sorted(EVICTION))
@@ -205,6 +206,8 @@ class Scores:
     """Sessions per second in closed loop, or None for a replay."""
     ttft_s: dict[str, float] = field(default_factory=dict)
     """Mean time to first token in closed loop, by policy."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Sentences about policies that failed, which have no rates here."""
 
 
 def _seeded(spec: str, seed: int) -> str:
@@ -221,17 +224,25 @@ def run_job(_trace: Trace, job: BoardJob) -> Scores:
     if job.rate is not None:
         return _serve(trace, job, job.rate)
     rates: dict[str, list[float]] = {}
+    failures: dict[str, str] = {}
     for policy in job.policies:
         eviction, _, placement = policy.partition("@")
-        result = simulate(
-            trace,
-            model=job.model,
-            gib=job.gib,
-            policy=eviction,
-            checkpoints=[placement or DEFAULT_PLACEMENT],
-            bound=False,
-        )
-        rates[policy] = [run.token_hit_rate for run in result.runs]
+        try:
+            result = simulate(
+                trace,
+                model=job.model,
+                gib=job.gib,
+                policy=eviction,
+                checkpoints=[placement or DEFAULT_PLACEMENT],
+                bound=False,
+            )
+        except PolicyError as error:
+            failures[policy] = str(error)
+            continue
+        if result.failures:
+            failures[policy] = result.failures[0]
+        else:
+            rates[policy] = [run.token_hit_rate for run in result.runs]
     geometry = ModelGeometry.load(job.model)
     plans: tuple[list[float], list[float]] = [], []
     for gib in job.gib:
@@ -245,7 +256,7 @@ def run_job(_trace: Trace, job: BoardJob) -> Scores:
                 counts_running=bool(counts_running),
             )
             found.append(best.reached)
-    return Scores(job.trace, job.seed, list(job.gib), rates, *plans)
+    return Scores(job.trace, job.seed, list(job.gib), rates, *plans, failures=failures)
 
 
 def _serve(trace: Trace, job: BoardJob, rate: float) -> Scores:
@@ -253,17 +264,21 @@ def _serve(trace: Trace, job: BoardJob, rate: float) -> Scores:
     scores = Scores(job.trace, job.seed, list(job.gib), {}, [], [], rate)
     for policy in job.policies:
         eviction, _, placement = policy.partition("@")
-        [run] = closed_loop(
-            trace,
-            model=job.model,
-            gib=job.gib,
-            policy=eviction,
-            checkpoints=[placement or DEFAULT_PLACEMENT],
-            rate=rate,
-            admission="sessions",
-            seeds=[job.seed],
-            progress=False,
-        ).runs
+        try:
+            [run] = closed_loop(
+                trace,
+                model=job.model,
+                gib=job.gib,
+                policy=eviction,
+                checkpoints=[placement or DEFAULT_PLACEMENT],
+                rate=rate,
+                admission="sessions",
+                seeds=[job.seed],
+                progress=False,
+            ).runs
+        except PolicyError as error:
+            scores.failures[policy] = str(error)
+            continue
         scores.rates[policy] = [run.token_hit_rate]
         scores.ttft_s[policy] = run.ttft_mean_s
     return scores
@@ -294,7 +309,8 @@ class Row:
         served = (self.served, self.served_difference, self.ttft_ratio)
         replayed = (self.hit_rate, self.difference, self.share, self.share_running)
         ratio = [] if self.ttft_ratio is None else [f"{self.ttft_ratio:.2f}"]
-        return [self.name, *map(str, filter(None, served[:2])), *ratio, *map(str, replayed)]
+        shown = [[f"{one:.1f}" for one in of if one] for of in (served[:2], replayed)]
+        return [self.name, *shown[0], *ratio, *shown[1]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,13 +345,22 @@ class Board:
             )
         return sorted(found, key=lambda row: -(row.served or row.hit_rate).mean)
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """A sentence per policy that failed in any run. Such policies have no row."""
+        return {name: words for one in self.scores for name, words in one.failures.items()}
+
+    def _names(self) -> list[str]:
+        """Return the policies with rates in all jobs."""
+        return [name for name in self.scores[0].rates if name not in self.failures]
+
     def _served_by_seed(self) -> dict[str, np.ndarray]:
         """Return hit rate and mean time to first token in closed loop, by policy: [2, seeds,
         cells]."""
         by_place = {(one.trace, one.gib[0], one.rate, one.seed): one for one in self.scores}
         cells = [(trace, *cell) for trace, of in self.split.closed_loop.items() for cell in of]
         runs = [[by_place[*cell, seed] for cell in cells] for seed in self.split.seeds]
-        names = self.scores[0].rates if cells else ()
+        names = self._names() if cells else ()
         return {
             name: np.array(
                 [
@@ -361,8 +386,9 @@ class Board:
     def table(self) -> str:
         """Return the board as text."""
         rows = [row.cells() for row in self.rows()]
-        return f"{self.summary()}, {self.split.model}. {self._explanation()}\n\n" + text_table(
-            self.heads(), rows
+        failed = [f"{name} failed: {words}" for name, words in self.failures.items()]
+        return f"{self.summary()}, {self.split.model}. {self._explanation()}\n\n" + "\n".join(
+            [text_table(self.heads(), rows), *failed]
         )
 
     def heads(self) -> list[str]:
@@ -409,7 +435,7 @@ class Board:
 
         rates = {
             name: matrix(lambda scores, name=name: scores.rates[name])  # type: ignore[misc]
-            for name in self.scores[0].rates
+            for name in self._names()
         }
         return rates, matrix(lambda s: s.plan), matrix(lambda s: s.plan_running)
 
@@ -429,6 +455,8 @@ def leaderboard(
     *,
     built_in: Sequence[str] = BUILT_IN,
     processes: int = 1,
+    seeds: int | None = None,
+    only: str = "",
     resume_from: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Board:
@@ -439,29 +467,37 @@ def leaderboard(
         split: traces, sizes and seeds; None for the packaged evaluation split.
         built_in: names of built-in evictions; each uses the default placement.
         processes: runs at the same time; changes no result.
+        seeds, only: the first seeds, and the traces with ``only`` in their names, as in
+            ``Split.head``; by default all.
         resume_from: JSON lines of finished jobs, read first and appended to.
         progress: called with (jobs done, all jobs).
 
     Raises:
         ValueError: a policy or a trace is unknown, or there is no policy.
     """
-    split = split or Split.load()
+    split = (split or Split.load()).head(seeds, only)
     for trace in split.gib:
         if len(split.seeds) > 1 and _seeded(trace, 0) == trace:
             raise ValueError(f"{trace} is a single draw: give one seed, and compare by sessions")
     names = tuple(dict.fromkeys((*policies, *built_in)))
     if not names:
         raise ValueError("nothing to compare: name a policy, or keep the built-in ones")
-    reference = DEFAULT_EVICTION if DEFAULT_EVICTION in names else names[0]
     jobs = split.jobs(names)
     scores = run_grid(
         Trace("leaderboard", 1, tuple),
         jobs,
         run_job,
-        read=lambda record: Scores(**{name: record[name] for name in Scores.__slots__}),
+        read=lambda record: Scores(
+            **{name: record[name] for name in Scores.__slots__ if name in record}
+        ),
         write=asdict,
         place=Place(processes),
         resume_from=resume_from,
         progress=progress,
     )
+    failed = {name: words for one in scores for name, words in one.failures.items()}
+    done = [name for name in names if name not in failed]
+    if not done:
+        raise PolicyError(failed[names[0]])
+    reference = DEFAULT_EVICTION if DEFAULT_EVICTION in done else done[0]
     return Board(split, reference, tuple(scores))

@@ -104,3 +104,23 @@ def test_custom_policy_is_scored_and_resumed(
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a run was repeated"))
     assert main([*arguments, "--split", str(split), "--output", "kept.jsonl"]) == 0
     assert "2 seeds each" in capsys.readouterr().out
+
+
+def test_a_policy_that_fails_has_no_row_and_the_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing.py").write_text(
+        "from hybridcache.policies.eviction.lru import LRU\n\n\n"
+        "class Bad(LRU):\n    def victim(self, *_):\n        return 1 / 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    split = replace(TINY, closed_loop={"short?head=20": ((0.3, 8.0),)})
+    found = leaderboard(["failing:Bad"], split, built_in=["lru"], seeds=1, only="short")
+    assert [row.name for row in found.rows()] == ["lru"] and found.split.seeds == (1,)
+    assert "failing:Bad failed: " in found.table() and "ZeroDivisionError" in found.table()
+    command = ["simulate", "--trace=short?head=20", "--gib=0.1,9", "--policy=lru,failing:Bad"]
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "failing:Bad at 0.1 GiB failed: " in out and "lru" in out
+    assert main(["simulate", "--trace=short?head=20", "--gib=0.001,4", "--closed-loop"]) == 1
+    assert "survival at 0.001 GiB failed: short: no request fits" in capsys.readouterr().out

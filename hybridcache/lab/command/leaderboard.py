@@ -42,14 +42,15 @@ def _leaderboard(options: argparse.Namespace) -> int:
     from hybridcache.lab.progress import shown_progress
     from hybridcache.policies.registry import split_specs
 
-    chosen = Split.load(options.split).head(options.seeds, options.only)
     named = options.built_in
     built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))
     with shown_progress(None, "runs") as show:
         board = leaderboard(
             options.policies,
-            chosen,
+            Split.load(options.split),
             built_in=built_in,
+            seeds=options.seeds,
+            only=options.only,
             processes=options.processes,
             resume_from=options.output,
             progress=show,
@@ -57,9 +58,11 @@ def _leaderboard(options: argparse.Namespace) -> int:
     if options.json:
         for row in board.rows():
             print(json.dumps(_finite(asdict(row))))
+        for name, words in board.failures.items():
+            print(json.dumps({"name": name, "failed": words}))
     else:
         print(board.table())
-    return 0
+    return 1 if board.failures else 0
 
 
 def _finite(value: Any) -> Any:

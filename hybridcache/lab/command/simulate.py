@@ -121,6 +121,7 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
     refuse_settings(given_settings(options), REPLAY_ONLY, reason)
     check_figure(options)
     runs: list[ClosedLoopRun] = []
+    has_failed = False
     for scenario in scenarios:
         trace = opened(str(scenario.trace), options)
         result = closed_loop(
@@ -130,12 +131,13 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
             resume_from=options.output,
         )
         runs += result.runs
+        has_failed |= bool(result.failures)
         if options.figure:
             closed_loop_figure(runs, options.figure)
         print(result.table(), end="\n\n")
     if options.figure:
         print(f"figure: {options.figure}")
-    return 0
+    return 1 if has_failed else 0
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -188,7 +190,7 @@ def _simulate(options: argparse.Namespace) -> int:
             print(verdict, end="\n\n")
     for path in drawn:
         print(f"figure: {path}")
-    return 0
+    return 1 if any(result.failures for result in results) else 0
 
 
 def _draw(

@@ -26,8 +26,8 @@ from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
-from hybridcache.lab.simulation.grid import Place, run_grid
-from hybridcache.lab.simulation.result import ClosedLoopRun
+from hybridcache.lab.simulation.grid import Place, RunFailed, run_grid
+from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of
 from hybridcache.lab.simulation.sizes import rates, sizes_for
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy
@@ -348,7 +348,7 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     the figures. ValueError if no request fits."""
     table = simulate_closed_loop(trace, cell)
     if not table.session:
-        raise ValueError(f"{trace.name}: no request fits in the memory ({table.num_refused} tried)")
+        raise RunFailed(f"{trace.name}: no request fits in the memory ({table.num_refused} tried)")
     [rate], [seed], limit_s = rates(cell.rate), seeds_of(cell), cell.ttft_limit_s
     asked_s = np.array(table.asked_s)
     ttft_s = np.array(table.first_token_s) - asked_s
@@ -403,6 +403,8 @@ class ClosedLoopResult:
     """One per cache, size, admission, rate and seed."""
     times: str
     """Source of the step times."""
+    failures: tuple[str, ...] = ()
+    """A sentence per run that failed."""
 
     def __repr__(self) -> str:
         """Return one line: trace and number of runs."""
@@ -418,7 +420,7 @@ class ClosedLoopResult:
         seeds."""
         from hybridcache.lab.report import closed_loop_table
 
-        return closed_loop_table(self.runs, self.times)
+        return "\n".join([closed_loop_table(self.runs, self.times), *self.failures])
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
@@ -485,6 +487,7 @@ def closed_loop(
         for seed in seeds_of(asked)
     ]
     kept = Path(resume_from) if resume_from else None
+    failures: dict[int, str] = {}
     with shown_progress(progress, "requests", opened.name) as show:
         runs = run_grid(
             opened,
@@ -495,8 +498,10 @@ def closed_loop(
             place=Place(processes, ray),
             resume_from=kept,
             progress=show,
+            failures=failures,
         )
-    return ClosedLoopResult(opened.name, tuple(runs), known.describe())
+    said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
+    return ClosedLoopResult(opened.name, tuple(runs), known.describe(), tuple(said))
 
 
 def jain_index(shares: Sequence[float]) -> float:

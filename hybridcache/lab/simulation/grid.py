@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from hybridcache.command.extras import explain_missing
 from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
+from hybridcache.policies.protocol import PolicyError
 
 _KEEP_BYTES = 256 << 20
 """Bytes of ids up to which a trace is kept in memory between runs."""
@@ -68,8 +69,12 @@ def run_grid(
     place: Place,
     resume_from: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    failures: dict[int, str] | None = None,
 ) -> list[Result]:
     """Return ``run(trace, job)`` for each of ``jobs``, in their order.
+
+    A run with a PolicyError or RunFailed is left out, and ``failures`` gets its sentence under the
+    number of the job. The error is raised if ``failures`` is None, or if all runs failed.
 
     With ``resume_from``, runs that are in that file under a job's key (``job.key(identity of the
     trace)``) are read from it, and new ones are appended as they finish, one JSON line each.
@@ -98,12 +103,22 @@ def run_grid(
     progressed = _Progressed(progress, len(results), len(jobs))
     with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
         for number, result in _results(trace, due, run, place, progressed):
+            if isinstance(result, PolicyError | RunFailed):
+                if failures is None or len(failures) + 1 == len(jobs):
+                    raise result
+                failures[number] = str(result)
+                progressed.run_done(progressed.num_requests)
+                continue
             results[number] = result
             if file is not None:
                 file.write(json.dumps({"key": keys[number]} | write(result)) + "\n")
                 file.flush()
             progressed.run_done(getattr(result, "num_requests", 1))
-    return [results[number] for number in range(len(jobs))]
+    return [results[number] for number in sorted(results)]
+
+
+class RunFailed(ValueError):
+    """A run that its settings made impossible."""
 
 
 def keys_of(trace: Trace, jobs: Sequence[Any]) -> list[str]:
@@ -246,7 +261,7 @@ def _results(
                 progressed.num_requests = len(trace.source.requests)
             trace = progressed.watched(trace)
         for number, job in due:
-            yield number, run(trace, job)
+            yield number, _tried(run, trace, job)
     else:
         yield from _in_processes(trace, due, run, place.processes)
 
@@ -341,7 +356,15 @@ def _run_far(
 ) -> tuple[tuple[int, Result], Warnings]:
     number, job = numbered
     with warnings.catch_warnings(record=True) as caught:
-        return (number, run(trace, job)), [one.message for one in caught]
+        return (number, _tried(run, trace, job)), [one.message for one in caught]
+
+
+def _tried(run: Run[Job, Result], trace: Trace, job: Job) -> Any:
+    """Return the result of a run, or the error that ends this run only."""
+    try:
+        return run(trace, job)
+    except (PolicyError, RunFailed) as error:
+        return error
 
 
 def _warned(numbered: tuple[int, Result], caught: Warnings) -> tuple[int, Result]:

@@ -245,8 +245,8 @@ class RunResult:
         return linear_ratio(parts, [one.prompt_tokens for one in self.by_session])
 
     def above(self, other: RunResult) -> Interval:
-        """Return this run's token hit rate less that of ``other``, paired by session. ValueError if
-        they ran over different sessions."""
+        """Return this run's token hit rate less that of ``other``, as a fraction, paired by
+        session. ValueError if they ran over different sessions."""
         if [one[:3] for one in self.by_session] != [one[:3] for one in other.by_session]:
             raise ValueError(f"{self.label} and {other.label} ran over different sessions.")
         pairs = zip(self.by_session, other.by_session, strict=True)
@@ -494,6 +494,11 @@ def _bins(keys: Any, lengths: Any, cached: Any, first: int) -> tuple[Bin, ...]:
     return tuple(bins)
 
 
+def failure_of(cell: Scenario, words: str) -> str:
+    """Return the sentence about a cell that failed."""
+    return f"{cell.label} at {cell.budget_bytes / GIB:.4g} GiB failed: {words}"
+
+
 @dataclass(frozen=True, slots=True)
 class SweepRuns:
     """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt
@@ -509,6 +514,8 @@ class SweepRuns:
     user's own model."""
     counted_by: str = ""
     """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
+    failures: tuple[str, ...] = ()
+    """A sentence per run that failed, because of its policy. It is not among ``runs``."""
 
     def beside(self, other: SweepRuns) -> Self:
         """Return these runs with those of another sweep over the same trace, measured with the same
@@ -530,7 +537,8 @@ class SweepRuns:
             added.append(
                 replace(run, bound_tokens=known.bound_tokens, optimum_tokens=known.optimum_tokens)
             )
-        return replace(self, runs=(*self.runs, *added))
+        failures = (*self.failures, *other.failures)
+        return replace(self, runs=(*self.runs, *added), failures=failures)
 
     def by_label(self) -> dict[str, list[RunResult]]:
         """Runs of each competitor, by size; one that was run twice, as it was run last."""

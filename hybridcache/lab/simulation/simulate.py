@@ -34,7 +34,7 @@ from hybridcache.lab.optimum.trie import Placement
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.grid import Place, keys_of, run_grid
-from hybridcache.lab.simulation.result import RunResult, SweepRuns, summarise
+from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes_for
 from hybridcache.lab.simulation.target import build_target
@@ -77,7 +77,7 @@ class SimulationResult(SweepRuns):
         column per size."""
         from hybridcache.lab.report import sweep_table
 
-        return sweep_table(self, metric)
+        return "\n".join([sweep_table(self, metric), *self.failures])
 
     def verdict(self) -> str:
         """Return one sentence: the policies with the most hits, and the command that serves with
@@ -199,9 +199,12 @@ def simulate(
     points = sizes_for(GIB_SPEC if asked.gib is None else asked.gib, opened, geometry)
     cells = replace(asked, trace=opened.full_name).cells(points)
     kept = Path(resume_from) if resume_from else None
+    failures: dict[int, str] = {}
     with shown_progress(progress, "requests", opened.name) as show:
         place = Place(processes, ray)
-        runs = run_cells(opened, cells, place=place, resume_from=kept, progress=show)
+        runs = run_cells(
+            opened, cells, place=place, resume_from=kept, progress=show, failures=failures
+        )
     result = SimulationResult(
         opened.name,
         geometry,
@@ -209,13 +212,15 @@ def simulate(
         None,
         times=describe_times(times) if isinstance(times, Roofline | MeasuredTimes) else "",
         counted_by=opened.counted_by,
+        failures=tuple(failure_of(cells[number], words) for number, words in failures.items()),
     )
     if bound:
         result = _with_bound(result, opened)
     if optimum:
         result = _with_optimum(result, opened, points, asked.grid)
     if kept and (bound or optimum):
-        _complete(kept, keys_of(opened, cells), result.runs)
+        done = [cell for number, cell in enumerate(cells) if number not in failures]
+        _complete(kept, keys_of(opened, done), result.runs)
     return result
 
 
@@ -226,6 +231,7 @@ def run_cells(
     place: Place | None = None,
     resume_from: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    failures: dict[int, str] | None = None,
 ) -> list[RunResult]:
     """Return the result of each of ``cells`` (``Scenario.cells``), in their order; see
     ``run_grid``. ValueError for a trace without a request."""
@@ -238,6 +244,7 @@ def run_cells(
         place=place or Place(),
         resume_from=resume_from,
         progress=progress,
+        failures=failures,
     )
 
 
