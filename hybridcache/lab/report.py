@@ -125,6 +125,9 @@ def sweep_table(result: SweepRuns, word: str = "hit") -> str:
     if first:
         title += f": {counted(first[0].requests, 'request')}, "
         title += counted(first[0].prompt_tokens, "prompt token")
+    if whole := result.working_set_bytes:
+        shares = (f"{100 * run.gib * GIB / whole:.3g}" for run in first)
+        rows.append(["(% of working set)", *shares])
     table = f"{title}\n{text_table(header, rows)}"
     return "\n".join([table, *bypass_notes(result), *notes_on(result, [word]), *tier_notes(result)])
 
@@ -460,7 +463,11 @@ def losses_table(runs: Sequence[RunResult]) -> str:
         parts = [run.cached_tokens, *run.losses]
         shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
         rows.append([run.label, size_label(run), *shares])
-    return f"{text_table(header, rows)}\n{LOSSES_NOTE}"
+    unknown = ", ".join(
+        f"{run.label} at {size_label(run)} GiB" for run in runs if run.losses is None
+    )
+    note = f"\nno causes are known for {unknown}" if unknown else ""
+    return f"{text_table(header, rows)}\n{LOSSES_NOTE}{note}"
 
 
 LOSSES_NOTE = (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.intervals import ratio
+from hybridcache.lab.report import losses_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
@@ -519,3 +521,12 @@ if __name__ == "__main__":
             for trace in GOLDEN_TRACES
         ]
         path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+def test_shares_of_the_working_set_are_shown_and_never_above_it() -> None:
+    result = simulate("short?head=20", gib="1%:100%:3", policy="lru", baseline="vllm")
+    assert max(run.gib for run in result.runs) * 2**30 <= result.working_set_bytes
+    assert re.search(r"\(% of working set\) +1 +10 +100\n", result.table())
+    assert "no causes are known for vllm (rebuilt) at " in losses_table(result.runs)
+    with pytest.raises(ValueError, match="gib True: GiB above 0"):
+        simulate("short?head=20", gib=True)

@@ -123,19 +123,28 @@ class Bin:
     """Requests with some quantity in [start, end), their prompt tokens and the reused ones."""
 
     start: int
+    """Smallest value of the quantity."""
     end: int
+    """Value above the largest."""
     requests: int
+    """Number of requests."""
     prompt_tokens: int
+    """Tokens of their prompts."""
     cached_tokens: int
+    """Prompt tokens that were reused."""
 
 
 class SessionResult(NamedTuple):
     """One session of a run. The interval of a run is over these."""
 
     session: str
+    """Name of the session, as text."""
     requests: int
+    """Number of requests."""
     prompt_tokens: int
+    """Tokens of their prompts."""
     cached_tokens: int
+    """Prompt tokens that were reused."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -516,6 +525,8 @@ class SweepRuns:
     """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
     failures: tuple[str, ...] = ()
     """A sentence per run that failed, because of its policy. It is not among ``runs``."""
+    working_set_bytes: int = 0
+    """Bytes of all that a cache could keep, if sizes were given as shares of them; else 0."""
 
     def beside(self, other: SweepRuns) -> Self:
         """Return these runs with those of another sweep over the same trace, measured with the same

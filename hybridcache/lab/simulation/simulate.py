@@ -36,7 +36,7 @@ from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.grid import Place, keys_of, run_grid
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.sizes import budget_bytes, sizes_for
+from hybridcache.lab.simulation.sizes import budget_bytes, has_shares, sizes_for, working_set_bytes
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 
@@ -213,6 +213,7 @@ def simulate(
         times=describe_times(times) if isinstance(times, Roofline | MeasuredTimes) else "",
         counted_by=opened.counted_by,
         failures=tuple(failure_of(cells[number], words) for number, words in failures.items()),
+        working_set_bytes=working_set_bytes(opened, geometry) if has_shares(asked.gib) else 0,
     )
     if bound:
         result = _with_bound(result, opened)

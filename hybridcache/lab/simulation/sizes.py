@@ -56,12 +56,12 @@ def sizes_for(
     >>> from hybridcache.lab.traces import open_trace
     >>> trace, geometry = open_trace("short?head=20"), ModelGeometry.preset("qwen3-next")
     >>> whole, = sizes_for("100%", trace, geometry)
-    >>> sizes_for("1%:100%:3", trace, geometry) == tuple(
-    ...     float(f"{whole * share:.6g}") for share in (0.01, 0.1, 1))
-    True
+    >>> [round(size / whole, 4) for size in sizes_for("1%:100%:3", trace, geometry)]
+    [0.01, 0.1, 1.0]
     """
-    if not isinstance(spec, str) or "%" not in spec:
+    if not has_shares(spec):
         return sizes(spec)
+    assert isinstance(spec, str)
     parts = re.split("[:,]", spec)
     shares = parts[:2] if ":" in spec else parts
     if not all(part.strip().endswith("%") for part in shares):
@@ -70,7 +70,17 @@ def sizes_for(
     whole = working_set_bytes(trace, geometry) / GIB
     if not whole:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
-    return tuple(float(f"{whole * point / 100:.6g}") for point in points)
+    # Rounded, but never above the working set.
+    found = (float(f"{whole * point / 100:.6g}") for point in points)
+    return tuple(
+        min(size, whole) if point <= 100 else size
+        for point, size in zip(points, found, strict=True)
+    )
+
+
+def has_shares(spec: object) -> bool:
+    """Return True if ``spec`` has shares of the working set."""
+    return isinstance(spec, str) and "%" in spec
 
 
 def working_set_bytes(trace: Trace, geometry: ModelGeometry) -> int:
@@ -100,6 +110,8 @@ def rates(spec: str | float | Sequence[float]) -> tuple[float, ...]:
 
 
 def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(spec, bool):
+        raise ValueError("a truth value is no size")
     if isinstance(spec, str) and ":" in spec:
         low, high, count = (*spec.split(":"), str(USUAL_POINTS))[:3]
         if spec.count(":") > 2 or not 0 < float(low) <= float(high) < TOO_LARGE_GIB:

@@ -89,7 +89,7 @@ class MeasuredSteps:
         if not self.table.decodes:
             raise ValueError(
                 f"{self.table.source} has no times of decode steps: measure it again with "
-                "experiments.benchmarks.measure_prefill"
+                "experiments.benchmarks.measure_prefill of a checkout, or add them"
             )
 
     def describe(self) -> str:

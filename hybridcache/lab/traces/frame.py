@@ -464,8 +464,9 @@ def in_order(
             if now_s < newest_s and is_sorted:
                 is_sorted = False
                 message = (
-                    f"{path}: lines are not in order of time (the first is line {line}); requests "
-                    f"are sorted, each before at most {WINDOW:,} others"
+                    f"{path}: lines are not in order of time (the first is line {line}, whose time "
+                    f"{now_s:g} s is before {newest_s:g} s); requests are sorted, each before at "
+                    f"most {WINDOW:,} others"
                 )
                 warn(message, TraceOrderWarning)
             newest_s = max(newest_s, now_s)
