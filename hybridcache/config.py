@@ -88,7 +88,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for name in COUNTS:
             value = getattr(self, name)
-            if value is not None and not hasattr(value, "__index__"):
+            if isinstance(value, bool) or not (value is None or hasattr(value, "__index__")):
                 raise TypeError(f"{name} must be an integer (got {value!r}).")
         if self.prefix_cache not in PREFIX_CACHES:
             known = ", ".join(PREFIX_CACHES)

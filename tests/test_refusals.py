@@ -118,6 +118,11 @@ def test_wrong_values_of_a_scenario_are_refused() -> None:
         simulate("odd")
 
 
+def test_a_truth_value_is_no_count() -> None:
+    with pytest.raises(TypeError, match=r"num_kv_tokens must be an integer \(got True\)"):
+        CacheConfig(num_kv_tokens=True, num_slots=4)
+
+
 FLAGS = {
     "serve": (EngineConfig, ServerConfig, *ENGINE, *SERVER),
     "generate": (EngineConfig, SamplingParams, *ENGINE),
