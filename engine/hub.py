@@ -127,10 +127,18 @@ def _fetch(
     be of a supported family and fit into the device's memory. Raises HubError.
     """
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        """Progress bar that is hidden outside of a terminal."""
+
+        def __init__(self, *values: Any, **options: Any) -> None:
+            options = {"disable": None} | options
+            super().__init__(*values, **options)  # type: ignore[no-untyped-call]
 
     revision = None if config is None else config.revision
-    get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
-    with _in_sentences(name, revision), _progress(with_weights):
+    get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*", tqdm_class=Bar)
+    with _in_sentences(name, revision):
         folder = Path(str(get(allow_patterns=SMALL_FILES)))
         if not with_weights:
             return folder
@@ -242,25 +250,6 @@ def _memory_words(name: str, folder: Path, weights_bytes: int, config: EngineCon
 
 
 @contextmanager
-def _progress(is_shown: bool) -> Iterator[None]:
-    """Hide the library's progress bars, unless ``is_shown`` in a terminal."""
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    hides = not ((is_shown and sys.stderr.isatty()) or are_progress_bars_disabled())
-    if hides:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hides:
-            enable_progress_bars()
-
-
-@contextmanager
 def _in_sentences(name: str, revision: str | None) -> Iterator[None]:
     """Raise HubError with one sentence for the errors of the library."""
     from huggingface_hub import constants, errors
@@ -294,22 +283,18 @@ def _in_sentences(name: str, revision: str | None) -> Iterator[None]:
             f"There is no folder {name} here, the cache in {constants.HF_HUB_CACHE} {has} that "
             f"model, and {reason}."
         )
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        why = _broken_off(name, f"the hub answered {status}")
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        response = getattr(error, "response", None)
+        status = None if response is None else response.status_code
+        said = str(error).split("\n")[0] if status is None else f"the hub answered {status}"
+        why = (
+            f"The download of {name} broke off ({said.rstrip('.') or type(error).__name__}). Run "
+            "the same command again: complete files are kept."
+        )
         if status in (401, 403):
             why = (
                 f"{where} refuses access to {name} ({status}) with this machine's token: {log_in}."
             )
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-        why = _broken_off(name, str(error).split("\n")[0] or type(error).__name__)
     else:
         return
     raise HubError(why) from None
-
-
-def _broken_off(name: str, why: str) -> str:
-    return (
-        f"The download of {name} broke off ({why.rstrip('.')}). Run the same command again: "
-        "complete files are kept."
-    )
