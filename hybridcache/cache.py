@@ -658,18 +658,6 @@ class HybridRadixCache:
         """Return a held slot. O(1)."""
         self._slots.free(slot)
 
-    def make_room(self, num_tokens: int = 0, num_slots: int = 0) -> bool:
-        """Evict until ``num_tokens`` rows (whole pages) and one slot, if ``num_slots``, are free.
-
-        Returns False, with nothing evicted for the part that failed, if locks or other holders
-        prevent it. For callers that allocate from the pools themselves. O(log n) per evicted item.
-        """
-        if num_slots > 1:
-            raise ValueError(f"make_room frees one slot at a time (got num_slots={num_slots}).")
-        if num_tokens > self.free_tokens and not self._make_room_for_kv(num_tokens):
-            return False
-        return num_slots <= self.free_slots or self._make_room_for_slot()
-
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
         """Evict until that much was freed or nothing evictable remains. O(log n) per item.
 

@@ -48,7 +48,7 @@ class RequestStates:
         """Allocate a slot, int64[1], evicting if needed. None if every state is locked."""
         allocator = self._pool.mamba_allocator
         slot: torch.Tensor | None = allocator.alloc(1)
-        if slot is None and cache.make_room(num_slots=1):
+        if slot is None and cache.evict(num_slots=1).num_slots:
             self._rows.give_back()
             slot = allocator.alloc(1)
         return slot
