@@ -1,19 +1,20 @@
-"""The watch page, as a file and in Chromium: it draws the recorded cache at each time."""
+"""The watch page, as a file and in Chromium: it draws the cache at each time."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hybridcache.watch.page import FORM, SCRIPTS, Recording, live_page, recorded_page
+from hybridcache.watch.page import SCRIPTS, live_page
 from hybridcache.watch.recorder import Record, Recorder
 from tests.cache.serving import hybrid, serve, traffic
 from tests.watch.follower import follow, truth
 
-NODES = """() => Object.fromEntries([...hybridcache.views[0].model.nodes.values()].map((node) => [
+NODES = """() => Object.fromEntries([...hybridcache.view.model.nodes.values()].map((node) => [
     node.id, {parent: node.parent.isRoot ? null : node.parent.id, namespace: node.namespace,
               start: node.start, end: node.end, slot: node.saved ? node.saved.slot : null}]))"""
 META = {"title": "a run", "kv_bytes": 24576, "state_bytes": 77_000_000}
@@ -49,9 +50,17 @@ def records_of(num_requests: int) -> tuple[list[Record], Any]:
     return records, cache
 
 
-def open_page(tab: Any, tmp_path: Path, *runs: Recording) -> None:
+def open_page(tab: Any, tmp_path: Path, records: list[Record]) -> None:
+    """Open the page with ``records`` in place of a server (``replay.js``)."""
+    replay = Path(__file__).with_name("replay.js").read_text(encoding="utf-8")
+    data = json.dumps({"meta": META, "records": records})
+    followed = 'new Live(document.getElementById("main"))'
+    page = live_page()
+    assert page.count(followed) == 1
+    shown = f'new Replay(document.getElementById("main"), {data})'
     file = tmp_path / "run.html"
-    file.write_text(recorded_page(runs), encoding="utf-8")
+    page = page.replace("(() => {", f"(() => {{\n{replay}", 1).replace(followed, shown)
+    file.write_text(page, encoding="utf-8")
     tab.goto(file.as_uri())
 
 
@@ -66,15 +75,10 @@ def test_the_page_is_one_file_without_external_resources() -> None:
     assert page == live_page()
 
 
-def test_recorded_text_cannot_close_its_script_element() -> None:
-    page = recorded_page([Recording({"title": "</script><b>"}, [])])
-    assert "</script><b>" not in page and FORM in page
-
-
-def test_the_page_shows_the_recorded_nodes_at_each_time(tab: Any, tmp_path: Path) -> None:
+def test_the_page_shows_the_nodes_at_each_time(tab: Any, tmp_path: Path) -> None:
     """Compare the nodes in the page with the cache and, going back, with ``follow``."""
     records, cache = records_of(90)
-    open_page(tab, tmp_path, Recording(META, records))
+    open_page(tab, tmp_path, records)
     shown = {int(id_): node for id_, node in tab.evaluate(NODES).items()}
     assert shown == truth(cache)
     for time in range(85, -1, -17):
@@ -83,7 +87,7 @@ def test_the_page_shows_the_recorded_nodes_at_each_time(tab: Any, tmp_path: Path
             nodes,
             [record for at, record in zip(_times(records), records, strict=True) if at <= time],
         )
-        tab.evaluate("(time) => hybridcache.page.go(time)", time)
+        tab.evaluate("(time) => hybridcache.go(time)", time)
         shown = {int(id_): node for id_, node in tab.evaluate(NODES).items()}
         assert shown == nodes, time
 
@@ -96,26 +100,13 @@ def _times(records: list[Record]) -> list[int]:
     return times
 
 
-def test_two_runs_side_by_side_share_a_slider(tab: Any, tmp_path: Path) -> None:
-    records, _ = records_of(40)
-    runs = [Recording(META | {"title": name}, records) for name in ("lru", "survival", "fifo")]
-    open_page(tab, tmp_path, *runs)
-    assert tab.locator(".view").count() == 2
-    tab.get_by_label("Time", exact=True).last.fill("3")
-    assert tab.evaluate("hybridcache.views.map((view) => view.model.time)") == [4, 4]
-    tab.get_by_label("Run").first.select_option("2")
-    assert tab.evaluate("hybridcache.views[0].model.meta.title") == "fifo"
-    tab.get_by_role("button", name="One step on").click()
-    assert tab.evaluate("hybridcache.views[1].model.time") == 5
-
-
 def test_the_keyboard_walks_tree_bars_and_table(tab: Any, tmp_path: Path) -> None:
     records, _ = records_of(40)
-    open_page(tab, tmp_path, Recording(META, records))
+    open_page(tab, tmp_path, records)
     tab.locator(".tree canvas").focus()
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "+", "Enter", "0"):
         tab.keyboard.press(key)
-    chosen = tab.evaluate("hybridcache.views[0].tree.selected.end")
+    chosen = tab.evaluate("hybridcache.view.tree.selected.end")
     assert f"–{chosen:,}" in tab.locator("#spoken").inner_text()
     assert "evicting it frees" in tab.locator(".details").inner_text()
     tab.locator(".bar").first.focus()
@@ -124,7 +115,7 @@ def test_the_keyboard_walks_tree_bars_and_table(tab: Any, tmp_path: Path) -> Non
     assert "time to first token" in details and "Where its prompt tokens came from" in details
     tab.get_by_role("button", name="table").click()
     rows = tab.locator("tbody tr")
-    assert rows.count() == tab.evaluate("hybridcache.views[0].tree.items.length")
+    assert rows.count() == tab.evaluate("hybridcache.view.tree.items.length")
     rows.first.focus()
     tab.keyboard.press("ArrowDown")
     assert rows.nth(1).get_attribute("aria-selected") == "true"
@@ -137,7 +128,7 @@ def test_the_page_fits_its_window_in_both_themes(
 ) -> None:
     records, _ = records_of(30)
     page = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    open_page(page, tmp_path, Recording(META, records), Recording(META, records))
+    open_page(page, tmp_path, records)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(background.split("(")[1].split(",")[0]) > 128) == (scheme == "light")
@@ -166,8 +157,8 @@ def contrast(one: str, other: str) -> float:
 def test_colours_have_enough_contrast(chromium: Any, tmp_path: Path, scheme: Any) -> None:
     """Check the ratios of WCAG 2.2: 4.5 for text, 3 for graphics."""
     page = chromium.new_page(color_scheme=scheme)
-    open_page(page, tmp_path, Recording(META, records_of(9)[0]))
-    tree = "hybridcache.views[0].tree"
+    open_page(page, tmp_path, records_of(9)[0])
+    tree = "hybridcache.view.tree"
     ramps, inks = page.evaluate(tree + ".ramps"), page.evaluate(tree + ".inkOn")
     panel = page.evaluate(tree + ".colour.panel")
     swatches = page.evaluate(
@@ -187,7 +178,7 @@ def test_colours_have_enough_contrast(chromium: Any, tmp_path: Path, scheme: Any
 
 def test_details_of_a_bar_open_in_a_narrow_window(chromium: Any, tmp_path: Path) -> None:
     page = chromium.new_page(viewport={"width": 390, "height": 844})
-    open_page(page, tmp_path, Recording(META, records_of(30)[0]))
+    open_page(page, tmp_path, records_of(30)[0])
     assert page.locator(".details").is_hidden()
     page.locator(".bar").first.click()
     box = page.locator(".details").bounding_box()
@@ -198,7 +189,7 @@ def test_details_of_a_bar_open_in_a_narrow_window(chromium: Any, tmp_path: Path)
 
 
 def test_every_legend_label_has_an_explanation(tab: Any, tmp_path: Path) -> None:
-    open_page(tab, tmp_path, Recording(META, records_of(30)[0]))
+    open_page(tab, tmp_path, records_of(30)[0])
     of_labels = "[...document.querySelectorAll('.lanes ~ .legend span')].map((label) => %s)"
     labels = tab.evaluate(of_labels % "label.textContent")
     assert "KV evicted" in labels and all(tab.evaluate(of_labels % "label.title"))
@@ -210,6 +201,6 @@ def test_every_legend_label_has_an_explanation(tab: Any, tmp_path: Path) -> None
 
 
 def test_an_empty_run_shows_a_note(tab: Any, tmp_path: Path) -> None:
-    open_page(tab, tmp_path, Recording(META, []))
+    open_page(tab, tmp_path, [])
     assert "Nothing is cached yet" in tab.locator(".note").inner_text()
     assert "No request yet." in tab.locator("body").inner_text()

@@ -1,11 +1,7 @@
-// Which page this is, and its theme.
+// The page and its theme.
 try { const kept = localStorage.getItem("theme"); if (kept) document.documentElement.dataset.theme = kept; } catch { /* a file may have no storage */ }
-const recording = document.getElementById("recording").textContent;
-const main = document.getElementById("main");
-const isReplay = recording.trimStart().startsWith("{");
-const page = isReplay ? new Replay(main, JSON.parse(recording)) : new Live(main);
-const views = page.views ?? [page.view];
-const theme = () => views.forEach((view) => view.theme());
+const page = new Live(document.getElementById("main"));
+const theme = () => page.view.theme();
 
 document.getElementById("theme").addEventListener("click", () => {
   const root = document.documentElement;
@@ -22,4 +18,4 @@ terms.append(
 document.getElementById("help").addEventListener("click", () => terms.showModal());
 terms.addEventListener("click", (event) => { if (event.target === terms) terms.close(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", theme);
-window.hybridcache = { page, views };
+window.hybridcache = page;

@@ -183,24 +183,4 @@ class Model {
     const isLeaf = !node.kids.some((kid) => kid.ghost === null);
     return { recompute, isLeaf, kvBytes: (node.end - node.start) * kv, stateBytes: node.saved ? state : 0 };
   }
-
-  clone() {
-    const copy = Object.assign(new Model(this.meta), this, {
-      roots: new Map(), nodes: new Map(), ghosts: new Set(), requests: new Map(this.requests),
-      talks: new Map([...this.talks].map(([id, talk]) => [id, { ...talk, ids: [...talk.ids] }])), tokens: { ...this.tokens },
-    });
-    const twins = new Map();
-    const waiting = [...this.roots.values()].map((root) => [root, null]);
-    for (let pair; (pair = waiting.pop());) {
-      const [node, parent] = pair;
-      const twin = { ...node, parent, box: null, kids: [], saved: node.saved ? { ...node.saved } : null };
-      twins.set(node, twin);
-      if (parent) parent.kids.push(twin); else copy.roots.set(node.namespace, twin);
-      if (node.ghost === null && !node.isRoot) copy.nodes.set(node.id, twin);
-      for (let at = node.kids.length - 1; at >= 0; at -= 1) waiting.push([node.kids[at], twin]);
-    }
-    for (const ghost of this.ghosts) if (twins.has(ghost)) copy.ghosts.add(twins.get(ghost));
-    copy.requests = new Map([...this.requests].map(([id, one]) => [id, { ...one }]));
-    return copy;
-  }
 }

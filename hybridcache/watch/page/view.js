@@ -1,6 +1,6 @@
 // One cache: its numbers, tree, memory and conversations.
 class View {
-  constructor(model, { ask = null, title = null, details = true } = {}) {
+  constructor(model, { ask = null } = {}) {
     this.model = model;
     this.selectedRequest = null;
     this.stats = element("dl.stats");
@@ -10,21 +10,21 @@ class View {
     this.table = new TreeTable(this);
     this.strip = new Strip(this);
     this.lanes = new Lanes(this);
-    this.details = details ? new Details(this, ask) : null;
+    this.details = new Details(this, ask);
     this.size = element("span.soft");
     this.legend = element("div.legend");
-    const card = element("section.card", { "aria-label": "Tree of cached prefixes" }, this.toolbar(title), this.tree.element, this.table.element, this.legend, this.strip.element);
+    const card = element("section.card", { "aria-label": "Tree of cached prefixes" }, this.toolbar(), this.tree.element, this.table.element, this.legend, this.strip.element);
     this.element = element("div.view", {}, element("div", {}, this.stats, this.meter, this.shares), card, this.lanes.element);
     this.theme();
   }
 
-  toolbar(title) {
+  toolbar() {
     const name = `by${Math.random()}`;
-    this.radios = COLOURS.map((by, at) => element("input", { type: "radio", name, value: by, checked: at === 0, onchange: () => (this.oncolour ? this.oncolour(by) : this.colourBy(by)) }));
+    this.radios = COLOURS.map((by, at) => element("input", { type: "radio", name, value: by, checked: at === 0, onchange: () => this.colourBy(by) }));
     const choices = this.radios.map((radio) => element("label", {}, radio, radio.value));
     const button = (text, label, act) => element("button.quiet", { type: "button", title: label, "aria-label": label, onclick: act }, text);
     const toggle = element("button.quiet", { type: "button", "aria-pressed": "false", onclick: () => this.toggleTable(toggle) }, "table");
-    return element("header", {}, title ?? element("h2", {}, "Tree"), this.size, element("div.tools", {},
+    return element("header", {}, element("h2", {}, "Tree"), this.size, element("div.tools", {},
       element("fieldset.seg", { style: "margin: 0; padding: 0", "aria-label": "Colour by" }, ...choices),
       element("span.soft.wheel", {}, "Ctrl + wheel zooms"), button("−", "Zoom out", () => this.tree.zoomBy(1 / 1.5)), button("+", "Zoom in", () => this.tree.zoomBy(1.5)), button("fit", "Show all", () => this.tree.focusOn(null)), toggle));
   }
@@ -135,8 +135,7 @@ class View {
     this.tree.selected = node;
     this.selectedRequest = null;
     this.strip.mark([]);
-    if (node) { this.details?.node(node); speak(this.describe(node).join(", ")); } else this.details?.hint();
-    this.onselect?.(this);
+    if (node) { this.details.node(node); speak(this.describe(node).join(", ")); } else this.details.hint();
     this.update();
   }
 
@@ -146,15 +145,14 @@ class View {
     this.selectedRequest = id;
     this.tree.selected = this.model.nodes.get(one.node) ?? null;
     this.strip.mark([]);
-    this.details?.request(one);
-    this.onselect?.(this);
+    this.details.request(one);
     this.update();
   }
 
   // The request that is shown went on.
   refresh() {
     const one = this.model.requests.get(this.selectedRequest);
-    if (one && this.details && this.shownState !== `${one.id} ${one.state}`) {
+    if (one && this.shownState !== `${one.id} ${one.state}`) {
       this.shownState = `${one.id} ${one.state}`;
       this.details.request(one);
     }

@@ -51,13 +51,13 @@ def test_page_shows_new_requests_and_nodes(tab: Any, serve_oracle: Callable[...,
     wait_until(tab, "document.querySelectorAll('.bar:not(.running)').length === 3")
     ask(live, "a tenant's " * 20, cache_salt="secret")
     wait_until(tab, "document.querySelectorAll('.bar:not(.running)').length === 4")
-    tab.evaluate("hybridcache.views[0].select(hybridcache.views[0].tree.items[0])")
+    tab.evaluate("hybridcache.view.select(hybridcache.view.tree.items[0])")
     text = tab.locator(".details pre.text")
     text.wait_for()
     assert "same beginning" in text.inner_text()
     tab.evaluate(
-        "hybridcache.views[0].select("
-        "hybridcache.views[0].tree.items.find((node) => node.namespace !== null))"
+        "hybridcache.view.select("
+        "hybridcache.view.tree.items.find((node) => node.namespace !== null))"
     )
     wait_until(
         tab, "document.querySelector('.details pre.text')?.textContent.includes('not shown')"
@@ -103,13 +103,13 @@ def test_page_reports_a_lost_server_and_reconnects(tab: Any) -> None:
         ask(live, PROMPT)
         tab.goto(live.url)
         wait_until_live(tab)
-        wait_until(tab, "hybridcache.views[0].model.nodes.size > 0")
+        wait_until(tab, "hybridcache.view.model.nodes.size > 0")
     tab.wait_for_selector("#link[data-state=broken]")
     assert "trying again" in tab.locator("#link").inner_text()
-    assert tab.evaluate("hybridcache.views[0].model.nodes.size") > 0, "the last state stays visible"
+    assert tab.evaluate("hybridcache.view.model.nodes.size") > 0, "the last state stays visible"
     with serving(oracle_engine(), port=live.port):
         wait_until_live(tab)
-        assert tab.evaluate("hybridcache.views[0].model.nodes.size") == 0, "another server's cache"
+        assert tab.evaluate("hybridcache.view.model.nodes.size") == 0, "another server's cache"
 
 
 def test_page_asks_for_the_operators_key(tab: Any, tmp_path: Path) -> None:
