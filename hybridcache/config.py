@@ -68,12 +68,12 @@ class CacheConfig:
         default=DEFAULT_EVICTION,
         metadata={"help": "eviction policy: a name, or a policy of your own"},
     )
-    dead_first: bool = field(
-        default=True, metadata={"help": "evict KV that nothing can resume from before other KV"}
-    )
-    demote_superseded: bool = field(
+    priority_classes: bool = field(
         default=True,
-        metadata={"help": "evict checkpoints with a deeper one on their unforked path first"},
+        metadata={
+            "help": "evict KV that nothing can resume from, and checkpoints with a deeper one on "
+            "their unforked path, before others"
+        },
     )
     host_bytes: int = field(
         default=0, metadata={"help": "host memory for what leaves the device, bytes; 0: none"}
@@ -245,13 +245,11 @@ def build_policy(config: CacheConfig) -> EvictionPolicy:
     """
     make = make_eviction(config.eviction)
     if make is LRU:
-        return LRU(config.dead_first, config.demote_superseded)
+        return LRU(config.priority_classes)
     policy = make()
-    if policy.orders_classes or not (config.dead_first or config.demote_superseded):
+    if policy.orders_classes or not config.priority_classes:
         return policy
-    dead = make() if config.dead_first else policy
-    superseded = make() if config.demote_superseded else policy
-    return PriorityClasses(policy, dead, superseded)
+    return PriorityClasses(policy, make(), make())
 
 
 def _attach_tiers(cache: HybridRadixCache, config: CacheConfig) -> None:

@@ -72,7 +72,7 @@ class PlainMatch:
 
 
 class PlainCache:
-    """Reference cache. ``dead_first`` and ``demote_superseded`` as in ``CacheConfig``."""
+    """Reference cache. ``priority_classes`` as in ``CacheConfig``."""
 
     def __init__(
         self,
@@ -81,14 +81,13 @@ class PlainCache:
         *,
         grid: int,
         ghost_bytes: int,
-        dead_first: bool = True,
-        demote_superseded: bool = True,
+        priority_classes: bool = True,
     ) -> None:
         self.pages, self.slots = pages, slots
         self.page_size = pages.page_size
         self.step = lcm(grid, pages.page_size)
         self.ghost_bytes = ghost_bytes
-        self.dead_first, self.demote_superseded = dead_first, demote_superseded
+        self.priority_classes = priority_classes
         self.pieces: list[Piece] = []
         arena = arena_of(pages)
         if arena is not None:
@@ -265,11 +264,11 @@ class PlainCache:
             if piece.rows is None or piece.locks:
                 continue
             if kind != "checkpoint" and not self._children(piece):
-                dead = self.dead_first and piece.state is None
+                dead = self.priority_classes and piece.state is None
                 tier = 0 if dead else 2
                 found.append((tier, piece.last_used, piece.serial, "kv", piece))
             if kind != "kv" and piece.state is not None:
-                tier = 1 if self.demote_superseded and self.is_superseded(piece) else 2
+                tier = 1 if self.priority_classes and self.is_superseded(piece) else 2
                 state = piece.state
                 found.append((tier, state.last_used, state.serial, "checkpoint", piece))
         return found

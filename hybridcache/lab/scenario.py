@@ -463,8 +463,7 @@ class Scenario:
             page_size=max(1, self.page_size // unit),
             grid=max(1, self.grid // unit),
             eviction=self.policy,
-            dead_first=self.priority_classes,
-            demote_superseded=self.priority_classes,
+            priority_classes=self.priority_classes,
             host_bytes=tiers[HOST],
             disk_bytes=tiers[DISK],
         )

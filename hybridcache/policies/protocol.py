@@ -135,7 +135,7 @@ class EvictionPolicy(ABC):
     """Class attribute. True if the policy sees all items and ranks dead KV and superseded
     checkpoints itself. If False, the cache makes an instance per priority class: dead KV,
     superseded checkpoints and the rest. Classes are evicted in this order
-    (``CacheConfig.dead_first``, ``demote_superseded``)."""
+    (``CacheConfig.priority_classes``)."""
 
     clock: Callable[[], float] = time.monotonic
     """Seconds, for policies that depend on time. Simulations set the clock of the simulated

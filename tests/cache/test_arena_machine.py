@@ -276,8 +276,7 @@ def arena_twins(rng: random.Random) -> Twins:
             state_bytes=ROW_BYTES * unit * rng.randint(2, 8) - 1,
             memory="arena",
             eviction=rng.choice(("lru", "lru", *EVICTION)),
-            dead_first=rng.random() < 0.7,
-            demote_superseded=rng.random() < 0.7,
+            priority_classes=rng.random() < 0.7,
             ghost_bytes=rng.choice((0, 2000, 1 << 20)),
         )
     )

@@ -28,7 +28,7 @@ def leaf_of(cache):
 @pytest.mark.parametrize("eviction", LISTING)
 def test_check_finds_missing_and_extra_candidates(eviction, classes):
     for item_of in (lambda node: node.kv, lambda node: node.checkpoint):
-        cache = filled(eviction=eviction, dead_first=classes, demote_superseded=classes)
+        cache = filled(eviction=eviction, priority_classes=classes)
         policy, item = cache.policy, item_of(leaf_of(cache))
         policy.discard(item, evicted=False)
         with pytest.raises(AssertionError, match="lacks"):

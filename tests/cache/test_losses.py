@@ -13,7 +13,7 @@ from tests.cache.serving import (
 def test_a_refused_checkpoint_does_not_count_as_missed():
     """The deeper checkpoint was evicted and the shallower one refused, so only the tokens between
     them were missed."""
-    cache = hybrid(demote_superseded=False, eviction="lru")
+    cache = hybrid(priority_classes=False, eviction="lru")
     serve(cache, ids("abcd"), [2, 4])
     cache.touch(cache.match(ids("abX")))
     cache.evict(num_slots=1)

@@ -47,8 +47,7 @@ def configs(draw: st.DrawFn, evictions: tuple[str, ...]) -> CacheConfig:
         page_size=page_size,
         grid=grid,
         eviction=draw(st.sampled_from(evictions)),
-        dead_first=draw(st.booleans()),
-        demote_superseded=draw(st.booleans()),
+        priority_classes=draw(st.booleans()),
         ghost_bytes=draw(st.sampled_from([0, 2000, 1 << 20])),
         **pools,
     )

@@ -287,4 +287,4 @@ def test_state_of_another_form_is_refused_and_changes_nothing():
         adaptive.load_state_dict(adaptive.state_dict() | {"accounts": [["end", {"uses": 1}]]})
     assert adaptive.state_dict() == Adaptive().state_dict()
     with pytest.raises(ValueError, match="keeps no learned state"):
-        LRU(True, True).load_state_dict(other, lambda _: None)
+        LRU(True).load_state_dict(other, lambda _: None)

@@ -125,7 +125,7 @@ def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
 def without_a_free_slot(num_slots: int = 2) -> TieredRadixCache:
     """Build a cache with a checkpoint on the device at 2, one on the host at 4, and all other slots
     held."""
-    cache = tiered(num_slots=num_slots, demote_superseded=False, eviction="lru")
+    cache = tiered(num_slots=num_slots, priority_classes=False, eviction="lru")
     serve(cache, ids("abcd"), [2, 4])
     cache.touch(cache.match(ids("abX")))
     cache.evict(num_slots=1)

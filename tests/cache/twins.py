@@ -146,8 +146,7 @@ class Twins:
             other._slots,
             grid=config.grid,
             ghost_bytes=config.ghost_bytes,
-            dead_first=config.dead_first and not orders_classes,
-            demote_superseded=config.demote_superseded and not orders_classes,
+            priority_classes=config.priority_classes and not orders_classes,
         )
         self.held_slots: list[int] = []
         self.held_rows: list[np.ndarray] = []

@@ -23,7 +23,9 @@ def test_an_aborted_arrival_does_not_change_the_eviction_order(kind: str, evicti
         sizes = {"num_kv_tokens": 600, "num_slots": 8, "grid": 10}
         weights = {"kv_bytes_per_token": 1, "state_bytes": 20}
         cache = build_prefix_cache(
-            CacheConfig(prefix_cache=kind, eviction=eviction, dead_first=False, **sizes, **weights)
+            CacheConfig(
+                prefix_cache=kind, eviction=eviction, priority_classes=False, **sizes, **weights
+            )
         )
         prompts = [tokens(100, 1000 * number) for number in range(3)]
         for prompt in prompts:

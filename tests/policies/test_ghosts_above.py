@@ -51,7 +51,7 @@ def test_ghosts_past_the_resumed_position_are_reported_deepest_first(
 
 
 def test_a_present_checkpoint_ends_the_ghost_hits() -> None:
-    cache = hybrid(ghost_bytes=1 << 20, demote_superseded=False, eviction=RecordingLRU)
+    cache = hybrid(ghost_bytes=1 << 20, eviction=RecordingLRU)
     serve(cache, ids("abcdefgh"), [2, 4, 6])
     serve(cache, ids("abcdx"))
     cache.evict(num_slots=2)

@@ -22,7 +22,7 @@ LEARNED: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("eviction", LEARNED)
 def test_a_locked_victim_does_not_count_as_an_eviction(eviction: str) -> None:
-    cache = hybrid(eviction=eviction, dead_first=False, demote_superseded=False)
+    cache = hybrid(eviction=eviction, priority_classes=False)
     policy = cache.policy
     for _ in range(5):
         serve(cache, ids("prompt"), [5])

@@ -14,7 +14,7 @@ from tests.cache.twins import VictimLog
 
 
 def filled(eviction: str, seed: int, classes: bool) -> HybridRadixCache:
-    cache = hybrid(600, 12, eviction=eviction, dead_first=classes, demote_superseded=classes)
+    cache = hybrid(600, 12, eviction=eviction, priority_classes=classes)
     for tokens in traffic(seed, 25):
         serve(cache, tokens, {len(tokens) // 2, len(tokens)} - {0})
     return cache

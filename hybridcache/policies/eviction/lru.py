@@ -26,15 +26,15 @@ class LRU(EvictionPolicy):
 
     orders_classes = False
 
-    def __init__(self, dead_first: bool = False, demote_superseded: bool = False) -> None:
+    def __init__(self, priority_classes: bool = False) -> None:
         self._kv, self._checkpoints = _Line(), _Line()
-        self._dead = _Line() if dead_first else self._kv
-        self._superseded = _Line() if demote_superseded else self._checkpoints
+        self._dead = _Line() if priority_classes else self._kv
+        self._superseded = _Line() if priority_classes else self._checkpoints
 
     @property
     def has_priority_classes(self) -> bool:
         """True if dead KV or superseded checkpoints have separate queues."""
-        return self._dead is not self._kv or self._superseded is not self._checkpoints
+        return self._dead is not self._kv
 
     def add(self, item: Item) -> None:
         item.memo = entry = (item.last_used, item.serial, item)
@@ -63,12 +63,10 @@ class LRU(EvictionPolicy):
             return self._dead.oldest() or self._kv.oldest()
         if kind == "checkpoint":
             return self._superseded.oldest() or self._checkpoints.oldest()
-        if self._dead is not self._kv and (dead := self._dead.oldest()) is not None:
-            return dead
-        if self._superseded is not self._checkpoints:
-            superseded = self._superseded.oldest()
-            if superseded is not None:
-                return superseded
+        if self._dead is not self._kv:
+            worthless = self._dead.oldest() or self._superseded.oldest()
+            if worthless is not None:
+                return worthless
         kv, checkpoint = self._kv.oldest(), self._checkpoints.oldest()
         if kv is None or checkpoint is None:
             return kv or checkpoint

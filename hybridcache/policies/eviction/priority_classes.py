@@ -11,7 +11,7 @@ from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyErro
 class PriorityClasses(EvictionPolicy):
     """Combination of three instances of one policy, evicted from in the order below.
 
-    ``dead`` and ``superseded`` can be the same object as ``rest``, which disables that class.
+    ``dead`` can be the same object as ``rest``, which disables that class.
 
     - *dead*: leaf KV without a checkpoint at its end. It cannot be resumed from.
     - *superseded*: checkpoints with a deeper one on the same unforked path. A repeated prompt can
@@ -59,25 +59,22 @@ class PriorityClasses(EvictionPolicy):
     def on_ghost_hit(self, item: Item) -> None:
         """Notify both classes with checkpoints, because the ghost can be from either."""
         self._rest.on_ghost_hit(item)
-        if self._superseded is not self._rest:
-            self._superseded.on_ghost_hit(item)
+        self._superseded.on_ghost_hit(item)
 
     def on_ghost_hit_above(self, item: Item) -> None:
         """Notify both classes with checkpoints."""
         self._rest.on_ghost_hit_above(item)
-        if self._superseded is not self._rest:
-            self._superseded.on_ghost_hit_above(item)
+        self._superseded.on_ghost_hit_above(item)
 
     def for_tier(self) -> EvictionPolicy | None:
         """Return the same classes over the shared policies of ``rest`` and ``superseded``.
 
         Lower tiers store only checkpoints, so dead KV has no class there.
         """
-        rest = self._rest.for_tier()
-        if rest is None or self._superseded is self._rest:
-            return rest
-        superseded = self._superseded.for_tier()
-        return None if superseded is None else PriorityClasses(rest, rest, superseded)
+        rest, superseded = self._rest.for_tier(), self._superseded.for_tier()
+        if rest is None or superseded is None:
+            return None
+        return PriorityClasses(rest, rest, superseded)
 
     def candidates(self) -> Iterable[Item] | None:
         """Return the items of all classes, or None if one of them cannot list its items."""
@@ -94,7 +91,7 @@ class PriorityClasses(EvictionPolicy):
         first: Item | None = None
         if kind != "checkpoint" and self._dead is not self._rest:
             first = self._dead.victim("kv")
-        if first is None and kind != "kv" and self._superseded is not self._rest:
+        if first is None and kind != "kv":
             first = self._superseded.victim("checkpoint")
         return first if first is not None else self._rest.victim(kind)
 
