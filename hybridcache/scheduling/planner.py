@@ -23,12 +23,12 @@ Requests that need another slab for their states sit the step out, and the other
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, cast
 
-from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
@@ -217,15 +217,23 @@ class StepPlanner(Generic[R]):
         self._admission = admission
         self._sessions = Sessions()
         self.max_running = max_running
-        self.now_s = clock()
-        """Time of the newest step, arrival or departure."""
-        self._load = _Load(self, manager, memory)
         self._token_budget = token_budget
         self._sharing = Sharing(manager) if shares else None
         self._holding = fetching
         self._clock = clock
         self._waiting: list[R] = []
         self._running: list[R] = []
+        self._matches: dict[WaitingRequest, tuple[int, int]] = {}
+        """(version of the cache, cached length at that version) by waiting request."""
+        self._load = Load(
+            max_running=max_running,
+            running=self._running,
+            open_sessions=self._sessions.open,
+            idle_sessions=self._sessions.idle,
+            cached_len=self._cached_len,
+            footprint=lambda one: memory.share(one.num_tokens - one.shared_len, 1),
+        )
+        self._load.now_s = clock()
         self._is_full = False
         self._num_in_flight = 0
         """Planned steps that are not committed."""
@@ -260,11 +268,11 @@ class StepPlanner(Generic[R]):
 
     def add(self, request: R) -> None:
         """Add ``request`` to the waiting requests."""
-        self.now_s = self._clock()
+        self._load.now_s = self._clock()
         request.session = self._sessions.arrived(
             request.request_id,
             request.tokens[: request.prompt_len],
-            self.now_s,
+            self._load.now_s,
             tenant=request.namespace,
             boundaries=tuple(request.spec.boundaries),
             choice_of=request.spec.choice_of,
@@ -280,7 +288,7 @@ class StepPlanner(Generic[R]):
             self._is_full = False
         else:
             self._waiting.remove(request)
-            self._load.forget(request)
+            self._matches.pop(request, None)
             if self._sharing is not None:
                 self._sharing.forget(request)
             if self._holding is not None:
@@ -291,7 +299,7 @@ class StepPlanner(Generic[R]):
         """Choose the requests of the next step and claim memory for them. Returns the end position
         of each: its ``scheduled_len`` after the step."""
         self._must_wait = False
-        self.now_s = self._clock()
+        self._load.now_s = self._clock()
         self._account()
         budget = self._budget()
         ends: dict[R, int] = {}
@@ -313,13 +321,13 @@ class StepPlanner(Generic[R]):
             for request, end in ends.items()
             if request.scheduled_len < request.prefill_len
         )
-        self._step_began_s = self.now_s
+        self._step_began_s = self._load.now_s
         return ends
 
     def _account(self) -> None:
         """Report the duration of the last step's prefills, which ends now, to the policy."""
         if self._num_prefilling:
-            seconds = self.now_s - self._step_began_s
+            seconds = self._load.now_s - self._step_began_s
             self._admission.computed(self._num_prefilling, seconds, self._load)
             self._num_prefilling = 0
 
@@ -351,7 +359,7 @@ class StepPlanner(Generic[R]):
     def wakes_at_s(self) -> float | None:
         """Time at which the policy withholds less; None if it names none that is still to come."""
         time_s = self._admission.wakes_at_s
-        return time_s if time_s is not None and self.now_s < time_s < inf else None
+        return time_s if time_s is not None and self._load.now_s < time_s < inf else None
 
     @property
     def withholds_all(self) -> bool:
@@ -379,13 +387,23 @@ class StepPlanner(Generic[R]):
         )
 
     def _has_left(self, request: R) -> None:
-        self.now_s = self._clock()
+        self._load.now_s = self._clock()
         if not self.has_work():
             self._account()
-        self._sessions.left(request.session, request.num_tokens, self.now_s)
+        self._sessions.left(request.session, request.num_tokens, self._load.now_s)
         self._admission.left(request, self._load)
         if request.spec.ends_session and not request.session.num_open:
             self.end_session(request.session.newest_id)
+
+    def _cached_len(self, request: WaitingRequest) -> int:
+        """See ``Load.cached_len``."""
+        version = self._manager.cache.stats.num_changes
+        known = self._matches.get(request)
+        if known is None or known[0] != version:
+            match = self._manager.match(cast("ScheduledRequest", request))
+            loadable_len = match.loadable[-1].position if match.loadable else 0
+            known = self._matches[request] = version, max(match.cached_len, loadable_len)
+        return known[1]
 
     def _decoding(self) -> list[R]:
         return [r for r in self._running if r.scheduled_len >= r.prefill_len]
@@ -524,14 +542,14 @@ class StepPlanner(Generic[R]):
         for older in self._waiting[:place]:
             older.num_passes += 1
         del self._waiting[place]
-        self._load.forget(request)
+        self._matches.pop(request, None)
         insort(self._running, request, key=_age)
         if self._sharing is not None:
             self._sharing.let_in(request)
         lease, _ = request.claims
         session, is_first = request.session, request.scheduled_s is None
         if is_first:
-            request.scheduled_s = self.now_s
+            request.scheduled_s = self._load.now_s
             request.cached_len, request.losses = lease.cached_len, lease.losses
             if session.num_requests == 1 and not session.num_admitted:
                 session.shared_len = min(lease.match.kv_match_len, request.prompt_len)
@@ -550,55 +568,6 @@ class StepPlanner(Generic[R]):
         assert self._num_in_flight in (0, 1)
         assert self._sharing is None or self._sharing.followers <= set(self._waiting)
         assert self._holding is None or self._holding.requests <= set(self._waiting)
-
-
-class _Load(Load):
-    """View of a planner for its admission policy."""
-
-    def __init__(
-        self, planner: StepPlanner[Any], manager: CacheManager, sizes: MemorySizes
-    ) -> None:
-        self._planner, self._manager, self._sizes = planner, manager, sizes
-        self._matches: dict[WaitingRequest, tuple[int, int]] = {}
-        """(version of the cache, cached length at that version) by waiting request."""
-
-    @property
-    def now_s(self) -> float:
-        return self._planner.now_s
-
-    @property
-    def num_running(self) -> int:
-        return self._planner.num_running
-
-    @property
-    def max_running(self) -> int:
-        return self._planner.max_running
-
-    @property
-    def open_sessions(self) -> Collection[Session]:
-        return self._planner.sessions.open
-
-    @property
-    def idle_sessions(self) -> Collection[Session]:
-        return self._planner.sessions.idle
-
-    def cached_len(self, request: WaitingRequest) -> int:
-        """See ``Load``."""
-        version = self._manager.cache.stats.num_changes
-        known = self._matches.get(request)
-        if known is None or known[0] != version:
-            match = self._manager.match(cast("ScheduledRequest", request))
-            loadable_len = match.loadable[-1].position if match.loadable else 0
-            known = self._matches[request] = version, max(match.cached_len, loadable_len)
-        return known[1]
-
-    def footprint(self, session: Session) -> float:
-        """See ``Load``."""
-        return self._sizes.share(session.num_tokens - session.shared_len, 1)
-
-    def forget(self, request: WaitingRequest) -> None:
-        """Record that ``request`` no longer waits."""
-        self._matches.pop(request, None)
 
 
 def _age(request: ScheduledRequest) -> int:

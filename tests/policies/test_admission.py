@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -49,7 +50,7 @@ class FakeLoad:
     """Server load with the fields that policies see."""
 
     now_s: float = 0.0
-    num_running: int = 0
+    running: Sequence[Any] = ()
     max_running: int = 16
     open_sessions: Sequence[Session] = ()
     idle_sessions: Sequence[Session] = ()
@@ -160,7 +161,7 @@ def test_without_losses_requests_are_admitted_oldest_first() -> None:
 
 
 def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
-    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    policy, load = make_admission("sessions"), FakeLoad(running=[None])
     congest(policy, load)
     requests = waiting([0, 1000, 0, 600])  # the prefixes of 0 and 2 were evicted
     requests[2].arrival_s = 1e6  # before that of request 0
@@ -187,7 +188,7 @@ def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
     pause_s: float, withholds: bool
 ) -> None:
     """A session fills 0.4 of the memory for a cycle of a pause. Its prompt takes one second."""
-    policy, load = make_admission("sessions"), FakeLoad(num_running=1, session_share=0.4)
+    policy, load = make_admission("sessions"), FakeLoad(running=[None], session_share=0.4)
     for number in range(200):
         load.now_s += pause_s
         request = FakeRequest(number, session(number, num_requests=3), 8000)
@@ -205,7 +206,7 @@ def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
 
 def test_the_next_turn_of_a_session_waits_a_bounded_time() -> None:
     """The debt stays high, and resident sessions always have another request."""
-    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    policy, load = make_admission("sessions"), FakeLoad(running=[None])
     congest(policy, load, lost=10**9)
     begun_s = load.now_s
     new = FakeRequest(0, session(0, num_requests=1), arrival_s=begun_s)
@@ -242,7 +243,7 @@ def cycle(policy: AdmissionPolicy, load: FakeLoad, number: int, *, is_lost: bool
 
 
 def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:
-    policy, load = SessionGate(), FakeLoad(num_running=1)
+    policy, load = SessionGate(), FakeLoad(running=[None])
     congest(policy, load, lost=80_000)
     for one in (session(0, num_requests=1, known_len=0), session(1)):
         choices = [FakeRequest(i, one) for i in range(3)]

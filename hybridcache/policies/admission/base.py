@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 
@@ -124,44 +124,37 @@ class AdmittedRequest(WaitingRequest, Protocol):
         ...
 
 
-class Load(Protocol):
+class Load:
     """The state of the server as a policy sees it. Read-only."""
 
-    @property
-    def now_s(self) -> float:
+    def __init__(
+        self,
+        *,
+        max_running: int,
+        running: Collection[WaitingRequest],
+        open_sessions: Collection[Session],
+        idle_sessions: Collection[Session],
+        cached_len: Callable[[WaitingRequest], int],
+        footprint: Callable[[Session], float],
+    ) -> None:
+        """Make a view for the scheduler, which changes the collections and ``now_s``."""
+        self.now_s = 0.0
         """Time of the step."""
-        ...
-
-    @property
-    def num_running(self) -> int:
-        """Admitted requests that are not answered yet."""
-        ...
-
-    @property
-    def max_running(self) -> int:
+        self.max_running = max_running
         """Most requests that run at a time."""
-        ...
-
-    @property
-    def open_sessions(self) -> Collection[Session]:
+        self.running = running
+        """Admitted requests that are not answered yet."""
+        self.open_sessions = open_sessions
         """Sessions with a waiting or running request."""
-        ...
-
-    @property
-    def idle_sessions(self) -> Collection[Session]:
+        self.idle_sessions = idle_sessions
         """Other sessions that are remembered; the one idle for longest first."""
-        ...
-
-    def cached_len(self, request: WaitingRequest) -> int:
-        """Return the tokens of ``request`` that are cached now, or could be loaded from another
-        tier. Counts as no use of the cache. O(1) while the cache has not changed since the last
-        call, else O(length)."""
-        ...
-
-    def footprint(self, session: Session) -> float:
-        """Return the part of the memory, 0 to 1, that the text of ``session`` takes. Includes one
-        checkpoint and excludes text shared with other sessions."""
-        ...
+        self.cached_len = cached_len
+        """Function of a waiting request. Returns its tokens that are cached now, or could be loaded
+        from another tier. Counts as no use of the cache. O(1) while the cache has not changed since
+        the last call, else O(length)."""
+        self.footprint = footprint
+        """Function of a session. Returns the part of the memory, 0 to 1, that its text takes.
+        Includes one checkpoint and excludes text shared with other sessions."""
 
 
 class AdmissionPolicy:

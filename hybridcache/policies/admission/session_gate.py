@@ -198,7 +198,7 @@ class SessionGate(AdmissionPolicy):
         if resident:
             return resident
         enters_at_s = inf
-        if len(running) == load.num_running:
+        if len(running) == len(load.running):
             enters_at_s = self._next_entry_s(first, entering, load)
         if enters_at_s <= load.now_s:
             self._reason = ENTERING
