@@ -19,6 +19,7 @@ from engine.schedule.batch import StepHooks
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.planner import Holding
 from hybridcache.tokens import common_prefix_len
 
 IDLE_S = 0.01
@@ -96,8 +97,10 @@ class Fetcher(Protocol):
         ...
 
 
-class Fetching(StepHooks):
+class Fetching(StepHooks, Holding[Request]):
     """Loads in progress and the waiting requests that are held for them."""
+
+    loads = True
 
     def __init__(self, manager: CacheManager, fetcher: Fetcher) -> None:
         self._manager, self._fetcher = manager, fetcher

@@ -26,7 +26,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.admission.sessions import Sessions
@@ -103,25 +103,27 @@ class PrefillBudget:
         self.scored -= num_tokens * scores
 
 
-class Holding(Protocol[Q]):
-    """Waiting requests that are held until their prefix is loaded."""
+class Holding(Generic[Q]):
+    """Waiting requests that are held until their prefix is loaded. This class holds none."""
+
+    loads = False
+    """True if a request can be held."""
 
     @property
     def requests(self) -> set[Q]:
         """Waiting requests that are held or have a load in progress."""
-        ...
+        return set()
 
     def is_holding(self, request: Q) -> bool:
         """Return whether ``holds`` would be True again, without looking at tokens. O(1)."""
-        ...
+        return False
 
     def holds(self, request: Q) -> bool:
         """Return whether waiting ``request`` must wait for a load; may begin it."""
-        ...
+        return False
 
     def forget(self, request: Q) -> None:
         """Record that ``request`` no longer waits."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,7 @@ class StepPlanner(Generic[R]):
         self.max_running = max_running
         self._token_budget = token_budget
         self._sharing = Sharing(manager) if shares else None
-        self._holding = fetching
+        self._holding: Holding[R] = Holding() if fetching is None else fetching
         self._clock = clock
         self._waiting: list[R] = []
         self._running: list[R] = []
@@ -291,8 +293,7 @@ class StepPlanner(Generic[R]):
             self._matches.pop(request, None)
             if self._sharing is not None:
                 self._sharing.forget(request)
-            if self._holding is not None:
-                self._holding.forget(request)
+            self._holding.forget(request)
         self._has_left(request)
 
     def choose(self) -> dict[R, int]:
@@ -474,7 +475,7 @@ class StepPlanner(Generic[R]):
         self._withholds_all = not candidates
         num_looked_at = num_unled = 0
         for request in candidates:
-            is_held = self._holding is not None and self._holding.is_holding(request)
+            is_held = self._holding.is_holding(request)
             yield request
             num_looked_at += not is_held
             num_unled += not self._is_led(request)
@@ -483,7 +484,7 @@ class StepPlanner(Generic[R]):
 
     def _is_led(self, request: R) -> bool:
         """Return whether waiting ``request`` waits for another request or for a load."""
-        if self._holding is not None and self._holding.is_holding(request):
+        if self._holding.is_holding(request):
             return True
         return self._sharing is not None and self._sharing.follows(request)
 
@@ -500,12 +501,12 @@ class StepPlanner(Generic[R]):
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
             has_turn = not budget.is_spent and num_taken < self.max_running
-            may_begin = has_turn or self._holding is not None
+            may_begin = has_turn or self._holding.loads
             if self._is_full or not may_begin or self._manager.must_wait_for_slab:
                 continue
             if goal and self._manager.cached_len(request) < goal:
                 continue
-            if self._holding is not None and self._holding.holds(request):
+            if self._holding.holds(request):
                 continue
             if not has_turn:
                 continue
@@ -567,7 +568,7 @@ class StepPlanner(Generic[R]):
         assert len(self._running) <= self.max_running
         assert self._num_in_flight in (0, 1)
         assert self._sharing is None or self._sharing.followers <= set(self._waiting)
-        assert self._holding is None or self._holding.requests <= set(self._waiting)
+        assert self._holding.requests <= set(self._waiting)
 
 
 def _age(request: ScheduledRequest) -> int:
