@@ -65,8 +65,9 @@ def test_summary_follows_the_definitions() -> None:
 
 def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
     draw = np.random.default_rng(0)
-    lengths = [140, *draw.integers(100, 300, 6)]
-    shared, *unique = (draw.integers(0, 256, length, dtype=np.int32) for length in lengths)
+    shared = draw.integers(0, 256, 140, dtype=np.int32)
+    lengths = draw.integers(150, 450, 6, endpoint=True) - 140
+    unique = [draw.integers(0, 256, length, dtype=np.int32) for length in lengths]
     jobs = [[Prompt(np.concatenate((shared, tokens)), 5)] for tokens in unique]
     loads = [Load(concurrency=1), Load(concurrency=4), Load(per_s=200.0)]
     servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
