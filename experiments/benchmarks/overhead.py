@@ -1,12 +1,8 @@
-"""Measure the cost of a step without its forward pass, and the hidden part of it.
+"""Measure the cost of a step without its forward pass.
 
 The cost consists of scheduling, sampling, committing, and sending outputs to the server's process,
-with 1, 8 and 64 decoding requests. Part of it is hidden if a device computes independently.
-
-The runner returns the same logits at once. Cache, scheduler, sampler and tokenizer are the engine's
-own. For the hidden part, a clock replaces the device: it is busy for a fixed time with every step,
-and tokens are available at its end. Conversations start and end all the time, so steps include
-matching, publishing and evicting.
+with 1, 8 and 64 decoding requests. The runner returns the same logits at once. Cache, scheduler,
+sampler and tokenizer are the engine's own.
 
     python -m experiments.benchmarks.overhead
     python -m experiments.benchmarks.overhead --waiting 1000  # time to order waiting requests
@@ -29,9 +25,8 @@ import torch
 from engine import Engine, EngineConfig, SamplingParams
 from engine.interfaces import StepReport
 from engine.messages import FromEngine, Outputs
-from engine.runner.sampler import Drawn, Sampler
+from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch
-from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.sockets import Sockets
 from experiments.provenance import RESULTS, write_json_lines
@@ -77,98 +72,6 @@ class IdleRunner:
 
     def forward(self, batch: Batch, drawn: Any = None) -> torch.Tensor:
         return self._logits[: sum(segment.num_logits for segment in batch.segments)]
-
-
-class Clock:
-    """Simulated device that is busy for ``step_s`` per step, one step after the other."""
-
-    def __init__(self, step_s: float) -> None:
-        self.step_s = step_s
-        self.free_at = 0.0
-
-    def launch(self) -> None:
-        self.free_at = max(time.perf_counter(), self.free_at) + self.step_s
-
-    def wait(self, until: float) -> None:
-        time.sleep(max(0.0, until - time.perf_counter()))
-
-
-class ClockedRunner(IdleRunner):
-    """Runner that returns at once. The clock determines the end of its steps."""
-
-    is_asynchronous = True
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self._clock = clock
-
-    def forward(self, batch: Batch, drawn: Any = None) -> torch.Tensor:
-        self._clock.launch()
-        return super().forward(batch, drawn)
-
-
-class ClockedDrawn:
-    """Sampled tokens that are available at the end of their step."""
-
-    def __init__(self, drawn: Drawn, clock: Clock) -> None:
-        self.tokens = drawn.tokens
-        self._drawn, self._clock, self._until = drawn, clock, clock.free_at
-
-    def wait(self) -> list[SampledToken]:
-        self._clock.wait(self._until)
-        return self._drawn.wait()
-
-
-class ClockedSampler(Sampler):
-    """Sampler for ``ClockedRunner``."""
-
-    def __init__(self, vocab_size: int, clock: Clock) -> None:
-        super().__init__(vocab_size)
-        self._clock = clock
-
-    def launch(self, logits: Any, requests: Any, rows: Any) -> Any:
-        return ClockedDrawn(super().launch(logits, requests, rows), self._clock)
-
-
-def hidden(num_running: int, step_ms: float, num_steps: int) -> dict[str, float]:
-    """Return median microseconds per step of host, device and wall time, and the hidden share of
-    the host's."""
-    clock = Clock(step_ms / 1e3)
-    hosts: list[float] = []
-
-    def observe(report: StepReport) -> None:
-        hosts.append(sum(getattr(report, stage) for stage in STAGES))
-
-    engine = Engine(
-        EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
-        runner=ClockedRunner(clock),
-        sampler=ClockedSampler(IdleRunner.vocab_size, clock),
-        tokenizer=ByteTokenizer(),
-        observer=observe,
-    )
-    sampling = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
-    draw = np.random.default_rng(0)
-
-    def step() -> None:
-        while engine.num_waiting < 2:
-            engine.submit(draw.integers(0, 256, PROMPT_LEN), sampling)
-        engine.step()
-
-    while len(hosts) < 150:
-        step()
-    hosts.clear()
-    walls = []
-    for _ in range(num_steps):
-        begin = time.perf_counter()
-        step()
-        walls.append(time.perf_counter() - begin)
-    host_s, wall_s = statistics.median(hosts), statistics.median(walls)
-    return {
-        "host_us": host_s * 1e6,
-        "device_us": clock.step_s * 1e6,
-        "wall_us": wall_s * 1e6,
-        "hidden": 1 - min(1.0, max(0.0, wall_s - clock.step_s) / host_s),
-    }
 
 
 def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[str, float]:
@@ -309,14 +212,8 @@ def main() -> None:
         write_json_lines(arguments.out or RESULTS / "ordering.jsonl", orders)
         return
     torch.set_num_threads(1)
-    records = [
-        {"running": n, "hidden_behind_ms": ms} | hidden(n, ms, arguments.steps)
-        for n in (1, 8, 64)
-        for ms in (5.0, 10.0)
-    ]
-    records += run(arguments.steps)
-    show(records[:6])
-    show(records[6:])
+    records = list(run(arguments.steps))
+    show(records)
     write_json_lines(arguments.out or RESULTS / "overhead.jsonl", records)
 
 

@@ -1,25 +1,8 @@
-"""Native trace format: JSON lines with every field of a ``TraceRequest``.
+"""Native trace format: JSON lines with every field of a ``TraceRequest``, in order of time.
 
-A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and sets the number
-of tokens per id; ``counted_by`` there says how a text was converted to tokens. Then one object per
-line, in order of time (small disorder is sorted, see ``frame.in_order``):
-
-- ``timestamp`` (or ``time``): seconds, or a date in ISO 8601; in all lines or in none: then one
-  second between lines
-- ``session``: string or number; default: unique to the line
-- ``namespace``: string, number or null
-- ``tokens``: the prompt's ids, or ``prefix``, [k, ids...]: the first k ids of the session's last
-  prompt and answer, then these
-- ``output``: the answer's ids; or ``output_length``: number of tokens in the answer, if its ids
-  are unknown; both only if an id stands for several tokens
-- ``boundaries``: ascending positions in ids
-- ``partial``: tokens of the prompt's last id, if fewer than the unit
-- ``answer_survives``: false if later prompts are known to leave this one before its end
-- ``service``: seconds from the timestamp until the answer was complete
-- ``stop_reason``: why the answer ended, as "tool_use" or "end_turn"
-- ``session_end``: true: the client said that no further turn of the session will come
-
-Other fields have no effect, and give one ``TraceFieldsWarning`` per file.
+``docs/reference/traces.md`` has the fields. A first line ``{"format": "hybridcache", "version": 1,
+"unit": 1}`` is optional. Small disorder is sorted (see ``frame.in_order``). Fields without an
+effect give one ``TraceFieldsWarning`` per file.
 """
 
 from __future__ import annotations
