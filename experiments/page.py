@@ -199,7 +199,7 @@ def sharegpt_simulated_table() -> Table:
 
 
 def checkpoint_dtype_table() -> Table:
-    """Return the cost of each format on two kinds of text, and the hit rates of LRU with it."""
+    """Return the cost of each format on two kinds of text."""
     costs: dict[str, list[str]] = {}
     for one in records_of("study_checkpoint_dtype.jsonl"):
         if "text" in one and one["checkpoint_dtype"] != "auto":

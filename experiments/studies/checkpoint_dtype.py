@@ -1,4 +1,4 @@
-"""Measure the effect of low-bit checkpoints on a model's answers, and their gain in hits.
+"""Measure the effect of low-bit checkpoints on a model's answers.
 
     python -m experiments.studies.checkpoint_dtype
     python -m experiments.studies.checkpoint_dtype --families
@@ -6,14 +6,13 @@
 The cost is measured on held-out modules and word problems with the built-in model. The second half
 of each text is computed from a checkpoint at its middle. The cost is the divergence (KL, nats per
 token) of the next-byte distributions from those of a run without checkpoints, and the number of
-changed greedy choices. The gain comes from the simulator with Qwen3-Next's sizes, where checkpoints
-have the bytes of their format.
+changed greedy choices. ``hybridcache simulate --checkpoint-dtype`` has the gain in hits.
 
-``--families`` measures only the cost, on a small model of every family with states. Heads and
-states have the sizes of the published models. Weights are drawn as in transformers and scaled so
-that every block adds as much to the residual stream as the embedding. The skip weight of state
-spaces is zero, so no information bypasses the states. The figures are thus those of models that
-depend strongly on their states.
+``--families`` measures a small model of every family with states. Heads and states have the sizes
+of the published models. Weights are drawn as in transformers and scaled so that every block adds as
+much to the residual stream as the embedding. The skip weight of state spaces is zero, so no
+information bypasses the states. The figures are thus those of models that depend strongly on their
+states.
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import STATIC_PLACEMENT, show
+from experiments.studies.common import show
 from experiments.training import corpus, tasks
-from hybridcache import ModelGeometry, simulate
-from hybridcache.lab.simulation.simulate import SimulationResult
 
 DTYPES = (
     "auto",
@@ -52,7 +49,6 @@ DTYPES = (
 )
 FORMATS = ("bfloat16", "int8:head", "int8:row", "int8:column", "fp8:column")
 """Formats that are measured for every family."""
-SIMULATED = ("auto", "bfloat16", "int8:head", "int8:row")
 GOAL = 0.01
 """Accepted cost of a format, in nats per token."""
 
@@ -246,26 +242,10 @@ def greedy_answers(model: str, dtype: str, prompts: Sequence[np.ndarray]) -> lis
     return [tuple(output.token_ids) for output in outputs]
 
 
-def gains(trace: str, gib: str) -> dict[str, SimulationResult]:
-    """Return the results of LRU over memory sizes, by format, with Qwen3-Next's sizes."""
-    return {
-        dtype: simulate(
-            trace,
-            model=ModelGeometry.preset("qwen3-next", checkpoint_dtype=dtype),
-            gib=gib,
-            policy=["lru"],
-            checkpoints=STATIC_PLACEMENT,
-        )
-        for dtype in SIMULATED
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--texts", type=int, default=8, help="texts of each kind")
     parser.add_argument("--length", type=int, default=1024, help="bytes per text")
-    parser.add_argument("--traces", default="chat,resend", help="names, separated by commas")
-    parser.add_argument("--gib", default="1:16:7", help="sizes to simulate")
     parser.add_argument("--families", action="store_true", help="measure the cost of every family")
     parser.add_argument("--formats", default=",".join(FORMATS), help="for --families")
     options = parser.parse_args()
@@ -277,20 +257,6 @@ def main() -> None:
         return
     records = costs(options.texts, options.length)
     show(records)
-    found = {trace: gains(trace, options.gib) for trace in options.traces.split(",")}
-    for trace, results in found.items():
-        for dtype, result in results.items():
-            print(trace, dtype, *(f"{100 * run.token_hit_rate:.1f}" for run in result.runs))
-            records += [
-                {
-                    "trace": trace,
-                    "checkpoint_dtype": dtype,
-                    "gib": run.gib,
-                    "token_hit_rate": run.token_hit_rate,
-                    "state_bytes": result.geometry.state_bytes,
-                }
-                for run in result.runs
-            ]
     write_json_lines(RESULTS / "study_checkpoint_dtype.jsonl", records, vars(options))
 
 
