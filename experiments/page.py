@@ -556,13 +556,12 @@ def _losses(table: Table) -> str:
 
 
 def _shadows(table: Table) -> str:
-    alone, whole, *sampled = table[1]
-    means = [f"{float(row[column]):.1f}" for row in (alone, whole) for column in (2, 4)]
-    best = min(float(row[2]) for row in sampled)
+    alone, whole, *_ = ([float(row[column]) for column in (2, 4)] for row in table[1])
+    cost = table[1][1][1]
     return (
-        f"Shadows of all sessions take {whole[1]} times the work of the cache. Mean losses change "
-        f"from {means[0]} to {means[2]} and from {means[1]} to {means[3]} points (tuning, "
-        f"outside). Shadows of a sample lose {best:.1f} points or more on the tuning split."
+        f"Shadows of all sessions lose {whole[0]:.1f} and {whole[1]:.1f} points to the best pair "
+        f"(tuning, outside) at {cost} times the work of the cache; the default alone loses "
+        f"{alone[0]:.1f} and {alone[1]:.1f}."
     )
 
 

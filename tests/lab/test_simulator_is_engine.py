@@ -21,7 +21,6 @@ from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.target import EngineSteps, build_target
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
@@ -31,6 +30,7 @@ from hybridcache.policies.registry import (
 )
 from hybridcache.scheduling import cache_manager
 from tests.cache.twins import VictimLog
+from tests.lab.engine_steps import stepped_target
 from tests.lease_log import LeaseLog, logged_lease, replay
 from tests.oracle import OracleRunner, OracleSampler
 
@@ -81,9 +81,6 @@ def engine_of(
     return Engine(config, runner=runner, sampler=sampler)
 
 
-STEPS = EngineSteps(token_budget=256)
-
-
 def cell_of(policy: str, engine: Engine) -> Scenario:
     """Return the simulator's settings for ``engine``."""
     memory, geometry = engine.runner.memory, engine.runner.geometry
@@ -130,7 +127,7 @@ def assert_simulator_agrees(
     by_engine = list(evictions)
     evictions.clear()
     cell = cell_of(policy, engine)
-    target = build_target(cell, 1, STEPS)
+    target = stepped_target(cell)
     log = serve(target, served, 1, cell)
     assert list(log.cached_tokens) == [int(request.timestamp_s) for request in served]
     assert sum(log.cached_tokens) > 0 and len(by_engine) > 8

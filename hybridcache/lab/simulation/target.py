@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,23 +17,6 @@ from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, raise_failure
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSteps:
-    """Take memory in the pieces in which the engine takes it, rather than a prompt or an answer at
-    once.
-
-    Makes a replay in turn equal to the engine's, eviction for eviction; costs a third of the speed
-    and moves hit rates by next to nothing.
-    """
-
-    token_budget: int = 1024
-    """Prompt tokens a step."""
-    tile: int = 64
-    """Chunks end on its multiples, or with the prompt."""
-    decode_piece: int = 32
-    """Rows taken ahead while decoding."""
 
 
 class Served(Protocol):
@@ -76,7 +58,7 @@ class Target(Protocol):
         ...
 
 
-def build_target(scenario: Scenario, unit: int, steps: EngineSteps | None = None) -> Target:
+def build_target(scenario: Scenario, unit: int) -> Target:
     """Build an empty target for a cell of ``scenario``, at one size."""
     geometry = scenario.geometry()
     if scenario.baseline:
@@ -85,7 +67,7 @@ def build_target(scenario: Scenario, unit: int, steps: EngineSteps | None = None
     cache = build_prefix_cache(scenario.cache_config(geometry, unit))
     stateful = bool(geometry.num_linear_layers)
     own_slot = None if geometry.checkpoint_bytes is None else 0
-    return LeaseTarget(cache, scenario.placement(unit), stateful, unit, steps, own_slot, exchange)
+    return LeaseTarget(cache, scenario.placement(unit), stateful, unit, own_slot, exchange)
 
 
 class LeaseTarget:
@@ -97,7 +79,6 @@ class LeaseTarget:
         placement: PlacementPolicy,
         stateful: bool = True,
         unit: int = 1,
-        steps: EngineSteps | None = None,
         own_slot: int | None = None,
         exchange: Exchange | None = None,
     ) -> None:
@@ -105,7 +86,7 @@ class LeaseTarget:
         self.cache = cache
         self.exchange = exchange
         self.placement = placement
-        self.steps = steps
+        self.request_type: type[LeasedRequest] = LeasedRequest
         self.num_exports = 0
         self.uncomputed = 1 if unit == 1 else 0
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in
@@ -134,7 +115,7 @@ class LeaseTarget:
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
         if lease is None:
             return None
-        served = _LeasedRequest(self, lease, request)
+        served = self.request_type(self, lease, request)
         if self.exchange is not None:
             after = self._fetched_bytes()
             copied = {word: after[word] - before[word] for word in after}
@@ -169,7 +150,9 @@ class LeaseTarget:
         return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports} | moved | copied
 
 
-class _LeasedRequest:
+class LeasedRequest:
+    """One request of a ``LeaseTarget``, which takes memory for a prompt or an answer at once."""
+
     __slots__ = (
         "_end",
         "_lease",
@@ -191,15 +174,17 @@ class _LeasedRequest:
     def claim(self, start: int) -> bool:
         """Take memory for the piece of the prompt that begins at ``start``. Returns False if it is
         refused."""
-        steps, end = self._target.steps, len(self._request.tokens)
-        if steps is not None and start + steps.token_budget < end:
-            end = (start + steps.token_budget) // steps.tile * steps.tile
+        end = self._chunk_end(start)
         if not self._lease.extend(end):
             return False
         self._target.num_exports += len(self._lease.take_checkpoint_slots(start, end) or ())
         self._target.cache.take_step().done()  # There are no tensors.
         self._end = end
         return True
+
+    def _chunk_end(self, start: int) -> int:
+        """Return the end of the piece of the prompt that begins at ``start``: the whole prompt."""
+        return len(self._request.tokens)
 
     def prefilled(self) -> None:
         tokens = self._request.tokens
@@ -216,36 +201,18 @@ class _LeasedRequest:
         if self._end < num_ids or computed_len <= num_ids:
             lease.finish(tokens, self._end, stop_reason=stop_reason)
             return
-        if target.steps is None:
-            decoded_len = computed_len if lease.extend(computed_len) else num_ids
-            if decoded_len > num_ids:
-                target.num_exports += len(lease.take_checkpoint_slots(num_ids, decoded_len) or ())
-        else:
-            decoded_len = self._decode(computed_len, target.steps)
+        decoded_len = self._decode(computed_len)
         target.cache.take_step().done()
         everything = np.concatenate((tokens, output))
         lease.finish(everything, decoded_len, stop_reason=stop_reason)
 
-    def _decode(self, computed_len: int, steps: EngineSteps) -> int:
-        """Decode step by step as the engine does, without the steps that touch no memory. Returns
-        the computed length."""
-        lease, grid = self._lease, self._target.cache.grid
-        max_len = len(self._request.tokens) + len(self._request.output)
-        at = len(self._request.tokens)
-        while at < computed_len:
-            rows = lease.extended_len
-            following = min(
-                rows + 1 if rows > at else at + 1, at // grid * grid + grid, computed_len
-            )
-            if following > rows:
-                ahead = max(following, min(rows + steps.decode_piece, max_len))
-                if not (lease.extend(ahead) or lease.extend(following)):
-                    return at
-            self._target.num_exports += len(
-                lease.take_checkpoint_slots(following - 1, following) or ()
-            )
-            at = following
-        return at
+    def _decode(self, computed_len: int) -> int:
+        """Take memory for the whole answer. Returns the computed length."""
+        lease, num_ids = self._lease, len(self._request.tokens)
+        if not lease.extend(computed_len):
+            return num_ids
+        self._target.num_exports += len(lease.take_checkpoint_slots(num_ids, computed_len) or ())
+        return computed_len
 
 
 # --- Rebuilt competitors ------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from hybridcache import open_trace
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.target import EngineSteps, build_target
 from hybridcache.lease import Lease, LeaseRequest
 from tests.engine.server.conftest import ScriptedSampler, serving
+from tests.lab.engine_steps import stepped_target
 from tests.oracle import OracleRunner
 
 ENDED = ("length", "end_turn")
@@ -141,7 +141,7 @@ def test_server_and_simulation_of_its_log_have_the_same_leases(
     total_bytes = kv_bytes + memory.num_slots * geometry.state_bytes
     pools = {"memory": "pools", "kv_share": kv_bytes / total_bytes}
     cell = Scenario("own", model=geometry, gib=total_bytes / GIB, **pools)
-    target = build_target(cell, 1, EngineSteps(token_budget=256))
+    target = stepped_target(cell)
     serve(target, list(trace), 1, cell)
     assert len(served) == len(asked) == 15
     for ours, theirs in zip(asked, served, strict=True):
