@@ -6,9 +6,9 @@ A family defines the layers.
 from __future__ import annotations
 
 import copy
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -74,7 +74,7 @@ class Decoder(ABC):
         self._arrange(layers)
         self.norm = self._add(self.norm_of(self.norm_name), fill)
         self.head = self._add(Head(self.head_name, config, self.embedding, build), fill)
-        self._sealing.wait()
+        self._sealing.finish()
 
     def _arrange(self, layers: Sequence[Sequence[Step]]) -> None:
         self._layers = layers
@@ -280,29 +280,21 @@ class Sealing:
     read, so at most two parts are in memory in both forms."""
 
     def __init__(self, *, beside: bool) -> None:
-        self._beside = beside
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sealing") if beside else None
+        self._last: Future[None] | None = None
 
     def seal(self, part: Layer) -> None:
         """Seal ``part``, now or in the thread. Raises the error of the previous part."""
-        if not self._beside:
+        if self._pool is None:
             part.seal()
             return
-        self.wait()
-        self._thread = threading.Thread(target=self._run, args=(part,), name="sealing")
-        self._thread.start()
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(part.seal)
 
-    def wait(self) -> None:
+    def finish(self) -> None:
         """Wait until all parts are sealed. Raises the error of the last one."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            raise self._error
-
-    def _run(self, part: Layer) -> None:
-        try:
-            part.seal()
-        except BaseException as error:
-            self._error = error
+        if self._pool is not None:
+            self._pool.shutdown()
+        if self._last is not None:
+            self._last.result()
