@@ -1,7 +1,6 @@
-"""Run all tests, the tests of a change, or the tests in difficult environments.
+"""Run all tests, or the tests in difficult environments.
 
 python -m tests.run all [PART ...]          everything, part by part (`make test-all`)
-python -m tests.run changed [--base REV]    tests that a change can affect (`make test-changed`)
 python -m tests.run environments [NAME ...] the suite without a terminal, under load, ...
 
 Each part or environment writes its output to a file in ``out/`` and one line to the screen.
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from tests import mutation
 from tests.endurance.__main__ import PARTS as ENDURANCE
-from tests.selection import ROOT, TOUCHY, closure
+from tests.selection import ROOT, TOUCHY
 
 PYTEST = (sys.executable, "-m", "pytest", "--processes", "2")
 OUT = ROOT / "out"
@@ -116,7 +115,7 @@ def all_parts() -> list[Part]:
 def mutation_part(sample: str = "3") -> Part:
     """Return a tenth of the mutants of the files that differ from main."""
     known = {file for group in mutation.GROUPS.values() for file in mutation.files_of(group)}
-    files = sorted(known & set(changed_files(None)))
+    files = sorted(known & set(changed_files()))
     command = ["make", "mutate", f"MUTANTS={' '.join(files)} --sample {sample}"]
     return Part("mutation", command, missing=None if files else "no mutated file has changed")
 
@@ -131,67 +130,21 @@ def run_all(names: Sequence[str]) -> int:
     return run(parts, OUT / "test-all")
 
 
-# --- make test-changed --------------------------------------------------------------------------
-
-
 def _git(*arguments: str) -> list[str]:
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def changed_files(base: str | None) -> list[str]:
-    """Return the files that differ from the merge base with ``base``, untracked files included.
-
-    ``base`` is the remote's main branch or main by default, and the previous commit on main itself.
-    """
-    if base is None:
-        branches = set(_git("for-each-ref", "--format=%(refname:short)", "refs"))
-        base = next((name for name in ("origin/main", "main") if name in branches), "HEAD~1")
-        if _git("rev-parse", base) == _git("rev-parse", "HEAD"):
-            base = "HEAD~1"
+def changed_files() -> list[str]:
+    """Return the files that differ from the merge base with the remote's main branch or main, or
+    from the previous commit on main itself. Untracked files are included."""
+    branches = set(_git("for-each-ref", "--format=%(refname:short)", "refs"))
+    base = next((name for name in ("origin/main", "main") if name in branches), "HEAD~1")
+    if _git("rev-parse", base) == _git("rev-parse", "HEAD"):
+        base = "HEAD~1"
     [fork] = _git("merge-base", base, "HEAD")
     untracked = _git("ls-files", "--others", "--exclude-standard")
     return sorted({*_git("diff", "--name-only", fork), *untracked})
-
-
-def affected(changed: Sequence[str], tests: Sequence[Path] | None = None) -> list[Path]:
-    """Return the test files, of ``tests`` or of all, that changed files can affect.
-
-    Python files affect the tests that import them. Data (JSON, C++, JavaScript ...) affects tests
-    that import a module of its folder. A page affects tests that name it. The configuration of the
-    tests affects all. Tests directly in ``tests/`` read files of any kind and are always returned.
-    """
-    if tests is None:
-        tests = [file for files in test_parts().values() for file in files]
-    if {"tests/conftest.py", "tests/selection.py", "pyproject.toml"} & set(changed):
-        return list(tests)
-    paths = {ROOT / name for name in changed}
-    pages = {path.name for path in paths if path.suffix == ".md"}
-    data = {path.parent for path in paths if path.suffix not in (".py", ".md")} - {ROOT}
-    found = []
-    for test in tests:
-        needed = closure(test)
-        text = test.read_text(encoding="utf-8")
-        if (
-            test.parent == ROOT / "tests"
-            or paths & needed
-            or any(page in text for page in pages)
-            or any(file.parent in data for file in needed)
-        ):
-            found.append(test)
-    return found
-
-
-def run_changed(base: str | None) -> int:
-    """Run the tests that a change can affect."""
-    changed = changed_files(base)
-    if not changed:
-        print("No file has changed.")
-        return 0
-    tests = affected(changed)
-    print(f"{len(changed)} files changed; {len(tests)} test files may be affected.", flush=True)
-    command = [*PYTEST, *(str(test.relative_to(ROOT)) for test in tests)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
 
 
 # --- make test-environments ---------------------------------------------------------------------
@@ -283,7 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.run", description=__doc__.splitlines()[0])
     ways = parser.add_subparsers(dest="way", required=True)
     ways.add_parser("all").add_argument("parts", nargs="*", metavar="PART")
-    ways.add_parser("changed").add_argument("--base", metavar="REV")
     environment = ways.add_parser("environments")
     environment.add_argument("names", nargs="*", metavar="NAME")
     environment.add_argument(
@@ -297,7 +249,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     runs: dict[str, Callable[[], int]] = {
         "all": lambda: run_all(options.parts),
-        "changed": lambda: run_changed(options.base),
         "environments": lambda: run_environments(options.names, options.tests or ()),
     }
     return runs[options.way]()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("hybridcache", "engine", "kernels", "experiments", "tests")
 REPRESENTATIVES = ("qwen3_next", "granite_moe_hybrid", "qwen3")
 """Model families of `make test`: Gated DeltaNet with experts, Mamba-2, pure attention."""
 TOGETHER = ("tests/engine/numerics/", "tests/engine/server/")
@@ -50,25 +49,11 @@ def num_examples(full_count: int) -> int:
     return full_count if level() == "all" else max(2, full_count // QUICK_SHARE)
 
 
-# --- Imports ------------------------------------------------------------------------------------
-
-NAMED = re.compile(rf"\b(?:{'|'.join(PACKAGES)})(?:[./]\w+)+")
-"""Module or file in a string of a test: a command, a path, or a patched attribute."""
-
-
-def _nodes(node: ast.AST, types: bool) -> Iterator[ast.AST]:
-    """Yield all nodes, without those for type checkers unless ``types``."""
-    for child in ast.iter_child_nodes(node):
-        if types or not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
-            yield child
-            yield from _nodes(child, types)
-
-
 @cache
-def modules_in(path: Path, types: bool = False) -> frozenset[str]:
+def modules_in(path: Path) -> frozenset[str]:
     """Return the dotted names that a Python file imports, at its start or lazily."""
     package, found = path.relative_to(ROOT).parent.parts, set()
-    for node in _nodes(ast.parse(path.read_text(encoding="utf-8")), types):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -76,58 +61,6 @@ def modules_in(path: Path, types: bool = False) -> frozenset[str]:
             module = ".".join((*base, *filter(None, (node.module or "").split("."))))
             found.update(f"{module}.{alias.name}" for alias in node.names)
     return frozenset(found)
-
-
-def _files_of(name: str) -> set[Path]:
-    """Return the file of a dotted name. A lazy attribute of a package is in another file."""
-    parts = name.split(".")
-    for count in range(len(parts) if parts[0] in PACKAGES else 0, 0, -1):
-        place = ROOT.joinpath(*parts[:count])
-        init = place / "__init__.py"
-        if place.with_suffix(".py").is_file():
-            return {place.with_suffix(".py")}
-        if init.is_file():
-            lazy = [one for one in modules_in(init, types=True) if one.endswith(f".{parts[-1]}")]
-            others = (_files_of(one) for one in lazy if one != name)
-            return {init}.union(*others)
-    return set()
-
-
-@cache
-def imports(path: Path) -> frozenset[Path]:
-    """Return the files of the repository that a Python file imports, or that a test names."""
-    names, text = set(modules_in(path)), path.read_text(encoding="utf-8")
-    if path.parent != ROOT / "tests" and path.parts[len(ROOT.parts)] in ("tests", "experiments"):
-        names.update(name.replace("/", ".") for name in NAMED.findall(text))
-        names.update(f"{name}.__main__" for name in re.findall(r'"(engine|hybridcache)"', text))
-    found = set().union(*map(_files_of, names))
-    for package in re.findall(r'f"(kernels|engine\.[\w.]+)\.\{', text):  # loaded by a name
-        found.update(ROOT.joinpath(*package.split(".")).rglob("*.py"))
-    if path.name == "__init__.py" and "iter_modules(" in text:  # loads all modules of its folder
-        found.update(path.parent.rglob("*.py"))
-    return frozenset(found - {path})
-
-
-def _fixtures_of(file: Path) -> Iterator[Path]:
-    """Yield the ``conftest.py`` of every folder that contains the test."""
-    for folder in file.relative_to(ROOT).parents:
-        if (conftest := ROOT / folder / "conftest.py").is_file():
-            yield conftest
-
-
-def closure(start: Path) -> set[Path]:
-    """Return ``start`` and the files that it imports, directly or indirectly."""
-    found, waiting = {start}, [start]
-    while waiting:
-        file = waiting.pop()
-        if file.suffix != ".py":
-            continue
-        named = set(imports(file))
-        if file.name.startswith("test_"):
-            named.update(_fixtures_of(file))
-        waiting += named - found
-        found |= named
-    return found
 
 
 # --- Families -----------------------------------------------------------------------------------

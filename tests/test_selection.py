@@ -9,8 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from tests import mutation, run, selection
 
 ROOT = selection.ROOT
@@ -54,12 +52,6 @@ def test_only_the_named_cases_of_a_full_mark_run() -> None:
     assert chosen(*cases, item("tests/lab/x.py::b", full=())) == ["a[2]", "a[3]"]
 
 
-def test_full_mark_with_unknown_case_is_rejected() -> None:
-    cases = [item(f"tests/lab/x.py::a[{n}]", full=("2", "9")) for n in range(5)]
-    with pytest.raises(pytest.UsageError, match="has no case with the id '9'"):
-        chosen(*cases)
-
-
 def test_only_representative_families_run() -> None:
     families = sorted(selection.family_names())
     assert set(selection.REPRESENTATIVES) < set(families)
@@ -68,19 +60,6 @@ def test_only_representative_families_run() -> None:
     assert set(chosen(*numerics)) == expected
     elsewhere = [item(f"tests/lab/x.py::a[{name}]") for name in families]
     assert len(chosen(*elsewhere)) == len(families)
-
-
-def test_change_selects_the_tests_that_import_it() -> None:
-    """Lazy attributes, searched packages, and modules of commands count as imports."""
-    tests = [ROOT / "tests" / name for name in ("cache/test_rules.py", "kernels/test_scan.py")]
-    cases = {
-        "hybridcache/radix/tree.py": tests[:1],
-        "kernels/gdn/native.cpp": tests[1:],
-        "tests/cache/serving.py": tests[:1],
-        "tests/conftest.py": tests,
-    }
-    for changed, expected in cases.items():
-        assert run.affected([changed], tests) == expected, changed
 
 
 def test_each_test_file_is_in_one_part() -> None:
@@ -151,10 +130,3 @@ def test_excluded_tests_and_equivalent_mutants_exist() -> None:
         [source] = [path.read_text() for path in paths if path.is_file()]
         lines = {line.strip() for line in source.splitlines()}
         assert {line[2:] for line in mutant.changes if line[0] == "-"} <= lines, str(mutant)
-
-
-def test_mutation_groups_name_existing_files() -> None:
-    for group in mutation.GROUPS.values():
-        assert all(any(ROOT.glob(pattern)) for pattern in group.mutated), group.mutated
-        assert "hybridcache/radix/check.py" not in mutation.files_of(group)
-        assert all((ROOT / test).exists() for test in group.tests), group.tests

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from enum import IntEnum
 
 import numpy as np
 import pytest
 
-from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.export.events import (
     CheckpointRemoved,
     CheckpointStored,
@@ -21,7 +19,6 @@ from hybridcache.export.mirror import EventsLost, Mirror
 from tests.cache.serving import (
     hybrid,
     ids,
-    publish,
     serve,
     traffic,
 )
@@ -56,16 +53,6 @@ def test_mirror_equals_the_tree_and_gives_the_same_matches(page_size):
     for event in sent:
         mirror.apply(event)
     assert mirror.segments() == set()
-
-
-def test_late_subscriber_receives_the_current_contents():
-    cache = hybrid()
-    play(cache, 30)
-    mirror = Mirror(page_size=1)
-    cache.subscribe(EventStream(mirror.apply))
-    assert mirror.segments() == segments_of(cache._tree.nodes())
-    play(cache, 30, seed=1)
-    assert mirror.segments() == segments_of(cache._tree.nodes())
 
 
 def test_lost_event_is_detected():
@@ -109,59 +96,6 @@ def test_mirror_rejects_impossible_events():
         with pytest.raises(EventsLost):
             mirror.apply(event)
         assert mirror.segments() == before
-
-
-def test_lost_checkpoint_removal_is_detected_when_its_kv_is_removed():
-    cache, sent = hybrid(), []
-    cache.subscribe(EventStream(sent.append))
-    serve(cache, ids("abcd"), [2, 4])
-    cache.reset()
-    mirror = Mirror(page_size=1)
-    with pytest.raises(EventsLost, match="KVRemoved"):
-        for event in sent:
-            if not isinstance(event, CheckpointRemoved):
-                mirror.apply(event)
-
-
-def test_lost_batch_is_detected_by_the_next_one():
-    mirror = Mirror(page_size=1)
-    mirror.apply_batch(0, [])
-    for _ in range(2):
-        with pytest.raises(EventsLost, match="batch 2 of events arrived, but 1 was expected"):
-            mirror.apply_batch(2, [KVStored(0, None, None, 0, (1,))])
-    assert mirror.segments() == set()
-
-
-def test_each_subscriber_receives_events_until_it_unsubscribes():
-    cache, mirrors = hybrid(), [Mirror(page_size=1) for _ in range(3)]
-    streams = [EventStream(mirror.apply) for mirror in mirrors]
-    for number, stream in enumerate(streams):
-        cache.subscribe(stream)
-        play(cache, 20, number)
-        with pytest.raises(ValueError, match="subscribed already"):
-            cache.subscribe(stream)
-    truth = segments_of(cache._tree.nodes())
-    assert all(mirror.segments() == truth for mirror in mirrors)
-    for stream, mirror in zip(streams, mirrors, strict=True):
-        before = mirror.segments()
-        cache.unsubscribe(stream)
-        play(cache, 20, 7)
-        assert mirror.segments() == before
-        with pytest.raises(ValueError, match="not subscribed"):
-            cache.unsubscribe(stream)
-    assert not cache._listeners
-
-
-@pytest.mark.parametrize("kind", ["none", "radix", "hybrid"])
-def test_each_kind_of_cache_accepts_subscribers(kind):
-    cache = build_prefix_cache(CacheConfig(prefix_cache=kind, num_kv_tokens=100, num_slots=2))
-    mirror = Mirror(page_size=1)
-    stream = EventStream(mirror.apply)
-    cache.subscribe(stream)
-    serve(cache, ids("hello"))
-    held = 0 if kind == "none" else 5
-    assert mirror.match(ids("hello")).kv_match_len == cache.match(ids("hello")).kv_match_len == held
-    cache.unsubscribe(stream)
 
 
 def test_event_of_a_segment_needs_no_walk_to_the_root():
@@ -215,25 +149,6 @@ def test_mirror_rejects_segments_of_part_of_a_page(tokens):
     assert mirror.segments() == set() and mirror.match([1, 2]) == (0, 0)
 
 
-class Seven(IntEnum):
-    """Subclass of int."""
-
-    ONE = 7
-
-
-@pytest.mark.parametrize("equals", [("a", np.str_("a")), (b"a", np.bytes_(b"a")), (7, Seven.ONE)])
-def test_mirror_finds_equal_namespaces_of_different_types(equals):
-    prompt = ids([1, 2, 3, 4])
-    for stored in equals:
-        cache, mirror = hybrid(), Mirror(page_size=1)
-        cache.subscribe(EventStream(mirror.apply))
-        serve(cache, prompt, [3], stored)
-        for equal in equals:
-            assert stored == equal
-            match = cache.match(prompt, equal)
-            assert mirror.match(prompt, equal) == (match.cached_len, match.kv_match_len) == (3, 4)
-
-
 @pytest.mark.parametrize("other", [True, 1.0, np.float64(1), np.int64(1), 1 + 0j, Decimal(1)])
 @pytest.mark.parametrize("wrap", [lambda one: one, lambda one: ("a", (one,))])
 def test_values_that_only_compare_equal_to_a_namespace_are_rejected(other, wrap):
@@ -253,15 +168,3 @@ def test_values_that_only_compare_equal_to_a_namespace_are_rejected(other, wrap)
         with pytest.raises(ValueError, match="use None, a str, bytes, an int, or a tuple of these"):
             method()
     cache.check(held_tokens=4, held_slots=0)
-
-
-def test_mirror_of_an_attention_only_cache_matches_at_the_grid() -> None:
-    """A mirror that resumed only from checkpoints would find nothing here."""
-    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=4))
-    mirror = Mirror(page_size=1, kv_grid=4)
-    cache.subscribe(EventStream(mirror.apply))
-    publish(cache, ids(range(30)))
-    for length in (1, 3, 4, 5, 29, 30, 40):
-        prompt = ids(range(length))
-        found = cache.match(prompt)
-        assert mirror.match(prompt.tolist()) == (found.cached_len, found.kv_match_len)

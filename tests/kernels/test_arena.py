@@ -211,23 +211,6 @@ def test_move_rows_changes_only_the_targets(
     assert torch.equal(arena.view(torch.uint8), expected.view(torch.uint8))
 
 
-@BACKENDS
-def test_slab_is_emptied_and_copied(backend, device, monkeypatch) -> None:
-    """Rows of the slab move out in parts, then one copy moves a state of all layers into it."""
-    monkeypatch.setattr(kernels.cache_write.reference, "MOVED_BYTES", 1000)
-    arena = make_arena(4, torch.bfloat16, torch.float32, device, SIZES)
-    arena.rows.random_(0, 255)
-    before, count = arena.rows.clone(), arena.slab_rows
-    sources = torch.arange(count, 2 * count, dtype=torch.int32, device=device)
-    targets = (torch.randperm(count) + 2 * count).int().to(device)
-    backend.cache_write.move_rows(arena.rows, sources, targets)
-    backend.state_copy.copy_states([arena.slabs], int32([0], device), int32([1], device))
-    assert torch.equal(arena.rows[targets.long()], before[sources.long()])
-    assert torch.equal(arena.rows[sources.long()], before[:count])
-    assert torch.equal(arena.rows[:count], before[:count])
-    assert torch.equal(arena.rows[3 * count :], before[3 * count :])
-
-
 @pytest.mark.full("reference")
 @BACKENDS
 def test_offsets_past_32_bits(backend, device) -> None:

@@ -206,14 +206,6 @@ def test_verification_equals_decode(conv1d, dtype, assert_verifies, device) -> N
         assert_verifies(decode, [x], states.to(dtype))
 
 
-@IMPLEMENTATIONS
-def test_window_of_a_lower_precision_is_refused(conv1d, device) -> None:
-    x, weight = torch.randn(2, 8, device=device), torch.randn(8, 4, device=device)
-    states = torch.zeros(3, 8, 3, dtype=torch.bfloat16, device=device)
-    with pytest.raises(ValueError, match="round"):
-        conv1d.decode_conv1d(x, weight, None, states=states, slots=int32([0, 1], device))
-
-
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 def test_window_is_written_after_a_barrier(kind, device, monkeypatch) -> None:
     """Threads read other parts than they write, so all reads must come before any write."""

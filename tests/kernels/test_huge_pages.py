@@ -24,15 +24,6 @@ def test_empty_returns_a_separate_tensor(rows: int):
         assert x.data_ptr() % PAGE == 0
 
 
-def test_tensor_of_another_device_is_made_there():
-    assert huge_pages.empty(4096, 4096, dtype=torch.float32, device="meta").is_meta
-
-
-def test_allocation_larger_than_memory_raises():
-    with pytest.raises(RuntimeError):
-        huge_pages.empty(1 << 40, 1 << 10, dtype=torch.float32)
-
-
 def resident_bytes(x: torch.Tensor) -> int:
     """Return the bytes of a tensor that have pages, from the kernel's page map.
 

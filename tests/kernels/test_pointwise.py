@@ -213,13 +213,3 @@ def test_cache_write_changes_only_its_rows(backend, index_dtype, device) -> None
     backend.write_rows(rows, pool, indices.to(index_dtype))
     expected[indices, 0, 2] = rows
     assert torch.equal(storage, expected)
-
-
-@pytest.mark.parametrize("name", ["reference", "fused"])
-@pytest.mark.parametrize("row_bytes", [48, 20000])
-def test_gathered_rows_are_those_of_the_indices(name, row_bytes, device) -> None:
-    rows = torch.randint(256, (9, row_bytes), device=device).to(torch.uint8)
-    indices = torch.tensor([8, 0, 3, 3], dtype=torch.int32, device=device)
-    out = torch.empty(4, row_bytes, dtype=torch.uint8, device=device)
-    getattr(kernels.cache_write, name).gather_rows(rows, indices, out)
-    assert torch.equal(out, rows[indices.long()])

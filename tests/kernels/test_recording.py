@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import itertools
 import os
 from pathlib import Path
 
@@ -128,17 +127,6 @@ class TestCompiling:
         assert "for this start only" in caplog.text and "set XDG_CACHE_HOME" in caplog.text
         assert not list(tmp_path.glob("hybridcache-*"))
 
-    def test_relative_cache_home_is_ignored(self, monkeypatch, tmp_path) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert library._user_cache() == tmp_path / ".cache" / "hybridcache"
-
-    @COMPILED
-    def test_library_name_depends_on_the_sources(self, tmp_path) -> None:
-        before = library._fingerprint("c++")
-        (tmp_path / "one" / "native.cpp").write_text("int f() { return 1; }")
-        assert library._fingerprint("c++") != before
-
 
 class TestLevels:
     @pytest.fixture(autouse=True)
@@ -156,22 +144,11 @@ class TestLevels:
         (built / library.LEVELS[-1].file_name).unlink()
         assert library.best_level(library.LEVELS[-1].needs) is library.LEVELS[-2]
 
-    @pytest.mark.parametrize("features", [frozenset(), frozenset({"asimd"}), frozenset({"avx2"})])
-    def test_other_processors_have_no_level(self, features) -> None:
-        assert library.best_level(features) is None
-
     def test_levels_of_other_sources_are_not_loaded(self, built) -> None:
         (built / library.DIGEST_FILE).write_text("0" * 64)
         assert library.best_level(library.LEVELS[-1].needs) is None
         (built / library.DIGEST_FILE).unlink()
         assert library.best_level(library.LEVELS[-1].needs) is None
-
-    def test_levels_ascend(self) -> None:
-        for lower, higher in itertools.pairwise(library.LEVELS):
-            assert lower.needs < higher.needs
-
-    def test_damaged_level_is_not_loaded(self) -> None:
-        assert library._load_level() is None
 
 
 def test_recording_does_not_import_torchs_compiler() -> None:

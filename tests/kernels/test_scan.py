@@ -18,7 +18,7 @@ from kernels.gdn import reference as gdn
 from kernels.kda import reference as kda
 from kernels.mamba1 import reference as mamba1
 from kernels.mamba2 import reference as mamba2
-from kernels.packed import Exports, Packed
+from kernels.packed import TILE_SIZES, Exports, Packed
 from tests.kernels.compiled import backends
 
 KERNELS = ("gdn", "kda", "mamba2", "mamba1")
@@ -41,10 +41,10 @@ class Sizes(NamedTuple):
 class Scan:
     """Functions of one backend of one kernel, with the same arguments for all kernels."""
 
-    def __init__(self, backend: Any, device: str = "cpu") -> None:
+    def __init__(self, backend: Any, device: str = "cpu", tile_size: int = 64) -> None:
         _, self.name, kind = backend.__name__.split(".")
         self.is_fused = kind == "fused"
-        self.backend, self.device = backend, device
+        self.backend, self.device, self.tile_size = backend, device, tile_size
         self._chunk = getattr(backend, f"chunk_{self.name}")
         self._decode = getattr(backend, f"decode_{self.name}")
 
@@ -90,7 +90,7 @@ class Scan:
         exports: Sequence[tuple[int, int, int]] = (),
         resumed: Sequence[bool] | None = None,
     ) -> torch.Tensor:
-        packed = Packed.from_lengths(lengths, self.device)
+        packed = Packed.from_lengths(lengths, self.device, self.tile_size)
         is_resumed = [True] * len(lengths) if resumed is None else list(resumed)
         return self._chunk(
             *prompt.tokens,
@@ -274,22 +274,25 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("tile_size", TILE_SIZES)
 @STATE_DTYPES
 @pytest.mark.parametrize("num_threads", [1, 2])
 @PROMPTS
 def test_resume_and_batching_change_no_bit(
-    backend, dtype, state_dtype, num_threads, device, monkeypatch
+    backend, dtype, num_threads, state_dtype, tile_size, device, monkeypatch
 ) -> None:
     """A sequence is computed separately, in a packed batch, and resumed at each export. References
     that work by blocks use another size for the batch."""
     torch.manual_seed(1)
-    scan = Scan(backend, device)
+    scan = Scan(backend, device, tile_size)
     sizes = Sizes(1, 2, 16, 16) if scan.is_fused else Sizes(4, 8, 64, 32)
-    shape, lengths = scan.state_shape(sizes), (20, 150, 64)
+    shape, lengths = scan.state_shape(sizes), (20, 2 * tile_size + 22, 64)
     prompt = scan.draw(sum(lengths), sizes, dtype)
     initial = torch.randn(3, *shape, device=device).to(state_dtype)
     torch.set_num_threads(num_threads)
-    packed, states = scan.run(prompt, lengths, initial, [5, 3, 1], [(1, 64, 6), (1, 128, 7)])
+    packed, states = scan.run(
+        prompt, lengths, initial, [5, 3, 1], [(1, tile_size, 6), (1, 2 * tile_size, 7)]
+    )
     for module in (mamba1, mamba2):
         monkeypatch.setattr(module, "BLOCK", 5 * math.prod(shape))
     start = 0
@@ -299,9 +302,11 @@ def test_resume_and_batching_change_no_bit(
         assert torch.equal(single, packed[start : start + length])
         assert torch.equal(last[0], states[[5, 3, 1][sequence]])
         start += length
-    for end, slot in ((64, 6), (128, 7)):
-        rest, last = scan.run(prompt.rows(20 + end, 170), [150 - end], states[[slot]], [2])
-        assert torch.equal(rest, packed[20 + end : 170])
+    for end, slot in ((tile_size, 6), (2 * tile_size, 7)):
+        rest, last = scan.run(
+            prompt.rows(20 + end, 20 + lengths[1]), [lengths[1] - end], states[[slot]], [2]
+        )
+        assert torch.equal(rest, packed[20 + end : 20 + lengths[1]])
         assert torch.equal(last[2], states[3])
 
 

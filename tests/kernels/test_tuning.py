@@ -73,13 +73,6 @@ def test_tuning_cannot_change_bits_between_batches(kernel) -> None:
         assert {f".{name}" for name in SUMS}.isdisjoint(calls_of(function))
 
 
-def test_calls_of_finds_sums() -> None:
-    assert ".sum" in set(calls_of(triton_functions("norm")["rms_norm_kernel"]))
-    in_a_function_it_calls = set(calls_of(triton_functions("mla")["decode_mla_kernel"]))
-    assert ".sum" in in_a_function_it_calls
-    assert ".dot" in set(calls_of(triton_functions("linear")["linear_kernel"]))
-
-
 def test_tuning_keys_depend_only_on_the_layer(device) -> None:
     """Keys are equal for all batches, and for decode and verification."""
     from kernels.conv1d import fused as conv1d
@@ -117,19 +110,6 @@ def test_tuning_keys_depend_only_on_the_layer(device) -> None:
     assert all_keys[0] == all_keys[1]
 
 
-def test_keys_have_the_declared_parts(device) -> None:
-    from kernels.linear import fused as linear
-
-    weight = torch.randn(48, 32, device=device)
-    with tuning.using({}) as keys:
-        for count in (1, 16, 17):
-            linear.linear(torch.randn(count, 32, device=device), weight)
-    assert [len(key) for _, key in keys] == [5] * 3
-    assert [key[-1] for _, key in keys] == [16, 16, 32]
-    assert len(tuning.TUNABLES["linear.linear_kernel"].keys) == 5
-    assert [tuning.token_class(n) for n in (64, 65, 4096, 5000)] == [64, 128, 4096, 4096]
-
-
 def test_launchers_use_the_table(device) -> None:
     from kernels.state_copy.fused import copy_states
 
@@ -141,19 +121,6 @@ def test_launchers_use_the_table(device) -> None:
     assert keys == [("state_copy.copy_kernel", ())]
     assert torch.equal(pool[:, 1], expected)
     assert tuning.tuned("no such kernel", 1) == {}
-
-
-def test_tables_are_stored_by_device(tmp_path) -> None:
-    path = tmp_path / "tuned.json"
-    assert tuning.read(path, "one") == {}
-    first = {("norm.rms_norm_kernel", (2048,)): {"num_warps": 8}}
-    second = {("gdn.scan_kernel", (torch.bfloat16, 128, 128)): {"BV": 16, "num_warps": 4}}
-    tuning.write(path, "one", first, {"commit": "a"})
-    tuning.write(path, "two", first, {"commit": "b"})
-    tuning.write(path, "one", second, {"commit": "c"})
-    assert tuning.read(path, "one") == first | second
-    assert tuning.read(path, "two") == first
-    assert tuning.read(path, "three") == {}
 
 
 @pytest.mark.parametrize(

@@ -23,25 +23,6 @@ class PlainTree:
         return max(reached.values(), default=0), reached
 
 
-class PlainInFlight:
-    """Prompts in flight, each with the positions of its future checkpoints."""
-
-    def __init__(self):
-        self.prompts = {}
-
-    def depth(self, tokens, namespace):
-        return max(
-            (
-                position
-                for prompt, space, positions in self.prompts.values()
-                for position in positions
-                if space == namespace and position <= shared_len(prompt, tokens) < len(tokens) + 1
-                if position < len(tokens)
-            ),
-            default=0,
-        )
-
-
 def shared_len(left, right):
     """Return the length of the common prefix."""
     length = 0

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.export.events import CheckpointStored, EventStream
+from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import EventsLost
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
-from hybridcache.routing.precise import MOST_BUSY, CheckpointSeconds
+from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import (
     Choice,
     NoReplica,
@@ -220,72 +220,6 @@ def test_prompts_with_a_common_prefix_meet_before_any_event() -> None:
     assert len(chosen) == 1
 
 
-def test_a_replica_is_chosen_after_almost_no_time() -> None:
-    """Infinite write rates over a tiny period once made the costs incomparable."""
-    router = fleet("checkpoint", 1)
-    for number, now in enumerate((0.0, 5e-324, 1e-300)):
-        assert router.route(RouteRequest(number, (0,)), now).replica == 0
-
-
-def test_a_missing_checkpoint_is_not_expected_as_a_hit() -> None:
-    replica = Replica()
-    replica.compute(RouteRequest("first", tuple(range(20))))
-    router = fleet("checkpoint", 1)
-    router.on_events(0, *replica.batches[0])
-    expected_len = router.route(RouteRequest(1, (*range(11), 99)), 0.0).expected_len
-    actual = replica.cache.match(np.array((*range(11), 99), np.int32))
-    assert expected_len == actual.cached_len == 0 and actual.kv_match_len == 11
-
-
-def test_a_queue_and_a_prefix_are_compared_in_seconds() -> None:
-    """Four tokens take a second, so a prefix of 16 is worth a queue of less than four seconds."""
-    replica = Replica()
-    replica.compute(RouteRequest("first", tuple(range(17))))
-    for queued_s, is_chosen in ((3.0, True), (5.0, False)):
-        router = fleet("checkpoint", 2, capacity_bytes=None)
-        router.on_events(0, *replica.batches[0])
-        router.loads[0].sent("other", queued_s, 0.0)
-        router._where["other"] = 0
-        choice = router.route(RouteRequest(1, tuple(range(18))), 0.0)
-        assert (choice.replica == 0) == is_chosen
-
-
-def test_a_prompt_without_hits_goes_to_the_emptiest_replica() -> None:
-    replica = Replica()
-    replica.compute(RouteRequest("first", tuple(range(60))))
-    router = fleet("checkpoint", 2)
-    router.on_events(0, *replica.batches[0])
-    for number in range(8):
-        request = RouteRequest(number, tuple(range(100 + number, 110 + number)))
-        assert router.choose(request, 10.0 * number).replica == 1
-
-
-def test_a_replica_with_a_higher_write_rate_costs_more() -> None:
-    """Both replicas hold the same, but one was sent nine times as many bytes."""
-    replica = Replica()
-    replica.compute(RouteRequest("first", tuple(range(60))))
-    router = fleet("checkpoint", 2)
-    assert isinstance(router, CheckpointSeconds)
-    for number, num_bytes in ((0, 900), (1, 100)):
-        router.on_events(number, *replica.batches[0])
-        router.write_rates[number].sent(num_bytes, 0.0, 1.0)
-    assert router.pressures(2.0) == pytest.approx({0: 1.8**0.5, 1: 0.2**0.5})
-    for number in range(8):
-        request = RouteRequest(number, tuple(range(100 + number, 110 + number)))
-        assert router.choose(request, 2.0).replica == 1
-
-
-def test_the_write_rate_counts_kv_and_states_of_sent_requests() -> None:
-    router = fleet("checkpoint", 1)
-    assert isinstance(router, CheckpointSeconds)
-    request = RouteRequest(1, tuple(range(50)))
-    positions, spec = router.forecast(request, 0, 0), router.spec
-    router.route(request, 0.0)
-    assert positions and spec.state_bytes and spec.kv_bytes
-    sent = 50 * spec.kv_bytes + len(positions) * spec.state_bytes
-    assert router.write_rates[0].rate(1.0) == sent
-
-
 def test_forecasts_do_not_train_the_placement_policy() -> None:
     """The copy of each replica's policy learns only from requests that the replica computed."""
     for placement in ("branch,boundary,backoff", "adaptive"):
@@ -302,69 +236,6 @@ def test_forecasts_do_not_train_the_placement_policy() -> None:
         assert found[0] and all(positions == found[0] for positions in found)
 
 
-@pytest.mark.parametrize("continues", [True, False])
-def test_a_forecast_follows_the_learned_placement_of_the_replica(continues: bool) -> None:
-    """Conversations resume at the end of the last prompt, so the replica saves only there. If
-    prompts never repeat, it saves almost nothing."""
-    replica = Replica("adaptive", num_kv_tokens=60_000, num_slots=300)
-    router = fleet("checkpoint", 1, placement="adaptive", capacity_bytes=None)
-    assert isinstance(router, CheckpointSeconds)
-    num_wrong = num_saved = 0
-    turns, rng = [(), (), (), ()], np.random.default_rng(0)
-    for number in range(400):
-        before = turns[number % 4] if continues and len(turns[number % 4]) < 600 else ()
-        tokens = (*before, *rng.integers(0, 50_000, 60).tolist())
-        turns[number % 4] = tokens
-        request = RouteRequest(number, tokens)
-        found = router.find(0, request)
-        forecast = set(router.forecast(request, found.cached_len, found.kv_match_len))
-        router.route(request, float(number))
-        replica.compute(request)
-        router.prefilled(number, number + 0.2)
-        router.ended(number, number + 0.5)
-        [(sequence, events, covered)] = replica.batches
-        replica.batches.clear()
-        router.on_events(0, sequence, events, covered)
-        saved = {event.position for event in events if isinstance(event, CheckpointStored)}
-        if number >= 200:
-            num_wrong += len(saved ^ forecast)
-            num_saved += len(saved)
-    assert (num_saved > 180) == continues
-    assert num_wrong <= 20
-
-
-def test_a_restart_of_events_ends_the_forecasts_of_answered_requests() -> None:
-    """The batches that covered them may be lost."""
-    router = fleet("checkpoint", 1)
-    assert isinstance(router, CheckpointSeconds)
-    router.on_events(0, 0, ())
-    for number in range(3):
-        router.route(RouteRequest(number, tuple(range(number * 100, number * 100 + 90))), 0.0)
-        router.prefilled(number, 1.0)
-    for number in range(2):
-        router.ended(number, 2.0)
-    assert len(router.in_flight[0]) == 3
-    router.on_events(0, 0, ())
-    assert list(router.in_flight[0].requests()) == [2]
-    router.check()
-
-
-def test_a_hit_is_worth_a_longer_queue_if_the_fleet_is_busy() -> None:
-    """A prefix of 16 saves four seconds. It is worth a queue of five seconds only if the saved
-    work would delay other requests."""
-    replica = Replica()
-    replica.compute(RouteRequest("first", tuple(range(17))))
-    for work_s, is_chosen in ((0.0, False), (2.0, False), (12.0, True), (1000.0, True)):
-        router = fleet("checkpoint", 2, capacity_bytes=None)
-        assert isinstance(router, CheckpointSeconds)
-        router.on_events(0, *replica.batches[0])
-        router.write_rates[0].sent(1, work_s, 0.0)
-        router.loads[0].sent("other", 5.0, 10.0)
-        choice = router.choose(RouteRequest(1, tuple(range(18))), 10.0)
-        assert (choice.replica == 0) == is_chosen
-        assert router.utilisation(10.0) == min(work_s / 20, MOST_BUSY)
-
-
 def test_text_router_applies_the_thresholds_of_sglang() -> None:
     router = fleet("text", 2)
     assert router.route(RouteRequest(1, tuple(range(10))), 0).replica == 0
@@ -374,12 +245,6 @@ def test_text_router_applies_the_thresholds_of_sglang() -> None:
         router.route(RouteRequest(number, (*range(10), number)), 0)
     assert router.loads[0].num_running - router.loads[1].num_running == 65
     assert router.route(RouteRequest("last", (*range(10), 5)), 0).replica == 1
-
-
-def test_the_router_by_load_spreads_requests_evenly() -> None:
-    router = fleet("least_loaded")
-    chosen = [router.route(RouteRequest(number, (1,)), 0).replica for number in range(9)]
-    assert chosen == [0, 1, 2] * 3
 
 
 def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:

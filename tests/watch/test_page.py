@@ -176,18 +176,6 @@ def test_colours_have_enough_contrast(chromium: Any, tmp_path: Path, scheme: Any
             assert contrast(colour, ink) >= 4.5, (name, colour, ink)
 
 
-def test_details_of_a_bar_open_in_a_narrow_window(chromium: Any, tmp_path: Path) -> None:
-    page = chromium.new_page(viewport={"width": 390, "height": 844})
-    open_page(page, tmp_path, records_of(30)[0])
-    assert page.locator(".details").is_hidden()
-    page.locator(".bar").first.click()
-    box = page.locator(".details").bounding_box()
-    assert box["y"] >= 0 and box["y"] + box["height"] <= 844
-    page.get_by_role("button", name="close").click()
-    assert page.locator(".details").is_hidden()
-    page.close()
-
-
 def test_every_legend_label_has_an_explanation(tab: Any, tmp_path: Path) -> None:
     open_page(tab, tmp_path, records_of(30)[0])
     of_labels = "[...document.querySelectorAll('.lanes ~ .legend span')].map((label) => %s)"
@@ -198,9 +186,3 @@ def test_every_legend_label_has_an_explanation(tab: Any, tmp_path: Path) -> None
     assert {*labels, "checkpoint", "ghost", "locked", "slab"} <= {*terms}
     tab.keyboard.press("Escape")
     assert tab.locator("#terms").is_hidden()
-
-
-def test_an_empty_run_shows_a_note(tab: Any, tmp_path: Path) -> None:
-    open_page(tab, tmp_path, [])
-    assert "Nothing is cached yet" in tab.locator(".note").inner_text()
-    assert "No request yet." in tab.locator("body").inner_text()

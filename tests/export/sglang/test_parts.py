@@ -3,29 +3,21 @@ unsupported settings."""
 
 from __future__ import annotations
 
-import logging
 from array import array
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from prometheus_client import REGISTRY
 
 from hybridcache import CacheConfig
-from hybridcache.api import Losses, PrefixMatch
 from hybridcache.config import build_on
 from hybridcache.export.sglang.states import RequestStates
 from hybridcache.export.sglang.translation import (
     NO_TOKEN,
-    LossMeter,
     branch_position,
-    describe,
-    eviction_name,
     namespace_of,
-    on_grid,
     prompt_of,
-    tokens_of,
     why_not,
 )
 from hybridcache.export.sglang.views import RowView, SlotView
@@ -171,14 +163,6 @@ def test_row_or_slot_that_is_free_twice_is_detected():
         slots.check()
 
 
-def test_allocation_first_takes_evicted_rows():
-    cache, rows, _, _ = fake_cache(num_rows=20)
-    publish(cache, range(20))
-    cache.evict(num_tokens=20)
-    assert rows._theirs.available_size() == 0 and len(rows.allocate(20)) == 20
-    assert rows.allocate(1) is None
-
-
 def test_prompt_of_a_key_has_one_token_after_its_limit():
     class Key(SimpleNamespace):
         def __len__(self):
@@ -190,13 +174,6 @@ def test_prompt_of_a_key_has_one_token_after_its_limit():
     assert prompt_of(key).tolist() == [4, 5, 6, NO_TOKEN]
     key = Key(token_ids=array("q"), limit=0)
     assert prompt_of(key).tolist() == [NO_TOKEN]
-
-
-def test_token_id_beyond_int32_ends_the_cached_prefix():
-    ids = array("q", [1, 2, 2**31, 4])
-    assert tokens_of(ids, 4).tolist() == [1, 2]
-    assert tokens_of(ids, 2).tolist() == [1, 2]
-    assert tokens_of(array("q", [2**31 - 1]), 1).tolist() == [2**31 - 1]
 
 
 def test_adapters_and_salts_have_different_namespaces():
@@ -220,25 +197,6 @@ def resume(cache, states, req, length=12):
     prompt = np.arange(length, dtype=np.int32)
     found = cache.match(prompt)
     return found, states.resume(cache, req, prompt, found)
-
-
-def test_hit_gets_a_new_slot_as_target_of_the_copy():
-    cache, _, _, states = fake_cache()
-    node = publish(cache, range(10))
-    req = waiting_request()
-    found, resumed = resume(cache, states, req)
-    assert resumed is found and resumed.cached_len == 10
-    assert int(req.kv.mamba_cow_src_index) == node.checkpoint.slot != int(req.kv.mamba_pool_idx)
-    assert req.kv.mamba_needs_clear is False
-
-
-def test_request_with_a_slot_keeps_it():
-    cache, _, _, states = fake_cache()
-    publish(cache, range(10))
-    req = request(states)
-    own = int(req.kv.mamba_pool_idx)
-    found, resumed = resume(cache, states, req)
-    assert resumed is found and int(req.kv.mamba_pool_idx) == own
 
 
 @pytest.mark.parametrize("shallower", [4, None])
@@ -265,29 +223,6 @@ def test_hit_without_free_slot_resumes_from_a_shallower_checkpoint(shallower):
     cache.check(held_tokens=0, held_slots=len(held) + len(live))
 
 
-def test_hit_starts_from_zero_if_every_state_is_in_use():
-    cache, _, _, states = fake_cache(num_slots=1, extra_buffer=False)
-    receipt = cache.lock(publish(cache, range(10)))
-    req = waiting_request()
-    found, resumed = resume(cache, states, req)
-    assert (found.cached_len, resumed.cached_len, resumed.losses.refused) == (10, 0, 10)
-    assert req.kv.mamba_pool_idx is None and cache.match(np.arange(12, dtype=np.int32)) == found
-    cache.unlock(receipt)
-
-
-def test_no_state_is_donated_if_every_state_is_locked():
-    cache, _, _, states = fake_cache(num_slots=4)
-    req = request(states)
-    node = publish(cache, range(10))
-    receipt = cache.lock(node)
-    assert states.take_slot(cache) is None
-    req.kv.mamba_last_track_seqlen = 64
-    assert states.offer_running(cache, req, 70) is None
-    assert req.kv.mamba_last_track_seqlen == 64, "the state can still be offered at the end"
-    cache.unlock(receipt)
-    assert states.offer_running(cache, req, 70).position == 64, "now a state can be evicted"
-
-
 def test_running_request_donates_its_tracked_slot_and_gets_another():
     cache, _, _, states = fake_cache()
     req = request(states)
@@ -303,18 +238,6 @@ def test_running_request_donates_its_tracked_slot_and_gets_another():
     assert req.kv.mamba_last_track_seqlen is None
 
 
-def test_live_state_is_copied_without_the_extra_buffer():
-    cache, _, _, states = fake_cache(extra_buffer=False)
-    req = request(states, extra_buffer=False)
-    offer = states.offer_running(cache, req, 70)
-    assert offer.position == 70
-    assert states._pool.copied == [(int(req.kv.mamba_pool_idx), int(offer.slot))]
-    last = states.offer_finished(req, 75)
-    assert (last.position, int(last.slot)) == (75, int(req.kv.mamba_pool_idx))
-    states._pool.mamba_pool.replayssm_write_pos = torch.full((9,), 3)
-    assert states.offer_finished(req, 75).position == 72, "3 tokens are not flushed yet"
-
-
 @pytest.mark.parametrize(
     ("latest", "before", "expected"),
     [(None, None, None), (128, None, (128, 0)), (192, 128, (128, 1)), (192, None, None)],
@@ -325,16 +248,6 @@ def test_finished_request_offers_its_deepest_usable_state(latest, before, expect
     req.kv.mamba_last_track_seqlen, req.kv.mamba_prev_track_seqlen = latest, before
     offer = states.offer_finished(req, 150)
     assert (offer and (offer.position, offer.keep)) == expected
-
-
-@pytest.mark.parametrize("taken", [True, False])
-def test_finished_request_frees_all_slots_that_the_tree_did_not_take(taken):
-    _, _, _, states = fake_cache(num_slots=8)
-    req = request(states)
-    req.kv.mamba_last_track_seqlen = 64
-    offer = states.offer_finished(req, 64)
-    states.release(req, offer, taken)
-    assert states._pool.mamba_allocator.available_size() == 8 - taken
 
 
 def branch(cache, tokens, grid=4):
@@ -353,46 +266,6 @@ def test_branch_position_is_at_forks_but_not_at_continuations():
     publish(cache, [*range(20), 70, 71], with_state=False)
     assert branch(cache, [*range(20), 90, 91]) == 20, "another prompt continued there"
     assert branch(cache, [80, 81, 82]) is None
-
-
-def test_fork_is_found_after_its_kv_was_evicted():
-    cache, *_ = fake_cache()
-    publish(cache, range(20))
-    cache.evict(num_tokens=100)
-    assert cache.match(np.arange(20, dtype=np.int32)).kv_match_len == 0
-    assert branch(cache, [*range(11), 90, 91, 92]) == 8
-    assert branch(cache, [*range(20), 90, 91, 92]) is None
-
-
-def test_branch_position_is_relative_to_the_resumed_prefix():
-    cache, *_ = fake_cache()
-    publish(cache, range(3))
-    publish(cache, range(20))
-    assert branch(cache, [*range(12), 90, 91]) == 11, "3 and two grid steps"
-
-
-def test_losses_below_the_grid_are_separate():
-    losses = Losses(200, 0, 0, 74, 0)
-    match = PrefixMatch(1274, 1000, 1074, 1074, 5, losses, None, None)
-    assert on_grid(match, 64) == Losses(200, 0, 0, 24, 50)
-    assert on_grid(match, 1) == losses
-    assert sum(on_grid(match, 64)) + match.cached_len == match.num_tokens
-    assert describe("a7", match, on_grid(match, 64)) == (
-        "a7: 1000 of 1274 prompt tokens cached; lost: 200 never seen, 24 never checkpointed, "
-        "50 below grid"
-    )
-
-
-def test_loss_meter_counts_and_logs_a_request(caplog):
-    match = PrefixMatch(100, 60, 70, 70, 1, Losses(30, 0, 10, 0, 0), None, None)
-    with caplog.at_level(logging.INFO, "hybridcache.sglang"):
-        meter = LossMeter(64, {"tp_rank": 0}, logging.INFO)
-        meter.record("r1", match)
-    assert "r1: 60 of 100" in caplog.text
-    name = "hybridcache:lost_tokens_total"
-    labels = {"tp_rank": "0", "cause": "checkpoint_evicted"}
-    assert REGISTRY.get_sample_value(name, labels) == 10
-    assert REGISTRY.get_sample_value("hybridcache:cached_tokens_total", {"tp_rank": "0"}) == 60
 
 
 def settings(**changed):
@@ -433,19 +306,3 @@ def settings(**changed):
 def test_unsupported_settings_give_one_line(changed, message):
     reason = why_not(*settings(**changed))
     assert reason is not None and message in reason and "\n" not in reason
-
-
-def test_supported_settings_are_accepted():
-    assert why_not(*settings()) is None
-    assert why_not(*settings(is_eagle=True)) is None, "the keys of hybrid models are single tokens"
-    assert why_not(*settings(is_hybrid_ssm=False, eviction_policy="survival")) is None
-    assert why_not(*settings(eviction_policy="plain-lru")) is None
-
-
-def test_sglangs_default_eviction_means_our_default():
-    assert eviction_name("lru") == CacheConfig(num_kv_tokens=8, num_slots=1).eviction == "survival"
-    assert [eviction_name(name) for name in ("plain-lru", "lfu", "survival")] == [
-        "lru",
-        "lfu",
-        "survival",
-    ]

@@ -25,14 +25,6 @@ def caller(request):
     caller.check()
 
 
-def test_insert_and_match_basic(caller):
-    assert caller.hit(PATH) == 0
-    assert caller.insert(PATH).prefix_len == 0
-    assert caller.hit(PATH) == caller.hit(PATH, [50]) == 12
-    rows = caller.cache.path_device_indices(caller.match(PATH)[1])
-    assert rows.dtype == torch.int64 and len(rows) == 12
-
-
 def test_each_prompt_hits_the_deepest_state_on_its_path(caller):
     caller.insert(PATH[:3])
     caller.insert(PATH[:7])
@@ -47,14 +39,6 @@ def test_shared_prefix_split_keeps_the_state_below(caller):
     assert caller.hit(PATH[:8]) == 0
 
 
-def test_state_inserted_twice_stays_with_the_caller(caller):
-    caller.insert(PATH)
-    free = caller.slots.available_size(), caller.rows.available_size()
-    result = caller.insert(PATH)
-    assert result.mamba_exist and result.prefix_len == 12
-    assert (caller.slots.available_size(), caller.rows.available_size()) == free
-
-
 def test_prev_prefix_len_keeps_the_rows_of_the_tree(caller):
     caller.insert(PATH[:6])
     lock = caller.cache.lock(caller.match(PATH[:6])[1])
@@ -63,14 +47,6 @@ def test_prev_prefix_len_keeps_the_rows_of_the_tree(caller):
     caller.cache.unlock(lock)
     after = caller.cache.path_device_indices(caller.match(PATH)[1])
     assert after[:6].tolist() == before.tolist() and caller.rows.available_size() == 88
-
-
-def test_evict_empty_tree_and_evict_until_empty(caller):
-    assert caller.evict(10, 1) == (0, 0)
-    for first in (20, 40, 60):
-        caller.insert(range(first, first + 10))
-    freed = caller.evict(1000, 1000)
-    assert freed == (30, 3) and caller.cache.total_size()[0] == 0
 
 
 def test_evict_respects_lru_order(caller):
@@ -99,18 +75,6 @@ def test_mamba_internal_tombstone_evict_and_refill(caller):
     assert caller.hit(PATH[:8]) == 8
 
 
-def test_mamba_evict_of_a_leaf_takes_its_kv(caller):
-    caller.insert(PATH)
-    assert caller.evict(0, 1) == (12, 1)
-
-
-def test_evict_full_leaf_takes_its_state(caller):
-    caller.insert(PATH[:8])
-    caller.insert(PATH)
-    assert caller.evict(1) == (4, 1)
-    assert caller.hit(PATH) == 8
-
-
 def test_evict_respects_lock_ref(caller):
     caller.insert(PATH)
     caller.insert([70, 71])
@@ -121,16 +85,6 @@ def test_evict_respects_lock_ref(caller):
     caller.cache.unlock(lock)
     assert caller.cache.full_protected_size() == 0
     assert caller.evict(1000, 1000) == (12, 1)
-
-
-def test_evict_locked_subtree_skipped(caller):
-    caller.insert(PATH[:8])
-    caller.insert([*PATH[:8], 50])
-    caller.insert([*PATH[:8], 60])
-    lock = caller.cache.lock(caller.match([*PATH[:8], 50])[1])
-    caller.evict(1000)
-    assert caller.hit(PATH[:8], [50]) == 9 and caller.hit(PATH[:8], [60]) == 8
-    caller.cache.unlock(lock)
 
 
 def test_lock_survives_a_split_above_it(caller):
@@ -153,25 +107,10 @@ def test_inc_and_dec_lock_ref_replay_a_receipt(caller):
     assert caller.evict(1000, 1000) == (12, 1)
 
 
-def test_evict_reinsert_after_full_eviction(caller):
-    caller.insert(PATH)
-    caller.evict(1000)
-    caller.insert(PATH)
-    assert caller.hit(PATH) == 12
-
-
 def test_different_extra_keys_share_nothing(caller):
     caller.insert(PATH, extra_key="a")
     assert caller.match(PATH)[0] == 0 and caller.match(PATH, "b")[0] == 0
     assert caller.match(PATH, "a")[0] == 12
-
-
-def test_reset_clears_the_cache(caller):
-    caller.insert(PATH)
-    caller.cache.reset()
-    caller.rows.clear()
-    caller.requests.clear()
-    assert caller.hit(PATH) == 0 and caller.rows.available_size() == 100
 
 
 def test_random_calls_give_the_only_correct_hits(caller):
@@ -197,30 +136,6 @@ def test_our_match_changes_nothing_but_sglangs_splits_nodes():
     assert caller.cache.tree.render() == before
 
 
-def test_our_cache_evicts_unreachable_kv_with_the_last_state():
-    num_rows_used = {}
-    for core in ("hybridcache", "rust"):
-        caller = Caller(core)
-        caller.insert([*PATH[:8], 50, 51, 52])
-        caller.insert([*PATH[:8], 60])
-        caller.evict(0, 2)
-        num_rows_used[core] = caller.rows.size - caller.rows.available_size()
-    assert num_rows_used == {"hybridcache": 0, "rust": 8}
-
-
-def test_our_cache_evicts_superseded_states_first():
-    """The end of one conversation is worth more than the middle of another."""
-    found = {}
-    for core in ("hybridcache", "rust"):
-        caller = Caller(core)
-        caller.insert([70, 71])
-        caller.insert(PATH[:6])
-        caller.insert(PATH)
-        caller.evict(0, 1)
-        found[core] = caller.hit([70, 71]), caller.hit(PATH[:6]), caller.hit(PATH)
-    assert found == {"hybridcache": (2, 0, 12), "rust": (0, 6, 12)}
-
-
 def test_prefix_of_a_waiting_request_can_be_refreshed():
     caller = Caller("hybridcache")
     for first in (20, 40):
@@ -229,15 +144,6 @@ def test_prefix_of_a_waiting_request_can_be_refreshed():
     caller.cache.touch_prefix(RadixKey(array("q", range(20, 31))))
     caller.evict(1)
     assert (caller.hit(range(20, 30)), caller.hit(range(40, 50))) == (10, 0)
-
-
-def test_dfs_weight_order_keeps_a_branch_together():
-    caller = Caller("hybridcache")
-    for tokens in (PATH[:4], [*PATH[:4], 50], [*PATH[:4], 60], [70, 71]):
-        caller.insert(tokens)
-    waiting = ([70, 71], [*PATH[:4], 50], PATH[:4], [*PATH[:4], 60], [99], [*PATH[:4], 50])
-    order = caller.cache.dfs_weight_order([caller.match(tokens)[1] for tokens in waiting])
-    assert order == [1, 5, 3, 2, 0, 4]
 
 
 @pytest.mark.parametrize("core", CORES)
