@@ -279,6 +279,7 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     assert recorder.num_recorded == 2 * (len(used) + 1)
 
 
+@pytest.mark.full
 def test_padding_of_graphs_is_not_routed(make_verify_driver, monkeypatch):
     """Steps of a prefill, of decodes, and of decodes with drafts."""
     driver, rows = make_verify_driver(), []

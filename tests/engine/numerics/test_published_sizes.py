@@ -142,9 +142,7 @@ SIZES = {
 ROWS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 97, 127, 128, 129)
 
 
-@pytest.mark.full(
-    "1-reference-bfloat16-None-granite_moe_hybrid", "2-native-bfloat16-int8-granite_moe_hybrid"
-)
+@pytest.mark.full("2-native-bfloat16-int8-granite_moe_hybrid")
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize(
     ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")]
