@@ -181,6 +181,3 @@ def test_registered_names_are_in_the_reference(
 ) -> None:
     documented = set(re.findall(r"`([\w-]+)`", generate.insert(reference(page))))
     assert set(names) - documented == set()
-
-
-# --- The checks detect faults --------------------------------------------------------------------

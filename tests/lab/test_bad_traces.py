@@ -262,6 +262,3 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
     with pytest.raises(BadRecordError, match="line 3: the prompt is empty"):
         next(requests)
     assert len(list(open_trace(f"{path}?head=2"))) == 2
-
-
-# --- Traces of programs -------------------------------------------------------------------------
