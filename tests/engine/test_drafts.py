@@ -143,3 +143,13 @@ def test_drafts_do_not_change_the_sampled_distribution() -> None:
         < 3 * (count / 4) ** 0.5
     )
     assert ((pairs - count * likely) ** 2 / (count * likely)).sum() < 37.7  # p = 0.001
+
+
+def test_namespaces_do_not_share_drafts(make_engine: MakeEngine) -> None:
+    engine = make_engine(draft="tree:5")
+    prompt = prompts()[0]
+    engine.generate([prompt], GREEDY, namespace="a")
+    (output,) = engine.generate([prompt], GREEDY, namespace="b")
+    assert not [source for source, _ in output.drafts.drafted if source == "tree"]
+    (output,) = engine.generate([prompt], GREEDY, namespace="a")
+    assert output.drafts.accepted["tree", 1] > 0
