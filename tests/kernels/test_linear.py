@@ -127,9 +127,9 @@ def native_product(method: str, weight: torch.Tensor):
 
 @pytest.mark.full(
     "2-lanes-2048x2048",
-    "2-pairs-8192x2048",
+    "2-pairs-2048x2048",
     "1-halves-2048x2048",
-    "2-amx-8192x2048",
+    "2-amx-2048x2048",
     "2-int8_lanes-2048x2048",
     "2-int8_amx-2048x2048",
 )
