@@ -10,9 +10,10 @@ Restart and disk tier share their records:
 
 All methods are for the engine's thread. ``RecordStore`` is used by the disk thread alone, after the
 constructor. An ``OSError`` there is counted and logged. A record that was not written or cannot be
-read is forgotten by ``settle``, with its file. A file that cannot be removed takes its room from
-the others. After a failed write or removal nothing is written for ``RETRY_S``. If a job of the disk
-thread takes longer than ``DEADLINE_S``, the disk is off until the engine starts again.
+read is forgotten by ``settle``, with its file. A file that cannot be removed counts, and is removed
+when its room is needed. After a failed write or removal nothing is written for ``RETRY_S``. If a
+job of the disk thread takes longer than ``DEADLINE_S``, the disk is off until the engine starts
+again.
 """
 
 from __future__ import annotations
@@ -172,6 +173,10 @@ class Disk:
         self._written = Condition()
         self._failed: deque[int] = deque()
         """Records that were not written, or cannot be read."""
+        self._undeleted: deque[tuple[int, int]] = deque()
+        """Record and disk space of each file that could not be removed."""
+        self._unwanted: deque[int] = deque()
+        """Records with a file that is still to be removed."""
         self._staged: dict[int, Future[Rows | None]] = {}
         self._retry_at = 0.0
         self._failure: str | None = None
@@ -195,7 +200,7 @@ class Disk:
         self._thread = DiskThread()
         self._next_id = store.next_id
         self.max_bytes = store.max_bytes
-        """Limit of the disk space of all records, without files that cannot be removed."""
+        """Limit of the disk space of all records."""
         for number in unknown:
             self._remove(number)
         self._make_room(0, 0)  # the limit may have been higher before
@@ -322,6 +327,8 @@ class Disk:
         self.unbind_all()
         for number in sorted(self.prefixes.used, reverse=True):
             self._forget(number)
+        while self._unwanted:
+            self._remove(self._unwanted.popleft())
         self._run_later("sync the folder", self._store.sync)
 
     def unbind_all(self) -> None:
@@ -332,6 +339,10 @@ class Disk:
     def settle(self) -> None:
         """Forget the records that failed in the disk thread, with their descendants. O(records that
         failed)."""
+        while self._undeleted:
+            number, size = self._undeleted.popleft()
+            self._count(number, size)
+            self._unwanted.append(number)
         while self._failed:
             number = self._failed.popleft()
             if number not in self.prefixes:
@@ -383,7 +394,7 @@ class Disk:
         """Raise AssertionError unless every invariant holds. O(records + rows of the tier)."""
         self._pointers.check()
         assert self.num_bytes == sum(self._sizes.values())
-        assert set(self._sizes) == set(self.prefixes.used)
+        assert set(self._sizes) == set(self.prefixes.used) | set(self._unwanted)
 
     def _run_later(self, what: str, work: Callable[[], object]) -> None:
         """Run ``work`` in the disk thread. ``what`` names it in the report of an OSError."""
@@ -517,6 +528,8 @@ class Disk:
     def _make_room(self, size: int, new: int) -> bool:
         """Remove records without rows, the least recently used first, until ``size`` bytes fit.
         Returns False if they do not."""
+        while self._unwanted and self.num_bytes + size > self.max_bytes:
+            self._remove(self._unwanted.popleft())
         for _ in range(2 * len(self.prefixes)):
             if self.num_bytes + size <= self.max_bytes:
                 return True
@@ -547,7 +560,7 @@ class Disk:
             self._store.remove(number)
         except OSError as error:
             self._pause("remove a record", error)
-            self.max_bytes -= size
+            self._undeleted.append((number, size))
 
     def _payload(self, number: int) -> Rows | None:
         """Return the rows of a record, or None if it cannot be read."""
