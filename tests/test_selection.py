@@ -1,4 +1,4 @@
-"""Tests of the selection for `make test`, `make test-changed` and `make test-all`."""
+"""Tests of the selection for `make test` and `make test-all`."""
 
 from __future__ import annotations
 
