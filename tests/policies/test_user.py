@@ -14,7 +14,6 @@ import pytest
 from engine import Engine, EngineConfig, SamplingParams
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.lab.cli import main
-from hybridcache.lab.leaderboard import Split, leaderboard
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
@@ -336,9 +335,6 @@ def _generate() -> None:
     [
         lambda: simulate("short?head=60", gib=0.3, policy=Stingy, bound=False),
         lambda: closed_loop("chat?head=40", gib=1, rate=1, admission="oldest", policy=Stingy),
-        lambda: leaderboard(
-            [f"{__name__}:Stingy"], Split.load(None).head(1, "agent"), built_in=("lru",)
-        ),
         _generate,
     ],
 )
