@@ -167,7 +167,7 @@ class Health:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._asking: asyncio.Task[None] | None = None
-        self._problem: str | None = None
+        self._folder: dict[str, str] = {"status": "ok"}
 
     async def check(self) -> dict[str, str]:
         """Return ``ok``, or ``degraded`` with the problem of the state directory; and the result of
@@ -180,16 +180,14 @@ class Health:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._ask())
             await asyncio.wait({self._asking}, timeout=HEALTH_WAIT_S)
-        exactness = {"exactness": self._engine.facts.exactness.sentence}
-        if self._problem is None:
-            return {"status": "ok"} | exactness
-        return {"status": "degraded", "state_dir": self._problem} | exactness
+        return self._folder | {"exactness": self._engine.facts.exactness.sentence}
 
     async def _ask(self) -> None:
         with suppress(EngineStopped, ValueError):  # ended, or no replica is up
             offload = (await self._engine.report()).offload
-            folder = None if offload is None else offload.folder
-            self._problem = None if folder is None else folder.problem
+            problem = offload and offload.folder and offload.folder.problem
+            degraded = {"status": "degraded", "state_dir": problem or ""}
+            self._folder = degraded if problem else {"status": "ok"}
 
 
 def _operator_routes(context: ServingContext, operator: Operator) -> list[Route]:

@@ -34,7 +34,7 @@ from engine.server.context import (
     token_id_fields,
     usage,
 )
-from engine.server.schemas import Chat, ChatRequest, NamedTool, cuts_of
+from engine.server.schemas import ChatRequest, NamedTool, cuts_of
 from engine.text.answer_reader import AnswerDelta, AnswerForm, AnswerReader
 from engine.text.answers import (
     CallArguments,
@@ -85,7 +85,7 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
 
 
 async def render(
-    context: ServingContext, body: Chat, size: int, tenant: Tenant
+    context: ServingContext, body: ChatRequest, size: int, tenant: Tenant
 ) -> tuple[ChatPrompt, Place]:
     """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the place of its
     answer. Raises APIError 400 if the template rejects it."""

@@ -32,7 +32,7 @@ from engine.server.access import Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
 from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
-from engine.server.schemas import Guided, Message, TokenOptions
+from engine.server.schemas import Guided, Message, Sampling
 from engine.server.settings import ServerConfig
 from engine.text.answer_reader import AnswerForm
 from engine.text.answers import CLOSE
@@ -460,7 +460,7 @@ def chat_scores(
 
 
 def token_id_fields(
-    body: TokenOptions, output: RequestOutput, new: Sequence[int], is_first: bool
+    body: Sampling, output: RequestOutput, new: Sequence[int], is_first: bool
 ) -> dict[str, Any]:
     """Return the ids of the ``new`` tokens in vLLM's form, with those of the prompt in the first
     part."""
@@ -471,7 +471,7 @@ def token_id_fields(
 
 
 def prompt_score_fields(
-    tokenizer: Tokenizer, body: TokenOptions, output: RequestOutput
+    tokenizer: Tokenizer, body: Sampling, output: RequestOutput
 ) -> dict[str, Any]:
     """Return the log-probabilities of the prompt in vLLM's form.
 

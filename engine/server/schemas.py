@@ -166,24 +166,6 @@ class Guided(Body, kw_only=True):
         return forms[0]() if forms else None
 
 
-class TokenOptions(Guided, kw_only=True):
-    """Part of a request that restricts tokens and selects reported fields."""
-
-    top_k: TopK | None = None
-    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None = None
-    """By token id, which is text in JSON."""
-    min_tokens: Count | None = None
-    thinking_token_budget: Count | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    bad_words: Stops | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    """Ignored: the supported tokenizers insert no spaces."""
-    include_stop_str_in_output: bool | None = None
-    prompt_logprobs: NumScores | None = None
-    return_token_ids: bool = False
-
-
 class StreamOptions(Part, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -199,7 +181,7 @@ def check_streamed(stream: bool, options: StreamOptions | None) -> None:
         )
 
 
-class Sampling(TokenOptions, kw_only=True):
+class Sampling(Guided, kw_only=True):
     """Part of a request that controls sampling. None selects the engine's default."""
 
     NEUTRAL = NEUTRAL
@@ -218,6 +200,19 @@ class Sampling(TokenOptions, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    top_k: TopK | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None = None
+    """By token id, which is text in JSON."""
+    min_tokens: Count | None = None
+    thinking_token_budget: Count | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    bad_words: Stops | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    """Ignored: the supported tokenizers insert no spaces."""
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: NumScores | None = None
+    return_token_ids: bool = False
     cache_salt: str | None = None
     """Requests with different salts share no cache entries."""
     stream: bool = False
@@ -520,39 +515,7 @@ else:  # Read one by one in ``__post_init__``, unless another dialect has read t
     Tools = list[Raw]
 
 
-class Chat:
-    """Part of a body that a chat template renders; the body declares its fields."""
-
-    if not TYPE_CHECKING:
-        __slots__ = ()
-    else:
-        messages: Messages
-        tools: Tools | None
-        add_generation_prompt: bool | None
-        continue_final_message: bool
-        chat_template_kwargs: dict[str, Any] | None
-        reasoning_effort: Effort | None
-
-    def read_chat(self) -> None:
-        """Read the values that are not typed. Raises ValueError or APIError 400 for a wrong one."""
-        self.messages = [
-            Message.read(one, index) if isinstance(one, Raw) else one
-            for index, one in enumerate(self.messages)
-        ]
-        _check_messages(self.messages)
-        if self.tools is not None:
-            self.tools = _read_tools(self.tools)
-        if (effort := self.reasoning_effort) is not None:
-            switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
-            self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
-
-    @property
-    def begins_answer(self) -> bool:
-        """True if the prompt ends with the beginning of an answer."""
-        return self.add_generation_prompt is not False and not self.continue_final_message
-
-
-class ChatRequest(Sampling, Chat, kw_only=True):
+class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions, and the chat that the body of another dialect means."""
 
     messages: Messages
@@ -581,7 +544,16 @@ class ChatRequest(Sampling, Chat, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.read_chat()
+        self.messages = [
+            Message.read(one, index) if isinstance(one, Raw) else one
+            for index, one in enumerate(self.messages)
+        ]
+        _check_messages(self.messages)
+        if self.tools is not None:
+            self.tools = _read_tools(self.tools)
+        if (effort := self.reasoning_effort) is not None:
+            switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
+            self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
         if isinstance(self.tool_choice, str) and self.tool_choice not in CHOICES:
             raise ValueError(
                 "'tool_choice' must be 'none', 'auto', 'required', or an object that names a "
@@ -604,6 +576,11 @@ class ChatRequest(Sampling, Chat, kw_only=True):
                 "'continue_final_message' continues an answer: the last message must be the "
                 "assistant's."
             )
+
+    @property
+    def begins_answer(self) -> bool:
+        """True if the prompt ends with the beginning of an answer."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
 
     @property
     def limit(self) -> int | None:

@@ -1,7 +1,7 @@
 """The server process: connections of clients, memory, start and stop.
 
-uvicorn limits the size of headers and closes idle connections. Late headers, and requests on more
-connections than the process has descriptors for, are refused here.
+uvicorn limits the size of headers and the number of connections, and closes idle ones. Late headers
+are refused here.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.async_engine import AsyncEngine
@@ -122,25 +121,6 @@ LATE_HEADERS = (
 )
 
 
-class ConnectionLimit:
-    """ASGI middleware that refuses requests if too many connections are open."""
-
-    def __init__(self, app: ASGIApp, connections: Collection[Any], limit: int) -> None:
-        self._app, self._connections, self._limit = app, connections, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or len(self._connections) <= self._limit:
-            await self._app(scope, receive, send)
-            return
-        refusal = APIError(
-            503,
-            "The server has reached its limit of connections: try again later.",
-            code="too_many_connections",
-            headers={"Retry-After": "1", "Connection": "close"},
-        )
-        await refusal.response(scope)(scope, receive, send)
-
-
 TRIM_S = 30
 """Interval between two calls of ``trim``."""
 
@@ -192,14 +172,13 @@ class Server(uvicorn.Server):
                 log_level=config.log_level,
                 access_log=False,
                 backlog=ACCEPTED_AT_ONCE,
+                limit_concurrency=limit + 1,
                 timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
                 callback_notify=trim,
                 timeout_notify=TRIM_S,
             )
         )
         self._engine, self._page = engine, app.state.page
-        connections = self.server_state.connections
-        app.add_middleware(ConnectionLimit, connections=connections, limit=limit)
         self._drain_s = config.drain_s
         self._must_end = must_end
         self._hurry: Callable[[], object] | None = None

@@ -511,25 +511,17 @@ _NO_ENDING = {"stop_reason": None, "stop_sequence": None}
 
 
 def _content(events: Sequence[Event], omits_thinking: bool) -> list[dict[str, Any]]:
-    """Return an answer as blocks."""
-    blocks: list[dict[str, Any]] = []
-    arguments = ""
-    for one in events:
+    """Return a whole answer as the blocks of its stream."""
+    blocks, content = _Blocks(omits_thinking), list[dict[str, Any]]()
+    for one in (*blocks.write(events), *blocks.close()):
         match one:
-            case ReasoningDelta(text):
-                sign = _signature(hashlib.sha256(text.encode()))
-                shown = "" if omits_thinking else text
-                blocks.append({"type": "thinking", "thinking": shown, "signature": sign})
-            case TextDelta(text):
-                blocks.append({"type": "text", "text": text})
-            case CallBegin(name):
-                blocks.append(_tool_use(name))
-                arguments = ""
-            case CallArguments(text):
-                arguments += text
-            case CallEnd():
-                blocks[-1]["input"] = parsed_arguments(arguments)
-    return blocks
+            case {"content_block": block}:
+                content.append(block)
+            case {"delta": {"partial_json": text}}:
+                content[-1]["input"] = parsed_arguments(text)
+            case {"delta": dict(delta)}:
+                content[-1] |= {name: part for name, part in delta.items() if name != "type"}
+    return content
 
 
 def _tool_use(name: str) -> dict[str, Any]:

@@ -14,39 +14,24 @@ from engine.server.chat import render
 from engine.server.context import ServingContext
 from engine.server.schemas import (
     MAX_COUNT_OF_IDS,
-    Chat,
-    Effort,
+    ChatRequest,
     Messages,
     TokenId,
-    Tools,
 )
 from engine.text.tokenizer import EncodeOptions
 
 
-class TokenizeRequest(Body, Chat, kw_only=True):
+class TokenizeRequest(ChatRequest, kw_only=True):
     """POST /tokenize: a text, or a chat as /v1/chat/completions would render it."""
 
-    model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool = True
     messages: Messages = field(default_factory=list)
-    tools: Tools | None = None
-    """Functions."""
-    add_generation_prompt: bool | None = None
-    """Append the beginning of an answer. None means True unless ``continue_final_message`` is
-    set."""
-    continue_final_message: bool = False
-    """Continue the last message."""
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Switches of the template, such as ``enable_thinking``."""
-    reasoning_effort: Effort | None = None
-    """Variable of the template. ``none`` also disables reasoning, and any other value enables it,
-    unless ``chat_template_kwargs`` has ``enable_thinking``."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (not self.messages):
             raise ValueError("Send either 'prompt' or 'messages'.")
-        self.read_chat()
+        super().__post_init__()
 
 
 class DetokenizeRequest(Body, kw_only=True):
