@@ -44,7 +44,7 @@ GROUPS = {
     "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
     "scheduling": "admission token_budget max_queue",
     "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
-    "keep_alive_s drain_s special_in_content max_connections header_timeout_s body_timeout_s",
+    "keep_alive_s drain_s max_connections header_timeout_s body_timeout_s",
     "limits of one request": "max_body_mib default_max_tokens",
     "memory of chats": "replay_mib preserve_thinking",
     "logs and checks": "log_level check",
@@ -230,12 +230,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from engine.worker.spawn import spawn
 
     served: AsyncEngine
-    try:
-        listener = bind(server_config)  # Before anything slow: a taken port is reported at once.
-    except ValueError as error:
-        faults = [error, *_other_faults(server_config, engine_config)]
-        raise ValueError("\n".join(map(str, faults))) from None
-    with listener:
+    with bind(server_config) as listener:  # Before slow work: a taken port is reported at once.
         host, port = listener.getsockname()[:2]
         if warning := _open_to_others(host, server_config):
             print(warning, file=sys.stderr, flush=True)
@@ -268,24 +263,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         print(f"engine serve: {engine.failure}", file=sys.stderr)
         return 1
     return 0
-
-
-def _other_faults(server_config: ServerConfig, engine_config: EngineConfig) -> list[ValueError]:
-    """Return further errors of the settings that can be found without loading a model."""
-    from hybridcache.policies.registry import make_admission, make_eviction, parse_placement
-
-    faults = []
-    for check in (
-        lambda: _server().check(server_config),
-        lambda: make_eviction(engine_config.eviction),
-        lambda: make_admission(engine_config.admission),
-        lambda: parse_placement(",".join(engine_config.checkpoints)),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            faults.append(error)
-    return faults
 
 
 def _needs_key(server_config: ServerConfig) -> bool:

@@ -103,7 +103,6 @@ async def render(
             add_generation_prompt=body.begins_answer,
             continues_last=body.continue_final_message,
             variables=chat.variables,
-            special_in_content=context.special_in_content,
             namespace=tenant.namespace,
             cuts=cuts_of(body.messages, body.tools),
             sampled=chat.sampled,

@@ -101,7 +101,6 @@ class ServingContext:
             keeps_thinking=config.preserve_thinking,
         )
         self.model_name = config.served_model_name or engine.facts.model_name
-        self.special_in_content = config.special_in_content
         self.keep_alive_s = config.keep_alive_s
         self._default_max_tokens = config.default_max_tokens
         self._tenants = Tenants.of_server(config, engine.config.kept_folder)

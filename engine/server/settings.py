@@ -81,11 +81,6 @@ class ServerConfig(Settings):
         "the context permits",
         limits=COUNT,
     )
-    special_in_content: bool = setting(
-        False,
-        "encode special tokens in the text of messages as special tokens; otherwise they are text, "
-        "so that a message cannot start another turn",
-    )
     replay_mib: float = setting(
         64.0,
         "memory for sampled tokens of answers, which replace an answer that a "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -93,103 +93,44 @@ class Parting:
     now: str | None = None
     """Next tokens of the earlier and of the later request, as text."""
 
+    def sentence(self) -> str:
+        where = "" if self.path is None else f" ({self.path})"
+        shown = "" if self.was is None else f", {self.was!r} became {self.now!r}"
+        at = f"It differs from the earlier request after {counted(self.at, 'token')}"
+        return f"{at}: {CHANGED[self.change]}{where}{shown}."
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Reasons why a chat computed its tokens, compared with an earlier one."""
+    """Reasons why a chat computed its tokens, compared with an earlier one.
+    docs/engine/capabilities.md describes the fields."""
 
-    prompt_len: int
-    cached_len: int
-    earlier_len: int
-    """Number of tokens of the earlier prompt, or 0 without one."""
-    known_len: int
-    """Number of tokens of the earlier prompt and its answer."""
-    shared_len: int
-    """Number of tokens that could have been read if the cache kept all of the earlier chat, or
-    without one, all tokens that it knew."""
-    parting: Parting | None
-    """Difference, or None if one prompt is a beginning of the other chat."""
+    prompt_tokens: int
+    cached_tokens: int
+    earlier_tokens: int
+    shared_tokens: int
+    new_tokens: int
+    parted: Parting | None
     lost: dict[str, int]
-    """Number of tokens below ``shared_len`` that were computed again, by cause."""
-    grid: int
-    """Distance of the positions at which a state may be saved, in tokens; 0 if none are."""
-    is_new: bool
-    """True if less than one step of ``grid`` is shared with the nearest earlier chat."""
+    cause: str | None
+    advice: str | None
+    text: str
 
-    @property
-    def cause(self) -> str | None:
-        """The cause that cost the most tokens, or None if all shared tokens were read.
 
-        A missing state at the difference, and positions off the grid, are normal. These two causes
-        count only without any other.
-        """
-        if self.is_new:
-            return NEW
-        costs = {name: number for name, number in self.lost.items() if name not in USUAL}
-        if self.parting is not None:
-            costs[self.parting.change] = max(self.known_len - self.parting.at, 1)
-        for some in (costs, {name: self.lost[name] for name in USUAL}):
-            worst = max(some, key=lambda name: some[name])
-            if some[worst]:
-                return worst
-        return None
+def _cause(lost: dict[str, int], parting: Parting | None, known_len: int) -> str | None:
+    """Return the cause that cost the most tokens, or None if all shared tokens were read.
 
-    @property
-    def advice(self) -> str | None:
-        """Change that makes more of such a prompt reusable. None if there is no cause.
-
-        Without a grid position between the cached and the shared length, no state could be saved
-        there: the tokens in between are computed again however much memory there is.
-        """
-        if self.cause is None:
-            return None
-        is_tail = self.shared_len - self.cached_len < self.grid and not self.cached_len % self.grid
-        is_memory = ADVICE[self.cause] is _MORE_MEMORY
-        return ADVICE["below_grid" if is_tail and is_memory else self.cause]
-
-    @property
-    def text(self) -> str:
-        """The explanation in one or two sentences."""
-        computed, shared = self.prompt_len - self.cached_len, counted(self.shared_len, "token")
-        words = [
-            f"{self.cached_len:,} of {self.prompt_len:,} tokens were reused, {computed:,} computed."
-        ]
-        parting = self.parting
-        if self.is_new:
-            known = (
-                f"no earlier request shares more than its first {shared}, less than one step of "
-            )
-            known = f"{known}--grid ({self.grid})." if self.earlier_len else _ALONE
-            words.append(f"It is a new conversation, or its beginning changed: {known}")
-        elif not self.earlier_len:
-            words.append(_ALONE.capitalize())
-        elif parting is not None:
-            where = "" if parting.path is None else f" ({parting.path})"
-            shown = "" if parting.was is None else f", {parting.was!r} became {parting.now!r}"
-            at = f"It differs from the earlier request after {counted(parting.at, 'token')}"
-            words.append(f"{at}: {CHANGED[parting.change]}{where}{shown}.")
-        lost = [f"{number:,} {LOST[name]}" for name, number in self.lost.items() if number]
-        if lost and not self.is_new:
-            sharing = "that both share" if self.earlier_len else "that the cache knew"
-            words.append(f"Of the {shared} {sharing}: {', '.join(lost)}.")
-        return " ".join([*words, *([] if self.advice is None else [self.advice])])
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the explanation for JSON. docs/engine/capabilities.md describes the fields."""
-        parting = self.parting
-        parted = None if parting is None else {n: getattr(parting, n) for n in Parting.__slots__}
-        return {
-            "prompt_tokens": self.prompt_len,
-            "cached_tokens": self.cached_len,
-            "earlier_tokens": self.earlier_len,
-            "shared_tokens": self.shared_len,
-            "new_tokens": self.prompt_len - self.shared_len,
-            "parted": parted,
-            "lost": {name: number for name, number in self.lost.items() if number},
-            "cause": self.cause,
-            "advice": self.advice,
-            "text": self.text,
-        }
+    A missing state at the difference, and positions off the grid, are normal. These two causes
+    count only without any other. ``known_len``: tokens of the earlier prompt and its answer.
+    """
+    costs = {name: number for name, number in lost.items() if name not in USUAL}
+    if parting is not None:
+        costs[parting.change] = max(known_len - parting.at, 1)
+    for some in (costs, {name: lost[name] for name in USUAL}):
+        worst = max(some, key=lambda name: some[name])
+        if some[worst]:
+            return worst
+    return None
 
 
 class Explanations:
@@ -220,7 +161,7 @@ class Explanations:
                 return None
         if later is None:
             return None
-        told = self.explain(earlier, later, may_be_new=earlier_name is None).as_dict()
+        told = asdict(self.explain(earlier, later, may_be_new=earlier_name is None))
         compared_with = None if earlier is None else earlier.answer_id
         return {"id": later.answer_id, "compared_with": compared_with, **told}
 
@@ -271,9 +212,34 @@ class Explanations:
             end = start + by_cause[name]
             lost[name] = max(min(end, shared_len) - start, 0)
             start = end
-        return Explanation(
-            limit, cached_len, earlier_len, known_len, shared_len, parting, lost, self._grid, is_new
-        )
+        cause = NEW if is_new else _cause(lost, parting, known_len)
+        advice = None if cause is None else ADVICE[cause]
+        # Without a position of the grid between the cached and the shared length, no state could be
+        # saved there, however much memory there is.
+        is_tail = shared_len - cached_len < self._grid and not cached_len % self._grid
+        if advice is _MORE_MEMORY and is_tail:
+            advice = ADVICE["below_grid"]
+        shared, computed = counted(shared_len, "token"), limit - cached_len
+        words = [f"{cached_len:,} of {limit:,} tokens were reused, {computed:,} computed."]
+        lost = {name: number for name, number in lost.items() if number}
+        if is_new:
+            step = f"less than one step of --grid ({self._grid})."
+            known = f"no earlier request shares more than its first {shared}, {step}"
+            known = known if earlier_len else _ALONE
+            words.append(f"It is a new conversation, or its beginning changed: {known}")
+        else:
+            if earlier is None:
+                words.append(_ALONE.capitalize())
+            if parting is not None:
+                words.append(parting.sentence())
+            if lost:
+                sharing = "that both share" if earlier_len else "that the cache knew"
+                parts = ", ".join(f"{number:,} {LOST[name]}" for name, number in lost.items())
+                words.append(f"Of the {shared} {sharing}: {parts}.")
+        text = " ".join([*words, *filter(None, [advice])])
+        new_len = limit - shared_len
+        figures = limit, cached_len, earlier_len, shared_len, new_len
+        return Explanation(*figures, parting, lost, cause, advice, text)
 
     def _part(self, earlier: AnsweredChat, later: AnsweredChat, at: int) -> Parting:
         ends = np.flatnonzero(np.isin(earlier.tokens[: earlier.prompt_len], self._control_ids))

@@ -318,7 +318,7 @@ def store(
 
 
 def _check(pair: Pair, explanation: Explanation) -> None:
-    parting = explanation.parting
+    parting = explanation.parted
     assert (parting and parting.change) == pair.change, explanation.text
     if parting is not None:
         assert parting.path == pair.path, explanation.text
@@ -329,21 +329,21 @@ def _check(pair: Pair, explanation: Explanation) -> None:
 def test_every_labelled_miss_is_explained(pair: Pair) -> None:
     explanation, explanations = run(pair)
     _check(pair, explanation)
-    assert explanation.cached_len + sum(explanation.lost.values()) >= explanation.shared_len
-    if explanation.parting is not None:
-        assert explanation.parting.was is not None and explanation.parting.now is not None
-        assert explanation.parting.was != explanation.parting.now
+    assert explanation.cached_tokens + sum(explanation.lost.values()) >= explanation.shared_tokens
+    if explanation.parted is not None:
+        assert explanation.parted.was is not None and explanation.parted.now is not None
+        assert explanation.parted.was != explanation.parted.now
     explanations.memory.check()
 
 
 @pytest.mark.parametrize("pair", PAIRS[:42:6], ids=lambda pair: pair.name)
 def test_in_a_namespace_no_text_is_shown(pair: Pair) -> None:
-    found, (shown, _) = run(pair, namespace="tenant")[0].parting, run(pair)
-    assert found is not None and shown.parting is not None
+    found, (shown, _) = run(pair, namespace="tenant")[0].parted, run(pair)
+    assert found is not None and shown.parted is not None
     assert (found.at, found.change, found.path) == (
-        shown.parting.at,
-        shown.parting.change,
-        shown.parting.path,
+        shown.parted.at,
+        shown.parted.change,
+        shown.parted.path,
     )
     assert found.before is found.was is found.now is None
 
