@@ -13,7 +13,7 @@ from decimal import Decimal
 from math import prod
 from typing import Any, Literal
 
-from engine.text.json_text import JSONValueError, read_json
+from engine.text.json_text import read_json
 
 MAX_CHARS = 256 * 1024
 """Maximum length of a schema, of an expression, or of all choices together."""
@@ -74,10 +74,8 @@ class Grammar:
         if isinstance(schema, str):
             try:
                 schema = read_json(schema)
-            except JSONValueError as error:
+            except ValueError as error:
                 raise GrammarError(f"a JSON schema cannot be read: {error}.") from None
-            except ValueError:
-                schema = ""
         if not isinstance(schema, bool | Mapping):
             raise GrammarError("a JSON schema must be an object, or the text of one.")
         return cls("lark", f"start: {json_rule(schema, {'whitespace_pattern': WHITESPACE})}")

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.server.api_errors import APIError, of_failure
 from engine.server.request_log import note_error
-from engine.text.json_text import read_json, write_json
+from engine.text.json_text import read_json, with_whole_escapes, write_json
 
 LONG = 4096
 """Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
@@ -84,7 +84,6 @@ Kind = TypeVar("Kind", bound=Body)
 _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 _ENTRIES = msgspec.json.Decoder(list[Entry])
 """Refuses wrong entries without making an object of each."""
-_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|u[dD][89a-fA-F]\w\w|.)", re.DOTALL)
 
 
 @lru_cache(maxsize=64)
@@ -119,13 +118,8 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
     except RecursionError:
         raise APIError(400, "The body is nested too deep: send one flat JSON object.") from None
     with suppress(msgspec.DecodeError, UnicodeDecodeError):
-        return _decoded(kind, _ESCAPE.sub(_whole_escape, raw.decode()).encode())
+        return _decoded(kind, with_whole_escapes(raw.decode()).encode())
     raise APIError(400, f"The body is not valid JSON ({fault}): send one JSON object.")
-
-
-def _whole_escape(escape: re.Match[str]) -> str:
-    is_half = len(escape[0]) == 6 and escape[0][1] == "u"
-    return r"\ufffd" if is_half else escape[0]
 
 
 def _decoded(kind: type[Kind], raw: bytes) -> Kind:
