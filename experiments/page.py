@@ -76,7 +76,8 @@ def leaderboard_table() -> Table:
     """Return the leaderboard of the built-in policies."""
     records = records_of("leaderboard.jsonl")
     scores = tuple(
-        Scores(**{name: record[name] for name in Scores.__slots__}) for record in records
+        Scores(**{name: record[name] for name in Scores.__slots__ if name in record})
+        for record in records
     )
     board = Board(Split.load(), records[0]["reference"], scores)
     return board.heads(), [row.cells() for row in board.rows() if row.name in BUILT_IN]

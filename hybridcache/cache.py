@@ -259,6 +259,8 @@ class HybridRadixCache:
         """Number of KV rows that the cache owns."""
         self.num_checkpoints = 0
         """Number of state slots that the cache owns."""
+        self.shares_memory = pages.budget is not None
+        """True if KV can take the memory of a free slot (arena), False with two pools."""
         self._step = lcm(grid, pages.page_size)
         self._keeps = keeps
         self._has_states = item_bytes.state > 0

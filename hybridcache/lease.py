@@ -517,6 +517,7 @@ class Lease:
             request.answer_survives and not request.exact,
             self.cache.free_slots,
             self.cache.num_checkpoints,
+            self.cache.shares_memory,
         )
         placement.on_prefill(prefill)
         asked = self._planned

@@ -292,6 +292,8 @@ class Prefill(NamedTuple):
     """Checkpoints that could be saved now without an eviction, or None if that is not known."""
     num_checkpoints: int = 0
     """Checkpoints that the cache holds now; counts only if ``free_slots`` is known."""
+    shares_memory: bool = True
+    """True if KV can take the memory of a free slot (arena), False with two pools."""
 
     def floor(self, position: int) -> int | None:
         """Return the deepest grid position at or before ``position``.

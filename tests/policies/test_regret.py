@@ -126,9 +126,14 @@ def test_every_position_is_saved_in_spare_slots() -> None:
         labels_of(placement, prefill(number))
     missed = FakeItem("lost", label="back:1", position=900)
     every = {"back:1", "back:4", "back:16", "back:64", "back:256"}
-    for free_slots, expected in ((7, every), (6, {"back:1"})):
-        request = prefill(0, missed=missed, free_slots=free_slots, num_checkpoints=20)
-        assert labels_of(placement, request) == expected
+    for free_slots, shares_memory, saves_all in (
+        (7, False, True),
+        (6, False, False),
+        (7, True, False),
+    ):
+        changes = {"free_slots": free_slots, "shares_memory": shares_memory}
+        request = prefill(0, missed=missed, num_checkpoints=20, **changes)
+        assert (labels_of(placement, request) == every) == saves_all
 
 
 def test_branches_and_boundaries_are_always_placed() -> None:

@@ -152,8 +152,9 @@ class Adaptive(PlacementPolicy):
       forks.
     - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
       saved in trials.
-    - *Spare slots*: if tokens were missed and a slot for each position is still free, KV is short
-      and not slots. A checkpoint then displaces nothing, and every position is saved.
+    - *Spare slots*: if tokens were missed although a slot for each position is free, and KV has
+      memory of its own, KV is short and not slots. A checkpoint then displaces nothing, and every
+      position is saved.
     - *Room*: a prompt with its answer takes at most half of the checkpoints that fit, and at least
       one. Positions with the highest expected savings go first: the uses per checkpoint of their
       label times the tokens since the resumed position. Only shared positions have assumed uses.
@@ -274,7 +275,8 @@ class Adaptive(PlacementPolicy):
         wanted: list[Placed] = []
         bars = self._bars()
         num_positions = len(shared) + len(back_offs) + 2
-        spare = free_slots is not None and free_slots >= num_positions and self._missed_tokens > 0
+        spare = free_slots is not None and free_slots >= num_positions
+        spare = spare and not prefill.shares_memory and self._missed_tokens > 0
         if spare:
             bars = -inf, -inf
         if prefill.seen_len > cached_len:
