@@ -43,13 +43,11 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return format(self, "")
+        return format(self, ".1f")
 
     def __format__(self, spec: str) -> str:
-        """Return mean and limits, each formatted with ``spec``; by default with one decimal, or
-        with four for a fraction."""
-        usual = ".4f" if max(abs(part) for part in self if not math.isnan(part)) < 1 else ".1f"
-        mean, low, high = (format(part, spec or usual) for part in self)
+        """Return mean and limits, each formatted with ``spec`` (default ``.1f``)."""
+        mean, low, high = (format(part, spec or ".1f") for part in self)
         return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
     @property

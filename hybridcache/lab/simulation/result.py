@@ -254,13 +254,13 @@ class RunResult:
         return linear_ratio(parts, [one.prompt_tokens for one in self.by_session])
 
     def above(self, other: RunResult) -> Interval:
-        """Return this run's token hit rate less that of ``other``, as a fraction, paired by
-        session. ValueError if they ran over different sessions."""
+        """Return this run's token hit rate less that of ``other``, in points, paired by session.
+        ValueError if they ran over different sessions."""
         if [one[:3] for one in self.by_session] != [one[:3] for one in other.by_session]:
             raise ValueError(f"{self.label} and {other.label} ran over different sessions.")
         pairs = zip(self.by_session, other.by_session, strict=True)
         parts = [one.cached_tokens - two.cached_tokens for one, two in pairs]
-        return linear_ratio(parts, [one.prompt_tokens for one in self.by_session])
+        return linear_ratio(parts, [one.prompt_tokens for one in self.by_session]).scaled(100)
 
     @property
     def request_hit_rate(self) -> float:
