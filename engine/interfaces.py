@@ -23,7 +23,7 @@ from hybridcache.tokens import Indices, Tokens
 
 
 class Exactness(Struct, frozen=True):
-    """Result of the check at the start that hits equal cold runs; see ``runner.build``."""
+    """Result of the check at the start that hits equal cold runs; see ``engine.runner.build``."""
 
     digest: str = ""
     """Digest of the checked numbers. Empty if nothing was checked."""

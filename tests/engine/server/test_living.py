@@ -426,10 +426,10 @@ def test_request_log_has_disconnected_requests(
 
 def test_health_and_answers_say_whether_hits_are_exact() -> None:
     engine = oracle_engine()
-    engine.runner.build = Exactness("ab" * 16, ("hits",))
+    engine.runner.exactness = Exactness("ab" * 16, ("hits",))
     with serving(engine) as live:
         found = live.get("/health").json()
-        assert found == {"status": "ok", "exactness": engine.runner.build.sentence}
+        assert found == {"status": "ok", "exactness": engine.runner.exactness.sentence}
         assert "NOT exact" in found["exactness"] and "hits" in found["exactness"]
         create = live.client.completions.create
         answer = create(model="builtin", prompt="x", max_tokens=1)
