@@ -239,6 +239,7 @@ def test_the_engine_serves_despite_errors_of_the_file_system(
         assert folder.is_written and folder.problem is None, call
     monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 0.05)
     faults.responds.clear()
+    written = next(rounds) - 1
     while not disk.is_off:
         generate(engine, next(rounds))
     assert "has not responded" in engine.report().offload.folder.problem
@@ -251,7 +252,7 @@ def test_the_engine_serves_despite_errors_of_the_file_system(
     assert "has not responded" in engine.report().offload.folder.problem
     engine.close()
     again = make_engine(**settings)
-    generate(again, next(rounds) - 1)
+    generate(again, written)
     assert copied_rows(again)["disk", "device"] > 0
     shutil.rmtree(tmp_path / "state")
     for _ in range(2):
