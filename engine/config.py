@@ -252,6 +252,11 @@ class EngineConfig(Settings):
     quantization: Literal["int8", "fp8"] | None = setting(
         None, "quantize weights to 8 bits while loading"
     )
+    fp8_activations: bool = setting(
+        False,
+        "also round the inputs of products with fp8 weights to fp8, in blocks of 128, on a GPU: "
+        "faster prompts, less exact",
+    )
     device: str | None = setting(None, "cpu, cuda, ...; by default the best one found")
     kernels: str = setting(
         "", "kernel backends, as in attention=reference,gdn=fused; empty: the device's best"

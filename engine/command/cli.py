@@ -39,7 +39,8 @@ Command = Callable[[argparse.Namespace], int]
 GROUPS = {
     "most used": "model revision device quantization cache_gib max_model_len max_running host port "
     "api_key_file log_requests",
-    "model and weights": "tokenizer load_format dtype state_dtype sampling_defaults seed",
+    "model and weights": "tokenizer load_format dtype state_dtype fp8_activations "
+    "sampling_defaults seed",
     "computing": "kernels graphs warm_up overlap",
     "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
     "scheduling": "admission token_budget max_queue",

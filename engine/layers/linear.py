@@ -129,16 +129,18 @@ class _Stack:
 
     def product(self, kernel: Any) -> Product:
         made: Product
+        precision, dtype = self._storage.precision, self._weights.dtype
         if self._bias is not None and not self._adds_bias:
             self._bias.zero_()  # The bias of one rank is in the sum.
-        if self._storage.precision is None:
+        if precision is None:
             made = kernel.prepare(self._weight, self._bias)
-        elif self._scale is None:
-            quantized, scale = kernel.quantize(self._weight, self._storage.precision)
-            made = kernel.prepare_8bit(quantized, scale, self._bias, self._weights.dtype)
         else:
-            scale = as_kernels_take(self._scale)
-            made = kernel.prepare_8bit(self._weight, scale, self._bias, self._weights.dtype)
+            if self._scale is None:
+                quantized, scale = kernel.quantize(self._weight, precision)
+            else:
+                quantized, scale = self._weight, as_kernels_take(self._scale)
+            options = self._weights.product_options(precision)
+            made = kernel.prepare_8bit(quantized, scale, self._bias, dtype, **options)
         return made
 
 

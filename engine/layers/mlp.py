@@ -170,7 +170,9 @@ class Experts:
             else:
                 up_scale = as_kernels_take(self._w13_scale)
                 down_scale = as_kernels_take(self._w2_scale)
-            self._product = self._moe.prepare_8bit(self._w13, up_scale, self._w2, down_scale, dtype)
+            weights = self._w13, up_scale, self._w2, down_scale
+            options = self._weights.product_options(precision)
+            self._product = self._moe.prepare_8bit(*weights, dtype, **options)
         del self._w13, self._w2, self._w13_scale, self._w2_scale
 
     def __call__(

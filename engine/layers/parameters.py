@@ -193,6 +193,20 @@ class WeightSpec:
     products: frozenset[tuple[Precision, int | None]] = frozenset()
     """8-bit formats that can be multiplied without conversion: format, and number of columns that
     share a scale (None if all do)."""
+    fp8_activations: bool = False
+    """True to quantise the inputs of products with fp8 weights."""
+
+    @property
+    def has_fp8_products(self) -> bool:
+        """True if weights are multiplied in fp8."""
+        schemes = () if self.files is None else self.files.schemes()
+        return self.quantization == "fp8" or any(
+            scheme.format == "fp8" and self._multiplies(scheme) for scheme in schemes
+        )
+
+    def product_options(self, precision: Precision) -> dict[str, bool]:
+        """Return keyword arguments of ``prepare_8bit`` for weights of this precision."""
+        return {"fp8_rows": True} if self.fp8_activations and precision == "fp8" else {}
 
     def precision(self, name: str) -> Precision | None:
         """Return the precision of the module ``name`` (full, without ``.weight``), or None for full
@@ -235,6 +249,8 @@ class WeightSpec:
                 done = f"brought into {self.quantization}"
             elif not self._multiplies(scheme):
                 done = f"widened to {dtype}: no product here computes that"
+            elif self.product_options(scheme.format):
+                done = "multiplied as they are, by activations in fp8"
             notes.append(f"; {scheme.describe()}, {done}")
         return "".join(notes)
 

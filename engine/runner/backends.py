@@ -178,7 +178,8 @@ def identity_of(
         "dtype": str(dtype).removeprefix("torch."),
         "state dtype": config.state_dtype,
         "checkpoint dtype": "auto" if checkpoints is None else checkpoints.spec,
-        "quantization": config.quantization or "none",
+        "quantization": (config.quantization or "none")
+        + (", fp8 activations" if config.fp8_activations else ""),
         "multi-token head": str(config.drafts.head_len > 0),
         "tile": str(config.tile_size),
         "kernels": ",".join(f"{name}={word}" for name, word in sorted(kernels.words().items())),

@@ -150,15 +150,27 @@ def _weight_spec(
     """Return the format of the weights. Raises ModelError if the files are quantised in a way that
     is not supported."""
     place = device.torch_device, dtype, config.quantization
+    if config.fp8_activations:
+        fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
+        if not (device.supports("fp8") and all(fused)):
+            raise ModelError(
+                "--fp8-activations needs a GPU with fp8 products and Triton's kernels for them; "
+                "serve without it."
+            )
     if config.load_format == "dummy":
-        return WeightSpec(*place)
+        return WeightSpec(*place, fp8_activations=config.fp8_activations)
     products = {
         (format, columns)
         for format, columns in kernels["linear"].PRODUCTS
         if device.supports(format)
     }
     files = read_quantization(raw, config.model_dir)
-    return WeightSpec(*place, files, frozenset(products))
+    spec = WeightSpec(*place, files, frozenset(products), config.fp8_activations)
+    if spec.fp8_activations and not spec.has_fp8_products:
+        raise ModelError(
+            "--fp8-activations needs fp8 weights, which this model has with --quantization fp8."
+        )
+    return spec
 
 
 def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:

@@ -58,6 +58,8 @@ GRACE_S = 5.0
 """Seconds between the request to stop and the kill of a part."""
 LEAST_S = 20.0
 """Least budget with which a part begins."""
+DRY_SLOWNESS = 5
+"""Factor of the limits of a dry run, which may share its processor."""
 COLLECTED = ROOT / ".whl"
 """Folder of `make gpu-wheels`: wheels, and an assembler for Triton."""
 
@@ -175,11 +177,12 @@ def run_part(part: str, out: Path, dry: bool, left_s: float = float("inf")) -> V
         if assembler is not None and not plan.bundled:
             environment.setdefault("TRITON_PTXAS_PATH", str(assembler))
     begin = time.monotonic()
-    limit_s = min(plan.limit_s, left_s)
+    most_s = plan.limit_s * (DRY_SLOWNESS if dry else 1)
+    limit_s = min(most_s, left_s)
     verdict: Verdict = "stopped"
     try:
         verdict = run_for(plan.command(out, dry), environment, limit_s)
-        if verdict == "timed out" and limit_s < plan.limit_s:
+        if verdict == "timed out" and limit_s < most_s:
             verdict = "stopped"
     finally:
         record(part, out, verdict, time.monotonic() - begin)
@@ -319,8 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = (options.out or ROOT / "out" / ("gpu-dry" if options.dry else "gpu")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     tar = options.tar or out.with_name(out.name + ".tar.gz")
-    if not options.dry:
-        install_wheels()
+    install_wheels()
     before = signal.signal(signal.SIGTERM, stop)
     verdicts: dict[str, Verdict] = {}
     try:

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU, with repairs of four of its faults."""
+"""Triton's interpreter, which runs kernels on the CPU, with repairs of five of its faults."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 
 
 @functools.cache
@@ -13,6 +14,7 @@ def repair() -> None:
     """Repair the interpreter, once per process. Does nothing if triton is not installed.
 
     - ``tl.dot`` multiplies the bit patterns of bfloat16 operands, so they are widened first.
+    - Rounding to fp8 loses the carry into the exponent.
     - ``tl.dot`` leaves the order of a sum to BLAS. On some CPUs it differs for the last columns of
       a tile, while tensor cores use one order for all.
     - Up to triton 3.6, a loaded bound of ``range`` fails on numpy 2.4.
@@ -25,13 +27,23 @@ def repair() -> None:
     multiply = interpreter.InterpreterBuilder.create_dot
     patch_tensor = interpreter._patch_lang_tensor
 
+    tl, convert = interpreter.tl, interpreter._convert_float
+
+    def convert_float(data: Any, dtype: Any, wanted: Any, rounding: Any) -> Any:
+        if (dtype, wanted) != (tl.float32, tl.float8e4nv):
+            return convert(data, dtype, wanted, rounding)
+        values = torch.from_numpy(np.ascontiguousarray(data)).view(torch.float32)
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
     def widen(x: Any) -> Any:
-        if x.dtype.scalar != interpreter.tl.bfloat16:
+        dtype = x.dtype.scalar
+        if dtype == tl.float8e4nv:
+            data = torch.from_numpy(np.ascontiguousarray(x.data)).view(torch.float8_e4m3fn)
+            return interpreter.TensorHandle(data.float().numpy(), tl.float32)
+        if dtype != tl.bfloat16:
             return x
-        data = interpreter._convert_float(
-            x.data, interpreter.tl.bfloat16, interpreter.tl.float32, None
-        )
-        return interpreter.TensorHandle(data.view(np.float32), interpreter.tl.float32)
+        data = convert(x.data, dtype, tl.float32, None)
+        return interpreter.TensorHandle(data.view(np.float32), tl.float32)
 
     def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
         a, b = widen(a), widen(b)
@@ -54,4 +66,5 @@ def repair() -> None:
 
     autotuner.Autotuner._bench = time_nothing
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._convert_float = convert_float
     interpreter._patch_lang_tensor = patch_tensor_index

@@ -20,14 +20,24 @@ import triton
 import triton.language as tl
 
 from kernels.linear import reference
-from kernels.linear.reference import SCALE_BLOCK, Format, quantize
+from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, quantize
 from kernels.target import pipeline_stages
 from kernels.tuning import token_class, tuned
 
 ROWS = 4
 """Rows per padding unit, as ``reference.ROWS``."""
 
-__all__ = ["ROWS", "join", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
+__all__ = [
+    "ROWS",
+    "join",
+    "linear",
+    "linear_8bit",
+    "linear_fp8",
+    "prepare",
+    "prepare_8bit",
+    "quantize",
+    "quantize_rows",
+]
 
 PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset(
     {("int8", None), ("fp8", None), ("fp8", SCALE_BLOCK)}
@@ -44,19 +54,69 @@ LEAST_ROWS, LEAST_TOKENS = 64, 16
 MOST_GATES = 512
 """Most outputs of a product that shares a launch with a larger one."""
 BLOCK = tl.constexpr(SCALE_BLOCK)
+LEAST_LARGEST = tl.constexpr(reference.LEAST_LARGEST)
+FP8_INVERSE = tl.constexpr(1.0 / STORAGE["fp8"][1])
+
+
+@triton.jit
+def narrow(b_x, AXIS: tl.constexpr):
+    """Quantise a tile to fp8, with one scale along AXIS, as ``reference.quantize_rows``."""
+    b_x = b_x.to(tl.float32)
+    b_scale = tl.maximum(tl.max(tl.abs(b_x), axis=AXIS), LEAST_LARGEST) * FP8_INVERSE
+    return tl.div_rn(b_x, tl.expand_dims(b_scale, AXIS)).to(tl.float8e4nv), b_scale
+
+
+@triton.jit
+def quantize_rows_kernel(x, rows, scales, N, x_stride, BLOCKS: tl.constexpr):
+    """Program (i_t, i): quantises BLOCKS blocks of row i_t."""
+    i_t, num_blocks = tl.program_id(0).to(tl.int64), tl.cdiv(N, BLOCK)
+    o_b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    o_n = o_b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    b_x, b_scale = narrow(tl.load(x + i_t * x_stride + o_n, mask=o_n < N, other=0.0), 1)
+    tl.store(rows + i_t * N + o_n, b_x, mask=o_n < N)
+    tl.store(scales + i_t * num_blocks + o_b, b_scale, mask=o_b < num_blocks)
+
+
+@triton.jit
+def add_product(
+    b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Add ``w @ x`` for columns of w from i_k on to a tile ``[BM, BT]``.
+
+    Scales of w's rows are in ``b_scale``, or loaded from ``p_scale``, or None; ``b_x_scale`` are
+    those of x, or None.
+    """
+    if b_scale is None and p_scale is None:
+        b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION)
+    else:
+        if p_scale is not None:
+            b_factor = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
+        else:
+            b_factor = b_scale
+        # The tensor cores of Hopper read widened weights from registers while the program runs on.
+        # The scale keeps the product apart from the sum, so it is waited for before the next
+        # weights overwrite them (tests/kernels/machine_code.py).
+        b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
+        if b_x_scale is not None:
+            b_product *= b_x_scale[None, :]
+        b_y += b_product * b_factor[:, None]
+    return b_y
 
 
 @triton.jit
 def multiply_span(
-    p_w, p_x, scale, p_scale, m_m, m_t, start, end,
+    p_w, p_x, scale, p_scale, p_x_scale, m_m, m_t, start, end,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """Compute ``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from row pointers.
 
     ``scale``: pointers to the scales of w's rows, or None. ``p_scale``: pointers to rows of scales,
-    one scale per BLOCK elements, or None.
+    one scale per BLOCK elements, or None. ``p_x_scale``: the same of x. NARROW: x is quantised
+    here. Both require that BK is BLOCK.
     """
     b_y = tl.zeros([BM, BT], tl.float32)
+    b_scale = None
     if scale is not None:
         b_scale = tl.load(scale, mask=m_m, other=0.0)
     for i_k in range(start, end, BK):
@@ -64,16 +124,12 @@ def multiply_span(
         m_k = o_k < end
         b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
-        if p_scale is not None:
-            b_scale = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
-        if scale is None and p_scale is None:
-            b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION)
-        else:
-            # The tensor cores of Hopper read widened weights from registers while the program runs
-            # on. The scale keeps the product apart from the sum, so it is waited for before the
-            # next weights overwrite them (tests/kernels/machine_code.py).
-            b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
-            b_y += b_product * b_scale[:, None]
+        b_x_scale = None
+        if NARROW:
+            b_x, b_x_scale = narrow(b_x, 0)
+        elif p_x_scale is not None:
+            b_x_scale = tl.load(p_x_scale + i_k // BLOCK, mask=m_t, other=0.0)
+        b_y = add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m, PRECISION)
     return b_y
 
 
@@ -110,8 +166,9 @@ def add_spans(b_span, p_span, stride, num_spans, counter, mask):
 
 @triton.jit
 def compute_tile(
-    x, w, scale, block_scale, bias, y, spans, counter, first_row, num_tokens, M, N, span, x_stride,
-    y_stride, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    x, x_scale, w, scale, block_scale, bias, y, spans, counter, first_row, num_tokens, M, N, span,
+    x_stride, y_stride, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of ``y = x @ w.T + bias`` from row ``first_row`` of w on, or the span of this
     program if ``spans`` is given."""
@@ -126,6 +183,9 @@ def compute_tile(
         p_channel += o_m
     if block_scale is not None:
         p_scale += o_m * tl.cdiv(N, BLOCK)
+    p_x_scale = x_scale
+    if x_scale is not None:
+        p_x_scale += o_t * tl.cdiv(N, BLOCK)
     own = tl.program_id(2) * span
     first, last = (0, N) if spans is None else (own, tl.minimum(own + span, N))
     b_total = tl.zeros([BM, BT], tl.float32)
@@ -134,8 +194,9 @@ def compute_tile(
     for start in range(first, last, span):
         end = tl.minimum(start + span, N)
         b_total += multiply_span(
-            p_w, p_x, p_channel, p_scale, m_m, m_t, start, end, BM, BT, BK, PRECISION
-        )
+            p_w, p_x, p_channel, p_scale, p_x_scale, m_m, m_t, start, end,
+            BM, BT, BK, PRECISION, NARROW,
+        )  # fmt: skip
     is_last = True
     if spans is not None:
         p_span = spans + o_t[None, :] * y_stride + o_m[:, None]
@@ -150,6 +211,7 @@ def compute_tile(
 @triton.jit(do_not_specialize=["num_tokens"])
 def linear_kernel(
     x,
+    x_scale,
     w,
     scale,
     block_scale,
@@ -166,20 +228,23 @@ def linear_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """Program (i_m, i_t, i_s): computes a tile of ``y``, or its span i_s if ``spans`` is given."""
     counter = counters
     if spans is not None:
         counter += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     compute_tile(
-        x, w, scale, block_scale, bias, y, spans, counter, tl.program_id(0) * BM, num_tokens, M, N,
-        span, x_stride, M, BM, BT, BK, PRECISION,
+        x, x_scale, w, scale, block_scale, bias, y, spans, counter, tl.program_id(0) * BM,
+        num_tokens, M, N, span, x_stride, M, BM, BT, BK, PRECISION, NARROW,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def joined_kernel(
     x,
+    rows,
+    x_scale,
     w,
     scale,
     block_scale,
@@ -194,13 +259,16 @@ def joined_kernel(
     span,
     gates_span,
     x_stride,
+    rows_stride,
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     GATES_BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
-    """Compute ``[x @ w.T | x @ gates_w.T]``, as ``linear_kernel`` computes each part.
+    """Compute ``[rows @ w.T | x @ gates_w.T]``, as ``linear_kernel`` computes each part. ``rows``
+    is x, perhaps quantised.
 
     The gates have few rows, so they come first and have more spans. Programs without a span end.
     """
@@ -215,13 +283,14 @@ def joined_kernel(
             if spans is not None:
                 gates_spans += M
             compute_tile(
-                x, gates_w, None, None, None, y + M, gates_spans, counter, i_m * BM, num_tokens,
-                GATES_M, N, gates_span, x_stride, M + GATES_M, BM, BT, GATES_BK, PRECISION,
+                x, None, gates_w, None, None, None, y + M, gates_spans, counter, i_m * BM,
+                num_tokens, GATES_M, N, gates_span, x_stride, M + GATES_M, BM, BT, GATES_BK,
+                PRECISION, False,
             )  # fmt: skip
     elif i_s * span < N:
         compute_tile(
-            x, w, scale, block_scale, None, y, spans, counter, (i_m - num_gates) * BM, num_tokens,
-            M, N, span, x_stride, M + GATES_M, BM, BT, BK, PRECISION,
+            rows, x_scale, w, scale, block_scale, None, y, spans, counter, (i_m - num_gates) * BM,
+            num_tokens, M, N, span, rows_stride, M + GATES_M, BM, BT, BK, PRECISION, NARROW,
         )  # fmt: skip
 
 
@@ -234,12 +303,18 @@ class Product:
     bias: torch.Tensor | None
     counters: torch.Tensor
     """int32: number of arrived spans of each tile of few tokens, zero between calls."""
+    fp8_rows: bool = False
+    """True to quantise x to fp8."""
 
     @classmethod
     def of(
-        cls, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+        cls,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        fp8_rows: bool = False,
     ) -> Product:
-        return cls(weight, scale, bias, _counters(len(weight), weight.device))
+        return cls(weight, scale, bias, _counters(len(weight), weight.device), fp8_rows)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_outputs, (num_tokens, size) = len(self.weight), x.shape
@@ -248,10 +323,12 @@ class Product:
             return y
         span = span_of(num_outputs, size)
         num_spans = triton.cdiv(size, span) if num_tokens <= FEW_TOKENS else 1
-        tile = self.tile(x)
-        rows, columns = triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"])
-        linear_kernel[(rows, columns, num_spans)](
-            x,
+        rows, row_scale = self.rows(x)
+        tile = self.tile(rows)
+        tiles = triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"])
+        linear_kernel[(*tiles, num_spans)](
+            rows,
+            row_scale,
             self.weight,
             *scales_of(self.weight, self.scale),
             self.bias,
@@ -261,14 +338,22 @@ class Product:
             num_outputs,
             size,
             span,
-            x.stride(0),
+            rows.stride(0),
             **tile,
         )
         return y
 
+    def rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return x in the format that the kernel reads, and its scales or None. Few tokens are
+        quantised by the product, which saves a launch."""
+        return quantize_rows(x) if self.fp8_rows and len(x) > FEW_TOKENS else (x, None)
+
     def tile(self, x: torch.Tensor) -> dict[str, Any]:
-        """Return tile and pipeline for ``x``, from the device's table if it has them."""
+        """Return tile and pipeline for ``rows(x)``, from the device's table if it has them."""
         tile = tile_config(len(x), x.dtype, self.weight.dtype)
+        tile["NARROW"] = self.fp8_rows and len(x) <= FEW_TOKENS
+        if self.fp8_rows:
+            return tile | {"BK": SCALE_BLOCK}
         if scales_of(self.weight, self.scale)[1] is None:
             key = x.dtype, self.weight.dtype, *self.weight.shape, token_class(len(x))
             tile |= tuned("linear.linear_kernel", *key)
@@ -292,10 +377,13 @@ class Joined:
             return y
         span, gates_span = span_of(num_outputs, size), span_of(num_gates, size)
         num_spans = triton.cdiv(size, min(span, gates_span)) if num_tokens <= FEW_TOKENS else 1
-        tile = self.product.tile(x)
-        rows = triton.cdiv(num_outputs, tile["BM"]) + triton.cdiv(num_gates, tile["BM"])
-        joined_kernel[(rows, triton.cdiv(num_tokens, tile["BT"]), num_spans)](
+        rows, row_scale = self.product.rows(x)
+        tile = self.product.tile(rows)
+        num_tiles = triton.cdiv(num_outputs, tile["BM"]) + triton.cdiv(num_gates, tile["BM"])
+        joined_kernel[(num_tiles, triton.cdiv(num_tokens, tile["BT"]), num_spans)](
             x,
+            rows,
+            row_scale,
             self.product.weight,
             *scales_of(self.product.weight, self.product.scale),
             self.gates.weight,
@@ -308,6 +396,7 @@ class Joined:
             span,
             gates_span,
             x.stride(0),
+            rows.stride(0),
             GATES_BK=depth_of(x.dtype, self.gates.weight.dtype),
             **tile,
         )
@@ -360,9 +449,38 @@ def prepare_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    *,
+    fp8_rows: bool = False,
 ) -> Product:
-    """Return ``linear_8bit`` with this weight, for x of any dtype."""
-    return Product.of(quantized, scale, bias)
+    """Return ``linear_8bit`` with this weight, for x of any dtype, or ``linear_fp8``."""
+    return Product.of(quantized, scale, bias, fp8_rows)
+
+
+def linear_fp8(
+    x: torch.Tensor,
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute ``x @ (quantized * scale).T + bias`` with activations in fp8.
+
+    See ``reference.linear_fp8``.
+    """
+    return Product.of(quantized, scale, bias, fp8_rows=True)(x)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise activations to fp8, with the bits of ``reference.quantize_rows``."""
+    num_tokens, size = x.shape
+    num_blocks = triton.cdiv(size, SCALE_BLOCK)
+    rows = x.new_empty(num_tokens, size, dtype=torch.float8_e4m3fn)
+    scales = x.new_empty(num_tokens, num_blocks, dtype=torch.float32)
+    if num_tokens:
+        blocks = min(8, triton.next_power_of_2(num_blocks))
+        quantize_rows_kernel[(num_tokens, triton.cdiv(num_blocks, blocks))](
+            x, rows, scales, size, x.stride(0), BLOCKS=blocks
+        )
+    return rows, scales
 
 
 def join(products: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Callable[..., torch.Tensor]:
@@ -415,7 +533,7 @@ def tile_config(
     """
     wide = num_tokens > FEW_TOKENS and dtype != torch.float32
     narrow = min(64, max(LEAST_TOKENS, triton.next_power_of_2(num_tokens)))
-    tokens = 128 if wide and weight_dtype == dtype else narrow
+    tokens = 128 if wide and weight_dtype == dtype and dtype.itemsize > 1 else narrow
     return {
         "BM": 128 if wide else LEAST_ROWS,
         "BT": tokens,

@@ -29,6 +29,9 @@ STORAGE: dict[Format, tuple[torch.dtype, float]] = {
 SCALE_BLOCK = 128
 """Elements of a row that share a scale, if a row has more than one."""
 
+LEAST_LARGEST = 448.0 * torch.finfo(torch.float32).tiny
+"""Least value to which the largest activation of a block is raised, so that scales are normal."""
+
 PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset({("int8", None)})
 """8-bit weights that are multiplied without widening: format, and elements per scale (None for one
 scale per row). Others are faster if widened once."""
@@ -102,17 +105,67 @@ def linear_8bit(
     return out.to(x.dtype)
 
 
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise activations to fp8 with a scale per ``SCALE_BLOCK`` elements of a row.
+
+    The largest element of a block becomes 448. An element of size ``a`` has an error of at most
+    ``max(a / 16, scale / 1024)``: half a unit of the last of four digits, or of the least number.
+
+    Args:
+        x: ``[T, N]``.
+
+    Returns:
+        float8_e4m3fn ``[T, N]``, and float32 scales ``[T, ceil(N / SCALE_BLOCK)]``.
+    """
+    blocks = F.pad(x.float(), (0, -x.shape[1] % SCALE_BLOCK)).unflatten(1, (-1, SCALE_BLOCK))
+    scale = blocks.abs().amax(dim=-1).clamp_(min=LEAST_LARGEST) * (1.0 / STORAGE["fp8"][1])
+    quantized = (blocks / scale[..., None]).to(torch.float8_e4m3fn)
+    return quantized.flatten(1)[:, : x.shape[1]], scale
+
+
+def linear_fp8(
+    x: torch.Tensor,
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute ``linear_8bit`` with fp8 weights and activations of ``quantize_rows``.
+
+    The product of each block is exact, and rounded once to float32. With ``w = quantized * scale``
+    and ``s[t, n]`` the scale of the block of ``x[t, n]``, the result differs from ``x @ w.T`` by at
+    most ``sum_n |w[m, n]| * max(|x[t, n]| / 16, s[t, n] / 1024)``, plus one rounding per block and
+    that of the result. Tensor cores may add products of a block with 14 bits only (Hopper), which
+    adds ``2**-13 * sum_n |w[m, n] * x[t, n]|``.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.
+    """
+    rows, row_scale = quantize_rows(x)
+    total = torch.zeros(len(x), len(quantized), device=x.device)
+    for block, first in enumerate(range(0, x.shape[1], SCALE_BLOCK)):
+        part = slice(first, first + SCALE_BLOCK)
+        product = (rows[:, part].double() @ quantized[:, part].double().T).float()
+        factor = scale if scale.ndim == 1 else scale[:, block]
+        total += product * row_scale[:, block, None] * factor
+    if bias is not None:
+        total += bias
+    return total.to(x.dtype)
+
+
 def prepare_8bit(
     quantized: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    *,
+    fp8_rows: bool = False,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return ``linear_8bit`` with this weight, for x of ``dtype``.
 
     On a CPU, int8 weights use int8 activations (``int8.Int8Linear``). Formats that are not in
-    ``PRODUCTS`` are widened here, once.
+    ``PRODUCTS`` are widened here, once. With ``fp8_rows`` it is ``linear_fp8``.
     """
+    if fp8_rows:
+        return partial(linear_fp8, quantized=quantized, scale=scale, bias=bias)
     if quantized.device.type != "cpu":
         return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
     if quantized.dtype is torch.int8 and scale.ndim == 1:

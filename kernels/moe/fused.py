@@ -18,7 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.linear.fused import BLOCK, depth_of, multiply_span, scales_of
+from kernels.linear.fused import (
+    BLOCK,
+    SCALE_BLOCK,
+    add_product,
+    depth_of,
+    multiply_span,
+    narrow,
+    quantize_rows,
+    scales_of,
+)
 from kernels.moe.reference import quantize_experts
 from kernels.moe.sigmoid import NO_EXPERT
 from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
@@ -36,6 +45,10 @@ would cost more than reading some experts twice."""
 
 FEW_PAIRS = 4096
 """Maximum number of pairs that are sorted in one launch. Each of its programs reads all of them."""
+
+MOST_ROWS, MOST_FP8_ROWS = 64, 128
+"""Most rows per block, in full precision and in fp8, of which a multiprocessor holds twice as
+many."""
 
 PART = 128
 """Pairs per ranking program, which compares each pair with each."""
@@ -239,6 +252,7 @@ def is_unused(i_block, block_experts, block_count, num_pairs, K, BT, SHARED: tl.
 @triton.jit(do_not_specialize=["num_pairs"])
 def gate_up_kernel(
     x,
+    x_scale,
     w,
     w_scale,
     block_scale,
@@ -256,6 +270,7 @@ def gate_up_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """Compute ``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[token of p]``.
@@ -272,13 +287,18 @@ def gate_up_kernel(
     first = i_e * (2 if GATED else 1) * INNER
     p_gate = w + (first + o_m) * size
     p_up = w + (first + INNER + o_m) * size
-    p_scale = block_scale
+    p_scale, p_x_scale = block_scale, x_scale
+    if x_scale is not None:
+        p_x_scale += o_token * tl.cdiv(size, BLOCK)
+    b_gate_scale, b_up_scale = None, None
     if w_scale is not None:
         b_gate_scale = tl.load(w_scale + first + o_m, mask=m_m, other=0.0)
         if GATED:
             b_up_scale = tl.load(w_scale + first + INNER + o_m, mask=m_m, other=0.0)
+    p_up_scale = block_scale
     if block_scale is not None:
         p_scale += (first + o_m) * tl.cdiv(size, BLOCK)
+        p_up_scale += (first + INNER + o_m) * tl.cdiv(size, BLOCK)
     b_gate = tl.zeros([BM, BT], tl.float32)
     b_up = tl.zeros([BM, BT], tl.float32)
     for i_k in range(0, size, BK):
@@ -286,24 +306,20 @@ def gate_up_kernel(
         m_k = o_k < size
         m_w = m_m[:, None] & m_k[None, :]
         b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
+        b_x_scale = None
+        if NARROW:
+            b_x, b_x_scale = narrow(b_x, 0)
+        elif x_scale is not None:
+            b_x_scale = tl.load(p_x_scale + i_k // BLOCK, mask=m_t, other=0.0)
         b_w = tl.load(p_gate[:, None] + o_k[None, :], mask=m_w, other=0.0)
-        if block_scale is not None:
-            b_gate_scale = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
-        if w_scale is None and block_scale is None:
-            b_gate = tl.dot(b_w, b_x, b_gate, input_precision=PRECISION)
-        else:  # The scale keeps product and sum apart, as in ``multiply_span``.
-            b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
-            b_gate += b_product * b_gate_scale[:, None]
+        b_gate = add_product(
+            b_gate, b_w, b_x, b_gate_scale, p_scale, b_x_scale, i_k, m_m, PRECISION
+        )
         if GATED:
             b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0)
-            if block_scale is not None:
-                p_up_scale = p_scale + INNER * tl.cdiv(size, BLOCK)
-                b_up_scale = tl.load(p_up_scale + i_k // BLOCK, mask=m_m, other=0.0)
-            if w_scale is None and block_scale is None:
-                b_up = tl.dot(b_w, b_x, b_up, input_precision=PRECISION)
-            else:
-                b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
-                b_up += b_product * b_up_scale[:, None]
+            b_up = add_product(
+                b_up, b_w, b_x, b_up_scale, p_up_scale, b_x_scale, i_k, m_m, PRECISION
+            )
     # Rounded after the product, as in the reference.
     b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
     if GATED:
@@ -319,6 +335,7 @@ def gate_up_kernel(
 @triton.jit(do_not_specialize=["num_pairs"])
 def down_kernel(
     inner,
+    inner_scale,
     w,
     w_scale,
     block_scale,
@@ -335,6 +352,7 @@ def down_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """Compute ``y[p] = w[e] @ inner[p]``."""
     i_block = tl.program_id(1)
@@ -345,12 +363,17 @@ def down_kernel(
     m_m = o_m < H
     p_inner = inner + o_p.to(tl.int64) * size
     p_w = w + (i_e * H + o_m) * size
-    p_channel, p_scale = w_scale, block_scale
+    p_channel, p_scale, p_inner_scale = w_scale, block_scale, inner_scale
     if w_scale is not None:
         p_channel += i_e * H + o_m
     if block_scale is not None:
         p_scale += (i_e * H + o_m) * tl.cdiv(size, BLOCK)
-    b_y = multiply_span(p_w, p_inner, p_channel, p_scale, m_m, m_t, 0, size, BM, BT, BK, PRECISION)
+    if inner_scale is not None:
+        p_inner_scale += o_p * tl.cdiv(size, BLOCK)
+    b_y = multiply_span(
+        p_w, p_inner, p_channel, p_scale, p_inner_scale, m_m, m_t, 0, size, BM, BT, BK, PRECISION,
+        NARROW,
+    )  # fmt: skip
     p_y = y + o_p.to(tl.int64)[None, :] * H + o_m[:, None]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
@@ -409,7 +432,7 @@ def experts(
     shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the weighted sum of each token's experts; see ``reference.experts``."""
-    return _experts(hidden, weights, experts, w13, None, w2, None, shared_gate)
+    return _experts(hidden, weights, experts, w13, w2, (None, None), shared_gate, False)
 
 
 def experts_8bit(
@@ -421,12 +444,15 @@ def experts_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     shared_gate: torch.Tensor | None = None,
+    *,
+    fp8_rows: bool = False,
 ) -> torch.Tensor:
     """Compute ``experts`` with 8-bit weights and their scales, per row or per block of a row.
 
     See ``reference.experts_8bit``.
     """
-    return _experts(hidden, weights, experts, w13, w13_scale, w2, w2_scale, shared_gate)
+    scales = w13_scale, w2_scale
+    return _experts(hidden, weights, experts, w13, w2, scales, shared_gate, fp8_rows)
 
 
 def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -441,9 +467,12 @@ def prepare_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
+    *,
+    fp8_rows: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """Return ``experts_8bit`` with these weights, for hidden states of any dtype."""
-    return partial(experts_8bit, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale)
+    parts = {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale}
+    return partial(experts_8bit, **parts, fp8_rows=fp8_rows)
 
 
 def _experts(
@@ -451,10 +480,10 @@ def _experts(
     weights: torch.Tensor,
     experts: torch.Tensor,
     w13: torch.Tensor,
-    w13_scale: torch.Tensor | None,
     w2: torch.Tensor,
-    w2_scale: torch.Tensor | None,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
     shared_gate: torch.Tensor | None,
+    fp8_rows: bool,
 ) -> torch.Tensor:
     num_tokens, k = experts.shape
     num_experts, hidden_size, inner_size = w2.shape
@@ -462,7 +491,9 @@ def _experts(
     if num_tokens == 0:
         return out
     shared = None if shared_gate is None else num_experts - 1
-    blocks = make_blocks(experts, num_experts if shared is None else shared)
+    blocks = make_blocks(
+        experts, num_experts if shared is None else shared, MOST_FP8_ROWS if fp8_rows else MOST_ROWS
+    )
     num_shared = 0 if shared is None else triton.cdiv(num_tokens, blocks.rows)
     num_blocks = num_shared + blocks.num_blocks
     num_pairs = num_tokens * k
@@ -477,26 +508,44 @@ def _experts(
         "BT": blocks.rows,
         "BK": depth_of(hidden.dtype, w13.dtype),
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
+        "NARROW": fp8_rows and num_tokens <= FEW_TOKENS,
         "num_stages": pipeline_stages(4),
     }
+    x, x_scale, inner_scale = hidden, None, None
+    if fp8_rows:
+        config |= {"BK": SCALE_BLOCK, "num_warps": 8 if blocks.rows > MOST_ROWS else 4}
+        if not config["NARROW"]:
+            x, x_scale = quantize_rows(hidden)
     up, down, dtypes = dict(config), dict(config), (hidden.dtype, w13.dtype)
-    if w13_scale is None or w13_scale.ndim == 2:
+    w13_scale, w2_scale = scales
+    if not fp8_rows and (w13_scale is None or w13_scale.ndim == 2):
         up |= tuned("moe.gate_up_kernel", *dtypes, inner_size, hidden_size, blocks.rows)
         down |= tuned("moe.down_kernel", *dtypes, hidden_size, inner_size, blocks.rows)
     gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), num_blocks)](
-        hidden,
+        x,
+        x_scale,
         w13,
         *scales_of(w13, w13_scale),
         inner,
         *where,
         w13.shape[2],
-        hidden.stride(0),
+        x.stride(0),
         INNER=inner_size,
         GATED=w13.shape[1] == 2 * inner_size,
         **up,
     )
+    if x_scale is not None:
+        inner, inner_scale = quantize_rows(inner)
     down_kernel[(triton.cdiv(hidden_size, down["BM"]), num_blocks)](
-        inner, w2, *scales_of(w2, w2_scale), results, *where, inner_size, H=hidden_size, **down
+        inner,
+        inner_scale,
+        w2,
+        *scales_of(w2, w2_scale),
+        results,
+        *where,
+        inner_size,
+        H=hidden_size,
+        **down,
     )
     weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
         results,
@@ -513,7 +562,7 @@ def _experts(
     return out
 
 
-def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
+def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_ROWS) -> Blocks:
     """Build the blocks for ``experts [T, k]``, in the order of tokens within an expert.
 
     Values stay on the device.
@@ -525,7 +574,7 @@ def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
     # By powers of two of tokens: one step in each range compiles all kernels of that range.
     most_pairs = triton.next_power_of_2(num_tokens) * k
     mean = triton.cdiv(most_pairs, num_experts)
-    rows = min(64, max(16, triton.next_power_of_2(mean)))
+    rows = min(most_rows, max(16, triton.next_power_of_2(mean)))
     num_blocks = num_pairs // rows + min(num_experts, num_pairs)
     block_experts = torch.empty(num_blocks, dtype=torch.int32, device=experts.device)
     pairs = torch.empty(num_blocks * rows, dtype=torch.int32, device=experts.device)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from kernels.activation.reference import relu_squared, sigmoid, sigmoid_mul, silu_and_mul
-from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, quantize
+from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, linear_fp8, quantize
 from kernels.linear.reference import prepare as prepare_linear
 from kernels.linear.reference import prepare_8bit as prepare_linear_8bit
 
@@ -144,15 +144,19 @@ def experts_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     shared_gate: torch.Tensor | None = None,
+    *,
+    fp8_rows: bool = False,
 ) -> torch.Tensor:
     """Compute ``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``.
 
-    Scales are ``[E, 2I]`` and ``[E, H]``, or have blocks of a row as in ``linear_8bit``.
+    Scales are ``[E, 2I]`` and ``[E, H]``, or have blocks of a row as in ``linear_8bit``. With
+    ``fp8_rows``, the inputs of both products are in fp8, as in ``linear_fp8``.
     """
+    product = linear_fp8 if fp8_rows else linear_8bit
     products = [
         (
-            partial(linear_8bit, quantized=w13[e], scale=w13_scale[e]),
-            partial(linear_8bit, quantized=w2[e], scale=w2_scale[e]),
+            partial(product, quantized=w13[e], scale=w13_scale[e]),
+            partial(product, quantized=w2[e], scale=w2_scale[e]),
         )
         for e in range(len(w13))
     ]
@@ -167,16 +171,16 @@ def prepare_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
+    *,
+    fp8_rows: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """Return ``experts_8bit`` with these weights, for hidden states of ``dtype``.
 
     See ``linear.reference.prepare_8bit``.
     """
+    prepare_one = partial(prepare_linear_8bit, bias=None, dtype=dtype, fp8_rows=fp8_rows)
     products = [
-        (
-            prepare_linear_8bit(w13[e], w13_scale[e], None, dtype),
-            prepare_linear_8bit(w2[e], w2_scale[e], None, dtype),
-        )
+        (prepare_one(w13[e], w13_scale[e]), prepare_one(w2[e], w2_scale[e]))
         for e in range(len(w13))
     ]
     return partial(sum_of_products, products=products, activate=activation(w13, w2))

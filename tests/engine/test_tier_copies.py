@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
@@ -115,3 +115,39 @@ def test_scattered_rows_of_locked_memory_are_gathered_by_a_kernel(
         taken = copier._load(np.array(src, dtype=np.int32))
     assert torch.equal(taken, copier.host[list(src)])
     assert gather.called == is_gathered
+
+
+def test_loads_do_not_wait_for_the_current_step() -> None:
+    """The memory belongs to the side stream, and only the reader waits for the copy."""
+    main, active, allocated_on = MagicMock(), [], []
+
+    @contextmanager
+    def use(stream):
+        active.append(stream)
+        yield
+        active.pop()
+
+    def allocate(*shape, **options):
+        allocated_on.append(active[-1] if active else main)
+        return empty(*shape, **options)
+
+    module = MagicMock(stream=use, current_stream=lambda: active[-1] if active else main)
+    device = SimpleNamespace(
+        is_cpu=False,
+        module=module,
+        traits=TRAITS["cpu"],
+        register=lambda host: True,
+        synchronize=lambda: None,
+    )
+    empty = torch.empty
+    with patch.object(torch.Tensor, "record_stream", lambda x, stream: None):
+        memory = SimpleNamespace(slab_rows=1)
+        copier = TierCopier(torch.zeros(4, 64, dtype=torch.uint8), memory, device, 20, None)
+        side = copier._stream
+        side.reset_mock()
+        main.reset_mock()
+        with patch.object(torch, "empty", allocate):
+            copier._load(np.arange(3, dtype=np.int32))
+    assert allocated_on == [side]
+    side.wait_stream.assert_not_called()
+    main.wait_stream.assert_called_once_with(side)

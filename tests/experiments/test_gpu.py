@@ -71,7 +71,7 @@ def test_children_of_a_hanging_part_are_stopped(
 ) -> None:
     beacon = tmp_path / "beacon"
     shell = f"(sleep 1.5; touch {beacon}) & sleep 60"
-    monkeypatch.setitem(gpu.PARTS, "big", gpu.Part(lambda out, dry: ["sh", "-c", shell], 0.5))
+    monkeypatch.setitem(gpu.PARTS, "big", gpu.Part(lambda out, dry: ["sh", "-c", shell], 0.1))
     assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
     time.sleep(1.5)
     assert not beacon.exists()

@@ -311,6 +311,20 @@ def test_long_sequences_are_decoded_in_groups(device, monkeypatch) -> None:
     assert torch.equal(cache.decode(fused, ends), whole)
 
 
+def test_workspace_follows_the_memory_of_the_device(monkeypatch) -> None:
+    """An H200 decodes 256 sequences of 128k tokens of Qwen3-Next in 4 groups, not in 32."""
+    size = splits.workspace_bytes.__wrapped__
+    module = SimpleNamespace(
+        get_device_properties=lambda: SimpleNamespace(total_memory=141 * 10**9)
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda: module)
+    for is_available, expected in ((False, 2**26), (True, 141 * 10**9 // 256)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda found=is_available: found)
+        assert size() == expected
+    monkeypatch.setattr(splits, "workspace_bytes", size)
+    assert -(-256 // splits.group_size(16, 131072 // splits.SPLIT, 257)) == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_number_of_sequences_changes_no_bit(size, device, monkeypatch) -> None:

@@ -78,6 +78,73 @@ def test_block_scales_equal_the_product(backend, num_tokens, size, device, asser
     )
 
 
+def fp8_row_error(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the bound of ``reference.linear_fp8`` on its error against float64, ``[T, M]``."""
+    num_blocks = -(-x.shape[1] // 128)
+    scale = reference.quantize_rows(x)[1].double().repeat_interleave(128, 1)[:, : x.shape[1]]
+    rounded = torch.maximum(x.double().abs() / 16, scale / 1024) @ weight.double().abs().T
+    sums = x.double().abs() @ weight.double().abs().T
+    on_tensor_cores = 2.0**-13 if x.device.type == "cuda" else 0.0
+    return rounded * 1.0001 + sums * (num_blocks * 2.0**-23 + on_tensor_cores) + 1e-30
+
+
+@pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
+@pytest.mark.parametrize("in_blocks", [True, False])
+@pytest.mark.parametrize("num_tokens, size", [(1, 1100), (3, 128), (66, 200), (130, 1100)])
+def test_error_of_fp8_activations_is_bounded(
+    backend, num_tokens, size, in_blocks, device, assert_close
+) -> None:
+    """Rows and their elements differ by orders of magnitude, and one block is zero."""
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, size + 4, device=device)[:, 2:-2]
+    x *= torch.logspace(-20, 3, num_tokens, device=device)[:, None]
+    x *= torch.logspace(0, -5, size, device=device)
+    x[0, :128] = 0.0
+    quantized, scale = reference.quantize(torch.randn(70, size, device=device), "fp8")
+    if in_blocks:
+        scale = torch.rand(70, -(-size // 128), device=device)
+    bias = torch.randn(70, device=device)
+    weight = reference.widened(quantized, scale, torch.float32)
+    product = backend.linear_fp8(x, quantized, scale)
+    error = (product.double() - x.double() @ weight.double().T).abs()
+    assert (error <= fp8_row_error(x, weight)).all()
+    assert (error > 0).any()
+    prepared = backend.prepare_8bit(quantized, scale, bias, x.dtype, fp8_rows=True)
+    assert_close(prepared(x), reference.linear_fp8(x, quantized, scale, bias), factor=2)
+
+
+def test_fp8_rows_have_the_bits_of_the_reference(device) -> None:
+    """Halfway values, the largest and the least numbers included."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 300, device=device) * torch.logspace(-34, 37, 40, device=device)[:, None]
+    x[0], x[1, 0], x[3, ::2] = 0.0, 448.0, 17.0
+    x[1, 1:100] = torch.arange(1.0, 100.0, device=device) * 2.0**-9
+    for rows in (x, x.bfloat16()):
+        (found, scale), (expected, expected_scale) = (
+            backend.quantize_rows(rows) for backend in (fused, reference)
+        )
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(scale, expected_scale)
+    x[2, 5], x[4, 299] = torch.nan, torch.inf
+    quantized, scale = reference.quantize(torch.randn(20, 300, device=device), "fp8")
+    for backend in (fused, reference):
+        out = backend.linear_fp8(x[:6], quantized, scale)
+        assert out.isfinite().all(dim=1).tolist() == [True, True, False, True, False, True]
+        assert not out[[2, 4]].isfinite().any()
+
+
+def test_rows_in_fp8_are_independent_of_the_batch(device) -> None:
+    """Few tokens are quantised by the product, and more by a kernel before it."""
+    x, weight = (torch.randn(*shape, device=device) for shape in ((70, 1100), (70, 1100)))
+    product = fused.prepare_8bit(*fused.quantize(weight, "fp8"), None, x.dtype, fp8_rows=True)
+    joined = fused.join([product, fused.prepare(weight[:8])])
+    whole, joined_whole = product(x), joined(x)
+    assert torch.equal(joined_whole[:, :70], whole)
+    for rows in (slice(0, 1), slice(0, 33), slice(4, 68), slice(2, 70)):
+        assert torch.equal(product(x[rows]), whole[rows])
+        assert torch.equal(joined(x[rows]), joined_whole[rows])
+
+
 @FORMATS
 def test_quantized_weights_are_close(format) -> None:
     """Error bounds: half an int8 step of the channel's largest weight, or half a unit of fp8's last
@@ -268,7 +335,7 @@ def test_joined_products_have_the_bits_of_each(format, num_outputs, num_tokens, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "fp8 rows"])
 @pytest.mark.parametrize("shape", [(2048, 4096), (12288, 2048), (512, 2048)])
 def test_row_count_changes_no_bit(shape, format, device) -> None:
     if device != "cuda":
@@ -278,10 +345,8 @@ def test_row_count_changes_no_bit(shape, format, device) -> None:
     if format is None:
         product = fused.prepare(weight.bfloat16())
     else:
-        quantized, scale = fused.quantize(weight, format)
-
-        def product(x):
-            return fused.linear_8bit(x, quantized, scale)
+        quantized, scale = fused.quantize(weight, format.split()[0])
+        product = fused.prepare_8bit(quantized, scale, None, x.dtype, fp8_rows=format == "fp8 rows")
 
     whole = product(x)
     for rows in (1, 2, 16, 17, 33, 64, 65, 128, 300):

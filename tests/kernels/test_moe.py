@@ -234,7 +234,7 @@ def test_blocks_have_each_pair_once(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "fp8 rows"])
 def test_row_count_changes_no_bit(format, device) -> None:
     """The counts cover blocks of 1, 16, 32 and 64 rows at the sizes of a large model."""
     if device != "cuda":
@@ -245,13 +245,46 @@ def test_row_count_changes_no_bit(format, device) -> None:
     if format is None:
         product = fused.prepare(**inputs)
     else:
-        eight_bit = [part for w in inputs.values() for part in fused.quantize_experts(w, format)]
-        product = fused.prepare_8bit(*eight_bit, torch.bfloat16)
+        kind, *rows = format.split()
+        eight_bit = [part for w in inputs.values() for part in fused.quantize_experts(w, kind)]
+        product = fused.prepare_8bit(*eight_bit, torch.bfloat16, fp8_rows=bool(rows))
     whole = product(hidden, weights, experts)
     counts = (1, 4, 16, 17, 40, 64, 100, 128, 200, 300)
-    assert {fused.make_blocks(experts[:n], 32).rows for n in counts} == {16, 32, 64}
+    most = 128 if format == "fp8 rows" else 64
+    found = {fused.make_blocks(experts[:n], 32, most).rows for n in counts}
+    assert found == {16, 32, 64, 128} - ({128} if most == 64 else set())
     for n in counts:
         assert torch.equal(product(hidden[:n], weights[:n], experts[:n]), whole[:n]), n
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+@pytest.mark.parametrize("num_tokens", [3, 40, 200])
+def test_fp8_rows_equal_the_reference_in_any_batch(num_tokens, in_blocks, device) -> None:
+    """Blocks of 128 rows are used for 200 tokens of two experts."""
+    inputs = layer(num_tokens, 3, 136, 20, torch.float32, device)
+    weights, experts = reference.route(inputs["logits"][:, :2], 2, True)
+    parts = []
+    for w in (inputs["w13"], inputs["w2"]):
+        quantized, scale = reference.quantize_experts(w, "fp8")
+        if in_blocks:
+            scale = scale[..., None] * torch.tensor([1.0, 0.5], device=device)
+            scale = scale[..., : -(-w.shape[2] // 128)].contiguous()
+        parts += [quantized, scale]
+    if in_blocks:
+        parts[3] = parts[3].squeeze(-1)  # A row has one block.
+    shared_gate = inputs["logits"][:, 2:]
+    expected = reference.experts_8bit(
+        inputs["hidden"], weights, experts, *parts, shared_gate, fp8_rows=True
+    )
+    product = fused.prepare_8bit(*parts, torch.float32, fp8_rows=True)
+    out = product(inputs["hidden"], weights, experts, shared_gate=shared_gate)
+    full = fused.experts_8bit(inputs["hidden"], weights, experts, *parts, shared_gate)
+    # One rounding to the next fp8 number in the middle is 1/16 of an element.
+    assert (out - expected).norm() < 2e-3 * expected.norm()
+    assert 1e-3 * full.norm() < (out - full).norm() < 0.1 * full.norm()
+    for rows in (slice(0, 1), slice(1, 3), slice(0, 17)):
+        own = (x[rows] for x in (inputs["hidden"], weights, experts))
+        assert torch.equal(product(*own, shared_gate=shared_gate[rows]), out[rows])
 
 
 @pytest.fixture

@@ -15,13 +15,16 @@ from engine import engine_config
 from engine.runner.backends import all_fused
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
+from engine.weights.model_config import ModelError
 from experiments.gpu import interpreter
 
 pytest.importorskip("triton")
+PRODUCTS = "linear=fused,moe=fused"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
+    interpreter.repair()
     config = engine_config(
         model=str(path), device=device, dtype="float32", cache_gib=0.04, **options
     )
@@ -36,7 +39,6 @@ def cold_and_mixed(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "nemotron_h"])
 def test_engine_with_all_triton_kernels(name, oracles, driver_class, random_tokens) -> None:
-    interpreter.repair()
     path, tokens = oracles(name).path, random_tokens(100, 5)
     expected = cold_and_mixed(driver_class, make_runner(path), tokens)
     runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=all_fused())
@@ -48,14 +50,34 @@ def test_engine_with_all_triton_kernels(name, oracles, driver_class, random_toke
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
-@pytest.mark.parametrize("quantization, error", [("int8", 0.06), ("fp8", 0.15)])
+@pytest.mark.parametrize(
+    "error, options",
+    [
+        (0.06, {"quantization": "int8"}),
+        (0.15, {"quantization": "fp8"}),
+        (0.2, {"quantization": "fp8", "fp8_activations": True, "kernels": PRODUCTS}),
+    ],
+    ids=["int8", "fp8", "fp8-activations"],
+)
 def test_8_bit_weights_are_close_and_hits_exact(
-    name, oracles, driver_class, random_tokens, quantization, error
+    name, oracles, driver_class, random_tokens, error, options
 ) -> None:
     """The error is relative to the standard deviation of the logits."""
     path, tokens = oracles(name).path, random_tokens(100, 6)
     full, _ = cold_and_mixed(driver_class, make_runner(path), tokens)
-    runner = make_runner(path, quantization=quantization)
+    runner = make_runner(path, **options)
     cold, mixed = cold_and_mixed(driver_class, runner, tokens)
     assert 0 < (cold - full).square().mean().sqrt() < error * full.std()
     assert torch.equal(mixed[1:], cold[64:])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"quantization": "fp8"}, "needs a GPU with fp8 products"),
+        ({"kernels": PRODUCTS}, "needs fp8 weights"),
+    ],
+)
+def test_fp8_activations_without_fp8_products_are_refused(oracles, options, message) -> None:
+    with pytest.raises(ModelError, match=f"--fp8-activations {message}"):
+        make_runner(oracles("qwen3_next").path, fp8_activations=True, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ from engine.runner.loading import WeightFiles
 from engine.schedule.batch import Batch
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
+from experiments.gpu import interpreter
 from tests.engine.numerics import eight_bit
 
 BLOCK = (16, 48)
@@ -113,6 +115,7 @@ def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_cl
 def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
     """Triton multiplies blocks of 128 x 128 directly; reordered rows keep their scales."""
     pytest.importorskip("kernels.linear.fused")
+    interpreter.repair()
     kernels = Kernels.choose(Device.resolve("cpu"), "linear=fused")
     device, dtype = torch.device("cpu"), torch.float32
     parts = [
@@ -134,19 +137,27 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     files = read_quantization({"quantization_config": eight_bit.fp8_section(["m.in_proj_ba"])})
     place = WeightSpec(device, dtype, files=files, products=kernels["linear"].PRODUCTS)
-    quantised = Linear(200, parts, Build(kernels, place))
-    weight_files = WeightFiles(tmp_path, 2, files)
-    weight_files.check(quantised.parameters(), tied=False)
-    weight_files.fill(quantised)
-    weight_files.close()
+    quantised, rounding = (
+        Linear(200, parts, Build(kernels, replace(place, fp8_activations=rounds)))
+        for rounds in (False, True)
+    )
+    for layer in (quantised, rounding):
+        weight_files = WeightFiles(tmp_path, 2, files)
+        weight_files.check(layer.parameters(), tied=False)
+        weight_files.fill(layer)
+        weight_files.close()
     assert {parameter.target.dtype for _, parameter in quantised.parameters()} == {
         torch.float8_e4m3fn,
         torch.float32,
     }
     hidden = torch.randn(5, 200)
-    for layer in (quantised, plain):
+    for layer in (quantised, rounding, plain):
         layer.seal()
-    torch.testing.assert_close(quantised(hidden), plain(hidden), rtol=1e-4, atol=1e-4)
+    expected = plain(hidden)
+    torch.testing.assert_close(quantised(hidden), expected, rtol=1e-4, atol=1e-4)
+    error = (rounding(hidden) - expected)[:, :430].norm() / expected[:, :430].norm()
+    assert 1e-3 < error < 0.04
+    assert torch.equal(rounding(hidden)[:, 430:], quantised(hidden)[:, 430:])
 
 
 COMPRESSED = eight_bit.compressed_section(["lm_head"])

@@ -6,7 +6,7 @@ fp8 is launched only on targets that support it.
 import torch
 import triton
 
-from kernels.linear.fused import join, linear, linear_8bit, prepare, prepare_8bit
+from kernels.linear.fused import join, linear, prepare, prepare_8bit
 
 
 def _linear(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -18,26 +18,27 @@ def _int8(num_tokens: int) -> None:
     _quantized(num_tokens, torch.int8)
 
 
-def _fp8(num_tokens: int, *blocks: int) -> None:
+def _fp8(num_tokens: int, *blocks: int, fp8_rows: bool = False) -> None:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "cuda" and target.arch >= 89:
-        _quantized(num_tokens, torch.float8_e4m3fn, *blocks)
+        _quantized(num_tokens, torch.float8_e4m3fn, *blocks, fp8_rows=fp8_rows)
 
 
-def _quantized(num_tokens: int, dtype: torch.dtype, *blocks: int) -> None:
+def _quantized(num_tokens: int, dtype: torch.dtype, *blocks: int, fp8_rows: bool = False) -> None:
     x = torch.empty(num_tokens, 4096, dtype=torch.bfloat16)
     weight, scale = torch.empty(2048, 4096, dtype=dtype), torch.empty(2048, *blocks)
-    linear_8bit(x, weight, scale)
+    prepare_8bit(weight, scale, None, x.dtype, fp8_rows=fp8_rows)(x)
 
 
-def _joined(num_tokens: int, dtype: torch.dtype) -> None:
+def _joined(num_tokens: int, dtype: torch.dtype, *blocks: int, fp8_rows: bool = False) -> None:
     """Launch the input product of a Gated DeltaNet layer, whose gates are not quantised."""
     target = triton.runtime.driver.active.get_current_target()
     if dtype != torch.int8 and (target.backend != "cuda" or target.arch < 89):
         return
     weight = torch.empty(1, 1, dtype=dtype).expand(12288, 2048)
     gates = prepare(torch.empty(64, 2048, dtype=torch.bfloat16))
-    product = prepare_8bit(weight, torch.empty(12288), None, torch.bfloat16)
+    scale = torch.empty(12288, *blocks)
+    product = prepare_8bit(weight, scale, None, torch.bfloat16, fp8_rows=fp8_rows)
     join([product, gates])(torch.empty(num_tokens, 2048, dtype=torch.bfloat16))
 
 
@@ -59,4 +60,10 @@ LAUNCHES = {
     "fp8_block_one": lambda: _fp8(1, 32),
     "fp8_block_some": lambda: _fp8(64, 32),
     "fp8_block_prefill": lambda: _fp8(512, 32),
+    "fp8_rows_one": lambda: _fp8(1, 32, fp8_rows=True),
+    "fp8_rows_some": lambda: _fp8(64, 32, fp8_rows=True),
+    "fp8_rows_prefill": lambda: _fp8(512, 32, fp8_rows=True),
+    "fp8_rows_of_channels_prefill": lambda: _fp8(512, fp8_rows=True),
+    "joined_fp8_rows_one": lambda: _joined(1, torch.float8_e4m3fn, 16, fp8_rows=True),
+    "joined_fp8_rows_prefill": lambda: _joined(512, torch.float8_e4m3fn, 16, fp8_rows=True),
 }

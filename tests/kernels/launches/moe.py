@@ -4,7 +4,7 @@ bfloat16 and 8-bit."""
 import torch
 import triton
 
-from kernels.moe.fused import experts, experts_8bit, route, route_sigmoid
+from kernels.moe.fused import experts, prepare_8bit, route, route_sigmoid
 
 
 def _experts(num_tokens: int) -> None:
@@ -16,7 +16,9 @@ def _experts(num_tokens: int) -> None:
     experts(hidden, weights, chosen, w13, w2, scores[:, 512:])
 
 
-def _experts_8bit(num_tokens: int, dtype: torch.dtype, *, in_blocks: bool = False) -> None:
+def _experts_8bit(
+    num_tokens: int, dtype: torch.dtype, *, in_blocks: bool = False, fp8_rows: bool = False
+) -> None:
     target = triton.runtime.driver.active.get_current_target()
     if dtype != torch.int8 and (target.backend != "cuda" or target.arch < 89):
         return
@@ -26,7 +28,12 @@ def _experts_8bit(num_tokens: int, dtype: torch.dtype, *, in_blocks: bool = Fals
     blocks = ((16,), (4,)) if in_blocks else ((), ())
     scales = torch.empty(513, 1024, *blocks[0]), torch.empty(513, 2048, *blocks[1])
     w13, w2 = _weights(dtype)
-    experts_8bit(hidden, weights, chosen, w13, scales[0], w2, scales[1], scores[:, 512:])
+    product = prepare_8bit(w13, scales[0], w2, scales[1], hidden.dtype, fp8_rows=fp8_rows)
+    product(hidden, weights, chosen, shared_gate=scores[:, 512:])
+
+
+def _fp8_rows(num_tokens: int, *, in_blocks: bool = True) -> None:
+    _experts_8bit(num_tokens, torch.float8_e4m3fn, in_blocks=in_blocks, fp8_rows=True)
 
 
 def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -57,5 +64,9 @@ LAUNCHES = {
     "fp8_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn),
     "fp8_block_one": lambda: _experts_8bit(1, torch.float8_e4m3fn, in_blocks=True),
     "fp8_block_some": lambda: _experts_8bit(64, torch.float8_e4m3fn, in_blocks=True),
+    "fp8_rows_one": lambda: _fp8_rows(1),
+    "fp8_rows_some": lambda: _fp8_rows(64),
+    "fp8_rows_prefill": lambda: _fp8_rows(8192),
+    "fp8_rows_of_channels_prefill": lambda: _fp8_rows(2048, in_blocks=False),
     "fp8_block_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn, in_blocks=True),
 }
