@@ -12,7 +12,16 @@ import torch.nn.functional as F
 
 from kernels import huge_pages
 from kernels.linear import reference
-from kernels.linear.reference import PRODUCTS, join, linear, linear_8bit, quantize, widened
+from kernels.linear.reference import (
+    PRODUCTS,
+    join,
+    linear,
+    linear_8bit,
+    linear_fp8,
+    quantize,
+    quantize_rows,
+    widened,
+)
 from kernels.native import DTYPES, address, function, kernel_choices
 
 __all__ = [
@@ -21,9 +30,11 @@ __all__ = [
     "join",
     "linear",
     "linear_8bit",
+    "linear_fp8",
     "prepare",
     "prepare_8bit",
     "quantize",
+    "quantize_rows",
 ]
 
 ROWS = 1
@@ -46,11 +57,16 @@ def prepare_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    *,
+    fp8_rows: bool = False,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return ``linear_8bit`` with this weight, for x of ``dtype``.
+    """Return ``linear_8bit`` with this weight, for x of ``dtype``; ``linear_fp8`` is the
+    reference's.
 
     int8 weights use int8 activations. fp8 weights with one scale per row are widened exactly.
     """
+    if fp8_rows:
+        return reference.prepare_8bit(quantized, scale, bias, dtype, fp8_rows=True)
     if quantized.dtype is torch.int8 and scale.ndim == 1:
         if dtype in DTYPES and kernel_choices()["linear_int8"] != "reference":
             return NativeInt8Linear(quantized, scale, bias)

@@ -48,13 +48,13 @@ def prepare_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
+    *,
+    fp8_rows: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """Return ``reference.prepare_8bit`` with native products."""
+    prepare_one = partial(native.prepare_8bit, bias=None, dtype=dtype, fp8_rows=fp8_rows)
     products = [
-        (
-            native.prepare_8bit(w13[e], w13_scale[e], None, dtype),
-            native.prepare_8bit(w2[e], w2_scale[e], None, dtype),
-        )
+        (prepare_one(w13[e], w13_scale[e]), prepare_one(w2[e], w2_scale[e]))
         for e in range(len(w13))
     ]
     return partial(

@@ -179,6 +179,8 @@ def meta_calls() -> dict[str, Callable[[], object]]:
     add("linear", "prepare", weight)
     add("linear", "join", [lambda rows: rows])
     add("linear", "quantize", weight, "int8")
+    add("linear", "quantize_rows", x)
+    add("linear", "linear_fp8", x, quantized.to(torch.float8_e4m3fn), new(32, 2), new(32))
     for scale in (new(32), new(32, 2)):
         add("linear", "linear_8bit", x, quantized, scale, new(32))
         add("linear", "prepare_8bit", quantized, scale, None, torch.float32)
