@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -194,41 +193,6 @@ def test_hinted_extras_match_the_extras_of_the_project() -> None:
         }
         # If a package is not installed here, its import name is used as that of the distribution.
         assert required == hinted, extra
-
-
-HINT = re.compile(r"pip install (?:-[\w-]+ )*['\"`]?([A-Za-z.][\w.-]*(?:\[[^\]]*\])?)")
-NAME = re.compile(r"\b((?:hybridcache|hybrid-radix-\w+)\[[a-z][\w, -]*\])")
-
-
-def _texts(path: Path) -> list[str]:
-    """Return the string constants of Python code, or the whole text of a page."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".py":
-        return [text]
-    if "pip install" not in text and not NAME.search(text):  # parsing all takes two seconds
-        return []
-    constants = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
-    return [node.value for node in constants if isinstance(node.value, str)]
-
-
-def hints(root: Path) -> dict[str, set[str]]:
-    """Map each file below ``root`` to the requirements in its install hints."""
-    pages = [path for path in root.glob("*") if path.suffix in (".md", ".toml") and path.is_file()]
-    folders = [root / name for name in (*PACKAGES, "experiments", "docs", "examples")]
-    files = pages + [path for folder in folders for path in folder.rglob("*")]
-    found: dict[str, set[str]] = {}
-    for path in files:
-        # The two logs mention earlier names.
-        if path.suffix not in (".py", ".md", ".toml", ".html", ".js") or path.name in (
-            "CHANGELOG.md",
-            "LOG.md",
-        ):
-            continue
-        for text in _texts(path):
-            flat = re.sub(r"\s+", " ", text)
-            if named := {*HINT.findall(flat), *NAME.findall(flat)}:
-                found.setdefault(path.relative_to(root).as_posix(), set()).update(named)
-    return found
 
 
 def test_imported_packages_are_declared_dependencies() -> None:

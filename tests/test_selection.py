@@ -6,60 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from tests import mutation, run, selection
 
 ROOT = selection.ROOT
-
-
-class Item(SimpleNamespace):
-    """Hashable by identity, like an item of pytest."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-
-def item(nodeid: str, ids: list[str] | None = None, **marks: tuple[Any, ...]) -> Any:
-    """Return a fake pytest item with the attributes that the selection reads."""
-    name, _, case = nodeid.partition("[")
-    made = Item(
-        nodeid=nodeid,
-        path=ROOT / name.partition("::")[0],
-        get_closest_marker=lambda mark: (
-            SimpleNamespace(args=marks[mark], kwargs={}) if mark in marks else None
-        ),
-    )
-    if case:
-        values = ids or case[:-1].split("-")
-        made.callspec = SimpleNamespace(
-            _idlist=values, id=case[:-1], params=dict(enumerate(values))
-        )
-    return made
-
-
-def chosen(*items: Any) -> list[str]:
-    return [one.nodeid.partition("::")[2] for one in selection.choose(items)]
-
-
-def test_each_value_of_several_parameters_runs_once() -> None:
-    cases = [item(f"tests/lab/x.py::a[{a}-{b}]") for a in "xyz" for b in "12"]
-    assert chosen(*cases, item("tests/lab/x.py::b")) == ["a[x-1]", "a[y-2]", "a[z-1]", "b"]
-
-
-def test_only_the_named_cases_of_a_full_mark_run() -> None:
-    cases = [item(f"tests/lab/x.py::a[{n}]", full=("2", "3")) for n in range(5)]
-    assert chosen(*cases, item("tests/lab/x.py::b", full=())) == ["a[2]", "a[3]"]
-
-
-def test_only_representative_families_run() -> None:
-    families = sorted(selection.family_names())
-    assert set(selection.REPRESENTATIVES) < set(families)
-    numerics = [item(f"tests/engine/numerics/x.py::a[{name}]") for name in families]
-    expected = {f"a[{name}]" for name in selection.REPRESENTATIVES}
-    assert set(chosen(*numerics)) == expected
-    elsewhere = [item(f"tests/lab/x.py::a[{name}]") for name in families]
-    assert len(chosen(*elsewhere)) == len(families)
 
 
 def test_each_test_file_is_in_one_part() -> None:

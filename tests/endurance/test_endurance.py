@@ -10,9 +10,6 @@ from engine.server.api_errors import APIError
 from hybridcache.cache import HybridRadixCache
 from tests.endurance.__main__ import PARTS, main, run
 
-SERVERS = ("faults", "soak")
-"""Parts that start ``engine serve``. `make test-all` also runs all parts in their medium size."""
-
 
 @pytest.mark.full("cache", "engine", "bodies", "stores")
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")

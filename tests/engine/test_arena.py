@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config
-from engine.schedule.batch import Batch, Segment
-from hybridcache.allocators.moves import Move
+from engine.schedule.batch import Batch
 from hybridcache.geometry.model import ModelGeometry
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler
 
@@ -127,38 +126,3 @@ def test_requests_can_be_aborted_while_rows_move(expected: list[list[int]], over
             assert answers[request_id] == tokens
     manager.take_checkpoint_slots = take  # type: ignore[method-assign]
     assert serve(engine) == expected
-
-
-def test_the_oracle_refuses_reads_of_overwritten_rows_and_states() -> None:
-    tokens = np.arange(30, dtype=np.int32)
-
-    def prefill(row: int, slot: int, first: int, **options: Any) -> Batch:
-        rows = np.arange(first, first + 40, dtype=np.int32)
-        return Batch((Segment(row, slot, tokens, 0, False, **options),), (), ((row, 0, rows),))
-
-    def decode(row: int, slot: int, *writes: Any) -> Batch:
-        return Batch((Segment(row, slot, tokens[:1], 30, True),), (), writes)
-
-    def runner() -> OracleRunner:
-        made = OracleRunner(400, None, geometry=geometry())
-        made.forward(prefill(0, 0, 40))
-        return made
-
-    runner().forward(decode(0, 0))
-    over_rows = runner()
-    over_rows.forward(prefill(1, 1, 80))
-    with pytest.raises(AssertionError, match="a KV row of no namespace"):
-        over_rows.forward(decode(0, 0))
-    over_state = runner()
-    over_state.forward(prefill(1, 4, 0))
-    with pytest.raises(AssertionError, match="slot 0 was never written"):
-        over_state.forward(decode(0, 0))
-    with pytest.raises(AssertionError, match="lies under a state"):
-        runner().forward(prefill(1, 5, 200))
-    moved, src = runner(), np.arange(40, 70, dtype=np.int32)
-    move = Move(1, src, src + 100, src)
-    moved.forward(Batch((), moves=(move,)))
-    moved.forward(prefill(1, 1, 80))
-    with pytest.raises(AssertionError, match="a KV row of no namespace"):
-        moved.forward(decode(0, 0))
-    moved.forward(decode(0, 0, (0, 0, np.arange(140, 180, dtype=np.int32))))

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import RequestSpec
 from engine.plugins.speculation import suffix
 from engine.plugins.speculation.draft_manager import (
     MAX_REST,
@@ -24,7 +23,6 @@ from engine.plugins.speculation.suffix import (
     SuffixDrafter,
     continuation,
 )
-from engine.requests.request import Request
 
 
 def reference(texts: list[list[int]], size: int, most: int) -> list[int]:
@@ -115,16 +113,3 @@ def test_a_drafter_that_is_never_right_drafts_rarely() -> None:
     assert tried[MAX_MISSES][0] - tried[MAX_MISSES - 1][0] == MIN_REST + 1
     assert tried[-1][0] - tried[-2][0] == MAX_REST + 1
     assert len(tried) < 60
-
-
-def requests(count: int) -> list[Request]:
-    return [
-        Request(
-            RequestSpec([1, 2], request_id=f"request-{i}"),
-            arrival=i,
-            arrival_s=0.0,
-            max_len=99,
-            seed=0,
-        )
-        for i in range(count)
-    ]

@@ -1,30 +1,6 @@
 """Tests of speculation on a small real model, compared with one token per step.
 
 Tokens, bits of log-probabilities and cache contents are the same for any drafts.
-
-Faults that other engines had or have where drafts meet a prefix cache of states, and the test that
-finds each here (n: numerics/test_verify.py, m: test_scheduler_machine.py, l: test_lease.py of the
-cache, the others are in this file):
-
-| fault | test |
-|---|---|
-| a lookup drops a page for the drafter: no hit | hits_are_the_same_with_drafts |
-| the last matched page is computed again on each hit | hits_are_the_same_with_drafts |
-| a stale conv window after a rejection | n, drafts_do_not_change_answers |
-| a hit during a verification reads a state ahead | next_turn_resumes_inside_an_accepted_run |
-| a checkpoint of drafted tokens (poison) | rejected_drafts_are_never_published, m |
-| states saved only if a step ends on the grid | next_turn_resumes_inside_an_accepted_run |
-| a rejected checkpoint has overwritten the one before | l |
-| a prompt's last token taken for a decode | prompt_tail_of_one_token_is_prefilled |
-| a preempted request continues from the state of its drafts | preempted_requests_resume, m |
-| a stop, or the last token, inside an accepted run | answers_end_inside_an_accepted_run, m |
-| penalties that ignore the drafts before | drafts_do_not_change_answers |
-| drafting begins again from nothing after a hit | a_hit_gets_drafts_at_once |
-| a client disconnects while its drafts are verified | an_abort_frees_all_memory, m |
-| drafts show one tenant the prompt of another | namespaces_do_not_share_drafts |
-
-Faults of the prediction head (its KV not rolled back, hidden vectors from before the wrong norm)
-are in test_head_drafts.py.
 """
 
 from __future__ import annotations

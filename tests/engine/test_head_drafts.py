@@ -2,27 +2,6 @@
 
 Tokens and bits of log-probabilities are the same. A draft depends only on the tokens before it: not
 on chunks, hits, other requests or the length of verifications.
-
-Faults that other engines had or have where such a head meets a prefix cache of states, and the test
-that finds each here (t: drafts_depend_only_on_the_tokens, p: numerics/test_prediction.py, m:
-test_scheduler_machine.py, f: test_head_loading.py; faults without a head are in test_drafts.py):
-
-| fault | test |
-|---|---|
-| the last matched page is dropped for the head: no hit | hits_are_the_same_with_drafts |
-| the head's own KV is not cached: drafts of nothing after a hit | t |
-| the head's own KV is not rolled back | t, p |
-| the vector it begins from is lost in a checkpoint | a_right_head_is_accepted_after_a_hit, p |
-| it is read before the final norm or at another position | p |
-| it begins from drafted tokens after a preemption | answers_survive_preemptions_and_moves, m |
-| a state of drafted tokens is published | answers_survive_preemptions_and_moves, m |
-| rows of drafts are shared by requests that run together | t |
-| rows that an arena moved are read at their old place | answers_survive_preemptions_and_moves |
-| an abort leaves rows or slots allocated | answers_survive_preemptions_and_moves, m |
-| decode graphs leave the head without its rows | the_head_follows_recorded_steps |
-| the head's pools are not counted: out of memory later | the_memory_plan_includes_the_head (f) |
-| wrong or missing weights: drafts that are never right | p, unusable_heads_are_refused (f) |
-| a drafter that is never right makes serving slow | test_drafters.py |
 """
 
 from __future__ import annotations

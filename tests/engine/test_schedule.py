@@ -31,21 +31,6 @@ def run(engine: Engine) -> dict[str, list[int]]:
     return steps
 
 
-def events(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that collects the calls on leases."""
-    seen: list[str] = []
-    for name in ("begin", "preempt", "finish"):
-        verb = getattr(engine._manager, name)
-
-        def spy(request: Any, verb: Any = verb, name: str = name) -> Any:
-            done = verb(request)
-            seen.append(name if done is not False else f"{name} refused")
-            return done
-
-        monkeypatch.setattr(engine._manager, name, spy)
-    return seen
-
-
 @pytest.mark.parametrize("token_budget", [64, 100, 256])
 def test_prefills_use_the_budget_left_by_decodes_or_one_tile(
     token_budget: int,

@@ -159,6 +159,28 @@ def a_request_reads_with_the_wrong_namespace(patch: Patch) -> None:
     edit(patch, rename)
 
 
+@FAULTS.detected_by(POOLS)
+def two_requests_write_the_same_rows(patch: Patch) -> None:
+    def share(batch: Batch) -> Batch:
+        if len(batch.row_writes) < 2:
+            return batch
+        first, (row, start, own), *rest = batch.row_writes
+        count = min(len(first[2]), len(own))
+        same = np.concatenate((first[2][:count], own[count:]))
+        return replace(batch, row_writes=(first, (row, start, same), *rest))
+
+    edit(patch, share)
+
+
+@FAULTS.detected_by(POOLS)
+def two_requests_run_in_one_slot(patch: Patch) -> None:
+    def share(batch: Batch) -> Batch:
+        same = (structs.replace(one, slot=batch.segments[0].slot) for one in batch.segments)
+        return replace(batch, segments=tuple(same))
+
+    edit(patch, share)
+
+
 @FAULTS.detected_by(OVERLAP)
 def late_tokens_are_swapped_between_requests(patch: Patch) -> None:
     def swap(batch: Batch) -> Batch:

@@ -348,18 +348,6 @@ def test_in_a_namespace_no_text_is_shown(pair: Pair) -> None:
     assert found.before is found.was is found.now is None
 
 
-SAME = [say("user", "Go on. " * 20), say("assistant", "Done."), say("user", "Go on. " * 20)]
-REPEATED = [
-    messages("first of two equal ones edited", "messages[0].content", message(0, content="Stop.")),
-    messages("first edited, and repeated later", "messages[0].content",
-             both(message(0, content="Stop."), turns(say("assistant", "Yes."), SAME[0]))),
-    messages("one inserted before equal ones", "messages[0].content",
-             lambda chat: chat["messages"].insert(0, say("user", "Wait."))),
-]  # fmt: skip
-for _pair in REPEATED:
-    _pair.base = {"messages": SAME}
-
-
 def test_the_memory_is_bounded_and_drops_the_oldest() -> None:
     explanations = Explanations(ByteTokenizer(), 20_000)
     tokens = np.arange(1000, dtype=np.int32) % 250

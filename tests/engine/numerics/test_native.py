@@ -3,14 +3,9 @@ the references. They are optional."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import engine_config
 from engine.runner import backends
@@ -18,8 +13,7 @@ from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from engine.weights.model_config import ModelError
-from experiments.benchmarks.models import Decode
-from kernels.native import recorded, shared_library
+from kernels.native import shared_library
 
 COMPILED = pytest.mark.skipif(shared_library() is None, reason="no C++ compiler")
 FORMATS = pytest.mark.parametrize(
@@ -145,32 +139,6 @@ def test_logits_are_close_to_the_references(driver_class, random_tokens, dtype, 
         for runner in (make_runner(dtype), make_runner(dtype, kernels=backends.all_plain()))
     )
     assert (native - plain).abs().max() < error * plain.float().std()
-
-
-class Counting(TorchDispatchMode):
-    """Dispatch mode that counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.names[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count(**config: Any) -> tuple[int, int]:
-    """Return the numbers of dispatched operations and of native calls of a step of two streams."""
-    runner = load_runner(engine_config(device="cpu", max_running=9, cache_gib=0.25, **config))
-    with torch.inference_mode():
-        decode = Decode(runner, np.arange(128, dtype=np.int32), 2)
-        decode.step()
-        calls: list[Callable[[], object]] = []
-        with Counting() as counting, recorded(calls.append):
-            decode.step()
-    return counting.names.total(), len(calls)
 
 
 def test_engine_works_without_a_compiler(monkeypatch, driver_class, random_tokens) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import strategies as st
 
 from engine.server.settings import ServerConfig
 
@@ -79,13 +78,6 @@ def test_request_at_the_limits_is_served(live: Live) -> None:
 def test_error_does_not_quote_a_long_value(live: Live, path: str, body: dict[str, Any]) -> None:
     answer = live.post(path, body)
     assert answer.status_code in (400, 404) and len(answer.content) < 1000
-
-
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('a,:[{"\\é'), max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=20,
-)
 
 
 def test_long_echoed_prompts_are_returned_whole(serve_oracle: Callable[..., Live]) -> None:

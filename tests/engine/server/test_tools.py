@@ -36,7 +36,6 @@ XML_CALL = (
 )
 OPTIONS: dict[str, Any] = {"model": "builtin", "messages": CHAT, "tools": TOOLS}
 WORDS = "A sentence that is long enough to reach the next position of the grid. "
-FORMS = [(None, HERMES_CALL, "<think>\n"), (QWEN_XML, XML_CALL, "")]
 
 
 def test_parallel_calls_can_be_disabled(serve_answer: ServeAnswer) -> None:
@@ -107,14 +106,6 @@ def test_stream_has_no_empty_events_during_a_call(serve_answer: ServeAnswer) -> 
         and event.choices[0].finish_reason is None
     ]
     assert len(events) < 6 and not empty
-
-
-WRONG_CALLS = {
-    None: 'Sure.\n<tool_call>\n{"name": "wether", "arguments": {"city": "Rome", "x": [], "days": 77}}',
-    QWEN_XML: "<tool_call>\n<function=wether>\n<parameter=town>\nRome\n</parameter>\n"
-    "<parameter=days>\n77\n</parameter>\n</function>\n</tool_call>",
-}
-"""Calls that break the schema, in both forms: wrong tool, names and values."""
 
 
 def test_complete_calls_before_a_stop_are_kept(serve_answer: ServeAnswer) -> None:
