@@ -9,7 +9,7 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
+.PHONY: help install lock demo serve test test-all test-environments lint bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,9 +76,6 @@ tiers: install  ## kill the writer of a disk store 200 times
 
 stress: install  ## run ten million random operations on the cache and check its invariants
 	$(BIN)/python -m tests.endurance cache --size large
-
-attack: install  ## compare cache, engine and server with references under random load (minutes)
-	$(BIN)/python -m tests.endurance cache engine bodies
 
 # Installed outside .venv, so that their dependencies cannot change it. litellm and instructor require versions (of certifi,
 # jiter, rich) that conflict with the newest openai client, so they are installed without their dependencies.

@@ -1,6 +1,6 @@
 """Random operations, requests and faults in three sizes, each with its own reference.
 
-    python -m tests.endurance cache engine --size large
+    python -m tests.endurance cache faults --size large
     python -m tests.endurance soak --size 20000 --seed 7
 
 ``small`` is a size of the test suite, ``medium`` of `make test-all`, ``large`` of the make target
@@ -32,8 +32,6 @@ class Part(NamedTuple):
 
 PARTS = {
     "cache": Part("operations", 20_000, 1_000_000, 10_000_000),
-    "engine": Part("engines", 2, 60, 600),
-    "bodies": Part("bodies", 40, 2_000, 20_000),
     "stores": Part("kills", 3, 50, 200),
     "faults": Part("faults", 4, 9, 9),
     "soak": Part("requests", 60, 5_000, 200_000),

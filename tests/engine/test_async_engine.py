@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
@@ -18,7 +20,9 @@ from engine import (
     engine_config,
 )
 from engine.errors import EngineStopped, StepFailed
-from tests.oracle import OracleRunner, OracleSampler
+from engine.schedule.batch import Batch
+from tests.engine.test_scheduler_machine import answer
+from tests.oracle import Fingerprints, OracleRunner, OracleSampler
 
 ONE = SamplingParams(max_tokens=1)
 LONG = SamplingParams(max_tokens=200)
@@ -198,3 +202,78 @@ def test_repeated_step_failures_end_the_engine_with_an_error(
 
     asyncio.run(main())
     assert "the device is gone" in caplog.text
+
+
+class FailingRunner(OracleRunner):
+    """Runner in which a share of the steps fails. Collects reads of a wrong prefix, which the
+    engine reports as failed steps."""
+
+    def __init__(self, seed: int, *sizes: int) -> None:
+        super().__init__(*sizes, max_model_len=400)
+        self._draw, self._share = random.Random(seed), 0.05 * (seed % 3 == 0)
+        self.wrong_reads: list[AssertionError] = []
+
+    def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
+        if self._draw.random() < self._share:
+            raise MemoryError("no memory for this step")
+        try:
+            return super().forward(batch, drawn)
+        except AssertionError as error:
+            self.wrong_reads.append(error)
+            raise
+
+
+async def act(engine: AsyncEngine, draw: random.Random) -> None:
+    """Send a request and read all of its answer, or leave it in one of several ways."""
+    way = draw.choice(("whole", "whole", "abort", "drop", "cancel", "call", "reset"))
+    if way == "call":
+        with pytest.raises(ZeroDivisionError):
+            await engine.call(lambda _: 1 // 0)
+    if way == "reset":
+        await engine.reset_prefix_cache()
+    prompt = [draw.randrange(3)] * draw.choice((5, 64, 130)) + [draw.randrange(9)] * 40
+    params = SamplingParams(max_tokens=draw.randrange(1, 40))
+    stream = engine.submit(prompt, params, namespace=draw.choice((None, "a")))
+    if way == "cancel":
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(read(stream), draw.random() * 0.01)
+    elif way == "abort":
+        await anext(stream)
+    elif way != "drop":
+        tokens = [token for output in await read(stream) for token in output.new_token_ids]
+        assert tokens == answer(prompt, params, exact=False)[0]
+        return
+    stream.abort()
+
+
+@pytest.mark.full("0", "1")
+@pytest.mark.parametrize("seed", range(40))
+def test_random_clients_get_right_answers_or_errors(seed: int) -> None:
+    """A hundred clients at once, with failing steps, aborts and resets. Nothing stays held."""
+    draw = random.Random(seed)
+    runner = FailingRunner(seed, draw.choice((512, 2048, 8192)), draw.choice((4, 8, 24)))
+    config = engine_config(
+        max_running=draw.choice((1, 3, 8)),
+        token_budget=draw.choice((64, 128, 1024)),
+        max_queue=draw.choice((4, 512)),
+        overlap=draw.choice(("on", "off")),
+        eviction=draw.choice(("lru", "survival", "gdsf")),
+        checkpoints=draw.choice((("none",), ("every:64", "end"), ("backoff", "end"))),
+    )
+    engine = Engine(config, runner=runner, sampler=OracleSampler())
+    running = AsyncEngine(engine)
+
+    async def main() -> list[object]:
+        running.start()
+        acts = (act(running, random.Random(100 * seed + number)) for number in range(100))
+        ends = await asyncio.wait_for(asyncio.gather(*acts, return_exceptions=True), 120)
+        await running.drain()
+        return ends
+
+    ends = asyncio.run(main())
+    assert not runner.wrong_reads
+    allowed = QueueFull, StepFailed, EngineStopped, type(None)
+    assert [end for end in ends if not isinstance(end, allowed)] == []
+    if running.failure is None:
+        engine.check()
+        assert engine.report().kv.held == engine.report().slots.held == 0

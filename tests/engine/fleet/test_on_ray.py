@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,6 @@ import openai
 import pytest
 
 from engine import AsyncEngine, EngineConfig, SamplingParams
-from engine.errors import DuplicateId, QueueFull
 from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.replicas import start_replicas as start
 from engine.plugins.replicas.start_replicas import start_fleet
@@ -158,37 +156,6 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
     kill(wait_for(lambda: busy(url)))
     asking.join()
     assert found and found[0].usage.completion_tokens == 1
-
-
-def test_errors_keep_their_types_and_request_ids_are_unique(cluster: str) -> None:
-    config = EngineConfig(cache_gib=0.05, max_model_len=4096, max_running=1, max_queue=1)
-    fleet = AsyncEngine(start_fleet(config, ReplicasConfig(1), "least_loaded", "refusing"))
-    fleet.config = replace(config, max_queue=100)  # so that only the replica refuses
-    endless = SamplingParams(max_tokens=3000, ignore_eos=True)
-
-    async def live() -> None:
-        fleet.start()
-        streams = [fleet.submit(RequestSpec([1], endless, request_id="mine"))]
-        await anext(streams[0])
-        with pytest.raises(DuplicateId):
-            fleet.submit(RequestSpec([1], endless, request_id="mine"))
-        streams += [fleet.submit(RequestSpec([2], endless)) for _ in range(4)]
-        reading = [asyncio.ensure_future(anext(stream)) for stream in streams[1:]]
-        while sum(one.done() for one in reading) < 3:
-            await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED, timeout=0.1)
-        for stream in streams:
-            stream.abort()
-        ends = await asyncio.gather(*reading, return_exceptions=True)
-        refused = [str(end) for end in ends if isinstance(end, QueueFull)]
-        assert refused == ["1 request is waiting already; try again later."] * 3
-        assert [output.finish_reason async for output in streams[0]][-1] == "abort"
-        await fleet.drain()
-
-    async def bounded() -> None:
-        async with asyncio.timeout(120):
-            await live()
-
-    asyncio.run(bounded())
 
 
 def test_replicas_scale_with_load_and_finish_before_they_end(

@@ -7,6 +7,7 @@ works. ``python -m tests.endurance hostile`` measures times.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import socket
 import time
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.server.settings import ServerConfig
 
@@ -267,6 +270,43 @@ def test_number_without_a_json_form_is_refused(
                 answer = live.post_raw(path, payload)
                 assert answer.status_code == 400, (at, answer.text)
     assert live.report()["usage"]["requests"] == before
+
+
+def entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (container, name or index) of every entry."""
+    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    for name, entry in items:
+        yield value, name
+        if isinstance(entry, dict | list):
+            yield from entries(entry)
+
+
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 2**70, 10**400, 1e300, float("nan"), float("inf"), "", "\ud800"),
+    *("<|im_end|>\n<|im_start|>system\n", "x" * 10**5, "[" * 2000, "a{1000000000}"),
+    *('root ::= [b-d] [b-d] [b-d] "a"{1000000}', [], {}, [1] * 5000, ["x"] * 5000, [[]] * 5000),
+    *([{"role": "user"}] * 5000, _nested(200), _nested(450)),
+)
+ADDED = ("top_k", "min_p", "seed", "stop_token_ids", "logit_bias", "best_of", "structured_outputs")
+
+
+@given(data=st.data())
+def test_random_changes_of_a_body_are_served_or_refused(live: Live, data: st.DataObject) -> None:
+    """One or two entries are replaced or added, and a byte may flip. The error is one sentence."""
+    path = data.draw(st.sampled_from(sorted(EVERY_FIELD)))
+    body = copy.deepcopy(EVERY_FIELD[path])
+    places = [*entries(body), *((body, name) for name in ADDED)]
+    for _ in range(data.draw(st.integers(1, 2))):
+        container, name = places[data.draw(st.integers(0, len(places) - 1))]
+        container[name] = data.draw(st.sampled_from(ODD_VALUES))
+    raw = bytearray(json.dumps(body).encode())
+    if data.draw(st.integers(0, 9)) == 0:
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    kind = {"Content-Type": "application/json"}
+    answer = live.http.post(path, content=bytes(raw), headers=kind)
+    assert answer.status_code < 500, (raw[:300], answer.text)
+    if answer.status_code >= 400:
+        assert "\n" not in answer.json()["error"]["message"] and len(answer.content) < 2000
 
 
 BAD_ARGUMENTS = r'{"city": "Bo\ud83dnn", "days": 1e400, "deep": [NaN, "\udfff"]}'

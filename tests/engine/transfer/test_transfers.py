@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -9,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 import zmq
 
-from engine import Engine, SamplingParams
+from engine import AsyncEngine, Engine, SamplingParams
 from engine.errors import WireError
 from engine.messages import plain as bytes_of
 from engine.plugins.disaggregation.prefix_buffer import identity
@@ -35,6 +37,7 @@ from tests.engine.transfer.pair import (
     assert_same,
     decode_engine,
     plain_engine,
+    prefill_config,
     prefill_thread,
     prefix,
 )
@@ -138,6 +141,41 @@ def test_an_abort_during_a_transfer_frees_both_engines(
     assert not engine.has_work()
     engine.check()
     wait_until_idle(prefill)
+
+
+def test_a_drain_finishes_the_prefix_in_progress_and_refuses_new_ones(
+    plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(prefill_config(token_budget=64, transfer_timeout_s=60.0))
+    forward, permits = engine.runner.forward, threading.Semaphore(1)
+
+    def gated(*arguments: object) -> object:
+        permits.acquire()
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine.runner, "forward", gated)
+    prefilling = AsyncEngine(engine)
+    prefilling.start()
+    first, late = (decode_engine(port_of(engine), transfer_timeout_s=60.0) for _ in range(2))
+    prompts = [text(90, 300)], [text(91, 300)]
+    expected = [plain.generate(one, GREEDY)[0].output.tolist() for one in prompts]
+    with ThreadPoolExecutor() as pool:
+        answering = pool.submit(first.generate, prompts[0], GREEDY)
+        while not engine.requests:
+            time.sleep(0.01)
+        draining = pool.submit(asyncio.run, prefilling.drain())
+        while engine.plugins["disaggregation"]._is_accepting:
+            permits.release()
+            time.sleep(0.01)
+        [own] = late.generate(prompts[1], GREEDY)
+        assert counts_of(late)["failed"] == 1 and not draining.done()
+        permits.release(1000)
+        [answer] = answering.result()
+        draining.result()
+    assert [one.output.tolist() for one in (answer, own)] == expected
+    assert (counts_of(first)["prefixes"], counts_of(first)["failed"]) == (1, 0)
+    assert not prefilling.is_alive and engine.report().kv.held == 0
+    engine.check()
 
 
 def test_failures_of_the_prefill_engine_are_logged_and_computed_here(
