@@ -28,7 +28,8 @@ from hybridcache import open_trace, simulate
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.tokens import common_prefix_len
-from tests.engine.history.agents.scripted import ScriptedEngine
+from tests.engine.history.scripted import ScriptedEngine
+from tests.engine.server.conftest import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "what nobody else should read, said at some length "
@@ -41,21 +42,13 @@ def proxied(
     path: Path, keeps_text: bool, tokenizer: Tokenizer | None = None
 ) -> Iterator[tuple[openai.OpenAI, ScriptedEngine]]:
     engine = ScriptedEngine()
-    with engine.serving() as upstream, path.open("w+b") as file:
+    with serving(engine.engine) as live, path.open("w+b") as file:
         writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=tokenizer)
-        app = Proxy(upstream, writer)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
+        front = ServerThread(Proxy(live.url, writer))
         try:
-            url = f"http://127.0.0.1:{port}/v1"
-            yield openai.OpenAI(base_url=url, api_key="none", max_retries=0), engine
+            yield openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0), engine
         finally:
-            server.should_exit = True
-            thread.join(30)
+            front.stop()
 
 
 def converse(client: openai.OpenAI, engine: ScriptedEngine) -> None:
@@ -87,11 +80,8 @@ def converse(client: openai.OpenAI, engine: ScriptedEngine) -> None:
 def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
     """Return the requests of a trace, once ``number`` are there: a line is written after its
     answer."""
-    deadline = time.monotonic() + 20
-    while len(lines := path.read_text().splitlines()) < 1 + number:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return [json.loads(line) for line in lines[1:]]
+    wait_until(lambda: len(path.read_text().splitlines()) > number)
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
 @pytest.mark.parametrize("keeps_text", [False, True])

@@ -21,7 +21,7 @@ from engine.text.chat_prompt import render_chat
 from engine.text.outputs import Answer, RequestOutput
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from hybridcache.api import Losses
-from tests.engine.history.agents.scripted import ScriptedEngine
+from tests.engine.history.scripted import ScriptedEngine
 
 THINKING = """\
 {%- set ns = namespace(last=-1) %}

@@ -3,25 +3,23 @@ changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import httpx
 import pytest
 
 from engine import server_config
-from engine.config import BUILTIN_NAME
 from engine.server.settings import ServerConfig
 from engine.text.chat_prompt import ChatPrompt, render_chat
 from engine.text.hugging_face import HFTokenizer
 from engine.text.replay import AnswerMemory
 from engine.text.splices import SampledTurn
-from tests.engine.history.agents import scripts
-from tests.engine.history.agents.clients import AGENTS, ServedRequest
-from tests.engine.history.agents.scripted import ScriptedEngine
-from tests.engine.history.agents.templates import TEMPLATES
-from tests.engine.history.agents.tokenizers import make_model_dir, sampled_like
+from tests.engine.history import agent
+from tests.engine.history.agent import TEMPLATES, make_model_dir, sampled_like
+from tests.engine.history.scripted import ScriptedEngine
+from tests.engine.server.conftest import serving
+from tests.engine.server.dialects import DIALECTS, Dialect
 
 CALL = {"id": "c", "type": "function", "function": {"name": "read", "arguments": {"path": "a"}}}
 CHAT: list[dict[str, Any]] = [
@@ -100,48 +98,52 @@ def test_an_answer_is_found_by_its_contents_in_its_namespace() -> None:
     assert memory.find(None, 2, {**CHAT[2], "role": "user"}, False) is None
 
 
-def converse(
-    tokenizer: HFTokenizer, client: str, thinks: bool, config: ServerConfig, num_loops: int
-) -> Iterator[ServedRequest]:
-    """Yield the requests of one agent, each after its answer."""
-    source = tokenizer.chat_template
-    assert source is not None
-    form = "hermes" if "<function=" not in source.source else "coder"
-    form = "thinking" if form == "coder" and "<think>" in source.source else form
-    variables = {} if thinks else {"enable_thinking": False}
+class Served(NamedTuple):
+    """Figures of one request of an agent."""
+
+    prompt_len: int
+    cached_len: int
+    context_len: int
+    """Computed tokens of the prompt and its answer."""
+    cause: str | None
+    """Cause of its misses, compared with the request before."""
+
+
+def converse(tokenizer: HFTokenizer, dialect: Dialect, config: ServerConfig) -> list[Served]:
+    """Return the requests of one conversation. The client serialises calls in its own way."""
     engine = ScriptedEngine(tokenizer, num_kv_tokens=65536, num_slots=256)
-    with engine.serving(config) as url:
-        agent = AGENTS[client](url, engine.engine.model_name, thinks)
-        for question, turns in scripts.questions(num_loops):
-            agent.question(question)
+    chat: list[dict[str, Any]] = [{"role": "system", "content": agent.SYSTEM}]
+    found: list[Served] = []
+    earlier = cause = None
+    with serving(engine.engine, config) as live:
+        for question, turns in agent.questions():
+            chat.append({"role": "user", "content": question})
             for turn in turns:
-                header = source.render(
-                    [{"role": "user", "content": ""}],
-                    add_generation_prompt=True,
-                    variables=variables,
-                ).rpartition("<|im_start|>")[2]
-                text = scripts.written(turn, form, thinks, header)
-                ids = sampled_like(tokenizer, text, len(engine.sampler.scripts))
+                ids = sampled_like(tokenizer, turn.text, len(engine.sampler.scripts))
                 engine.sampler.add(ids)
-                request, num_calls = agent.ask(len(ids))
-                assert num_calls == len(turn.calls), turn
-                agent.results([call.result for call in turn.calls])
-                yield request
+                answer = dialect.ask(live, chat=chat, tools=agent.TOOLS, limit=len(ids))
+                assert len(answer.calls) == turn.num_calls
+                for call in answer.turn[0].get("tool_calls") or ():
+                    arguments = json.loads(call["function"]["arguments"])
+                    call["function"]["arguments"] = json.dumps(arguments, sort_keys=True)
+                chat += [*answer.turn, *dialect.results(answer, "alpha " * 40)]
+                if earlier is not None:
+                    url = f"/v1/cache/explanations/{answer.id}?compared_with={earlier}"
+                    cause = live.get(url).json()["cause"]
+                earlier = answer.id
+                context_len = answer.num_prompt + answer.num_written - 1
+                found.append(Served(answer.num_prompt, answer.num_cached, context_len, cause))
+    return found
 
 
-@pytest.mark.full("openai")
-@pytest.mark.parametrize("client", AGENTS)
+@pytest.mark.full(DIALECTS[0].path)
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda one: one.path)
 def test_an_agent_computes_its_new_tokens_and_at_most_a_grid_step(
-    tmp_path: Path, client: str
+    tmp_path: Path, dialect: Dialect
 ) -> None:
-    template = TEMPLATES["thinking"]
-    tokenizer = HFTokenizer(make_model_dir(tmp_path, template))
-
-    def converse_with(**config: Any) -> list[ServedRequest]:
-        requests = converse(tokenizer, client, True, server_config(**config), 1)
-        return list(requests)
-
-    kept, replayed = converse_with(preserve_thinking=True), converse_with()
+    tokenizer = HFTokenizer(make_model_dir(tmp_path, TEMPLATES["thinking"]))
+    kept = converse(tokenizer, dialect, server_config(preserve_thinking=True))
+    replayed = converse(tokenizer, dialect, server_config())
     known_lens = [0, *(one.context_len for one in kept)]
     new = [one.prompt_len - known_lens[at] for at, one in enumerate(kept)]
     assert all(one > 0 for one in new) and sum(new) < kept[-1].prompt_len
@@ -161,69 +163,11 @@ XML = (
 )
 THOUGHTS = "I should look into it before I say anything about it. " * 8
 LONG = "Then I compare it with what I know of the other files. " * 8
-SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
-Ask = Callable[[str, dict[str, Any] | None], tuple[dict[str, Any], int, int]]
+QUESTION = [{"role": "user", "content": "Look into a.txt, please. " * 9}]
 
 
-def _by_chat(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
-    """Post to /v1/chat/completions. Return (answer, cached tokens, cacheable tokens)."""
-    messages: list[Any] = [{"role": "user", "content": "Look into a.txt, please. " * 9}]
-    if before is not None:
-        message = before["choices"][0]["message"]
-        ids = [call["id"] for call in message["tool_calls"]]
-        results = [{"role": "tool", "tool_call_id": one, "content": "alpha"} for one in ids]
-        messages += [message, *results]
-    function = {"name": "read", "parameters": SCHEMA}
-    tools = [{"type": "function", "function": function}]
-    body = {"messages": messages, "tools": tools}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-    usage = answer["usage"]
-    return answer, usage["prompt_tokens_details"]["cached_tokens"], usage["total_tokens"] - 1
-
-
-def _by_messages(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
-    """Post to /v1/messages; see ``_by_chat``."""
-    messages: list[Any] = [{"role": "user", "content": "Look into a.txt, please. " * 9}]
-    if before is not None:
-        ids = [block["id"] for block in before["content"] if block["type"] == "tool_use"]
-        results = [{"type": "tool_result", "tool_use_id": one, "content": "alpha"} for one in ids]
-        messages += [
-            {"role": "assistant", "content": before["content"]},
-            {"role": "user", "content": results},
-        ]
-    body = {
-        "model": BUILTIN_NAME,
-        "max_tokens": 999,
-        "messages": messages,
-        "tools": [{"name": "read", "input_schema": SCHEMA}],
-    }
-    answer = httpx.post(f"{url}/v1/messages", json=body, timeout=60).json()
-    usage = answer["usage"]
-    num_read = usage["cache_read_input_tokens"]
-    cacheable = num_read + usage["input_tokens"] + usage["cache_creation_input_tokens"]
-    return answer, num_read, cacheable + usage["output_tokens"] - 1
-
-
-def _by_responses(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
-    """Post to /v1/responses, where the server keeps the conversation; see ``_by_chat``."""
-    body: dict[str, Any] = {
-        "model": BUILTIN_NAME,
-        "input": "Look into a.txt, please. " * 9,
-        "tools": [{"type": "function", "name": "read", "parameters": SCHEMA}],
-    }
-    if before is not None:
-        ids = [item["call_id"] for item in before["output"] if item["type"] == "function_call"]
-        output = {"type": "function_call_output", "output": "alpha"}
-        results = [{**output, "call_id": one} for one in ids]
-        body |= {"input": results, "previous_response_id": before["id"]}
-    answer = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()
-    usage = answer["usage"]
-    cacheable = usage["input_tokens"] + usage["output_tokens"] - 1
-    return answer, usage["input_tokens_details"]["cached_tokens"], cacheable
-
-
-@pytest.mark.parametrize("ask", [_by_chat, _by_messages, _by_responses])
-def test_in_each_dialect_hits_reach_the_end_of_the_answer(tmp_path: Path, ask: Ask) -> None:
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda one: one.path)
+def test_in_each_dialect_hits_reach_the_end_of_the_answer(tmp_path: Path, dialect: Dialect) -> None:
     """Check answers with text before, after and between calls."""
     tokenizer = HFTokenizer(make_model_dir(tmp_path, TEMPLATES["thinking"]))
     engine = ScriptedEngine(tokenizer)
@@ -232,8 +176,9 @@ def test_in_each_dialect_hits_reach_the_end_of_the_answer(tmp_path: Path, ask: A
         answer = f"{THOUGHTS.strip()}\n</think>\n\n{one}<|im_end|>"
         for text in (answer, "So.\n</think>\n\nIt is alpha.<|im_end|>"):
             engine.sampler.add(sampled_like(tokenizer, text, seed=5))
-    with engine.serving() as url:
+    with serving(engine.engine) as live:
         for one in said:
-            first, _, cacheable = ask(url, None)
-            _, num_read, _ = ask(url, first)
-            assert num_read >= cacheable - 64, one
+            first = dialect.ask(live, chat=QUESTION, tools=agent.TOOLS, limit=999)
+            chat = [*QUESTION, *first.turn, *dialect.results(first, "alpha")]
+            later = dialect.ask(live, chat=chat, tools=agent.TOOLS, limit=999)
+            assert later.num_cached >= first.num_prompt + first.num_written - 1 - 64, one

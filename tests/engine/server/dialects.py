@@ -32,6 +32,10 @@ class Answer:
     warning: str | None = None
     turn: list[dict[str, Any]] = field(default_factory=list, compare=False)
     """The answer as a client sends it back. Empty if it was streamed."""
+    id: str = field(default="", compare=False)
+    num_prompt: int = field(default=0, compare=False)
+    """Tokens of the prompt, or 0 if it was streamed."""
+    num_cached: int = field(default=0, compare=False)
 
 
 class Dialect:
@@ -83,8 +87,8 @@ class Dialect:
     def streamed(self, events: list[dict[str, Any]]) -> Answer:
         raise NotImplementedError
 
-    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
-        """Return the turns after ``answer``: the result of its last call."""
+    def results(self, answer: Answer, text: str) -> list[dict[str, Any]]:
+        """Return the turns after ``answer``: ``text`` as the result of each call."""
         raise NotImplementedError
 
 
@@ -109,6 +113,9 @@ class Chat(Dialect):
             body["usage"]["completion_tokens"],
             choice.get("warning"),
             [message],
+            body["id"],
+            body["usage"]["prompt_tokens"],
+            body["usage"]["prompt_tokens_details"]["cached_tokens"],
         )
 
     def streamed(self, events: list[dict[str, Any]]) -> Answer:
@@ -129,9 +136,9 @@ class Chat(Dialect):
         answer.calls = [(name, json.loads(arguments)) for name, arguments in calls]
         return answer
 
-    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
-        call = answer.turn[0]["tool_calls"][-1]["id"]
-        return [{"role": "tool", "tool_call_id": call, "content": text}]
+    def results(self, answer: Answer, text: str) -> list[dict[str, Any]]:
+        ids = [call["id"] for call in answer.turn[0].get("tool_calls") or ()]
+        return [{"role": "tool", "tool_call_id": one, "content": text} for one in ids]
 
 
 class Responses(Dialect):
@@ -158,7 +165,9 @@ class Responses(Dialect):
                 made.text += text
         is_cut = body["status"] == "incomplete"
         made.reason = "length" if is_cut else "call" if made.calls else "stop"
-        made.num_written = body["usage"]["output_tokens"]
+        usage = body["usage"]
+        made.num_written, made.num_prompt = usage["output_tokens"], usage["input_tokens"]
+        made.id, made.num_cached = body["id"], usage["input_tokens_details"]["cached_tokens"]
         return made
 
     def streamed(self, events: list[dict[str, Any]]) -> Answer:
@@ -181,9 +190,9 @@ class Responses(Dialect):
         assert calls == [arguments for _, arguments in answer.calls]
         return answer
 
-    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
-        call = answer.turn[-1]["call_id"]
-        return [{"type": "function_call_output", "call_id": call, "output": text}]
+    def results(self, answer: Answer, text: str) -> list[dict[str, Any]]:
+        ids = [item["call_id"] for item in answer.turn if item["type"] == "function_call"]
+        return [{"type": "function_call_output", "call_id": one, "output": text} for one in ids]
 
 
 REASONS = {
@@ -221,7 +230,16 @@ class Messages(Dialect):
             if block["type"] == "tool_use":
                 made.calls.append((block["name"], block["input"]))
         made.reason = REASONS[body["stop_reason"]]
-        made.num_written = body["usage"]["output_tokens"]
+        usage = body["usage"]
+        made.num_written, made.num_cached = (
+            usage["output_tokens"],
+            usage.get("cache_read_input_tokens", 0),
+        )
+        made.id, made.num_prompt = (
+            body.get("id", ""),
+            usage.get("cache_read_input_tokens", 0) + usage.get("input_tokens", 0),
+        )
+        made.num_prompt += usage.get("cache_creation_input_tokens", 0)
         made.warning = body.get("warning")
         return made
 
@@ -242,10 +260,12 @@ class Messages(Dialect):
                 block["input"] = json.loads(block["partial_json"])
         return self.whole({"content": blocks, "usage": events[-2]["usage"]} | events[-2]["delta"])
 
-    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
-        call = answer.turn[0]["content"][-1]["id"]
-        content = [{"type": "tool_result", "tool_use_id": call, "content": text}]
-        return [{"role": "user", "content": content}]
+    def results(self, answer: Answer, text: str) -> list[dict[str, Any]]:
+        uses = [block for block in answer.turn[0]["content"] if block["type"] == "tool_use"]
+        results = [
+            {"type": "tool_result", "tool_use_id": use["id"], "content": text} for use in uses
+        ]
+        return [{"role": "user", "content": results}] if results else []
 
 
 DIALECTS = (Chat(), Responses(), Messages())

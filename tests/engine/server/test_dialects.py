@@ -42,7 +42,7 @@ def test_next_turn_accepts_the_returned_answer_and_has_its_prompt(
     """The template gets the reasoning, the call and the result."""
     live = serve_answer(f"{opening}Hm.</think>Now.\n{call}", template)
     answer = dialect.ask(live, tools=[TOOL])
-    chat = [*CHAT, *answer.turn, *dialect.result(answer, "dry")]
+    chat = [*CHAT, *answer.turn, *dialect.results(answer, "dry")]
     function = {"name": "weather", "arguments": json.dumps(BONN)}
     same = [
         *CHAT,
@@ -59,11 +59,7 @@ def test_next_turn_accepts_the_returned_answer_and_has_its_prompt(
     prompt = live.post("/detokenize", {"tokens": tokens}).json()["prompt"]
     assert call in prompt and "dry" in prompt
     later = serve_answer("Dry.</think>It is." if template else "It is.", template)
-    body = dialect.body(chat, tools=[TOOL])
-    usage = later.post(dialect.path, body).json()["usage"]
-    counted = [usage[name] for name in usage if name in ("prompt_tokens", "input_tokens")]
-    counted += [usage.get(f"cache_{name}_input_tokens", 0) for name in ("read", "creation")]
-    assert sum(counted) == len(tokens)
+    assert dialect.ask(later, chat=chat, tools=[TOOL]).num_prompt == len(tokens)
 
 
 @DIALECT
@@ -245,18 +241,15 @@ def test_nulls_of_a_returned_answer_do_not_reach_the_template(
 ) -> None:
     live = serve_answer(f"<think>Hm.</think>Look.\n{HERMES_CALL}", then="Dry.")
     answer = dialect.ask(live, tools=[TOOL])
-    result = dialect.result(answer, "dry")
+    result = dialect.results(answer, "dry")
     first = answer.turn[0]
     nulls = [first | NULLS] if "chat" in dialect.path else answer.turn
     if isinstance(first.get("content"), list) and dialect.path.endswith("messages"):
         nulls = [first | {"content": [block | NULLS for block in first["content"]]}]
     elif dialect.path.endswith("responses"):
         nulls = [item | NULLS for item in answer.turn]
-    counts = []
-    for turn in (answer.turn, nulls):
-        body = dialect.body([*CHAT, *turn, *result], tools=[TOOL])
-        usage = live.post(dialect.path, body).json()["usage"]
-        counts.append(
-            sum(n for name, n in usage.items() if name.endswith(("prompt_tokens", "input_tokens")))
-        )
-    assert counts[0] == counts[1] > 0
+    same, other = (
+        dialect.ask(live, chat=[*CHAT, *turn, *result], tools=[TOOL]).num_prompt
+        for turn in (answer.turn, nulls)
+    )
+    assert same == other > 0

@@ -1,21 +1,18 @@
-"""Engine with scripted answers, token by token, and a server for it.
+"""Engine with scripted answers, token by token.
 
 Its runner verifies every read.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.requests.spec import SamplingInput
-from engine.server.settings import ServerConfig
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from tests.oracle import Fingerprints, OracleDrawn, OracleRunner
-from tests.served import serving
 
 
 class ScriptedSampler:
@@ -62,9 +59,3 @@ class ScriptedEngine:
         options["answer_survives"] = spec.answer_survives
         [output] = self.engine.generate([spec.prompt], sampling, **options)
         return output
-
-    @contextlib.contextmanager
-    def serving(self, config: ServerConfig | None = None) -> Iterator[str]:
-        """Serve the engine in a thread and yield the address."""
-        with serving(self.engine, config) as (_, port):
-            yield f"http://127.0.0.1:{port}"

@@ -1,1 +1,0 @@
-"""Scripted agents. Their texts are fixed, and their tokens differ from the tokenizer's own."""
