@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import random
 import runpy
 import sys
 from collections.abc import Iterator
@@ -51,57 +50,6 @@ def test_minimal_engine_prints_the_output_on_its_page(capsys: pytest.CaptureFixt
     assert "'loads': " in tiers and "'offloads': " in tiers
     *_, admission = output.splitlines()
     assert admission == "preemptions of 120 requests: 1974, with `fits` 0"
-
-
-@pytest.mark.parametrize("kind", ["two pools", "arena", "host tier"])
-@pytest.mark.parametrize("wrong", ["kv", "state"])
-def test_minimal_engine_detects_wrong_bytes(
-    folder: pytest.MonkeyPatch, kind: str, wrong: str
-) -> None:
-    example = importlib.import_module("04_minimal_engine")
-    config = {
-        "two pools": {"num_kv_tokens": 96, "num_slots": 6},
-        "arena": {"memory": "arena", "total_bytes": 8 * 144},
-        "host tier": {"memory": "arena", "total_bytes": 8 * 144, "host_bytes": 8 * 400},
-    }[kind]
-    engine = example.MinimalEngine(CacheConfig(**config, **example.SIZES))
-    one = engine.submit(list(range(24)), num_new=2, boundary=16)
-    engine.step()
-    if wrong == "kv":
-        engine.kv[one.lease.kv_indices[3]] += 1
-    else:
-        engine.states[one.lease.state_slot] += 1
-    with pytest.raises(AssertionError, match=f"wrong {'KV' if wrong == 'kv' else 'state'}"):
-        engine.step()
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"num_kv_tokens": 120, "num_slots": 9, "page_size": 4},
-        {"num_kv_tokens": 100, "num_slots": 7, "host_bytes": 8 * 300},
-        {"memory": "arena", "total_bytes": 8 * 130, "host_bytes": 8 * 300, "page_size": 2},
-    ],
-    ids=["pages", "pools and host", "arena and host"],
-)
-def test_minimal_engine_answers_correctly_with_any_memory_layout(
-    folder: pytest.MonkeyPatch, sizes: dict[str, Any]
-) -> None:
-    """The example itself compares every answer with an uncached run, and checks the cache after
-    each step."""
-    example, rng = importlib.import_module("04_minimal_engine"), random.Random(4)
-    engine = example.MinimalEngine(CacheConfig(**sizes, **example.SIZES))
-    for num_prompts in (1, 12, 20):
-        example.serve(
-            engine,
-            *(
-                example.SYSTEM[: rng.randrange(17)] + rng.choices(range(4), k=rng.randrange(1, 30))
-                for _ in range(num_prompts)
-            ),
-        )
-    assert engine.counts["preemptions"] and engine.cache.stats.total.requests == 33
-    assert engine.cache.stats.token_hit_rate > 0.1
-    assert bool(engine.counts["loads"]) == ("host_bytes" in sizes)
 
 
 @pytest.mark.parametrize("name", ["02_own_policy:TokensPerByte", "second_chance:SecondChance"])

@@ -81,20 +81,6 @@ async def read(stream: object) -> list[RequestOutput]:
     return [output async for output in stream]
 
 
-def test_concurrent_callers_get_the_answers_of_separate_runs() -> None:
-    prompts = [list(range(i, i + 100 + i)) for i in range(12)]
-    alone = Engine(EngineConfig(), runner=OracleRunner(8192, 16), sampler=OracleSampler())
-    expected = [alone.generate([prompt], LONG)[0].token_ids for prompt in prompts]
-
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        streams = [engine.submit(prompt, LONG) for prompt in prompts]
-        for stream, tokens in zip(await asyncio.gather(*map(read, streams)), expected, strict=True):
-            assert [t for output in stream for t in output.new_token_ids] == tokens
-            assert stream[-1].finish_reason == "length"
-
-    serve(scenario)
-
-
 def test_a_slow_reader_neither_blocks_others_nor_loses_outputs() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         slow, fast = engine.submit([1, 2], LONG), engine.submit([3, 4], LONG)

@@ -110,14 +110,6 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     ), log
 
 
-def _is_gone(pid: int) -> bool:
-    """Return whether a process has ended, including zombies."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 def _engine_of(server: subprocess.Popen[str]) -> int:
     """Return the process id of the server's engine."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -128,45 +120,6 @@ def _engine_of(server: subprocess.Popen[str]) -> int:
 
 
 LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
-def test_a_killed_engine_ends_streams_and_server_with_one_sentence(
-    server: subprocess.Popen[str],
-) -> None:
-    _, url = _address(server)
-    with httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as answer:
-        events = answer.iter_lines()
-        next(events)
-        os.kill(_engine_of(server), signal.SIGKILL)
-        rest = [line for line in events if line]
-    error = json.loads(rest[-1].removeprefix("data: "))["error"]
-    assert "The engine's process was ended by SIGKILL" in error["message"]
-    assert server.wait(30) == 1
-    assert server.stderr is not None
-    stopping, reason = server.stderr.read().splitlines()
-    assert stopping.endswith("Stopping: no request is running.")
-    assert reason.startswith("engine serve: The engine's process")
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
-def test_the_engine_of_a_killed_server_ends_itself(server: subprocess.Popen[str]) -> None:
-    _, url = _address(server)
-    engine = _engine_of(server)
-    with (
-        pytest.raises(httpx.HTTPError),
-        httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as answer,
-    ):
-        for number, _ in enumerate(answer.iter_lines()):
-            if number == 2:
-                server.kill()
-    server.wait(30)
-    deadline = time.monotonic() + 30
-    while not _is_gone(engine):
-        assert time.monotonic() < deadline, "the engine goes on without its server"
-        time.sleep(0.02)
 
 
 class ServersToStop:

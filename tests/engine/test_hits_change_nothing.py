@@ -9,15 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.plugins.tiers.staging import MeasuredExchange
 from engine.runner.build import load_runner
-from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
-from engine.schedule.batch import Batch, Segment
-from hybridcache.geometry.sizes import StateSpec
 from hybridcache.geometry.units import GIB
 
 HYBRID = {
@@ -202,60 +198,3 @@ def test_exact_mode_covers_next_turns_and_preemptions(
     assert any(output.num_preemptions for output in again + next_turns)
     assert engine._cache.arena.num_moved_rows > 0
     assert any(output.cached_len for output in next_turns)
-
-
-def states_in(runner: ModelRunner, slot: int) -> list[torch.Tensor]:
-    """Return the states of all layers in a slot, of pools or of an arena."""
-    return [
-        pool[slot]
-        for step, pools in zip(runner.model.mixers, runner.tensors.pools, strict=True)
-        for spec, pool in zip(step.block.keeps, pools, strict=True)
-        if isinstance(spec, StateSpec)
-    ]
-
-
-class OffsetOracle:
-    """Wrapper of a runner that tracks the tokens of every state and checks each restore."""
-
-    def __init__(self, runner: ModelRunner, fresh: ModelRunner) -> None:
-        self._runner = runner
-        self._fresh = fresh
-        self._tokens: dict[int, list[int]] = {}
-        self.proved = 0
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._runner, name)
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        for source, target in batch.restores:
-            self._tokens[target] = self._tokens[source]
-            self._prove(source)
-        logits = self._runner.forward(batch)
-        for segment in batch.segments:
-            before = self._tokens[segment.slot] if segment.start else []
-            assert len(before) == segment.start
-            tokens = before + segment.token_ids.tolist()
-            self._tokens[segment.slot] = tokens
-            for position, slot in segment.exports:
-                self._tokens[slot] = tokens[:position]
-        return logits
-
-    def _prove(self, slot: int) -> None:
-        """Check that the state in ``slot`` equals that of a cold run of its tokens."""
-        tokens = np.array(self._tokens[slot], np.int32)
-        rows = np.arange(len(tokens), dtype=np.int32)
-        last = self._fresh.memory.num_slots - 1  # Its slab is after the rows of the tokens.
-        cold = Segment(0, last, tokens, 0, is_decode=False, logits="none")
-        self._fresh.forward(Batch((cold,), (), ((0, 0, rows),)))
-        held, expected = states_in(self._runner, slot), states_in(self._fresh, last)
-        assert len(held) == 2 * 2  # conv and recurrent, two linear layers
-        assert all(map(torch.equal, held, expected))
-        self.proved += 1
-
-
-def test_every_restored_state_belongs_to_its_prefix(make_engine: MakeEngine) -> None:
-    engine = make_engine(exact=True, kv_tokens=640, slots=8, token_budget=128, max_running=4)
-    engine.runner = oracle = OffsetOracle(engine.runner, make_engine().runner)
-    for _ in range(3):
-        engine.generate(prompts(), SamplingParams(max_tokens=24, temperature=0))
-    assert oracle.proved >= 10

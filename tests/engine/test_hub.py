@@ -185,16 +185,6 @@ def test_only_the_needed_files_of_a_model_are_downloaded_once(hub: Hub) -> None:
     ]
 
 
-def test_a_broken_download_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
-    part = hub.breaks_after = len(WEIGHTS) // 2
-    folder = Path(resolve_folder(NAME, with_weights=True, report=lambda _: None))
-    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    ranges = [range_ for verb, _, range_ in hub.requests if range_ and verb == "GET"]
-    [first] = [int(range_.removeprefix("bytes=").rstrip("-")) for range_ in ranges]
-    assert 0 <= part - first < 1000 and hub.sent_bytes == part + len(WEIGHTS) - first
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_model_too_large_is_refused_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, device: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -73,22 +72,3 @@ class RunningStatesMachine(RuleBasedStateMachine):
 
 TestRunningStates = RunningStatesMachine.TestCase
 TestRunningStates.settings = settings(max_examples=100, stateful_step_count=20)
-
-
-def test_a_commit_copies_nothing_and_a_displaced_state_is_copied_once() -> None:
-    running = RunningStates(STEPS)
-    running.verify([(0, 5), (1, 5)])
-    running.take([3, 5])
-    away = running.at(0), running.at(1)
-    assert set(away) <= set(STEPS) and running.displaced({0, 1}) == []
-    running.verify([(0, 4), (1, 6)])
-    assert running.displaced() == [], "states of a verification move only after its commit"
-    running.take([4, 0])
-    assert running.at(0) == 0, "with all drafts accepted, the last state is in its own slot"
-    assert running.displaced() == [(away[1], 1)] == running.displaced(), (
-        "it stays listed until it is copied"
-    )
-    running.mark_returned([(away[1], 1)])
-    assert running.displaced() == [] and running.at(1) == 1
-    with pytest.raises(AssertionError, match="more tokens"):
-        running.verify([(0, 5), (2, 6)])

@@ -4,20 +4,18 @@ contents survive every end."""
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import shutil
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from engine import Engine, SamplingParams
+from engine import Engine
 from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import SUFFIX
 from hybridcache.geometry.units import GIB
+from tests.engine.store.test_disk import FailingSystem
 from tests.engine.test_hits_change_nothing import (
     REPORT,
     MakeEngine,
@@ -28,7 +26,6 @@ from tests.engine.test_hits_change_nothing import (
 )
 
 SMALL = {"kv_tokens": 700, "slots": 6}
-ONE = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
 
 
 def copied_rows(engine: Engine) -> dict[tuple[str, str], int]:
@@ -140,129 +137,39 @@ def test_a_damaged_record_loses_only_its_own_prefix(
     again.close()
 
 
-class Faults:
-    """Faults of system calls in the disk's thread, and their end."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.call, self.number, self.count = "", 0, 0
-        self.now_s = 0.0
-        self.responds = threading.Event()
-        self.responds.set()
-        for name in ("open", "writev", "rename", "unlink", "preadv"):
-            monkeypatch.setattr(os, name, self._wrapped(name, getattr(os, name)))
-
-    def _wrapped(self, name: str, real: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **options: object) -> object:
-            if threading.current_thread().name == "disk":
-                assert self.responds.wait(60)
-                if name == self.call:
-                    self.count += 1
-                    raise OSError(self.number, os.strerror(self.number))
-            return real(*args, **options)
-
-        return call
-
-    def heal(self) -> None:
-        self.call = ""
-        self.responds.set()
-        self.now_s += RETRY_S
-
-
-@pytest.mark.full
+@pytest.mark.full("preadv")
 @pytest.mark.usefixtures("always_loads")
+@pytest.mark.parametrize(
+    ("call", "number"), [("writev", errno.ENOSPC), ("preadv", errno.EIO)], ids=["writev", "preadv"]
+)
 def test_the_engine_serves_despite_errors_of_the_file_system(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    number: int,
 ) -> None:
-    """Use one engine with a folder that is always full, and one fault after another."""
-    cold = make_engine(prefix_cache="none")
-    rounds, expected = itertools.count(1), dict[int, list[object]]()
+    """Answers stay exact during the errors, and the disk is used again later.
 
-    def generate(engine: Engine, shift: int) -> list[object]:
-        """Generate for some prompts, which differ for each ``shift``."""
-        texts = [[(token + shift) % 160 for token in prompt[:150]] for prompt in prompts(4)]
-        if shift not in expected:
-            expected[shift] = [cold.generate([prompt], ONE)[0] for prompt in texts]
-        answers = [engine.generate([prompt], ONE)[0] for prompt in texts]
-        assert_same(expected[shift], answers)
-        return answers
-
-    settings = {
-        "state_dir": str(tmp_path / "state"),
-        "disk_gib": 3e-4,
-        "kv_tokens": 400,
-        "slots": 4,
-        # In each round, the same prompts are offloaded and loaded: no learned policies.
-        "eviction": "lru",
-        "checkpoints": ("branch", "boundary", "backoff", "end"),
-    }
-    faults = Faults(monkeypatch)
-    engine = make_engine(**settings)
+    ``store/test_disk.py`` tests other calls, and a file system that hangs.
+    """
+    cold, now_s = make_engine(prefix_cache="none"), [0.0]
+    engine = make_engine(exact=True, state_dir=str(tmp_path), eviction="lru", **SMALL)
     disk = engine.plugins["tiers"].disk
-    disk._clock = lambda: faults.now_s
-
-    def serve_round() -> None:
-        shift = next(rounds)
-        for each in (shift, shift - 1, shift):
-            generate(engine, each)
+    disk._clock = lambda: now_s[0]
+    system = FailingSystem(monkeypatch, call)
+    for shift, failure in enumerate((None, number, None)):
+        texts = [[(token + shift) % 160 for token in prompt] for prompt in prompts()]
+        expected = generate_in_turn(cold, texts)
+        system.number, before = failure, engine.report().offload.folder.errors
+        for _ in range(2):
+            assert_same(expected, generate_in_turn(engine, texts))
             disk.flush()
         engine.check()
         disk.check()
-        folder = tmp_path / "state"
-        if folder.exists():
-            kept = sum(path.stat().st_blocks for path in folder.glob(f"*{SUFFIX}")) * 512
-            assert kept <= engine.report().offload.folder.total
-
-    for _ in range(3):
-        serve_round()
-    assert disk.num_bytes > 0.7 * disk.max_bytes and copied_rows(engine)["disk", "device"] > 0
-    for call, number in (
-        ("writev", errno.ENOSPC),
-        ("open", errno.EMFILE),
-        ("rename", errno.EIO),
-        ("unlink", errno.EIO),
-        ("preadv", errno.EIO),
-        ("open", errno.EACCES),
-    ):
-        errors = engine.report().offload.folder.errors
-        faults.call, faults.number, faults.count = call, number, 0
-        serve_round()
         folder = engine.report().offload.folder
-        assert folder.errors == errors + faults.count > errors, call
-        assert folder.is_written == (call == "preadv")
-        if call != "preadv":
-            assert os.strerror(number) in folder.problem
-        faults.heal()
-        serve_round()
-        folder = engine.report().offload.folder
-        assert folder.is_written and folder.problem is None, call
-    monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 0.05)
-    faults.responds.clear()
-    written = next(rounds) - 1
-    while not disk.is_off:
-        generate(engine, next(rounds))
-    assert "has not responded" in engine.report().offload.folder.problem
-    assert engine.report().offload.tiers[-1].cached == 0, "unreadable records are still in the tree"
-    engine.check()
-    monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 60)
-    faults.heal()
-    disk.flush()
-    serve_round()
-    assert "has not responded" in engine.report().offload.folder.problem
+        assert (folder.errors > before) == (failure is not None)
+        assert folder.is_written or (failure and os.strerror(failure) in folder.problem)
+        now_s[0] += RETRY_S
+    assert folder.problem is None and copied_rows(engine)["disk", "device"] > 0
     engine.close()
-    again = make_engine(**settings)
-    generate(again, written)
-    assert copied_rows(again)["disk", "device"] > 0
-    shutil.rmtree(tmp_path / "state")
-    for _ in range(2):
-        generate(again, next(rounds))
-        again.plugins["tiers"].disk.flush()
-    generate(again, 0)
-    again.check()
-    again.plugins["tiers"].disk.check()
-    assert not again.report().offload.folder.is_written and not (tmp_path / "state").exists()
-    again.close()
-    last = make_engine(**settings)
-    generate(last, 0)
-    last.close()

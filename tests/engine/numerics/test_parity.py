@@ -45,25 +45,6 @@ def test_batched_prefill_and_decode_equal_transformers(family, drivers, oracles,
         logits = driver.runner.forward(Batch(segments))
 
 
-def test_logits_after_a_hit_equal_transformers(family, drivers, oracles, random_tokens):
-    driver = drivers(family)
-    for length in (65, 777):
-        tokens = random_tokens(length, seed=length)
-        at = (length - 1) // 64 * 64
-        first, write = driver.begin(tokens)
-        slot = driver.slot()
-        exports = ((at, slot),) if slot is not None else ()
-        driver.runner.forward(
-            Batch((driver.prefill_segment(first, length, exports=exports),), (), (write,))
-        )
-        resumed, rewrite = driver.begin(tokens, prefix=write[2][:at])
-        restores = ((slot, resumed.slot),) if slot is not None else ()
-        segment = driver.prefill_segment(resumed, length, logits="all")
-        logits = driver.runner.forward(Batch((segment,), restores, (rewrite,)))
-        assert len(logits) == length - at
-        assert_close(logits, oracles(family).logits(tokens)[at:])
-
-
 SCALINGS = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
     "yarn_as_deepseek": {

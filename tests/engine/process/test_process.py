@@ -144,19 +144,6 @@ def test_a_process_gives_the_outputs_of_a_thread() -> None:
     run(scenario, **settings)
 
 
-@pytest.mark.full
-def test_256_streams_at_once_lose_no_token() -> None:
-    async def scenario(engine: AsyncEngine) -> None:
-        sampling = SamplingParams(max_tokens=40, ignore_eos=True)
-        streams = [engine.submit(RequestSpec([i, i], sampling)) for i in range(256)]
-        for outputs in await asyncio.gather(*map(read, streams)):
-            assert sum(len(output.new_token_ids) for output in outputs) == 40
-            assert outputs[-1].finish_reason == "length" and len(outputs[-1].output) == 40
-        await assert_nothing_held(engine)
-
-    run(scenario, kv_tokens=32_768, max_running=256, max_queue=256, check=False)
-
-
 def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
     step = "if self.num_steps in (5, 20, 21): raise MemoryError('no room for this step')"
 

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.plugins.tiers.fingerprint import NAME, StoreError
 from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
-from tests.engine.store.reference import ReferenceStore
 
 OURS, THEIRS = {"weights": "ours"}, {"weights": "theirs"}
 MAX_BYTES = 1 << 16
@@ -49,6 +49,29 @@ def filled(folder: Path, count: int = 6) -> tuple[RecordStore, list[int]]:
 
 def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.record"))
+
+
+@dataclass
+class ReferenceStore:
+    """Records by id, in memory."""
+
+    written: dict[int, tuple[int, bytes, bytes]] = field(default_factory=dict)
+    """Kind, meta and payload of every record that was ever written."""
+    living: set[int] = field(default_factory=set)
+
+    def write(self, record_id: int, kind: int, meta: bytes, payload: bytes) -> None:
+        assert record_id not in self.written, "an id was used twice"
+        self.written[record_id] = kind, meta, payload
+        self.living.add(record_id)
+
+    def remove(self, record_id: int) -> None:
+        self.living.discard(record_id)
+
+    def restart(self, found: set[int], damaged: set[int]) -> None:
+        """Compare with the ids ``found`` by a start, after damage to some files."""
+        assert found <= self.living, "a removed or unknown record was found"
+        assert self.living - damaged <= found, "a complete record was lost"
+        self.living = set(found)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -160,16 +183,6 @@ StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=2
 TestStore = StoreMachine.TestCase
 
 
-def test_a_folder_with_another_fingerprint_is_refused_and_unchanged(tmp_path: Path) -> None:
-    store, _ = filled(tmp_path)
-    store.close()
-    (tmp_path / f"{9:016x}.part").write_bytes(b"unfinished")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(StoreError, match="differs in weights"):
-        reopen(tmp_path, THEIRS)
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
-
-
 def test_a_folder_in_use_is_refused_and_unchanged(tmp_path: Path) -> None:
     """Check that the fingerprint is compared under the lock, so the second start cannot replace the
     first's."""
@@ -197,44 +210,3 @@ def test_a_folder_that_is_not_writable_is_refused(
     monkeypatch.setattr(os, call, refuse if call == "open" else lambda *_: False)
     with pytest.raises(StoreError, match=r"cannot be made or written .*: give another --state-dir"):
         reopen(tmp_path)
-
-
-def fail_calls(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int = 10**9) -> None:
-    """Make ``os.<name>`` fail the next ``times`` times."""
-    real, remaining = getattr(os, name), [times]
-
-    def refuse(*args: object, **options: object) -> object:
-        if remaining[0]:
-            remaining[0] -= 1
-            raise OSError(number, os.strerror(number))
-        return real(*args, **options)
-
-    monkeypatch.setattr(os, name, refuse)
-
-
-@pytest.mark.parametrize(
-    ("call", "number"),
-    [
-        ("open", errno.EMFILE),
-        ("open", errno.ENOSPC),
-        ("open", errno.EACCES),
-        ("writev", errno.ENOSPC),
-        ("writev", errno.EIO),
-        ("rename", errno.EIO),
-        ("rename", errno.ENOSPC),
-    ],
-)
-def test_a_failed_write_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
-) -> None:
-    store, ids = filled(tmp_path)
-    before = store.num_bytes
-    with monkeypatch.context() as patch:
-        fail_calls(patch, call, number)
-        with pytest.raises(OSError, match=os.strerror(number)):
-            write(store, bytes(10))
-    assert store.num_bytes == before and not list(tmp_path.glob("*.part"))
-    ids.append(write(store, payload_of(6, 1000)))
-    assert [read(store, one, 1000) for one in ids] == [payload_of(i, 1000) for i in range(7)]
-    store.close()
-    assert reopen(tmp_path)[1] == ids
