@@ -19,29 +19,9 @@ from engine.requests.request import Request
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import ByteTokenizer
+from tests.engine.test_hits_change_nothing import HYBRID
 
-MODEL = {
-    "model_type": "qwen3_next",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "full_attention_interval": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_conv_kernel_dim": 4,
-    "mlp_only_layers": [0, 1, 2],  # experts are expensive on a CPU: one layer has them
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "max_position_embeddings": 2048,
-}
+MODEL = HYBRID | {"vocab_size": 320}
 MakeEngine = Callable[..., Engine]
 
 
@@ -124,20 +104,7 @@ def engine_with_head(
     directory: Path, draft: str = "mtp", model: dict[str, Any] | None = None, **settings: Any
 ) -> Engine:
     """Return an engine on a dummy model with a prediction head."""
-    (directory / "config.json").write_text(json.dumps(MODEL | (model or {})))
-    settings = {
-        "cache_gib": 0.01,
-        "check": True,
-        "load_format": "dummy",
-        "draft_running": 64,
-        **settings,
-    }
-    config = engine_config(model=str(directory), device="cpu", draft=draft, **settings)
-    runner = load_runner(config)
-    if runner.tensors.rows is not None:
-        runner.tensors.rows.fill_(255)
-    sampler = Sampler(runner.vocab_size)
-    return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
+    return drafting_engine(directory, geometry=MODEL | (model or {}), draft=draft, **settings)
 
 
 def prompts() -> list[list[int]]:

@@ -25,6 +25,7 @@ from engine.command.cli import main
 from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
 from kernels.native import shared_library
+from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
 
 COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
@@ -51,45 +52,36 @@ def run(*arguments: str) -> int:
         return stop.code
 
 
-TINY = {
-    "model_type": "qwen3",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
-
-
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
         ({}, "no config.json"),
         ({"config.json": b"{broken"}, "config.json"),
         (
-            {"config.json": json.dumps(TINY | {"model_type": "bert"}).encode()},
+            {"config.json": json.dumps(ATTENTION_ONLY | {"model_type": "bert"}).encode()},
             "'bert' are not supported; supported are",
         ),
         (
-            {"config.json": json.dumps(TINY | {"num_hidden_layers": "4"}).encode()},
+            {"config.json": json.dumps(ATTENTION_ONLY | {"num_hidden_layers": "4"}).encode()},
             "num_hidden_layers in config.json must be an integer",
         ),
-        ({"config.json": json.dumps(TINY).encode()}, "safetensors"),
+        ({"config.json": json.dumps(ATTENTION_ONLY).encode()}, "safetensors"),
         (
-            {"config.json": json.dumps(TINY).encode(), "model.safetensors": b"\x10\0\0"},
+            {"config.json": json.dumps(ATTENTION_ONLY).encode(), "model.safetensors": b"\x10\0\0"},
             "model.safetensors",
         ),
         (
-            {"config.json": json.dumps(TINY).encode(), "model.safetensors": b"\xff" * 100},
+            {
+                "config.json": json.dumps(ATTENTION_ONLY).encode(),
+                "model.safetensors": b"\xff" * 100,
+            },
             "model.safetensors",
         ),
         (
-            {"config.json": json.dumps(TINY).encode(), "model.safetensors": b"\2\0\0\0\0\0\0\0{}"},
+            {
+                "config.json": json.dumps(ATTENTION_ONLY).encode(),
+                "model.safetensors": b"\2\0\0\0\0\0\0\0{}",
+            },
             "model.embed_tokens.weight",
         ),
     ],

@@ -49,34 +49,3 @@ def test_an_aborted_arrival_does_not_change_the_eviction_order(kind: str, evicti
     assert len(untouched) == 3 and survivors(100) == untouched
     if kind == "hybrid":  # without states, a part of an edge is a separate item
         assert survivors(50) == untouched
-
-
-def test_rows_of_an_arrival_follow_moves() -> None:
-    """An arena empties the slab that holds an arrival's rows to make room for a state."""
-    cache = build_prefix_cache(
-        CacheConfig(
-            memory="arena", total_bytes=8 * 40, kv_bytes_per_token=1, state_bytes=40, grid=8
-        )
-    )
-    contents = np.zeros(320, np.int64)
-    first, second = (ReceivedPrefix.begin(cache, tokens(64, n), stateful=True) for n in (0, 500))
-    assert first is not None and second is not None
-    for arrival in (first, second):
-        contents[arrival.rows] = 1000 * arrival.end + np.arange(64) + id(arrival) % 997
-    before = contents[second.rows].copy()
-    first.abort()
-    slots = []
-    while (slot := cache.allocate_slot()) is not None:
-        slots.append(slot)
-    plan = cache.take_step()
-    plan.done()
-    moves = plan.transfers
-    assert moves, "no row moved"
-    for move in moves:
-        contents[move.dst] = contents[move.src]
-    assert np.array_equal(contents[second.rows], before)
-    cache.check(second.held_tokens, second.held_slots + len(slots))
-    second.abort()
-    for slot in slots:
-        cache.free_slot(slot)
-    check(cache)

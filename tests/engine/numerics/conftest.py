@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine import engine_config
 from engine.config import EngineConfig
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
@@ -71,6 +73,25 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]
         return models[family]
 
     return get
+
+
+@pytest.fixture
+def checkpoint(
+    oracles: Callable[[str], Oracle], tmp_path: Path
+) -> Callable[[str], tuple[Path, dict[str, torch.Tensor]]]:
+    """Return a function that copies a small checkpoint, which the test may rewrite."""
+
+    def copy(model: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        path = tmp_path / model
+        shutil.copytree(oracles(model).path, path)
+        return path, load_file(path / "model.safetensors")
+
+    return copy
+
+
+def load(path: Path, **options: Any) -> ModelRunner:
+    config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
+    return load_runner(engine_config(model=str(path), **(config | options)))
 
 
 @dataclass

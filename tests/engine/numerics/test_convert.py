@@ -10,22 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import engine_config
 from engine.command.cli import main
 from engine.plugins.convert.converter import convert
-from engine.runner.build import load_runner
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
 from engine.weights.scheme import Scheme
 from tests.engine.numerics import eight_bit
+from tests.engine.numerics.conftest import load
 
 BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
 """Scheme with blocks that fit the layers of small models."""
-
-
-def load(path, **options):
-    config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
-    return load_runner(engine_config(model=str(path), **(config | options)))
 
 
 def dequantise(path):

@@ -24,6 +24,7 @@ from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from experiments.gpu.stub_device import stubbed
 from kernels.attention import fused
 from kernels.moe import fused as moe
+from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID
 
 KERNEL_OPTION = ",".join(
     f"{name}=fused"
@@ -156,32 +157,10 @@ def check_launch_bounds(monkeypatch):
     monkeypatch.setattr(fused, "verify_attention", checked)
 
 
-SIZES = {
-    "vocab_size": 199,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
+SIZES = ATTENTION_ONLY | {"vocab_size": 199}
 MODELS = {
-    "attention": SIZES | {"model_type": "qwen3", "num_hidden_layers": 1},
-    "states": SIZES
-    | {
-        "model_type": "qwen3_next",
-        "full_attention_interval": 2,
-        "linear_num_key_heads": 1,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_conv_kernel_dim": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    },
+    "attention": SIZES | {"num_hidden_layers": 1},
+    "states": HYBRID | {"vocab_size": 199, "num_hidden_layers": 2, "mlp_only_layers": []},
     "mamba2": SIZES
     | {
         "model_type": "granitemoehybrid",
@@ -285,9 +264,9 @@ def test_padding_of_graphs_is_not_routed(make_verify_driver, monkeypatch):
     driver, rows = make_verify_driver(), []
     make_blocks = moe.make_blocks
 
-    def recording(experts, num_experts):
+    def recording(experts, *sizes):
         rows.append((len(experts), int((experts >= 0).all(dim=1).sum())))
-        return make_blocks(experts, num_experts)
+        return make_blocks(experts, *sizes)
 
     monkeypatch.setattr(moe, "make_blocks", recording)
     driver.runner.use_graphs("all", Recorder())

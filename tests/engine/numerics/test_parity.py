@@ -8,9 +8,8 @@ import json
 import pytest
 import torch
 
-from engine import engine_config
-from engine.runner.build import load_runner
 from engine.schedule.batch import Batch
+from tests.engine.numerics.conftest import load
 
 LENGTHS = (1, 63, 64, 65, 777)
 TOLERANCES = {"atol": 1e-4, "rtol": 1e-4}
@@ -96,6 +95,4 @@ def test_scaled_rope_equals_transformers(
     unscaled = reference(plain)
     scaled = reference(plain | {"rope_scaling": {"rope_type": scaling} | SCALINGS[scaling]})
     assert (scaled - unscaled).abs().max() > 0.01
-    options = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
-    runner = load_runner(engine_config(model=str(path), **options))
-    assert_close(driver_class(runner).cold(tokens, logits="all"), scaled)
+    assert_close(driver_class(load(path)).cold(tokens, logits="all"), scaled)

@@ -4,7 +4,6 @@ one sentence."""
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -12,50 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import engine_config
 from engine.layers.linear import Linear, Part
 from engine.layers.parameters import Build, WeightSpec
 from engine.runner.backends import Kernels
-from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loading import WeightFiles
-from engine.schedule.batch import Batch
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
 from experiments.gpu import interpreter
 from tests.engine.numerics import eight_bit
+from tests.engine.numerics.conftest import load
 
 BLOCK = (16, 48)
 """Small blocks: head boundaries cut them, and the last ones are partial."""
-
-
-@pytest.fixture
-def checkpoint(oracles, tmp_path):
-    """Return a function that copies a small checkpoint, which the test may rewrite."""
-
-    def copy(model):
-        path = tmp_path / model
-        shutil.copytree(oracles(model).path, path)
-        return path
-
-    return copy
-
-
-def load(path, **options):
-    config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
-    return load_runner(engine_config(model=str(path), **(config | options)))
-
-
-def cold_and_hit(driver_class, runner, tokens):
-    """Return all logits of a cold run, and those from 64 on after a hit at 64."""
-    driver = driver_class(runner)
-    sequence, write = driver.begin(tokens)
-    slot = driver.slot()
-    segment = driver.prefill_segment(sequence, len(tokens), logits="all", exports=((64, slot),))
-    cold = runner.forward(Batch((segment,), (), (write,)))
-    resumed, write = driver.begin(tokens, prefix=write[2][:64])
-    segment = driver.prefill_segment(resumed, len(tokens), logits="all")
-    return cold, runner.forward(Batch((segment,), ((slot, resumed.slot),), (write,)))
 
 
 def fp8(path, scale_dtype=torch.bfloat16, block=BLOCK, **options):
@@ -86,30 +54,30 @@ def test_fp8_blocks_equal_their_dequantised_weights(
     A CPU widens the weights, so the logits are equal bit for bit. Queries, keys and gates are
     reordered within and across blocks.
     """
-    path, tokens = checkpoint(published), random_tokens(90, seed=3)
+    (path, _), tokens = checkpoint(published), random_tokens(90, seed=3)
     plain = fp8(path, scale_dtype, prefix=prefix)
     runner = load(path, dtype=dtype)
     assert f"fp8 in blocks of 16 x 48, widened to {dtype}" in runner.loaded.weights_note
-    cold, hit = cold_and_hit(driver_class, runner, tokens)
-    expected, _ = cold_and_hit(driver_class, load(plain, dtype=dtype), tokens)
+    cold, hit = driver_class(runner).cold_and_mixed(tokens)
+    expected, _ = driver_class(load(plain, dtype=dtype)).cold_and_mixed(tokens)
     assert torch.equal(cold, expected)
-    assert torch.equal(hit, cold[64:])
+    assert torch.equal(hit[1:], cold[64:])
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
 def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_class, random_tokens):
     """Activations are rounded per token or not at all, so the test uses a bound."""
-    path, tokens = checkpoint("qwen3_next"), random_tokens(90, seed=4)
+    (path, _), tokens = checkpoint("qwen3_next"), random_tokens(90, seed=4)
     ignore = ["lm_head", r"re:.*in_proj_ba$", r"re:.*mlp\.gate$", "re:.*shared_expert_gate$"]
     plain = int8(path, lambda _: eight_bit.compressed_section(ignore), prefix=prefix)
     runner = load(path)
     assert (
         "int8 with a scale per output channel, multiplied as they are" in runner.loaded.weights_note
     )
-    cold, hit = cold_and_hit(driver_class, runner, tokens)
-    expected, _ = cold_and_hit(driver_class, load(plain), tokens)
+    cold, hit = driver_class(runner).cold_and_mixed(tokens)
+    expected, _ = driver_class(load(plain)).cold_and_mixed(tokens)
     assert (cold - expected).norm() < 0.05 * expected.norm()
-    assert torch.equal(hit, cold[64:])
+    assert torch.equal(hit[1:], cold[64:])
 
 
 def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
@@ -239,6 +207,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
     ],
 )
 def test_files_that_differ_from_their_config_are_refused(change, match, checkpoint):
-    path = checkpoint("qwen3")
+    path, _ = checkpoint("qwen3")
     fp8(path)
     check_refused(path, change, match)

@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from engine import engine_config
 from engine.layers.parameters import Build, WeightSpec
 from engine.models import read_model
 from engine.runner.backends import Kernels
-from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loading import Dummy, WeightsError
 from experiments.gpu.models import TINY
-
-
-@pytest.fixture
-def checkpoint(oracles, tmp_path):
-    """Return a function that copies a small checkpoint: (directory, tensors)."""
-
-    def copy(model):
-        path = tmp_path / model
-        shutil.copytree(oracles(model).path, path)
-        return path, load_file(path / "model.safetensors")
-
-    return copy
-
-
-def load(path, **options):
-    config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
-    return load_runner(engine_config(model=str(path), **(config | options)))
+from tests.engine.numerics.conftest import load
 
 
 def check_same_logits(path, model, drivers, random_tokens):

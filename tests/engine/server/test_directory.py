@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine import Engine, EngineConfig
+from tests.engine.test_hits_change_nothing import HYBRID
 
 from .conftest import Live, serving
 
@@ -19,30 +20,7 @@ TEMPLATE = (
     "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-CONFIG = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "model_type": "qwen3_next",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "full_attention_interval": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "partial_rotary_factor": 0.5,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "num_experts": 0,
-    "max_position_embeddings": 4096,
-    "dtype": "float32",
-    "eos_token_id": 0,
-}
+CONFIG = HYBRID | {"vocab_size": 512, "max_position_embeddings": 4096, "eos_token_id": 0}
 
 
 @pytest.fixture(scope="module")
