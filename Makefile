@@ -74,7 +74,7 @@ reproduce: install  ## regenerate every published figure at one commit, and docs
 tiers: install  ## kill the writer of a disk store 200 times
 	$(BIN)/python -m tests.endurance stores --size large
 
-stress: install  ## run ten million random operations on the cache and check its invariants
+stress: install  ## run a million random operations on caches, leases and tiers, and compare with references
 	$(BIN)/python -m tests.endurance cache --size large
 
 # Installed outside .venv, so that their dependencies cannot change it. litellm and instructor require versions (of certifi,

@@ -15,8 +15,6 @@ A block may be indented, as in a list.
 
 An HTML comment on the line before a block overrides this: ``<!-- file: NAME -->`` writes the block
 to a file, ``<!-- not run: REASON -->`` skips it.
-
-``python -m tests.documents PAGE`` updates the outputs of a page after an intended change.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ import io
 import re
 import shlex
 import sys
-import tempfile
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
@@ -82,18 +79,11 @@ def needs_server(page: Path) -> bool:
     )
 
 
-Corrections = list[tuple[str, str]]
-"""Pairs of the output on a page and the actual output."""
-
-
-def run(
-    page: Path, folder: Path, server: str | None = None, corrections: Corrections | None = None
-) -> int:
+def run(page: Path, folder: Path, server: str | None = None) -> int:
     """Run the blocks of ``page`` and return how many ran.
 
     ``folder`` is the working directory, and its modules are importable. Raises AssertionError, with
-    page and line, for the first block that fails. With ``corrections``, wrong outputs are added to
-    them instead.
+    page and line, for the first block that fails.
     """
     namespace: dict[str, Any] = {"__name__": "page"}
     num_run = 0
@@ -106,15 +96,13 @@ def run(
             if kind == "not run":
                 assert value.strip(), f"{where}: a block marked 'not run' needs a reason"
                 continue
-            if corrections is not None and server is None and SERVER in text:
-                continue  # its output is not on the page
             if kind == "file":
                 (folder / value.strip()).write_text(text)
                 continue
             if block.language == "python":
-                _run_python(block, text, namespace, folder, where, corrections)
+                _run_python(block, text, namespace, folder, where)
             elif block.language == "console":
-                _run_console(text, where, corrections)
+                _run_console(text, where)
             elif block.language == "sh":
                 _check_commands(text, where, server)
             else:
@@ -128,38 +116,22 @@ def run(
     return num_run
 
 
-class _Runner(doctest.DocTestRunner):
-    """Doctest runner that collects outputs that differ from the page."""
-
-    def __init__(self) -> None:
-        super().__init__(optionflags=OPTIONS)
-        self.corrections: Corrections = []
-
-    def report_failure(self, out: Any, test: Any, example: doctest.Example, got: str) -> None:
-        self.corrections.append((example.want, got))
-        super().report_failure(out, test, example, got)
-
-
 def _run_python(
     block: Block,
     text: str,
     namespace: dict[str, Any],
     folder: Path,
     where: str,
-    corrections: Corrections | None,
 ) -> None:
     named = re.match(r"# (\w+\.py)\n", text)
     if named:
         (folder / named[1]).write_text(text)
     elif text.startswith(">>>"):
-        report, runner = io.StringIO(), _Runner()
+        report, runner = io.StringIO(), doctest.DocTestRunner(optionflags=OPTIONS)
         test = doctest.DocTestParser().get_doctest(text, namespace, where, where, block.line)
         result = runner.run(test, out=report.write, clear_globs=False)
         namespace.update(test.globs)
-        if corrections is not None and len(runner.corrections) == result.failed:
-            corrections += runner.corrections
-        else:
-            assert not result.failed, report.getvalue()
+        assert not result.failed, report.getvalue()
     else:
         try:
             exec(compile("\n" * block.line + text, where, "exec"), namespace)
@@ -167,7 +139,7 @@ def _run_python(
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _run_console(text: str, where: str, corrections: Corrections | None) -> None:
+def _run_console(text: str, where: str) -> None:
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, expected = part.replace("\\\n", " ").partition("\n")
         words = shlex.split(command, comments=True)
@@ -176,40 +148,8 @@ def _run_console(text: str, where: str, corrections: Corrections | None) -> None
             code = COMMANDS[words[0]](words[1:])
         got = stdout.getvalue()
         assert code == 0, f"{where}: {command} returned exit code {code}"
-        if doctest.OutputChecker().check_output(expected, got, OPTIONS):
-            continue
-        assert corrections is not None, f"{where}: {command}\nexpected:\n{expected}\ngot:\n{got}"
-        corrections.append((expected, got))
-
-
-def corrected(expected: str, got: str) -> str:
-    """Return ``got`` with the same ellipses at its start and end as ``expected``.
-
-    Raises ValueError if ``expected`` has an ellipsis elsewhere.
-    """
-    shown, lines = expected.splitlines(), got.splitlines()
-    tail = shown[-1:] == ["..."]
-    head = shown[:1] == ["..."]
-    kept = shown[head : len(shown) - tail]
-    if any("..." in line for line in kept) or (head and tail and kept[0] not in lines):
-        raise ValueError(f"Correct this output by hand. The new output is:\n{got}")
-    first = 0 if not head else lines.index(kept[0]) if tail else len(lines) - len(kept)
-    lines = lines[first : first + len(kept)] if head or tail else lines
-    return "\n".join([*["..."] * head, *lines, *["..."] * tail]) + "\n"
-
-
-def update(page: Path) -> int:
-    """Write the actual outputs into ``page``. Return how many changed."""
-    corrections: Corrections = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        sys.path.insert(0, folder)
-        run(page, Path(folder), corrections=corrections)
-    text = page.read_text()
-    for expected, got in corrections:
-        assert text.count(expected) == 1, f"{page}: this output occurs more than once:\n{expected}"
-        text = text.replace(expected, corrected(expected, got))
-    page.write_text(text)
-    return len(corrections)
+        is_same = doctest.OutputChecker().check_output(expected, got, OPTIONS)
+        assert is_same, f"{where}: {command}\nexpected:\n{expected}\ngot:\n{got}"
 
 
 def check_command(command: str) -> None:
@@ -337,8 +277,3 @@ def broken_links(page: Path) -> list[str]:
             broken.append(target)
     paths = re.findall(r"`((?:engine|hybridcache|kernels|experiments|examples)/[\w./-]+)`", text)
     return broken + [path for path in paths if not (ROOT / path).exists()]
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(f"{name}: {update(Path(name).resolve())} outputs changed")

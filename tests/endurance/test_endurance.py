@@ -20,5 +20,5 @@ def test_each_part_passes(part: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_wrong_rows_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     gather = HybridRadixCache.gather
     monkeypatch.setattr(HybridRadixCache, "gather", lambda self, node: gather(self, node)[::-1])
-    with pytest.raises(AssertionError, match="a wrong row"):
+    with pytest.raises(AssertionError, match="seed"):
         run("cache", "small")

@@ -208,6 +208,13 @@ def rows_move_in_the_wrong_direction(patch: Patch) -> None:
     edit(patch, reverse)
 
 
+@FAULTS.detected_by(ARENA)
+def a_step_waits_for_several_slabs(patch: Patch) -> None:
+    @patch(Lease, "take_checkpoint_slots")
+    def take_checkpoint_slots(original: Any, self: Any, start: int, end: int, *_: Any) -> Any:
+        return original(self, start, end)
+
+
 @FAULTS.detected_by(HOST)
 def copies_between_tiers_are_reversed(patch: Patch) -> None:
     edit(patch, lambda batch: replace(batch, moves=batch.moves[::-1]))

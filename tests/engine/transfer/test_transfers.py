@@ -22,6 +22,7 @@ import zmq
 from engine import AsyncEngine, Engine, SamplingParams
 from engine.errors import WireError
 from engine.messages import plain as bytes_of
+from engine.plugins.disaggregation import prefill_server
 from engine.plugins.disaggregation.prefix_buffer import identity
 from engine.plugins.disaggregation.wire import (
     Alive,
@@ -146,6 +147,8 @@ def test_an_abort_during_a_transfer_frees_both_engines(
 def test_a_drain_finishes_the_prefix_in_progress_and_refuses_new_ones(
     plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Computed rows are sent before the prefix is complete, and signs of life meanwhile."""
+    monkeypatch.setattr(prefill_server, "ALIVE_S", 0.02)
     engine = Engine(prefill_config(token_budget=64, transfer_timeout_s=60.0))
     forward, permits = engine.runner.forward, threading.Semaphore(1)
 
@@ -168,12 +171,17 @@ def test_a_drain_finishes_the_prefix_in_progress_and_refuses_new_ones(
             permits.release()
             time.sleep(0.01)
         [own] = late.generate(prompts[1], GREEDY)
+        [outgoing] = engine.plugins["disaggregation"]._active
+        deadline = time.monotonic() + 20
+        while not (num_early := outgoing.num_taken_bytes) and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert counts_of(late)["failed"] == 1 and not draining.done()
         permits.release(1000)
         [answer] = answering.result()
         draining.result()
     assert [one.output.tolist() for one in (answer, own)] == expected
     assert (counts_of(first)["prefixes"], counts_of(first)["failed"]) == (1, 0)
+    assert num_early > 0, "rows are sent only at the end"
     assert not prefilling.is_alive and engine.report().kv.held == 0
     engine.check()
 
