@@ -269,3 +269,10 @@ class Messages(Dialect):
 
 
 DIALECTS = (Chat(), Responses(), Messages())
+
+
+def bodies(text: str, limit: int = 2) -> dict[str, dict[str, Any]]:
+    """Return a request with ``text`` for each endpoint that generates, by path."""
+    chat = [{"role": "user", "content": text}]
+    found = {"/v1/completions": {"prompt": text, "max_tokens": limit}}
+    return found | {one.path: one.body(chat, limit=limit) for one in DIALECTS}

@@ -39,19 +39,6 @@ def test_chats_and_responses_count_the_same_written_tokens(live: Live) -> None:
     assert later_details["cached_tokens"] + later_details["cache_write_tokens"] == boundary
 
 
-def test_repeated_prompt_reports_its_hit(live: Live) -> None:
-    prompt = "second " + LONG
-    first, second = (
-        live.client.completions.create(prompt=prompt, max_tokens=8, **GREEDY) for _ in range(2)
-    )
-    assert first.choices[0].text == second.choices[0].text
-    details = [answer.usage.prompt_tokens_details for answer in (first, second)]
-    assert details[0].cached_tokens == 0
-    assert details[1].cached_tokens == (len(prompt) - 1) // 64 * 64
-    for detail in details:
-        assert detail.cached_tokens + sum(detail.lost_tokens.values()) == len(prompt)
-
-
 @pytest.mark.parametrize("server", ["live", "builtin"])
 def test_streamed_completion_equals_whole_one(server: str, request: pytest.FixtureRequest) -> None:
     client = request.getfixturevalue(server).client
@@ -102,23 +89,6 @@ def test_streamed_chat_equals_whole_one(server: str, request: pytest.FixtureRequ
     assert scores == whole.choices[0].logprobs.content
 
 
-def test_next_turn_resumes_at_the_stable_boundary(live: Live) -> None:
-    """With thinking on, the next prompt differs from this one two tokens before its end."""
-    tokenizer = ByteTokenizer()
-    options: dict[str, Any] = {
-        "max_completion_tokens": 4,
-        "extra_body": {"chat_template_kwargs": {"enable_thinking": True}},
-        **GREEDY,
-    }
-    system = {"role": "system", "content": "Stable. " * 30}
-    chat = [system, {"role": "user", "content": "x" * 400}]
-    first = live.client.chat.completions.create(messages=chat, **options)
-    chat += [{"role": "assistant", "content": "short"}, {"role": "user", "content": "y"}]
-    second = live.client.chat.completions.create(messages=chat, **options)
-    stable = first.usage.prompt_tokens - len(tokenizer.encode("<think>\n"))
-    assert second.usage.prompt_tokens_details.cached_tokens == stable // 64 * 64 > 0
-
-
 @pytest.mark.parametrize("thinking", [True, False])
 def test_decode_saves_no_state_in_dropped_reasoning(
     serve_oracle: Callable[..., Live], thinking: bool
@@ -164,22 +134,6 @@ def test_n_choices_are_ordered_by_prompt(builtin: Live) -> None:
     single = builtin.client.completions.create(prompt="eighth", n=3, **options)
     assert [choice.text for choice in single.choices] == texts[0][3:]
     assert twice[0].usage.prompt_tokens == len("seventh") + len("eighth")
-
-
-def test_stop_string_ends_an_answer_and_is_omitted(live: Live) -> None:
-    options: dict[str, Any] = {
-        "prompt": "ninth " + LONG,
-        "max_tokens": 40,
-        "extra_body": {"ignore_eos": True},
-        **GREEDY,
-    }
-    full = live.client.completions.create(**options).choices[0].text
-    stop = full[10:13]
-    cut = full[: full.index(stop)]
-    answer = live.client.completions.create(stop=[stop, "never said"], **options)
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (cut, "stop")
-    events = live.client.completions.create(stop=stop, stream=True, **options)
-    assert "".join(event.choices[0].text for event in events) == cut
 
 
 def test_echo_scores_the_prompt_without_the_cache(builtin: Live) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Live, ServeAnswer
+from .conftest import ServeAnswer
 from .dialects import BONN, CHAT, DIALECTS, TOOL, Dialect
 from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
 
@@ -189,20 +189,6 @@ def test_reasoning_can_be_switched(serve_answer: ServeAnswer, dialect: Dialect) 
     on, off = (dialect.ask(live, effort=effort) for effort in ("low", "none"))
     assert (on.reasoning, on.text) == ("a", "b")
     assert not off.reasoning and "b" in off.text
-
-
-@DIALECT
-@pytest.mark.parametrize("read", [0, 300])
-def test_closed_connection_frees_its_memory(
-    serve_oracle: Callable[..., Live], dialect: Dialect, read: int
-) -> None:
-    live = serve_oracle(step_s=0.01)
-    connection = live.send(dialect.path, dialect.body(CHAT, limit=3000, stream=True))
-    live.wait_for(lambda report: report["kv"]["held"] > 0)
-    if read:
-        connection.recv(read)
-    connection.close()
-    live.check_conserved()
 
 
 NULLS = {"toolset_name": None, "x": None}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -43,6 +43,7 @@ from tests.engine.fleet.test_fleet import Handle
 from tests.oracle import OracleSampler
 
 from .conftest import SlowRunner
+from .dialects import bodies
 
 ERRORS: dict[str, tuple[Exception, int, str | None]] = {
     "invalid": (InvalidRequest("This cannot be served: ask for less."), 400, None),
@@ -57,16 +58,6 @@ ERRORS: dict[str, tuple[Exception, int, str | None]] = {
 """Raised error, and status and code of the answer, by a phrase in the prompt."""
 ANTHROPIC = {400: "invalid_request_error", 409: "invalid_request_error", 429: "rate_limit_error"}
 ANTHROPIC |= {500: "api_error", 503: "overloaded_error"}
-DIALECTS: dict[str, Callable[[str], dict[str, Any]]] = {
-    "/v1/completions": lambda text: {"prompt": text, "max_tokens": 3},
-    "/v1/chat/completions": lambda text: {"messages": [{"role": "user", "content": text}]},
-    "/v1/messages": lambda text: {
-        "model": "builtin",
-        "max_tokens": 3,
-        "messages": [{"role": "user", "content": text}],
-    },
-    "/v1/responses": lambda text: {"input": text, "max_output_tokens": 3},
-}
 
 
 class Refusing(Engine):
@@ -177,10 +168,9 @@ async def check_status_and_body_of_refusals(
     engine: AsyncEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
     for phrase, (error, status, code) in ERRORS.items():
-        for path, make in DIALECTS.items():
+        for path, body in bodies(f"raise {phrase}.").items():
             for stream in (False, True):
-                body = make(f"raise {phrase}.") | {"stream": stream}
-                answer = await client.post(path, json=body)
+                answer = await client.post(path, json=body | {"stream": stream})
                 assert answer.status_code == status, (kind, path, stream, phrase)
                 assert answer.headers["content-type"] == "application/json"
                 assert ("retry-after" in answer.headers) == (status in (429, 503))
@@ -195,7 +185,7 @@ async def check_status_and_body_of_refusals(
                     assert answer_error["message"] == "prompt is too long: 900 tokens > 799 maximum"
                 else:
                     assert str(error) in answer_error["message"]
-    num_requests = len(DIALECTS) * 2
+    num_requests = len(bodies("")) * 2
     assert await metric(client, "engine_rejected_requests_total") == num_requests
     failed = sum(status >= 500 for _, status, _ in ERRORS.values())
     num_failed = await metric(client, 'engine_requests_total{finish_reason="error"}')
@@ -216,10 +206,9 @@ async def check_queue_filled_behind_the_server(
         streams.append(engine.submit(RequestSpec([token], ENDLESS)))
         await anext(streams[0])
     answers = []
-    for path, make in DIALECTS.items():
+    for path, body in bodies("one too many").items():
         for stream in (False, True):
-            body = make("one too many") | {"stream": stream}
-            answers.append(await client.post(path, json=body))
+            answers.append(await client.post(path, json=body | {"stream": stream}))
     assert {answer.status_code for answer in answers} == {429}
     assert all("1 request is waiting already" in answer.text for answer in answers)
     assert {answer.headers["retry-after"] for answer in answers} == {"1"}
@@ -260,7 +249,7 @@ async def check_answer_ends_after_its_first_call(
     engine: AsyncEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
     """Check that the server aborts the request and waits for the last output."""
-    body = DIALECTS["/v1/chat/completions"]("call f") | {"max_tokens": 900, "ignore_eos": True}
+    body = bodies("call f")["/v1/chat/completions"] | {"max_tokens": 900, "ignore_eos": True}
     body |= {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
     body |= {"parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": False}}
     with pytest.MonkeyPatch.context() as patch:

@@ -92,17 +92,6 @@ def test_stored_responses_are_retrieved_and_deleted(serve_answer: ServeAnswer) -
         client.responses.create(**ASK, previous_response_id=unstored.id)
 
 
-def test_stored_responses_are_private_to_their_salt(serve_answer: ServeAnswer) -> None:
-    client = serve_answer("Yes.").client
-    mine = client.responses.create(**ASK, extra_body={"cache_salt": "me"})
-    for salt in ({}, {"cache_salt": "you"}):
-        with pytest.raises(openai.BadRequestError, match="not found"):
-            client.responses.create(**ASK, previous_response_id=mine.id, extra_body=salt)
-    with pytest.raises(openai.NotFoundError):
-        client.responses.retrieve(mine.id)
-    assert client.responses.retrieve(mine.id, extra_headers={"x-cache-salt": "me"}).id == mine.id
-
-
 @pytest.mark.parametrize("summary", [[], [{"type": "summary_text", "text": "So."}]])
 def test_answer_with_only_reasoning_can_be_sent_back(
     serve_answer: ServeAnswer, summary: list[Any]
