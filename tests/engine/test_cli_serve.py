@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from engine.config import BUILTIN_PROMPTS
+from tests.endurance.faults import child_of
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
@@ -110,15 +111,6 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     ), log
 
 
-def _engine_of(server: subprocess.Popen[str]) -> int:
-    """Return the process id of the server's engine."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if stat.read_text().rpartition(")")[2].split()[1] == str(server.pid):
-                return int(stat.parent.name)
-    raise AssertionError("the server has no engine")
-
-
 LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}
 
 
@@ -199,8 +191,8 @@ def test_a_stopped_server_leaves_no_process_and_no_file(
     server = servers.start(*ROLES[role], ignores_sigint=phase == "idle")
     if phase == "loading":
         while True:
-            with contextlib.suppress(AssertionError):
-                _engine_of(server)
+            with contextlib.suppress(RuntimeError):
+                child_of(server.pid)
                 break
             assert server.poll() is None
             time.sleep(0.01)

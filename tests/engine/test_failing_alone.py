@@ -3,16 +3,13 @@ result."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import AsyncEngine, Engine, RequestOutput, SamplingParams, engine_config
-from engine.async_engine import RequestStream
-from engine.errors import StepFailed
+from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.requests.grammar import Grammar
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
@@ -199,25 +196,3 @@ def test_outputs_finished_by_a_failed_commit_are_returned(
         engine.check()
     assert sorted(output.request_id for output in outputs) == submitted
     assert {output.finish_reason for output in outputs} == {"length"}
-
-
-async def read(stream: RequestStream) -> list[RequestOutput]:
-    return [output async for output in stream]
-
-
-def test_only_the_client_of_a_failed_request_gets_the_error() -> None:
-    engine = make_engine({1: "push"})
-
-    async def main() -> None:
-        server = AsyncEngine(engine)
-        streams = [server.submit(ids(8, 50 * i), ANSWER) for i in range(3)]
-        server.start()
-        try:
-            read_all = asyncio.gather(*map(read, streams), return_exceptions=True)
-            first, failed, last = await asyncio.wait_for(read_all, 10)
-        finally:
-            await asyncio.to_thread(server.stop)
-        assert first[-1].finish_reason == last[-1].finish_reason == "length"
-        assert isinstance(failed, StepFailed) and str(failed) == "KeyError: 'Ā'"
-
-    asyncio.run(main())

@@ -40,22 +40,16 @@ class Hub:
     )
     refusal: tuple[int, str] | None = None
     """Status and error code of every answer, or None to serve."""
-    file_refusal: tuple[int, str] | None = None
-    breaks_after: int | None = None
-    """Bytes of the weights after which their first connection breaks, or None."""
-    broken_file: str = ""
-    """File for which the hub answers 500."""
-    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
-    """Method, path and range of every request."""
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """Method and path of every request."""
     sent_bytes: int = 0
-    tokens: set[str | None] = field(default_factory=set)
     url: str = ""
 
     def downloads(self) -> set[str]:
         marker = f"/resolve/{COMMIT}/"
         return {
             path.split(marker)[1]
-            for verb, path, _ in self.requests
+            for verb, path in self.requests
             if verb == "GET" and marker in path
         }
 
@@ -72,9 +66,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            hub.requests.append((self.command, path, self.headers.get("Range")))
-            if NAME in path:
-                hub.tokens.add(self.headers.get("Authorization"))
+            hub.requests.append((self.command, path))
             if hub.refusal is not None:
                 return self._refuse(*hub.refusal)
             if not path.startswith((f"/api/models/{NAME}", f"/{NAME}/")):
@@ -88,12 +80,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     return self._answer([self._entry(*one) for one in named])
                 siblings = [{"rfilename": name, "size": len(data)} for name, data in named]
                 return self._answer({"id": NAME, "sha": COMMIT, "siblings": siblings})
-            if hub.file_refusal is not None:
-                return self._refuse(*hub.file_refusal)
-            file = path.split(f"/resolve/{COMMIT}/")[1]
-            if file == hub.broken_file and self.command == "GET":
-                return self._refuse(500, "")
-            self._send(file)
+            self._send(path.split(f"/resolve/{COMMIT}/")[1])
 
         @staticmethod
         def _entry(name: str, data: bytes) -> dict[str, object]:
@@ -115,27 +102,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
 
         def _send(self, name: str) -> None:
-            data, first = hub.files[name], 0
-            range_ = self.headers.get("Range")
-            if range_ is not None:
-                first = int(range_.removeprefix("bytes=").split("-")[0])
-            self.send_response(200 if range_ is None else 206)
+            data = hub.files[name]
+            self.send_response(200)
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(data) - first))
-            if range_ is not None:
-                self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            if self.command == "HEAD":
-                return
-            body = data[first:]
-            if name.endswith(".safetensors"):
-                if hub.breaks_after is not None:
-                    body, hub.breaks_after = body[: hub.breaks_after], None
-                    self.close_connection = True
-                hub.sent_bytes += len(body)
-            self.wfile.write(body)
+            if self.command == "GET":
+                hub.sent_bytes += len(data) * name.endswith(".safetensors")
+                self.wfile.write(data)
 
     return Handler
 

@@ -34,7 +34,6 @@ from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
-from engine.text.answer_reader import AnswerReader
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
@@ -245,27 +244,11 @@ async def check_duplicate_id_is_refused(
         assert len([output async for output in reused][-1].output) == 9
 
 
-async def check_answer_ends_after_its_first_call(
-    engine: AsyncEngine, client: httpx.AsyncClient, kind: str
-) -> None:
-    """Check that the server aborts the request and waits for the last output."""
-    body = bodies("call f")["/v1/chat/completions"] | {"max_tokens": 900, "ignore_eos": True}
-    body |= {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
-    body |= {"parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": False}}
-    with pytest.MonkeyPatch.context() as patch:
-        push = AnswerReader.push
-        patch.setattr(AnswerReader, "push", lambda self, text: push(self, CALL))
-        [choice] = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
-    assert choice["finish_reason"] == "tool_calls" and len(choice["message"]["tool_calls"]) == 1
-
-
 ENDLESS = SamplingParams(max_tokens=900, ignore_eos=True)
-CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
 SCENARIOS = (
     check_status_and_body_of_refusals,
     check_queue_filled_behind_the_server,
     check_duplicate_id_is_refused,
-    check_answer_ends_after_its_first_call,
 )
 
 
