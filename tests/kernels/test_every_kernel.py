@@ -49,6 +49,10 @@ def test_backends_have_the_signature_of_the_reference(folder: str, backend_name:
         and inspect.isfunction(getattr(backend, name, None))
     ]
     assert shared
+    if backend_name == "native":  # It has all functions that Triton has.
+        fused = importlib.import_module(f"kernels.{folder}.fused")
+        wanted = {name for name in vars(fused) if inspect.isfunction(vars(reference).get(name))}
+        assert wanted <= {*vars(backend)}
     for name in shared:
         ours, expected = (
             inspect.signature(getattr(module, name)) for module in (backend, reference)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
 from pathlib import Path
 
@@ -14,28 +12,6 @@ from kernels import library, native, recording
 from kernels.recording import NotRecordableError, _Watch, record
 
 COMPILED = pytest.mark.skipif(native.shared_library() is None, reason="no C++ compiler")
-
-
-FOLDERS = sorted(path.parent.name for path in library.SOURCES.glob("*/native.py"))
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_native_kernels_have_all_shared_functions(name) -> None:
-    """Functions that reference and Triton share exist natively with the same arguments."""
-    pytest.importorskip("triton")
-    reference, fused, compiled = (
-        importlib.import_module(f"kernels.{name}.{backend}")
-        for backend in ("reference", "fused", "native")
-    )
-    shared = [
-        function_name
-        for function_name, function in vars(fused).items()
-        if inspect.isfunction(function) and inspect.isfunction(vars(reference).get(function_name))
-    ]
-    assert shared
-    for function_name in shared:
-        own, plain = getattr(compiled, function_name), getattr(reference, function_name)
-        assert list(inspect.signature(own).parameters) == list(inspect.signature(plain).parameters)
 
 
 @COMPILED

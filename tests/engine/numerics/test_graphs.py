@@ -24,7 +24,7 @@ from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from experiments.gpu.stub_device import stubbed
 from kernels.attention import fused
 from kernels.moe import fused as moe
-from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID
+from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 
 KERNEL_OPTION = ",".join(
     f"{name}=fused"
@@ -256,6 +256,21 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     driver.reset()
     assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
     assert recorder.num_recorded == 2 * (len(used) + 1)
+
+
+@pytest.mark.parametrize("kind", ["states", "mamba2", "latents", "parallel"])
+def test_graphs_of_pieces_change_no_bit(kind, tmp_path, driver_class, random_tokens):
+    """A cold prompt, then the prompt's tail after a hit with a decode of another sequence."""
+    path = write_geometry(tmp_path, (MODELS | {"parallel": SIDE_BY_SIDE})[kind])
+    options = {"device": "cpu", "load_format": "dummy", "max_model_len": 256, "cache_gib": 0.02}
+    driver = driver_class(load_runner(engine_config(model=path, **options)))
+    tokens, recorder = random_tokens(150, 2, 160), Recorder()
+    plain = driver.cold_and_mixed(tokens)
+    driver.reset()
+    driver.runner.use_graphs("all", recorder)
+    driver.runner.graphs = None, driver.runner.graphs[1]
+    assert all(map(torch.equal, driver.cold_and_mixed(tokens), plain))
+    assert recorder.num_recorded > 1 and torch.equal(plain[1][1:], plain[0][64:])
 
 
 @pytest.mark.full

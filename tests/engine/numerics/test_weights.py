@@ -16,6 +16,7 @@ from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.loading import Dummy, WeightsError
 from experiments.gpu.models import TINY
+from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import load
 
 
@@ -46,26 +47,10 @@ def test_sharded_checkpoint(checkpoint, drivers, random_tokens):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_separate_and_stacked_experts(stacked, checkpoint, drivers, random_tokens):
     path, tensors = checkpoint("qwen3_5_moe")
-    changed = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-    for layer in range(4):
-        stem = f"model.layers.{layer}.mlp.experts"
-        if f"{stem}.gate_up_proj" in tensors:
-            gate_up, down = tensors[f"{stem}.gate_up_proj"], tensors[f"{stem}.down_proj"]
-        else:
-            gate, up, down = (
-                torch.stack([tensors[f"{stem}.{e}.{kind}_proj.weight"] for e in range(8)])
-                for kind in ("gate", "up", "down")
-            )
-            gate_up = torch.cat([gate, up], dim=1)
-        if stacked:
-            changed |= {f"{stem}.gate_up_proj": gate_up, f"{stem}.down_proj": down}
-        else:
-            for e in range(8):
-                gate, up = gate_up[e].chunk(2)
-                for kind, tensor in (("gate", gate), ("up", up), ("down", down[e])):
-                    changed[f"{stem}.{e}.{kind}_proj.weight"] = tensor
-    contiguous = {name: tensor.contiguous() for name, tensor in changed.items()}
-    save_file(contiguous, path / "model.safetensors")
+    change = eight_bit.stack_experts if stacked else eight_bit.split_experts
+    changed = change(eight_bit.split_experts(tensors))
+    assert any(name.endswith(".experts.gate_up_proj") for name in changed) == stacked
+    save_file(changed, path / "model.safetensors")
     check_same_logits(path, "qwen3_5_moe", drivers, random_tokens)
 
 
