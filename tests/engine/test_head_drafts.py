@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from engine import RequestOutput, SamplingParams
-from engine.layers.parameters import Parameter
 from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
-from engine.runner.loading import Dummy
-from tests.engine.drafted import MODEL, MakeEngine, assert_same, engine_with_head, prompts
+from tests.engine.drafted import MakeEngine, assert_same, engine_with_head, prompts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
 SAMPLING = {
@@ -62,36 +59,6 @@ def make_engine(tmp_path: Path) -> MakeEngine:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft even if no draft was ever accepted."""
     monkeypatch.setattr("engine.plugins.speculation.draft_manager.MIN_ACCEPTANCE", 0.0)
-
-
-@pytest.fixture
-def right_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write weights that give each token one successor, which the head drafts too.
-
-    Only embeddings reach the residual stream, and the head passes on that of the next token.
-    """
-    draw = Dummy.draw
-
-    def write(self: Dummy, name: str, parameter: Parameter) -> None:
-        target = parameter.target
-        generator = torch.Generator().manual_seed(3)
-        embeddings = torch.randn(MODEL["vocab_size"], MODEL["hidden_size"], generator=generator)
-        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
-            target.zero_()
-        elif name == "model.embed_tokens.weight":
-            target.copy_(embeddings)
-        elif name == "lm_head.weight":
-            target.copy_(torch.nn.functional.normalize(embeddings).roll(64, 0))
-        elif name == "mtp.fc.weight":
-            target.copy_(torch.eye(len(target), 2 * len(target)))
-        else:
-            draw(self, name, parameter)
-
-    monkeypatch.setattr(Dummy, "draw", write)
-
-
-def accepted(outputs: Sequence[RequestOutput]) -> int:
-    return sum(output.drafts.accepted.total() for output in outputs)
 
 
 @pytest.mark.full("mtp:4-greedy", "tree,mtp:2-penalties")
@@ -142,32 +109,3 @@ def assert_same_answers(some: Sequence[RequestOutput], others: Sequence[RequestO
     """Compare tokens and log-probabilities, not the cached lengths."""
     for one, other in zip(some, others, strict=True):
         assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
-
-
-def test_a_right_head_is_accepted_after_a_hit(make_engine: MakeEngine, right_head: None) -> None:
-    """Check that all three drafted tokens are right from the first step on, cold and resumed.
-
-    The cached prefix is not computed again.
-    """
-    engine = make_engine("mtp:3")
-    segments: list[Any] = []
-    forward = engine.runner.forward
-    engine.runner.forward = lambda batch, *drawn: (  # type: ignore[method-assign]
-        segments.extend(batch.segments),
-        forward(batch, *drawn),
-    )[1]
-    (prompt,) = [prompts()[0]]
-    params = SamplingParams(max_tokens=30, temperature=0)
-    for cached_len in (0, 128):
-        segments.clear()
-        (output,) = engine.generate([prompt], params)
-        assert output.cached_len == cached_len == segments[0].start
-        assert output.token_ids == [(prompt[-1] + 64 * k) % 320 for k in range(1, 31)]
-        lengths = [segment.num_drafts for segment in segments if segment.is_decode]
-        assert set(lengths[:-1]) == {3}
-        assert accepted([output]) == sum(lengths)
-        assert output.drafts.acceptance_len > 3.4
-    turn = prompt + output.token_ids + [9]
-    (output,) = engine.generate([turn], params)
-    assert output.cached_len == 128  # 128 is the last position of the grid below 161 tokens
-    assert accepted([output]) == output.drafts.drafted.total()

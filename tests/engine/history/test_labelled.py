@@ -18,9 +18,8 @@ from engine.server.schemas import KNOWN, Message
 from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import as_message
 from engine.text.chat_prompt import render_chat
-from engine.text.outputs import Answer, RequestOutput
+from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
-from hybridcache.api import Losses
 from tests.engine.history.scripted import ScriptedEngine
 
 THINKING = """\
@@ -346,17 +345,3 @@ def test_in_a_namespace_no_text_is_shown(pair: Pair) -> None:
         shown.parted.path,
     )
     assert found.before is found.was is found.now is None
-
-
-def test_the_memory_is_bounded_and_drops_the_oldest() -> None:
-    explanations = Explanations(ByteTokenizer(), 20_000)
-    tokens = np.arange(1000, dtype=np.int32) % 250
-    for number in range(10):
-        losses = Losses(1000, 0, 0, 0, 0)
-        output = RequestOutput("", losses=losses, answer=Answer(tokens[number:]))
-        store(explanations, str(number), output, {}, {})
-        explanations.memory.check()
-    last = explanations.memory.get("9")
-    assert last is not None and explanations.memory.get("0") is None
-    assert explanations.memory.num_bytes > 15_000
-    assert explanations.nearest(last) is None, "no two requests begin alike"

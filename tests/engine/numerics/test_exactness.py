@@ -34,9 +34,6 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-
-
 def cold_run(driver, tokens, grid=64):
     """Return the logits of all positions, a checkpoint slot per grid position, and the KV rows."""
     sequence, write = driver.begin(tokens)
@@ -138,21 +135,6 @@ def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tok
             assert torch.equal(logits[0], step[rank])
             segment = driver.decode_segment(sequence, int(logits.argmax()))
             logits = driver.runner.forward(Batch((segment,)))
-
-
-@both_dtypes
-@pytest.mark.parametrize("shape", [(256, 1616), (100, 36), (2048, 1040), (1024, 8)])
-def test_rows_of_a_product_do_not_depend_on_the_row_count(shape, dtype):
-    """At these sizes, products of few rows take another code path."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1000, shape[0], generator=generator).to(getattr(torch, dtype))
-    weight = torch.randn(shape[1], shape[0], generator=generator).to(x.dtype)
-    for num_threads in (1, 2):
-        with threads(num_threads):
-            product = linear.prepare(weight)
-            expected = product(x)
-            for count in (1, 2, 3, 4, 5, 8, 13, 64, 65, 130, 511):
-                assert torch.equal(product(x[64 : 64 + count]), expected[64 : 64 + count])
 
 
 def test_only_preempted_answers_differ_and_none_with_exact(random_tokens):

@@ -10,17 +10,14 @@ import torch
 
 from engine.config import BUILTIN_DIR
 from engine.models import read_model
-from engine.runner.device import TRAITS, Device
+from engine.runner.device import Device
 from engine.runner.memory import Memory
 from engine.runner.memory_plan import (
-    ACCELERATOR_SHARE,
     MemoryPlan,
-    default_cache_bytes,
     kv_row_bytes,
     state_slot_bytes,
 )
 from engine.weights.model_config import read_config
-from hybridcache.geometry.units import GIB
 
 BUILTIN = read_config(BUILTIN_DIR)
 MODEL = read_model(BUILTIN)[1].sizes
@@ -115,11 +112,3 @@ def test_only_the_device_module_names_cuda():
         for path in (Path(__file__).parents[3] / folder).rglob("*.py"):
             if path.name != "device.py":
                 assert not re.search(r"['\"]cuda\b|torch\.cuda", path.read_text()), path
-
-
-def test_memory_of_graphs_is_subtracted_from_pools(monkeypatch):
-    device = Device(torch.device("cuda:0"), TRAITS["cuda"])
-    monkeypatch.setattr(Device, "free_bytes", lambda self: 10 * GIB)
-    assert default_cache_bytes(device) == int(10 * GIB * ACCELERATOR_SHARE)
-    assert default_cache_bytes(device, 4 * GIB) == int(6 * GIB * ACCELERATOR_SHARE)
-    assert default_cache_bytes(device, 11 * GIB) == 0

@@ -118,6 +118,12 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"stream": True, "stream_options": {"include": 1}}, "stream_options.include"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"model": "gpt-5"}, "gpt-5"),
+        *(({"stop": one}, "stop") for one in (["y"] * 65, ["y" * 1025])),
+        ({"bad_words": ["y" * 1025]}, "bad_words"),
+        ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
+        ({"n": 128, "allowed_token_ids": [1] * 3000}, "allowed_token_ids"),
+        ({f"name{n}": 1 for n in range(100)}, "names"),
+        ({"metadata": [[]] * 100_000}, "metadata"),
     ],
     "/v1/chat/completions": [
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
@@ -160,6 +166,11 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
             "structured_outputs.grammar",
         ),
         ({"structured_outputs": {"json": {"type": "foo"}}}, "structured_outputs.json"),
+        ({"messages": CHAT * 4097}, "messages"),
+        ({"messages": [{"role": "user", "content": [TEXT] * 4097}]}, "messages.0"),
+        ({"messages": [{**CHAT[0], "extra": [[]] * 100_000}]}, "messages.0"),
+        ({"tools": [{"a": [[]] * 100_000}]}, "tools"),
+        ({"tools": [{"a": "x" * 1000}] * 600}, "tools"),
     ],
     "/v1/messages": [
         ({"max_tokens": None}, "max_tokens"),
@@ -173,6 +184,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"thinking": THINKING, "max_tokens": 8}, "thinking.budget_tokens"),
         ({"output_config": {"effort": "none"}}, "output_config.effort"),
         ({"model": "claude"}, "claude"),
+        ({"messages": CHAT * 4097}, "messages"),
     ],
     "/v1/responses": [
         ({"input": []}, "input"),
@@ -187,11 +199,17 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         *(({name: True}, name) for name in ("background", "conversation", "nonsense")),
         ({"include": ["message.output_text.logprobs"]}, "include.0"),
         ({"reasoning": {"effort": "bogus"}}, "reasoning.effort"),
+        ({"input": CHAT * 4097}, "input"),
     ],
-    "/tokenize": [({"prompt": None}, "prompt"), ({"messages": CHAT}, "messages")],
-    "/detokenize": [({"tokens": [999]}, "ids")],
+    "/tokenize": [
+        ({"prompt": None}, "prompt"),
+        ({"messages": CHAT}, "messages"),
+        ({"prompt": None, "messages": CHAT * 4097}, "messages"),
+    ],
+    "/detokenize": [({"tokens": [999]}, "ids"), ({"tokens": [1] * 300_001}, "tokens")],
 }
-"""Fields whose values do not fit the model or each other, and words of which one is named."""
+"""Fields whose values exceed a limit or do not fit the model or each other, and words of which one
+is named."""
 
 
 @pytest.mark.parametrize("path", BAD)

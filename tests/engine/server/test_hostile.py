@@ -24,35 +24,7 @@ from .conftest import Live
 from .test_living import http_answer
 
 CHAT = [{"role": "user", "content": "hi"}]
-PART = {"type": "text", "text": "x"}
-COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
-TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
-    (COMPLETIONS, {"prompt": "x", "stop": ["y"] * 65}, "stop"),
-    (COMPLETIONS, {"prompt": "x", "stop": ["y" * 1025]}, "stop"),
-    (COMPLETIONS, {"prompt": "x", "bad_words": ["y" * 1025]}, "bad_words"),
-    (COMPLETIONS, {"prompt": "x", "stop_token_ids": [1] * 65}, "stop_token_ids"),
-    (COMPLETIONS, {"prompt": "x", "n": 128, "allowed_token_ids": [1] * 3000}, "allowed_token_ids"),
-    (COMPLETIONS, {"prompt": "x"} | {f"name{n}": 1 for n in range(100)}, "names"),
-    (COMPLETIONS, {"prompt": "x", "metadata": [[]] * 100_000}, "metadata"),
-    (CHATS, {"messages": CHAT * 4097}, "messages"),
-    ("/tokenize", {"messages": CHAT * 4097}, "messages"),
-    (CHATS, {"messages": [{"role": "user", "content": [PART] * 4097}]}, "messages.0"),
-    (CHATS, {"messages": [{**CHAT[0], "extra": [[]] * 100_000}]}, "messages.0"),
-    (CHATS, {"messages": CHAT, "tools": [{"a": [[]] * 100_000}]}, "tools"),
-    (CHATS, {"messages": CHAT, "tools": [{"a": "x" * 1000}] * 600}, "tools"),
-    ("/v1/responses", {"input": [{"role": "user", "content": "x"}] * 4097}, "input"),
-    ("/v1/messages", {"model": "m", "max_tokens": 1, "messages": CHAT * 4097}, "messages"),
-    ("/detokenize", {"tokens": [1] * 300_001}, "tokens"),
-]
-
-
-@pytest.mark.parametrize(("path", "body", "named"), TOO_MANY)
-def test_exceeded_limit_names_the_parameter(
-    live: Live, path: str, body: dict[str, Any], named: str
-) -> None:
-    answer = live.post(path, body)
-    assert answer.status_code == 400 and named in answer.json()["error"]["message"]
-    live.check_conserved()
+COMPLETIONS = "/v1/completions"
 
 
 def test_request_at_the_limits_is_served(live: Live) -> None:
