@@ -8,48 +8,13 @@ from typing import Any
 
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
-from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
+from engine import SamplingParams
 from tests.engine.drafted import MakeEngine, ScriptedDrafter, drafting_engine, prompts
-from tests.oracle import OracleRunner, OracleSampler
 
 
 @pytest.fixture
 def make_engine(tmp_path: Path) -> MakeEngine:
     return partial(drafting_engine, tmp_path)
-
-
-def test_the_next_step_waits_for_drafts_of_an_aborted_request() -> None:
-    """Check that a step with drafts is committed before the next one, even if its request has left.
-
-    A runner can commit the drafts of its newest batch only.
-    """
-    drafter = ScriptedDrafter(lambda done, most: most)
-    prompts = [list(range(100)), list(range(100, 200))]
-    engine = Engine(
-        EngineConfig(check=True, overlap="on"),
-        runner=OracleRunner(1024, 8),
-        sampler=OracleSampler(),
-        drafting=Drafting([Source(drafter, partial(DraftLength, 4))], max_verified=20),
-    )
-    num_drafts: list[int] = []
-    forward = engine.runner.forward
-
-    def spy(batch: Any, *drawn: Any) -> Any:
-        num_drafts.append(sum(segment.num_drafts for segment in batch.segments))
-        return forward(batch, *drawn)
-
-    engine.runner.forward = spy  # type: ignore[method-assign]
-    params = SamplingParams(max_tokens=40)
-    plain = Engine(EngineConfig(), runner=OracleRunner(1024, 8), sampler=OracleSampler())
-    expected = plain.generate(prompts, params)
-    drafter.learn(expected)
-    leaving = engine.submit(prompts[0], params)
-    while not (num_drafts and num_drafts[-1]):
-        engine.step()
-    engine.abort(leaving)
-    (output,) = engine.generate(prompts[1:], params)
-    assert output.token_ids == expected[1].token_ids
 
 
 def test_entries_published_by_a_failed_commit_are_forgotten(make_engine: MakeEngine) -> None:

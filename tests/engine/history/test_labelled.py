@@ -175,9 +175,7 @@ FEW_SLOTS = {"num_slots": 3, "eviction": "lru"}
 """Settings with which prompts that come once evict used states; the default would keep them."""
 PAIRS = [
     system("with the date", "You are a careful engineer. Today is Tuesday. " * 4),
-    system("longer", BASE["messages"][0]["content"] + "Be quick."),
     system("shorter", BASE["messages"][0]["content"][:90]),
-    system("with one more blank", BASE["messages"][0]["content"] + " "),
     system("with a header in front", "billing: cch=9f\n" + BASE["messages"][0]["content"]),
     Pair("system removed", lambda chat: chat["messages"].pop(0), "system", "messages[0]"),
     Pair("system added", lambda chat: chat["messages"].insert(0, say("system", "Hello.")), "system", "messages[0]", base={**BASE, "messages": BASE["messages"][1:]}),
@@ -185,7 +183,6 @@ PAIRS = [
     tools("added at the end", "tools[3]", lambda t: t.append(tool("grep"))),
     tools("added in front", "tools[0]", lambda t: t.insert(0, tool("grep"))),
     tools("removed at the end", "tools[2]", lambda t: t.pop()),
-    tools("removed in the middle", "tools[1]", lambda t: t.pop(1)),
     tools("reordered", "tools[0]", lambda t: t.reverse()),
     tools("with another description", "tools[0]", lambda t: t[0]["function"].update(description="R.")),
     tools("with the keys in another order", "tools[1]",
@@ -193,17 +190,12 @@ PAIRS = [
     tools("all removed", "tools[0]", lambda t: t.clear()),
     messages("question edited", "messages[1].content", message(1, content="And c?")),
     messages("tool result edited", "messages[3].content", message(3, content="[cut]")),
-    messages("last result edited", "messages[5].content", message(5, content="[cut]")),
     messages("arguments edited", "messages[2].tool_calls[0]",
              message(2, tool_calls=[call("read", path="./a.txt")])),
-    messages("another tool called", "messages[4].tool_calls[0]",
-             message(4, tool_calls=[call("list", path="b.txt")])),
     messages("one more call", "messages[4].tool_calls[1]",
              message(4, tool_calls=[call("read", path="b.txt"), call("list")])),
     messages("reasoning edited", "messages[2].reasoning_content",
              message(2, reasoning_content="Hm.")),
-    messages("reasoning removed", "messages[4].reasoning_content",
-             message(4, reasoning_content=None)),
     messages("content edited", "messages[2].content", message(2, content="Well.")),
     messages("another role", "messages[3].role", message(3, role="user")),
     messages("one removed", "messages[2].reasoning_content",
@@ -215,12 +207,9 @@ PAIRS = [
     messages("two exchanged", "messages[2].reasoning_content",
              lambda chat: chat["messages"].__setitem__(slice(2, 6), [BASE["messages"][i] for i in (4, 5, 2, 3)])),
     variables("thinking off", "enable_thinking", {}, {"enable_thinking": False}),
-    variables("thinking off again", "enable_thinking", {"enable_thinking": True},
-              {"enable_thinking": False}),
     variables("one removed", "shout", {"shout": True}, {}),
     answered("edited", "content", {**ECHO, "content": "Both are letters."}),
     answered("without its reasoning", "reasoning_content", say("assistant", "Both are Greek letters.")),
-    answered("trimmed", "content", {**ECHO, "content": "Both are Greek letters"}),
     answered("with another call", "tool_calls",
              {**ECHO, "tool_calls": [call("write", path="c", mode="a")]}),
     Pair("template drops reasoning", turns(*GO_ON), "template"),
@@ -234,14 +223,8 @@ PAIRS = [
     lost("was emptied", "forgotten", prepare=forget),
     lost("was emptied, the same again", "forgotten", prepare=forget, edit=lambda chat: None),
     lost("evicted KV", "kv_evicted", prepare=crowd(6, 20), engine={"num_kv_tokens": 1024}),
-    lost("evicted KV, the same again", "kv_evicted", prepare=crowd(6, 20), edit=lambda chat: None,
-         engine={"num_kv_tokens": 1024}),
     lost("evicted the state", "checkpoint_evicted", prepare=crowd(6, 6), engine=FEW_SLOTS),
-    lost("evicted the state, the same again", "checkpoint_evicted", prepare=crowd(6, 6),
-         edit=lambda chat: None, engine=FEW_SLOTS),
     lost("saved no state", "never_checkpointed", engine={"checkpoints": ("branch",)}),
-    lost("saved no state, the same again", "never_checkpointed", edit=lambda chat: None,
-         engine={"checkpoints": ("branch",)}),
     lost("has only one slot", "refused", answer="Yes, yes, yes.<|im_end|>",
          engine={"num_slots": 1, "checkpoints": ("branch", "boundary", "backoff", "end")},
          edit=turns(say("assistant", "Yes, yes, yes."), say("user", "More."))),
@@ -335,7 +318,7 @@ def test_every_labelled_miss_is_explained(pair: Pair) -> None:
     explanations.memory.check()
 
 
-@pytest.mark.parametrize("pair", PAIRS[:42:6], ids=lambda pair: pair.name)
+@pytest.mark.parametrize("pair", PAIRS[:30:5], ids=lambda pair: pair.name)
 def test_in_a_namespace_no_text_is_shown(pair: Pair) -> None:
     found, (shown, _) = run(pair, namespace="tenant")[0].parted, run(pair)
     assert found is not None and shown.parted is not None

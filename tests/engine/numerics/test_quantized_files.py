@@ -135,33 +135,25 @@ COMPRESSED = eight_bit.compressed_section(["lm_head"])
     "section, message",
     [
         ({"quant_method": "gptq", "bits": 4}, "GPTQ weights are not supported; supported are fp8"),
-        ({"quant_method": "awq"}, "AWQ weights are not supported"),
-        ({"quant_method": "bitsandbytes"}, "bitsandbytes weights are not supported"),
-        ({"quant_method": "gguf"}, "GGUF weights are not supported"),
+        *(({"quant_method": name}, name) for name in ("awq", "bitsandbytes", "gguf")),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4, FP8\) weights"),
-        ({"bits": 3}, "unnamed weights are not supported"),
+        ({"bits": 3}, "unnamed weights"),
         (5, "quantization_config in config.json must be an object"),
-        ({"quant_method": "fp8"}, "fp8 weights without weight_block_size are not supported"),
-        ({"quant_method": "fp8", "weight_block_size": [0]}, "must be two positive integers"),
-        (
-            {"quant_method": "fp8", "activation_scheme": "static"},
-            "fp8 weights with static activations are not supported",
-        ),
-        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 weights in e5m2 are not supported; e4m3 is"),
-        (
-            eight_bit.compressed_section([], weights={"num_bits": 4}),
-            "group_0 of compressed-tensors has int4 weights as int-quantized, which is not",
-        ),
-        ({**COMPRESSED, "format": "nvfp4-pack-quantized"}, "as nvfp4-pack-quantized, which is not"),
-        (eight_bit.compressed_section([], weights={"symmetric": False}), "has zero points"),
+        ({"quant_method": "fp8"}, "weight_block_size"),
+        ({"quant_method": "fp8", "weight_block_size": [0]}, "two positive integers"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "static activations"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "e5m2"),
+        (eight_bit.compressed_section([], weights={"num_bits": 4}), "group_0 of .* int4 weights"),
+        ({**COMPRESSED, "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
+        (eight_bit.compressed_section([], weights={"symmetric": False}), "zero points"),
         (eight_bit.compressed_section([], weights={"strategy": "group"}), "one scale per group"),
-        ({**COMPRESSED, "config_groups": {}}, "has no config_groups"),
-        ({**COMPRESSED, "config_groups": {"a": 5}}, "a value of the wrong type"),
-        ({**COMPRESSED, "ignore": ["re:("]}, "'re:\\(' is not a regular expression"),
+        ({**COMPRESSED, "config_groups": {}}, "config_groups"),
+        ({**COMPRESSED, "config_groups": {"a": 5}}, "wrong type"),
+        ({**COMPRESSED, "ignore": ["re:("]}, "is not a regular expression"),
     ],
 )
 def test_unsupported_quantization_is_named(section, message):
-    with pytest.raises(ModelError, match=message) as error:
+    with pytest.raises(ModelError, match=f"(?i){message}") as error:
         read_quantization({"quantization_config": section})
     assert "\n" not in str(error.value)
 

@@ -54,26 +54,6 @@ def test_separate_and_stacked_experts(stacked, checkpoint, drivers, random_token
     check_same_logits(path, "qwen3_5_moe", drivers, random_tokens)
 
 
-def test_multimodal_checkpoint_with_mtp(checkpoint, drivers, random_tokens):
-    """As published: text part nested in config and names, with a visual tower and an MTP head."""
-    path, tensors = checkpoint("qwen3_5")
-    wrapped = {
-        name.replace("model.", "model.language_model.", 1): tensor
-        for name, tensor in tensors.items()
-    }
-    wrapped["mtp.layers.0.input_layernorm.weight"] = torch.zeros(64)
-    wrapped["model.visual.patch_embed.proj.weight"] = torch.zeros(8, 3)
-    save_file(wrapped, path / "model.safetensors")
-    config = json.loads((path / "config.json").read_text())
-    nested = {"model_type": "qwen3_5", "text_config": config, "vision_config": {"depth": 1}}
-    nested["tie_word_embeddings"] = config.pop("tie_word_embeddings")
-    (path / "config.json").write_text(json.dumps(nested))
-    check_same_logits(path, "qwen3_5", drivers, random_tokens)
-    assert load(path).loaded.weights_note.endswith(
-        "; its multi-token head is read with --draft mtp only; its visual tower is not supported"
-    )
-
-
 TIED = [("qwen3", "model.embed_tokens.weight"), ("lfm2", "model.embed_tokens.weight")]
 
 

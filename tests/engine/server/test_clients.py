@@ -259,23 +259,4 @@ def test_answers_follow_the_requested_grammar(live: Live) -> None:
         )
         text = "".join(event.choices[0].text for event in stream)
         assert re.fullmatch(expected, text), (form, text)
-    tools = [
-        {
-            "type": "function",
-            "function": {"name": "pick", "description": "Pick one.", "parameters": schema},
-        }
-    ]
-    for choice in ("required", {"type": "function", "function": {"name": "pick"}}):
-        chat = live.client.chat.completions.create(
-            model="builtin",
-            messages=[{"role": "user", "content": "Pick!"}],
-            tools=tools,
-            tool_choice=choice,
-            parallel_tool_calls=False,
-            max_tokens=600,
-        )
-        assert chat.choices[0].finish_reason == "tool_calls"
-        [call] = chat.choices[0].message.tool_calls
-        assert call.function.name == "pick"
-        assert json.loads(call.function.arguments)["kind"] in "ab"
     live.check_conserved()
