@@ -73,16 +73,7 @@ def _wait_until_ready(url: str) -> None:
 )
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)
-    for text in (
-        "MiB of weights in",
-        "one arena for KV and states, 51.2 MiB: 51.2 MiB free, 0 B cached",
-        "tokens at most",
-        "hybrid",
-        "2,048 tokens",
-        "MiB",
-        "kernels",
-        "cpu",
-    ):
+    for text in ("MiB of weights", "one arena for KV and states, 51.2 MiB", "2,048 tokens", "cpu"):
         assert text in screen
     assert len(screen.splitlines()) <= 24 and "left alone" not in screen
     assert all(f'"{prompt}"' in screen for prompt in BUILTIN_PROMPTS)

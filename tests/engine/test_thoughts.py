@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine, SamplingParams
 from engine.requests.logit_rules import END, ReasoningBudget
 from engine.text.tokenizer import ByteTokenizer
-from tests.oracle import OracleRunner, OracleSampler
+from tests.engine.test_engine import make_engine as make_oracle_engine
 
 TOKENIZER = ByteTokenizer()
 ENDING = TOKENIZER.encode(END)
@@ -44,12 +44,7 @@ def test_reasoning_is_ended_once_at_its_budget(
 
 
 def make_engine(**settings: Any) -> Engine:
-    return Engine(
-        engine_config(check=True, **settings),
-        runner=OracleRunner(4096, 16, exact=bool(settings.get("exact"))),
-        sampler=OracleSampler(),
-        tokenizer=ByteTokenizer(),
-    )
+    return make_oracle_engine(tokenizer=ByteTokenizer(), **settings)
 
 
 def prompts() -> list[list[int]]:

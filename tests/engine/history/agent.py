@@ -1,13 +1,7 @@
-"""A conversation of an agent: chat templates like Qwen's, a small tokenizer, and scripted answers.
+"""A conversation of an agent: a chat template, a small tokenizer, and scripted answers.
 
-Templates:
-
-- ``hermes``, like Qwen3: calls in JSON. A prompt ends with the bare header. Reasoning since the
-  last question is rendered if there is some.
-- ``thinking``, like Qwen3.5: calls in XML. A prompt ends inside of reasoning, which is always
-  rendered since the last question.
-
-Without thinking, both end a prompt with empty reasoning.
+The template is like Qwen3.5's: calls in XML. A prompt ends inside of reasoning, which is rendered
+since the last question. Without thinking, a prompt ends with empty reasoning.
 """
 
 from __future__ import annotations
@@ -22,11 +16,12 @@ from typing import Any, NamedTuple
 from engine.text.hugging_face import HFTokenizer
 from engine.text.tokenizer import EncodeOptions
 
-_HEAD = """\
+TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\n' }}
 {%- if messages[0].role == 'system' %}{{ messages[0].content ~ '\\n\\n' }}{% endif %}
 {{- 'Tools:\\n<tools>' }}{% for tool in tools %}{{ '\\n' ~ tool|tojson }}{% endfor %}
-{{- '\\n</tools>\\nCall one as in CALL_FORM.<|im_end|>\\n' }}
+{{- '\\n</tools>\\n<tool_call>\\n<function=NAME>\\n<parameter=NAME>\\nVALUE\\n</parameter>\\n' }}
+{{- '</function>\\n</tool_call><|im_end|>\\n' }}
 {%- elif messages[0].role == 'system' %}
 {{- '<|im_start|>system\\n' ~ messages[0].content ~ '<|im_end|>\\n' }}{% endif %}
 {%- set ns = namespace(last=-1) %}
@@ -40,51 +35,18 @@ _HEAD = """\
 {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}
 {%- elif m.role == 'assistant' %}{% set content = (m.content or '')|trim %}
 {{- '<|im_start|>assistant\\n' }}{% set thoughts = (m.reasoning_content or '')|trim %}
-"""
-_TAIL = """\
-{{- '<|im_end|>\\n' }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}HEADER{% endif %}"""
-_JSON = """\
-{{- content }}{% for call in m.tool_calls or [] %}
-{%- if content or not loop.first %}{{ '\\n' }}{% endif %}
-{{- '<tool_call>\\n{"name": "' ~ call.function.name ~ '", "arguments": ' }}
-{{- call.function.arguments|tojson ~ '}\\n</tool_call>' }}{% endfor %}
-"""
-_XML = """\
+{%- if loop.index0 > ns.last %}
+{{- '<think>\\n' ~ thoughts ~ '\\n</think>\\n\\n' }}{% endif %}
 {{- content }}{% for call in m.tool_calls or [] %}
 {%- if loop.first and content %}{{ '\\n\\n' }}{% elif not loop.first %}{{ '\\n' }}{% endif %}
 {{- '<tool_call>\\n<function=' ~ call.function.name ~ '>\\n' }}
 {%- for name, value in call.function.arguments.items() %}
 {{- '<parameter=' ~ name ~ '>\\n' ~ (value if value is string else value|tojson) }}
 {{- '\\n</parameter>\\n' }}{% endfor %}{{ '</function>\\n</tool_call>' }}{% endfor %}
-"""
-_NO_THOUGHTS = """\
-{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}\
-"""
-_XML_FORM = "<tool_call>\\n<function=NAME>\\n<parameter=NAME>\\nVALUE\\n</parameter>\\n</function>"
-
-
-def _template(call_form: str, thoughts: str, calls: str, header: str) -> str:
-    head = _HEAD.replace("CALL_FORM", call_form)
-    return head + thoughts + calls + _TAIL.replace("HEADER", header)
-
-
-TEMPLATES = {
-    "hermes": _template(
-        '<tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>',
-        "{%- if loop.index0 > ns.last and (loop.last or thoughts) %}"
-        "{{- '<think>\\n' ~ thoughts ~ '\\n</think>\\n\\n' }}{% endif %}",
-        _JSON,
-        _NO_THOUGHTS + "{% endif %}",
-    ),
-    "thinking": _template(
-        _XML_FORM,
-        "{%- if loop.index0 > ns.last %}"
-        "{{- '<think>\\n' ~ thoughts ~ '\\n</think>\\n\\n' }}{% endif %}",
-        _XML,
-        _NO_THOUGHTS + "{% else %}{{ '<think>\\n' }}{% endif %}",
-    ),
-}
+{{- '<|im_end|>\\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
 
 # --- Tokenizer ----------------------------------------------------------------------------------
 
@@ -94,8 +56,8 @@ _ALONE = EncodeOptions(add_special_tokens=False)
 CORPUS = Path(__file__).resolve().parents[3] / "README.md"
 
 
-def make_model_dir(directory: Path, template: str) -> Path:
-    """Write a directory with a chat template and a tokenizer trained on the README. About a
+def make_model_dir(directory: Path) -> Path:
+    """Write a directory with the template and a tokenizer trained on the README. About a
     second."""
     import tokenizers
 
@@ -115,7 +77,7 @@ def make_model_dir(directory: Path, template: str) -> Path:
     backend.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     (directory / "config.json").write_text("{}")
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return directory
 
 

@@ -16,27 +16,30 @@ from engine.text.hugging_face import HFTokenizer
 from engine.text.replay import AnswerMemory
 from engine.text.splices import SampledTurn
 from tests.engine.history import agent
-from tests.engine.history.agent import TEMPLATES, make_model_dir, sampled_like
+from tests.engine.history.agent import make_model_dir, sampled_like
 from tests.engine.history.scripted import ScriptedEngine
 from tests.engine.server.conftest import serving
 from tests.engine.server.dialects import DIALECTS, Dialect
 
-CALL = {"id": "c", "type": "function", "function": {"name": "read", "arguments": {"path": "a"}}}
+ARGUMENTS = {"path": "a", "lines": [1, 2]}
+CALL = {"id": "c", "type": "function", "function": {"name": "read", "arguments": ARGUMENTS}}
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be careful."},
     {"role": "user", "content": "Look into a."},
     {"role": "assistant", "content": "", "reasoning_content": "So.", "tool_calls": [CALL]},
     {"role": "tool", "content": "alpha"},
 ]
-BARE = '<tool_call>\n{"name": "read","arguments":{"path":"a"}}\n</tool_call>'
-SAMPLED = f"<think>\nSo.\n</think>\n\n{BARE}"
-HEADER = "<|im_start|>assistant\n"
+SAMPLED = (
+    "So.\n</think>\n\n<tool_call>\n<function=read>\n<parameter=path>\na\n</parameter>\n"
+    "<parameter=lines>\n[1,2]\n</parameter>\n</function>\n</tool_call>"
+)
+HEADER = "<|im_start|>assistant\n<think>\n"
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
     folder = tmp_path_factory.mktemp("model")
-    return HFTokenizer(make_model_dir(folder, TEMPLATES["hermes"]))
+    return HFTokenizer(make_model_dir(folder))
 
 
 def render(
@@ -64,12 +67,10 @@ def test_sampled_tokens_replace_the_text_of_an_answer(
         render(tokenizer, CHAT),
     )
     assert contains(prompt.token_ids, ids) and not contains(plain.token_ids, ids)
-    before, after = text_of(tokenizer, plain).split('{"name": "read", "arguments": {"path": "a"}}')
-    assert (
-        text_of(tokenizer, prompt) == before + '{"name": "read","arguments":{"path":"a"}}' + after
-    )
+    assert text_of(tokenizer, prompt) == text_of(tokenizer, plain).replace("[1, 2]", "[1,2]")
     assert (prompt.num_replayed, plain.num_replayed) == (1, 0)
-    assert prompt.boundaries[-1] == len(prompt.token_ids)
+    ends = [len(one.token_ids) - one.boundaries[-1] for one in (prompt, plain)]
+    assert ends[0] == ends[1], "the next turn forks at the same place"
 
 
 @pytest.mark.parametrize("text", ["\U00100002 x", "<|im_end|>\n<|im_start|>assistant\nmine"])
@@ -86,7 +87,10 @@ def test_an_answer_is_found_by_its_contents_in_its_namespace() -> None:
     memory = AnswerMemory(1 << 20)
     turn = SampledTurn(HEADER, [1, 2, 3], "So.")
     answer = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "other"}]}
-    answer["tool_calls"][0]["function"] = {"name": "read", "arguments": '{"path":"a"}'}
+    answer["tool_calls"][0]["function"] = {
+        "name": "read",
+        "arguments": '{"path":"a","lines":[1,2]}',
+    }
     memory.put(None, 2, answer, turn)
     found = memory.find(None, 2, CHAT[2], False)
     assert found is not None and list(found.token_ids) == [1, 2, 3]
@@ -141,7 +145,7 @@ def converse(tokenizer: HFTokenizer, dialect: Dialect, config: ServerConfig) -> 
 def test_an_agent_computes_its_new_tokens_and_at_most_a_grid_step(
     tmp_path: Path, dialect: Dialect
 ) -> None:
-    tokenizer = HFTokenizer(make_model_dir(tmp_path, TEMPLATES["thinking"]))
+    tokenizer = HFTokenizer(make_model_dir(tmp_path))
     kept = converse(tokenizer, dialect, server_config(preserve_thinking=True))
     replayed = converse(tokenizer, dialect, server_config())
     known_lens = [0, *(one.context_len for one in kept)]
@@ -169,7 +173,7 @@ QUESTION = [{"role": "user", "content": "Look into a.txt, please. " * 9}]
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda one: one.path)
 def test_in_each_dialect_hits_reach_the_end_of_the_answer(tmp_path: Path, dialect: Dialect) -> None:
     """Check answers with text before, after and between calls."""
-    tokenizer = HFTokenizer(make_model_dir(tmp_path, TEMPLATES["thinking"]))
+    tokenizer = HFTokenizer(make_model_dir(tmp_path))
     engine = ScriptedEngine(tokenizer)
     said = (f"Let me.\n\n{XML}", f"{XML}\n{LONG}", f"Look.\n{XML}\n{LONG}\n{XML}\n\nDone.")
     for one in said:
