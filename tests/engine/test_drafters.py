@@ -89,17 +89,13 @@ def test_ended_texts_are_kept_for_their_namespace() -> None:
     assert draft(drafter, make_request(text[:10], "a")) == [], "newer texts displaced it"
 
 
-def drafts_in(length: DraftLength, steps: range, right: int | None = 0) -> list[tuple[int, int]]:
-    """Return (step, draft length) of the steps with a draft.
-
-    ``right``: at most that many tokens of each draft are accepted, or None if there is no draft.
-    """
+def drafts_in(length: DraftLength, steps: range) -> list[tuple[int, int]]:
+    """Return (step, draft length) of the steps with a draft, of which no token is accepted."""
     found = []
     for step in steps:
         if length.wakes <= step and length.length:
             found.append((step, length.length))
-            drafted = 0 if right is None else length.length
-            length.learn(step, drafted, min(drafted, right or 0))
+            length.learn(step, length.length, 0)
     return found
 
 

@@ -163,11 +163,9 @@ def test_nan_logits_fail_only_their_request(
         assert again.token_ids == expected[2].token_ids
 
 
-def break_publishing_of(
-    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, times: int = 1
-) -> None:
-    """Make the commit fail when it publishes the prefill of ``prompt``, ``times`` times."""
-    publish, remaining = engine._manager.publish, [1] * times
+def break_publishing_of(engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the commit fail once when it publishes the prefill of ``prompt``."""
+    publish, remaining = engine._manager.publish, [1]
 
     def failing(request: Request) -> None:
         if request.prompt_len == len(prompt) and remaining:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -77,8 +76,8 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return path
 
 
-def _pieces(tokenizer: Tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> list[str]:
-    decoder = tokenizer.stream_decoder(before=before)
+def _pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    decoder = tokenizer.stream_decoder()
     return [*(decoder.push(token_id) for token_id in token_ids), decoder.flush()]
 
 

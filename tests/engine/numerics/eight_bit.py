@@ -139,10 +139,10 @@ def fp8_section(exceptions: list[str], block: tuple[int, int] = (128, 128)) -> d
 
 
 def compressed_section(
-    ignore: list[str], kind: str = "int", weights: dict[str, Any] | None = None, **more: Any
+    ignore: list[str], weights: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Return ``quantization_config`` as llm-compressor writes it for W8A8 and FP8_DYNAMIC."""
-    shared = {"num_bits": 8, "type": kind, "symmetric": True}
+    """Return ``quantization_config`` as llm-compressor writes it for W8A8."""
+    shared = {"num_bits": 8, "type": "int", "symmetric": True}
     group = {
         "targets": ["Linear"],
         "weights": {**shared, "strategy": "channel", "dynamic": False} | (weights or {}),
@@ -151,7 +151,7 @@ def compressed_section(
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if kind == "int" else "float-quantized",
+        "format": "int-quantized",
         "config_groups": {"group_0": group},
         "ignore": ignore,
         "quantization_status": "compressed",

@@ -131,15 +131,11 @@ WAITING_CALLS = """
 
 
 class WaitRecorder(TorchFunctionMode):
-    """Record of calls for which the host must wait for the device or for a copy to it.
+    """Record of calls for which the host must wait for the device or for a copy to it."""
 
-    ``uploads`` includes copies that need no wait.
-    """
-
-    def __init__(self, uploads: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
-        self._uploads = uploads
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -156,7 +152,7 @@ class WaitRecorder(TorchFunctionMode):
             frame = next(
                 f for f in reversed(traceback.extract_stack()[:-1]) if "torch/" not in f.filename
             )
-            if self._uploads or not frame.filename.endswith("kernels/upload.py"):
+            if not frame.filename.endswith("kernels/upload.py"):
                 self.found.add(f"{name} in {frame.filename}:{frame.lineno}")
         return func(*args, **(kwargs or {}))
 

@@ -24,10 +24,8 @@ FIELDS = {"weights": "ours"}
 Path_ = tuple[Hashable, Tokens]
 
 
-def open_disk(
-    folder: Path, max_bytes: int = 1 << 22, clock: Callable[[], float] = lambda: 0.0
-) -> Disk:
-    store = RecordStore.open(folder, FIELDS, max_bytes)
+def open_disk(folder: Path, clock: Callable[[], float] = lambda: 0.0) -> Disk:
+    store = RecordStore.open(folder, FIELDS, 1 << 22)
     return Disk(store, row_bytes=ROW_BYTES, state_rows=STATE_ROWS, num_rows=NUM_ROWS, clock=clock)
 
 
@@ -172,10 +170,10 @@ def test_a_damaged_record_is_removed_with_its_descendants(tmp_path: Path) -> Non
 class FailingSystem:
     """Faults of one system call in the disk's thread while ``number`` is set, with their count."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, where: object = os) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
         self.number: int | None = None
         self.count = 0
-        real = getattr(where, call)
+        real = getattr(os, call)
 
         def attempt(*args: object, **options: object) -> object:
             if self.number is None or threading.current_thread().name != "disk":
@@ -183,7 +181,7 @@ class FailingSystem:
             self.count += 1
             raise OSError(self.number, os.strerror(self.number))
 
-        monkeypatch.setattr(where, call, attempt)
+        monkeypatch.setattr(os, call, attempt)
 
 
 @pytest.mark.parametrize(

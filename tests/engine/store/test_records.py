@@ -36,8 +36,8 @@ def read(store: RecordStore, record_id: int, size: int) -> bytes | None:
     return bytes(out) if store.read(record_id, memoryview(out)) else None
 
 
-def reopen(folder: Path, fields: dict[str, str] = OURS) -> tuple[RecordStore, list[int]]:
-    store = RecordStore.open(folder, fields, MAX_BYTES)
+def reopen(folder: Path) -> tuple[RecordStore, list[int]]:
+    store = RecordStore.open(folder, OURS, MAX_BYTES)
     return store, [record.id for record in store.scan()]
 
 
