@@ -51,9 +51,10 @@ def write_json_lines(
     """
     first = provenance() | ({} if settings is None else {"settings": settings})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for record in ({"provenance": first}, *records):
-            file.write(json.dumps(record) + "\n")
+    lines = [json.dumps(record) + "\n" for record in ({"provenance": first}, *records)]
+    unfinished = path.with_name(path.name + ".part")  # A process that is stopped loses no record.
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def code_hash(
@@ -97,6 +98,15 @@ def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return (provenance, records) of a file written by ``write_json_lines``."""
     first, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return first["provenance"], records
+
+
+def known_records(path: Path | None, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of ``path`` if they were written with the same settings, else none."""
+    try:
+        before, records = read_json_lines(path) if path else ({}, [])
+    except (OSError, ValueError, KeyError):
+        return []
+    return records if before.get("settings") == settings else []
 
 
 def _command() -> list[str]:

@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import lzma
 import os
 import signal
@@ -50,7 +49,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from experiments.provenance import ROOT, code_hash, read_json_lines, write_json_lines
+from experiments.provenance import (
+    ROOT,
+    code_hash,
+    known_records,
+    read_json_lines,
+    write_json_lines,
+)
 
 Verdict = Literal["passed", "failed", "timed out", "stopped", "not begun", "skipped", "done before"]
 
@@ -278,11 +283,8 @@ def done_file(out: Path, part: str) -> Path:
 
 def is_done(out: Path, part: str) -> bool:
     """Return True if the part passed with the same code."""
-    try:
-        before, [done] = read_json_lines(done_file(out, part))
-    except (OSError, ValueError, KeyError, json.JSONDecodeError):
-        return False
-    return done["verdict"] == "passed" and before["settings"]["code"] == code_hash()
+    done = known_records(done_file(out, part), {"code": code_hash()})
+    return any(record["verdict"] == "passed" for record in done)
 
 
 def device() -> str:
@@ -346,9 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if changed:
         print(f"Bits differ between assemblers in {len(changed)} cases: {', '.join(changed)}")
     print(f"{device()}: " + ", ".join(f"{part} {verdict}" for part, verdict in verdicts.items()))
-    if any(verdict in ("failed", "timed out") for verdict in verdicts.values()):
-        return 1
-    return 3 if any(verdict in ("stopped", "not begun") for verdict in verdicts.values()) else 0
+    if {"stopped", "not begun"} & {*verdicts.values()}:
+        return 3
+    return 1 if {"failed", "timed out"} & {*verdicts.values()} else 0
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ Modes:
   kernels/tuned.json. With --dry it only checks that each candidate is correct.
 
 A case that raises costs only its own record. With ``--each``, every folder has a process of its
-own. A case after which the device refuses further work ends that process; it is recorded, and the
-next process continues with the next case. Finished cases of the same code, compiler and mode are
-not repeated.
+own. A case that hangs, or after which the device refuses further work, ends that process; it is
+recorded, and the next process continues with the next case. Finished cases of the same code,
+compiler and mode are not repeated.
 
 A contender is captured into a device graph, and its replays are timed, so the host's launches do
 not count. A contender that cannot be captured is called while the device is busy with other work,
@@ -41,6 +41,7 @@ import json
 import os
 import pkgutil
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,6 +59,7 @@ from experiments.provenance import (
     RESULTS,
     ROOT,
     code_hash,
+    known_records,
     provenance,
     read_json_lines,
     write_json_lines,
@@ -72,6 +74,8 @@ CALLS = 8
 """Timed calls per turn."""
 REPEATS = 50
 """Calls of a kernel whose bits are compared."""
+CASE_S, FLOAT32_SLOWNESS = 90, 3
+"""Most seconds of a case with its compilation, and the factor of them for float32."""
 LOST = 70
 """Exit status of a process whose device refuses further work."""
 
@@ -339,14 +343,22 @@ def run_folder(
     Records in ``file`` with the same settings are not made again. The case in progress is written
     first, so that a process which dies in it leaves its name.
     """
-    known, records = known_records(file, settings), []
+    known = {
+        record["case"]: record
+        for record in known_records(file, settings)
+        if not record.get("begun") and record["case"] != "inputs"
+    }
+    records: list[dict[str, Any]] = []
     try:
         for case in cases(folder, setup):
             record = known.get(case.name)
             if record is None:
                 if file:
                     write_json_lines(file, [*records, {"case": case.name, "begun": True}], settings)
+                if setup.device != "cpu":  # A kernel that hangs ends this process.
+                    signal.alarm(CASE_S * (FLOAT32_SLOWNESS if setup.is_float32 else 1))
                 record = guarded(case.name, lambda case=case: work(case))
+                signal.alarm(0)
             records.append(record)
             if file:
                 write_json_lines(file, records, settings)
@@ -383,17 +395,6 @@ def failed(name: str, failure: BaseException) -> dict[str, Any]:
         "failures": {"ours": reason},
         "seconds": "not measured",
     }
-
-
-def known_records(file: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the finished records of the same settings, by case."""
-    try:
-        before, records = read_json_lines(file) if file else ({}, [])
-    except (OSError, ValueError, KeyError):
-        return {}
-    if (before.get("settings") or {}) != settings:
-        return {}
-    return {r["case"]: r for r in records if not r.get("begun") and r["case"] != "inputs"}
 
 
 def run_each(names: list[str], arguments: list[str], prefix: str, out: Path) -> bool:

@@ -34,7 +34,7 @@ from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from experiments.gpu import interpreter
 from experiments.gpu.models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
-from experiments.provenance import code_hash, read_json_lines, write_json_lines
+from experiments.provenance import code_hash, known_records, write_json_lines
 
 FLOAT32_ERROR = 1e-3
 """Maximum root mean square error of logits against the CPU in float32, relative to their standard
@@ -257,11 +257,7 @@ def checks(dry: bool, directory: Path) -> dict[str, Callable[[], dict[str, Any]]
 
 def run(file: Path, dry: bool, code: str) -> list[dict[str, Any]]:
     """Run the checks that did not pass with this code, and write the records after each."""
-    try:
-        before, records = read_json_lines(file)
-        known = records if (before.get("settings") or {}).get("code") == code else []
-    except (OSError, ValueError, KeyError):
-        known = []
+    known = known_records(file, {"code": code})
     passed = {record["name"]: record for record in known if record["passed"]}
     records = []
     with tempfile.TemporaryDirectory() as directory:

@@ -36,7 +36,8 @@ class Records:
         """Return the tests that passed with this code."""
         if not self._file.exists():
             return set()
-        found = [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
+        lines = self._file.read_text("utf-8").splitlines()
+        found = [json.loads(line) for line in lines if line.endswith("}")]  # Not one cut by a kill.
         return {r["test"] for r in found if r["outcome"] == "passed" and r["code"] == self._code}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:

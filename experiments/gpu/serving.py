@@ -44,7 +44,7 @@ from experiments.benchmarks.serving_load import Client, EngineClient, Load, Targ
 from experiments.gpu import exact_price, interpreter
 from experiments.gpu.exact_price import Talk
 from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
-from experiments.provenance import code_hash, read_json_lines, write_json_lines
+from experiments.provenance import code_hash, known_records, write_json_lines
 from hybridcache.geometry.units import GIB
 
 MAX_RUNNING = 64
@@ -240,15 +240,6 @@ def seconds(step: StepReport) -> float:
 Records = Sequence[dict[str, Any]]
 
 
-def known_records(file: Path, code: str) -> Records:
-    """Return the records in ``file`` if they were measured with the same code."""
-    try:
-        before, records = read_json_lines(file)
-    except (OSError, ValueError, KeyError):
-        return []
-    return records if (before.get("settings") or {}).get("code") == code else []
-
-
 def measure(
     path: str, dry: bool, scale: Scale, known: Records = (), **options: Any
 ) -> Iterator[dict[str, Any]]:
@@ -392,15 +383,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry:
         interpreter.repair()
-    code, file = code_hash(), options.out / f"{options.part}.jsonl"
-    known, records = known_records(file, code), []
+    settings, file = {"code": code_hash()}, options.out / f"{options.part}.jsonl"
+    known, records = known_records(file, settings), []
     with tempfile.TemporaryDirectory() as directory:
         for record in records_of(options.part, options.dry, Path(directory), known):
             print(record, flush=True)
             records.append(record)
             rest = [record for record in known if record not in records]
-            write_json_lines(file, [*records, *rest], {"code": code})
-    write_json_lines(file, records, {"code": code})
+            write_json_lines(file, [*records, *rest], settings)
+    write_json_lines(file, records, settings)
     return 0
 
 

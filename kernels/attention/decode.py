@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.attention.sequences import Sequences
 from kernels.attention.splits import COMBINED, SPLIT, combine_splits_kernel, group_size
-from kernels.attention.tile import LOG2_E, attend_tile, tile_config
+from kernels.attention.tile import LOG2_E, attend_tile, keys_per_tile
 from kernels.packed import Packed, running_sum
 from kernels.strides import row_stride
 from kernels.target import pipeline_stages
@@ -42,7 +42,6 @@ def decode_attention_kernel(
     D: tl.constexpr,
     BS: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     BD: tl.constexpr = triton.next_power_of_2(D)
     BG: tl.constexpr = max(16, triton.next_power_of_2(G))
@@ -63,7 +62,7 @@ def decode_attention_kernel(
             b_m, b_l, b_o = attend_tile(
                 b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
                 i_n + tl.arange(0, BN), b_limit,
-                kv_end, pool_stride, scale, D, BD, PRECISION,
+                kv_end, pool_stride, scale, D, BD,
             )  # fmt: skip
         p_part = o_h * tl.num_programs(2) + i_s
         tl.store(partial_out + p_part[:, None] * D + o_d[None, :], b_o / b_l[:, None], mask=m_q)
@@ -91,7 +90,6 @@ def verify_attention_kernel(
     D: tl.constexpr,
     BS: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program (i_sequence * num_groups + i_group, i_kv, i_s): several tokens of a sequence, BS
     keys.
@@ -125,7 +123,7 @@ def verify_attention_kernel(
             b_m, b_l, b_o = attend_tile(
                 b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
                 i_n + tl.arange(0, BN), b_limit,
-                kv_end, pool_stride, scale, D, BD, PRECISION,
+                kv_end, pool_stride, scale, D, BD,
             )  # fmt: skip
         # A token without keys in this split stores NaN here, which is never read.
         p_part = o_h * tl.num_programs(2) + i_s
@@ -183,7 +181,7 @@ def decode_attention(
             G=num_heads // num_kv_heads,
             D=size,
             BS=SPLIT,
-            **tile_config(size, query.dtype),
+            BN=keys_per_tile(size, query.dtype),
             **launch,
         )
         combine_splits_kernel[(len(kv_lens), num_heads)](
@@ -256,7 +254,7 @@ def verify_attention(
             G=group,
             D=size,
             BS=SPLIT,
-            **tile_config(size, query.dtype),
+            BN=keys_per_tile(size, query.dtype),
             **launch,
         )
         combine_splits_kernel[(num_tokens, num_heads)](

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.sequences import Sequences
-from kernels.attention.tile import LOG2_E, attend_tile, tile_config
+from kernels.attention.tile import LOG2_E, attend_tile, keys_per_tile
 from kernels.packed import Packed
 from kernels.strides import row_stride
 from kernels.target import has_roomy_memory, pipeline_stages
@@ -41,7 +41,6 @@ def prefill_attention_kernel(
     TILE: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     BD: tl.constexpr = triton.next_power_of_2(D)
     BM: tl.constexpr = BT * HEADS
@@ -74,7 +73,7 @@ def prefill_attention_kernel(
     for i_n in range(0, kv_end, BN):
         b_m, b_l, b_o = attend_tile(
             b_q, b_m, b_l, b_o, p_indices, k, v, i_n + tl.arange(0, BN), b_limit, kv_end,
-            pool_stride, scale, D, BD, PRECISION,
+            pool_stride, scale, D, BD,
         )  # fmt: skip
     tl.store(out + p_q, (b_o / b_l[:, None]).to(out.dtype.element_ty), mask=m_q)
 
@@ -127,7 +126,7 @@ def prefill_attention(
             HEADS=heads,
             TILE=packed.tile_size,
             BT=tokens,
-            **tile_config(size, query.dtype),
+            BN=keys_per_tile(size, query.dtype),
             **launch,
         )
     return out

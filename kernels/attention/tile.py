@@ -30,7 +30,6 @@ def attend_tile(
     scale,
     D: tl.constexpr,
     BD: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Add keys at positions ``o_n [BN]`` to the running softmax of rows.
 
@@ -45,21 +44,19 @@ def attend_tile(
     mask = m_n[:, None] & (o_d < D)[None, :]
     b_k = tl.load(k + p_kv, mask=mask, other=0.0)  # [BN, BD]
     b_v = tl.load(v + p_kv, mask=mask, other=0.0)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
     b_s = tl.where(o_n[None, :] <= b_limit[:, None], b_s, float("-inf"))
     b_m_new = tl.maximum(b_m, tl.max(b_s, axis=1))
     b_p = tl.exp2(b_s - b_m_new[:, None])
     b_decay = tl.exp2(b_m - b_m_new)
     b_l = b_l * b_decay + tl.sum(b_p, axis=1)
-    b_o = b_o * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+    b_o = b_o * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
     return b_m_new, b_l, b_o
 
 
-def tile_config(size: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Return key tile and precision for a head size and dtype.
+def keys_per_tile(size: int, dtype: torch.dtype) -> int:
+    """Return BN for a head size and dtype.
 
-    They determine the bits, so they must not depend on anything else.
+    It determines the bits, so it must not depend on anything else.
     """
-    exact = dtype == torch.float32
-    keys = (64 if size <= 128 else 32) // (2 if exact else 1)
-    return {"BN": keys, "PRECISION": "ieee" if exact else "tf32"}
+    return (64 if size <= 128 else 32) // (2 if dtype == torch.float32 else 1)

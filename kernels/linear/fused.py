@@ -78,16 +78,14 @@ def quantize_rows_kernel(x, rows, scales, N, x_stride, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def add_product(
-    b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m, PRECISION: tl.constexpr
-):  # fmt: skip
+def add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m):
     """Add ``w @ x`` for columns of w from i_k on to a tile ``[BM, BT]``.
 
     Scales of w's rows are in ``b_scale``, or loaded from ``p_scale``, or None; ``b_x_scale`` are
     those of x, or None.
     """
     if b_scale is None and p_scale is None:
-        b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION)
+        b_y = tl.dot(b_w, b_x, b_y, input_precision="ieee")
     else:
         if p_scale is not None:
             b_factor = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
@@ -96,7 +94,7 @@ def add_product(
         # The tensor cores of Hopper read widened weights from registers while the program runs on.
         # The scale keeps the product apart from the sum, so it is waited for before the next
         # weights overwrite them (tests/kernels/machine_code.py).
-        b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
+        b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision="ieee")
         if b_x_scale is not None:
             b_product *= b_x_scale[None, :]
         b_y += b_product * b_factor[:, None]
@@ -106,7 +104,7 @@ def add_product(
 @triton.jit
 def multiply_span(
     p_w, p_x, scale, p_scale, p_x_scale, m_m, m_t, start, end,
-    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     NARROW: tl.constexpr,
 ):  # fmt: skip
     """Compute ``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from row pointers.
@@ -129,7 +127,7 @@ def multiply_span(
             b_x, b_x_scale = narrow(b_x, 0)
         elif p_x_scale is not None:
             b_x_scale = tl.load(p_x_scale + i_k // BLOCK, mask=m_t, other=0.0)
-        b_y = add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m, PRECISION)
+        b_y = add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m)
     return b_y
 
 
@@ -168,7 +166,7 @@ def add_spans(b_span, p_span, stride, num_spans, counter, mask):
 def compute_tile(
     x, x_scale, w, scale, block_scale, bias, y, spans, counter, first_row, num_tokens, M, N, span,
     x_stride, y_stride, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, NARROW: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of ``y = x @ w.T + bias`` from row ``first_row`` of w on, or the span of this
     program if ``spans`` is given."""
@@ -195,7 +193,7 @@ def compute_tile(
         end = tl.minimum(start + span, N)
         b_total += multiply_span(
             p_w, p_x, p_channel, p_scale, p_x_scale, m_m, m_t, start, end,
-            BM, BT, BK, PRECISION, NARROW,
+            BM, BT, BK, NARROW,
         )  # fmt: skip
     is_last = True
     if spans is not None:
@@ -227,7 +225,6 @@ def linear_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    PRECISION: tl.constexpr,
     NARROW: tl.constexpr,
 ):
     """Program (i_m, i_t, i_s): computes a tile of ``y``, or its span i_s if ``spans`` is given."""
@@ -236,7 +233,7 @@ def linear_kernel(
         counter += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     compute_tile(
         x, x_scale, w, scale, block_scale, bias, y, spans, counter, tl.program_id(0) * BM,
-        num_tokens, M, N, span, x_stride, M, BM, BT, BK, PRECISION, NARROW,
+        num_tokens, M, N, span, x_stride, M, BM, BT, BK, NARROW,
     )  # fmt: skip
 
 
@@ -264,7 +261,6 @@ def joined_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     GATES_BK: tl.constexpr,
-    PRECISION: tl.constexpr,
     NARROW: tl.constexpr,
 ):
     """Compute ``[rows @ w.T | x @ gates_w.T]``, as ``linear_kernel`` computes each part. ``rows``
@@ -284,13 +280,12 @@ def joined_kernel(
                 gates_spans += M
             compute_tile(
                 x, None, gates_w, None, None, None, y + M, gates_spans, counter, i_m * BM,
-                num_tokens, GATES_M, N, gates_span, x_stride, M + GATES_M, BM, BT, GATES_BK,
-                PRECISION, False,
+                num_tokens, GATES_M, N, gates_span, x_stride, M + GATES_M, BM, BT, GATES_BK, False,
             )  # fmt: skip
     elif i_s * span < N:
         compute_tile(
             rows, x_scale, w, scale, block_scale, None, y, spans, counter, (i_m - num_gates) * BM,
-            num_tokens, M, N, span, rows_stride, M + GATES_M, BM, BT, BK, PRECISION, NARROW,
+            num_tokens, M, N, span, rows_stride, M + GATES_M, BM, BT, BK, NARROW,
         )  # fmt: skip
 
 
@@ -524,9 +519,7 @@ def depth_of(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
     return 128 // (4 if dtype == torch.float32 else weight_dtype.itemsize)
 
 
-def tile_config(
-    num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype
-) -> dict[str, int | str]:
+def tile_config(num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, int]:
     """Return tile and pipeline for ``num_tokens`` rows of ``dtype``. Affects speed only.
 
     8-bit weights need a third accumulator, so their tile has half the size.
@@ -538,7 +531,6 @@ def tile_config(
         "BM": 128 if wide else LEAST_ROWS,
         "BT": tokens,
         "BK": depth_of(dtype, weight_dtype),
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "num_warps": 8 if wide else 4,
         "num_stages": pipeline_stages(4),
     }

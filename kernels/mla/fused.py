@@ -41,7 +41,6 @@ def attend(
     R: tl.constexpr,
     D: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Compute the online softmax of rows over positions ``first`` to ``kv_end``, in tiles of BN.
 
@@ -60,15 +59,15 @@ def attend(
         m_latent = m_n if b_q.shape[1] == R else m_n & (o_r < R)
         b_latent = tl.load(pool + b_rows[:, None] + o_r, mask=m_latent, other=0.0)
         b_shared = tl.load(pool + b_rows[:, None] + o_p, mask=m_n & (o_p < D), other=0.0)
-        b_s = tl.dot(b_q, tl.trans(b_latent), input_precision=PRECISION)
-        b_s = tl.dot(b_q_shared, tl.trans(b_shared), b_s, input_precision=PRECISION) * scale
+        b_s = tl.dot(b_q, tl.trans(b_latent), input_precision="ieee")
+        b_s = tl.dot(b_q_shared, tl.trans(b_shared), b_s, input_precision="ieee") * scale
         b_s = tl.where(o_n[None, :] <= b_limit[:, None], b_s, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_s, axis=1))
         b_p = tl.exp2(b_s - b_m_new[:, None])
         b_decay = tl.exp2(b_m - b_m_new)
         b_l = b_l * b_decay + tl.sum(b_p, axis=1)
         b_p = b_p.to(b_latent.dtype)
-        b_o = tl.dot(b_p, b_latent, b_o * b_decay[:, None], input_precision=PRECISION)
+        b_o = tl.dot(b_p, b_latent, b_o * b_decay[:, None], input_precision="ieee")
         b_m = b_m_new
     return b_m, b_l, b_o
 
@@ -94,7 +93,6 @@ def prefill_mla_kernel(
     TILE: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program (i_part, i_group): BT tokens of a tile, HEADS heads.
 
@@ -120,7 +118,7 @@ def prefill_mla_kernel(
         kv_end = tl.minimum(start + first + BT, kv_len)
         _, b_l, b_o = attend(
             b_q, b_q_shared, p_indices, pool, 0, kv_end, start + o_t, pool_stride, scale,
-            R, D, BN, PRECISION,
+            R, D, BN,
         )  # fmt: skip
         b_o = (b_o / b_l[:, None]).to(out.dtype.element_ty)
         tl.store(out + o_token * R + o_r, b_o, mask=m_q & (o_r < R))
@@ -146,7 +144,6 @@ def decode_mla_kernel(
     HEADS: tl.constexpr,
     BS: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program (i_b, i_group, i_s): HEADS heads of one token over BS rows."""
     i_b, i_s = tl.program_id(0), tl.program_id(2)
@@ -162,7 +159,7 @@ def decode_mla_kernel(
         b_limit = tl.zeros([HEADS], tl.int32) + kv_len - 1
         b_m, b_l, b_o = attend(
             b_q, b_q_shared, p_indices, pool, i_s * BS, tl.minimum(i_s * BS + BS, kv_len), b_limit,
-            pool_stride, scale, R, D, BN, PRECISION,
+            pool_stride, scale, R, D, BN,
         )  # fmt: skip
         p_part = (i_b.to(tl.int64) * H + o_h) * tl.num_programs(2) + i_s
         p_out = partial_out + p_part[:, None] * R + o_r
@@ -340,16 +337,14 @@ def prepare_heads(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
     return partial(multiply_heads, weight=weight.contiguous())
 
 
-def _tile_config(size: int, rank: int, dtype: torch.dtype) -> dict[str, int | str]:
+def _tile_config(size: int, rank: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the tile sizes that determine the bits: row sizes and the tile of rows."""
-    exact = dtype == torch.float32
-    roomy = not exact and has_roomy_memory()
+    roomy = dtype != torch.float32 and has_roomy_memory()
     return {
         "R": rank,
         "D": size,
         "BR": max(16, triton.next_power_of_2(rank)),
         "BP": max(16, triton.next_power_of_2(size - rank)),
         "BN": 32 if roomy else 16,
-        "PRECISION": "ieee" if exact else "tf32",
         "num_stages": 3 if roomy else 1,
     }

@@ -269,7 +269,6 @@ def gate_up_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    PRECISION: tl.constexpr,
     NARROW: tl.constexpr,
     GATED: tl.constexpr,
 ):
@@ -312,14 +311,10 @@ def gate_up_kernel(
         elif x_scale is not None:
             b_x_scale = tl.load(p_x_scale + i_k // BLOCK, mask=m_t, other=0.0)
         b_w = tl.load(p_gate[:, None] + o_k[None, :], mask=m_w, other=0.0)
-        b_gate = add_product(
-            b_gate, b_w, b_x, b_gate_scale, p_scale, b_x_scale, i_k, m_m, PRECISION
-        )
+        b_gate = add_product(b_gate, b_w, b_x, b_gate_scale, p_scale, b_x_scale, i_k, m_m)
         if GATED:
             b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0)
-            b_up = add_product(
-                b_up, b_w, b_x, b_up_scale, p_up_scale, b_x_scale, i_k, m_m, PRECISION
-            )
+            b_up = add_product(b_up, b_w, b_x, b_up_scale, p_up_scale, b_x_scale, i_k, m_m)
     # Rounded after the product, as in the reference.
     b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
     if GATED:
@@ -351,7 +346,6 @@ def down_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    PRECISION: tl.constexpr,
     NARROW: tl.constexpr,
 ):
     """Compute ``y[p] = w[e] @ inner[p]``."""
@@ -371,7 +365,7 @@ def down_kernel(
     if inner_scale is not None:
         p_inner_scale += o_p * tl.cdiv(size, BLOCK)
     b_y = multiply_span(
-        p_w, p_inner, p_channel, p_scale, p_inner_scale, m_m, m_t, 0, size, BM, BT, BK, PRECISION,
+        p_w, p_inner, p_channel, p_scale, p_inner_scale, m_m, m_t, 0, size, BM, BT, BK,
         NARROW,
     )  # fmt: skip
     p_y = y + o_p.to(tl.int64)[None, :] * H + o_m[:, None]
@@ -507,7 +501,6 @@ def _experts(
         "BM": 64,
         "BT": blocks.rows,
         "BK": depth_of(hidden.dtype, w13.dtype),
-        "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "NARROW": fp8_rows and num_tokens <= FEW_TOKENS,
         "num_stages": pipeline_stages(4),
     }

@@ -14,7 +14,7 @@ import torch
 from experiments.gpu import kernels as bench_kernels
 from experiments.gpu.kernel_cases import Case
 from experiments.gpu.kernels import Clock, Machine, measure, row
-from experiments.provenance import read_json_lines, write_json_lines
+from experiments.provenance import known_records, read_json_lines, write_json_lines
 
 MACHINE = Machine("a machine", copy_bytes_s=1e9, gemm_flops_s=1e12)
 
@@ -86,7 +86,7 @@ def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch) -> None:
 
     def run(command, **_):
         runs.append(command)
-        known = bench_kernels.known_records(file, {"code": "1"})
+        known = {r["case"]: r for r in known_records(file, {"code": "1"})}
         if not known:
             records = [{"case": "one", "is_right": True}, {"case": "two", "begun": True}]
             write_json_lines(file, records, {"code": "1"})

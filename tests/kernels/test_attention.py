@@ -51,7 +51,9 @@ class Cache(SimpleNamespace):
             device=device,
         )
 
-    def prefill(self, backend, spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+    def prefill(
+        self, backend, spans: Sequence[tuple[int, int, int]], tile: int = 64
+    ) -> list[torch.Tensor]:
         """Return the attention of tokens [start, end) of each (sequence, start, end)."""
         lengths = [end - start for _, start, end in spans]
         rows, kv_lens = [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans]
@@ -61,7 +63,7 @@ class Cache(SimpleNamespace):
             self.values,
             table=self.table,
             sequences=Sequences.of(rows, kv_lens, self.device),
-            packed=Packed.from_lengths(lengths, self.device),
+            packed=Packed.from_lengths(lengths, self.device, tile),
             scale=self.scale,
         )
         return list(out.split(lengths))
@@ -149,23 +151,29 @@ def test_any_page_size_and_start_equal_the_formula(
 
 @PROMPTS
 @pytest.mark.parametrize(
-    "heads, kv_heads, size, num_threads",
-    [(4, 1, 64, 1), (20, 1, 64, 2), (3, 1, 128, 1), (2, 2, 256, 1)],
+    "heads, kv_heads, size, num_threads, tile",
+    [
+        *[(4, 1, 64, 1, 64), (20, 1, 64, 2, 64), (3, 1, 128, 1, 64), (2, 2, 256, 1, 64)],
+        *[(4, 2, 32, 1, 16), (4, 2, 32, 1, 32)],
+    ],
 )
-def test_resume_changes_no_bit(backend, heads, kv_heads, size, dtype, num_threads, device) -> None:
-    """Resumes at multiples of 64 up to any length, in a batch with other sequences."""
+def test_resume_changes_no_bit(
+    backend, heads, kv_heads, size, dtype, num_threads, tile, device
+) -> None:
+    """Resumes at tiles up to any length, in a batch with other sequences."""
     torch.set_num_threads(num_threads)
-    starts, lengths = (0, 64, 448, 512, 640), (700, 560, 70)
+    starts, lengths = (0, tile, 512 - tile, 512, 640), (700, 560, 70)
     if backend.__name__.endswith("fused"):
-        starts, lengths = (0, 64), (100, 90, 7)
+        starts, lengths = (0, tile), (100, 90, 7)
         heads, kv_heads, size = 2, 1, 32
     cache = Cache.filled(lengths, heads, kv_heads, size, dtype, device)
-    cold = [cache.prefill(backend, [(b, 0, n)])[0] for b, n in enumerate(lengths)]
+    cold = [cache.prefill(backend, [(b, 0, n)], tile)[0] for b, n in enumerate(lengths)]
     for start in starts:
         for end in (start + 1, start + 60, start + 300):
             spans = [(2, 0, lengths[2]), (0, start, min(end, lengths[0]))]
             spans.append((1, starts[-2], lengths[1]))
-            for (b, first, last), out in zip(spans, cache.prefill(backend, spans), strict=True):
+            resumed = cache.prefill(backend, spans, tile)
+            for (b, first, last), out in zip(spans, resumed, strict=True):
                 assert torch.equal(out, cold[b][first:last])
 
 

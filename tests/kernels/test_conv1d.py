@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.conv1d import reference
-from kernels.packed import Exports, Packed
+from kernels.packed import TILE_SIZES, Exports, Packed
 from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.conv1d.fused")
@@ -95,33 +95,39 @@ def test_prompts_and_exported_windows_equal_torch(conv1d, dtype, has_bias, silu,
         assert torch.equal(states[slot].nan_to_num(7.0), expected.nan_to_num(7.0)), slot
 
 
-@pytest.mark.full("1-fp32-reference", "1-fp32-native")
+@pytest.mark.full("64-1-fp32-reference", "64-1-fp32-native", "16-1-bf16-fused")
 @IMPLEMENTATIONS
 @DTYPES
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_resume_and_batching_change_no_bit(conv1d, dtype, num_threads, device) -> None:
+@pytest.mark.parametrize("tile", TILE_SIZES)
+def test_resume_and_batching_change_no_bit(conv1d, dtype, num_threads, tile, device) -> None:
     torch.manual_seed(1)
     channels, lengths, slots = 24, (70, 200, 3), [5, 3, 1]
     weight = draw(channels, 4, dtype=dtype, device=device)
     x = draw(sum(lengths), channels, dtype=dtype, device=device)
     initial = torch.randn(3, channels, 3, device=device).to(dtype)
     torch.set_num_threads(num_threads)
-    packed, states = run(conv1d, x, weight, lengths, initial, slots, [(1, 64, 6), (1, 128, 7)])
+    exports = [(1, tile, 6), (1, 2 * tile, 7)]
+    packed, states = run(conv1d, x, weight, lengths, initial, slots, exports, tile)
     start = 0
     for sequence, length in enumerate(lengths):
         own, window = x[start : start + length], initial[sequence : sequence + 1]
-        single, last = run(conv1d, own, weight, [length], window, [0], [])
+        single, last = run(conv1d, own, weight, [length], window, [0], [], tile)
         assert torch.equal(single, packed[start : start + length])
         assert torch.equal(last[0], states[slots[sequence]])
         start += length
-    for end, slot in ((64, 6), (128, 7)):
-        rest, last = run(conv1d, x[70 + end : 270], weight, [200 - end], states[[slot]], [2], [])
+    for _, end, slot in exports:
+        assert torch.equal(states[slot], x[70 + end - 3 : 70 + end].mT)
+        own, window = x[70 + end : 270], states[[slot]]
+        rest, last = run(conv1d, own, weight, [200 - end], window, [2], [], tile)
         assert torch.equal(rest, packed[70 + end : 270])
         assert torch.equal(last[2], states[3])
 
 
-def run(conv1d, x, weight, lengths, initial, slots, exports) -> tuple[torch.Tensor, torch.Tensor]:
-    packed = Packed.from_lengths(lengths, x.device)
+def run(
+    conv1d, x, weight, lengths, initial, slots, exports, tile=64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = Packed.from_lengths(lengths, x.device, tile)
     states = initial.new_full((9, *initial.shape[1:]), torch.nan)
     states[slots] = initial
     out = conv1d.prefill_conv1d(

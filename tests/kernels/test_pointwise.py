@@ -60,20 +60,14 @@ def test_rms_norm_equals_the_formula(backend, shape, dtype, device, assert_close
 
 @backends("norm")
 @DTYPES
-def test_gated_norm_of_strided_heads(backend, dtype, device, assert_close) -> None:
-    projected = randn(6, 7, 40, dtype=dtype, device=device)
-    x, gate, weight = projected[:, 1:4], projected[:, 4:], torch.randn(40, device=device)
-    expected = rms(x, weight, 1e-6) * torch.nn.functional.silu(gate.double())
-    assert_close(backend.gated_rms_norm(x, weight, gate, 1e-6), expected.to(dtype))
-
-
-@backends("norm")
-@DTYPES
 @pytest.mark.parametrize("gate_first", [False, True], ids=["norm-first", "gate-first"])
-def test_gated_norm_of_groups(backend, dtype, gate_first, device, assert_close) -> None:
-    """Each group of a token has separate statistics and weights."""
+@pytest.mark.parametrize("weights", [(40,), (3, 40)], ids=["heads", "groups"])
+def test_gated_norm_of_strided_heads_and_groups(
+    backend, dtype, weights, gate_first, device, assert_close
+) -> None:
+    """Each head of a token has separate statistics, and each group its weights, too."""
     projected = randn(6, 7, 40, dtype=dtype, device=device)
-    x, gate, weight = projected[:, 1:4], projected[:, 4:], torch.randn(3, 40, device=device)
+    x, gate, weight = projected[:, 1:4], projected[:, 4:], torch.randn(weights, device=device)
     opened = torch.nn.functional.silu(gate.double())
     expected = rms(x * opened, weight, 1e-6) if gate_first else rms(x, weight, 1e-6) * opened
     got = backend.gated_rms_norm(x, weight, gate, 1e-6, gate_first=gate_first)

@@ -19,7 +19,7 @@ from kernels.linear.reference import Format
 
 def cases(setup: Setup) -> Iterator[Case]:
     """Yield products from one token to a prefill, with 8-bit floats if the device supports them."""
-    formats = ["int8"]
+    formats: list[Format] = ["int8"]
     if setup.is_dry or Device.resolve(setup.device).supports("fp8"):
         formats.append("fp8")
     for size, num_outputs in ((80, 48),) if setup.is_dry else ((2048, 12288), (4096, 2048)):
@@ -30,7 +30,9 @@ def cases(setup: Setup) -> Iterator[Case]:
             yield _full(shape, x, weight)
             for format in formats:
                 yield _quantized(shape, x, weight, format)
-            yield _joined(shape, x, weight, setup.randn(64, size))
+            if "fp8" in formats:
+                yield _fp8_rows(shape, x, weight)
+            yield _joined(shape, x, weight, setup.randn(64, size), formats[-1])
 
 
 def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
@@ -68,13 +70,28 @@ def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format
     )
 
 
-def _joined(shape: str, x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor) -> Case:
-    """Return a case with full-precision gates in the launch of a product in int8."""
-    quantized, scale = reference.quantize(weight, "int8")
+def _fp8_rows(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
+    """Return a case that quantises the rows, too, compared with the reference that does the
+    same."""
+    quantized, scale = reference.quantize(weight, "fp8")
+    return Case(
+        name=f"fp8 and rows {shape}",
+        run=partial(fused.prepare_8bit(quantized, scale, None, x.dtype, fp8_rows=True), x),
+        expected=partial(reference.linear_fp8, x, quantized, scale),
+        num_bytes=x.nbytes + quantized.nbytes + x.element_size() * len(x) * len(weight),
+        num_flops=2 * x.numel() * len(weight),
+    )
+
+
+def _joined(
+    shape: str, x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, format: Format
+) -> Case:
+    """Return a case with full-precision gates in the launch of an 8-bit product."""
+    quantized, scale = reference.quantize(weight, format)
     widened = torch.cat([quantized.double() * scale[:, None], gates.double()])
     parts = [fused.prepare_8bit(quantized, scale, None, x.dtype), fused.prepare(gates)]
     return Case(
-        name=f"int8 with gates {shape}",
+        name=f"{format} with gates {shape}",
         run=partial(fused.join(parts), x),
         expected=partial(_exact, x, widened),
         num_bytes=x.nbytes

@@ -1,4 +1,7 @@
-"""Experts of Qwen3-Next: 10 of 512, 2048 -> 512 -> 2048, full precision and 8-bit."""
+"""Experts of Qwen3-Next: 10 of 512, 2048 -> 512 -> 2048, full precision and 8-bit.
+
+With 8-bit floats, the last expert is the shared one of all tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from engine.runner.device import Device
 from experiments.gpu.kernel_cases import Case, Setup
 from kernels.moe import fused, reference
 
@@ -17,7 +21,10 @@ def cases(setup: Setup) -> Iterator[Case]:
     num_experts, k, hidden, inner = (6, 2, 32, 24) if setup.is_dry else (512, 10, 2048, 512)
     w13 = _weights(setup, num_experts, 2 * inner, hidden)
     w2 = _weights(setup, num_experts, hidden, inner)
-    eight_bit = [part for w in (w13, w2) for part in reference.quantize_experts(w, "int8")]
+    int8 = [part for w in (w13, w2) for part in reference.quantize_experts(w, "int8")]
+    fp8 = None
+    if setup.is_dry or Device.resolve(setup.device).supports("fp8"):
+        fp8 = [part for w in (w13, w2) for part in reference.quantize_experts(w, "fp8")]
     for num_tokens in (2, 20) if setup.is_dry else (1, 4, 16, 64, 1024, 4096):
         logits = setup.randn(num_tokens, num_experts)
         x = setup.randn(num_tokens, hidden)
@@ -32,7 +39,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         num_used = len(experts.unique())
         for name, run, plain, parts in (
             ("experts", fused.experts, reference.experts, (w13, w2)),
-            ("int8 experts", fused.experts_8bit, reference.experts_8bit, eight_bit),
+            ("int8 experts", fused.experts_8bit, reference.experts_8bit, int8),
         ):
             read = sum(part.nbytes for part in parts) * num_used // num_experts
             given = (x, weights, experts)
@@ -46,7 +53,21 @@ def cases(setup: Setup) -> Iterator[Case]:
                     "loop": partial(plain, *given, *parts),
                     "torch grouped_mm, full weights": partial(_torch_experts, *given, w13, w2),
                 },
-                rival_tolerance=6e-2 if parts is eight_bit else None,
+                rival_tolerance=6e-2 if parts is int8 else None,
+            )
+        if fp8 is None:
+            continue
+        gates = logits[:, -1:]
+        routed = reference.route(logits[:, :-1], k, True)
+        read = sum(part.nbytes for part in fp8) * (len(routed[1].unique()) + 1) // num_experts
+        for name, fp8_rows in (("fp8 experts", False), ("fp8 experts and rows", True)):
+            given, options = (x, *routed, *fp8, gates), {"fp8_rows": fp8_rows}
+            yield Case(
+                name=f"{name} {num_tokens}",
+                run=partial(fused.experts_8bit, *given, **options),
+                expected=partial(reference.experts_8bit, *given, **options),
+                num_bytes=2 * x.nbytes + read,
+                num_flops=6 * num_tokens * (k + 1) * hidden * inner,
             )
 
 
