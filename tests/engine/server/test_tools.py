@@ -95,6 +95,14 @@ def test_checkpoint_class_includes_the_stop_reason(
     assert newest.memo.key[-1] == reason
 
 
+def test_named_tool_is_called(serve_answer: ServeAnswer) -> None:
+    pytest.importorskip("llguidance")
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    live = serve_answer(HERMES_CALL)
+    [choice] = live.client.chat.completions.create(tool_choice=named, **OPTIONS).choices
+    assert choice.message.tool_calls[0].function.name == "weather"
+
+
 def test_stream_has_no_empty_events_during_a_call(serve_answer: ServeAnswer) -> None:
     live = serve_answer(HERMES_CALL)
     events = list(live.client.chat.completions.create(stream=True, **OPTIONS))
