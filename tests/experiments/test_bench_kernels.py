@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -98,6 +100,41 @@ def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(bench_kernels, "subprocess", SimpleNamespace(run=run))
     assert not bench_kernels.run_each(["norm"], [], "check_kernels", tmp_path)
     assert len(runs) == 2
+
+
+def test_a_case_that_hangs_on_the_device_costs_one_case(tmp_path, monkeypatch) -> None:
+    """The alarm ends the process of the second case, and the next process runs the third one."""
+    file, settings, codes = tmp_path / "check_kernels_norm.jsonl", {"code": "1"}, []
+    setup = SimpleNamespace(device="cuda", is_float32=False)
+    names = ("first", "hangs", "last")
+    monkeypatch.setattr(bench_kernels, "CASE_S", 1)
+    monkeypatch.setattr(
+        bench_kernels, "cases", lambda *_: [SimpleNamespace(name=name) for name in names]
+    )
+
+    def work(case):
+        if case.name == "hangs":
+            time.sleep(30)
+        return {"case": case.name, "is_right": True}
+
+    def run(command, **_):
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # The handler of pytest-timeout.
+            list(bench_kernels.run_folder("norm", setup, work, file, settings))
+            os._exit(1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return SimpleNamespace(returncode=codes[-1])
+
+    monkeypatch.setattr(bench_kernels, "subprocess", SimpleNamespace(run=run))
+    assert not bench_kernels.run_each(["norm"], [], "check_kernels", tmp_path)
+    assert codes == [-signal.SIGALRM, 1]
+    records = known_records(file, settings)
+    assert [(record["case"], record["is_right"]) for record in records] == [
+        ("first", True),
+        ("hangs", False),
+        ("last", True),
+    ]
 
 
 @pytest.mark.full
