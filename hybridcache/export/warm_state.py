@@ -139,12 +139,15 @@ def unpack(data: bytes) -> Memory:
     inflated = zlib.decompressobj()
     try:
         body = inflated.decompress(data[len(MAGIC) :], MAX_BYTES)
-        if not inflated.eof and len(body) == MAX_BYTES:
-            raise ValueError(f"the warm state unpacks to more than {MAX_BYTES:,} bytes")
-        if not inflated.eof:
-            raise ValueError(DAMAGED)
+    except zlib.error as error:
+        raise ValueError(DAMAGED) from error
+    if not inflated.eof and len(body) == MAX_BYTES:
+        raise ValueError(f"the warm state unpacks to more than {MAX_BYTES:,} bytes")
+    if not inflated.eof:
+        raise ValueError(DAMAGED)
+    try:
         return Memory(dict(json.loads(body, object_hook=_read)))
-    except (zlib.error, json.JSONDecodeError, TypeError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(DAMAGED) from error
 
 

@@ -223,29 +223,23 @@ def test_policy_module_in_the_working_directory_is_found(tmp_path: Path) -> None
 
 
 @pytest.mark.full
-def test_edited_policy_or_imported_module_is_simulated_again(tmp_path: Path) -> None:
+def test_edited_policy_is_simulated_again(tmp_path: Path) -> None:
+    """The source of its module identifies a run. Modules that it imports do not."""
     text = (
-        "from hybridcache.policies.eviction.scored import ScorePolicy\n"
-        "from signs import factor\n\n\n"
+        "from hybridcache.policies.eviction.scored import ScorePolicy\n\n\n"
         "class Mine(ScorePolicy):\n"
         "    def score(self, item):\n"
-        "        return SIGN * factor() * item.last_used\n"
+        "        return SIGN * item.last_used\n"
     )
-    signs = "def factor():\n    from inner import sign\n\n    return sign()\n"
-    (tmp_path / "signs.py").write_text(signs)
-    (tmp_path / "inner").mkdir()
-    relative = "from .deep import SIGN\n\n\ndef sign():\n    return SIGN\n"
-    (tmp_path / "inner" / "__init__.py").write_text(relative)
     command = [Path(sys.executable).with_name("hybridcache"), "simulate", "--trace", "short"]
     command += ["--gib", "1", "--policy", "edited:Mine", "--output", "runs.jsonl", "--no-bound"]
     tables = []
-    for sign, deep in (("1", "1.0"), ("1", "1.0"), ("-1", "1.0"), ("1", "-1.")):
+    for sign in ("1.0", "1.0", "-1.0"):
         (tmp_path / "edited.py").write_text(text.replace("SIGN", sign))
-        (tmp_path / "inner" / "deep.py").write_text(f"SIGN = {deep}\n")
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         tables.append(done.stdout)
-    assert tables[0] == tables[1] != tables[2] == tables[3]
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    assert tables[0] == tables[1] != tables[2]
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
 
 
 COMMANDS_WITH_RESULTS = {

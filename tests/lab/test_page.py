@@ -21,7 +21,7 @@ def test_commands_of_the_lab_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     for line in "".join(blocks).splitlines():
         assert not main(shlex.split(line, comments=True)[1:]), line
-    assert {"short.png", "short-losses.png", "price.png", "runs.jsonl"} <= {
+    assert {"short.png", "short-losses.png", "plan.png", "runs.jsonl"} <= {
         path.name for path in tmp_path.iterdir()
     }
 
