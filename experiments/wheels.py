@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,8 +34,18 @@ PACKAGES = {
     ENGINE_DISTRIBUTION: ("engine", "kernels"),
 }
 
-PLATFORM = "manylinux_2_28_x86_64"
-"""Systems of the wheel with native kernels: those of torch's wheels."""
+SYMBOL = re.compile(rb"GLIBC_2\.(\d+)")
+OLDEST_LIBC = 28
+"""Least C library of the wheel with native kernels, glibc 2.28: that of torch's wheels."""
+
+
+def platform_of(levels: Path) -> str:
+    """Return the systems on which the libraries in ``levels`` can be loaded.
+
+    A library that was built on a newer system may need a newer C library than ``OLDEST_LIBC``.
+    """
+    names = [name for file in levels.iterdir() for name in SYMBOL.findall(file.read_bytes())]
+    return f"manylinux_2_{max(OLDEST_LIBC, *map(int, names))}_x86_64"
 
 
 def described(name: str) -> dict[str, Any]:
@@ -58,8 +69,8 @@ def described(name: str) -> dict[str, Any]:
 def build(name: str, out: Path, levels: Path | None = None) -> Path:
     """Build the wheel of ``name`` into ``out``, without a network.
 
-    ``levels``: folder of native kernels for a wheel of ``PLATFORM``. Raises RuntimeError with the
-    output of setuptools.
+    ``levels``: folder of native kernels, for a wheel of ``platform_of(levels)``. Raises
+    RuntimeError with the output of setuptools.
     """
     whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
     tables = {
@@ -79,7 +90,7 @@ def build(name: str, out: Path, levels: Path | None = None) -> Path:
         command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)]
         if levels is not None:
             shutil.copytree(levels, source / "kernels" / LEVELS_FOLDER.name)
-            command.append(f"--config-setting=--build-option=--plat-name={PLATFORM}")
+            command.append(f"--config-setting=--build-option=--plat-name={platform_of(levels)}")
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)

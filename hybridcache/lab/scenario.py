@@ -319,7 +319,8 @@ class Scenario:
         sizes, of the times, and of the trace (see ``identity_of``).
 
         The source of the modules of the user's own policies is part of it, so that an edited policy
-        is another run. Modules that they import are not. ValueError for a policy that is an object, which has no name in a file.
+        is another run. Modules that they import are not. ValueError for a policy that is an object,
+        which has no name in a file.
         """
         policies = (*_each(self.policy), *_each(self.checkpoints), *_each(self.admission))
         own = "".join(
