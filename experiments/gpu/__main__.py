@@ -101,19 +101,20 @@ def kernels(mode: str, *flags: str) -> Callable[[Path, bool], list[str]]:
     return command
 
 
-def tests(selected: str) -> Callable[[Path, bool], list[str]]:
+def tests(selected: str, records: str) -> Callable[[Path, bool], list[str]]:
     """Return the command for the kernels' tests with names that ``selected`` matches.
 
-    A dry run tests only one file, because the test suite interprets the others. Each file stays in
+    A dry run tests only two files, because the test suite interprets the others. Each file stays in
     one process, so that a kernel is not compiled in several.
     """
 
     def command(out: Path, dry: bool) -> list[str]:
         parallel = importlib.util.find_spec("xdist") and not dry
         processes = ["-n", str(max(1, (os.cpu_count() or 2) - 4)), "--dist", "loadfile"]
-        files = ["tests/kernels/test_every_kernel.py" if dry else "tests/kernels"]
+        shortest = [f"tests/kernels/test_{name}.py" for name in ("every_kernel", "pointwise")]
+        files = shortest if dry else ["tests/kernels"]
         options = ["-q", "-k", selected, "--deselect", "tests/kernels/test_aot.py"]
-        options += ["-p", "experiments.gpu.recorded_tests", "--records", str(out / "tests.jsonl")]
+        options += ["-p", "experiments.gpu.recorded_tests", "--records", str(out / records)]
         return module("pytest", *files, *options, *(processes if parallel else []))
 
     return command
@@ -147,12 +148,12 @@ PARTS: dict[str, Part] = {
     "serve": Part(serving("serve"), 240.0, ENGINE, "serve.jsonl"),
     "http": Part(serving("http"), 210.0, (*ENGINE, *SERVER), "http.jsonl"),
     "bench": Part(kernels("ours"), 240.0, files="ours_kernels_*.jsonl"),
-    "tests": Part(tests("not float32"), 400.0, TESTS, "tests.jsonl"),
+    "tests": Part(tests("not fp32", "tests.jsonl"), 400.0, TESTS, "tests.jsonl"),
     "tune": Part(kernels("tune"), 400.0, files="tune_kernels*.jsonl"),
     "rivals": Part(kernels("bench"), 300.0, files="bench_kernels_*.jsonl"),
     "bundled": Part(bundled, 200.0, files="bundled/*.jsonl", bundled=True),
     "float32": Part(float32, 400.0, files="check_float32_*.jsonl"),
-    "tests32": Part(tests("float32"), 500.0, TESTS, "tests.jsonl"),
+    "tests32": Part(tests("fp32", "tests32.jsonl"), 500.0, TESTS, "tests32.jsonl"),
 }
 
 

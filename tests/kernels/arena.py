@@ -63,7 +63,7 @@ def make_arena(
     slab_rows = -(-state_bytes // row_bytes)
     num_rows, slab_bytes = num_slabs * slab_rows, slab_rows * row_bytes
     if fill is None and device == "cpu":
-        flat = torch.from_numpy(np.zeros(num_rows * row_bytes, np.uint8))
+        flat = torch.as_tensor(np.zeros(num_rows * row_bytes, np.uint8), device=device)
     else:
         flat = torch.full((num_rows * row_bytes,), fill or 0, dtype=torch.uint8, device=device)
     row, side = row_bytes // dtype.itemsize, heads * size

@@ -116,6 +116,7 @@ def test_a_product_whose_operand_changes_is_found() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("triton", TRITONS)
 @pytest.mark.parametrize("launches", LAUNCHES)
 def test_kernels_compile_and_fit_their_targets(launches: Path, triton: Path | None) -> None:
