@@ -657,7 +657,13 @@ class HybridRadixCache:
         self._pages.free(kv_indices)
 
     def free_slot(self, slot: int) -> None:
-        """Return a held slot. O(1)."""
+        """Return a held slot: one from ``allocate_slot`` that no ``insert`` has taken. O(1).
+
+        A slot of the cache, or one that was freed before, is found only by ``check``.
+
+        Raises:
+            ValueError: the slot is out of range, or no slot is allocated.
+        """
         self._slots.free(slot)
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:

@@ -121,7 +121,7 @@ class CacheConfig:
             raise ValueError("memory='arena' needs total_bytes instead of pool sizes")
         elif not self.num_kv_tokens:
             raise ValueError(
-                "give the memory: num_kv_tokens and num_slots for two pools, or total_bytes"
+                "num_kv_tokens is 0: give num_kv_tokens and num_slots for two pools, or total_bytes"
             )
         elif self.num_kv_tokens < self.page_size:
             raise ValueError(

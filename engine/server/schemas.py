@@ -571,7 +571,9 @@ class ChatRequest(Sampling, kw_only=True):
                 "'continue_final_message' continues the last message: omit "
                 "'add_generation_prompt', which begins another message."
             )
-        if self.continue_final_message and [m.role for m in self.messages[-1:]] != ["assistant"]:
+        if self.continue_final_message and (
+            not self.messages or self.messages[-1].role != "assistant"
+        ):
             raise ValueError(
                 "'continue_final_message' continues an answer: the last message must be the "
                 "assistant's."

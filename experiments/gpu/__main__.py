@@ -101,8 +101,8 @@ def kernels(mode: str, *flags: str) -> Callable[[Path, bool], list[str]]:
     return command
 
 
-def tests(selected: str, records: str) -> Callable[[Path, bool], list[str]]:
-    """Return the command for the kernels' tests with names that ``selected`` matches.
+def tests(selected: str, limit_s: float, records: str) -> Part:
+    """Return the part of the kernels' tests with names that ``selected`` matches.
 
     A dry run tests only two files, because the test suite interprets the others. Each file stays in
     one process, so that a kernel is not compiled in several.
@@ -117,7 +117,7 @@ def tests(selected: str, records: str) -> Callable[[Path, bool], list[str]]:
         options += ["-p", "experiments.gpu.recorded_tests", "--records", str(out / records)]
         return module("pytest", *files, *options, *(processes if parallel else []))
 
-    return command
+    return Part(command, limit_s, TESTS, records)
 
 
 def serving(part: str) -> Callable[[Path, bool], list[str]]:
@@ -148,12 +148,12 @@ PARTS: dict[str, Part] = {
     "serve": Part(serving("serve"), 240.0, ENGINE, "serve.jsonl"),
     "http": Part(serving("http"), 210.0, (*ENGINE, *SERVER), "http.jsonl"),
     "bench": Part(kernels("ours"), 240.0, files="ours_kernels_*.jsonl"),
-    "tests": Part(tests("not fp32", "tests.jsonl"), 400.0, TESTS, "tests.jsonl"),
+    "tests": tests("not fp32", 400.0, "tests.jsonl"),
     "tune": Part(kernels("tune"), 400.0, files="tune_kernels*.jsonl"),
     "rivals": Part(kernels("bench"), 300.0, files="bench_kernels_*.jsonl"),
     "bundled": Part(bundled, 200.0, files="bundled/*.jsonl", bundled=True),
     "float32": Part(float32, 400.0, files="check_float32_*.jsonl"),
-    "tests32": Part(tests("fp32", "tests32.jsonl"), 500.0, TESTS, "tests32.jsonl"),
+    "tests32": tests("fp32", 500.0, "tests32.jsonl"),
 }
 
 

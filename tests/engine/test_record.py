@@ -102,9 +102,31 @@ def test_a_conversation_becomes_a_readable_trace(
     assert shared >= len(first.tokens) - 8 and len(second.tokens) > shared
     assert len(second.output) > 2
     if tokenizer is not None and keeps_text:
-        assert tokenizer.decode(lines[1]["output"]) == "It is alpha.\n"
+        assert tokenizer.decode(lines[1]["output"]) == "It is alpha."
     result = simulate(str(path), gib=[1.0], processes=1)
     assert result.runs[0].requests == 2
+
+
+def test_a_recording_replays_with_the_hits_of_the_engine(tmp_path: Path) -> None:
+    """Answers of all lengths around the grid of 64; every fourth one is cut off."""
+    path, messages, used = tmp_path / "log.jsonl", list[Any](), list[Any]()
+    with proxied(path, True, ByteTokenizer()) as (client, engine):
+        for turn in range(12):
+            messages.append({"role": "user", "content": "more " * 3})
+            ids = engine.tokenizer.encode("x" * (20 + turn) + "<|im_end|>")
+            answer = client.chat.completions.create(
+                model=engine.engine.model_name,
+                messages=messages,
+                seed=engine.sampler.add(ids),
+                max_tokens=10 if turn % 4 == 3 else 99,
+            )
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+            used.append(answer.usage)
+        lines = lines_of(path, 12)
+    assert [len(line["tokens"]) for line in lines] == [one.prompt_tokens for one in used]
+    assert [len(line["output"]) for line in lines] == [one.completion_tokens for one in used]
+    cached = sum(one.prompt_tokens_details.cached_tokens for one in used)
+    assert simulate(str(path), gib=[1.0], processes=1).runs[0].cached_tokens == cached > 0
 
 
 class Upstream:

@@ -262,3 +262,20 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
     with pytest.raises(BadRecordError, match="line 3: the prompt is empty"):
         next(requests)
     assert len(list(open_trace(f"{path}?head=2"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("records", "line"),
+    [
+        ([{"timestamp": 0}, {"timestamp": "2026-03-01T09:00:00"}], 2),
+        ([{"timestamp": "2026-03-01T09:00:00"}, {"timestamp": 5}], 2),
+        ([{"timestamp": 0}, {}], 2),
+        ([{"format": "hybridcache", "version": 7, "unit": 1}, {}], 1),
+    ],
+    ids=["date after number", "number after date", "one without", "version"],
+)
+def test_kinds_of_times_and_versions_are_not_mixed(
+    tmp_path: Path, records: list[dict[str, Any]], line: int
+) -> None:
+    written = (one if "format" in one else {"tokens": [1, 2]} | one for one in records)
+    assert f"line {line}: " in refusal(str(lines(tmp_path / "t.jsonl", *written)))

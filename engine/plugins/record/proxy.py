@@ -129,9 +129,10 @@ class TraceWriter:
         if exchange.status != 200:
             return b""
         body = json.loads(exchange.body)
-        answer = read_answer(b"".join(exchange.pieces))
+        answer, has_end = read_answer(b"".join(exchange.pieces))
         ids, boundaries = self._prompt(body)
-        output = self._ids(_texts(_message(answer))[1:])
+        # A model draws the first token of END; the template adds the rest to the next prompt.
+        output = self._ids(_texts(_message(answer))[1:2]) + self._ids([END])[:has_end]
         if not self._keeps_text:
             hashed = self._hashed([*ids, *output])
             ids, output = hashed[: len(ids)], hashed[len(ids) :]
@@ -189,15 +190,16 @@ class TraceWriter:
         return hashlib.blake2b(raw, key=self._key, digest_size=8).hexdigest()
 
 
-def read_answer(raw: bytes) -> dict[str, Any]:
+def read_answer(raw: bytes) -> tuple[dict[str, Any], bool]:
     """Return the first choice of an answer, which is one object or events, as a message of the
-    assistant. Incomplete events are omitted. O(size)."""
-    text, reasoning = "", ""
+    assistant, and whether the model ended it. Incomplete events are omitted. O(size)."""
+    text, reasoning, has_end = "", "", False
     calls: dict[int, list[str]] = {}
     for answer in _objects(raw.decode("utf-8", "replace")):
         for choice in answer.get("choices") or ():
             if choice.get("index", 0):
                 continue
+            has_end |= choice.get("finish_reason") in ("stop", "tool_calls")
             said = choice.get("delta") or choice.get("message") or {}
             text += said.get("content") or ""
             reasoning += said.get("reasoning_content") or said.get("reasoning") or ""
@@ -214,7 +216,7 @@ def read_answer(raw: bytes) -> dict[str, Any]:
             {"type": "function", "function": {"name": name, "arguments": arguments}}
             for _, (name, arguments) in sorted(calls.items())
         ]
-    return message
+    return message, has_end
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:

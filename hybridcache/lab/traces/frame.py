@@ -169,22 +169,21 @@ def shown(value: object) -> str:
 
 
 class TraceClock:
-    """Times of a file's records: all have one, or none."""
+    """Times of a file's records: all have a number, all a date, or none has a time."""
 
     def __init__(self) -> None:
         self._now = -1.0
-        self._has_times: bool | None = None
-        """Whether the first record has a time; None before it."""
+        self._kind: str | None = None
+        """Kind of the first record's time; None before it."""
 
-    def at(self, when_s: float | None) -> float:
+    def at(self, when_s: float | None, is_date: bool = False) -> float:
         """Return ``when_s``, or a second after the record before if no record has a time. Raises
-        ValueError if only some have one."""
-        has_time = when_s is not None
-        if self._has_times is None:
-            self._has_times = has_time
-        elif self._has_times != has_time:
-            here, above = ("a time", "no time") if has_time else ("no time", "one")
-            raise ValueError(f"it has {here}, but the records above have {above}")
+        ValueError if the kinds differ."""
+        kind = "no time" if when_s is None else "a date" if is_date else "a number as its time"
+        if self._kind is None:
+            self._kind = kind
+        elif self._kind != kind:
+            raise ValueError(f"it has {kind}, but the records above have {self._kind}")
         self._now = self._now + 1.0 if when_s is None else when_s
         return self._now
 

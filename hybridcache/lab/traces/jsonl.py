@@ -56,6 +56,9 @@ class OwnReader(FileReader):
         line, record = next(json_lines(self.path, BadRecords(skip=True)), (1, Record()))
         record = record if "format" in record else Record()
         try:
+            if record.get("version", 1) != 1:
+                version = record["version"]
+                raise ValueError(f"version is {version!r}, and this release reads version 1 only")
             unit = record.whole("unit", least=1) if "unit" in record else 1
             return unit, record.optional(record.text, "counted_by", "")
         except ValueError as error:
@@ -88,7 +91,8 @@ class OwnReader(FileReader):
                 raise ValueError(f"boundaries is outside of the prompt's {len(tokens)} ids")
             partial = record.whole("partial", 1, unit) if record.first(("partial",)) else None
             output, answer = _answer(record, unit, fresh)
-            time = record.optional(record.moment, "time" if "time" in record else "timestamp", None)
+            field = "time" if "time" in record else "timestamp"
+            time = record.optional(record.moment, field, None)
             request = TraceRequest(
                 0.0,
                 session,
@@ -103,7 +107,7 @@ class OwnReader(FileReader):
                 record.optional(record.text, "stop_reason", ""),
                 record.optional(record.flag, "session_end", False),
             )
-            now_s = clock.at(time)
+            now_s = clock.at(time, isinstance(record.get(field), str))
             last[session] = np.concatenate((tokens, output))
             yield request._replace(timestamp_s=now_s)
 
@@ -115,7 +119,9 @@ def _prompt(record: Record, before: Tokens) -> Tokens:
     if "prefix" in record:
         prefix = record.ids("prefix")
         if not len(prefix) or prefix[0] > len(before):
-            raise ValueError(f"prefix must begin with the ids to keep, of {len(before)} at most")
+            raise ValueError(
+                f"prefix must begin with the number of ids to keep, at most {len(before)} here"
+            )
         tokens = np.concatenate((before[: prefix[0]], prefix[1:]))
     elif "tokens" in record:
         tokens = record.ids("tokens")

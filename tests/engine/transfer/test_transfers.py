@@ -160,19 +160,21 @@ def test_a_drain_finishes_the_prefix_in_progress_and_refuses_new_ones(
     prefilling = AsyncEngine(engine)
     prefilling.start()
     first, late = (decode_engine(port_of(engine), transfer_timeout_s=60.0) for _ in range(2))
-    # The first one has enough steps for a drain that begins late on a busy machine.
-    prompts = [text(90, 1500)], [text(91, 300)]
+    prompts = [text(90, 300)], [text(91, 300)]
     expected = [plain.generate(one, GREEDY)[0].output.tolist() for one in prompts]
     with ThreadPoolExecutor() as pool:
         answering = pool.submit(first.generate, prompts[0], GREEDY)
         while not engine.requests:
             time.sleep(0.01)
         draining = pool.submit(asyncio.run, prefilling.drain())
-        while engine.plugins["disaggregation"]._is_accepting:
-            permits.release()
-            time.sleep(0.1)
+        plugin = engine.plugins["disaggregation"]
+        while plugin._is_accepting and not prefilling._channel.host._commands:
+            time.sleep(0.01)  # The step in progress waits for a permit, and the drain for the step.
+        permits.release()
+        while plugin._is_accepting:
+            time.sleep(0.01)
         [own] = late.generate(prompts[1], GREEDY)
-        [outgoing] = engine.plugins["disaggregation"]._active
+        [outgoing] = plugin._active
         deadline = time.monotonic() + 20
         while not (num_early := outgoing.num_taken_bytes) and time.monotonic() < deadline:
             time.sleep(0.01)
