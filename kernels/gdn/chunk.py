@@ -200,13 +200,14 @@ def scan_kernel(
             i_matrix = (i * HV + i_head) * 2
             p_matrix = p_matrices + i_matrix * BT * BT + o_matrix
             p_vector = p_vectors + i_matrix * 2 * BT + o_t
-            b_k = tl.load(p_k + o_token[:, None] * stride_k, mask=m_token & m_k, other=0.0)
             b_q = tl.load(p_q + o_token[:, None] * stride_q, mask=m_token & m_k, other=0.0)
+            b_operand = b_state.to(b_q.dtype)
+            # Before the key is loaded, so that only one of them is in shared memory.
+            b_read = tl.dot(b_q, b_operand, input_precision="ieee")  # [BT, BV]
+            b_k = tl.load(p_k + o_token[:, None] * stride_k, mask=m_token & m_k, other=0.0)
             b_v = tl.load(p_v + o_token[:, None] * stride_v, mask=m_token & m_v, other=0.0)
 
-            b_operand = b_state.to(b_k.dtype)
-            b_recalled = tl.dot(b_k, b_operand, input_precision="ieee")  # [BT, BV]
-            b_read = tl.dot(b_q, b_operand, input_precision="ieee")
+            b_recalled = tl.dot(b_k, b_operand, input_precision="ieee")
             b_new = b_v.to(tl.float32) - b_recalled * tl.load(p_vector)[:, None]
             b_new = tl.dot(tl.load(p_matrix), b_new.to(b_k.dtype), input_precision="ieee")
             b_out = b_read * tl.load(p_vector + BT)[:, None]
