@@ -129,7 +129,9 @@ def sweep_table(result: SweepRuns, word: str = "hit") -> str:
         shares = (f"{100 * run.gib * GIB / whole:.3g}" for run in first)
         rows.append(["(% of working set)", *shares])
     table = f"{title}\n{text_table(header, rows)}"
-    return "\n".join([table, *bypass_notes(result), *notes_on(result, [word]), *tier_notes(result)])
+    intervals = interval_notes(result) if word == "hit" else []
+    notes = [*intervals, *notes_on(result, [word]), *tier_notes(result)]
+    return "\n".join([table, *bypass_notes(result), *notes])
 
 
 def bypass_notes(result: SweepRuns) -> list[str]:
@@ -355,8 +357,6 @@ def tier_notes(result: SweepRuns) -> list[str]:
 def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Return the notes under a table or figure of the metrics ``words``."""
     notes = plan_notes(result) if "optimum" in words else []
-    if "hit" in words:
-        notes += interval_notes(result)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes += [f"prefill times: {result.times}", *floor_notes(result)]
     if any(weighs_as_another(run) for run in result.runs):
