@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hybridcache.api import Losses
 from hybridcache.command.extras import explain_missing
-from hybridcache.geometry.units import GIB
+from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.report import (
     LOSSES_NOTE,
     METRICS,
@@ -45,6 +45,16 @@ _TRUETYPE = {"pdf.fonttype": 42, "ps.fonttype": 42}
 """Text in PDF files stays text."""
 _FONTS = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, **_TRUETYPE}
 Draw = TypeVar("Draw", bound=Callable[..., Any])
+
+
+def figure_path(path: str | Path) -> Path:
+    """Return the path of a figure. ValueError if no figure can be written there."""
+    path = Path(path)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path}: the name of a figure must end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent} for this figure")
+    return path
 
 
 @explain_missing()
@@ -93,7 +103,7 @@ class Plot:
             draw_limits(ax, self.result)
         size_axis(ax, sizes=_sizes([self.result]))
         ax.set_ylabel(found.title)
-        ax.legend()
+        _legend_below(ax)
         return ax
 
     def losses(
@@ -207,7 +217,7 @@ def _sizes(results: Sequence[SweepRuns]) -> list[float]:
 
 def _facts(result: SweepRuns) -> list[str]:
     """Return the parts of a title: trace, number of requests, and model."""
-    num_requests = f"{result.runs[0].requests:,} requests" if result.runs else "no requests"
+    num_requests = counted(result.runs[0].requests, "request") if result.runs else "no requests"
     return [result.trace, num_requests, result.geometry.name]
 
 
@@ -486,8 +496,7 @@ def save(
     area = (0, added / height, 1, 1 - added / height)
     figure.set_layout_engine("constrained", rect=area)
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
+        figure.savefig(figure_path(path), dpi=130)
     return figure
 
 
@@ -502,7 +511,7 @@ def optimum_figure(found: Sequence[Optimum], path: str | Path | None) -> Figure:
     axes[0].set_ylim(0, 100)
     size_axis(axes[0], sizes=sorted(sizes))
     axes[0].set_ylabel(METRICS["hit"].title)
-    facts = [found[0].trace, f"{found[0].num_requests:,} requests"]
+    facts = [found[0].trace, counted(found[0].num_requests, "request")]
     set_titles(figure, axes, [facts])
     return save(figure, axes, path)
 

@@ -197,6 +197,8 @@ def verdict(result: SweepRuns) -> str:
     wins = dict.fromkeys(labels, 0)
     for run in ours:
         wins[run.label] += ties(run, best[run.gib])
+    if not any(run.hits for run in best.values()):
+        return "no policy has a hit at any of these sizes"
     most = max(wins.values())
     means = {
         label: sum(run.token_hit_rate for run in ours if run.label == label) for label in labels
@@ -212,10 +214,9 @@ def verdict(result: SweepRuns) -> str:
     names = (shlex.quote(str(name)) for name in (largest.config.policy, largest.config.checkpoints))
     command += " --eviction {} --checkpoints {}".format(*names)
     names_first = ", ".join(first)
-    return (
-        f"{names_first} {has} the most hits, or no fewer by the intervals, at {sizes}; "
-        f"to serve: {command}"
-    )
+    has_intervals = len(largest.by_session) >= FEWEST_UNITS
+    equal = ", or no fewer by the intervals," if has_intervals else ""
+    return f"{names_first} {has} the most hits{equal} at {sizes}; to serve: {command}"
 
 
 def _served_as(result: SweepRuns) -> str:
@@ -288,7 +289,9 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
             same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
             rows.append([f"{admission}, {rate:g}", *_closed_loop_cells(same, has_tenants)])
         size = "" if gib is None else f", {gib:.3g} GiB"
-        title = f"{first.trace}{size}, {label}: {first.num_requests:,} requests in closed loop"
+        title = (
+            f"{first.trace}{size}, {label}: {counted(first.num_requests, 'request')} in closed loop"
+        )
         notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
         if first.num_sessions == first.num_requests:
             notes.append(
@@ -297,7 +300,7 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
             )
         refused = max(run.num_refused for run in chosen)
         if refused:
-            notes.append(f"{refused:,} requests longer than the memory were left out")
+            notes.append(f"left out: {counted(refused, 'request')} longer than the memory")
         if times:
             notes.append(f"step times: {times}")
         seeds = len({run.seed for run in chosen})
@@ -356,7 +359,7 @@ def tier_notes(result: SweepRuns) -> list[str]:
 
 def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Return the notes under a table or figure of the metrics ``words``."""
-    notes = plan_notes(result) if "optimum" in words else []
+    notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes += [f"prefill times: {result.times}", *floor_notes(result)]
     if any(weighs_as_another(run) for run in result.runs):
@@ -390,13 +393,16 @@ def floor_notes(result: SweepRuns) -> list[str]:
 
 
 def no_hit_note(run: RunResult) -> str:
-    """Explain a peer that cannot hit because its page is longer than every prompt; else empty."""
-    page, longest = run.page_tokens, run.longest_prompt
-    if page is None or longest is None or longest > page:
+    """Explain a competitor that cannot hit because its page, or the grid of checkpoints, is longer
+    than every prompt; else empty."""
+    page, name = run.page_tokens, "its pages have"
+    if run.config.baseline is None:
+        page, name = run.config.grid, "checkpoints are saved every"
+    if run.hits or page is None or run.longest_prompt is None or run.longest_prompt > page:
         return ""
     return (
-        f"{run.label}: no hit is possible, because its pages have {page:,} tokens and the "
-        f"longest prompt has {longest:,}"
+        f"{run.label}: no hit is possible, because {name} {page:,} tokens and the longest prompt "
+        f"has {run.longest_prompt:,}"
     )
 
 
@@ -426,13 +432,16 @@ def above_plan(run: RunResult) -> bool:
     return run.share_of_optimum is not None and run.share_of_optimum > 1
 
 
-def plan_notes(result: SweepRuns) -> list[str]:
-    """Explain "best plan" and the star."""
+def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
+    """Explain the plan with hindsight, and the star."""
     planned = [run for run in result.runs if run.optimum_tokens]
-    if not planned:
+    if not planned or not {"hit", "optimum"} & set(words):
         return []
-    notes = ["best plan: a clairvoyant greedy's, which is not always the optimum"]
-    if any(map(above_plan, planned)):
+    notes = [
+        "best plan with hindsight: a greedy's, which is not always the optimum; running requests "
+        "take none of its memory"
+    ]
+    if "optimum" in words and any(map(above_plan, planned)):
         notes.append(
             "* above the plan, which is no bound for it: the plan is a greedy's or keeps to a "
             "coarser grid than this cache, or this "

@@ -193,6 +193,10 @@ class GuardedPlacement(_Guard, PlacementPolicy):
                     f"plan returned {placed!r}; return Placed(position, label) with an integer and "
                     "a string"
                 )
+            if not 0 <= placed[0] <= prefill.prompt_len:
+                raise self._error(
+                    f"plan returned {placed!r}; the position must be in [0, {prefill.prompt_len}]"
+                )
             wanted.append(Placed(int(placed[0]), placed[1]))
         return wanted
 

@@ -49,7 +49,7 @@ def load(spec: str, protocol: type[Any]) -> OwnPolicy:
             keywords = {part.arg: ast.literal_eval(part.value) for part in call.keywords}
         except (SyntaxError, ValueError, TypeError, AttributeError):
             raise ValueError(
-                f"{spec!r}: write module:Class(alpha=2), with numbers, strings and lists"
+                f"{spec!r}: write module:Class(alpha=2), with numbers, lists, and strings in quotes"
             ) from None
     found = getattr(import_module(spec, module_name), class_name, None)
     if not isinstance(found, type):

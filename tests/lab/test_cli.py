@@ -131,7 +131,7 @@ def test_skipped_bad_records_are_counted_by_every_command(
     trace.write_text('{"tokens": [1, 2, 3]}\n{"tokens": []}\n{"tokens": [1, 2, 4]}\n')
     for command in (["simulate"], ["optimum"]):
         code, _, error = run(capsys, *command, "--trace", str(trace), "--gib", "1", "--skip-bad")
-        assert code == 0 and "2 requests, 1 bad records left out" in error
+        assert code == 0 and "2 requests, 1 bad record left out" in error
     trace.write_text('{"tokens": []}\n{"tokens": []}\n')
     for first in (["trace", "stats"], ["simulate", "--trace"], ["optimum", "--trace"]):
         code, _, error = run(capsys, *first, f"jsonl:{trace}", "--skip-bad")

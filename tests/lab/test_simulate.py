@@ -47,7 +47,8 @@ from hybridcache.lab.simulation.target import (
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.policies.eviction.scored import ScorePolicy
+from hybridcache.policies.protocol import EvictionPolicy, Item
 from hybridcache.policies.registry import EVICTION
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -446,6 +447,26 @@ def test_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None
         else:
             assert row["cached_tokens"] + sum(lost) == row["prompt_tokens"]
     json.dumps(rows)
+
+
+def test_failed_runs_have_no_row_but_a_warning() -> None:
+    class Broken(ScorePolicy):
+        def score(self, item: Item) -> float:
+            return float("nan")
+
+    result = simulate("short?head=60", gib=0.5, policy=["lru", Broken], bound=False)
+    with pytest.warns(UserWarning, match="^1 run failed, see failures: .*Broken"):
+        assert [row["label"] for row in result.to_dicts()] == ["lru"]
+
+
+def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"tokens": [1, 2, 3]}\n' * 2)
+    result = simulate(str(path), gib=1, policy=["lru", "fifo"])
+    assert result.verdict() == "no policy has a hit at any of these sizes"
+    assert "saved every 64 tokens and the longest prompt has 3" in result.table()
+    found = simulate("short?head=30", gib=1, policy=["lru", "fifo"]).verdict()
+    assert re.match(r"\w+, \w+ have the most hits.* at the only size; to serve:", found)
 
 
 # --- Plots --------------------------------------------------------------------------------------

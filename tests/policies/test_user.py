@@ -131,6 +131,11 @@ class Half(Thirds):
         yield Placed(prefill.prompt_len / 2, "half")
 
 
+class Beyond(Thirds):
+    def plan(self, prefill):
+        yield Placed(prefill.prompt_len + 1, "beyond")
+
+
 class Lost(Thirds):
     def plan(self, prefill):
         raise RuntimeError("no idea")
@@ -172,11 +177,11 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
             "Raises",
             "score raised AttributeError: .* has no attribute 'nothing' .user_policies.py, line 30",
         ),
-        ("NaN", r"NaN.score returned \(1.0, nan\) for a checkpoint item: a number or a tuple"),
+        ("NaN", r"NaN.score returned \(1.0, nan\) for a .*\(user_policies.py, line \d+\)"),
         ("Nothing", "Nothing.score returned None for a checkpoint item"),
         ("Word", "Word.score returned 'high' for a checkpoint item: a number or a tuple of"),
         ("Words", r"Words.score returned \(1.0, '\w+'\) for a checkpoint item"),
-        ("Arguments(weight=x)", r"write module:Class\(alpha=2\), with numbers, strings and lists"),
+        ("Arguments(weight=x)", r"write module:Class\(alpha=2\), with numbers, lists, and strings"),
         ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
         ("Foreign", "victim.* returned .* which is not a candidate of that kind"),
@@ -192,6 +197,21 @@ def test_an_error_in_a_custom_policy_is_one_line(
     assert main([*command, "--policy", f"user_policies:{name}"]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("hybridcache: ") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Bare", r"plan returned \d+; return Placed\(position, label\)"),
+        ("Half", r"plan returned Placed\(position=\d+\.\d, .* with an integer and a string"),
+        ("Beyond", r"plan returned .*; the position must be in \[0, \d+\]"),
+        ("Lost", r"plan raised RuntimeError: no idea .user_policies.py, line \d+"),
+        ("Often", "decode_interval returned 'often'; return the number of tokens"),
+    ],
+)
+def test_an_error_in_a_custom_placement_is_one_sentence(name: str, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        simulate("short?head=60", gib=1, checkpoints=f"user_policies:{name}", bound=False)
 
 
 class Weighted(ScorePolicy):

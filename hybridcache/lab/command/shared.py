@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from hybridcache.geometry.units import counted
+
 if TYPE_CHECKING:
     from hybridcache.lab.trace import Trace
 
@@ -92,8 +94,8 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
         num_requests = sum(1 for _ in trace)
         if not num_requests:
             raise ValueError(f"{spec}: {trace.is_empty_because}")
-        left_out = f"{trace.bad.count} bad records left out"
-        print(f"{spec}: {num_requests} requests, {left_out}", file=sys.stderr)
+        found, left_out = counted(num_requests, "request"), counted(trace.bad.count, "bad record")
+        print(f"{spec}: {found}, {left_out} left out", file=sys.stderr)
     return trace
 
 
@@ -106,10 +108,8 @@ def refuse(options: argparse.Namespace, defaults: Mapping[str, Any], reason: str
 
 
 def check_figure(options: argparse.Namespace) -> None:
-    """Create the folder of ``--figure``. ValueError if no figure can be written to that file,
-    OSError if the folder cannot be created."""
-    path = options.figure
-    if path is not None:
-        if path.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--figure {path}: its name must end in .png, .svg or .pdf")
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Raise ValueError if no figure can be written to the file of ``--figure``."""
+    from hybridcache.lab.figures import figure_path
+
+    if options.figure is not None:
+        figure_path(options.figure)

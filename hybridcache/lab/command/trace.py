@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from hybridcache.geometry.units import counted
 from hybridcache.lab.command.shared import TRACE_HELP, share
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def _trace_convert(options: argparse.Namespace) -> int:
             num_requests = write_mooncake(trace, file, options.block)
         if not num_requests:
             raise ValueError(f"{options.trace}: {trace.is_empty_because}")
-    print(f"{num_requests} requests to {target}, {trace.bad.count} bad records left out")
+    found, left_out = counted(num_requests, "request"), counted(trace.bad.count, "bad record")
+    print(f"{found} to {target}, {left_out} left out")
     return 0
 
 

@@ -20,6 +20,7 @@ True
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
-from hybridcache.geometry.units import GIB
+from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.optimum.trie import Placement
@@ -66,10 +67,14 @@ class SimulationResult(SweepRuns):
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per run: its settings, rates, times and lost tokens by cause.
 
-        Loss causes are ``lost_`` and the cause; None where a rebuilt peer does not tell. O(runs).
+        Loss causes are ``lost_`` and the cause; None where a rebuilt peer does not tell. Warns if
+        runs failed, because they have no dictionary. O(runs).
         """
         from hybridcache.lab.report import flat_record
 
+        if self.failures:
+            failed = counted(len(self.failures), "run")
+            warnings.warn(f"{failed} failed, see failures: {self.failures[0]}", stacklevel=2)
         return [flat_record(run) for run in self.runs]
 
     def table(self, metric: str = "hit") -> str:

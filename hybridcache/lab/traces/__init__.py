@@ -228,6 +228,8 @@ def recognise(path: Path) -> str:
     for word, reader in READERS.items():
         if reader.is_csv == is_csv and reader.recognises(first):
             return word
+    if not is_csv and {"tokens", "prefix"} & first.keys():
+        return OwnReader.word  # its error names the value
     kind, form, formats = "field", "messages", f"; formats: {', '.join(READERS)}"
     if is_csv:
         kind, form, formats = "column", "csv", f". {COUNTS_ALONE}"

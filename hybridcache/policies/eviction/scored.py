@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 from math import inf
+from pathlib import Path
 from typing import Any, cast
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
@@ -201,9 +202,11 @@ def _checked(policy: ScorePolicy | SampledPolicy, item: Item) -> Score:
             return cast(Score, score)
     except (TypeError, ValueError):
         pass  # not a number
+    code = getattr(type(policy).score, "__code__", None)  # None if it is not a plain function
+    where = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
     raise PolicyError(
         f"{type(policy).__name__}.score returned {score!r} for a {item.kind} item: "
-        "a number or a tuple of numbers is required"
+        f"a number or a tuple of numbers is required{where}"
     )
 
 
