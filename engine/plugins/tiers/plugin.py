@@ -256,10 +256,14 @@ class TierPlugin(Plugin):
     exchange: MeasuredExchange
 
     def __init__(self, config: EngineConfig) -> None:
+        """Raise StoreError if the folder cannot be used: before the model is loaded, which takes
+        minutes."""
         super().__init__(config)
         self._sizes = TierSizes()
         state_dir = config.of(TierConfig).state_dir
         self.folder = None if state_dir is None else Path(state_dir)
+        if self.folder is not None:
+            RecordStore.claim(self.folder).close()
         self.disk: Disk | None = None
         self.policy_state: PolicyStateFile | None = None
 

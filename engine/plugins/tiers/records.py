@@ -118,24 +118,34 @@ class RecordStore:
                 it, or it cannot be written.
                 Nothing in it was changed.
         """
+        store = cls.claim(folder, max_bytes)
+        try:
+            has_records = any(name.endswith(SUFFIX) for name in store._names())
+            store._digest = check_fingerprint(folder, fields, has_records=has_records)
+        except OSError as error:
+            store.close()
+            raise _unusable(folder, error) from error
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def claim(cls, folder: Path, max_bytes: int = 0) -> RecordStore:
+        """Lock the folder, which is made if there is none. Raises the errors of ``open`` that do
+        not concern the fingerprint."""
         try:
             if folder.is_file():
                 raise StoreError(f"{folder} is a file: use a folder, or the name of a new one.")
             folder.mkdir(parents=True, exist_ok=True)
-            folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            store = cls(folder, max_bytes, os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
             try:
-                store = cls(folder, max_bytes, folder_fd)
                 store._lock_fd = store._lock()
-                has_records = any(name.endswith(SUFFIX) for name in store._names())
-                store._digest = check_fingerprint(folder, fields, has_records=has_records)
             except BaseException:
                 store.close()
                 raise
         except OSError as error:
-            raise StoreError(
-                f"The folder {folder} cannot be made or written ({error.strerror}): give another "
-                "--state-dir, or make it writable."
-            ) from error
+            raise _unusable(folder, error) from error
         return store
 
     def __len__(self) -> int:
@@ -329,6 +339,13 @@ class RecordStore:
                     left[0] = left[0][count:]
         finally:
             os.close(file)
+
+
+def _unusable(folder: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"The folder {folder} cannot be made or written ({error.strerror}): give another "
+        "--state-dir, or make it writable."
+    )
 
 
 def record_bytes(meta_bytes: int, payload_bytes: int) -> int:

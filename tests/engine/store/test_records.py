@@ -16,6 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine import Engine
+from engine.plugins import engine_config
 from engine.plugins.tiers.fingerprint import NAME, StoreError, check_fingerprint
 from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
 
@@ -254,3 +256,13 @@ def test_a_new_fingerprint_is_synced_before_use(
         monkeypatch.setattr(os, name, recorded(name))
     check(tmp_path, FIELDS)
     assert calls == ["fsync", "rename", "fsync folder"]
+
+
+def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.engine.load", lambda config: pytest.fail("the model was loaded"))
+    first, _ = reopen(tmp_path)
+    with pytest.raises(StoreError, match="Another engine uses"):
+        Engine(engine_config(state_dir=str(tmp_path)))
+    first.close()
