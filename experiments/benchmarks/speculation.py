@@ -33,8 +33,8 @@ from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import ByteTokenizer
+from experiments import texts
 from experiments.provenance import RESULTS, write_json_lines
-from experiments.training import corpus, tasks
 
 DRAFTS = ("none", "tree", "mtp", "tree,mtp")
 Thread = list[str]
@@ -43,11 +43,11 @@ Thread = list[str]
 
 def agent(rng: random.Random) -> Thread:
     """Return every prompt of a chat with tool calls, twice."""
-    messages = tasks.tool_chat(rng)
+    messages = texts.tool_chat(rng)
     return [
         prompt
         for rank in _answers(messages)
-        for prompt in [_rendered(messages[:rank], tasks.TOOLS)] * 2
+        for prompt in [_rendered(messages[:rank], texts.TOOLS)] * 2
     ]
 
 
@@ -59,13 +59,13 @@ def edit(rng: random.Random) -> Thread:
 
 def chat(rng: random.Random) -> Thread:
     """Return the prompts of a small chat."""
-    messages = tasks.chat(rng)
+    messages = texts.chat(rng)
     return [_rendered(messages[:rank]) for rank in _answers(messages)]
 
 
 def few_shot(rng: random.Random) -> Thread:
     """Return a word problem after four solved ones."""
-    return [tasks.few_shot(rng, 4)[0]]
+    return [texts.few_shot(rng, 4)[0]]
 
 
 def fresh(rng: random.Random) -> Thread:
@@ -96,7 +96,7 @@ def _rendered(messages: Sequence[dict[str, object]], tools: object = None) -> st
 
 def _code(rng: random.Random, num_bytes: int) -> str:
     """Return ``num_bytes`` of a held-out module, from the start of a line."""
-    text = rng.choice([source for source in corpus.sources(held_out=True) if len(source) > 4000])
+    text = rng.choice([source for source in texts.sources(held_out=True) if len(source) > 4000])
     start = text.index("\n", rng.randrange(len(text) - 2 * num_bytes - 500)) + 1
     return text[start : start + num_bytes]
 

@@ -33,9 +33,9 @@ from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from engine.text.tokenizer import ByteTokenizer
+from experiments import texts
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.studies.common import show
-from experiments.training import corpus, tasks
 
 DTYPES = (
     "auto",
@@ -53,18 +53,18 @@ GOAL = 0.01
 """Accepted cost of a format, in nats per token."""
 
 
-def texts(kind: str, count: int, length: int) -> list[np.ndarray]:
+def pieces(kind: str, count: int, length: int) -> list[np.ndarray]:
     """Return ``count`` held-out texts of a kind, each with ``length`` bytes."""
     encode = ByteTokenizer().encode
     if kind == "code":
-        code = encode("".join(corpus.sources(held_out=True)))
+        code = encode("".join(texts.sources(held_out=True)))
         starts = np.linspace(0, len(code) - length, count).astype(int)
         return [np.array(code[start : start + length], np.int32) for start in starts]
     rng, found = random.Random("checkpoint dtype"), []
     for _ in range(count):
         text = ""
         while len(text) < length:
-            prompt, problem = tasks.few_shot(rng, 4)
+            prompt, problem = texts.few_shot(rng, 4)
             text += f"{prompt} {problem.working}\n"
         found.append(np.array(encode(text)[:length], np.int32))
     return found
@@ -107,7 +107,7 @@ def costs(count: int, length: int) -> list[dict[str, Any]]:
     """Return one record per format and kind of text."""
     records: list[dict[str, Any]] = []
     exact: dict[str, list[torch.Tensor]] = {}
-    texts_of = {kind: texts(kind, count, length) for kind in ("code", "problems")}
+    texts_of = {kind: pieces(kind, count, length) for kind in ("code", "problems")}
     for dtype in DTYPES:
         resumer = Resumer(dtype)
         for kind, batch in texts_of.items():

@@ -1,17 +1,19 @@
-"""Generated tasks with answers that can be checked, drawn from a seed.
+"""Texts for measurements: tasks drawn from a seed, and the Python standard library.
 
-The tasks are word problems in one to three steps, sums, look-ups in a table, copying, and short
-chats with tool calls. Every text has the form of the server's built-in chat template or of a plain
-completion, so prompts look like the training data. Names, things and numbers are drawn. No text of
-a person is used.
+The tasks are word problems in one to three steps and short chats, also with tool calls. Names,
+things and numbers are drawn. No text of a person is used. The modules are under the PSF License
+(``LICENSE.txt`` of Python). The built-in model was trained on such tasks and modules, except one
+module in thirty.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
-import re
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -127,48 +129,6 @@ def few_shot(rng: random.Random, shots: int, num_steps: int | None = None) -> tu
     return "\n".join([*blocks, f"Question: {problem.question}\nAnswer:"]), problem
 
 
-def answer_of(text: str) -> int | None:
-    """Return the number after the first ``####``, or None if there is none."""
-    _, mark, rest = text.partition("####")
-    digits = rest.strip().split()[:1]
-    number = digits[0].rstrip(".,").replace(",", "") if mark and digits else ""
-    return int(number) if number.lstrip("-").isdecimal() else None
-
-
-def look_up(rng: random.Random, rows: int, answered: int = 0) -> tuple[str, str]:
-    """Return (prompt, value). The prompt is a table of ``rows`` keys and a question for one of
-    them.
-
-    ``answered`` questions with their answers precede the question.
-    """
-    keys = [f"{rng.choice(KEYS)}-{rng.randint(10, 99)}" for _ in range(rows)]
-    keys = list(dict.fromkeys(keys))
-    values = [str(rng.randint(100, 999)) for _ in keys]
-    table = [f"{key} = {value}" for key, value in zip(keys, values, strict=True)]
-    before = [f"Look up: {row}" for row in rng.choices(table, k=answered)]
-    rank = rng.randrange(len(keys))
-    lines = ["Table:", *table, "", *before, f"Look up: {keys[rank]} ="]
-    return "\n".join(lines), f" {values[rank]}"
-
-
-def sums(rng: random.Random) -> str:
-    """Return lines like those of a word problem's working, with drawn numbers."""
-    lines = []
-    for _ in range(rng.randint(6, 16)):
-        value = rng.randint(2, rng.choice((MOST // 4, MOST)))
-        _, sign, amount = _step(rng, value, "", "", "", "")
-        after = {"+": value + amount, "-": value - amount, "*": value * amount}[sign]
-        lines.append(f"{value} {sign} {amount} = {after}.\n")
-    return "".join(lines)
-
-
-def copying(rng: random.Random) -> tuple[str, str]:
-    """Return (prompt with a text to repeat, the text)."""
-    words = [rng.choice((*KEYS, *THINGS, *NAMES)) for _ in range(rng.randint(4, 24))]
-    text = " ".join(words) + f" {rng.randint(1000, 9999)}"
-    return f"Repeat exactly: {text}\nRepeated:", f" {text}"
-
-
 ASSISTANT = "You are a helpful assistant."
 
 
@@ -259,58 +219,34 @@ def chat(rng: random.Random) -> list[dict[str, Any]]:
     return messages
 
 
-def problem_chat(rng: random.Random) -> list[dict[str, Any]]:
-    """Return messages: a word problem and its working."""
-    problem = word_problem(rng, rng.choice((1, 1, 2, 2, 3)))
-    return [
-        {"role": "user", "content": problem.question},
-        {"role": "assistant", "content": problem.working},
-    ]
+EXCLUDED = ("site-packages", "dist-packages", "__pycache__", "/test/", "/tests/", "/idle_test/")
+MAX_BYTES = 120_000
+"""Maximum size of one file. A few generated tables have megabytes."""
+HELD_OUT = 30
+"""One module in this many is held out."""
 
 
-Render = Callable[..., str]
-"""Signature of ``ChatTemplate.render``: messages, and ``tools=``."""
+def sources(held_out: bool) -> Iterator[str]:
+    """Yield the texts of the standard library's modules, in the same order on every machine with
+    the same Python."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if not any(part in f"/{path.relative_to(root).as_posix()}" for part in EXCLUDED)
+    )
+    for name in sorted(paths, key=_digest):
+        if is_held_out(name) != held_out:
+            continue
+        text = (root / name).read_text(encoding="utf-8", errors="replace")
+        if len(text) <= MAX_BYTES:
+            yield f"# {name}\n{text}<|endoftext|>"
 
 
-def sample(rng: random.Random, render: Render) -> str:
-    """Return one text of a task that is drawn by its share.
-
-    ``render`` formats messages as the chat template does.
-    """
-    kind = rng.choices(
-        ("problems", "problem_chat", "sums", "look_up", "copying", "tools", "chat"),
-        (10, 2, 24, 3, 2, 1, 1),
-    )[0]
-    if kind == "problems":
-        prompt, problem = few_shot(rng, rng.choice((0, 2, 4)))
-        return f"{prompt} {problem.working}\n<|endoftext|>"
-    if kind == "sums":
-        return sums(rng) + "<|endoftext|>"
-    if kind == "look_up":
-        table = look_up(rng, rng.choice((4, 8, 16, 24)), answered=rng.randint(4, 12))
-        return "".join(table) + "\n<|endoftext|>"
-    if kind == "copying":
-        return "".join(copying(rng)) + "\n<|endoftext|>"
-    if kind == "tools":
-        return render(tool_chat(rng), tools=rng.sample(TOOLS, len(TOOLS)))
-    return render({"problem_chat": problem_chat, "chat": chat}[kind](rng))
+def is_held_out(name: str) -> bool:
+    """Return True if a module was excluded from training. Depends only on its name."""
+    return int(_digest(name)[:8], 16) % HELD_OUT == 0
 
 
-_ANSWER = re.compile(
-    r"(?:Answer:|Repeated:|Look up: \S+ =)(.*\n)|\d = (\d+\.\n)"
-    r"|<\|im_start\|>assistant\n((?s:.*?)<\|im_end\|>)|(<\|endoftext\|>)"
-)
-
-
-def parts(text: str) -> list[tuple[str, bool]]:
-    """Split a text of ``sample`` into (piece, is_answer).
-
-    Answers follow from the text before them. The other pieces are drawn, so a model can only guess
-    them.
-    """
-    found, end = [], 0
-    for match in _ANSWER.finditer(text):
-        start, stop = match.span(match.lastindex or 0)
-        found += [(text[end:start], False), (text[start:stop], True)]
-        end = stop
-    return [(piece, is_answer) for piece, is_answer in [*found, (text[end:], False)] if piece]
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
