@@ -288,6 +288,8 @@ def _with_key(screen: str, server_config: ServerConfig) -> str:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from msgspec import structs
+
     from engine.requests.spec import RequestSpec, SamplingParams
 
     engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
@@ -297,7 +299,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     )  # Before slow work, because it may raise ValueError.
     texts = arguments.prompt or [sys.stdin.read()]
     from engine.engine import Engine
-    from engine.text.chat_prompt import render_chat
+    from engine.requests.chat_prompt import render_chat
 
     engine = Engine(engine_config)
     sampling = read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
@@ -307,13 +309,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         spec = RequestSpec(text, sampling)
         if arguments.chat:
             chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
-            spec = RequestSpec(
-                chat.token_ids,
-                sampling,
-                boundaries=chat.boundaries,
-                answer_survives=chat.answer_survives,
-                answer_starts_text=True,
-            )
+            spec = structs.replace(chat.spec, sampling=sampling)
         for output in engine.stream(spec):
             if not arguments.json:
                 print(output.new_text, end="", flush=True)
@@ -350,9 +346,10 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
     that is refused, for example because it is too long, is removed from the conversation. Raises
     ValueError if the model has no chat template.
     """
+    from msgspec import structs
+
     from engine.errors import RequestError
-    from engine.requests.spec import RequestSpec
-    from engine.text.chat_prompt import render_chat
+    from engine.requests.chat_prompt import render_chat
 
     tokenizer = engine.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
@@ -364,15 +361,8 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
         for line in _messages_of_user():
             messages.append({"role": "user", "content": line})
             try:
-                prompt = render_chat(tokenizer, messages)
-                spec = RequestSpec(
-                    prompt.token_ids,
-                    sampling,
-                    boundaries=prompt.boundaries,
-                    answer_survives=prompt.answer_survives,
-                    answer_starts_text=True,
-                )
-                output = _print_answer(engine, spec)
+                spec = render_chat(tokenizer, messages).spec
+                output = _print_answer(engine, structs.replace(spec, sampling=sampling))
             except (ValueError, RequestError) as error:
                 print(f"[{error}]", file=sys.stderr, flush=True)
                 messages.pop()

@@ -15,12 +15,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
+from engine.requests.chat_prompt import ChatPrompt, no_chat, render_chat
 from engine.requests.grammar import Grammar
-from engine.requests.spec import RequestSpec
 from engine.server.access import Tenant, choice_id, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unless_gone
@@ -45,7 +46,6 @@ from engine.text.answers import (
     as_message,
     joined,
 )
-from engine.text.chat_prompt import ChatPrompt, no_chat, render_chat
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.replay import Place
 from engine.text.tokenizer import TemplateError
@@ -195,14 +195,11 @@ async def ask(
     grammar = await context.grammar_of(body, calls, prompt.is_thinking, format_name)
 
     specs = (
-        RequestSpec(
-            token_ids,
-            sampling,
-            namespace=tenant.namespace,
-            boundaries=prompt.boundaries,
-            answer_survives=prompt.answer_survives,
+        structs.replace(
+            prompt.spec,
+            prompt=token_ids,
+            sampling=sampling,
             ends_session=body.ends_session,
-            answer_starts_text=not body.continue_final_message,
             call_marks=form.calls.MARKS if form.calls is not None and tools else (),
             request_id=choice_id(answer_id, choice),
             choice_of=answer_id if choice else None,
@@ -254,7 +251,7 @@ class ChatSession:
         """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
         later prompts are known to share. ``output`` is one of the first answer."""
         is_off = self._context.engine.config.prefix_cache == "none"
-        shared = 0 if is_off else max(self.prompt.boundaries, default=0)
+        shared = 0 if is_off else max(self.prompt.spec.boundaries, default=0)
         return {"cache_write_tokens": max(0, shared - output.cached_len)}
 
     def headers(self) -> dict[str, str]:

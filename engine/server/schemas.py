@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Raw
 
+from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import Body, Part, check_nodes, converted, json_object
-from engine.text.chat_prompt import Cut
 from engine.text.json_text import read_json
 
 MAX_MESSAGES = 4096

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.chat_prompt import (
+from engine.requests.chat_prompt import (
     render_chat,
 )
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate, TemplateError
@@ -63,14 +63,14 @@ def test_the_next_turn_of_a_thinking_chat_forks_before_the_end(
     tokenizer = _tokenizer(QWEN35_LIKE)
     variables = {} if thinking is None else {"enable_thinking": thinking}
     prompt = render_chat(tokenizer, CHAT, variables=variables)
-    assert prompt.boundaries[-1] == len(prompt.token_ids) - num_after_boundary
-    assert not prompt.answer_survives
+    assert prompt.spec.boundaries[-1] == len(prompt.token_ids) - num_after_boundary
+    assert not prompt.spec.answer_survives
     turn = [
         {"role": "assistant", "content": "<think>well</think>Yes."},
         {"role": "user", "content": "Go on"},
     ]
     later = render_chat(tokenizer, [*CHAT, *turn], variables=variables)
-    assert _common(prompt.token_ids, later.token_ids) == prompt.boundaries[-1]
+    assert _common(prompt.token_ids, later.token_ids) == prompt.spec.boundaries[-1]
 
 
 EVERYTHING = """\
@@ -115,7 +115,7 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == text
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
     later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
-    assert _common(prompt.token_ids, later.token_ids) in prompt.boundaries
+    assert _common(prompt.token_ids, later.token_ids) in prompt.spec.boundaries
     trusting = render_chat(
         tokenizer, chat, tools=tools, variables=variables, special_in_content=True
     )

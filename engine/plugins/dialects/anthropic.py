@@ -497,7 +497,7 @@ class _MessagesWriter(ChatWriter):
         ``cache_control``.
         """
         prompt, num_cached = self._session.prompt, output.cached_len
-        marked = [*prompt.cuts, *(prompt.boundaries[-1:] if self._body.marks_end else ())]
+        marked = [*prompt.cuts, *(prompt.spec.boundaries[-1:] if self._body.marks_end else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
         return {
             "input_tokens": len(output.prompt_token_ids) - num_cached - num_created,

@@ -51,7 +51,7 @@ async def tokenize(
     if body.messages:
         prompt, _ = await render(context, body, size, tenant)
         token_ids = prompt.token_ids
-        answer["boundaries"] = list(prompt.boundaries)
+        answer["boundaries"] = list(prompt.spec.boundaries)
     else:
         how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
         [token_ids] = await context.encode([body.prompt or ""], how)

@@ -19,9 +19,9 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
+from engine.requests.chat_prompt import render_chat
 from engine.server.api_errors import APIError
 from engine.server.bodies import ClientGone, unless_gone
-from engine.text.chat_prompt import render_chat
 from engine.text.tokenizer import EncodeOptions, TemplateError, Tokenizer
 
 Fields = Mapping[str, Any]
@@ -167,7 +167,7 @@ class TraceWriter:
                     tools=body.get("tools"),
                     variables=body.get("chat_template_kwargs"),
                 )
-                return chat.token_ids, list(chat.boundaries)
+                return chat.token_ids, list(chat.spec.boundaries)
         tools = json.dumps(body["tools"]) if body.get("tools") else ""
         texts = [tools, *(text for message in messages for text in _texts(message))]
         return self._ids([*texts, f"{HEADER}assistant\n"]), []

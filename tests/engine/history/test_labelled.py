@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from engine import RequestSpec
 from engine.plugins.diagnostics.explanations import Explanation, Explanations
+from engine.requests.chat_prompt import render_chat
 from engine.server.access import Tenant
 from engine.server.context import AnsweredChat
 from engine.server.schemas import KNOWN, Message
 from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import as_message
-from engine.text.chat_prompt import render_chat
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from tests.engine.history.scripted import ScriptedEngine
@@ -258,12 +259,7 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[Explanation, Explanat
             pair.prepare(engine)
         parts = {"tools": body.get("tools"), "variables": body.get("variables")}
         prompt = render_chat(tokenizer, body["messages"], **parts)
-        spec = RequestSpec(
-            prompt.token_ids,
-            namespace=namespace,
-            boundaries=prompt.boundaries,
-            answer_survives=prompt.answer_survives,
-        )
+        spec = structs.replace(prompt.spec, namespace=namespace)
         output = engine.answer(spec, tokenizer.encode(pair.answer))
         reader = AnswerReader(FORM, is_thinking=prompt.is_thinking)
         answer = as_message([*reader.push(output.text), *reader.flush()])

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from engine import server_config
+from engine.requests.chat_prompt import ChatPrompt, render_chat
 from engine.server.settings import ServerConfig
-from engine.text.chat_prompt import ChatPrompt, render_chat
 from engine.text.hugging_face import HFTokenizer
 from engine.text.replay import AnswerMemory
 from engine.text.splices import SampledTurn
@@ -69,7 +69,7 @@ def test_sampled_tokens_replace_the_text_of_an_answer(
     assert contains(prompt.token_ids, ids) and not contains(plain.token_ids, ids)
     assert text_of(tokenizer, prompt) == text_of(tokenizer, plain).replace("[1, 2]", "[1,2]")
     assert (prompt.num_replayed, plain.num_replayed) == (1, 0)
-    ends = [len(one.token_ids) - one.boundaries[-1] for one in (prompt, plain)]
+    ends = [len(one.token_ids) - one.spec.boundaries[-1] for one in (prompt, plain)]
     assert ends[0] == ends[1], "the next turn forks at the same place"
 
 

@@ -15,8 +15,9 @@ import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from engine.requests.spec import RequestSpec
 from engine.text.answers import CLOSE, OPEN
 from engine.text.splices import SampledTurn, control_pattern, find_splices
 from engine.text.tokenizer import (
@@ -48,12 +49,11 @@ class Cut(NamedTuple):
 class ChatPrompt:
     """A chat as the input of the model."""
 
-    token_ids: list[int]
-    boundaries: tuple[int, ...]
-    """Positions up to which later prompts will be equal, ascending: the end of the system segment,
-    the position where the next turn differs, and in a tool loop the position where the prompt with
-    the tool's result differs."""
-
+    spec: RequestSpec
+    """Request for the answer, without sampling parameters. Its boundaries are the positions up to
+    which later prompts will be equal: the end of the system segment, the position where the next
+    turn differs, and in a tool loop the position where the prompt with the tool's result
+    differs."""
     cuts: tuple[int, ...] = ()
     """Positions of the requested cuts, in their order, without those at which the template rejects
     the chat."""
@@ -63,9 +63,11 @@ class ChatPrompt:
     """End of the prompt from its last control token on, with which the answer's turn begins."""
     num_replayed: int = 0
     """Number of messages that were replaced by the tokens sampled for them."""
-    answer_survives: bool = True
-    """True if a later prompt may continue from the end of this one. False if the template drops
-    the end of the prompt."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The prompt."""
+        return cast("list[int]", self.spec.prompt)
 
 
 def no_chat(tokenizer: Tokenizer) -> str:
@@ -100,8 +102,8 @@ def render_chat(
 
     ``tokenizer.control_tokens`` inside the chat's texts (contents, names, arguments, tools) are
     encoded as text, so that a client cannot forge turns. With ``special_in_content`` they become
-    control tokens. ``namespace`` is that of ``EncodeOptions``. With ``continues_last``, the prompt
-    ends with the content of the last message.
+    control tokens. ``namespace`` is that of the request, and of ``EncodeOptions``. With
+    ``continues_last``, the prompt ends with the content of the last message.
 
     Raises TemplateError if the model has no chat template, or if the template rejects the chat.
     Takes at most five renders plus one for each of ``cuts``, one encoding of the whole chat and a
@@ -166,9 +168,14 @@ def render_chat(
     header = header_of(tokenizer, text) if add_generation_prompt else ""
     boundaries, survives = chat_boundaries(len(token_ids), ends, kept)
     num_replayed = 0 if splices is None else splices.num_turns
-    return ChatPrompt(
-        token_ids, boundaries, tuple(cut_at), is_thinking, header, num_replayed, survives
+    spec = RequestSpec(
+        token_ids,
+        namespace=namespace,
+        boundaries=boundaries,
+        answer_survives=survives,
+        answer_starts_text=not continues_last,
     )
+    return ChatPrompt(spec, tuple(cut_at), is_thinking, header, num_replayed)
 
 
 def _up_to_content(text: str, message: Message) -> str:
