@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 REPRESENTATIVES = ("qwen3_next", "granite_moe_hybrid", "qwen3")
 """Model families of `make test`: Gated DeltaNet with experts, Mamba-2, pure attention."""
 TOGETHER = ("tests/engine/numerics/", "tests/engine/server/")
-"""Folders with expensive session fixtures: one worker runs all of their tests."""
+"""Folders with expensive session fixtures: at level "quick" one worker runs all of their tests."""
+APART = "tests/kernels/test_aot.py"
+"""File with long cases that share nothing: workers take them one by one."""
 QUICK_SHARE = 4
 """Level "quick" draws the number of hypothesis examples divided by this."""
 
@@ -191,8 +193,14 @@ def has_torch_fixtures(path: Path) -> bool:
 
 
 def scope_of(nodeid: str) -> str:
-    """Return the unit that one worker runs: a file, or a folder with expensive fixtures."""
+    """Return the unit that one worker runs: a file, a case of ``APART``, or at level "quick" a
+    folder with expensive fixtures. At level "all" a folder runs alone, and one worker would leave
+    the others idle."""
     path = nodeid.partition("::")[0]
+    if path == APART:
+        return nodeid
+    if not is_quick():
+        return path
     return next((folder for folder in TOGETHER if path.startswith(folder)), path)
 
 
