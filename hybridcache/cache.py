@@ -441,9 +441,9 @@ class HybridRadixCache:
 
     @property
     def has_slots(self) -> bool:
-        """False if the cache was built without state slots, so that no request with a state can
-        begin. O(1)."""
-        return self._slots.capacity > 0 or (self._slots.budget is not None and self._has_states)
+        """False if the cache has no state slots, or no memory for one, so that no request with a
+        state can begin. O(1)."""
+        return self._slots.capacity > 0
 
     @property
     def num_nodes(self) -> int:

@@ -147,8 +147,9 @@ def require_index(number: int, what: str) -> int:
 
 
 NO_SLOTS = (
-    "this cache has no state slots, so a request with a state can never begin: build it with "
-    "num_slots, or pass LeaseRequest(stateful=False) for a model without linear layers"
+    "this cache has no room for a state, so a request with a state can never begin: build it with "
+    "num_slots or more total_bytes, or pass LeaseRequest(stateful=False) for a model without "
+    "linear layers"
 )
 OTHER_THREAD = (
     "another thread has running leases of this cache, which is for one thread at a time: use it "

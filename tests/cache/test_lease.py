@@ -355,6 +355,10 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
             Lease.begin(cache, *arguments)
     with pytest.raises(TypeError, match=r"build_prefix_cache \(got CacheConfig\)"):
         Lease.begin(CacheConfig(num_kv_tokens=9, num_slots=1), placement, request)  # type: ignore
+    for memory in ("arena", "budget"):
+        small = CacheConfig(memory=memory, total_bytes=60, kv_bytes_per_token=4, state_bytes=64)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="no room for a state"):
+            Lease.begin(build_prefix_cache(small), placement, request)
     for right in ((), (0, 4, 4, 9), [np.int64(3)], (12,)):
         lease = Lease.begin(cache, placement, request._replace(boundaries=right))
         assert lease is not None
