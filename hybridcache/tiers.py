@@ -203,6 +203,13 @@ class OffloadedCheckpoint:
                 break
         return item_bytes.state + num_tokens * item_bytes.kv_token
 
+    def __lt__(self, other: object) -> bool:
+        """Return False: items with one serial are equal. A state that is stored again has the
+        serial of its first item, which a policy's heap may still hold."""
+        return False
+
+    __gt__ = __lt__
+
     def __repr__(self) -> str:
         return f"<state in tier {self.tier} at {self.node.end} used={self.last_used}>"
 

@@ -206,3 +206,30 @@ def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     serve(fork, ids("abxy"), [4])
     fork.evict(num_tokens=6, num_slots=3)
     assert not fork.match(ids("abX")).loadable[0].node.offloaded.state.superseded
+
+
+@pytest.mark.parametrize("eviction", ("fifo", "lru", "gdsf", "lfu", "survival"))
+def test_a_lost_state_can_be_adopted_again(eviction: str) -> None:
+    """The heap of a policy then has two entries with equal values and serials."""
+    cache = build_prefix_cache(
+        CacheConfig(
+            num_kv_tokens=40,
+            num_slots=3,
+            kv_bytes_per_token=2,
+            state_bytes=20,
+            grid=4,
+            eviction=eviction,
+            host_bytes=960,
+            ghost_bytes=20_000,
+        )
+    )
+    tokens = np.arange(8, dtype=np.int32)
+    serve(cache, tokens, (8,))
+    cache.evict(100, 100)
+    carried_out(cache)
+    for _ in range(3):
+        cache.drop_lost("host", lambda rows: True)
+        assert cache.adopt(tokens, None, "host") is not None
+        cache.check(0, 0)
+    cache.reset()
+    cache.check(0, 0)
