@@ -161,7 +161,8 @@ class TieredMemory:
     def lose(self, tier: str, every: int) -> None:
         """Lose one in ``every`` rows of ``tier``.
 
-        Check that exactly the states that depend on a lost row are dropped.
+        Check that the states that depend on a lost row are dropped, and with one tier no others:
+        KV that moves to a second tier may find no room there.
         """
         number = self.cache.offload.names.index(tier)
 
@@ -185,7 +186,10 @@ class TieredMemory:
         self.cache.drop_lost(tier, is_lost)
         after = stored()
         intact = {node for node, rows in before.items() if not any(map(is_lost, rows))}
-        assert set(after) == intact, "the remaining states are not those without lost rows"
+        has_one_tier = len(self.cache.offload.names) == 1
+        assert set(after) == intact if has_one_tier else set(after) <= intact, (
+            "the remaining states are not those without lost rows"
+        )
         for node in self.cache._tree.nodes():
             entry = node.offloaded
             if entry is not None and entry.kv is not None and entry.kv_tier == number:
