@@ -256,8 +256,12 @@ def test_sizes_may_be_shares_of_the_working_set() -> None:
 def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
     lru, survival = simulate("chat", gib=2, policy=("lru", "survival"), bound=False).runs
     for run in (lru, survival):
-        sums = [sum(column) for column in zip(*(one[1:] for one in run.by_session), strict=True)]
+        sums = [sum(column) for column in zip(*(one[1:4] for one in run.by_session), strict=True)]
         assert sums == [run.requests, run.prompt_tokens, run.cached_tokens]
+        for one in run.by_session:
+            assert one.losses is not None
+            assert one.cached_tokens + sum(one.losses) == one.prompt_tokens
+        assert RunResult.from_record(json.loads(json.dumps(run.as_record()))) == run
         parts = [one.cached_tokens for one in run.by_session]
         bootstrap = ratio(parts, [one.prompt_tokens for one in run.by_session])
         assert run.interval.mean == bootstrap.mean == run.token_hit_rate

@@ -145,6 +145,9 @@ class SessionResult(NamedTuple):
     """Tokens of their prompts."""
     cached_tokens: int
     """Prompt tokens that were reused."""
+    losses: Losses | None = None
+    """Tokens not reused, by cause; None where the target does not say, and in files of earlier
+    versions."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -308,7 +311,7 @@ class RunResult:
             values["losses"] = Losses(**record["losses"])
         for name in ("by_length", "by_turn"):
             values[name] = tuple(Bin(**bin_) for bin_ in record[name])
-        values["by_session"] = tuple(SessionResult(*row) for row in record["by_session"])
+        values["by_session"] = tuple(map(_session, record["by_session"]))
         return cls(**values)
 
 
@@ -422,7 +425,7 @@ def summarise(
         bypassed=log.num_bypassed,
         prompt_tokens=int(lengths.sum()),
         cached_tokens=int(cached.sum()),
-        losses=Losses(*log.losses) if log.has_losses else None,
+        losses=log.losses if log.has_losses else None,
         flops=int(_flops(geometry, lengths)) - flops_saved,
         flops_saved=flops_saved,
         seconds=spent,
@@ -455,6 +458,13 @@ def summarise(
     )
 
 
+def _session(row: Sequence[Any]) -> SessionResult:
+    """Restore a session from JSON. Files of earlier versions have no losses."""
+    name, requests, prompt_tokens, cached_tokens, *rest = row
+    losses = Losses(*rest[0]) if rest and rest[0] is not None else None
+    return SessionResult(name, requests, prompt_tokens, cached_tokens, losses)
+
+
 def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult, ...]:
     numbers = np.frombuffer(log.sessions, np.int32)
     size = len(log.session_names)
@@ -464,7 +474,12 @@ def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult
         for tokens in (lengths, cached)
     )
     names = map(str, log.session_names)
-    return tuple(map(SessionResult, names, counts, *sums))
+    found = [SessionResult(*row) for row in zip(names, counts, *sums, strict=True)]
+    if log.has_losses:
+        computed = (one.prompt_tokens - one.cached_tokens for one in found)
+        losses = map(log.losses_of, range(size), computed)
+        found = [one._replace(losses=lost) for one, lost in zip(found, losses, strict=True)]
+    return tuple(found)
 
 
 def _tier_bytes(counters: dict[str, int]) -> dict[str, int]:

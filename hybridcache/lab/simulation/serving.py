@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import add
 from time import perf_counter
@@ -53,9 +53,9 @@ class RequestLog:
         self.ttft_s = array("d")
         self.num_bypassed = 0
         """Requests that could not hold memory at all, and were computed without the cache."""
-        self._lost_ids = [0] * len(Losses._fields)
-        """By cause, in the order of ``Losses``."""
-        self._bypassed_tokens = 0
+        self._lost: list[list[int]] = []
+        """Lost ids of each session by cause, in the order of ``Losses``, and last the tokens of
+        bypassed requests."""
         self.has_losses = True
         self.has_missed = True
         """False if the target does not report the tokens that evicted checkpoints would have
@@ -68,10 +68,16 @@ class RequestLog:
         unit = self.unit
         length = request.num_tokens(unit)
         cached = missed = 0
+        known = self._of_session.get(request.session)
+        if known is None:
+            known = self._of_session[request.session] = [len(self.session_names), 0]
+            self.session_names.append(request.session)
+            self._lost.append([0] * (len(Losses._fields) + 1))
+        lost = self._lost[known[0]]
         self.copy_s.append(0.0 if served is None else served.copy_s)
         if served is None:
             self.num_bypassed += 1
-            self._bypassed_tokens += length
+            lost[-1] += length
         else:
             cached = served.cached_len * unit
             missed_len = served.missed_len
@@ -83,15 +89,11 @@ class RequestLog:
             if losses is None:
                 self.has_losses = False
             else:
-                self._lost_ids = list(map(add, self._lost_ids, losses))
+                lost[:-1] = map(add, lost, losses)
         self.arrival_s.append(request.timestamp_s)
         self.prompt_tokens.append(length)
         self.cached_tokens.append(cached)
         self.missed_tokens.append(missed)
-        known = self._of_session.get(request.session)
-        if known is None:
-            known = self._of_session[request.session] = [len(self.session_names), 0]
-            self.session_names.append(request.session)
         self.sessions.append(known[0])
         self.turns.append(known[1])
         known[1] += 1
@@ -99,13 +101,22 @@ class RequestLog:
         return len(self.turns) - 1
 
     @property
-    def losses(self) -> list[int]:
-        """Tokens lost by cause, in the order of ``Losses``. Tokens without another cause count as
-        never seen: a prompt's last id may stand for less than a unit. O(requests)."""
-        lost = Losses(*(num_ids * self.unit for num_ids in self._lost_ids))
-        known = lost._replace(never_seen=0, refused=lost.refused + self._bypassed_tokens)
-        never_seen = sum(self.prompt_tokens) - sum(self.cached_tokens) - sum(known)
-        return list(known._replace(never_seen=never_seen))
+    def losses(self) -> Losses:
+        """Lost tokens of all requests. O(requests)."""
+        total = [sum(column) for column in zip(*self._lost, strict=True)]
+        return self._by_cause(total, sum(self.prompt_tokens) - sum(self.cached_tokens))
+
+    def losses_of(self, session: int, computed_tokens: int) -> Losses:
+        """Return the ``computed_tokens`` of session number ``session`` by cause."""
+        return self._by_cause(self._lost[session], computed_tokens)
+
+    def _by_cause(self, lost: Sequence[int], computed_tokens: int) -> Losses:
+        """Return tokens by cause. Those without another cause count as never seen: a prompt's last
+        id may stand for less than a unit."""
+        *ids, bypassed = lost or [0] * (len(Losses._fields) + 1)
+        found = Losses(*(num_ids * self.unit for num_ids in ids))
+        known = found._replace(never_seen=0, refused=found.refused + bypassed)
+        return known._replace(never_seen=computed_tokens - sum(known))
 
 
 def serve(
