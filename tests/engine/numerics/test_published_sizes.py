@@ -142,13 +142,25 @@ SIZES = {
 ROWS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 97, 127, 128, 129)
 
 
+FORMATS = (("float32", None), ("bfloat16", None), ("bfloat16", "int8"))
+
+
+def cases():
+    """Yield each family in each format, with both backends and both numbers of threads.
+
+    A family and format has two of the four pairs of backend and threads, the next one the others:
+    only combinations of all four values are left out.
+    """
+    for place, name in enumerate(SIZES):
+        for number, (dtype, quantization) in enumerate(FORMATS):
+            odd = (place + number) % 2
+            for backend, num_threads in (("native", 2 - odd), ("reference", 1 + odd)):
+                word = f"{num_threads}-{backend}-{dtype}-{quantization}-{name}"
+                yield pytest.param(name, dtype, quantization, backend, num_threads, id=word)
+
+
 @pytest.mark.full("2-native-bfloat16-int8-granite_moe_hybrid")
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize(
-    ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")]
-)
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(("name", "dtype", "quantization", "backend", "num_threads"), cases())
 @torch.inference_mode()
 def test_hits_are_exact(
     name,
