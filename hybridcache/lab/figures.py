@@ -79,7 +79,8 @@ def _with_fonts(draw: Draw) -> Draw:
 @dataclass(frozen=True, slots=True)
 class Plot:
     """Plots of one result on the axes of a matplotlib figure of your own. Colours, fonts and grids
-    are those of your style. Without ``ax`` a new figure is made. The axes are returned."""
+    are those of your style. Without ``ax`` a new figure is made. The axes are returned. With
+    ``layout="constrained"`` the legend is below the axes, otherwise inside."""
 
     result: SweepRuns
     """Result to plot."""
@@ -147,8 +148,12 @@ class Plot:
 
 def _legend_below(ax: Any) -> None:
     """Draw the legend below the label of the x axis, in one column if two are wider than the
-    axes."""
+    axes. A figure without a layout would cut it off: there it is inside."""
     from matplotlib.transforms import ScaledTranslation
+
+    if ax.figure.get_layout_engine() is None:
+        ax.legend(framealpha=0.6)
+        return
 
     # Ticks and their label, then the legend. In points, because a layout may change the axes.
     below = 3 * ax.xaxis.label.get_size() / 72
