@@ -295,9 +295,12 @@ class Memory:
                 item.stored.memo = memos.get(item.serial)
             if item.serial in memos and item.serial in states:
                 states[item.serial].superseded = superseded
+        listed = policy.candidates()
+        # A state may have been in no tier when this was written, although its bytes were kept.
+        known = memos.keys() if listed is None else {item.serial for item in listed}
         for serial, state in states.items():
-            state.memo = memos.get(serial)
-            if serial not in memos:
+            state.memo = memos.get(serial) if serial in known else None
+            if serial not in known:
                 policy.add(state)
 
 

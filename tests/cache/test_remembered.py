@@ -288,3 +288,26 @@ def test_state_of_another_form_is_refused_and_changes_nothing():
     assert adaptive.state_dict() == Adaptive().state_dict()
     with pytest.raises(ValueError, match="keeps no learned state"):
         LRU(True).load_state_dict(other, lambda _: None)
+
+
+def test_a_state_that_had_left_its_tier_can_be_adopted_after_a_restart():
+    """A store may keep the bytes of a state longer than the cache remembers where it was."""
+    trace = TRACES["chat"]
+    target = make(trace, 0.6, 1.0)
+    stored = {}
+    for request in REQUESTS["chat"]:
+        serve(target, [request])
+        for node in target.cache._tree.nodes():
+            if node.offloaded and node.offloaded.state:
+                namespace, tokens = path_of(node)
+                stored[namespace, tokens.tobytes()] = tokens
+    rules = target.placement.rules
+    memory = unpack(pack(write_memory(target.cache, rules)))
+    fresh = make(trace, 0.6, 8.0)
+    memory.recall_tree(fresh.cache)
+    for (namespace, _), tokens in stored.items():
+        fresh.cache.adopt(tokens, namespace)
+    assert memory.recall_policies(fresh.cache, fresh.placement.rules) == []
+    fresh.cache.check(0, 0)
+    serve(fresh, REQUESTS["chat"])
+    fresh.cache.check(0, 0)

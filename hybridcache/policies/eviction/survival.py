@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from itertools import chain
 from typing import Any, cast
 
 from hybridcache.policies.eviction.columns import Columns
@@ -142,6 +143,10 @@ class Survival(EvictionPolicy):
         lower.hazards, lower._owns_hazards = self.hazards, False
         self._is_last = False
         return lower
+
+    def candidates(self) -> Iterable[Item]:
+        """Return all candidates, unordered. O(n)."""
+        return chain(self._checkpoints.items, self._kv.items, self._dead, self._idle_kv or ())
 
     def state_dict(self) -> dict[str, Any]:
         version, numbers, spare = self._random.getstate()
