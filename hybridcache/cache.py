@@ -659,10 +659,10 @@ class HybridRadixCache:
     def free_slot(self, slot: int) -> None:
         """Return a held slot: one from ``allocate_slot`` that no ``insert`` has taken. O(1).
 
-        A slot of the cache, or one that was freed before, is found only by ``check``.
+        A slot of the cache is found only by ``check``.
 
         Raises:
-            ValueError: the slot is out of range, or no slot is allocated.
+            ValueError: the slot is out of range or free.
         """
         self._slots.free(slot)
 

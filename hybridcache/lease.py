@@ -543,11 +543,13 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended.
-            TypeError: ``position`` is not an integer.
+            TypeError: ``position`` is not an integer, or ``label`` not a string.
         """
         if self._has_ended:
             raise ValueError(ENDED)
         position = require_index(position, "position")
+        if not isinstance(label, str):
+            raise TypeError(f"label must be a string (got {label!r}).")
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
             self._planned.setdefault(position, label)
@@ -685,8 +687,11 @@ class Lease:
 
         Raises:
             ValueError, RuntimeError: as for ``publish``. The lease goes on.
+            TypeError: ``stop_reason`` is not a string.
         """
         self._refuse_uncomputed(tokens, computed_len)
+        if not isinstance(stop_reason, str):
+            raise TypeError(f"stop_reason must be a string (got {stop_reason!r}).")
         if computed_len > self.prompt_len:
             donate &= self._interval is not None
         else:

@@ -236,6 +236,7 @@ class SlotAllocator(BaseAllocator):
     ) -> None:
         super().__init__(num_slots, slot_bytes, budget)
         self._stack = list(range(num_slots - 1, -1, -1))
+        self._is_taken = bytearray(num_slots)
 
     def allocate(self) -> int | None:
         """Return a slot, or None if none is free. O(1)."""
@@ -246,25 +247,25 @@ class SlotAllocator(BaseAllocator):
                 return None
             self.budget.free_bytes -= self.unit_bytes
         self.num_taken += 1
-        return self._stack.pop()
+        slot = self._stack.pop()
+        self._is_taken[slot] = 1
+        return slot
 
     def free(self, slot: int) -> None:
         """Return ``slot``, which was allocated, to the pool. O(1).
 
-        A slot that is freed twice while others are allocated is found only by ``check``, because it
-        would need a search.
-
         Raises:
-            ValueError: the slot is out of range, or no slot is allocated.
+            ValueError: the slot is out of range or not allocated.
             TypeError: it is not an integer.
         """
         if not 0 <= index(slot) < self.capacity:
             raise ValueError(f"slot {slot} is not one of {self.capacity}")
-        if not self.num_taken:
-            raise ValueError(f"slot {slot} given back, but none is allocated")
+        if not self._is_taken[slot]:
+            raise ValueError(f"slot {slot} given back, which is not taken")
         if self.budget is not None:
             self.budget.free_bytes += self.unit_bytes
         self.num_taken -= 1
+        self._is_taken[slot] = 0
         self._stack.append(slot)
 
     def free_slots(self) -> list[int]:

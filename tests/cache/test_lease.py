@@ -324,6 +324,10 @@ def test_an_invalid_length_is_refused_and_the_lease_stays_usable(
     arguments = numbers if len(numbers) > 1 or call == "roll_back" else (prompt, *numbers)
     with pytest.raises(ValueError, match=message):
         getattr(lease, call)(*arguments)
+    with pytest.raises(TypeError, match="label must be a string"):
+        lease.plan_checkpoint(8, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="stop_reason must be a string"):
+        lease.finish(prompt, 20, stop_reason=3)  # type: ignore[arg-type]
     check(cache, lease)
     lease.finish(prompt, 20)
     check(cache)
