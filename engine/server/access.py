@@ -70,8 +70,14 @@ def _distinct_keys(config: ServerConfig) -> list[bytes]:
 
 
 def _client_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
-    named = environment.get(API_KEY_VARIABLE, "").strip().encode()
-    keys = [named] if named else []
+    keys = []
+    if API_KEY_VARIABLE in environment:
+        keys.append(environment[API_KEY_VARIABLE].strip().encode())
+        if not KEY.fullmatch(keys[0]):
+            raise ValueError(
+                f"{API_KEY_VARIABLE} must be a key of printable ASCII without spaces: set one, or "
+                "unset it; `openssl rand -hex 24` prints such a key."
+            )
     if config.api_key_file is not None:
         keys += read_keys("api_key_file", config.api_key_file)
     return keys

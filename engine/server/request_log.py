@@ -65,7 +65,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record, started_s, status = RequestRecord(), time.perf_counter(), 500
+        record, started_s = RequestRecord(), time.perf_counter()
+        status = 499  # the client left before the answer began
         is_whole = False
 
         async def watched(message: Message) -> None:
@@ -78,6 +79,9 @@ class RequestLog:
         token = CURRENT.set(record)
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            status = 500 if status == 499 else status
+            raise
         finally:
             CURRENT.reset(token)
             spent_ms = 1000 * (time.perf_counter() - started_s)

@@ -28,6 +28,8 @@ Fields = Mapping[str, Any]
 
 RECORDED = "/chat/completions"
 """End of the paths of recorded requests."""
+ANSWERS = ("/completions", "/messages", "/responses")
+"""Ends of the paths whose requests are counted although they are not written."""
 CONNECTION = frozenset(
     b"connection host keep-alive proxy-connection te trailer transfer-encoding upgrade".split()
 )
@@ -104,7 +106,7 @@ class TraceWriter:
             exchange.line = self._line_of(exchange)
         except Exception as error:  # The body of a request may be anything.
             exchange.line = b""
-            self._skip(f"its body cannot be read ({type(error).__name__}: {error})")
+            self.skip(f"its body cannot be read ({type(error).__name__}: {error})")
         self._write()
 
     def finish(self) -> None:
@@ -121,11 +123,11 @@ class TraceWriter:
                     self._file.flush()
                     self.num_requests += 1
                 except OSError as error:
-                    self._skip(f"the file cannot be written ({error.strerror})")
+                    self.skip(f"the file cannot be written ({error.strerror})")
 
     def _line_of(self, exchange: Exchange) -> bytes:
         if exchange.status is None:
-            self._skip("requests without an answer are not written")
+            self.skip("requests without an answer are not written")
         if exchange.status != 200:
             return b""
         body = json.loads(exchange.body)
@@ -149,7 +151,7 @@ class TraceWriter:
             line |= {"request": body, "answer": answer}
         return _line(line)
 
-    def _skip(self, why: str) -> None:
+    def skip(self, why: str) -> None:
         """Count one request that is not written; the first for each reason is logged."""
         self.skipped[why] += 1
         if self.skipped[why] == 1:
@@ -304,6 +306,9 @@ class Proxy:
     async def _pass_on(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         is_recorded = scope["method"] == "POST" and scope["path"].endswith(RECORDED)
         exchange = self._writer.begin(body) if is_recorded else None
+        if scope["method"] == "POST" and scope["path"].endswith(ANSWERS) and not is_recorded:
+            why = f"only chat completions are written, not {scope['path']}"
+            self._thread.submit(self._writer.skip, why)
         try:
             answer = await self._client.send(self._request(scope, body), stream=True)
         except (httpx.RequestError, asyncio.CancelledError) as error:

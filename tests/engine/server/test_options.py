@@ -182,5 +182,10 @@ def test_api_keys_and_cors_origins(
     headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
     preflight = httpx.options(live.url + "/v1/models", headers=headers)
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+    for wrong in ("", " ", "a b"):
+        monkeypatch.setenv(API_KEY_VARIABLE, wrong)
+        with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE} must be a key"):
+            serve_oracle(config)
+    monkeypatch.setenv(API_KEY_VARIABLE, "other")
     with pytest.raises(ValueError, match="--api-key-file"):
         serve_oracle(ServerConfig(api_key_file=str(tmp_path / "none")))
