@@ -34,8 +34,7 @@ BUILTIN_NAME = "builtin"
 BUILTIN_DIR = Path(__file__).parent / "models" / BUILTIN_NAME
 """Directory of the built-in model, a small hybrid over bytes, similar to Qwen3-Next.
 
-It was trained on the texts of ``experiments/texts.py``; ``training.json`` has the commit, the data
-and the scores.
+``training.json`` has the commit with the code that trained it, the data and the scores.
 """
 
 BUILTIN_PROMPTS = (

@@ -70,14 +70,9 @@ def _distinct_keys(config: ServerConfig) -> list[bytes]:
 
 
 def _client_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
-    keys = []
-    if API_KEY_VARIABLE in environment:
-        keys.append(environment[API_KEY_VARIABLE].strip().encode())
-        if not KEY.fullmatch(keys[0]):
-            raise ValueError(
-                f"{API_KEY_VARIABLE} must be a key of printable ASCII without spaces: set one, or "
-                "unset it; `openssl rand -hex 24` prints such a key."
-            )
+    named = environment.get(API_KEY_VARIABLE)
+    keys = [] if named is None else [named.strip().encode()]
+    _require_sendable(keys, API_KEY_VARIABLE)
     if config.api_key_file is not None:
         keys += read_keys("api_key_file", config.api_key_file)
     return keys
@@ -101,13 +96,18 @@ def read_keys(setting: str, file: str) -> list[bytes]:
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
         raise ValueError(f"{flag(setting)} {file} is empty. Write a key into it.")
+    _require_sendable(keys, f"{flag(setting)} {file}")
+    return keys
+
+
+def _require_sendable(keys: Sequence[bytes], source: str) -> None:
+    """Raise ValueError if a key is blank or cannot be sent in a header."""
     for number, key in enumerate(keys, 1):
         if not KEY.fullmatch(key):
             raise ValueError(
-                f"{flag(setting)} {file}: key {number} of {len(keys)} must be printable ASCII "
-                "without spaces; `openssl rand -hex 24` prints such a key."
+                f"{source}: key {number} of {len(keys)} must be printable ASCII without spaces; "
+                "`openssl rand -hex 24` prints such a key."
             )
-    return keys
 
 
 def read_key(setting: str, file: str) -> bytes:

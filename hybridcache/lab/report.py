@@ -364,7 +364,8 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
         notes += [f"prefill times: {result.times}", *floor_notes(result)]
     if any(weighs_as_another(run) for run in result.runs):
         notes.append(MARCONI_NOTE)
-    notes += dict.fromkeys(filter(None, map(no_hit_note, result.runs)))
+    has_states = result.geometry.state_bytes > 0
+    notes += dict.fromkeys(filter(None, (no_hit_note(run, has_states) for run in result.runs)))
     if result.counted_by:
         notes.append(f"tokens counted by: {result.counted_by}")
     return notes
@@ -392,11 +393,11 @@ def floor_notes(result: SweepRuns) -> list[str]:
     ]
 
 
-def no_hit_note(run: RunResult) -> str:
+def no_hit_note(run: RunResult, has_states: bool) -> str:
     """Explain a competitor that cannot hit because its page, or the grid of checkpoints, is longer
     than every prompt; else empty."""
     page, name = run.page_tokens, "its pages have"
-    if run.config.baseline is None:
+    if run.config.baseline is None and has_states:
         page, name = run.config.grid, "checkpoints are saved every"
     if run.hits or page is None or run.longest_prompt is None or run.longest_prompt > page:
         return ""

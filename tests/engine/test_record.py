@@ -308,7 +308,7 @@ def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> N
     answers = [json.loads(line)["answer"]["content"] for line in lines]
     assert answers == ["one", "onetwo", "one", "onetwo"]
     assert sorted(setup.writer.skipped) == [
-        "only chat completions are written, not /v1/messages",
+        "only chat completions are written",
         "requests without an answer are not written",
     ]
     with pytest.raises(httpx.RemoteProtocolError):

@@ -469,6 +469,8 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     result = simulate(str(path), gib=1, policy=["lru", "fifo"])
     assert result.verdict() == "no policy has a hit at any of these sizes"
     assert "saved every 64 tokens and the longest prompt has 3" in result.table()
+    attention = replace(GEOMETRY, recurrent_elements=0, conv_bytes=0)
+    assert "no hit is" not in simulate(str(path), gib=1, policy="lru", model=attention).table()
     found = simulate("short?head=30", gib=1, policy=["lru", "fifo"]).verdict()
     assert re.match(r"\w+, \w+ have the most hits.* at the only size; to serve:", found)
 

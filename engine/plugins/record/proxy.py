@@ -307,8 +307,7 @@ class Proxy:
         is_recorded = scope["method"] == "POST" and scope["path"].endswith(RECORDED)
         exchange = self._writer.begin(body) if is_recorded else None
         if scope["method"] == "POST" and scope["path"].endswith(ANSWERS) and not is_recorded:
-            why = f"only chat completions are written, not {scope['path']}"
-            self._thread.submit(self._writer.skip, why)
+            self._thread.submit(self._writer.skip, "only chat completions are written")
         try:
             answer = await self._client.send(self._request(scope, body), stream=True)
         except (httpx.RequestError, asyncio.CancelledError) as error:

@@ -375,6 +375,23 @@ def test_request_log_has_disconnected_requests(
     )
 
 
+def test_request_log_has_499_for_a_stream_that_was_left_while_it_waited(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "engine.server.request_log")
+    live = serve_oracle(ServerConfig(log_requests=True), step_s=0.005, max_running=1)
+    body = {"prompt": "x", **ENDLESS, "stream": True}
+    running = live.send("/v1/completions", body)
+    running.recv(4000)
+    waiting = live.send("/v1/completions", body)
+    live.wait_for(lambda report: report["num_waiting"] == 1)
+    caplog.clear()
+    waiting.close()
+    [line] = _lines(live, caplog, 1)
+    assert line.startswith("POST /v1/completions 499 ") and line.endswith("not sent completely")
+    running.close()
+
+
 def test_health_and_answers_say_whether_hits_are_exact() -> None:
     engine = oracle_engine()
     engine.runner.exactness = Exactness("ab" * 16, ("hits",))
