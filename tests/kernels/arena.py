@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from kernels.packed import Exports, Packed
 
 
 class Sizes(NamedTuple):
@@ -88,3 +90,23 @@ def _states(
     inner = [math.prod(state[i + 1 :]) for i in range(len(state))]
     slab, first = slab_bytes // flat.itemsize, first_byte // flat.itemsize
     return flat.as_strided((layers, num_slabs, *state), (math.prod(state), slab, *inner), first)
+
+
+def prompts(tile_size: int = 64) -> dict[str, Any]:
+    """Return the arguments of a launch for two new prompts of 96 and 64 tokens, with an export."""
+    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
+    return {
+        "packed": packed,
+        "slots": torch.arange(2, dtype=torch.int32),
+        "resumed": torch.zeros(2, dtype=torch.bool),
+        "exports": Exports.plan(packed, [(0, 64, 2)]),
+    }
+
+
+def verified() -> dict[str, Any]:
+    """Return the arguments of a launch that verifies 3 tokens and 1 token, with 6 states."""
+    return {
+        "packed": Packed.from_lengths([3, 1]),
+        "slots": torch.arange(2, dtype=torch.int32),
+        "step_slots": torch.arange(2, 6, dtype=torch.int32),
+    }

@@ -57,11 +57,13 @@ def formula(hidden, weights, experts, w13, w2, shared_gate=None) -> torch.Tensor
 @BACKENDS
 @DTYPES
 @pytest.mark.parametrize("renormalise", [True, False])
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (20, 1), (20, 3), (33, 4)])
 def test_route_selects_the_most_probable_experts(
-    backend, k, renormalise, dtype, device, assert_close
+    backend, num_experts, k, renormalise, dtype, device, assert_close
 ) -> None:
-    logits = torch.randn(9, 21).to(dtype).to(device)[:, :20]
+    """The lower index wins a tie."""
+    logits = torch.randn(12, num_experts + 1).to(dtype).to(device)[:, :num_experts]
+    logits[9], logits[10:] = 1.0, torch.randint(2, (2, num_experts), device=device).to(dtype)
     weights, experts = backend.route(logits, k, renormalise)
     expected, order = logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     expected = expected[:, :k] / (expected[:, :k].sum(dim=-1, keepdim=True) if renormalise else 1)

@@ -3,23 +3,18 @@
 import torch
 
 from kernels.conv1d.fused import decode_conv1d, prefill_conv1d
-from kernels.packed import Exports, Packed
-from tests.kernels.arena import make_arena
+from tests.kernels.arena import make_arena, prompts, verified
 
 C, W = 8192, 4
 
 
 def _prefill(tile_size: int = 64) -> None:
-    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
     prefill_conv1d(
         _inputs(160),
         _weight(),
         None,
         states=_windows(),
-        packed=packed,
-        slots=torch.arange(2, dtype=torch.int32),
-        resumed=torch.zeros(2, dtype=torch.bool),
-        exports=Exports.plan(packed, [(0, 64, 2)]),
+        **prompts(tile_size),
     )
 
 
@@ -34,9 +29,7 @@ def _verify() -> None:
         _weight(),
         None,
         states=make_arena(6, torch.bfloat16, torch.float32, fill=None).conv[5],
-        packed=Packed.from_lengths([3, 1]),
-        slots=torch.arange(2, dtype=torch.int32),
-        step_slots=torch.arange(2, 6, dtype=torch.int32),
+        **verified(),
     )
 
 

@@ -3,24 +3,19 @@
 import torch
 
 from kernels.gdn.fused import chunk_gdn, decode_gdn, gates
-from kernels.packed import Exports, Packed
-from tests.kernels.arena import make_arena
+from tests.kernels.arena import make_arena, prompts, verified
 
 H, HV, K, V = 16, 32, 128, 128
 
 
 def _chunk(state_dtype: torch.dtype = torch.float32, tile_size: int = 64) -> None:
-    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
     gate, beta = gates(*_gate_inputs(160))
     chunk_gdn(
         *_tokens(160),
         gate,
         beta,
         states=_states(state_dtype)[5],
-        packed=packed,
-        slots=torch.arange(2, dtype=torch.int32),
-        resumed=torch.zeros(2, dtype=torch.bool),
-        exports=Exports.plan(packed, [(0, 64, 2)]),
+        **prompts(tile_size),
     )
 
 
@@ -39,9 +34,7 @@ def _verify() -> None:
         *_tokens(4),
         *_gate_inputs(4),
         states=make_arena(6, torch.bfloat16, torch.float32, fill=None).recurrent[5],
-        packed=Packed.from_lengths([3, 1]),
-        slots=torch.arange(2, dtype=torch.int32),
-        step_slots=torch.arange(2, 6, dtype=torch.int32),
+        **verified(),
     )
 
 

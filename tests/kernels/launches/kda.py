@@ -3,22 +3,17 @@
 import torch
 
 from kernels.kda.fused import chunk_kda, decode_kda, gates
-from kernels.packed import Exports, Packed
-from tests.kernels.arena import make_arena
+from tests.kernels.arena import make_arena, prompts, verified
 
 H, K, V = 32, 128, 128
 
 
 def _chunk(tile_size: int = 64) -> None:
-    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
     chunk_kda(
         *_tokens(160),
         *gates(*_gate_inputs(160)),
         states=_states(),
-        packed=packed,
-        slots=torch.arange(2, dtype=torch.int32),
-        resumed=torch.zeros(2, dtype=torch.bool),
-        exports=Exports.plan(packed, [(0, 64, 2)]),
+        **prompts(tile_size),
     )
 
 
@@ -32,9 +27,7 @@ def _verify() -> None:
         *_tokens(4),
         *_gate_inputs(4),
         states=_states(6),
-        packed=Packed.from_lengths([3, 1]),
-        slots=torch.arange(2, dtype=torch.int32),
-        step_slots=torch.arange(2, 6, dtype=torch.int32),
+        **verified(),
     )
 
 

@@ -4,7 +4,7 @@ Falcon-H1's state of 256."""
 import torch
 
 from kernels.mamba2.fused import chunk_mamba2, decode_mamba2, gates
-from kernels.packed import Exports, Packed
+from tests.kernels.arena import prompts, verified
 
 HV, V = 128, 64
 
@@ -15,7 +15,6 @@ def _chunk(
     state_size: int = 128,
     tile_size: int = 64,
 ) -> None:
-    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
     gate, step = gates(*_gate_inputs(160))
     chunk_mamba2(
         *_tokens(160, groups, state_size),
@@ -23,10 +22,7 @@ def _chunk(
         step,
         torch.empty(HV),
         states=torch.empty(4, HV, state_size, V, dtype=state_dtype),
-        packed=packed,
-        slots=torch.arange(2, dtype=torch.int32),
-        resumed=torch.zeros(2, dtype=torch.bool),
-        exports=Exports.plan(packed, [(0, 64, 2)]),
+        **prompts(tile_size),
     )
 
 
@@ -48,9 +44,7 @@ def _verify(groups: int = 8, state_size: int = 128) -> None:
         *_gate_inputs(4),
         torch.empty(HV),
         states=torch.empty(6, HV, state_size, V),
-        packed=Packed.from_lengths([3, 1]),
-        slots=torch.arange(2, dtype=torch.int32),
-        step_slots=torch.arange(2, 6, dtype=torch.int32),
+        **verified(),
     )
 
 
