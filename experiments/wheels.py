@@ -2,6 +2,8 @@
 
 python -m experiments.wheels [--out dist]
 
+Wheels of earlier builds are removed from the folder.
+
 The cache's wheel (``hybrid-radix-cache``) contains neither ``engine`` nor ``kernels``. SGLang
 depends on a Hugging Face distribution with a package that is also called ``kernels``, and ``pip
 install 'hybrid-radix-cache[sglang]'`` must not replace it. The engine's wheel
@@ -117,6 +119,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("dist"), help="folder for the wheels")
     options = parser.parse_args()
     for name in PACKAGES:
+        for earlier in options.out.glob(f"{name.replace('-', '_')}-*.whl"):
+            earlier.unlink()
         print(build(name, options.out))
     with tempfile.TemporaryDirectory() as folder:
         if compile_levels(Path(folder)):

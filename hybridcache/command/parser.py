@@ -6,8 +6,18 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``, did you mean x?`` with the most similar of the ``known`` names; empty if none is.
+
+    >>> did_you_mean("lruu", ("lru", "fifo")), did_you_mean("x", ("lru", "fifo"))
+    (", did you mean 'lru'?", '')
+    """
+    near = difflib.get_close_matches(name, [*known], n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -48,12 +48,11 @@ Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 
 def figure_path(path: str | Path) -> Path:
-    """Return the path of a figure. ValueError if no figure can be written there."""
+    """Return the path of a figure, and make its folder. ValueError for an unknown ending."""
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{path}: the name of a figure must end in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent} for this figure")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

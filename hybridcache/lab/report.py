@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.api import Losses
+from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
@@ -83,7 +84,8 @@ METRICS: dict[str, Metric] = {
 def find_metric(word: str) -> Metric:
     """Return the metric ``word``. ValueError lists the known names."""
     if word not in METRICS:
-        raise ValueError(f"unknown metric {word!r}; known: {', '.join(METRICS)}")
+        hint = did_you_mean(word, METRICS) or ";"
+        raise ValueError(f"unknown metric {word!r}{hint} known: {', '.join(METRICS)}")
     return METRICS[word]
 
 

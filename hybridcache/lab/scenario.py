@@ -26,7 +26,6 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -34,6 +33,7 @@ from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.command.extras import install_command
+from hybridcache.command.parser import did_you_mean
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
@@ -274,9 +274,7 @@ class Scenario:
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"there is no setting {name!r}{hint}")
+                raise TypeError(f"there is no setting {name!r}{did_you_mean(name, known)}")
         if isinstance(given, Scenario):
             return replace(given, **settings)
         return cls(given, **settings)
@@ -509,7 +507,9 @@ class Scenario:
             make_eviction(self.policy)  # type: ignore[arg-type]
             parse_placement(self.checkpoints)  # type: ignore[arg-type]
         elif self.baseline not in BASELINES:
-            raise ValueError(f"no baseline {self.baseline!r}; known: {', '.join(BASELINES)}")
+            word = str(self.baseline)
+            hint = did_you_mean(word, BASELINES) or ";"
+            raise ValueError(f"no baseline {word!r}{hint} known: {', '.join(BASELINES)}")
         elif self.disk_gib or self.host_gib:
             raise ValueError(f"baseline {self.baseline} is not rebuilt with a tier below it")
         elif not geometry.num_linear_layers:

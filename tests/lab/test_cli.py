@@ -62,6 +62,26 @@ def test_wrong_flag_gives_one_line_with_a_suggestion(
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("simulate --trace short --gib 1 --policy lruu", "'lruu', did you mean 'lru'?"),
+        ("simulate --trace short --gib 1 --checkpoints brnch", "'brnch', did you mean 'branch'?"),
+        ("simulate --trace short --closed-loop --admission session", "did you mean 'sessions'?"),
+        ("simulate --trace short --gib 1 --baseline vlm", "'vlm', did you mean 'vllm'?"),
+        ("simulate --trace short --gib 1 --metric hitt", "'hitt', did you mean 'hit'?"),
+        ("trace stats shrt", "did you mean 'short'?"),
+        ("trace stats sample:shrt", "'shrt', did you mean 'short'?"),
+        ("trace fetch bailian-chta", "did you mean 'bailian-chat'?"),
+    ],
+)
+def test_wrong_name_gives_one_line_with_a_suggestion(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    code, _, error = run(capsys, *arguments.split())
+    assert code == 2 and message in error and len(error.splitlines()) == 1
+
+
 def test_trace_stats_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "trace", "stats", SAMPLE)
     assert code == 0 and "ideal token hit rate 26.57 %" in out and "seen before, %" in out
@@ -87,7 +107,7 @@ def test_trace_convert_preserves_all_statistics(
 def test_simulate_prints_a_table_and_writes_a_figure(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    figure, output = tmp_path / "f.png", tmp_path / "runs.jsonl"
+    figure, output = tmp_path / "new" / "f.png", tmp_path / "other" / "runs.jsonl"
     arguments = ["simulate", "--trace", "short", "--gib", "1:4:3", "--baseline", "vllm"]
     arguments += ["--metric", "hit,missed_tokens", "--losses", "--bins"]
     arguments += ["--figure", str(figure), "--output", str(output)]

@@ -42,21 +42,10 @@ it: LightLLM's states in host memory, and the needs of running requests, which M
 ignores."""
 
 
-def build_baseline(word: str, config: BaselineConfig) -> Baseline:
-    """Return the baseline called ``word``. Raises ValueError, with a list of the names, if there is
-    none."""
-    try:
-        factory = BASELINES[word]
-    except KeyError:
-        raise ValueError(f"no baseline {word!r}; choose from {', '.join(BASELINES)}") from None
-    return factory(config)
-
-
 __all__ = [
     "BASELINES",
     "Baseline",
     "BaselineConfig",
     "PeerSession",
-    "build_baseline",
     "replay",
 ]

@@ -108,7 +108,7 @@ def refuse(options: argparse.Namespace, defaults: Mapping[str, Any], reason: str
 
 
 def check_figure(options: argparse.Namespace) -> None:
-    """Raise ValueError if no figure can be written to the file of ``--figure``."""
+    """Make the folder of ``--figure``. ValueError or OSError if no figure can be written there."""
     from hybridcache.lab.figures import figure_path
 
     if options.figure is not None:

@@ -147,6 +147,7 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.write_scenario:
         if len(scenarios) > 1:
             raise ValueError("--write-scenario writes the settings of one trace: name one")
+        options.write_scenario.parent.mkdir(parents=True, exist_ok=True)
         options.write_scenario.write_text(scenarios[0].to_toml(), encoding="utf-8")
         print(f"scenario: {options.write_scenario}")
         return 0

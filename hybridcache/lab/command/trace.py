@@ -110,6 +110,7 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
             yield file
         return
     place = path.resolve()  # behind a link: the link stays
+    place.parent.mkdir(parents=True, exist_ok=True)
     beside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from hybridcache.api import Losses
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.exchange import Exchange
-from hybridcache.lab.baselines import BaselineConfig, PeerSession, build_baseline
+from hybridcache.lab.baselines import BASELINES, BaselineConfig, PeerSession
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
@@ -224,7 +224,7 @@ class BaselineTarget:
     priority_classes: bool | None = None
 
     def __init__(self, word: str, config: BaselineConfig) -> None:
-        self.baseline = build_baseline(word, config)
+        self.baseline = BASELINES[word](config)
         self.num_chunks = 0
 
     def begin(self, request: TraceRequest) -> PeerRequest | None:

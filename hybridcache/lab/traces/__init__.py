@@ -16,11 +16,11 @@ import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from hybridcache.command.parser import did_you_mean
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
@@ -117,8 +117,7 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
 def _no_option(owner: str, name: str, known: Iterable[str]) -> ValueError:
     """Return the error for an unknown option, with the most similar one."""
     options = [*known, "head"]
-    near = get_close_matches(name, options, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ";"
+    hint = did_you_mean(name, options) or ";"
     return ValueError(f"{owner} has no option {name!r}{hint} known: {', '.join(options)}")
 
 
@@ -154,7 +153,9 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         path = packaged_file()
     elif word == "sample" and colon:
         if place not in SAMPLES:
-            raise ValueError(f"There is no sample trace {place!r}; known: {', '.join(SAMPLES)}.")
+            hint = did_you_mean(place, SAMPLES) or ";"
+            known = ", ".join(SAMPLES)
+            raise ValueError(f"there is no sample trace {place!r}{hint} known: {known}")
         word, path = OwnReader.word, Path(__file__).parents[1] / "samples" / f"{place}.jsonl.gz"
     elif word == "published" and colon:
         published, path = find_published(place), path_of(place)
@@ -177,8 +178,7 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
                 f"({', '.join(READERS)})"
             )
         if not path.is_file():
-            near = get_close_matches(rest, GENERATORS, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ";"
+            hint = did_you_mean(rest, GENERATORS) or ";"
             raise FileNotFoundError(
                 f"no trace {rest!r}: no such file or generator{hint} known: {', '.join(GENERATORS)}"
             )

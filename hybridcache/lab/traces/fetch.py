@@ -10,6 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
+from hybridcache.command.parser import did_you_mean
 from hybridcache.lab.progress import Progress, shown_progress
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -71,7 +72,10 @@ PUBLISHED = {
 def find_published(name: str) -> Published:
     """Return the trace called ``name``. Raises ValueError with all names if there is none."""
     if name not in PUBLISHED:
-        raise ValueError(f"There is no published trace {name!r}; known: {', '.join(PUBLISHED)}.")
+        hint = did_you_mean(name, PUBLISHED) or ";"
+        raise ValueError(
+            f"there is no published trace {name!r}{hint} known: {', '.join(PUBLISHED)}"
+        )
     return PUBLISHED[name]
 
 

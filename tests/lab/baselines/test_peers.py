@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hybridcache.lab.baselines import (
     BASELINES,
     BaselineConfig,
-    build_baseline,
     replay,
 )
 from hybridcache.lab.baselines.lightllm import LightllmCache
@@ -95,7 +94,7 @@ def test_invariants_hold_and_hits_are_prefixes_of_earlier_prompts(
     baseline: str, seed: int, concurrent: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    peer = build_baseline(baseline, SMALL)
+    peer = BASELINES[baseline](SMALL)
     stems = [rng.integers(0, 50, 300, dtype=np.int32) for _ in range(3)]
     seen: list[Tokens] = []
     running = []
