@@ -21,7 +21,13 @@ from engine.runner.device import Device
 from engine.runner.graphs import WarmUp
 from engine.runner.loaded_model import LoadedModel
 from engine.runner.loading import DTYPES
-from engine.runner.memory_plan import MemoryPlan, check_sizes, kv_row_bytes, state_slot_bytes
+from engine.runner.memory_plan import (
+    MemoryPlan,
+    check_sizes,
+    kv_row_bytes,
+    state_slot_bytes,
+    warn_if_promised,
+)
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Newest, Segment
 from engine.weights.model_config import ModelError
@@ -37,7 +43,10 @@ def load_runner(config: EngineConfig, rank: Rank = ALONE) -> ModelRunner:
 
 def load_runner_as(kind: type[Kind], config: EngineConfig, rank: Rank) -> Kind:
     """Load a runner of a subclass; see ``load_runner``."""
-    check_sizes(config, Device.resolve(config.device))  # Before anything slow.
+    device = Device.resolve(config.device)
+    check_sizes(config, device)  # Before anything slow.
+    if not rank.number:
+        warn_if_promised(config, device)
     loaded = LoadedModel.load(config, rank)
     config = loaded.settings
     check_sizes(config, loaded.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,6 @@ TRAITS = {
     "cuda": DeviceTraits(True, "CUDAGraph", torch.bfloat16),
     "xpu": DeviceTraits(True, None, torch.bfloat16),
 }
-CGROUP = Path("/sys/fs/cgroup")
 OTHER = DeviceTraits(False, None, torch.float32)
 
 
@@ -164,16 +163,56 @@ class Device:
         return f"{self.torch_device}, {self.module.get_device_name(self.torch_device)}"
 
 
+SYSTEM = Path("/")
+"""Folder with ``proc`` and ``sys``."""
+
+
 def host_free_bytes() -> int:
-    """Return the memory that the system, and the limit of this process's container, leave."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Return the memory that the system, and the limits of this process's container, leave."""
+    free = memory_info().get("MemAvailable")
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(0, min([free, *_group_rooms()]))
+
+
+def memory_info() -> dict[str, int]:
+    """Return the sizes in ``/proc/meminfo``, in bytes. Empty on systems without it."""
+    found = {}
     with suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        [line] = (line for line in lines if line.startswith("MemAvailable:"))
-        free = int(line.split()[1]) * 1024
-    with suppress(OSError, ValueError):  # Version 2 of control groups, as containers see them.
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, max(0, limit - used + int(stat["inactive_file"])))
-    return free
+        for line in (SYSTEM / "proc/meminfo").read_text(encoding="ascii").splitlines():
+            name, size, *unit = line.replace(":", " ").split()
+            if unit == ["kB"]:
+                found[name] = int(size) * 1024
+    return found
+
+
+def _group_rooms() -> Iterator[int]:
+    """Yield the bytes that each limit of this process's control groups leaves, those of parent
+    groups included. A container may see its own group as the root of all."""
+    base = SYSTEM / "sys/fs/cgroup"
+    with suppress(OSError, ValueError):
+        for line in (SYSTEM / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                limits = "memory.max", "memory.high"
+                yield from _rooms(base, path, limits, "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):  # version 1
+                names = "memory.usage_in_bytes", "total_inactive_file"
+                yield from _rooms(base / "memory", path, ("memory.limit_in_bytes",), *names)
+
+
+def _rooms(root: Path, path: str, limits: tuple[str, ...], used: str, idle: str) -> Iterator[int]:
+    """Yield the bytes left by the ``limits`` of group ``path`` and of its parents up to ``root``.
+
+    ``used`` is the file with the memory in use, ``idle`` the entry of ``memory.stat`` with the
+    part of it that the system can take back."""
+    group = root / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(root):
+            return
+        for name in limits:
+            with suppress(OSError, ValueError, KeyError):  # "max" is no limit.
+                limit = int((folder / name).read_text())
+                lines = (folder / "memory.stat").read_text().splitlines()
+                stat = dict(line.split() for line in lines)
+                yield limit - int((folder / used).read_text()) + int(stat[idle])

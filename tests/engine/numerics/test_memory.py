@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import BUILTIN_DIR
+from engine.config import BUILTIN_DIR, ConfigError
 from engine.models import read_model
-from engine.runner.device import Device
+from engine.plugins import engine_config
+from engine.runner import device as device_module
+from engine.runner.device import Device, host_free_bytes
 from engine.runner.memory import Memory
 from engine.runner.memory_plan import (
     MemoryPlan,
+    check_sizes,
     kv_row_bytes,
     state_slot_bytes,
+    warn_if_promised,
 )
 from engine.weights.model_config import read_config
+from hybridcache.geometry.units import GIB
 
 BUILTIN = read_config(BUILTIN_DIR)
 MODEL = read_model(BUILTIN)[1].sizes
@@ -112,3 +117,100 @@ def test_only_the_device_module_names_cuda():
         for path in (Path(__file__).parents[3] / folder).rglob("*.py"):
             if path.name != "device.py":
                 assert not re.search(r"['\"]cuda\b|torch\.cuda", path.read_text()), path
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """Return a function that writes a file of a system whose root is ``tmp_path``."""
+
+    def write(path, content):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n")
+
+    monkeypatch.setattr(device_module, "SYSTEM", tmp_path)
+    return write
+
+
+def write_meminfo(system, **gib):
+    lines = [f"{name}: {int(size * GIB) // 1024} kB" for name, size in gib.items()]
+    system("proc/meminfo", "\n".join([*lines, "HugePages_Total: 0"]))
+
+
+def write_group(system, folder, limit, used, idle, version=2, **more):
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    system(f"{folder}/{names[0]}", limit)
+    system(f"{folder}/{names[1]}", used)
+    system(f"{folder}/memory.stat", f"anon 1\n{names[2]} {idle}")
+    for name, value in more.items():
+        system(f"{folder}/memory.{name}", value)
+
+
+CGROUP = "sys/fs/cgroup"
+
+
+def test_limits_of_control_groups_of_version_2_count_with_those_of_parents(system):
+    write_meminfo(system, MemAvailable=20)
+    system("proc/self/cgroup", "0::/pod/one/task")
+    assert host_free_bytes() == 20 * GIB, "there are no files of groups"
+    write_group(system, f"{CGROUP}/pod/one/task", "max", 10, 0)
+    write_group(system, f"{CGROUP}/pod/one", 9 * GIB, 2 * GIB, GIB, high="max")
+    write_group(system, f"{CGROUP}/other", 5, 0, 0)
+    assert host_free_bytes() == 8 * GIB
+    write_group(system, f"{CGROUP}/pod", 7 * GIB, 2 * GIB, 0)
+    assert host_free_bytes() == 5 * GIB
+    system(f"{CGROUP}/pod/one/memory.high", 4 * GIB)
+    assert host_free_bytes() == 3 * GIB
+    write_group(system, CGROUP, 3 * GIB, 2 * GIB, 0)
+    assert host_free_bytes() == GIB
+    system(f"{CGROUP}/memory.current", 4 * GIB)
+    assert host_free_bytes() == 0
+
+
+def test_a_container_sees_its_limit_of_version_2_at_the_root(system):
+    write_meminfo(system, MemAvailable=20)
+    system("proc/self/cgroup", "0::/")
+    write_group(system, CGROUP, 6 * GIB, 2 * GIB, GIB)
+    assert host_free_bytes() == 5 * GIB
+
+
+@pytest.mark.parametrize("path", ["docker/one", "docker"])
+def test_limits_of_control_groups_of_version_1_count(system, path):
+    """Check a group of the host, and a container that sees its group as the root."""
+    write_meminfo(system, MemAvailable=20)
+    system("proc/self/cgroup", f"9:cpu:/other\n4:memory:/{path}\n0::/")
+    unlimited = 0x7FFFFFFFFFFFF000
+    write_group(system, f"{CGROUP}/memory/docker/one", 6 * GIB, 2 * GIB, GIB, version=1)
+    write_group(system, f"{CGROUP}/memory", unlimited, 9 * GIB, GIB, version=1)
+    assert host_free_bytes() == (5 if path == "docker/one" else 20) * GIB
+    write_group(system, f"{CGROUP}/memory", 4 * GIB, 2 * GIB, GIB, version=1)
+    assert host_free_bytes() == 3 * GIB
+
+
+def test_more_memory_than_a_container_has_is_refused(system):
+    write_meminfo(system, MemAvailable=20, MemTotal=20)
+    system("proc/self/cgroup", "0::/")
+    write_group(system, CGROUP, 4 * GIB, 0, 0)
+    config = engine_config(cache_gib=3, host_gib=2)
+    with pytest.raises(ConfigError, match="cache_gib and host_gib take 5 GiB, but 4 GiB of memory"):
+        check_sizes(config, CPU)
+    write_group(system, CGROUP, 5 * GIB, 0, 0)
+    check_sizes(config, CPU)
+
+
+def test_a_second_server_on_a_machine_that_is_too_small_for_two_gets_a_warning(system, caplog):
+    """The first one has reserved its arena and written none of it."""
+    config = engine_config(cache_gib=15)
+    write_meminfo(system, MemTotal=20, MemAvailable=19, Committed_AS=2, SwapTotal=0)
+    warn_if_promised(config, CPU)
+    assert not caplog.text
+    write_meminfo(system, MemTotal=20, MemAvailable=18, Committed_AS=17, SwapTotal=0)
+    check_sizes(config, CPU)
+    warn_if_promised(engine_config(), CPU)
+    assert not caplog.text, "the default size follows the memory"
+    warn_if_promised(config, CPU)
+    [record] = caplog.records
+    assert "--cache-gib may use 15 GiB" in record.message and "17 GiB of its 20" in record.message
