@@ -16,7 +16,6 @@ from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out
-from tests.lease_log import LeaseLog, logged_lease, replay
 
 
 def make_cache(kind: str = "hybrid", kv_tokens: int = 1024, slots: int = 8, **options: int):
@@ -239,30 +238,6 @@ def test_a_placement_policy_is_notified_once_despite_refusals() -> None:
     lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
     assert lease.extend(30) and lease.extend(60)
     assert placement.num_prefills == 1
-
-
-def test_a_replayed_log_makes_the_same_decisions() -> None:
-    placement = parse_placement("branch,backoff,end")
-
-    def serve(log: LeaseLog, cache: HybridRadixCache) -> None:
-        rng = np.random.default_rng(7)
-        for _ in range(60):
-            prompt = tokens(int(rng.integers(1, 400)), first=1000 * int(rng.integers(3)))
-            lease = logged_lease(log).begin(cache, placement, LeaseRequest(prompt))
-            end = len(prompt)
-            lease.extend(end)
-            lease.take_checkpoint_slots(lease.cached_len, end)
-            carried_out(cache)
-            lease.publish(prompt, end)
-            lease.finish(prompt, end)
-
-    log, cache = LeaseLog(), make_cache(slots=5)
-    serve(log, cache)
-    fresh = make_cache(slots=5)
-    assert replay(fresh, placement, log).events == log.events
-    assert fresh.stats.as_dict() == cache.stats.as_dict()
-    smaller = replay(make_cache(kv_tokens=512, slots=5), placement, log)
-    assert smaller.events[-1] != log.events[len(smaller.events) - 1]
 
 
 # --- Misuse --------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 
@@ -15,42 +13,6 @@ from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, ids, serve
 from tests.cache.tiers import TieredMemory
-
-
-def churn(seed: int, num_requests: int, eviction: str = "lru") -> Counter[tuple[str, str, str]]:
-    """Serve random traffic on small device, host and disk tiers. Returns the number of copies."""
-    rng = np.random.default_rng(seed)
-    config = CacheConfig(
-        total_bytes=int(rng.integers(40, 120)),
-        memory=str(rng.choice(["arena", "budget"])),
-        kv_bytes_per_token=2,
-        state_bytes=int(rng.choice([3, 8, 20])),
-        grid=int(rng.choice([1, 4])),
-        eviction=eviction,
-        host_bytes=int(rng.integers(40, 160)),
-        disk_bytes=int(rng.integers(60, 240)),
-        ghost_bytes=int(rng.choice([0, 5000, 1 << 20])),
-    )
-    memory = TieredMemory(config)
-    step, seen = memory.cache._step, [np.empty(0, np.int32)]
-    for _ in range(num_requests):
-        before = seen[rng.integers(max(0, len(seen) - 12), len(seen))]
-        prefix = before[: rng.integers(len(before) + 1) if rng.random() < 0.4 else len(before)]
-        tokens = np.concatenate([prefix, rng.integers(0, 2, rng.integers(1, 8), np.int32)])[:24]
-        seen.append(tokens)
-        positions = {len(tokens) // step * step, int(rng.integers(0, len(tokens))) // step * step}
-        memory.serve(tokens, None, sorted(positions - {0}), int(rng.integers(0, 3)))
-        memory.check()
-    return Counter((copy.kind, copy.src_tier, copy.dst_tier) for copy in memory.copied)
-
-
-@pytest.mark.parametrize("eviction", ["lru", "survival"])
-def test_random_traffic_keeps_the_contents_of_all_tiers_correct(eviction: str):
-    copied: Counter[tuple[str, str, str]] = Counter()
-    for seed in range(4):
-        copied += churn(seed, 40, eviction)
-    directions = {("device", "host"), ("host", "disk"), ("host", "device"), ("disk", "device")}
-    assert set(copied) >= {(kind, *pair) for kind in ("kv", "checkpoint") for pair in directions}
 
 
 def tiered(**options: object) -> TieredRadixCache:

@@ -77,15 +77,6 @@ async def read(stream: object) -> list[RequestOutput]:
     return [output async for output in stream]
 
 
-def test_a_slow_reader_neither_blocks_others_nor_loses_outputs() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        slow, fast = engine.submit([1, 2], LONG), engine.submit([3, 4], LONG)
-        assert len(await read(fast)) == 200
-        assert len(await read(slow)) == 200
-
-    serve(scenario)
-
-
 def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.submit([1, 2, 3], ENDLESS)

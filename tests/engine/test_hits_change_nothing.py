@@ -16,28 +16,6 @@ from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from hybridcache.geometry.units import GIB
 
-HYBRID = {
-    "model_type": "qwen3_next",
-    "vocab_size": 160,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "full_attention_interval": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_conv_kernel_dim": 4,
-    "mlp_only_layers": [0, 1, 2],  # experts are expensive on a CPU: one layer has them
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "max_position_embeddings": 2048,
-}
 ATTENTION_ONLY = {
     "model_type": "qwen3",
     "vocab_size": 160,
@@ -49,22 +27,29 @@ ATTENTION_ONLY = {
     "head_dim": 16,
     "max_position_embeddings": 2048,
 }
-SIDE_BY_SIDE = {
+HYBRID = ATTENTION_ONLY | {
+    "model_type": "qwen3_next",
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "mlp_only_layers": [0, 1, 2],  # experts are expensive on a CPU: one layer has them
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+SIDE_BY_SIDE = ATTENTION_ONLY | {
     "model_type": "falcon_h1",
-    "vocab_size": 160,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
     "mamba_d_ssm": 48,
     "mamba_n_heads": 3,
     "mamba_d_head": 16,
     "mamba_d_state": 16,
     "mamba_n_groups": 1,
     "mamba_d_conv": 4,
-    "max_position_embeddings": 2048,
 }
 REPORT = SamplingParams(max_tokens=16, temperature=0, logprobs=5)
 MakeEngine = Callable[..., Engine]

@@ -20,39 +20,7 @@ from tests.cache.serving import (
     hybrid,
     ids,
     serve,
-    traffic,
 )
-from tests.export.segments import segments_of
-
-
-def play(cache, num_requests, seed=0, step=1):
-    for number, tokens in enumerate(traffic(seed, num_requests)):
-        n = len(tokens)
-        positions = {n // step * step, n // 2 // step * step} - {0}
-        serve(cache, tokens, sorted(positions), namespace=(None, "tenant", ("a", 1))[number % 3])
-        if number % 50 == 49:
-            cache.evict(num_tokens=100, num_slots=2)
-
-
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_mirror_equals_the_tree_and_gives_the_same_matches(page_size):
-    cache = hybrid(num_kv_tokens=960, page_size=page_size)
-    mirror, sent = Mirror(page_size), []
-    cache.subscribe(EventStream(sent.append))
-    for seed in range(4):
-        play(cache, 60, seed, page_size)
-        assert sent
-        mirror.apply_batch(seed, sent)
-        sent.clear()
-        assert mirror.segments() == segments_of(cache._tree.nodes())
-        for tokens in traffic(seed, 60):
-            for namespace in (None, "tenant", ("a", 1)):
-                match = cache.match(tokens, namespace)
-                assert mirror.match(tokens, namespace) == (match.cached_len, match.kv_match_len)
-    cache.reset()
-    for event in sent:
-        mirror.apply(event)
-    assert mirror.segments() == set()
 
 
 def test_lost_event_is_detected():

@@ -1,4 +1,5 @@
-"""State machine: event subscribers always have the contents of the cache."""
+"""State machine: event subscribers always have the contents of a hybrid or attention-only cache,
+whose rows are those of the matched tokens."""
 
 from __future__ import annotations
 
@@ -21,13 +22,16 @@ class EventsMachine(RuleBasedStateMachine):
     """One cache and its subscribers."""
 
     @initialize(
+        prefix_cache=st.sampled_from(["hybrid", "hybrid", "radix"]),
         page_size=st.sampled_from([1, 3]),
         grid=st.sampled_from([1, 6]),
         num_slots=st.integers(2, 8),
         ghost_bytes=st.sampled_from([0, 3_000]),
     )
-    def make(self, page_size, grid, num_slots, ghost_bytes):
+    def make(self, page_size, grid, num_slots, ghost_bytes, prefix_cache="hybrid"):
+        self.is_hybrid = prefix_cache == "hybrid"
         self.options = {
+            "prefix_cache": prefix_cache,
             "num_kv_tokens": 96,
             "num_slots": num_slots,
             "page_size": page_size,
@@ -38,11 +42,15 @@ class EventsMachine(RuleBasedStateMachine):
         self.cache = hybrid(**self.options)
         self.receipts = []
         self.prompts = {}
+        self.rows = {}
+        """Row of the last token of each published prefix. Pages are shared as a whole, so a prefix
+        includes the rest of its page."""
         self.watch()
 
     def watch(self):
         """Create all subscribers. They first receive the current contents."""
-        self.mirror, self.remote = (Mirror(self.options["page_size"]) for _ in range(2))
+        grid = None if self.is_hybrid else self.cache.grid
+        self.mirror, self.remote = (Mirror(self.options["page_size"], grid) for _ in range(2))
         self.batch: list[Event] = []
         sinks = (self.mirror.apply, self.batch.append)
         self.streams = [EventStream(sink) for sink in sinks]
@@ -64,9 +72,20 @@ class EventsMachine(RuleBasedStateMachine):
             self.serve(tokens, namespace)
             assert self.mirror.segments() == segments_of(self.cache._tree.nodes())
 
+    def rows_of(self, node, tokens, namespace):
+        """Return the row of each prefix on the path to ``node``, by the prefix."""
+        size, rows = self.options["page_size"], self.cache.gather(node).tolist()
+        ends = (-(-end // size) * size for end in range(1, len(rows) + 1))
+        keys = [(namespace, n, tokens[:end].tobytes()) for n, end in enumerate(ends)]
+        return dict(zip(keys, rows, strict=True))
+
     def serve(self, tokens, namespace):
         match = self.cache.match(tokens, namespace)
         assert self.mirror.match(tokens, namespace) == (match.cached_len, match.kv_match_len)
+        assert self.rows_of(match.node, tokens, namespace).items() <= self.rows.items()
+        if not self.is_hybrid:
+            reachable = min(match.kv_match_len, len(tokens) - 1)
+            assert match.cached_len == reachable - reachable % self.step
         receipt = self.cache.lock(match.node)
         self.cache.touch(match)
         positions = {
@@ -76,11 +95,14 @@ class EventsMachine(RuleBasedStateMachine):
         new = self.cache.allocate_kv(len(tokens) - match.cached_len)
         if new is not None:
             rows = np.concatenate([self.cache.gather(match.node), new])
-            saved = [(at, self.cache.allocate_slot()) for at in sorted(positions - {0})]
+            saved = [
+                (at, self.cache.allocate_slot()) for at in sorted(positions - {0}) if self.is_hybrid
+            ]
             saved = [(at, slot) for at, slot in saved if slot is not None]
             result = self.cache.insert(
                 tokens, rows[: len(tokens)], saved, namespace, match.cached_len
             )
+            self.rows |= self.rows_of(result.node, tokens, namespace)
             self.cache.free_kv(result.duplicates)
             self.cache.free_kv(rows[max(result.inserted_len, match.cached_len) :])
             for slot in result.rejected_slots:

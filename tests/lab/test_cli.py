@@ -89,21 +89,6 @@ def test_trace_stats_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(out)["num_requests"] == 400
 
 
-def test_trace_convert_preserves_all_statistics(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    target = tmp_path / "t.jsonl"
-    assert main(["trace", "convert", SAMPLE + "?head=50", str(target)]) == 0
-    capsys.readouterr()
-    records = []
-    for spec in (SAMPLE + "?head=50", str(target)):
-        main(["trace", "stats", spec, "--json"])
-        record = json.loads(capsys.readouterr().out)
-        del record["name"]
-        records.append(record)
-    assert records[0] == records[1]
-
-
 def test_simulate_prints_a_table_and_writes_a_figure(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -15,23 +15,21 @@ from engine.engine import Engine
 from engine.requests.spec import SamplingParams
 from engine.weights.model_config import read_config
 from hybridcache.cache import HybridRadixCache
-from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.trace import TraceRequest
+from hybridcache.lease import Lease
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
     EVICTION,
-    parse_placement,
 )
-from hybridcache.scheduling import cache_manager
 from tests.cache.twins import VictimLog
 from tests.lab.engine_steps import stepped_target
-from tests.lease_log import LeaseLog, logged_lease, replay
 from tests.oracle import OracleRunner, OracleSampler
 
 POLICIES = sorted(EVICTION)
@@ -177,50 +175,14 @@ def test_sequential_requests_have_the_simulated_hits_and_evictions(
         assert engine._cache.arena is not None and engine._cache.arena.num_moves > 1
 
 
-@pytest.mark.parametrize(
-    ("policy", "checkpoints"),
-    [
-        *((policy, CHECKPOINTS) for policy in ("lru", "gdsf", "marconi", "survival")),
-        (DEFAULT_EVICTION, DEFAULT_PLACEMENT),
-    ],
-)
-@pytest.mark.parametrize("memory", ["pools", "arena"])
-def test_replaying_the_lease_log_gives_the_same_hits_and_evictions(
-    policy: str,
-    checkpoints: str,
-    memory: str,
-    evictions: list[EvictionRecord],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    runner = OracleRunner(3000, 24) if memory == "pools" else arena_runner(5000)
-    log = LeaseLog()
-    monkeypatch.setattr(cache_manager, "Lease", logged_lease(log))
-    engine = engine_of(policy, runner, OracleSampler(), checkpoints, max_running=5)
-    histories: dict[int, np.ndarray] = {}
-    for turn in range(3):
-        for session, added in prompts(seed=turn, sessions=14, vocab=320)[:14]:
-            prompt = np.concatenate((histories.get(session, added[:0]), added))[:900]
-            histories[session] = prompt
-            sampling = SamplingParams(
-                max_tokens=int(added[0]) % 60 + 1, ignore_eos=True, temperature=0.0
-            )
-            engine.submit(prompt.tolist(), sampling, boundaries=(150,))
-        while engine.has_work():
-            engine.step()
-    by_engine = list(evictions)
-    evictions.clear()
-    cache = build_prefix_cache(cell_of(policy, engine).cache_config(engine.runner.geometry, unit=1))
-    again = replay(cache, parse_placement(checkpoints), log)
-    hits = [event.result for event in log.events if event.verb == "begin"]
-    assert [event.result for event in again.events if event.verb == "begin"] == hits
-    assert len(again.events) == len(log.events)
-    assert sum(hit or 0 for hit in hits) > 0 and len(by_engine) > 8
-    assert evictions == by_engine
-
-
 def test_leases_end_with_the_reason_why_an_answer_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = LeaseLog()
-    monkeypatch.setattr(cache_manager, "Lease", logged_lease(log))
+    reasons, finish = [], Lease.finish
+
+    def recorded(lease: Lease, *arguments: Any) -> None:
+        reasons.append(arguments[3])
+        finish(lease, *arguments)
+
+    monkeypatch.setattr(Lease, "finish", recorded)
     engine = engine_of("survival", arena_runner(3200), OracleSampler(), DEFAULT_PLACEMENT)
     sampling = SamplingParams(max_tokens=70, ignore_eos=True, temperature=0.0)
     [output] = engine.generate([list(range(1, 60))], sampling)
@@ -231,7 +193,6 @@ def test_leases_end_with_the_reason_why_an_answer_ended(monkeypatch: pytest.Monk
     engine.submit(list(range(1, 60)), sampling, ends_session=True)
     while engine.has_work():
         engine.step()
-    reasons = [event.arguments[3] for event in log.events if event.verb == "finish"]
     assert reasons == ["length", "end_turn", "session_end"]
     labels = {item.label for item in engine._cache.policy._checkpoints.items}
     assert labels == {"decode/end_turn", "decode/session_end"}, "the latest answer counts"

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-
 from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
 from hybridcache.policies.eviction.scored import (
     GDSF,
     LFU,
     Random,
-    SampledPolicy,
-    ScorePolicy,
 )
-from hybridcache.policies.protocol import Item
-from hybridcache.policies.registry import EVICTION, make_eviction
 from tests.policies.items import FakeItem, offer
 
 
@@ -91,33 +85,3 @@ def test_lhd_learns_the_age_at_which_items_are_used() -> None:
     fresh = FakeItem("fresh", kind="kv", created=1198, last_used=1198)
     policy.add(fresh)
     assert policy.victim(None) is fresh
-
-
-@pytest.mark.parametrize("eviction", [*sorted(EVICTION), "marconi:0.5"])
-def test_every_policy_evicts_all_items_of_each_kind(eviction: str) -> None:
-    policy = make_eviction(eviction)()
-    items = [FakeItem(f"c{n}", last_used=n, created=n) for n in range(5)]
-    items += [FakeItem(f"k{n}", kind="kv", last_used=n, created=n) for n in range(5)]
-    for item in items:
-        policy.add(item)
-    for kind in ("kv", "checkpoint"):
-        for _ in range(5):
-            victim = policy.victim(kind)
-            assert victim is not None and victim.kind == kind
-            policy.discard(victim, evicted=True)
-        assert policy.victim(kind) is None
-    assert policy.victim(None) is None
-
-
-def test_custom_scored_and_sampled_policies() -> None:
-    class ShallowLast(ScorePolicy):
-        def score(self, item: Item) -> float:
-            return -item.position
-
-    class Newest(SampledPolicy):
-        def score(self, item: Item) -> float:
-            return self.now - item.last_used
-
-    items = [FakeItem(str(n), position=64 * n, last_used=n) for n in (1, 3, 2)]
-    assert offer(ShallowLast(), *items) == ["3", "2", "1"]
-    assert offer(Newest(), *items) == ["3", "2", "1"]
