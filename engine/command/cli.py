@@ -122,6 +122,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
             help=help,
             description=help[0].upper() + help[1:] + ".",
             usage=f"engine {verb} {usage}".rstrip(),
+            allow_abbrev=False,  # --api-key is not --api-key-file.
         )
         sub.set_defaults(command=command)
         if verb in arguments:

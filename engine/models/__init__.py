@@ -25,6 +25,8 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
     family = families().get(str(model_type))
     if text is not raw and raw.get("model_type") not in (*COMPOSITES, model_type, None):
         model_type, family = raw["model_type"], None  # Its class may have more than the text part.
+    if model_type is None:
+        raise ModelError("config.json has no 'model_type', the name of the model's family.")
     if family is None:
         supported = sorted(families())
         near = get_close_matches(str(model_type), supported, n=1, cutoff=0.8)

@@ -92,7 +92,7 @@ def read_keys(setting: str, file: str) -> list[bytes]:
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise ValueError(f"{flag(setting)} {file} cannot be read ({error.strerror}).") from error
+        raise ValueError(f"{flag(setting)} {file!r} cannot be read ({error.strerror}).") from error
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
         raise ValueError(f"{flag(setting)} {file} is empty. Write a key into it.")
@@ -354,7 +354,7 @@ class Tenants:
 
     def of(self, scope: Scope, salt: str | None = None) -> Tenant:
         """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
-        salts differ, or one is not text."""
+        salts differ, or one is empty or not text."""
         name = SALT_HEADER.encode()
         given = {_header_salt(value) for header, value in scope["headers"] if header == name}
         if salt is not None:
@@ -364,6 +364,10 @@ class Tenants:
                 400,
                 f"This request names different salts: send one, as 'cache_salt' or {SALT_HEADER}.",
                 param="cache_salt",
+            )
+        if "" in given:
+            raise APIError(
+                400, "A salt must not be empty: omit it, or send text.", param="cache_salt"
             )
         if any(REPLACEMENT in one for one in given):
             # Invalid characters are decoded as this one, which would make different salts equal.

@@ -10,7 +10,15 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Container,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from difflib import get_close_matches
@@ -18,7 +26,7 @@ from functools import lru_cache, partial
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, inspect
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -114,11 +122,16 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
     try:
         return _decoded(kind, raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        fault: Exception = error
+        fault = error
     except RecursionError:
         raise APIError(400, "The body is nested too deep: send one flat JSON object.") from None
-    with suppress(msgspec.DecodeError, UnicodeDecodeError):
-        return _decoded(kind, with_whole_escapes(raw.decode()).encode())
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        message = f"The body is not UTF-8 (byte {error.start:,}): send JSON encoded as UTF-8."
+        raise APIError(400, message) from None
+    with suppress(msgspec.DecodeError):
+        return _decoded(kind, with_whole_escapes(text).encode())
     raise APIError(400, f"The body is not valid JSON ({fault}): send one JSON object.")
 
 
@@ -169,7 +182,7 @@ def _field(name: str, piece: Raw, of_type: Any, decoder: msgspec.json.Decoder[An
             return decoder.decode(piece)
         except msgspec.ValidationError as error:
             if "got `float`" not in str(error):  # 3.0 is an integer.
-                raise of_validation(error, name) from None
+                raise of_validation(error, name, of_type) from None
     return converted(json_value(piece, name), of_type, name)
 
 
@@ -182,7 +195,7 @@ def converted(value: Any, of_type: type[Result], name: str) -> Result:
         try:
             return msgspec.convert(_settled(value), of_type, str_keys=True)
         except msgspec.ValidationError as error:
-            raise of_validation(error, name) from None
+            raise of_validation(error, name, of_type) from None
 
 
 def _settled(value: Any) -> Any:
@@ -219,8 +232,40 @@ WORDS = {
 }
 
 
-def of_validation(error: msgspec.ValidationError, name: str) -> APIError:
-    """Describe an ``error`` of ``msgspec`` in the value of ``name`` in one sentence."""
+def _texts_at(of_type: Any, names: Sequence[str]) -> list[str]:
+    """Return the texts to which the part ``names`` of an ``of_type`` is limited; [] if it is not
+    limited."""
+    kinds = _alternatives(inspect.type_info(of_type))
+    for name in names:
+        kinds = [
+            one for kind in kinds for part in _parts(kind, name) for one in _alternatives(part)
+        ]
+    return [
+        str(text) for one in kinds if isinstance(one, inspect.LiteralType) for text in one.values
+    ]
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    while isinstance(kind, inspect.Metadata):
+        kind = kind.type
+    if isinstance(kind, inspect.UnionType):
+        return [one for each in kind.types for one in _alternatives(each)]
+    return [kind]
+
+
+def _parts(kind: Any, name: str) -> Iterator[Any]:
+    """Yield the type of the entry ``name`` of a ``kind``, if it has one."""
+    if isinstance(kind, inspect.ListType):
+        yield kind.item_type
+    elif isinstance(kind, inspect.StructType):
+        if name == kind.tag_field:
+            yield inspect.LiteralType((kind.tag,))
+        yield from (field.type for field in kind.fields if field.encode_name == name)
+
+
+def of_validation(error: msgspec.ValidationError, name: str, of_type: Any) -> APIError:
+    """Describe an ``error`` of ``msgspec`` in the value of ``name``, an ``of_type``, in one
+    sentence."""
     text, _, path = str(error).partition(" - at `")
     path = "" if path.startswith("key") else path.rstrip("`").replace("[...]", "")
     param = name + re.sub(r"\[(\d+)\]", r".\1", path)[1:]
@@ -232,18 +277,29 @@ def of_validation(error: msgspec.ValidationError, name: str) -> APIError:
         param = f"{param}.{text.split('`')[1]}"
         message = f"'{_cut(param)}' is not a parameter: check its spelling or drop it."
         return APIError(400, message, param=param, code="unknown_parameter")
+    wrong = re.match(r"Invalid (?:enum )?value (.*)|Expected `str.*, got (`.*)", text)
+    if wrong and (texts := _texts_at(of_type, re.findall(r"\w+", path))):
+        got = wrong[1] or _in_words(wrong[2])
+        listed = " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+        message = f"'{_cut(param)}' must be {listed} (got {_cut(got)})."
+        return APIError(400, message, param=param)
     if text.startswith("Expected "):
-        what = re.sub(
-            r"`([^`]*)`",
-            lambda kinds: " or ".join(WORDS.get(one, one) for one in kinds[1].split(" | ")),
-            text.removeprefix("Expected "),
-        )
+        what = _in_words(text.removeprefix("Expected "))
         return APIError(400, f"'{_cut(param)}' must be {what}.", param=param)
     if text.startswith("Invalid "):
         value = _cut(text.removeprefix("Invalid ").removeprefix("enum ").removeprefix("value "))
         return APIError(400, f"'{_cut(param)}' must not be {value}.", param=param)
     said = text if f"'{name}" in text else f"'{_cut(param)}': {text}"
     return APIError(400, f"{said}.", param=param)
+
+
+def _in_words(text: str) -> str:
+    """Return a sentence of ``msgspec`` with words in place of the names of types."""
+
+    def words(kinds: re.Match[str]) -> str:
+        return " or ".join(WORDS.get(one, one) for one in kinds[1].split(" | "))
+
+    return re.sub(r"`([^`]*)`", words, text)
 
 
 def _cut(text: str, most: int = 60) -> str:

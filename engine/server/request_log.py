@@ -125,12 +125,13 @@ def is_wanted(log_requests: bool | None) -> bool:
 
 
 def set_up_logging(level: str) -> None:
-    """Send the engine's log from ``level`` on to the standard error output. Request lines, if
-    enabled, do not depend on ``level``."""
-    root = logging.getLogger("engine")
-    root.setLevel(level.upper())
-    logger.setLevel(min(root.level, logging.INFO))
+    """Send the log of engine and HTTP server from ``level`` on to the standard error output.
+    Request lines, if enabled, do not depend on ``level``."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    root.addHandler(handler)
-    root.propagate = False
+    for name in ("engine", "uvicorn"):
+        log = logging.getLogger(name)
+        log.setLevel(level.upper())
+        log.addHandler(handler)
+        log.propagate = False
+    logger.setLevel(min(logging.getLogger("engine").level, logging.INFO))

@@ -227,6 +227,7 @@ class Sampling(Guided, kw_only=True):
 
     def __post_init__(self) -> None:
         check_streamed(self.stream, self.stream_options)
+        says_session_end(self.metadata)
         if self.seed is not None and not SEEDS["minimum"] <= self.seed <= SEEDS["maximum"]:
             raise ValueError("'seed' must be from -2**63 to 2**64 - 1.")
         for token, bias in (self.logit_bias or {}).items():
@@ -288,13 +289,17 @@ def seed_of(seed: int | None, choice: int) -> int | None:
 
 
 def says_session_end(metadata: object) -> bool:
-    """Return True if ``metadata`` has ``session_end``, as a boolean or as text.
+    """Return ``session_end`` of ``metadata``, a boolean or its text; False without it. Raises
+    ValueError for another value.
 
-    >>> says_session_end({"session_end": "true"}), says_session_end({"session_end": "0"})
+    >>> says_session_end({"session_end": "true"}), says_session_end({"session_end": False})
     (True, False)
     """
     value = metadata.get("session_end") if isinstance(metadata, dict) else None
-    return value is True or (isinstance(value, str) and value.lower() in ("true", "1", "yes"))
+    said = str(value).lower() if isinstance(value, str | bool) else value
+    if said not in (None, "true", "false"):
+        raise ValueError("'metadata.session_end' must be true or false.")
+    return said == "true"
 
 
 class CacheControl(Part, kw_only=True):

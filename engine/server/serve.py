@@ -1,7 +1,7 @@
 """The server process: connections of clients, memory, start and stop.
 
-uvicorn limits the size of headers and the number of connections, and closes idle ones. Late headers
-are refused here.
+uvicorn limits the size of headers and closes idle connections. Late headers and too many
+connections are refused here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.async_engine import AsyncEngine
@@ -145,6 +146,9 @@ async def trim() -> None:
         _malloc_trim(0)
 
 
+WARNING_EVERY_S = 10.0
+"""Minimum interval between two warnings about too many connections."""
+BUSY_HEADERS = {"Retry-After": "1", "Connection": "close"}
 FAREWELL_S = 5
 """Time after the drain in which clients can read that their answer was cut off."""
 
@@ -160,29 +164,45 @@ class Server(uvicorn.Server):
         must_end: Callable[[], bool] = lambda: False,
     ) -> None:
         """``must_end`` is called ten times per second; True ends the server."""
-        app = create_app(engine, config)
-        limit = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
+        self._app = create_app(engine, config)
+        self._most = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
         limits = {"header_timeout_s": config.header_timeout_s}
         super().__init__(
             uvicorn.Config(
-                app,
+                self._serve_one,
+                interface="asgi3",
                 http=type("LimitedConnection", (ClientConnection,), limits),
                 timeout_keep_alive=math.ceil(config.header_timeout_s),
                 ws="none",
+                log_config=None,
                 log_level=config.log_level,
                 access_log=False,
                 backlog=ACCEPTED_AT_ONCE,
-                limit_concurrency=limit + 1,
                 timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
                 callback_notify=trim,
                 timeout_notify=TRIM_S,
             )
         )
-        self._engine, self._page = engine, app.state.page
+        self._engine, self._page = engine, self._app.state.page
         self._drain_s = config.drain_s
         self._must_end = must_end
         self._hurry: Callable[[], object] | None = None
         """Ends the drain; None before it begins."""
+        self._next_warning_s = 0.0
+
+    async def _serve_one(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, with 503 if too many connections are open. ``/health`` is answered
+        anyway, so that a busy server is not restarted."""
+        is_full = len(self.server_state.connections) > self._most
+        if not is_full or scope["type"] != "http" or scope["path"] == "/health":
+            await self._app(scope, receive, send)
+            return
+        message = f"More than {self._most} connections are open (--max-connections)"
+        if time.monotonic() >= self._next_warning_s:
+            self._next_warning_s = time.monotonic() + WARNING_EVERY_S
+            logger.warning("%s: requests on further ones are answered with 503.", message)
+        refusal = APIError(503, f"{message}: send it again later.", headers=BUSY_HEADERS)
+        await refusal.response(scope)(scope, receive, send)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, or end the drain: requests that are left get an error instead of being dropped."""

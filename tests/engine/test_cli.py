@@ -57,6 +57,7 @@ def run(*arguments: str) -> int:
     [
         ({}, "no config.json"),
         ({"config.json": b"{broken"}, "config.json"),
+        ({"config.json": b"{}"}, "config.json has no 'model_type'"),
         (
             {"config.json": json.dumps(ATTENTION_ONLY | {"model_type": "bert"}).encode()},
             "'bert' are not supported; supported are",
@@ -95,6 +96,11 @@ def test_broken_model_directories_are_refused_in_one_sentence(
     assert run("generate", "x", "--model", str(tmp_path)) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1, error
+
+
+def test_a_flag_is_not_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "--api-key", "") == 2
+    assert "did you mean --api-key-file?" in capsys.readouterr().err
 
 
 def test_an_occupied_port_is_reported_before_loading(capsys: pytest.CaptureFixture[str]) -> None:

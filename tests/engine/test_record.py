@@ -331,6 +331,17 @@ def recording(to: str, out: Path, *flags: str) -> Iterator[tuple[subprocess.Pope
         yield process, process.stdout.readline().split()[0]
 
 
+def test_a_deleted_trace_is_reported(tmp_path: Path) -> None:
+    behind, path = ServerThread(Upstream(), lifespan="off"), tmp_path / "trace.jsonl"
+    with recording(behind.url, path) as (process, url):
+        path.unlink()
+        httpx.post(f"{url}/chat/completions", json=chat("first"), timeout=30)
+        process.send_signal(signal.SIGINT)
+        assert "not in the trace: 1, since the file was deleted" in process.stdout.read()
+        assert process.wait(30) == 1
+    behind.stop()
+
+
 @pytest.mark.full("SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: int) -> None:

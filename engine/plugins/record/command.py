@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from pathlib import Path
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME
@@ -26,6 +27,7 @@ def record(
     import uvicorn
 
     from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
+    from engine.server.request_log import set_up_logging
     from engine.server.settings import ServerConfig, bind
     from engine.text.hugging_face import load_tokenizer
 
@@ -34,6 +36,7 @@ def record(
         is_builtin = Path(tokenizer) == BUILTIN_DIR
         loaded = load_tokenizer(None if is_builtin else tokenizer)
         counted_by = f"the tokenizer of {display_name(Path(tokenizer))}"
+    set_up_logging("warning")
     with bind(ServerConfig(host=host, port=port)) as listener:
         try:
             file = out.open("xb")
@@ -48,7 +51,7 @@ def record(
             port = listener.getsockname()[1]
             config = uvicorn.Config(
                 proxy,
-                log_level="warning",
+                log_config=None,
                 timeout_graceful_shutdown=GRACE_S,
                 server_header=False,
                 date_header=False,
@@ -64,9 +67,13 @@ def record(
                 server.run(sockets=[listener])
             finally:
                 proxy.finish()  # A second signal skips the shutdown of the application.
+                is_deleted = writer.is_deleted
     for why, number in writer.skipped.items():
         print(f"not in the trace: {number:,}, since {why}")
     print(f"tokens counted by: {counted_by}")
+    if is_deleted:
+        print(f"engine record: {out} was deleted: its requests are lost.", file=sys.stderr)
+        return 1
     requests = counted(writer.num_requests, "request")
     model = "CONFIG_JSON"
     if tokenizer is not None:

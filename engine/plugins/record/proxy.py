@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import secrets
 import time
 from collections import Counter, deque
@@ -114,6 +115,11 @@ class TraceWriter:
         for exchange in tuple(self._pending):
             self.end(exchange)
 
+    @property
+    def is_deleted(self) -> bool:
+        """True if the file has no name any more, so that its content is lost when it is closed."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
+
     def _write(self) -> None:
         while self._pending and (line := self._pending[0].line) is not None:
             self._pending.popleft()
@@ -121,7 +127,10 @@ class TraceWriter:
                 try:
                     self._file.write(line)
                     self._file.flush()
-                    self.num_requests += 1
+                    if self.is_deleted:
+                        self.skip("the file was deleted")
+                    else:
+                        self.num_requests += 1
                 except OSError as error:
                     self.skip(f"the file cannot be written ({error.strerror})")
 

@@ -395,6 +395,29 @@ def test_request_log_has_499_for_a_stream_that_was_left_while_it_waited(
     running.close()
 
 
+def test_requests_on_too_many_connections_are_refused_except_health(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+) -> None:
+    live = serve_oracle(ServerConfig(max_connections=1))
+    with live.connect(), live.connect():
+        deadline = time.monotonic() + 20
+        while live.get("/v1/models").status_code == 200:
+            assert time.monotonic() < deadline
+        answer = live.get("/v1/models")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert "--max-connections" in answer.json()["error"]["message"]
+        assert live.get("/health").status_code == 200
+    lines = [line for line in caplog.messages if "connections" in line]
+    assert len(lines) == 1 and "--max-connections" in lines[0]
+
+
+def test_default_limit_above_the_context_is_reported(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+) -> None:
+    serve_oracle(ServerConfig(default_max_tokens=4097))
+    assert "--default-max-tokens 4097 is more than the context length 4096" in caplog.text
+
+
 def test_health_and_answers_say_whether_hits_are_exact() -> None:
     engine = oracle_engine()
     engine.runner.exactness = Exactness("ab" * 16, ("hits",))

@@ -51,7 +51,7 @@ def test_keys_share_nothing_with_salt_by_key(
 ) -> None:
     (tmp_path / "keys").write_text("one\ntwo\n")
     keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
-    both = [(key, salt) for key in keys for salt in (None, "", "a", "one", "two")]
+    both = [(key, salt) for key in keys for salt in (None, "a", "one", "two")]
     live = serve_oracle(ServerConfig(api_key_file=str(tmp_path / "keys"), salt_by_key=True))
     assert are_all_cold([cache_counts(live, salt, **key) for key, salt in both])
     assert all(cached_tokens(live, salt, **key) > 0 for key, salt in both)
@@ -73,7 +73,7 @@ def test_salt_header_works_on_every_method(serve_oracle: Callable[..., Live]) ->
     assert cached_tokens(live, "é") == 0
     answer = httpx.post(url, json=body, headers=[(b"x-cache-salt", "é".encode())])
     assert int(answer.headers["x-cache-hit-tokens"]) > 0
-    for wrong in (b"\xff", "\N{REPLACEMENT CHARACTER}".encode()):
+    for wrong in (b"", b"\xff", "\N{REPLACEMENT CHARACTER}".encode()):
         answer = httpx.post(url, json=body, headers=[(b"x-cache-salt", wrong)])
         assert answer.status_code == 400 and "param" in answer.json()["error"]
     both = httpx.post(url, json=body | {"cache_salt": "me"}, headers={"x-cache-salt": "you"})
@@ -83,7 +83,7 @@ def test_salt_header_works_on_every_method(serve_oracle: Callable[..., Live]) ->
     stored = live.post("/v1/responses", {"input": "x"}, **{"x-cache-salt": "me"}).json()["id"]
     for method, expected in (("GET", 200), ("DELETE", 200), ("GET", 404)):
         path = f"{live.url}/v1/responses/{stored}"
-        for salt, status in (("you", 404), ("", 404), ("me", expected)):
+        for salt, status in (("you", 404), ("", 400), ("me", expected)):
             answer = httpx.request(method, path, headers={"x-cache-salt": salt})
             assert answer.status_code == status
         assert httpx.request(method, path).status_code == 404
