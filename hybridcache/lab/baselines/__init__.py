@@ -26,20 +26,12 @@ BASELINES: dict[str, BaselineFactory] = {
     "lightllm": LightllmCache,
     "lightllm-big": partial(LightllmCache, big_page=1024),
     "lightllm-64": partial(LightllmCache, page=64),
-    "lightllm-counted": partial(LightllmCache, counted=True),
-    "lightllm-big-counted": partial(LightllmCache, big_page=1024, counted=True),
     "marconi": MarconiCache,
     "marconi-static": partial(MarconiCache, alpha=1.0),
     "marconi-artifact": partial(MarconiCache, reading="artifact"),
-    "marconi-repaired": partial(MarconiCache, reading="repaired"),
-    "marconi-counted": partial(MarconiCache, alpha=1.0, counted=True),
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
-    "sglang-plus-counted": partial(MarconiCache, leaf_lru=True, counted=True),
 }
-"""Baselines by name. ``sglang-plus`` is the baseline of that name in Marconi's paper. The
-``-counted`` variants pay from the budget for memory that the published caches use in addition to
-it: LightLLM's states in host memory, and the needs of running requests, which Marconi's artifact
-ignores."""
+"""Baselines by name. ``sglang-plus`` is the baseline of that name in Marconi's paper."""
 
 
 __all__ = [

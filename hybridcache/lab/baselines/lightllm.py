@@ -12,10 +12,6 @@ Published behaviour that decides its hit rates:
 - KV is evicted leaf by leaf, stateless leaves first, then least recently used. Host buffers are
   evicted least recently used first; the node is kept without its state.
 - A hit copies its state to the device before anything is computed.
-
-``counted`` is not LightLLM. Its states, including those of running requests, are paid for out of
-the device budget, as many as are worth their place there. So it can be compared with caches that
-use no other memory.
 """
 
 from __future__ import annotations
@@ -63,11 +59,7 @@ class _Found(NamedTuple):
 
 class LightllmCache:
     """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` is None by
-    default: off).
-
-    ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of
-    host buffers. Raises ValueError if ``big_page`` is not a multiple of ``page``.
-    """
+    default: off). Raises ValueError if ``big_page`` is not a multiple of ``page``."""
 
     def __init__(
         self,
@@ -75,18 +67,14 @@ class LightllmCache:
         page: int = 512,
         big_page: int | None = None,
         num_host_states: int = 512,
-        counted: bool = False,
     ) -> None:
         self.page = max(1, page // config.unit)
         self.page_tokens = self.page * config.unit
         self.big_page = None if big_page is None else big_page // config.unit
         if self.big_page is not None and self.big_page % self.page:
             raise ValueError(f"big_page {big_page} is not a multiple of page {page}")
-        row_bytes = config.kv_bytes_per_token * config.unit
-        self.num_tokens = config.budget_bytes // row_bytes
-        self.state_rows = -(-config.state_bytes // row_bytes) if counted else 0
-        """Rows of the budget that a state takes."""
-        self.num_states = self.num_tokens // self.state_rows if counted else num_host_states
+        self.num_tokens = config.budget_bytes // (config.kv_bytes_per_token * config.unit)
+        self.num_states = num_host_states
         self.free_states = self.num_states
         self.free_tokens = self.num_tokens
         self.held_tokens = 0
@@ -100,7 +88,7 @@ class LightllmCache:
         found = self._match(root, tokens)
         for node in found.path:
             self._refer(node, 1)
-        if not self.allocate(len(tokens) - found.length + self.state_rows):
+        if not self.allocate(len(tokens) - found.length):
             for node in found.path:
                 self._refer(node, -1)
             return None
@@ -121,27 +109,19 @@ class LightllmCache:
         self.free_tokens += num_tokens
         self.held_tokens -= num_tokens
 
-    def publish(self, root: _Page, tokens: Tokens, cached_len: int) -> int:
+    def publish(self, root: _Page, tokens: Tokens) -> int:
         """Insert a computed prompt's whole pages with its states. Returns the number of new tokens
-        in the tree: 0 if states are counted and there is no room for them."""
+        in the tree."""
         node, taken, start = root, 0, 0
         end = (len(tokens) - 1) // self.page * self.page
-        num_big = 0 if self.big_page is None else end // self.big_page - cached_len // self.big_page
-        reserved, used = self.state_rows * (num_big + 1), 0
-        if not self.allocate(reserved):
-            return 0
         while start < end:
             size = self._page_at(start, end)
             node, new = self._child(node, tokens[start : start + size], size)
             if new:
                 taken += size
-                used += self.state_rows * node.big
             start += size
         if node is not root and not node.has_state:
             self._save_state(node)
-            used += self.state_rows
-        self.held_tokens -= used
-        self.free(reserved - used)
         return taken
 
     def check(self) -> None:
@@ -149,7 +129,7 @@ class LightllmCache:
         stack = list(self.roots.values())
         while stack:
             node = stack.pop()
-            cached += self._rows(node)
+            cached += node.num_tokens
             states += node.has_state and not node.big
             stack.extend(node.children.values())
             if node.parent is not None:
@@ -160,10 +140,6 @@ class LightllmCache:
             f"{self.free_tokens} free + {cached} cached + held != total"
         )
         assert self.free_states + states == self.num_states, "host states: free + cached != total"
-
-    def _rows(self, node: _Page) -> int:
-        """Return the rows of the budget that ``node`` takes, with its state."""
-        return node.num_tokens + self.state_rows * node.has_state
 
     def _page_at(self, start: int, end: int) -> int:
         if (
@@ -214,7 +190,6 @@ class LightllmCache:
         if not self.free_states:
             _, oldest = self.small_states.popitem(0)
             self.leaves.pop(self._leaf_key(oldest), None)
-            self.free_tokens += self.state_rows
             oldest.has_state = False
             self._list(oldest)
             self.free_states += 1
@@ -254,7 +229,7 @@ class LightllmCache:
         assert node.parent is not None
         del node.parent.children[node.key]
         self._list(node.parent)
-        self.free_tokens += self._rows(node)
+        self.free_tokens += node.num_tokens
 
 
 class LightllmSession:
@@ -278,9 +253,9 @@ class LightllmSession:
         tree."""
         if self.cache.allocate(len(output)):
             self.cache.free(len(output))
-        taken = self.cache.publish(self.root, self.tokens, self.cached_len)
+        taken = self.cache.publish(self.root, self.tokens)
         self.cache.held_tokens -= taken
-        self.cache.free(self.held + self.cache.state_rows - taken)
+        self.cache.free(self.held - taken)
         for node in self.path:
             self.cache._refer(node, -1)
 

@@ -13,35 +13,35 @@ Two checkpoints are saved per request.
 - A hit refreshes only the recency of the resumed node.
 
 The paper and its artifact (0801661, 2025-03-05) differ, and the results depend on it in both
-directions. There are three readings.
+directions. There are two readings.
 
-====================  ======================  =================================  ===============
-property              ``paper``               ``artifact``                       ``repaired``
-====================  ======================  =================================  ===============
-MLP FLOPs saved       less the parent's MLP   less the *attention* of the        as the paper
+====================  ======================  =================================
+property              ``paper``               ``artifact``
+====================  ======================  =================================
+MLP FLOPs saved       less the parent's MLP   less the *attention* of the
                                               parent's prefix, in as many
                                               layers as there are MLPs
-bytes in Eq. 1        own edge's KV, state    KV of the whole prefix, state      as the paper
-bytes of a dead leaf  its own                 edge of the last candidate walked  its own
-recency               time                    ``1 / (now - time)``               as the artifact
-   of a merged node   its child's             the later of both                  as the artifact
-insertion             splits get a state      splits get a state where prompt    as the artifact
+bytes in Eq. 1        own edge's KV, state    KV of the whole prefix, state
+bytes of a dead leaf  its own                 edge of the last candidate walked
+recency               time                    ``1 / (now - time)``
+   of a merged node   its child's             the later of both
+insertion             splits get a state      splits get a state where prompt
                       where the prompt        and answer diverge; matches and
                       diverges                refreshes a second time
-room is made          after the insertion;    before it, for the maximal need;   as the artifact
+room is made          after the insertion;    before it, for the maximal need;
                       both new checkpoints    nothing is spared
                       are spared
-alpha is tuned after  ``(1 + window) * n``    ``window * n`` requests, by        as the artifact
+alpha is tuned after  ``(1 + window) * n``    ``window * n`` requests, by
                       requests, by hit        FLOPs saved
                       tokens
-====================  ======================  =================================  ===============
+====================  ======================  =================================
 
 ``alpha=None`` tunes alpha. It is 0 until the first eviction, in request ``n``. All requests up to
 the tuning are then replayed with 0, 0.1 ... 2, and the best alpha is used from then on.
 
-Not modelled: the memory of a running request, unless it is ``counted`` (otherwise requests never
-wait). The artifact can also skip a whole prompt, while here the last token is always computed, and
-it continues to match below an edge that it left.
+Not modelled: the memory of a running request, so requests never wait. The artifact can also skip a
+whole prompt, while here the last token is always computed, and it continues to match below an edge
+that it left.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from hybridcache.lab.baselines.prefix_tree import (
 from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.tokens import Tokens
 
-Reading = Literal["paper", "artifact", "repaired"]
+Reading = Literal["paper", "artifact"]
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(21))
 
 
@@ -144,7 +144,7 @@ class MarconiCache:
 
     Args:
         config: Budget and sizes.
-        reading: ``paper``, ``artifact`` or ``repaired``.
+        reading: ``paper`` or ``artifact``.
         alpha: Weight of the efficiency, or None to tune it.
         window: Tuning starts after this multiple of the requests before the first eviction.
             Published values are 5 to 15.
@@ -152,8 +152,6 @@ class MarconiCache:
             model if ``config`` describes none.
         leaf_lru: True for the paper's baseline SGLang+: the same admission, LRU eviction of leaves
             only, and hits that refresh the whole path.
-        counted: True to subtract the memory of running requests from the budget, as a serving
-            cache must: one state and the KV that the prompt adds. The artifact does not.
     """
 
     def __init__(
@@ -164,7 +162,6 @@ class MarconiCache:
         window: int = 5,
         flops: LayerFlops | None = None,
         leaf_lru: bool = False,
-        counted: bool = False,
     ) -> None:
         self.config = config
         self.reading: Reading = reading
@@ -175,12 +172,6 @@ class MarconiCache:
         self.kv_bytes = config.kv_bytes_per_token * config.unit
         self.used_bytes = 0
         """Bytes of the tree."""
-        self.counted = counted
-        self.held_bytes = 0
-        """Bytes held by running requests. Always 0 unless ``counted``."""
-        self.running: dict[MarconiSession, PrefixNode] = {}
-        """Node that each running request resumed from, which is not evicted. Empty unless
-        ``counted``."""
         self.clock = 0
         self.flops_saved = 0.0
         self.hit_tokens = 0
@@ -190,44 +181,17 @@ class MarconiCache:
         wait = window + 1 if reading == "paper" else window
         self._tuner = _Tuner(wait) if alpha is None and not leaf_lru else None
 
-    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession | None:
-        """Match ``tokens`` and start a request. O(prompt).
-
-        Returns None if running requests are ``counted`` and leave too little memory.
-        """
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession:
+        """Match ``tokens`` and start a request. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         node = self._match(root, tokens[:-1])
-        session = MarconiSession(self, root, tokens, node.depth, namespace)
-        if self.counted and not self._hold(session, node):
-            return None
         self.hit_tokens += node.depth
         self.flops_saved += self.flops.total(node.depth * self.config.unit)
-        return session
-
-    def _hold(self, session: MarconiSession, node: PrefixNode) -> bool:
-        """Reserve a running request's state and new KV, evicting if needed.
-
-        The node it resumes from is not evicted. Returns False if there is too little memory.
-        """
-        self.running[session] = node
-        needed = self.config.state_bytes
-        needed += (len(session.tokens) - node.depth) * self.kv_bytes
-        self._evict(self._excess() + needed, set())
-        if self._excess() + needed > 0:
-            del self.running[session]
-            return False
-        session.held_bytes = needed
-        self.held_bytes += needed
-        return True
-
-    def release(self, session: MarconiSession) -> None:
-        """Release the memory of a finished request."""
-        self.held_bytes -= session.held_bytes
-        self.running.pop(session, None)
+        return MarconiSession(self, root, tokens, node.depth, namespace)
 
     def _excess(self) -> int:
         """Return the bytes above the budget; negative if there is free memory."""
-        return self.used_bytes + self.held_bytes - self.config.budget_bytes
+        return self.used_bytes - self.config.budget_bytes
 
     def finished(
         self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
@@ -243,9 +207,7 @@ class MarconiCache:
 
     def twin(self, alpha: float) -> MarconiCache:
         """Return an empty cache with the same settings and a fixed alpha."""
-        return MarconiCache(
-            self.config, self.reading, alpha, flops=self.flops, counted=self.counted
-        )
+        return MarconiCache(self.config, self.reading, alpha, flops=self.flops)
 
     def check(self) -> None:
         """Raise AssertionError unless the byte count and the candidates match the tree. O(tree)."""
@@ -322,8 +284,6 @@ class MarconiCache:
             self._tuner.first_eviction()
         if self.reading != "paper":
             self.clock += 1
-        if self.running:
-            spared = spared.union(*(node.path() for node in self.running.values()))
         while missing > 0:
             pool = [node for node in self._pool() if node not in spared]
             if not pool:
@@ -333,7 +293,7 @@ class MarconiCache:
             self._remove(victim)
 
     def _pool(self) -> Iterator[PrefixNode]:
-        """Return the candidates. Except for ``paper``, the artifact's order breaks ties."""
+        """Return the candidates, in the order that breaks ties."""
         if self.leaf_lru:
             return (node for node in self.candidates if not node.children)
         if self.reading == "paper":
@@ -400,7 +360,7 @@ class MarconiCache:
 
 
 class MarconiSession:
-    """One running request. It holds memory only if running requests are ``counted``."""
+    """One running request. It holds no memory."""
 
     num_chunks = 1
 
@@ -417,11 +377,9 @@ class MarconiSession:
         self.tokens = tokens
         self.cached_len = cached_len
         self.namespace = namespace
-        self.held_bytes = 0
 
     def finish(self, output: Tokens) -> None:
         """Insert the prompt and its answer. Call once."""
-        self.cache.release(self)
         self.cache.finished(self.root, self.tokens, output, self.namespace)
 
 

@@ -55,7 +55,6 @@ def test_sizes_and_flops_match_the_paper() -> None:
     [
         ("paper", (140 - 60) + 38 * 2 + 32 * 2, 2 + 10),
         ("artifact", (140 - 60) + 38 * 2 + 2 * (16 * 5 - (8 * 3 + 4 * 9)), 5 + 10),
-        ("repaired", (140 - 60) + 38 * 2 + 32 * 2, 2 + 10),
     ],
 )
 def test_flops_per_byte_match_hand_computed_values(reading: Reading, saved: int, size: int) -> None:
@@ -69,7 +68,7 @@ def test_flops_per_byte_match_hand_computed_values(reading: Reading, saved: int,
 
 @pytest.mark.parametrize(
     ("reading", "scores"),
-    [("paper", [0, 0.75, 1]), ("artifact", [0, 0.375, 1]), ("repaired", [0, 0.375, 1])],
+    [("paper", [0, 0.75, 1]), ("artifact", [0, 0.375, 1])],
 )
 def test_recency_scores_match_hand_computed_values(reading: Reading, scores: list[float]) -> None:
     """The checkpoints were last used 5, 2 and 1 ticks ago."""
@@ -85,7 +84,7 @@ def test_recency_scores_match_hand_computed_values(reading: Reading, scores: lis
 
 @pytest.mark.parametrize(
     ("reading", "depths"),
-    [("paper", {2: 0, 4: 2}), ("artifact", {2: 1, 4: 2}), ("repaired", {2: 1, 4: 2})],
+    [("paper", {2: 0, 4: 2}), ("artifact", {2: 1, 4: 2})],
 )
 def test_checkpoints_where_answers_diverge(reading: Reading, depths: dict[int, int]) -> None:
     """Two answers to one prompt diverge after their first token."""
@@ -98,9 +97,7 @@ def test_checkpoints_where_answers_diverge(reading: Reading, depths: dict[int, i
     assert {depth: states.count(depth) for depth in depths} == depths
 
 
-@pytest.mark.parametrize(
-    ("reading", "kept"), [("paper", {4: 1, 8: 1}), ("artifact", {8: 1}), ("repaired", {8: 1})]
-)
+@pytest.mark.parametrize(("reading", "kept"), [("paper", {4: 1, 8: 1}), ("artifact", {8: 1})])
 def test_eviction_is_after_or_before_the_insertion(reading: Reading, kept: dict[int, int]) -> None:
     """Two prompts of 8 tokens share 4, and 30 bytes do not fit both.
 
@@ -114,7 +111,7 @@ def test_eviction_is_after_or_before_the_insertion(reading: Reading, kept: dict[
     assert ends(peer) == kept
 
 
-@pytest.mark.parametrize(("reading", "waits"), [("paper", 3), ("artifact", 2), ("repaired", 2)])
+@pytest.mark.parametrize(("reading", "waits"), [("paper", 3), ("artifact", 2)])
 def test_alpha_is_tuned_after_the_expected_number_of_requests(reading: Reading, waits: int) -> None:
     """With a window of 2 and the first eviction in request n, alpha is set in request 3 n of the
     paper and 2 n of the artifact."""

@@ -36,22 +36,6 @@ def test_lightllm_has_one_state_at_the_last_whole_page() -> None:
     assert replay(peer, prompt[:1536], text(2, 50)) == 0, "the last token is not hashed"
 
 
-def test_lightllm_states_use_the_budget_only_if_counted() -> None:
-    """The budget fits two prompts of 512 tokens, or one if its state and the state of the running
-    request take 1,000 rows each."""
-    config = BaselineConfig(budget_bytes=26_500, kv_bytes_per_token=10, state_bytes=10_000)
-    first, second = (text(seed, 600) for seed in (0, 1))
-    hits = {}
-    for counted in (False, True):
-        peer = LightllmCache(config, counted=counted)
-        for prompt in (first, second):
-            assert replay(peer, prompt, text(9, 1)) == 0
-            peer.check()
-        hits[counted] = [replay(peer, prompt, text(9, 1)) for prompt in (second, first)]
-        peer.check()
-    assert hits == {False: [512, 512], True: [512, 0]}
-
-
 def sglang(**settings: object) -> SglangCache:
     return SglangCache(QWEN3_NEXT, **settings)  # type: ignore[arg-type]
 
