@@ -6,9 +6,9 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.api import Losses
 from hybridcache.command.parser import did_you_mean
@@ -228,39 +228,18 @@ def _served_as(result: SweepRuns) -> str:
 
 def flat_record(run: RunResult) -> dict[str, Any]:
     """Return settings and figures of one run as one flat dictionary."""
-    config = run.config
-    known = {
-        "trace": config.trace,
-        "model": config.model,
-        "label": run.label,
-        "policy": config.policy,
-        "checkpoints": config.checkpoints,
-        "baseline": config.baseline,
-        "gib": run.gib,
-        "host_gib": config.host_gib,
-        "disk_gib": config.disk_gib,
-        "grid": config.grid,
-        "requests": run.requests,
-        "prompt_tokens": run.prompt_tokens,
-        "cached_tokens": run.cached_tokens,
-        "token_hit_rate": run.token_hit_rate,
+    figures = run.as_record()
+    for name in ("config", "losses", "ttft_s", "by_session", "tier_bytes"):
+        del figures[name]
+    lost = run.losses or (None,) * len(Losses._fields)
+    return {
+        **asdict(run.config),
+        **figures,
         "token_hit_rate_low": run.interval.low,
         "token_hit_rate_high": run.interval.high,
-        "request_hit_rate": run.request_hit_rate,
-        "share_of_bound": run.share_of_bound,
-        "share_of_optimum": run.share_of_optimum,
-        "flops_saved_rate": run.flops_saved_rate,
-        "seconds": run.seconds,
-        "seconds_saved": run.seconds_saved,
-        "ttft_mean_s": run.ttft_mean_s,
         **{f"ttft_p{rank}_s": value for rank, value in run.ttft_s.items()},
-        "checkpoints_made": run.checkpoints_made,
-        "missed_tokens": run.missed_tokens,
-        "control_us": run.control_us,
+        **{f"lost_{cause}": tokens for cause, tokens in zip(Losses._fields, lost, strict=True)},
     }
-    lost = run.losses or (None,) * len(Losses._fields)
-    causes = {f"lost_{cause}": tokens for cause, tokens in zip(Losses._fields, lost, strict=True)}
-    return known | causes
 
 
 CLOSED_LOOP_HEADER = [
@@ -487,22 +466,6 @@ LOSSES_NOTE = (
     "Without that cause it may have been lost to another one."
 )
 """Note under tables and figures of losses."""
-
-
-def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:
-    """Token hit rate by prompt length, or by how many requests of the session came before; %."""
-    found = [run.by_length if by == "length" else run.by_turn for run in runs]
-    ranges = sorted({(bin_.start, bin_.end) for bins in found for bin_ in bins})
-    title = "prompt tokens" if by == "length" else "earlier requests"
-    header = [f"token hit rate, %, by {title}", "GiB", *(f"{start:,}+" for start, _ in ranges)]
-    rows = []
-    for run, bins in zip(runs, found, strict=True):
-        rates = {
-            (bin_.start, bin_.end): f"{100 * bin_.cached_tokens / bin_.prompt_tokens:.1f}"
-            for bin_ in bins
-        }
-        rows.append([run.label, size_label(run), *(rates.get(range_, "-") for range_ in ranges)])
-    return text_table(header, rows)
 
 
 def _counting(stats: TraceStats) -> str:

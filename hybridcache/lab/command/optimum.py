@@ -26,12 +26,6 @@ def add_optimum(commands: Commands) -> None:
     share(parser, "--trace", "--skip-bad")
     add_settings(parser, "model", "gib", "state_dtype", "grid")
     add(
-        "--placement",
-        choices=("shared", "every"),
-        default="shared",
-        help="where checkpoints may sit",
-    )
-    add(
         "--counts-running",
         action="store_true",
         help="KV and state of the running request take memory too, as in every cache",
@@ -54,7 +48,7 @@ def _optimum(options: argparse.Namespace) -> int:
     if options.output:
         check_results_file(options.output, trace)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    found = optimum(scenario, placement=options.placement, counts_running=options.counts_running)
+    found = optimum(scenario, counts_running=options.counts_running)
     if options.output:
         with options.output.open("a", encoding="utf-8") as file:
             for best in found:

@@ -59,11 +59,6 @@ def add_simulate(commands: Commands) -> None:
     known = ", ".join(METRICS)
     add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
     add("--losses", action="store_true", help="also print the tokens by loss cause")
-    add(
-        "--bins",
-        action="store_true",
-        help="also print hit rates by prompt length and by turn of the session",
-    )
     share(group, "--skip-bad", "--ray")
     add_settings(parser.add_argument_group(MEMORY), *_in(MEMORY))
     add_settings(parser.add_argument_group(TIERS), *_in(TIERS))
@@ -90,7 +85,6 @@ def _in(group: str) -> list[str]:
 ALONE = {
     "--optimum": False,
     "--losses": False,
-    "--bins": False,
     "--metric": "hit",
     "--bound": True,
 }
@@ -155,7 +149,7 @@ def _simulate(options: argparse.Namespace) -> int:
         return _simulate_closed_loop(options, scenarios)
     reason = "is about sessions that wait for answers: add --closed-loop"
     refuse_settings(given_settings(options), _in(LOAD), reason)
-    from hybridcache.lab.report import bins_table, find_metric, losses_table
+    from hybridcache.lab.report import find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
 
     metrics = options.metric.split(",")
@@ -184,9 +178,6 @@ def _simulate(options: argparse.Namespace) -> int:
             print(result.table(word), end="\n\n")
         if options.losses:
             print(losses_table(result.runs), end="\n\n")
-        if options.bins:
-            print(bins_table(result.runs, "length"), end="\n\n")
-            print(bins_table(result.runs, "turn"), end="\n\n")
         if verdict := result.verdict():
             print(verdict, end="\n\n")
     for path in drawn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hybridcache.lab.generators.documents import shared_documents
 from hybridcache.lab.generators.overlap import (
     agent_tree,
     append_only_chat,
@@ -41,6 +40,5 @@ GENERATORS: dict[str, Callable[..., Trace]] = {
     "agent-tree": agent_tree,
     "tree-of-thoughts": tree_of_thoughts,
     "uniform-adversary": uniform_adversary,
-    "shared-documents": shared_documents,
     "tree-search": tree_search,
 }

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.plan import MemoryBudget
-from hybridcache.lab.optimum.trie import Placement, build_trie
+from hybridcache.lab.optimum.trie import build_trie
 from hybridcache.lab.trace import Trace, TraceRequest
 
 
@@ -66,7 +66,6 @@ def best_plan(
     kv_bytes_per_token: int,
     state_bytes: int,
     grid: int = 1,
-    placement: Placement = "shared",
     counts_running: bool = False,
 ) -> Optimum:
     """Build a plan of contents of the cache and positions of checkpoints, with hindsight.
@@ -94,7 +93,7 @@ def best_plan(
     requests = list(trace)
     if not requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
-    trie = build_trie(requests, grid=max(1, grid // trace.unit), placement=placement)
+    trie = build_trie(requests, grid=max(1, grid // trace.unit))
     kv_bytes = kv_bytes_per_token * trace.unit
     running = _running_bytes(requests, capacity_bytes, kv_bytes, state_bytes)
     running_bytes = running if counts_running else None

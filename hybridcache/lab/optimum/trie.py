@@ -10,24 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 
+from hybridcache.lab.trace import TraceRequest
 from hybridcache.tokens import Tokens, common_prefix_len
-
-Placement = Literal["shared", "every"]
-
-
-class Sequenced(Protocol):
-    """Fields of a trace request that the optimum reads."""
-
-    @property
-    def namespace(self) -> object: ...
-    @property
-    def tokens(self) -> Tokens: ...
-    @property
-    def output(self) -> Tokens: ...
 
 
 @dataclass(slots=True)
@@ -128,42 +115,29 @@ def _cut(node: _Edge, depth: int) -> None:
         node.split(depth)
 
 
-def _cut_candidates(
-    root: _Edge, ends: list[_Edge], lens: list[int], grid: int, every: bool
-) -> None:
+def _cut_candidates(root: _Edge, ends: list[_Edge], lens: list[int], grid: int) -> None:
     """Insert a node at every depth where a checkpoint could be useful. These are the grid positions
-    at or above each branch point, and at or above the last position from which each prompt may
-    resume. With ``every``, they are all grid positions."""
+    at or above each branch point and each end, and at or above the last position from which each
+    prompt may resume."""
     below = [root]
     branch_points = []
     while below:
         node = below.pop()
         below.extend(node.children.values())
-        if len(node.children) > 1 or every:
+        if len(node.children) > 1:
             branch_points.append(node)
-    wanted = branch_points + ends
-    for node in wanted:
-        if every:
-            for depth in range(grid, node.depth + 1, grid):
-                _cut(node, depth)
-        else:
-            _cut(node, node.depth // grid * grid)
+    for node in branch_points + ends:
+        _cut(node, node.depth // grid * grid)
     for node, prompt_len in zip(ends, lens, strict=True):
         _cut(node, (prompt_len - 1) // grid * grid)
 
 
-def build_trie(
-    requests: Iterable[Sequenced], *, grid: int = 1, placement: Placement = "shared"
-) -> VisitedTrie:
+def build_trie(requests: Iterable[TraceRequest], *, grid: int = 1) -> VisitedTrie:
     """Read a trace into its visited positions. O(tokens).
 
-    ``placement`` selects the positions of checkpoints. ``"shared"``: the deepest position that a
-    set of requests shares (branch points, ends, prompt ends, floored to ``grid``). It loses nothing
-    but the option to keep part of a segment. ``"every"``: every multiple of ``grid`` (exact, for
-    small traces). Raises ValueError if ``grid`` is not positive.
+    Checkpoints may be at the deepest position that a set of requests shares (branch points, ends,
+    prompt ends, floored to ``grid``). This loses nothing but the option to keep part of a segment.
     """
-    if grid < 1:
-        raise ValueError(f"grid must be at least 1, not {grid}")
     roots: dict[object, _Edge] = {}
     ends: list[_Edge] = []
     owners: list[_Edge] = []
@@ -176,9 +150,7 @@ def build_trie(
         lens.append(len(request.tokens))
     for root in roots.values():
         mine = [number for number, owner in enumerate(owners) if owner is root]
-        _cut_candidates(
-            root, [ends[n] for n in mine], [lens[n] for n in mine], grid, placement == "every"
-        )
+        _cut_candidates(root, [ends[n] for n in mine], [lens[n] for n in mine], grid)
     return _number(ends, lens, grid)
 
 

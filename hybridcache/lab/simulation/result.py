@@ -118,22 +118,6 @@ def _name(identity: RunIdentity, same: Sequence[RunIdentity]) -> str:
     return f"{identity.label} ({', '.join(differing)})" if differing else identity.label
 
 
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """Requests with some quantity in [start, end), their prompt tokens and the reused ones."""
-
-    start: int
-    """Smallest value of the quantity."""
-    end: int
-    """Value above the largest."""
-    requests: int
-    """Number of requests."""
-    prompt_tokens: int
-    """Tokens of their prompts."""
-    cached_tokens: int
-    """Prompt tokens that were reused."""
-
-
 class SessionResult(NamedTuple):
     """One session of a run. The interval of a run is over these."""
 
@@ -180,13 +164,9 @@ class RunResult:
     """Percentiles of the time to first token, waiting included."""
     ttft_mean_s: float
     """Mean time to first token, waiting included."""
-    missed_requests: int | None
-    """Requests that an evicted checkpoint would have served deeper; None, here and below, where the
-    target does not say (rebuilt peers), which is not 0."""
     missed_tokens: int | None
-    """Tokens that those checkpoints would have saved."""
-    missed_flops: int | None
-    """FLOPs that those checkpoints would have saved."""
+    """Further tokens that evicted checkpoints would have saved; None, here and below, where the
+    target does not say (rebuilt peers), which is not 0."""
     checkpoints_made: int | None
     """Checkpoints that entered the cache."""
     checkpoint_copies: int | None
@@ -195,14 +175,8 @@ class RunResult:
     """Bytes of copied states: one copy per checkpoint written and one per request that resumed."""
     written_kv_bytes: int | None
     """Bytes of KV that entered the cache."""
-    evicted_kv_tokens: int | None
-    """Tokens of evicted KV."""
     evicted_checkpoints: int | None
     """Checkpoints that were evicted."""
-    by_length: tuple[Bin, ...]
-    """By prompt length, bins doubling."""
-    by_turn: tuple[Bin, ...]
-    """By number of earlier requests of the session, bins doubling."""
     by_session: tuple[SessionResult, ...]
     """Sessions in the order of their first requests."""
     control_us: float
@@ -309,8 +283,6 @@ class RunResult:
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
         if record["losses"] is not None:
             values["losses"] = Losses(**record["losses"])
-        for name in ("by_length", "by_turn"):
-            values[name] = tuple(Bin(**bin_) for bin_ in record[name])
         values["by_session"] = tuple(map(_session, record["by_session"]))
         return cls(**values)
 
@@ -408,13 +380,12 @@ def summarise(
     times = scenario.prefill_times(geometry)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)
     cached = np.frombuffer(log.cached_tokens, np.int64)
-    missed = np.frombuffer(log.missed_tokens, np.int64)
     flops_saved = int(_flops(geometry, cached))
     ttft = np.asarray(log.ttft_s, dtype=np.float64)
     resumed = int((cached > 0).sum())
     made, copies = counters.get("inserted_slots"), counters.get("checkpoint_copies")
     moved = counters.get("moved_tokens")
-    written, evicted = counters.get("inserted_tokens"), counters.get("evicted_tokens")
+    written = counters.get("inserted_tokens")
     copied = sum(log.copy_s)
     spent = sum(prefill_seconds(times, cached, lengths)) + copied
     cold = sum(prefill_seconds(times, np.zeros_like(lengths), lengths))
@@ -432,25 +403,18 @@ def summarise(
         seconds_saved=cold - spent,
         ttft_s=_percentiles(ttft),
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
-        missed_requests=int((missed > 0).sum()) if log.has_missed else None,
-        missed_tokens=int(missed.sum()) if log.has_missed else None,
-        missed_flops=int(_flops(geometry, cached + missed)) - flops_saved
-        if log.has_missed
-        else None,
+        missed_tokens=sum(log.missed_tokens) if log.has_missed else None,
         checkpoints_made=made,
         checkpoint_copies=copies,
         copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,
         written_kv_bytes=None
         if written is None
         else written * log.unit * geometry.kv_bytes_per_token,
-        evicted_kv_tokens=None if evicted is None else evicted * log.unit,
         evicted_checkpoints=counters.get("evicted_slots"),
         moved_slabs=counters.get("moved_slabs"),
         moved_kv_bytes=None if moved is None else moved * log.unit * geometry.kv_bytes_per_token,
         copy_seconds=copied,
         tier_bytes=_tier_bytes(counters) if scenario.host_gib or scenario.disk_gib else None,
-        by_length=_bins(lengths, lengths, cached, first=256),
-        by_turn=_bins(np.frombuffer(log.turns, np.int32), lengths, cached, first=1),
         by_session=_sessions(log, lengths, cached),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,
         longest_prompt=int(lengths.max(initial=0)),
@@ -499,23 +463,6 @@ def _percentiles(values: Any) -> dict[int, float]:
     if not len(values):
         return dict.fromkeys(PERCENTILES, 0.0)
     return dict(zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist(), strict=True))
-
-
-def _bins(keys: Any, lengths: Any, cached: Any, first: int) -> tuple[Bin, ...]:
-    """Return the bins [0, first), [first, 2 first), [2 first, 4 first) ... up to the largest
-    key; empty ones are left out."""
-    bins = []
-    start, end = 0, first
-    largest = int(keys.max(initial=-1))
-    while start <= largest:
-        inside = (keys >= start) & (keys < end)
-        count = int(inside.sum())
-        if count:
-            bins.append(
-                Bin(start, end, count, int(lengths[inside].sum()), int(cached[inside].sum()))
-            )
-        start, end = end, end * 2
-    return tuple(bins)
 
 
 def failure_of(cell: Scenario, words: str) -> str:

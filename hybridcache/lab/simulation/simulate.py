@@ -25,13 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
-from hybridcache.lab.optimum.trie import Placement
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.grid import Place, keys_of, run_grid
@@ -223,7 +222,7 @@ def simulate(
     if bound:
         result = _with_bound(result, opened)
     if optimum:
-        result = _with_optimum(result, opened, points, asked.grid)
+        result = _with_optimum(result, opened, asked, points)
     if kept and (bound or optimum):
         done = [cell for number, cell in enumerate(cells) if number not in failures]
         _complete(kept, keys_of(opened, done), result.runs)
@@ -268,7 +267,6 @@ def run_cell(trace: Trace, cell: Scenario) -> RunResult:
 def optimum(
     scenario: Scenario | str | Trace,
     *,
-    placement: Placement = "shared",
     counts_running: bool = False,
     progress: Progress = None,
     **settings: Any,
@@ -276,33 +274,18 @@ def optimum(
     """Compute a plan with hindsight at every size, and the bound of an infinite cache.
 
     ``scenario`` and ``settings`` are those of ``simulate``; model, sizes, precisions and grid have
-    an effect. ``placement``: positions of checkpoints, ``shared`` by several requests or at
-    ``every`` grid point. ``counts_running``: KV and state of the running request take memory too,
-    as in every cache. Raises the errors of ``simulate``.
+    an effect. ``counts_running``: KV and state of the running request take memory too, as in every
+    cache. Raises the errors of ``simulate``.
     """
     asked = Scenario.of(scenario, settings)
     opened = asked.opened().kept()
-    if placement not in get_args(Placement):
-        raise ValueError(
-            f"placement must be {' or '.join(get_args(Placement))} (got {placement!r})."
-        )
-    geometry = asked.geometry()
-    points = sizes_for(GIB_SPEC if asked.gib is None else asked.gib, opened, geometry)
+    spec = GIB_SPEC if asked.gib is None else asked.gib
+    points = sizes_for(spec, opened, asked.geometry())
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):
             show(done, len(points))
-            plans.append(
-                best_plan(
-                    opened,
-                    capacity_bytes=budget_bytes(size),
-                    kv_bytes_per_token=geometry.kv_bytes_per_token,
-                    state_bytes=geometry.state_bytes,
-                    grid=asked.grid,
-                    placement=placement,
-                    counts_running=counts_running,
-                )
-            )
+            plans.append(_plan(opened, asked, size, counts_running))
         show(len(points), len(points))
     return OptimumResult(tuple(plans))
 
@@ -315,21 +298,24 @@ def _with_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
     return replace(result, runs=runs, bound_rate=tokens / runs[0].prompt_tokens)
 
 
+def _plan(trace: Trace, asked: Scenario, size: float, counts_running: bool = False) -> Optimum:
+    """Return the best plan for a memory of ``size`` GiB."""
+    geometry = asked.geometry()
+    return best_plan(
+        trace,
+        capacity_bytes=budget_bytes(size),
+        kv_bytes_per_token=geometry.kv_bytes_per_token,
+        state_bytes=geometry.state_bytes,
+        grid=asked.grid,
+        counts_running=counts_running,
+    )
+
+
 def _with_optimum(
-    result: SimulationResult, trace: Trace, points: Sequence[float], grid: int
+    result: SimulationResult, trace: Trace, asked: Scenario, points: Sequence[float]
 ) -> SimulationResult:
     """Add a plan with hindsight at each size."""
-    geometry = result.geometry
-    best = {
-        budget_bytes(size) / GIB: best_plan(
-            trace,
-            capacity_bytes=budget_bytes(size),
-            kv_bytes_per_token=geometry.kv_bytes_per_token,
-            state_bytes=geometry.state_bytes,
-            grid=grid,
-        )
-        for size in points
-    }
+    best = {budget_bytes(size) / GIB: _plan(trace, asked, size) for size in points}
     runs = tuple(
         replace(run, optimum_tokens=int(best[run.gib].cached_tokens.sum())) for run in result.runs
     )

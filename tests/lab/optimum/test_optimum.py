@@ -40,16 +40,14 @@ def test_optimum_lies_between_plan_and_bound(
     pairs: list[Pair], capacity: int, state: int, grid: int
 ) -> None:
     best = brute_force(pairs, MemoryBudget(capacity, 1, state), grid)
-    for placement in ("shared", "every"):
-        found = best_plan(
-            trace_of(pairs),
-            capacity_bytes=capacity,
-            kv_bytes_per_token=1,
-            state_bytes=state,
-            grid=grid,
-            placement=placement,
-        )
-        assert found.cached_tokens.sum() <= best <= round(found.bound * found.prompt_tokens)
+    found = best_plan(
+        trace_of(pairs),
+        capacity_bytes=capacity,
+        kv_bytes_per_token=1,
+        state_bytes=state,
+        grid=grid,
+    )
+    assert found.cached_tokens.sum() <= best <= round(found.bound * found.prompt_tokens)
     if grid == 1 and capacity >= 12 * (1 + state):
         assert found.cached_tokens.sum() == best
 
@@ -58,13 +56,13 @@ def test_optimum_lies_between_plan_and_bound(
 @given(pairs=pairs, state=st.integers(1, 3), grid=st.sampled_from([1, 2]))
 def test_plan_with_ample_memory_is_the_optimum(pairs: list[Pair], state: int, grid: int) -> None:
     budget = MemoryBudget(1000, 1, state)
-    plan = clairvoyant_greedy(build_trie(trace_of(pairs), grid=grid, placement="every"), budget)
+    plan = clairvoyant_greedy(build_trie(trace_of(pairs), grid=grid), budget)
     short = pairs[:2]  # the search has no memory limit to prune it
-    trie = build_trie(trace_of(short), grid=grid, placement="every")
+    trie = build_trie(trace_of(short), grid=grid)
     assert clairvoyant_greedy(trie, budget).cached_lens(trie).sum() == brute_force(
         short, budget, grid
     )
-    plan.verify(build_trie(trace_of(pairs), grid=grid, placement="every"), budget)
+    plan.verify(build_trie(trace_of(pairs), grid=grid), budget)
 
 
 @settings(max_examples=60)
