@@ -65,7 +65,6 @@ for notebook, page in NOTEBOOKS.items():
 for readme, page in READMES.items():
     page.parent.mkdir(exist_ok=True)
     page.write_text(on_site(readme.read_text(), readme.parent, page.parent))
-(DOCS / "figures").mkdir(exist_ok=True)
 match_figure.draw(DOCS / "figures")
 # The kernels of notebooks import this checkout too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
