@@ -410,7 +410,7 @@ RESTART = {
 RESULTS = {
     "hybridcache.lab.scenario": ("Scenario",),
     "hybridcache.lab.simulation.simulate": ("SimulationResult", "OptimumResult"),
-    "hybridcache.lab.simulation.result": ("RunResult", "SessionResult", "Bin", "ClosedLoopRun"),
+    "hybridcache.lab.simulation.result": ("RunResult", "SessionResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
     "hybridcache.lab.figures": ("Plot",),
