@@ -428,7 +428,7 @@ class AsyncEngine:
         await self.ask(EndSession(request_id))
 
     async def stop_accepting(self) -> None:
-        """See ``Engine.stop_accepting``."""
+        """See ``Engine.disconnect``: work in progress is finished."""
         await self.ask(StopAccepting())
 
     async def watch(self, replica: int = 1) -> View:

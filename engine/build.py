@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.config import BUILTIN_DIR, EngineConfig
-from engine.interfaces import EngineCore, Plugin, Runner, TokenSampler
-from engine.requests.logit_rules import GrammarCompiler
+from engine.core import EngineCore, Plugin
+from engine.interfaces import Runner, TokenSampler
+from engine.requests.grammar import Grammar
+from engine.requests.logit_rules import LogitRule
 from engine.schedule.batch import DraftPlanner
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.report import cache_kind
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 
-def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
-    """Return the plugins with settings in ``config``, in the order in which they are called."""
+def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
+    """Return the plugins with settings in ``config`` by name, in the order in which they are
+    called."""
     plugins: list[Plugin] = []
     if config.uses("tensor_parallel"):
         from engine.plugins.tensor_parallel.coordinator import TensorParallelPlugin
@@ -49,7 +53,7 @@ def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
             from engine.plugins.disaggregation.prefix_fetch import DecodePlugin
 
             plugins.append(DecodePlugin(config))
-    return tuple(plugins)
+    return {plugin.name: plugin for plugin in plugins}
 
 
 def watch(engine: EngineCore) -> Any:
@@ -87,11 +91,21 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     return load_tokenizer(None if named == str(BUILTIN_DIR) else named)
 
 
-def make_grammars(tokenizer: Tokenizer | None, vocab_size: int) -> GrammarCompiler:
-    """Load the compiler of grammars."""
-    from engine.plugins.guided.guides import Guides
+def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Grammar], LogitRule]:
+    """Return the function that compiles a grammar, unless it is remembered, and makes the rule of
+    an answer. It raises GrammarError, and may be called from any thread."""
+    lock, made = threading.Lock(), list[Any]()
 
-    return Guides(tokenizer, vocab_size)
+    def rule(grammar: Grammar) -> LogitRule:
+        with lock:
+            if not made:
+                from engine.plugins.guided.guides import Guides
+
+                made.append(Guides(tokenizer, vocab_size))
+        found: LogitRule = made[0].rule(grammar)
+        return found
+
+    return rule
 
 
 def names_tokenizer(config: EngineConfig) -> bool:

@@ -182,7 +182,7 @@ class EngineHost:
             case EndSession():
                 engine.end_session(question.request_id)
             case StopAccepting():
-                engine.stop_accepting()
+                engine.disconnect(at_once=False)
             case OpenView():
                 number = next(self._numbers)
                 views[number] = watch(engine)
@@ -269,7 +269,7 @@ class EngineHost:
                 num_commands = len(self._commands)
                 is_open, must_stop = self._is_open, self._must_stop
             if not is_open:
-                engine.stop_accepting()
+                engine.disconnect(at_once=False)
             for _ in range(num_commands):
                 self._commands.popleft()()  # If it raises, close runs the commands after it.
             if must_stop:
@@ -292,7 +292,7 @@ class EngineHost:
         """End the host after ``run``, or in place of it: requests of the front end fail when it
         learns of the end."""
         with suppress(Exception):
-            self.engine.disconnect()
+            self.engine.disconnect(at_once=True)
         with self._wake:
             self._is_open, self._is_closed = False, True
             commands, self._commands = self._commands, deque()

@@ -1,23 +1,16 @@
-"""Interfaces of the engine: model runner, sampler, observer, plugin, and the engine itself."""
+"""Interfaces of the engine: model runner, sampler and observer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from msgspec import Struct
 
-from engine.config import EngineConfig
-from engine.requests.request import RecentRequests, Request
-from engine.requests.spec import RequestSpec, SamplingInput
-from engine.schedule.batch import Batch, Newest, PendingTokens, StepHooks
-from engine.schedule.fetching import Fetcher
-from engine.schedule.report import CacheReport
-from engine.text.outputs import FinishReason, RequestOutput
-from hybridcache.cache import HybridRadixCache
+from engine.requests.spec import SamplingInput
+from engine.schedule.batch import Batch, Newest, PendingTokens
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
@@ -68,8 +61,18 @@ class StepReport:
     wait_s: float
     """Time spent waiting for the device after the host's own work."""
     commit_s: float
-    num_prefill_tokens: int
+    prefilled: tuple[tuple[int, int], ...]
+    """(start, end) of each computed part of a prompt."""
     num_decode_tokens: int
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(end - start for start, end in self.prefilled)
+
+    @property
+    def computed_s(self) -> float:
+        """Time from the scheduled step to its tokens."""
+        return self.forward_s + self.sample_s + self.wait_s
 
 
 Observer = Callable[[StepReport], None]
@@ -162,64 +165,3 @@ class TokenSampler(Protocol):
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:
         """Start computing the log-probabilities of the given tokens, one per row."""
         ...
-
-
-class EngineCore(Protocol):
-    """Part of ``Engine`` that loops, plugins and observers use."""
-
-    config: EngineConfig
-    runner: Runner
-    interrupted: tuple[str, ...]
-    clock: Callable[[], float]
-    recent: RecentRequests
-
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def cache(self) -> HybridRadixCache: ...
-    @property
-    def requests(self) -> Collection[Request]: ...
-    def report(self) -> CacheReport: ...
-    def observe(self, observer: Observer) -> None: ...
-    @property
-    def num_waiting(self) -> int: ...
-    def validate(self, spec: RequestSpec) -> RequestSpec: ...
-    def make(self, spec: RequestSpec) -> Request: ...
-    def enqueue(self, request: Request) -> None: ...
-    def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None: ...
-    def step(self) -> list[RequestOutput]: ...
-    def take_outputs(self) -> list[RequestOutput]: ...
-    def has_work(self) -> bool: ...
-    def run_idle_tasks(self) -> float | None: ...
-    def on_work(self, wake: Callable[[], None]) -> None: ...
-    def stop_accepting(self) -> None: ...
-    def disconnect(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class Plugin(StepHooks):
-    """One optional capability of one engine. Every method does nothing unless it is overridden.
-
-    A plugin is made from the engine's settings before anything is loaded. While the engine is
-    built, the hooks are called in the order in which they are listed here. Afterwards those of
-    ``StepHooks`` are called.
-    """
-
-    name: str
-    """Name of the plugin's folder."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.wake: Callable[[], None] = lambda: None
-        """Wakes an idle engine because ``before_step`` has work. Safe to call from any thread."""
-
-    def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
-        """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""
-        return None
-
-    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
-        """Start work for the complete engine."""
-
-    def start_screen(self) -> Sequence[tuple[str, str]]:
-        """Return lines of the start screen: (title, text)."""
-        return ()

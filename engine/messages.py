@@ -65,7 +65,7 @@ class EndSession(Question, frozen=True):
 
 
 class StopAccepting(Question, frozen=True):
-    """See ``Engine.stop_accepting``."""
+    """See ``Engine.disconnect``: work in progress is finished."""
 
 
 class OpenView(Question, frozen=True):

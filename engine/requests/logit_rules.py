@@ -8,7 +8,7 @@ penalties. The sampler reads the results, one ``Ruling`` for each draw.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from engine.text.tokenizer import EncodeOptions
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.requests.grammar import Grammar, GrammarError
+    from engine.requests.grammar import GrammarError
     from engine.text.tokenizer import Tokenizer
 
 Mask = npt.NDArray[np.uint8]
@@ -116,22 +116,6 @@ class LogitRule:
         """Return True if nothing can follow ``answer``. Raises GrammarError if the rule cannot be
         followed any further."""
         return False
-
-
-class GrammarCompiler(Protocol):
-    """Compiles grammars for one engine. Safe to call from any thread."""
-
-    def load(self) -> None:
-        """Load the library and the vocabulary; see ``Engine.prepare_grammars``."""
-        ...
-
-    def compile(self, grammar: Grammar) -> None:
-        """Compile and remember ``grammar``. Raises GrammarError."""
-        ...
-
-    def rule(self, grammar: Grammar) -> LogitRule:
-        """Return the rule of a new answer. Raises GrammarError."""
-        ...
 
 
 class AllowedTokens(LogitRule):

@@ -4,7 +4,6 @@ ended recently."""
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,13 +16,12 @@ from msgspec import structs
 
 from engine.config import EngineConfig
 from engine.errors import ContextOverflow, InvalidRequest, StepFailed, WireError
-from engine.requests.grammar import GrammarError
+from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.logit_rules import (
     FREE,
     AllowedTokens,
     BansAndBiases,
     Draws,
-    GrammarCompiler,
     LogitRule,
     Penalties,
     ReasoningBudget,
@@ -327,7 +325,7 @@ MAX_LOGPROBS = 50
 AS_WORD = EncodeOptions(add_special_tokens=False)
 
 
-def no_grammars(*_: object) -> GrammarCompiler:
+def no_grammars(grammar: Grammar) -> LogitRule:
     """Raise an error: this front end only validates."""
     raise RuntimeError("grammars are compiled by the engine")
 
@@ -343,28 +341,19 @@ class Intake:
         vocab_size: int,
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
-        make_grammars: Callable[..., GrammarCompiler] = no_grammars,
+        grammar_rule: Callable[[Grammar], LogitRule] = no_grammars,
     ) -> None:
         """Prepare the factory. Without a ``tokenizer``, prompts are token ids and answers have no
-        text. Raises ValueError if the model recommends a sampling parameter out of range."""
+        text. ``grammar_rule`` compiles a grammar and makes the rule of an answer. Raises ValueError
+        if the model recommends a sampling parameter out of range."""
         self._config, self._tokenizer = config, tokenizer
-        self._vocab_size, self._max_model_len = vocab_size, max_model_len
+        self._vocab_size, self.max_model_len = vocab_size, max_model_len
         self.sampling_defaults = sampling_defaults(config)
         """Defaults of ``SamplingParams`` that the model recommends."""
         self._bad_words = lru_cache(maxsize=8)(self._encode_bad_words)  # The choices share them.
         self._default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
-        self._clock, self._make_grammars = clock, make_grammars
+        self._clock, self.grammar_rule = clock, grammar_rule
         self._arrivals = itertools.count()
-        self._lock = threading.Lock()
-        self._grammars: GrammarCompiler | None = None
-
-    @property
-    def grammars(self) -> GrammarCompiler:
-        """Compiler of grammars, loaded on first use."""
-        with self._lock:
-            if self._grammars is None:
-                self._grammars = self._make_grammars(self._tokenizer, self._vocab_size)
-            return self._grammars
 
     def validate(self, spec: RequestSpec) -> RequestSpec:
         """Return ``spec`` with token ids for its prompt and with complete sampling parameters.
@@ -396,7 +385,7 @@ class Intake:
         """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
         sampling, prompt = spec.sampling or self._default_sampling, np.asarray(spec.prompt)
         end_token_ids = self._end_token_ids(sampling)
-        arrival, limit = next(self._arrivals), self._max_model_len
+        arrival, limit = next(self._arrivals), self.max_model_len
         name = f"request-{arrival}" if spec.request_id is None else spec.request_id
         return Request(
             structs.replace(spec, request_id=name),
@@ -407,7 +396,7 @@ class Intake:
             end_token_ids=end_token_ids,
             text_stream=self._text_stream(spec, sampling),
             rules=[
-                *([] if spec.grammar is None else [self.grammars.rule(spec.grammar)]),
+                *([] if spec.grammar is None else [self.grammar_rule(spec.grammar)]),
                 *self._rules(sampling, end_token_ids, prompt),
             ],
         )
@@ -417,8 +406,8 @@ class Intake:
             if self._tokenizer is None:
                 raise ValueError("the engine has no tokenizer: pass the prompt as token ids.")
             prompt = self._tokenizer.encode(prompt)
-        if isinstance(prompt, Sequence) and len(prompt) > self._max_model_len:
-            raise ContextOverflow(len(prompt), 1, self._max_model_len)
+        if isinstance(prompt, Sequence) and len(prompt) > self.max_model_len:
+            raise ContextOverflow(len(prompt), 1, self.max_model_len)
         try:
             tokens = np.asarray(prompt)
         except ValueError:
@@ -443,8 +432,8 @@ class Intake:
         if sampling.max_tokens == 0 and prompt_logprobs is None:
             raise ValueError("max_tokens must be at least 1; 0 requires prompt_logprobs.")
         max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
-        if prompt_len + max_tokens > self._max_model_len:
-            raise ContextOverflow(prompt_len, max_tokens, self._max_model_len)
+        if prompt_len + max_tokens > self.max_model_len:
+            raise ContextOverflow(prompt_len, max_tokens, self.max_model_len)
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         """Raise ValueError for parameters that this model or its tokenizer does not support."""

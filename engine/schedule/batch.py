@@ -1,8 +1,8 @@
-"""One step as data: a batch of segments with its results, drafts, and the hooks around steps."""
+"""One step as data: a batch of segments with its results, the hooks around steps, and drafts."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -293,37 +293,6 @@ class Newest(NamedTuple):
     """Position of the token, 1 or more."""
 
 
-class DraftPlanner(Protocol):
-    """Decides which decoding requests get drafts, and how long the drafts are; see ``Drafting``."""
-
-    @property
-    def requests(self) -> Set[Request]:
-        """Requests with private state."""
-        ...
-
-    def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
-        """Return drafts for some of the decoding (request, maximum number of tokens that still
-        fit). Called once per step."""
-        ...
-
-    def may_guess(self, decoding: Collection[Request]) -> bool:
-        """Return True if any of them may get a draft in its next step."""
-        ...
-
-    def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
-        """Record how many drafts of ``segment`` were accepted. ``num_new`` tokens of the step are
-        part of the answer, which may have ended inside the draft."""
-        ...
-
-    def forget(self, request: Request) -> None:
-        """Drop the state of a request that has ended."""
-        ...
-
-    def reset(self) -> None:
-        """Drop statistics of ended requests: the cache was emptied."""
-        ...
-
-
 EMPTY = Batch(())
 """Step without work: the runner is not called."""
 
@@ -342,11 +311,9 @@ class StepHooks:
     def wait(self) -> None:
         """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
 
-    def after_step(self, step: Batch, seconds: float) -> None:
-        """Record that ``step`` was computed in ``seconds``. It is committed next."""
-
-    def on_step_failed(self) -> None:
-        """End work that depends on the step, which failed with unknown results."""
+    def on_step_failed(self, *, was_lost: bool) -> None:
+        """End work that depends on the step, which failed with unknown results. ``was_lost``: the
+        contents of all rows are unknown too, and the cache is emptied next."""
 
     def on_cache_emptied(self, *, was_lost: bool) -> None:
         """Update the plugin after the cache was emptied. ``was_lost``: its rows were lost, and no
@@ -357,17 +324,39 @@ class StepHooks:
         none."""
         return None
 
-    def stop_accepting(self) -> None:
-        """Accept no more work from other processes and finish the work in progress. May be called
-        repeatedly."""
-
-    def disconnect(self) -> None:
-        """End all work done for other processes or requested from them. May be called
-        repeatedly."""
+    def disconnect(self, *, at_once: bool) -> None:
+        """Accept no more work from other processes. End all work done for them or requested from
+        them ``at_once``, or finish it. May be called repeatedly."""
 
     def close(self) -> None:
-        """Complete pending writes after the last step."""
+        """Complete pending writes and end other processes, after the last step."""
 
     def report(self) -> Mapping[str, Any]:
         """Return fields of ``CacheReport``."""
         return {}
+
+
+class DraftPlanner(StepHooks):
+    """Decides which decoding requests get drafts, and how long the drafts are. By default, none
+    do."""
+
+    @property
+    def requests(self) -> Set[Request]:
+        """Requests with private state."""
+        return frozenset()
+
+    def propose(self, decoding: Iterable[tuple[Request, int]]) -> dict[Request, Draft]:
+        """Return drafts for some of the decoding (request, maximum number of tokens that still
+        fit). Called once per step."""
+        return {}
+
+    def may_guess(self, running: Iterable[Request]) -> bool:
+        """Return True if any of them may get a draft in its next step."""
+        return False
+
+    def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
+        """Record how many drafts of ``segment`` were accepted. ``num_new`` tokens of the step are
+        part of the answer, which may have ended inside the draft."""
+
+    def forget(self, request: Request) -> None:
+        """Drop the state of a request that has ended."""

@@ -178,10 +178,10 @@ class Fetching(StepHooks, Holding[Request]):
         if fetch is not None:
             fetch.cancel()
 
-    def on_cache_lost(self) -> None:
-        """Cancel all loads, because the contents of all rows are unknown. Waiting requests compute
+    def on_step_failed(self, *, was_lost: bool) -> None:
+        """See ``StepHooks``. If rows were lost, all loads end, and waiting requests compute
         instead."""
-        for request in tuple(self._pending):
+        for request in tuple(self._pending) if was_lost else ():
             self.forget(request)
             request.fetched_len = 0
 
@@ -194,5 +194,6 @@ class Fetching(StepHooks, Holding[Request]):
         if self._pending:
             self._fetcher.wait(IDLE_S)
 
-    def disconnect(self) -> None:
-        self._fetcher.close()
+    def disconnect(self, *, at_once: bool) -> None:
+        if at_once:
+            self._fetcher.close()

@@ -34,7 +34,9 @@ class Scheduler(StepPlanner[Request]):
         """Prepare the scheduler. With ``drafting``, decoding requests may get several tokens per
         step. ``options`` are those of ``StepPlanner``."""
         super().__init__(manager, fetching=fetching, **options)
-        self.manager, self.drafting, self.fetching = manager, drafting, fetching
+        self.manager = manager
+        self.hooks = tuple(part for part in (fetching, drafting) if part is not None)
+        self._drafting = drafting or DraftPlanner()
         self._verifies = False
         self._progressed: list[Request] = []
 
@@ -63,7 +65,7 @@ class Scheduler(StepPlanner[Request]):
             self.remove(request)
         else:
             self.leave(request)
-        self._forget_drafts(request)
+        self._drafting.forget(request)
 
     def recover(self) -> tuple[Request, ...]:
         """Requeue the running requests after a failed step, which left the contents of their states
@@ -80,7 +82,7 @@ class Scheduler(StepPlanner[Request]):
                 interrupted.append(request)
             else:
                 self.remove(request)
-                self._forget_drafts(request)
+                self._drafting.forget(request)
         self._num_in_flight = 0
         self._must_wait = self._is_full = False
         return tuple(interrupted)
@@ -101,7 +103,9 @@ class Scheduler(StepPlanner[Request]):
         Such a step is empty if memory is short, if the previous step has drafts, or if a request is
         due for a draft, which follows the newest token. The previous step is then committed first.
         """
-        if self.must_commit or (self._num_in_flight and (self._must_wait or self._may_guess())):
+        if self.must_commit or (self._num_in_flight and self._must_wait):
+            return EMPTY
+        if self._num_in_flight and self._drafting.may_guess(self._running):
             return EMPTY
         ends = self.choose()
         drafts = self._drafts(ends)
@@ -144,27 +148,17 @@ class Scheduler(StepPlanner[Request]):
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory for them.
         No request is preempted for a draft."""
-        if self.drafting is None:
-            return {}
         # A draft follows the newest token, which a step in flight has yet to draw.
-        decoding = [
+        drafts = self._drafting.propose(
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
             if not (self._num_in_flight or self._is_prefill(request)) and end == request.num_tokens
-        ]
-        drafts = self.drafting.propose(decoding)
+        )
         return {
             request: draft
             for request, draft in drafts.items()
             if self._manager.extend(request, ends[request] + len(draft.tokens))
         }
-
-    def _may_guess(self) -> bool:
-        return self.drafting is not None and self.drafting.may_guess(self._decoding())
-
-    def _forget_drafts(self, request: Request) -> None:
-        if self.drafting is not None:
-            self.drafting.forget(request)
 
     def commit(
         self,
@@ -231,7 +225,7 @@ class Scheduler(StepPlanner[Request]):
         if request.finish_reason is not None:
             # Without logits, the KV and states of this step may be NaN too.
             self.leave(request, publishes=has_logits)
-            self._forget_drafts(request)
+            self._drafting.forget(request)
 
     def _settle(self, segment: Segment, num_accepted: int, num_new: int) -> int:
         """Move a request to the end of the accepted part of its draft. Returns the number of the
@@ -240,11 +234,10 @@ class Scheduler(StepPlanner[Request]):
         The newest token is not computed. Tokens after a stop do not count: ``num_new`` are part of
         the answer.
         """
-        assert self.drafting is not None
         request = segment.request
         request.computed_len = request.scheduled_len = request.num_tokens - 1
         self._manager.roll_back(request)
-        self.drafting.learn(segment, num_accepted, num_new)
+        self._drafting.learn(segment, num_accepted, num_new)
         return request.computed_len - segment.start
 
     def _fail(self, request: Request, error: Exception) -> None:
@@ -258,4 +251,4 @@ class Scheduler(StepPlanner[Request]):
     def check(self) -> None:
         super().check()
         known = set(self._waiting) | set(self._running)
-        assert self.drafting is None or self.drafting.requests <= known
+        assert self._drafting.requests <= known

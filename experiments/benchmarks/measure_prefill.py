@@ -59,7 +59,7 @@ def decode_step_seconds(engine: Engine, num_requests: int, context: int) -> floa
     tokens. Each request that ends is replaced by a new one, up to four times."""
     engine.reset_prefix_cache()
     rng, reports, seconds = np.random.default_rng(1), list[StepReport](), list[float]()
-    engine.observe(reports.append)
+    engine.observers[:] = [reports.append]
 
     def submit() -> None:
         max_tokens = int(rng.integers(*ANSWERS, endpoint=True))
@@ -89,7 +89,7 @@ def mixed_step_seconds(engine: Engine, num_decodes: int, context: int) -> dict[i
     ``context`` tokens, by length of the prompt."""
     engine.reset_prefix_cache()
     rng, reports, seconds = np.random.default_rng(2), list[StepReport](), dict[int, float]()
-    engine.observe(reports.append)
+    engine.observers[:] = [reports.append]
 
     def submit(length: int, max_tokens: int) -> None:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)

@@ -25,8 +25,8 @@ import zmq
 from msgspec import structs
 
 from engine.config import ConfigError, EngineConfig
+from engine.core import EngineCore, Plugin
 from engine.errors import EngineStopped, RequestError, StepFailed
-from engine.interfaces import EngineCore, Plugin
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.prefix_buffer import (
     PIECE_BYTES,
@@ -426,7 +426,7 @@ class PrefillServer(Plugin):
         if self.has_work:
             self._news.wait(IDLE_S)
 
-    def on_step_failed(self) -> None:
+    def on_step_failed(self, *, was_lost: bool) -> None:
         """See ``StepHooks``. Prefixes end, because the data sent in the failed step is unknown."""
         self._end_all("a step of the prefill engine failed")
 
@@ -437,17 +437,13 @@ class PrefillServer(Plugin):
             self._count(outgoing)
         self._active = []
 
-    def stop_accepting(self) -> None:
-        """See ``StepHooks``. Prefixes in progress are completed. Other decode engines get an error;
-        they compute the prompt or use another prefill engine."""
+    def disconnect(self, *, at_once: bool) -> None:
+        """See ``StepHooks``. Decode engines get an error for new prefixes; they compute the prompt
+        or use another prefill engine. ``at_once`` ends prefixes in progress and all connections:
+        decode engines that are not late get the error; the others find the connection closed."""
         self._is_accepting = False
-
-    def disconnect(self) -> None:
-        """See ``StepHooks``. Ends prefixes in progress and all connections. Decode engines that are
-        not late get the error; the others find the connection closed."""
-        if self._closes_s is not None:
+        if not at_once or self._closes_s is not None:
             return
-        self.stop_accepting()
         while not self._asked.empty():
             self._asked.get_nowait().fail(EngineStopped(STOPPING))
         self._end_all(STOPPING)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import zmq
 
+from engine.core import Plugin
 from engine.errors import InvalidRequest, RequestError
-from engine.interfaces import Plugin, Runner
+from engine.interfaces import Runner
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer, identity
 from engine.plugins.disaggregation.received_prefix import (

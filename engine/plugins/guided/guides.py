@@ -253,28 +253,12 @@ class Guides:
         self._compiled: OrderedDict[Grammar, Compiled] = OrderedDict()
         self._overshoots: dict[tuple[bytes, ...], Overshoots] = {}
 
-    def load(self) -> None:
-        """Load the library and build its vocabulary, which would stop all threads later. Does
-        nothing if guided answers are not available."""
-        try:
-            self._load()
-        except GrammarError:
-            return
-
-    def compile(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` and cache it, so that ``rule`` is fast.
+    def rule(self, grammar: Grammar) -> GrammarRule:
+        """Return the guide of a new answer, and compile the grammar if it is not cached.
 
         Raises GrammarError if the library is missing, or the grammar is invalid, too large, or
-        matches only the empty answer. Raises TooComplex if its first two tokens take too much time.
+        matches only the empty answer. Raises TooComplex if its beginning takes too much time.
         """
-        if grammar.marks:
-            self._overshoots_of(grammar)
-        for _, part in _parts(grammar):
-            self._compiled_of(part)
-
-    def rule(self, grammar: Grammar) -> GrammarRule:
-        """Return the guide of a new answer. Raises GrammarError as ``compile``, and compiles the
-        grammar if it is not cached."""
         make = {
             mark: partial(Guide, self._compiled_of(part), self.shared)
             for mark, part in _parts(grammar)

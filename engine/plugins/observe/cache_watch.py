@@ -7,15 +7,13 @@ listener, and a step does no work for the page.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from engine.core import EngineCore
 from engine.requests.request import Request
 from hybridcache.command.extras import version
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record
-
-if TYPE_CHECKING:
-    from engine.interfaces import EngineCore
 
 MEMORY_EVERY_S = 0.25
 SLABS_EVERY_S = 0.5

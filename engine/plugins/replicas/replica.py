@@ -56,7 +56,7 @@ class EngineReplica:
         self._outbox = Outbox(self._engine.cache)
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._engine.observe(self._stepped)
+        self._engine.observers.append(self._stepped)
         self._async = AsyncEngine(self._engine)
         self._async.start()
 

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import structs
 
 from engine.async_engine import AsyncEngine, EngineChannel
-from engine.build import load_tokenizer_of, make_grammars
+from engine.build import grammar_rules, load_tokenizer_of
 from engine.config import EngineConfig
 from engine.errors import (
     STOPPED,
@@ -125,7 +125,7 @@ class FleetChannel(EngineChannel):
         self.config, size = config, facts.engine.vocab_size
         self.tokenizer = load_tokenizer_of(config, size)
         self.facts = structs.replace(facts.engine, model_name=model_name)
-        self._grammars = make_grammars(self.tokenizer, size)
+        self._compile = grammar_rules(self.tokenizer, size)
         self._handle, self._fleet = handle, fleet
         self._tell_replica = handle.options(method_name="tell")
         self._shut_down, self._is_death = shut_down, is_death
@@ -209,7 +209,7 @@ class FleetChannel(EngineChannel):
                 self._abort(message)
             case Compile():
                 # Replicas compile the grammar again when they receive it.
-                self._grammars.compile(message.grammar)
+                self._compile(message.grammar)
                 self._front.receive(Reply(message.number))
             case EndEngine():
                 pass

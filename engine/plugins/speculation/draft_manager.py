@@ -6,12 +6,13 @@ end a pause over the steps of all requests. The plugin makes the manager from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple
 
 from engine.config import EngineConfig
-from engine.interfaces import Plugin, Runner
+from engine.core import Plugin
+from engine.interfaces import Runner
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.suffix import (
     Drafter,
@@ -167,7 +168,7 @@ class _Known:
         """First step in which a drafter may be called."""
 
 
-class Drafting:
+class Drafting(DraftPlanner):
     """Calls the drafters, divides the tokens that a step may verify, and keeps draft lengths.
 
     A step in which no drafter is due costs one look at each request.
@@ -222,7 +223,7 @@ class Drafting:
         """Requests with draft state."""
         return self._known.keys()
 
-    def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
+    def propose(self, decoding: Iterable[tuple[Request, int]]) -> dict[Request, Draft]:
         """Return drafts for some of the decoding (request, maximum number of tokens that still
         fit).
 
@@ -230,6 +231,7 @@ class Drafting:
         shorter each draft is.
         """
         self._step += 1
+        decoding = tuple(decoding)
         if self._max_decoding is not None and len(decoding) > self._max_decoding:
             return {}
         wanted: dict[Request, list[int]] = {}
@@ -283,8 +285,9 @@ class Drafting:
                 lengths[rank] = 0
         return lengths
 
-    def may_guess(self, decoding: Collection[Request]) -> bool:
+    def may_guess(self, running: Iterable[Request]) -> bool:
         """Return True if any of them may get a draft in its next step."""
+        decoding = [one for one in running if one.scheduled_len >= one.prefill_len]
         if self._max_decoding is not None and len(decoding) > self._max_decoding:
             return False
         for request in decoding:
@@ -326,8 +329,8 @@ class Drafting:
         for drafter, _ in self._sources:
             drafter.forget(request)
 
-    def reset(self) -> None:
-        """Drop the state of ended requests: the cache was emptied."""
+    def on_cache_emptied(self, *, was_lost: bool) -> None:
+        """Drop the state of ended requests."""
         for drafter, _ in self._sources:
             drafter.reset()
 

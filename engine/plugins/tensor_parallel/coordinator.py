@@ -3,13 +3,14 @@ its plugin ends the engine if one of them has ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from engine.config import EngineConfig
-from engine.interfaces import EngineCore, Plugin, RunnerLost
+from engine.core import Plugin
+from engine.interfaces import Runner, RunnerLost
 from engine.layers.rank import Group, Rank
 from engine.models import read_model
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
@@ -96,11 +97,6 @@ class LeadingRunner(ModelRunner):
             self._followers.lost(error)
             raise
 
-    def watch(self, on_end: Callable[[], None]) -> None:
-        """Call the method ``on_end`` in a thread when a rank ends. Keeps no object alive."""
-        if self._followers is not None:
-            self._followers.watch(on_end)
-
     def check_ranks(self) -> None:
         """Raise RunnerLost if a rank has ended before ``close``."""
         if self._followers is not None:
@@ -117,31 +113,30 @@ class LeadingRunner(ModelRunner):
             self._followers.close()
 
 
+CHECK_S = 1.0
+"""Time between two checks of the other ranks while the engine is idle."""
+
+
 class TensorParallelPlugin(Plugin):
-    """Ends an idle engine too when a rank has gone (setting ``tp``)."""
+    """Ends an idle engine too when a rank has gone, and the ranks with the engine (setting
+    ``tp``)."""
 
     name = "tensor_parallel"
-    _runner: LeadingRunner
-    _has_news = False
+    _runner: LeadingRunner | None = None
 
-    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
-        if isinstance(engine.runner, LeadingRunner):
-            self._runner = engine.runner
-            self._runner.watch(self._rank_ended)
+    def open_manager(self, manager: CacheManager, runner: Runner) -> None:
+        self._runner = runner if isinstance(runner, LeadingRunner) else None
 
-    def _rank_ended(self) -> None:
-        self._has_news = True
-        self.wake()
-
-    @property
-    def has_work(self) -> bool:
-        return self._has_news
-
-    def before_step(self) -> None:
+    def on_idle(self) -> float | None:
         """See ``StepHooks``. Raises RunnerLost if a rank has ended."""
-        if self._has_news:
-            self._has_news = False
-            self._runner.check_ranks()
+        if self._runner is None:
+            return None
+        self._runner.check_ranks()
+        return CHECK_S
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         number = self.config.num_ranks

@@ -6,16 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import describe_exit
@@ -142,17 +140,11 @@ class Followers:
         """Process ids, in the order of ranks."""
         return tuple(one.process.pid for one in self._all)
 
-    def watch(self, on_end: Callable[[], None]) -> None:
-        """Call the method ``on_end`` in a thread when a rank ends. Keeps no object alive."""
-        for one in self._all:
-            arguments = one.process, weakref.WeakMethod(on_end)
-            threading.Thread(target=_await, args=arguments, name="ranks", daemon=True).start()
-
     def check(self) -> None:
         """Raise RunnerLost if a rank has ended before ``close``."""
         if self._sentence:
             raise RunnerLost(self._sentence)
-        if self._end.alive:
+        if self._end.alive and any(one.process.poll() is not None for one in self._all):
             raise self.lost(EOFError("one has ended"))
 
     def close(self) -> None:
@@ -172,13 +164,6 @@ def _start(number: int, memory: int | None) -> Follower:
             start_new_session=True,
         )
     return Follower(number, process, ours)
-
-
-def _await(process: subprocess.Popen[bytes], on_end: weakref.WeakMethod[Any]) -> None:
-    process.wait()
-    found = on_end()
-    if found is not None:
-        found()
 
 
 def _end(

@@ -16,19 +16,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.config import ConfigError, EngineConfig
-from engine.interfaces import Plugin, Runner
+from engine.core import EngineCore, Plugin
+from engine.interfaces import Runner, StepReport
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.fingerprint import load_digest, save_digest
 from engine.plugins.tiers.prefixes import RunPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
-from engine.schedule.batch import KEPT, Batch
+from engine.schedule.batch import KEPT
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue, Transfer
 from hybridcache.allocators.pools import MAX_ROWS
 from hybridcache.api import Listener
 from hybridcache.cache import HybridRadixCache
@@ -77,6 +78,11 @@ class WriteThrough(Listener):
             self._steps.transfers.append(
                 Copy("checkpoint", DEVICE, slot, KEPT, EMPTY, node.end, path)
             )
+
+
+def _is_kept(transfer: Transfer) -> bool:
+    """Return True for a write-through copy."""
+    return isinstance(transfer, Copy) and transfer.dst_tier == KEPT
 
 
 def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
@@ -331,11 +337,18 @@ class TierPlugin(Plugin):
         """See ``StepHooks``: transfers wait for a batch."""
         return self._manager.has_moves
 
-    def after_step(self, step: Batch, seconds: float) -> None:
-        self.exchange.learn(step, seconds)
-        self._follow_disk()
-        if self.policy_state is not None and step.segments:
+    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
+        engine.observers.append(self._learn)
+
+    def _learn(self, report: StepReport) -> None:
+        """Record a step that was computed."""
+        self.exchange.learn(report)
+        if self.policy_state is not None and (report.prefilled or report.num_decode_tokens):
             self.policy_state.has_changes = True
+
+    def before_step(self) -> None:
+        self._follow_disk()
+        if self.policy_state is not None:
             self.policy_state.rest(is_idle=False)
 
     def on_idle(self) -> float | None:
@@ -356,7 +369,7 @@ class TierPlugin(Plugin):
             offload.open(DISK)
         else:
             offload.close(DISK)
-        if self._cache.steps.transfers:
+        if not all(map(_is_kept, self._cache.steps.transfers)):
             return  # rows that a transfer is about to fill are not lost
         if disk.has_lost_rows:
             self._cache.drop_lost(DISK, disk.is_lost)
@@ -420,9 +433,8 @@ class TierPlugin(Plugin):
                 disk.unbind_all()
                 logger.warning("The cache restarts with %d states from disk.", self.adopt())
         elif disk is not None and self.policy_state is not None:
-            for transfer in steps.take_transfers():
-                if not (isinstance(transfer, Copy) and transfer.dst_tier == KEPT):
-                    steps.transfers.append(transfer)
+            transfers = steps.take_transfers()
+            steps.transfers += [one for one in transfers if not _is_kept(one)]
             disk.clear()
             self.policy_state.remove()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import starmap
 
 import numpy as np
 
+from engine.interfaces import StepReport
 from engine.plugins.tiers.disk import Disk
 from engine.requests.request import Request
-from engine.schedule.batch import Batch
 from engine.schedule.fetching import Fetch, Fetcher
 from hybridcache.allocators.moves import DISK
 from hybridcache.api import PrefixMatch, Resumable
@@ -61,11 +62,11 @@ class MeasuredExchange:
                 return float(slope / UNIT)
         return float(y / x / UNIT)
 
-    def learn(self, step: Batch, seconds: float) -> None:
-        """Record a step that was computed in ``seconds``. Steps with decodes are ignored."""
-        if not step.segments or step.num_decode_tokens:
+    def learn(self, report: StepReport) -> None:
+        """Record a computed step. Steps with decodes are ignored."""
+        if not report.prefilled or report.num_decode_tokens:
             return
-        x = sum(self._geometry.flops(one.start, one.end) for one in step.segments) / UNIT
+        x, seconds = sum(starmap(self._geometry.flops, report.prefilled)) / UNIT, report.computed_s
         self._sums = FADING * self._sums + (1, x, seconds, x * x, x * seconds)
 
     def seconds_saved(

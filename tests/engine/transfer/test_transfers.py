@@ -208,7 +208,7 @@ def test_failures_of_the_prefill_engine_are_logged_and_computed_here(
         assert_same(plain, engine, [text(50, 300)])
     assert "a step of the prefill engine failed" in caplog.text
     engine = decode_engine(port_of(prefill))
-    monkeypatch.setattr(prefill._intake, "_max_model_len", 200)
+    monkeypatch.setattr(prefill._intake, "max_model_len", 200)
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(51, 300)])
     assert "maximum context length is 200 tokens" in caplog.text

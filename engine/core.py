@@ -1,0 +1,512 @@
+"""The core of an engine: takes prompts and returns tokens, with the parts that it was given. It is
+used by one thread; see ``AsyncEngine`` for asyncio."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.config import BUILTIN_NAME, EngineConfig
+from engine.errors import DuplicateId, QueueFull
+from engine.hub import display_name
+from engine.interfaces import Observer, Runner, StepReport, TokenSampler
+from engine.requests.grammar import Grammar, GrammarError
+from engine.requests.request import Intake, RecentRequests, Request
+from engine.requests.spec import Prompt, RequestSpec, SamplingInput, SamplingParams
+from engine.schedule.batch import EMPTY, Batch, BytesLost, PendingTokens, Segment, StepHooks
+from engine.schedule.fetching import Fetcher
+from engine.schedule.report import CacheReport, cache_report
+from engine.schedule.scheduler import Scheduler
+from engine.text.outputs import FinishReason, RequestOutput
+from hybridcache.scheduling.cache_manager import CacheManager
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+WITHHELD_S = 0.002
+"""Pause between two checks of requests that the admission policy withholds while nothing runs."""
+
+
+class EngineCore:
+    """Steps requests. ``Engine`` makes its parts; plugins and observers use it through this
+    class."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        runner: Runner,
+        sampler: TokenSampler,
+        tokenizer: Tokenizer | None,
+        intake: Intake,
+        scheduler: Scheduler,
+        plugins: Mapping[str, Plugin],
+        observer: Observer | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.config = config
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.plugins = plugins
+        """Optional capabilities chosen by the settings, by name."""
+        self.clock = clock
+        self._sampler = sampler
+        self._intake = intake
+        self.validate = intake.validate
+        """Returns a spec with token ids and complete sampling parameters; see ``Intake.validate``.
+        Safe to call from any thread."""
+        self.make = intake.make
+        """Makes the request of a valid spec; see ``Intake.make``. Safe to call from any thread."""
+        self.sampling_defaults = intake.sampling_defaults
+        self.max_model_len = intake.max_model_len
+        """Maximum number of tokens of a prompt and its answer together."""
+        self.observers: list[Observer] = [] if observer is None else [observer]
+        """Functions that are called after every step."""
+        self.recent = RecentRequests()
+        self._scheduler = scheduler
+        self._manager, self.cache = scheduler.manager, scheduler.manager.cache
+        self._overlaps = config.overlap == "on" or (
+            config.overlap == "auto" and runner.is_asynchronous
+        )
+        self._in_flight: Batch | None = None
+        self.interrupted: tuple[str, ...] = ()
+        """Requests that were running when a step last failed."""
+        self._requests: dict[str, Request] = {}
+        self._committing = EMPTY
+        """The step that is being published."""
+        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        """Outputs of the requests that ``stream`` and ``generate`` follow, not yet taken."""
+        self._hooks: tuple[StepHooks, ...] = (*scheduler.hooks, *plugins.values())
+        self._is_closed = False
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model on the hub, or of its directory."""
+        return display_name(Path(self.config.model)) if self.config.model else BUILTIN_NAME
+
+    def submit(
+        self,
+        prompt: Prompt | RequestSpec,
+        sampling: SamplingParams | None = None,
+        **options: Any,
+    ) -> str:
+        """Queue a prompt; returns the request's id. O(length of the prompt).
+
+        ``options`` are the other fields of ``RequestSpec``, as in
+        ``submit([1, 2, 3], params, namespace="tenant")``. A whole ``RequestSpec`` may be given in
+        place of the prompt. Raises ValueError for a request that cannot be served, and QueueFull if
+        the queue is full.
+        """
+        spec = RequestSpec.of(prompt, sampling, options)
+        if not self.has_room:
+            raise QueueFull(self.config.max_queue)
+        if spec.request_id is not None and spec.request_id in self._requests:
+            raise DuplicateId(spec.request_id)
+        request = self.make(self.validate(spec))
+        self.enqueue(request)
+        return request.request_id
+
+    def compile(self, grammar: Grammar) -> None:
+        """Compile ``grammar`` in advance, so that ``make`` does not have to.
+
+        Safe to call from any thread. Takes milliseconds, and at worst a tenth of a second; the
+        first call takes up to a second more (see ``prepare_grammars``). Raises ValueError for an
+        invalid grammar.
+        """
+        self._intake.grammar_rule(grammar)
+
+    def prepare_grammars(self) -> None:
+        """Load the grammar library and build its vocabulary.
+
+        A large vocabulary takes a second, during which no other thread of the process runs. Does
+        nothing if the tokenizer does not support grammars.
+        """
+        with suppress(GrammarError):
+            self.compile(Grammar.of_choices(("a",)))
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a request."""
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests in the queue."""
+        return self._scheduler.num_waiting
+
+    @property
+    def requests(self) -> Collection[Request]:
+        """Waiting and running requests."""
+        return self._requests.values()
+
+    @property
+    def has_room(self) -> bool:
+        """True if one more request may wait."""
+        return self._scheduler.num_waiting < self.config.max_queue
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
+        """End a request at once with ``reason``; its memory is free when this returns. Returns its
+        last output, or None if it had ended already."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        self._scheduler.abort(request, reason)
+        self.recent.add(request, self.clock())
+        output = request.report()
+        self._deliver([output])
+        return output
+
+    def has_work(self) -> bool:
+        """Return True if ``step`` has something to compute or outputs to return."""
+        return (
+            self._scheduler.has_work()
+            or self._in_flight is not None
+            or self._scheduler.has_progressed
+            or any(hooks.has_work for hooks in self._hooks)
+        )
+
+    def run_idle_tasks(self) -> float | None:
+        """Run background work while there is nothing to compute. Returns the seconds until the next
+        task is due, or None if there is none."""
+        if self.config.check:
+            self.check()
+        delays = [hooks.on_idle() for hooks in self._hooks]
+        return min((delay for delay in delays if delay is not None), default=None)
+
+    def on_work(self, wake: Callable[[], None]) -> None:
+        """Register ``wake``, which is called from any thread whenever a plugin has work for an idle
+        engine."""
+        for plugin in self.plugins.values():
+            plugin.wake = wake
+
+    def disconnect(self, *, at_once: bool) -> None:
+        """Accept no more work from other engines, because the engine is about to end. Local
+        requests can still be submitted. Work in progress for other engines, or requested from
+        them, is finished unless ``at_once``."""
+        for hooks in self._hooks:
+            hooks.disconnect(at_once=at_once)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch; returns the new output of each request.
+
+        On an asynchronous device a step is committed after the next one was launched, so that the
+        device never waits for the host; outputs then come one call later. If a step raises, its
+        requests survive. Outputs that it had committed come with the next call, or from
+        ``take_outputs``.
+        """
+        try:
+            if not self._scheduler.must_commit:
+                for hooks in self._hooks:
+                    hooks.before_step()
+            step = self._schedule()
+            logits = self._forward(step)
+            self._sample(step, logits)
+            due = step
+            if self._overlaps:  # The device has probably finished the previous step.
+                due, self._in_flight = self._in_flight or EMPTY, step if step.segments else None
+            return self._commit(due)
+        except BaseException as error:
+            interrupted = self._recover()
+            if not isinstance(error, BytesLost):
+                self.interrupted = interrupted
+                raise
+        return self.take_outputs()
+
+    def _recover(self) -> tuple[str, ...]:
+        """Restore a consistent state after any exception in a step, including interrupts. Returns
+        the ids of the requests that were running."""
+        self._in_flight = None
+        interrupted = tuple(request.request_id for request in self._scheduler.recover())
+        half_done, self._committing = self._committing, EMPTY
+        # After a step with drafts, published states are in their slots only after the runner's
+        # commit.
+        was_lost = self._manager.lost_moves() or half_done.has_drafts
+        for hooks in self._hooks:
+            hooks.on_step_failed(was_lost=was_lost)
+        if was_lost:
+            self._forget(was_lost=True)
+        return interrupted
+
+    def _schedule(self) -> Batch:
+        self._laps = [self.clock()]
+        step = self._scheduler.schedule()
+        if step is EMPTY and self._in_flight is None:
+            for hooks in self._hooks:
+                hooks.wait()
+            if self._scheduler.withholds_all:
+                time.sleep(WITHHELD_S)
+        self._laps.append(self.clock())
+        return step
+
+    def _forward(self, step: Batch) -> Any:
+        before = self._in_flight.drawn if self._in_flight is not None else None
+        logits = None
+        if step.late_tokens and before is not None:
+            logits = self.runner.forward(step, before.tokens)
+        elif step.segments or step.moves:
+            logits = self.runner.forward(step)
+        if step is not EMPTY:
+            self._manager.step_done()
+        self._laps.append(self.clock())
+        return logits
+
+    def _sample(self, step: Batch, logits: Any) -> None:
+        """Start drawing the step's tokens, and scoring prompts if requested.
+
+        Does not wait, except if a grammar depends on a token of the previous step: then it waits
+        for that token while the device computes this step.
+        """
+        late_tokens = dict(step.late_tokens)
+        inputs: list[SamplingInput] = []
+        rows: list[int] = []
+        scores: list[PendingTokens] = []
+        num_rows = 0
+        for index, segment in enumerate(step.segments):
+            first, num_rows = num_rows, num_rows + segment.num_logits
+            if segment.scores:
+                scores.append(_score(segment, logits[first:num_rows], self._sampler))
+            if segment.samples:
+                request = segment.request
+                drawn = (
+                    partial(_token, self._in_flight, late_tokens[index])
+                    if index in late_tokens
+                    else None
+                )
+                inputs += request.sampling_inputs(segment.drafts, drawn)
+                rows += range(num_rows - 1 - len(segment.drafts), num_rows)
+        if inputs:
+            step.drawn = self._sampler.launch(logits, inputs, rows)
+        step.scores = scores
+        self._laps.append(self.clock())
+
+    def _commit(self, step: Batch) -> list[RequestOutput]:
+        tokens = step.drawn.wait() if step.drawn is not None else ()
+        scored = [score.wait() for score in step.scores]
+        self._laps.append(self.clock())
+        self._committing = step
+        taken = self._scheduler.commit(step, tokens, scored)
+        if taken:
+            self.runner.commit(step, taken)
+        self._committing = EMPTY
+        outputs = self.take_outputs()
+        if self.config.check:
+            self._manager.check_rows(self.runner.table_row)
+            if not self.has_work():
+                self.check()
+        if self.observers:
+            self._tell_observers(step)
+        return outputs
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """Return committed outputs that were not returned yet, for example after a failed step."""
+        outputs = [request.report() for request in self._scheduler.take_progressed()]
+        for output in outputs:
+            if output.finish_reason is not None:
+                request = self._requests.pop(output.request_id, None)
+                if request is not None:
+                    self.recent.add(request, self.clock())
+        self._deliver(outputs)
+        return outputs
+
+    def _tell_observers(self, step: Batch) -> None:
+        started, scheduled, computed, launched, waited = self._laps
+        report = StepReport(
+            schedule_s=scheduled - started,
+            forward_s=computed - scheduled,
+            sample_s=launched - computed,
+            wait_s=waited - launched,
+            commit_s=self.clock() - waited,
+            prefilled=tuple((one.start, one.end) for one in step.segments if not one.is_decode),
+            num_decode_tokens=step.num_decode_tokens,
+        )
+        for observer in self.observers:
+            observer(report)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt | RequestSpec],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool = False,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer all ``prompts`` and return their last outputs, in the same order.
+
+        ``sampling`` is one object for all prompts or a sequence with one per prompt; ``options``
+        apply to all (see ``submit``). Raises ValueError for an invalid prompt before anything of it
+        is computed.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("generate takes a list of prompts; give a single one as [prompt].")
+        each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
+        from tqdm import tqdm  # Here, because a server does not need it.
+
+        finals: dict[str, RequestOutput] = {}
+        unfinished: set[str] = set()
+        order: list[str] = []
+        queue = deque(zip(prompts, each, strict=True))
+        with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
+            try:
+                while queue or unfinished:
+                    while queue and self.has_room:
+                        prompt, params = queue.popleft()
+                        order.append(self.submit(prompt, params, **options))
+                        self._mailboxes[order[-1]] = deque(maxlen=1)  # The last output suffices.
+                        unfinished.add(order[-1])
+                    self.step()
+                    for request_id in tuple(unfinished):
+                        box = self._mailboxes[request_id]
+                        if box and box[0].is_finished:
+                            finals[request_id] = box[0]
+                            unfinished.remove(request_id)
+                            del self._mailboxes[request_id]
+                            bar.update()
+            finally:
+                for request_id in unfinished:
+                    self.abort(request_id)
+                    del self._mailboxes[request_id]
+        return [finals[request_id] for request_id in order]
+
+    def stream(
+        self,
+        prompt: Prompt | RequestSpec,
+        sampling: SamplingParams | None = None,
+        **options: Any,
+    ) -> Iterator[RequestOutput]:
+        """Answer one prompt and yield its outputs. Closing or dropping the iterator ends the
+        request."""
+        request_id = self.submit(prompt, sampling, **options)
+        outputs = self._follow(request_id)
+        next(outputs)  # A generator that was never started would not clean up.
+        return outputs
+
+    def _follow(self, request_id: str) -> Iterator[Any]:
+        """Yield None, then the outputs of a request."""
+        mailbox = self._mailboxes[request_id] = deque()
+        try:
+            yield None
+            while True:
+                while not mailbox:
+                    self.step()
+                output = mailbox.popleft()
+                yield output
+                if output.is_finished:
+                    return
+        finally:
+            del self._mailboxes[request_id]
+            self.abort(request_id)
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        if self._mailboxes:
+            for output in outputs:
+                box = self._mailboxes.get(output.request_id)
+                if box is not None:
+                    box.append(output)
+
+    def end_session(self, request_id: str) -> None:
+        """End the session of ``request_id``, its newest request: no request will follow it. Does
+        nothing if a newer request followed. O(1)."""
+        self._scheduler.end_session(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every prefix that no running request uses, in every tier."""
+        self._forget(was_lost=False)
+
+    def _forget(self, *, was_lost: bool) -> None:
+        self.cache.reset()
+        for hooks in self._hooks:
+            hooks.on_cache_emptied(was_lost=was_lost)
+
+    def report(self) -> CacheReport:
+        """Return the current sizes, rates and losses of the cache."""
+        return cache_report(
+            self.config,
+            self._manager,
+            self.runner.memory,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            queue=self._scheduler.admission_report(),
+            optional={key: value for hooks in self._hooks for key, value in hooks.report().items()},
+        )
+
+    def outline(self, max_nodes: int = 40) -> str:
+        """Render the cache's tree as text, one line per node, without tokens. Empty if there is no
+        cache."""
+        return self.cache.render(max_nodes)
+
+    def cache_view(self) -> dict[str, Any]:
+        """Return ``report`` as plain data, with an outline of the tree."""
+        return self.report().as_dict() | {"tree": self.outline().splitlines()}
+
+    def close(self) -> None:
+        """End all requests, including those of other engines, and complete pending writes. Only
+        required for engines with plugins. Further calls do nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for request_id in tuple(self._requests):
+            self.abort(request_id)
+        self.disconnect(at_once=True)
+        while self.has_work():
+            self.step()
+        for hooks in self._hooks:
+            hooks.close()
+
+    def check(self) -> None:
+        """Verify all invariants. O(cache).
+
+        Raises AssertionError unless every invariant of the cache holds, ``free + cached + held ==
+        total``, and the runner reads for each request the KV rows of its lease.
+        """
+        self._scheduler.check()
+        self._manager.check(self.runner.table_row)
+
+
+def _token(before: Batch | None, row: int) -> int:
+    """Wait for the token in ``row`` of those drawn by the step ``before``."""
+    assert before is not None and before.drawn is not None
+    return before.drawn.wait()[row].token_id
+
+
+def _score(segment: Segment, logits: Any, sampler: TokenSampler) -> PendingTokens:
+    """Start scoring the prompt tokens that follow the segment's tokens."""
+    request = segment.request
+    following = request.tokens[segment.start + 1 : min(segment.end + 1, request.prompt_len)]
+    return sampler.score(
+        logits[: len(following)], following.tolist(), request.spec.prompt_logprobs or 0
+    )
+
+
+class Plugin(StepHooks):
+    """One optional capability of one engine. Every method does nothing unless it is overridden.
+
+    A plugin is made from the engine's settings before anything is loaded. While the engine is
+    built, the hooks are called in the order in which they are listed here. Afterwards those of
+    ``StepHooks`` are called.
+    """
+
+    name: str
+    """Name of the plugin's folder."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.wake: Callable[[], None] = lambda: None
+        """Wakes an idle engine because ``before_step`` has work. Safe to call from any thread."""
+
+    def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
+        """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""
+        return None
+
+    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
+        """Start work for the complete engine."""
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        """Return lines of the start screen: (title, text)."""
+        return ()
