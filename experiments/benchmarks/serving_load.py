@@ -13,15 +13,12 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import httpx
 import numpy as np
 import numpy.typing as npt
-
-from engine.async_engine import AsyncEngine
-from engine.requests.spec import SamplingParams
 
 
 class Prompt(NamedTuple):
@@ -42,16 +39,6 @@ class Piece:
     """Tokens generated so far, or 0 if the message does not report them."""
     cached_len: int | None
     """Reused prompt tokens, or None if the message does not report them."""
-
-
-class Client(Protocol):
-    """Interface of a server under load."""
-
-    def answer(self, prompt: Prompt) -> AsyncIterator[Piece]: ...
-
-    async def reset_cache(self) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 class HTTPClient:
@@ -104,31 +91,6 @@ def _piece(message: dict[str, Any]) -> Piece:
         return Piece(0, None)
     details = usage.get("prompt_tokens_details") or {}
     return Piece(usage["completion_tokens"], details.get("cached_tokens", 0))
-
-
-class EngineClient:
-    """Client of an engine in this process, for machines without the server's packages."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine: AsyncEngine | None = engine
-        engine.start()
-
-    async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
-        sampling = SamplingParams(max_tokens=prompt.num_output, temperature=0.0, ignore_eos=True)
-        assert self._engine is not None
-        async with aclosing(self._engine.generate(prompt.tokens.tolist(), sampling)) as outputs:
-            async for output in outputs:
-                yield Piece(len(output.output), output.cached_len)
-
-    async def reset_cache(self) -> None:
-        assert self._engine is not None
-        await self._engine.reset_prefix_cache()
-
-    async def close(self) -> None:
-        """Drain the engine and drop the reference to it, so that its memory can be freed."""
-        assert self._engine is not None
-        await self._engine.drain()
-        self._engine = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +146,7 @@ class Run:
 
 
 async def drive(
-    client: Client, jobs: Sequence[Job], load: Load, *, seconds: float, seed: int = 0
+    client: HTTPClient, jobs: Sequence[Job], load: Load, *, seconds: float, seed: int = 0
 ) -> Run:
     """Send ``jobs`` until all are answered or ``seconds`` have passed. Unfinished requests are then
     cancelled."""
@@ -200,7 +162,7 @@ async def drive(
 class _Driver:
     """State of one run."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: HTTPClient) -> None:
         self._client = client
         self._begin = time.perf_counter()
         self.answers: list[Answer] = []

@@ -2,32 +2,26 @@
 
 Conversations grow turn by turn and reuse all computed tokens, or with `--exact` only those of
 prefills. With `--exact`, the states and KV of an answer are computed again as part of the next
-prompt. No kernel is slower, so the cost consists of these tokens, in every turn but the first.
-
-    python -m experiments.gpu.exact_price [--model DIR] [--device cpu]
+prompt. No kernel is slower, so the cost consists of these tokens, in every turn but the first. A
+part of ``serve`` and ``big`` of `make gpu`.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.spec import SamplingParams
-from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.text.outputs import RequestOutput
-from experiments.provenance import RESULTS, write_json_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +34,6 @@ class Talk:
     num_question: int
     num_answer: int
     num_repeats: int
-
-
-FULL = Talk(num_conversations=4, num_turns=6, num_question=200, num_answer=100, num_repeats=5)
 
 
 def price(runner: ModelRunner, config: EngineConfig, talk: Talk) -> Iterator[dict[str, Any]]:
@@ -95,22 +86,3 @@ def converse(engine: Engine, talk: Talk, seed: int) -> dict[str, float]:
         "tpot_ms": 1e3 * statistics.median(o.timings.tpot_s(len(o.output)) or 0.0 for o in later),
         "seconds": time.perf_counter() - begin,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="model directory (default: the built-in model)")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS / "exact_price.jsonl")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    config = EngineConfig(model=options.model, device=options.device, cache_gib=0.5)
-    records = []
-    for record in price(load_runner(config), config, FULL):
-        print(record, flush=True)
-        records.append(record)
-    write_json_lines(options.out, records)
-
-
-if __name__ == "__main__":
-    main()

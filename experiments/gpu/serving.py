@@ -15,21 +15,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import importlib.util
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from engine import engine_config
-from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.interfaces import StepReport
@@ -40,7 +37,7 @@ from engine.runner.device import Device
 from engine.runner.sampler import Sampler
 from engine.text.outputs import RequestOutput
 from experiments.benchmarks.serving import conversation_jobs, over_http, sweep, table
-from experiments.benchmarks.serving_load import Client, EngineClient, Load, Targets
+from experiments.benchmarks.serving_load import Load, Targets
 from experiments.gpu import exact_price, interpreter
 from experiments.gpu.exact_price import Talk
 from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
@@ -306,12 +303,8 @@ def drafted(path: str, dry: bool, scale: Scale, known: Records = ()) -> Iterator
     bench.close()
 
 
-def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
-    """Measure conversations with lengths like ShareGPT's, with the cache and without.
-
-    Uses a server process if its packages are installed, else an engine in this process.
-    """
-    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> list[dict[str, Any]]:
+    """Measure a server process under generated conversations, with the cache and without."""
     scale = replace(scale, max_model_len=scale.max_model_len // 2)  # Twice the longest prompt.
     device = Device.resolve("cpu" if dry else None)
     settings: dict[str, Any] = {
@@ -323,38 +316,20 @@ def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
     flags = ["--model", path, "--load-format", "dummy", *(["--device", "cpu"] if dry else [])]
     for name, value in settings.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
-
-    @asynccontextmanager
-    async def in_process(cache: Literal["hybrid", "none"]) -> AsyncIterator[Client]:
-        bench = Bench(path, dry, scale, prefix_cache=cache, **settings)
-        client = EngineClient(AsyncEngine(bench.engine))
-        try:
-            yield client
-        finally:
-            await client.close()
-            del client
-            bench.close()
-
-    if missing:
-        print(f"Measured without HTTP, which needs {' and '.join(missing)}.")
-        servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
-    else:
-        servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}
+    servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}
     loads = [
         *(Load(concurrency=n) for n in scale.concurrency),
         *(Load(per_s=r) for r in scale.rates),
     ]
     jobs = conversation_jobs(
-        path,
         scale.num_jobs,
+        vocab_size=vocab_size,
         cap=scale.max_model_len // 2,
         num_output=scale.num_answer,
-        generated=dry,
     )
     records = asyncio.run(sweep(servers, jobs, loads, TARGETS, scale.seconds))
     print(table(records))
-    by = "engine" if missing else "server"
-    return [{"measure": "serving", "by": by} | record | settings for record in records]
+    return [{"measure": "serving"} | record | settings for record in records]
 
 
 def records_of(
@@ -366,7 +341,7 @@ def records_of(
     path = write_geometry(directory, config)
     if part == "http":
         write_tokenizer(directory)
-        yield from http(path, dry, scale)
+        yield from http(path, dry, scale, config["vocab_size"])
     elif part == "big":
         quantization = "fp8" if Device.resolve(None).supports("fp8") and not dry else "int8"
         yield from measure(path, dry, scale, known, quantization=quantization)

@@ -13,13 +13,14 @@ import pytest
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.requests.spec import SamplingParams
 from engine.text.tokenizer import ByteTokenizer
 from experiments.benchmarks import overhead
-from experiments.benchmarks.serving import sweep, table
+from experiments.benchmarks.serving import conversation_jobs, sweep, table
 from experiments.benchmarks.serving_load import (
     Answer,
-    EngineClient,
     Load,
+    Piece,
     Prompt,
     Run,
     Targets,
@@ -34,6 +35,28 @@ def oracle_engine(cache: str) -> Engine:
     config = EngineConfig(prefix_cache=cache)
     runner = OracleRunner(8192, 16, max_model_len=4096)
     return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
+
+
+class EngineClient:
+    """Stand-in for ``HTTPClient``, of an engine in this process."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        engine.start()
+
+    async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
+        sampling = SamplingParams(max_tokens=prompt.num_output, temperature=0.0, ignore_eos=True)
+        async with contextlib.aclosing(
+            self._engine.generate(prompt.tokens.tolist(), sampling)
+        ) as outputs:
+            async for output in outputs:
+                yield Piece(len(output.output), output.cached_len)
+
+    async def reset_cache(self) -> None:
+        await self._engine.reset_prefix_cache()
+
+    async def close(self) -> None:
+        await self._engine.drain()
 
 
 @contextlib.asynccontextmanager
@@ -79,6 +102,17 @@ def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
     total = sum(len(job[0].tokens) for job in jobs)
     assert records[0]["token_hit_rate"] == pytest.approx(4 * 128 / total)
     assert len(table(records).splitlines()) == 8
+
+
+def test_conversations_grow_up_to_the_longest_prompt() -> None:
+    jobs = conversation_jobs(4, vocab_size=300, cap=2000, num_output=50)
+    assert len(jobs) == 4
+    for job in jobs:
+        lengths = [len(prompt.tokens) for prompt in job]
+        assert lengths == sorted(lengths) and lengths[-1] <= 2000
+        assert all(prompt.tokens.max() < 300 for prompt in job)
+        assert all(1 <= prompt.num_output <= 50 for prompt in job)
+        assert np.array_equal(job[-1].tokens[: lengths[0]], job[0].tokens)
 
 
 @pytest.mark.parametrize("admission", overhead.ADMISSIONS)

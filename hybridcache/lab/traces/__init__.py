@@ -40,7 +40,8 @@ from hybridcache.lab.traces.frame import (
 from hybridcache.lab.traces.hashes import BailianReader, MooncakeReader
 from hybridcache.lab.traces.jsonl import OwnReader
 from hybridcache.lab.traces.messages import CsvReader, MessagesReader
-from hybridcache.lab.traces.sharegpt import ShareGPTCountsReader, ShareGPTReader, packaged_file
+from hybridcache.lab.traces.sharegpt import ShareGPTReader, packaged_file
+from hybridcache.lab.traces.sharegpt_counts import ShareGPTCountsReader
 from hybridcache.lab.traces.text import NO_TOKENIZER
 
 # Formats are tried in this order.

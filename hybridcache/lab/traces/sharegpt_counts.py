@@ -1,0 +1,65 @@
+"""Lengths of ShareGPT's messages without their texts, one conversation a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.lab.arrivals import Pauses
+from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.traces.frame import Record, SessionReader
+from hybridcache.lab.traces.text import ChatTurn
+from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ShareGPTCountsReader(SessionReader):
+    """Lengths of messages: ``{"id", "turns": [["u", 39], ["a", 257]], "first_msg_blocks16": [0]}``.
+
+    First messages agree in equal blocks of 16 tokens; other ids are never repeated. Messages are
+    framed as in ChatML (nine ids), and prompts end in a thought that the next prompt does not keep.
+    """
+
+    word: ClassVar[str] = "sharegpt-counts"
+    cap: int = 8192
+    pauses: Pauses = field(default_factory=Pauses)
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return "turns" in record and "first_msg_blocks16" in record
+
+    def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
+        fresh, empty, end, thought = FreshIds(), *map(_ids, ([], [5, 6], [7, 8]))
+        headers = {role: _ids([0, number, 4]) for number, role in enumerate("uas", 1)}
+
+        def parse(record: Record) -> Iterator[list[TraceRequest]]:
+            name, blocks = record.key("id"), record.ids("first_msg_blocks16")
+            if len(blocks) and blocks.max() >= 1 << 20:
+                raise ValueError("first_msg_blocks16 holds a block that is not below 2**20")
+            shared = (9 + 16 * blocks[:, None] + np.arange(16, dtype=np.int32)).reshape(-1)
+            history, asked, found = empty, False, []
+            for turn in record.values_of("turns"):
+                if not isinstance(turn, list) or len(turn) != 2 or turn[0] not in tuple(headers):
+                    raise ValueError('turns has an item that is not ["u", "a" or "s", tokens]')
+                role, count = turn[0], Record(turns=turn[1]).whole("turns")
+                words, opened = fresh.take(count), np.concatenate((history, headers[role]))
+                words[: len(shared)], shared = shared[:count], shared[:0]
+                prompt = np.concatenate((opened, thought))
+                if role == "a" and asked:
+                    if len(prompt) > self.cap:
+                        break
+                    known = chat_boundaries(len(prompt), kept=(len(opened),))
+                    answer = np.concatenate((words, end[:1]))
+                    found.append(ChatTurn(prompt, answer, known).request(name))
+                history, asked = np.concatenate((opened, words, end)), role == "u"
+            yield found
+
+        return parse
+
+
+def _ids(values: list[int]) -> Tokens:
+    return np.asarray(values, np.int32)
