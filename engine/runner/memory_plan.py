@@ -120,12 +120,13 @@ def warn_if_promised(config: EngineConfig, device: Device) -> None:
     """Log a warning if other processes have reserved so much memory of the host that the sizes of
     ``config`` fit only as long as they do not use it.
 
-    Pages take memory only when they are written, so such memory still counts as available.
+    Pages take memory only when they are written, so such memory still counts as available. Many
+    desktops have reserved more than they have, so sizes below a quarter of the memory do not warn.
     """
     sizes = (config.cache_bytes if device.is_cpu else {}) | config.host_bytes
     info, needed = memory_info(), sum(sizes.values())
     total, promised = info.get("MemTotal", 0) + info.get("SwapTotal", 0), info.get("Committed_AS")
-    if needed and promised is not None and promised + needed > total:
+    if promised is not None and 4 * needed > total and promised + needed > total:
         logger.warning(
             "%s may use %s, but processes of this machine have reserved %s of its %s already, used "
             "or not: use less, or one of them may be killed when memory runs out.",
