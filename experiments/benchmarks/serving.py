@@ -1,33 +1,280 @@
-"""Parts of benchmarks of the server: start it, send it conversations, and print a table.
+"""Load on a server: its process, schedules of requests, times of answers, and a table.
 
-A server runs with the prefix cache and without, and is loaded over HTTP, at a fixed
-concurrency or at a rate. ``experiments.gpu`` uses these parts.
+A server runs with the prefix cache and without. A job is a list of prompts, such as the turns of a
+conversation. Each prompt is sent after the answer to the previous one. Jobs start as soon as one of
+``concurrency`` workers is free, or at random times, ``per_s`` per second on average.
+``experiments.gpu`` uses these parts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
 
-from experiments.benchmarks.serving_load import (
-    HTTPClient,
-    Job,
-    Load,
-    Prompt,
-    Targets,
-    drive,
-    summary,
-)
+import httpx
+import numpy as np
+import numpy.typing as npt
+
 from hybridcache import open_trace
 from hybridcache.lab.report import text_table
 
 START_S = 300.0
 """Time limit for the start of a server, in seconds."""
+
+
+class Prompt(NamedTuple):
+    """One greedy request with exactly ``num_output`` output tokens."""
+
+    tokens: npt.NDArray[np.int32]
+    num_output: int
+
+
+Job = Sequence[Prompt]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One message of a streamed answer."""
+
+    num_tokens: int
+    """Tokens generated so far, or 0 if the message does not report them."""
+    cached_len: int | None
+    """Reused prompt tokens, or None if the message does not report them."""
+
+
+class HTTPClient:
+    """Streaming client of ``POST /v1/completions`` on this machine."""
+
+    def __init__(self, url: str) -> None:
+        if urlparse(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(f"Load is only sent to loopback addresses (got {url}).")
+        limits = httpx.Limits(max_connections=None)
+        self._http = httpx.AsyncClient(
+            base_url=url, limits=limits, timeout=httpx.Timeout(600.0), trust_env=False
+        )
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Wait until the server answers. Raises TimeoutError after ``seconds``."""
+        async with asyncio.timeout(seconds):
+            while True:
+                with suppress(httpx.TransportError):
+                    if (await self._http.get("/health")).status_code == 200:
+                        return
+                await asyncio.sleep(0.1)
+
+    async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
+        body = {
+            "prompt": prompt.tokens.tolist(),
+            "max_tokens": prompt.num_output,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        async with self._http.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    yield _piece(json.loads(line.removeprefix("data: ")))
+
+    async def reset_cache(self) -> None:
+        (await self._http.post("/reset_prefix_cache")).raise_for_status()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+def _piece(message: dict[str, Any]) -> Piece:
+    if "error" in message:
+        raise RuntimeError(message["error"]["message"])
+    usage = message.get("usage")
+    if usage is None:
+        return Piece(0, None)
+    details = usage.get("prompt_tokens_details") or {}
+    return Piece(usage["completion_tokens"], details.get("cached_tokens", 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request as seen by the client. Times are seconds since the start of the run."""
+
+    sent_s: float
+    piece_times_s: tuple[float, ...]
+    """Time of each message with tokens."""
+    num_prompt: int
+    num_output: int
+    cached_len: int
+
+    @property
+    def ttft_s(self) -> float:
+        return self.piece_times_s[0] - self.sent_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.piece_times_s[-1] - self.sent_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per token after the first, or None if there is only one token."""
+        return (self.e2e_s - self.ttft_s) / (self.num_output - 1) if self.num_output > 1 else None
+
+    @property
+    def itl_s(self) -> npt.NDArray[np.float64]:
+        """Times between messages."""
+        return np.diff(self.piece_times_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Start rule of jobs: a concurrency or a rate."""
+
+    concurrency: int | None = None
+    per_s: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.concurrency} at once" if self.per_s is None else f"{self.per_s:g} /s"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Answers and errors under one load."""
+
+    answers: Sequence[Answer]
+    num_cut: int
+    """Requests that were not finished at the time limit."""
+    errors: Sequence[str]
+    seconds: float
+
+
+async def drive(
+    client: HTTPClient, jobs: Sequence[Job], load: Load, *, seconds: float, seed: int = 0
+) -> Run:
+    """Send ``jobs`` until all are answered or ``seconds`` have passed. Unfinished requests are then
+    cancelled."""
+    run = _Driver(client)
+    tasks = [asyncio.create_task(part) for part in run.parts(jobs, load, seed)]
+    _, late = await asyncio.wait(tasks, timeout=seconds)
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return Run(run.answers, run.num_open, run.errors, run.now())
+
+
+class _Driver:
+    """State of one run."""
+
+    def __init__(self, client: HTTPClient) -> None:
+        self._client = client
+        self._begin = time.perf_counter()
+        self.answers: list[Answer] = []
+        self.errors: list[str] = []
+        self.num_open = 0
+
+    def now(self) -> float:
+        return time.perf_counter() - self._begin
+
+    def parts(self, jobs: Sequence[Job], load: Load, seed: int) -> Iterator[Any]:
+        if load.per_s is not None:
+            gaps = np.random.default_rng(seed).exponential(1 / load.per_s, len(jobs))
+            for start, job in zip(np.cumsum(gaps) - gaps[0], jobs, strict=True):
+                yield self._later(float(start), job)
+            return
+        assert load.concurrency is not None
+        waiting = iter(jobs)
+        for _ in range(min(load.concurrency, len(jobs))):
+            yield self._work(waiting)
+
+    async def _work(self, waiting: Iterator[Job]) -> None:
+        for job in waiting:
+            await self._send(job)
+
+    async def _later(self, start_s: float, job: Job) -> None:
+        await asyncio.sleep(start_s)
+        await self._send(job)
+
+    async def _send(self, job: Job) -> None:
+        for prompt in job:
+            self.num_open += 1
+            try:
+                self.answers.append(await self._answer(prompt))
+            except (httpx.HTTPError, RuntimeError, ValueError) as error:
+                self.errors.append(f"{type(error).__name__}: {error}")
+            self.num_open -= 1
+
+    async def _answer(self, prompt: Prompt) -> Answer:
+        sent = self.now()
+        times: list[float] = []
+        num_output = cached_len = 0
+        async with aclosing(self._client.answer(prompt)) as pieces:
+            async for piece in pieces:
+                if piece.cached_len is None or piece.num_tokens > len(times):
+                    times.append(self.now())
+                num_output = piece.num_tokens or num_output
+                cached_len = cached_len if piece.cached_len is None else piece.cached_len
+        if not times:
+            raise RuntimeError("The server sent an answer without tokens.")
+        return Answer(sent, tuple(times), len(prompt.tokens), num_output, cached_len)
+
+
+class Targets(NamedTuple):
+    """Latency limits of a good request."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+def summary(run: Run, targets: Targets) -> dict[str, Any]:
+    """Return the usual figures of serving benchmarks.
+
+    Mean, median and 99th percentile of each time in ms, rates per second, and the token hit rate.
+    """
+    answers = run.answers
+    num_prompt = sum(answer.num_prompt for answer in answers)
+    num_output = sum(answer.num_output for answer in answers)
+    good = sum(
+        answer.ttft_s <= targets.ttft_s and (answer.tpot_s or 0.0) <= targets.tpot_s
+        for answer in answers
+    )
+    gaps = [answer.itl_s for answer in answers]
+    return {
+        "requests": len(answers),
+        "cut": run.num_cut,
+        "errors": len(run.errors),
+        "seconds": run.seconds,
+        "requests_per_s": len(answers) / run.seconds,
+        "prompt_tokens_per_s": num_prompt / run.seconds,
+        "output_tokens_per_s": num_output / run.seconds,
+        "goodput_per_s": good / run.seconds,
+        "token_hit_rate": (
+            sum(answer.cached_len for answer in answers) / num_prompt if num_prompt else 0.0
+        ),
+        "ttft_target_s": targets.ttft_s,
+        "tpot_target_s": targets.tpot_s,
+        "ttft_ms": _spread([answer.ttft_s for answer in answers]),
+        "tpot_ms": _spread([s for answer in answers if (s := answer.tpot_s) is not None]),
+        "itl_ms": _spread(np.concatenate(gaps) if gaps else []),
+        "e2e_ms": _spread([answer.e2e_s for answer in answers]),
+    }
+
+
+def _spread(seconds: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, float] | None:
+    if not len(seconds):
+        return None
+    ms = np.asarray(seconds) * 1e3
+    return {
+        "mean": float(ms.mean()),
+        "p50": float(np.quantile(ms, 0.5)),
+        "p99": float(np.quantile(ms, 0.99)),
+    }
 
 
 async def sweep(

@@ -16,15 +16,17 @@ from engine.engine import Engine
 from engine.requests.spec import SamplingParams
 from engine.text.tokenizer import ByteTokenizer
 from experiments.benchmarks import overhead
-from experiments.benchmarks.serving import conversation_jobs, sweep, table
-from experiments.benchmarks.serving_load import (
+from experiments.benchmarks.serving import (
     Answer,
     Load,
     Piece,
     Prompt,
     Run,
     Targets,
+    conversation_jobs,
     summary,
+    sweep,
+    table,
 )
 from tests.oracle import OracleRunner, OracleSampler
 

@@ -16,8 +16,8 @@ import pytest
 from experiments.gpu import __main__ as gpu
 from experiments.gpu import serving as gpu_serving
 from experiments.gpu.models import TINY, write_geometry
-from experiments.gpu.stub_device import stubbed
 from experiments.provenance import read_json_lines
+from tests.stub_device import stubbed
 
 
 @pytest.fixture

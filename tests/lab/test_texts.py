@@ -24,7 +24,7 @@ from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import TraceFieldsWarning, TraceOrderWarning
-from hybridcache.lab.traces.sessions import Continued
+from hybridcache.lab.traces.prompts import Continued
 from tests.lab.records import lines
 
 

@@ -21,10 +21,10 @@ from engine.runner.build import load_runner
 from engine.runner.device import TRAITS, Device
 from engine.schedule.batch import Batch, Segment
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
-from experiments.gpu.stub_device import stubbed
 from kernels.attention import fused
 from kernels.moe import fused as moe
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
+from tests.stub_device import stubbed
 
 KERNEL_OPTION = ",".join(
     f"{name}=fused"

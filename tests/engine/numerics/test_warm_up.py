@@ -20,8 +20,8 @@ from engine.runner.build import load_runner
 from engine.runner.memory_plan import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
-from experiments.gpu.stub_device import FREE_BYTES, stubbed
 from tests.selection import is_quick
+from tests.stub_device import FREE_BYTES, stubbed
 
 pytest.importorskip("triton")
 pytestmark = [
