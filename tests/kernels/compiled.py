@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.native import has, kernel_choices, shared_library
+from kernels.native import DTYPES, has, kernel_choices, shared_library
 
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 WITHOUT_NATIVE = pytest.mark.skipif(
@@ -29,12 +29,12 @@ def native(name: str) -> Any:
 
 def methods_of_prompts(dtype: torch.dtype) -> list[str]:
     """Return the native methods of prompts that this processor can execute."""
-    if dtype is torch.float32:
-        return ["lanes"]
-    methods = ["lanes", "pairs", "plain_tiles"]
-    if kernel_choices()["prompts_bfloat16"] == "amx":
-        methods.append("amx")
-    return [name for name in methods if has(f"prefill_attention_bfloat16_{name}")]
+    methods = ["lanes"]
+    if dtype is torch.bfloat16:
+        methods += ["pairs", "plain_tiles"]
+        if kernel_choices()["prompts_bfloat16"] == "amx":
+            methods.append("amx")
+    return [name for name in methods if has(f"prefill_attention_{DTYPES[dtype]}_{name}")]
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def backends(*names: str, prompts: bool = True) -> list[Any]:
                 marks = (WITHOUT_NATIVE,) if kind == "native" else ()
                 methods = [None]
                 if kind == "native" and prompts and shared_library() is not None:
-                    methods = methods_of_prompts(dtype)
+                    methods = methods_of_prompts(dtype) or methods  # Without AVX-512, none.
                 for method in methods:
                     backend = module if method is None else OneMethod(module, method, dtype)
                     words = (

@@ -14,7 +14,8 @@ from kernels.mamba2 import native as mamba2
 from kernels.native import has, kernel_choices
 from kernels.packed import Packed
 
-pytestmark = pytest.mark.skipif(not has("chunk_gdn_float32_float32"), reason="no C++ or AVX-512")
+pytestmark = pytest.mark.skipif(not has("decode_gdn_float32_float32"), reason="no C++ compiler")
+NEEDS_AVX512 = pytest.mark.skipif(not has("chunk_gdn_float32_lanes"), reason="no AVX-512")
 
 HEADS, KEY, VALUE, TOKENS = 3, 32, 48, 150
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -73,7 +74,15 @@ def decode(function, decay: float, gates: tuple[int, ...]) -> list[torch.Tensor]
     return [function(*tokens, a, b, A_log, bias, states=states, slots=slots), states]
 
 
-KERNELS = pytest.mark.parametrize("kernel", [chunk_gdn, chunk_mamba2, decode_gdn, decode_kda])
+KERNELS = pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(chunk_gdn, marks=NEEDS_AVX512),
+        pytest.param(chunk_mamba2, marks=NEEDS_AVX512),
+        decode_gdn,
+        decode_kda,
+    ],
+)
 
 
 @KERNELS
@@ -103,6 +112,7 @@ def test_results_have_no_subnormal_numbers(kernel, decay) -> None:
         assert not ((result != 0) & (result.abs() < SMALLEST_NORMAL)).any()
 
 
+@NEEDS_AVX512
 def test_strong_decays_follow_the_recurrence() -> None:
     """A tile of strong decays equals the tokens one by one, in float64."""
     torch.manual_seed(0)
@@ -121,7 +131,11 @@ def test_strong_decays_follow_the_recurrence() -> None:
 
 def test_choices_name_a_method_of_each_operation() -> None:
     choices = kernel_choices()
-    assert choices["linear_float32"] == "lanes"
+    names = ["linear_float32", "linear_bfloat16", "prompts_float32", "prompts_bfloat16"]
+    if not has("chunk_gdn_float32_lanes"):
+        assert {choices[name] for name in [*names, "linear_int8"]} == {"reference"}
+        return
+    assert choices["linear_float32"] == choices["prompts_float32"] == "lanes"
     assert choices["linear_bfloat16"] in ("amx", "pairs", "halves")
+    assert choices["prompts_bfloat16"] in ("amx", "pairs", "lanes")
     assert choices["linear_int8"] in ("amx", "lanes", "reference")
-    assert choices["scans"] == "avx512"
