@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from engine.plugins.replicas.replica_output import Order
 from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.server.settings import ServerConfig
 from engine.worker.screen import screen_text
+from hybridcache.command.signals import end_by_exception
 from hybridcache.routing.registry import find_router
 
 
@@ -83,6 +85,7 @@ def start_fleet(
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     from engine.plugins.replicas.ray_router import FleetRequestRouter
     from engine.plugins.replicas.replica import EngineReplica
 
@@ -121,23 +124,27 @@ def start_fleet(
 
 def _join_ray(address: str | None) -> bool:
     """Join a cluster, or start one, and return True if it was started. Raises ValueError if there
-    is none at ``address``."""
+    is none at ``address``, or Ray cannot start one."""
     import ray
 
     if ray.is_initialized():
         return False
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address is None:
-        ray.init(address="local", include_dashboard=False, **quiet)
-        return True
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address=address, **quiet)
+        if address is None:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
     except ConnectionError as error:
         raise ValueError(
             f"--ray {address}: no cluster responds: start one with `ray start --head`, or "
             "remove --ray."
         ) from error
-    return False
+    except Exception as error:  # Ray raises errors of many types, for example on a busy machine.
+        raise ValueError(f"--replicas: Ray did not start ({error}).") from error
+    # Ray's own handler aborts the process with a dump of its stack.
+    end_by_exception(signal.SIGTERM)
+    return address is None
 
 
 def _run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import signal
 import subprocess
@@ -14,15 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import numpy as np
 import openai
 import pytest
-
-from engine import AsyncEngine, EngineConfig, SamplingParams
-from engine.plugins.replicas import ReplicasConfig
-from engine.plugins.replicas import start_replicas as start
-from engine.plugins.replicas.start_replicas import start_fleet
-from engine.requests.spec import RequestSpec
 
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).parents[3]
@@ -156,44 +148,3 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
     kill(wait_for(lambda: busy(url)))
     asking.join()
     assert found and found[0].usage.completion_tokens == 1
-
-
-def test_replicas_scale_with_load_and_finish_before_they_end(
-    cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(start, "UPSCALE_S", 1.0)
-    monkeypatch.setattr(start, "DOWNSCALE_S", 1.0)
-    config = EngineConfig(cache_gib=0.05, max_model_len=4096, max_running=4)
-    channel = start_fleet(config, ReplicasConfig(1, 2), "least_loaded", "scaled")
-    fleet = AsyncEngine(channel)
-
-    async def ask(number: int) -> None:
-        prompt = np.full(64, number, np.int32)
-        sampling = SamplingParams(max_tokens=1000, ignore_eos=True, temperature=0.0)
-        outputs = [output async for output in fleet.submit(RequestSpec(prompt, sampling))]
-        assert len(outputs[-1].output) == 1000
-
-    def members() -> int:
-        return len(channel._fleet.members)
-
-    async def ask_while(condition: Callable[[], bool]) -> int:
-        number = 0
-        while condition():
-            await ask(number)
-            number += 1
-        return number
-
-    async def live() -> None:
-        fleet.start()
-        async with asyncio.timeout(120):
-            counts = await asyncio.gather(*(ask_while(lambda: members() < 2) for _ in range(8)))
-        before = (await fleet.report()).usage["requests"]
-        assert before == sum(counts)
-        # One of the two is chosen to end while both compute.
-        async with asyncio.timeout(120):
-            more = await asyncio.gather(*(ask_while(lambda: members() > 1) for _ in range(2)))
-        assert (await fleet.report()).usage["requests"] >= before and min(more) > 0
-        assert len(channel._followers) == 1
-        await fleet.drain()
-
-    asyncio.run(live())
