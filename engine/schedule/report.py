@@ -51,15 +51,13 @@ class FolderReport:
     """Maximum size of the folder."""
     kept: int
     """Bytes that can be read from the folder, including entries that are also in a faster tier."""
-    is_written: bool
-    """True if this engine writes to the folder. False if another engine does, or if there is a
-    ``problem``."""
     skipped: int
     """Number of runs and states not written since the start, for lack of room or time."""
     errors: int = 0
-    """Number of file system errors since the start."""
+    """Number of file system errors and damaged records since the start."""
     problem: str | None = None
-    """Reason why the folder currently cannot be written or used, or None if it can."""
+    """Reason why the folder currently cannot be written or used, or None if it can. A refused write
+    remains the reason until as much was written again."""
 
 
 @dataclass(frozen=True, slots=True)

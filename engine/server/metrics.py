@@ -28,7 +28,8 @@ SLOW_S = (*FAST_S, 120, 300, 600)
 LIVE = "Sessions with an open request, or idle for 300 s at most."
 EVICTED = "Checkpoints evicted from the cache."
 REFUSALS = "Failed allocations with nothing left to evict."
-WRITTEN = "1 if this engine writes to --state-dir, else 0."
+WRITTEN = "1 if --state-dir is written, 0 if it has a problem (see /health)."
+ERRORS = "File system errors and damaged records in --state-dir."
 SKIPPED = "Entries not written to --state-dir, for lack of room."
 STATE = "Always 1; the labels give the policy and the reason of its last limit change."
 MOVED = "Bytes offloaded to a tier (in) and loaded from it to the device (fetched)."
@@ -193,9 +194,9 @@ def _numbers(report: CacheReport) -> Iterator[Number]:
     if folder is not None:
         yield from (
             (GAUGE, "state_dir_bytes", "Bytes stored in --state-dir.", folder.kept),
-            (GAUGE, "state_dir_written", WRITTEN, int(folder.is_written)),
+            (GAUGE, "state_dir_written", WRITTEN, int(folder.problem is None)),
             (COUNTER, "state_dir_skipped", SKIPPED, folder.skipped),
-            (COUNTER, "state_dir_errors", "File system errors in --state-dir.", folder.errors),
+            (COUNTER, "state_dir_errors", ERRORS, folder.errors),
         )
 
 

@@ -9,11 +9,12 @@ Restart and disk tier share their records:
 - If there is no room, records without such rows are removed, the least recently used first.
 
 All methods are for the engine's thread. ``RecordStore`` is used by the disk thread alone, after the
-constructor. An ``OSError`` there is counted and logged. A record that was not written or cannot be
-read is forgotten by ``settle``, with its file. A file that cannot be removed counts, and is removed
-when its room is needed. After a failed write or removal nothing is written for ``RETRY_S``. If a
-job of the disk thread takes longer than ``DEADLINE_S``, the disk is off until the engine starts
-again.
+constructor. An ``OSError`` there is counted, and the first of each number logged. A record that was
+not written or cannot be read is forgotten by ``settle``, with its file. A file that cannot be
+removed counts, and is removed when its room is needed. After a refused write or removal nothing is
+written for ``RETRY_S``, and the disk has a ``problem`` until as many bytes as were refused have
+been written. If a job of the disk thread takes longer than ``DEADLINE_S``, the disk is off until
+the engine starts again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import numpy.typing as npt
 from engine.plugins.tiers.fingerprint import write_atomically
 from engine.plugins.tiers.prefixes import Pointers, Prefixes, Run, RunPart, State, covering
 from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
+from hybridcache.geometry.units import format_bytes
 from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
 
 Result = TypeVar("Result")
@@ -180,13 +182,15 @@ class Disk:
         self._staged: dict[int, Future[Rows | None]] = {}
         self._retry_at = 0.0
         self._failure: str | None = None
-        self._reported: set[tuple[str, int | None]] = set()
+        self._refused_bytes = 0
+        """Size of the latest refused change, minus the bytes written since then."""
+        self._reported: set[int | None] = set()
         self._is_off = False
         self.has_lost_rows = False
         """True if rows that the cache uses may point nowhere; see ``is_lost``."""
         self._read_bytes = self._read_s = 0.0
         self.num_errors = 0
-        """Number of file system errors."""
+        """Number of file system errors and damaged records."""
         self.num_skipped = 0
         """Number of runs and states not written for lack of room or time."""
         record_bytes_limit = min(MAX_RECORD_BYTES, store.max_bytes // MIN_RECORDS)
@@ -197,13 +201,14 @@ class Disk:
             self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
             if item is None or not self.prefixes.add(record.id, item):
                 unknown.append(record.id)
+        self.num_errors += store.num_unusable
         self._thread = DiskThread()
         self._next_id = store.next_id
         self.max_bytes = store.max_bytes
         """Limit of the disk space of all records."""
         for number in unknown:
             self._remove(number)
-        self._make_room(0, 0)  # the limit may have been higher before
+        self._shrink()
 
     @property
     def is_writable(self) -> bool:
@@ -360,10 +365,15 @@ class Disk:
 
         def write() -> None:
             data = content()
-            if data is not None:
+            if data is None:
+                return
+            try:
                 write_atomically(self._store.folder_fd, name, data)
+                self._wrote(len(data))
+            except OSError as error:
+                self._pause(f"write {name}", error, len(data))
 
-        self._run_later(f"write {name}", write)
+        self._thread.run_later(write)
 
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, in the background."""
@@ -502,11 +512,12 @@ class Disk:
         is_written = False
         try:
             self._store.write(number, kind, meta, payload().data.cast("B"))
-            self._failure, is_written = None, True
+            is_written = True
+            self._wrote(num_bytes)
         except StoreFull:  # a file that should have made room could not be removed
             pass
         except OSError as error:
-            self._pause("write a record", error)
+            self._pause("write a record", error, num_bytes)
         finally:
             if not is_written:
                 self._failed.append(number)
@@ -559,7 +570,7 @@ class Disk:
         try:
             self._store.remove(number)
         except OSError as error:
-            self._pause("remove a record", error)
+            self._pause("remove a record", error, 0)
             self._undeleted.append((number, size))
 
     def _payload(self, number: int) -> Rows | None:
@@ -595,6 +606,7 @@ class Disk:
             try:
                 if not self._store.read(number, out.data.cast("B")):
                     logger.warning("Record %x on disk is damaged: it is computed again.", number)
+                    self.num_errors += 1
                     self._failed.append(number)
                     return None
             except OSError as error:
@@ -607,20 +619,42 @@ class Disk:
 
         return read
 
-    def _pause(self, what: str, error: OSError) -> None:
-        """Report a refused change and stop writing for a while. Called in the disk thread."""
+    def _shrink(self) -> None:
+        """Remove records above the limit, which may have been higher in an earlier process."""
+        num_records, num_bytes = len(self._sizes), self.num_bytes
+        self._make_room(0, 0)
+        if self.num_bytes < num_bytes:
+            logger.warning(
+                "Records removed from %s, the least recently used first, because it may have %s of "
+                "records now: %d records with %s.",
+                self._store.folder,
+                format_bytes(self.max_bytes),
+                num_records - len(self._sizes),
+                format_bytes(num_bytes - self.num_bytes),
+            )
+
+    def _wrote(self, num_bytes: int) -> None:
+        """Count a successful write, which may end the problem. Called in the disk thread."""
+        self._refused_bytes -= num_bytes
+        if self._refused_bytes <= 0:
+            self._failure = None
+
+    def _pause(self, what: str, error: OSError, num_bytes: int) -> None:
+        """Report a refused change of ``num_bytes``, and stop writing for a while. Called in the disk
+        thread."""
         self._failure = f"it was not possible to {what} ({error.strerror or error})"
+        self._refused_bytes = num_bytes
         self._retry_at = self._clock() + RETRY_S
         self._report(what, error)
 
     def _report(self, what: str, error: OSError) -> None:
-        """Count an error, and log the first of its kind. Called in the disk thread."""
+        """Count an error, and log the first with its number. Called in the disk thread."""
         self.num_errors += 1
-        sort = what, error.errno
-        if sort not in self._reported:
-            self._reported.add(sort)
+        if error.errno not in self._reported:
+            self._reported.add(error.errno)
             logger.warning(
-                "It was not possible to %s in %s: %s. Later errors of this kind are only counted.",
+                "It was not possible to %s in %s: %s. Later errors with this reason are only "
+                "counted.",
                 what,
                 self._store.folder,
                 error.strerror or error,

@@ -132,6 +132,7 @@ class PolicyStateFile:
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
+            self._disk.num_errors += 1
             logger.warning(
                 "%s is ignored (%s): the policies start without history.", self._path, error
             )
@@ -394,7 +395,6 @@ class TierPlugin(Plugin):
             folder = FolderReport(
                 disk.max_bytes,
                 disk.num_bytes,
-                disk.is_writable,
                 disk.num_skipped,
                 disk.num_errors,
                 disk.problem,

@@ -104,6 +104,8 @@ class RecordStore:
         """Disk space of all record files, at most ``max_bytes`` after every ``write``."""
         self.next_id = time.time_ns()
         """Larger than every id used so far, by this process or an earlier one."""
+        self.num_unusable = 0
+        """Number of damaged or unreadable record files that ``scan`` found."""
 
     @classmethod
     def open(cls, folder: Path, fields: Mapping[str, str], max_bytes: int) -> RecordStore:
@@ -170,6 +172,7 @@ class RecordStore:
                 record = self._check_file(name)
             except OSError as error:
                 logger.warning("%s cannot be read: %s.", self.folder / name, error.strerror)
+                self.num_unusable += 1
                 continue
             if record is not None:
                 size = record_bytes(len(record.meta), record.payload_bytes)
@@ -183,6 +186,7 @@ class RecordStore:
                     self.remove_file(name)
                 except OSError as error:
                     logger.warning("%s cannot be removed: %s.", self.folder / name, error.strerror)
+        self.num_unusable += num_damaged
         if num_damaged:
             logger.warning(
                 "Damaged records ignored in %s: %d. Their contents are computed again.",

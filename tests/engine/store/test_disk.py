@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -24,8 +25,10 @@ FIELDS = {"weights": "ours"}
 Path_ = tuple[Hashable, Tokens]
 
 
-def open_disk(folder: Path, clock: Callable[[], float] = lambda: 0.0) -> Disk:
-    store = RecordStore.open(folder, FIELDS, 1 << 22)
+def open_disk(
+    folder: Path, clock: Callable[[], float] = lambda: 0.0, max_bytes: int = 1 << 22
+) -> Disk:
+    store = RecordStore.open(folder, FIELDS, max_bytes)
     return Disk(store, row_bytes=ROW_BYTES, state_rows=STATE_ROWS, num_rows=NUM_ROWS, clock=clock)
 
 
@@ -163,7 +166,12 @@ def test_a_damaged_record_is_removed_with_its_descendants(tmp_path: Path) -> Non
     disk.bind(upper, covering(disk.prefixes.find(*first), 0, 20))
     assert loaded(disk, upper) is None and loaded(disk, rows) is None
     assert readable(settled(disk), first, path, other) == [False, False, True]
-    assert len(list(tmp_path.glob("*.record"))) == 1
+    assert len(list(tmp_path.glob("*.record"))) == disk.num_errors == 1
+    disk.close()
+    [file] = tmp_path.glob("*.record")
+    file.write_bytes(file.read_bytes()[:-1])
+    disk = open_disk(tmp_path)
+    assert not disk.prefixes and disk.num_errors == 1, "damage found at the start counts too"
     disk.close()
 
 
@@ -229,6 +237,60 @@ def test_failed_writes_are_forgotten_and_writing_resumes_later(
     disk.close()
     disk = open_disk(tmp_path)
     assert readable(disk, before, failed, skipped, later) == [True, False, False, True]
+    disk.close()
+
+
+def test_a_full_disk_is_a_problem_until_as_much_as_was_refused_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small record fits on a disk that is full for others, and the file of the policies does
+    not."""
+    now, room = [0.0], [1000]
+    disk = open_disk(tmp_path, clock=lambda: now[0])
+    real = os.writev
+
+    def write_within_room(file: int, parts: list[memoryview]) -> int:
+        if sum(len(part) for part in parts) > room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, parts)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "writev", write_within_room)
+    for number, (length, is_full) in enumerate([(9, False), (90, True), (9, True), (90, True)]):
+        write(disk, prompt(number, length))
+        assert (settled(disk).problem is not None) == is_full, number
+        now[0] += disk_module.RETRY_S
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_module, "write_atomically", refuse)
+        disk.write_file("memory", lambda: bytes(50 * ROW_BYTES))
+        disk.flush()
+    assert "write memory (No space" in disk.problem and disk.num_errors == 3
+    now[0], room[0] = now[0] + disk_module.RETRY_S, 10000
+    write(disk, prompt(5, 40))
+    assert settled(disk).problem is not None, "fewer bytes than the file has"
+    write(disk, prompt(6, 10))
+    assert settled(disk).problem is None
+    [line] = caplog.messages
+    assert "No space left on device. Later errors with this reason are only counted." in line
+    disk.close()
+
+
+def test_a_smaller_folder_removes_the_oldest_records_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = open_disk(tmp_path)
+    paths = [prompt(number) for number in range(8)]
+    write(disk, *paths)
+    limit = settled(disk).num_bytes // 4 + 1
+    disk.close()
+    settled(open_disk(tmp_path)).close()
+    assert not caplog.text
+    disk = open_disk(tmp_path, max_bytes=limit)
+    assert readable(settled(disk), *paths) == [False] * 6 + [True] * 2
+    [line] = caplog.messages
+    assert re.search(r"because it may have \S+ KiB of records now: 6 records with \S+ KiB", line)
     disk.close()
 
 
