@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from engine.build import assemble, engine_plugins, grammar_rules, load
@@ -53,22 +54,26 @@ class Engine(EngineCore):
         if runner is None:
             config = resolve_config(config)
         plugins = engine_plugins(config)
-        if runner is None:
-            runner, sampler, tokenizer = load(config)
-        if sampler is None:
-            raise TypeError("pass a sampler together with a runner.")
-        config = config.settled(on_cpu=not runner.is_asynchronous)
-        intake = Intake(
-            config,
-            tokenizer,
-            vocab_size=runner.vocab_size,
-            max_model_len=min(runner.max_model_len, runner.memory.max_request_len),
-            clock=clock,
-            grammar_rule=grammar_rules(tokenizer, runner.vocab_size),
-        )
-        scheduler = assemble(
-            config, runner, tokenizer, plugins, drafting=drafting, fetcher=fetcher, clock=clock
-        )
+        with ExitStack() as unfinished:
+            for plugin in plugins.values():
+                unfinished.callback(plugin.close)
+            if runner is None:
+                runner, sampler, tokenizer = load(config)
+            if sampler is None:
+                raise TypeError("pass a sampler together with a runner.")
+            config = config.settled(on_cpu=not runner.is_asynchronous)
+            intake = Intake(
+                config,
+                tokenizer,
+                vocab_size=runner.vocab_size,
+                max_model_len=min(runner.max_model_len, runner.memory.max_request_len),
+                clock=clock,
+                grammar_rule=grammar_rules(tokenizer, runner.vocab_size),
+            )
+            scheduler = assemble(
+                config, runner, tokenizer, plugins, drafting=drafting, fetcher=fetcher, clock=clock
+            )
+            unfinished.pop_all()
         super().__init__(
             config,
             runner=runner,

@@ -20,7 +20,7 @@ hold its bytes. Rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -95,25 +95,14 @@ def _only_child(node: RadixNode) -> RadixNode | None:
     )
 
 
-class OffloadedCheckpoint:
-    """State in an offload tier: an evictable item of kind ``checkpoint``."""
+class OffloadedCheckpoint(Checkpoint):
+    """State in an offload tier. It has no slot.
 
-    __slots__ = (
-        "created",
-        "item_bytes",
-        "label",
-        "last_used",
-        "memo",
-        "node",
-        "rows",
-        "serial",
-        "superseded",
-        "tier",
-        "uses",
-    )
+    ``superseded`` is True if a deeper state, in any tier, is on its unforked path. It is updated
+    only when it matters: when this item or a deeper one is stored, and before it is evicted.
+    """
 
-    kind: Literal["checkpoint"] = "checkpoint"
-    dead = False
+    __slots__ = ("rows", "tier")
 
     def __init__(
         self,
@@ -123,34 +112,20 @@ class OffloadedCheckpoint:
         now: int,
         serial: int,
         item_bytes: ItemBytes,
+        label: str = "",
     ) -> None:
-        self.node = node
+        super().__init__(node, -1, now, serial, item_bytes, label)
         self.tier = tier
         self.rows = rows
         """Rows of its tier. Empty until there is room for them."""
-        self.created = self.last_used = now
-        self.uses = 0
-        self.serial = serial
-        self.superseded = False
-        """True if a deeper state, in any tier, is on its unforked path. Updated only when it
-        matters: when this item or a deeper one is stored, and before it is evicted."""
-        self.label = ""
-        self.item_bytes = item_bytes
-        self.memo: Any = None
 
     @classmethod
-    def offered(
-        cls, was: Checkpoint | OffloadedCheckpoint, tier: int, rows: Indices
-    ) -> OffloadedCheckpoint:
+    def offered(cls, was: Checkpoint, tier: int, rows: Indices) -> OffloadedCheckpoint:
         """Return the item for ``was`` in ``tier``, with its uses and age but without its memo."""
-        state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes)
+        state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes, was.label)
         state.last_used, state.uses = was.last_used, was.uses
-        state.superseded, state.label = is_superseded(was.node), was.label
+        state.superseded = is_superseded(was.node)
         return state
-
-    @property
-    def position(self) -> int:
-        return self.node.end
 
     @property
     def above(self) -> OffloadedCheckpoint | None:
@@ -280,9 +255,7 @@ class OffloadTiers:
         entry = node.offloaded
         checkpoint.stored = None if entry is None else entry.state
 
-    def _offer_state(
-        self, was: Checkpoint | OffloadedCheckpoint, number: int, src_tier: str, src: Indices
-    ) -> bool:
+    def _offer_state(self, was: Checkpoint, number: int, src_tier: str, src: Indices) -> bool:
         """Store ``was`` in tier ``number`` or a lower one. Returns False if none stores it."""
         while number < len(self.tiers):
             if number in self._closed:
@@ -313,16 +286,13 @@ class OffloadTiers:
             number += 1
         return False
 
-    def add_kv(self, ghost: RadixNode, rows: Indices) -> bool:
-        """Keep the KV of ``ghost``, which just left the device, if an offloaded state needs it.
+    def add_kv(self, node: RadixNode, src: Indices, first: int = 0, src_tier: str = DEVICE) -> bool:
+        """Store the KV of ``node``, which is leaving ``src_tier``, in the tier that needs it,
+        ``first`` or a lower one.
 
-        Returns False if none does or there is no room. In the latter case, the states that need it
-        are dropped too.
+        Returns False if none needs it or there is no room. In the latter case, the states that need
+        it are dropped too.
         """
-        return self._offer_kv(ghost, 0, DEVICE, rows)
-
-    def _offer_kv(self, node: RadixNode, first: int, src_tier: str, src: Indices) -> bool:
-        """Store the KV of ``node`` in the tier that needs it, ``first`` or a lower one."""
         while node.offloaded is not None and (number := node.offloaded.nearest) is not None:
             number = max(number, first)
             tier = self.tiers[number]
@@ -405,7 +375,7 @@ class OffloadTiers:
                 return
             rows = entry.kv
             self._let_go_of_kv(node)
-            if not self._offer_kv(node, number + 1, self.names[number], rows):
+            if not self.add_kv(node, rows, number + 1, self.names[number]):
                 self._prune(node)
                 self._forget(node)
             self._release(number, rows)
@@ -631,7 +601,7 @@ class OffloadTiers:
         )
 
 
-def path_of(node: RadixNode) -> tuple[object, Tokens]:
+def path_of(node: RadixNode) -> tuple[Hashable, Tokens]:
     """Return (namespace, tokens from the root to the end of ``node``). O(position)."""
     parts = []
     while node.parent is not None:
@@ -668,10 +638,6 @@ class TieredGhosts(GhostList):
             self.offload.drop_kv(upper)
         else:
             super().split(upper, lower)
-
-
-def _has_state(node: RadixNode) -> bool:
-    return node.offloaded is not None and node.offloaded.state is not None
 
 
 class TieredRadixCache(HybridRadixCache):
@@ -719,15 +685,11 @@ class TieredRadixCache(HybridRadixCache):
     ghosts: TieredGhosts
     """Nodes with evicted KV, offered to the tiers."""
 
-    def attach(
-        self, tiers: tuple[Tier, ...], state_rows: int, make: type[OffloadTiers] = OffloadTiers
-    ) -> None:
-        """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows.
-
-        The cache must be empty. ``make`` is a subclass with another rule, for studies.
-        """
+    def attach(self, tiers: tuple[Tier, ...], state_rows: int) -> None:
+        """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows. The cache
+        must be empty."""
         self.ghosts = TieredGhosts(self._tree, self.ghosts.limit_bytes)
-        self.offload = make(tiers, self.ghosts, self.item_bytes, state_rows, self.steps)
+        self.offload = OffloadTiers(tiers, self.ghosts, self.item_bytes, state_rows, self.steps)
         self.ghosts.offload = self.offload
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
@@ -895,7 +857,10 @@ class TieredRadixCache(HybridRadixCache):
         entry = known.offloaded
         too_low = entry is not None and entry.kv is not None and entry.kv_tier > number
         is_whole = inside is None and length == len(tokens)
-        has_state = is_whole and (node.checkpoint is not None or _has_state(node))
+        has_state = is_whole and (
+            node.checkpoint is not None
+            or (node.offloaded is not None and node.offloaded.state is not None)
+        )
         num_rows = len(tokens) - start + offload.state_rows
         if too_low or has_state or num_rows > pages.num_free:
             tree.prune_root(namespace)

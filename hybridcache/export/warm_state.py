@@ -381,7 +381,7 @@ def _is_writable(root: RadixNode) -> bool:
     return True
 
 
-def _item_at(node: RadixNode) -> Checkpoint | OffloadedCheckpoint | None:
+def _item_at(node: RadixNode) -> Checkpoint | None:
     """Return the checkpoint at the end of ``node`` in any tier, or its evicted one."""
     entry: OffloadedEntry | None = node.offloaded
     if entry is not None and entry.state is not None:
@@ -389,9 +389,7 @@ def _item_at(node: RadixNode) -> Checkpoint | OffloadedCheckpoint | None:
     return node.checkpoint or node.lost_checkpoint
 
 
-def _numbers(
-    node: RadixNode, item: Checkpoint | OffloadedCheckpoint | None
-) -> tuple[int, int, int, int, int, int]:
+def _numbers(node: RadixNode, item: Checkpoint | None) -> tuple[int, int, int, int, int, int]:
     if item is None:
         return NOTHING
     own = node.checkpoint or node.lost_checkpoint or item
@@ -404,7 +402,7 @@ def _numbers(
     return item.serial, item.created, item.last_used, item.uses, superseded, tier
 
 
-def _items_of(level: _Level, nodes: list[RadixNode]) -> Iterator[Checkpoint | OffloadedCheckpoint]:
+def _items_of(level: _Level, nodes: list[RadixNode]) -> Iterator[Checkpoint]:
     """Yield the items at ``nodes`` that the policy tracks, or tracked until their eviction."""
     for node in nodes:
         checkpoint = node.checkpoint or node.lost_checkpoint

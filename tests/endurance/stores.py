@@ -35,7 +35,7 @@ def payload_of(number: int) -> bytes:
 def write_until_killed(folder: Path, seed: int) -> None:
     """Write and drop records, and print a line for each record written (``+``) or dropped
     (``-``)."""
-    store = RecordStore.open(folder, FIELDS, MAX_BYTES)
+    store = RecordStore(folder).open(FIELDS, MAX_BYTES)
     choose = random.Random(seed)
     living = [record.id for record in store.scan()]
     print("open", flush=True)
@@ -73,7 +73,7 @@ def kill_once(folder: Path, seed: int, delay_s: float) -> tuple[set[int], set[in
 
 def count_wrong(folder: Path, expected: set[int]) -> tuple[int, int, set[int]]:
     """Return (number of wrong records, number of lost records, found records) after a kill."""
-    store = RecordStore.open(folder, FIELDS, MAX_BYTES)
+    store = RecordStore(folder).open(FIELDS, MAX_BYTES)
     records = list(store.scan())
     wrong, found = 0, {record.id for record in records}
     for record in records:

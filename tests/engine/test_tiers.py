@@ -14,6 +14,7 @@ from engine import Engine
 from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import SUFFIX
+from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB
 from tests.engine.store.test_disk import FailingSystem
 from tests.engine.test_hits_change_nothing import (
@@ -96,13 +97,22 @@ def test_a_restarted_engine_reads_its_folder_or_a_copy(
 def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A start that fails after the folder was opened releases it too."""
+
+    def refuse(*_: object) -> None:
+        raise ModelError("no host memory")
+
     folder = tmp_path / "state"
     first = make_engine(state_dir=str(folder))
     generate_in_turn(first, prompts(2))
     first.close()
     first.close()  # Does nothing: the disk's thread has ended, and its descriptors may be reused.
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(ModelError, match="no host memory"):
+        patch.setattr("engine.plugins.tiers.tier_copies.allocate", refuse)
+        make_engine(state_dir=str(folder))
     with pytest.raises(StoreError, match=r"--dtype\), computed bits, row bytes \(.*: use"):
         make_engine(state_dir=str(folder), dtype="bfloat16")
     with pytest.raises(StoreError, match="differs in weights"):

@@ -426,20 +426,15 @@ class Disk:
         if kind == "checkpoint":
             found = self.prefixes.state(pieces, len(tokens)) if known == len(tokens) else None
             if found is None and known == len(tokens):
-                found = self._write_state(pieces, len(tokens), read, must)
+                state = State(self._parent_at(pieces, len(tokens)), len(tokens))
+                read_all = partial(read, 0, self.state_rows)
+                found = self._write(state, STATE, STATE_HEAD.pack(*state), read_all, must)
             return [] if found is None else [RunPart(found, 0, self.state_rows)]
         first = len(tokens) - num_rows
         if first <= known < len(tokens):
             self._write_run(pieces, namespace, tokens, known, (first, read), must)
             pieces = self.prefixes.find(namespace, tokens)
         return covering(pieces, first, len(tokens))
-
-    def _write_state(
-        self, pieces: list[RunPart], position: int, read: ReadRows, must: bool
-    ) -> int | None:
-        state = State(self._parent_at(pieces, position), position)
-        meta = STATE_HEAD.pack(*state)
-        return self._write(state, STATE, meta, partial(read, 0, self.state_rows), must)
 
     def _parent_at(self, pieces: list[RunPart], position: int) -> int:
         """Return the parent of a state at ``position``, or of a run that begins there."""
@@ -640,8 +635,7 @@ class Disk:
             self._failure = None
 
     def _pause(self, what: str, error: OSError, num_bytes: int) -> None:
-        """Report a refused change of ``num_bytes``, and stop writing for a while. Called in the disk
-        thread."""
+        """Report a refused change, and stop writing for a while. Called in the disk thread."""
         self._failure = f"it was not possible to {what} ({error.strerror or error})"
         self._refused_bytes = num_bytes
         self._retry_at = self._clock() + RETRY_S

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,8 +40,8 @@ from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
-from hybridcache.tiers import TieredRadixCache
-from hybridcache.tokens import EMPTY, Tokens
+from hybridcache.tiers import TieredRadixCache, path_of
+from hybridcache.tokens import EMPTY
 
 
 class WriteThrough(Listener):
@@ -68,30 +68,20 @@ class WriteThrough(Listener):
         if self._is_publishing and node.kv is not None:
             rows = node.kv.indices.copy()
             self._steps.transfers.append(
-                Copy("kv", DEVICE, rows, KEPT, EMPTY, node.end, _path(node))
+                Copy("kv", DEVICE, rows, KEPT, EMPTY, node.end, path_of(node))
             )
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.checkpoint is not None:
             slot = np.array([node.checkpoint.slot], np.int32)
-            path = _path(node)
             self._steps.transfers.append(
-                Copy("checkpoint", DEVICE, slot, KEPT, EMPTY, node.end, path)
+                Copy("checkpoint", DEVICE, slot, KEPT, EMPTY, node.end, path_of(node))
             )
 
 
 def _is_kept(transfer: Transfer) -> bool:
     """Return True for a write-through copy."""
     return isinstance(transfer, Copy) and transfer.dst_tier == KEPT
-
-
-def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
-    """Return (namespace, tokens from the first to the end of ``node``). O(position)."""
-    parts: list[Tokens] = []
-    while node.parent is not None:
-        parts.append(node.tokens)
-        node = node.parent
-    return node.key, np.concatenate(parts[::-1])
 
 
 NAME = "memory"
@@ -268,9 +258,7 @@ class TierPlugin(Plugin):
         super().__init__(config)
         self._sizes = TierSizes()
         state_dir = config.of(TierConfig).state_dir
-        self.folder = None if state_dir is None else Path(state_dir)
-        if self.folder is not None:
-            RecordStore.claim(self.folder).close()
+        self._store = None if state_dir is None else RecordStore(Path(state_dir))
         self.disk: Disk | None = None
         self.policy_state: PolicyStateFile | None = None
 
@@ -286,9 +274,10 @@ class TierPlugin(Plugin):
         assert isinstance(cache, TieredRadixCache), "the cache was made with tiers"
         self._cache = cache
         rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
-        if self.folder is not None:
+        if self._store is not None:
             fields = fingerprint_of(self.config, runner, tokenizer)
-            self._open_disk(self.folder, fields, runner.memory, rows[DISK])
+            self._store.open(fields, self._sizes.store)
+            self._open_disk(self._store, fields, runner.memory, rows[DISK])
         copier = partial(_copier, self.disk)
         self._host_bytes_per_s = runner.attach_tiers(copier, rows.get(HOST, 0))
         self.exchange = cost = MeasuredExchange(runner.geometry, self._bytes_per_s)
@@ -300,12 +289,9 @@ class TierPlugin(Plugin):
         return options
 
     def _open_disk(
-        self, folder: Path, fields: Mapping[str, str], memory: MemorySizes, num_rows: int
+        self, store: RecordStore, fields: Mapping[str, str], memory: MemorySizes, num_rows: int
     ) -> None:
-        sizes, cache, config = self._sizes, self._cache, self.config
-        store = RecordStore.open(folder, fields, sizes.store)
-        if config.of(TierConfig).disk_gib is not None:
-            _check_free_disk(folder, sizes.store - store.num_bytes)
+        folder, config = store.folder, self.config
         if config.load_format != "dummy" and "weights" in fields:
             save_digest(folder, config.model_dir, fields["weights"])
         self.disk = disk = Disk(
@@ -314,7 +300,10 @@ class TierPlugin(Plugin):
             state_rows=slab_rows_of(memory),
             num_rows=num_rows,
         )
-        self.policy_state = PolicyStateFile(cache, disk, folder, sizes.memory)
+        self._store = None
+        if config.of(TierConfig).disk_gib is not None:
+            _check_free_disk(folder, disk.max_bytes - disk.num_bytes)
+        self.policy_state = PolicyStateFile(self._cache, disk, folder, self._sizes.memory)
         self.policy_state.load_tree()
         self.adopt()
 
@@ -439,9 +428,12 @@ class TierPlugin(Plugin):
             self.policy_state.remove()
 
     def close(self) -> None:
-        """See ``StepHooks``. Writes all pending entries."""
-        if self.disk is not None and self.policy_state is not None:
+        """See ``StepHooks``. Writes all pending entries and releases the folder."""
+        if self._store is not None:  # The engine was not built.
+            self._store.close()
+        if self.policy_state is not None:
             self.policy_state.save()
+        if self.disk is not None:
             self.disk.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
@@ -454,7 +446,7 @@ class TierPlugin(Plugin):
         if (folder := usage.folder) is not None:
             words = (
                 f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
-                f"the next start too, in {self.folder}"
+                f"the next start too, in {self.config.of(TierConfig).state_dir}"
             )
             rows.append(("disk", words))
         return rows

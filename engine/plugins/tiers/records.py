@@ -41,8 +41,6 @@ MAGIC = b"HCRECRD2"
 HEAD = struct.Struct(f"<8s{DIGEST_BYTES}sQIQQII")
 CRC = struct.Struct("<I")
 HEAD_BYTES = HEAD.size + CRC.size
-FIRST_READ_BYTES = 1 << 13
-"""Number of bytes read at once when head and meta of a file are checked."""
 SUFFIX, PART, LOCK_NAME = ".record", ".part", "lock"
 BLOCK_BYTES, ENTRY_BYTES = 1 << 12, 1 << 6
 """Allocation unit of a file, and size of its entry in the folder, as counted towards
@@ -91,13 +89,15 @@ class _Head(NamedTuple):
 
 
 class RecordStore:
-    """The records of one folder. Create it with ``open``, then call ``scan`` once."""
+    """The records of one folder. Call ``open`` and then ``scan``, once each."""
 
-    def __init__(self, folder: Path, max_bytes: int, folder_fd: int) -> None:
+    def __init__(self, folder: Path) -> None:
+        """Lock the folder, which is made if there is none.
+
+        Raises StoreError if another process uses it, or if it cannot be written.
+        """
         self.folder = folder
-        self.max_bytes = max_bytes
-        self.folder_fd = folder_fd
-        self._lock_fd: int | None = None
+        self.max_bytes = 0
         self._digest = b""
         self._sizes: dict[int, int] = {}
         self.num_bytes = 0
@@ -106,49 +106,37 @@ class RecordStore:
         """Larger than every id used so far, by this process or an earlier one."""
         self.num_unusable = 0
         """Number of damaged or unreadable record files that ``scan`` found."""
+        try:
+            if folder.is_file():
+                raise StoreError(f"{folder} is a file: use a folder, or the name of a new one.")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._lock_fd = self._lock()
+            except BaseException:
+                os.close(self.folder_fd)
+                raise
+        except OSError as error:
+            raise _unusable(folder, error) from error
 
-    @classmethod
-    def open(cls, folder: Path, fields: Mapping[str, str], max_bytes: int) -> RecordStore:
-        """Open the store in ``folder``, creating it if there is none.
+    def open(self, fields: Mapping[str, str], max_bytes: int) -> RecordStore:
+        """Check the fingerprint of the folder, or write that of a new one. Returns the store.
 
         Args:
             fields: the fingerprint: everything that the bytes of a record depend on.
             max_bytes: limit of the disk space of all records.
 
         Raises:
-            StoreError: the folder belongs to another fingerprint or format, another process uses
-                it, or it cannot be written.
-                Nothing in it was changed.
+            StoreError: the folder belongs to another fingerprint or format, or it cannot be
+                written. Nothing in it was changed.
         """
-        store = cls.claim(folder, max_bytes)
+        self.max_bytes = max_bytes
         try:
-            has_records = any(name.endswith(SUFFIX) for name in store._names())
-            store._digest = check_fingerprint(folder, fields, has_records=has_records)
+            has_records = any(name.endswith(SUFFIX) for name in self._names())
+            self._digest = check_fingerprint(self.folder, fields, has_records=has_records)
         except OSError as error:
-            store.close()
-            raise _unusable(folder, error) from error
-        except BaseException:
-            store.close()
-            raise
-        return store
-
-    @classmethod
-    def claim(cls, folder: Path, max_bytes: int = 0) -> RecordStore:
-        """Lock the folder, which is made if there is none. Raises the errors of ``open`` that do
-        not concern the fingerprint."""
-        try:
-            if folder.is_file():
-                raise StoreError(f"{folder} is a file: use a folder, or the name of a new one.")
-            folder.mkdir(parents=True, exist_ok=True)
-            store = cls(folder, max_bytes, os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
-            try:
-                store._lock_fd = store._lock()
-            except BaseException:
-                store.close()
-                raise
-        except OSError as error:
-            raise _unusable(folder, error) from error
-        return store
+            raise _unusable(self.folder, error) from error
+        return self
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -274,9 +262,7 @@ class RecordStore:
     def close(self) -> None:
         """Release the folder. No record needs it to be complete."""
         os.close(self.folder_fd)
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        os.close(self._lock_fd)
 
     def _lock(self) -> int:
         """Lock the folder for this process. Raises StoreError if another process has it, and
@@ -302,31 +288,22 @@ class RecordStore:
 
     def _check_file(self, name: str) -> Record | None:
         """Return the record in file ``name``, or None if it is not a complete one of this
-        fingerprint."""
+        fingerprint. Raises OSError."""
         if not name.endswith(SUFFIX):
             return None
-        data, size = self._read_start(name, FIRST_READ_BYTES)
-        head = _Head.parse(data)
-        if head is None or head.digest != self._digest or head.id != _id_of(name):
-            return None
-        end = HEAD_BYTES + head.meta_bytes
-        if size != head.file_bytes:
-            return None
-        if end > len(data):
-            data, _ = self._read_start(name, end)
-        meta = data[HEAD_BYTES:end]
+        file = os.open(name, os.O_RDONLY, dir_fd=self.folder_fd)
+        try:
+            head = _Head.parse(os.pread(file, HEAD_BYTES, 0))
+            if head is None or head.digest != self._digest or head.id != _id_of(name):
+                return None
+            if os.fstat(file).st_size != head.file_bytes:
+                return None
+            meta = os.pread(file, head.meta_bytes, HEAD_BYTES)
+        finally:
+            os.close(file)
         if len(meta) != head.meta_bytes or zlib.crc32(meta) != head.meta_crc:
             return None
         return Record(head.id, head.kind, meta, head.payload_bytes)
-
-    def _read_start(self, name: str, num_bytes: int) -> tuple[bytes, int]:
-        """Return (up to ``num_bytes`` from the start of file ``name``, its size). Raises
-        OSError."""
-        file = os.open(name, os.O_RDONLY, dir_fd=self.folder_fd)
-        try:
-            return os.pread(file, num_bytes, 0), os.fstat(file).st_size
-        finally:
-            os.close(file)
 
     def _write_file(self, name: str, parts: list[Bytes]) -> None:
         """Write ``parts``, in one call if the system takes all of them. Between two calls a thread
@@ -354,7 +331,8 @@ def _unusable(folder: Path, error: OSError) -> StoreError:
 
 def record_bytes(meta_bytes: int, payload_bytes: int) -> int:
     """Return the disk space that a record counts."""
-    return _disk_bytes(HEAD_BYTES + meta_bytes + payload_bytes)
+    num_blocks = -(-(HEAD_BYTES + meta_bytes + payload_bytes) // BLOCK_BYTES)
+    return num_blocks * BLOCK_BYTES + ENTRY_BYTES
 
 
 def sync_file_system(file: int) -> None:
@@ -366,10 +344,6 @@ def sync_file_system(file: int) -> None:
     elif libc.syncfs(file):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-
-
-def _disk_bytes(file_bytes: int) -> int:
-    return -(-file_bytes // BLOCK_BYTES) * BLOCK_BYTES + ENTRY_BYTES
 
 
 def _name(record_id: int) -> str:

@@ -28,7 +28,7 @@ Path_ = tuple[Hashable, Tokens]
 def open_disk(
     folder: Path, clock: Callable[[], float] = lambda: 0.0, max_bytes: int = 1 << 22
 ) -> Disk:
-    store = RecordStore.open(folder, FIELDS, max_bytes)
+    store = RecordStore(folder).open(FIELDS, max_bytes)
     return Disk(store, row_bytes=ROW_BYTES, state_rows=STATE_ROWS, num_rows=NUM_ROWS, clock=clock)
 
 

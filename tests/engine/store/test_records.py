@@ -16,10 +16,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine import Engine
+from engine import Engine, EngineConfig
 from engine.plugins import engine_config
 from engine.plugins.tiers.fingerprint import NAME, StoreError, check_fingerprint
 from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
+from engine.weights.model_config import ModelError
 
 OURS, THEIRS = {"weights": "ours"}, {"weights": "theirs"}
 MAX_BYTES = 1 << 16
@@ -41,7 +42,7 @@ def read(store: RecordStore, record_id: int, size: int) -> bytes | None:
 
 
 def reopen(folder: Path) -> tuple[RecordStore, list[int]]:
-    store = RecordStore.open(folder, OURS, MAX_BYTES)
+    store = RecordStore(folder).open(OURS, MAX_BYTES)
     return store, [record.id for record in store.scan()]
 
 
@@ -160,7 +161,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.store.close()
-        self.store = RecordStore.open(self.folder, OURS, MAX_BYTES)
+        self.store = RecordStore(self.folder).open(OURS, MAX_BYTES)
         found = {record.id: record for record in self.store.scan()}
         self.model.restart(set(found), self.damaged)
         for record_id, record in found.items():
@@ -193,7 +194,7 @@ def test_a_folder_in_use_is_refused_and_unchanged(tmp_path: Path) -> None:
     first, _ = reopen(tmp_path)
     (tmp_path / NAME).unlink()  # As before the first engine has written it.
     with pytest.raises(StoreError, match=f"Another engine uses {tmp_path}: stop it"):
-        RecordStore.open(tmp_path, THEIRS, MAX_BYTES)
+        RecordStore(tmp_path).open(THEIRS, MAX_BYTES)
     assert not (tmp_path / NAME).exists()
     first.close()
     reopen(tmp_path)[0].close()
@@ -258,11 +259,15 @@ def test_a_new_fingerprint_is_synced_before_use(
     assert calls == ["fsync", "rename", "fsync folder"]
 
 
-def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
+def test_a_folder_is_locked_while_the_model_is_loaded_and_released_if_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.engine.load", lambda config: pytest.fail("the model was loaded"))
-    first, _ = reopen(tmp_path)
-    with pytest.raises(StoreError, match="Another engine uses"):
+    def fail(config: EngineConfig) -> None:
+        with pytest.raises(StoreError, match="Another engine uses"):
+            Engine(config)
+        raise ModelError("there is no such model")
+
+    monkeypatch.setattr("engine.engine.load", fail)
+    with pytest.raises(ModelError):
         Engine(engine_config(state_dir=str(tmp_path)))
-    first.close()
+    reopen(tmp_path)[0].close()
