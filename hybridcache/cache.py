@@ -60,12 +60,13 @@ from hybridcache.radix.tree import (
     link,
     members,
 )
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_index, require_int32
 
 EVICTED = (
     "the node of this match or result was evicted: match again, and lock the node before the next "
     "eviction"
 )
+FOREIGN = "this node or match belongs to another cache: match the tokens in this one"
 
 
 class LockHandle:
@@ -257,8 +258,8 @@ class HybridRadixCache:
         """Number of items created so far: the serial number of the next one."""
         self.cached_tokens = 0
         """Number of KV rows that the cache owns."""
-        self.num_checkpoints = 0
-        """Number of state slots that the cache owns."""
+        self.cached_slots: set[int] = set()
+        """State slots that the cache owns."""
         self.shares_memory = pages.budget is not None
         """True if KV can take the memory of a free slot (arena), False with two pools."""
         self._step = lcm(grid, pages.page_size)
@@ -404,8 +405,11 @@ class HybridRadixCache:
     def iter_nodes(self) -> Iterator[RadixNode]:
         """Iterate over the nodes of the tree, parents before children, ghosts included. O(tree).
 
-        For reading only. ``node.kv`` is None for ghosts, and ``node.checkpoint`` is None without a
-        state. The cache must not change during the iteration.
+        For reading only; the cache must not change during the iteration. ``tokens`` are those in
+        (``start``, ``end``], and ``parent``, ``children`` and ``ghosts`` the neighbours. ``kv`` is
+        None for ghosts, else ``kv.indices`` has the rows. ``checkpoint`` is None without a state,
+        else ``checkpoint.slot`` has it. Both have the fields of ``Item``. ``locks`` counts the
+        locks of this node. A root is its namespace (``key``) and is not listed.
         """
         return self._tree.nodes()
 
@@ -446,6 +450,11 @@ class HybridRadixCache:
         return self._slots.capacity > 0
 
     @property
+    def num_checkpoints(self) -> int:
+        """Number of state slots that the cache owns. O(1)."""
+        return len(self.cached_slots)
+
+    @property
     def num_nodes(self) -> int:
         """Number of nodes, ghosts included. O(1)."""
         return self._tree.num_nodes
@@ -462,12 +471,22 @@ class HybridRadixCache:
 
         A request that ``resumes`` after a preemption was counted before, so ``stats`` stays as it
         is. O(1), plus the nodes between the checkpoint and the ghost that was missed.
+
+        Raises:
+            TypeError: ``match`` was not returned by ``match``.
+            ValueError: it is from another cache.
         """
+        if not isinstance(match, PrefixMatch):
+            raise TypeError(f"match must be the result of match (got {match!r}).")
+        node = match.node
+        last = node if node is None or isinstance(node, RadixNode) else _node_of(node)
+        kv = None if last is None else last.kv
+        if kv is not None and kv.item_bytes is not self.item_bytes:
+            raise ValueError(FOREIGN)
         self.now += 1
         if not resumes:
             self.stats.record(match)
-        if match.node is not None:
-            self.refresh(match.node)
+        self.refresh(last)
         if match.missed is not None:
             policy = self.policy
             # Most policies ignore ghost hits, or all but the first: then no path is searched.
@@ -529,7 +548,11 @@ class HybridRadixCache:
         Splits an edge if ``tokens`` end or differ inside it. Only a checkpoint exactly at that node
         is protected, those above it are not: to keep a resumable prefix, use ``lock``. This is not
         a use: no recency changes. O(n).
+
+        Raises:
+            ValueError: ``tokens`` is not int32[n], or the namespace is malformed.
         """
+        require_int32(tokens, "tokens")
         node = root = self._tree.find_root(namespace)
         if root is not None:
             node, inside, kv_match_len = self._tree.walk(root, tokens)
@@ -594,7 +617,7 @@ class HybridRadixCache:
         if last.kv is None:
             raise ValueError(EVICTED)
         if last.kv.item_bytes is not self.item_bytes:  # each cache has its own object
-            raise ValueError("this node belongs to another cache: match the tokens in this one")
+            raise ValueError(FOREIGN)
         return last
 
     def _count_locks(self) -> None:
@@ -621,7 +644,13 @@ class HybridRadixCache:
 
         Returns None, with nothing evicted, if that many are not available. O(num_tokens), plus
         O(log n) per evicted item.
+
+        Raises:
+            ValueError: ``num_tokens`` is negative.
+            TypeError: it is not an integer.
         """
+        if type(num_tokens) is not int:
+            num_tokens = require_index(num_tokens, "num_tokens")
         rows = self._pages.allocate(num_tokens)
         if rows is None:
             whole = -(-num_tokens // self.page_size) * self.page_size
@@ -651,29 +680,47 @@ class HybridRadixCache:
     def free_kv(self, kv_indices: Indices) -> None:
         """Return held rows: rows from ``allocate_kv`` that were never published. O(rows).
 
+        Rows that are free or of the cache are found only by ``check``, with two exceptions: they
+        are more than all callers hold, or the last one was freed last (the same rows twice).
+
         Raises:
-            ValueError: ``kv_indices`` is not int32[n], or has other rows than whole held pages.
+            ValueError: ``kv_indices`` is not int32[n] of whole pages in range, or one of the two
+                exceptions. Nothing is freed.
         """
-        self._pages.free(kv_indices)
+        pages = self._pages
+        num_held = pages.num_taken - self.cached_tokens
+        if getattr(kv_indices, "ndim", 0) == 1 and len(kv_indices) > num_held:
+            raise ValueError(f"{len(kv_indices)} rows given back, but only {num_held} are held")
+        pages.free(kv_indices)
 
     def free_slot(self, slot: int) -> None:
         """Return a held slot: one from ``allocate_slot`` that no ``insert`` has taken. O(1).
 
-        A slot of the cache is found only by ``check``.
-
         Raises:
-            ValueError: the slot is out of range or free.
+            ValueError: the slot is out of range, free or of the cache.
+            TypeError: it is not an integer.
         """
+        if type(slot) is not int:
+            slot = require_index(slot, "slot")
+        if slot in self.cached_slots:
+            raise ValueError(f"slot {slot} is the cache's, from insert until its eviction")
         self._slots.free(slot)
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
         """Evict until that much was freed or nothing evictable remains. O(log n) per item.
+
+        Raises:
+            ValueError: a number is negative.
+            TypeError: a number is not an integer.
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
         >>> cache.evict(num_tokens=50, num_slots=1)
         Eviction(num_tokens=0, num_slots=0)
         """
+        for what, number in (("num_tokens", num_tokens), ("num_slots", num_slots)):
+            if (number if type(number) is int else require_index(number, what)) < 0:
+                raise ValueError(f"{what} must not be negative (got {number}).")
         stats = self.stats
         tokens, slots = stats.evicted_tokens, stats.evicted_slots
         while stats.evicted_tokens - tokens < num_tokens and self._evict_one("kv"):
@@ -683,17 +730,31 @@ class HybridRadixCache:
         return Eviction(stats.evicted_tokens - tokens, stats.evicted_slots - slots)
 
     def reset(self) -> None:
-        """Remove everything that is not locked, ghosts included, and forget a plan that was not
-        carried out. O(tree).
+        """Remove everything that is not locked, ghosts included. O(tree).
 
         Running leases stay valid: the cache keeps the prefixes that they have locked, their rows
-        and their slots. Abort them first if the memory lost its contents.
+        and their slots. Abort them first if the memory lost its contents. A step plan that was
+        taken but not carried out is forgotten, because its rows and states are lost.
+
+        Raises:
+            RuntimeError: there is such a plan, and leases are running or nodes are locked. Nothing
+                is changed.
         """
+        self._refuse_unsafe_reset()
         while self._evict_one(None):
             pass
         self.ghosts.clear()
         self._gathered.clear()
         self.steps.open_plan = None
+
+    def _refuse_unsafe_reset(self) -> None:
+        plan, is_used = self.steps.open_plan, self.steps.num_open or self._locked_len
+        if plan is not None and not plan.is_done and is_used:
+            raise RuntimeError(
+                "the last step plan was taken but not carried out, so the rows and states that "
+                "running leases and locks keep may be wrong: abort all leases and unlock all nodes "
+                "before reset, or carry the plan out"
+            )
 
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.
@@ -749,7 +810,7 @@ class HybridRadixCache:
         """
         pages, budget = self._pages, self._pages.budget
         if budget is not None:
-            num_slots = self.num_checkpoints - self._locked_slots
+            num_slots = len(self.cached_slots) - self._locked_slots
             wanted_bytes -= budget.free_bytes + num_slots * self._slots.unit_bytes
             short_tokens = -(-wanted_bytes // pages.unit_bytes)
         if short_tokens <= self.cached_tokens - self._locked_len:
@@ -801,7 +862,7 @@ class HybridRadixCache:
         checkpoint.shallower = checkpoint.deeper = None
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
-        self.num_checkpoints -= 1
+        self.cached_slots.discard(checkpoint.slot)
         self.stats.evicted_slots += 1
         self._slots.free(checkpoint.slot)
 
@@ -887,15 +948,16 @@ class HybridRadixCache:
         checkpoint above.
 
         Three facts are not checked, because it would cost a pass over the rows: that the caller
-        holds the rows and slots, that the tree owns those below ``owned_from``, and that ``after``
-        belongs to these tokens and this namespace. ``check`` finds rows and slots with two owners.
+        holds the rows, that the tree owns those below ``owned_from``, and that ``after`` belongs to
+        these tokens and this namespace. ``check`` finds rows and slots with two owners.
 
         Raises:
             ValueError: arrays are not int32[n], the tree has fewer tokens than ``owned_from``,
-                ``after`` is evicted or not locked, or checkpoints, labels or the namespace are
-                malformed. Nothing is changed.
+                ``after`` is evicted, not locked or of another cache, checkpoints, labels or the
+                namespace are malformed, or the cache has one of the slots. Nothing is changed.
+            TypeError: ``owned_from`` is not an integer.
         """
-        base = after if after is None or isinstance(after, RadixNode) else _node_of(after)
+        base = self._usable(after)
         self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, base)
         rejected: tuple[int, ...] = ()
         if not self._has_states or not self._keeps:
@@ -990,6 +1052,8 @@ class HybridRadixCache:
             require_int32(tokens, "tokens")
         if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
             require_int32(kv_indices, "KV indices")
+        if type(owned_from) is not int:
+            require_index(owned_from, "owned_from")
         num_tokens, num_slots = len(tokens), self._slots.capacity
         if len(kv_indices) != num_tokens:
             raise ValueError(
@@ -1001,12 +1065,16 @@ class HybridRadixCache:
                 f"labels must be empty or have one per checkpoint (got {len(labels)} for "
                 f"{len(checkpoints)} checkpoints)"
             )
-        for position, slot in checkpoints:
+        for one in checkpoints:
+            is_pair = isinstance(one, (tuple, list)) and len(one) == 2
+            position, slot = one if is_pair else (None, None)
             if not (type(slot) is type(position) is int and 0 <= slot < num_slots):
                 raise ValueError(
                     f"a checkpoint must be (position: int, slot: int) with 0 <= slot < {num_slots} "
-                    f"(got ({position!r}, {slot!r}))"
+                    f"(got {one!r})"
                 )
+            if slot in self.cached_slots:
+                raise ValueError(f"slot {slot} is the cache's already: allocate another one")
         if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
             raise ValueError("two checkpoints have the same slot: give each a separate one")
         num_tokens -= num_tokens % self.page_size
@@ -1133,7 +1201,7 @@ class HybridRadixCache:
         self.num_items = serial + 1
         checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
         checkpoint.uses = uses
-        self.num_checkpoints += 1
+        self.cached_slots.add(slot)
         self.stats.inserted_slots += 1
         revives = node.kv if offered and not node.children else None
         if revives is not None:
@@ -1357,9 +1425,7 @@ class HybridRadixCache:
         slots = self._slots
         slots.check()
         cached = [checkpoint.slot for checkpoint in checkpoints]
-        assert len(cached) == self.num_checkpoints, (
-            f"{len(cached)} checkpoints, counted {self.num_checkpoints}"
-        )
+        assert set(cached) == self.cached_slots, "the slots of the cache are not those of its nodes"
         assert all(0 <= slot < slots.capacity for slot in cached), "a cached slot is out of range"
         both = cached + slots.free_slots()
         assert len(set(both)) == len(both), "a slot is cached twice, or cached and free"

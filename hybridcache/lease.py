@@ -12,8 +12,8 @@ Life of a lease:
    ``publish`` passes a chunk of the prompt to the tree.
 3. Exactly one of ``finish``, ``preempt`` and ``abort`` ends the lease. Then it holds nothing.
 
-A call that breaks these rules raises ValueError, RuntimeError if the request's state was not
-restored, or TypeError for a wrong type. Nothing is changed.
+A call that breaks these rules raises ValueError, RuntimeError if a step plan was not taken or not
+carried out, or TypeError for a wrong type. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable
 from math import lcm
-from operator import index
 from threading import get_ident
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import INT32, Indices, Tokens, require_int32
+from hybridcache.tokens import INT32, Indices, Tokens, require_index, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -77,7 +76,7 @@ class LeaseRequest(NamedTuple):
     effect."""
     reuse: bool = True
     """Whether to read cached entries. Set it to False to get the logits of every position; the
-    result is published nevertheless."""
+    result is published nevertheless. ``cache.stats`` does not count such a request."""
     exact: bool = False
     """Whether to publish nothing past ``tokens``, so that all cached entries were computed by
     prefills."""
@@ -89,10 +88,12 @@ class LeaseRequest(NamedTuple):
     superseded."""
     table_row: int | None = None
     """Row of this request in the caller's request table, or None. With it, ``cache.take_step()``
-    lists every position with a new or changed KV row (``RowWrite``)."""
+    lists every position with a new or changed KV row (``RowWrite``). No two running requests have
+    the same one."""
     own_slot: int | None = None
     """State slot of the request, if running states are stored outside of the cache's memory. If
-    None, a slot of the cache is taken, and may be donated. An own slot is not donated.
+    None, a slot of the cache is taken, and may be donated. An own slot is not donated, and no two
+    running requests have the same one.
     ``StepPlan.restores`` then names a slot of the cache first, and this number of your own memory
     second."""
     resumes: bool = False
@@ -120,8 +121,15 @@ def _refuse_bad_begin(
     if exchange is not None and not hasattr(exchange, "seconds_saved"):
         raise TypeError(f"exchange must have a method seconds_saved (got {exchange!r}).")
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
-        if number is not None and require_index(number, what) < 0:
+        if number is None:
+            continue
+        if require_index(number, what) < 0:
             raise ValueError(f"{what} must not be negative (got {number}).")
+        if (what, number) in cache.steps.numbers:
+            raise ValueError(
+                f"{what} {number} is that of a running lease: give each its own, or end the other "
+                "lease first."
+            )
     if request.boundaries or type(request.boundaries) is not tuple:
         _refuse_bad_boundaries(request.boundaries)
 
@@ -138,14 +146,6 @@ def _refuse_bad_boundaries(boundaries: tuple[int, ...]) -> None:
         before = position
 
 
-def require_index(number: int, what: str) -> int:
-    """Return ``number`` as an int. Raises TypeError if it is not an integer."""
-    try:
-        return index(number)
-    except TypeError:
-        raise TypeError(f"{what} must be an integer (got {number!r}).") from None
-
-
 NO_SLOTS = (
     "this cache has no room for a state, so a request with a state can never begin: build it with "
     "num_slots or more total_bytes, or pass LeaseRequest(stateful=False) for a model without "
@@ -154,6 +154,11 @@ NO_SLOTS = (
 OTHER_THREAD = (
     "another thread has running leases of this cache, which is for one thread at a time: use it "
     "from that thread, or end its leases first."
+)
+NOT_CARRIED_OUT = (
+    "the last step plan was taken but not carried out, so what was computed since is wrong: call "
+    "plan.carry_out(memory), or plan.done() after doing its work yourself, before computing. If it "
+    "failed half-way, abort all leases, unlock all nodes and call cache.reset()"
 )
 NOT_RESTORED = (
     "tokens up to {} were computed before a step plan restored the state that they follow, so they "
@@ -217,7 +222,8 @@ class Lease:
         self.cached_len = cached_len
         """Number of tokens that need not be computed."""
         self.is_counted = request.resumes
-        """Whether ``cache.stats`` contains this request: it has had rows, or ``resumes``."""
+        """Whether ``cache.stats`` contains this request: it has had rows and may ``reuse`` entries,
+        or it ``resumes``."""
         self.state_slot = state_slot
         """State slot of the request, to be written in every step: the state after the computed
         tokens. None for attention-only models, and after the end."""
@@ -242,9 +248,11 @@ class Lease:
         """The one checkpoint of decode. It is overwritten at each crossing."""
         self._overwritten: Saved | None = None
         """Earlier contents of the rolling slot, until they are overwritten for certain."""
+        self._numbers = {("table_row", request.table_row), ("own_slot", request.own_slot)}
         steps = cache.steps
         steps.num_open += 1
         steps.thread = get_ident()
+        steps.numbers |= self._numbers
         if cache.arena is not None:
             cache.arena.holders[self] = None
         if cached_len:
@@ -276,8 +284,8 @@ class Lease:
 
         Raises:
             ValueError: the tokens are empty or not int32[n]; the namespace is malformed; the
-                boundaries are negative or not ascending; ``table_row`` or ``own_slot`` is negative;
-                or the request has a state and the cache has no slots.
+                boundaries are negative or not ascending; ``table_row`` or ``own_slot`` is negative
+                or that of a running lease; or the request has a state and the cache has no slots.
             TypeError: an argument or a field of ``request`` has another type.
             PolicyError: an own eviction policy has failed. Nothing is held.
             RuntimeError: leases of another thread are running.
@@ -339,7 +347,7 @@ class Lease:
         if getattr(self, "_has_ended", True):
             return
         self._receipt.node = None  # One warning is enough.
-        self.cache.steps.num_open -= 1
+        self.cache.steps.close(self, self._numbers)
         warnings.warn(
             f"{self!r} was dropped: call finish, preempt or abort, or its rows, slot and lock stay "
             "taken",
@@ -494,9 +502,9 @@ class Lease:
 
     def _count(self) -> None:
         """Count the lease as a use and plan its checkpoints, when it gets its first memory."""
-        self.is_counted = True
         request, match, placement = self._request, self.match, self._placement
         if request.reuse:
+            self.is_counted = True
             self.cache.touch(match, request.resumes)
         if not request.stateful:
             return
@@ -517,7 +525,7 @@ class Lease:
             match.forks,
             request.answer_survives and not request.exact,
             self.cache.free_slots,
-            self.cache.num_checkpoints,
+            len(self.cache.cached_slots),
             self.cache.shares_memory,
         )
         placement.on_prefill(prefill)
@@ -571,12 +579,15 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``), or
-                ``start`` is more than ``end``.
+                ``start`` is negative or more than ``end``.
+            TypeError: ``start`` or ``end`` is not an integer.
         """
+        if type(start) is not int or type(end) is not int:
+            start, end = require_index(start, "start"), require_index(end, "end")
         if end > self.extended_len:
             raise self._misuse(end)
-        if start > end:
-            raise ValueError(f"start must not be more than end (got {start} and {end})")
+        if not 0 <= start <= end:
+            raise ValueError(f"start must be from 0 to end (got {start} and {end})")
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
         num_taken = 0
@@ -623,7 +634,10 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended, or tokens past ``computed_len`` are published.
+            TypeError: ``computed_len`` is not an integer.
         """
+        if type(computed_len) is not int:
+            computed_len = require_index(computed_len, "computed_len")
         if self._has_ended or computed_len < self.published_len:
             raise self._misuse(computed_len)
         if self._rolling is not None and self._rolling[0] > computed_len:
@@ -638,8 +652,9 @@ class Lease:
         """Pass the computed tokens and finished checkpoints to the tree, and move the lock to the
         new end.
 
-        ``tokens`` are all tokens so far, of which ``computed_len`` are computed. Their KV and
-        checkpoints must be written now, because other requests may read them from the next step on.
+        ``tokens`` are all tokens so far, of which ``computed_len`` are computed. Those before
+        ``published_len`` are not read again. KV and checkpoints up to ``computed_len`` must be
+        written now, because other requests may read them from the next step on.
         Returns (start, end) of the positions with changed rows in ``kv_indices``, because the tree
         already had rows for them, or None if no row changed. O(computed_len - published_len).
 
@@ -650,7 +665,8 @@ class Lease:
             ValueError: the lease has ended; ``tokens`` are not int32[n], or their new part differs
                 from the tokens of the request; ``computed_len`` is less than ``published_len``, or
                 more than there are tokens or rows.
-            RuntimeError: no step plan restored the state from which the request resumes.
+            RuntimeError: the last step plan was taken but not carried out, or no step plan restored
+                the state from which the request resumes.
             TypeError: ``computed_len`` is not an integer.
         """
         self._refuse_uncomputed(tokens, computed_len)
@@ -793,7 +809,7 @@ class Lease:
 
     def _refuse_uncomputed(self, tokens: Tokens, computed_len: int) -> None:
         """Raise ValueError unless ``computed_len`` of ``tokens`` can be published, and RuntimeError
-        if the state was never restored.
+        if the last plan was not carried out or the state was never restored.
 
         O(prompt tokens to publish), a comparison of bytes.
         """
@@ -809,8 +825,12 @@ class Lease:
                 f"computed_len is {computed_len}, but there are only {len(tokens)} tokens: pass "
                 "all tokens so far"
             )
-        if computed_len > first and self in self.cache.steps.restores:
-            raise RuntimeError(NOT_RESTORED.format(computed_len))
+        steps = self.cache.steps
+        if computed_len > first:
+            if steps.open_plan is not None and not steps.open_plan.is_done:
+                raise RuntimeError(NOT_CARRIED_OUT)
+            if self in steps.restores:
+                raise RuntimeError(NOT_RESTORED.format(computed_len))
         end = min(computed_len, self.prompt_len)
         new = np.ascontiguousarray(tokens[first:end])
         if first < end and not self._prompt.startswith(new.data, first * new.itemsize):
@@ -840,7 +860,7 @@ class Lease:
             cache.free_slot(self.state_slot)
         if len(held):
             cache.free_kv(held)
-        cache.steps.close(self)
+        cache.steps.close(self, self._numbers)
         if cache.arena is not None:
             del cache.arena.holders[self]
         cache.unlock(self._receipt)

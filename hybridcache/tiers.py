@@ -922,6 +922,7 @@ class TieredRadixCache(HybridRadixCache):
 
     def reset(self) -> None:
         """Remove everything that is not locked, in all tiers. O(tree)."""
+        self._refuse_unsafe_reset()
         self.offload.clear()
         self.ghosts.offload = None
         super().reset()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Hashable
+from operator import index
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,16 @@ def require_int32(array: object, what: str) -> None:
     else:
         return
     raise ValueError(f"{what} must be a numpy array int32[n], not {kind}: convert them first")
+
+
+def require_index(number: object, what: str) -> int:
+    """Return ``number`` as an int. Raises TypeError if it is not an integer, or a truth value."""
+    try:
+        if not isinstance(number, bool):
+            return index(number)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise TypeError(f"{what} must be an integer (got {number!r}).")
 
 
 def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:

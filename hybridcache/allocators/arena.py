@@ -30,7 +30,6 @@ follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import index
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,7 @@ from hybridcache.allocators.pools import (
     SlotAllocator,
     are_distinct,
 )
-from hybridcache.tokens import Indices
+from hybridcache.tokens import Indices, require_index
 
 
 class ArenaAllocator:
@@ -343,7 +342,9 @@ class ArenaSlots(SlotAllocator):
             ValueError: it is not allocated.
             TypeError: it is not an integer.
         """
-        if index(slot) not in self.states:
+        if type(slot) is not int:
+            slot = require_index(slot, "slot")
+        if slot not in self.states:
             raise ValueError(f"slot {slot} given back, which is not taken")
         assert self.budget is not None
         self.num_taken -= 1

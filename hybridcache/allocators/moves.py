@@ -113,7 +113,8 @@ class Drop(NamedTuple):
     tier: str
     """Tier of the rows: ``disk``."""
     rows: Indices
-    """The rows: int32[n]. They can be reused; nothing has to be done."""
+    """The rows: int32[n]. They can be reused; nothing has to be done. An engine that keeps files
+    finds their path in its own index of ``Copy.path`` by row."""
 
 
 Transfer = Move | Copy | Drop
@@ -243,12 +244,15 @@ class StepQueue:
     """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves."""
 
     __slots__ = (
-        *("_row_writes", "num_moves", "num_open", "open_plan", "restores", "thread", "transfers"),
+        *("_row_writes", "num_moves", "num_open", "numbers", "open_plan", "restores", "thread"),
+        "transfers",
     )
 
     def __init__(self) -> None:
         self.num_open = self.thread = 0
         """Number of running leases, and the thread that began the last one."""
+        self.numbers: set[tuple[str, int | None]] = set()
+        """("table_row", number) and ("own_slot", number) of the running leases."""
         self.num_moves = 0
         """Slabs emptied since the last ``take``. A scheduler that allows at most one per step stops
         adding requests to the step when it is 1."""
@@ -283,9 +287,10 @@ class StepQueue:
             for table_row, start, end, rows in self._row_writes.values()
         )
 
-    def close(self, lease: Hashable) -> None:
-        """Forget the restore and the row write of ``lease``, which has ended. O(1)."""
+    def close(self, lease: Hashable, numbers: set[tuple[str, int | None]]) -> None:
+        """Forget ``lease``, which has ended, with its restore, row write and ``numbers``. O(1)."""
         self.num_open -= 1
+        self.numbers -= numbers
         self.restores.pop(lease, None)
         self._row_writes.pop(lease, None)
 
@@ -299,7 +304,8 @@ class StepQueue:
             raise RuntimeError(
                 "the last step plan was taken but not carried out, so rows and states are not what "
                 "the cache counts on: call plan.carry_out(memory), or plan.done() after doing its "
-                "work yourself. If it failed half-way, abort all leases and call cache.reset()"
+                "work yourself. If it failed half-way, abort all leases, unlock all nodes and call "
+                "cache.reset()"
             )
         if not (self.transfers or self._row_writes or self.restores):
             return StepPlan(is_done=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from operator import index
 
 import numpy as np
 
-from hybridcache.tokens import INT32, Indices, require_int32
+from hybridcache.tokens import INT32, Indices, require_index, require_int32
 
 
 class ByteBudget:
@@ -172,12 +171,12 @@ class PageAllocator(BaseAllocator):
     def free(self, rows: Indices) -> None:
         """Return ``rows``, which were allocated, to the pool: whole pages in row order. O(n).
 
-        A page that is freed twice while others are allocated is found only by ``check``, because it
-        would need a search.
+        A page that is free already is found here only if it is the last of ``rows`` and was freed
+        last. ``check`` finds the others, because it takes a search.
 
         Raises:
             ValueError: rows that are not int32[n], partial pages, a first or last row out of range,
-                or more rows than are allocated. Nothing is freed.
+                more rows than are allocated, or that page is free. Nothing is freed.
         """
         if getattr(rows, "dtype", None) is not INT32 or rows.ndim != 1:
             require_int32(rows, "rows")
@@ -190,6 +189,10 @@ class PageAllocator(BaseAllocator):
             raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
         if len(rows) > self.num_taken:
             raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are allocated")
+        top = self._height - 1
+        freed_last = self._stack.item(top) if top >= self._num_implied else top
+        if last // self.page_size == freed_last:
+            raise ValueError(f"rows {first}..{last} given back, of which the last is free already")
         self.release(rows)
 
     def release(self, rows: Indices) -> None:
@@ -258,7 +261,9 @@ class SlotAllocator(BaseAllocator):
             ValueError: the slot is out of range or not allocated.
             TypeError: it is not an integer.
         """
-        if not 0 <= index(slot) < self.capacity:
+        if type(slot) is not int:
+            slot = require_index(slot, "slot")
+        if not 0 <= slot < self.capacity:
             raise ValueError(f"slot {slot} is not one of {self.capacity}")
         if not self._is_taken[slot]:
             raise ValueError(f"slot {slot} given back, which is not taken")

@@ -1,6 +1,7 @@
 """Guards of users' policies: each failure is reported in one sentence, with method and line.
 
-No guard changes a decision of a policy that works.
+No guard changes a decision of a policy that works. Users' policies see the items of the cache
+through read-only views.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.protocol import (
@@ -39,14 +41,57 @@ def _noted(name: str) -> Any:
     The failure is kept, so that the operation of the cache is finished.
     """
 
-    def note(self: _Guard, *arguments: object) -> None:
+    def note(self: _Guard, item: Item, *arguments: object) -> None:
         if self.failure is None:
             try:
-                self._call(name, *arguments)
+                self._call(name, self._seen(item), *arguments)
             except PolicyError as error:
                 self.failure = error
 
     return note
+
+
+class ItemView:
+    """An item as a user's policy sees it: it can write ``memo`` only, or the order of the cache
+    would be lost."""
+
+    __slots__ = ("_item", "memo")
+
+    kind, size_bytes, position, span, serial, created, last_used, uses, dead, superseded, label = (
+        property(attrgetter(f"_item.{name}"))
+        for name in (
+            *("kind", "size_bytes", "position", "span", "serial", "created", "last_used", "uses"),
+            *("dead", "superseded", "label"),
+        )
+    )
+
+    def __init__(self, item: Item, memo: object = None) -> None:
+        self._item = item
+        self.memo = memo
+
+    @property
+    def above(self) -> Item | None:
+        return view_of(self._item.above)
+
+    @property
+    def predecessor(self) -> Item | None:
+        return view_of(self._item.predecessor)
+
+    def __repr__(self) -> str:
+        return repr(self._item)
+
+
+def view_of(item: Item | None) -> Item | None:
+    """Return the view of ``item``, which is its ``memo``. An item that takes over the memo of
+    another one, in a lower tier, gets a view with the same data. O(1)."""
+    if item is None:
+        return None
+    view = item.memo
+    if not isinstance(view, ItemView):
+        view = item.memo = ItemView(item)
+    elif view._item is not item:
+        view = item.memo = ItemView(item, view.memo)
+    return cast(Item, view)
 
 
 class _Guard:
@@ -59,6 +104,10 @@ class _Guard:
 
     def __str__(self) -> str:
         return self._label
+
+    def _seen(self, item: Any) -> Any:
+        """Return ``item``, the first argument of a notification, as the user's policy sees it."""
+        return view_of(item)
 
     def _call(self, name: str, *arguments: object, as_list: bool = False) -> Any:
         try:
@@ -122,6 +171,8 @@ class GuardedEviction(_Guard, EvictionPolicy):
         if self.failure is None:
             try:
                 victim: Item | None = self._call("victim", kind)
+                if isinstance(victim, ItemView):
+                    victim = victim._item
                 self._check(kind, victim)
                 return victim
             except PolicyError as error:
@@ -183,10 +234,17 @@ class GuardedPlacement(_Guard, PlacementPolicy):
     on_saved = _noted("on_saved")
     on_dropped = _noted("on_dropped")
 
+    def _seen(self, item: Any) -> Any:
+        """Return a view of an item, whose ``memo`` is the eviction policy's. Each call makes a new
+        one."""
+        if isinstance(item, Prefill):
+            return item._replace(resumed=self._seen(item.resumed), missed=self._seen(item.missed))
+        return ItemView(item) if hasattr(item, "memo") else item
+
     def plan(self, prefill: Prefill) -> list[Placed]:
         raise_failure(self.failure)
         wanted = []
-        for placed in self._call("plan", prefill, as_list=True):
+        for placed in self._call("plan", self._seen(prefill), as_list=True):
             is_pair = isinstance(placed, tuple) and len(placed) == 2
             if not (is_pair and hasattr(placed[0], "__index__") and isinstance(placed[1], str)):
                 raise self._error(

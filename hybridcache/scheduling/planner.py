@@ -548,10 +548,12 @@ class StepPlanner(Generic[R]):
         if self._sharing is not None:
             self._sharing.let_in(request)
         lease, _ = request.claims
-        session, is_first = request.session, request.scheduled_s is None
+        session, is_first, losses = request.session, request.scheduled_s is None, lease.losses
+        forgotten = session.known_len - (lease.prompt_len - losses.never_seen)
+        request.lost_len = losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
         if is_first:
             request.scheduled_s = self._load.now_s
-            request.cached_len, request.losses = lease.cached_len, lease.losses
+            request.cached_len, request.losses = lease.cached_len, losses
             if session.num_requests == 1 and not session.num_admitted:
                 session.shared_len = min(lease.match.kv_match_len, request.prompt_len)
         self._admission.admitted(request, self._load)

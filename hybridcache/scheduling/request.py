@@ -9,7 +9,7 @@ import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.lease import Lease
-from hybridcache.policies.admission.base import Session
+from hybridcache.policies.admission.base import WaitingRequest
 from hybridcache.tokens import Tokens
 
 
@@ -52,7 +52,7 @@ class RequestFields(Protocol):
         ...
 
 
-class ScheduledRequest:
+class ScheduledRequest(WaitingRequest):
     """Tokens, lengths and claims of one request.
 
     ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by
@@ -61,25 +61,14 @@ class ScheduledRequest:
 
     __slots__ = (
         "_buffer",
-        "arrival",
-        "arrival_s",
-        "cached_len",
-        "computed_len",
         "fetched_len",
         "is_counted",
         "lease",
         "losses",
-        "max_len",
         "num_drawn",
-        "num_passes",
-        "num_preemptions",
-        "num_tokens",
-        "prefill_len",
         "prompt_len",
-        "row",
         "scheduled_len",
         "scheduled_s",
-        "session",
         "spec",
     )
 
@@ -100,38 +89,26 @@ class ScheduledRequest:
             arrival_s: time of arrival, of the planner's clock.
             max_len: most tokens of prompt and answer together.
         """
+        super().__init__(
+            arrival=arrival, arrival_s=arrival_s, num_tokens=len(prompt), max_len=max_len
+        )
         self.spec = spec
-        self.arrival = arrival
-        """Rank among all requests: older is smaller."""
-        self.arrival_s = arrival_s
-        self.max_len = max_len
-        """Most tokens of prompt and answer together."""
         self._buffer = prompt
-        self.prompt_len = self.prefill_len = self.num_tokens = len(prompt)
-        self.computed_len = self.scheduled_len = 0
-        """``scheduled_len`` is the value of ``computed_len`` once every step planned so far is
-        committed."""
+        self.prompt_len = len(prompt)
+        self.scheduled_len = 0
+        """Value of ``computed_len`` once every step planned so far is committed."""
         self.num_drawn = 0
         """Tokens sampled in steps that are not committed yet: unknown to the host."""
         self.lease: Lease | None = None
-        """Its claims on the cache: None while it waits."""
-        self.row: int | None = None
-        """Its row of the request table, for as long as its lease."""
-        self.cached_len = 0
-        """Reused tokens, set at the first admission."""
+        """Its claims on the cache: None while it waits. It has a row for as long as a lease."""
         self.losses: Losses | None = None
         """Causes of the tokens that were not reused; None before the first admission."""
         self.fetched_len: int | None = None
         """Tokens of KV that were fetched for it; None if no fetch was considered yet."""
         self.scheduled_s: float | None = None
         """Time of its first admission."""
-        self.num_preemptions = 0
         self.is_counted = False
         """True if an earlier lease of this request is counted in the cache's statistics."""
-        self.num_passes = 0
-        """Requests that arrived later and were admitted before this one."""
-        self.session: Session
-        """Set when it is queued."""
 
     @property
     def request_id(self) -> str:
@@ -155,26 +132,6 @@ class ScheduledRequest:
             self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
         self._buffer[self.num_tokens] = token_id
         self.num_tokens += 1
-
-    @property
-    def is_running(self) -> bool:
-        """True if it has a lease."""
-        return self.lease is not None
-
-    @property
-    def is_prefilling(self) -> bool:
-        """True while prompt tokens, or tokens lost by a preemption, are not computed."""
-        return self.computed_len < self.prefill_len
-
-    @property
-    def lost_len(self) -> int:
-        """Prompt tokens that the lease must compute again because they, or a checkpoint after them,
-        were evicted. Includes tokens of the session's previous prompt even if their eviction is no
-        longer recorded in the cache."""
-        lease, _ = self.claims
-        losses = lease.losses
-        forgotten = self.session.known_len - (lease.prompt_len - losses.never_seen)
-        return losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
 
     @property
     def claims(self) -> tuple[Lease, int]:

@@ -283,7 +283,8 @@ LENGTHS = [
     ("preempt", (9,), "10 tokens are published"),
     ("take_checkpoint_slots", (10, 21), "call extend first"),
     ("roll_back", (9,), "roll back before publish"),
-    ("take_checkpoint_slots", (15, 10), "start must not be more than end .got 15 and 10."),
+    ("take_checkpoint_slots", (15, 10), "start must be from 0 to end .got 15 and 10."),
+    ("take_checkpoint_slots", (-1, 10), "start must be from 0 to end .got -1 and 10."),
 ]
 
 
@@ -299,6 +300,12 @@ def test_an_invalid_length_is_refused_and_the_lease_stays_usable(
     arguments = numbers if len(numbers) > 1 or call == "roll_back" else (prompt, *numbers)
     with pytest.raises(ValueError, match=message):
         getattr(lease, call)(*arguments)
+    with pytest.raises(TypeError, match=r"start must be an integer .got 10.0."):
+        lease.take_checkpoint_slots(10.0, 20)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"to_len must be an integer .got True."):
+        lease.extend(True)
+    with pytest.raises(TypeError, match=r"computed_len must be an integer .got '9'."):
+        lease.roll_back("9")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="label must be a string"):
         lease.plan_checkpoint(8, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="stop_reason must be a string"):

@@ -269,7 +269,7 @@ class LeaseMachine(RuleBasedStateMachine):
             exact=rng.random() < 0.1,
             stateful=self.is_hybrid,
             answer_survives=rng.random() < 0.8,
-            own_slot=self.own_slots,
+            own_slot=None if self.own_slots is None else self.own_slots + self.num_requests,
             table_row=rng.choice([None, self.num_requests]),
         )
         exchange = rng.choice([None, Rate(0.0), Rate(0.05), Rate(9.0)])
@@ -349,6 +349,8 @@ class LeaseMachine(RuleBasedStateMachine):
                 self.cache.check()
             with pytest.raises(RuntimeError, match="taken but not carried out"):
                 self.cache.take_step()
+            if to_len > request.lease.published_len:
+                self.assert_refuses(request, to_len)
         plan.carry_out(self.tensors)
         for other in self.running:
             other.needs_restore = False
@@ -367,7 +369,7 @@ class LeaseMachine(RuleBasedStateMachine):
         """Check that nothing computed from another state can be published."""
         before = request.lease.published_len, self.cache.cached_tokens
         for call in (request.lease.publish, request.lease.finish, request.lease.preempt):
-            with pytest.raises(RuntimeError, match="abort this lease"):
+            with pytest.raises(RuntimeError, match=r"abort (this lease|all leases)"):
                 call(request.tokens, to_len)
         assert (request.lease.published_len, self.cache.cached_tokens) == before
 

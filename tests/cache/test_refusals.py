@@ -110,7 +110,7 @@ def test_evicted_nodes_can_neither_be_locked_read_nor_extended(make):
     with pytest.raises(ValueError, match="match again"):
         cache.gather(match.node)
     rows = cache.allocate_kv(6)
-    with pytest.raises(ValueError, match="not locked"):
+    with pytest.raises(ValueError, match="match again"):
         cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
     cache.check(held_tokens=6, held_slots=0)
 
@@ -208,3 +208,118 @@ def test_second_thread_is_refused_while_leases_run():
         other.submit(later.finish, prompt, 20).result()
     begun(cache, placement, prompt).abort()
     cache.check(held_tokens=0, held_slots=0)
+
+
+def test_rows_and_slots_that_the_caller_does_not_hold_are_not_freed():
+    cache = hybrid()
+    rows, slot = cache.allocate_kv(5), cache.allocate_slot()
+    cache.insert(ids("abcde"), rows, [(5, slot)])
+    with pytest.raises(ValueError, match="5 rows given back, but only 0 are held"):
+        cache.free_kv(rows)
+    with pytest.raises(ValueError, match=f"slot {slot} is the cache's, from insert"):
+        cache.free_slot(slot)
+    other = cache.allocate_kv(2)
+    with pytest.raises(ValueError, match=f"slot {slot} is the cache's already"):
+        cache.insert(ids("XY"), other, [(2, slot)])
+    more = cache.allocate_kv(3)
+    cache.free_kv(more)
+    with pytest.raises(ValueError, match="rows given back"):
+        cache.free_kv(more)
+    cache.free_kv(other[:1])
+    with pytest.raises(ValueError, match="of which the last is free already"):
+        cache.free_kv(other[:1])
+    cache.free_kv(other[1:])
+    cache.check(held_tokens=0, held_slots=0)
+
+
+WRONG = [
+    ("evict", (-1,), ValueError, "num_tokens must not be negative .got -1"),
+    ("evict", (0, -1), ValueError, "num_slots must not be negative .got -1"),
+    ("evict", (1.5,), TypeError, "num_tokens must be an integer .got 1.5"),
+    ("evict", (True,), TypeError, "num_tokens must be an integer .got True"),
+    ("allocate_kv", ("4",), TypeError, "num_tokens must be an integer .got '4'"),
+    ("allocate_kv", (4.0,), TypeError, "num_tokens must be an integer .got 4.0"),
+    ("free_slot", ("1",), TypeError, "slot must be an integer .got '1'"),
+    ("free_slot", ([1],), TypeError, "slot must be an integer"),
+    ("touch", (None,), TypeError, "match must be the result of match .got None"),
+    ("lock_kv", ([1, 2],), ValueError, r"tokens must be a numpy array int32\[n\]"),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "error", "message"), WRONG)
+def test_wrong_types_are_refused_in_one_sentence(call, arguments, error, message):
+    cache = hybrid()
+    publish(cache, ids("abcde"), [5])
+    before = cache.render(), cache.now, cache.stats.as_dict()
+    with pytest.raises(error, match=message):
+        getattr(cache, call)(*arguments)
+    assert (cache.render(), cache.now, cache.stats.as_dict()) == before
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_checkpoint_that_is_no_pair_and_a_float_owned_from_are_refused():
+    cache = hybrid()
+    rows = cache.allocate_kv(2)
+    with pytest.raises(ValueError, match=r"a checkpoint must be .position: int, slot: int"):
+        cache.insert(ids("ab"), rows, [7])
+    with pytest.raises(TypeError, match=r"owned_from must be an integer .got 0.0"):
+        cache.insert(ids("ab"), rows, owned_from=0.0)
+    cache.check(held_tokens=2, held_slots=0)
+
+
+def test_a_match_and_a_node_of_another_cache_are_refused():
+    cache, other = hybrid(), hybrid()
+    for each in (cache, other):
+        publish(each, ids("abcde"), [5])
+    match = cache.match(ids("abcdef"))
+    with pytest.raises(ValueError, match="another cache"):
+        other.touch(match)
+    assert other.stats.total.requests == 0
+    with cache.lock(match.node):
+        rows = other.allocate_kv(6)
+        with pytest.raises(ValueError, match="another cache"):
+            other.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
+    other.check(held_tokens=6, held_slots=0)
+
+
+@pytest.mark.parametrize("what", ["table_row", "own_slot"])
+def test_two_running_leases_cannot_have_the_same_number(what):
+    cache, placement = small()
+    request = LeaseRequest(np.arange(20, dtype=np.int32), **{what: 3})
+    first = Lease.begin(cache, placement, request)
+    with pytest.raises(ValueError, match=f"{what} 3 is that of a running lease"):
+        Lease.begin(cache, placement, request)
+    other = Lease.begin(cache, placement, request._replace(**{what: 4}))
+    first.abort()
+    again = Lease.begin(cache, placement, request)
+    other.abort(), again.abort()
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_plan_that_was_not_carried_out_stops_publishing_and_reset():
+    cache, placement = small()
+    prompt = np.arange(20, dtype=np.int32)
+    lease = Lease.begin(cache, placement, LeaseRequest(prompt, table_row=0))
+    assert lease.extend(20)
+    plan = cache.take_step()
+    for call in (lease.publish, lease.finish, lease.preempt):
+        with pytest.raises(RuntimeError, match="taken but not carried out"):
+            call(prompt, 20)
+    with pytest.raises(RuntimeError, match="abort all leases and unlock all nodes before reset"):
+        cache.reset()
+    plan.done()
+    lease.publish(prompt, 20)
+    cache.reset()
+    assert lease.extend(24)
+    cache.take_step()
+    lease.abort()
+    cache.reset()
+    cache.check(held_tokens=0, held_slots=0)
+    assert not cache.take_step()
+
+
+def test_a_request_that_must_not_reuse_is_not_counted():
+    cache, placement = small()
+    lease = Lease.begin(cache, placement, LeaseRequest(np.arange(20, dtype=np.int32), reuse=False))
+    assert lease.extend(20) and not lease.is_counted and not cache.stats.total.requests
+    lease.abort()

@@ -18,17 +18,13 @@ from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
-from hybridcache.policies.protocol import (
-    Item,
-    PolicyError,
-)
-from hybridcache.policies.registry import (
-    EVICTION,
-    make_eviction,
-)
+from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
+from hybridcache.policies.registry import EVICTION, make_eviction, parse_placement
 from tests.cache.serving import serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
+from tests.policies.items import FakeItem
 
 MODULE = """
 from typing import NamedTuple
@@ -103,6 +99,13 @@ class Word(ScorePolicy):
 class Words(SampledPolicy):
     def score(self, item):
         return (1.0, item.label)
+
+
+class Rejuvenates(ScorePolicy):
+    def score(self, item):
+        item.memo = item.memo or 0
+        item.last_used = 10**9
+        return 1.0
 
 
 class Pair(NamedTuple):
@@ -185,6 +188,7 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
         ("Foreign", "victim.* returned .* which is not a candidate of that kind"),
+        ("Rejuvenates", "score raised AttributeError: .*'last_used' .*has no setter .user_pol"),
         ("Missing", "user_policies has no class 'Missing'"),
     ],
 )
@@ -212,6 +216,23 @@ def test_an_error_in_a_custom_policy_is_one_line(
 def test_an_error_in_a_custom_placement_is_one_sentence(name: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         simulate("short?head=60", gib=1, checkpoints=f"user_policies:{name}", bound=False)
+
+
+class Rejuvenates(Placement):
+    """Placement that writes to items that are not its own."""
+
+    def plan(self, prefill: Prefill) -> Iterator[Placed]:
+        assert prefill.resumed is not None and prefill.resumed.last_used == 3
+        prefill.resumed.last_used = 4  # type: ignore[misc]
+        yield Placed(1, "never")
+
+
+def test_a_custom_placement_cannot_write_to_items() -> None:
+    item = FakeItem("resumed", last_used=3)
+    policy = parse_placement(lambda: Rejuvenates(()))
+    with pytest.raises(PolicyError, match=r"plan raised AttributeError: .*last_used.* no setter"):
+        policy.plan(Prefill(100, 64, 64, 64, (), 64, resumed=item))
+    assert item.last_used == 3
 
 
 class Weighted(ScorePolicy):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 
 class Session:
@@ -54,74 +53,60 @@ class Session:
         """(length, hash) of the prefixes that the next prompt may begin with; see ``Sessions``."""
 
 
-class WaitingRequest(Protocol):
-    """A waiting request as a policy sees it. Read-only."""
+class WaitingRequest:
+    """Part of a request that admission policies read. The scheduler writes it
+    (``scheduling.request.ScheduledRequest``)."""
 
-    @property
-    def arrival(self) -> int:
+    __slots__ = (
+        "arrival",
+        "arrival_s",
+        "cached_len",
+        "computed_len",
+        "lost_len",
+        "max_len",
+        "num_passes",
+        "num_preemptions",
+        "num_tokens",
+        "prefill_len",
+        "row",
+        "session",
+    )
+
+    def __init__(self, *, arrival: int, arrival_s: float, num_tokens: int, max_len: int) -> None:
+        self.arrival = arrival
         """Rank among all requests: older is smaller."""
-        ...
-
-    @property
-    def arrival_s(self) -> float:
+        self.arrival_s = arrival_s
         """Time of arrival."""
-        ...
-
-    @property
-    def namespace(self) -> Hashable:
-        """The tenant."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
+        self.num_tokens = self.prefill_len = num_tokens
         """Tokens to have before the next one is sampled: the prompt; after a preemption also the
-        answer so far."""
-        ...
-
-    @property
-    def max_len(self) -> int:
+        answer so far. The first ``prefill_len`` are computed by prefills."""
+        self.max_len = max_len
         """Most tokens of prompt and answer together."""
-        ...
-
-    @property
-    def num_preemptions(self) -> int:
-        """Preemptions so far."""
-        ...
-
-    @property
-    def num_passes(self) -> int:
+        self.computed_len = 0
+        """Computed tokens."""
+        self.num_preemptions = 0
+        self.num_passes = 0
         """Requests that arrived later and were admitted before this one."""
-        ...
-
-    @property
-    def session(self) -> Session:
-        """Session that the request belongs to."""
-        ...
-
-
-class AdmittedRequest(WaitingRequest, Protocol):
-    """A request that was just admitted."""
-
-    @property
-    def cached_len(self) -> int:
-        """Tokens that need not be computed."""
-        ...
-
-    @property
-    def lost_len(self) -> int:
-        """Tokens that must be computed again because they, or a checkpoint after them, were
-        evicted."""
-        ...
+        self.cached_len = 0
+        """Reused tokens, set at the first admission."""
+        self.lost_len = 0
+        """Prompt tokens to compute again because they, or a checkpoint after them, were evicted.
+        Set at each admission. Includes tokens of the session's previous prompt even if their
+        eviction is no longer recorded in the cache."""
+        self.row: int | None = None
+        """Row of the request table while it runs, else None."""
+        self.session: Session
+        """Set when it is queued."""
 
     @property
     def is_running(self) -> bool:
-        """False before admission, while it waits after a preemption, and once it is answered."""
-        ...
+        """True from its admission until it is answered or preempted."""
+        return self.row is not None
 
     @property
     def is_prefilling(self) -> bool:
-        """True while a part of its prompt is not computed."""
-        ...
+        """True while prompt tokens, or tokens lost by a preemption, are not computed."""
+        return self.computed_len < self.prefill_len
 
 
 class Load:
@@ -184,7 +169,7 @@ class AdmissionPolicy:
         arrival; requests left out must wait. Called once for each step with waiting requests."""
         return waiting
 
-    def admitted(self, request: AdmittedRequest, load: Load) -> None:
+    def admitted(self, request: WaitingRequest, load: Load) -> None:
         """Record that ``request`` was admitted, for the first time or after a preemption."""
 
     def computed(self, num_tokens: int, seconds: float, load: Load) -> None:

@@ -8,7 +8,6 @@ from math import inf
 
 from hybridcache.policies.admission.base import (
     AdmissionPolicy,
-    AdmittedRequest,
     Load,
     Session,
     WaitingRequest,
@@ -102,7 +101,7 @@ class SessionGate(AdmissionPolicy):
         """Sums over steps, discounted: tokens**2, and tokens * seconds."""
         self._lost: dict[WaitingRequest, None] = {}
         """Waiting requests that were found to enter; they are not examined again."""
-        self._entered: dict[WaitingRequest, AdmittedRequest] = {}
+        self._entered: dict[WaitingRequest, None] = {}
         """Requests that entered and are not answered yet."""
         self._pause_s = 0.0
         """Average time from a session's answer to its next request."""
@@ -176,7 +175,7 @@ class SessionGate(AdmissionPolicy):
         if not entering:
             return waiting
         self._num_withheld = len(entering)
-        running = [request for request in self._entered.values() if request.is_running]
+        running = [request for request in self._entered if request.is_running]
         if any(request.is_prefilling for request in running):
             self._reason = ENTERING
             return resident
@@ -257,14 +256,14 @@ class SessionGate(AdmissionPolicy):
             return True
         return False
 
-    def admitted(self, request: AdmittedRequest, load: Load) -> None:
+    def admitted(self, request: WaitingRequest, load: Load) -> None:
         self._lost.pop(request, None)
         session, now_s = request.session, load.now_s
         if request.num_preemptions:
             return
         if session.num_admitted:
-            if any(other.session is session for other in self._entered.values()):
-                self._entered[request] = request
+            if any(other.session is session for other in self._entered):
+                self._entered[request] = None
             elif self._num_withheld:
                 self._num_turns += 1
             return
@@ -282,7 +281,7 @@ class SessionGate(AdmissionPolicy):
         self._debt_s, self._debt_at_s = debt_s, now_s
         self._pace = max(self._floor, 1 - self._demand(now_s))
         if is_new or _is_most(lost_len, session):
-            self._entered[request] = request
+            self._entered[request] = None
             self._num_turns = 0
         if _is_most(lost_len, session) and lost_len:
             self._move_limit(now_s, DECREASE, 0.0)
