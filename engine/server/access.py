@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 def install(app: Starlette, config: ServerConfig) -> None:
     """Add the middleware to ``app``, the last one outermost. Raises ValueError if a key file is
     missing or empty."""
-    if keys := _distinct_keys(config):
+    if keys := api_keys(config):
         has_operator = config.admin_key_file is not None
         app.add_middleware(Keys, keys=keys, has_operator=has_operator)
     if config.cors_origin:
@@ -55,22 +55,18 @@ def install(app: Starlette, config: ServerConfig) -> None:
     app.add_middleware(RequestNames)
 
 
-def api_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
-    """Return the accepted keys, including the operator's. Empty if no key is required."""
-    keys = _client_keys(config, environment)
+def api_keys(config: ServerConfig) -> list[bytes]:
+    """Return the distinct accepted keys, including the operator's. Empty if no key is required."""
+    keys = _client_keys(config)
     if keys and config.admin_key_file is not None:
         keys.append(read_key("admin_key_file", config.admin_key_file))
     if config.salt_by_key and not keys:
         raise ValueError(f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}.")
-    return keys
+    return list(dict.fromkeys(keys))
 
 
-def _distinct_keys(config: ServerConfig) -> list[bytes]:
-    return list(dict.fromkeys(api_keys(config, os.environ)))
-
-
-def _client_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
-    named = environment.get(API_KEY_VARIABLE)
+def _client_keys(config: ServerConfig) -> list[bytes]:
+    named = os.environ.get(API_KEY_VARIABLE)
     keys = [] if named is None else [named.strip().encode()]
     _require_sendable(keys, API_KEY_VARIABLE)
     if config.api_key_file is not None:
@@ -83,7 +79,7 @@ def separates_keys(config: ServerConfig) -> bool:
     have several keys, because the number of reused tokens reveals shared prompts."""
     if config.salt_by_key is not None:
         return config.salt_by_key
-    return len(set(_client_keys(config, os.environ))) > 1
+    return len(set(_client_keys(config))) > 1
 
 
 def read_keys(setting: str, file: str) -> list[bytes]:
@@ -349,7 +345,7 @@ class Tenants:
     @classmethod
     def of_server(cls, config: ServerConfig, kept_folder: str | None) -> Tenants:
         """Make the tenants of a server. ``kept_folder``: folder in which its cache is kept."""
-        keys = _distinct_keys(config) if separates_keys(config) else ()
+        keys = api_keys(config) if separates_keys(config) else ()
         return cls(read_secret(kept_folder), keys)
 
     def of(self, scope: Scope, salt: str | None = None) -> Tenant:

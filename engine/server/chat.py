@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,7 @@ from engine.server.context import (
     ServingContext,
     cache_headers,
     chat_scores,
-    prompt_score_fields,
+    prompt_id_fields,
     token_id_fields,
     usage,
 )
@@ -145,24 +145,25 @@ def _plain(tool: dict[str, object]) -> dict[str, object]:
     return plain
 
 
-def _call_grammar(body: ChatRequest, form: AnswerForm) -> Grammar | None:
-    """Return the grammar of required calls, or of strict calls that the answer may contain; None
-    without either.
-
-    Raises ValueError if a tool's schema cannot be used, or if another form is requested too.
-    """
+def _forms(
+    body: ChatRequest, form: AnswerForm, format_name: str
+) -> dict[str, Callable[[], Grammar]]:
+    """Return the requested forms of the answer; see ``Guided.forms``. Required calls are one, and
+    so are strict calls that the answer may contain, unless another form is requested."""
+    forms, tools, choice = body.forms(format_name), body.tools or (), body.tool_choice
     written = "hermes" if form.calls is None else form.calls.FORM
-    if body.has_strict_calls:
-        return grammar_of_strict_calls(body.tools or (), written, may_think=form.thinks)
-    if not body.demands_call:
-        return None
-    if body.has_form:
-        raise ValueError(
-            "'tool_choice' requires a call, so no other form of the answer can be requested."
-        )
-    choice = body.tool_choice
-    name = choice.function.name if isinstance(choice, NamedTool) else "required"
-    return grammar_of_calls(body.tools or (), name, written, in_parallel=body.parallel_tool_calls)
+    if choice not in (None, "none", "auto"):
+        name = choice.function.name if isinstance(choice, NamedTool) else "required"
+        more = {"in_parallel": body.parallel_tool_calls}
+        forms["tool_choice"] = partial(grammar_of_calls, tools, name, written, **more)
+    elif (
+        choice != "none"
+        and not forms
+        and any(tool["function"].get("strict") is True for tool in tools)
+    ):
+        thinks = form.thinks
+        forms["tools"] = partial(grammar_of_strict_calls, tools, written, may_think=thinks)
+    return forms
 
 
 async def ask(
@@ -191,8 +192,7 @@ async def ask(
     [token_ids] = await context.as_arrays([prompt.token_ids])
     samplings = body.samplings(limit, num_top, context.engine.sampling_defaults)
 
-    calls = partial(_call_grammar, body, form)
-    grammar = await context.grammar_of(body, calls, prompt.is_thinking, format_name)
+    grammar = await context.grammar_of(_forms(body, form, format_name), prompt.is_thinking)
 
     specs = (
         structs.replace(
@@ -204,7 +204,6 @@ async def ask(
             request_id=choice_id(answer_id, choice),
             choice_of=answer_id if choice else None,
             grammar=grammar,
-            prompt_logprobs=body.prompt_logprobs,
         )
         for choice, sampling in enumerate(samplings)
     )
@@ -366,7 +365,7 @@ class _ChatWriter(ChatWriter):
                 "logprobs": self._scores(answer.output.logprobs),
                 "finish_reason": answer.finish,
                 **_warning(answer.warning),
-                **token_id_fields(self._body, answer.output, answer.output.token_ids, False),
+                **token_id_fields(self._body, answer.output.token_ids),
             }
             for index, answer in enumerate(answers)
         ]
@@ -376,14 +375,8 @@ class _ChatWriter(ChatWriter):
             "object": "chat.completion",
             "choices": choices,
             "usage": self._usage(outputs),
-            **self._of_prompt(outputs[0]),
+            **prompt_id_fields(self._body, outputs[0]),
         }
-
-    def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
-        """Return the fields about the prompt, which all answers share."""
-        ids = token_id_fields(self._body, output, (), True)
-        ids.pop("token_ids", None)
-        return ids | prompt_score_fields(self._context.tokenizer, self._body, output)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield the role of each choice, then one event per output."""
@@ -396,9 +389,7 @@ class _ChatWriter(ChatWriter):
                 for index in range(session.num_answers):
                     yield self._event([_choice(index, {"role": "assistant", "content": ""})])
             last[news.index] = news.output
-            more = self._of_prompt(news.output) if is_first else {}
-            if self._body.repeats_usage:
-                more["usage"] = self._usage(list(last.values()))
+            more = prompt_id_fields(self._body, news.output) if is_first else {}
             choice = self._delta(deltas[news.index], news)
             if more or choice != _choice(news.index, {}):
                 yield self._event([choice], **more)
@@ -416,9 +407,8 @@ class _ChatWriter(ChatWriter):
     def _delta(self, deltas: _Deltas, news: AnswerDelta) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)
         choice = _choice(news.index, deltas.write(news.events), scores, news.finish)
-        new = news.output.new_token_ids
         choice |= _warning(news.warning)
-        return choice | token_id_fields(self._body, news.output, new, False)
+        return choice | token_id_fields(self._body, news.output.new_token_ids)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return event({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})

@@ -4,7 +4,7 @@ scores."""
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -19,7 +19,7 @@ from engine.server.context import (
     CompletionScores,
     ServingContext,
     cache_headers,
-    prompt_score_fields,
+    prompt_id_fields,
     token_id_fields,
     usage,
 )
@@ -55,6 +55,11 @@ class CompletionRequest(Sampling, kw_only=True):
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
+    @property
+    def shows_prompt(self) -> bool:
+        """True if the answer contains the prompt."""
+        return self.echo or self.return_token_ids
+
 
 async def complete(
     context: ServingContext, request: Request, body: CompletionRequest, size: int
@@ -71,11 +76,10 @@ async def complete(
     if body.stream:
         return EventStream(answer.events(answers), answer.headers, as_event, context.keep_alive_s)
     outputs = await unless_gone(request.receive, context.finals(answers))
-    shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
     return await context.answer(
         outputs,
         lambda: answer.whole(outputs),
-        echoes=shows_prompt,
+        echoes=body.shows_prompt,
         headers=cache_headers(outputs[0]),
     )
 
@@ -90,15 +94,12 @@ async def _submit(
     for prompt in token_ids:
         context.check_length(len(prompt), "prompt", min(body.max_tokens, 1))
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    num_scores = (body.logprobs or 0) if scores_prompt else body.prompt_logprobs
-    if scores_prompt and body.prompt_logprobs is not None:
-        num_scores = max(body.logprobs or 0, body.prompt_logprobs)
     limits = [context.answer_limit(len(prompt), body.max_tokens) for prompt in token_ids]
     samplings = {
         limit: body.samplings(limit, body.logprobs, context.engine.sampling_defaults)
         for limit in set(limits)
     }
-    grammar = await context.grammar_of(body)
+    grammar = await context.grammar_of(body.forms("response_format"))
     choices = (
         (prompt, sampling)
         for prompt, limit in zip(await context.as_arrays(token_ids), limits, strict=True)
@@ -109,7 +110,7 @@ async def _submit(
             prompt,
             sampling,
             namespace=tenant.namespace,
-            prompt_logprobs=num_scores,
+            prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
             request_id=choice_id(answer_id, number),
             choice_of=choice_id(answer_id, number - number % body.n) if number % body.n else None,
             grammar=grammar,
@@ -137,7 +138,7 @@ class _Answer:
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [
-            _Choice(self._context, self._body, index).first(
+            _Choice(self._context, self._body, index).write(
                 output, output.text, output.token_ids, output.logprobs or ()
             )
             for index, output in enumerate(outputs)
@@ -160,40 +161,23 @@ class _Answer:
         ]
         last: dict[int, RequestOutput] = {}
         async for index, output in self._context.outputs(answers):
-            is_first = index not in last
             self._first = self._first or output
             last[index] = output
-            so_far = dict(last) if self._body.repeats_usage else {}
-            yield await self._event(choices[index], output, is_first, so_far)
+            yield await self._event(choices[index], output)
         outputs = [last[index] for index in range(len(answers.streams))]
         if self._body.includes_usage:
             counts = usage(outputs, outputs[:: self._body.n])
             yield event({**self._head, "choices": [], "usage": counts})
         yield DONE
 
-    async def _event(
-        self,
-        choice: _Choice,
-        output: RequestOutput,
-        is_first: bool,
-        so_far: Mapping[int, RequestOutput],
-    ) -> bytes:
-        """Write one event. ``so_far`` are the outputs for its usage, empty for an event without
-        usage."""
-        write = choice.first if is_first else choice.next
-
+    async def _event(self, choice: _Choice, output: RequestOutput) -> bytes:
         def work() -> bytes:
-            piece = write(output, output.new_text, output.new_token_ids, output.new_logprobs)
-            of_prompt: dict[int, RequestOutput] = {}  # The first choice's hit counts.
-            for index in sorted(so_far):
-                of_prompt.setdefault(index // self._body.n, so_far[index])
-            told = {"usage": usage(so_far.values(), of_prompt.values())} if so_far else {}
-            return event({**self._head, "choices": [piece], **told})
+            piece = choice.write(output, output.new_text, output.new_token_ids, output.new_logprobs)
+            return event({**self._head, "choices": [piece]})
 
-        body = self._body
-        shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
-        echoed = len(output.prompt_token_ids) if is_first and shows_prompt else 0
-        return await self._context.workers.run(echoed, work)
+        shows_prompt = choice.is_first and self._body.shows_prompt
+        num_shown = len(output.prompt_token_ids) if shows_prompt else 0
+        return await self._context.workers.run(num_shown, work)
 
 
 class _Choice:
@@ -203,44 +187,37 @@ class _Choice:
         self._tokenizer = context.tokenizer
         self._body = body
         self._index = index
-        self._echo = body.echo
         self._skips_special = body.skip_special_tokens is not False
         self._scores: CompletionScores | None = None
+        self.is_first = True
+        """True until the first part is written."""
 
-    def first(
+    def write(
         self,
         output: RequestOutput,
         text: str,
         token_ids: Sequence[int],
         scores: Sequence[SampledToken | None],
     ) -> dict[str, Any]:
-        """Write the beginning of an answer, or all of it, with the echoed prompt."""
-        told = token_id_fields(self._body, output, token_ids, True)
-        told |= prompt_score_fields(self._tokenizer, self._body, output)
-        if self._body.logprobs is not None:
-            before = () if self._echo else output.prompt_token_ids[-MAX_CONTEXT:].tolist()
-            decoder = self._tokenizer.stream_decoder(self._skips_special, before)
-            self._scores = CompletionScores(self._tokenizer, self._body.logprobs, decoder)
-        if self._echo:
-            prompt = output.prompt_token_ids.tolist()
-            text = self._tokenizer.decode(prompt, self._skips_special) + text
-            if output.prompt_logprobs is not None:
-                token_ids = (*prompt, *token_ids)
-                scores = (*output.prompt_logprobs, *scores)
-        return self.next(output, text, token_ids, scores) | told
-
-    def next(
-        self,
-        output: RequestOutput,
-        text: str,
-        token_ids: Sequence[int],
-        scores: Sequence[SampledToken | None],
-    ) -> dict[str, Any]:
-        """Write the next part of an answer, or all of it."""
+        """Write the next part of an answer, or all of it. The first part has the echoed prompt."""
+        told = token_id_fields(self._body, token_ids)
+        if self.is_first:
+            self.is_first = False
+            told |= prompt_id_fields(self._body, output)
+            if self._body.logprobs is not None:
+                before = () if self._body.echo else output.prompt_token_ids[-MAX_CONTEXT:].tolist()
+                decoder = self._tokenizer.stream_decoder(self._skips_special, before)
+                self._scores = CompletionScores(self._tokenizer, self._body.logprobs, decoder)
+            if self._body.echo:
+                prompt = output.prompt_token_ids.tolist()
+                text = self._tokenizer.decode(prompt, self._skips_special) + text
+                if output.prompt_logprobs is not None:
+                    token_ids = (*prompt, *token_ids)
+                    scores = (*output.prompt_logprobs, *scores)
         return {
             "index": self._index,
             "text": text,
             "logprobs": None if self._scores is None else self._scores.write(token_ids, scores),
             "finish_reason": output.finish_reason,
-            **token_id_fields(self._body, output, token_ids, False),
+            **told,
         }

@@ -32,7 +32,7 @@ from engine.server.access import Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
 from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
-from engine.server.schemas import Guided, Message, Sampling
+from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
 from engine.text.answer_reader import AnswerForm
 from engine.text.answers import CLOSE
@@ -164,36 +164,29 @@ class ServingContext:
             raise APIError(400, str(error)) from error
 
     async def grammar_of(
-        self,
-        body: Guided,
-        calls: Callable[[], Grammar | None] = lambda: None,
-        is_thinking: bool = False,
-        format_name: str = "response_format",
+        self, forms: Mapping[str, Callable[[], Grammar]], is_thinking: bool = False
     ) -> Grammar | None:
-        """Compile the grammar of the answer, or return None if the answer is free.
+        """Compile the grammar of an answer, or return None if the answer is free.
 
-        The grammar comes from the ``body`` or from the required ``calls``. If the prompt ends
-        inside reasoning, the grammar applies after it. ``format_name`` is the dialect's name of
-        ``response_format``. Raises APIError 400 if it cannot be used.
+        ``forms``: parameter of the body -> function that makes its grammar. If the prompt ends
+        inside reasoning, the grammar applies after it. Raises APIError 400 if several forms are
+        requested, or one cannot be used.
         """
-        param = body.form_name
-        if param == "response_format":
-            param = format_name
+        if not forms:
+            return None
+        if len(forms) > 1:
+            listed = ", ".join(f"'{name}'" for name in forms)
+            raise APIError(400, f"An answer can have only one form: send one of {listed}.")
+        [(param, make)] = forms.items()
 
-        def work() -> Grammar | None:
-            grammar = calls() or body.grammar()
-            if grammar is None:
-                return None
-            if is_thinking:
-                grammar = grammar.behind(CLOSE)
+        def work() -> Grammar:
+            grammar = make().behind(CLOSE) if is_thinking else make()
             try:
                 self.engine.compile(grammar)
             except ValueError as error:
-                raise ValueError(str(error) if param is None else f"'{param}': {error}") from error
+                raise ValueError(f"'{param}': {error}") from error
             return grammar
 
-        if not body.is_guided:
-            return None
         try:
             return await self.workers.compile(work)
         except ValueError as error:
@@ -363,30 +356,20 @@ def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput])
             "lost_tokens": lost,
             **({"transferred": _sums(transferred)} if transferred else {}),
         },
-    } | ({"completion_tokens_details": _drafted(drafts, num_new)} if drafts else {})
+    } | ({"completion_tokens_details": _drafted(drafts)} if drafts else {})
 
 
 def _sums(transferred: Sequence[Transferred]) -> dict[str, int]:
     return {name: sum(getattr(one, name) for one in transferred) for name in Transferred._fields}
 
 
-def _drafted(drafts: Sequence[DraftCounts], num_new: int) -> dict[str, float | None]:
-    """Return the statistics on draft tokens.
-
-    Not part of OpenAI's API are ``verifications``, the number of steps with drafts;
-    ``acceptance_length``, the mean number of tokens per such step; and ``tokens_per_step``, the
-    mean over all steps that gave any of the ``num_new`` tokens. The means are null before the first
-    step.
-    """
+def _drafted(drafts: Sequence[DraftCounts]) -> dict[str, int]:
+    """Return the numbers of accepted and rejected draft tokens."""
     num_accepted = sum(counts.accepted.total() for counts in drafts)
-    num_verified = sum(counts.num_verified for counts in drafts)
-    num_steps = num_new - num_accepted
+    num_drafted = sum(counts.drafted.total() for counts in drafts)
     return {
         "accepted_prediction_tokens": num_accepted,
-        "rejected_prediction_tokens": sum(c.drafted.total() for c in drafts) - num_accepted,
-        "verifications": num_verified,
-        "acceptance_length": 1 + num_accepted / num_verified if num_verified else None,
-        "tokens_per_step": num_new / num_steps if num_steps > 0 else None,
+        "rejected_prediction_tokens": num_drafted - num_accepted,
     }
 
 
@@ -464,47 +447,14 @@ def chat_scores(
     return {"content": content}
 
 
-def token_id_fields(
-    body: Sampling, output: RequestOutput, new: Sequence[int], is_first: bool
-) -> dict[str, Any]:
-    """Return the ids of the ``new`` tokens in vLLM's form, with those of the prompt in the first
-    part."""
-    if not body.return_token_ids:
-        return {}
-    prompt = {"prompt_token_ids": output.prompt_token_ids.tolist()} if is_first else {}
-    return {**prompt, "token_ids": [int(token) for token in new]}
+def prompt_id_fields(body: Sampling, output: RequestOutput) -> dict[str, Any]:
+    """Return the ids of the prompt in vLLM's form, if they are requested."""
+    return {"prompt_token_ids": output.prompt_token_ids.tolist()} if body.return_token_ids else {}
 
 
-def prompt_score_fields(
-    tokenizer: Tokenizer, body: Sampling, output: RequestOutput
-) -> dict[str, Any]:
-    """Return the log-probabilities of the prompt in vLLM's form.
-
-    For each prompt token there is an object by id, with the requested alternatives; null for the
-    first.
-    """
-    scores = output.prompt_logprobs
-    if body.prompt_logprobs is None or scores is None:
-        return {}
-    num_top = body.prompt_logprobs
-    written = [None if score is None else _entry(tokenizer, score, num_top) for score in scores]
-    return {"prompt_logprobs": written}
-
-
-def _entry(tokenizer: Tokenizer, score: SampledToken, num_top: int) -> dict[str, Any]:
-    best = list(score.top_logprobs[:num_top])
-    ranks = {token: rank for rank, (token, _) in enumerate(best, 1)}
-    if score.token_id not in ranks:
-        best.append((score.token_id, score.logprob or 0.0))
-    return {
-        str(token): {
-            "logprob": finite(logprob),
-            # The rank of a less likely token is not known.
-            "rank": ranks.get(token),
-            "decoded_token": token_text(tokenizer, token),
-        }
-        for token, logprob in best
-    }
+def token_id_fields(body: Sampling, token_ids: Sequence[int]) -> dict[str, Any]:
+    """Return the ids of new tokens in vLLM's form, if they are requested."""
+    return {"token_ids": [int(token) for token in token_ids]} if body.return_token_ids else {}
 
 
 def cache_headers(output: RequestOutput) -> dict[str, str]:

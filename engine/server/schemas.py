@@ -128,14 +128,14 @@ class Guided(Body, kw_only=True):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
-    @property
-    def forms(self) -> dict[str, Callable[[], Grammar]]:
-        """Requested forms of the answer: parameter -> function that makes its grammar, in O(its
-        length), and may raise GrammarError."""
+    def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
+        """Return the requested forms of the answer: parameter -> function that makes its grammar,
+        in O(its length), and may raise GrammarError. ``format_name`` is the dialect's name of
+        ``response_format``."""
         asked, given = self.response_format, self.structured_outputs
         forms: dict[str, Callable[[], Grammar]] = {}
         if asked is not None and asked.type != "text":
-            forms["response_format"] = asked.grammar
+            forms[format_name] = asked.grammar
         for name, make in MAKERS.items():
             if (value := getattr(given, name, None)) is not None:
                 forms[f"structured_outputs.{name}"] = partial(make, value)
@@ -143,33 +143,11 @@ class Guided(Body, kw_only=True):
             forms["structured_outputs.json_object"] = Grammar.of_object
         return forms
 
-    @property
-    def is_guided(self) -> bool:
-        """True if the answer has a grammar."""
-        return bool(self.forms)
-
-    @property
-    def form_name(self) -> str | None:
-        """Name of the parameter that determines the form, or None if there is none or more than
-        one."""
-        names = list(self.forms)
-        return names[0] if len(names) == 1 else None
-
-    def grammar(self) -> Grammar | None:
-        """Return the grammar of the answer, or None if it is free. O(its length).
-
-        Raises GrammarError if several forms are requested, or one cannot be used.
-        """
-        forms = list(self.forms.values())
-        if len(forms) > 1:
-            raise GrammarError("an answer can have only one form; use one of these parameters.")
-        return forms[0]() if forms else None
-
 
 class StreamOptions(Part, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    """Report the usage so far with every event."""
+    """Ignored: the usage comes at the end."""
     include_obfuscation: bool | None = None
 
 
@@ -211,7 +189,6 @@ class Sampling(Guided, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     """Ignored: the supported tokenizers insert no spaces."""
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: NumScores | None = None
     return_token_ids: bool = False
     cache_salt: str | None = None
     """Requests with different salts share no cache entries."""
@@ -246,11 +223,6 @@ class Sampling(Guided, kw_only=True):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def repeats_usage(self) -> bool:
-        """True if every event has the usage so far."""
-        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def ends_session(self) -> bool:
@@ -599,31 +571,6 @@ class ChatRequest(Sampling, kw_only=True):
     def ends_session(self) -> bool:
         options = self.prompt_cache_options
         return super().ends_session or (options is not None and bool(options.session_end))
-
-    @property
-    def demands_call(self) -> bool:
-        """True if the answer must be a call."""
-        return self.tool_choice not in (None, "none", "auto")
-
-    @property
-    def has_strict_calls(self) -> bool:
-        """True if the answer may be a call of a tool with a schema that it must follow."""
-        if self.demands_call or self.tool_choice == "none" or super().is_guided:
-            return False
-        return any(tool["function"].get("strict") is True for tool in self.tools or ())
-
-    @property
-    def is_guided(self) -> bool:
-        return self.demands_call or self.has_strict_calls or super().is_guided
-
-    @property
-    def form_name(self) -> str | None:
-        return "tools" if self.demands_call or self.has_strict_calls else super().form_name
-
-    @property
-    def has_form(self) -> bool:
-        """True if a form other than calls is requested."""
-        return super().is_guided
 
 
 CHOICES = ("none", "auto", "required")

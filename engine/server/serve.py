@@ -263,7 +263,7 @@ class Server(uvicorn.Server):
 def check(config: ServerConfig) -> None:
     """Raise ValueError if a file in the settings cannot be used. ``serve`` checks the same, but
     only after the model was loaded."""
-    access.api_keys(config, os.environ)
+    access.api_keys(config)
     Operator.of(config)
 
 

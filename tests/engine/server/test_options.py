@@ -65,15 +65,12 @@ def test_allowed_and_forbidden_tokens(live: Live) -> None:
 
 
 def test_extra_fields_of_an_answer(live: Live) -> None:
-    body = {"return_token_ids": True, "prompt_logprobs": 2}
-    answer = complete(live, n=2, **body)
+    answer = complete(live, n=2, return_token_ids=True)
     [choice, _] = answer["choices"]
     assert choice["prompt_token_ids"] == list(b"tell me") and len(choice["token_ids"]) == 12
-    assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == 7
-    assert set(choice["prompt_logprobs"][1]["101"]) == {"logprob", "rank", "decoded_token"}
-    chat = live.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4, **body}).json()
-    assert len(chat["prompt_logprobs"]) == len(chat["prompt_token_ids"])
-    assert len(chat["choices"][0]["token_ids"]) <= 4
+    body = {"messages": CHAT, "max_tokens": 4, "return_token_ids": True}
+    chat = live.post("/v1/chat/completions", body).json()
+    assert len(chat["choices"][0]["token_ids"]) <= 4 < len(chat["prompt_token_ids"])
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -87,24 +84,11 @@ def test_extra_fields_of_a_stream(live: Live, path: str) -> None:
     )
     sent = [c["token_ids"] for e in received for c in e["choices"] if "token_ids" in c]
     assert sum(map(len, sent)) == 5
-    counts = [e["usage"]["completion_tokens"] for e in received if "usage" in e]
-    assert counts == sorted(counts) and counts[-1] == 5 and len(counts) >= 5
+    assert [e["usage"]["completion_tokens"] for e in received if "usage" in e] == [5]
     prompts = [
         e for e in received if "prompt_token_ids" in (e if "chat" in path else json.dumps(e))
     ]
     assert len(prompts) == 1
-
-
-def test_cached_tokens_during_a_stream_are_those_of_the_first_choice(
-    serve_oracle: Callable[..., Live],
-) -> None:
-    """Later choices reuse the prompt of the first one; the client gains nothing from that."""
-    body = {"prompt": "x" * 300, "n": 2, "max_tokens": 3, "ignore_eos": True}
-    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-    received = events(serve_oracle(), "/v1/completions", body)
-    told = [e["usage"]["prompt_tokens_details"]["cached_tokens"] for e in received]
-    indices = [c["index"] for e in received for c in e["choices"]]
-    assert set(told[indices.index(0) :]) == {0}
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
