@@ -76,10 +76,10 @@ class APIError(Exception):
         for_anthropic: str | None = None,
     ) -> None:
         """``for_anthropic``: message in Anthropic's dialect, if its clients parse it."""
-        super().__init__(_short(message, MAX_MESSAGE))
+        super().__init__(short(message, MAX_MESSAGE))
         self._for_anthropic = for_anthropic or str(self)
         self.status = status
-        self.param = None if param is None else _short(param, MAX_QUOTED)
+        self.param = None if param is None else short(param)
         self.code = code
         self.headers = headers
 
@@ -147,10 +147,10 @@ def _nearest_path(routes: Sequence[Any], asked: str) -> str:
 
 def quoted(text: str) -> str:
     """Return text of a client in quotation marks, cut to a bounded length."""
-    return f"'{_short(text, MAX_QUOTED)}'"
+    return f"'{short(text)}'"
 
 
-def _short(text: str, most: int) -> str:
+def short(text: str, most: int = MAX_QUOTED) -> str:
     """Return ``text`` on one line, cut at ``most`` characters."""
     cut = text if len(text) <= most else text[: most - 3] + "..."
     return whole_text(" ".join(cut.splitlines()))

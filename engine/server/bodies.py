@@ -31,7 +31,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.server.api_errors import APIError, of_failure
+from engine.server.api_errors import APIError, of_failure, quoted, short
 from engine.server.request_log import note_error
 from engine.text.json_text import read_json, with_whole_escapes, write_json
 
@@ -211,7 +211,7 @@ def _settled(value: Any) -> Any:
 def _unknown(name: str, known: Mapping[str, Any]) -> APIError:
     near = get_close_matches(name[:MAX_NAMES], known, n=1, cutoff=0.75)
     remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
-    message = f"'{_cut(name)}' is not a parameter of this endpoint: {remedy}"
+    message = f"{quoted(name)} is not a parameter of this endpoint: {remedy}"
     return APIError(400, message, param=name, code="unknown_parameter")
 
 
@@ -272,24 +272,24 @@ def of_validation(error: msgspec.ValidationError, name: str, of_type: Any) -> AP
     text = text.rstrip(".")
     if text.startswith("Object missing required field"):
         param = f"{param}.{text.split('`')[1]}"
-        return APIError(400, f"'{_cut(param)}' is missing: add it.", param=param)
+        return APIError(400, f"{quoted(param)} is missing: add it.", param=param)
     if text.startswith("Object contains unknown field"):
         param = f"{param}.{text.split('`')[1]}"
-        message = f"'{_cut(param)}' is not a parameter: check its spelling or drop it."
+        message = f"{quoted(param)} is not a parameter: check its spelling or drop it."
         return APIError(400, message, param=param, code="unknown_parameter")
     wrong = re.match(r"Invalid (?:enum )?value (.*)|Expected `str.*, got (`.*)", text)
     if wrong and (texts := _texts_at(of_type, re.findall(r"\w+", path))):
         got = wrong[1] or _in_words(wrong[2])
         listed = " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
-        message = f"'{_cut(param)}' must be {listed} (got {_cut(got)})."
+        message = f"{quoted(param)} must be {listed} (got {short(got)})."
         return APIError(400, message, param=param)
     if text.startswith("Expected "):
         what = _in_words(text.removeprefix("Expected "))
-        return APIError(400, f"'{_cut(param)}' must be {what}.", param=param)
+        return APIError(400, f"{quoted(param)} must be {what}.", param=param)
     if text.startswith("Invalid "):
-        value = _cut(text.removeprefix("Invalid ").removeprefix("enum ").removeprefix("value "))
-        return APIError(400, f"'{_cut(param)}' must not be {value}.", param=param)
-    said = text if f"'{name}" in text else f"'{_cut(param)}': {text}"
+        value = short(text.removeprefix("Invalid ").removeprefix("enum ").removeprefix("value "))
+        return APIError(400, f"{quoted(param)} must not be {value}.", param=param)
+    said = text if f"'{name}" in text else f"{quoted(param)}: {text}"
     return APIError(400, f"{said}.", param=param)
 
 
@@ -302,16 +302,24 @@ def _in_words(text: str) -> str:
     return re.sub(r"`([^`]*)`", words, text)
 
 
-def _cut(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
 def json_object(piece: Raw, name: str) -> dict[str, Any]:
     """Return an object of any form, without nulls. See ``json_value``."""
     value = json_value(piece, name)
     if not isinstance(value, dict):
-        raise APIError(400, f"'{_cut(name)}' must be an object.", param=name)
+        raise APIError(400, f"{quoted(name)} must be an object.", param=name)
     return {key: entry for key, entry in value.items() if entry is not None}
+
+
+def read_entries(
+    pieces: Sequence[Raw], of_type: Any, name: str, kind: str | None = None
+) -> list[Any]:
+    """Return the entries of the list ``name``, each an object that is read as ``of_type``. ``kind``
+    is the type of entries that do not name one. Raises APIError 400."""
+    beginning = {} if kind is None else {"type": kind}
+    return [
+        converted(beginning | json_object(piece, place), of_type, place)
+        for piece, place in ((piece, f"{name}.{at}") for at, piece in enumerate(pieces))
+    ]
 
 
 def json_value(piece: Raw, name: str) -> Any:
@@ -322,7 +330,7 @@ def json_value(piece: Raw, name: str) -> Any:
         check_nodes(text)
         return read_json(text)
     except ValueError as error:
-        raise APIError(400, f"'{_cut(name)}' cannot be read: {error}.", param=name) from None
+        raise APIError(400, f"{quoted(name)} cannot be read: {error}.", param=name) from None
 
 
 def check_nodes(text: str) -> None:

@@ -38,11 +38,10 @@ from engine.server.context import (
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
 from engine.text.answer_reader import AnswerDelta, AnswerForm, AnswerReader
 from engine.text.answers import (
-    CallArguments,
-    CallBegin,
     Event,
     ReasoningDelta,
     TextDelta,
+    ToolCall,
     as_message,
     joined,
 )
@@ -454,28 +453,16 @@ class _Deltas:
         """Write all of ``events`` as one delta. O(their length)."""
         texts: dict[str, list[str]] = {}
         calls: list[dict[str, Any]] = []
-        arguments: list[list[str]] = []
         for one in events:
             match one:
                 case ReasoningDelta(text):
                     texts.setdefault("reasoning_content", []).append(text)
                 case TextDelta(text):
                     texts.setdefault("content", []).append(text)
-                case CallBegin(name):
-                    head = {
-                        "id": new_id("call", "_"),
-                        "type": "function",
-                        "function": {"name": name},
-                    }
-                    calls.append({"index": self._num_calls, **head})
-                    arguments.append([])
+                case ToolCall(name, arguments):
+                    function = {"name": name, "arguments": arguments}
+                    head = {"index": self._num_calls, "id": new_id("call", "_")}
+                    calls.append({**head, "type": "function", "function": function})
                     self._num_calls += 1
-                case CallArguments(text):
-                    if not calls:
-                        calls.append({"index": self._num_calls - 1, "function": {}})
-                        arguments.append([])
-                    arguments[-1].append(text)
-        for call, pieces in zip(calls, arguments, strict=True):
-            call["function"]["arguments"] = "".join(pieces)
         delta: dict[str, Any] = {name: "".join(pieces) for name, pieces in texts.items()}
         return delta | ({"tool_calls": calls} if calls else {})

@@ -247,8 +247,8 @@ class ServingContext:
                 valid.append(self.engine.validate(spec))
                 await asyncio.sleep(0)  # Let the event loop run between two choices.
             for spec in valid:
-                if record is not None:
-                    record.expect(spec)
+                if record is not None and spec.choice_of is not None:
+                    record.repeated.add(spec.request_id)
                 streams.append(self.engine.submit_valid(spec, queue))
                 await asyncio.sleep(0)
         except BaseException as error:
@@ -289,7 +289,7 @@ class ServingContext:
                     raise output
                 index = index_of[stream.request_id]
                 if record is not None:
-                    record.take(index, output)
+                    record.outputs[output.request_id] = output
                 last[index] = output
                 if output.is_finished:
                     self.metrics.observe(last.pop(index))

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.requests.spec import RequestSpec
 from engine.text.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -24,30 +23,23 @@ class RequestRecord:
     """Token counts of one HTTP request. A prompt with several answers counts once."""
 
     def __init__(self) -> None:
-        self._are_firsts: list[bool] = []
-        """False for each generation that is another choice of an earlier one's prompt."""
-        self._outputs: dict[int, RequestOutput] = {}
+        self.outputs: dict[str, RequestOutput] = {}
+        """Latest output of each generation, by its id."""
+        self.repeated: set[str | None] = set()
+        """Ids of generations that are further choices of an earlier one's prompt."""
         self.answer_id = ""
         """Id of the answer. Empty if there is none."""
         self.error = ""
         """Message of the error that the client got. Empty if it got none."""
 
-    def expect(self, spec: RequestSpec) -> None:
-        """Record one more generation of the request."""
-        self._are_firsts.append(spec.choice_of is None)
-
-    def take(self, index: int, output: RequestOutput) -> None:
-        """Record the latest output of one generation."""
-        self._outputs[index] = output
-
     def words(self) -> str:
         """Return the token counts, or "" if nothing was generated."""
-        if not self._outputs:
+        if not self.outputs:
             return ""
-        firsts = [output for index, output in self._outputs.items() if self._are_firsts[index]]
+        firsts = [output for name, output in self.outputs.items() if name not in self.repeated]
         prompt = sum(len(output.prompt_token_ids) for output in firsts)
         cached = sum(output.cached_len for output in firsts)
-        answer = sum(len(output.output) for output in self._outputs.values())
+        answer = sum(len(output.output) for output in self.outputs.values())
         return f"  prompt {prompt:,}  cached {cached:,}  answer {answer:,}"
 
 

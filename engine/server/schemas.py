@@ -379,27 +379,18 @@ def _check_messages(messages: Sequence[Message]) -> None:
     called: set[str | None] = set()
     for number, message in enumerate(messages):
         extra = message.extra
-        if message.content is None and message.role != "assistant":
-            raise ValueError(f"'messages.{number}' has no 'content': add its text.")
         # Reasoning may be empty, because clients may drop its text.
         has_more = any(extra.get(name) not in (None, []) for name in WITHOUT_CONTENT)
-        if message.content is None and not message.tool_calls and not has_more:
-            raise ValueError(
-                f"'messages.{number}' has neither 'content' nor 'tool_calls': add one of them."
-            )
+        may_be_empty = message.role == "assistant" and (message.tool_calls or has_more)
+        if message.content is None and not may_be_empty:
+            raise ValueError(f"'messages.{number}' has no 'content': add its text.")
         called.update(_id_of(call.get("id")) for call in message.tool_calls or ())
-        if message.role != "tool":
-            continue
-        if not called:
-            raise ValueError(
-                f"'messages.{number}' is a tool's result, but no message before it calls a tool: "
-                "send the assistant's message with its calls, too."
-            )
         answered = _id_of(extra.get("tool_call_id"))
-        if answered is not None and answered not in called and None not in called:
+        is_called = called and (answered is None or called & {answered, None})
+        if message.role == "tool" and not is_called:
             raise ValueError(
-                f"'messages.{number}' is the result of the call {quoted(answered)}, which no "
-                "message before it makes: send the id of a call."
+                f"'messages.{number}' is the result of a call that no message before it makes: "
+                "send the assistant's message with this call."
             )
 
 
@@ -472,16 +463,12 @@ class NamedTool(Part, kw_only=True):
 
 
 class CacheOptions(Part, kw_only=True):
-    """OpenAI's ``prompt_cache_options``. ``mode`` and ``ttl`` are ignored, because the cache's
-    policies decide on placement and eviction, and so is the comparison: see
-    ``/v1/cache/explanations``."""
+    """OpenAI's ``prompt_cache_options``, which change no answer: the cache's policies decide on
+    placement and eviction, and ``/v1/cache/explanations`` compares prompts."""
 
     mode: Literal["implicit"] | None = None
     ttl: str | None = None
     comparison_response_id: str | None = None
-    session_end: bool | None = None
-    """True if no request of this session follows. Not part of OpenAI's API: a hint for admission
-    and eviction."""
 
 
 if TYPE_CHECKING:
@@ -566,11 +553,6 @@ class ChatRequest(Sampling, kw_only=True):
         """Maximum number of tokens of an answer, by either name, or None if only the context limits
         it."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def ends_session(self) -> bool:
-        options = self.prompt_cache_options
-        return super().ends_session or (options is not None and bool(options.session_end))
 
 
 CHOICES = ("none", "auto", "required")

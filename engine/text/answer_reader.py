@@ -10,11 +10,10 @@ from typing import Any, Literal
 from engine.text.answers import (
     CLOSE,
     BrokenCall,
-    CallBegin,
-    CallEnd,
     Event,
     ReasoningReader,
     TextDelta,
+    ToolCall,
     joined,
 )
 from engine.text.calls import CallReader, call_form
@@ -81,9 +80,6 @@ class AnswerReader:
         self._reasoning = ReasoningReader(is_thinking) if form.thinks else None
         self._calls = form.calls(tools) if form.calls and tools is not None else None
         self._is_single, self._index, self._ends = is_single, index, end_token_ids
-        self._has_calls = False
-        self._ends_in_call = False
-        """True if the last event that was read is the end of a call."""
         self._is_broken_off = False
         """True if a limit or a stop string ended the answer inside a call."""
         self._warning: str | None = None
@@ -121,15 +117,12 @@ class AnswerReader:
             if isinstance(one, BrokenCall) and self._warning is None:
                 self._warning = f"{BROKEN}{one.why}."
         events = joined(one for one in events if not isinstance(one, BrokenCall))
-        self._has_calls = self._has_calls or any(isinstance(one, CallBegin) for one in events)
         if self._is_single:
-            ends = (at for at, one in enumerate(events, 1) if isinstance(one, CallEnd))
+            ends = (at for at, one in enumerate(events, 1) if isinstance(one, ToolCall))
             end = next(ends, None)
             self.is_over = end is not None
             events = events[:end]
         self.events += events
-        if events:
-            self._ends_in_call = isinstance(events[-1], CallEnd)
         return events
 
     def _finish(self, output: RequestOutput) -> Finish | None:
@@ -137,9 +130,11 @@ class AnswerReader:
         if output.finish_reason is None:
             return None
         has_stopped = output.finish_reason == "stop" and not self._is_broken_off
+        has_calls = any(isinstance(one, ToolCall) for one in self.events)
         # A call that ends exactly at the limit is complete: the client can run it.
-        is_whole = output.finish_reason == "length" and self._ends_in_call
-        if self.is_over or (self._has_calls and has_stopped) or is_whole:
+        ends_in_call = has_calls and isinstance(self.events[-1], ToolCall)
+        is_whole = output.finish_reason == "length" and ends_in_call
+        if self.is_over or (has_calls and has_stopped) or is_whole:
             return "tool_calls"
         return output.finish_reason
 

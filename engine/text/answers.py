@@ -31,23 +31,11 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class CallBegin:
-    """Start of a tool call; its arguments follow, until ``CallEnd``. Emitted only for a complete
-    JSON call of an offered tool."""
+class ToolCall:
+    """Complete call of an offered tool. ``arguments`` is the text of a JSON object."""
 
     name: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallArguments:
-    """Next part of the JSON text of the arguments."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallEnd:
-    """End of the arguments."""
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +45,8 @@ class BrokenCall:
     why: str
 
 
-Event = ReasoningDelta | TextDelta | CallBegin | CallArguments | CallEnd | BrokenCall
-_TEXTS = (ReasoningDelta, TextDelta, CallArguments)
+Event = ReasoningDelta | TextDelta | ToolCall | BrokenCall
+_TEXTS = (ReasoningDelta, TextDelta)
 
 
 def joined(events: Iterable[Event]) -> list[Event]:
@@ -76,18 +64,15 @@ def as_message(events: Sequence[Event]) -> dict[str, Any]:
     """Return an answer as the message that chat templates take. O(length)."""
     content: list[str] = []
     reasoning: list[str] = []
-    calls: list[tuple[str, list[str]]] = []
+    functions: list[dict[str, str]] = []
     for one in events:
         match one:
             case TextDelta(text):
                 content.append(text)
             case ReasoningDelta(text):
                 reasoning.append(text)
-            case CallBegin(name):
-                calls.append((name, []))
-            case CallArguments(text):
-                calls[-1][1].append(text)
-    functions = [{"name": name, "arguments": "".join(pieces)} for name, pieces in calls]
+            case ToolCall(name, arguments):
+                functions.append({"name": name, "arguments": arguments})
     return {
         "role": "assistant",
         "content": "".join(content),

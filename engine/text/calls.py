@@ -17,13 +17,11 @@ from engine.text.answers import CALL_CLOSE as CLOSE
 from engine.text.answers import CALL_OPEN as OPEN
 from engine.text.answers import (
     BrokenCall,
-    CallArguments,
-    CallBegin,
-    CallEnd,
     Event,
     MarkSearch,
     Space,
     TextDelta,
+    ToolCall,
 )
 from engine.text.json_text import read_json, write_json
 from engine.text.tokenizer import any_of
@@ -161,7 +159,7 @@ class CallReader(ABC):
             arguments = write_json(read_json(arguments))
         self._space.take()
         self._is_first = False
-        self._events += [CallBegin(parsed.name), CallArguments(arguments), CallEnd()]
+        self._events.append(ToolCall(parsed.name, arguments))
         self._closing = ""
         return text[parsed.end :]
 

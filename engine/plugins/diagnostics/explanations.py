@@ -154,13 +154,14 @@ class Explanations:
         """Explain a chat, by default in comparison with the earlier one that shares the most
         tokens. None if a chat is not known, or both are in different namespaces."""
         later = self.memory.get(name, is_use=False)
-        earlier = None if later is None else self.nearest(later)
-        if later is not None and earlier_name is not None:
+        if later is None:
+            return None
+        if earlier_name is None:
+            earlier = self.nearest(later)
+        else:
             earlier = self.memory.get(earlier_name, is_use=False)
             if earlier is None or earlier.tenant.namespace != later.tenant.namespace:
                 return None
-        if later is None:
-            return None
         told = asdict(self.explain(earlier, later, may_be_new=earlier_name is None))
         compared_with = None if earlier is None else earlier.answer_id
         return {"id": later.answer_id, "compared_with": compared_with, **told}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Raw
 from starlette.requests import Request
@@ -20,10 +20,9 @@ from engine.server.api_errors import ANTHROPIC, APIError, request_name
 from engine.server.bodies import (
     Body,
     Part,
-    converted,
-    json_object,
     json_response,
     named_event,
+    read_entries,
 )
 from engine.server.chat import ChatSession, ChatWriter, ask, render, settle_system
 from engine.server.context import ServingContext
@@ -47,16 +46,13 @@ from engine.server.schemas import (
 )
 from engine.text.answer_reader import AnswerDelta, Finish
 from engine.text.answers import (
-    CallArguments,
-    CallBegin,
-    CallEnd,
     Event,
     ReasoningDelta,
     TextDelta,
+    ToolCall,
 )
 from engine.text.outputs import RequestOutput
 
-Entry = TypeVar("Entry")
 PING = named_event({"type": "ping"})
 REASONS: dict[Finish | None, str] = {
     "stop": "end_turn",
@@ -249,13 +245,6 @@ else:  # Read one by one in ``__post_init__``.
     Tools = list[Raw]
 
 
-def _read(entries: Any, of_type: type[Entry], name: str) -> list[Entry]:
-    return [
-        converted(json_object(raw, f"{name}.{at}"), of_type, f"{name}.{at}")
-        for at, raw in enumerate(entries)
-    ]
-
-
 class CountRequest(Body, kw_only=True):
     """POST /v1/messages/count_tokens: the fields that determine the prompt."""
 
@@ -284,11 +273,11 @@ class CountRequest(Body, kw_only=True):
     """Ignored except ``session_end``, which declares that no request of the session follows."""
 
     def __post_init__(self) -> None:
-        self.messages = _read(self.messages, Turn, "messages")
+        self.messages = read_entries(self.messages, Turn, "messages")  # type: ignore[arg-type]
         if isinstance(self.system, list):
-            self.system = _read(self.system, Text, "system")
+            self.system = read_entries(self.system, Text, "system")  # type: ignore[arg-type]
         if self.tools is not None:
-            self.tools = _read(self.tools, Tool, "tools")
+            self.tools = read_entries(self.tools, Tool, "tools")  # type: ignore[arg-type]
         if self.messages[-1].role == "assistant":
             raise ValueError(
                 "The last of 'messages' is the assistant's, and continuing an answer is not "
@@ -524,15 +513,6 @@ def _content(events: Sequence[Event], omits_thinking: bool) -> list[dict[str, An
     return content
 
 
-def _tool_use(name: str) -> dict[str, Any]:
-    return {"type": "tool_use", "id": new_id("toolu", "_"), "name": name, "input": {}}
-
-
-def _signature(digest: Any) -> str:
-    """Return a signature. Clients drop thinking without one; it proves nothing."""
-    return str(digest.hexdigest())
-
-
 class _Blocks:
     """Writes events as blocks, of which one is open at a time."""
 
@@ -555,18 +535,17 @@ class _Blocks:
                 case TextDelta(text):
                     yield from self._turn_to(TextDelta, {"type": "text", "text": ""})
                     yield self._delta({"type": "text_delta", "text": text})
-                case CallBegin(name):
-                    yield from self.close()
-                    yield from self._turn_to(CallBegin, _tool_use(name))
-                case CallArguments(text):
-                    yield self._delta({"type": "input_json_delta", "partial_json": text})
-                case CallEnd():
+                case ToolCall(name, arguments):
+                    block = {"type": "tool_use", "id": new_id("toolu", "_"), "name": name}
+                    yield from self._turn_to(ToolCall, {**block, "input": {}})
+                    yield self._delta({"type": "input_json_delta", "partial_json": arguments})
                     yield from self.close()
 
     def close(self) -> Iterator[dict[str, Any]]:
         """End the open block, if there is one."""
         if self._open is ReasoningDelta:
-            sign = _signature(self._thoughts)
+            # Clients drop thinking without a signature; it proves nothing.
+            sign = self._thoughts.hexdigest()
             yield self._delta({"type": "signature_delta", "signature": sign})
         if self._open is not None:
             self._open = None

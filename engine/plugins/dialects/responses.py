@@ -23,10 +23,9 @@ from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import (
     Body,
     Part,
-    converted,
-    json_object,
     json_response,
     named_event,
+    read_entries,
     to_json,
 )
 from engine.server.chat import ChatSession, ChatWriter, ask, settle_system
@@ -54,12 +53,10 @@ from engine.server.schemas import (
 from engine.server.settings import ServerConfig
 from engine.text.answer_reader import AnswerDelta, Finish
 from engine.text.answers import (
-    CallArguments,
-    CallBegin,
-    CallEnd,
     Event,
     ReasoningDelta,
     TextDelta,
+    ToolCall,
 )
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
@@ -205,11 +202,6 @@ class NamespaceTool(Part, kw_only=True, tag_field="type", tag="namespace"):
 AnyTool = FunctionTool | NamespaceTool
 
 
-def _placed(name: str, entries: Sequence[Any]) -> Iterator[tuple[str, Raw]]:
-    """Yield the place and the text of each entry of a list."""
-    yield from ((f"{name}.{index}", raw) for index, raw in enumerate(entries))
-
-
 class NamedFunction(Part, kw_only=True):
     type: Literal["function"]
     name: Name
@@ -301,17 +293,13 @@ class ResponsesRequest(Body, kw_only=True):
     def __post_init__(self) -> None:
         check_streamed(self.stream, self.stream_options)
         given: Any = self.input
-        self.input = [
-            converted({"type": "message"} | json_object(raw, place), AnyItem, place)  # type: ignore[arg-type]
-            for place, raw in _placed("input", [] if isinstance(given, str) else given)
-        ]
         if isinstance(given, str):
             self.input = [MessageItem(role="user", content=given)]
+        else:
+            self.input = read_entries(given, AnyItem, "input", "message")
         if self.tools is not None:
-            self.tools = [
-                converted({"type": "function"} | json_object(raw, place), AnyTool, place)  # type: ignore[arg-type]
-                for place, raw in _placed("tools", self.tools)
-            ]
+            tools: Any = self.tools
+            self.tools = read_entries(tools, AnyTool, "tools", "function")
 
     def _functions(self) -> Iterator[dict[str, Any]]:
         for tool in self.tools or ():
@@ -354,7 +342,6 @@ class ResponsesRequest(Body, kw_only=True):
                 reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
                 response_format=None if asked is None else asked.of_chat(),
                 cache_salt=self.cache_salt,
-                prompt_cache_options=self.prompt_cache_options,
                 metadata=self.metadata,
             )
         except ValueError as error:
@@ -432,16 +419,13 @@ class ResponseItems:
                 case TextDelta(text):
                     yield from self._turn_to("message", {"role": "assistant", "content": []})
                     yield self._delta(text)
-                case CallBegin(name):
+                case ToolCall(name, arguments):
                     yield from self.close("completed")
                     call = {"call_id": new_id("call", "_"), "name": name, "arguments": ""}
                     if name in self._namespaces:
                         call["namespace"], call["name"] = self._namespaces[name]
                     yield from self._turn_to("function_call", call)
-                case CallArguments(text):
-                    yield self._delta(text)
-                case CallEnd():
-                    pass  # Closed by the next event, or at the end of the answer.
+                    yield self._delta(arguments)
 
     def close(self, status: Literal["completed", "incomplete"]) -> Iterator[dict[str, Any]]:
         """End the open item, if there is one."""

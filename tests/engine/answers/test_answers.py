@@ -14,12 +14,10 @@ from engine.text import calls
 from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import (
     BrokenCall,
-    CallArguments,
-    CallBegin,
-    CallEnd,
     Event,
     ReasoningDelta,
     TextDelta,
+    ToolCall,
     joined,
 )
 from engine.text.calls import HermesReader, QwenXMLReader
@@ -58,25 +56,14 @@ def read(
 def parts_of(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
     reasoning = text = ""
     calls: list[tuple[str, str]] = []
-    is_open = False
     for event in joined(events):
         match event:
             case ReasoningDelta(more):
                 reasoning += more
             case TextDelta(more):
-                assert not is_open, "text within a call"
                 text += more
-            case CallBegin(name):
-                assert not is_open, "a call within a call"
-                calls.append((name, ""))
-                is_open = True
-            case CallArguments(more):
-                assert is_open, "arguments outside a call"
-                calls[-1] = (calls[-1][0], calls[-1][1] + more)
-            case CallEnd():
-                assert is_open
-                is_open = False
-    assert not is_open, "a call never ends"
+            case ToolCall(name, arguments):
+                calls.append((name, arguments))
     return reasoning, text, calls
 
 

@@ -316,7 +316,7 @@ def test_silent_streams_send_headers_and_comments(
     assert "event: error" not in answer.text
 
 
-ENDED, OPTIONS = {"metadata": {"session_end": "true"}}, "prompt_cache_options"
+ENDED = {"metadata": {"session_end": "true"}}
 
 
 @pytest.mark.parametrize(
@@ -327,8 +327,6 @@ ENDED, OPTIONS = {"metadata": {"session_end": "true"}}, "prompt_cache_options"
         ("/v1/chat/completions", {"metadata": {"session_end": "false"}}, 1),
         ("/v1/completions", {"metadata": {"session_end": True}}, 0),
         ("/v1/messages", {"metadata": {"user_id": "me"}}, 1),
-        ("/v1/chat/completions", {OPTIONS: {"session_end": True}}, 0),
-        ("/v1/responses", {OPTIONS: {"session_end": True}}, 0),
     ],
 )
 def test_client_can_end_its_session(
