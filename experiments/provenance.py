@@ -110,11 +110,7 @@ def known_records(path: Path | None, settings: Mapping[str, Any]) -> list[dict[s
 
 
 def _command() -> list[str]:
-    """Return the command without ``--resume FOLDER``, which does not change any result."""
     arguments = sys.argv[1:]
-    if "--resume" in arguments:
-        at = arguments.index("--resume")
-        del arguments[at : at + 2]
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(ROOT) and script.suffix == ".py":
         module = ".".join(script.relative_to(ROOT).with_suffix("").parts)

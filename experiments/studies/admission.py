@@ -6,27 +6,22 @@ Above some rate the hit rate collapses. The study compares that rate between pol
 and four chat workloads at five rates each, with the default pair of policies.
 
 Three workloads replay sessions of published traces. Their files are looked up in ``data/`` and
-``../shared/data/``, and a missing one is skipped. Finished runs are kept in
-``results/admission.jsonl``, and not repeated while the code is the same. Changes of ``sessions``
-repeat its own runs alone. Seeds, rates and memory are declared in ``splits.toml``.
+``../shared/data/``, and a missing one is skipped. Seeds, rates and memory are declared in
+``splits.toml``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
-from experiments.provenance import ROOT, code_hash, provenance, simulation_code
-from experiments.studies.common import published
+from experiments.provenance import ROOT
+from experiments.studies.common import keep, measured, published
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -38,13 +33,10 @@ from hybridcache.lab.simulation.result import ClosedLoopRun
 from hybridcache.lab.simulation.step_times import LinearSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
-HERE = Path(__file__).resolve().parents[1]
-SPLITS = tomllib.loads((HERE / "splits.toml").read_text(encoding="utf-8"))["admission"]
-RESULTS = HERE / "results/admission.jsonl"
+SPLITS_FILE = ROOT / "experiments" / "splits.toml"
+SPLITS = tomllib.loads(SPLITS_FILE.read_text(encoding="utf-8"))["admission"]
 VOCABULARY = 50_000
 UNLIMITED = ("oldest", "cached-first", "sessions")
-SESSIONS = "hybridcache/policies/admission/session_gate.py"
-"""Module of the policy `sessions`. Runs with other policies do not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,26 +200,6 @@ def serve(job: tuple[str, int, float, str]) -> ClosedLoopRun:
     return run_closed_loop(workload.trace(name, seed), cell)
 
 
-def hashes() -> dict[str, str]:
-    """Return a hash of the code of all runs (``"sessions"``), and of those with other policies."""
-    package, *studies = simulation_code("experiments.studies.admission")
-    files = [path for path in sorted((ROOT / package).rglob("*.py")) if path != ROOT / SESSIONS]
-    names = (path.relative_to(ROOT).as_posix() for path in files)
-    return {"sessions": code_hash((package, *studies)), "others": code_hash((*names, *studies))}
-
-
-def known_runs(code: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[ClosedLoopRun]]:
-    """Return the provenances and the finished runs with the code of these hashes."""
-    if not RESULTS.exists():
-        return [], []
-    first, *lines = RESULTS.read_text(encoding="utf-8").splitlines()
-    known = json.loads(first)
-    same = {name for name in code if known["code"].get(name) == code[name]}
-    runs = [ClosedLoopRun(**json.loads(line)) for line in lines]
-    kept = [r for r in runs if ("sessions" if r.admission == "sessions" else "others") in same]
-    return ([known["provenance"], *known.get("earlier", ())] if kept else []), kept
-
-
 Runs = dict[str, list[ClosedLoopRun]]
 """Runs by admission policy, of the same seeds in the same order."""
 
@@ -284,25 +256,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=available, choices=available)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    code = hashes()
-    earlier, runs = known_runs(code)
-    done = {(run.trace, run.seed, run.rate, run.admission) for run in runs}
-    todo = [
-        case
+    jobs = [
+        (name, seed, rate, admission)
         for seed in options.seeds
         for name in options.only
         for rate in SPLITS["rates"][name]
         for admission in admissions(name)
-        if (case := (name, seed, rate, admission)) not in done
     ]
-    head = {"provenance": provenance(), "earlier": earlier, "code": code}
-    with ProcessPoolExecutor(options.workers) as pool, RESULTS.open("w", encoding="utf-8") as out:
-        for record in (head, *map(asdict, runs)):  # Runs of other code are discarded.
-            out.write(json.dumps(record) + "\n")
-        for run in pool.map(serve, todo):
-            out.write(json.dumps(asdict(run)) + "\n")
-            out.flush()
-            runs.append(run)
+    runs = measured(serve, jobs, options.workers)
+    keep("admission", map(asdict, runs))
     print(text_table(*table(runs)))
 
 

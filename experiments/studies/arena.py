@@ -47,7 +47,6 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict[str,
     """Return one record per size."""
     workload = WORKLOADS[name]
     trace = workload.open(name, options.full, seed).kept()
-    file = f"{name}-{seed}.jsonl"
     runs = {
         memory: simulate(
             trace,
@@ -57,7 +56,6 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict[str,
             memory=memory,
             bound=False,
             processes=options.processes,
-            resume_from=options.resume / file if options.resume else None,
         ).runs
         for memory in MEMORIES
     }

@@ -1,15 +1,11 @@
 """Compare eviction policies over memory with rebuilt systems.
 
-    python -m experiments.studies.capacity [--traces chat,agent] [--points 8] [--full]
-    [--resume out/capacity] [--seeds 10]
+    python -m experiments.studies.capacity [--traces chat,agent] [--points 8] [--full] [--seeds 10]
 
 The default pair and LRU with fixed rules run with ``--seeds`` seeds of each generated trace. Their
 curves get 95 % bands. The gain of the default pair gets an interval at each size, paired by seed.
 Published traces have one seed and no band. The leaderboard has the other policies, and plans with
 hindsight.
-
-Results are written after every trace. With --resume, every single run is stored and a stopped study
-continues.
 """
 
 from __future__ import annotations
@@ -69,7 +65,6 @@ def sweep(
         gib=workload.sizes(options.points),
         bound=False,
         processes=options.processes,
-        resume_from=options.resume / f"{name}.jsonl" if options.resume else None,
         progress=lambda done, total: bar.set_postfix_str(f"{done} of {total}"),
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,6 @@ def arguments(description: str | None, *traces: str) -> argparse.Namespace:
     parser.add_argument("--points", type=int, help="sizes per trace (default: 15)")
     parser.add_argument("--seeds", type=int, default=10, help="seeds of generated traces")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument(
-        "--resume", type=Path, help="folder for finished runs, to continue a stopped study"
-    )
     options = parser.parse_args()
     collect_seldom()
     return options
@@ -170,6 +168,12 @@ def hit_rates(
         **settings,
     )
     return [rounded(run.token_hit_rate) for run in result.runs]
+
+
+def measured(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> list[Any]:
+    """Return ``work(job)`` for each job, computed in several processes."""
+    with ProcessPoolExecutor(processes, initializer=collect_seldom) as pool:
+        return list(tqdm(pool.map(work, jobs), total=len(jobs), disable=None))
 
 
 def workloads(options: argparse.Namespace) -> tqdm[Any]:

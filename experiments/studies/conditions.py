@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 import heapq
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
-from experiments.studies.common import PAIRS, hit_rates, keep, rounded
+from experiments.studies.common import PAIRS, hit_rates, keep, measured, rounded
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
 from hybridcache.lab.intervals import interval, paired
@@ -145,8 +142,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     jobs = [(*key, seed) for *key, _ in rows() for seed in SEEDS[: options.seeds]]
-    with ProcessPoolExecutor(options.processes) as pool:
-        found = list(tqdm(pool.map(measure, jobs), total=len(jobs), disable=None))
+    found = measured(measure, jobs, options.processes)
     records = [record for several in found for record in several]
     keep("study_conditions", records)
     print(text_table(*table(records)))

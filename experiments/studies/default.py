@@ -28,20 +28,16 @@ import argparse
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from experiments.provenance import RESULTS, ROOT
-from experiments.studies.common import STATIC_PLACEMENT, keep, published, rounded
+from experiments.studies.common import STATIC_PLACEMENT, keep, measured, published, rounded
 from hybridcache import ModelGeometry, Trace, closed_loop, open_trace, simulate
 from hybridcache.lab.intervals import interval, paired, ratio
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.sizes import budget_bytes
 
 NAME = "study_default"
@@ -96,14 +92,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--seeds", type=int, help="only the first N seeds")
-    parser.add_argument(
-        "--pairs",
-        nargs="+",
-        choices=PAIRS,
-        default=PAIRS,
-        metavar="PAIR",
-        help="run only these and keep the runs of the others",
-    )
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     config = splits_file()
@@ -127,17 +115,13 @@ def results_of(split: str) -> str:
 def simulate_splits(
     name: str, splits: Sequence[str], config: dict[str, Any], options: argparse.Namespace
 ) -> None:
-    """Run the chosen pairs on ``splits``, and replace their records in the file ``name``."""
+    """Run all pairs on ``splits``, and replace their records in the file ``name``."""
     jobs = [job for split in splits for job in jobs_of(split, config, options.seeds)]
     records = [
-        record
-        for record in read(RESULTS / f"{name}.jsonl")
-        if record["split"] not in splits or record["pair"] not in options.pairs
+        record for record in read(RESULTS / f"{name}.jsonl") if record["split"] not in splits
     ]
-    work = partial(run, config["model"], options.pairs)
-    with ProcessPoolExecutor(options.processes, initializer=collect_seldom) as pool:
-        for found in tqdm(pool.map(work, jobs), total=len(jobs), unit=" traces", disable=None):
-            records += found
+    for found in measured(partial(run, config["model"]), jobs, options.processes):
+        records += found
     keep(name, records)
 
 
@@ -172,16 +156,16 @@ def jobs_of(split: str, splits: dict[str, Any], seeds: int | None) -> Iterator[J
                 yield Job(split, spec, None, fitting, path, kv_share=kv_share)
 
 
-def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
+def run(model: str, job: Job) -> list[dict[str, Any]]:
     """Return one record per pair and size."""
     spec = job.path
     if job.seed is not None:
         spec = f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
     trace = open_trace(spec).kept()
     if job.rate is not None:
-        return [serve_sessions(trace, model, pair, job, job.rate) for pair in pairs]
+        return [serve_sessions(trace, model, pair, job, job.rate) for pair in PAIRS]
     records = []
-    for pair in pairs:
+    for pair in PAIRS:
         eviction, _, placement = pair.partition("@")
         result = simulate(
             trace,

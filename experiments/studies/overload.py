@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from math import inf, isinf
 from statistics import fmean
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from experiments.studies.admission import WORKLOADS
-from experiments.studies.common import keep, rounded
+from experiments.studies.common import keep, measured, rounded
 from hybridcache import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.report import text_table
@@ -52,8 +51,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     cases = [(p, n, s) for n in options.sessions for p in POLICIES for s in options.seeds]
-    with ProcessPoolExecutor(options.workers) as pool:
-        records = [record for found in pool.map(serve, cases) for record in found]
+    found = measured(serve, cases, options.workers)
+    records = [record for several in found for record in several]
     keep("overload", records)
     print(text_table(*table(records)))
 

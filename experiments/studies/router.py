@@ -1,7 +1,6 @@
 """Compare routers for eight replicas on twelve traces.
 
-    python -m experiments.studies.router [--traces chat,agent] [--resume FOLDER] [--processes 2]
-        [--seeds 0,1,2]
+    python -m experiments.studies.router [--traces chat,agent] [--processes 2] [--seeds 0,1,2]
 
 The routers ignore the caches, estimate them from the routed prompts, or follow the resumable
 lengths by events.
@@ -21,7 +20,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -65,9 +63,6 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--ray", help="address of a Ray cluster to spread the runs over")
-    parser.add_argument(
-        "--resume", type=Path, help="folder for finished runs, to continue a stopped study"
-    )
     options = parser.parse_args()
     collect_seldom()
     traces = [trace for trace in options.traces.split(",") if WORKLOADS[trace].is_available]
@@ -113,7 +108,6 @@ def _cell(
         read=FleetResult.from_record,
         write=FleetResult.as_record,
         place=Place(options.processes, options.ray),
-        resume_from=options.resume / f"{trace}.jsonl" if options.resume else None,
         progress=show,
     )
 

@@ -1,6 +1,6 @@
 """Measure whether shadow caches can choose the pair of eviction and placement.
 
-    python -m experiments.studies.shadows [--split tuning outside] [--logs FOLDER]
+    python -m experiments.studies.shadows [--split tuning outside]
 
 A shadow is a cache with leases and without tensors. It runs a candidate pair on a sample of the
 sessions, with the memory scaled by the sampling rate. Whole sessions are sampled, by a hash of
@@ -20,12 +20,10 @@ below 0.01 for scaled caches of thousands of items; set duelling (Qureshi et al.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import statistics
 import tomllib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,24 +71,17 @@ class Cell(NamedTuple):
     path: str
     """Trace with its seed, as ``open_trace`` takes it."""
 
-    @property
-    def name(self) -> str:
-        """File name of the logs."""
-        facts = f"{self.path.rpartition('/')[2]}|{self.gib:g}|{self.kv_share}"
-        return f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npz"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--split", nargs="+", choices=ARENA_SPLITS, default=["tuning", "outside"])
-    parser.add_argument("--logs", type=Path, help="folder for the logs of finished cells")
     options = parser.parse_args()
     collect_seldom()
     config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
     geometry, records = ModelGeometry.load(config["model"]), []
     cells = [cell for split in options.split for cell in cells_of(split, config)]
     for cell in tqdm(cells, unit=" cells", disable=None):
-        logs = logs_of(cell, geometry, options.logs)
+        logs = logs_of(cell, geometry)
         records.append(cell._asdict() | {"path": ""} | figures(logs))
     keep("study_shadows", records)
     print(text_table(*table(records)))
@@ -108,13 +99,8 @@ def path_of(job: Job) -> str:
     return job.path or f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
 
 
-def logs_of(cell: Cell, geometry: ModelGeometry, folder: Path | None) -> dict[str, Tokens]:
-    """Return the reused tokens per request of all pairs and shadows, from ``folder`` if they are
-    there."""
-    path = None if folder is None else folder / cell.name
-    if path is not None and path.exists():
-        with np.load(path) as known:
-            return {name: known[name] for name in known.files}
+def logs_of(cell: Cell, geometry: ModelGeometry) -> dict[str, Tokens]:
+    """Return the reused tokens per request of all pairs and shadows."""
     trace = open_trace(cell.path)
     requests = list(trace)
     found: dict[str, Tokens] = {"prompt": np.array([r.num_tokens(trace.unit) for r in requests])}
@@ -129,9 +115,6 @@ def logs_of(cell: Cell, geometry: ModelGeometry, folder: Path | None) -> dict[st
             for pair in CANDIDATES:
                 of = reused(chosen, pair, cell, geometry, trace.unit, rate)
                 found[f"{sample}|{rate:g}|{pair}"] = of
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, allow_pickle=False, **found)
     return found
 
 

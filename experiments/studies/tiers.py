@@ -17,20 +17,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from tqdm import tqdm
-
-from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, keep, rounded
+from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, keep, measured, rounded
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import interval
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
@@ -164,8 +160,7 @@ def main() -> None:
         for seed in WORKLOADS[name].seeds(options.seeds)
         for policy in policies
     ]
-    with ProcessPoolExecutor(options.processes, initializer=collect_seldom) as pool:
-        found = list(tqdm(pool.map(measure, jobs), total=len(jobs), disable=None))
+    found = measured(measure, jobs, options.processes)
     records = [record for several in found for record in several]
     if names == list(WORKLOADS):
         keep("study_tiers", records)

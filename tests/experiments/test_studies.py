@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import itertools
 import json
@@ -17,7 +16,6 @@ from engine.text.tokenizer import ByteTokenizer
 from experiments import page, provenance, reproduce
 from experiments.benchmarks import measure_prefill
 from experiments.studies import (
-    admission,
     capacity,
     closed_loop,
 )
@@ -86,28 +84,7 @@ def test_named_trace_is_read_by_a_reader_or_generator(
     assert len(next(iter(open_trace(spec))).tokens)
 
 
-def test_runs_of_other_code_are_not_resumed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """`make reproduce` runs all cells of changed code, and resumes a stopped run of the same."""
-    fields = dataclasses.fields(admission.ClosedLoopRun)
-    run = admission.ClosedLoopRun(**{field.name: 1 for field in fields})  # type: ignore[arg-type]
-    runs = [dataclasses.replace(run, admission=name) for name in ("oldest", "sessions", "live:4")]
-    path = tmp_path / "admission.jsonl"
-    monkeypatch.setattr(admission, "RESULTS", path)
-    code = {"sessions": "a", "others": "b"}
-    origin = {"commit": "c"}
-    lines = [json.dumps(dataclasses.asdict(run)) for run in runs]
-    path.write_text("\n".join((json.dumps({"provenance": origin, "code": code}), *lines)))
-    assert admission.known_runs(code) == ([origin], runs)
-    assert admission.known_runs(code | {"sessions": "new"}) == ([origin], [runs[0], runs[2]])
-    assert admission.known_runs({"sessions": "new", "others": "new"}) == ([], [])
-    hashes, read = admission.hashes(), Path.read_bytes
-    monkeypatch.setattr(
-        Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "session_gate.py")
-    )
-    changed = admission.hashes()
-    assert changed["others"] == hashes["others"] and changed["sessions"] != hashes["sessions"]
+def test_code_of_a_study_is_the_package_and_its_imports() -> None:
     code = provenance.simulation_code("experiments.studies.admission")
     own = {"admission.py", "common.py"}
     assert {*code} == {
