@@ -79,8 +79,9 @@ def test_commands_on_package_pages_exist(page: Path) -> None:
 def test_readme_policy_can_be_simulated(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README.read_text(), re.DOTALL)
     (tmp_path / "mine.py").write_text(block)
-    command = [sys.executable, "-m", "hybridcache", "simulate", "--trace", "short"]
+    command = [Path(sys.executable).with_name("hybridcache"), "simulate", "--trace", "short"]
     command += ["--model", "qwen3-next", "--gib", "1,2", "--policy", "lru,mine:CheapestFirst"]
+    command += ["--processes", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mine:CheapestFirst" in done.stdout

@@ -1,4 +1,4 @@
-"""Cache on an arena: events, and leases with moving rows."""
+"""Cache on an arena: a lease with moving rows, and refused options."""
 
 from __future__ import annotations
 
@@ -6,75 +6,29 @@ import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.export.events import EventStream
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out
 
-GRID = 4
 
-
-def arena_cache(kind: str = "hybrid", num_rows: int = 200, state_rows: int = 24, **options):
-    return build_prefix_cache(
-        CacheConfig(
-            prefix_cache=kind,
-            total_bytes=num_rows,
-            state_bytes=state_rows,
-            memory="arena",
-            **({"grid": GRID} | options),
-        )
-    )
-
-
-def serve(cache, tokens: Tokens, stateful: bool = True, held_tokens: int = 0) -> int:
-    """Serve a prompt and its answer with a lease. Returns the reused length, or -1 if refused."""
+def serve(cache, tokens: Tokens, held_tokens: int) -> None:
+    """Serve a prompt and its answer of four tokens with a lease."""
     prompt_len = len(tokens) - 4
-    request = LeaseRequest(tokens[:prompt_len], stateful=stateful)
-    lease = Lease.begin(cache, parse_placement("backoff,end"), request)
-    assert lease is not None
-    if not lease.extend(prompt_len):
-        lease.abort()
-        return -1
+    lease = Lease.begin(cache, parse_placement("backoff,end"), LeaseRequest(tokens[:prompt_len]))
+    assert lease is not None and lease.extend(prompt_len)
     lease.take_checkpoint_slots(lease.cached_len, prompt_len)
     carried_out(cache)
     lease.publish(tokens, prompt_len)
-    computed_len = len(tokens) - 1 if lease.extend(len(tokens) - 1) else prompt_len
+    assert lease.extend(len(tokens) - 1)
     carried_out(cache)
-    lease.finish(tokens, computed_len)
+    lease.finish(tokens, len(tokens) - 1)
     cache.check(held_tokens=held_tokens, held_slots=0)
-    return lease.cached_len
-
-
-def prompts(seed: int, num_requests: int) -> list[Tokens]:
-    rng = np.random.default_rng(seed)
-    systems = [rng.integers(0, 50, 20, dtype=np.int32) for _ in range(3)]
-    questions = [rng.integers(0, 50, 40, dtype=np.int32) for _ in range(4)]
-    return [
-        np.concatenate(
-            (systems[rng.integers(3)], questions[rng.integers(4)][: rng.integers(8, 40)])
-        )
-        for _ in range(num_requests)
-    ]
-
-
-def test_an_arena_sends_the_same_events_as_a_budget():
-    """Events contain no rows, so subscribers do not see moves."""
-    arena = arena_cache()
-    shape = {"total_bytes": arena.arena.capacity, "state_bytes": 24, "grid": GRID}
-    budget = build_prefix_cache(CacheConfig(**shape))
-    recorded = [[], []]
-    for cache, events in zip((arena, budget), recorded, strict=True):
-        cache.subscribe(EventStream(events.append))
-        for tokens in prompts(1, 90):
-            serve(cache, tokens)
-    assert recorded[0] == recorded[1] and len(recorded[0]) > 50
-    assert arena.arena.num_moves > 0
 
 
 def test_a_lease_follows_moves_of_cached_rows():
-    cache = arena_cache(num_rows=240, state_rows=20)
-    tokens, other = prompts(5, 2)[0][:10], prompts(6, 1)[0][:10]
+    cache = build_prefix_cache(CacheConfig(total_bytes=240, state_bytes=20, memory="arena", grid=4))
+    tokens, other = np.arange(10, dtype=np.int32), np.arange(50, 60, dtype=np.int32)
     gaps = [cache.allocate_kv(11)]
     serve(cache, tokens, held_tokens=11)
     gaps.append(cache.allocate_kv(11))

@@ -12,7 +12,6 @@ from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepMemory,
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out
@@ -61,31 +60,6 @@ def reusable_len(cache: HybridRadixCache, text: Tokens) -> int:
     return cache.match(np.append(text, np.int32(7))).cached_len
 
 
-def test_the_checkpoint_of_an_answer_takes_the_place_of_the_one_it_supersedes() -> None:
-    """With slots for two conversations and a running request, going on with one keeps the other."""
-    cache = make_cache(slots=3, eviction="lru")
-    texts = [tokens(192), tokens(192, first=10_000)]
-    for text in texts:
-        lease = begin(cache, text[:100], "end")
-        prefill(lease, text[:100])
-        answer(lease, text)
-        lease.finish(text, 192)
-        check(cache)
-    longer = tokens(320)
-    lease = begin(cache, longer[:200], "end")
-    assert lease.cached_len == 192
-    prefill(lease, longer[:200])
-    answer(lease, longer)
-    check(cache, lease)
-    lease.finish(longer, 320)
-    check(cache)
-    tip = cache.match(np.append(longer, np.int32(7))).resumed
-    assert tip is not None
-    assert not tip.superseded and not tip.num_successors
-    assert reusable_len(cache, longer) == 320
-    assert reusable_len(cache, texts[1]) == 192
-
-
 def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
     cache = make_cache(slots=4, eviction="lru")
     texts = [tokens(192, first) for first in (0, 10_000, 20_000, 30_000)]
@@ -107,29 +81,6 @@ def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
         lease.finish(texts[number], 192)
     check(cache)
     assert [reusable_len(cache, text) for text in texts] == [192, 0, 192, 192]
-
-
-def decode(lease: Lease, history: Tokens, start: int) -> list[tuple[int, int]]:
-    exports: list[tuple[int, int]] = []
-    for position in range(start, len(history)):
-        assert lease.extend(position + 1)
-        exports += lease.take_checkpoint_slots(position, position + 1)
-    return exports
-
-
-def test_decode_keeps_one_rolling_checkpoint() -> None:
-    cache, history = make_cache(), tokens(340)
-    prompt = history[:100]
-    lease = begin(cache, prompt, "end")
-    prefill(lease, prompt)
-    exports = decode(lease, history, 100)
-    assert [position for position, _ in exports] == [128, 192, 256, 320]
-    assert len({slot for _, slot in exports}) == 1
-    check(cache, lease)
-    lease.finish(history, 340)
-    check(cache)
-    assert cache.match(history).cached_len == 320
-    assert cache.num_checkpoints == 1
 
 
 @pytest.mark.parametrize("unwritten", [True, False])
@@ -171,73 +122,6 @@ def test_checkpoints_after_rejected_drafts_have_the_right_state(unwritten: bool,
         (lease.preempt if end == "preempt" else lease.finish)(history, at)
         check(cache)
     assert num_resumed > 10 and num_rolled_back > 10
-
-
-def test_exact_mode_publishes_only_the_prompt() -> None:
-    cache, history = make_cache(), tokens(340)
-    prompt = history[:100]
-    lease = begin(cache, prompt, "end,backoff", exact=True)
-    prefill(lease, prompt)
-    assert decode(lease, history, 100) == []
-    lease.finish(history, 340)
-    check(cache)
-    assert cache.match(history).kv_match_len == 100
-
-
-def test_a_lease_without_reuse_is_not_counted() -> None:
-    cache, prompt = make_cache(), tokens(200)
-    first = begin(cache, prompt)
-    prefill(first, prompt)
-    first.finish(prompt, 200)
-    requests = cache.stats.total.requests
-    lease = begin(cache, prompt, reuse=False)
-    assert (lease.cached_len, lease.losses.refused, sum(lease.losses)) == (0, 192, 200)
-    prefill(lease, prompt)
-    assert cache.stats.total.requests == requests
-    check(cache, lease)
-
-
-def test_a_request_is_counted_only_when_it_gets_rows() -> None:
-    cache = make_cache(kv_tokens=128)
-    filler = begin(cache, tokens(100, first=900))
-    assert filler.extend(100)
-    prompt = tokens(60)
-    for _ in range(3):
-        lease = begin(cache, prompt)
-        assert not lease.extend(60)
-        lease.abort()
-    filler.abort()
-    lease = begin(cache, prompt)
-    assert lease.extend(60)
-    assert cache.stats.total.requests == 2
-    check(cache, lease)
-
-
-class CountingPlacement(PlacementPolicy):
-    """Placement policy that counts the calls of ``on_prefill``."""
-
-    def __init__(self) -> None:
-        self.num_prefills = 0
-
-    def plan(self, prefill: Prefill) -> list[Placed]:
-        return []
-
-    def on_prefill(self, prefill: Prefill) -> None:
-        self.num_prefills += 1
-
-
-def test_a_placement_policy_is_notified_once_despite_refusals() -> None:
-    cache, placement = make_cache(kv_tokens=128), CountingPlacement()
-    filler = begin(cache, tokens(100, first=900))
-    assert filler.extend(100)
-    for _ in range(3):
-        lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
-        assert not lease.extend(60)
-        lease.abort()
-    filler.abort()
-    lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
-    assert lease.extend(30) and lease.extend(60)
-    assert placement.num_prefills == 1
 
 
 # --- Misuse --------------------------------------------------------------------------------------

@@ -79,9 +79,14 @@ class EventsMachine(RuleBasedStateMachine):
         keys = [(namespace, n, tokens[:end].tobytes()) for n, end in enumerate(ends)]
         return dict(zip(keys, rows, strict=True))
 
-    def serve(self, tokens, namespace):
+    def match(self, tokens, namespace):
+        """Match on the cache and on its mirror."""
         match = self.cache.match(tokens, namespace)
         assert self.mirror.match(tokens, namespace) == (match.cached_len, match.kv_match_len)
+        return match
+
+    def serve(self, tokens, namespace):
+        match = self.match(tokens, namespace)
         assert self.rows_of(match.node, tokens, namespace).items() <= self.rows.items()
         if not self.is_hybrid:
             reachable = min(match.kv_match_len, len(tokens) - 1)
@@ -108,6 +113,7 @@ class EventsMachine(RuleBasedStateMachine):
             for slot in result.rejected_slots:
                 self.cache.free_slot(slot)
         self.cache.unlock(receipt)
+        self.match(tokens, namespace)
 
     @rule(index=INDEX, namespace=SPACES)
     def lock(self, index, namespace):
@@ -123,7 +129,9 @@ class EventsMachine(RuleBasedStateMachine):
 
     @rule(num_tokens=st.integers(0, 60), num_slots=st.integers(0, 3))
     def evict(self, num_tokens, num_slots):
-        self.cache.evict(num_tokens, num_slots)
+        free = self.cache.free_tokens
+        eviction = self.cache.evict(num_tokens, num_slots)
+        assert eviction.num_tokens == self.cache.free_tokens - free
 
     @rule()
     def reset(self):

@@ -51,50 +51,38 @@ class Cache(SimpleNamespace):
             device=device,
         )
 
+    def places(self, spans: Sequence[tuple[int, int, int]], most: int | None = None):
+        """Return queries, pools and places of the tokens [start, end) of each (sequence, start,
+        end). With ``most``, the host has only this bound on the lengths."""
+        ends = [end for _, _, end in spans]
+        host_lens = ends if most is None else [most] * len(ends)
+        sequences = Sequences.of([self.rows[b] for b, _, _ in spans], host_lens, self.device)
+        sequences.kv_len_table.copy_(torch.tensor(ends))
+        query = torch.cat([self.queries[b][start:end] for b, start, end in spans])
+        where = {"table": self.table, "sequences": sequences, "scale": self.scale}
+        return (query, self.keys, self.values), where
+
     def prefill(
         self, backend, spans: Sequence[tuple[int, int, int]], tile: int = 64
     ) -> list[torch.Tensor]:
         """Return the attention of tokens [start, end) of each (sequence, start, end)."""
+        tensors, where = self.places(spans)
         lengths = [end - start for _, start, end in spans]
-        rows, kv_lens = [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans]
-        out = backend.prefill_attention(
-            torch.cat([self.queries[b][start:end] for b, start, end in spans]),
-            self.keys,
-            self.values,
-            table=self.table,
-            sequences=Sequences.of(rows, kv_lens, self.device),
-            packed=Packed.from_lengths(lengths, self.device, tile),
-            scale=self.scale,
-        )
-        return list(out.split(lengths))
+        packed = Packed.from_lengths(lengths, self.device, tile)
+        return list(backend.prefill_attention(*tensors, packed=packed, **where).split(lengths))
 
-    def decode(self, backend, ends: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def decode(
+        self, backend, ends: Sequence[tuple[int, int]], most: int | None = None
+    ) -> torch.Tensor:
         """Return the attention of token end - 1 of each (sequence, end)."""
-        return backend.decode_attention(
-            torch.stack([self.queries[b][end - 1] for b, end in ends]),
-            self.keys,
-            self.values,
-            table=self.table,
-            sequences=Sequences.of(
-                [self.rows[b] for b, _ in ends], [end for _, end in ends], self.device
-            ),
-            scale=self.scale,
-        )
+        tensors, where = self.places([(b, end - 1, end) for b, end in ends], most)
+        return backend.decode_attention(*tensors, **where)
 
     def verify(self, backend, spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:
         """Return the attention of the tokens [start, end) of each (sequence, start, end)."""
-        lengths = [end - start for _, start, end in spans]
-        return backend.verify_attention(
-            torch.cat([self.queries[b][start:end] for b, start, end in spans]),
-            self.keys,
-            self.values,
-            table=self.table,
-            sequences=Sequences.of(
-                [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans], self.device
-            ),
-            packed=Packed.from_lengths(lengths, self.device),
-            scale=self.scale,
-        )
+        tensors, where = self.places(spans)
+        packed = Packed.from_lengths([end - start for _, start, end in spans], self.device)
+        return backend.verify_attention(*tensors, packed=packed, **where)
 
     def formula(self, b: int) -> torch.Tensor:
         """Return the attention of all tokens of sequence b, computed in float64."""
@@ -245,15 +233,8 @@ def test_verification_reads_lengths_from_the_device(device, monkeypatch) -> None
     sequences = Sequences.of(rows, [80] * 31, device)
     sequences.kv_len_table.fill_(1)
     sequences.kv_len_table[:11] = torch.tensor([end for _, _, end in SPANS])
-    bounded = fused.verify_attention(
-        torch.cat([cache.queries[b][start:end] for b, start, end in SPANS]),
-        cache.keys,
-        cache.values,
-        table=cache.table,
-        sequences=sequences,
-        packed=bounds,
-        scale=cache.scale,
-    )
+    tensors, where = cache.places(SPANS)
+    bounded = fused.verify_attention(*tensors, packed=bounds, **where | {"sequences": sequences})
     assert torch.equal(bounded, exact)
 
 
@@ -270,18 +251,8 @@ def test_decode_is_independent_of_row_positions() -> None:
 def test_decode_reads_lengths_from_the_device(device) -> None:
     """A graph is launched for the longest possible sequence; the device has the real lengths."""
     cache = Cache.filled([300, 20], 4, 2, 32, torch.float32, device)
-    exact = cache.decode(fused, [(0, 300), (1, 20)])
-    bounds = Sequences.of(cache.rows, [305, 305], device)
-    bounds.kv_len_table.copy_(torch.tensor([300, 20]))
-    bounded = fused.decode_attention(
-        torch.stack([cache.queries[0][299], cache.queries[1][19]]),
-        cache.keys,
-        cache.values,
-        table=cache.table,
-        sequences=bounds,
-        scale=cache.scale,
-    )
-    assert torch.equal(bounded, exact)
+    ends = [(0, 300), (1, 20)]
+    assert torch.equal(cache.decode(fused, ends, most=305), cache.decode(fused, ends))
 
 
 @pytest.mark.full
@@ -295,17 +266,7 @@ def test_many_splits_are_joined_in_a_fixed_order(device, monkeypatch, assert_clo
     assert_close(batched, torch.stack([cache.formula(b)[-1] for b, _ in ends]))
     for i, end in enumerate(ends):
         assert torch.equal(cache.decode(fused, [end])[0], batched[i])
-    bounds = Sequences.of(cache.rows, [1000] * 4, device)
-    bounds.kv_len_table.copy_(torch.tensor([end for _, end in ends]))
-    bounded = fused.decode_attention(
-        torch.stack([cache.queries[b][end - 1] for b, end in ends]),
-        cache.keys,
-        cache.values,
-        table=cache.table,
-        sequences=bounds,
-        scale=cache.scale,
-    )
-    assert torch.equal(bounded, batched)
+    assert torch.equal(cache.decode(fused, ends, most=1000), batched)
 
 
 def test_long_sequences_are_decoded_in_groups(device, monkeypatch) -> None:

@@ -55,32 +55,25 @@ class Cache(SimpleNamespace):
         own, shared = query[..., : self.head], query[..., self.head :]
         return torch.cat([backend.multiply_heads(own, self.expand), shared], dim=-1)
 
+    def places(self, backend, spans: Sequence[tuple[int, int, int]]):
+        """Return absorbed queries, the pool and the sequences of each (sequence, start, end)."""
+        rows, ends = [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans]
+        query = torch.cat([self.queries[b][start:end] for b, start, end in spans])
+        where = self.where | {"sequences": Sequences.of(rows, ends, self.device)}
+        return (self.absorbed(backend, query), self.pool), where
+
     def prefill(self, backend, spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
         """Return the attention of tokens [start, end) of each (sequence, start, end)."""
+        tensors, where = self.places(backend, spans)
         lengths = [end - start for _, start, end in spans]
-        out = backend.prefill_mla(
-            self.absorbed(backend, torch.cat([self.queries[b][i:j] for b, i, j in spans])),
-            self.pool,
-            sequences=Sequences.of(
-                [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans], self.device
-            ),
-            packed=Packed.from_lengths(lengths, self.device),
-            **self.where,
-        )
+        packed = Packed.from_lengths(lengths, self.device)
+        out = backend.prefill_mla(*tensors, packed=packed, **where)
         return list(backend.multiply_heads(out, self.expand.mT).split(lengths))
 
     def decode(self, backend, ends: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Return the attention of token end - 1 of each (sequence, end)."""
-        query = torch.stack([self.queries[b][end - 1] for b, end in ends])
-        out = backend.decode_mla(
-            self.absorbed(backend, query),
-            self.pool,
-            sequences=Sequences.of(
-                [self.rows[b] for b, _ in ends], [end for _, end in ends], self.device
-            ),
-            **self.where,
-        )
-        return backend.multiply_heads(out, self.expand.mT)
+        tensors, where = self.places(backend, [(b, end - 1, end) for b, end in ends])
+        return backend.multiply_heads(backend.decode_mla(*tensors, **where), self.expand.mT)
 
     def formula(self, b: int) -> torch.Tensor:
         """Return the attention of sequence b in float64, with a key and a value per head."""

@@ -208,24 +208,6 @@ def test_help_lists_all_policies_baselines_and_metrics(
     } <= set(words)
 
 
-def test_policy_module_in_the_working_directory_is_found(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "from hybridcache.policies.eviction.scored import ScorePolicy\n\n\n"
-        "class Shallow(ScorePolicy):\n"
-        "    def score(self, item):\n"
-        "        return (-item.position, item.last_used)\n"
-    )
-    command = [
-        Path(sys.executable).with_name("hybridcache"),
-        "simulate",
-        "--trace",
-        "short?head=40",
-    ]
-    command += ["--gib", "1,4", "--policy", "lru,mine:Shallow", "--processes", "2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "mine:Shallow" in done.stdout
-
-
 @pytest.mark.full
 def test_edited_policy_is_simulated_again(tmp_path: Path) -> None:
     """The source of its module identifies a run. Modules that it imports do not."""

@@ -22,7 +22,6 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.lease import Lease
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
@@ -173,29 +172,6 @@ def test_sequential_requests_have_the_simulated_hits_and_evictions(
     assert_simulator_agrees(policy, engine, served, evictions)
     if memory != "pools":
         assert engine._cache.arena is not None and engine._cache.arena.num_moves > 1
-
-
-def test_leases_end_with_the_reason_why_an_answer_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons, finish = [], Lease.finish
-
-    def recorded(lease: Lease, *arguments: Any) -> None:
-        reasons.append(arguments[3])
-        finish(lease, *arguments)
-
-    monkeypatch.setattr(Lease, "finish", recorded)
-    engine = engine_of("survival", arena_runner(3200), OracleSampler(), DEFAULT_PLACEMENT)
-    sampling = SamplingParams(max_tokens=70, ignore_eos=True, temperature=0.0)
-    [output] = engine.generate([list(range(1, 60))], sampling)
-    stopping = SamplingParams(
-        max_tokens=70, stop_token_ids=(output.token_ids[65],), temperature=0.0
-    )
-    engine.generate([list(range(1, 60))], stopping)
-    engine.submit(list(range(1, 60)), sampling, ends_session=True)
-    while engine.has_work():
-        engine.step()
-    assert reasons == ["length", "end_turn", "session_end"]
-    labels = {item.label for item in engine._cache.policy._checkpoints.items}
-    assert labels == {"decode/end_turn", "decode/session_end"}, "the latest answer counts"
 
 
 def test_default_policies_are_the_same_everywhere() -> None:

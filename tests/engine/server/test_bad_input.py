@@ -315,7 +315,7 @@ def test_answer_is_cut_at_the_end_of_the_context(
     """A limit above the context is refused, except of messages, which must have one: their clients
     send that of larger models."""
     live = serve_answer("<think>Hm.</think>" + "x" * 5000)
-    for limit in (4096, 4097, 2**63, 10**40):
+    for limit in (4096, 4097, 10**40):
         body = dialect.body(CHAT, limit=limit, stream=stream)
         if limit > 4096 and dialect.path != "/v1/messages":
             refused(live, dialect.path, body, dialect.limit)

@@ -68,6 +68,7 @@ def test_parallel_calls_can_be_disabled(serve_answer: ServeAnswer) -> None:
         (f"{WORDS}{WORDS}", {}, "end_turn"),
         (f"{WORDS}{WORDS}", {"max_tokens": 70}, "length"),
         (f"{WORDS}Observation: dry", {"stop": "Observation:"}, "stop_sequence"),
+        (f"{WORDS}{WORDS}", {"metadata": {"session_end": "true"}}, "session_end"),
     ],
     ids=[
         "call",
@@ -77,6 +78,7 @@ def test_parallel_calls_can_be_disabled(serve_answer: ServeAnswer) -> None:
         "text",
         "cut",
         "stop string",
+        "end of the session",
     ],
 )
 def test_checkpoint_class_includes_the_stop_reason(
