@@ -15,7 +15,7 @@ import numpy.typing as npt
 from msgspec import structs
 
 from engine.config import EngineConfig
-from engine.errors import ContextOverflow, InvalidRequest, StepFailed, WireError
+from engine.errors import ContextOverflow, InvalidRequest, StepFailed
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.logit_rules import (
     FREE,
@@ -160,13 +160,16 @@ class Request(ScheduledRequest):
         token of that draw is accepted.
         """
         draw = self.known_len - 1 - self.prompt_len
+        if not self._rules:
+            draws = range(draw, draw + 1 + len(drafts))
+            return [SamplingInput(self.params, self.seed, place) for place in draws]
         answer, token = self.output, None
         if drawn is not None and any(rule.needs_newest for rule in self._rules):
             token = drawn()
             answer = np.append(answer, np.int32(token))
         rulings: Sequence[Ruling] = [FREE] * (1 + len(drafts))
         # With NO_TOKEN, the request ends when this step is committed.
-        if self._rules and token != NO_TOKEN:
+        if token != NO_TOKEN:
             rulings = ruled(self._rules, Draws(draw, answer, drafts))
         faults = ((place, one.fault) for place, one in enumerate(rulings, draw) if one.fault)
         if self._fault is None or self._fault[0] >= draw:
@@ -258,6 +261,9 @@ class Request(ScheduledRequest):
         scores = None
         if first == 0 and self.spec.prompt_logprobs is not None:
             answer.prompt_logprobs = scores = (None, *self.scores)
+        failure = None
+        if self.error is not None:
+            failure = (InvalidRequest if self.is_refused else StepFailed)(self.error).to_wire()
         return RequestOutput(
             request_id=self.request_id,
             new_token_ids=tuple(new.tolist()),
@@ -269,7 +275,7 @@ class Request(ScheduledRequest):
             cached_len=self.cached_len,
             losses=self.losses,
             finish_reason=self.finish_reason,
-            failure=self._failure,
+            failure=failure,
             timings=Timings(
                 _seconds(self.arrival_s, self.scheduled_s),
                 _seconds(self.arrival_s, self.first_token_s),
@@ -280,12 +286,6 @@ class Request(ScheduledRequest):
             transferred=self.transferred,
             answer=answer,
         )
-
-    @property
-    def _failure(self) -> WireError | None:
-        if self.error is None:
-            return None
-        return (InvalidRequest if self.is_refused else StepFailed)(self.error).to_wire()
 
 
 def _seconds(start_s: float, end_s: float | None) -> float | None:
@@ -384,7 +384,9 @@ class Intake:
     def make(self, spec: RequestSpec) -> Request:
         """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
         sampling, prompt = spec.sampling or self._default_sampling, np.asarray(spec.prompt)
-        end_token_ids = self._end_token_ids(sampling)
+        end_token_ids = frozenset(sampling.stop_token_ids)
+        if self._tokenizer is not None and not sampling.ignore_eos:
+            end_token_ids |= self._tokenizer.eos_token_ids
         arrival, limit = next(self._arrivals), self.max_model_len
         name = f"request-{arrival}" if spec.request_id is None else spec.request_id
         return Request(
@@ -450,12 +452,6 @@ class Intake:
         if self._tokenizer is None and (sampling.bad_words or sampling.stop):
             name = "bad_words requires" if sampling.bad_words else "stop strings require"
             raise ValueError(f"{name} a tokenizer, and the engine has none.")
-
-    def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        own = frozenset(sampling.stop_token_ids)
-        if self._tokenizer is None or sampling.ignore_eos:
-            return own
-        return own | self._tokenizer.eos_token_ids
 
     def _rules(
         self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens

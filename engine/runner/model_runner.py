@@ -225,7 +225,8 @@ class ModelRunner:
         device, for the batch's ``late_tokens``.
         """
         self.device.make_current()  # The calling thread may be a new one.
-        self._place(batch)
+        if self.num_step_states:
+            self._place(batch)
         if self.tensors.checkpoints is None:
             return self._forward_piece(batch, drawn)
         num_staged = len(self.tensors.checkpoints.staging)

@@ -93,16 +93,13 @@ class StepInputs:
             sin=sin,
             kv_indices=self._int64(kv_indices),
             table=self._table.device,
-            decode=self._decode_part(decodes) if decodes else None,
+            decode=DecodePart(self._sequences(decodes), self._slots(decodes)) if decodes else None,
             prefill=self._prefill_part(prefills) if prefills else None,
             num_verify=sum(len(segment.token_ids) for segment in verified),
             verify=self._verify_part(verified) if verified else None,
             on_mixed=self.on_mixed if prefills else None,
         )
         return self._int64(token_ids), step
-
-    def _decode_part(self, segments: Sequence[Segment]) -> DecodePart:
-        return DecodePart(sequences=self._sequences(segments), slots=self._slots(segments))
 
     def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
         lengths = [len(segment.token_ids) for segment in segments]

@@ -198,7 +198,10 @@ class Scheduler(StepPlanner[Request]):
                 num_new = request.num_tokens - num_before
                 settled = self._settle(segment, len(run) - 1, num_new) if has_logits else 0
                 taken.append(settled)
-            self._end_if_finished(request, has_logits)
+            if request.finish_reason is not None:
+                # Without logits, the KV and states of this step may be NaN too.
+                self.leave(request, publishes=has_logits)
+                self._drafting.forget(request)
         return tuple(taken)
 
     def _accept(
@@ -206,7 +209,7 @@ class Scheduler(StepPlanner[Request]):
         request: Request,
         run: Sequence[SampledToken],
         now_s: float,
-        has_logits: bool = True,
+        has_logits: bool,
     ) -> None:
         """Append tokens. Without any, the request only scored its prompt, and ends."""
         self._progressed.append(request)
@@ -219,13 +222,6 @@ class Scheduler(StepPlanner[Request]):
                 request.finish("length", now_s)
         except Exception as error:
             self._fail(request, error)
-
-    def _end_if_finished(self, request: Request, has_logits: bool = True) -> None:
-        """Release the memory of a finished request."""
-        if request.finish_reason is not None:
-            # Without logits, the KV and states of this step may be NaN too.
-            self.leave(request, publishes=has_logits)
-            self._drafting.forget(request)
 
     def _settle(self, segment: Segment, num_accepted: int, num_new: int) -> int:
         """Move a request to the end of the accepted part of its draft. Returns the number of the

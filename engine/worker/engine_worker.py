@@ -74,6 +74,9 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
     logging.getLogger("engine").setLevel(log_level.upper())
     worker = EngineWorker(folder, sys.stdin.fileno())
     try:
+        from engine.runner import build  # noqa: F401  # With torch, whose objects stay.
+
+        gc.freeze()
         engine = Engine(pickle.loads(bytes.fromhex(config)))
         if engine.config.warm_up:
             engine.prepare_grammars()
@@ -88,6 +91,7 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
     # The objects of the start stay, so garbage collections need not traverse them.
     gc.collect()
     gc.freeze()
+    gc.enable()
     return 0 if worker.run(engine, screen) else 1
 
 

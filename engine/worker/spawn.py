@@ -14,9 +14,11 @@ from typing import NamedTuple
 from engine.config import EngineConfig
 
 BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import gc, json, sys; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
     "from engine.worker.engine_worker import main, leave; leave(main(*sys.argv[2:]))"
 )
+"""Code of the process. Collections would traverse the objects of torch again and again while it is
+imported; ``main`` enables them."""
 
 
 class Spawned(NamedTuple):
