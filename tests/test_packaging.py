@@ -98,6 +98,22 @@ def test_both_wheels_work_when_installed_together(tmp_path: Path) -> None:
     assert VERSION in run("-m", "engine", "--version")
 
 
+def test_wheels_of_earlier_builds_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = [
+        tmp_path / f"hybrid_radix_{name}-0.1-py3-none-any.whl" for name in ("cache", "engine")
+    ]
+    other = tmp_path / "numpy-2.0-py3-none-any.whl"
+    for path in (*earlier, other):
+        path.touch()
+    monkeypatch.setattr(wheels, "build", lambda name, out, levels=None: out / name)
+    monkeypatch.setattr(wheels, "compile_levels", lambda folder: False)
+    monkeypatch.setattr(sys, "argv", ["wheels", "--out", str(tmp_path)])
+    wheels.main()
+    assert [*tmp_path.iterdir()] == [other]
+
+
 @pytest.mark.parametrize(
     ("symbols", "least"), [(b"GLIBC_2.2.5\0GLIBC_2.17", 28), (b"GLIBC_2.35\0GLIBC_2.4\0", 35)]
 )

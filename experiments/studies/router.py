@@ -105,8 +105,6 @@ def _cell(
         workload.open(trace, options.full, seed),
         jobs,
         run_fleet,
-        read=FleetResult.from_record,
-        write=FleetResult.as_record,
         place=Place(options.processes, options.ray),
         progress=show,
     )

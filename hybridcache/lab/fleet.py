@@ -10,12 +10,11 @@ later.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from hybridcache.export.events import Event, EventStream
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, describe_times
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.scenario import Scenario, source_of
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.result import PERCENTILES
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, Served, build_target
@@ -134,11 +133,6 @@ class FleetJob:
     def label(self) -> str:
         return f"{self.fleet.router}, {self.scenario.label}"
 
-    def key(self, trace_identity: bytes) -> str:
-        """Return the key of this run in a results file."""
-        text = self.scenario.key(trace_identity) + repr(self.fleet) + source_of(self.fleet.router)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
 @dataclass(frozen=True, slots=True)
 class FleetResult:
@@ -180,14 +174,6 @@ class FleetResult:
     def as_record(self) -> dict[str, Any]:
         """Return a record for JSON."""
         return asdict(self) | {"token_hit_rate": self.token_hit_rate}
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> FleetResult:
-        """Restore the result of ``as_record`` after a trip through JSON."""
-        values = {field.name: record[field.name] for field in fields(cls)}
-        values["fleet"] = FleetConfig(**record["fleet"])
-        values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
-        return cls(**values)
 
 
 def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:

@@ -64,9 +64,9 @@ def run_grid(
     jobs: Sequence[Job],
     run: Run[Job, Result],
     *,
-    read: Callable[[dict[str, Any]], Result],
-    write: Callable[[Result], dict[str, Any]],
     place: Place,
+    read: Callable[[dict[str, Any]], Result] | None = None,
+    write: Callable[[Result], dict[str, Any]] | None = None,
     resume_from: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     failures: dict[int, str] | None = None,
@@ -78,6 +78,7 @@ def run_grid(
 
     With ``resume_from``, runs that are in that file under a job's key (``job.key(identity of the
     trace)``) are read from it, and new ones are appended as they finish, one JSON line each.
+    ``read`` and ``write`` convert a result from and to its dictionary; they are needed for that.
     ``progress`` is called with (requests done, requests of all runs), the second 0 while it is
     unknown; with (runs done, all) if results have no ``num_requests``.
 
@@ -93,7 +94,7 @@ def run_grid(
             pickled(str(getattr(job, "label", job)), job)
     results: dict[int, Result] = {}
     keys = keys_of(trace, jobs) if resume_from else []
-    known = dict(_read(resume_from, set(keys), read)) if resume_from else {}
+    known = dict(_read(resume_from, set(keys), read)) if resume_from and read else {}
     for number, key in enumerate(keys):
         if key in known:
             results[number] = known[key]
@@ -110,7 +111,7 @@ def run_grid(
                 progressed.run_done(progressed.num_requests)
                 continue
             results[number] = result
-            if file is not None:
+            if file is not None and write is not None:
                 file.write(json.dumps({"key": keys[number]} | write(result)) + "\n")
                 file.flush()
             progressed.run_done(getattr(result, "num_requests", 1))
