@@ -94,21 +94,6 @@ def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
     serve(scenario, gated=True)
 
 
-def test_empty_prompts_and_a_full_queue_are_refused_by_submit() -> None:
-    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        with pytest.raises(ValueError, match="empty"):
-            engine.submit([])
-        streams = [engine.submit([i], SamplingParams(max_tokens=1)) for i in range(2)]
-        with pytest.raises(QueueFull):
-            for i in range(100):
-                streams.append(engine.submit([i], SamplingParams(max_tokens=1)))
-        assert 4 <= len(streams) <= 5  # four wait, and one may be running
-        runner.allow()
-        assert all(outputs[-1].is_finished for outputs in await asyncio.gather(*map(read, streams)))
-
-    serve(scenario, gated=True, max_queue=4, max_running=1)
-
-
 @pytest.mark.parametrize("end", ["drain", "stop"])
 def test_drain_and_stop_end_an_idle_engine(end: str) -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
