@@ -239,13 +239,10 @@ class OffloadTiers:
         """Rows copied so far, by (source tier, destination tier)."""
         self._ghosts = ghosts
 
-    def close(self, name: str) -> None:
-        """Stop offloading to the tier ``name``, which cannot be written. It can still be read."""
-        self._closed.add(self.names.index(name))
-
-    def open(self, name: str) -> None:
-        """Resume offloading to the tier ``name``."""
-        self._closed.discard(self.names.index(name))
+    def set_writable(self, name: str, is_writable: bool) -> None:
+        """Resume or stop offloading to the tier ``name``. It can be read at all times."""
+        change = self._closed.discard if is_writable else self._closed.add
+        change(self.names.index(name))
 
     def add_checkpoint(self, node: RadixNode, checkpoint: Checkpoint) -> None:
         """Offer ``checkpoint``, which is about to leave the device, to the tiers, the nearest

@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 URGENT, NORMAL, LAST, IDLE = range(4)
 POLL_S = 0.05
 
-Work = tuple[int, int, Callable[[], Any] | None, "Future[Any] | None"]
+Work = tuple[int, int, Callable[[], Any] | None, "Future[Any]"]
 
 
 class DiskThread:
@@ -68,26 +68,21 @@ class DiskThread:
         started = self._started
         return 0.0 if started is None else time.monotonic() - started
 
-    def submit(self, work: Callable[[], Result], *, urgent: bool = False) -> Future[Result]:
-        """Queue ``work``. The future has its result or its exception."""
+    def submit(self, work: Callable[[], Result], priority: int = NORMAL) -> Future[Result]:
+        """Queue ``work``. The future has its result, or its exception, which is also logged.
+
+        Work with the priority ``IDLE`` is run only if the thread is idle before ``close``.
+        """
         done: Future[Result] = Future()
-        self._queue.put((URGENT if urgent else NORMAL, next(self._numbers), work, done))
+        self._queue.put((priority, next(self._numbers), work, done))
         return done
-
-    def run_later(self, work: Callable[[], object]) -> None:
-        """Queue ``work`` without a result. An exception is logged."""
-        self._queue.put((NORMAL, next(self._numbers), work, None))
-
-    def when_idle(self, work: Callable[[], object]) -> None:
-        """Run ``work`` if the thread is idle before ``close``."""
-        self._queue.put((IDLE, next(self._numbers), work, None))
 
     def close(self, deadline_s: float) -> bool:
         """Do the queued work except idle work, and end.
 
         Returns False if a job ran longer than ``deadline_s``; the thread then continues alone.
         """
-        self._queue.put((LAST, next(self._numbers), None, None))
+        self._queue.put((LAST, next(self._numbers), None, Future()))
         while self._thread.is_alive():
             if self.busy_s > deadline_s:
                 return False
@@ -101,15 +96,10 @@ class DiskThread:
                 return
             self._started = time.monotonic()
             try:
-                result = work()
+                done.set_result(work())
             except BaseException as error:
-                if done is None:
-                    logger.exception("A job of the disk thread failed.")
-                else:
-                    done.set_exception(error)
-            else:
-                if done is not None:
-                    done.set_result(result)
+                logger.exception("A job of the disk thread failed.")
+                done.set_exception(error)
             self._started = None
 
 
@@ -300,7 +290,7 @@ class Disk:
         found = {part.record: None for part in self._pointers.parts(rows) if part.record}
         for number in found:
             if number not in self._staged and number not in self._pending:
-                self._staged[number] = self._thread.submit(self._reader(number), urgent=True)
+                self._staged[number] = self._thread.submit(self._reader(number), URGENT)
         return tuple(found)
 
     def is_staged(self, record_ids: Iterable[int]) -> bool:
@@ -373,7 +363,7 @@ class Disk:
             except OSError as error:
                 self._pause(f"write {name}", error, len(data))
 
-        self._thread.run_later(write)
+        self._thread.submit(write)
 
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, in the background."""
@@ -381,7 +371,7 @@ class Disk:
 
     def when_idle(self, work: Callable[[], object]) -> None:
         """Run ``work`` in the disk thread if it is idle before the end."""
-        self._thread.when_idle(work)
+        self._thread.submit(work, IDLE)
 
     def flush(self, deadline_s: float | None = None) -> bool:
         """Wait until all queued work is done. Returns False if the file system hangs."""
@@ -415,7 +405,7 @@ class Disk:
             except OSError as error:
                 self._report(what, error)
 
-        self._thread.run_later(attempt)
+        self._thread.submit(attempt)
 
     def _write_missing(
         self, kind: Kind, path: tuple[Hashable, Tokens], num_rows: int, read: ReadRows, must: bool
@@ -497,7 +487,7 @@ class Disk:
         self._pending[number] = payload
         with self._written:
             self._pending_bytes += num_bytes
-        self._thread.run_later(lambda: self._write_record(number, kind, meta, payload, num_bytes))
+        self._thread.submit(lambda: self._write_record(number, kind, meta, payload, num_bytes))
         return number
 
     def _write_record(
@@ -556,7 +546,7 @@ class Disk:
         """Queue the removal of a record's file."""
         size = self._sizes.pop(number)
         self.num_bytes -= size
-        self._thread.run_later(lambda: self._remove_record(number, size))
+        self._thread.submit(lambda: self._remove_record(number, size))
 
     def _remove_record(self, number: int, size: int) -> None:
         """Remove a record's file, in the disk thread; it may never have been written."""
@@ -577,7 +567,7 @@ class Disk:
             return pending()
         staged = self._staged.get(number)
         if staged is None:
-            staged = self._thread.submit(self._reader(number), urgent=True)
+            staged = self._thread.submit(self._reader(number), URGENT)
         payload: Rows | None = self._result(staged)
         self.settle()
         return payload

@@ -355,10 +355,7 @@ class TierPlugin(Plugin):
         if disk is None:
             return
         disk.settle()
-        if disk.is_writable:
-            offload.open(DISK)
-        else:
-            offload.close(DISK)
+        offload.set_writable(DISK, disk.is_writable)
         if not all(map(_is_kept, self._cache.steps.transfers)):
             return  # rows that a transfer is about to fill are not lost
         if disk.has_lost_rows:
