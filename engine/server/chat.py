@@ -443,8 +443,7 @@ def _message(events: Sequence[Event]) -> dict[str, Any]:
 
 
 class _Deltas:
-    """Writes the events of one answer as deltas of its message. Calls are numbered, and named in
-    their first delta."""
+    """Writes the events of one answer as deltas of its message. Calls are numbered."""
 
     def __init__(self) -> None:
         self._num_calls = 0

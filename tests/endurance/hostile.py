@@ -450,7 +450,7 @@ def _post(port: int, path: str, payload: bytes) -> int:
 
 def hold_connections(port: int, reader: Reader) -> Outcome:
     """Open more connections than allowed, with endless headers. The status is that of the last
-    /health."""
+    other request."""
     start_s = time.perf_counter()
     time.sleep(1.0)
     control_per_s = reader.tokens_per_s(start_s, time.perf_counter())
@@ -460,10 +460,10 @@ def hold_connections(port: int, reader: Reader) -> Outcome:
             held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
             with suppress(OSError):
                 held[-1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Half: ")
-        health = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        health.request("GET", "/health")
-        status = health.getresponse().status
-        health.close()
+        other = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        other.request("GET", "/v1/models")
+        status = other.getresponse().status
+        other.close()
     sent = f"{len(held)} connections whose headers never end", 0.0, status
     outcome = _outcome(reader, sent, start_s, control_per_s, False)
     for connection in held:
