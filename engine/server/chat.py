@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from engine.server.context import (
     usage,
 )
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
-from engine.text.answer_reader import AnswerDelta, AnswerForm, AnswerReader
+from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import (
     Event,
     ReasoningDelta,
@@ -256,21 +256,22 @@ class ChatSession:
         """Return the cache headers, or {} before the first output."""
         return {} if self._first is None else cache_headers(self._first)
 
-    async def news(self) -> AsyncIterator[AnswerDelta]:
-        """Yield the deltas of all answers until all have ended, or the client has left."""
+    async def news(self) -> AsyncIterator[AnswerReader]:
+        """Yield the reader of an answer after each output, until all have ended, or the client has
+        left."""
         try:
             async with aclosing(self._context.outputs(self._answers)) as outputs:
                 async for index, output in outputs:
                     reader = self._readers[index]
-                    delta = reader.read(output)
+                    reader.read(output)
                     if index == 0:
                         self._first = output
-                    if delta.finish is not None and not reader.is_over:
+                    if reader.finish is not None and not reader.is_over:
                         header, message = self.prompt.header, as_message(reader.events)
                         self._context.history.keep(header, self._place, message, output)
-                    elif reader.is_over and delta.finish is None:
+                    elif reader.is_over and reader.finish is None:
                         self._answers.streams[index].abort("stop")
-                    yield delta
+                    yield reader
         finally:
             if self._first is not None:
                 self._remember(self._first)
@@ -292,14 +293,13 @@ class ChatSession:
             )
             self._context.remember(answered)
 
-    async def answers(self) -> list[AnswerDelta]:
-        """Wait for all answers. Returns the last delta of each, in order, with all of its
-        events."""
-        ends = {news.index: news async for news in self.news() if news.finish is not None}
-        return [
-            replace(ends[index], events=joined(reader.events))
-            for index, reader in enumerate(self._readers)
-        ]
+    async def answers(self) -> Sequence[AnswerReader]:
+        """Wait for all answers, and return their readers in order."""
+        async for _ in self.news():
+            pass
+        for reader in self._readers:
+            reader.events = joined(reader.events)
+        return self._readers
 
 
 class ChatWriter(ABC):
@@ -312,7 +312,7 @@ class ChatWriter(ABC):
         self._context, self._session = context, session
 
     @abstractmethod
-    def whole(self, answers: Sequence[AnswerDelta]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
 
     @abstractmethod
@@ -356,7 +356,7 @@ class _ChatWriter(ChatWriter):
             "system_fingerprint": context.engine.facts.exactness.fingerprint,
         }
 
-    def whole(self, answers: Sequence[AnswerDelta]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
@@ -403,9 +403,9 @@ class _ChatWriter(ChatWriter):
         counts["prompt_tokens_details"] |= self._session.written(outputs[0])
         return counts
 
-    def _delta(self, deltas: _Deltas, news: AnswerDelta) -> dict[str, Any]:
+    def _delta(self, deltas: _Deltas, news: AnswerReader) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)
-        choice = _choice(news.index, deltas.write(news.events), scores, news.finish)
+        choice = _choice(news.index, deltas.write(news.new), scores, news.finish)
         choice |= _warning(news.warning)
         return choice | token_id_fields(self._body, news.output.new_token_ids)
 

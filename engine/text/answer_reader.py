@@ -45,20 +45,6 @@ class AnswerForm:
         return cls(CLOSE in template, offers_tools, calls)
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerDelta:
-    """Result of one step of the engine for one answer."""
-
-    index: int
-    """Index of the answer within the request."""
-    events: list[Event]
-    output: RequestOutput
-    finish: Finish | None
-    """Reason why the answer ended, in its last delta."""
-    warning: str | None = None
-    """Set in the last delta if part of the text looks like a call that cannot be made."""
-
-
 class AnswerReader:
     """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
     text arrives."""
@@ -79,11 +65,19 @@ class AnswerReader:
         tokens with which the model ends its answer."""
         self._reasoning = ReasoningReader(is_thinking) if form.thinks else None
         self._calls = form.calls(tools) if form.calls and tools is not None else None
-        self._is_single, self._index, self._ends = is_single, index, end_token_ids
+        self._is_single, self._ends = is_single, end_token_ids
+        self.index = index
+        """Index of the answer within the request."""
+        self.output: RequestOutput
+        """Latest output that was read."""
+        self.finish: Finish | None = None
+        """Reason why the answer ended, or None if it goes on."""
         self._is_broken_off = False
         """True if a limit or a stop string ended the answer inside a call."""
         self._warning: str | None = None
         """Reason why the first of the calls that cannot be made is part of the text."""
+        self.new: list[Event] = []
+        """Events of the latest output."""
         self.events: list[Event] = []
         """All events so far."""
         self.is_over = False
@@ -95,13 +89,17 @@ class AnswerReader:
         """True if the next text is reasoning, as far as is known."""
         return self._reasoning is not None and self._reasoning.is_inside
 
-    def read(self, output: RequestOutput) -> AnswerDelta:
-        """Return the new part of the answer in ``output``."""
-        events = [] if self.is_over else self._read(output)
-        finish = self._finish(output)
-        return AnswerDelta(
-            self._index, events, output, finish, None if finish is None else self._warning
-        )
+    @property
+    def warning(self) -> str | None:
+        """Warning about a part of the text that looks like a call and cannot be made, or None.
+        Known at the end of the answer."""
+        return None if self.finish is None else self._warning
+
+    def read(self, output: RequestOutput) -> None:
+        """Read the new part of the answer in ``output``."""
+        self.output = output
+        self.new = [] if self.is_over else self._read(output)
+        self.finish = self._finish(output)
 
     def _read(self, output: RequestOutput) -> list[Event]:
         was_thinking = self.is_thinking

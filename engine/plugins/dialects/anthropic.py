@@ -44,7 +44,7 @@ from engine.server.schemas import (
     TopP,
     parsed_arguments,
 )
-from engine.text.answer_reader import AnswerDelta, Finish
+from engine.text.answer_reader import AnswerReader, Finish
 from engine.text.answers import (
     Event,
     ReasoningDelta,
@@ -421,7 +421,7 @@ class _MessagesWriter(ChatWriter):
     def failed(self, failure: APIError) -> bytes:
         return named_event(failure.body(ANTHROPIC, self._request_name))
 
-    def whole(self, answers: Sequence[AnswerDelta]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
         [answer] = answers
         ending = self._ending(answer)
         content = _content(answer.events, self._omits_thinking)
@@ -438,7 +438,7 @@ class _MessagesWriter(ChatWriter):
                 message = self._message([], _NO_ENDING, self._usage(news.output))
                 yield named_event({"type": "message_start", "message": message})
                 yield PING
-            said = b"".join(map(named_event, blocks.write(news.events)))
+            said = b"".join(map(named_event, blocks.write(news.new)))
             if said:
                 yield said
             if news.finish is not None:
@@ -460,7 +460,7 @@ class _MessagesWriter(ChatWriter):
             "usage": usage,
         }
 
-    def _ending(self, answer: AnswerDelta) -> dict[str, Any]:
+    def _ending(self, answer: AnswerReader) -> dict[str, Any]:
         """Return the reason of the end, and a warning if there is one."""
         finish, output = answer.finish, answer.output
         reason, stop = REASONS.get(finish, "end_turn"), None

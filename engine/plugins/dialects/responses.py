@@ -51,7 +51,7 @@ from engine.server.schemas import (
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
-from engine.text.answer_reader import AnswerDelta, Finish
+from engine.text.answer_reader import AnswerReader, Finish
 from engine.text.answers import (
     Event,
     ReasoningDelta,
@@ -607,7 +607,7 @@ class _ResponsesWriter(ChatWriter):
             "truncation": "disabled",
         }
 
-    def whole(self, answers: Sequence[AnswerDelta]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
         [answer] = answers
         for _ in self.items.write(answer.events):
             pass
@@ -621,7 +621,7 @@ class _ResponsesWriter(ChatWriter):
             if not has_begun:
                 has_begun = True
                 yield self._started()
-            said = b"".join(map(self._event, self.items.write(news.events)))
+            said = b"".join(map(self._event, self.items.write(news.new)))
             if said:
                 yield said
             if news.finish is not None:
@@ -642,7 +642,7 @@ class _ResponsesWriter(ChatWriter):
         events = ({"type": f"response.{name}", "response": response} for name in names)
         return b"".join(map(self._event, events))
 
-    def _ended(self, last: AnswerDelta) -> dict[str, Any]:
+    def _ended(self, last: AnswerReader) -> dict[str, Any]:
         """Return, and keep, the response with everything written so far."""
         self._close(last.finish)
         status = "incomplete" if last.finish == "length" else "completed"
