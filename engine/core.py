@@ -46,7 +46,6 @@ class EngineCore:
         intake: Intake,
         scheduler: Scheduler,
         plugins: Mapping[str, Plugin],
-        observer: Observer | None,
         clock: Callable[[], float],
     ) -> None:
         self.config = config
@@ -65,7 +64,7 @@ class EngineCore:
         self.sampling_defaults = intake.sampling_defaults
         self.max_model_len = intake.max_model_len
         """Maximum number of tokens of a prompt and its answer together."""
-        self.observers: list[Observer] = [] if observer is None else [observer]
+        self.observers: list[Observer] = []
         """Functions that are called after every step."""
         self.recent = RecentRequests()
         self._scheduler = scheduler

@@ -11,7 +11,7 @@ from engine.build import assemble, engine_plugins, grammar_rules, load
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.hub import resolve_config
-from engine.interfaces import Observer, Runner, TokenSampler
+from engine.interfaces import Runner, TokenSampler
 from engine.requests.request import Intake
 from engine.schedule.batch import DraftPlanner
 from engine.schedule.fetching import Fetcher
@@ -37,7 +37,6 @@ class Engine(EngineCore):
         runner: Runner | None = None,
         sampler: TokenSampler | None = None,
         tokenizer: Tokenizer | None = None,
-        observer: Observer | None = None,
         drafting: DraftPlanner | None = None,
         fetcher: Fetcher | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -45,9 +44,9 @@ class Engine(EngineCore):
         """Load the model that ``config`` names, or serve with the given ``runner``, ``sampler`` and
         ``tokenizer``.
 
-        ``observer`` is notified of every step. ``drafting`` replaces
-        the planner of ``config.draft``; ``fetcher`` loads prefixes that the cache lacks. Raises
-        ConfigError for settings that contradict each other, and ValueError if loading fails.
+        ``drafting`` replaces the planner of ``config.draft``; ``fetcher`` loads prefixes that the
+        cache lacks. Raises ConfigError for settings that contradict each other, and ValueError if
+        loading fails.
         """
         config = config or EngineConfig()
         parse_placement(",".join(config.checkpoints))
@@ -82,7 +81,6 @@ class Engine(EngineCore):
             intake=intake,
             scheduler=scheduler,
             plugins=plugins,
-            observer=observer,
             clock=clock,
         )
         for plugin in plugins.values():

@@ -87,8 +87,8 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
         runner=IdleRunner(),
         sampler=Sampler(IdleRunner.vocab_size),
         tokenizer=ByteTokenizer(),
-        observer=reports.append,
     )
+    engine.observers.append(reports.append)
     for i in range(num_running):
         engine.submit([i % 256] * PROMPT_LEN, sampling)
     while len(reports) < 50 + num_steps:

@@ -145,8 +145,8 @@ class Bench:
             self.config,
             runner=self.runner,
             sampler=Sampler(self.runner.vocab_size),
-            observer=self.steps.append,
         )
+        self.engine.observers.append(self.steps.append)
         self._draw = np.random.default_rng(0)
 
     def close(self) -> None:

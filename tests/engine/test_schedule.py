@@ -40,8 +40,8 @@ def test_prefills_use_the_budget_left_by_decodes_or_one_tile(
         EngineConfig(token_budget=token_budget, max_running=8),
         runner=OracleRunner(8192, 32),
         sampler=OracleSampler(),
-        observer=reports.append,
     )
+    engine.observers.append(reports.append)
     prompts = [ids(40 + 61 * i, first=17 * i) for i in range(12)]
     engine.generate(prompts, [answer(5 + 9 * (i % 5)) for i in range(12)])
     assert max(report.num_decode_tokens for report in reports) > 3
