@@ -610,12 +610,13 @@ class Disk:
         self._make_room(0, 0)
         if self.num_bytes < num_bytes:
             logger.warning(
-                "Records removed from %s, the least recently used first, because it may have %s of "
-                "records now: %d records with %s.",
-                self._store.folder,
-                format_bytes(self.max_bytes),
+                "%d records with %s were removed from %s, the least recently used first: it had %s "
+                "of records, and --disk-gib or the free disk allow %s now.",
                 num_records - len(self._sizes),
                 format_bytes(num_bytes - self.num_bytes),
+                self._store.folder,
+                format_bytes(num_bytes),
+                format_bytes(self.max_bytes),
             )
 
     def _wrote(self, num_bytes: int) -> None:
