@@ -26,6 +26,8 @@ EXACT_SPAN = 1024
 """Number of int8 products with a sum that is exact in float32 in any order."""
 MAX_SINGLE_ROWS = 32
 """Maximum number of rows that are multiplied one at a time."""
+MANY_ROWS = 8
+"""Number of rows with which the products of many rows are compared."""
 MEASURED_CALLS = 3
 
 
@@ -48,16 +50,18 @@ class Int8Linear:
         """Create the layer. quantized: int8 ``[M, N]``; scale: float32 ``[M]``; bias: ``[M]``."""
         self._weight = quantized.contiguous().t()
         self._scale, self._bias = scale, None if bias is None else bias.float()
-        self._multiply: Product = torch._int_mm if is_exact() else multiply_by_spans
-        num_outputs, size = quantized.shape
-        self._single_rows = single_rows(num_outputs, size, torch.get_num_threads())
+        shape = *quantized.shape, torch.get_num_threads()
+        self._multiply: Product = multiply_by_spans
+        self._single_rows = 0
+        if is_exact():
+            self._multiply, self._single_rows = product_of_many(*shape), single_rows(*shape)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) == 0:
             return x.new_empty(0, self._weight.shape[1])
         rows, scale = quantize_rows(x)
-        if 1 < len(rows) <= self._single_rows:
-            sums = torch.cat([self._multiply(row[None], self._weight) for row in rows])
+        if len(rows) <= self._single_rows:
+            sums = torch.cat([torch._int_mm(row[None], self._weight) for row in rows])
         else:
             sums = self._multiply(rows, self._weight)
         out = sums.float().mul_(self._scale).mul_(scale[:, None])
@@ -101,26 +105,39 @@ def is_exact() -> bool:
 
 
 @cache
+def product_of_many(num_outputs: int, size: int, num_threads: int) -> Product:
+    """Return the fastest product of many rows. Affects speed only; measured once per shape.
+
+    Without special instructions, ``torch._int_mm`` takes up to 17 times as long as spans.
+    """
+    weight = torch.ones(num_outputs, size, dtype=torch.int8).t()
+    rows = torch.ones(MANY_ROWS, size, dtype=torch.int8)
+    products: tuple[Product, ...] = torch._int_mm, multiply_by_spans
+    return min(products, key=lambda product: _shortest_s(product, rows, weight))
+
+
+@cache
 def single_rows(num_outputs: int, size: int, num_threads: int) -> int:
     """Return the number of rows up to which one at a time is faster. Affects speed only.
 
     Measured once per shape.
     """
-    if not is_exact():
-        return 0
     weight = torch.ones(num_outputs, size, dtype=torch.int8).t()
     rows = torch.ones(MAX_SINGLE_ROWS, size, dtype=torch.int8)
-    one = _shortest_s(rows[:1], weight)
+    many = product_of_many(num_outputs, size, num_threads)
+    one = _shortest_s(torch._int_mm, rows[:1], weight)
     count = 1
-    while count < MAX_SINGLE_ROWS and 2 * count * one < _shortest_s(rows[: 2 * count], weight):
+    while count < MAX_SINGLE_ROWS and 2 * count * one < _shortest_s(
+        many, rows[: 2 * count], weight
+    ):
         count *= 2
     return count
 
 
-def _shortest_s(rows: torch.Tensor, weight: torch.Tensor) -> float:
+def _shortest_s(product: Product, rows: torch.Tensor, weight: torch.Tensor) -> float:
     def call() -> float:
         start = time.perf_counter()
-        torch._int_mm(rows, weight)
+        product(rows, weight)
         return time.perf_counter() - start
 
     return min(call() for _ in range(MEASURED_CALLS))
