@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from engine.hub import resolve_folder
 from hybridcache.geometry.units import counted, format_bytes
 
 if TYPE_CHECKING:
-    from engine.plugins.convert.converter import Conversion, Converted
+    from engine.plugins.convert.converter import Conversion, FilePiece
 
 
 def add_flags(convert: argparse.ArgumentParser) -> None:
@@ -36,7 +35,6 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
         help="additional layers to leave unchanged: words of their names, such as "
         "linear_attn.out_proj, or a regular expression after re:",
     )
-    convert.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,27 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.to,
         tuple(arguments.ignore),
     )
-    print(json.dumps(_conversion_record(done)) if arguments.json else _conversion_text(done))
+    print(_conversion_text(done))
     return 0
-
-
-def _conversion_record(done: Conversion) -> dict[str, object]:
-    """Return the details of every matrix, for machines."""
-    return {
-        "became": done.scheme.describe(),
-        "source_bytes": done.source_bytes,
-        "written_bytes": done.written_bytes,
-        "num_files": done.num_files,
-        "modules": {
-            one.module: {"shape": one.shape, "error": one.error, "left": one.reason or None}
-            for one in done.modules
-        },
-    }
 
 
 def _conversion_text(done: Conversion) -> str:
     """Return a table with one line for the same matrix in all layers, and one for all experts."""
-    alike: dict[tuple[str, str], list[Converted]] = defaultdict(list)
+    alike: dict[tuple[str, str], list[FilePiece]] = defaultdict(list)
     for one in done.modules:
         alike[re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason].append(one)
     width = max(len(name) for name, _ in alike)
@@ -89,7 +73,7 @@ def _conversion_text(done: Conversion) -> str:
     )
 
 
-def _errors(name: str, ones: list[Converted], width: int) -> str:
+def _errors(name: str, ones: list[FilePiece], width: int) -> str:
     errors = {one.module: one.error for one in ones if one.error is not None}
     worst = max(errors, key=lambda module: errors[module])
     mean = sum(errors.values()) / len(errors)

@@ -65,6 +65,8 @@ class FilePiece:
     """Index of its first number in the source."""
     reason: str = ""
     """Reason why a matrix is not converted."""
+    error: float | None = None
+    """Root mean square of the rounding divided by that of the weights, once it is converted."""
 
     @property
     def module(self) -> str:
@@ -164,34 +166,23 @@ def _decide(
         reason = "few numbers with a large effect"
     elif piece.source.dtype not in FULL_DTYPES:
         reason = f"{piece.source.dtype} already"
-    elif not _is_whole(piece.shape, scheme):
+    elif any(size and n % size for n, size in zip(piece.shape, scheme.block, strict=True)):
         reason = "not whole blocks"  # which other readers misinterpret
     return replace(piece, scheme=None if reason else scheme, reason=reason)
 
 
-def _is_whole(shape: tuple[int, ...], scheme: Scheme) -> bool:
-    return all(size is None or n % size == 0 for n, size in zip(shape, scheme.block, strict=True))
-
-
-def into_shards(pieces: Iterable[FilePiece], most_bytes: int) -> list[list[FilePiece]]:
-    """Divide ``pieces``, in order, into shards of at most ``most_bytes`` each, unless one piece is
+def into_shards(pieces: Iterable[FilePiece]) -> list[list[FilePiece]]:
+    """Divide ``pieces``, in order, into shards of at most ``SHARD_BYTES`` each, unless one piece is
     larger."""
     shards: list[list[FilePiece]] = [[]]
     filled = 0
     for piece in pieces:
-        if shards[-1] and filled + piece.num_bytes > most_bytes:
+        if shards[-1] and filled + piece.num_bytes > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(piece)
         filled += piece.num_bytes
     return shards
-
-
-def shard_paths(directory: Path, count: int) -> list[Path]:
-    """Return the paths of ``count`` files, named as Hugging Face names them."""
-    if count == 1:
-        return [directory / "model.safetensors"]
-    return [directory / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
 SCHEMES: dict[Format, Scheme] = {
@@ -204,18 +195,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.inde
 
 
 @dataclass(frozen=True, slots=True)
-class Converted:
-    """Result for one matrix."""
-
-    module: str
-    shape: tuple[int, ...]
-    error: float | None
-    """Root mean square of the rounding divided by that of the weights, or None if the matrix was
-    not converted."""
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Conversion:
     """Result of ``convert``."""
 
@@ -223,7 +202,8 @@ class Conversion:
     source_bytes: int
     written_bytes: int
     num_files: int
-    modules: tuple[Converted, ...]
+    modules: tuple[FilePiece, ...]
+    """Matrices that were converted, or that have a reason why not."""
 
 
 def convert(
@@ -233,8 +213,6 @@ def convert(
     ignore: Sequence[str] = (),
     *,
     scheme: Scheme | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    show_progress: bool | None = None,
 ) -> Conversion:
     """Write the checkpoint of ``source`` into ``target`` with linear layers in 8 bits, everything
     else unchanged.
@@ -244,11 +222,11 @@ def convert(
     Args:
       ignore: additional layers to keep: words of names, or regular expressions after ``re:``.
       scheme: replaces the scheme of ``to``.
-      show_progress: None to show progress if the output is a terminal.
 
     Takes the memory of the largest matrix, before and after its conversion. Raises ModelError.
     """
-    _check_target(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"{target} exists and is not an empty directory: choose a new one.")
     config = read_config(source)
     quantization = read_quantization(config, source)
     if quantization is not None:
@@ -259,11 +237,11 @@ def convert(
     scheme = scheme or SCHEMES[to]
     tensors = (tensor for file in files for tensor in open_file(file))
     pieces = plan_pieces(tensors, scheme, ignore)
-    shards = into_shards(pieces, shard_bytes)
+    shards = into_shards(pieces)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        modules = _write(shards, partial, show_progress)
+        modules = _write(shards, partial)
         _copy_rest(source, partial)
         section = _section(pieces, scheme)
         text = json.dumps(config | {"quantization_config": section}, indent=2)
@@ -278,25 +256,23 @@ def convert(
     return Conversion(scheme, source_bytes, written_bytes, len(shards), tuple(modules))
 
 
-def _check_target(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} exists and is not an empty directory: choose a new one.")
-
-
-def _write(
-    shards: Sequence[Sequence[FilePiece]], directory: Path, show_progress: bool | None
-) -> list[Converted]:
+def _write(shards: Sequence[Sequence[FilePiece]], directory: Path) -> list[FilePiece]:
+    """Write all pieces, in files that are named as Hugging Face names them. Returns the matrices,
+    with their errors."""
     weight_map: dict[str, str] = {}
-    modules: list[Converted] = []
-    total = sum(piece.num_bytes for shard in shards for piece in shard)
-    disable = None if show_progress is None else not show_progress
-    paths = shard_paths(directory, len(shards))
-    with tqdm(total=total, unit="B", unit_scale=True, disable=disable, file=sys.stderr) as bar:
+    modules: list[FilePiece] = []
+    total, count = sum(piece.num_bytes for shard in shards for piece in shard), len(shards)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    paths = [directory / name for name in (names if count > 1 else ["model.safetensors"])]
+    # Without a terminal there is no bar.
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
         for shard, path in zip(shards, paths, strict=True):
             entries = {name: e for piece in shard for name, e in piece.entries().items()}
             with FileWriter(path, entries) as file:
                 for piece in shard:
-                    modules += _convert_one(piece, file)
+                    error = _convert_one(piece, file)
+                    if piece.scheme is not None or piece.reason:
+                        modules.append(replace(piece, error=error))
                     bar.update(piece.num_bytes)
             weight_map |= dict.fromkeys(entries, path.name)
     if len(shards) > 1:
@@ -306,19 +282,18 @@ def _write(
     return modules
 
 
-def _convert_one(piece: FilePiece, file: FileWriter) -> list[Converted]:
-    """Write the converted ``piece``. Returns a record if it is a matrix."""
+def _convert_one(piece: FilePiece, file: FileWriter) -> float | None:
+    """Write the converted ``piece``. Returns its error, or None if it stays unchanged."""
     weight = piece.source.read_part(piece.first, piece.shape)
     if piece.scheme is None:
         file.write(piece.name, weight)
-        named = [Converted(piece.module, piece.shape, None, piece.reason)]
-        return named if piece.reason else []
+        return None
     stored, scale, error = quantize_rows(weight, piece.scheme)
     if not error < 1:  # also true for NaN
         raise ModelError(f"{piece.name} contains numbers that are not finite.")
     file.write(piece.name, stored)
     file.write(f"{piece.module}.{piece.scheme.scale_name}", scale)
-    return [Converted(piece.module, piece.shape, error, "")]
+    return error
 
 
 @torch.inference_mode()

@@ -48,7 +48,7 @@ def test_int8_files_equal_int8_loading(model, oracles, driver_class, random_toke
     if model == "qwen3_5_moe":
         tensors = eight_bit.stack_experts(load_file(source / "model.safetensors"))
         save_file(tensors, source / "model.safetensors")
-    report = convert(source, tmp_path / "out", "int8", show_progress=False)
+    report = convert(source, tmp_path / "out", "int8")
     expected = driver_class(load(source, quantization="int8")).cold(tokens, logits="all")
     assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
     errors = [entry.error for entry in report.modules if entry.error is not None]
@@ -75,7 +75,7 @@ def test_convert_command(oracles, tmp_path, capsys):
         read_quantization(config | {"quantization_config": {"quant_method": "gptq"}}, tmp_path)
     assert main(["convert", str(out), str(tmp_path / "again"), "--to", "fp8"]) == 2
     assert "is already int8 with a scale per output channel" in capsys.readouterr().err
-    assert main(["convert", source, str(tmp_path / "json"), "--to", "fp8", "--json"]) == 2
+    assert main(["convert", source, str(tmp_path / "fp8"), "--to", "fp8"]) == 2
     assert "no linear layer to convert: all are " in capsys.readouterr().err
 
 
@@ -84,7 +84,7 @@ def test_transformers_reads_fp8_files(oracles, tmp_path):
     pytest.importorskip("accelerate", reason="transformers needs accelerate to read fp8")
     from transformers import Qwen3_5ForCausalLM
 
-    convert(oracles("qwen3_5").path, tmp_path / "out", "fp8", scheme=BLOCKS, show_progress=False)
+    convert(oracles("qwen3_5").path, tmp_path / "out", "fp8", scheme=BLOCKS)
     theirs = Qwen3_5ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     state = theirs.state_dict()
     for name, weight in dequantise(tmp_path / "out").items():
@@ -95,7 +95,7 @@ def test_compressed_tensors_reads_int8_files(oracles, tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from transformers import CompressedTensorsConfig, Qwen3_5ForCausalLM
 
-    convert(oracles("qwen3_5").path, tmp_path / "out", "int8", show_progress=False)
+    convert(oracles("qwen3_5").path, tmp_path / "out", "int8")
     theirs = Qwen3_5ForCausalLM.from_pretrained(
         tmp_path / "out",
         dtype=torch.float32,
