@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
-from engine.plugins.disaggregation.received_prefix import ReceivedPrefix, begin_arrival, end_arrival
+from engine.plugins.disaggregation.received_prefix import ReceivedPrefix
 from engine.requests.request import Request
 from hybridcache.api import PrefixMatch
 from hybridcache.geometry.model import ModelGeometry
@@ -34,7 +34,13 @@ class SlowFetch:
 
     def settle(self, is_whole: bool) -> None:
         self.num_fetched = len(self.arrival.rows) if is_whole else 0
-        end_arrival(self.fetcher.engine._manager, self.arrival, is_whole=is_whole)
+        manager = self.fetcher.engine._manager
+        del manager.other_holders[self.arrival]
+        if is_whole:
+            with manager.publishing():
+                self.arrival.publish()
+        else:
+            self.arrival.abort()
         self.fetcher.pending.remove(self)
         self.has_ended = True
 
@@ -63,9 +69,13 @@ class SlowFetcher:
     def begin(self, request: Request, match: PrefixMatch) -> SlowFetch | None:
         assert self.has_room and self.wants(request, match)
         end = (request.num_tokens - 1) // 64 * 64
-        arrival = begin_arrival(self.engine._manager, request.tokens[:end], request.namespace)
+        manager, tokens = self.engine._manager, request.tokens[:end]
+        arrival = ReceivedPrefix.begin(
+            manager.cache, tokens, request.namespace, stateful=manager.stateful
+        )
         if arrival is None:
             return None
+        manager.other_holders[arrival] = None
         self.num_begun += 1
         self.pending.append(SlowFetch(self, arrival, request))
         return self.pending[-1]

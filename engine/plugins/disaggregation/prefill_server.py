@@ -107,10 +107,9 @@ class Outgoing:
             return
         self._send_rows(unit, part, request.lease.kv_indices, request.scheduled_len)
 
-    def advance(self, unit: PrefixBuffer, manager: CacheManager) -> None:
+    def advance(self, unit: PrefixBuffer, cache: HybridRadixCache) -> None:
         """Send the rest of the prefix once it is complete, then its state. Called between two
         steps."""
-        cache = manager.cache
         if self._receipt is None and not self._settle(unit, cache):
             return
         match = cache.match(self.tokens, self.ask.spec.namespace)
@@ -139,13 +138,13 @@ class Outgoing:
         self._receipt = cache.lock(match.node)
         return True
 
-    def give_up(self, why: str, cache: HybridRadixCache, abort: Callable[[str], object]) -> None:
-        """End without sending the rest. ``abort`` ends a request by its id."""
+    def give_up(self, why: str, engine: EngineCore, cache: HybridRadixCache) -> None:
+        """End without sending the rest."""
         if self._receipt is not None:
             cache.unlock(self._receipt)
             self._receipt = None
         if self.request is not None and self.request.finish_reason is None:
-            abort(self.request.request_id)
+            engine.abort(self.request.request_id)
         self.fail(StepFailed(why))
 
     def _send_rows(self, unit: PrefixBuffer, part: int, rows: Indices, known: int) -> None:
@@ -395,12 +394,11 @@ class PrefillServer(Plugin):
             self._take_in(self._asked.get_nowait())
         for outgoing in self._active:
             if outgoing.is_cancelled and not outgoing.has_ended:
-                self._give_up(outgoing, "the decode engine has gone")
+                why = "the decode engine has gone"
+                outgoing.give_up(why, self._engine, self._manager.cache)
             elif not self._manager.has_moves:
-                outgoing.advance(self._unit, self._manager)
-            if outgoing.has_ended:
-                self._count(outgoing)
-        self._active = [outgoing for outgoing in self._active if not outgoing.has_ended]
+                outgoing.advance(self._unit, self._manager.cache)
+        self._forget_ended()
 
     def _take_in(self, outgoing: Outgoing) -> None:
         spec = outgoing.ask.spec
@@ -410,17 +408,17 @@ class PrefillServer(Plugin):
             self._engine.enqueue(outgoing.request)
         self._active.append(outgoing)
 
-    def _give_up(self, outgoing: Outgoing, why: str) -> None:
-        outgoing.give_up(why, self._manager.cache, self._engine.abort)
-
-    def _count(self, outgoing: Outgoing) -> None:
-        if outgoing.is_whole:
-            num_tokens = outgoing.end - outgoing.ask.start
-            self.counts.prefixes += 1
-            self.counts.tokens += num_tokens
-            self.counts.needed_bytes += num_tokens * self._unit.row_bytes + self._unit.state_bytes
-        else:
-            self.counts.failed += 1
+    def _forget_ended(self) -> None:
+        for outgoing in filter(lambda one: one.has_ended, self._active):
+            if outgoing.is_whole:
+                num_tokens = outgoing.end - outgoing.ask.start
+                num_bytes = num_tokens * self._unit.row_bytes + self._unit.state_bytes
+                self.counts.prefixes += 1
+                self.counts.tokens += num_tokens
+                self.counts.needed_bytes += num_bytes
+            else:
+                self.counts.failed += 1
+        self._active = [outgoing for outgoing in self._active if not outgoing.has_ended]
 
     def wait(self) -> None:
         if self.has_work:
@@ -433,9 +431,8 @@ class PrefillServer(Plugin):
     def _end_all(self, why: str) -> None:
         """End every prefix in progress without sending the rest."""
         for outgoing in self._active:
-            self._give_up(outgoing, why)
-            self._count(outgoing)
-        self._active = []
+            outgoing.give_up(why, self._engine, self._manager.cache)
+        self._forget_ended()
 
     def disconnect(self, *, at_once: bool) -> None:
         """See ``StepHooks``. Decode engines get an error for new prefixes; they compute the prompt

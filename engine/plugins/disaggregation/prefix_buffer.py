@@ -81,8 +81,9 @@ class PrefixBuffer:
         """Part of each mixer that stores KV."""
         layout = []
         for rank, (pools, specs) in enumerate(zip(tensors.pools, keeps, strict=True)):
-            kept = [pool for pool, spec in zip(pools, specs, strict=True) if _is_kv(spec)]
-            layout += [f"{s.name}{s.shape}{p.dtype}" for p, s in zip(pools, specs, strict=True)]
+            both = list(zip(pools, specs, strict=True))
+            kept = [pool for pool, spec in both if isinstance(spec, KVSpec)]
+            layout += [f"{spec.name}{spec.shape}{pool.dtype}" for pool, spec in both]
             if kept:
                 self.part_of[rank] = len(self._parts)
                 self._parts.append(tuple(kept))
@@ -152,10 +153,6 @@ class PrefixBuffer:
             piece = data[first : first + num_bytes].contiguous().view(view.dtype)
             view.copy_(_to_device(piece.view(view.shape), view.device))
             first += num_bytes
-
-
-def _is_kv(spec: Spec) -> bool:
-    return isinstance(spec, KVSpec)
 
 
 def _unit_bytes(pool: torch.Tensor) -> int:

@@ -22,11 +22,7 @@ from engine.errors import InvalidRequest, RequestError
 from engine.interfaces import Runner
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer, identity
-from engine.plugins.disaggregation.received_prefix import (
-    ReceivedPrefix,
-    begin_arrival,
-    end_arrival,
-)
+from engine.plugins.disaggregation.received_prefix import ReceivedPrefix
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec, SamplingParams
 from engine.text.outputs import Transferred
@@ -161,9 +157,12 @@ class PeerFetcher:
         peer, end, namespace = self._choose(), self._end(request), request.namespace
         if peer is None:
             return None
-        arrival = begin_arrival(self._manager, request.tokens[:end].copy(), namespace)
+        cache, stateful = self._manager.cache, self._manager.stateful
+        tokens = request.tokens[:end].copy()
+        arrival = ReceivedPrefix.begin(cache, tokens, namespace, stateful=stateful)
         if arrival is None:
             return None
+        self._manager.other_holders[arrival] = None
         fetch = PeerFetch(self, peer, arrival)
         self._active.append(fetch)
         assert isinstance(namespace, str | None)
@@ -231,18 +230,21 @@ class PeerFetcher:
     def end(self, fetch: PeerFetch, *, is_whole: bool) -> None:
         """Publish a complete prefix, or release its memory."""
         self._active.remove(fetch)
-        end_arrival(self._manager, fetch.arrival, is_whole=is_whole)
+        del self._manager.other_holders[fetch.arrival]
         if fetch.connection is not None:
             fetch.connection.close()
             fetch.wire_bytes = fetch.connection.num_bytes
             self.counts.wire_bytes += fetch.wire_bytes
         fetch.has_ended = True
         if is_whole:
+            with self._manager.publishing():
+                fetch.arrival.publish()
             fetch.num_fetched = fetch.end - fetch.start
             self.counts.prefixes += 1
             self.counts.tokens += fetch.num_fetched
             self.counts.needed_bytes += fetch.needed_bytes
         else:
+            fetch.arrival.abort()
             self.counts.failed += 1
 
     def wait(self, timeout_s: float) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 
 from hybridcache.allocators.moves import Move
 from hybridcache.cache import HybridRadixCache, LockHandle
-from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
 LABEL = "arrived"
@@ -25,7 +24,7 @@ class ReceivedPrefix:
     """Reservation for one prefix. Create with ``begin``; unusable after ``publish`` or
     ``abort``."""
 
-    __slots__ = ("_cache", "_namespace", "_node", "_receipt", "_rows", "_tokens", "slot", "start")
+    __slots__ = ("_cache", "_namespace", "_node", "_receipt", "_tokens", "rows", "slot", "start")
 
     def __init__(
         self,
@@ -42,7 +41,8 @@ class ReceivedPrefix:
         """First position without KV in the cache."""
         self.slot: int | None = None
         """Slot for the state at the end, or None for an attention-only model."""
-        self._rows: Indices = EMPTY
+        self.rows: Indices = EMPTY
+        """KV row of each position in [start, end): int32. An arena can move them."""
         if cache.arena is not None:
             cache.arena.holders[self] = None
 
@@ -66,21 +66,15 @@ class ReceivedPrefix:
         known = min(cache.match(tokens, namespace).kv_match_len, len(tokens))
         known -= known % cache.page_size
         arrival = cls(cache, tokens, namespace, cache.lock_kv(tokens[:known], namespace), known)
-        if not arrival._claim(stateful):
+        if stateful:
+            arrival.slot = cache.allocate_slot()
+        has_slot = not stateful or arrival.slot is not None
+        rows = cache.allocate_kv(len(tokens) - known) if has_slot else None
+        if rows is None:
             arrival.abort()
             return None
+        arrival.rows = rows
         return arrival
-
-    def _claim(self, stateful: bool) -> bool:
-        if stateful:
-            self.slot = self._cache.allocate_slot()
-        if stateful and self.slot is None:
-            return False
-        rows = self._cache.allocate_kv(len(self._tokens) - self.start)
-        if rows is None:
-            return False
-        self._rows = rows
-        return True
 
     @property
     def end(self) -> int:
@@ -88,14 +82,9 @@ class ReceivedPrefix:
         return len(self._tokens)
 
     @property
-    def rows(self) -> Indices:
-        """KV row of each position in [start, end): int32. An arena can move them."""
-        return self._rows
-
-    @property
     def held_tokens(self) -> int:
         """Number of KV rows held, neither free nor cached."""
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def held_slots(self) -> int:
@@ -106,7 +95,7 @@ class ReceivedPrefix:
 
         Returns the number of rows held in that slab.
         """
-        return len(move.rename(self._rows))
+        return len(move.rename(self.rows))
 
     def publish(self) -> None:
         """Move the written rows and state into the cache. O(n).
@@ -114,7 +103,7 @@ class ReceivedPrefix:
         Parts that another request has published meanwhile are kept; our duplicates are freed.
         """
         cache = self._cache
-        rows = np.concatenate([np.zeros(self.start, np.int32), self._rows])
+        rows = np.concatenate([np.zeros(self.start, np.int32), self.rows])
         saved = () if self.slot is None else ((self.end, self.slot),)
         done = cache.insert(
             self._tokens,
@@ -133,8 +122,8 @@ class ReceivedPrefix:
 
     def abort(self) -> None:
         """Free all rows and the slot."""
-        if len(self._rows):
-            self._cache.free_kv(self._rows)
+        if len(self.rows):
+            self._cache.free_kv(self.rows)
         if self.slot is not None:
             self._cache.free_slot(self.slot)
         self._close()
@@ -144,25 +133,4 @@ class ReceivedPrefix:
             del self._cache.arena.holders[self]
         self._cache.unlock(self._receipt)
         self.slot = None
-        self._rows = self._rows[:0]
-
-
-def begin_arrival(
-    manager: CacheManager, tokens: Tokens, namespace: Hashable
-) -> ReceivedPrefix | None:
-    """Allocate memory for the missing part of ``tokens``, in whole grid steps; see
-    ``ReceivedPrefix.begin``. Must be followed by ``end_arrival``."""
-    arrival = ReceivedPrefix.begin(manager.cache, tokens, namespace, stateful=manager.stateful)
-    if arrival is not None:
-        manager.other_holders[arrival] = None
-    return arrival
-
-
-def end_arrival(manager: CacheManager, arrival: ReceivedPrefix, *, is_whole: bool) -> None:
-    """Publish the received entries, or free their memory if they are incomplete."""
-    del manager.other_holders[arrival]
-    if is_whole:
-        with manager.publishing():
-            arrival.publish()
-    else:
-        arrival.abort()
+        self.rows = EMPTY

@@ -62,7 +62,7 @@ def prefill_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Run a prefill engine in its own process. Yield the process and the port."""
     code = (
         "from tests.engine.transfer.pair import *\n"
-        "with prefill_thread() as engine:\n"
+        "with prefill_thread(transfer_timeout_s=60.0) as engine:\n"
         "    print(engine.plugins['disaggregation'].address[1], flush=True)\n"
         "    sys.stdin.read()\n"
     )
