@@ -99,8 +99,9 @@ class EngineReplica:
             stateful=memory.is_stateful,
             placement=parse_placement(",".join(rules)) if memory.is_stateful else None,
         )
-        screen = tuple(screen_rows(self._engine, order.address)) if order.address else ()
-        return ReplicaFacts(self._async.facts, spec, self._tokens_per_s, screen)
+        rows = screen_rows(self._engine, order.address) if order.address else []
+        rows[1:1] = [("prefill", f"{self._tokens_per_s:,.0f} tokens/s, measured")]
+        return ReplicaFacts(self._async.facts, spec, tuple(rows))
 
     async def generate(self, order: Order) -> AsyncIterator[RequestOutput]:
         """Yield outputs without the prompt and without earlier tokens, which the server has.

@@ -47,10 +47,8 @@ class ReplicaFacts:
 
     engine: EngineFacts
     spec: ReplicaSpec
-    tokens_per_s: float
-    """Speed of prefills, measured at the start."""
     screen: tuple[tuple[str, str], ...]
-    """Rows of the start screen of one engine; empty if the order had no address."""
+    """Rows of the start screen of one engine; only its speed if the order had no address."""
 
 
 class Diverged(Exception):

@@ -115,16 +115,14 @@ class FleetChannel(EngineChannel):
         handle: Any,
         fleet: Fleet,
         facts: ReplicaFacts,
-        model_name: str,
         shut_down: Callable[[], None],
         is_death: Callable[[Exception], bool],
     ) -> None:
         """``handle`` is Ray Serve's, of ``EngineReplica``. ``is_death`` returns True for an error
         that means that a replica is gone, and False for an error of the replica itself."""
-        self.replica_facts = facts
         self.config, size = config, facts.engine.vocab_size
         self.tokenizer = load_tokenizer_of(config, size)
-        self.facts = structs.replace(facts.engine, model_name=model_name)
+        self.facts = facts.engine
         self._compile = grammar_rules(self.tokenizer, size)
         self._handle, self._fleet = handle, fleet
         self._tell_replica = handle.options(method_name="tell")

@@ -105,7 +105,7 @@ async def fleet_of(count: int, router: str = "checkpoint") -> tuple[AsyncEngine,
             replica._async.stop()
 
     is_death = lambda error: isinstance(error, Died)  # noqa: E731
-    engine = AsyncEngine(FleetChannel(CONFIG, handle, fleet, facts, "builtin", shut_down, is_death))
+    engine = AsyncEngine(FleetChannel(CONFIG, handle, fleet, facts, shut_down, is_death))
     engine.start()
     return engine, handle
 
