@@ -144,11 +144,6 @@ class SessionGate(AdmissionPolicy):
         return num_tokens * self._token_s / span_s if span_s > 0 else 0.0
 
     @property
-    def _prompt_s(self) -> float:
-        """Seconds that the average prompt takes if only text of other sessions is cached."""
-        return self._prompt_tokens * self._token_s
-
-    @property
     def _worth(self) -> float:
         """Number of requests that are answered if sessions are kept in memory, relative to the
         number if their prompts are repeated. Below ``least_worth``, nothing is withheld.
@@ -159,7 +154,9 @@ class SessionGate(AdmissionPolicy):
         Prompts that are computed during an answer do not count: with them, answers would be long
         where sessions are not kept, and the number would stay low for that reason alone.
         """
-        return self._prompt_s / self._held_s if self._held_s else self._least_worth
+        if not self._held_s:
+            return self._least_worth
+        return self._prompt_tokens * self._token_s / self._held_s
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         debt_s = self._debt(load.now_s)
@@ -196,23 +193,16 @@ class SessionGate(AdmissionPolicy):
         self.wakes_at_s = min(late_at_s, load.now_s + debt_s / self._pace)
         if resident:
             return resident
-        enters_at_s = inf
-        if len(running) == len(load.running):
-            enters_at_s = self._next_entry_s(first, entering, load)
+        if len(running) != len(load.running):
+            return ()
+        enters_at_s = load.now_s
+        if not self._has_room(first, entering, load):
+            enters_at_s = self._left_s + max(self._pause_s, first.num_tokens * self._token_s)
         if enters_at_s <= load.now_s:
             self._reason = ENTERING
             return (first,)
         self.wakes_at_s = min(self.wakes_at_s, enters_at_s)
         return ()
-
-    def _next_entry_s(
-        self, first: WaitingRequest, entering: Sequence[WaitingRequest], load: Load
-    ) -> float:
-        """Return the time from which ``first`` may enter during a debt if no resident session has
-        an open request."""
-        if self._has_room(first, entering, load):
-            return load.now_s
-        return self._left_s + max(self._pause_s, first.num_tokens * self._token_s)
 
     def _has_room(
         self, first: WaitingRequest, entering: Sequence[WaitingRequest], load: Load

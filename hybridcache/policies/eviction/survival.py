@@ -283,7 +283,15 @@ class Survival(EvictionPolicy):
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
         self.hazards.refresh(self.hazards.now)
-        self._revalue()
+        candidates = self._checkpoints.items
+        if candidates:  # A random one too, which bounds the age of changes that were not noticed.
+            self._stale[candidates[self._random.randrange(len(candidates))]] = None
+        for item in self._stale:
+            columns = self._kv if item.kind == "kv" else self._checkpoints
+            place = columns.places.get(item)
+            if place is not None:
+                columns.worths[place] = _worth(item)
+        self._stale.clear()
         chosen = None if kind == "kv" else self._least(self._checkpoints)
         if chosen is None and kind != "checkpoint":
             if self._idle_kv is not None:  # It has a separate pool, or no checkpoint is left.
@@ -292,19 +300,6 @@ class Survival(EvictionPolicy):
                     self.add(item)
             chosen = self._least(self._kv)
         return chosen
-
-    def _revalue(self) -> None:
-        """Update the value of stale candidates and of a random one, which bounds the age of any
-        change that was not noticed."""
-        candidates = self._checkpoints.items
-        if candidates:
-            self._stale[candidates[self._random.randrange(len(candidates))]] = None
-        for item in self._stale:
-            columns = self._kv if item.kind == "kv" else self._checkpoints
-            place = columns.places.get(item)
-            if place is not None:
-                columns.worths[place] = _worth(item)
-        self._stale.clear()
 
     def _used(self, item: Item, memo: _Memo) -> None:
         self.hazards.close(memo.stage, item.last_used, used=True)

@@ -11,7 +11,8 @@ from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill
 STRIDE = 4
 """Ratio of the distances of two successive back-offs from the end of the prompt."""
 HOPE = 1.0
-"""Assumed earnings of the first checkpoint of a common label, as a part of the mean prompt."""
+"""Assumed earnings of the first checkpoint of a common label (``COMMON``), as a part of the mean
+prompt."""
 SPECULATIVE_HOPE = 0.125
 """Assumed earnings for the back-offs further up and the rejoin."""
 HOPE_LASTS = 128
@@ -37,6 +38,8 @@ TIPS = frozenset({*END_LABELS, REJOIN})
 """Labels of positions from which one conversation continues."""
 SHARED = frozenset({"branch", "boundary"})
 """Labels of positions that several prompts share. They are always candidates."""
+COMMON = SHARED.union(END_LABELS)
+"""Labels of positions that later prompts are expected to reuse."""
 HEADER = 16
 """Longest header of an answer, in tokens. A boundary at most this far from the end of the prompt is
 the end of that prompt, not of a shared text. It is less than a grid step away, or one token."""
@@ -72,7 +75,8 @@ class _Account:
         "wait",
     )
 
-    def __init__(self, hope: float, mean_prompt: float, offered: int, most: float) -> None:
+    def __init__(self, label: str, mean_prompt: float, offered: int, most: float) -> None:
+        hope = HOPE if label in COMMON else SPECULATIVE_HOPE
         self.hope_tokens = self.earned = hope * mean_prompt
         """``hope_tokens`` is the assumed part of ``earned``, and 0 once it is withdrawn."""
         self.hope_lasts = min(hope * HOPE_LASTS, most)
@@ -177,11 +181,6 @@ class Adaptive(PlacementPolicy):
         self._latest: tuple[Prefill, list[Placed]] | None = None
         """Latest prefill and its plan, until ``plan`` returns it."""
 
-    @property
-    def price_tokens(self) -> float:
-        """Tokens displaced by one more checkpoint."""
-        return self._missed_tokens / self._num_placed
-
     def state_dict(self) -> dict[str, Any]:
         accounts = [
             [label, {name: getattr(account, name) for name in account.__slots__}]
@@ -195,7 +194,7 @@ class Adaptive(PlacementPolicy):
         """Replace the learned state."""
         accounts: dict[str, _Account] = {}
         for label, fields in state["accounts"]:
-            account = accounts[str(label)] = _Account(0.0, 0.0, 0, 0.0)
+            account = accounts[str(label)] = _Account(str(label), 0.0, 0, 0.0)
             if fields.keys() != set(account.__slots__):
                 raise ValueError("The account has other fields.")
             for name, value in fields.items():
@@ -340,7 +339,7 @@ class Adaptive(PlacementPolicy):
         account = self._accounts.get(label)
         if account is None:
             offered = TRIAL_AFTER * (len(self._accounts) + 1) // 8
-            account = _Account(_hope(label), self._mean_prompt, offered, max(self._room, 2))
+            account = _Account(label, self._mean_prompt, offered, max(self._room, 2))
             self._accounts[label] = account
         return account
 
@@ -351,7 +350,7 @@ class Adaptive(PlacementPolicy):
         """
         account = self._accounts.get(label)
         if account is None:
-            account = _Account(_hope(label), self._mean_prompt or 1.0, 0, 2)
+            account = _Account(label, self._mean_prompt or 1.0, 0, 2)
         if account.is_tried:
             return True
         is_unproven = account.hope_tokens > 0 and label not in TIPS
@@ -364,16 +363,13 @@ class Adaptive(PlacementPolicy):
         pays."""
         copy, forks = COPY * self._mean_prompt, self._accounts.get("branch")
         used = inf if forks is None or forks.placed < FEW else forks.used_tokens + copy
-        return MARGIN * self.price_tokens + copy, used
+        price = self._missed_tokens / self._num_placed  # displaced by one more checkpoint
+        return MARGIN * price + copy, used
 
 
 def _pays(account: _Account, bars: tuple[float, float]) -> bool:
     earned_bar, used_bar = bars
     return account.earned > earned_bar * account.placed or account.used_tokens > used_bar
-
-
-def _hope(label: str) -> float:
-    return HOPE if label in END_LABELS or label in SHARED else SPECULATIVE_HOPE
 
 
 def _split_boundaries(prefill: Prefill) -> tuple[tuple[int, ...], int | None]:
