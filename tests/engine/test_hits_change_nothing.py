@@ -181,5 +181,5 @@ def test_exact_mode_covers_next_turns_and_preemptions(
     next_turns = engine.generate(turns, REPORT)
     assert_same(next_turns, second)
     assert any(output.num_preemptions for output in again + next_turns)
-    assert engine._cache.arena.num_moved_rows > 0
+    assert engine.cache.arena.num_moved_rows > 0
     assert any(output.cached_len for output in next_turns)

@@ -171,7 +171,7 @@ def test_sequential_requests_have_the_simulated_hits_and_evictions(
     served = serve_in_turn(engine, prompts(seed=4, sessions=8, vocab=320))
     assert_simulator_agrees(policy, engine, served, evictions)
     if memory != "pools":
-        assert engine._cache.arena is not None and engine._cache.arena.num_moves > 1
+        assert engine.cache.arena is not None and engine.cache.arena.num_moves > 1
 
 
 def test_default_policies_are_the_same_everywhere() -> None:
