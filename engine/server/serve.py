@@ -164,7 +164,7 @@ class Server(uvicorn.Server):
         must_end: Callable[[], bool] = lambda: False,
     ) -> None:
         """``must_end`` is called ten times per second; True ends the server."""
-        self._app = create_app(engine, config)
+        self.app = create_app(engine, config)
         self._most = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
         limits = {"header_timeout_s": config.header_timeout_s}
         super().__init__(
@@ -183,7 +183,7 @@ class Server(uvicorn.Server):
                 timeout_notify=TRIM_S,
             )
         )
-        self._engine, self._page = engine, self._app.state.page
+        self._engine, self._page = engine, self.app.state.page
         self._drain_s = config.drain_s
         self._must_end = must_end
         self._hurry: Callable[[], object] | None = None
@@ -195,7 +195,7 @@ class Server(uvicorn.Server):
         anyway, so that a busy server is not restarted."""
         is_full = len(self.server_state.connections) > self._most
         if not is_full or scope["type"] != "http" or scope["path"] == "/health":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         message = f"More than {self._most} connections are open (--max-connections)"
         if time.monotonic() >= self._next_warning_s:

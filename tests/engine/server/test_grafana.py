@@ -36,7 +36,7 @@ def labels_of(live: Live) -> dict[str, set[str]]:
             labels_by_name[family.name + suffix] = set()
         for sample in family.samples:
             labels_by_name.setdefault(sample.name, set()).update(sample.labels)
-    for counter in vars(live.server.config.app.state.metrics).values():
+    for counter in vars(live.server.app.state.metrics).values():
         if hasattr(counter, "_labelnames"):
             labels_by_name.setdefault(f"{counter._name}_total", set()).update(counter._labelnames)
     return labels_by_name
