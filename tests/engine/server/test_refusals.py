@@ -59,24 +59,25 @@ ANTHROPIC = {400: "invalid_request_error", 409: "invalid_request_error", 429: "r
 ANTHROPIC |= {500: "api_error", 503: "overloaded_error"}
 
 
-class Refusing(Engine):
-    """Engine that raises the error named in the prompt."""
+def make_engine(config: EngineConfig, **options: Any) -> Engine:
+    """Return an engine on the oracle that raises the error named in a prompt, with steps slow
+    enough to fill its queue."""
+    runner = SlowRunner(8192, 16, max_model_len=1024)
+    runner.step_s = 0.002
+    engine = Engine(
+        config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer(), **options
+    )
+    made = engine.make
 
-    def make(self, spec: RequestSpec) -> Request:
+    def make(spec: RequestSpec) -> Request:
         text = "".join(map(chr, spec.prompt))
         for phrase, (error, _, _) in ERRORS.items():
             if f"raise {phrase}." in text:
                 raise error
-        return super().make(spec)
+        return made(spec)
 
-
-def make_engine(config: EngineConfig, **options: Any) -> Engine:
-    """Return an engine on the oracle, with steps slow enough to fill its queue."""
-    runner = SlowRunner(8192, 16, max_model_len=1024)
-    runner.step_s = 0.002
-    return Refusing(
-        config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer(), **options
-    )
+    engine.make = make
+    return engine
 
 
 BOOT = """
@@ -126,7 +127,7 @@ async def fleet_of_one(config: EngineConfig) -> AsyncEngine:
     fleet.set_members(handle.replicas)
     fleet.begin(find_router("text")(facts.spec))
     stop = handle.replicas["r0"]._async.stop
-    channel = FleetChannel(config, handle, fleet, facts, "builtin", stop, lambda error: False)
+    channel = FleetChannel(config, handle, fleet, facts, stop, lambda error: False)
     return AsyncEngine(channel)
 
 
