@@ -745,6 +745,8 @@ class HybridRadixCache:
             pass
         self.ghosts.clear()
         self._gathered.clear()
+        if self.steps.open_plan is not None:
+            self.steps.open_plan.was_begun = True
         self.steps.open_plan = None
 
     def _refuse_unsafe_reset(self) -> None:
@@ -753,7 +755,7 @@ class HybridRadixCache:
             raise RuntimeError(
                 "the last step plan was taken but not carried out, so the rows and states that "
                 "running leases and locks keep may be wrong: abort all leases and unlock all nodes "
-                "before reset, or carry the plan out"
+                "before reset. If nothing of the plan was done yet, you can carry it out instead"
             )
 
     def take_step(self) -> StepPlan:
@@ -954,8 +956,8 @@ class HybridRadixCache:
         Raises:
             ValueError: arrays are not int32[n], the tree has fewer tokens than ``owned_from``,
                 ``after`` is evicted, not locked or of another cache, checkpoints, labels or the
-                namespace are malformed, or the cache has one of the slots. Nothing is changed.
-            TypeError: ``owned_from`` is not an integer.
+                namespace are malformed, or a slot is free or the cache's. Nothing is changed.
+            TypeError: ``owned_from`` is not an integer, or ``labels`` are not a tuple of strings.
         """
         base = self._usable(after)
         self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, base)
@@ -1060,6 +1062,8 @@ class HybridRadixCache:
                 f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
                 "tokens)"
             )
+        if type(labels) not in (tuple, list) or any(type(label) is not str for label in labels):
+            raise TypeError(f"labels must be a tuple of strings (got {labels!r})")
         if labels and len(labels) != len(checkpoints):
             raise ValueError(
                 f"labels must be empty or have one per checkpoint (got {len(labels)} for "
@@ -1075,6 +1079,8 @@ class HybridRadixCache:
                 )
             if slot in self.cached_slots:
                 raise ValueError(f"slot {slot} is the cache's already: allocate another one")
+            if not self._slots.is_taken(slot):
+                raise ValueError(f"slot {slot} is free: take one with allocate_slot")
         if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
             raise ValueError("two checkpoints have the same slot: give each a separate one")
         num_tokens -= num_tokens % self.page_size

@@ -107,7 +107,7 @@ class CacheConfig:
                 "checkpoints are saved at common multiples, here only at those of "
                 f"{lcm(self.grid, self.page_size)} tokens"
             )
-        for name in ("num_slots", "host_bytes", "disk_bytes", "ghost_bytes"):
+        for name in ("num_slots", "total_bytes", "host_bytes", "disk_bytes", "ghost_bytes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative (got {getattr(self, name)}).")
         if self.kv_bytes_per_token < 1 or self.state_bytes < 1:
@@ -194,6 +194,8 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     >>> len(cache.allocate_kv(10))
     10
     """
+    if not isinstance(config, CacheConfig):
+        raise TypeError(f"config must be a CacheConfig (got {type(config).__name__}).")
     total_bytes, row_bytes = config.total_bytes, config.kv_bytes_per_token
     if total_bytes is None:
         pages, slots = _pools(config, config.num_kv_tokens, config.num_slots or 0, None)

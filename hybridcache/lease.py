@@ -102,6 +102,9 @@ class LeaseRequest(NamedTuple):
     learn from it as from any other."""
 
 
+FLAGS = "stateful", "reuse", "exact", "answer_survives", "resumes"
+
+
 def _refuse_bad_begin(
     cache: HybridRadixCache,
     placement: PlacementPolicy,
@@ -130,6 +133,10 @@ def _refuse_bad_begin(
                 f"{what} {number} is that of a running lease: give each its own, or end the other "
                 "lease first."
             )
+    for what in FLAGS:
+        if type(getattr(request, what)) is not bool:
+            value = getattr(request, what)
+            raise TypeError(f"{what} must be True or False (got {value!r}).")
     if request.boundaries or type(request.boundaries) is not tuple:
         _refuse_bad_boundaries(request.boundaries)
 
@@ -579,15 +586,21 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``), or
-                ``start`` is negative or more than ``end``.
-            TypeError: ``start`` or ``end`` is not an integer.
+                ``start`` is less than ``published_len`` or more than ``end``, or ``max_slots`` is
+                negative.
+            TypeError: ``start``, ``end`` or ``max_slots`` is not an integer.
         """
         if type(start) is not int or type(end) is not int:
             start, end = require_index(start, "start"), require_index(end, "end")
         if end > self.extended_len:
             raise self._misuse(end)
-        if not 0 <= start <= end:
-            raise ValueError(f"start must be from 0 to end (got {start} and {end})")
+        if not self.published_len <= start <= end:
+            raise ValueError(
+                f"start must be from {self.published_len}, the number of published tokens, to end "
+                f"(got {start} and {end})"
+            )
+        if max_slots is not None and require_index(max_slots, "max_slots") < 0:
+            raise ValueError(f"max_slots must not be negative (got {max_slots}).")
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
         num_taken = 0
@@ -731,6 +744,9 @@ class Lease:
         """Free everything held and end the lease. Published tokens stay in the tree.
 
         Does nothing if the lease has ended.
+
+        Raises:
+            ValueError: the caller has freed rows or slots of the lease. It has ended nevertheless.
         """
         if self._has_ended:
             return
@@ -854,15 +870,18 @@ class Lease:
         )
 
     def _close(self, donate: bool) -> None:
-        """Return everything that is still held. ``donate``: the own slot is the cache's now."""
+        """Return everything that is still held. ``donate``: the own slot is the cache's now. The
+        lease has ended even if the caller has freed its rows or its slot, and one is refused."""
         cache, held = self.cache, self._rows[self.published_len : self.extended_len]
-        if self.state_slot is not None and self._request.own_slot is None and not donate:
-            cache.free_slot(self.state_slot)
-        if len(held):
-            cache.free_kv(held)
+        slot, self.state_slot, self._has_ended = self.state_slot, None, True
+        self.extended_len = self.published_len = self._unread_len = 0
         cache.steps.close(self, self._numbers)
         if cache.arena is not None:
             del cache.arena.holders[self]
         cache.unlock(self._receipt)
-        self.state_slot, self._has_ended = None, True
-        self.extended_len = self.published_len = self._unread_len = 0
+        try:
+            if slot is not None and self._request.own_slot is None and not donate:
+                cache.free_slot(slot)
+        finally:
+            if len(held):
+                cache.free_kv(held)

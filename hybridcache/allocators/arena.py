@@ -352,6 +352,9 @@ class ArenaSlots(SlotAllocator):
         self.budget.free_bytes += self.unit_bytes
         self._arena._free_slabs.append(slot)
 
+    def is_taken(self, slot: int) -> bool:
+        return slot in self.states
+
     def free_slots(self) -> list[int]:
         """Return the slabs that are listed as free, unordered. O(slabs)."""
         return list(self._arena.free_slabs)

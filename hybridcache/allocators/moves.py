@@ -192,6 +192,8 @@ class StepPlan:
     So is the second, unless the request has an ``own_slot``: that one is in the caller's memory."""
     is_done: bool = False
     """True once the plan was carried out."""
+    was_begun: bool = False
+    """True once any of its work may have been done, or if ``reset`` has forgotten the plan."""
 
     def __bool__(self) -> bool:
         """Return True if any work is due."""
@@ -204,12 +206,14 @@ class StepPlan:
 
         Raises:
             TypeError: ``memory`` lacks a method that this plan needs. Nothing is done.
-            RuntimeError: the plan was carried out before.
+            RuntimeError: the plan was carried out before, a call failed half-way, or ``reset`` has
+                forgotten the plan.
         """
-        if self.is_done and self:
+        if (self.is_done or self.was_begun) and self:
             raise RuntimeError(
-                "this step plan was carried out before: doing its moves again destroys rows. Take "
-                "one plan per step with cache.take_step()"
+                "this step plan was carried out, failed half-way or was forgotten by reset: doing "
+                "its work again destroys rows. Take one plan per step with cache.take_step(). "
+                "After a failure abort all leases, unlock all nodes and call cache.reset()"
             )
         for name, is_needed in (
             ("move", any(isinstance(one, Move) for one in self.transfers)),
@@ -224,6 +228,7 @@ class StepPlan:
                     f"this step plan needs a method {name!r}, which {type(memory).__name__} does "
                     "not have: see hybridcache.allocators.moves.StepMemory"
                 )
+        self.was_begun = True
         for transfer in self.transfers:
             if isinstance(transfer, Move):
                 memory.move(transfer)

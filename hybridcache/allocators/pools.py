@@ -273,6 +273,10 @@ class SlotAllocator(BaseAllocator):
         self._is_taken[slot] = 0
         self._stack.append(slot)
 
+    def is_taken(self, slot: int) -> bool:
+        """Return True if ``slot``, which is in range, is allocated. O(1)."""
+        return bool(self._is_taken[slot])
+
     def free_slots(self) -> list[int]:
         """Return all unused slots, unordered. O(capacity)."""
         return list(self._stack)

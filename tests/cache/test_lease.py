@@ -167,8 +167,8 @@ LENGTHS = [
     ("preempt", (9,), "10 tokens are published"),
     ("take_checkpoint_slots", (10, 21), "call extend first"),
     ("roll_back", (9,), "roll back before publish"),
-    ("take_checkpoint_slots", (15, 10), "start must be from 0 to end .got 15 and 10."),
-    ("take_checkpoint_slots", (-1, 10), "start must be from 0 to end .got -1 and 10."),
+    ("take_checkpoint_slots", (15, 10), "to end .got 15 and 10."),
+    ("take_checkpoint_slots", (9, 20), "start must be from 10, the number of published tokens"),
 ]
 
 
@@ -208,6 +208,7 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
         ((placement, tokens(9)), TypeError, "request must be a LeaseRequest .got ndarray"),
         ((placement, request, object()), TypeError, "a method seconds_saved"),
         ((placement, LeaseRequest(tokens(0))), ValueError, "at least one token"),
+        ((placement, request._replace(reuse="no")), TypeError, "reuse must be True or False"),
         ((placement, LeaseRequest([1, 2])), ValueError, "int32"),  # type: ignore[arg-type]
     ]
     message = "boundaries must be positions from 0 on, ascending"
@@ -318,7 +319,7 @@ def test_a_plan_is_carried_out_in_order_and_once() -> None:
     lease = begin_resumed(cache, prompt)
     plan = cache.take_step()
     plan.carry_out(memory)
-    with pytest.raises(RuntimeError, match=r"carried out before: .* cache.take_step"):
+    with pytest.raises(RuntimeError, match=r"carried out, failed half-way .* cache.take_step"):
         plan.carry_out(memory)
     lease.abort()
     empty = cache.take_step()

@@ -16,6 +16,7 @@ from hybridcache import (
     build_prefix_cache,
     parse_placement,
 )
+from hybridcache.allocators.moves import StepMemory
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror
@@ -323,3 +324,46 @@ def test_a_request_that_must_not_reuse_is_not_counted():
     lease = Lease.begin(cache, placement, LeaseRequest(np.arange(20, dtype=np.int32), reuse=False))
     assert lease.extend(20) and not lease.is_counted and not cache.stats.total.requests
     lease.abort()
+
+
+def test_a_plan_that_failed_half_way_or_was_forgotten_cannot_be_carried_out():
+    cache, placement = small()
+    request = LeaseRequest(np.arange(20, dtype=np.int32), table_row=0)
+
+    class Failing(StepMemory):
+        def write_row(self, write):
+            raise OSError("no device")
+
+    for fails in (True, False):
+        lease = Lease.begin(cache, placement, request)
+        assert lease.extend(20)
+        plan = cache.take_step()
+        if fails:
+            with pytest.raises(OSError, match="no device"):
+                plan.carry_out(Failing())
+        lease.abort()
+        cache.reset()
+        with pytest.raises(RuntimeError, match="failed half-way or was forgotten by reset"):
+            plan.carry_out(Failing())
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_insert_refuses_labels_that_are_no_strings_and_free_slots():
+    cache = hybrid()
+    rows, slot = cache.allocate_kv(5), cache.allocate_slot()
+    with pytest.raises(TypeError, match="labels must be a tuple of strings"):
+        cache.insert(ids("abcde"), rows, [(5, slot)], labels=(3,))
+    with pytest.raises(ValueError, match=f"slot {slot + 1} is free: take one"):
+        cache.insert(ids("abcde"), rows, [(5, slot + 1)])
+    cache.check(held_tokens=5, held_slots=1)
+
+
+def test_a_lease_whose_rows_the_caller_has_freed_ends_with_one_error():
+    cache, placement = small()
+    lease = Lease.begin(cache, placement, LeaseRequest(np.arange(20, dtype=np.int32)))
+    assert lease.extend(20)
+    cache.free_kv(lease.kv_indices)
+    with pytest.raises(ValueError, match="only 0 are held"):
+        lease.abort()
+    lease.abort()
+    cache.check(held_tokens=0, held_slots=0)

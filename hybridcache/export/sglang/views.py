@@ -115,6 +115,10 @@ class SlotView(SlotAllocator):
         """Number of cached or held slots. O(1)."""
         return int(self._theirs.size) - self.num_unused
 
+    def is_taken(self, slot: int) -> bool:
+        """Return True: SGLang has the list of its free slots."""
+        return True
+
     def allocate(self) -> int | None:
         """Allocate a slot. None if no slot is free."""
         slot = self._theirs.alloc(1)
