@@ -408,6 +408,20 @@ def test_step_that_only_empties_slabs_is_followed_by_the_next_one() -> None:
     assert len(waits_s) == 360 and waits_s.max() < 0.5
 
 
+def test_sessions_count_as_live_while_the_machine_is_idle() -> None:
+    """Two sessions come at once, and each pauses 1,000 s with nothing to compute."""
+    answer = np.zeros(1, np.int32)
+    requests = [
+        TraceRequest(when_s, session, None, np.full(100, session, np.int32), answer)
+        for when_s in (0.0, 1000.0)
+        for session in (0, 1)
+    ]
+    trace = Trace("pauses", 1, lambda: requests)
+    [run] = closed_loop(trace, gib=1, rate=10, policy="lru", admission="oldest").runs
+    assert run.live_most == 2 and run.makespan_s > 1000
+    assert run.live_mean == pytest.approx(2, abs=0.01)
+
+
 # --- many runs ------------------------------------------------------------------------------------
 
 

@@ -215,6 +215,8 @@ class _Run:
             if planner.has_work():
                 self._step()
             elif events:
+                # The clock is set, not advanced: a sum may round to a time before the event.
+                self._count_live(events[0][0] - self.now_s)
                 self.now_s = events[0][0]
         self.table.end_s = self.now_s
         return self.table
@@ -324,6 +326,9 @@ class _Run:
 
     def _pass(self, seconds: float) -> None:
         self.now_s += seconds
+        self._count_live(seconds)
+
+    def _count_live(self, seconds: float) -> None:
         self.table.live_s += self.num_live * seconds
 
     def _record(self, request: SimulatedRequest) -> None:
