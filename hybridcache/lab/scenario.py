@@ -24,7 +24,7 @@ import inspect
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from numbers import Integral
@@ -111,6 +111,10 @@ REPLAY_ONLY = (
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 """Settings without a meaning in closed loop."""
+LOAD_IS_CLOSED_LOOP = (
+    "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)"
+)
+"""Reason to refuse a setting of ``LOAD`` in a replay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +282,17 @@ class Scenario:
         if isinstance(given, Scenario):
             return replace(given, **settings)
         return cls(given, **settings)
+
+    def refuse(self, names: Iterable[str], reason: str) -> None:
+        """Raise ValueError, with ``reason``, if one of the settings ``names`` is not its
+        default."""
+        for name in names:
+            if getattr(self, name) != _defaults()[name]:
+                raise ValueError(f"{name} {reason}")
+
+    def refuse_load(self) -> None:
+        """Raise ValueError for a setting of a closed loop, in a replay."""
+        self.refuse(settings_of(LOAD), LOAD_IS_CLOSED_LOOP)
 
     # --- Files ------------------------------------------------------------------------------------
 
@@ -521,6 +536,11 @@ class Scenario:
 
 def _defaults() -> dict[str, Any]:
     return {one.name: one.default for one in fields(Scenario)}
+
+
+def settings_of(group: str) -> list[str]:
+    """Return the names of the settings of a group."""
+    return [one.name for one in fields(Scenario) if one.metadata.get("group") == group]
 
 
 def _written(name: str, value: Any) -> str:

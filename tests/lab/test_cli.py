@@ -49,6 +49,8 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trac chat --qqq", "unrecognized arguments: --qqq. See"),
         ("simulate --pol lru", "the following arguments are required: --trace. See"),
         ("trace stats", "the following arguments are required: trace. See"),
+        ("simulate --trace chat --policy lru --policy fifo", "--policy is given twice: join"),
+        ("simulate --trace chat --page-size 1 --page-size 2", "--page-size is given twice."),
         ("simulat", "invalid choice: 'simulat'"),
     ],
 )
@@ -126,6 +128,23 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
     assert "Jain" not in out and "tenant" not in out, "all requests belong to one tenant"
     assert "40 requests in closed loop" in out and "step times: a roofline" in out
     assert "null" not in out and len(output.read_text().splitlines()) == 3 * 2 * 2
+
+
+def test_scenario_file_keeps_what_it_can_and_names_the_rest(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "s.toml"
+    flags = ["--trace=short?head=9", "--gib=1", "--policy=lru", "--rate=1", "--admission=oldest"]
+    code, out, _ = run(
+        capsys, "simulate", "--closed-loop", "--skip-bad", *flags, f"--write-scenario={path}"
+    )
+    assert code == 0 and "so give them with it: --skip-bad --closed-loop" in out
+    code, out, _ = run(capsys, "simulate", "--closed-loop", "--scenario", str(path))
+    assert code == 0 and "in closed loop" in out
+    code, _, error = run(capsys, "simulate", "--scenario", str(path))
+    assert code == 2 and "rate is about sessions" in error and "--closed-loop" in error
+    code, _, error = run(capsys, "simulate", *flags[:3], f"--write-scenario={path}")
+    assert code == 2 and "the file exists" in error
 
 
 def test_skipped_bad_records_are_counted_by_every_command(

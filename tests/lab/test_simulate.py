@@ -345,16 +345,25 @@ def test_killed_worker_process_gives_a_clear_error() -> None:
 
 
 def test_functions_of_the_laboratory_take_a_scenario() -> None:
-    scenario = Scenario("short?head=30", gib=2, policy="lru", rate=2, admission="oldest")
-    by_name = {"gib": 2, "policy": "lru", "rate": 2, "admission": "oldest"}
-    for function in (simulate, closed_loop, optimum):
+    replay = Scenario("short?head=30", gib=2, policy="lru")
+    loop = replace(replay, rate=2, admission="oldest")
+    load = {"rate": 2, "admission": "oldest"}
+    for function, scenario, others in (
+        (simulate, replay, {}),
+        (closed_loop, loop, load),
+        (optimum, replay, {}),
+    ):
+        by_name = {"gib": 2, "policy": "lru"} | others
         first, again = function(scenario), function("short?head=30", **by_name)
         for one, two in zip(first.to_dicts(), again.to_dicts(), strict=True):
             ignored = {"control_us": 0, "wall_s": 0}
             assert one | ignored == two | ignored
         with pytest.raises(TypeError, match="no setting 'polcy', did you mean 'policy'"):
             function("short?head=9", polcy="lru")
-    assert simulate(scenario, policy="fifo").runs[0].label == "fifo"
+    assert simulate(replay, policy="fifo").runs[0].label == "fifo"
+    for scenario, others in ((loop, {}), (replay, {"seeds": 2}), (replay, {"tells_ends": True})):
+        with pytest.raises(ValueError, match=r"call closed_loop\(\.\.\.\)"):
+            simulate(scenario, **others)
 
 
 def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: Path) -> None:

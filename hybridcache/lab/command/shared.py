@@ -32,6 +32,22 @@ SHARED: dict[str, dict[str, Any]] = {
 """Options of more than one command that are no settings of a scenario."""
 
 
+class Once(argparse.Action):
+    """Action of a flag that may be given once: a second one is an error."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            hint = "" if self.type or self.choices else ": join values with commas"
+            parser.error(f"{option_string} is given twice{hint}")
+        setattr(namespace, self.dest, values)
+
+
 def share(parser: argparse._ActionsContainer, *flags: str) -> None:
     """Add some of the ``SHARED`` options to ``parser``."""
     for flag in flags:
@@ -53,7 +69,7 @@ def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
         usual = ",".join(default) if isinstance(default, tuple) else default
         if not (usual in (None, "", 0.0) or usual is True or "default" in help):
             help += f" (default {usual:g})" if isinstance(usual, float) else f" (default {usual})"
-        flag = dict(facts["flag"])
+        flag = {"action": Once} | facts["flag"]
         if isinstance(default, bool):
             flag["action"] = argparse.BooleanOptionalAction if default else "store_true"
         parser.add_argument(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def add_simulate(commands: Commands) -> None:
     """Add the command's parser. Its settings are the fields of ``Scenario``."""
     from hybridcache.lab.report import METRICS
-    from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS
+    from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS, settings_of
 
     parser = commands.add_parser(
         "simulate", help="replay a trace through caches of many sizes", input_flag="--trace"
@@ -36,15 +36,17 @@ def add_simulate(commands: Commands) -> None:
     group = parser.add_argument_group(MOST_USED)
     add = group.add_argument
     add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
-    add_settings(group, *_in(MOST_USED))
+    add_settings(group, *settings_of(MOST_USED))
     add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses get a file next to it")
     add("--output", type=Path, help="JSON lines, one per run; a repeated command continues")
     add("--scenario", type=Path, help="TOML file of settings; flags replace those of the file")
-    add("--write-scenario", type=Path, help="TOML file to write the settings to; nothing is run")
+    add(
+        "--write-scenario", type=Path, help="new TOML file to write the settings to; nothing is run"
+    )
     share(group, "--processes")
     group = parser.add_argument_group("results")
     add = group.add_argument
-    add_settings(group, *_in("results"))
+    add_settings(group, *settings_of("results"))
     add(
         "--bound",
         action=argparse.BooleanOptionalAction,
@@ -60,8 +62,8 @@ def add_simulate(commands: Commands) -> None:
     add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
     add("--losses", action="store_true", help="also print the tokens by loss cause")
     share(group, "--skip-bad", "--ray")
-    add_settings(parser.add_argument_group(MEMORY), *_in(MEMORY))
-    add_settings(parser.add_argument_group(TIERS), *_in(TIERS))
+    add_settings(parser.add_argument_group(MEMORY), *settings_of(MEMORY))
+    add_settings(parser.add_argument_group(TIERS), *settings_of(TIERS))
     group = parser.add_argument_group(LOAD)
     group.add_argument(
         "--closed-loop",
@@ -69,17 +71,8 @@ def add_simulate(commands: Commands) -> None:
         help="sessions arrive at a rate, and each request follows the answer and the pause before "
         "it; requests are scheduled as in the engine",
     )
-    add_settings(group, *_in(LOAD))
+    add_settings(group, *settings_of(LOAD))
     parser.set_defaults(run=_simulate, goes_on=True, parser=parser)
-
-
-def _in(group: str) -> list[str]:
-    """Return the settings of a group."""
-    from dataclasses import fields
-
-    from hybridcache.lab.scenario import Scenario
-
-    return [one.name for one in fields(Scenario) if one.metadata.get("group") == group]
 
 
 ALONE = {
@@ -135,20 +128,17 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from hybridcache.lab.scenario import LOAD
+    from hybridcache.lab.scenario import LOAD, LOAD_IS_CLOSED_LOOP, settings_of
 
     scenarios = _scenarios(options)
+    if not options.closed_loop:
+        refuse_settings(given_settings(options), settings_of(LOAD), LOAD_IS_CLOSED_LOOP)
+        for scenario in scenarios:
+            scenario.refuse_load()
     if options.write_scenario:
-        if len(scenarios) > 1:
-            raise ValueError("--write-scenario writes the settings of one trace: name one")
-        options.write_scenario.parent.mkdir(parents=True, exist_ok=True)
-        options.write_scenario.write_text(scenarios[0].to_toml(), encoding="utf-8")
-        print(f"scenario: {options.write_scenario}")
-        return 0
+        return _write_scenario(options, scenarios)
     if options.closed_loop:
         return _simulate_closed_loop(options, scenarios)
-    reason = "is about sessions that wait for answers: add --closed-loop"
-    refuse_settings(given_settings(options), _in(LOAD), reason)
     from hybridcache.lab.report import find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
 
@@ -183,6 +173,32 @@ def _simulate(options: argparse.Namespace) -> int:
     for path in drawn:
         print(f"figure: {path}")
     return 1 if any(result.failures for result in results) else 0
+
+
+def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
+    """Write the settings to a new file, and name the flags that are not part of it."""
+    from dataclasses import fields
+
+    from hybridcache.lab.scenario import Scenario
+
+    path: Path = options.write_scenario
+    if len(scenarios) > 1:
+        raise ValueError("--write-scenario writes the settings of one trace: name one")
+    if path.exists():
+        raise ValueError(f"--write-scenario {path}: the file exists: remove it, or name another")
+    text = scenarios[0].to_toml()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"scenario: {path}")
+    known = {one.name for one in fields(Scenario)} | {"scenario", "write_scenario"}
+    others = [
+        "--no-bound" if name == "bound" else f"--{name.replace('_', '-')}"
+        for name, value in vars(options).items()
+        if name not in known and value != options.parser.get_default(name)
+    ]
+    if others:
+        print(f"not part of a scenario, so give them with it: {' '.join(others)}")
+    return 0
 
 
 def _draw(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -473,9 +473,7 @@ def closed_loop(
     ['oldest']
     """
     asked = Scenario.of(scenario, settings)
-    for one in fields(Scenario):
-        if one.name in REPLAY_ONLY and getattr(asked, one.name) != one.default:
-            raise ValueError(f"{one.name} has no meaning in closed loop: leave it out")
+    asked.refuse(REPLAY_ONLY, "has no meaning in closed loop: leave it out")
     opened, geometry = asked.opened(), asked.geometry()
     known = asked.step_times(geometry)
     admissions = named_policies(asked.admission, split=True)

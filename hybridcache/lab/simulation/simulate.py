@@ -190,9 +190,11 @@ def simulate(
 
     Policies may be names, ``module:Class(alpha=2)``, classes, functions that make a policy, or
     policies. O(requests) per run. Raises ValueError or OSError, each with one sentence, for invalid
-    arguments and unreadable files; TypeError for a setting that does not exist.
+    arguments, settings of ``closed_loop`` and unreadable files; TypeError for a setting that does
+    not exist.
     """
     asked = Scenario.of(scenario, settings)
+    asked.refuse_load()
     opened = asked.opened()
     if optimum and (asked.host_gib or asked.disk_gib):
         raise ValueError(
