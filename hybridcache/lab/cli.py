@@ -21,8 +21,8 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did its work, 2 when it was asked for something impossible, 130
-    when it was stopped."""
+    """Run one command. Returns 0 if it did its work, 1 if some of its runs failed, 2 if the request
+    was impossible or all runs failed, and 130 if it was stopped."""
     if arguments is None:
         end_by_exception(signal.SIGINT)
     options = _parser().parse_args(arguments)

@@ -43,7 +43,7 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return format(self, ".1f")
+        return format(self)
 
     def __format__(self, spec: str) -> str:
         """Return mean and limits, each formatted with ``spec`` (default ``.1f``)."""
@@ -58,6 +58,20 @@ class Interval(NamedTuple):
     def scaled(self, factor: float) -> Interval:
         """Return the interval of ``factor`` times the quantity; ``factor`` must be positive."""
         return Interval(*(factor * part for part in self))
+
+
+class RateInterval(Interval):
+    """A rate, 0 to 1, with the limits of its interval. Printed in percent.
+
+    >>> print(RateInterval(0.355, 0.302, 0.408))
+    35.5 [30.2, 40.8] %
+    """
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        """Return percentages; with a ``spec``, the rates as they are."""
+        return super().__format__(spec) if spec else f"{self.scaled(100)} %"
 
 
 def interval(values: Sequence[float], level: float = LEVEL, seed: int = SEED) -> Interval:

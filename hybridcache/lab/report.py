@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hybridcache.api import Losses
 from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.units import GIB, counted
+from hybridcache.lab.baselines import UNCHARGED
 from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
@@ -163,17 +164,21 @@ def sweep_line(result: SweepRuns) -> str:
     best = max(result.runs, key=lambda run: run.token_hit_rate)
     num_sizes = len({run.gib for run in result.runs})
     at = f" at {best.gib:.4g} GiB"
-    equal = [run.label for run in result.runs if run.gib == best.gib and ties(run, best)]
+    tied = [run for run in result.runs if run.gib == best.gib and ties(run, best)]
+    first = [run.label for run in tied if best.token_hit_rate - run.token_hit_rate < TIE]
+    others = ", ".join(run.label for run in tied if run.label not in first)
+    by_intervals = f", by the intervals not above {others}" if others else ""
     return (
         f"{result.trace}, {result.geometry.name}: {counted(best.requests, 'request')}, "
         f"{counted(len(result.by_label()), 'competitor')}, {counted(num_sizes, 'size')}; "
-        f"best token hit rate {100 * best.token_hit_rate:.1f} %, {', '.join(equal)}{at}"
+        f"best token hit rate {100 * best.token_hit_rate:.1f} %, {', '.join(first)}{at}"
+        f"{by_intervals}"
     )
 
 
 def ties(run: RunResult, best: RunResult) -> bool:
-    """Return True if the hits of ``run`` do not differ from those of ``best``: by less than a
-    tenth of a point, or by less than the interval of their difference, paired by session."""
+    """Return True if the hits of ``run`` do not differ from those of ``best``: by less than
+    ``TIE``, or by less than the interval of their difference, paired by session."""
     if run is best or abs(best.token_hit_rate - run.token_hit_rate) < TIE:
         return True
     if [one[:3] for one in run.by_session] != [one[:3] for one in best.by_session]:
@@ -185,8 +190,9 @@ def verdict(result: SweepRuns) -> str:
     """Return one sentence: the policies with the most hits, and the command that serves with them.
 
     A policy also counts at a size if its hits do not differ from the best ones there (``ties``). Of
-    equal policies the one with the highest mean comes first and is in the command. Empty if fewer
-    than two policies and placements of our own were run.
+    equal policies the one with the highest mean comes first and is in the command. Rebuilt systems
+    cannot be served with; those with more hits than every policy are named. Empty if fewer than two
+    policies and placements of our own were run.
     """
     ours = [run for run in result.runs if run.config.baseline is None]
     labels = dict.fromkeys(run.label for run in ours)
@@ -199,8 +205,9 @@ def verdict(result: SweepRuns) -> str:
     wins = dict.fromkeys(labels, 0)
     for run in ours:
         wins[run.label] += ties(run, best[run.gib])
+    more = _systems_with_more(result, best)
     if not any(run.hits for run in best.values()):
-        return "no policy has a hit at any of these sizes"
+        return f"no policy has a hit at any of these sizes{more}"
     most = max(wins.values())
     means = {
         label: sum(run.token_hit_rate for run in ours if run.label == label) for label in labels
@@ -218,7 +225,27 @@ def verdict(result: SweepRuns) -> str:
     names_first = ", ".join(first)
     has_intervals = len(largest.by_session) >= FEWEST_UNITS
     equal = ", or no fewer by the intervals," if has_intervals else ""
-    return f"{names_first} {has} the most hits{equal} at {sizes}; to serve: {command}"
+    of_policies = " of the policies" if len(ours) < len(result.runs) else ""
+    most_hits = f"{names_first} {has} the most hits{of_policies}{equal} at {sizes}"
+    return f"{most_hits}{more}; to serve: {command}"
+
+
+def _systems_with_more(result: SweepRuns, best: Mapping[float, RunResult]) -> str:
+    """Name the rebuilt systems with more hits than the ``best`` policy of a size; empty if none."""
+    gains: dict[str, list[float]] = {}
+    for run in result.runs:
+        rival = best.get(run.gib)
+        if rival is None or run.config.baseline is None:
+            continue
+        gain = run.token_hit_rate - rival.token_hit_rate
+        if gain > 0 and not ties(rival, run):
+            gains.setdefault(run.label, []).append(100 * gain)
+    parts = [
+        f"{label} has up to {max(points):.1f} points more, at {len(points)} of "
+        f"{counted(len(best), 'size')}"
+        for label, points in gains.items()
+    ]
+    return "".join(f"; {part}" for part in parts)
 
 
 def _served_as(result: SweepRuns) -> str:
@@ -326,6 +353,11 @@ def tier_notes(result: SweepRuns) -> list[str]:
         for classes in (True, False)
     }
     notes = []
+    if by_classes[True] and by_classes[False]:
+        notes.append(
+            "these policies also differ in priority classes, which can cost hits; "
+            "priority_classes=False (--no-priority-classes) compares them without"
+        )
     if by_classes[True]:
         notes.append(
             "evicted first: unreachable KV, then superseded checkpoints, then the policy's choice: "
@@ -345,11 +377,24 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
         notes += [f"prefill times: {result.times}", *floor_notes(result)]
     if any(weighs_as_another(run) for run in result.runs):
         notes.append(MARCONI_NOTE)
+    notes += uncharged_notes(result)
     has_states = result.geometry.state_bytes > 0
     notes += dict.fromkeys(filter(None, (no_hit_note(run, has_states) for run in result.runs)))
     if result.counted_by:
         notes.append(f"tokens counted by: {result.counted_by}")
     return notes
+
+
+def uncharged_notes(result: SweepRuns) -> list[str]:
+    """Name the rebuilt systems that use memory in addition to their size."""
+    labels: dict[str, dict[str, None]] = {}
+    for run in result.runs:
+        if memory := UNCHARGED.get(run.config.baseline or ""):
+            labels.setdefault(memory, {})[run.label] = None
+    return [
+        f"in addition to their GiB, not counted: {memory} ({', '.join(names)})"
+        for memory, names in labels.items()
+    ]
 
 
 def interval_notes(result: SweepRuns) -> list[str]:
@@ -443,21 +488,17 @@ def size_label(run: RunResult) -> str:
 
 
 def losses_table(runs: Sequence[RunResult]) -> str:
-    """Return a table of the prompt tokens in %: reused, or lost by cause. ``LOSSES_NOTE`` explains
-    the causes."""
+    """Return a table of the prompt tokens in %: reused, or lost by cause, which is ``-`` where it
+    is not recorded. ``LOSSES_NOTE`` explains the causes."""
     header = ["% of prompt tokens", "GiB", "reused"]
     header += [cause.replace("_", " ") for cause in Losses._fields]
     rows = []
     for run in runs:
-        if run.losses is None:
-            continue
-        parts = [run.cached_tokens, *run.losses]
-        shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
-        rows.append([run.label, size_label(run), *shares])
-    unknown = ", ".join(
-        f"{run.label} at {size_label(run)} GiB" for run in runs if run.losses is None
-    )
-    note = f"\nno causes are known for {unknown}" if unknown else ""
+        shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in run.losses or ()]
+        lost = shares or ["-"] * len(Losses._fields)
+        rows.append([run.label, size_label(run), f"{100 * run.token_hit_rate:.1f}", *lost])
+    unknown = ", ".join(dict.fromkeys(run.label for run in runs if run.losses is None))
+    note = f"\n-: no causes are known for {unknown}" if unknown else ""
     return f"{text_table(header, rows)}\n{LOSSES_NOTE}{note}"
 
 

@@ -297,6 +297,7 @@ def test_optimum_prints_a_table_and_writes_lines(
     assert run(capsys, *base, "--counts-running")[1].split()[:-1] != whole.split()[:-1]
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["capacity_bytes"] for line in lines] == [2 << 30, 4 << 30]
+    assert [line["gib"] for line in lines] == [2, 4]
 
 
 @pytest.mark.parametrize("metric", list(METRICS))

@@ -483,6 +483,34 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     assert re.match(r"\w+, \w+ have the most hits.* at the only size; to serve:", found)
 
 
+def test_rebuilt_systems_with_more_hits_are_named() -> None:
+    """Marconi also reuses where the memory is too small for any request of ours."""
+    policies, systems = ["lru", "survival"], ["marconi", "lightllm", "vllm"]
+    result = simulate("short?head=100", gib=[0.05, 4], policy=policies, baseline=systems)
+    points = 100 * result.best(0.05).token_hit_rate
+    more = f"marconi (rebuilt) has up to {points:.1f} points more, at 1 of 2 sizes; to serve:"
+    assert result.best(0.05).label == "marconi (rebuilt)" and more in result.verdict()
+    assert "the most hits of the policies," in result.verdict()
+    assert "lru at 4 GiB, by the intervals not above survival, marconi (rebuilt))" in repr(result)
+    table = result.table()
+    assert "not counted: 512 states in host memory (lightllm (rebuilt))\n" in table
+    assert "not counted: the memory of running requests (marconi (rebuilt))\n" in table
+    assert "(--no-priority-classes) compares them without\n" in table
+    alone = simulate("short?head=30", gib=1, policy=["lru", "fifo"])
+    assert "not counted" not in alone.table() and "differ in priority" not in alone.table()
+
+
+def test_intervals_of_rates_are_printed_in_percent(small: SimulationResult) -> None:
+    first, second = small.runs[:2]
+    percent = 100 * first.token_hit_rate
+    assert re.fullmatch(rf"{percent:.1f} \[\S+, \S+\] %", str(first.interval))
+    assert f"{first.interval:.3f}".startswith(f"{first.token_hit_rate:.3f} [")
+    with pytest.raises(TypeError, match=r"number of GiB, such as 4 \(got '5%'\)"):
+        small.best("5%")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"another RunResult, .* \(got 'lru'\)"):
+        second.above("lru")  # type: ignore[arg-type]
+
+
 # --- Plots --------------------------------------------------------------------------------------
 
 
@@ -562,6 +590,10 @@ def test_shares_of_the_working_set_are_shown_and_never_above_it() -> None:
     result = simulate("short?head=20", gib="1%:100%:3", policy="lru", baseline="vllm")
     assert max(run.gib for run in result.runs) * 2**30 <= result.working_set_bytes
     assert re.search(r"\(% of working set\) +1 +10 +100\n", result.table())
-    assert "no causes are known for vllm (rebuilt) at " in losses_table(result.runs)
+    assert all(run.losses is run.missed_tokens is None for run in result.runs[3:])
+    lines = losses_table(result.runs).splitlines()
+    assert lines[-1] == "-: no causes are known for vllm (rebuilt)"
+    rows = [line.split() for line in lines if line.startswith("vllm")]
+    assert len(rows) == 3 and all(row[-7:] == ["-"] * 7 for row in rows)
     with pytest.raises(ValueError, match="gib True: GiB above 0"):
         simulate("short?head=20", gib=True)

@@ -32,10 +32,18 @@ BASELINES: dict[str, BaselineFactory] = {
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
 }
 """Baselines by name. ``sglang-plus`` is the baseline of that name in Marconi's paper."""
+_HOST_STATES = "512 states in host memory"
+_RUNNING = "the memory of running requests"
+UNCHARGED = {
+    **dict.fromkeys(("lightllm", "lightllm-big", "lightllm-64"), _HOST_STATES),
+    **dict.fromkeys(("marconi", "marconi-static", "marconi-artifact", "sglang-plus"), _RUNNING),
+}
+"""Memory that baselines use in addition to the simulated size, by name."""
 
 
 __all__ = [
     "BASELINES",
+    "UNCHARGED",
     "Baseline",
     "BaselineConfig",
     "PeerSession",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.plan import MemoryBudget
@@ -46,10 +47,12 @@ class Optimum:
         return (self.bound - self.reached) / self.bound if self.bound else 0.0
 
     def record(self) -> dict[str, object]:
-        """Return a record for a JSON line: all fields except the tokens that each request skips."""
+        """Return a record for a JSON line: ``gib``, and all fields except the tokens that each
+        request skips."""
         return {
             "trace": self.trace,
             "capacity_bytes": self.capacity_bytes,
+            "gib": self.capacity_bytes / GIB,
             "num_requests": self.num_requests,
             "prompt_tokens": self.prompt_tokens,
             "reached": self.reached,

@@ -13,7 +13,7 @@ from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import describe_times, prefill_seconds
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.intervals import Interval, linear_ratio
+from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
@@ -225,14 +225,17 @@ class RunResult:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
-    def interval(self) -> Interval:
-        """Token hit rate with its 95 % interval over sessions; NaN limits for fewer than five."""
+    def interval(self) -> RateInterval:
+        """Token hit rate, 0 to 1, with its 95 % interval over sessions; NaN limits for fewer than
+        five. Printed in percent."""
         parts = [one.cached_tokens for one in self.by_session]
-        return linear_ratio(parts, [one.prompt_tokens for one in self.by_session])
+        return RateInterval(*linear_ratio(parts, [one.prompt_tokens for one in self.by_session]))
 
     def above(self, other: RunResult) -> Interval:
         """Return this run's token hit rate less that of ``other``, in points, paired by session.
-        ValueError if they ran over different sessions."""
+        ValueError if they ran over different sessions, TypeError if ``other`` is not a run."""
+        if not isinstance(other, RunResult):
+            raise TypeError(f"above takes another RunResult, such as best(4) (got {other!r}).")
         if [one[:3] for one in self.by_session] != [one[:3] for one in other.by_session]:
             raise ValueError(f"{self.label} and {other.label} ran over different sessions.")
         pairs = zip(self.by_session, other.by_session, strict=True)
@@ -396,14 +399,14 @@ def summarise(
         bypassed=log.num_bypassed,
         prompt_tokens=int(lengths.sum()),
         cached_tokens=int(cached.sum()),
-        losses=log.losses if log.has_losses else None,
+        losses=log.losses if log.has_causes else None,
         flops=int(_flops(geometry, lengths)) - flops_saved,
         flops_saved=flops_saved,
         seconds=spent,
         seconds_saved=cold - spent,
         ttft_s=_percentiles(ttft),
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
-        missed_tokens=sum(log.missed_tokens) if log.has_missed else None,
+        missed_tokens=sum(log.missed_tokens) if log.has_causes else None,
         checkpoints_made=made,
         checkpoint_copies=copies,
         copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,
@@ -439,7 +442,7 @@ def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult
     )
     names = map(str, log.session_names)
     found = [SessionResult(*row) for row in zip(names, counts, *sums, strict=True)]
-    if log.has_losses:
+    if log.has_causes:
         computed = (one.prompt_tokens - one.cached_tokens for one in found)
         losses = map(log.losses_of, range(size), computed)
         found = [one._replace(losses=lost) for one, lost in zip(found, losses, strict=True)]
@@ -526,7 +529,10 @@ class SweepRuns:
 
         Raises:
             ValueError: this size was not simulated. The message names the simulated sizes.
+            TypeError: ``gib`` is not a number.
         """
+        if not isinstance(gib, int | float):
+            raise TypeError(f"gib must be a number of GiB, such as 4 (got {gib!r}).")
         simulated = sorted({run.gib for run in self.runs})
         nearest = min(simulated, key=lambda size: abs(size - gib), default=0.0)
         if not math.isclose(nearest, gib, rel_tol=SAME_SIZE):

@@ -34,8 +34,11 @@ from hybridcache.lab.trace import TraceRequest
 class RequestLog:
     """One entry a request, in the order in which they were begun. Tokens and seconds."""
 
-    def __init__(self, unit: int) -> None:
+    def __init__(self, unit: int, has_causes: bool = True) -> None:
         self.unit = unit
+        self.has_causes = has_causes
+        """False for rebuilt peers: they report neither losses nor missed tokens, also where no
+        request fits."""
         self.arrival_s = array("d")
         self.prompt_tokens = array("q")
         self.cached_tokens = array("q")
@@ -56,10 +59,6 @@ class RequestLog:
         self._lost: list[list[int]] = []
         """Lost ids of each session by cause, in the order of ``Losses``, and last the tokens of
         bypassed requests."""
-        self.has_losses = True
-        self.has_missed = True
-        """False if the target does not report the tokens that evicted checkpoints would have
-        saved."""
         self.control_s = 0.0
         """Spent in the cache's own code."""
 
@@ -81,15 +80,10 @@ class RequestLog:
         else:
             cached = served.cached_len * unit
             missed_len = served.missed_len
-            if missed_len is None:
-                self.has_missed = False
-            elif missed_len > served.cached_len:
+            if missed_len is not None and missed_len > served.cached_len:
                 missed = missed_len * unit - cached
-            losses = served.losses
-            if losses is None:
-                self.has_losses = False
-            else:
-                lost[:-1] = map(add, lost, losses)
+            if served.losses is not None:
+                lost[:-1] = map(add, lost, served.losses)
         self.arrival_s.append(request.timestamp_s)
         self.prompt_tokens.append(length)
         self.cached_tokens.append(cached)
@@ -123,7 +117,8 @@ def serve(
     target: Target, requests: Iterable[TraceRequest], unit: int, scenario: Scenario
 ) -> RequestLog:
     """Serve all of ``requests`` on the machine of ``scenario``, and return their log."""
-    log, times = RequestLog(unit), scenario.prefill_times(scenario.geometry())
+    log = RequestLog(unit, has_causes=not scenario.baseline)
+    times = scenario.prefill_times(scenario.geometry())
     if scenario.max_running is None:
         _serve_in_turn(target, requests, log)
         log.ttft_s = _queue(log, times, scenario.servers)

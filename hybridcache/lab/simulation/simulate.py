@@ -85,7 +85,8 @@ class SimulationResult(SweepRuns):
 
     def verdict(self) -> str:
         """Return one sentence: the policies with the most hits, and the command that serves with
-        them. Empty if there is nothing to choose from."""
+        them. Rebuilt systems with more hits are named. Empty if there is nothing to choose
+        from."""
         from hybridcache.lab.report import verdict
 
         return verdict(self)
@@ -148,7 +149,7 @@ class OptimumResult(Sequence[Optimum]):
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per size: ``gib``, ``reached`` and ``bound`` as token hit rates.
         O(sizes)."""
-        return [{"gib": plan.capacity_bytes / GIB} | plan.record() for plan in self.plans]
+        return [plan.record() for plan in self.plans]
 
     def table(self) -> str:
         """Return a table: plan, bound and gap, a row per size."""
