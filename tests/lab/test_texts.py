@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.simulation.simulate import simulate
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import TraceFieldsWarning, TraceOrderWarning
@@ -126,6 +126,47 @@ def test_answers_are_read_in_usual_fields(fields: dict[str, Any], tmp_path: Path
     assert answer_text(request) == "yes"
 
 
+@pytest.mark.parametrize("answer", [17, ["a"], {"x": 1}, {"choices": []}, True])
+def test_answers_of_another_type_are_bad_records(answer: Any, tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"prompt": "a"}, {"prompt": "b", "answer": answer})
+    with pytest.raises(BadRecordError, match=r"line 2: its answer is .*, not a text, a message"):
+        list(open_trace(f"{path}?tokenizer=bytes"))
+
+
+def test_answer_in_json_is_a_text(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"prompt": "a", "answer": '{"name": "b"}'})
+    [request] = open_trace(f"{path}?tokenizer=bytes")
+    assert answer_text(request) == '{"name": "b"}'
+
+
+def test_failed_requests_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "a", "status": each} for each in (200, "OK", 500)]
+    trace = open_trace(f"{lines(tmp_path / 't.jsonl', *rows)}?tokenizer=bytes")
+    with pytest.warns(TraceFieldsWarning, match="1 record of failed requests left out"):
+        assert len(list(trace)) == 2
+    for status in ("failed", True):
+        path = lines(tmp_path / "u.jsonl", *rows[:1], rows[0] | {"status": status})
+        with pytest.raises(BadRecordError, match=f"line 2: status is {status!r}, not a number"):
+            list(open_trace(f"{path}?tokenizer=bytes"))
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"prompt": 123}, "prompt is 123, not a text or a list of ids"),
+        ({"time": 1}, r"there is no prompt in it \(time\)"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "role is 'robot', none of system"),
+        ({"prompt": "b", "time": "2026-01-01T00:00:00"}, "it has a date, but the records above"),
+    ],
+)
+def test_wrong_requests_are_bad_records(
+    record: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    path = lines(tmp_path / "t.jsonl", {"prompt": "a", "time": 0}, record)
+    with pytest.raises(BadRecordError, match=f"line 2: {problem}"):
+        list(open_trace(f"{path}?tokenizer=bytes"))
+
+
 # --- Kinds of files -----------------------------------------------------------------------------
 
 
@@ -151,6 +192,17 @@ def test_single_messages_are_assembled_to_prompts(name: str, tmp_path: Path) -> 
     assert (first.timestamp_s, first.service_s, answer_text(first)) == (0, 2, "yes")
     assert (second.timestamp_s, second.session, answer_text(second)) == (5, "a", "no")
     assert text_of(second).startswith(text_of(first)) and "other" not in text_of(second)
+
+
+def test_roles_are_read_in_any_case_and_all_unanswered_messages_counted(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("session,role,content\na,USER,b\na,Assistant,c\na,USER,d\na,user,e\n")
+    with pytest.warns(TraceFieldsWarning, match="2 messages without an answer are no requests"):
+        [request] = open_trace(f"{path}?tokenizer=bytes")
+    assert answer_text(request) == "c" and "user" in text_of(request)
+    path.write_text("session,session,prompt\na,b,c\n")
+    with pytest.raises(ValueError, match="3 columns, and 'session' twice"):
+        open_trace(f"{path}?tokenizer=bytes")
 
 
 def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:

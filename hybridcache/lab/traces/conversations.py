@@ -34,7 +34,7 @@ class ConversationsReader(SessionReader):
     def recognises(record: Record) -> bool:
         said = record.get("messages")
         last = said[-1] if isinstance(said, list) and said else None
-        is_whole = isinstance(last, dict) and last.get("role") in ANSWERS
+        is_whole = isinstance(last, dict) and str(last.get("role")).lower() in ANSWERS
         return is_whole and record.first(NAMES["answer"]) is None
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
@@ -68,7 +68,7 @@ class ConversationsReader(SessionReader):
 
     def unread(self, record: Record, messages: list[Record]) -> Iterator[str]:
         """Yield sentences about contents that no request shows."""
-        if messages and messages[-1].get("role") not in ANSWERS:
+        if messages and str(messages[-1].get("role")).lower() not in ANSWERS:
             yield "messages after the last answer are left out"
         if time := record.first(NAMES["time"]):
             yield f"{time} of whole conversations is not read: starts= and pause= set the times"

@@ -23,6 +23,16 @@ STOP_REASONS = {
     **{reason: reason for reason in ("end_turn", "tool_use", "stop_sequence", "length")},
 }
 """Stop reasons of a trace, by those of OpenAI's and Anthropic's answers."""
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool", "function")},
+    "developer": "system",
+    "model": "assistant",
+}
+"""Roles of messages, by those of a file in small letters."""
+RESPONSE = frozenset(("choices", "content", "usage"))
+"""Fields of which a message or a response has at least one."""
+NO_ANSWER = "not a text, a message, or a response with a message, a text or its usage"
+"""End of errors about answers."""
 
 
 def decoded(value: Any) -> Any:
@@ -61,14 +71,17 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
     """Return (text, number of tokens, stop reason) of an answer.
 
     ``response`` is a text, a message, or a whole response of OpenAI's or Anthropic's APIs. The text
-    is None, the number 0 and the reason empty if the response does not contain them.
+    is None, the number 0 and the reason empty if ``response`` is None; the text alone is None if
+    the response has only a number of tokens. ValueError for another value.
     """
     if isinstance(response, str):
         if response.startswith(("data:", "event:")):
             raise ValueError("an answer is a stream of events: log its text instead")
         return response, 0, ""
-    if not isinstance(response, dict):
+    if response is None:
         return None, 0, ""
+    if not isinstance(response, dict):
+        raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
     choices = response.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else {}
     choice = choice if isinstance(choice, dict) else {}
@@ -82,15 +95,19 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
     usage = response.get("usage")
     counts = usage if isinstance(usage, dict) else {}
     length = counts.get("completion_tokens", counts.get("output_tokens"))
-    return None, length if isinstance(length, int) and 0 <= length <= LONGEST else 0, reason
+    if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= LONGEST:
+        raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
+    return None, length, reason
 
 
 def _role(message: Record) -> str:
-    role, content = message.text("role"), message.get("content")
+    role, content = message.text("role").lower(), message.get("content")
     if role == "user" and isinstance(content, list):  # Anthropic's tool results are the user's
         kinds = {part.get("type") for part in content if isinstance(part, dict)}
         return "tool" if kinds == {"tool_result"} else role
-    return {"developer": "system", "model": "assistant"}.get(role, role)
+    if role not in ROLES:
+        raise ValueError(f"role is {shown(role)}, none of {', '.join(ROLES)}")
+    return ROLES[role]
 
 
 def _content(content: Any) -> str:

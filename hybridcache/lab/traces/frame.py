@@ -16,6 +16,7 @@ import re
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -336,6 +337,9 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
                 names = row or []
                 if len(names) == 1 and ";" in names[0]:
                     raise ValueError(f"{path}: its columns are separated by semicolons: use commas")
+                twice = [name for name, count in Counter(names).items() if name and count > 1]
+                if twice:
+                    raise ValueError(f"{path}: {len(names)} columns, and {twice[0]!r} twice")
             elif row:
                 yield line, Record(zip(names, row, strict=True))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.frame import (
     COUNTS_ALONE,
@@ -62,6 +63,9 @@ class MessagesReader(FileReader):
         problems = list(parser.usage.problems(f"{self.word}:{self.path}"))
         if unanswered := parser.num_unanswered():
             problems.insert(0, f"{unanswered:,} messages without an answer are no requests")
+        if parser.num_failed:
+            failed = counted(parser.num_failed, "record")
+            problems.insert(0, f"{failed} of failed requests left out (status 400 or more)")
         if problems:
             warn(f"{self.path}: {'; '.join(problems)}")
 

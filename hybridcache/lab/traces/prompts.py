@@ -8,7 +8,7 @@ A record is one of two kinds:
   whose prompt is all messages of the session before it.
 
 Times are seconds, or milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601. Failed
-requests (``status`` of 400 or more) are left out.
+requests (``status`` of 400 or more) are left out and counted.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 from sortedcontainers import SortedDict
 
 from hybridcache.lab.trace import FreshIds, TraceRequest
-from hybridcache.lab.traces.dialects import Chat, answer_of, plain_chat
-from hybridcache.lab.traces.frame import Record, TraceClock
+from hybridcache.lab.traces.dialects import RESPONSE, Chat, answer_of, plain_chat
+from hybridcache.lab.traces.frame import Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
 
 SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
@@ -58,6 +59,8 @@ PARAMETERS = frozenset(
     )
 )
 """Names without a meaning for a cache. They are not counted as unread fields."""
+SUCCESSES = frozenset(("ok", "success", "succeeded", "complete", "completed", "incomplete"))
+"""Texts of a ``status`` with an answer. Other texts are bad records, unless they are numbers."""
 FEWEST = 10
 """Requests without any continued prompt from which on a warning is given."""
 WHOLE_TEXT = "a prompt must be the whole text that was sent to the model, earlier turns included"
@@ -104,10 +107,29 @@ class Named:
         if "time" not in self.used:
             return None
         when = self.record.moment(self.number("time"))
-        is_date = isinstance(self.get("time"), str)
-        if is_date:
+        if self.has_date:
             return when
         return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
+
+    @property
+    def has_date(self) -> bool:
+        """True if the time is in ISO 8601. Valid after ``time_s``."""
+        return isinstance(self.get("time"), str)
+
+    @property
+    def has_failed(self) -> bool:
+        """True if the status is 400 or more. ValueError if it is neither a number nor a word of
+        success."""
+        status = self.get("status")
+        if status is None or (isinstance(status, str) and status.lower() in SUCCESSES):
+            return False
+        with suppress(ValueError, TypeError):
+            if not isinstance(status, bool):
+                return float(status) >= 400
+        raise ValueError(
+            f"{self.used['status']} is {shown(status)}, not a number such as 200, nor one of "
+            f"{', '.join(sorted(SUCCESSES))}"
+        )
 
     def namespace(self) -> str | None:
         """Return a name for model and tenant; None if there is neither."""
@@ -210,13 +232,15 @@ class PromptParser:
         self._fresh, self._clock, self.usage = FreshIds(), TraceClock(), Usage()
         self._said: dict[str | int, Chat] = {}
         self._asked_s: dict[str | int, float] = {}
+        self.num_failed = 0
+        """Records of failed requests, which are left out."""
 
     def parse(self, raw: Record) -> Iterator[TraceRequest]:
         """Yield the request of a record; none if it failed, or is a message of a user."""
         record = Named(raw, self._names)
-        with suppress(TypeError, ValueError):
-            if float(record.get("status") or 0) >= 400:
-                return
+        if record.has_failed:
+            self.num_failed += 1
+            return
         names = {name for name, value in record.record.items() if value is not None and name}
         self.usage.unread.update(names - {*record.used.values()} - PARAMETERS)
         session = record.record.key(record.used["session"]) if "session" in record.used else None
@@ -224,13 +248,21 @@ class PromptParser:
             yield from self._message(record, session)
             return
         request, said = self._request(record)
-        now, namespace = self._clock.at(record.time_s()), record.namespace()
+        now, namespace = self._now(record), record.namespace()
         session = self.usage.session(session, namespace, said)
         yield request._replace(timestamp_s=now, session=session, namespace=namespace)
 
+    def _now(self, record: Named) -> float:
+        """Return the time of the next record."""
+        when_s = record.time_s()
+        return self._clock.at(when_s, record.has_date)
+
     def _request(self, record: Named) -> tuple[TraceRequest, str]:
         """Return the request without session and time, and its prompt as one text."""
-        answer, length, reason = answer_of(record.get("answer", dict))
+        response = record.get("answer", dict)
+        if isinstance(response, dict) and not RESPONSE & response.keys():
+            response = record.get("answer")  # an answer in JSON is a text
+        answer, length, reason = answer_of(response)
         self.usage.num_answers += answer is not None
         if answer is None and not length and "length" in record.used:
             length = record.record.whole(record.number("length"))
@@ -241,6 +273,8 @@ class PromptParser:
             request = turn.request("")
             # A text that begins with the text of every earlier part of the chat.
             text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
+        elif not record.is_request and "prompt" not in record.record:
+            raise ValueError(f"there is no prompt in it ({', '.join(record.record) or 'no field'})")
         else:
             prompt = record.get("prompt") or ""
             text = prompt if isinstance(prompt, str) else ""
@@ -256,8 +290,12 @@ class PromptParser:
             prompt = prompt[0]
         if isinstance(prompt, list) and any(isinstance(part, str) for part in prompt):
             raise ValueError("several prompts in one request are not read")
-        is_text = isinstance(prompt, str)
-        ids = self._chat.encode(prompt) if is_text else Record(prompt=prompt).ids("prompt")
+        if isinstance(prompt, str):
+            ids = self._chat.encode(prompt)
+        elif isinstance(prompt, list):
+            ids = Record(prompt=prompt).ids("prompt")
+        else:
+            raise ValueError(f"prompt is {shown(prompt)}, not a text or a list of ids")
         if not len(ids):
             raise ValueError("the prompt is empty")
         return ids
@@ -268,7 +306,7 @@ class PromptParser:
             raise ValueError("a single message needs a session: name its field with session=")
         content = _json(record.record["content"], list)
         [message] = plain_chat([Record(role=record.get("role"), content=content)])
-        now = self._clock.at(record.time_s())
+        now = self._now(record)
         before = self._said.setdefault(session, [])
         if message["role"] == "assistant" and before:
             asked_s = self._asked_s.get(session, now)
@@ -284,5 +322,9 @@ class PromptParser:
         self._asked_s[session] = now
 
     def num_unanswered(self) -> int:
-        """Return the number of sessions whose last message has no answer."""
-        return sum(said[-1]["role"] != "assistant" for said in self._said.values() if said)
+        """Return the number of messages after the last answer of their session."""
+        return sum(
+            1
+            for said in self._said.values()
+            for _ in takewhile(lambda one: one["role"] != "assistant", reversed(said))
+        )
