@@ -244,7 +244,9 @@ class Operator:
             given = given_key(request.scope)
             if not hmac.compare_digest(given, self.key):
                 challenge = {"WWW-Authenticate": "Bearer"}
-                raise APIError(401, operator_message(bool(given)), headers=challenge)
+                raise APIError(
+                    401, operator_message(bool(given)), code="invalid_api_key", headers=challenge
+                )
             return
         headers = request.headers
         origin = headers.get("origin")

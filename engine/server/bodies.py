@@ -389,8 +389,9 @@ class BodyReader:
                     break
         if num_bytes > self._max_bytes:
             limit = self._max_bytes / 2**20
+            words = f"{limit:.3g}" if limit < 1 else f"{limit:g}"
             raise APIError(
-                413, f"The body is larger than {limit:g} MiB: send less, or raise --max-body-mib."
+                413, f"The body is larger than {words} MiB: send less, or raise --max-body-mib."
             )
         return b"".join(pieces)
 

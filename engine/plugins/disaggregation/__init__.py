@@ -15,6 +15,8 @@ from engine.config import (
     setting,
 )
 
+FETCH_ABOVE, TIMEOUT_S = 256, 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class DisaggregationConfig(PluginConfig):
@@ -34,18 +36,22 @@ class DisaggregationConfig(PluginConfig):
     )
     prefill: tuple[str, ...] = setting((), "with role decode: HOST:PORT of every prefill engine")
     fetch_above: int = setting(
-        256,
+        FETCH_ABOVE,
         "with role decode: prompts with fewer tokens that are not cached are computed here",
         limits=COUNT,
     )
     transfer_timeout_s: float = setting(
-        10.0,
+        TIMEOUT_S,
         "with a role: seconds without a message after which the other engine is considered gone",
         limits=SECONDS,
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.fetch_above != FETCH_ABOVE and self.role != "decode":
+            raise ConfigError("--fetch-above requires --role decode.")
+        if self.transfer_timeout_s != TIMEOUT_S and self.role is None:
+            raise ConfigError("--transfer-timeout-s requires --role.")
         needed = {"prefill": "transfer_at", "decode": "prefill"}
         for role, name in needed.items():
             if (self.role == role) != bool(getattr(self, name)):

@@ -40,6 +40,8 @@ class SpeculationConfig(PluginConfig):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.draft_running is not None and not self.is_used:
+            raise ConfigError("--draft-running requires --draft.")
         _ = self.drafters
 
     @property

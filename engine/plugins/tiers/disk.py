@@ -19,14 +19,17 @@ the engine starts again.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
+import shutil
 import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial
 from queue import PriorityQueue
 from threading import Condition
@@ -44,6 +47,8 @@ from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
 Result = TypeVar("Result")
 URGENT, NORMAL, LAST, IDLE = range(4)
 POLL_S = 0.05
+LOOK_S = 5.0
+"""Seconds between two looks at the free space of a full disk."""
 
 Work = tuple[int, int, Callable[[], Any] | None, "Future[Any]"]
 
@@ -173,6 +178,8 @@ class Disk:
         self._retry_at = 0.0
         self._failure: str | None = None
         self._refused_bytes = 0
+        self._is_full = False
+        self._look_at = 0.0
         """Size of the latest refused change, minus the bytes written since then."""
         self._reported: set[int | None] = set()
         self._is_off = False
@@ -619,6 +626,26 @@ class Disk:
                 format_bytes(self.max_bytes),
             )
 
+    def look_for_space(self) -> float | None:
+        """End the problem of a full disk if as many bytes as were refused are free now. Without it
+        an idle server would stay degraded, because only a write ends a problem. O(1).
+
+        Returns the seconds until the next look, or None if there is no such problem.
+        """
+        if self._failure is None or not self._is_full or self.is_off:
+            return None
+        left = max(self._retry_at, self._look_at) - self._clock()
+        if left <= 0:
+            self._thread.submit(self._look)
+            self._look_at = self._clock() + LOOK_S
+            left = LOOK_S
+        return left
+
+    def _look(self) -> None:
+        with suppress(OSError):
+            if shutil.disk_usage(self._store.folder).free >= max(self._refused_bytes, 1):
+                self._failure = None
+
     def _wrote(self, num_bytes: int) -> None:
         """Count a successful write, which may end the problem. Called in the disk thread."""
         self._refused_bytes -= num_bytes
@@ -629,6 +656,7 @@ class Disk:
         """Report a refused change, and stop writing for a while. Called in the disk thread."""
         self._failure = f"it was not possible to {what} ({error.strerror or error})"
         self._refused_bytes = num_bytes
+        self._is_full = error.errno == errno.ENOSPC
         self._retry_at = self._clock() + RETRY_S
         self._report(what, error)
 

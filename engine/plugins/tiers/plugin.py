@@ -343,7 +343,10 @@ class TierPlugin(Plugin):
 
     def on_idle(self) -> float | None:
         self._follow_disk()
-        return None if self.policy_state is None else self.policy_state.rest(is_idle=True)
+        if self.disk is None or self.policy_state is None:
+            return None
+        delays = self.disk.look_for_space(), self.policy_state.rest(is_idle=True)
+        return min((delay for delay in delays if delay is not None), default=None)
 
     def _follow_disk(self) -> None:
         """Update the cache's disk tier to the state of the disk.

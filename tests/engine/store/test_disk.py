@@ -274,6 +274,13 @@ def test_a_full_disk_is_a_problem_until_as_much_as_was_refused_is_written(
     assert settled(disk).problem is None
     [line] = caplog.messages
     assert "No space left on device. Later errors with this reason are only counted." in line
+    assert disk.look_for_space() is None
+    room[0] = 0
+    write(disk, prompt(7, 10))
+    assert settled(disk).problem is not None and disk.look_for_space() == disk_module.RETRY_S
+    now[0] += disk_module.RETRY_S
+    assert disk.look_for_space() == disk_module.LOOK_S
+    assert settled(disk).problem is None, "the disk has room again, and nothing was written since"
     disk.close()
 
 
