@@ -384,7 +384,8 @@ def api() -> str:
 
 STEPS = {
     "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
-    "hybridcache.api": ("CacheStats", "Losses"),
+    "hybridcache.api": ("CacheStats", "Losses", "Listener"),
+    "hybridcache.tiers": ("path_of",),
     "hybridcache.policies.protocol": ("FetchRule", "PolicyError"),
     "hybridcache.geometry.exchange": ("Exchange",),
     "hybridcache.geometry.times": ("PrefillTimes",),

@@ -117,14 +117,21 @@ class MinimalEngine:
 
         Otherwise they take memory from each other, and most of the work is done again (thrash).
         """
-        cache, arena = self.cache, self.cache.arena
-        due = sum(run.max_len - run.lease.published_len for run in self.running)
-        due += one.max_len - cache.match(one.ids).cached_len
-        due += cache.protected().num_tokens  # cached rows that a running request locks
-        if arena is None:
-            return due <= len(self.kv)
-        num_states = 3 * (len(self.running) + 1)  # its own, the one resumed from, the rolling one
-        return due + num_states * arena.slab_rows <= arena.capacity
+        cache, arena, runs = self.cache, self.cache.arena, self.running
+        match = cache.match(one.ids)
+        with cache.lock(match.node):  # as ``begin`` will: an idle prefix takes memory from then on
+            locked = cache.protected()  # prefixes in use, shared ones counted once
+        rows = locked.num_tokens + self.whole_pages(one.max_len) - match.cached_len
+        rows += sum(self.whole_pages(run.max_len) - run.lease.published_len for run in runs)
+        if arena is not None:  # three states: its own, the one resumed from, the rolling one
+            return rows + 3 * (len(runs) + 1) * arena.slab_rows <= arena.capacity
+        # Without a slot of its own, ``begin`` would evict the state that it should resume from.
+        slots = locked.num_checkpoints + sum(run.lease.held_slots for run in runs) + 1
+        return rows <= len(self.kv) and slots <= len(self.states)
+
+    def whole_pages(self, num_tokens: int) -> int:
+        """Return the number of rows that ``num_tokens`` take."""
+        return -(-num_tokens // self.cache.page_size) * self.cache.page_size
 
     def follows(self, one: Request) -> bool:
         """Return whether ``one`` should wait for a running prefill of the same prefix."""

@@ -278,11 +278,10 @@ class Lease:
         """Match the tokens, lock the result, take a state slot, and load from tiers if that saves
         time.
 
-        Returns None, with nothing held, if no slot is available: keep the request in the queue. If
-        ``total_bytes`` are less than one state, every request is refused in this way. If the only
-        available slot is that of the matching checkpoint, the request resumes from the next
-        shallower one, and ``losses.refused`` counts the difference. With ``reuse=False`` it counts
-        the whole match.
+        Returns None, with nothing held, if no slot is available: keep the request in the queue. A
+        cache that cannot hold a single state raises ValueError instead. If the only available slot
+        is that of the matching checkpoint, the request resumes from the next shallower one, and
+        ``losses.refused`` counts the difference. With ``reuse=False`` it counts the whole match.
 
         ``placement`` is one object for all requests of a cache, because it can learn.
         ``parse_placement`` makes one. ``exchange`` decides which offloaded prefixes to load.

@@ -4,15 +4,17 @@ output."""
 from __future__ import annotations
 
 import json
+import random
 import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hybridcache import simulate
+from hybridcache import CacheConfig, simulate
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -47,6 +49,77 @@ def test_minimal_engine_prints_the_output_on_its_page(capsys: pytest.CaptureFixt
     assert "'loads': " in tiers and "'offloads': " in tiers
     *_, admission = output.splitlines()
     assert admission == "preemptions of 120 requests: 1974, with `fits` 0"
+
+
+@pytest.fixture(scope="module")
+def minimal() -> SimpleNamespace:
+    """Return the names of the minimal engine's script."""
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / "04_minimal_engine.py")))
+
+
+def end_all(engine: Any) -> None:
+    """Serve all requests to their ends, and check the memory after each step."""
+    while engine.waiting or engine.running:
+        engine.step()
+        held = [one.lease for one in engine.running]
+        engine.cache.check(sum(x.held_tokens for x in held), sum(x.held_slots for x in held))
+
+
+@pytest.mark.parametrize(("num_kv_tokens", "fits"), [(133, False), (134, True)])
+def test_minimal_engine_reserves_the_history_of_an_idle_conversation(
+    minimal: SimpleNamespace, num_kv_tokens: int, fits: bool
+) -> None:
+    """Rows of a prefix count although no running request locks them yet: 48 + 86 rows in all."""
+    config = CacheConfig(num_kv_tokens=num_kv_tokens, num_slots=20, **minimal.SIZES)
+    engine = minimal.MinimalEngine(config, reserves=True)
+    history = engine.submit(list(range(1000, 1062)), 2)
+    end_all(engine)
+    engine.submit([1, 2, 3, 4], 44)
+    engine.step()
+    last = engine.submit([*history.tokens, 7, 8], 20)
+    assert engine.cache.match(last.ids).cached_len == 64
+    assert engine.fits(last) is fits
+    end_all(engine)
+    assert engine.counts["preemptions"] == 0
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"num_kv_tokens": 100, "num_slots": 20},
+        {"num_kv_tokens": 100, "num_slots": 20, "page_size": 4},
+        {"num_kv_tokens": 100, "num_slots": 5, "page_size": 8},
+        {"memory": "arena", "total_bytes": 8 * 192},
+        {"memory": "arena", "total_bytes": 8 * 192, "page_size": 4, "host_bytes": 8 * 400},
+    ],
+    ids=["pools", "pages", "few slots", "arena", "host tier"],
+)
+def test_minimal_engine_that_reserves_never_preempts(
+    minimal: SimpleNamespace, memory: dict[str, Any]
+) -> None:
+    """Four conversations with pauses, in a memory for two or three running requests."""
+    num_together = num_reused = 0
+    for seed in range(8):
+        rng = random.Random(seed)
+        config = CacheConfig(**memory, **minimal.SIZES)
+        engine = minimal.MinimalEngine(config, reserves=True)
+        texts = [[rng.randrange(50) for _ in range(rng.randrange(8, 40))] for _ in range(4)]
+        turns: dict[int, Any] = {}
+        for _ in range(100):
+            number = rng.randrange(8)
+            if number < 4 and number not in turns:
+                prompt = texts[number][:64] + [rng.randrange(50) for _ in range(4)]
+                turns[number] = engine.submit(prompt, rng.randrange(1, 30))
+            engine.step()
+            num_together += len(engine.running) > 1
+            for number, turn in tuple(turns.items()):
+                if turn not in engine.waiting and turn not in engine.running:
+                    num_reused += turn.cached_len
+                    texts[number] = turns.pop(number).tokens
+        end_all(engine)
+        assert engine.counts["preemptions"] == 0
+    assert num_together > 100, "too few requests ran at the same time"
+    assert num_reused > 20, "too little was reused"
 
 
 @pytest.mark.parametrize("name", ["02_own_policy:TokensPerByte", "second_chance:SecondChance"])
