@@ -27,7 +27,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +234,31 @@ class Scenario:
     tells_ends: bool = _setting(False, "clients say when a session has ended", LOAD)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.trace, str | Trace):
+            raise ValueError(f"trace must be a specification or a Trace (got {self.trace!r}).")
+        for name in ("priority_classes", "tells_ends"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False (got {getattr(self, name)!r}).")
+        for name in (
+            *("kv_share", "tpot_s", "host_gib", "host_gb_s", "disk_gib", "disk_gb_s"),
+            "ttft_limit_s",
+        ):
+            number = getattr(self, name)
+            is_number = isinstance(number, Real) and not isinstance(number, bool)
+            if not is_number and (number is not None or name != "kv_share"):
+                raise ValueError(f"{name} must be a number (got {number!r}).")
+        if self.rate is None:
+            raise ValueError("rate must be a number, several, or low:high:points (got None).")
+        for seed in (seeds := _each(self.seeds)):
+            if not isinstance(seed, Integral) or isinstance(seed, bool):
+                raise ValueError(f"seeds must be whole numbers (got {self.seeds!r}).")
+            if seeds is self.seeds and seed < 0:
+                raise ValueError(f"seeds must be at least 0 (got {self.seeds!r}).")
+        for name in ("gib", "rate", "seeds", "admission"):
+            _refuse_repeated(name, getattr(self, name))
         for name in ("page_size", "grid", "servers", "max_running", "token_budget"):
             number = getattr(self, name)
-            if number is not None and not isinstance(number, Integral):
+            if isinstance(number, bool) or not isinstance(number, Integral | None):
                 raise ValueError(f"{name} must be a whole number (got {number!r}).")
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1 (got {number}).")
@@ -277,6 +299,8 @@ class Scenario:
         replace its own. TypeError for a setting that does not exist."""
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
+            if name == "skip_bad":
+                raise TypeError("skip_bad is no setting: give open_trace(spec, skip_bad=True)")
             if name not in known:
                 raise TypeError(f"there is no setting {name!r}{did_you_mean(name, known)}")
         if isinstance(given, Scenario):
@@ -538,6 +562,18 @@ def _defaults() -> dict[str, Any]:
     return {one.name: one.default for one in fields(Scenario)}
 
 
+def _refuse_repeated(name: str, given: Any) -> None:
+    """Raise ValueError for a list with a truth value, or with the same value twice."""
+    if isinstance(given, str):
+        given = split_specs(given) if name == "admission" else given.split(",")
+    values = list(map(str, _each(given)))
+    for value in values:
+        if value in ("True", "False"):
+            raise ValueError(f"{name} must not be a truth value (got {value}).")
+        if values.count(value) > 1:
+            raise ValueError(f"{name} has {value} twice: give each once.")
+
+
 def settings_of(group: str) -> list[str]:
     """Return the names of the settings of a group."""
     return [one.name for one in fields(Scenario) if one.metadata.get("group") == group]
@@ -618,6 +654,8 @@ def _policy(one: Any) -> str | OwnPolicy:
     """Replace a class by its name, if it has one, so that other processes find it."""
     if isinstance(one, str | OwnPolicy):
         return one
+    if one is None or isinstance(one, int | float):
+        raise ValueError(f"a policy must be a name, a class or an object of one (got {one!r}).")
     return (isinstance(one, type) and _spec_of(one)) or own_policy(one)
 
 

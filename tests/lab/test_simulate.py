@@ -366,6 +366,23 @@ def test_functions_of_the_laboratory_take_a_scenario() -> None:
             simulate(scenario, **others)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("priority_classes", "no"), ("host_gib", "4"), ("rate", None), ("seeds", 1.5)),
+        *(("gib", [True]), ("gib", "1,1,1"), ("seeds", [1, 1]), ("page_size", True)),
+        *(("admission", ["oldest", "oldest"]), ("trace", 3), ("trace", ["short"])),
+    ],
+)
+def test_wrong_types_and_repeated_values_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} "):
+        Scenario(**{"trace": "short"} | {name: value})
+    with pytest.raises(TypeError, match=r"open_trace\(spec, skip_bad=True\)"):
+        simulate("short", skip_bad=True)
+    with pytest.raises(ValueError, match=r"a policy must be a name.*got 3"):
+        simulate("short", gib=1, policy=3)  # type: ignore[arg-type]
+
+
 def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: Path) -> None:
     scenario = Scenario("short?head=30", gib="1,2", policy=("lru", "fifo"), host_gib=1.0)
     path = tmp_path / "s.toml"
@@ -595,5 +612,5 @@ def test_shares_of_the_working_set_are_shown_and_never_above_it() -> None:
     assert lines[-1] == "-: no causes are known for vllm (rebuilt)"
     rows = [line.split() for line in lines if line.startswith("vllm")]
     assert len(rows) == 3 and all(row[-7:] == ["-"] * 7 for row in rows)
-    with pytest.raises(ValueError, match="gib True: GiB above 0"):
+    with pytest.raises(ValueError, match="gib must not be a truth value"):
         simulate("short?head=20", gib=True)
