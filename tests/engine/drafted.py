@@ -79,10 +79,11 @@ def drafting_engine(
         "device": "cpu",
         "cache_gib": 0.01,
         "draft": "none" if drafter is None else "tree:5",
-        "draft_running": 64,
         "check": True,
         **settings,
     }
+    if settings["draft"] != "none":
+        settings["draft_running"] = 64
     config = engine_config(**settings)
     runner = load_runner(config)
     if runner.tensors.rows is not None:
