@@ -117,6 +117,18 @@ LOAD_IS_CLOSED_LOOP = (
 """Reason to refuse a setting of ``LOAD`` in a replay."""
 
 
+NUMBERS = (
+    "kv_share",
+    "tpot_s",
+    "host_gib",
+    "host_gb_s",
+    "disk_gib",
+    "disk_gb_s",
+    "ttft_limit_s",
+)
+"""Settings that are one real number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """Settings of a simulation. Several policies, sizes, rates or seeds stand for a run of each
@@ -239,10 +251,7 @@ class Scenario:
         for name in ("priority_classes", "tells_ends"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False (got {getattr(self, name)!r}).")
-        for name in (
-            *("kv_share", "tpot_s", "host_gib", "host_gb_s", "disk_gib", "disk_gb_s"),
-            "ttft_limit_s",
-        ):
+        for name in NUMBERS:
             number = getattr(self, name)
             is_number = isinstance(number, Real) and not isinstance(number, bool)
             if not is_number and (number is not None or name != "kv_share"):

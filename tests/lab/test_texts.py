@@ -117,6 +117,9 @@ def test_sessions_continue_the_longest_last_prompt(prompts: list[str]) -> None:
         {"response": {"choices": [{"message": assistant("yes"), "finish_reason": "stop"}]}},
         {"response_body": {"content": [{"type": "text", "text": "yes"}], "role": "assistant"}},
         {"output": assistant("yes")},
+        {"response": {"message": assistant("yes"), "done": True}},
+        {"output": [{"type": "reasoning"}, {"type": "message"} | assistant("yes")]},
+        {"response": {"output": [{"type": "message"} | assistant("yes")], "usage": {}}},
         {"response": json.dumps({"choices": [{"message": assistant("yes")}]})},
     ],
 )
@@ -134,9 +137,9 @@ def test_answers_of_another_type_are_bad_records(answer: Any, tmp_path: Path) ->
 
 
 def test_answer_in_json_is_a_text(tmp_path: Path) -> None:
-    path = lines(tmp_path / "t.jsonl", {"prompt": "a", "answer": '{"name": "b"}'})
+    path = lines(tmp_path / "t.jsonl", {"prompt": "a", "answer": '{"message": "b"}'})
     [request] = open_trace(f"{path}?tokenizer=bytes")
-    assert answer_text(request) == '{"name": "b"}'
+    assert answer_text(request) == '{"message": "b"}'
 
 
 def test_failed_requests_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ ROLES = {
     "model": "assistant",
 }
 """Roles of messages, by those of a file in small letters."""
-RESPONSE = frozenset(("choices", "content", "usage"))
-"""Fields of which a message or a response has at least one."""
+OUTPUT_ITEMS = {"message", "function_call", "reasoning"}
+"""Types of items in the output of the Responses API. Its thoughts are not in later prompts."""
 NO_ANSWER = "not a text, a message, or a response with a message, a text or its usage"
 """End of errors about answers."""
 
@@ -67,11 +67,19 @@ def message_text(message: Record) -> str:
     return words + "".join(_call(call["function"]) for call in calls)
 
 
+def is_response(value: dict[str, Any]) -> bool:
+    """Return True for a message or a response, False for an answer that is a JSON object."""
+    has_field = any(name in value for name in ("choices", "content", "usage"))
+    is_message = isinstance(value.get("message"), dict)
+    return has_field or is_message or isinstance(value.get("output"), list)
+
+
 def answer_of(response: Any) -> tuple[str | None, int, str]:
     """Return (text, number of tokens, stop reason) of an answer.
 
-    ``response`` is a text, a message, or a whole response of OpenAI's or Anthropic's APIs. The text
-    is None, the number 0 and the reason empty if ``response`` is None; the text alone is None if
+    ``response`` is a text, a message, or a whole response of the APIs of OpenAI, Anthropic or
+    Ollama; of the Responses API also its ``output`` alone. The text is None, the number 0 and the
+    reason empty if ``response`` is None; the text alone is None if
     the response has only a number of tokens. ValueError for another value.
     """
     if isinstance(response, str):
@@ -80,6 +88,13 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
         return response, 0, ""
     if response is None:
         return None, 0, ""
+    if isinstance(response, dict) and isinstance(response.get("output"), list):
+        response = response["output"]
+    if isinstance(response, list):
+        kinds = {item.get("type") if isinstance(item, dict) else None for item in response}
+        if not response or not kinds <= OUTPUT_ITEMS:
+            raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
+        return "".join(map(_output_item, response)), 0, ""
     if not isinstance(response, dict):
         raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
     choices = response.get("choices")
@@ -87,7 +102,7 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
     choice = choice if isinstance(choice, dict) else {}
     said = response.get("stop_reason") or choice.get("finish_reason")
     reason = STOP_REASONS.get(said, "") if isinstance(said, str) else ""
-    message = response if "content" in response else choice.get("message")
+    message = response if "content" in response else choice.get("message", response.get("message"))
     if isinstance(message, dict):
         return message_text(Record(message)), 0, reason
     if isinstance(choice.get("text"), str):
@@ -98,6 +113,13 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
     if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= LONGEST:
         raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
     return None, length, reason
+
+
+def _output_item(item: dict[str, Any]) -> str:
+    """Return the text of an item of the Responses API."""
+    if item["type"] == "function_call":
+        return _call({"name": item.get("name"), "arguments": item.get("arguments")})
+    return _content(item.get("content")) if item["type"] == "message" else ""
 
 
 def _role(message: Record) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from sortedcontainers import SortedDict
 
 from hybridcache.lab.trace import FreshIds, TraceRequest
-from hybridcache.lab.traces.dialects import RESPONSE, Chat, answer_of, plain_chat
+from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
 
@@ -260,7 +260,7 @@ class PromptParser:
     def _request(self, record: Named) -> tuple[TraceRequest, str]:
         """Return the request without session and time, and its prompt as one text."""
         response = record.get("answer", dict)
-        if isinstance(response, dict) and not RESPONSE & response.keys():
+        if isinstance(response, dict) and not is_response(response):
             response = record.get("answer")  # an answer in JSON is a text
         answer, length, reason = answer_of(response)
         self.usage.num_answers += answer is not None
