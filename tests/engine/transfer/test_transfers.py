@@ -168,7 +168,7 @@ def test_a_drain_finishes_the_prefix_in_progress_and_refuses_new_ones(
             time.sleep(0.01)
         draining = pool.submit(asyncio.run, prefilling.drain())
         plugin = engine.plugins["disaggregation"]
-        while plugin._is_accepting and not prefilling._channel.host._commands:
+        while prefilling._channel.host._is_open:
             time.sleep(0.01)  # The step in progress waits for a permit, and the drain for the step.
         permits.release()
         while plugin._is_accepting:
