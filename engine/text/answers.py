@@ -81,6 +81,11 @@ def as_message(events: Sequence[Event]) -> dict[str, Any]:
     }
 
 
+WINDOW = 256
+"""Number of characters that are searched for all marks at a time. Without it, a frequent mark would
+repeat the search for a rare one in the whole rest of a text."""
+
+
 class MarkSearch:
     """Finds the first of some marks, such as stop strings, in a text that arrives in pieces. Text
     that may be the beginning of a mark is held back.
@@ -100,11 +105,13 @@ class MarkSearch:
     def push(self, text: str) -> tuple[str, str | None, str]:
         """Return (text before the mark or certainly without one, the mark if found, the text after
         it). O(len(text)) per mark, over an answer."""
-        found = [
-            (start, len(mark.text))
-            for mark in self._marks
-            if (start := mark.read(text)) is not None
-        ]
+        found: list[tuple[int, int]] = []
+        for at in range(0, len(text), WINDOW):
+            for mark in self._marks:
+                if (start := mark.read(text[at : at + WINDOW])) is not None:
+                    found.append((at + start, len(mark.text)))
+            if found:
+                break
         num_before = len(self._held)
         text = self._held + text
         if found:

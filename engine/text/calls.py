@@ -194,7 +194,7 @@ class HermesReader(CallReader):
             call, end = _JSON.raw_decode(text, start)
             read_json(text[start:end])  # It is stricter.
         except (ValueError, RecursionError):
-            in_string = '"' in _STRINGS.sub("", text[start:])
+            in_string = any(not string["end"] for string in _STRING_PARTS.finditer(text, start))
             return (
                 (None if in_string else NOT_JSON)
                 if text.endswith((*self.ENDS, *self.MARKS))
@@ -217,7 +217,8 @@ class HermesReader(CallReader):
 
 
 _JSON = json.JSONDecoder()
-_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRING_PARTS = re.compile(r'"(?:[^"\\]|\\.)*+(?P<end>"?)', re.DOTALL)
+"""A string of JSON, or its beginning up to the end of the text."""
 _BEFORE_ARGUMENTS = re.compile(
     r'\s*\{\s*"name"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )

@@ -192,25 +192,12 @@ def test_answers_are_read_the_same_in_any_pieces(
         assert read(form, text, size) == expected
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x")])
-def test_broken_calls_are_read_in_linear_time(
-    monkeypatch: pytest.MonkeyPatch, form: AnswerForm, mark: str
-) -> None:
-    num_read = 0
-    search = calls.CallReader._text
-
-    def counting(reader: calls.CallReader, text: str) -> str:
-        nonlocal num_read
-        num_read += len(text)
-        return search(reader, text)
-
-    monkeypatch.setattr(calls.CallReader, "_text", counting)
-    counts = []
-    for number in (300, 1200):
-        num_read = 0
-        assert read(form, mark * number) == ("", mark * number, [])
-        counts.append(num_read)
-    assert counts[1] <= 5 * counts[0]
+def test_broken_calls_are_read_in_linear_time(form: AnswerForm, mark: str) -> None:
+    """In quadratic time it would take more than an hour."""
+    text = mark * 20_000
+    assert read(form, text) == ("", text, [])
 
 
 @pytest.mark.parametrize(
