@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text import calls
 from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import (
     BrokenCall,
