@@ -202,6 +202,20 @@ def quotes() -> dict[str, list[str]]:
             "0.06 sessions/s the 99th percentile rises from {:.0f} to {:.0f} s".format(
                 *(p99(name, "Claude Code", 0.06) for name in ("oldest", "sessions"))
             ),
+            *(f"{name}{narrow(family)}" for name, family in FAMILIES.items()),
+            f"a state at the end of each answer | {row(sglang_hits('rust', 'lru', 'end'), '.1f')}",
+            f"hybridcache, `lru` | {row(sglang_hits('hybridcache', 'lru', 'end'), '.1f')}",
+            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'survival', 'end'), '.1f')}",
+            f"states where `extra_buffer` has them | {row(sglang_hits('rust', 'lru', 'extra_buffer'), '.1f')}",
+            f"hybridcache, `lru` | {row(sglang_hits('hybridcache', 'lru', 'extra_buffer'), '.1f')}",
+            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'survival', 'extra_buffer'), '.1f')}",
+            "`lru`: median, mean of the quietest runs | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x |".format(
+                *times["lru"]
+            ),
+            "`survival` | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x |".format(
+                *times["survival"]
+            ),
+            "{:.0f} to {:.0f} microseconds".format(*extent(medians)),
         ],
         "docs/concepts/arena.md": [
             f"loses at most {-min(slabs):.1f} points of token hit rate on a workload, and {abs(fmean(slabs)):.1f} on average",
@@ -217,12 +231,9 @@ def quotes() -> dict[str, list[str]]:
         ],
         "docs/how-to/drafts.md": [
             f"built-in model on {threads} threads",
-            f"| agent loops | {drafts('agent', 'tree'):.1f} times the tokens per second with `tree:8` |",
-            f"| fresh code | {drafts('fresh', 'tree'):.1f} times with `tree:8` |",
-            f"| repairs of code | {drafts('edit', 'tree'):.1f} times with `tree:8` |",
-            f"| chat | {drafts('chat', 'tree'):.1f} times with `tree:8` |",
-            f"| word problems | {drafts('few_shot', 'mtp'):.1f} times with `mtp:3`; {100 - 100 * drafts('few_shot', 'tree'):.0f} % slower with `tree:8` |",
-            "{:.2f} to {:.2f} times with the best drafter".format(*extent(at_once)),
+            f"`tree` decodes {drafts('agent', 'tree'):.1f} times as fast in agent loops, {drafts('edit', 'tree'):.1f} times in repairs of code, {drafts('fresh', 'tree'):.1f} times in fresh code, and {drafts('chat', 'tree'):.1f} times in chat",
+            f"Word problems are {100 - 100 * drafts('few_shot', 'tree'):.0f} % slower with `tree`, and {drafts('few_shot', 'mtp'):.1f} times as fast with `mtp`",
+            "the best drafter gives {:.2f} to {:.2f} times the speed".format(*extent(at_once)),
         ],
         "docs/how-to/eight-bit.md": [
             f"int8 took {llama('prefill beside bfloat16', 'int8'):.1f} times the prefill speed and {llama('one stream beside bfloat16', 'int8'):.1f} times the decoding speed of bfloat16",
@@ -231,22 +242,10 @@ def quotes() -> dict[str, list[str]]:
             f"host memory saved {tier_share('host 16')[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share('device 4')[1]:.1f} %",
         ],
         "docs/how-to/sglang.md": [
-            f"a state at the end of each answer | {row(sglang_hits('rust', 'lru', 'end'), '.1f')}",
-            f"hybridcache, `lru` | {row(sglang_hits('hybridcache', 'lru', 'end'), '.1f')}",
-            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'survival', 'end'), '.1f')}",
-            f"states where `extra_buffer` has them | {row(sglang_hits('rust', 'lru', 'extra_buffer'), '.1f')}",
-            f"hybridcache, `lru` | {row(sglang_hits('hybridcache', 'lru', 'extra_buffer'), '.1f')}",
-            f"hybridcache, `survival` | {row(sglang_hits('hybridcache', 'survival', 'extra_buffer'), '.1f')}",
-            "`lru`: median, mean of the quietest runs | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x |".format(
-                *times["lru"]
-            ),
-            "`survival` | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x | {:.2f}x, {:.2f}x |".format(
-                *times["survival"]
-            ),
-            "{:.0f} to {:.0f} microseconds".format(*extent(medians)),
+            f"the token hit rate is {sglang_hits('hybridcache', 'survival', 'end')[-1]:.1f} % with `survival`, {sglang_hits('hybridcache', 'lru', 'end')[-1]:.1f} % with `lru`, and {sglang_hits('rust', 'lru', 'end')[-1]:.1f} % with SGLang's own cache",
+            f"take {times['survival'][-2]:.2f} times the median time of SGLang's Rust core with `survival`, and {times['lru'][-2]:.2f} times with `lru`",
         ],
         "docs/engine/steps.md": [
-            *(f"{name}{narrow(family)}" for name, family in FAMILIES.items()),
             f"at most {max(ordering.values()):.2f} ms of processor time per step, and with the default policy {ordering['sessions, in debt']:.2f} ms",
         ],
     }
