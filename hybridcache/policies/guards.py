@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
+from hybridcache.geometry.units import counted
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.protocol import (
     EvictionPolicy,
@@ -24,10 +25,6 @@ from hybridcache.policies.protocol import (
     Prefill,
     raise_failure,
 )
-
-MAX_WITHOUT = 50
-"""Number of successive calls of ``victim`` without a result, although there are candidates, after
-which a policy has failed. Memory that is never freed would let requests wait for ever."""
 
 
 def _called(name: str) -> Any:
@@ -112,7 +109,11 @@ class _Guard:
     def _call(self, name: str, *arguments: object, as_list: bool = False) -> Any:
         try:
             found = getattr(self._policy, name)(*arguments)
-            return list(found) if as_list else found
+            if not as_list:
+                return found
+            if not isinstance(found, Iterable):
+                raise self._error(name, f"returned {found!r}; return a list")
+            return list(found)
         except PolicyError:
             raise
         except Exception as error:  # user code can raise anything
@@ -123,10 +124,15 @@ class _Guard:
             where = f" ({Path(file).name}, line {frames[-1].lineno})" if frames else ""
             # The method of the user may have been called by one of its base class.
             name = frames[0].name if frames else name
-            raise self._error(f"{name} raised {type(error).__name__}: {error}{where}") from error
+            fault = f"{name} raised {type(error).__name__}: {error}{where}"
+            raise PolicyError(f"{self._label!r}: {fault}") from error
 
-    def _error(self, fault: str) -> PolicyError:
-        return PolicyError(f"{self._label!r}: {fault}")
+    def _error(self, name: str, fault: str) -> PolicyError:
+        """Return the error of the method ``name``, which ended with a wrong result, with the line
+        where that method begins."""
+        code = getattr(getattr(type(self._policy), name), "__code__", None)
+        where = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+        return PolicyError(f"{self._label!r}: {name} {fault}{where}")
 
 
 class GuardedEviction(_Guard, EvictionPolicy):
@@ -146,8 +152,6 @@ class GuardedEviction(_Guard, EvictionPolicy):
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
         self._held: dict[Item, None] = {}
-        self._num_without = 0
-        """Number of calls since the last victim that had none although there were candidates."""
         self.orders_classes = bool(policy.orders_classes)
 
     def add(self, item: Item) -> None:
@@ -161,7 +165,7 @@ class GuardedEviction(_Guard, EvictionPolicy):
     def for_tier(self) -> EvictionPolicy | None:
         lower = self._call("for_tier")
         if lower is not None and not isinstance(lower, EvictionPolicy):
-            raise self._error(f"for_tier returned {lower!r}; return an EvictionPolicy, or None")
+            raise self._error("for_tier", f"returned {lower!r}; return an EvictionPolicy, or None")
         return None if lower is None else GuardedEviction(self._label, lower)
 
     def candidates(self) -> Iterable[Item]:
@@ -180,20 +184,21 @@ class GuardedEviction(_Guard, EvictionPolicy):
         return next((item for item in self._held if kind in (None, item.kind)), None)
 
     def _check(self, kind: Kind | None, victim: Item | None) -> None:
-        """Raise PolicyError if ``victim`` is no candidate, or if there was none too often."""
+        """Raise PolicyError if ``victim`` is no candidate, or None although there are candidates:
+        memory would never be freed, and requests would wait for ever."""
         if victim is None:
-            self._num_without += any(kind in (None, item.kind) for item in self._held)
-            if self._num_without >= MAX_WITHOUT:
+            num_candidates = sum(kind in (None, item.kind) for item in self._held)
+            if num_candidates:
                 raise self._error(
-                    f"victim returned None {MAX_WITHOUT} times although there were candidates, so "
-                    "nothing is evicted; return one of the items that were added"
+                    "victim",
+                    f"returned None for {kind!r} with {counted(num_candidates, 'candidate')}, so "
+                    "nothing is evicted; return one of the items that were added",
                 )
-        elif victim in self._held and kind in (None, victim.kind):
-            self._num_without = 0
-        else:
+        elif victim not in self._held or kind not in (None, victim.kind):
             raise self._error(
-                f"victim({kind!r}) returned {victim!r}, which is not a candidate of that kind; "
-                "return an item that was added and not discarded since, or None"
+                "victim",
+                f"returned {victim!r} for {kind!r}, which is not a candidate of that kind; return "
+                "an item that was added and not discarded since, or None if there is none",
             )
 
 
@@ -216,8 +221,9 @@ class GuardedAdmission(_Guard, AdmissionPolicy):
         ordered: list[WaitingRequest] = self._call("order", waiting, load, as_list=True)
         if len(set(ordered)) < len(ordered) or not set(ordered) <= set(waiting):
             raise self._error(
-                f"order must return waiting requests, each at most once (got {len(ordered)} for "
-                f"{len(waiting)} that wait)"
+                "order",
+                f"must return waiting requests, each at most once (got {len(ordered)} for "
+                f"{len(waiting)} that wait)",
             )
         return ordered
 
@@ -248,12 +254,14 @@ class GuardedPlacement(_Guard, PlacementPolicy):
             is_pair = isinstance(placed, tuple) and len(placed) == 2
             if not (is_pair and hasattr(placed[0], "__index__") and isinstance(placed[1], str)):
                 raise self._error(
-                    f"plan returned {placed!r}; return Placed(position, label) with an integer and "
-                    "a string"
+                    "plan",
+                    f"returned {placed!r}; return Placed(position, label) with an integer and a "
+                    "string",
                 )
             if not 0 <= placed[0] <= prefill.prompt_len:
                 raise self._error(
-                    f"plan returned {placed!r}; the position must be in [0, {prefill.prompt_len}]"
+                    "plan",
+                    f"returned {placed!r}; the position must be in [0, {prefill.prompt_len}]",
                 )
             wanted.append(Placed(int(placed[0]), placed[1]))
         return wanted
@@ -263,8 +271,8 @@ class GuardedPlacement(_Guard, PlacementPolicy):
         if interval is None or (type(interval) is int and interval >= 1):
             return interval
         raise self._error(
-            f"decode_interval returned {interval!r}; return the number of tokens between "
-            "checkpoints, or None"
+            "decode_interval",
+            f"returned {interval!r}; return the number of tokens between checkpoints, or None",
         )
 
 
