@@ -41,7 +41,8 @@ from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import source_of
 from hybridcache.lab.simulation.closed_loop import closed_loop
-from hybridcache.lab.simulation.grid import Place, run_grid
+from hybridcache.lab.simulation.grid import Kept, Place, run_grid
+from hybridcache.lab.simulation.result import known_fields
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.trace import Trace
@@ -208,6 +209,15 @@ class Scores:
     """Mean time to first token in closed loop, by policy."""
     failures: dict[str, str] = field(default_factory=dict)
     """Sentences about policies that failed, which have no rates here."""
+
+    def as_record(self) -> dict[str, Any]:
+        """Return a record for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Scores:
+        """Return the scores of an ``as_record``."""
+        return cls(**known_fields(cls, record))
 
 
 def _seeded(spec: str, seed: int) -> str:
@@ -419,7 +429,7 @@ class Board:
 
     def records(self) -> list[dict[str, Any]]:
         """Return the scores as dictionaries for JSON lines."""
-        return [asdict(scores) for scores in self.scores]
+        return [scores.as_record() for scores in self.scores]
 
     def _by_seed(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """Return rates by policy in replays, and both plans: [seeds, cells]."""
@@ -487,12 +497,8 @@ def leaderboard(
         Trace("leaderboard", 1, tuple),
         jobs,
         run_job,
-        read=lambda record: Scores(
-            **{name: record[name] for name in Scores.__slots__ if name in record}
-        ),
-        write=asdict,
         place=Place(processes),
-        resume_from=resume_from,
+        kept=Kept.of(resume_from, Scores),
         progress=progress,
     )
     failed = {name: words for one in scores for name, words in one.failures.items()}

@@ -25,6 +25,8 @@ def shown_progress(
     if callable(progress):
         yield progress
         return
+    if not isinstance(progress, bool | None):
+        raise ValueError(f"progress must be a function, False or None (got {progress!r}).")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in notebooks without ipywidgets there is no bar
         from tqdm.auto import tqdm

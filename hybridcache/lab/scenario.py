@@ -40,7 +40,7 @@ from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.baselines import BASELINES, BaselineConfig
-from hybridcache.lab.simulation.sizes import budget_bytes, tier_bytes
+from hybridcache.lab.simulation.sizes import budget_bytes, check_sizes, tier_bytes
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
@@ -90,12 +90,14 @@ def _setting(
     group: str,
     *,
     names: Callable[[], Sequence[str]] | None = None,
+    least: int | None = None,
+    above: int | None = None,
     **flag: Any,
 ) -> Any:
-    """Return a field with its help, group of flags, known names, and details of its flag."""
-    return field(
-        default=default, metadata={"help": help, "group": group, "names": names, "flag": flag}
-    )
+    """Return a field with its help, group of flags, known names, limit, and details of its flag."""
+    limits = {"least": least, "above": above}
+    facts = {"help": help, "group": group, "names": names, "flag": flag}
+    return field(default=default, metadata=facts | limits)
 
 
 MOST_USED, MEMORY, TIERS, LOAD = (
@@ -117,16 +119,15 @@ LOAD_IS_CLOSED_LOOP = (
 """Reason to refuse a setting of ``LOAD`` in a replay."""
 
 
-NUMBERS = (
-    "kv_share",
-    "tpot_s",
-    "host_gib",
-    "host_gb_s",
-    "disk_gib",
-    "disk_gb_s",
-    "ttft_limit_s",
-)
-"""Settings that are one real number."""
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "str | Trace": ("a specification or a Trace", (str, Trace)),
+    "str | ModelGeometry": ("a name, a path or a ModelGeometry", (str, ModelGeometry)),
+    "str": ("a name", (str,)),
+    "bool": ("True or False", (bool,)),
+    "int": ("a whole number", (Integral,)),
+    "float": ("a number", (Real,)),
+}
+"""Words for the values that a setting accepts, and their types, by the setting's own type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,22 +190,27 @@ class Scenario:
         "auto: the precision of states",
         MEMORY,
     )
-    page_size: int = _setting(1, "tokens of a KV page", MEMORY, type=int)
+    page_size: int = _setting(1, "tokens of a KV page", MEMORY, least=1, type=int)
     grid: int = _setting(
-        GRID, "checkpoint positions are multiples of this number of tokens", MEMORY, type=int
+        GRID,
+        "checkpoint positions are multiples of this number of tokens",
+        MEMORY,
+        least=1,
+        type=int,
     )
-    servers: int = _setting(1, "concurrent prefills, for the TTFT", MEMORY, type=int)
+    servers: int = _setting(1, "concurrent prefills, for the TTFT", MEMORY, least=1, type=int)
     max_running: int | None = _setting(
         None,
         "requests served at the same time (default: one by one; 16 in closed loop)",
         MEMORY,
+        least=1,
         type=int,
     )
     times: str | PrefillTimes | StepTimes | None = _setting(
         None, "file of measured prefill times; default: a roofline of H100s", MEMORY
     )
     tpot_s: float = _setting(
-        0.02, "seconds of an answer token, with max_running", MEMORY, type=float
+        0.02, "seconds of an answer token, with max_running", MEMORY, least=0, type=float
     )
     host_gib: float = _setting(
         0.0, "host memory for entries evicted from the device, GiB; 0: none", TIERS, type=float
@@ -213,6 +219,7 @@ class Scenario:
         PCIE_BYTES_PER_S / 1e9,
         "bandwidth from host to a device, GB/s; decides which entries are loaded",
         TIERS,
+        above=0,
         type=float,
     )
     disk_gib: float = _setting(
@@ -222,6 +229,7 @@ class Scenario:
         DISK_BYTES_PER_S / 1e9,
         "bandwidth from disk to a device, GB/s; decides which entries are loaded",
         TIERS,
+        above=0,
         type=float,
     )
     rate: Sizes = _setting(
@@ -233,11 +241,12 @@ class Scenario:
         LOAD,
         names=lambda: [*known_names(ADMISSION_NAMES), "module:Class"],
     )
-    token_budget: int = _setting(8192, "tokens computed in a step", LOAD, type=int)
+    token_budget: int = _setting(8192, "tokens computed in a step", LOAD, least=64, type=int)
     ttft_limit_s: float = _setting(
         2.0,
         "seconds to the first token up to which an answer counts as goodput",
         LOAD,
+        above=0,
         type=float,
     )
     seeds: int | Sequence[int] = _setting(
@@ -246,42 +255,27 @@ class Scenario:
     tells_ends: bool = _setting(False, "clients say when a session has ended", LOAD)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.trace, str | Trace):
-            raise ValueError(f"trace must be a specification or a Trace (got {self.trace!r}).")
-        for name in ("priority_classes", "tells_ends"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False (got {getattr(self, name)!r}).")
-        for name in NUMBERS:
-            number = getattr(self, name)
-            is_number = isinstance(number, Real) and not isinstance(number, bool)
-            if not is_number and (number is not None or name != "kv_share"):
-                raise ValueError(f"{name} must be a number (got {number!r}).")
-        if self.rate is None:
-            raise ValueError("rate must be a number, several, or low:high:points (got None).")
-        for seed in (seeds := _each(self.seeds)):
-            if not isinstance(seed, Integral) or isinstance(seed, bool):
-                raise ValueError(f"seeds must be whole numbers (got {self.seeds!r}).")
-            if seeds is self.seeds and seed < 0:
-                raise ValueError(f"seeds must be at least 0 (got {self.seeds!r}).")
-        for name in ("gib", "rate", "seeds", "admission"):
-            _refuse_repeated(name, getattr(self, name))
-        for name in ("page_size", "grid", "servers", "max_running", "token_budget"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, Integral | None):
-                raise ValueError(f"{name} must be a whole number (got {number!r}).")
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1 (got {number}).")
+        for one in fields(self):
+            value, kind = getattr(self, one.name), str(one.type)
+            optional = kind.removesuffix(" | None")
+            if optional not in KINDS or (value is None and optional != kind):
+                continue
+            words, types = KINDS[optional]
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise ValueError(f"{one.name} must be {words} (got {value!r}).")
+            least, above = one.metadata.get("least"), one.metadata.get("above")
+            if least is not None and not value >= least:
+                raise ValueError(f"{one.name} must be at least {least} (got {value:g}).")
+            if above is not None and not value > above:
+                raise ValueError(f"{one.name} must be above {above} (got {value:g}).")
+        for name in ("gib", "rate"):
+            check_sizes(getattr(self, name), name)
+        self._check_several()
         if self.grid > LONGEST:
             raise ValueError(
                 f"grid {self.grid}: no prompt is longer than {LONGEST} tokens, so none would have "
                 "a checkpoint"
             )
-        if not self.tpot_s >= 0:
-            raise ValueError(f"tpot_s must be at least 0 seconds (got {self.tpot_s:g}).")
-        if not self.ttft_limit_s > 0:
-            raise ValueError(f"ttft_limit_s must be above 0 seconds (got {self.ttft_limit_s:g}).")
-        if self.token_budget < 64:
-            raise ValueError(f"token_budget must be at least 64 (got {self.token_budget}).")
         if self.memory not in MEMORIES:
             raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
         if self.kv_share is None and self.memory == "pools":
@@ -295,12 +289,31 @@ class Scenario:
             raise ValueError(f"kv_share {self.kv_share} must lie in 0..1")
         for tier in ("host", "disk"):
             gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
-            speed, usual = getattr(self, gb_s), _defaults()[gb_s]
-            if not speed > 0:
-                raise ValueError(f"{gb_s} {speed:g}: GB/s above 0 are needed")
-            if speed != usual and not size:
+            if getattr(self, gb_s) != _defaults()[gb_s] and not size:
                 raise ValueError(f"{gb_s} is the speed of a tier: give its size with {tier}_gib")
             tier_bytes(tier, size)
+
+    def _check_several(self) -> None:
+        """Raise ValueError for names of caches, seeds or times of a wrong type, and for a seed or
+        an admission policy that is given twice."""
+        if not all(isinstance(name, str) for name in _each(self.baseline)):
+            raise ValueError(f"baseline must be a name, or several (got {self.baseline!r}).")
+        is_times = any(hasattr(self.times, name) for name in ("seconds", "step_seconds"))
+        if not (self.times is None or isinstance(self.times, str) or is_times):
+            raise ValueError(
+                f"times must be a path, or have a method seconds, as Roofline (got {self.times!r})."
+            )
+        seeds, admission = _each(self.seeds), self.admission
+        for seed in seeds:
+            if not isinstance(seed, Integral) or isinstance(seed, bool):
+                raise ValueError(f"seeds must be whole numbers (got {self.seeds!r}).")
+            if seeds is self.seeds and seed < 0:
+                raise ValueError(f"seeds must be at least 0 (got {self.seeds!r}).")
+        policies = split_specs(admission) if isinstance(admission, str) else _each(admission)
+        for name, values in (("seeds", seeds), ("admission", list(map(str, policies)))):
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{name} has {value} twice: give each once.")
 
     @classmethod
     def of(cls, given: Scenario | str | Trace, settings: dict[str, Any]) -> Scenario:
@@ -569,18 +582,6 @@ class Scenario:
 
 def _defaults() -> dict[str, Any]:
     return {one.name: one.default for one in fields(Scenario)}
-
-
-def _refuse_repeated(name: str, given: Any) -> None:
-    """Raise ValueError for a list with a truth value, or with the same value twice."""
-    if isinstance(given, str):
-        given = split_specs(given) if name == "admission" else given.split(",")
-    values = list(map(str, _each(given)))
-    for value in values:
-        if value in ("True", "False"):
-            raise ValueError(f"{name} must not be a truth value (got {value}).")
-        if values.count(value) > 1:
-            raise ValueError(f"{name} has {value} twice: give each once.")
 
 
 def settings_of(group: str) -> list[str]:

@@ -13,7 +13,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
-from hybridcache.geometry.units import counted
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.protocol import (
     EvictionPolicy,
@@ -187,12 +186,11 @@ class GuardedEviction(_Guard, EvictionPolicy):
         """Raise PolicyError if ``victim`` is no candidate, or None although there are candidates:
         memory would never be freed, and requests would wait for ever."""
         if victim is None:
-            num_candidates = sum(kind in (None, item.kind) for item in self._held)
-            if num_candidates:
+            if any(kind in (None, item.kind) for item in self._held):
                 raise self._error(
                     "victim",
-                    f"returned None for {kind!r} with {counted(num_candidates, 'candidate')}, so "
-                    "nothing is evicted; return one of the items that were added",
+                    f"returned None for {kind!r} although there are candidates, so nothing is "
+                    "evicted; return one of the items that were added",
                 )
         elif victim not in self._held or kind not in (None, victim.kind):
             raise self._error(

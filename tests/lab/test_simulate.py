@@ -30,13 +30,13 @@ from hybridcache.lab.intervals import ratio
 from hybridcache.lab.report import losses_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
-from hybridcache.lab.simulation.grid import Place, run_grid
+from hybridcache.lab.simulation.grid import Kept, Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import RequestLog, serve
 from hybridcache.lab.simulation.simulate import (
     SimulationResult,
     optimum,
-    run_cells,
+    run_cell,
     simulate,
 )
 from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
@@ -164,20 +164,22 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     scenario = Scenario("short", model=GEOMETRY, policy=policies)
     cells = scenario.cells([size / 1024 for size in (20, 40, 80)])
     path = tmp_path / "runs.jsonl"
-    alone = run_cells(short(), cells)
+    kept, place = Kept(path, RunResult), Place()
+    alone = run_grid(short(), cells, run_cell, place=place)
     done: list[tuple[int, int]] = []
-    first = run_cells(short(), cells[:4], resume_from=path)
+    first = run_grid(short(), cells[:4], run_cell, place=place, kept=kept)
     path.write_text(path.read_text() + '{"key": "torn')
-    both = run_cells(
+    both = run_grid(
         short(),
         cells,
+        run_cell,
         place=Place(processes=2),
-        resume_from=path,
+        kept=kept,
         progress=lambda *at: done.append(at),
     )
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(600, 720), (720, 720)]
-    assert run_cells(short(), cells, resume_from=path) == both
+    assert run_grid(short(), cells, run_cell, place=place, kept=kept) == both
 
 
 def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
@@ -341,7 +343,7 @@ def _die(_trace: Trace, _job: int) -> int:
 def test_killed_worker_process_gives_a_clear_error() -> None:
     place = Place(processes=2)
     with pytest.raises(ChildProcessError, match="lack of memory: use fewer processes"):
-        run_grid(short(), [1, 2], _die, read=dict, write=dict, place=place)
+        run_grid(short(), [1, 2], _die, place=place)
 
 
 def test_functions_of_the_laboratory_take_a_scenario() -> None:
@@ -372,6 +374,9 @@ def test_functions_of_the_laboratory_take_a_scenario() -> None:
         *(("priority_classes", "no"), ("host_gib", "4"), ("rate", None), ("seeds", 1.5)),
         *(("gib", [True]), ("gib", "1,1,1"), ("seeds", [1, 1]), ("page_size", True)),
         *(("admission", ["oldest", "oldest"]), ("trace", 3), ("trace", ["short"])),
+        *(("gib", "2:2:3"), ("gib", [1, 1.0]), ("gib", "1,1.0"), ("rate", "2:2:3")),
+        *(("baseline", 3), ("baseline", ["vllm", 3]), ("model", 3), ("times", 3)),
+        *(("checkpoint_dtype", 3), ("gib", {}), ("gib", [None]), ("gib", True)),
     ],
 )
 def test_wrong_types_and_repeated_values_are_refused(name: str, value: Any) -> None:
@@ -381,6 +386,24 @@ def test_wrong_types_and_repeated_values_are_refused(name: str, value: Any) -> N
         simulate("short", skip_bad=True)
     with pytest.raises(ValueError, match=r"a policy must be a name.*got 3"):
         simulate("short", gib=1, policy=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"optimum": "yes"}, {"bound": 1}, {"processes": "2"}, {"processes": 0}, {"ray": 3}),
+        *({"resume_from": 3}, {"progress": "x"}, {"gib": 1e-6}, {"gib": (1, 1e-6)}),
+        *({"gib": 1e-6, "memory": "pools", "kv_share": 0.5}, {"gib": 1e-6, "baseline": "vllm"}),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence_that_names_them(wrong: dict[str, Any]) -> None:
+    [name] = list(wrong)[:1]
+    with pytest.raises(ValueError, match=f"^{name} ") as caught:
+        simulate("short?head=9", **wrong)
+    assert "\n" not in str(caught.value)
+    if name in ("processes", "ray", "resume_from", "progress") or list(wrong) == ["gib"]:
+        with pytest.raises(ValueError, match=f"^{name} "):
+            closed_loop("short?head=9", **{"gib": 1} | wrong)
 
 
 def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: Path) -> None:
@@ -612,5 +635,3 @@ def test_shares_of_the_working_set_are_shown_and_never_above_it() -> None:
     assert lines[-1] == "-: no causes are known for vllm (rebuilt)"
     rows = [line.split() for line in lines if line.startswith("vllm")]
     assert len(rows) == 3 and all(row[-7:] == ["-"] * 7 for row in rows)
-    with pytest.raises(ValueError, match="gib must not be a truth value"):
-        simulate("short?head=20", gib=True)

@@ -24,11 +24,11 @@ import numpy as np
 from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.progress import Progress, shown_progress
+from hybridcache.lab.progress import Progress
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
-from hybridcache.lab.simulation.grid import Place, RunFailed, run_grid
+from hybridcache.lab.simulation.grid import Kept, Place, RunFailed, run_cells
 from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of
-from hybridcache.lab.simulation.sizes import rates, sizes_for
+from hybridcache.lab.simulation.sizes import sizes, sizes_for
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy
 from hybridcache.policies.registry import make_admission
@@ -192,7 +192,7 @@ class _Run:
             clock=lambda: self.now_s,
         )
         self.tells_ends, self.times = cell.tells_ends, cell.step_times(geometry)
-        [self.rate], [self.seed] = rates(cell.rate), seeds_of(cell)
+        [self.rate], [self.seed] = sizes(cell.rate, "rate"), seeds_of(cell)
         self.table = RequestTable()
         self.events: list[tuple[float, int, int]] = []
         """(time, order, session) of the next request of each session that has one."""
@@ -354,7 +354,7 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     table = simulate_closed_loop(trace, cell)
     if not table.session:
         raise RunFailed(f"{trace.name}: no request fits in the memory ({table.num_refused} tried)")
-    [rate], [seed], limit_s = rates(cell.rate), seeds_of(cell), cell.ttft_limit_s
+    [rate], [seed], limit_s = sizes(cell.rate, "rate"), seeds_of(cell), cell.ttft_limit_s
     asked_s = np.array(table.asked_s)
     ttft_s = np.array(table.first_token_s) - asked_s
     tenants: dict[Hashable, list[float]] = {}
@@ -472,6 +472,7 @@ def closed_loop(
     >>> [row["admission"] for row in result.to_dicts()]
     ['oldest']
     """
+    place, kept = Place(processes, ray), Kept.of(resume_from, ClosedLoopRun)
     asked = Scenario.of(scenario, settings)
     asked.refuse(REPLAY_ONLY, "has no meaning in closed loop: leave it out")
     opened, geometry = asked.opened(), asked.geometry()
@@ -481,28 +482,18 @@ def closed_loop(
         raise ValueError("nothing to simulate: no admission policy")
     for policy in admissions:
         make_admission(policy)
-    points = sizes_for(CLOSED_LOOP_GIB if asked.gib is None else asked.gib, opened, geometry)
+    spec = CLOSED_LOOP_GIB if asked.gib is None else asked.gib
+    points = sizes_for(spec, opened, geometry, asked.page_size)
     cells = [
         replace(cell, admission=policy, rate=rate, seeds=(seed,))
         for cell in replace(asked, trace=opened.full_name).cells(points)
         for policy in admissions
-        for rate in rates(asked.rate)
+        for rate in sizes(asked.rate, "rate")
         for seed in seeds_of(asked)
     ]
-    kept = Path(resume_from) if resume_from else None
-    failures: dict[int, str] = {}
-    with shown_progress(progress, "requests", opened.name) as show:
-        runs = run_grid(
-            opened,
-            cells,
-            run_closed_loop,
-            read=ClosedLoopRun.from_record,
-            write=ClosedLoopRun.as_record,
-            place=Place(processes, ray),
-            resume_from=kept,
-            progress=show,
-            failures=failures,
-        )
+    runs, failures = run_cells(
+        opened, cells, run_closed_loop, place=place, kept=kept, progress=progress
+    )
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
     return ClosedLoopResult(opened.name, tuple(runs), known.describe(), tuple(said))
 

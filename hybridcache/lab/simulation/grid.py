@@ -17,13 +17,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridcache.command.extras import explain_missing
+from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
 from hybridcache.policies.protocol import PolicyError
 
@@ -46,6 +47,10 @@ class Place:
     """Address of a Ray cluster (``auto`` for the one on this machine), or None."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.processes, int):
+            raise ValueError(f"processes must be a whole number (got {self.processes!r}).")
+        if not isinstance(self.ray, str | None):
+            raise ValueError(f"ray must be the address of a cluster (got {self.ray!r}).")
         if self.processes < 1:
             raise ValueError(f"processes must be at least 1, got {self.processes}")
         if self.ray is not None and self.processes > 1:
@@ -59,15 +64,36 @@ class Place:
         return self.processes == 1 and self.ray is None
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """File of results, which are read from it, or appended as they finish."""
+
+    path: Path
+    kind: type[Any]
+    """Class of the results, with ``as_record`` and ``from_record``."""
+
+    @classmethod
+    def of(cls, resume_from: object, kind: type[Any]) -> Kept | None:
+        """Return the file that the argument ``resume_from`` of a function names; None for None."""
+        if not isinstance(resume_from, str | Path | None):
+            raise ValueError(f"resume_from must be a path (got {resume_from!r}).")
+        return cls(Path(resume_from), kind) if resume_from else None
+
+
+def check_flags(**flags: object) -> None:
+    """Raise ValueError for a flag that is not a truth value."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False (got {value!r}).")
+
+
 def run_grid(
     trace: Trace,
     jobs: Sequence[Job],
     run: Run[Job, Result],
     *,
     place: Place,
-    read: Callable[[dict[str, Any]], Result] | None = None,
-    write: Callable[[Result], dict[str, Any]] | None = None,
-    resume_from: Path | None = None,
+    kept: Kept | None = None,
     progress: Callable[[int, int], None] | None = None,
     failures: dict[int, str] | None = None,
 ) -> list[Result]:
@@ -76,33 +102,32 @@ def run_grid(
     A run with a PolicyError or RunFailed is left out, and ``failures`` gets its sentence under the
     number of the job. The error is raised if ``failures`` is None, or if all runs failed.
 
-    With ``resume_from``, runs that are in that file under a job's key (``job.key(identity of the
-    trace)``) are read from it, and new ones are appended as they finish, one JSON line each.
-    ``read`` and ``write`` convert a result from and to its dictionary; they are needed for that.
+    Runs that are in the file ``kept`` under a job's key (``job.key(identity of the trace)``) are
+    read from it, and new ones are appended as they finish, one JSON line each.
     ``progress`` is called with (requests done, requests of all runs), the second 0 while it is
     unknown; with (runs done, all) if results have no ``num_requests``.
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
-    be pickled for the process or machine that computes it, or if ``resume_from`` is not a file of
-    results; ChildProcessError if a process ends.
+    be pickled for the process or machine that computes it, or if ``kept`` is not a file of results;
+    ChildProcessError if a process ends.
     """
-    if resume_from:
-        check_results_file(resume_from, trace)
+    if kept:
+        check_results_file(kept.path, trace)
     if not place.is_here:
         pickled(f"trace {trace.name!r}", trace)
         for job in jobs:
             pickled(str(getattr(job, "label", job)), job)
     results: dict[int, Result] = {}
-    keys = keys_of(trace, jobs) if resume_from else []
-    known = dict(_read(resume_from, set(keys), read)) if resume_from and read else {}
+    keys = keys_of(trace, jobs) if kept else []
+    known = dict(_read(kept, set(keys))) if kept else {}
     for number, key in enumerate(keys):
         if key in known:
             results[number] = known[key]
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
-    if resume_from:
-        _end_last_line(resume_from)
+    if kept:
+        _end_last_line(kept.path)
     progressed = _Progressed(progress, len(results), len(jobs))
-    with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
+    with kept.path.open("a", encoding="utf-8") if kept else nullcontext() as file:
         for number, result in _results(trace, due, run, place, progressed):
             if isinstance(result, PolicyError | RunFailed):
                 if failures is None or len(failures) + 1 == len(jobs):
@@ -111,8 +136,9 @@ def run_grid(
                 progressed.run_done(progressed.num_requests)
                 continue
             results[number] = result
-            if file is not None and write is not None:
-                file.write(json.dumps({"key": keys[number]} | write(result)) + "\n")
+            if file is not None:
+                record: Any = result
+                file.write(json.dumps({"key": keys[number]} | record.as_record()) + "\n")
                 file.flush()
             progressed.run_done(getattr(result, "num_requests", 1))
     return [results[number] for number in sorted(results)]
@@ -120,6 +146,24 @@ def run_grid(
 
 class RunFailed(ValueError):
     """A run that its settings made impossible."""
+
+
+def run_cells(
+    trace: Trace,
+    cells: Sequence[Job],
+    run: Run[Job, Result],
+    *,
+    place: Place,
+    kept: Kept | None,
+    progress: Progress,
+) -> tuple[list[Result], dict[int, str]]:
+    """Run the cells of scenarios. Returns the results of ``run_grid``, and its ``failures``."""
+    failures: dict[int, str] = {}
+    with shown_progress(progress, "requests", trace.name) as show:
+        found = run_grid(
+            trace, cells, run, place=place, kept=kept, progress=show, failures=failures
+        )
+    return found, failures
 
 
 def keys_of(trace: Trace, jobs: Sequence[Any]) -> list[str]:
@@ -223,19 +267,20 @@ def check_results_file(path: Path, trace: Trace | None = None) -> None:
     )
 
 
-def _read(
-    path: Path, wanted: set[str], read: Callable[[dict[str, Any]], Result]
-) -> Iterator[tuple[str, Result]]:
-    if not path.exists():
-        return
+def records_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file of results. A torn line, left by a process that was killed, is
+    skipped."""
     with path.open(encoding="utf-8") as file:
         for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # half a line, left by a process that was killed
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:
+    if kept.path.exists():
+        for record in records_of(kept.path):
             if record.get("key") in wanted:
-                yield record["key"], read(record)
+                yield record["key"], kept.kind.from_record(record)
 
 
 def _end_last_line(path: Path) -> None:

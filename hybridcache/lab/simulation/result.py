@@ -18,6 +18,12 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
 
+
+def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of ``record`` that are fields of the dataclass ``kind``."""
+    return {one.name: record[one.name] for one in fields(kind) if one.name in record}
+
+
 PERCENTILES = (5, 50, 95, 99)
 SAME_SIZE = 1e-3
 """Relative difference up to which two sizes are the same: tables show four digits."""
@@ -281,7 +287,7 @@ class RunResult:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> RunResult:
         """Restore the result of ``as_record`` after a trip through JSON."""
-        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        values = known_fields(cls, record)
         values["config"] = RunIdentity(**record["config"])
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
         if record["losses"] is not None:
@@ -365,9 +371,7 @@ class ClosedLoopRun:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the run of an ``as_record``."""
-        return cls(
-            **{field.name: record[field.name] for field in fields(cls) if field.name in record}
-        )
+        return cls(**known_fields(cls, record))
 
 
 def summarise(

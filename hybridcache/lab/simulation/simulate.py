@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -33,7 +33,7 @@ from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
-from hybridcache.lab.simulation.grid import Place, keys_of, run_grid
+from hybridcache.lab.simulation.grid import Kept, Place, check_flags, keys_of, records_of, run_cells
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes, has_shares, sizes_for, working_set_bytes
@@ -194,6 +194,8 @@ def simulate(
     arguments, settings of ``closed_loop`` and unreadable files; TypeError for a setting that does
     not exist.
     """
+    check_flags(bound=bound, optimum=optimum)
+    place, kept = Place(processes, ray), Kept.of(resume_from, RunResult)
     asked = Scenario.of(scenario, settings)
     asked.refuse_load()
     opened = asked.opened()
@@ -203,15 +205,10 @@ def simulate(
         )
     geometry = asked.geometry()
     times = asked.prefill_times(geometry)
-    points = sizes_for(GIB_SPEC if asked.gib is None else asked.gib, opened, geometry)
+    spec = GIB_SPEC if asked.gib is None else asked.gib
+    points = sizes_for(spec, opened, geometry, max(asked.page_size, opened.unit))
     cells = replace(asked, trace=opened.full_name).cells(points)
-    kept = Path(resume_from) if resume_from else None
-    failures: dict[int, str] = {}
-    with shown_progress(progress, "requests", opened.name) as show:
-        place = Place(processes, ray)
-        runs = run_cells(
-            opened, cells, place=place, resume_from=kept, progress=show, failures=failures
-        )
+    runs, failures = run_cells(opened, cells, run_cell, place=place, kept=kept, progress=progress)
     result = SimulationResult(
         opened.name,
         geometry,
@@ -228,32 +225,8 @@ def simulate(
         result = _with_optimum(result, opened, asked, points)
     if kept and (bound or optimum):
         done = [cell for number, cell in enumerate(cells) if number not in failures]
-        _complete(kept, keys_of(opened, done), result.runs)
+        _complete(kept.path, keys_of(opened, done), result.runs)
     return result
-
-
-def run_cells(
-    trace: Trace,
-    cells: Sequence[Scenario],
-    *,
-    place: Place | None = None,
-    resume_from: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    failures: dict[int, str] | None = None,
-) -> list[RunResult]:
-    """Return the result of each of ``cells`` (``Scenario.cells``), in their order; see
-    ``run_grid``. ValueError for a trace without a request."""
-    return run_grid(
-        trace,
-        cells,
-        run_cell,
-        read=RunResult.from_record,
-        write=RunResult.as_record,
-        place=place or Place(),
-        resume_from=resume_from,
-        progress=progress,
-        failures=failures,
-    )
 
 
 def run_cell(trace: Trace, cell: Scenario) -> RunResult:
@@ -280,10 +253,11 @@ def optimum(
     an effect. ``counts_running``: KV and state of the running request take memory too, as in every
     cache. Raises the errors of ``simulate``.
     """
+    check_flags(counts_running=counts_running)
     asked = Scenario.of(scenario, settings)
     opened = asked.opened().kept()
     spec = GIB_SPEC if asked.gib is None else asked.gib
-    points = sizes_for(spec, opened, asked.geometry())
+    points = sizes_for(spec, opened, asked.geometry(), opened.unit)
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):
@@ -330,11 +304,7 @@ def _complete(path: Path, keys: Sequence[str], runs: Sequence[RunResult]) -> Non
     and optimum were known."""
     known = {key: run.as_record() for key, run in zip(keys, runs, strict=True)}
     whole = path.with_name(path.name + ".new")
-    with path.open(encoding="utf-8") as lines, whole.open("w", encoding="utf-8") as file:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # half a line, left by a process that was killed
+    with whole.open("w", encoding="utf-8") as file:
+        for record in records_of(path):
             file.write(json.dumps(record | known.get(record.get("key"), {})) + "\n")
     whole.replace(path)

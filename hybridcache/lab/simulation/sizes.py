@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.units import GIB
+from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import shown
@@ -20,38 +21,61 @@ USUAL_POINTS = 15
 """Points of a range that does not say how many."""
 
 
-def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
-    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced; 15 is the usual
-    number), ``"6,40"``, or numbers.
+FORMS = {
+    "gib": ("GiB", ", as numbers, or as shares of the working set: 1%:100%"),
+    "rate": ("sessions a second", ", or as numbers"),
+}
+"""Units of the settings that are sizes or rates, and further forms of them."""
 
-    ValueError unless there are 1 to ``MOST_POINTS`` and all lie above 0, below ``TOO_LARGE_GIB``.
+
+def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float, ...]:
+    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced; 15 is the usual
+    number), ``"6,40"``, or numbers; sessions a second if ``name`` is ``rate``.
+
+    ValueError unless there are 1 to ``MOST_POINTS``, all different, above 0 and below
+    ``TOO_LARGE_GIB``.
 
     >>> sizes("2:200:3")
     (2.0, 20.0, 200.0)
     """
     try:
         found = _points(spec)
-    except ValueError:
+    except (ValueError, TypeError):
         found = ()
     if len(found) > MOST_POINTS:
-        raise ValueError(f"gib {shown(spec)}: they are more than {MOST_POINTS}")
-    wrong = next((gib for gib in found if not 0 < gib < TOO_LARGE_GIB), None)
+        raise ValueError(f"{name} {shown(spec)}: they are more than {MOST_POINTS}")
+    wrong = next((one for one in found if not 0 < one < TOO_LARGE_GIB), None)
     if not found or wrong is not None:
         which = "" if wrong is None or len(found) == 1 else f" ({wrong:g} is not)"
         if isinstance(spec, str) and re.search(r"\d\s*[kmgt]i?b?\b", spec, re.IGNORECASE):
             which += " (without a unit)"
+        unit, others = FORMS[name]
         raise ValueError(
-            f"gib {shown(spec)}: GiB above 0, below {TOO_LARGE_GIB:.2g} are needed{which}, as "
-            "low:high:points (low first), as a,b,c, as numbers, or as shares of the working set: "
-            "1%:100%"
+            f"{name} {shown(spec)}: {unit} above 0, below {TOO_LARGE_GIB:.2g} are needed{which}, "
+            f"as low:high:points (low first), as a,b,c{others}"
         )
+    if len(set(found)) < len(found):
+        twice = next(one for one in found if found.count(one) > 1)
+        raise ValueError(f"{name} {shown(spec)}: {twice:g} is given twice: give each once")
     return found
 
 
+def check_sizes(spec: Any, name: str) -> None:
+    """Raise ValueError for a ``spec`` that ``sizes_for`` or ``sizes`` would refuse. None stands for
+    the usual sizes."""
+    if spec is not None or name != "gib":
+        sizes(spec.replace("%", "") if name == "gib" and has_shares(spec) else spec, name)
+
+
 def sizes_for(
-    spec: str | float | Sequence[float], trace: Trace, geometry: ModelGeometry
+    spec: str | float | Sequence[float],
+    trace: Trace,
+    geometry: ModelGeometry,
+    page_tokens: int = 1,
 ) -> tuple[float, ...]:
     """Return ``sizes`` for a trace and a model: sizes with ``%`` are shares of the working set.
+
+    ValueError as there, and for a size that cannot hold a page of ``page_tokens`` tokens.
 
     >>> from hybridcache.lab.traces import open_trace
     >>> trace, geometry = open_trace("short?head=20"), ModelGeometry.preset("qwen3-next")
@@ -59,9 +83,17 @@ def sizes_for(
     >>> [round(size / whole, 4) for size in sizes_for("1%:100%:3", trace, geometry)]
     [0.01, 0.1, 1.0]
     """
-    if not has_shares(spec):
-        return sizes(spec)
-    assert isinstance(spec, str)
+    found = _shares(spec, trace, geometry) if has_shares(spec) else sizes(spec)
+    page_bytes = page_tokens * geometry.kv_bytes_per_token
+    if budget_bytes(min(found)) < page_bytes:
+        raise ValueError(
+            f"gib {min(found):g} is less than a page of KV, which takes {format_bytes(page_bytes)}"
+            ": give more"
+        )
+    return found
+
+
+def _shares(spec: Any, trace: Trace, geometry: ModelGeometry) -> tuple[float, ...]:
     parts = re.split("[:,]", spec)
     shares = parts[:2] if ":" in spec else parts
     if not all(part.strip().endswith("%") for part in shares):
@@ -94,24 +126,7 @@ def working_set_bytes(trace: Trace, geometry: ModelGeometry) -> int:
     return cache.num_ids * trace.unit * geometry.kv_bytes_per_token + num_requests * state_bytes
 
 
-def rates(spec: str | float | Sequence[float]) -> tuple[float, ...]:
-    """Return sessions a second, written as sizes are. ValueError as there.
-
-    >>> rates("0.5:2:3")
-    (0.5, 1.0, 2.0)
-    """
-    try:
-        return sizes(spec)
-    except ValueError:
-        raise ValueError(
-            f"rate {shown(spec)}: rates above 0 are needed, as low:high:points (low first) or as "
-            "a,b,c"
-        ) from None
-
-
 def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
-    if isinstance(spec, bool):
-        raise ValueError("a truth value is no size")
     if isinstance(spec, str) and ":" in spec:
         low, high, count = (*spec.split(":"), str(USUAL_POINTS))[:3]
         if spec.count(":") > 2 or not 0 < float(low) <= float(high) < TOO_LARGE_GIB:
@@ -120,7 +135,10 @@ def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
         return tuple(float(f"{point:.6g}") for point in points)
     if isinstance(spec, str):
         return tuple(float(part) for part in spec.split(","))
-    return (float(spec),) if isinstance(spec, int | float) else tuple(map(float, spec))
+    several = (spec,) if isinstance(spec, int | float) else tuple(spec)
+    if any(isinstance(one, bool) for one in several):
+        raise ValueError("a truth value is no size")
+    return tuple(map(float, several))
 
 
 def budget_bytes(gib: float) -> int:
