@@ -199,6 +199,8 @@ def quotes() -> dict[str, list[str]]:
             f"rises from {p99('oldest'):.0f} to {p99('sessions'):.0f} s",
         ],
         "experiments/results_page.md": [
+            f"stop reasons add {least[0]:.1f} and {least[1]:.1f} points of hit rate in the two cells with the least memory, and cost at most {-min(claude.values()):.1f} points elsewhere",
+            f"within noise at two sizes and {min(tau.values()):.1f} points at the third",
             "0.06 sessions/s the 99th percentile rises from {:.0f} to {:.0f} s".format(
                 *(p99(name, "Claude Code", 0.06) for name in ("oldest", "sessions"))
             ),
@@ -224,10 +226,6 @@ def quotes() -> dict[str, list[str]]:
         "docs/architecture.md": [
             f"costs at most {-min(slabs):.1f} points",
             f"| node | {host_memory['bytes_per_node'] / 1000:.1f} KB; {host_memory['bytes_per_node_of_a_pair_cut_by_a_split'] / 1000:.1f} KB after a split |",
-        ],
-        "docs/concepts/eviction.md": [
-            f"they add {least[0]:.1f} and {least[1]:.1f} points of hit rate in the two cells with the least memory, and cost at most {-min(claude.values()):.1f} points elsewhere",
-            f"within noise at two sizes and {min(tau.values()):.1f} points at the third",
         ],
         "docs/how-to/drafts.md": [
             f"built-in model on {threads} threads",

@@ -138,7 +138,7 @@ def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tok
 
 
 def test_only_preempted_answers_differ_and_none_with_exact(random_tokens):
-    """The first sentence of docs/concepts/exactness.md makes this exception."""
+    """The beginning of docs/concepts/exactness.md makes this exception."""
     prompts = [random_tokens(length, length, 256) for length in (150, 200, 97, 230, 180, 120)]
     greedy = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, logprobs=3)
 
