@@ -280,7 +280,7 @@ class CacheStats:
         """Number of victims. One eviction can free the KV and the checkpoint of its node."""
         self.refusals = 0
         """Number of calls of ``allocate_kv`` and ``allocate_slot`` that returned None. A refused
-        ``begin`` or ``extend`` is one of them. (``refused`` counts tokens, not calls.)"""
+        ``begin``, ``extend`` or ``fetch`` is one of them. ``refused`` counts tokens, not calls."""
 
     @property
     def num_changes(self) -> int:

@@ -314,15 +314,12 @@ class HybridRadixCache:
         if (failure := self.policy.failure) is not None:
             raise_failure(failure)
         num_tokens = len(tokens)
-        root = self._tree.find_root(namespace)
-        if root is None:
-            losses = Losses(num_tokens, 0, 0, 0, 0)
-            return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
+        root = self._tree.root(namespace)
         node: RadixNode | None
         node, inside, kv_match_len = self._tree.walk(root, tokens)
         seen_len = kv_match_len
         missed: Checkpoint | None = None
-        forks = inside is not None or bool(node.children)
+        forks = inside is not None or node is root or bool(node.children)
         if inside is None and node.ghosts:
             seen_len, missed, forks = read_ghosts(self._tree, node, tokens)
         reachable = min(kv_match_len, num_tokens - 1)
@@ -415,7 +412,8 @@ class HybridRadixCache:
 
     def root(self, namespace: Hashable = None) -> RadixNode | None:
         """Return the root of ``namespace``, for reading only, or None if nothing is in it. O(1)."""
-        return self._tree.find_root(namespace)
+        root = self._tree.root(namespace)
+        return root if root.children or root.ghosts else None
 
     def render(self, max_nodes: int = 1000) -> str:
         """Draw the tree as text, one line per node. O(nodes drawn).
@@ -553,11 +551,10 @@ class HybridRadixCache:
             ValueError: ``tokens`` is not int32[n], or the namespace is malformed.
         """
         require_int32(tokens, "tokens")
-        node = root = self._tree.find_root(namespace)
-        if root is not None:
-            node, inside, kv_match_len = self._tree.walk(root, tokens)
-            if inside is not None and kv_match_len > node.end:
-                node = self._split(inside, kv_match_len)
+        root = self._tree.root(namespace)
+        node, inside, kv_match_len = self._tree.walk(root, tokens)
+        if inside is not None and kv_match_len > node.end:
+            node = self._split(inside, kv_match_len)
         return self.lock(None if node is root else node)
 
     def unlock(self, handle: LockHandle) -> None:
@@ -651,12 +648,17 @@ class HybridRadixCache:
         """
         if type(num_tokens) is not int:
             num_tokens = require_index(num_tokens, "num_tokens")
-        rows = self._pages.allocate(num_tokens)
+        pages = self._pages
+        rows = pages.allocate(num_tokens)
         if rows is None:
-            whole = -(-num_tokens // self.page_size) * self.page_size
-            if self._make_room_for_kv(whole):
-                return self._pages.allocate(num_tokens)
-            self.stats.refusals += 1
+            wanted = -(-num_tokens // self.page_size) * self.page_size
+            if self._can_free(wanted * pages.unit_bytes, wanted - pages.num_free):
+                kind: Kind | None = "kv" if pages.budget is None else None
+                while pages.num_free < wanted and self._evict_one(kind):
+                    pass
+                rows = pages.allocate(num_tokens)
+            if rows is None:
+                self.stats.refusals += 1
         return rows
 
     def allocate_slot(self, replaces: LockHandle | None = None) -> int | None:
@@ -670,11 +672,17 @@ class HybridRadixCache:
         """
         if replaces is not None and replaces.superseded is None:
             self._supersede(replaces)
-        slot = self._slots.allocate()
+        slots, budget = self._slots, self._slots.budget
+        slot = slots.allocate()
         if slot is None:
-            if self._make_room_for_slot():
-                return self._slots.allocate()
-            self.stats.refusals += 1
+            if budget is None or not slots.num_unused:
+                self._evict_one("checkpoint")
+            elif self._can_free(slots.unit_bytes, 0):
+                while budget.free_bytes < slots.unit_bytes and self._evict_one(None):
+                    pass
+            slot = slots.allocate()
+            if slot is None:
+                self.stats.refusals += 1
         return slot
 
     def free_kv(self, kv_indices: Indices) -> None:
@@ -777,32 +785,6 @@ class HybridRadixCache:
         Returns False, because this cache has no offload tiers.
         """
         return False
-
-    def _make_room_for_kv(self, num_tokens: int) -> bool:
-        """Evict until ``num_tokens`` rows, whole pages, are free.
-
-        Returns False, with nothing evicted, if that is impossible. O(log n) per evicted item.
-        """
-        pages = self._pages
-        if not self._can_free(num_tokens * pages.unit_bytes, num_tokens - pages.num_free):
-            return False
-        kind: Kind | None = "kv" if pages.budget is None else None
-        while pages.num_free < num_tokens and self._evict_one(kind):
-            pass
-        return pages.num_free >= num_tokens
-
-    def _make_room_for_slot(self) -> bool:
-        """Evict until a slot is free. Returns False, with nothing evicted, if that is
-        impossible."""
-        slots = self._slots
-        budget = slots.budget
-        if budget is None or not slots.num_unused:
-            return self._evict_one("checkpoint")
-        if not self._can_free(slots.unit_bytes, 0):
-            return False
-        while budget.free_bytes < slots.unit_bytes and self._evict_one(None):
-            pass
-        return budget.free_bytes >= slots.unit_bytes
 
     def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
         """Return whether eviction could free that much.
@@ -975,7 +957,6 @@ class HybridRadixCache:
         if node.children is not None:
             node, inside, kv_match_len = tree.walk(node, tokens[kv_match_len:num_tokens])
         if owned_from > kv_match_len:
-            tree.prune_root(namespace)
             raise ValueError(
                 f"owned_from is {owned_from}, but the cache holds only {kv_match_len} of these "
                 "tokens: keep a lock on rows that the cache owns"
@@ -997,7 +978,6 @@ class HybridRadixCache:
             self.policy.add(leaf.kv)
         duplicates = kv_indices[owned_from:kv_match_len] if kv_match_len > owned_from else EMPTY
         if leaf.parent is None:
-            tree.prune_root(namespace)
             return InsertResult(0, duplicates, rejected, None)
         return InsertResult(num_tokens, duplicates, rejected, leaf)
 
@@ -1062,7 +1042,7 @@ class HybridRadixCache:
                 f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
                 "tokens)"
             )
-        if type(labels) not in (tuple, list) or any(type(label) is not str for label in labels):
+        if type(labels) not in (tuple, list) or set(map(type, labels)) - {str}:
             raise TypeError(f"labels must be a tuple of strings (got {labels!r})")
         if labels and len(labels) != len(checkpoints):
             raise ValueError(
@@ -1079,7 +1059,7 @@ class HybridRadixCache:
                 )
             if slot in self.cached_slots:
                 raise ValueError(f"slot {slot} is the cache's already: allocate another one")
-            if not self._slots.is_taken(slot):
+            if slot not in self._slots.taken:
                 raise ValueError(f"slot {slot} is free: take one with allocate_slot")
         if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
             raise ValueError("two checkpoints have the same slot: give each a separate one")

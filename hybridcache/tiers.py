@@ -696,10 +696,7 @@ class TieredRadixCache(HybridRadixCache):
             if (failure := tier.policy.failure) is not None:
                 raise_failure(failure)
         found = super().match(tokens, namespace)
-        root = self._tree.find_root(namespace)
-        if root is None:
-            return found
-        node, inside, _ = self._tree.walk(root, tokens)
+        node, inside, _ = self._tree.walk(self._tree.root(namespace), tokens)
         if inside is None and node.ghosts:
             node, _, _ = self._tree.walk(node, tokens[node.end :], ghosts=True)
         loadable = self._resumable(node, found.cached_len, found.num_tokens)
@@ -753,8 +750,8 @@ class TieredRadixCache(HybridRadixCache):
         assert base is not None
         with self.lock(base if base.parent is not None else None):
             num_tokens = target.end - base.end
-            slot = self._take_slot()
-            rows = None if slot is None else self._take_rows(num_tokens)
+            slot = self.allocate_slot()
+            rows = None if slot is None else self.allocate_kv(num_tokens)
             if slot is None or rows is None:
                 if slot is not None:
                     self._slots.free(slot)
@@ -770,16 +767,6 @@ class TieredRadixCache(HybridRadixCache):
             if taken.nodes and target.children is None and target.kv is not None:
                 self.policy.add(target.kv)
         return True
-
-    def _take_slot(self) -> int | None:
-        slot = self._slots.allocate()
-        return self._slots.allocate() if slot is None and self._make_room_for_slot() else slot
-
-    def _take_rows(self, num_tokens: int) -> Indices | None:
-        rows = self._pages.allocate(num_tokens)
-        if rows is None and self._make_room_for_kv(num_tokens):
-            return self._pages.allocate(num_tokens)
-        return rows
 
     def _revive(self, nodes: tuple[RadixNode, ...], rows: Indices) -> None:
         """Make ``nodes``, a path of ghosts that are in no list, resident."""
@@ -860,7 +847,6 @@ class TieredRadixCache(HybridRadixCache):
         )
         num_rows = len(tokens) - start + offload.state_rows
         if too_low or has_state or num_rows > pages.num_free:
-            tree.prune_root(namespace)
             return None
         if inside is not None and length > node.end:
             if inside.kv is not None:

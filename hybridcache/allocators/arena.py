@@ -29,7 +29,7 @@ follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ from hybridcache.allocators.pools import (
     SlotAllocator,
     are_distinct,
 )
-from hybridcache.tokens import Indices, require_index
+from hybridcache.tokens import Indices
 
 
 class ArenaAllocator:
@@ -90,6 +90,8 @@ class ArenaAllocator:
         """Rows of a slab, in whole pages."""
         self.num_slabs = capacity // self.slab_rows if state_bytes else 0
         """Number of whole slabs, which is the number of slots."""
+        self.free_slabs = list(range(self.num_slabs - 1, -1, -1))
+        """Slabs that a slot can get without a search, the next one last."""
         self.pages = ArenaPages(self, budget)
         self.slots = ArenaSlots(self, budget)
         self.holders: dict[RowHolder, None] = {}
@@ -98,7 +100,6 @@ class ArenaAllocator:
         """Number of slabs emptied so far."""
         self.num_moved_rows = 0
         self._slab_pages = self.slab_rows // page_size
-        self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
         self._offsets = np.arange(self._slab_pages, dtype=np.int32)
         first = self.num_slabs * self._slab_pages
         self.pages.restack(np.arange(first, capacity // page_size, dtype=np.int32))
@@ -107,11 +108,6 @@ class ArenaAllocator:
     def num_unused(self) -> int:
         """Number of rows that are neither KV nor part of a state. O(1)."""
         return self.budget.free_bytes // self.unit_bytes
-
-    @property
-    def free_slabs(self) -> Sequence[int]:
-        """Slabs that a slot can get without a search. Do not change the list. O(1)."""
-        return self._free_slabs
 
     def find_slab(self) -> None:
         """Make at least one slab free: one without living rows, or the emptiest one after a move.
@@ -131,7 +127,7 @@ class ArenaAllocator:
         holes)."""
         _, counts = self._count_holes()
         living = (self._slab_pages - counts[:-1]) * self.page_size
-        living[[*self._free_slabs, *self.slots.states]] = 0
+        living[[*self.free_slabs, *self.slots.taken]] = 0
         return living.astype(np.int64, copy=False)
 
     def _count_holes(self) -> tuple[Indices, npt.NDArray[np.intp]]:
@@ -144,7 +140,7 @@ class ArenaAllocator:
         is_whole = counts == self._slab_pages
         is_whole[-1] = False
         self.pages.restack(self.pages.stacked()[~is_whole[slabs]])
-        self._free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
+        self.free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
 
     def _empty(self, slab: int, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
         """Move the living rows of ``slab`` to holes elsewhere, and list it as free.
@@ -169,7 +165,7 @@ class ArenaAllocator:
         new_rows.reshape(-1, self.page_size)[living] = dst.reshape(-1, self.page_size)
         for array in (src, dst, new_rows):
             array.setflags(write=False)
-        self._free_slabs.append(slab)
+        self.free_slabs.append(slab)
         self.num_moves += 1
         self.num_moved_rows += len(src)
         move = Move(slab, src, dst, new_rows)
@@ -183,8 +179,8 @@ class ArenaAllocator:
     def fill(self, num_pages: int) -> None:
         """Put ``num_pages`` free pages of free slabs on the stack. O(num_pages)."""
         num_slabs = -(-num_pages // self._slab_pages)
-        opened = self._free_slabs[-num_slabs:]
-        del self._free_slabs[-num_slabs:]
+        opened = self.free_slabs[-num_slabs:]
+        del self.free_slabs[-num_slabs:]
         self._open(opened[::-1])
 
     def _open(self, slabs: list[int]) -> None:
@@ -200,7 +196,7 @@ class ArenaAllocator:
 
     def free_pages(self) -> Indices:
         """Return all pages that are neither KV nor part of a state, unordered. O(pages)."""
-        first = np.array(self._free_slabs, np.int32)[:, None] * np.int32(self._slab_pages)
+        first = np.array(self.free_slabs, np.int32)[:, None] * np.int32(self._slab_pages)
         whole = (first + self._offsets).reshape(-1)
         return np.concatenate([self.pages.stacked(), whole])
 
@@ -219,9 +215,9 @@ class ArenaAllocator:
         num_free = len(free) * self.page_size
         assert num_free == self.num_unused, f"{num_free} rows free, counted {self.num_unused}"
         assert self.budget.free_bytes == num_free * self.unit_bytes, "bytes free are not rows free"
-        states = self.slots.states
-        assert states.isdisjoint(self._free_slabs), "a slab is free and a state"
-        assert len(set(self._free_slabs)) == len(self._free_slabs), "a slab is free twice"
+        states = self.slots.taken
+        assert states.isdisjoint(self.free_slabs), "a slab is free and a state"
+        assert len(set(self.free_slabs)) == len(self.free_slabs), "a slab is free twice"
         assert states.isdisjoint((free // self._slab_pages).tolist()), "a row under a state is free"
         used = num_free + self.pages.num_taken + len(states) * self.slab_rows
         assert used == self.capacity, (
@@ -234,7 +230,7 @@ class ArenaAllocator:
         Raises:
             AssertionError: one is.
         """
-        states = self.slots.states
+        states = self.slots.taken
         assert states.isdisjoint(np.unique(rows // self.slab_rows).tolist()), (
             "a taken KV row lies under a state"
         )
@@ -309,13 +305,11 @@ class ArenaPages(PageAllocator):
 
 
 class ArenaSlots(SlotAllocator):
-    """Slots of the arena: slot s is slab s."""
+    """Slots of the arena: slot s is slab s. Its stack is the list of free slabs."""
 
     def __init__(self, arena: ArenaAllocator, budget: ByteBudget) -> None:
-        super().__init__(0, arena.slab_rows * arena.unit_bytes, budget)
-        self.capacity = arena.num_slabs
-        self.states: set[int] = set()
-        """Allocated slots."""
+        super().__init__(arena.num_slabs, arena.slab_rows * arena.unit_bytes, budget)
+        self._stack = arena.free_slabs
         self._arena = arena
 
     def allocate(self) -> int | None:
@@ -324,44 +318,13 @@ class ArenaSlots(SlotAllocator):
         O(1), or as ``ArenaAllocator.find_slab``.
         """
         assert self.budget is not None
-        if self.budget.free_bytes < self.unit_bytes or not self.capacity:
-            return None
-        arena = self._arena
-        if not arena._free_slabs:
-            arena.find_slab()
-        slot = arena._free_slabs.pop()
-        self.num_taken += 1
-        self.states.add(slot)
-        self.budget.free_bytes -= self.unit_bytes
-        return slot
-
-    def free(self, slot: int) -> None:
-        """Return ``slot``, which was allocated, to the arena. O(1).
-
-        Raises:
-            ValueError: it is not allocated.
-            TypeError: it is not an integer.
-        """
-        if type(slot) is not int:
-            slot = require_index(slot, "slot")
-        if slot not in self.states:
-            raise ValueError(f"slot {slot} given back, which is not taken")
-        assert self.budget is not None
-        self.num_taken -= 1
-        self.states.remove(slot)
-        self.budget.free_bytes += self.unit_bytes
-        self._arena._free_slabs.append(slot)
-
-    def is_taken(self, slot: int) -> bool:
-        return slot in self.states
-
-    def free_slots(self) -> list[int]:
-        """Return the slabs that are listed as free, unordered. O(slabs)."""
-        return list(self._arena.free_slabs)
+        if self.capacity and not self._stack and self.budget.free_bytes >= self.unit_bytes:
+            self._arena.find_slab()
+        return super().allocate()
 
     def check(self) -> None:
-        assert all(0 <= slot < self.capacity for slot in self.states), "a state is out of range"
-        assert len(self.states) == self.num_taken, f"{self.num_taken} states counted"
+        assert all(0 <= slot < self.capacity for slot in self.taken), "a state is out of range"
+        assert len(self.taken) == self.num_taken, f"{self.num_taken} states counted"
 
 
 class RowIndex:

@@ -92,7 +92,8 @@ class PageAllocator(BaseAllocator):
 
     Capacity and counts are in rows (tokens). The stack is one int32 array with its height, so that
     taking or freeing many pages is one copy. Its lowest ``_num_implied`` entries are equal to their
-    positions and not written, so memory and time depend on the pages that were ever allocated.
+    positions and not written, so memory and time depend on the pages that were ever allocated. They
+    are written from the top, at least ``BLOCK`` at once.
 
     >>> pages = PageAllocator(8, page_size=4)
     >>> rows = pages.allocate(5)
@@ -146,7 +147,9 @@ class PageAllocator(BaseAllocator):
             return None
         top = self._height
         if top - num_pages < self._num_implied:
-            self._write_implied(top - num_pages)
+            first = max(0, min(top - num_pages, self._num_implied - BLOCK))
+            self._stack[first : self._num_implied] = np.arange(first, self._num_implied)
+            self._num_implied = first
         pages = self._stack[top - num_pages : top]
         num_rows = num_pages * self.page_size
         if self.budget is not None:
@@ -161,12 +164,6 @@ class PageAllocator(BaseAllocator):
         """Return the content of the stack, with implied entries. O(capacity)."""
         implied = np.arange(self._num_implied, dtype=np.int32)
         return np.concatenate([implied, self._stack[self._num_implied : self._height]])
-
-    def _write_implied(self, last: int) -> None:
-        """Write the implied entries from ``last`` on, and at least ``BLOCK``. O(entries)."""
-        first = max(0, min(last, self._num_implied - BLOCK))
-        self._stack[first : self._num_implied] = np.arange(first, self._num_implied, dtype=np.int32)
-        self._num_implied = first
 
     def free(self, rows: Indices) -> None:
         """Return ``rows``, which were allocated, to the pool: whole pages in row order. O(n).
@@ -239,7 +236,8 @@ class SlotAllocator(BaseAllocator):
     ) -> None:
         super().__init__(num_slots, slot_bytes, budget)
         self._stack = list(range(num_slots - 1, -1, -1))
-        self._is_taken = bytearray(num_slots)
+        self.taken: set[int] = set()
+        """Allocated slots."""
 
     def allocate(self) -> int | None:
         """Return a slot, or None if none is free. O(1)."""
@@ -251,31 +249,25 @@ class SlotAllocator(BaseAllocator):
             self.budget.free_bytes -= self.unit_bytes
         self.num_taken += 1
         slot = self._stack.pop()
-        self._is_taken[slot] = 1
+        self.taken.add(slot)
         return slot
 
     def free(self, slot: int) -> None:
         """Return ``slot``, which was allocated, to the pool. O(1).
 
         Raises:
-            ValueError: the slot is out of range or not allocated.
+            ValueError: the slot is not allocated.
             TypeError: it is not an integer.
         """
         if type(slot) is not int:
             slot = require_index(slot, "slot")
-        if not 0 <= slot < self.capacity:
-            raise ValueError(f"slot {slot} is not one of {self.capacity}")
-        if not self._is_taken[slot]:
+        if slot not in self.taken:
             raise ValueError(f"slot {slot} given back, which is not taken")
         if self.budget is not None:
             self.budget.free_bytes += self.unit_bytes
         self.num_taken -= 1
-        self._is_taken[slot] = 0
+        self.taken.remove(slot)
         self._stack.append(slot)
-
-    def is_taken(self, slot: int) -> bool:
-        """Return True if ``slot``, which is in range, is allocated. O(1)."""
-        return bool(self._is_taken[slot])
 
     def free_slots(self) -> list[int]:
         """Return all unused slots, unordered. O(capacity)."""
@@ -285,3 +277,5 @@ class SlotAllocator(BaseAllocator):
         assert len(set(self._stack)) == len(self._stack), "a slot is free twice"
         assert all(0 <= slot < self.capacity for slot in self._stack), "a free slot is out of range"
         assert len(self._stack) == self.num_unused, f"slots free: counted {self.num_unused}"
+        assert len(self.taken) == self.num_taken, f"{self.num_taken} slots counted as taken"
+        assert self.taken.isdisjoint(self._stack), "a slot is free and taken"

@@ -216,7 +216,7 @@ class Memory:
     def _build(self, cache: HybridRadixCache) -> tuple[RadixTree, list[RadixNode]]:
         plain = self._plain
         tree, nodes = RadixTree(cache.page_size), list[RadixNode]()
-        roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
+        roots = [tree.root(read_namespace(text)) for text in dict.fromkeys(plain["namespaces"])]
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         require_int32(tokens, "tokens")
         item_bytes, at = cache.item_bytes, 0

@@ -88,12 +88,9 @@ class GhostList:
             ghost, _ = self._order.popitem(last=False)
             self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
             self.tree.forget(ghost)
-            parent = ghost.parent
-            assert parent is not None
-            compact_edges(parent, ghost.edge)
+            assert ghost.parent is not None
+            compact_edges(ghost.parent, ghost.edge)
             ghost.edge = b""  # a policy's queue may hold the node for a while yet
-            if parent.parent is None:
-                self.tree.prune_root(parent.key)
 
     def clear(self) -> None:
         limit, self.limit_bytes = self.limit_bytes, 0

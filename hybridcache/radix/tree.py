@@ -469,7 +469,9 @@ class RadixTree:
         """Number of resident nodes and ghosts, without roots."""
 
     def root(self, namespace: Hashable) -> RadixNode:
-        """Return the root of ``namespace``, creating it if needed. O(1).
+        """Return the root of ``namespace``, or a new one that the tree has not yet. O(1).
+
+        The tree has a new root from the first ``grow`` below it.
 
         Raises:
             ValueError: the namespace is invalid (``hybridcache.tokens``).
@@ -477,19 +479,7 @@ class RadixTree:
         if type(namespace) not in PLAIN:
             require_namespace(namespace)
         node = self.roots.get(namespace)
-        if node is None:
-            node = self.roots[namespace] = RadixNode(None, namespace, b"", 0)
-        return node
-
-    def find_root(self, namespace: Hashable) -> RadixNode | None:
-        """Return the root of ``namespace``, or None. O(1).
-
-        Raises:
-            ValueError: the namespace is invalid.
-        """
-        if type(namespace) not in PLAIN:
-            require_namespace(namespace)
-        return self.roots.get(namespace)
+        return RadixNode(None, namespace, b"", 0) if node is None else node
 
     def walk(self, node: RadixNode, tokens: Tokens, ghosts: bool = False) -> Walk:
         """Follow ``tokens``, which start at the end of ``node``, through resident edges or through
@@ -542,6 +532,8 @@ class RadixTree:
         child = RadixNode(parent, key, edge, parent.end + len(tokens))
         family = parent.children
         parent.children = child if family is None else with_child(family, child)
+        if parent.parent is None:
+            self.roots[parent.key] = parent
         self.num_nodes += 1
         return child
 
@@ -591,18 +583,14 @@ class RadixTree:
         parent.ghosts = leaf if ghosts is None else with_child(ghosts, leaf)
 
     def forget(self, ghost: RadixNode) -> None:
-        """Remove a ghost without children. O(1)."""
+        """Remove a ghost without children, and its root if that is empty then. O(1)."""
         parent = ghost.parent
         assert parent is not None and ghost.ghosts is None
         ghosts = parent.ghosts
         parent.ghosts = None if ghosts is ghost else without_child(ghosts, ghost)
         self.num_nodes -= 1
-
-    def prune_root(self, namespace: Hashable) -> None:
-        """Remove the root of ``namespace`` if it has no children. O(1)."""
-        root = self.roots.get(namespace)
-        if root is not None and not root.children and not root.ghosts:
-            del self.roots[namespace]
+        if parent.parent is None and parent.children is None and parent.ghosts is None:
+            del self.roots[parent.key]
 
     def nodes(self, start: RadixNode | None = None) -> Iterator[RadixNode]:
         """Iterate over all nodes below ``start`` (default: all roots), parents before children.

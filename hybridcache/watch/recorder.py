@@ -148,5 +148,5 @@ def slabs_record(arena: ArenaAllocator) -> Record:
     O(slabs + holes).
     """
     percent = (100 * arena.occupancy()[:MAX_SLABS] / arena.slab_rows).round()
-    states = sorted(slot for slot in arena.slots.states if slot < MAX_SLABS)
+    states = sorted(slot for slot in arena.slots.taken if slot < MAX_SLABS)
     return ["slabs", percent.astype(int).tolist(), states]

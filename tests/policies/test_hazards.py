@@ -28,7 +28,6 @@ from hybridcache.policies.eviction.hazards import (
     TOP_WEIGHT,
     WIDTHS,
     Hazards,
-    Key,
     index_of,
 )
 
@@ -43,14 +42,6 @@ MODEL_FACTOR = 0.25
 def model_of(key: tuple[object, ...]) -> tuple[object, ...] | None:
     """Return the class that a class of "b" begins as, if classes have models."""
     return ("a", key[1]) if len(key) == 2 and key[0] == "b" else None
-
-
-class ModelledHazards(Hazards):
-    """Hazards in which classes of "b" begin with a quarter of the hazard of those of "a"."""
-
-    def model_of(self, key: Key) -> tuple[Key, float] | None:
-        model = model_of(key)
-        return None if model is None else (model, MODEL_FACTOR)
 
 
 def bin_of(age: int) -> int:
@@ -164,8 +155,7 @@ class HazardsMachine(RuleBasedStateMachine):
 
     @initialize(general_from=st.integers(1, 3), has_models=st.booleans())
     def make(self, general_from: int, has_models: bool) -> None:
-        make = ModelledHazards if has_models else Hazards
-        self.survival = make(MAX_OPEN, general_from=general_from)
+        self.survival = Hazards(MAX_OPEN, general_from=general_from)
         self.plain, self.now = PlainHazards(general_from, has_models), 0
         self.rows: dict[tuple[object, ...], int] = {}
 
@@ -177,7 +167,10 @@ class HazardsMachine(RuleBasedStateMachine):
     def enter(self, key: tuple[object, ...]) -> None:
         if len(self.plain.open) == MAX_OPEN:
             self.plain.close(min(self.plain.open), self.now, used=False)
-        self.rows[key] = self.survival.row(key, PRIORS[str(key[0])])
+        prior, model = PRIORS[str(key[0])], self.plain.model_of(key[:2])
+        if model is not None:
+            self.survival.row(key[:2], prior, (model, MODEL_FACTOR))
+        self.rows[key] = self.survival.row(key, prior)
         stage = self.survival.open(self.rows[key], self.now)
         self.plain.open[stage] = key, self.now
 

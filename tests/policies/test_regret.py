@@ -84,7 +84,9 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     for item in (behind, shared):
         policy.on_ghost_hit_above(item)
     survival = policy.hazards
-    uses = [survival.num_uses(item.memo.cell // NUM_BINS) for item in (shared, behind, tip)]
+    survival._count_ended()
+    rows = [item.memo.cell // NUM_BINS for item in (shared, behind, tip)]
+    uses = [survival._events[row].sum() for row in rows]
     assert uses == [1, 0, 1]
     policy.on_ghost_hit_above(FakeItem("from a file"))
     open_stages = len(survival._places)

@@ -101,8 +101,8 @@ class Hazards:
     fact number ``general_from`` on, this hazard is multiplied by the effect of the fact in all
     classes. Thus it is learned once for all generations that long conversations soon end.
 
-    A subclass can give classes another model than their parent (``model_of``). The ratio to the
-    model is learned over all such classes of one parent.
+    A class can have another model than its parent (``row``). The ratio to the model is learned over
+    all such classes of one parent.
 
     ``open`` and ``close`` take O(1). ``refresh`` takes O(open stages + classes * bins**2).
     """
@@ -195,17 +195,19 @@ class Hazards:
             refreshed_at,
         )
 
-    def row(self, key: Key, prior: float = 1.0) -> int:
+    def row(self, key: Key, prior: float = 1.0, model: tuple[Key, float] | None = None) -> int:
         """Return the row of class ``key``. Its parent is ``key[:-1]``.
 
         ``prior`` scales the assumed hazard of a class without parent and evidence, which is one use
-        in ``(age + 16) / prior`` requests. O(len(key)) for a new key, else O(1).
+        in ``(age + 16) / prior`` requests. With ``model``, (class, factor), a new class begins with
+        ``factor`` times the hazard of that class, in place of its parent's. The model has a key of
+        the same length, and its own model is its parent. O(len(key)) for a new key, else O(1).
         """
         found = self._rows.get(key)
         if found is not None:
             return found
         parent = self.row(key[:-1], prior) if len(key) > 1 else None
-        begins_as, model = parent, self.model_of(key)
+        begins_as = parent
         if model is not None:
             begins_as, prior = self.row(model[0], prior), model[1]
         elif parent is not None:
@@ -224,14 +226,6 @@ class Hazards:
         self.index[row] = prior * first
         return row
 
-    def model_of(self, key: Key) -> tuple[Key, float] | None:
-        """Return (model, factor) if class ``key`` begins with ``factor`` times the hazard of the
-        class ``model``, or None if it begins with that of its parent.
-
-        The model has a key of the same length, and its own model is its parent.
-        """
-        return None
-
     def open(self, row: int, now: int) -> int:
         """Begin a stage in the class of ``row``. Returns the number of the stage."""
         stage = self._num_opened
@@ -244,20 +238,18 @@ class Hazards:
         self._open[place] = now << _ROW_BITS | row
         return stage
 
-    def drop(self, stage: int) -> int | None:
-        """Remove an open stage without counting it, and return its code. None if it has ended."""
+    def close(self, stage: int, now: int, used: bool | None) -> None:
+        """End a stage. ``used`` is True for a use or a ghost hit, and None to count nothing.
+
+        A second call has no effect.
+        """
         place = self._places.pop(stage, None)
         if place is None:
-            return None
+            return
         code = self._open[place]
         self._open[place] = -1
         self._unused.append(place)
-        return code
-
-    def close(self, stage: int, now: int, used: bool) -> None:
-        """End a stage. ``used`` is True for a use or a ghost hit. A second call has no effect."""
-        code = self.drop(stage)
-        if code is None:
+        if used is None:
             return
         ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
         self._ended.append(ended)
@@ -268,11 +260,6 @@ class Hazards:
     def index_at(self, row: int, age: int) -> float:
         """Return the index of the class of ``row`` at ``age``, as of the last ``refresh``. O(1)."""
         return float(self.index[row, max(bisect_right(_EDGE_LIST, age) - 1, 0)])
-
-    def num_uses(self, row: int) -> float:
-        """Return the uses counted in the class of ``row`` alone. Old uses count less."""
-        self._count_ended()
-        return float(self._events[row].sum())
 
     def refresh(self, now: int) -> bool:
         """Recompute the indices if enough has changed. Returns whether it did."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, Key, age_bins, as_key
+from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, age_bins, as_key
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
-"""Assumed hazard of superseded checkpoints relative to others of their label, without evidence."""
+"""Assumed hazard of superseded checkpoints relative to others of their label, without evidence.
+
+With a separate hazard, superseded checkpoints would outlast tips in a new cache: time without a use
+lowers the hazard of tips, which are many, and not that of the first superseded checkpoint.
+"""
 COMMON = frozenset(
     {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin"}
 )
@@ -38,21 +42,6 @@ Class = tuple[tuple[bool, bool], *tuple[str | int, ...]]
 the stop reason of the answer behind it, if that is known."""
 
 
-class _TipHazards(Hazards):
-    """Hazards that assume superseded checkpoints to be like others of their label, but used less.
-
-    With a separate hazard, superseded checkpoints would outlast tips in a new cache: time without a
-    use lowers the hazard of tips, which are many, and not that of the first superseded checkpoint.
-    """
-
-    def model_of(self, key: Key) -> tuple[Key, float] | None:
-        """Return the label's class of tips, for a superseded label."""
-        if len(key) != 2:
-            return None
-        (superseded, speculative), label = cast("tuple[tuple[bool, bool], Hashable]", key)
-        return (((False, speculative), label), SUPERSEDED_PRIOR) if superseded else None
-
-
 class _Memo:
     """Data of one item: its stage and its place in its lineage."""
 
@@ -68,10 +57,17 @@ class _Memo:
         "uses",
     )
 
-    def __init__(self, item: Item, turn: int) -> None:
+    def __init__(self, item: Item) -> None:
         self.uses = item.uses
         self.superseded = item.superseded
-        self.turn = turn
+        self.turn = 0
+        """Number of earlier tips in the lineage. It goes on through forks, because a conversation
+        does: its prompts may end at one."""
+        before = item.predecessor
+        if before is not None and isinstance(before.memo, _Memo):
+            is_tip = before.label not in FORKS and (before.uses > 0 or not before.superseded)
+            is_earlier = before.position < item.position and (is_tip or before.label == REJOIN)
+            self.turn = before.memo.turn + is_earlier
         self.active = item.last_used
         """Latest use of the item or of an evicted descendant."""
         self.stage: int
@@ -120,7 +116,7 @@ class Survival(EvictionPolicy):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.hazards = _TipHazards(general_from=GENERAL_FROM)
+        self.hazards = Hazards(general_from=GENERAL_FROM)
         self._owns_hazards = True
         """False if the hazards are those of a higher tier."""
         self._is_last = True
@@ -207,10 +203,10 @@ class Survival(EvictionPolicy):
             columns = self._kv
         memo = item.memo
         if memo is None:
-            item.memo = memo = _Memo(item, _generation(item))
+            item.memo = memo = _Memo(item)
             self._stale[item] = None
             self._enter(item, memo)
-            worth = 0.0 if columns is self._checkpoints else _worth(item)
+            worth = 0.0 if columns is self._checkpoints else item.span / item.size_bytes
             columns.put(item, memo.cell, memo.entered, worth)
             return
         if item.uses > memo.uses:
@@ -218,7 +214,7 @@ class Survival(EvictionPolicy):
         elif item.superseded != memo.superseded:
             hazards.close(memo.stage, hazards.now, used=False)
             self._enter(item, memo)
-        columns.put(item, memo.cell, memo.entered, _worth(item))
+        columns.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
 
     def touch(self, item: Item) -> None:
         hazards = self.hazards
@@ -230,7 +226,7 @@ class Survival(EvictionPolicy):
             self._used(item, memo)
             columns = self._kv if item.kind == "kv" else self._checkpoints
             if item in columns.places:
-                columns.put(item, memo.cell, memo.entered, _worth(item))
+                columns.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
 
     def discard(self, item: Item, evicted: bool) -> None:
         self._just_used = False
@@ -257,10 +253,10 @@ class Survival(EvictionPolicy):
     def on_relabelled(self, item: Item) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
-            self.hazards.drop(memo.stage)
+            self.hazards.close(memo.stage, 0, used=None)
             self._enter(item, memo)
             if item in self._checkpoints.places:
-                self._checkpoints.put(item, memo.cell, memo.entered, _worth(item))
+                self._checkpoints.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
 
     def on_ghost_hit(self, item: Item) -> None:
         memo = item.memo
@@ -290,7 +286,7 @@ class Survival(EvictionPolicy):
             columns = self._kv if item.kind == "kv" else self._checkpoints
             place = columns.places.get(item)
             if place is not None:
-                columns.worths[place] = _worth(item)
+                columns.worths[place] = item.span / item.size_bytes
         self._stale.clear()
         chosen = None if kind == "kv" else self._least(self._checkpoints)
         if chosen is None and kind != "checkpoint":
@@ -320,7 +316,12 @@ class Survival(EvictionPolicy):
         demand = None if item.superseded else memo.demand
         if demand is not None:
             memo.key = ((True, memo.key[0][1]), *memo.key[1:])
-        row = hazards.row(memo.key, SPECULATIVE_PRIOR if memo.key[0][1] else 1.0)
+        (superseded, speculative), label = memo.key[:2]
+        prior = SPECULATIVE_PRIOR if speculative else 1.0
+        if superseded:
+            tips = (False, speculative), label
+            hazards.row(memo.key[:2], prior, (tips, SUPERSEDED_PRIOR))
+        row = hazards.row(memo.key, prior)
         if demand is not None:
             tip_row = hazards.row(demand, SPECULATIVE_PRIOR if demand[0][1] else 1.0)
             age = hazards.now - memo.active
@@ -348,25 +349,12 @@ class Survival(EvictionPolicy):
                 values = rates * worths
             place = int(values.argmin())
             item = columns.items[first + place]
-            worth = _worth(item)
+            worth = item.span / item.size_bytes
             if worth <= worths.item(place) * 1.0001:
                 break
             worths[place] = worth
             values[place] = rates.item(place) * worth
         return item
-
-
-def _generation(item: Item) -> int:
-    """Return the number of earlier tips in the lineage of a new item.
-
-    The lineage goes on through forks, because a conversation does: its prompts may end at one.
-    """
-    before = item.predecessor
-    if before is None or not isinstance(before.memo, _Memo):
-        return 0
-    is_tip = before.label not in FORKS and (before.uses > 0 or not before.superseded)
-    is_earlier = before.position < item.position and (is_tip or before.label == REJOIN)
-    return before.memo.turn + is_earlier
 
 
 def _class_of(item: Item, turn: int) -> Class:
@@ -384,7 +372,3 @@ def _class_of(item: Item, turn: int) -> Class:
         2 * octave + (position << 2 >> octave) % 2,
     )
     return (*found, stop_reason) if stop_reason else found
-
-
-def _worth(item: Item) -> float:
-    return item.span / item.size_bytes
