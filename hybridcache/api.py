@@ -345,7 +345,8 @@ class Listener:
 
     A method is called right after the change (stored, split) or right before it (chosen, removed).
     It must not change the cache. It should not raise: the change is completed nevertheless, the
-    listener is unsubscribed and its error is logged.
+    listener is unsubscribed and its error is logged. In ``subscribe`` no change is under way, so
+    the error is raised there, and the listener is not subscribed.
 
     Methods that a subclass does not define do nothing. ``node.kv.serial`` identifies a resident
     node. It is unique for the lifetime of the cache.

@@ -85,17 +85,22 @@ class LockHandle:
     Eviction(num_tokens=10, num_slots=0)
     """
 
-    __slots__ = ("cache", "node", "superseded")
+    __slots__ = ("cache", "is_returned", "node", "superseded")
 
     def __init__(self, node: RadixNode | None, cache: HybridRadixCache) -> None:
         self.node = node
         """Locked node. None if nothing was cached, or after ``unlock``."""
         self.cache = cache
         """Cache in which the lock was taken."""
+        self.is_returned = False
+        """True after ``unlock``."""
         self.superseded: Checkpoint | None = None
         """Checkpoint that counts as superseded until the lock is returned, or None."""
 
     def __enter__(self) -> LockHandle:
+        """Raise ValueError if the lock was returned, because it protects nothing."""
+        if self.is_returned:
+            raise ValueError("this lock was returned: take a new one with cache.lock")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -567,12 +572,13 @@ class HybridRadixCache:
             raise ValueError(f"expected the result of lock (got {handle!r})")
         node = handle.node
         if node is None:
+            handle.is_returned = True
             return
         if handle.cache is not self:
             raise ValueError("this lock belongs to another cache: unlock it there")
         if not node.locks:
             raise ValueError("this node is not locked in this cache")
-        handle.node = None
+        handle.node, handle.is_returned = None, True
         old = handle.superseded
         if old is not None:
             handle.superseded = None
@@ -1049,6 +1055,7 @@ class HybridRadixCache:
                 f"labels must be empty or have one per checkpoint (got {len(labels)} for "
                 f"{len(checkpoints)} checkpoints)"
             )
+        seen: set[int] = set()
         for one in checkpoints:
             is_pair = isinstance(one, (tuple, list)) and len(one) == 2
             position, slot = one if is_pair else (None, None)
@@ -1061,8 +1068,9 @@ class HybridRadixCache:
                 raise ValueError(f"slot {slot} is the cache's already: allocate another one")
             if slot not in self._slots.taken:
                 raise ValueError(f"slot {slot} is free: take one with allocate_slot")
-        if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
-            raise ValueError("two checkpoints have the same slot: give each a separate one")
+            if slot in seen:
+                raise ValueError("two checkpoints have the same slot: give each a separate one")
+            seen.add(slot)
         num_tokens -= num_tokens % self.page_size
         if not 0 <= owned_from <= num_tokens:
             raise ValueError(
@@ -1270,6 +1278,7 @@ class HybridRadixCache:
 
         Raises:
             ValueError: it is already subscribed.
+            Exception: the error of the listener, which is then not subscribed.
         """
         if listener in self._listeners:
             raise ValueError("this listener is subscribed already: unsubscribe it first")

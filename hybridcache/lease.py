@@ -102,6 +102,8 @@ class LeaseRequest(NamedTuple):
     learn from it as from any other."""
 
 
+STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "session_end"})
+"""Reasons why an answer ended, as ``Lease.finish`` takes them."""
 FLAGS = "stateful", "reuse", "exact", "answer_survives", "resumes"
 
 
@@ -137,18 +139,13 @@ def _refuse_bad_begin(
         if type(getattr(request, what)) is not bool:
             value = getattr(request, what)
             raise TypeError(f"{what} must be True or False (got {value!r}).")
-    if request.boundaries or type(request.boundaries) is not tuple:
-        _refuse_bad_boundaries(request.boundaries)
-
-
-def _refuse_bad_boundaries(boundaries: tuple[int, ...]) -> None:
-    if not isinstance(boundaries, tuple | list):
-        raise TypeError(f"boundaries must be a tuple of positions (got {boundaries!r}).")
+    if not isinstance(request.boundaries, tuple | list):
+        raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
     before = 0
-    for position in boundaries:
+    for position in request.boundaries:
         if require_index(position, "each of boundaries") < before:
             raise ValueError(
-                f"boundaries must be positions from 0 on, ascending (got {boundaries!r})"
+                f"boundaries must be positions from 0 on, ascending (got {request.boundaries!r})"
             )
         before = position
 
@@ -715,11 +712,17 @@ class Lease:
 
         Raises:
             ValueError, RuntimeError: as for ``publish``. The lease goes on.
-            TypeError: ``stop_reason`` is not a string.
+            ValueError: ``stop_reason`` is another text (``STOP_REASONS``). The lease goes on.
+            TypeError: ``stop_reason`` is not a string, or ``donate`` not a bool. The lease goes on.
         """
         self._refuse_uncomputed(tokens, computed_len)
+        if type(donate) is not bool:
+            raise TypeError(f"donate must be True or False (got {donate!r}).")
         if not isinstance(stop_reason, str):
             raise TypeError(f"stop_reason must be a string (got {stop_reason!r}).")
+        if stop_reason and stop_reason not in STOP_REASONS:
+            known = ", ".join(sorted(STOP_REASONS))
+            raise ValueError(f"stop_reason must be one of {known}, or empty (got {stop_reason!r}).")
         if computed_len > self.prompt_len:
             donate &= self._interval is not None
         else:

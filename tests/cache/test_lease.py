@@ -194,6 +194,10 @@ def test_an_invalid_length_is_refused_and_the_lease_stays_usable(
         lease.plan_checkpoint(8, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="stop_reason must be a string"):
         lease.finish(prompt, 20, stop_reason=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"stop_reason must be one of end_turn, .* .got 'banana'."):
+        lease.finish(prompt, 20, stop_reason="banana")
+    with pytest.raises(TypeError, match=r"donate must be True or False .got 'no'."):
+        lease.finish(prompt, 20, donate="no")  # type: ignore[arg-type]
     check(cache, lease)
     lease.finish(prompt, 20)
     check(cache)

@@ -160,6 +160,19 @@ def test_a_listener_that_raises_is_unsubscribed_and_breaks_nothing(event, caplog
         cache.unsubscribe(broken)
 
 
+def test_an_error_of_a_listener_in_subscribe_is_raised_and_nothing_is_subscribed():
+    class Broken(Listener):
+        def kv_stored(self, node):
+            raise OSError("the socket is closed")
+
+    cache, broken = hybrid(), Broken()
+    publish(cache, ids("abcde"), [5])
+    with pytest.raises(OSError, match="the socket is closed"):
+        cache.subscribe(broken)
+    with pytest.raises(ValueError, match="not subscribed"):
+        cache.unsubscribe(broken)
+
+
 def begun(cache, placement, prompt):
     lease = Lease.begin(cache, placement, LeaseRequest(prompt))
     assert lease is not None and lease.extend(len(prompt))

@@ -19,6 +19,7 @@ import numpy as np
 
 from hybridcache.lab.arrivals import Fixed, Starts
 from hybridcache.lab.trace import FreshIds, TraceRequest, units
+from hybridcache.lab.traces.dialects import STOP_REASONS
 from hybridcache.lab.traces.frame import LONGEST, Record, SessionReader
 from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
@@ -92,7 +93,7 @@ class CodingAgentReader(SessionReader):
                     chat_boundaries(len(tokens), (shared,), (num_blocks,)).positions,
                     length % unit or None,
                     answer_tokens=answer,
-                    stop_reason=request.text("stop") if request.get("stop") else "",
+                    stop_reason=STOP_REASONS.get(str(request.get("stop")), ""),
                 )
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:

@@ -14,7 +14,8 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.lab.trace import BadRecordError, BadRecords, FreshIds, TraceRequest, units
-from hybridcache.lab.traces.frame import FileReader, Record, TraceClock, json_lines, warn
+from hybridcache.lab.traces.frame import FileReader, Record, TraceClock, json_lines, shown, warn
+from hybridcache.lease import STOP_REASONS
 from hybridcache.tokens import Tokens
 
 FIELDS = frozenset(
@@ -93,6 +94,10 @@ class OwnReader(FileReader):
             output, answer = _answer(record, unit, fresh)
             field = "time" if "time" in record else "timestamp"
             time = record.optional(record.moment, field, None)
+            stop_reason = record.optional(record.text, "stop_reason", "")
+            if stop_reason and stop_reason not in STOP_REASONS:
+                known = ", ".join(sorted(STOP_REASONS))
+                raise ValueError(f"stop_reason is {shown(stop_reason)}, not one of {known}")
             request = TraceRequest(
                 0.0,
                 session,
@@ -104,7 +109,7 @@ class OwnReader(FileReader):
                 record.optional(record.flag, "answer_survives", True),
                 answer,
                 record.optional(record.seconds, "service", None),
-                record.optional(record.text, "stop_reason", ""),
+                stop_reason,
                 record.optional(record.flag, "session_end", False),
             )
             now_s = clock.at(time, isinstance(record.get(field), str))

@@ -64,9 +64,9 @@ class LRU(EvictionPolicy):
         if kind == "checkpoint":
             return self._superseded.oldest() or self._checkpoints.oldest()
         if self._dead is not self._kv:
-            worthless = self._dead.oldest() or self._superseded.oldest()
-            if worthless is not None:
-                return worthless
+            victim = self._dead.oldest() or self._superseded.oldest()
+            if victim is not None:
+                return victim
         kv, checkpoint = self._kv.oldest(), self._checkpoints.oldest()
         if kv is None or checkpoint is None:
             return kv or checkpoint

@@ -70,7 +70,7 @@ class _Memo:
             self.turn = before.memo.turn + is_earlier
         self.active = item.last_used
         """Latest use of the item or of an evicted descendant."""
-        self.stage: int
+        self.stage = -1
         self.cell: int
         """First cell of its class in the table of indices."""
         self.entered: int
@@ -205,15 +205,14 @@ class Survival(EvictionPolicy):
         if memo is None:
             item.memo = memo = _Memo(item)
             self._stale[item] = None
-            self._enter(item, memo)
+            self._enter(item, memo, used=None)
             worth = 0.0 if columns is self._checkpoints else item.span / item.size_bytes
             columns.put(item, memo.cell, memo.entered, worth)
             return
         if item.uses > memo.uses:
-            self._used(item, memo)
+            self._enter(item, memo, used=True)
         elif item.superseded != memo.superseded:
-            hazards.close(memo.stage, hazards.now, used=False)
-            self._enter(item, memo)
+            self._enter(item, memo, used=False)
         columns.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
 
     def touch(self, item: Item) -> None:
@@ -223,7 +222,7 @@ class Survival(EvictionPolicy):
         self._just_used = True
         memo = item.memo
         if memo is not None and item.uses > memo.uses:
-            self._used(item, memo)
+            self._enter(item, memo, used=True)
             columns = self._kv if item.kind == "kv" else self._checkpoints
             if item in columns.places:
                 columns.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
@@ -253,8 +252,7 @@ class Survival(EvictionPolicy):
     def on_relabelled(self, item: Item) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
-            self.hazards.close(memo.stage, 0, used=None)
-            self._enter(item, memo)
+            self._enter(item, memo, used=None)
             if item in self._checkpoints.places:
                 self._checkpoints.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
 
@@ -297,20 +295,19 @@ class Survival(EvictionPolicy):
             chosen = self._least(self._kv)
         return chosen
 
-    def _used(self, item: Item, memo: _Memo) -> None:
-        self.hazards.close(memo.stage, item.last_used, used=True)
-        memo.uses = item.uses
-        memo.active = item.last_used
-        self._enter(item, memo)
-
-    def _enter(self, item: Item, memo: _Memo) -> None:
-        """Begin a stage in the present class of ``item``.
+    def _enter(self, item: Item, memo: _Memo, used: bool | None) -> None:
+        """End the stage of ``item``, with ``used`` as in ``Hazards.close``, and begin one in its
+        present class.
 
         An item that stands in for an evicted tip had its own continuation already. It is used by
         the request that the tip waits for, or by a fork, as superseded items are. The class with
         the higher index counts.
         """
         hazards = self.hazards
+        hazards.close(memo.stage, item.last_used if used else hazards.now, used)
+        if used:
+            memo.uses = item.uses
+            memo.active = item.last_used
         memo.superseded = item.superseded
         memo.key = _class_of(item, memo.turn)
         demand = None if item.superseded else memo.demand

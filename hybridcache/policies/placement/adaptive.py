@@ -95,11 +95,6 @@ class _Account:
         from there to the trial after it."""
 
     @property
-    def yield_tokens(self) -> float:
-        """Mean tokens earned by one checkpoint of this label."""
-        return self.earned / self.placed
-
-    @property
     def used_tokens(self) -> float:
         """Mean tokens from real hits of one checkpoint of this label."""
         return self.used / self.placed
@@ -215,8 +210,7 @@ class Adaptive(PlacementPolicy):
         if latest is not None and latest[0] is prefill:
             self._latest = None
             return latest[1]
-        shared, own_end = _split_boundaries(prefill)
-        return self._choose(prefill, shared, _back_offs(prefill, own_end))[0]
+        return self._choose(prefill, *_positions(prefill))[0]
 
     def decode_interval(self) -> int | None:
         return 1 if self._saves_answer else None
@@ -227,8 +221,7 @@ class Adaptive(PlacementPolicy):
         self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
         if prefill.free_slots is not None:
             self._room = prefill.free_slots + prefill.num_checkpoints
-        shared, own_end = _split_boundaries(prefill)
-        back_offs = _back_offs(prefill, own_end)
+        shared, back_offs = _positions(prefill)
         # The assumed earnings of shared positions start before those of the other labels.
         if prefill.forks and prefill.seen_len > prefill.cached_len:
             self._account("branch")
@@ -247,7 +240,14 @@ class Adaptive(PlacementPolicy):
         self._latest = prefill, planned
 
     def on_hit(self, item: Item) -> None:
-        account, num_tokens = self._account(base_label(item.label)), _covers(item)
+        label, above = base_label(item.label), item.above
+        if label in END_LABELS:
+            while above is not None and above.label.startswith("back:"):
+                if above.label in END_LABELS:
+                    break
+                above = above.above
+        account = self._account(label)
+        num_tokens = item.position - (0 if above is None else above.position)
         account.earned += num_tokens
         account.used += num_tokens
         account.uses += 1
@@ -323,17 +323,22 @@ class Adaptive(PlacementPolicy):
     def _end(self, prefill: Prefill) -> str | None:
         """Return the label of the end to save, of prompt or answer, or None."""
         labels = END_LABELS if prefill.answer_survives else END_LABELS[:1]
-        known = [label for label in labels if label in self._accounts]
-        label = max(known, key=lambda label: self._accounts[label].yield_tokens, default="back:1")
+        earned = {
+            label: account.earned / account.placed
+            for label in labels
+            if (account := self._accounts.get(label)) is not None
+        }
+        label = max(earned, key=earned.__getitem__, default="back:1")
         resumed = prefill.resumed
         if resumed is not None and not resumed.superseded and base_label(resumed.label) in TIPS:
             return label
-        return label if label in known and self._are_used(self._accounts[label]) else None
-
-    def _are_used(self, account: _Account) -> bool:
-        """Return whether enough checkpoints of a label are used before their eviction."""
+        if label not in earned:
+            return None
+        # The turnover rule: are enough of its checkpoints used before their eviction?
+        account = self._accounts[label]
         copy = COPY * self._mean_prompt * account.placed
-        return not account.hope_tokens and MARGIN * account.used > account.earned + copy
+        is_used = not account.hope_tokens and MARGIN * account.used > account.earned + copy
+        return label if is_used else None
 
     def _account(self, label: str) -> _Account:
         account = self._accounts.get(label)
@@ -372,33 +377,22 @@ def _pays(account: _Account, bars: tuple[float, float]) -> bool:
     return account.earned > earned_bar * account.placed or account.used_tokens > used_bar
 
 
-def _split_boundaries(prefill: Prefill) -> tuple[tuple[int, ...], int | None]:
-    """Return (shared boundaries, boundary at the end of the prompt itself or None)."""
-    boundaries = prefill.boundaries
+def _positions(prefill: Prefill) -> tuple[tuple[int, ...], list[Placed]]:
+    """Return the shared boundaries of ``prefill`` and its back-offs, deepest first. O(log prompt).
+
+    A boundary at the end of the prompt itself is not shared; the first back-off is there.
+    """
+    shared = prefill.boundaries
     longest = max(1, min(HEADER, prefill.grid - 1))
-    own_end = end_of_prompt(prefill.prompt_len, boundaries, longest)
-    return boundaries if own_end is None else boundaries[:-1], own_end
-
-
-def _back_offs(prefill: Prefill, own_end: int | None) -> list[Placed]:
-    """Return the back-offs of ``prefill``, deepest first. O(log prompt)."""
-    found = []
+    own_end = end_of_prompt(prefill.prompt_len, shared, longest)
+    if own_end is not None:
+        shared = shared[:-1]
+    back_offs = []
     distance, furthest = 1, prefill.prompt_len - prefill.cached_len - prefill.grid
     while distance <= furthest:
         position = prefill.prompt_len - distance
         if distance == 1 and own_end is not None:
             position = min(position, own_end)
-        found.append(Placed(position, f"back:{distance}"))
+        back_offs.append(Placed(position, f"back:{distance}"))
         distance = distance * STRIDE if distance > 1 else max(STRIDE, prefill.grid * STRIDE)
-    return found
-
-
-def _covers(item: Item) -> int:
-    """Return the number of tokens saved by resuming from ``item``."""
-    above = item.above
-    if base_label(item.label) in END_LABELS:
-        while (
-            above is not None and above.label.startswith("back:") and above.label not in END_LABELS
-        ):
-            above = above.above
-    return item.position - (0 if above is None else above.position)
+    return shared, back_offs
