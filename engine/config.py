@@ -45,6 +45,9 @@ BUILTIN_PROMPTS = (
 )
 """Messages that the built-in model answers correctly, also when sampled at temperature 1."""
 
+OF_CACHE = ("checkpoints", "eviction", "exact", "checkpoint_dtype")
+"""Settings that have no effect without a prefix cache."""
+
 DRAFTED_FULLY = 4
 """Number of sequences that may have drafts of full length in one step. More sequences share the
 same number of verified tokens."""
@@ -409,7 +412,16 @@ class EngineConfig(Settings):
         if isinstance(places, str):
             places = tuple(places.split(","))
         object.__setattr__(self, "checkpoints", tuple(places))
+        if self.prefix_cache == "none":
+            self._check_without_cache()
         self._keep_used()
+
+    def _check_without_cache(self) -> None:
+        """Raise ConfigError for a setting of the cache, which has no effect without one."""
+        for field in dataclasses.fields(self):
+            if field.name in OF_CACHE and getattr(self, field.name) != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                raise ConfigError(f"{flag} requires --prefix-cache hybrid.")
 
 
 def num_load_workers() -> int:

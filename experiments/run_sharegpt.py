@@ -118,15 +118,18 @@ def served(cache: str, cell: Scenario) -> dict[str, Any]:
     requests = list(cell.opened())
     longest = max(len(request.tokens) + len(request.output) for request in requests)
     clock = TraceClock()
+    cached: dict[str, Any] = {
+        "checkpoints": tuple(str(cell.checkpoints).split(",")),
+        "eviction": str(cell.policy),
+    }
     engine = Engine(
         EngineConfig(
             model=None if cell.model == BUILTIN else str(cell.model),
             prefix_cache="none" if cache == "none" else "hybrid",
-            checkpoints=tuple(str(cell.checkpoints).split(",")),
-            eviction=str(cell.policy),
             cache_gib=float(cell.gib),  # type: ignore[arg-type]
             max_model_len=longest + 1,
             max_running=1,
+            **({} if cache == "none" else cached),
         ),
         clock=clock,
     )

@@ -12,6 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,6 +176,12 @@ def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[s
         *("generate x --cache-gib 100000", "generate x --cache-gib 0.1 --max-running 100000000"),
         *("serve --port 0 --model /no/such/model", "generate x --device banana"),
         *("generate x --kernels attention=banana", "serve --port 0 --replicas 2 --state-dir x"),
+        *(
+            "generate x --prefix-cache none --exact",
+            "generate x --prefix-cache none --eviction lru",
+        ),
+        "generate x --prefix-cache none --checkpoints end",
+        "generate x --prefix-cache none --checkpoint-dtype int8",
     ],
 )
 def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,13 +193,21 @@ def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFix
     assert any(word.lstrip("-") in error for word in words), error
 
 
+def test_a_refused_start_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--cache-gib=0.05", f"--state-dir={tmp_path}/new/state", "--disk-gib=1e-6"]
+    assert exit_code(engine, ["generate", "x", *flags]) == 2
+    assert "--disk-gib" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "named"),
     [
         ([], {}, "prompt"),
-        ([1, 320], {}, "token ids"),
-        ([-1, 2**70], {}, "token ids"),
-        ([[1], [2, 3]], {}, "token ids"),
+        ([1, 320], {}, "prompt must contain token ids from 0 to 319 (got 320)"),
+        ([-1, 2**70], {}, "prompt must contain token ids"),
+        ([[1], [2, 3]], {}, "prompt must be a text or a flat list of token ids"),
         ([1.5], {}, "token ids"),
         ("text", {}, "tokenizer"),
         ([1], {"sampling": SamplingParams(stop=("x",))}, "stop"),

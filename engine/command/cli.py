@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
         return code
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"engine {parsed.verb}: {with_flags(str(error), vars(parsed))}", file=sys.stderr)
+        flags = vars(parsed).keys() - {"prompt"}  # An argument without a flag.
+        print(f"engine {parsed.verb}: {with_flags(str(error), flags)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"engine {parsed.verb}: {how_to_install(error, 'engine')}", file=sys.stderr)

@@ -371,7 +371,7 @@ class Intake:
         self._check_length(len(tokens), sampling, num_scores)
         if spec.grammar is not None and sampling.allowed_token_ids is not None:
             raise ValueError(
-                "a grammar and allowed_token_ids cannot be combined: remove one of them."
+                "allowed_token_ids cannot be combined with a grammar: remove one of them."
             )
         self._check_sampling(sampling)
         return structs.replace(
@@ -406,7 +406,7 @@ class Intake:
     def _tokens(self, prompt: Prompt) -> Tokens:
         if isinstance(prompt, str):
             if self._tokenizer is None:
-                raise ValueError("the engine has no tokenizer: pass the prompt as token ids.")
+                raise ValueError("prompt must be token ids, because the engine has no tokenizer.")
             prompt = self._tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and len(prompt) > self.max_model_len:
             raise ContextOverflow(len(prompt), 1, self.max_model_len)
@@ -417,16 +417,16 @@ class Intake:
         if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
             if all(type(token) is int for token in prompt):  # some do not fit into 64 bits
                 raise ValueError(self._not_ids(prompt))
-            raise ValueError("a prompt is a string or a flat list of token ids.")
+            raise ValueError("prompt must be a text or a flat list of token ids.")
         if not len(tokens):
-            raise ValueError("the prompt is empty; pass at least one token.")
+            raise ValueError("prompt must have at least one token (got none).")
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise ValueError(self._not_ids(tokens))
         return tokens.astype(np.int32, copy=False)
 
     def _not_ids(self, tokens: Iterable[int]) -> str:
         wrong = next(token for token in tokens if not 0 <= token < self._vocab_size)
-        return f"token ids must be from 0 to {self._vocab_size - 1} (got {wrong})."
+        return f"prompt must contain token ids from 0 to {self._vocab_size - 1} (got {wrong})."
 
     def _check_length(
         self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
@@ -450,8 +450,8 @@ class Intake:
         if sampling.thinking_token_budget is not None and not has_text:
             raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
         if self._tokenizer is None and (sampling.bad_words or sampling.stop):
-            name = "bad_words requires" if sampling.bad_words else "stop strings require"
-            raise ValueError(f"{name} a tokenizer, and the engine has none.")
+            name = "bad_words" if sampling.bad_words else "stop"
+            raise ValueError(f"{name} requires a tokenizer, and the engine has none.")
 
     def _rules(
         self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens

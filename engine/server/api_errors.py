@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -42,13 +43,15 @@ ANTHROPIC_KINDS = {
     503: "overloaded_error",
 }
 REFUSALS: dict[str, tuple[int, str | None]] = {
-    InvalidRequest.kind: (400, None),
     ContextOverflow.kind: (400, "context_length_exceeded"),
     DuplicateId.kind: (409, "duplicate_request_id"),
     QueueFull.kind: (429, "queue_full"),
     EngineStopped.kind: (503, "stopped"),
 }
-"""Status and code of each kind of ``RequestError``; any other kind is a failure of the engine."""
+"""Status and code of each kind of ``RequestError`` other than ``InvalidRequest``; any further kind
+is a failure of the engine."""
+PLAIN_NAME = re.compile(r"^([a-z]\w*)(?= (?:must|may|cannot|requires|of token) )")
+"""Name of a field at the beginning of a message of the engine."""
 RETRY_AFTER_S = {QueueFull.kind: 1, EngineStopped.kind: 10}
 SERVER_FAILED = "The server failed on this request; see its log for the reason."
 KINDS = {404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
@@ -156,6 +159,19 @@ def short(text: str, most: int = MAX_QUOTED) -> str:
     return whole_text(" ".join(cut.splitlines()))
 
 
+def of_value(error: ValueError, param: str | None = None) -> APIError:
+    """Describe a wrong value of the field ``param`` of a body, or of the one that the message
+    names.
+
+    Other messages name a field in quotation marks. Those of the engine, which are for callers in
+    Python too, begin with its name.
+    """
+    message = PLAIN_NAME.sub(r"'\1'", str(error))
+    named = re.search(r"'(\w[\w.]*)'", message)
+    param = named[1] if param is None and named else param
+    return APIError(400, message[:1].upper() + message[1:], param=param)
+
+
 def of_failure(error: Exception, param: str | None = None) -> APIError:
     """Convert ``error`` to the error that clients get, no matter which process raised it.
 
@@ -166,6 +182,8 @@ def of_failure(error: Exception, param: str | None = None) -> APIError:
     if not isinstance(error, RequestError):
         logger.error("A request failed.", exc_info=error)
         return APIError(500, SERVER_FAILED)
+    if error.kind == InvalidRequest.kind:
+        return of_value(ValueError(str(error)), param)
     if error.kind not in REFUSALS:
         return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
     status, code = REFUSALS[error.kind]

@@ -31,7 +31,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.server.api_errors import APIError, of_failure, quoted, short
+from engine.server.api_errors import APIError, of_failure, of_value, quoted, short
 from engine.server.request_log import note_error
 from engine.text.json_text import read_json, with_whole_escapes, write_json
 
@@ -166,7 +166,7 @@ def _decoded(kind: type[Kind], raw: bytes) -> Kind:
     try:
         return kind(**values)
     except ValueError as error:
-        raise APIError(400, str(error), param=_named(str(error))) from None
+        raise of_value(error) from None
 
 
 def _field(name: str, piece: Raw, of_type: Any, decoder: msgspec.json.Decoder[Any]) -> Any:
@@ -213,12 +213,6 @@ def _unknown(name: str, known: Mapping[str, Any]) -> APIError:
     remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
     message = f"{quoted(name)} is not a parameter of this endpoint: {remedy}"
     return APIError(400, message, param=name, code="unknown_parameter")
-
-
-def _named(message: str) -> str | None:
-    """Return the first name in quotation marks of ``message``, if there is one."""
-    found = re.search(r"'(\w[\w.]*)'", message)
-    return None if found is None else found[1]
 
 
 WORDS = {

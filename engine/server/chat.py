@@ -110,11 +110,12 @@ async def render(
         return prompt, chat.place
 
     if context.tokenizer.chat_template is None:
-        raise APIError(400, no_chat(context.tokenizer))
+        raise APIError(400, no_chat(context.tokenizer), param="messages")
     try:
         return await context.workers.run(size, work)
     except TemplateError as error:
-        raise APIError(400, f"The chat template rejects these messages: {error}") from error
+        message = f"The chat template rejects these messages: {error}"
+        raise APIError(400, message, param="messages") from error
     except ValueError as error:
         raise APIError(400, str(error), param="messages") from error
 

@@ -48,6 +48,8 @@ class CompletionRequest(Sampling, kw_only=True):
                 "'prompt' must be a text, a list of texts, a list of token ids or a list of such "
                 "lists."
             )
+        if not self.max_tokens and not self.echo:
+            raise ValueError("'max_tokens' must be at least 1 (got 0); 0 requires 'echo'.")
 
     @property
     def prompts(self) -> list[str | list[int]]:

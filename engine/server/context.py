@@ -29,7 +29,7 @@ from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
 from engine.server.access import Tenant, Tenants
-from engine.server.api_errors import APIError, of_failure, quoted
+from engine.server.api_errors import APIError, of_failure, of_value, quoted
 from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
 from engine.server.schemas import Message, Sampling
@@ -142,6 +142,7 @@ class ServingContext:
                 400,
                 f"{num_choices} answers are more than the queue of {self.engine.config.max_queue} "
                 "requests can hold: send fewer prompts or lower 'n'.",
+                param="n",
             )
 
     async def encode(
@@ -161,7 +162,7 @@ class ServingContext:
         try:
             return await self.workers.run(sum(map(len, prompts)), work)
         except ValueError as error:
-            raise APIError(400, str(error)) from error
+            raise of_value(error, "prompt") from error
 
     async def grammar_of(
         self, forms: Mapping[str, Callable[[], Grammar]], is_thinking: bool = False
@@ -176,12 +177,13 @@ class ServingContext:
             return None
         if len(forms) > 1:
             listed = ", ".join(f"'{name}'" for name in forms)
-            raise APIError(400, f"An answer can have only one form: send one of {listed}.")
+            message = f"An answer can have only one form: send one of {listed}."
+            raise APIError(400, message, param=next(iter(forms)))
         [(param, make)] = forms.items()
 
         def work() -> Grammar:
-            grammar = make().behind(CLOSE) if is_thinking else make()
             try:
+                grammar = make().behind(CLOSE) if is_thinking else make()
                 self.engine.compile(grammar)
             except ValueError as error:
                 raise ValueError(f"'{param}': {error}") from error

@@ -20,7 +20,7 @@ from msgspec import Meta, Raw
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
-from engine.server.api_errors import APIError, quoted
+from engine.server.api_errors import APIError, of_value, quoted
 from engine.server.bodies import Body, Part, check_nodes, converted, json_object
 from engine.text.json_text import read_json
 
@@ -97,9 +97,7 @@ class ResponseFormat(Part, kw_only=True):
         if self.type == "json_object":
             return Grammar.of_object()
         if self.json_schema is None or self.json_schema.schema is None:
-            raise GrammarError(
-                "'response_format' of type json_schema requires 'json_schema.schema'."
-            )
+            raise GrammarError("type json_schema requires 'json_schema.schema'.")
         return Grammar.of_schema(self.json_schema.schema)
 
 
@@ -244,7 +242,7 @@ class Sampling(Guided, kw_only=True):
             first = SamplingParams(**given)  # Its lists of tokens are checked once.
             return [first.with_seed(seed_of(self.seed, choice)) for choice in range(self.n)]
         except ValueError as error:
-            raise APIError(400, str(error)) from error
+            raise of_value(error) from error
 
 
 MAX_COUNT_OF_IDS = 300_000

@@ -228,7 +228,7 @@ class Server(uvicorn.Server):
         """Stop serving other engines at once, and all requests after ``drain_s``, or at a second
         signal."""
         if self._engine.failure is not None:
-            logger.warning("Stopping: the engine has ended. %s", self._engine.failure)
+            logger.warning("Stopping: the engine has ended.")  # The command prints the reason.
         elif num_left := len(self.server_state.tasks):
             logger.warning(
                 "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "

@@ -288,8 +288,8 @@ class IdTokenizer:
             return [int(word) for word in text.split()]
         except ValueError:
             raise ValueError(
-                "this model has no tokenizer: pass the prompt as token ids, or as a text of "
-                "numbers."
+                "prompt must be token ids, or a text of numbers, because this model has no "
+                "tokenizer."
             ) from None
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:

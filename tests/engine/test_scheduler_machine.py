@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine.config import OF_CACHE
 from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
 from engine.plugins.tiers import TierConfig
 from engine.requests.request import Request
@@ -78,6 +79,8 @@ def make_engine(
     arena.
     """
     kind = "hybrid" if prefix_cache == "radix" else prefix_cache
+    if kind == "none":
+        settings = {name: value for name, value in settings.items() if name not in OF_CACHE}
     config = engine_config(prefix_cache=kind, **settings)
     if slab_rows is not None and prefix_cache == "hybrid":
         least = 10 * (slab_rows + 2 * config.page_size)

@@ -57,7 +57,8 @@ async def tokenize(
         [token_ids] = await context.encode([body.prompt or ""], how)
     if len(token_ids) > MAX_COUNT_OF_IDS:
         message = f"This makes {len(token_ids)} tokens, more than {MAX_COUNT_OF_IDS}"
-        raise APIError(400, f"{message}: send it in parts.")
+        param = "messages" if body.messages else "prompt"
+        raise APIError(400, f"{message}: send it in parts.", param=param)
     answer |= {"count": len(token_ids), "tokens": token_ids}
     content = await context.workers.run(len(token_ids), lambda: to_json(answer))
     return Response(content, media_type="application/json")

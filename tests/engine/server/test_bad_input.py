@@ -37,9 +37,14 @@ def refused(live: Live, path: str, body: Any, *names: str) -> str:
     assert answer.status_code in (400, 404), where
     error = answer.json()["error"]
     keys = {"message", "type", "param", "code"}
-    assert answer.json()["type"] == "error" if "messages" in path else set(error) == keys, where
     message: str = error["message"]
     assert len(message.splitlines()) == 1 and len(message) < 300, where
+    is_capital = re.match("['A-Z0-9]|prompt is too long: ", message)  # Anthropic's words.
+    assert is_capital, f"{where}: the message begins in lower case"
+    if "messages" in path:
+        assert answer.json()["type"] == "error", where
+    else:
+        assert set(error) == keys and (error["param"] or "body" in message), where
     if names:
         assert any(n in message or str(error.get("param")).startswith(n) for n in names), where
     assert live.report()["usage"]["requests"] == before, where
