@@ -99,6 +99,7 @@ class SlotView(SlotAllocator):
         self.capacity = theirs.size + 1
         self.unit_bytes = state_bytes
         self.budget = None
+        self.taken = set(range(self.capacity))  # SGLang has the list of its free slots
         self._tensors = torch.arange(self.capacity, dtype=torch.int64, device=theirs.device)
 
     @property
@@ -114,10 +115,6 @@ class SlotView(SlotAllocator):
     def num_taken(self) -> int:  # type: ignore[override]
         """Number of cached or held slots. O(1)."""
         return int(self._theirs.size) - self.num_unused
-
-    def is_taken(self, slot: int) -> bool:
-        """Return True: SGLang has the list of its free slots."""
-        return True
 
     def allocate(self) -> int | None:
         """Allocate a slot. None if no slot is free."""
