@@ -199,6 +199,7 @@ def quotes() -> dict[str, list[str]]:
             f"rises from {p99('oldest'):.0f} to {p99('sessions'):.0f} s",
         ],
         "experiments/results_page.md": [
+            f"at most {max(ordering.values()):.2f} ms of processor time per step, and with the default policy {ordering['sessions, in debt']:.2f} ms",
             f"stop reasons add {least[0]:.1f} and {least[1]:.1f} points of hit rate in the two cells with the least memory, and cost at most {-min(claude.values()):.1f} points elsewhere",
             f"within noise at two sizes and {min(tau.values()):.1f} points at the third",
             "0.06 sessions/s the 99th percentile rises from {:.0f} to {:.0f} s".format(
@@ -242,9 +243,6 @@ def quotes() -> dict[str, list[str]]:
         "docs/how-to/sglang.md": [
             f"the token hit rate is {sglang_hits('hybridcache', 'survival', 'end')[-1]:.1f} % with `survival`, {sglang_hits('hybridcache', 'lru', 'end')[-1]:.1f} % with `lru`, and {sglang_hits('rust', 'lru', 'end')[-1]:.1f} % with SGLang's own cache",
             f"take {times['survival'][-2]:.2f} times the median time of SGLang's Rust core with `survival`, and {times['lru'][-2]:.2f} times with `lru`",
-        ],
-        "docs/engine/steps.md": [
-            f"at most {max(ordering.values()):.2f} ms of processor time per step, and with the default policy {ordering['sessions, in debt']:.2f} ms",
         ],
     }
 
