@@ -381,14 +381,6 @@ class Lease:
         return self._receipt.node
 
     @property
-    def restore(self) -> tuple[int, int] | None:
-        """(checkpoint slot, own slot) of the state copy to make before computing, or None if the
-        state starts from zero."""
-        if self.match.checkpoint is None or self.state_slot is None:
-            return None
-        return self.match.checkpoint, self.state_slot
-
-    @property
     def kv_indices(self) -> Indices:
         """KV rows of all positions so far: int32[``extended_len``], a read-only view.
 

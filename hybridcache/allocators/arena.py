@@ -117,10 +117,13 @@ class ArenaAllocator:
         """
         slabs, counts = self._count_holes()
         emptiest = int(counts[:-1].argmax())
-        if counts[emptiest] == self._slab_pages:
-            self._collect(slabs, counts)
-        else:
+        if counts[emptiest] < self._slab_pages:
             self._empty(emptiest, slabs, counts)
+            return
+        is_whole = counts == self._slab_pages
+        is_whole[-1] = False  # the tail is no slab
+        self.pages.restack(self.pages.stacked()[~is_whole[slabs]])
+        self.free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
 
     def occupancy(self) -> npt.NDArray[np.int64]:
         """Return the number of living KV rows of each slab, 0 for free slabs and states. O(slabs +
@@ -135,12 +138,6 @@ class ArenaAllocator:
         last."""
         slabs = self.pages.stacked() // np.int32(self._slab_pages)
         return slabs, np.bincount(slabs, minlength=self.num_slabs + 1)
-
-    def _collect(self, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
-        is_whole = counts == self._slab_pages
-        is_whole[-1] = False
-        self.pages.restack(self.pages.stacked()[~is_whole[slabs]])
-        self.free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
 
     def _empty(self, slab: int, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
         """Move the living rows of ``slab`` to holes elsewhere, and list it as free.
@@ -177,21 +174,14 @@ class ArenaAllocator:
             )
 
     def fill(self, num_pages: int) -> None:
-        """Put ``num_pages`` free pages of free slabs on the stack. O(num_pages)."""
-        num_slabs = -(-num_pages // self._slab_pages)
+        """Put ``num_pages`` free pages of free slabs on the stack, below all others.
+        O(num_pages)."""
+        size = self._slab_pages
+        num_slabs = -(-num_pages // size)
         opened = self.free_slabs[-num_slabs:]
         del self.free_slabs[-num_slabs:]
-        self._open(opened[::-1])
-
-    def _open(self, slabs: list[int]) -> None:
-        """Turn ``slabs``, which are not in the list any more, into holes below all others on the
-        stack.
-
-        The last one is used first.
-        """
-        size = self._slab_pages
-        bottom = self.pages.lift(len(slabs) * size)
-        for rank, slab in enumerate(slabs):
+        bottom = self.pages.lift(num_slabs * size)
+        for rank, slab in enumerate(reversed(opened)):
             np.add(self._offsets, slab * size, out=bottom[rank * size : (rank + 1) * size])
 
     def free_pages(self) -> Indices:

@@ -263,10 +263,8 @@ class Router:
             load.check()
         counted = [each for load in self.loads.values() for each in load.requests()]
         assert sorted(map(repr, counted)) == sorted(map(repr, self._where))
-        assert all(request in self._requests_of(at) for request, at in self._where.items())
-
-    def _requests_of(self, replica: ReplicaId) -> Iterator[Hashable]:
-        return self.loads[replica].requests()
+        for request, replica in self._where.items():
+            assert request in self.loads[replica].requests()
 
 
 class LeastLoaded(Router):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import RowWrite, StepPlan
+from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
@@ -223,18 +223,14 @@ class CacheManager:
         """Return the work on the tensors that the next batch does before it computes, once. Call
         its ``carry_out``, or ``step_done`` when the batch was given to the device."""
         self._step = step = self.cache.take_step()
-        if step.row_writes:
-            step.row_writes = self._clipped(step.row_writes)
+        if step.row_writes:  # Cut at the request table's width: a lease has whole pages of rows.
+            clipped = [w.up_to(self._requests[w.table_row].max_len) for w in step.row_writes]
+            step.row_writes = tuple(write for write in clipped if len(write.kv_indices))
         return step
 
     def step_done(self) -> None:
         """Note that the last batch was given to the device, which orders its work. O(1)."""
         self._step.done()
-
-    def _clipped(self, row_writes: tuple[RowWrite, ...]) -> tuple[RowWrite, ...]:
-        """Cut ``row_writes`` at the request table's width: a lease has whole pages of rows."""
-        clipped = [write.up_to(self._requests[write.table_row].max_len) for write in row_writes]
-        return tuple(write for write in clipped if len(write.kv_indices))
 
     def lost_moves(self) -> bool:
         """Return, after a failed step, whether the moves of the last batch are uncertain. If so, no

@@ -26,18 +26,15 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
+from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import common_prefix_len
-
-if TYPE_CHECKING:
-    from hybridcache.lease import Lease
-    from hybridcache.scheduling.request import ScheduledRequest
 
 TILE = 64
 """Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute
@@ -216,8 +213,10 @@ class StepPlanner(Generic[R]):
             clock: function that returns seconds.
         """
         self._manager = manager
-        self._admission = admission
-        self._sessions = Sessions()
+        self.admission = admission
+        """Order of the waiting requests."""
+        self.sessions = Sessions()
+        """Sessions of waiting and running requests, and idle ones."""
         self.max_running = max_running
         self._token_budget = token_budget
         self._sharing = Sharing(manager) if shares else None
@@ -230,8 +229,8 @@ class StepPlanner(Generic[R]):
         self._load = Load(
             max_running=max_running,
             running=self._running,
-            open_sessions=self._sessions.open,
-            idle_sessions=self._sessions.idle,
+            open_sessions=self.sessions.open,
+            idle_sessions=self.sessions.idle,
             cached_len=self._cached_len,
             footprint=lambda one: memory.share(one.num_tokens - one.shared_len, 1),
         )
@@ -258,20 +257,10 @@ class StepPlanner(Generic[R]):
         """Return whether any request waits or runs."""
         return bool(self._waiting or self._running)
 
-    @property
-    def sessions(self) -> Sessions:
-        """Sessions of waiting and running requests, and idle ones."""
-        return self._sessions
-
-    @property
-    def admission(self) -> AdmissionPolicy:
-        """Order of the waiting requests."""
-        return self._admission
-
     def add(self, request: R) -> None:
         """Add ``request`` to the waiting requests."""
         self._load.now_s = self._clock()
-        request.session = self._sessions.arrived(
+        request.session = self.sessions.arrived(
             request.request_id,
             request.tokens[: request.prompt_len],
             self._load.now_s,
@@ -280,7 +269,7 @@ class StepPlanner(Generic[R]):
             choice_of=request.spec.choice_of,
         )
         insort(self._waiting, request, key=_age)
-        self._admission.arrived(request, self._load)
+        self.admission.arrived(request, self._load)
 
     def remove(self, request: R) -> None:
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards."""
@@ -329,7 +318,7 @@ class StepPlanner(Generic[R]):
         """Report the duration of the last step's prefills, which ends now, to the policy."""
         if self._num_prefilling:
             seconds = self._load.now_s - self._step_began_s
-            self._admission.computed(self._num_prefilling, seconds, self._load)
+            self.admission.computed(self._num_prefilling, seconds, self._load)
             self._num_prefilling = 0
 
     def advance(self, request: R, end: int, publishes: bool = True) -> None:
@@ -354,12 +343,12 @@ class StepPlanner(Generic[R]):
     def end_session(self, request_id: str) -> None:
         """End the idle session with ``request_id`` as its newest request, if there is one: its
         client sends no further request. O(1)."""
-        self._sessions.end(request_id)
+        self.sessions.end(request_id)
 
     @property
     def wakes_at_s(self) -> float | None:
         """Time at which the policy withholds less; None if it names none that is still to come."""
-        time_s = self._admission.wakes_at_s
+        time_s = self.admission.wakes_at_s
         return time_s if time_s is not None and self._load.now_s < time_s < inf else None
 
     @property
@@ -379,20 +368,20 @@ class StepPlanner(Generic[R]):
         """Return the state of queue and policy. O(waiting + live sessions)."""
         now_s = self._clock()
         return AdmissionReport(
-            live_sessions=self._sessions.num_live(now_s),
+            live_sessions=self.sessions.num_live(now_s),
             waiting_sessions=len({request.session for request in self._waiting}),
             oldest_wait_s=max(
                 (now_s - request.arrival_s for request in self._waiting), default=0.0
             ),
-            figures=dict(self._admission.report()),
+            figures=dict(self.admission.report()),
         )
 
     def _has_left(self, request: R) -> None:
         self._load.now_s = self._clock()
         if not self.has_work():
             self._account()
-        self._sessions.left(request.session, request.num_tokens, self._load.now_s)
-        self._admission.left(request, self._load)
+        self.sessions.left(request.session, request.num_tokens, self._load.now_s)
+        self.admission.left(request, self._load)
         if request.spec.ends_session and not request.session.num_open:
             self.end_session(request.session.newest_id)
 
@@ -406,11 +395,8 @@ class StepPlanner(Generic[R]):
             known = self._matches[request] = version, max(match.cached_len, loadable_len)
         return known[1]
 
-    def _decoding(self) -> list[R]:
-        return [r for r in self._running if r.scheduled_len >= r.prefill_len]
-
     def _budget(self) -> PrefillBudget:
-        num_decodes = len(self._decoding())
+        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
         tokens = max(self._token_budget - num_decodes, TILE)
         is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
         return PrefillBudget.of(tokens, is_shared=not is_alone)
@@ -450,13 +436,10 @@ class StepPlanner(Generic[R]):
             if youngest is request:
                 self._is_full = True
                 return False
-            self._preempt(youngest)
+            self._manager.preempt(youngest)
+            self._requeue(youngest)
+            self._is_full = True
         return True
-
-    def _preempt(self, request: R) -> None:
-        self._manager.preempt(request)
-        self._requeue(request)
-        self._is_full = True
 
     def _requeue(self, request: R) -> None:
         """Move running ``request``, which has lost its claims, back to the waiting requests."""
@@ -470,7 +453,7 @@ class StepPlanner(Generic[R]):
         Requests held for a load cost O(1) each and count for neither limit, so they never hide the
         requests behind them.
         """
-        waiting = self._admission.order(tuple(self._waiting), self._load)
+        waiting = self.admission.order(tuple(self._waiting), self._load)
         candidates = cast("tuple[R, ...]", tuple(waiting))
         self._withholds_all = not candidates
         num_looked_at = num_unled = 0
@@ -478,15 +461,10 @@ class StepPlanner(Generic[R]):
             is_held = self._holding.is_holding(request)
             yield request
             num_looked_at += not is_held
-            num_unled += not self._is_led(request)
+            follows = self._sharing is not None and self._sharing.follows(request)
+            num_unled += not (follows or self._holding.is_holding(request))
             if num_unled == 2 * self.max_running or num_looked_at == 8 * self.max_running:
                 return
-
-    def _is_led(self, request: R) -> bool:
-        """Return whether waiting ``request`` waits for another request or for a load."""
-        if self._holding.is_holding(request):
-            return True
-        return self._sharing is not None and self._sharing.follows(request)
 
     def _admit(self, candidates: Iterable[R], ends: dict[R, int], budget: PrefillBudget) -> list[R]:
         """Admit waiting requests in the given order, except those that follow a running prefill.
@@ -556,7 +534,7 @@ class StepPlanner(Generic[R]):
             request.cached_len, request.losses = lease.cached_len, losses
             if session.num_requests == 1 and not session.num_admitted:
                 session.shared_len = min(lease.match.kv_match_len, request.prompt_len)
-        self._admission.admitted(request, self._load)
+        self.admission.admitted(request, self._load)
         session.num_admitted += is_first
         return True
 

@@ -43,7 +43,7 @@ def test_a_lease_follows_moves_of_cached_rows():
     assert [(write.start, write.kv_indices.tolist()) for write in plan.row_writes] == [
         (0, before.tolist())
     ]
-    assert plan.restores == (lease.restore,)
+    assert plan.restores == ((lease.match.checkpoint, lease.state_slot),)
     slots = []
     while cache.arena.num_moves == 0:
         slots.append(cache.allocate_slot())

@@ -136,7 +136,7 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
         if lease is None:
             return
         assert lease.cached_len == twin.cached_len and lease.losses == twin.losses
-        assert (lease.restore is None) == (twin.restore is None)
+        assert (lease.match.checkpoint is None) == (twin.match.checkpoint is None)
         table = np.full(len(tokens) + self.cache.page_size, -1, np.int32)
         start = lease.cached_len
         row = self.num_begun

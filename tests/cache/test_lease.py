@@ -336,12 +336,12 @@ def test_a_plan_is_carried_out_in_order_and_once() -> None:
 def test_publishing_before_the_state_is_restored_raises(end: str) -> None:
     cache, prompt = make_cache(), tokens(200)
     lease = begin_resumed(cache, prompt)
-    assert lease.restore is not None and lease.extend(200)
+    assert lease.match.checkpoint is not None and lease.extend(200)
     with pytest.raises(RuntimeError, match="up to 200 were computed before a step plan restored"):
         getattr(lease, end)(prompt, 200)
     assert lease.published_len == 192, "a refused call published tokens"
     lease.publish(prompt, 192)  # nothing computed
-    assert cache.take_step().restores == (lease.restore,)
+    assert cache.take_step().restores == ((lease.match.checkpoint, lease.state_slot),)
     with pytest.raises(AssertionError, match="taken but not carried out"):
         check(cache, lease)
     with pytest.raises(RuntimeError, match="taken but not carried out, so rows and states are"):

@@ -291,7 +291,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert lease_request.reuse or not (lease.losses.not_fetched or lease.match.loadable)
         start = lease.cached_len
         request = Running(self.num_requests, tokens, prompt_len, lease, start)
-        request.needs_restore = lease.restore is not None
+        request.needs_restore = lease.match.checkpoint is not None and lease.state_slot is not None
         self.running.append(request)
 
     def num_loaded_rows(self) -> int:

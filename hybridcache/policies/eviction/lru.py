@@ -44,11 +44,11 @@ class LRU(EvictionPolicy):
             line = self._superseded if item.superseded else self._checkpoints
         queue = line.queue
         if queue and entry < queue[-1]:
-            line.add_late(entry)
+            heappush(line.late, entry)
         else:
             queue.append(entry)
-            if len(queue) > line.limit:
-                line.sweep()
+        if len(queue) > line.limit or len(line.late) > line.limit:
+            line.sweep()
 
     def discard(self, item: Item, evicted: bool) -> None:
         item.memo = None
@@ -96,12 +96,6 @@ class _Line:
 
     def __iter__(self) -> Iterator[Entry]:
         return chain(self.queue, self.late)
-
-    def add_late(self, entry: Entry) -> None:
-        """Add an entry that is out of order. O(log n) amortised."""
-        heappush(self.late, entry)
-        if len(self.late) > self.limit:
-            self.sweep()
 
     def oldest(self) -> Item | None:
         """Return the least recently used item, removing stale entries before it.
