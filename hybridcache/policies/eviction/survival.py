@@ -37,7 +37,7 @@ GENERAL_FROM = 3
 """First fact of a class with an effect in all classes: the generation."""
 
 
-Class = tuple[tuple[bool, bool], *tuple[str | int, ...]]
+Class = tuple[tuple[bool, bool], str, *tuple[str | int, ...]]
 """((superseded, speculative), label, uses, generation, octave of the position, half octave), and
 the stop reason of the answer behind it, if that is known."""
 
@@ -313,11 +313,11 @@ class Survival(EvictionPolicy):
         demand = None if item.superseded else memo.demand
         if demand is not None:
             memo.key = ((True, memo.key[0][1]), *memo.key[1:])
-        (superseded, speculative), label = memo.key[:2]
+        (superseded, speculative), label = memo.key[0], memo.key[1]
         prior = SPECULATIVE_PRIOR if speculative else 1.0
         if superseded:
             tips = (False, speculative), label
-            hazards.row(memo.key[:2], prior, (tips, SUPERSEDED_PRIOR))
+            hazards.row((memo.key[0], label), prior, (tips, SUPERSEDED_PRIOR))
         row = hazards.row(memo.key, prior)
         if demand is not None:
             tip_row = hazards.row(demand, SPECULATIVE_PRIOR if demand[0][1] else 1.0)
