@@ -54,7 +54,7 @@ test: install  ## run a representative part of the tests, in four minutes on two
 test-all: install  ## run every test with long profiles, endurance, and mutants of changed files, part by part (an hour)
 	$(TESTING) $(BIN)/python -m tests.run all
 
-test-environments: install  ## run the suite without a compiler, in background shells, without a terminal, under load ...
+test-environments: install  ## run the suite without a compiler, with other instruction sets, and in a bare background shell
 	$(TESTING) $(BIN)/python -m tests.run environments
 
 lint: install  ## check style, format, types, and installed packages for known vulnerabilities

@@ -67,7 +67,7 @@ GROUPS = {
             "tests/cache/test_lease.py",
             "tests/cache/test_lease_machine.py",
             "tests/lab/test_closed_loop.py",
-            "tests/cache/test_arena_machine.py",
+            "tests/cache/test_arena.py",
             "tests/engine/test_schedule.py",
             "tests/engine/test_scheduler_machine.py",
             "tests/engine/test_fairness.py",

@@ -1,7 +1,7 @@
 """Run all tests, or the tests in difficult environments.
 
 python -m tests.run all [PART ...]          everything, part by part (`make test-all`)
-python -m tests.run environments [NAME ...] the suite without a terminal, under load, ...
+python -m tests.run environments            the suite without a compiler, without a terminal, ...
 
 Each part or environment writes its output to a file in ``out/`` and one line to the screen.
 """
@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,32 +159,14 @@ def touchy_tests() -> list[Path]:
     return found
 
 
-def _sh(script: str, command: Sequence[str | Path]) -> list[str]:
-    """Return a shell command that runs ``script`` with ``command`` as its arguments."""
-    return ["sh", "-c", script, "sh", *map(str, command)]
-
-
-def _needs(program: str) -> str | None:
-    """Return a message if a program is missing, else None."""
-    return None if shutil.which(program) else f"{program} not found"
-
-
-@contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Keep ``count`` processes busy during the context."""
-    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in spin:
-            process.kill()
-            process.wait()
-
-
-NUMERICS = (Path("tests/kernels"), Path("tests/engine/numerics"))
+NUMERICS = ("tests/kernels", "tests/engine/numerics")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?")
 INSTRUCTIONS = ("AVX512_CORE", "AVX2")
 """Limits of oneDNN's instructions that are tested: each selects other kernels."""
+BARE = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "TRITON_HOME": "/proc"}
+BARE |= {"LANG": "C", "LC_ALL": "C", "TERM": ""}
+BACKGROUND = "trap '' INT; exec nohup setsid --wait \"$@\" <&-"
+"""Script of a shell that ignores SIGINT, with a closed stdin and no terminal."""
 
 
 def link_programs(folder: Path) -> None:
@@ -199,59 +179,28 @@ def link_programs(folder: Path) -> None:
                 link.symlink_to(program)
 
 
-def environments(tests: Sequence[Path]) -> Iterator[Part]:
-    """Yield the suite in each environment. An environment exists until the next iteration.
-
-    ``tests`` are files or folders, or none for the tests that an environment may affect.
-    """
-    command = [*PYTEST, "-p", "no:cacheprovider", *(tests or touchy_tests())]
-    numerics = [*PYTEST, "-p", "no:cacheprovider", *(tests or NUMERICS)]
+def run_environments() -> int:
+    """Run the tests of numbers without a compiler, and touchy tests in a bare background shell."""
+    numerics = [*PYTEST, "-p", "no:cacheprovider", *NUMERICS]
+    command = [*PYTEST, "-p", "no:cacheprovider", *touchy_tests()]
     with tempfile.TemporaryDirectory() as folder:
         link_programs(Path(folder))
-        yield Part("no compiler", numerics, {"PATH": folder})
-        for limit in INSTRUCTIONS:
-            env = {"PATH": folder, "ONEDNN_MAX_CPU_ISA": limit}
-            yield Part(f"no compiler, {limit}", numerics, env)
-    home = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "TRITON_HOME": "/proc"}
-    yield Part("SIGINT ignored", _sh("trap '' INT; exec \"$@\" < /dev/null", command))
-    yield Part("nohup", ["nohup", *command], missing=_needs("nohup"))
-    yield Part("no terminal", ["setsid", "--wait", *command], {"TERM": ""}, _needs("setsid"))
-    yield Part("closed stdin", _sh('exec "$@" <&-', command))
-    with busy(8):
-        yield Part("load of 8", command)
-    yield Part("read-only HOME", command, home)
-    yield Part("LANG=C", command, {"LANG": "C", "LC_ALL": "C"})
-
-
-def run_environments(names: Sequence[str], tests: Sequence[Path]) -> int:
-    """Run tests in each environment, or in those with a name that begins with one of ``names``."""
-    codes = []
-    for part in environments(tests):
-        if not names or part.name.lower().startswith(tuple(name.lower() for name in names)):
-            codes.append(run([part], OUT / "test-environments"))
-    return max(codes, default=2)
+        limits = [{}, *({"ONEDNN_MAX_CPU_ISA": limit} for limit in INSTRUCTIONS)]
+        parts = [
+            Part(" ".join(("no compiler", *limit.values())), numerics, {"PATH": folder} | limit)
+            for limit in limits
+        ]
+        parts.append(Part("background", ["sh", "-c", BACKGROUND, "sh", *command], BARE))
+        return run(parts, OUT / "test-environments")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.run", description=__doc__.splitlines()[0])
     ways = parser.add_subparsers(dest="way", required=True)
     ways.add_parser("all").add_argument("parts", nargs="*", metavar="PART")
-    environment = ways.add_parser("environments")
-    environment.add_argument("names", nargs="*", metavar="NAME")
-    environment.add_argument(
-        "--tests",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="files or folders (default: tests that start processes, use sockets or write files; "
-        "for processors and compilers, those of kernels and numbers)",
-    )
+    ways.add_parser("environments")
     options = parser.parse_args(arguments)
-    runs: dict[str, Callable[[], int]] = {
-        "all": lambda: run_all(options.parts),
-        "environments": lambda: run_environments(options.names, options.tests or ()),
-    }
-    return runs[options.way]()
+    return run_all(options.parts) if options.way == "all" else run_environments()
 
 
 if __name__ == "__main__":

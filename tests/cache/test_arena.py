@@ -1,15 +1,20 @@
-"""Cache on an arena: a lease with moving rows, and refused options."""
+"""Cache on an arena: a lease with moving rows, a plain twin, and refused options."""
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.registry import parse_placement
+from hybridcache.policies.registry import EVICTION, parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out
+from tests.cache.twins import Twins
+
+ROW_BYTES = 2
 
 
 def serve(cache, tokens: Tokens, held_tokens: int) -> None:
@@ -64,3 +69,62 @@ def test_invalid_memory_options_raise():
     with pytest.raises(ValueError, match="needs total_bytes"):
         CacheConfig(num_kv_tokens=10, num_slots=1, memory="arena", **weights)
     assert build_prefix_cache(CacheConfig(total_bytes=10, **weights)).arena is None
+
+
+def arena_twins(rng: random.Random) -> Twins:
+    """Build a small random arena cache with its plain twin."""
+    page_size, grid = rng.choice((1, 2, 4)), rng.choice((1, 4))
+    unit = max(page_size, grid)
+    return Twins(
+        CacheConfig(
+            page_size=page_size,
+            grid=grid,
+            total_bytes=ROW_BYTES * unit * rng.randint(20, 50),
+            kv_bytes_per_token=ROW_BYTES,
+            state_bytes=ROW_BYTES * unit * rng.randint(2, 8) - 1,
+            memory="arena",
+            eviction=rng.choice(("lru", "lru", *EVICTION)),
+            priority_classes=rng.random() < 0.7,
+            ghost_bytes=rng.choice((0, 2000, 1 << 20)),
+        )
+    )
+
+
+def serve_twins(twins: Twins, rng: random.Random, num_operations: int) -> None:
+    """Run random operations: begin, publish and end requests, hold rows and slots, and free
+    them."""
+    unit, step = max(twins.config.page_size, twins.config.grid), twins.cache._step
+    for _ in range(num_operations):
+        dice = rng.random()
+        request = rng.choice(twins.requests) if twins.requests else None
+        if dice < 0.3 and len(twins.requests) < 3:
+            blocks = [rng.randrange(3) for _ in range(rng.randint(1, 5))]
+            twins.begin(np.repeat(np.array(blocks, np.int32), unit), rng.choice((None, "tenant")))
+        elif dice < 0.65 and request is not None:
+            length = rng.randint(request.published_len, len(request.tokens))
+            positions = {rng.randint(0, length // step) * step for _ in range(rng.randint(0, 2))}
+            twins.publish(request, length, sorted(positions), rng.random() < 0.5)
+        elif dice < 0.85 and request is not None:
+            twins.end(request)
+        elif dice < 0.89:
+            rows = twins.allocate_kv(rng.randint(1, 3) * twins.config.page_size)
+            if rows is not None:
+                twins.held_rows.append(rows)
+        elif dice < 0.93 and twins.held_rows:
+            twins.free_kv(twins.held_rows.pop(0))
+        elif dice < 0.96:
+            twins.allocate_slot()
+        elif twins.held_slots:
+            twins.free_slot(twins.held_slots[0])
+        twins.check()
+
+
+@pytest.mark.full("0", "1", "2", "3")
+@pytest.mark.parametrize("seed", range(12))
+def test_a_full_arena_agrees_with_its_plain_twin(seed):
+    rng, num_moves = random.Random(seed), 0
+    for _ in range(3):
+        twins = arena_twins(rng)
+        serve_twins(twins, rng, num_operations=120)
+        num_moves += twins.arena(twins.cache).num_moves
+    assert num_moves > 0, "no row moved, so this test proves nothing"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from hybridcache.config import CacheConfig
 from hybridcache.policies.registry import EVICTION
-from tests.cache.test_arena_machine import serve_twins
+from tests.cache.test_arena import serve_twins
 from tests.cache.test_lease_machine import LeaseMachine
 from tests.cache.tiers import TieredMemory
 from tests.cache.twins import Twins

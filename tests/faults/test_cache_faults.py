@@ -24,7 +24,7 @@ from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine
 from tests.cache import test_rules, test_tiers
-from tests.cache.test_arena_machine import ArenaLeaseMachine, arena_twins, serve_twins
+from tests.cache.test_arena import arena_twins, serve_twins
 from tests.cache.test_lease_machine import LeaseMachine
 from tests.cache.test_machine import CacheMachine
 from tests.cache.test_tiers_machine import TieredMachine
@@ -49,14 +49,6 @@ def arena() -> None:
         for _ in range(5):
             twins.evict(rng.randint(1, 6), 0)
         twins.check()
-
-
-def leases() -> None:
-    """Run random operations of a few leases on a small arena."""
-    for seed in range(12):
-        state_machine = ArenaLeaseMachine()
-        state_machine.make(page_size=1, state_rows=4, num_rows=60, seed=seed % 10)
-        state_machine.many_operations(seed, 120)
 
 
 def short_tables() -> None:
@@ -193,6 +185,13 @@ def rows_of_the_tree_count_as_read_when_a_table_grows(patch: Patch) -> None:
         return extended
 
 
+@FAULTS.detected_by(short_tables)
+def a_request_publishes_tokens_that_are_not_computed(patch: Patch) -> None:
+    @patch(Lease, "publish")
+    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
+        return original(self, tokens, min(computed_len + 4, len(tokens), self.extended_len))
+
+
 @FAULTS.detected_by(arena)
 def an_eviction_frees_more_than_requested(patch: Patch) -> None:
     @patch(HybridRadixCache, "evict")
@@ -307,63 +306,6 @@ def moved_rows_are_gathered_from_their_old_place(patch: Patch) -> None:
     @patch(HybridRadixCache, "gather")
     def gather(original: Any, self: Any, node: Any) -> Any:
         return last.setdefault(id(node), original(self, node).copy())
-
-
-# --- Leases -------------------------------------------------------------------------------------
-
-
-@FAULTS.detected_by(leases)
-def a_lease_does_not_report_moved_rows(patch: Patch) -> None:
-    @patch(StepQueue, "row_write_due")
-    def row_write_due(original: Any, self: Any, *arguments: Any) -> None:
-        pass
-
-
-@FAULTS.detected_by(leases)
-def new_rows_of_a_lease_do_not_follow_moves(patch: Patch) -> None:
-    @patch(Lease, "rows_moved")
-    def rows_moved(original: Any, self: Any, move: Any) -> Any:
-        self._indexed_len = self.extended_len
-        return original(self, move)
-
-
-@FAULTS.detected_by(leases)
-def a_lease_does_not_report_replaced_duplicates(patch: Patch) -> None:
-    @patch(Lease, "publish")
-    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
-        unread_len = self._unread_len
-        changed = original(self, tokens, computed_len)
-        self._unread_len = unread_len
-        return changed
-
-
-@FAULTS.detected_by(leases)
-def an_aborted_lease_keeps_its_memory(patch: Patch) -> None:
-    @patch(Lease, "abort")
-    def abort(original: Any, self: Any) -> None:
-        pass
-
-
-@FAULTS.detected_by(leases)
-def a_state_is_not_copied_before_resuming(patch: Patch) -> None:
-    @patch(StepQueue, "take")
-    def take(original: Any, self: Any) -> Any:
-        self.restores.clear()
-        return original(self)
-
-
-@FAULTS.detected_by(leases)
-def an_unwritten_checkpoint_is_published(patch: Patch) -> None:
-    @patch(Lease, "take_checkpoint_slots")
-    def take_checkpoint_slots(original: Any, self: Any, *span: Any) -> Any:
-        return (original(self, *span) or ())[:0]
-
-
-@FAULTS.detected_by(leases)
-def a_request_publishes_tokens_that_are_not_computed(patch: Patch) -> None:
-    @patch(Lease, "publish")
-    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
-        return original(self, tokens, min(computed_len + 4, len(tokens), self.extended_len))
 
 
 # --- Tiers --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from engine.plugins.speculation.draft_manager import DraftLength
 from engine.plugins.tiers.records import RecordStore
 from engine.requests.logit_rules import TokenCounts
 from engine.schedule.batch import Batch
-from hybridcache.allocators.moves import Move
+from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.lease import Lease
 from tests.engine import test_drafters, test_engine
 from tests.engine.store.test_records import StoreMachine
@@ -242,6 +242,53 @@ def exact_mode_publishes_decoded_tokens(patch: Patch) -> None:
     @patch(Lease, "begin")
     def begin(original: Any, cls: Any, cache: Any, placement: Any, request: Any, *rest: Any) -> Any:
         return original(cls, cache, placement, request._replace(exact=False), *rest)
+
+
+@FAULTS.detected_by(ARENA)
+def a_lease_does_not_report_moved_rows(patch: Patch) -> None:
+    @patch(StepQueue, "row_write_due")
+    def row_write_due(original: Any, self: Any, *arguments: Any) -> None:
+        pass
+
+
+@FAULTS.detected_by(ARENA)
+def new_rows_of_a_lease_do_not_follow_moves(patch: Patch) -> None:
+    @patch(Lease, "rows_moved")
+    def rows_moved(original: Any, self: Any, move: Any) -> Any:
+        self._indexed_len = self.extended_len
+        return original(self, move)
+
+
+@FAULTS.detected_by(ARENA)
+def a_lease_does_not_report_replaced_duplicates(patch: Patch) -> None:
+    @patch(Lease, "publish")
+    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
+        unread_len = self._unread_len
+        changed = original(self, tokens, computed_len)
+        self._unread_len = unread_len
+        return changed
+
+
+@FAULTS.detected_by(ARENA)
+def an_aborted_lease_keeps_its_memory(patch: Patch) -> None:
+    @patch(Lease, "abort")
+    def abort(original: Any, self: Any) -> None:
+        pass
+
+
+@FAULTS.detected_by(ARENA)
+def a_state_is_not_copied_before_resuming(patch: Patch) -> None:
+    @patch(StepQueue, "take")
+    def take(original: Any, self: Any) -> Any:
+        self.restores.clear()
+        return original(self)
+
+
+@FAULTS.detected_by(ARENA)
+def an_unwritten_checkpoint_is_published(patch: Patch) -> None:
+    @patch(Lease, "take_checkpoint_slots")
+    def take_checkpoint_slots(original: Any, self: Any, *span: Any) -> Any:
+        return (original(self, *span) or ())[:0]
 
 
 # --- Drafts -------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Recurrences of Gated DeltaNet, Kimi Delta Attention, Mamba-2 and Mamba-1: all backends compared
-with the recurrence in float64, with transformers and with each other."""
+with the recurrence in float64 and with each other.
+
+`tests/engine/numerics` compares the references with transformers, inside of whole models.
+"""
 
 from __future__ import annotations
 
@@ -491,96 +494,3 @@ def test_gates_equal_the_formula(backend, dtype, is_limited, device) -> None:
     assert gate.dtype is other.dtype is torch.float32
     torch.testing.assert_close(gate.double(), -rate * soft, atol=0, rtol=1e-5)
     torch.testing.assert_close(other.double(), expected, atol=0, rtol=1e-5)
-
-
-# --- Transformers ---------------------------------------------------------------------------------
-
-
-def modeling(family: str, function: str) -> Any:
-    module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
-    if not hasattr(module, function):
-        pytest.skip("this version of transformers has no such function")
-    return module
-
-
-def test_gdn_equals_transformers() -> None:
-    module = modeling("qwen3_next", "torch_chunk_gated_delta_rule")
-    torch.manual_seed(7)
-    scan = Scan(gdn)
-    prompt = scan.draw(150, Sizes(2, 4, 32, 48), torch.float32)
-    initial = torch.randn(1, 4, 32, 48)
-    out, states = scan.run(prompt, [150], initial, [0])
-    query, key, value, gate, beta = prompt.tokens
-    query, key = (x.repeat_interleave(2, dim=1)[None] for x in (query, key))
-    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    for form in ("chunk", "recurrent"):
-        expected, last = vars(module)[f"torch_{form}_gated_delta_rule"](
-            *(query, key, value[None]),
-            g=gate[None],
-            beta=beta[None],
-            initial_state=initial,
-            **options,
-        )
-        torch.testing.assert_close(out, expected[0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(states[0], last[0], atol=1e-5, rtol=1e-4)
-
-
-def test_kda_equals_transformers() -> None:
-    module = modeling("kimi_linear", "chunk_kimi_delta_attention")
-    torch.manual_seed(3)
-    scan = Scan(kda)
-    prompt = scan.draw(130, Sizes(2, 2, 32, 32), torch.float32)
-    A_log, dt_bias = torch.linspace(0.1, 2.7, 2), torch.linspace(-6.0, -2.0, 64).view(2, 32)
-    gates = kda.gates(torch.randn(130, 2, 32), torch.randn(130, 2), A_log, dt_bias)
-    prompt = Prompt([*prompt.tokens[:3], *gates], [])
-    out, states = scan.run(prompt, [130], torch.zeros(1, 2, 32, 32), [0])
-    for form in ("chunk", "recurrent"):
-        expected, state = vars(module)[f"{form}_kimi_delta_attention"](
-            *(x[None] for x in prompt.tokens),
-            initial_state=None,
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-        )
-        torch.testing.assert_close(out, expected[0], atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(states[0], state[0], atol=1e-5, rtol=1e-5)
-
-
-def test_mamba2_equals_transformers() -> None:
-    module = modeling("granitemoehybrid", "mamba2_chunk_scan")
-    torch.manual_seed(7)
-    scan = Scan(mamba2)
-    step = scan.draw_steps(150, Sizes(2, 4, 32, 48), torch.float32)
-    (x, B, C, dt), (A_log, dt_bias, D) = step
-    limits = (0.1, 3.0)
-    out, states = scan.run(scan.prompt_of(step), [150], torch.zeros(1, 4, 32, 48), [0])
-    expected, last = module.mamba2_chunk_scan(
-        *(x[None], dt[None], -A_log.exp(), B[None], C[None]),
-        chunk_size=256,
-        D=D,
-        dt_bias=dt_bias,
-        dt_softplus=True,
-        dt_limit=limits,
-        return_final_states=True,
-    )
-    torch.testing.assert_close(out, expected[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(states[0], last[0].mT, atol=1e-4, rtol=1e-4)
-
-
-def test_mamba1_equals_transformers() -> None:
-    module = modeling("jamba", "mamba_selective_scan")
-    torch.manual_seed(7)
-    scan = Scan(mamba1)
-    step = scan.draw_steps(150, Sizes(1, 1, 16, 24), torch.float32)
-    (x, B, C, dt), (A, dt_bias, D) = step
-    out, states = scan.run(scan.prompt_of(step), [150], torch.zeros(1, 16, 24), [0])
-    expected, last = module.mamba_selective_scan(
-        *(part.T[None] for part in (x, dt)),
-        A.T,
-        *(part.T[None] for part in (B, C)),
-        D=D,
-        delta_bias=dt_bias,
-        delta_softplus=True,
-        return_last_state=True,
-    )
-    torch.testing.assert_close(out, expected[0].T, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(states[0], last[0].T, atol=1e-4, rtol=1e-4)
