@@ -5,7 +5,7 @@ of realistic sizes. Each launch in them is compiled for each target instead of r
 constants and alignment are those of the real call.
 
     # One JSON line per kernel and target:
-    python tests/kernels/aot.py tests/kernels/launches/gdn.py
+    python tests/kernels/aot.py tests/kernels/launches/moe.py
     # All kernels, with provenance:
     python tests/kernels/aot.py --out experiments/results/kernel_code.jsonl \\
         tests/kernels/launches/*.py

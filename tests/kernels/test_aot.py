@@ -41,7 +41,11 @@ Decode attention is not: it has 16 rows.
 """
 
 
-ALLOWED_SPILL_BYTES = {"large_state": 128, "tiles_of_32": 32, "fp8_block_prefill": 8}
+ALLOWED_SPILL_BYTES = {
+    "mamba2 large_state": 128,
+    "gdn tiles_of_32": 32,
+    "fp8_block_prefill": 8,
+}
 """Spilled bytes per thread by launch: states of 256 rows, Gated DeltaNet in tiles of 32, and gate
 and up of experts with scales by block."""
 
@@ -147,5 +151,5 @@ def test_kernels_compile_and_fit_their_targets(launches: Path, triton: Path | No
     assert [r for r in fast if r["spilled_bytes"] > ALLOWED_SPILL_BYTES.get(r["launch"], 0)] == []
     hopper = [r for r in fast if r["target"] == "sm_90"]
     assert [r for r in hopper if r["serialised"]] == []
-    large = [r for r in hopper if not r["launch"].startswith("tiles_of_")]
+    large = [r for r in hopper if "tiles_of_" not in r["launch"]]
     assert [r for r in large if r["kernel"] in WGMMA_KERNELS and not r["wgmma"]] == []

@@ -7,7 +7,7 @@ from kernels.attention.sequences import Sequences
 from kernels.packed import Packed
 
 
-def _attend(heads: int, kv_heads: int, size: int, dtype: torch.dtype, tile_size: int = 64) -> None:
+def attend(heads: int, kv_heads: int, size: int, dtype: torch.dtype, tile_size: int = 64) -> None:
     keys, values = torch.empty(512, 12, 2, kv_heads, size, dtype=dtype)[:, 3].unbind(1)
     table = torch.zeros(16, 512, dtype=torch.int32)
     sequences = Sequences.of([0, 1], [300, 512])
@@ -20,10 +20,10 @@ def _attend(heads: int, kv_heads: int, size: int, dtype: torch.dtype, tile_size:
 
 
 LAUNCHES = {
-    "qwen3_next": lambda: _attend(16, 2, 256, torch.bfloat16),
-    "size_128": lambda: _attend(32, 8, 128, torch.bfloat16),
-    "size_64_odd_group": lambda: _attend(9, 3, 64, torch.bfloat16),
-    "tiles_of_16": lambda: _attend(16, 2, 256, torch.bfloat16, 16),
-    "tiles_of_32": lambda: _attend(32, 8, 128, torch.bfloat16, 32),
-    "size_256_float32": lambda: _attend(4, 2, 256, torch.float32),
+    "qwen3_next": lambda: attend(16, 2, 256, torch.bfloat16),
+    "size_128": lambda: attend(32, 8, 128, torch.bfloat16),
+    "size_64_odd_group": lambda: attend(9, 3, 64, torch.bfloat16),
+    "tiles_of_16": lambda: attend(16, 2, 256, torch.bfloat16, 16),
+    "tiles_of_32": lambda: attend(32, 8, 128, torch.bfloat16, 32),
+    "size_256_float32": lambda: attend(4, 2, 256, torch.float32),
 }

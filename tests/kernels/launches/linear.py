@@ -9,7 +9,7 @@ import triton
 from kernels.linear.fused import join, linear, prepare, prepare_8bit
 
 
-def _linear(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
+def linear_of(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
     weight = torch.empty(1, 1, dtype=dtype).expand(12288, 2048)
     linear(torch.empty(num_tokens, 2048, dtype=dtype), weight)
 
@@ -46,11 +46,11 @@ LAUNCHES = {
     "joined_int8_one": lambda: _joined(1, torch.int8),
     "joined_fp8_some": lambda: _joined(64, torch.float8_e4m3fn),
     "joined_fp8_prefill": lambda: _joined(512, torch.float8_e4m3fn),
-    "one": lambda: _linear(1),
-    "prefill": lambda: _linear(512),
-    "some": lambda: _linear(64),
-    "float16_prefill": lambda: _linear(512, torch.float16),
-    "float32": lambda: _linear(64, torch.float32),
+    "one": lambda: linear_of(1),
+    "prefill": lambda: linear_of(512),
+    "some": lambda: linear_of(64),
+    "float16_prefill": lambda: linear_of(512, torch.float16),
+    "float32": lambda: linear_of(64, torch.float32),
     "int8_one": lambda: _int8(1),
     "int8_some": lambda: _int8(64),
     "int8_prefill": lambda: _int8(512),

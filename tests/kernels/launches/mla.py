@@ -12,7 +12,7 @@ from kernels.packed import Packed
 HEADS, RANK, SHARED, HEAD = 32, 512, 64, 128
 
 
-def _attend(dtype: torch.dtype, tile_size: int = 64) -> None:
+def attend_latents(dtype: torch.dtype, tile_size: int = 64) -> None:
     pool = torch.empty(512, 7, RANK + SHARED, dtype=dtype)[:, 3]
     where = {
         "table": torch.zeros(16, 512, dtype=torch.int32),
@@ -30,6 +30,6 @@ def _attend(dtype: torch.dtype, tile_size: int = 64) -> None:
 
 
 LAUNCHES = {
-    "kimi_linear": lambda: _attend(torch.bfloat16),
-    "tiles_of_16": lambda: _attend(torch.bfloat16, 16),
+    "kimi_linear": lambda: attend_latents(torch.bfloat16),
+    "tiles_of_16": lambda: attend_latents(torch.bfloat16, 16),
 }

@@ -1,12 +1,15 @@
-"""Launches of norms, rotary embedding, activations and cache writes at Qwen3-Next's sizes."""
+"""Launches of pointwise kernels, convolutions (8,192 channels, 4 taps) and copies at Qwen3-Next's
+sizes."""
 
 import torch
 
 from kernels.activation.fused import relu_squared, sigmoid_mul, silu_and_mul, silu_mul
 from kernels.cache_write.fused import gather_rows, move_rows, write_kv, write_rows
+from kernels.conv1d.fused import decode_conv1d, prefill_conv1d
 from kernels.norm.fused import gated_rms_norm, rms_norm
 from kernels.rotary.fused import rotate, rotate_and_write
-from tests.kernels.arena import make_arena
+from kernels.state_copy.copy import copy_states
+from tests.kernels.arena import make_arena, prompts, verified
 
 
 def _bfloat16(*shape: int) -> torch.Tensor:
@@ -54,9 +57,27 @@ def _cache_write() -> None:
     gather_rows(arena.rows, rows, torch.empty_like(arena.rows[:64]))
 
 
+def _conv1d(tile_size: int = 64) -> None:
+    weight, where = _bfloat16(8192, 4), prompts(tile_size)
+    windows = make_arena(6, torch.bfloat16, torch.float32, fill=None).conv[5]
+    prefill_conv1d(_bfloat16(160, 8192), weight, None, states=windows, **where)
+    for step in ({"slots": torch.arange(4, dtype=torch.int32)}, verified()):
+        decode_conv1d(_bfloat16(4, 8192), weight, None, states=windows, **step)
+
+
+def _state_copy() -> None:
+    arena = make_arena(4, torch.bfloat16, torch.float32, fill=None)
+    slots = torch.arange(4, dtype=torch.int32)
+    copy_states([arena.recurrent, arena.conv], slots[:2], slots[2:])
+    copy_states([arena.slabs], slots[:2], slots[2:])
+
+
 LAUNCHES = {
     "norm": _norm,
     "rotary": _rotary,
     "activation": _activation,
     "cache_write": _cache_write,
+    "conv1d": _conv1d,
+    "conv1d tiles_of_16": lambda: _conv1d(16),
+    "state_copy": _state_copy,
 }
