@@ -164,18 +164,6 @@ def test_an_invalid_call_changes_nothing(budget):
     slots.check()
 
 
-def test_a_double_free_is_found_by_check():
-    pages, slots = PageAllocator(8), SlotAllocator(4)
-    rows = pages.allocate(2)
-    pages.free(rows)
-    pages._stack[pages._height - 1] = pages._stack[0]
-    with pytest.raises(AssertionError, match="twice"):
-        pages.check()
-    slots._stack.append(slots._stack[0])
-    with pytest.raises(AssertionError, match="twice"):
-        slots.check()
-
-
 def test_pool_size_is_limited_by_int32_indices() -> None:
     page = 1 << 20
     assert PageAllocator(MAX_ROWS, page).num_free == MAX_ROWS

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,24 @@ def native(name: str) -> Any:
     """Return ``kernels.NAME.native`` as a parameter; skipped without a compiler or on a GPU."""
     module = importlib.import_module(f"kernels.{name}.native")
     return pytest.param(module, id="native", marks=WITHOUT_NATIVE)
+
+
+BY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def by_backend(name: str) -> pytest.MarkDecorator:
+    """Return the parameter ``backend``: the modules of the kernels ``name``."""
+    kinds = ("reference", "fused")
+    modules = [importlib.import_module(f"kernels.{name}.{kind}") for kind in kinds]
+    parameters = [
+        pytest.param(module, id=kind) for module, kind in zip(modules, kinds, strict=True)
+    ]
+    has_native = importlib.util.find_spec(f"kernels.{name}.native") is not None
+    return pytest.mark.parametrize("backend", [*parameters, *[native(name)] * has_native])
+
+
+def int32(values: Sequence[int], device: str) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def methods_of_prompts(dtype: torch.dtype) -> list[str]:

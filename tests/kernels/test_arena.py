@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,10 @@ import kernels.mamba2.reference
 import kernels.state_copy.reference
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
+from tests.kernels import test_scan
 from tests.kernels.arena import Arena, Sizes, make_arena
+from tests.kernels.compiled import BY_DTYPE, int32
+from tests.kernels.test_scan import Scan, Step
 
 pytest.importorskip("triton")
 import kernels.attention.fused
@@ -42,16 +46,11 @@ BACKENDS = pytest.mark.parametrize(
     ],
     ids=["reference", "fused"],
 )
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 STATE_DTYPES = pytest.mark.parametrize(
     "state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"]
 )
 FAR = 2**31
 """Smallest offset that does not fit into 32 bits."""
-
-
-def int32(values: Sequence[int], device: str) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def check_same_on_pools(
@@ -97,7 +96,7 @@ def decode_and_prefill(backend, keys, values, rows, device) -> torch.Tensor:
 
 
 @BACKENDS
-@DTYPES
+@BY_DTYPE
 def test_attention_on_arena_rows(backend, dtype, device) -> None:
     arena = make_arena(30, dtype, torch.float32, device, SIZES)
     order = torch.randperm(len(arena.rows)).tolist()
@@ -116,10 +115,7 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
     ``slots`` are those of the prompts, the exported state, its copy, and each step.
     """
     torch.manual_seed(1)
-    (_, _, channels, reach), (layers, _, value_heads, key_dim, value_dim) = (
-        conv.shape,
-        recurrent.shape,
-    )
+    layers, _, channels, reach = conv.shape
     first, second, exported, free, *steps = slots
     packed = Packed.from_lengths([70, 3], device)
     verified = {
@@ -147,30 +143,15 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
         outs.append(backend.conv1d.prefill_conv1d(x, taps, None, states=windows, **where))
         outs.append(backend.conv1d.decode_conv1d(x[:2], taps, None, states=windows, slots=own))
         outs.append(backend.conv1d.decode_conv1d(x[:3], taps, None, states=windows, **verified))
-        query, key = draw(2, 73, 1, key_dim)
-        value, gate = draw(73, value_heads, value_dim), -torch.rand(73, value_heads, device=device)
-        parameters = torch.randn(2, value_heads, device=device)
-        outs.append(
-            backend.gdn.chunk_gdn(query, key, value, gate, gate.exp(), states=states, **where)
-        )
-        mamba = (value, query, key)
-        outs.append(
-            backend.mamba2.chunk_mamba2(*mamba, gate, -gate, parameters[0], states=states, **where)
-        )
-        for count, step in ((2, {"slots": own}), (3, verified)):
-            own_tokens = (*(x[:count] for x in mamba), gate[:count].to(dtype))
-            outs.append(
-                backend.mamba2.decode_mamba2(
-                    *own_tokens, *parameters, parameters[0], states=states, **step
-                )
-            )
-        tokens = (query, key, value, gate.to(dtype), gate.to(dtype))
-        outs.append(
-            backend.gdn.decode_gdn(*(x[:2] for x in tokens), *parameters, states=states, slots=own)
-        )
-        outs.append(
-            backend.gdn.decode_gdn(*(x[:3] for x in tokens), *parameters, states=states, **verified)
-        )
+        for module in (backend.gdn, backend.mamba2):
+            scan, sizes = Scan(module, device), test_scan.Sizes(1, *recurrent.shape[2:])
+            prompt, pair = scan.draw(73, sizes, dtype), (first, second)
+            export = [(0, 64, exported)]
+            outs.append(scan.chunk(prompt, [70, 3], states, pair, export, [True, False]))
+            step = scan.draw_steps(3, sizes, dtype)
+            two = Step([part[:2] for part in step.tokens], step.parameters)
+            outs.append(scan.decode(two, states, pair))
+            outs.append(scan.verify(step)(*step.tokens, states=states, **verified))
     backend.state_copy.copy_states(
         [conv, recurrent], int32([exported], device), int32([free], device)
     )
@@ -179,7 +160,7 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
 
 @pytest.mark.full("s32-fp32-reference")
 @BACKENDS
-@DTYPES
+@BY_DTYPE
 @STATE_DTYPES
 def test_states_on_arena_slots(backend, dtype, state_dtype, device) -> None:
     arena, slots = make_arena(9, dtype, state_dtype, device, SIZES), (4, 0, 3, 5, 8, 6, 7)
@@ -245,16 +226,11 @@ def test_non_contiguous_rows_and_slots_are_refused(device) -> None:
     wide = torch.zeros(6, 8, 9, device=device)[..., :4]
     states = torch.zeros(3, 2, 16, 32, device=device)[..., ::2]
     new, index = torch.zeros(1, 8, 4, device=device), int32([0], device)
-    token, value = torch.zeros(2, 1, 2, 16, device=device)
-    gates = torch.zeros(4, 1, 2, device=device)
     x, taps = torch.zeros(1, 8, device=device), torch.zeros(8, 5, device=device)
     where = {"packed": Packed.from_lengths([1], device), "slots": index, "exports": None}
     where["resumed"] = index > 0
     write, move = kernels.cache_write.fused.write_kv, kernels.cache_write.fused.move_rows
-    conv1d, gdn, mamba2 = kernels.conv1d.fused, kernels.gdn.fused, kernels.mamba2.fused
-    kda = kernels.kda.fused
-    three = (value, token, token)
-    rates = torch.zeros(2, 2, 16, device=device)
+    conv1d = kernels.conv1d.fused
     latents = {"table": index[None], "sequences": Sequences.of([0], [1], device), "scale": 1.0}
     latents["rank"] = 8
     calls = [
@@ -263,16 +239,13 @@ def test_non_contiguous_rows_and_slots_are_refused(device) -> None:
         lambda: move(pool[0], index, index),
         lambda: conv1d.prefill_conv1d(x, taps, None, states=pool, **where),
         lambda: conv1d.decode_conv1d(x, taps, None, states=pool, slots=index),
-        lambda: gdn.chunk_gdn(token, token, value, *gates[:2], states=states, **where),
-        lambda: gdn.decode_gdn(token, token, value, *gates, states=states, slots=index),
-        lambda: mamba2.chunk_mamba2(*three, *gates[:2], gates[0, 0], states=states, **where),
-        lambda: mamba2.decode_mamba2(*three, *gates, states=states, slots=index),
-        lambda: kda.chunk_kda(token, token, value, value, gates[0], states=states, **where),
-        lambda: kda.decode_kda(
-            token, token, value, value, gates[0], gates[1], rates[0], states=states, slots=index
-        ),
         lambda: kernels.mla.fused.decode_mla(states[:1, 0, :12, :12], wide[:, 0].mT, **latents),
     ]
+    for module in (kernels.gdn.fused, kernels.kda.fused, kernels.mamba2.fused):
+        scan, sizes = Scan(module, device), test_scan.Sizes(1, 2, 16, 16)
+        prompt, step = (draw(1, sizes, torch.float32) for draw in (scan.draw, scan.draw_steps))
+        calls.append(partial(scan.chunk, prompt, [1], states, [0]))
+        calls.append(partial(scan.decode, step, states, [0]))
     for call in calls:
         with pytest.raises(ValueError, match="must be contiguous"):
             call()

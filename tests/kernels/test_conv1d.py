@@ -10,21 +10,13 @@ from hypothesis import strategies as st
 
 from kernels.conv1d import reference
 from kernels.packed import TILE_SIZES, Exports, Packed
-from tests.kernels.compiled import native
+from tests.kernels.compiled import BY_DTYPE, by_backend, int32, native
 
 fused = pytest.importorskip("kernels.conv1d.fused")
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "conv1d",
-    [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("conv1d")],
-)
-COMPILED = pytest.mark.parametrize("conv1d", [native("conv1d")])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+BACKENDS = by_backend("conv1d")
+COMPILED = pytest.mark.parametrize("backend", [native("conv1d")])
 LENGTHS = (1, 63, 0, 64, 2, 130)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
-
-
-def int32(values, device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -42,14 +34,14 @@ def expected_rows(
     return F.silu(rows[0].mT) if silu else rows[0].mT
 
 
-@IMPLEMENTATIONS
-@DTYPES
+@BACKENDS
+@BY_DTYPE
 @pytest.mark.parametrize(
     ("has_bias", "silu"),
     [(False, True), (True, True), (False, False)],
     ids=["plain", "bias", "without-silu"],
 )
-def test_prompts_and_exported_windows_equal_torch(conv1d, dtype, has_bias, silu, device) -> None:
+def test_prompts_and_exported_windows_equal_torch(backend, dtype, has_bias, silu, device) -> None:
     torch.manual_seed(0)
     channels, width = 70, 4
     packed = Packed.from_lengths(LENGTHS, device)
@@ -61,7 +53,7 @@ def test_prompts_and_exported_windows_equal_torch(conv1d, dtype, has_bias, silu,
     states = torch.full((17, channels, width - 1), torch.nan, dtype=dtype, device=device)
     states[[s for s, r in zip(slots, resumed, strict=True) if r]] = 1.5
     before = states.clone()
-    out = conv1d.prefill_conv1d(
+    out = backend.prefill_conv1d(
         x,
         weight,
         bias,
@@ -96,11 +88,11 @@ def test_prompts_and_exported_windows_equal_torch(conv1d, dtype, has_bias, silu,
 
 
 @pytest.mark.full("64-1-fp32-reference", "64-1-fp32-native", "16-1-bf16-fused")
-@IMPLEMENTATIONS
-@DTYPES
+@BACKENDS
+@BY_DTYPE
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("tile", TILE_SIZES)
-def test_resume_and_batching_change_no_bit(conv1d, dtype, num_threads, tile, device) -> None:
+def test_resume_and_batching_change_no_bit(backend, dtype, num_threads, tile, device) -> None:
     torch.manual_seed(1)
     channels, lengths, slots = 24, (70, 200, 3), [5, 3, 1]
     weight = draw(channels, 4, dtype=dtype, device=device)
@@ -108,29 +100,29 @@ def test_resume_and_batching_change_no_bit(conv1d, dtype, num_threads, tile, dev
     initial = torch.randn(3, channels, 3, device=device).to(dtype)
     torch.set_num_threads(num_threads)
     exports = [(1, tile, 6), (1, 2 * tile, 7)]
-    packed, states = run(conv1d, x, weight, lengths, initial, slots, exports, tile)
+    packed, states = run(backend, x, weight, lengths, initial, slots, exports, tile)
     start = 0
     for sequence, length in enumerate(lengths):
         own, window = x[start : start + length], initial[sequence : sequence + 1]
-        single, last = run(conv1d, own, weight, [length], window, [0], [], tile)
+        single, last = run(backend, own, weight, [length], window, [0], [], tile)
         assert torch.equal(single, packed[start : start + length])
         assert torch.equal(last[0], states[slots[sequence]])
         start += length
     for _, end, slot in exports:
         assert torch.equal(states[slot], x[70 + end - 3 : 70 + end].mT)
         own, window = x[70 + end : 270], states[[slot]]
-        rest, last = run(conv1d, own, weight, [200 - end], window, [2], [], tile)
+        rest, last = run(backend, own, weight, [200 - end], window, [2], [], tile)
         assert torch.equal(rest, packed[70 + end : 270])
         assert torch.equal(last[2], states[3])
 
 
 def run(
-    conv1d, x, weight, lengths, initial, slots, exports, tile=64
+    backend, x, weight, lengths, initial, slots, exports, tile=64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     packed = Packed.from_lengths(lengths, x.device, tile)
     states = initial.new_full((9, *initial.shape[1:]), torch.nan)
     states[slots] = initial
-    out = conv1d.prefill_conv1d(
+    out = backend.prefill_conv1d(
         x,
         weight,
         None,
@@ -164,10 +156,10 @@ def test_kernel_equals_reference(lengths, channels, width, dtype, seed, device) 
     torch.testing.assert_close(states, expected_states, atol=0, rtol=0, equal_nan=True)
 
 
-@IMPLEMENTATIONS
-@DTYPES
+@BACKENDS
+@BY_DTYPE
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "without-silu"])
-def test_decode_continues_a_prompt(conv1d, dtype, silu, device) -> None:
+def test_decode_continues_a_prompt(backend, dtype, silu, device) -> None:
     """Tokens one after another give the rows of the whole sequence."""
     torch.manual_seed(2)
     x = draw(10, 40, dtype=dtype, device=device)
@@ -175,7 +167,7 @@ def test_decode_continues_a_prompt(conv1d, dtype, silu, device) -> None:
     states = torch.full((5, 40, 3), torch.nan, dtype=dtype, device=device)
     states[[4, 0]] = 0.0
     rows = [
-        conv1d.decode_conv1d(
+        backend.decode_conv1d(
             torch.stack([x[t], x[9 - t]]),
             weight,
             bias,
@@ -198,15 +190,15 @@ def test_decode_continues_a_prompt(conv1d, dtype, silu, device) -> None:
     assert states[[1, 2, 3]].isnan().all()
 
 
-@IMPLEMENTATIONS
-@DTYPES
-def test_verification_equals_decode(conv1d, dtype, assert_verifies, device) -> None:
+@BACKENDS
+@BY_DTYPE
+def test_verification_equals_decode(backend, dtype, assert_verifies, device) -> None:
     torch.manual_seed(3)
     weight, bias = (draw(40, *sizes, dtype=dtype, device=device) for sizes in ([4], []))
     for silu in (True, False):
 
         def decode(x, silu=silu, **where):
-            return conv1d.decode_conv1d(x, weight, bias, silu=silu, **where)
+            return backend.decode_conv1d(x, weight, bias, silu=silu, **where)
 
         x, states = draw(8, 40, dtype=dtype, device=device), torch.randn(14, 40, 3, device=device)
         assert_verifies(decode, [x], states.to(dtype))
@@ -254,14 +246,14 @@ def test_window_is_written_after_a_barrier(kind, device, monkeypatch) -> None:
 
 
 @COMPILED
-@DTYPES
-def test_native_prefill_and_decode_have_equal_bits(conv1d, dtype, device) -> None:
+@BY_DTYPE
+def test_native_prefill_and_decode_have_equal_bits(backend, dtype, device) -> None:
     torch.manual_seed(4)
     x, weight = draw(70, 40, dtype=dtype, device=device), draw(40, 3, dtype=dtype, device=device)
     states = torch.zeros(5, 40, 2, dtype=dtype, device=device)
-    out, after = run(conv1d, x, weight, [70], states[:1], [0], [])
+    out, after = run(backend, x, weight, [70], states[:1], [0], [])
     slots = int32([4], device)
     for t in range(70):
-        row = conv1d.decode_conv1d(x[t : t + 1], weight, None, states=states, slots=slots)
+        row = backend.decode_conv1d(x[t : t + 1], weight, None, states=states, slots=slots)
         assert torch.equal(row[0], out[t])
     assert torch.equal(states[4], after[0])

@@ -10,15 +10,11 @@ from hypothesis import strategies as st
 from kernels.linear import int8, reference
 from kernels.linear import native as compiled
 from kernels.native import has, kernel_choices, shared_library
-from tests.kernels.compiled import native
+from tests.kernels.compiled import BY_DTYPE, by_backend
 
 fused = pytest.importorskip("kernels.linear.fused")
-BACKENDS = pytest.mark.parametrize(
-    "backend",
-    [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("linear")],
-)
+BACKENDS = by_backend("linear")
 FORMATS = pytest.mark.parametrize("format", ["int8", "fp8"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def quantized_product(backend, weight, bias=None, format="int8"):
@@ -26,7 +22,7 @@ def quantized_product(backend, weight, bias=None, format="int8"):
 
 
 @BACKENDS
-@DTYPES
+@BY_DTYPE
 @settings(max_examples=6)
 @given(
     num_tokens=st.sampled_from([0, 1, 3, 17, 70]),
@@ -161,7 +157,7 @@ def test_quantized_weights_are_close(format) -> None:
     assert (reference.quantize(torch.zeros(2, 4), format)[0].float() == 0).all()
 
 
-@DTYPES
+@BY_DTYPE
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("shape", [(64, 96), (513, 1000), (7, 300), (2048, 2048)])
 def test_reference_rows_are_independent_of_the_batch(shape, dtype, num_threads) -> None:
@@ -225,7 +221,7 @@ def test_native_rows_are_independent_of_the_batch(method, shape, num_threads) ->
 class TestInt8Activations:
     """int8 weights and activations on the CPU: integer sums, so all methods give the same bits."""
 
-    @DTYPES
+    @BY_DTYPE
     @pytest.mark.parametrize("biased", [False, True])
     def test_all_methods_are_equal_and_close_to_the_product(
         self, dtype, biased, monkeypatch
@@ -286,7 +282,7 @@ class TestInt8Activations:
 
 
 @pytest.mark.full("bf16")
-@DTYPES
+@BY_DTYPE
 def test_fused_rows_are_independent_of_the_batch(dtype, device) -> None:
     """The rows here are within one tile width. Only a GPU tests several widths (`make gpu`)."""
     x, weight = (torch.randn(*shape).to(dtype).to(device) for shape in ((64, 1100), (70, 1100)))

@@ -13,12 +13,11 @@ import torch
 from kernels.attention.sequences import Sequences
 from kernels.native import shared_library
 from kernels.packed import Packed
-from tests.kernels.compiled import backends
+from tests.kernels.compiled import BY_DTYPE, backends
 
 fused = pytest.importorskip("kernels.mla.fused")
 PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends("mla"))
 BACKENDS = pytest.mark.parametrize(("backend", "dtype"), backends("mla", prompts=False))
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 class Cache(SimpleNamespace):
@@ -147,7 +146,7 @@ def test_decode_is_independent_of_the_batch(backend, dtype, device, monkeypatch)
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("inner, width", [(512, 128), (128, 512)])
-@DTYPES
+@BY_DTYPE
 def test_head_products_of_real_sizes_are_independent_of_the_batch(
     backend, inner, width, dtype
 ) -> None:

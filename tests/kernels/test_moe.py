@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from kernels.linear.reference import quantize
 from kernels.moe import reference
+from tests.kernels.compiled import BY_DTYPE, by_backend
 
 fused = pytest.importorskip("kernels.moe.fused")
-BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+BACKENDS = by_backend("moe")
 
 
 def layer(
@@ -55,7 +55,7 @@ def formula(hidden, weights, experts, w13, w2, shared_gate=None) -> torch.Tensor
 
 
 @BACKENDS
-@DTYPES
+@BY_DTYPE
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (20, 1), (20, 3), (33, 4)])
 def test_route_selects_the_most_probable_experts(
@@ -115,7 +115,7 @@ def test_nan_and_infinite_logits_give_valid_experts(backend, bad, device) -> Non
 
 
 @BACKENDS
-@DTYPES
+@BY_DTYPE
 @settings(max_examples=4)
 @given(
     num_tokens=st.sampled_from([0, 1, 5, 30]),
@@ -170,7 +170,7 @@ def test_experts_with_block_scales_equal_the_formula(
 
 
 @BACKENDS
-@DTYPES
+@BY_DTYPE
 @pytest.mark.parametrize("format", [None, "int8"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 40])
 def test_the_last_expert_can_be_shared(
@@ -280,10 +280,11 @@ def test_fp8_rows_equal_the_reference_in_any_batch(num_tokens, in_blocks, device
     )
     product = fused.prepare_8bit(*parts, torch.float32, fp8_rows=True)
     out = product(inputs["hidden"], weights, experts, shared_gate=shared_gate)
-    full = fused.experts_8bit(inputs["hidden"], weights, experts, *parts, shared_gate)
     # One rounding to the next fp8 number in the middle is 1/16 of an element.
     assert (out - expected).norm() < 2e-3 * expected.norm()
-    assert 1e-3 * full.norm() < (out - full).norm() < 0.1 * full.norm()
+    if num_tokens < 200:
+        full = fused.experts_8bit(inputs["hidden"], weights, experts, *parts, shared_gate)
+        assert 1e-3 * full.norm() < (out - full).norm() < 0.1 * full.norm()
     for rows in (slice(0, 1), slice(1, 3), slice(0, 17)):
         own = (x[rows] for x in (inputs["hidden"], weights, experts))
         assert torch.equal(product(*own, shared_gate=shared_gate[rows]), out[rows])

@@ -11,7 +11,7 @@ import kernels.activation.reference
 import kernels.cache_write.reference
 import kernels.norm.reference
 import kernels.rotary.reference
-from tests.kernels.compiled import native
+from tests.kernels.compiled import BY_DTYPE, by_backend
 
 pytest.importorskip("triton")
 import kernels.activation.fused
@@ -19,20 +19,6 @@ import kernels.cache_write.fused
 import kernels.norm.fused
 import kernels.rotary.fused
 
-
-def backends(name: str) -> pytest.MarkDecorator:
-    folder = getattr(kernels, name)
-    return pytest.mark.parametrize(
-        "backend",
-        [
-            pytest.param(folder.reference, id="reference"),
-            pytest.param(folder.fused, id="fused"),
-            native(name),
-        ],
-    )
-
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SHAPES = pytest.mark.parametrize("shape", [(1, 64), (5, 300), (3, 4, 48), (0, 16), (2, 3, 2, 7)])
 
 
@@ -45,8 +31,8 @@ def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight.double()
 
 
-@backends("norm")
-@DTYPES
+@by_backend("norm")
+@BY_DTYPE
 @SHAPES
 def test_rms_norm_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
     torch.manual_seed(0)
@@ -58,8 +44,8 @@ def test_rms_norm_equals_the_formula(backend, shape, dtype, device, assert_close
     assert_close(normed, rms(total, weight, 1e-5).to(dtype))
 
 
-@backends("norm")
-@DTYPES
+@by_backend("norm")
+@BY_DTYPE
 @pytest.mark.parametrize("gate_first", [False, True], ids=["norm-first", "gate-first"])
 @pytest.mark.parametrize("weights", [(40,), (3, 40)], ids=["heads", "groups"])
 def test_gated_norm_of_strided_heads_and_groups(
@@ -74,8 +60,8 @@ def test_gated_norm_of_strided_heads_and_groups(
     assert_close(got, expected.to(dtype))
 
 
-@backends("rotary")
-@DTYPES
+@by_backend("rotary")
+@BY_DTYPE
 @settings(max_examples=8)
 @given(
     num_tokens=st.integers(0, 4),
@@ -99,8 +85,8 @@ def test_rotate_equals_complex_multiplication(
         assert_close(out, expected.to(dtype))
 
 
-@backends("rotary")
-@DTYPES
+@by_backend("rotary")
+@BY_DTYPE
 @pytest.mark.parametrize("size, turned", [(24, 8), (16, 16), (40, 0)])
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 6])
@@ -134,8 +120,8 @@ def test_rotate_and_write_equals_its_parts(
     assert torch.equal(pools[others], expected[others])
 
 
-@backends("activation")
-@DTYPES
+@by_backend("activation")
+@BY_DTYPE
 @pytest.mark.parametrize("shape", [(1, 2), (5, 600), (3, 4, 34), (0, 16), (2, 2100)])
 def test_silu_and_mul_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
     x = randn(*shape, dtype=dtype, device=device)
@@ -144,8 +130,8 @@ def test_silu_and_mul_equals_the_formula(backend, shape, dtype, device, assert_c
     assert_close(backend.silu_and_mul(x), expected.to(dtype))
 
 
-@backends("activation")
-@DTYPES
+@by_backend("activation")
+@BY_DTYPE
 def test_sigmoid_mul_of_views_and_single_gates(backend, dtype, device, assert_close) -> None:
     projected = randn(5, 3, 80, dtype=dtype, device=device)
     for x, gate in (
@@ -159,8 +145,8 @@ def test_sigmoid_mul_of_views_and_single_gates(backend, dtype, device, assert_cl
         assert_close(backend.silu_mul(x, gate.expand(x.shape)), (x * opened).to(dtype))
 
 
-@backends("activation")
-@DTYPES
+@by_backend("activation")
+@BY_DTYPE
 @pytest.mark.parametrize("shape", [(1, 2), (5, 600), (0, 16)])
 def test_relu_squared_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
     x = randn(*shape, dtype=dtype, device=device)
@@ -169,7 +155,7 @@ def test_relu_squared_equals_the_formula(backend, shape, dtype, device, assert_c
     assert_close(backend.relu_squared(views), views.double().relu().square().to(dtype))
 
 
-@DTYPES
+@BY_DTYPE
 @pytest.mark.parametrize("size", [40, 97, 1024])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_reference_rows_are_independent_of_the_batch(size, dtype, num_threads) -> None:
@@ -191,7 +177,7 @@ def test_reference_rows_are_independent_of_the_batch(size, dtype, num_threads) -
             assert torch.equal(f(rows), batched[rows])
 
 
-@backends("cache_write")
+@by_backend("cache_write")
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_cache_write_changes_only_its_rows(backend, index_dtype, device) -> None:
     storage = randn(20, 2, 3, 24, dtype=torch.bfloat16, device=device)

@@ -9,21 +9,14 @@ from hypothesis import strategies as st
 
 from kernels.state_copy import reference
 from kernels.state_copy.reference import Form
-from tests.kernels.compiled import native
+from tests.kernels.compiled import by_backend, int32, native
 
 fused = pytest.importorskip("kernels.state_copy.fused")
 native_only = pytest.mark.parametrize("kernel", [native("state_copy")])
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "kernel",
-    [
-        pytest.param(reference, id="reference"),
-        pytest.param(fused, id="fused"),
-        native("state_copy"),
-    ],
-)
+BACKENDS = by_backend("state_copy")
 
 
-@IMPLEMENTATIONS
+@BACKENDS
 @settings(max_examples=10)
 @given(
     num_layers=st.integers(1, 3),
@@ -33,7 +26,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
     seed=st.integers(0, 9),
 )
 def test_copy_changes_only_the_target_slots(
-    kernel, device, num_layers, width, order, num_copies, seed
+    backend, device, num_layers, width, order, num_copies, seed
 ) -> None:
     torch.manual_seed(seed)
     pools = [
@@ -43,22 +36,18 @@ def test_copy_changes_only_the_target_slots(
     ]
     before = [pool.clone() for pool in pools]
     sources, targets = order[:num_copies], order[num_copies : 2 * num_copies]
-    kernel.copy_states(
-        pools,
-        torch.tensor(sources, dtype=torch.int32, device=device),
-        torch.tensor(targets, dtype=torch.int32, device=device),
-    )
+    backend.copy_states(pools, int32(sources, device), int32(targets, device))
     for pool, old in zip(pools, before, strict=True):
         old[:, targets] = old[:, sources]
         assert torch.equal(pool, old)
 
 
-@IMPLEMENTATIONS
-def test_strided_layers_and_slots_are_copied(kernel, device) -> None:
+@BACKENDS
+def test_strided_layers_and_slots_are_copied(backend, device) -> None:
     storage = torch.randn(9, 4, 2, 6, 8, device=device)
     pool = storage[::2, :, 1].transpose(0, 1)  # [L=4, S=5, 6, 8], slots outermost in memory
     before, untouched = pool.clone(), storage[1::2].clone()
-    kernel.copy_states([pool], _int32([4, 0], device), _int32([1, 2], device))
+    backend.copy_states([pool], int32([4, 0], device), int32([1, 2], device))
     before[:, [1, 2]] = before[:, [4, 0]]
     assert torch.equal(pool, before)
     assert torch.equal(storage[1::2], untouched)
@@ -127,8 +116,4 @@ def test_codes_and_ties_between_them_are_rounded(kernel, codes) -> None:
 def test_non_contiguous_state_is_refused(device) -> None:
     pool = torch.randn(2, 4, 6, 8, device=device).transpose(2, 3)
     with pytest.raises(ValueError, match="contiguous"):
-        fused.copy_states([pool], _int32([0], device), _int32([1], device))
-
-
-def _int32(values: list[int], device: str) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+        fused.copy_states([pool], int32([0], device), int32([1], device))

@@ -153,16 +153,6 @@ def test_evicted_rows_are_returned_to_sglang_in_one_call():
     assert 0 not in rows.free_rows().tolist(), "row 0 is SGLang's padding"
 
 
-def test_row_or_slot_that_is_free_twice_is_detected():
-    _, rows, slots, _ = fake_cache()
-    rows._theirs.free(torch.tensor([5]))
-    with pytest.raises(AssertionError, match="twice"):
-        rows.check()
-    slots._theirs.free(torch.tensor([5]))
-    with pytest.raises(AssertionError, match="twice"):
-        slots.check()
-
-
 def test_prompt_of_a_key_has_one_token_after_its_limit():
     class Key(SimpleNamespace):
         def __len__(self):
