@@ -185,7 +185,7 @@ def test_invalid_lengths_are_refused_and_the_lease_stays_usable(message: str) ->
         with pytest.raises((ValueError, TypeError), match=message):
             getattr(lease, call)(*text, *numbers)
     for wrong in ({"stop_reason": 3}, {"stop_reason": "banana"}, {"donate": "no"}):
-        with pytest.raises((ValueError, TypeError), match=f"{[*wrong][0]} must be"):
+        with pytest.raises((ValueError, TypeError), match=f"{next(iter(wrong))} must be"):
             lease.finish(prompt, 20, **wrong)  # type: ignore[arg-type]
     assert cache.render() == before
     check(cache, lease)
