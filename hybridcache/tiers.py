@@ -244,12 +244,11 @@ class OffloadTiers:
         change = self._closed.discard if is_writable else self._closed.add
         change(self.names.index(name))
 
-    def add_checkpoint(self, node: RadixNode, checkpoint: Checkpoint) -> None:
-        """Offer ``checkpoint``, which is about to leave the device, to the tiers, the nearest
-        first."""
+    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Offer ``checkpoint``, which leaves the device, to the tiers, the nearest first."""
         src = np.array([checkpoint.slot], np.int32)
         self._offer_state(checkpoint, 0, DEVICE, src)
-        entry = node.offloaded
+        entry = checkpoint.node.offloaded
         checkpoint.stored = None if entry is None else entry.state
 
     def _offer_state(self, was: Checkpoint, number: int, src_tier: str, src: Indices) -> bool:
@@ -430,15 +429,22 @@ class OffloadTiers:
         entry.kv = entry.kv[cut:].copy()
         return True
 
-    def take(self, target: RadixNode) -> Taken:
+    def take(self, target: RadixNode, now: int) -> Taken:
         """Detach the state at ``target`` and the KV of its path, before room is made on the device.
 
-        Making room may need their place. Callers must call ``put_back`` or ``give`` afterwards.
-        O(path).
+        Making room may need their place. Callers must call ``put_back`` or ``give`` afterwards. The
+        policy of the tier is notified of a use at time ``now``. ``uses`` does not include it: the
+        request that resumes from the state counts there. O(path).
         """
         assert target.offloaded is not None and target.offloaded.state is not None
         state = target.offloaded.state
-        self.tiers[state.tier].policy.discard(state, evicted=False)
+        tier = self.tiers[state.tier]
+        state.last_used = now
+        state.uses += 1
+        if not tier.is_shared:
+            tier.policy.touch(state)
+        tier.policy.discard(state, evicted=False)
+        state.uses -= 1
         target.offloaded.state = None
         nodes, node = [], target
         while node.kv is None and node.parent is not None:
@@ -479,19 +485,6 @@ class OffloadTiers:
         self._copy("checkpoint", self.names[state.tier], state.rows, DEVICE, dst, state.node)
         self._release(state.tier, state.rows)
         self._tidy(state.node)
-
-    def used(self, state: OffloadedCheckpoint, now: int) -> None:
-        """Record a use of ``state``, which is about to be loaded. Callers must call ``unused``
-        afterwards."""
-        state.last_used = now
-        state.uses += 1
-        tier = self.tiers[state.tier]
-        if not tier.is_shared:
-            tier.policy.touch(state)
-
-    def unused(self, state: OffloadedCheckpoint) -> None:
-        """Undo the count of ``used`` for ``state``, which is detached from its tier."""
-        state.uses -= 1
 
     def on_ghost_hit(self, checkpoint: Checkpoint) -> None:
         """Notify the policy of the tier that dropped ``checkpoint``, unless it shares the
@@ -742,10 +735,9 @@ class TieredRadixCache(HybridRadixCache):
             or target.offloaded.state is None
         ):
             return False
-        offload.used(target.offloaded.state, self.now + 1)
         if target.lost_checkpoint is not None:
             self.policy.on_ghost_hit(target.lost_checkpoint)
-        taken = offload.take(target)
+        taken = offload.take(target, self.now + 1)
         base = taken.nodes[0].parent if taken.nodes else target
         assert base is not None
         with self.lock(base if base.parent is not None else None):
@@ -755,14 +747,12 @@ class TieredRadixCache(HybridRadixCache):
             if slot is None or rows is None:
                 if slot is not None:
                     self._slots.free(slot)
-                offload.unused(taken.state)
                 offload.put_back(taken)
                 self.ghosts.trim()
                 return False
             self._revive(taken.nodes, rows)
             offload.give(taken, rows, slot)
             state = taken.state
-            offload.unused(state)  # The request that resumes from it counts as its use.
             self._store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
             if taken.nodes and target.children is None and target.kv is not None:
                 self.policy.add(target.kv)
@@ -784,9 +774,8 @@ class TieredRadixCache(HybridRadixCache):
     def _drop_checkpoint(self, node: RadixNode) -> None:
         """Offer the checkpoint, which leaves the device, to the tiers."""
         super()._drop_checkpoint(node)
-        checkpoint = node.lost_checkpoint
-        if self.ghosts.offload is not None and checkpoint is not None:
-            self.offload.add_checkpoint(node, checkpoint)
+        if self.ghosts.offload is not None and node.lost_checkpoint is not None:
+            self.offload.add_checkpoint(node.lost_checkpoint)
 
     def _store_checkpoint(
         self,

@@ -163,7 +163,10 @@ class TextTree:
         assert all(num_tokens <= self.max_tokens for num_tokens in held.values())
 
 
-CHARACTERS_PER_TOKEN = 4
+MAX_TREE_TOKENS = 1 << 24
+"""Limit of the gateway, 2**26 characters, at four characters per token."""
+CACHE_THRESHOLD = 0.3
+BALANCE_ABS, BALANCE_REL = 64, 1.5
 
 
 class CacheAware(Router):
@@ -172,26 +175,15 @@ class CacheAware(Router):
     It estimates the contents of caches from the prompts that it sent. The gateway counts
     characters; this counts tokens.
 
-    - While one replica has more than ``balance_abs`` requests and more than ``balance_rel`` times
-      the requests of another, choose the least loaded replica.
-    - Otherwise choose the longest match, if it exceeds ``cache_threshold`` of the prompt.
+    - While one replica has over ``BALANCE_ABS`` requests more than another, and over
+      ``BALANCE_REL`` times as many, choose the least loaded replica.
+    - Otherwise choose the longest match, if it exceeds ``CACHE_THRESHOLD`` of the prompt.
     - Otherwise choose the replica with the fewest recorded tokens.
     """
 
-    def __init__(
-        self,
-        spec: ReplicaSpec,
-        *,
-        cache_threshold: float = 0.3,
-        balance_abs: int = 64,
-        balance_rel: float = 1.5,
-        max_tree_characters: int = 1 << 26,
-    ) -> None:
+    def __init__(self, spec: ReplicaSpec) -> None:
         super().__init__(spec)
-        max_tokens = max_tree_characters // CHARACTERS_PER_TOKEN
-        self.tree = TextTree(max(1, max_tokens // spec.unit))
-        self._threshold = cache_threshold
-        self._balance_abs, self._balance_rel = balance_abs, balance_rel
+        self.tree = TextTree(max(1, MAX_TREE_TOKENS // spec.unit))
 
     def left(self, replica: ReplicaId, now: float) -> tuple[object, ...]:
         self.tree.forget(replica)
@@ -205,13 +197,13 @@ class CacheAware(Router):
         counts = [load.num_running for load in self.loads.values()]
         most, fewest = max(counts), min(counts)
         expected = 0
-        if most - fewest > self._balance_abs and most > self._balance_rel * fewest:
+        if most - fewest > BALANCE_ABS and most > BALANCE_REL * fewest:
             chosen = self.least_loaded()
         else:
             _, reached = self.tree.match(request.tokens, request.namespace)
             chosen = max(reached, key=lambda each: reached[each], default=self.smallest())
             expected = reached.get(chosen, 0)
-            if expected <= self._threshold * len(request.tokens):
+            if expected <= CACHE_THRESHOLD * len(request.tokens):
                 chosen, expected = self.smallest(), 0
         self.tree.insert(request.tokens, chosen, request.namespace)
         return Choice(chosen, expected)

@@ -79,20 +79,18 @@ def by_type(
     text: Fields,
     mixers: Mapping[str, MixerSizes],
     mlps: MLP | Sequence[MLP],
-    name: str = "layer_types",
 ) -> ModelSizes:
-    """Build a model with one layer per type in the list ``name``.
+    """Build a model with one layer per type in ``layer_types``.
 
     Args:
         text: Fields of the config.
         mixers: Mixer of each type.
         mlps: Feed-forward block of all layers, or one block per layer.
-        name: Key of the list.
 
     Raises:
         SizesError: a type is unknown, or their number is not the number of layers.
     """
-    types = sorts(text, mixers, name)
+    types = sorts(text, mixers)
     each = mlps if isinstance(mlps, Sequence) else [mlps] * len(types)
     return model(
         text,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from hybridcache.policies.eviction.queues import BothKinds, Queue, QueuePolicy, Record
 from hybridcache.policies.protocol import Item
 
+SHARE = 0.1
+"""Part of the bytes that the small FIFO may hold."""
+
 
 class S3FifoQueues(QueuePolicy):
-    """Small FIFO (``share`` of the bytes) and main FIFO, with counters up to 3."""
+    """Small FIFO (``SHARE`` of the bytes) and main FIFO, with counters up to 3."""
 
-    def __init__(self, share: float = 0.1) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.share = share
         self.small, self.main = Queue(), Queue()
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
@@ -31,9 +33,8 @@ class S3FifoQueues(QueuePolicy):
         """Return an item from ``small`` if it has its share or more, else from ``main``."""
         while True:
             total = self.small.num_bytes + self.main.num_bytes
-            if len(self.small) and (
-                self.small.num_bytes >= self.share * total or not len(self.main)
-            ):
+            is_full = self.small.num_bytes >= SHARE * total
+            if len(self.small) and (is_full or not len(self.main)):
                 item = self._lazily_promoted()
             else:
                 item = self._reinserted()

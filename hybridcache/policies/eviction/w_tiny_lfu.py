@@ -7,18 +7,19 @@ from hybridcache.policies.protocol import Item
 
 AGE_AFTER = 10
 """Uses per candidate after which all counters are halved."""
+WINDOW, PROTECTED = 0.01, 0.8
+"""Parts of the bytes: of the window in all, and of the protected queue in main."""
 
 
 class TinyLfuQueues(QueuePolicy):
-    """Window LRU of ``window`` of the bytes, before a segmented main queue with an admission test.
+    """Window LRU of ``WINDOW`` of the bytes, before a segmented main queue with an admission test.
 
     Counters are exact, while the paper uses a sketch. Each item has one in its record, and a
     returning item inherits its ghost's counter.
     """
 
-    def __init__(self, window: float = 0.01, protected: float = 0.8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.window_share, self.protected_share = window, protected
         self.window, self.probation, self.protected = Queue(), Queue(), Queue()
         self._uses = 0
         self._full_bytes: int | None = None
@@ -45,7 +46,7 @@ class TinyLfuQueues(QueuePolicy):
         record.mark += 1
         self._uses += 1
         self.move(item, self.window if record.queue is self.window else self.protected)
-        share = self.protected_share * self._main_bytes()
+        share = PROTECTED * self._main_bytes()
         while self.protected.num_bytes > share and len(self.protected) > 1:
             oldest = self.protected.oldest()
             assert oldest is not None
@@ -59,11 +60,11 @@ class TinyLfuQueues(QueuePolicy):
         total = self.window.num_bytes + self._main_bytes()
         full = total if self._full_bytes is None else self._full_bytes
         self._full_bytes = total
-        room = (1 - self.window_share) * full
+        room = (1 - WINDOW) * full
         while (overflow := self.window.oldest()) is not None:
             newcomer = overflow[1]
             # The victim makes room for an item that enters the window: count one more of this size.
-            if self.window.num_bytes + newcomer.size_bytes <= self.window_share * total:
+            if self.window.num_bytes + newcomer.size_bytes <= WINDOW * total:
                 break
             if self._main_bytes() + newcomer.size_bytes <= room:
                 self.move(newcomer, self.probation)
