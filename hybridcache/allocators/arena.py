@@ -66,12 +66,7 @@ class ArenaAllocator:
     def __init__(
         self, total_bytes: int, row_bytes: int, state_bytes: int, page_size: int = 1
     ) -> None:
-        """Raise ValueError if a size is too small for one row, one page or one row per page."""
-        if row_bytes < 1 or state_bytes < 0 or page_size < 1:
-            raise ValueError(
-                f"row_bytes and page_size must be at least 1 and state_bytes at least 0 "
-                f"(got {row_bytes}, {page_size} and {state_bytes})."
-            )
+        """Raise ValueError if ``total_bytes`` are less than one page."""
         capacity = total_bytes // row_bytes
         capacity -= capacity % page_size
         if not capacity:

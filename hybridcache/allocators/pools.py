@@ -42,11 +42,7 @@ class BaseAllocator(ABC):
     """Units that are allocated together."""
 
     def __init__(self, capacity: int, unit_bytes: int, budget: ByteBudget | None):
-        """Raise ValueError if ``capacity`` is negative, or a ``budget`` has no ``unit_bytes``."""
-        if capacity < 0:
-            raise ValueError(f"capacity must not be negative, got {capacity}")
-        if budget is not None and unit_bytes < 1:
-            raise ValueError(f"a share of a budget needs the bytes of one unit, got {unit_bytes}")
+        """Sizes are trusted: ``CacheConfig`` checks them. A ``budget`` needs ``unit_bytes``."""
         self.capacity = capacity
         """Total number of units."""
         self.unit_bytes = unit_bytes
@@ -113,12 +109,8 @@ class PageAllocator(BaseAllocator):
         token_bytes: int = 0,
         budget: ByteBudget | None = None,
     ) -> None:
-        """Raise ValueError for partial pages, or for more rows than int32 can number."""
+        """``num_tokens`` are whole pages. Raise ValueError for more than int32 can number."""
         super().__init__(num_tokens, token_bytes, budget)
-        if page_size < 1:
-            raise ValueError(f"page_size must be at least 1, got {page_size}")
-        if num_tokens % page_size:
-            raise ValueError(f"{num_tokens} KV rows are not whole pages of {page_size}")
         self.page_size = page_size
         if num_tokens > MAX_ROWS:
             raise ValueError(
