@@ -271,10 +271,11 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
         ([{"timestamp": "2026-03-01T09:00:00"}, {"timestamp": 5}], 2),
         ([{"timestamp": 0}, {}], 2),
         ([{"format": "hybridcache", "version": 7, "unit": 1}, {}], 1),
+        ([{"stop_reason": "length"}, {"stop_reason": "banana"}], 2),
     ],
-    ids=["date after number", "number after date", "one without", "version"],
+    ids=["date after number", "number after date", "one without", "version", "stop reason"],
 )
-def test_kinds_of_times_and_versions_are_not_mixed(
+def test_kinds_of_times_versions_and_unknown_stop_reasons_are_refused(
     tmp_path: Path, records: list[dict[str, Any]], line: int
 ) -> None:
     written = (one if "format" in one else {"tokens": [1, 2]} | one for one in records)
