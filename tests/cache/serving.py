@@ -10,6 +10,8 @@ from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import InsertResult, PrefixMatch
 from hybridcache.cache import HybridRadixCache
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.tokens import Tokens
 
 
@@ -81,6 +83,28 @@ def serve(
     assert match.cached_len + sum(match.losses) == len(tokens)
     cache.check()
     return match
+
+
+def serve_lease(
+    cache: HybridRadixCache,
+    placement: PlacementPolicy,
+    request: LeaseRequest,
+    answer: Sequence[int] | Tokens = (),
+    stop_reason: str = "",
+) -> Lease:
+    """Serve a prompt and its answer with a lease. Returns the ended lease."""
+    prompt = request.tokens
+    lease = Lease.begin(cache, placement, request)
+    assert lease is not None and lease.extend(len(prompt))
+    lease.take_checkpoint_slots(lease.cached_len, len(prompt))
+    carried_out(cache)
+    lease.publish(prompt, len(prompt))
+    whole = np.concatenate((prompt, np.asarray(answer, np.int32)))
+    assert lease.extend(len(whole))
+    lease.take_checkpoint_slots(len(prompt), len(whole))
+    carried_out(cache)
+    lease.finish(whole, len(whole), stop_reason=stop_reason)
+    return lease
 
 
 def traffic(seed: int, num_requests: int, longest: int = 200) -> Iterator[Tokens]:

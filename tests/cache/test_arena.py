@@ -11,23 +11,16 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import EVICTION, parse_placement
 from hybridcache.tokens import Tokens
-from tests.cache.serving import carried_out
+from tests.cache.serving import carried_out, serve_lease
 from tests.cache.twins import Twins
 
 ROW_BYTES = 2
 
 
 def serve(cache, tokens: Tokens, held_tokens: int) -> None:
-    """Serve a prompt and its answer of four tokens with a lease."""
-    prompt_len = len(tokens) - 4
-    lease = Lease.begin(cache, parse_placement("backoff,end"), LeaseRequest(tokens[:prompt_len]))
-    assert lease is not None and lease.extend(prompt_len)
-    lease.take_checkpoint_slots(lease.cached_len, prompt_len)
-    carried_out(cache)
-    lease.publish(tokens, prompt_len)
-    assert lease.extend(len(tokens) - 1)
-    carried_out(cache)
-    lease.finish(tokens, len(tokens) - 1)
+    """Serve a prompt and its answer of four tokens, without the last one's KV."""
+    request = LeaseRequest(tokens[:-4])
+    serve_lease(cache, parse_placement("backoff,end"), request, tokens[-4:-1])
     cache.check(held_tokens=held_tokens, held_slots=0)
 
 

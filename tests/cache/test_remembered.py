@@ -10,13 +10,11 @@ import pytest
 
 from hybridcache import (
     CacheConfig,
-    Lease,
     LeaseRequest,
     ModelGeometry,
     build_prefix_cache,
     parse_placement,
 )
-from hybridcache.api import Listener
 from hybridcache.export.warm_state import MAGIC, _read, _written, pack, unpack, write_memory
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
@@ -26,29 +24,21 @@ from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.tiers import TieredRadixCache, path_of
+from tests.cache import twins
+from tests.cache.serving import serve_lease
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TRACES = {"agent": agent().head(160), "chat": chat().head(240)}
 REQUESTS = {name: list(trace) for name, trace in TRACES.items()}
 
 
-class VictimLog(Listener):
-    """Listener that records the victims in order."""
-
-    def __init__(self):
-        self.items = []
+class VictimLog(twins.VictimLog):
+    """Listener that records the victims in order, with a digest of their tokens."""
 
     def chosen(self, item):
         namespace, tokens = path_of(item.node)
-        self.items.append((item.kind, namespace, zlib.crc32(tokens.tobytes()), item.position))
-
-    def kv_stored(self, node):
-        pass
-
-    kv_removed = checkpoint_stored = checkpoint_removed = kv_stored
-
-    def kv_split(self, upper, lower):
-        pass
+        entry = (item.kind, namespace, zlib.crc32(tokens.tobytes()), item.position)
+        self.chosen_items.append(entry)
 
 
 def make(trace, gib=1.0, disk_gib=8.0, **options):
@@ -72,7 +62,7 @@ def serve(target, requests):
         served.prefilled()
         served.finish()
     target.cache.unsubscribe(chosen)
-    return hits, chosen.items, dict(target.cache.offload.copied_rows)
+    return hits, chosen.chosen_items, dict(target.cache.offload.copied_rows)
 
 
 def restarted(target, fresh, has_room=False):
@@ -140,18 +130,13 @@ def test_a_restarted_cache_without_tiers_decides_like_an_uninterrupted_one(prefi
         hits, chosen = [], VictimLog()
         cache.subscribe(chosen)
         for request in requests:
-            tokens = request.tokens[:9000]
             lease_request = LeaseRequest(
-                tokens, request.namespace, stateful=prefix_cache == "hybrid"
+                request.tokens[:9000], request.namespace, stateful=prefix_cache == "hybrid"
             )
-            lease = Lease.begin(cache, placement, lease_request)
-            assert lease.extend(len(tokens))
-            lease.take_checkpoint_slots(lease.cached_len, len(tokens))
-            cache.take_step().done()
-            lease.finish(tokens, len(tokens))
+            lease = serve_lease(cache, placement, lease_request)
             hits.append((lease.cached_len, lease.losses))
         cache.unsubscribe(chosen)
-        return hits, chosen.items
+        return hits, chosen.chosen_items
 
     whole, without_state, cut = make(), make(), make()
     serve(*whole, requests[:half])

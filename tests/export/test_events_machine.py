@@ -1,14 +1,17 @@
 """State machine: event subscribers always have the contents of a hybrid or attention-only cache,
-whose rows are those of the matched tokens."""
+whose rows are those of the matched tokens. A reader of numbered batches that loses some of them has
+the contents in the end."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.export.events import Event, EventStream
-from hybridcache.export.mirror import Mirror
+from hybridcache.export.events import EventStream
+from hybridcache.export.mirror import EventsLost, Mirror
+from hybridcache.routing.outbox import Outbox
 from tests.cache.serving import hybrid
 from tests.export.segments import segments_of
 
@@ -27,8 +30,9 @@ class EventsMachine(RuleBasedStateMachine):
         grid=st.sampled_from([1, 6]),
         num_slots=st.integers(2, 8),
         ghost_bytes=st.sampled_from([0, 3_000]),
+        num_kept=st.integers(1, 4),
     )
-    def make(self, page_size, grid, num_slots, ghost_bytes, prefix_cache="hybrid"):
+    def make(self, page_size, grid, num_slots, ghost_bytes, num_kept, prefix_cache):
         self.is_hybrid = prefix_cache == "hybrid"
         self.options = {
             "prefix_cache": prefix_cache,
@@ -45,23 +49,26 @@ class EventsMachine(RuleBasedStateMachine):
         self.rows = {}
         """Row of the last token of each published prefix. Pages are shared as a whole, so a prefix
         includes the rest of its page."""
-        self.watch()
+        self.outbox, self.remote = Outbox(self.cache, num_kept), self.new_mirror()
+        self.num_requests = 0
+        self.subscribe()
 
-    def watch(self):
-        """Create all subscribers. They first receive the current contents."""
+    def new_mirror(self):
         grid = None if self.is_hybrid else self.cache.grid
-        self.mirror, self.remote = (Mirror(self.options["page_size"], grid) for _ in range(2))
-        self.batch: list[Event] = []
-        sinks = (self.mirror.apply, self.batch.append)
-        self.streams = [EventStream(sink) for sink in sinks]
-        for stream in self.streams:
-            self.cache.subscribe(stream)
+        return Mirror(self.options["page_size"], grid)
+
+    def subscribe(self):
+        """Create a subscriber. It first receives the current contents."""
+        self.mirror = self.new_mirror()
+        self.stream = EventStream(self.mirror.apply)
+        self.cache.subscribe(self.stream)
 
     @rule(
         prompts=st.lists(st.tuples(INDEX, PREFIX_LEN, MORE), min_size=1, max_size=6),
         namespace=SPACES,
+        flushes=st.booleans(),
     )
-    def requests(self, prompts, namespace):
+    def requests(self, prompts, namespace, flushes):
         """Serve prompts that share a prefix with earlier ones of their namespace."""
         earlier = self.prompts.setdefault(namespace, [np.empty(0, np.int32)])
         for index, prefix_len, more in prompts:
@@ -71,6 +78,10 @@ class EventsMachine(RuleBasedStateMachine):
             earlier.append(tokens)
             self.serve(tokens, namespace)
             assert self.mirror.segments() == segments_of(self.cache._tree.nodes())
+            self.num_requests += 1
+            self.outbox.cover(self.num_requests)
+            if flushes:
+                self.outbox.flush()
 
     def rows_of(self, node, tokens, namespace):
         """Return the row of each prefix on the path to ``node``, by the prefix."""
@@ -137,18 +148,31 @@ class EventsMachine(RuleBasedStateMachine):
     def reset(self):
         self.cache.reset()
 
-    @rule()
-    def deliver(self):
-        """Deliver the collected events."""
-        self.remote.apply_batch(self.remote.next_sequence, self.batch)
-        self.batch.clear()
-        assert self.remote.segments() == segments_of(self.cache._tree.nodes())
+    @rule(num_lost=st.integers(0, 2))
+    def read(self, num_lost):
+        """Apply pending batches, but lose the first ``num_lost``: the next one must be refused."""
+        batches = self.outbox.since(self.remote.next_sequence)
+        if batches is None:
+            self.outbox.restart()
+            self.remote = self.new_mirror()
+            batches = self.outbox.since(0)
+        for batch in batches[num_lost:]:
+            if batch.sequence != self.remote.next_sequence:
+                with pytest.raises(EventsLost):
+                    self.remote.apply_batch(batch.sequence, batch.events)
+                return
+            self.remote.apply_batch(batch.sequence, batch.events)
 
     @rule()
     def resubscribe(self):
-        for stream in self.streams:
-            self.cache.unsubscribe(stream)
-        self.watch()
+        self.cache.unsubscribe(self.stream)
+        self.subscribe()
+
+    def teardown(self):
+        if hasattr(self, "cache"):
+            self.outbox.flush()
+            self.read(0)
+            assert self.remote.segments() == segments_of(self.cache._tree.nodes())
 
     @invariant()
     def subscribers_are_up_to_date(self):
@@ -161,3 +185,14 @@ class EventsMachine(RuleBasedStateMachine):
 
 
 TestEvents = EventsMachine.TestCase
+
+
+def test_batches_that_are_missing_or_dropped_are_not_returned() -> None:
+    outbox = Outbox(hybrid(num_kv_tokens=64, num_slots=4, grid=4), kept=2)
+    assert outbox.since(0) == [] and outbox.since(1) is None and not outbox.flush()
+    for number in range(4):
+        outbox.cover(number)
+        assert outbox.flush()
+    assert outbox.since(1) is None and [batch.sequence for batch in outbox.since(2)] == [2, 3]
+    outbox.restart()
+    assert [batch.sequence for batch in outbox.since(0)] == [0]

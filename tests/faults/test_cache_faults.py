@@ -32,7 +32,6 @@ from tests.export.test_events_machine import EventsMachine
 from tests.faults.injection import Check, Fault, Faults, Patch, assert_detected, machine
 from tests.policies import test_regret, textbook
 from tests.policies.items import ItemCache
-from tests.routing.test_outbox_machine import OutboxMachine
 from tests.routing.test_text_tree_machine import TextTreeMachine
 
 FAULTS = Faults()
@@ -405,7 +404,7 @@ def subscribers_are_not_notified_of_splits(patch: Patch) -> None:
         pass
 
 
-@FAULTS.detected_by(machine(OutboxMachine))
+@FAULTS.detected_by(machine(EventsMachine))
 def the_oldest_missing_batch_is_not_resent(patch: Patch) -> None:
     @patch(Outbox, "since")
     def since(original: Any, self: Any, sequence: int) -> Any:

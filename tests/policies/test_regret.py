@@ -21,6 +21,7 @@ from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import parse_placement
+from tests.cache.serving import serve_lease
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944
@@ -36,19 +37,9 @@ def hit_rate(
     placement = parse_placement(checkpoints)
     reused = total = 0
     for request in trace:
-        prompt = request.tokens
-        lease = Lease.begin(cache, placement, LeaseRequest(prompt, request.namespace))
-        assert lease is not None and lease.extend(len(prompt))
-        reused += lease.cached_len
-        total += len(prompt)
-        lease.take_checkpoint_slots(lease.cached_len, len(prompt))
-        cache.take_step().done()
-        lease.publish(prompt, len(prompt))
-        whole = np.concatenate((prompt, request.output))
-        assert lease.extend(len(whole))
-        lease.take_checkpoint_slots(len(prompt), len(whole))
-        cache.take_step().done()
-        lease.finish(whole, len(whole))
+        lease_request = LeaseRequest(request.tokens, request.namespace)
+        reused += serve_lease(cache, placement, lease_request, request.output).cached_len
+        total += len(request.tokens)
     cache.check(0, 0)
     return reused / total
 
@@ -224,18 +215,13 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
         reason = ("tool_use", "end_turn")[number % 2]
         prompt = rng.integers(0, 1000, 50, dtype=np.int32)
         for turn in range(1 + (reason == "tool_use")):
-            lease = Lease.begin(cache, placement, LeaseRequest(prompt))
-            assert lease is not None and lease.extend(len(prompt) + 10)
+            answer = rng.integers(0, 1000, 10, dtype=np.int32)
+            stop = reason if not turn else ""
+            lease = serve_lease(cache, placement, LeaseRequest(prompt), answer, stop)
             if turn:
                 assert lease.match.resumed is not None
                 labels[reason] = lease.match.resumed.label
-            lease.take_checkpoint_slots(lease.cached_len, len(prompt))
-            cache.take_step().done()
-            lease.publish(prompt, len(prompt))
-            history = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
-            lease.take_checkpoint_slots(len(prompt), len(history))
-            cache.take_step().done()
-            lease.finish(history, len(history), stop_reason=reason if not turn else "")
+            history = np.concatenate((prompt, answer))
             prompt = history if rule == "end" else prompt
             prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
     assert labels == {"tool_use": f"{'decode' if rule == 'end' else 'backoff'}/tool_use"}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
 from typing import Any
 
 import pytest
 
-from hybridcache.watch import recorder as recorder_module
 from hybridcache.watch.recorder import Recorder
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.watch.follower import follow, truth
@@ -55,7 +53,3 @@ def test_keys_distinguish_siblings_and_survive_splits() -> None:
     again = [record for record in recorder.take() if record[0] == "kv"]
     assert all(record[6] in keys.values() for record in again) and again
     assert len(set(keys.values())) == len(keys)
-
-
-def test_doctests_of_the_recorder() -> None:
-    assert doctest.testmod(recorder_module).failed == 0

@@ -21,6 +21,8 @@ from hybridcache.export.sglang.translation import (
     why_not,
 )
 from hybridcache.export.sglang.views import RowView, SlotView
+from tests.cache import serving
+from tests.cache.serving import ids
 
 
 class FakeRows:
@@ -113,13 +115,8 @@ def fake_cache(num_rows=100, num_slots=8, extra_buffer=True):
 
 
 def publish(cache, tokens, with_state=True):
-    tokens = np.asarray(tokens, np.int32)
-    end, slot = len(tokens), cache.allocate_slot() if with_state else None
-    result = cache.insert(tokens, cache.allocate_kv(end), [(end, slot)] if with_state else [])
-    cache.free_kv(result.duplicates)
-    for rejected in result.rejected_slots:
-        cache.free_slot(rejected)
-    return result.node
+    tokens = ids(tokens)
+    return serving.publish(cache, tokens, [len(tokens)] * with_state).node
 
 
 def request(states, extra_buffer=True):
