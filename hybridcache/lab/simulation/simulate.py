@@ -306,5 +306,5 @@ def _complete(path: Path, keys: Sequence[str], runs: Sequence[RunResult]) -> Non
     whole = path.with_name(path.name + ".new")
     with whole.open("w", encoding="utf-8") as file:
         for record in records_of(path):
-            file.write(json.dumps(record | known.get(record.get("key"), {})) + "\n")
+            file.write(json.dumps(record | known.get(record.get("key", ""), {})) + "\n")
     whole.replace(path)
