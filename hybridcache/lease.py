@@ -474,8 +474,9 @@ class Lease:
         """Put the rows of positions [start, end) into the next step plan."""
         table_row = self._request.table_row
         if table_row is not None:
-            steps = self.cache.steps
-            steps.row_write_due(self, table_row, start, end, lambda: self.kv_indices)
+            writes = self.cache.steps.row_writes
+            _, first, last = writes.get(self, (table_row, start, end))
+            writes[self] = table_row, min(start, first), max(end, last)
 
     def rows_moved(self, move: Move) -> int:
         """Rename the rows of an emptied slab (``RowHolder``), and return how many of them are held.

@@ -36,7 +36,7 @@ for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -245,11 +245,20 @@ class StepPlan:
         self.is_done = True
 
 
+class TableRows(Protocol):
+    """Owner of a row of the request table: a lease. Hashable by identity."""
+
+    @property
+    def kv_indices(self) -> Indices:
+        """KV row of each position so far."""
+        ...
+
+
 class StepQueue:
     """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves."""
 
     __slots__ = (
-        *("_row_writes", "num_moves", "num_open", "numbers", "open_plan", "restores", "thread"),
+        *("num_moves", "num_open", "numbers", "open_plan", "restores", "row_writes", "thread"),
         "transfers",
     )
 
@@ -263,10 +272,10 @@ class StepQueue:
         adding requests to the step when it is 1."""
         self.transfers: list[Transfer] = []
         """Transfers that no plan contains yet."""
-        self.restores: dict[Hashable, tuple[int, int]] = {}
+        self.restores: dict[TableRows, tuple[int, int]] = {}
         """(checkpoint slot, own slot) of each lease with a restore that no plan contains yet."""
-        # (table row, start, end, function that returns all rows) of each lease with changed rows.
-        self._row_writes: dict[Hashable, tuple[int, int, int, Callable[[], Indices]]] = {}
+        self.row_writes: dict[TableRows, tuple[int, int, int]] = {}
+        """(table row, start, end) of the changed rows of each lease that no plan contains yet."""
         self.open_plan: StepPlan | None = None
         """Plan that was taken last, or None if nothing was due."""
 
@@ -276,28 +285,19 @@ class StepQueue:
         self.num_moves += 1
         return 0
 
-    def row_write_due(
-        self, lease: Hashable, table_row: int, start: int, end: int, rows: Callable[[], Indices]
-    ) -> None:
-        """Include positions [start, end) of ``rows()`` in the next plan. O(1)."""
-        if lease in self._row_writes:
-            _, first, last, _ = self._row_writes[lease]
-            start, end = min(start, first), max(end, last)
-        self._row_writes[lease] = table_row, start, end, rows
-
     def due_row_writes(self) -> tuple[RowWrite, ...]:
         """Return the row writes of the next plan, which stay due. O(rows written)."""
         return tuple(
-            RowWrite(table_row, start, rows()[start:end].copy())
-            for table_row, start, end, rows in self._row_writes.values()
+            RowWrite(table_row, start, lease.kv_indices[start:end].copy())
+            for lease, (table_row, start, end) in self.row_writes.items()
         )
 
-    def close(self, lease: Hashable, numbers: set[tuple[str, int | None]]) -> None:
+    def close(self, lease: TableRows, numbers: set[tuple[str, int | None]]) -> None:
         """Forget ``lease``, which has ended, with its restore, row write and ``numbers``. O(1)."""
         self.num_open -= 1
         self.numbers -= numbers
         self.restores.pop(lease, None)
-        self._row_writes.pop(lease, None)
+        self.row_writes.pop(lease, None)
 
     def take(self) -> StepPlan:
         """Return the plan and begin an empty one. O(transfers + rows written).
@@ -312,12 +312,12 @@ class StepQueue:
                 "work yourself. If it failed half-way, abort all leases, unlock all nodes and call "
                 "cache.reset()"
             )
-        if not (self.transfers or self._row_writes or self.restores):
+        if not (self.transfers or self.row_writes or self.restores):
             return StepPlan(is_done=True)
-        row_writes = self.due_row_writes() if self._row_writes else ()
+        row_writes = self.due_row_writes() if self.row_writes else ()
         plan = StepPlan(tuple(self.transfers), row_writes, tuple(self.restores.values()))
         self.transfers, self.num_moves = [], 0
-        self._row_writes.clear()
+        self.row_writes.clear()
         self.restores.clear()
         self.open_plan = plan
         return plan

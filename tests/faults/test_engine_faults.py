@@ -246,8 +246,8 @@ def exact_mode_publishes_decoded_tokens(patch: Patch) -> None:
 
 @FAULTS.detected_by(ARENA)
 def a_lease_does_not_report_moved_rows(patch: Patch) -> None:
-    @patch(StepQueue, "row_write_due")
-    def row_write_due(original: Any, self: Any, *arguments: Any) -> None:
+    @patch(Lease, "_note_changed")
+    def _note_changed(original: Any, self: Any, *arguments: Any) -> None:
         pass
 
 
