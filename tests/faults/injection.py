@@ -82,6 +82,16 @@ class Faults(dict[str, Fault]):
 
         return add
 
+    def add_silent(self, description: str, owner: Any, name: str, check: Check) -> None:
+        """Add the fault that the method ``owner.name`` does nothing."""
+
+        def inject(patch: Patch) -> None:
+            @patch(owner, name)
+            def do_nothing(*_: Any, **__: Any) -> None:
+                pass
+
+        self[description] = Fault(inject, check)
+
     @property
     def checks(self) -> list[Check]:
         """List of all different checks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from tests.cache.test_lease_machine import LeaseMachine
 from tests.cache.test_machine import CacheMachine
 from tests.cache.test_tiers_machine import TieredMachine
 from tests.export.test_events_machine import EventsMachine
-from tests.faults.injection import Check, Fault, Faults, Patch, assert_detected, machine
+from tests.faults.injection import Check, Faults, Patch, assert_detected, machine
 from tests.policies import test_regret, textbook
 from tests.policies.items import ItemCache
 from tests.routing.test_text_tree_machine import TextTreeMachine
@@ -37,6 +36,7 @@ from tests.routing.test_text_tree_machine import TextTreeMachine
 FAULTS = Faults()
 CACHE = machine(CacheMachine, max_examples=400)
 TIERS = machine(TieredMachine)
+ALLOCATORS, EVENTS = machine(AllocatorMachine), machine(EventsMachine)
 
 
 def arena() -> None:
@@ -72,13 +72,6 @@ def a_lock_does_not_protect(patch: Patch) -> None:
         handle = original(self, node)
         self.unlock(handle)
         return handle
-
-
-@FAULTS.detected_by(CACHE)
-def a_lock_is_never_released(patch: Patch) -> None:
-    @patch(HybridRadixCache, "unlock")
-    def unlock(original: Any, self: Any, handle: Any) -> None:
-        pass
 
 
 @FAULTS.detected_by(CACHE)
@@ -120,13 +113,6 @@ def a_match_ignores_ghosts(patch: Patch) -> None:
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         found = original(self, tokens, namespace)
         return found._replace(seen_len=found.kv_match_len, missed=None)
-
-
-@FAULTS.detected_by(arena)
-def a_use_is_not_counted(patch: Patch) -> None:
-    @patch(HybridRadixCache, "touch")
-    def touch(original: Any, self: Any, match: Any) -> None:
-        pass
 
 
 @FAULTS.detected_by(arena)
@@ -216,13 +202,6 @@ def rows_of_a_path_are_gathered_in_reverse(patch: Patch) -> None:
 
 
 @FAULTS.detected_by(CACHE)
-def a_reset_does_nothing(patch: Patch) -> None:
-    @patch(HybridRadixCache, "reset")
-    def reset(original: Any, self: Any) -> None:
-        pass
-
-
-@FAULTS.detected_by(CACHE)
 def lru_evicts_the_newest_item(patch: Patch) -> None:
     last: list[Any] = []
 
@@ -240,14 +219,14 @@ def lru_evicts_the_newest_item(patch: Patch) -> None:
 # --- Allocators ---------------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(machine(AllocatorMachine))
+@FAULTS.detected_by(ALLOCATORS)
 def the_last_freed_page_is_lost(patch: Patch) -> None:
     @patch(PageAllocator, "free")
     def free(original: Any, self: Any, rows: Any) -> None:
         original(self, rows[: max(0, len(rows) - self.page_size)])
 
 
-@FAULTS.detected_by(machine(AllocatorMachine))
+@FAULTS.detected_by(ALLOCATORS)
 def a_page_is_allocated_twice(patch: Patch) -> None:
     @patch(PageAllocator, "allocate")
     def allocate(original: Any, self: Any, num_tokens: int) -> Any:
@@ -257,14 +236,7 @@ def a_page_is_allocated_twice(patch: Patch) -> None:
         return rows
 
 
-@FAULTS.detected_by(machine(AllocatorMachine))
-def a_freed_slot_is_lost(patch: Patch) -> None:
-    @patch(SlotAllocator, "free")
-    def free(original: Any, self: Any, slot: int) -> None:
-        pass
-
-
-@FAULTS.detected_by(machine(AllocatorMachine))
+@FAULTS.detected_by(ALLOCATORS)
 def freed_bytes_are_not_returned_to_the_budget(patch: Patch) -> None:
     @patch(PageAllocator, "release")
     def release(original: Any, self: Any, rows: Any) -> None:
@@ -363,59 +335,33 @@ PLAIN: dict[str, Any] = {"lfu": textbook.lfu_da, "clock": textbook.clock, "arc":
 LFU, CLOCK, ARC = map(policy_check, PLAIN)
 
 
-def ignore_uses(name: str, patch: Patch) -> None:
-    @patch(EVICTION[name], "touch")
-    def touch(original: Any, self: Any, item: Any) -> None:
-        pass
-
-
-def ignore_ghost_hits(name: str, patch: Patch) -> None:
-    @patch(EVICTION[name], "on_ghost_hit")
-    def on_ghost_hit(original: Any, self: Any, item: Any) -> None:
-        pass
-
-
-FAULTS["lfu ignores uses"] = Fault(partial(ignore_uses, "lfu"), LFU)
-FAULTS["clock ignores uses"] = Fault(partial(ignore_uses, "clock"), CLOCK)
-FAULTS["arc ignores ghost hits"] = Fault(partial(ignore_ghost_hits, "arc"), ARC)
-
-
-@FAULTS.detected_by(test_regret.test_all_ghosts_on_the_path_count_as_used_except_superseded_ones)
-def survival_ignores_ghosts_above_the_missed_one(patch: Patch) -> None:
-    @patch(Survival, "on_ghost_hit_above")
-    def on_ghost_hit_above(original: Any, self: Any, item: Any) -> None:
-        pass
-
-
 # --- Events and routing -------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(machine(EventsMachine))
-def subscribers_are_not_notified_of_evicted_checkpoints(patch: Patch) -> None:
-    @patch(EventStream, "checkpoint_removed")
-    def checkpoint_removed(original: Any, self: Any, node: Any) -> None:
-        pass
-
-
-@FAULTS.detected_by(machine(EventsMachine))
-def subscribers_are_not_notified_of_splits(patch: Patch) -> None:
-    @patch(EventStream, "kv_split")
-    def kv_split(original: Any, self: Any, upper: Any, lower: Any) -> None:
-        pass
-
-
-@FAULTS.detected_by(machine(EventsMachine))
+@FAULTS.detected_by(EVENTS)
 def the_oldest_missing_batch_is_not_resent(patch: Patch) -> None:
     @patch(Outbox, "since")
     def since(original: Any, self: Any, sequence: int) -> Any:
         return original(self, sequence + 1) or []
 
 
-@FAULTS.detected_by(machine(TextTreeMachine))
-def prompts_of_a_removed_replica_are_kept(patch: Patch) -> None:
-    @patch(TextTree, "forget")
-    def forget(original: Any, self: Any, replica: Any) -> None:
-        pass
+# --- Methods that do nothing --------------------------------------------------------------------
+
+GHOSTS = test_regret.test_all_ghosts_on_the_path_count_as_used_except_superseded_ones
+for silent in (
+    ("a lock is never released", HybridRadixCache, "unlock", CACHE),
+    ("a use is not counted", HybridRadixCache, "touch", arena),
+    ("a reset does nothing", HybridRadixCache, "reset", CACHE),
+    ("a freed slot is lost", SlotAllocator, "free", ALLOCATORS),
+    ("lfu ignores uses", EVICTION["lfu"], "touch", LFU),
+    ("clock ignores uses", EVICTION["clock"], "touch", CLOCK),
+    ("arc ignores ghost hits", EVICTION["arc"], "on_ghost_hit", ARC),
+    ("survival ignores ghosts above the missed one", Survival, "on_ghost_hit_above", GHOSTS),
+    ("evicted checkpoints are not reported", EventStream, "checkpoint_removed", EVENTS),
+    ("splits are not reported", EventStream, "kv_split", EVENTS),
+    ("prompts of a removed replica are kept", TextTree, "forget", machine(TextTreeMachine)),
+):
+    FAULTS.add_silent(*silent)
 
 
 SLOW = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tests.engine import test_drafters, test_engine
 from tests.engine.store.test_records import StoreMachine
 from tests.engine.test_scheduler_machine import SchedulerMachine
 from tests.engine.test_token_counts import TokenCountsMachine
-from tests.faults.injection import Check, Faults, Patch, assert_detected, machine
+from tests.faults.injection import Check, Fault, Faults, Patch, assert_detected, machine
 from tests.oracle import OracleRunner, OracleSampler
 
 FAULTS = Faults()
@@ -86,6 +87,7 @@ ARENA = serving("serving from an arena", slab_rows=40)
 HOST = serving("serving with host memory", slab_rows=40, host_rows=400, kv_pages=4)
 OVERLAP = serving("overlapped steps", overlap="on")
 DRAFTS = serving("serving with drafts", drafts="scripted")
+STORE = machine(StoreMachine)
 
 
 def edit(patch: Patch, change: Callable[[Batch], Batch]) -> None:
@@ -100,22 +102,12 @@ def edit(patch: Patch, change: Callable[[Batch], Batch]) -> None:
 
 
 @FAULTS.detected_by(POOLS)
-def states_are_not_restored(patch: Patch) -> None:
-    edit(patch, lambda batch: replace(batch, restores=()))
-
-
-@FAULTS.detected_by(POOLS)
 def a_state_is_restored_from_another_slot(patch: Patch) -> None:
     def shift(batch: Batch) -> Batch:
         restores = ((max(0, source - 1), target) for source, target in batch.restores)
         return replace(batch, restores=tuple(restores))
 
     edit(patch, shift)
-
-
-@FAULTS.detected_by(POOLS)
-def the_last_rows_of_the_table_are_not_written(patch: Patch) -> None:
-    edit(patch, lambda batch: replace(batch, row_writes=batch.row_writes[:-1]))
 
 
 @FAULTS.detected_by(POOLS)
@@ -192,11 +184,6 @@ def late_tokens_are_swapped_between_requests(patch: Patch) -> None:
 
 
 @FAULTS.detected_by(ARENA)
-def moved_rows_are_not_copied(patch: Patch) -> None:
-    edit(patch, lambda batch: replace(batch, moves=()))
-
-
-@FAULTS.detected_by(ARENA)
 def rows_move_in_the_wrong_direction(patch: Patch) -> None:
     def reverse(batch: Batch) -> Batch:
         moves = (
@@ -230,25 +217,11 @@ def requests_share_one_namespace_in_the_cache(patch: Patch) -> None:
         return original(cls, cache, placement, request._replace(namespace=None), *rest)
 
 
-@FAULTS.detected_by(POOLS)
-def a_preempted_or_finished_request_keeps_its_memory(patch: Patch) -> None:
-    @patch(Lease, "finish")
-    def finish(original: Any, self: Any, *args: Any, **more: Any) -> None:
-        pass
-
-
 @FAULTS.detected_by(serving("exact mode", exact=True))
 def exact_mode_publishes_decoded_tokens(patch: Patch) -> None:
     @patch(Lease, "begin")
     def begin(original: Any, cls: Any, cache: Any, placement: Any, request: Any, *rest: Any) -> Any:
         return original(cls, cache, placement, request._replace(exact=False), *rest)
-
-
-@FAULTS.detected_by(ARENA)
-def a_lease_does_not_report_moved_rows(patch: Patch) -> None:
-    @patch(Lease, "_note_changed")
-    def _note_changed(original: Any, self: Any, *arguments: Any) -> None:
-        pass
 
 
 @FAULTS.detected_by(ARENA)
@@ -267,13 +240,6 @@ def a_lease_does_not_report_replaced_duplicates(patch: Patch) -> None:
         changed = original(self, tokens, computed_len)
         self._unread_len = unread_len
         return changed
-
-
-@FAULTS.detected_by(ARENA)
-def an_aborted_lease_keeps_its_memory(patch: Patch) -> None:
-    @patch(Lease, "abort")
-    def abort(original: Any, self: Any) -> None:
-        pass
 
 
 @FAULTS.detected_by(ARENA)
@@ -310,13 +276,6 @@ def states_do_not_advance_by_the_accepted_drafts(patch: Patch) -> None:
         original(self, batch, [1] * len(accepted))
 
 
-@FAULTS.detected_by(test_drafters.test_a_drafter_that_is_never_right_drafts_rarely)
-def a_drafter_without_acceptance_continues_drafting(patch: Patch) -> None:
-    @patch(DraftLength, "learn")
-    def learn(original: Any, self: Any, *args: Any, **more: Any) -> None:
-        pass
-
-
 # --- Sampling and requests ----------------------------------------------------------------------
 
 
@@ -345,7 +304,7 @@ def the_namespace_of_a_request_is_dropped(patch: Patch) -> None:
 # --- Stores -------------------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(machine(StoreMachine))
+@FAULTS.detected_by(STORE)
 def a_damaged_record_is_accepted(patch: Patch) -> None:
     @patch(RecordStore, "read")
     def read(original: Any, self: Any, number: int, out: memoryview) -> bool:
@@ -353,11 +312,32 @@ def a_damaged_record_is_accepted(patch: Patch) -> None:
         return True
 
 
-@FAULTS.detected_by(machine(StoreMachine))
-def a_removed_record_is_still_readable(patch: Patch) -> None:
-    @patch(RecordStore, "remove")
-    def remove(original: Any, self: Any, number: int) -> None:
-        pass
+# --- Methods that do nothing, and batches without their last part -------------------------------
+
+ACCEPTANCE, STORE = (
+    test_drafters.test_a_drafter_that_is_never_right_drafts_rarely,
+    machine(StoreMachine),
+)
+for silent in (
+    ("a lease does not report moved rows", Lease, "_note_changed", ARENA),
+    ("an aborted lease keeps its memory", Lease, "abort", ARENA),
+    ("a preempted or finished request keeps its memory", Lease, "finish", POOLS),
+    ("a drafter without acceptance continues drafting", DraftLength, "learn", ACCEPTANCE),
+    ("a removed record is still readable", RecordStore, "remove", STORE),
+):
+    FAULTS.add_silent(*silent)
+
+
+def drop_last(part: str, patch: Patch) -> None:
+    """Drop the last element of a part of each batch."""
+    edit(patch, lambda batch: replace(batch, **{part: getattr(batch, part)[:-1]}))
+
+
+FAULTS["the last state is not restored"] = Fault(partial(drop_last, "restores"), POOLS)
+FAULTS["the last rows of the table are not written"] = Fault(
+    partial(drop_last, "row_writes"), POOLS
+)
+FAULTS["the last moved rows are not copied"] = Fault(partial(drop_last, "moves"), ARENA)
 
 
 @pytest.mark.parametrize("name", FAULTS)

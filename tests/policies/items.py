@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Kind
 
 _serials = iter(range(10**9))
 
@@ -129,8 +129,3 @@ def offer(policy: EvictionPolicy, *items: FakeItem) -> list[str]:
         policy.discard(victim, evicted=True)
         order.append(victim.name)
     return order
-
-
-def as_item(item: FakeItem) -> Item:
-    """Return ``item`` as an ``Item``, so that mypy checks the protocol."""
-    return item

@@ -97,12 +97,10 @@ MODULE += "".join(f"\n\nclass {head}:\n    {body}\n" for head, body in CLASSES.i
 @pytest.fixture(autouse=True)
 def user_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "user_policies.py").write_text(MODULE)
-    (tmp_path / "broken.py").write_text("class X(:")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     yield
-    for name in ("user_policies", "broken"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("user_policies", None)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +188,6 @@ class Weighted(ScorePolicy):
 
     def score(self, item: Item) -> float:
         return self.weight * item.position
-
-
-class InTiers(Weighted):
-    orders_classes = False
 
 
 @pytest.mark.parametrize(
