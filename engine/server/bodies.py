@@ -1,8 +1,8 @@
 """Bodies of requests, decoded within limits, and of answers, also as streams of events.
 
-``msgspec`` decodes a body field by field into a typed structure. It holds the interpreter while it
-works, so values without a fixed form are limited in size, and long bodies are decoded in a thread.
-The engine runs in its own process: its steps do not wait for this interpreter.
+``msgspec`` holds the interpreter while it decodes a body and converts its fields to their types.
+The number of bytes and of values is therefore limited, and long bodies are decoded in a thread. The
+engine runs in its own process: its steps do not wait for this interpreter.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import msgspec
-from msgspec import Raw, inspect
+from msgspec import inspect
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.server.api_errors import APIError, of_failure, of_value, quoted, short
 from engine.server.request_log import note_error
-from engine.text.json_text import read_json, with_whole_escapes, write_json
+from engine.text.json_text import read_json, write_json
 
 LONG = 4096
 """Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
@@ -41,9 +41,10 @@ of an answer."""
 NUM_WORKERS = 2
 MAX_NAMES = 64
 """Maximum number of names of a body."""
-LARGE, MAX_NODES = 256 << 10, 1 << 16
-"""Number of bytes above which a value without a fixed form, such as a tool, may have at most so
-many names, lists and objects. Decoding one holds the interpreter for at most 50 ms."""
+MAX_NODES = 100_000
+"""Maximum number of names, lists and objects of a JSON text. Decoding them holds the interpreter
+for at most 50 ms."""
+UNMARKED = bytes(set(range(256)) - set(b'[{:"'))
 
 Result = TypeVar("Result")
 
@@ -82,86 +83,50 @@ class Body(msgspec.Struct, kw_only=True):
 
     NEUTRAL: ClassVar[Mapping[str, Container[Any]]] = {}
     """Parameters that are not supported, with the values that have no effect."""
-
-
-class Entry(msgspec.Struct, gc=False):
-    """Entry of a list of objects, of which nothing is read."""
+    KINDS: ClassVar[Mapping[str, str]] = {}
+    """Lists of objects -> type of entries that do not name one."""
 
 
 Kind = TypeVar("Kind", bound=Body)
-_OBJECT = msgspec.json.Decoder(dict[str, Raw])
-_ENTRIES = msgspec.json.Decoder(list[Entry])
-"""Refuses wrong entries without making an object of each."""
 
 
 @lru_cache(maxsize=64)
-def _fields(kind: type[Body]) -> dict[str, tuple[str, Any, msgspec.json.Decoder[Any], bool]]:
-    """Return name -> (attribute, type, decoder, whether it is required) of a body's fields."""
-    return {
-        field.encode_name: (
-            field.name,
-            field.type,
-            msgspec.json.Decoder(field.type),
-            field.required,
-        )
-        for field in msgspec.structs.fields(kind)
-    }
-
-
-@lru_cache(maxsize=64)
-def _known(kind: type[Body]) -> msgspec.json.Decoder[Any]:
-    """Return a decoder that stops at the first unknown name."""
-    names = (*_fields(kind), *kind.NEUTRAL)
-    fields: list[tuple[str, Any, Any]] = [(name, Raw, None) for name in names]
-    return msgspec.json.Decoder(msgspec.defstruct("Names", fields, forbid_unknown_fields=True))
+def _fields(kind: type[Body]) -> dict[str, msgspec.structs.FieldInfo]:
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
 def decode(kind: type[Kind], raw: bytes) -> Kind:
     """Return the body ``raw`` as ``kind``; lone surrogates become U+FFFD. Raises APIError 400 with
     one sentence about the first fault. O(its size)."""
     try:
-        return _decoded(kind, raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        fault = error
-    except RecursionError:
-        raise APIError(400, "The body is nested too deep: send one flat JSON object.") from None
-    try:
         text = raw.decode()
+        check_nodes(raw)
+        given = read_json(text)
     except UnicodeDecodeError as error:
         message = f"The body is not UTF-8 (byte {error.start:,}): send JSON encoded as UTF-8."
         raise APIError(400, message) from None
-    with suppress(msgspec.DecodeError):
-        return _decoded(kind, with_whole_escapes(text).encode())
-    raise APIError(400, f"The body is not valid JSON ({fault}): send one JSON object.")
-
-
-def _decoded(kind: type[Kind], raw: bytes) -> Kind:
-    try:
-        if len(raw) > LARGE:  # Otherwise many unknown names would take long.
-            _known(kind).decode(raw)
-        given = _OBJECT.decode(raw)
-    except msgspec.ValidationError as error:
-        if "unknown field" in str(error):
-            raise _unknown(str(error).split("`")[1], _fields(kind)) from None
-        raise APIError(
-            400, "The body must be one JSON object, with names and values between { and }."
-        ) from None
+    except ValueError as error:
+        message = f"The body cannot be read ({error}): send one JSON object."
+        raise APIError(400, message) from None
+    if not isinstance(given, dict):
+        message = "The body must be one JSON object, with names and values between { and }."
+        raise APIError(400, message)
     if len(given) > MAX_NAMES:
         raise APIError(400, f"The body may have at most {MAX_NAMES} names (got {len(given)}).")
     fields, values = _fields(kind), dict[str, Any]()
-    for name, piece in given.items():
-        if bytes(memoryview(piece)[:5]) == b"null":
-            continue
+    for name, value in without_nulls(given).items():
         if name in kind.NEUTRAL:
-            if json_value(piece, name) not in kind.NEUTRAL[name]:
+            if value not in kind.NEUTRAL[name]:
                 raise APIError(400, f"'{name}' is not supported: omit it.", param=name)
         elif name not in fields:
             raise _unknown(name, fields)
         else:
-            attribute, of_type, decoder, _ = fields[name]
-            values[attribute] = _field(name, piece, of_type, decoder)
-    for name, (attribute, _, _, is_required) in fields.items():
-        if is_required and attribute not in values:
+            if name in kind.KINDS and isinstance(value, list):
+                usual = {"type": kind.KINDS[name]}
+                value = [usual | without_nulls(e) if isinstance(e, dict) else e for e in value]
+            values[fields[name].name] = converted(value, fields[name].type, name)
+    for name, field in fields.items():
+        if field.required and field.name not in values:
             raise APIError(400, f"'{name}' is missing: add it.", param=name)
     try:
         return kind(**values)
@@ -169,21 +134,18 @@ def _decoded(kind: type[Kind], raw: bytes) -> Kind:
         raise of_value(error) from None
 
 
-def _field(name: str, piece: Raw, of_type: Any, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """Return the value of a field. Objects and values of any form are bounded; lists of them are
-    typed as ``Raw`` and read one by one."""
-    begin = bytes(memoryview(piece)[:1])
-    if of_type is not Any and begin != b"{":
-        try:
-            if begin == b"[" and "Raw" in str(of_type):
-                _ENTRIES.decode(piece)
-            elif begin == b"[" and bytes(piece).count(b"],") > MAX_NODES:
-                raise APIError(400, f"'{name}' has too many lists: send fewer.", param=name)
-            return decoder.decode(piece)
-        except msgspec.ValidationError as error:
-            if "got `float`" not in str(error):  # 3.0 is an integer.
-                raise of_validation(error, name, of_type) from None
-    return converted(json_value(piece, name), of_type, name)
+def check_nodes(raw: bytes) -> None:
+    """Raise ValueError for a JSON text with many values. O(its length)."""
+    plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
+    marks = plain.translate(None, UNMARKED).replace(b'""', b"")  # Of texts only quotes are left.
+    if len(marks) > MAX_NODES and len(b"".join(marks.split(b'"')[::2])) > MAX_NODES:
+        raise ValueError(f"it has more than {MAX_NODES:,} names, lists and objects")
+
+
+def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    """Return ``value`` without the nulls of its top level. Null means the default everywhere in
+    these APIs."""
+    return {name: entry for name, entry in value.items() if entry is not None}
 
 
 def converted(value: Any, of_type: type[Result], name: str) -> Result:
@@ -192,10 +154,24 @@ def converted(value: Any, of_type: type[Result], name: str) -> Result:
     try:
         return msgspec.convert(value, of_type, str_keys=True)
     except msgspec.ValidationError:
-        try:
-            return msgspec.convert(_settled(value), of_type, str_keys=True)
-        except msgspec.ValidationError as error:
-            raise of_validation(error, name, of_type) from None
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            # Nulls stay in the entries that need no change, because they may be arguments.
+            kind = _entry_type(of_type)
+            value = [converted(entry, kind, f"{name}.{at}") for at, entry in enumerate(value)]
+        else:
+            value = _settled(value)
+    try:
+        return msgspec.convert(value, of_type, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise of_validation(error, name, of_type) from None
+
+
+def _entry_type(of_type: Any) -> Any:
+    """Return the type of the entries of a list that fits ``of_type``; Any if no list does."""
+    if get_origin(of_type) is list:
+        return get_args(of_type)[0]
+    found = (_entry_type(one) for one in get_args(of_type))
+    return next((one for one in found if one is not Any), Any)
 
 
 def _settled(value: Any) -> Any:
@@ -294,46 +270,6 @@ def _in_words(text: str) -> str:
         return " or ".join(WORDS.get(one, one) for one in kinds[1].split(" | "))
 
     return re.sub(r"`([^`]*)`", words, text)
-
-
-def json_object(piece: Raw, name: str) -> dict[str, Any]:
-    """Return an object of any form, without nulls. See ``json_value``."""
-    value = json_value(piece, name)
-    if not isinstance(value, dict):
-        raise APIError(400, f"{quoted(name)} must be an object.", param=name)
-    return {key: entry for key, entry in value.items() if entry is not None}
-
-
-def read_entries(
-    pieces: Sequence[Raw], of_type: Any, name: str, kind: str | None = None
-) -> list[Any]:
-    """Return the entries of the list ``name``, each an object that is read as ``of_type``. ``kind``
-    is the type of entries that do not name one. Raises APIError 400."""
-    beginning = {} if kind is None else {"type": kind}
-    return [
-        converted(beginning | json_object(piece, place), of_type, place)
-        for piece, place in ((piece, f"{name}.{at}") for at, piece in enumerate(pieces))
-    ]
-
-
-def json_value(piece: Raw, name: str) -> Any:
-    """Return a value without a fixed form, in the field ``name``. Raises APIError 400 if it is too
-    large or nested too deep."""
-    text = str(memoryview(piece), "utf-8")
-    try:
-        check_nodes(text)
-        return read_json(text)
-    except ValueError as error:
-        raise APIError(400, f"{quoted(name)} cannot be read: {error}.", param=name) from None
-
-
-def check_nodes(text: str) -> None:
-    """Raise ValueError for a long JSON ``text`` with many values. O(its length)."""
-    if len(text) > LARGE and sum(map(text.count, "[{:")) > MAX_NODES:
-        raise ValueError(
-            f"a value of {len(text):,} characters has more than {MAX_NODES:,} names, lists and "
-            "objects"
-        )
 
 
 class ClientGone(Exception):

@@ -15,13 +15,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw
+from msgspec import Meta
 
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
 from engine.server.api_errors import APIError, of_value, quoted
-from engine.server.bodies import Body, Part, check_nodes, converted, json_object
+from engine.server.bodies import Body, Part, check_nodes, converted, to_json, without_nulls
 from engine.text.json_text import read_json
 
 MAX_MESSAGES = 4096
@@ -72,12 +72,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
 }
 """Parameters of OpenAI's API that are not supported, with the values that have no effect."""
-
-
-def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
-    """Return ``body`` without the nulls of its top level. Null means the default everywhere in this
-    API."""
-    return {name: value for name, value in body.items() if value is not None}
 
 
 class NamedSchema(Part, kw_only=True):
@@ -305,10 +299,9 @@ class Message(msgspec.Struct, kw_only=True):
     extra: dict[str, Any] = {}
 
     @classmethod
-    def read(cls, raw: Raw, index: int) -> Message:
+    def read(cls, given: dict[str, Any], index: int) -> Message:
         """Return the message of this index. Raises APIError 400."""
-        place = f"messages.{index}"
-        extra = json_object(raw, place)
+        place, extra = f"messages.{index}", without_nulls(given)
         known = {name: extra.pop(name) for name in KNOWN if name in extra}
         for part in known["content"] if isinstance(known.get("content"), list) else ():
             kind = part.get("type", "text") if isinstance(part, dict) else "text"
@@ -415,7 +408,7 @@ def _with_plain_function(entry: dict[str, Any]) -> dict[str, Any]:
 def parsed_arguments(text: str) -> dict[str, Any]:
     """Parse the arguments of a call that a model wrote. Invalid JSON, from an answer that was cut
     off, is returned under ``BROKEN``. Raises ValueError if it is too large."""
-    check_nodes(text)
+    check_nodes(text.encode())
     try:
         value = read_json(text or "{}")
     except ValueError:
@@ -423,17 +416,13 @@ def parsed_arguments(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {BROKEN: text}
 
 
-def _read_tools(given: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return tools in the form in which the template reads them. Raises APIError 400 or
-    ValueError."""
-    num_bytes = sum(len(memoryview(tool)) for tool in given if isinstance(tool, Raw))
+def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return tools in the form in which the template reads them. Raises ValueError."""
+    num_bytes = len(to_json(given))
     if num_bytes > MAX_TOOL_BYTES:
         raise ValueError(f"'tools' has {num_bytes:,} bytes, more than {MAX_TOOL_BYTES:,}.")
     tools = []
-    for index, one in enumerate(given):
-        tool = _with_plain_function(
-            json_object(one, f"tools.{index}") if isinstance(one, Raw) else one
-        )
+    for tool in map(_with_plain_function, given):
         if (kind := tool.get("type", "function")) != "function":
             raise ValueError(
                 f"A tool of 'tools' of type {quoted(str(kind))} is not supported: use functions."
@@ -471,17 +460,15 @@ class CacheOptions(Part, kw_only=True):
 
 if TYPE_CHECKING:
     Messages = list[Message]
-    Tools = list[dict[str, Any]]
 else:  # Read one by one in ``__post_init__``, unless another dialect has read them.
-    Messages = Annotated[list[Raw], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    Tools = list[Raw]
+    Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions, and the chat that the body of another dialect means."""
 
     messages: Messages
-    tools: Tools | None = None
+    tools: list[dict[str, Any]] | None = None
     """Functions."""
     add_generation_prompt: bool | None = None
     """Append the beginning of an answer. None means True unless ``continue_final_message`` is
@@ -507,7 +494,7 @@ class ChatRequest(Sampling, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.messages = [
-            Message.read(one, index) if isinstance(one, Raw) else one
+            Message.read(one, index) if isinstance(one, dict) else one
             for index, one in enumerate(self.messages)
         ]
         _check_messages(self.messages)

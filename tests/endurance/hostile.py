@@ -96,13 +96,13 @@ TOOL = (
 )
 BODIES: tuple[Hostile, ...] = (
     Hostile("1.6M numbers for messages", CHAT, _raw('{"messages":[', "1", 1_600_000, "]}")),
-    Hostile("65k empty lists for messages", CHAT, _raw('{"messages":[', "[]", 65_000, "]}")),
+    Hostile("99k empty lists for messages", CHAT, _raw('{"messages":[', "[]", 99_000, "]}")),
     Hostile("4,096 empty messages", CHAT, _raw('{"messages":[', EMPTY, 4096, "]}")),
     Hostile("100k empty messages", "/tokenize", _raw('{"messages":[', EMPTY, 100_000, "]}")),
-    Hostile("32k nested lists for tools", CHAT, _raw(TOOL, "[[]]", 32_000, "]}}}]}")),
+    Hostile("49k nested lists for tools", CHAT, _raw(TOOL, "[[]]", 49_000, "]}}}]}")),
     Hostile("300k numbers in a tool", CHAT, _raw(TOOL, "1e5", 299_000, "]}}}]}")),
-    Hostile("65k names in a tool", CHAT, lambda: _names(65_000)),
-    Hostile("250k names in a call's arguments", CHAT, lambda: _arguments(250_000)),
+    Hostile("99k names in a tool", CHAT, lambda: _names(99_000)),
+    Hostile("99k names in a call's arguments", CHAT, lambda: _arguments(99_000)),
     Hostile("a text that never ends", COMPLETIONS, lambda: b'{"prompt":"' + rb"\"," * 1_300_000),
     Hostile(
         "1.9M empty texts", COMPLETIONS, lambda: b"[]" * 60_000 + b'""' * 1_900_000 + b"[" * 9999
@@ -127,7 +127,7 @@ BODIES: tuple[Hostile, ...] = (
     Hostile("1.6M stop tokens", COMPLETIONS, _raw('{"stop_token_ids":[', '"x"', 1_600_000, "]}")),
     Hostile("64 stops of 30,000", COMPLETIONS, lambda: _stops(64, 30_000)),
     Hostile("4,096 empty items", RESPONSES, _raw('{"input":[', ITEM, 4096, "]}")),
-    Hostile("20k uses of tools", MESSAGES, _raw(TURN, USE, 20_000, "]}]}")),
+    Hostile("16k uses of tools", MESSAGES, _raw(TURN, USE, 16_000, "]}]}")),
     Hostile("results of 3.9 MiB", MESSAGES, _raw(RESULT, LONG_PART, 4, "]}]}]}")),
     Hostile("1.3M token ids", "/detokenize", _body(tokens=[65] * 1_300_000)),
     Hostile("4 MiB of brackets", COMPLETIONS, lambda: b"[" * 4_190_000),

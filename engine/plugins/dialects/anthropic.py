@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import Meta, Raw
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.spec import MAX_COUNT
 from engine.server.access import new_id
 from engine.server.api_errors import ANTHROPIC, APIError, request_name
-from engine.server.bodies import (
-    Body,
-    Part,
-    json_response,
-    named_event,
-    read_entries,
-)
+from engine.server.bodies import Body, Part, json_response, named_event
 from engine.server.chat import ChatSession, ChatWriter, ask, render, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import (
@@ -235,25 +229,15 @@ class OutputConfig(Part, kw_only=True):
     format: JSONFormat | None = None
 
 
-if TYPE_CHECKING:
-    Turns = list[Turn]
-    Blocks = list[Text]
-    Tools = list[Tool]
-else:  # Read one by one in ``__post_init__``.
-    Turns = Annotated[list[Raw], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    Blocks = Annotated[list[Raw], Meta(max_length=MAX_MESSAGES)]
-    Tools = list[Raw]
-
-
 class CountRequest(Body, kw_only=True):
     """POST /v1/messages/count_tokens: the fields that determine the prompt."""
 
     NEUTRAL: ClassVar[Mapping[str, Any]] = {"mcp_servers": ([],), "fallbacks": ([],)}
 
     model: str
-    messages: Turns
-    system: str | Blocks | None = None
-    tools: Tools | None = None
+    messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | Annotated[list[Text], Meta(max_length=MAX_MESSAGES)] | None = None
+    tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
@@ -273,11 +257,6 @@ class CountRequest(Body, kw_only=True):
     """Ignored except ``session_end``, which declares that no request of the session follows."""
 
     def __post_init__(self) -> None:
-        self.messages = read_entries(self.messages, Turn, "messages")  # type: ignore[arg-type]
-        if isinstance(self.system, list):
-            self.system = read_entries(self.system, Text, "system")  # type: ignore[arg-type]
-        if self.tools is not None:
-            self.tools = read_entries(self.tools, Tool, "tools")  # type: ignore[arg-type]
         if self.messages[-1].role == "assistant":
             raise ValueError(
                 "The last of 'messages' is the assistant's, and continuing an answer is not "

@@ -10,24 +10,17 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from msgspec import Meta, Raw
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.plugins.dialects import DialectsConfig
 from engine.server.access import Tenant, new_id
 from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import (
-    Body,
-    Part,
-    json_response,
-    named_event,
-    read_entries,
-    to_json,
-)
+from engine.server.bodies import Body, Part, json_response, named_event, to_json
 from engine.server.chat import ChatSession, ChatWriter, ask, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import (
@@ -249,21 +242,14 @@ class TextConfig(Part, kw_only=True):
     verbosity: Verbosity | None = None
 
 
-if TYPE_CHECKING:
-    Input = str | list[AnyItem]
-    Tools = list[FunctionTool | NamespaceTool]
-else:  # Read one by one in ``__post_init__``.
-    Input = str | Annotated[list[Raw], Meta(max_length=MAX_MESSAGES)]
-    Tools = list[Raw]
-
-
 class ResponsesRequest(Body, kw_only=True):
     """POST /v1/responses."""
 
     NEUTRAL = NEUTRAL
+    KINDS: ClassVar[Mapping[str, str]] = {"input": "message", "tools": "function"}
 
     model: str | None = None
-    input: Input
+    input: str | Annotated[list[AnyItem], Meta(max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
@@ -272,7 +258,7 @@ class ResponsesRequest(Body, kw_only=True):
     max_output_tokens: AnswerLimit | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    tools: Tools | None = None
+    tools: list[AnyTool] | None = None
     tool_choice: str | NamedFunction = "auto"
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
@@ -292,14 +278,13 @@ class ResponsesRequest(Body, kw_only=True):
 
     def __post_init__(self) -> None:
         check_streamed(self.stream, self.stream_options)
-        given: Any = self.input
-        if isinstance(given, str):
-            self.input = [MessageItem(role="user", content=given)]
-        else:
-            self.input = read_entries(given, AnyItem, "input", "message")
-        if self.tools is not None:
-            tools: Any = self.tools
-            self.tools = read_entries(tools, AnyTool, "tools", "function")
+
+    @property
+    def items(self) -> list[AnyItem]:
+        """New items of the conversation. A text is a message of the user."""
+        if isinstance(self.input, str):
+            return [MessageItem(role="user", content=self.input)]
+        return self.input
 
     def _functions(self) -> Iterator[dict[str, Any]]:
         for tool in self.tools or ():
@@ -318,7 +303,7 @@ class ResponsesRequest(Body, kw_only=True):
     def as_chat(self, before: Sequence[AnyItem]) -> ChatRequest:
         """Return the chat request, after the items of earlier responses. Raises APIError 400 if a
         field is not supported. O(all items)."""
-        items = [*before, *self.input]
+        items = [*before, *self.items]
         try:
             messages = _messages(self.instructions, items)
         except ValueError as error:
@@ -531,7 +516,7 @@ class Responses:
         def keep(response: dict[str, Any]) -> None:
             if body.store:
                 content = to_json(response)
-                items = [*earlier, *body.input, *msgspec.convert(response["output"], list[AnyItem])]
+                items = [*earlier, *body.items, *msgspec.convert(response["output"], list[AnyItem])]
                 stored = StoredResponse(items, size + len(content), content)
                 num_bytes = ITEM_FACTOR * stored.items_bytes + len(content)
                 self._store.put((tenant, response["id"]), stored, num_bytes)

@@ -128,7 +128,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
         ({"n": 128, "allowed_token_ids": [1] * 3000}, "allowed_token_ids"),
         ({f"name{n}": 1 for n in range(100)}, "names"),
-        ({"metadata": [[]] * 100_000}, "metadata"),
+        ({"metadata": [[]] * 100_000}, "100,000 names"),
     ],
     "/v1/chat/completions": [
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
@@ -176,8 +176,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"structured_outputs": {"json": {"type": "foo"}}}, "structured_outputs.json"),
         ({"messages": CHAT * 4097}, "messages"),
         ({"messages": [{"role": "user", "content": [TEXT] * 4097}]}, "messages.0"),
-        ({"messages": [{**CHAT[0], "extra": [[]] * 100_000}]}, "messages.0"),
-        ({"tools": [{"a": [[]] * 100_000}]}, "tools"),
+        ({"messages": [{**CHAT[0], "extra": [[]] * 100_000}]}, "100,000 names"),
+        ({"tools": [{"a": [[]] * 100_000}]}, "100,000 names"),
         ({"tools": [{"a": "x" * 1000}] * 600}, "tools"),
     ],
     "/v1/messages": [
