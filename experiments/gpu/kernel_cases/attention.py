@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from experiments.gpu.kernel_cases import Case, Setup
+from experiments.gpu.kernel_cases import Case, Setup, scattered
 from kernels.attention import fused, reference
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed
@@ -37,9 +37,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 def _pool(setup: Setup, num: int, length: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
     heads, size = (1, 32) if setup.is_dry else (2, 256)
     keys, values = (setup.randn(num * length, heads, size) for _ in range(2))
-    table = setup.int32(torch.randperm(num * length).tolist()).view(num, length)
-    sequences = Sequences.of(range(num), [length] * num, setup.device)
-    return keys, values, {"table": table, "sequences": sequences, "scale": size**-0.5}
+    return keys, values, scattered(setup, num, length) | {"scale": size**-0.5}
 
 
 def _prefill(setup: Setup, cached: int, new: int) -> Case:

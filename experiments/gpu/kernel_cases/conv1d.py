@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from experiments.gpu import kernel_rivals
-from experiments.gpu.kernel_cases import Case, Setup
+from experiments.gpu.kernel_cases import Case, Rivals, Setup, decode_case, prompt_case, verify_case
 from kernels.conv1d import fused, reference
-from kernels.packed import Exports, Packed
+from kernels.packed import Packed
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -22,81 +22,39 @@ def cases(setup: Setup) -> Iterator[Case]:
         yield _prefill(setup, weight, lengths)
     for num_sequences in (1, 3) if setup.is_dry else (1, 16, 64, 256):
         yield _decode(setup, weight, num_sequences)
-        yield _verify(setup, weight, num_sequences, steps=4)
+        yield _verify(setup, weight, num_sequences, num_steps=4)
 
 
 def _prefill(setup: Setup, weight: torch.Tensor, lengths: tuple[int, ...]) -> Case:
     x = setup.randn(sum(lengths), len(weight))
-    packed, on_cpu = (Packed.from_lengths(lengths, device) for device in (setup.device, "cpu"))
-    states = torch.zeros(len(lengths) + 1, len(weight), 3, dtype=x.dtype, device=x.device)
-    arguments = {"slots": setup.int32(range(len(lengths))), "exports": None}
-    arguments["resumed"] = torch.zeros(len(lengths), dtype=torch.bool, device=x.device)
-    exports = Exports.plan(packed, [(0, 64, len(lengths))])
-    run = partial(fused.prefill_conv1d, x, weight, None, states=states, packed=packed, **arguments)
-    rivals = {"exporting": partial(run, exports=exports)}
-    if len(set(lengths)) == 1:
-        rivals["torch"] = partial(_torch_conv1d, x, weight, len(lengths))
-    rivals |= kernel_rivals.prefill_conv1d(x, weight, packed)
-    return Case(
-        name=f"conv1d prefill {_shape(lengths)}",
-        run=run,
-        expected=lambda: reference.prefill_conv1d(
-            x.cpu(),
-            weight.cpu(),
-            None,
-            states=states.cpu(),
-            packed=on_cpu,
-            slots=arguments["slots"].cpu(),
-            resumed=arguments["resumed"].cpu(),
-            exports=None,
-        ),
-        num_bytes=2 * x.nbytes,
-        rivals=rivals,
-    )
+    states = torch.zeros(len(lengths) + 2, len(weight), 3, dtype=x.dtype, device=x.device)
+    kernels, inputs = (fused.prefill_conv1d, reference.prefill_conv1d), (x, weight, None)
+
+    def rivals(packed: Packed) -> Rivals:
+        fla = kernel_rivals.prefill_conv1d(x, weight, packed)
+        is_even = len(set(lengths)) == 1
+        return {"torch": partial(_torch_conv1d, x, weight, len(lengths)), **fla} if is_even else fla
+
+    name = "conv1d prefill"
+    return prompt_case(setup, name, kernels, inputs, x, states, lengths, rivals=rivals)
 
 
 def _decode(setup: Setup, weight: torch.Tensor, num_sequences: int) -> Case:
     x = setup.randn(num_sequences, len(weight))
     states = setup.randn(num_sequences, len(weight), 3)
-    slots = setup.int32(range(num_sequences))
-    arguments = [
-        {"states": states.clone(), "slots": slots} for _ in range(3)
-    ]  # one for each contender, since each moves its windows on
-    return Case(
-        name=f"conv1d decode {num_sequences}",
-        run=partial(fused.decode_conv1d, x, weight, None, **arguments[0]),
-        expected=partial(reference.decode_conv1d, x, weight, None, **arguments[1]),
-        num_bytes=2 * (x.nbytes + states.nbytes),
-        rivals={"torch": partial(reference.decode_conv1d, x, weight, None, **arguments[2])}
-        | kernel_rivals.decode_conv1d(x, weight, states),
-        reset=lambda: arguments[0]["states"].copy_(states),
-    )
+    kernels, inputs = (fused.decode_conv1d, reference.decode_conv1d), (x, weight, None)
+    rivals = kernel_rivals.decode_conv1d(x, weight, states)
+    return decode_case(setup, "conv1d decode", kernels, inputs, x, states, rivals)
 
 
-def _verify(setup: Setup, weight: torch.Tensor, num_sequences: int, steps: int) -> Case:
-    num_tokens = num_sequences * steps
-    x = setup.randn(num_tokens, len(weight))
-    states = setup.randn(num_sequences + num_tokens, len(weight), 3)
-    arguments = {
-        "states": states,
-        "packed": Packed.from_lengths([steps] * num_sequences, setup.device),
-        "slots": setup.int32(range(num_sequences)),
-        "step_slots": setup.int32(range(num_sequences, len(states))),
-    }
-    return Case(
-        name=f"conv1d verify {num_sequences} x {steps}",
-        run=partial(fused.decode_conv1d, x, weight, None, **arguments),
-        expected=partial(reference.decode_conv1d, x, weight, None, **arguments),
-        num_bytes=2 * x.nbytes + states.nbytes,
-        rivals={"torch": partial(reference.decode_conv1d, x, weight, None, **arguments)},
-    )
+def _verify(setup: Setup, weight: torch.Tensor, num_sequences: int, num_steps: int) -> Case:
+    x = setup.randn(num_sequences * num_steps, len(weight))
+    states = setup.randn(num_sequences + len(x), len(weight), 3)
+    kernels, inputs = (fused.decode_conv1d, reference.decode_conv1d), (x, weight, None)
+    return verify_case(setup, "conv1d verify", kernels, inputs, x, states, num_steps)
 
 
 def _torch_conv1d(x: torch.Tensor, weight: torch.Tensor, num_sequences: int) -> torch.Tensor:
     rows = x.unflatten(0, (num_sequences, -1))
     rows = F.conv1d(rows.mT, weight[:, None], padding=3, groups=len(weight))
     return F.silu(rows[:, :, : len(x) // num_sequences]).mT.flatten(0, 1)
-
-
-def _shape(lengths: tuple[int, ...]) -> str:
-    return f"{len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else f"{len(lengths)} mixed"

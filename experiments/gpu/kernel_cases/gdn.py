@@ -5,16 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from experiments.gpu import kernel_rivals
-from experiments.gpu.kernel_cases import Case, Setup
+from experiments.gpu.kernel_cases import (
+    LENGTHS,
+    Case,
+    Setup,
+    decode_case,
+    gates_case,
+    prompt_case,
+    verify_case,
+)
 from kernels.gdn import fused, reference
-from kernels.packed import TILE, Exports, Packed, num_tiles
+from kernels.packed import TILE, num_tiles
 from kernels.recurrence import BLOCK_V
 
 
@@ -26,16 +33,11 @@ class Sizes(NamedTuple):
     key_dim: int
     value_dim: int
 
-    def state_bytes(self) -> int:
-        """Return the bytes of one float32 state."""
-        return 4 * self.value_heads * self.key_dim * self.value_dim
-
 
 def cases(setup: Setup) -> Iterator[Case]:
     """Yield prompts with and without exports, gates, decoding and verification."""
     sizes = Sizes(1, 2, 16, 16) if setup.is_dry else Sizes(16, 32, 128, 128)
-    long, many, mixed = (8192,), (1024,) * 8, (64, 1000, 3000, 17, 2048, 500, 1500, 63)
-    for lengths in [(70,), (1, 64, 130)] if setup.is_dry else [long, many, mixed, (1024,)]:
+    for lengths in [(70,), (1, 64, 130)] if setup.is_dry else [*LENGTHS, (1024,)]:
         yield _chunk(setup, sizes, lengths)
     yield _gates(setup, sizes.value_heads, 70 if setup.is_dry else 8192)
     for num_sequences in (1, 3) if setup.is_dry else (1, 16, 64, 256):
@@ -45,97 +47,52 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
-    num_tokens, num_sequences = sum(lengths), len(lengths)
-    tokens = _tokens(setup, sizes, num_tokens)
-    gate = -torch.rand(num_tokens, sizes.value_heads, device=setup.device)
-    beta = torch.rand(num_tokens, sizes.value_heads, device=setup.device)
-    states = torch.zeros(num_sequences + 2, *sizes[1:], device=setup.device)
-    slots = setup.int32(range(num_sequences))
-    resumed = torch.zeros(num_sequences, dtype=torch.bool, device=setup.device)
-    packed, on_cpu = (Packed.from_lengths(lengths, device) for device in (setup.device, "cpu"))
-    longest = max(range(num_sequences), key=lengths.__getitem__)
-    ends = sorted({TILE, lengths[longest] // 2 // TILE * TILE} - {0})
-    exports = [(longest, end, num_sequences + i) for i, end in enumerate(ends)]
-    run = partial(
-        fused.chunk_gdn,
-        *tokens,
-        gate,
-        beta,
-        states=states,
-        packed=packed,
-        slots=slots,
-        resumed=resumed,
-        exports=None,
-    )
-    rivals = {"exporting": partial(run, exports=Exports.plan(packed, exports))}
-    rivals |= kernel_rivals.chunk_gdn(*tokens, gate, beta, packed, torch.zeros_like(states[:-2]))
+    tokens = _tokens(setup, sizes, sum(lengths))
+    gate, beta = torch.rand(2, sum(lengths), sizes.value_heads, device=setup.device)
+    inputs = *tokens, -gate, beta
+    states = torch.zeros(len(lengths) + 2, *sizes[1:], device=setup.device)
     tiles = sum(num_tiles(length) for length in lengths) * sizes.value_heads
-    return Case(
-        name=f"gdn chunk {_shape(lengths)}",
-        run=run,
-        expected=lambda: reference.chunk_gdn(
-            *(x.float().cpu() for x in (*tokens, gate, beta)),
-            states=states.cpu(),
-            packed=on_cpu,
-            slots=slots.cpu(),
-            resumed=resumed.cpu(),
-            exports=None,
-        ),
-        num_bytes=sum(x.nbytes for x in (*tokens, tokens[2], gate, beta))
-        + num_sequences * sizes.state_bytes(),
+    key, value = sizes.key_dim, sizes.value_dim
+    return prompt_case(
+        setup,
+        "gdn chunk",
+        (fused.chunk_gdn, reference.chunk_gdn),
+        inputs,
+        tokens[2],
+        states,
+        lengths,
         # Q K^T and K K^T; K S, Q S and K^T N; T N and P N
-        num_flops=2
-        * tiles
-        * TILE
-        * (2 * TILE * sizes.key_dim + 3 * sizes.key_dim * sizes.value_dim)
-        + 4 * tiles * TILE * TILE * sizes.value_dim,
-        rivals=rivals,
+        num_flops=2 * tiles * TILE * (2 * TILE * key + 3 * key * value + 2 * TILE * value),
+        rivals=lambda packed: kernel_rivals.chunk_gdn(
+            *inputs, packed, torch.zeros_like(states[:-2])
+        ),
     )
 
 
 def _gates(setup: Setup, value_heads: int, num_tokens: int) -> Case:
     inputs = _gate_inputs(setup, value_heads, num_tokens)
-    return Case(
-        name=f"gdn gates {num_tokens}",
-        run=lambda: fused.gates(*inputs)[0],
-        expected=lambda: reference.gates(*inputs)[0],
-        num_bytes=2 * inputs[0].nbytes + 8 * inputs[0].numel(),
-        rivals={"torch": lambda: reference.gates(*inputs)[0]}
-        | kernel_rivals.gates(inputs[0], *inputs[2:]),
-    )
+    rivals = kernel_rivals.gates(inputs[0], *inputs[2:])
+    return gates_case(f"gdn gates {num_tokens}", (fused, reference), inputs, rivals)
 
 
 def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
     tokens = _tokens(setup, sizes, num_sequences)
-    inputs = _gate_inputs(setup, sizes.value_heads, num_sequences)
-    states = torch.randn(num_sequences, *sizes[1:], device=setup.device)
-    slots = setup.int32(range(num_sequences))
-
-    run_states = states.clone()
-
-    def contender(decode: Callable[..., torch.Tensor], states: torch.Tensor) -> Callable:
-        return partial(decode, *tokens, *inputs, states=states, slots=slots)
-
-    return Case(
-        name=f"gdn decode {num_sequences}",
-        run=contender(fused.decode_gdn, run_states),
-        expected=contender(reference.decode_gdn, states.clone()),
-        num_bytes=2 * states.nbytes + _token_bytes(tokens, inputs),
-        rivals={"torch": contender(reference.decode_gdn, states.clone())}
-        | kernel_rivals.decode_gdn(*tokens, *inputs, states),
-        moved_bytes=2 * states.nbytes + _loaded_bytes(tokens, inputs, slots),
-        reset=lambda: run_states.copy_(states),
+    gates = _gate_inputs(setup, sizes.value_heads, num_sequences)
+    inputs, states = (*tokens, *gates), torch.randn(num_sequences, *sizes[1:], device=setup.device)
+    return decode_case(
+        setup,
+        "gdn decode",
+        (fused.decode_gdn, reference.decode_gdn),
+        inputs,
+        tokens[2],
+        states,
+        kernel_rivals.decode_gdn(*inputs, states),
+        _loaded_bytes(tokens, gates, num_sequences),
     )
 
 
-def _token_bytes(tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> int:
-    """Return the bytes of the tokens of a decode. Inputs are read once, outputs are written
-    once."""
-    return sum(x.nbytes for x in (*tokens, tokens[2], *inputs))
-
-
 def _loaded_bytes(
-    tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...], slots: torch.Tensor
+    tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...], num_sequences: int
 ) -> int:
     """Return the bytes that a decode loads.
 
@@ -144,33 +101,19 @@ def _loaded_bytes(
     query, key, value = tokens
     a, b, *parameters = inputs
     slices = -(-value.shape[2] // BLOCK_V)
-    group, programs = value.shape[1] // key.shape[1], slices * value.shape[1] * len(slots)
+    group, programs = value.shape[1] // key.shape[1], slices * value.shape[1] * num_sequences
     per_token = sum(x.nbytes for x in (a, b)) + len(query) * sum(x.nbytes for x in parameters)
     keys = (query.nbytes + key.nbytes) * group
-    return slices * (keys + per_token) + 2 * value.nbytes + programs * slots.element_size()
+    return slices * (keys + per_token) + 2 * value.nbytes + 4 * programs
 
 
 def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> Case:
     num_tokens = num_sequences * num_steps
     tokens = _tokens(setup, sizes, num_tokens)
-    a, b, *parameters = _gate_inputs(setup, sizes.value_heads, num_tokens)
+    inputs = *tokens, *_gate_inputs(setup, sizes.value_heads, num_tokens)
     states = torch.randn(num_sequences + num_tokens, *sizes[1:], device=setup.device)
-    layout = {
-        "packed": Packed.from_lengths([num_steps] * num_sequences, setup.device),
-        "slots": setup.int32(range(num_sequences)),
-        "step_slots": setup.int32(range(num_sequences, len(states))),
-    }
-
-    def contender(verify: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return partial(verify, *tokens, a, b, *parameters, states=states, **layout)
-
-    return Case(
-        name=f"gdn verify {num_sequences} x {num_steps}",
-        run=contender(fused.decode_gdn),
-        expected=contender(reference.decode_gdn),
-        num_bytes=states.nbytes + _token_bytes(tokens, (a, b, *parameters)),
-        rivals={"torch": contender(reference.decode_gdn)},
-    )
+    kernels = fused.decode_gdn, reference.decode_gdn
+    return verify_case(setup, "gdn verify", kernels, inputs, tokens[2], states, num_steps)
 
 
 def _tokens(setup: Setup, sizes: Sizes, count: int) -> tuple[torch.Tensor, ...]:
@@ -182,7 +125,3 @@ def _tokens(setup: Setup, sizes: Sizes, count: int) -> tuple[torch.Tensor, ...]:
 def _gate_inputs(setup: Setup, value_heads: int, count: int) -> tuple[torch.Tensor, ...]:
     a, b = setup.randn(2, count, value_heads)
     return a, b, *setup.randn(2, value_heads, dtype=torch.float32)
-
-
-def _shape(lengths: tuple[int, ...]) -> str:
-    return f"{len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else f"{len(lengths)} mixed"

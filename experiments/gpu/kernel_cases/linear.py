@@ -5,14 +5,15 @@ Sizes are 2048 x 12288 (a GDN layer's input) and 4096 x 2048 (its output).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from engine.runner.device import Device
-from experiments.gpu.kernel_cases import Case, Setup
+from experiments.gpu.kernel_cases import Case, Setup, num_bytes
 from kernels.linear import fused, reference
 from kernels.linear.reference import Format
 
@@ -35,15 +36,30 @@ def cases(setup: Setup) -> Iterator[Case]:
             yield _joined(shape, x, weight, setup.randn(64, size), formats[-1])
 
 
-def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
+def _product(
+    name: str,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    expected: Callable[[], torch.Tensor],
+    **more: Any,
+) -> Case:
+    """Return a case of the product of x with ``weights`` ``[outputs, inputs]``."""
+    num_outputs = sum(map(len, weights))
     return Case(
-        name=shape,
-        run=partial(fused.prepare(weight), x),
-        expected=partial(_exact, x, weight),
-        num_bytes=x.nbytes + weight.nbytes + x.element_size() * len(x) * len(weight),
-        num_flops=2 * x.numel() * len(weight),
-        rivals={"torch": partial(F.linear, x, weight)},
+        name=name,
+        run=partial(run, x),
+        expected=expected,
+        num_bytes=num_bytes((x, *weights)) + x.element_size() * len(x) * num_outputs,
+        num_flops=2 * x.numel() * num_outputs,
+        **more,
     )
+
+
+def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
+    rivals = {"torch": partial(F.linear, x, weight)}
+    expected = partial(_exact, x, weight)
+    return _product(shape, fused.prepare(weight), x, [weight], expected, rivals=rivals)
 
 
 def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format) -> Case:
@@ -53,34 +69,24 @@ def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format
     """
     quantized, scale = reference.quantize(weight, format)
     widened = quantized.double() * scale[:, None]
-    narrow = widened.to(x.dtype)
-    rivals = {"torch, full weights": partial(F.linear, x, narrow)}
+    rivals = {"torch, full weights": partial(F.linear, x, widened.to(x.dtype))}
     if format == "int8":
         rivals["torch, rows in 8 bits"] = partial(_torch_int8, x, quantized, scale)
     elif x.device.type != "cpu" or torch.__version__ >= (2, 13):  # CPUs had one scale for all rows
         rivals["torch, rows in 8 bits"] = partial(_torch_fp8, x, quantized, scale)
-    return Case(
-        name=f"{format} {shape}",
-        run=partial(fused.prepare_8bit(quantized, scale, None, x.dtype), x),
-        expected=partial(_exact, x, widened),
-        num_bytes=x.nbytes + quantized.nbytes + x.element_size() * len(x) * len(weight),
-        num_flops=2 * x.numel() * len(weight),
-        rivals=rivals,
-        rival_tolerance=6e-2,
-    )
+    run = fused.prepare_8bit(quantized, scale, None, x.dtype)
+    more: dict[str, Any] = {"rivals": rivals, "rival_tolerance": 6e-2}
+    expected = partial(_exact, x, widened)
+    return _product(f"{format} {shape}", run, x, [quantized], expected, **more)
 
 
 def _fp8_rows(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
     """Return a case that quantises the rows, too, compared with the reference that does the
     same."""
     quantized, scale = reference.quantize(weight, "fp8")
-    return Case(
-        name=f"fp8 and rows {shape}",
-        run=partial(fused.prepare_8bit(quantized, scale, None, x.dtype, fp8_rows=True), x),
-        expected=partial(reference.linear_fp8, x, quantized, scale),
-        num_bytes=x.nbytes + quantized.nbytes + x.element_size() * len(x) * len(weight),
-        num_flops=2 * x.numel() * len(weight),
-    )
+    run = fused.prepare_8bit(quantized, scale, None, x.dtype, fp8_rows=True)
+    expected = partial(reference.linear_fp8, x, quantized, scale)
+    return _product(f"fp8 and rows {shape}", run, x, [quantized], expected)
 
 
 def _joined(
@@ -89,18 +95,10 @@ def _joined(
     """Return a case with full-precision gates in the launch of an 8-bit product."""
     quantized, scale = reference.quantize(weight, format)
     widened = torch.cat([quantized.double() * scale[:, None], gates.double()])
-    parts = [fused.prepare_8bit(quantized, scale, None, x.dtype), fused.prepare(gates)]
-    return Case(
-        name=f"{format} with gates {shape}",
-        run=partial(fused.join(parts), x),
-        expected=partial(_exact, x, widened),
-        num_bytes=x.nbytes
-        + quantized.nbytes
-        + gates.nbytes
-        + x.element_size() * len(x) * len(widened),
-        num_flops=2 * x.numel() * len(widened),
-        rivals={"torch, full weights": partial(F.linear, x, widened.to(x.dtype))},
-    )
+    run = fused.join([fused.prepare_8bit(quantized, scale, None, x.dtype), fused.prepare(gates)])
+    rivals = {"torch, full weights": partial(F.linear, x, widened.to(x.dtype))}
+    name, expected = f"{format} with gates {shape}", partial(_exact, x, widened)
+    return _product(name, run, x, [quantized, gates], expected, rivals=rivals)
 
 
 def _torch_int8(x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

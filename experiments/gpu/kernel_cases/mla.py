@@ -10,8 +10,7 @@ from functools import partial
 
 import torch
 
-from experiments.gpu.kernel_cases import Case, Setup
-from kernels.attention.sequences import Sequences
+from experiments.gpu.kernel_cases import Case, Setup, scattered
 from kernels.mla import fused, reference
 from kernels.packed import Packed
 
@@ -38,9 +37,7 @@ def _sizes(setup: Setup) -> tuple[int, int, int]:
 def _pool(setup: Setup, num: int, length: int) -> tuple[torch.Tensor, dict]:
     _, rank, shared = _sizes(setup)
     pool = setup.randn(num * length, rank + shared)
-    table = setup.int32(torch.randperm(num * length).tolist()).view(num, length)
-    sequences = Sequences.of(range(num), [length] * num, setup.device)
-    return pool, {"table": table, "sequences": sequences, "scale": 192**-0.5, "rank": rank}
+    return pool, scattered(setup, num, length) | {"scale": 192**-0.5, "rank": rank}
 
 
 def _prefill(setup: Setup, cached: int, new: int) -> Case:
