@@ -33,7 +33,6 @@ from experiments.studies import (
 )  # fmt: skip
 from hybridcache.lab.intervals import Interval
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
-from hybridcache.lab.simulation.result import ClosedLoopRun
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows. Cells are text; intervals are written ``mean [low, high]``."""
@@ -704,11 +703,6 @@ def study(name: str, table: Callable[[list[dict[str, Any]]], Table]) -> Callable
     return lambda: table(records_of(f"{name}.jsonl"))
 
 
-def of_runs(records: list[dict[str, Any]]) -> Table:
-    """Return the table of the study of admission."""
-    return admission.table([ClosedLoopRun(**record) for record in records])
-
-
 OVER = {"default pair": 3, "LRU with fixed rules": 4}
 SECTIONS = {
     "leaderboard": Section(
@@ -748,7 +742,7 @@ SECTIONS = {
         "Token hit rate of both at one size per trace.",
     ),
     "admission": Section(
-        "admission", study("admission", of_runs), _admission,
+        "admission", study("admission", admission.table), _admission,
         Curves(5, ("oldest", "sessions"), ("sessions/s", "mean TTFT, s")),
         "Mean time to first token over the rate of sessions, one panel per workload.",
     ),

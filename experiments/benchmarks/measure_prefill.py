@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,63 +55,64 @@ def prefill_seconds(engine: Engine, tokens: np.ndarray, start: int) -> float:
     return end_s - start_s
 
 
+class Steps:
+    """Steps of an empty engine, with prompts that are drawn from a seed."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        engine.reset_prefix_cache()
+        self._engine, self.rng = engine, np.random.default_rng(seed)
+        self._reports: list[StepReport] = []
+        engine.observers[:] = [self._reports.append]
+
+    def submit(self, length: int, max_tokens: int) -> None:
+        """Add a request that generates exactly ``max_tokens``."""
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        self._engine.submit(self.rng.integers(0, 256, length, dtype=np.int32), sampling)
+
+    def step(self) -> tuple[float, tuple[int, int], int]:
+        """Run one step. Returns its seconds, its tokens of prefills and of decodes, and the number
+        of requests that ended."""
+        self._reports.clear()
+        start_s = self._engine.clock()
+        outputs = self._engine.step()
+        seconds = self._engine.clock() - start_s
+        report = self._reports[-1] if self._reports else None
+        tokens = (report.num_prefill_tokens, report.num_decode_tokens) if report else (0, 0)
+        return seconds, tokens, sum(output.finish_reason is not None for output in outputs)
+
+
 def decode_step_seconds(engine: Engine, num_requests: int, context: int) -> float:
     """Return the mean seconds of a step in which ``num_requests`` requests decode after ``context``
     tokens. Each request that ends is replaced by a new one, up to four times."""
-    engine.reset_prefix_cache()
-    rng, reports, seconds = np.random.default_rng(1), list[StepReport](), list[float]()
-    engine.observers[:] = [reports.append]
-
-    def submit() -> None:
-        max_tokens = int(rng.integers(*ANSWERS, endpoint=True))
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        engine.submit(rng.integers(0, 256, context, dtype=np.int32), sampling)
-
-    for _ in range(num_requests):
-        submit()
-    num_left = 4 * num_requests
-    while engine.has_work():
-        reports.clear()
-        start_s = engine.clock()
-        outputs = engine.step()
-        end_s = engine.clock()
-        for step in reports:
-            if step.num_decode_tokens == num_requests and not step.num_prefill_tokens:
-                seconds.append(end_s - start_s)
-        for output in outputs:
-            if output.finish_reason is not None and num_left:
-                num_left -= 1
-                submit()
-    return statistics.fmean(seconds)
+    steps, times = Steps(engine, 1), list[float]()
+    num_new, num_left = num_requests, 5 * num_requests
+    while engine.has_work() or num_left:
+        for _ in range(min(num_new, num_left)):
+            steps.submit(context, int(steps.rng.integers(*ANSWERS, endpoint=True)))
+            num_left -= 1
+        seconds, tokens, num_new = steps.step()
+        if tokens == (0, num_requests):
+            times.append(seconds)
+    return statistics.fmean(times)
 
 
 def mixed_step_seconds(engine: Engine, num_decodes: int, context: int) -> dict[int, float]:
     """Return the seconds of steps that compute a prompt while ``num_decodes`` requests decode after
     ``context`` tokens, by length of the prompt."""
-    engine.reset_prefix_cache()
-    rng, reports, seconds = np.random.default_rng(2), list[StepReport](), dict[int, float]()
-    engine.observers[:] = [reports.append]
-
-    def submit(length: int, max_tokens: int) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        engine.submit(rng.integers(0, 256, length, dtype=np.int32), sampling)
-
+    steps, times = Steps(engine, 2), dict[int, float]()
     for _ in range(num_decodes):
-        submit(context, 4 * len(MIXED))
-    while not reports or reports[-1].num_decode_tokens < num_decodes:
-        engine.step()
+        steps.submit(context, 4 * len(MIXED))
+    while steps.step()[1][1] < num_decodes:
+        pass
     for length in MIXED:
-        submit(length, 1)
-        start_s = engine.clock()
-        engine.step()
-        end_s = engine.clock()
-        step = reports[-1]
-        if (step.num_prefill_tokens, step.num_decode_tokens) == (length, num_decodes):
-            seconds[length] = end_s - start_s
-        engine.step()
+        steps.submit(length, 1)
+        seconds, tokens, _ = steps.step()
+        if tokens == (length, num_decodes):
+            times[length] = seconds
+        steps.step()
     while engine.has_work():
         engine.step()
-    return seconds
+    return times
 
 
 def measure(
@@ -149,17 +151,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest", type=int, default=4096, help="longest prompt, in tokens")
     options = parser.parse_args()
-    longest = options.longest
-    budget = max(longest, 64)
-    engine = Engine(
-        EngineConfig(
-            model=options.model,
-            device=options.device,
-            token_budget=budget,
-            checkpoints=("backoff",),
-        )
-    )
-    record = measure(engine, longest, options.repeats) | {"provenance": provenance()}
+    budget = max(options.longest, 64)
+    config = EngineConfig(model=options.model, device=options.device, token_budget=budget)
+    engine = Engine(replace(config, checkpoints=("backoff",)))
+    record = measure(engine, options.longest, options.repeats) | {"provenance": provenance()}
     options.output.write_text(json.dumps(record) + "\n")
     print(options.output)
 

@@ -1,6 +1,6 @@
 """Sweep admission policies over the rate of sessions, in closed loop.
 
-    python -m experiments.studies.admission [--seeds 11 12] [--workers 2] [--only agents chats]
+    python -m experiments.studies.admission [--seeds 10] [--processes 2]
 
 Above some rate the hit rate collapses. The study compares that rate between policies on five agent
 and four chat workloads at five rates each, with the default pair of policies.
@@ -12,24 +12,29 @@ Three workloads replay sessions of published traces. Their files are looked up i
 
 from __future__ import annotations
 
-import argparse
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
 from experiments.provenance import ROOT
-from experiments.studies.common import keep, measured, published
+from experiments.studies.common import (
+    Records,
+    Table,
+    command_line,
+    grouped,
+    published,
+    run_study,
+)
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import paired, ratio
-from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import run_closed_loop
-from hybridcache.lab.simulation.result import ClosedLoopRun
 from hybridcache.lab.simulation.step_times import LinearSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
@@ -179,12 +184,10 @@ def admissions(name: str) -> tuple[str, ...]:
     return *UNLIMITED, *(f"live:{limit}" for limit in WORKLOADS[name].fixed)
 
 
-def serve(job: tuple[str, int, float, str]) -> ClosedLoopRun:
-    """Simulate one cell. Clients report the end of a session only to policies with a fixed
-    limit."""
-    name, seed, rate, admission = job
-    workload, geometry = WORKLOADS[name], ModelGeometry.preset("qwen3-next")
-    cell = Scenario(
+def scenario(workload: Workload, name: str, seed: int, rate: float, admission: str) -> Scenario:
+    """Return one cell. Clients report the end of a session only to policies with a fixed limit."""
+    geometry = ModelGeometry.preset("qwen3-next")
+    return Scenario(
         name,
         model=geometry,
         gib=workload.num_rows * geometry.kv_bytes_per_token / GIB,
@@ -197,51 +200,52 @@ def serve(job: tuple[str, int, float, str]) -> ClosedLoopRun:
         admission=admission,
         tells_ends=admission.startswith("live"),
     )
-    return run_closed_loop(workload.trace(name, seed), cell)
 
 
-Runs = dict[str, list[ClosedLoopRun]]
-"""Runs by admission policy, of the same seeds in the same order."""
+def serve(job: tuple[str, int, float, str]) -> list[dict[str, Any]]:
+    """Return the record of (workload, seed, rate, admission policy)."""
+    name, seed, *_ = job
+    workload = WORKLOADS[name]
+    return [asdict(run_closed_loop(workload.trace(name, seed), scenario(workload, *job)))]
 
 
-def cells(runs: Sequence[ClosedLoopRun]) -> Iterator[tuple[str, float, Runs]]:
-    """Yield (workload, rate, runs) with the seeds that all policies have, if there are any."""
-    found: dict[tuple[str, float], dict[str, dict[int, ClosedLoopRun]]] = {}
-    for run in runs:
-        by_policy = found.setdefault((run.trace, run.rate), {})
-        by_policy.setdefault(run.admission, {})[run.seed] = run
-    for (name, rate), by_policy in found.items():
-        seeds = sorted(set.intersection(*map(set, by_policy.values())))
-        if seeds:
-            yield name, rate, {p: [of[seed] for seed in seeds] for p, of in by_policy.items()}
+def table(records: Records) -> Table:
+    """Return a header and one row per workload and rate, over the seeds that all policies have.
 
-
-def best_simple(by_policy: Runs, field: str) -> list[ClosedLoopRun]:
-    """Return the runs of the simple rule with the lowest mean of ``field``: ``oldest``, or a fixed
-    number of sessions."""
-    simple = [by_policy[name] for name in by_policy if name == "oldest" or name not in UNLIMITED]
-    return min(simple, key=lambda runs: mean(runs, field))
-
-
-def mean(runs: Sequence[ClosedLoopRun], field: str) -> float:
-    return sum(getattr(run, field) for run in runs) / len(runs)
-
-
-def table(runs: Sequence[ClosedLoopRun]) -> tuple[list[str], list[list[str]]]:
-    """Return a header and one row per workload and rate.
-
-    The last columns are ratios to the best fixed number of live sessions, chosen for each."""
+    The last columns are ratios to the best simple rule, chosen for each: ``oldest``, or a fixed
+    number of live sessions.
+    """
     rows = []
-    for trace, rate, by_policy in cells(runs):
-        pair = by_policy["oldest"], by_policy["sessions"]
-        oldest, sessions = ([100 * run.token_hit_rate for run in runs] for runs in pair)
+    for (trace, rate), of in grouped(records, "trace", "rate").items():
+        by_policy = {
+            policy: {run["seed"]: run for run in runs}
+            for policy, runs in grouped(of, "admission").items()
+        }
+        seeds = sorted(set.intersection(*map(set, by_policy.values())))
+        if not seeds:
+            continue
+
+        def values(policy: str, field: str) -> list[float]:
+            return [by_policy[policy][seed][field] for seed in seeds]  # noqa: B023
+
+        pair = "oldest", "sessions"
+        oldest, sessions = (
+            [
+                100 * cached / prompt
+                for cached, prompt in zip(
+                    values(policy, "cached_tokens"), values(policy, "prompt_tokens"), strict=True
+                )
+            ]
+            for policy in pair
+        )
         row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
         row.append(str(paired(sessions, oldest)))
         for field in ("ttft_mean_s", "ttft_p99_s"):
-            row.append(", ".join(f"{mean(runs, field):.1f}" for runs in pair))
+            row.append(", ".join(f"{fmean(values(policy, field)):.1f}" for policy in pair))
+        simple = [name for name in by_policy if name == "oldest" or name not in UNLIMITED]
         for field in ("ttft_mean_s", "makespan_s"):
-            best = [getattr(run, field) for run in best_simple(by_policy, field)]
-            row.append(f"{ratio([getattr(run, field) for run in by_policy['sessions']], best):.2f}")
+            best = min((values(name, field) for name in simple), key=fmean)
+            row.append(f"{ratio(values('sessions', field), best):.2f}")
         rows.append(row)
     header = ["workload", "sessions/s", "hits, `oldest`, %", "`sessions`, %", "gain, points"]
     header += [f"{name} TTFT, s: `oldest`, `sessions`" for name in ("mean", "p99")]
@@ -250,22 +254,16 @@ def table(runs: Sequence[ClosedLoopRun]) -> tuple[list[str], list[list[str]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SPLITS["evaluation"]["seeds"])
-    available = [name for name, workload in WORKLOADS.items() if workload.is_available]
-    parser.add_argument("--only", nargs="+", default=available, choices=available)
-    parser.add_argument("--workers", type=int, default=1)
-    options = parser.parse_args()
+    options = command_line(__doc__).parse_args()
     jobs = [
         (name, seed, rate, admission)
-        for seed in options.seeds
-        for name in options.only
+        for seed in SPLITS["evaluation"]["seeds"][: options.seeds]
+        for name, workload in WORKLOADS.items()
+        if workload.is_available
         for rate in SPLITS["rates"][name]
         for admission in admissions(name)
     ]
-    runs = measured(serve, jobs, options.workers)
-    keep("admission", map(asdict, runs))
-    print(text_table(*table(runs)))
+    run_study("admission", serve, jobs, table, options.processes)
 
 
 if __name__ == "__main__":

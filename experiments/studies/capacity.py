@@ -1,6 +1,6 @@
 """Compare eviction policies over memory with rebuilt systems.
 
-    python -m experiments.studies.capacity [--traces chat,agent] [--points 8] [--full] [--seeds 10]
+    python -m experiments.studies.capacity [--traces chat agent] [--seeds 10] [--processes 2]
 
 The default pair and LRU with fixed rules run with ``--seeds`` seeds of each generated trace. Their
 curves get 95 % bands. The gain of the default pair gets an interval at each size, paired by seed.
@@ -10,124 +10,110 @@ hindsight.
 
 from __future__ import annotations
 
-import argparse
+from itertools import product
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
 from experiments.studies.common import (
+    DEFAULT,
+    LRU,
     STATIC_PLACEMENT,
     WORKLOADS,
-    arguments,
+    command_line,
     keep,
+    measured,
+    replay,
     rounded,
-    workloads,
 )
 from hybridcache.lab.intervals import FEWEST_UNITS, band
-from hybridcache.lab.simulation.simulate import SimulationResult, simulate
-from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
+from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.policies.registry import DEFAULT_EVICTION
 
-OURS = f"{DEFAULT_EVICTION} @ {DEFAULT_PLACEMENT}"
+OURS = DEFAULT.replace("@", " @ ")
 """The default pair. All other policies use ``STATIC_PLACEMENT``."""
-LRU_PAIR = ("lru", STATIC_PLACEMENT)
 PEERS = ("vllm", "sglang", "lightllm", "marconi-static")
 """Rebuilt systems. Marconi with one fixed weight, because tuning it replays a trace 21 times."""
 POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
 
 
 def main() -> None:
-    options = arguments(__doc__, *WORKLOADS)
-    lines: list[dict[str, Any]] = []
-    for name in (bar := workloads(options)):
-        rivals = sweep(name, options, bar, policy=POLICIES, baseline=PEERS)
-        ours = sweep(name, options, bar, policy=DEFAULT_EVICTION, checkpoints=DEFAULT_PLACEMENT)
-        result = rivals.beside(ours)
-        added = records(result)
-        if bands := over_seeds(name, options, bar):
-            for record in added:
+    options = command_line(__doc__, *WORKLOADS).parse_args()
+    names = [name for name in options.traces if WORKLOADS[name].is_available]
+    records = measured(competitors, names, options.processes)
+    generated = [name for name in names if not WORKLOADS[name].is_file]
+    seeds = range(options.seeds if options.seeds >= FEWEST_UNITS else 0)
+    jobs = list(product(generated, seeds))
+    curves = dict(zip(jobs, measured(both_curves, jobs, options.processes), strict=True))
+    for name, found in zip(names, records, strict=True):
+        if (name, 0) in curves:
+            bands = over_seeds(np.array([curves[name, seed] for seed in seeds]))
+            for record in found:
                 record |= bands.get(record["label"], {})
-        lines += added
-        keep("study_capacity", lines)
-        print(result.table(), end="\n\n")
+    lines = [record for found in records for record in found]
+    keep("study_capacity", lines)
+    for line in lines:
+        print(line["trace"], line["label"], line["token_hit_rate"])
 
 
-def sweep(
-    name: str, options: argparse.Namespace, bar: tqdm[Any], **settings: Any
-) -> SimulationResult:
-    """Simulate a workload over its sizes, with ``STATIC_PLACEMENT`` unless ``settings`` differ."""
-    workload = WORKLOADS[name]
-    bar.set_description(name)
-    return simulate(
-        workload.open(name, options.full),
-        **{"checkpoints": STATIC_PLACEMENT} | settings,
-        model=workload.geometry,
-        grid=workload.grid,
-        gib=workload.sizes(options.points),
-        bound=False,
-        processes=options.processes,
-        progress=lambda done, total: bar.set_postfix_str(f"{done} of {total}"),
-    )
-
-
-def over_seeds(name: str, options: argparse.Namespace, bar: tqdm[Any]) -> dict[str, dict[str, Any]]:
-    """Return limits of the curves over seeds by label, empty for a published trace."""
-    workload = WORKLOADS[name]
-    if workload.is_file or options.seeds < FEWEST_UNITS:
-        return {}
-    curves: dict[str, list[list[float]]] = {OURS: [], "lru": []}
-    for seed in range(options.seeds):
-        bar.set_description(f"{name}, seed {seed}")
-        trace = workload.open(name, options.full, seed).kept()
-        for label, pair in ((OURS, (DEFAULT_EVICTION, DEFAULT_PLACEMENT)), ("lru", LRU_PAIR)):
-            result = simulate(
-                trace,
-                model=workload.geometry,
-                grid=workload.grid,
-                gib=workload.sizes(options.points),
-                policy=pair[0],
-                checkpoints=[pair[1]],
-                bound=False,
-                processes=options.processes,
-            )
-            curves[label].append([run.token_hit_rate for run in result.runs])
-    found: dict[str, dict[str, Any]] = {}
-    for label, several in curves.items():
-        points = band(several)
-        found[label] = {
-            "seeds": options.seeds,
-            "low": rounded([point.low for point in points]),
-            "high": rounded([point.high for point in points]),
-        }
-    gains = band(
-        [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(*curves.values(), strict=True)]
-    )
-    found[OURS]["gain"] = [rounded([100 * part for part in gain]) for gain in gains]
-    return found
-
-
-def records(result: SimulationResult) -> list[dict[str, Any]]:
+def competitors(name: str) -> list[dict[str, Any]]:
     """Return one record per competitor with one figure per size. A policy is named ``eviction`` if
     its placement is ``STATIC_PLACEMENT``, else ``eviction @ placement``."""
-    lines = []
-    for label, runs in result.by_label().items():
-        config = runs[0].config
-        if config.baseline is None:
-            is_static = config.checkpoints == STATIC_PLACEMENT
-            label = f"{config.policy}" + (f" @ {config.checkpoints}" if not is_static else "")
-        lines.append(
-            {
-                "trace": result.trace,
-                "model": result.geometry.name,
-                "requests": runs[0].requests,
-                "prompt_tokens": runs[0].prompt_tokens,
-                "grid": config.grid,
-                "gib": rounded([run.gib for run in runs]),
-                "label": label,
-                "token_hit_rate": rounded([run.token_hit_rate for run in runs]),
-                "ttft_p99_s": rounded([run.ttft_s[99] for run in runs]),
-            }
-        )
-    return lines
+    workload = WORKLOADS[name]
+    trace, sizes = workload.open(name).kept(), workload.sizes()
+    settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
+    result = simulate(
+        trace,
+        gib=sizes,
+        policy=POLICIES,
+        checkpoints=STATIC_PLACEMENT,
+        baseline=PEERS,
+        bound=False,
+        progress=False,
+        **settings,
+    )
+    by_label = {
+        label if runs[0].config.baseline else f"{runs[0].config.policy}": runs
+        for label, runs in result.by_label().items()
+    }
+    return [
+        {
+            "trace": name,
+            "model": workload.geometry.name,
+            "requests": runs[0].requests,
+            "prompt_tokens": runs[0].prompt_tokens,
+            "grid": workload.grid,
+            "gib": rounded([run.gib for run in runs]),
+            "label": label,
+            "token_hit_rate": rounded([run.token_hit_rate for run in runs]),
+            "ttft_p99_s": rounded([run.ttft_s[99] for run in runs]),
+        }
+        for label, runs in (by_label | {OURS: replay(trace, sizes, **settings)}).items()
+    ]
+
+
+def both_curves(job: tuple[str, int]) -> list[list[float]]:
+    """Return the token hit rates over memory of the default pair and of LRU, for (trace, seed)."""
+    name, seed = job
+    workload = WORKLOADS[name]
+    trace = workload.open(name, seed).kept()
+    settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
+    return [
+        [run.token_hit_rate for run in replay(trace, workload.sizes(), pair, **settings)]
+        for pair in (DEFAULT, LRU)
+    ]
+
+
+def over_seeds(curves: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Return limits of the curves ``[seeds, 2, sizes]`` by label, and of their difference."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, label in enumerate((OURS, "lru")):
+        points = band(curves[:, number].tolist())
+        low, high = ([getattr(point, limit) for point in points] for limit in ("low", "high"))
+        found[label] = rounded({"seeds": len(curves), "low": low, "high": high})
+    gains = band((100 * (curves[:, 0] - curves[:, 1])).tolist())
+    found[OURS]["gain"] = rounded([list(gain) for gain in gains])
+    return found
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from engine.text.tokenizer import ByteTokenizer
 from experiments import texts
-from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import show
+from experiments.studies.common import keep, show
 
 DTYPES = (
     "auto",
@@ -49,11 +48,11 @@ DTYPES = (
 )
 FORMATS = ("bfloat16", "int8:head", "int8:row", "int8:column", "fp8:column")
 """Formats that are measured for every family."""
-GOAL = 0.01
-"""Accepted cost of a format, in nats per token."""
+NUM_TEXTS, NUM_TOKENS = 8, 1024
+"""Number of texts of each kind, and the length of one."""
 
 
-def pieces(kind: str, count: int, length: int) -> list[np.ndarray]:
+def pieces(kind: str, count: int = NUM_TEXTS, length: int = NUM_TOKENS) -> list[np.ndarray]:
     """Return ``count`` held-out texts of a kind, each with ``length`` bytes."""
     encode = ByteTokenizer().encode
     if kind == "code":
@@ -74,7 +73,7 @@ class Resumer:
     """Runner that computes the second half of a text from a checkpoint at its middle."""
 
     def __init__(self, dtype: str, model: str | None = None, gib: float = 0.05) -> None:
-        config = engine_config(
+        self.config = engine_config(
             model=model,
             device="cpu",
             checkpoint_dtype=dtype,
@@ -82,7 +81,7 @@ class Resumer:
             max_running=2,
             draft="none",
         )
-        self._runner = load_runner(config)
+        self._runner = load_runner(self.config)
         self._vocab_size = ByteTokenizer.vocab_size if model is None else VOCAB
         self.state_bytes = self._runner.memory.state_bytes
 
@@ -102,33 +101,44 @@ class Resumer:
         logits = runner.forward(Batch((second,), ((slot, state_slot),)))
         return logits[:, : self._vocab_size].double().log_softmax(-1)
 
+    def greedy_answers(self, prompts: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
+        """Return the continuation of each text, resumed from a checkpoint near its end."""
+        sampler = Sampler(self._runner.vocab_size)
+        engine = Engine(self.config, runner=load_runner(self.config), sampler=sampler)
+        answer = SamplingParams(temperature=0.0, max_tokens=len(prompts[0]) // 16, ignore_eos=True)
+        engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+        outputs = engine.generate(prompts, answer)
+        assert all(output.cached_len for output in outputs)
+        return [tuple(output.token_ids) for output in outputs]
 
-def costs(count: int, length: int) -> list[dict[str, Any]]:
+
+def compare(
+    dtype: str, resumer: Resumer, expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """Return the cost of a format on some texts."""
+    pairs = list(zip(expected, found, strict=True))
+    divergence = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
+    changed = torch.cat([p.argmax(-1) != q.argmax(-1) for p, q in pairs])
+    return {
+        "checkpoint_dtype": dtype,
+        "state_bytes": resumer.state_bytes,
+        "kl_mean": float(divergence.mean()),
+        "kl_max": float(divergence.max()),
+        "choices_changed": float(changed.double().mean()),
+    }
+
+
+def costs() -> list[dict[str, Any]]:
     """Return one record per format and kind of text."""
     records: list[dict[str, Any]] = []
     exact: dict[str, list[torch.Tensor]] = {}
-    texts_of = {kind: pieces(kind, count, length) for kind in ("code", "problems")}
+    texts_of = {kind: pieces(kind) for kind in ("code", "problems")}
     for dtype in DTYPES:
         resumer = Resumer(dtype)
         for kind, batch in texts_of.items():
             found = [resumer.logprobs(text) for text in batch]
             expected = exact.setdefault(kind, found)
-            pairs = list(zip(expected, found, strict=True))
-            divergence = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
-            changed = torch.cat([p.argmax(-1) != q.argmax(-1) for p, q in pairs])
-            near = torch.cat([(p.exp() * (p - q)).sum(-1)[:TILE] for p, q in pairs])
-            records.append(
-                {
-                    "checkpoint_dtype": dtype,
-                    "text": kind,
-                    "state_bytes": resumer.state_bytes,
-                    "kl_mean": float(divergence.mean()),
-                    "kl_first_64": float(near.mean()),
-                    "kl_max": float(divergence.max()),
-                    "choices_changed": float(changed.double().mean()),
-                    "below_goal": float(divergence.mean()) < GOAL,
-                }
-            )
+            records.append({"text": kind} | compare(dtype, resumer, expected, found))
     return records
 
 
@@ -186,78 +196,39 @@ def write_model(model_type: str, directory: Path) -> str:
     return str(directory)
 
 
-def family_costs(count: int, length: int, dtypes: Sequence[str]) -> list[dict[str, Any]]:
+def family_costs() -> list[dict[str, Any]]:
     """Return one record per family and format: divergence after a checkpoint, and changed greedy
     answers.
 
-    Answers have ``length // 16`` tokens.
+    Answers have a sixteenth of the length of the texts.
     """
     records: list[dict[str, Any]] = []
     rng = np.random.default_rng(3)
-    batch = [rng.integers(0, VOCAB, length).astype(np.int32) for _ in range(count)]
+    batch = [rng.integers(0, VOCAB, NUM_TOKENS).astype(np.int32) for _ in range(NUM_TEXTS)]
     for model_type in MODELS:
         exact: list[torch.Tensor] = []
         answers: list[list[tuple[int, ...]]] = []
         with TemporaryDirectory() as folder:
             model = write_model(model_type, Path(folder))
-            for dtype in ("auto", *dtypes):
+            for dtype in ("auto", *FORMATS):
                 resumer = Resumer(dtype, model, 0.25)
                 found = [resumer.logprobs(text) for text in batch]
                 exact = exact or found
-                divergence = torch.cat(
-                    [(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)]
-                )
-                answers.append(greedy_answers(model, dtype, batch))
+                answers.append(resumer.greedy_answers(batch))
                 changed = sum(a != b for a, b in zip(answers[0], answers[-1], strict=True))
-                records.append(
-                    {
-                        "family": model_type,
-                        "checkpoint_dtype": dtype,
-                        "state_bytes": resumer.state_bytes,
-                        "kl_mean": float(divergence.mean()),
-                        "kl_max": float(divergence.max()),
-                        "answers_changed": changed,
-                        "answers": count,
-                    }
-                )
+                record = {"family": model_type} | compare(dtype, resumer, exact, found)
+                records.append(record | {"answers_changed": changed, "answers": len(batch)})
     return records
-
-
-def greedy_answers(model: str, dtype: str, prompts: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
-    """Return the continuation of each text, resumed from a checkpoint near its end."""
-    config = engine_config(
-        model=model,
-        device="cpu",
-        checkpoint_dtype=dtype,
-        cache_gib=0.25,
-        max_running=2,
-        draft="none",
-    )
-    runner = load_runner(config)
-    engine = Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
-    answer = SamplingParams(temperature=0.0, max_tokens=len(prompts[0]) // 16, ignore_eos=True)
-    engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
-    outputs = engine.generate(prompts, answer)
-    assert all(output.cached_len for output in outputs)
-    return [tuple(output.token_ids) for output in outputs]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--texts", type=int, default=8, help="texts of each kind")
-    parser.add_argument("--length", type=int, default=1024, help="bytes per text")
     parser.add_argument("--families", action="store_true", help="measure the cost of every family")
-    parser.add_argument("--formats", default=",".join(FORMATS), help="for --families")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    if options.families:
-        records = family_costs(options.texts, options.length, options.formats.split(","))
-        show(records)
-        write_json_lines(RESULTS / "study_checkpoint_families.jsonl", records, vars(options))
-        return
-    records = costs(options.texts, options.length)
+    records = family_costs() if options.families else costs()
     show(records)
-    write_json_lines(RESULTS / "study_checkpoint_dtype.jsonl", records, vars(options))
+    keep(f"study_checkpoint_{'families' if options.families else 'dtype'}", records)
 
 
 if __name__ == "__main__":

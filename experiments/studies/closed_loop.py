@@ -1,7 +1,6 @@
 """Compare the served engine with the simulator's forecast, for agents in closed loop.
 
-    python -m experiments.studies.closed_loop [--sessions 72] [--rates 2 4 6]
-        [--admission oldest sessions] [--seeds 0 1 2 3 4] [--workers 2]
+    python -m experiments.studies.closed_loop [--seeds 5] [--processes 2]
 
 Sessions arrive at random. Each waits for its answers and pauses between them. The memory holds a
 third of them, so hits collapse above some rate of sessions. Step times are measured at moments of
@@ -18,37 +17,37 @@ Other work on the machine therefore changes little. Results go to ``results/clos
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import heapq
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from experiments.benchmarks.measure_prefill import measure, mixed_step_seconds
-from experiments.provenance import RESULTS, write_json_lines
+from experiments.studies.common import Records, Table, command_line, grouped, run_study
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import interval, paired
-from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import memory_sizes, run_closed_loop
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
-MAX_LEN = 4096
+ADMISSIONS = ("oldest", "sessions")
+RATES = (2.0, 4.0, 6.0)
+"""Sessions per second."""
+NUM_SESSIONS, MAX_RUNNING, MAX_LEN = 72, 4, 4096
+NUM_PAUSES = 5
+"""Measurements of the step times during a run."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,7 +84,6 @@ class CpuClock:
 
 def serve(
     engine: Engine,
-    clock: CpuClock,
     sessions: list[list[Turn]],
     rate: float,
     seed: int,
@@ -97,7 +95,8 @@ def serve(
     ``pause`` is called ``num_pauses`` times, after equal numbers of requests, and takes no time of
     the clock.
     """
-    between = sum(map(len, sessions)) // num_pauses
+    clock, between = engine.clock, sum(map(len, sessions)) // num_pauses
+    assert isinstance(clock, CpuClock)
     start_s = clock()
     arrivals = start_s + np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(sessions)))
     events = [(arrival_s, number, 0) for number, arrival_s in enumerate(arrivals.tolist())]
@@ -155,17 +154,11 @@ def geometry_of(engine: Engine) -> ModelGeometry:
     )
 
 
-def engine_of(num_bytes: float, max_running: int, clock: CpuClock, **fields: Any) -> Engine:
+def engine_of(num_bytes: float, **fields: Any) -> Engine:
     """Return an engine of the built-in model with ``fields`` of its settings."""
-    return Engine(
-        EngineConfig(
-            max_model_len=MAX_LEN,
-            max_running=max_running,
-            cache_gib=num_bytes / 2**30,
-            **fields,
-        ),
-        clock=clock,
-    )
+    sizes: dict[str, Any] = {"max_model_len": MAX_LEN, "max_running": MAX_RUNNING}
+    config = EngineConfig(cache_gib=num_bytes / GIB, **sizes, **fields)
+    return Engine(config, clock=CpuClock())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -211,20 +204,16 @@ def step_times(tables: Sequence[dict[str, Any]]) -> MeasuredTimes:
 
 
 def compare(
-    admission: str, rate: float, seed: int, options: argparse.Namespace
+    job: tuple[str, float, int], num_sessions: int = NUM_SESSIONS, num_pauses: int = NUM_PAUSES
 ) -> list[dict[str, Any]]:
-    """Serve and simulate the sessions of one seed. Returns the engine's record and the forecast."""
+    """Serve and simulate the sessions of (admission policy, rate, seed). Returns the engine's
+    record and the forecast."""
     torch.set_num_threads(1)
-    clock, sessions = CpuClock(), agents(options.sessions, seed)
-    num_bytes = memory_bytes(sessions, options.max_running)
-    engine = engine_of(num_bytes, options.max_running, clock, admission=admission)
-    measured = engine_of(
-        num_bytes,
-        options.max_running,
-        CpuClock(),
-        admission="oldest",
-        checkpoints=("backoff",),
-    )
+    admission, rate, seed = job
+    sessions = agents(num_sessions, seed)
+    num_bytes = memory_bytes(sessions)
+    engine = engine_of(num_bytes, admission=admission)
+    measured = engine_of(num_bytes, admission="oldest", checkpoints=("backoff",))
     context = mean_prompt_len(sessions)
     tables: list[dict[str, Any]] = []
     mixed: list[float] = []
@@ -233,7 +222,7 @@ def compare(
         tables.append(measure(measured, 2048, 1, context))
         mixed.append(mixed_seconds(measured, MeasuredSteps(step_times(tables[-1:])), context))
 
-    found, trace = serve(engine, clock, sessions, rate, seed, measure_steps, options.repeats)
+    found, trace = serve(engine, sessions, rate, seed, measure_steps, num_pauses)
     memory = engine.runner.memory
     times = step_times(tables)
     assert engine.config.token_budget is not None
@@ -244,19 +233,15 @@ def compare(
         times=MixedSteps(MeasuredSteps(times), fmean(mixed)),
         rate=rate,
         seeds=(seed,),
-        max_running=options.max_running,
+        max_running=MAX_RUNNING,
         token_budget=engine.config.token_budget,
         admission=admission,
     )
     sizes = memory_sizes(cell)
     assert (sizes.row_bytes, sizes.state_bytes) == (memory.row_bytes, memory.state_bytes)
     run = run_closed_loop(trace, cell)
-    forecast = {
-        "hit": 100 * run.token_hit_rate,
-        "ttft_mean_s": run.ttft_mean_s,
-        "ttft_p99_s": run.ttft_p99_s,
-        "makespan_s": run.makespan_s,
-    }
+    forecast = {name: getattr(run, name) for name in ("ttft_mean_s", "ttft_p99_s", "makespan_s")}
+    forecast["hit"] = 100 * run.token_hit_rate
     place = {"admission": admission, "rate": rate, "seed": seed}
     steps = {"prefill_s": times.table_s, "decode_s": times.decode_s, "mixed_s": fmean(mixed)}
     return [
@@ -276,42 +261,34 @@ def mean_prompt_len(sessions: Sequence[Sequence[Turn]]) -> int:
     return round(fmean(lengths))
 
 
-def memory_bytes(sessions: Sequence[Sequence[Turn]], max_running: int) -> float:
+def memory_bytes(sessions: Sequence[Sequence[Turn]]) -> float:
     """Return the memory for a third of ``sessions``, each with its text and one checkpoint."""
-    memory = engine_of(2**27, max_running, CpuClock()).runner.memory
+    memory = engine_of(2**27).runner.memory
     lengths = [sum(len(turn.added) + turn.answer_len for turn in session) for session in sessions]
     session_bytes = fmean(lengths) * memory.row_bytes + memory.slot_bytes
     return session_bytes * len(sessions) / 3
 
 
-def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(records: Records) -> Table:
     """Return header and rows: means over seeds of engine and forecast, and their differences."""
-    found: dict[tuple[float, str], dict[str, list[dict[str, Any]]]] = {}
-    for record in sorted(records, key=lambda record: record["seed"]):
-        by_source = found.setdefault((record["rate"], record["admission"]), {})
-        by_source.setdefault(record["source"], []).append(record)
     rows = []
-    for (rate, admission), by_source in sorted(found.items()):
+    ordered = sorted(records, key=lambda record: record["seed"])
+    for (rate, admission), cells in sorted(grouped(ordered, "rate", "admission").items()):
+        by_source = grouped(cells, "source")
         engine, forecast = by_source["engine"], by_source["forecast"]
-        hits, ttfts = (
-            [[run[name] for run in runs] for runs in (engine, forecast)]
-            for name in ("hit", "ttft_mean_s")
+        hits = [[run["hit"] for run in runs] for runs in (engine, forecast)]
+        mean, p99, makespan = (
+            fmean(run[name] for run in engine)
+            for name in ("ttft_mean_s", "ttft_p99_s", "makespan_s")
         )
-        means = [fmean(times) for times in ttfts]
-        rows.append(
-            [
-                f"{rate:g}",
-                admission,
-                str(interval(hits[0])),
-                str(paired(hits[1], hits[0])),
-                *(
-                    f"{1000 * fmean(run[name] for run in engine):.0f}"
-                    for name in ("ttft_mean_s", "ttft_p99_s")
-                ),
-                f"{100 * (means[1] / means[0] - 1):+.0f} %",
-                f"{fmean(run['makespan_s'] for run in engine):.1f}",
-            ]
-        )
+        forecast_mean = fmean(run["ttft_mean_s"] for run in forecast)
+        row = [f"{rate:g}", admission, str(interval(hits[0])), str(paired(hits[1], hits[0]))]
+        row += [
+            f"{1000 * mean:.0f}",
+            f"{1000 * p99:.0f}",
+            f"{100 * (forecast_mean / mean - 1):+.0f} %",
+        ]
+        rows.append([*row, f"{makespan:.1f}"])
     header = [
         "sessions/s", "admission", "engine: hits, %", "forecast less engine, points",
         "engine: mean TTFT, ms", "p99, ms", "mean TTFT of the forecast", "makespan, s",
@@ -320,24 +297,9 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sessions", type=int, default=72)
-    parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 6])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--max-running", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of the step times")
-    parser.add_argument("--admission", nargs="+", default=["oldest", "sessions"])
-    parser.add_argument("--workers", type=int, default=1)
-    options = parser.parse_args()
-    cases = list(itertools.product(options.admission, options.rates, options.seeds))
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        started = [pool.submit(compare, *case, options) for case in cases]
-        records = [record for run in tqdm(started, disable=None) for record in run.result()]
-    header, rows = table(records)
-    print(text_table(header, rows))
-    path = RESULTS / "closed_loop.jsonl"
-    write_json_lines(path, records, vars(options))
-    print(path)
+    options = command_line(__doc__, seeds=5).parse_args()
+    jobs = list(itertools.product(ADMISSIONS, RATES, range(options.seeds)))
+    run_study("closed_loop", compare, jobs, table, options.processes)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from tqdm import tqdm
 from experiments import provenance
 from experiments.provenance import ROOT, write_json_lines
 from hybridcache import ModelGeometry, Trace, open_trace, simulate
-from hybridcache.geometry.units import GIB
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.result import RunResult
@@ -26,8 +25,16 @@ QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")
 """Hybrid of Marconi's evaluation: 4 attention layers (multi-head), 24 Mamba layers, fp16."""
 
-GB = 1e9 / GIB
-"""Decimal gigabyte in GiB."""
+STATIC_PLACEMENT = "branch,boundary,backoff,end"
+"""Placement by rules without learning, used where studies compare evictions."""
+DEFAULT = f"{DEFAULT_EVICTION}@{DEFAULT_PLACEMENT}"
+LRU = f"lru@{STATIC_PLACEMENT}"
+PAIRS = {"default pair": DEFAULT, "lru, fixed rules": LRU}
+"""Pairs ``eviction@placement`` that are compared under one condition."""
+
+Records = Sequence[Mapping[str, Any]]
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +46,14 @@ class Workload:
     geometry: ModelGeometry = QWEN3_NEXT
     grid: int = 64
     quick: int | None = None
-    """Number of requests from the start of the trace, unless ``--full`` is given."""
+    """Number of requests from the start of the trace, or None for all."""
     is_file: bool = False
     """True if ``spec`` names a published trace, which is not part of the repository. See
     ``published``."""
     has_times: bool = False
     """True if the file has arrival times, so a seed changes nothing."""
 
-    def open(self, name: str, full: bool, seed: int = 0) -> Trace:
+    def open(self, name: str, seed: int = 0) -> Trace:
         """Return the trace or its start, with ``name`` as its short name. ``seed`` is that of
         random parts."""
         found = published(self.spec) if self.is_file else self.spec
@@ -54,9 +61,9 @@ class Workload:
             folders = ", ".join(map(str, DATA))
             raise FileNotFoundError(f"{name}: {self.spec} not found in {folders}.")
         if seed and not self.has_times:
-            found += f"{'&' if '?' in found else '?'}seed={seed}"
+            found = seeded(found, seed)
         trace = replace(open_trace(found), name=name)
-        return trace if full or self.quick is None else trace.head(self.quick)
+        return trace if self.quick is None else trace.head(self.quick)
 
     def seeds(self, count: int) -> range:
         """Return ``count`` seeds, or one if they would change nothing."""
@@ -89,6 +96,11 @@ def published(spec: str) -> str | None:
     name, mark, options = spec.partition("?")
     path = next((path for folder in DATA if (path := folder / name).is_file()), None)
     return None if path is None else f"{path}{mark}{options}"
+
+
+def seeded(spec: str, seed: int) -> str:
+    """Return the trace ``spec`` with a seed."""
+    return f"{spec}{'&' if '?' in spec else '?'}seed={seed}"
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -128,85 +140,61 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
-def arguments(description: str | None, *traces: str) -> argparse.Namespace:
-    """Parse the flags of a study: traces, sizes, seeds and processes."""
+def command_line(description: str | None, *traces: str, seeds: int = 10) -> argparse.ArgumentParser:
+    """Return the flags of a study: number of seeds and of processes, and names of traces if it has
+    ``traces``."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--traces", default=",".join(traces), help="names of WORKLOADS")
-    parser.add_argument("--full", action="store_true", help="whole traces, not only their start")
-    parser.add_argument("--points", type=int, help="sizes per trace (default: 15)")
-    parser.add_argument("--seeds", type=int, default=10, help="seeds of generated traces")
-    parser.add_argument("--processes", type=int, default=1)
-    options = parser.parse_args()
-    collect_seldom()
-    return options
+    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds")
+    parser.add_argument("--processes", type=int, default=2)
+    if traces:
+        parser.add_argument("--traces", nargs="+", choices=WORKLOADS, default=traces)
+    return parser
 
 
-STATIC_PLACEMENT = "branch,boundary,backoff,end"
-"""Placement by rules without learning, used where studies compare evictions."""
+def cells_of(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return (trace, seed) for the requested traces that are available."""
+    names = [name for name in options.traces if WORKLOADS[name].is_available]
+    return [(name, seed) for name in names for seed in WORKLOADS[name].seeds(options.seeds)]
 
 
-PAIRS = {
-    "default pair": (DEFAULT_EVICTION, DEFAULT_PLACEMENT),
-    "lru, fixed rules": ("lru", STATIC_PLACEMENT),
-}
-"""Pairs of eviction and placement that are compared under one condition."""
-
-
-def hit_rates(
-    trace: Trace, gib: Sequence[float], pair: str, model: str, **settings: Any
-) -> list[float]:
-    """Return the token hit rate at each size, for one of ``PAIRS``."""
-    policy, placement = PAIRS[pair]
-    result = simulate(
-        trace,
-        model=model,
-        gib=gib,
-        policy=policy,
-        checkpoints=[placement],
-        bound=False,
-        progress=False,
-        **settings,
-    )
-    return [rounded(run.token_hit_rate) for run in result.runs]
+def replay(
+    trace: Trace, gib: Sequence[float], pair: str = DEFAULT, **settings: Any
+) -> tuple[RunResult, ...]:
+    """Replay ``trace`` with one pair of policies. Returns a run per size."""
+    policy, _, placement = pair.partition("@")
+    settings |= {"policy": policy, "checkpoints": [placement], "bound": False, "progress": False}
+    return tuple(simulate(trace, gib=gib, **settings).runs)
 
 
 def measured(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> list[Any]:
-    """Return ``work(job)`` for each job, computed in several processes."""
-    with ProcessPoolExecutor(processes, initializer=collect_seldom) as pool:
+    """Return ``work(job)`` for each job, computed in new processes if there are several."""
+    if processes == 1:
+        return list(map(work, tqdm(jobs, disable=None)))
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=collect_seldom) as pool:
         return list(tqdm(pool.map(work, jobs), total=len(jobs), disable=None))
 
 
-def workloads(options: argparse.Namespace) -> tqdm[Any]:
-    """Return the names of the requested traces that are available, with a progress bar."""
-    names = [name for name in options.traces.split(",") if WORKLOADS[name].is_available]
-    return tqdm(names, disable=None)
+def run_study(
+    name: str,
+    work: Callable[[Any], Records],
+    jobs: Sequence[Any],
+    table: Callable[[Any], Table],
+    processes: int,
+) -> None:
+    """Measure all jobs, write their records into the result file ``name``, and print the table."""
+    records = [record for found in measured(work, jobs, processes) for record in found]
+    keep(name, records)
+    print(text_table(*table(records)))
 
 
-RECORDED = (
-    "requests",
-    "prompt_tokens",
-    "token_hit_rate",
-    "request_hit_rate",
-    "flops_saved_rate",
-    "share_of_bound",
-    "share_of_optimum",
-    "losses",
-    "ttft_s",
-    "ttft_mean_s",
-    "missed_tokens",
-    "checkpoints_made",
-    "checkpoint_copies",
-    "copied_bytes",
-    "bypassed",
-)
-
-
-def slim(trace: str, run: RunResult, **more: Any) -> dict[str, Any]:
-    """Return one run as stored in a results file: rates with six digits, no bins."""
-    record = run.as_record()
-    figures = {name: rounded(record[name]) for name in RECORDED if record[name] is not None}
-    config = {name: value for name, value in asdict(run.config).items() if value is not None}
-    return config | {"trace": trace} | more | figures
+def grouped(records: Records, *names: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """Return the records by the value of a field, or by those of several fields."""
+    found: dict[Any, list[Mapping[str, Any]]] = {}
+    for record in records:
+        key = tuple(record[name] for name in names)
+        found.setdefault(key if len(names) > 1 else key[0], []).append(record)
+    return found
 
 
 def rounded(value: Any) -> Any:
@@ -218,11 +206,9 @@ def rounded(value: Any) -> Any:
     return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
-def keep(name: str, records: Iterable[dict[str, Any]]) -> Path:
-    """Write a study's records. Returns the path."""
-    path = provenance.RESULTS / f"{name}.jsonl"
-    write_json_lines(path, records)
-    return path
+def keep(name: str, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a study's records."""
+    write_json_lines(provenance.RESULTS / f"{name}.jsonl", records)
 
 
 def show(records: Sequence[Mapping[str, Any]]) -> None:

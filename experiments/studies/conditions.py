@@ -12,17 +12,24 @@ traces and sizes differ.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from experiments.studies.common import PAIRS, hit_rates, keep, measured, rounded
+from experiments.studies.common import (
+    PAIRS,
+    Records,
+    Table,
+    command_line,
+    grouped,
+    replay,
+    rounded,
+    run_study,
+)
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
 from hybridcache.lab.intervals import interval, paired
-from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.closed_loop import closed_loop
 
 SEEDS = range(100, 110)
@@ -41,7 +48,7 @@ def replayed(
     trace: Callable[[int], Trace], gib: float, model: str, seed: int, pair: str, **settings: Any
 ) -> float:
     """Return the token hit rate of a replay of ``trace(seed)``."""
-    return hit_rates(trace(seed), [gib], pair, model, **settings)[0]
+    return replay(trace(seed), [gib], PAIRS[pair], model=model, **settings)[0].token_hit_rate
 
 
 def tenants(kinds: tuple[str, ...], seed: int) -> Trace:
@@ -74,7 +81,7 @@ def arriving(starts: str, seed: int) -> Trace:
 
 def running(count: int, seed: int, pair: str) -> float:
     """Return the token hit rate of an overloaded engine with ``count`` running requests."""
-    policy, placement = PAIRS[pair]
+    policy, _, placement = PAIRS[pair].partition("@")
     [run] = closed_loop(
         f"conversations?live=24&num_conversations=120&seed={seed}",
         gib=8,
@@ -122,30 +129,21 @@ def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     return [same | {"pair": pair, "token_hit_rate": rounded(rate(seed, pair))} for pair in PAIRS]
 
 
-def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(records: Records) -> Table:
     """Return a header and one row per condition: rates of both pairs and the gain, in percent."""
     rows = []
-    for condition, value in dict.fromkeys(
-        (record["condition"], record["value"]) for record in records
-    ):
-        key = condition, value
-        cells = [r for r in records if (r["condition"], r["value"]) == key]
-        rates = [[100 * r["token_hit_rate"] for r in cells if r["pair"] == pair] for pair in PAIRS]
+    for (condition, value), cells in grouped(records, "condition", "value").items():
+        by_pair = grouped(cells, "pair")
+        rates = [[100 * cell["token_hit_rate"] for cell in by_pair[pair]] for pair in PAIRS]
         row = [condition, value + " at once" * value.isdecimal(), *map(str, map(interval, rates))]
         rows.append([*row, str(paired(*rates))])
     return ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"], rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, help="use only the first N seeds (default: all ten)")
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
+    options = command_line(__doc__).parse_args()
     jobs = [(*key, seed) for *key, _ in rows() for seed in SEEDS[: options.seeds]]
-    found = measured(measure, jobs, options.processes)
-    records = [record for several in found for record in several]
-    keep("study_conditions", records)
-    print(text_table(*table(records)))
+    run_study("study_conditions", measure, jobs, table, options.processes)
 
 
 if __name__ == "__main__":

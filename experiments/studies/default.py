@@ -1,7 +1,7 @@
 """Compare the default pair with the best pair of this project's policies.
 
-    python -m experiments.studies.default                   # all splits, both memories
-    python -m experiments.studies.default --split tuning
+    python -m experiments.studies.default               # tuning, evaluation and closed loops
+    python -m experiments.studies.default --memories    # two pools, and the outside traces
 
 Traces, sizes and seeds are those of ``experiments/splits.toml``. A cell is one trace at one size.
 The loss of a pair in a cell is the mean over seeds of its token hit rate, in points below that of
@@ -18,26 +18,35 @@ checkpoints. The split ``outside`` has published traces on which no policy was t
 Published traces run once. Records of those of the evaluation split have the reused and prompt
 tokens of each session, for intervals over sessions.
 
-Runs of the chosen splits and pairs are replaced, others are kept. Rows "unseen" exclude cells that
-were looked at while rules were chosen.
+Rows "unseen" exclude cells that were looked at while rules were chosen.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
-from experiments.provenance import RESULTS, ROOT
-from experiments.studies.common import STATIC_PLACEMENT, keep, measured, published, rounded
-from hybridcache import ModelGeometry, Trace, closed_loop, open_trace, simulate
+from experiments.provenance import ROOT
+from experiments.studies.common import (
+    DEFAULT,
+    LRU,
+    STATIC_PLACEMENT,
+    Records,
+    Table,
+    command_line,
+    grouped,
+    published,
+    replay,
+    rounded,
+    run_study,
+    seeded,
+)
+from hybridcache import ModelGeometry, Trace, closed_loop, open_trace
 from hybridcache.lab.intervals import interval, paired, ratio
-from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.sizes import budget_bytes
 
 NAME = "study_default"
@@ -46,14 +55,17 @@ MEMORIES = "study_memories"
 POOLS = ", pools"
 """End of the names of splits that are replayed in two pools."""
 ARENA_SPLITS = ("tuning", "evaluation", "outside")
-SPLITS = (*ARENA_SPLITS, *(split + POOLS for split in ARENA_SPLITS), "closed loop")
+RESULTS_OF = {
+    NAME: ("tuning", "evaluation", "closed loop"),
+    MEMORIES: ("outside", *(split + POOLS for split in ARENA_SPLITS)),
+}
+"""Splits by the name of their result file."""
 KV_SHARES = (0.15, 0.3, 0.53)
 """Parts of the bytes of two pools that are for KV."""
 LEAST_STATES = 4
 """Fewest checkpoints that fit in a cell with two pools."""
-DEFAULT = "survival@adaptive"
 PAIRS = (
-    f"lru@{STATIC_PLACEMENT}",
+    LRU,
     "lru@adaptive",
     f"survival@{STATIC_PLACEMENT}",
     DEFAULT,
@@ -66,11 +78,8 @@ PAIRS = (
     "random@adaptive",
 )
 
-COMPARED = (DEFAULT, f"lru@{STATIC_PLACEMENT}")
+COMPARED = (DEFAULT, LRU)
 """Pairs that are compared on published traces, with intervals over sessions."""
-
-Records = list[dict[str, Any]]
-Table = tuple[list[str], list[list[str]]]
 
 
 class Job(NamedTuple):
@@ -87,19 +96,25 @@ class Job(NamedTuple):
     kv_share: float | None = None
     """Part of the bytes for KV in two pools, or None for an arena."""
 
+    @property
+    def spec(self) -> str:
+        """Trace with its seed, as ``open_trace`` takes it."""
+        return self.path or seeded(self.trace, self.seed or 0)
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Settings of the memory for a simulation."""
+        return {"memory": "arena" if self.kv_share is None else "pools", "kv_share": self.kv_share}
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS)
-    parser.add_argument("--seeds", type=int, help="only the first N seeds")
-    parser.add_argument("--processes", type=int, default=1)
+    parser = command_line(__doc__)
+    parser.add_argument("--memories", action="store_true", help=f"write {MEMORIES}")
     options = parser.parse_args()
-    config = splits_file()
-    for name in dict.fromkeys(map(results_of, options.split)):
-        splits = [split for split in options.split if results_of(split) == name]
-        simulate_splits(name, splits, config, options)
-    records = read(RESULTS / f"{NAME}.jsonl") + read(RESULTS / f"{MEMORIES}.jsonl")
-    print(text_table(*losses_table(records)))
+    name, config = MEMORIES if options.memories else NAME, splits_file()
+    jobs = [job for split in RESULTS_OF[name] for job in jobs_of(split, config, options.seeds)]
+    work = partial(run, config["model"])
+    run_study(name, work, jobs, losses_table, options.processes)
 
 
 def splits_file() -> dict[str, Any]:
@@ -107,33 +122,7 @@ def splits_file() -> dict[str, Any]:
     return tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
 
 
-def results_of(split: str) -> str:
-    """Return the name of the file with the results of ``split``."""
-    return MEMORIES if split == "outside" or split.endswith(POOLS) else NAME
-
-
-def simulate_splits(
-    name: str, splits: Sequence[str], config: dict[str, Any], options: argparse.Namespace
-) -> None:
-    """Run all pairs on ``splits``, and replace their records in the file ``name``."""
-    jobs = [job for split in splits for job in jobs_of(split, config, options.seeds)]
-    records = [
-        record for record in read(RESULTS / f"{name}.jsonl") if record["split"] not in splits
-    ]
-    for found in measured(partial(run, config["model"]), jobs, options.processes):
-        records += found
-    keep(name, records)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the stored runs without their provenance."""
-    if not path.exists():
-        return []
-    lines = map(json.loads, path.read_text().splitlines())
-    return [line for line in lines if "split" in line]
-
-
-def jobs_of(split: str, splits: dict[str, Any], seeds: int | None) -> Iterator[Job]:
+def jobs_of(split: str, splits: dict[str, Any], seeds: int) -> Iterator[Job]:
     """Yield the jobs of ``split``, without missing files."""
     if split == "closed loop":
         config = splits["evaluation"]
@@ -158,27 +147,14 @@ def jobs_of(split: str, splits: dict[str, Any], seeds: int | None) -> Iterator[J
 
 def run(model: str, job: Job) -> list[dict[str, Any]]:
     """Return one record per pair and size."""
-    spec = job.path
-    if job.seed is not None:
-        spec = f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
-    trace = open_trace(spec).kept()
+    trace = open_trace(job.spec).kept()
     if job.rate is not None:
         return [serve_sessions(trace, model, pair, job, job.rate) for pair in PAIRS]
     records = []
     for pair in PAIRS:
-        eviction, _, placement = pair.partition("@")
-        result = simulate(
-            trace,
-            model=model,
-            gib=job.gib,
-            policy=eviction,
-            checkpoints=[placement],
-            memory="arena" if job.kv_share is None else "pools",
-            kv_share=job.kv_share,
-            bound=False,
-        )
+        runs = replay(trace, job.gib, pair, model=model, **job.memory)
         share = "" if job.kv_share is None else f", {job.kv_share:.0%} KV"
-        for gib, simulated in zip(job.gib, result.runs, strict=True):
+        for gib, simulated in zip(job.gib, runs, strict=True):
             rate = rounded(simulated.token_hit_rate)
             record = {"split": job.split, "trace": job.trace + share, "gib": gib}
             record["seed"] = job.seed
@@ -223,11 +199,14 @@ def pairs_table(records: Records, split: str) -> Table:
     records = [r for r in records if r["split"] == split and r["seed"] is not None]
     if not records:
         raise FileNotFoundError(f"{NAME}.jsonl has no records of the split {split}")
-    rates: dict[str, dict[int, list[float]]] = {}
-    for record in records:
-        by_seed = rates.setdefault(record["pair"], {})
-        by_seed.setdefault(record["seed"], []).append(100 * record["token_hit_rate"])
-    means = {pair: [fmean(of) for of in by_seed.values()] for pair, by_seed in rates.items()}
+    by_pair = grouped(records, "pair")
+    means = {
+        pair: [
+            fmean(100 * run["token_hit_rate"] for run in runs)
+            for runs in grouped(of, "seed").values()
+        ]
+        for pair, of in by_pair.items()
+    }
     reference = DEFAULT if DEFAULT in means else next(iter(means))
     header = ["eviction@placement", "token hit rate, %", f"gain over `{reference}`, points"]
     ranked = sorted(means, key=lambda pair: -fmean(means[pair]))
@@ -237,13 +216,14 @@ def pairs_table(records: Records, split: str) -> Table:
     ]
     if split == "closed loop":
         header += ["mean TTFT, ratio", "lowest", "highest"]
-        ttfts: dict[str, dict[str, list[float]]] = {}
-        for record in records:
-            by_trace = ttfts.setdefault(record["pair"], {})
-            by_trace.setdefault(record["trace"], []).append(record["ttft_mean_s"])
+        ttfts = {
+            pair: [
+                fmean(run["ttft_mean_s"] for run in of) for of in grouped(runs, "trace").values()
+            ]
+            for pair, runs in by_pair.items()
+        }
         for pair, row in zip(ranked, rows, strict=True):
-            both = zip(ttfts[pair].values(), ttfts[reference].values(), strict=True)
-            cells = [fmean(of) / fmean(ours) for of, ours in both]
+            cells = [one / ours for one, ours in zip(ttfts[pair], ttfts[reference], strict=True)]
             row += [f"{value:.2f}" for value in (geometric_mean(cells), min(cells), max(cells))]
     return header, rows
 
@@ -251,15 +231,13 @@ def pairs_table(records: Records, split: str) -> Table:
 def losses_table(records: Records) -> Table:
     """Return the loss of the default pair to the best pair of each cell, in points."""
     seen = splits_file()["evaluation"]["seen"]
-    by_cell: dict[tuple[str, str, float], dict[str, list[float]]] = {}
-    generated: set[str] = set()
-    for record in records:
-        cell = by_cell.setdefault((record["split"], record["trace"], record["gib"]), {})
-        cell.setdefault(record["pair"], []).append(100 * record["token_hit_rate"])
-        if record["seed"] is not None:
-            generated.add(record["trace"])
+    generated = {record["trace"] for record in records if record["seed"] is not None}
     found: dict[str, list[list[float]]] = {}
-    for (split, trace, _), rates in by_cell.items():
+    for (split, trace, _), runs in grouped(records, "split", "trace", "gib").items():
+        rates = {
+            pair: [100 * run["token_hit_rate"] for run in of]
+            for pair, of in grouped(runs, "pair").items()
+        }
         best = max(rates.values(), key=fmean)
         losses = [one - ours for one, ours in zip(best, rates[DEFAULT], strict=True)]
         groups = [split]
@@ -281,12 +259,10 @@ def losses_table(records: Records) -> Table:
 
 def published_table(records: Records) -> Table:
     """Return both rates and the gain on the published traces, with intervals over sessions."""
-    runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
-    for record in records:
-        if record["seed"] is None:
-            runs.setdefault((record["trace"], record["gib"]), {})[record["pair"]] = record
     rows = []
-    for (trace, gib), pairs in runs.items():
+    files = [record for record in records if record["seed"] is None]
+    for (trace, gib), runs in grouped(files, "trace", "gib").items():
+        pairs = {run["pair"]: run for run in runs}
         ours, lru = (pairs[pair] for pair in COMPARED)
         rates = [100 * record["token_hit_rate"] for record in (ours, lru)]
         num_sessions = "unknown" if "sessions" in ours else "-"

@@ -1,6 +1,6 @@
 """Compare checkpoint grids of 64, 32, 16 and 1 tokens, with the default policies.
 
-    python -m experiments.studies.grid [--seeds 10] [--points 3]
+    python -m experiments.studies.grid [--seeds 10] [--processes 2]
 
 Gains are paired by seed. No kernel has a grid of 1. `docs/engine/steps.md` has the cost
 of the other grids.
@@ -12,69 +12,56 @@ from typing import Any
 
 from experiments.studies.common import (
     WORKLOADS,
+    Records,
+    Table,
     Workload,
-    arguments,
-    keep,
-    slim,
-    workloads,
+    cells_of,
+    command_line,
+    grouped,
+    replay,
+    rounded,
+    run_study,
 )
-from hybridcache import simulate
 from hybridcache.lab.intervals import interval, paired
-from hybridcache.lab.report import text_table
 
 GRIDS = (64, 32, 16, 1)
 WORKLOADS.setdefault("tree-of-thoughts", Workload("tree-of-thoughts", "0.5:16:15"))
 TRACES = ("tree-of-thoughts", "short", "few-shot", "branch", "chat")
 POINTS = 3
-Rates = list[float]
 
 
 def main() -> None:
-    options = arguments(__doc__, *TRACES)
+    options = command_line(__doc__, *TRACES).parse_args()
+    run_study("study_grid", measure, cells_of(options), table, options.processes)
+
+
+def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
+    """Return one record per grid and size of (trace, seed)."""
+    name, seed = job
+    workload = WORKLOADS[name]
+    trace, sizes = workload.open(name, seed).kept(), workload.sizes(POINTS)
     records: list[dict[str, Any]] = []
-    for name in (bar := workloads(options)):
-        workload = WORKLOADS[name]
-        for seed in workload.seeds(options.seeds):
-            bar.set_description(f"{name}, seed {seed}")
-            trace = workload.open(name, options.full, seed).kept()
-            for grid in GRIDS:
-                found = simulate(
-                    trace,
-                    model=workload.geometry,
-                    gib=workload.sizes(options.points or POINTS),
-                    grid=grid,
-                    bound=False,
-                    processes=options.processes,
-                )
-                records += [slim(name, run, seed=seed) for run in found.runs]
-    keep("study_grid", records)
-    print(text_table(*table(records)))
+    for grid in GRIDS:
+        for run in replay(trace, sizes, model=workload.geometry, grid=grid):
+            record = {"trace": name, "seed": seed, "grid": grid, "gib": run.gib}
+            records.append(rounded(record | {"token_hit_rate": run.token_hit_rate}))
+    return records
 
 
-def rates(records: list[dict[str, Any]]) -> dict[str, dict[float, dict[int, Rates]]]:
-    """Return hit rates in percent by trace, size and grid, one per seed."""
-    found: dict[str, dict[float, dict[int, Rates]]] = {}
-    for record in sorted(records, key=lambda record: (record["gib"], record["seed"])):
-        by_grid = found.setdefault(record["trace"], {}).setdefault(record["gib"], {})
-        by_grid.setdefault(record["grid"], []).append(100 * record["token_hit_rate"])
-    return found
-
-
-def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(records: Records) -> Table:
     """Return header and rows: the hit rate with the first grid, and the gains of the others."""
     first, *others = GRIDS
-    rows = [
-        [name, f"{gib:.3g}", str(interval(by_grid[first]))]
-        + [str(paired(by_grid[grid], by_grid[first])) for grid in others]
-        for name, by_size in rates(records).items()
-        for gib, by_grid in by_size.items()
-    ]
-    return [
-        "trace",
-        "GiB",
-        f"grid {first}, %",
-        *(f"gain of {grid}, points" for grid in others),
-    ], rows
+    rows = []
+    ordered = sorted(records, key=lambda record: (record["gib"], record["seed"]))
+    for name, of in grouped(ordered, "trace").items():
+        for gib, cells in grouped(of, "gib").items():
+            rates = {
+                grid: [100 * run["token_hit_rate"] for run in runs]
+                for grid, runs in grouped(cells, "grid").items()
+            }
+            gains = [str(paired(rates[grid], rates[first])) for grid in others]
+            rows.append([name, f"{gib:.3g}", str(interval(rates[first])), *gains])
+    return ["trace", "GiB", f"grid {first}, %", *(f"gain of {one}, points" for one in others)], rows
 
 
 if __name__ == "__main__":

@@ -15,116 +15,123 @@ seeds in section ``stop-reasons``. A trace with a missing file is skipped.
 
 from __future__ import annotations
 
-import argparse
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tqdm import tqdm
-
 from experiments.provenance import ROOT
-from experiments.studies.common import PAIRS, hit_rates, keep, published, show
+from experiments.studies.common import (
+    PAIRS,
+    Records,
+    Table,
+    command_line,
+    grouped,
+    published,
+    replay,
+    rounded,
+    run_study,
+    seeded,
+)
 from hybridcache import Trace, open_trace
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.leaderboard import Split
-from hybridcache.lab.report import text_table
-from hybridcache.lab.trace import Held
-
-
-def without_hints(trace: Trace) -> Trace:
-    """Return the trace with no boundary in any request."""
-    return replace(trace, source=Held(tuple(one._replace(boundaries=()) for one in trace)))
-
-
-def without_stop_reasons(trace: Trace) -> Trace:
-    """Return the trace with no stop reason in any request."""
-    return replace(trace, source=Held(tuple(one._replace(stop_reason="") for one in trace)))
+from hybridcache.lab.trace import Held, TraceRequest
 
 
 def rates(
     trace: Trace,
-    without: Callable[[Trace], Trace],
+    without: Callable[[TraceRequest], TraceRequest],
     gib: tuple[float, ...],
     pair: str,
     model: str,
-    processes: int,
 ) -> list[tuple[float, float]]:
-    """Return (token hit rate of ``trace``, token hit rate of ``without(trace)``) for each size."""
-    both = [
-        hit_rates(variant, gib, pair, model, processes=processes)
-        for variant in (trace, without(trace))
+    """Return (token hit rate, that without an information in the requests) for each size."""
+    poorer = replace(trace, source=Held(tuple(map(without, trace))))
+    both = (replay(variant, gib, PAIRS[pair], model=model) for variant in (trace, poorer))
+    return [
+        (rounded(one.token_hit_rate), rounded(other.token_hit_rate))
+        for one, other in zip(*both, strict=True)
     ]
-    return list(zip(*both, strict=True))
 
 
-def measure(split: Split, processes: int = 1) -> list[dict[str, Any]]:
-    """Return one record per trace, seed, pair and size."""
-    records = []
-    jobs = [(trace, seed) for trace in split.gib for seed in split.seeds]
-    for name, seed in tqdm(jobs, disable=None):
-        trace = open_trace(f"{name}{'&' if '?' in name else '?'}seed={seed}").kept()
-        for pair in PAIRS:
-            found = rates(trace, without_hints, split.gib[name], pair, split.model, processes)
-            records += [
-                {"trace": name, "seed": seed, "gib": gib, "pair": pair}
-                | {"with_hints": hinted, "without_hints": plain}
-                for gib, (hinted, plain) in zip(split.gib[name], found, strict=True)
-            ]
-    return records
+def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
+    """Return one record per pair and size of (trace, seed)."""
+    (name, seed), split = job, Split.load()
+    trace = open_trace(seeded(name, seed)).kept()
+    return [
+        {"trace": name, "seed": seed, "gib": gib, "pair": pair}
+        | {"with_hints": hinted, "without_hints": plain}
+        for pair in PAIRS
+        for gib, (hinted, plain) in zip(
+            split.gib[name],
+            rates(
+                trace, lambda one: one._replace(boundaries=()), split.gib[name], pair, split.model
+            ),
+            strict=True,
+        )
+    ]
 
 
-def measure_stop_reasons(processes: int = 1) -> list[dict[str, Any]]:
-    """Return one record per trace, seed and size, for the default pair."""
+def declared() -> dict[str, Any]:
+    """Return the traces, sizes and seeds of the comparison of stop reasons."""
     splits = (ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8")
-    declared = tomllib.loads(splits)["stop-reasons"]
-    records = []
-    for file in declared["file"]:
-        path = published(file["trace"])
-        for seed in file.get("seeds", (None,)) if path is not None else ():
-            trace = open_trace(f"{path}&seed={seed}" if seed is not None else path).kept()
-            gib = tuple(file["gib"])
-            pair = "default pair"
-            found = rates(trace, without_stop_reasons, gib, pair, declared["model"], processes)
-            records += [
-                {"trace": file["trace"], "seed": seed, "gib": size}
-                | {"with_stop_reasons": informed, "without_stop_reasons": plain}
-                for size, (informed, plain) in zip(gib, found, strict=True)
-            ]
-    return records
+    return tomllib.loads(splits)["stop-reasons"]
 
 
-def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def measure_stop_reasons(job: tuple[str, int | None, tuple[float, ...]]) -> list[dict[str, Any]]:
+    """Return one record per size of (trace, seed, sizes), for the default pair."""
+    name, seed, gib = job
+    path, model = published(name), declared()["model"]
+    assert path is not None
+    trace = open_trace(path if seed is None else seeded(path, seed)).kept()
+    found = rates(trace, lambda one: one._replace(stop_reason=""), gib, "default pair", model)
+    return [
+        {"trace": name, "seed": seed, "gib": size}
+        | {"with_stop_reasons": informed, "without_stop_reasons": plain}
+        for size, (informed, plain) in zip(gib, found, strict=True)
+    ]
+
+
+def table(records: Records) -> Table:
     """Return a header and one row per pair: hit rate with hints and the gain from them, in percent,
     over seeds."""
     rows = []
-    for pair in dict.fromkeys(record["pair"] for record in records):
-        means: dict[str, list[float]] = {"with_hints": [], "without_hints": []}
-        for seed in dict.fromkeys(record["seed"] for record in records):
-            cells = [one for one in records if one["pair"] == pair and one["seed"] == seed]
-            for key, several in means.items():
-                several.append(100 * sum(one[key] for one in cells) / len(cells))
-        rows.append([pair, str(interval(means["with_hints"])), str(paired(*means.values()))])
+    for pair, cells in grouped(records, "pair").items():
+        by_seed = grouped(cells, "seed").values()
+        rates, plain = (
+            [100 * sum(one[key] for one in of) / len(of) for of in by_seed]
+            for key in ("with_hints", "without_hints")
+        )
+        rows.append([pair, str(interval(rates)), str(paired(rates, plain))])
     return ["pair", "token hit rate with hints, %", "gain from hints, points"], rows
 
 
+def stop_reasons_table(records: Records) -> Table:
+    """Return a header and one row per record."""
+    rows = [[str(cell) for cell in record.values()] for record in records]
+    return ["trace", "seed", "GiB", "with stop reasons", "without"], rows
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, help="use only the first N seeds (default: all ten)")
-    parser.add_argument("--only", default="", help="use only traces with this in their name")
-    parser.add_argument("--processes", type=int, default=1)
+    parser = command_line(__doc__)
     parser.add_argument(
         "--stop-reasons", action="store_true", help="measure stop reasons instead of boundaries"
     )
     options = parser.parse_args()
     if options.stop_reasons:
-        records = measure_stop_reasons(options.processes)
-        keep("study_stop_reasons", records)
-        show(records)
+        jobs = [
+            (file["trace"], seed, tuple(file["gib"]))
+            for file in declared()["file"]
+            for seed in file.get("seeds", (None,))
+            if published(file["trace"]) is not None
+        ]
+        work = measure_stop_reasons
+        run_study("study_stop_reasons", work, jobs, stop_reasons_table, options.processes)
         return
-    records = measure(Split.load().head(options.seeds, options.only), options.processes)
-    keep("study_hints", records)
-    print(text_table(*table(records)))
+    split = Split.load().head(options.seeds)
+    cells = [(trace, seed) for trace in split.gib for seed in split.seeds]
+    run_study("study_hints", measure, cells, table, options.processes)
 
 
 if __name__ == "__main__":

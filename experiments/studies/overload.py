@@ -1,6 +1,6 @@
 """Measure overload in closed loop over time: a warm-up is cut, and windows have a fixed length.
 
-    python -m experiments.studies.overload [--sessions 60 150] [--seeds 11] [--workers 2]
+    python -m experiments.studies.overload [--seeds 2] [--processes 2]
 
 More sessions arrive than the server can finish, so there is no steady state: queues grow until the
 last arrival. Figures of a whole run depend on its length. This study reports each policy by windows
@@ -11,25 +11,28 @@ The workload is `agents` of the admission study.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from math import inf, isinf
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from experiments.studies.admission import WORKLOADS
-from experiments.studies.common import keep, measured, rounded
-from hybridcache import ModelGeometry
-from hybridcache.geometry.units import GIB
-from hybridcache.lab.report import text_table
-from hybridcache.lab.scenario import Scenario
+from experiments.studies.admission import SPLITS, WORKLOADS, scenario
+from experiments.studies.common import (
+    Records,
+    Table,
+    command_line,
+    grouped,
+    rounded,
+    run_study,
+)
 from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
-from hybridcache.lab.simulation.step_times import LinearSteps
 
 WORKLOAD, RATE = "agents", 0.2
+SESSIONS = (60, 150)
 POLICIES = ("oldest", "sessions", "live:18")
 WARM_UP_S, WINDOW_S = 150.0, 150.0
 FIGURES = (
@@ -40,41 +43,19 @@ FIGURES = (
 )
 """Field, title and scale of each figure."""
 
-Case = tuple[str, int, int]
-"""(admission, number of sessions, seed)."""
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sessions", type=int, nargs="+", default=[60, 150])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11])
-    parser.add_argument("--workers", type=int, default=1)
-    options = parser.parse_args()
-    cases = [(p, n, s) for n in options.sessions for p in POLICIES for s in options.seeds]
-    found = measured(serve, cases, options.workers)
-    records = [record for several in found for record in several]
-    keep("overload", records)
-    print(text_table(*table(records)))
+    options = command_line(__doc__, seeds=2).parse_args()
+    seeds = SPLITS["evaluation"]["seeds"][: options.seeds]
+    jobs = list(product(SESSIONS, POLICIES, seeds))
+    run_study("overload", serve, jobs, table, options.processes)
 
 
-def serve(case: Case) -> list[dict[str, Any]]:
-    """Return a record of the whole run, and one per window."""
-    admission, num_sessions, seed = case
+def serve(job: tuple[int, str, int]) -> list[dict[str, Any]]:
+    """Return a record of the whole run of (sessions, policy, seed), and one per window."""
+    num_sessions, admission, seed = job
     workload = replace(WORKLOADS[WORKLOAD], num_sessions=num_sessions)
-    geometry = ModelGeometry.preset("qwen3-next")
-    cell = Scenario(
-        WORKLOAD,
-        model=geometry,
-        gib=workload.num_rows * geometry.kv_bytes_per_token / GIB,
-        policy="survival",
-        checkpoints="adaptive",
-        times=LinearSteps(),
-        rate=RATE,
-        seeds=(seed,),
-        token_budget=workload.token_budget,
-        admission=admission,
-        tells_ends=admission.startswith("live"),
-    )
+    cell = scenario(workload, WORKLOAD, seed, RATE, admission)
     served = simulate_closed_loop(workload.trace(WORKLOAD, seed), cell)
     asked_s, first_s = np.array(served.asked_s), np.array(served.first_token_s)
     cached, prompt = np.array(served.cached_tokens), np.array(served.prompt_tokens)
@@ -120,14 +101,13 @@ def window_figures(
     }
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(records: Records) -> Table:
     """Return a header and one row per length and window, as means over seeds."""
-    cells: dict[tuple[int, float, float | None], dict[str, list[Mapping[str, Any]]]] = {}
-    for one in records:
-        cell = cells.setdefault((one["sessions"], one["from_s"], one["to_s"]), {})
-        cell.setdefault(one["admission"], []).append(one)
     rows = []
-    for (num_sessions, start_s, end_s), of in cells.items():
+    for (num_sessions, start_s, end_s), cells in grouped(
+        records, "sessions", "from_s", "to_s"
+    ).items():
+        of = grouped(cells, "admission")
         window = f"{start_s:g} to {end_s:g} s" if end_s is not None else "whole run"
         row = [f"{num_sessions} sessions", window]
         for name, _, scale in FIGURES:

@@ -1,6 +1,6 @@
 """Compare routers for eight replicas on twelve traces.
 
-    python -m experiments.studies.router [--traces chat,agent] [--processes 2] [--seeds 0,1,2]
+    python -m experiments.studies.router [--traces chat agent] [--processes 2] [--seeds 3]
 
 The routers ignore the caches, estimate them from the routed prompts, or follow the resumable
 lengths by events.
@@ -17,19 +17,23 @@ A seed determines the trace and the failing replicas.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
-from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, keep, rounded
-from hybridcache.lab.fleet import FleetConfig, FleetJob, FleetResult, run_fleet
-from hybridcache.lab.report import text_table
+from experiments.studies.common import (
+    STATIC_PLACEMENT,
+    WORKLOADS,
+    Records,
+    Table,
+    command_line,
+    grouped,
+    rounded,
+    run_study,
+)
+from hybridcache.lab.fleet import FleetConfig, FleetJob, run_fleet
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import Place, collect_seldom, run_grid
 
 REPLICAS = 8
 LOAD = 1.0
@@ -51,78 +55,38 @@ CONDITIONS = (
     Condition("more memory", 1.0),
     Condition("late and failing", 0.25, 5.0, 4),
 )
-Cells = dict[tuple[str, str], list[FleetResult]]
-"""Runs of each trace and condition, with all routers and seeds."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--traces", default=",".join(WORKLOADS), help="names of WORKLOADS")
-    parser.add_argument("--routers", default=",".join(ROUTERS))
-    parser.add_argument("--full", action="store_true", help="whole traces, not only their start")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--ray", help="address of a Ray cluster to spread the runs over")
-    options = parser.parse_args()
-    collect_seldom()
-    traces = [trace for trace in options.traces.split(",") if WORKLOADS[trace].is_available]
-    cells: Cells = {}
-    with tqdm(traces, disable=None) as bar:
-        for trace in bar:
-            for condition in CONDITIONS:
-                bar.set_description(f"{trace}, {condition.name}")
-                cells[trace, condition.name] = [
-                    run
-                    for seed in map(int, options.seeds.split(","))
-                    for run in _cell(trace, condition, seed, options, bar)
-                ]
-    records = _records(cells)
-    keep("study_router", records)
-    print(text_table(*table(records)))
+    options = command_line(__doc__, *WORKLOADS, seeds=3).parse_args()
+    names = [name for name in options.traces if WORKLOADS[name].is_available]
+    jobs = list(product(names, CONDITIONS, range(options.seeds)))
+    run_study("study_router", measure, jobs, table, options.processes)
 
 
-def _cell(
-    trace: str, condition: Condition, seed: int, options: argparse.Namespace, bar: tqdm[Any]
-) -> list[FleetResult]:
-    workload = WORKLOADS[trace]
+def measure(job: tuple[str, Condition, int]) -> list[dict[str, Any]]:
+    """Return one record per router of (trace, condition, seed)."""
+    name, condition, seed = job
+    workload = WORKLOADS[name]
     fleet = FleetConfig(
         REPLICAS, load=LOAD, delay_s=condition.delay_s, failures=condition.failures, seed=seed
     )
     cell = Scenario(
-        trace,
+        name,
         model=workload.geometry,
         gib=float(f"{workload.middle * condition.share:.4g}"),
         grid=workload.grid,
         policy="lru",
         checkpoints=STATIC_PLACEMENT,
     )
-    jobs = [FleetJob(cell, replace(fleet, router=router)) for router in options.routers.split(",")]
-
-    def show(done: int, total: int) -> None:
-        bar.set_postfix_str(f"seed {seed}: {done} of {total}")
-
-    return run_grid(
-        workload.open(trace, options.full, seed),
-        jobs,
-        run_fleet,
-        place=Place(options.processes, options.ray),
-        progress=show,
-    )
+    trace, place = workload.open(name, seed).kept(), {"trace": name, "condition": condition.name}
+    runs = [run_fleet(trace, FleetJob(cell, replace(fleet, router=of))) for of in ROUTERS]
+    return [place | rounded(run.as_record() | {"trace": name}) for run in runs]
 
 
-def _records(cells: Cells) -> list[dict[str, Any]]:
-    return [
-        {"trace": trace, "condition": condition} | rounded(run.as_record() | {"trace": trace})
-        for (trace, condition), runs in cells.items()
-        for run in runs
-    ]
-
-
-def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(records: Records) -> Table:
     """Return a header and one row per condition and router, as means over traces and seeds."""
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in records:
-        cells.setdefault((one["condition"], one["fleet"]["router"]), []).append(one)
+    records = [one | {"router": one["fleet"]["router"]} for one in records]
     rows = [
         [
             condition,
@@ -130,7 +94,7 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
             f"{100 * fmean(one['token_hit_rate'] for one in of):.1f}",
             f"{fmean(one['ttft_mean_s'] / one['cold_mean_s'] for one in of):.2f}",
         ]
-        for (condition, router), of in cells.items()
+        for (condition, router), of in grouped(records, "condition", "router").items()
     ]
     return ["condition", "router", "token hit rate, %", "mean TTFT, times a cold prefill"], rows
 

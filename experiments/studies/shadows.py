@@ -1,6 +1,6 @@
 """Measure whether shadow caches can choose the pair of eviction and placement.
 
-    python -m experiments.studies.shadows [--split tuning outside]
+    python -m experiments.studies.shadows [--processes 2]
 
 A shadow is a cache with leases and without tensors. It runs a candidate pair on a sample of the
 sessions, with the memory scaled by the sampling rate. Whole sessions are sampled, by a hash of
@@ -19,35 +19,31 @@ below 0.01 for scaled caches of thousands of items; set duelling (Qureshi et al.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tomllib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from experiments.provenance import ROOT
-from experiments.studies.common import STATIC_PLACEMENT, keep, rounded
-from experiments.studies.default import (
-    ARENA_SPLITS,
-    DEFAULT,
-    PAIRS,
-    POOLS,
-    Job,
-    jobs_of,
+from experiments.studies.common import (
+    STATIC_PLACEMENT,
+    Records,
+    Table,
+    command_line,
+    grouped,
+    rounded,
+    run_study,
 )
+from experiments.studies.default import DEFAULT, PAIRS, POOLS, Job, jobs_of, splits_file
 from hybridcache import ModelGeometry, open_trace
-from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import TraceRequest
 
+SPLITS = ("tuning", "outside")
 CANDIDATES = (DEFAULT, "survival@backoff", f"survival@{STATIC_PLACEMENT}", "lru@adaptive")
 RATES = (1.0, 0.5, 0.25, 0.125)
 SAMPLES = ("first page", "session")
@@ -61,51 +57,33 @@ LEAD = 0.03
 Tokens = npt.NDArray[np.int64]
 
 
-class Cell(NamedTuple):
-    """One trace in one memory."""
-
-    split: str
-    trace: str
-    gib: float
-    kv_share: float | None
-    path: str
-    """Trace with its seed, as ``open_trace`` takes it."""
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--split", nargs="+", choices=ARENA_SPLITS, default=["tuning", "outside"])
-    options = parser.parse_args()
-    collect_seldom()
-    config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
-    geometry, records = ModelGeometry.load(config["model"]), []
-    cells = [cell for split in options.split for cell in cells_of(split, config)]
-    for cell in tqdm(cells, unit=" cells", disable=None):
-        logs = logs_of(cell, geometry)
-        records.append(cell._asdict() | {"path": ""} | figures(logs))
-    keep("study_shadows", records)
-    print(text_table(*table(records)))
+    options = command_line(__doc__, seeds=1).parse_args()
+    config = splits_file()
+    jobs = [
+        job._replace(gib=(gib,))
+        for split in SPLITS
+        for memory in ("", POOLS)
+        for job in jobs_of(split + memory, config, options.seeds)
+        for gib in job.gib
+    ]
+    run_study("study_shadows", measure, jobs, table, options.processes)
 
 
-def cells_of(split: str, config: Mapping[str, Any]) -> Iterator[Cell]:
-    """Yield the cells of ``split`` in both memories, with its first seed."""
-    for job in (*jobs_of(split, dict(config), 1), *jobs_of(split + POOLS, dict(config), 1)):
-        for gib in job.gib:
-            yield Cell(split, job.trace, gib, job.kv_share, path_of(job))
+def measure(job: Job) -> list[dict[str, Any]]:
+    """Return the record of one trace at one size."""
+    split = job.split.removesuffix(POOLS)
+    cell = {"split": split, "trace": job.trace, "gib": job.gib[0], "kv_share": job.kv_share}
+    return [cell | figures(logs_of(job, ModelGeometry.load(splits_file()["model"])))]
 
 
-def path_of(job: Job) -> str:
-    """Return the trace of ``job`` as ``open_trace`` takes it."""
-    return job.path or f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
-
-
-def logs_of(cell: Cell, geometry: ModelGeometry) -> dict[str, Tokens]:
+def logs_of(job: Job, geometry: ModelGeometry) -> dict[str, Tokens]:
     """Return the reused tokens per request of all pairs and shadows."""
-    trace = open_trace(cell.path)
+    trace = open_trace(job.spec)
     requests = list(trace)
     found: dict[str, Tokens] = {"prompt": np.array([r.num_tokens(trace.unit) for r in requests])}
     for pair in PAIRS:
-        found[pair] = reused(requests, pair, cell, geometry, trace.unit, 1.0)
+        found[pair] = reused(requests, pair, job, geometry, trace.unit, 1.0)
     for sample in SAMPLES:
         shares = positions(requests, sample)
         for rate in RATES[1:]:
@@ -113,7 +91,7 @@ def logs_of(cell: Cell, geometry: ModelGeometry) -> dict[str, Tokens]:
             found[f"{sample}|{rate:g}"] = places
             chosen = [requests[place] for place in places]
             for pair in CANDIDATES:
-                of = reused(chosen, pair, cell, geometry, trace.unit, rate)
+                of = reused(chosen, pair, job, geometry, trace.unit, rate)
                 found[f"{sample}|{rate:g}|{pair}"] = of
     return found
 
@@ -134,7 +112,7 @@ def positions(requests: Sequence[TraceRequest], sample: str) -> npt.NDArray[np.f
 def reused(
     requests: Sequence[TraceRequest],
     pair: str,
-    cell: Cell,
+    job: Job,
     geometry: ModelGeometry,
     unit: int,
     rate: float,
@@ -143,13 +121,12 @@ def reused(
     memory holds nothing."""
     eviction, _, placement = pair.partition("@")
     scenario = Scenario(
-        cell.trace,
+        job.trace,
         model=geometry,
-        gib=cell.gib * rate,
+        gib=job.gib[0] * rate,
         policy=eviction,
         checkpoints=placement,
-        memory="arena" if cell.kv_share is None else "pools",
-        kv_share=cell.kv_share,
+        **job.memory,
     )
     try:
         target = build_target(scenario, unit)
@@ -209,12 +186,12 @@ def reached(
     return float(100 * hits / prompt.sum())
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(records: Records) -> Table:
     """Return a header and one row per way to choose the pair.
 
     Columns: cost, losses to the best pair of a cell by split, and the error of the hit rates.
     """
-    splits = list(dict.fromkeys(record["split"] for record in records))
+    by_split = grouped(records, "split")
     ways = [("the default alone", "", 0.0), ("shadows, all sessions", "1", float(len(CANDIDATES)))]
     for sample in SAMPLES:
         ways += [
@@ -222,17 +199,16 @@ def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
             for rate in RATES[1:]
         ]
     header = ["choice of the pair", "cost"]
-    for split in splits:
+    for split in by_split:
         header += [f"{split}: mean loss", "worst"]
     rows = []
     for title, key, cost in ways:
         row = [title, f"{cost:g}"]
-        for split in splits:
+        for of in by_split.values():
             losses = [
                 max(record["rates"].values())
                 - (record["reached"][key] if key else record["rates"][DEFAULT])
-                for record in records
-                if record["split"] == split
+                for record in of
             ]
             row += [f"{statistics.fmean(losses):.2f}", f"{max(losses):.1f}"]
         errors = [record["errors"][key] for record in records if key in record["errors"]]

@@ -1,6 +1,6 @@
 """Measure the gain from host memory, compared with as much memory on the device.
 
-    python -m experiments.studies.tiers [--traces chat,agent] [--seeds 10]
+    python -m experiments.studies.tiers [--traces chat agent] [--seeds 10]
 
 Twelve traces run on a device with 4 GiB for KV and states, with and without 16 GiB of host memory,
 and on a device with 20 GiB. The goal: both tiers together save at least 95 % of the seconds that
@@ -15,19 +15,26 @@ run them. Prefills share their steps, as in a busy engine, so a token costs only
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiments.studies.common import STATIC_PLACEMENT, WORKLOADS, keep, measured, rounded
+from experiments.studies.common import (
+    PAIRS,
+    WORKLOADS,
+    Records,
+    Table,
+    cells_of,
+    command_line,
+    grouped,
+    rounded,
+    run_study,
+)
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import interval
-from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.result import RunResult, summarise
+from hybridcache.lab.simulation.result import summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
@@ -35,8 +42,6 @@ from hybridcache.lab.trace import Trace
 DEVICE_GIB = 4
 HOST_GIB, GOAL_GIB = 16, 20
 GOAL_CELL = f"device {GOAL_GIB}"
-DEFAULT = "survival"
-Shares = list[float]
 
 
 def servable(trace: Trace, geometry: ModelGeometry) -> Trace:
@@ -52,91 +57,67 @@ def servable(trace: Trace, geometry: ModelGeometry) -> Trace:
     return replace(trace, source=[request for request, size in sizes if size <= room].__iter__)
 
 
-def run(trace: Trace, cell: Scenario) -> RunResult:
-    """Replay the trace once, one request after the other."""
-    target = build_target(cell, trace.unit)
-    return summarise(cell, serve(target, trace, trace.unit, cell), target, trace.name)
-
-
-def cells(base: Scenario) -> dict[str, Scenario]:
-    """Return the memories by name."""
-    found = {f"device {gib}": replace(base, gib=gib) for gib in (DEVICE_GIB, GOAL_GIB)}
-    return found | {f"host {HOST_GIB}": replace(base, gib=DEVICE_GIB, host_gib=HOST_GIB)}
-
-
-def measure(job: tuple[str, int, str]) -> list[dict[str, Any]]:
-    """Return one record per cell of (trace, seed, policy)."""
-    trace_name, seed, policy = job
-    workload = WORKLOADS[trace_name]
-    trace = servable(workload.open(trace_name, False, seed), workload.geometry)
+def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
+    """Return one record per policy and memory of (trace, seed). One request follows the other."""
+    name, seed = job
+    workload = WORKLOADS[name]
+    trace = servable(workload.open(name, seed), workload.geometry)
     alone = Roofline.fitting(workload.geometry)
     base = Scenario(
         trace,
         model=workload.geometry,
-        policy=policy,
-        checkpoints="adaptive" if policy == DEFAULT else STATIC_PLACEMENT,
+        gib=DEVICE_GIB,
         grid=max(workload.grid, trace.unit),
         times=replace(alone, bytes_per_s=1e30, overhead_s=0.0),
     )
+    memories: dict[str, dict[str, int]] = {
+        f"device {DEVICE_GIB}": {},
+        GOAL_CELL: {"gib": GOAL_GIB},
+        f"host {HOST_GIB}": {"host_gib": HOST_GIB},
+    }
     records = []
-    for name, cell in cells(base).items():
-        result = run(trace, cell)
-        records.append(
-            {
-                "trace": trace_name,
-                "seed": seed,
-                "policy": policy,
-                "cell": name,
-                "requests": result.requests,
-                "prompt_tokens": result.prompt_tokens,
-                "token_hit_rate": result.token_hit_rate,
-                "seconds": result.seconds,
-                "seconds_saved": result.seconds_saved,
-                "copy_seconds": result.copy_seconds,
-                "not_fetched": getattr(result.losses, "not_fetched", 0),
-                "tier_bytes": result.tier_bytes,
-                "written_bytes": (result.written_kv_bytes or 0)
-                + (result.checkpoints_made or 0) * workload.geometry.state_bytes,
-            }
-        )
-    return [rounded(record) for record in records]
+    for pair in PAIRS.values():
+        policy, _, placement = pair.partition("@")
+        for memory, sizes in memories.items():
+            cell = replace(base, policy=policy, checkpoints=placement, **sizes)
+            target = build_target(cell, trace.unit)
+            log = serve(target, trace, trace.unit, cell)
+            result = summarise(cell, log, target, trace.name)
+            record = {"trace": name, "seed": seed, "policy": policy, "cell": memory}
+            for field in ("requests", "token_hit_rate", "seconds", "seconds_saved", "copy_seconds"):
+                record[field] = getattr(result, field)
+            records.append(rounded(record))
+    return records
 
 
-def share(cells_of: dict[str, dict[str, Any]], cell: str) -> float | None:
+def share(cells: Records, cell: str) -> float | None:
     """Return the seconds that ``cell`` saves, relative to those of ``GOAL_CELL``. None if nothing
     can be saved."""
-    whole = cells_of[GOAL_CELL]["seconds_saved"]
-    total = whole + cells_of[GOAL_CELL]["seconds"]
-    return cells_of[cell]["seconds_saved"] / whole if whole > 1e-3 * total else None
+    by_cell = {record["cell"]: record for record in cells}
+    whole = by_cell[GOAL_CELL]["seconds_saved"]
+    total = whole + by_cell[GOAL_CELL]["seconds"]
+    return by_cell[cell]["seconds_saved"] / whole if whole > 1e-3 * total else None
 
 
-def shares_by_trace(records: Sequence[dict[str, Any]], policy: str, cell: str) -> dict[str, Shares]:
+def shares_by_trace(records: Records, policy: str, cell: str) -> dict[str, list[float]]:
     """Return the seconds that ``cell`` saves relative to 20 GiB by trace, one value per seed.
 
     Traces are left out if nothing can be saved with some seed.
     """
-    found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
-    for record in records:
-        if record["policy"] == policy:
-            by_seed = found.setdefault(record["trace"], {})
-            by_seed.setdefault(record["seed"], {})[record["cell"]] = record
-    shares = {
-        name: [share(cells_of, cell) for cells_of in by_seed.values()]
-        for name, by_seed in found.items()
-    }
-    return {
-        name: [value for value in values if value is not None]
-        for name, values in shares.items()
-        if None not in values
-    }
+    found: dict[str, list[float]] = {}
+    chosen = [record for record in records if record["policy"] == policy]
+    for name, of in grouped(chosen, "trace").items():
+        shares = [share(cells, cell) for cells in grouped(of, "seed").values()]
+        known = [one for one in shares if one is not None]
+        if len(known) == len(shares):
+            found[name] = known
+    return found
 
 
-def over_seeds(
-    records: Sequence[dict[str, Any]], policy: str = DEFAULT
-) -> tuple[list[str], list[list[str]]]:
+def over_seeds(records: Records) -> Table:
     """Return header and rows: seconds saved relative to those of 20 GiB, in percent, per trace."""
     device, host = (
-        shares_by_trace(records, policy, cell) for cell in (f"device {DEVICE_GIB}", "host 16")
+        shares_by_trace(records, "survival", cell) for cell in (f"device {DEVICE_GIB}", "host 16")
     )
     rows = [
         [name, *(str(interval(shares[name]).scaled(100)) for shares in (device, host))]
@@ -146,26 +127,8 @@ def over_seeds(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--traces", default=",".join(WORKLOADS), help="names of WORKLOADS")
-    parser.add_argument("--policy", default="survival,lru", help="evictions, separated by commas")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=1)
-    options = parser.parse_args()
-    names = [name for name in options.traces.split(",") if WORKLOADS[name].is_available]
-    policies = options.policy.split(",")
-    jobs = [
-        (name, seed, policy)
-        for name in names
-        for seed in WORKLOADS[name].seeds(options.seeds)
-        for policy in policies
-    ]
-    found = measured(measure, jobs, options.processes)
-    records = [record for several in found for record in several]
-    if names == list(WORKLOADS):
-        keep("study_tiers", records)
-    for policy in policies:
-        print(policy, text_table(*over_seeds(records, policy)), sep="\n")
+    options = command_line(__doc__, *WORKLOADS).parse_args()
+    run_study("study_tiers", measure, cells_of(options), over_seeds, options.processes)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments import provenance
 from experiments.studies import arena, tiers
+from experiments.studies.common import grouped
 from experiments.studies.default import COMPARED, DEFAULT
 from tests.documents import ROOT
 
@@ -158,7 +159,7 @@ def quotes() -> dict[str, list[str]]:
     host_memory = one("bench_tree", measure="host memory")
     slabs = [
         fmean(arena.mean_differences(cells))
-        for cells in arena.by_trace(result("study_arena")).values()
+        for cells in grouped(result("study_arena"), "trace").values()
     ]
     moved = max(run["kv_moved_per_kv_written"] for run in result("study_arena"))
     claude, tau = stop_reasons("claude"), stop_reasons("taubench")

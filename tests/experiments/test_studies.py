@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
 import json
@@ -36,8 +35,8 @@ def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     monkeypatch.setattr(provenance, "FIGURES", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
-    monkeypatch.setattr("sys.argv", [study, "--traces", "short", "--points", "2"])
-    sys.argv += ["--seeds", "5"]
+    monkeypatch.setattr(sys, "argv", [study, "--traces", "short", "--seeds", "5"])
+    sys.argv += ["--processes", "1"]
     importlib.import_module(f"experiments.studies.{study}").main()
     head, *records = (tmp_path / f"study_{study}.jsonl").read_text().splitlines()
     assert "commit" in json.loads(head)["provenance"]
@@ -123,8 +122,7 @@ def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:
     """One session at a time: processor time then cannot change hits."""
-    options = argparse.Namespace(sessions=12, max_running=4, repeats=1)
-    runs = closed_loop.compare("sessions", 0.05, 0, options)
+    runs = closed_loop.compare(("sessions", 0.05, 0), num_sessions=12, num_pauses=1)
     assert [run["source"] for run in runs] == ["engine", "forecast"]
     assert runs[0]["hit"] == pytest.approx(runs[1]["hit"], abs=1e-9) and runs[0]["hit"] > 50
     _, [row] = closed_loop.table(runs)
