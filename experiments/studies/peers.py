@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -62,6 +63,11 @@ round of resend stores 464 to 523 blocks of bfloat16 states: with up to 486 of t
 hits, from 495 on nothing."""
 
 
+CHUNKS = "chunks a request"
+
+Traces = Callable[[int], Iterable[TraceRequest]]
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One measured figure: a system on a workload at a size."""
@@ -71,10 +77,25 @@ class Cell:
     size: str
     published: float
     make: Callable[[], Baseline]
-    trace: Callable[[int], Iterable[TraceRequest]]
+    trace: Traces
     draws: int = 5
     figure: str = "token hit rate"
     """``token hit rate`` or ``chunks a request``."""
+
+
+def of_drawn(
+    peer: str,
+    workload: str,
+    gib: int,
+    published: float,
+    make: Callable[[BaselineConfig], Baseline],
+    state_bytes: int = FP32_STATE,
+    **more: Any,
+) -> Cell:
+    """Return the cell of a generated workload with Qwen3-Next's KV, at ``gib`` GiB."""
+    config = BaselineConfig(gib * GIB, KV_BYTES, state_bytes)
+    trace = partial(drawn, workload)
+    return Cell(peer, workload, f"{gib} GiB", published, partial(make, config), trace, **more)
 
 
 def vllm_cells() -> Iterator[Cell]:
@@ -82,13 +103,13 @@ def vllm_cells() -> Iterator[Cell]:
 
     Blocks have 1,056 tokens with float32 states, 544 with bfloat16 states.
     """
-    variants = (
-        ("vLLM, block 1056", FP32_STATE, None, 0),
-        ("vLLM, match unit 32", FP32_STATE, 32, 0),
-        ("vLLM, retention None", FP32_STATE, None, None),
-        ("vLLM bf16, block 544", BF16_STATE, None, 0),
-        ("vLLM bf16, match unit 32", BF16_STATE, 32, 0),
-    )
+    variants: dict[str, tuple[int, int | None, int | None]] = {
+        "vLLM, block 1056": (FP32_STATE, None, 0),
+        "vLLM, match unit 32": (FP32_STATE, 32, 0),
+        "vLLM, retention None": (FP32_STATE, None, None),
+        "vLLM bf16, block 544": (BF16_STATE, None, 0),
+        "vLLM bf16, match unit 32": (BF16_STATE, 32, 0),
+    }
     published: dict[tuple[str, int], tuple[float, ...]] = {
         ("chat", 40): (0.716, 0.840, 0.777, 0.782, 0.837),
         ("chat", 6): (0.493, 0.380, 0.513, 0.644, 0.522),
@@ -103,29 +124,23 @@ def vllm_cells() -> Iterator[Cell]:
         ("short", 40): (0.000, 0.555, 0.000, 0.000, 0.555),
         ("short", 6): (0.000, 0.555, 0.000, 0.000, 0.555),
     }
-    chunks: dict[tuple[str, int], dict[str, float]] = {
-        ("chat", 40): dict(
-            zip((v[0] for v in variants), (1.49, 2.48, 1.28, 1.99, 2.93), strict=True)
-        ),
-        ("few-shot", 40): {"vLLM, block 1056": 2.03, "vLLM, match unit 32": 3.03},
-        ("agent", 40): {"vLLM, block 1056": 1.43, "vLLM, match unit 32": 2.40},
+    chunks: dict[tuple[str, int], tuple[float, ...]] = {
+        ("chat", 40): (1.49, 2.48, 1.28, 1.99, 2.93),
+        ("few-shot", 40): (2.03, 3.03),
+        ("agent", 40): (1.43, 2.40),
     }
     for (workload, gib), rates in published.items():
-        for (name, state_bytes, unit, retention), rate in zip(variants, rates, strict=True):
-            config = BaselineConfig(gib * GIB, KV_BYTES, state_bytes)
-            make = partial(VllmCache, config, unit, retention)
-            trace = partial(drawn, workload)
-            size = f"{gib} GiB"
-            yield Cell(name, workload, size, rate, make, trace, DRAWS)
-            if (workload, gib) in chunks:
-                passes = chunks[workload, gib].get(name)
-                if passes is not None:
-                    cell = Cell(name, workload, size, passes, make, trace)
-                    yield replace(cell, figure="chunks a request")
-    config = BaselineConfig(6 * GIB, KV_BYTES, FP32_STATE)
-    make = partial(VllmCache, config, 32, None)
-    name = "vLLM, match unit 32, retention None"
-    yield Cell(name, "agent", "6 GiB", 0.738, make, partial(drawn, "agent"), DRAWS)
+        passes = chunks.get((workload, gib), ())
+        for (name, (state, unit, retention)), rate, count in zip_longest(
+            variants.items(), rates, passes
+        ):
+            make = partial(VllmCache, match_unit=unit, retention=retention)
+            cell = of_drawn(name, workload, gib, rate, make, state, draws=DRAWS)
+            yield cell
+            if count is not None:
+                yield replace(cell, published=count, draws=5, figure=CHUNKS)
+    make = partial(VllmCache, match_unit=32, retention=None)
+    yield of_drawn("vLLM, match unit 32, retention None", "agent", 6, 0.738, make, draws=DRAWS)
 
 
 def lightllm_cells() -> Iterator[Cell]:
@@ -141,28 +156,13 @@ def lightllm_cells() -> Iterator[Cell]:
         "resend": (0.611, 0.611),
         "short": (0.000, 0.000),
     }
+    big_pages = partial(LightllmCache, big_page=1024)
     for workload, (plain, big) in published.items():
         for gib in (40, 6):
-            config = BaselineConfig(gib * GIB, KV_BYTES, FP32_STATE)
-            trace = partial(drawn, workload)
-            size = f"{gib} GiB"
-            yield Cell(
-                "LightLLM, page 512", workload, size, plain, partial(LightllmCache, config), trace
-            )
-            make = partial(LightllmCache, config, big_page=1024)
-            yield Cell("LightLLM, page 512 x 2", workload, size, big, make, trace)
-    config = BaselineConfig(40 * GIB, KV_BYTES, FP32_STATE)
-    chunked = Cell(
-        "LightLLM, page 512",
-        "chat",
-        "40 GiB",
-        1.93,
-        partial(LightllmCache, config),
-        partial(drawn, "chat"),
-    )
-    yield replace(chunked, figure="chunks a request")
-    make = partial(LightllmCache, config, page=64)
-    yield Cell("LightLLM, page 64", "short", "40 GiB", 0.704, make, partial(drawn, "short"))
+            yield of_drawn("LightLLM, page 512", workload, gib, plain, LightllmCache)
+            yield of_drawn("LightLLM, page 512 x 2", workload, gib, big, big_pages)
+    yield of_drawn("LightLLM, page 512", "chat", 40, 1.93, LightllmCache, figure=CHUNKS)
+    yield of_drawn("LightLLM, page 64", "short", 40, 0.704, partial(LightllmCache, page=64))
 
 
 def sglang_cells() -> Iterator[Cell]:
@@ -176,33 +176,23 @@ def sglang_cells() -> Iterator[Cell]:
         (128, "extra_buffer"): (0.433, 0.595, 0.704),
         (256, "extra_buffer"): (0.338, 0.462, 0.590),
     }
-    capped: dict[tuple[int, str, int], float] = {
-        (128, "end", 1): 0.729,
-        (128, "end", 2): 0.729,
-        (128, "end", 4): 0.670,
-        (128, "extra_buffer", 1): 0.678,
-        (128, "extra_buffer", 2): 0.678,
-        (128, "extra_buffer", 4): 0.586,
-        (256, "end", 1): 0.547,
-        (256, "extra_buffer", 1): 0.492,
-        (256, "extra_buffer", 4): 0.431,
+    capped: dict[tuple[int, str], dict[int, float]] = {
+        (128, "end"): {1: 0.729, 2: 0.729, 4: 0.670},
+        (128, "extra_buffer"): {1: 0.678, 2: 0.678, 4: 0.586},
+        (256, "end"): {1: 0.547},
+        (256, "extra_buffer"): {1: 0.492, 4: 0.431},
     }
     for (live, placement), triple in rates.items():
         for num_slots, rate in zip((150, 320, 600), triple, strict=True):
             yield sglang_cell(live, placement, num_slots, None, rate)
-    for (live, placement, cap), rate in capped.items():
-        yield sglang_cell(live, placement, 320, cap, rate)
+    for (live, placement), by_cap in capped.items():
+        for cap, rate in by_cap.items():
+            yield sglang_cell(live, placement, 320, cap, rate)
 
 
 def sglang_cell(live: int, placement: str, num_slots: int, cap: int | None, rate: float) -> Cell:
-    make = partial(
-        SglangCache,
-        BaselineConfig(0, KV_BYTES, FP32_STATE),
-        placement,
-        cap,
-        num_kv_tokens=1_070_000,
-        num_slots=num_slots,
-    )
+    config, pools = BaselineConfig(0, KV_BYTES, FP32_STATE), {"num_kv_tokens": 1_070_000}
+    make = partial(SglangCache, config, placement, cap, num_slots=num_slots, **pools)
     name = f"SGLang, {placement}" + (f", cap {cap}" if cap else "")
     size = f"{num_slots} states"
     return Cell(name, f"conversations, live {live}", size, rate, make, partial(live_chats, live), 1)
@@ -217,29 +207,29 @@ def marconi_cells() -> Iterator[Cell]:
     """
     if not MOONCAKE.is_available:
         return
-    variants: tuple[tuple[str, dict[str, Any], tuple[float, float]], ...] = (
-        ("SGLang+ of Marconi", {"leaf_lru": True}, (0.0372, 0.0375)),
-        ("Marconi artifact, tuned", {"reading": "artifact"}, (0.0365, 0.0372)),
-        ("Marconi artifact, alpha 0", {"reading": "artifact", "alpha": 0.0}, (0.037, 0.037)),
-        ("Marconi artifact, alpha 1", {"reading": "artifact", "alpha": 1.0}, (0.036, 0.037)),
-        ("Marconi artifact, alpha 2", {"reading": "artifact", "alpha": 2.0}, (0.037, 0.046)),
+    seven_b, qwen = (MARCONI_KV, MARCONI_STATE), (KV_BYTES, FP32_STATE)
+    variants: tuple[tuple[str, int | None, tuple[int, int], dict[str, Any], tuple[float, ...]], ...]
+    variants = (
+        ("SGLang+ of Marconi", 1000, seven_b, {"leaf_lru": True}, (0.0372, 0.0375)),
+        ("Marconi artifact, tuned", 1000, seven_b, {"reading": "artifact"}, (0.0365, 0.0372)),
+        *(
+            (f"Marconi artifact, alpha {alpha}", 1000, seven_b, artifact(alpha), rates)
+            for alpha, rates in ((0, (0.037, 0.037)), (1, (0.036, 0.037)), (2, (0.037, 0.046)))
+        ),
+        ("SGLang+ of Marconi, 7B", None, seven_b, {"leaf_lru": True}, (0.043, 0.044, 0.094)),
+        ("SGLang+ of Marconi, Qwen3-Next", None, qwen, {"leaf_lru": True}, (0.043, 0.057, 0.148)),
     )
-    for name, settings, rates in variants:
-        for gigabytes, rate in zip((20, 80), rates, strict=True):
-            config = BaselineConfig(gigabytes * 10**9, MARCONI_KV, MARCONI_STATE, unit=512)
-            make = partial(MarconiCache, config, **settings)
-            trace = partial(mooncake, 1000)
-            yield Cell(name, "Mooncake, first 1,000", f"{gigabytes} GB", rate, make, trace, 1)
-    models = (
-        ("7B", MARCONI_KV, MARCONI_STATE, (0.043, 0.044, 0.094)),
-        ("Qwen3-Next", KV_BYTES, FP32_STATE, (0.043, 0.057, 0.148)),
-    )
-    for model, kv_bytes, state_bytes, rates in models:
-        for gigabytes, rate in zip((20, 80, 320), rates, strict=True):
+    for name, head, (kv_bytes, state_bytes), settings, rates in variants:
+        workload = "Mooncake" if head is None else f"Mooncake, first {head:,}"
+        for gigabytes, rate in zip((20, 80, 320), rates, strict=False):
             config = BaselineConfig(gigabytes * 10**9, kv_bytes, state_bytes, unit=512)
-            make = partial(MarconiCache, config, leaf_lru=True)
-            name = f"SGLang+ of Marconi, {model}"
-            yield Cell(name, "Mooncake", f"{gigabytes} GB", rate, make, partial(mooncake, None), 1)
+            make, size = partial(MarconiCache, config, **settings), f"{gigabytes} GB"
+            yield Cell(name, workload, size, rate, make, partial(mooncake, head), 1)
+
+
+def artifact(alpha: float) -> dict[str, Any]:
+    """Return the settings of Marconi's artifact with a fixed weight."""
+    return {"reading": "artifact", "alpha": float(alpha)}
 
 
 @lru_cache(maxsize=DRAWS)
@@ -261,7 +251,7 @@ def live_chats(live: int, seed: int) -> Trace:
 
 
 def mooncake(num_requests: int | None, seed: int) -> Trace:
-    trace = MOONCAKE.open("mooncake", full=True)
+    trace = replace(MOONCAKE, quick=None).open("mooncake")
     return trace if num_requests is None else trace.head(num_requests)
 
 
@@ -269,8 +259,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     """Return the figure of every draw, and the comparison of their median and range with the
     measured one."""
     figures = [served(cell, seed) for seed in range(cell.draws)]
-    chunks = cell.figure == "chunks a request"
-    band = WITHIN * cell.published if chunks else WITHIN
+    band = WITHIN * cell.published if cell.figure == CHUNKS else WITHIN
     return {
         "peer": cell.peer,
         "workload": cell.workload,
