@@ -15,16 +15,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from experiments import provenance
 from experiments.benchmarks.timing import Call, medians
-from experiments.provenance import RESULTS, write_json_lines
+from experiments.provenance import write_json_lines
 from experiments.studies.common import show
 from kernels.linear import native as linear
 from kernels.linear import prepacked, reference
@@ -39,26 +38,6 @@ PROMPT, STREAMS = 512, 8
 HEADS, KEY, VALUE, SIZE = 16, 128, 128, 2048
 """Sizes of a recurrent layer: value heads, their key and value sizes, and channels of Mamba-1."""
 RECURRENCES = ("gdn", "kda", "mamba2", "mamba1")
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Speed of one linear layer."""
-
-    layer: str
-    dtype: str
-    rows: int
-    threads: int
-    gflop_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class DecayTime:
-    """Time of one recurrence at one decay."""
-
-    kernel: str
-    decay: float
-    us_per_token: float
 
 
 def layers() -> dict[tuple[str, str], Callable[[torch.Tensor], torch.Tensor]]:
@@ -85,7 +64,7 @@ def is_usable(method: str) -> bool:
     return method != "amx" or kernel_choices()["linear_bfloat16"] == "amx"
 
 
-def speeds(num_threads: int, turns: int) -> Iterator[Speed]:
+def speeds(num_threads: int, turns: int) -> Iterator[dict[str, Any]]:
     """Measure all layers, in turn."""
     found = layers()
     for threads in sorted({1, num_threads}):
@@ -98,11 +77,12 @@ def speeds(num_threads: int, turns: int) -> Iterator[Speed]:
             }
             clock = time.thread_time if threads == 1 else time.perf_counter
             for (layer, dtype), seconds in medians(calls, turns, clock).items():
-                flop = 2 * rows * OUTPUTS * INPUTS
-                yield Speed(layer, dtype, rows, threads, flop / seconds / 1e9)
+                gflop_s = 2 * rows * OUTPUTS * INPUTS / seconds / 1e9
+                place = {"layer": layer, "dtype": dtype, "rows": rows, "threads": threads}
+                yield place | {"gflop_s": gflop_s}
 
 
-def decay_times(turns: int) -> Iterator[DecayTime]:
+def decay_times(turns: int) -> Iterator[dict[str, Any]]:
     """Measure every recurrence of prompts and of decoding at every decay, with one thread."""
     torch.set_num_threads(1)
     for name in RECURRENCES:
@@ -114,11 +94,13 @@ def decay_times(turns: int) -> Iterator[DecayTime]:
             prompt, decode = getattr(module, f"chunk_{name}"), getattr(module, f"decode_{name}")
             prompts: dict[Any, Call] = {decay: prompt_call(name, prompt, decay) for decay in DECAYS}
             for decay, seconds in medians(prompts, turns, time.thread_time).items():
-                yield DecayTime(f"chunk_{name} {backend}", decay, seconds / PROMPT * 1e6)
+                us = seconds / PROMPT * 1e6
+                yield {"kernel": f"chunk_{name} {backend}", "decay": decay, "us_per_token": us}
             for decay in DECAYS:
                 call, restore = decode_call(name, decode, decay)
                 [seconds] = medians({"": call}, turns, time.thread_time, restore).values()
-                yield DecayTime(f"decode_{name} {backend}", decay, seconds / STREAMS * 1e6)
+                us = seconds / STREAMS * 1e6
+                yield {"kernel": f"decode_{name} {backend}", "decay": decay, "us_per_token": us}
 
 
 def around(decay: float, *shape: int) -> torch.Tensor:
@@ -193,15 +175,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--turns", type=int, default=TURNS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "bench_cpu_kernels.jsonl")
     args = parser.parse_args()
     with torch.inference_mode():
         found = list(tqdm(speeds(args.threads, args.turns), desc="layers", disable=None))
         times = list(tqdm(decay_times(args.turns), desc="decays", disable=None))
     settings = {"outputs": OUTPUTS, "inputs": INPUTS, "kernels": kernel_choices()}
-    write_json_lines(args.out, [asdict(line) for line in (*found, *times)], settings)
+    write_json_lines(provenance.RESULTS / "bench_cpu_kernels.jsonl", [*found, *times], settings)
     for lines in (found, times):
-        show([asdict(line) for line in lines])
+        show(lines)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ medians and their ratio, with the spread. If llama.cpp is not built, the script 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,68 +34,43 @@ from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from experiments.benchmarks import llama_cpp as rival
-from experiments.benchmarks.timing import CLOCKS, Call, Compared
-from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import show
+from experiments.benchmarks.timing import Call, alternate, ratio_spread
+from experiments.studies.common import keep, show
 
-GEOMETRY_7M: dict[str, Any] = {
-    "model_type": "qwen3_next",
-    "vocab_size": 320,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "full_attention_interval": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "partial_rotary_factor": 0.25,
-    "rope_theta": 10000.0,
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-    "linear_conv_kernel_dim": 4,
-    "num_experts": 0,
-    "max_position_embeddings": 32768,
-    "eos_token_id": [256, 258],
-    "dtype": "float32",
-}
-"""Small byte-level hybrid like Qwen3-Next, about twice the size of the built-in one."""
-GEOMETRY_530M = {
-    "model_type": "qwen3_5_text",
-    "vocab_size": 32000,
-    "hidden_size": 1024,
-    "intermediate_size": 3584,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 16,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-"""Qwen3.5-0.8B's layers with a smaller vocabulary."""
 NUM_SLOTS = 9
 """Number of state slots that are used, from the first on."""
-
-NOT_DENSE_QWEN35 = {"model_type", "full_attention_interval", "num_experts", "dtype"}
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "7m": {
-        **{name: value for name, value in GEOMETRY_7M.items() if name not in NOT_DENSE_QWEN35},
-        "model_type": "qwen3_5_text",
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": GEOMETRY_7M["rope_theta"],
-            "partial_rotary_factor": GEOMETRY_7M["partial_rotary_factor"],
-        },
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
     },
-    "530m": GEOMETRY_530M,
+    "530m": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
 }
-"""Geometries by name. The small one uses Qwen3.5's fields, because llama.cpp's Qwen3-Next has
-experts in every layer."""
+"""Dense Qwen3.5 models: twice the size of the built-in one, and Qwen3.5-0.8B's layers with
+a smaller vocabulary."""
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 GOALS = {
     ("530m", "one stream", "llama.cpp"): 1.0,
@@ -113,12 +89,11 @@ standard deviation."""
 
 def runner_of(directory: str, dtype: str) -> ModelRunner:
     """Return a runner for the checkpoint in ``directory`` with weights in ``dtype``."""
-    quantization: Literal["int8"] | None = "int8" if dtype == "int8" else None
     return load_runner(
         EngineConfig(
             model=directory,
             dtype="float32" if dtype == "float32" else "bfloat16",
-            quantization=quantization,
+            quantization="int8" if dtype == "int8" else None,
             device="cpu",
             max_running=9,
             cache_gib=0.5,
@@ -127,11 +102,7 @@ def runner_of(directory: str, dtype: str) -> ModelRunner:
 
 
 def against_llama(
-    gguf: ModuleType,
-    size: str,
-    dtype: str,
-    directory: str,
-    options: argparse.Namespace,
+    gguf: ModuleType, size: str, dtype: str, directory: str, threads: int
 ) -> Iterator[dict[str, Any]]:
     """Compare prefill, one stream and eight streams on the checkpoint in ``directory``.
 
@@ -140,11 +111,9 @@ def against_llama(
     """
     path = Path(directory) / f"{FORMATS[dtype]}.gguf"
     rival.export(gguf, Path(directory), path, FORMATS[dtype])
-    theirs = rival.Remote(
-        options.llama, path, options.clock, streams=8, room=ROOM, threads=options.threads
-    )
+    theirs = rival.Remote(path, streams=8, room=ROOM, threads=threads)
     ours = runner_of(directory, dtype)
-    tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
+    tokens = prompt_tokens()
     prompt = tokens.tolist()
 
     def prefill_theirs() -> float:
@@ -152,26 +121,27 @@ def against_llama(
 
     if dtype == "float32":
         check(ours, theirs, tokens)
-    yield record(
-        "prefill", size, dtype, options, lambda: prefill(ours, tokens), prefill_theirs, PROMPT
-    )
+    yield record("prefill", size, dtype, lambda: prefill(ours, tokens), prefill_theirs, PROMPT)
     for streams in (1, 8):
         theirs.clear()
         for stream in range(streams):
             theirs.forward([(stream, 0, prompt[:CONTEXT])])
         decode = Decode(ours, tokens[:CONTEXT], streams)
-        position = CONTEXT
+        positions = itertools.count(CONTEXT)
 
-        def step_theirs(streams: int = streams) -> float:
-            nonlocal position
-            seconds = theirs.forward([(stream, position, [5]) for stream in range(streams)])
-            position += 1
-            return seconds
+        def step_theirs(streams: int = streams, positions: Iterator[int] = positions) -> float:
+            position = next(positions)
+            return theirs.forward([(stream, position, [5]) for stream in range(streams)])
 
         name = "one stream" if streams == 1 else f"{streams} streams"
-        yield record(name, size, dtype, options, decode.step, step_theirs, streams)
+        yield record(name, size, dtype, decode.step, step_theirs, streams)
     theirs.close()
     path.unlink()
+
+
+def prompt_tokens() -> npt.NDArray[np.int32]:
+    """Return the prompt of every measure."""
+    return np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
 
 
 def check(ours: ModelRunner, theirs: rival.Remote, tokens: np.ndarray) -> None:
@@ -192,46 +162,50 @@ def record(
     measure: str,
     size: str,
     dtype: str,
-    options: argparse.Namespace,
     ours: Call,
     theirs: Call,
     tokens: int,
     rival: str = "llama.cpp",
 ) -> dict[str, Any]:
-    """Time both sides and return one line of the result file."""
+    """Time both sides, which compute ``tokens`` tokens a call. Returns one line of the results."""
     turns = TURNS[size] // (3 if tokens == PROMPT else 1)
-    clock = CLOCKS[options.clock]
-    found = Compared.of(
-        ours, theirs, tokens=tokens, turns=round(turns * options.share), clock=clock
-    )
-    place = {"measure": f"{measure} beside {rival}", "size": size, "dtype": dtype}
+    both = tuple(alternate({0: ours, 1: theirs}, turns).values())
+    one, two = map(statistics.median, both)
     goal = GOALS.get((size, measure, rival), 0.0)
-    reached = {"goal": f">= {goal}", "reached": found.ratio >= goal}
-    return place | {"unit": "tokens/s"} | asdict(found) | reached
+    return {
+        "measure": f"{measure} beside {rival}",
+        "size": size,
+        "dtype": dtype,
+        "unit": "tokens/s",
+        "ours": tokens / one,
+        "theirs": tokens / two,
+        "ratio": two / one,
+        "spread": ratio_spread(*both),
+        "goal": f">= {goal}",
+        "reached": two / one >= goal,
+    }
 
 
-def eight_bits(size: str, directory: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def eight_bits(size: str, directory: str) -> Iterator[dict[str, Any]]:
     """Compare int8 with bfloat16, both in this engine."""
     int8, wide = (runner_of(directory, dtype) for dtype in ("int8", "bfloat16"))
-    tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
+    tokens = prompt_tokens()
     prefills = (lambda: prefill(int8, tokens), lambda: prefill(wide, tokens))
-    yield record("prefill", size, "int8", options, *prefills, PROMPT, "bfloat16")
+    yield record("prefill", size, "int8", *prefills, PROMPT, "bfloat16")
     first, second = (Decode(runner, tokens[:CONTEXT], 1) for runner in (int8, wide))
-    yield record("one stream", size, "int8", options, first.step, second.step, 1, "bfloat16")
+    yield record("one stream", size, "int8", first.step, second.step, 1, "bfloat16")
 
 
-def make_checkpoint(config: dict[str, Any], dtype: str, directory: str) -> Any:
-    """Save a random transformers model to ``directory`` and return it."""
+def make_checkpoint(config: dict[str, Any], directory: str) -> None:
+    """Save a random dense Qwen3.5 model of transformers to ``directory``, in float32."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    settings = {name: value for name, value in config.items() if name != "model_type"}
-    loaded = transformers.AutoConfig.for_model(config["model_type"], **{**settings, "dtype": dtype})
-    model = transformers.AutoModelForCausalLM.from_config(loaded, dtype=getattr(torch, dtype))
+    loaded = transformers.AutoConfig.for_model("qwen3_5_text", **config, dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_config(loaded, dtype=torch.float32)
     model.save_pretrained(directory)
-    return model.eval()
 
 
 def prefill(runner: ModelRunner, tokens: np.ndarray) -> None:
@@ -269,43 +243,29 @@ class Decode:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="7m,530m")
-    parser.add_argument("--dtypes", default=",".join(FORMATS))
+    parser.add_argument("--sizes", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
+    parser.add_argument("--dtypes", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--share", type=float, default=1.0, help="share of the runs per measure")
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: time of this thread, for a busy machine with --threads 1",
-    )
-    parser.add_argument("--llama", type=Path, default=rival.FOLDER, help="folder of llama.cpp")
-    parser.add_argument("--out", type=Path, default=RESULTS / "bench_llama.jsonl")
     args = parser.parse_args()
-    modules = rival.load(args.llama)
+    modules = rival.load()
     if modules is None:
         print(rival.ABSENT)
         return
     torch.set_num_threads(args.threads)
     results: list[dict[str, Any]] = []
     crashes: list[dict[str, str]] = []
-    sizes, dtypes = args.sizes.split(","), args.dtypes.split(",")
-    with tqdm(total=len(sizes) * len(dtypes), unit="part") as progress, torch.inference_mode():
-        for size in sizes:
-            with tempfile.TemporaryDirectory() as directory:
-                make_checkpoint(GEOMETRIES[size], "float32", directory)
-                for dtype in dtypes:
-                    progress.set_description(f"{size} {dtype}")
-                    try:
-                        results += against_llama(modules[1], size, dtype, directory, args)
-                    except rival.CrashError as crash:
-                        crashes.append({"size": size, "dtype": dtype, "failure": str(crash)})
-                    if dtype == "int8" and size == "530m":
-                        results += eight_bits(size, directory, args)
-                    progress.update()
-    version = modules[0].__version__
-    facts = {"threads": args.threads, "clock": args.clock, "llama_cpp": version}
-    write_json_lines(args.out, [*(facts | found for found in results), *crashes])
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
+            make_checkpoint(GEOMETRIES[size], directory)
+            for dtype in tqdm(args.dtypes, desc=size):
+                try:
+                    results += against_llama(modules[1], size, dtype, directory, args.threads)
+                except rival.CrashError as crash:
+                    crashes.append({"size": size, "dtype": dtype, "failure": str(crash)})
+                if dtype == "int8" and size == "530m":
+                    results += eight_bits(size, directory)
+    facts = {"threads": args.threads, "llama_cpp": modules[0].__version__}
+    keep("bench_llama", [*(facts | found for found in results), *crashes])
     show(results)
     for found in crashes:
         print(f"{found['size']} {found['dtype']}: {found['failure']}")

@@ -56,11 +56,11 @@ RENAMED = {
 }
 
 
-def load(folder: Path = FOLDER) -> tuple[ModuleType, ModuleType] | None:
+def load() -> tuple[ModuleType, ModuleType] | None:
     """Return the modules ``llama_cpp`` and ``gguf``, or None if they are not built."""
-    if not (folder / "llama_cpp").is_dir():
+    if not (FOLDER / "llama_cpp").is_dir():
         return None
-    sys.path.append(str(folder))
+    sys.path.append(str(FOLDER))
     return importlib.import_module("llama_cpp"), importlib.import_module("gguf")
 
 
@@ -86,28 +86,35 @@ def export(gguf: ModuleType, model_dir: Path, path: Path, format: str) -> None:
     writer.close()
 
 
+FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "head_count": "num_attention_heads",
+    "head_count_kv": "num_key_value_heads",
+    "key_length": "head_dim",
+    "value_length": "head_dim",
+    "layer_norm_rms_eps": "rms_norm_eps",
+    "ssm_conv_kernel": "linear_conv_kernel_dim",
+    "ssm_state_size": "linear_key_head_dim",
+    "ssm_group_count": "linear_num_key_heads",
+    "ssm_time_step_rank": "linear_num_value_heads",
+    "vocab_size": "vocab_size",
+}
+"""Field of the GGUF file -> field of config.json."""
+
+
 def _describe(writer: Any, config: dict[str, Any]) -> None:
+    for name, field in FIELDS.items():
+        getattr(writer, f"add_{name}")(config[field])
     rope = config["rope_parameters"]
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
     writer.add_rope_dimension_sections([11, 11, 10, 0])  # For images. Text has one position.
-    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
-    writer.add_ssm_state_size(config["linear_key_head_dim"])
-    writer.add_ssm_group_count(config["linear_num_key_heads"])
-    writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
     writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
     writer.add_full_attention_interval(4)
     writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config["vocab_size"])
 
 
 def _tensors(model_dir: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,12 +158,10 @@ class CrashError(Exception):
 class Remote:
     """`Model` in a second process, which may crash. Methods return their seconds there."""
 
-    def __init__(self, folder: Path, path: Path, clock: str, **sizes: int) -> None:
+    def __init__(self, path: Path, **sizes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._line, end = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(end, folder, path, clock, sizes), daemon=True
-        )
+        self._process = context.Process(target=_serve, args=(end, path, sizes), daemon=True)
         self._process.start()
         end.close()
         self._receive()
@@ -193,21 +198,18 @@ class Remote:
         return seconds, result
 
 
-def _serve(line: Connection, folder: Path, path: Path, clock: str, sizes: dict[str, int]) -> None:
+def _serve(line: Connection, path: Path, sizes: dict[str, int]) -> None:
     """Call methods of a model as they are received, until the line is closed."""
-    seconds = {"wall": time.perf_counter, "cpu": time.thread_time}[clock]
-    modules = load(folder)
+    modules = load()
     assert modules is not None, ABSENT
     model = Model(modules[0], path, **sizes)
     line.send((0.0, None))
-    while True:
-        try:
+    with suppress(EOFError):
+        while True:
             name, arguments = line.recv()
-        except EOFError:
-            return
-        start = seconds()
-        result = getattr(model, name)(*arguments)
-        line.send((seconds() - start, result))
+            start = time.perf_counter()
+            result = getattr(model, name)(*arguments)
+            line.send((time.perf_counter() - start, result))
 
 
 class Model:

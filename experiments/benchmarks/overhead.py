@@ -15,8 +15,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +27,7 @@ from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.sockets import Sockets
-from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import show
+from experiments.studies.common import keep, show
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
 from hybridcache.policies.admission.session_gate import SessionGate
@@ -74,7 +71,7 @@ class IdleRunner:
         return self._logits[: sum(segment.num_logits for segment in batch.segments)]
 
 
-def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[str, float]:
+def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -> dict[str, float]:
     """Return median microseconds per stage of steps in which all requests decode, and the 99th
     percentile of their sum."""
     reports: list[StepReport] = []
@@ -112,15 +109,6 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
         "total_us": statistics.median(totals) + statistics.median(sending_s[50:]) * 1e6,
         "p99_us": statistics.quantiles(totals, n=100)[98],
     }
-
-
-def run(num_steps: int) -> Iterator[dict[str, Any]]:
-    """Yield one record per sampling setting and number of requests."""
-    for name, sampling in SAMPLINGS.items():
-        for num_running in (1, 8, 64):
-            yield {"running": num_running, "sampling": name} | measure(
-                num_running, sampling, num_steps
-            )
 
 
 def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, Any]:
@@ -196,25 +184,21 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="measured steps per row")
     parser.add_argument("--waiting", type=int, default=0, help="only order this many requests")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="result file (default: overhead.jsonl or ordering.jsonl in results)",
-    )
     arguments = parser.parse_args()
     if arguments.waiting:
-        orders = []
-        for admission in ADMISSIONS:
-            orders.append(ordering(admission, arguments.waiting))
-        show(orders)
-        write_json_lines(arguments.out or RESULTS / "ordering.jsonl", orders)
-        return
-    torch.set_num_threads(1)
-    records = list(run(arguments.steps))
+        name = "ordering"
+        records = [ordering(admission, arguments.waiting) for admission in ADMISSIONS]
+    else:
+        torch.set_num_threads(1)
+        name = "overhead"
+        records = [
+            {"running": count, "sampling": kind} | measure(count, sampling)
+            for kind, sampling in SAMPLINGS.items()
+            for count in (1, 8, 64)
+        ]
     show(records)
-    write_json_lines(arguments.out or RESULTS / "overhead.jsonl", records)
+    keep(name, records)
 
 
 if __name__ == "__main__":

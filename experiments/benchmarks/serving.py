@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
 
 import httpx
 import numpy as np
@@ -41,25 +40,33 @@ class Prompt(NamedTuple):
 Job = Sequence[Prompt]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One message of a streamed answer."""
 
-    num_tokens: int
+    num_tokens: int = 0
     """Tokens generated so far, or 0 if the message does not report them."""
-    cached_len: int | None
+    cached_len: int | None = None
     """Reused prompt tokens, or None if the message does not report them."""
+
+    @classmethod
+    def read(cls, message: dict[str, Any]) -> Piece:
+        """Return the piece in a message of the server. Raises RuntimeError for an error."""
+        if "error" in message:
+            raise RuntimeError(message["error"]["message"])
+        usage = message.get("usage")
+        if usage is None:
+            return cls()
+        details = usage.get("prompt_tokens_details") or {}
+        return cls(usage["completion_tokens"], details.get("cached_tokens", 0))
 
 
 class HTTPClient:
     """Streaming client of ``POST /v1/completions`` on this machine."""
 
     def __init__(self, url: str) -> None:
-        if urlparse(url).hostname not in ("127.0.0.1", "localhost", "::1"):
-            raise ValueError(f"Load is only sent to loopback addresses (got {url}).")
-        limits = httpx.Limits(max_connections=None)
+        limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(600.0)
         self._http = httpx.AsyncClient(
-            base_url=url, limits=limits, timeout=httpx.Timeout(600.0), trust_env=False
+            base_url=url, limits=limits, timeout=timeout, trust_env=False
         )
 
     async def wait_until_ready(self, seconds: float) -> None:
@@ -84,23 +91,13 @@ class HTTPClient:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
-                    yield _piece(json.loads(line.removeprefix("data: ")))
+                    yield Piece.read(json.loads(line.removeprefix("data: ")))
 
     async def reset_cache(self) -> None:
         (await self._http.post("/reset_prefix_cache")).raise_for_status()
 
     async def close(self) -> None:
         await self._http.aclose()
-
-
-def _piece(message: dict[str, Any]) -> Piece:
-    if "error" in message:
-        raise RuntimeError(message["error"]["message"])
-    usage = message.get("usage")
-    if usage is None:
-        return Piece(0, None)
-    details = usage.get("prompt_tokens_details") or {}
-    return Piece(usage["completion_tokens"], details.get("cached_tokens", 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,69 +157,53 @@ async def drive(
 ) -> Run:
     """Send ``jobs`` until all are answered or ``seconds`` have passed. Unfinished requests are then
     cancelled."""
-    run = _Driver(client)
-    tasks = [asyncio.create_task(part) for part in run.parts(jobs, load, seed)]
+    begin, answers, errors, num_sent = time.perf_counter(), list[Answer](), list[str](), 0
+
+    async def send(job: Job, start_s: float = 0.0) -> None:
+        nonlocal num_sent
+        await asyncio.sleep(start_s)
+        for prompt in job:
+            num_sent += 1
+            try:
+                answers.append(await _answer(client, prompt, begin))
+            except (httpx.HTTPError, RuntimeError, ValueError) as error:
+                errors.append(f"{type(error).__name__}: {error}")
+
+    async def work(waiting: Iterator[Job]) -> None:
+        for job in waiting:
+            await send(job)
+
+    if load.per_s is not None:
+        gaps = np.random.default_rng(seed).exponential(1 / load.per_s, len(jobs))
+        starts = np.cumsum(gaps) - gaps[0]
+        parts = [send(job, float(start)) for start, job in zip(starts, jobs, strict=True)]
+    else:
+        assert load.concurrency is not None
+        waiting = iter(jobs)
+        parts = [work(waiting) for _ in range(min(load.concurrency, len(jobs)))]
+    tasks = [asyncio.create_task(part) for part in parts]
     _, late = await asyncio.wait(tasks, timeout=seconds)
     for task in late:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    return Run(run.answers, run.num_open, run.errors, run.now())
+    num_cut = num_sent - len(answers) - len(errors)
+    return Run(answers, num_cut, errors, time.perf_counter() - begin)
 
 
-class _Driver:
-    """State of one run."""
-
-    def __init__(self, client: HTTPClient) -> None:
-        self._client = client
-        self._begin = time.perf_counter()
-        self.answers: list[Answer] = []
-        self.errors: list[str] = []
-        self.num_open = 0
-
-    def now(self) -> float:
-        return time.perf_counter() - self._begin
-
-    def parts(self, jobs: Sequence[Job], load: Load, seed: int) -> Iterator[Any]:
-        if load.per_s is not None:
-            gaps = np.random.default_rng(seed).exponential(1 / load.per_s, len(jobs))
-            for start, job in zip(np.cumsum(gaps) - gaps[0], jobs, strict=True):
-                yield self._later(float(start), job)
-            return
-        assert load.concurrency is not None
-        waiting = iter(jobs)
-        for _ in range(min(load.concurrency, len(jobs))):
-            yield self._work(waiting)
-
-    async def _work(self, waiting: Iterator[Job]) -> None:
-        for job in waiting:
-            await self._send(job)
-
-    async def _later(self, start_s: float, job: Job) -> None:
-        await asyncio.sleep(start_s)
-        await self._send(job)
-
-    async def _send(self, job: Job) -> None:
-        for prompt in job:
-            self.num_open += 1
-            try:
-                self.answers.append(await self._answer(prompt))
-            except (httpx.HTTPError, RuntimeError, ValueError) as error:
-                self.errors.append(f"{type(error).__name__}: {error}")
-            self.num_open -= 1
-
-    async def _answer(self, prompt: Prompt) -> Answer:
-        sent = self.now()
-        times: list[float] = []
-        num_output = cached_len = 0
-        async with aclosing(self._client.answer(prompt)) as pieces:
-            async for piece in pieces:
-                if piece.cached_len is None or piece.num_tokens > len(times):
-                    times.append(self.now())
-                num_output = piece.num_tokens or num_output
-                cached_len = cached_len if piece.cached_len is None else piece.cached_len
-        if not times:
-            raise RuntimeError("The server sent an answer without tokens.")
-        return Answer(sent, tuple(times), len(prompt.tokens), num_output, cached_len)
+async def _answer(client: HTTPClient, prompt: Prompt, begin: float) -> Answer:
+    """Return the answer to one prompt. ``begin`` is the start of the run on the clock."""
+    sent = time.perf_counter() - begin
+    times: list[float] = []
+    num_output = cached_len = 0
+    async with aclosing(client.answer(prompt)) as pieces:
+        async for piece in pieces:
+            if piece.cached_len is None or piece.num_tokens > len(times):
+                times.append(time.perf_counter() - begin)
+            num_output = piece.num_tokens or num_output
+            cached_len = cached_len if piece.cached_len is None else piece.cached_len
+    if not times:
+        raise RuntimeError("The server sent an answer without tokens.")
+    return Answer(sent, tuple(times), len(prompt.tokens), num_output, cached_len)
 
 
 class Targets(NamedTuple):
@@ -270,11 +251,9 @@ def _spread(seconds: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, flo
     if not len(seconds):
         return None
     ms = np.asarray(seconds) * 1e3
-    return {
-        "mean": float(ms.mean()),
-        "p50": float(np.quantile(ms, 0.5)),
-        "p99": float(np.quantile(ms, 0.99)),
-    }
+    return dict(
+        zip(("mean", "p50", "p99"), (ms.mean(), *np.quantile(ms, (0.5, 0.99))), strict=True)
+    )
 
 
 async def sweep(
@@ -296,7 +275,8 @@ async def sweep(
                 await client.reset_cache()
                 run = await drive(client, jobs, load, seconds=seconds)
                 records.append({"cache": cache, "load": str(load)} | summary(run, targets))
-                print(progress(records[-1]), file=sys.stderr, flush=True)
+                done = f"{len(run.answers)} requests in {run.seconds:.0f} s, {run.num_cut} cut"
+                print(f"{cache}, {load}: {done}", file=sys.stderr, flush=True)
                 if run.errors:
                     raise ValueError(f"{len(run.errors)} requests failed, first: {run.errors[0]}")
         del client
@@ -335,15 +315,6 @@ def conversation_jobs(count: int, *, vocab_size: int, cap: int, num_output: int)
             tokens, answer = request.tokens % vocab_size, len(request.output)
             jobs.setdefault(request.session, []).append(Prompt(tokens, min(num_output, answer)))
     return list(jobs.values())
-
-
-def progress(record: dict[str, Any]) -> str:
-    """Return one line of progress."""
-    return (
-        f"{record['cache']}, {record['load']}: {record['requests']} requests in "
-        f"{record['seconds']:.0f} s, "
-        f"{record['cut']} cut"
-    )
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

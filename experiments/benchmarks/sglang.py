@@ -1,6 +1,6 @@
 """Compare this cache with SGLang's own, behind SGLang's interface: hits, and time per operation.
 
-python -m experiments.benchmarks.sglang [--runs 3] [--quick]
+python -m experiments.benchmarks.sglang [--runs 3]
 
 Needs SGLang 0.5.23 (`make sglang`). The requests are those of bench_tree: 2,000 conversations x 5
 turns x 200-1,000 tokens, and 16 system prompts of 500 tokens. Both caches use SGLang's pools and
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from experiments.benchmarks.tree_work import Work, Workload
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.sglang.cpu import VERSION, stand_in
+from experiments.studies.common import show
 
 stand_in()
 
@@ -161,9 +162,9 @@ class Replay:
         self.prompt_tokens += prompt_len
 
 
-def measure(live: int, placement: str, runs: int, quick: bool, bar: Any) -> list[dict[str, Any]]:
+def measure(live: int, placement: str, runs: int, bar: Any) -> list[dict[str, Any]]:
     """Run all caches on one workload, alternating, ``runs`` times."""
-    work = [Keys(request) for request in Workload(live, 200 if quick else 2000, 5)]
+    work = [Keys(request) for request in Workload(live, 2000, 5)]
     replays: dict[tuple[str, str], list[Replay]] = {cache: [] for cache in CACHES}
     for _ in range(runs):
         for backend, eviction in CACHES:
@@ -188,16 +189,14 @@ def measure(live: int, placement: str, runs: int, quick: bool, bar: Any) -> list
 
 
 def _times(replays: list[Replay]) -> dict[str, Any]:
-    means = [np.array(replay.times).mean(0) / 1e3 for replay in replays]
-    verbs = np.median(means, axis=0)
-    medians = [float(np.median(np.array(replay.times).sum(1))) / 1e3 for replay in replays]
-    cpu = [float(np.mean(replay.cpu)) / 1e3 for replay in replays]
-    quiet = np.minimum.reduce([np.array(replay.times).sum(1) for replay in replays])
+    times = np.array([replay.times for replay in replays]) / 1e3  # [runs, requests, operations]
+    requests, cpu = times.sum(2), [float(np.mean(replay.cpu)) / 1e3 for replay in replays]
+    verbs = np.median(times.mean(1), axis=0)
     return {
-        "request_us_mean": round(statistics.median(float(mean.sum()) for mean in means), 1),
-        "request_us_median": round(statistics.median(medians), 1),
+        "request_us_mean": round(float(np.median(requests.mean(1))), 1),
+        "request_us_median": round(float(np.median(np.median(requests, axis=1))), 1),
         "request_us_cpu_mean": round(statistics.median(cpu), 1),
-        "request_us_quiet_mean": round(float(quiet.mean()) / 1e3, 1),
+        "request_us_quiet_mean": round(float(requests.min(0).mean()), 1),
         "verb_us_mean": {verb: round(float(us), 2) for verb, us in zip(VERBS, verbs, strict=True)},
         "runs": len(replays),
     }
@@ -206,21 +205,17 @@ def _times(replays: list[Replay]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="replays per cache")
-    parser.add_argument("--quick", action="store_true", help="use a tenth of the requests")
     options = parser.parse_args()
     torch.set_num_threads(1)
     records = []
     lives = (64, 128, 256)
     with tqdm(total=(options.runs + 1) * len(lives) * len(CACHES)) as bar:
         for live in lives:
-            records += measure(live, "end", options.runs, options.quick, bar)
-            records += measure(live, "extra_buffer", 1, options.quick, bar)
-    name = "bench_sglang_quick" if options.quick else "bench_sglang"
-    path = RESULTS / f"{name}.jsonl"
-    write_json_lines(path, records, {"sglang": VERSION, "kv": NUM_KV_TOKENS, "slots": NUM_SLOTS})
-    for record in records:
-        print(*(f"{key} {value}" for key, value in record.items()), sep="; ")
-    print(path)
+            records += measure(live, "end", options.runs, bar)
+            records += measure(live, "extra_buffer", 1, bar)
+    settings = {"sglang": VERSION, "kv": NUM_KV_TOKENS, "slots": NUM_SLOTS}
+    write_json_lines(RESULTS / "bench_sglang.jsonl", records, settings)
+    show(records)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.benchmarks.timing import alternate
-from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import STATIC_PLACEMENT
+from experiments.studies.common import STATIC_PLACEMENT, keep, show
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import collect_seldom
@@ -61,9 +60,8 @@ def main() -> None:
     parser.parse_args()
     collect_seldom()
     records = [compare(*item) for item in tqdm(PRESSED_GIB.items(), unit=" traces", disable=None)]
-    write_json_lines(RESULTS / "bench_simulate_default.jsonl", records)
-    for record in records:
-        print(record)
+    keep("bench_simulate_default", records)
+    show(records)
 
 
 if __name__ == "__main__":

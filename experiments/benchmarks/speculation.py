@@ -1,7 +1,6 @@
 """Measure the gain and the losses of each drafter on the built-in model.
 
     python -m experiments.benchmarks.speculation               # about 15 minutes on two cores
-    python -m experiments.benchmarks.speculation --model DIR --repeats 1 --threads 2
 
 Every workload is a fixed list of prompts, the same for every drafter. The engines of all drafters
 alternate and start from an empty cache. Decoding is greedy, except ``noise``, which samples at a
@@ -21,9 +20,9 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,9 +33,13 @@ from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import ByteTokenizer
 from experiments import texts
+from experiments.benchmarks.timing import alternate, ratio_spread
 from experiments.provenance import RESULTS, write_json_lines
 
 DRAFTS = ("none", "tree", "mtp", "tree,mtp")
+STREAMS = (1, 8)
+NUM_PROMPTS, MAX_TOKENS, TURNS = 8, 128, 5
+"""Prompts or chats of a workload, tokens of the longest answer, and turns of every drafter."""
 Thread = list[str]
 """Prompts that are sent one after the other."""
 
@@ -101,42 +104,11 @@ def _code(rng: random.Random, num_bytes: int) -> str:
     return text[start : start + num_bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One pass of a workload through one engine."""
-
-    outputs: list[RequestOutput]
-    seconds: float
-    """Sum over groups of requests, from the first token of a group to its last."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(len(output.output) - 1 for output in self.outputs) / self.seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One line of the table."""
-
-    workload: str
-    draft: str
-    streams: int
-    acceptance_len: float | None
-    """Mean tokens per verification, or None if nothing was drafted."""
-    tokens_per_step: float
-    """Decoded tokens per step of a decoding request."""
-    tokens_per_s: float
-    ratio: float
-    """Tokens per second relative to no drafts."""
-    spread: float
-    """Interquartile range of the ratios of single turns."""
-    cached_tokens: int
-    same_hits: bool
-    same_answers: bool
-
-
-def serve(engine: Engine, threads: Sequence[Thread], streams: int, params: SamplingParams) -> Turn:
-    """Serve all prompts, ``streams`` threads at a time."""
+def serve(
+    engine: Engine, threads: Sequence[Thread], streams: int, params: SamplingParams
+) -> tuple[list[RequestOutput], float]:
+    """Serve all prompts, ``streams`` threads at a time. Returns the answers, and the seconds from
+    the first token of a group of requests to its last, summed over groups."""
     tokenizer, outputs, seconds = ByteTokenizer(), [], 0.0
     engine.reset_prefix_cache()
     for first in range(0, len(threads), streams):
@@ -148,36 +120,50 @@ def serve(engine: Engine, threads: Sequence[Thread], streams: int, params: Sampl
             starts = [answer.timings.ttft_s or 0.0 for answer in answers]
             seconds += max(ends) - min(starts)
             outputs += answers
-    return Turn(outputs, seconds)
+    return outputs, seconds
 
 
-def summarise(
-    workload: str, draft: str, streams: int, turns: Sequence[Turn], plain: Sequence[Turn]
-) -> Result:
-    drafts = [output.drafts for output in turns[0].outputs if output.drafts is not None]
-    verified = sum(counts.num_verified for counts in drafts)
-    accepted = sum(counts.accepted.total() for counts in drafts)
-    decoded = sum(len(output.output) - 1 for output in turns[0].outputs)
-    ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(turns, plain, strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [0.0, 0.0, 0.0]
-    pairs = list(zip(turns[0].outputs, plain[0].outputs, strict=True))
-    return Result(
-        workload=workload,
-        draft=draft,
-        streams=streams,
-        acceptance_len=round(1 + accepted / verified, 3) if verified else None,
-        tokens_per_step=round(decoded / max(1, decoded - accepted), 3),
-        tokens_per_s=round(statistics.median(turn.tokens_per_s for turn in turns), 1),
-        ratio=round(statistics.median(ratios), 3),
-        spread=round(quartiles[2] - quartiles[0], 3),
-        cached_tokens=sum(output.cached_len for output in turns[0].outputs),
-        same_hits=all(drafted.cached_len == base.cached_len for drafted, base in pairs),
-        same_answers=all(drafted.token_ids == base.token_ids for drafted, base in pairs),
-    )
+def compare(engines: dict[str, Engine], workload: str, streams: int) -> Iterator[dict[str, Any]]:
+    """Serve one workload with all drafters in turn. Yields a record for each drafter.
+
+    Acceptance length is the mean number of tokens per verification, or None without drafts. Ratio
+    and spread are those of tokens per second to no drafts.
+    """
+    rng = random.Random(workload)
+    threads = [WORKLOADS[workload](rng) for _ in range(NUM_PROMPTS)]
+    noisy = {"temperature": 5.0, "seed": 7} if workload == "noise" else {"temperature": 0.0}
+    params = SamplingParams(max_tokens=MAX_TOKENS, **noisy)
+    outputs: dict[str, list[RequestOutput]] = {}
+
+    def turn(draft: str) -> float:
+        outputs[draft], seconds = serve(engines[draft], threads, streams, params)
+        return seconds / sum(len(output.output) - 1 for output in outputs[draft])
+
+    taken = alternate({draft: partial(turn, draft) for draft in engines}, TURNS)
+    plain = statistics.median(taken["none"])
+    for draft, seconds in taken.items():
+        drafts = [output.drafts for output in outputs[draft] if output.drafts is not None]
+        verified = sum(counts.num_verified for counts in drafts)
+        accepted = sum(counts.accepted.total() for counts in drafts)
+        decoded = sum(len(output.output) - 1 for output in outputs[draft])
+        pairs = list(zip(outputs[draft], outputs["none"], strict=True))
+        yield {
+            "workload": workload,
+            "draft": draft,
+            "streams": streams,
+            "acceptance_len": round(1 + accepted / verified, 3) if verified else None,
+            "tokens_per_step": round(decoded / max(1, decoded - accepted), 3),
+            "tokens_per_s": round(1 / statistics.median(seconds), 1),
+            "ratio": round(plain / statistics.median(seconds), 3),
+            "spread": round(ratio_spread(seconds, taken["none"]), 3),
+            "cached_tokens": sum(output.cached_len for output in outputs[draft]),
+            "same_hits": all(drafted.cached_len == base.cached_len for drafted, base in pairs),
+            "same_answers": all(drafted.token_ids == base.token_ids for drafted, base in pairs),
+        }
 
 
-def make_engine(model: str | None, draft: str) -> Engine:
-    config = engine_config(model=model, device="cpu", cache_gib=0.25, max_running=8, draft=draft)
+def make_engine(draft: str) -> Engine:
+    config = engine_config(device="cpu", cache_gib=0.25, max_running=8, draft=draft)
     runner = load_runner(config)
     sampler = Sampler(runner.vocab_size)
     return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
@@ -185,37 +171,18 @@ def make_engine(model: str | None, draft: str) -> Engine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="model directory (default: the built-in model)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "speculation.jsonl")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of every drafter")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts or chats per workload")
-    parser.add_argument("--max-tokens", type=int, default=128, help="longest answer")
-    parser.add_argument(
-        "--drafts", nargs="+", default=list(DRAFTS), help="drafters; the first is the baseline"
-    )
-    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
-    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    engines = {draft: make_engine(args.model, draft) for draft in args.drafts}
-    results: list[Result] = []
-    cells = [(workload, streams) for workload in args.workloads for streams in args.streams]
-    for workload, streams in tqdm(cells, desc="workloads"):
-        rng = random.Random(workload)
-        threads = [WORKLOADS[workload](rng) for _ in range(args.prompts)]
-        noisy = {"temperature": 5.0, "seed": 7} if workload == "noise" else {"temperature": 0.0}
-        params = SamplingParams(max_tokens=args.max_tokens, **noisy)
-        turns: dict[str, list[Turn]] = {draft: [] for draft in engines}
-        for _ in range(args.repeats):
-            for draft, engine in engines.items():
-                turns[draft].append(serve(engine, threads, streams, params))
-        for draft, runs in turns.items():
-            results.append(summarise(workload, draft, streams, runs, turns[args.drafts[0]]))
-            tqdm.write(str(asdict(results[-1])))
-    write_json_lines(args.out, map(asdict, results), vars(args) | {"out": args.out.name})
-    wrong = [result for result in results if not (result.same_answers and result.same_hits)]
-    print(f"{len(results)} cells in {args.out.name}; answers or hits differ in {len(wrong)}")
+    engines = {draft: make_engine(draft) for draft in DRAFTS}
+    results = []
+    for workload, streams in tqdm(list(product(WORKLOADS, STREAMS)), desc="workloads"):
+        for record in compare(engines, workload, streams):
+            results.append(record)
+            tqdm.write(str(record))
+    write_json_lines(RESULTS / "speculation.jsonl", results, vars(args))
+    wrong = [result for result in results if not (result["same_answers"] and result["same_hits"])]
+    print(f"{len(results)} cells; answers or hits differ in {len(wrong)}")
 
 
 if __name__ == "__main__":

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 Key = TypeVar("Key")
 Call = Callable[[], object]
 Clock = Callable[[], float]
 
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
-"""``cpu`` is the time of this thread, for a busy machine and calls with one thread."""
-
 
 def alternate(
-    calls: Mapping[Key, Call], turns: int, clock: Clock, prepare: Call = lambda: None
+    calls: Mapping[Key, Call],
+    turns: int,
+    clock: Clock = time.perf_counter,
+    prepare: Call = lambda: None,
 ) -> dict[Key, list[float]]:
     """Return the seconds of each call in each turn, after one turn that is not measured.
 
@@ -48,21 +47,8 @@ def medians(
     return {key: statistics.median(seconds) for key, seconds in taken.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """Tokens per second of two sides."""
-
-    ours: float
-    theirs: float
-    ratio: float
-    spread: float
-    """Interquartile range of the ratios of single turns."""
-
-    @classmethod
-    def of(cls, ours: Call, theirs: Call, *, tokens: int, turns: int, clock: Clock) -> Compared:
-        """Time two calls that compute ``tokens`` tokens each."""
-        first, second = alternate({0: ours, 1: theirs}, turns, clock).values()
-        ratios = [two / one for one, two in zip(first, second, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        one, two = statistics.median(first), statistics.median(second)
-        return cls(tokens / one, tokens / two, two / one, high - low)
+def ratio_spread(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the interquartile range of the ratios of single turns, ours being the divisor."""
+    ratios = [two / one for one, two in zip(ours, theirs, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return high - low

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from experiments import provenance
 from experiments.benchmarks import cpu_kernels
 
 
@@ -18,11 +19,10 @@ def test_all_layers_and_recurrences_have_figures(tmp_path, monkeypatch, capsys) 
     for name, value in sizes.items():
         monkeypatch.setattr(cpu_kernels, name, value)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    out = tmp_path / "results.jsonl"
-    arguments = ["cpu_kernels", "--threads", "1", "--turns", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cpu_kernels", "--threads", "1", "--turns", "1"])
     cpu_kernels.main()
-    first, *lines = (json.loads(line) for line in out.read_text().splitlines())
+    first, *lines = map(json.loads, (tmp_path / "bench_cpu_kernels.jsonl").read_text().splitlines())
     assert "linear_bfloat16" in first["provenance"]["settings"]["kernels"]
     speeds, times = ([x for x in lines if key in x] for key in ("layer", "kernel"))
     assert len(speeds) == 2 * len(cpu_kernels.layers())
