@@ -7,6 +7,7 @@ figures are SVG files with colours for light and dark pages. They are drawn from
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +32,10 @@ from experiments.studies import (
     shadows,
     tiers,
 )  # fmt: skip
+from experiments.studies.common import Table, grouped
 from hybridcache.lab.intervals import Interval
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Header and rows. Cells are text; intervals are written ``mean [low, high]``."""
 TEMPLATE = ROOT / "experiments" / "results_page.md"
 INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
 RIVAL = " beside llama.cpp"
@@ -131,32 +131,24 @@ def closed_loop_table() -> Table:
 
 def linear_layers_table() -> Table:
     """Return the speed of the CPU's linear layers, one row per method, dtype and threads."""
-    rows: dict[tuple[str, ...], dict[int, str]] = {}
-    for one in records_of("bench_cpu_kernels.jsonl"):
-        if "layer" in one:
-            key = one["layer"], one["dtype"], str(one["threads"])
-            rows.setdefault(key, {})[one["rows"]] = f"{one['gflop_s']:.0f}"
-    counts = sorted({count for found in rows.values() for count in found})
-    header = ["GFLOP/s", "dtype", "threads", *(f"rows: {count}" for count in counts)]
-    return header, [[*key, *(found[count] for count in counts)] for key, found in rows.items()]
+    records = [one for one in records_of("bench_cpu_kernels.jsonl") if "layer" in one]
+    counts = sorted({one["rows"] for one in records})
+    rows = []
+    for key, of in grouped(records, "layer", "dtype", "threads").items():
+        speeds = {one["rows"]: f"{one['gflop_s']:.0f}" for one in of}
+        rows.append([*map(str, key), *(speeds[count] for count in counts)])
+    return ["GFLOP/s", "dtype", "threads", *(f"rows: {count}" for count in counts)], rows
 
 
 def decays_table() -> Table:
     """Return the time per token of each recurrence by mean decay, and the largest ratio."""
-    times: dict[str, dict[float, float]] = {}
-    for one in records_of("bench_cpu_kernels.jsonl"):
-        if "kernel" in one:
-            times.setdefault(one["kernel"], {})[one["decay"]] = one["us_per_token"]
-    decays = list(next(iter(times.values())))
-    header = ["microseconds per token", *(f"{decay:g}" for decay in decays), "worst / first"]
-    return header, [
-        [
-            kernel,
-            *(f"{found[decay]:.1f}" for decay in decays),
-            f"{max(found.values()) / found[decays[0]]:.2f}",
-        ]
-        for kernel, found in times.items()
-    ]
+    records = [one for one in records_of("bench_cpu_kernels.jsonl") if "kernel" in one]
+    decays = list(dict.fromkeys(one["decay"] for one in records))
+    rows = []
+    for kernel, of in grouped(records, "kernel").items():
+        times = [one["us_per_token"] for one in of]
+        rows.append([kernel, *(f"{us:.1f}" for us in times), f"{max(times) / times[0]:.2f}"])
+    return ["microseconds per token", *(f"{decay:g}" for decay in decays), "worst / first"], rows
 
 
 def llama_table() -> Table:
@@ -191,34 +183,33 @@ def sharegpt_table() -> Table:
 
 def sharegpt_simulated_table() -> Table:
     """Return token hit rates on ShareGPT's lengths, one row per size."""
-    rates: dict[float, dict[str, str]] = {}
-    for one in records_of("sharegpt_simulated.jsonl"):
-        rates.setdefault(one["gib"], {})[one["policy"]] = f"{100 * one['saved_share']:.1f}"
-    rows = [["ShareGPT", f"{gib:.3g}", ", ".join(of.values())] for gib, of in rates.items()]
+    rows = []
+    for gib, of in grouped(records_of("sharegpt_simulated.jsonl"), "gib").items():
+        rates = ", ".join(f"{100 * one['saved_share']:.1f}" for one in of)
+        rows.append(["ShareGPT", f"{gib:.3g}", rates])
     return ["trace", "GiB", f"{', '.join(SHAREGPT_POLICIES)}: {HITS}"], rows
 
 
 def checkpoint_dtype_table() -> Table:
     """Return the cost of each format on two kinds of text."""
-    costs: dict[str, list[str]] = {}
-    for one in records_of("study_checkpoint_dtype.jsonl"):
-        if "text" in one and one["checkpoint_dtype"] != "auto":
-            costs.setdefault(one["checkpoint_dtype"], []).append(f"{1e6 * one['kl_mean']:.0f}")
-    return ["format", "KL on code, millionths of a nat", "KL on problems"], [
-        [dtype, *of] for dtype, of in costs.items()
+    records = [one for one in records_of("study_checkpoint_dtype.jsonl") if "text" in one]
+    rows = [
+        [dtype, *(f"{1e6 * one['kl_mean']:.0f}" for one in of)]
+        for dtype, of in grouped(records, "checkpoint_dtype").items()
+        if dtype != "auto"
     ]
+    return ["format", "KL on code, millionths of a nat", "KL on problems"], rows
 
 
 def speculation_table() -> Table:
     """Return the speed of each drafter in times of no drafts, for each number of streams."""
-    cells: dict[tuple[str, str], list[str]] = {}
-    for one in records_of("speculation.jsonl"):
-        if one["draft"] != "none":
-            cell = cells.setdefault((one["workload"], one["draft"]), [])
-            cell += [f"{one['ratio']:.2f}", f"{one['acceptance_len'] or 1:.1f}"]
+    records = [one for one in records_of("speculation.jsonl") if one["draft"] != "none"]
+    rows = []
+    for cell, of in grouped(records, "workload", "draft").items():
+        figures = [(f"{one['ratio']:.2f}", f"{one['acceptance_len'] or 1:.1f}") for one in of]
+        rows.append([*cell, *itertools.chain(*figures)])
     header = ["workload", "drafter", "1 stream, ratio", "acceptance length"]
-    header += ["8 streams, ratio", "acceptance length"]
-    return header, [[*cell, *of] for cell, of in cells.items()]
+    return [*header, "8 streams, ratio", "acceptance length"], rows
 
 
 def processor(name: str) -> str:
@@ -268,6 +259,11 @@ def value(cell: str) -> Interval:
 def shown(cell: str) -> str:
     """Return the number that a cell begins with, and its interval."""
     return one_number((INTERVAL.search(cell) or re.search(r"-?\d+(\.\d+)?", cell) or [cell])[0])
+
+
+def means(table: Table, index: int) -> list[float]:
+    """Return the means of a column."""
+    return [value(row[index]).mean for row in table[1]]
 
 
 def column(table: Table, index: int) -> dict[str, Interval]:
@@ -414,14 +410,11 @@ class Curves:
 
     def draw(self, table: Table) -> Any:
         """Return the figure."""
-        panels: dict[str, list[tuple[float, list[float]]]] = {}
-        for row in table[1]:
-            points = panels.setdefault(row[0], [])
-            points.append((float(row[1]), [float(one) for one in row[self.column].split(", ")]))
-        lines = {
-            name: [[(x, y[i], y[i], y[i]) for x, y in points] for i in range(len(self.series))]
-            for name, points in panels.items()
-        }
+        lines: dict[str, list[list[tuple[float, float, float, float]]]] = {}
+        for name, x, *cells in table[1]:
+            panel = lines.setdefault(name, [[] for _ in self.series])
+            for line, y in zip(panel, cells[self.column - 2].split(", "), strict=True):
+                line.append((float(x), *[float(y)] * 3))
         return panel_lines(lines, self.series, self.axes, log_y=self.log_y)
 
 
@@ -469,22 +462,16 @@ class CapacityCurves:
 
     def draw(self, table: Table) -> Any:
         """Return the figure of the traces in the table."""
-        panels: dict[str, list[list[tuple[float, float, float, float]]]] = {}
+        runs = grouped(records_of("study_capacity.jsonl"), "trace", "label")
+        panels = {}
         for name in column(table, 1):
-            lines = []
-            for label in (capacity.OURS, "lru"):
-                [run] = (
-                    r for r in records_of("study_capacity.jsonl")
-                    if (r["trace"], r.get("label")) == (name, label)
-                )  # fmt: skip
-                means = [
-                    (low + high) / 2 for low, high in zip(run["low"], run["high"], strict=True)
-                ]
-                points = zip(run["gib"], means, run["low"], run["high"], strict=True)
-                lines.append([(x, *(100 * y for y in of)) for x, *of in points])
-            panels[name] = lines
+            panels[name] = []
+            for [run] in (runs[name, capacity.OURS], runs[name, "lru"]):
+                low, high = ([100 * rate for rate in run[limit]] for limit in ("low", "high"))
+                means = [sum(limits) / 2 for limits in zip(low, high, strict=True)]
+                panels[name].append(list(zip(run["gib"], means, low, high, strict=True)))
         series = ("default pair", "LRU with fixed rules")
-        return panel_lines(panels, series, ("memory, GiB", "token hit rate, %"))
+        return panel_lines(panels, series, ("memory, GiB", HITS))
 
 
 def svg(figure: Any) -> str:
@@ -548,10 +535,10 @@ def _pairs(table: Table) -> str:
 
 
 def _losses(table: Table) -> str:
-    means = [value(row[2]).mean for row in table[1]]
+    losses, worst = means(table, 2), max(means(table, 3))
     return (
-        f"The default pair loses {min(means):.1f} to {max(means):.1f} points on average to the "
-        f"best pair of each cell, and {max(float(row[3]) for row in table[1])} at most."
+        f"The default pair loses {min(losses):.1f} to {max(losses):.1f} points on average to the "
+        f"best pair of each cell, and {worst} at most."
     )
 
 
@@ -567,29 +554,29 @@ def _shadows(table: Table) -> str:
 
 def between(index: int, sentence: str, timed: str = "") -> Callable[[Table], str]:
     """Return the finding with the lowest and the highest mean of a column as ``low`` and ``high``,
-    and the processor of the result file ``timed`` as ``cpu``."""
+    the row of the highest as ``top``, and the processor of the result file ``timed`` as ``cpu``."""
 
     def finding(table: Table) -> str:
-        means = [value(row[index]).mean for row in table[1]]
+        found = means(table, index)
+        top = table[1][found.index(max(found))]
         cpu = processor(timed) if timed else ""
-        return sentence.format(low=min(means), high=max(means), cpu=cpu)
+        return sentence.format(low=min(found), high=max(found), top=top, cpu=cpu)
 
     return finding
 
 
 def _admission(table: Table) -> str:
-    less = [row for row in table[1] if value(row[7]).mean <= 1.05]
-    worst = max(table[1], key=lambda row: value(row[7]).mean)
+    ratios = means(table, 7)
+    worst = table[1][ratios.index(max(ratios))]
     return (
-        f"The mean TTFT of `sessions` is within 5 % of the best limit in {len(less)} of "
-        f"{len(table[1])} cells, and at most {value(worst[7]).mean:.2f} times it ({worst[0]}, "
-        f"{worst[1]} sessions/s)."
+        f"The mean TTFT of `sessions` is within 5 % of the best limit in "
+        f"{sum(ratio <= 1.05 for ratio in ratios)} of {len(ratios)} cells, and at most "
+        f"{max(ratios):.2f} times it ({worst[0]}, {worst[1]} sessions/s)."
     )
 
 
 def _forecast(table: Table) -> str:
-    points = max(abs(value(row[3]).mean) for row in table[1])
-    times = max(abs(float(row[6].split()[0])) for row in table[1])
+    points, times = (max(map(abs, means(table, index))) for index in (3, 6))
     return (
         f"The simulator forecasts the engine's hit rate within {points:.1f} points and its mean "
         f"TTFT within {times:.0f} %."
@@ -597,7 +584,7 @@ def _forecast(table: Table) -> str:
 
 
 def _tiers(table: Table) -> str:
-    device, host = (fmean(value(row[i]).mean for row in table[1]) for i in (1, 2))
+    device, host = (fmean(means(table, index)) for index in (1, 2))
     return (
         f"4 GiB on the device with 16 GiB of host memory save {host:.1f} % of the prefill time "
         f"that 20 GiB on the device save; 4 GiB alone save {device:.1f} %."
@@ -621,20 +608,12 @@ def _sharegpt_simulated(table: Table) -> str:
 
 
 def _router(table: Table) -> str:
-    hits: dict[str, dict[str, float]] = {}
-    for condition, name, rate, _ in table[1]:
-        hits.setdefault(condition, {})[name] = float(rate)
-    best = [max(of, key=lambda name: of[name]) for of in hits.values()]
-    most = max(best, key=best.count)
-    return f"{most} has the most hits in {best.count(most)} of {len(best)} conditions."
-
-
-def _checkpoint_dtype(table: Table) -> str:
-    worst = max(table[1], key=lambda row: float(row[1]))
-    return (
-        f"No format of checkpoints changes the distribution of the next token by more than "
-        f"{worst[1]} millionths of a nat on code (`{worst[0]}`)."
-    )
+    best: dict[str, list[str]] = {}
+    for row in table[1]:
+        best[row[0]] = max(best.get(row[0], row), row, key=lambda row: float(row[2]))
+    names = [row[1] for row in best.values()]
+    most = max(names, key=names.count)
+    return f"{most} has the most hits in {names.count(most)} of {len(names)} conditions."
 
 
 def _speculation(table: Table) -> str:
@@ -646,36 +625,11 @@ def _speculation(table: Table) -> str:
     )
 
 
-def _grids(table: Table) -> str:
-    gains = [value(row[4]).mean for row in table[1]]
-    trace = max(table[1], key=lambda row: value(row[4]).mean)[0]
-    return (
-        f"A grid of 16 in place of 64 changes the hit rate by {min(gains):.1f} to {max(gains):.1f} "
-        f"points, most for `{trace}`."
-    )
-
-
 def _capacity(table: Table) -> str:
     gains = [value(cell.partition(": ")[2]).mean for row in table[1] for cell in row[2:]]
     return (
         f"The default pair gains up to {max(gains):.1f} points over LRU with fixed rules where "
         f"memory is short, and loses at most {max(-min(gains), 0):.1f}."
-    )
-
-
-def _linear_layers(table: Table) -> str:
-    best = max(table[1], key=lambda row: float(row[-1]))
-    return (
-        f"On one {processor('bench_cpu_kernels.jsonl')}, the fastest linear layer (8,192 x 2,048, "
-        f"{table[0][-1]}, threads: {best[2]}) is `{best[0]}` with {best[-1]} GFLOP/s."
-    )
-
-
-def _decays(table: Table) -> str:
-    worst = max(table[1], key=lambda row: float(row[-1]))
-    return (
-        f"On one {processor('bench_cpu_kernels.jsonl')}, no decay takes more than {worst[-1]} "
-        f"times as long as {table[0][1]} (`{worst[0]}`)."
     )
 
 
@@ -784,7 +738,9 @@ SECTIONS = {
         "Prefill time that host memory saves, by trace.",
     ),
     "grid": Section(
-        "grid", study("study_grid", grid.table), _grids,
+        "grid", study("study_grid", grid.table),
+        between(4, "A grid of 16 in place of 64 changes the hit rate by {low:.1f} to {high:.1f} "
+                "points, most for `{top[0]}`."),
         Dots({"grid of 16": 4, "grid of 32": 3}, "gain over a grid of 64, points", (0, 1)),
         "Gain of finer grids, by trace and memory in GiB.",
     ),
@@ -809,7 +765,9 @@ SECTIONS = {
         "Token hit rate of each routing policy, by condition.",
     ),
     "checkpoint dtype": Section(
-        "checkpoint-dtype", checkpoint_dtype_table, _checkpoint_dtype,
+        "checkpoint-dtype", checkpoint_dtype_table,
+        between(1, "No format of checkpoints changes the distribution of the next token by more "
+                "than {high:.0f} millionths of a nat on code (`{top[0]}`)."),
         Dots({"code": 1, "problems": 2}, "KL, millionths of a nat per token"),
         "Change of the next token's distribution by format of the checkpoints.",
     ),
@@ -819,12 +777,17 @@ SECTIONS = {
         "Speed of each drafter in times of no drafts, by workload.",
     ),
     "linear layers": Section(
-        "cpu-kernels", linear_layers_table, _linear_layers,
+        "cpu-kernels", linear_layers_table,
+        between(-1, "On one {cpu}, the fastest linear layer (8,192 x 2,048, rows: 512, threads: "
+                "{top[2]}) is `{top[0]}` with {high:.0f} GFLOP/s.", "bench_cpu_kernels.jsonl"),
         Dots({"512 rows": -1, "1 row": 3}, "GFLOP/s (logarithmic)", (0, 1, 2), log=True),
         "Speed of each method with one row and with 512, by precision and threads.",
     ),
     "decays": Section(
-        "cpu-kernels", decays_table, _decays, Dots({"ratio": -1}, "slowest decay, times the first"),
+        "cpu-kernels", decays_table,
+        between(-1, "On one {cpu}, no decay takes more than {high:.2f} times as long as -0.01 "
+                "(`{top[0]}`).", "bench_cpu_kernels.jsonl"),
+        Dots({"ratio": -1}, "slowest decay, times the first"),
         "Slowest decay of each recurrence in times of the first.",
     ),
     "llama": Section(

@@ -33,8 +33,8 @@ PAIRS = {"default pair": DEFAULT, "lru, fixed rules": LRU}
 """Pairs ``eviction@placement`` that are compared under one condition."""
 
 Records = Sequence[Mapping[str, Any]]
-Table = tuple[list[str], list[list[str]]]
-"""Header and rows."""
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Header and rows. Cells are text; intervals are written ``mean [low, high]``."""
 
 
 @dataclass(frozen=True, slots=True)
