@@ -11,7 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,25 @@ def known_records(path: Path | None, settings: Mapping[str, Any]) -> list[dict[s
     except (OSError, ValueError, KeyError):
         return []
     return records if before.get("settings") == settings else []
+
+
+def resumed(
+    file: Path,
+    settings: Mapping[str, Any],
+    jobs: Iterable[tuple[str, Callable[[], dict[str, Any]]]],
+    is_final: Callable[[Mapping[str, Any]], bool] = lambda record: True,
+) -> Iterator[dict[str, Any]]:
+    """Yield the record of each (name, work), and write all records into ``file`` after each.
+
+    Final records that the file has with the same settings are not made again.
+    """
+    known = {one["name"]: one for one in known_records(file, settings) if is_final(one)}
+    records = []
+    for name, work in jobs:
+        record = known.pop(name, None) or {"name": name} | work()
+        records.append(record)
+        write_json_lines(file, [*records, *known.values()], settings)
+        yield record
 
 
 def _command() -> list[str]:

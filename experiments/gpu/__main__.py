@@ -90,15 +90,19 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
 
 
-def kernels(mode: str, *flags: str) -> Callable[[Path, bool], list[str]]:
-    """Return the command of a mode of `experiments.gpu.kernels`."""
+def script(name: str, *arguments: str, folder: str = "") -> Callable[[Path, bool], list[str]]:
+    """Return the command of a script that writes into ``folder`` of the results."""
 
     def command(out: Path, dry: bool) -> list[str]:
-        arguments = ("--mode", mode, "--out", str(out), *flags, *_dry(dry))
-        each = () if mode == "tune" else ("--each",)
-        return module("experiments.gpu.kernels", *each, *arguments)
+        flags = ["--dry"] if dry else []
+        return module(f"experiments.gpu.{name}", *arguments, "--out", str(out / folder), *flags)
 
     return command
+
+
+def kernels(mode: str, *flags: str, folder: str = "") -> Callable[[Path, bool], list[str]]:
+    """Return the command of a mode of `experiments.gpu.kernels`, with a process per folder."""
+    return script("kernels", "--each", "--mode", mode, *flags, folder=folder)
 
 
 def tests(selected: str, limit_s: float, records: str) -> Part:
@@ -120,45 +124,23 @@ def tests(selected: str, limit_s: float, records: str) -> Part:
     return Part(command, limit_s, TESTS, records)
 
 
-def serving(part: str) -> Callable[[Path, bool], list[str]]:
-    def command(out: Path, dry: bool) -> list[str]:
-        arguments = ("--part", part, "--out", str(out), *_dry(dry))
-        return module("experiments.gpu.serving", *arguments)
-
-    return command
-
-
-def parity(out: Path, dry: bool) -> list[str]:
-    return module("experiments.gpu.parity", "--out", str(out), *_dry(dry))
-
-
-def bundled(out: Path, dry: bool) -> list[str]:
-    return kernels("check")(out / "bundled", dry)
-
-
-def float32(out: Path, dry: bool) -> list[str]:
-    return kernels("check", "--float32")(out, dry)
-
-
 PARTS: dict[str, Part] = {
     "check": Part(kernels("check"), 200.0, files="check_kernels_*.jsonl"),
     "repeat": Part(kernels("repeat"), 120.0, files="repeat_kernels_*.jsonl"),
-    "parity": Part(parity, 240.0, ENGINE, "parity.jsonl"),
-    "big": Part(serving("big"), 480.0, ENGINE, "big.jsonl"),
-    "serve": Part(serving("serve"), 240.0, ENGINE, "serve.jsonl"),
-    "http": Part(serving("http"), 210.0, (*ENGINE, *SERVER), "http.jsonl"),
+    "parity": Part(script("parity"), 240.0, ENGINE, "parity.jsonl"),
+    "big": Part(script("serving", "--part", "big"), 480.0, ENGINE, "big.jsonl"),
+    "serve": Part(script("serving", "--part", "serve"), 240.0, ENGINE, "serve.jsonl"),
+    "http": Part(script("serving", "--part", "http"), 210.0, (*ENGINE, *SERVER), "http.jsonl"),
     "bench": Part(kernels("ours"), 240.0, files="ours_kernels_*.jsonl"),
     "tests": tests("not fp32", 400.0, "tests.jsonl"),
-    "tune": Part(kernels("tune"), 400.0, files="tune_kernels*.jsonl"),
+    "tune": Part(script("kernels", "--mode", "tune"), 400.0, files="tune_kernels*.jsonl"),
     "rivals": Part(kernels("bench"), 300.0, files="bench_kernels_*.jsonl"),
-    "bundled": Part(bundled, 200.0, files="bundled/*.jsonl", bundled=True),
-    "float32": Part(float32, 400.0, files="check_float32_*.jsonl"),
+    "bundled": Part(
+        kernels("check", folder="bundled"), 200.0, files="bundled/*.jsonl", bundled=True
+    ),
+    "float32": Part(kernels("check", "--float32"), 400.0, files="check_float32_*.jsonl"),
     "tests32": tests("fp32", 500.0, "tests32.jsonl"),
 }
-
-
-def _dry(dry: bool) -> list[str]:
-    return ["--dry"] if dry else []
 
 
 def run_part(part: str, out: Path, dry: bool, left_s: float = float("inf")) -> Verdict:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +22,10 @@ FOLDER = ROOT / "out" / "rivals"
 Rivals = Mapping[str, Callable[[], torch.Tensor]]
 
 
-def find(folder: Path) -> None:
-    """Add ``folder`` to the end of the import path."""
-    if folder.is_dir():
-        sys.path.append(str(folder))
+def find() -> None:
+    """Add the folder of fla-core to the end of the import path."""
+    if FOLDER.is_dir():
+        sys.path.append(str(FOLDER))
 
 
 def _fla(run: Callable[[], torch.Tensor]) -> Rivals:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from experiments.gpu.kernel_cases import Case
+from experiments.gpu.kernel_cases import Case, error
 from kernels import tuning
 
 ROUNDS = 3
@@ -25,7 +25,6 @@ LEAST_GAIN = 0.03
 """Minimum gain as a share of the time. Less is noise."""
 
 Seconds = Callable[[Callable[[], object]], list[float]]
-Error = Callable[[torch.Tensor, torch.Tensor], float]
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Trial:
         }
 
 
-def tune(cases: Iterable[Case], error: Error, seconds: Seconds | None) -> list[Trial]:
+def tune(cases: Iterable[Case], seconds: Seconds | None) -> list[Trial]:
     """Try every candidate of every kernel that the cases launch.
 
     Without ``seconds``, only the correctness of the candidates is checked.
@@ -71,10 +70,10 @@ def tune(cases: Iterable[Case], error: Error, seconds: Seconds | None) -> list[T
     for case in cases:
         expected = case.expected()
         with tuning.using({}) as lookups:
-            default = _first_call(case)
+            default = case.first_call()
         for kernel, key in dict.fromkeys(lookups):
             trial = trials.setdefault((kernel, key), Trial(kernel, key))
-            _try(trial, case, expected, default, error, seconds)
+            _try(trial, case, expected, default, seconds)
     return list(trials.values())
 
 
@@ -83,7 +82,6 @@ def _try(
     case: Case,
     expected: torch.Tensor,
     default: torch.Tensor,
-    error: Error,
     seconds: Seconds | None,
 ) -> None:
     is_by_tokens = "tokens" in tuning.TUNABLES[trial.kernel].keys
@@ -94,7 +92,7 @@ def _try(
             continue
         try:
             with tuning.using(table):
-                result = _first_call(case)
+                result = case.first_call()
         except Exception as failure:  # Usually more shared memory than the device has.
             trial.refused[i] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             continue
@@ -116,12 +114,6 @@ def _try(
     medians = {i: statistics.median(t) for i, t in times.items()}
     for i in tables:
         trial.ratios.setdefault(i, []).append(medians[i] / medians[None])
-
-
-def _first_call(case: Case) -> torch.Tensor:
-    if case.reset:
-        case.reset()
-    return case.run().clone()
 
 
 def table_of(trials: Iterable[Trial]) -> tuning.Table:

@@ -1,6 +1,6 @@
 """Check and time each kernel, next to flash-linear-attention's, PyTorch's and the device's limit.
 
-    python -m experiments.gpu.kernels [--kernels gdn,conv1d] [--out DIR] [--rivals DIR] [--dry]
+    python -m experiments.gpu.kernels [--kernels gdn,conv1d] [--out DIR] [--dry]
     python -m experiments.gpu.kernels --mode check|repeat|ours|tune [--each] [--float32]
 
 Modes:
@@ -48,13 +48,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from engine.runner.device import Device
-from experiments.gpu import interpreter, kernel_rivals
+from experiments.gpu import interpreter, kernel_cases, kernel_rivals
+from experiments.gpu.kernel_cases import Case, Setup, error
 from experiments.provenance import (
     RESULTS,
     ROOT,
@@ -64,9 +66,6 @@ from experiments.provenance import (
     read_json_lines,
     write_json_lines,
 )
-
-if TYPE_CHECKING:
-    from experiments.gpu.kernel_cases import Case, Setup
 
 ROUNDS = 5
 """Turns of every contender of a case."""
@@ -166,52 +165,25 @@ class Clock:
         return Machine(name, 2 * source.nbytes / copy_s, 2 * 8192**3 / gemm_s)
 
 
-def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the root mean square error relative to that of ``expected``. NaN counts as
-    infinite."""
-    result, expected = (x.detach().to("cpu", torch.float64) for x in (result, expected))
-    ratio = (result - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(
-        1e-30
-    )
-    return float(ratio.nan_to_num(nan=float("inf"), posinf=float("inf")))
+def unmeasured(case: str, is_right: bool, error: float, **more: Any) -> dict[str, Any]:
+    """Return the record of a case without times."""
+    record = {"case": case, "is_right": is_right, "errors": {"ours": error}, "failures": {}}
+    return record | more | {"seconds": "not measured"}
 
 
 def check(case: Case) -> dict[str, Any]:
     """Return the error of one call, and a digest of its bits."""
-    result = first_call(case)
+    result = case.first_call()
     found = error(result, case.expected())
-    is_right = found <= case.tolerance
-    return {
-        "case": case.name,
-        "is_right": is_right,
-        "errors": {"ours": found},
-        "failures": {},
-        "digest": digest(result),
-        "seconds": "not measured",
-    }
+    return unmeasured(case.name, found <= case.tolerance, found, digest=digest(result))
 
 
 def repeat(case: Case, times: int = REPEATS) -> dict[str, Any]:
     """Return how many further calls give the bits of the first one."""
-    first = first_call(case)
-    same = sum(torch.equal(bits(first_call(case)), bits(first)) for _ in range(times))
-    return {
-        "case": case.name,
-        "is_right": same == times,
-        "errors": {"ours": (times - same) / times},
-        "failures": {},
-        "calls": times,
-        "calls_with_other_bits": times - same,
-        "digest": digest(first),
-        "seconds": "not measured",
-    }
-
-
-def first_call(case: Case) -> torch.Tensor:
-    """Return a copy of the result on fresh inputs."""
-    if case.reset:
-        case.reset()
-    return case.run().clone()
+    first = case.first_call()
+    others = sum(not torch.equal(bits(case.first_call()), bits(first)) for _ in range(times))
+    counts = {"calls": times, "calls_with_other_bits": others}
+    return unmeasured(case.name, not others, others / times, **counts, digest=digest(first))
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -235,7 +207,7 @@ def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[st
         try:
             errors[name] = error(run(), expected)
         except Exception as failure:  # A fault of a rival must not end the run.
-            failures[name] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            failures[name] = first_line(failure)
             continue
         if errors[name] <= tolerance:
             contenders[name] = run
@@ -301,8 +273,7 @@ def row(record: dict[str, Any]) -> str:
 
 def folders() -> list[str]:
     """Return the kernel folders that have cases."""
-    package = importlib.import_module("experiments.gpu.kernel_cases")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(kernel_cases.__path__))
 
 
 def cases(folder: str, setup: Setup) -> Iterator[Case]:
@@ -332,7 +303,7 @@ def compiler() -> dict[str, str]:
     return found | {"triton": triton.__version__}
 
 
-Measure = Callable[["Case"], "dict[str, Any]"]
+Measure = Callable[[Case], dict[str, Any]]
 
 
 def run_folder(
@@ -382,19 +353,17 @@ def guarded(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
     except Exception as failure:  # An invalid access: every later call of this process fails.
-        record |= {"device_lost": f"{type(failure).__name__}: {failure}".splitlines()[0]}
+        record |= {"device_lost": first_line(failure)}
     return record
 
 
 def failed(name: str, failure: BaseException) -> dict[str, Any]:
-    reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-    return {
-        "case": name,
-        "is_right": False,
-        "errors": {"ours": float("inf")},
-        "failures": {"ours": reason},
-        "seconds": "not measured",
-    }
+    return unmeasured(name, False, float("inf"), failures={"ours": first_line(failure)})
+
+
+def first_line(failure: BaseException) -> str:
+    """Return the kind of a failure and the first line of its message."""
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
 def run_each(names: list[str], arguments: list[str], prefix: str, out: Path) -> bool:
@@ -453,18 +422,16 @@ def bench(
             f"{machine.gemm_flops_s:.3g} FLOP/s"
         )
 
-    def time_all(case: Case) -> dict[str, Any]:
+    def times_of(case: Case) -> dict[str, Any]:
         header = {"machine": machine._asdict() if machine else "not measured"}
-        return measure(case, clock, machine) | header
+        chosen = replace(case, rivals={}) if mode == "ours" else case
+        return measure(chosen, clock, machine) | header
 
-    def time_ours(case: Case) -> dict[str, Any]:
-        return time_all(replace(case, rivals={}))
-
-    def call_again(case: Case) -> dict[str, Any]:
-        return repeat(case, 2 if setup.is_dry else REPEATS)
-
-    by_mode: dict[str, Measure] = {"check": check, "repeat": call_again, "ours": time_ours}
-    work = by_mode.get(mode, time_all)
+    by_mode: dict[str, Measure] = {
+        "check": check,
+        "repeat": partial(repeat, times=2 if setup.is_dry else REPEATS),
+    }
+    work = by_mode.get(mode, times_of)
     settings = {"mode": mode, "code": code_hash(), "float32": setup.is_float32, **compiler()}
     counts = {"right": 0, "wrong": 0, "failed rivals": 0}
     for folder in names:
@@ -499,7 +466,7 @@ def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) 
     records = []
     for folder in names:
         torch.manual_seed(0)
-        trials = kernel_tuning.tune(cases(folder, setup), error, seconds)
+        trials = kernel_tuning.tune(cases(folder, setup), seconds)
         for trial in trials:
             records.append(trial.record())
             print(json.dumps(records[-1]), flush=True)
@@ -516,9 +483,6 @@ def main() -> None:
     parser.add_argument("--kernels", help="folders, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument(
-        "--rivals", type=Path, default=kernel_rivals.FOLDER, help="folder that contains fla-core"
-    )
-    parser.add_argument(
         "--mode", choices=("bench", "ours", "check", "repeat", "tune"), default="bench"
     )
     parser.add_argument("--each", action="store_true", help="a process for each folder")
@@ -529,17 +493,16 @@ def main() -> None:
     if is_dry:
         os.environ["TRITON_INTERPRET"] = "1"  # Must be set before the first import of triton.
         interpreter.repair()
-    kernel_rivals.find(args.rivals)
+    kernel_rivals.find()
     device = "cpu" if is_dry else torch.accelerator.current_accelerator().type
-    kind = importlib.import_module("experiments.gpu.kernel_cases").Setup
     names = args.kernels.split(",") if args.kernels else folders()
     out = args.out or (None if is_dry else RESULTS)
     if args.each:
-        arguments = ["--mode", args.mode, "--out", str(out), "--rivals", str(args.rivals)]
+        arguments = ["--mode", args.mode, "--out", str(out)]
         arguments += ["--dry"] * args.dry + ["--float32"] * args.float32
         prefix = file_prefix(args.mode, args.float32)
         sys.exit(0 if run_each(names, arguments, prefix, out or RESULTS) else 1)
-    setup = kind(device, is_dry, args.float32)
+    setup = Setup(device, is_dry, args.float32)
     clock = None if is_dry or args.mode in ("check", "repeat") else Clock(device)
     if args.mode == "tune":
         sys.exit(0 if tune(names, setup, clock, out) else 1)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +32,10 @@ from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
+from engine.text.outputs import RequestOutput
 from experiments.gpu import interpreter
 from experiments.gpu.models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
-from experiments.provenance import code_hash, known_records, write_json_lines
+from experiments.provenance import code_hash, resumed
 
 FLOAT32_ERROR = 1e-3
 """Maximum root mean square error of logits against the CPU in float32, relative to their standard
@@ -191,9 +192,34 @@ def exactness(
     }
 
 
-def same_answers(
-    path: str, dry: bool, num_turns: int, num_prompt: int, num_output: int
-) -> dict[str, Any]:
+class Talk(NamedTuple):
+    """Size of conversations. Lengths in tokens."""
+
+    num_conversations: int
+    """Number of concurrent conversations."""
+    num_turns: int
+    num_question: int
+    num_answer: int
+
+
+def converse(engine: Engine, talk: Talk, seed: int) -> list[list[RequestOutput]]:
+    """Run all conversations, one turn of each at once. Returns the outputs of each turn."""
+    draw = np.random.default_rng(seed)
+
+    def random_tokens() -> list[int]:
+        return draw.integers(0, 256, talk.num_question).tolist()
+
+    histories = [random_tokens() for _ in range(talk.num_conversations)]
+    sampling = SamplingParams(max_tokens=talk.num_answer, temperature=0.0, ignore_eos=True)
+    turns = []
+    for _ in range(talk.num_turns):
+        turns.append(engine.generate(histories, sampling))
+        for history, output in zip(histories, turns[-1], strict=True):
+            history += [*output.token_ids, *random_tokens()]
+    return turns
+
+
+def same_answers(path: str, dry: bool, talk: Talk) -> dict[str, Any]:
     """Compare greedy answers of conversations in the whole engine, with and without the cache."""
     answers, cached = {}, {}
     for cache in ("hybrid", "none"):
@@ -201,25 +227,15 @@ def same_answers(
         runner = make_runner(path, dry, dtype, load_format="dummy", prefix_cache=cache)
         config = EngineConfig(model=path, prefix_cache=cache, exact=cache != "none")
         engine = Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
-        draw = np.random.default_rng(3)
-        histories: list[list[int]] = [
-            draw.integers(0, 256, num_prompt).tolist() for _ in range(1 if dry else 16)
-        ]
-        sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
-        outputs, cached[cache] = [], 0
-        for _ in range(num_turns):
-            done = engine.generate(histories, sampling)
-            outputs.append([output.token_ids for output in done])
-            cached[cache] += sum(output.cached_len for output in done)
-            for history, output in zip(histories, done, strict=True):
-                history += [*output.token_ids, *draw.integers(0, 256, num_prompt // 8).tolist()]
+        turns = converse(engine, talk, seed=3)
+        answers[cache] = [[output.token_ids for output in turn] for turn in turns]
+        cached[cache] = sum(output.cached_len for turn in turns for output in turn)
         engine.check()
-        answers[cache] = outputs
     same = sum(a == b for a, b in zip(answers["hybrid"], answers["none"], strict=True))
     return {
         "check": "a cache changes no answer",
-        "passed": same == num_turns and cached["hybrid"] > 0 == cached["none"],
-        "turns": num_turns,
+        "passed": same == talk.num_turns and cached["hybrid"] > 0 == cached["none"],
+        "turns": talk.num_turns,
         "turns_alike": same,
         "cached_tokens": cached["hybrid"],
     }
@@ -247,7 +263,9 @@ def checks(dry: bool, directory: Path) -> dict[str, Callable[[], dict[str, Any]]
                 found[f"hits {quantization}"] = partial(
                     exactness, path, dry, "bfloat16", lengths, quantization=quantization
                 )
-    found["answers"] = lambda: same_answers(path, dry, *((2, 66, 1) if dry else (4, 300, 32)))
+    found["answers"] = lambda: same_answers(
+        path, dry, Talk(1, 2, 66, 1) if dry else Talk(16, 4, 300, 32)
+    )
     if not dry:
         found["parity bfloat16"] = lambda: logits_of("dense", SMALL_DENSE, "bfloat16")
     found["hits float32"] = lambda: exactness(path, dry, "float32", lengths)
@@ -255,25 +273,13 @@ def checks(dry: bool, directory: Path) -> dict[str, Callable[[], dict[str, Any]]
     return found
 
 
-def run(file: Path, dry: bool, code: str) -> list[dict[str, Any]]:
-    """Run the checks that did not pass with this code, and write the records after each."""
-    known = known_records(file, {"code": code})
-    passed = {record["name"]: record for record in known if record["passed"]}
-    records = []
-    with tempfile.TemporaryDirectory() as directory:
-        for name, work in checks(dry, Path(directory)).items():
-            record = passed.get(name)
-            if record is None:
-                try:
-                    record = {"name": name} | work()
-                except Exception as failure:  # Costs this check only.
-                    reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-                    record = {"name": name, "passed": False, "failure": reason}
-            print(record, flush=True)
-            records.append(record)
-            left = [r for n, r in passed.items() if n not in {r["name"] for r in records}]
-            write_json_lines(file, [*records, *left], {"code": code})
-    return records
+def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of a check. A failure costs this check only."""
+    try:
+        return work()
+    except Exception as failure:
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        return {"passed": False, "failure": reason}
 
 
 def main() -> int:
@@ -283,10 +289,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry:
         interpreter.repair()
-    records = run(options.out / "parity.jsonl", options.dry, code_hash())
-    failed = [record["name"] for record in records if not record["passed"]]
-    print(f"{len(records) - len(failed)} of {len(records)} checks passed.")
-    return 1 if failed else 0
+    file, settings, passed = options.out / "parity.jsonl", {"code": code_hash()}, []
+    with tempfile.TemporaryDirectory() as directory:
+        works = checks(options.dry, Path(directory)).items()
+        jobs = [(name, partial(guarded, work)) for name, work in works]
+        for record in resumed(file, settings, jobs, is_final=lambda record: record["passed"]):
+            print(record, flush=True)
+            passed.append(record["passed"])
+    print(f"{sum(passed)} of {len(passed)} checks passed.")
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ from experiments.benchmarks.serving import (
 )
 from experiments.gpu import interpreter
 from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
-from experiments.provenance import code_hash, known_records, write_json_lines
+from experiments.gpu.parity import Talk, converse
+from experiments.provenance import code_hash, resumed, write_json_lines
 from hybridcache.geometry.units import GIB
 
 MAX_RUNNING = 64
@@ -65,18 +68,6 @@ TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
-    """Size of the conversations. Lengths in tokens."""
-
-    num_conversations: int
-    """Number of concurrent conversations."""
-    num_turns: int
-    num_question: int
-    num_answer: int
-    num_repeats: int
-
-
-@dataclass(frozen=True, slots=True)
 class Scale:
     """Extent of the measurements."""
 
@@ -87,6 +78,8 @@ class Scale:
     """Length of the prompt for prefix hits."""
     num_repeats: int
     talk: Talk
+    num_talks: int
+    """Number of runs of all conversations in each mode."""
     concurrency: tuple[int, ...]
     rates: tuple[float, ...]
     """Conversations that begin per second."""
@@ -103,7 +96,8 @@ FULL = Scale(
     num_output=128,
     num_long=8192,
     num_repeats=5,
-    talk=Talk(16, 4, 500, 100, 2),
+    talk=Talk(16, 4, 500, 100),
+    num_talks=2,
     concurrency=(1, 4, 16, 64, 256),
     rates=(4.0, 16.0),
     num_jobs=256,
@@ -111,14 +105,15 @@ FULL = Scale(
     seconds=6.0,
     max_model_len=16384,
 )
-BIG = replace(FULL, streams=(1, 8, 16, 64), talk=Talk(16, 3, 500, 100, 1))
+BIG = replace(FULL, streams=(1, 8, 16, 64), talk=Talk(16, 3, 500, 100), num_talks=1)
 DRY = Scale(
     streams=(2,),
     num_input=8,
     num_output=3,
     num_long=72,
     num_repeats=1,
-    talk=Talk(1, 2, 60, 5, 1),
+    talk=Talk(1, 2, 60, 5),
+    num_talks=1,
     concurrency=(2,),
     rates=(),
     num_jobs=2,
@@ -126,7 +121,7 @@ DRY = Scale(
     seconds=30.0,
     max_model_len=1024,
 )
-DRY_BIG = replace(DRY, talk=Talk(1, 2, 2, 2, 1))
+DRY_BIG = replace(DRY, talk=Talk(1, 2, 2, 2))
 
 
 class Bench:
@@ -148,6 +143,20 @@ class Bench:
         )
         self.engine.observers.append(self.steps.append)
         self._draw = np.random.default_rng(0)
+
+    def start(self) -> dict[str, Any]:
+        """Return the times of the start, and the sizes that it chose."""
+        warmed = self.runner.warmed
+        return {
+            "measure": "start",
+            "load_s": self.load_s,
+            "warm_up_s": warmed.seconds if warmed else None,
+            "warm_up_bytes": warmed.num_bytes if warmed else None,
+            "warm_up": warmed.describe() if warmed else None,
+            "token_budget": self.engine.config.token_budget,
+            "max_running": self.config.max_running,
+            "device": self.runner.device.describe(),
+        }
 
     def close(self) -> None:
         """Free the device's memory, so that the next engine can use all of it."""
@@ -252,97 +261,66 @@ def seconds(step: StepReport) -> float:
     return step.schedule_s + step.forward_s + step.sample_s + step.wait_s + step.commit_s
 
 
-Records = Sequence[dict[str, Any]]
+Work = Callable[[], dict[str, Any]]
 
 
-def measure(
-    path: str, dry: bool, scale: Scale, known: Records = (), **options: Any
-) -> Iterator[dict[str, Any]]:
-    """Yield all records of one model, with the captured graphs and without them.
+def measure(path: str, dry: bool, scale: Scale, **options: Any) -> Iterator[tuple[str, Work]]:
+    """Yield (name, work) for all records of one model, with the captured graphs and without them.
 
-    Records in ``known`` are not measured again.
+    Each work must be done before the next one is taken, because the graphs are changed.
     """
-
-    def found(**key: Any) -> Records:
-        return [record for record in known if key.items() <= record.items()]
-
     bench = Bench(path, dry, scale, **options)
     runner = bench.runner
-    warmed = runner.warmed
-    yield {
-        "measure": "start",
-        "load_s": bench.load_s,
-        "warm_up_s": warmed.seconds if warmed else None,
-        "warm_up_bytes": warmed.num_bytes if warmed else None,
-        "warm_up": warmed.describe() if warmed else None,
-        "token_budget": bench.engine.config.token_budget,
-        "max_running": bench.config.max_running,
-        "device": runner.device.describe(),
-        **options,
-    }
+    yield "start", lambda: bench.start() | options
     decodes, prefills = runner.graphs
     uses = {"all": (decodes, prefills), "decode": (decodes, None), "off": (None, None)}
     for graphs in uses if decodes is not None else ("off",):
         runner.graphs = uses[graphs]
         setting = {"graphs": graphs, **options}
         for streams in scale.streams:
-            before = found(measure="decoding", graphs=graphs, streams=streams)
-            yield before[0] if before else bench.decoding(streams, scale) | setting
-        before = found(measure="prefix hit", graphs=graphs)
-        yield before[0] if before else bench.hit(scale) | setting
+            work = partial(bench.decoding, streams, scale)
+            yield f"decoding {streams}, graphs {graphs}", lambda: work() | setting  # noqa: B023
+        yield f"prefix hit, graphs {graphs}", lambda: bench.hit(scale) | setting  # noqa: B023
     runner.graphs = decodes, prefills
-    prices = found(measure="exact")
-    if any("ttft_ratio_median" in record for record in prices):
-        yield from prices
-    else:
-        for record in price(runner, bench.config, scale.talk):
-            yield record | options
+    yield "exact", lambda: price(runner, bench.config, scale) | options
     bench.close()
 
 
-def price(runner: ModelRunner, config: EngineConfig, talk: Talk) -> Iterator[dict[str, Any]]:
-    """Yield a record with `--exact` and one without: medians over runs and turns but the first.
+def price(runner: ModelRunner, config: EngineConfig, scale: Scale) -> dict[str, Any]:
+    """Measure `--exact`: medians over runs and turns but the first, with it and without.
 
     Conversations reuse all computed tokens, or with `--exact` only those of prefills: the states
     and KV of an answer are computed again as part of the next prompt. No kernel is slower, so the
     cost consists of these tokens. The runs of both modes alternate.
     """
     runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-    for repeat in range(talk.num_repeats):
+    for repeat in range(scale.num_talks):
         for exact in (False, True) if repeat % 2 else (True, False):
             engine = Engine(
                 replace(config, exact=exact), runner=runner, sampler=Sampler(runner.vocab_size)
             )
-            runs[exact].append(converse(engine, talk, seed=repeat))
-    for exact, found in runs.items():
-        medians = {key: statistics.median(run[key] for run in found) for key in found[0]}
-        yield {"measure": "exact", "exact": exact, "repeats": talk.num_repeats} | medians
+            begin = time.perf_counter()
+            turns = converse(engine, scale.talk, seed=repeat)
+            seconds = time.perf_counter() - begin
+            runs[exact].append({"seconds": seconds} | later_turns(turns))
+    fast, slow = (
+        {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for found in (runs[False], runs[True])
+    )
     pairs = zip(runs[True], runs[False], strict=True)
     ratios = [exact["ttft_ms"] / fast["ttft_ms"] for exact, fast in pairs]
-    yield {
+    return {
         "measure": "exact",
+        "without": fast,
+        "exact": slow,
         "ttft_ratio_median": statistics.median(ratios),
         "ttft_ratios": [min(ratios), max(ratios)],
     }
 
 
-def converse(engine: Engine, talk: Talk, seed: int) -> dict[str, float]:
-    """Run all conversations, one turn of each at once. Returns the figures of all turns but the
-    first."""
-    draw = np.random.default_rng(seed)
-
-    def random_tokens(count: int) -> list[int]:
-        return draw.integers(0, 256, count).tolist()
-
-    histories = [random_tokens(talk.num_question) for _ in range(talk.num_conversations)]
-    sampling = SamplingParams(max_tokens=talk.num_answer, temperature=0.0, ignore_eos=True)
-    later: list[RequestOutput] = []
-    begin = time.perf_counter()
-    for turn in range(talk.num_turns):
-        outputs = engine.generate(histories, sampling)
-        later += outputs if turn else []
-        for history, output in zip(histories, outputs, strict=True):
-            history += [*output.token_ids, *random_tokens(talk.num_question)]
+def later_turns(turns: Sequence[Sequence[RequestOutput]]) -> dict[str, float]:
+    """Return the figures of all turns but the first."""
+    later = [output for turn in turns[1:] for output in turn]
     num_prompt = sum(len(output.prompt_token_ids) for output in later)
     num_cached = sum(output.cached_len for output in later)
     return {
@@ -350,28 +328,21 @@ def converse(engine: Engine, talk: Talk, seed: int) -> dict[str, float]:
         "computed_per_turn": (num_prompt - num_cached) / len(later),
         "ttft_ms": 1e3 * statistics.median(output.timings.ttft_s or 0.0 for output in later),
         "tpot_ms": 1e3 * statistics.median(o.timings.tpot_s(len(o.output)) or 0.0 for o in later),
-        "seconds": time.perf_counter() - begin,
     }
 
 
-def drafted(path: str, dry: bool, scale: Scale, known: Records = ()) -> Iterator[dict[str, Any]]:
-    """Yield the records of steps with drafts: as one graph, as a graph per dense piece, and without
-    graphs."""
-    before = {
-        (record["graphs"], record["streams"]): record
-        for record in known
-        if record["measure"] == "verifying"
-    }
+def drafted(path: str, dry: bool, scale: Scale) -> Iterator[tuple[str, Work]]:
+    """Yield (name, work) for steps with drafts: as one graph, as a graph per dense piece, and
+    without graphs."""
     bench = Bench(path, dry, scale, draft="tree:4", max_running=MAX_DRAFTED)
     runner = bench.runner
     graphs, verifies = runner.graphs, runner.verify_graphs
     uses: dict[str, Any] = {"all": (graphs, verifies), "pieces": (graphs, None)}
     uses = (uses if verifies is not None else {}) | {"off": ((None, None), None)}
-    streams = sorted({min(count, MAX_DRAFTED) for count in scale.streams})
     for name, (runner.graphs, runner.verify_graphs) in uses.items():
-        for count in streams:
-            found = before.get((name, count))
-            yield found or bench.verifying(count, scale) | {"graphs": name}
+        for count in sorted({min(count, MAX_DRAFTED) for count in scale.streams}):
+            work = partial(bench.verifying, count, scale)
+            yield f"verifying {count}, {name}", lambda: work() | {"graphs": name}  # noqa: B023
     bench.close()
 
 
@@ -404,41 +375,32 @@ def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> list[dict[str, 
     return [{"measure": "serving"} | record | settings for record in records]
 
 
-def records_of(
-    part: str, dry: bool, directory: Path, known: Records = ()
-) -> Iterator[dict[str, Any]]:
-    full, small = (BIG, DRY_BIG) if part == "big" else (FULL, DRY)
-    scale = small if dry else full
-    config = TINY if dry else QWEN3_NEXT_80B if part == "big" else DENSE_2B
-    path = write_geometry(directory, config)
-    if part == "http":
-        write_tokenizer(directory)
-        yield from http(path, dry, scale, config["vocab_size"])
-    elif part == "big":
-        quantization = "fp8" if Device.resolve(None).supports("fp8") and not dry else "int8"
-        yield from measure(path, dry, scale, known, quantization=quantization)
-    else:
-        yield from measure(path, dry, scale, known)
-        yield from drafted(path, dry, scale, known)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--part", choices=("serve", "http", "big"), required=True)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     options = parser.parse_args()
-    if options.dry:
+    part, dry = options.part, options.dry
+    if dry:
         interpreter.repair()
-    settings, file = {"code": code_hash()}, options.out / f"{options.part}.jsonl"
-    known, records = known_records(file, settings), []
-    with tempfile.TemporaryDirectory() as directory:
-        for record in records_of(options.part, options.dry, Path(directory), known):
+    settings, file = {"code": code_hash()}, options.out / f"{part}.jsonl"
+    full, small = (BIG, DRY_BIG) if part == "big" else (FULL, DRY)
+    scale = small if dry else full
+    config = TINY if dry else QWEN3_NEXT_80B if part == "big" else DENSE_2B
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_geometry(Path(folder), config)
+        if part == "http":
+            write_tokenizer(Path(folder))
+            write_json_lines(file, http(path, dry, scale, config["vocab_size"]), settings)
+            return 0
+        if part == "big":
+            quantization = "fp8" if Device.resolve(None).supports("fp8") and not dry else "int8"
+            jobs = measure(path, dry, scale, quantization=quantization)
+        else:
+            jobs = chain(measure(path, dry, scale), drafted(path, dry, scale))
+        for record in resumed(file, settings, jobs):
             print(record, flush=True)
-            records.append(record)
-            rest = [record for record in known if record not in records]
-            write_json_lines(file, [*records, *rest], settings)
-    write_json_lines(file, records, settings)
     return 0
 
 

@@ -10,7 +10,6 @@ import torch
 
 from experiments.gpu.kernel_cases import Case
 from experiments.gpu.kernel_tuning import table_of, tune
-from experiments.gpu.kernels import error
 from kernels import tuning
 
 PLAIN, BY_TOKENS = "a.plain_kernel", "a.by_tokens_kernel"
@@ -52,7 +51,7 @@ def test_fastest_correct_candidate_is_chosen() -> None:
     key = (64,)
     cases = [case(PLAIN, key, {1: 1.0, 2: 1.0, 4: 1.0001, 8: 1.5})]
     times = {1: 3.0, 2: 2.0, 4: 1.0, 8: 0.1}
-    [trial] = tune(cases, error, seconds_of(times, PLAIN, key))
+    [trial] = tune(cases, seconds_of(times, PLAIN, key))
     assert trial.refused == {3: "wrong"}
     assert table_of([trial]) == {(PLAIN, key): {"num_warps": 4}}
     assert trial.best()[1] == pytest.approx(0.5, rel=0.05)
@@ -63,7 +62,7 @@ def test_choice_must_be_correct_for_all_cases_and_clearly_faster() -> None:
     right = dict.fromkeys((1, 2, 4, 8), 1.0)
     small, large = case(PLAIN, key, right), case(PLAIN, key, right | {8: 7.0})
     times = {1: 2.1, 2: 2.0, 4: 1.97, 8: 0.1}
-    [trial] = tune([small, large], error, seconds_of(times, PLAIN, key))
+    [trial] = tune([small, large], seconds_of(times, PLAIN, key))
     assert trial.refused == {3: "wrong"}
     assert set(trial.ratios) == {0, 1, 2}
     assert table_of([trial]) == {}

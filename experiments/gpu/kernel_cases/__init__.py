@@ -68,6 +68,21 @@ class Case:
     reset: Callable[[], object] | None = None
     """Restores the tensors that calls of ours changed, or None if there are none."""
 
+    def first_call(self) -> torch.Tensor:
+        """Return a copy of the result on fresh inputs."""
+        if self.reset:
+            self.reset()
+        return self.run().clone()
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the root mean square error relative to that of ``expected``. NaN counts as
+    infinite."""
+    result, expected = (x.detach().to("cpu", torch.float64) for x in (result, expected))
+    size = expected.square().mean().sqrt().clamp(1e-30)
+    ratio = (result - expected).square().mean().sqrt() / size
+    return float(ratio.nan_to_num(nan=float("inf"), posinf=float("inf")))
+
 
 Kernels = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
 """Kernel and its reference."""
