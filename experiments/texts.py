@@ -12,9 +12,8 @@ import hashlib
 import random
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -38,15 +37,12 @@ KEYS = _words(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Question with one whole number as its answer."""
 
     question: str
     working: str
     """Steps of the solution, ending in ``#### answer`` as in GSM8K."""
-    answer: int
-    num_steps: int
 
 
 def word_problem(rng: random.Random, num_steps: int) -> Problem:
@@ -63,7 +59,7 @@ def word_problem(rng: random.Random, num_steps: int) -> Problem:
         working.append(f"{value} {sign} {amount} = {after}.")
         value = after
     sentences.append(rng.choice(_QUESTIONS).format(n=name, t=thing))
-    return Problem(" ".join(sentences), " ".join([*working, f"#### {value}"]), value, num_steps)
+    return Problem(" ".join(sentences), " ".join([*working, f"#### {value}"]))
 
 
 _BEGINNINGS = (
@@ -117,14 +113,11 @@ def _step(
     return rng.choice(forms).format(**words), sign, amount
 
 
-def few_shot(rng: random.Random, shots: int, num_steps: int | None = None) -> tuple[str, Problem]:
-    """Return (prompt, open problem). The prompt has ``shots`` solved problems before the open one.
-
-    The number of steps is drawn for each problem if ``num_steps`` is None.
-    """
-    steps = [num_steps or rng.choice((1, 1, 2, 2, 3)) for _ in range(shots + 1)]
-    solved = [word_problem(rng, count) for count in steps[:-1]]
-    problem = word_problem(rng, steps[-1])
+def few_shot(rng: random.Random, shots: int) -> tuple[str, Problem]:
+    """Return (prompt, open problem). The prompt has ``shots`` solved problems before the open one,
+    each with a random number of steps."""
+    steps = [rng.choice((1, 1, 2, 2, 3)) for _ in range(shots + 1)]
+    *solved, problem = (word_problem(rng, count) for count in steps)
     blocks = [f"Question: {p.question}\nAnswer: {p.working}\n" for p in solved]
     return "\n".join([*blocks, f"Question: {problem.question}\nAnswer:"]), problem
 
@@ -171,35 +164,21 @@ ToolQuestion = tuple[str, dict[str, str | int], str, str, str]
 
 def _ask_count(rng: random.Random) -> ToolQuestion:
     person, thing, count = rng.choice(NAMES), rng.choice(THINGS), rng.randint(1, 99)
-    return (
-        "get_count",
-        {"person": person, "thing": thing},
-        f"How many {thing} does {person} have?",
-        str(count),
-        f"{person} has {count} {thing}.",
-    )
+    question = f"How many {thing} does {person} have?"
+    answer = f"{person} has {count} {thing}."
+    return "get_count", {"person": person, "thing": thing}, question, str(count), answer
 
 
 def _ask_key(rng: random.Random) -> ToolQuestion:
     key, value = f"{rng.choice(KEYS)}-{rng.randint(10, 99)}", rng.randint(100, 999)
-    return (
-        "look_up",
-        {"key": key},
-        rng.choice(("What is the value of {}?", "Look up {}, please.")).format(key),
-        str(value),
-        f"The value of {key} is {value}.",
-    )
+    question = rng.choice(("What is the value of {}?", "Look up {}, please.")).format(key)
+    return "look_up", {"key": key}, question, str(value), f"The value of {key} is {value}."
 
 
 def _ask_sum(rng: random.Random) -> ToolQuestion:
     a, b = rng.randint(2, 99), rng.randint(2, 99)
-    return (
-        "add",
-        {"a": a, "b": b},
-        rng.choice(("What is {} plus {}?", "Add {} and {}.")).format(a, b),
-        str(a + b),
-        f"{a} plus {b} is {a + b}.",
-    )
+    question = rng.choice(("What is {} plus {}?", "Add {} and {}.")).format(a, b)
+    return "add", {"a": a, "b": b}, question, str(a + b), f"{a} plus {b} is {a + b}."
 
 
 def chat(rng: random.Random) -> list[dict[str, Any]]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from experiments.gpu.kernel_cases import Case, Setup, scattered
+from experiments.gpu.kernel_cases import Case, Kernels, Rivals, Setup, num_bytes, scattered
 from kernels.attention import fused, reference
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed
@@ -34,20 +35,35 @@ def cases(setup: Setup) -> Iterator[Case]:
         yield _verify(setup, num, length, num_steps=4)
 
 
-def _pool(setup: Setup, num: int, length: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    heads, size = (1, 32) if setup.is_dry else (2, 256)
-    keys, values = (setup.randn(num * length, heads, size) for _ in range(2))
-    return keys, values, scattered(setup, num, length) | {"scale": size**-0.5}
+class Pool:
+    """Queries, and the KV rows of sequences scattered over a pool."""
+
+    def __init__(self, setup: Setup, num: int, length: int, num_queries: int) -> None:
+        heads, group, size = (1, 2, 32) if setup.is_dry else (2, 8, 256)
+        self.query = setup.randn(num_queries, group * heads, size)
+        self.keys, self.values = (setup.randn(num * length, heads, size) for _ in range(2))
+        self.layout = scattered(setup, num, length) | {"scale": size**-0.5}
+
+    def case(
+        self, name: str, kernels: Kernels, num_flops: int, rivals: Rivals, **layout: Any
+    ) -> Case:
+        """Return the case of a kernel and its reference, with more arguments for both."""
+        ours, reference = kernels
+        tensors = self.query, self.keys, self.values
+        return Case(
+            name=name,
+            run=partial(ours, *tensors, **self.layout, **layout),
+            expected=partial(reference, *(x.double() for x in tensors), **self.layout, **layout),
+            num_bytes=num_bytes(tensors, self.query),
+            num_flops=num_flops,
+            rivals=rivals,
+        )
 
 
 def _prefill(setup: Setup, cached: int, new: int) -> Case:
-    keys, values, layout = _pool(setup, 1, cached + new)
-    layout["packed"] = Packed.from_lengths([new], setup.device)
-    group, size = (2, keys.shape[2]) if setup.is_dry else (8, keys.shape[2])
-    query = setup.randn(new, group * keys.shape[1], size)
-    wide = [x.double() for x in (query, keys, values)]
-    seen = cached + (new + 1) / 2
-    rows = layout["table"][0].long()
+    pool = Pool(setup, 1, cached + new, new)
+    query, keys, values = pool.query, pool.keys, pool.values
+    rows = pool.layout["table"][0].long()
 
     def in_order() -> tuple[torch.Tensor, ...]:
         """Return the layout of torch: KV rows in order of position. ``[1, H, T, D]``, views."""
@@ -60,14 +76,11 @@ def _prefill(setup: Setup, cached: int, new: int) -> Case:
     }
     if not cached:
         rivals["flex, contiguous"] = _flex_prefill(*ordered, setup)
-    return Case(
-        name=f"prefill {new} after {cached}",
-        run=partial(fused.prefill_attention, query, keys, values, **layout),
-        expected=partial(reference.prefill_attention, *wide, **layout),
-        num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
-        num_flops=int(4 * new * seen * query.shape[1] * size),
-        rivals=rivals,
-    )
+    name = f"prefill {new} after {cached}"
+    kernels = fused.prefill_attention, reference.prefill_attention
+    num_flops = int(4 * query.numel() * (cached + (new + 1) / 2))
+    packed = Packed.from_lengths([new], setup.device)
+    return pool.case(name, kernels, num_flops, rivals, packed=packed)
 
 
 def _torch_prefill(
@@ -97,48 +110,33 @@ def _flex_prefill(
 
 
 def _decode(setup: Setup, num: int, length: int) -> Case:
-    keys, values, layout = _pool(setup, num, length)
-    query = setup.randn(num, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
-    wide = [x.double() for x in (query, keys, values)]
-    rows = layout["table"].long()
+    pool = Pool(setup, num, length, num)
+    rows = pool.layout["table"].long()
 
     def in_order() -> tuple[torch.Tensor, ...]:
         """Return KV rows in order of position, ``[B, HKV, L, D]``, views."""
-        return tuple(pool[rows].transpose(1, 2) for pool in (keys, values))
+        return tuple(rows_of[rows].transpose(1, 2) for rows_of in (pool.keys, pool.values))
 
     ordered = in_order()
-    return Case(
-        name=f"decode {num} x {length}",
-        run=partial(fused.decode_attention, query, keys, values, **layout),
-        expected=partial(reference.decode_attention, *wide, **layout),
-        num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
-        num_flops=4 * length * query.numel(),
-        rivals={
-            "torch, gathering": lambda: _torch_decode(query, *in_order()),
-            "torch, contiguous": lambda: _torch_decode(query, *ordered),
-        },
-    )
+    rivals = {
+        "torch, gathering": lambda: _torch_decode(pool.query, *in_order()),
+        "torch, contiguous": lambda: _torch_decode(pool.query, *ordered),
+    }
+    kernels = fused.decode_attention, reference.decode_attention
+    return pool.case(f"decode {num} x {length}", kernels, 4 * length * pool.query.numel(), rivals)
 
 
 def _verify(setup: Setup, num: int, length: int, num_steps: int) -> Case:
-    keys, values, layout = _pool(setup, num, length)
-    layout["packed"] = Packed.from_lengths([num_steps] * num, setup.device)
-    query = setup.randn(num * num_steps, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
-    wide = [x.double() for x in (query, keys, values)]
+    pool = Pool(setup, num, length, num * num_steps)
     ends = [length - num_steps + 1 + step for _ in range(num) for step in range(num_steps)]
     rows = [row for row in range(num) for _ in range(num_steps)]
-    apart = layout | {"sequences": Sequences.of(rows, ends, setup.device)}
-    del apart["packed"]
-    return Case(
-        name=f"verify {num} x {num_steps} of {length}",
-        run=partial(fused.verify_attention, query, keys, values, **layout),
-        expected=partial(reference.verify_attention, *wide, **layout),
-        num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
-        num_flops=4 * length * query.numel(),
-        rivals={
-            "token by token": partial(fused.decode_attention, query, keys, values, **apart),
-        },
-    )
+    apart = pool.layout | {"sequences": Sequences.of(rows, ends, setup.device)}
+    tensors = pool.query, pool.keys, pool.values
+    rivals = {"token by token": partial(fused.decode_attention, *tensors, **apart)}
+    name = f"verify {num} x {num_steps} of {length}"
+    kernels = fused.verify_attention, reference.verify_attention
+    packed = Packed.from_lengths([num_steps] * num, setup.device)
+    return pool.case(name, kernels, 4 * length * pool.query.numel(), rivals, packed=packed)
 
 
 def _torch_decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
