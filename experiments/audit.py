@@ -13,22 +13,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-COMMAND = [
-    "pip_audit",
-    "--local",
-    "--skip-editable",
-    "--progress-spinner",
-    "off",
-    "--format",
-    "json",
-]
+COMMAND = "pip_audit --local --skip-editable --progress-spinner off --format json --timeout 10"
 UNANSWERED = "The advisories cannot be reached, so the installed packages were not audited."
 
 
 def main() -> int:
-    done = subprocess.run(
-        [sys.executable, "-m", *COMMAND, "--timeout", "10"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", *COMMAND.split()], capture_output=True, text=True)
     try:
         report = json.loads(done.stdout)
     except json.JSONDecodeError:  # No connection, or pip-audit is not installed.

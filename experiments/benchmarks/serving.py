@@ -23,9 +23,10 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
+from experiments.studies.common import show
 from hybridcache import open_trace
-from hybridcache.lab.report import text_table
 
+TIMES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 START_S = 300.0
 """Time limit for the start of a server, in seconds."""
 
@@ -317,24 +318,15 @@ def conversation_jobs(count: int, *, vocab_size: int, cap: int, num_output: int)
     return list(jobs.values())
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Return one line per load: rates, then mean / P50 / P99 of each time in ms."""
-    header = ["cache", "load", "req/s", "in tok/s", "out tok/s", "goodput/s", "hit rate"]
-    times = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
-    header += [f"{name[:-3].upper()} ms" for name in times]
-    rows = []
-    for record in records:
-        spreads = (record[name] for name in times)
-        rows.append(
-            [
-                record["cache"],
-                record["load"],
-                f"{record['requests_per_s']:.2f}",
-                f"{record['prompt_tokens_per_s']:.0f}",
-                f"{record['output_tokens_per_s']:.0f}",
-                f"{record['goodput_per_s']:.2f}",
-                f"{record['token_hit_rate']:.1%}",
-                *("/".join(f"{x:.3g}" for x in s.values()) if s else "-" for s in spreads),
-            ]
-        )
-    return text_table(header, rows)
+def show_loads(records: Sequence[dict[str, Any]]) -> None:
+    """Print one line per load: rates, then mean / P50 / P99 of each time in ms."""
+    show(
+        [
+            {
+                name: "/".join(f"{x:.3g}" for x in value.values()) if name in TIMES else value
+                for name, value in record.items()
+                if value is not None
+            }
+            for record in records
+        ]
+    )

@@ -44,8 +44,8 @@ from experiments.benchmarks.serving import (
     Targets,
     conversation_jobs,
     over_http,
+    show_loads,
     sweep,
-    table,
 )
 from experiments.gpu import interpreter
 from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
@@ -371,7 +371,7 @@ def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> list[dict[str, 
         num_output=scale.num_answer,
     )
     records = asyncio.run(sweep(servers, jobs, loads, TARGETS, scale.seconds))
-    print(table(records))
+    show_loads(records)
     return [{"measure": "serving"} | record | settings for record in records]
 
 

@@ -64,15 +64,15 @@ class Workload:
     """Sessions of one or several kinds, and the engine that serves them."""
 
     num_sessions: int
-    kinds: tuple[Kind, ...]
-    """Kinds of equal parts of the sessions, in order of time. Empty for a published trace."""
     num_rows: int
     """KV rows that the memory holds."""
-    token_budget: int
     fixed: tuple[int, ...]
     """Fixed numbers of live sessions for comparison."""
+    kinds: tuple[Kind, ...] = ()
+    """Kinds of equal parts of the sessions, in order of time. Empty for a published trace."""
     file: str = ""
     """Published trace, with options."""
+    token_budget: int = 2048
 
     @property
     def is_available(self) -> bool:
@@ -110,73 +110,28 @@ class Workload:
 
 
 AGENT = Kind((2000, 6000), (6, 30), (100, 700), (30, 120), (4.0, 0.9))
+LONG_PROMPTS = Kind((15_000, 30_000), (5, 15), (200, 1500), (30, 120), (4.0, 0.9))
+SHORT_PROMPTS = Kind((500, 1500), (3, 10), (50, 300), (30, 120), (15.0, 1.0))
+CODING = Kind((500, 3000), (10, 40), (100, 1500), (30, 250), (3.0, 1.2), 8000)
+CHAT = Kind((0, 100), (3, 16), (20, 300), (100, 500), (25.0, 1.0), 1500, 4)
+SHORT_CHAT = Kind((0, 50), (1, 10), (20, 200), (100, 600), (30.0, 1.0), 300)
+LONG_CHAT = Kind((500, 4000), (3, 16), (50, 800), (100, 500), (25.0, 1.0), 1500, 4)
+# A byte counts as a token here, so the load is high enough to matter. With Qwen's tokens,
+# which are fewer, no request is held back at rates of 0.1, 0.2 and 0.5 (seed 11).
+TAU_BENCH = "agent/taubench_gpt-4o-airline.json.gz?tokenizer=bytes&head=800"
+CLAUDE_CODE = "traces/weka_claude_code_train.rle.jsonl.gz?head=700"
+SHAREGPT = "traces/sharegpt_qwen35_turns.jsonl.gz?cap=8192&head=1200"
+CHANGING = (AGENT, LONG_PROMPTS, SHORT_PROMPTS)
 WORKLOADS = {
-    "agents": Workload(60, (AGENT,), 260_000, 2048, (10, 14, 18, 24)),
-    "changing agents": Workload(
-        60,
-        (
-            AGENT,
-            Kind((15_000, 30_000), (5, 15), (200, 1500), (30, 120), (4.0, 0.9)),
-            Kind((500, 1500), (3, 10), (50, 300), (30, 120), (15.0, 1.0)),
-        ),
-        260_000,
-        2048,
-        (6, 10, 14, 20),
-    ),
-    "coding agents": Workload(
-        40,
-        (Kind((500, 3000), (10, 40), (100, 1500), (30, 250), (3.0, 1.2), 8000),),
-        300_000,
-        2048,
-        (8, 12, 16, 24),
-    ),
-    "chats": Workload(
-        120,
-        (Kind((0, 100), (3, 16), (20, 300), (100, 500), (25.0, 1.0), 1500, 4),),
-        160_000,
-        2048,
-        (24, 32, 48, 64),
-    ),
-    "short chats": Workload(
-        150,
-        (Kind((0, 50), (1, 10), (20, 200), (100, 600), (30.0, 1.0), 300),),
-        160_000,
-        2048,
-        (24, 32, 48, 64),
-    ),
-    "long chats": Workload(
-        100,
-        (Kind((500, 4000), (3, 16), (50, 800), (100, 500), (25.0, 1.0), 1500, 4),),
-        200_000,
-        2048,
-        (16, 24, 34, 48),
-    ),
-    # A byte counts as a token here, so the load is high enough to matter. With Qwen's tokens,
-    # which are fewer, no request is held back at rates of 0.1, 0.2 and 0.5 (seed 11).
-    "airline agents (tau-bench)": Workload(
-        78,
-        (),
-        160_000,
-        2048,
-        (8, 12, 18, 26),
-        "agent/taubench_gpt-4o-airline.json.gz?tokenizer=bytes&head=800",
-    ),
-    "Claude Code": Workload(
-        34,
-        (),
-        800_000,
-        8192,
-        (6, 9, 13, 18),
-        "traces/weka_claude_code_train.rle.jsonl.gz?head=700",
-    ),
-    "ShareGPT chats": Workload(
-        517,
-        (),
-        160_000,
-        2048,
-        (16, 24, 36, 54),
-        "traces/sharegpt_qwen35_turns.jsonl.gz?cap=8192&head=1200",
-    ),
+    "agents": Workload(60, 260_000, (10, 14, 18, 24), (AGENT,)),
+    "changing agents": Workload(60, 260_000, (6, 10, 14, 20), CHANGING),
+    "coding agents": Workload(40, 300_000, (8, 12, 16, 24), (CODING,)),
+    "chats": Workload(120, 160_000, (24, 32, 48, 64), (CHAT,)),
+    "short chats": Workload(150, 160_000, (24, 32, 48, 64), (SHORT_CHAT,)),
+    "long chats": Workload(100, 200_000, (16, 24, 34, 48), (LONG_CHAT,)),
+    "airline agents (tau-bench)": Workload(78, 160_000, (8, 12, 18, 26), file=TAU_BENCH),
+    "Claude Code": Workload(34, 800_000, (6, 9, 13, 18), file=CLAUDE_CODE, token_budget=8192),
+    "ShareGPT chats": Workload(517, 160_000, (16, 24, 36, 54), file=SHAREGPT),
 }
 
 

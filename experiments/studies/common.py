@@ -47,11 +47,14 @@ class Workload:
     grid: int = 64
     quick: int | None = None
     """Number of requests from the start of the trace, or None for all."""
-    is_file: bool = False
-    """True if ``spec`` names a published trace, which is not part of the repository. See
-    ``published``."""
     has_times: bool = False
     """True if the file has arrival times, so a seed changes nothing."""
+
+    @property
+    def is_file(self) -> bool:
+        """True if ``spec`` names a published trace, which is not part of the repository. See
+        ``published``."""
+        return "." in self.spec.partition("?")[0]
 
     def open(self, name: str, seed: int = 0) -> Trace:
         """Return the trace or its start, with ``name`` as its short name. ``seed`` is that of
@@ -113,29 +116,16 @@ WORKLOADS: dict[str, Workload] = {
     "conversations": Workload("conversations?live=128", "4:200:15", quick=2000),
     "sharegpt-like": Workload("sharegpt-like", "1:40:15", MARCONI_7B, grid=1),
     "mooncake": Workload(
-        "traces/mooncake_conversation_trace.jsonl.gz",
-        "20:2560:15",
-        quick=3000,
-        is_file=True,
-        has_times=True,
+        "traces/mooncake_conversation_trace.jsonl.gz", "20:2560:15", quick=3000, has_times=True
     ),
     "coding-agent": Workload(
-        "traces/weka_claude_code_train.rle.jsonl.gz?starts=fixed:0.002",
-        "20:1280:15",
-        quick=2000,
-        is_file=True,
+        "traces/weka_claude_code_train.rle.jsonl.gz?starts=fixed:0.002", "20:1280:15", quick=2000
     ),
     "tau-bench": Workload(
-        "agent/taubench_gpt-4o-airline.json.gz?tokenizer=qwen3.5",
-        "0.5:64:15",
-        quick=1000,
-        is_file=True,
+        "agent/taubench_gpt-4o-airline.json.gz?tokenizer=qwen3.5", "0.5:64:15", quick=1000
     ),
     "sharegpt": Workload(
-        "traces/sharegpt_qwen35_turns.jsonl.gz?cap=8192&starts=poisson:0.2",
-        "1:128:15",
-        quick=1000,
-        is_file=True,
+        "traces/sharegpt_qwen35_turns.jsonl.gz?cap=8192&starts=poisson:0.2", "1:128:15", quick=1000
     ),
 }
 

@@ -24,9 +24,9 @@ from experiments.benchmarks.serving import (
     Run,
     Targets,
     conversation_jobs,
+    show_loads,
     summary,
     sweep,
-    table,
 )
 from tests.oracle import OracleRunner, OracleSampler
 
@@ -88,7 +88,9 @@ def test_summary_follows_the_definitions() -> None:
     assert lax["goodput_per_s"] == 0.5
 
 
-def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
+def test_sweep_reports_hit_rates_with_and_without_cache(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     draw = np.random.default_rng(0)
     shared = draw.integers(0, 256, 140, dtype=np.int32)
     lengths = draw.integers(150, 450, 6, endpoint=True) - 140
@@ -103,7 +105,8 @@ def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
     # The second prompt saves a state at the branch. Later ones hit 128 of the 140 shared tokens.
     total = sum(len(job[0].tokens) for job in jobs)
     assert records[0]["token_hit_rate"] == pytest.approx(4 * 128 / total)
-    assert len(table(records).splitlines()) == 8
+    show_loads(records)
+    assert len(capsys.readouterr().out.splitlines()) == 8
 
 
 def test_conversations_grow_up_to_the_longest_prompt() -> None:
