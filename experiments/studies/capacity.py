@@ -25,6 +25,7 @@ from experiments.studies.common import (
     measured,
     replay,
     rounded,
+    show,
 )
 from hybridcache.lab.intervals import FEWEST_UNITS, band
 from hybridcache.lab.simulation.simulate import simulate
@@ -52,8 +53,7 @@ def main() -> None:
                 record |= bands.get(record["label"], {})
     lines = [record for found in records for record in found]
     keep("study_capacity", lines)
-    for line in lines:
-        print(line["trace"], line["label"], line["token_hit_rate"])
+    show(lines)
 
 
 def competitors(name: str) -> list[dict[str, Any]]:

@@ -201,13 +201,17 @@ def keep(name: str, records: Iterable[Mapping[str, Any]]) -> None:
     write_json_lines(provenance.RESULTS / f"{name}.jsonl", records)
 
 
-def show(records: Sequence[Mapping[str, Any]]) -> None:
-    """Print the numbers and texts of records, a row each, if there are any."""
+def plain_table(records: Records) -> Table:
+    """Return the numbers and texts of records, a row each."""
     fields = records[0].items() if records else ()
     names = [name for name, value in fields if isinstance(value, str | float | int)]
-    if names:
-        rows = [[_cell(record.get(name, "")) for name in names] for record in records]
-        print(text_table(names, rows))
+    return names, [[_cell(record.get(name, "")) for name in names] for record in records]
+
+
+def show(records: Records) -> None:
+    """Print the numbers and texts of records, if there are any."""
+    if records:
+        print(text_table(*plain_table(records)))
 
 
 def _cell(value: Any) -> str:

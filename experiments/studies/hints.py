@@ -27,6 +27,7 @@ from experiments.studies.common import (
     Table,
     command_line,
     grouped,
+    plain_table,
     published,
     replay,
     rounded,
@@ -107,12 +108,6 @@ def table(records: Records) -> Table:
     return ["pair", "token hit rate with hints, %", "gain from hints, points"], rows
 
 
-def stop_reasons_table(records: Records) -> Table:
-    """Return a header and one row per record."""
-    rows = [[str(cell) for cell in record.values()] for record in records]
-    return ["trace", "seed", "GiB", "with stop reasons", "without"], rows
-
-
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument(
@@ -127,7 +122,7 @@ def main() -> None:
             if published(file["trace"]) is not None
         ]
         work = measure_stop_reasons
-        run_study("study_stop_reasons", work, jobs, stop_reasons_table, options.processes)
+        run_study("study_stop_reasons", work, jobs, plain_table, options.processes)
         return
     split = Split.load().head(options.seeds)
     cells = [(trace, seed) for trace in split.gib for seed in split.seeds]
