@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,7 @@ from experiments.studies import (
     admission,
     arena,
     capacity,
+    closed_loop,
     conditions,
     default,
     grid,
@@ -82,11 +84,6 @@ def leaderboard_table() -> Table:
     return board.heads(), [row.cells() for row in board.rows() if row.name in BUILT_IN]
 
 
-def pairs_table(split: str) -> Table:
-    """Return one row per pair of policies."""
-    return default.pairs_table(records_of("study_default.jsonl"), split)
-
-
 def losses_table() -> Table:
     """Return the losses in both memories, as far as they were run."""
     records = records_of("study_default.jsonl")
@@ -120,13 +117,6 @@ def tree_table() -> Table:
             written = ", ".join(f"{time:.1f}" for time in times)
             rows.append([f"by {kind}", f"{int(size) / 1000:g}", written])
     return ["growth", "thousands", f"{', '.join(VERBS)}, eviction: microseconds"], rows
-
-
-def closed_loop_table() -> Table:
-    """Return the comparison of the engine with the simulator's forecast."""
-    from experiments.studies.closed_loop import table
-
-    return table(records_of("closed_loop.jsonl"))
 
 
 def linear_layers_table() -> Table:
@@ -665,11 +655,13 @@ SECTIONS = {
         "Token hit rate of each policy in closed loops and in replays, with intervals.",
     ),
     "default": Section(
-        "default", lambda: pairs_table("evaluation"), _pairs, Dots({"replay": 1}, HITS),
+        "default", study("study_default", partial(default.pairs_table, split="evaluation")),
+        _pairs, Dots({"replay": 1}, HITS),
         "Token hit rate of each pair in replays, with intervals.",
     ),
     "pairs in closed loop": Section(
-        "default", lambda: pairs_table("closed loop"), _pairs, Dots({"closed loop": 1}, HITS),
+        "default", study("study_default", partial(default.pairs_table, split="closed loop")),
+        _pairs, Dots({"closed loop": 1}, HITS),
         "Token hit rate of each pair in closed loops, with intervals.",
     ),
     "losses": Section(
@@ -711,7 +703,7 @@ SECTIONS = {
         "Time of operations over the size of the tree, by cached tokens and by nodes.",
     ),
     "closed loop": Section(
-        "closed-loop", closed_loop_table, _forecast,
+        "closed-loop", study("closed_loop", closed_loop.table), _forecast,
         Dots({"forecast less engine": 3}, "points of token hit rate", (0, 1)),
         "Difference of forecast and engine, by sessions per second and admission.",
     ),

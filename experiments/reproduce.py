@@ -37,7 +37,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments import page, provenance
 from experiments.provenance import GENERATED, ROOT
@@ -69,18 +69,17 @@ class Part:
     """Command that installs ``needs``."""
     pythonpath: str = ""
     """Folder of packages that only this part imports."""
-    simulates: bool = False
-    """True if the part is a study that does not import the engine."""
-    replays: bool = False
-    """True if such a study replays requests in turn, so that no admission policy takes part."""
+    scope: Literal["engine", "simulation", "replay"] = "engine"
+    """``simulation`` for a study that does not import the engine, ``replay`` if its requests are
+    replayed in turn, so that no admission policy takes part."""
 
     @property
     def code(self) -> str:
         """Return the hash of the code and settings that determine the results."""
-        if not self.simulates:
+        if self.scope == "engine":
             return provenance.code_hash(CODE)
         package, *studies = provenance.simulation_code(self.command.split()[0])
-        if not self.replays:
+        if self.scope == "simulation":
             return provenance.code_hash((package, *studies))
         files = sorted((ROOT / package).rglob("*.py"))
         names = (path.relative_to(ROOT).as_posix() for path in files)
@@ -92,13 +91,9 @@ class Part:
         run."""
         if not self.needs:
             return ""
-        if "/" in self.needs:
-            is_available = (ROOT / self.needs).exists()
-        else:
-            is_available = importlib.util.find_spec(self.needs) is not None
-        return (
-            "" if is_available else f"needs {self.needs}" + (f" ({self.how})" if self.how else "")
-        )
+        is_path = "/" in self.needs
+        found = (ROOT / self.needs).exists() if is_path else importlib.util.find_spec(self.needs)
+        return "" if found else f"needs {self.needs} ({self.how})"
 
 
 def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:

@@ -60,7 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--caches", nargs="+", choices=CACHES, default=CACHES)
     add("--gib", default="0.01,0.03", help="sizes, as in simulate (default: %(default)s)")
     add("--policy", nargs="+", default=[DEFAULT_EVICTION], help="eviction policies of `hybrid`")
-    add("--checkpoints", nargs="+", default=[DEFAULT_PLACEMENT], help="placements of `hybrid`")
     add("--model", default=BUILTIN, help="model directory, or with --simulate also a preset")
     add("--name", default="sharegpt", help="name of the result file (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -91,15 +90,15 @@ def conversations(spec: str, num_requests: int) -> Trace:
 
 
 def cells(trace: Trace, options: argparse.Namespace) -> Iterator[tuple[str, Scenario]]:
-    """Yield (cache, scenario) for every cache, size and pair of policies. The size has no effect
-    without a cache."""
+    """Yield (cache, scenario) for every cache, size and policy. The size has no effect without a
+    cache."""
     points = sizes(options.gib)
     for cache in options.caches:
-        is_hybrid = cache == "hybrid"
-        pairs = product(options.policy, options.checkpoints) if is_hybrid else [("lru", "none")]
-        for (policy, placement), gib in product(pairs, points[-1:] if cache == "none" else points):
-            cell = Scenario(trace, model=options.model, gib=gib, policy=policy)
-            yield cache, replace(cell, checkpoints=placement)
+        policies = options.policy if cache == "hybrid" else ["lru"]
+        placement = DEFAULT_PLACEMENT if cache == "hybrid" else "none"
+        for policy, gib in product(policies, points[-1:] if cache == "none" else points):
+            base = Scenario(trace, model=options.model, gib=gib, policy=policy)
+            yield cache, replace(base, checkpoints=placement)
 
 
 def simulated(cache: str, cell: Scenario) -> dict[str, Any]:
@@ -181,11 +180,18 @@ def record(
     mode: str, cache: str, cell: Scenario, found: dict[str, int], lost: Losses, ttft_s: Any
 ) -> dict[str, Any]:
     """Return one result. ``ttft_s`` has percentiles, and the mean under 0."""
-    place = {"mode": mode, "trace": cell.opened().name, "cache": cache, "gib": cell.gib}
-    policies = {"policy": str(cell.policy), "checkpoints": str(cell.checkpoints)}
-    times = {"ttft_mean_s": ttft_s[0], "ttft_p50_s": ttft_s[50], "ttft_p95_s": ttft_s[95]}
-    share = {"saved_share": found["hit_tokens"] / found["prompt_tokens"]}
-    return place | policies | found | share | {"lost_tokens": lost._asdict()} | times
+    return {
+        "mode": mode,
+        "trace": cell.opened().name,
+        "cache": cache,
+        "gib": cell.gib,
+        "policy": str(cell.policy),
+        "checkpoints": str(cell.checkpoints),
+        **found,
+        "saved_share": found["hit_tokens"] / found["prompt_tokens"],
+        "lost_tokens": lost._asdict(),
+        **{f"ttft_{name}_s": ttft_s[at] for name, at in (("mean", 0), ("p50", 50), ("p95", 95))},
+    }
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

@@ -42,14 +42,7 @@ SAMPLINGS = {
     "temperature 0.8": SamplingParams(max_tokens=None, temperature=0.8, ignore_eos=True),
 }
 STAGES = ("schedule_s", "sample_s", "commit_s")
-ADMISSIONS = (
-    "oldest",
-    "cached-first",
-    "longest-match",
-    "live:64",
-    "sessions",
-    "sessions, in debt",
-)
+ADMISSIONS = ("oldest", "cached-first", "longest-match", "live:64", "sessions", "sessions, in debt")
 """Admission policies to time. In debt, ``sessions`` separates resident sessions from others."""
 
 

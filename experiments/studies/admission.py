@@ -180,17 +180,15 @@ def table(records: Records) -> Table:
         if not seeds:
             continue
 
+        def runs_of(policy: str) -> Records:
+            return [by_policy[policy][seed] for seed in seeds]  # noqa: B023
+
         def values(policy: str, field: str) -> list[float]:
-            return [by_policy[policy][seed][field] for seed in seeds]  # noqa: B023
+            return [run[field] for run in runs_of(policy)]
 
         pair = "oldest", "sessions"
         oldest, sessions = (
-            [
-                100 * cached / prompt
-                for cached, prompt in zip(
-                    values(policy, "cached_tokens"), values(policy, "prompt_tokens"), strict=True
-                )
-            ]
+            [100 * run["cached_tokens"] / run["prompt_tokens"] for run in runs_of(policy)]
             for policy in pair
         )
         row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]

@@ -36,16 +36,8 @@ from engine.text.tokenizer import ByteTokenizer
 from experiments import texts
 from experiments.studies.common import keep, show
 
-DTYPES = (
-    "auto",
-    "bfloat16",
-    "int8:head",
-    "int8:row",
-    "int8:column",
-    "fp8:head",
-    "fp8:row",
-    "fp8:column",
-)
+GROUPS = ("head", "row", "column")
+DTYPES = ("auto", "bfloat16", *(f"{kind}:{of}" for kind in ("int8", "fp8") for of in GROUPS))
 FORMATS = ("bfloat16", "int8:head", "int8:row", "int8:column", "fp8:column")
 """Formats that are measured for every family."""
 NUM_TEXTS, NUM_TOKENS = 8, 1024

@@ -97,7 +97,7 @@ def test_part_runs_again_only_after_a_change_of_code_or_outputs(
     (tree.root / "engine").mkdir()
     (tree.root / "engine" / "step.py").write_text("SECONDS = 1\n")
     tree.commit()
-    study = tree.part(name="study", simulates=True)
+    study = tree.part(name="study", scope="simulation")
     assert reproduce.run([study]) == 0 and tree.runs == 5
     (tree.root / "engine" / "step.py").write_text("SECONDS = 2\n")
     tree.commit()
@@ -112,7 +112,7 @@ def test_part_runs_again_only_after_a_change_of_code_or_outputs(
 
 
 def test_simulations_import_no_other_code_than_their_hash_covers() -> None:
-    modules = {part.command.split()[0] for part in reproduce.read_parts() if part.simulates}
+    modules = {part.command.split()[0] for part in reproduce.read_parts() if part.scope != "engine"}
     code = f"""
 import importlib, sys
 for name in {sorted(modules)}: importlib.import_module(name)
