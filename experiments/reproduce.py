@@ -95,6 +95,15 @@ class Part:
         found = (ROOT / self.needs).exists() if is_path else importlib.util.find_spec(self.needs)
         return "" if found else f"needs {self.needs} ({self.how})"
 
+    def run(self, **variables: str) -> int:
+        """Run the command with the root and its own packages on the import path. Returns its exit
+        status."""
+        paths = [str(ROOT / self.pythonpath)] if self.pythonpath else []
+        paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+        command = [sys.executable, "-m", *shlex.split(self.command)]
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
 
 def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:
     """Return the declared parts in their order."""
@@ -203,16 +212,14 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
         if any(digests(part).values()):
             print(f"  overwrites the results of {origin_of(part)}", flush=True)
         began, old, code = time.monotonic(), written_at(part), part.code
-        done = subprocess.run(
-            [sys.executable, "-m", *shlex.split(part.command)], cwd=ROOT, env=environment(part)
-        )
+        status = part.run()
         seconds = time.monotonic() - began
         new = written_at(part)
         stale = [name for name in part.outputs if new[name] in (0, old[name])]
         changed = part.code != code
-        if done.returncode or stale or changed:
-            reason = "the code changed while it ran" if changed else f"exit code {done.returncode}"
-            if not changed and not done.returncode:
+        if status or stale or changed:
+            reason = "the code changed while it ran" if changed else f"exit code {status}"
+            if not changed and not status:
                 reason = f"it did not write {', '.join(stale)}; check that all its traces exist"
             print(f"reproduce: {part.name} failed: {reason}", file=sys.stderr)
             failed.append(part.name)
@@ -245,9 +252,7 @@ def compare(parts: Sequence[Part], folder: Path) -> int:
         if part.missing:
             print(f"{part.name}: skipped, {part.missing}")
             continue
-        own = {"HYBRIDCACHE_RESULTS": str(folder.resolve())}
-        command = [sys.executable, "-m", *shlex.split(part.command)]
-        code = subprocess.run(command, cwd=ROOT, env=environment(part) | own).returncode
+        code = part.run(HYBRIDCACHE_RESULTS=str(folder.resolve()))
         lines = differences(part, folder) if not code else [f"exit code {code}"]
         print(f"{part.name}: {'equal results' if not lines else ''}")
         print("\n".join(f"  {line}" for line in lines))
@@ -279,13 +284,6 @@ def written_at(part: Part) -> dict[str, int]:
     """Return the modification time of each output in nanoseconds, or 0 if it does not exist."""
     paths = {name: output_path(name) for name in part.outputs}
     return {name: path.stat().st_mtime_ns if path.exists() else 0 for name, path in paths.items()}
-
-
-def environment(part: Part) -> dict[str, str]:
-    """Return the environment of a part, with the root and its own packages on the import path."""
-    paths = [str(ROOT / part.pythonpath)] if part.pythonpath else []
-    paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def write_record(part: Part, code: str, seconds: float) -> None:

@@ -21,14 +21,7 @@ from typing import Any
 import numpy as np
 
 from experiments.provenance import ROOT
-from experiments.studies.common import (
-    Records,
-    Table,
-    command_line,
-    grouped,
-    published,
-    run_study,
-)
+from experiments.studies import common
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -76,12 +69,12 @@ class Workload:
 
     @property
     def is_available(self) -> bool:
-        return not self.file or published(self.file) is not None
+        return not self.file or common.published(self.file) is not None
 
     def trace(self, name: str, seed: int) -> Trace:
         """Return the sessions of ``seed``, or those of the file."""
         if self.file:
-            found = published(self.file)
+            found = common.published(self.file)
             assert found is not None, f"{self.file} is missing"
             read = open_trace(found)
             return Trace(name, read.unit, read.__iter__)
@@ -164,23 +157,23 @@ def serve(job: tuple[str, int, float, str]) -> list[dict[str, Any]]:
     return [asdict(run_closed_loop(workload.trace(name, seed), scenario(workload, *job)))]
 
 
-def table(records: Records) -> Table:
+def table(records: common.Records) -> common.Table:
     """Return a header and one row per workload and rate, over the seeds that all policies have.
 
     The last columns are ratios to the best simple rule, chosen for each: ``oldest``, or a fixed
     number of live sessions.
     """
     rows = []
-    for (trace, rate), of in grouped(records, "trace", "rate").items():
+    for (trace, rate), of in common.grouped(records, "trace", "rate").items():
         by_policy = {
             policy: {run["seed"]: run for run in runs}
-            for policy, runs in grouped(of, "admission").items()
+            for policy, runs in common.grouped(of, "admission").items()
         }
         seeds = sorted(set.intersection(*map(set, by_policy.values())))
         if not seeds:
             continue
 
-        def runs_of(policy: str) -> Records:
+        def runs_of(policy: str) -> common.Records:
             return [by_policy[policy][seed] for seed in seeds]  # noqa: B023
 
         def values(policy: str, field: str) -> list[float]:
@@ -207,7 +200,7 @@ def table(records: Records) -> Table:
 
 
 def main() -> None:
-    options = command_line(__doc__).parse_args()
+    options = common.command_line(__doc__).parse_args()
     jobs = [
         (name, seed, rate, admission)
         for seed in SPLITS["evaluation"]["seeds"][: options.seeds]
@@ -216,7 +209,7 @@ def main() -> None:
         for rate in SPLITS["rates"][name]
         for admission in admissions(name)
     ]
-    run_study("admission", serve, jobs, table, options.processes)
+    common.run_study("admission", serve, jobs, table, options.processes)
 
 
 if __name__ == "__main__":

@@ -15,35 +15,25 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from experiments.studies.common import (
-    WORKLOADS,
-    Records,
-    Table,
-    cells_of,
-    command_line,
-    grouped,
-    replay,
-    rounded,
-    run_study,
-)
+from experiments.studies import common
 from hybridcache.lab.intervals import interval
 
 POINTS = 5
 
 
 def main() -> None:
-    options = command_line(__doc__, *WORKLOADS).parse_args()
-    run_study("study_arena", measure, cells_of(options), table, options.processes)
+    options = common.command_line(__doc__, *common.WORKLOADS).parse_args()
+    common.run_study("study_arena", measure, common.cells_of(options), table, options.processes)
 
 
 def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     """Return one record per size of (trace, seed)."""
     name, seed = job
-    workload = WORKLOADS[name]
+    workload = common.WORKLOADS[name]
     trace = workload.open(name, seed).kept()
     settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     arenas, ideals = (
-        replay(trace, workload.sizes(POINTS), memory=memory, **settings)
+        common.replay(trace, workload.sizes(POINTS), memory=memory, **settings)
         for memory in ("arena", "budget")
     )
     records = []
@@ -61,14 +51,14 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
             "slabs_moved_per_request": arena.moved_slabs / arena.requests,
             "kv_moved_per_kv_written": arena.moved_kv_bytes / max(arena.written_kv_bytes or 0, 1),
         }
-        records.append(rounded(record))
+        records.append(common.rounded(record))
     return records
 
 
-def table(records: Records) -> Table:
+def table(records: common.Records) -> common.Table:
     """Return header and rows: the mean difference, the extremes of its cells, and KV moved."""
     rows = []
-    for name, cells in grouped(records, "trace").items():
+    for name, cells in common.grouped(records, "trace").items():
         points = [cell["points"] for cell in cells]
         moved = max(100 * cell["kv_moved_per_kv_written"] for cell in cells)
         means = mean_differences(cells)
@@ -78,10 +68,11 @@ def table(records: Records) -> Table:
     return header, rows
 
 
-def mean_differences(cells: Records) -> list[float]:
+def mean_differences(cells: common.Records) -> list[float]:
     """Return the mean over the sizes of one trace in points, for each seed."""
     return [
-        statistics.mean(cell["points"] for cell in of) for of in grouped(cells, "seed").values()
+        statistics.mean(cell["points"] for cell in of)
+        for of in common.grouped(cells, "seed").values()
     ]
 
 

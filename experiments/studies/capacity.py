@@ -15,23 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies.common import (
-    DEFAULT,
-    LRU,
-    STATIC_PLACEMENT,
-    WORKLOADS,
-    command_line,
-    keep,
-    measured,
-    replay,
-    rounded,
-    show,
-)
+from experiments.studies import common
 from hybridcache.lab.intervals import FEWEST_UNITS, band
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.policies.registry import DEFAULT_EVICTION
 
-OURS = DEFAULT.replace("@", " @ ")
+OURS = common.DEFAULT.replace("@", " @ ")
 """The default pair. All other policies use ``STATIC_PLACEMENT``."""
 PEERS = ("vllm", "sglang", "lightllm", "marconi-static")
 """Rebuilt systems. Marconi with one fixed weight, because tuning it replays a trace 21 times."""
@@ -39,34 +28,34 @@ POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
 
 
 def main() -> None:
-    options = command_line(__doc__, *WORKLOADS).parse_args()
-    names = [name for name in options.traces if WORKLOADS[name].is_available]
-    records = measured(competitors, names, options.processes)
-    generated = [name for name in names if not WORKLOADS[name].is_file]
+    options = common.command_line(__doc__, *common.WORKLOADS).parse_args()
+    names = [name for name in options.traces if common.WORKLOADS[name].is_available]
+    records = common.measured(competitors, names, options.processes)
+    generated = [name for name in names if not common.WORKLOADS[name].is_file]
     seeds = range(options.seeds if options.seeds >= FEWEST_UNITS else 0)
     jobs = list(product(generated, seeds))
-    curves = dict(zip(jobs, measured(both_curves, jobs, options.processes), strict=True))
+    curves = dict(zip(jobs, common.measured(both_curves, jobs, options.processes), strict=True))
     for name, found in zip(names, records, strict=True):
         if (name, 0) in curves:
             bands = over_seeds(np.array([curves[name, seed] for seed in seeds]))
             for record in found:
                 record |= bands.get(record["label"], {})
     lines = [record for found in records for record in found]
-    keep("study_capacity", lines)
-    show(lines)
+    common.keep("study_capacity", lines)
+    common.show(lines)
 
 
 def competitors(name: str) -> list[dict[str, Any]]:
     """Return one record per competitor with one figure per size. A policy is named ``eviction`` if
     its placement is ``STATIC_PLACEMENT``, else ``eviction @ placement``."""
-    workload = WORKLOADS[name]
+    workload = common.WORKLOADS[name]
     trace, sizes = workload.open(name).kept(), workload.sizes()
     settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     result = simulate(
         trace,
         gib=sizes,
         policy=POLICIES,
-        checkpoints=STATIC_PLACEMENT,
+        checkpoints=common.STATIC_PLACEMENT,
         baseline=PEERS,
         bound=False,
         progress=False,
@@ -83,24 +72,24 @@ def competitors(name: str) -> list[dict[str, Any]]:
             "requests": runs[0].requests,
             "prompt_tokens": runs[0].prompt_tokens,
             "grid": workload.grid,
-            "gib": rounded([run.gib for run in runs]),
+            "gib": common.rounded([run.gib for run in runs]),
             "label": label,
-            "token_hit_rate": rounded([run.token_hit_rate for run in runs]),
-            "ttft_p99_s": rounded([run.ttft_s[99] for run in runs]),
+            "token_hit_rate": common.rounded([run.token_hit_rate for run in runs]),
+            "ttft_p99_s": common.rounded([run.ttft_s[99] for run in runs]),
         }
-        for label, runs in (by_label | {OURS: replay(trace, sizes, **settings)}).items()
+        for label, runs in (by_label | {OURS: common.replay(trace, sizes, **settings)}).items()
     ]
 
 
 def both_curves(job: tuple[str, int]) -> list[list[float]]:
     """Return the token hit rates over memory of the default pair and of LRU, for (trace, seed)."""
     name, seed = job
-    workload = WORKLOADS[name]
+    workload = common.WORKLOADS[name]
     trace = workload.open(name, seed).kept()
     settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     return [
-        [run.token_hit_rate for run in replay(trace, workload.sizes(), pair, **settings)]
-        for pair in (DEFAULT, LRU)
+        [run.token_hit_rate for run in common.replay(trace, workload.sizes(), pair, **settings)]
+        for pair in (common.DEFAULT, common.LRU)
     ]
 
 
@@ -110,9 +99,9 @@ def over_seeds(curves: np.ndarray) -> dict[str, dict[str, Any]]:
     for number, label in enumerate((OURS, "lru")):
         points = band(curves[:, number].tolist())
         low, high = ([getattr(point, limit) for point in points] for limit in ("low", "high"))
-        found[label] = rounded({"seeds": len(curves), "low": low, "high": high})
+        found[label] = common.rounded({"seeds": len(curves), "low": low, "high": high})
     gains = band((100 * (curves[:, 0] - curves[:, 1])).tolist())
-    found[OURS]["gain"] = rounded([list(gain) for gain in gains])
+    found[OURS]["gain"] = common.rounded([list(gain) for gain in gains])
     return found
 
 

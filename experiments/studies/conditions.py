@@ -17,16 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from experiments.studies.common import (
-    PAIRS,
-    Records,
-    Table,
-    command_line,
-    grouped,
-    replay,
-    rounded,
-    run_study,
-)
+from experiments.studies import common
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
 from hybridcache.lab.intervals import interval, paired
@@ -48,7 +39,9 @@ def replayed(
     trace: Callable[[int], Trace], gib: float, model: str, seed: int, pair: str, **settings: Any
 ) -> float:
     """Return the token hit rate of a replay of ``trace(seed)``."""
-    return replay(trace(seed), [gib], PAIRS[pair], model=model, **settings)[0].token_hit_rate
+    return common.replay(trace(seed), [gib], common.PAIRS[pair], model=model, **settings)[
+        0
+    ].token_hit_rate
 
 
 def tenants(kinds: tuple[str, ...], seed: int) -> Trace:
@@ -81,7 +74,7 @@ def arriving(starts: str, seed: int) -> Trace:
 
 def running(count: int, seed: int, pair: str) -> float:
     """Return the token hit rate of an overloaded engine with ``count`` running requests."""
-    policy, _, placement = PAIRS[pair].partition("@")
+    policy, _, placement = common.PAIRS[pair].partition("@")
     [run] = closed_loop(
         f"conversations?live=24&num_conversations=120&seed={seed}",
         gib=8,
@@ -126,24 +119,27 @@ def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     condition, value, seed = job
     rate = next(rate for *key, rate in rows() if key == [condition, value])
     same = {"condition": condition, "value": value, "seed": seed}
-    return [same | {"pair": pair, "token_hit_rate": rounded(rate(seed, pair))} for pair in PAIRS]
+    return [
+        same | {"pair": pair, "token_hit_rate": common.rounded(rate(seed, pair))}
+        for pair in common.PAIRS
+    ]
 
 
-def table(records: Records) -> Table:
+def table(records: common.Records) -> common.Table:
     """Return a header and one row per condition: rates of both pairs and the gain, in percent."""
     rows = []
-    for (condition, value), cells in grouped(records, "condition", "value").items():
-        by_pair = grouped(cells, "pair")
-        rates = [[100 * cell["token_hit_rate"] for cell in by_pair[pair]] for pair in PAIRS]
+    for (condition, value), cells in common.grouped(records, "condition", "value").items():
+        by_pair = common.grouped(cells, "pair")
+        rates = [[100 * cell["token_hit_rate"] for cell in by_pair[pair]] for pair in common.PAIRS]
         row = [condition, value + " at once" * value.isdecimal(), *map(str, map(interval, rates))]
         rows.append([*row, str(paired(*rates))])
     return ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"], rows
 
 
 def main() -> None:
-    options = command_line(__doc__).parse_args()
+    options = common.command_line(__doc__).parse_args()
     jobs = [(*key, seed) for *key, _ in rows() for seed in SEEDS[: options.seeds]]
-    run_study("study_conditions", measure, jobs, table, options.processes)
+    common.run_study("study_conditions", measure, jobs, table, options.processes)
 
 
 if __name__ == "__main__":

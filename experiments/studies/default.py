@@ -31,20 +31,7 @@ from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
 from experiments.provenance import ROOT
-from experiments.studies.common import (
-    DEFAULT,
-    LRU,
-    STATIC_PLACEMENT,
-    Records,
-    Table,
-    command_line,
-    grouped,
-    published,
-    replay,
-    rounded,
-    run_study,
-    seeded,
-)
+from experiments.studies import common
 from hybridcache import ModelGeometry, Trace, closed_loop, open_trace
 from hybridcache.lab.intervals import interval, paired, ratio
 from hybridcache.lab.simulation.sizes import budget_bytes
@@ -65,10 +52,10 @@ KV_SHARES = (0.15, 0.3, 0.53)
 LEAST_STATES = 4
 """Fewest checkpoints that fit in a cell with two pools."""
 PAIRS = (
-    LRU,
+    common.LRU,
     "lru@adaptive",
-    f"survival@{STATIC_PLACEMENT}",
-    DEFAULT,
+    f"survival@{common.STATIC_PLACEMENT}",
+    common.DEFAULT,
     "survival@backoff",
     "survival@boundary",
     "survival@branch,boundary",
@@ -78,7 +65,7 @@ PAIRS = (
     "random@adaptive",
 )
 
-COMPARED = (DEFAULT, LRU)
+COMPARED = (common.DEFAULT, common.LRU)
 """Pairs that are compared on published traces, with intervals over sessions."""
 
 
@@ -99,7 +86,7 @@ class Job(NamedTuple):
     @property
     def spec(self) -> str:
         """Trace with its seed, as ``open_trace`` takes it."""
-        return self.path or seeded(self.trace, self.seed or 0)
+        return self.path or common.seeded(self.trace, self.seed or 0)
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -108,13 +95,13 @@ class Job(NamedTuple):
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = common.command_line(__doc__)
     parser.add_argument("--memories", action="store_true", help=f"write {MEMORIES}")
     options = parser.parse_args()
     name, config = MEMORIES if options.memories else NAME, splits_file()
     jobs = [job for split in RESULTS_OF[name] for job in jobs_of(split, config, options.seeds)]
     work = partial(run, config["model"])
-    run_study(name, work, jobs, losses_table, options.processes)
+    common.run_study(name, work, jobs, losses_table, options.processes)
 
 
 def splits_file() -> dict[str, Any]:
@@ -140,7 +127,10 @@ def jobs_of(split: str, splits: dict[str, Any], seeds: int) -> Iterator[Job]:
             for seed in config["seeds"][:seeds] if fitting else ():
                 yield Job(split, spec, seed, fitting, kv_share=kv_share)
         for spec, gib in config.get("files", {}).items():
-            path, fitting = published(spec), tuple(s for s in gib if budget_bytes(s) >= least)
+            path, fitting = (
+                common.published(spec),
+                tuple(s for s in gib if budget_bytes(s) >= least),
+            )
             if path is not None and fitting:
                 yield Job(split, spec, None, fitting, path, kv_share=kv_share)
 
@@ -152,10 +142,10 @@ def run(model: str, job: Job) -> list[dict[str, Any]]:
         return [serve_sessions(trace, model, pair, job, job.rate) for pair in PAIRS]
     records = []
     for pair in PAIRS:
-        runs = replay(trace, job.gib, pair, model=model, **job.memory)
+        runs = common.replay(trace, job.gib, pair, model=model, **job.memory)
         share = "" if job.kv_share is None else f", {job.kv_share:.0%} KV"
         for gib, simulated in zip(job.gib, runs, strict=True):
-            rate = rounded(simulated.token_hit_rate)
+            rate = common.rounded(simulated.token_hit_rate)
             record = {"split": job.split, "trace": job.trace + share, "gib": gib}
             record["seed"] = job.seed
             record |= {"pair": pair, "token_hit_rate": rate}
@@ -188,26 +178,26 @@ def serve_sessions(trace: Trace, model: str, pair: str, job: Job, rate: float) -
         "gib": job.gib[0],
         "seed": job.seed,
         "pair": pair,
-        "token_hit_rate": rounded(found.token_hit_rate),
-        "ttft_mean_s": rounded(found.ttft_mean_s),
-        "makespan_s": rounded(found.makespan_s),
+        "token_hit_rate": common.rounded(found.token_hit_rate),
+        "ttft_mean_s": common.rounded(found.ttft_mean_s),
+        "makespan_s": common.rounded(found.makespan_s),
     }
 
 
-def pairs_table(records: Records, split: str) -> Table:
+def pairs_table(records: common.Records, split: str) -> common.Table:
     """Return one row per pair: hit rate and gain as means over cells, and mean TTFT if known."""
     records = [r for r in records if r["split"] == split and r["seed"] is not None]
     if not records:
         raise FileNotFoundError(f"{NAME}.jsonl has no records of the split {split}")
-    by_pair = grouped(records, "pair")
+    by_pair = common.grouped(records, "pair")
     means = {
         pair: [
             fmean(100 * run["token_hit_rate"] for run in runs)
-            for runs in grouped(of, "seed").values()
+            for runs in common.grouped(of, "seed").values()
         ]
         for pair, of in by_pair.items()
     }
-    reference = DEFAULT if DEFAULT in means else next(iter(means))
+    reference = common.DEFAULT if common.DEFAULT in means else next(iter(means))
     header = ["eviction@placement", "token hit rate, %", f"gain over `{reference}`, points"]
     ranked = sorted(means, key=lambda pair: -fmean(means[pair]))
     rows = [
@@ -218,7 +208,8 @@ def pairs_table(records: Records, split: str) -> Table:
         header += ["mean TTFT, ratio", "lowest", "highest"]
         ttfts = {
             pair: [
-                fmean(run["ttft_mean_s"] for run in of) for of in grouped(runs, "trace").values()
+                fmean(run["ttft_mean_s"] for run in of)
+                for of in common.grouped(runs, "trace").values()
             ]
             for pair, runs in by_pair.items()
         }
@@ -228,18 +219,18 @@ def pairs_table(records: Records, split: str) -> Table:
     return header, rows
 
 
-def losses_table(records: Records) -> Table:
+def losses_table(records: common.Records) -> common.Table:
     """Return the loss of the default pair to the best pair of each cell, in points."""
     seen = splits_file()["evaluation"]["seen"]
     generated = {record["trace"] for record in records if record["seed"] is not None}
     found: dict[str, list[list[float]]] = {}
-    for (split, trace, _), runs in grouped(records, "split", "trace", "gib").items():
+    for (split, trace, _), runs in common.grouped(records, "split", "trace", "gib").items():
         rates = {
             pair: [100 * run["token_hit_rate"] for run in of]
-            for pair, of in grouped(runs, "pair").items()
+            for pair, of in common.grouped(runs, "pair").items()
         }
         best = max(rates.values(), key=fmean)
-        losses = [one - ours for one, ours in zip(best, rates[DEFAULT], strict=True)]
+        losses = [one - ours for one, ours in zip(best, rates[common.DEFAULT], strict=True)]
         groups = [split]
         if split.startswith("evaluation"):
             kind = "generated" if trace in generated else "published traces"
@@ -257,11 +248,11 @@ def losses_table(records: Records) -> Table:
     return ["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows
 
 
-def published_table(records: Records) -> Table:
+def published_table(records: common.Records) -> common.Table:
     """Return both rates and the gain on the published traces, with intervals over sessions."""
     rows = []
     files = [record for record in records if record["seed"] is None]
-    for (trace, gib), runs in grouped(files, "trace", "gib").items():
+    for (trace, gib), runs in common.grouped(files, "trace", "gib").items():
         pairs = {run["pair"]: run for run in runs}
         ours, lru = (pairs[pair] for pair in COMPARED)
         rates = [100 * record["token_hit_rate"] for record in (ours, lru)]

@@ -10,54 +10,43 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.studies.common import (
-    WORKLOADS,
-    Records,
-    Table,
-    Workload,
-    cells_of,
-    command_line,
-    grouped,
-    replay,
-    rounded,
-    run_study,
-)
+from experiments.studies import common
 from hybridcache.lab.intervals import interval, paired
 
 GRIDS = (64, 32, 16, 1)
-WORKLOADS.setdefault("tree-of-thoughts", Workload("tree-of-thoughts", "0.5:16:15"))
+common.WORKLOADS.setdefault("tree-of-thoughts", common.Workload("tree-of-thoughts", "0.5:16:15"))
 TRACES = ("tree-of-thoughts", "short", "few-shot", "branch", "chat")
 POINTS = 3
 
 
 def main() -> None:
-    options = command_line(__doc__, *TRACES).parse_args()
-    run_study("study_grid", measure, cells_of(options), table, options.processes)
+    options = common.command_line(__doc__, *TRACES).parse_args()
+    common.run_study("study_grid", measure, common.cells_of(options), table, options.processes)
 
 
 def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     """Return one record per grid and size of (trace, seed)."""
     name, seed = job
-    workload = WORKLOADS[name]
+    workload = common.WORKLOADS[name]
     trace, sizes = workload.open(name, seed).kept(), workload.sizes(POINTS)
     records: list[dict[str, Any]] = []
     for grid in GRIDS:
-        for run in replay(trace, sizes, model=workload.geometry, grid=grid):
+        for run in common.replay(trace, sizes, model=workload.geometry, grid=grid):
             record = {"trace": name, "seed": seed, "grid": grid, "gib": run.gib}
-            records.append(rounded(record | {"token_hit_rate": run.token_hit_rate}))
+            records.append(common.rounded(record | {"token_hit_rate": run.token_hit_rate}))
     return records
 
 
-def table(records: Records) -> Table:
+def table(records: common.Records) -> common.Table:
     """Return header and rows: the hit rate with the first grid, and the gains of the others."""
     first, *others = GRIDS
     rows = []
     ordered = sorted(records, key=lambda record: (record["gib"], record["seed"]))
-    for name, of in grouped(ordered, "trace").items():
-        for gib, cells in grouped(of, "gib").items():
+    for name, of in common.grouped(ordered, "trace").items():
+        for gib, cells in common.grouped(of, "gib").items():
             rates = {
                 grid: [100 * run["token_hit_rate"] for run in runs]
-                for grid, runs in grouped(cells, "grid").items()
+                for grid, runs in common.grouped(cells, "grid").items()
             }
             gains = [str(paired(rates[grid], rates[first])) for grid in others]
             rows.append([name, f"{gib:.3g}", str(interval(rates[first])), *gains])

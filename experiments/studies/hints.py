@@ -21,19 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.provenance import ROOT
-from experiments.studies.common import (
-    PAIRS,
-    Records,
-    Table,
-    command_line,
-    grouped,
-    plain_table,
-    published,
-    replay,
-    rounded,
-    run_study,
-    seeded,
-)
+from experiments.studies import common
 from hybridcache import Trace, open_trace
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.leaderboard import Split
@@ -49,9 +37,11 @@ def rates(
 ) -> list[tuple[float, float]]:
     """Return (token hit rate, that without an information in the requests) for each size."""
     poorer = replace(trace, source=Held(tuple(map(without, trace))))
-    both = (replay(variant, gib, PAIRS[pair], model=model) for variant in (trace, poorer))
+    both = (
+        common.replay(variant, gib, common.PAIRS[pair], model=model) for variant in (trace, poorer)
+    )
     return [
-        (rounded(one.token_hit_rate), rounded(other.token_hit_rate))
+        (common.rounded(one.token_hit_rate), common.rounded(other.token_hit_rate))
         for one, other in zip(*both, strict=True)
     ]
 
@@ -59,11 +49,11 @@ def rates(
 def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     """Return one record per pair and size of (trace, seed)."""
     (name, seed), split = job, Split.load()
-    trace = open_trace(seeded(name, seed)).kept()
+    trace = open_trace(common.seeded(name, seed)).kept()
     return [
         {"trace": name, "seed": seed, "gib": gib, "pair": pair}
         | {"with_hints": hinted, "without_hints": plain}
-        for pair in PAIRS
+        for pair in common.PAIRS
         for gib, (hinted, plain) in zip(
             split.gib[name],
             rates(
@@ -83,9 +73,9 @@ def declared() -> dict[str, Any]:
 def measure_stop_reasons(job: tuple[str, int | None, tuple[float, ...]]) -> list[dict[str, Any]]:
     """Return one record per size of (trace, seed, sizes), for the default pair."""
     name, seed, gib = job
-    path, model = published(name), declared()["model"]
+    path, model = common.published(name), declared()["model"]
     assert path is not None
-    trace = open_trace(path if seed is None else seeded(path, seed)).kept()
+    trace = open_trace(path if seed is None else common.seeded(path, seed)).kept()
     found = rates(trace, lambda one: one._replace(stop_reason=""), gib, "default pair", model)
     return [
         {"trace": name, "seed": seed, "gib": size}
@@ -94,12 +84,12 @@ def measure_stop_reasons(job: tuple[str, int | None, tuple[float, ...]]) -> list
     ]
 
 
-def table(records: Records) -> Table:
+def table(records: common.Records) -> common.Table:
     """Return a header and one row per pair: hit rate with hints and the gain from them, in percent,
     over seeds."""
     rows = []
-    for pair, cells in grouped(records, "pair").items():
-        by_seed = grouped(cells, "seed").values()
+    for pair, cells in common.grouped(records, "pair").items():
+        by_seed = common.grouped(cells, "seed").values()
         rates, plain = (
             [100 * sum(one[key] for one in of) / len(of) for of in by_seed]
             for key in ("with_hints", "without_hints")
@@ -109,7 +99,7 @@ def table(records: Records) -> Table:
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = common.command_line(__doc__)
     parser.add_argument(
         "--stop-reasons", action="store_true", help="measure stop reasons instead of boundaries"
     )
@@ -119,14 +109,14 @@ def main() -> None:
             (file["trace"], seed, tuple(file["gib"]))
             for file in declared()["file"]
             for seed in file.get("seeds", (None,))
-            if published(file["trace"]) is not None
+            if common.published(file["trace"]) is not None
         ]
         work = measure_stop_reasons
-        run_study("study_stop_reasons", work, jobs, plain_table, options.processes)
+        common.run_study("study_stop_reasons", work, jobs, common.plain_table, options.processes)
         return
     split = Split.load().head(options.seeds)
     cells = [(trace, seed) for trace in split.gib for seed in split.seeds]
-    run_study("study_hints", measure, cells, table, options.processes)
+    common.run_study("study_hints", measure, cells, table, options.processes)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.studies import common
 from experiments.studies.admission import SPLITS, WORKLOADS, scenario
-from experiments.studies.common import (
-    Records,
-    Table,
-    command_line,
-    grouped,
-    rounded,
-    run_study,
-)
 from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
 
 WORKLOAD, RATE = "agents", 0.2
@@ -45,10 +38,10 @@ FIGURES = (
 
 
 def main() -> None:
-    options = command_line(__doc__, seeds=2).parse_args()
+    options = common.command_line(__doc__, seeds=2).parse_args()
     seeds = SPLITS["evaluation"]["seeds"][: options.seeds]
     jobs = list(product(SESSIONS, POLICIES, seeds))
-    run_study("overload", serve, jobs, table, options.processes)
+    common.run_study("overload", serve, jobs, table, options.processes)
 
 
 def serve(job: tuple[int, str, int]) -> list[dict[str, Any]]:
@@ -61,7 +54,9 @@ def serve(job: tuple[int, str, int]) -> list[dict[str, Any]]:
     cached, prompt = np.array(served.cached_tokens), np.array(served.prompt_tokens)
     facts = {"admission": admission, "sessions": num_sessions, "seed": seed}
     return [
-        facts | {"from_s": start_s, "to_s": None if isinf(end_s) else end_s} | rounded(figures)
+        facts
+        | {"from_s": start_s, "to_s": None if isinf(end_s) else end_s}
+        | common.rounded(figures)
         for start_s, end_s in windows(num_sessions)
         if (figures := window_figures(asked_s, first_s, cached, prompt, start_s, end_s))
     ]
@@ -101,13 +96,13 @@ def window_figures(
     }
 
 
-def table(records: Records) -> Table:
+def table(records: common.Records) -> common.Table:
     """Return a header and one row per length and window, as means over seeds."""
     rows = []
-    for (num_sessions, start_s, end_s), cells in grouped(
+    for (num_sessions, start_s, end_s), cells in common.grouped(
         records, "sessions", "from_s", "to_s"
     ).items():
-        of = grouped(cells, "admission")
+        of = common.grouped(cells, "admission")
         window = f"{start_s:g} to {end_s:g} s" if end_s is not None else "whole run"
         row = [f"{num_sessions} sessions", window]
         for name, _, scale in FIGURES:

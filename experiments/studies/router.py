@@ -22,16 +22,7 @@ from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from experiments.studies.common import (
-    STATIC_PLACEMENT,
-    WORKLOADS,
-    Records,
-    Table,
-    command_line,
-    grouped,
-    rounded,
-    run_study,
-)
+from experiments.studies import common
 from hybridcache.lab.fleet import FleetConfig, FleetJob, run_fleet
 from hybridcache.lab.scenario import Scenario
 
@@ -58,16 +49,16 @@ CONDITIONS = (
 
 
 def main() -> None:
-    options = command_line(__doc__, *WORKLOADS, seeds=3).parse_args()
-    names = [name for name in options.traces if WORKLOADS[name].is_available]
+    options = common.command_line(__doc__, *common.WORKLOADS, seeds=3).parse_args()
+    names = [name for name in options.traces if common.WORKLOADS[name].is_available]
     jobs = list(product(names, CONDITIONS, range(options.seeds)))
-    run_study("study_router", measure, jobs, table, options.processes)
+    common.run_study("study_router", measure, jobs, table, options.processes)
 
 
 def measure(job: tuple[str, Condition, int]) -> list[dict[str, Any]]:
     """Return one record per router of (trace, condition, seed)."""
     name, condition, seed = job
-    workload = WORKLOADS[name]
+    workload = common.WORKLOADS[name]
     fleet = FleetConfig(
         REPLICAS, load=LOAD, delay_s=condition.delay_s, failures=condition.failures, seed=seed
     )
@@ -77,14 +68,14 @@ def measure(job: tuple[str, Condition, int]) -> list[dict[str, Any]]:
         gib=float(f"{workload.middle * condition.share:.4g}"),
         grid=workload.grid,
         policy="lru",
-        checkpoints=STATIC_PLACEMENT,
+        checkpoints=common.STATIC_PLACEMENT,
     )
     trace, place = workload.open(name, seed).kept(), {"trace": name, "condition": condition.name}
     runs = [run_fleet(trace, FleetJob(cell, replace(fleet, router=of))) for of in ROUTERS]
-    return [place | rounded(run.as_record() | {"trace": name}) for run in runs]
+    return [place | common.rounded(run.as_record() | {"trace": name}) for run in runs]
 
 
-def table(records: Records) -> Table:
+def table(records: common.Records) -> common.Table:
     """Return a header and one row per condition and router, as means over traces and seeds."""
     records = [one | {"router": one["fleet"]["router"]} for one in records]
     rows = [
@@ -94,7 +85,7 @@ def table(records: Records) -> Table:
             f"{100 * fmean(one['token_hit_rate'] for one in of):.1f}",
             f"{fmean(one['ttft_mean_s'] / one['cold_mean_s'] for one in of):.2f}",
         ]
-        for (condition, router), of in grouped(records, "condition", "router").items()
+        for (condition, router), of in common.grouped(records, "condition", "router").items()
     ]
     return ["condition", "router", "token hit rate, %", "mean TTFT, times a cold prefill"], rows
 

@@ -27,16 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.studies.common import (
-    STATIC_PLACEMENT,
-    Records,
-    Table,
-    command_line,
-    grouped,
-    rounded,
-    run_study,
-)
-from experiments.studies.default import DEFAULT, PAIRS, POOLS, Job, jobs_of, splits_file
+from experiments.studies import common
+from experiments.studies.common import DEFAULT
+from experiments.studies.default import PAIRS, POOLS, Job, jobs_of, splits_file
 from hybridcache import ModelGeometry, open_trace
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
@@ -44,7 +37,7 @@ from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import TraceRequest
 
 SPLITS = ("tuning", "outside")
-CANDIDATES = (DEFAULT, "survival@backoff", f"survival@{STATIC_PLACEMENT}", "lru@adaptive")
+CANDIDATES = (DEFAULT, "survival@backoff", f"survival@{common.STATIC_PLACEMENT}", "lru@adaptive")
 RATES = (1.0, 0.5, 0.25, 0.125)
 SAMPLES = ("first page", "session")
 PAGE = 64
@@ -58,7 +51,7 @@ Tokens = npt.NDArray[np.int64]
 
 
 def main() -> None:
-    options = command_line(__doc__, seeds=1).parse_args()
+    options = common.command_line(__doc__, seeds=1).parse_args()
     config = splits_file()
     jobs = [
         job._replace(gib=(gib,))
@@ -67,7 +60,7 @@ def main() -> None:
         for job in jobs_of(split + memory, config, options.seeds)
         for gib in job.gib
     ]
-    run_study("study_shadows", measure, jobs, table, options.processes)
+    common.run_study("study_shadows", measure, jobs, table, options.processes)
 
 
 def measure(job: Job) -> list[dict[str, Any]]:
@@ -156,9 +149,9 @@ def figures(logs: Mapping[str, Tokens]) -> dict[str, Any]:
                 )
     return {
         "requests": len(prompt),
-        "rates": rounded({pair: float(rate) for pair, rate in rates.items()}),
-        "reached": rounded(shadows),
-        "errors": rounded(errors),
+        "rates": common.rounded({pair: float(rate) for pair, rate in rates.items()}),
+        "reached": common.rounded(shadows),
+        "errors": common.rounded(errors),
     }
 
 
@@ -186,12 +179,12 @@ def reached(
     return float(100 * hits / prompt.sum())
 
 
-def table(records: Records) -> Table:
+def table(records: common.Records) -> common.Table:
     """Return a header and one row per way to choose the pair.
 
     Columns: cost, losses to the best pair of a cell by split, and the error of the hit rates.
     """
-    by_split = grouped(records, "split")
+    by_split = common.grouped(records, "split")
     ways = [("the default alone", "", 0.0), ("shadows, all sessions", "1", float(len(CANDIDATES)))]
     for sample in SAMPLES:
         ways += [

@@ -18,17 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from experiments.studies.common import (
-    PAIRS,
-    WORKLOADS,
-    Records,
-    Table,
-    cells_of,
-    command_line,
-    grouped,
-    rounded,
-    run_study,
-)
+from experiments.studies import common
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
@@ -60,7 +50,7 @@ def servable(trace: Trace, geometry: ModelGeometry) -> Trace:
 def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     """Return one record per policy and memory of (trace, seed). One request follows the other."""
     name, seed = job
-    workload = WORKLOADS[name]
+    workload = common.WORKLOADS[name]
     trace = servable(workload.open(name, seed), workload.geometry)
     alone = Roofline.fitting(workload.geometry)
     base = Scenario(
@@ -76,7 +66,7 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
         f"host {HOST_GIB}": {"host_gib": HOST_GIB},
     }
     records = []
-    for pair in PAIRS.values():
+    for pair in common.PAIRS.values():
         policy, _, placement = pair.partition("@")
         for memory, sizes in memories.items():
             cell = replace(base, policy=policy, checkpoints=placement, **sizes)
@@ -86,11 +76,11 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
             record = {"trace": name, "seed": seed, "policy": policy, "cell": memory}
             for field in ("requests", "token_hit_rate", "seconds", "seconds_saved", "copy_seconds"):
                 record[field] = getattr(result, field)
-            records.append(rounded(record))
+            records.append(common.rounded(record))
     return records
 
 
-def share(cells: Records, cell: str) -> float | None:
+def share(cells: common.Records, cell: str) -> float | None:
     """Return the seconds that ``cell`` saves, relative to those of ``GOAL_CELL``. None if nothing
     can be saved."""
     by_cell = {record["cell"]: record for record in cells}
@@ -99,22 +89,22 @@ def share(cells: Records, cell: str) -> float | None:
     return by_cell[cell]["seconds_saved"] / whole if whole > 1e-3 * total else None
 
 
-def shares_by_trace(records: Records, policy: str, cell: str) -> dict[str, list[float]]:
+def shares_by_trace(records: common.Records, policy: str, cell: str) -> dict[str, list[float]]:
     """Return the seconds that ``cell`` saves relative to 20 GiB by trace, one value per seed.
 
     Traces are left out if nothing can be saved with some seed.
     """
     found: dict[str, list[float]] = {}
     chosen = [record for record in records if record["policy"] == policy]
-    for name, of in grouped(chosen, "trace").items():
-        shares = [share(cells, cell) for cells in grouped(of, "seed").values()]
+    for name, of in common.grouped(chosen, "trace").items():
+        shares = [share(cells, cell) for cells in common.grouped(of, "seed").values()]
         known = [one for one in shares if one is not None]
         if len(known) == len(shares):
             found[name] = known
     return found
 
 
-def over_seeds(records: Records) -> Table:
+def over_seeds(records: common.Records) -> common.Table:
     """Return header and rows: seconds saved relative to those of 20 GiB, in percent, per trace."""
     device, host = (
         shares_by_trace(records, "survival", cell) for cell in (f"device {DEVICE_GIB}", "host 16")
@@ -127,8 +117,10 @@ def over_seeds(records: Records) -> Table:
 
 
 def main() -> None:
-    options = command_line(__doc__, *WORKLOADS).parse_args()
-    run_study("study_tiers", measure, cells_of(options), over_seeds, options.processes)
+    options = common.command_line(__doc__, *common.WORKLOADS).parse_args()
+    common.run_study(
+        "study_tiers", measure, common.cells_of(options), over_seeds, options.processes
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any
 
 from experiments import provenance
 from experiments.studies import arena, tiers
-from experiments.studies.common import grouped
-from experiments.studies.default import COMPARED, DEFAULT
+from experiments.studies.common import DEFAULT, grouped
+from experiments.studies.default import COMPARED
 from tests.documents import ROOT
 
 Record = dict[str, Any]
