@@ -137,10 +137,6 @@ class Clock:
             return Prepared(run, host_s, False)
         return Prepared(replay, host_s, True)
 
-    def prepared_seconds(self, run: Callable[[], object]) -> list[float]:
-        """Return ``seconds`` of a newly prepared contender."""
-        return self.seconds(self.prepare(run).run)
-
     def seconds(self, run: Callable[[], object], calls: int = CALLS) -> list[float]:
         """Return the device time of each of ``calls`` calls."""
         marks = []
@@ -232,15 +228,12 @@ def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[st
     spread = {name: statistics.quantiles(times, n=10)[::8] for name, times in turns.items()}
     limit_s = machine.limit_s(case)
     record |= {"seconds": medians, "spread_s": spread, "limit_s": limit_s}
+    called = [name for name, contender in prepared.items() if not contender.is_captured]
     record |= {
         "host_s": {name: contender.host_s for name, contender in prepared.items()},
         "cover_s": clock.cover_s,
-        "not_captured": [name for name, contender in prepared.items() if not contender.is_captured],
-        "host_bound": [
-            name
-            for name, contender in prepared.items()
-            if not contender.is_captured and contender.host_s > clock.cover_s
-        ],
+        "not_captured": called,
+        "host_bound": [name for name in called if prepared[name].host_s > clock.cover_s],
     }
     if "ours" in medians:
         record["share_of_limit"] = limit_s / medians["ours"]
@@ -462,7 +455,7 @@ def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) 
     from experiments.gpu import kernel_tuning
     from kernels import tuning
 
-    seconds = clock and clock.prepared_seconds
+    seconds = clock and (lambda run: clock.seconds(clock.prepare(run).run))
     records = []
     for folder in names:
         torch.manual_seed(0)

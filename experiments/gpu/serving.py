@@ -205,10 +205,10 @@ class Bench:
             "input": scale.num_input,
             "output": scale.num_output,
             "ttft_ms_mean": 1e3 * statistics.mean(output.timings.ttft_s or 0.0 for output in done),
-            "decode_step_ms_median": 1e3 * statistics.median(times) if times else None,
+            "decode_step_ms_median": median([1e3 * time for time in times]),
             "decode_steps": len(full),
             "tpot_with_others_prefills_ms_median": 1e3 * statistics.median(tpot),
-            "host_share_median": statistics.median(hosts) if hosts else None,
+            "host_share_median": median(hosts),
         }
 
     def verifying(self, streams: int, scale: Scale) -> dict[str, Any]:
@@ -225,11 +225,9 @@ class Bench:
             "streams": streams,
             "input": scale.num_input,
             "output": scale.num_output,
-            "verify_step_ms_median": 1e3 * statistics.median(map(seconds, full)) if full else None,
+            "verify_step_ms_median": median([1e3 * seconds(step) for step in full]),
             "verify_steps": len(full),
-            "tokens_verified_median": (
-                statistics.median(s.num_decode_tokens for s in full) if full else None
-            ),
+            "tokens_verified_median": median([step.num_decode_tokens for step in full]),
             "acceptance_len": lengths,
         }
 
@@ -254,6 +252,11 @@ class Bench:
             "hit_ttft_ms": [1e3 * t for t in warm],
             "ratio_median": statistics.median(b / a for a, b in zip(cold, warm, strict=True)),
         }
+
+
+def median(values: Sequence[float]) -> float | None:
+    """Return the median, or None without values."""
+    return statistics.median(values) if values else None
 
 
 def seconds(step: StepReport) -> float:

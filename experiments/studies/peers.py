@@ -65,8 +65,6 @@ hits, from 495 on nothing."""
 
 CHUNKS = "chunks a request"
 
-Traces = Callable[[int], Iterable[TraceRequest]]
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -77,7 +75,7 @@ class Cell:
     size: str
     published: float
     make: Callable[[], Baseline]
-    trace: Traces
+    trace: Callable[[int], Iterable[TraceRequest]]
     draws: int = 5
     figure: str = "token hit rate"
     """``token hit rate`` or ``chunks a request``."""
