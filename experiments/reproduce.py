@@ -41,6 +41,7 @@ from typing import Any, Literal
 
 from experiments import page, provenance
 from experiments.provenance import GENERATED, ROOT
+from experiments.studies import admission, common
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
 """Folders with code that determines the results of other parts than simulations."""
@@ -129,25 +130,21 @@ def dirty_files() -> list[str]:
 
 def named_traces() -> list[str]:
     """Return the specifications of all traces that the splits and the studies name."""
-    from experiments.studies import admission, common, grid
-
-    text = (common.ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8")
+    text = (ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8")
     splits = tomllib.loads(text)
     named = [file["trace"] for file in splits["stop-reasons"]["file"]]
     for split in ("tuning", "evaluation", "outside"):
         for kind in ("gib", "closed-loop", "files"):
             named += splits["default-pair"][split].get(kind, ())
     named += [workload.file for workload in admission.WORKLOADS.values() if workload.file]
-    named += [workload.spec for workload in grid.WORKLOADS.values()]
+    named += [workload.spec for workload in common.WORKLOADS.values()]
     return [*dict.fromkeys(named)]
 
 
 def missing_traces() -> list[str]:
     """Return the published traces that the studies name and that no data folder has."""
-    from experiments.studies.common import published
-
     files = dict.fromkeys(spec.partition("?")[0] for spec in named_traces())
-    return [name for name in files if "." in name and published(name) is None]
+    return [name for name in files if "." in name and common.published(name) is None]
 
 
 def read_record() -> dict[str, Any]:
