@@ -31,6 +31,9 @@ class Poisson(Starts):
 
     per_s: float
 
+    def __str__(self) -> str:
+        return f"poisson:{self.per_s:g}"
+
     def times(self, rng: np.random.Generator) -> Iterator[float]:
         now = 0.0
         while True:
@@ -43,6 +46,9 @@ class Fixed(Starts):
     """One session every ``1 / per_s`` seconds."""
 
     per_s: float
+
+    def __str__(self) -> str:
+        return f"fixed:{self.per_s:g}"
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
         number = 0
@@ -58,6 +64,9 @@ class Bursts(Starts):
 
     per_s: float
     size: int = 16
+
+    def __str__(self) -> str:
+        return f"bursts:{self.per_s:g}:{self.size}"
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
         now = 0.0

@@ -90,6 +90,8 @@ class Trace:
     made otherwise."""
     columns: str = ""
     """Columns of a CSV file that are read for each field, and the unused ones."""
+    invented_times: str = ""
+    """Rule of the times that its file does not have; empty if it has all, and for generators."""
     _passes: _Passes = field(default_factory=_Passes, init=False, repr=False, compare=False)
 
     @property
@@ -253,6 +255,27 @@ class FreshIds:
             raise OverflowError("more than 2**30 unknown answer ids in one trace")
         self._next -= num_ids
         return np.arange(self._next + 1, self._next + 1 + num_ids, dtype=np.int32)
+
+
+class KnownIds:
+    """Source of ids below ``FreshIds.FLOOR``, which prompts may repeat."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._kept: dict[Hashable, Tokens] = {}
+
+    def reserve(self, num_ids: int) -> int:
+        """Return the first of ``num_ids`` new ids. OverflowError when all are taken."""
+        if self._next + num_ids > FreshIds.FLOOR:
+            raise OverflowError("more than 2**30 ids in one trace")
+        self._next += num_ids
+        return self._next - num_ids
+
+    def kept(self, key: Hashable, num_ids: int) -> Tokens:
+        """Return the int32[num_ids] of ``key``: new ids at its first use."""
+        if key not in self._kept:
+            self._kept[key] = np.arange(num_ids, dtype=np.int32) + self.reserve(num_ids)
+        return self._kept[key]
 
 
 def units(num_tokens: int, unit: int) -> int:

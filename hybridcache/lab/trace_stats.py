@@ -86,6 +86,8 @@ class TraceStats:
     prompt; None if no answer with known ids is followed by a prompt."""
     columns: str = ""
     """Columns of a CSV file that were read for each field, and the unused ones."""
+    invented_times: str = ""
+    """Rule of the times that the file does not have; empty if it has all, and for generators."""
 
     @property
     def ideal_hit_rate(self) -> float:
@@ -190,6 +192,7 @@ class _Gathered:
                 self.num_repeated / self.num_answered if self.has_answer_ids else None
             ),
             columns=trace.columns,
+            invented_times=trace.invented_times,
         )
 
     def _sharing(self) -> tuple[DepthBin, ...]:

@@ -148,6 +148,7 @@ def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) ->
         (b'{"what": 1}', "no format recognises its fields .what.; a file of texts"),
         (b"who,what\n1,2\n", "no format recognises its columns .who, what.*Counts of tokens"),
         (b"time;prompt\n0;hello\n", "separated by semicolons: use commas"),
+        (b"time\tprompt\n0\thello, you\n", "its columns are separated by tabs: use commas"),
         (b"time,pr\xe4mpt\n0,a\n", "line 1: not UTF-8"),
     ],
 )
@@ -159,6 +160,13 @@ def test_file_that_no_reader_can_read_is_refused(
     with pytest.raises(ValueError, match=problem) as caught:
         open_trace(str(path))
     assert str(caught.value).startswith(str(path))
+
+
+def test_table_is_not_read_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "t.tsv"
+    path.write_text("time\tprompt\n0\thello\n")
+    with pytest.raises(ValueError, match=f"it has columns: read it as csv:{path}"):
+        open_trace(f"messages:{path}?tokenizer=bytes")
 
 
 def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path) -> None:

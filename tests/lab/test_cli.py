@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from hybridcache.command.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.cli import main
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.simulation.simulate import simulate
+from tests.lab.records import agent_request, agent_session, lines
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
 
@@ -73,6 +75,32 @@ def test_trace_stats_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
     assert code == 0 and "ideal token hit rate 26.57 %" in out and "seen before, %" in out
     _, out, _ = run(capsys, "trace", "stats", SAMPLE, "--json")
     assert json.loads(out)["num_requests"] == 400
+
+
+@pytest.mark.parametrize(
+    ("record", "times"),
+    [
+        ({"tokens": [1]}, "one second from each record to the next"),
+        ({"tokens": [1], "time": 4}, ""),
+        ({"prompt": "x"}, "one second from each record to the next"),
+        ({"prompt": "x", "ts": 4}, ""),
+        (
+            {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]},
+            "starts of sessions (starts=poisson:1), and pauses (pause=60)",
+        ),
+        (agent_session("a", 0, 0, [agent_request(0, 64, 1)]), "starts of sessions (starts=fixed"),
+    ],
+)
+def test_trace_stats_announces_invented_times(
+    record: dict[str, Any], times: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = lines(tmp_path / "t.jsonl", record, record)
+    is_text = {"prompt", "messages"} & record.keys()
+    spec = f"{path}?tokenizer=bytes" if is_text else str(path)
+    _, out, _ = run(capsys, "trace", "stats", spec)
+    assert (f"times that the file does not have: {times}" in out) == bool(times), out
+    _, out, _ = run(capsys, "trace", "stats", spec, "--json")
+    assert json.loads(out)["invented_times"].startswith(times)
 
 
 def test_simulate_prints_a_table_and_writes_a_figure(

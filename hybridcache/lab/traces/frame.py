@@ -28,7 +28,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from hybridcache.lab.arrivals import Pauses, Poisson, Starts, interleave
-from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, units
 from hybridcache.tokens import Tokens
 
 LONGEST = 1 << 24
@@ -43,6 +43,8 @@ COUNTS_ALONE = (
     "into a trace"
 )
 """End of errors about files that hold counts instead of texts or ids."""
+ONE_SECOND = "one second from each record to the next"
+"""Times of records without one."""
 _CHUNK = 1 << 22
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 _T = TypeVar("_T")
@@ -81,6 +83,12 @@ class Record(dict[str, Any]):
     def first(self, names: Iterable[str]) -> str | None:
         """Return the first of ``names`` with a value other than null, or None."""
         return next((name for name in names if self.get(name) is not None), None)
+
+    def refuse_both(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Raise ValueError if the record has both fields of one of ``pairs``."""
+        for one, other in pairs:
+            if one in self and other in self:
+                raise ValueError(f"it has both {one} and {other}: give one of them")
 
     def whole(self, name: str, least: int = 0, most: int = LONGEST) -> int:
         """Return a whole number in [least, most]; 3.0 is accepted."""
@@ -162,6 +170,19 @@ class Record(dict[str, Any]):
             raise ValueError(f"{name} holds an id that is not a whole number in [0, 2**31)")
         return ids.astype(np.int32)
 
+    def id_runs(self, name: str) -> Tokens:
+        """Return a list of ids and of runs [first id, last id] as int32[n]. O(n)."""
+        runs = [run if isinstance(run, list) else [run, run] for run in self.values_of(name)]
+        for run in runs:
+            if len(run) != 2 or not all(type(end) is int and 0 <= end < 1 << 30 for end in run):
+                raise ValueError(f"{name} is not a list of ids and of runs [first id, last id]")
+            if run[1] < run[0]:
+                raise ValueError(f"a run of {name} ends before it begins")
+        if sum(last - first + 1 for first, last in runs) > LONGEST:
+            raise ValueError(f"more than {LONGEST} {name} in one prompt")
+        ids = [np.arange(first, last + 1, dtype=np.int32) for first, last in runs]
+        return np.concatenate(ids) if ids else np.zeros(0, np.int32)
+
 
 def shown(value: object) -> str:
     """Return a value in the form quoted by error messages."""
@@ -177,6 +198,11 @@ class TraceClock:
         self._kind: str | None = None
         """Kind of the first record's time; None before it."""
 
+    def of(self, record: Record, name: str) -> float:
+        """Return the time in the field ``name``, as ``at`` does."""
+        when_s = record.moment(name) if name in record else None
+        return self.at(when_s, isinstance(record.get(name), str))
+
     def at(self, when_s: float | None, is_date: bool = False) -> float:
         """Return ``when_s``, or a second after the record before if no record has a time. Raises
         ValueError if the kinds differ."""
@@ -187,6 +213,41 @@ class TraceClock:
             raise ValueError(f"it has {kind}, but the records above have {self._kind}")
         self._now = self._now + 1.0 if when_s is None else when_s
         return self._now
+
+
+def request_of_blocks(
+    when_s: float,
+    session: str | int,
+    blocks: Tokens,
+    lengths: tuple[int, int],
+    unit: int,
+    fresh: FreshIds,
+) -> TraceRequest:
+    """Return a request whose prompt is known in ``blocks`` of ``unit`` tokens.
+
+    ``lengths`` are the tokens of prompt and answer. A rest of the prompt without a block is never
+    shared. The answer fills the prompt's last block first.
+    """
+    length, answer = lengths
+    if len(blocks) < units(length, unit):
+        blocks = np.concatenate((blocks, fresh.take(1)))
+    output = fresh.take(units(length + answer, unit) - len(blocks))
+    rest = length % unit or None
+    return TraceRequest(when_s, session, None, blocks, output, (), rest, answer_tokens=answer)
+
+
+class Notes:
+    """Warnings about one pass over the file at ``path``, each given once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._given = set[str]()
+
+    def warn(self, kind: str, message: str) -> None:
+        """Give a warning unless there was one of its ``kind``."""
+        if kind not in self._given:
+            self._given.add(kind)
+            warn(f"{self._path}: {message}")
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -304,7 +365,7 @@ def json_array(
 def looks_like_csv(head: bytes) -> bool:
     """Return whether a file that begins with ``head`` has a header line of column names."""
     first = head.partition(b"\n")[0].strip()
-    return re.fullmatch(rb'"?[A-Za-z][^{}\[\]:]*[,;][^{}\[\]:]*|prompt', first) is not None
+    return re.fullmatch(rb'"?[A-Za-z][^{}\[\]:]*[,;\t][^{}\[\]:]*|prompt', first) is not None
 
 
 def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
@@ -335,8 +396,9 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
                     return
             elif not names:
                 names = row or []
-                if len(names) == 1 and ";" in names[0]:
-                    raise ValueError(f"{path}: its columns are separated by semicolons: use commas")
+                for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+                    if len(names) == 1 and mark in names[0]:
+                        raise ValueError(f"{path}: its columns are separated by {word}: use commas")
                 twice = [name for name, count in Counter(names).items() if name and count > 1]
                 if twice:
                     raise ValueError(f"{path}: {len(names)} columns, and {twice[0]!r} twice")
@@ -369,6 +431,20 @@ class FileReader:
     def unit(self) -> int:
         """Tokens per id."""
         return 1
+
+    def describe(self) -> str:
+        """Return the names that are read for each field, in a file of texts; else empty."""
+        return ""
+
+    @property
+    def first(self) -> Record:
+        """First record that can be read; empty if there is none. Reads it."""
+        return next(self.records(BadRecords(skip=True)), (0, Record()))[1]
+
+    @property
+    def invented_times(self) -> str:
+        """Rule of the times that the file does not have; empty if it has all."""
+        return ""
 
     @staticmethod
     def recognises(record: Record) -> bool:
@@ -404,6 +480,11 @@ class SessionReader(FileReader):
     def pauses(self) -> Pauses | None:
         """Pauses between turns; None if the file tells them."""
         return None
+
+    @property
+    def invented_times(self) -> str:
+        pauses = "" if self.pauses is None else f", and pauses (pause={self.pauses.median_s:g})"
+        return f"starts of sessions (starts={self.starts}){pauses}"
 
     def __call__(self) -> Iterator[TraceRequest]:
         sessions = parsed(self.path, self.records(self.bad), self.parser(), self.bad)

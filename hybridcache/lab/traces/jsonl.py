@@ -1,32 +1,53 @@
 """Native trace format: JSON lines with every field of a ``TraceRequest``, in order of time.
 
 ``docs/reference/traces.md`` has the fields. A first line ``{"format": "hybridcache", "version": 1,
-"unit": 1}`` is optional. Small disorder is sorted (see ``frame.in_order``). Fields without an
-effect give one ``TraceFieldsWarning`` per file.
+"unit": 1}`` is optional.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import count
+from typing import Any, ClassVar
 
 import numpy as np
 
 from hybridcache.lab.trace import BadRecordError, BadRecords, FreshIds, TraceRequest, units
-from hybridcache.lab.traces.frame import FileReader, Record, TraceClock, json_lines, shown, warn
+from hybridcache.lab.traces.frame import (
+    ONE_SECOND,
+    FileReader,
+    Notes,
+    Record,
+    TraceClock,
+    json_lines,
+)
 from hybridcache.lease import STOP_REASONS
 from hybridcache.tokens import Tokens
 
-FIELDS = frozenset(
-    (
-        *("timestamp", "time", "session", "namespace", "tokens", "prefix", "output"),
-        *("output_length", "boundaries", "partial", "answer_survives", "service", "stop_reason"),
-        "session_end",
-    )
-)
+
+def stop_reason_of(record: Record, name: str) -> str:
+    """Return a stop reason, possibly empty. ValueError for an unknown one."""
+    reason = record.text(name)
+    if reason and reason not in STOP_REASONS:
+        known = ", ".join(sorted(STOP_REASONS))
+        raise ValueError(f"{name} is {shown(reason)}, not one of {known}")
+    return reason
+
+
+PLAIN: dict[str, tuple[str, Callable[[Record, str], Any]]] = {
+    "answer_survives": ("answer_survives", Record.flag),
+    "service": ("service_s", Record.seconds),
+    "stop_reason": ("stop_reason", stop_reason_of),
+    "session_end": ("session_end", Record.flag),
+}
+"""Fields of a line that are a field of a request, with their types."""
+FIELDS = PLAIN.keys() | {
+    *("timestamp", "time", "session", "namespace", "tokens", "prefix", "output"),
+    *("output_length", "boundaries", "partial"),
+}
 """Fields of a line that are read."""
-TEXTS = frozenset(("request", "answer"))
+TEXTS = {"request", "answer"}
 """Fields that ``engine record`` adds if it keeps the text. They are not read."""
 
 
@@ -57,62 +78,49 @@ class OwnReader(FileReader):
         line, record = next(json_lines(self.path, BadRecords(skip=True)), (1, Record()))
         record = record if "format" in record else Record()
         try:
-            if record.get("version", 1) != 1:
-                version = record["version"]
-                raise ValueError(f"version is {version!r}, and this release reads version 1 only")
-            unit = record.whole("unit", least=1) if "unit" in record else 1
+            record.optional(lambda name: record.whole(name, 1, 1), "version", 1)
+            unit = record.optional(lambda name: record.whole(name, least=1), "unit", 1)
             return unit, record.optional(record.text, "counted_by", "")
         except ValueError as error:
             raise BadRecordError(f"{self.path}, line {line}: {error}") from error
 
+    @property
+    def invented_times(self) -> str:
+        return "" if {"time", "timestamp"} & self.first.keys() else ONE_SECOND
+
+    def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+        return (pair for pair in json_lines(self.path, bad) if "format" not in pair[1])
+
     def parser(self) -> Callable[[Record], Iterator[TraceRequest]]:
-        unit, fresh, clock, number, has_warned = self.unit, FreshIds(), TraceClock(), -1, False
-        last: dict[str | int, Tokens] = {}
+        unit, fresh, clock, numbers = self.unit, FreshIds(), TraceClock(), count()
+        notes, last = Notes(self.path), dict[str | int, Tokens]()
         """Last prompt and answer of each session, for ``prefix``."""
+        exclusive = [("tokens", "prefix"), ("timestamp", "time")]
+        exclusive += [("output", "output_length")] * (unit == 1)
 
         def parse(record: Record) -> Iterator[TraceRequest]:
-            nonlocal number, has_warned
-            if "format" in record:
-                return
-            number += 1
-            unknown = record.keys() - FIELDS - TEXTS
-            if unknown and not has_warned:
-                has_warned = True
-                names = ", ".join(name for name in record if name in unknown)
-                known = ", ".join(sorted(FIELDS))
-                warn(f"{self.path}: unused fields: {names}; fields that are read: {known}")
-            both = [("tokens", "prefix"), ("timestamp", "time")]
-            for one, other in both + [("output", "output_length")] * (unit == 1):
-                if one in record and other in record:
-                    raise ValueError(f"it has both {one} and {other}: give one of them")
+            number, known = next(numbers), ", ".join(sorted(FIELDS))
+            if unknown := ", ".join(name for name in record if name not in FIELDS | TEXTS):
+                notes.warn("unused", f"unused fields: {unknown}; fields that are read: {known}")
+            record.refuse_both(exclusive)
             session = record.key("session") if "session" in record else f"line {number}"
             tokens = _prompt(record, last.get(session, np.zeros(0, np.int32)))
             boundaries = record.optional(record.ids, "boundaries", tokens[:0]).tolist()
             if boundaries and max(boundaries) > len(tokens):
                 raise ValueError(f"boundaries is outside of the prompt's {len(tokens)} ids")
-            partial = record.whole("partial", 1, unit) if record.first(("partial",)) else None
             output, answer = _answer(record, unit, fresh)
-            field = "time" if "time" in record else "timestamp"
-            time = record.optional(record.moment, field, None)
-            stop_reason = record.optional(record.text, "stop_reason", "")
-            if stop_reason and stop_reason not in STOP_REASONS:
-                known = ", ".join(sorted(STOP_REASONS))
-                raise ValueError(f"stop_reason is {shown(stop_reason)}, not one of {known}")
             request = TraceRequest(
                 0.0,
                 session,
-                record.key("namespace") if record.get("namespace") is not None else None,
+                record.key("namespace") if record.first(("namespace",)) else None,
                 tokens,
                 output,
                 tuple(sorted(boundaries)),
-                partial,
-                record.optional(record.flag, "answer_survives", True),
-                answer,
-                record.optional(record.seconds, "service", None),
-                stop_reason,
-                record.optional(record.flag, "session_end", False),
+                record.whole("partial", 1, unit) if record.first(("partial",)) else None,
+                answer_tokens=answer,
+                **{name: read(record, own) for own, (name, read) in PLAIN.items() if own in record},
             )
-            now_s = clock.at(time, isinstance(record.get(field), str))
+            now_s = clock.of(record, "time" if "time" in record else "timestamp")
             last[session] = np.concatenate((tokens, output))
             yield request._replace(timestamp_s=now_s)
 
@@ -121,6 +129,7 @@ class OwnReader(FileReader):
 
 def _prompt(record: Record, before: Tokens) -> Tokens:
     """Return the ids of a prompt; ``before`` are the session's last prompt and answer."""
+    tokens = record.optional(record.ids, "tokens", before[:0])
     if "prefix" in record:
         prefix = record.ids("prefix")
         if not len(prefix) or prefix[0] > len(before):
@@ -128,18 +137,15 @@ def _prompt(record: Record, before: Tokens) -> Tokens:
                 f"prefix must begin with the number of ids to keep, at most {len(before)} here"
             )
         tokens = np.concatenate((before[: prefix[0]], prefix[1:]))
-    elif "tokens" in record:
-        tokens = record.ids("tokens")
-    else:
-        raise ValueError("tokens or prefix is missing")
     if not len(tokens):
-        raise ValueError("the prompt is empty")
+        missing = not {"tokens", "prefix"} & record.keys()
+        raise ValueError("tokens or prefix is missing" if missing else "the prompt is empty")
     return tokens
 
 
 def _answer(record: Record, unit: int, fresh: FreshIds) -> tuple[Tokens, int | None]:
     """Return (ids, number of tokens in the answer if the ids do not determine it, else None)."""
-    length = record.whole("output_length") if "output_length" in record else None
+    length = record.optional(record.whole, "output_length", None)
     several = length if unit > 1 else None
     if "output" not in record:
         return fresh.take(units(length or 0, unit)), several

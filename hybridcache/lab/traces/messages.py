@@ -1,4 +1,4 @@
-"""Requests as texts, in the tokens of a named tokenizer: JSON lines, or comma-separated values.
+"""Requests as texts, in the tokens of a named tokenizer: JSON lines.
 
 The records are those of ``prompts.py``. Times count from the first request. Without a session, a
 prompt continues the session whose last prompt it begins with. Fields that are not read are named,
@@ -11,25 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hybridcache.geometry.units import counted
-from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.frame import (
     COUNTS_ALONE,
+    ONE_SECOND,
     FileReader,
     Record,
-    csv_lines,
     in_order,
     warn,
 )
 from hybridcache.lab.traces.prompts import Named, PromptParser
 from hybridcache.lab.traces.text import load_chat_text
-
-ABSENT = {
-    "time": "one second between records",
-    "session": "prompts that continue another",
-    "answer": "unknown",
-}
-"""Rules for fields that are absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +52,24 @@ class MessagesReader(FileReader):
         for request in in_order(self.path, self.records(self.bad), parser.parse, self.bad):
             began_s = request.timestamp_s if began_s is None else began_s
             yield request._replace(timestamp_s=request.timestamp_s - began_s)
-        problems = list(parser.usage.problems(f"{self.word}:{self.path}"))
-        if unanswered := parser.num_unanswered():
-            problems.insert(0, f"{unanswered:,} messages without an answer are no requests")
-        if parser.num_failed:
-            failed = counted(parser.num_failed, "record")
-            problems.insert(0, f"{failed} of failed requests left out (status 400 or more)")
-        if problems:
-            warn(f"{self.path}: {'; '.join(problems)}")
+        if problems := "; ".join(parser.problems(f"{self.word}:{self.path}")):
+            warn(f"{self.path}: {problems}")
 
     @property
     def _names(self) -> dict[str, str]:
         fields = ("prompt", "time", "session", "answer", "length", "tenant")
         return {name: getattr(self, name) for name in fields}
 
-    def describe(self) -> str:
-        """Return the names that are read for each field in the first record.
+    @property
+    def invented_times(self) -> str:
+        has_time = not self.first or "time" in Named(self.first, self._names).used
+        return "" if has_time else ONE_SECOND
 
-        Raises ValueError if there is nothing to read, or if all prompts of a CSV file are whole
-        numbers.
-        """
-        records = self.records(BadRecords(skip=True))
-        first = next(records, (0, None))[1]
-        if first is None:
+    def describe(self) -> str:
+        """Return the names that are read for each field in the first record. ValueError if there is
+        nothing to read."""
+        first = self.first
+        if not first:
             return ""
         try:
             named = Named(first, self._names)
@@ -93,31 +80,8 @@ class MessagesReader(FileReader):
                 f"{self.path}: there is no column prompt or messages ({', '.join(first)}): name "
                 f"it as in {self.word}:{self.path}?prompt=COLUMN. {COUNTS_ALONE}"
             )
-        found = [f"{name}={column}" for name, column in named.used.items()]
-        if named.is_message:
-            return f"{', '.join(found)} (an answer is a request after all messages of its session)"
-        prompt = named.get("prompt")
-        if self.is_csv and prompt and "messages" not in named.used:
-            texts = (row.get(named.used["prompt"]) for _, row in records)
-            if prompt.strip().isdecimal() and all(one.strip().isdecimal() for one in texts if one):
-                raise ValueError(
-                    f"{self.path}: all prompts in column {named.used['prompt']!r} are whole "
-                    f"numbers, as {prompt!r}. {COUNTS_ALONE}"
-                )
-        missing = ABSENT.keys() - named.used.keys()
-        missing -= {"answer"} if "length" in named.used else set()
-        found += [f"{name}=none ({rule})" for name, rule in ABSENT.items() if name in missing]
-        return ", ".join(found)
+        self.check(named)
+        return named.describe()
 
-
-@dataclass(frozen=True, slots=True)
-class CsvReader(MessagesReader):
-    """Comma-separated values, a request or a message per row."""
-
-    word: ClassVar[str] = "csv"
-    is_csv: ClassVar[bool] = True
-
-    def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-        """Yield (line, row). Empty fields are None."""
-        for line, row in csv_lines(self.path, bad):
-            yield line, Record((name, value or None) for name, value in row.items())
+    def check(self, first: Named) -> None:
+        """Raise ValueError if the values of the first record cannot be those of prompts."""

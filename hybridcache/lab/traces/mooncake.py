@@ -1,0 +1,63 @@
+"""Mooncake's published traces: hashes of blocks of 512 tokens (FAST'25, kvcache-ai/Mooncake).
+
+A prompt is the list of its hashes, so prompts agree exactly as far as their lists do. Hashes may be
+any whole numbers or texts: they are renumbered. Answers are lengths only. The last, partial block
+of a prompt may have a hash or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.lab.trace import FreshIds, TraceRequest, units
+from hybridcache.lab.traces.frame import FileReader, Record, request_of_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class MooncakeReader(FileReader):
+    """``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``, and a session if there
+    is one. Otherwise each request is a session of its own."""
+
+    word: ClassVar[str] = "mooncake"
+    times_per_s: ClassVar[int] = 1000
+    unit: int = 512
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return {"hash_ids", "input_length"} <= record.keys()
+
+    def sessions(self) -> Callable[[Record], str | int]:
+        """Return the function that gives the session of the next record."""
+        numbers = count(1)
+
+        def session(record: Record) -> str | int:
+            name = record.first(("session_id", "session", "conversation_id"))
+            return record.key(name) if name else next(numbers)
+
+        return session
+
+    def parser(self) -> Callable[[Record], Iterator[TraceRequest]]:
+        unit, fresh, session = self.unit, FreshIds(), self.sessions()
+        numbers: dict[str | int, int] = {}
+
+        def parse(record: Record) -> Iterator[TraceRequest]:
+            when_s = record.seconds("timestamp") / self.times_per_s
+            length, answer = record.whole("input_length", least=1), record.whole("output_length")
+            hashes = record.values_of("hash_ids")
+            if any(type(one) not in (str, int) for one in hashes):
+                raise ValueError("hash_ids holds more than whole numbers and texts")
+            if len(hashes) not in (length // unit, units(length, unit)):
+                raise ValueError(
+                    f"{len(hashes)} hash_ids do not cover input_length {length} in blocks of "
+                    f"{unit} tokens; say their size with ?unit="
+                )
+            name = session(record)
+            blocks = np.asarray([numbers.setdefault(one, len(numbers)) for one in hashes], np.int32)
+            yield request_of_blocks(when_s, name, blocks, (length, answer), unit, fresh)
+
+        return parse
