@@ -309,6 +309,12 @@ def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
     axis.plot(sizes, top, color="black", linewidth=1.4, label="reused: below the line")
 
 
+def dashes(place: int) -> Any:
+    """Return the dashes of line ``place``. Lines of one colour have other dashes, up to four times
+    the number of colours."""
+    return _DASHES[(place + place // len(COLOURS)) % len(_DASHES)]
+
+
 def line_look(place: int, count: int) -> dict[str, Any]:
     """Return marker, dashes and widths for line ``place`` of ``count``.
 
@@ -318,7 +324,7 @@ def line_look(place: int, count: int) -> dict[str, Any]:
     behind = (count - 1 - place) / max(1, count - 1)
     scale = _matplotlib().rcParams["lines.linewidth"] / 1.5
     return {
-        "linestyle": _DASHES[place % len(_DASHES)],
+        "linestyle": dashes(place),
         "linewidth": scale * (1.2 + 1.3 * behind),
         "marker": _MARKERS[place % len(_MARKERS)],
         "markersize": 4 + 2 * behind,
@@ -555,7 +561,7 @@ def closed_loop_figure(
                     means,
                     yerr=(lows, highs),
                     color=COLOURS[place % len(COLOURS)],
-                    linestyle=_DASHES[place % len(_DASHES)],
+                    linestyle=dashes(place),
                     marker="o",
                     markersize=3,
                     linewidth=2.0 if admission == "sessions" else 1.1,

@@ -461,7 +461,8 @@ def above_plan(run: RunResult) -> bool:
 
 def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Explain the plan with hindsight, and the star."""
-    planned = [run for run in result.runs if run.optimum_tokens]
+    shown = (run for runs in result.by_label().values() for run in runs)
+    planned = [run for run in shown if run.optimum_tokens]
     if not planned or not {"hit", "optimum"} & set(words):
         return []
     notes = [

@@ -24,6 +24,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.figures import COLOURS, line_look
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.intervals import ratio
@@ -609,6 +610,35 @@ def test_figures_are_not_cut_off(small: SimulationResult) -> None:
     assert _is_inside(small.figure()) and _is_inside(small.losses_figure())
     assert _is_inside(small.figure(metric=["hit", "ttft-p50"]))
     assert small.losses_figure().get_size_inches()[0] < 11
+
+
+def test_thirty_curves_differ_and_every_axis_has_a_label(small: SimulationResult) -> None:
+    pytest.importorskip("matplotlib")
+    many = [
+        replace(run, config=replace(run.config, label=f"p{n}", policy=f"p{n}"))
+        for n in range(30)
+        for run in small.runs[:2]
+    ]
+    for figure in (
+        replace(small, runs=tuple(many)).figure(),
+        small.losses_figure(),
+        small.plot.losses().figure,
+        closed_loop("short?head=9", gib=1, rate=(1, 2)).figure(),
+        optimum("short?head=9", gib=(1, 2)).figure(),
+    ):
+        assert all(axis.get_xlabel() for axis in figure.axes)
+    looks = {(COLOURS[n % len(COLOURS)], str(line_look(n, 30)["linestyle"])) for n in range(30)}
+    assert len(looks) == 30
+
+
+def test_star_and_its_footnote_come_together(small: SimulationResult) -> None:
+    for share in (0.5, 2):
+        runs = [
+            replace(run, optimum_tokens=int(run.cached_tokens / share), bound_tokens=None)
+            for run in small.runs
+        ]
+        table = replace(small, runs=tuple(runs)).table("optimum")
+        assert ("* above the plan" in table) == ("200.0*" in table) == (share == 2)
 
 
 if __name__ == "__main__":
