@@ -26,6 +26,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
@@ -269,7 +270,8 @@ class Scenario:
             if above is not None and not value > above:
                 raise ValueError(f"{one.name} must be above {above} (got {value:g}).")
         for name in ("gib", "rate"):
-            check_sizes(getattr(self, name), name)
+            if (given := getattr(self, name)) is not _defaults()[name]:
+                check_sizes(given, name)
         self._check_several()
         if self.grid > LONGEST:
             raise ValueError(
@@ -580,6 +582,7 @@ class Scenario:
             )
 
 
+@cache
 def _defaults() -> dict[str, Any]:
     return {one.name: one.default for one in fields(Scenario)}
 

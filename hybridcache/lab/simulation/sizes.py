@@ -61,10 +61,8 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
 
 
 def check_sizes(spec: Any, name: str) -> None:
-    """Raise ValueError for a ``spec`` that ``sizes_for`` or ``sizes`` would refuse. None stands for
-    the usual sizes."""
-    if spec is not None or name != "gib":
-        sizes(spec.replace("%", "") if name == "gib" and has_shares(spec) else spec, name)
+    """Raise ValueError for a ``spec`` that ``sizes_for`` or ``sizes`` would refuse."""
+    sizes(spec.replace("%", "") if name == "gib" and has_shares(spec) else spec, name)
 
 
 def sizes_for(
