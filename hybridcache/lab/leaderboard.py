@@ -32,19 +32,15 @@ from typing import Any
 import numpy as np
 
 from hybridcache.command.extras import version
-from hybridcache.config import GRID
-from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import counted
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
-from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
-from hybridcache.lab.scenario import source_of
-from hybridcache.lab.simulation.closed_loop import closed_loop
+from hybridcache.lab.scenario import Scenario, source_of
+from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
 from hybridcache.lab.simulation.result import known_fields
-from hybridcache.lab.simulation.simulate import simulate
-from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.simulation.simulate import optimum, simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.protocol import PolicyError
@@ -231,67 +227,42 @@ def _seeded(spec: str, seed: int) -> str:
 def run_job(_trace: Trace, job: BoardJob) -> Scores:
     """Simulate every policy; compute both plans of a replay. O(policies * requests * sizes)."""
     trace = open_trace(_seeded(job.trace, job.seed)).kept()
-    if job.rate is not None:
-        return _serve(trace, job, job.rate)
-    rates: dict[str, list[float]] = {}
-    failures: dict[str, str] = {}
+    plans = ([], []) if job.rate is not None else _plans(trace, job)
+    scores = Scores(job.trace, job.seed, list(job.gib), {}, *plans, job.rate)
     for policy in job.policies:
         eviction, _, placement = policy.partition("@")
+        pair = {"policy": eviction, "checkpoints": [placement or DEFAULT_PLACEMENT]}
+        cell = Scenario(trace, model=job.model, gib=job.gib, **pair)
         try:
-            result = simulate(
-                trace,
-                model=job.model,
-                gib=job.gib,
-                policy=eviction,
-                checkpoints=[placement or DEFAULT_PLACEMENT],
-                bound=False,
-            )
-        except PolicyError as error:
-            failures[policy] = str(error)
-            continue
-        if result.failures:
-            failures[policy] = result.failures[0]
-        else:
-            rates[policy] = [run.token_hit_rate for run in result.runs]
-    geometry = ModelGeometry.load(job.model)
-    plans: tuple[list[float], list[float]] = [], []
-    for gib in job.gib:
-        for counts_running, found in enumerate(plans):
-            best = best_plan(
-                trace,
-                capacity_bytes=budget_bytes(gib),
-                kv_bytes_per_token=geometry.kv_bytes_per_token,
-                state_bytes=geometry.state_bytes,
-                grid=GRID,
-                counts_running=bool(counts_running),
-            )
-            found.append(best.reached)
-    return Scores(job.trace, job.seed, list(job.gib), rates, *plans, failures=failures)
-
-
-def _serve(trace: Trace, job: BoardJob, rate: float) -> Scores:
-    """Serve ``rate`` sessions per second with every policy."""
-    scores = Scores(job.trace, job.seed, list(job.gib), {}, [], [], rate)
-    for policy in job.policies:
-        eviction, _, placement = policy.partition("@")
-        try:
-            [run] = closed_loop(
-                trace,
-                model=job.model,
-                gib=job.gib,
-                policy=eviction,
-                checkpoints=[placement or DEFAULT_PLACEMENT],
-                rate=rate,
-                admission="sessions",
-                seeds=[job.seed],
-                progress=False,
-            ).runs
+            if job.rate is None:
+                result = simulate(cell, bound=False)
+            else:
+                load = {"rate": job.rate, "admission": "sessions", "seeds": [job.seed]}
+                result = closed_loop(cell, progress=False, **load)
         except PolicyError as error:
             scores.failures[policy] = str(error)
             continue
-        scores.rates[policy] = [run.token_hit_rate]
-        scores.ttft_s[policy] = run.ttft_mean_s
+        if result.failures:
+            scores.failures[policy] = result.failures[0]
+            continue
+        scores.rates[policy] = [run.token_hit_rate for run in result.runs]
+        if isinstance(result, ClosedLoopResult):
+            scores.ttft_s[policy] = result.runs[0].ttft_mean_s
     return scores
+
+
+def _plans(trace: Trace, job: BoardJob) -> tuple[list[float], list[float]]:
+    """Return the best plan at each size: in the whole memory, and next to the running request."""
+    found = [
+        [
+            best.reached
+            for best in optimum(
+                trace, model=job.model, gib=job.gib, counts_running=counts, progress=False
+            )
+        ]
+        for counts in (False, True)
+    ]
+    return found[0], found[1]
 
 
 @dataclass(frozen=True, slots=True)
