@@ -424,15 +424,10 @@ def _with_room(sizes: Sequence[float], inches: float, points: float) -> list[flo
 
 
 def panels(
-    count: int,
-    width: float = 4.6,
-    height: float = 3.5,
-    columns: int = 3,
-    size: tuple[float, float] | None = None,
+    count: int, columns: int = 3, size: tuple[float, float] = (4.6, 3.5)
 ) -> tuple[Figure, list[Any]]:
-    """Return a figure of ``count`` panels, at most ``columns`` in a row, and their axes. ``size``
-    replaces width and height. The figure belongs to no window and no notebook, so their backend is
-    not changed."""
+    """Return a figure of ``count`` panels of ``size`` (inches), at most ``columns`` in a row, and
+    their axes. The figure belongs to no window and no notebook, so their backend is not changed."""
     _matplotlib()
     from matplotlib.figure import Figure
 
@@ -443,7 +438,7 @@ def panels(
             with _matplotlib().rc_context(_TRUETYPE):
                 super().savefig(*arguments, **options)
 
-    width, height = size or (width, height)
+    width, height = size
     columns = min(count, columns)
     rows = -(-count // columns)
     figure = TrueTypeFigure(figsize=(width * columns, height * rows))

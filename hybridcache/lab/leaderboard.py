@@ -235,7 +235,7 @@ def run_job(_trace: Trace, job: BoardJob) -> Scores:
         cell = Scenario(trace, model=job.model, gib=job.gib, **pair)
         try:
             if job.rate is None:
-                result = simulate(cell, bound=False)
+                result = simulate(cell, bound=False, progress=False)
             else:
                 load = {"rate": job.rate, "admission": "sessions", "seeds": [job.seed]}
                 result = closed_loop(cell, progress=False, **load)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -87,17 +87,6 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     given = vars(options)
     names = [one.name for one in fields(Scenario) if one.name != "trace" and one.name in given]
     return {name: given[name] for name in names}
-
-
-def refuse_settings(given: Iterable[str], names: Iterable[str], reason: str) -> None:
-    """Raise ValueError, with ``reason``, if one of ``names`` was given as a flag."""
-    from hybridcache.lab.scenario import Scenario
-
-    wrong = set(given) & set(names)
-    for one in fields(Scenario):
-        if one.name in wrong:
-            flag = "--no-" if one.default is True else "--"
-            raise ValueError(f"{flag}{one.name.replace('_', '-')} {reason}")
 
 
 def opened(spec: str, options: argparse.Namespace) -> Trace:

@@ -15,7 +15,6 @@ from hybridcache.lab.command.shared import (
     given_settings,
     opened,
     refuse,
-    refuse_settings,
     share,
 )
 
@@ -99,13 +98,10 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
 def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
     """Serve every trace at every rate with every admission policy, and print their tables."""
     from hybridcache.lab.figures import closed_loop_figure
-    from hybridcache.lab.scenario import REPLAY_ONLY
     from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.result import ClosedLoopRun
 
-    reason = "has no meaning with --closed-loop: leave it out"
-    refuse(options, ALONE, reason)
-    refuse_settings(given_settings(options), REPLAY_ONLY, reason)
+    refuse(options, ALONE, "has no meaning with --closed-loop: leave it out")
     check_figure(options)
     runs: list[ClosedLoopRun] = []
     has_failed = False
@@ -128,11 +124,8 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from hybridcache.lab.scenario import LOAD, LOAD_IS_CLOSED_LOOP, settings_of
-
     scenarios = _scenarios(options)
     if not options.closed_loop:
-        refuse_settings(given_settings(options), settings_of(LOAD), LOAD_IS_CLOSED_LOOP)
         for scenario in scenarios:
             scenario.refuse_load()
     if options.write_scenario:
