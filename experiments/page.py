@@ -76,10 +76,7 @@ def default_speed_table() -> Table:
 def leaderboard_table() -> Table:
     """Return the leaderboard of the built-in policies."""
     records = records_of("leaderboard.jsonl")
-    scores = tuple(
-        Scores(**{name: record[name] for name in Scores.__slots__ if name in record})
-        for record in records
-    )
+    scores = tuple(map(Scores.from_record, records))
     board = Board(Split.load(), records[0]["reference"], scores)
     return board.heads(), [row.cells() for row in board.rows() if row.name in BUILT_IN]
 

@@ -15,7 +15,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -190,7 +190,8 @@ def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
     times = times_of(fleet, span, geometry, cell.prefill_times(geometry))
     loop = _Fleet(cell, geometry, unit, fleet, times)
     loop.plan_failures(span)
-    return summarise_fleet(job, geometry, loop.run(trace.in_order()), times, trace.full_name)
+    loop.run(trace.in_order())
+    return loop.summary(geometry, trace.full_name)
 
 
 class _Asked:
@@ -222,22 +223,6 @@ class _Replica:
         self.is_up = True
 
 
-class FleetLog(NamedTuple):
-    """Log of all requests, and of the fleet."""
-
-    requests: RequestLog
-    expected_tokens: array[int]
-    """Tokens that the router expected to be reused, by request."""
-    busy_s: tuple[float, ...]
-    """Prefill seconds of each place, the replica that died and those that replaced it together."""
-    seconds: float
-    """From the first arrival to the last first token."""
-    rerouted: int
-    """Requests that lost their replica before the first token."""
-    broken: int
-    """And after it."""
-
-
 _Change = Callable[[float], None]
 
 
@@ -265,7 +250,7 @@ class _Fleet:
         self._log = RequestLog(unit)
         self._expected = array("q")
         self._rerouted = self._broken = 0
-        self._last_s = 0.0
+        self._last_s = self._seconds = 0.0
         cache, stateful = cell.cache_config(geometry, unit), bool(geometry.num_linear_layers)
         spec = ReplicaSpec(
             times,
@@ -309,7 +294,7 @@ class _Fleet:
         self._num_events += 1
         heapq.heappush(self._events, (when, self._num_events, change))
 
-    def run(self, requests: Iterable[TraceRequest]) -> FleetLog:
+    def run(self, requests: Iterable[TraceRequest]) -> None:
         first_s: float | None = None
         for request in requests:
             first_s = request.timestamp_s if first_s is None else first_s
@@ -323,15 +308,7 @@ class _Fleet:
         for place, replica in enumerate(self._places):
             if replica is not None:
                 self._busy_s[place] += replica.busy_s
-        seconds = max(self._last_s - (first_s or 0.0), 0.0)
-        return FleetLog(
-            self._log,
-            self._expected,
-            tuple(self._busy_s),
-            seconds,
-            self._rerouted,
-            self._broken,
-        )
+        self._seconds = max(self._last_s - (first_s or 0.0), 0.0)
 
     def _until(self, time_s: float) -> None:
         while self._events and self._events[0][0] <= time_s:
@@ -450,40 +427,36 @@ class _Fleet:
         for asked in replica.decoding.values():
             self._next_turn(asked.request.session, now)
 
-
-def summarise_fleet(
-    job: FleetJob, geometry: ModelGeometry, log: FleetLog, times: PrefillTimes, trace: str
-) -> FleetResult:
-    """Return the figures of one run. O(requests)."""
-    requests = log.requests
-    lengths = np.frombuffer(requests.prompt_tokens, np.int64)
-    cached = np.frombuffer(requests.cached_tokens, np.int64)
-    expected = np.frombuffer(log.expected_tokens, np.int64)
-    ttft = np.frombuffer(requests.ttft_s, np.float64)
-    cold = [times.seconds(0, length) for length in lengths.tolist()]
-    busy = np.array(log.busy_s)
-    cell, fleet = job.scenario, job.fleet
-    return FleetResult(
-        trace=trace,
-        model=geometry.name,
-        gib=cell.budget_bytes / GIB,
-        policy=str(cell.policy),
-        checkpoints=str(cell.checkpoints),
-        fleet=fleet,
-        times=f"arithmetic at {times.flops_per_s:.4g} FLOP/s"
-        if isinstance(times, Arithmetic)
-        else describe_times(times),
-        requests=len(lengths),
-        prompt_tokens=int(lengths.sum()),
-        cached_tokens=int(cached.sum()),
-        overpromised_tokens=int(np.maximum(expected - cached, 0).sum()),
-        underpromised_tokens=int(np.maximum(cached - expected, 0).sum()),
-        ttft_s={rank: float(np.percentile(ttft, rank)) for rank in PERCENTILES},
-        ttft_mean_s=float(ttft.mean()),
-        cold_mean_s=float(np.mean(cold)),
-        busy_share=float(busy.sum() / (fleet.replicas * log.seconds)) if log.seconds else 0.0,
-        imbalance=float(busy.max() / busy.mean()) if busy.sum() else 1.0,
-        rerouted=log.rerouted,
-        broken=log.broken,
-        bypassed=requests.num_bypassed,
-    )
+    def summary(self, geometry: ModelGeometry, trace: str) -> FleetResult:
+        """Return the figures of the run. O(requests)."""
+        log, times, cell, fleet = self._log, self._times, self._cell, self._config
+        lengths = np.frombuffer(log.prompt_tokens, np.int64)
+        cached = np.frombuffer(log.cached_tokens, np.int64)
+        expected = np.frombuffer(self._expected, np.int64)
+        ttft = np.frombuffer(log.ttft_s, np.float64)
+        cold = [times.seconds(0, length) for length in lengths.tolist()]
+        busy, seconds = np.array(self._busy_s), self._seconds
+        return FleetResult(
+            trace=trace,
+            model=geometry.name,
+            gib=cell.budget_bytes / GIB,
+            policy=str(cell.policy),
+            checkpoints=str(cell.checkpoints),
+            fleet=fleet,
+            times=f"arithmetic at {times.flops_per_s:.4g} FLOP/s"
+            if isinstance(times, Arithmetic)
+            else describe_times(times),
+            requests=len(lengths),
+            prompt_tokens=int(lengths.sum()),
+            cached_tokens=int(cached.sum()),
+            overpromised_tokens=int(np.maximum(expected - cached, 0).sum()),
+            underpromised_tokens=int(np.maximum(cached - expected, 0).sum()),
+            ttft_s={rank: float(np.percentile(ttft, rank)) for rank in PERCENTILES},
+            ttft_mean_s=float(ttft.mean()),
+            cold_mean_s=float(np.mean(cold)),
+            busy_share=float(busy.sum() / (fleet.replicas * seconds)) if seconds else 0.0,
+            imbalance=float(busy.max() / busy.mean()) if busy.sum() else 1.0,
+            rerouted=self._rerouted,
+            broken=self._broken,
+            bypassed=log.num_bypassed,
+        )

@@ -123,25 +123,6 @@ class Split:
         loops = {trace: cells for trace, cells in self.closed_loop.items() if only in trace}
         return Split(self.name, self.model, self.seeds[:num_seeds], gib, loops)
 
-    def of(self, scores: Sequence[Scores]) -> Split:
-        """Return the part of the split that ``scores`` cover."""
-        ran = {(one.trace, size, one.rate) for one in scores for size in one.gib}
-        gib = {
-            trace: tuple(size for size in sizes if (trace, size, None) in ran)
-            for trace, sizes in self.gib.items()
-        }
-        loops = {
-            trace: tuple(cell for cell in cells if (trace, *cell) in ran)
-            for trace, cells in self.closed_loop.items()
-        }
-        return Split(
-            self.name,
-            self.model,
-            tuple(dict.fromkeys(one.seed for one in scores)),
-            {trace: sizes for trace, sizes in gib.items() if sizes},
-            {trace: cells for trace, cells in loops.items() if cells},
-        )
-
     def jobs(self, policies: tuple[str, ...]) -> list[BoardJob]:
         """Return the jobs of all cells: a replay of all sizes, or one closed loop."""
         cells = [(trace, sizes, None) for trace, sizes in self.gib.items()]

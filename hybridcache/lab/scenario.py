@@ -81,7 +81,6 @@ Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec
 Policies = Policy | Sequence[Policy]
 Admissions = AdmissionSpec | Sequence[AdmissionSpec]
-AnyPolicy = Policy | AdmissionSpec
 Sizes = str | float | Sequence[float]
 
 
@@ -114,10 +113,6 @@ REPLAY_ONLY = (
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 """Settings without a meaning in closed loop."""
-LOAD_IS_CLOSED_LOOP = (
-    "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)"
-)
-"""Reason to refuse a setting of ``LOAD`` in a replay."""
 
 
 KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
@@ -340,7 +335,10 @@ class Scenario:
 
     def refuse_load(self) -> None:
         """Raise ValueError for a setting of a closed loop, in a replay."""
-        self.refuse(settings_of(LOAD), LOAD_IS_CLOSED_LOOP)
+        self.refuse(
+            settings_of(LOAD),
+            "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)",
+        )
 
     # --- Files ------------------------------------------------------------------------------------
 
