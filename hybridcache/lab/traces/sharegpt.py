@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,7 +63,6 @@ class ShareGPTReader(SessionReader):
 def _conversations(path: Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
     """Yield (line, ``{"id", "turns"}``) of whole conversations in the order of the file, segments
     merged. Turns are (role, text), with roles ``user``, ``assistant`` and ``system``."""
-    name, began, turns = "", 1, list[tuple[str, str]]()
 
     def segment(record: Record) -> Iterator[tuple[str, int, Any]]:
         """Yield (conversation, index of its first message, messages)."""
@@ -75,12 +74,12 @@ def _conversations(path: Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
         ]
         yield (base, int(first), said) if first.isdecimal() else (whole, 0, said)
 
-    for line, (base, start, said) in parsed(path, json_array(path, bad), segment, bad):
-        if base != name:
-            if turns:
-                yield began, Record(id=name, turns=turns)
-            name, began, turns = base, line, []
-        # A segment may begin with the last message of the previous one.
-        turns += said[max(0, len(turns) - start) :]
-    if turns:
-        yield began, Record(id=name, turns=turns)
+    found = parsed(path, json_array(path, bad), segment, bad)
+    for name, segments in groupby(found, key=lambda one: one[1][0]):
+        began, turns = 0, list[tuple[str, str]]()
+        for line, (_, start, said) in segments:
+            began = began or line
+            # A segment may begin with the last message of the previous one.
+            turns += said[max(0, len(turns) - start) :]
+        if turns:
+            yield began, Record(id=name, turns=turns)
