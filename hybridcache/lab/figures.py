@@ -26,7 +26,7 @@ from hybridcache.lab.report import (
     notes_on,
     size_label,
 )
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SimulationResult
+from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ class Plot:
     are those of your style. Without ``ax`` a new figure is made. The axes are returned. With
     ``layout="constrained"`` the legend is below the axes, otherwise inside."""
 
-    result: SimulationResult
+    result: SweepRuns
     """Result to plot."""
 
     def capacity(
@@ -185,7 +185,7 @@ def _words(cause: str) -> str:
 
 @_with_fonts
 def sweep_figure(
-    results: Sequence[SimulationResult],
+    results: Sequence[SweepRuns],
     path: str | Path | None,
     words: str | Sequence[str] | None = None,
 ) -> Figure:
@@ -215,11 +215,11 @@ def sweep_figure(
     return save(figure, axes, path, " ".join(_notes(results, words)))
 
 
-def _sizes(results: Sequence[SimulationResult]) -> list[float]:
+def _sizes(results: Sequence[SweepRuns]) -> list[float]:
     return sorted({run.gib for result in results for run in result.runs})
 
 
-def _facts(result: SimulationResult) -> list[str]:
+def _facts(result: SweepRuns) -> list[str]:
     """Return the parts of a title: trace, number of requests, and model."""
     num_requests = counted(result.runs[0].requests, "request") if result.runs else "no requests"
     return [result.trace, num_requests, result.geometry.name]
@@ -244,7 +244,7 @@ def set_titles(figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]])
         figure.suptitle(wrapped(shared, width), fontsize=size)
 
 
-def _notes(results: Sequence[SimulationResult], words: Sequence[str]) -> list[str]:
+def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     """Return the notes on the numbers that are drawn, each once."""
     found = {note: None for result in results for note in notes_on(result, words)}
     return [
@@ -270,7 +270,7 @@ NO_CAUSES = "none of these runs has loss causes: rebuilt peers do not record the
 
 
 @_with_fonts
-def losses_figure(results: Sequence[SimulationResult], path: str | Path | None) -> Figure:
+def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
     was reused. ValueError if no run has causes."""
     shown = [
@@ -335,7 +335,7 @@ def line_look(place: int, count: int) -> dict[str, Any]:
 
 def draw_curves(
     axis: Any,
-    result: SimulationResult,
+    result: SweepRuns,
     metric: Metric,
     colours: Sequence[str] = (),
 ) -> list[Any]:
@@ -358,7 +358,7 @@ def draw_curves(
     return lines
 
 
-def draw_limits(axis: Any, result: SimulationResult) -> None:
+def draw_limits(axis: Any, result: SweepRuns) -> None:
     """Draw the limits of token hit rates: the best plan with hindsight and the infinite cache."""
     plans = sorted({(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens})
     colour = axis.spines["bottom"].get_edgecolor()

@@ -23,7 +23,7 @@ import hashlib
 import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -40,7 +40,7 @@ from hybridcache.lab.scenario import Scenario, source_of
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
 from hybridcache.lab.simulation.result import known_fields
-from hybridcache.lab.simulation.simulate import optimum, simulate
+from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.protocol import PolicyError
@@ -212,14 +212,17 @@ def run_job(_trace: Trace, job: BoardJob) -> Scores:
     scores = Scores(job.trace, job.seed, list(job.gib), {}, *plans, job.rate)
     for policy in job.policies:
         eviction, _, placement = policy.partition("@")
-        pair = {"policy": eviction, "checkpoints": [placement or DEFAULT_PLACEMENT]}
-        cell = Scenario(trace, model=job.model, gib=job.gib, **pair)
+        placements = [placement or DEFAULT_PLACEMENT]
+        cell = Scenario(
+            trace, model=job.model, gib=job.gib, policy=eviction, checkpoints=placements
+        )
+        result: SimulationResult | ClosedLoopResult
         try:
             if job.rate is None:
                 result = simulate(cell, bound=False, progress=False)
             else:
-                load = {"rate": job.rate, "admission": "sessions", "seeds": [job.seed]}
-                result = closed_loop(cell, progress=False, **load)
+                served = replace(cell, rate=job.rate, admission="sessions", seeds=[job.seed])
+                result = closed_loop(served, progress=False)
         except PolicyError as error:
             scores.failures[policy] = str(error)
             continue

@@ -13,7 +13,7 @@ from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.baselines import UNCHARGED
 from hybridcache.lab.intervals import FEWEST_UNITS
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SimulationResult
+from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def sweep_table(result: SimulationResult, word: str = "hit") -> str:
+def sweep_table(result: SweepRuns, word: str = "hit") -> str:
     """Return a table with a row per competitor and a column per size.
 
     Token hit rates have half of their 95 % interval over sessions. Their tables also have the plan
@@ -135,7 +135,7 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
     return "\n".join([table, *bypass_notes(result), *notes])
 
 
-def bypass_notes(result: SimulationResult) -> list[str]:
+def bypass_notes(result: SweepRuns) -> list[str]:
     """Name the competitors with requests that were too large for the memory, with their number."""
     labels: dict[str, list[str]] = {}
     for label, runs in result.by_label().items():
@@ -155,7 +155,7 @@ SAME_TTFT = 1.05
 """Ratio of the longest time to first token to the shortest, up to which they do not differ."""
 
 
-def sweep_line(result: SimulationResult) -> str:
+def sweep_line(result: SweepRuns) -> str:
     """Describe a sweep in one line: trace, competitors, sizes, and the best run."""
     if not result.runs:
         return f"{result.trace}: no runs"
@@ -184,7 +184,7 @@ def ties(run: RunResult, best: RunResult) -> bool:
     return best.above(run).low <= 0
 
 
-def verdict(result: SimulationResult) -> str:
+def verdict(result: SweepRuns) -> str:
     """Return one sentence: the policies with the most hits, and the command that serves with them.
 
     A policy also counts at a size if its hits do not differ from the best ones there (``ties``). Of
@@ -228,7 +228,7 @@ def verdict(result: SimulationResult) -> str:
     return f"{most_hits}{more}; to serve: {command}"
 
 
-def _systems_with_more(result: SimulationResult, best: Mapping[float, RunResult]) -> str:
+def _systems_with_more(result: SweepRuns, best: Mapping[float, RunResult]) -> str:
     """Name the rebuilt systems with more hits than the ``best`` policy of a size; empty if none."""
     gains: dict[str, list[float]] = {}
     for run in result.runs:
@@ -246,7 +246,7 @@ def _systems_with_more(result: SimulationResult, best: Mapping[float, RunResult]
     return "".join(f"; {part}" for part in parts)
 
 
-def _served_as(result: SimulationResult) -> str:
+def _served_as(result: SweepRuns) -> str:
     name = result.geometry.name
     return name if name == "builtin" else f"ORG/{name}"
 
@@ -326,7 +326,7 @@ def _closed_loop_cells(runs: Sequence[ClosedLoopRun], has_tenants: bool) -> list
     ]
 
 
-def tier_notes(result: SimulationResult) -> list[str]:
+def tier_notes(result: SweepRuns) -> list[str]:
     """Name the policies with and without priority classes."""
     by_classes = {
         classes: dict.fromkeys(
@@ -352,7 +352,7 @@ def tier_notes(result: SimulationResult) -> list[str]:
     return notes
 
 
-def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
+def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Return the notes under a table or figure of the metrics ``words``."""
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
@@ -367,7 +367,7 @@ def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
     return notes
 
 
-def uncharged_notes(result: SimulationResult) -> list[str]:
+def uncharged_notes(result: SweepRuns) -> list[str]:
     """Name the rebuilt systems that use memory in addition to their size."""
     labels: dict[str, dict[str, None]] = {}
     for run in result.runs:
@@ -379,7 +379,7 @@ def uncharged_notes(result: SimulationResult) -> list[str]:
     ]
 
 
-def interval_notes(result: SimulationResult) -> list[str]:
+def interval_notes(result: SweepRuns) -> list[str]:
     """Explain the intervals of token hit rates, and why there are none."""
     counts = dict.fromkeys(len(run.by_session) for run in result.runs)
     if not counts:
@@ -390,7 +390,7 @@ def interval_notes(result: SimulationResult) -> list[str]:
     return [f"±: 95 % interval over {counted(num_sessions, 'session')}"]
 
 
-def floor_notes(result: SimulationResult) -> list[str]:
+def floor_notes(result: SweepRuns) -> list[str]:
     """Explain times to the first token that do not differ: they lie at the machine's minimum."""
     times = [run.ttft_s[rank] for run in result.runs for rank in (5, 99)]
     if not times or max(times) > SAME_TTFT * min(times):
@@ -441,7 +441,7 @@ def above_plan(run: RunResult) -> bool:
     return run.share_of_optimum is not None and run.share_of_optimum > 1
 
 
-def plan_notes(result: SimulationResult, words: Sequence[str]) -> list[str]:
+def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Explain the plan with hindsight, and the star."""
     shown = (run for runs in result.by_label().values() for run in runs)
     planned = [run for run in shown if run.optimum_tokens]

@@ -21,7 +21,7 @@ from hybridcache.lab.command.shared import (
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
     from hybridcache.lab.scenario import Scenario
-    from hybridcache.lab.simulation.result import SimulationResult
+    from hybridcache.lab.simulation.simulate import SimulationResult
 
 
 def add_simulate(commands: Commands) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import describe_times, prefill_seconds
-from hybridcache.geometry.units import GIB, counted
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
@@ -27,11 +23,6 @@ def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of ``record`` that are fields of the dataclass ``kind``."""
     return {one.name: record[one.name] for one in fields(kind) if one.name in record}
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from hybridcache.lab.figures import Plot
 
 PERCENTILES = (5, 50, 95, 99)
 SAME_SIZE = 1e-3
@@ -501,10 +492,10 @@ def failure_of(cell: Scenario, words: str) -> str:
     return f"{cell.label} at {cell.budget_bytes / GIB:.4g} GiB failed: {words}"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class SimulationResult:
-    """All runs of one sweep over one trace, with their tables and figures: by policy and placement,
-    then by size; then the rebuilt peers."""
+@dataclass(frozen=True, slots=True)
+class SweepRuns:
+    """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt
+    peers."""
 
     trace: str
     geometry: ModelGeometry
@@ -521,7 +512,7 @@ class SimulationResult:
     working_set_bytes: int = 0
     """Bytes of all that a cache could keep, if sizes were given as shares of them; else 0."""
 
-    def beside(self, other: SimulationResult) -> Self:
+    def beside(self, other: SweepRuns) -> Self:
         """Return these runs with those of another sweep over the same trace, measured with the same
         yardsticks.
 
@@ -569,72 +560,3 @@ class SimulationResult:
         return max(
             (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate
         )
-
-    def __repr__(self) -> str:
-        """Return one line: trace, number of runs, and the best of them."""
-        from hybridcache.lab.report import sweep_line
-
-        return f"{type(self).__name__}({sweep_line(self)})"
-
-    def _repr_html_(self) -> str:
-        """Return the table of token hit rates for a notebook."""
-        return f"<pre>{escape(self.table())}</pre>"
-
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per run: its settings, rates, times and lost tokens by cause.
-
-        Loss causes are ``lost_`` and the cause; None where a rebuilt peer does not tell. Warns if
-        runs failed, because they have no dictionary. O(runs).
-        """
-        if self.failures:
-            failed = counted(len(self.failures), "run")
-            warnings.warn(f"{failed} failed, see failures: {self.failures[0]}", stacklevel=2)
-        return [run.as_row() for run in self.runs]
-
-    def table(self, metric: str = "hit") -> str:
-        """Return a table of one of ``hybridcache.lab.report.METRICS``: a row per competitor, a
-        column per size."""
-        from hybridcache.lab.report import sweep_table
-
-        return "\n".join([sweep_table(self, metric), *self.failures])
-
-    def verdict(self) -> str:
-        """Return one sentence: the policies with the most hits, and the command that serves with
-        them. Rebuilt systems with more hits are named. Empty if there is nothing to choose
-        from."""
-        from hybridcache.lab.report import verdict
-
-        return verdict(self)
-
-    def write_jsonl(self, path: str | Path) -> None:
-        """Write every run as one JSON line."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for run in self.runs:
-                file.write(json.dumps(run.as_record()) + "\n")
-
-    @property
-    def plot(self) -> Plot:
-        """Plots on your own matplotlib axes, in your own style: ``plot.capacity(ax=None)`` and
-        ``plot.losses(ax=None)``."""
-        from hybridcache.lab.figures import Plot
-
-        return Plot(self)
-
-    def figure(
-        self,
-        path: str | Path | None = None,
-        metric: str | Sequence[str] | None = None,
-    ) -> Figure:
-        """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
-        of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
-        SVG or PDF), if there is one."""
-        from hybridcache.lab.figures import sweep_figure
-
-        return sweep_figure([self], path, metric)
-
-    def losses_figure(self, path: str | Path | None = None) -> Figure:
-        """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
-        from hybridcache.lab.figures import losses_figure
-
-        return losses_figure([self], path)

@@ -21,6 +21,7 @@ from hybridcache.lab.traces.frame import (
     Record,
     TraceClock,
     json_lines,
+    shown,
 )
 from hybridcache.lease import STOP_REASONS
 from hybridcache.tokens import Tokens
