@@ -174,6 +174,58 @@ class Driver:
             sequence.row, sequence.slot, np.array([token], np.int32), start, True, **options
         )
 
+    def start(
+        self, prompts: Sequence[Sequence[int]], room: int = 64
+    ) -> tuple[list[DrivenSequence], torch.Tensor]:
+        """Compute prompts in one step. Return their sequences and logits."""
+        begun = [self.begin(prompt, room=room) for prompt in prompts]
+        sequences = [sequence for sequence, _ in begun]
+        segments = [self.prefill_segment(s, len(s.tokens)) for s in sequences]
+        writes = tuple(write for _, write in begun)
+        return sequences, self.runner.forward(Batch(tuple(segments), (), writes))
+
+    def decode(self, sequences: Sequence[DrivenSequence], tokens: Sequence[int]) -> torch.Tensor:
+        """Return the logits of one step with the next token of each sequence."""
+        segments = map(self.decode_segment, sequences, tokens)
+        return self.runner.forward(Batch(tuple(segments)))
+
+    def states(self, slot: int) -> list[torch.Tensor]:
+        """Return a copy of the newest state of ``slot`` in each pool."""
+        place = self.runner.running.at(slot)
+        return [pool[:, place].clone() for pool in self.runner.tensors.states]
+
+    def verify(
+        self, prompts: Sequence[Sequence[int]], steps: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[Any]:
+        """Return the logits and the committed states of each step.
+
+        ``steps`` has (tokens, accepted) of each sequence, by step. The last entry of the result has
+        keys and values of the last layer, or those of a prediction head.
+        """
+        runner, (sequences, _) = self.runner, self.start(prompts)
+        ends, found = [len(prompt) for prompt in prompts], list[Any]()
+        for rank, step in enumerate(steps):
+            order = sorted(range(len(step)), key=lambda b: step[b][0] > 1)
+            verified = [b for b in order if step[b][0]]
+            segments = []
+            for b in verified:
+                tokens = (np.arange(step[b][0], dtype=np.int32) * 7 + 31 * b + rank) % 199
+                row, slot, drafts = sequences[b].row, sequences[b].slot, len(tokens) - 1
+                logits = "all" if drafts else "last"
+                segments.append(
+                    Segment(row, slot, tokens, ends[b], True, (), logits, num_drafts=drafts)
+                )
+            batch = Batch(tuple(segments))
+            rows = runner.forward(batch)
+            runner.commit(batch, [step[b][1] for b in verified if step[b][0] > 1])
+            for b in verified:
+                ends[b] += step[b][1]
+            found.append((rows, [state for s in sequences for state in self.states(s.slot)]))
+        spans = zip(sequences, ends, strict=True)
+        kept = np.concatenate([runner.table.host[s.row, 1:end] for s, end in spans])
+        keys, *values = (pool[kept] for pool in runner.tensors.pools[-1][:2])
+        return [*found, (keys, values)]
+
     def cold(self, tokens: Sequence[int], **options: Any) -> torch.Tensor:
         """Return the logits of one prompt, computed in one step."""
         sequence, write = self.begin(tokens)
@@ -195,6 +247,30 @@ class Driver:
             self.prefill_segment(resumed, len(tokens), logits="all"),
         )
         return cold, self.runner.forward(Batch(segments, ((slot, resumed.slot),), (write,)))
+
+
+VERIFIED = ((3, 5, 8, 1), (7, 4), (9, 2, 6), (1, 1, 2), (5,))
+"""Prompts of ``Driver.verify``."""
+STEPS = (
+    ((1, 1), (1, 1), (3, 2)),
+    ((5, 3), (1, 1), (2, 1)),
+    ((5, 5), (4, 1), (5, 2), (2, 2), (1, 1)),
+    ((0, 0), (1, 1)),
+    ((2, 1),),
+    ((1, 1), (5, 4), (2, 2)),
+)
+"""Steps of ``Driver.verify``.
+
+The first two steps have at most 8 tokens but different lengths. In a graph, the third has 15 tokens
+of padding.
+"""
+
+
+def assert_equal_results(expected: list[Any], found: list[Any]) -> None:
+    """Compare two results of ``Driver.verify``."""
+    for (logits, states), (found_logits, found_states) in zip(expected, found, strict=True):
+        assert torch.equal(logits, found_logits)
+        assert all(map(torch.equal, states, found_states))
 
 
 @pytest.fixture(scope="session")

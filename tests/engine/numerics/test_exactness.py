@@ -117,24 +117,16 @@ def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tok
     driver = drivers(model, *formats)
     random = np.random.default_rng(seed)
     prompts = [random_tokens(int(random.integers(1, 90)), seed + i) for i in range(count)]
-    started = [driver.begin(prompt) for prompt in prompts]
-    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in started)
-    batched = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in started)))]
+    sequences, logits = driver.start(prompts)
+    batched = [logits]
     for _ in range(3):
-        chosen = batched[-1].argmax(-1).tolist()
-        segments = tuple(
-            driver.decode_segment(s, token) for (s, _), token in zip(started, chosen, strict=True)
-        )
-        batched.append(driver.runner.forward(Batch(segments)))
+        batched.append(driver.decode(sequences, batched[-1].argmax(-1).tolist()))
     driver.reset()
     for rank, prompt in enumerate(prompts):
-        sequence, write = driver.begin(prompt)
-        segment = driver.prefill_segment(sequence, len(prompt))
-        logits = driver.runner.forward(Batch((segment,), (), (write,)))
+        sequence, logits = driver.start([prompt])
         for step in batched:
             assert torch.equal(logits[0], step[rank])
-            segment = driver.decode_segment(sequence, int(logits.argmax()))
-            logits = driver.runner.forward(Batch((segment,)))
+            logits = driver.decode(sequence, [int(logits.argmax())])
 
 
 def test_only_preempted_answers_differ_and_none_with_exact(random_tokens):

@@ -12,17 +12,16 @@ from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from engine import engine_config
 from engine.runner.build import load_runner
 from engine.runner.device import TRAITS, Device
-from engine.schedule.batch import Batch, Segment
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from kernels.attention import fused
 from kernels.moe import fused as moe
+from tests.engine.numerics.conftest import STEPS, VERIFIED, assert_equal_results
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.stub_device import stubbed
 
@@ -49,13 +48,11 @@ def serve(driver, prompts, num_steps):
 
     The second sequence stops after one step.
     """
-    started = [driver.begin(prompt) for prompt in prompts]
-    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in started)
-    logits = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in started)))]
+    sequences, first = driver.start(prompts)
+    logits = [first]
     for step in range(num_steps):
-        active = [s for rank, (s, _) in enumerate(started) if rank != 1 or step == 0]
-        segments = tuple(driver.decode_segment(s, 7 + step) for s in active)
-        logits.append(driver.runner.forward(Batch(segments)))
+        active = [s for rank, s in enumerate(sequences) if rank != 1 or step == 0]
+        logits.append(driver.decode(active, [7 + step] * len(active)))
     return logits
 
 
@@ -80,61 +77,6 @@ def test_decode_graphs_change_no_bit(oracles, drivers, random_tokens):
     assert recorder.num_recorded == 2  # For 4 sequences (one is padding) and for 2.
     for expected, found in zip(plain, graphed, strict=True):
         assert torch.equal(expected, found)
-
-
-STEPS = (
-    ((1, 1), (1, 1), (3, 2)),
-    ((5, 3), (1, 1), (2, 1)),
-    ((5, 5), (4, 1), (5, 2), (2, 2), (1, 1)),
-    ((0, 0), (1, 1)),
-    ((2, 1),),
-    ((1, 1), (5, 4), (2, 2)),
-)
-"""(tokens, accepted) of each sequence, by step.
-
-The first two steps have at most 8 tokens but different lengths. The third has 15 tokens of padding.
-"""
-
-
-def verify(driver, prompts, steps):
-    """Return the logits and the committed states of each step.
-
-    The last entry has keys and values of the last layer, or those of a prediction head.
-    """
-    runner = driver.runner
-    started = [driver.begin(prompt) for prompt in prompts]
-    sequences = [sequence for sequence, _ in started]
-    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s in sequences)
-    runner.forward(Batch(segments, (), tuple(write for _, write in started)))
-    ends, found = [len(prompt) for prompt in prompts], []
-    for rank, step in enumerate(steps):
-        order = sorted(range(len(step)), key=lambda b: step[b][0] > 1)
-        verified = [b for b in order if step[b][0]]
-        segments = []
-        for b in verified:
-            tokens = (np.arange(step[b][0], dtype=np.int32) * 7 + 31 * b + rank) % 199
-            row, slot, drafts = sequences[b].row, sequences[b].slot, len(tokens) - 1
-            logits = "all" if drafts else "last"
-            segments.append(
-                Segment(row, slot, tokens, ends[b], True, (), logits, num_drafts=drafts)
-            )
-        batch = Batch(tuple(segments))
-        logits = runner.forward(batch)
-        runner.commit(batch, [step[b][1] for b in verified if step[b][0] > 1])
-        for b in verified:
-            ends[b] += step[b][1]
-        slots = [runner.running.at(s.slot) for s in sequences]
-        found.append((logits, [pool[:, slots].clone() for pool in runner.tensors.states]))
-    spans = zip(sequences, ends, strict=True)
-    rows = np.concatenate([runner.table.host[s.row, 1:end] for s, end in spans])
-    keys, *values = (pool[rows] for pool in runner.tensors.pools[-1][:2])
-    return [*found, (keys, values)]
-
-
-def assert_equal_results(expected, found):
-    for (logits, states), (found_logits, found_states) in zip(expected, found, strict=True):
-        assert torch.equal(logits, found_logits)
-        assert all(map(torch.equal, states, found_states))
 
 
 @pytest.fixture
@@ -218,9 +160,6 @@ def make_verify_driver(tmp_path, driver_class):
     return make
 
 
-PROMPTS = ((3, 5, 8, 1), (7, 4), (9, 2, 6), (1, 1, 2), (5,))
-
-
 @pytest.mark.full
 @pytest.mark.parametrize(
     "options",
@@ -240,21 +179,21 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     graph.
     """
     driver = make_verify_driver(**options)
-    expected = verify(driver, PROMPTS, STEPS)
+    expected = driver.verify(VERIFIED, STEPS)
     driver.reset()
     monkeypatch.setattr("engine.runner.graphs.KV_BOUNDS", (10, 40))
     recorder = Recorder()
     driver.runner.use_graphs("decode", recorder)
     graphs = driver.runner.verify_graphs
     assert graphs.buckets == [(size, kv) for size in (32, 16, 8, 4) for kv in (96, 40, 10)]
-    assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
+    assert_equal_results(expected, driver.verify(VERIFIED, STEPS))
     used = [(8, 10), (32, 40), (4, 40), (8, 40)]
     assert recorder.num_recorded == len(used) + 1  # One for a step without drafts.
     driver.runner.use_graphs("decode", recorder)
     for bucket in used:
         driver.runner.verify_graphs.capture(bucket)
     driver.reset()
-    assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
+    assert_equal_results(expected, driver.verify(VERIFIED, STEPS))
     assert recorder.num_recorded == 2 * (len(used) + 1)
 
 
@@ -285,9 +224,9 @@ def test_padding_of_graphs_is_not_routed(make_verify_driver, monkeypatch):
 
     monkeypatch.setattr(moe, "make_blocks", recording)
     driver.runner.use_graphs("all", Recorder())
-    serve(driver, PROMPTS, 2)
+    serve(driver, VERIFIED, 2)
     driver.reset()
-    verify(driver, PROMPTS, STEPS[:1])
+    driver.verify(VERIFIED, STEPS[:1])
     captured = {(64, 64), (8, 0), (4, 0)}
     assert set(rows) == captured | {(64, 13), (8, 5), (4, 4), (8, 5)}
 

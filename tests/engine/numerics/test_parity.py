@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 
-from engine.schedule.batch import Batch
 from tests.engine.numerics.conftest import load
 
 LENGTHS = (1, 63, 64, 65, 777)
@@ -29,19 +28,14 @@ def test_prefill_logits_equal_transformers(family, length, drivers, oracles, ran
 def test_batched_prefill_and_decode_equal_transformers(family, drivers, oracles, random_tokens):
     driver = drivers(family)
     prompts = [random_tokens(length, seed=100 + length) for length in (*LENGTHS, 128)]
-    sequences, writes = zip(*(driver.begin(prompt) for prompt in prompts), strict=True)
-    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s in sequences)
-    logits = driver.runner.forward(Batch(segments, (), writes))
+    sequences, logits = driver.start(prompts)
     for _ in range(6):
         chosen = logits.argmax(-1).tolist()
         for sequence, row in zip(sequences, logits, strict=True):
             expected = oracles(family).logits(sequence.tokens)[-1]
             assert_close(row, expected)
             assert row.argmax() == expected.argmax()
-        segments = tuple(
-            driver.decode_segment(s, token) for s, token in zip(sequences, chosen, strict=True)
-        )
-        logits = driver.runner.forward(Batch(segments))
+        logits = driver.decode(sequences, chosen)
 
 
 SCALINGS = {

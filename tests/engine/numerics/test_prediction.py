@@ -145,10 +145,7 @@ def test_drafts_equal_the_reference(name, make_head, random_tokens) -> None:
     """Four tokens of two sequences in one batch, after prefills and after decodes."""
     driver, head, reference = make_head(name)
     texts = random_tokens(90, 1), random_tokens(7, 2)
-    started = [driver.begin(text[:-3]) for text in texts]
-    sequences = [sequence for sequence, _ in started]
-    prefills = [driver.prefill_segment(sequence, 1000) for sequence in sequences]
-    driver.runner.forward(Batch(tuple(prefills), (), tuple(write for _, write in started)))
+    sequences, _ = driver.start([text[:-3] for text in texts])
     for place in (-3, -2, -1):
         newest = [text[place] for text in texts]
         found = head.draft(sequences, newest, 4)
@@ -156,11 +153,7 @@ def test_drafts_equal_the_reference(name, make_head, random_tokens) -> None:
             expected = reference.draft(text[: len(text) + place + 1], 4)
             torch.testing.assert_close(found[:, b], expected, rtol=2e-3, atol=2e-3)
             assert found[:, b].argmax(-1).tolist() == expected.argmax(-1).tolist()
-        decodes = [
-            driver.decode_segment(sequence, token)
-            for sequence, token in zip(sequences, newest, strict=True)
-        ]
-        driver.runner.forward(Batch(tuple(decodes)))
+        driver.decode(sequences, newest)
 
 
 @pytest.mark.parametrize("name", MODELS[:2])
@@ -169,8 +162,7 @@ def test_drafts_after_a_hit_equal_a_cold_run(name, make_head, random_tokens) -> 
     rows."""
     driver, head, _ = make_head(name)
     text = random_tokens(200, 3)
-    cold, write = driver.begin(text)
-    driver.runner.forward(Batch((driver.prefill_segment(cold, 1000),), (), (write,)))
+    (cold,), _ = driver.start([text])
     expected, rows = head.draft([cold], [5], 3), head.rows_of(cold, 200)
     assert not rows.isnan().any()
     for position in (64, 128, 192):
@@ -198,12 +190,9 @@ def test_head_after_verification_equals_single_steps(make_head, random_tokens) -
     driver, head, _ = make_head("qwen3_next", "tree:4")
     runner = driver.runner
     text, answer = random_tokens(30, 4), random_tokens(5, 5)
-    pair = [driver.begin(text) for _ in range(2)]
-    prefills = [driver.prefill_segment(sequence, 1000) for sequence, _ in pair]
-    runner.forward(Batch(tuple(prefills), (), tuple(write for _, write in pair)))
-    (single, _), (verified, _) = pair
+    (single, verified), _ = driver.start([text, text])
     for token in answer:
-        runner.forward(Batch((driver.decode_segment(single, token),)))
+        driver.decode([single], [token])
     for start, tokens, num_accepted in ((30, [*answer[:3], 7, 8], 3), (33, [*answer[3:], 9], 2)):
         segment = Segment(
             verified.row,

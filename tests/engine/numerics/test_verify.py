@@ -37,34 +37,15 @@ def make_driver(oracles, driver_class):
     return make
 
 
-def states_of(runner, slot):
-    """Return a copy of each pool's state."""
-    return [pool[:, runner.running.at(slot)].clone() for pool in runner.tensors.states]
-
-
-def prefill(driver, prompts):
-    """Return sequences of the prompts after their prefill."""
-    started = [driver.begin(prompt, room=ANSWER + 8) for prompt in prompts]
-    segments = [driver.prefill_segment(sequence, 1000) for sequence, _ in started]
-    driver.runner.forward(Batch(tuple(segments), (), tuple(write for _, write in started)))
-    return [sequence for sequence, _ in started]
-
-
 def single_steps(driver, prompts, answers):
     """Return the logits of each answer token, and the state after it."""
-    sequences = prefill(driver, prompts)
+    sequences, _ = driver.start(prompts, ANSWER + 8)
     logits, states = [[] for _ in prompts], [[] for _ in prompts]
     for t in range(ANSWER):
-        segments = [
-            driver.decode_segment(sequence, answer[t])
-            for sequence, answer in zip(sequences, answers, strict=True)
-        ]
-        rows = driver.runner.forward(Batch(tuple(segments)))
+        rows = driver.decode(sequences, [answer[t] for answer in answers])
         for b, sequence in enumerate(sequences):
             logits[b].append(rows[b].clone())
-            states[b].append(
-                [] if sequence.slot is None else states_of(driver.runner, sequence.slot)
-            )
+            states[b].append([] if sequence.slot is None else driver.states(sequence.slot))
     return logits, states
 
 
@@ -87,8 +68,8 @@ def test_verification_equals_single_steps(model, formats, make_driver, random_to
     prompts = [random_tokens(length, seed) for seed, length in enumerate(LENGTHS)]
     answers = [random_tokens(ANSWER, seed + 7) for seed in range(len(prompts))]
     logits, states = single_steps(driver, prompts, answers)
-    sequences = prefill(driver, prompts)
-    single = prefill(driver, prompts[1:])[0]
+    sequences = driver.start(prompts, ANSWER + 8)[0]
+    single = driver.start(prompts[1:], ANSWER + 8)[0][0]
     saved = driver.slot()
     num_done = [0, 0]
     # (right, wrong) drafts of both; the first crosses position 64 in its second step.
@@ -116,11 +97,11 @@ def test_verification_equals_single_steps(model, formats, make_driver, random_to
         for b, sequence in enumerate(sequences):
             if sequence.slot is not None:
                 expected = states[b][num_done[b] - 1]
-                assert all(map(torch.equal, states_of(runner, sequence.slot), expected))
+                assert all(map(torch.equal, driver.states(sequence.slot), expected))
     if saved is not None:
         assert num_done[0] > 64 - LENGTHS[0]
         expected = states[0][64 - LENGTHS[0] - 1]
-        assert all(map(torch.equal, states_of(runner, saved), expected))
+        assert all(map(torch.equal, driver.states(saved), expected))
 
 
 def test_state_after_rejected_tokens_is_not_saved(make_driver, random_tokens) -> None:
@@ -128,9 +109,9 @@ def test_state_after_rejected_tokens_is_not_saved(make_driver, random_tokens) ->
     driver = make_driver("qwen3_next")
     runner = driver.runner
     prompts = [random_tokens(62, 0), random_tokens(9, 1)]
-    sequences = prefill(driver, prompts)
+    sequences = driver.start(prompts, ANSWER + 8)[0]
     saved = driver.slot()
-    before = [states_of(runner, slot) for slot in (saved, sequences[1].slot)]
+    before = [driver.states(slot) for slot in (saved, sequences[1].slot)]
     answers = [random_tokens(ANSWER, seed) for seed in (3, 4)]
     batch = Batch(
         (
@@ -139,13 +120,13 @@ def test_state_after_rejected_tokens_is_not_saved(make_driver, random_tokens) ->
         )
     )
     runner.forward(batch)
-    steps = [states_of(runner, slot) for slot in runner.running.step_slots[0]]
+    steps = [driver.states(slot) for slot in runner.running.step_slots[0]]
     runner.commit(batch, (1, 0))
-    after = [states_of(runner, slot) for slot in (saved, sequences[1].slot)]
+    after = [driver.states(slot) for slot in (saved, sequences[1].slot)]
     for old, new in zip(before, after, strict=True):
         assert all(map(torch.equal, old, new))
-    assert all(map(torch.equal, states_of(runner, sequences[0].slot), steps[0]))
+    assert all(map(torch.equal, driver.states(sequences[0].slot), steps[0]))
     next_segment = verify_segment(sequences[0], answers[0], 1, 3, 0, ((64, saved),))
     runner.forward(Batch((next_segment,)))
     runner.commit(Batch((next_segment,)), (1,))
-    assert all(map(torch.equal, states_of(runner, saved), steps[1]))
+    assert all(map(torch.equal, driver.states(saved), steps[1]))
