@@ -3,33 +3,19 @@ rounding, and of the size that the geometry gives."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import Engine, RequestOutput, SamplingParams, engine_config
-from engine.runner.build import load_runner
-from engine.runner.sampler import Sampler
+from engine import RequestOutput, SamplingParams
 from hybridcache.geometry.checkpoints import CODE_BYTES, SCALINGS, CheckpointFormat
 from hybridcache.geometry.units import GIB
 from kernels.state_copy.narrow import LARGEST, narrow, widen
-from tests.engine.test_hits_change_nothing import HYBRID, prompts
+from tests.engine.drafted import drafting_engine
+from tests.engine.test_hits_change_nothing import prompts
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=2)
-
-
-def make_engine(folder: Path, model: dict[str, object], **settings: object) -> Engine:
-    (folder / "config.json").write_text(json.dumps(model))
-    settings = {"cache_gib": 0.004} | settings
-    config = engine_config(
-        model=str(folder), load_format="dummy", device="cpu", check=True, **settings
-    )
-    runner = load_runner(config)
-    if runner.tensors.rows is not None:
-        runner.tensors.rows.fill_(255)
-    return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
 
 
 def tokens_and_logprobs(outputs: list[RequestOutput]) -> list[object]:
@@ -41,7 +27,7 @@ def tokens_and_logprobs(outputs: list[RequestOutput]) -> list[object]:
 def test_hits_on_rounded_checkpoints_do_not_depend_on_the_batch(tmp_path: Path, spec: str) -> None:
     runs = []
     for is_together in (False, True):
-        engine = make_engine(tmp_path, HYBRID, checkpoint_dtype=spec, exact=True)
+        engine = drafting_engine(tmp_path, checkpoint_dtype=spec, exact=True, cache_gib=0.004)
         for prompt in prompts():
             engine.generate([prompt], GREEDY)
         groups = [prompts()] if is_together else [[prompt] for prompt in prompts()]
@@ -63,7 +49,7 @@ def test_a_step_with_many_checkpoints_is_computed_in_pieces(
     for num_bytes in (GIB, 1, 40_000):
         monkeypatch.setattr("engine.runner.loaded_model.STAGING_BYTES", num_bytes)
         settings = {"checkpoints": ("every:64",), "draft": draft, "cache_gib": 0.01}
-        engine = make_engine(tmp_path, HYBRID, checkpoint_dtype="int8", exact=True, **settings)
+        engine = drafting_engine(tmp_path, checkpoint_dtype="int8", exact=True, **settings)
         staged.append(len(engine.runner.tensors.checkpoints.staging))
         outputs = engine.generate(prompts(), GREEDY, prompt_logprobs=0)
         outputs += engine.generate(prompts(), GREEDY)
@@ -78,7 +64,7 @@ def test_a_step_with_many_checkpoints_is_computed_in_pieces(
 @pytest.mark.parametrize("spec", ["bfloat16", "int8:head", "fp8:row", "int8:column"])
 def test_slots_have_the_size_that_the_geometry_gives(tmp_path: Path, spec: str) -> None:
     budget: dict[str, object] = {"checkpoint_dtype": spec, "cache_gib": 0.002}
-    runner = make_engine(tmp_path, HYBRID, **budget).runner
+    runner = drafting_engine(tmp_path, **budget).runner
     held = runner.tensors.checkpoints
     assert runner.memory.state_bytes == runner.geometry.state_bytes == held.slots.shape[1]
     conv, recurrent = (states for states, _ in held.states)
@@ -87,7 +73,7 @@ def test_slots_have_the_size_that_the_geometry_gives(tmp_path: Path, spec: str) 
     size += 4 * len(recurrent) * format.num_scales(tuple(recurrent.shape[2:]))
     size += conv[:, 0].numel() * conv.element_size()
     assert size <= runner.memory.state_bytes < size + 48
-    native = make_engine(tmp_path, HYBRID, **(budget | {"checkpoint_dtype": "auto"})).runner
+    native = drafting_engine(tmp_path, **(budget | {"checkpoint_dtype": "auto"})).runner
     assert native.tensors.checkpoints is None
     total = 2 * GIB // 1000 / runner.memory.slot_bytes
     assert runner.memory.num_slots == pytest.approx(total, abs=2)

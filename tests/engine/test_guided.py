@@ -18,6 +18,7 @@ from engine.plugins.guided.guides import Guides
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
+from tests.engine.server.conftest import allowed
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 pytest.importorskip("llguidance")
@@ -145,10 +146,7 @@ class ScriptedSampler(OracleSampler):
         for request in requests:
             script = [*SCRIPTS[request.seed].encode(), 258]
             token = script[min(request.draw, len(script) - 1)]
-            mask = request.ruling.mask
-            if mask is not None and not mask[token >> 3] >> (token & 7) & 1:
-                token = int(np.unpackbits(mask, bitorder="little").argmax())
-            sampled.append(SampledToken(token, -1.0))
+            sampled.append(SampledToken(allowed(token, request.ruling.mask), -1.0))
         return OracleDrawn(sampled)
 
 

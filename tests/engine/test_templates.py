@@ -4,38 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.requests.chat_prompt import (
-    render_chat,
-)
+from engine.requests.chat_prompt import render_chat
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate, TemplateError
-
-QWEN35_LIKE = """\
-{%- set ns = namespace(last_query=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}{% endfor %}
-{%- if ns.last_query < 0 %}{{ raise_exception('No user query found in messages.') }}{% endif %}
-{%- for m in messages %}
-{%- if m.role == 'assistant' and loop.index0 > ns.last_query %}
-{{- '<|im_start|>assistant\\n<think>\\n' ~ m.reasoning_content ~ '\\n</think>\\n\\n' ~ m.content }}
-{%- for call in m.tool_calls or [] %}{{ '\\n<tool_call>' ~ call.function.arguments|tojson ~ '</tool_call>' }}{% endfor %}
-{{- '<|im_end|>\\n' }}
-{%- else %}
-{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content.split('</think>')[-1] ~ '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}
-{%- else %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
-"""Template like Qwen3.5's: thinks by default, and drops reasoning before the last question but not
-in a tool loop."""
+from hybridcache.tokens import common_prefix_len
+from tests.engine.history.agent import TEMPLATE
 
 CHAT = [
     {"role": "system", "content": "Be brief. " * 10},
     {"role": "user", "content": "Hi there"},
-    {"role": "assistant", "content": "<think>hm</think>Hello!"},
+    {"role": "assistant", "content": "Hello!", "reasoning_content": "hm"},
     {"role": "user", "content": "And again"},
 ]
 
@@ -48,10 +30,7 @@ def _tokenizer(template: str | None = None) -> ByteTokenizer:
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    return next(
-        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
+    return common_prefix_len(np.array(first, np.int32), np.array(second, np.int32))
 
 
 @pytest.mark.parametrize(("thinking", "num_after_boundary"), [(None, 2), (True, 2), (False, 6)])
@@ -60,13 +39,13 @@ def test_the_next_turn_of_a_thinking_chat_forks_before_the_end(
 ) -> None:
     """Check the tokens after the boundary: <think> and \\n are two; <think> \\n\\n </think> \\n\\n
     are six."""
-    tokenizer = _tokenizer(QWEN35_LIKE)
+    tokenizer = _tokenizer(TEMPLATE)
     variables = {} if thinking is None else {"enable_thinking": thinking}
     prompt = render_chat(tokenizer, CHAT, variables=variables)
     assert prompt.spec.boundaries[-1] == len(prompt.token_ids) - num_after_boundary
     assert not prompt.spec.answer_survives
     turn = [
-        {"role": "assistant", "content": "<think>well</think>Yes."},
+        {"role": "assistant", "content": "Yes.", "reasoning_content": "well"},
         {"role": "user", "content": "Go on"},
     ]
     later = render_chat(tokenizer, [*CHAT, *turn], variables=variables)
@@ -123,7 +102,7 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = _tokenizer(QWEN35_LIKE)
+    tokenizer = _tokenizer(TEMPLATE)
     encoded = []
     encode = tokenizer.encode
     monkeypatch.setattr(

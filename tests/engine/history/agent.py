@@ -27,6 +27,7 @@ TEMPLATE = """\
 {%- set ns = namespace(last=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
 {%- endfor %}
+{%- if ns.last < 0 %}{{ raise_exception('No user query found in messages.') }}{% endif %}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{ '<|im_start|>user\\n' ~ m.content ~ '<|im_end|>\\n' }}
 {%- elif m.role == 'tool' %}

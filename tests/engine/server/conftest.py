@@ -155,13 +155,14 @@ class ScriptedSampler(OracleSampler):
             self.later = tuple(rest)
         script = [*self.script, 258]
         tokens = [
-            _allowed(script[min(request.draw, len(self.script))], request.ruling.mask)
+            allowed(script[min(request.draw, len(self.script))], request.ruling.mask)
             for request in requests
         ]
         return OracleDrawn([SampledToken(token, -1.0) for token in tokens])
 
 
-def _allowed(token: int, mask: Mask | None) -> int:
+def allowed(token: int, mask: Mask | None) -> int:
+    """Return ``token``, or the first token of ``mask`` if the mask forbids it."""
     if mask is None or mask[token >> 3] >> (token & 7) & 1:
         return token
     return int(np.unpackbits(mask, bitorder="little").argmax())

@@ -12,7 +12,8 @@ import pytest
 from engine.server.settings import ServerConfig
 
 from .conftest import Live, ServeAnswer
-from .test_tools import BONN, HERMES_CALL, SCHEMA
+from .dialects import BONN, SCHEMA
+from .test_tools import HERMES_CALL
 
 ASK: dict[str, Any] = {
     "model": "builtin",

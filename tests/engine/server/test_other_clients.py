@@ -13,7 +13,8 @@ import pytest
 from pydantic import BaseModel
 
 from .conftest import ServeAnswer
-from .test_tools import BONN, CHAT, HERMES_CALL, TOOLS
+from .dialects import BONN, CHAT
+from .test_tools import HERMES_CALL, TOOLS
 
 NODE_MODULES = Path(__file__).parents[3] / "out" / "clients" / "node_modules"
 RUN_TOOLS = """

@@ -11,7 +11,8 @@ import pytest
 from engine.text.bounded_memory import BoundedMemory
 
 from .conftest import ServeAnswer
-from .test_tools import BONN, HERMES_CALL, SCHEMA
+from .dialects import BONN, SCHEMA
+from .test_tools import HERMES_CALL
 
 ASK: dict[str, Any] = {"model": "builtin", "input": "Rain in Bonn?"}
 TOOLS: Any = [{"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}]

@@ -10,6 +10,7 @@ import pytest
 from hybridcache.policies.eviction.survival import Survival
 
 from .conftest import ServeAnswer
+from .dialects import BONN, CHAT, TOOL
 
 QWEN_XML = """\
 {%- if tools %}{{ '<|im_start|>system\\n' ~ tools|tojson ~ '<|im_end|>\\n' }}{% endif %}
@@ -22,13 +23,7 @@ QWEN_XML = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
 """Template that writes calls like Qwen3-Coder's and opens reasoning like Qwen3.5's."""
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-}
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
-CHAT = [{"role": "user", "content": "Rain in Bonn?"}]
-BONN = {"city": "Bonn", "days": 2}
+TOOLS = [{"type": "function", "function": TOOL}]
 HERMES_CALL = f'<tool_call>\n{{"name": "weather", "arguments": {json.dumps(BONN)}}}\n</tool_call>'
 XML_CALL = (
     "<tool_call>\n<function=weather>\n<parameter=city>\nBonn\n</parameter>\n"
