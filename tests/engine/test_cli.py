@@ -89,11 +89,6 @@ def test_broken_model_directories_are_refused_in_one_sentence(
     assert sentence in error and error.count("\n") == 1, error
 
 
-def test_a_flag_is_not_shortened(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("serve", "--api-key", "") == 2
-    assert "did you mean --api-key-file?" in capsys.readouterr().err
-
-
 def test_an_occupied_port_is_reported_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -39,25 +39,6 @@ def test_importing_the_engine_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_a_repeated_prompt_skips_its_cached_part() -> None:
-    engine = make_engine()
-    [cold] = engine.generate([ids(200)], GREEDY)
-    computed = engine.runner.num_tokens_computed
-    [hit] = engine.generate([ids(200)], GREEDY)
-    assert (cold.cached_len, hit.cached_len) == (0, 192)
-    assert cold.token_ids == hit.token_ids
-    assert engine.runner.num_tokens_computed == computed + 8 + 7
-    assert hit.losses.below_grid == 8 and sum(hit.losses) == 8
-
-
-@pytest.mark.parametrize("token_budget", [64, 128, 1000])
-def test_equal_prompts_that_arrive_together_are_computed_once(token_budget: int) -> None:
-    engine = make_engine(token_budget=token_budget)
-    outputs = engine.generate([ids(1000)] * 4, SamplingParams(max_tokens=5))
-    assert [output.cached_len for output in outputs] == [0, 960, 960, 960]
-    assert engine.runner.num_tokens_computed == 1000 + 3 * 40 + 4 * 4
-
-
 def test_steps_are_committed_while_the_device_computes_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -87,6 +68,14 @@ def test_steps_are_committed_while_the_device_computes_the_next(
     ]
 
 
+@pytest.mark.parametrize("token_budget", [64, 128, 1000])
+def test_equal_prompts_that_arrive_together_are_computed_once(token_budget: int) -> None:
+    engine = make_engine(token_budget=token_budget)
+    outputs = engine.generate([ids(1000)] * 4, SamplingParams(max_tokens=5))
+    assert [output.cached_len for output in outputs] == [0, 960, 960, 960]
+    assert engine.runner.num_tokens_computed == 1000 + 3 * 40 + 4 * 4
+
+
 def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
     engine = make_engine(tokenizer=ByteTokenizer())
     [whole] = engine.generate(["abc"], SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1))
@@ -98,37 +87,6 @@ def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
     next(stream)
     stream.close()
     assert not engine.has_work()
-
-
-def test_stop_tokens_and_stop_strings_end_an_answer() -> None:
-    engine = make_engine(tokenizer=ByteTokenizer())
-    long = SamplingParams(max_tokens=60, ignore_eos=True)
-    [free] = engine.generate([ids(20)], long)
-    token = free.token_ids[10]
-    [stopped] = engine.generate(
-        [ids(20)], SamplingParams(max_tokens=60, ignore_eos=True, stop_token_ids=(token,))
-    )
-    assert stopped.finish_reason == "stop"
-    assert stopped.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
-    stop = free.text[12:15]
-    [cut] = engine.generate([ids(20)], SamplingParams(max_tokens=60, ignore_eos=True, stop=stop))
-    assert cut.finish_reason == "stop"
-    assert cut.text == free.text[: free.text.index(stop)]
-    assert len(cut.token_ids) < 60
-
-
-def test_prompt_logprobs_read_no_cache_but_publish() -> None:
-    engine = make_engine(token_budget=64)
-    engine.generate([ids(200)], GREEDY)
-    none = SamplingParams(max_tokens=0)
-    [scored] = engine.generate([ids(200)], none, prompt_logprobs=0)
-    assert (scored.cached_len, scored.token_ids, scored.finish_reason) == (0, [], "length")
-    assert len(scored.prompt_logprobs) == 200 and scored.prompt_logprobs[0] is None
-    [cold] = make_engine().generate([ids(200)], none, prompt_logprobs=0)
-    assert cold.prompt_logprobs == scored.prompt_logprobs
-    [fresh] = engine.generate([ids(200, first=9)], none, prompt_logprobs=0)
-    [hit] = engine.generate([ids(200, first=9)], GREEDY)
-    assert (fresh.cached_len, hit.cached_len) == (0, 192)
 
 
 def test_namespaces_share_nothing() -> None:

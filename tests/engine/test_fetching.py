@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -125,33 +124,6 @@ def make(
     engine = Engine(config, runner=runner, sampler=OracleSampler(320), fetcher=fetcher)
     fetcher.engine = engine
     return engine
-
-
-@pytest.mark.parametrize("slab", [0, 40], ids=["pools", "arena"])
-@pytest.mark.parametrize("fails", [False, True], ids=["whole", "lossy"])
-def test_answers_do_not_depend_on_the_result_of_a_load(slab: int, fails: bool) -> None:
-    """Run with little memory, and abort requests during their loads."""
-    fetcher, rng = SlowFetcher(delay=4, fails=fails), np.random.default_rng(5)
-    engine = make(fetcher, kv=900, slots=6, slab=slab, max_running=4)
-    prompts = [
-        pattern(int(rng.integers(3)), int(rng.integers(1, 300)))
-        + pattern(10 + int(rng.integers(4)), int(rng.integers(1, 200)))
-        for _ in range(60)
-    ]
-    prompt_of, finals = {}, {}
-    while prompts or engine.has_work():
-        if prompts and rng.random() < 0.5:
-            prompt = prompts.pop()
-            prompt_of[engine.submit(prompt, GREEDY)] = prompt
-        if rng.random() < 0.05 and fetcher.pending:
-            name = fetcher.pending[0].request.request_id
-            del prompt_of[name]
-            engine.abort(name)
-        finals |= {output.request_id: output for output in engine.step() if output.is_finished}
-    engine.check()
-    assert fetcher.num_begun > 10 and not fetcher.pending
-    for name, prompt in prompt_of.items():
-        assert finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
 
 
 NEVER = 10**9

@@ -222,19 +222,6 @@ def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
     engine.check()
 
 
-def test_forbidden_drafts_are_cut(engine: Engine) -> None:
-    other = oracle(draft="tree:8")
-    grammar = Grammar.of_regex("[ab]{40}c")
-    for _ in range(2):
-        [output] = other.generate([spec(grammar)])
-    assert output.drafts is not None and output.drafts.accepted.total() > 20
-    # The tokens that followed the prompt without a grammar are not drafted for a guided answer.
-    other = oracle(draft="tree:8")
-    other.generate([spec(None, max_tokens=40)])
-    [output] = other.generate([spec(grammar)])
-    assert output.text == engine.generate([spec(grammar)])[0].text
-
-
 @pytest.fixture(scope="module")
 def guides() -> Iterator[Guides]:
     yield Guides(ByteTokenizer(), 320)
@@ -243,31 +230,6 @@ def guides() -> Iterator[Guides]:
 def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
     parameters = {"type": "object", "properties": properties}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
-def test_masks_equal_a_trial_of_every_token(guides: Guides) -> None:
-    """Compare with a trial of every token, and masks after drafts with those after the same
-    tokens."""
-    grammar = Grammar.of_regex("a[bc]{1,3}d?")
-    guide = guides.rule(grammar)
-    answer, drafts = np.array([97, 98], np.int32), np.array([99, 98, 100, 99], np.int32)
-    kept = guide.possible(answer, drafts)
-    assert kept.tolist() == [99, 98, 100]
-    ending = np.array([99, 258, 258], np.int32)
-    assert guide.possible(answer, ending).tolist() == [99], (
-        "tokens that end an answer are not drafted"
-    )
-    masks = guide.masks(answer, kept)
-    for length, mask in enumerate(masks):
-        text = bytes([*answer.tolist(), *kept.tolist()[:length]]).decode()
-        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little")[:320]).tolist()
-        pattern = re.compile("a[bc]{1,3}d?")
-        expected = [c for c in range(128) if pattern.fullmatch(text + chr(c))]
-        expected += [256, 258] if pattern.fullmatch(text) else []
-        assert allowed == expected
-    fresh = guides.rule(grammar)
-    assert np.array_equal(fresh.masks(answer, kept[:0])[0], masks[0])
-    assert not guide.is_done(answer) and guide.is_done(np.array([97, 98, 100], np.int32))
 
 
 def test_only_the_answer_after_the_reasoning_is_guided(guides: Guides) -> None:

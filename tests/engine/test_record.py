@@ -23,58 +23,27 @@ import pytest
 import uvicorn
 
 from engine.plugins.record.proxy import Proxy, TraceWriter
-from engine.text.tokenizer import ByteTokenizer, Tokenizer
+from engine.text.tokenizer import ByteTokenizer
 from hybridcache import open_trace, simulate
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace_stats import trace_stats
-from hybridcache.tokens import common_prefix_len
 from tests.engine.history.scripted import ScriptedEngine
 from tests.engine.server.conftest import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "what nobody else should read, said at some length "
-CALL = '<tool_call>\n{"name": "read", "arguments": {"path":"a"}}\n</tool_call><|im_end|>'
-TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}
 
 
 @contextlib.contextmanager
-def proxied(
-    path: Path, keeps_text: bool, tokenizer: Tokenizer | None = None
-) -> Iterator[tuple[openai.OpenAI, ScriptedEngine]]:
+def proxied(path: Path, keeps_text: bool) -> Iterator[tuple[openai.OpenAI, ScriptedEngine]]:
     engine = ScriptedEngine()
     with serving(engine.engine) as live, path.open("w+b") as file:
-        writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=tokenizer)
+        writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=ByteTokenizer())
         front = ServerThread(Proxy(live.url, writer))
         try:
             yield openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0), engine
         finally:
             front.stop()
-
-
-def converse(client: openai.OpenAI, engine: ScriptedEngine) -> None:
-    """Make two turns: the first with a tool call, the second streamed."""
-    messages: list[Any] = [{"role": "user", "content": SECRET * 6}]
-    model = engine.engine.model_name
-    ids = engine.tokenizer.encode(CALL)
-    first = client.chat.completions.create(
-        model=model, messages=messages, tools=[TOOL], seed=engine.sampler.add(ids), max_tokens=99
-    )
-    [call] = first.choices[0].message.tool_calls or ()
-    messages += [
-        first.choices[0].message.model_dump(exclude_none=True),
-        {"role": "tool", "tool_call_id": call.id, "content": "alpha"},
-    ]
-    ids = engine.tokenizer.encode("It is alpha.<|im_end|>")
-    stream = client.chat.completions.create(
-        model=model,
-        messages=messages,
-        tools=[TOOL],
-        seed=engine.sampler.add(ids),
-        max_tokens=99,
-        stream=True,
-    )
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    assert text == "It is alpha."
 
 
 def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
@@ -85,35 +54,14 @@ def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("keeps_text", [False, True])
-@pytest.mark.parametrize("tokenizer", [None, ByteTokenizer()], ids=["pieces", "tokens"])
-def test_a_conversation_becomes_a_readable_trace(
-    tmp_path: Path, keeps_text: bool, tokenizer: Tokenizer | None
-) -> None:
-    path = tmp_path / "log.jsonl"
-    with proxied(path, keeps_text, tokenizer) as (client, engine):
-        assert client.models.list().data[0].id == engine.engine.model_name
-        converse(client, engine)
-        lines = lines_of(path, 2)
-    text = path.read_text()
-    assert (SECRET in text) == keeps_text and ("alpha" in text) == keeps_text
-    first, second = list(open_trace(str(path)))
-    assert first.session == second.session and first.namespace == second.namespace
-    shared = common_prefix_len(first.tokens, second.tokens)
-    assert shared >= len(first.tokens) - 8 and len(second.tokens) > shared
-    assert len(second.output) > 2
-    if tokenizer is not None and keeps_text:
-        assert tokenizer.decode(lines[1]["output"]) == "It is alpha."
-    result = simulate(str(path), gib=[1.0], processes=1)
-    assert result.runs[0].requests == 2
-
-
-def test_a_recording_replays_with_the_hits_of_the_engine(tmp_path: Path) -> None:
+def test_a_recording_replays_with_the_hits_of_the_engine(tmp_path: Path, keeps_text: bool) -> None:
     """Answers of all lengths around the grid of 64; every fourth one is cut off."""
     path, messages, used = tmp_path / "log.jsonl", list[Any](), list[Any]()
-    with proxied(path, True, ByteTokenizer()) as (client, engine):
+    with proxied(path, keeps_text) as (client, engine):
+        assert client.models.list().data[0].id == engine.engine.model_name
         for turn in range(12):
-            messages.append({"role": "user", "content": "more " * 3})
-            ids = engine.tokenizer.encode("x" * (20 + turn) + "<|im_end|>")
+            messages.append({"role": "user", "content": SECRET})
+            ids = engine.tokenizer.encode("alpha" * (4 + turn) + "<|im_end|>")
             answer = client.chat.completions.create(
                 model=engine.engine.model_name,
                 messages=messages,
@@ -123,6 +71,9 @@ def test_a_recording_replays_with_the_hits_of_the_engine(tmp_path: Path) -> None
             messages.append({"role": "assistant", "content": answer.choices[0].message.content})
             used.append(answer.usage)
         lines = lines_of(path, 12)
+    text = path.read_text()
+    assert (SECRET in text) == keeps_text and ("alpha" in text) == keeps_text
+    assert len({request.session for request in open_trace(str(path))}) == 1
     assert [len(line["tokens"]) for line in lines] == [one.prompt_tokens for one in used]
     assert [len(line["output"]) for line in lines] == [one.completion_tokens for one in used]
     cached = sum(one.prompt_tokens_details.cached_tokens for one in used)

@@ -33,25 +33,6 @@ def _common(first: list[int], second: list[int]) -> int:
     return common_prefix_len(np.array(first, np.int32), np.array(second, np.int32))
 
 
-@pytest.mark.parametrize(("thinking", "num_after_boundary"), [(None, 2), (True, 2), (False, 6)])
-def test_the_next_turn_of_a_thinking_chat_forks_before_the_end(
-    thinking: bool | None, num_after_boundary: int
-) -> None:
-    """Check the tokens after the boundary: <think> and \\n are two; <think> \\n\\n </think> \\n\\n
-    are six."""
-    tokenizer = _tokenizer(TEMPLATE)
-    variables = {} if thinking is None else {"enable_thinking": thinking}
-    prompt = render_chat(tokenizer, CHAT, variables=variables)
-    assert prompt.spec.boundaries[-1] == len(prompt.token_ids) - num_after_boundary
-    assert not prompt.spec.answer_survives
-    turn = [
-        {"role": "assistant", "content": "Yes.", "reasoning_content": "well"},
-        {"role": "user", "content": "Go on"},
-    ]
-    later = render_chat(tokenizer, [*CHAT, *turn], variables=variables)
-    assert _common(prompt.token_ids, later.token_ids) == prompt.spec.boundaries[-1]
-
-
 EVERYTHING = """\
 {%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ (m.name or '') ~ m.content }}
 {%- for call in m.tool_calls or [] %}{{ call|tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}

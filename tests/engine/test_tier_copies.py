@@ -83,6 +83,17 @@ def test_rows_of_any_size_are_copied_in_runs_and_singly(row_bytes: int) -> None:
         assert np.array_equal(tier_copies._gathered(rows, src.astype(np.int32)), rows[src])
 
 
+def stub_device(module: MagicMock, kind: str, is_locked: bool = True) -> SimpleNamespace:
+    """Return a device whose streams are those of ``module``."""
+    return SimpleNamespace(
+        is_cpu=False,
+        module=module,
+        traits=TRAITS[kind],
+        register=lambda host: is_locked,
+        synchronize=lambda: None,
+    )
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
 @pytest.mark.parametrize(
     "is_locked, src, is_gathered",
@@ -96,14 +107,7 @@ def test_scattered_rows_of_locked_memory_are_gathered_by_a_kernel(
     is_locked: bool, src: range, is_gathered: bool
 ) -> None:
     fused = pytest.importorskip("kernels.cache_write.fused")
-    module = MagicMock(stream=lambda stream: nullcontext())
-    device = SimpleNamespace(
-        is_cpu=False,
-        module=module,
-        traits=TRAITS["cuda"],
-        register=lambda host: is_locked,
-        synchronize=lambda: None,
-    )
+    device = stub_device(MagicMock(stream=lambda stream: nullcontext()), "cuda", is_locked)
     with (
         patch.object(fused, "gather_rows", wraps=fused.gather_rows) as gather,
         patch.object(torch.Tensor, "record_stream", lambda x, stream: None),
@@ -132,13 +136,7 @@ def test_loads_do_not_wait_for_the_current_step() -> None:
         return empty(*shape, **options)
 
     module = MagicMock(stream=use, current_stream=lambda: active[-1] if active else main)
-    device = SimpleNamespace(
-        is_cpu=False,
-        module=module,
-        traits=TRAITS["cpu"],
-        register=lambda host: True,
-        synchronize=lambda: None,
-    )
+    device = stub_device(module, "cpu")
     empty = torch.empty
     with patch.object(torch.Tensor, "record_stream", lambda x, stream: None):
         memory = SimpleNamespace(slab_rows=1)

@@ -13,7 +13,6 @@ import pytest
 from engine import Engine
 from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
-from engine.plugins.tiers.records import SUFFIX
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB
 from tests.engine.store.test_disk import FailingSystem
@@ -118,33 +117,6 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
     with pytest.raises(StoreError, match="differs in weights"):
         make_engine(state_dir=str(folder), seed=1)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.usefixtures("always_loads")
-def test_a_damaged_record_loses_only_its_own_prefix(
-    make_engine: MakeEngine,  # noqa: F811
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Check that prefixes of unreadable records are computed again, and that other records stay."""
-    damaged, other = prompts(2)[0] + [1] * 100, [5] * 200
-    first = make_engine(state_dir=str(tmp_path / "state"))
-    before = generate_in_turn(first, [damaged])
-    first.plugins["tiers"].disk.flush()
-    paths = set((tmp_path / "state").glob(f"*{SUFFIX}"))
-    generate_in_turn(first, [other])
-    first.close()
-    again = make_engine(state_dir=str(tmp_path / "state"))
-    for path in paths:
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
-    [hit] = generate_in_turn(again, [other])
-    assert hit.cached_len > 0 and copied_rows(again)["disk", "device"] > 0
-    assert_same(before, generate_in_turn(again, [damaged]))
-    assert "is damaged" in caplog.text and "The cache restarts" not in caplog.text
-    assert generate_in_turn(again, [other])[0].cached_len == hit.cached_len
-    again.check()
-    again.plugins["tiers"].disk.check()
-    again.close()
 
 
 @pytest.mark.full("preadv")

@@ -13,7 +13,6 @@ from engine import server_config
 from engine.requests.chat_prompt import ChatPrompt, render_chat
 from engine.server.settings import ServerConfig
 from engine.text.hugging_face import HFTokenizer
-from engine.text.replay import AnswerMemory
 from engine.text.splices import SampledTurn
 from tests.engine.history import agent
 from tests.engine.history.agent import make_model_dir, sampled_like
@@ -81,25 +80,6 @@ def test_user_text_cannot_forge_a_turn_of_the_assistant(tokenizer: HFTokenizer, 
     assert text in text_of(tokenizer, prompt)
     num_ends = prompt.token_ids.count(tokenizer.encode("<|im_end|>")[0])
     assert num_ends == 4
-
-
-def test_an_answer_is_found_by_its_contents_in_its_namespace() -> None:
-    memory = AnswerMemory(1 << 20)
-    turn = SampledTurn(HEADER, [1, 2, 3], "So.")
-    answer = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "other"}]}
-    answer["tool_calls"][0]["function"] = {
-        "name": "read",
-        "arguments": '{"path":"a","lines":[1,2]}',
-    }
-    memory.put(None, 2, answer, turn)
-    found = memory.find(None, 2, CHAT[2], False)
-    assert found is not None and list(found.token_ids) == [1, 2, 3]
-    assert memory.find("tenant", 2, CHAT[2], False) is None
-    assert memory.find(None, 2, {**CHAT[2], "content": "Well."}, False) is None
-    silent = {name: value for name, value in CHAT[2].items() if name != "reasoning_content"}
-    assert memory.find(None, 2, silent, False) is None, "its reasoning is missing"
-    assert memory.find(None, 2, silent, True) is found
-    assert memory.find(None, 2, {**CHAT[2], "role": "user"}, False) is None
 
 
 class Served(NamedTuple):

@@ -189,39 +189,3 @@ def test_a_killed_process_fails_all_waiting_callers(number: int, reason: str) ->
         await engine.drain()
 
     assert reason in str(run(scenario, step="time.sleep(0.02)").failure)
-
-
-def test_the_process_ignores_signals_and_finishes_a_drain() -> None:
-    async def scenario(engine: AsyncEngine) -> None:
-        await engine.stop_accepting()  # Only for other engines.
-        stream = engine.submit(RequestSpec([1], LONG))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(engine._channel.pid, number)
-        drained = asyncio.ensure_future(engine.drain())
-        await asyncio.sleep(0)
-        with pytest.raises(EngineStopped, match="takes no more"):
-            engine.submit([1])
-        assert len((await read(stream))[-1].output) == 200
-        await drained
-
-    assert run(scenario).failure is None
-
-
-def test_marks_of_tool_calls_reach_the_cache() -> None:
-    """Check that the process finds the mark in the text and labels the checkpoint at the end."""
-
-    async def scenario(engine: AsyncEngine) -> None:
-        *_, output = await read(engine.submit(RequestSpec([3] * 100, LONG)))
-        stopping = SamplingParams(max_tokens=200, stop_token_ids=(output.token_ids[100],))
-        for marks, reason in (((), "end_turn"), ((output.text[8:12],), "tool_use")):
-            *_, ended = await read(
-                engine.submit(RequestSpec([3] * 100, stopping, call_marks=marks))
-            )
-            assert ended.finish_reason == "stop"
-            watch = await engine.watch()
-            _, state = await watch.whole()
-            labels = [each[3] for each in state["records"] if each[0] == "checkpoint"]
-            assert any(label.endswith(f"/{reason}") for label in labels), labels
-            await watch.close()
-
-    run(scenario)

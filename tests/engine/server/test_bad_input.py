@@ -43,6 +43,7 @@ def refused(live: Live, path: str, body: Any, *names: str) -> str:
     assert is_capital, f"{where}: the message begins in lower case"
     if "messages" in path:
         assert answer.json()["type"] == "error", where
+        assert answer.json()["request_id"] == answer.headers["request-id"], where
     else:
         assert set(error) == keys and (error["param"] or "body" in message), where
     if names:
@@ -286,7 +287,9 @@ def test_body_above_the_limit_is_refused(serve_oracle: Callable[..., Live]) -> N
         for content in (large, iter([large])):  # with and without an announced length
             answer = httpx.post(small.url + path, content=content, headers=kind, timeout=60)
             assert answer.status_code == 413, path
-            assert "--max-body-mib" in answer.json()["error"]["message"]
+            error = answer.json()["error"]
+            assert "--max-body-mib" in error["message"]
+            assert error["type"] == "request_too_large" or "messages" not in path
     small.check_conserved()
 
 

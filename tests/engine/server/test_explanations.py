@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import httpx
-
-from engine.plugins.diagnostics.explanations import ADVICE, NEW
 
 from .conftest import Live
 
@@ -32,16 +29,6 @@ def test_headers_report_hits_and_losses(live: Live) -> None:
             lost = dict(part.split("=") for part in headers["x-cache-lost"].split(", "))
             assert hit + sum(map(int, lost.values())) == total
             assert hit > 0 or not stream
-
-
-def test_first_chat_of_a_server_is_explained(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle()
-    ids = [live.post("/v1/chat/completions", body(SYSTEM)).json()["id"] for _ in range(2)]
-    first, second = (live.get(f"/v1/cache/explanations/{one}").json() for one in ids)
-    assert first.keys() == second.keys() and first["compared_with"] is first["parted"] is None
-    assert (first["cause"], first["advice"], first["lost"]) == (NEW, ADVICE[NEW], {})
-    assert first["prompt_tokens"] == first["new_tokens"] > first["shared_tokens"] == 0
-    assert second["compared_with"] == ids[0] and second["cause"] != NEW
 
 
 def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:

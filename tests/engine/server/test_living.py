@@ -62,23 +62,6 @@ def test_disconnect_frees_memory(
         assert metrics["engine_ttft_seconds_count"] == 1
 
 
-def test_disconnect_frees_the_place_in_the_queue(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle(step_s=0.005, max_running=1)
-    running = live.send("/v1/completions", {"prompt": "running", "stream": True, **ENDLESS})
-    live.wait_for(lambda report: report["num_running"] == 1)
-    waiting = [
-        live.send("/v1/completions", {"prompt": "waiting", "stream": stream, **ENDLESS})
-        for stream in (True, False)
-    ]
-    live.wait_for(lambda report: report["num_waiting"] == 2)
-    for connection in waiting:
-        connection.close()
-    live.wait_for(lambda report: report["num_waiting"] == 0)
-    assert live.report()["num_running"] == 1
-    running.close()
-    live.check_conserved()
-
-
 def test_client_that_stops_reading_is_disconnected(
     serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,52 +93,6 @@ def test_client_that_stops_reading_is_disconnected(
     late = live.send("/v1/completions", body | {"max_tokens": 20})
     time.sleep(1)
     assert b"[DONE]" in late.recv(1 << 20)
-    live.check_conserved()
-
-
-def test_full_queue_answers_429_with_retry_after(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle(step_s=0.005, max_running=1, max_queue=2)
-    connections = [live.send("/v1/completions", {"prompt": "first", "stream": True, **ENDLESS})]
-    live.wait_for(lambda report: report["num_running"] == 1)
-    connections += [
-        live.send("/v1/completions", {"prompt": "next", "stream": True, **ENDLESS})
-        for _ in range(2)
-    ]
-    live.wait_for(lambda report: report["num_waiting"] == 2)
-    for stream in (False, True):
-        with pytest.raises(
-            openai.RateLimitError, match="2 requests are waiting already"
-        ) as refusal:
-            live.client.completions.create(model="builtin", prompt="too many", stream=stream)
-        assert int(refusal.value.response.headers["Retry-After"]) >= 1
-    # A batch that does not fit as a whole leaves no request in the queue.
-    connections.pop().close()
-    live.wait_for(lambda report: report["num_waiting"] == 1)
-    assert live.post("/v1/completions", {"prompt": ["a", "b"], **ENDLESS}).status_code == 429
-    live.wait_for(lambda report: report["num_waiting"] == 1)
-    assert _metrics(live)["engine_rejected_requests_total"] == 3
-    for connection in connections:
-        connection.close()
-    live.check_conserved()
-
-
-def test_cache_report_and_reset(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle()
-    prompt = "remember me " * 20
-
-    def cached() -> int:
-        answer = live.post("/v1/completions", {"prompt": prompt, "max_tokens": 1}).json()
-        tokens: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-        return tokens
-
-    assert (cached(), cached()) == (0, (len(prompt) - 1) // 64 * 64)
-    report = live.report()
-    assert report["kv"]["cached"] >= len(prompt) - 1 and report["slots"]["cached"] > 0
-    assert report["token_hit_rate"] == pytest.approx(cached() / len(prompt) / 2)
-    assert any("* slot" in line for line in report["tree"]), "the outline marks checkpoints"
-    assert live.post("/reset_prefix_cache", {}).json() == {"reset": True}
-    assert live.report()["kv"]["cached"] == 0
-    assert cached() == 0
     live.check_conserved()
 
 

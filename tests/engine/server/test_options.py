@@ -64,15 +64,6 @@ def test_allowed_and_forbidden_tokens(live: Live) -> None:
     assert 256 not in ids(ended)[:9]
 
 
-def test_extra_fields_of_an_answer(live: Live) -> None:
-    answer = complete(live, n=2, return_token_ids=True)
-    [choice, _] = answer["choices"]
-    assert choice["prompt_token_ids"] == list(b"tell me") and len(choice["token_ids"]) == 12
-    body = {"messages": CHAT, "max_tokens": 4, "return_token_ids": True}
-    chat = live.post("/v1/chat/completions", body).json()
-    assert len(chat["choices"][0]["token_ids"]) <= 4 < len(chat["prompt_token_ids"])
-
-
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_extra_fields_of_a_stream(live: Live, path: str) -> None:
     received = events(

@@ -146,23 +146,6 @@ def test_slow_reader_gets_the_whole_state(
     assert reader.nodes == truth(live.engine.cache)
 
 
-def test_chat_has_the_id_of_its_answer_and_an_explanation(
-    live: Live, read: Callable[..., Reader]
-) -> None:
-    reader = read(live)
-    reader.wait(lambda reader: bool(reader.events))
-    system = {"role": "system", "content": "You are asked about what is kept. " * 9}
-    ids = []
-    for question in ("What is kept?", "What was lost?"):
-        messages = [system, {"role": "user", "content": question}]
-        body = {"messages": messages, "max_tokens": 3, "n": 2}
-        ids.append(live.post("/v1/chat/completions", body).json()["id"])
-    reader.wait(lambda reader: all(f"{id_}-1" in reader.requests for id_ in ids))
-    assert set(ids) <= reader.requests.keys()
-    explanation = live.get(f"/v1/cache/explanations/{ids[1]}").json()
-    assert explanation["compared_with"] == ids[0] and explanation["text"]
-
-
 def test_node_shows_its_text_except_that_of_tenants(
     serve_oracle: Callable[..., Live], read: Callable[..., Reader]
 ) -> None:

@@ -226,17 +226,6 @@ def check(folder: Path, fields: dict[str, str]) -> bytes:
     return check_fingerprint(folder, fields, has_records=False)
 
 
-def test_a_refusal_names_readable_values_and_flags(tmp_path: Path) -> None:
-    assert check(tmp_path, FIELDS) == check(tmp_path, FIELDS)
-    named = r"differs in checkpoint grid \(64 there, 16 here: --grid\): use"
-    with pytest.raises(StoreError, match=named):
-        check(tmp_path, FIELDS | {"checkpoint grid": "16"})
-    with pytest.raises(StoreError, match=r"weights, exact \(False there, True here\): us"):
-        check(tmp_path, FIELDS | {"weights": "b" * 32, "exact": "True"})
-    with pytest.raises(StoreError, match="differs in exact: use"):
-        check(tmp_path, {name: FIELDS[name] for name in ("weights", "checkpoint grid")})
-
-
 def test_a_new_fingerprint_is_synced_before_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

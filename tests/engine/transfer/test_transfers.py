@@ -106,21 +106,6 @@ def test_every_memory_format_can_be_transferred(form: str, tmp_path: Path) -> No
         engine.check()
 
 
-@pytest.mark.full("32-tile, computed bits, checkpoint grid")
-@pytest.mark.parametrize(
-    ("grid", "differs"), [(128, "checkpoint grid"), (32, "tile, computed bits, checkpoint grid")]
-)
-def test_a_different_model_is_refused_in_one_sentence(
-    prefill: Engine, caplog: pytest.LogCaptureFixture, grid: int, differs: str
-) -> None:
-    engine = decode_engine(port_of(prefill), grid=grid)
-    with caplog.at_level(logging.WARNING):
-        assert_same(plain_engine(grid=grid), engine, [text(30, 300)])
-    [warning] = caplog.messages
-    assert warning.endswith(f"it differs in {differs}: configure both the same.")
-    assert counts_of(engine)["failed"] == 1
-
-
 def test_an_abort_during_a_transfer_frees_both_engines(
     prefill: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
