@@ -10,7 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from engine.server.bodies import num_nodes
 from engine.server.settings import ServerConfig
 
 from .conftest import Live
@@ -99,6 +102,24 @@ def test_every_number_of_a_body_has_a_range(fields: dict[str, dict[str, Any]], p
 
     for name, schema in fields[path].items():
         check(schema, name)
+
+
+TEXTS = st.text('[]{}:"\\\n,aé', max_size=6)
+VALUES = st.recursive(
+    st.none() | st.integers() | TEXTS,
+    lambda parts: st.lists(parts, max_size=4) | st.dictionaries(TEXTS, parts, max_size=4),
+    max_leaves=30,
+)
+
+
+@given(VALUES, st.booleans())
+def test_values_of_a_body_are_counted_outside_of_texts(value: Any, is_ascii: bool) -> None:
+    def count(one: Any) -> int:
+        if isinstance(one, dict):
+            return 1 + len(one) + sum(map(count, one.values()))
+        return 1 + sum(map(count, one)) if isinstance(one, list) else 0
+
+    assert num_nodes(json.dumps(value, ensure_ascii=is_ascii).encode()) == count(value)
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
