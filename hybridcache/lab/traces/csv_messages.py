@@ -32,6 +32,5 @@ class CsvReader(MessagesReader):
         texts = (row.get(name) for _, row in self.records(BadRecords(skip=True)))
         if all(one.strip().isdecimal() for one in texts if one):
             raise ValueError(
-                f"{self.path}: all prompts in column {name!r} are whole numbers, as {prompt!r}. "
-                f"{COUNTS_ALONE}"
+                f"all prompts in column {name!r} are whole numbers, as {prompt!r}. {COUNTS_ALONE}"
             )

@@ -12,14 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.lab.traces.frame import (
-    COUNTS_ALONE,
-    ONE_SECOND,
-    FileReader,
-    Record,
-    in_order,
-    warn,
-)
+from hybridcache.lab.traces.frame import ONE_SECOND, FileReader, Record, in_order, warn
 from hybridcache.lab.traces.prompts import Named, PromptParser
 from hybridcache.lab.traces.text import load_chat_text
 
@@ -73,15 +66,10 @@ class MessagesReader(FileReader):
             return ""
         try:
             named = Named(first, self._names)
+            self.check(named)
+            return named.describe(f"{self.word}:{self.path}")
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        if not named.is_request and "content" not in named.used:
-            raise ValueError(
-                f"{self.path}: there is no column prompt or messages ({', '.join(first)}): name "
-                f"it as in {self.word}:{self.path}?prompt=COLUMN. {COUNTS_ALONE}"
-            )
-        self.check(named)
-        return named.describe()
 
     def check(self, first: Named) -> None:
         """Raise ValueError if the values of the first record cannot be those of prompts."""

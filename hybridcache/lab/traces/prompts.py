@@ -25,7 +25,7 @@ from sortedcontainers import SortedDict
 from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
-from hybridcache.lab.traces.frame import Record, TraceClock, shown
+from hybridcache.lab.traces.frame import COUNTS_ALONE, Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
 
 SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
@@ -134,8 +134,16 @@ class Named:
             f"{', '.join(sorted(SUCCESSES))}"
         )
 
-    def describe(self) -> str:
-        """Return the names that are read for each field, and the rules for those without one."""
+    def describe(self, spec: str) -> str:
+        """Return the names that are read for each field, and the rules for those without one.
+
+        ``spec`` is the file with the reader's name. ValueError if there is no prompt to read.
+        """
+        if not self.is_request and "content" not in self.used:
+            raise ValueError(
+                f"there is no column prompt or messages ({', '.join(self.record)}): name it as in "
+                f"{spec}?prompt=COLUMN. {COUNTS_ALONE}"
+            )
         found = [f"{name}={column}" for name, column in self.used.items()]
         if self.is_message:
             return f"{', '.join(found)} (an answer is a request after all messages of its session)"

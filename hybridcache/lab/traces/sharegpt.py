@@ -76,10 +76,10 @@ def _conversations(path: Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
 
     found = parsed(path, json_array(path, bad), segment, bad)
     for name, segments in groupby(found, key=lambda one: one[1][0]):
-        began, turns = 0, list[tuple[str, str]]()
+        lines, turns = list[int](), list[tuple[str, str]]()
         for line, (_, start, said) in segments:
-            began = began or line
+            lines.append(line)
             # A segment may begin with the last message of the previous one.
             turns += said[max(0, len(turns) - start) :]
         if turns:
-            yield began, Record(id=name, turns=turns)
+            yield lines[0], Record(id=name, turns=turns)
