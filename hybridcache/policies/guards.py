@@ -187,10 +187,11 @@ class GuardedEviction(_Guard, EvictionPolicy):
         memory would never be freed, and requests would wait for ever."""
         if victim is None:
             if any(kind in (None, item.kind) for item in self._held):
+                of_kind = "" if kind is None else f" of kind {kind!r}"
                 raise self._error(
                     "victim",
-                    f"returned None for {kind!r} although there are candidates, so nothing is "
-                    "evicted; return one of the items that were added",
+                    f"returned None although there are candidates{of_kind}, so nothing is evicted; "
+                    "return one of the items that were added",
                 )
         elif victim not in self._held or kind not in (None, victim.kind):
             raise self._error(
