@@ -327,7 +327,7 @@ def parts_table() -> page.Table:
     return (["subject", "`python -m`", "files", "commit, date"], rows)
 
 
-def origin_of(part: Part) -> page.Table:
+def origin_of(part: Part) -> str:
     """Return commit and date of a part's results. A ``+`` marks a dirty tree."""
     origin = read_record().get(part.name)
     if not origin or origin["files"] != digests(part):
