@@ -17,8 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from engine import engine_config
 from engine.config import EngineConfig
-from engine.interfaces import Exactness
-from engine.runner import build
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
@@ -316,12 +314,6 @@ def random_tokens() -> Callable[..., list[int]]:
         return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
 
     return draw
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Omit the check of exactness at the start. Interpreted, it takes longer than a test."""
-    monkeypatch.setattr(build, "check_exactness", lambda loaded: Exactness())
 
 
 FORMATS = (("float32",), ("bfloat16", "bfloat16"), ("bfloat16",), ("float32", "bfloat16"))

@@ -19,7 +19,6 @@ from engine.weights.model_config import ModelError
 from experiments.gpu import interpreter
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("unchecked")
 PRODUCTS = "linear=fused,moe=fused"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -63,7 +62,10 @@ def test_engine_with_all_triton_kernels(name, oracles, driver_class, random_toke
 def test_8_bit_weights_are_close_and_hits_exact(
     name, oracles, driver_class, random_tokens, error, options
 ) -> None:
-    """The error is relative to the standard deviation of the logits."""
+    """The error is relative to the standard deviation of the logits.
+
+    The prompt is short because the interpreter runs a program for each row of a product.
+    """
     path, tokens = oracles(name).path, random_tokens(72, 6)
     full, _ = cold_and_mixed(driver_class, make_runner(path), tokens)
     runner = make_runner(path, **options)

@@ -25,7 +25,6 @@ from tests.engine.numerics.conftest import STEPS, VERIFIED, assert_equal_results
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.stub_device import stubbed
 
-pytestmark = pytest.mark.usefixtures("unchecked")
 KERNEL_OPTION = ",".join(
     f"{name}=fused"
     for name in ("attention", "cache_write", "conv1d", "gdn", "kda", "mamba2", "mla", "moe")
