@@ -494,3 +494,9 @@ def test_gates_equal_the_formula(backend, dtype, is_limited, device) -> None:
     assert gate.dtype is other.dtype is torch.float32
     torch.testing.assert_close(gate.double(), -rate * soft, atol=0, rtol=1e-5)
     torch.testing.assert_close(other.double(), expected, atol=0, rtol=1e-5)
+
+
+def test_time_steps_of_mamba1_equal_the_formula() -> None:
+    dt, bias = 12 * torch.randn(50, 20), torch.randn(20)
+    expected = softplus(dt.double() + bias.double(), threshold=30)
+    torch.testing.assert_close(mamba1.time_steps(dt, bias).double(), expected, atol=0, rtol=1e-5)
