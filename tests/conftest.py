@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import os
 import ssl
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +49,6 @@ settings.register_profile(
     derandomize=True,
     print_blob=True,
 )
-settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.register_profile(
     "mutate", settings.get_profile("quick"), phases=(Phase.explicit, Phase.generate)
 )
@@ -65,35 +61,6 @@ settings.register_profile(
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "quick" if selection.level() == "quick" else "long")
 )
-
-HAS_TORCH = importlib.util.find_spec("torch") is not None
-"""False if torch has no build for this Python; then only tests that do not need torch run."""
-
-
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Ignore folders with fixtures that need torch if torch is not installed."""
-    return True if not HAS_TORCH and selection.has_torch_fixtures(collection_path) else None
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[Any]:
-    """Skip test files that import torch if torch is not installed."""
-    report = yield
-    if not HAS_TORCH and report.failed and "No module named 'torch'" in str(report.longrepr):
-        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, "needs torch")
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
-    """Skip tests that fail because they import torch, if torch is not installed."""
-    report = yield
-    messages = ("No module named 'torch'", "torch is not installed")
-    if not HAS_TORCH and report.failed:
-        output = f"{report.longreprtext}{report.capstdout}{report.capstderr}"
-        if any(message in output for message in messages):
-            report.outcome, report.longrepr = "skipped", (str(item.path), 0, "needs torch")
-    return report
 
 
 def pytest_collection_finish() -> None:

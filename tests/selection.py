@@ -184,14 +184,6 @@ def draw_fewer(item: pytest.Item) -> None:
         machine.settings = fewer(given)
 
 
-def has_torch_fixtures(path: Path) -> bool:
-    """Return whether a fixture of a test file or folder needs torch."""
-    folders = path.relative_to(ROOT).parents if path.is_relative_to(ROOT) else ()
-    found = (ROOT / folder / "conftest.py" for folder in folders)
-    conftests = [file for file in (*found, path / "conftest.py") if file.is_file()]
-    return any("\nimport torch\n" in file.read_text(encoding="utf-8") for file in conftests)
-
-
 def scope_of(nodeid: str) -> str:
     """Return the unit that one worker runs: a file, a case of ``APART``, or at level "quick" a
     folder with expensive fixtures. At level "all" a folder runs alone, and one worker would leave

@@ -180,7 +180,6 @@ def test_custom_trace_example_reads_and_makes_traces(
 def test_agent_example_explains_the_misses_of_the_second_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("torch")
     from engine import Engine, EngineConfig
     from tests import served
 

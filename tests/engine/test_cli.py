@@ -208,7 +208,6 @@ def test_chat_prints_the_reused_tokens_of_each_turn(
 @pytest.mark.full("ctrl-c")
 @pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["ctrl-c", "ctrl-d"])
 def test_a_chat_in_a_terminal_ends_cleanly(key: str) -> None:
-    pytest.importorskip("torch")
     controller, terminal = pty.openpty()
     command = [*COMMAND, "chat", *SMALL, "--device", "cpu", "--temperature", "0"]
 
