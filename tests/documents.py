@@ -117,11 +117,7 @@ def run(page: Path, folder: Path, server: str | None = None) -> int:
 
 
 def _run_python(
-    block: Block,
-    text: str,
-    namespace: dict[str, Any],
-    folder: Path,
-    where: str,
+    block: Block, text: str, namespace: dict[str, Any], folder: Path, where: str
 ) -> None:
     named = re.match(r"# (\w+\.py)\n", text)
     if named:

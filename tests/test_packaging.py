@@ -17,11 +17,7 @@ from typing import Any
 import pytest
 
 from experiments import wheels
-from hybridcache.command.extras import (
-    CACHE_DISTRIBUTION,
-    ENGINE_DISTRIBUTION,
-    EXTRAS,
-)
+from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION, EXTRAS
 from kernels import library
 from kernels.library import LEVELS, compile_levels, instructions
 from tests import selection

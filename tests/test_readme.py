@@ -22,11 +22,7 @@ from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.traces import READERS
-from hybridcache.policies.registry import (
-    ADMISSION_NAMES,
-    EVICTION_NAMES,
-    PLACEMENT_NAMES,
-)
+from hybridcache.policies.registry import ADMISSION_NAMES, EVICTION_NAMES, PLACEMENT_NAMES
 from hybridcache.routing.registry import ROUTERS
 from hybridcache.scheduling.planner import StepPlanner
 from tests import documents, served

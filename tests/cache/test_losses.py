@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from hybridcache.api import MAX_NAMESPACES, Losses, PrefixMatch, losses_of
-from tests.cache.serving import (
-    hybrid,
-    ids,
-    serve,
-)
+from tests.cache.serving import hybrid, ids, serve
 
 
 def test_a_refused_checkpoint_does_not_count_as_missed():

@@ -9,13 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from hybridcache import (
-    CacheConfig,
-    Lease,
-    LeaseRequest,
-    build_prefix_cache,
-    parse_placement,
-)
+from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.allocators.moves import StepMemory
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream

@@ -10,14 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from engine import (
-    AsyncEngine,
-    Engine,
-    QueueFull,
-    RequestOutput,
-    SamplingParams,
-    engine_config,
-)
+from engine import AsyncEngine, Engine, QueueFull, RequestOutput, SamplingParams, engine_config
 from engine.errors import EngineStopped, StepFailed
 from engine.schedule.batch import Batch
 from tests.engine.test_scheduler_machine import answer

@@ -11,11 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.plugins.speculation import suffix
-from engine.plugins.speculation.draft_manager import (
-    MAX_REST,
-    MIN_REST,
-    DraftLength,
-)
+from engine.plugins.speculation.draft_manager import MAX_REST, MIN_REST, DraftLength
 from engine.plugins.speculation.suffix import (
     MAX_KEPT,
     MAX_TEXTS,

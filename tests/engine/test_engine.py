@@ -7,11 +7,7 @@ import sys
 
 import pytest
 
-from engine import (
-    Engine,
-    SamplingParams,
-    engine_config,
-)
+from engine import Engine, SamplingParams, engine_config
 from engine.text.tokenizer import ByteTokenizer
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 

@@ -32,9 +32,7 @@ def run(engine: Engine) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("token_budget", [64, 100, 256])
-def test_prefills_use_the_budget_left_by_decodes_or_one_tile(
-    token_budget: int,
-) -> None:
+def test_prefills_use_the_budget_left_by_decodes_or_one_tile(token_budget: int) -> None:
     reports: list[StepReport] = []
     engine = Engine(
         EngineConfig(token_budget=token_budget, max_running=8),
@@ -51,9 +49,7 @@ def test_prefills_use_the_budget_left_by_decodes_or_one_tile(
 
 
 @pytest.mark.parametrize("namespace", [None, "salt"])
-def test_a_follower_is_admitted_as_soon_as_it_can_resume(
-    namespace: str | None,
-) -> None:
+def test_a_follower_is_admitted_as_soon_as_it_can_resume(namespace: str | None) -> None:
     """Guard against admission a step later, which cannot resume at its own last token."""
     engine = make_engine(token_budget=192)
     for _ in range(2):

@@ -15,12 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.plugins.tiers import tier_copies
-from engine.plugins.tiers.tier_copies import (
-    BLOCK_BYTES,
-    MIN_RUN_BYTES,
-    TierCopier,
-    copy_rows,
-)
+from engine.plugins.tiers.tier_copies import BLOCK_BYTES, MIN_RUN_BYTES, TierCopier, copy_rows
 from engine.runner.device import TRAITS
 from hybridcache.tokens import Indices
 

@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.text.hugging_face import HFTokenizer
-from engine.text.tokenizer import (
-    ByteTokenizer,
-    ChatTemplate,
-    EncodeOptions,
-    Tokenizer,
-)
+from engine.text.tokenizer import ByteTokenizer, ChatTemplate, EncodeOptions, Tokenizer
 
 CORPUS = [
     "hello world, hello caché",

@@ -88,9 +88,7 @@ def test_summary_follows_the_definitions() -> None:
     assert lax["goodput_per_s"] == 0.5
 
 
-def test_sweep_reports_hit_rates_with_and_without_cache(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_sweep_reports_hit_rates_with_and_without_cache(capsys: pytest.CaptureFixture[str]) -> None:
     draw = np.random.default_rng(0)
     shared = draw.integers(0, 256, 140, dtype=np.int32)
     lengths = draw.integers(150, 450, 6, endpoint=True) - 140

@@ -14,10 +14,7 @@ from engine import Engine, EngineConfig
 from engine.text.tokenizer import ByteTokenizer
 from experiments import page, provenance, reproduce
 from experiments.benchmarks import measure_prefill
-from experiments.studies import (
-    capacity,
-    closed_loop,
-)
+from experiments.studies import capacity, closed_loop
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes

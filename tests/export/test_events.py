@@ -16,11 +16,7 @@ from hybridcache.export.events import (
     KVStored,
 )
 from hybridcache.export.mirror import EventsLost, Mirror
-from tests.cache.serving import (
-    hybrid,
-    ids,
-    serve,
-)
+from tests.cache.serving import hybrid, ids, serve
 
 
 def test_lost_event_is_detected():

@@ -7,13 +7,7 @@ import pytest
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
-from hybridcache.lab.fleet import (
-    FleetConfig,
-    FleetJob,
-    FleetResult,
-    _Fleet,
-    run_fleet,
-)
+from hybridcache.lab.fleet import FleetConfig, FleetJob, FleetResult, _Fleet, run_fleet
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target

@@ -10,13 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.lab.arrivals import (
-    Bursts,
-    Fixed,
-    Pauses,
-    Poisson,
-    interleave,
-)
+from hybridcache.lab.arrivals import Bursts, Fixed, Pauses, Poisson, interleave
 from hybridcache.lab.generators import GENERATORS, conversations
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats

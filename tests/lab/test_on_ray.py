@@ -16,9 +16,7 @@ SWEEP = {"model": "qwen3-next", "gib": [1, 4], "policy": ["lru", "survival"]}
 COMMAND = ["simulate", "--trace", "short", "--model", "qwen3-next", "--gib", "1,4"]
 
 
-def test_results_of_ray_tasks_keep_their_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_results_of_ray_tasks_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stub runs each task at once and returns the newest first."""
 
     def remote(**_: int) -> Callable[[Any], Any]:

@@ -34,17 +34,9 @@ from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import RequestLog, serve
-from hybridcache.lab.simulation.simulate import (
-    SimulationResult,
-    optimum,
-    run_cell,
-    simulate,
-)
+from hybridcache.lab.simulation.simulate import SimulationResult, optimum, run_cell, simulate
 from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
-from hybridcache.lab.simulation.target import (
-    LeaseTarget,
-    build_target,
-)
+from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace

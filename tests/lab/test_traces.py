@@ -17,10 +17,7 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.cli import main
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.trace import (
-    Trace,
-    TraceRequest,
-)
+from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import SAMPLES as PACKAGED
 from hybridcache.lab.traces import open_trace, recognise

@@ -48,10 +48,7 @@ class ItemCache:
     LOCKED_FOR = 3
 
     def __init__(
-        self,
-        policy: EvictionPolicy,
-        capacity: int,
-        make: Callable[[str], FakeItem] = FakeItem,
+        self, policy: EvictionPolicy, capacity: int, make: Callable[[str], FakeItem] = FakeItem
     ) -> None:
         self.policy = policy
         self.capacity = capacity

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
-from hybridcache.policies.eviction.scored import (
-    GDSF,
-    LFU,
-    Random,
-)
+from hybridcache.policies.eviction.scored import GDSF, LFU, Random
 from tests.policies.items import FakeItem, offer
 
 

@@ -11,12 +11,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lab.generators import chat
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction.hazards import (
-    EDGES,
-    NUM_BINS,
-    age_bins,
-    index_of,
-)
+from hybridcache.policies.eviction.hazards import EDGES, NUM_BINS, age_bins, index_of
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import Prefill

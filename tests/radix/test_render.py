@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybridcache.radix.tree import RadixNode
-from tests.cache.serving import (
-    hybrid,
-    ids,
-    publish,
-    serve,
-)
+from tests.cache.serving import hybrid, ids, publish, serve
 
 
 @pytest.fixture

@@ -15,13 +15,7 @@ from hybridcache.export.mirror import EventsLost
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.precise import CheckpointSeconds
-from hybridcache.routing.protocol import (
-    Choice,
-    NoReplica,
-    ReplicaSpec,
-    Router,
-    RouteRequest,
-)
+from hybridcache.routing.protocol import Choice, NoReplica, ReplicaSpec, Router, RouteRequest
 from hybridcache.routing.registry import ROUTERS, find_router
 from tests.cache.serving import hybrid
 

@@ -11,14 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.text.answer_reader import AnswerForm, AnswerReader
-from engine.text.answers import (
-    BrokenCall,
-    Event,
-    ReasoningDelta,
-    TextDelta,
-    ToolCall,
-    joined,
-)
+from engine.text.answers import BrokenCall, Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.calls import HermesReader, QwenXMLReader
 
 SCHEMA = {

@@ -57,9 +57,7 @@ def contains(token_ids: list[int], part: list[int]) -> bool:
     return any(token_ids[end - len(part) : end] == part for end in ends)
 
 
-def test_sampled_tokens_replace_the_text_of_an_answer(
-    tokenizer: HFTokenizer,
-) -> None:
+def test_sampled_tokens_replace_the_text_of_an_answer(tokenizer: HFTokenizer) -> None:
     ids = sampled_like(tokenizer, SAMPLED, seed=3)
     prompt, plain = (
         render(tokenizer, CHAT, SampledTurn(HEADER, ids, "So.")),

@@ -13,13 +13,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from engine import (
-    Engine,
-    RequestOutput,
-    RequestSpec,
-    SamplingParams,
-    engine_config,
-)
+from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import EngineStopped, StepFailed
 from engine.text.tokenizer import ByteTokenizer

@@ -127,9 +127,7 @@ def test_metrics_agree_with_the_report(serve_oracle: Callable[..., Live]) -> Non
     assert any(name.startswith("engine_build_info") for name in metrics)
 
 
-def test_failed_engine_answers_with_errors(
-    serve_oracle: Callable[..., Live],
-) -> None:
+def test_failed_engine_answers_with_errors(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(step_s=0.002)
     with pytest.raises(openai.APIError, match="engine"):
         events = live.client.completions.create(
@@ -155,9 +153,7 @@ def test_failed_engine_answers_with_errors(
     assert live.get("/v1/cache").status_code == live.get("/metrics").status_code == 503
 
 
-def test_failed_step_fails_only_its_running_requests(
-    serve_oracle: Callable[..., Live],
-) -> None:
+def test_failed_step_fails_only_its_running_requests(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(max_running=2, step_s=0.002)
     forward = live.engine.runner.forward
 

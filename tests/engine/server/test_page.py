@@ -130,9 +130,7 @@ def test_reader_follows_the_tree_and_the_requests(
 
 
 def test_slow_reader_gets_the_whole_state(
-    serve_oracle: Callable[..., Live],
-    read: Callable[..., Reader],
-    monkeypatch: pytest.MonkeyPatch,
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The queue of a slow reader is bounded: here each change alone is over the limit."""
     monkeypatch.setattr(feed, "MAX_QUEUED_BYTES", 100)

@@ -276,9 +276,7 @@ def test_tenants_stay_isolated_in_every_dialect(
     live.check_conserved()
 
 
-def test_reasoning_is_restored_only_in_the_same_chat(
-    serve_answer: Callable[..., Live],
-) -> None:
+def test_reasoning_is_restored_only_in_the_same_chat(serve_answer: Callable[..., Live]) -> None:
     """``preserve_thinking`` restores reasoning that a client left out. A guess of another client's
     answer must not reveal its reasoning."""
     live = serve_answer("<think>The card number is 4929.</think>Yes.")

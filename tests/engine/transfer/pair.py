@@ -8,14 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine import (
-    AsyncEngine,
-    Engine,
-    EngineConfig,
-    RequestSpec,
-    SamplingParams,
-    engine_config,
-)
+from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams, engine_config
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 

@@ -24,14 +24,7 @@ from engine.errors import WireError
 from engine.messages import plain as bytes_of
 from engine.plugins.disaggregation import prefill_server
 from engine.plugins.disaggregation.prefix_buffer import identity
-from engine.plugins.disaggregation.wire import (
-    Alive,
-    Connection,
-    Done,
-    Failed,
-    Piece,
-    ToDecode,
-)
+from engine.plugins.disaggregation.wire import Alive, Connection, Done, Failed, Piece, ToDecode
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.engine.transfer.pair import (
     GREEDY,

@@ -18,11 +18,7 @@ os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
 cpu.stand_in()
 
-from sglang.srt.mem_cache.base_prefix_cache import (  # noqa: E402
-    EvictParams,
-    InsertParams,
-    MatchPrefixParams,
-)
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
 from experiments.sglang.pools import new_world  # noqa: E402

@@ -10,11 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.lab.baselines import (
-    BASELINES,
-    BaselineConfig,
-    replay,
-)
+from hybridcache.lab.baselines import BASELINES, BaselineConfig, replay
 from hybridcache.lab.baselines.lightllm import LightllmCache
 from hybridcache.lab.baselines.prefix_tree import new_root
 from hybridcache.lab.baselines.sglang import SglangCache

@@ -12,12 +12,7 @@ import pytest
 
 from hybridcache.lab.baselines.vllm import BlockPool, VllmCache
 from hybridcache.lab.generators import GENERATORS
-from tests.lab.baselines.prompts import (
-    GIB,
-    QWEN3_NEXT,
-    repeated_hits,
-    text,
-)
+from tests.lab.baselines.prompts import GIB, QWEN3_NEXT, repeated_hits, text
 from tests.lab.baselines.record_vllm import VARIANTS, summary
 
 RECORD: dict[str, dict[str, dict[str, Any]]] = json.loads(
