@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Protocol
 
@@ -124,6 +126,32 @@ class MeasuredTimes:
     decode_s: tuple[float, ...] = ()
     """Seconds of a step with that many decodes."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for axes that do not ascend, and for numbers that are no seconds."""
+        for name in ("starts", "lengths", "decodes"):
+            axis = getattr(self, name)
+            if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in axis):
+                raise ValueError(f"{name} must be whole numbers (got {axis}).")
+            if list(axis) != sorted(set(axis)) or min(axis, default=0) < 0:
+                raise ValueError(f"{name} must ascend, from 0 or more on (got {axis}).")
+        widths = {len(row) for row in self.table_s}
+        if (
+            not self.starts
+            or len(self.table_s) != len(self.starts)
+            or widths != {len(self.lengths)}
+        ):
+            raise ValueError("table_s must have one row per start and one number per length.")
+        if not self.lengths:
+            raise ValueError("lengths must have at least one number.")
+        if len(self.decodes) != len(self.decode_s):
+            raise ValueError("decode_s must have a number for each of decodes.")
+        rows = [("table_s", row) for row in self.table_s] + [("decode_s", self.decode_s)]
+        for name, row in rows:
+            for one in row:
+                is_number = isinstance(one, Real) and not isinstance(one, bool)
+                if not (is_number and 0 <= one < math.inf):
+                    raise ValueError(f"{name} must be seconds of 0 or more (got {one!r}).")
+
     def describe(self) -> str:
         """Describe the source in one line."""
         return f"measured, {self.source}"
@@ -137,7 +165,9 @@ class MeasuredTimes:
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
-            times = cls(
+            if not isinstance(record, dict):
+                raise ValueError("an object with starts, lengths and table_s is needed")
+            return cls(
                 tuple(record["starts"]),
                 tuple(record["lengths"]),
                 tuple(tuple(row) for row in record["table_s"]),
@@ -145,16 +175,15 @@ class MeasuredTimes:
                 tuple(record.get("decodes", ())),
                 tuple(record.get("decode_s", ())),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a table of prefill times ({error})") from error
-        num_rows, widths = len(times.table_s), {len(row) for row in times.table_s}
-        if not num_rows or num_rows != len(times.starts) or widths != {len(times.lengths)}:
+        except KeyError as error:
+            raise ValueError(f"{path}: not a table of prefill times: no {error}") from error
+        except TypeError as error:
             raise ValueError(
-                f"{path}: table_s must have one row per start and one number per length."
-            )
-        if len(times.decodes) != len(times.decode_s):
-            raise ValueError(f"{path}: decode_s needs a number for each of decodes")
-        return times
+                f"{path}: not a table of prefill times: starts, lengths and rows of table_s must "
+                "be lists"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{path}: not a table of prefill times: {error}") from error
 
     def seconds(self, start: int, end: int) -> float:
         if end <= start:

@@ -4,6 +4,7 @@ against tables."""
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -197,3 +198,35 @@ def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
     assert times.seconds(1000, 1300) == pytest.approx(6.0)
     assert times.seconds(5, 5) == 0.0
     assert MeasuredTimes((0,), (100, 200), ((1.0, 2.0),)).seconds(77, 227) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ('"starts": [1000, 0]', "starts must ascend, from 0 or more on (got (1000, 0))."),
+        ('"starts": [0, 0]', "starts must ascend"),
+        ('"starts": [-1, 0]', "starts must ascend"),
+        ('"starts": 5', "must be lists"),
+        ('"starts": [0]', "one row per start"),
+        ('"lengths": [200, 100]', "lengths must ascend"),
+        ('"lengths": ["1", "2"]', "lengths must be whole numbers (got ('1', '2'))."),
+        ('"table_s": [[1, 2], [3]]', "one row per start and one number per length"),
+        ('"table_s": [[1, 2], [3, -4]]', "table_s must be seconds of 0 or more (got -4)."),
+        ('"table_s": [[1, 2], [3, NaN]]', "(got nan)"),
+        ('"table_s": [[1, 2], [3, 1e400]]', "(got inf)"),
+        ('"table_s": [[1, 2], [3, "4"]]', "(got '4')"),
+        ('"decodes": [4, 4], "decode_s": [1, 1]', "decodes must ascend"),
+        ('"decodes": [4], "decode_s": []', "decode_s must have a number for each"),
+    ],
+)
+def test_wrong_tables_of_times_are_refused(tmp_path, wrong: str, message: str) -> None:
+    path = tmp_path / "times.json"
+    good = '"starts": [0, 1000], "lengths": [100, 200], "table_s": [[1, 2], [2, 4]]'
+    path.write_text(f"{{{good}, {wrong}}}")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        MeasuredTimes.load(path)
+    assert str(caught.value).startswith(f"{path}: not a table of prefill times: ")
+    for text in ("[]", "{}", "x"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not a table of prefill times"):
+            MeasuredTimes.load(path)

@@ -29,7 +29,7 @@ from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.intervals import ratio
 from hybridcache.lab.report import losses_table
-from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
@@ -146,6 +146,22 @@ def test_requests_that_do_not_fit_are_bypassed() -> None:
     table = simulate("agent?head=3", gib=[0.05, 8], policy=["lru", "fifo"]).table()
     assert "computed without the cache, because they do not fit: 3 at 0.05 GiB (lru, fifo)" in table
     assert "do not fit" not in simulate("short?head=20", gib=1).table()
+
+
+@pytest.mark.parametrize("checkpoint_dtype", ["auto", "bfloat16", "int8", "fp8:row"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_running_requests_have_states_of_their_own(memory: str, checkpoint_dtype: str) -> None:
+    """Checkpoints in their own precision leave running states outside of the cache's memory."""
+    share = 0.5 if memory == "pools" else None
+    result = simulate(
+        "short?head=60",
+        gib=1,
+        memory=memory,
+        kv_share=share,
+        checkpoint_dtype=checkpoint_dtype,
+        max_running=4,
+    )
+    assert not result.failures and result.runs[0].bypassed == 0
 
 
 def comparable(run: RunResult) -> RunResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -66,8 +67,8 @@ def build_target(scenario: Scenario, unit: int) -> Target:
     exchange = scenario.exchange(geometry, unit)
     cache = build_prefix_cache(scenario.cache_config(geometry, unit))
     stateful = bool(geometry.num_linear_layers)
-    own_slot = None if geometry.checkpoint_bytes is None else 0
-    return LeaseTarget(cache, scenario.placement(unit), stateful, unit, own_slot, exchange)
+    owns_states = geometry.checkpoint_bytes is not None
+    return LeaseTarget(cache, scenario.placement(unit), stateful, unit, owns_states, exchange)
 
 
 class LeaseTarget:
@@ -79,10 +80,10 @@ class LeaseTarget:
         placement: PlacementPolicy,
         stateful: bool = True,
         unit: int = 1,
-        own_slot: int | None = None,
+        owns_states: bool = False,
         exchange: Exchange | None = None,
     ) -> None:
-        """Any number is valid for ``own_slot`` if running states are outside the cache's memory."""
+        """With ``owns_states``, running states are outside the cache's memory."""
         self.cache = cache
         self.exchange = exchange
         self.placement = placement
@@ -91,7 +92,9 @@ class LeaseTarget:
         self.uncomputed = 1 if unit == 1 else 0
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in
         units of many tokens it is within the last one."""
-        self._stateful, self._own_slot = stateful, own_slot
+        self._stateful = stateful
+        self._own_slots = count() if owns_states else None
+        """Slot numbers of running requests: each gets its own, as in the engine."""
         self.now_s = 0.0
         """Timestamp of the present request: the clock of policies in replays."""
         policy: EvictionPolicy | None = getattr(cache, "policy", None)
@@ -101,7 +104,7 @@ class LeaseTarget:
 
     def begin(self, request: TraceRequest) -> Served | None:
         self.now_s = request.timestamp_s
-        if self._stateful and self._own_slot is None and not self.cache.has_slots:
+        if self._stateful and self._own_slots is None and not self.cache.has_slots:
             return None  # a pool of states that is smaller than one
         asked = LeaseRequest(
             request.tokens,
@@ -109,7 +112,7 @@ class LeaseTarget:
             request.boundaries,
             stateful=self._stateful,
             answer_survives=request.answer_survives,
-            own_slot=self._own_slot,
+            own_slot=None if self._own_slots is None else next(self._own_slots),
         )
         before = {} if self.exchange is None else self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
