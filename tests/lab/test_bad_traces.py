@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from hybridcache.lab.trace import BadRecordError
@@ -232,22 +231,6 @@ def read_sorted(spec: str, *, skip_bad: bool = False) -> tuple[list[int], list[s
     assert times == sorted(times)
     messages = [str(one.message) for one in caught if one.category is TraceOrderWarning]
     return [int(request.tokens[0]) for request in found], messages, trace.bad.count
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_small_disorder_is_sorted_with_one_warning(tmp_path: Path, seed: int) -> None:
-    """A log that is written when requests end is disordered. Requests with the same time keep their
-    order."""
-    choose = np.random.default_rng(seed)
-    starts = np.sort(choose.integers(0, 60, 200))
-    order = np.argsort(starts + choose.exponential(20, 200), kind="stable")
-    times = starts[order].tolist()
-    found, messages, _ = read_sorted(str(out_of_order(tmp_path, times)))
-    assert found == sorted(range(200), key=lambda k: times[k])
-    first = next(k for k in range(1, 200) if times[k] < times[k - 1])
-    [warning] = messages
-    assert f"line {first + 1}, whose time " in warning
-    assert read_sorted(str(out_of_order(tmp_path, sorted(times))))[1] == []
 
 
 def test_large_disorder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,6 @@ from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from tests.oracle import OracleRunner, OracleSampler
 
-POLICIES = ("oldest", "cached-first", "longest-match", "live:3", "sessions")
 VOCABULARY = 320
 TIMES = LinearSteps()
 

@@ -35,6 +35,7 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     assert one.cached_tokens == sum(log.cached_tokens)
     assert one.ttft_mean_s == pytest.approx(np.mean(log.ttft_s))
     assert (one.imbalance, one.rerouted, one.broken) == (1.0, 0, 0)
+    assert one.as_record()["token_hit_rate"] == one.token_hit_rate > 0
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))

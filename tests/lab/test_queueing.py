@@ -5,25 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybridcache.lab.trace import TraceRequest
-from tests.lab.test_simulate import GEOMETRY, SMALL, one_cell, served
-
-
-def test_requests_wait_for_memory_and_for_their_session() -> None:
-    prompts = [np.full(100, n, np.int32) for n in range(3)]
-    sessions = ["a", "b", "a"]
-    requests = [
-        TraceRequest(0.0, session, None, prompt, prompt)
-        for session, prompt in zip(sessions, prompts, strict=True)
-    ]
-    kv_bytes, state_bytes = 250 * SMALL.kv_bytes_per_token, 8 * SMALL.state_bytes
-    share = kv_bytes / (kv_bytes + state_bytes)
-    cell = one_cell(kv_bytes + state_bytes, memory="pools", kv_share=share)
-    assert cell.pools(SMALL) == (250, 8)
-    log = served(cell, requests, servers=3, max_running=3)
-    decode_s = 100 * cell.tpot_s
-    assert log.num_bypassed == 0
-    assert log.ttft_s[0] < decode_s and log.ttft_s[1] >= 0
-    assert log.ttft_s[2] < decode_s, "the wait must begin when the first request is answered"
+from tests.lab.test_simulate import GEOMETRY, one_cell, served
 
 
 def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:

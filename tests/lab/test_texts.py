@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,21 +75,6 @@ def conversations(num: int, turns: int, *, whole: bool) -> list[tuple[float, str
             rows.append((10.0 * turn + chat / num, said if whole else message, answer))
             said += answer
     return sorted(rows)
-
-
-@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
-def test_prompts_that_extend_one_another_are_a_session(name: str, tmp_path: Path) -> None:
-    path, rows = tmp_path / name, conversations(30, 4, whole=True)
-    if name == "t.csv":
-        text = "".join(f'{i},{t},"{p}","{a}"\n' for i, (t, p, a) in enumerate(rows))
-        path.write_text(f"id,time,prompt,response\n{text}")
-    else:
-        lines(path, *({"time": t, "prompt": p, "response": a} for t, p, a in rows))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = list(open_trace(f"{path}?tokenizer=bytes"))
-    assert len({request.session for request in found}) == 30
-    assert trace_stats(open_trace(f"{path}?tokenizer=bytes")).repeated_answers == 1.0
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=6), max_size=30))
@@ -277,18 +261,6 @@ def test_answers_repeated_by_the_next_prompt_are_counted(
     stats = trace_stats(open_trace(f"{path}?tokenizer=bytes"))
     assert stats.repeated_answers == pytest.approx(share)
     assert ("answers found again" in stats_table(stats)) == (share is not None)
-
-
-def test_namespace_depends_on_model_and_cache_salt(tmp_path: Path) -> None:
-    path = lines(
-        tmp_path / "log.jsonl",
-        {"timestamp": 0, "prompt": "a"},
-        {"timestamp": 1, "prompt": "a", "model": "m"},
-        {"timestamp": 2, "prompt": "a", "model": "m", "cache_salt": "s"},
-        {"timestamp": 3, "prompt": "a", "cache_salt": "m"},
-    )
-    found = [request.namespace for request in open_trace(f"{path}?tokenizer=bytes")]
-    assert found[:2] == [None, "m"] and len(set(found)) == 4
 
 
 def test_reasoning_dropped_by_the_template_is_not_hit(tmp_path: Path) -> None:

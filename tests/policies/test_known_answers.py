@@ -3,43 +3,8 @@
 from __future__ import annotations
 
 from hybridcache.policies.eviction.lhd import LHD
-from hybridcache.policies.eviction.s3_fifo import S3Fifo
-from hybridcache.policies.eviction.scored import GDSF, LFU, Random
+from hybridcache.policies.eviction.scored import GDSF, Random
 from tests.policies.items import FakeItem, offer
-
-
-def test_a_ghost_hit_expires() -> None:
-    """Items are recognised by position, so a much later checkpoint there is a different one."""
-
-    def survivor(created: int) -> str:
-        policy = S3Fifo()
-        ghost = FakeItem("ghost", position=640)
-        policy.add(ghost)
-        assert policy.victim(None) is ghost
-        policy.discard(ghost, evicted=True)
-        policy.on_ghost_hit(ghost)
-        returned = FakeItem("returned", position=640, created=created, last_used=created)
-        new = FakeItem("new", position=64, created=created, last_used=created)
-        return offer(policy, returned, new)[-1]
-
-    assert survivor(created=2) == "returned"
-    assert survivor(created=200) == "new"
-
-
-def test_the_age_of_lfu_never_falls_across_kinds() -> None:
-    """A checkpoint with score 10 is evicted, then KV with score 1. New items still start at 10."""
-    policy = LFU()
-    frequent, locked = FakeItem("frequent", uses=9), FakeItem("locked", uses=7)
-    cold = FakeItem("cold", kind="kv")
-    for item in (locked, frequent, cold):
-        policy.add(item)
-    policy.discard(locked, evicted=False)
-    for kind, expected in (("checkpoint", frequent), ("kv", cold)):
-        assert policy.victim(kind) is expected  # type: ignore[arg-type]
-        policy.discard(expected, evicted=True)
-    assert policy.age == 10
-    policy.add(locked)
-    assert offer(policy, FakeItem("new")) == ["locked", "new"]
 
 
 def test_gdsf_weighs_cost_uses_and_size() -> None:

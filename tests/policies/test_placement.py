@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hybridcache.policies.protocol import Placed, Prefill
 from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement
@@ -35,23 +33,6 @@ def positions_of(spec: str, **changes: object) -> list[int]:
 )
 def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int]) -> None:
     assert positions_of(spec) == positions
-
-
-@given(st.integers(1, 5000), st.data())
-def test_every_rule_plans_positions_on_the_grid_inside_the_prompt(
-    length: int, data: st.DataObject
-) -> None:
-    cached = data.draw(st.integers(0, length - 1)) // 64 * 64
-    branch = data.draw(st.integers(cached, length))
-    prefill = Prefill(length, cached, branch, branch, (length // 2,), 64)
-    numbers = {"tokens": "70", "checkpoints": "3"}
-    specs = [name for name, rule in PLACEMENT_NAMES.items() if not rule.example]
-    specs += [
-        f"{name}:{numbers[rule.counts]}" for name, rule in PLACEMENT_NAMES.items() if rule.counts
-    ]
-    for spec in [*specs, "backoff,cap:3"]:
-        for position, label in prefill.on_grid(parse_placement(spec).plan(prefill)).items():
-            assert cached < position <= length and position % 64 == 0 and label
 
 
 def specs_with_numbers() -> list[str]:

@@ -42,25 +42,6 @@ def test_short_nodes_do_not_hold_the_memory_of_evicted_tails(ghost_bytes):
     assert used < allowed, f"{used} bytes for {cache.cached_tokens} tokens"
 
 
-def test_compaction_preserves_rows_and_tokens():
-    cache = hybrid(num_kv_tokens=6_000, ghost_bytes=0)
-    prompt = ids(range(TAIL))
-    publish(cache, prompt)
-    result = publish(cache, prompt[:30], [10, 20, 30])
-    rows = cache.gather(result.node).tolist()
-    (top,) = [node for node in cache._tree.nodes() if node.end == 10]
-    before = top.edge.obj
-    cache.evict(num_tokens=1)
-    assert cache.cached_tokens == 30
-    assert top.edge.obj is not before and len(top.edge.obj) == 30 * 4
-    assert len(top.kv.indices.base) == 30
-    match = cache.match(prompt[:31])
-    assert match.cached_len == 30
-    assert cache.gather(match.node).tolist() == rows
-    np.testing.assert_array_equal(match.node.tokens, prompt[20:30])
-    cache.check(held_tokens=0, held_slots=0)
-
-
 @pytest.mark.parametrize("num_used", [49, 50])
 def test_a_buffer_is_compacted_once_less_than_half_is_in_use(num_used):
     cache = hybrid(num_kv_tokens=6_000, ghost_bytes=0)

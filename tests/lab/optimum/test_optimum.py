@@ -65,21 +65,6 @@ def test_plan_with_ample_memory_is_the_optimum(pairs: list[Pair], state: int, gr
     plan.verify(build_trie(trace_of(pairs), grid=grid), budget)
 
 
-@settings(max_examples=60)
-@given(
-    pairs=pairs, capacity=st.integers(3, 60), state=st.integers(1, 3), grid=st.sampled_from([1, 2])
-)
-def test_counting_running_requests_changes_nothing_with_ample_memory(
-    pairs: list[Pair], capacity: int, state: int, grid: int
-) -> None:
-    sizes = {"capacity_bytes": capacity, "kv_bytes_per_token": 1, "state_bytes": state}
-    trace = trace_of(pairs)
-    free = best_plan(trace, **sizes, grid=grid)
-    counted = best_plan(trace, **sizes, grid=grid, counts_running=True)
-    if capacity >= 48:
-        assert counted.reached == free.reached
-
-
 def test_optimum_of_a_worked_example() -> None:
     """Two prompts of 4 and 3 tokens alternate, and each comes twice. The memory fits KV and state
     of only one."""
