@@ -377,36 +377,6 @@ def test_session_limits_keep_hits_that_oldest_first_loses(pause_s: float, rate: 
     assert gate.oldest_wait_s < gate.makespan_s
 
 
-class LooksUpAll(AdmissionPolicy):
-    """Oldest-first policy that looks up every waiting request twice."""
-
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
-        once = [load.cached_len(request) for request in waiting]
-        assert once == [load.cached_len(request) for request in waiting]
-        return waiting
-
-
-def test_lookups_do_not_count_as_uses() -> None:
-    """Evictions and hits are the same with and without lookups."""
-    slow = LinearSteps(prefill_token_s=1 / 2000)
-    tables = [
-        simulate_closed_loop(
-            small_load(16), small_cell(6, 5.0, times=slow, max_running=2, admission=admission)
-        )
-        for admission in ("oldest", LooksUpAll)
-    ]
-    assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
-    assert tables[0].lost == tables[1].lost and sum(tables[0].lost) > 0
-
-
-def test_step_that_only_empties_slabs_is_followed_by_the_next_one() -> None:
-    """Such a step computes nothing, but the clock must not move to the next arrival."""
-    load = small_load(24, turns=15, pause_s=1.0)
-    table = simulate_closed_loop(load, small_cell(6, 0.3))
-    waits_s = np.array(table.first_token_s) - np.array(table.asked_s)
-    assert len(waits_s) == 360 and waits_s.max() < 0.5
-
-
 def test_sessions_count_as_live_while_the_machine_is_idle() -> None:
     """Two sessions come at once, and each pauses 1,000 s with nothing to compute."""
     answer = np.zeros(1, np.int32)

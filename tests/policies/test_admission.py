@@ -144,18 +144,6 @@ def congest(policy: AdmissionPolicy, load: FakeLoad, lost: int = 100_000) -> Non
     policy.left(request, load)
 
 
-def test_without_losses_requests_are_admitted_oldest_first() -> None:
-    policy, load = make_admission("sessions"), FakeLoad()
-    requests = waiting([0, 900, 500, 1000])
-    for request in requests[::2]:
-        request.session.num_requests = 1
-    for _ in range(200):
-        load.now_s += 0.5
-        policy.computed(4000, 0.5, load)
-        assert arrivals(policy.order(requests, load)) == [0, 1, 2, 3]
-        policy.admitted(FakeRequest(9, session(9), 8000, cached_len=8000), load)
-
-
 def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
     policy, load = make_admission("sessions"), FakeLoad(running=[None])
     congest(policy, load)

@@ -35,19 +35,6 @@ def test_a_locked_victim_does_not_count_as_an_eviction(eviction: str) -> None:
     assert LEARNED[eviction](policy) != before
 
 
-def test_a_tip_evicted_with_its_kv_passes_its_demand_to_its_parent() -> None:
-    """With two pools, the KV of the leaf is the victim and its checkpoint is evicted with it."""
-    cache = hybrid(eviction="survival")
-    serve(cache, ids("one turn"), [8])
-    serve(cache, ids("one turn, and another"), [21])
-    first = cache.match(ids("one turn.")).resumed
-    tip = cache.match(ids("one turn, and another.")).resumed
-    assert first.superseded and not tip.superseded
-    cache.evict(num_tokens=1)
-    assert tip.node.checkpoint is None
-    assert first.memo.demand == tip.memo.key
-
-
 @pytest.mark.parametrize("eviction", sorted(EVICTION))
 def test_a_ghost_without_a_memo_is_accepted(eviction: str) -> None:
     """Ghosts of a loaded file have no memo of the policy."""

@@ -11,7 +11,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lab.generators import chat
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction.hazards import EDGES, NUM_BINS, age_bins, index_of
+from hybridcache.policies.eviction.hazards import NUM_BINS
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import Prefill
@@ -37,19 +37,6 @@ def hit_rate(
         total += len(request.tokens)
     cache.check(0, 0)
     return reused / total
-
-
-def test_the_index_follows_a_falling_hazard_and_grows_towards_a_due_use() -> None:
-    falling = 1.0 / (EDGES + 16.0)[None, :]
-    index = index_of(falling)[0]
-    assert (np.diff(index) < 0).all() and index[0] == pytest.approx(1 / 16, rel=0.05)
-    loop = np.full((1, NUM_BINS), 1e-6)
-    due = int(age_bins(np.array([40]), 40)[0])
-    loop[0, due] = 1.0
-    index = index_of(loop)[0]
-    assert (np.diff(index[: due + 1]) > 0).all()
-    assert index[0] == pytest.approx(1 / EDGES[due], rel=0.1)
-    assert index[due + 1] < index[0], "the index must fall after the due time"
 
 
 def test_superseded_and_speculative_checkpoints_are_evicted_before_tips() -> None:
