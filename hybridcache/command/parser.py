@@ -83,4 +83,6 @@ class Parser(argparse.ArgumentParser):
         hint = f", did you mean {near[0]}?" if near else ""
         if self._input_flag and not flag.startswith("-"):
             hint = f": write {self._input_flag} {flag}"
+            if any(arg.partition("=")[0] == self._input_flag for arg in self._given):
+                hint = ": join several values with commas"
         return f"unrecognized arguments: {' '.join(arguments)}{hint}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hybridcache.api import Losses
 from hybridcache.command.extras import explain_missing
-from hybridcache.geometry.units import GIB, counted
+from hybridcache.geometry.units import counted
 from hybridcache.lab.report import (
     LOSSES_NOTE,
     METRICS,
@@ -509,7 +509,7 @@ def save(
 def optimum_figure(found: Sequence[Optimum], path: str | Path | None) -> Figure:
     """Draw plan and bound over the size."""
     figure, axes = panels(1, columns=1)
-    sizes = [best.capacity_bytes / GIB for best in found]
+    sizes = [best.gib for best in found]
     axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
     bounds = [100 * best.bound for best in found]
     axes[0].plot(sizes, bounds, "k:", linewidth=0.8, label="infinite cache")

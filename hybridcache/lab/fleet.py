@@ -22,7 +22,6 @@ import numpy as np
 from hybridcache.export.events import Event, EventStream
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, describe_times
-from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.result import PERCENTILES
 from hybridcache.lab.simulation.serving import RequestLog
@@ -439,7 +438,7 @@ class _Fleet:
         return FleetResult(
             trace=trace,
             model=geometry.name,
-            gib=cell.budget_bytes / GIB,
+            gib=cell.size_gib,
             policy=str(cell.policy),
             checkpoints=str(cell.checkpoints),
             fleet=fleet,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridcache.api import Losses
 from hybridcache.command.parser import did_you_mean
+from hybridcache.config import GRID
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.baselines import UNCHARGED
 from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
+from hybridcache.policies.registry import make_eviction
 
 if TYPE_CHECKING:
     from hybridcache.lab.optimum import Optimum
@@ -216,16 +219,53 @@ def verdict(result: SweepRuns) -> str:
     largest = max((run for run in ours if run.label == first[0]), key=lambda run: run.gib)
     sizes = "the only size" if len(best) == 1 else f"{most} of {len(best)} sizes"
     has = "have" if len(first) > 1 else "has"
-    command = f"engine serve --model {_served_as(result)}"
-    command += f" --cache-gib {largest.gib:.4g}"
-    names = (shlex.quote(str(name)) for name in (largest.config.policy, largest.config.checkpoints))
-    command += " --eviction {} --checkpoints {}".format(*names)
+    flags, lacking = _serve_flags(largest)
+    command = f"engine serve --model {_served_as(result)} {flags}"
+    command += f" (engine serve has no {', '.join(lacking)})" if lacking else ""
     names_first = ", ".join(first)
     has_intervals = len(largest.by_session) >= FEWEST_UNITS
     equal = ", or no fewer by the intervals," if has_intervals else ""
     of_policies = " of the policies" if len(ours) < len(result.runs) else ""
     most_hits = f"{names_first} {has} the most hits{of_policies}{equal} at {sizes}"
     return f"{most_hits}{more}; to serve: {command}"
+
+
+def _serve_flags(run: RunResult) -> tuple[str, list[str]]:
+    """Return the settings of ``run`` as flags of ``engine serve``, and those it does not have."""
+    config, lacking = run.config, []
+    flags = {
+        "cache-gib": f"{run.gib:.4g}",
+        "eviction": config.policy,
+        "checkpoints": config.checkpoints,
+    }
+    others = {
+        "grid": (config.grid, GRID),
+        "page-size": (config.page_size, 1),
+        "max-running": (config.max_running, None),
+        "state-dtype": (config.state_dtype, "float32"),
+        "checkpoint-dtype": (config.checkpoint_dtype, "auto"),
+        "host-gib": (config.host_gib, 0.0),
+    }
+    flags |= {name: str(value) for name, (value, usual) in others.items() if value != usual}
+    if config.disk_gib:
+        flags |= {"state-dir": "DIR", "disk-gib": str(config.disk_gib)}
+    if config.state_dtype not in ("float32", "bfloat16"):
+        lacking.append(f"--state-dtype {flags.pop('state-dtype')}")
+    if config.grid % GRID and config.grid not in (16, 32):
+        lacking.append(f"--grid {flags.pop('grid')}")
+    if config.memory != "arena":
+        lacking.append(f"--memory {config.memory}")
+    if config.priority_classes is False and not _orders_classes(str(config.policy)):
+        lacking.append("--no-priority-classes")
+    words = (f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    return " ".join(words), lacking
+
+
+def _orders_classes(policy: str) -> bool:
+    """Return True if the policy orders dead and superseded items itself, or has no name."""
+    with suppress(ValueError):
+        return make_eviction(policy)().orders_classes
+    return True
 
 
 def _systems_with_more(result: SweepRuns, best: Mapping[float, RunResult]) -> str:
@@ -556,7 +596,7 @@ def optimum_table(found: Sequence[Optimum]) -> str:
     """Return a table with a row per size: hit rate of the plan, bound and gap."""
     rows = [
         [
-            f"{best.capacity_bytes / GIB:.3g}",
+            f"{best.gib:.3g}",
             f"{100 * best.reached:.2f}",
             f"{100 * best.bound:.2f}",
             f"{100 * best.gap:.2f}",

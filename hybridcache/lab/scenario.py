@@ -19,6 +19,7 @@ True
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import inspect
 import json
@@ -98,6 +99,17 @@ def _setting(
     limits = {"least": least, "above": above}
     facts = {"help": help, "group": group, "names": names, "flag": flag}
     return field(default=default, metadata=facts | limits)
+
+
+def _seeds(text: str) -> int | tuple[int, ...]:
+    """Return a number of runs, or seeds that were given with commas between."""
+    try:
+        found = tuple(map(int, filter(None, text.split(","))))
+    except ValueError:
+        found = ()
+    if not found:
+        raise argparse.ArgumentTypeError(f"a number of runs or seeds as a,b,c (got {text!r})")
+    return found if "," in text else found[0]
 
 
 MOST_USED, MEMORY, TIERS, LOAD = (
@@ -246,7 +258,7 @@ class Scenario:
         type=float,
     )
     seeds: int | Sequence[int] = _setting(
-        1, "runs with other arrivals, averaged: a number, or a list of seeds", LOAD, type=int
+        1, "runs with other arrivals, averaged: their number, or seeds as a,b,c", LOAD, type=_seeds
     )
     tells_ends: bool = _setting(False, "clients say when a session has ended", LOAD)
 
@@ -334,11 +346,14 @@ class Scenario:
                 raise ValueError(f"{name} {reason}")
 
     def refuse_load(self) -> None:
-        """Raise ValueError for a setting of a closed loop, in a replay."""
+        """Raise ValueError for a setting of a closed loop, in a replay, and for times of answers
+        that do not overlap."""
         self.refuse(
             settings_of(LOAD),
             "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)",
         )
+        if self.max_running is None:
+            self.refuse(["tpot_s"], "has an effect with max_running alone: give both, or neither")
 
     # --- Files ------------------------------------------------------------------------------------
 
@@ -479,10 +494,15 @@ class Scenario:
         return f"{name} ({self.memory} {self.kv_share:.0%} KV)"
 
     @property
+    def size_gib(self) -> float:
+        """GiB for KV and states together."""
+        assert isinstance(self.gib, int | float), "a cell has one size"
+        return float(self.gib)
+
+    @property
     def budget_bytes(self) -> int:
         """Bytes for KV and states together."""
-        assert isinstance(self.gib, int | float), "a cell has one size"
-        return budget_bytes(self.gib)
+        return budget_bytes(self.size_gib)
 
     def pools(self, geometry: ModelGeometry) -> tuple[int, int]:
         """Return (KV tokens, slots) of two pools."""

@@ -487,6 +487,40 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     assert re.match(r"\w+, \w+ have the most hits.* at the only size; to serve:", found)
 
 
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({}, ""),
+        ({"grid": 32, "page_size": 4}, " --grid 32 --page-size 4"),
+        ({"grid": 1}, " (engine serve has no --grid 1)"),
+        ({"max_running": 4, "host_gib": 2.0}, " --max-running 4 --host-gib 2.0"),
+        ({"disk_gib": 2.0}, " --state-dir DIR --disk-gib 2.0"),
+        ({"state_dtype": "bfloat16"}, " --state-dtype bfloat16"),
+        ({"state_dtype": "int8"}, " (engine serve has no --state-dtype int8)"),
+        ({"checkpoint_dtype": "int8:head"}, " --checkpoint-dtype int8:head"),
+        ({"memory": "budget"}, " (engine serve has no --memory budget)"),
+        (
+            {"priority_classes": False},
+            " (engine serve has no --no-priority-classes)",
+        ),
+    ],
+)
+def test_verdict_has_the_settings_that_won(settings: dict[str, Any], flags: str) -> None:
+    """Flags that ``engine serve`` does not have are named."""
+    result = simulate("short?head=30", gib=0.3, policy=["lru", "fifo"], bound=False, **settings)
+    best = "lru" if "--eviction lru" in result.verdict() else "fifo"
+    assert result.verdict().endswith(
+        f" --cache-gib 0.3 --eviction {best} --checkpoints adaptive{flags}"
+    )
+
+
+def test_sizes_of_results_are_those_asked_for() -> None:
+    sizes = [0.1, 1 / 3]
+    result = simulate("short?head=9", gib=sizes, policy="lru", optimum=True)
+    assert [row["gib"] for row in result.to_dicts()] == sizes
+    assert [row["gib"] for row in optimum("short?head=9", gib=sizes).to_dicts()] == sizes
+
+
 def test_rebuilt_systems_with_more_hits_are_named() -> None:
     """Marconi also reuses where the memory is too small for any request of ours."""
     policies, systems = ["lru", "survival"], ["marconi", "lightllm", "vllm"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def add_optimum(commands: Commands) -> None:
         action="store_true",
         help="KV and state of the running request take memory too, as in every cache",
     )
-    add("--output", type=Path, help="JSON lines, one per size")
+    add("--output", type=Path, help="JSON lines, one per size; sizes that the file has are kept")
     add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound")
     parser.set_defaults(run=_optimum)
 
@@ -38,7 +39,7 @@ def add_optimum(commands: Commands) -> None:
 def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
     from hybridcache.lab.scenario import Scenario
-    from hybridcache.lab.simulation.grid import check_results_file
+    from hybridcache.lab.simulation.grid import check_results_file, identity_of, records_of
     from hybridcache.lab.simulation.simulate import optimum
 
     check_figure(options)
@@ -50,9 +51,14 @@ def _optimum(options: argparse.Namespace) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
     found = optimum(scenario, counts_running=options.counts_running)
     if options.output:
+        identity = identity_of(trace) + bytes([options.counts_running])
+        known = {one.get("key") for one in records_of(options.output)}
         with options.output.open("a", encoding="utf-8") as file:
             for best in found:
-                file.write(json.dumps(best.record() | {"model": model}) + "\n")
+                key = replace(scenario, gib=best.gib).key(identity)
+                if key not in known:
+                    record = {"key": key} | best.record() | {"model": model}
+                    file.write(json.dumps(record) + "\n")
     print(found.table())
     if options.figure:
         optimum_figure(found.plans, options.figure)

@@ -92,6 +92,9 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
     specs = options.trace or ([] if base is None else [base.trace])
     if not specs:
         options.parser.error("the following arguments are required: --trace")
+    for spec in specs:
+        if specs.count(spec) > 1:
+            raise ValueError(f"--trace {spec} is given twice: give each once")
     return [Scenario.of(replace(base, trace=spec) if base else spec, given) for spec in specs]
 
 
@@ -105,8 +108,8 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
     check_figure(options)
     runs: list[ClosedLoopRun] = []
     has_failed = False
-    for scenario in scenarios:
-        trace = opened(str(scenario.trace), options)
+    traces = [opened(str(scenario.trace), options) for scenario in scenarios]
+    for scenario, trace in zip(scenarios, traces, strict=True):
         result = closed_loop(
             replace(scenario, trace=trace),
             processes=options.processes,
@@ -141,11 +144,13 @@ def _simulate(options: argparse.Namespace) -> int:
     known = options.optimum or (options.output and options.output.exists())
     if "optimum" in metrics and not known:
         raise ValueError("--metric optimum needs a plan: add --optimum")
+    if "bound" in metrics and not options.bound:
+        raise ValueError("--metric bound needs the infinite cache: leave --no-bound out")
     check_figure(options)
     results: list[SimulationResult] = []
     drawn: list[Path] = []
-    for scenario in scenarios:
-        trace = opened(str(scenario.trace), options)
+    traces = [opened(str(scenario.trace), options) for scenario in scenarios]
+    for scenario, trace in zip(scenarios, traces, strict=True):
         result = simulate(
             replace(scenario, trace=trace),
             bound=options.bound,

@@ -28,6 +28,8 @@ class Optimum:
     """Name of the trace."""
     capacity_bytes: int
     """Memory for KV and states."""
+    gib: float
+    """Memory as it was asked for, GiB."""
     num_requests: int
     """Number of requests."""
     prompt_tokens: int
@@ -52,7 +54,7 @@ class Optimum:
         return {
             "trace": self.trace,
             "capacity_bytes": self.capacity_bytes,
-            "gib": self.capacity_bytes / GIB,
+            "gib": self.gib,
             "num_requests": self.num_requests,
             "prompt_tokens": self.prompt_tokens,
             "reached": self.reached,
@@ -110,6 +112,7 @@ def best_plan(
     return Optimum(
         trace=trace.name,
         capacity_bytes=capacity_bytes,
+        gib=capacity_bytes / GIB,
         num_requests=len(requests),
         prompt_tokens=prompt_tokens,
         reached=float(cached.sum()) / prompt_tokens,

@@ -23,7 +23,6 @@ import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
-from hybridcache.geometry.units import GIB
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import Kept, Place, RunFailed, run_cells
@@ -371,7 +370,7 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         admission=str(cell.admission),
         rate=rate,
         seed=seed,
-        gib=cell.budget_bytes / GIB,
+        gib=cell.size_gib,
         num_requests=len(ttft_s),
         num_refused=table.num_refused,
         prompt_tokens=sum(table.prompt_tokens),

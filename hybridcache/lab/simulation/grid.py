@@ -269,7 +269,9 @@ def check_results_file(path: Path, trace: Trace | None = None) -> None:
 
 def records_of(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a file of results. A torn line, left by a process that was killed, is
-    skipped."""
+    skipped, and there are none in a file that does not exist."""
+    if not path.exists():
+        return
     with path.open(encoding="utf-8") as file:
         for line in file:
             with suppress(json.JSONDecodeError):
@@ -277,10 +279,9 @@ def records_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:
-    if kept.path.exists():
-        for record in records_of(kept.path):
-            if record.get("key") in wanted:
-                yield record["key"], kept.kind.from_record(record)
+    for record in records_of(kept.path):
+        if record.get("key") in wanted:
+            yield record["key"], kept.kind.from_record(record)
 
 
 def _end_last_line(path: Path) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import describe_times, prefill_seconds
-from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
@@ -79,7 +78,7 @@ def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> R
         label=scenario.label,
         model=geometry.name,
         state_dtype=geometry.state_dtype,
-        gib=scenario.budget_bytes / GIB,
+        gib=scenario.size_gib,
         memory=scenario.memory if is_ours else None,
         kv_share=scenario.kv_share,
         policy=str(scenario.policy) if is_ours else None,
@@ -489,7 +488,7 @@ def _percentiles(values: Any) -> dict[int, float]:
 
 def failure_of(cell: Scenario, words: str) -> str:
     """Return the sentence about a cell that failed."""
-    return f"{cell.label} at {cell.budget_bytes / GIB:.4g} GiB failed: {words}"
+    return f"{cell.label} at {cell.size_gib:.4g} GiB failed: {words}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
-from hybridcache.geometry.units import GIB, counted
+from hybridcache.geometry.units import counted
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.progress import Progress, shown_progress
@@ -137,8 +137,7 @@ class OptimumResult(Sequence[Optimum]):
         """Return one line: trace, and the token hit rate at each size."""
         first = self.plans[0]
         rates = ", ".join(
-            f"{100 * plan.reached:.1f} % at {plan.capacity_bytes / GIB:.4g} GiB"
-            for plan in self.plans
+            f"{100 * plan.reached:.1f} % at {plan.gib:.4g} GiB" for plan in self.plans
         )
         return f"{type(self).__name__}({first.trace}: {rates})"
 
@@ -274,7 +273,7 @@ def _with_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
 def _plan(trace: Trace, asked: Scenario, size: float, counts_running: bool = False) -> Optimum:
     """Return the best plan for a memory of ``size`` GiB."""
     geometry = asked.geometry()
-    return best_plan(
+    found = best_plan(
         trace,
         capacity_bytes=budget_bytes(size),
         kv_bytes_per_token=geometry.kv_bytes_per_token,
@@ -282,15 +281,17 @@ def _plan(trace: Trace, asked: Scenario, size: float, counts_running: bool = Fal
         grid=asked.grid,
         counts_running=counts_running,
     )
+    return replace(found, gib=size)
 
 
 def _with_optimum(
     result: SimulationResult, trace: Trace, asked: Scenario, points: Sequence[float]
 ) -> SimulationResult:
     """Add a plan with hindsight at each size."""
-    best = {budget_bytes(size) / GIB: _plan(trace, asked, size) for size in points}
+    best = {budget_bytes(size): _plan(trace, asked, size) for size in points}
     runs = tuple(
-        replace(run, optimum_tokens=int(best[run.gib].cached_tokens.sum())) for run in result.runs
+        replace(run, optimum_tokens=int(best[budget_bytes(run.gib)].cached_tokens.sum()))
+        for run in result.runs
     )
     return replace(result, runs=runs)
 

@@ -13,6 +13,7 @@ generator with options.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -89,9 +90,13 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
     """
     rest, _, query = spec.partition("?")
     try:
-        options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+        pairs = parse_qsl(query, strict_parsing=True) if query else []
     except ValueError as error:
         raise ValueError(f"options {query!r} are not name=value with & between") from error
+    options: dict[str, Any] = dict(pairs)
+    for name, number in Counter(name for name, _ in pairs).items():
+        if number > 1:
+            raise ValueError(f"trace {spec}: option {name!r} is given twice")
     head = options.pop("head", None)
     if rest in GENERATORS:
         trace = _generated(rest, options)
