@@ -87,7 +87,7 @@ class Limits(NamedTuple):
 ABOVE_0 = math.ulp(0)
 """Smallest positive number."""
 COUNT = Limits("an integer of 1 or more", 1, is_whole=True)
-GIB_SIZE = Limits("a positive number of GiB", ABOVE_0, 2**20)
+GIB_SIZE = Limits("a number of GiB above 0, at most 1,048,576", ABOVE_0, 2**20)
 MIB_SIZE = Limits("a number of MiB of 0 or more", 0, 2**30)
 SECONDS = Limits("a number of seconds above 0, at most 1e6", ABOVE_0, 1e6)
 SEED = Limits("an integer from 0 to 2**63 - 1", 0, 2**63 - 1, is_whole=True)
@@ -304,9 +304,9 @@ class EngineConfig(Settings):
 
     cache_gib: float | None = setting(
         None,
-        "memory for KV and states together, one arena, GiB; by default a quarter of the free "
-        "memory, at most 4 GiB, on a CPU, and elsewhere 90 % of the memory that weights, graphs "
-        "and the largest step leave",
+        "memory for KV and states together, one arena, GiB (of each replica); by default a quarter "
+        "of the free memory, at most 4 GiB, on a CPU, and elsewhere 90 % of the memory that "
+        "weights, graphs and the largest step leave",
         limits=GIB_SIZE,
     )
     max_model_len: int | None = setting(
@@ -328,7 +328,11 @@ class EngineConfig(Settings):
         "first, others as the cache permits), oldest, cached-first, longest-match, "
         "live:N (sessions at a time), or module:Class",
     )
-    max_queue: int = setting(1024, "requests that may wait; further ones are refused", limits=COUNT)
+    max_queue: int = setting(
+        1024,
+        "requests that may wait, also for their first step; further ones are refused",
+        limits=COUNT,
+    )
     overlap: Literal["auto", "on", "off"] = setting(
         "auto",
         "prepare the next step while the device computes this one, except for steps with drafts; "

@@ -195,6 +195,8 @@ def _operator_routes(context: ServingContext, operator: Operator) -> list[Route]
 
     async def cache(request: Request) -> Response:
         operator.check(request)
+        if request.query_params:
+            raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
         return json_response(await context.engine.cache_view())
 
     async def reset(request: Request) -> Response:

@@ -118,7 +118,10 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
     for name, value in without_nulls(given).items():
         if name in kind.NEUTRAL:
             if value not in kind.NEUTRAL[name]:
-                raise APIError(400, f"'{name}' is not supported: omit it.", param=name)
+                allowed = kind.NEUTRAL[name]
+                one_of = " or ".join(map(write_json, allowed))
+                words = f"must be {one_of} (got {short(write_json(value))})" if allowed else ""
+                raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.", param=name)
         elif name not in fields:
             raise _unknown(name, fields)
         else:

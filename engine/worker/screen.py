@@ -171,6 +171,8 @@ def _smallest_prefix(engine: Engine) -> list[tuple[str, str]]:
     if is_stateful and config.checkpoints != ("adaptive",):
         return []
     smallest = lcm(config.grid, config.page_size) if is_stateful else config.page_size
+    if smallest >= engine.max_model_len:
+        return [("smallest hit", f"none: a hit of {smallest:,} tokens fills the context")]
     every = f", and then every {smallest:,}" if smallest > 1 else ""
     words = f"{counted(smallest, 'token')} of a longer prompt{every}"
     return [("smallest hit", words)]

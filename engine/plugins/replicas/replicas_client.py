@@ -142,6 +142,7 @@ class FleetChannel(EngineChannel):
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_open = True
+        self._num_up = 0
 
     @property
     def is_alive(self) -> bool:
@@ -170,12 +171,19 @@ class FleetChannel(EngineChannel):
         """Follow the events of each replica while it is up, and stop following those that are
         not."""
         members = self._fleet.members
-        for replica in members if self._is_open else ():
+        if not self._is_open:
+            members = ()
+        for replica in members:
             if replica not in self._followers:
                 self._followers[replica] = asyncio.ensure_future(self._follow(replica))
         for replica, follower in self._followers.items():
             if replica not in members:
                 follower.cancel()
+        num_up = len(members)
+        if self._is_open and self._num_up not in (0, num_up):
+            change = "ended, and Ray starts another" if num_up < self._num_up else "joined"
+            logger.warning("A replica %s; replicas that are up: %d.", change, num_up)
+        self._num_up = num_up
 
     async def _follow(self, replica: str) -> None:
         due = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def _join_ray(address: str | None) -> bool:
 
     if ray.is_initialized():
         return False
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:

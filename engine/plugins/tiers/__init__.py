@@ -20,7 +20,7 @@ class TierConfig(PluginConfig):
     host_gib: float | None = setting(
         None,
         "host memory for entries that are evicted from the device, GiB; by default they are lost, "
-        "or stay on disk (--state-dir)",
+        "or stay on disk (--state-dir); 0: none",
         limits=GIB_SIZE,
     )
     state_dir: str | None = setting(
@@ -45,6 +45,8 @@ class TierConfig(PluginConfig):
         return self.state_dir
 
     def __post_init__(self) -> None:
+        if self.host_gib == 0:
+            object.__setattr__(self, "host_gib", None)
         check_fields(self)
         if self.disk_gib is not None and self.state_dir is None:
             raise ConfigError("disk_gib requires state_dir.")

@@ -152,7 +152,7 @@ async def check_views(engine: AsyncEngine, handle: Handle) -> None:
             await engine.watch(number)
 
 
-def test_two_replicas_share_load_and_survive_a_death() -> None:
+def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFixture) -> None:
     """Check routing by shared prefixes, answers, summed reports, a replica's death and a new
     replica.
 
@@ -194,6 +194,8 @@ def test_two_replicas_share_load_and_survive_a_death() -> None:
         handle.add("r2")
         engine._channel._fleet.set_members(each for each in handle.replicas if each != home)
         await wait_until(lambda: "r2" in engine._channel._followers)
+        changes = [line for line in caplog.messages if line.startswith("A replica")]
+        assert ["ended" in line for line in changes] == [True, False], changes
         await check_views(engine, handle)
         await engine.reset_prefix_cache()
         assert (await engine.report()).kv.cached == 0

@@ -132,6 +132,7 @@ THINKING = {"type": "enabled", "budget_tokens": 8}
 SCHEMA = {"type": "json_schema", "name": "a"}
 BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     "/v1/completions": [
+        ({"priority": 3}, "'priority' must be 0 (got 3): omit it."),
         *(({"prompt": one}, "prompt") for one in ("", [], [[]], 7, ["a", 1], [True], {})),
         *(({"prompt": one}, "prompt|ids") for one in ([320], [-1], [2**80], [[65, 66], [999]])),
         ({"prompt": ["x"] * 100_000, "n": 128}, "queue"),
@@ -293,6 +294,7 @@ def test_unknown_paths_and_methods_are_refused(live: Live) -> None:
         answer = live.get(path)
         assert answer.status_code == 404 and near in answer.json()["error"]["message"]
     assert live.get("/v1/completions").status_code == 405
+    assert live.get("/v1/cache?replica=9").status_code == 400
     wrong = live.post("/v1/responses/1", {})
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "DELETE, GET")
     for path in ("/health", "/metrics", "/v1/models"):
