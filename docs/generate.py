@@ -415,7 +415,7 @@ RESULTS = {
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
     "hybridcache.lab.figures": ("Plot",),
-    "hybridcache.lab.leaderboard": ("leaderboard", "Board"),
+    "hybridcache.lab.leaderboard": ("leaderboard", "Split", "Board"),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }
 """Names in results, and tools that users import from their modules."""

@@ -11,6 +11,7 @@ later.
 from __future__ import annotations
 
 import heapq
+import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -22,9 +23,10 @@ import numpy as np
 from hybridcache.export.events import Event, EventStream
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, describe_times
-from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.result import PERCENTILES
 from hybridcache.lab.simulation.serving import RequestLog
+from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.target import LeaseTarget, Served, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
@@ -65,14 +67,18 @@ class FleetConfig:
     """Number of the replica that fails first."""
 
     def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ValueError(f"replicas must be at least 1, got {self.replicas}")
-        if self.load is not None and not self.load > 0:
-            raise ValueError(f"load must be above 0, got {self.load}")
-        if self.delay_s < 0 or self.replaced_s < 0:
-            raise ValueError("delay_s and replaced_s must be at least 0")
-        if self.failures < 0:
-            raise ValueError(f"failures must be at least 0, got {self.failures}")
+        for name, least in (("replicas", 1), ("failures", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name in ("load", "delay_s", "replaced_s"):
+            value = getattr(self, name)
+            if name == "load" and value is None:
+                continue
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < math.inf or (name == "load" and not value):
+                least = "above 0" if name == "load" else "of at least 0"
+                raise ValueError(f"{name} must be a finite number {least}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +183,21 @@ class FleetResult:
 
 def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
     """Run one cell over a trace, which is best held in memory (``Trace.kept``). O(events log
-    events). ValueError for a router that does not exist, and for a rebuilt peer."""
-    cell, fleet, unit = job.scenario, job.fleet, trace.unit
-    if cell.baseline:
+    events). ValueError for a router that does not exist or chooses no replica, for a rebuilt peer
+    and for a scenario of several policies or sizes."""
+    fleet, unit = job.fleet, trace.unit
+    if job.scenario.baseline:
         raise ValueError(
-            f"baseline {cell.baseline}: rebuilt peers publish no events for routers: leave it "
-            "out for a fleet"
+            f"baseline {job.scenario.baseline}: rebuilt peers publish no events for routers: leave "
+            "it out for a fleet"
         )
+    cells = job.scenario.cells(sizes(GIB_SPEC if job.scenario.gib is None else job.scenario.gib))
+    if len(cells) > 1:
+        raise ValueError(
+            "a fleet has one policy, one placement and one size of its replicas, gib: make a job "
+            "for each"
+        )
+    cell = cells[0]
     geometry = cell.geometry()
     span = Span.of(trace, unit, geometry)
     times = times_of(fleet, span, geometry, cell.prefill_times(geometry))

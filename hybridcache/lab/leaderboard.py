@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,11 +33,12 @@ from typing import Any
 import numpy as np
 
 from hybridcache.command.extras import version
+from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.units import counted
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.report import text_table
-from hybridcache.lab.scenario import Scenario, source_of
+from hybridcache.lab.scenario import Scenario, named_policies, source_of
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
 from hybridcache.lab.simulation.result import known_fields
@@ -44,10 +46,37 @@ from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simul
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.protocol import PolicyError
-from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION, split_specs
+from hybridcache.policies.registry import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
+    EVICTION,
+    EvictionSpec,
+    split_specs,
+)
 
 BUILT_IN = tuple(sorted(EVICTION))
 """Eviction policies on the board, each with the default placement."""
+
+
+SPLIT_FORM = (
+    'it has model = "qwen3-next", seeds = [1, 2], a table [gib] of sizes, "short" = [0.3, 1], and '
+    'perhaps a table [closed-loop] of sizes and rates, "short" = [[1, 2]]'
+)
+"""Description of the file of a split, for errors."""
+
+
+def _fixed(value: Any) -> Any:
+    """Return ``value`` with tuples in place of lists."""
+    if isinstance(value, dict):
+        return {name: _fixed(own) for name, own in value.items()}
+    return tuple(map(_fixed, value)) if isinstance(value, list) else value
+
+
+def _is_positive(number: object) -> bool:
+    """Return True for a finite number above 0."""
+    if not isinstance(number, int | float) or isinstance(number, bool):
+        return False
+    return 0 < number < math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,52 +92,72 @@ class Split:
     """Closed loops, by trace specification: (GiB, sessions per second)."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for no seed, trace or size, and for a repeated seed or size."""
+        """Raise ValueError for values of a wrong type, for no seed, trace or size, for a repeated
+        seed or size, and for a trace with a seed of its own."""
+        if not isinstance(self.model, str):
+            raise ValueError(f"model must be a name (got {self.model!r})")
+        for name, table in (("gib", self.gib), ("closed-loop", self.closed_loop)):
+            if not isinstance(table, Mapping):
+                raise ValueError(f"{name} must be a table of lists by trace (got {table!r})")
+            for trace, values in table.items():
+                if not isinstance(values, list | tuple):
+                    raise ValueError(f"{name} of {trace} must be a list (got {values!r})")
+        for trace, values in self.gib.items():
+            if re.search(r"[?&]seed=", trace):
+                raise ValueError(f"{trace}: the seed of a trace is one of seeds: leave it out")
+            if not all(map(_is_positive, values)):
+                raise ValueError(f"sizes of {trace} must be GiB above 0 (got {values!r})")
+        if not isinstance(self.seeds, list | tuple) or not all(
+            isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+            for seed in self.seeds
+        ):
+            raise ValueError(f"seeds must be a list of whole numbers (got {self.seeds!r})")
         lists = {"seeds": self.seeds} | {f"sizes of {trace}": of for trace, of in self.gib.items()}
         loops = {f"closed loops of {trace}": of for trace, of in self.closed_loop.items()}
         if not self.gib:
             raise ValueError("the table gib must have at least one trace")
         for trace in self.closed_loop.keys() - self.gib:
             raise ValueError(f"{trace!r} has closed loops and no sizes in the table gib")
+        for name, cells in loops.items():
+            if not all(
+                isinstance(cell, tuple) and len(cell) == 2 and all(map(_is_positive, cell))
+                for cell in cells
+            ):
+                raise ValueError(f"{name} must be pairs of GiB and sessions per second, above 0")
         for name, values in (lists | loops).items():
             if not values or len(set(values)) < len(values):
                 # Intervals over a repeated seed would be too narrow.
                 raise ValueError(f"{name} must be different, at least one (got {values})")
-        for name, cells in loops.items():
-            if not all(0 < number < math.inf for cell in cells for number in cell):
-                raise ValueError(f"{name} must be pairs of GiB and sessions per second, above 0")
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Split:
+    def load(cls, path: str | Path | None = None) -> Split:
         """Read a TOML file of the form of ``leaderboard.toml``; None for the packaged one.
 
-        Raises ValueError if a field is missing, OSError if the file cannot be read.
+        Raises ValueError if a field is missing, unknown or wrong, OSError if the file cannot be
+        read.
         """
-        source = resources.files(__package__) / "leaderboard.toml" if path is None else path
-        name = "leaderboard.toml" if path is None else str(path)
+        packaged = resources.files(__package__) / "leaderboard.toml"
+        source = packaged if path is None else Path(path)
         try:
             read = tomllib.loads(source.read_text(encoding="utf-8"))
-            gib = {trace: tuple(map(float, sizes)) for trace, sizes in read["gib"].items()}
-            loops = {
-                trace: tuple((float(size), float(rate)) for size, rate in cells)
-                for trace, cells in read.get("closed-loop", {}).items()
-            }
+            known = {"model", "seeds", "gib", "closed-loop"}
+            for name in read:
+                if name not in known:
+                    hint = did_you_mean(name, known) or ";"
+                    raise ValueError(f"{name!r} is no part of a split{hint} {SPLIT_FORM}")
+            for name in ("model", "seeds", "gib"):
+                if name not in read:
+                    raise ValueError(f"the split has no {name!r}; {SPLIT_FORM}")
+            name = "evaluation" if path is None else source.name
             return cls(
-                "evaluation" if path is None else path.name,
+                name,
                 read["model"],
-                tuple(read["seeds"]),
-                gib,
-                loops,
+                _fixed(read["seeds"]),
+                _fixed(read["gib"]),
+                _fixed(read.get("closed-loop", {})),
             )
-        except KeyError as error:
-            raise ValueError(
-                f"{name}: the split has no {error.args[0]!r}; it needs model, seeds and a table "
-                "gib of sizes by trace, as in docs/how-to/leaderboard.md"
-            ) from error
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name} is not a split ({error}); see docs/how-to/leaderboard.md"
-            ) from error
+        except ValueError as error:
+            raise ValueError(f"{source.name if path is None else path}: {error}") from None
 
     def head(self, num_seeds: int | None, only: str = "") -> Split:
         """Return the split with its first seeds, and the traces with ``only`` in their name."""
@@ -405,6 +454,19 @@ class Board:
         return rates, matrix(lambda s: s.plan), matrix(lambda s: s.plan_running)
 
 
+def _names(policies: EvictionSpec | Sequence[EvictionSpec]) -> list[str]:
+    """Return policies as names. ValueError for one without a name, which no record could tell."""
+    found = []
+    for policy in named_policies(policies, split=True):
+        if not isinstance(policy, str):
+            raise ValueError(
+                f"{policy}: the board names policies: write its class in a file, and name it as in "
+                "'mine:Policy(weight=2)'"
+            )
+        found.append(policy)
+    return found
+
+
 def _shares(rates: np.ndarray, plan: np.ndarray) -> np.ndarray:
     """Return the mean share of each seed over the cells where a plan reuses anything; else NaN."""
     shares = np.divide(rates, plan, out=np.zeros(rates.shape), where=plan > 0)
@@ -415,21 +477,22 @@ def _shares(rates: np.ndarray, plan: np.ndarray) -> np.ndarray:
 
 
 def leaderboard(
-    policies: Sequence[str] = (),
-    split: Split | None = None,
+    policies: EvictionSpec | Sequence[EvictionSpec] = (),
+    split: Split | str | Path | None = None,
     *,
     built_in: Sequence[str] = BUILT_IN,
     processes: int = 1,
     seeds: int | None = None,
     only: str = "",
-    resume_from: Path | None = None,
+    resume_from: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Board:
     """Run ``policies`` and the built-in ones on a split.
 
     Args:
-        policies: ``eviction`` or ``eviction@placement``; own ones as ``module:Class``.
-        split: traces, sizes and seeds; None for the packaged evaluation split.
+        policies: ``eviction`` or ``eviction@placement``; own ones as classes or ``module:Class``.
+        split: traces, sizes and seeds, or the path of their file; None for the packaged
+            evaluation split.
         built_in: names of built-in evictions; each uses the default placement.
         processes: runs at the same time; changes no result.
         seeds, only: the first seeds, and the traces with ``only`` in their names, as in
@@ -440,11 +503,16 @@ def leaderboard(
     Raises:
         ValueError: a policy or a trace is unknown, or there is no policy.
     """
-    split = (split or Split.load()).head(seeds, only)
+    if split is None or isinstance(split, str | Path):
+        split = Split.load(split)
+    if not isinstance(split, Split):
+        raise ValueError(f"split must be a Split or the path of its file (got {split!r}).")
+    split = split.head(seeds, only)
     for trace in split.gib:
         if len(split.seeds) > 1 and _seeded(trace, 0) == trace:
             raise ValueError(f"{trace} is a single draw: give one seed, and compare by sessions")
-    names = tuple(dict.fromkeys((*policies, *built_in)))
+    named = (*_names(policies), *_names(built_in))
+    names = tuple(dict.fromkeys(named))
     if not names:
         raise ValueError("nothing to compare: name a policy, or keep the built-in ones")
     jobs = split.jobs(names)

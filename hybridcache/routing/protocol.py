@@ -184,11 +184,14 @@ class Router:
 
         Raises:
             NoReplica: no replica is up.
-            ValueError: ``choose`` returned a replica that is not up.
+            ValueError: ``choose`` returned no ``Choice``, or a replica that is not up.
         """
         if not self.loads:
             raise NoReplica("No replica is up. Try again when one has joined.")
         choice = self.choose(request, now)
+        if not isinstance(choice, Choice):
+            name = type(self).__name__
+            raise ValueError(f"{name}.choose must return a Choice of a replica (got {choice!r}).")
         load = self.loads.get(choice.replica)
         if load is None:
             raise ValueError(

@@ -271,3 +271,33 @@ def test_kinds_of_times_versions_and_unknown_stop_reasons_are_refused(
 ) -> None:
     written = (one if "format" in one else {"tokens": [1, 2]} | one for one in records)
     assert f"line {line}: " in refusal(str(lines(tmp_path / "t.jsonl", *written)))
+
+
+@pytest.mark.parametrize(
+    ("query", "header"), [("", "time,prompt"), ("&prompt=question", "time,question")]
+)
+def test_empty_first_prompt_of_a_table_is_a_bad_record(
+    tmp_path: Path, query: str, header: str
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"{header}\n0,\n1,hello\n")
+    spec = f"csv:{path}?tokenizer=bytes{query}"
+    assert refusal(spec) == f"{path}, line 2: the prompt is empty"
+    trace = open_trace(spec, skip_bad=True)
+    assert len(list(trace)) == 1 and trace.bad.count == 1
+    path.write_text(f"{header}\n0,\n1,\n")
+    with pytest.raises(ValueError, match=f"column '{header[5:]}' is empty in all rows"):
+        open_trace(spec)
+
+
+def test_conversations_read_as_requests_are_announced(tmp_path: Path) -> None:
+    """The first record decides the format; here it ends with a user's message."""
+    said = GOOD["conversations"]["messages"]
+    path = lines(tmp_path / "t.jsonl", {"messages": said[:1]}, {"messages": said})
+    message = f"1 prompt without an answer end.*conversations:{path}"
+    with pytest.warns(TraceFieldsWarning, match=message):
+        assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2
+    path = lines(tmp_path / "t.jsonl", {"messages": said[:1]}, {"messages": said, "answer": "x"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
+from hybridcache.routing.protocol import Choice, Router, RouteRequest
 from hybridcache.routing.registry import ROUTERS
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
@@ -36,6 +39,34 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     assert one.ttft_mean_s == pytest.approx(np.mean(log.ttft_s))
     assert (one.imbalance, one.rerouted, one.broken) == (1.0, 0, 0)
     assert one.as_record()["token_hit_rate"] == one.token_hit_rate > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"delay_s": float("nan")}, "delay_s must be a finite number"),
+        ({"replaced_s": float("inf")}, "replaced_s must be a finite number"),
+        ({"replicas": 2.5}, "replicas must be an integer of at least 1, got 2.5"),
+        ({"failures": True}, "failures must be an integer"),
+        ({"load": "a"}, "load must be a finite number above 0, got 'a'"),
+        ({"load": 0}, "load must be a finite number above 0"),
+        (
+            {"router": "tests.lab.test_fleet:NoChoice"},
+            r"must return a Choice of a replica \(got None",
+        ),
+        ({"gib": (1.0, 2.0)}, "one policy, one placement and one size"),
+    ],
+)
+def test_wrong_fleets_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cell(**{"router": "text"} | wrong)
+
+
+class NoChoice(Router):
+    """A router that chooses nothing."""
+
+    def choose(self, request: RouteRequest, now: float) -> Choice:
+        return None  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))

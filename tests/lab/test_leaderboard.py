@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hybridcache import closed_loop
 from hybridcache.lab import leaderboard as module
 from hybridcache.lab.cli import main
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Split, leaderboard
+from hybridcache.policies.eviction.lru import LRU
 
 SPLITS = Path(__file__).resolve().parents[2] / "experiments" / "splits.toml"
 TINY = Split("tiny", "qwen3-next", (1, 2, 3, 4, 5), {"short?head=20": (0.3, 1.0)})
@@ -103,6 +105,49 @@ def test_custom_policy_is_scored_and_resumed(
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a run was repeated"))
     assert main([*arguments, "--split", str(split), "--output", "kept.jsonl"]) == 0
     assert "2 seeds each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle = 1", "'modle' is no part of a split, did you mean 'model'? it has model ="),
+        ("[closed_loop]", "'closed_loop' is no part of a split, did you mean 'closed-loop'?"),
+        ("model = 3", "model must be a name (got 3)"),
+        ("seeds = 3", "seeds must be a list of whole numbers (got 3)"),
+        ('seeds = "12"', "seeds must be a list of whole numbers (got '12')"),
+        ("seeds = [1, 1]", "seeds must be different"),
+        ("gib = [1]", "gib must be a table of lists by trace"),
+        ('gib = {short = "3"}', "gib of short must be a list (got '3')"),
+        ('gib = {short = ["a"]}', "sizes of short must be GiB above 0"),
+        ('gib = {"short?seed=4" = [1]}', "short?seed=4: the seed of a trace is one of seeds"),
+        ("closed-loop = {short = [1]}", "closed loops of short must be pairs"),
+        ("x", "Expected"),
+    ],
+)
+def test_wrong_splits_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    good = {"model": '"qwen3-next"', "seeds": "[1]", "gib": "{short = [1]}"}
+    good.pop(text.partition(" ")[0], None)
+    path = tmp_path / "split.toml"
+    path.write_text("\n".join([*(f"{name} = {own}" for name, own in good.items()), text]))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        leaderboard(split=str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+class Newest(LRU):
+    """A policy of a user."""
+
+
+def test_policies_may_be_classes_and_a_split_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "split.toml"
+    path.write_text('model = "qwen3-next"\nseeds = [1]\n[gib]\n"short?head=20" = [1]\n')
+    found = leaderboard(Newest, str(path), built_in="lru")
+    assert {row.name for row in found.rows()} == {"tests.lab.test_leaderboard:Newest", "lru"}
+    assert leaderboard("lru", Split.load(str(path)), built_in=()).reference == "lru"
+    with pytest.raises(ValueError, match="the board names policies"):
+        leaderboard([lambda: LRU()], path)
+    with pytest.raises(ValueError, match="split must be a Split"):
+        leaderboard("lru", 3)  # type: ignore[arg-type]
 
 
 def test_a_policy_that_fails_has_no_row_and_the_others_do(

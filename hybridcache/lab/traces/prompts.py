@@ -207,6 +207,8 @@ class Usage:
         """Length and hash of the last prompt of a named session."""
         self.unread: Counter[str] = Counter()
         self.num_answers = 0
+        self.num_whole = 0
+        """Prompts without an answer whose last message is an assistant's."""
         self.num_requests = self._num_later = self._num_continued = 0
 
     def session(self, name: str | int | None, namespace: str | None, said: str) -> str | int:
@@ -235,6 +237,12 @@ class Usage:
             yield (
                 f"no prompt begins with an earlier one, so {self.num_requests:,} requests are "
                 f"{self._continued.count:,} sessions: {WHOLE_TEXT}"
+            )
+        if self.num_whole:
+            yield (
+                f"{counted(self.num_whole, 'prompt')} without an answer end with an assistant's "
+                "message: if each is a whole conversation, and its assistant's messages are the "
+                f"answers, read the file as conversations:{spec.partition(':')[2]}"
             )
         if self.unread and not self.num_answers and self.num_requests:
             counts = self.unread.most_common()
@@ -290,11 +298,13 @@ class PromptParser:
         if "messages" in record.used:
             messages = Record(messages=record.get("messages", list)).objects("messages")
             said = plain_chat(messages, record.get("system"), record.get("tools", list))
+            is_whole = answer is None and said and said[-1]["role"] == "assistant"
+            self.usage.num_whole += bool(is_whole)
             turn = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
             request = turn.request("")
             # A text that begins with the text of every earlier part of the chat.
             text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
-        elif not record.is_request and "prompt" not in record.record:
+        elif not record.is_request and (self._names.get("prompt") or "prompt") not in record.record:
             raise ValueError(f"there is no prompt in it ({', '.join(record.record) or 'no field'})")
         else:
             prompt = record.get("prompt") or ""
