@@ -94,6 +94,12 @@ class Trace:
     """Rule of the times that its file does not have; empty if it has all, and for generators."""
     _passes: _Passes = field(default_factory=_Passes, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.unit, int) or isinstance(self.unit, bool) or self.unit < 1:
+            raise ValueError(
+                f"{self.name}: unit is {self.unit!r}, but an id stands for at least 1 token"
+            )
+
     @property
     def full_name(self) -> str:
         """Its recipe, or the name where it has none."""
@@ -172,7 +178,7 @@ class Held:
 def _checked(request: TraceRequest) -> TraceRequest:
     """Return ``request`` with its ids as int32[n].
 
-    Raises ValueError or TypeError if it is invalid. O(1) if the ids are int32[n].
+    Raises ValueError or TypeError if it is invalid. O(n).
     """
     if not isinstance(request, TraceRequest):
         raise TypeError(f"a TraceRequest is needed (got {type(request).__name__})")
@@ -185,6 +191,10 @@ def _checked(request: TraceRequest) -> TraceRequest:
         request = request._replace(tokens=tokens, output=output)
     if not len(tokens):
         raise ValueError("tokens are empty")
+    for name, ids in (("tokens", tokens), ("output", output)):
+        if ids.min(initial=0) < 0:
+            raise ValueError(f"{name} must be in [0, 2**31) (got {ids.min()})")
+    hash((request.session, request.namespace))  # TypeError for a list
     return request
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -105,14 +106,16 @@ class _Guard:
         """Return ``item``, the first argument of a notification, as the user's policy sees it."""
         return view_of(item)
 
-    def _call(self, name: str, *arguments: object, as_list: bool = False) -> Any:
+    def _call(self, name: str, *arguments: object, at_most: int | None = None) -> Any:
+        """Call a method. With ``at_most`` it returns several values, perhaps without an end, and
+        the first of them are returned as a list."""
         try:
             found = getattr(self._policy, name)(*arguments)
-            if not as_list:
+            if at_most is None:
                 return found
             if not isinstance(found, Iterable):
                 raise self._error(name, f"returned {found!r}; return a list")
-            return list(found)
+            return list(islice(found, at_most))
         except PolicyError:
             raise
         except Exception as error:  # user code can raise anything
@@ -217,7 +220,7 @@ class GuardedAdmission(_Guard, AdmissionPolicy):
         return wakes_at_s
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
-        ordered: list[WaitingRequest] = self._call("order", waiting, load, as_list=True)
+        ordered: list[WaitingRequest] = self._call("order", waiting, load, at_most=len(waiting) + 1)
         if len(set(ordered)) < len(ordered) or not set(ordered) <= set(waiting):
             raise self._error(
                 "order",
@@ -249,7 +252,7 @@ class GuardedPlacement(_Guard, PlacementPolicy):
     def plan(self, prefill: Prefill) -> list[Placed]:
         raise_failure(self.failure)
         wanted = []
-        for placed in self._call("plan", self._seen(prefill), as_list=True):
+        for placed in self._call("plan", self._seen(prefill), at_most=prefill.prompt_len):
             is_pair = isinstance(placed, tuple) and len(placed) == 2
             if not (is_pair and hasattr(placed[0], "__index__") and isinstance(placed[1], str)):
                 raise self._error(

@@ -336,7 +336,8 @@ class PlacementPolicy(ABC):
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
         """Return positions in (cached_len, prompt_len] to save at, by descending priority.
 
-        The caller rounds them down to the grid and drops repeats (``Prefill.on_grid``).
+        The caller takes at most ``prompt_len`` of them, rounds them down to the grid and drops
+        repeats (``Prefill.on_grid``).
         """
 
     def state_dict(self) -> dict[str, Any] | None:

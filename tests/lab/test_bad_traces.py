@@ -263,8 +263,16 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
         ([{"timestamp": 0}, {}], 2),
         ([{"format": "hybridcache", "version": 7, "unit": 1}, {}], 1),
         ([{"stop_reason": "length"}, {"stop_reason": "banana"}], 2),
+        ([{}, {"tokens": [1, True]}], 2),
     ],
-    ids=["date after number", "number after date", "one without", "version", "stop reason"],
+    ids=[
+        "date after number",
+        "number after date",
+        "one without",
+        "version",
+        "stop reason",
+        "truth value",
+    ],
 )
 def test_kinds_of_times_versions_and_unknown_stop_reasons_are_refused(
     tmp_path: Path, records: list[dict[str, Any]], line: int
@@ -297,7 +305,8 @@ def test_conversations_read_as_requests_are_announced(tmp_path: Path) -> None:
     message = f"1 prompt without an answer end.*conversations:{path}"
     with pytest.warns(TraceFieldsWarning, match=message):
         assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2
-    path = lines(tmp_path / "t.jsonl", {"messages": said[:1]}, {"messages": said, "answer": "x"})
+    batch = {"custom_id": "r1", "method": "POST", "url": "/v1/x", "body": {"messages": said[:1]}}
+    path = lines(tmp_path / "t.jsonl", batch, {"messages": said, "answer": "x"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2

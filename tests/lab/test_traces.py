@@ -422,6 +422,24 @@ def test_failed_conversion_changes_no_file(
     assert old.read_text() == "kept" and len(source.read_text().splitlines()) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"e.jsonl", "old", "t.jsonl", "link"}
     link.unlink()
-    link.symlink_to(old)
+    link.symlink_to(tmp_path / "later")
     command = ["trace", "convert", f"jsonl:{source}", str(link), "--to", to, "--skip-bad"]
-    assert main(command) == 0 and link.is_symlink() and old.read_text() != "kept"
+    assert main(command) == 0 and link.is_symlink() and (tmp_path / "later").read_text()
+    assert main(command) == 2 and "the file exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tokens": np.array([-1, 2], np.int32)}, r"tokens must be in \[0, 2\*\*31\) \(got -1\)"),
+        ({"output": np.array([-7], np.int32)}, "output must be in"),
+        ({"session": ["a"]}, "unhashable type: 'list'"),
+        ({"timestamp_s": float("nan")}, "timestamp_s must be a finite number"),
+    ],
+)
+def test_wrong_requests_of_a_python_trace_are_refused(wrong: dict[str, Any], message: str) -> None:
+    good = TraceRequest(0.0, "a", None, np.arange(9, dtype=np.int32), np.arange(3, dtype=np.int32))
+    with pytest.raises(ValueError, match=f"^own, request 1: {message}"):
+        list(Trace("own", 1, lambda: [good._replace(**wrong)]))
+    with pytest.raises(ValueError, match="unit is 0, but an id stands for at least 1 token"):
+        Trace("own", 0, lambda: [good])

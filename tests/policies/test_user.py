@@ -27,6 +27,7 @@ from tests.oracle import OracleRunner, OracleSampler
 from tests.policies.items import FakeItem
 
 MODULE = """
+import itertools
 import random
 from typing import NamedTuple
 
@@ -78,6 +79,7 @@ PLANS = {
     "Beyond": "[Placed(prefill.prompt_len + 1, 'beyond')]",
     "NoPlan": "None",
     "Lost": "[][0]",
+    "Endless": "(Placed(0, 'again') for _ in itertools.count())",
 }
 """Plans that custom placements return."""
 CLASSES = {head: f"def score(self, item): return {score}" for head, score in SCORES.items()}
@@ -166,6 +168,11 @@ class Rejuvenates(Placement):
         assert prefill.resumed is not None and prefill.resumed.last_used == 3
         prefill.resumed.last_used = 4  # type: ignore[misc]
         yield Placed(1, "never")
+
+
+def test_an_endless_plan_ends_with_the_prompt() -> None:
+    prefill = Prefill(100, 64, 64, 64, (), 64)
+    assert len(parse_placement("user_policies:Endless").plan(prefill)) == 100
 
 
 def test_a_custom_placement_cannot_write_to_items() -> None:

@@ -36,7 +36,7 @@ def add_trace(commands: Commands) -> None:
     stats.set_defaults(run=_trace_stats)
     convert = verbs.add_parser("convert", help="write any trace in another form")
     convert.add_argument("trace", help=TRACE_HELP)
-    convert.add_argument("target", type=Path, metavar="output", help="file to write")
+    convert.add_argument("target", type=Path, metavar="output", help="new file to write")
     add = convert.add_argument
     add(
         "--to",
@@ -73,8 +73,8 @@ def _trace_convert(options: argparse.Namespace) -> int:
 
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
     target = options.target
-    if trace.path is not None and target.exists() and target.samefile(trace.path):
-        raise ValueError(f"{target} is the trace itself: name another file to write")
+    if target.is_file():
+        raise ValueError(f"{target}: the file exists: remove it, or name another")
     with _written_whole(target) as file:
         if options.to == "jsonl":
             num_requests = write_own(trace, file)

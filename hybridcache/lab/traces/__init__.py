@@ -196,8 +196,6 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         raise ValueError(f"{path}: it has columns: read it as csv:{path}")
     reader = READERS[word](path=path, bad=bad, **_options(word, options))
     unit = reader.unit
-    if unit < 1:
-        raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
     columns = reader.describe()
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")

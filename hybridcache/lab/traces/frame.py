@@ -164,7 +164,7 @@ class Record(dict[str, Any]):
             ids = np.asarray(values) if values else np.zeros(0, np.int32)
         except ValueError:  # nested lists of several lengths
             ids = np.zeros(0)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or bool in set(map(type, values)):
             raise ValueError(f"{name} holds an id that is not a whole number in [0, 2**31)")
         if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
             raise ValueError(f"{name} holds an id that is not a whole number in [0, 2**31)")

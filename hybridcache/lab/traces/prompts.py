@@ -57,6 +57,7 @@ BODIES = ("request", "request_body", "body")
 PARAMETERS = frozenset(
     (
         *("id", "object", "user", "n", "seed", "stop", "stream", "stream_options", "type", "index"),
+        *("custom_id", "method", "url"),  # of OpenAI's batches
         *("temperature", "top_p", "top_k", "logprobs", "metadata", "tool_choice", "request_id"),
         *("response_format", "presence_penalty", "frequency_penalty"),
     )
