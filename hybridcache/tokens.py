@@ -53,6 +53,15 @@ def require_index(number: object, what: str) -> int:
     raise TypeError(f"{what} must be an integer (got {number!r}).")
 
 
+def require_positive(number: object, what: str) -> int:
+    """Return ``number`` as an int. Raises TypeError if it is not an integer, and ValueError if it
+    is less than 1."""
+    found = require_index(number, what)
+    if found < 1:
+        raise ValueError(f"{what} must be at least 1 (got {number}).")
+    return found
+
+
 def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:
     """Return the number of leading tokens that two arrays share, in whole pages. O(result).
 

@@ -19,7 +19,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Indices
+from hybridcache.tokens import Indices, require_positive
 
 TableRow = Callable[[int, int], Indices]
 """Function of (row, end). Returns the KV indices that a runner was given for positions of a row
@@ -58,7 +58,16 @@ class CacheManager:
             exchange: decides which offloaded prefixes to load; None to load nothing.
             after_reading: decides again once the part of a prefix on disk has been read.
             publishing: returns a context in which entries are published.
+
+        Raises:
+            TypeError, ValueError: an argument has another type, or ``num_rows`` is less than 1.
         """
+        if not isinstance(placement, PlacementPolicy):
+            raise TypeError(f"placement must be made by parse_placement (got {placement!r}).")
+        require_positive(num_rows, "num_rows")
+        for what, flag in (("stateful", stateful), ("exact", exact), ("owns_states", owns_states)):
+            if type(flag) is not bool:
+                raise TypeError(f"{what} must be True or False (got {flag!r}).")
         self.cache = cache
         self.placement = placement
         self.stateful = stateful
@@ -263,7 +272,8 @@ class CacheManager:
 
     def check(self, table_row: TableRow) -> None:
         """Recompute every invariant of the cache and of the rows, and ``free + cached + held ==
-        total``. Raises AssertionError if one fails. O(cache)."""
+        total``. ``table_row(row, end)`` returns the KV indices that the runner was given for the
+        positions of a row below ``end``. Raises AssertionError if one fails. O(cache)."""
         self.cache.check(*self.held())
         assert sorted([*self._free_rows, *self._requests]) == list(range(self._num_rows))
         self.check_rows(table_row)

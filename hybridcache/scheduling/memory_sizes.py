@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hybridcache.allocators.arena import slab_rows
+from hybridcache.tokens import require_index
 
 SLOTS_OF_ONE = 3
 """States of one request that cannot be evicted: its own, the checkpoint that it resumed from, and
@@ -31,6 +32,14 @@ class MemorySizes:
     owns_states: bool = False
     """True if running states are stored outside this memory, one per row of the request table. The
     slots then hold checkpoints only."""
+
+    def __post_init__(self) -> None:
+        if self.memory not in ("arena", "pools"):
+            raise ValueError(f"memory must be 'arena' or 'pools' (got {self.memory!r}).")
+        for what in ("num_kv_tokens", "num_slots", "row_bytes", "state_bytes", "page_size"):
+            least = int(what == "page_size")
+            if require_index(getattr(self, what), what) < least:
+                raise ValueError(f"{what} must be at least {least} (got {getattr(self, what)}).")
 
     @property
     def is_stateful(self) -> bool:

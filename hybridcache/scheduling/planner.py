@@ -22,7 +22,7 @@ Requests that need another slab for their states sit the step out, and the other
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from math import inf
@@ -34,7 +34,7 @@ from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import common_prefix_len
+from hybridcache.tokens import common_prefix_len, require_positive
 
 TILE = 64
 """Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute
@@ -174,7 +174,6 @@ class StepPlanner(Generic[R]):
     ...         if saves[one] is None:  # no free slab in this step
     ...             continue
     ...         # here: compute [one.scheduled_len, end) with one.lease
-    ...         one.scheduled_len = end
     ...         planner.advance(one, end)  # publishes prompts
     ...         if end == one.num_tokens:
     ...             one.append(7)  # the sampled token
@@ -211,7 +210,21 @@ class StepPlanner(Generic[R]):
                 can pay.
             fetching: prefixes of waiting requests that are loaded from tiers, or None.
             clock: function that returns seconds.
+
+        Raises:
+            TypeError, ValueError: an argument has another type, or a number is less than 1.
         """
+        for what, given, kind in (
+            ("manager", manager, CacheManager),
+            ("memory", memory, MemorySizes),
+            ("admission", admission, AdmissionPolicy),
+        ):
+            if not isinstance(given, kind):
+                raise TypeError(f"{what} must be of type {kind.__name__} (got {given!r}).")
+        for what, number in (("max_running", max_running), ("token_budget", token_budget)):
+            require_positive(number, what)
+        if not callable(clock):
+            raise TypeError(f"clock must be a function that returns seconds (got {clock!r}).")
         self._manager = manager
         self.admission = admission
         """Order of the waiting requests."""
@@ -258,7 +271,21 @@ class StepPlanner(Generic[R]):
         return bool(self._waiting or self._running)
 
     def add(self, request: R) -> None:
-        """Add ``request`` to the waiting requests."""
+        """Add ``request`` to the waiting requests.
+
+        Raises:
+            TypeError: it is not a ScheduledRequest.
+            ValueError: a waiting or running request has the same ``arrival``, or it is this one.
+        """
+        if not isinstance(request, ScheduledRequest):
+            raise TypeError(f"request must be a ScheduledRequest (got {type(request).__name__}).")
+        for requests in (self._waiting, self._running):
+            place = bisect_left(requests, request.arrival, key=_age)
+            if place < len(requests) and requests[place].arrival == request.arrival:
+                raise ValueError(
+                    f"arrival {request.arrival} is that of a waiting or running request: add each "
+                    "request once, with an arrival of its own"
+                )
         self._load.now_s = self._clock()
         request.session = self.sessions.arrived(
             request.request_id,
@@ -272,11 +299,14 @@ class StepPlanner(Generic[R]):
         self.admission.arrived(request, self._load)
 
     def remove(self, request: R) -> None:
-        """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards."""
-        if request.lease is not None:
+        """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards. Does
+        nothing if it has left, or was never added."""
+        if request in self._running:
             self._manager.abort(request)
             self._running.remove(request)
             self._is_full = False
+        elif request not in self._waiting:
+            return
         else:
             self._waiting.remove(request)
             self._matches.pop(request, None)
@@ -323,9 +353,10 @@ class StepPlanner(Generic[R]):
 
     def advance(self, request: R, end: int, publishes: bool = True) -> None:
         """Record that ``request`` has computed its tokens below ``end``; publish those of a
-        prefill."""
+        prefill. An engine that works one step ahead sets ``scheduled_len`` when it plans a step."""
         is_decode = request.computed_len >= request.prefill_len
         request.computed_len = end
+        request.scheduled_len = max(request.scheduled_len, end)
         if publishes and not is_decode:
             self._manager.publish(request)
 

@@ -10,7 +10,7 @@ import numpy as np
 from hybridcache.api import Losses
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import WaitingRequest
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Tokens, require_index, require_int32
 
 
 class RequestFields(Protocol):
@@ -52,6 +52,10 @@ class RequestFields(Protocol):
         ...
 
 
+FIELDS = tuple(name for name, value in vars(RequestFields).items() if isinstance(value, property))
+"""Names of the fields of a request."""
+
+
 class ScheduledRequest(WaitingRequest):
     """Tokens, lengths and claims of one request.
 
@@ -84,16 +88,31 @@ class ScheduledRequest(WaitingRequest):
         """
         Args:
             spec: its fields, with a name.
-            prompt: int32[n].
+            prompt: int32[n], at least one token. It is copied.
             arrival: rank among all requests: older is smaller.
             arrival_s: time of arrival, of the planner's clock.
             max_len: most tokens of prompt and answer together.
+
+        Raises:
+            TypeError: ``spec`` lacks a field or a name, or a number is not an integer.
+            ValueError: the prompt is empty or not int32[n], or longer than ``max_len``.
         """
+        lacking = [name for name in FIELDS if not hasattr(spec, name)]
+        if lacking or not isinstance(spec.request_id, str):
+            what = ", ".join(lacking) or "a request_id of type str"
+            raise TypeError(f"spec must have the fields of RequestFields (it lacks {what}).")
+        require_int32(prompt, "prompt")
+        if not 0 < len(prompt) <= require_index(max_len, "max_len"):
+            raise ValueError(
+                f"a prompt must have from 1 to max_len tokens (got {len(prompt)}, and max_len is "
+                f"{max_len})"
+            )
+        require_index(arrival, "arrival")
         super().__init__(
             arrival=arrival, arrival_s=arrival_s, num_tokens=len(prompt), max_len=max_len
         )
         self.spec = spec
-        self._buffer = prompt
+        self._buffer = prompt.copy()
         self.prompt_len = len(prompt)
         self.scheduled_len = 0
         """Value of ``computed_len`` once every step planned so far is committed."""

@@ -143,7 +143,6 @@ def test_text_that_a_tier_can_load_counts_as_cached_for_admission() -> None:
             for one, end in planner.choose().items():
                 assert manager.take_checkpoint_slots(one, end) is not None
                 manager.take_step().done()
-                one.scheduled_len = end
                 planner.advance(one, end)
         planner.leave(request)
     assert request.cached_len == 0 and found[0] == 0 and found[-1] == 256

@@ -275,7 +275,6 @@ class _Run:
             else:
                 num_decodes += 1
                 context += end
-            request.scheduled_len = end
         self._pass(self.times.step_seconds(prefills, num_decodes, context))
         is_calm &= not prefills and len(tasks) == planner.num_running
         for request, end in tasks:
