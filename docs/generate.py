@@ -376,6 +376,7 @@ def api() -> str:
         parts.setdefault(title, []).append(text)
     parts["Statistics, step plans, loads"] = _listed(STEPS)
     parts["Scheduling"] = _listed(SCHEDULING)
+    parts["Events and routing"] = _listed(EVENTS)
     parts["Restart"] = _listed(RESTART)
     parts["Results and figures"] = _results()
     parts[OTHER] = _others("\n".join(text for texts in parts.values() for text in texts))
@@ -393,14 +394,26 @@ STEPS = {
 """Names of results, and for an engine with an arena or tiers."""
 
 SCHEDULING = {
-    "hybridcache.scheduling.planner": ("StepPlanner",),
+    "hybridcache.scheduling.planner": ("StepPlanner", "Holding", "AdmissionReport"),
     "hybridcache.scheduling.cache_manager": ("CacheManager",),
-    "hybridcache.scheduling.request": ("ScheduledRequest",),
+    "hybridcache.scheduling.request": ("ScheduledRequest", "RequestFields"),
     "hybridcache.scheduling.memory_sizes": ("MemorySizes",),
     "hybridcache.policies.registry": ("make_admission",),
     "hybridcache.policies.admission.base": ("AdmissionPolicy",),
 }
 """Names for an engine that uses the scheduler."""
+
+EVENTS = {
+    "hybridcache.export.events": (
+        *("EventStream", "KVStored", "KVSplit", "KVRemoved", "CheckpointStored"),
+        "CheckpointRemoved",
+    ),
+    "hybridcache.export.mirror": ("Mirror", "MirrorMatch", "EventsLost"),
+    "hybridcache.routing.outbox": ("Outbox", "EventBatch"),
+    "hybridcache.routing.protocol": ("Router", "RouteRequest", "Choice", "ReplicaSpec"),
+    "hybridcache.routing.registry": ("find_router",),
+}
+"""Names that follow the changes of a cache, and choose replicas by them."""
 
 RESTART = {
     "hybridcache.export.warm_state": ("write_memory", "pack", "unpack", "Memory"),
@@ -453,7 +466,9 @@ OTHER = "Types in these signatures"
 def _others(page: str) -> list[str]:
     """Return the classes that ``page`` names in code and does not describe yet."""
     code = " ".join(re.findall(r"^(?:\| )?`([^`]+)`(?: \||$)", page, re.MULTILINE))
-    listed = (name for part in (STEPS, SCHEDULING) for names in part.values() for name in names)
+    listed = (
+        name for part in (STEPS, SCHEDULING, EVENTS) for names in part.values() for name in names
+    )
     shown = {*hybridcache.__all__, *OF_FILES, *listed}
     named = set(re.findall(r"\b[A-Z]\w+", code)) - shown
     texts = []

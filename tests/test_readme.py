@@ -139,6 +139,8 @@ def test_generated_reference_has_every_option_policy_and_name(generate: ModuleTy
     loop = inspect.getdoc(StepPlanner) or ""
     for module, name in re.findall(r"^>>> from (hybridcache\.\S+) import (\w+)$", loop, re.M):
         assert f"### {module}.{name}\n" in api, "a docstring imports a name without a reference"
+    for name in ("EventStream", "Router", "RequestFields"):
+        assert re.search(rf"^### hybridcache\.[\w.]+\.{name}$", api, re.MULTILINE), name
     assert "- `max_running`: most running requests." in api
     assert all(f"`{column}`" in api for column in ("control_us", "seconds_saved", "lost_refused"))
     assert "<!-- generated" not in cli + policies + api
