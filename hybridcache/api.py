@@ -113,13 +113,21 @@ class PrefixMatch(NamedTuple):
         return max(int(self.missed.position) - self.cached_len - self.losses.refused, 0)
 
     def best_load(self, exchange: FetchRule) -> Resumable | None:
-        """Return the position whose load saves the most time, or None if none saves any."""
+        """Return the position whose load saves the most time, or None if none saves any.
+
+        Raises TypeError if ``exchange.seconds_saved`` returns no number.
+        """
         best, most = None, 0.0
         for one in self.loadable:
             seconds_saved = exchange.seconds_saved(
                 self.cached_len, one.position, self.num_tokens, one.num_bytes
             )
-            if seconds_saved > most:
+            try:
+                is_better = seconds_saved > most
+            except TypeError:
+                message = f"seconds_saved must return a number of seconds (got {seconds_saved!r})."
+                raise TypeError(message) from None
+            if is_better:
                 best, most = one, seconds_saved
         return best
 
@@ -349,8 +357,11 @@ class Listener:
     the error is raised there, and the listener is not subscribed.
 
     Methods that a subclass does not define do nothing. ``node.kv.serial`` identifies a resident
-    node. It is unique for the lifetime of the cache.
+    node. It is unique for the lifetime of the cache, so a listener follows one cache at a time.
     """
+
+    followed: object = None
+    """Cache to which it is subscribed, or None."""
 
     def kv_stored(self, node: RadixNode) -> None:
         """Handle that ``node`` became resident. Its parent already is."""

@@ -484,8 +484,10 @@ class HybridRadixCache:
         node = match.node
         last = node if node is None or isinstance(node, RadixNode) else _node_of(node)
         kv = None if last is None else last.kv
-        if kv is not None and kv.item_bytes is not self.item_bytes:
-            raise ValueError(FOREIGN)
+        missed = match.missed if isinstance(match.missed, Checkpoint) else None
+        for item in (kv, missed):
+            if item is not None and item.item_bytes is not self.item_bytes:
+                raise ValueError(FOREIGN)
         self.now += 1
         if not resumes:
             self.stats.record(match)
@@ -942,10 +944,12 @@ class HybridRadixCache:
         these tokens and this namespace. ``check`` finds rows and slots with two owners.
 
         Raises:
-            ValueError: arrays are not int32[n], the tree has fewer tokens than ``owned_from``,
-                ``after`` is evicted, not locked or of another cache, checkpoints, labels or the
-                namespace are malformed, or a slot is free or the cache's. Nothing is changed.
-            TypeError: ``owned_from`` is not an integer, or ``labels`` are not a tuple of strings.
+            ValueError: arrays are not int32[n], the last row is out of range, the tree has fewer
+                tokens than ``owned_from``, ``after`` is evicted, not locked or of another cache,
+                checkpoints, labels or the namespace are malformed, or a slot is free or the
+                cache's. Nothing is changed.
+            TypeError: ``owned_from`` is not an integer, ``checkpoints`` are no tuple or list, or
+                ``labels`` are not a tuple of strings.
         """
         base = self._usable(after)
         self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, base)
@@ -1055,6 +1059,8 @@ class HybridRadixCache:
                 f"labels must be empty or have one per checkpoint (got {len(labels)} for "
                 f"{len(checkpoints)} checkpoints)"
             )
+        if type(checkpoints) not in (tuple, list):
+            raise TypeError(f"checkpoints must be a list of pairs (got {checkpoints!r})")
         seen: set[int] = set()
         for one in checkpoints:
             is_pair = isinstance(one, (tuple, list)) and len(one) == 2
@@ -1077,6 +1083,13 @@ class HybridRadixCache:
                 f"owned_from must be from 0 to {num_tokens}, the whole pages given (got "
                 f"{owned_from})"
             )
+        if owned_from < len(kv_indices):  # not all rows, because a pass over them costs more
+            row, num_rows = kv_indices.item(-1), self._pages.capacity
+            if not 0 <= row < num_rows:
+                raise ValueError(
+                    f"KV indices must be rows from 0 to {num_rows - 1}, as allocate_kv returned "
+                    f"them (got {row})"
+                )
         if after is not None and not after.locks:
             raise ValueError("after is not locked: keep its lock until insert returns")
 
@@ -1277,17 +1290,26 @@ class HybridRadixCache:
         """Notify ``listener`` of everything that is cached, and of every later change. O(tree).
 
         Raises:
-            ValueError: it is already subscribed.
+            TypeError: it is not an object of a subclass of ``Listener``.
+            ValueError: it is already subscribed, to this cache or another.
             Exception: the error of the listener, which is then not subscribed.
         """
-        if listener in self._listeners:
-            raise ValueError("this listener is subscribed already: unsubscribe it first")
+        if not isinstance(listener, Listener):
+            raise TypeError(
+                f"listener must be a Listener (got {listener!r}): wrap a function in EventStream"
+            )
+        if listener.followed is not None:
+            raise ValueError(
+                "this listener is subscribed already, to this cache or another: unsubscribe it "
+                "first, or make one for each cache"
+            )
         for node in self._tree.nodes():
             if node.kv is not None:
                 listener.kv_stored(node)
             if node.checkpoint is not None:
                 listener.checkpoint_stored(node)
         self._listeners = (*self._listeners, listener)
+        listener.followed = self
 
     def unsubscribe(self, listener: Listener) -> None:
         """Stop notifying ``listener``. O(listeners).
@@ -1298,6 +1320,7 @@ class HybridRadixCache:
         if listener not in self._listeners:
             raise ValueError("this listener is not subscribed")
         self._listeners = tuple(one for one in self._listeners if one is not listener)
+        listener.followed = None
 
     def _notify(self, change: str, *what: object) -> None:
         """Call the method ``change`` of each listener. One that raises is unsubscribed, and the

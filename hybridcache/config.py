@@ -90,6 +90,10 @@ class CacheConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not (value is None or hasattr(value, "__index__")):
                 raise TypeError(f"{name} must be an integer (got {value!r}).")
+        if not isinstance(self.priority_classes, bool):
+            raise TypeError(
+                f"priority_classes must be True or False (got {self.priority_classes!r})."
+            )
         if self.prefix_cache not in PREFIX_CACHES:
             known = ", ".join(PREFIX_CACHES)
             raise ValueError(f"unknown prefix cache {self.prefix_cache!r}; known: {known}")

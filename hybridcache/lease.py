@@ -139,6 +139,8 @@ def _refuse_bad_begin(
         if type(getattr(request, what)) is not bool:
             value = getattr(request, what)
             raise TypeError(f"{what} must be True or False (got {value!r}).")
+    if request.stateful and not cache.item_bytes.state:
+        raise ValueError(RADIX)
     if not isinstance(request.boundaries, tuple | list):
         raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
     before = 0
@@ -150,6 +152,10 @@ def _refuse_bad_begin(
         before = position
 
 
+RADIX = (
+    "a request with a state cannot resume in a cache made with prefix_cache='radix': pass "
+    "LeaseRequest(stateful=False) for a model without linear layers, or build a hybrid cache"
+)
 NO_SLOTS = (
     "this cache has no room for a state, so a request with a state can never begin: build it with "
     "num_slots or more total_bytes, or pass LeaseRequest(stateful=False) for a model without "
@@ -168,6 +174,11 @@ NOT_RESTORED = (
     "tokens up to {} were computed before a step plan restored the state that they follow, so they "
     "are wrong: abort this lease. Call cache.take_step().carry_out(memory) after begin, extend and "
     "take_checkpoint_slots, and before computing, or .done() if there are no tensors"
+)
+NOT_TAKEN = (
+    "tokens up to {} were computed before a step plan moved the entries in their rows or slots, so "
+    "these are lost: abort all leases, unlock all nodes and call cache.reset(). Call "
+    "cache.take_step().carry_out(memory) after all extend and take_checkpoint_slots of a step"
 )
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
 
@@ -288,7 +299,8 @@ class Lease:
         Raises:
             ValueError: the tokens are empty or not int32[n]; the namespace is malformed; the
                 boundaries are negative or not ascending; ``table_row`` or ``own_slot`` is negative
-                or that of a running lease; or the request has a state and the cache has no slots.
+                or that of a running lease; or the request has a state and the cache is a radix
+                cache or has no slots.
             TypeError: an argument or a field of ``request`` has another type.
             PolicyError: an own eviction policy has failed. Nothing is held.
             RuntimeError: leases of another thread are running.
@@ -345,6 +357,13 @@ class Lease:
             loadable_len = match.loadable[-1].position if match.loadable else 0
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))
         return cls(cache, placement, request, prompt, match, receipt, slot)
+
+    def __enter__(self) -> Lease:
+        """Return the lease, to be aborted at the end of the block unless it has ended before."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
 
     def __del__(self) -> None:
         if getattr(self, "_has_ended", True):
@@ -448,7 +467,7 @@ class Lease:
         if type(to_len) is not int:
             to_len = require_index(to_len, "to_len")
         start = self.extended_len
-        if to_len <= start:
+        if to_len <= start and not self._has_ended:
             if to_len < 0:
                 raise ValueError(f"to_len must not be negative (got {to_len}).")
             return True
@@ -466,6 +485,7 @@ class Lease:
         self._rows[start:end] = new
         self.extended_len = end
         self._note_changed(start, end)
+        self.cache.steps.note_taken(self, start)
         if start == self.cached_len:
             self._count()
         return True
@@ -581,7 +601,7 @@ class Lease:
         """
         if type(start) is not int or type(end) is not int:
             start, end = require_index(start, "start"), require_index(end, "end")
-        if end > self.extended_len:
+        if end > self.extended_len or self._has_ended:
             raise self._misuse(end)
         if not self.published_len <= start <= end:
             raise ValueError(
@@ -603,6 +623,8 @@ class Lease:
                 del self._planned[position]
                 self._pending.append((position, slot, label))
                 num_taken += 1
+        if num_taken:
+            self.cache.steps.note_taken(self, start)
         saves = []
         for position, slot, _ in self._pending:
             if start < position <= end:
@@ -621,6 +643,8 @@ class Lease:
         slot = self.cache.allocate_slot(self._receipt) if rolling is None else rolling[1]
         if slot is None:
             return ()
+        if rolling is None:
+            self.cache.steps.note_taken(self, start)
         if rolling is None or rolling[0] != position:
             self._overwritten, self._rolling = rolling, (position, slot)
         return ((position, slot),)
@@ -635,12 +659,13 @@ class Lease:
         to ``computed_len``. O(1).
 
         Raises:
-            ValueError: the lease has ended, or tokens past ``computed_len`` are published.
+            ValueError: the lease has ended, tokens past ``computed_len`` are published, or it has
+                no rows for that many tokens.
             TypeError: ``computed_len`` is not an integer.
         """
         if type(computed_len) is not int:
             computed_len = require_index(computed_len, "computed_len")
-        if self._has_ended or computed_len < self.published_len:
+        if self._has_ended or not self.published_len <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
         if self._rolling is not None and self._rolling[0] > computed_len:
             kept = self._overwritten if unwritten else None
@@ -667,8 +692,9 @@ class Lease:
             ValueError: the lease has ended; ``tokens`` are not int32[n], or their new part differs
                 from the tokens of the request; ``computed_len`` is less than ``published_len``, or
                 more than there are tokens or rows.
-            RuntimeError: the last step plan was taken but not carried out, or no step plan restored
-                the state from which the request resumes.
+            RuntimeError: the last step plan was taken but not carried out; or no step plan was
+                taken that restores the state from which the request resumes, or that moves what
+                was in its rows and slots.
             TypeError: ``computed_len`` is not an integer.
         """
         self._refuse_uncomputed(tokens, computed_len)
@@ -842,6 +868,8 @@ class Lease:
                 raise RuntimeError(NOT_CARRIED_OUT)
             if self in steps.restores:
                 raise RuntimeError(NOT_RESTORED.format(computed_len))
+            if steps.not_ready and computed_len > steps.not_ready.get(self, computed_len):
+                raise RuntimeError(NOT_TAKEN.format(computed_len))
         end = min(computed_len, self.prompt_len)
         new = np.ascontiguousarray(tokens[first:end])
         if first < end and not self._prompt.startswith(new.data, first * new.itemsize):

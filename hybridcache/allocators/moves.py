@@ -162,6 +162,13 @@ class StepMemory(Protocol):
         ...
 
 
+SPENT = (
+    "this step plan was carried out, failed half-way or was forgotten by reset: doing its work "
+    "again destroys rows. Take one plan per step with cache.take_step(). After a failure abort all "
+    "leases, unlock all nodes and call cache.reset()"
+)
+
+
 @dataclass(slots=True)  # not frozen: that costs a microsecond per plan
 class StepPlan:
     """All work on the tensors that is due before the next step, in this order.
@@ -210,11 +217,7 @@ class StepPlan:
                 forgotten the plan.
         """
         if (self.is_done or self.was_begun) and self:
-            raise RuntimeError(
-                "this step plan was carried out, failed half-way or was forgotten by reset: doing "
-                "its work again destroys rows. Take one plan per step with cache.take_step(). "
-                "After a failure abort all leases, unlock all nodes and call cache.reset()"
-            )
+            raise RuntimeError(SPENT)
         for name, is_needed in (
             ("move", any(isinstance(one, Move) for one in self.transfers)),
             ("copy", any(isinstance(one, Copy) for one in self.transfers)),
@@ -241,7 +244,13 @@ class StepPlan:
         self.is_done = True
 
     def done(self) -> None:
-        """Note that all of the work is done, or queued before the step on the same device. O(1)."""
+        """Note that all of the work is done, or queued before the step on the same device. O(1).
+
+        Raises:
+            RuntimeError: a ``carry_out`` failed half-way, or ``reset`` has forgotten the plan.
+        """
+        if self.was_begun and not self.is_done:
+            raise RuntimeError(SPENT)
         self.is_done = True
 
 
@@ -258,8 +267,8 @@ class StepQueue:
     """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves."""
 
     __slots__ = (
-        *("num_moves", "num_open", "numbers", "open_plan", "restores", "row_writes", "thread"),
-        "transfers",
+        *("not_ready", "num_moves", "num_open", "numbers", "open_plan", "restores", "row_writes"),
+        *("thread", "transfers"),
     )
 
     def __init__(self) -> None:
@@ -274,6 +283,9 @@ class StepQueue:
         """Transfers that no plan contains yet."""
         self.restores: dict[TableRows, tuple[int, int]] = {}
         """(checkpoint slot, own slot) of each lease with a restore that no plan contains yet."""
+        self.not_ready: dict[TableRows, int] = {}
+        """First position of each lease that cannot be computed yet: its rows or slots were taken
+        while transfers were due, and no plan contains these."""
         self.row_writes: dict[TableRows, tuple[int, int, int]] = {}
         """(table row, start, end) of the changed rows of each lease that no plan contains yet."""
         self.open_plan: StepPlan | None = None
@@ -284,6 +296,11 @@ class StepQueue:
         self.transfers.append(move)
         self.num_moves += 1
         return 0
+
+    def note_taken(self, lease: TableRows, start: int) -> None:
+        """Note that ``lease`` took rows or slots to compute from ``start`` on. O(1)."""
+        if self.transfers:
+            self.not_ready[lease] = min(start, self.not_ready.get(lease, start))
 
     def due_row_writes(self) -> tuple[RowWrite, ...]:
         """Return the row writes of the next plan, which stay due. O(rows written)."""
@@ -297,6 +314,7 @@ class StepQueue:
         self.num_open -= 1
         self.numbers -= numbers
         self.restores.pop(lease, None)
+        self.not_ready.pop(lease, None)
         self.row_writes.pop(lease, None)
 
     def take(self) -> StepPlan:
@@ -319,12 +337,14 @@ class StepQueue:
         self.transfers, self.num_moves = [], 0
         self.row_writes.clear()
         self.restores.clear()
+        self.not_ready.clear()
         self.open_plan = plan
         return plan
 
     def take_transfers(self) -> tuple[Transfer, ...]:
         """Return the transfers alone and forget them; the rest stays due."""
         transfers, self.transfers, self.num_moves = tuple(self.transfers), [], 0
+        self.not_ready.clear()
         return transfers
 
     def check(self) -> None:

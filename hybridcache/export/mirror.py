@@ -14,7 +14,7 @@ from hybridcache.export.events import (
     KVSplit,
     KVStored,
 )
-from hybridcache.tokens import common_tuple_len, require_namespace
+from hybridcache.tokens import common_tuple_len, require_namespace, require_positive
 
 
 class EventsLost(ValueError):
@@ -59,7 +59,12 @@ class Mirror:
             page_size: Page size in tokens.
             kv_grid: Grid of an attention-only cache, which resumes at every common multiple of it
                 and ``page_size``. None for a hybrid cache, which resumes at checkpoints.
+
+        Raises:
+            TypeError, ValueError: a number is not an integer, or less than 1.
         """
+        for what, number in (("page_size", page_size), ("kv_grid", kv_grid)):
+            require_positive(1 if number is None else number, what)
         self.page_size = page_size
         self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
         self._pieces: dict[int, _Piece] = {}

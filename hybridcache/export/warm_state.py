@@ -54,12 +54,19 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
 
     The most recently used nodes are written, within the cache's limit for ghosts and ``MAX_BYTES``.
     """
+    _refuse_bare(placement)
     nodes = _latest(cache)
     body = _body(cache, nodes, placement)
     while len(body) > MAX_BYTES and nodes:
         nodes = nodes[: len(nodes) // 2]  # Parents come before children, so no node is cut off.
         body = _body(cache, nodes, placement)
     return body if len(body) <= MAX_BYTES else _body(cache, [], (), with_policies=False)
+
+
+def _refuse_bare(placement: object) -> None:
+    """Raise TypeError for a placement outside of a sequence."""
+    if not isinstance(placement, tuple | list):
+        raise TypeError(f"placement must be a tuple of placement policies (got {placement!r}).")
 
 
 def _body(
@@ -134,6 +141,8 @@ def pack(body: bytes) -> bytes:
 
 def unpack(data: bytes) -> Memory:
     """Read the bytes of a file. Raises ValueError if they are damaged or of another version."""
+    if not isinstance(data, bytes):
+        raise TypeError(f"data must be the bytes of a file (got {type(data).__name__}).")
     if len(data) >= len(MAGIC) and not data.startswith(MAGIC):
         raise ValueError("the warm state was written by another version")
     inflated = zlib.decompressobj()
@@ -253,6 +262,7 @@ class Memory:
 
         Returns the tiers (or ``placement``) with saved state that does not fit. O(memory).
         """
+        _refuse_bare(placement)
         unfit, recalled = list[str](), set[str]()
         levels = _levels(cache)
         for level in levels:

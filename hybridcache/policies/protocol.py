@@ -236,7 +236,8 @@ class FetchRule(Protocol):
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
     ) -> float:
-        """Return the seconds saved by loading a prefix, 0 or less if loading is not worthwhile.
+        """Return the seconds saved by loading a prefix, 0 or less (or NaN) if loading is not
+        worthwhile.
 
         Compares the prefill of ``prompt_len`` tokens from ``cached_len`` at once with the prefill
         from ``position`` after copying ``num_bytes`` from each tier.

@@ -192,9 +192,8 @@ def _maker(
             return factory_of(load(spec, protocol), protocol)
         near = get_close_matches(name.lower(), table, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(
-            f"unknown {what} {name!r}{hint} known: {', '.join(known_names(table))}, or module:Class"
-        )
+        known = ", ".join([*known_names(table), *["none"] * (table is PLACEMENT_PARTS)])
+        raise ValueError(f"unknown {what} {name!r}{hint} known: {known}, or module:Class")
     if not colon and not entry.example:
         make: Callable[[], Any] = entry.make
         return make

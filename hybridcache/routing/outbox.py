@@ -10,6 +10,7 @@ from typing import NamedTuple
 from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import Event, EventStream
 from hybridcache.export.mirror import EventsLost
+from hybridcache.tokens import require_positive
 
 __all__ = ["EventBatch", "EventsLost", "Outbox"]
 
@@ -42,6 +43,7 @@ class Outbox:
     """
 
     def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
+        require_positive(kept, "kept")
         self._cache = cache
         self._lock = threading.Lock()
         self._batches: deque[EventBatch] = deque(maxlen=kept)

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 from hybridcache.export.events import Event
 from hybridcache.geometry.times import PrefillTimes
 from hybridcache.policies.protocol import PlacementPolicy
+from hybridcache.tokens import require_positive
 
 ReplicaId = int | str
 """Identifier of a replica. Never reused: a replica that returns gets a new id and is empty."""
@@ -37,6 +38,12 @@ class ReplicaSpec:
     """False for attention-only models, which can resume at any position of the grid."""
     placement: PlacementPolicy | None = None
     """Placement policy of the replicas with positions in ids, or None if unknown."""
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.times, "seconds"):
+            raise TypeError(f"times must be PrefillTimes (got {self.times!r}).")
+        for what in ("unit", "page_size", "grid"):
+            require_positive(getattr(self, what), what)
 
 
 class RouteRequest(NamedTuple):
@@ -185,7 +192,11 @@ class Router:
         Raises:
             NoReplica: no replica is up.
             ValueError: ``choose`` returned no ``Choice``, or a replica that is not up.
+            TypeError: the tokens are not a tuple.
         """
+        if not isinstance(request.tokens, tuple):
+            kind = type(request.tokens).__name__
+            raise TypeError(f"tokens must be a tuple of ids (got {kind}): use tuple(ids.tolist())")
         if not self.loads:
             raise NoReplica("No replica is up. Try again when one has joined.")
         choice = self.choose(request, now)

@@ -221,6 +221,9 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
         small = CacheConfig(memory=memory, total_bytes=60, kv_bytes_per_token=4, state_bytes=64)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="no room for a state"):
             Lease.begin(build_prefix_cache(small), placement, request)
+    radix = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=99, num_slots=9))
+    with pytest.raises(ValueError, match="a request with a state cannot resume in a cache made"):
+        Lease.begin(radix, placement, request)
     for right in ((), (0, 4, 4, 9), [np.int64(3)], (12,)):
         lease = Lease.begin(cache, placement, request._replace(boundaries=right))
         assert lease is not None

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.allocators.moves import StepMemory
-from hybridcache.api import Listener
+from hybridcache.api import Listener, Resumable
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror
+from hybridcache.export.warm_state import unpack, write_memory
+from hybridcache.policies.registry import make_admission
+from hybridcache.routing.outbox import Outbox
+from hybridcache.routing.protocol import LeastLoaded, ReplicaSpec, RouteRequest
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory_sizes import MemorySizes
+from hybridcache.scheduling.planner import StepPlanner
+from hybridcache.scheduling.request import ScheduledRequest
 from tests.cache.serving import hybrid, ids, publish
 from tests.cache.twins import VictimLog
 from tests.export.segments import segments_of
@@ -58,6 +68,23 @@ def test_ids_and_rows_that_are_not_int32_raise_in_every_cache(prefix_cache, bad)
     cache.check(held_tokens=4, held_slots=0)
 
 
+FOLLOWS = EventStream(print)
+hybrid().subscribe(FOLLOWS)
+
+
+PLACEMENT = parse_placement("end")
+
+
+def missed_elsewhere():
+    """Return a match that has missed an evicted checkpoint of another cache."""
+    other = hybrid()
+    publish(other, ids("abcde"), [5])
+    other.evict(num_tokens=5)
+    match = other.match(ids("abcdef"))
+    assert match.node is None and match.missed is not None
+    return match
+
+
 def insert(*checkpoints, **options):
     """Return a call that inserts five tokens. The caller holds their rows and slots 1 and 2."""
     return lambda cache, rows: cache.insert(ids("abcde"), rows, list(checkpoints), **options)
@@ -87,6 +114,22 @@ REFUSED = {
     "a cached slot": ("slot 0", lambda cache, rows: cache.free_slot(0)),
     "no match": ("match", lambda cache, rows: cache.touch(None)),
     "a list": ("tokens", lambda cache, rows: cache.lock_kv([1, 2])),
+    "a row above": (
+        "rows from 0 to 999",
+        lambda cache, rows: cache.insert(ids("abcde"), rows + 999),
+    ),
+    "a row below": (
+        "rows from 0 to 999",
+        lambda cache, rows: cache.insert(ids("abcde"), rows - 999),
+    ),
+    "a function as listener": ("EventStream", lambda cache, rows: cache.subscribe(print)),
+    "a number for checkpoints": ("pairs", lambda cache, rows: cache.insert(ids("abcde"), rows, 8)),
+    "the miss of another cache": ("another", lambda cache, rows: cache.touch(missed_elsewhere())),
+    "no tuple of placements": ("tuple", lambda cache, rows: write_memory(cache, PLACEMENT)),
+    "no bytes": ("bytes", lambda cache, rows: unpack(None)),
+    "no listener": ("EventStream", lambda cache, rows: cache.subscribe(None)),
+    "a class as listener": ("EventStream", lambda cache, rows: cache.subscribe(VictimLog)),
+    "a listener of another cache": ("another", lambda cache, rows: cache.subscribe(FOLLOWS)),
 }
 """Wrong calls, each with a part of its message."""
 
@@ -123,7 +166,7 @@ def test_evicted_nodes_can_neither_be_locked_read_nor_extended(make):
     cache.check(held_tokens=6, held_slots=0)
 
 
-EVENTS = [name for name in vars(Listener) if not name.startswith("_")]
+EVENTS = [name for name, value in vars(Listener).items() if inspect.isfunction(value)]
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -310,6 +353,8 @@ def test_a_plan_that_failed_half_way_or_was_forgotten_cannot_be_carried_out():
         if fails:
             with pytest.raises(OSError, match="no device"):
                 plan.carry_out(Failing())
+            with pytest.raises(RuntimeError, match="failed half-way or was forgotten by reset"):
+                plan.done()
         lease.abort()
         cache.reset()
         with pytest.raises(RuntimeError, match="failed half-way or was forgotten by reset"):
@@ -325,4 +370,144 @@ def test_a_lease_whose_rows_the_caller_has_freed_ends_with_one_error():
     with pytest.raises(ValueError, match="only 0 are held"):
         lease.abort()
     lease.abort()
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the_step():
+    sizes = {"kv_bytes_per_token": 4, "state_bytes": 64, "host_bytes": 100_000}
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=200, num_slots=4, grid=8, **sizes))
+    placement = parse_placement("backoff")
+
+    def serve(first, takes_first):
+        prompt = np.arange(first, first + 120, dtype=np.int32)
+        lease = Lease.begin(cache, placement, LeaseRequest(prompt))
+        for end in (60, 120):
+            if takes_first:
+                cache.take_step().done()
+            assert lease.extend(end)
+            lease.take_checkpoint_slots(lease.published_len, end)
+            if not takes_first:
+                cache.take_step().done()
+            lease.publish(prompt, end)
+        lease.finish(prompt, 120)
+
+    for number in range(20):
+        serve(1000 * number, takes_first=False)
+    with pytest.raises(RuntimeError, match="before a step plan moved the entries"):
+        serve(20_000, takes_first=True)
+
+
+def spec(**changes):
+    fields = {"request_id": "one", "namespace": None, "boundaries": (), "answer_survives": True}
+    fields |= {"ends_session": False, "choice_of": None, "save_at": ()}
+    return SimpleNamespace(**fields | changes)
+
+
+def scheduled(prompt=None, **changes):
+    prompt = ids("abcde") if prompt is None else prompt
+    arguments = {"spec": spec(), "arrival": 0, "arrival_s": 0.0, "max_len": 9}
+    return ScheduledRequest(prompt=prompt, **arguments | changes)
+
+
+def manager(**changes):
+    arguments = {"placement": parse_placement("end"), "num_rows": 2, "stateful": True}
+    return CacheManager(hybrid(), **arguments | changes)
+
+
+def sizes(memory="pools", **changes):
+    numbers = {"num_kv_tokens": 1000, "num_slots": 10, "row_bytes": 1, "state_bytes": 2}
+    return MemorySizes(memory, **numbers | changes)
+
+
+def planner(**changes):
+    arguments = {"manager": manager(), "max_running": 2, "token_budget": 64, "memory": sizes()}
+    arguments |= {"admission": make_admission("sessions"), "clock": lambda: 0.0}
+    return StepPlanner(**arguments | changes)
+
+
+UNIT = SimpleNamespace(seconds=lambda start, end: 1.0)
+
+
+def route(tokens):
+    LeastLoaded(ReplicaSpec(UNIT)).route(RouteRequest("one", tokens), 0.0)
+
+
+WRONG = (
+    *((sizes, {"memory": value}) for value in ("pool", "budget", None)),
+    *((sizes, {"num_kv_tokens": value}) for value in (-1, "a", 1.5)),
+    (sizes, {"page_size": 0}),
+    *((manager, {"num_rows": value}) for value in (-1, 0, "a")),
+    (manager, {"stateful": "x"}),
+    (manager, {"placement": "end"}),
+    *((planner, {"max_running": value}) for value in (0, "a")),
+    *((planner, {"token_budget": value}) for value in (0, -5)),
+    *((planner, {name: None}) for name in ("manager", "memory", "clock", "admission")),
+    (planner, {"admission": "sessions"}),
+    *((scheduled, {"prompt": value}) for value in ([1, 2], ids(), ids("abcdefghij"))),
+    *((scheduled, {"spec": value}) for value in (None, spec(request_id=None))),
+    *((scheduled, {"max_len": value}) for value in (4, "a")),
+    (scheduled, {"arrival": None}),
+    *((Mirror, {"page_size": value}) for value in (0, "a")),
+    (Outbox, {"cache": hybrid(), "kept": 0}),
+    (ReplicaSpec, {"times": 3}),
+    (ReplicaSpec, {"times": UNIT, "grid": 0}),
+    (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
+    (route, {"tokens": ids("abc")}),
+)
+"""Makers with a wrong value of the last parameter."""
+
+
+@pytest.mark.parametrize(("make", "wrong"), WRONG, ids=[f"{m.__name__}-{w}" for m, w in WRONG])
+def test_wrong_arguments_of_constructors_are_refused_by_name(make, wrong):
+    with pytest.raises((ValueError, TypeError), match=[*wrong][-1]) as caught:
+        make(**wrong)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_request_is_added_once_and_its_removal_can_be_repeated():
+    owner = planner()
+    prompt = ids("abcde")
+    request, other = scheduled(prompt), scheduled()
+    prompt[:] = 0
+    assert request.tokens.tolist() == ids("abcde").tolist(), "the caller may change its array"
+    owner.remove(request)
+    owner.add(request)
+    with pytest.raises(TypeError, match="ScheduledRequest"):
+        owner.add(prompt)
+    for again in (request, other):
+        with pytest.raises(ValueError, match="arrival 0 is that of a waiting or running request"):
+            owner.add(again)
+    [(running, end)] = owner.choose().items()
+    owner.advance(running, end)
+    assert running is request and request.scheduled_len == end == 5
+    with pytest.raises(ValueError, match="arrival 0"):
+        owner.add(request)
+    owner.remove(other)
+    owner.remove(request)
+    owner.remove(request)
+    assert not owner.has_work()
+    owner.check()
+
+
+@pytest.mark.parametrize("seconds", ["2", None])
+def test_a_fetch_rule_that_returns_no_number_is_named(seconds):
+    match = hybrid().match(ids("abcde"))._replace(loadable=(Resumable(4, (4,), None, {}),))
+    rule = SimpleNamespace(seconds_saved=lambda *_: seconds)
+    with pytest.raises(TypeError, match="seconds_saved must return a number of seconds"):
+        match.best_load(rule)
+
+
+def test_a_lease_in_a_with_block_is_aborted_unless_it_has_ended():
+    cache, placement = small()
+    prompt = np.arange(20, dtype=np.int32)
+    with pytest.raises(OSError, match="no device"), begun(cache, placement, prompt):
+        raise OSError("no device")
+    cache.check(held_tokens=0, held_slots=0)
+    with begun(cache, placement, prompt) as lease:
+        with pytest.raises(ValueError, match="KV rows for 20 tokens"):
+            lease.roll_back(25)
+        lease.finish(prompt, 20)
+    for call in (lambda: lease.extend(0), lambda: lease.take_checkpoint_slots(0, 0)):
+        with pytest.raises(ValueError, match="has ended"):
+            call()
     cache.check(held_tokens=0, held_slots=0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.allocators.moves import Move
-from hybridcache.api import PrefixMatch
+from hybridcache.api import Listener, PrefixMatch
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
@@ -61,17 +61,11 @@ class CandidateLedger(EvictionPolicy):
         return item
 
 
-class VictimLog:
+class VictimLog(Listener):
     """Listener that records the chosen victims."""
 
     def __init__(self) -> None:
         self.chosen_items: list[Victim] = []
-
-    def kv_stored(self, node: RadixNode) -> None: ...
-    def kv_split(self, upper: RadixNode, lower: RadixNode) -> None: ...
-    def kv_removed(self, node: RadixNode) -> None: ...
-    def checkpoint_stored(self, node: RadixNode) -> None: ...
-    def checkpoint_removed(self, node: RadixNode) -> None: ...
 
     def chosen(self, item: Any) -> None:
         self.chosen_items.append((item.kind, *prefix_of(item.node)))

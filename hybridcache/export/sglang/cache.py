@@ -90,10 +90,13 @@ class HybridRadixBackend(BasePrefixCache):
             self.init_metrics_collector()
             labels = self.metrics_collector.labels
         self._meter = LossMeter(grid, labels, log_level)
+        self._cache: HybridRadixCache
         self.reset()
 
     def reset(self) -> None:
         """Discard all contents. SGLang clears its pools itself after this call."""
+        if self._events.followed is not None:
+            self._cache.unsubscribe(self._events)
         self._cache = self._make()
         if self._events.recorder.enabled:
             self._events.restart()
