@@ -194,25 +194,34 @@ class CacheConfig:
 def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     """Return a new cache with its own allocators.
 
+    Raises MemoryError if their tables do not fit in host memory, which needs 4 bytes per row.
+
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=4))
     >>> len(cache.allocate_kv(10))
     10
     """
     if not isinstance(config, CacheConfig):
         raise TypeError(f"config must be a CacheConfig (got {type(config).__name__}).")
+    try:
+        pages, slots = _allocators(config)
+    except MemoryError:
+        size = config.total_bytes or config.num_kv_tokens
+        what = "total_bytes" if config.total_bytes else "num_kv_tokens"
+        raise MemoryError(f"{what} {size:,} needs larger tables than host memory has") from None
+    return build_on(config, pages, slots)
+
+
+def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:
+    """Return the allocators of rows and slots that ``config`` describes."""
     total_bytes, row_bytes = config.total_bytes, config.kv_bytes_per_token
     if total_bytes is None:
-        pages, slots = _pools(config, config.num_kv_tokens, config.num_slots or 0, None)
-    else:
-        state_bytes = 0 if config.prefix_cache == "radix" else config.state_bytes
-        if config.memory == "arena":
-            arena = ArenaAllocator(total_bytes, row_bytes, state_bytes, config.page_size)
-            pages, slots = arena.pages, arena.slots
-        else:
-            num_slots = total_bytes // state_bytes if state_bytes else 0
-            budget = ByteBudget(total_bytes)
-            pages, slots = _pools(config, total_bytes // row_bytes, num_slots, budget)
-    return build_on(config, pages, slots)
+        return _pools(config, config.num_kv_tokens, config.num_slots or 0, None)
+    state_bytes = 0 if config.prefix_cache == "radix" else config.state_bytes
+    if config.memory == "arena":
+        arena = ArenaAllocator(total_bytes, row_bytes, state_bytes, config.page_size)
+        return arena.pages, arena.slots
+    num_slots = total_bytes // state_bytes if state_bytes else 0
+    return _pools(config, total_bytes // row_bytes, num_slots, ByteBudget(total_bytes))
 
 
 def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> HybridRadixCache:

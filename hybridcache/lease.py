@@ -443,7 +443,7 @@ class Lease:
         During that many tokens after ``computed_len``, ``extend`` and ``take_checkpoint_slots``
         need not be called. It says nothing about ``publish``, which decode does not need. O(1).
         """
-        num_rows, interval = self.extended_len - computed_len, self._interval
+        num_rows, interval = max(self.extended_len - computed_len, 0), self._interval
         return (
             num_rows if interval is None else min(num_rows, interval - 1 - computed_len % interval)
         )

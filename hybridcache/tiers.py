@@ -728,6 +728,8 @@ class TieredRadixCache(HybridRadixCache):
         The new rows are valid at once; the bytes follow with the next ``take_step``. O(tokens
         loaded), plus evictions that make room.
         """
+        if not isinstance(resumable, Resumable):
+            raise TypeError(f"resumable must be one of match.loadable (got {resumable!r}).")
         target, offload = resumable.node, self.offload
         if (
             not isinstance(target, RadixNode)

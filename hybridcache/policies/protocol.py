@@ -308,16 +308,22 @@ class Prefill(NamedTuple):
         """Round positions down to the grid. Returns the label by position, in the given order.
 
         Positions without a possible checkpoint are omitted. The first of several labels is kept.
+        Raises TypeError if ``wanted`` has other items than pairs.
 
         >>> prefill = Prefill(200, 64, 64, 64, (), 64)
         >>> prefill.on_grid([Placed(199, "end"), Placed(192, "again"), Placed(70, "low")])
         {192: 'end'}
         """
         found: dict[int, str] = {}
-        for position, label in wanted:
-            floored = position - position % self.grid
-            if self.cached_len < floored <= self.prompt_len and floored not in found:
-                found[floored] = label
+        try:
+            for position, label in wanted:
+                floored = position - position % self.grid
+                if self.cached_len < floored <= self.prompt_len and floored not in found:
+                    found[floored] = label
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"plan must return Placed(position, label) (got {wanted!r})."
+            ) from error
         return found
 
 

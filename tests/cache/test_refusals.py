@@ -17,6 +17,7 @@ from hybridcache.api import Listener, Resumable
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror
 from hybridcache.export.warm_state import unpack, write_memory
+from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import make_admission
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.protocol import LeastLoaded, ReplicaSpec, RouteRequest
@@ -428,6 +429,18 @@ def planner(**changes):
 UNIT = SimpleNamespace(seconds=lambda start, end: 1.0)
 
 
+def build(**config):
+    build_prefix_cache(CacheConfig(state_bytes=4, memory="arena", **config))
+
+
+def fetch(resumable):
+    hybrid(state_bytes=64, host_bytes=1000).fetch(resumable)
+
+
+def on_grid(plan):
+    Prefill(200, 0, 0, 0, (), 64).on_grid(plan)
+
+
 def route(tokens):
     LeastLoaded(ReplicaSpec(UNIT)).route(RouteRequest("one", tokens), 0.0)
 
@@ -453,13 +466,16 @@ WRONG = (
     (ReplicaSpec, {"times": UNIT, "grid": 0}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (route, {"tokens": ids("abc")}),
+    (build, {"kv_bytes_per_token": 2, "total_bytes": 10**18}),
+    (fetch, {"resumable": None}),
+    *((on_grid, {"plan": value}) for value in (None, 7, (64, 128), "ab", (("a", "b"),))),
 )
 """Makers with a wrong value of the last parameter."""
 
 
 @pytest.mark.parametrize(("make", "wrong"), WRONG, ids=[f"{m.__name__}-{w}" for m, w in WRONG])
 def test_wrong_arguments_of_constructors_are_refused_by_name(make, wrong):
-    with pytest.raises((ValueError, TypeError), match=[*wrong][-1]) as caught:
+    with pytest.raises((ValueError, TypeError, MemoryError), match=[*wrong][-1]) as caught:
         make(**wrong)
     assert len(str(caught.value).splitlines()) == 1
 
