@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -148,6 +149,16 @@ def test_wrong_flag_of_the_engine_is_refused(verb: str, capsys: pytest.CaptureFi
         model = ["--cache-gib", "0.05"] if is_loaded else ["--model", "/no"]
         assert exit_code(engine, [verb, *first, *model, f"{flag}={text}"]) == 2, flag
         check_refusal(capsys.readouterr().err, name, value)
+
+
+def test_the_line_that_serves_has_flags_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"grid": 32, "page_size": 4, "max_running": 4, "host_gib": 2.0}
+    settings |= {"disk_gib": 2.0, "state_dtype": "bfloat16", "checkpoint_dtype": "int8"}
+    result = simulate("short?head=60", gib=1, policy=["lru", "fifo"], bound=False, **settings)
+    flags = re.findall("--[a-z-]+", result.verdict())
+    assert exit_code(engine, ["serve", "--help"]) == 0
+    known = capsys.readouterr().out
+    assert len(flags) == 12 and [flag for flag in flags if f" {flag} " not in known] == []
 
 
 def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,8 +77,8 @@ class FleetConfig:
                 continue
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value < math.inf or (name == "load" and not value):
-                least = "above 0" if name == "load" else "of at least 0"
-                raise ValueError(f"{name} must be a finite number {least}, got {value!r}")
+                range_ = "above 0" if name == "load" else "of at least 0"
+                raise ValueError(f"{name} must be a finite number {range_}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
