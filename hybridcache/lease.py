@@ -192,6 +192,8 @@ class Lease:
     ``is_counted`` keep their values. The results of ``is_saving_at`` and
     ``num_quiet_tokens`` then mean nothing.
 
+    In a ``with`` block, a lease that has not ended is aborted at the end of the block.
+
     The placement policy is notified of each planned checkpoint, whether saved or dropped.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
