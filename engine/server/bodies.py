@@ -119,7 +119,7 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
         if name in kind.NEUTRAL:
             if value not in kind.NEUTRAL[name]:
                 allowed = kind.NEUTRAL[name]
-                one_of = " or ".join(map(write_json, allowed))
+                one_of = " or ".join(write_json(one) for one in allowed)
                 words = f"must be {one_of} (got {short(write_json(value))})" if allowed else ""
                 raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.", param=name)
         elif name not in fields:
