@@ -14,7 +14,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Container,
+    Collection,
     Iterator,
     Mapping,
     Sequence,
@@ -82,7 +82,7 @@ class Body(msgspec.Struct, kw_only=True):
     """Base of all bodies. A null is ignored, also for an unknown name, because clients send answers
     back with all the fields that their classes have."""
 
-    NEUTRAL: ClassVar[Mapping[str, Container[Any]]] = {}
+    NEUTRAL: ClassVar[Mapping[str, Collection[Any]]] = {}
     """Parameters that are not supported, with the values that have no effect."""
     KINDS: ClassVar[Mapping[str, str]] = {}
     """Lists of objects -> type of entries that do not name one."""
