@@ -78,6 +78,23 @@ class ItemView:
         return repr(self._item)
 
 
+class PlacementView(ItemView):
+    """An item as a user's placement sees it. Every use makes a new view, because the item's own
+    ``memo`` is the eviction policy's."""
+
+    __slots__ = ()
+
+    @property
+    def above(self) -> Item | None:
+        above = self._item.above
+        return None if above is None else cast(Item, PlacementView(above))
+
+    @property
+    def predecessor(self) -> Item | None:
+        before = self._item.predecessor
+        return None if before is None else cast(Item, PlacementView(before))
+
+
 def view_of(item: Item | None) -> Item | None:
     """Return the view of ``item``, which is its ``memo``. An item that takes over the memo of
     another one, in a lower tier, gets a view with the same data. O(1)."""
@@ -243,11 +260,9 @@ class GuardedPlacement(_Guard, PlacementPolicy):
     on_dropped = _noted("on_dropped")
 
     def _seen(self, item: Any) -> Any:
-        """Return a view of an item, whose ``memo`` is the eviction policy's. Each call makes a new
-        one."""
         if isinstance(item, Prefill):
             return item._replace(resumed=self._seen(item.resumed), missed=self._seen(item.missed))
-        return ItemView(item) if hasattr(item, "memo") else item
+        return PlacementView(item) if hasattr(item, "memo") else item
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         raise_failure(self.failure)

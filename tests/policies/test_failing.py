@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache
@@ -106,6 +106,7 @@ def test_a_failing_eviction_leaves_the_cache_consistent(
     assert (num_failed > 0) == (kind.left <= 0)  # type: ignore[attr-defined]
 
 
+@example(method="on_dropped", calls=4)  # It reads what is above an item of LRU.
 @given(method=st.sampled_from(PLACEMENT), calls=st.integers(1, 40))
 def test_a_failing_placement_leaves_the_cache_consistent(method: str, calls: int) -> None:
     kind = failing(Adaptive, method, calls)

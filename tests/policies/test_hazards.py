@@ -169,6 +169,7 @@ class HazardsMachine(RuleBasedStateMachine):
             self.plain.close(min(self.plain.open), self.now, used=False)
         prior, model = PRIORS[str(key[0])], self.plain.model_of(key[:2])
         if model is not None:
+            self.survival.row(model, PRIORS[str(model[0])])
             self.survival.row(key[:2], prior, (model, MODEL_FACTOR))
         self.rows[key] = self.survival.row(key, prior)
         stage = self.survival.open(self.rows[key], self.now)
