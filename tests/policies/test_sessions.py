@@ -149,3 +149,11 @@ class SessionsMachine(RuleBasedStateMachine):
 
 SessionsMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestSessions = SessionsMachine.TestCase
+
+
+def test_first_prompt_of_one_token_is_recognised_in_a_longer_one() -> None:
+    """Powers of the hash are extended by the second prompt; the first hash must stay valid."""
+    sessions = Sessions(MAX_KNOWN)
+    first = sessions.arrived("a", np.array([5], np.int32), 0.0)
+    sessions.left(first, 2, 1.0)
+    assert sessions.arrived("b", np.array([5, 6], np.int32), 2.0) is first

@@ -49,7 +49,7 @@ class Sessions:
         self._by_newest: dict[str, Session] = {}
         """Remembered sessions by the name of their newest request."""
         self._num_begun = 0
-        self._powers: npt.NDArray[np.uint64] = np.ones(1, np.uint64)
+        self._powers: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
 
     @property
     def open(self) -> Collection[Session]:
