@@ -16,73 +16,6 @@ GRACE_S = 5
 """Seconds that running requests may take after the recording is stopped; then they are aborted."""
 
 
-def record(
-    upstream: str, out: Path, *, host: str, port: int, keeps_text: bool, tokenizer: str | None
-) -> int:
-    """Pass requests on until SIGINT or SIGTERM, and return the exit code of the process.
-
-    Raises ValueError if an address, the file or the tokenizer cannot be used.
-    """
-    upstream = server_address(upstream)
-    import uvicorn
-
-    from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
-    from engine.server.request_log import set_up_logging
-    from engine.server.settings import ServerConfig, bind
-    from engine.text.hugging_face import load_tokenizer
-
-    loaded, counted_by = None, f"{PIECE} characters as a token, an estimate (see --tokenizer)"
-    if tokenizer is not None:
-        is_builtin = Path(tokenizer) == BUILTIN_DIR
-        loaded = load_tokenizer(None if is_builtin else tokenizer)
-        counted_by = f"the tokenizer of {display_name(Path(tokenizer))}"
-    set_up_logging("warning")
-    with bind(ServerConfig(host=host, port=port)) as listener:
-        try:
-            file = out.open("xb")
-        except OSError as error:
-            why = f"{out} cannot be created ({error.strerror}): name a new file."
-            raise ValueError(why) from None
-        with file:
-            writer = TraceWriter(
-                file, keeps_text=keeps_text, tokenizer=loaded, counted_by=counted_by
-            )
-            proxy = Proxy(upstream, writer)
-            port = listener.getsockname()[1]
-            config = uvicorn.Config(
-                proxy,
-                log_config=None,
-                timeout_graceful_shutdown=GRACE_S,
-                server_header=False,
-                date_header=False,
-                ws="none",
-            )
-            server = uvicorn.Server(config)
-            # uvicorn installs the same handlers while it runs, and raises the signal again after
-            # its shutdown: without these, the process would end before the summary.
-            for each in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(each, server.handle_exit)
-            print(f"http://{host}:{port}/v1 passes on to {upstream} and writes {out}", flush=True)
-            try:
-                server.run(sockets=[listener])
-            finally:
-                proxy.finish()  # A second signal skips the shutdown of the application.
-                is_deleted = writer.is_deleted
-    for why, number in writer.skipped.items():
-        print(f"not in the trace: {number:,}, since {why}")
-    print(f"tokens counted by: {counted_by}")
-    if is_deleted:
-        print(f"engine record: {out} was deleted: its requests are lost.", file=sys.stderr)
-        return 1
-    requests = counted(writer.num_requests, "request")
-    model = "CONFIG_JSON"
-    if tokenizer is not None:
-        folder = Path(tokenizer)
-        model = BUILTIN_NAME if folder == BUILTIN_DIR else str(folder / "config.json")
-    print(f"{requests}; hybridcache simulate --trace {out} --model {model}", flush=True)
-    return 0
-
-
 def add_flags(record: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     record.add_argument("--to", required=True, metavar="URL", help="server to pass requests on to")
@@ -116,12 +49,67 @@ def add_flags(record: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return the exit code of the process."""
-    return record(
-        arguments.to,
-        Path(arguments.out),
-        host=arguments.host,
-        port=arguments.port,
-        keeps_text=arguments.text == "keep",
-        tokenizer=None if arguments.tokenizer is None else resolve_folder(arguments.tokenizer),
-    )
+    """Pass requests on until SIGINT or SIGTERM, and return the exit code of the process.
+
+    Raises ValueError if an address, the file or the tokenizer cannot be used.
+    """
+    upstream, out = server_address(arguments.to), Path(arguments.out)
+    import uvicorn
+
+    from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
+    from engine.server.request_log import set_up_logging
+    from engine.server.settings import ServerConfig, bind
+    from engine.text.hugging_face import load_tokenizer
+
+    tokenizer, model = None, "CONFIG_JSON"
+    counted_by = f"{PIECE} characters as a token, an estimate (see --tokenizer)"
+    if arguments.tokenizer is not None:
+        folder = Path(resolve_folder(arguments.tokenizer))
+        is_builtin = folder == BUILTIN_DIR
+        tokenizer = load_tokenizer(None if is_builtin else str(folder))
+        counted_by = f"the tokenizer of {display_name(folder)}"
+        model = BUILTIN_NAME if is_builtin else str(folder / "config.json")
+    set_up_logging("warning")
+    with bind(ServerConfig(host=arguments.host, port=arguments.port)) as listener:
+        try:
+            file = out.open("xb")
+        except OSError as error:
+            why = f"{out} cannot be created ({error.strerror}): name a new file."
+            raise ValueError(why) from None
+        with file:
+            writer = TraceWriter(
+                file,
+                keeps_text=arguments.text == "keep",
+                tokenizer=tokenizer,
+                counted_by=counted_by,
+            )
+            proxy = Proxy(upstream, writer)
+            config = uvicorn.Config(
+                proxy,
+                log_config=None,
+                timeout_graceful_shutdown=GRACE_S,
+                server_header=False,
+                date_header=False,
+                ws="none",
+            )
+            server = uvicorn.Server(config)
+            # uvicorn installs the same handlers while it runs, and raises the signal again after
+            # its shutdown: without these, the process would end before the summary.
+            for each in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(each, server.handle_exit)
+            address = f"http://{arguments.host}:{listener.getsockname()[1]}/v1"
+            print(f"{address} passes on to {upstream} and writes {out}", flush=True)
+            try:
+                server.run(sockets=[listener])
+            finally:
+                proxy.finish()  # A second signal skips the shutdown of the application.
+                is_deleted = writer.is_deleted
+    for why, number in writer.skipped.items():
+        print(f"not in the trace: {number:,}, since {why}")
+    print(f"tokens counted by: {counted_by}")
+    if is_deleted:
+        print(f"engine record: {out} was deleted: its requests are lost.", file=sys.stderr)
+        return 1
+    requests = counted(writer.num_requests, "request")
+    print(f"{requests}; hybridcache simulate --trace {out} --model {model}", flush=True)
+    return 0
