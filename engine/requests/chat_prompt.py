@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+
 from engine.requests.spec import RequestSpec
 from engine.text.answers import CLOSE, OPEN
 from engine.text.splices import SampledTurn, control_pattern, find_splices
@@ -31,6 +33,7 @@ from engine.text.tokenizer import (
     any_of,
 )
 from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.tokens import Tokens, common_prefix_len
 
 MARK_CODES = range(0xE001, 0xF900)
 """Characters that may be inserted into a control token that is text. Private use, as the probe."""
@@ -61,13 +64,17 @@ class ChatPrompt:
     """True if the prompt ends inside reasoning, which the answer continues."""
     header: str = ""
     """End of the prompt from its last control token on, with which the answer's turn begins."""
-    num_replayed: int = 0
-    """Number of messages that were replaced by the tokens sampled for them."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """The prompt, int32[n]."""
+        return cast("Tokens", self.spec.prompt)
 
     @property
     def token_ids(self) -> list[int]:
-        """The prompt."""
-        return cast("list[int]", self.spec.prompt)
+        """The prompt as a list."""
+        token_ids: list[int] = self.tokens.tolist()
+        return token_ids
 
 
 def no_chat(tokenizer: Tokenizer) -> str:
@@ -87,7 +94,6 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     variables: Mapping[str, Any] | None = None,
-    special_in_content: bool = False,
     namespace: Hashable = None,
     cuts: Sequence[Cut] = (),
     sampled: Mapping[int, SampledTurn] | None = None,
@@ -101,9 +107,9 @@ def render_chat(
     from history, so that the prompt differs from the template's.
 
     ``tokenizer.control_tokens`` inside the chat's texts (contents, names, arguments, tools) are
-    encoded as text, so that a client cannot forge turns. With ``special_in_content`` they become
-    control tokens. ``namespace`` is that of the request, and of ``EncodeOptions``. With
-    ``continues_last``, the prompt ends with the content of the last message.
+    encoded as text, so that a client cannot forge turns. ``namespace`` is that of the request, and
+    of ``EncodeOptions``. With ``continues_last``, the prompt ends with the content of the last
+    message.
 
     Raises TemplateError if the model has no chat template, or if the template rejects the chat.
     Takes at most five renders plus one for each of ``cuts``, one encoding of the whole chat and a
@@ -112,13 +118,10 @@ def render_chat(
     template = tokenizer.chat_template
     if template is None:
         raise TemplateError(no_chat(tokenizer))
-    mark: str | None = None
-    if not special_in_content:
-        contents = [cut.content for cut in cuts]
-        mark, (messages, tools, variables, contents) = mark_control_tokens(
-            tokenizer.control_tokens, (messages, tools, variables, contents)
-        )
-        cuts = [Cut(cut.message, text) for cut, text in zip(cuts, contents, strict=True)]
+    mark, (messages, tools, variables, cuts) = mark_control_tokens(
+        tokenizer.control_tokens, (messages, tools, variables, cuts)
+    )
+    cuts = [Cut(*cut) for cut in cuts]
 
     def render(chat: Sequence[Message]) -> str:
         return template.render(
@@ -131,22 +134,17 @@ def render_chat(
     sampled = dict(sampled or {})
     if continues_last:
         sampled.pop(len(messages) - 1, None)
-    splices = (
-        find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
-        if sampled
-        else None
-    )
+    splices = find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
 
-    def encode(text: str) -> list[int]:
-        if splices is None:
-            return tokenizer.encode(text, how)
-        return splices.encode(text, lambda piece: tokenizer.encode(piece, how))
+    def encode(text: str) -> Tokens:
+        token_ids = splices.encode(text, lambda piece: tokenizer.encode(piece, how))
+        return np.asarray(token_ids, np.int32)
 
-    text = written if splices is None else splices.apply(written)
+    text = splices.apply(written)
     if continues_last:
         text = _up_to_content(text, messages[-1])
-    token_ids = encode(text)
-    kept = {len(token_ids)} if keeps_thinking and add_generation_prompt else set()
+    tokens = encode(text)
+    kept = {len(tokens)} if keeps_thinking and add_generation_prompt else set()
     ends: set[int] = set()
     cut_at = []
     ending = written[-64:].rstrip() if add_generation_prompt else ""
@@ -155,27 +153,24 @@ def render_chat(
     futures = _futures(messages, with_tools=bool(tools), thinks=not has_thought)
     for future in (*futures, *(_future_behind(cut, messages) for cut in cuts)):
         try:
-            later = render(future)
+            later = splices.apply(render(future))
         except TemplateError:
             continue  # This continuation is impossible with this template.
-        later = later if splices is None else splices.apply(later)
-        special = tokenizer.special_tokens
-        shared = common_token_prefix(encode, special, text, token_ids, later)
+        shared = common_token_prefix(encode, tokenizer.special_tokens, text, tokens, later)
         is_cut = not any(future is known for known in futures)
         if is_cut:
             cut_at.append(shared)
         (ends if is_cut or future is futures[0] else kept).add(shared)
     header = header_of(tokenizer, text) if add_generation_prompt else ""
-    boundaries, survives = chat_boundaries(len(token_ids), ends, kept)
-    num_replayed = 0 if splices is None else splices.num_turns
+    boundaries, survives = chat_boundaries(len(tokens), ends, kept)
     spec = RequestSpec(
-        token_ids,
+        tokens,
         namespace=namespace,
         boundaries=boundaries,
         answer_survives=survives,
         answer_starts_text=not continues_last,
     )
-    return ChatPrompt(spec, tuple(cut_at), is_thinking, header, num_replayed)
+    return ChatPrompt(spec, tuple(cut_at), is_thinking, header)
 
 
 def _up_to_content(text: str, message: Message) -> str:
@@ -320,13 +315,13 @@ def _is_plain(name: Any) -> bool:
 
 
 def common_token_prefix(
-    encode: Callable[[str], Sequence[int]],
+    encode: Callable[[str], Tokens],
     special_tokens: Sequence[str],
     text: str,
-    token_ids: Sequence[int],
+    tokens: Tokens,
     later: str,
 ) -> int:
-    """Return the number of leading ``token_ids`` of ``text`` that the encoding of ``later`` begins
+    """Return the number of leading ``tokens`` of ``text`` that the encoding of ``later`` begins
     with.
 
     The texts are compared first. Then only the text after the last special token of their common
@@ -338,13 +333,8 @@ def common_token_prefix(
     if split <= len(text) // 2:
         start = len(encode(text[:split]))
     else:
-        start = len(token_ids) - len(encode(text[split:]))
-    ahead = encode(later[split:])
-    matches = itertools.takewhile(
-        lambda pair: pair[0] == pair[1],
-        zip(itertools.islice(token_ids, start, None), ahead, strict=False),
-    )
-    return start + sum(1 for _ in matches)
+        start = len(tokens) - len(encode(text[split:]))
+    return start + common_prefix_len(tokens[start:], encode(later[split:]))
 
 
 def _common_prefix(first: str, second: str) -> int:

@@ -12,10 +12,12 @@ import logging
 import os
 import re
 import secrets
+import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,12 +27,15 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.api_errors import ANTHROPIC, APIError
-from engine.server.settings import API_KEY_VARIABLE, ServerConfig, flag
+from engine.server.request_log import RequestRecord
+from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.json_text import REPLACEMENT
 
 logger = logging.getLogger(__name__)
 OPEN = ("/", "/health", "/metrics")
 """Paths that require no key."""
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+"""Headers that proxies add. Clients of a proxy are not on this machine."""
 OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
 """Beginnings of the paths that only the operator may use."""
 KEY = re.compile(rb"[\x21-\x7e]+")
@@ -38,215 +43,77 @@ NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
 
 
-def install(app: Starlette, config: ServerConfig) -> None:
-    """Add the middleware to ``app``, the last one outermost. Raises ValueError if a key file is
-    missing or empty."""
-    if keys := api_keys(config):
-        has_operator = config.admin_key_file is not None
-        app.add_middleware(Keys, keys=keys, has_operator=has_operator)
-    if config.cors_origin:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(config.cors_origin),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
-    app.add_middleware(RequestNames)
-
-
-def api_keys(config: ServerConfig) -> list[bytes]:
-    """Return the distinct accepted keys, including the operator's. Empty if no key is required."""
-    keys = _client_keys(config)
-    if keys and config.admin_key_file is not None:
-        keys.append(read_key("admin_key_file", config.admin_key_file))
-    if config.salt_by_key and not keys:
-        raise ValueError(f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}.")
-    return list(dict.fromkeys(keys))
-
-
-def _client_keys(config: ServerConfig) -> list[bytes]:
-    named = os.environ.get(API_KEY_VARIABLE)
-    keys = [] if named is None else [named.strip().encode()]
-    _require_sendable(keys, API_KEY_VARIABLE)
-    if config.api_key_file is not None:
-        keys += read_keys("api_key_file", config.api_key_file)
-    return keys
-
-
-def separates_keys(config: ServerConfig) -> bool:
-    """Return whether requests with different keys share no cache entries: by default if clients
-    have several keys, because the number of reused tokens reveals shared prompts."""
-    if config.salt_by_key is not None:
-        return config.salt_by_key
-    return len(set(_client_keys(config))) > 1
-
-
-def read_keys(setting: str, file: str) -> list[bytes]:
-    """Read the keys in the ``file`` of this ``setting``, one per line. Raises ValueError if it
-    cannot be read or is empty, or a key cannot be sent in a header."""
-    try:
-        text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ValueError(f"{flag(setting)} {file!r} cannot be read ({error.strerror}).") from error
-    keys = [line.strip() for line in text.splitlines() if line.strip()]
-    if not keys:
-        raise ValueError(f"{flag(setting)} {file} is empty. Write a key into it.")
-    _require_sendable(keys, f"{flag(setting)} {file}")
-    return keys
-
-
-def _require_sendable(keys: Sequence[bytes], source: str) -> None:
-    """Raise ValueError if a key is blank or cannot be sent in a header."""
-    for number, key in enumerate(keys, 1):
-        if not KEY.fullmatch(key):
-            raise ValueError(
-                f"{source}: key {number} of {len(keys)} must be printable ASCII without spaces; "
-                "`openssl rand -hex 24` prints such a key."
-            )
-
-
-def read_key(setting: str, file: str) -> bytes:
-    """Read the only key in the ``file`` of this ``setting``. Raises ValueError if it cannot be
-    read, or has no key or several."""
-    keys = read_keys(setting, file)
-    if len(keys) > 1:
-        raise ValueError(
-            f"{flag(setting)} {file} has {len(keys)} lines; it must contain a single key."
-        )
-    return keys[0]
-
-
-class Keys:
-    """ASGI middleware that answers 401 to requests without a valid key, and records the key of the
-    others."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes], has_operator: bool) -> None:
-        """``has_operator``: the operator has a key, which is one of ``keys``."""
-        self._app = app
-        self._keys = keys
-        self._has_operator = has_operator
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
-            await self._app(scope, receive, send)
-            return
-        place = self._place(scope)
-        if place is not None:
-            scope.setdefault("state", {})["api_key"] = place
-            await self._app(scope, receive, send)
-            return
-        message = "This server requires a key: send it as Authorization: Bearer KEY."
-        if given_key(scope):
-            message = f"This key is unknown: send one of --api-key-file or {API_KEY_VARIABLE}."
-        if self._has_operator and scope["path"].startswith(OPERATORS):
-            message = operator_message(bool(given_key(scope)))
-        refusal = APIError(
-            401,
-            message,
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await refusal.response(scope)(scope, receive, send)
-
-    def _place(self, scope: Scope) -> int | None:
-        """Return the index of the request's key, or None if it is invalid, in time independent of
-        the keys."""
-        given = given_key(scope)
-        # All keys are compared, even after a match.
-        fits = [hmac.compare_digest(given, key) for key in self._keys]
-        return fits.index(True) if any(fits) else None
-
-
-def operator_message(has_key: bool) -> str:
-    """Return the message to a request for an operator's path without the operator's key, with or
-    without another key."""
-    if has_key:
-        return (
-            "This path is reserved for the operator, and this key is wrong: send the key of "
-            "--admin-key-file."
-        )
-    return (
-        "This path is reserved for the operator: send the key of --admin-key-file as "
-        "Authorization: Bearer KEY."
-    )
-
-
-def given_key(scope: Scope) -> bytes:
-    """Return the key that a request brings. Empty if it brings none."""
-    headers = dict(scope["headers"])
-    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() != b"bearer":
-        given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
-    return bytes(given.strip())
-
-
-UNREAD_S = 120.0
-"""Seconds that a client may read nothing of a waiting answer before the answer is broken off. Until
-then the rest of it is computed and kept in memory."""
-
-
-class RequestNames:
-    """ASGI middleware that adds an ``X-Request-Id`` to every answer: the one of the request, or a
-    new one. Anthropic's clients read it as ``request-id``. An answer that its client does not read
-    is broken off."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
-
-        scope.setdefault("state", {})["request_name"] = name.decode("ascii")
-        headers = [(b"x-request-id", name)]
-        if scope["path"].startswith(ANTHROPIC):
-            headers.append((b"request-id", name))
-
-        async def named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *headers]
-            async with asyncio.timeout(UNREAD_S):
-                await send(message)
-
-        await self._app(scope, receive, named)
-
-
-FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
-"""Headers that proxies add. Clients of a proxy are not on this machine."""
-
-
 @dataclass(frozen=True, slots=True)
-class Operator:
-    """Distinguishes the operator's requests, by key or, without one, by this machine's address. The
-    operator has access to the cache of all clients."""
+class ServerKeys:
+    """Keys of one server."""
 
-    key: bytes | None
+    accepted: Sequence[bytes]
+    """Distinct keys of which a request needs one, the operator's included; empty if no key is
+    required."""
+    operator: bytes | None
+    """Key of the operator, or None if its requests are distinguished by their address."""
+    are_salts: bool
+    """True if requests with different keys share no cache entries. By default they do not if
+    clients have several keys, because the number of reused tokens reveals shared prompts."""
 
     @classmethod
-    def of(cls, config: ServerConfig) -> Operator:
-        """Read the key. Raises ValueError if its file is missing or empty."""
-        if config.admin_key_file is None:
-            return cls(None)
-        return cls(read_key("admin_key_file", config.admin_key_file))
+    def of(cls, config: ServerConfig) -> ServerKeys:
+        """Read the keys. Raises ValueError if a file cannot be read or is empty, or a key cannot be
+        sent in a header."""
+        accepted, operator = list[bytes](), None
+        if (named := os.environ.get(API_KEY_VARIABLE)) is not None:
+            accepted += _sendable([named.strip().encode()], API_KEY_VARIABLE)
+        if config.api_key_file is not None:
+            accepted += _read_keys("--api-key-file", config.api_key_file)
+        if config.salt_by_key and not accepted:
+            message = f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}."
+            raise ValueError(message)
+        are_salts = config.salt_by_key
+        if are_salts is None:
+            are_salts = len(set(accepted)) > 1
+        if (file := config.admin_key_file) is not None:
+            operator, *more = _read_keys("--admin-key-file", file)
+            if more:
+                message = f"--admin-key-file {file} has {1 + len(more)} lines"
+                raise ValueError(f"{message}; it must contain a single key.")
+            accepted += [operator] if accepted else []
+        return cls(list(dict.fromkeys(accepted)), operator, are_salts)
 
-    def check(self, request: Request) -> None:
-        """Raise APIError 401 or 403 unless the operator sent the request.
+    def place(self, scope: Scope) -> int | None:
+        """Return the index of the request's key, or None if it is invalid, in time independent of
+        the keys."""
+        given = _given_key(scope)
+        # All keys are compared, even after a match.
+        fits = [hmac.compare_digest(given, key) for key in self.accepted]
+        return fits.index(True) if any(fits) else None
+
+    def refusal(self, scope: Scope) -> APIError:
+        """Return the answer to a request without a valid key for its path."""
+        has_key = bool(_given_key(scope))
+        if self.operator is not None and scope["path"].startswith(OPERATORS):
+            message = "This path is reserved for the operator" + (
+                ", and this key is wrong: send the key of --admin-key-file."
+                if has_key
+                else ": send the key of --admin-key-file as Authorization: Bearer KEY."
+            )
+        elif has_key:
+            message = f"This key is unknown: send one of --api-key-file or {API_KEY_VARIABLE}."
+        else:
+            message = "This server requires a key: send it as Authorization: Bearer KEY."
+        challenge = {"WWW-Authenticate": "Bearer"}
+        return APIError(401, message, code="invalid_api_key", headers=challenge)
+
+    def check_operator(self, request: Request) -> None:
+        """Raise APIError 401 or 403 unless the operator sent the request. The operator has access
+        to the cache of all clients.
 
         Without a key, the client must be on this machine, by its address and by the host that it
         names. A foreign page in a local browser has a different ``Origin``, or a different ``Host``
         if its name was rebound to this address.
         """
-        if self.key is not None:
-            given = given_key(request.scope)
-            if not hmac.compare_digest(given, self.key):
-                challenge = {"WWW-Authenticate": "Bearer"}
-                raise APIError(
-                    401, operator_message(bool(given)), code="invalid_api_key", headers=challenge
-                )
+        if self.operator is not None:
+            if not hmac.compare_digest(_given_key(request.scope), self.operator):
+                raise self.refusal(request.scope)
             return
         headers = request.headers
         origin = headers.get("origin")
@@ -265,6 +132,15 @@ class Operator:
             )
 
 
+def _given_key(scope: Scope) -> bytes:
+    """Return the key that a request brings. Empty if it brings none."""
+    headers = dict(scope["headers"])
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer":
+        given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
+    return bytes(given.strip())
+
+
 def _host_of(url: str) -> str | None:
     try:
         return urlsplit(url).hostname
@@ -279,6 +155,107 @@ def _is_here(host: str | None) -> bool:
         return host is not None and ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _read_keys(flag: str, file: str) -> list[bytes]:
+    """Read the keys in the ``file`` of this ``flag``, one per line."""
+    try:
+        text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ValueError(f"{flag} {file!r} cannot be read ({error.strerror}).") from error
+    keys = [line.strip() for line in text.splitlines() if line.strip()]
+    if not keys:
+        raise ValueError(f"{flag} {file} is empty. Write a key into it.")
+    return _sendable(keys, f"{flag} {file}")
+
+
+def _sendable(keys: list[bytes], source: str) -> list[bytes]:
+    """Return ``keys``. Raises ValueError if one is blank or cannot be sent in a header."""
+    for number, key in enumerate(keys, 1):
+        if not KEY.fullmatch(key):
+            raise ValueError(
+                f"{source}: key {number} of {len(keys)} must be printable ASCII without spaces; "
+                "`openssl rand -hex 24` prints such a key."
+            )
+    return keys
+
+
+def install(app: Starlette, config: ServerConfig, keys: ServerKeys) -> None:
+    """Add the middleware to ``app``, the last one outermost."""
+    if keys.accepted:
+        app.add_middleware(Keys, keys=keys)
+    if config.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origin),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    is_logged = sys.stderr.isatty() if config.log_requests is None else config.log_requests
+    app.add_middleware(Requests, is_logged=is_logged)
+
+
+class Keys:
+    """ASGI middleware that answers 401 to requests without a valid key, and records the key of the
+    others."""
+
+    def __init__(self, app: ASGIApp, keys: ServerKeys) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            place = self._keys.place(scope)
+            if place is None:
+                await self._keys.refusal(scope).response(scope)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["api_key"] = place
+        await self._app(scope, receive, send)
+
+
+UNREAD_S = 120.0
+"""Seconds that a client may read nothing of a waiting answer before the answer is broken off. Until
+then the rest of it is computed and kept in memory."""
+
+
+class Requests:
+    """ASGI middleware that adds an ``X-Request-Id`` to every answer: the one of the request, or a
+    new one. Anthropic's clients read it as ``request-id``. An answer that its client does not read
+    is broken off. The log gets a line when an answer was sent or its client has disconnected."""
+
+    def __init__(self, app: ASGIApp, is_logged: bool) -> None:
+        self._app, self._is_logged = app, is_logged
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
+        record = RequestRecord(name.decode("ascii"))
+        scope.setdefault("state", {})["record"] = record
+        headers = [(b"x-request-id", name)]
+        if scope["path"].startswith(ANTHROPIC):
+            headers.append((b"request-id", name))
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *headers]
+            async with asyncio.timeout(UNREAD_S):
+                await send(message)
+            record.is_sent = message["type"] == "http.response.body" and not message.get(
+                "more_body"
+            )
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            record.status = record.status or 500
+            raise
+        finally:
+            if self._is_logged:
+                record.log(scope)
 
 
 SALT_HEADER = "x-cache-salt"
@@ -306,11 +283,7 @@ SECRET_FILE, SECRET_BYTES = "salt-secret", 32
 """Name and size of the file in a kept folder with the key of the hashes of salts."""
 
 
-def _for_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def read_secret(folder: str | None) -> bytes:
+def _read_secret(folder: str | None) -> bytes:
     """Return the key with which salts are hashed: a new one, or the one of ``folder``, in which the
     cache is kept for the next start. It is there in a file for its owner only."""
     made = secrets.token_bytes(SECRET_BYTES)
@@ -318,7 +291,10 @@ def read_secret(folder: str | None) -> bytes:
         return made
     file = Path(folder) / SECRET_FILE
     try:
-        with suppress(FileExistsError), open(file, "xb", opener=_for_owner) as new:
+        with (
+            suppress(FileExistsError),
+            open(file, "xb", opener=partial(os.open, mode=0o600)) as new,
+        ):
             new.write(made)
         kept = file.read_bytes()
         if len(kept) == SECRET_BYTES:
@@ -339,22 +315,17 @@ class Tenants:
     """Distinguishes tenants. Salts are secret and namespaces are visible, so they are hashed with a
     secret key, which prevents guessing of salts."""
 
-    def __init__(self, secret: bytes, keys: Sequence[bytes] = ()) -> None:
-        """``keys``: the API keys, if they are a part of every salt."""
-        self._secret = secret
-        self._keys = keys
-
-    @classmethod
-    def of_server(cls, config: ServerConfig, kept_folder: str | None) -> Tenants:
-        """Make the tenants of a server. ``kept_folder``: folder in which its cache is kept."""
-        keys = api_keys(config) if separates_keys(config) else ()
-        return cls(read_secret(kept_folder), keys)
+    def __init__(self, keys: ServerKeys, kept_folder: str | None) -> None:
+        """``kept_folder``: folder in which the cache is kept for the next start."""
+        self._secret = _read_secret(kept_folder)
+        self._keys = keys.accepted if keys.are_salts else ()
 
     def of(self, scope: Scope, salt: str | None = None) -> Tenant:
         """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
         salts differ, or one is empty or not text."""
         name = SALT_HEADER.encode()
-        given = {_header_salt(value) for header, value in scope["headers"] if header == name}
+        values = (value for header, value in scope["headers"] if header == name)
+        given = {value.decode(errors="replace") for value in values}
         if salt is not None:
             given.add(salt)
         if len(given) > 1:
@@ -382,15 +353,6 @@ class Tenants:
             return Tenant(place)
         parts = json.dumps([by_key, *given]).encode()
         return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
-
-
-def _header_salt(value: bytes) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        raise APIError(
-            400, f"The header {SALT_HEADER} must be UTF-8.", param="cache_salt"
-        ) from None
 
 
 def choice_id(answer_id: str, choice: int) -> str:

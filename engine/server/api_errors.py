@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -23,7 +24,8 @@ from engine.errors import (
     QueueFull,
     RequestError,
 )
-from engine.server.request_log import note_error
+from engine.requests.spec import RequestSpec, SamplingParams
+from engine.server.request_log import RequestRecord
 from engine.text.json_text import whole_text
 
 logger = logging.getLogger(__name__)
@@ -50,19 +52,14 @@ REFUSALS: dict[str, tuple[int, str | None]] = {
 }
 """Status and code of each kind of ``RequestError`` other than ``InvalidRequest``; any further kind
 is a failure of the engine."""
-PLAIN_NAME = re.compile(r"^([a-z]\w*)(?= (?:must|may|cannot|requires|of token) )")
-"""Name of a field at the beginning of a message of the engine."""
+ENGINE_FIELDS = {*RequestSpec.__struct_fields__, *(one.name for one in fields(SamplingParams))}
+"""Names with which messages of the engine about a value begin, without quotation marks, because
+they are for callers in Python too."""
 RETRY_AFTER_S = {QueueFull.kind: 1, EngineStopped.kind: 10}
 SERVER_FAILED = "The server failed on this request; see its log for the reason."
 KINDS = {404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
     (500, 502, 503), "server_error"
 )
-
-
-def request_name(scope: Scope) -> str | None:
-    """Return the ``X-Request-Id`` of a request, set by ``RequestNames``."""
-    name: str | None = scope.get("state", {}).get("request_name")
-    return name
 
 
 class APIError(Exception):
@@ -86,12 +83,13 @@ class APIError(Exception):
         self.code = code
         self.headers = headers
 
-    def body(self, path: str = "", request_name: str | None = None) -> dict[str, Any]:
-        """Return the body of the answer in the form of the API of ``path``."""
-        if path.startswith(ANTHROPIC):
+    def body(self, scope: Scope | None = None) -> dict[str, Any]:
+        """Return the body of the answer to the request of ``scope``, or in OpenAI's form."""
+        if scope is not None and scope["path"].startswith(ANTHROPIC):
             kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
             error = {"type": kind, "message": self._for_anthropic}
-            return {"type": "error", "error": error, "request_id": request_name}
+            request_id = RequestRecord.of(scope).name or None
+            return {"type": "error", "error": error, "request_id": request_id}
         kind = KINDS.get(self.status, "invalid_request_error")
         return {
             "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
@@ -99,14 +97,9 @@ class APIError(Exception):
 
     def response(self, scope: Scope) -> Response:
         """Return the response to the request of ``scope``, and add the message to its log line."""
-        note_error(str(self))
-        body = self.body(scope["path"], request_name(scope))
-        return Response(
-            msgspec.json.encode(body),
-            self.status,
-            media_type="application/json",
-            headers=self.headers,
-        )
+        RequestRecord.of(scope).error = str(self)
+        content = msgspec.json.encode(self.body(scope))
+        return Response(content, self.status, self.headers, "application/json")
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -163,10 +156,12 @@ def of_value(error: ValueError, param: str | None = None) -> APIError:
     """Describe a wrong value of the field ``param`` of a body, or of the one that the message
     names.
 
-    Other messages name a field in quotation marks. Those of the engine, which are for callers in
-    Python too, begin with its name.
+    Messages name a field in quotation marks, except for those about ``ENGINE_FIELDS``.
     """
-    message = PLAIN_NAME.sub(r"'\1'", str(error))
+    message = str(error)
+    name, _, rest = message.partition(" ")
+    if name in ENGINE_FIELDS:
+        message = f"'{name}' {rest}"
     named = re.search(r"'(\w[\w.]*)'", message)
     param = named[1] if param is None and named else param
     return APIError(400, message[:1].upper() + message[1:], param=param)

@@ -29,46 +29,49 @@ from engine.plugins.dialects.tokens import (
 )
 from engine.plugins.observe.server import Page
 from engine.server import access
-from engine.server.access import Operator
+from engine.server.access import ServerKeys, Tenants
 from engine.server.api_errors import HANDLERS, APIError
-from engine.server.bodies import Body, BodyReader, ClientGone, Workers, json_response
+from engine.server.bodies import Body, BodyReader, Workers, json_response
 from engine.server.chat import chat
 from engine.server.completions import CompletionRequest, complete
-from engine.server.context import ServingContext
-from engine.server.request_log import RequestLog, is_wanted
+from engine.server.context import Call, ServingContext
 from engine.server.schemas import ChatRequest
 from engine.server.settings import ServerConfig
 from hybridcache.command.extras import version as installed_version
 
 HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
-Answer = Callable[[Request, Any, int], Awaitable[Response]]
-"""Answers a request with its body, and the size of the body in bytes."""
+Answer = Callable[[Call, Any], Awaitable[Response]]
+"""Answers a request with its body."""
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     """Make the application that serves ``engine``. The engine starts and stops with it."""
-    workers, operator = Workers(), Operator.of(config)
+    workers, keys = Workers(), ServerKeys.of(config)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.of(DiagnosticsConfig).explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
-    context = ServingContext(engine, config, workers, explanations.remember)
-    responses, page = Responses(context, config), Page(context, operator)
+    tenants = Tenants(keys, engine.config.kept_folder)
+    context = ServingContext(engine, config, workers, tenants, explanations.remember)
+    responses, page = Responses(context, config), Page(context, keys)
     bodies: dict[str, tuple[type[Body], Answer]] = {
-        "/v1/completions": (CompletionRequest, partial(complete, context)),
-        "/v1/chat/completions": (ChatRequest, partial(chat, context)),
-        "/v1/messages": (MessagesRequest, partial(messages, context)),
-        "/v1/messages/count_tokens": (CountRequest, partial(count_tokens, context)),
+        "/v1/completions": (CompletionRequest, complete),
+        "/v1/chat/completions": (ChatRequest, chat),
+        "/v1/messages": (MessagesRequest, messages),
+        "/v1/messages/count_tokens": (CountRequest, count_tokens),
         "/v1/responses": (ResponsesRequest, responses.create),
-        "/tokenize": (TokenizeRequest, partial(tokenize, context)),
-        "/detokenize": (DetokenizeRequest, partial(detokenize, context)),
+        "/tokenize": (TokenizeRequest, tokenize),
+        "/detokenize": (DetokenizeRequest, detokenize),
     }
     reader = BodyReader(int(config.max_body_mib * 2**20), config.body_timeout_s, workers)
 
     def body_route(path: str, kind: type[Body], answer: Answer) -> Route:
         async def operation(request: Request) -> Response:
-            return await answer(request, *await reader.read(request, kind))
+            body, size = await reader.read(request, kind)
+            context.check_model(body.model)
+            tenant = tenants.of(request.scope, body.cache_salt)
+            return await answer(Call(context, request, size, tenant), body)
 
         return Route(path, operation, methods=["POST"])
 
@@ -81,13 +84,12 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     routes = [
         *(body_route(path, *of_path) for path, of_path in bodies.items()),
         *_model_routes(context),
-        *_operator_routes(context, operator),
+        *_operator_routes(context, keys),
         *page.routes(),
         Route("/v1/responses/{response_id}", responses.retrieve),
         Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
         Route(
-            "/v1/cache/explanations/{answer_id}",
-            partial(explanation, context, explanations, operator),
+            "/v1/cache/explanations/{answer_id}", partial(explanation, context, explanations, keys)
         ),
         Route("/version", version),
         Route("/openapi.json", openapi, include_in_schema=False),
@@ -100,20 +102,10 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
         await engine.drain()
         workers.close()
 
-    app = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        exception_handlers={**HANDLERS, ClientGone: _gone},
-    )
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.metrics, app.state.page = context.metrics, page
-    access.install(app, config)
-    if is_wanted(config.log_requests):
-        app.add_middleware(RequestLog)
+    access.install(app, config, keys)
     return app
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)
 
 
 def _model_routes(context: ServingContext) -> list[Route]:
@@ -190,17 +182,17 @@ class Health:
             self._folder = degraded if problem else {"status": "ok"}
 
 
-def _operator_routes(context: ServingContext, operator: Operator) -> list[Route]:
+def _operator_routes(context: ServingContext, keys: ServerKeys) -> list[Route]:
     """Return the operator's paths, which show or empty the cache of all clients."""
 
     async def cache(request: Request) -> Response:
-        operator.check(request)
+        keys.check_operator(request)
         if request.query_params:
             raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
         return json_response(await context.engine.cache_view())
 
     async def reset(request: Request) -> Response:
-        operator.check(request)
+        keys.check_operator(request)
         await context.engine.reset_prefix_cache()
         return json_response({"reset": True})
 

@@ -11,7 +11,7 @@ import asyncio
 import re
 import time
 from collections.abc import (
-    AsyncIterator,
+    AsyncGenerator,
     Awaitable,
     Callable,
     Collection,
@@ -31,16 +31,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.server.api_errors import APIError, of_failure, of_value, quoted, short
-from engine.server.request_log import note_error
+from engine.server.api_errors import MAX_QUOTED, APIError, of_failure, of_value, quoted, short
+from engine.server.request_log import RequestRecord
 from engine.text.json_text import read_json, write_json
 
 LONG = 4096
 """Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
 of an answer."""
 NUM_WORKERS = 2
-MAX_NAMES = 64
-"""Maximum number of names of a body."""
 MAX_NODES = 100_000
 """Maximum number of names, lists and objects of a JSON text. Decoding them holds the interpreter
 for at most 50 ms."""
@@ -87,13 +85,17 @@ class Body(msgspec.Struct, kw_only=True):
     KINDS: ClassVar[Mapping[str, str]] = {}
     """Lists of objects -> type of entries that do not name one."""
 
+    model: str | None = None
+    cache_salt: str | None = None
+    """Requests with different salts share neither cache entries nor stored responses."""
+
 
 Kind = TypeVar("Kind", bound=Body)
 
 
 @lru_cache(maxsize=64)
 def _fields(kind: type[Body]) -> dict[str, msgspec.structs.FieldInfo]:
-    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    return {field.name: field for field in msgspec.structs.fields(kind)}
 
 
 def decode(kind: type[Kind], raw: bytes) -> Kind:
@@ -112,8 +114,6 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
     if not isinstance(given, dict):
         message = "The body must be one JSON object, with names and values between { and }."
         raise APIError(400, message)
-    if len(given) > MAX_NAMES:
-        raise APIError(400, f"The body may have at most {MAX_NAMES} names (got {len(given)}).")
     fields, values = _fields(kind), dict[str, Any]()
     for name, value in without_nulls(given).items():
         if name in kind.NEUTRAL:
@@ -128,9 +128,9 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
             if name in kind.KINDS and isinstance(value, list):
                 usual = {"type": kind.KINDS[name]}
                 value = [usual | without_nulls(e) if isinstance(e, dict) else e for e in value]
-            values[fields[name].name] = converted(value, fields[name].type, name)
+            values[name] = converted(value, fields[name].type, name)
     for name, field in fields.items():
-        if field.required and field.name not in values:
+        if field.required and name not in values:
             raise APIError(400, f"'{name}' is missing: add it.", param=name)
     try:
         return kind(**values)
@@ -195,7 +195,7 @@ def _settled(value: Any) -> Any:
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> APIError:
-    near = get_close_matches(name[:MAX_NAMES], known, n=1, cutoff=0.75)
+    near = get_close_matches(name[:MAX_QUOTED], known, n=1, cutoff=0.75)
     remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
     message = f"{quoted(name)} is not a parameter of this endpoint: {remedy}"
     return APIError(400, message, param=name, code="unknown_parameter")
@@ -282,8 +282,11 @@ def _in_words(text: str) -> str:
     return re.sub(r"`([^`]*)`", words, text)
 
 
-class ClientGone(Exception):
-    """The client disconnected before its answer was ready."""
+class ClientGone(APIError):
+    """The client disconnected before its answer was ready. The log shows it."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client has disconnected.")
 
 
 class BodyReader:
@@ -356,25 +359,20 @@ QUIET_S = 5.0
 """Seconds of silence between two events that are filled."""
 
 
-def event(data: dict[str, Any]) -> bytes:
-    """Return one server-sent event."""
-    return b"data: " + write_json(data).encode() + b"\n\n"
+def event(data: Any, name: str | None = None) -> bytes:
+    """Return one server-sent event. O(its size)."""
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + to_json(data) + b"\n\n"
+
+
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """Return one server-sent event named after its ``type``."""
+    return event(data, data["type"])
 
 
 def as_event(failure: APIError) -> bytes:
     """Return a failure in the middle of a stream in the form of OpenAI's clients."""
     return event(failure.body())
-
-
-def named_event(data: dict[str, Any]) -> bytes:
-    """Return one server-sent event named after its ``type``."""
-    return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
-
-
-async def _close(items: AsyncIterator[Any]) -> None:
-    close: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
-    if close is not None:
-        await close()
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
@@ -408,7 +406,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncGenerator[bytes, None],
         late_headers: Callable[[], Mapping[str, str]] | None = None,
         on_error: Callable[[APIError], bytes] | None = None,
         keep_alive_s: float | None = None,
@@ -432,12 +430,12 @@ class EventStream(Response):
         filler = asyncio.create_task(self._fill_pauses(send))
         try:
             with suppress(OSError, ClientGone):  # OSError: the client left during a send.
-                await unless_gone(receive, self._send_all(send))
+                await unless_gone(receive, self._send_all(scope, send))
         finally:
             filler.cancel()
-            await _close(self._events)
+            await self._events.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         if self._on_error is None:
             await self._send(send, b"")
         try:
@@ -450,7 +448,7 @@ class EventStream(Response):
             if self._on_error is None or not self._has_begun or isinstance(error, OSError):
                 raise
             failure = of_failure(error)
-            note_error(str(failure))
+            RequestRecord.of(scope).error = str(failure)
             await self._send(send, self._on_error(failure))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

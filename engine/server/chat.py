@@ -6,9 +6,8 @@ which the dialect writes in its own form.
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +15,18 @@ from typing import Any
 
 import numpy as np
 from msgspec import structs
-from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.requests.chat_prompt import ChatPrompt, no_chat, render_chat
 from engine.requests.grammar import Grammar
-from engine.server.access import Tenant, choice_id, new_id
+from engine.server.access import choice_id, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     AnsweredChat,
     Answers,
+    Call,
     ServingContext,
     cache_headers,
     chat_scores,
@@ -83,11 +82,10 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
     return body.tools
 
 
-async def render(
-    context: ServingContext, body: ChatRequest, size: int, tenant: Tenant
-) -> tuple[ChatPrompt, Place]:
-    """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the place of its
-    answer. Raises APIError 400 if the template rejects it."""
+async def render(call: Call, body: ChatRequest) -> tuple[ChatPrompt, Place]:
+    """Render the chat of a ``body``. Returns the prompt and the place of its answer. Raises
+    APIError 400 if the template rejects it."""
+    context, tenant = call.context, call.tenant
 
     def work() -> tuple[ChatPrompt, Place]:
         messages = [message.as_template_input() for message in body.messages]
@@ -112,7 +110,7 @@ async def render(
     if context.tokenizer.chat_template is None:
         raise APIError(400, no_chat(context.tokenizer), param="messages")
     try:
-        return await context.workers.run(size, work)
+        return await context.workers.run(call.size, work)
     except TemplateError as error:
         message = f"The chat template rejects these messages: {error}"
         raise APIError(400, message, param="messages") from error
@@ -148,7 +146,7 @@ def _plain(tool: dict[str, object]) -> dict[str, object]:
 def _forms(
     body: ChatRequest, form: AnswerForm, format_name: str
 ) -> dict[str, Callable[[], Grammar]]:
-    """Return the requested forms of the answer; see ``Guided.forms``. Required calls are one, and
+    """Return the requested forms of the answer; see ``Sampling.forms``. Required calls are one, and
     so are strict calls that the answer may contain, unless another form is requested."""
     forms, tools, choice = body.forms(format_name), body.tools or (), body.tool_choice
     written = "hermes" if form.calls is None else form.calls.FORM
@@ -167,37 +165,29 @@ def _forms(
 
 
 async def ask(
-    context: ServingContext,
+    call: Call,
     body: ChatRequest,
-    size: int,
-    tenant: Tenant,
     answer_id: str,
     prompt_name: str = "messages",
     format_name: str = "response_format",
 ) -> ChatSession:
-    """Submit a chat of ``size`` bytes. An answer ends at the latest with the context.
+    """Submit a chat. An answer ends at the latest with the context.
 
     ``prompt_name`` and ``format_name`` are the dialect's names of the prompt and of the answer's
     format. Raises APIError or RequestError if the chat is refused.
     """
-    context.check_model(body.model)
+    context, form = call.context, call.context.form
     context.check_number(body.n)
-    template = context.tokenizer.chat_template
-    form = context.form
-    tools = None if template is None else callable_tools(body, form)
-    prompt, place = await render(context, body, size, tenant)
-    context.check_length(len(prompt.token_ids), prompt_name)
-    limit = context.answer_limit(len(prompt.token_ids), body.limit)
+    tools = None if context.tokenizer.chat_template is None else callable_tools(body, form)
+    prompt, place = await render(call, body)
+    context.check_length(len(prompt.tokens), prompt_name)
+    limit = context.answer_limit(len(prompt.tokens), body.limit)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
-    [token_ids] = await context.as_arrays([prompt.token_ids])
     samplings = body.samplings(limit, num_top, context.engine.sampling_defaults)
-
     grammar = await context.grammar_of(_forms(body, form, format_name), prompt.is_thinking)
-
     specs = (
         structs.replace(
             prompt.spec,
-            prompt=token_ids,
             sampling=sampling,
             ends_session=body.ends_session,
             call_marks=form.calls.MARKS if form.calls is not None and tools else (),
@@ -207,7 +197,7 @@ async def ask(
         )
         for choice, sampling in enumerate(samplings)
     )
-    answers = await context.submit(specs, answer_id)
+    answers = await context.submit(specs, answer_id, call.record)
     readers = [
         AnswerReader(
             form,
@@ -219,17 +209,15 @@ async def ask(
         )
         for index in range(len(answers.streams))
     ]
-    return ChatSession(context, body, size, tenant, answer_id, prompt, answers, readers, place)
+    return ChatSession(call, body, answer_id, prompt, answers, readers, place)
 
 
 @dataclass(slots=True)
 class ChatSession:
     """A chat in progress."""
 
-    _context: ServingContext
+    call: Call
     _body: ChatRequest
-    _size: int
-    _tenant: Tenant
     answer_id: str
     prompt: ChatPrompt
     _answers: Answers
@@ -242,14 +230,10 @@ class ChatSession:
     def num_answers(self) -> int:
         return len(self._readers)
 
-    def num_reasoning_tokens(self, index: int = 0) -> int:
-        """Return the number of reasoning tokens so far."""
-        return self._readers[index].num_reasoning_tokens
-
     def written(self, output: RequestOutput) -> dict[str, int]:
         """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
         later prompts are known to share. ``output`` is one of the first answer."""
-        is_off = self._context.engine.config.prefix_cache == "none"
+        is_off = self.call.context.engine.config.prefix_cache == "none"
         shared = 0 if is_off else max(self.prompt.spec.boundaries, default=0)
         return {"cache_write_tokens": max(0, shared - output.cached_len)}
 
@@ -261,7 +245,7 @@ class ChatSession:
         """Yield the reader of an answer after each output, until all have ended, or the client has
         left."""
         try:
-            async with aclosing(self._context.outputs(self._answers)) as outputs:
+            async with aclosing(self.call.context.outputs(self._answers)) as outputs:
                 async for index, output in outputs:
                     reader = self._readers[index]
                     reader.read(output)
@@ -269,7 +253,7 @@ class ChatSession:
                         self._first = output
                     if reader.finish is not None and not reader.is_over:
                         header, message = self.prompt.header, as_message(reader.events)
-                        self._context.history.keep(header, self._place, message, output)
+                        self.call.context.history.keep(header, self._place, message, output)
                     elif reader.is_over and reader.finish is None:
                         self._answers.streams[index].abort("stop")
                     yield reader
@@ -281,18 +265,18 @@ class ChatSession:
         if output.losses is not None:
             answered = AnsweredChat(
                 self.answer_id,
-                self._tenant,
+                self.call.tenant,
                 self._body.messages,
                 self._body.tools,
                 self._body.chat_template_kwargs,
-                self._size,
+                self.call.size,
                 np.concatenate((output.prompt_token_ids, output.output)),
                 len(output.prompt_token_ids),
                 output.cached_len,
                 output.losses,
                 as_message(self._readers[0].events),
             )
-            self._context.remember(answered)
+            self.call.context.remember(answered)
 
     async def answers(self) -> Sequence[AnswerReader]:
         """Wait for all answers, and return their readers in order."""
@@ -309,53 +293,49 @@ class ChatWriter(ABC):
     PAUSE = PAUSE
     """Event that fills silence."""
 
-    def __init__(self, context: ServingContext, session: ChatSession) -> None:
-        self._context, self._session = context, session
+    def __init__(self, session: ChatSession) -> None:
+        self._session, self._context = session, session.call.context
 
     @abstractmethod
     def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
 
     @abstractmethod
-    def events(self) -> AsyncIterator[bytes]:
+    def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream. Text that was sent is never retracted."""
 
     def failed(self, failure: APIError) -> bytes:
         """Return the event of a failure in the middle of a stream."""
         return as_event(failure)
 
-    async def respond(self, request: Request, is_stream: bool) -> Response:
+    async def respond(self, is_stream: bool) -> Response:
         """Return the response with all answers."""
         headers = self._session.headers
         if is_stream:
             keep_alive_s = self._context.keep_alive_s
             return EventStream(self.events(), headers, self.failed, keep_alive_s, self.PAUSE)
-        answers = await unless_gone(request.receive, self._session.answers())
+        receive = self._session.call.request.receive
+        answers = await unless_gone(receive, self._session.answers())
         outputs = [answer.output for answer in answers]
         return await self._context.answer(outputs, lambda: self.whole(answers), headers=headers())
 
 
-async def chat(context: ServingContext, request: Request, body: ChatRequest, size: int) -> Response:
+async def chat(call: Call, body: ChatRequest) -> Response:
     """Answer one chat request."""
-    context.check_limit(body.max_tokens, "max_tokens")
-    context.check_limit(body.max_completion_tokens, "max_completion_tokens")
-    tenant = context.tenant_of(request, body.cache_salt)
-    session = await ask(context, body, size, tenant, new_id("chatcmpl"))
-    return await _ChatWriter(context, body, session).respond(request, body.stream)
+    call.context.check_limit(body.max_tokens, "max_tokens")
+    call.context.check_limit(body.max_completion_tokens, "max_completion_tokens")
+    session = await ask(call, body, new_id("chatcmpl"))
+    return await _ChatWriter(body, session).respond(body.stream)
 
 
 class _ChatWriter(ChatWriter):
     """Writes OpenAI's chat completions."""
 
-    def __init__(self, context: ServingContext, body: ChatRequest, session: ChatSession) -> None:
-        super().__init__(context, session)
+    def __init__(self, body: ChatRequest, session: ChatSession) -> None:
+        super().__init__(session)
         self._body = body
-        self._head = {
-            "id": session.answer_id,
-            "created": int(time.time()),
-            "model": context.model_name,
-            "system_fingerprint": context.engine.facts.exactness.fingerprint,
-        }
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._head = self._context.head(session.answer_id, kind)
 
     def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
         choices = [
@@ -372,13 +352,12 @@ class _ChatWriter(ChatWriter):
         outputs = [answer.output for answer in answers]
         return {
             **self._head,
-            "object": "chat.completion",
             "choices": choices,
             "usage": self._usage(outputs),
             **prompt_id_fields(self._body, outputs[0]),
         }
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the role of each choice, then one event per output."""
         session = self._session
         last: dict[int, RequestOutput] = {}
@@ -411,7 +390,7 @@ class _ChatWriter(ChatWriter):
         return choice | token_id_fields(self._body, news.output.new_token_ids)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return event({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
+        return event({**self._head, "choices": choices, **more})
 
     def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
         if not self._body.logprobs:

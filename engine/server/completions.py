@@ -3,19 +3,18 @@ scores."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
 from msgspec import Meta
-from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.spec import RequestSpec
-from engine.server.access import Tenant, choice_id, new_id
+from engine.server.access import choice_id, new_id
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     Answers,
+    Call,
     CompletionScores,
     ServingContext,
     cache_headers,
@@ -23,18 +22,15 @@ from engine.server.context import (
     token_id_fields,
     usage,
 )
-from engine.server.schemas import Count, NumScores, Sampling
+from engine.server.schemas import Count, NumScores, Sampling, TokenId
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions
-
-PromptId = Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": 2**31 - 1})]
-"""Token id, which the engine compares with its vocabulary."""
 
 
 class CompletionRequest(Sampling, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str | PromptId | list[PromptId]], Meta(min_length=1)]
+    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
     """Text, list of texts, list of token ids, or list of such lists."""
     max_tokens: Count = 16
     echo: bool = False
@@ -63,21 +59,16 @@ class CompletionRequest(Sampling, kw_only=True):
         return self.echo or self.return_token_ids
 
 
-async def complete(
-    context: ServingContext, request: Request, body: CompletionRequest, size: int
-) -> Response:
+async def complete(call: Call, body: CompletionRequest) -> Response:
     """Answer one completion request."""
-    context.check_model(body.model)
-    prompts = body.prompts
-    context.check_number(len(prompts) * body.n)
+    context, answer_id = call.context, new_id("cmpl")
+    context.check_number(len(body.prompts) * body.n)
     context.check_limit(body.max_tokens, "max_tokens")
-    tenant = context.tenant_of(request, body.cache_salt)
-    answer_id = new_id("cmpl")
-    answers = await _submit(context, body, tenant, answer_id)
+    answers = await _submit(call, body, answer_id)
     answer = _Answer(context, body, answer_id)
     if body.stream:
         return EventStream(answer.events(answers), answer.headers, as_event, context.keep_alive_s)
-    outputs = await unless_gone(request.receive, context.finals(answers))
+    outputs = await unless_gone(call.request.receive, context.finals(answers))
     return await context.answer(
         outputs,
         lambda: answer.whole(outputs),
@@ -86,17 +77,16 @@ async def complete(
     )
 
 
-async def _submit(
-    context: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: str
-) -> Answers:
+async def _submit(call: Call, body: CompletionRequest, answer_id: str) -> Answers:
     """Submit all prompts and choices of ``body``. Raises APIError or RequestError if one is
     refused."""
-    how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
-    token_ids = await context.encode(body.prompts, how)
-    for prompt in token_ids:
+    context, namespace = call.context, call.tenant.namespace
+    how = EncodeOptions(body.add_special_tokens, namespace=namespace)
+    prompts = await context.encode(body.prompts, how)
+    for prompt in prompts:
         context.check_length(len(prompt), "prompt", min(body.max_tokens, 1))
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    limits = [context.answer_limit(len(prompt), body.max_tokens) for prompt in token_ids]
+    limits = [context.answer_limit(len(prompt), body.max_tokens) for prompt in prompts]
     samplings = {
         limit: body.samplings(limit, body.logprobs, context.engine.sampling_defaults)
         for limit in set(limits)
@@ -104,14 +94,14 @@ async def _submit(
     grammar = await context.grammar_of(body.forms("response_format"))
     choices = (
         (prompt, sampling)
-        for prompt, limit in zip(await context.as_arrays(token_ids), limits, strict=True)
+        for prompt, limit in zip(prompts, limits, strict=True)
         for sampling in samplings[limit]
     )
     specs = (
         RequestSpec(
             prompt,
             sampling,
-            namespace=tenant.namespace,
+            namespace=namespace,
             prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
             request_id=choice_id(answer_id, number),
             choice_of=choice_id(answer_id, number - number % body.n) if number % body.n else None,
@@ -120,7 +110,7 @@ async def _submit(
         )
         for number, (prompt, sampling) in enumerate(choices)
     )
-    return await context.submit(specs, answer_id)
+    return await context.submit(specs, answer_id, call.record)
 
 
 class _Answer:
@@ -130,13 +120,7 @@ class _Answer:
         self._context = context
         self._body = body
         self._first: RequestOutput | None = None
-        self._head = {
-            "id": answer_id,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": context.model_name,
-            "system_fingerprint": context.engine.facts.exactness.fingerprint,
-        }
+        self._head = context.head(answer_id, "text_completion")
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [
@@ -156,7 +140,7 @@ class _Answer:
         output."""
         return {} if self._first is None else cache_headers(self._first)
 
-    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         """Yield one event per output. Text that was sent is never retracted."""
         choices = [
             _Choice(self._context, self._body, index) for index in range(len(answers.streams))

@@ -27,11 +27,11 @@ from engine.async_engine import AsyncEngine, OutputQueue, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
-from engine.server import request_log
 from engine.server.access import Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
 from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
+from engine.server.request_log import RequestRecord
 from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
 from engine.text.answer_reader import AnswerForm
@@ -46,6 +46,7 @@ from engine.text.outputs import (
 from engine.text.replay import Replay
 from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer
 from hybridcache.api import Losses
+from hybridcache.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +81,22 @@ class Answers(NamedTuple):
 
     streams: list[RequestStream]
     queue: OutputQueue
+    record: RequestRecord
 
 
 class ServingContext:
-    """One engine with its model name."""
+    """One engine with its model name, for all requests."""
 
     def __init__(
         self,
         engine: AsyncEngine,
         config: ServerConfig,
         workers: Workers,
+        tenants: Tenants,
         remember: Callable[[AnsweredChat], None],
     ) -> None:
         """``remember`` stores a chat that was answered, for explanations."""
-        self.engine, self.workers = engine, workers
+        self.engine, self.workers, self.tenants = engine, workers, tenants
         self.remember = remember
         self.history = Replay(
             self.tokenizer,
@@ -109,7 +112,6 @@ class ServingContext:
                 self._default_max_tokens,
                 most,
             )
-        self._tenants = Tenants.of_server(config, engine.config.kept_folder)
         self.metrics = Metrics(lambda: engine.pid)
         self.created = int(time.time())
 
@@ -123,6 +125,16 @@ class ServingContext:
         """Form of the model's answers to chats."""
         template = self.tokenizer.chat_template
         return AnswerForm.of("" if template is None else template.source)
+
+    def head(self, answer_id: str, kind: str) -> dict[str, Any]:
+        """Return the first fields of an answer of OpenAI's completions, which is a ``kind``."""
+        return {
+            "id": answer_id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model_name,
+            "system_fingerprint": self.engine.facts.exactness.fingerprint,
+        }
 
     def check_model(self, model: str | None) -> None:
         """Raise APIError 404 if a client names another model."""
@@ -149,15 +161,14 @@ class ServingContext:
         self,
         prompts: Sequence[str | list[int]],
         how: EncodeOptions,
-    ) -> list[list[int]]:
-        """Return the ids of each prompt. Long ones are encoded in a thread. Raises APIError 400 for
-        a text that the tokenizer rejects."""
+    ) -> list[Tokens]:
+        """Return the ids of each prompt as an array that all its choices share. Long ones are
+        encoded in a thread. Raises APIError 400 for a text that the tokenizer rejects."""
 
-        def work() -> list[list[int]]:
-            return [
-                self.tokenizer.encode(prompt, how) if isinstance(prompt, str) else prompt
-                for prompt in prompts
-            ]
+        def work() -> list[Tokens]:
+            encode = self.tokenizer.encode
+            ids = (encode(one, how) if isinstance(one, str) else one for one in prompts)
+            return [np.asarray(one, np.int32) for one in ids]
 
         try:
             return await self.workers.run(sum(map(len, prompts)), work)
@@ -182,22 +193,14 @@ class ServingContext:
         [(param, make)] = forms.items()
 
         def work() -> Grammar:
-            try:
-                grammar = make().behind(CLOSE) if is_thinking else make()
-                self.engine.compile(grammar)
-            except ValueError as error:
-                raise ValueError(f"'{param}': {error}") from error
+            grammar = make().behind(CLOSE) if is_thinking else make()
+            self.engine.compile(grammar)
             return grammar
 
         try:
             return await self.workers.compile(work)
         except ValueError as error:
-            raise APIError(400, str(error), param=param) from error
-
-    def tenant_of(self, request: Request, salt: str | None = None) -> Tenant:
-        """Return the tenant of a ``request`` with ``salt`` in its body. Raises APIError 400 if its
-        salts differ, or one is not text."""
-        return self._tenants.of(request.scope, salt)
+            raise APIError(400, f"'{param}': {error}", param=param) from error
 
     def check_length(self, num_tokens: int, param: str, min_answer: int = 1) -> None:
         """Raise APIError 400 unless a prompt of ``num_tokens`` leaves room for an answer of
@@ -229,27 +232,19 @@ class ServingContext:
         fits = limit is not None and num_tokens + limit <= self.engine.facts.max_model_len
         return limit if fits else None
 
-    async def as_arrays(self, prompts: Sequence[list[int]]) -> list[list[int] | np.ndarray]:
-        """Convert the prompts to arrays that all their choices share. Prompts with invalid ids stay
-        lists, which the engine refuses."""
-        return await self.workers.run(
-            sum(map(len, prompts)), lambda: [_as_array(prompt) for prompt in prompts]
-        )
-
-    async def submit(self, specs: Iterable[RequestSpec], answer_id: str) -> Answers:
+    async def submit(
+        self, specs: Iterable[RequestSpec], answer_id: str, record: RequestRecord
+    ) -> Answers:
         """Submit ``specs`` and return their answers in order; all are submitted or none. Raises
         RequestError if the engine refuses one."""
-        streams, queue = list[RequestStream](), OutputQueue()
-        record = request_log.CURRENT.get()
-        if record is not None:
-            record.answer_id = answer_id
-        valid: list[RequestSpec] = []
+        streams, queue, valid = list[RequestStream](), OutputQueue(), list[RequestSpec]()
+        record.answer_id = answer_id
         try:
             for spec in specs:
                 valid.append(self.engine.validate(spec))
                 await asyncio.sleep(0)  # Let the event loop run between two choices.
             for spec in valid:
-                if record is not None and spec.choice_of is not None:
+                if spec.choice_of is not None:
                     record.repeated.add(spec.request_id)
                 streams.append(self.engine.submit_valid(spec, queue))
                 await asyncio.sleep(0)
@@ -263,7 +258,7 @@ class ServingContext:
             if not self._count_refusal(error):
                 self.metrics.count_unanswered("error", 1)
             raise RequestError.of(error) from error
-        return Answers(streams, queue)
+        return Answers(streams, queue, record)
 
     def _count_refusal(self, error: Exception) -> bool:
         """Count a request that was refused before it was queued. Returns True if it was."""
@@ -279,19 +274,17 @@ class ServingContext:
         engine in another process refuses requests this way. If the request failed, the remaining
         ones count as errors.
         """
-        streams, queue = answers
+        streams, queue, record = answers
         index_of = {stream.request_id: index for index, stream in enumerate(streams)}
         num_left, last = len(streams), dict[int, RequestOutput]()
         reason: FinishReason = "abort"
-        record = request_log.CURRENT.get()
         try:
             while num_left:
                 stream, output = await queue.get()
                 if isinstance(output, RequestError):
                     raise output
                 index = index_of[stream.request_id]
-                if record is not None:
-                    record.outputs[output.request_id] = output
+                record.outputs[output.request_id] = output
                 last[index] = output
                 if output.is_finished:
                     self.metrics.observe(last.pop(index))
@@ -328,12 +321,19 @@ class ServingContext:
         return Response(content, media_type="application/json", headers=headers)
 
 
-def _as_array(prompt: list[int]) -> list[int] | np.ndarray:
-    try:
-        tokens = np.asarray(prompt, np.int32)
-    except (OverflowError, ValueError):
-        return prompt
-    return tokens
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request with a body, whose model is served."""
+
+    context: ServingContext
+    request: Request
+    size: int
+    """Bytes of the body."""
+    tenant: Tenant
+
+    @property
+    def record(self) -> RequestRecord:
+        return RequestRecord.of(self.request.scope)
 
 
 def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput]) -> dict[str, Any]:
@@ -346,7 +346,6 @@ def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput])
     num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
     num_new = sum(len(output.token_ids) for output in outputs)
     losses = [output.losses for output in firsts if output.losses is not None]
-    lost = {cause: sum(getattr(loss, cause) for loss in losses) for cause in Losses._fields}
     drafts = [output.drafts for output in outputs if output.drafts is not None]
     transferred = [output.transferred for output in firsts if output.transferred is not None]
     return {
@@ -355,14 +354,15 @@ def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput])
         "total_tokens": num_prompt + num_new,
         "prompt_tokens_details": {
             "cached_tokens": sum(output.cached_len for output in firsts),
-            "lost_tokens": lost,
-            **({"transferred": _sums(transferred)} if transferred else {}),
+            "lost_tokens": _sums(losses, Losses),
+            **({"transferred": _sums(transferred, Transferred)} if transferred else {}),
         },
     } | ({"completion_tokens_details": _drafted(drafts)} if drafts else {})
 
 
-def _sums(transferred: Sequence[Transferred]) -> dict[str, int]:
-    return {name: sum(getattr(one, name) for one in transferred) for name in Transferred._fields}
+def _sums(counts: Sequence[Any], kind: Any) -> dict[str, int]:
+    """Return the sum of each field of ``counts``, which are of a ``kind`` of NamedTuple."""
+    return {name: sum(getattr(one, name) for one in counts) for name in kind._fields}
 
 
 def _drafted(drafts: Sequence[DraftCounts]) -> dict[str, int]:

@@ -44,10 +44,12 @@ Number = tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, float]
 """(kind, name, help, value) of a metric without labels."""
 
 
-class Metrics:
-    """Metrics of one engine in a separate registry."""
+class Metrics(Collector):
+    """Metrics of one engine in a separate registry. It collects those of a report itself."""
 
     content_type = CONTENT_TYPE_LATEST
+    _report: CacheReport
+    """Latest report."""
 
     def __init__(self, engine_pid: Callable[[], int] = os.getpid) -> None:
         """``engine_pid`` returns the id of the process that computes, which may be this one."""
@@ -92,6 +94,7 @@ class Metrics:
         self.ttft_s = histogram("ttft_seconds", "Time from arrival to the first token.", SLOW_S)
         self.tpot_s = histogram("tpot_seconds", "Time per token after the first.", FAST_S)
         self.e2e_s = histogram("e2e_seconds", "Time from arrival to the end.", SLOW_S)
+        registry.register(self)
 
     def observe(self, output: RequestOutput) -> None:
         """Count a request that ended; ``output`` is its last."""
@@ -130,21 +133,11 @@ class Metrics:
 
     def render(self, report: CacheReport) -> bytes:
         """Return all metrics in Prometheus' text format, including the counters of ``report``."""
-        now = CollectorRegistry(auto_describe=False)
-        now.register(_ReportCollector(report))
-        return generate_latest(self._registry) + generate_latest(now)
-
-
-GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
-
-
-class _ReportCollector(Collector):
-    """Metrics made from one report."""
-
-    def __init__(self, report: CacheReport) -> None:
         self._report = report
+        return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of the latest report."""
         report = self._report
         for kind, name, help, value in _numbers(report):
             yield kind(f"engine_{name}", help, value)
@@ -158,6 +151,9 @@ class _ReportCollector(Collector):
         yield from _admission_metrics(report)
         if report.offload is not None:
             yield from _tier_metrics(report.offload.tiers)
+
+
+GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
 
 
 def _labelled(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from contextvars import ContextVar
 from urllib.parse import quote
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from engine.text.outputs import RequestOutput
 
@@ -20,9 +18,16 @@ MAX_PATH = 200
 
 
 class RequestRecord:
-    """Token counts of one HTTP request. A prompt with several answers counts once."""
+    """Facts about one HTTP request for its line. A prompt with several answers counts once."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        """``X-Request-Id`` of the request. Empty outside of the application."""
+        self.began_s = time.perf_counter()
+        self.status = 0
+        """Status of the answer. 0 if the client left before the answer began."""
+        self.is_sent = False
+        """True if the client got the whole answer."""
         self.outputs: dict[str, RequestOutput] = {}
         """Latest output of each generation, by its id."""
         self.repeated: set[str | None] = set()
@@ -32,7 +37,28 @@ class RequestRecord:
         self.error = ""
         """Message of the error that the client got. Empty if it got none."""
 
-    def words(self) -> str:
+    @staticmethod
+    def of(scope: Scope) -> RequestRecord:
+        """Return the record of the request of ``scope``, which ``access.Requests`` made. Outside of
+        the application it is a new one."""
+        found: RequestRecord | None = scope.get("state", {}).get("record")
+        return found or RequestRecord()
+
+    def log(self, scope: Scope) -> None:
+        """Write the line of the request of ``scope``."""
+        notes = (self.answer_id, "" if self.is_sent else "not sent completely", self.error)
+        logger.log(
+            logging.DEBUG if scope["path"] in PROBES else logging.INFO,
+            "%s %s %d%s  %.0f ms%s",
+            scope["method"],
+            _safe_path(scope),
+            self.status or 499,
+            self._counts(),
+            1000 * (time.perf_counter() - self.began_s),
+            "".join(f"  {_safe(note)}" for note in notes if note),
+        )
+
+    def _counts(self) -> str:
         """Return the token counts, or "" if nothing was generated."""
         if not self.outputs:
             return ""
@@ -41,55 +67,6 @@ class RequestRecord:
         cached = sum(output.cached_len for output in firsts)
         answer = sum(len(output.output) for output in self.outputs.values())
         return f"  prompt {prompt:,}  cached {cached:,}  answer {answer:,}"
-
-
-CURRENT: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
-"""Record of the request that is being answered, or None if requests are not logged."""
-
-
-class RequestLog:
-    """ASGI middleware that logs one line when an answer was sent or its client has disconnected."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        record, started_s = RequestRecord(), time.perf_counter()
-        status = 499  # the client left before the answer began
-        is_whole = False
-
-        async def watched(message: Message) -> None:
-            nonlocal status, is_whole
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-            is_whole = message["type"] == "http.response.body" and not message.get("more_body")
-
-        token = CURRENT.set(record)
-        try:
-            await self._app(scope, receive, watched)
-        except Exception:
-            status = 500 if status == 499 else status
-            raise
-        finally:
-            CURRENT.reset(token)
-            spent_ms = 1000 * (time.perf_counter() - started_s)
-            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-            end = "" if is_whole else "not sent completely"
-            notes = (record.answer_id, end, record.error)
-            logger.log(
-                level,
-                "%s %s %d%s  %.0f ms%s",
-                scope["method"],
-                _safe_path(scope),
-                status,
-                record.words(),
-                spent_ms,
-                "".join(f"  {_safe(note)}" for note in notes if note),
-            )
 
 
 def _safe_path(scope: Scope) -> str:
@@ -101,19 +78,6 @@ def _safe_path(scope: Scope) -> str:
 def _safe(text: str) -> str:
     """Return ``text`` with control characters replaced."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def note_error(message: str) -> None:
-    """Add an error message to the line of the current request."""
-    record = CURRENT.get()
-    if record is not None:
-        record.error = message
-
-
-def is_wanted(log_requests: bool | None) -> bool:
-    """Return True if requests are logged. If ``log_requests`` is None, they are if the log is a
-    terminal."""
-    return sys.stderr.isatty() if log_requests is None else log_requests
 
 
 def set_up_logging(level: str) -> None:

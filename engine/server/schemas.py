@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -114,28 +115,6 @@ MAKERS: dict[str, Callable[[Any], Grammar]] = {
 """Functions that make the grammar of a field of ``StructuredOutputs``."""
 
 
-class Guided(Body, kw_only=True):
-    """Part of a request that determines the form of an answer."""
-
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-
-    def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
-        """Return the requested forms of the answer: parameter -> function that makes its grammar,
-        in O(its length), and may raise GrammarError. ``format_name`` is the dialect's name of
-        ``response_format``."""
-        asked, given = self.response_format, self.structured_outputs
-        forms: dict[str, Callable[[], Grammar]] = {}
-        if asked is not None and asked.type != "text":
-            forms[format_name] = asked.grammar
-        for name, make in MAKERS.items():
-            if (value := getattr(given, name, None)) is not None:
-                forms[f"structured_outputs.{name}"] = partial(make, value)
-        if given is not None and given.json_object:
-            forms["structured_outputs.json_object"] = Grammar.of_object
-        return forms
-
-
 class StreamOptions(Part, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -143,27 +122,50 @@ class StreamOptions(Part, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-def check_streamed(stream: bool, options: StreamOptions | None) -> None:
-    """Raise ValueError for options of a stream without one."""
-    if options is not None and not stream:
-        raise ValueError(
-            "'stream_options' requires a streamed answer: set 'stream' to true, or omit it."
-        )
+class CacheOptions(Part, kw_only=True):
+    """OpenAI's ``prompt_cache_options``, which change no answer: the cache's policies decide on
+    placement and eviction, and ``/v1/cache/explanations`` compares prompts."""
+
+    mode: Literal["implicit"] | None = None
+    ttl: str | None = None
+    comparison_response_id: str | None = None
 
 
-class Sampling(Guided, kw_only=True):
-    """Part of a request that controls sampling. None selects the engine's default."""
+class OpenAIBody(Body, kw_only=True):
+    """Parameters that all requests of OpenAI's API share."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    metadata: Any = None
+    """Ignored except ``session_end``, which declares that no request of the session follows."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    # These change no answer.
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError(
+                "'stream_options' requires a streamed answer: set 'stream' to true, or omit it."
+            )
+
+
+class Sampling(OpenAIBody, kw_only=True):
+    """Part of a request that controls sampling and the form of the answer. None selects the
+    engine's default."""
 
     NEUTRAL = NEUTRAL
 
-    model: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     n: Annotated[int, Meta(ge=1, le=128)] = 1
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     seed: Annotated[int, Meta(extra_json_schema=SEEDS)] | None = None
-    metadata: Any = None
-    """Ignored except ``session_end``, which declares that no request of the session follows."""
     stop: Stop | Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
@@ -182,20 +184,11 @@ class Sampling(Guided, kw_only=True):
     """Ignored: the supported tokenizers insert no spaces."""
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool = False
-    cache_salt: str | None = None
-    """Requests with different salts share no cache entries."""
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    # These change no answer.
     store: bool | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    """Ignored."""
 
     def __post_init__(self) -> None:
-        check_streamed(self.stream, self.stream_options)
+        super().__post_init__()
         says_session_end(self.metadata)
         if self.seed is not None and not SEEDS["minimum"] <= self.seed <= SEEDS["maximum"]:
             raise ValueError("'seed' must be from -2**63 to 2**64 - 1.")
@@ -220,6 +213,21 @@ class Sampling(Guided, kw_only=True):
     def ends_session(self) -> bool:
         """True if the client declared that no request of this session follows."""
         return says_session_end(self.metadata)
+
+    def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
+        """Return the requested forms of the answer: parameter -> function that makes its grammar,
+        in O(its length), and may raise GrammarError. ``format_name`` is the dialect's name of
+        ``response_format``."""
+        asked, given = self.response_format, self.structured_outputs
+        forms: dict[str, Callable[[], Grammar]] = {}
+        if asked is not None and asked.type != "text":
+            forms[format_name] = asked.grammar
+        for name, make in MAKERS.items():
+            if (value := getattr(given, name, None)) is not None:
+                forms[f"structured_outputs.{name}"] = partial(make, value)
+        if given is not None and given.json_object:
+            forms["structured_outputs.json_object"] = Grammar.of_object
+        return forms
 
     def samplings(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
@@ -275,8 +283,7 @@ class CacheControl(Part, kw_only=True):
     scope: str | None = None
 
 
-class TextPart(Part, kw_only=True):
-    type: Literal["text"] = "text"
+class TextPart(Part, kw_only=True, tag_field="type", tag="text"):
     text: str
     cache_control: CacheControl | None = None
 
@@ -297,6 +304,8 @@ class Message(msgspec.Struct, kw_only=True):
     tool_calls: list[dict[str, Any]] | None = None
     cache_control: CacheControl | None = None
     extra: dict[str, Any] = {}
+    place: str = ""
+    """Path of the message in the body, for errors."""
 
     @classmethod
     def read(cls, given: dict[str, Any], index: int) -> Message:
@@ -309,7 +318,7 @@ class Message(msgspec.Struct, kw_only=True):
                 message = f"This model supports text only: remove the {quoted(str(kind))} part."
                 raise APIError(400, message, param=f"{place}.content")
         read = converted(known, cls, place)
-        read.extra = extra
+        read.extra, read.place = extra, place
         return read
 
     def as_template_input(self) -> dict[str, Any]:
@@ -324,21 +333,14 @@ class Message(msgspec.Struct, kw_only=True):
             message["tool_calls"] = [_call(call) for call in self.tool_calls]
         return message
 
-    def marks(self) -> Iterator[int | None]:
-        """Yield the number of its parts before each mark, or None for a mark at its end."""
+    def cuts(self, index: int) -> Iterator[Cut]:
+        """Yield the marked places of this message, which has the given ``index``."""
         parts = self.content if isinstance(self.content, list) else []
         for end, part in enumerate(parts[:-1], 1):
             if part.cache_control is not None:
-                yield end
+                yield Cut(index, _text(parts[:end]))
         if self.cache_control is not None or (parts and parts[-1].cache_control is not None):
-            yield None
-
-    def cut(self, index: int, end: int | None) -> Cut:
-        """Return the cut after the first ``end`` parts of this message, which has the given
-        ``index``."""
-        if end is None or not isinstance(self.content, list):
-            return Cut(index)
-        return Cut(index, _text(self.content[:end]))
+            yield Cut(index)
 
 
 def _text(parts: Sequence[TextPart]) -> str:
@@ -348,16 +350,14 @@ def _text(parts: Sequence[TextPart]) -> str:
 def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Cut]:
     """Return the marked places except the end of the chat, which is known anyway. Raises ValueError
     if there are too many."""
-    marks = [(index, end) for index, message in enumerate(messages) for end in message.marks()]
-    has_tools = any(tool.get("cache_control") for tool in tools or ())
-    if (number := len(marks) + has_tools) > MAX_CUTS:
+    of_tools = [Cut(None)] if any(tool.get("cache_control") for tool in tools or ()) else []
+    of_messages = (cut for index, one in enumerate(messages) for cut in one.cuts(index))
+    cuts = [*of_tools, *islice(of_messages, MAX_CUTS + 1)]
+    if len(cuts) > MAX_CUTS:
         raise ValueError(
-            f"'cache_control' marks {number} places of this chat, and at most {MAX_CUTS} are "
-            "allowed: remove some."
+            f"'cache_control' marks more than {MAX_CUTS} places of this chat: remove some."
         )
-    last = len(messages) - 1, None
-    cuts = [messages[index].cut(index, end) for index, end in marks if (index, end) != last]
-    return [Cut(None), *cuts] if has_tools else cuts
+    return [cut for cut in cuts if cut != Cut(len(messages) - 1)]
 
 
 WITHOUT_CONTENT = ("function_call", "reasoning_content", "reasoning", "refusal", "audio")
@@ -368,20 +368,20 @@ def _check_messages(messages: Sequence[Message]) -> None:
     """Raise ValueError if a message says nothing, or a tool's result belongs to no call before it.
     O(messages and calls)."""
     called: set[str | None] = set()
-    for number, message in enumerate(messages):
+    for message in messages:
         extra = message.extra
         # Reasoning may be empty, because clients may drop its text.
         has_more = any(extra.get(name) not in (None, []) for name in WITHOUT_CONTENT)
         may_be_empty = message.role == "assistant" and (message.tool_calls or has_more)
         if message.content is None and not may_be_empty:
-            raise ValueError(f"'messages.{number}' has no 'content': add its text.")
+            raise ValueError(f"'{message.place}' has no 'content': add its text.")
         called.update(_id_of(call.get("id")) for call in message.tool_calls or ())
         answered = _id_of(extra.get("tool_call_id"))
         is_called = called and (answered is None or called & {answered, None})
         if message.role == "tool" and not is_called:
             raise ValueError(
-                f"'messages.{number}' is the result of a call that no message before it makes: "
-                "send the assistant's message with this call."
+                f"'{message.place}' is the result of a call that nothing before it makes: send the "
+                "assistant's call first."
             )
 
 
@@ -432,7 +432,7 @@ def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(name, str) or not name:
             raise ValueError("Each of 'tools' must have a 'function' with a 'name'.")
         if not isinstance(function.get("parameters") or {}, dict):
-            raise ValueError("The 'parameters' of each of 'tools' must be a JSON schema.")
+            raise ValueError("Each of 'tools' must have a JSON schema as 'parameters', or none.")
         tools.append(tool)
     names = Counter(tool["function"]["name"] for tool in tools)
     if twice := [name for name, number in names.items() if number > 1]:
@@ -447,15 +447,6 @@ class FunctionName(Part, kw_only=True):
 class NamedTool(Part, kw_only=True):
     type: Literal["function"]
     function: FunctionName
-
-
-class CacheOptions(Part, kw_only=True):
-    """OpenAI's ``prompt_cache_options``, which change no answer: the cache's policies decide on
-    placement and eviction, and ``/v1/cache/explanations`` compares prompts."""
-
-    mode: Literal["implicit"] | None = None
-    ttl: str | None = None
-    comparison_response_id: str | None = None
 
 
 if TYPE_CHECKING:
@@ -489,7 +480,6 @@ class ChatRequest(Sampling, kw_only=True):
     tool_choice: str | NamedTool | None = None
     parallel_tool_calls: bool = True
     """False to end the answer after its first call."""
-    prompt_cache_options: CacheOptions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

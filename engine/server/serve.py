@@ -29,8 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
-from engine.server import access
-from engine.server.access import Operator
+from engine.server.access import ServerKeys
 from engine.server.api_errors import APIError
 from engine.server.app import create_app
 from engine.server.request_log import set_up_logging
@@ -49,28 +48,22 @@ GC_THRESHOLDS = (50_000, 20, 1000)
 counts free nearly everything."""
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the process's limit of descriptors to its hard limit, at most ``MOST_DESCRIPTORS``."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def most_connections() -> int:
-    """Return the number of connections for which descriptors are free."""
+    """Return the number of connections for which descriptors are free, after the limit of
+    descriptors was raised to its hard limit, at most ``MOST_DESCRIPTORS``."""
     try:
         import resource
 
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unlimited = resource.RLIM_INFINITY
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MOST_DESCRIPTORS if hard == unlimited else min(hard, MOST_DESCRIPTORS)
+        if soft != unlimited and soft < wanted:
+            soft = wanted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         num_used = len(os.listdir("/proc/self/fd"))
-    except (ImportError, OSError):
+    except (ImportError, OSError):  # Not Linux.
         return MOST_DESCRIPTORS
-    limit = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    limit = MOST_DESCRIPTORS if soft == unlimited else soft
     return max(limit - num_used - RESERVED, FEWEST)
 
 
@@ -124,23 +117,15 @@ LATE_HEADERS = (
 
 TRIM_S = 30
 """Interval between two calls of ``trim``."""
-
-
-def _trimmer() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None  # not glibc
-
-
-_malloc_trim = _trimmer()
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Function of glibc, or None with another library."""
 
 
 async def trim() -> None:
     """Return free pages inside malloc's arenas to the system.
 
     Long-lived allocations between freed ones otherwise keep these pages. Takes up to a millisecond
-    per 100 MiB. Does nothing without glibc.
+    per 100 MiB.
     """
     if _malloc_trim is not None:
         _malloc_trim(0)
@@ -263,8 +248,7 @@ class Server(uvicorn.Server):
 def check(config: ServerConfig) -> None:
     """Raise ValueError if a file in the settings cannot be used. ``serve`` checks the same, but
     only after the model was loaded."""
-    access.api_keys(config)
-    Operator.of(config)
+    ServerKeys.of(config)
 
 
 def serve(
@@ -282,7 +266,6 @@ def serve(
         signal.signal(number, lambda number, _: told.append(number))
     set_up_logging(config.log_level)
     sys.setswitchinterval(SWITCH_S)
-    raise_descriptor_limit()
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
     # second per run.
     gc.collect()

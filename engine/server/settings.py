@@ -34,11 +34,6 @@ SWITCH_S = 0.0002
 """Time that a thread waits for the interpreter while another computes in Python."""
 
 
-def flag(name: str) -> str:
-    """Return the setting ``name`` as a flag of the command line."""
-    return "--" + name.replace("_", "-")
-
-
 @dataclass(frozen=True, slots=True)
 class ServerConfig(Settings):
     """Settings of one server: address, limits and shutdown. Raises ValueError for a bad value.

@@ -61,10 +61,6 @@ class Splices:
         self._text = text
         self._spans = spans
 
-    @property
-    def num_turns(self) -> int:
-        return len(self._spans)
-
     def apply(self, text: str) -> str:
         """Return ``text`` with a character in place of each turn that it shares with the chat.
 
@@ -108,8 +104,10 @@ def find_splices(
 
     ``turns`` are given by the index of their message. Takes one render, and O(len(text)) per turn.
     """
+    if not turns or len(messages) > LAST - FIRST or _PLACES.search(text):
+        return NO_SPLICES
     ends = _ends(tokenizer)
-    if not turns or not ends or len(messages) > LAST - FIRST or _PLACES.search(text):
+    if ends is None:
         return NO_SPLICES
     marked = list(messages)
     for index in turns:

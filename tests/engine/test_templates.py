@@ -76,10 +76,6 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
     later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
     assert _common(prompt.token_ids, later.token_ids) in prompt.spec.boundaries
-    trusting = render_chat(
-        tokenizer, chat, tools=tools, variables=variables, special_in_content=True
-    )
-    assert trusting.token_ids == tokenizer.encode(text)
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.server.access import Operator
+from engine.server.access import ServerKeys
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import json_response
 from engine.server.context import AnsweredChat, ServingContext
@@ -339,10 +339,10 @@ def _fields(value: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def explanation(
-    context: ServingContext, explanations: Explanations, operator: Operator, request: Request
+    context: ServingContext, explanations: Explanations, keys: ServerKeys, request: Request
 ) -> Response:
     """Explain the cache misses of an answer to the operator."""
-    operator.check(request)
+    keys.check_operator(request)
     if context.engine.config.prefix_cache == "none":
         raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
     names = [request.path_params["answer_id"]]

@@ -7,19 +7,18 @@ assistant's ``reasoning_content``, and a tool use is one of its calls.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
-from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.spec import MAX_COUNT
 from engine.server.access import new_id
-from engine.server.api_errors import ANTHROPIC, APIError, request_name
+from engine.server.api_errors import APIError, of_value
 from engine.server.bodies import Body, Part, json_response, named_event
 from engine.server.chat import ChatSession, ChatWriter, ask, render, settle_system
-from engine.server.context import ServingContext
+from engine.server.context import Call
 from engine.server.schemas import (
     MAX_MESSAGES,
     AnswerLimit,
@@ -59,9 +58,7 @@ request, so the prompt is made without it: otherwise no request would find a cac
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-class Text(Part, kw_only=True, tag_field="type", tag="text"):
-    text: str
-    cache_control: CacheControl | None = None
+class Text(TextPart, kw_only=True, tag_field="type", tag="text"):
     citations: Annotated[list[Any], Meta(max_length=0)] | None = None
     parsed_output: Any = None
     """Added by Anthropic's client according to the requested format; ignored."""
@@ -89,9 +86,9 @@ class ToolResult(Part, kw_only=True, tag_field="type", tag="tool_result"):
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
-    def as_message(self) -> Message:
-        """Return the tool message. Templates do not support failed tools, so the failure is added
-        to the text."""
+    def as_message(self, place: str) -> Message:
+        """Return the tool message of the turn at ``place``. Templates do not support failed tools,
+        so the failure is added to the text."""
         parts = self.content if isinstance(self.content, list) else []
         text = "\n".join(part.text for part in parts) if parts else str(self.content or "")
         if self.is_error and not text.lower().startswith("error"):
@@ -102,6 +99,7 @@ class ToolResult(Part, kw_only=True, tag_field="type", tag="tool_result"):
             content=text,
             cache_control=marks[0] if marks else None,
             extra={"tool_call_id": self.tool_use_id},
+            place=place,
         )
 
 
@@ -113,14 +111,15 @@ class Turn(Part, kw_only=True):
         str | Annotated[list[Text | Thinking | ToolUse | ToolResult], Meta(max_length=MAX_MESSAGES)]
     )
 
-    def as_messages(self) -> Iterator[Message]:
-        """Yield the chat messages of this message, in the order of its blocks."""
+    def as_messages(self, place: str) -> Iterator[Message]:
+        """Yield the chat messages of this message, in the order of its blocks. ``place`` is its
+        path in the body."""
         if isinstance(self.content, str):
             yield Message(role=self.role, content=self.content)
         elif self.role == "assistant":
             yield self._of_assistant()
         else:
-            yield from self._of_user()
+            yield from self._of_user(place)
 
     def _of_assistant(self) -> Message:
         parts: list[TextPart] = []
@@ -131,10 +130,9 @@ class Turn(Part, kw_only=True):
             match block:
                 case Text(text=text, cache_control=mark):
                     if parts and is_after_call:  # Calls divide the text of one answer.
-                        parts[-1].text = f"{parts[-1].text}{text}"
-                        parts[-1].cache_control = mark or parts[-1].cache_control
-                    else:
-                        parts.append(TextPart(text=text, cache_control=mark))
+                        last = parts.pop()
+                        text, mark = last.text + text, mark or last.cache_control
+                    parts.append(TextPart(text=text, cache_control=mark))
                 case Thinking(thinking=text):
                     thoughts.append(text)
                 case ToolUse():
@@ -151,16 +149,16 @@ class Turn(Part, kw_only=True):
             message.extra = {"reasoning_content": "\n".join(thoughts)}
         return message
 
-    def _of_user(self) -> Iterator[Message]:
+    def _of_user(self, place: str) -> Iterator[Message]:
         parts: list[TextPart] = []
         for block in self.content:
             if isinstance(block, Text):
-                parts.append(TextPart(text=block.text, cache_control=block.cache_control))
+                parts.append(block)
             elif isinstance(block, ToolResult):
                 if parts:
                     yield Message(role=self.role, content=parts)
                     parts = []
-                yield block.as_message()
+                yield block.as_message(place)
             else:
                 kind = "thinking" if isinstance(block, Thinking) else "tool_use"
                 raise ValueError(f"A '{kind}' must be in a message of the assistant.")
@@ -245,8 +243,6 @@ class CountRequest(Body, kw_only=True):
     """Later prompts will share all of this one."""
     diagnostics: Any = None
     """Ignored: ``/v1/cache/explanations`` explains misses."""
-    cache_salt: str | None = None
-    """Requests with different salts share no cache entries."""
     service_tier: str | None = None
     """Ignored."""
     speed: Literal["standard"] | None = None
@@ -275,15 +271,12 @@ class CountRequest(Body, kw_only=True):
         if isinstance(self.system, str):
             yield Message(role="system", content=self.system)
         elif self.system is not None:
-            parts = [
-                TextPart(text=part.text, cache_control=part.cache_control)
-                for part in self.system
-                if not part.text.startswith(BILLING)
-            ]
+            parts: list[TextPart] = []
+            parts += (part for part in self.system if not part.text.startswith(BILLING))
             if parts:
                 yield Message(role="system", content=parts)
-        for turn in self.messages:
-            yield from turn.as_messages()
+        for index, turn in enumerate(self.messages):
+            yield from turn.as_messages(f"messages.{index}")
 
     def as_chat(self, **sampling: Any) -> ChatRequest:
         """Return the chat request, with the fields ``sampling``. Raises APIError 400 if a field is
@@ -312,7 +305,7 @@ class CountRequest(Body, kw_only=True):
                 **sampling,
             )
         except ValueError as error:
-            raise APIError(400, str(error), param="messages") from error
+            raise of_value(error) from error
 
 
 class MessagesRequest(CountRequest, kw_only=True):
@@ -346,35 +339,26 @@ class MessagesRequest(CountRequest, kw_only=True):
         )
 
 
-async def messages(
-    context: ServingContext, request: Request, body: MessagesRequest, size: int
-) -> Response:
+async def messages(call: Call, body: MessagesRequest) -> Response:
     """Answer one request.
 
     ``max_tokens`` may be more than the context. It is required, so clients send that of Anthropic's
     models: Claude Code 32,000, pydantic-ai 16,384.
     """
-    tenant = context.tenant_of(request, body.cache_salt)
-    chat = await _chat_of(context, body, size)
-    answer_id, format_name = new_id("msg", "_"), "output_config.format"
-    session = await ask(context, chat, size, tenant, answer_id, format_name=format_name)
-    writer = _MessagesWriter(context, body, session, request_name(request.scope))
-    return await writer.respond(request, body.stream)
+    chat = await _chat_of(call, body)
+    session = await ask(call, chat, new_id("msg", "_"), format_name="output_config.format")
+    return await _MessagesWriter(body, session).respond(body.stream)
 
 
-async def count_tokens(
-    context: ServingContext, request: Request, body: CountRequest, size: int
-) -> Response:
+async def count_tokens(call: Call, body: CountRequest) -> Response:
     """Return the length of the prompt of a request."""
-    context.check_model(body.model)
-    tenant = context.tenant_of(request, body.cache_salt)
-    prompt, _ = await render(context, await _chat_of(context, body, size), size, tenant)
-    return json_response({"input_tokens": len(prompt.token_ids)})
+    prompt, _ = await render(call, await _chat_of(call, body))
+    return json_response({"input_tokens": len(prompt.tokens)})
 
 
-async def _chat_of(context: ServingContext, body: CountRequest, size: int) -> ChatRequest:
-    chat = await context.workers.run(size, body.as_chat)
-    return settle_system(context, chat)
+async def _chat_of(call: Call, body: CountRequest) -> ChatRequest:
+    chat = await call.context.workers.run(call.size, body.as_chat)
+    return settle_system(call.context, chat)
 
 
 class _MessagesWriter(ChatWriter):
@@ -382,15 +366,9 @@ class _MessagesWriter(ChatWriter):
 
     PAUSE = PING
 
-    def __init__(
-        self,
-        context: ServingContext,
-        body: MessagesRequest,
-        session: ChatSession,
-        request_name: str | None,
-    ) -> None:
-        super().__init__(context, session)
-        self._body, self._request_name = body, request_name
+    def __init__(self, body: MessagesRequest, session: ChatSession) -> None:
+        super().__init__(session)
+        self._body = body
         # The answer says that no edit was applied.
         asked = body.context_management is not None
         self._told: dict[str, Any] = {"context_management": {"applied_edits": []}} if asked else {}
@@ -398,7 +376,7 @@ class _MessagesWriter(ChatWriter):
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
 
     def failed(self, failure: APIError) -> bytes:
-        return named_event(failure.body(ANTHROPIC, self._request_name))
+        return named_event(failure.body(self._session.call.request.scope))
 
     def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
         [answer] = answers
@@ -406,7 +384,7 @@ class _MessagesWriter(ChatWriter):
         content = _content(answer.events, self._omits_thinking)
         return self._message(content, ending, self._usage(answer.output)) | self._told
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield ``message_start`` with the first output, which has the cached length, then one
         block at a time, and ``ping`` in pauses."""
         blocks = _Blocks(self._omits_thinking)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -19,14 +19,13 @@ from starlette.responses import Response
 
 from engine.plugins.dialects import DialectsConfig
 from engine.server.access import Tenant, new_id
-from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import Body, Part, json_response, named_event, to_json
+from engine.server.api_errors import APIError, of_value, quoted
+from engine.server.bodies import Part, json_response, named_event, to_json
 from engine.server.chat import ChatSession, ChatWriter, ask, settle_system
-from engine.server.context import ServingContext
+from engine.server.context import Call, ServingContext
 from engine.server.schemas import (
     MAX_MESSAGES,
     AnswerLimit,
-    CacheOptions,
     ChatRequest,
     Effort,
     FunctionName,
@@ -34,13 +33,10 @@ from engine.server.schemas import (
     Name,
     NamedSchema,
     NamedTool,
+    OpenAIBody,
     ResponseFormat,
     Role,
-    StreamOptions,
-    Temperature,
-    TopP,
     Verbosity,
-    check_streamed,
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
@@ -52,7 +48,6 @@ from engine.text.answers import (
     ToolCall,
 )
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.outputs import RequestOutput
 
 Kind = Literal["reasoning", "message", "function_call"]
 PREFIXES: dict[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
@@ -223,10 +218,6 @@ class TextFormat(Part, kw_only=True, omit_defaults=True):
     schema: dict[str, Any] | None = None
     strict: bool | None = None
 
-    def as_told(self) -> dict[str, Any]:
-        told: dict[str, Any] = msgspec.to_builtins(self)
-        return told
-
     def __post_init__(self) -> None:
         if self.type == "json_schema" and self.schema is None:
             raise ValueError("A 'text.format' of type json_schema requires a 'schema'")
@@ -242,42 +233,26 @@ class TextConfig(Part, kw_only=True):
     verbosity: Verbosity | None = None
 
 
-class ResponsesRequest(Body, kw_only=True):
+class ResponsesRequest(OpenAIBody, kw_only=True):
     """POST /v1/responses."""
 
     NEUTRAL = NEUTRAL
     KINDS: ClassVar[Mapping[str, str]] = {"input": "message", "tools": "function"}
 
-    model: str | None = None
     input: str | Annotated[list[AnyItem], Meta(max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     max_output_tokens: AnswerLimit | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
     tools: list[AnyTool] | None = None
     tool_choice: str | NamedFunction = "auto"
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     metadata: dict[str, str] | None = None
-    prompt_cache_options: CacheOptions | None = None
-    cache_salt: str | None = None
-    """Requests with different salts share neither cache entries nor stored responses."""
     # These change no answer. Codex sends the last one.
     include: list[Included] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
     client_metadata: dict[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        check_streamed(self.stream, self.stream_options)
 
     @property
     def items(self) -> list[AnyItem]:
@@ -303,9 +278,8 @@ class ResponsesRequest(Body, kw_only=True):
     def as_chat(self, before: Sequence[AnyItem]) -> ChatRequest:
         """Return the chat request, after the items of earlier responses. Raises APIError 400 if a
         field is not supported. O(all items)."""
-        items = [*before, *self.items]
         try:
-            messages = _messages(self.instructions, items)
+            messages = _messages(self.instructions, before, self.items)
         except ValueError as error:
             raise APIError(400, f"'input' cannot be read: {error}.", param="input") from error
         if not messages:
@@ -330,17 +304,21 @@ class ResponsesRequest(Body, kw_only=True):
                 metadata=self.metadata,
             )
         except ValueError as error:
-            raise APIError(400, str(error), param="input") from error
+            raise of_value(error) from error
 
 
-def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Message]:
-    """Return the messages of a chat. Templates support one system message at the beginning, so
-    instructions and developer messages at the beginning are joined."""
+def _messages(
+    instructions: str | None, before: Sequence[AnyItem], new: Sequence[AnyItem]
+) -> list[Message]:
+    """Return the messages of a chat with the items ``before`` and those of the body. Templates
+    support one system message at the beginning, so instructions and developer messages at the
+    beginning are joined."""
+    items = [*before, *new]
     beginning = list(itertools.takewhile(_is_system, items))
     texts = [] if instructions is None else [instructions]
     texts.extend(_text(item.content) for item in beginning if isinstance(item, MessageItem))
     messages = [Message(role="system", content="\n\n".join(texts))] if texts else []
-    for item in items[len(beginning) :]:
+    for index, item in enumerate(items[len(beginning) :], len(beginning) - len(before)):
         match item:
             case MessageItem(role="assistant"):
                 last = _assistant(messages, lambda last: last.content is None or last.tool_calls)
@@ -360,7 +338,8 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Messag
                 last.tool_calls = [*(last.tool_calls or ()), call]
             case ResultItem():
                 result = {"tool_call_id": item.call_id}
-                messages.append(Message(role="tool", content=_text(item.output), extra=result))
+                place, text = f"input.{index}", _text(item.output)
+                messages.append(Message(role="tool", content=text, extra=result, place=place))
     return messages
 
 
@@ -490,11 +469,10 @@ class Responses:
         limit_bytes = int(config.of(DialectsConfig).responses_mib * 2**20)
         self._store = BoundedMemory[tuple[Tenant, str], StoredResponse](limit_bytes)
 
-    async def create(self, request: Request, body: ResponsesRequest, size: int) -> Response:
+    async def create(self, call: Call, body: ResponsesRequest) -> Response:
         """Answer one request. Raises APIError 400 if the response to continue is not stored."""
-        context = self._context
+        context, tenant = call.context, call.tenant
         context.check_limit(body.max_output_tokens, "max_output_tokens")
-        tenant = context.tenant_of(request, body.cache_salt)
         before = None
         if body.previous_response_id is not None:
             before = self._store.get((tenant, body.previous_response_id))
@@ -506,30 +484,28 @@ class Responses:
                     param="previous_response_id",
                     code="previous_response_not_found",
                 )
-            size += before.items_bytes
+            call = replace(call, size=call.size + before.items_bytes)
         earlier = () if before is None else before.items
-        chat = await context.workers.run(size, lambda: body.as_chat(earlier))
+        chat = await context.workers.run(call.size, lambda: body.as_chat(earlier))
         chat = settle_system(context, chat)
-        answer_id = new_id("resp", "_")
-        session = await ask(context, chat, size, tenant, answer_id, "input", "text.format")
+        session = await ask(call, chat, new_id("resp", "_"), "input", "text.format")
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
                 content = to_json(response)
                 items = [*earlier, *body.items, *msgspec.convert(response["output"], list[AnyItem])]
-                stored = StoredResponse(items, size + len(content), content)
+                stored = StoredResponse(items, call.size + len(content), content)
                 num_bytes = ITEM_FACTOR * stored.items_bytes + len(content)
                 self._store.put((tenant, response["id"]), stored, num_bytes)
 
-        writer = _ResponsesWriter(context, body, session, keep)
-        return await writer.respond(request, body.stream)
+        return await _ResponsesWriter(body, session, keep).respond(body.stream)
 
     async def retrieve(self, request: Request) -> Response:
         """Return a stored response. Raises APIError 404 if the tenant has none with this id."""
         response_id = request.path_params["response_id"]
         if request.query_params.get("stream", "false").lower() == "true":
             raise APIError(400, "'stream' is not supported: omit it.", param="stream")
-        stored = self._store.get((self._context.tenant_of(request), response_id))
+        stored = self._store.get((self._context.tenants.of(request.scope), response_id))
         if stored is None:
             raise self._unknown(response_id)
         return Response(stored.content, media_type="application/json")
@@ -538,7 +514,7 @@ class Responses:
         """Remove a stored response; the newest one of a chain ends its session. Raises APIError as
         ``retrieve``."""
         response_id = request.path_params["response_id"]
-        if not self._store.delete((self._context.tenant_of(request), response_id)):
+        if not self._store.delete((self._context.tenants.of(request.scope), response_id)):
             raise self._unknown(response_id)
         await self._context.engine.end_session(response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
@@ -556,13 +532,12 @@ class _ResponsesWriter(ChatWriter):
 
     def __init__(
         self,
-        context: ServingContext,
         body: ResponsesRequest,
         session: ChatSession,
         keep: Callable[[dict[str, Any]], None],
     ) -> None:
         """``keep`` stores the whole response."""
-        super().__init__(context, session)
+        super().__init__(session)
         self._keep = keep
         self.items = ResponseItems(body.namespaces)
         self._num_events = 0
@@ -576,7 +551,7 @@ class _ResponsesWriter(ChatWriter):
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": context.model_name,
+            "model": self._context.model_name,
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": body.previous_response_id,
             "reasoning": {
@@ -585,7 +560,7 @@ class _ResponsesWriter(ChatWriter):
             },
             "store": body.store,
             "temperature": body.temperature,
-            "text": {"format": asked.as_told()},
+            "text": {"format": msgspec.to_builtins(asked)},
             "tool_choice": choice if isinstance(choice, str) else msgspec.to_builtins(choice),
             "tools": [tool.as_told() for tool in body.tools or ()],
             "top_p": body.top_p,
@@ -598,7 +573,7 @@ class _ResponsesWriter(ChatWriter):
             pass
         return self._ended(answer)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield ``response.created`` with the first output, which has the cached length, then the
         items, and the whole response at the end."""
         has_begun = False
@@ -631,7 +606,7 @@ class _ResponsesWriter(ChatWriter):
         """Return, and keep, the response with everything written so far."""
         self._close(last.finish)
         status = "incomplete" if last.finish == "length" else "completed"
-        response = self._response(status, self.items.output, self._usage(last.output))
+        response = self._response(status, self.items.output, self._usage(last))
         if last.warning is not None:
             response["warning"] = last.warning
         self._keep(response)
@@ -658,8 +633,9 @@ class _ResponsesWriter(ChatWriter):
         self._num_events += 1
         return named_event({**data, "sequence_number": number})
 
-    def _usage(self, output: RequestOutput) -> dict[str, Any]:
+    def _usage(self, answer: AnswerReader) -> dict[str, Any]:
         """Return the token counts."""
+        output = answer.output
         num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
         return {
             "input_tokens": num_prompt,
@@ -668,8 +644,6 @@ class _ResponsesWriter(ChatWriter):
                 **self._session.written(output),
             },
             "output_tokens": num_new,
-            "output_tokens_details": {
-                "reasoning_tokens": self._session.num_reasoning_tokens(),
-            },
+            "output_tokens_details": {"reasoning_tokens": answer.num_reasoning_tokens},
             "total_tokens": num_prompt + num_new,
         }

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from msgspec import Meta, field
-from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.server.api_errors import APIError
 from engine.server.bodies import Body, json_response, to_json
 from engine.server.chat import render
-from engine.server.context import ServingContext
+from engine.server.context import Call
 from engine.server.schemas import (
     MAX_COUNT_OF_IDS,
     ChatRequest,
@@ -37,38 +36,32 @@ class TokenizeRequest(ChatRequest, kw_only=True):
 class DetokenizeRequest(Body, kw_only=True):
     """POST /detokenize."""
 
-    model: str | None = None
     tokens: Annotated[list[TokenId], Meta(max_length=MAX_COUNT_OF_IDS)]
 
 
-async def tokenize(
-    context: ServingContext, request: Request, body: TokenizeRequest, size: int
-) -> Response:
+async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     """Return the ids of a text or of a chat, at most ``MAX_COUNT_OF_IDS``."""
-    context.check_model(body.model)
+    context = call.context
     answer: dict[str, Any] = {"max_model_len": context.engine.facts.max_model_len}
-    tenant = context.tenant_of(request)
     if body.messages:
-        prompt, _ = await render(context, body, size, tenant)
-        token_ids = prompt.token_ids
-        answer["boundaries"] = list(prompt.spec.boundaries)
+        prompt, _ = await render(call, body)
+        tokens, answer["boundaries"] = prompt.tokens, list(prompt.spec.boundaries)
     else:
-        how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
-        [token_ids] = await context.encode([body.prompt or ""], how)
-    if len(token_ids) > MAX_COUNT_OF_IDS:
-        message = f"This makes {len(token_ids)} tokens, more than {MAX_COUNT_OF_IDS}"
+        how = EncodeOptions(body.add_special_tokens, namespace=call.tenant.namespace)
+        [tokens] = await context.encode([body.prompt or ""], how)
+    if len(tokens) > MAX_COUNT_OF_IDS:
+        message = f"This makes {len(tokens)} tokens, more than {MAX_COUNT_OF_IDS}"
         param = "messages" if body.messages else "prompt"
         raise APIError(400, f"{message}: send it in parts.", param=param)
-    answer |= {"count": len(token_ids), "tokens": token_ids}
-    content = await context.workers.run(len(token_ids), lambda: to_json(answer))
+    content = await context.workers.run(
+        len(tokens), lambda: to_json(answer | {"count": len(tokens), "tokens": tokens.tolist()})
+    )
     return Response(content, media_type="application/json")
 
 
-async def detokenize(
-    context: ServingContext, request: Request, body: DetokenizeRequest, size: int
-) -> Response:
+async def detokenize(call: Call, body: DetokenizeRequest) -> Response:
     """Return the text of token ids."""
-    context.check_model(body.model)
+    context = call.context
 
     def work() -> str:
         num_ids = context.tokenizer.vocab_size

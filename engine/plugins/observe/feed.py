@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -17,8 +17,7 @@ from typing import Any
 from engine.async_engine import AsyncEngine, View
 from engine.errors import EngineStopped
 from engine.server.api_errors import APIError
-from engine.server.bodies import Workers
-from engine.text.json_text import write_json
+from engine.server.bodies import Workers, event
 from hybridcache.watch.recorder import Record
 
 EVERY_S = 0.05
@@ -42,10 +41,10 @@ class _Reader:
         """True if it must get the complete state next."""
         self.news = asyncio.Event()
 
-    def put(self, event: bytes) -> None:
-        """Queue ``event``, or drop all events if they are too many."""
-        self.num_bytes += len(event)
-        self.queue.append(event)
+    def put(self, change: bytes) -> None:
+        """Queue ``change``, or drop all changes if they are too many."""
+        self.num_bytes += len(change)
+        self.queue.append(change)
         if self.num_bytes > MAX_QUEUED_BYTES:
             self.is_behind = True
             self.clear()
@@ -76,7 +75,7 @@ class Feed:
         for reader in self._readers:
             reader.news.set()
 
-    async def subscribe(self) -> AsyncIterator[bytes]:
+    async def subscribe(self) -> AsyncGenerator[bytes, None]:
         """Yield the complete state, and then every change.
 
         Raises APIError with 429 for too many readers, and 503 for a tree that is too large or a
@@ -100,7 +99,7 @@ class Feed:
             return None
         return await watch.node(id_)
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         reader = _Reader()
         self._readers.add(reader)
         try:
@@ -115,7 +114,7 @@ class Feed:
                 await reader.news.wait()
                 reader.news.clear()
         except EngineStopped as error:
-            yield _event("ended", _dump(str(error)))
+            yield event(str(error), "ended")
         finally:
             self._readers.discard(reader)
 
@@ -136,8 +135,8 @@ class Feed:
 
     async def _keep(self, records: list[Record]) -> None:
         if records:
-            work = partial(_dump, {"records": records})
-            change = _event("changes", await self._workers.run(BYTES * len(records), work))
+            work = partial(event, {"records": records}, "changes")
+            change = await self._workers.run(BYTES * len(records), work)
             for reader in self._readers:
                 reader.put(change)
 
@@ -151,13 +150,5 @@ class Feed:
             await self._keep(missed)
             reader.clear()
             reader.is_behind = False
-        work = partial(_dump, state)
-        return _event("whole", await self._workers.run(BYTES * len(state["records"]), work))
-
-
-def _dump(data: object) -> bytes:
-    return write_json(data, compact=True).encode()
-
-
-def _event(name: str, data: bytes) -> bytes:
-    return f"event: {name}\n".encode() + b"data: " + data + b"\n\n"
+        work = partial(event, state, "whole")
+        return await self._workers.run(BYTES * len(state["records"]), work)

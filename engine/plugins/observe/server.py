@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.plugins.observe.feed import Feed
-from engine.server.access import Operator
+from engine.server.access import ServerKeys
 from engine.server.api_errors import APIError
 from engine.server.bodies import EventStream, json_response
 from engine.server.context import ServingContext
@@ -26,8 +26,8 @@ class Page:
     """Serves the page. The page itself holds no data and is public; its data require the operator's
     key."""
 
-    def __init__(self, context: ServingContext, operator: Operator) -> None:
-        self._context, self._operator = context, operator
+    def __init__(self, context: ServingContext, keys: ServerKeys) -> None:
+        self._context, self._keys = context, keys
         self._feeds: dict[int, Feed] = {}
         """Feed of each replica, by its number; 1 is the only engine of other servers."""
 
@@ -44,7 +44,7 @@ class Page:
             feed.close()
 
     def _feed(self, request: Request) -> Feed:
-        self._operator.check(request)
+        self._keys.check_operator(request)
         replica = _number(request.query_params.get("replica", "1"), "replica")
         if replica not in self._feeds:
             if not 1 <= replica <= MAX_REPLICAS:

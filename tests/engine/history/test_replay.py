@@ -65,7 +65,6 @@ def test_sampled_tokens_replace_the_text_of_an_answer(tokenizer: HFTokenizer) ->
     )
     assert contains(prompt.token_ids, ids) and not contains(plain.token_ids, ids)
     assert text_of(tokenizer, prompt) == text_of(tokenizer, plain).replace("[1, 2]", "[1,2]")
-    assert (prompt.num_replayed, plain.num_replayed) == (1, 0)
     ends = [len(one.token_ids) - one.spec.boundaries[-1] for one in (prompt, plain)]
     assert ends[0] == ends[1], "the next turn forks at the same place"
 

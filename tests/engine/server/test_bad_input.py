@@ -150,7 +150,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"bad_words": ["y" * 1025]}, "bad_words"),
         ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
         ({"n": 128, "allowed_token_ids": [1] * 3000}, "allowed_token_ids"),
-        ({f"name{n}": 1 for n in range(100)}, "names"),
+        ({f"name{n}": 1 for n in range(100)}, "name0"),
         ({"metadata": [[]] * 100_000}, "100,000 names"),
     ],
     "/v1/chat/completions": [
