@@ -53,9 +53,7 @@ from hybridcache.radix.tree import (
     RadixTree,
     Segment,
     compact_rows,
-    ghosts_above,
     is_last_above,
-    last_above,
     last_at,
     link,
     members,
@@ -116,6 +114,8 @@ class LockHandle:
             )
 
 
+LISTS = (tuple, list)
+"""Types of the checkpoints and labels of an insertion."""
 ENTRY_ROWS = 64
 """Overhead of one cached result, in rows of 4 bytes (measured: array header and dictionary entry).
 """
@@ -125,32 +125,30 @@ class GatherCache:
     """Recent results of ``gather``, by their last segment.
 
     A result is valid while its segment is resident, regardless of splits, until rows move (then all
-    are dropped). It is removed with its segment. All together weigh no more than the cached rows,
-    or only the newest remains: then they exceed the limit by at most ``ENTRY_ROWS``.
+    are dropped). It is removed with its segment. All together weigh no more than the rows of the
+    pool, or only the newest remains: then they exceed the limit by at most ``ENTRY_ROWS``.
     """
 
-    __slots__ = ("num_rows", "rows")
+    __slots__ = ("limit_rows", "num_rows", "rows")
 
-    def __init__(self) -> None:
+    def __init__(self, limit_rows: int) -> None:
+        self.limit_rows = limit_rows
+        """Rows of the pool."""
         self.rows: OrderedDict[Segment, Indices] = OrderedDict()
         """Rows from the root to the end of each segment."""
         self.num_rows = 0
         """Weight of all results, in rows."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def join(self, segment: Segment, limit_rows: int) -> Indices:
+    def join(self, segment: Segment) -> Indices:
         """Concatenate the rows from the root to the end of ``segment``, and keep the result.
         O(rows).
 
         The result is read-only.
         """
-        parts = [segment.indices]
-        extends = None
+        kept, parts, extends = self.rows, [segment.indices], None
         above = segment.node.parent
         while above is not None and above.kv is not None:
-            known = self.rows.get(above.kv)
+            known = kept.get(above.kv)
             if known is not None:
                 parts.append(known)
                 extends = above.kv
@@ -161,30 +159,19 @@ class GatherCache:
         rows = np.concatenate(parts)
         rows.setflags(write=False)
         if extends is not None:  # Evicted before all others, because its conversation continued.
-            self.rows.move_to_end(extends, last=False)
-        self.rows[segment] = rows
+            kept.move_to_end(extends, last=False)
+        kept[segment] = rows
         self.num_rows += len(rows) + ENTRY_ROWS
-        if self.num_rows > limit_rows:
-            self.trim(limit_rows)
+        while self.num_rows > self.limit_rows and len(kept) > 1:
+            _, oldest = kept.popitem(last=False)
+            self.num_rows -= len(oldest) + ENTRY_ROWS
         return rows
 
-    def discard(self, segment: Segment) -> None:
-        """Remove the result of ``segment``, which is no longer resident. O(1)."""
-        self.num_rows -= len(self.rows.pop(segment)) + ENTRY_ROWS
-
-    def trim(self, limit_rows: int) -> None:
-        """Remove the oldest results until the others fit in ``limit_rows``, or only the newest
-        remains."""
-        known = self.rows
-        while self.num_rows > limit_rows and len(known) > 1:
-            _, rows = known.popitem(last=False)
-            self.num_rows -= len(rows) + ENTRY_ROWS
-
-    def check(self, limit_rows: int) -> None:
+    def check(self) -> None:
         """Recompute the weight and check all results. O(results)."""
         num_rows = sum(len(rows) + ENTRY_ROWS for rows in self.rows.values())
         assert num_rows == self.num_rows, f"gathers weigh {num_rows} rows, counted {self.num_rows}"
-        assert num_rows <= limit_rows + ENTRY_ROWS, "gathers are over their limit"
+        assert num_rows <= self.limit_rows + ENTRY_ROWS, "gathers are over their limit"
         for segment, rows in self.rows.items():
             assert segment.node.kv is segment, f"gather of {segment}, which is gone"
             assert len(rows) == segment.position, f"gather of {segment} has {len(rows)} rows"
@@ -263,8 +250,8 @@ class HybridRadixCache:
         """Number of items created so far: the serial number of the next one."""
         self.cached_tokens = 0
         """Number of KV rows that the cache owns."""
-        self.cached_slots: set[int] = set()
-        """State slots that the cache owns."""
+        self.num_checkpoints = 0
+        """Number of state slots that the cache owns."""
         self.shares_memory = pages.budget is not None
         """True if KV can take the memory of a free slot (arena), False with two pools."""
         self._step = lcm(grid, pages.page_size)
@@ -272,10 +259,12 @@ class HybridRadixCache:
         self._has_states = item_bytes.state > 0
         self._pages = pages
         self._slots = slots
+        self._is_cached = bytearray(slots.capacity)
+        """1 for each slot that the cache owns, else 0."""
         self._tree = RadixTree(pages.page_size)
         self.ghosts = GhostList(self._tree, ghost_bytes)
         """Nodes with evicted KV, for inspection."""
-        self._gathered = GatherCache()
+        self._gathered = GatherCache(pages.capacity)
         self._owners: RowIndex | None = None
         """Buffer of each row, if rows can move, else None."""
         if self.arena is not None:
@@ -391,7 +380,7 @@ class HybridRadixCache:
         assert last.kv is not None
         rows = self._gathered.rows.get(last.kv)
         if rows is None:
-            rows = self._gathered.join(last.kv, self.cached_tokens)
+            rows = self._gathered.join(last.kv)
         return rows[: node.length] if isinstance(node, PathPart) else rows
 
     def protected(self) -> Protected:
@@ -453,19 +442,9 @@ class HybridRadixCache:
         return self._slots.capacity > 0
 
     @property
-    def num_checkpoints(self) -> int:
-        """Number of state slots that the cache owns. O(1)."""
-        return len(self.cached_slots)
-
-    @property
     def num_nodes(self) -> int:
         """Number of nodes, ghosts included. O(1)."""
         return self._tree.num_nodes
-
-    @property
-    def ghost_tokens(self) -> int:
-        """Number of remembered tokens with evicted KV. O(1)."""
-        return self.ghosts.num_tokens
 
     # --- Uses and locks ---------------------------------------------------------------------------
 
@@ -498,9 +477,11 @@ class HybridRadixCache:
             if type(policy).on_ghost_hit is not EvictionPolicy.on_ghost_hit:
                 policy.on_ghost_hit(match.missed)
             is_asked = type(policy).on_ghost_hit_above is not EvictionPolicy.on_ghost_hit_above
-            if is_asked and isinstance(match.missed, Checkpoint):
-                for ghost in ghosts_above(match.missed.node):
-                    policy.on_ghost_hit_above(ghost)
+            above = missed.node.parent if is_asked and missed is not None else None
+            while above is not None and above.checkpoint is None:
+                if above.lost_checkpoint is not None:
+                    policy.on_ghost_hit_above(above.lost_checkpoint)
+                above = above.parent
 
     def refresh(self, node: NodeHandle | None) -> None:
         """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
@@ -718,7 +699,7 @@ class HybridRadixCache:
         """
         if type(slot) is not int:
             slot = require_index(slot, "slot")
-        if slot in self.cached_slots:
+        if 0 <= slot < len(self._is_cached) and self._is_cached[slot]:
             raise ValueError(f"slot {slot} is the cache's, from insert until its eviction")
         self._slots.free(slot)
 
@@ -802,7 +783,7 @@ class HybridRadixCache:
         """
         pages, budget = self._pages, self._pages.budget
         if budget is not None:
-            num_slots = len(self.cached_slots) - self._locked_slots
+            num_slots = self.num_checkpoints - self._locked_slots
             wanted_bytes -= budget.free_bytes + num_slots * self._slots.unit_bytes
             short_tokens = -(-wanted_bytes // pages.unit_bytes)
         if short_tokens <= self.cached_tokens - self._locked_len:
@@ -854,7 +835,8 @@ class HybridRadixCache:
         checkpoint.shallower = checkpoint.deeper = None
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
-        self.cached_slots.discard(checkpoint.slot)
+        self._is_cached[checkpoint.slot] = 0
+        self.num_checkpoints -= 1
         self.stats.evicted_slots += 1
         self._slots.free(checkpoint.slot)
 
@@ -864,6 +846,7 @@ class HybridRadixCache:
 
         They become ghosts and pass their recency up. O(nodes freed, and those up to a checkpoint).
         """
+        gathered = self._gathered
         assert leaf.kv is not None
         self.policy.discard(leaf.kv, evicted=True)
         while True:
@@ -878,7 +861,7 @@ class HybridRadixCache:
             rows = kv.indices
             num_rows = len(rows)
             self._pages.release(rows)
-            self.cached_tokens = cached_tokens = self.cached_tokens - num_rows
+            self.cached_tokens -= num_rows
             self.stats.evicted_tokens += num_rows
             above, living = parent.kv, None
             if above is not None:
@@ -889,11 +872,8 @@ class HybridRadixCache:
                     living = compact_rows(parent, rows)
             if self._owners is not None:
                 self._owners.shrink(rows, living)
-            gathered = self._gathered
-            if kv in gathered.rows:
-                gathered.discard(kv)
-            if gathered.num_rows > cached_tokens:
-                gathered.trim(cached_tokens)
+            if (gone := gathered.rows.pop(kv, None)) is not None:
+                gathered.num_rows -= len(gone) + ENTRY_ROWS
             leaf.kv = None
             kv.indices = EMPTY  # a policy's queue may hold the segment for a while yet
             self._tree.fade(leaf)
@@ -1046,37 +1026,38 @@ class HybridRadixCache:
             require_int32(kv_indices, "KV indices")
         if type(owned_from) is not int:
             require_index(owned_from, "owned_from")
-        num_tokens, num_slots = len(tokens), self._slots.capacity
+        num_tokens = len(tokens)
         if len(kv_indices) != num_tokens:
             raise ValueError(
                 f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
                 "tokens)"
             )
-        if type(labels) not in (tuple, list) or set(map(type, labels)) - {str}:
-            raise TypeError(f"labels must be a tuple of strings (got {labels!r})")
+        for label in labels if isinstance(labels, LISTS) else (None,):
+            if not isinstance(label, str):
+                raise TypeError(f"labels must be a tuple of strings (got {labels!r})")
         if labels and len(labels) != len(checkpoints):
             raise ValueError(
                 f"labels must be empty or have one per checkpoint (got {len(labels)} for "
                 f"{len(checkpoints)} checkpoints)"
             )
-        if type(checkpoints) not in (tuple, list):
+        if not isinstance(checkpoints, LISTS):
             raise TypeError(f"checkpoints must be a list of pairs (got {checkpoints!r})")
-        seen: set[int] = set()
+        is_cached, is_taken = self._is_cached, self._slots.is_taken
         for one in checkpoints:
-            is_pair = isinstance(one, (tuple, list)) and len(one) == 2
+            is_pair = isinstance(one, LISTS) and len(one) == 2
             position, slot = one if is_pair else (None, None)
-            if not (type(slot) is type(position) is int and 0 <= slot < num_slots):
+            if not (type(slot) is type(position) is int and 0 <= slot < len(is_cached)):
                 raise ValueError(
-                    f"a checkpoint must be (position: int, slot: int) with 0 <= slot < {num_slots} "
-                    f"(got {one!r})"
+                    "a checkpoint must be (position: int, slot: int) with 0 <= slot < "
+                    f"{len(is_cached)} (got {one!r})"
                 )
-            if slot in self.cached_slots:
+            if is_cached[slot]:
                 raise ValueError(f"slot {slot} is the cache's already: allocate another one")
-            if slot not in self._slots.taken:
+            if not is_taken[slot]:
                 raise ValueError(f"slot {slot} is free: take one with allocate_slot")
-            if slot in seen:
-                raise ValueError("two checkpoints have the same slot: give each a separate one")
-            seen.add(slot)
+        num_checkpoints = len(checkpoints)
+        if num_checkpoints > 1 and len({slot for _, slot in checkpoints}) < num_checkpoints:
+            raise ValueError("two checkpoints have the same slot: give each a separate one")
         num_tokens -= num_tokens % self.page_size
         if not 0 <= owned_from <= num_tokens:
             raise ValueError(
@@ -1208,13 +1189,14 @@ class HybridRadixCache:
         self.num_items = serial + 1
         checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
         checkpoint.uses = uses
-        self.cached_slots.add(slot)
+        self._is_cached[slot] = 1
+        self.num_checkpoints += 1
         self.stats.inserted_slots += 1
         revives = node.kv if offered and not node.children else None
         if revives is not None:
             self._withdraw(revives)
         if before is None or not is_last_above(before, node):
-            before = last_above(node)
+            before = last_at(node)
         below = before.deeper
         if below is not None:
             checkpoint.superseded = True
@@ -1421,7 +1403,7 @@ class HybridRadixCache:
         )
         both = np.concatenate([cached, pages.free_rows()])
         assert are_distinct(both), "a KV row is cached twice, or cached and free"
-        self._gathered.check(self.cached_tokens)
+        self._gathered.check()
         for segment, rows in self._gathered.rows.items():
             assert np.array_equal(rows, _path_rows(segment.node)), (
                 f"gather of {segment} is not its path"
@@ -1443,8 +1425,9 @@ class HybridRadixCache:
         slots = self._slots
         slots.check()
         cached = [checkpoint.slot for checkpoint in checkpoints]
-        assert set(cached) == self.cached_slots, "the slots of the cache are not those of its nodes"
-        assert all(0 <= slot < slots.capacity for slot in cached), "a cached slot is out of range"
+        owned = [slot for slot, is_cached in enumerate(self._is_cached) if is_cached]
+        assert sorted(cached) == owned, "the slots of the cache are not those of its nodes"
+        assert len(cached) == self.num_checkpoints, f"{self.num_checkpoints} checkpoints counted"
         both = cached + slots.free_slots()
         assert len(set(both)) == len(both), "a slot is cached twice, or cached and free"
 

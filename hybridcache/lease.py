@@ -543,7 +543,7 @@ class Lease:
             match.forks,
             request.answer_survives and not request.exact,
             self.cache.free_slots,
-            len(self.cache.cached_slots),
+            self.cache.num_checkpoints,
             self.cache.shares_memory,
         )
         placement.on_prefill(prefill)

@@ -37,7 +37,6 @@ from hybridcache.radix.tree import (
     RadixNode,
     RadixTree,
     members,
-    tail_bytes,
 )
 from hybridcache.tokens import EMPTY, Indices, Tokens, require_int32
 
@@ -162,7 +161,7 @@ class OffloadedCheckpoint(Checkpoint):
         node, item_bytes = self.node, self.item_bytes
         if node.kv is not None:
             # It has just left the device: where it was a leaf, its tail is about to follow.
-            return item_bytes.state + (0 if node.children else tail_bytes(node, item_bytes))
+            return super().size_bytes
         num_tokens, tier = 0, self.tier
         entry = node.offloaded
         while entry is not None and entry.kv is not None and entry.kv_tier == tier:

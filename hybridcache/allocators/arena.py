@@ -308,8 +308,7 @@ class ArenaSlots(SlotAllocator):
         return super().allocate()
 
     def check(self) -> None:
-        assert all(0 <= slot < self.capacity for slot in self.taken), "a state is out of range"
-        assert len(self.taken) == self.num_taken, f"{self.num_taken} states counted"
+        assert sum(self.is_taken) == self.num_taken, f"{self.num_taken} states counted"
 
 
 class RowIndex:

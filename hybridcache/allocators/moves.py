@@ -212,7 +212,8 @@ class StepPlan:
         Drops are skipped. O(work).
 
         Raises:
-            TypeError: ``memory`` lacks a method that this plan needs. Nothing is done.
+            TypeError: ``memory`` lacks a method that this plan needs, and nothing is done. Or a
+                method has other arguments than in ``StepMemory``.
             RuntimeError: the plan was carried out before, a call failed half-way, or ``reset`` has
                 forgotten the plan.
         """
@@ -232,15 +233,24 @@ class StepPlan:
                     "not have: see hybridcache.allocators.moves.StepMemory"
                 )
         self.was_begun = True
-        for transfer in self.transfers:
-            if isinstance(transfer, Move):
-                memory.move(transfer)
-            elif isinstance(transfer, Copy):
-                memory.copy(transfer)
-        for write in self.row_writes:
-            memory.write_row(write)
-        for checkpoint, own in self.restores:
-            memory.restore(checkpoint, own)
+        try:
+            for transfer in self.transfers:
+                if isinstance(transfer, Move):
+                    memory.move(transfer)
+                elif isinstance(transfer, Copy):
+                    memory.copy(transfer)
+            for write in self.row_writes:
+                memory.write_row(write)
+            for checkpoint, own in self.restores:
+                memory.restore(checkpoint, own)
+        except TypeError as error:
+            trace = error.__traceback__
+            if trace is None or trace.tb_next is not None:  # raised inside a method
+                raise
+            raise TypeError(
+                f"a method of {type(memory).__name__} has other arguments than in "
+                f"hybridcache.allocators.moves.StepMemory ({error})"
+            ) from error
         self.is_done = True
 
     def done(self) -> None:

@@ -228,8 +228,13 @@ class SlotAllocator(BaseAllocator):
     ) -> None:
         super().__init__(num_slots, slot_bytes, budget)
         self._stack = list(range(num_slots - 1, -1, -1))
-        self.taken: set[int] = set()
-        """Allocated slots."""
+        self.is_taken = bytearray(num_slots)
+        """1 for each allocated slot, else 0."""
+
+    @property
+    def taken(self) -> set[int]:
+        """Allocated slots. O(capacity)."""
+        return {slot for slot, is_taken in enumerate(self.is_taken) if is_taken}
 
     def allocate(self) -> int | None:
         """Return a slot, or None if none is free. O(1)."""
@@ -241,7 +246,7 @@ class SlotAllocator(BaseAllocator):
             self.budget.free_bytes -= self.unit_bytes
         self.num_taken += 1
         slot = self._stack.pop()
-        self.taken.add(slot)
+        self.is_taken[slot] = 1
         return slot
 
     def free(self, slot: int) -> None:
@@ -253,12 +258,12 @@ class SlotAllocator(BaseAllocator):
         """
         if type(slot) is not int:
             slot = require_index(slot, "slot")
-        if slot not in self.taken:
+        if not 0 <= slot < self.capacity or not self.is_taken[slot]:
             raise ValueError(f"slot {slot} given back, which is not taken")
         if self.budget is not None:
             self.budget.free_bytes += self.unit_bytes
         self.num_taken -= 1
-        self.taken.remove(slot)
+        self.is_taken[slot] = 0
         self._stack.append(slot)
 
     def free_slots(self) -> list[int]:
@@ -269,5 +274,5 @@ class SlotAllocator(BaseAllocator):
         assert len(set(self._stack)) == len(self._stack), "a slot is free twice"
         assert all(0 <= slot < self.capacity for slot in self._stack), "a free slot is out of range"
         assert len(self._stack) == self.num_unused, f"slots free: counted {self.num_unused}"
-        assert len(self.taken) == self.num_taken, f"{self.num_taken} slots counted as taken"
+        assert sum(self.is_taken) == self.num_taken, f"{self.num_taken} slots counted as taken"
         assert self.taken.isdisjoint(self._stack), "a slot is free and taken"

@@ -49,7 +49,8 @@ class Mirror:
     """Structure of one cache, built from its events.
 
     Gaps in batch numbers and contradictory events raise ``EventsLost``. The mirror is then stale: a
-    new one must follow a new subscription, which begins with the whole cache.
+    new one must follow a new subscription, which begins with the whole cache. An ``EventStream``
+    that is no longer subscribed (``followed`` is None) sends nothing: its mirror is stale too.
     """
 
     def __init__(self, page_size: int, kv_grid: int | None = None) -> None:

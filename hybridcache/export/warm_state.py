@@ -36,6 +36,7 @@ import numpy as np
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
+from hybridcache.radix.ghosts import GHOST_NODE_BYTES
 from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
 from hybridcache.tokens import EMPTY, read_namespace, require_int32, write_namespace
@@ -373,7 +374,7 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
         root = node
         while root.parent is not None:
             root = root.parent
-        room -= len(node.edge) + cache.ghosts.node_bytes
+        room -= len(node.edge) + GHOST_NODE_BYTES
         if room < 0:
             break
         if root in left_out or not _is_writable(root):

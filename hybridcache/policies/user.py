@@ -83,6 +83,8 @@ def own_policy(given: object) -> OwnPolicy:
         return given
     if callable(given):
         return OwnPolicy(_name_of(given), given)
+    if type(given).__module__ == "builtins":
+        return OwnPolicy(repr(given), partial(copy.deepcopy, given))
     facts = ", ".join(
         f"{name}={value!r}"
         for name, value in getattr(given, "__dict__", {}).items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.radix.ghosts import GhostList
+from hybridcache.radix.ghosts import GHOST_NODE_BYTES, GhostList
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
     Checkpoint,
@@ -35,7 +35,7 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
             num_stored += 1
         elif node.kv is None:
             assert node in listed, f"ghost {node} is not in the ghost list"
-            ghost_bytes += len(node.edge) + ghosts.node_bytes
+            ghost_bytes += len(node.edge) + GHOST_NODE_BYTES
             for child in members(node.ghosts):
                 assert listed[child] < listed[node], f"ghost {child} outlives its parent {node}"
         _check_run(node)

@@ -49,7 +49,6 @@ class GhostList:
 
     def __init__(self, tree: RadixTree, limit_bytes: int) -> None:
         self.tree = tree
-        self.node_bytes = GHOST_NODE_BYTES
         self.limit_bytes = limit_bytes
         self.num_bytes = 0
         self._order: OrderedDict[RadixNode, None] = OrderedDict()
@@ -60,10 +59,6 @@ class GhostList:
     def oldest_first(self) -> Iterator[RadixNode]:
         """Iterate over all ghosts, the next to be removed first."""
         return iter(self._order)
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.num_bytes - GHOST_NODE_BYTES * len(self._order)) // TOKEN_BYTES
 
     def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
         """Add ``ghost``, which has just lost its KV. ``rows`` held it, and are free by now."""

@@ -164,12 +164,12 @@ class PathPart(NodeHandle):
         return node
 
 
-class Segment:
-    """KV rows of the edge of one node: an evictable item of kind ``kv``."""
+class CachedItem:
+    """Evictable item of one node, with the attributes that policies see
+    (``policies.protocol.Item``)."""
 
     __slots__ = (
         "created",
-        "indices",
         "item_bytes",
         "last_used",
         "memo",
@@ -178,6 +178,72 @@ class Segment:
         "serial",
         "uses",
     )
+
+    kind: Literal["kv", "checkpoint"]
+    node: RadixNode
+    position: int
+    item_bytes: ItemBytes
+    memo: Any
+    shallower: RadixNode | Checkpoint | None = None
+
+    @property
+    def above(self) -> Checkpoint | None:
+        """Nearest checkpoint above. O(1) for a checkpoint with another above it on its run, else
+        O(nodes between)."""
+        before = self.shallower
+        if type(before) is Checkpoint:
+            return before
+        above = (self.node if before is None else before).parent
+        while above is not None and above.checkpoint is None:
+            above = above.parent
+        return None if above is None else above.checkpoint
+
+    @property
+    def predecessor(self) -> Checkpoint | None:
+        """Nearest checkpoint above, resident or evicted. For KV, one at its own end counts too.
+        O(nodes between)."""
+        node: RadixNode | None = self.node
+        while node is not None:
+            found = node.checkpoint or node.lost_checkpoint
+            if found is not None and found is not self:
+                return found
+            node = node.parent
+        return None
+
+    @property
+    def span(self) -> int:
+        """Number of tokens back to the nearest checkpoint above, or the length of the segment in a
+        cache without states. Costs as ``above``."""
+        if not self.item_bytes.state:
+            return self.position - self.node.start
+        above = self.above
+        return self.position if above is None else self.position - above.position
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the state, and for a leaf also those of its tail: its rows, and those of the
+        stateless, unlocked, unforked nodes above.
+
+        Nothing could be resumed from the tail any more, so it is evicted too. O(nodes in the tail).
+        """
+        node, (kv_token, state) = self.node, self.item_bytes
+        if self.kind == "checkpoint" and node.children is not None:
+            return state
+        top = node
+        while top.kv is not None and (above := top.parent) is not None:
+            top = above
+            forks = isinstance(top.children, dict)
+            if top.checkpoint is not None or top.locks or not state or forks:
+                break
+        num_bytes = (node.end - top.end) * kv_token
+        has_state = self.kind == "checkpoint" or node.checkpoint is not None
+        return num_bytes + state if has_state else num_bytes
+
+
+class Segment(CachedItem):
+    """KV rows of the edge of one node: an evictable item of kind ``kv``."""
+
+    __slots__ = ("indices",)
 
     kind: Literal["kv"] = "kv"
     superseded = False
@@ -193,19 +259,7 @@ class Segment:
         self.serial = serial
         self.item_bytes = item_bytes
         self.uses = 0
-        self.memo: Any = None
-
-    @property
-    def above(self) -> Checkpoint | None:
-        """Nearest checkpoint above. O(nodes between)."""
-        return checkpoint_above(self.node)
-
-    @property
-    def predecessor(self) -> Checkpoint | None:
-        """Checkpoint at its own end or, if there is none, the nearest one above, resident or
-        evicted. O(nodes between)."""
-        node = self.node
-        return node.checkpoint or node.lost_checkpoint or checkpoint_above(node, or_lost=True)
+        self.memo = None
 
     @property
     def dead(self) -> bool:
@@ -213,51 +267,21 @@ class Segment:
         node = self.node
         return node.checkpoint is None and not node.children and self.item_bytes.state > 0
 
-    @property
-    def span(self) -> int:
-        """Number of tokens back to the nearest checkpoint above, or its own length in a cache
-        without states.
-
-        O(nodes between).
-        """
-        if not self.item_bytes.state:
-            return len(self.indices)
-        above = self.above
-        return self.node.end - (0 if above is None else above.node.end)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of its rows, the state that depends on them, and the tail above that is evicted
-        with them.
-
-        O(nodes in the tail).
-        """
-        state = 0 if self.node.checkpoint is None else self.item_bytes.state
-        return state + tail_bytes(self.node, self.item_bytes)
-
     def __repr__(self) -> str:
         return f"<kv {self.node.start}..{self.node.end} used={self.last_used}>"
 
 
-class Checkpoint:
+class Checkpoint(CachedItem):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
     __slots__ = (
-        "created",
         "deeper",
-        "item_bytes",
         "label",
-        "last_used",
-        "memo",
-        "node",
         "num_successors",
-        "position",
-        "serial",
         "shallower",
         "slot",
         "stored",
         "superseded",
-        "uses",
     )
 
     kind: Literal["checkpoint"] = "checkpoint"
@@ -289,82 +313,10 @@ class Checkpoint:
         evicted."""
         self.stored: Any = None
         """Item in an offload tier that replaced it, or None."""
-        self.memo: Any = None
-
-    @property
-    def above(self) -> Checkpoint | None:
-        """Nearest checkpoint above. O(1) on its own run, else O(nodes between)."""
-        before = self.shallower
-        if isinstance(before, Checkpoint):
-            return before
-        return checkpoint_above(self.node if before is None else before)
-
-    @property
-    def predecessor(self) -> Checkpoint | None:
-        """Nearest checkpoint above, resident or evicted. O(nodes between)."""
-        return checkpoint_above(self.node, or_lost=True)
-
-    @property
-    def span(self) -> int:
-        """Number of tokens back to the nearest checkpoint above. Costs as ``above``."""
-        node, before = self.node, self.shallower
-        if isinstance(before, Checkpoint):
-            return node.end - before.node.end
-        above = (node if before is None else before).parent
-        while above is not None and above.checkpoint is None:
-            above = above.parent
-        return node.end if above is None else node.end - above.end
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of its state. For a leaf, also the KV tail that nothing else could be resumed from.
-
-        O(nodes in the tail).
-        """
-        state, node = self.item_bytes.state, self.node
-        return state + tail_bytes(node, self.item_bytes) if node.children is None else state
+        self.memo = None
 
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
-
-
-def checkpoint_above(node: RadixNode, or_lost: bool = False) -> Checkpoint | None:
-    """Return the nearest checkpoint strictly above the end of ``node``, or None.
-
-    With ``or_lost`` it may have been evicted. O(nodes between).
-    """
-    above = node.parent
-    while above is not None and above.checkpoint is None:
-        if or_lost and above.lost_checkpoint is not None:
-            return above.lost_checkpoint
-        above = above.parent
-    return None if above is None else above.checkpoint
-
-
-def ghosts_above(node: RadixNode) -> Iterator[Checkpoint]:
-    """Iterate over evicted checkpoints strictly above the end of ``node``, the deepest first.
-
-    Stops at the nearest live checkpoint. O(nodes between).
-    """
-    above = node.parent
-    while above is not None and above.checkpoint is None:
-        if above.lost_checkpoint is not None:
-            yield above.lost_checkpoint
-        above = above.parent
-
-
-def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
-    """Return the bytes of KV that are evicted together with the KV of ``node``.
-
-    These are its own rows and those of the stateless, unlocked, unforked nodes above, which nothing
-    could be resumed from any more. O(nodes in the tail).
-    """
-    top, (kv_token, state) = node, item_bytes
-    while top.kv is not None and (above := top.parent) is not None:
-        top = above
-        if top.checkpoint is not None or top.locks or not state or isinstance(top.children, dict):
-            break
-    return (node.end - top.end) * kv_token
 
 
 def with_child(family: Family, child: RadixNode) -> Family:
@@ -409,18 +361,19 @@ Link = RadixNode | Checkpoint
 """Place in the list of a run: its top, or one of its checkpoints."""
 
 
-def last_above(node: RadixNode) -> Link:
-    """Return the nearest checkpoint strictly above ``node`` on its run, or the top of the run.
+def last_at(node: RadixNode) -> Link:
+    """Return the checkpoint of ``node``, else the nearest one above on its run, else the top of the
+    run.
 
     O(nodes between).
     """
-    above = node.parent
-    assert above is not None
-    while above.parent is not None and not isinstance(above.children, dict):
-        if above.checkpoint is not None:
-            return above.checkpoint
-        node, above = above, above.parent
-    return node
+    while node.checkpoint is None:
+        above = node.parent
+        assert above is not None
+        if above.parent is None or isinstance(above.children, dict):
+            return node
+        node = above
+    return node.checkpoint
 
 
 def is_last_above(link: Link, node: RadixNode) -> bool:
@@ -431,11 +384,6 @@ def is_last_above(link: Link, node: RadixNode) -> bool:
     """
     above = link.node if isinstance(link, Checkpoint) else link
     return above.end < node.end
-
-
-def last_at(node: RadixNode) -> Link:
-    """Return the checkpoint of ``node`` itself, or else ``last_above``."""
-    return node.checkpoint if node.checkpoint is not None else last_above(node)
 
 
 def link(before: Link, after: Checkpoint | None) -> None:

@@ -295,6 +295,10 @@ def test_a_plan_is_carried_out_in_order() -> None:
 
     with pytest.raises(TypeError, match="needs a method 'move', which Derived does not have"):
         plan.carry_out(Derived())
+    narrow = RecordingMemory()
+    narrow.restore = lambda slot: None  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"RecordingMemory has other arguments .*StepMemory"):
+        copy_of(plan).carry_out(narrow)
     empty = make_cache().take_step()
     assert not empty
     empty.done()

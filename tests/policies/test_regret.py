@@ -11,7 +11,6 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lab.generators import chat
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction.hazards import NUM_BINS
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import Prefill
@@ -58,7 +57,7 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
         policy.on_ghost_hit_above(item)
     survival = policy.hazards
     survival._count_ended()
-    rows = [item.memo.cell // NUM_BINS for item in (shared, behind, tip)]
+    rows = [item.memo.row for item in (shared, behind, tip)]
     uses = [survival._events[row].sum() for row in rows]
     assert uses == [1, 0, 1]
     policy.on_ghost_hit_above(FakeItem("from a file"))
@@ -183,7 +182,7 @@ def test_demand_passes_on_only_if_the_tip_leaves_the_last_tier() -> None:
         if tier is not None:
             tier.add(tip)
             tier.discard(tip, evicted=True)
-            assert first.memo.demand == tip.memo.key
+            assert first.memo.demand == tip.memo.row
 
 
 @pytest.mark.parametrize("rule", ["end", "backoff"])

@@ -161,6 +161,11 @@ def test_an_error_in_a_custom_placement_is_one_sentence(name: str, message: str)
         simulate("short?head=60", gib=1, checkpoints=f"user_policies:{name}", bound=False)
 
 
+def test_an_object_that_is_no_policy_is_named() -> None:
+    with pytest.raises(ValueError, match="'5': it does not implement PlacementPolicy: give a name"):
+        parse_placement(5)  # type: ignore[arg-type]
+
+
 class Rejuvenates(Placement):
     """Placement that writes to items that are not its own."""
 

@@ -99,7 +99,7 @@ class SlotView(SlotAllocator):
         self.capacity = theirs.size + 1
         self.unit_bytes = state_bytes
         self.budget = None
-        self.taken = set(range(self.capacity))  # SGLang has the list of its free slots
+        self.is_taken = bytearray([1]) * self.capacity  # SGLang has the list of its free slots
         self._tensors = torch.arange(self.capacity, dtype=torch.int64, device=theirs.device)
 
     @property

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -114,7 +114,8 @@ class Hazards:
         self._general_from = general_from
         self._models: dict[int, int] = {}
         """Row of the model of each row that has one."""
-        self._rows: dict[Key, int] = {}
+        self.rows: dict[Key, int] = {}
+        """Row of each class."""
         self._parents: list[int | None] = []
         self._priors: list[float] = []
         self._generations: list[_Generation] | None = None
@@ -146,7 +147,7 @@ class Hazards:
         """Return all classes, counts and open stages, as plain data and arrays. O(size)."""
         return {
             "now": self.now,
-            "keys": list(self._rows),
+            "keys": list(self.rows),
             "parents": list(self._parents),
             "models": list(self._models.items()),
             "priors": list(self._priors),
@@ -167,7 +168,9 @@ class Hazards:
 
         Raises ValueError or TypeError, with nothing changed, if tables or lengths do not fit.
         """
-        rows = {as_key(key): row for row, key in enumerate(state["keys"])}
+        rows: dict[Key, int] = {}
+        for key in state["keys"]:  # JSON has lists in place of tuples
+            rows[tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)] = len(rows)
         parents, priors = list(state["parents"]), list(map(float, state["priors"]))
         tables = [np.array(state[name]) for name in ("events", "reached", "partial", "index")]
         codes = np.array(state["open"])
@@ -184,7 +187,7 @@ class Hazards:
             raise ValueError("A place is lost or used twice.")
         self._models = {int(row): int(model) for row, model in state["models"]}
         self._ended, self._used = list(state["ended"]), list(state["used"])
-        self.now, self._rows, self._parents, self._priors = state["now"], rows, parents, priors
+        self.now, self.rows, self._parents, self._priors = state["now"], rows, parents, priors
         self._events, self._reached, self._partial, self.index = tables
         self._open, self._generations = array("q", codes.tolist()), None
         self._unused, self._places = unused, places
@@ -203,7 +206,7 @@ class Hazards:
         ``factor`` times the hazard of that class, in place of its parent's. The model has a key of
         the same length, and its own model is its parent. O(len(key)) for a new key, else O(1).
         """
-        found = self._rows.get(key)
+        found = self.rows.get(key)
         if found is not None:
             return found
         parent = self.row(key[:-1], prior) if len(key) > 1 else None
@@ -212,7 +215,7 @@ class Hazards:
             begins_as, prior = self.row(model[0], prior), model[1]
         elif parent is not None:
             prior = 1.0
-        row = self._rows[key] = len(self._parents)
+        row = self.rows[key] = len(self._parents)
         if model is not None:
             assert begins_as is not None
             self._models[row] = begins_as
@@ -283,7 +286,7 @@ class Hazards:
         No stage is older than these bins.
         """
         if self._generations is None:
-            self._generations = _sorted_by_parent(self._rows, self._parents, self._models)
+            self._generations = _sorted_by_parent(self.rows, self._parents, self._models)
         self._count_ended()
         exposure = self._at_risk(now, num_bins)
         events = self._events[: len(exposure), :num_bins].copy()
@@ -365,11 +368,6 @@ class Hazards:
         self._events[heavy] *= 0.5
         self._reached[heavy] *= 0.5
         self._partial[heavy] *= 0.5
-
-
-def as_key(plain: Sequence[Any]) -> Any:
-    """Return the key of a class from its form in JSON, lists in place of tuples."""
-    return tuple(tuple(fact) if isinstance(fact, list) else fact for fact in plain)
 
 
 def _sorted_by_parent(

@@ -38,8 +38,8 @@ class Queue:
         """Add ``item`` at the place of ``ticket``, new or old."""
         insort(self._tickets, ticket)
         self._items[ticket] = item
-        self._sizes[ticket] = item.size_bytes
-        self.num_bytes += item.size_bytes
+        self._sizes[ticket] = num_bytes = item.size_bytes
+        self.num_bytes += num_bytes
 
     def remove(self, ticket: int) -> None:
         """Remove the item of ``ticket``. Raises KeyError if there is none."""

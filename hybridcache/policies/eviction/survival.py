@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, age_bins, as_key
+from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, age_bins
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
@@ -45,17 +45,7 @@ the stop reason of the answer behind it, if that is known."""
 class _Memo:
     """Data of one item: its stage and its place in its lineage."""
 
-    __slots__ = (
-        "active",
-        "cell",
-        "demand",
-        "entered",
-        "key",
-        "stage",
-        "superseded",
-        "turn",
-        "uses",
-    )
+    __slots__ = ("active", "demand", "entered", "row", "stage", "superseded", "turn", "uses")
 
     def __init__(self, item: Item) -> None:
         self.uses = item.uses
@@ -71,13 +61,11 @@ class _Memo:
         self.active = item.last_used
         """Latest use of the item or of an evicted descendant."""
         self.stage = -1
-        self.cell: int
-        """First cell of its class in the table of indices."""
+        self.row: int
+        """Row of its class in the tables of ``Hazards``."""
         self.entered: int
-        self.key: Class
-        """Class of the item."""
-        self.demand: Class | None = None
-        """Class of the evicted tip that the item stands in for, or None."""
+        self.demand: int | None = None
+        """Row of the class of the evicted tip that the item stands in for, or None."""
 
     def state(self) -> list[Any]:
         """Return all fields as plain data."""
@@ -88,7 +76,7 @@ class _Memo:
         """Return the memo with the fields of ``state``. Raises ValueError for another number."""
         memo = cls.__new__(cls)
         for name, value in zip(cls.__slots__, state, strict=True):
-            setattr(memo, name, as_key(value) if isinstance(value, list) else value)
+            setattr(memo, name, value)
         return memo
 
 
@@ -207,13 +195,13 @@ class Survival(EvictionPolicy):
             self._stale[item] = None
             self._enter(item, memo, used=None)
             worth = 0.0 if columns is self._checkpoints else item.span / item.size_bytes
-            columns.put(item, memo.cell, memo.entered, worth)
+            columns.put(item, memo.row * NUM_BINS, memo.entered, worth)
             return
         if item.uses > memo.uses:
             self._enter(item, memo, used=True)
         elif item.superseded != memo.superseded:
             self._enter(item, memo, used=False)
-        columns.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
+        columns.put(item, memo.row * NUM_BINS, memo.entered, item.span / item.size_bytes)
 
     def touch(self, item: Item) -> None:
         hazards = self.hazards
@@ -225,7 +213,7 @@ class Survival(EvictionPolicy):
             self._enter(item, memo, used=True)
             columns = self._kv if item.kind == "kv" else self._checkpoints
             if item in columns.places:
-                columns.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
+                columns.put(item, memo.row * NUM_BINS, memo.entered, item.span / item.size_bytes)
 
     def discard(self, item: Item, evicted: bool) -> None:
         self._just_used = False
@@ -247,14 +235,15 @@ class Survival(EvictionPolicy):
             memo = above.memo
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
-                memo.demand = item.memo.key
+                memo.demand = item.memo.row
 
     def on_relabelled(self, item: Item) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
             self._enter(item, memo, used=None)
             if item in self._checkpoints.places:
-                self._checkpoints.put(item, memo.cell, memo.entered, item.span / item.size_bytes)
+                worth = item.span / item.size_bytes
+                self._checkpoints.put(item, memo.row * NUM_BINS, memo.entered, worth)
 
     def on_ghost_hit(self, item: Item) -> None:
         memo = item.memo
@@ -309,22 +298,23 @@ class Survival(EvictionPolicy):
             memo.uses = item.uses
             memo.active = item.last_used
         memo.superseded = item.superseded
-        memo.key = _class_of(item, memo.turn)
+        key = _class_of(item, memo.turn)
         demand = None if item.superseded else memo.demand
         if demand is not None:
-            memo.key = ((True, memo.key[0][1]), *memo.key[1:])
-        (superseded, speculative), label = memo.key[0], memo.key[1]
-        prior = SPECULATIVE_PRIOR if speculative else 1.0
-        if superseded:
-            tips = (False, speculative), label
-            hazards.row((memo.key[0], label), prior, (tips, SUPERSEDED_PRIOR))
-        row = hazards.row(memo.key, prior)
+            key = ((True, key[0][1]), *key[1:])
+        row = hazards.rows.get(key)
+        if row is None:
+            (superseded, speculative), label = key[0], key[1]
+            prior = SPECULATIVE_PRIOR if speculative else 1.0
+            if superseded:
+                tips = (False, speculative), label
+                hazards.row((key[0], label), prior, (tips, SUPERSEDED_PRIOR))
+            row = hazards.row(key, prior)
         if demand is not None:
-            tip_row = hazards.row(demand, SPECULATIVE_PRIOR if demand[0][1] else 1.0)
             age = hazards.now - memo.active
-            if hazards.index_at(tip_row, age) >= hazards.index_at(row, age):
-                memo.key, row = demand, tip_row
-        memo.cell, memo.entered = row * NUM_BINS, memo.active
+            if hazards.index_at(demand, age) >= hazards.index_at(row, age):
+                row = demand
+        memo.row, memo.entered = row, memo.active
         memo.stage = hazards.open(row, memo.active)
 
     def _least(self, columns: Columns) -> Item | None:

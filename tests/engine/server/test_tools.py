@@ -89,7 +89,7 @@ def test_checkpoint_class_includes_the_stop_reason(
     assert isinstance(policy, Survival)
     newest = max(policy._checkpoints.items, key=lambda item: (item.created, item.position))
     assert newest.label.endswith(f"/{reason}")
-    assert newest.memo.key[-1] == reason
+    assert [*policy.hazards.rows][newest.memo.row][-1] == reason
 
 
 def test_named_tool_is_called(serve_answer: ServeAnswer) -> None:
