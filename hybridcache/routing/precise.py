@@ -77,17 +77,15 @@ class CheckpointSeconds(Router):
     def __init__(self, spec: ReplicaSpec) -> None:
         super().__init__(spec)
         self.mirrors: dict[ReplicaId, Mirror] = {}
-        self.in_flight: dict[ReplicaId, InFlightPrompts] = {}
+        self.in_flight: dict[ReplicaId, InFlight] = {}
         self.write_rates: dict[ReplicaId, WriteRate] = {}
         self._without_first_token: set[Hashable] = set()
-        self._planned: dict[Hashable, tuple[str, ...]] = {}
-        """Planned labels of each request that events do not cover yet."""
         self.shares = SavedShares()
 
     def joined(self, replica: ReplicaId, now: float) -> None:
         super().joined(replica, now)
         self.mirrors[replica] = self._empty_mirror()
-        self.in_flight[replica] = InFlightPrompts()
+        self.in_flight[replica] = {}
         self.write_rates[replica] = WriteRate(self.spec.capacity_bytes, now)
 
     def _empty_mirror(self) -> Mirror:
@@ -95,9 +93,7 @@ class CheckpointSeconds(Router):
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
         self.mirrors.pop(replica, None)
-        gone = self.in_flight.pop(replica, None)
-        for request in () if gone is None else gone.requests():
-            self._planned.pop(request, None)
+        self.in_flight.pop(replica, None)
         self.write_rates.pop(replica, None)
         lost = super().left(replica, now)
         self._without_first_token.difference_update(lost)
@@ -119,7 +115,7 @@ class CheckpointSeconds(Router):
         pressures, delays = self.pressures(now), 1.0 / (1.0 - self.utilisation(now))
         for replica, load in self.loads.items():
             found = self.find(replica, request)
-            depth = max(found.cached_len, self.in_flight[replica].depth(request))
+            depth = max(found.cached_len, depth_after(self.in_flight[replica], request))
             depths[replica] = depth
             new_bytes = self.new_bytes(request, depth, found.kv_match_len)
             lost = pressures[replica] * self.displaced(replica, new_bytes)
@@ -171,15 +167,14 @@ class CheckpointSeconds(Router):
 
     def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
         found = self.find(choice.replica, request)
-        num_new = len(request.tokens) - max(found.kv_match_len, choice.expected_len)
         positions = self.forecast(request, choice.expected_len, found.kv_match_len)
-        self.in_flight[choice.replica].sent(request, positions, num_new)
+        labels = self._plan(request, choice.expected_len, found.kv_match_len).values()
+        prompt = request, tuple(sorted(positions)), tuple(labels)
+        self.in_flight[choice.replica][request.id] = prompt
         new_bytes = self.new_bytes(request, choice.expected_len, found.kv_match_len)
         work_s = self.seconds(choice.expected_len, len(request.tokens))
         self.write_rates[choice.replica].sent(new_bytes, work_s, now)
         self._without_first_token.add(request.id)
-        planned = self._plan(request, choice.expected_len, found.kv_match_len)
-        self._planned[request.id] = tuple(planned.values())
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
         """Return the positions at which computing a prompt from ``cached_len`` saves checkpoints.
@@ -209,8 +204,7 @@ class CheckpointSeconds(Router):
         super().ended(request, now)
         if request in self._without_first_token and where is not None:
             self._without_first_token.discard(request)
-            self._planned.pop(request, None)
-            self.in_flight[where].over(request)
+            self.in_flight[where].pop(request, None)
 
     def on_events(
         self,
@@ -230,19 +224,18 @@ class CheckpointSeconds(Router):
         if sequence == 0:
             self.mirrors[replica] = self._empty_mirror()
         self.mirrors[replica].apply_batch(sequence, events)
-        # Batch 0 can repeat checkpoints that were already counted.
-        counts = sequence > 0
+        counts = sequence > 0  # Batch 0 can repeat checkpoints that were already counted.
         if counts:
             for event in events:
                 if isinstance(event, CheckpointStored):
                     self.shares.save(event.label)
-        if sequence == 0:  # It has all contents; batches that covered requests may be lost.
-            ended = [one for one in self.in_flight[replica].requests() if one not in self._where]
+        else:  # It has all contents; batches that covered requests may be lost.
+            ended = [one for one in self.in_flight[replica] if one not in self._where]
             covered = [*covered, *ended]
         for request in covered:
-            self.in_flight[replica].over(request)
-            for label in self._planned.pop(request, ()):
-                if counts:
+            prompt = self.in_flight[replica].pop(request, None)
+            if prompt is not None and counts:
+                for label in prompt[2]:
                     self.shares.plan(label)
 
     def check(self) -> None:
@@ -256,69 +249,37 @@ class CheckpointSeconds(Router):
         for write_rate in self.write_rates.values():
             write_rate.check()
         assert self._without_first_token <= self._where.keys()
-        underway = [each for way in self.in_flight.values() for each in way.requests()]
-        assert sorted(map(repr, self._planned)) == sorted(map(repr, underway))
-        for way in self.in_flight.values():
-            way.check()
 
 
 # --- Prompts without events yet -------------------------------------------------------------------
 
 
-class InFlightPrompts:
-    """Prompts in flight to one replica: running requests, and those that ended since its events.
+InFlight = dict[Hashable, tuple[RouteRequest, tuple[int, ...], tuple[str, ...]]]
+"""Prompts in flight to one replica: running requests, and those that ended since its events.
 
-    >>> way = InFlightPrompts()
-    >>> way.sent(RouteRequest("a", (1, 2, 3, 4, 5)), (2, 4), num_new=5)
-    >>> way.depth(RouteRequest("b", (1, 2, 3, 9)))
+Each has the positions at which it saves a checkpoint, ascending, and the labels of all positions at
+which the placement policy may save.
+"""
+
+
+def depth_after(prompts: InFlight, request: RouteRequest) -> int:
+    """Return the number of ids of ``request`` that can be resumed after all ``prompts`` are
+    computed.
+
+    O(prompts + shared ids).
+
+    >>> prompts = {"a": (RouteRequest("a", (1, 2, 3, 4)), (2, 4), ("every", "every"))}
+    >>> depth_after(prompts, RouteRequest("b", (1, 2, 9)))
     2
     """
-
-    __slots__ = ("_prompts", "num_new")
-
-    def __init__(self) -> None:
-        self._prompts: dict[Hashable, tuple[RouteRequest, tuple[int, ...], int]] = {}
-        self.num_new = 0
-        """Number of ids that these prompts will store in addition to the present contents."""
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def requests(self) -> Iterable[Hashable]:
-        """Return the ids of the requests, the oldest first."""
-        return tuple(self._prompts)
-
-    def sent(self, request: RouteRequest, positions: Iterable[int], num_new: int) -> None:
-        """Add ``request``, which will save a checkpoint at each of ``positions``. O(n log n)."""
-        self._prompts[request.id] = request, tuple(sorted(positions)), num_new
-        self.num_new += num_new
-
-    def over(self, request: Hashable) -> None:
-        """Remove a request that events cover or that stores nothing. Unknown ids are ignored."""
-        found = self._prompts.pop(request, None)
-        if found is not None:
-            self.num_new -= found[2]
-
-    def depth(self, request: RouteRequest) -> int:
-        """Return the number of ids of ``request`` that can be resumed after all prompts here are
-        computed.
-
-        O(prompts in flight + shared ids).
-        """
-        deepest = 0
-        for other, positions, _ in self._prompts.values():
-            if other.namespace == request.namespace and positions and positions[-1] > deepest:
-                shared = min(
-                    common_tuple_len(other.tokens, request.tokens), len(request.tokens) - 1
-                )
-                number = bisect_right(positions, shared)
-                if number:
-                    deepest = max(deepest, positions[number - 1])
-        return deepest
-
-    def check(self) -> None:
-        """Raise AssertionError unless ``num_new`` is the sum over all prompts."""
-        assert self.num_new == sum(num_new for _, _, num_new in self._prompts.values())
+    deepest = 0
+    for other, positions, _ in prompts.values():
+        if other.namespace == request.namespace and positions and positions[-1] > deepest:
+            shared = min(common_tuple_len(other.tokens, request.tokens), len(request.tokens) - 1)
+            number = bisect_right(positions, shared)
+            if number:
+                deepest = max(deepest, positions[number - 1])
+    return deepest
 
 
 class WriteRate:

@@ -14,7 +14,7 @@ from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import EventsLost
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
-from hybridcache.routing.precise import CheckpointSeconds
+from hybridcache.routing.precise import CheckpointSeconds, depth_after
 from hybridcache.routing.protocol import Choice, NoReplica, ReplicaSpec, Router, RouteRequest
 from hybridcache.routing.registry import ROUTERS, find_router
 from tests.cache.serving import hybrid
@@ -178,7 +178,7 @@ def plain_choice(router, request, now):
     for replica, load in router.loads.items():
         mirror = router.mirrors[replica]
         found = mirror.match(request.tokens)
-        depth = max(found.cached_len, router.in_flight[replica].depth(request))
+        depth = max(found.cached_len, depth_after(router.in_flight[replica], request))
         held = sum(len(segment[4]) for segment in mirror.segments())
         kv_len = max(depth, found.kv_match_len)
         wanted = {kv_len // GRID * GRID: "branch"}
@@ -224,7 +224,7 @@ def test_forecasts_do_not_train_the_placement_policy() -> None:
             request = RouteRequest(number, tuple(range(number * 100, number * 100 + 90)))
             found.append(router.forecast(request, 0, 0))
             replica = router.route(request, float(number)).replica
-            assert router.in_flight[replica]._prompts[number][1] == tuple(sorted(found[-1]))
+            assert router.in_flight[replica][number][1] == tuple(sorted(found[-1]))
             router.prefilled(number, number + 0.2)
             router.ended(number, number + 0.5)
         assert found[0] and all(positions == found[0] for positions in found)
