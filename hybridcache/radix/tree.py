@@ -191,7 +191,7 @@ class CachedItem:
         """Nearest checkpoint above. O(1) for a checkpoint with another above it on its run, else
         O(nodes between)."""
         before = self.shallower
-        if type(before) is Checkpoint:
+        if isinstance(before, Checkpoint):
             return before
         above = (self.node if before is None else before).parent
         while above is not None and above.checkpoint is None:

@@ -212,7 +212,7 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
     survival.refresh(survival.now + 100)
     survival.check()
     used, ended = (
-        max(survival.index[row, 0] for key, row in survival._rows.items() if key[-1] == reason)
+        max(survival.index[row, 0] for key, row in survival.rows.items() if key[-1] == reason)
         for reason in ("tool_use", "end_turn")
     )
     assert used > 4 * ended
