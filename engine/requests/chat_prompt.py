@@ -144,25 +144,25 @@ def render_chat(
     if continues_last:
         text = _up_to_content(text, messages[-1])
     tokens = encode(text)
-    kept = {len(tokens)} if keeps_thinking and add_generation_prompt else set()
-    ends: set[int] = set()
-    cut_at = []
-    ending = written[-64:].rstrip() if add_generation_prompt else ""
-    is_thinking = ending.endswith(OPEN)
-    has_thought = ending.endswith(CLOSE)
-    futures = _futures(messages, with_tools=bool(tools), thinks=not has_thought)
-    for future in (*futures, *(_future_behind(cut, messages) for cut in cuts)):
+
+    def shared(future: Sequence[Message]) -> list[int]:
+        """Return the number of tokens that a later chat shares with this one, or [] if the template
+        rejects it."""
         try:
             later = splices.apply(render(future))
         except TemplateError:
-            continue  # This continuation is impossible with this template.
-        shared = common_token_prefix(encode, tokenizer.special_tokens, text, tokens, later)
-        is_cut = not any(future is known for known in futures)
-        if is_cut:
-            cut_at.append(shared)
-        (ends if is_cut or future is futures[0] else kept).add(shared)
+            return []
+        return [common_token_prefix(encode, tokenizer.special_tokens, text, tokens, later)]
+
+    ending = written[-64:].rstrip() if add_generation_prompt else ""
+    is_thinking = ending.endswith(OPEN)
+    other, *longer = _futures(messages, bool(tools), thinks=not ending.endswith(CLOSE))
+    cut_at = [end for cut in cuts for end in shared(_future_behind(cut, messages))]
+    kept = {end for future in longer for end in shared(future)}
+    if keeps_thinking and add_generation_prompt:
+        kept.add(len(tokens))
     header = header_of(tokenizer, text) if add_generation_prompt else ""
-    boundaries, survives = chat_boundaries(len(tokens), ends, kept)
+    boundaries, survives = chat_boundaries(len(tokens), {*shared(other), *cut_at}, kept)
     spec = RequestSpec(
         tokens,
         namespace=namespace,

@@ -293,14 +293,12 @@ class CountRequest(Body, kw_only=True):
             form = ResponseFormat(type="json_schema", json_schema=named)
         try:
             return ChatRequest(
-                model=self.model,
                 messages=list(self._chat_messages()),
                 tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
                 tool_choice=None if choice is None else choice.as_choice(),
                 parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
                 chat_template_kwargs=switches or None,
                 response_format=form,
-                cache_salt=self.cache_salt,
                 metadata=self.metadata,
                 **sampling,
             )

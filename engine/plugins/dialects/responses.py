@@ -69,6 +69,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters of OpenAI's API that are not supported, with the values that have no effect."""
 
 
+REPEATED = (
+    *("instructions", "max_output_tokens", "parallel_tool_calls", "previous_response_id"),
+    *("store", "temperature", "top_p"),
+)
+"""Parameters that a response repeats as they were sent."""
+
+
 class ContentPart(Part, kw_only=True, omit_defaults=True):
     type: Literal["input_text", "output_text", "text"]
     text: str
@@ -151,13 +158,8 @@ class FunctionTool(Part, kw_only=True, tag_field="type", tag="function"):
 
     def as_told(self) -> dict[str, Any]:
         """Return the tool as part of a response, in which a missing schema is empty."""
-        return {
-            "type": "function",
-            "name": self.name,
-            "description": self.description,
-            "parameters": self.parameters or {},
-            "strict": bool(self.strict),
-        }
+        told: dict[str, Any] = msgspec.to_builtins(self)
+        return told | {"parameters": self.parameters or {}, "strict": bool(self.strict)}
 
     def as_tool(self, namespace: str | None = None, description: str | None = None) -> Any:
         said = "\n".join(text for text in (description, self.description) if text)
@@ -178,13 +180,8 @@ class NamespaceTool(Part, kw_only=True, tag_field="type", tag="namespace"):
     tools: list[FunctionTool]
 
     def as_told(self) -> dict[str, Any]:
-        tools = [one.as_told() for one in self.tools]
-        return {
-            "type": "namespace",
-            "name": self.name,
-            "description": self.description,
-            "tools": tools,
-        }
+        told: dict[str, Any] = msgspec.to_builtins(self)
+        return told | {"tools": [one.as_told() for one in self.tools]}
 
 
 AnyTool = FunctionTool | NamespaceTool
@@ -290,7 +287,6 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         asked = None if self.text is None else self.text.format
         try:
             return ChatRequest(
-                model=self.model,
                 messages=messages,
                 tools=list(self._functions()) or None,
                 tool_choice=choice,
@@ -300,7 +296,6 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
                 top_p=self.top_p,
                 reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
                 response_format=None if asked is None else asked.of_chat(),
-                cache_salt=self.cache_salt,
                 metadata=self.metadata,
             )
         except ValueError as error:
@@ -548,22 +543,16 @@ class _ResponsesWriter(ChatWriter):
             "object": "response",
             "created_at": int(time.time()),
             "background": False,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
+            **{name: getattr(body, name) for name in REPEATED},
             "metadata": body.metadata or {},
             "model": self._context.model_name,
-            "parallel_tool_calls": body.parallel_tool_calls,
-            "previous_response_id": body.previous_response_id,
             "reasoning": {
                 "effort": None if body.reasoning is None else body.reasoning.effort,
                 "summary": None,
             },
-            "store": body.store,
-            "temperature": body.temperature,
             "text": {"format": msgspec.to_builtins(asked)},
             "tool_choice": choice if isinstance(choice, str) else msgspec.to_builtins(choice),
             "tools": [tool.as_told() for tool in body.tools or ()],
-            "top_p": body.top_p,
             "truncation": "disabled",
         }
 
